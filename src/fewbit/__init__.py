@@ -1,0 +1,45 @@
+"""fewbit makes large language models small: quantize, load, generate, measure.
+
+Importing fewbit is cheap: it imports neither torch nor transformers. When transformers is imported (or if it already
+was), fewbit registers itself there, so that `AutoModelForCausalLM.from_pretrained` loads quantized checkpoints packed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fewbit import hook
+from fewbit.errors import FewbitError, FormatError, KernelError, NumericsError, PlanError
+
+if TYPE_CHECKING:
+    from fewbit.api import evaluate, generate, inspect, load, quantize
+
+__version__ = "0.1.0"
+__all__ = [
+    "FewbitError",
+    "FormatError",
+    "KernelError",
+    "NumericsError",
+    "PlanError",
+    "evaluate",
+    "generate",
+    "inspect",
+    "load",
+    "quantize",
+]
+
+_VERBS = ("evaluate", "generate", "inspect", "load", "quantize")
+
+hook.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _VERBS:
+        from fewbit import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'fewbit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_VERBS])

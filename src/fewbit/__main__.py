@@ -1,0 +1,3 @@
+from fewbit.cli import main
+
+main()

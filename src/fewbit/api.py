@@ -1,0 +1,403 @@
+"""The verbs. Each is short and does its work by asking the parts below it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit import calibration as texts
+from fewbit import hardware, pipeline, registry, report
+from fewbit import plan as plans
+from fewbit.errors import FewbitError, FormatError, PlanError
+from fewbit.evaluate import memory, quality
+from fewbit.models.describe import Inspection, describe
+from fewbit.models.load import load_model
+from fewbit.models.skeleton import Skeleton, load_tokenizer
+from fewbit.models.source import Source, locate
+from fewbit.stats import Need
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`samples` windows of `length` tokens (at most the model's context) drawn by `seed` from a text: a name or a file."""
+
+    text: str = "pydoc"
+    samples: int = 128
+    length: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What `quantize` would do. Bytes are exact; `tensors` lists every tensor of the output as (name, what, bytes)."""
+
+    plan: str
+    format: str
+    notes: list[str]
+    tensors: list[tuple[str, str, int]]
+    original_bytes: int
+    output_bytes: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` did. Bytes of tensors; `peak` is the most memory this process ever had resident."""
+
+    out: str
+    plan: str
+    notes: list[str]
+    tensors: list[pipeline.TensorReport]
+    original_bytes: int
+    output_bytes: int
+    bits_per_weight: float
+    share: float
+    seconds: float
+    peak: int
+    anonymous: int
+    sample: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality, and size where the model is quantized."""
+
+    model: str
+    reference: str | None
+    text: str
+    quality: quality.Quality
+    inspection: Inspection
+    peak: int
+    seconds: float
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    plan: str | plans.Plan = "gptq-4bit",
+    calibration: Calibration = Calibration(),
+    overwrite: bool = False,
+    device: str | None = None,
+    safetensors_only: bool = False,
+    trust_remote_code: bool = False,
+    progress: pipeline.Progress | None = None,
+) -> Quantized:
+    """Quantize `model` by `plan` into the folder `out`, which appears whole or not at all.
+
+    The same call after an interruption goes on at the block where it stopped. PlanError before any work if the plan does
+    not fit the model, FormatError for a broken checkpoint, NumericsError (naming the tensor) for NaN or Inf in it.
+    """
+    elapsed, out = pipeline.timed(), Path(out)
+    if out.exists() and not overwrite:
+        raise PlanError(f"{out} exists", "Use --overwrite to replace it, or another -o.")
+    job = _Job.prepare(model, plan, device, safetensors_only, trust_remote_code)
+    preview = job.preview()
+    free = shutil.disk_usage(_existing(out.parent)).free
+    if free < 2 * preview.output_bytes:  # block results, then the folder put together from them
+        raise PlanError(
+            f"{report.size(2 * preview.output_bytes)} of disk are needed for {out}, {report.size(free)} are free"
+        )
+    tokenizer = load_tokenizer(job.source, trust_remote_code=trust_remote_code)
+    tokens, calibrated = job.tokens(calibration, tokenizer)
+    versions = hardware.versions()
+    run = pipeline.Run(pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions))
+    tensors = pipeline.quantize_blocks(job.skeleton, job.resolved, tokens, run, progress or (lambda step: None))
+    with pipeline.published(out, overwrite=overwrite) as folder:
+        written = pipeline.assemble(folder, job.skeleton, job.resolved, run)
+        if written != preview.output_bytes:
+            raise FormatError(f"{written} bytes were written where {preview.output_bytes} were foreseen")
+        weights = sum(prod(t.shape) for t in tensors)
+        done = Quantized(
+            out=str(out),
+            plan=job.resolved.plan.name,
+            notes=list(job.resolved.notes),
+            tensors=tensors,
+            original_bytes=preview.original_bytes,
+            output_bytes=written,
+            bits_per_weight=8 * sum(t.nbytes for t in tensors) / weights,
+            share=preview.share,
+            seconds=elapsed(),
+            peak=0,
+            anonymous=0,
+            sample="",
+        )
+        record = {
+            "schema_version": SCHEMA,
+            "versions": versions,
+            "model": job.source.name,
+            "calibration": calibrated,
+            "plan": job.resolved.plan.to_json(),
+            **{k: v for k, v in asdict(done).items() if k not in ("out", "plan", "peak", "anonymous", "sample")},
+        }
+        (folder / "fewbit.json").write_text(json.dumps(record, indent=1) + "\n")
+        (folder / "README.md").write_text(report.model_card(record))
+        sample = _reopened(folder, tokenizer, device, trust_remote_code)
+    run.forget()
+    held = memory.now()
+    return replace(done, seconds=elapsed(), peak=held.peak, anonymous=held.anonymous, sample=sample)
+
+
+def preview(
+    model: str | Path,
+    *,
+    plan: str | plans.Plan = "gptq-4bit",
+    safetensors_only: bool = False,
+    trust_remote_code: bool = False,
+) -> Preview:
+    """What `quantize` would do to each tensor, with exact output bytes, without doing it (`--dry-run`)."""
+    return _Job.prepare(model, plan, "cpu", safetensors_only, trust_remote_code).preview()
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | None = None,
+    kernel: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The model, its quantized weights packed: what `AutoModelForCausalLM.from_pretrained` gives after `import fewbit`.
+
+    `kernel` names the one to use throughout (`fewbit list`); KernelError if it cannot serve a weight.
+    """
+    return load_model(
+        locate(model), dtype=dtype, device=device, kernel=kernel, trust_remote_code=trust_remote_code
+    )
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    text: str = "pydoc",
+    length: int | None = None,
+    windows: int | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Perplexity of `model`, and its distance from `reference`, on disjoint windows of a text nothing was calibrated on.
+
+    length: tokens of a window, the model's context up to 2048 by default. windows: how many, all by default. dtype of
+    activations: float32 on a CPU, the checkpoint's own on a GPU by default.
+    """
+    elapsed, device = pipeline.timed(), device or _device()
+    source, original = locate(model), locate(reference) if reference is not None else None
+    tokenizer = load_tokenizer(source)
+    if original is not None and load_tokenizer(original).get_vocab() != tokenizer.get_vocab():
+        raise PlanError(f"{model} and {reference} have different tokenizers", "Compare models of one vocabulary.")
+    most = _context(source.config)
+    if length is not None and length > most:
+        raise PlanError(f"--length {length} is beyond the model's context of {most} tokens")
+    if length is not None and length < 2:
+        raise PlanError(f"--length {length}: a window needs at least 2 tokens")
+    loaded_text = texts.load_text(text, "evaluation")
+    chosen = texts.windows(texts.encode(loaded_text, tokenizer), length or min(2048, most), windows)
+    options: dict[str, Any] = {"dtype": dtype or ("auto" if device != "cpu" else torch.float32), "device": device}
+    measured = quality.measure(
+        load_model(source, **options),
+        load_model(original, **options) if original is not None else None,
+        chosen,
+        (lambda done: progress(done, len(chosen))) if progress else None,
+    )
+    return Evaluation(
+        model=str(model),
+        reference=None if reference is None else str(reference),
+        text=loaded_text.name,
+        quality=measured,
+        inspection=describe(source),
+        peak=memory.now().peak,
+        seconds=elapsed(),
+    )
+
+
+def inspect(model: str | Path) -> Inspection:
+    """What is in a model's files, from their headers alone."""
+    return describe(locate(model))
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+    device: str | None = None,
+    streamer: Callable[[Any], Any] | None = None,
+) -> str:
+    """The text that `model` continues `prompt` with: greedy at temperature 0, else sampled with `seed`.
+
+    chat: the prompt is a user's message in the model's chat template. streamer: made from the tokenizer, gets the text as
+    it comes.
+    """
+    source = locate(model)
+    tokenizer = load_tokenizer(source)
+    if chat and not tokenizer.chat_template:
+        raise PlanError(f"{model} has no chat template", "Leave --chat out.")
+    if chat:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    if not inputs["input_ids"].numel():
+        raise PlanError("the prompt is empty")
+    loaded = load_model(source, device=device or _device())
+    torch.manual_seed(seed)
+    return _continue(
+        loaded, tokenizer, inputs["input_ids"], max_new_tokens, temperature, streamer(tokenizer) if streamer else None
+    )
+
+
+def catalogue() -> dict[str, list[tuple[str, str, str | None]]]:
+    """For each family, (name, what it is, why it is unavailable here): schemes, methods, formats, kernels, plans."""
+    found: dict[str, list[tuple[str, str, str | None]]] = {}
+    for family in registry.FAMILIES:
+        rows = []
+        for name, entry in registry.entries(family).items():
+            what = (sys.modules[entry.__module__].__doc__ or "").strip().splitlines()[0]
+            if family == "schemes":
+                what += f" Such as {', '.join(entry.examples)}."
+            if family == "methods" and (options := [f"--{f.name.replace('_', '-')} {f.default}" for f in fields(entry)]):
+                what += f" Options: {', '.join(options)}."
+            rows.append((name, what, entry().unavailable() if family == "kernels" else None))
+        found[family] = rows
+    found["plans"] = [
+        (name, "; ".join(f"{r.match}: {r.scheme} by {r.method}" for r in plan.rules) + f"; {plan.format} files", None)
+        for name, plan in plans.PRESETS.items()
+    ]
+    return found
+
+
+@dataclass
+class _Job:
+    """A model and a plan settled for it, checked, before any work."""
+
+    source: Source
+    skeleton: Skeleton
+    resolved: plans.Resolved
+
+    @classmethod
+    def prepare(
+        cls, model: str | Path, plan: str | plans.Plan, device: str | None, safetensors_only: bool, trust_remote_code: bool
+    ) -> _Job:
+        wanted = plans.find(plan) if isinstance(plan, str) else plan
+        source = locate(model, safetensors_only=safetensors_only)
+        if source.is_quantized:
+            raise PlanError(f"{model} is quantized already", "Quantize the original: a second rounding only adds loss.")
+        device = device or _device()
+        dtype = torch.float32 if device == "cpu" else _dtype(source.config)
+        skeleton = Skeleton(source, dtype, torch.device(device), trust_remote_code=trust_remote_code)
+        if reason := skeleton.why_not():
+            raise PlanError(f"{model}: {reason}")
+        shapes = {name: shape for block in skeleton.blocks for name, shape in skeleton.linears(block).items()}
+        resolved = plans.resolve(wanted, shapes)
+        pipeline.check(skeleton, resolved)
+        return cls(source, skeleton, resolved)
+
+    def tokens(self, wanted: Calibration, tokenizer: Any) -> tuple[Tensor | None, dict[str, Any] | None]:
+        """Calibration tokens [samples, length] and what the record says of them; None where no method needs any."""
+        if all(a.method.needs == Need.NOTHING for a in self.resolved.assignments.values()):
+            return None, None
+        most = _context(self.source.config)
+        if wanted.length > most and wanted.length != Calibration.length:
+            raise PlanError(f"--length {wanted.length} is beyond the model's context of {most} tokens")
+        text = texts.load_text(wanted.text, "calibration")
+        length = min(wanted.length, most)
+        tokens = texts.sample(texts.encode(text, tokenizer), wanted.samples, length, wanted.seed)
+        return tokens, {
+            "text": text.name,
+            "digest": texts.digest(tokens),
+            "samples": tokens.shape[0],
+            "length": length,
+            "seed": wanted.seed,
+        }
+
+    def preview(self) -> Preview:
+        format, wanted = self.resolved.format, self.resolved.assignments
+        tensors = []
+        for _, name, spec in self.skeleton.passed_through():
+            if (found := wanted.get(name.removesuffix(".weight"))) is not None and name.endswith(".weight"):
+                what = f"{found.scheme}, {type(found.method).__name__}"
+                size = sum(s.nbytes for s in format.specs(found.shape, found.scheme).values())
+            else:
+                what, size = f"as it is ({str(spec.dtype).removeprefix('torch.')})", spec.nbytes
+            tensors.append((name, what, size))
+        return Preview(
+            plan=self.resolved.plan.name,
+            format=format.name,
+            notes=list(self.resolved.notes),
+            tensors=tensors,
+            original_bytes=sum(spec.nbytes for _, _, spec in self.skeleton.passed_through()),
+            output_bytes=sum(size for _, _, size in tensors),
+            share=pipeline.share_quantized(self.skeleton, self.resolved),
+        )
+
+
+def _reopened(folder: Path, tokenizer: Any, device: str | None, trust_remote_code: bool) -> str:
+    """Open what was written as any user would, and generate a few tokens from it; FormatError if that fails."""
+    try:
+        source = locate(folder)
+        describe(source)
+        model = load_model(source, device=device or _device(), trust_remote_code=trust_remote_code)
+        ids = tokenizer("The", return_tensors="pt")["input_ids"]
+        ids = ids if ids.numel() else torch.zeros(1, 1, dtype=torch.long)
+        with torch.inference_mode():
+            if not torch.isfinite(model(input_ids=ids.to(model.device)).logits).all():
+                raise FormatError("the quantized model's logits are not finite")
+        return _continue(model, tokenizer, ids, 8, 0.0, None)
+    except FewbitError as error:
+        raise FormatError(f"the output failed its own check: {error.message}", error.hint) from error
+
+
+def _continue(
+    model: Any, tokenizer: Any, ids: Tensor, max_new_tokens: int, temperature: float, streamer: Any | None
+) -> str:
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    ids = ids.to(model.device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else model.generation_config.eos_token_id
+    with torch.inference_mode():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad[0] if isinstance(pad, list) else pad,
+            streamer=streamer,
+            **sampling,
+        )
+    return str(tokenizer.decode(out[0][ids.shape[1] :], skip_special_tokens=True))
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(config: dict[str, Any]) -> torch.dtype:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    return {"float16": torch.float16, "float32": torch.float32}.get(name, torch.bfloat16)
+
+
+def _context(config: dict[str, Any]) -> int:
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    return 2048
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,255 @@
+"""Text for calibrating and for measuring: where it comes from, and how it becomes windows of token ids.
+
+A text is a sequence of documents; its tokens are one long stream; a window is a run of `length` tokens of that stream,
+and windows never overlap. Calibration takes windows chosen by a seed, evaluation takes the first ones in order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import itertools
+import json
+import os
+import platform
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import FormatError, PlanError
+from fewbit.registry import unknown
+
+Message: TypeAlias = dict[str, str]
+Document: TypeAlias = str | tuple[Message, ...]
+Part: TypeAlias = Literal["calibration", "evaluation"]
+
+SOURCES = ("c4", "pydoc", "wikitext2")
+_HERE = "What is always here: 'pydoc'; or give the path of a .txt or .jsonl file."
+_HUB_SECONDS = 4.0
+_C4_DOCUMENTS = {"calibration": 4000, "evaluation": 1100}  # 1100: as in GPTQ's evaluation, enough for 256 x 2048 tokens
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents under a name; a document is plain text or the messages (role, content) of one chat."""
+
+    name: str
+    documents: tuple[Document, ...]
+
+
+class Tokenizer(Protocol):
+    """What of a Hugging Face tokenizer is used here."""
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+    @property
+    def chat_template(self) -> Any: ...
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, return_attention_mask: bool, verbose: bool
+    ) -> Mapping[str, Any]: ...
+    def apply_chat_template(self, conversation: list[Message], *, tokenize: Literal[False]) -> Any: ...
+
+
+def load_text(source: str = "pydoc", part: Part = "calibration") -> Text:
+    """The text that `source` names, never empty.
+
+    `source` is "pydoc" (the reference manual that comes with Python), "wikitext2" or "c4" (through the optional
+    package `datasets`), or the path of a .txt file (one document) or a .jsonl file (a document a line: a string, or
+    an object with "messages", "conversations" or "text"). The two parts of a named source have no text in common;
+    a file is the same for both. PlanError if there is no such text here or it is empty; FormatError, with file and
+    line, if the file cannot be read as what it is.
+    """
+    if source == "pydoc":
+        text = Text(f"pydoc {part} (Python {platform.python_version()})", _pydoc(part))
+    elif source in SOURCES:
+        text = Text(f"{source} {part}", _from_hub(source, part))
+    elif (path := Path(source).expanduser()).is_file():
+        text = Text(str(path), _from_file(path))
+    else:
+        error = unknown("text", source, SOURCES)
+        raise PlanError(f"{error.message}, and no file was found at that path", error.hint)
+    if not any(document.strip() if isinstance(document, str) else document for document in text.documents):
+        raise PlanError(f"the text {text.name} is empty", _HERE)
+    return text
+
+
+def encode(text: Text, tokenizer: Tokenizer) -> Tensor:
+    """The whole text as one stream of token ids, int64 [tokens].
+
+    Plain documents that follow each other are joined by an empty line; a chat is rendered by the tokenizer's own
+    template, plain text never is. The token for the beginning of a text stands once in front if the tokenizer
+    adds it by itself. PlanError if a chat meets a tokenizer without a template, or a template that refuses it.
+    """
+    pieces: list[str] = []
+    for plain, run in itertools.groupby(text.documents, key=lambda document: isinstance(document, str)):
+        if plain:
+            pieces.append("\n\n".join(document for document in run if isinstance(document, str)))
+        else:
+            pieces += [_render(chat, text.name, tokenizer) for chat in run if not isinstance(chat, str)]
+    ids = [token for piece in _ids(tokenizer, pieces, special=False) for token in piece]
+    beginning = _ids(tokenizer, ["a"], special=True)[0][:1]
+    if beginning == [tokenizer.bos_token_id] and ids[:1] != beginning:
+        ids = beginning + ids
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def sample(tokens: Tensor, samples: int, length: int, seed: int) -> Tensor:
+    """Different windows of `tokens`, chosen and ordered by `seed`: int64 [at most `samples`, length].
+
+    There are fewer than `samples` only if the text has no more; the same seed with more samples begins alike.
+    PlanError if there is not one whole window.
+    """
+    every = windows(tokens, length)
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
+    return every[order[: _positive("samples", samples)]]
+
+
+def windows(tokens: Tensor, length: int, limit: int | None = None) -> Tensor:
+    """The first `limit` windows of `tokens` in order, all if None: int64 [windows, length].
+
+    PlanError if there is not one whole window.
+    """
+    count = len(tokens) // _positive("length", length)
+    if not count:
+        raise PlanError(
+            f"the text has {len(tokens)} tokens, too few for one window of {length}",
+            f"Give a longer text, or a length of at most {len(tokens)}.",
+        )
+    count = count if limit is None else min(count, _positive("limit", limit))
+    return tokens[: count * length].reshape(count, length)
+
+
+def digest(tokens: Tensor) -> str:
+    """The SHA-256, in hex, of the ids as little-endian int64: equal exactly if the tokens are, on every machine."""
+    return hashlib.sha256(tokens.to("cpu", torch.int64).numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise PlanError(f"{name} is {value}", f"{name} must be at least 1.")
+    return value
+
+
+def _ids(tokenizer: Tokenizer, pieces: list[str], *, special: bool) -> list[list[int]]:
+    # verbose=False: the stream is longer than any context on purpose, which transformers would warn about.
+    encoded = tokenizer(pieces, add_special_tokens=special, return_attention_mask=False, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def _render(chat: tuple[Message, ...], name: str, tokenizer: Tokenizer) -> str:
+    if not tokenizer.chat_template:
+        raise PlanError(f"{name} holds chats, but the tokenizer has no chat template", "Give a plain text.")
+    try:
+        return str(tokenizer.apply_chat_template(list(chat), tokenize=False))
+    except Exception as error:  # a template is a program of the model's author: it may raise anything
+        roles = ", ".join(message["role"] for message in chat)
+        raise PlanError(f"{name}: the chat template refuses a chat of the roles {roles}: {error}") from error
+
+
+def _pydoc(part: Part) -> tuple[str, ...]:
+    """A topic a document. Large topics quote small ones whole, so a paragraph is kept only where it is met first."""
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    parts: dict[Part, list[str]] = {"calibration": [], "evaluation": []}
+    for topic in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        fresh: list[str] = []
+        for paragraph in topics[topic].split("\n\n"):
+            key = " ".join(paragraph.split())
+            if key not in seen:
+                fresh.append(paragraph)
+                seen.add(key)
+        if len(fresh) > 1:  # more than its title
+            smaller = len("".join(parts["evaluation"])) * 2 < len("".join(parts["calibration"]))
+            parts["evaluation" if smaller else "calibration"].append("\n\n".join(fresh).strip())
+    return tuple(parts[part])
+
+
+def _from_file(path: Path) -> tuple[Document, ...]:
+    if path.suffix not in (".txt", ".jsonl"):
+        raise PlanError(f"{path}: a text is a .txt or a .jsonl file, not {path.suffix or 'one without suffix'}", _HERE)
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: not UTF-8 at byte {error.start}", "Convert the file to UTF-8.") from error
+    if path.suffix == ".txt":
+        return (content,)
+    lines = enumerate(content.split("\n"), start=1)
+    return tuple(_document(line, f"{path}, line {number}") for number, line in lines if line.strip())
+
+
+def _document(line: str, where: str) -> Document:
+    hint = 'A line is a JSON string, {"text": ...}, or {"messages": [{"role": ..., "content": ...}, ...]}.'
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise FormatError(f"{where}: not JSON: {error}", hint) from error
+    if isinstance(value, Mapping):
+        for key in ("messages", "conversations"):
+            if key in value:
+                if not isinstance(value[key], list) or not value[key]:
+                    raise FormatError(f"{where}: {key!r} is not a list of messages", hint)
+                return tuple(_message(message, where, hint) for message in value[key])
+        value = value.get("text")
+    if not isinstance(value, str):
+        raise FormatError(f"{where}: neither a text nor messages", hint)
+    return value
+
+
+def _message(value: object, where: str, hint: str) -> Message:
+    names = {"human": "user", "gpt": "assistant"}  # the ShareGPT layout: {"from": "human", "value": ...}
+    if isinstance(value, Mapping):
+        role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
+        if isinstance(role, str) and isinstance(content, str):
+            return {"role": names.get(role, role), "content": content}
+    raise FormatError(f"{where}: a message without a role and a content that are strings", hint)
+
+
+def _from_hub(source: str, part: Part) -> tuple[str, ...]:
+    try:
+        if not os.environ.get("HF_HUB_OFFLINE") and not _hub_answers():
+            raise ConnectionError("the hub does not answer (HF_HUB_OFFLINE=1 uses what is cached)")
+        return _rows(importlib.import_module("datasets"), source, part)
+    except ImportError as error:
+        raise PlanError(f"{source} needs the package datasets: {error}", f"pip install datasets. {_HERE}") from error
+    except Exception as error:  # whatever goes wrong in there, the answer to the user is the same
+        raise PlanError(f"{source} cannot be had here: {error}", _HERE) from error
+
+
+def _rows(datasets: Any, source: str, part: Part) -> tuple[str, ...]:
+    if source == "wikitext2":
+        split = {"calibration": "train", "evaluation": "test"}[part]
+        return tuple(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"])
+    split = {"calibration": "train", "evaluation": "validation"}[part]
+    files = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+    rows = datasets.load_dataset("allenai/c4", data_files={split: files[split]}, split=split, streaming=True)
+    return tuple(row["text"] for row in rows.take(_C4_DOCUMENTS[part]))
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached; asked first because `datasets` itself retries for 23 s before it gives up."""
+    url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_HUB_SECONDS):
+                answers.append(True)
+        except urllib.error.HTTPError:
+            answers.append(True)
+        except (OSError, ValueError):
+            answers.append(False)
+
+    # In a thread, because the timeout does not bound the look-up of the name.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_HUB_SECONDS)
+    return answers == [True]

@@ -1,0 +1,225 @@
+"""The command line: thin, and quick to answer; what does the work is imported when there is work."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import Annotated, Any, Optional
+
+import typer
+
+from fewbit.errors import FewbitError, PlanError
+
+app = typer.Typer(
+    name="fewbit",
+    help="Make large language models small: quantize, load, generate, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="A local folder, a Hub name (org/model), or smollm2, the demo model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU where there is one.")]
+Seed = Annotated[int, typer.Option(help="Makes every random choice the same again.")]
+Length = Annotated[Optional[int], typer.Option(help="Tokens in a window.")]
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def quantize(
+    context: typer.Context,
+    model: Model,
+    output: Annotated[Optional[str], typer.Option("-o", "--output", help="The folder to make.")] = None,
+    plan: Annotated[str, typer.Option(help="A plan by name (fewbit list) or a .json file.")] = "gptq-4bit",
+    method: Annotated[Optional[str], typer.Option(help="Choose codes by this method instead of the plan's.")] = None,
+    scheme: Annotated[Optional[str], typer.Option(help="Use this scheme instead, such as int4-g64-sym.")] = None,
+    format: Annotated[Optional[str], typer.Option(help="Write this file format instead.")] = None,
+    calibration: Annotated[str, typer.Option(help="Text: pydoc, wikitext2, c4, or a .txt or .jsonl file.")] = "pydoc",
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    seed: Seed = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what each tensor would become, do nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
+    device: Device = None,
+    safetensors_only: Annotated[bool, typer.Option("--safetensors-only", help="Refuse pickled weights.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL into a new folder. Options of the method (fewbit list) are flags too, such as --damp 0.05."""
+    from fewbit import api, report
+    from fewbit.plan import find
+
+    chosen = find(plan)
+    options = _options(context.args)
+    if method or scheme or format or options:
+        chosen = chosen.changed(scheme=scheme, method=method, format=format, options=options)
+    if dry_run:
+        shown = api.preview(
+            model, plan=chosen, safetensors_only=safetensors_only, trust_remote_code=trust_remote_code
+        )
+        _print(asdict(shown)) if as_json else report.preview(shown)
+        return
+    if output is None:
+        raise PlanError("no output folder", "Say where to: -o OUT. Or use --dry-run.")
+    with report.progress() as progress:
+        done = api.quantize(
+            model,
+            output,
+            plan=chosen,
+            calibration=api.Calibration(calibration, samples, length, seed),
+            overwrite=overwrite,
+            device=device,
+            safetensors_only=safetensors_only,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    _print(asdict(done)) if as_json else report.quantized(done)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to continue; the user's message with --chat.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    seed: Seed = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Continue PROMPT with MODEL."""
+    from transformers import TextStreamer
+
+    from fewbit import api
+
+    def streamer(tokenizer: Any) -> Any:
+        return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    text = api.generate(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        device=device,
+        streamer=None if as_json else streamer,
+    )
+    if as_json:
+        _print({"model": model, "prompt": prompt, "text": text})
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    reference: Annotated[Optional[str], typer.Option(help="The original, to measure the loss against.")] = None,
+    text: Annotated[str, typer.Option(help="pydoc, wikitext2, c4, or a .txt or .jsonl file.")] = "pydoc",
+    length: Length = None,
+    windows: Annotated[Optional[int], typer.Option(help="So many windows; all by default.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure MODEL: perplexity, KL divergence from the reference, same top token, bytes."""
+    from fewbit import api, report
+
+    with report.windows_progress() as progress:
+        done = api.evaluate(
+            model, reference=reference, text=text, length=length, windows=windows, device=device, progress=progress
+        )
+    _print(report.evaluation_json(done)) if as_json else report.evaluation(done)
+
+
+@app.command()
+def inspect(model: Model, as_json: Json = False) -> None:
+    """Tell what is in MODEL: schemes, share of parameters, bits per weight, how it was made."""
+    from fewbit import api, report
+
+    found = api.inspect(model)
+    _print({**asdict(found), "share": found.share}) if as_json else report.inspection(found)
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """List schemes, methods, formats, kernels and plans, and what is unavailable here."""
+    from fewbit import api, report
+
+    families = api.catalogue()
+    _print({f: [dict(zip(("name", "what", "unavailable"), row, strict=True)) for row in rows] for f, rows in families.items()}) if as_json else report.listing(families)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Tell what this machine has, which kernels serve it, and what would make it faster."""
+    from fewbit import hardware, report
+
+    found = hardware.look()
+    _print(asdict(found)) if as_json else report.doctor(found)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
+) -> None:
+    if version:
+        from fewbit import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _options(args: list[str]) -> dict[str, str]:
+    """Method options from the flags that no command knows: --name value, --name=value, --name, --no-name."""
+    options: dict[str, str] = {}
+    rest = list(args)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--"):
+            raise PlanError(f"unexpected argument {flag!r}")
+        name, equals, value = flag[2:].partition("=")
+        name = name.replace("-", "_")
+        if equals:
+            options[name] = value
+        elif rest and not rest[0].startswith("--"):
+            options[name] = rest.pop(0)
+        elif name.startswith("no_"):
+            options[name[3:]] = "false"
+        else:
+            options[name] = "true"
+    return options
+
+
+def _print(data: Any) -> None:
+    print(json.dumps(data, indent=1, allow_nan=False))
+
+
+def main() -> None:
+    """The console script: errors of ours in one or two lines, with their exit code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments)
+    except FewbitError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"error: {error.message}\n" + (f"  {error.hint}\n" if error.hint else ""))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+    except OSError as error:
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"error: {where}{error.strerror or error}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

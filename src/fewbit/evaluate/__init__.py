@@ -1,0 +1,1 @@
+"""Evaluate: what was lost, saved and gained."""

@@ -1,0 +1,134 @@
+"""What a quantized model lost: perplexity, KL divergence from the original, and how often their first choices agree.
+
+Perplexity is that of the joined text in disjoint windows: each window's tokens but the first are predicted from those
+before them in the window. KL divergence is that of the model's next-token distribution from the reference's,
+sum p_ref (log p_ref - log p), in nats per token. Logits are compared window by window and then dropped. Intervals are
+95 % bootstrap intervals over runs of neighbouring tokens; for what compares two models, both are resampled alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_RUN = 128  # tokens resampled together: neighbours share a context, so they are not independent
+_RESAMPLES = 400
+_ROWS = 256  # of logits turned to probabilities at a time
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and the ends of its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL divergence from the reference over all tokens, nats."""
+
+    mean: Estimate
+    median: Estimate
+    p99: Estimate
+    p999: Estimate
+    max: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """`perplexity_ratio`, `kl` and `same_top` (share of tokens) compare with the reference; None where there is none."""
+
+    tokens: int
+    windows: int
+    length: int
+    perplexity: Estimate
+    reference_perplexity: Estimate | None
+    perplexity_ratio: Estimate | None
+    kl: Divergence | None
+    same_top: Estimate | None
+
+
+def measure(model: Any, reference: Any | None, windows: Tensor, progress: Callable[[int], None] | None = None) -> Quality:
+    """Compare two causal LMs on `windows` of token ids [n, length]; `progress` is told of each finished window."""
+    loss, reference_loss, kl, same = [], [], [], []
+    with torch.inference_mode():
+        for number, tokens in enumerate(windows, 1):
+            logits = _logits(model, tokens)
+            original = _logits(reference, tokens) if reference is not None else None
+            for start in range(0, len(tokens) - 1, _ROWS):
+                rows = slice(start, min(start + _ROWS, len(tokens) - 1))
+                targets = tokens[rows.start + 1 : rows.stop + 1].unsqueeze(1)
+                log_q = logits[rows].float().log_softmax(-1)
+                targets = targets.to(log_q.device)
+                loss.append(-log_q.gather(1, targets).squeeze(1).cpu())
+                if original is not None:
+                    log_p = original[rows].float().log_softmax(-1)
+                    reference_loss.append(-log_p.gather(1, targets).squeeze(1).cpu())
+                    # Rounding can take a sum of zeros a little below zero.
+                    kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0).cpu())
+                    same.append((log_p.argmax(-1) == log_q.argmax(-1)).float().cpu())
+            if progress:
+                progress(number)
+    lost = torch.cat(loss).double()
+    runs = _Resampler(len(lost))
+    mean_exp = _exp_of_mean
+    quality = {
+        "tokens": len(lost),
+        "windows": windows.shape[0],
+        "length": windows.shape[1],
+        "perplexity": runs.estimate(mean_exp, lost),
+    }
+    if reference is None:
+        return Quality(**quality, reference_perplexity=None, perplexity_ratio=None, kl=None, same_top=None)
+    original_loss, divergence = torch.cat(reference_loss).double(), torch.cat(kl).double()
+    return Quality(
+        **quality,
+        reference_perplexity=runs.estimate(mean_exp, original_loss),
+        perplexity_ratio=runs.estimate(mean_exp, lost - original_loss),
+        kl=Divergence(
+            mean=runs.estimate(torch.mean, divergence),
+            median=runs.estimate(_quantile(0.5), divergence),
+            p99=runs.estimate(_quantile(0.99), divergence),
+            p999=runs.estimate(_quantile(0.999), divergence),
+            max=float(divergence.max()),
+        ),
+        same_top=runs.estimate(torch.mean, torch.cat(same).double()),
+    )
+
+
+def _logits(model: Any, tokens: Tensor) -> Tensor:
+    logits = model(input_ids=tokens.unsqueeze(0).to(model.device), use_cache=False).logits[0]
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+class _Resampler:
+    """Bootstrap over runs of neighbouring tokens, with the same draws for every quantity, so that pairs stay pairs."""
+
+    def __init__(self, tokens: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        starts = torch.arange(0, tokens, _RUN)
+        drawn = torch.randint(len(starts), (_RESAMPLES, len(starts)), generator=generator)
+        self.runs = [torch.arange(int(s), min(int(s) + _RUN, tokens)) for s in starts]
+        self.draws = drawn
+
+    def estimate(self, statistic: Callable[[Tensor], Tensor], values: Tensor) -> Estimate:
+        pieces = [values[run] for run in self.runs]
+        resampled = torch.stack([statistic(torch.cat([pieces[i] for i in draw])) for draw in self.draws.tolist()])
+        low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
+        return Estimate(float(statistic(values)), low, high)
+
+
+def _exp_of_mean(values: Tensor) -> Tensor:
+    return values.mean().exp()
+
+
+def _quantile(share: float) -> Callable[[Tensor], Tensor]:
+    # torch.quantile refuses more than 16 million values; the value at a rank needs no interpolation here.
+    return lambda values: values.kthvalue(max(1, round(share * len(values)))).values

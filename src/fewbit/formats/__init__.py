@@ -1,0 +1,1 @@
+"""Formats: how quantized tensors lie in files."""

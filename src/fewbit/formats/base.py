@@ -1,0 +1,70 @@
+"""What a format is: how quantized tensors are named and laid out in files. It changes no number.
+
+A format that lives in a Hugging Face folder (safetensors plus a `quantization_config`) stores each weight as a few
+tensors named `<module>.<suffix>`; `lay_out` and `read` turn parts into those and back, `specs` tells their sizes
+without data.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fewbit.schemes.base import PartSpec, QTensor, Scheme
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight to be stored: the module it belongs to, its shape [N, K] and the scheme it will have."""
+
+    module: str
+    shape: Shape
+    scheme: Scheme
+
+
+class Format(ABC):
+    """Stateless: one instance serves every file."""
+
+    name: ClassVar[str]
+    quant_method: ClassVar[str]  # its name in a config.json's quantization_config
+
+    @abstractmethod
+    def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
+        """None if one weight of this shape and scheme can be stored, else a sentence that says why not."""
+
+    @abstractmethod
+    def why_not_together(self, weights: Sequence[Stored]) -> str | None:
+        """None if these weights can share one file, else a sentence that says why not."""
+
+    @abstractmethod
+    def specs(self, shape: Shape, scheme: Scheme) -> Mapping[str, PartSpec]:
+        """Suffix -> shape and dtype of each tensor that stores such a weight."""
+
+    @abstractmethod
+    def lay_out(self, weight: QTensor) -> dict[str, Tensor]:
+        """Suffix -> tensor, as `specs` describes."""
+
+    @abstractmethod
+    def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:
+        """The weight that the tensors of `module` hold; FormatError naming it where they contradict one another."""
+
+    @abstractmethod
+    def config(self, weights: Sequence[Stored], skipped: Iterable[str]) -> dict[str, Any]:
+        """The `quantization_config` for a file of these weights, in which the modules `skipped` stay as they are."""
+
+    @abstractmethod
+    def describe(self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any]) -> tuple[Scheme, Shape]:
+        """Scheme and shape [N, K] of the weight that tensors of these shapes hold, as far as headers tell."""
+
+    @abstractmethod
+    def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
+        """Module -> suffix -> spec of every quantized weight among the tensors of a checkpoint, from headers alone.
+
+        FormatError where the config promises something that cannot be, or a weight lacks a tensor.
+        """

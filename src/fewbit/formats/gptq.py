@@ -1,0 +1,217 @@
+"""GPTQ: the layout of AutoGPTQ and gptqmodel, which transformers, vLLM and others read.
+
+A linear of N rows and K columns at b bits and group g is stored as
+
+    qweight  int32 [K b / 32, N]         codes, a little-endian bit stream down each column
+    qzeros   int32 [K / g, N b / 32]     zero points, a bit stream along each row; "gptq" (v1) stores zero - 1 modulo 2^b,
+                                         "gptq_v2" stores zero itself
+    scales   float16 [K / g, N]
+    g_idx    int32 [K]                   the group of each column; j // g unless written with act-order (`desc_act`)
+
+The codes are our own bit stream per row seen as 32-bit words and transposed, for every width. Written files have 2, 3, 4
+or 8 bits and one group size throughout, symmetric ones as v1, asymmetric ones as v2: in v1 a zero point of 0 is stored
+as 2^b - 1, which some kernels read back as 2^b. Sources: the packing code of AutoGPTQ 0.7 and gptqmodel; vLLM's
+`gptq.py` for what it takes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import FormatError
+from fewbit.formats.base import Format, Shape, Stored
+from fewbit.registry import register
+from fewbit.schemes import bits
+from fewbit.schemes.affine import Affine
+from fewbit.schemes.base import PartSpec, QTensor, Scheme
+
+_WIDTHS = (2, 3, 4, 8)
+_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@register("formats", "gptq")
+class GPTQFormat(Format):
+    """Reads v1 and v2, symmetric or not, act-order, whole-row groups; writes as the module says."""
+
+    name: ClassVar[str] = "gptq"
+    quant_method: ClassVar[str] = "gptq"
+
+    def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
+        if not isinstance(scheme, Affine):
+            return f"gptq files hold integers with scales, not {scheme}"
+        if scheme.bits not in _WIDTHS:
+            return f"gptq files hold 2, 3, 4 or 8 bits: readers agree on no layout for {scheme.bits}"
+        if reason := scheme.why_not(shape):
+            return reason
+        if shape[0] % 32 or shape[1] % 32:
+            return f"gptq packs rows and columns by 32, which does not divide {shape[0]} x {shape[1]}"
+        return None
+
+    def why_not_together(self, weights: Sequence[Stored]) -> str | None:
+        schemes = sorted({str(weight.scheme) for weight in weights})
+        if len(schemes) > 1:
+            return f"a gptq file has one scheme for all tensors, not {', '.join(schemes)}"
+        return None
+
+    def specs(self, shape: Shape, scheme: Scheme) -> Mapping[str, PartSpec]:
+        assert isinstance(scheme, Affine)
+        (n, k), groups = shape, scheme.groups(shape[1])
+        return {
+            "qweight": PartSpec((k * scheme.bits // 32, n), torch.int32),
+            "qzeros": PartSpec((groups, n * scheme.bits // 32), torch.int32),
+            "scales": PartSpec((groups, n), torch.float16),
+            "g_idx": PartSpec((k,), torch.int32),
+        }
+
+    def lay_out(self, weight: QTensor) -> dict[str, Tensor]:
+        scheme, (n, k) = weight.codec, weight.shape
+        assert isinstance(scheme, Affine)
+        groups = scheme.groups(k)
+        if scheme.symmetric:  # v1: zero - 1
+            zero = torch.full((groups, n), 2 ** (scheme.bits - 1) - 1, dtype=torch.uint8)
+        else:
+            zero = bits.unpack(weight.parts["zero"], scheme.bits, groups).T
+        group_of = torch.arange(k, dtype=torch.int32) // (scheme.group or k)
+        if weight.permutation is not None:
+            group_of = torch.empty_like(group_of).index_copy_(0, weight.permutation.cpu(), group_of)
+        codes = weight.parts["codes"]
+        if weight.permutation is not None:
+            codes = bits.unpack(codes, scheme.bits, k)
+            codes = bits.pack(torch.empty_like(codes).index_copy_(1, weight.permutation, codes), scheme.bits)
+        return {
+            "qweight": _words(codes).T.contiguous(),
+            "qzeros": _words(bits.pack(zero.contiguous(), scheme.bits)),
+            "scales": weight.parts["scale"].T.contiguous(),
+            "g_idx": group_of,
+        }
+
+    def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:
+        specs = {suffix: PartSpec(tuple(t.shape), t.dtype) for suffix, t in tensors.items()}
+        scheme, (n, k) = self.describe(specs, config)
+        assert isinstance(scheme, Affine)
+        width, groups = scheme.bits, scheme.groups(k)
+        codes = tensors["qweight"].T.contiguous().view(torch.uint8)
+        zero = bits.unpack(tensors["qzeros"].contiguous().view(torch.uint8), width, n).T
+        if not _is_v2(config):
+            zero = (zero + 1) & (2**width - 1)
+        order = _stored_order(tensors.get("g_idx"), k, groups, module)
+        if order is not None:
+            codes = bits.pack(bits.unpack(codes, width, k)[:, order], width)
+        # A file may call itself symmetric and hold other zeros: what is stored decides.
+        symmetric = scheme.symmetric and bool((zero == 2 ** (width - 1)).all())
+        scheme = replace(scheme, symmetric=symmetric)
+        parts = {"codes": codes, "scale": tensors["scales"].T.to(torch.float16).contiguous()}
+        if not symmetric:
+            parts["zero"] = bits.pack(zero.contiguous(), width)
+        if not torch.isfinite(parts["scale"]).all():
+            raise FormatError(f"{module}.scales has NaN or Inf")
+        return QTensor(scheme, (n, k), parts, order)
+
+    def describe(self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any]) -> tuple[Scheme, Shape]:
+        width, (words, n), groups = _width(config), tensors["qweight"].shape, tensors["scales"].shape[0]
+        k = words * 32 // width
+        group = 0 if groups == 1 else k // groups
+        return Affine(group=group, bits=width, symmetric=bool(config.get("sym", True))), (n, k)
+
+    def config(self, weights: Sequence[Stored], skipped: Iterable[str]) -> dict[str, Any]:
+        scheme = weights[0].scheme
+        assert isinstance(scheme, Affine)
+        kind = "gptq" if scheme.symmetric else "gptq_v2"
+        return {
+            "quant_method": "gptq",
+            "bits": scheme.bits,
+            "group_size": scheme.group or -1,
+            "sym": scheme.symmetric,
+            "desc_act": False,  # act-order is used, with static groups: columns lie in their own order
+            "static_groups": True,
+            "lm_head": False,
+            "format": kind,
+            "checkpoint_format": kind,
+            "pack_dtype": "int32",
+            # gptqmodel and vLLM skip what these patterns match; other readers look which modules have a qweight.
+            "dynamic": {rf"-:^{re.escape(name)}$": {} for name in sorted(skipped)},
+        }
+
+    def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
+        width = _width(config)
+        if str(config.get("pack_dtype", "int32")).removeprefix("torch.") != "int32":
+            raise FormatError(f"gptq: codes packed in {config['pack_dtype']}; only int32 is known")
+        found: dict[str, dict[str, PartSpec]] = {}
+        for name in names:
+            module, _, suffix = name.rpartition(".")
+            if suffix == "qweight":
+                found[module] = {s: names[f"{module}.{s}"] for s in _SUFFIXES if f"{module}.{s}" in names}
+                _check(module, found[module], width, config)
+        if not found:
+            raise FormatError("the config says gptq, but no tensor is called *.qweight")
+        return found
+
+
+def _words(packed: Tensor) -> Tensor:
+    """Rows of bytes [R, 4 C] seen as rows of little-endian words, int32 [R, C]."""
+    return packed.flatten().view(torch.int32).unflatten(0, (packed.shape[0], -1))
+
+
+def _width(config: Mapping[str, Any]) -> int:
+    width = config.get("bits")
+    if width not in _WIDTHS:
+        raise FormatError(f"gptq: bits = {width!r} in the quantization config", "Only 2, 3, 4 and 8 can be read.")
+    return int(width)
+
+
+def _is_v2(config: Mapping[str, Any]) -> bool:
+    kind = config.get("checkpoint_format") or config.get("format") or "gptq"
+    if kind not in ("gptq", "gptq_v2"):
+        raise FormatError(f"gptq: checkpoint format {kind!r} is not known", "Known: gptq, gptq_v2.")
+    return bool(kind == "gptq_v2")
+
+
+def _check(module: str, specs: Mapping[str, PartSpec], width: int, config: Mapping[str, Any]) -> None:
+    """FormatError unless the tensors of one module fit one another and the group size that the config states."""
+    _is_v2(config)
+    for suffix in ("qweight", "qzeros", "scales"):
+        if suffix not in specs:
+            raise FormatError(f"{module}.{suffix} is missing")
+        if len(specs[suffix].shape) != 2:
+            raise FormatError(f"{module}.{suffix} has shape {list(specs[suffix].shape)}; two dimensions expected")
+    words, n = specs["qweight"].shape
+    k, groups = words * 32 // width, specs["scales"].shape[0]
+    if not words or not n or words * 32 % width:
+        raise FormatError(f"{module}.qweight: {words} x {n} words hold no whole weight of {width} bits")
+    if not groups or (k % groups and "g_idx" not in specs):
+        raise FormatError(f"{module}.scales: {groups} groups do not divide {k} columns")
+    group = config.get("group_size", -1)
+    if groups != (1 if group in (-1, 0, None) else -(-k // int(group))):
+        raise FormatError(f"{module}.scales: {groups} groups found, but the config says group_size {group} of {k} columns")
+    expected = {
+        "qweight": PartSpec((words, n), torch.int32),
+        "qzeros": PartSpec((groups, n * width // 32), torch.int32),
+        "scales": PartSpec((groups, n), specs["scales"].dtype),
+        "g_idx": PartSpec((k,), torch.int32),
+    }
+    if not specs["scales"].dtype.is_floating_point:
+        raise FormatError(f"{module}.scales is {specs['scales'].dtype}; floating point expected")
+    for suffix, spec in specs.items():
+        if spec != expected[suffix]:
+            raise FormatError(
+                f"{module}.{suffix} is {spec.dtype} {list(spec.shape)}; "
+                f"{expected[suffix].dtype} {list(expected[suffix].shape)} expected"
+            )
+
+
+def _stored_order(g_idx: Tensor | None, k: int, groups: int, module: str) -> Tensor | None:
+    """Columns sorted by group, as a permutation [K]; None where they already lie that way."""
+    if g_idx is None:
+        return None
+    counts = torch.bincount(g_idx.clamp(min=0).long(), minlength=groups)
+    if int(g_idx.min()) < 0 or len(counts) != groups or not (counts == k // groups).all():
+        raise FormatError(f"{module}.g_idx does not put {k // groups} columns in each of {groups} groups")
+    if (g_idx.diff() >= 0).all():
+        return None
+    return torch.argsort(g_idx.long(), stable=True)

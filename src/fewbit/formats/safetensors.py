@@ -1,0 +1,162 @@
+"""Folders of safetensors: opened by their headers alone, written shard by shard.
+
+The container that Hugging Face checkpoints share. `safetensors` itself checks header length, offsets and overlaps; what
+is added here is which file was wrong, and that an index and its shards agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewbit.errors import FormatError
+from fewbit.schemes.base import PartSpec
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
+_NOT_CARRIED = ("README.md", "fewbit.json")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+class Checkpoint:
+    """The tensors of some safetensors files: `specs` from the headers, data only when asked for, memory-mapped."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.specs: dict[str, PartSpec] = {}
+        self._file_of: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        for file in files:
+            for name, spec in read_specs(file).items():
+                if name in self.specs:
+                    raise FormatError(f"{name} is both in {self._file_of[name].name} and in {file.name}")
+                self.specs[name], self._file_of[name] = spec, file
+
+    def slice(self, name: str) -> Any:
+        """A lazy handle, as transformers' loader takes them."""
+        return self._handle(name).get_slice(name)
+
+    def get(self, name: str) -> Tensor:
+        """The tensor, backed by the file's pages."""
+        return self._handle(name).get_tensor(name)
+
+    def _handle(self, name: str) -> Any:
+        file = self._file_of[name]
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        return self._open[file]
+
+
+def read_specs(file: Path) -> dict[str, PartSpec]:
+    """Shapes and dtypes of the tensors in one file, from its header; FormatError if it is no sound safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            found = {}
+            for name in handle.keys():  # noqa: SIM118 - a handle is not a mapping
+                view = handle.get_slice(name)
+                if view.get_dtype() not in _DTYPES:
+                    raise FormatError(f"{file}: {name} has dtype {view.get_dtype()}, which is not known")
+                found[name] = PartSpec(tuple(view.get_shape()), _DTYPES[view.get_dtype()])
+            return found
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size if file.exists() else 0
+        raise FormatError(f"{file} ({size:,} bytes) is no sound safetensors file: {error}") from None
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The weight files of a Hugging Face folder, all there; an empty list if it has none in safetensors."""
+    index = folder / INDEX
+    if not index.exists():
+        return [folder / SINGLE] if (folder / SINGLE).exists() else []
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{index} is no index of shards: {error!r}") from None
+    files = [folder / str(name) for name in names]
+    for name, file in zip(names, files, strict=True):
+        if Path(str(name)).name != name or not file.is_file():
+            raise FormatError(f"{index} names {name!r}, which is not in {folder}")
+    return files
+
+
+class ShardWriter:
+    """Writes tensors to `folder` as they come, a shard of at most `limit` bytes at a time, then the index."""
+
+    def __init__(self, folder: Path, limit: int = 2 << 30) -> None:
+        self.folder, self.limit = folder, limit
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self.nbytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor; it may be written now or later."""
+        size = sum(t.nbytes for t in self._pending.values())
+        if self._pending and size + tensor.nbytes > self.limit:
+            self._flush()
+        self._pending[name] = tensor
+        self.nbytes += tensor.nbytes
+
+    def close(self, metadata: Mapping[str, str] | None = None) -> None:
+        """Write what is left, give the shards their final names, and the index where there are several."""
+        self._flush()
+        if len(self._shards) == 1:
+            (self.folder / "shard-1").rename(self.folder / SINGLE)
+            return
+        weight_map = {}
+        for number, names in enumerate(self._shards, 1):
+            final = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+            (self.folder / f"shard-{number}").rename(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2))
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._shards.append(list(self._pending))
+            write_file(self.folder / f"shard-{len(self._shards)}", self._pending)
+            self._pending = {}
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """One safetensors file, on disk when this returns."""
+    whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(whole, path, metadata={"format": "pt", **(metadata or {})})
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of one file, and its metadata."""
+    with safe_open(path, framework="pt") as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118
+
+
+def side_files(folder: Path) -> list[Path]:
+    """What belongs to a model besides its weights: tokenizer, configs, templates, code, licence. Not its model card."""
+    found = []
+    for file in sorted(folder.iterdir()):
+        weights = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+        if file.is_file() and not file.name.startswith(".") and not weights and file.name not in _NOT_CARRIED:
+            found.append(file)
+    return found

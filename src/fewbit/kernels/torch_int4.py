@@ -1,0 +1,84 @@
+"""PyTorch's own 4-bit kernels, `_weight_int4pack_mm` on CUDA and `_weight_int4pack_mm_for_cpu`.
+
+Both take bfloat16 activations (the CPU one is vectorized for no other type) and 4-bit groups of 32 to 256 columns, and
+want scale and zero of each group as a bfloat16 pair [groups, N, 2], in the form w = (c - 8) * scale + zero. Rounding the
+fp16 scales to bfloat16 moves a result by about 2.4e-3; the fp16 ones are kept beside, because `restore` is exact.
+
+The packed codes are an undocumented shuffle that depends on the machine's vector width. `restore` need not know it: the
+product of the identity with scales of one and zeros of nought *is* the codes.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewbit.kernels.base import Kernel, Prepared, part_order
+from fewbit.registry import register
+from fewbit.schemes import bits
+from fewbit.schemes.affine import Affine
+from fewbit.schemes.base import Codec, Parts
+
+_INNER_K_TILES = 2  # of 16 columns each: the smallest tile, so K need only be a multiple of 32
+
+
+@register("kernels", "torch_int4")
+class TorchInt4(Kernel):
+    """Prepared: packed codes, bfloat16 (scale, zero) pairs, and the fp16 parts that the pairs were made from."""
+
+    name: ClassVar[str] = "torch_int4"
+    activations: ClassVar[str] = "exact"
+    priority: ClassVar[int] = 10
+
+    def why_not(self, codec: Codec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
+        n, k = shape
+        if not isinstance(codec, Affine) or codec.bits != 4:
+            return f"it multiplies by 4-bit integers only, not {codec}"
+        if (group := codec.group or k) not in (32, 64, 128, 256):
+            return f"groups of 32, 64, 128 or 256 columns only, not {group}"
+        if dtype != torch.bfloat16:
+            return f"activations in bfloat16 only, not {str(dtype).removeprefix('torch.')}"
+        if device.type not in ("cpu", "cuda"):
+            return f"it runs on CPU and CUDA, not on {device.type}"
+        rows = 16 if device.type == "cpu" else 8
+        if n % rows or k % (16 * _INNER_K_TILES):
+            return f"rows in multiples of {rows} and columns of {16 * _INNER_K_TILES} only, not {n} x {k}"
+        return None
+
+    def prepare(self, codec: Codec, parts: Parts, shape: tuple[int, int]) -> Prepared:
+        assert isinstance(codec, Affine)
+        codes, grids = codec.unpack(parts, shape)
+        if codes.is_cuda:
+            pairs = codes[:, ::2] << 4 | codes[:, 1::2]
+            packed = torch.ops.aten._convert_weight_to_int4pack(pairs, _INNER_K_TILES)
+        else:
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        zero = (8 - grids.zero) * grids.scale
+        pairs = torch.stack([grids.scale.T, zero.T], dim=-1).to(torch.bfloat16).contiguous()
+        return (packed, pairs, *(parts[name] for name in part_order(codec, shape)[1:]))
+
+    def restore(self, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Parts:
+        n, k = shape
+        kept = dict(zip(part_order(codec, shape)[1:], prepared[2:], strict=True))
+        unit = torch.zeros_like(prepared[1])
+        unit[..., 0] = 1
+        codes = torch.empty(n, k, dtype=torch.uint8, device=unit.device)
+        for start in range(0, k, 256):
+            columns = torch.arange(start, min(start + 256, k), device=unit.device)
+            one_hot = torch.zeros(len(columns), k, dtype=torch.bfloat16, device=unit.device)
+            one_hot[torch.arange(len(columns)), columns] = 1
+            codes[:, columns] = (_multiply(one_hot, prepared[0], unit, k) + 8).to(torch.uint8).T
+        return {codec.payload: bits.pack(codes, 4), **kept}
+
+    def linear(self, x: Tensor, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Tensor:
+        return _multiply(x.contiguous(), prepared[0], prepared[1], shape[1])
+
+
+def _multiply(x: Tensor, packed: Tensor, pairs: Tensor, k: int) -> Tensor:
+    group = k // pairs.shape[0]
+    if x.is_cuda:
+        return torch.ops.aten._weight_int4pack_mm(x, packed, group, pairs)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, pairs)
+

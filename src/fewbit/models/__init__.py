@@ -1,0 +1,1 @@
+"""Models: the only part of fewbit that imports transformers."""

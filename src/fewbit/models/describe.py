@@ -1,0 +1,91 @@
+"""What is in a model's files, read from their headers alone: schemes, shares, sizes, and how it was made."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from fewbit import registry
+from fewbit.errors import FormatError
+from fewbit.formats.base import Format
+from fewbit.formats.safetensors import Checkpoint
+from fewbit.models.source import Source
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Bytes are those of tensors. `weights_bytes` is at rest in memory: quantized weights in their parts, the rest as
+    stored; `file_bytes` is what the files hold. Bits per weight are of the quantized weights and of the whole model."""
+
+    name: str
+    architecture: str
+    format: str | None
+    schemes: dict[str, int]
+    parameters: int
+    quantized_parameters: int
+    weights_bytes: int
+    file_bytes: int
+    bits_per_weight: float
+    bits_per_weight_quantized: float | None
+    made: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """Share of all parameters that are quantized."""
+        return self.quantized_parameters / max(self.parameters, 1)
+
+
+def describe(source: Source) -> Inspection:
+    """The inspection of a located model; FormatError where its files contradict its config."""
+    config, checkpoint = source.config, Checkpoint(list(source.files))
+    quantization = config.get("quantization_config")
+    schemes: Counter[str] = Counter()
+    quantized, packed, plain = 0, 0, set(checkpoint.specs)
+    format = _format(quantization) if quantization else None
+    if format is not None:
+        for module, tensors in format.find(quantization, checkpoint.specs).items():
+            scheme, shape = format.describe(tensors, quantization)
+            schemes[str(scheme)] += 1
+            quantized += prod(shape)
+            packed += scheme.nbytes(shape)
+            plain -= {f"{module}.{suffix}" for suffix in tensors}
+    others = {name: checkpoint.specs[name] for name in plain}
+    rest = sum(spec.nbytes for spec in others.values())
+    parameters = quantized + sum(prod(spec.shape) for spec in others.values())
+    return Inspection(
+        name=source.name,
+        architecture=str((config.get("architectures") or [config.get("model_type", "?")])[0]),
+        format=format.name if format else None,
+        schemes=dict(schemes),
+        parameters=parameters,
+        quantized_parameters=quantized,
+        weights_bytes=packed + rest,
+        file_bytes=sum(spec.nbytes for spec in checkpoint.specs.values()),
+        bits_per_weight=8 * (packed + rest) / max(parameters, 1),
+        bits_per_weight_quantized=8 * packed / quantized if quantized else None,
+        made=_made(source),
+    )
+
+
+def _format(quantization: dict[str, Any]) -> Format:
+    method = quantization.get("quant_method")
+    for format in registry.entries("formats").values():
+        if format.quant_method == method:
+            made = format()
+            assert isinstance(made, Format)
+            return made
+    raise FormatError(f"quantization method {method!r} is not one that fewbit reads")
+
+
+def _made(source: Source) -> dict[str, Any]:
+    """What fewbit recorded when it made the model; empty for others'."""
+    try:
+        record = json.loads((source.folder / "fewbit.json").read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{source.folder / 'fewbit.json'}: {error}") from None
+    return dict(record) if isinstance(record, dict) else {}

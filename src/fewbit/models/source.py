@@ -1,0 +1,97 @@
+"""Where a model comes from: a local folder, the demo model by name, or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats import pickle, safetensors
+from fewbit.models import smollm2
+
+DEMO = "smollm2"
+# Everything a causal LM in the Hugging Face layout can need, and no other framework's weights.
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.py"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's folder, the name the user gave, and its weight files (safetensors)."""
+
+    name: str
+    folder: Path
+    files: tuple[Path, ...]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json as it is."""
+        return read_config(self.folder)
+
+    @property
+    def is_quantized(self) -> bool:
+        return "quantization_config" in self.config
+
+
+def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
+    """The model called `name`, its files found and their headers sound; PlanError or FormatError otherwise."""
+    folder = _folder(str(name))
+    read_config(folder)
+    files = safetensors.files_in(folder)
+    if not files:
+        pickles = pickle.files_in(folder)
+        if not pickles:
+            raise FormatError(f"{folder} has no weights", "Expected model.safetensors or pytorch_model.bin.")
+        if safetensors_only:
+            raise FormatError(
+                f"{folder} has its weights only as a pickle ({pickles[0].name}), which --safetensors-only refuses"
+            )
+        folder = pickle.converted(folder)
+        files = safetensors.files_in(folder)
+    return Source(str(name), folder, tuple(files))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder; FormatError where it is missing or is no JSON object."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise FormatError(f"{folder} has no config.json", "A model is a folder in the Hugging Face layout.") from None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{folder / 'config.json'}: {error}") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{folder / 'config.json'} holds no JSON object")
+    return config
+
+
+def _folder(name: str) -> Path:
+    if name == DEMO:
+        return smollm2.folder()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise PlanError(f"model {name}: that is a file", "Give the folder that holds config.json and the weights.")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise PlanError(
+            f"model {name}: no such folder", f"Give a local folder, a Hub name such as org/model, or {DEMO}."
+        )
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=_PATTERNS))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*_PATTERNS, "pytorch_model*.bin"]))
+        return folder
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PlanError(
+            f"model {name}: no such folder here, and the Hub did not give it: {reason}",
+            f"Check the name and the connection, or use a local folder or the demo model {DEMO!r}.",
+        ) from None

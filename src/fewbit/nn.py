@@ -1,0 +1,156 @@
+"""`QLinear`: the one quantized linear layer, for every scheme, format and kernel.
+
+It starts as a placeholder that has a tensor for each one on disk, so that any loader can fill it, and `adopt` turns it
+into prepared device tensors: the codes as the integer parameter `weight`, whatever else the kernel keeps as buffers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fewbit import registry
+from fewbit.errors import KernelError
+from fewbit.kernels.base import Kernel
+from fewbit.schemes.base import PartSpec, QTensor, chunk_rows
+
+# Relative Frobenius distance allowed between a kernel and the reference, by dtype of the activations.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+_verdicts: dict[tuple[str, str, tuple[int, int], torch.device, torch.dtype], str | None] = {}
+
+
+class QLinear(nn.Module):
+    """y = x Wᵀ + bias with W packed; `in_features`, `out_features` and `bias` as in `nn.Linear`."""
+
+    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, module: str = "") -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.module = in_features, out_features, module
+        self.register_parameter("bias", bias)
+        self.placeholders: tuple[str, ...] = ()
+        self.kernel: Kernel | None = None
+        self.kept: tuple[str, ...] = ()
+        self.permutation: Tensor | None
+        self.register_buffer("permutation", None)
+
+    def await_tensors(self, specs: Mapping[str, PartSpec]) -> Self:
+        """Register a tensor on the meta device for each one that a checkpoint will bring, by its name on disk."""
+        for name, spec in specs.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype, device="meta"), False))
+        self.placeholders = tuple(specs)
+        return self
+
+    def take_tensors(self) -> dict[str, Tensor]:
+        """The tensors that were loaded, leaving the layer empty."""
+        loaded = {name: getattr(self, name).data for name in self.placeholders}
+        for name in self.placeholders:
+            delattr(self, name)
+        self.placeholders = ()
+        return loaded
+
+    def adopt(self, weight: QTensor, dtype: torch.dtype, kernel: str | None = None) -> Self:
+        """Prepare `weight` for activations of `dtype` by the best kernel, or by the one named; KernelError if none can."""
+        device = weight.parts[weight.codec.payload].device
+        self.codec, self.shape, self.dtype, self.forced = weight.codec, weight.shape, dtype, kernel
+        self.kernel = choose(weight, device, dtype, kernel)
+        prepared = self.kernel.prepare(weight.codec, weight.parts, weight.shape)
+        self.weight = nn.Parameter(prepared[0], requires_grad=False)
+        self.kept = tuple(f"kept_{i}" for i in range(1, len(prepared)))
+        for name, tensor in zip(self.kept, prepared[1:], strict=True):
+            self.register_buffer(name, tensor)
+        self.permutation = weight.permutation
+        return self
+
+    @property
+    def prepared(self) -> tuple[Tensor, ...]:
+        """The device tensors, codes first."""
+        return (self.weight, *(getattr(self, name) for name in self.kept))
+
+    def qtensor(self) -> QTensor:
+        """The weight in its canonical parts, byte for byte as adopted."""
+        assert self.kernel is not None
+        parts = self.kernel.restore(self.codec, self.prepared, self.shape)
+        return QTensor(self.codec, self.shape, parts, self.permutation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.kernel is not None, f"{self.module} was never given a weight"
+        if x.dtype != self.dtype and x.dtype in TOLERANCE:
+            self.adopt(self.qtensor(), x.dtype, self.forced)
+        y = _Multiply.apply(x.reshape(-1, self.in_features), self)
+        y = y.reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves go through, casts do not: `model.half()` must not round packed weights or their scales."""
+
+        def move_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        frozen = {id(getattr(self, name)) for name in ("weight", "permutation", *self.kept) if hasattr(self, name)}
+        return super()._apply(lambda t: move_only(t) if id(t) in frozen else fn(t), recurse)
+
+    def extra_repr(self) -> str:
+        kind = f"{self.codec}, kernel={self.kernel.name}" if self.kernel is not None else "empty"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {kind}"
+
+
+class _Multiply(torch.autograd.Function):
+    """Forward by the kernel; backward grad_x = grad_y W with W dequantized a chunk of rows at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QLinear) -> Tensor:
+        ctx.layer = layer
+        assert layer.kernel is not None
+        if layer.permutation is not None:
+            x = x[:, layer.permutation]
+        return layer.kernel.linear(x, layer.codec, layer.prepared, layer.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        weight = ctx.layer.qtensor()
+        out = torch.zeros(grad.shape[0], weight.shape[1], dtype=torch.float32, device=grad.device)
+        for rows in chunk_rows(*weight.shape):
+            out += grad[:, rows].float() @ weight.codec.dequantize(weight.parts, weight.shape, torch.float32, rows)
+        if weight.permutation is not None:
+            out = torch.empty_like(out).index_copy_(1, weight.permutation, out)
+        return out.to(grad.dtype), None
+
+
+def choose(weight: QTensor, device: torch.device, dtype: torch.dtype, name: str | None = None) -> Kernel:
+    """The best kernel that can serve `weight` there and agrees with the reference on it.
+
+    KernelError with every candidate's reason if `name` is given and cannot, or none can.
+    """
+    kernels = {key: kernel() for key, kernel in registry.entries("kernels").items()}
+    candidates = [registry.get("kernels", name)()] if name else sorted(kernels.values(), key=lambda k: -k.priority)
+    reasons = []
+    for kernel in candidates:
+        reason = kernel.unavailable() or kernel.why_not(weight.codec, weight.shape, device, dtype)
+        reason = reason or _disagreement(kernel, kernels["reference"], weight, device, dtype)
+        if reason is None:
+            return kernel
+        reasons.append(f"{kernel.name}: {reason}")
+    raise KernelError(f"no kernel for {weight.codec} of shape {list(weight.shape)}", "; ".join(reasons))
+
+
+def _disagreement(kernel: Kernel, reference: Kernel, weight: QTensor, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if the kernel's product on this real weight is the reference's, checked once for each scheme and shape."""
+    if kernel.name == reference.name:
+        return None
+    key = (kernel.name, str(weight.codec), weight.shape, device, dtype)
+    if key not in _verdicts:
+        # Rows taken from the identity and ones would miss scale errors; a fixed random block does not.
+        x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        exact = reference.linear(x, weight.codec, reference.prepare(weight.codec, weight.parts, weight.shape), weight.shape)
+        got = kernel.linear(x, weight.codec, kernel.prepare(weight.codec, weight.parts, weight.shape), weight.shape)
+        distance = float((got.float() - exact.float()).norm() / exact.float().norm().clamp(min=1e-30))
+        _verdicts[key] = None if distance <= TOLERANCE[dtype] else f"differs from the reference by {distance:.1e}"
+        if _verdicts[key]:
+            warnings.warn(f"kernel {kernel.name} {_verdicts[key]} on {weight.codec}: not used", stacklevel=2)
+    return _verdicts[key]

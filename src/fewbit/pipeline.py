@@ -1,0 +1,334 @@
+"""Block by block: capture what enters a block, quantize its weights, replay with the quantized ones, keep the result.
+
+Memory holds one block in float, its statistics and the calibration activations, never the model. Each finished block is
+a file in the run's cache folder, under a fingerprint of all that determines it, so a run that was killed goes on where it
+stopped; the output folder is put together from those files at the end and appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.cache import cache_folder
+from fewbit.errors import NumericsError, PlanError
+from fewbit.formats.safetensors import Checkpoint, ShardWriter, read_file, side_files, write_file
+from fewbit.methods.base import Choice, Method
+from fewbit.models.skeleton import BlockCall, Skeleton
+from fewbit.plan import Assignment, Resolved
+from fewbit.stats import Need, Stats
+
+SHARD_BYTES = 512 << 20
+_LOWEST_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What happened to one weight. `error`: relative squared error of its outputs on the calibration inputs (of the
+    weight itself where there were none). `dropped`: input rows left out because they were not finite."""
+
+    module: str
+    shape: tuple[int, int]
+    scheme: str
+    method: str
+    nbytes: int
+    error: float
+    dropped: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress: `done` of `total` blocks, the last with this mean error; `resumed` if its result was found."""
+
+    done: int
+    total: int
+    error: float
+    resumed: bool
+
+
+Progress = Callable[[Step], None]
+
+
+def share_quantized(skeleton: Skeleton, resolved: Resolved) -> float:
+    """Share of the blocks' parameters that the plan quantizes."""
+    quantized = sum(a.shape[0] * a.shape[1] for a in resolved.assignments.values())
+    return quantized / skeleton.parameters_in_blocks()
+
+
+def check(skeleton: Skeleton, resolved: Resolved) -> None:
+    """Everything that can be known before any work: PlanError or NumericsError, naming the tensor."""
+    if reason := skeleton.why_not():
+        raise PlanError(reason)
+    if (share := share_quantized(skeleton, resolved)) < _LOWEST_SHARE:
+        raise PlanError(
+            f"only {share:.0%} of the parameters in the model's blocks would be quantized",
+            f"At least {_LOWEST_SHARE:.0%} must be. Not quantized: {', '.join(resolved.kept[:8]) or 'none of its linears'}.",
+        )
+    for key, name in skeleton.name_of.items():
+        if name.removesuffix(".weight") in resolved.assignments and not torch.isfinite(skeleton.checkpoint.get(key)).all():
+            raise NumericsError(f"{key} has NaN or Inf", f"The checkpoint {skeleton.source.folder} is damaged.")
+
+
+class Run:
+    """The durable results of one quantization: a folder in the cache with a file for each finished block."""
+
+    def __init__(self, fingerprint: str) -> None:
+        self.folder = cache_folder() / "runs" / fingerprint
+
+    def save(self, index: int, tensors: Mapping[str, Tensor], reports: Sequence[TensorReport]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        made = self.folder / f".block-{index:05d}"
+        write_file(made, tensors, {"reports": json.dumps([asdict(report) for report in reports])})
+        made.rename(self.file(index))
+
+    def load(self, index: int) -> tuple[dict[str, Tensor], list[TensorReport]] | None:
+        if not self.file(index).exists():
+            return None
+        tensors, metadata = read_file(self.file(index))
+        reports = [TensorReport(**{**r, "shape": tuple(r["shape"])}) for r in json.loads(metadata["reports"])]
+        return tensors, reports
+
+    def file(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def forget(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def fingerprint(skeleton: Skeleton, resolved: Resolved, tokens: Tensor | None, versions: Mapping[str, str]) -> str:
+    """A digest of all that determines the result: weights, plan, calibration tokens, versions, arithmetic."""
+    files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in skeleton.source.files]
+    plan = [(a.module, str(a.scheme), repr(a.method)) for a in resolved.assignments.values()]
+    digest = hashlib.sha256()
+    digest.update(json.dumps([files, plan, resolved.format.name, dict(versions)]).encode())
+    digest.update(f"{skeleton.dtype} {skeleton.device.type}".encode())
+    if tokens is not None:
+        digest.update(str(tuple(tokens.shape)).encode() + tokens.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def quantize_blocks(
+    skeleton: Skeleton, resolved: Resolved, tokens: Tensor | None, run: Run, progress: Progress
+) -> list[TensorReport]:
+    """Fill `run` with every block of the model, quantized; `tokens` [samples, length] calibrate where a method needs it."""
+    reports: list[TensorReport] = []
+    need = max((a.method.needs for a in resolved.assignments.values()), default=Need.NOTHING)
+    hidden: list[Tensor] = []
+    calls: dict[str, list[BlockCall]] = {block: [] for block in skeleton.blocks}
+    if need > Need.NOTHING:
+        assert tokens is not None
+        hidden, calls = skeleton.capture(_batches(tokens))
+    for index, block in enumerate(skeleton.blocks):
+        found = run.load(index)
+        if found is not None and need == Need.NOTHING:
+            made = found[1]
+        else:
+            with skeleton.materialized(block) as module:
+                if found is None:
+                    made = _quantize_block(skeleton, resolved, block, module, calls[block], hidden, run, index)
+                else:
+                    made = found[1]
+                    _restore_block(skeleton, resolved, block, found[0])
+                if block != skeleton.blocks[-1]:
+                    with torch.no_grad():
+                        for i, call in enumerate(calls[block]):
+                            hidden[i] = call.run(module, hidden[i])
+        reports += made
+        progress(Step(index + 1, len(skeleton.blocks), _mean_error(made), found is not None))
+    return reports
+
+
+def _quantize_block(
+    skeleton: Skeleton,
+    resolved: Resolved,
+    block: str,
+    module: nn.Module,
+    calls: list[BlockCall],
+    hidden: list[Tensor],
+    run: Run,
+    index: int,
+) -> list[TensorReport]:
+    """Quantize the linears of a materialized block in place, and save them in `run`."""
+    wanted = {name: resolved.assignments[name] for name in skeleton.linears(block) if name in resolved.assignments}
+    stats = gather(skeleton, module, wanted, calls, hidden)
+    tensors: dict[str, Tensor] = {}
+    reports = []
+    for name, assignment in wanted.items():
+        measured = stats.pop(name, None)
+        weight = skeleton.weight(name).float()
+        choice = _choose(assignment, weight, measured)
+        values = choice.weight.dequantize()
+        stored = choice.weight.map(lambda t: t.cpu())
+        for suffix, tensor in resolved.format.lay_out(stored).items():
+            tensors[f"{name}.{suffix}"] = tensor
+        reports.append(
+            TensorReport(
+                module=name,
+                shape=assignment.shape,
+                scheme=str(assignment.scheme),
+                method=type(assignment.method).__name__,
+                nbytes=stored.nbytes,
+                error=_relative_error(weight, values, measured),
+                dropped=measured.dropped if measured else 0,
+                notes=choice.notes,
+            )
+        )
+        skeleton.replace_weight(name, values)
+    run.save(index, tensors, reports)
+    return reports
+
+
+def _restore_block(skeleton: Skeleton, resolved: Resolved, block: str, tensors: Mapping[str, Tensor]) -> None:
+    """Give a materialized block the values of a result that was found."""
+    config = resolved.format.config(list(resolved.assignments.values()), resolved.kept)
+    for name in skeleton.linears(block):
+        if name in resolved.assignments:
+            own = {key.removeprefix(name + "."): t for key, t in tensors.items() if key.startswith(name + ".")}
+            skeleton.replace_weight(name, resolved.format.read(own, config, name).dequantize())
+
+
+def gather(
+    skeleton: Skeleton,
+    module: nn.Module,
+    wanted: Mapping[str, Assignment],
+    calls: list[BlockCall],
+    hidden: list[Tensor],
+) -> dict[str, Stats]:
+    """Statistics of each linear's input over all batches, one object for all linears that read the same tensor."""
+    stats: dict[str, Stats] = {}
+    seen: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+    reads: dict[str, str] = {}  # linear -> the first linear that reads the same tensor
+    needs = {name: a.method.needs for name, a in wanted.items() if a.method.needs > Need.NOTHING}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def record(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            if name not in reads:
+                before = seen.get(id(x))
+                reads[name] = before[1] if before and before[0]() is x else name
+                seen.setdefault(id(x), (weakref.ref(x), name))
+                if before and before[0]() is not x:
+                    seen[id(x)] = (weakref.ref(x), name)
+                if reads[name] == name:
+                    readers = max(needs.values())
+                    stats[name] = Stats(wanted[name].shape[1], readers, skeleton.device)
+            if reads[name] == name:
+                stats[name].add(x)
+
+        return record
+
+    handles = [skeleton.model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in needs]
+    try:
+        with torch.no_grad():
+            for call, states in zip(calls, hidden, strict=True):
+                call.run(module, states)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: stats[leader] for name, leader in reads.items()}
+
+
+def _choose(assignment: Assignment, weight: Tensor, stats: Stats | None) -> Choice:
+    method = assignment.method
+    if method.needs > Need.NOTHING and (stats is None or not stats.rows):
+        choice = Method.quantize(method, weight, assignment.scheme, None)
+        return Choice(choice.weight, ["no calibration input reached it: rounded to nearest"])
+    try:
+        return method.quantize(weight, assignment.scheme, stats)
+    except NumericsError as error:
+        raise NumericsError(f"{assignment.module}: {error.message}", error.hint) from None
+
+
+def _relative_error(weight: Tensor, values: Tensor, stats: Stats | None) -> float:
+    error = weight - values
+    if stats is None or stats.need < Need.HESSIAN or not stats.rows:
+        return float(error.square().sum() / weight.square().sum().clamp(min=1e-30))
+    hessian = stats.hessian
+    return float(((error @ hessian) * error).sum() / ((weight @ hessian) * weight).sum().clamp(min=1e-30))
+
+
+def _mean_error(reports: Sequence[TensorReport]) -> float:
+    return sum(report.error for report in reports) / max(len(reports), 1)
+
+
+def _batches(tokens: Tensor) -> list[Tensor]:
+    """About 2048 tokens at a time: enough to keep two cores or a GPU busy, small beside the statistics."""
+    return list(tokens.split(max(1, 2048 // tokens.shape[1])))
+
+
+@contextmanager
+def published(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A fresh folder beside `out` that becomes `out` when the body ends, and vanishes if it does not."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for stale in out.parent.glob(f".{out.name}.fewbit-*"):
+        if not _alive(stale.name.rpartition("-")[2]):
+            shutil.rmtree(stale, ignore_errors=True)
+    staging = out.parent / f".{out.name}.fewbit-{os.getpid()}"
+    staging.mkdir()
+    try:
+        yield staging
+        for file in [*staging.iterdir(), staging]:
+            handle = os.open(file, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        if out.exists():
+            if not overwrite:
+                raise PlanError(f"{out} has appeared meanwhile", "Use --overwrite to replace it.")
+            old = out.parent / f".{out.name}.fewbit-old-{os.getpid()}"
+            out.rename(old)
+            staging.rename(out)
+            shutil.rmtree(old)
+        else:
+            staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def assemble(folder: Path, skeleton: Skeleton, resolved: Resolved, run: Run) -> int:
+    """Write the model's files into `folder`: shards, config, side files. Returns the bytes of all tensors."""
+    blocks = Checkpoint([run.file(i) for i in range(len(skeleton.blocks))])
+    suffixes = {a.module: list(resolved.format.specs(a.shape, a.scheme)) for a in resolved.assignments.values()}
+    writer = ShardWriter(folder, SHARD_BYTES)
+    for key, name, _ in skeleton.passed_through():
+        module = name.removesuffix(".weight")
+        if module in suffixes:
+            for suffix in suffixes[module]:
+                writer.add(f"{module}.{suffix}", blocks.get(f"{module}.{suffix}"))
+        else:
+            writer.add(name, skeleton.checkpoint.get(key))
+    writer.close()
+    for file in side_files(skeleton.source.folder):
+        shutil.copyfile(file, folder / file.name)
+    config = skeleton.source.config
+    config["quantization_config"] = resolved.format.config(list(resolved.assignments.values()), resolved.kept)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return writer.nbytes
+
+
+def timed() -> Callable[[], float]:
+    """Seconds since this call."""
+    start = time.perf_counter()
+    return lambda: time.perf_counter() - start

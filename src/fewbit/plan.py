@@ -1,0 +1,194 @@
+"""A plan: which tensors get which method and scheme, and in which format the result is written.
+
+Ordered rules match module names by glob; the first that matches wins, and a rule without a scheme leaves what it matches
+as it is. Presets are plans. `resolve` settles a plan against a model's shapes and reports all that does not fit at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from fewbit import registry
+from fewbit.errors import PlanError
+from fewbit.formats.base import Format, Shape, Stored
+from fewbit.methods.base import Method, make
+from fewbit.schemes.base import Scheme, parse
+
+_SMALLEST_GROUP = 32  # what the ecosystem's kernels take
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules whose name matches `match` get `scheme` by `method`; scheme None: they stay as they are."""
+
+    match: str
+    scheme: str | None
+    method: str = "rtn"
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`adapt`: shrink the group to the largest that divides every tensor, and leave tensors that no group fits."""
+
+    name: str
+    format: str
+    rules: tuple[Rule, ...]
+    adapt: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; `from_json` gives the plan back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that a JSON object describes; PlanError where it does not describe one."""
+        try:
+            rules = tuple(Rule(**rule) for rule in data["rules"])
+            return cls(str(data["name"]), str(data["format"]), rules, bool(data.get("adapt", False)))
+        except (KeyError, TypeError) as error:
+            raise PlanError(
+                f"this is no plan: {error}",
+                'A plan is {"name", "format", "rules": [{"match", "scheme", "method", "options"}]}.',
+            ) from None
+
+    def changed(
+        self,
+        *,
+        scheme: str | None = None,
+        method: str | None = None,
+        format: str | None = None,
+        options: Mapping[str, str] | None = None,
+    ) -> Plan:
+        """This plan with a scheme, method, format or method options in place of its own.
+
+        A scheme that was asked for by name is taken at its word: its group is not shrunk.
+        """
+        rules = tuple(
+            rule
+            if rule.scheme is None
+            else replace(
+                rule,
+                scheme=scheme or rule.scheme,
+                method=method or rule.method,
+                # Options belong to the method they were written for.
+                options={**(rule.options if method in (None, rule.method) else {}), **(options or {})},
+            )
+            for rule in self.rules
+        )
+        return replace(self, rules=rules, format=format or self.format, adapt=self.adapt and scheme is None)
+
+
+def _preset(name: str, method: str, bits: int) -> Plan:
+    return Plan(name, "gptq", (Rule("*", f"int{bits}-g128-sym", method),), adapt=True)
+
+
+PRESETS: dict[str, Plan] = {
+    plan.name: plan
+    for plan in (
+        _preset("rtn-4bit", "rtn", 4),
+        *(_preset(f"gptq-{bits}bit", "gptq", bits) for bits in (2, 3, 4, 8)),
+    )
+}
+
+
+def find(name: str) -> Plan:
+    """The preset of that name, or the plan in that JSON file."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if name.endswith(".json"):
+        try:
+            return Plan.from_json(json.loads(Path(name).read_text()))
+        except (OSError, ValueError) as error:
+            raise PlanError(f"plan file {name}: {error}") from None
+    raise registry.unknown("plan", name, PRESETS)
+
+
+@dataclass(frozen=True)
+class Assignment(Stored):
+    """What one weight will get."""
+
+    method: Method
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plan settled for one model: what each weight gets, which modules stay, and what a user should know."""
+
+    plan: Plan
+    format: Format
+    assignments: Mapping[str, Assignment]
+    kept: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def resolve(plan: Plan, shapes: Mapping[str, Shape]) -> Resolved:
+    """Settle `plan` for modules of these shapes [N, K]; PlanError lists every one that cannot be as it asks."""
+    format = registry.get("formats", plan.format)()
+    assert isinstance(format, Format)
+    wanted, kept, notes = {}, [], []
+    for module, shape in shapes.items():
+        rule = next((rule for rule in plan.rules if fnmatchcase(module, rule.match)), None)
+        if rule is None or rule.scheme is None:
+            kept.append(module)
+        else:
+            method = make(rule.method, dict(rule.options))
+            wanted[module] = Assignment(module, shape, parse(rule.scheme), method)
+    if not wanted:
+        raise PlanError(f"plan {plan.name} matches none of the {len(shapes)} linears in the model's blocks")
+    if plan.adapt:
+        wanted, adapted = _adapt(wanted, format)
+        notes += adapted
+        kept += [module for module in shapes if module not in wanted and module not in kept]
+    refused = {m: reason for m, a in wanted.items() if (reason := format.why_not(a.shape, a.scheme))}
+    if refused:
+        raise PlanError(_listed(refused, wanted, len(wanted)), _what_fits(wanted, format))
+    if wanted and (reason := format.why_not_together(list(wanted.values()))):
+        raise PlanError(reason, "Use one scheme for all, or another --format.")
+    return Resolved(plan, format, wanted, tuple(kept), tuple(notes))
+
+
+def _adapt(wanted: Mapping[str, Assignment], format: Format) -> tuple[dict[str, Assignment], list[str]]:
+    """Assignments that fit the format, with one group size for all, and sentences on what that changed."""
+    fitting = {m: a for m, a in wanted.items() if _groups_that_fit(a, format)}
+    notes = [f"{module} stays as it is: {format.why_not(a.shape, a.scheme)}" for module, a in wanted.items() if module not in fitting]
+    common = set.intersection(*(set(_groups_that_fit(a, format)) for a in fitting.values())) if fitting else set()
+    asked = {a.scheme.group for a in fitting.values()}
+    if len(asked) == 1 and common and (group := max(common)) != (before := asked.pop()):
+        odd = sorted({a.shape[1] for a in fitting.values() if a.shape[1] % before})
+        notes.append(
+            f"groups of {group} instead of {before}: a {format.name} file has one group size, "
+            f"and {before} does not divide {' or '.join(map(str, odd))} columns"
+        )
+        fitting = {m: replace(a, scheme=a.scheme.with_group(group)) for m, a in fitting.items()}
+    return fitting, notes
+
+
+def _groups_that_fit(assignment: Assignment, format: Format) -> list[int]:
+    """Group sizes at most the one asked for, halving, that the format can store this weight with."""
+    group, found = assignment.scheme.group, []
+    while group >= _SMALLEST_GROUP:
+        if format.why_not(assignment.shape, assignment.scheme.with_group(group)) is None:
+            found.append(group)
+        group //= 2
+    return found or ([0] if not assignment.scheme.group and not format.why_not(assignment.shape, assignment.scheme) else [])
+
+
+def _listed(refused: Mapping[str, str], wanted: Mapping[str, Assignment], total: int) -> str:
+    lines = [f"  {module} [{wanted[module].shape[0]} x {wanted[module].shape[1]}]: {why}" for module, why in refused.items()]
+    return "\n".join([f"{len(refused)} of {total} tensors cannot be stored as asked:", *lines])
+
+
+def _what_fits(wanted: Mapping[str, Assignment], format: Format) -> str:
+    schemes: set[Scheme] = {a.scheme for a in wanted.values()}
+    for scheme in sorted(schemes, key=str):
+        for group in (1024, 512, 256, 128, 64, 32, 16, 0):
+            tried = scheme.with_group(group)
+            if not any(format.why_not(a.shape, tried) for a in wanted.values()):
+                return f"This would fit every tensor: --scheme {tried}."
+    return "No group size fits every tensor; leave some out with a plan file, or use another --format."

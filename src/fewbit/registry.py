@@ -1,0 +1,60 @@
+"""What exists: each family of fewbit is a folder, and a file in it is an entry.
+
+A module of a family registers its classes with `@register("family", "name")`; `names` and `get` import the folder's
+modules on first use, so adding a scheme, method, format or kernel is adding one file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from fewbit.errors import PlanError
+
+FAMILIES = ("schemes", "methods", "formats", "kernels")
+
+_entries: dict[str, dict[str, Any]] = {family: {} for family in FAMILIES}
+_loaded: set[str] = set()
+
+T = TypeVar("T")
+
+
+def register(family: str, name: str) -> Callable[[T], T]:
+    """Make the decorated class (or value) known as `name` in `family`."""
+
+    def add(entry: T) -> T:
+        if name in _entries[family]:
+            raise RuntimeError(f"{family}: {name!r} is registered twice")
+        _entries[family][name] = entry
+        return entry
+
+    return add
+
+
+def entries(family: str) -> dict[str, Any]:
+    """All entries of a family by name, in the order of their files' names."""
+    if family not in _loaded:
+        package = importlib.import_module(f"fewbit.{family}")
+        for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
+            importlib.import_module(f"fewbit.{family}.{module.name}")
+        _loaded.add(family)
+    return _entries[family]
+
+
+def get(family: str, name: str) -> Any:
+    """The entry called `name`; PlanError with the nearest names if there is none."""
+    found = entries(family)
+    if name not in found:
+        raise unknown(family[:-1], name, found)
+    return found[name]
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> PlanError:
+    """The error for a name that nothing answers to, with the nearest ones and the whole list."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    return PlanError(f"unknown {what} {name!r}", f"{hint}Known: {', '.join(known)}.")

@@ -1,0 +1,275 @@
+"""What a person sees: tables, progress, the model card. The only place that formats numbers."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fewbit.api import Evaluation, Preview, Quantized
+    from fewbit.evaluate.quality import Estimate
+    from fewbit.hardware import Hardware
+    from fewbit.models.describe import Inspection
+    from fewbit.pipeline import Step
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: 98.4 MB, 1.23 GB (decimal units, as files are sold)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.3g} {unit}" if nbytes < 1000 * scale else f"{nbytes / scale:,.0f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 0.42 s, 37 s, 2 min 05 s."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def interval(estimate: Estimate, digits: int = 3, percent: bool = False) -> tuple[str, str]:
+    """The value, and its 95 % interval."""
+    show = (lambda v: f"{v:.2%}") if percent else (lambda v: f"{v:.{digits}g}")
+    return show(estimate.value), f"{show(estimate.low)} ... {show(estimate.high)}"
+
+
+def _grid(title: str, *columns: str, numbers: Sequence[int] = ()) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i in numbers else "left", overflow="fold")
+    return table
+
+
+def quantized(done: Quantized) -> None:
+    """What `fewbit quantize` prints when it is finished."""
+    for note in done.notes:
+        out.print(f"note: {note}")
+    fallbacks = [(t.module, note) for t in done.tensors for note in t.notes]
+    for note, count in Counter(note for _, note in fallbacks).items():
+        first = next(module for module, n in fallbacks if n == note)
+        out.print(f"note: {note} ({first}{f' and {count - 1} more' if count > 1 else ''})")
+    table = _grid(done.out, "", "original", "quantized", "", numbers=(1, 2))
+    factor = done.original_bytes / max(done.output_bytes, 1)
+    table.add_row("weights in files", size(done.original_bytes), size(done.output_bytes), f"{factor:.2f} x smaller")
+    table.add_row("bits per quantized weight", "", f"{done.bits_per_weight:.3f}", f"{share(done.share)} of the blocks' parameters")
+    worst = max(done.tensors, key=lambda t: t.error)
+    mean = sum(t.error for t in done.tensors) / len(done.tensors)
+    table.add_row("relative output error", "", f"{mean:.2e}", f"worst {worst.error:.2e} in {worst.module}")
+    table.add_row("time", "", duration(done.seconds), "")
+    table.add_row("peak memory", "", size(done.peak), "of this process, mapped files included")
+    out.print(table)
+    out.print(f'Reopened and checked; it says: "The{done.sample}"')
+
+
+def preview(shown: Preview) -> None:
+    """What `fewbit quantize --dry-run` prints."""
+    table = _grid(f"plan {shown.plan}, format {shown.format}", "tensor", "becomes", "bytes", numbers=(2,))
+    for name, what, nbytes in shown.tensors:
+        table.add_row(name, what, f"{nbytes:,}")
+    out.print(table)
+    for note in shown.notes:
+        out.print(f"note: {note}")
+    out.print(
+        f"{shown.original_bytes:,} bytes become {shown.output_bytes:,} ({size(shown.output_bytes)}); "
+        f"{share(shown.share)} of the blocks' parameters are quantized. Nothing was written."
+    )
+
+
+def evaluation(done: Evaluation) -> None:
+    """What `fewbit evaluate` prints."""
+    q, i = done.quality, done.inspection
+    against = f" against {done.reference}" if done.reference else ""
+    title = f"{done.model}{against}, on {q.tokens:,} tokens of {done.text} in windows of {q.length}"
+    table = _grid(title, "", "value", "95 % interval", "what it says", numbers=(1,))
+    table.add_row("perplexity", *interval(q.perplexity, 4), "how surprised it is by the text; lower is better")
+    if q.reference_perplexity and q.perplexity_ratio and q.kl and q.same_top:
+        table.add_row("  of the reference", *interval(q.reference_perplexity, 4), "")
+        table.add_row("  ratio", *interval(q.perplexity_ratio, 4), "1 is no loss")
+        table.add_row("KL divergence", *interval(q.kl.mean), "distance from the reference's predictions; 0 is no loss")
+        table.add_row("  median", *interval(q.kl.median), "")
+        table.add_row("  99 % of tokens below", *interval(q.kl.p99), "")
+        table.add_row("  99.9 %", *interval(q.kl.p999), "")
+        table.add_row("  worst token", f"{q.kl.max:.3g}", "", "")
+        table.add_row("same top token", *interval(q.same_top, percent=True), "how often both would choose the same token")
+    table.add_row("weights", size(i.weights_bytes), "", f"{i.bits_per_weight:.2f} bits per weight, all tensors counted")
+    if i.bits_per_weight_quantized:
+        table.add_row("  quantized ones", f"{i.bits_per_weight_quantized:.3f}", "", "bits per weight")
+    table.add_row("peak memory", size(done.peak), "", "of this evaluation, both models held")
+    table.add_row("time", duration(done.seconds), "", "")
+    out.print(table)
+
+
+def evaluation_json(done: Evaluation) -> dict[str, Any]:
+    """The object that `fewbit evaluate --json` prints: plain numbers, with `intervals` beside them."""
+    q, i = done.quality, done.inspection
+    data: dict[str, Any] = {
+        "model": done.model,
+        "reference": done.reference,
+        "text": done.text,
+        "tokens": q.tokens,
+        "windows": q.windows,
+        "length": q.length,
+        "perplexity": q.perplexity.value,
+        "weights_bytes": i.weights_bytes,
+        "file_bytes": i.file_bytes,
+        "bits_per_weight": i.bits_per_weight,
+        "bits_per_weight_quantized": i.bits_per_weight_quantized,
+        "peak_memory_bytes": done.peak,
+        "seconds": done.seconds,
+        "intervals": {"perplexity": [q.perplexity.low, q.perplexity.high]},
+    }
+    if q.reference_perplexity and q.perplexity_ratio and q.kl and q.same_top:
+        kl = {"mean": q.kl.mean, "median": q.kl.median, "p99": q.kl.p99, "p999": q.kl.p999}
+        pairs = {
+            "reference_perplexity": q.reference_perplexity,
+            "perplexity_ratio": q.perplexity_ratio,
+            "same_top": q.same_top,
+        }
+        data |= {name: estimate.value for name, estimate in pairs.items()}
+        data["kl"] = {**{name: estimate.value for name, estimate in kl.items()}, "max": q.kl.max}
+        data["intervals"] |= {name: [e.low, e.high] for name, e in pairs.items()}
+        data["intervals"]["kl"] = {name: [e.low, e.high] for name, e in kl.items()}
+    return data
+
+
+def inspection(i: Inspection) -> None:
+    """What `fewbit inspect` prints."""
+    table = _grid(i.name, "", "")
+    table.add_row("architecture", i.architecture)
+    table.add_row("format", i.format or "not quantized")
+    for scheme, count in i.schemes.items():
+        table.add_row("scheme", f"{scheme} in {count} tensors")
+    table.add_row("parameters", f"{i.parameters:,}, of which {share(i.share)} are quantized")
+    table.add_row("weights", f"{size(i.weights_bytes)} at rest, {size(i.file_bytes)} in files")
+    table.add_row("bits per weight", f"{i.bits_per_weight:.3f} over the whole model")
+    if i.bits_per_weight_quantized:
+        table.add_row("", f"{i.bits_per_weight_quantized:.3f} of the quantized weights")
+    if i.made:
+        table.add_row("made by", f"fewbit {i.made.get('versions', {}).get('fewbit', '?')} from {i.made.get('model', '?')}")
+        table.add_row("plan", str(i.made.get("plan", {}).get("name", "?")))
+        if calibrated := i.made.get("calibration"):
+            table.add_row("calibrated on", calibrated_on(calibrated))
+        errors = [t["error"] for t in i.made.get("tensors", [])]
+        if errors:
+            table.add_row("relative output error", f"{sum(errors) / len(errors):.2e} on average, {max(errors):.2e} at worst")
+        for note in i.made.get("notes", []):
+            table.add_row("note", note)
+    out.print(table)
+
+
+def calibrated_on(calibrated: Mapping[str, Any]) -> str:
+    return (
+        f"{calibrated['samples']} x {calibrated['length']} tokens of {calibrated['text']}, "
+        f"seed {calibrated['seed']}, digest {calibrated['digest'][:12]}"
+    )
+
+
+def listing(families: Mapping[str, Sequence[tuple[str, str, str | None]]]) -> None:
+    """What `fewbit list` prints: for each family (name, what it is, why it is unavailable here)."""
+    for family, rows in families.items():
+        table = _grid(family, "name", "what it is", "here")
+        for name, what, unavailable in rows:
+            table.add_row(name, what, f"no: {unavailable}" if unavailable else "yes")
+        out.print(table)
+        out.print()
+
+
+def doctor(found: Hardware) -> None:
+    """What `fewbit doctor` prints."""
+    table = _grid("this machine", "", "")
+    for name, version in found.versions.items():
+        table.add_row(name, version)
+    table.add_row("devices", ", ".join(found.devices) or "CPU only")
+    table.add_row("instruction sets", ", ".join(found.instructions) or "unknown")
+    table.add_row("threads", str(found.threads))
+    table.add_row("memory", size(found.memory))
+    for name, reason in found.kernels.items():
+        table.add_row(f"kernel {name}", f"no: {reason}" if reason else "ready")
+    for name, why in found.missing.items():
+        table.add_row(f"without {name}", why)
+    out.print(table)
+    for line in found.advice:
+        out.print(f"- {line}")
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """README.md of an output folder."""
+    schemes = Counter(f"{t['scheme']} by {t['method']}" for t in record["tensors"])
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [quantized, fewbit]",
+        *([f"base_model: {record['model']}"] if record["model"].count("/") == 1 and record["model"][0] not in "./~" else []),
+        "---",
+        f"# {record['model'].rstrip('/').rpartition('/')[2]}, quantized",
+        "",
+        f"Made with fewbit {record['versions']['fewbit']}, plan `{record['plan']['name']}`, format `{record['plan']['format']}`.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {count} tensors | {what} |" for what, count in schemes.items()),
+        f"| bits per quantized weight | {record['bits_per_weight']:.3f} |",
+        f"| share of the blocks' parameters | {share(record['share'])} |",
+        f"| weights | {size(record['original_bytes'])} before, {size(record['output_bytes'])} now |",
+        *([f"| calibrated on | {calibrated_on(record['calibration'])} |"] if record["calibration"] else []),
+        "",
+        "`fewbit.json` holds the plan, versions, the error of each tensor and every fallback.",
+        "Load it with `import fewbit` and `AutoModelForCausalLM.from_pretrained`, or with any reader of the format.",
+        "The licence is that of the original model.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[Step], None]]:
+    """A bar on stderr in a terminal, a plain line for each block elsewhere."""
+    if not err.is_terminal:
+        start = time.perf_counter()
+
+        def line(step: Step) -> None:
+            state = "found" if step.resumed else f"error {step.error:.2e}"
+            spent = time.perf_counter() - start
+            left = spent / step.done * (step.total - step.done)
+            err.print(f"block {step.done}/{step.total}  {state}  {duration(spent)} elapsed, {duration(left)} left")
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=True) as bar:
+        task = bar.add_task("blocks", total=None, state="")
+
+        def update(step: Step) -> None:
+            state = "found" if step.resumed else f"error {step.error:.2e}"
+            bar.update(task, total=step.total, completed=step.done, state=state)
+
+        yield update
+
+
+@contextmanager
+def windows_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar over windows of text in a terminal, nothing elsewhere."""
+    if not err.is_terminal:
+        yield lambda done, total: None
+        return
+    with Progress(
+        TextColumn("windows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err, transient=True
+    ) as bar:
+        task = bar.add_task("windows", total=None)
+        yield lambda done, total: bar.update(task, total=total, completed=done)

@@ -1,0 +1,1 @@
+"""Schemes: what the numbers of a quantized weight mean."""

@@ -1,0 +1,63 @@
+"""Codes of 1 to 8 bits as one little-endian bit stream per row, and back.
+
+Code j of a row occupies bits [j*bits, (j+1)*bits) of that row, counted from the lowest bit of its first byte. This is
+also what a GPTQ file holds, read as 32-bit words, for every width including 3.
+
+>>> codes = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0]], dtype=torch.uint8)
+>>> pack(codes, 3).tolist()           # 0b11010001, 0b01011000, 0b00011111
+[[209, 88, 31]]
+>>> unpack(pack(codes, 3), 3, 8).tolist()
+[[1, 2, 3, 4, 5, 6, 7, 0]]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def packed_bytes(n: int, bits: int) -> int:
+    """Bytes that a row of `n` codes takes."""
+    return (n * bits + 7) // 8
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [..., packed_bytes(n, bits)] from uint8 codes [..., n], each below 2**bits."""
+    n = codes.shape[-1]
+    if bits == 8:
+        return codes.contiguous()
+    if 8 % bits == 0:
+        per = 8 // bits
+        lanes = pad(codes, (0, -n % per)).unflatten(-1, (-1, per))
+        out = lanes[..., 0].clone()
+        for lane in range(1, per):
+            out |= lanes[..., lane] << (lane * bits)
+        return out
+    # Eight codes fill `bits` bytes: gather them in one word, then cut the word in bytes.
+    lanes = pad(codes, (0, -n % 8)).unflatten(-1, (-1, 8))
+    word = torch.zeros(lanes.shape[:-1], dtype=_word(bits), device=codes.device)
+    for lane in range(8):
+        word |= lanes[..., lane].to(word.dtype) << (lane * bits)
+    out = torch.stack([((word >> (8 * byte)) & 0xFF).to(torch.uint8) for byte in range(bits)], dim=-1)
+    return out.flatten(-2)[..., : packed_bytes(n, bits)].contiguous()
+
+
+def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The first `n` codes, uint8 [..., n], of each row of `packed` uint8 [..., packed_bytes(n, bits)]."""
+    if bits == 8:
+        return packed
+    mask = (1 << bits) - 1
+    if 8 % bits == 0:
+        lanes = [(packed >> (lane * bits)) & mask for lane in range(8 // bits)]
+        return torch.stack(lanes, dim=-1).flatten(-2)[..., :n]
+    by_word = pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits))
+    word = torch.zeros(by_word.shape[:-1], dtype=_word(bits), device=packed.device)
+    for byte in range(bits):
+        word |= by_word[..., byte].to(word.dtype) << (8 * byte)
+    lanes = [((word >> (lane * bits)) & mask).to(torch.uint8) for lane in range(8)]
+    return torch.stack(lanes, dim=-1).flatten(-2)[..., :n]
+
+
+def _word(bits: int) -> torch.dtype:
+    return torch.int32 if bits <= 3 else torch.int64

@@ -1,0 +1,79 @@
+"""What calibration measured of one linear's input: statistics over the rows x [K] that reached it.
+
+Three kinds, each containing what the ones before it tell: the mean of |x_j|, the mean of x_j², and the Hessian
+H = mean x xᵀ, of which the quadratic error of a row of the weight is e H eᵀ. All are float32; rows with a NaN or
+Inf are dropped and counted.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import NumericsError
+
+
+class Need(IntEnum):
+    """What a method needs to know of a linear's input, in rising order of cost."""
+
+    NOTHING = 0
+    MEAN_ABS = 1
+    MEAN_SQUARE = 2
+    HESSIAN = 3
+    INPUTS = 4
+
+
+class Stats:
+    """Statistics of the input rows of the linears that share one input of K columns."""
+
+    def __init__(self, k: int, need: Need, device: torch.device | str = "cpu") -> None:
+        self.need = need
+        self.rows = 0
+        self.dropped = 0
+        self._abs = torch.zeros(k, device=device) if need == Need.MEAN_ABS else None
+        self._square = torch.zeros(k, device=device) if need == Need.MEAN_SQUARE else None
+        self._hessian = torch.zeros(k, k, device=device) if need == Need.HESSIAN else None
+
+    def add(self, x: Tensor) -> None:
+        """Count the rows of x [..., K]."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        finite = torch.isfinite(x.sum(1))
+        if not finite.all():
+            self.dropped += int((~finite).sum())
+            x = x[finite]
+        if not x.shape[0]:
+            return
+        # Running means: sums of millions of squares would lose digits, and a mean needs no second [K, K] to be read.
+        before = self.rows
+        self.rows += x.shape[0]
+        keep, share = before / self.rows, 1 / self.rows
+        if self._abs is not None:
+            self._abs.mul_(keep).add_(x.abs().sum(0), alpha=share)
+        if self._square is not None:
+            self._square.mul_(keep).add_(x.square().sum(0), alpha=share)
+        if self._hessian is not None:
+            self._hessian.addmm_(x.T, x, beta=keep, alpha=share)
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """mean |x_j|, [K]."""
+        return self._checked(self._abs)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """mean x_j², [K]: the diagonal of the Hessian."""
+        return self.hessian.diagonal() if self._hessian is not None else self._checked(self._square)
+
+    @property
+    def hessian(self) -> Tensor:
+        """mean x xᵀ, [K, K]; not a copy."""
+        return self._checked(self._hessian)
+
+    def _checked(self, mean: Tensor | None) -> Tensor:
+        if mean is None:
+            raise NumericsError(f"this statistic was not gathered (only {self.need.name} was)")
+        if not self.rows:
+            raise NumericsError("no finite row reached this input during calibration")
+        return mean
