@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 
 from fewbit import calibration as texts
-from fewbit import hardware, pipeline, registry, report
+from fewbit import pipeline, registry, report
 from fewbit import plan as plans
+from fewbit.advise import hardware
 from fewbit.errors import FewbitError, FormatError, PlanError
 from fewbit.evaluate import memory, quality
 from fewbit.models.describe import Inspection, describe
+from fewbit.models.generate import continue_text, prompt_ids
 from fewbit.models.load import load_model
 from fewbit.models.skeleton import Skeleton, load_tokenizer
 from fewbit.models.source import Source, locate
+from fewbit.report import Evaluation, Preview, Quantized
 from fewbit.stats import Need
 
 SCHEMA = 1
@@ -30,56 +33,13 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Calibration:
-    """`samples` windows of `length` tokens (at most the model's context) drawn by `seed` from a text: a name or a file."""
+    """`samples` windows of `length` tokens (at most the model's context), drawn by `seed` from a text (name or
+    file)."""
 
     text: str = "pydoc"
     samples: int = 128
     length: int = 512
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What `quantize` would do. Bytes are exact; `tensors` lists every tensor of the output as (name, what, bytes)."""
-
-    plan: str
-    format: str
-    notes: list[str]
-    tensors: list[tuple[str, str, int]]
-    original_bytes: int
-    output_bytes: int
-    share: float
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """What `quantize` did. Bytes of tensors; `peak` is the most memory this process ever had resident."""
-
-    out: str
-    plan: str
-    notes: list[str]
-    tensors: list[pipeline.TensorReport]
-    original_bytes: int
-    output_bytes: int
-    bits_per_weight: float
-    share: float
-    seconds: float
-    peak: int
-    anonymous: int
-    sample: str
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Quality, and size where the model is quantized."""
-
-    model: str
-    reference: str | None
-    text: str
-    quality: quality.Quality
-    inspection: Inspection
-    peak: int
-    seconds: float
 
 
 def quantize(
@@ -96,8 +56,9 @@ def quantize(
 ) -> Quantized:
     """Quantize `model` by `plan` into the folder `out`, which appears whole or not at all.
 
-    The same call after an interruption goes on at the block where it stopped. PlanError before any work if the plan does
-    not fit the model, FormatError for a broken checkpoint, NumericsError (naming the tensor) for NaN or Inf in it.
+    The same call after an interruption goes on at the block where it stopped. PlanError before any work if the plan
+    does not fit the model, FormatError for a broken checkpoint, NumericsError (naming the tensor) for NaN or Inf in
+    it.
     """
     elapsed, out = pipeline.timed(), Path(out)
     if out.exists() and not overwrite:
@@ -172,9 +133,7 @@ def load(
 
     `kernel` names the one to use throughout (`fewbit list`); KernelError if it cannot serve a weight.
     """
-    return load_model(
-        locate(model), dtype=dtype, device=device, kernel=kernel, trust_remote_code=trust_remote_code
-    )
+    return load_model(locate(model), dtype=dtype, device=device, kernel=kernel, trust_remote_code=trust_remote_code)
 
 
 def evaluate(
@@ -188,7 +147,8 @@ def evaluate(
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Perplexity of `model`, and its distance from `reference`, on disjoint windows of a text nothing was calibrated on.
+    """Perplexity of `model`, and its distance from `reference`, on disjoint windows of a text nothing was calibrated
+    on.
 
     length: tokens of a window, the model's context up to 2048 by default. windows: how many, all by default. dtype of
     activations: float32 on a CPU, the checkpoint's own on a GPU by default.
@@ -237,28 +197,18 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     device: str | None = None,
-    streamer: Callable[[Any], Any] | None = None,
+    stream: bool = False,
 ) -> str:
     """The text that `model` continues `prompt` with: greedy at temperature 0, else sampled with `seed`.
 
-    chat: the prompt is a user's message in the model's chat template. streamer: made from the tokenizer, gets the text as
-    it comes.
+    chat: the prompt is a user's message in the model's chat template. stream: print the text as it comes, too.
     """
     source = locate(model)
     tokenizer = load_tokenizer(source)
-    if chat and not tokenizer.chat_template:
-        raise PlanError(f"{model} has no chat template", "Leave --chat out.")
-    if chat:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
-    if not inputs["input_ids"].numel():
-        raise PlanError("the prompt is empty")
+    ids = prompt_ids(tokenizer, prompt, chat=chat)
     loaded = load_model(source, device=device or _device())
-    torch.manual_seed(seed)
-    return _continue(
-        loaded, tokenizer, inputs["input_ids"], max_new_tokens, temperature, streamer(tokenizer) if streamer else None
+    return continue_text(
+        loaded, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stream=stream
     )
 
 
@@ -271,7 +221,9 @@ def catalogue() -> dict[str, list[tuple[str, str, str | None]]]:
             what = (sys.modules[entry.__module__].__doc__ or "").strip().splitlines()[0]
             if family == "schemes":
                 what += f" Such as {', '.join(entry.examples)}."
-            if family == "methods" and (options := [f"--{f.name.replace('_', '-')} {f.default}" for f in fields(entry)]):
+            if family == "methods" and (
+                options := [f"--{f.name.replace('_', '-')} {f.default}" for f in fields(entry)]
+            ):
                 what += f" Options: {', '.join(options)}."
             rows.append((name, what, entry().unavailable() if family == "kernels" else None))
         found[family] = rows
@@ -292,7 +244,12 @@ class _Job:
 
     @classmethod
     def prepare(
-        cls, model: str | Path, plan: str | plans.Plan, device: str | None, safetensors_only: bool, trust_remote_code: bool
+        cls,
+        model: str | Path,
+        plan: str | plans.Plan,
+        device: str | None,
+        safetensors_only: bool,
+        trust_remote_code: bool,
     ) -> _Job:
         wanted = plans.find(plan) if isinstance(plan, str) else plan
         source = locate(model, safetensors_only=safetensors_only)
@@ -358,27 +315,9 @@ def _reopened(folder: Path, tokenizer: Any, device: str | None, trust_remote_cod
         with torch.inference_mode():
             if not torch.isfinite(model(input_ids=ids.to(model.device)).logits).all():
                 raise FormatError("the quantized model's logits are not finite")
-        return _continue(model, tokenizer, ids, 8, 0.0, None)
+        return continue_text(model, tokenizer, ids, max_new_tokens=8)
     except FewbitError as error:
         raise FormatError(f"the output failed its own check: {error.message}", error.hint) from error
-
-
-def _continue(
-    model: Any, tokenizer: Any, ids: Tensor, max_new_tokens: int, temperature: float, streamer: Any | None
-) -> str:
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    ids = ids.to(model.device)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else model.generation_config.eos_token_id
-    with torch.inference_mode():
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad[0] if isinstance(pad, list) else pad,
-            streamer=streamer,
-            **sampling,
-        )
-    return str(tokenizer.decode(out[0][ids.shape[1] :], skip_special_tokens=True))
 
 
 def _device() -> str:

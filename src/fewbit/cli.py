@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -23,20 +23,20 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="A local folder, a Hub name (org/model), or smollm2, the demo model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU where there is one.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU where there is one.")]
 Seed = Annotated[int, typer.Option(help="Makes every random choice the same again.")]
-Length = Annotated[Optional[int], typer.Option(help="Tokens in a window.")]
+Length = Annotated[int | None, typer.Option(help="Tokens in a window.")]
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def quantize(
     context: typer.Context,
     model: Model,
-    output: Annotated[Optional[str], typer.Option("-o", "--output", help="The folder to make.")] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", help="The folder to make.")] = None,
     plan: Annotated[str, typer.Option(help="A plan by name (fewbit list) or a .json file.")] = "gptq-4bit",
-    method: Annotated[Optional[str], typer.Option(help="Choose codes by this method instead of the plan's.")] = None,
-    scheme: Annotated[Optional[str], typer.Option(help="Use this scheme instead, such as int4-g64-sym.")] = None,
-    format: Annotated[Optional[str], typer.Option(help="Write this file format instead.")] = None,
+    method: Annotated[str | None, typer.Option(help="Choose codes by this method instead of the plan's.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="Use this scheme instead, such as int4-g64-sym.")] = None,
+    format: Annotated[str | None, typer.Option(help="Write this file format instead.")] = None,
     calibration: Annotated[str, typer.Option(help="Text: pydoc, wikitext2, c4, or a .txt or .jsonl file.")] = "pydoc",
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
@@ -57,9 +57,7 @@ def quantize(
     if method or scheme or format or options:
         chosen = chosen.changed(scheme=scheme, method=method, format=format, options=options)
     if dry_run:
-        shown = api.preview(
-            model, plan=chosen, safetensors_only=safetensors_only, trust_remote_code=trust_remote_code
-        )
+        shown = api.preview(model, plan=chosen, safetensors_only=safetensors_only, trust_remote_code=trust_remote_code)
         _print(asdict(shown)) if as_json else report.preview(shown)
         return
     if output is None:
@@ -91,12 +89,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue PROMPT with MODEL."""
-    from transformers import TextStreamer
-
     from fewbit import api
-
-    def streamer(tokenizer: Any) -> Any:
-        return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     text = api.generate(
         model,
@@ -106,7 +99,7 @@ def generate(
         seed=seed,
         chat=chat,
         device=device,
-        streamer=None if as_json else streamer,
+        stream=not as_json,
     )
     if as_json:
         _print({"model": model, "prompt": prompt, "text": text})
@@ -115,10 +108,10 @@ def generate(
 @app.command()
 def evaluate(
     model: Model,
-    reference: Annotated[Optional[str], typer.Option(help="The original, to measure the loss against.")] = None,
+    reference: Annotated[str | None, typer.Option(help="The original, to measure the loss against.")] = None,
     text: Annotated[str, typer.Option(help="pydoc, wikitext2, c4, or a .txt or .jsonl file.")] = "pydoc",
     length: Length = None,
-    windows: Annotated[Optional[int], typer.Option(help="So many windows; all by default.")] = None,
+    windows: Annotated[int | None, typer.Option(help="So many windows; all by default.")] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -147,13 +140,19 @@ def list_(as_json: Json = False) -> None:
     from fewbit import api, report
 
     families = api.catalogue()
-    _print({f: [dict(zip(("name", "what", "unavailable"), row, strict=True)) for row in rows] for f, rows in families.items()}) if as_json else report.listing(families)
+    _print(
+        {
+            f: [dict(zip(("name", "what", "unavailable"), row, strict=True)) for row in rows]
+            for f, rows in families.items()
+        }
+    ) if as_json else report.listing(families)
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Tell what this machine has, which kernels serve it, and what would make it faster."""
-    from fewbit import hardware, report
+    from fewbit import report
+    from fewbit.advise import hardware
 
     found = hardware.look()
     _print(asdict(found)) if as_json else report.doctor(found)

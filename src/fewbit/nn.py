@@ -30,6 +30,7 @@ class QLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, module: str = "") -> None:
         super().__init__()
         self.in_features, self.out_features, self.module = in_features, out_features, module
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
         self.placeholders: tuple[str, ...] = ()
         self.kernel: Kernel | None = None
@@ -53,7 +54,7 @@ class QLinear(nn.Module):
         return loaded
 
     def adopt(self, weight: QTensor, dtype: torch.dtype, kernel: str | None = None) -> Self:
-        """Prepare `weight` for activations of `dtype` by the best kernel, or by the one named; KernelError if none can."""
+        """Prepare `weight` for activations of `dtype` by the best kernel or the one named; KernelError if none can."""
         device = weight.parts[weight.codec.payload].device
         self.codec, self.shape, self.dtype, self.forced = weight.codec, weight.shape, dtype, kernel
         self.kernel = choose(weight, device, dtype, kernel)
@@ -80,7 +81,7 @@ class QLinear(nn.Module):
         assert self.kernel is not None, f"{self.module} was never given a weight"
         if x.dtype != self.dtype and x.dtype in TOLERANCE:
             self.adopt(self.qtensor(), x.dtype, self.forced)
-        y = _Multiply.apply(x.reshape(-1, self.in_features), self)
+        y: Tensor = _Multiply.apply(x.reshape(-1, self.in_features), self)  # type: ignore[no-untyped-call]
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -92,7 +93,8 @@ class QLinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         frozen = {id(getattr(self, name)) for name in ("weight", "permutation", *self.kept) if hasattr(self, name)}
-        return super()._apply(lambda t: move_only(t) if id(t) in frozen else fn(t), recurse)
+        super()._apply(lambda t: move_only(t) if id(t) in frozen else fn(t), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         kind = f"{self.codec}, kernel={self.kernel.name}" if self.kernel is not None else "empty"
@@ -127,8 +129,10 @@ def choose(weight: QTensor, device: torch.device, dtype: torch.dtype, name: str 
 
     KernelError with every candidate's reason if `name` is given and cannot, or none can.
     """
-    kernels = {key: kernel() for key, kernel in registry.entries("kernels").items()}
-    candidates = [registry.get("kernels", name)()] if name else sorted(kernels.values(), key=lambda k: -k.priority)
+    kernels: dict[str, Kernel] = {key: kernel() for key, kernel in registry.entries("kernels").items()}
+    candidates: list[Kernel] = (
+        [registry.get("kernels", name)()] if name else sorted(kernels.values(), key=lambda k: -k.priority)
+    )
     reasons = []
     for kernel in candidates:
         reason = kernel.unavailable() or kernel.why_not(weight.codec, weight.shape, device, dtype)
@@ -139,7 +143,9 @@ def choose(weight: QTensor, device: torch.device, dtype: torch.dtype, name: str 
     raise KernelError(f"no kernel for {weight.codec} of shape {list(weight.shape)}", "; ".join(reasons))
 
 
-def _disagreement(kernel: Kernel, reference: Kernel, weight: QTensor, device: torch.device, dtype: torch.dtype) -> str | None:
+def _disagreement(
+    kernel: Kernel, reference: Kernel, weight: QTensor, device: torch.device, dtype: torch.dtype
+) -> str | None:
     """None if the kernel's product on this real weight is the reference's, checked once for each scheme and shape."""
     if kernel.name == reference.name:
         return None
@@ -147,7 +153,9 @@ def _disagreement(kernel: Kernel, reference: Kernel, weight: QTensor, device: to
     if key not in _verdicts:
         # Rows taken from the identity and ones would miss scale errors; a fixed random block does not.
         x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(device, dtype)
-        exact = reference.linear(x, weight.codec, reference.prepare(weight.codec, weight.parts, weight.shape), weight.shape)
+        exact = reference.linear(
+            x, weight.codec, reference.prepare(weight.codec, weight.parts, weight.shape), weight.shape
+        )
         got = kernel.linear(x, weight.codec, kernel.prepare(weight.codec, weight.parts, weight.shape), weight.shape)
         distance = float((got.float() - exact.float()).norm() / exact.float().norm().clamp(min=1e-30))
         _verdicts[key] = None if distance <= TOLERANCE[dtype] else f"differs from the reference by {distance:.1e}"

@@ -1,8 +1,8 @@
 """Block by block: capture what enters a block, quantize its weights, replay with the quantized ones, keep the result.
 
-Memory holds one block in float, its statistics and the calibration activations, never the model. Each finished block is
-a file in the run's cache folder, under a fingerprint of all that determines it, so a run that was killed goes on where it
-stopped; the output folder is put together from those files at the end and appears whole or not at all.
+Memory holds one block in float, its statistics and the calibration activations, never the model. Each finished block
+is a file in the run's cache folder, under a fingerprint of all that determines it, so a run that was killed goes on
+where it stopped; the output folder is put together from those files at the end and appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -75,10 +75,13 @@ def check(skeleton: Skeleton, resolved: Resolved) -> None:
     if (share := share_quantized(skeleton, resolved)) < _LOWEST_SHARE:
         raise PlanError(
             f"only {share:.0%} of the parameters in the model's blocks would be quantized",
-            f"At least {_LOWEST_SHARE:.0%} must be. Not quantized: {', '.join(resolved.kept[:8]) or 'none of its linears'}.",
+            f"At least {_LOWEST_SHARE:.0%} must be. Left as they are: {', '.join(resolved.kept[:8]) or 'no linears'}.",
         )
     for key, name in skeleton.name_of.items():
-        if name.removesuffix(".weight") in resolved.assignments and not torch.isfinite(skeleton.checkpoint.get(key)).all():
+        if (
+            name.removesuffix(".weight") in resolved.assignments
+            and not torch.isfinite(skeleton.checkpoint.get(key)).all()
+        ):
             raise NumericsError(f"{key} has NaN or Inf", f"The checkpoint {skeleton.source.folder} is damaged.")
 
 
@@ -123,7 +126,7 @@ def fingerprint(skeleton: Skeleton, resolved: Resolved, tokens: Tensor | None, v
 def quantize_blocks(
     skeleton: Skeleton, resolved: Resolved, tokens: Tensor | None, run: Run, progress: Progress
 ) -> list[TensorReport]:
-    """Fill `run` with every block of the model, quantized; `tokens` [samples, length] calibrate where a method needs it."""
+    """Fill `run` with every block, quantized; `tokens` [samples, length] calibrate where a method needs it."""
     reports: list[TensorReport] = []
     need = max((a.method.needs for a in resolved.assignments.values()), default=Need.NOTHING)
     hidden: list[Tensor] = []

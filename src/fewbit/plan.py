@@ -1,7 +1,8 @@
 """A plan: which tensors get which method and scheme, and in which format the result is written.
 
-Ordered rules match module names by glob; the first that matches wins, and a rule without a scheme leaves what it matches
-as it is. Presets are plans. `resolve` settles a plan against a model's shapes and reports all that does not fit at once.
+Ordered rules match module names by glob; the first that matches wins, and a rule without a scheme leaves what it
+matches as it is. Presets are plans. `resolve` settles a plan against a model's shapes and reports all that does not
+fit at once.
 """
 
 from __future__ import annotations
@@ -156,7 +157,11 @@ def resolve(plan: Plan, shapes: Mapping[str, Shape]) -> Resolved:
 def _adapt(wanted: Mapping[str, Assignment], format: Format) -> tuple[dict[str, Assignment], list[str]]:
     """Assignments that fit the format, with one group size for all, and sentences on what that changed."""
     fitting = {m: a for m, a in wanted.items() if _groups_that_fit(a, format)}
-    notes = [f"{module} stays as it is: {format.why_not(a.shape, a.scheme)}" for module, a in wanted.items() if module not in fitting]
+    notes = [
+        f"{module} stays as it is: {format.why_not(a.shape, a.scheme)}"
+        for module, a in wanted.items()
+        if module not in fitting
+    ]
     common = set.intersection(*(set(_groups_that_fit(a, format)) for a in fitting.values())) if fitting else set()
     asked = {a.scheme.group for a in fitting.values()}
     if len(asked) == 1 and common and (group := max(common)) != (before := asked.pop()):
@@ -176,11 +181,15 @@ def _groups_that_fit(assignment: Assignment, format: Format) -> list[int]:
         if format.why_not(assignment.shape, assignment.scheme.with_group(group)) is None:
             found.append(group)
         group //= 2
-    return found or ([0] if not assignment.scheme.group and not format.why_not(assignment.shape, assignment.scheme) else [])
+    return found or (
+        [0] if not assignment.scheme.group and not format.why_not(assignment.shape, assignment.scheme) else []
+    )
 
 
 def _listed(refused: Mapping[str, str], wanted: Mapping[str, Assignment], total: int) -> str:
-    lines = [f"  {module} [{wanted[module].shape[0]} x {wanted[module].shape[1]}]: {why}" for module, why in refused.items()]
+    lines = [
+        f"  {module} [{wanted[module].shape[0]} x {wanted[module].shape[1]}]: {why}" for module, why in refused.items()
+    ]
     return "\n".join([f"{len(refused)} of {total} tensors cannot be stored as asked:", *lines])
 
 

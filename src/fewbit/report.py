@@ -6,21 +6,64 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from fewbit.api import Evaluation, Preview, Quantized
-    from fewbit.evaluate.quality import Estimate
-    from fewbit.hardware import Hardware
-    from fewbit.models.describe import Inspection
-    from fewbit.pipeline import Step
+from fewbit.advise.hardware import Hardware
+from fewbit.evaluate.quality import Estimate, Quality
+from fewbit.models.describe import Inspection
+from fewbit.pipeline import Step, TensorReport
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What `quantize` would do. Bytes are exact; `tensors` lists every tensor of the output as (name, what, bytes)."""
+
+    plan: str
+    format: str
+    notes: list[str]
+    tensors: list[tuple[str, str, int]]
+    original_bytes: int
+    output_bytes: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` did. Bytes of tensors; `peak` is the most memory this process ever had resident."""
+
+    out: str
+    plan: str
+    notes: list[str]
+    tensors: list[TensorReport]
+    original_bytes: int
+    output_bytes: int
+    bits_per_weight: float
+    share: float
+    seconds: float
+    peak: int
+    anonymous: int
+    sample: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality, and size where the model is quantized."""
+
+    model: str
+    reference: str | None
+    text: str
+    quality: Quality
+    inspection: Inspection
+    peak: int
+    seconds: float
 
 
 def size(nbytes: float) -> str:
@@ -45,8 +88,8 @@ def share(value: float) -> str:
 
 def interval(estimate: Estimate, digits: int = 3, percent: bool = False) -> tuple[str, str]:
     """The value, and its 95 % interval."""
-    show = (lambda v: f"{v:.2%}") if percent else (lambda v: f"{v:.{digits}g}")
-    return show(estimate.value), f"{show(estimate.low)} ... {show(estimate.high)}"
+    style = ".2%" if percent else f".{digits}g"
+    return f"{estimate.value:{style}}", f"{estimate.low:{style}} ... {estimate.high:{style}}"
 
 
 def _grid(title: str, *columns: str, numbers: Sequence[int] = ()) -> Table:
@@ -67,7 +110,9 @@ def quantized(done: Quantized) -> None:
     table = _grid(done.out, "", "original", "quantized", "", numbers=(1, 2))
     factor = done.original_bytes / max(done.output_bytes, 1)
     table.add_row("weights in files", size(done.original_bytes), size(done.output_bytes), f"{factor:.2f} x smaller")
-    table.add_row("bits per quantized weight", "", f"{done.bits_per_weight:.3f}", f"{share(done.share)} of the blocks' parameters")
+    table.add_row(
+        "bits per quantized weight", "", f"{done.bits_per_weight:.3f}", f"{share(done.share)} of the blocks' parameters"
+    )
     worst = max(done.tensors, key=lambda t: t.error)
     mean = sum(t.error for t in done.tensors) / len(done.tensors)
     table.add_row("relative output error", "", f"{mean:.2e}", f"worst {worst.error:.2e} in {worst.module}")
@@ -106,7 +151,9 @@ def evaluation(done: Evaluation) -> None:
         table.add_row("  99 % of tokens below", *interval(q.kl.p99), "")
         table.add_row("  99.9 %", *interval(q.kl.p999), "")
         table.add_row("  worst token", f"{q.kl.max:.3g}", "", "")
-        table.add_row("same top token", *interval(q.same_top, percent=True), "how often both would choose the same token")
+        table.add_row(
+            "same top token", *interval(q.same_top, percent=True), "how often both would choose the same token"
+        )
     table.add_row("weights", size(i.weights_bytes), "", f"{i.bits_per_weight:.2f} bits per weight, all tensors counted")
     if i.bits_per_weight_quantized:
         table.add_row("  quantized ones", f"{i.bits_per_weight_quantized:.3f}", "", "bits per weight")
@@ -161,13 +208,17 @@ def inspection(i: Inspection) -> None:
     if i.bits_per_weight_quantized:
         table.add_row("", f"{i.bits_per_weight_quantized:.3f} of the quantized weights")
     if i.made:
-        table.add_row("made by", f"fewbit {i.made.get('versions', {}).get('fewbit', '?')} from {i.made.get('model', '?')}")
+        table.add_row(
+            "made by", f"fewbit {i.made.get('versions', {}).get('fewbit', '?')} from {i.made.get('model', '?')}"
+        )
         table.add_row("plan", str(i.made.get("plan", {}).get("name", "?")))
         if calibrated := i.made.get("calibration"):
             table.add_row("calibrated on", calibrated_on(calibrated))
         errors = [t["error"] for t in i.made.get("tensors", [])]
         if errors:
-            table.add_row("relative output error", f"{sum(errors) / len(errors):.2e} on average, {max(errors):.2e} at worst")
+            table.add_row(
+                "relative output error", f"{sum(errors) / len(errors):.2e} on average, {max(errors):.2e} at worst"
+            )
         for note in i.made.get("notes", []):
             table.add_row("note", note)
     out.print(table)
@@ -210,16 +261,21 @@ def doctor(found: Hardware) -> None:
 
 def model_card(record: Mapping[str, Any]) -> str:
     """README.md of an output folder."""
+    plan = record["plan"]
     schemes = Counter(f"{t['scheme']} by {t['method']}" for t in record["tensors"])
     lines = [
         "---",
         "library_name: transformers",
         "tags: [quantized, fewbit]",
-        *([f"base_model: {record['model']}"] if record["model"].count("/") == 1 and record["model"][0] not in "./~" else []),
+        *(
+            [f"base_model: {record['model']}"]
+            if record["model"].count("/") == 1 and record["model"][0] not in "./~"
+            else []
+        ),
         "---",
         f"# {record['model'].rstrip('/').rpartition('/')[2]}, quantized",
         "",
-        f"Made with fewbit {record['versions']['fewbit']}, plan `{record['plan']['name']}`, format `{record['plan']['format']}`.",
+        f"Made with fewbit {record['versions']['fewbit']}, plan `{plan['name']}`, format `{plan['format']}`.",
         "",
         "| | |",
         "|---|---|",

@@ -9,7 +9,7 @@ sum p_ref (log p_ref - log p), in nats per token. Logits are compared window by 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Quality:
-    """`perplexity_ratio`, `kl` and `same_top` (share of tokens) compare with the reference; None where there is none."""
+    """`perplexity_ratio`, `kl` and `same_top` (share of tokens) compare with the reference; None if there is none."""
 
     tokens: int
     windows: int
@@ -54,7 +54,9 @@ class Quality:
     same_top: Estimate | None
 
 
-def measure(model: Any, reference: Any | None, windows: Tensor, progress: Callable[[int], None] | None = None) -> Quality:
+def measure(
+    model: Any, reference: Any | None, windows: Tensor, progress: Callable[[int], None] | None = None
+) -> Quality:
     """Compare two causal LMs on `windows` of token ids [n, length]; `progress` is told of each finished window."""
     loss, reference_loss, kl, same = [], [], [], []
     with torch.inference_mode():
@@ -77,20 +79,23 @@ def measure(model: Any, reference: Any | None, windows: Tensor, progress: Callab
                 progress(number)
     lost = torch.cat(loss).double()
     runs = _Resampler(len(lost))
-    mean_exp = _exp_of_mean
-    quality = {
-        "tokens": len(lost),
-        "windows": windows.shape[0],
-        "length": windows.shape[1],
-        "perplexity": runs.estimate(mean_exp, lost),
-    }
+    alone = Quality(
+        tokens=len(lost),
+        windows=windows.shape[0],
+        length=windows.shape[1],
+        perplexity=runs.estimate(_exp_of_mean, lost),
+        reference_perplexity=None,
+        perplexity_ratio=None,
+        kl=None,
+        same_top=None,
+    )
     if reference is None:
-        return Quality(**quality, reference_perplexity=None, perplexity_ratio=None, kl=None, same_top=None)
+        return alone
     original_loss, divergence = torch.cat(reference_loss).double(), torch.cat(kl).double()
-    return Quality(
-        **quality,
-        reference_perplexity=runs.estimate(mean_exp, original_loss),
-        perplexity_ratio=runs.estimate(mean_exp, lost - original_loss),
+    return replace(
+        alone,
+        reference_perplexity=runs.estimate(_exp_of_mean, original_loss),
+        perplexity_ratio=runs.estimate(_exp_of_mean, lost - original_loss),
         kl=Divergence(
             mean=runs.estimate(torch.mean, divergence),
             median=runs.estimate(_quantile(0.5), divergence),

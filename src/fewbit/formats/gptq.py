@@ -3,15 +3,15 @@
 A linear of N rows and K columns at b bits and group g is stored as
 
     qweight  int32 [K b / 32, N]         codes, a little-endian bit stream down each column
-    qzeros   int32 [K / g, N b / 32]     zero points, a bit stream along each row; "gptq" (v1) stores zero - 1 modulo 2^b,
+    qzeros   int32 [K / g, N b / 32]     zero points, a bit stream along each row; "gptq" (v1) stores zero - 1 mod 2^b,
                                          "gptq_v2" stores zero itself
     scales   float16 [K / g, N]
     g_idx    int32 [K]                   the group of each column; j // g unless written with act-order (`desc_act`)
 
-The codes are our own bit stream per row seen as 32-bit words and transposed, for every width. Written files have 2, 3, 4
-or 8 bits and one group size throughout, symmetric ones as v1, asymmetric ones as v2: in v1 a zero point of 0 is stored
-as 2^b - 1, which some kernels read back as 2^b. Sources: the packing code of AutoGPTQ 0.7 and gptqmodel; vLLM's
-`gptq.py` for what it takes.
+The codes are our own bit stream per row seen as 32-bit words and transposed, for every width. Written files have 2,
+3, 4 or 8 bits and one group size throughout, symmetric ones as v1, asymmetric ones as v2: in v1 a zero point of 0 is
+stored as 2^b - 1, which some kernels read back as 2^b. Sources: the packing code of AutoGPTQ 0.7 and gptqmodel;
+vLLM's `gptq.py` for what it takes.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ class GPTQFormat(Format):
 
 def _words(packed: Tensor) -> Tensor:
     """Rows of bytes [R, 4 C] seen as rows of little-endian words, int32 [R, C]."""
-    return packed.flatten().view(torch.int32).unflatten(0, (packed.shape[0], -1))
+    words: Tensor = packed.flatten().view(torch.int32).unflatten(0, (packed.shape[0], -1))
+    return words
 
 
 def _width(config: Mapping[str, Any]) -> int:
@@ -188,7 +189,9 @@ def _check(module: str, specs: Mapping[str, PartSpec], width: int, config: Mappi
         raise FormatError(f"{module}.scales: {groups} groups do not divide {k} columns")
     group = config.get("group_size", -1)
     if groups != (1 if group in (-1, 0, None) else -(-k // int(group))):
-        raise FormatError(f"{module}.scales: {groups} groups found, but the config says group_size {group} of {k} columns")
+        raise FormatError(
+            f"{module}.scales: {groups} groups found, but the config says group_size {group} of {k} columns"
+        )
     expected = {
         "qweight": PartSpec((words, n), torch.int32),
         "qzeros": PartSpec((groups, n * width // 32), torch.int32),

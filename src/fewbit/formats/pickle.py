@@ -1,8 +1,8 @@
 """Checkpoints that exist only as `pytorch_model.bin`: turned into safetensors by a process of its own.
 
-torch.load with `weights_only=True` builds tensors and refuses anything else a pickle may ask for; no plain pickle is ever
-executed. The process is separate so that a hostile file meets nothing but an interpreter about to exit, and so that the
-whole model is never in this one's memory.
+torch.load with `weights_only=True` builds tensors and refuses anything else a pickle may ask for; no plain pickle is
+ever executed. The process is separate so that a hostile file meets nothing but an interpreter about to exit, and so
+that the whole model is never in this one's memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def converted(folder: Path) -> Path:
-    """A folder in the cache with the same model in safetensors, made on first use; FormatError if a pickle asks for more."""
+    """A cached folder with the same model in safetensors, made on first use; FormatError if a pickle asks for more."""
     files = files_in(folder)
     stats = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     key = hashlib.sha256("\n".join(stats).encode()).hexdigest()[:24]

@@ -59,7 +59,8 @@ class Checkpoint:
 
     def get(self, name: str) -> Tensor:
         """The tensor, backed by the file's pages."""
-        return self._handle(name).get_tensor(name)
+        tensor: Tensor = self._handle(name).get_tensor(name)
+        return tensor
 
     def _handle(self, name: str) -> Any:
         file = self._file_of[name]
@@ -123,7 +124,7 @@ class ShardWriter:
         if len(self._shards) == 1:
             (self.folder / "shard-1").rename(self.folder / SINGLE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards, 1):
             final = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
             (self.folder / f"shard-{number}").rename(self.folder / final)

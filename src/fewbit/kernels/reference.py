@@ -38,4 +38,3 @@ class Reference(Kernel):
         for chunk in chunk_rows(*shape):
             y[:, chunk] = (rows @ codec.dequantize(parts, shape, work, chunk).T).to(x.dtype)
         return y
-

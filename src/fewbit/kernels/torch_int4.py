@@ -1,8 +1,9 @@
 """PyTorch's own 4-bit kernels, `_weight_int4pack_mm` on CUDA and `_weight_int4pack_mm_for_cpu`.
 
-Both take bfloat16 activations (the CPU one is vectorized for no other type) and 4-bit groups of 32 to 256 columns, and
-want scale and zero of each group as a bfloat16 pair [groups, N, 2], in the form w = (c - 8) * scale + zero. Rounding the
-fp16 scales to bfloat16 moves a result by about 2.4e-3; the fp16 ones are kept beside, because `restore` is exact.
+Both take bfloat16 activations (the CPU one is vectorized for no other type) and 4-bit groups of 32 to 256 columns,
+and want scale and zero of each group as a bfloat16 pair [groups, N, 2], in the form w = (c - 8) * scale + zero.
+Rounding the fp16 scales to bfloat16 moves a result by about 2.4e-3; the fp16 ones are kept beside, because `restore`
+is exact.
 
 The packed codes are an undocumented shuffle that depends on the machine's vector width. `restore` need not know it: the
 product of the identity with scales of one and zeros of nought *is* the codes.
@@ -78,7 +79,6 @@ class TorchInt4(Kernel):
 
 def _multiply(x: Tensor, packed: Tensor, pairs: Tensor, k: int) -> Tensor:
     group = k // pairs.shape[0]
-    if x.is_cuda:
-        return torch.ops.aten._weight_int4pack_mm(x, packed, group, pairs)
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, pairs)
-
+    op = torch.ops.aten._weight_int4pack_mm if x.is_cuda else torch.ops.aten._weight_int4pack_mm_for_cpu
+    y: Tensor = op(x, packed, group, pairs)
+    return y

@@ -1,15 +1,15 @@
 """GPTQ: quantize a weight column by column, and let the columns not yet quantized make good each error.
 
-With H = mean x xᵀ of the inputs, the error of quantizing w to q is tr((w - q) H (w - q)ᵀ). Once column j is rounded, the
-best change of the columns F that remain has a closed form (Frantar et al. 2022, https://arxiv.org/abs/2210.17323, eq. 2
-and algorithm 1): with U the upper Cholesky factor of the inverse, H⁻¹ = Uᵀ U,
+With H = mean x xᵀ of the inputs, the error of quantizing w to q is tr((w - q) H (w - q)ᵀ). Once column j is rounded,
+the best change of the columns F that remain has a closed form (Frantar et al. 2022, https://arxiv.org/abs/2210.17323,
+eq. 2 and algorithm 1): with U the upper Cholesky factor of the inverse, H⁻¹ = Uᵀ U,
 
     e = (w_j - q_j) / U_jj,        w_F <- w_F - e U_jF.
 
-Columns are taken in falling order of H_jj (act-order) while each keeps the grid of the group it lies in, fitted before
-(static groups): the stored layout stays contiguous. Updates reach past a block of 128 columns once per block. Afterwards
-`refine` sweeps alternate a closed-form refit of the scales with coordinate descent: each column moves to its best code
-under the whole H with all other columns held, which can only lower the same error.
+Columns are taken in falling order of H_jj (act-order) while each keeps the grid of the group it lies in, fitted
+before (static groups): the stored layout stays contiguous. Updates reach past a block of 128 columns once per block.
+Afterwards `refine` sweeps alternate a closed-form refit of the scales with coordinate descent: each column moves to
+its best code under the whole H with all other columns held, which can only lower the same error.
 
 Rounding: to the nearest stored grid value, as the scheme encodes. A column that no input ever excited is rounded
 to nearest. If H is not positive definite at `damp`, damping climbs by tens up to 1; if that fails too, the weight is
@@ -116,7 +116,7 @@ def feed_back(w: Tensor, grids: Grids, factor: Tensor, order: Tensor) -> Tensor:
 
 
 def descend(w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, order: Tensor) -> Tensor:
-    """Codes after one sweep of coordinate descent on tr(E H Eᵀ): no column's error rises, columns without input stay."""
+    """Codes after one sweep of coordinate descent on tr(E H Eᵀ), which never rises; columns without input stay."""
     codes = codes.T.contiguous()
     values = grids.decode(codes.T).T.contiguous()
     gradient = hessian @ (w.T - values)  # [K, N]

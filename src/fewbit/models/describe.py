@@ -45,7 +45,7 @@ def describe(source: Source) -> Inspection:
     schemes: Counter[str] = Counter()
     quantized, packed, plain = 0, 0, set(checkpoint.specs)
     format = _format(quantization) if quantization else None
-    if format is not None:
+    if format is not None and quantization is not None:
         for module, tensors in format.find(quantization, checkpoint.specs).items():
             scheme, shape = format.describe(tensors, quantization)
             schemes[str(scheme)] += 1

@@ -21,8 +21,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of `source`, quantized weights packed, in evaluation mode.
 
-    dtype: of activations and of what is not quantized; "auto" is the checkpoint's own. device: where it goes, or "auto" to
-    spread it over what there is. kernel: the one to use for all, KernelError if it cannot.
+    dtype: of activations and of what is not quantized; "auto" is the checkpoint's own. device: where it goes, or
+    "auto" to spread it over what there is. kernel: the one to use for all, KernelError if it cannot.
     """
     verbose = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
@@ -39,5 +39,5 @@ def load_model(
         if verbose:
             hf_logging.enable_progress_bar()
     assert isinstance(model, PreTrainedModel)
-    return model.eval()
-
+    model.eval()
+    return model

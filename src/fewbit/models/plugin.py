@@ -1,7 +1,8 @@
 """fewbit at transformers' own seam: an `HfQuantizer` that loads quantized checkpoints packed.
 
-There is one loading path, `from_pretrained`. This file is the only one that touches transformers' registries; it stands in
-for a back end only where that back end is not installed, except inside `serving`, where fewbit's own loader asks for it.
+There is one loading path, `from_pretrained`. This file is the only one that touches transformers' registries; it
+stands in for a back end only where that back end is not installed, except inside `serving`, where fewbit's own loader
+asks for it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import is_gptqmodel_available, is_optimum_available
+from transformers.utils.import_utils import is_gptqmodel_available, is_optimum_available
 
 from fewbit import registry
 from fewbit.errors import FormatError, PlanError

@@ -17,7 +17,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, convert_and_load_state_dict_in_model, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
@@ -52,7 +57,9 @@ class _Stop(Exception):
 class Skeleton:
     """`model` on the meta device, the names of its `blocks`, and the checkpoint that fills them."""
 
-    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, source: Source, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+    ) -> None:
         self.source, self.dtype, self.device = source, dtype, device
         try:
             self.config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
@@ -68,7 +75,7 @@ class Skeleton:
                 setattr(module, name, buffer.to(device))
         self.checkpoint = Checkpoint(list(source.files))
         self.blocks = _find_blocks(self.model)
-        self._mapping = get_model_conversion_mapping(self.model)
+        self._mapping = conversions(self.model)
         self._expected = self.model.state_dict()
         self.name_of = self._names()
         self._check()
@@ -168,7 +175,7 @@ class Skeleton:
     def _names(self) -> dict[str, str]:
         """Checkpoint name -> model name, of the tensors that the model has a place for."""
         renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
-        converters = [m for m in self._mapping if not isinstance(m, WeightRenaming)]
+        converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
         prefix = self.model.base_model_prefix
         found = {}
         for key in self.checkpoint.specs:
@@ -181,7 +188,9 @@ class Skeleton:
         """FormatError unless every parameter has a tensor of its shape in the checkpoint."""
         tied, have = self.model.all_tied_weights_keys, set(self.name_of.values())
         missing = [
-            n for n, _ in self.model.named_parameters() if n not in have and tied.get(n) not in have and n not in tied.values()
+            n
+            for n, _ in self.model.named_parameters()
+            if n not in have and tied.get(n) not in have and n not in tied.values()
         ]
         if missing:
             raise FormatError(
@@ -192,11 +201,13 @@ class Skeleton:
         for key, name in self.name_of.items():
             found, wanted = self.checkpoint.specs[key].shape, tuple(self._expected[name].shape)
             if found != wanted and not merged:
-                raise FormatError(f"{self.source.folder}: {key} has shape {list(found)}, config.json asks for {list(wanted)}")
+                raise FormatError(
+                    f"{self.source.folder}: {key} has shape {list(found)}, config.json asks for {list(wanted)}"
+                )
 
     def _load(self, keys: list[str]) -> None:
         config = LoadStateDictConfig(
-            dtype=self.dtype, device_map={"": self.device}, weight_mapping=get_model_conversion_mapping(self.model)
+            dtype=self.dtype, device_map={"": self.device}, weight_mapping=conversions(self.model)
         )
         verbose = hf_logging.is_progress_bar_enabled()
         hf_logging.disable_progress_bar()
@@ -213,6 +224,11 @@ class Skeleton:
     def _set(self, name: str, tensor: Tensor) -> None:
         module, _, leaf = name.rpartition(".")
         self.model.get_submodule(module).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def conversions(model: PreTrainedModel) -> list[WeightRenaming | WeightConverter]:
+    """How transformers renames and merges a checkpoint's tensors for this model."""
+    return [m for m in get_model_conversion_mapping(model) if isinstance(m, (WeightRenaming, WeightConverter))]
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:

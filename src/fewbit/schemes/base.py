@@ -62,7 +62,9 @@ class Codec(ABC):
         """Names, shapes and dtypes of the parts of a weight of this shape, without data: exact sizes come from here."""
 
     @abstractmethod
-    def dequantize(self, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype, rows: slice = ALL) -> Tensor:
+    def dequantize(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype, rows: slice = ALL
+    ) -> Tensor:
         """The values that the parts mean, [rows, K] in `dtype`. This is the truth every kernel is held to."""
 
     @abstractmethod
@@ -115,7 +117,8 @@ class Scheme(Codec):
         """The codes and grids that `parts` hold: the inverse of `pack`."""
 
     def refit(self, w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor) -> Grids:
-        """The best stored grids for codes already chosen, under tr(E H Eᵀ); unchanged where a scheme has no such step."""
+        """The best stored grids for codes already chosen, under tr(E H Eᵀ); unchanged unless a scheme has such a
+        step."""
         return grids
 
     def with_group(self, group: int) -> Self:

@@ -29,7 +29,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes.contiguous()
     if 8 % bits == 0:
         per = 8 // bits
-        lanes = pad(codes, (0, -n % per)).unflatten(-1, (-1, per))
+        lanes: Tensor = pad(codes, (0, -n % per)).unflatten(-1, (-1, per))
         out = lanes[..., 0].clone()
         for lane in range(1, per):
             out |= lanes[..., lane] << (lane * bits)

@@ -46,7 +46,9 @@ def look() -> Hardware:
     instructions = _instructions()
     advice = []
     if not devices:
-        advice.append("No CUDA device is seen: everything runs on the CPU. A GPU quantizes and generates many times faster.")
+        advice.append(
+            "No CUDA device is seen: everything runs on the CPU. A GPU quantizes and generates many times faster."
+        )
     if instructions and not {"avx2", "asimd"} & set(instructions):
         advice.append("This CPU has no AVX2: products with packed weights will be slow.")
     threads = torch.get_num_threads()

@@ -1,0 +1,1 @@
+"""Advise: what this machine is, and what to use on it."""

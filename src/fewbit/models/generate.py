@@ -1,0 +1,54 @@
+"""Continuing a text with a loaded model, through transformers' own `generate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+
+from fewbit.errors import PlanError
+
+
+def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tensor:
+    """Token ids [1, n] of a prompt, or of a user's message in the model's chat template."""
+    if chat:
+        if not tokenizer.chat_template:
+            raise PlanError("this model has no chat template", "Leave --chat out.")
+        message = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    ids: Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"].long()
+    if not ids.numel():
+        raise PlanError("the prompt is empty", "Give some text to continue.")
+    return ids
+
+
+def continue_text(
+    model: Any,
+    tokenizer: Any,
+    ids: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stream: bool = False,
+) -> str:
+    """The new text: greedy at temperature 0, else sampled with `seed`; printed as it comes if `stream`."""
+    ids = ids.to(model.device)
+    end = model.generation_config.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling["temperature"] = temperature
+    torch.manual_seed(seed)
+    with torch.inference_mode():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad[0] if isinstance(pad, list) else pad,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+            **sampling,
+        )
+    return str(tokenizer.decode(out[0][ids.shape[1] :], skip_special_tokens=True))

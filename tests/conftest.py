@@ -1,0 +1,44 @@
+"""What all tests share: caches of their own, and the demo model made once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fewbit.errors import PlanError
+from fewbit.models import smollm2
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_cache(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A cache folder that outlives the session. It is there for the demo model, which takes seconds to make."""
+    cache = request.config.cache
+    assert cache is not None
+    place = cache.mkdir("fewbit")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWBIT_CACHE", str(place))
+        yield place
+
+
+@pytest.fixture(autouse=True)
+def own_cache(kept_cache: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder for this test alone, but for the demo model where it was made already."""
+    place = tmp_path_factory.mktemp("cache")
+    if (kept_cache / smollm2.NAME).is_dir():
+        (place / smollm2.NAME).symlink_to(kept_cache / smollm2.NAME)
+    monkeypatch.setenv("FEWBIT_CACHE", str(place))
+    return place
+
+
+@pytest.fixture(scope="session")
+def demo(kept_cache: Path) -> Path:
+    """The folder of the demo model."""
+    try:
+        smollm2.gguf_file()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FEWBIT_CACHE", str(kept_cache))
+            return smollm2.folder()
+    except PlanError as error:
+        pytest.skip(str(error))

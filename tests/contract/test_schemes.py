@@ -1,0 +1,233 @@
+"""What every scheme keeps: codes, grids and parts turn into one another without loss, and sizes are known beforehand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewbit import registry
+from fewbit.errors import FewbitError, FormatError, NumericsError, PlanError
+from fewbit.schemes.base import Grids, Scheme, parse
+from tests.contract.cases import (
+    EXAMPLES,
+    SPECS,
+    hard,
+    is_sentence,
+    ordinary,
+    quantized,
+    same_bytes,
+    several_groups,
+    shape_for,
+)
+
+specs = pytest.mark.parametrize("spec", SPECS)
+
+
+def same_grids(a: Grids, b: Grids) -> bool:
+    """Equal in every field."""
+    left, right = vars(a), vars(b)
+    equal = {key: torch.equal(v, right[key]) if isinstance(v, Tensor) else v == right[key] for key, v in left.items()}
+    return all(equal.values())
+
+
+def check_grids(scheme: Scheme, w: Tensor) -> None:
+    """Encoding takes the nearest value, what was decoded encodes to itself, and columns mean the same however asked for."""
+    grids = scheme.fit(w)
+    codes = grids.encode(w)
+    values = grids.decode(codes)
+    assert codes.dtype == torch.uint8
+    assert codes.shape == values.shape == w.shape
+    assert torch.isfinite(values).all()
+    assert torch.equal(grids.encode(values), codes)
+    reached = (values - w).abs()
+    top = int(codes.max())
+    for code in range(0, top + 1, max(1, top // 32)):
+        other = (grids.decode(torch.full_like(codes, code)) - w).abs()
+        assert (reached <= other + 1e-6 * w.abs()).all()
+    k = w.shape[1]
+    shuffled = torch.randperm(k, generator=torch.Generator().manual_seed(0))
+    for columns in (slice(None), slice(k // 3, k - 1), shuffled, shuffled[: k // 2]):
+        assert torch.equal(grids.encode(w[:, columns], columns), codes[:, columns])
+        assert torch.equal(grids.decode(codes[:, columns], columns), values[:, columns])
+    for column in (0, 1, 15, 16, 17, 31, 32, k // 2, k - 1):
+        assert torch.equal(grids.encode(w[:, column], column), codes[:, column])
+        assert torch.equal(grids.decode(codes[:, column], column), values[:, column])
+
+
+def check_parts(scheme: Scheme, w: Tensor) -> None:
+    """`pack` and `unpack` are inverse, `part_specs` tells the truth, and `dequantize` is `decode`, of any rows."""
+    shape = (w.shape[0], w.shape[1])
+    grids = scheme.fit(w)
+    codes = grids.encode(w)
+    parts = scheme.pack(codes, grids)
+    found = {name: (tuple(part.shape), part.dtype) for name, part in parts.items()}
+    assert found == {name: (spec.shape, spec.dtype) for name, spec in scheme.part_specs(shape).items()}
+    assert scheme.nbytes(shape) == sum(part.nbytes for part in parts.values())
+    assert scheme.payload in parts
+    scheme.check(parts, shape)
+    codes_again, grids_again = scheme.unpack(parts, shape)
+    assert torch.equal(codes_again, codes)
+    assert same_grids(grids_again, grids)
+    assert same_bytes(scheme.pack(codes_again, grids_again), parts)
+    values = grids.decode(codes)
+    assert torch.equal(scheme.dequantize(parts, shape, torch.float32), values)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(scheme.dequantize(parts, shape, dtype), values.to(dtype))
+    for rows in (slice(0, 1), slice(1, 4), slice(shape[0] - 1, shape[0]), slice(2, None)):
+        assert torch.equal(scheme.dequantize(parts, shape, torch.float32, rows), values[rows])
+
+
+def check_weighted_fit(scheme: Scheme, w: Tensor, importance: Tensor) -> None:
+    """A fit that knows which columns matter is, row by row, at least as good for them as one that does not."""
+
+    def error(grids: Grids) -> Tensor:
+        return ((grids.decode(grids.encode(w)) - w).double().square() * importance.double()).sum(1)
+
+    plain, weighted = error(scheme.fit(w)), error(scheme.fit(w, importance))
+    assert (weighted <= plain * (1 + 1e-6)).all()
+
+
+@specs
+def test_a_spec_names_one_scheme_and_back(spec: str) -> None:
+    assert str(parse(spec)) == spec
+    assert parse(str(parse(spec))) == parse(spec)
+    assert hash(parse(spec)) == hash(parse(spec))
+
+
+def test_distinct_specs_are_distinct_schemes() -> None:
+    assert len({parse(spec) for spec in SPECS}) == len(SPECS)
+
+
+@pytest.mark.parametrize("spec", EXAMPLES)
+def test_an_example_belongs_to_its_family(spec: str) -> None:
+    assert spec in registry.entries("schemes")[parse(spec).family].examples
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("int4-g128-symm", "int4-g128-sym"),
+        ("in4-g128", "int4-g128"),
+        ("int8-row-sim", "int8-row-sym"),
+        ("INT4-G128-SYM", "int4-g128-sym"),
+        ("int4", "int4-g128"),
+        ("int4-g128 ", "int4-g128"),
+        ("int4-g128-sym-sym", "int4-g128-sym"),
+        ("int4-g-128", "int4-g128"),
+        ("", "Known:"),
+        ("int1-g128", "2 to 8 bits"),
+        ("int9-row", "2 to 8 bits"),
+        ("int4-g8", "16 to 1024"),
+        ("int4-g2048", "16 to 1024"),
+    ],
+)
+def test_a_malformed_spec_is_answered_with_what_would_be_right(spec: str, told: str) -> None:
+    with pytest.raises(PlanError) as raised:
+        parse(spec)
+    assert repr(spec) in raised.value.message
+    assert told in raised.value.hint
+
+
+@specs
+def test_grids(spec: str) -> None:
+    check_grids(parse(spec), hard(*shape_for(spec)))
+    check_grids(parse(spec), ordinary(*several_groups(spec)))
+
+
+@specs
+def test_parts(spec: str) -> None:
+    check_parts(parse(spec), hard(*shape_for(spec)))
+    check_parts(parse(spec), ordinary(*several_groups(spec)))
+
+
+@specs
+def test_weighted_fit(spec: str) -> None:
+    n, k = several_groups(spec)
+    importance = torch.rand(k, generator=torch.Generator().manual_seed(3)) ** 4
+    check_weighted_fit(parse(spec), ordinary(n, k), importance)
+    for odd in (importance, torch.eye(k)[k // 2], importance.round(), torch.zeros(k), importance * 1e8):
+        check_weighted_fit(parse(spec), hard(n, k), odd)
+
+
+@pytest.mark.parametrize("spec", EXAMPLES)
+def test_importance_pays(spec: str) -> None:
+    n, k = several_groups(spec, 16)
+    w, importance = ordinary(n, k), torch.rand(k, generator=torch.Generator().manual_seed(3)) ** 4
+    plain, weighted = parse(spec).fit(w), parse(spec).fit(w, importance)
+
+    def error(grids: Grids) -> float:
+        return float(((grids.decode(grids.encode(w)) - w).square() * importance).sum())
+
+    assert error(weighted) < 0.98 * error(plain)
+
+
+@specs
+def test_zeros_stay_zero_and_constants_stay_near(spec: str) -> None:
+    n, k = shape_for(spec)
+    for constant in (0.0, 1e-7, -1e-7, 0.3, -1.0, 6e4, -65504.0):
+        w = torch.full((n, k), constant)
+        grids = parse(spec).fit(w)
+        assert ((grids.decode(grids.encode(w)) - w).abs() <= 2.0**-24 * (constant != 0) + 0.34 * abs(constant)).all()
+
+
+@specs
+def test_what_cannot_be_stored_is_refused(spec: str) -> None:
+    w = ordinary(*shape_for(spec))
+    for bad in (float("nan"), float("inf"), float("-inf"), 1e30):
+        w[-1, -1] = bad
+        with pytest.raises(NumericsError):
+            parse(spec).fit(w)
+
+
+@specs
+def test_float64_in_float64_out(spec: str) -> None:
+    w = ordinary(*several_groups(spec), dtype=torch.float64)
+    grids = parse(spec).fit(w)
+    codes = grids.encode(w)
+    assert grids.decode(codes).dtype == torch.float64
+    assert torch.equal(grids.encode(grids.decode(codes)), codes)
+    # The grids are the stored ones: float64 adds no digit that a file would lose.
+    parts, shape = parse(spec).pack(codes, grids), (w.shape[0], w.shape[1])
+    assert torch.equal(parse(spec).dequantize(parts, shape, torch.float32), grids.decode(codes).float())
+
+
+@specs
+def test_half_precision_weights_are_taken_at_their_value(spec: str) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        w = ordinary(*shape_for(spec)).to(dtype)
+        assert same_bytes(quantized(parse(spec), w), quantized(parse(spec), w.float()))
+
+
+@specs
+def test_a_fit_leaves_the_weight_alone(spec: str) -> None:
+    w = ordinary(*shape_for(spec))
+    before, importance = w.clone(), torch.ones(w.shape[1])
+    quantized(parse(spec), w)
+    parse(spec).fit(w, importance)
+    assert torch.equal(w, before)
+    assert (importance == 1).all()
+
+
+@specs
+def test_a_shape_is_refused_in_words(spec: str) -> None:
+    scheme = parse(spec)
+    assert scheme.why_not(shape_for(spec)) is None
+    if scheme.group:
+        reason = scheme.why_not((4, scheme.group * 2 - 1))
+        assert is_sentence(reason)
+        assert str(scheme.group * 2 - 1) in str(reason)
+
+
+@specs
+def test_check_names_tensor_and_part(spec: str) -> None:
+    scheme, shape = parse(spec), shape_for(spec)
+    parts = quantized(scheme, ordinary(*shape))
+    for name, part in parts.items():
+        for wrong in (part[:-1], part[:, :-1], part.to(torch.float64)):
+            with pytest.raises(FormatError, match=rf"layer\.7.*{name}"):
+                scheme.check(parts | {name: wrong}, shape, "layer.7")
+        with pytest.raises(FormatError, match=r"layer\.7"):
+            scheme.check({key: value for key, value in parts.items() if key != name}, shape, "layer.7")
+    with pytest.raises(FewbitError, match="surplus"):
+        scheme.check(parts | {"surplus": torch.zeros(1)}, shape, "layer.7")

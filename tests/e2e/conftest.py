@@ -1,0 +1,69 @@
+"""Running the command line in this process, and a text to calibrate on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fewbit import cli
+from tests import models
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command printed and ended with."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Fewbit = Callable[..., Answer]
+
+
+@pytest.fixture
+def fewbit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fewbit:
+    """`fewbit("inspect", folder)` is what the command line answers to that."""
+
+    def run(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["fewbit", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        try:
+            cli.main()
+            code: Any = 0
+        except SystemExit as end:
+            code = end.code
+        printed = capsys.readouterr()
+        return Answer(code or 0, printed.out, printed.err)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny matrices gain nothing from more threads and lose much to waiting for them."""
+    before = torch.get_num_threads()
+    if "demo" not in request.fixturenames:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with some thousands of the tiny tokenizer's tokens."""
+    path = tmp_path_factory.mktemp("text") / "sentences.txt"
+    path.write_text(models.sentences(150))
+    return path

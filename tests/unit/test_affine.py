@@ -1,0 +1,97 @@
+"""The affine scheme's plain fit is round-to-nearest as defined, and its scales are what a file will hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fewbit.errors import NumericsError
+from fewbit.schemes.affine import AffineGrids
+from fewbit.schemes.base import parse
+from tests.contract.cases import hard, ordinary
+
+widths = pytest.mark.parametrize("bits", range(2, 9))
+
+
+@widths
+@pytest.mark.parametrize("group", [16, 64, 0])
+def test_a_symmetric_fit_is_absmax_over_half_the_steps(bits: int, group: int) -> None:
+    w = ordinary(5, 128)
+    grids = parse(f"int{bits}-{f'g{group}' if group else 'row'}-sym").fit(w)
+    assert isinstance(grids, AffineGrids)
+    top = w.unflatten(1, (-1, group or 128)).abs().amax(-1)
+    assert torch.equal(grids.scale, (2 * top / (2**bits - 1)).half().float())
+    torch.testing.assert_close(grids.scale, top / (2 ** (bits - 1) - 0.5), rtol=2**-10, atol=2**-24)
+    assert (grids.zero == 2 ** (bits - 1)).all()
+
+
+@widths
+@pytest.mark.parametrize("group", [16, 64, 0])
+@pytest.mark.parametrize("offset", [-1.0, 0.0, 0.05, 1.0])
+def test_an_asymmetric_fit_spans_min_to_max_and_holds_zero(bits: int, group: int, offset: float) -> None:
+    w = ordinary(5, 128) + offset
+    grids = parse(f"int{bits}-{f'g{group}' if group else 'row'}").fit(w)
+    assert isinstance(grids, AffineGrids)
+    by_group = w.unflatten(1, (-1, group or 128))
+    low, high = by_group.amin(-1).clamp(max=0), by_group.amax(-1).clamp(min=0)
+    assert torch.equal(grids.scale, ((high - low) / (2**bits - 1)).half().float())
+    assert torch.equal(grids.zero, (-low / grids.scale).round())
+    zero = grids.decode(grids.encode(torch.zeros_like(w)))
+    assert (zero == 0).all()
+
+
+@widths
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_scales_are_stored_before_a_code_is_chosen(bits: int, symmetric: bool, weighted: bool) -> None:
+    w = hard(12, 64)
+    grids = parse(f"int{bits}-g16{'-sym' if symmetric else ''}").fit(w, torch.linspace(0, 1, 64) if weighted else None)
+    assert isinstance(grids, AffineGrids)
+    assert torch.equal(grids.scale.half().float(), grids.scale)
+    assert torch.isfinite(grids.scale).all()
+    assert (grids.scale != 0).all()
+    assert torch.equal(grids.zero.round().clamp(0, 2**bits - 1), grids.zero)
+
+
+@widths
+def test_the_error_is_at_most_half_a_step_inside_the_range(bits: int) -> None:
+    w = ordinary(8, 128)
+    grids = parse(f"int{bits}-g32").fit(w)
+    assert isinstance(grids, AffineGrids)
+    steps = (grids.decode(grids.encode(w)) - w).abs() / grids.scale.repeat_interleave(32, 1)
+    # At the ends, the scale's rounding to fp16 (2^-11) and the zero point's to an integer add to it.
+    assert float(steps.max()) <= 1.0 + 2**bits * 2**-11
+    assert float(steps.mean()) < 0.3
+
+
+def test_a_longer_tail_gets_the_side_with_one_code_more() -> None:
+    w = torch.tensor([[1.0, -4.0, 3.0, 2.0] * 4])
+    for sign in (1, -1):
+        grids = parse("int3-g16-sym").fit(sign * w, torch.ones(16))
+        assert torch.equal(grids.decode(grids.encode(sign * w)), sign * w)
+
+
+def test_ties_go_to_even() -> None:
+    grids = AffineGrids(4, 4, torch.ones(1, 1), torch.full((1, 1), 8.0))
+    assert grids.encode(torch.tensor([[0.5, 1.5, -0.5, -2.5]])).tolist() == [[8, 10, 8, 6]]
+
+
+def test_the_refusal_of_an_empty_weight_speaks_of_no_range() -> None:
+    with pytest.raises(NumericsError) as raised:
+        parse("int4-row").fit(torch.zeros(0, 32))
+    assert "65504" not in str(raised.value)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_refit_leaves_what_has_no_curvature(symmetric: bool) -> None:
+    scheme = parse(f"int4-g16{'-sym' if symmetric else ''}")
+    w = ordinary(4, 48)
+    grids = scheme.fit(w)
+    hessian = torch.zeros(48, 48)
+    hessian[:16, :16] = torch.eye(16)
+    again = scheme.refit(w, grids.encode(w), grids, hessian)
+    assert isinstance(grids, AffineGrids)
+    assert isinstance(again, AffineGrids)
+    assert torch.equal(again.scale[:, 1:], grids.scale[:, 1:])
+    assert not torch.equal(again.scale[:, :1], grids.scale[:, :1])
+    assert torch.equal(again.scale.half().float(), again.scale)
