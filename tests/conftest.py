@@ -12,11 +12,10 @@ from fewbit.models import smollm2
 
 
 @pytest.fixture(scope="session", autouse=True)
-def kept_cache(request: pytest.FixtureRequest) -> Iterator[Path]:
+def kept_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache folder that outlives the session. It is there for the demo model, which takes seconds to make."""
-    cache = request.config.cache
-    assert cache is not None
-    place = cache.mkdir("fewbit")
+    cache: pytest.Cache | None = getattr(request.config, "cache", None)
+    place = cache.mkdir("fewbit") if cache is not None else tmp_path_factory.mktemp("kept")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEWBIT_CACHE", str(place))
         yield place

@@ -17,7 +17,11 @@ GROUPS = ("g16", "g24", "g32", "g64", "g128", "g256", "g512", "g1024", "row")
 SPECS = list(
     dict.fromkeys(
         EXAMPLES
-        + [f"int{bits}-{group}{sym}" for bits in range(2, 9) for group, sym in (("g16", ""), ("g32", "-sym"), ("row", ""))]
+        + [
+            f"int{bits}-{group}{sym}"
+            for bits in range(2, 9)
+            for group, sym in (("g16", ""), ("g32", "-sym"), ("row", ""))
+        ]
         + [f"int4-{group}{sym}" for group in GROUPS for sym in ("", "-sym")]
     )
 )
@@ -51,7 +55,7 @@ def hard(n: int, k: int) -> Tensor:
     w[1::6] = w[1::6].abs() + 1
     w[2::6, k // 3] = 50
     w[3::6] *= 1e-7
-    w[4::6] *= 6e4 / w[4::6].abs().max()
+    w[4::6] *= 6e4 / w[4::6].abs().amax(1, keepdim=True)
     w[5::6], w[5::6, : k // 2] = -0.75, 0
     return w
 
@@ -60,7 +64,7 @@ def inputs(rows: int, k: int, seed: int = 2) -> Tensor:
     """Correlated input rows [rows, k], some columns much larger than others."""
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(rows, k, generator=generator) @ torch.randn(k, k, generator=generator) / k**0.5
-    return mixed * torch.logspace(-1, 1, k)[torch.randperm(k, generator=generator)]
+    return mixed * torch.logspace(-0.5, 0.5, k)[torch.randperm(k, generator=generator)]
 
 
 def stats_of(x: Tensor, need: Need = Need.HESSIAN) -> Stats:

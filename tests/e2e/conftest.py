@@ -51,12 +51,11 @@ def fewbit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return run
 
 
-@pytest.fixture(autouse=True)
-def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tiny matrices gain nothing from more threads and lose much to waiting for them."""
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small matrices gain little from more threads, and lose much to waiting where the machine has other work."""
     before = torch.get_num_threads()
-    if "demo" not in request.fixturenames:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

@@ -32,12 +32,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewbit.errors import PlanError
 from fewbit.methods.base import Choice, Method, fresh
 from fewbit.registry import register
 from fewbit.schemes.base import Grids, QTensor, Scheme
 from fewbit.stats import Need, Stats
 
 _BLOCK = 128
+_PANEL = 512
 
 
 @register("methods", "gptq")
@@ -53,6 +55,12 @@ class GPTQ(Method):
 
     needs = Need.HESSIAN
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.damp <= 1:
+            raise PlanError(f"--damp: '{self.damp:g}' is no share of the diagonal", "Give 0 to 1; 0.01 is usual.")
+        if self.refine < 0:
+            raise PlanError(f"--refine: '{self.refine}' is no number of sweeps", "Give 0 or more.")
+
     def quantize(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Choice:
         assert stats is not None
         w, hessian = fresh(w), stats.hessian.to(torch.float64 if w.dtype == torch.float64 else torch.float32)
@@ -62,14 +70,14 @@ class GPTQ(Method):
         notes = [f"{int(dead.sum())} input columns were never excited"] if dead.any() else []
         grids = scheme.fit(w, torch.where(dead, diagonal.mean(), diagonal) if self.clip_search else None)
         order = torch.argsort(diagonal, descending=True, stable=True) if self.act_order else torch.arange(shape[1])
-        factor, damp = inverse_factor(hessian, order, self.damp)
-        if factor is None:
+        inverse, damp = inverse_factor(hessian, order.to(w.device), self.damp)
+        if inverse is None:
             notes.append(f"Hessian not positive definite even at damping {damp:g}: rounded to nearest")
             return Choice(QTensor(scheme, shape, scheme.pack(grids.encode(w), grids)), notes)
         if damp > self.damp:
             notes.append(f"Hessian not positive definite: damping raised from {self.damp:g} to {damp:g}")
-        codes = feed_back(w, grids, factor, order)
-        del factor
+        codes = feed_back(w, grids, inverse, order)
+        del inverse
         for _ in range(self.refine):
             grids = scheme.refit(w, codes, grids, hessian)
             codes = descend(w, codes, grids, hessian, order)
@@ -77,9 +85,10 @@ class GPTQ(Method):
 
 
 def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor | None, float]:
-    """U [K, K], upper triangular with UᵀU = (H + damping)⁻¹ in column order `order`, and the damping it took.
+    """L⁻¹ [K, K], lower triangular, for L Lᵀ = the damped H with columns in *reverse* `order`; and the damping it took.
 
-    None in place of U if the ladder of dampings ends without a factor. Dead columns count as independent of all others.
+    Turned by half a turn it is the U of the formula, which `feed_back` reads a few rows at a time. None if the ladder
+    of dampings ends without a factor. Dead columns count as independent of all others.
     """
     diagonal = hessian.diagonal()
     scale = float(diagonal.mean()) or 1.0
@@ -88,30 +97,41 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor 
         damped = hessian[backwards[:, None], backwards]
         damped.diagonal().add_(damp * scale)
         damped.diagonal()[damped.diagonal() == damp * scale] = scale
-        # H reversed = L Lᵀ, so H = R Rᵀ with R upper, and U = R⁻¹: one factorization, no inverse of H itself.
+        # H reversed = L Lᵀ means H = R Rᵀ with R upper and U = R⁻¹: one factorization, no inverse of H itself.
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed and torch.isfinite(lower).all():
-            eye = torch.eye(len(order), dtype=lower.dtype, device=lower.device)
-            return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1), damp
+            return _inverted(lower), damp
         if damp >= 1:
             return None, damp
         damp = min(1.0, max(damp, 1e-3) * 10)
 
 
-def feed_back(w: Tensor, grids: Grids, factor: Tensor, order: Tensor) -> Tensor:
+def _inverted(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, in its place: columns left of those in work are needed no more."""
+    for start in range(0, len(lower), _PANEL):
+        panel = slice(start, start + _PANEL)
+        unit = torch.zeros_like(lower[start:, panel])
+        unit.diagonal().fill_(1)
+        lower[start:, panel] = torch.linalg.solve_triangular(lower[start:, start:], unit, upper=False)
+    return lower
+
+
+def feed_back(w: Tensor, grids: Grids, inverse: Tensor, order: Tensor) -> Tensor:
     """Codes uint8 [N, K] chosen in `order`, each column's error fed to the columns that remain."""
     rest = w.T[order]  # [K, N]: a column of the weight is contiguous
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=w.device)
-    columns = order.tolist()
-    for start in range(0, len(columns), _BLOCK):
-        block = slice(start, min(start + _BLOCK, len(columns)))
-        working, errors = rest[block], torch.empty_like(rest[block])
-        for i, column in enumerate(columns[block]):
-            row = factor[start + i, start + i : block.stop]
+    columns, k = order.tolist(), len(order)
+    for start in range(0, k, _BLOCK):
+        stop = min(start + _BLOCK, k)
+        factor = inverse[k - stop : k - start, : k - start].flip(0, 1)  # U[start:stop, start:]
+        working, errors = rest[start:stop], torch.empty_like(rest[start:stop])
+        for i, column in enumerate(columns[start:stop]):
+            row = factor[i, i : stop - start]
             codes[column] = chosen = grids.encode(working[i], column)
             errors[i] = (working[i] - grids.decode(chosen, column)) / row[0]
             working[i + 1 :].addr_(row[1:], errors[i], alpha=-1)
-        rest[block.stop :].addmm_(factor[block, block.stop :].T, errors, alpha=-1)
+        rest[stop:].addmm_(factor[:, stop - start :].T, errors, alpha=-1)
     return codes.T.contiguous()
 
 

@@ -54,21 +54,24 @@ class AffineGrids(Grids):
     zero: Tensor
 
     def encode(self, w: Tensor, columns: Columns = ALL) -> Tensor:
-        scale, zero = self._at(columns)
-        return (w / scale).round_().add_(zero).clamp_(0, 2**self.bits - 1).to(torch.uint8)
+        x, scale, zero = self._aligned(w, columns)
+        codes = (x / scale).round_().add_(zero).clamp_(0, 2**self.bits - 1)
+        return codes.to(torch.uint8).reshape(w.shape)
 
     def decode(self, codes: Tensor, columns: Columns = ALL) -> Tensor:
-        scale, zero = self._at(columns)
-        return (codes - zero).mul_(scale)
+        x, scale, zero = self._aligned(codes, columns)
+        return (x - zero).mul_(scale).reshape(codes.shape)
 
-    def _at(self, columns: Columns) -> tuple[Tensor, Tensor]:
-        """Scale and zero of the columns asked for, broadcastable to them."""
+    def _aligned(self, x: Tensor, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
+        """`x`, and scale and zero of its columns in a shape that broadcasts to it."""
         if isinstance(columns, int):
-            return self.scale[:, columns // self.group], self.zero[:, columns // self.group]
+            return x, self.scale[:, columns // self.group], self.zero[:, columns // self.group]
+        if isinstance(columns, slice) and columns == ALL:  # no [N, K] of scales is made
+            return x.unflatten(1, (-1, self.group)), self.scale.unsqueeze(-1), self.zero.unsqueeze(-1)
         if isinstance(columns, slice):
             columns = torch.arange(self.scale.shape[1] * self.group, device=self.scale.device)[columns]
         index = columns // self.group
-        return self.scale[:, index], self.zero[:, index]
+        return x, self.scale[:, index], self.zero[:, index]
 
 
 @register("schemes", "affine")
@@ -124,7 +127,9 @@ class Affine(Scheme):
         group = self.group or k
         if not torch.isfinite(w).all():
             raise NumericsError("a weight has NaN or Inf", "Check the checkpoint: it cannot be quantized as it is.")
-        if not n or float(w.abs().max()) > 65504:
+        if not w.numel():
+            raise NumericsError("a weight has no elements")
+        if float(w.abs().max()) > 65504:
             raise NumericsError("a weight is beyond the range of fp16 scales (65504)")
         h = None if importance is None else importance.to(dtype).reshape(-1, group)
         fitted = [

@@ -1,0 +1,149 @@
+"""What every kernel keeps: the reference's product within the stated tolerance, and the parts byte for byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fewbit.kernels.base import Kernel
+from fewbit.nn import TOLERANCE
+from fewbit.schemes.base import parse
+from tests.contract.cases import EXAMPLES, KERNELS, SPECS, hard, is_sentence, ordinary, quantized, same_bytes
+
+ROWS = (1, 2, 15, 16, 17, 64, 300)
+CPU = torch.device("cpu")
+MORE = ("int2-g16", "int3-row", "int4-g32", "int4-g32-sym", "int4-g256", "int4-row-sym", "int5-g64", "int8-g32")
+kernels = pytest.mark.parametrize("name", KERNELS)
+specs = pytest.mark.parametrize("spec", dict.fromkeys([*EXAMPLES, *MORE]))
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def shapes(spec: str) -> list[tuple[int, int]]:
+    """From tiny to ragged, all that the scheme can store."""
+    group = parse(spec).group
+    widths = (group, 3 * group) if group else (32, 37, 128, 160)
+    return [(n, k) for n in (1, 16, 33, 48) for k in widths if parse(spec).why_not((n, k)) is None]
+
+
+def usable(name: str) -> Kernel:
+    if reason := KERNELS[name].unavailable():
+        assert is_sentence(reason)
+        pytest.skip(reason)
+    return KERNELS[name]
+
+
+def check_product(kernel: Kernel, spec: str, dtype: torch.dtype) -> int:
+    """x Wᵀ as the exact float32 product has it, for every shape that the kernel does not refuse; how many those were."""
+    scheme, served = parse(spec), 0
+    for n, k in shapes(spec):
+        reason = kernel.why_not(scheme, (n, k), CPU, dtype)
+        if reason is not None:
+            assert is_sentence(reason)
+            continue
+        served += 1
+        # An offset, so that a mistake in the zero point does not average out.
+        parts = quantized(scheme, ordinary(n, k) + 0.02)
+        w = scheme.dequantize(parts, (n, k), torch.float32)
+        prepared = kernel.prepare(scheme, parts, (n, k))
+        for m in ROWS:
+            x = (torch.randn(m, k, generator=torch.Generator().manual_seed(m)) + 0.1).to(dtype)
+            y = kernel.linear(x, scheme, prepared, (n, k))
+            assert y.dtype == dtype
+            assert y.shape == (m, n)
+            exact = x.float() @ w.T
+            assert (y.float() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+    return served
+
+
+def check_restored(kernel: Kernel, spec: str, dtype: torch.dtype) -> None:
+    """What was prepared gives the canonical parts back, byte for byte; the first tensor holds the codes."""
+    scheme = parse(spec)
+    for n, k in shapes(spec):
+        if kernel.why_not(scheme, (n, k), CPU, dtype) is None:
+            parts = quantized(scheme, hard(n, k))
+            before = {key: part.clone() for key, part in parts.items()}
+            prepared = kernel.prepare(scheme, parts, (n, k))
+            assert not prepared[0].dtype.is_floating_point
+            assert same_bytes(kernel.restore(scheme, prepared, (n, k)), before)
+
+
+@kernels
+@specs
+@dtypes
+def test_product(name: str, spec: str, dtype: torch.dtype) -> None:
+    kernel = usable(name)
+    if kernel.activations != "exact":
+        pytest.skip(f"{name} rounds activations ({kernel.activations}): exactness is not its claim")
+    check_product(kernel, spec, dtype)
+
+
+@kernels
+@specs
+@dtypes
+def test_restored(name: str, spec: str, dtype: torch.dtype) -> None:
+    check_restored(usable(name), spec, dtype)
+
+
+@kernels
+def test_it_serves_something_or_says_why_not(name: str) -> None:
+    kernel = KERNELS[name]
+    assert kernel.name == name
+    if (reason := kernel.unavailable()) is not None:
+        assert is_sentence(reason)
+    elif kernel.activations == "exact":
+        served = sum(
+            check_product(kernel, spec, dtype) for spec in ("int4-g32", "int4-g128-sym") for dtype in TOLERANCE
+        )
+        assert served or name not in ("reference", "torch_int4")
+
+
+@kernels
+@specs
+@dtypes
+def test_all_codes_are_multiplied(name: str, spec: str, dtype: torch.dtype) -> None:
+    """The identity reads the weight itself out of a kernel, column by column."""
+    kernel, scheme = usable(name), parse(spec)
+    n, k = 48, parse(spec).group or 96
+    if kernel.activations != "exact" or kernel.why_not(scheme, (n, k), CPU, dtype):
+        return
+    parts = quantized(scheme, ordinary(n, k) + 0.02)
+    got = kernel.linear(torch.eye(k, dtype=dtype), scheme, kernel.prepare(scheme, parts, (n, k)), (n, k)).float().T
+    w = scheme.dequantize(parts, (n, k), torch.float32)
+    assert ((got - w).norm(dim=0) <= TOLERANCE[dtype] * w.norm(dim=0)).all()
+
+
+@kernels
+@specs
+@dtypes
+def test_an_outlier_does_not_blur_the_columns_beside_it(name: str, spec: str, dtype: torch.dtype) -> None:
+    """A zero point far from the middle, times a scale set by one outlier, must not leave its rounding on every weight."""
+    kernel, scheme = usable(name), parse(spec)
+    n, k = 48, 2 * (parse(spec).group or 64)
+    if kernel.activations != "exact" or kernel.why_not(scheme, (n, k), CPU, dtype):
+        return
+    w = ordinary(n, k) / 2
+    w[:, :: parse(spec).group or k] = -8 * w.abs().max()
+    parts = quantized(scheme, w)
+    x = (torch.randn(64, k, generator=torch.Generator().manual_seed(0)) + 0.5).to(dtype)
+    x[:, :: parse(spec).group or k] = 0
+    exact = x.float() @ scheme.dequantize(parts, (n, k), torch.float32).T
+    y = kernel.linear(x, scheme, kernel.prepare(scheme, parts, (n, k)), (n, k)).float()
+    assert (y - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+
+
+@kernels
+def test_strided_activations_are_read_right(name: str) -> None:
+    kernel, scheme, shape = usable(name), parse("int4-g32"), (48, 96)
+    for dtype in TOLERANCE:
+        if kernel.why_not(scheme, shape, CPU, dtype) is None:
+            prepared = kernel.prepare(scheme, quantized(scheme, ordinary(*shape)), shape)
+            x = torch.randn(192, 20, generator=torch.Generator().manual_seed(0)).to(dtype).T[:, ::2]
+            assert torch.equal(
+                kernel.linear(x, scheme, prepared, shape), kernel.linear(x.contiguous(), scheme, prepared, shape)
+            )
+
+
+def test_the_reference_refuses_nothing() -> None:
+    for spec in SPECS:
+        for dtype in TOLERANCE:
+            assert KERNELS["reference"].why_not(parse(spec), (7, 1024), CPU, dtype) is None

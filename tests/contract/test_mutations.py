@@ -1,0 +1,246 @@
+"""Each contract can fail: for each there is a mistake, of a kind that has been made before, that turns it red.
+
+A mutation replaces a piece of one function's source; it must still be found there, so that no row of the table can die
+unnoticed when the source changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from fewbit import nn as quantized_nn
+from fewbit.formats.gptq import GPTQFormat
+from fewbit.kernels.reference import Reference
+from fewbit.kernels.torch_int4 import TorchInt4
+from fewbit.methods import gptq
+from fewbit.methods.base import make
+from fewbit.schemes import affine, bits
+from fewbit.schemes.base import parse
+from tests.contract.cases import FORMATS, KERNELS, hard, ordinary
+from tests.contract.test_formats import check_round_trip
+from tests.contract.test_kernels import check_product, check_restored
+from tests.contract.test_methods import check_choice
+from tests.contract.test_schemes import check_grids, check_parts, check_weighted_fit
+from tests.golden.test_gptq_layout import check_read, check_written
+from tests.unit.test_gptq import check_definition, check_gain, check_refinement
+from tests.unit.test_nn import test_the_gradient_is_the_dequantized_linears as check_gradient
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old` becomes `new` in the source of `owner.name`."""
+
+    owner: Any
+    name: str
+    old: str
+    new: str
+
+    def apply(self, patch: pytest.MonkeyPatch) -> None:
+        source = textwrap.dedent(inspect.getsource(inspect.getattr_static(self.owner, self.name)))
+        assert self.old in source, f"{self.name} no longer has {self.old!r}: bring this table up to date"
+        module = self.owner.__name__ if inspect.ismodule(self.owner) else self.owner.__module__
+        scope = dict(vars(sys.modules[module]))
+        exec("from __future__ import annotations\n" + source.replace(self.old, self.new), scope)
+        patch.setattr(self.owner, self.name, scope[self.name])
+
+
+def grids_(spec: str) -> Callable[[], None]:
+    return lambda: check_grids(parse(spec), ordinary(6, 96))
+
+
+def parts_(spec: str) -> Callable[[], None]:
+    return lambda: check_parts(parse(spec), hard(6, 96))
+
+
+SWAPPED_IN = Mutation(bits, "pack", "unflatten(-1, (-1, per))", "unflatten(-1, (-1, per)).flip(-1)")
+SWAPPED_OUT = Mutation(bits, "unpack", "torch.stack(lanes, dim=-1)", "torch.stack(lanes[::-1], dim=-1)")
+ROLLED = Mutation(GPTQFormat, "lay_out", '["scale"].T', '["scale"].T.roll(1, 0)')
+ROLLED_BACK = Mutation(GPTQFormat, "read", '["scales"].T', '["scales"].roll(-1, 0).T')
+NO_OFFSET_OUT = Mutation(GPTQFormat, "lay_out", "2 ** (scheme.bits - 1) - 1", "2 ** (scheme.bits - 1)")
+NO_OFFSET_IN = Mutation(GPTQFormat, "read", "zero + 1", "zero")
+
+MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
+    # schemes
+    "nibbles swapped in pack": ([SWAPPED_IN], parts_("int4-g16")),
+    "nibbles swapped in unpack": ([SWAPPED_OUT], parts_("int4-g16")),
+    "a 3-bit lane shifted": ([Mutation(bits, "pack", "lane * bits", "lane * bits & 15")], parts_("int3-g16")),
+    "groups off by one": (
+        [Mutation(affine.AffineGrids, "_at", "columns // self.group", "(columns - 1) // self.group")],
+        grids_("int4-g16"),
+    ),
+    "groups off by one for single columns": (
+        [
+            Mutation(
+                affine.AffineGrids, "_at", "isinstance(columns, int)", "isinstance(columns, int) and not columns % 16"
+            )
+        ],
+        lambda: check_definition("int4-g16", 32, False),
+    ),
+    "codes cut off, not rounded": (
+        [Mutation(affine.AffineGrids, "encode", "round_()", "trunc_()")],
+        grids_("int4-g16"),
+    ),
+    "one code too few": (
+        [Mutation(affine.AffineGrids, "encode", "**self.bits - 1", "**self.bits - 2")],
+        grids_("int4-g16"),
+    ),
+    "scale rows swapped in pack": (
+        [Mutation(affine.Affine, "pack", "grids.scale.to", "grids.scale.flip(0).to")],
+        parts_("int4-g16-sym"),
+    ),
+    "zero points dropped in dequantize": (
+        [Mutation(affine.Affine, "dequantize", "grids.zero.unsqueeze(-1)", "2 ** (self.bits - 1)")],
+        parts_("int4-g16"),
+    ),
+    "rows ignored in dequantize": (
+        [
+            Mutation(
+                affine.Affine, "dequantize", "self._grids(parts, shape, rows)", "self._grids(parts, shape, slice(1))"
+            )
+        ],
+        parts_("int4-g16"),
+    ),
+    "scales not stored before codes are chosen": (
+        [Mutation(affine, "_stored", ".to(torch.float16)", "")],
+        parts_("int4-g16"),
+    ),
+    "sizes for whole bytes only": (
+        [Mutation(bits, "packed_bytes", "n * bits + 7", "n * bits")],
+        lambda: check_parts(parse("int3-row"), hard(6, 37)),
+    ),
+    "the last candidate kept, not the best": (
+        [Mutation(affine.Affine, "_fit_rows", "better = error < best", "better = error > -1")],
+        lambda: check_weighted_fit(parse("int4-g16"), ordinary(6, 96), torch.linspace(0, 1, 96)),
+    ),
+    # methods
+    "the error taken against the first weight": (
+        [Mutation(gptq, "feed_back", "(working[i] - grids.decode", "(w.T[column] - grids.decode")],
+        lambda: check_definition("int4-g16", 32, True),
+    ),
+    "no update past the block": (
+        [Mutation(gptq, "feed_back", "errors, alpha=-1)", "errors, alpha=0)")],
+        lambda: check_definition("int4-g16", 160, True),
+    ),
+    "an eager update past the block": (
+        [
+            Mutation(
+                gptq,
+                "feed_back",
+                "working[i + 1 :].addr_(row[1:], errors[i], alpha=-1)",
+                "rest[start + i + 1 :].addr_(factor[start + i, start + i + 1 :], errors[i], alpha=-1)",
+            )
+        ],
+        lambda: check_definition("int4-g16", 160, True),
+    ),
+    "the wrong row of the factor": (
+        [
+            Mutation(
+                gptq, "feed_back", "factor[start + i, start + i : block.stop]", "factor[i, i : i + len(working) - i]"
+            )
+        ],
+        lambda: check_definition("int4-g16", 160, True),
+    ),
+    "the Hessian not permuted under act-order": (
+        [Mutation(gptq, "inverse_factor", "hessian[backwards[:, None], backwards]", "hessian.flip(0, 1)")],
+        lambda: check_definition("int4-g16", 32, True),
+    ),
+    "the Hessian not permuted, seen by the gain alone": (
+        [Mutation(gptq, "inverse_factor", "hessian[backwards[:, None], backwards]", "hessian.flip(0, 1)")],
+        lambda: check_gain("int4-g16-sym", 64, True),
+    ),
+    "the factor of H, not of its inverse": (
+        [Mutation(gptq, "inverse_factor", "torch.linalg.solve_triangular(lower, eye, upper=False).flip", "lower.flip")],
+        lambda: check_definition("int4-g16", 32, False),
+    ),
+    "damping left out": (
+        [Mutation(gptq, "inverse_factor", "damped.diagonal().add_(damp * scale)", "pass")],
+        lambda: check_definition("int4-g16", 32, False),
+    ),
+    "damping added to the caller's Hessian": (
+        [Mutation(gptq, "inverse_factor", "hessian[backwards[:, None], backwards]", "hessian")],
+        lambda: check_choice(make("gptq"), "int4-g32"),
+    ),
+    "descent uphill": (
+        [Mutation(gptq, "descend", "within[:, i], moves[i], alpha=-1", "within[:, i], moves[i], alpha=1")],
+        lambda: check_refinement("int3-g16", 48, True),
+    ),
+    "descent blind to other blocks": (
+        [Mutation(gptq, "descend", "inner.T, moves, alpha=-1", "inner.T, moves, alpha=0")],
+        lambda: check_refinement("int3-g16", 160, False),
+    ),
+    "refit in the wrong direction": (
+        [Mutation(affine.Affine, "refit", "scale[:, g] += moved", "scale[:, g] -= moved")],
+        lambda: check_refinement("int3-g16", 48, True),
+    ),
+    "refit of the group before": (
+        [Mutation(affine.Affine, "refit", "@ hessian[columns]\n", "@ hessian[columns].roll(1, 0)\n")],
+        lambda: check_refinement("int3-g16", 48, True),
+    ),
+    # formats
+    "no zero offset in writing v1": ([NO_OFFSET_OUT], lambda: check_round_trip(FORMATS["gptq"], "int4-g32-sym")),
+    "no zero offset in reading v1": ([NO_OFFSET_IN], lambda: check_read(4, 16, v1=True)),
+    "no zero offset either way, which only the bytes tell": (
+        [NO_OFFSET_OUT, NO_OFFSET_IN],
+        lambda: check_written(4, 16, symmetric=True),
+    ),
+    "a zero of 0 not wrapped in v1": (
+        [Mutation(GPTQFormat, "read", "(zero + 1) & (2**width - 1)", "zero + 1")],
+        lambda: check_read(8, 16, v1=False) or check_read(2, 16, v1=True),
+    ),
+    "scale rows swapped": ([ROLLED], lambda: check_round_trip(FORMATS["gptq"], "int4-g32")),
+    "scale rows swapped both ways, which only the bytes tell": (
+        [ROLLED, ROLLED_BACK],
+        lambda: check_written(4, 16, symmetric=True),
+    ),
+    "nibbles swapped both ways, which only the bytes tell": (
+        [SWAPPED_IN, SWAPPED_OUT],
+        lambda: check_written(4, 16, symmetric=True),
+    ),
+    "the group of a column off by one": (
+        [
+            Mutation(
+                GPTQFormat, "lay_out", "torch.arange(k, dtype=torch.int32)", "torch.arange(1, k + 1, dtype=torch.int32)"
+            )
+        ],
+        lambda: check_written(4, 16, symmetric=True),
+    ),
+    # kernels and the layer
+    "a wrong zero point in a kernel": (
+        [Mutation(TorchInt4, "prepare", "8 - grids.zero", "7 - grids.zero")],
+        lambda: check_product(KERNELS["torch_int4"], "int4-g32", torch.bfloat16),
+    ),
+    "codes restored off by one": (
+        [Mutation(TorchInt4, "restore", "+ 8)", "+ 7)")],
+        lambda: check_restored(KERNELS["torch_int4"], "int4-g32", torch.bfloat16),
+    ),
+    "activations rounded to half precision": (
+        [Mutation(Reference, "linear", "x.to(work)", "x.half().to(work)")],
+        lambda: check_product(KERNELS["reference"], "int4-g32", torch.float32),
+    ),
+    "only the first rows multiplied": (
+        [Mutation(Reference, "linear", "x.to(work)", "x.to(work).where(torch.arange(len(x))[:, None] < 16, 0)")],
+        lambda: check_product(KERNELS["reference"], "int4-g32", torch.bfloat16),
+    ),
+    "the gradient not permuted back": (
+        [Mutation(quantized_nn._Multiply, "backward", "weight.permutation is not None", "False")],
+        lambda: check_gradient("int3-g16", True),
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MUTATIONS)
+def test_a_mistake_is_noticed(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutations, check = MUTATIONS[mistake]
+    check()
+    for mutation in mutations:
+        mutation.apply(monkeypatch)
+    with pytest.raises(AssertionError):
+        check()

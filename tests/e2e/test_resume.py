@@ -1,0 +1,170 @@
+"""A run that is killed leaves nothing beside the output, and the same command goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fewbit
+from fewbit import pipeline
+from fewbit.api import Calibration
+from fewbit.plan import find
+from tests import models
+
+BLOCKS = 4
+# The command line, halted for good after the second block or in the midst of putting the output together.
+HALTED = """
+import sys, time
+import torch
+from fewbit import cli, pipeline
+torch.set_num_threads(1)
+save, assemble = pipeline.Run.save, pipeline.assemble
+def save_then_wait(self, index, tensors, reports):
+    save(self, index, tensors, reports)
+    if index == 1:
+        time.sleep(600)
+def assemble_then_wait(*arguments):
+    assemble(*arguments)
+    time.sleep(600)
+if sys.argv.pop(1) == "blocks":
+    pipeline.Run.save = save_then_wait
+else:
+    pipeline.assemble = assemble_then_wait
+cli.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.save(tmp_path_factory.mktemp("resume") / "model", "llama", num_hidden_layers=BLOCKS)
+
+
+@pytest.fixture
+def wanted(text: Path) -> Calibration:
+    return Calibration(str(text), samples=6, length=32, seed=1)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """The output, in a folder of its own, so that whatever lies beside it is seen."""
+    (tmp_path / "outputs").mkdir()
+    return tmp_path / "outputs" / "out"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Files by name; of the record, what does not tell of time."""
+    found = {file.name: file.read_bytes() for file in folder.iterdir()}
+    record = json.loads(found["fewbit.json"])
+    del record["seconds"]
+    return {**found, "fewbit.json": json.dumps(record).encode()}
+
+
+def quantized(model: Path, out: Path, wanted: Calibration) -> list[bool]:
+    """Whether each block's result was found."""
+    steps: list[pipeline.Step] = []
+    fewbit.quantize(model, out, calibration=wanted, progress=steps.append)
+    assert [step.done for step in steps] == list(range(1, BLOCKS + 1))
+    assert {step.total for step in steps} == {BLOCKS}
+    return [step.resumed for step in steps]
+
+
+@pytest.fixture(params=[(signal.SIGKILL, "blocks"), (signal.SIGINT, "blocks"), (signal.SIGKILL, "files")], ids=str)
+def stopped(
+    request: pytest.FixtureRequest, model: Path, wanted: Calibration, place: Path, own_cache: Path
+) -> Iterator[tuple[signal.Signals, str, int, str]]:
+    """A run in a process of its own, stopped by a signal: which, where it stood, its exit code and what it said."""
+    how, where = request.param
+    command = [sys.executable, "-W", "ignore", "-c", HALTED, where, "quantize", str(model), "-o", str(place)]
+    command += ["--calibration", wanted.text, "--samples", "6", "--length", "32", "--seed", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    try:
+        deadline = time.monotonic() + 200
+        while not list(own_cache.glob("runs/*/block-00001.safetensors")) or (
+            where == "files" and not list(place.parent.glob(".out.fewbit-*/config.json"))
+        ):
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(how)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    yield how, where, process.returncode, said
+
+
+def test_it_goes_on_where_it_stopped(
+    stopped: tuple[signal.Signals, str, int, str],
+    model: Path,
+    wanted: Calibration,
+    place: Path,
+    own_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    how, where, code, said = stopped
+    left = list(place.parent.iterdir())
+    if where == "blocks":
+        assert left == []
+    else:  # nobody cleans up after SIGKILL; but what is left is not the output, and the next run clears it away
+        assert [path.name.startswith(".out.fewbit-") for path in left] == [True]
+    if how == signal.SIGINT:
+        assert code == 130
+        assert "Traceback" not in said
+        assert "the same command goes on" in said
+    assert quantized(model, place, wanted) == ([True, True, False, False] if where == "blocks" else [True] * BLOCKS)
+    assert list(place.parent.iterdir()) == [place]
+    assert not list(own_cache.glob("runs/*"))
+    monkeypatch.setenv("FEWBIT_CACHE", str(tmp_path / "another"))
+    assert quantized(model, tmp_path / "straight", wanted) == [False] * BLOCKS
+    assert contents(place) == contents(tmp_path / "straight")
+
+
+class _Stop(Exception):
+    pass
+
+
+def stop_after(blocks: int) -> pipeline.Progress:
+    def progress(step: pipeline.Step) -> None:
+        if step.done == blocks:
+            raise _Stop
+
+    return progress
+
+
+@pytest.mark.parametrize("change", ["seed", "damp", "weights"])
+def test_another_run_takes_nothing_over(
+    change: str, model: Path, wanted: Calibration, text: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    if change == "weights":
+        model = models.save(tmp_path / "model", "llama", num_hidden_layers=BLOCKS)
+    with pytest.raises(_Stop):
+        fewbit.quantize(model, tmp_path / "out", calibration=wanted, progress=stop_after(3))
+    assert not (tmp_path / "out").exists()
+    assert len(list(own_cache.glob("runs/*/block-*"))) == 3
+    steps: list[pipeline.Step] = []
+    plan = find("gptq-4bit")
+    if change == "seed":
+        wanted = Calibration(str(text), samples=6, length=32, seed=2)
+    elif change == "damp":
+        plan = plan.changed(options={"damp": "0.02"})
+    else:
+        models.save(model, "llama", num_hidden_layers=BLOCKS)
+    fewbit.quantize(model, tmp_path / "out", plan=plan, calibration=wanted, progress=steps.append)
+    assert [step.resumed for step in steps] == [False] * BLOCKS
+
+
+def test_a_damaged_result_is_made_again(model: Path, wanted: Calibration, place: Path, own_cache: Path) -> None:
+    with pytest.raises(_Stop):
+        fewbit.quantize(model, place, calibration=wanted, progress=stop_after(3))
+    (found,) = own_cache.glob("runs/*/block-00001.safetensors")
+    found.write_bytes(found.read_bytes()[:-100])
+    assert quantized(model, place, wanted)[0] is True

@@ -1,0 +1,227 @@
+"""A plan says for every weight what it gets, and what cannot be is told all at once, with what would fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewbit.errors import PlanError
+from fewbit.methods.gptq import GPTQ
+from fewbit.methods.rtn import RoundToNearest
+from fewbit.plan import PRESETS, Plan, Rule, find, resolve
+
+SHAPES = {
+    "model.layers.0.self_attn.q_proj": (576, 576),
+    "model.layers.0.self_attn.k_proj": (192, 576),
+    "model.layers.0.mlp.up_proj": (1536, 576),
+    "model.layers.0.mlp.down_proj": (576, 1536),
+}
+LARGE = {name: (512, 1024) for name in SHAPES}
+
+
+def plan_of(*rules: Rule, adapt: bool = False) -> Plan:
+    return Plan("test", "gptq", rules, adapt)
+
+
+def schemes(plan: Plan, shapes: dict[str, tuple[int, int]]) -> dict[str, str]:
+    return {module: str(a.scheme) for module, a in resolve(plan, shapes).assignments.items()}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_resolves_as_it_is_where_its_group_fits(name: str) -> None:
+    settled = resolve(find(name), LARGE)
+    assert settled.plan.name == name
+    assert list(settled.assignments) == list(LARGE)
+    assert settled.kept == settled.notes == ()
+    assert {a.scheme.group for a in settled.assignments.values()} == {128}
+    for module, assignment in settled.assignments.items():
+        assert (assignment.module, assignment.shape) == (module, LARGE[module])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_shrinks_its_group_and_says_so(name: str) -> None:
+    settled = resolve(find(name), SHAPES)
+    assert {a.scheme.group for a in settled.assignments.values()} == {64}
+    (note,) = settled.notes
+    assert "groups of 64 instead of 128" in note
+    assert "576" in note
+    assert "1536" not in note
+
+
+def test_a_preset_leaves_what_no_group_fits_and_says_so() -> None:
+    settled = resolve(find("gptq-4bit"), LARGE | {"odd": (512, 100), "narrow": (40, 1024)})
+    assert set(settled.assignments) == set(LARGE)
+    assert set(settled.kept) == {"odd", "narrow"}
+    assert {a.scheme.group for a in settled.assignments.values()} == {128}
+    for module in settled.kept:
+        assert any(note.startswith(module) and "None" not in note for note in settled.notes)
+
+
+def test_a_preset_that_fits_nothing_is_an_error() -> None:
+    with pytest.raises(PlanError) as raised:
+        resolve(find("gptq-4bit"), {"odd": (512, 100), "narrow": (40, 1024)})
+    assert "odd" in str(raised.value)
+    assert "narrow" in str(raised.value)
+
+
+def test_a_scheme_asked_for_by_name_is_not_shrunk_and_all_misfits_are_told_with_what_fits() -> None:
+    with pytest.raises(PlanError) as raised:
+        resolve(find("gptq-4bit").changed(scheme="int4-g128-sym"), SHAPES)
+    for module, shape in SHAPES.items():
+        assert (module in raised.value.message) == (shape[1] == 576)
+    assert "3 of 4" in raised.value.message
+    assert "--scheme int4-g64-sym" in raised.value.hint
+    assert set(schemes(find("gptq-4bit").changed(scheme="int4-g64-sym"), SHAPES).values()) == {"int4-g64-sym"}
+
+
+def test_the_first_rule_that_matches_wins() -> None:
+    plan = plan_of(Rule("*.down_proj", None), Rule("*.mlp.*", "int4-g64"), Rule("*_proj", "int4-g64", "gptq"))
+    settled = resolve(plan, SHAPES)
+    methods = {module.rpartition(".")[2]: type(a.method) for module, a in settled.assignments.items()}
+    assert methods == {"q_proj": GPTQ, "k_proj": GPTQ, "up_proj": RoundToNearest}
+    assert settled.kept == ("model.layers.0.mlp.down_proj",)
+
+
+def test_what_no_rule_matches_is_kept() -> None:
+    settled = resolve(plan_of(Rule("*.mlp.*", "int4-g64")), SHAPES)
+    assert settled.kept == tuple(SHAPES)[:2]
+
+
+@pytest.mark.parametrize(
+    ("match", "hits"),
+    [
+        ("*", 4),
+        ("*.self_attn.[qk]_proj", 2),
+        ("model.layers.?.mlp.down_proj", 1),
+        ("*.[!d]*_proj", 4),
+        ("MODEL.*", 0),
+        ("q_proj", 0),
+    ],
+)
+def test_globs(match: str, hits: int) -> None:
+    if hits:
+        assert len(resolve(plan_of(Rule(match, "int4-g64")), SHAPES).assignments) == hits
+    else:
+        with pytest.raises(PlanError, match="matches none of the 4"):
+            resolve(plan_of(Rule(match, "int4-g64")), SHAPES)
+
+
+def test_options_reach_the_method() -> None:
+    plan = plan_of(Rule("*", "int4-g64", "gptq", {"damp": "0.1", "act_order": "false"}))
+    methods = {a.method for a in resolve(plan, SHAPES).assignments.values()}
+    assert methods == {GPTQ(damp=0.1, act_order=False)}
+
+
+def test_changing_a_plan_keeps_what_stays_kept_and_drops_options_of_another_method() -> None:
+    plan = plan_of(Rule("*.mlp.*", None), Rule("*", "int4-g128", "gptq", {"damp": "0.1"}), adapt=True)
+    same = plan.changed(options={"refine": "0"})
+    assert same.rules[1].options == {"damp": "0.1", "refine": "0"}
+    assert same.adapt
+    other = plan.changed(method="rtn", scheme="int3-g64")
+    assert other.rules == (Rule("*.mlp.*", None), Rule("*", "int3-g64", "rtn"))
+    assert not other.adapt
+    assert plan.changed() == plan
+
+
+def test_five_bits_are_refused_in_words() -> None:
+    with pytest.raises(PlanError) as raised:
+        resolve(plan_of(Rule("*", "int5-g64")), SHAPES)
+    assert raised.value.message.count("2, 3, 4 or 8 bits") == 4
+    assert "--scheme" not in raised.value.hint
+
+
+def test_two_schemes_in_a_gptq_file_are_refused_in_words() -> None:
+    with pytest.raises(PlanError, match=r"int4-g64, int8-g64"):
+        resolve(plan_of(Rule("*.mlp.*", "int8-g64"), Rule("*", "int4-g64")), SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        (Rule("*", "int4-g64", "gptg"), "gptq"),
+        (Rule("*", "int4-g64-symm"), "int4-g64-symm"),
+        (Rule("*", "int4-g64", "gptq", {"dmp": "1"}), "damp"),
+        (Rule("*", "int4-g64", "gptq", {"damp": "x"}), "--damp"),
+    ],
+)
+def test_a_rule_that_names_nothing_known(rule: Rule, told: str) -> None:
+    with pytest.raises(PlanError, match=told):
+        resolve(plan_of(rule), SHAPES)
+
+
+def test_unknown_formats_and_plans_get_the_nearest_names() -> None:
+    with pytest.raises(PlanError, match="gptq"):
+        resolve(Plan("test", "gptg", (Rule("*", "int4-g64"),)), SHAPES)
+    with pytest.raises(PlanError, match="Did you mean gptq-4bit") as raised:
+        find("gptq4bit")
+    assert all(name in raised.value.hint for name in PRESETS)
+
+
+PLANS = [
+    *PRESETS.values(),
+    plan_of(Rule("*.mlp.*", None), Rule("*", "int3-g64", "gptq", {"damp": "0.1"})),
+    Plan("empty", "gptq", ()),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
+def test_json_gives_the_plan_back(plan: Plan, tmp_path: Path) -> None:
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan.to_json()))
+    assert find(str(file)) == plan
+
+
+RULE: dict[str, Any] = {"match": "*", "scheme": "int4-g64", "method": "gptq"}
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        "abc",
+        3,
+        None,
+        [3],
+        ["abc"],
+        [{"match": "*"}],
+        [{"scheme": "int4-g64"}],
+        [RULE | {"group": 64}],
+        [RULE | {"scheme": 4}],
+        [RULE | {"match": 3}],
+        [RULE | {"match": None}],
+        [RULE | {"method": None}],
+        [RULE | {"options": [1]}],
+        [RULE | {"options": "damp"}],
+        [RULE | {"options": {"damp": [0.1]}}],
+    ],
+    ids=str,
+)
+def test_json_that_is_no_plan_is_refused(rules: object) -> None:
+    with pytest.raises(PlanError):
+        resolve(Plan.from_json({"name": "test", "format": "gptq", "rules": rules}), SHAPES)
+
+
+@pytest.mark.parametrize("lie", [[], "gptq", None, {}, {"name": "x", "format": "gptq"}, {"rules": []}], ids=str)
+def test_json_of_another_kind_is_refused(lie: Any) -> None:
+    with pytest.raises(PlanError, match="this is no plan"):
+        Plan.from_json(lie)
+
+
+def test_options_may_be_written_as_json_writes_them() -> None:
+    options = {"damp": 0.1, "act_order": False, "refine": 0}
+    plan = Plan.from_json({"name": "test", "format": "gptq", "rules": [RULE | {"options": options}]})
+    methods = {a.method for a in resolve(plan, SHAPES).assignments.values()}
+    assert methods == {GPTQ(damp=0.1, act_order=False, refine=0)}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"null", b'{"name": 1}'], ids=str)
+def test_a_file_that_is_no_plan_is_refused(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_bytes(content)
+    with pytest.raises(PlanError):
+        find(str(file))
+    with pytest.raises(PlanError, match=r"absent\.json"):
+        find(str(tmp_path / "absent.json"))
