@@ -22,10 +22,10 @@ CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-_WORDS = (
-    "the a model weight of group and scale in column row is to small few bits code grid error sum block that each "
-    "nearest value with without input output square mean rounded stored read written half double first last"
-).split()
+_WORDS = """
+the a model weight of group and scale in column row is to small few bits code grid error sum block that each nearest
+value with without input output square mean rounded stored read written half double first last
+"""
 
 # What each family's config is called with, besides what all share. The value of "kind" is the name of its classes.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -54,10 +54,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def sentences(count: int, seed: int = 0) -> str:
     """Text of `count` sentences of words that the tokenizer knows."""
     generator = torch.Generator().manual_seed(seed)
-    lines = []
+    known, lines = _WORDS.split(), []
     for _ in range(count):
         length = int(torch.randint(5, 14, (1,), generator=generator))
-        words = [_WORDS[int(i)] for i in torch.randint(len(_WORDS), (length,), generator=generator)]
+        words = [known[int(i)] for i in torch.randint(len(known), (length,), generator=generator)]
         lines.append(" ".join(words).capitalize() + ".")
     return "\n".join(lines)
 
@@ -65,9 +65,7 @@ def sentences(count: int, seed: int = 0) -> str:
 def tokenizer(chat: str | None = None) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on a few sentences."""
     make: Any = PreTrainedTokenizerFast  # whose constructor is not typed
-    made = make(
-        tokenizer_object=Tokenizer.from_str(_trained()), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    made = make(tokenizer_object=Tokenizer.from_str(_trained()), bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     assert isinstance(made, PreTrainedTokenizerFast)
     made.model_max_length = CONTEXT
     made.chat_template = chat

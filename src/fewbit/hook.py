@@ -1,4 +1,4 @@
-"""Runs `fewbit.models.plugin.register` once transformers' models can be imported, and not before.
+"""Imports `fewbit.models.plugin`, which registers fewbit, once transformers' models can be imported, and not before.
 
 A finder in front of `sys.meta_path` lets the ordinary finders find that one module and adds a step after its
 execution; for every other module it answers None at once.
@@ -44,8 +44,9 @@ class _Registering(Loader):
 
 
 def _register() -> None:
-    # By name: this module lies below `models` and must not import it when it is itself imported.
-    importlib.import_module("fewbit.models.plugin").register()
+    # By name: this module lies below `models` and must not import it when it is itself imported. The plugin registers
+    # when it is imported; if it is just being imported, it does so at its end.
+    importlib.import_module("fewbit.models.plugin")
 
 
 def install() -> None:

@@ -59,6 +59,8 @@ class QLinear(nn.Module):
         self.codec, self.shape, self.dtype, self.forced = weight.codec, weight.shape, dtype, kernel
         self.kernel = choose(weight, device, dtype, kernel)
         prepared = self.kernel.prepare(weight.codec, weight.parts, weight.shape)
+        for name in self.kept:  # of another kernel, which may have kept more
+            delattr(self, name)
         self.weight = nn.Parameter(prepared[0], requires_grad=False)
         self.kept = tuple(f"kept_{i}" for i in range(1, len(prepared)))
         for name, tensor in zip(self.kept, prepared[1:], strict=True):
@@ -151,8 +153,8 @@ def _disagreement(
         return None
     key = (kernel.name, str(weight.codec), weight.shape, device, dtype)
     if key not in _verdicts:
-        # Rows taken from the identity and ones would miss scale errors; a fixed random block does not.
-        x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        # Not centred: an error in the zero points cancels in sums over a centred input.
+        x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).add_(0.5).to(device, dtype)
         exact = reference.linear(
             x, weight.codec, reference.prepare(weight.codec, weight.parts, weight.shape), weight.shape
         )

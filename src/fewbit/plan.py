@@ -50,9 +50,9 @@ class Plan:
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """The plan that a JSON object describes; PlanError where it does not describe one."""
         try:
-            rules = tuple(Rule(**rule) for rule in data["rules"])
-            return cls(str(data["name"]), str(data["format"]), rules, bool(data.get("adapt", False)))
-        except (KeyError, TypeError) as error:
+            rules = tuple(_rule(rule) for rule in data["rules"])
+            return cls(_text(data["name"]), _text(data["format"]), rules, data.get("adapt", False) is True)
+        except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(
                 f"this is no plan: {error}",
                 'A plan is {"name", "format", "rules": [{"match", "scheme", "method", "options"}]}.',
@@ -83,6 +83,27 @@ class Plan:
             for rule in self.rules
         )
         return replace(self, rules=rules, format=format or self.format, adapt=self.adapt and scheme is None)
+
+
+def _rule(data: Mapping[str, Any]) -> Rule:
+    """A rule from JSON; TypeError where a value has the wrong type. Options may be written as JSON's own values."""
+    options = {key: _option(value) for key, value in data.get("options", {}).items()}
+    scheme = None if data["scheme"] is None else _text(data["scheme"])
+    if extra := set(data) - {"match", "scheme", "method", "options"}:
+        raise TypeError(f"a rule has no {', '.join(sorted(extra))}")
+    return Rule(_text(data["match"]), scheme, _text(data.get("method", "rtn")), options)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _option(value: Any) -> str:
+    if not isinstance(value, (str, int, float)):
+        raise TypeError(f"{value!r} is no option")
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _preset(name: str, method: str, bits: int) -> Plan:
@@ -146,6 +167,8 @@ def resolve(plan: Plan, shapes: Mapping[str, Shape]) -> Resolved:
         wanted, adapted = _adapt(wanted, format)
         notes += adapted
         kept += [module for module in shapes if module not in wanted and module not in kept]
+        if not wanted:
+            raise PlanError(f"plan {plan.name} fits none of the model's linears", "\n  ".join(notes[:8]))
     refused = {m: reason for m, a in wanted.items() if (reason := format.why_not(a.shape, a.scheme))}
     if refused:
         raise PlanError(_listed(refused, wanted, len(wanted)), _what_fits(wanted, format))

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from fewbit.advise.hardware import Hardware
 from fewbit.evaluate.quality import Estimate, Quality
@@ -20,6 +21,17 @@ from fewbit.pipeline import Step, TensorReport
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+
+class _Table(Table):
+    """A table whose cells are shown as they are: names and texts of models may hold what rich takes for markup."""
+
+    def add_row(self, *cells: Any, **kwargs: Any) -> None:
+        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **kwargs)
+
+
+def _say(line: str) -> None:
+    out.print(Text(line))
 
 
 @dataclass(frozen=True)
@@ -69,8 +81,9 @@ class Evaluation:
 def size(nbytes: float) -> str:
     """Bytes for people: 98.4 MB, 1.23 GB (decimal units, as files are sold)."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.3g} {unit}" if nbytes < 1000 * scale else f"{nbytes / scale:,.0f} {unit}"
+        rounded = float(f"{nbytes / scale:.3g}")
+        if rounded >= 1:
+            return f"{rounded:,g} {unit}"
     return f"{nbytes:.0f} B"
 
 
@@ -92,8 +105,10 @@ def interval(estimate: Estimate, digits: int = 3, percent: bool = False) -> tupl
     return f"{estimate.value:{style}}", f"{estimate.low:{style}} ... {estimate.high:{style}}"
 
 
-def _grid(title: str, *columns: str, numbers: Sequence[int] = ()) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+def _grid(title: str, *columns: str, numbers: Sequence[int] = ()) -> _Table:
+    table = _Table(
+        title=Text(title), title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
+    )
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i in numbers else "left", overflow="fold")
     return table
@@ -102,11 +117,11 @@ def _grid(title: str, *columns: str, numbers: Sequence[int] = ()) -> Table:
 def quantized(done: Quantized) -> None:
     """What `fewbit quantize` prints when it is finished."""
     for note in done.notes:
-        out.print(f"note: {note}")
+        _say(f"note: {note}")
     fallbacks = [(t.module, note) for t in done.tensors for note in t.notes]
     for note, count in Counter(note for _, note in fallbacks).items():
         first = next(module for module, n in fallbacks if n == note)
-        out.print(f"note: {note} ({first}{f' and {count - 1} more' if count > 1 else ''})")
+        _say(f"note: {note} ({first}{f' and {count - 1} more' if count > 1 else ''})")
     table = _grid(done.out, "", "original", "quantized", "", numbers=(1, 2))
     factor = done.original_bytes / max(done.output_bytes, 1)
     table.add_row("weights in files", size(done.original_bytes), size(done.output_bytes), f"{factor:.2f} x smaller")
@@ -119,7 +134,7 @@ def quantized(done: Quantized) -> None:
     table.add_row("time", "", duration(done.seconds), "")
     table.add_row("peak memory", "", size(done.peak), "of this process, mapped files included")
     out.print(table)
-    out.print(f'Reopened and checked; it says: "The{done.sample}"')
+    _say(f'Reopened and checked; it says: "The{done.sample}"')
 
 
 def preview(shown: Preview) -> None:
@@ -129,8 +144,8 @@ def preview(shown: Preview) -> None:
         table.add_row(name, what, f"{nbytes:,}")
     out.print(table)
     for note in shown.notes:
-        out.print(f"note: {note}")
-    out.print(
+        _say(f"note: {note}")
+    _say(
         f"{shown.original_bytes:,} bytes become {shown.output_bytes:,} ({size(shown.output_bytes)}); "
         f"{share(shown.share)} of the blocks' parameters are quantized. Nothing was written."
     )
@@ -256,7 +271,7 @@ def doctor(found: Hardware) -> None:
         table.add_row(f"without {name}", why)
     out.print(table)
     for line in found.advice:
-        out.print(f"- {line}")
+        _say(f"- {line}")
 
 
 def model_card(record: Mapping[str, Any]) -> str:

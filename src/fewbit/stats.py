@@ -32,7 +32,7 @@ class Stats:
         self.need = need
         self.rows = 0
         self.dropped = 0
-        self._abs = torch.zeros(k, device=device) if need == Need.MEAN_ABS else None
+        self._abs = torch.zeros(k, device=device) if need >= Need.MEAN_ABS else None
         self._square = torch.zeros(k, device=device) if need == Need.MEAN_SQUARE else None
         self._hessian = torch.zeros(k, k, device=device) if need == Need.HESSIAN else None
 

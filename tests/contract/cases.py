@@ -63,7 +63,7 @@ def hard(n: int, k: int) -> Tensor:
 def inputs(rows: int, k: int, seed: int = 2) -> Tensor:
     """Correlated input rows [rows, k], some columns much larger than others."""
     generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(rows, k, generator=generator) @ torch.randn(k, k, generator=generator) / k**0.5
+    mixed: Tensor = torch.randn(rows, k, generator=generator) @ torch.randn(k, k, generator=generator) / k**0.5
     return mixed * torch.logspace(-0.5, 0.5, k)[torch.randperm(k, generator=generator)]
 
 

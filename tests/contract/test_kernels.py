@@ -33,7 +33,7 @@ def usable(name: str) -> Kernel:
 
 
 def check_product(kernel: Kernel, spec: str, dtype: torch.dtype) -> int:
-    """x Wᵀ as the exact float32 product has it, for every shape that the kernel does not refuse; how many those were."""
+    """x Wᵀ is the exact float32 product, for every shape that the kernel does not refuse; how many those were."""
     scheme, served = parse(spec), 0
     for n, k in shapes(spec):
         reason = kernel.why_not(scheme, (n, k), CPU, dtype)
@@ -116,7 +116,7 @@ def test_all_codes_are_multiplied(name: str, spec: str, dtype: torch.dtype) -> N
 @specs
 @dtypes
 def test_an_outlier_does_not_blur_the_columns_beside_it(name: str, spec: str, dtype: torch.dtype) -> None:
-    """A zero point far from the middle, times a scale set by one outlier, must not leave its rounding on every weight."""
+    """A zero point far from the middle, times the scale of an outlier, leaves no rounding error on every weight."""
     kernel, scheme = usable(name), parse(spec)
     n, k = 48, 2 * (parse(spec).group or 64)
     if kernel.activations != "exact" or kernel.why_not(scheme, (n, k), CPU, dtype):

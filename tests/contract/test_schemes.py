@@ -1,4 +1,4 @@
-"""What every scheme keeps: codes, grids and parts turn into one another without loss, and sizes are known beforehand."""
+"""What every scheme keeps: codes, grids and parts turn into one another without loss, and sizes are known before."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def same_grids(a: Grids, b: Grids) -> bool:
 
 
 def check_grids(scheme: Scheme, w: Tensor) -> None:
-    """Encoding takes the nearest value, what was decoded encodes to itself, and columns mean the same however asked for."""
+    """Encoding takes the nearest value, decoding is undone by it, and columns are the same however asked for."""
     grids = scheme.fit(w)
     codes = grids.encode(w)
     values = grids.decode(codes)

@@ -151,9 +151,7 @@ def test_a_config_of_no_causal_model(config: Mapping[str, Any], model: Path, ref
     refused(3, ("config.json", "no causal LM"), model)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"hidden_size": "many"}, {"num_attention_heads": 0}, {"vocab_size": -1}], ids=str
-)
+@pytest.mark.parametrize("wrong", [{"hidden_size": "many"}, {"num_attention_heads": 0}, {"vocab_size": -1}], ids=str)
 def test_a_config_with_impossible_values(wrong: Mapping[str, Any], model: Path, refused: Refused) -> None:
     models.edit_json(model / "config.json", **wrong)
     refused(3, (str(model / "config.json"),), model)
@@ -409,7 +407,8 @@ def test_a_request_that_cannot_be(
 def test_a_flag_that_is_no_number(flags: tuple[str, ...], sound: Path, fewbit: Fewbit, place: Path) -> None:
     answer = fewbit("quantize", sound, "-o", place, *flags)
     assert answer.code == 2
-    assert f"'{flags[1]}' is not a valid integer" in answer.err
+    assert flags[0] in answer.err
+    assert "valid integer" in answer.err
     assert list(place.parent.iterdir()) == []
 
 
@@ -493,7 +492,9 @@ def test_an_output_that_exists_is_kept(sound: Path, place: Path, fewbit: Fewbit)
     assert [p.name for p in place.iterdir()] == ["precious"]
 
 
-def test_an_output_that_is_replaced_is_replaced_whole(sound: Path, sound_gptq: Path, place: Path, fewbit: Fewbit) -> None:
+def test_an_output_that_is_replaced_is_replaced_whole(
+    sound: Path, sound_gptq: Path, place: Path, fewbit: Fewbit
+) -> None:
     place.mkdir()
     (place / "precious").write_text("mine")
     assert fewbit("quantize", sound, "-o", place, "--overwrite", "--plan", "rtn-4bit").code == 0
@@ -751,9 +752,18 @@ def test_a_quantization_config_that_is_none(value: object, gptq: Path, fewbit: F
     check(fewbit("inspect", gptq), 3, "quantization")
 
 
-def test_a_broken_record(gptq: Path, fewbit: Fewbit) -> None:
-    (gptq / "fewbit.json").write_text("{")
-    check(fewbit("inspect", gptq), 3, "fewbit.json")
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"plan": null}', '{"versions": 3}', '{"tensors": 7}', '{"calibration": "x"}', '{"notes": null}'],
+)
+def test_a_broken_record(content: str, gptq: Path, fewbit: Fewbit) -> None:
+    """It says how a model was made; what is in the model can be told without."""
+    (gptq / "fewbit.json").write_text(content)
+    answer = fewbit("inspect", gptq)
+    if answer.code:
+        check(answer, 3, "fewbit.json")
+    else:
+        assert "int4-g32-sym" in answer.out
 
 
 def test_an_unknown_kernel(gptq: Path) -> None:
@@ -800,7 +810,9 @@ def test_two_vocabularies_cannot_be_compared(sound: Path, model: Path, fewbit: F
     ],
     ids=lambda value: " ".join(value),
 )
-def test_an_evaluation_that_cannot_be(flags: tuple[str, ...], words: tuple[str, ...], sound: Path, fewbit: Fewbit) -> None:
+def test_an_evaluation_that_cannot_be(
+    flags: tuple[str, ...], words: tuple[str, ...], sound: Path, fewbit: Fewbit
+) -> None:
     check(fewbit("evaluate", sound, *flags), 2, *words)
 
 

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fewbit
 from fewbit import api, calibration
 from fewbit.nn import QLinear
+from fewbit.report import Quantized
+from fewbit.schemes.base import parse
 from fewbit.stats import Need, Stats
 from tests import models
 
@@ -26,7 +28,7 @@ QUANTIZED = (".qweight", ".qzeros", ".scales", ".g_idx")
 class Pair:
     """A tiny model's folder, and the folder of its quantized self."""
 
-    def __init__(self, folder: Path, out: Path, done: api.Quantized) -> None:
+    def __init__(self, folder: Path, out: Path, done: Quantized) -> None:
         self.folder, self.out, self.done = folder, out, done
 
     def load(self, **options: Any) -> Any:
@@ -79,7 +81,8 @@ def rounded_to_nearest(w: Tensor, group: int, bits: int = 4) -> Tensor:
     grouped = w.float().reshape(w.shape[0], -1, group)
     half = 2 ** (bits - 1)
     scale = (grouped.abs().amax(-1, keepdim=True) / (half - 0.5)).half().float()
-    return ((grouped / scale).round().clamp(-half, half - 1) * scale).reshape(w.shape)
+    rounded: Tensor = (grouped / scale).round().clamp(-half, half - 1) * scale
+    return rounded.reshape(w.shape)
 
 
 def test_the_loaded_model_is_the_original_with_the_dequantized_weights(pair: Pair, ids: Tensor) -> None:
@@ -172,7 +175,9 @@ def test_round_to_nearest_is_its_definition_over_the_whole_model(family: str, id
     folder = models.save(tmp_path / "original", family)
     done = fewbit.quantize(folder, tmp_path / "out", plan="rtn-4bit")
     original = models.original(folder)
-    assert {tensor.scheme for tensor in done.tensors} == {"int4-g32-sym"}
-    weights = {name: rounded_to_nearest(w, 32) for name, w in linears_in_blocks(original).items()}
+    (scheme,) = {tensor.scheme for tensor in done.tensors}
+    group = parse(scheme).group
+    assert scheme == f"int4-g{group}-sym"
+    weights = {name: rounded_to_nearest(w, group) for name, w in linears_in_blocks(original).items()}
     expected = models.logits(models.with_weights(original, weights), ids)
     assert distance(models.logits(fewbit.load(tmp_path / "out", dtype=torch.float32), ids), expected) < 1e-5

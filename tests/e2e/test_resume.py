@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,7 +78,7 @@ def quantized(model: Path, out: Path, wanted: Calibration) -> list[bool]:
 @pytest.fixture(params=[(signal.SIGKILL, "blocks"), (signal.SIGINT, "blocks"), (signal.SIGKILL, "files")], ids=str)
 def stopped(
     request: pytest.FixtureRequest, model: Path, wanted: Calibration, place: Path, own_cache: Path
-) -> Iterator[tuple[signal.Signals, str, int, str]]:
+) -> tuple[signal.Signals, str, int, str]:
     """A run in a process of its own, stopped by a signal: which, where it stood, its exit code and what it said."""
     how, where = request.param
     command = [sys.executable, "-W", "ignore", "-c", HALTED, where, "quantize", str(model), "-o", str(place)]
@@ -98,7 +97,7 @@ def stopped(
     finally:
         process.kill()
         process.wait()
-    yield how, where, process.returncode, said
+    return how, where, process.returncode, said
 
 
 def test_it_goes_on_where_it_stopped(

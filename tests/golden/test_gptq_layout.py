@@ -27,7 +27,7 @@ from fewbit.formats.gptq import GPTQFormat
 from fewbit.schemes.affine import Affine, AffineGrids
 from fewbit.schemes.base import QTensor, parse
 
-Array = npt.NDArray[np.int64]
+Array = npt.NDArray[Any]
 N, K = 32, 96
 CONFIG: dict[str, Any] = {"quant_method": "gptq", "desc_act": False}
 

@@ -8,7 +8,7 @@ import torch
 from fewbit.errors import NumericsError
 from fewbit.schemes.affine import AffineGrids
 from fewbit.schemes.base import parse
-from tests.contract.cases import hard, ordinary
+from tests.contract.cases import hard, inputs, ordinary, stats_of
 
 widths = pytest.mark.parametrize("bits", range(2, 9))
 
@@ -64,6 +64,19 @@ def test_the_error_is_at_most_half_a_step_inside_the_range(bits: int) -> None:
     assert float(steps.mean()) < 0.3
 
 
+def check_range(bits: int) -> None:
+    """A plain fit uses every code, from the first to the last."""
+    w = ordinary(64, 256)
+    for scheme in (parse(f"int{bits}-g16"), parse(f"int{bits}-g16-sym")):
+        codes = scheme.fit(w).encode(w)
+        assert codes.unique().tolist() == list(range(2**bits))
+
+
+@widths
+def test_range(bits: int) -> None:
+    check_range(bits)
+
+
 def test_a_longer_tail_gets_the_side_with_one_code_more() -> None:
     w = torch.tensor([[1.0, -4.0, 3.0, 2.0] * 4])
     for sign in (1, -1):
@@ -80,6 +93,26 @@ def test_the_refusal_of_an_empty_weight_speaks_of_no_range() -> None:
     with pytest.raises(NumericsError) as raised:
         parse("int4-row").fit(torch.zeros(0, 32))
     assert "65504" not in str(raised.value)
+
+
+def check_refit(spec: str) -> None:
+    """The scale of the last group is the best one for all the others as they now are, to half a unit of fp16."""
+    w, hessian = ordinary(16, 64), stats_of(inputs(200, 64)).hessian
+    scheme = parse(spec)
+    grids = scheme.fit(w)
+    codes = grids.encode(w)
+    again = scheme.refit(w, codes, grids, hessian)
+    assert isinstance(again, AffineGrids)
+    offsets = torch.zeros_like(w).double()
+    offsets[:, -16:] = codes[:, -16:].double() - again.zero[:, -1:]
+    pull = (w - again.decode(codes)).double() @ hessian.double()
+    step = (pull * offsets).sum(1) / ((offsets @ hessian.double()) * offsets).sum(1)
+    assert (step.abs() <= 1.01 * 2.0**-11 * again.scale[:, -1].abs()).all()
+
+
+@pytest.mark.parametrize("spec", ["int4-g16", "int3-g16-sym"])
+def test_refit(spec: str) -> None:
+    check_refit(spec)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

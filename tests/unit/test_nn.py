@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -112,7 +112,7 @@ def test_adopted_parts_come_back(spec: str) -> None:
             assert torch.equal(again.dequantize(), weight.dequantize())
 
 
-CASTS = {
+CASTS: dict[str, Callable[[Any], Any]] = {
     "half": lambda layer: layer.half(),
     "bfloat16": lambda layer: layer.bfloat16(),
     "double": lambda layer: layer.double(),
@@ -245,15 +245,15 @@ class Choosy(Reference):
 
 
 @pytest.fixture
-def liar(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def liar(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(registry.entries("kernels"), "liar", Liar)
-    yield "liar"
+    return "liar"
 
 
 @pytest.fixture
-def choosy(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def choosy(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(registry.entries("kernels"), "choosy", Choosy)
-    yield "choosy"
+    return "choosy"
 
 
 def test_a_kernel_that_lies_is_refused_with_a_warning(liar: str) -> None:

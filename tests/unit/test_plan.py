@@ -19,7 +19,7 @@ SHAPES = {
     "model.layers.0.mlp.up_proj": (1536, 576),
     "model.layers.0.mlp.down_proj": (576, 1536),
 }
-LARGE = {name: (512, 1024) for name in SHAPES}
+LARGE = dict.fromkeys(SHAPES, (512, 1024))
 
 
 def plan_of(*rules: Rule, adapt: bool = False) -> Plan:

@@ -145,7 +145,7 @@ class GPTQFormat(Format):
         found: dict[str, dict[str, PartSpec]] = {}
         for name in names:
             module, _, suffix = name.rpartition(".")
-            if suffix == "qweight":
+            if suffix in ("qweight", "qzeros", "scales") and module not in found:
                 found[module] = {s: names[f"{module}.{s}"] for s in _SUFFIXES if f"{module}.{s}" in names}
                 _check(module, found[module], width, config)
         if not found:
@@ -183,11 +183,15 @@ def _check(module: str, specs: Mapping[str, PartSpec], width: int, config: Mappi
             raise FormatError(f"{module}.{suffix} has shape {list(specs[suffix].shape)}; two dimensions expected")
     words, n = specs["qweight"].shape
     k, groups = words * 32 // width, specs["scales"].shape[0]
-    if not words or not n or words * 32 % width:
+    if not words or not n or words * 32 % width or n * width % 32:
         raise FormatError(f"{module}.qweight: {words} x {n} words hold no whole weight of {width} bits")
     if not groups or (k % groups and "g_idx" not in specs):
         raise FormatError(f"{module}.scales: {groups} groups do not divide {k} columns")
     group = config.get("group_size", -1)
+    if group is not None and (not isinstance(group, int) or group < -1):
+        raise FormatError(
+            f"gptq: group_size = {group!r} in the quantization config", "It is a number, or -1 for a row."
+        )
     if groups != (1 if group in (-1, 0, None) else -(-k // int(group))):
         raise FormatError(
             f"{module}.scales: {groups} groups found, but the config says group_size {group} of {k} columns"
@@ -212,8 +216,8 @@ def _stored_order(g_idx: Tensor | None, k: int, groups: int, module: str) -> Ten
     """Columns sorted by group, as a permutation [K]; None where they already lie that way."""
     if g_idx is None:
         return None
-    counts = torch.bincount(g_idx.clamp(min=0).long(), minlength=groups)
-    if int(g_idx.min()) < 0 or len(counts) != groups or not (counts == k // groups).all():
+    sound = int(g_idx.min()) >= 0 and int(g_idx.max()) < groups
+    if not sound or not (torch.bincount(g_idx.long(), minlength=groups) == k // groups).all():
         raise FormatError(f"{module}.g_idx does not put {k // groups} columns in each of {groups} groups")
     if (g_idx.diff() >= 0).all():
         return None

@@ -1,7 +1,7 @@
 """PyTorch's own 4-bit kernels, `_weight_int4pack_mm` on CUDA and `_weight_int4pack_mm_for_cpu`.
 
 Both take bfloat16 activations (the CPU one is vectorized for no other type) and 4-bit groups of 32 to 256 columns,
-and want scale and zero of each group as a bfloat16 pair [groups, N, 2], in the form w = (c - 8) * scale + zero.
+and want scale and offset of each group as a bfloat16 pair [groups, N, 2], in the form w = (c - 8) * scale + zero.
 Rounding the fp16 scales to bfloat16 moves a result by about 2.4e-3; the fp16 ones are kept beside, because `restore`
 is exact.
 
@@ -37,6 +37,8 @@ class TorchInt4(Kernel):
         n, k = shape
         if not isinstance(codec, Affine) or codec.bits != 4:
             return f"it multiplies by 4-bit integers only, not {codec}"
+        if not codec.symmetric:
+            return "symmetric weights only: the rounding of a zero point to bfloat16 would blur its whole group"
         if (group := codec.group or k) not in (32, 64, 128, 256):
             return f"groups of 32, 64, 128 or 256 columns only, not {group}"
         if dtype != torch.bfloat16:
@@ -56,8 +58,8 @@ class TorchInt4(Kernel):
             packed = torch.ops.aten._convert_weight_to_int4pack(pairs, _INNER_K_TILES)
         else:
             packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-        zero = (8 - grids.zero) * grids.scale
-        pairs = torch.stack([grids.scale.T, zero.T], dim=-1).to(torch.bfloat16).contiguous()
+        scale = grids.scale.T
+        pairs = torch.stack([scale, torch.zeros_like(scale)], dim=-1).to(torch.bfloat16)
         return (packed, pairs, *(parts[name] for name in part_order(codec, shape)[1:]))
 
     def restore(self, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Parts:

@@ -60,6 +60,6 @@ def _read(text: str, default: Any, flag: str) -> Any:
         raise PlanError(f"{flag}: {text!r} is no {type(default).__name__}") from None
 
 
-def fresh(w: Tensor) -> Tensor:
-    """A float copy of `w` to work in: float64 stays, all else becomes float32."""
-    return w.to(torch.float64 if w.dtype == torch.float64 else torch.float32, copy=True)
+def working(w: Tensor) -> Tensor:
+    """`w` in the type to compute in: float64 stays, all else becomes float32. Not to be written to: it may be `w`."""
+    return w.to(torch.float64 if w.dtype == torch.float64 else torch.float32)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import PlanError
-from fewbit.methods.base import Choice, Method, fresh
+from fewbit.methods.base import Choice, Method, working
 from fewbit.registry import register
 from fewbit.schemes.base import Grids, QTensor, Scheme
 from fewbit.stats import Need, Stats
@@ -63,7 +63,8 @@ class GPTQ(Method):
 
     def quantize(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Choice:
         assert stats is not None
-        w, hessian = fresh(w), stats.hessian.to(torch.float64 if w.dtype == torch.float64 else torch.float32)
+        w = working(w)
+        hessian = stats.hessian.to(w.dtype)
         shape = (w.shape[0], w.shape[1])
         diagonal = hessian.diagonal()
         dead = diagonal == 0
@@ -78,14 +79,15 @@ class GPTQ(Method):
             notes.append(f"Hessian not positive definite: damping raised from {self.damp:g} to {damp:g}")
         codes = feed_back(w, grids, inverse, order)
         del inverse
+        ridge = damp * float(diagonal.mean())
         for _ in range(self.refine):
-            grids = scheme.refit(w, codes, grids, hessian)
-            codes = descend(w, codes, grids, hessian, order)
+            grids = scheme.refit(w, codes, grids, hessian, ridge)
+            codes = descend(w, codes, grids, hessian, order, ridge)
         return Choice(QTensor(scheme, shape, scheme.pack(codes, grids)), notes)
 
 
 def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor | None, float]:
-    """L⁻¹ [K, K], lower triangular, for L Lᵀ = the damped H with columns in *reverse* `order`; and the damping it took.
+    """L⁻¹ [K, K], lower triangular, for L Lᵀ = damped H with columns in *reverse* `order`; and the damping it took.
 
     Turned by half a turn it is the U of the formula, which `feed_back` reads a few rows at a time. None if the ladder
     of dampings ends without a factor. Dead columns count as independent of all others.
@@ -98,9 +100,11 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor 
         damped.diagonal().add_(damp * scale)
         damped.diagonal()[damped.diagonal() == damp * scale] = scale
         # H reversed = L Lᵀ means H = R Rᵀ with R upper and U = R⁻¹: one factorization, no inverse of H itself.
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # Factored in its place, which takes column-major order; a symmetric matrix is its own transpose.
+        failed = torch.empty((), dtype=torch.int32, device=damped.device)
+        lower, failed = torch.linalg.cholesky_ex(damped.mT, out=(damped.mT, failed))
         del damped
-        if not failed and torch.isfinite(lower).all():
+        if not failed and torch.isfinite(lower.diagonal()).all():
             return _inverted(lower), damp
         if damp >= 1:
             return None, damp
@@ -108,12 +112,15 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor 
 
 
 def _inverted(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix, in its place: columns left of those in work are needed no more."""
+    """The inverse of a lower triangular matrix, in its place, a panel of columns at a time.
+
+    Columns left of a panel are not needed: there the right-hand side, and so the solution, is zero. The whole matrix
+    is passed nevertheless, since a part of it would be copied first.
+    """
     for start in range(0, len(lower), _PANEL):
-        panel = slice(start, start + _PANEL)
-        unit = torch.zeros_like(lower[start:, panel])
-        unit.diagonal().fill_(1)
-        lower[start:, panel] = torch.linalg.solve_triangular(lower[start:, start:], unit, upper=False)
+        unit = torch.zeros_like(lower[:, start : start + _PANEL])
+        unit[start:].diagonal().fill_(1)
+        lower[start:, start : start + _PANEL] = torch.linalg.solve_triangular(lower, unit, upper=False)[start:]
     return lower
 
 
@@ -125,30 +132,36 @@ def feed_back(w: Tensor, grids: Grids, inverse: Tensor, order: Tensor) -> Tensor
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
         factor = inverse[k - stop : k - start, : k - start].flip(0, 1)  # U[start:stop, start:]
-        working, errors = rest[start:stop], torch.empty_like(rest[start:stop])
+        block, errors = rest[start:stop], torch.empty_like(rest[start:stop])
         for i, column in enumerate(columns[start:stop]):
             row = factor[i, i : stop - start]
-            codes[column] = chosen = grids.encode(working[i], column)
-            errors[i] = (working[i] - grids.decode(chosen, column)) / row[0]
-            working[i + 1 :].addr_(row[1:], errors[i], alpha=-1)
+            codes[column] = chosen = grids.encode(block[i], column)
+            errors[i] = (block[i] - grids.decode(chosen, column)) / row[0]
+            block[i + 1 :].addr_(row[1:], errors[i], alpha=-1)
         rest[stop:].addmm_(factor[:, stop - start :].T, errors, alpha=-1)
     return codes.T.contiguous()
 
 
-def descend(w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, order: Tensor) -> Tensor:
-    """Codes after one sweep of coordinate descent on tr(E H Eᵀ), which never rises; columns without input stay."""
+def descend(w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, order: Tensor, ridge: float = 0.0) -> Tensor:
+    """Codes after one sweep of coordinate descent on tr(E (H + ridge I) Eᵀ), which never rises.
+
+    Columns without input stay.
+    """
     codes = codes.T.contiguous()
     values = grids.decode(codes.T).T.contiguous()
-    gradient = hessian @ (w.T - values)  # [K, N]
+    errors = w.T - values
+    gradient = (hessian @ errors).add_(errors, alpha=ridge)  # [K, N]
+    del errors
     columns = order.tolist()
     for start in range(0, len(columns), _BLOCK):
         block = columns[start : start + _BLOCK]
         inner = hessian[order[start : start + _BLOCK]]
+        inner[torch.arange(len(block)), block] += ridge
         local, moves = gradient[block], torch.zeros(len(block), w.shape[0], dtype=w.dtype, device=w.device)
         within = inner[:, block]
         for i, column in enumerate(block):
             curvature = within[i, i]
-            if curvature <= 0:
+            if curvature <= ridge:
                 continue
             chosen = grids.encode(values[column] + local[i] / curvature, column)
             moves[i] = grids.decode(chosen, column) - values[column]

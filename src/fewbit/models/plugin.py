@@ -174,3 +174,6 @@ def _put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec]) -
         raise FormatError(f"the checkpoint has quantized tensors for {module}, which is a {type(linear).__name__}")
     parent, _, leaf = module.rpartition(".")
     setattr(model.get_submodule(parent), leaf, QLinear(k, n, linear.bias, module).await_tensors(tensors))
+
+
+register()

@@ -39,7 +39,7 @@ class Source:
 
 def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
     """The model called `name`, its files found and their headers sound; PlanError or FormatError otherwise."""
-    folder = _folder(str(name))
+    folder = _folder(str(name), safetensors_only)
     read_config(folder)
     files = safetensors.files_in(folder)
     if not files:
@@ -68,7 +68,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _folder(name: str) -> Path:
+def _folder(name: str, safetensors_only: bool) -> Path:
     if name == DEMO:
         return smollm2.folder()
     path = Path(name).expanduser()
@@ -80,13 +80,13 @@ def _folder(name: str) -> Path:
         raise PlanError(
             f"model {name}: no such folder", f"Give a local folder, a Hub name such as org/model, or {DEMO}."
         )
-    return _download(name)
+    return _download(name, safetensors_only)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, safetensors_only: bool) -> Path:
     try:
         folder = Path(snapshot_download(name, allow_patterns=_PATTERNS))
-        if not list(folder.glob("*.safetensors")):
+        if not safetensors_only and not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*_PATTERNS, "pytorch_model*.bin"]))
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -183,15 +183,17 @@ class Affine(Scheme):
         values = self._codes(w, scale, zero).sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
         return values.sub_(w).square_().mul_(h).sum(-1)
 
-    def refit(self, w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor) -> AffineGrids:
-        """Scales re-solved one group at a time, all others held: s += (E H c) / (c H_gg c), rounded to fp16."""
+    def refit(self, w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, ridge: float = 0.0) -> AffineGrids:
+        """Scales re-solved one group at a time, all others held: s += (E H c) / (c H_gg c), then rounded to fp16."""
         assert isinstance(grids, AffineGrids)
         scale = grids.scale.clone()
-        gradient = (w - grids.decode(codes)) @ hessian
+        error = w - grids.decode(codes)
+        gradient = (error @ hessian).add_(error, alpha=ridge)
+        del error
         for g in range(scale.shape[1]):
             columns = slice(g * grids.group, (g + 1) * grids.group)
             offsets = codes[:, columns] - grids.zero[:, g : g + 1]
-            curvature = (offsets @ hessian[columns, columns]).mul_(offsets).sum(1)
+            curvature = (offsets @ hessian[columns, columns]).add_(offsets, alpha=ridge).mul_(offsets).sum(1)
             step = (gradient[:, columns] * offsets).sum(1) / curvature
             solved = scale[:, g] + step
             solved = _stored(torch.where(solved.isfinite() & (solved != 0), solved, scale[:, g]))
@@ -199,7 +201,9 @@ class Affine(Scheme):
             moved = solved - scale[:, g]
             moved = torch.where(2 * step * moved > moved * moved, moved, torch.zeros_like(moved))
             scale[:, g] += moved
-            gradient -= (offsets * moved.unsqueeze(1)) @ hessian[columns]
+            offsets *= moved.unsqueeze(1)
+            gradient -= offsets @ hessian[columns]
+            gradient[:, columns].sub_(offsets, alpha=ridge)
         return AffineGrids(grids.bits, grids.group, scale, grids.zero)
 
     def pack(self, codes: Tensor, grids: Grids) -> Parts:

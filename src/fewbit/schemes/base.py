@@ -116,9 +116,8 @@ class Scheme(Codec):
     def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Grids]:
         """The codes and grids that `parts` hold: the inverse of `pack`."""
 
-    def refit(self, w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor) -> Grids:
-        """The best stored grids for codes already chosen, under tr(E H Eᵀ); unchanged unless a scheme has such a
-        step."""
+    def refit(self, w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, ridge: float = 0.0) -> Grids:
+        """The best stored grids for codes already chosen, under tr(E (H + ridge I) Eᵀ); by default unchanged."""
         return grids
 
     def with_group(self, group: int) -> Self:

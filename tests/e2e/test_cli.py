@@ -1,0 +1,270 @@
+"""The command line does what it says, and its JSON is what scripts were promised."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewbit import __version__, api, plan, registry
+from tests import models
+from tests.e2e.conftest import Fewbit
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.save(tmp_path_factory.mktemp("cli") / "model", "llama", chat=models.CHAT)
+
+
+@pytest.fixture(scope="module")
+def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "out"
+    api.quantize(model, out, plan="rtn-4bit")
+    return out
+
+
+@pytest.fixture
+def few(text: Path) -> tuple[object, ...]:
+    """Flags that make calibration quick."""
+    return ("--calibration", text, "--samples", 4, "--length", 32)
+
+
+def test_version(fewbit: Fewbit) -> None:
+    answer = fewbit("--version")
+    assert (answer.code, answer.out, answer.err) == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", ["", "quantize", "evaluate", "generate", "inspect", "list", "doctor"])
+def test_help_names_every_flag(command: str, fewbit: Fewbit) -> None:
+    answer = fewbit(*filter(None, [command]), "-h")
+    assert answer.code == 0
+    assert "Usage:" in answer.out
+    wanted = {"quantize": ["--plan", "--dry-run", "--json", "--seed"], "evaluate": ["--reference", "--windows"]}
+    assert all(flag in answer.out for flag in wanted.get(command, []))
+
+
+def test_an_unknown_command_is_refused(fewbit: Fewbit) -> None:
+    answer = fewbit("quantise")
+    assert answer.code == 2
+    assert "quantise" in answer.err
+
+
+def test_list_names_everything_there_is(fewbit: Fewbit) -> None:
+    shown, told = fewbit("list"), fewbit("list", "--json").json
+    assert shown.code == 0
+    for family in (*registry.FAMILIES, "plans"):
+        names = plan.PRESETS if family == "plans" else registry.entries(family)
+        assert [row["name"] for row in told[family]] == list(names)
+        assert all(row["what"] for row in told[family])
+        assert all(re.search(rf"\b{re.escape(name)}\b", shown.out) for name in names)
+    gptq = next(row for row in told["methods"] if row["name"] == "gptq")
+    assert all(flag in gptq["what"] for flag in ("--damp", "--act-order", "--clip-search", "--refine"))
+    assert next(row for row in told["kernels"] if row["name"] == "reference")["unavailable"] is None
+
+
+def test_doctor_tells_what_there_is(fewbit: Fewbit) -> None:
+    shown, told = fewbit("doctor"), fewbit("doctor", "--json").json
+    assert shown.code == 0
+    assert told["versions"]["fewbit"] == __version__
+    assert {"torch", "transformers", "python"} <= told["versions"].keys()
+    assert told["threads"] >= 1
+    assert told["memory"] > 1 << 28
+    assert told["kernels"]["reference"] is None
+    assert __version__ in shown.out
+    assert "reference" in shown.out
+
+
+def test_a_dry_run_foresees_every_byte_and_writes_none(
+    model: Path, few: tuple[object, ...], fewbit: Fewbit, tmp_path: Path, own_cache: Path
+) -> None:
+    (tmp_path / "outputs").mkdir()
+    out = tmp_path / "outputs" / "out"
+    before = {file.name: file.stat().st_mtime_ns for file in model.iterdir()}
+    shown = fewbit("quantize", model, "-o", out, "--dry-run", *few)
+    told = fewbit("quantize", model, "--dry-run", "--json").json
+    assert shown.code == 0
+    assert not list((tmp_path / "outputs").iterdir())
+    assert [p.name for p in own_cache.iterdir() if not p.is_symlink()] == []
+    assert {file.name: file.stat().st_mtime_ns for file in model.iterdir()} == before
+
+    done = fewbit("quantize", model, "-o", out, *few, "--json").json
+    written = models.tensors_of(out)
+    assert told["output_bytes"] == done["output_bytes"] == sum(t.nbytes for t in written.values())
+    assert told["original_bytes"] == done["original_bytes"]
+    assert told["share"] == done["share"] > 0.9
+    assert told["notes"] == done["notes"]
+    assert f"{told['output_bytes']:,}" in shown.out
+    assert "groups of 32 instead of 128" in shown.out
+    quantized = {tensor["module"]: tensor for tensor in done["tensors"]}
+    for name, what, nbytes in told["tensors"]:
+        module = name.removesuffix(".weight")
+        if module in quantized:
+            parts = [t for key, t in written.items() if key.rpartition(".")[0] == module]
+            assert what.startswith(quantized[module]["scheme"])
+            assert nbytes == sum(t.nbytes for t in parts)
+        else:
+            assert what.startswith("as it is")
+            assert nbytes == written[name].nbytes
+        assert f"{nbytes:,}" in shown.out
+    assert {name.removesuffix(".weight") for name, *_ in told["tensors"]} >= quantized.keys()
+
+
+def test_a_dry_run_needs_no_tokenizer(model: Path, fewbit: Fewbit, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).symlink_to(model / name)
+    assert fewbit("quantize", bare, "--dry-run").code == 0
+
+
+def test_flags_reach_the_method(model: Path, few: tuple[object, ...], fewbit: Fewbit, tmp_path: Path) -> None:
+    flags = ("--no-act-order", "--damp", "0.05", "--refine=0", "--clip-search", "false")
+    done = fewbit("quantize", model, "-o", tmp_path / "out", *few, *flags, "--json")
+    assert done.code == 0
+    record = json.loads((tmp_path / "out" / "fewbit.json").read_text())
+    (rule,) = record["plan"]["rules"]
+    assert rule["options"] == {"act_order": "false", "damp": "0.05", "refine": "0", "clip_search": "false"}
+    assert rule["method"] == "gptq"
+    plain = fewbit("quantize", model, "-o", tmp_path / "plain", *few, "--json")
+    differ = [
+        name
+        for name, tensor in models.tensors_of(tmp_path / "plain").items()
+        if not tensor.equal(models.tensors_of(tmp_path / "out")[name])
+    ]
+    assert any(name.endswith(".qweight") for name in differ)
+    lost, less = (sum(t["error"] for t in answer.json["tensors"]) for answer in (done, plain))
+    assert less < lost
+
+
+def test_scheme_method_and_format_replace_the_plans(model: Path, fewbit: Fewbit, tmp_path: Path) -> None:
+    flags = ("--scheme", "int3-g32", "--method", "rtn", "--format", "gptq")
+    assert fewbit("quantize", model, "-o", tmp_path / "out", *flags).code == 0
+    found = fewbit("inspect", tmp_path / "out", "--json").json
+    assert found["schemes"] == {"int3-g32": 14}
+    assert found["bits_per_weight_quantized"] == pytest.approx(3 + 16 / 32 + 3 / 32, rel=0.02)
+
+
+def test_a_plan_file_may_hold_json_values(model: Path, few: tuple[object, ...], fewbit: Fewbit, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"damp": 0.05, "act_order": False, "refine": 0}
+    rules = [
+        {"match": "*.k_proj", "scheme": None},
+        {"match": "*", "scheme": "int4-g32-sym", "method": "gptq", "options": options},
+    ]
+    (tmp_path / "plan.json").write_text(json.dumps({"name": "mine", "format": "gptq", "rules": rules}))
+    answer = fewbit("quantize", model, "-o", tmp_path / "out", "--plan", tmp_path / "plan.json", *few, "--json")
+    assert answer.code == 0, answer.err
+    told = answer.json
+    assert told["plan"] == "mine"
+    assert len(told["tensors"]) == 12
+    assert not any(tensor["module"].endswith("k_proj") for tensor in told["tensors"])
+    words = ("--no-act-order", "--damp", "0.05", "--refine", "0")
+    fewbit("quantize", model, "-o", tmp_path / "flags", *few, *words)
+    ours, flagged = models.tensors_of(tmp_path / "out"), models.tensors_of(tmp_path / "flags")
+    assert ours["model.layers.0.self_attn.q_proj.qweight"].equal(flagged["model.layers.0.self_attn.q_proj.qweight"])
+    assert "model.layers.0.self_attn.k_proj.weight" in ours
+
+
+def test_a_plan_that_was_recorded_can_be_used_again(
+    quantized: Path, model: Path, fewbit: Fewbit, tmp_path: Path
+) -> None:
+    record = json.loads((quantized / "fewbit.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps(record["plan"]))
+    assert fewbit("quantize", model, "-o", tmp_path / "out", "--plan", tmp_path / "plan.json").code == 0
+    again, before = models.tensors_of(tmp_path / "out"), models.tensors_of(quantized)
+    assert all(again[name].equal(before[name]) for name in before)
+
+
+def test_quantize_says_what_it_did(model: Path, few: tuple[object, ...], fewbit: Fewbit, tmp_path: Path) -> None:
+    answer = fewbit("quantize", model, "-o", tmp_path / "out", *few)
+    assert answer.code == 0
+    for words in ("note: groups of 32", "bits per quantized weight", "4.500", "x smaller", "Reopened and checked"):
+        assert words in answer.out
+    assert [line.split()[:2] for line in answer.err.splitlines()] == [["block", "1/2"], ["block", "2/2"]]
+    card = (tmp_path / "out" / "README.md").read_text()
+    for words in ("plan `gptq-4bit`", "int4-g32-sym", "4 x 32 tokens"):
+        assert words in card
+    record = json.loads((tmp_path / "out" / "fewbit.json").read_text())
+    assert record["schema_version"] == 1
+    assert record["calibration"]["samples"] == 4
+    assert record["versions"]["fewbit"] == __version__
+    assert len(record["tensors"]) == 14
+    assert all(tensor["error"] > 0 and tensor["dropped"] == 0 for tensor in record["tensors"])
+
+
+def test_inspect_of_both(model: Path, quantized: Path, fewbit: Fewbit) -> None:
+    original, found = (fewbit("inspect", folder, "--json").json for folder in (model, quantized))
+    assert original["format"] is None
+    assert original["schemes"] == {}
+    assert original["share"] == 0
+    assert original["bits_per_weight"] == 16
+    assert found["schemes"] == {"int4-g32-sym": 14}
+    assert found["parameters"] == original["parameters"]
+    assert found["bits_per_weight_quantized"] == 4.5
+    assert found["weights_bytes"] < original["weights_bytes"]
+    assert found["made"]["plan"]["name"] == "rtn-4bit"
+    for folder, word in ((model, "not quantized"), (quantized, "int4-g32-sym in 14 tensors")):
+        assert word in fewbit("inspect", folder).out
+
+
+def test_evaluate_tells_what_was_promised(model: Path, quantized: Path, text: Path, fewbit: Fewbit) -> None:
+    flags = ("--text", text, "--length", 64, "--windows", 3)
+    told = fewbit("evaluate", quantized, "--reference", model, *flags, "--json").json
+    assert {
+        "perplexity",
+        "reference_perplexity",
+        "kl",
+        "same_top",
+        "weights_bytes",
+        "bits_per_weight",
+        "tokens",
+    } <= told.keys()
+    assert told["kl"].keys() == {"mean", "median", "p99", "p999", "max"}
+    assert told["tokens"] == 3 * 63
+    assert told["kl"]["mean"] > 0
+    alone = fewbit("evaluate", quantized, *flags, "--json").json
+    assert alone["perplexity"] == told["perplexity"]
+    assert "kl" not in alone
+    shown = fewbit("evaluate", quantized, "--reference", model, *flags)
+    assert shown.code == 0
+    for words in ("perplexity", "KL divergence", "same top token", "bits per weight", f"{3 * 63} tokens"):
+        assert words in shown.out
+
+
+def test_a_model_against_itself_has_lost_nothing(quantized: Path, text: Path, fewbit: Fewbit) -> None:
+    flags = ("--reference", quantized, "--text", text, "--length", 64, "--windows", 2)
+    told = fewbit("evaluate", quantized, *flags, "--json").json
+    assert set(told["kl"].values()) == {0}
+    assert told["same_top"] == told["perplexity_ratio"] == 1
+
+
+def test_generate_is_greedy_and_may_chat(quantized: Path, fewbit: Fewbit) -> None:
+    flags = ("the weight", "--max-new-tokens", 5)
+    told = fewbit("generate", quantized, *flags, "--json").json
+    assert told.keys() >= {"model", "prompt", "text"}
+    assert told == fewbit("generate", quantized, *flags, "--json").json
+    shown = fewbit("generate", quantized, *flags)
+    assert shown.code == 0
+    assert shown.out.strip() == told["text"].strip()
+    chat = fewbit("generate", quantized, *flags, "--chat", "--json")
+    assert chat.code == 0
+    assert chat.json["text"] != told["text"]
+
+
+def test_debug_shows_where_an_error_comes_from(fewbit: Fewbit) -> None:
+    with pytest.raises(Exception, match="no such folder"):
+        fewbit("inspect", "./nowhere", "--debug")
+
+
+def test_as_a_program() -> None:
+    """What a user runs: quick, in a process of its own, with the exit code of the error."""
+    command = [sys.executable, "-m", "fewbit"]
+    run = subprocess.run([*command, "inspect", "./nowhere"], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr.startswith("error: model ./nowhere: no such folder")
+    assert subprocess.run([*command, "--version"], capture_output=True, text=True).stdout == f"{__version__}\n"

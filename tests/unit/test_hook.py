@@ -1,0 +1,58 @@
+"""`import fewbit` costs nothing, and registers with transformers whichever of the two is imported first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+CHECK = """
+import transformers.modeling_utils
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from fewbit.models.plugin import FewbitQuantizer
+assert AUTO_QUANTIZER_MAPPING["gptq"] is FewbitQuantizer
+assert not [f for f in sys.meta_path if type(f).__module__ == "fewbit.hook"]
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", f"import sys\n{code}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_importing_fewbit_imports_nothing_heavy() -> None:
+    run(
+        "import fewbit, fewbit.cli\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'accelerate'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert {'quantize', 'load', 'evaluate', 'generate', 'inspect'} <= set(dir(fewbit))\n"
+        "assert 'torch' not in sys.modules"
+    )
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import fewbit; from transformers import AutoModelForCausalLM",
+        "from transformers import PreTrainedModel; import fewbit",
+        "import fewbit.models.plugin",
+    ],
+)
+def test_either_may_come_first(first: str) -> None:
+    run(f"{first}\n{CHECK}")
+
+
+def test_a_verb_that_does_not_exist() -> None:
+    import fewbit
+
+    with pytest.raises(AttributeError, match="quantise"):
+        _ = fewbit.quantise
+
+
+def test_installing_twice_changes_nothing() -> None:
+    run(
+        "import fewbit\nfrom fewbit import hook\nhook.install()\n"
+        "assert sum(type(f).__module__ == 'fewbit.hook' for f in sys.meta_path) == 1"
+    )

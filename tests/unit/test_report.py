@@ -1,0 +1,341 @@
+"""Numbers for people, and the text of model cards, progress lines and tables."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fewbit import report
+from fewbit.advise.hardware import Hardware
+from fewbit.evaluate.quality import Divergence, Estimate, Quality
+from fewbit.models.describe import Inspection
+from fewbit.pipeline import Step, TensorReport
+from fewbit.report import Evaluation, Preview, Quantized
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What is printed on stdout."""
+    buffer = io.StringIO()
+    monkeypatch.setattr(report, "out", Console(file=buffer, width=160, highlight=False))
+    return buffer
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What is printed on stderr, which is no terminal."""
+    buffer = io.StringIO()
+    monkeypatch.setattr(report, "err", Console(file=buffer, width=160, highlight=False))
+    return buffer
+
+
+QUALITY = Quality(
+    tokens=12345,
+    windows=8,
+    length=512,
+    perplexity=Estimate(33.456, 32.1, 34.8),
+    reference_perplexity=Estimate(29.2, 28.0, 30.5),
+    perplexity_ratio=Estimate(1.1457, 1.13, 1.16),
+    kl=Divergence(
+        mean=Estimate(0.152, 0.14, 0.16),
+        median=Estimate(0.08, 0.07, 0.09),
+        p99=Estimate(1.1, 1.0, 1.2),
+        p999=Estimate(3.1, 2.5, 4.0),
+        max=7.25,
+    ),
+    same_top=Estimate(0.8123, 0.80, 0.82),
+)
+INSPECTION = Inspection(
+    name="out",
+    architecture="LlamaForCausalLM",
+    format="gptq",
+    schemes={"int4-g64-sym": 210},
+    parameters=134_515_008,
+    quantized_parameters=106_168_320,
+    weights_bytes=113_000_000,
+    file_bytes=114_000_000,
+    bits_per_weight=6.72,
+    bits_per_weight_quantized=4.25,
+    made={},
+)
+EVALUATION = Evaluation(
+    model="out",
+    reference="smollm2",
+    text="pydoc evaluation",
+    quality=QUALITY,
+    inspection=INSPECTION,
+    peak=1_234_000_000,
+    seconds=75.4,
+)
+TENSORS = [
+    TensorReport("model.layers.0.q", (64, 64), "int4-g32-sym", "GPTQ", 2304, 0.001),
+    TensorReport("model.layers.1.q", (64, 64), "int4-g32-sym", "GPTQ", 2304, 0.003, 0, ["damping raised"]),
+    TensorReport("model.layers.2.q", (64, 64), "int4-g32-sym", "GPTQ", 2304, 0.002, 0, ["damping raised"]),
+]
+QUANTIZED = Quantized(
+    out="/somewhere/out",
+    plan="gptq-4bit",
+    notes=["groups of 32 instead of 128"],
+    tensors=TENSORS,
+    original_bytes=10_000,
+    output_bytes=4_000,
+    bits_per_weight=4.5,
+    share=0.9958,
+    seconds=125,
+    peak=10**9,
+    anonymous=10**8,
+    sample=" cat sat",
+)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "words"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (1536, "1.54 kB"),
+        (98_400_000, "98.4 MB"),
+        (999_000_000, "999 MB"),
+        (1_230_000_000, "1.23 GB"),
+        (2_500_000_000_000, "2,500 GB"),
+    ],
+)
+def test_sizes(nbytes: int, words: str) -> None:
+    assert report.size(nbytes) == words
+
+
+@pytest.mark.parametrize("nbytes", [999_600, 999_999, 999_999_999, 9_995, 99_950_000])
+def test_a_size_is_never_written_with_an_exponent(nbytes: int) -> None:
+    assert "e" not in report.size(nbytes)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0 s"), (0.4217, "0.42 s"), (9.4, "9.4 s"), (37.2, "37 s"), (59.9, "1 min 00 s"), (125, "2 min 05 s")],
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert report.duration(seconds) == words
+
+
+def test_intervals() -> None:
+    assert report.interval(Estimate(0.15249, 0.14, 0.161)) == ("0.152", "0.14 ... 0.161")
+    assert report.interval(Estimate(0.8123, 0.8, 0.82), percent=True) == ("81.23%", "80.00% ... 82.00%")
+
+
+def test_an_evaluation_for_people(shown: io.StringIO) -> None:
+    report.evaluation(EVALUATION)
+    text = shown.getvalue()
+    for words in (
+        "out against smollm2, on 12,345 tokens of pydoc evaluation in windows of 512",
+        "33.46",
+        "29.2",
+        "0.152",
+        "0.14 ... 0.16",
+        "7.25",
+        "81.23%",
+        "113 MB",
+        "4.250",
+        "1.23 GB",
+        "1 min 15 s",
+    ):
+        assert words in text
+
+
+def test_an_evaluation_without_reference_compares_nothing(shown: io.StringIO) -> None:
+    alone = replace(QUALITY, reference_perplexity=None, perplexity_ratio=None, kl=None, same_top=None)
+    report.evaluation(replace(EVALUATION, reference=None, quality=alone))
+    assert "KL" not in shown.getvalue()
+    assert "against" not in shown.getvalue()
+    data = report.evaluation_json(replace(EVALUATION, reference=None, quality=alone))
+    assert not {"kl", "same_top", "reference_perplexity", "perplexity_ratio"} & data.keys()
+    assert data["intervals"] == {"perplexity": [32.1, 34.8]}
+
+
+def test_a_loss_of_exactly_nothing_is_still_told(shown: io.StringIO) -> None:
+    none = Estimate(0.0, 0.0, 0.0)
+    same = replace(QUALITY, kl=Divergence(none, none, none, none, 0.0), same_top=Estimate(1.0, 1.0, 1.0))
+    report.evaluation(replace(EVALUATION, quality=same))
+    assert "KL divergence" in shown.getvalue()
+    assert report.evaluation_json(replace(EVALUATION, quality=same))["kl"]["mean"] == 0
+
+
+def test_an_evaluation_for_scripts() -> None:
+    data = report.evaluation_json(EVALUATION)
+    assert data["perplexity"] == 33.456
+    assert data["reference_perplexity"] == 29.2
+    assert data["kl"] == {"mean": 0.152, "median": 0.08, "p99": 1.1, "p999": 3.1, "max": 7.25}
+    assert data["same_top"] == 0.8123
+    assert data["tokens"] == 12345
+    assert data["weights_bytes"] == 113_000_000
+    assert data["bits_per_weight"] == 6.72
+    assert data["intervals"]["kl"]["p99"] == [1.0, 1.2]
+    assert data["intervals"]["same_top"] == [0.8, 0.82]
+
+
+def test_a_quantization_for_people(shown: io.StringIO) -> None:
+    report.quantized(QUANTIZED)
+    text = shown.getvalue()
+    for words in (
+        "note: groups of 32 instead of 128",
+        "note: damping raised (model.layers.1.q and 1 more)",
+        "2.50 x smaller",
+        "4.500",
+        "99.6%",
+        "2.00e-03",
+        "worst 3.00e-03 in model.layers.1.q",
+        "2 min 05 s",
+        'it says: "The cat sat"',
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize("said_by_model", ["[/b] [red]", "[bold", "\\[x]", "[/]"])
+def test_what_a_model_says_is_not_markup(said_by_model: str, shown: io.StringIO) -> None:
+    report.quantized(replace(QUANTIZED, sample=said_by_model))
+    assert f'"The{said_by_model}"' in shown.getvalue()
+
+
+def test_a_folder_with_brackets_is_shown_as_it_is(shown: io.StringIO) -> None:
+    report.quantized(replace(QUANTIZED, out="/somewhere/[red]/out", notes=["about [/this]"]))
+    assert "/somewhere/[red]/out" in shown.getvalue()
+    assert "about [/this]" in shown.getvalue()
+
+
+def test_a_preview(shown: io.StringIO) -> None:
+    tensors = [("model.q.weight", "int4-g32-sym, GPTQ", 1_234_567), ("model.norm.weight", "as it is (bfloat16)", 128)]
+    report.preview(Preview("gptq-4bit", "gptq", ["a note"], tensors, 5_000_000, 1_234_695, 0.99))
+    text = shown.getvalue()
+    for words in (
+        "gptq-4bit",
+        "model.q.weight",
+        "1,234,567",
+        "as it is",
+        "note: a note",
+        "5,000,000 bytes become 1,234,695",
+    ):
+        assert words in text
+    assert "Nothing was written." in text
+
+
+def test_an_inspection(shown: io.StringIO) -> None:
+    made: dict[str, Any] = {
+        "versions": {"fewbit": "9.8.7"},
+        "model": "org/model",
+        "plan": {"name": "gptq-4bit"},
+        "calibration": {"samples": 8, "length": 256, "text": "pydoc", "seed": 3, "digest": "0123456789abcdef"},
+        "tensors": [{"error": 0.001}, {"error": 0.003}],
+        "notes": ["something of note"],
+    }
+    report.inspection(replace(INSPECTION, made=made))
+    text = shown.getvalue()
+    for words in (
+        "LlamaForCausalLM",
+        "int4-g64-sym in 210 tensors",
+        "134,515,008, of which 78.9% are quantized",
+        "fewbit 9.8.7 from org/model",
+        "8 x 256 tokens of pydoc, seed 3, digest 0123456789ab",
+        "2.00e-03 on average, 3.00e-03 at worst",
+        "something of note",
+    ):
+        assert words in text
+
+
+RECORD: dict[str, Any] = {
+    "tensors": [{"scheme": "int4-g32-sym", "method": "GPTQ"}, {"scheme": "int4-g32-sym", "method": "GPTQ"}],
+    "model": "org/model",
+    "versions": {"fewbit": "9.8.7"},
+    "plan": {"name": "gptq-4bit", "format": "gptq"},
+    "bits_per_weight": 4.5,
+    "share": 0.9958,
+    "original_bytes": 10_000,
+    "output_bytes": 4_000,
+    "calibration": {"samples": 8, "length": 256, "text": "pydoc", "seed": 3, "digest": "0123456789abcdef"},
+}
+
+
+def test_a_model_card() -> None:
+    card = report.model_card(RECORD)
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for words in (
+        "base_model: org/model",
+        "# model, quantized",
+        "| 2 tensors | int4-g32-sym by GPTQ |",
+        "4.500",
+        "99.6%",
+        "10 kB before, 4 kB now",
+        "8 x 256 tokens of pydoc",
+    ):
+        assert words in card
+
+
+@pytest.mark.parametrize("name", ["/home/somebody/model", "./folder/model", "~/model", "model"])
+def test_a_model_card_names_no_local_folder_as_base(name: str) -> None:
+    card = report.model_card({**RECORD, "model": name, "calibration": None})
+    assert "base_model" not in card
+    assert "calibrated on" not in card
+    assert "# model, quantized" in card
+    assert "somebody" not in card
+
+
+def test_progress_is_a_line_a_block_where_there_is_no_terminal(said: io.StringIO) -> None:
+    with report.progress() as step:
+        step(Step(1, 2, 0.0123, resumed=True))
+        step(Step(2, 2, 0.0123, resumed=False))
+    first, second = said.getvalue().splitlines()
+    assert first.startswith("block 1/2  found")
+    assert second.startswith("block 2/2  error 1.23e-02")
+    assert second.endswith("0 s left")
+
+
+def test_windows_say_nothing_where_there_is_no_terminal(said: io.StringIO) -> None:
+    with report.windows_progress() as step:
+        step(1, 2)
+    assert said.getvalue() == ""
+
+
+def test_progress_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.StringIO()
+    monkeypatch.setattr(report, "err", Console(file=buffer, width=120, force_terminal=True))
+    with report.progress() as step:
+        step(Step(1, 2, 0.0123, resumed=False))
+    with report.windows_progress() as window:
+        window(1, 2)
+    assert "1/2" in buffer.getvalue()
+
+
+def test_a_listing(shown: io.StringIO) -> None:
+    report.listing({"kernels": [("reference", "Dequantizes.", None), ("other", "Faster.", "no GPU is seen")]})
+    lines = {line.split()[0]: line for line in shown.getvalue().splitlines() if line.strip()}
+    assert lines["reference"].rstrip().endswith("yes")
+    assert lines["other"].rstrip().endswith("no: no GPU is seen")
+
+
+def test_a_diagnosis(shown: io.StringIO) -> None:
+    report.doctor(
+        Hardware(
+            versions={"torch": "2.13.0"},
+            devices=[],
+            instructions=["avx2"],
+            threads=2,
+            memory=8_000_000_000,
+            kernels={"reference": None, "other": "no GPU is seen"},
+            missing={"gguf": "reads the demo model's file"},
+            advice=["Use more threads."],
+        )
+    )
+    for words in (
+        "2.13.0",
+        "CPU only",
+        "avx2",
+        "8 GB",
+        "ready",
+        "no: no GPU is seen",
+        "without gguf",
+        "- Use more threads.",
+    ):
+        assert words in shown.getvalue()

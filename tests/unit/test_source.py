@@ -1,0 +1,189 @@
+"""Where models come from: folders, the demo model, the Hub; and in what state their files are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
+
+from fewbit import FormatError, PlanError
+from fewbit.formats import safetensors
+from fewbit.models import smollm2, source
+
+CONFIG = {"model_type": "llama", "hidden_size": 8}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that has what `locate` looks at."""
+    place = tmp_path / "model"
+    place.mkdir()
+    (place / "config.json").write_text(json.dumps(CONFIG))
+    save_file({"weight": torch.arange(6.0).reshape(2, 3)}, place / "model.safetensors")
+    return place
+
+
+def test_a_folder_is_what_it_holds(folder: Path) -> None:
+    found = source.locate(folder)
+    assert found == source.Source(str(folder), folder, (folder / "model.safetensors",))
+    assert found.config == CONFIG
+    assert not found.is_quantized
+
+
+def test_a_home_is_understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert source.locate("~/model").folder == folder
+
+
+def test_a_relative_path_with_one_slash_is_a_folder_before_it_is_a_hub_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent.parent)
+    assert source.locate(f"{folder.parent.name}/model").files[0].samefile(folder / "model.safetensors")
+
+
+def test_quantized_is_what_says_so(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": {"quant_method": "gptq"}}))
+    assert source.locate(folder).is_quantized
+
+
+def test_the_config_given_out_is_a_fresh_one(folder: Path) -> None:
+    found = source.locate(folder)
+    found.config["hidden_size"] = 9
+    assert found.config == CONFIG
+
+
+def test_shards_come_in_the_order_of_their_names(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    for i, name in enumerate(names):
+        save_file({f"weight.{i}": torch.zeros(2)}, folder / name)
+    where = {f"weight.{i}": names[i] for i in (2, 0, 1)}
+    (folder / safetensors.INDEX).write_text(json.dumps({"weight_map": where}))
+    assert [file.name for file in source.locate(folder).files] == names
+
+
+def test_safetensors_are_preferred_to_a_pickle(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"never looked at")
+    assert source.locate(folder, safetensors_only=True).files == (folder / "model.safetensors",)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_pickle_becomes_safetensors_once(dtype: torch.dtype, folder: Path) -> None:
+    weight = torch.arange(6.0, dtype=dtype).reshape(2, 3)
+    (folder / "model.safetensors").unlink()
+    (folder / "README.md").write_text("not carried")
+    (folder / "tokenizer.json").write_text("{}")
+    torch.save({"whole": weight, "turned": weight.T, "tied": weight}, folder / "pytorch_model.bin")
+    found = source.locate(folder)
+    assert found.folder != folder
+    assert found.name == str(folder)
+    tensors, _ = safetensors.read_file(found.files[0])
+    assert tensors.keys() == {"whole", "turned", "tied"}
+    assert all(tensors[name].dtype == dtype for name in tensors)
+    assert torch.equal(tensors["whole"], weight)
+    assert torch.equal(tensors["turned"], weight.T)
+    assert torch.equal(tensors["tied"], weight)
+    assert found.config == CONFIG
+    assert (found.folder / "tokenizer.json").read_text() == "{}"
+    written = found.files[0].stat().st_mtime_ns
+    assert source.locate(folder) == found
+    assert found.files[0].stat().st_mtime_ns == written
+
+
+def test_another_pickle_is_converted_anew(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": torch.zeros(2)}, folder / "pytorch_model.bin")
+    first = source.locate(folder).folder
+    torch.save({"weight": torch.ones(3)}, folder / "pytorch_model.bin")
+    second = source.locate(folder)
+    assert second.folder != first
+    assert torch.equal(safetensors.read_file(second.files[0])[0]["weight"], torch.ones(3))
+
+
+@pytest.mark.parametrize("held", [[torch.zeros(2)], {"a": {"b": torch.zeros(2)}}], ids=["list", "nested"])
+def test_a_pickle_of_something_else_is_refused(held: Any, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(held, folder / "pytorch_model.bin")
+    with pytest.raises(FormatError, match=r"pytorch_model\.bin could not be read as plain tensors"):
+        source.locate(folder)
+
+
+def test_the_demo_model_goes_by_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2, "folder", lambda: folder)
+    assert source.locate("smollm2").folder == folder
+
+
+def test_the_hub_is_asked_for_safetensors_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    assert source.locate("org/model").folder == folder
+    (only,) = asked
+    assert only[0] == "org/model"
+    assert "*.safetensors" in only[1]
+    assert not any(".bin" in pattern or ".gguf" in pattern for pattern in only[1])
+
+
+def test_the_hub_is_asked_for_a_pickle_where_there_is_nothing_else(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "model.safetensors").unlink()
+    asked: list[list[str]] = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        if any(pattern.startswith("pytorch_model") for pattern in allow_patterns):
+            torch.save({"weight": torch.zeros(2)}, folder / "pytorch_model.bin")
+        return str(folder)
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    assert source.locate("org/model").files[0].name == "model.safetensors"
+    assert len(asked) == 2
+
+
+def test_a_pickle_is_not_even_downloaded_where_it_would_be_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "model.safetensors").unlink()
+    asked: list[str] = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    with pytest.raises(FormatError):
+        source.locate("org/model", safetensors_only=True)
+    assert not any("pytorch_model" in pattern for pattern in asked)
+
+
+def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        raise LocalEntryNotFoundError("No connection.\nMore of the same.")
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    with pytest.raises(PlanError) as refusal:
+        source.locate("org/model")
+    assert "org/model" in refusal.value.message
+    assert refusal.value.message.endswith("No connection.")
+    assert "smollm2" in refusal.value.hint
+
+
+@pytest.mark.parametrize("name", ["./a", "/a/b", "a/b/c", "word", "~/nowhere", ""])
+def test_what_cannot_be_a_hub_name_is_not_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    with pytest.raises((PlanError, FormatError)):
+        source.locate(name)
