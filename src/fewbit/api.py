@@ -63,7 +63,11 @@ def quantize(
     elapsed, out = pipeline.timed(), Path(out)
     if out.exists() and not overwrite:
         raise PlanError(f"{out} exists", "Use --overwrite to replace it, or another -o.")
+    if not _existing(out.parent).is_dir():
+        raise PlanError(f"{out} cannot be made: {_existing(out.parent)} is a file")
     job = _Job.prepare(model, plan, device, safetensors_only, trust_remote_code)
+    if job.source.folder.resolve().is_relative_to(out.resolve()):
+        raise PlanError(f"{out} holds the model itself, which would be lost", "Give another -o.")
     preview = job.preview()
     free = shutil.disk_usage(_existing(out.parent)).free
     if free < 2 * preview.output_bytes:  # block results, then the folder put together from them
@@ -153,7 +157,7 @@ def evaluate(
     length: tokens of a window, the model's context up to 2048 by default. windows: how many, all by default. dtype of
     activations: float32 on a CPU, the checkpoint's own on a GPU by default.
     """
-    elapsed, device = pipeline.timed(), device or _device()
+    elapsed, device = pipeline.timed(), _device(device)
     source, original = locate(model), locate(reference) if reference is not None else None
     tokenizer = load_tokenizer(source)
     if original is not None and load_tokenizer(original).get_vocab() != tokenizer.get_vocab():
@@ -203,10 +207,14 @@ def generate(
 
     chat: the prompt is a user's message in the model's chat template. stream: print the text as it comes, too.
     """
-    source = locate(model)
+    if max_new_tokens < 1:
+        raise PlanError(f"--max-new-tokens {max_new_tokens}: at least one token must come")
+    if not 0 <= temperature < float("inf"):
+        raise PlanError(f"--temperature {temperature}: give 0 for the likeliest tokens, about 0.7 for some variety")
+    device, source = _device(device), locate(model)
     tokenizer = load_tokenizer(source)
     ids = prompt_ids(tokenizer, prompt, chat=chat)
-    loaded = load_model(source, device=device or _device())
+    loaded = load_model(source, device=device)
     return continue_text(
         loaded, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stream=stream
     )
@@ -253,9 +261,9 @@ class _Job:
     ) -> _Job:
         wanted = plans.find(plan) if isinstance(plan, str) else plan
         source = locate(model, safetensors_only=safetensors_only)
-        if source.is_quantized:
+        if source.quantization is not None:
             raise PlanError(f"{model} is quantized already", "Quantize the original: a second rounding only adds loss.")
-        device = device or _device()
+        device = _device(device)
         dtype = torch.float32 if device == "cpu" else _dtype(source.config)
         skeleton = Skeleton(source, dtype, torch.device(device), trust_remote_code=trust_remote_code)
         if reason := skeleton.why_not():
@@ -309,7 +317,7 @@ def _reopened(folder: Path, tokenizer: Any, device: str | None, trust_remote_cod
     try:
         source = locate(folder)
         describe(source)
-        model = load_model(source, device=device or _device(), trust_remote_code=trust_remote_code)
+        model = load_model(source, device=_device(device), trust_remote_code=trust_remote_code)
         ids = tokenizer("The", return_tensors="pt")["input_ids"]
         ids = ids if ids.numel() else torch.zeros(1, 1, dtype=torch.long)
         with torch.inference_mode():
@@ -320,8 +328,16 @@ def _reopened(folder: Path, tokenizer: Any, device: str | None, trust_remote_cod
         raise FormatError(f"the output failed its own check: {error.message}", error.hint) from error
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(wanted: str | None) -> str:
+    """The device to use: the one asked for, which must be there, else a GPU if there is one."""
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    here = ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if not torch.cuda.is_available():
+        here = ["cpu"]
+    if wanted not in here:
+        raise PlanError(f"--device {wanted} is not here", f"There is: {', '.join(here)}.")
+    return wanted
 
 
 def _dtype(config: dict[str, Any]) -> torch.dtype:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-SIZES = "sizes.json"
+SIZES = ".sizes.json"  # hidden: it is no part of what was made
 
 
 def cache_folder() -> Path:

@@ -207,9 +207,11 @@ def main() -> None:
             raise
         sys.stderr.write(f"error: {error.message}\n" + (f"  {error.hint}\n" if error.hint else ""))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # how typer ends an interrupted command
+            resumes = "; the same command goes on where it stopped" if "quantize" in arguments else ""
+            sys.stderr.write(f"interrupted{resumes}\n")
+        raise
     except BrokenPipeError:
         sys.exit(141)
     except OSError as error:

@@ -43,6 +43,10 @@ class QLinear(nn.Module):
         for name, spec in specs.items():
             self.register_parameter(name, nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype, device="meta"), False))
         self.placeholders = tuple(specs)
+        # Models' own initializers touch a linear's `weight`; this one is marked as initialized and holds nothing.
+        empty = torch.empty(0)
+        empty._is_hf_initialized = True  # type: ignore[attr-defined]
+        self.register_buffer("weight", empty, persistent=False)
         return self
 
     def take_tensors(self) -> dict[str, Tensor]:
@@ -51,6 +55,7 @@ class QLinear(nn.Module):
         for name in self.placeholders:
             delattr(self, name)
         self.placeholders = ()
+        del self.weight
         return loaded
 
     def adopt(self, weight: QTensor, dtype: torch.dtype, kernel: str | None = None) -> Self:

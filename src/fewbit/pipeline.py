@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.cache import cache_folder
-from fewbit.errors import NumericsError, PlanError
+from fewbit.errors import FormatError, NumericsError, PlanError
 from fewbit.formats.safetensors import Checkpoint, ShardWriter, read_file, side_files, write_file
 from fewbit.methods.base import Choice, Method
 from fewbit.models.skeleton import BlockCall, Skeleton
@@ -77,11 +77,8 @@ def check(skeleton: Skeleton, resolved: Resolved) -> None:
             f"only {share:.0%} of the parameters in the model's blocks would be quantized",
             f"At least {_LOWEST_SHARE:.0%} must be. Left as they are: {', '.join(resolved.kept[:8]) or 'no linears'}.",
         )
-    for key, name in skeleton.name_of.items():
-        if (
-            name.removesuffix(".weight") in resolved.assignments
-            and not torch.isfinite(skeleton.checkpoint.get(key)).all()
-        ):
+    for key, _, _ in skeleton.passed_through():
+        if not torch.isfinite(skeleton.checkpoint.get(key)).all():
             raise NumericsError(f"{key} has NaN or Inf", f"The checkpoint {skeleton.source.folder} is damaged.")
 
 
@@ -100,8 +97,12 @@ class Run:
     def load(self, index: int) -> tuple[dict[str, Tensor], list[TensorReport]] | None:
         if not self.file(index).exists():
             return None
-        tensors, metadata = read_file(self.file(index))
-        reports = [TensorReport(**{**r, "shape": tuple(r["shape"])}) for r in json.loads(metadata["reports"])]
+        try:
+            tensors, metadata = read_file(self.file(index))
+            reports = [TensorReport(**{**r, "shape": tuple(r["shape"])}) for r in json.loads(metadata["reports"])]
+        except (FormatError, ValueError, KeyError, TypeError):  # damaged: it is made again
+            self.file(index).unlink()
+            return None
         return tensors, reports
 
     def file(self, index: int) -> Path:
@@ -165,6 +166,7 @@ def _quantize_block(
     index: int,
 ) -> list[TensorReport]:
     """Quantize the linears of a materialized block in place, and save them in `run`."""
+    config = resolved.format.config(list(resolved.assignments.values()), resolved.kept)
     wanted = {name: resolved.assignments[name] for name in skeleton.linears(block) if name in resolved.assignments}
     stats = gather(skeleton, module, wanted, calls, hidden)
     tensors: dict[str, Tensor] = {}
@@ -175,7 +177,7 @@ def _quantize_block(
         choice = _choose(assignment, weight, measured)
         values = choice.weight.dequantize()
         stored = choice.weight.map(lambda t: t.cpu())
-        for suffix, tensor in resolved.format.lay_out(stored).items():
+        for suffix, tensor in resolved.format.lay_out(stored, config).items():
             tensors[f"{name}.{suffix}"] = tensor
         reports.append(
             TensorReport(
@@ -235,7 +237,9 @@ def gather(
                     readers = max(needs.values())
                     stats[name] = Stats(wanted[name].shape[1], readers, skeleton.device)
             if reads[name] == name:
-                stats[name].add(x, weight if weight is not None and weight.shape == x.shape[:-1] else None)
+                # Some models flatten [batch, tokens]; where rows are not tokens (routed experts), all count alike.
+                tokens = weight is not None and weight.numel() == x.numel() // x.shape[-1]
+                stats[name].add(x, weight if tokens else None)
 
         return record
 
@@ -321,14 +325,17 @@ def assemble(folder: Path, skeleton: Skeleton, resolved: Resolved, run: Run) -> 
     """Write the model's files into `folder`: shards, config, side files. Returns the bytes of all tensors."""
     blocks = Checkpoint([run.file(i) for i in range(len(skeleton.blocks))])
     suffixes = {a.module: list(resolved.format.specs(a.shape, a.scheme)) for a in resolved.assignments.values()}
-    writer = ShardWriter(folder, SHARD_BYTES)
+    tensors: list[tuple[str, Checkpoint, str]] = []  # model name, where it lies, under which name
     for key, name, _ in skeleton.passed_through():
         module = name.removesuffix(".weight")
         if module in suffixes:
-            for suffix in suffixes[module]:
-                writer.add(f"{module}.{suffix}", blocks.get(f"{module}.{suffix}"))
+            tensors += [(f"{module}.{suffix}", blocks, f"{module}.{suffix}") for suffix in suffixes[module]]
         else:
-            writer.add(name, skeleton.checkpoint.get(key))
+            tensors.append((name, skeleton.checkpoint, key))
+    stored = skeleton.stored_names([name for name, _, _ in tensors])
+    writer = ShardWriter(folder, SHARD_BYTES)
+    for name, place, key in tensors:
+        writer.add(stored[name], place.get(key))
     writer.close()
     for file in side_files(skeleton.source.folder):
         shutil.copyfile(file, folder / file.name)

@@ -68,7 +68,8 @@ def check_round_trip(format: Format, spec: str) -> None:
     """What is laid out is as `specs` says, is found and described by headers alone, and is read back byte for byte."""
     weight = weight_of(spec)
     before = {name: part.clone() for name, part in weight.parts.items()}
-    tensors, config = format.lay_out(weight), config_of(format, weight)
+    config = config_of(format, weight)
+    tensors = format.lay_out(weight, config)
     scheme = parse(spec)
     assert specs_of(tensors, "m") == {f"m.{suffix}": s for suffix, s in format.specs(weight.shape, scheme).items()}
     assert all(tensor.is_contiguous() for tensor in tensors.values())
@@ -94,7 +95,9 @@ def test_round_trip(name: str, spec: str) -> None:
 def test_hard_weights_come_back(name: str, spec: str) -> None:
     scheme, shape = parse(spec), shape_of(spec)
     weight = QTensor(scheme, shape, quantized(scheme, hard(*shape)))
-    again = opened(FORMATS[name], FORMATS[name].lay_out(weight), config_of(FORMATS[name], weight))
+    again = opened(
+        FORMATS[name], FORMATS[name].lay_out(weight, config_of(FORMATS[name], weight)), config_of(FORMATS[name], weight)
+    )
     assert torch.equal(again.dequantize(), weight.dequantize())
 
 
@@ -102,7 +105,9 @@ def test_hard_weights_come_back(name: str, spec: str) -> None:
 def test_a_permuted_weight_comes_back(name: str, spec: str) -> None:
     weight = weight_of(spec)
     weight = replace(weight, permutation=torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(0)))
-    again = opened(FORMATS[name], FORMATS[name].lay_out(weight), config_of(FORMATS[name], weight))
+    again = opened(
+        FORMATS[name], FORMATS[name].lay_out(weight, config_of(FORMATS[name], weight)), config_of(FORMATS[name], weight)
+    )
     assert torch.equal(again.dequantize(), weight.dequantize())
     assert not torch.equal(again.dequantize(), weight_of(spec).dequantize())
 
@@ -110,7 +115,8 @@ def test_a_permuted_weight_comes_back(name: str, spec: str) -> None:
 @few
 def test_a_missing_tensor_is_named_or_was_not_needed(name: str, spec: str) -> None:
     format, weight = FORMATS[name], weight_of(spec)
-    tensors, config = format.lay_out(weight), config_of(format, weight)
+    config = config_of(format, weight)
+    tensors = format.lay_out(weight, config)
     sound = specs_of(tensors, "model.layers.1.mlp.up_proj")
     for suffix in tensors:
         rest = {key: tensor for key, tensor in tensors.items() if key != suffix}
@@ -129,7 +135,8 @@ def test_a_missing_tensor_is_named_or_was_not_needed(name: str, spec: str) -> No
 @few
 def test_a_wrong_shape_is_named(name: str, spec: str) -> None:
     format, weight = FORMATS[name], weight_of(spec)
-    tensors, config = format.lay_out(weight), config_of(format, weight)
+    config = config_of(format, weight)
+    tensors = format.lay_out(weight, config)
     for suffix, tensor in tensors.items():
         shape = tuple(tensor.shape)
         wrong = [(*shape[:i], size, *shape[i + 1 :]) for i in range(len(shape)) for size in (0, shape[i] + 1, 2)]
@@ -141,7 +148,8 @@ def test_a_wrong_shape_is_named(name: str, spec: str) -> None:
 @few
 def test_a_wrong_dtype_is_named(name: str, spec: str) -> None:
     format, weight = FORMATS[name], weight_of(spec)
-    tensors, config = format.lay_out(weight), config_of(format, weight)
+    config = config_of(format, weight)
+    tensors = format.lay_out(weight, config)
     for suffix, tensor in tensors.items():
         lie = torch.int64 if tensor.dtype.is_floating_point else torch.float16
         with pytest.raises(FormatError, match=f"{MODULE}.{suffix}".replace(".", r"\.")):
@@ -151,7 +159,8 @@ def test_a_wrong_dtype_is_named(name: str, spec: str) -> None:
 @few
 def test_scales_that_are_not_finite_are_named(name: str, spec: str) -> None:
     format, weight = FORMATS[name], weight_of(spec)
-    tensors, config = format.lay_out(weight), config_of(format, weight)
+    config = config_of(format, weight)
+    tensors = format.lay_out(weight, config)
     for suffix, tensor in tensors.items():
         if tensor.dtype.is_floating_point:
             wrong = tensor.clone()
@@ -211,7 +220,8 @@ def little_memory() -> Iterator[None]:
 
 def gptq() -> tuple[Format, dict[str, Tensor], dict[str, Any]]:
     format, weight = FORMATS["gptq"], weight_of("int4-g32")
-    return format, format.lay_out(weight), config_of(format, weight)
+    config = config_of(format, weight)
+    return format, format.lay_out(weight, config), config
 
 
 @pytest.mark.parametrize(

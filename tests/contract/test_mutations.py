@@ -65,7 +65,7 @@ SWAPPED_IN = Mutation(bits, "pack", "unflatten(-1, (-1, per))", "unflatten(-1, (
 SWAPPED_OUT = Mutation(bits, "unpack", "torch.stack(lanes, dim=-1)", "torch.stack(lanes[::-1], dim=-1)")
 ROLLED = Mutation(GPTQFormat, "lay_out", '["scale"].T', '["scale"].T.roll(1, 0)')
 ROLLED_BACK = Mutation(GPTQFormat, "read", '["scales"].T', '["scales"].roll(-1, 0).T')
-NO_OFFSET_OUT = Mutation(GPTQFormat, "lay_out", "2 ** (scheme.bits - 1) - 1", "2 ** (scheme.bits - 1)")
+NO_OFFSET_OUT = Mutation(GPTQFormat, "lay_out", "(zero - 1)", "zero")
 NO_OFFSET_IN = Mutation(GPTQFormat, "read", "zero + 1", "zero")
 
 MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {

@@ -156,8 +156,16 @@ def test_the_last_block_was_shown_what_really_enters_it(pair: Pair, text: Path) 
     models.with_weights(model, {name: q for name, q in chosen.items() if name not in block})
     stats = {name: Stats(q.shape[1], Need.HESSIAN) for name, q in block.items()}
 
+    norms: list[Tensor] = []  # of the hidden state that enters the block: what a token counts
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        norms.append((args[0] if args else kwargs["hidden_states"]).norm(dim=-1))
+
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: stats[name].add(args[0])
+        return lambda module, args: stats[name].add(args[0], norms[-1])
+
+    entered = last[: last.index(f".{number}.") + len(number) + 1]
+    model.get_submodule(entered).register_forward_pre_hook(enter, with_kwargs=True)
 
     for name in block:
         model.get_submodule(name).register_forward_pre_hook(watch(name))

@@ -100,6 +100,11 @@ def weight_of(codes: Array, zeros: Array, scales: Array, scheme: Affine) -> QTen
     return QTensor(scheme, (N, K), scheme.pack(torch.tensor(codes, dtype=torch.uint8), grids))
 
 
+def config_for(scheme: Affine) -> dict[str, Any]:
+    """What the format itself says of a file with one weight of this scheme."""
+    return GPTQFormat().config([Stored("m", (N, K), scheme)], [])
+
+
 def check_written(bits: int, group: int, symmetric: bool) -> None:
     """What is laid out is the definition's bytes: v1 where symmetric, v2 where not, as the config says."""
     codes, zeros, scales = numbers(bits, group)
@@ -107,7 +112,8 @@ def check_written(bits: int, group: int, symmetric: bool) -> None:
         zeros[:] = 2 ** (bits - 1)
     scheme = parse(f"int{bits}-{f'g{group}' if group else 'row'}{'-sym' if symmetric else ''}")
     assert isinstance(scheme, Affine)
-    written = GPTQFormat().lay_out(weight_of(codes, zeros, scales, scheme))
+    weight = weight_of(codes, zeros, scales, scheme)
+    written = GPTQFormat().lay_out(weight, config_for(scheme))
     expected = file_of(codes, zeros, scales, bits, v1=symmetric)
     expected["g_idx"] = torch.tensor([k // (group or K) for k in range(K)], dtype=torch.int32)
     assert set(written) == set(expected)
@@ -171,7 +177,7 @@ def test_read(bits: int, group: int, v1: bool) -> None:
 def test_the_field_reads_what_is_written(bits: int) -> None:
     codes, zeros, scales = numbers(bits, 16)
     scheme = Affine(group=16, bits=bits, symmetric=False)
-    written = GPTQFormat().lay_out(weight_of(codes, zeros, scales, scheme))
+    written = GPTQFormat().lay_out(weight_of(codes, zeros, scales, scheme), config_for(scheme))
     assert [unpacked(column, bits) for column in written["qweight"].T.tolist()] == codes.tolist()
     assert [unpacked(row, bits) for row in written["qzeros"].tolist()] == zeros.tolist()
 
@@ -185,7 +191,7 @@ def test_act_order_is_read_by_g_idx(bits: int) -> None:
     weight = GPTQFormat().read(tensors, config, "m")
     assert weight.permutation is not None
     assert torch.equal(weight.dequantize(), torch.tensor(meant(codes, zeros, scales, group_of)))
-    again = GPTQFormat().lay_out(weight)
+    again = GPTQFormat().lay_out(weight, config)
     assert torch.equal(again["qweight"], tensors["qweight"])
     assert torch.equal(again["g_idx"], tensors["g_idx"])
     assert torch.equal(again["scales"], tensors["scales"])

@@ -32,7 +32,7 @@ def test_a_folder_is_what_it_holds(folder: Path) -> None:
     found = source.locate(folder)
     assert found == source.Source(str(folder), folder, (folder / "model.safetensors",))
     assert found.config == CONFIG
-    assert not found.is_quantized
+    assert found.quantization is None
 
 
 def test_a_home_is_understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_a_relative_path_with_one_slash_is_a_folder_before_it_is_a_hub_name(
 
 def test_quantized_is_what_says_so(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": {"quant_method": "gptq"}}))
-    assert source.locate(folder).is_quantized
+    assert source.locate(folder).quantization == {"quant_method": "gptq"}
 
 
 def test_the_config_given_out_is_a_fresh_one(folder: Path) -> None:

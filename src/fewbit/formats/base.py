@@ -47,8 +47,8 @@ class Format(ABC):
         """Suffix -> shape and dtype of each tensor that stores such a weight."""
 
     @abstractmethod
-    def lay_out(self, weight: QTensor) -> dict[str, Tensor]:
-        """Suffix -> tensor, as `specs` describes."""
+    def lay_out(self, weight: QTensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Suffix -> tensor, as `specs` describes and a reader of `config` expects."""
 
     @abstractmethod
     def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:

@@ -69,14 +69,16 @@ class GPTQFormat(Format):
             "g_idx": PartSpec((k,), torch.int32),
         }
 
-    def lay_out(self, weight: QTensor) -> dict[str, Tensor]:
+    def lay_out(self, weight: QTensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
         scheme, (n, k) = weight.codec, weight.shape
         assert isinstance(scheme, Affine)
         groups = scheme.groups(k)
-        if scheme.symmetric:  # v1: zero - 1
-            zero = torch.full((groups, n), 2 ** (scheme.bits - 1) - 1, dtype=torch.uint8)
+        if scheme.symmetric:
+            zero = torch.full((groups, n), 2 ** (scheme.bits - 1), dtype=torch.uint8)
         else:
             zero = bits.unpack(weight.parts["zero"], scheme.bits, groups).T
+        if not _is_v2(config):
+            zero = (zero - 1) & (2**scheme.bits - 1)
         group_of = torch.arange(k, dtype=torch.int32) // (scheme.group or k)
         if weight.permutation is not None:
             group_of = torch.empty_like(group_of).index_copy_(0, weight.permutation.cpu(), group_of)

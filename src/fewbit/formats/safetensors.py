@@ -149,6 +149,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of one file, and its metadata."""
+    read_specs(path)
     with safe_open(path, framework="pt") as handle:
         return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118
 

@@ -41,7 +41,7 @@ class Inspection:
 def describe(source: Source) -> Inspection:
     """The inspection of a located model; FormatError where its files contradict its config."""
     config, checkpoint = source.config, Checkpoint(list(source.files))
-    quantization = config.get("quantization_config")
+    quantization = source.quantization
     schemes: Counter[str] = Counter()
     quantized, packed, plain = 0, 0, set(checkpoint.specs)
     format = _format(quantization) if quantization else None
@@ -82,10 +82,22 @@ def _format(quantization: dict[str, Any]) -> Format:
 
 def _made(source: Source) -> dict[str, Any]:
     """What fewbit recorded when it made the model; empty for others'."""
+    file = source.folder / "fewbit.json"
     try:
-        record = json.loads((source.folder / "fewbit.json").read_text())
+        record = json.loads(file.read_text())
+        nothing = type(None)
+        kinds: dict[str, tuple[type, ...]] = {
+            "versions": (dict,),
+            "plan": (dict,),
+            "tensors": (list,),
+            "notes": (list,),
+            "calibration": (dict, nothing),
+        }
+        for key, kind in kinds.items():
+            if not isinstance(record[key], kind):
+                raise TypeError(f"{key} is {record[key]!r}")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{source.folder / 'fewbit.json'}: {error}") from None
-    return dict(record) if isinstance(record, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{file} is no record of how fewbit made a model: {error}") from None
+    return dict(record)

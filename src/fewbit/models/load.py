@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as hf_logging
 
 from fewbit.errors import FewbitError, FormatError
 from fewbit.models import plugin
+from fewbit.models.describe import describe
 from fewbit.models.source import Source
 
 
@@ -24,20 +28,37 @@ def load_model(
     dtype: of activations and of what is not quantized; "auto" is the checkpoint's own. device: where it goes, or
     "auto" to spread it over what there is. kernel: the one to use for all, KernelError if it cannot.
     """
+    if source.quantization is not None:
+        # transformers would leave such weights out, and make up others.
+        method = source.quantization["quant_method"]
+        if not AutoHfQuantizer.supports_quant_method(source.quantization):
+            raise FormatError(
+                f"{source.folder}: quantization method {method!r} is not one that fewbit or transformers reads"
+            )
+    if source.quantization is not None and plugin.serves(source.quantization["quant_method"]):
+        describe(source)  # says more clearly than transformers where config and tensors contradict one another
     verbose = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
         with plugin.serving(kernel):
-            model = AutoModelForCausalLM.from_pretrained(
-                source.folder, dtype=dtype, device_map=device, trust_remote_code=trust_remote_code
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                dtype=dtype,
+                device_map=device,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
             )
     except FewbitError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise FormatError(f"{source.folder} could not be loaded: {str(error).strip().splitlines()[0][:300]}") from error
+    except Exception as error:  # whatever transformers meets in a foreign folder
+        reason = str(error).strip() or type(error).__name__
+        raise FormatError(f"{source.folder} could not be loaded: {reason.splitlines()[0][:300]}") from error
     finally:
         if verbose:
             hf_logging.enable_progress_bar()
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise FormatError(f"{source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
     assert isinstance(model, PreTrainedModel)
     model.eval()
     return model

@@ -26,6 +26,7 @@ from fewbit import registry
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.base import Format
 from fewbit.formats.safetensors import read_specs
+from fewbit.models.source import read_config
 from fewbit.nn import QLinear
 from fewbit.schemes.base import PartSpec
 
@@ -41,15 +42,12 @@ class FewbitQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         method = str(getattr(quantization_config.quant_method, "value", quantization_config.quant_method))
         self.format = _format_of(method)
+        self.config: dict[str, Any] = quantization_config.to_dict()
         if not self.pre_quantized:
             raise PlanError(
                 f"{type(quantization_config).__name__} on a model that is not quantized",
                 "Quantize it first: fewbit quantize MODEL -o OUT, or fewbit.quantize(...). Then load OUT.",
             )
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return dict(self.quantization_config.to_dict())
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -57,10 +55,13 @@ class FewbitQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise FormatError("a quantized model is loaded from its safetensors files, not from a state dict")
         self.dtype = model.dtype
+        # As the file has it: config classes drop what they do not know, and a reader must not guess.
+        stored = read_config(Path(checkpoint_files[0]).parent).get("quantization_config")
+        if isinstance(stored, dict):
+            self.config = stored
         specs: dict[str, PartSpec] = {}
         for file in checkpoint_files:
             specs |= read_specs(Path(file))
-        # The config as the file has it: config classes drop what they do not know.
         for module, tensors in self.format.find(self.config, _renamed(model, specs)).items():
             _put(model, module, tensors)
         return model
@@ -87,7 +88,7 @@ class FewbitQuantizer(HfQuantizer):
             if module not in quantized or leaf == "bias":
                 state[name] = tensor
         for name, linear in quantized.items():
-            for suffix, tensor in self.format.lay_out(linear.qtensor().map(lambda t: t.cpu())).items():
+            for suffix, tensor in self.format.lay_out(linear.qtensor().map(lambda t: t.cpu()), self.config).items():
                 state[f"{name}.{suffix}"] = tensor
         return state, {}
 
@@ -109,6 +110,11 @@ class FewbitQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def serves(quant_method: str) -> bool:
+    """Whether a format of fewbit's goes by that name in a quantization_config."""
+    return any(format.quant_method == quant_method for format in registry.entries("formats").values())
 
 
 def register() -> None:

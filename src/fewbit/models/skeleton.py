@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     convert_and_load_state_dict_in_model,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
@@ -67,7 +68,7 @@ class Skeleton:
                 self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                     self.config, dtype=dtype, trust_remote_code=trust_remote_code
                 )
-        except (ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # a config can be wrong in as many ways as models read it
             raise FormatError(f"{source.folder / 'config.json'} describes no causal LM: {_first_line(error)}") from None
         self.model.eval().requires_grad_(False)
         for module in self.model.modules():  # buffers were computed on the CPU
@@ -110,6 +111,12 @@ class Skeleton:
         for key, name in self.name_of.items():
             if not (name in tied and tied[name] in self.name_of.values()):
                 yield key, name, self.checkpoint.specs[key]
+
+    def stored_names(self, names: list[str]) -> dict[str, str]:
+        """Model name -> the name that transformers' `save_pretrained` would write, which every reader knows."""
+        marked = {name: torch.empty(0) for name in names}
+        written = {id(tensor): name for name, tensor in revert_weight_conversion(self.model, marked).items()}
+        return {name: written.get(id(tensor), name) for name, tensor in marked.items()}
 
     def weight(self, module: str) -> Tensor:
         """The weight [N, K] of a materialized linear; GPT-2's Conv1D keeps it transposed."""
@@ -200,6 +207,8 @@ class Skeleton:
         merged = {m for m in self._mapping if not isinstance(m, WeightRenaming)}
         for key, name in self.name_of.items():
             found, wanted = self.checkpoint.specs[key].shape, tuple(self._expected[name].shape)
+            if self._expected[name].is_floating_point() and not self.checkpoint.specs[key].dtype.is_floating_point:
+                raise FormatError(f"{self.source.folder}: {key} has dtype {self.checkpoint.specs[key].dtype}, no float")
             if found != wanted and not merged:
                 raise FormatError(
                     f"{self.source.folder}: {key} has shape {list(found)}, config.json asks for {list(wanted)}"
@@ -217,6 +226,8 @@ class Skeleton:
         finally:
             if verbose:
                 hf_logging.enable_progress_bar()
+        # The loader leaves there which conversions it used, for saving: those of one block are not those of the model.
+        del self.model._weight_conversions
         if info.conversion_errors or info.mismatched_keys:
             raise FormatError(f"{self.source.folder}: {info.conversion_errors or info.mismatched_keys}")
         self.model.requires_grad_(False)

@@ -33,8 +33,14 @@ class Source:
         return read_config(self.folder)
 
     @property
-    def is_quantized(self) -> bool:
-        return "quantization_config" in self.config
+    def quantization(self) -> dict[str, Any] | None:
+        """The quantization_config of config.json; None where the model is not quantized."""
+        found = self.config.get("quantization_config")
+        if found is not None and not (isinstance(found, dict) and isinstance(found.get("quant_method"), str)):
+            raise FormatError(
+                f"{self.folder / 'config.json'}: quantization_config is {found!r}, no object with a method"
+            )
+        return found
 
 
 def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
