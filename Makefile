@@ -42,7 +42,8 @@ test: setup ## the fast tests; make test ARGS='-k gptq -x' passes options to pyt
 test-all: setup ## every test
 	$(BIN)/python -m pytest $(ARGS)
 
-interop: setup ## the tests against other libraries and runtimes, those that are installed
+interop: setup ## the tests against other libraries, which it installs
+	@$(INSTALL) -e '.[dev,interop]'
 	$(BIN)/python -m pytest -m interop $(ARGS)
 
 check: setup ## lint, format, types, import direction, documentation
