@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: setup ## quantize a small model that ships as a package, measure the loss, let it speak
 	$(BIN)/fewbit quantize smollm2 -o $(DEMO) --plan gptq-4bit --overwrite --samples 16 --length 256
-	$(BIN)/fewbit evaluate $(DEMO) --reference smollm2 --length 512 --windows 8
+	$(BIN)/fewbit evaluate $(DEMO) --reference smollm2 --length 512 --samples 8
 	$(BIN)/fewbit generate $(DEMO) "Quantization reduces model size by"
 
 test: setup ## the fast tests; make test ARGS='-k gptq -x' passes options to pytest

@@ -43,7 +43,7 @@ def main() -> None:
                 fewbit.quantize(args.model, out, plan=plan, calibration=calibration)
                 seconds = time.perf_counter() - start
                 done = fewbit.evaluate(
-                    out, reference=args.model, text=args.text, length=args.length, windows=args.windows
+                    out, reference=args.model, text=args.text, length=args.length, samples=args.windows
                 )
                 measured[method] = done
                 assert done.quality.kl is not None

@@ -18,8 +18,9 @@ from fewbit import calibration as texts
 from fewbit import pipeline, registry, report
 from fewbit import plan as plans
 from fewbit.advise import hardware
-from fewbit.errors import FewbitError, FormatError, PlanError
+from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
 from fewbit.evaluate import memory, quality
+from fewbit.methods.base import name_of
 from fewbit.models.describe import Inspection, describe
 from fewbit.models.generate import continue_text, prompt_ids
 from fewbit.models.load import load_model
@@ -66,7 +67,10 @@ def quantize(
     if not _existing(out.parent).is_dir():
         raise PlanError(f"{out} cannot be made: {_existing(out.parent)} is a file")
     job = _Job.prepare(model, plan, device, safetensors_only, trust_remote_code)
-    if job.source.folder.resolve().is_relative_to(out.resolve()):
+    if out.is_file():
+        raise PlanError(f"{out} is a file, not a folder", "Give another -o.")
+    own = [job.source.origin, job.source.folder, *job.source.files]
+    if any(place.resolve().is_relative_to(out.resolve()) for place in own):
         raise PlanError(f"{out} holds the model itself, which would be lost", "Give another -o.")
     preview = job.preview()
     free = shutil.disk_usage(_existing(out.parent)).free
@@ -108,7 +112,10 @@ def quantize(
         }
         (folder / "fewbit.json").write_text(json.dumps(record, indent=1) + "\n")
         (folder / "README.md").write_text(report.model_card(record))
-        sample = _reopened(folder, tokenizer, device, trust_remote_code)
+        try:
+            sample = _reopened(folder, tokenizer, _device(device), trust_remote_code)
+        except KernelError:  # quantizing took a block at a time, the whole model may not fit the device
+            sample = _reopened(folder, tokenizer, "cpu", trust_remote_code)
     run.forget()
     held = memory.now()
     return replace(done, seconds=elapsed(), peak=held.peak, anonymous=held.anonymous, sample=sample)
@@ -146,20 +153,20 @@ def evaluate(
     reference: str | Path | None = None,
     text: str = "pydoc",
     length: int | None = None,
-    windows: int | None = None,
+    samples: int | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Perplexity of `model`, and its distance from `reference`, on disjoint windows of a text nothing was calibrated
-    on.
+    """Perplexity of `model` and its distance from `reference`, on disjoint windows of a text not calibrated on.
 
-    length: tokens of a window, the model's context up to 2048 by default. windows: how many, all by default. dtype of
-    activations: float32 on a CPU, the checkpoint's own on a GPU by default.
+    length: tokens of a window, the model's context up to 2048 by default. samples: how many windows, all by default.
+    dtype of activations: float32 on a CPU, the checkpoint's own on a GPU by default.
     """
     elapsed, device = pipeline.timed(), _device(device)
     source, original = locate(model), locate(reference) if reference is not None else None
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if original is not None and load_tokenizer(original).get_vocab() != tokenizer.get_vocab():
         raise PlanError(f"{model} and {reference} have different tokenizers", "Compare models of one vocabulary.")
     most = _context(source.config)
@@ -168,8 +175,12 @@ def evaluate(
     if length is not None and length < 2:
         raise PlanError(f"--length {length}: a window needs at least 2 tokens")
     loaded_text = texts.load_text(text, "evaluation")
-    chosen = texts.windows(texts.encode(loaded_text, tokenizer), length or min(2048, most), windows)
-    options: dict[str, Any] = {"dtype": dtype or ("auto" if device != "cpu" else torch.float32), "device": device}
+    chosen = texts.windows(texts.encode(loaded_text, tokenizer), length or min(2048, most), samples)
+    options: dict[str, Any] = {
+        "dtype": dtype or ("auto" if device != "cpu" else torch.float32),
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+    }
     measured = quality.measure(
         load_model(source, **options),
         load_model(original, **options) if original is not None else None,
@@ -201,6 +212,7 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     device: str | None = None,
+    trust_remote_code: bool = False,
     stream: bool = False,
 ) -> str:
     """The text that `model` continues `prompt` with: greedy at temperature 0, else sampled with `seed`.
@@ -212,9 +224,9 @@ def generate(
     if not 0 <= temperature < float("inf"):
         raise PlanError(f"--temperature {temperature}: give 0 for the likeliest tokens, about 0.7 for some variety")
     device, source = _device(device), locate(model)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     ids = prompt_ids(tokenizer, prompt, chat=chat)
-    loaded = load_model(source, device=device)
+    loaded = load_model(source, device=device, trust_remote_code=trust_remote_code)
     return continue_text(
         loaded, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stream=stream
     )
@@ -296,7 +308,7 @@ class _Job:
         tensors = []
         for _, name, spec in self.skeleton.passed_through():
             if (found := wanted.get(name.removesuffix(".weight"))) is not None and name.endswith(".weight"):
-                what = f"{found.scheme}, {type(found.method).__name__}"
+                what = f"{found.scheme}, {name_of(found.method)}"
                 size = sum(s.nbytes for s in format.specs(found.shape, found.scheme).values())
             else:
                 what, size = f"as it is ({str(spec.dtype).removeprefix('torch.')})", spec.nbytes
@@ -312,18 +324,20 @@ class _Job:
         )
 
 
-def _reopened(folder: Path, tokenizer: Any, device: str | None, trust_remote_code: bool) -> str:
+def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool) -> str:
     """Open what was written as any user would, and generate a few tokens from it; FormatError if that fails."""
     try:
         source = locate(folder)
         describe(source)
-        model = load_model(source, device=_device(device), trust_remote_code=trust_remote_code)
+        model = load_model(source, device=device, trust_remote_code=trust_remote_code)
         ids = tokenizer("The", return_tensors="pt")["input_ids"]
         ids = ids if ids.numel() else torch.zeros(1, 1, dtype=torch.long)
         with torch.inference_mode():
             if not torch.isfinite(model(input_ids=ids.to(model.device)).logits).all():
                 raise FormatError("the quantized model's logits are not finite")
         return continue_text(model, tokenizer, ids, max_new_tokens=8)
+    except KernelError:
+        raise
     except FewbitError as error:
         raise FormatError(f"the output failed its own check: {error.message}", error.hint) from error
 

@@ -24,11 +24,12 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="A local folder, a Hub name (org/model), or smollm2, the demo model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU where there is one.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
 Seed = Annotated[int, typer.Option(help="Makes every random choice the same again.")]
 Length = Annotated[int | None, typer.Option(help="Tokens in a window.")]
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command()
 def quantize(
     context: typer.Context,
     model: Model,
@@ -45,7 +46,7 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
     device: Device = None,
     safetensors_only: Annotated[bool, typer.Option("--safetensors-only", help="Refuse pickled weights.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL into a new folder. Options of the method (fewbit list) are flags too, such as --damp 0.05."""
@@ -53,7 +54,7 @@ def quantize(
     from fewbit.plan import find
 
     chosen = find(plan)
-    options = _options(context.args)
+    options: dict[str, str] = context.obj or {}
     if method or scheme or format or options:
         chosen = chosen.changed(scheme=scheme, method=method, format=format, options=options)
     if dry_run:
@@ -86,6 +87,7 @@ def generate(
     seed: Seed = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
     device: Device = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Continue PROMPT with MODEL."""
@@ -99,6 +101,7 @@ def generate(
         seed=seed,
         chat=chat,
         device=device,
+        trust_remote_code=trust_remote_code,
         stream=not as_json,
     )
     if as_json:
@@ -111,8 +114,9 @@ def evaluate(
     reference: Annotated[str | None, typer.Option(help="The original, to measure the loss against.")] = None,
     text: Annotated[str, typer.Option(help="pydoc, wikitext2, c4, or a .txt or .jsonl file.")] = "pydoc",
     length: Length = None,
-    windows: Annotated[int | None, typer.Option(help="So many windows; all by default.")] = None,
+    samples: Annotated[int | None, typer.Option(help="So many windows; all by default.")] = None,
     device: Device = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Measure MODEL: perplexity, KL divergence from the reference, same top token, bytes."""
@@ -120,7 +124,14 @@ def evaluate(
 
     with report.windows_progress() as progress:
         done = api.evaluate(
-            model, reference=reference, text=text, length=length, windows=windows, device=device, progress=progress
+            model,
+            reference=reference,
+            text=text,
+            length=length,
+            samples=samples,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
         )
     _print(report.evaluation_json(done)) if as_json else report.evaluation(done)
 
@@ -170,25 +181,37 @@ def _root(
         raise typer.Exit
 
 
-def _options(args: list[str]) -> dict[str, str]:
-    """Method options from the flags that no command knows: --name value, --name=value, --name, --no-name."""
-    options: dict[str, str] = {}
-    rest = list(args)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--"):
-            raise PlanError(f"unexpected argument {flag!r}")
-        name, equals, value = flag[2:].partition("=")
-        name = name.replace("-", "_")
-        if equals:
-            options[name] = value
-        elif rest and not rest[0].startswith("--"):
-            options[name] = rest.pop(0)
-        elif name.startswith("no_"):
-            options[name[3:]] = "false"
+def _method_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments of `quantize` without the flags that are options of a method, and those options as text.
+
+    Methods are imported only if a flag is met that the command itself does not have, so that help stays quick.
+    """
+    command = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
+    own = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+    if all(not a.startswith("--") or a.partition("=")[0] in own for a in arguments):
+        return arguments, {}
+    from fewbit import registry
+    from fewbit.methods.base import option_types
+
+    types = option_types()
+    rest, options, waiting = [], {}, list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or flag in own:
+            rest.append(argument)
+        elif types.get(name.removeprefix("no_")) is bool and not equals:
+            said = waiting.pop(0) if waiting and waiting[0].lower() in ("true", "false") else "true"
+            options[name.removeprefix("no_")] = "false" if name.startswith("no_") else said
+        elif name in types:
+            if not equals and not waiting:
+                raise PlanError(f"{flag} needs a value")
+            options[name] = value if equals else waiting.pop(0)
         else:
-            options[name] = "true"
-    return options
+            known = [*own, *(f"--{option.replace('_', '-')}" for option in types)]
+            raise registry.unknown("option of quantize", flag, known)
+    return rest, options
 
 
 def _print(data: Any) -> None:
@@ -201,17 +224,19 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        app(arguments)
+        options: dict[str, str] = {}
+        if arguments[:1] == ["quantize"]:
+            arguments[1:], options = _method_flags(arguments[1:])
+        code = app(arguments, obj=options, standalone_mode=False)
+        if code == 130:  # how typer ends an interrupted command
+            resumes = "; the same command goes on where it stopped" if arguments[:1] == ["quantize"] else ""
+            sys.stderr.write(f"interrupted{resumes}\n")
+        sys.exit(code if isinstance(code, int) else 0)
     except FewbitError as error:
         if debug:
             raise
         sys.stderr.write(f"error: {error.message}\n" + (f"  {error.hint}\n" if error.hint else ""))
         sys.exit(error.exit_code)
-    except SystemExit as end:
-        if end.code == 130:  # how typer ends an interrupted command
-            resumes = "; the same command goes on where it stopped" if "quantize" in arguments else ""
-            sys.stderr.write(f"interrupted{resumes}\n")
-        raise
     except BrokenPipeError:
         sys.exit(141)
     except OSError as error:
@@ -220,6 +245,15 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         sys.stderr.write(f"error: {where}{error.strerror or error}\n")
         sys.exit(1)
+    except Exception as error:
+        # A command line that typer could not read; its class for that has no public name.
+        if debug or not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.stdout.write(f"{error.format_message()}\n")
+        else:
+            sys.stderr.write(f"error: {error.format_message()}\n  fewbit --help tells what there is.\n")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

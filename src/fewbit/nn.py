@@ -93,7 +93,17 @@ class QLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves go through, casts do not: `model.half()` must not round packed weights or their scales."""
+        """Moves go through, casts do not: `model.half()` must not round packed weights or their scales.
+
+        A layout belongs to a device, so a move to another one goes by way of the canonical parts.
+        """
+        if self.kernel is not None:
+            device = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device)).device
+            if device != self.weight.device and device.type != "meta":
+                weight = self.qtensor()
+                del self.weight
+                super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+                return self.adopt(weight.map(lambda part: part.to(device)), self.dtype, self.forced)
 
         def move_only(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 import weakref
@@ -25,9 +26,10 @@ from torch import Tensor, nn
 from fewbit.cache import cache_folder
 from fewbit.errors import FormatError, NumericsError, PlanError
 from fewbit.formats.safetensors import Checkpoint, ShardWriter, read_file, side_files, write_file
-from fewbit.methods.base import Choice, Method
+from fewbit.methods.base import Choice, Method, name_of
 from fewbit.models.skeleton import BlockCall, Skeleton
 from fewbit.plan import Assignment, Resolved
+from fewbit.schemes.base import chunk_rows
 from fewbit.stats import Need, Stats
 
 SHARD_BYTES = 512 << 20
@@ -36,8 +38,11 @@ _LOWEST_SHARE = 0.5
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What happened to one weight. `error`: relative squared error of its outputs on the calibration inputs (of the
-    weight itself where there were none). `dropped`: input rows left out because they were not finite."""
+    """What happened to one weight.
+
+    `error`: relative squared error of its outputs on the calibration inputs, tokens weighted as in `gather` (of the
+    weight itself where there were none). `dropped`: input rows left out because they were not finite.
+    """
 
     module: str
     shape: tuple[int, int]
@@ -78,7 +83,9 @@ def check(skeleton: Skeleton, resolved: Resolved) -> None:
             f"At least {_LOWEST_SHARE:.0%} must be. Left as they are: {', '.join(resolved.kept[:8]) or 'no linears'}.",
         )
     for key, _, _ in skeleton.passed_through():
-        if not torch.isfinite(skeleton.checkpoint.get(key)).all():
+        tensor = skeleton.checkpoint.get(key)
+        rows = tensor.reshape(len(tensor), -1) if tensor.dim() else tensor.reshape(1, 1)
+        if not all(torch.isfinite(rows[part]).all() for part in chunk_rows(*rows.shape)):
             raise NumericsError(f"{key} has NaN or Inf", f"The checkpoint {skeleton.source.folder} is damaged.")
 
 
@@ -117,7 +124,8 @@ def fingerprint(skeleton: Skeleton, resolved: Resolved, tokens: Tensor | None, v
     files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in skeleton.source.files]
     plan = [(a.module, str(a.scheme), repr(a.method)) for a in resolved.assignments.values()]
     digest = hashlib.sha256()
-    digest.update(json.dumps([files, plan, resolved.format.name, dict(versions)]).encode())
+    config = skeleton.source.config
+    digest.update(json.dumps([files, config, plan, resolved.format.name, dict(versions)], sort_keys=True).encode())
     digest.update(f"{skeleton.dtype} {skeleton.device.type}".encode())
     if tokens is not None:
         digest.update(str(tuple(tokens.shape)).encode() + tokens.numpy().tobytes())
@@ -184,7 +192,7 @@ def _quantize_block(
                 module=name,
                 shape=assignment.shape,
                 scheme=str(assignment.scheme),
-                method=type(assignment.method).__name__,
+                method=name_of(assignment.method),
                 nbytes=stored.nbytes,
                 error=_relative_error(weight, values, measured),
                 dropped=measured.dropped if measured else 0,
@@ -288,9 +296,13 @@ def published(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A fresh folder beside `out` that becomes `out` when the body ends, and vanishes if it does not."""
     out.parent.mkdir(parents=True, exist_ok=True)
     for stale in out.parent.glob(f".{out.name}.fewbit-*"):
-        if not _alive(stale.name.rpartition("-")[2]):
+        kind, pid = stale.name.removeprefix(f".{out.name}.fewbit-").split("-")[:2]
+        if kind == "old" and not out.exists():
+            stale.rename(out)  # a run died between the two renames below
+        elif not _alive(pid):
             shutil.rmtree(stale, ignore_errors=True)
-    staging = out.parent / f".{out.name}.fewbit-{os.getpid()}"
+    own = f"{os.getpid()}-{secrets.token_hex(4)}"  # in a container the same number may come again
+    staging, old = (out.parent / f".{out.name}.fewbit-{kind}-{own}" for kind in ("new", "old"))
     staging.mkdir()
     try:
         yield staging
@@ -301,10 +313,13 @@ def published(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if out.exists():
             if not overwrite:
                 raise PlanError(f"{out} has appeared meanwhile", "Use --overwrite to replace it.")
-            old = out.parent / f".{out.name}.fewbit-old-{os.getpid()}"
             out.rename(old)
-            staging.rename(out)
-            shutil.rmtree(old)
+            try:
+                staging.rename(out)
+            except BaseException:
+                old.rename(out)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         else:
             staging.rename(out)
     finally:
@@ -340,6 +355,8 @@ def assemble(folder: Path, skeleton: Skeleton, resolved: Resolved, run: Run) -> 
     for file in side_files(skeleton.source.folder):
         shutil.copyfile(file, folder / file.name)
     config = skeleton.source.config
+    if config.get("tie_word_embeddings") and not skeleton.tied:
+        config["tie_word_embeddings"] = False  # the file holds two tensors that differ: readers must not tie them
     config["quantization_config"] = resolved.format.config(list(resolved.assignments.values()), resolved.kept)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return writer.nbytes

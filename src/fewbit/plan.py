@@ -82,7 +82,15 @@ class Plan:
             )
             for rule in self.rules
         )
-        return replace(self, rules=rules, format=format or self.format, adapt=self.adapt and scheme is None)
+        given = {"scheme": scheme, "method": method, "format": format, **(options or {})}
+        said = ", ".join(f"{key} {value}" for key, value in given.items() if value is not None)
+        return replace(
+            self,
+            name=f"{self.name} with {said}" if said else self.name,
+            rules=rules,
+            format=format or self.format,
+            adapt=self.adapt and scheme is None,
+        )
 
 
 def _rule(data: Mapping[str, Any]) -> Rule:
@@ -181,7 +189,7 @@ def _adapt(wanted: Mapping[str, Assignment], format: Format) -> tuple[dict[str, 
     """Assignments that fit the format, with one group size for all, and sentences on what that changed."""
     fitting = {m: a for m, a in wanted.items() if _groups_that_fit(a, format)}
     notes = [
-        f"{module} stays as it is: {format.why_not(a.shape, a.scheme)}"
+        f"{module} stays as it is: {format.why_not(a.shape, a.scheme.with_group(a.scheme.group and _SMALLEST_GROUP))}"
         for module, a in wanted.items()
         if module not in fitting
     ]

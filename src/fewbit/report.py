@@ -195,6 +195,10 @@ def evaluation_json(done: Evaluation) -> dict[str, Any]:
         "peak_memory_bytes": done.peak,
         "seconds": done.seconds,
         "intervals": {"perplexity": [q.perplexity.low, q.perplexity.high]},
+        "reference_perplexity": None,
+        "perplexity_ratio": None,
+        "kl": None,
+        "same_top": None,
     }
     if q.reference_perplexity and q.perplexity_ratio and q.kl and q.same_top:
         kl = {"mean": q.kl.mean, "median": q.kl.median, "p99": q.kl.p99, "p999": q.kl.p999}

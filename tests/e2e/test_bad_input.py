@@ -384,7 +384,7 @@ def test_a_group_that_does_not_divide_is_told_of_every_tensor_at_once(sound: Pat
         (("--damp=inf",), ("--damp", "inf")),
         (("--refine", "-1"), ("--refine", "-1")),
         (("--refine", "1.5"), ("--refine", "1.5")),
-        (("--act-order", "perhaps"), ("--act-order", "perhaps")),
+        (("--act-order=perhaps",), ("--act-order", "perhaps")),
         (("--plan", "rtn-4bit", "--damp", "0.1"), ("damp", "rtn")),
         (("stray",), ("stray",)),
         (("--samples", "0"), ("samples", "0")),
@@ -743,7 +743,7 @@ def test_weights_that_are_missing_are_not_made_up(model: Path, gptq: Path, fewbi
     for folder, lost in ((model, f"{Q_PROJ}.weight"), (gptq, "model.norm.weight")):
         rewrite(folder, lambda tensors, lost=lost: tensors.pop(lost))  # type: ignore[misc]
         check(fewbit("generate", folder, "The"), 3, lost)
-        check(fewbit("evaluate", folder, "--length", 32, "--windows", 1), 3, lost)
+        check(fewbit("evaluate", folder, "--length", 32, "--samples", 1), 3, lost)
 
 
 @pytest.mark.parametrize("value", [3, [], "gptq", {"bits": 4}], ids=str)
@@ -793,7 +793,7 @@ def test_two_vocabularies_cannot_be_compared(sound: Path, model: Path, fewbit: F
     vocab = data["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (model / "tokenizer.json").write_text(json.dumps(data))
-    answer = fewbit("evaluate", model, "--reference", sound, "--length", 32, "--windows", 1)
+    answer = fewbit("evaluate", model, "--reference", sound, "--length", 32, "--samples", 1)
     check(answer, 2, str(model), str(sound), "different tokenizers")
 
 
@@ -803,7 +803,7 @@ def test_two_vocabularies_cannot_be_compared(sound: Path, model: Path, fewbit: F
         (("--length", "129"), ("129", "128")),
         (("--length", "1"), ("--length 1",)),
         (("--length", "0"), ("--length 0",)),
-        (("--windows", "0"), ("0",)),
+        (("--samples", "0"), ("0",)),
         (("--text", "absent.txt"), ("absent.txt",)),
         (("--device", "gpu7"), ("gpu7",)),
         (("--reference", "./nowhere"), ("./nowhere",)),

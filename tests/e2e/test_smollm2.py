@@ -33,7 +33,7 @@ def rounded(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_gptq_stays_nearer_to_the_original_than_rounding(
     demo: Path, quantized: Path, rounded: Path, fewbit: Fewbit
 ) -> None:
-    few = ("--reference", demo, "--length", 256, "--windows", 3, "--json")
+    few = ("--reference", demo, "--length", 256, "--samples", 3, "--json")
     gptq, rtn = (fewbit("evaluate", model, *few) for model in (quantized, rounded))
     assert (gptq.code, rtn.code) == (0, 0)
     lost, worse = gptq.json, rtn.json

@@ -225,8 +225,8 @@ def test_columns_without_input_are_rounded_to_nearest_and_counted(act_order: boo
     choice = method.quantize(w, parse("int4-g16"), stats_of(x))
     assert choice.notes == [f"{len(dead)} input columns were never excited"]
     scheme = parse("int4-g16")
-    codes, _ = scheme.unpack(choice.weight.parts, (8, 64))
-    assert torch.equal(codes[:, dead], scheme.fit(w).encode(w)[:, dead])
+    codes, grids = scheme.unpack(choice.weight.parts, (8, 64))
+    assert torch.equal(codes[:, dead], grids.encode(w)[:, dead])
 
 
 def test_no_input_at_all_is_rounding_to_nearest() -> None:

@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_folder_is_what_it_holds(folder: Path) -> None:
     found = source.locate(folder)
-    assert found == source.Source(str(folder), folder, (folder / "model.safetensors",))
+    assert found == source.Source(str(folder), folder, (folder / "model.safetensors",), folder)
     assert found.config == CONFIG
     assert found.quantization is None
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.errors import NumericsError
+
 _RUN = 128  # tokens resampled together: neighbours share a context, so they are not independent
 _RESAMPLES = 400
 _ROWS = 256  # of logits turned to probabilities at a time
@@ -66,11 +68,11 @@ def measure(
             for start in range(0, len(tokens) - 1, _ROWS):
                 rows = slice(start, min(start + _ROWS, len(tokens) - 1))
                 targets = tokens[rows.start + 1 : rows.stop + 1].unsqueeze(1)
-                log_q = logits[rows].float().log_softmax(-1)
+                log_q = _log_softmax(logits[rows], "the model", number)
                 targets = targets.to(log_q.device)
                 loss.append(-log_q.gather(1, targets).squeeze(1).cpu())
                 if original is not None:
-                    log_p = original[rows].float().log_softmax(-1)
+                    log_p = _log_softmax(original[rows], "the reference", number)
                     reference_loss.append(-log_p.gather(1, targets).squeeze(1).cpu())
                     # Rounding can take a sum of zeros a little below zero.
                     kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0).cpu())
@@ -111,6 +113,13 @@ def _logits(model: Any, tokens: Tensor) -> Tensor:
     logits = model(input_ids=tokens.unsqueeze(0).to(model.device), use_cache=False).logits[0]
     assert isinstance(logits, Tensor)
     return logits
+
+
+def _log_softmax(logits: Tensor, whose: str, window: int) -> Tensor:
+    log_p = logits.float().log_softmax(-1)
+    if log_p.isnan().any():
+        raise NumericsError(f"the logits of {whose} have NaN in window {window}", "Its weights may be damaged.")
+    return log_p
 
 
 class _Resampler:

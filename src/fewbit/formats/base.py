@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fewbit import registry
 from fewbit.schemes.base import PartSpec, QTensor, Scheme
 
 Shape = tuple[int, int]
@@ -68,3 +69,8 @@ class Format(ABC):
 
         FormatError where the config promises something that cannot be, or a weight lacks a tensor.
         """
+
+
+def by_quant_method(name: str) -> Format | None:
+    """The format that goes by that name in a quantization_config; None if fewbit has none."""
+    return next((made() for made in registry.entries("formats").values() if made.quant_method == name), None)

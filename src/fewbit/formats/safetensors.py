@@ -118,7 +118,7 @@ class ShardWriter:
         self._pending[name] = tensor
         self.nbytes += tensor.nbytes
 
-    def close(self, metadata: Mapping[str, str] | None = None) -> None:
+    def close(self) -> None:
         """Write what is left, give the shards their final names, and the index where there are several."""
         self._flush()
         if len(self._shards) == 1:

@@ -1,4 +1,4 @@
-"""The reference: dequantize a chunk of rows in float32, multiply, go on. Serves every codec on every device.
+"""The reference: dequantize a chunk of rows, multiply, go on. Serves every codec on every device.
 
 It is what the other kernels are checked against, so it takes no short cut: the weight is decoded in the dtype of the
 activations (float32 for half precision on the CPU, where half matmuls are slow and less exact).

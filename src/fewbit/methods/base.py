@@ -49,6 +49,16 @@ def make(name: str, options: dict[str, str] | None = None) -> Method:
     return made
 
 
+def option_types() -> dict[str, type]:
+    """Option -> its type, over all methods."""
+    return {f.name: type(f.default) for cls in registry.entries("methods").values() for f in fields(cls)}
+
+
+def name_of(method: Method) -> str:
+    """The name by which a method is registered."""
+    return next(name for name, cls in registry.entries("methods").items() if cls is type(method))
+
+
 def _read(text: str, default: Any, flag: str) -> Any:
     if isinstance(default, bool):
         if text.lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off"):

@@ -42,6 +42,7 @@ from fewbit.stats import Need, Stats
 
 _BLOCK = 128
 _PANEL = 512
+_TINY = 1e-30
 
 
 @register("methods", "gptq")
@@ -155,7 +156,7 @@ def feed_back(w: Tensor, grids: Grids, inverse: Tensor, order: Tensor) -> Tensor
 def descend(w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, order: Tensor, ridge: float = 0.0) -> Tensor:
     """Codes after one sweep of coordinate descent on tr(E (H + ridge I) Eᵀ), which never rises.
 
-    Columns without input stay.
+    With a ridge, columns without input go to their nearest value; without, they stay.
     """
     codes = codes.T.contiguous()
     values = grids.decode(codes.T).T.contiguous()
@@ -170,10 +171,7 @@ def descend(w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, order: Tens
         local, moves = gradient[block], torch.zeros(len(block), w.shape[0], dtype=w.dtype, device=w.device)
         within = inner[:, block]
         for i, column in enumerate(block):
-            curvature = within[i, i]
-            if curvature <= ridge:
-                continue
-            chosen = grids.encode(values[column] + local[i] / curvature, column)
+            chosen = grids.encode(values[column] + local[i] / within[i, i].clamp(min=_TINY), column)
             moves[i] = grids.decode(chosen, column) - values[column]
             codes[column] = chosen
             local.addr_(within[:, i], moves[i], alpha=-1)

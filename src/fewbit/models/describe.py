@@ -8,17 +8,20 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from fewbit import registry
 from fewbit.errors import FormatError
-from fewbit.formats.base import Format
+from fewbit.formats.base import by_quant_method
 from fewbit.formats.safetensors import Checkpoint
 from fewbit.models.source import Source
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Bytes are those of tensors. `weights_bytes` is at rest in memory: quantized weights in their parts, the rest as
-    stored; `file_bytes` is what the files hold. Bits per weight are of the quantized weights and of the whole model."""
+    """Bytes are those of tensors.
+
+    `weights_bytes` counts quantized weights in their canonical parts and the rest as stored (a kernel may keep a little
+    more, such as scales in a second type); `file_bytes` is what the files hold. Bits per weight are of the quantized
+    weights and of the whole model.
+    """
 
     name: str
     architecture: str
@@ -44,7 +47,9 @@ def describe(source: Source) -> Inspection:
     quantization = source.quantization
     schemes: Counter[str] = Counter()
     quantized, packed, plain = 0, 0, set(checkpoint.specs)
-    format = _format(quantization) if quantization else None
+    format = by_quant_method(quantization["quant_method"]) if quantization else None
+    if quantization and format is None:
+        raise FormatError(f"quantization method {quantization['quant_method']!r} is not one that fewbit reads")
     if format is not None and quantization is not None:
         for module, tensors in format.find(quantization, checkpoint.specs).items():
             scheme, shape = format.describe(tensors, quantization)
@@ -68,16 +73,6 @@ def describe(source: Source) -> Inspection:
         bits_per_weight_quantized=8 * packed / quantized if quantized else None,
         made=_made(source),
     )
-
-
-def _format(quantization: dict[str, Any]) -> Format:
-    method = quantization.get("quant_method")
-    for format in registry.entries("formats").values():
-        if format.quant_method == method:
-            made = format()
-            assert isinstance(made, Format)
-            return made
-    raise FormatError(f"quantization method {method!r} is not one that fewbit reads")
 
 
 def _made(source: Source) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as hf_logging
 
-from fewbit.errors import FewbitError, FormatError
+from fewbit.errors import FewbitError, FormatError, KernelError
+from fewbit.formats.base import by_quant_method
 from fewbit.models import plugin
 from fewbit.models.describe import describe
 from fewbit.models.source import Source
@@ -35,7 +36,7 @@ def load_model(
             raise FormatError(
                 f"{source.folder}: quantization method {method!r} is not one that fewbit or transformers reads"
             )
-    if source.quantization is not None and plugin.serves(source.quantization["quant_method"]):
+    if source.quantization is not None and by_quant_method(source.quantization["quant_method"]) is not None:
         describe(source)  # says more clearly than transformers where config and tensors contradict one another
     verbose = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
@@ -50,6 +51,8 @@ def load_model(
             )
     except FewbitError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise KernelError(f"{source.folder} does not fit the memory of {device}", "Use another --device.") from error
     except Exception as error:  # whatever transformers meets in a foreign folder
         reason = str(error).strip() or type(error).__name__
         raise FormatError(f"{source.folder} could not be loaded: {reason.splitlines()[0][:300]}") from error

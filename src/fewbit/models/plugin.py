@@ -23,8 +23,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.import_utils import is_gptqmodel_available, is_optimum_available
 
 from fewbit import registry
-from fewbit.errors import FormatError, PlanError
-from fewbit.formats.base import Format
+from fewbit.errors import FormatError, KernelError, PlanError
+from fewbit.formats.base import by_quant_method
 from fewbit.formats.safetensors import read_specs
 from fewbit.models.source import read_config
 from fewbit.nn import QLinear
@@ -41,7 +41,10 @@ class FewbitQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         method = str(getattr(quantization_config.quant_method, "value", quantization_config.quant_method))
-        self.format = _format_of(method)
+        format = by_quant_method(method)
+        if format is None:
+            raise FormatError(f"quantization method {method!r} is not one that fewbit reads")
+        self.format = format
         self.config: dict[str, Any] = quantization_config.to_dict()
         if not self.pre_quantized:
             raise PlanError(
@@ -62,15 +65,22 @@ class FewbitQuantizer(HfQuantizer):
         specs: dict[str, PartSpec] = {}
         for file in checkpoint_files:
             specs |= read_specs(Path(file))
-        for module, tensors in self.format.find(self.config, _renamed(model, specs)).items():
-            _put(model, module, tensors)
+        named = _renamed(model, specs)
+        for module, tensors in self.format.find(self.config, named).items():
+            _put(model, module, tensors, has_bias=f"{module}.bias" in named)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         kernel = _forced_kernel[-1] if _forced_kernel else None
         for name, module in model.named_modules():
             if isinstance(module, QLinear) and module.placeholders:
-                weight = self.format.read(module.take_tensors(), self.config, name)
+                tensors = module.take_tensors()
+                if any(tensor.is_meta for tensor in tensors.values()):
+                    raise KernelError(
+                        f"{name}: packed weights cannot be offloaded to the disk yet",
+                        "Give a device map that keeps the whole model in memory, such as device_map='cpu'.",
+                    )
+                weight = self.format.read(tensors, self.config, name)
                 if weight.shape != (module.out_features, module.in_features):
                     raise FormatError(
                         f"{name} holds a weight of shape {list(weight.shape)}, "
@@ -112,11 +122,6 @@ class FewbitQuantizer(HfQuantizer):
         return True
 
 
-def serves(quant_method: str) -> bool:
-    """Whether a format of fewbit's goes by that name in a quantization_config."""
-    return any(format.quant_method == quant_method for format in registry.entries("formats").values())
-
-
 def register() -> None:
     """Stand in for the back ends that are not installed."""
     if not (is_gptqmodel_available() and is_optimum_available()):
@@ -139,15 +144,6 @@ def serving(kernel: str | None = None) -> Iterator[None]:
         auto.AUTO_QUANTIZER_MAPPING.update(before)
 
 
-def _format_of(quant_method: str) -> Format:
-    for format in registry.entries("formats").values():
-        if format.quant_method == quant_method:
-            made = format()
-            assert isinstance(made, Format)
-            return made
-    raise FormatError(f"quantization method {quant_method!r} is not one that fewbit reads")
-
-
 def _renamed(model: PreTrainedModel, specs: Mapping[str, PartSpec]) -> dict[str, PartSpec]:
     """The tensors of a checkpoint by the names of the modules that they belong to in `model`."""
     mapping = get_model_conversion_mapping(model)
@@ -166,7 +162,7 @@ def _renamed(model: PreTrainedModel, specs: Mapping[str, PartSpec]) -> dict[str,
     return found
 
 
-def _put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec]) -> None:
+def _put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *, has_bias: bool) -> None:
     """A `QLinear` in place of the linear called `module`, waiting for these tensors."""
     try:
         linear = model.get_submodule(module)
@@ -178,8 +174,11 @@ def _put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec]) -
         k, n = linear.in_features, linear.out_features
     else:
         raise FormatError(f"the checkpoint has quantized tensors for {module}, which is a {type(linear).__name__}")
+    bias = linear.bias
+    if bias is None and has_bias:  # methods that shift weights write one where the model has none
+        bias = nn.Parameter(torch.empty(n, dtype=model.dtype, device="meta"))
     parent, _, leaf = module.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, QLinear(k, n, linear.bias, module).await_tensors(tensors))
+    setattr(model.get_submodule(parent), leaf, QLinear(k, n, bias, module).await_tensors(tensors))
 
 
 register()

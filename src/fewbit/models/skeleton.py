@@ -79,6 +79,7 @@ class Skeleton:
         self._mapping = conversions(self.model)
         self._expected = self.model.state_dict()
         self.name_of = self._names()
+        self.tied = self._ties()
         self._check()
 
     def linears(self, block: str) -> dict[str, Shape]:
@@ -96,9 +97,10 @@ class Skeleton:
         for block in self.blocks:
             for name, parameter in self.model.get_submodule(block).named_parameters(prefix=block):
                 if parameter.dim() > 2:
+                    experts = " of fused experts (mixture of experts)" if "expert" in name else ""
                     return (
-                        f"{name} has shape {list(parameter.shape)}: fused experts (mixture of experts) "
-                        "cannot be quantized yet, and leaving most of a model as it is would be no quantization"
+                        f"{name} has shape {list(parameter.shape)}: weights{experts} with {parameter.dim()} dimensions "
+                        "cannot be quantized yet, and leaving them as they are would be no quantization"
                     )
         return None
 
@@ -107,9 +109,8 @@ class Skeleton:
 
     def passed_through(self) -> Iterator[tuple[str, str, PartSpec]]:
         """(checkpoint name, model name, spec) of every tensor that belongs in an output, ties stored once."""
-        tied = self.model.all_tied_weights_keys
         for key, name in self.name_of.items():
-            if not (name in tied and tied[name] in self.name_of.values()):
+            if name not in self.tied:
                 yield key, name, self.checkpoint.specs[key]
 
     def stored_names(self, names: list[str]) -> dict[str, str]:
@@ -189,16 +190,27 @@ class Skeleton:
             name, _ = rename_source_key(key, renamings, converters, prefix, self._expected)
             if name in self._expected:
                 found[key] = name
+        # A tie may be stored under either of its names.
+        for second, first in self.model.all_tied_weights_keys.items():
+            if first not in found.values() and second in found.values():
+                found = {key: first if name == second else name for key, name in found.items()}
         return found
+
+    def _ties(self) -> dict[str, str]:
+        """Model name -> the name of the tensor it shares. Where a file has both and they differ, they are not tied."""
+        key_of = {name: key for key, name in self.name_of.items()}
+        return {
+            second: first
+            for second, first in self.model.all_tied_weights_keys.items()
+            if second not in key_of
+            or torch.equal(self.checkpoint.get(key_of[second]), self.checkpoint.get(key_of[first]))
+        }
 
     def _check(self) -> None:
         """FormatError unless every parameter has a tensor of its shape in the checkpoint."""
-        tied, have = self.model.all_tied_weights_keys, set(self.name_of.values())
-        missing = [
-            n
-            for n, _ in self.model.named_parameters()
-            if n not in have and tied.get(n) not in have and n not in tied.values()
-        ]
+        have = set(self.name_of.values())
+        names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+        missing = [name for name in names if name not in have and self.tied.get(name) not in have]
         if missing:
             raise FormatError(
                 f"{self.source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}",

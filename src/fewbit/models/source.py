@@ -21,11 +21,15 @@ _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*
 
 @dataclass(frozen=True)
 class Source:
-    """A model's folder, the name the user gave, and its weight files (safetensors)."""
+    """A model's folder, the name the user gave, and its weight files (safetensors).
+
+    `origin` is the folder that was named; `folder` is another one, in the cache, where the weights came as a pickle.
+    """
 
     name: str
     folder: Path
     files: tuple[Path, ...]
+    origin: Path
 
     @property
     def config(self) -> dict[str, Any]:
@@ -45,7 +49,7 @@ class Source:
 
 def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
     """The model called `name`, its files found and their headers sound; PlanError or FormatError otherwise."""
-    folder = _folder(str(name), safetensors_only)
+    origin = folder = _folder(str(name), safetensors_only)
     read_config(folder)
     files = safetensors.files_in(folder)
     if not files:
@@ -58,7 +62,7 @@ def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
             )
         folder = pickle.converted(folder)
         files = safetensors.files_in(folder)
-    return Source(str(name), folder, tuple(files))
+    return Source(str(name), folder, tuple(files), origin)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
