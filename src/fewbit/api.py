@@ -66,6 +66,7 @@ def quantize(
         raise PlanError(f"{out} exists", "Use --overwrite to replace it, or another -o.")
     if not _existing(out.parent).is_dir():
         raise PlanError(f"{out} cannot be made: {_existing(out.parent)} is a file")
+    memory.return_freed()
     job = _Job.prepare(model, plan, device, safetensors_only, trust_remote_code)
     if out.is_file():
         raise PlanError(f"{out} is a file, not a folder", "Give another -o.")

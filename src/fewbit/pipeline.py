@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fewbit.cache import cache_folder
 from fewbit.errors import FormatError, NumericsError, PlanError
+from fewbit.formats.base import Format
 from fewbit.formats.safetensors import Checkpoint, ShardWriter, read_file, side_files, write_file
 from fewbit.methods.base import Choice, Method, name_of
 from fewbit.models.skeleton import BlockCall, Skeleton
@@ -180,28 +181,34 @@ def _quantize_block(
     tensors: dict[str, Tensor] = {}
     reports = []
     for name, assignment in wanted.items():
-        measured = stats.pop(name, None)
-        weight = skeleton.weight(name).float()
-        choice = _choose(assignment, weight, measured)
-        values = choice.weight.dequantize()
-        stored = choice.weight.map(lambda t: t.cpu())
-        for suffix, tensor in resolved.format.lay_out(stored, config).items():
-            tensors[f"{name}.{suffix}"] = tensor
-        reports.append(
-            TensorReport(
-                module=name,
-                shape=assignment.shape,
-                scheme=str(assignment.scheme),
-                method=name_of(assignment.method),
-                nbytes=stored.nbytes,
-                error=_relative_error(weight, values, measured),
-                dropped=measured.dropped if measured else 0,
-                notes=choice.notes,
-            )
-        )
-        skeleton.replace_weight(name, values)
+        laid_out, report = _quantize_linear(skeleton, resolved.format, config, assignment, stats.pop(name, None))
+        tensors |= laid_out
+        reports.append(report)
     run.save(index, tensors, reports)
     return reports
+
+
+def _quantize_linear(
+    skeleton: Skeleton, format: Format, config: Mapping[str, Any], assignment: Assignment, stats: Stats | None
+) -> tuple[dict[str, Tensor], TensorReport]:
+    """Quantize one linear of a materialized block in place; its tensors by their full names, and what happened."""
+    weight = skeleton.weight(assignment.module).float()
+    choice = _choose(assignment, weight, stats)
+    values = choice.weight.dequantize()
+    stored = choice.weight.map(lambda t: t.cpu())
+    laid_out = {f"{assignment.module}.{suffix}": tensor for suffix, tensor in format.lay_out(stored, config).items()}
+    report = TensorReport(
+        module=assignment.module,
+        shape=assignment.shape,
+        scheme=str(assignment.scheme),
+        method=name_of(assignment.method),
+        nbytes=stored.nbytes,
+        error=_relative_error(weight, values, stats),
+        dropped=stats.dropped if stats else 0,
+        notes=choice.notes,
+    )
+    skeleton.replace_weight(assignment.module, values)
+    return laid_out, report
 
 
 def _restore_block(skeleton: Skeleton, resolved: Resolved, block: str, tensors: Mapping[str, Tensor]) -> None:

@@ -233,7 +233,10 @@ class Skeleton:
         verbose = hf_logging.is_progress_bar_enabled()
         hf_logging.disable_progress_bar()
         try:
-            lazily = {key: self.checkpoint.slice(key) for key in keys}
+            # What is stored under the other name of a tie must not follow that name.
+            tied = self.model.all_tied_weights_keys.values()
+            named = {key: self.name_of[key] if self.name_of[key] in tied else key for key in keys}
+            lazily = {named[key]: self.checkpoint.slice(key) for key in keys}
             info, _ = convert_and_load_state_dict_in_model(self.model, lazily, config)
         finally:
             if verbose:

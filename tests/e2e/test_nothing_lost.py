@@ -1,0 +1,126 @@
+"""What a user has is never lost, and what a file holds is never left out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fewbit import api, pipeline
+from fewbit.errors import NumericsError, PlanError
+from fewbit.models.skeleton import Skeleton
+from fewbit.models.source import locate
+from fewbit.plan import find, resolve
+from tests import models
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return models.save(tmp_path / "model", "llama")
+
+
+def rewritten(folder: Path, change: dict[str, torch.Tensor | None]) -> Path:
+    """The folder's tensors with some replaced, added or (None) left out."""
+    tensors = {**models.tensors_of(folder), **{k: v for k, v in change.items() if v is not None}}
+    for name in [name for name, value in change.items() if value is None]:
+        tensors.pop(name, None)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_model_that_came_as_a_pickle_is_not_overwritten(model: Path) -> None:
+    torch.save(models.tensors_of(model), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(PlanError, match="holds the model itself"):
+        api.quantize(model, model, plan="rtn-4bit", overwrite=True)
+    assert (model / "pytorch_model.bin").is_file()
+
+
+def test_an_old_output_comes_back_if_the_new_one_cannot_be_put_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").touch()
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if "-new-" in self.name:
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no"), pipeline.published(out, overwrite=True):
+        pass
+    assert (out / "precious").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_old_output_comes_back_after_a_kill_between_the_renames(tmp_path: Path) -> None:
+    old = tmp_path / ".out.fewbit-old-999999999-00"
+    old.mkdir()
+    (old / "precious").touch()
+    with pytest.raises(RuntimeError), pipeline.published(tmp_path / "out", overwrite=True):
+        raise RuntimeError
+    assert (tmp_path / "out" / "precious").exists()
+
+
+def test_a_left_over_of_the_same_process_number_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / f".out.fewbit-new-{os.getpid()}-00").mkdir()
+    with pipeline.published(tmp_path / "out") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "out" / "file").exists()
+
+
+def test_an_output_head_that_differs_from_its_tie_is_kept(tmp_path: Path) -> None:
+    folder = models.save(tmp_path / "model", "llama", tie_word_embeddings=True)
+    embedding = models.tensors_of(folder)["model.embed_tokens.weight"]
+    rewritten(folder, {"lm_head.weight": embedding.flip(0).contiguous()})
+    api.quantize(folder, tmp_path / "out", plan="rtn-4bit")
+    assert torch.equal(models.tensors_of(tmp_path / "out")["lm_head.weight"], embedding.flip(0))
+    loaded = api.load(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(loaded.lm_head.weight.to(embedding.dtype), embedding.flip(0))
+
+
+def test_a_tie_may_be_stored_under_its_other_name(tmp_path: Path) -> None:
+    folder = models.save(tmp_path / "model", "llama", tie_word_embeddings=True)
+    embedding = models.tensors_of(folder)["model.embed_tokens.weight"]
+    rewritten(folder, {"lm_head.weight": embedding.clone(), "model.embed_tokens.weight": None})
+    api.quantize(folder, tmp_path / "out", plan="gptq-4bit", calibration=api.Calibration(samples=2, length=32))
+    loaded = api.load(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(loaded.model.embed_tokens.weight.to(embedding.dtype), embedding)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_a_bias_that_only_the_file_has_is_added(model: Path, tmp_path: Path) -> None:
+    api.quantize(model, tmp_path / "out", plan="rtn-4bit")
+    name = "model.layers.0.mlp.up_proj"
+    bias = torch.full((api.load(model).get_submodule(name).out_features,), 5.0)
+    rewritten(tmp_path / "out", {f"{name}.bias": bias})
+    layer = api.load(tmp_path / "out", dtype=torch.float32).get_submodule(name)
+    still = layer(torch.zeros(1, layer.in_features))
+    assert torch.equal(still, torch.full_like(still, 5.0))
+
+
+def test_another_config_is_another_run(model: Path) -> None:
+    def fingerprint() -> str:
+        skeleton = Skeleton(locate(model), torch.float32, torch.device("cpu"))
+        shapes = {name: shape for block in skeleton.blocks for name, shape in skeleton.linears(block).items()}
+        return pipeline.fingerprint(skeleton, resolve(find("rtn-4bit"), shapes), None, {})
+
+    before = fingerprint()
+    assert fingerprint() == before
+    models.edit_json(model / "config.json", rms_norm_eps=0.5)
+    assert fingerprint() != before
+
+
+def test_logits_that_are_no_numbers_are_an_error(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(models.sentences(50))
+    norm = models.tensors_of(model)["model.norm.weight"]
+    rewritten(model, {"model.norm.weight": torch.full_like(norm, torch.nan)})
+    with pytest.raises(NumericsError, match="window 1"):
+        api.evaluate(model, text=str(text), length=32, samples=1)
