@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py [--blocks 22] [--samples 32] [--plan gptq-4bit]
 
-Prints the growth of anonymous resident memory over that after imports, and the mapped pages apart: those belong to files
-and are given back when anyone else needs them. The model is made in a process of its own, so that making it counts
-nowhere.
+Prints the growth of anonymous resident memory over that after imports, and the mapped pages apart: those belong to
+files and are given back when anyone else needs them. The model is made in a process of its own, so that making it
+counts nowhere.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from fewbit.models import smollm2
 from fewbit.formats.safetensors import side_files
 import shutil
-config = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=int(sys.argv[2]), num_attention_heads=32,
-                     num_key_value_heads=4, vocab_size=49152, max_position_embeddings=2048, tie_word_embeddings=False)
+config = LlamaConfig(
+    hidden_size=2048, intermediate_size=5632, num_hidden_layers=int(sys.argv[2]), num_attention_heads=32,
+    num_key_value_heads=4, vocab_size=49152, max_position_embeddings=2048, tie_word_embeddings=False,
+)
 torch.manual_seed(0)
 torch.set_default_dtype(torch.bfloat16)
 AutoModelForCausalLM.from_config(config).save_pretrained(sys.argv[1])

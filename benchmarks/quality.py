@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py [--calibration FILE] [--text FILE] [--length 1024] [--windows 8] [--bits 4 3]
 
-Calibrates on 64 x 512 tokens of --calibration, measures KL divergence from the bf16 model on --text. Without files it uses
-the two disjoint parts of Python's reference manual. Prints a table and, with --json, the numbers.
+Calibrates on 64 x 512 tokens of --calibration, measures KL divergence from the bf16 model on --text. Without files it
+uses the two disjoint parts of Python's reference manual. Prints a table and, with --json, the numbers.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 
 import fewbit
-from fewbit.api import Calibration, Evaluation
+from fewbit.api import Calibration
 from fewbit.plan import find
+from fewbit.report import Evaluation
 
 
 def main() -> None:
