@@ -100,6 +100,7 @@ def quantize(
             share=preview.share,
             seconds=elapsed(),
             peak=0,
+            gpu_peak=0,
             anonymous=0,
             sample="",
         )
@@ -109,7 +110,11 @@ def quantize(
             "model": job.source.name,
             "calibration": calibrated,
             "plan": job.resolved.plan.to_json(),
-            **{k: v for k, v in asdict(done).items() if k not in ("out", "plan", "peak", "anonymous", "sample")},
+            **{
+                k: v
+                for k, v in asdict(done).items()
+                if k not in ("out", "plan", "peak", "gpu_peak", "anonymous", "sample")
+            },
         }
         (folder / "fewbit.json").write_text(json.dumps(record, indent=1) + "\n")
         (folder / "README.md").write_text(report.model_card(record))
@@ -119,7 +124,9 @@ def quantize(
             sample = _reopened(folder, tokenizer, "cpu", trust_remote_code)
     run.forget()
     held = memory.now()
-    return replace(done, seconds=elapsed(), peak=held.peak, anonymous=held.anonymous, sample=sample)
+    return replace(
+        done, seconds=elapsed(), peak=held.peak, gpu_peak=memory.on_gpus(), anonymous=held.anonymous, sample=sample
+    )
 
 
 def preview(
@@ -195,6 +202,7 @@ def evaluate(
         quality=measured,
         inspection=describe(source),
         peak=memory.now().peak,
+        gpu_peak=memory.on_gpus(),
         seconds=elapsed(),
     )
 

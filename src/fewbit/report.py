@@ -61,6 +61,7 @@ class Quantized:
     share: float
     seconds: float
     peak: int
+    gpu_peak: int
     anonymous: int
     sample: str
 
@@ -75,6 +76,7 @@ class Evaluation:
     quality: Quality
     inspection: Inspection
     peak: int
+    gpu_peak: int
     seconds: float
 
 
@@ -133,6 +135,8 @@ def quantized(done: Quantized) -> None:
     table.add_row("relative output error", "", f"{mean:.2e}", f"worst {worst.error:.2e} in {worst.module}")
     table.add_row("time", "", duration(done.seconds), "")
     table.add_row("peak memory", "", size(done.peak), "of this process, mapped files included")
+    if done.gpu_peak:
+        table.add_row("  on the GPU", "", size(done.gpu_peak), "")
     out.print(table)
     _say(f'Reopened and checked; it says: "The{done.sample}"')
 
@@ -173,6 +177,8 @@ def evaluation(done: Evaluation) -> None:
     if i.bits_per_weight_quantized:
         table.add_row("  quantized ones", f"{i.bits_per_weight_quantized:.3f}", "", "bits per weight")
     table.add_row("peak memory", size(done.peak), "", "of this evaluation, both models held")
+    if done.gpu_peak:
+        table.add_row("  on the GPU", size(done.gpu_peak), "", "")
     table.add_row("time", duration(done.seconds), "", "")
     out.print(table)
 
@@ -193,6 +199,7 @@ def evaluation_json(done: Evaluation) -> dict[str, Any]:
         "bits_per_weight": i.bits_per_weight,
         "bits_per_weight_quantized": i.bits_per_weight_quantized,
         "peak_memory_bytes": done.peak,
+        "peak_gpu_memory_bytes": done.gpu_peak,
         "seconds": done.seconds,
         "intervals": {"perplexity": [q.perplexity.low, q.perplexity.high]},
         "reference_perplexity": None,

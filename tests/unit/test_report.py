@@ -69,6 +69,7 @@ EVALUATION = Evaluation(
     quality=QUALITY,
     inspection=INSPECTION,
     peak=1_234_000_000,
+    gpu_peak=0,
     seconds=75.4,
 )
 TENSORS = [
@@ -87,6 +88,7 @@ QUANTIZED = Quantized(
     share=0.9958,
     seconds=125,
     peak=10**9,
+    gpu_peak=0,
     anonymous=10**8,
     sample=" cat sat",
 )

@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
@@ -18,6 +20,11 @@ class Memory:
     anonymous: int
     mapped: int
     peak: int
+
+
+def on_gpus() -> int:
+    """The most bytes that torch ever held on all CUDA devices together; 0 where there are none."""
+    return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
 
 
 def return_freed(threshold: int = 4 << 20) -> None:
