@@ -92,7 +92,7 @@ def quantize(
         done = Quantized(
             out=str(out),
             plan=job.resolved.plan.name,
-            notes=list(job.resolved.notes),
+            notes=[*job.resolved.notes, *_fewer(calibration, calibrated)],
             tensors=tensors,
             original_bytes=preview.original_bytes,
             output_bytes=written,
@@ -339,7 +339,7 @@ def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool
         source = locate(folder)
         describe(source)
         model = load_model(source, device=device, trust_remote_code=trust_remote_code)
-        ids = tokenizer("The", return_tensors="pt")["input_ids"]
+        ids = tokenizer(report.FIRST_WORDS, return_tensors="pt")["input_ids"]
         ids = ids if ids.numel() else torch.zeros(1, 1, dtype=torch.long)
         with torch.inference_mode():
             if not torch.isfinite(model(input_ids=ids.to(model.device)).logits).all():
@@ -349,6 +349,16 @@ def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool
         raise
     except FewbitError as error:
         raise FormatError(f"the output failed its own check: {error.message}", error.hint) from error
+
+
+def _fewer(wanted: Calibration, used: dict[str, Any] | None) -> list[str]:
+    """Sentences on what was asked of the calibration text and not to be had."""
+    notes = []
+    if used is not None and used["samples"] < wanted.samples:
+        notes.append(f"{used['text']} has {used['samples']} windows of {used['length']}, not {wanted.samples}")
+    if used is not None and used["length"] < wanted.length:
+        notes.append(f"windows of {used['length']} tokens, not {wanted.length}: the model's context is no longer")
+    return notes
 
 
 def _device(wanted: str | None) -> str:

@@ -79,9 +79,10 @@ def check(skeleton: Skeleton, resolved: Resolved) -> None:
     if reason := skeleton.why_not():
         raise PlanError(reason)
     if (share := share_quantized(skeleton, resolved)) < _LOWEST_SHARE:
+        why = [*resolved.notes, f"left as they are: {', '.join(resolved.kept) or 'no linears'}"]
         raise PlanError(
-            f"only {share:.0%} of the parameters in the model's blocks would be quantized",
-            f"At least {_LOWEST_SHARE:.0%} must be. Left as they are: {', '.join(resolved.kept[:8]) or 'no linears'}.",
+            f"only {share:.0%} of the parameters in the model's blocks would be quantized:\n  " + "\n  ".join(why),
+            f"At least {_LOWEST_SHARE:.0%} must be; another --scheme or --format may fit more of them.",
         )
     for key, _, _ in skeleton.passed_through():
         tensor = skeleton.checkpoint.get(key)

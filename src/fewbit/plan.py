@@ -134,7 +134,9 @@ def find(name: str) -> Plan:
     if name.endswith(".json"):
         try:
             return Plan.from_json(json.loads(Path(name).read_text()))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise PlanError(f"plan file {name}: {error.strerror}") from None
+        except ValueError as error:
             raise PlanError(f"plan file {name}: {error}") from None
     raise registry.unknown("plan", name, PRESETS)
 
@@ -161,7 +163,12 @@ def resolve(plan: Plan, shapes: Mapping[str, Shape]) -> Resolved:
     """Settle `plan` for modules of these shapes [N, K]; PlanError lists every one that cannot be as it asks."""
     format = registry.get("formats", plan.format)()
     assert isinstance(format, Format)
-    wanted, kept, notes = {}, [], []
+    wanted, kept = {}, []
+    notes = [
+        f"rule {number} of the plan, {rule.match!r}, matches nothing in this model"
+        for number, rule in enumerate(plan.rules, 1)
+        if not any(fnmatchcase(module, rule.match) for module in shapes)
+    ]
     for module, shape in shapes.items():
         rule = next((rule for rule in plan.rules if fnmatchcase(module, rule.match)), None)
         if rule is None or rule.scheme is None:
@@ -218,6 +225,8 @@ def _groups_that_fit(assignment: Assignment, format: Format) -> list[int]:
 
 
 def _listed(refused: Mapping[str, str], wanted: Mapping[str, Assignment], total: int) -> str:
+    if len(refused) == total > 1 and len(reasons := set(refused.values())) == 1:
+        return f"none of {total} tensors can be stored as asked: {reasons.pop()}"
     lines = [
         f"  {module} [{wanted[module].shape[0]} x {wanted[module].shape[1]}]: {why}" for module, why in refused.items()
     ]
@@ -231,4 +240,4 @@ def _what_fits(wanted: Mapping[str, Assignment], format: Format) -> str:
             tried = scheme.with_group(group)
             if not any(format.why_not(a.shape, tried) for a in wanted.values()):
                 return f"This would fit every tensor: --scheme {tried}."
-    return "No group size fits every tensor; leave some out with a plan file, or use another --format."
+    return "No other group size helps: use another --scheme or --format, or leave tensors out with a plan file."

@@ -21,6 +21,7 @@ from fewbit.pipeline import Step, TensorReport
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+FIRST_WORDS = "The capital of France is"  # what a new output is first asked to continue
 
 
 class _Table(Table):
@@ -138,7 +139,7 @@ def quantized(done: Quantized) -> None:
     if done.gpu_peak:
         table.add_row("  on the GPU", "", size(done.gpu_peak), "")
     out.print(table)
-    _say(f'Reopened and checked; it says: "The{done.sample}"')
+    _say(f'Reopened and checked. "{FIRST_WORDS}" it continues with "{done.sample.strip()}".')
 
 
 def preview(shown: Preview) -> None:
@@ -323,12 +324,15 @@ def model_card(record: Mapping[str, Any]) -> str:
 def progress() -> Iterator[Callable[[Step], None]]:
     """A bar on stderr in a terminal, a plain line for each block elsewhere."""
     if not err.is_terminal:
-        start = time.perf_counter()
+        start, found = time.perf_counter(), 0
 
         def line(step: Step) -> None:
-            state = "found" if step.resumed else f"error {step.error:.2e}"
+            nonlocal found
+            found += step.resumed
+            state = "found, from an interrupted run" if step.resumed else f"output error {step.error:.2e}"
             spent = time.perf_counter() - start
-            left = spent / step.done * (step.total - step.done)
+            # Blocks that were found took next to no time and say nothing of those to come.
+            left = spent / max(step.done - found, 1) * (step.total - step.done)
             err.print(f"block {step.done}/{step.total}  {state}  {duration(spent)} elapsed, {duration(left)} left")
 
         yield line
@@ -338,7 +342,7 @@ def progress() -> Iterator[Callable[[Step], None]]:
         task = bar.add_task("blocks", total=None, state="")
 
         def update(step: Step) -> None:
-            state = "found" if step.resumed else f"error {step.error:.2e}"
+            state = "found" if step.resumed else f"output error {step.error:.2e}"
             bar.update(task, total=step.total, completed=step.done, state=state)
 
         yield update

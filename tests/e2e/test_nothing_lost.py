@@ -124,3 +124,19 @@ def test_logits_that_are_no_numbers_are_an_error(model: Path, tmp_path: Path) ->
     rewritten(model, {"model.norm.weight": torch.full_like(norm, torch.nan)})
     with pytest.raises(NumericsError, match="window 1"):
         api.evaluate(model, text=str(text), length=32, samples=1)
+
+
+def test_what_the_text_could_not_give_is_noted(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(models.sentences(40))
+    done = api.quantize(model, tmp_path / "out", calibration=api.Calibration(str(text), samples=4000, length=32))
+    assert any("not 4000" in note for note in done.notes)
+
+
+def test_an_output_can_be_read_by_others(model: Path, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        api.quantize(model, tmp_path / "out", plan="rtn-4bit")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o644}

@@ -191,7 +191,7 @@ def test_a_quantization_for_people(shown: io.StringIO) -> None:
         "2.00e-03",
         "worst 3.00e-03 in model.layers.1.q",
         "2 min 05 s",
-        'it says: "The cat sat"',
+        'continues with "cat sat"',
     ):
         assert words in text
 
@@ -199,7 +199,7 @@ def test_a_quantization_for_people(shown: io.StringIO) -> None:
 @pytest.mark.parametrize("said_by_model", ["[/b] [red]", "[bold", "\\[x]", "[/]"])
 def test_what_a_model_says_is_not_markup(said_by_model: str, shown: io.StringIO) -> None:
     report.quantized(replace(QUANTIZED, sample=said_by_model))
-    assert f'"The{said_by_model}"' in shown.getvalue()
+    assert f'"{said_by_model.strip()}"' in shown.getvalue()
 
 
 def test_a_folder_with_brackets_is_shown_as_it_is(shown: io.StringIO) -> None:
@@ -290,7 +290,7 @@ def test_progress_is_a_line_a_block_where_there_is_no_terminal(said: io.StringIO
         step(Step(2, 2, 0.0123, resumed=False))
     first, second = said.getvalue().splitlines()
     assert first.startswith("block 1/2  found")
-    assert second.startswith("block 2/2  error 1.23e-02")
+    assert second.startswith("block 2/2  output error 1.23e-02")
     assert second.endswith("0 s left")
 
 

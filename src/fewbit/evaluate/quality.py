@@ -18,6 +18,7 @@ from torch import Tensor
 from fewbit.errors import NumericsError
 
 _RUN = 128  # tokens resampled together: neighbours share a context, so they are not independent
+_FEWEST_RUNS = 16  # of a short text the runs are shorter, so that there is something to resample
 _RESAMPLES = 400
 _ROWS = 256  # of logits turned to probabilities at a time
 
@@ -127,9 +128,10 @@ class _Resampler:
 
     def __init__(self, tokens: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        starts = torch.arange(0, tokens, _RUN)
+        length = max(1, min(_RUN, tokens // _FEWEST_RUNS))
+        starts = torch.arange(0, tokens, length)
         drawn = torch.randint(len(starts), (_RESAMPLES, len(starts)), generator=generator)
-        self.runs = [torch.arange(int(s), min(int(s) + _RUN, tokens)) for s in starts]
+        self.runs = [torch.arange(int(s), min(int(s) + length, tokens)) for s in starts]
         self.draws = drawn
 
     def estimate(self, statistic: Callable[[Tensor], Tensor], values: Tensor) -> Estimate:

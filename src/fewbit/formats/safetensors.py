@@ -143,6 +143,10 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     """One safetensors file, on disk when this returns."""
     whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     save_file(whole, path, metadata={"format": "pt", **(metadata or {})})
+    # safetensors makes files that their owner alone can read; a server is often another user.
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
