@@ -11,7 +11,7 @@ from torch import Tensor
 from fewbit.errors import PlanError
 from fewbit.methods import gptq
 from fewbit.methods.base import Method, make
-from fewbit.methods.gptq import GPTQ
+from fewbit.methods.gptq import GPTQ, inverse_factor, remaining_importance
 from fewbit.schemes.base import ALL, Columns, Grids, QTensor, parse
 from fewbit.stats import Need, Stats
 from tests.contract.cases import inputs, ordinary, stats_of
@@ -269,3 +269,12 @@ def test_unknown_names_get_the_nearest() -> None:
         make("gptg")
     with pytest.raises(PlanError, match="it has none"):
         make("rtn", {"damp": "0.1"})
+
+
+def test_the_importance_is_what_an_error_costs_once_the_others_adapted() -> None:
+    hessian, order = stats_of(inputs(300, 40)).hessian.double(), torch.randperm(40)
+    inverse, damp = inverse_factor(hessian, order, 0.01)
+    assert inverse is not None
+    ridge = damp * hessian.diagonal().mean() * torch.eye(40)
+    direct = 1 / torch.linalg.inv(hessian + ridge).diagonal()
+    torch.testing.assert_close(remaining_importance(inverse, order), direct)

@@ -100,3 +100,15 @@ def test_each_kind_tells_what_those_before_it_do() -> None:
         torch.testing.assert_close(gathered(need, x).mean_abs, x.abs().mean(0))
     for need in GATHERED[1:]:
         torch.testing.assert_close(gathered(need, x).mean_square, x.square().mean(0))
+
+
+def test_a_row_counts_as_much_as_its_weight_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(4, 10, 6, generator=generator), torch.rand(4, 10, generator=generator)
+    stats = Stats(6, Need.HESSIAN)
+    for part, share in zip(x, weight, strict=True):
+        stats.add(part, share)
+    rows, shares = x.reshape(-1, 6), weight.reshape(-1, 1) / weight.sum()
+    torch.testing.assert_close(stats.hessian, (rows * shares).T @ rows)
+    torch.testing.assert_close(stats.mean_abs, (rows.abs() * shares).sum(0))
+    assert stats.rows == 40
