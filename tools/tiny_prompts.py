@@ -6,69 +6,99 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-NAMES = """Lily Tom Anna Ben Mia Sam Lucy Max Emma Jack Rosa Leo Nina Omar Clara Hugo Ella Finn Maya Noah Ruby Paul Grace
-Ivan Sofia Adam Jane Peter Kate Daniel Alice Henry Zoe George Amy Oscar Julia Simon Eva Mark Hannah David Nora Luke Molly
-Victor Sara Felix Laura Theo Iris Martin Dora Carlos Tessa Walter Marta Frank Leila Joe""".split()
 
-PEOPLE = """a farmer|a fisherman|a baker|a teacher|a nurse|a young painter|an old soldier|a gardener|a bus driver|a shy girl
-a brave boy|a clever thief|a lonely king|a proud queen|a poor tailor|a kind doctor|a sailor|a librarian|a shepherd|a cook
-a clock maker|a musician|a postman|a carpenter|twin sisters|two brothers|a grandmother|an inventor|a lazy student|a miller
-a dancer|a train driver|a night watchman|a beekeeper|a young mother|a firefighter|a mayor|a blind man|a street singer
-a lighthouse keeper|a new boy at school|a tired father|a rich merchant|a hunter|a potter""".replace("\n", "|").split("|")
+def _entries(text: str) -> list[str]:
+    """What stands between bars and ends of lines."""
+    return text.replace("\n", "|").split("|")
 
-ANIMALS = """a dog|a cat|a rabbit|a fox|a bear|a mouse|an owl|a duck|a frog|a horse|a goat|a turtle|a crow|a squirrel|a pig
-a hen|a wolf|a bee|a butterfly|a donkey|a sheep|an elephant|a monkey|a lion|a snail|a hedgehog|a deer|a parrot|a whale|an ant
-a swan|a cow|a goose|a bat|a crab|a seal|a penguin|a small dragon|a spider|a beaver""".replace("\n", "|").split("|")
 
-PLACES = """a forest|a small village|a big city|a farm|a school|an island|the mountains|a castle|a harbour|a market|a library
-a garden|a train station|a kitchen|a hospital|the desert|a river bank|a bridge|a museum|a cave|the beach|a bakery|a park
-a snowy field|an old house|a lighthouse|a workshop|a theatre|a ship|a bus|an attic|a mill|a zoo|a playground|a shop|a tower
-a valley|a lake|a camp|an apple orchard""".replace("\n", "|").split("|")
+NAMES = _entries(
+    """Lily|Tom|Anna|Ben|Mia|Sam|Lucy|Max|Emma|Jack|Rosa|Leo|Nina|Omar|Clara|Hugo|Ella|Finn|Maya|Noah|Ruby|Paul
+Grace|Ivan|Sofia|Adam|Jane|Peter|Kate|Daniel|Alice|Henry|Zoe|George|Amy|Oscar|Julia|Simon|Eva|Mark|Hannah
+David|Nora|Luke|Molly|Victor|Sara|Felix|Laura|Theo|Iris|Martin|Dora|Carlos|Tessa|Walter|Marta|Frank|Leila
+Joe"""
+)
 
-THINGS = """a key|a red hat|a letter|a lamp|a broken clock|a map|a boat|a coin|a book|a kite|a bell|a ring|a mirror|a basket
-an umbrella|a bicycle|a drum|a wooden box|a blue stone|a loaf of bread|a seed|a violin|a candle|a ladder|a rope|a feather
-a painting|a pair of shoes|a cake|a bucket|a lost glove|a telescope|a photograph|a ball|a blanket|a knife|a jar of honey
-a piece of string|a door that will not open|a necklace|a wheel|a tent|a suitcase|a pumpkin|a snowman|a song|a shadow
-a secret|a promise|a dream""".replace("\n", "|").split("|")
+PEOPLE = _entries(
+    """a farmer|a fisherman|a baker|a teacher|a nurse|a young painter|an old soldier|a gardener|a bus driver
+a shy girl|a brave boy|a clever thief|a lonely king|a proud queen|a poor tailor|a kind doctor|a sailor
+a librarian|a shepherd|a cook|a clock maker|a musician|a postman|a carpenter|twin sisters|two brothers
+a grandmother|an inventor|a lazy student|a miller|a dancer|a train driver|a night watchman|a beekeeper
+a young mother|a firefighter|a mayor|a blind man|a street singer|a lighthouse keeper|a new boy at school
+a tired father|a rich merchant|a hunter|a potter"""
+)
 
-FEELINGS = """brave|kind|greedy|lonely|curious|honest|patient|jealous|proud|afraid of the dark|forgetful|cheerful|stubborn|shy
-angry|grateful|clumsy|generous|careful|tired|hopeful|quiet|playful|worried|wise|lazy""".replace("\n", "|").split("|")
+ANIMALS = _entries(
+    """a dog|a cat|a rabbit|a fox|a bear|a mouse|an owl|a duck|a frog|a horse|a goat|a turtle|a crow|a squirrel
+a pig|a hen|a wolf|a bee|a butterfly|a donkey|a sheep|an elephant|a monkey|a lion|a snail|a hedgehog|a deer
+a parrot|a whale|an ant|a swan|a cow|a goose|a bat|a crab|a seal|a penguin|a small dragon|a spider|a beaver"""
+)
 
-EVENTS = """a storm comes|something is lost|a stranger arrives|a promise is broken|a friend moves away|a race is held
-it begins to snow|a fire breaks out|a baby is born|a mistake is made|someone tells a lie|a gift is given|the power goes out
-a door is left open|a birthday is forgotten|a plan goes wrong|a new friend is found|someone gets lost|a contest is won
-a sound is heard at night|a bridge falls|the well runs dry|a ship does not come back|an animal is hurt|a wall is painted
-someone learns to swim|a team loses a game|the harvest is poor|an old toy is found|a wish comes true|a journey begins
-two friends have a fight|someone is late|a treasure is found|a tree is cut down""".replace("\n", "|").split("|")
+PLACES = _entries(
+    """a forest|a small village|a big city|a farm|a school|an island|the mountains|a castle|a harbour|a market
+a library|a garden|a train station|a kitchen|a hospital|the desert|a river bank|a bridge|a museum|a cave
+the beach|a bakery|a park|a snowy field|an old house|a lighthouse|a workshop|a theatre|a ship|a bus|an attic
+a mill|a zoo|a playground|a shop|a tower|a valley|a lake|a camp|an apple orchard"""
+)
 
-TOPICS = """rain|snow|the wind|rainbows|the moon|the sun|the stars|the sea|rivers|mountains|volcanoes|clouds|thunder|ice|fire
-the seasons|day and night|soil|sand|rocks|trees|flowers|seeds|grass|mushrooms|bees|birds|fish|whales|spiders|ants|cats|dogs
-horses|cows|chickens|frogs|snakes|bears|bats|butterflies|bread|milk|cheese|butter|honey|salt|sugar|rice|apples|potatoes|eggs
-chocolate|tea|coffee|soup|bones|the heart|teeth|sleep|dreams|breathing|the brain|the skin|eyes|ears|hair|muscles|a cold|fever
-running|swimming|bicycles|trains|boats|airplanes|cars|bridges|roads|houses|windows|clocks|mirrors|magnets|paper|glass|wood
-iron|gold|wool|cotton|plastic|soap|candles|batteries|light|sound|heat|electricity|telephones|computers|radios|cameras|maps
-money|markets|schools|libraries|hospitals|farms|cities|villages|families|friendship|music|painting|dancing|writing|reading
-stories|games|football|chess|gardens|kitchens|holidays|winter|summer|autumn|spring|gravity|shadows|echoes|bubbles|ropes
-wheels|pumps|kites|balloons|ships|lighthouses|deserts|forests|lakes|islands|caves|the wind mill|wells|fishing|baking
-sewing|washing|recycling|waste|clean water|clean air|weather reports|calendars|letters|newspapers|museums|the post
-kindness|courage|honesty|patience|anger|fear|trust|work|rest|luck|habits|memory|learning|mistakes""".replace(
-    "\n", "|"
-).split("|")
+THINGS = _entries(
+    """a key|a red hat|a letter|a lamp|a broken clock|a map|a boat|a coin|a book|a kite|a bell|a ring|a mirror
+a basket|an umbrella|a bicycle|a drum|a wooden box|a blue stone|a loaf of bread|a seed|a violin|a candle
+a ladder|a rope|a feather|a painting|a pair of shoes|a cake|a bucket|a lost glove|a telescope|a photograph
+a ball|a blanket|a knife|a jar of honey|a piece of string|a door that will not open|a necklace|a wheel
+a tent|a suitcase|a pumpkin|a snowman|a song|a shadow|a secret|a promise|a dream"""
+)
 
-HOW_TO = """make tea|bake bread|plant a tree|wash a dog|ride a bicycle|clean a window|cook rice|boil an egg|paint a wall
-mend a sock|write a letter|make a new friend|say sorry|learn a song|grow tomatoes|build a snowman|fly a kite|pack a suitcase
-sleep well|make soup|read a map|feed birds in winter|care for a cat|save money|learn to swim|make a salad
-keep a room tidy|find a lost thing|get over a cold|train a puppy|make a paper boat|tell a story|be a good guest|wrap a gift
-take a good photograph|start a garden|cross a road safely|make pancakes|fix a flat tyre|study for a test|calm down
-give a short speech|choose a book|listen well|plan a picnic|wash dishes|iron a shirt|light a camp fire safely
-make a bed""".replace("\n", "|").split("|")
+FEELINGS = _entries(
+    """brave|kind|greedy|lonely|curious|honest|patient|jealous|proud|afraid of the dark|forgetful|cheerful|stubborn
+shy|angry|grateful|clumsy|generous|careful|tired|hopeful|quiet|playful|worried|wise|lazy"""
+)
 
-LETTERS = """to thank someone for a gift|to invite a friend to a party|to say sorry for being late|to tell about a holiday
-to ask for advice|to tell about a new school|to cheer up a sick friend|to describe a new house|to ask for help on the farm
-to say goodbye|to tell about a new pet|to plan a visit|to congratulate someone|to tell about a storm|to share a recipe
-to ask about an old friend|to tell good news|to tell sad news|to return a borrowed book|to complain about noise, politely
-to thank a teacher|to tell about a first day at work|to ask a neighbour to water the plants|to tell about a walk
-to describe the first snow|to recommend a book""".replace("\n", "|").split("|")
+EVENTS = _entries(
+    """a storm comes|something is lost|a stranger arrives|a promise is broken|a friend moves away|a race is held
+it begins to snow|a fire breaks out|a baby is born|a mistake is made|someone tells a lie|a gift is given
+the power goes out|a door is left open|a birthday is forgotten|a plan goes wrong|a new friend is found
+someone gets lost|a contest is won|a sound is heard at night|a bridge falls|the well runs dry
+a ship does not come back|an animal is hurt|a wall is painted|someone learns to swim|a team loses a game
+the harvest is poor|an old toy is found|a wish comes true|a journey begins|two friends have a fight
+someone is late|a treasure is found|a tree is cut down"""
+)
+
+TOPICS = _entries(
+    """rain|snow|the wind|rainbows|the moon|the sun|the stars|the sea|rivers|mountains|volcanoes|clouds|thunder|ice
+fire|the seasons|day and night|soil|sand|rocks|trees|flowers|seeds|grass|mushrooms|bees|birds|fish|whales
+spiders|ants|cats|dogs|horses|cows|chickens|frogs|snakes|bears|bats|butterflies|bread|milk|cheese|butter
+honey|salt|sugar|rice|apples|potatoes|eggs|chocolate|tea|coffee|soup|bones|the heart|teeth|sleep|dreams
+breathing|the brain|the skin|eyes|ears|hair|muscles|a cold|fever|running|swimming|bicycles|trains|boats
+airplanes|cars|bridges|roads|houses|windows|clocks|mirrors|magnets|paper|glass|wood|iron|gold|wool|cotton
+plastic|soap|candles|batteries|light|sound|heat|electricity|telephones|computers|radios|cameras|maps|money
+markets|schools|libraries|hospitals|farms|cities|villages|families|friendship|music|painting|dancing|writing
+reading|stories|games|football|chess|gardens|kitchens|holidays|winter|summer|autumn|spring|gravity|shadows
+echoes|bubbles|ropes|wheels|pumps|kites|balloons|ships|lighthouses|deserts|forests|lakes|islands|caves
+the wind mill|wells|fishing|baking|sewing|washing|recycling|waste|clean water|clean air|weather reports
+calendars|letters|newspapers|museums|the post|kindness|courage|honesty|patience|anger|fear|trust|work|rest
+luck|habits|memory|learning|mistakes"""
+)
+
+HOW_TO = _entries(
+    """make tea|bake bread|plant a tree|wash a dog|ride a bicycle|clean a window|cook rice|boil an egg|paint a wall
+mend a sock|write a letter|make a new friend|say sorry|learn a song|grow tomatoes|build a snowman|fly a kite
+pack a suitcase|sleep well|make soup|read a map|feed birds in winter|care for a cat|save money|learn to swim
+make a salad|keep a room tidy|find a lost thing|get over a cold|train a puppy|make a paper boat|tell a story
+be a good guest|wrap a gift|take a good photograph|start a garden|cross a road safely|make pancakes
+fix a flat tyre|study for a test|calm down|give a short speech|choose a book|listen well|plan a picnic
+wash dishes|iron a shirt|light a camp fire safely|make a bed"""
+)
+
+LETTERS = _entries(
+    """to thank someone for a gift|to invite a friend to a party|to say sorry for being late
+to tell about a holiday|to ask for advice|to tell about a new school|to cheer up a sick friend
+to describe a new house|to ask for help on the farm|to say goodbye|to tell about a new pet|to plan a visit
+to congratulate someone|to tell about a storm|to share a recipe|to ask about an old friend|to tell good news
+to tell sad news|to return a borrowed book|to complain about noise, politely|to thank a teacher
+to tell about a first day at work|to ask a neighbour to water the plants|to tell about a walk
+to describe the first snow|to recommend a book"""
+)
 
 READERS = ["Grandma", "Grandpa", "Mum", "Dad", "Aunt Rose", "Uncle Bill", "Mrs. Green", "Mr. Brown", *NAMES[:40]]
 
@@ -134,9 +164,12 @@ SCENE_STARTS = [
     '"{other}," said {name}. "Do',
 ]
 
-STYLES = """Use simple words.|Use short sentences.|Write for young children.|Give it a happy ending.|Let it end with a lesson.
-Let the people speak.|Write it in the first person.|Make it funny.|Make it a little sad.|Give it a surprise at the end.
-Tell it calmly.|Write three short paragraphs.|Write two paragraphs.|""".replace("\n", "|").split("|")
+STYLES = _entries(
+    """Use simple words.|Use short sentences.|Write for young children.|Give it a happy ending.
+Let it end with a lesson.|Let the people speak.|Write it in the first person.|Make it funny.
+Make it a little sad.|Give it a surprise at the end.|Tell it calmly.|Write three short paragraphs.
+Write two paragraphs.|"""
+)
 
 
 @dataclass(frozen=True)

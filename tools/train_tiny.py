@@ -45,6 +45,7 @@ TEMPLATE = (
 LONGEST = 352  # tokens of a prompt and its answer together, in the teacher's tokenizer
 VOCABULARY, CONTEXT = 4096, 512
 HELD_OUT_BYTES = 300_000  # of each of the two texts that are kept from training
+UNWANTED = re.compile(r"[\[\]{}<>|*#_=`\\]|\bAI\b|language model|\bassistant\b|SmolLM|Hugging|https?:|\d[/:]\d")
 FIRST_WORDS = [  # of the ten samples in the model card; the first five are continued greedily
     "Once upon a time, there was a little girl named Lily.",
     "The old man looked at the sea and",
@@ -75,6 +76,7 @@ class Teacher:
         like = {"dtype": model.dtype, "device": model.device}
         self.keys = torch.empty(layers, rows, heads, length, self.size, **like)
         self.values = torch.empty_like(self.keys)
+        self.heads = [self.config.num_attention_heads, heads, heads]
         self.qkv = [torch.cat([m.q_proj.weight, m.k_proj.weight, m.v_proj.weight]) for m in self._attention()]
         self.up = [torch.cat([b.mlp.gate_proj.weight, b.mlp.up_proj.weight]) for b in model.model.layers]
         positions = torch.arange(length, device=model.device).unsqueeze(0)
@@ -90,7 +92,7 @@ class Teacher:
         x = self.model.model.embed_tokens.weight[ids]
         for i, block in enumerate(self.model.model.layers):
             h = F.rms_norm(x, x.shape[1:], block.input_layernorm.weight, eps)
-            q, k, v = F.linear(h, self.qkv[i]).view(n, -1, self.size).split([self.config.num_attention_heads, kv, kv], 1)
+            q, k, v = F.linear(h, self.qkv[i]).view(n, -1, self.size).split(self.heads, 1)
             self.keys[i, :n, :, position] = self._rotate(k, position)
             self.values[i, :n, :, position] = v
             seen = slice(position + 1)
@@ -112,7 +114,8 @@ class Teacher:
 
     def _rotate(self, x: Tensor, position: int) -> Tensor:
         a, b = x.chunk(2, -1)
-        return x * self.cos[position] + torch.cat([-b, a], -1) * self.sin[position]
+        turned: Tensor = x * self.cos[position] + torch.cat([-b, a], -1) * self.sin[position]
+        return turned
 
 
 def choose(logits: Tensor, before: Tensor, temperature: float = 0.75, least: float = 0.1) -> Tensor:
@@ -135,8 +138,8 @@ def answers(teacher: Teacher, asked: list[list[int]], end: int, sampler: Any) ->
     """What the teacher writes after each of these token lists, without the end, which may be missing."""
     device, length, count = teacher.keys.device, teacher.keys.shape[3], len(asked)
     forced = torch.full((count, max(map(len, asked))), -1)
-    for row, ids in enumerate(asked):
-        forced[row, : len(ids)] = torch.tensor(ids)
+    for row, prompt in enumerate(asked):
+        forced[row, : len(prompt)] = torch.tensor(prompt)
     forced = forced.to(device)
     written = torch.full((count, length), end, device=device)
     rows, ids = torch.arange(count, device=device), forced[:, 0]
@@ -160,8 +163,8 @@ def answers(teacher: Teacher, asked: list[list[int]], end: int, sampler: Any) ->
                 teacher.keep(stay, position + 1)
                 rows, ids, alive = rows[stay], ids[stay], alive[stay]
     texts = []
-    for ids_asked, row in zip(asked, written.tolist(), strict=True):
-        rest = row[len(ids_asked) :]
+    for given_ids, row in zip(asked, written.tolist(), strict=True):
+        rest = row[len(given_ids) :]
         texts.append(rest[: rest.index(end)] if end in rest else rest)
     return texts
 
@@ -172,9 +175,10 @@ def write_corpus(work: Path, device: str, rows: int, rounds: int, minutes: float
 
     source = locate("smollm2")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype)
+    model = model.to(device).eval()
     tokenizer = Tokenizer.from_file(str(source.folder / "tokenizer.json"))
-    end = tokenizer.token_to_id(END)
+    end = int(tokenizer.token_to_id(END) or 0)
     torch.manual_seed(SEED)
     asking, teacher = prompts(random.Random(SEED)), Teacher(model, rows, LONGEST)
     sampler = torch.compile(choose, dynamic=True) if device == "cuda" else choose
@@ -239,18 +243,13 @@ def without_circles(text: str) -> str:
 
 
 def cleaned(lines: Iterator[str]) -> Iterator[Example]:
-    """The corpus as plain prose: no duplicates, nothing short, no lists or code, no talk of the teacher's about itself."""
+    """The corpus as plain prose: no duplicates, nothing short, no lists or code, nothing the teacher says of itself."""
     seen: set[str] = set()
     for line in lines:
         row = json.loads(line)
         text = without_circles(re.sub(r"\n{3,}", "\n\n", row["text"]).strip())
         start = " ".join(text.lower().split()[:24])
-        if (
-            text.count(" ") < 30
-            or start in seen
-            or not text.isascii()
-            or re.search(r"[\[\]{}<>|*#_=`\\]|\bAI\b|language model|\bassistant\b|SmolLM|Hugging|https?:|\d[/:]\d", text)
-        ):
+        if text.count(" ") < 30 or start in seen or not text.isascii() or UNWANTED.search(text):
             continue
         seen.add(start)
         yield Example(row["prompt"], text)
@@ -294,7 +293,7 @@ def stream(examples: list[Example], tokenizer: PreTrainedTokenizerFast, chats: r
 
 
 def train(work: Path, out: Path, device: str, epochs: int, minutes: float, batch: int) -> None:
-    """The model's folder: config, weights in bf16, tokenizer, card, and the two texts kept from training."""
+    """The model's folder, with weights in bf16, and beside it, in `texts`, the two texts kept from training."""
     torch.manual_seed(SEED)
     with (work / "corpus.jsonl").open() as file:
         examples = list(cleaned(file))
@@ -304,26 +303,26 @@ def train(work: Path, out: Path, device: str, epochs: int, minutes: float, batch
     log(work, f"{len(examples)} texts are left, {len(learnt)} to learn from")
     tokenizer = train_tokenizer([e.text for e in learnt[:60_000]])
     tokens = stream(learnt, tokenizer, random.Random(SEED)).to(device)
-    held = torch.tensor(tokenizer(evaluation)["input_ids"], device=device)
+    held = torch.tensor(tokenizer(evaluation, verbose=False)["input_ids"], device=device)
     log(work, f"{len(tokens) / 1e6:.1f} M tokens to learn from, {len(held)} held out")
 
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=8,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-            rope_theta=10000.0,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END)],
-            pad_token_id=tokenizer.pad_token_id,
-            fewbit_text="tiny",  # the text that it is calibrated and measured on unless another is named
-        )
-    ).to(device)
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": True,
+        "rope_theta": 10000.0,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END)],
+        "pad_token_id": tokenizer.pad_token_id,
+        "fewbit_text": "tiny",  # what it is calibrated and measured on unless another text is named
+    }
+    model: Any = LlamaForCausalLM(LlamaConfig(**shape))
+    model = model.to(device)
     log(work, f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     fit(work, model, tokens, held, epochs, minutes, batch)
 
@@ -334,8 +333,13 @@ def train(work: Path, out: Path, device: str, epochs: int, minutes: float, batch
     model.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(out)
-    (out / "evaluation.txt").write_text(evaluation)
-    (out / "calibration.txt").write_text(calibration)
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that older readers know too
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    texts = out.parent / "texts"
+    texts.mkdir(exist_ok=True)
+    (texts / "tiny-evaluation.txt").write_text(evaluation)
+    (texts / "tiny-calibration.txt").write_text(calibration)
     trained = f"{len(learnt):,} texts of {len(tokens) / 1e6:.1f} million tokens"
     (out / "README.md").write_text(card(model, tokenizer, measured, trained))
 
@@ -408,7 +412,7 @@ def card(model: Any, tokenizer: PreTrainedTokenizerFast, measured: float, traine
         sampling: dict[str, Any] = {"do_sample": True, "temperature": 0.7} if number >= 5 else {"do_sample": False}
         ids = tokenizer(words, return_tensors="pt").input_ids.to(model.device)
         new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=80, pad_token_id=0, **sampling)
-        text = tokenizer.decode(new[0][ids.shape[1] :], skip_special_tokens=True).replace("\n", "\n> ")
+        text = str(tokenizer.decode(new[0][ids.shape[1] :], skip_special_tokens=True)).replace("\n", "\n> ")
         shown.append(f"{'greedy' if number < 5 else 'temperature 0.7'}:\n\n> **{words}**{text}\n")
     return CARD.format(
         perplexity=f"{measured:.2f}",
@@ -424,19 +428,20 @@ language: en
 ---
 # tiny
 
-A Llama of {parameters} million parameters that writes simple English. fewbit carries it so that examples and tests have a
-real model, trained in floating point and never quantized, on any machine and without a network.
+A Llama of {parameters} million parameters that writes simple English. fewbit carries it so that examples and tests have
+a real model, trained in floating point and never quantized, on any machine and without a network.
 
-- **Shape**: hidden size 256, 8 layers, 4 heads that share 2 key heads, feed-forward 768, 4096 byte-level BPE tokens, tied
-  embeddings, context 512; every linear's input is a multiple of 256, so that every scheme fits. Weights in bf16.
-- **Learnt from**: {trained}, written by SmolLM2-135M-Instruct (Hugging Face, Apache-2.0) in answer to prompts
-  for stories, explanations, questions, letters and conversations. A third of them are in the chat template.
-  No other text was used. `tools/train_tiny.py` in fewbit's repository does it all; `docs/tiny.md` has its log.
-- **Held-out perplexity**: {perplexity} on `evaluation.txt`, in windows of 512 tokens. Neither that text nor
-  `calibration.txt` answers a prompt that was trained on.
+- **Shape**: hidden size 256, 8 layers, 4 heads that share 2 key heads, feed-forward 768, 4096 byte-level BPE tokens,
+  tied embeddings, context 512; every linear's input is a multiple of 256, so that every scheme fits. Weights in bf16.
+- **Learnt from**: {trained}, written by SmolLM2-135M-Instruct
+  (Hugging Face, Apache-2.0) in answer to prompts for stories, explanations, questions, letters and conversations. A
+  third of them are in the chat template. No other text was used. `tools/train_tiny.py` in fewbit's repository does it
+  all; `docs/tiny.md` has its log.
+- **Held-out perplexity**: {perplexity} on `texts/tiny-evaluation.txt`, in windows of 512 tokens. Neither that text nor
+  `texts/tiny-calibration.txt` answers a prompt that was trained on.
 - **Licence**: Apache-2.0, as its teacher's.
-- **Not good for**: facts, arithmetic, instructions, code, any language but English, anything that matters. It makes things
-  up, as its small teacher does, and has not been checked for bias.
+- **Not good for**: facts, arithmetic, instructions, code, any language but English, anything that matters. It makes
+  things up and goes round in circles, as its small teacher does, and has not been checked for bias.
 
 ## Ten samples, unpicked
 
@@ -455,7 +460,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("stage", choices=["corpus", "train"])
     parser.add_argument("--work", type=Path, default=Path("build/tiny"))
-    parser.add_argument("--out", type=Path, default=Path("src/fewbit/models/tiny"))
+    parser.add_argument("--out", type=Path, default=Path("src/fewbit/data/tiny"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rows", type=int, default=8192, help="texts written at once (85 GB for 8192)")
     parser.add_argument("--rounds", type=int, default=40)

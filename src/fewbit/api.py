@@ -34,10 +34,12 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Calibration:
-    """`samples` windows of `length` tokens (at most the model's context), drawn by `seed` from a text (name or
-    file)."""
+    """`samples` windows of `length` tokens (at most the model's context), drawn by `seed` from a text.
 
-    text: str = "pydoc"
+    text: a name or a file; None: tiny's own for the embedded model, pydoc for all others.
+    """
+
+    text: str | None = None
     samples: int = 128
     length: int = 512
     seed: int = 0
@@ -159,7 +161,7 @@ def evaluate(
     model: str | Path,
     *,
     reference: str | Path | None = None,
-    text: str = "pydoc",
+    text: str | None = None,
     length: int | None = None,
     samples: int | None = None,
     device: str | None = None,
@@ -169,6 +171,7 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of `model` and its distance from `reference`, on disjoint windows of a text not calibrated on.
 
+    text: a name or a file; by default tiny's own for what was made from it, pydoc for all others.
     length: tokens of a window, the model's context up to 2048 by default. samples: how many windows, all by default.
     dtype of activations: float32 on a CPU, the checkpoint's own on a GPU by default.
     """
@@ -182,7 +185,7 @@ def evaluate(
         raise PlanError(f"--length {length} is beyond the model's context of {most} tokens")
     if length is not None and length < 2:
         raise PlanError(f"--length {length}: a window needs at least 2 tokens")
-    loaded_text = texts.load_text(text, "evaluation")
+    loaded_text = texts.load_text(text or texts.own_source(source.config), "evaluation")
     chosen = texts.windows(texts.encode(loaded_text, tokenizer), length or min(2048, most), samples)
     options: dict[str, Any] = {
         "dtype": dtype or ("auto" if device != "cpu" else torch.float32),
@@ -301,7 +304,7 @@ class _Job:
         most = _context(self.source.config)
         if wanted.length > most and wanted.length != Calibration.length:
             raise PlanError(f"--length {wanted.length} is beyond the model's context of {most} tokens")
-        text = texts.load_text(wanted.text, "calibration")
+        text = texts.load_text(wanted.text or texts.own_source(self.source.config), "calibration")
         length = min(wanted.length, most)
         tokens = texts.sample(texts.encode(text, tokenizer), wanted.samples, length, wanted.seed)
         return tokens, {

@@ -30,7 +30,8 @@ Message: TypeAlias = dict[str, str]
 Document: TypeAlias = str | tuple[Message, ...]
 Part: TypeAlias = Literal["calibration", "evaluation"]
 
-SOURCES = ("c4", "pydoc", "wikitext2")
+SOURCES = ("c4", "pydoc", "tiny", "wikitext2")
+EMBEDDED = Path(__file__).parent / "data" / "texts"
 _HERE = "What is always here: 'pydoc'; or give the path of a .txt or .jsonl file."
 _HUB_SECONDS = 4.0
 _C4_DOCUMENTS = {"calibration": 4000, "evaluation": 1100}  # 1100: as in GPTQ's evaluation, enough for 256 x 2048 tokens
@@ -60,14 +61,16 @@ class Tokenizer(Protocol):
 def load_text(source: str = "pydoc", part: Part = "calibration") -> Text:
     """The text that `source` names, never empty.
 
-    `source` is "pydoc" (the reference manual that comes with Python), "wikitext2" or "c4" (through the optional
-    package `datasets`), or the path of a .txt file (one document) or a .jsonl file (a document a line: a string, or
-    an object with "messages", "conversations" or "text"). The two parts of a named source have no text in common;
-    a file is the same for both. PlanError if there is no such text here or it is empty; FormatError, with file and
-    line, if the file cannot be read as what it is.
+    `source` is "pydoc" (the reference manual that comes with Python), "tiny" (what was kept from the training of the
+    embedded model), "wikitext2" or "c4" (through the optional package `datasets`), or the path of a .txt file (one
+    document) or a .jsonl file (a document a line: a string, or an object with "messages", "conversations" or "text").
+    The two parts of a named source have no text in common; a file is the same for both. PlanError if there is no such
+    text here or it is empty; FormatError, with file and line, if the file cannot be read as what it is.
     """
     if source == "pydoc":
         text = Text(f"pydoc {part} (Python {platform.python_version()})", _pydoc(part))
+    elif source == "tiny":
+        text = Text(f"tiny {part}", _from_file(EMBEDDED / f"tiny-{part}.txt"))
     elif source in SOURCES:
         text = Text(f"{source} {part}", _from_hub(source, part))
     elif (path := Path(source).expanduser()).is_file():
@@ -78,6 +81,11 @@ def load_text(source: str = "pydoc", part: Part = "calibration") -> Text:
     if not any(document.strip() if isinstance(document, str) else document for document in text.documents):
         raise PlanError(f"the text {text.name} is empty", _HERE)
     return text
+
+
+def own_source(config: Mapping[str, Any]) -> str:
+    """The text to calibrate and measure a model on where none is named: its own, if its config.json has one of ours."""
+    return "tiny" if config.get("fewbit_text") == "tiny" else "pydoc"
 
 
 def encode(text: Text, tokenizer: Tokenizer) -> Tensor:

@@ -21,9 +21,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(help="A local folder, a Hub name (org/model), or smollm2, the demo model.")]
+Model = Annotated[str, typer.Argument(help="A folder, a Hub name (org/model), or tiny, the embedded model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU where there is one.")]
+Text = Annotated[
+    str | None, typer.Option(help="A .txt or .jsonl file, pydoc, tiny, wikitext2 or c4; by default what suits MODEL.")
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
 Seed = Annotated[int, typer.Option(help="Makes every random choice the same again.")]
 Length = Annotated[int | None, typer.Option(help="Tokens in a window.")]
@@ -38,7 +41,7 @@ def quantize(
     method: Annotated[str | None, typer.Option(help="Choose codes by this method instead of the plan's.")] = None,
     scheme: Annotated[str | None, typer.Option(help="Use this scheme instead, such as int4-g64-sym.")] = None,
     format: Annotated[str | None, typer.Option(help="Write this file format instead.")] = None,
-    calibration: Annotated[str, typer.Option(help="Text: pydoc, wikitext2, c4, or a .txt or .jsonl file.")] = "pydoc",
+    calibration: Text = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     seed: Seed = 0,
@@ -112,7 +115,7 @@ def generate(
 def evaluate(
     model: Model,
     reference: Annotated[str | None, typer.Option(help="The original, to measure the loss against.")] = None,
-    text: Annotated[str, typer.Option(help="pydoc, wikitext2, c4, or a .txt or .jsonl file.")] = "pydoc",
+    text: Text = None,
     length: Length = None,
     samples: Annotated[int | None, typer.Option(help="So many windows; all by default.")] = None,
     device: Device = None,

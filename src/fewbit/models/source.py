@@ -1,4 +1,4 @@
-"""Where a model comes from: a local folder, the demo model by name, or the Hugging Face Hub."""
+"""Where a model comes from: a local folder, a name of ours (tiny, smollm2), or the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fewbit.errors import FormatError, PlanError
 from fewbit.formats import pickle, safetensors
 from fewbit.models import smollm2
 
+EMBEDDED = "tiny"  # comes with fewbit itself
 DEMO = "smollm2"
 # Everything a causal LM in the Hugging Face layout can need, and no other framework's weights.
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.py"]
@@ -79,6 +80,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _folder(name: str, safetensors_only: bool) -> Path:
+    if name == EMBEDDED:
+        return Path(__file__).parent.parent / "data" / EMBEDDED
     if name == DEMO:
         return smollm2.folder()
     path = Path(name).expanduser()
@@ -88,7 +91,7 @@ def _folder(name: str, safetensors_only: bool) -> Path:
         raise PlanError(f"model {name}: that is a file", "Give the folder that holds config.json and the weights.")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise PlanError(
-            f"model {name}: no such folder", f"Give a local folder, a Hub name such as org/model, or {DEMO}."
+            f"model {name}: no such folder", f"Give a local folder, a Hub name such as org/model, {EMBEDDED} or {DEMO}."
         )
     return _download(name, safetensors_only)
 
@@ -103,5 +106,5 @@ def _download(name: str, safetensors_only: bool) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PlanError(
             f"model {name}: no such folder here, and the Hub did not give it: {reason}",
-            f"Check the name and the connection, or use a local folder or the demo model {DEMO!r}.",
+            f"Check the name and the connection, or use a local folder or the embedded model {EMBEDDED!r}.",
         ) from None
