@@ -25,6 +25,7 @@ Model = Annotated[str, typer.Argument(help="A local folder, a Hub name (org/mode
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU where there is one.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
+Kernel = Annotated[str | None, typer.Option(help="Multiply by this kernel (fewbit list) instead of the best one.")]
 Seed = Annotated[int, typer.Option(help="Makes every random choice the same again.")]
 Length = Annotated[int | None, typer.Option(help="Tokens in a window.")]
 
@@ -87,6 +88,7 @@ def generate(
     seed: Seed = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
     device: Device = None,
+    kernel: Kernel = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -101,6 +103,7 @@ def generate(
         seed=seed,
         chat=chat,
         device=device,
+        kernel=kernel,
         trust_remote_code=trust_remote_code,
         stream=not as_json,
     )
@@ -116,6 +119,7 @@ def evaluate(
     length: Length = None,
     samples: Annotated[int | None, typer.Option(help="So many windows; all by default.")] = None,
     device: Device = None,
+    kernel: Kernel = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -130,6 +134,7 @@ def evaluate(
             length=length,
             samples=samples,
             device=device,
+            kernel=kernel,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

@@ -134,6 +134,12 @@ def fingerprint(skeleton: Skeleton, resolved: Resolved, tokens: Tensor | None, v
     return digest.hexdigest()[:32]
 
 
+def quantization_config(skeleton: Skeleton, resolved: Resolved) -> dict[str, Any]:
+    """What config.json will say; every linear that is not quantized, outside the blocks too, is named there."""
+    skipped = [name for name in skeleton.all_linears() if name not in resolved.assignments]
+    return resolved.format.config(list(resolved.assignments.values()), skipped, skeleton.source.dtype)
+
+
 def quantize_blocks(
     skeleton: Skeleton, resolved: Resolved, tokens: Tensor | None, run: Run, progress: Progress
 ) -> list[TensorReport]:
@@ -176,7 +182,7 @@ def _quantize_block(
     index: int,
 ) -> list[TensorReport]:
     """Quantize the linears of a materialized block in place, and save them in `run`."""
-    config = resolved.format.config(list(resolved.assignments.values()), resolved.kept)
+    config = quantization_config(skeleton, resolved)
     wanted = {name: resolved.assignments[name] for name in skeleton.linears(block) if name in resolved.assignments}
     stats = gather(skeleton, module, wanted, calls, hidden)
     tensors: dict[str, Tensor] = {}
@@ -214,7 +220,7 @@ def _quantize_linear(
 
 def _restore_block(skeleton: Skeleton, resolved: Resolved, block: str, tensors: Mapping[str, Tensor]) -> None:
     """Give a materialized block the values of a result that was found."""
-    config = resolved.format.config(list(resolved.assignments.values()), resolved.kept)
+    config = quantization_config(skeleton, resolved)
     for name in skeleton.linears(block):
         if name in resolved.assignments:
             own = {key.removeprefix(name + "."): t for key, t in tensors.items() if key.startswith(name + ".")}
@@ -365,7 +371,7 @@ def assemble(folder: Path, skeleton: Skeleton, resolved: Resolved, run: Run) -> 
     config = skeleton.source.config
     if config.get("tie_word_embeddings") and not skeleton.tied:
         config["tie_word_embeddings"] = False  # the file holds two tensors that differ: readers must not tie them
-    config["quantization_config"] = resolved.format.config(list(resolved.assignments.values()), resolved.kept)
+    config["quantization_config"] = quantization_config(skeleton, resolved)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return writer.nbytes
 

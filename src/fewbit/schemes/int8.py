@@ -26,12 +26,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from fewbit.errors import NumericsError, PlanError
+from fewbit.errors import NumericsError
 from fewbit.registry import register
 from fewbit.schemes.base import ALL, Columns, Grids, Parts, PartSpec, Scheme, chunk_rows, refit_scales
 
@@ -72,12 +72,12 @@ class Int8(Scheme):
         match = re.fullmatch(r"llm\.int8(?:-t(\d+(?:\.\d+)?(?:e-?\d+)?))?", spec)
         return None if match is None else cls(threshold=THRESHOLD if match[1] is None else float(match[1]))
 
-    def __post_init__(self) -> None:
-        if self.group:
-            raise PlanError(f"{self}: groups of {self.group}", "LLM.int8() has one scale for a whole row.")
-
     def __str__(self) -> str:
         return "llm.int8" if self.threshold == THRESHOLD else f"llm.int8-t{self.threshold!r}".removesuffix(".0")
+
+    def with_group(self, group: int) -> Self:
+        """Itself: it has one scale for a row, whatever others have."""
+        return self
 
     @property
     def payload(self) -> str:

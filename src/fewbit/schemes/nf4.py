@@ -385,7 +385,8 @@ class FourBit(Scheme):
             flat = torch.cat([flat, flat.new_tensor([LEVELS[self.kind].index(0.0)])])
         parts = {"codes": (flat[::2] << 4).bitwise_or_(flat[1::2]), "absmax": grids.absmax}
         if grids.nested is not None:
-            parts |= {"nested": grids.nested.maxima, "offset": grids.nested.offset, "map": grids.nested.map}
+            # A map of its own for each weight: files refuse tensors that share memory.
+            parts |= {"nested": grids.nested.maxima, "offset": grids.nested.offset, "map": grids.nested.map.clone()}
         return parts
 
     def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, BlockGrids]:
