@@ -30,7 +30,7 @@ from fewbit.formats.safetensors import Checkpoint, ShardWriter, read_file, side_
 from fewbit.methods.base import Choice, Method, name_of
 from fewbit.models.skeleton import BlockCall, Skeleton
 from fewbit.plan import Assignment, Resolved
-from fewbit.schemes.base import chunk_rows
+from fewbit.schemes.base import QTensor, chunk_rows
 from fewbit.stats import Need, Stats
 
 SHARD_BYTES = 512 << 20
@@ -188,7 +188,8 @@ def _quantize_block(
     tensors: dict[str, Tensor] = {}
     reports = []
     for name, assignment in wanted.items():
-        laid_out, report = _quantize_linear(skeleton, resolved.format, config, assignment, stats.pop(name, None))
+        own = stats.pop(name, None)
+        laid_out, report = _quantize_linear(skeleton, resolved.format, config, assignment, own, replayed=bool(calls))
         tensors |= laid_out
         reports.append(report)
     run.save(index, tensors, reports)
@@ -196,12 +197,17 @@ def _quantize_block(
 
 
 def _quantize_linear(
-    skeleton: Skeleton, format: Format, config: Mapping[str, Any], assignment: Assignment, stats: Stats | None
+    skeleton: Skeleton,
+    format: Format,
+    config: Mapping[str, Any],
+    assignment: Assignment,
+    stats: Stats | None,
+    replayed: bool,
 ) -> tuple[dict[str, Tensor], TensorReport]:
-    """Quantize one linear of a materialized block in place; its tensors by their full names, and what happened."""
+    """Quantize one linear of a materialized block, in place if that is to be `replayed`; its tensors by their full
+    names, and what happened."""
     weight = skeleton.weight(assignment.module).float()
     choice = _choose(assignment, weight, stats)
-    values = choice.weight.dequantize()
     stored = choice.weight.map(lambda t: t.cpu())
     laid_out = {f"{assignment.module}.{suffix}": tensor for suffix, tensor in format.lay_out(stored, config).items()}
     report = TensorReport(
@@ -210,11 +216,12 @@ def _quantize_linear(
         scheme=str(assignment.scheme),
         method=name_of(assignment.method),
         nbytes=stored.nbytes,
-        error=_relative_error(weight, values, stats),
+        error=_relative_error(weight, choice.weight, stats),
         dropped=stats.dropped if stats else 0,
         notes=choice.notes,
     )
-    skeleton.replace_weight(assignment.module, values)
+    if replayed:
+        skeleton.replace_weight(assignment.module, choice.weight.dequantize())
     return laid_out, report
 
 
@@ -288,12 +295,19 @@ def _choose(assignment: Assignment, weight: Tensor, stats: Stats | None) -> Choi
         raise NumericsError(f"{assignment.module}: {error.message}", error.hint) from None
 
 
-def _relative_error(weight: Tensor, values: Tensor, stats: Stats | None) -> float:
-    error = weight - values
-    if stats is None or stats.need < Need.HESSIAN or not stats.rows:
-        return float(error.square().sum() / weight.square().sum().clamp(min=1e-30))
-    hessian = stats.hessian
-    return float(((error @ hessian) * error).sum() / ((weight @ hessian) * weight).sum().clamp(min=1e-30))
+def _relative_error(weight: Tensor, quantized: QTensor, stats: Stats | None) -> float:
+    """Squared error of the outputs over the squared outputs; of the weights where there are no statistics of inputs."""
+    hessian = None if stats is None or stats.need < Need.HESSIAN or not stats.rows else stats.hessian
+    n, k = quantized.shape
+    lost = whole = 0.0
+    # A few rows at a time: what is decoded is still in a core's cache when it is compared, and steps this small are not
+    # shared among threads, which costs more than it gains where the others are busy.
+    for rows in chunk_rows(n, k, 7 << 12 if hessian is None else 1 << 22):
+        part = weight[rows]
+        error = quantized.codec.dequantize(quantized.parts, quantized.shape, torch.float32, rows).sub_(part)
+        lost += float((error.square_() if hessian is None else (error @ hessian).mul_(error)).sum())
+        whole += float((part.square() if hessian is None else (part @ hessian).mul_(part)).sum())
+    return lost / max(whole, 1e-30)
 
 
 def _mean_error(reports: Sequence[TensorReport]) -> float:

@@ -133,7 +133,7 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         lambda: check_weighted_fit(parse("int4-g16"), ordinary(6, 96), torch.linspace(0, 1, 96)),
     ),
     "nibbles of the 4-bit levels swapped": (
-        [Mutation(nf4.FourBit, "pack", "(flat[::2] << 4).bitwise_or_(flat[1::2])", "(flat[1::2] << 4) | flat[::2]")],
+        [Mutation(nf4.FourBit, "pack", "(pairs >> 8).bitwise_or_(pairs << 4)", "(pairs >> 4) | pairs")],
         lambda: check_bytes("nf4-b64", ordinary(6, 96)),
     ),
     "nibbles of the 4-bit levels swapped in dequantize": (
@@ -143,7 +143,10 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
     "codes chosen with the stored scale": (
         [
             Mutation(
-                nf4.FourBit, "nearest", "absmax, flat = self._absmax(w).float()", "absmax, flat = self.fit(w).scale"
+                nf4.FourBit,
+                "nearest",
+                "absmax, flat = self._absmax(w).float()",
+                "absmax, flat = self.fit(w).scale.abs()",
             )
         ],
         lambda: check_bytes("nf4-b64-dq", ordinary(48, 128)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
+
 import pytest
 import torch
 from torch import Tensor
@@ -24,11 +26,13 @@ from tests.contract.cases import (
 specs = pytest.mark.parametrize("spec", SPECS)
 
 
-def same_grids(a: Grids, b: Grids) -> bool:
-    """Equal in every field."""
-    left, right = vars(a), vars(b)
-    equal = {key: torch.equal(v, right[key]) if isinstance(v, Tensor) else v == right[key] for key, v in left.items()}
-    return all(equal.values())
+def same_grids(a: object, b: object) -> bool:
+    """Equal in every field, and in theirs."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    if is_dataclass(a) and type(a) is type(b):
+        return all(same_grids(value, vars(b)[name]) for name, value in vars(a).items())
+    return a == b
 
 
 def check_grids(scheme: Scheme, w: Tensor) -> None:

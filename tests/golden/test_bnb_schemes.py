@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewbit.schemes.base import parse
-from fewbit.schemes.nf4 import FourBit, dynamic_map, levels, nearest_level
+from fewbit.schemes.nf4 import _BINS, FourBit, dynamic_map, levels, nearest_level
 from tests.contract.cases import hard, ordinary, quantized
 
 logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # bitsandbytes compiles again for each shape, and says so
@@ -79,6 +79,8 @@ def test_ties_and_their_neighbours(kind: str) -> None:
     for top in torch.rand(200, generator=torch.Generator().manual_seed(0)):  # in a short block, and in a whole one
         for width in (16, 64):
             check_bytes(f"{kind}-b64", torch.nn.functional.pad(top * middle, (0, width - 15), value=float(top))[None])
+    edges = (middle.double() * (_BINS // 2 - 1) + _BINS / 2).frac()
+    assert ((edges > 0.001) & (edges < 0.999)).logical_or(middle == 0).all()  # or a last bit would tell the bin
     codes = nearest_level(torch.linspace(-1, 1, 100_001), kind)
     assert torch.equal(codes, nearest_level(torch.linspace(-1, 1, 100_001).double(), kind))
 

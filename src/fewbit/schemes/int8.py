@@ -121,7 +121,7 @@ class Int8(Scheme):
         grids = self.fit(w)
         n, k = w.shape
         codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
-        for rows in chunk_rows(n, k, 1 << 18):
+        for rows in chunk_rows(n, k, 7 << 12):  # which stay in a core's cache
             codes[rows] = RowGrids(grids.scb[rows], grids.dtype).encode(w[rows].to(torch.float16).float())
         return codes, grids
 

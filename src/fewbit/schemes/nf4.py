@@ -49,7 +49,9 @@ NESTED = 256  # scales that share one float32
 BLOCKS = tuple(2**p for p in range(5, 13))
 _SMALLEST = 1e-38  # what bitsandbytes puts in place of a smaller absmax before it divides
 _SHARES = torch.linspace(1.0, 0.7, 13)  # of absmax, that the search tries
-_CHUNK = 1 << 18  # entries worked on at a time: they stay in a core's cache
+# Entries worked on at a time. They stay in a core's cache, and steps on fewer than 32768 are not shared among threads:
+# where another process has the second core, waiting for it after each small step took ten times as long as the work.
+_CHUNK = 7 << 12
 _CPU = torch.device("cpu")  # tables are made there, whatever the default device is
 _BINS = 4096  # of the lookup that finds the nearest level; no bin holds two midpoints
 
@@ -91,27 +93,28 @@ def _lookup(kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Te
     order = torch.argsort(by_code, stable=True)
     rising = by_code[order]
     midpoints = (rising[:-1] + rising[1:]) / 2
-    below = torch.bucketize(torch.arange(_BINS + 1, device=_CPU), _bins(midpoints.clone()), out_int32=True)
+    below = torch.bucketize(torch.arange(_BINS + 1, device=_CPU), _bins(midpoints), out_int32=True)
     following = torch.cat([midpoints, torch.tensor([torch.inf], device=_CPU)])[below]
     return below.to(device, torch.uint8), following.to(device), midpoints.to(device), order.to(device, torch.uint8)
 
 
 def _bins(x: Tensor) -> Tensor:
-    """The bin of each entry of x in [-1, 1]; x is overwritten. It rises with x, however a last bit is rounded."""
-    return x.mul_(_BINS / 2 - 1).add_(_BINS / 2).to(torch.int32)
+    """The bin of each entry of x in [-1, 1], or a last bit beyond. No midpoint lies at the edge of one."""
+    middle = torch.full((), _BINS / 2, dtype=x.dtype, device=x.device)
+    return torch.add(middle, x, alpha=_BINS // 2 - 1).to(torch.int32)
 
 
 def nearest_level(x: Tensor, kind: str) -> Tensor:
-    """Codes (uint8) of the levels nearest to flat x, ties to the lower one; FP4's second zero for a tiny positive x.
+    """Codes (uint8) of the levels nearest to flat x in [-1, 1], or a last bit beyond; ties to the lower one.
 
-    The bin of an entry tells all midpoints but one, and that one is compared: a third of the time of a binary search.
+    FP4's second zero for a tiny positive x. The bin of an entry tells all midpoints but one, and that one is compared:
+    a third of the time of a binary search.
     """
     below, following, midpoints, order = _lookup(kind, x.device)
-    x = x.clamp(-1, 1)
     if x.dtype == torch.float64:
         rank = torch.bucketize(x, midpoints.double(), out_int32=True).to(torch.uint8)
     else:
-        bins = _bins(x.clone())
+        bins = _bins(x)
         rank = below.index_select(0, bins).add_(x > following.index_select(0, bins))
     return rank if kind == "nf4" else order.index_select(0, rank.int())
 
@@ -209,10 +212,11 @@ class BlockGrids(Grids):
             flat, codes = w.reshape(-1), torch.empty(w.numel(), dtype=torch.uint8, device=w.device)
             for entries, blocks in _chunks(len(flat), self.block):
                 x = _by_block(flat[entries].to(self.scale, copy=True), 0, self.block, self.scale[blocks], divide=True)
-                codes[entries] = nearest_level(x, self.kind)
+                codes[entries] = nearest_level(x.clamp_(-1, 1), self.kind)
         else:
             scale = self._scale_of(columns)
-            codes = nearest_level((w / torch.where(scale == 0, torch.inf, scale)).reshape(-1), self.kind)
+            x = w / torch.where(scale == 0, torch.inf, scale)
+            codes = nearest_level(x.reshape(-1).clamp_(-1, 1), self.kind)
         if self.kind == "fp4":
             codes.masked_fill_(codes == 8, 0)  # its two zeros are one value
         return codes.reshape(w.shape)
@@ -295,7 +299,7 @@ class FourBit(Scheme):
             _by_block(x[:whole], 0, self.group, scale.reciprocal())
             if short:
                 x[whole:] /= scale[-1]
-            codes[entries] = nearest_level(x, self.kind)
+            codes[entries] = nearest_level(x.clamp_(-1, 1), self.kind)
         return codes.reshape(w.shape), self._plain(w, absmax)
 
     def _absmax(self, w: Tensor) -> Tensor:
@@ -347,7 +351,7 @@ class FourBit(Scheme):
         for entries, blocks in _chunks(len(flat), self.group):
             x, scale = flat[entries].to(table), grids.scale[blocks]
             h = importance.to(table).take(torch.arange(entries.start, entries.stop, device=w.device) % k)
-            codes = nearest_level(_by_block(x.clone(), 0, self.group, scale, divide=True), self.kind)
+            codes = nearest_level(_by_block(x.clone(), 0, self.group, scale, divide=True).clamp_(-1, 1), self.kind)
             level = table.index_select(0, codes.int())
             missed = _by_block(level.clone(), 0, self.group, scale).sub_(x).square_().mul_(h)
             h *= level
@@ -383,7 +387,8 @@ class FourBit(Scheme):
         flat = codes.reshape(-1)
         if len(flat) % 2:
             flat = torch.cat([flat, flat.new_tensor([LEVELS[self.kind].index(0.0)])])
-        parts = {"codes": (flat[::2] << 4).bitwise_or_(flat[1::2]), "absmax": grids.absmax}
+        pairs = flat.contiguous().view(torch.int16)  # the first of two in the low byte
+        parts = {"codes": (pairs >> 8).bitwise_or_(pairs << 4).to(torch.uint8), "absmax": grids.absmax}
         if grids.nested is not None:
             # A map of its own for each weight: files refuse tensors that share memory.
             parts |= {"nested": grids.nested.maxima, "offset": grids.nested.offset, "map": grids.nested.map.clone()}
