@@ -25,12 +25,29 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "prefer",
     "quantize",
 ]
 
 _VERBS = ("evaluate", "generate", "inspect", "load", "quantize")
 
 hook.install()
+
+
+def prefer(*methods: str) -> None:
+    """Load models of these quantization methods by fewbit even where their own back end is installed.
+
+    The names are those of a quantization_config's `quant_method`, such as "bitsandbytes" or "gptq"; none at all means
+    every method that fewbit knows. It holds for this process, and may be called before or after transformers is
+    imported. PlanError for a method that fewbit does not know.
+    """
+    from fewbit import registry
+
+    known = {format.quant_method for format in registry.entries("formats").values()}
+    for method in methods:
+        if method not in known:
+            raise registry.unknown("quantization method", method, known)
+    hook.prefer(set(methods) or known)
 
 
 def __getattr__(name: str) -> Any:

@@ -166,6 +166,7 @@ def evaluate(
     samples: int | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
+    kernel: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -173,7 +174,7 @@ def evaluate(
 
     text: a name or a file; by default tiny's own for what was made from it, pydoc for all others.
     length: tokens of a window, the model's context up to 2048 by default. samples: how many windows, all by default.
-    dtype of activations: float32 on a CPU, the checkpoint's own on a GPU by default.
+    dtype of activations: float32 on a CPU, the checkpoint's own on a GPU by default. kernel: for `model`, as in `load`.
     """
     elapsed, device = pipeline.timed(), _device(device)
     source, original = locate(model), locate(reference) if reference is not None else None
@@ -193,7 +194,7 @@ def evaluate(
         "trust_remote_code": trust_remote_code,
     }
     measured = quality.measure(
-        load_model(source, **options),
+        load_model(source, kernel=kernel, **options),
         load_model(original, **options) if original is not None else None,
         chosen,
         (lambda done: progress(done, len(chosen))) if progress else None,
@@ -224,6 +225,7 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     device: str | None = None,
+    kernel: str | None = None,
     trust_remote_code: bool = False,
     stream: bool = False,
 ) -> str:
@@ -238,7 +240,7 @@ def generate(
     device, source = _device(device), locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     ids = prompt_ids(tokenizer, prompt, chat=chat)
-    loaded = load_model(source, device=device, trust_remote_code=trust_remote_code)
+    loaded = load_model(source, device=device, kernel=kernel, trust_remote_code=trust_remote_code)
     return continue_text(
         loaded, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stream=stream
     )
@@ -288,7 +290,7 @@ class _Job:
         if source.quantization is not None:
             raise PlanError(f"{model} is quantized already", "Quantize the original: a second rounding only adds loss.")
         device = _device(device)
-        dtype = torch.float32 if device == "cpu" else _dtype(source.config)
+        dtype = torch.float32 if device == "cpu" else source.dtype
         skeleton = Skeleton(source, dtype, torch.device(device), trust_remote_code=trust_remote_code)
         if reason := skeleton.why_not():
             raise PlanError(f"{model}: {reason}")
@@ -374,11 +376,6 @@ def _device(wanted: str | None) -> str:
     if wanted not in here:
         raise PlanError(f"--device {wanted} is not here", f"There is: {', '.join(here)}.")
     return wanted
-
-
-def _dtype(config: dict[str, Any]) -> torch.dtype:
-    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    return {"float16": torch.float16, "float32": torch.float32}.get(name, torch.bfloat16)
 
 
 def _context(config: dict[str, Any]) -> int:

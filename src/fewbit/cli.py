@@ -28,6 +28,7 @@ Text = Annotated[
     str | None, typer.Option(help="A .txt or .jsonl file, pydoc, tiny, wikitext2 or c4; by default what suits MODEL.")
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")]
+Kernel = Annotated[str | None, typer.Option(help="Multiply by this kernel (fewbit list) instead of the best one.")]
 Seed = Annotated[int, typer.Option(help="Makes every random choice the same again.")]
 Length = Annotated[int | None, typer.Option(help="Tokens in a window.")]
 
@@ -90,6 +91,7 @@ def generate(
     seed: Seed = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
     device: Device = None,
+    kernel: Kernel = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -104,6 +106,7 @@ def generate(
         seed=seed,
         chat=chat,
         device=device,
+        kernel=kernel,
         trust_remote_code=trust_remote_code,
         stream=not as_json,
     )
@@ -119,6 +122,7 @@ def evaluate(
     length: Length = None,
     samples: Annotated[int | None, typer.Option(help="So many windows; all by default.")] = None,
     device: Device = None,
+    kernel: Kernel = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -133,6 +137,7 @@ def evaluate(
             length=length,
             samples=samples,
             device=device,
+            kernel=kernel,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

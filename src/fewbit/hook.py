@@ -16,6 +16,9 @@ from types import ModuleType
 
 # The quantizers are imported in the midst of this one, when nothing that needs a model can be imported yet.
 _WATCHED = "transformers.modeling_utils"
+_PLUGIN = "fewbit.models.plugin"
+
+preferred: set[str] = set()  # quantization methods that fewbit serves even where their own back end is installed
 
 
 class _AfterImport(MetaPathFinder):
@@ -46,7 +49,7 @@ class _Registering(Loader):
 def _register() -> None:
     # By name: this module lies below `models` and must not import it when it is itself imported. The plugin registers
     # when it is imported; if it is just being imported, it does so at its end.
-    importlib.import_module("fewbit.models.plugin")
+    importlib.import_module(_PLUGIN)
 
 
 def install() -> None:
@@ -55,3 +58,10 @@ def install() -> None:
         _register()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
+
+
+def prefer(methods: set[str]) -> None:
+    """Serve these methods from now on; transformers need not be imported yet."""
+    preferred.update(methods)
+    if _PLUGIN in sys.modules:
+        sys.modules[_PLUGIN].register()

@@ -24,6 +24,11 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _verdicts: dict[tuple[str, str, tuple[int, int], torch.device, torch.dtype], str | None] = {}
 
 
+def slot(name: str) -> str:
+    """The name under which a module can hold what is called `name` on disk: PyTorch's have no dots."""
+    return name.replace(".", "__")
+
+
 class QLinear(nn.Module):
     """y = x Wᵀ + bias with W packed; `in_features`, `out_features` and `bias` as in `nn.Linear`."""
 
@@ -32,7 +37,7 @@ class QLinear(nn.Module):
         self.in_features, self.out_features, self.module = in_features, out_features, module
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
-        self.placeholders: tuple[str, ...] = ()
+        self.placeholders: dict[str, str] = {}  # what waits for a tensor -> the tensor's name on disk
         self.kernel: Kernel | None = None
         self.kept: tuple[str, ...] = ()
         self.permutation: Tensor | None
@@ -41,21 +46,23 @@ class QLinear(nn.Module):
     def await_tensors(self, specs: Mapping[str, PartSpec]) -> Self:
         """Register a tensor on the meta device for each one that a checkpoint will bring, by its name on disk."""
         for name, spec in specs.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype, device="meta"), False))
-        self.placeholders = tuple(specs)
+            empty = nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype, device="meta"), False)
+            self.register_parameter(slot(name), empty)
+        self.placeholders = {slot(name): name for name in specs}
+        if "weight" in specs:
+            return self
         # Models' own initializers touch a linear's `weight`; this one is marked as initialized and holds nothing.
-        empty = torch.empty(0)
-        empty._is_hf_initialized = True  # type: ignore[attr-defined]
-        self.register_buffer("weight", empty, persistent=False)
+        nothing = torch.empty(0)
+        nothing._is_hf_initialized = True  # type: ignore[attr-defined]
+        self.register_buffer("weight", nothing, persistent=False)
         return self
 
     def take_tensors(self) -> dict[str, Tensor]:
         """The tensors that were loaded, leaving the layer empty."""
-        loaded = {name: getattr(self, name).data for name in self.placeholders}
-        for name in self.placeholders:
-            delattr(self, name)
-        self.placeholders = ()
-        del self.weight
+        loaded = {name: getattr(self, held).data for held, name in self.placeholders.items()}
+        for held in {*self.placeholders, "weight"}:
+            delattr(self, held)
+        self.placeholders = {}
         return loaded
 
     def adopt(self, weight: QTensor, dtype: torch.dtype, kernel: str | None = None) -> Self:
@@ -153,6 +160,8 @@ def choose(weight: QTensor, device: torch.device, dtype: torch.dtype, name: str 
     reasons = []
     for kernel in candidates:
         reason = kernel.unavailable() or kernel.why_not(weight.codec, weight.shape, device, dtype)
+        if reason is None and kernel.priority < 0 and not name:
+            reason = "it serves only where it is asked for by name"
         reason = reason or _disagreement(kernel, kernels["reference"], weight, device, dtype)
         if reason is None:
             return kernel
@@ -163,15 +172,19 @@ def choose(weight: QTensor, device: torch.device, dtype: torch.dtype, name: str 
 def _disagreement(
     kernel: Kernel, reference: Kernel, weight: QTensor, device: torch.device, dtype: torch.dtype
 ) -> str | None:
-    """None if the kernel's product on this real weight is the reference's, checked once for each scheme and shape."""
+    """None if the kernel's product on this real weight is the reference's, checked once for each scheme and shape.
+
+    Of the activations as the kernel reads them: one that rounds them is asked for by who wants them rounded.
+    """
     if kernel.name == reference.name:
         return None
     key = (kernel.name, str(weight.codec), weight.shape, device, dtype)
     if key not in _verdicts:
         # Not centred: an error in the zero points cancels in sums over a centred input.
         x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).add_(0.5).to(device, dtype)
+        read = kernel.rounded(x, weight.codec)
         exact = reference.linear(
-            x, weight.codec, reference.prepare(weight.codec, weight.parts, weight.shape), weight.shape
+            read, weight.codec, reference.prepare(weight.codec, weight.parts, weight.shape), weight.shape
         )
         got = kernel.linear(x, weight.codec, kernel.prepare(weight.codec, weight.parts, weight.shape), weight.shape)
         distance = float((got.float() - exact.float()).norm() / exact.float().norm().clamp(min=1e-30))

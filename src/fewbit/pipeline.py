@@ -30,7 +30,7 @@ from fewbit.formats.safetensors import Checkpoint, ShardWriter, read_file, side_
 from fewbit.methods.base import Choice, Method, name_of
 from fewbit.models.skeleton import BlockCall, Skeleton
 from fewbit.plan import Assignment, Resolved
-from fewbit.schemes.base import chunk_rows
+from fewbit.schemes.base import QTensor, chunk_rows
 from fewbit.stats import Need, Stats
 
 SHARD_BYTES = 512 << 20
@@ -134,6 +134,12 @@ def fingerprint(skeleton: Skeleton, resolved: Resolved, tokens: Tensor | None, v
     return digest.hexdigest()[:32]
 
 
+def quantization_config(skeleton: Skeleton, resolved: Resolved) -> dict[str, Any]:
+    """What config.json will say; every linear that is not quantized, outside the blocks too, is named there."""
+    skipped = [name for name in skeleton.all_linears() if name not in resolved.assignments]
+    return resolved.format.config(list(resolved.assignments.values()), skipped, skeleton.source.dtype)
+
+
 def quantize_blocks(
     skeleton: Skeleton, resolved: Resolved, tokens: Tensor | None, run: Run, progress: Progress
 ) -> list[TensorReport]:
@@ -176,13 +182,14 @@ def _quantize_block(
     index: int,
 ) -> list[TensorReport]:
     """Quantize the linears of a materialized block in place, and save them in `run`."""
-    config = resolved.format.config(list(resolved.assignments.values()), resolved.kept)
+    config = quantization_config(skeleton, resolved)
     wanted = {name: resolved.assignments[name] for name in skeleton.linears(block) if name in resolved.assignments}
     stats = gather(skeleton, module, wanted, calls, hidden)
     tensors: dict[str, Tensor] = {}
     reports = []
     for name, assignment in wanted.items():
-        laid_out, report = _quantize_linear(skeleton, resolved.format, config, assignment, stats.pop(name, None))
+        own = stats.pop(name, None)
+        laid_out, report = _quantize_linear(skeleton, resolved.format, config, assignment, own, replayed=bool(calls))
         tensors |= laid_out
         reports.append(report)
     run.save(index, tensors, reports)
@@ -190,12 +197,17 @@ def _quantize_block(
 
 
 def _quantize_linear(
-    skeleton: Skeleton, format: Format, config: Mapping[str, Any], assignment: Assignment, stats: Stats | None
+    skeleton: Skeleton,
+    format: Format,
+    config: Mapping[str, Any],
+    assignment: Assignment,
+    stats: Stats | None,
+    replayed: bool,
 ) -> tuple[dict[str, Tensor], TensorReport]:
-    """Quantize one linear of a materialized block in place; its tensors by their full names, and what happened."""
+    """Quantize one linear of a materialized block, in place if that is to be `replayed`; its tensors by their full
+    names, and what happened."""
     weight = skeleton.weight(assignment.module).float()
     choice = _choose(assignment, weight, stats)
-    values = choice.weight.dequantize()
     stored = choice.weight.map(lambda t: t.cpu())
     laid_out = {f"{assignment.module}.{suffix}": tensor for suffix, tensor in format.lay_out(stored, config).items()}
     report = TensorReport(
@@ -204,17 +216,18 @@ def _quantize_linear(
         scheme=str(assignment.scheme),
         method=name_of(assignment.method),
         nbytes=stored.nbytes,
-        error=_relative_error(weight, values, stats),
+        error=_relative_error(weight, choice.weight, stats),
         dropped=stats.dropped if stats else 0,
         notes=choice.notes,
     )
-    skeleton.replace_weight(assignment.module, values)
+    if replayed:
+        skeleton.replace_weight(assignment.module, choice.weight.dequantize())
     return laid_out, report
 
 
 def _restore_block(skeleton: Skeleton, resolved: Resolved, block: str, tensors: Mapping[str, Tensor]) -> None:
     """Give a materialized block the values of a result that was found."""
-    config = resolved.format.config(list(resolved.assignments.values()), resolved.kept)
+    config = quantization_config(skeleton, resolved)
     for name in skeleton.linears(block):
         if name in resolved.assignments:
             own = {key.removeprefix(name + "."): t for key, t in tensors.items() if key.startswith(name + ".")}
@@ -295,12 +308,19 @@ def _choose(assignment: Assignment, weight: Tensor, stats: Stats | None) -> Choi
         raise NumericsError(f"{assignment.module}: {error.message}", error.hint) from None
 
 
-def _relative_error(weight: Tensor, values: Tensor, stats: Stats | None) -> float:
-    error = weight - values
-    if stats is None or stats.need < Need.HESSIAN or not stats.rows:
-        return float(error.square().sum() / weight.square().sum().clamp(min=1e-30))
-    hessian = stats.hessian
-    return float(((error @ hessian) * error).sum() / ((weight @ hessian) * weight).sum().clamp(min=1e-30))
+def _relative_error(weight: Tensor, quantized: QTensor, stats: Stats | None) -> float:
+    """Squared error of the outputs over the squared outputs; of the weights where there are no statistics of inputs."""
+    hessian = None if stats is None or stats.need < Need.HESSIAN or not stats.rows else stats.hessian
+    n, k = quantized.shape
+    lost = whole = 0.0
+    # A few rows at a time: what is decoded is still in a core's cache when it is compared, and steps this small are not
+    # shared among threads, which costs more than it gains where the others are busy.
+    for rows in chunk_rows(n, k, 7 << 12 if hessian is None else 1 << 22):
+        part = weight[rows]
+        error = quantized.codec.dequantize(quantized.parts, quantized.shape, torch.float32, rows).sub_(part)
+        lost += float((error.square_() if hessian is None else (error @ hessian).mul_(error)).sum())
+        whole += float((part.square() if hessian is None else (part @ hessian).mul_(part)).sum())
+    return lost / max(whole, 1e-30)
 
 
 def _mean_error(reports: Sequence[TensorReport]) -> float:
@@ -378,7 +398,7 @@ def assemble(folder: Path, skeleton: Skeleton, resolved: Resolved, run: Run) -> 
     config = skeleton.source.config
     if config.get("tie_word_embeddings") and not skeleton.tied:
         config["tie_word_embeddings"] = False  # the file holds two tensors that differ: readers must not tie them
-    config["quantization_config"] = resolved.format.config(list(resolved.assignments.values()), resolved.kept)
+    config["quantization_config"] = quantization_config(skeleton, resolved)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return writer.nbytes
 

@@ -23,6 +23,7 @@ SPECS = list(
             for group, sym in (("g16", ""), ("g32", "-sym"), ("row", ""))
         ]
         + [f"int4-{group}{sym}" for group in GROUPS for sym in ("", "-sym")]
+        + ["nf4-b32", "nf4-b128-dq", "fp4-b4096", "fp4-b32-dq", "llm.int8-t0"]
     )
 )
 METHODS = list(registry.entries("methods"))
@@ -75,8 +76,8 @@ def stats_of(x: Tensor, need: Need = Need.HESSIAN) -> Stats:
 
 def quantized(scheme: Scheme, w: Tensor) -> dict[str, Tensor]:
     """The parts of `w` rounded to nearest."""
-    grids = scheme.fit(w)
-    return scheme.pack(grids.encode(w), grids)
+    codes, grids = scheme.nearest(w)
+    return scheme.pack(codes, grids)
 
 
 def is_sentence(reason: str | None) -> bool:

@@ -22,13 +22,17 @@ from fewbit.kernels.reference import Reference
 from fewbit.kernels.torch_int4 import TorchInt4
 from fewbit.methods import gptq
 from fewbit.methods.base import make
-from fewbit.schemes import affine, bits
+from fewbit.schemes import affine, bits, int8, nf4
 from fewbit.schemes.base import parse
 from tests.contract.cases import FORMATS, KERNELS, hard, ordinary
 from tests.contract.test_formats import check_round_trip
 from tests.contract.test_kernels import check_product, check_restored
 from tests.contract.test_methods import check_choice
 from tests.contract.test_schemes import check_grids, check_parts, check_weighted_fit
+from tests.golden.test_bnb_schemes import check_bytes
+from tests.golden.test_bnb_schemes import test_4_bit_values as check_values
+from tests.golden.test_bnb_schemes import test_8_bit_bytes_and_values as check_8_bit
+from tests.golden.test_bnb_schemes import test_ties_and_their_neighbours as check_ties
 from tests.golden.test_gptq_layout import check_read, check_written
 from tests.unit.test_affine import check_range, check_refit
 from tests.unit.test_gptq import check_definition, check_factor, check_gain, check_refinement
@@ -128,6 +132,53 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         [Mutation(affine.Affine, "_fit_rows", "better = error < best", "better = error > -1")],
         lambda: check_weighted_fit(parse("int4-g16"), ordinary(6, 96), torch.linspace(0, 1, 96)),
     ),
+    "nibbles of the 4-bit levels swapped": (
+        [Mutation(nf4.FourBit, "pack", "(pairs >> 8).bitwise_or_(pairs << 4)", "(pairs >> 4) | pairs")],
+        lambda: check_bytes("nf4-b64", ordinary(6, 96)),
+    ),
+    "nibbles of the 4-bit levels swapped in dequantize": (
+        [Mutation(nf4, "_pairs", "[levels(kind, device)[byte >> 4]", "[levels(kind, device)[byte & 15]")],
+        parts_("nf4-b64"),
+    ),
+    "codes chosen with the stored scale": (
+        [
+            Mutation(
+                nf4.FourBit,
+                "nearest",
+                "absmax, flat = self._absmax(w).float()",
+                "absmax, flat = self.fit(w).scale.abs()",
+            )
+        ],
+        lambda: check_bytes("nf4-b64-dq", ordinary(48, 128)),
+    ),
+    "blocks counted from the start of each chunk of rows": (
+        [Mutation(nf4.FourBit, "dequantize", "values, start, self.group", "values, 0, self.group")],
+        parts_("nf4-b64"),
+    ),
+    "blocks taken for groups of a row": (
+        [Mutation(nf4.BlockGrids, "_scale_of", "starts[:, None] + chosen", "0 * starts[:, None] + chosen")],
+        grids_("nf4-b64"),
+    ),
+    "scales of all nested groups alike": (
+        [Mutation(nf4.Nested, "_maxima", "repeat_interleave(NESTED)", "repeat(NESTED)")],
+        lambda: check_bytes("nf4-b32-dq", ordinary(300, 128)),
+    ),
+    "the offset left out": (
+        [Mutation(nf4.Nested, "decode", ".add_(self.offset)", "")],
+        lambda: check_values("nf4-b64-dq", torch.float32),
+    ),
+    "a short last block multiplied, not divided": (
+        [Mutation(nf4.FourBit, "nearest", "x[whole:] /= scale[-1]", "x[whole:] *= scale[-1].reciprocal()")],
+        lambda: check_ties("nf4"),
+    ),
+    "the 8-bit weight not cast to half first": (
+        [Mutation(int8.Int8, "nearest", ".to(torch.float16)", "")],
+        lambda: check_8_bit(torch.float32),
+    ),
+    "8-bit codes shifted by one": (
+        [Mutation(int8.Int8, "pack", "codes ^ 128", "(codes + 1) ^ 128")],
+        lambda: check_8_bit(torch.float32),
+    ),
     # methods
     "the error taken against the first weight": (
         [Mutation(gptq, "feed_back", "(block[i] - grids.decode", "(w.T[column] - grids.decode")],
@@ -185,11 +236,11 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         lambda: check_refinement("int3-g16", 160, False),
     ),
     "refit in the wrong direction": (
-        [Mutation(affine.Affine, "refit", "scale[:, g] += moved", "scale[:, g] -= moved")],
+        [Mutation(affine, "refit_scales", "scale[:, g] += moved", "scale[:, g] -= moved")],
         lambda: check_refinement("int3-g16", 48, True),
     ),
     "refit blind to other groups": (
-        [Mutation(affine.Affine, "refit", "gradient -= ", "gradient += ")],
+        [Mutation(affine, "refit_scales", "gradient -= ", "gradient += ")],
         lambda: check_refit("int3-g16"),
     ),
     # formats

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fewbit import registry
@@ -34,6 +35,7 @@ class Format(ABC):
 
     name: ClassVar[str]
     quant_method: ClassVar[str]  # its name in a config.json's quantization_config
+    told_by: ClassVar[tuple[str, ...]] = ()  # suffixes of small tensors that say what headers do not, such as the shape
 
     @abstractmethod
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
@@ -56,12 +58,24 @@ class Format(ABC):
         """The weight that the tensors of `module` hold; FormatError naming it where they contradict one another."""
 
     @abstractmethod
-    def config(self, weights: Sequence[Stored], skipped: Iterable[str]) -> dict[str, Any]:
-        """The `quantization_config` for a file of these weights, in which the modules `skipped` stay as they are."""
+    def config(
+        self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype = torch.bfloat16
+    ) -> dict[str, Any]:
+        """The `quantization_config` for a file of these weights, in which the linears `skipped` stay as they are.
+
+        dtype: that of the original weights, and so of activations.
+        """
 
     @abstractmethod
-    def describe(self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any]) -> tuple[Scheme, Shape]:
-        """Scheme and shape [N, K] of the weight that tensors of these shapes hold, as far as headers tell."""
+    def describe(
+        self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, told: Mapping[str, Tensor]
+    ) -> tuple[Scheme, Shape]:
+        """Scheme and shape [N, K] of the weight of `module`, from its tensors' headers and the data of those in
+        `told_by`; FormatError naming it where they contradict one another."""
+
+    def scheme(self, config: Mapping[str, Any]) -> Scheme | None:
+        """The scheme that `config` asks for where a model is quantized as it is loaded; None where that cannot be."""
+        return None
 
     @abstractmethod
     def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:

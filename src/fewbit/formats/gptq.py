@@ -95,7 +95,7 @@ class GPTQFormat(Format):
 
     def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:
         specs = {suffix: PartSpec(tuple(t.shape), t.dtype) for suffix, t in tensors.items()}
-        scheme, (n, k) = self.describe(specs, config)
+        scheme, (n, k) = self.describe(specs, config, module, {})
         assert isinstance(scheme, Affine)
         width, groups = scheme.bits, scheme.groups(k)
         codes = tensors["qweight"].T.contiguous().view(torch.uint8)
@@ -115,13 +115,17 @@ class GPTQFormat(Format):
             raise FormatError(f"{module}.scales has NaN or Inf")
         return QTensor(scheme, (n, k), parts, order)
 
-    def describe(self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any]) -> tuple[Scheme, Shape]:
+    def describe(
+        self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, told: Mapping[str, Tensor]
+    ) -> tuple[Scheme, Shape]:
         width, (words, n), groups = _width(config), tensors["qweight"].shape, tensors["scales"].shape[0]
         k = words * 32 // width
         group = 0 if groups == 1 else k // groups
         return Affine(group=group, bits=width, symmetric=bool(config.get("sym", True))), (n, k)
 
-    def config(self, weights: Sequence[Stored], skipped: Iterable[str]) -> dict[str, Any]:
+    def config(
+        self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype = torch.bfloat16
+    ) -> dict[str, Any]:
         scheme = weights[0].scheme
         assert isinstance(scheme, Affine)
         kind = "gptq" if scheme.symmetric else "gptq_v2"

@@ -22,7 +22,7 @@ class Kernel(ABC):
 
     name: ClassVar[str]
     activations: ClassVar[str] = "exact"  # or the rule by which they are rounded
-    priority: ClassVar[int] = 0  # of the kernels that can serve, the highest is taken
+    priority: ClassVar[int] = 0  # of the kernels that can serve, the highest is taken; below 0: only if asked for
 
     def unavailable(self) -> str | None:
         """None if this machine can run it at all, else a sentence that says what is missing."""
@@ -39,6 +39,13 @@ class Kernel(ABC):
     @abstractmethod
     def restore(self, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Parts:
         """The canonical parts, byte for byte as `prepare` got them."""
+
+    def rounded(self, x: Tensor, codec: Codec) -> Tensor:
+        """The activations that `linear` multiplies by, [M, K]: x itself, unless `activations` names a rule.
+
+        A kernel that rounds is held to the reference's product of these, to the same tolerance as any other.
+        """
+        return x
 
     @abstractmethod
     def linear(self, x: Tensor, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Tensor:

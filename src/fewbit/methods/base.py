@@ -31,8 +31,8 @@ class Method(ABC):
 
     def quantize(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Choice:
         """Codes for `w` [N, K] on grids of `scheme`. By default each weight goes to its nearest value."""
-        grids = scheme.fit(w)
-        return Choice(QTensor(scheme, (w.shape[0], w.shape[1]), scheme.pack(grids.encode(w), grids)))
+        codes, grids = scheme.nearest(w)
+        return Choice(QTensor(scheme, (w.shape[0], w.shape[1]), scheme.pack(codes, grids)))
 
 
 def make(name: str, options: dict[str, str] | None = None) -> Method:

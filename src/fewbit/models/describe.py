@@ -52,7 +52,8 @@ def describe(source: Source) -> Inspection:
         raise FormatError(f"quantization method {quantization['quant_method']!r} is not one that fewbit reads")
     if format is not None and quantization is not None:
         for module, tensors in format.find(quantization, checkpoint.specs).items():
-            scheme, shape = format.describe(tensors, quantization)
+            told = {suffix: checkpoint.get(f"{module}.{suffix}") for suffix in format.told_by if suffix in tensors}
+            scheme, shape = format.describe(tensors, quantization, module, told)
             schemes[str(scheme)] += 1
             quantized += prod(shape)
             packed += scheme.nbytes(shape)

@@ -1,8 +1,9 @@
 """fewbit at transformers' own seam: an `HfQuantizer` that loads quantized checkpoints packed.
 
 There is one loading path, `from_pretrained`. This file is the only one that touches transformers' registries; it
-stands in for a back end only where that back end is not installed, except inside `serving`, where fewbit's own loader
-asks for it.
+stands in for a back end where that is not installed, where the user prefers it (`fewbit.prefer`), and inside `serving`,
+where fewbit's own loader asks for it. Weights in 16 bits are quantized one by one as transformers reads them, where the
+config object asks for something that needs no calibration: no more than one is ever there in 16 bits.
 """
 
 from __future__ import annotations
@@ -16,21 +17,28 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import ConversionOps, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.import_utils import is_gptqmodel_available, is_optimum_available
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.import_utils import is_bitsandbytes_available, is_gptqmodel_available, is_optimum_available
 
-from fewbit import registry
+from fewbit import hook, registry
 from fewbit.errors import FormatError, KernelError, PlanError
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.safetensors import read_specs
 from fewbit.models.source import read_config
-from fewbit.nn import QLinear
-from fewbit.schemes.base import PartSpec
+from fewbit.nn import QLinear, slot
+from fewbit.schemes.base import PartSpec, QTensor
 
-_forced_kernel: list[str] = []
+# Names that transformers has for a method's back ends, where they are not the method's own.
+_BACK_ENDS = {"bitsandbytes": ("bitsandbytes_4bit", "bitsandbytes_8bit")}
+_INSTALLED = {
+    "gptq": lambda: is_gptqmodel_available() and is_optimum_available(),
+    "bitsandbytes": is_bitsandbytes_available,
+}
+_serving: list[str | None] = []  # the kernels asked for by fewbit's own loader
 
 
 class FewbitQuantizer(HfQuantizer):
@@ -46,18 +54,30 @@ class FewbitQuantizer(HfQuantizer):
             raise FormatError(f"quantization method {method!r} is not one that fewbit reads")
         self.format = format
         self.config: dict[str, Any] = quantization_config.to_dict()
-        if not self.pre_quantized:
+        self.renamings: list[WeightRenaming] = []
+        self.transposed: set[str] = set()
+        self.scheme = None if self.pre_quantized else format.scheme(self.config)
+        if not self.pre_quantized and self.scheme is None:
             raise PlanError(
                 f"{type(quantization_config).__name__} on a model that is not quantized",
                 "Quantize it first: fewbit quantize MODEL -o OUT, or fewbit.quantize(...). Then load OUT.",
             )
 
+    def update_device_map(self, device_map: Any) -> Any:
+        """Like bitsandbytes, which it stands in for: to the GPU where nothing is said."""
+        if device_map is None and self.format.quant_method in _BACK_ENDS and not _serving and torch.cuda.is_available():
+            return {"": torch.cuda.current_device()}
+        return device_map
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
+        self.dtype = model.dtype
+        if not self.pre_quantized:
+            self._make_room(model)
+            return model
         if not checkpoint_files:
             raise FormatError("a quantized model is loaded from its safetensors files, not from a state dict")
-        self.dtype = model.dtype
         # As the file has it: config classes drop what they do not know, and a reader must not guess.
         stored = read_config(Path(checkpoint_files[0]).parent).get("quantization_config")
         if isinstance(stored, dict):
@@ -66,14 +86,62 @@ class FewbitQuantizer(HfQuantizer):
         for file in checkpoint_files:
             specs |= read_specs(Path(file))
         named = _renamed(model, specs)
+        suffixes: set[str] = set()
         for module, tensors in self.format.find(self.config, named).items():
             _put(model, module, tensors, has_bias=f"{module}.bias" in named)
+            suffixes |= set(tensors)
+        self.renamings = [WeightRenaming(f".{name}", f".{slot(name)}") for name in sorted(suffixes) if "." in name]
         return model
 
+    def _make_room(self, model: PreTrainedModel) -> None:
+        """A `QLinear` for each linear that is to be quantized as it is loaded."""
+        asked = self.config.get("llm_int8_skip_modules")
+        skipped = self.get_modules_to_not_convert(model, asked, list(model._keep_in_fp32_modules or ()))
+        for name, module in list(model.named_modules()):
+            if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, skipped):
+                assert isinstance(module.weight, Tensor)
+                if isinstance(module, Conv1D):
+                    self.transposed.add(name)
+                _put(model, name, {"weight": PartSpec(tuple(module.weight.shape), model.dtype)}, has_bias=False)
+
+    def get_weight_conversions(self) -> list[WeightRenaming]:
+        return self.renamings
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        module, _, leaf = param_name.rpartition(".")
+        return not self.pre_quantized and leaf == "weight" and isinstance(model.get_submodule(module), QLinear)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes per element, for device maps: of a weight that waits to be quantized, those it will have."""
+        if self.scheme is not None and self.param_needs_quantization(model, param_name):
+            return self.scheme.nbytes((param.shape[0], param.shape[1])) / param.numel()
+        return param.element_size()
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _QuantizeOnLoad(self)
+
+    def quantize(self, module: QLinear, weight: Tensor) -> None:
+        """Round `weight` to nearest and give it to a module that waits for it."""
+        assert self.scheme is not None
+        weight = weight.T if module.module in self.transposed else weight
+        if weight.shape != (module.out_features, module.in_features):
+            raise FormatError(
+                f"{module.module}.weight has shape {list(weight.shape)}, which config.json does not ask for"
+            )
+        codes, grids = self.scheme.nearest(weight)
+        module.take_tensors()
+        packed = QTensor(self.scheme, (weight.shape[0], weight.shape[1]), self.scheme.pack(codes, grids))
+        module.adopt(packed, self.dtype, _serving[-1] if _serving else None)
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        kernel = _forced_kernel[-1] if _forced_kernel else None
+        kernel = _serving[-1] if _serving else None
+        # What was renamed for loading is not to be renamed back in saving: the format gives the names on disk itself.
+        if used := getattr(model, "_weight_conversions", None):
+            model._weight_conversions = [c for c in used if c not in self.renamings]  # type: ignore[assignment]
         for name, module in model.named_modules():
             if isinstance(module, QLinear) and module.placeholders:
+                if not self.pre_quantized:
+                    raise FormatError(f"{name}.weight is missing, or could not be quantized")
                 tensors = module.take_tensors()
                 if any(tensor.is_meta for tensor in tensors.values()):
                     raise KernelError(
@@ -122,26 +190,53 @@ class FewbitQuantizer(HfQuantizer):
         return True
 
 
+class _QuantizeOnLoad(ConversionOps):
+    """What transformers' loader does to a weight in 16 bits once it is on its device."""
+
+    def __init__(self, quantizer: FewbitQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        done = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            module = kwargs["model"].get_submodule(name.rpartition(".")[0])
+            if isinstance(module, QLinear) and module.placeholders:
+                self.quantizer.quantize(module, weight)
+                weight = module.weight
+            done[name] = weight
+        return done
+
+
 def register() -> None:
-    """Stand in for the back ends that are not installed."""
-    if not (is_gptqmodel_available() and is_optimum_available()):
-        auto.AUTO_QUANTIZER_MAPPING["gptq"] = FewbitQuantizer
+    """Stand in for the back ends that are not installed, or that the user does not prefer."""
+    for method in _methods():
+        if method in hook.preferred or not _INSTALLED.get(method, lambda: False)():
+            auto.AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(_back_ends(method), FewbitQuantizer))
 
 
 @contextmanager
 def serving(kernel: str | None = None) -> Iterator[None]:
     """Within, every format that fewbit knows is loaded by fewbit, and by `kernel` where one is named."""
-    ours = {format().quant_method: FewbitQuantizer for format in registry.entries("formats").values()}
-    before = {name: auto.AUTO_QUANTIZER_MAPPING.get(name) for name in ours}
-    auto.AUTO_QUANTIZER_MAPPING.update(ours)
-    if kernel:
-        _forced_kernel.append(kernel)
+    ours = [name for method in _methods() for name in _back_ends(method)]
+    before = {name: auto.AUTO_QUANTIZER_MAPPING[name] for name in ours if name in auto.AUTO_QUANTIZER_MAPPING}
+    auto.AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(ours, FewbitQuantizer))
+    _serving.append(kernel)
     try:
         yield
     finally:
-        if kernel:
-            _forced_kernel.pop()
+        _serving.pop()
         auto.AUTO_QUANTIZER_MAPPING.update(before)
+
+
+def _methods() -> list[str]:
+    return [format.quant_method for format in registry.entries("formats").values()]
+
+
+def _back_ends(method: str) -> tuple[str, ...]:
+    return _BACK_ENDS.get(method, (method,))
 
 
 def _renamed(model: PreTrainedModel, specs: Mapping[str, PartSpec]) -> dict[str, PartSpec]:
@@ -155,11 +250,17 @@ def _renamed(model: PreTrainedModel, specs: Mapping[str, PartSpec]) -> dict[str,
         name, _ = rename_source_key(key, renamings, [])
         prefix = model.base_model_prefix + "."
         for candidate in (name, prefix + name, name.removeprefix(prefix)):
-            if candidate.rpartition(".")[0] in modules:
+            if _owner(candidate) in modules:
                 name = candidate
                 break
         found[name] = spec
     return found
+
+
+def _owner(name: str) -> str:
+    """The module that a tensor belongs to; what goes with a weight may be called `weight.something`."""
+    module, found, _ = name.partition(".weight.")
+    return module if found else name.rpartition(".")[0]
 
 
 def _put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *, has_bias: bool) -> None:

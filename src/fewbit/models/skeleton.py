@@ -92,6 +92,10 @@ class Skeleton:
                 found[name] = (module.nf, module.nx)
         return found
 
+    def all_linears(self) -> list[str]:
+        """Names of all linears, those outside the blocks included."""
+        return [name for name, module in self.model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+
     def why_not(self) -> str | None:
         """None if the blocks' weights can be quantized as 2-D matrices, else a sentence."""
         for block in self.blocks:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -36,6 +37,13 @@ class Source:
     def config(self) -> dict[str, Any]:
         """config.json as it is."""
         return read_config(self.folder)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights that config.json states; bfloat16 where it states none, or another."""
+        config = self.config
+        name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+        return {"float16": torch.float16, "float32": torch.float32}.get(name, torch.bfloat16)
 
     @property
     def quantization(self) -> dict[str, Any] | None:

@@ -36,7 +36,17 @@ from torch import Tensor
 from fewbit.errors import NumericsError, PlanError
 from fewbit.registry import register
 from fewbit.schemes import bits
-from fewbit.schemes.base import ALL, Columns, Grids, Parts, PartSpec, Scheme, chunk_rows, parse_group
+from fewbit.schemes.base import (
+    ALL,
+    Columns,
+    Grids,
+    Parts,
+    PartSpec,
+    Scheme,
+    chunk_rows,
+    parse_group,
+    refit_scales,
+)
 
 _SMALLEST = 2.0**-24  # the smallest positive fp16: a scale never rounds to zero
 _SHARES = torch.linspace(1.0, 0.4, 13)  # of the full range, that the search tries
@@ -183,26 +193,14 @@ class Affine(Scheme):
         return values.sub_(w).square_().mul_(h).sum(-1)
 
     def refit(self, w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, ridge: float = 0.0) -> AffineGrids:
-        """Scales re-solved one group at a time, all others held: s += (E H c) / (c H_gg c), then rounded to fp16."""
+        """Scales re-solved one group at a time (`refit_scales`), each rounded to fp16."""
         assert isinstance(grids, AffineGrids)
-        scale = grids.scale.clone()
+
+        def levels(columns: slice) -> Tensor:
+            return codes[:, columns] - grids.zero[:, columns.start // grids.group].unsqueeze(1)
+
         error = w - grids.decode(codes)
-        gradient = (error @ hessian).add_(error, alpha=ridge)
-        del error
-        for g in range(scale.shape[1]):
-            columns = slice(g * grids.group, (g + 1) * grids.group)
-            offsets = codes[:, columns] - grids.zero[:, g : g + 1]
-            curvature = (offsets @ hessian[columns, columns]).add_(offsets, alpha=ridge).mul_(offsets).sum(1)
-            step = (gradient[:, columns] * offsets).sum(1) / curvature
-            solved = scale[:, g] + step
-            solved = _stored(torch.where(solved.isfinite() & (solved != 0), solved, scale[:, g]))
-            # Rounding to fp16 can cost more than the step gains: keep the old scale where it does.
-            moved = solved - scale[:, g]
-            moved = torch.where(2 * step * moved > moved * moved, moved, torch.zeros_like(moved))
-            scale[:, g] += moved
-            offsets *= moved.unsqueeze(1)
-            gradient -= offsets @ hessian[columns]
-            gradient[:, columns].sub_(offsets, alpha=ridge)
+        scale = refit_scales(error, levels, grids.scale, hessian, ridge, lambda scale, _: _stored(scale))
         return AffineGrids(grids.bits, grids.group, scale, grids.zero)
 
     def pack(self, codes: Tensor, grids: Grids) -> Parts:

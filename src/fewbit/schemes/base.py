@@ -108,6 +108,15 @@ class Scheme(Codec):
         `importance` [K] weighs the squared error of each column in a search; without it no search is made.
         """
 
+    def nearest(self, w: Tensor) -> tuple[Tensor, Grids]:
+        """Codes and grids of `w` rounded to nearest, the baseline of all methods.
+
+        A scheme overrides this where a peer's bytes ask for more than its stored grid can tell: scales before they are
+        rounded, a weight cast first.
+        """
+        grids = self.fit(w)
+        return grids.encode(w), grids
+
     @abstractmethod
     def pack(self, codes: Tensor, grids: Grids) -> Parts:
         """Plain tensors, as `part_specs` describes, that hold `codes` [N, K] and `grids`."""
@@ -127,6 +136,39 @@ class Scheme(Codec):
     def groups(self, k: int) -> int:
         """Groups in a row of `k` columns."""
         return k // self.group if self.group else 1
+
+
+def refit_scales(
+    error: Tensor,
+    levels: Callable[[slice], Tensor],
+    scale: Tensor,
+    hessian: Tensor,
+    ridge: float,
+    stored: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """Scales [N, G] re-solved one group at a time, all others held: s += (E H l) / (l H_gg l), as they will be stored.
+
+    `error` [N, K] is w - ŵ, `levels` gives ŵ / s for some columns, and `stored` the scales nearest to some [N] of one
+    group that a file can hold. No row gets worse under tr(E (H + ridge I) Eᵀ).
+    """
+    scale, group = scale.clone(), error.shape[1] // scale.shape[1]
+    gradient = (error @ hessian).add_(error, alpha=ridge)
+    del error
+    for g in range(scale.shape[1]):
+        columns = slice(g * group, (g + 1) * group)
+        level = levels(columns)
+        curvature = (level @ hessian[columns, columns]).add_(level, alpha=ridge).mul_(level).sum(1)
+        step = (gradient[:, columns] * level).sum(1) / curvature
+        solved = scale[:, g] + step
+        solved = stored(torch.where(solved.isfinite() & (solved != 0), solved, scale[:, g]), g)
+        # Storing can cost more than the step gains: keep the old scale where it does.
+        moved = solved - scale[:, g]
+        moved = torch.where(2 * step * moved > moved * moved, moved, torch.zeros_like(moved))
+        scale[:, g] += moved
+        level *= moved.unsqueeze(1)
+        gradient -= level @ hessian[columns]
+        gradient[:, columns].sub_(level, alpha=ridge)
+    return scale
 
 
 def chunk_rows(n: int, k: int, budget: int = 1 << 22) -> list[slice]:

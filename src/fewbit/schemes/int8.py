@@ -1,0 +1,160 @@
+"""LLM.int8(): 8-bit integers with one scale for each row, bit for bit as bitsandbytes has them.
+
+Each row is divided by its largest magnitude and rounded to -127 ... 127; that magnitude, called SCB, is stored in
+float32. The scheme also says what may be done to activations at run time: those of magnitude `threshold` and above make
+their column an outlier, which stays in 16 bits while the rest is rounded to 8 (`kernels/llm_int8.py`); a kernel that
+reads activations exactly needs no threshold. With q in -127 ... 127,
+
+    w = q * SCB * float32(1 / 127),        computed in float32 in that order.
+
+Round-to-nearest (`nearest`) is bitsandbytes' own: the weight is cast to float16 first, then q = w * (127 / SCB) is
+rounded, ties to even. With importance h a fit tries scales below the largest magnitude and then solves
+s = sum h w q / sum h q². Codes are q + 128; -128, which a plain fit never needs, is there for methods that do.
+
+Layout: `codes` int8 [N, K], holding q; `scb` float32 [N]. Source: Dettmers et al. 2022,
+https://arxiv.org/abs/2208.07339.
+
+>>> w = torch.tensor([[0.5, -1.0, 0.25, 0.0]])
+>>> scheme = Int8.from_spec("llm.int8")
+>>> codes, grids = scheme.nearest(w)
+>>> scheme.pack(codes, grids)["codes"].tolist()          # 63.5 and 31.75 are rounded, the tie to even
+[[64, -127, 32, 0]]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import NumericsError
+from fewbit.registry import register
+from fewbit.schemes.base import ALL, Columns, Grids, Parts, PartSpec, Scheme, chunk_rows, refit_scales
+
+THRESHOLD = 6.0
+_STEP = 1 / 127  # rounded to float32 wherever it meets one
+_SHARES = torch.linspace(1.0, 0.9, 21)  # of the largest magnitude, that the search tries
+
+
+@dataclass(frozen=True)
+class RowGrids(Grids):
+    """SCB [N], which is stored as it is; `dtype` is that of the values."""
+
+    scb: Tensor
+    dtype: torch.dtype
+
+    def encode(self, w: Tensor, columns: Columns = ALL) -> Tensor:
+        scale = _along(self.scb, w)
+        steps = (w * torch.where(scale == 0, 0, 127 / scale)).round_().clamp_(-128, 127)
+        return steps.add_(128).to(torch.uint8)
+
+    def decode(self, codes: Tensor, columns: Columns = ALL) -> Tensor:
+        return (codes.float() - 128).mul_(_along(self.scb, codes)).mul_(_STEP).to(self.dtype)
+
+
+@register("schemes", "int8")
+@dataclass(frozen=True)
+class Int8(Scheme):
+    """`llm.int8`: outlier columns from 6.0 up. `llm.int8-t4.5`: from 4.5 up. `llm.int8-t0`: none."""
+
+    group: int = 0
+    threshold: float = THRESHOLD
+
+    family: ClassVar[str] = "int8"
+    examples: ClassVar[tuple[str, ...]] = ("llm.int8", "llm.int8-t4.5")
+
+    @classmethod
+    def from_spec(cls, spec: str) -> Int8 | None:
+        match = re.fullmatch(r"llm\.int8(?:-t(\d+(?:\.\d+)?(?:e-?\d+)?))?", spec)
+        return None if match is None else cls(threshold=THRESHOLD if match[1] is None else float(match[1]))
+
+    def __str__(self) -> str:
+        return "llm.int8" if self.threshold == THRESHOLD else f"llm.int8-t{self.threshold!r}".removesuffix(".0")
+
+    def with_group(self, group: int) -> Self:
+        """Itself: it has one scale for a row, whatever others have."""
+        return self
+
+    @property
+    def payload(self) -> str:
+        return "codes"
+
+    def why_not(self, shape: tuple[int, int]) -> str | None:
+        return None
+
+    def part_specs(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
+        return {"codes": PartSpec(shape, torch.int8), "scb": PartSpec(shape[:1], torch.float32)}
+
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> RowGrids:
+        if not w.numel():
+            raise NumericsError("a weight has no elements")
+        top = w.abs().amax(1)
+        if not torch.isfinite(top).all():
+            raise NumericsError("a weight has NaN or Inf", "Check the checkpoint: it cannot be quantized as it is.")
+        if float(top.max()) > 65504:
+            raise NumericsError("a weight is beyond the range of float16 (65504), which LLM.int8() goes through")
+        grids = RowGrids(top.to(torch.float16).float(), w.dtype if w.dtype == torch.float64 else torch.float32)
+        return grids if importance is None else self._search(w, grids, importance)
+
+    def _search(self, w: Tensor, plain: RowGrids, importance: Tensor) -> RowGrids:
+        """The best of the scales tried for each row; never worse than the plain one."""
+        found = []
+        n, k = w.shape
+        for rows in chunk_rows(n, k, 1 << 20):
+            x, h, scb = w[rows].to(plain.dtype), importance.to(plain.dtype), plain.scb[rows]
+            best, top = torch.full_like(scb, torch.inf), scb
+            for share in _SHARES.tolist():
+                scb, best = _better(x, h, top * share, scb, best)
+            for _ in range(2):
+                codes = RowGrids(scb, plain.dtype).encode(x).to(plain.dtype) - 128
+                solved = 127 * (h * codes * x).sum(1) / (h * codes * codes).sum(1)
+                usable = solved.isfinite() & (solved > 0)
+                scb, best = _better(x, h, torch.where(usable, solved.float(), scb), scb, best)
+            found.append(scb)
+        return RowGrids(torch.cat(found), plain.dtype)
+
+    def nearest(self, w: Tensor) -> tuple[Tensor, RowGrids]:
+        grids = self.fit(w)
+        n, k = w.shape
+        codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
+        for rows in chunk_rows(n, k, 7 << 12):  # which stay in a core's cache
+            codes[rows] = RowGrids(grids.scb[rows], grids.dtype).encode(w[rows].to(torch.float16).float())
+        return codes, grids
+
+    def refit(self, w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, ridge: float = 0.0) -> RowGrids:
+        """SCB re-solved for each row."""
+        assert isinstance(grids, RowGrids)
+
+        def level(columns: slice) -> Tensor:
+            return (codes[:, columns].to(w.dtype) - 128) * _STEP
+
+        error, scale = w - grids.decode(codes), grids.scb.to(w.dtype)[:, None]
+        scale = refit_scales(error, level, scale, hessian, ridge, lambda scale, _: scale.float().to(w.dtype))
+        return RowGrids(scale[:, 0].float(), grids.dtype)
+
+    def pack(self, codes: Tensor, grids: Grids) -> Parts:
+        assert isinstance(grids, RowGrids)
+        return {"codes": (codes ^ 128).view(torch.int8), "scb": grids.scb}
+
+    def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, RowGrids]:
+        return parts["codes"].view(torch.uint8) ^ 128, RowGrids(parts["scb"], torch.float32)
+
+    def dequantize(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype, rows: slice = ALL
+    ) -> Tensor:
+        return parts["codes"][rows].float().mul_(parts["scb"][rows, None]).mul_(_STEP).to(dtype)
+
+
+def _along(scb: Tensor, x: Tensor) -> Tensor:
+    return scb.view(-1, *[1] * (x.dim() - 1))
+
+
+def _better(x: Tensor, h: Tensor, tried: Tensor, scb: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+    """`scb` and its errors `best`, or those tried where they are smaller."""
+    grids = RowGrids(tried, x.dtype)
+    error = ((grids.decode(grids.encode(x)) - x).square_() * h).sum(1).to(best.dtype)
+    return torch.where(error < best, tried, scb), torch.minimum(error, best)
