@@ -72,6 +72,9 @@ class FewbitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         kernel = _forced_kernel[-1] if _forced_kernel else None
+        # By these PEFT knows a model of bitsandbytes' that is to be prepared for training, whoever loads it.
+        for flag in ("4bit", "8bit"):
+            setattr(model, f"is_loaded_in_{flag}", bool(self.config.get(f"load_in_{flag}")))
         for name, module in model.named_modules():
             if isinstance(module, QLinear) and module.placeholders:
                 tensors = module.take_tensors()
