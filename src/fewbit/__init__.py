@@ -6,12 +6,14 @@ was), fewbit registers itself there, so that `AutoModelForCausalLM.from_pretrain
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from fewbit import hook
 from fewbit.errors import FewbitError, FormatError, KernelError, NumericsError, PlanError
 
 if TYPE_CHECKING:
+    from fewbit.adapters import finetune, merge
     from fewbit.api import evaluate, generate, inspect, load, quantize
 
 __version__ = "0.1.0"
@@ -22,14 +24,16 @@ __all__ = [
     "NumericsError",
     "PlanError",
     "evaluate",
+    "finetune",
     "generate",
     "inspect",
     "load",
+    "merge",
     "prefer",
     "quantize",
 ]
 
-_VERBS = ("evaluate", "generate", "inspect", "load", "quantize")
+_VERBS = {"adapters": ("finetune", "merge"), "api": ("evaluate", "generate", "inspect", "load", "quantize")}
 
 hook.install()
 
@@ -51,12 +55,11 @@ def prefer(*methods: str) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _VERBS:
-        from fewbit import api
-
-        return getattr(api, name)
+    for module, verbs in _VERBS.items():
+        if name in verbs:
+            return getattr(importlib.import_module(f"fewbit.{module}"), name)
     raise AttributeError(f"module 'fewbit' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_VERBS])
+    return sorted({*globals(), *__all__})

@@ -148,19 +148,30 @@ def load(
     dtype: torch.dtype | str = "auto",
     device: str | None = None,
     kernel: str | None = None,
+    adapter: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """The model, its quantized weights packed: what `AutoModelForCausalLM.from_pretrained` gives after `import fewbit`.
 
-    `kernel` names the one to use throughout (`fewbit list`); KernelError if it cannot serve a weight.
+    `kernel` names the one to use throughout (`fewbit list`); KernelError if it cannot serve a weight. `adapter` is the
+    folder of one to put on it, as `peft.PeftModel.from_pretrained` does; PlanError if it was made for another model.
     """
-    return load_model(locate(model), dtype=dtype, device=device, kernel=kernel, trust_remote_code=trust_remote_code)
+    return load_model(
+        locate(model),
+        dtype=dtype,
+        device=device,
+        kernel=kernel,
+        adapter=adapter,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def evaluate(
     model: str | Path,
     *,
     reference: str | Path | None = None,
+    adapter: str | Path | None = None,
+    reference_adapter: str | Path | None = None,
     text: str | None = None,
     length: int | None = None,
     samples: int | None = None,
@@ -172,6 +183,7 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of `model` and its distance from `reference`, on disjoint windows of a text not calibrated on.
 
+    adapter, reference_adapter: folders of adapters to put on the one and the other.
     text: a name or a file; by default tiny's own for what was made from it, pydoc for all others.
     length: tokens of a window, the model's context up to 2048 by default. samples: how many windows, all by default.
     dtype of activations: float32 on a CPU, the checkpoint's own on a GPU by default. kernel: for `model`, as in `load`.
@@ -194,14 +206,14 @@ def evaluate(
         "trust_remote_code": trust_remote_code,
     }
     measured = quality.measure(
-        load_model(source, kernel=kernel, **options),
-        load_model(original, **options) if original is not None else None,
+        load_model(source, adapter=adapter, kernel=kernel, **options),
+        load_model(original, adapter=reference_adapter, **options) if original is not None else None,
         chosen,
         (lambda done: progress(done, len(chosen))) if progress else None,
     )
     return Evaluation(
-        model=str(model),
-        reference=None if reference is None else str(reference),
+        model=_named(model, adapter),
+        reference=None if reference is None else _named(reference, reference_adapter),
         text=loaded_text.name,
         quality=measured,
         inspection=describe(source),
@@ -224,6 +236,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = False,
+    adapter: str | Path | None = None,
     device: str | None = None,
     kernel: str | None = None,
     trust_remote_code: bool = False,
@@ -231,7 +244,8 @@ def generate(
 ) -> str:
     """The text that `model` continues `prompt` with: greedy at temperature 0, else sampled with `seed`.
 
-    chat: the prompt is a user's message in the model's chat template. stream: print the text as it comes, too.
+    chat: the prompt is a user's message in the model's chat template. adapter: the folder of one to put on it. stream:
+    print the text as it comes, too.
     """
     if max_new_tokens < 1:
         raise PlanError(f"--max-new-tokens {max_new_tokens}: at least one token must come")
@@ -240,7 +254,7 @@ def generate(
     device, source = _device(device), locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     ids = prompt_ids(tokenizer, prompt, chat=chat)
-    loaded = load_model(source, device=device, kernel=kernel, trust_remote_code=trust_remote_code)
+    loaded = load_model(source, device=device, kernel=kernel, adapter=adapter, trust_remote_code=trust_remote_code)
     return continue_text(
         loaded, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stream=stream
     )
@@ -364,6 +378,10 @@ def _fewer(wanted: Calibration, used: dict[str, Any] | None) -> list[str]:
     if used is not None and used["length"] < wanted.length:
         notes.append(f"windows of {used['length']} tokens, not {wanted.length}: the model's context is no longer")
     return notes
+
+
+def _named(model: str | Path, adapter: str | Path | None) -> str:
+    return str(model) if adapter is None else f"{model} with {adapter}"
 
 
 def _device(wanted: str | None) -> str:

@@ -27,7 +27,6 @@ from fewbit.errors import FormatError, PlanError
 from fewbit.registry import unknown
 
 Message: TypeAlias = dict[str, str]
-Document: TypeAlias = str | tuple[Message, ...]
 Part: TypeAlias = Literal["calibration", "evaluation"]
 
 SOURCES = ("c4", "pydoc", "tiny", "wikitext2")
@@ -38,8 +37,19 @@ _C4_DOCUMENTS = {"calibration": 4000, "evaluation": 1100}  # 1100: as in GPTQ's 
 
 
 @dataclass(frozen=True)
+class Completion:
+    """A prompt and how it goes on, both plain text."""
+
+    prompt: str
+    completion: str
+
+
+Document: TypeAlias = str | tuple[Message, ...] | Completion
+
+
+@dataclass(frozen=True)
 class Text:
-    """Documents under a name; a document is plain text or the messages (role, content) of one chat."""
+    """Documents under a name; a document is plain text, the messages (role, content) of one chat, or a completion."""
 
     name: str
     documents: tuple[Document, ...]
@@ -51,11 +61,15 @@ class Tokenizer(Protocol):
     @property
     def bos_token_id(self) -> int | None: ...
     @property
+    def eos_token_id(self) -> int | None: ...
+    @property
     def chat_template(self) -> Any: ...
     def __call__(
         self, text: list[str], *, add_special_tokens: bool, return_attention_mask: bool, verbose: bool
     ) -> Mapping[str, Any]: ...
-    def apply_chat_template(self, conversation: list[Message], *, tokenize: Literal[False]) -> Any: ...
+    def apply_chat_template(
+        self, conversation: list[Message], *, tokenize: Literal[False], add_generation_prompt: bool
+    ) -> Any: ...
 
 
 def load_text(source: str = "pydoc", part: Part = "calibration") -> Text:
@@ -63,9 +77,10 @@ def load_text(source: str = "pydoc", part: Part = "calibration") -> Text:
 
     `source` is "pydoc" (the reference manual that comes with Python), "tiny" (what was kept from the training of the
     embedded model), "wikitext2" or "c4" (through the optional package `datasets`), or the path of a .txt file (one
-    document) or a .jsonl file (a document a line: a string, or an object with "messages", "conversations" or "text").
-    The two parts of a named source have no text in common; a file is the same for both. PlanError if there is no such
-    text here or it is empty; FormatError, with file and line, if the file cannot be read as what it is.
+    document) or a .jsonl file (a document a line: a string, or an object with "messages", "conversations", "text", or
+    "prompt" and "completion"). The two parts of a named source have no text in common; a file is the same for both.
+    PlanError if there is no such text here or it is empty; FormatError, with file and line, if the file cannot be read
+    as what it is.
     """
     if source == "pydoc":
         text = Text(f"pydoc {part} (Python {platform.python_version()})", _pydoc(part))
@@ -96,16 +111,20 @@ def encode(text: Text, tokenizer: Tokenizer) -> Tensor:
     adds it by itself. PlanError if a chat meets a tokenizer without a template, or a template that refuses it.
     """
     pieces: list[str] = []
-    for plain, run in itertools.groupby(text.documents, key=lambda document: isinstance(document, str)):
+    documents = [d.prompt + d.completion if isinstance(d, Completion) else d for d in text.documents]
+    for plain, run in itertools.groupby(documents, key=lambda document: isinstance(document, str)):
         if plain:
             pieces.append("\n\n".join(document for document in run if isinstance(document, str)))
         else:
-            pieces += [_render(chat, text.name, tokenizer) for chat in run if not isinstance(chat, str)]
-    ids = [token for piece in _ids(tokenizer, pieces, special=False) for token in piece]
-    beginning = _ids(tokenizer, ["a"], special=True)[0][:1]
-    if beginning == [tokenizer.bos_token_id] and ids[:1] != beginning:
-        ids = beginning + ids
-    return torch.tensor(ids, dtype=torch.int64)
+            pieces += [render(chat, text.name, tokenizer) for chat in run if not isinstance(chat, str)]
+    ids = [token for piece in token_ids(tokenizer, pieces) for token in piece]
+    return torch.tensor(begun(ids, tokenizer), dtype=torch.int64)
+
+
+def begun(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """`ids` with the token for the beginning of a text in front, if the tokenizer adds it by itself."""
+    beginning = token_ids(tokenizer, ["a"], special=True)[0][:1]
+    return beginning + ids if beginning == [tokenizer.bos_token_id] and ids[:1] != beginning else ids
 
 
 def sample(tokens: Tensor, samples: int, length: int, seed: int) -> Tensor:
@@ -145,18 +164,23 @@ def _positive(name: str, value: int) -> int:
     return value
 
 
-def _ids(tokenizer: Tokenizer, pieces: list[str], *, special: bool) -> list[list[int]]:
+def token_ids(tokenizer: Tokenizer, pieces: list[str], *, special: bool = False) -> list[list[int]]:
+    """The ids of each piece of text, with the tokens that the tokenizer adds by itself where `special`."""
     # verbose=False: the stream is longer than any context on purpose, which transformers would warn about.
     encoded = tokenizer(pieces, add_special_tokens=special, return_attention_mask=False, verbose=False)
     ids: list[list[int]] = encoded["input_ids"]
     return ids
 
 
-def _render(chat: tuple[Message, ...], name: str, tokenizer: Tokenizer) -> str:
+def render(chat: tuple[Message, ...], name: str, tokenizer: Tokenizer, *, answer_next: bool = False) -> str:
+    """A chat in the tokenizer's own template, up to where the model would answer if `answer_next`.
+
+    PlanError, with the `name` of the text, if there is no template or it refuses the chat.
+    """
     if not tokenizer.chat_template:
         raise PlanError(f"{name} holds chats, but the tokenizer has no chat template", "Give a plain text.")
     try:
-        return str(tokenizer.apply_chat_template(list(chat), tokenize=False))
+        return str(tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=answer_next))
     except Exception as error:  # a template is a program of the model's author: it may raise anything
         roles = ", ".join(message["role"] for message in chat)
         raise PlanError(f"{name}: the chat template refuses a chat of the roles {roles}: {error}") from error
@@ -195,7 +219,10 @@ def _from_file(path: Path) -> tuple[Document, ...]:
 
 
 def _document(line: str, where: str) -> Document:
-    hint = 'A line is a JSON string, {"text": ...}, or {"messages": [{"role": ..., "content": ...}, ...]}.'
+    hint = (
+        'A line is a JSON string, {"text": ...}, {"messages": [{"role": ..., "content": ...}, ...]} '
+        'or {"prompt": ..., "completion": ...}.'
+    )
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -206,6 +233,11 @@ def _document(line: str, where: str) -> Document:
                 if not isinstance(value[key], list) or not value[key]:
                     raise FormatError(f"{where}: {key!r} is not a list of messages", hint)
                 return tuple(_message(message, where, hint) for message in value[key])
+        if "completion" in value:
+            prompt, completion = value.get("prompt"), value["completion"]
+            if not isinstance(prompt, str) or not isinstance(completion, str):
+                raise FormatError(f"{where}: 'prompt' and 'completion' are not both strings", hint)
+            return Completion(prompt, completion)
         value = value.get("text")
     if not isinstance(value, str):
         raise FormatError(f"{where}: neither a text nor messages", hint)

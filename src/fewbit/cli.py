@@ -31,6 +31,8 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model'
 Kernel = Annotated[str | None, typer.Option(help="Multiply by this kernel (fewbit list) instead of the best one.")]
 Seed = Annotated[int, typer.Option(help="Makes every random choice the same again.")]
 Length = Annotated[int | None, typer.Option(help="Tokens in a window.")]
+Adapter = Annotated[str | None, typer.Option(help="The folder of an adapter (LoRA) to put on the model.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 
 
 @app.command()
@@ -90,6 +92,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     seed: Seed = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
+    adapter: Adapter = None,
     device: Device = None,
     kernel: Kernel = None,
     trust_remote_code: Trust = False,
@@ -105,6 +108,7 @@ def generate(
         temperature=temperature,
         seed=seed,
         chat=chat,
+        adapter=adapter,
         device=device,
         kernel=kernel,
         trust_remote_code=trust_remote_code,
@@ -118,6 +122,8 @@ def generate(
 def evaluate(
     model: Model,
     reference: Annotated[str | None, typer.Option(help="The original, to measure the loss against.")] = None,
+    adapter: Adapter = None,
+    reference_adapter: Annotated[str | None, typer.Option(help="One to put on the reference.")] = None,
     text: Text = None,
     length: Length = None,
     samples: Annotated[int | None, typer.Option(help="So many windows; all by default.")] = None,
@@ -133,6 +139,8 @@ def evaluate(
         done = api.evaluate(
             model,
             reference=reference,
+            adapter=adapter,
+            reference_adapter=reference_adapter,
             text=text,
             length=length,
             samples=samples,
@@ -142,6 +150,107 @@ def evaluate(
             progress=progress,
         )
     _print(report.evaluation_json(done)) if as_json else report.evaluation(done)
+
+
+@app.command()
+def finetune(
+    model: Model,
+    data: Annotated[str, typer.Option(help="A .txt or .jsonl file: text, messages, or prompt and completion.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="The adapter folder to make.")],
+    rank: Annotated[int, typer.Option(help="Rank of what is added to each weight.")] = 8,
+    alpha: Annotated[
+        float | None, typer.Option(help="It is scaled by alpha / rank; twice the rank by default.")
+    ] = None,
+    dropout: Annotated[float, typer.Option(help="Share of inputs dropped in training.")] = 0.0,
+    targets: Annotated[
+        str, typer.Option(help="Linears by the ends of their names, q_proj,v_proj; all by default.")
+    ] = "",
+    learning_rate: Annotated[float, typer.Option(help="At its highest: it warms up, then falls to 0.")] = 2e-4,
+    epochs: Annotated[float, typer.Option(help="Times that the data is gone through.")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="So many optimizer steps instead of epochs.")] = None,
+    batch: Annotated[int, typer.Option(help="Examples computed at once.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Batches to a step.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens of an example at most.")] = 512,
+    held_out: Annotated[float, typer.Option(help="Share of the examples kept to measure on.")] = 0.05,
+    checkpointing: Annotated[bool, typer.Option(help="Compute blocks twice rather than remember them.")] = True,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter (LoRA) on MODEL, quantized or not, which itself stays as it is."""
+    from fewbit import adapters, report
+    from fewbit.tuning import Tuning
+
+    tuning = Tuning(
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        targets=tuple(name.strip() for name in targets.split(",") if name.strip()),
+        learning_rate=learning_rate,
+        epochs=epochs,
+        steps=steps,
+        batch=batch,
+        accumulate=accumulate,
+        length=length,
+        held_out=held_out,
+        seed=seed,
+        checkpointing=checkpointing,
+    )
+    with report.steps_progress() as progress:
+        done = adapters.finetune(
+            model,
+            output,
+            data=data,
+            tuning=tuning,
+            overwrite=overwrite,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    _print(asdict(done)) if as_json else report.finetuned(done)
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapter: Annotated[str, typer.Argument(help="The folder of the adapter.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="The folder to make.")],
+    base: Annotated[str | None, typer.Option(help="What MODEL was quantized from, if it does not say so.")] = None,
+    plan: Annotated[str | None, typer.Option(help="Quantize the result by this plan.")] = None,
+    calibration: Text = None,
+    text: Text = None,
+    length: Length = None,
+    samples: Annotated[int, typer.Option(help="So many windows to compare on.")] = 8,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Add ADAPTER to the weights of MODEL in 16 bits, quantize them again if asked, and compare."""
+    from fewbit import adapters, api, report
+
+    with report.progress() as progress:
+        done = adapters.merge(
+            model,
+            adapter,
+            output,
+            base=base,
+            plan=plan,
+            calibration=api.Calibration(calibration),
+            text=text,
+            length=length,
+            samples=samples,
+            overwrite=overwrite,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if not as_json:
+        report.merged(done)
+        return
+    _print({**asdict(done), "evaluation": report.evaluation_json(done.evaluation)})
 
 
 @app.command()

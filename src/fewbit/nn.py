@@ -29,15 +29,19 @@ def slot(name: str) -> str:
     return name.replace(".", "__")
 
 
-class QLinear(nn.Module):
-    """y = x Wᵀ + bias with W packed; `in_features`, `out_features` and `bias` as in `nn.Linear`."""
+class QLinear(nn.Linear):
+    """y = x Wᵀ + bias with W packed; `in_features`, `out_features` and `bias` as in `nn.Linear`.
+
+    It is one for whoever asks a model for its linears, such as PEFT's "all-linear"; its `weight` holds codes.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, module: str = "") -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.in_features, self.out_features, self.module = in_features, out_features, module
-        self.bias: nn.Parameter | None
+        self.bias: nn.Parameter | None  # type: ignore[assignment]
         self.register_parameter("bias", bias)
         self.placeholders: dict[str, str] = {}  # what waits for a tensor -> the tensor's name on disk
+        self.transposed = False  # whether the layer it stands for keeps its weight as [K, N]
         self.kernel: Kernel | None = None
         self.kept: tuple[str, ...] = ()
         self.permutation: Tensor | None
@@ -93,6 +97,8 @@ class QLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.kernel is not None, f"{self.module} was never given a weight"
+        if torch.is_autocast_enabled(x.device.type) and x.dtype in TOLERANCE:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if x.dtype != self.dtype and x.dtype in TOLERANCE:
             self.adopt(self.qtensor(), x.dtype, self.forced)
         y: Tensor = _Multiply.apply(x.reshape(-1, self.in_features), self)  # type: ignore[no-untyped-call]
@@ -126,7 +132,10 @@ class QLinear(nn.Module):
 
 
 class _Multiply(torch.autograd.Function):
-    """Forward by the kernel; backward grad_x = grad_y W with W dequantized a chunk of rows at a time."""
+    """Forward by the kernel; backward grad_x = grad_y W with W dequantized a chunk of rows at a time.
+
+    The chunks' shares are summed in float32; on a CPU, where half precision is slow, all is float32.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QLinear) -> Tensor:
@@ -140,9 +149,10 @@ class _Multiply(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
         weight = ctx.layer.qtensor()
+        work = torch.float32 if grad.device.type == "cpu" else grad.dtype
         out = torch.zeros(grad.shape[0], weight.shape[1], dtype=torch.float32, device=grad.device)
         for rows in chunk_rows(*weight.shape):
-            out += grad[:, rows].float() @ weight.codec.dequantize(weight.parts, weight.shape, torch.float32, rows)
+            out += grad[:, rows].to(work) @ weight.codec.dequantize(weight.parts, weight.shape, work, rows)
         if weight.permutation is not None:
             out = torch.empty_like(out).index_copy_(1, weight.permutation, out)
         return out.to(grad.dtype), None

@@ -81,6 +81,41 @@ class Evaluation:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Finetuned:
+    """What `finetune` did. Losses are nats per learned token: over the whole training, and on what was held out before
+    and after it. `tokens` are those learned in one epoch; `peak` is the most memory this process ever had resident."""
+
+    out: str
+    model: str
+    notes: list[str]
+    examples: int
+    held_out_examples: int
+    tokens: int
+    steps: int
+    loss: float
+    held_out_before: float | None
+    held_out_after: float | None
+    trainable: int
+    nbytes: int
+    seconds: float
+    peak: int
+    gpu_peak: int
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge` made: an ordinary model, or a quantized one. `base`: the weights that the adapter was added to, None
+    for the values of the packed ones. `evaluation` compares with the adapter on the model it was trained on."""
+
+    out: str
+    base: str | None
+    quantized: Quantized | None
+    evaluation: Evaluation
+    nbytes: int
+    seconds: float
+
+
 def size(nbytes: float) -> str:
     """Bytes for people: 98.4 MB, 1.23 GB (decimal units, as files are sold)."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -140,6 +175,33 @@ def quantized(done: Quantized) -> None:
         table.add_row("  on the GPU", "", size(done.gpu_peak), "")
     out.print(table)
     _say(f'Reopened and checked. "{FIRST_WORDS}" it continues with "{done.sample.strip()}".')
+
+
+def finetuned(done: Finetuned) -> None:
+    """What `fewbit finetune` prints when it is finished."""
+    for note in done.notes:
+        _say(f"note: {note}")
+    table = _grid(f"{done.out}, an adapter for {done.model}", "", "", "", numbers=(1,))
+    table.add_row("trained on", f"{done.examples:,}", f"examples with {done.tokens:,} tokens to learn")
+    table.add_row("steps", f"{done.steps:,}", f"{duration(done.seconds)}, loading included")
+    table.add_row("loss", f"{done.loss:.4f}", "nats per token, mean of all steps")
+    if done.held_out_before is not None and done.held_out_after is not None:
+        table.add_row("  held out, before", f"{done.held_out_before:.4f}", f"{done.held_out_examples:,} examples")
+        table.add_row("  held out, after", f"{done.held_out_after:.4f}", "lower is better")
+    table.add_row("trained parameters", f"{done.trainable:,}", f"{size(done.nbytes)} in the file")
+    table.add_row("peak memory", size(done.peak), "of this process, mapped files included")
+    if done.gpu_peak:
+        table.add_row("  on the GPU", size(done.gpu_peak), "")
+    out.print(table)
+
+
+def merged(done: Merged) -> None:
+    """What `fewbit merge` prints when it is finished."""
+    if done.quantized is not None:
+        quantized(done.quantized)
+    onto = f"added to {done.base}" if done.base else "added to the values of the packed weights: no --base is at hand"
+    _say(f"{done.out}: {size(done.nbytes)} of weights, {onto}; {duration(done.seconds)}.")
+    evaluation(done.evaluation)
 
 
 def preview(shown: Preview) -> None:
@@ -346,6 +408,23 @@ def progress() -> Iterator[Callable[[Step], None]]:
             bar.update(task, total=step.total, completed=step.done, state=state)
 
         yield update
+
+
+@contextmanager
+def steps_progress() -> Iterator[Callable[[int, int, float], None]]:
+    """A bar over training steps in a terminal, a plain line for about each twentieth of them elsewhere."""
+    if not err.is_terminal:
+
+        def line(done: int, total: int, loss: float) -> None:
+            if done % max(1, total // 20) == 0 or done == total:
+                err.print(f"step {done}/{total}  loss {loss:.4f}")
+
+        yield line
+        return
+    columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=True) as bar:
+        task = bar.add_task("steps", total=None, loss="")
+        yield lambda done, total, loss: bar.update(task, total=total, completed=done, loss=f"{loss:.4f}")
 
 
 @contextmanager

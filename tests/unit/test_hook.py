@@ -12,6 +12,12 @@ import transformers.modeling_utils
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from fewbit.models.plugin import FewbitQuantizer
 assert AUTO_QUANTIZER_MAPPING["gptq"] is FewbitQuantizer
+"""
+PEFT = """
+from peft import LoraConfig, get_peft_model
+from fewbit.lora import QLoraLinear
+from fewbit.nn import QLinear
+assert LoraConfig()._custom_modules == {QLinear: QLoraLinear}
 assert not [f for f in sys.meta_path if type(f).__module__ == "fewbit.hook"]
 """
 
@@ -27,7 +33,7 @@ def test_importing_fewbit_imports_nothing_heavy() -> None:
         "import fewbit, fewbit.cli\n"
         "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'accelerate'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "assert {'quantize', 'load', 'evaluate', 'generate', 'inspect'} <= set(dir(fewbit))\n"
+        "assert {'quantize', 'load', 'evaluate', 'generate', 'inspect', 'finetune', 'merge'} <= set(dir(fewbit))\n"
         "assert 'torch' not in sys.modules"
     )
 
@@ -38,10 +44,17 @@ def test_importing_fewbit_imports_nothing_heavy() -> None:
         "import fewbit; from transformers import AutoModelForCausalLM",
         "from transformers import PreTrainedModel; import fewbit",
         "import fewbit.models.plugin",
+        "import peft; import fewbit",
+        "import fewbit; import peft",
+        "import fewbit.lora",
     ],
 )
 def test_either_may_come_first(first: str) -> None:
-    run(f"{first}\n{CHECK}")
+    run(f"{first}\n{CHECK}\n{PEFT}")
+
+
+def test_peft_is_not_imported_for_nothing() -> None:
+    run("import fewbit.api, fewbit.adapters\nassert 'peft' not in sys.modules")
 
 
 def test_a_verb_that_does_not_exist() -> None:

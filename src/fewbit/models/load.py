@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +11,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as hf_logging
 
-from fewbit.errors import FewbitError, FormatError, KernelError
+from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
 from fewbit.formats.base import by_quant_method
 from fewbit.models import plugin
 from fewbit.models.describe import describe
 from fewbit.models.source import Source
+
+_OLDEST_PEFT = (0, 20)
 
 
 def load_model(
@@ -23,12 +27,16 @@ def load_model(
     device: str | torch.device | None = None,
     kernel: str | None = None,
     trust_remote_code: bool = False,
-) -> PreTrainedModel:
+    adapter: str | Path | None = None,
+) -> Any:
     """The model of `source`, quantized weights packed, in evaluation mode.
 
     dtype: of activations and of what is not quantized; "auto" is the checkpoint's own. device: where it goes, or
-    "auto" to spread it over what there is. kernel: the one to use for all, KernelError if it cannot.
+    "auto" to spread it over what there is. kernel: the one to use for all, KernelError if it cannot. adapter: the
+    folder of one to put on it; PlanError if it was made for another model.
     """
+    if adapter is not None:
+        need_peft()
     if source.quantization is not None:
         # transformers would leave such weights out, and make up others.
         method = source.quantization["quant_method"]
@@ -64,4 +72,18 @@ def load_model(
         raise FormatError(f"{source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
     assert isinstance(model, PreTrainedModel)
     model.eval()
-    return model
+    if adapter is None:
+        return model
+    from fewbit.models.adapter import attach  # PEFT is an extra
+
+    return attach(model, adapter)
+
+
+def need_peft() -> None:
+    """PlanError unless the package that adapters need is there, and new enough."""
+    try:
+        version = importlib.metadata.version("peft")
+    except importlib.metadata.PackageNotFoundError:
+        raise PlanError("adapters need the package peft", "pip install 'fewbit[finetune]'") from None
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_PEFT:
+        raise PlanError(f"peft {version} is too old", "pip install --upgrade 'fewbit[finetune]'")

@@ -138,6 +138,9 @@ class FewbitQuantizer(HfQuantizer):
         # What was renamed for loading is not to be renamed back in saving: the format gives the names on disk itself.
         if used := getattr(model, "_weight_conversions", None):
             model._weight_conversions = [c for c in used if c not in self.renamings]  # type: ignore[assignment]
+        # By these PEFT knows a model of bitsandbytes' that is to be prepared for training, whoever loads it.
+        for flag in ("4bit", "8bit"):
+            setattr(model, f"is_loaded_in_{flag}", bool(self.config.get(f"load_in_{flag}")))
         for name, module in model.named_modules():
             if isinstance(module, QLinear) and module.placeholders:
                 if not self.pre_quantized:
@@ -174,8 +177,16 @@ class FewbitQuantizer(HfQuantizer):
         dtype = dtype or model.dtype
         for name, module in list(model.named_modules()):
             if isinstance(module, QLinear):
-                plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-                plain.weight = nn.Parameter(module.qtensor().dequantize(dtype), requires_grad=False)
+                weight = module.qtensor().dequantize(dtype)
+                plain: nn.Linear | Conv1D
+                if module.transposed:
+                    with torch.device("meta"):
+                        plain = Conv1D(module.out_features, module.in_features)
+                    weight = weight.T.contiguous()
+                else:
+                    k, n = module.in_features, module.out_features
+                    plain = nn.Linear(k, n, bias=module.bias is not None, device="meta")
+                plain.weight = nn.Parameter(weight, requires_grad=False)
                 if module.bias is not None:
                     plain.bias = module.bias
                 parent, _, leaf = name.rpartition(".")
@@ -279,7 +290,9 @@ def _put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *
     if bias is None and has_bias:  # methods that shift weights write one where the model has none
         bias = nn.Parameter(torch.empty(n, dtype=model.dtype, device="meta"))
     parent, _, leaf = module.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, QLinear(k, n, bias, module).await_tensors(tensors))
+    packed = QLinear(k, n, bias, module).await_tensors(tensors)
+    packed.transposed = isinstance(linear, Conv1D)
+    setattr(model.get_submodule(parent), leaf, packed)
 
 
 register()

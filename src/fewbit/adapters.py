@@ -1,0 +1,213 @@
+"""The verbs that make adapters and merge them, over quantized and unquantized models alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbit import api, pipeline, report
+from fewbit import calibration as texts
+from fewbit.errors import FormatError, NumericsError, PlanError
+from fewbit.evaluate import memory
+from fewbit.examples import examples, split
+from fewbit.formats.safetensors import files_in, read_specs
+from fewbit.models.describe import describe
+from fewbit.models.load import load_model, need_peft
+from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import DEMO, EMBEDDED, Source, locate
+from fewbit.plan import Plan
+from fewbit.report import Finetuned, Merged
+from fewbit.tuning import Tuning
+
+
+def finetune(
+    model: str | Path,
+    out: str | Path,
+    *,
+    data: str,
+    tuning: Tuning | None = None,
+    overwrite: bool = False,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Finetuned:
+    """Train a LoRA on `model`, which stays as it is (QLoRA where it is quantized), into the adapter folder `out`.
+
+    data: a .txt file, or a .jsonl file of {"text"}, {"messages"} or {"prompt", "completion"} lines; of chats the
+    assistant's answers are learned. `out` appears whole or not at all, as PEFT writes it. PlanError before any work for
+    what cannot be, FormatError with file and line for broken data. NumericsError where a loss or gradient is not
+    finite: `out` then holds the adapter as of the last good step, if there was one. dtype of activations and of what
+    is not quantized: float32 on a CPU, the checkpoint's own on a GPU by default.
+    """
+    elapsed, out, device = pipeline.timed(), _free(out, overwrite), api._device(device)
+    tuning = tuning or Tuning()
+    need_peft()
+    text = texts.load_text(data)
+    source = locate(model)
+    _spare(out, source.origin, source.folder, data)
+    most = api._context(source.config)
+    if tuning.length > most and tuning.length != Tuning.length:
+        raise PlanError(f"--length {tuning.length} is beyond the model's context of {most} tokens")
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    every, notes = examples(text, tokenizer, min(tuning.length, most))
+    training, held_out = split(every, tuning.held_out, tuning.seed)
+    memory.return_freed(
+        1 << 18
+    )  # SmolLM2, 4 x 128 tokens: 1.0 GB at the peak where pieces below 4 MiB are kept, 0.6 GB so
+    dtype = dtype or (torch.float32 if device == "cpu" else None)
+    loaded = load_model(source, dtype=dtype or "auto", device=device, trust_remote_code=trust_remote_code)
+
+    from fewbit.models.finetune import train  # slow to import, and PEFT is an extra
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    done = train(loaded, str(model), pad, training, held_out, tuning, progress or (lambda *_: None))
+    if done.stopped and not done.steps:
+        raise NumericsError(f"{done.stopped}: nothing was learned, and nothing is saved", _CALMER)
+    with pipeline.published(out, overwrite=overwrite) as folder:
+        done.model.save_pretrained(folder, save_embedding_layers=False)
+    if done.stopped:
+        raise NumericsError(f"{done.stopped}: {out} holds the adapter as of step {done.steps}", _CALMER)
+    parameters = list(done.model.parameters())
+    return Finetuned(
+        out=str(out),
+        model=str(model),
+        notes=notes,
+        examples=len(training),
+        held_out_examples=len(held_out),
+        tokens=sum(sum(e.learned) for e in training),
+        steps=done.steps,
+        loss=done.loss,
+        held_out_before=done.before,
+        held_out_after=done.after,
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        nbytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
+        seconds=elapsed(),
+        peak=memory.now().peak,
+        gpu_peak=memory.on_gpus(),
+    )
+
+
+_CALMER = "Try a lower --learning-rate."
+
+
+def merge(
+    model: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    plan: str | Plan | None = None,
+    calibration: api.Calibration | None = None,
+    text: str | None = None,
+    length: int | None = None,
+    samples: int | None = 8,
+    overwrite: bool = False,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    progress: pipeline.Progress | None = None,
+) -> Merged:
+    """Add an adapter to the weights that `model` was quantized from, into the ordinary model folder `out`.
+
+    base: those weights; by default what `model` itself says it was made from, if that is on this machine, else the
+    values that its packed weights stand for. plan: quantize the result by it. The result is compared with `model` and
+    its adapter on `samples` windows of `length` tokens of a text. The merged model is held in memory unquantized.
+    """
+    elapsed, out = pipeline.timed(), _free(out, overwrite)
+    need_peft()
+    from fewbit.models.adapter import write_merged
+
+    source = locate(model)
+    origin = locate(base) if base is not None else _recorded_base(source)
+    _spare(out, source.origin, source.folder, adapter, *([origin.origin, origin.folder] if origin else []))
+    if origin is not None and origin.quantization is not None:
+        raise PlanError(f"--base {origin.name} is quantized itself", "Give the model that it was quantized from.")
+    if plan is None:
+        with pipeline.published(out, overwrite=overwrite) as folder:
+            write_merged(origin or source, adapter, folder, trust_remote_code=trust_remote_code)
+        quantized = None
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Named so that `published` removes it if this process is killed.
+        plain = out.parent / f".{out.name}.fewbit-plain-{os.getpid()}-{secrets.token_hex(4)}"
+        plain.mkdir()
+        try:
+            write_merged(origin or source, adapter, plain, trust_remote_code=trust_remote_code)
+            quantized = api.quantize(
+                plain,
+                out,
+                plan=plan,
+                calibration=calibration or api.Calibration(),
+                overwrite=overwrite,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+        finally:
+            shutil.rmtree(plain, ignore_errors=True)
+        _rename_origin(out, f"{(origin or source).name} with {adapter}")
+    return Merged(
+        out=str(out),
+        base=origin.name if origin is not None else None,
+        quantized=quantized,
+        evaluation=api.evaluate(
+            out,
+            reference=model,
+            reference_adapter=adapter,
+            text=text,
+            length=length,
+            samples=samples,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        ),
+        nbytes=sum(spec.nbytes for file in files_in(out) for spec in read_specs(file).values()),
+        seconds=elapsed(),
+    )
+
+
+def _recorded_base(source: Source) -> Source | None:
+    """What a quantized model says it was made from, if that is here (a folder, or a model of ours).
+
+    A model that is not quantized is its own base.
+    """
+    if source.quantization is None:
+        return source
+    name = describe(source).made.get("model")
+    if not isinstance(name, str) or not (name in (DEMO, EMBEDDED) or Path(name).is_dir()):
+        return None
+    try:
+        return locate(name)
+    except (FormatError, PlanError):
+        return None
+
+
+def _rename_origin(out: Path, name: str) -> None:
+    """Say in the record and on the card of a quantized model what it was made from: not a folder that is gone."""
+    record: dict[str, Any] = {**json.loads((out / "fewbit.json").read_text()), "model": name}
+    (out / "fewbit.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "README.md").write_text(report.model_card(record))
+
+
+def _free(out: str | Path, overwrite: bool) -> Path:
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise PlanError(f"{out} exists", "Use --overwrite to replace it, or another -o.")
+    if out.is_file():
+        raise PlanError(f"{out} is a file, not a folder", "Give another -o.")
+    if not api._existing(out.parent).is_dir():
+        raise PlanError(f"{out} cannot be made: {api._existing(out.parent)} is a file")
+    return out
+
+
+def _spare(out: Path, *needed: str | Path) -> None:
+    """PlanError if replacing `out` would delete what is still needed."""
+    for place in needed:
+        if Path(place).expanduser().resolve().is_relative_to(out.resolve()):
+            raise PlanError(f"{out} holds {place}, which would be lost", "Give another -o.")

@@ -1,0 +1,112 @@
+"""Adapters in PEFT's files: put on a model that they fit, and merged into its weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as hf_logging
+
+from fewbit.errors import FormatError, NumericsError, PlanError
+from fewbit.formats.safetensors import read_specs, side_files
+from fewbit.models.load import load_model
+from fewbit.models.source import Source
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def attach(model: PreTrainedModel, adapter: str | Path) -> Any:
+    """`model` with the adapter of a folder, as PEFT loads it, in evaluation mode.
+
+    PlanError if there is none or it was made for another model, with the tensors and shapes that differ; FormatError if
+    its files are broken.
+    """
+    folder = Path(adapter).expanduser()
+    config = _config(folder)
+    if differing := _differing(model, folder):
+        more = f"\n  and {len(differing) - 8} more" if len(differing) > 8 else ""
+        raise PlanError(
+            f"{folder} is an adapter for another model ({config.get('base_model_name_or_path')}):\n  "
+            + "\n  ".join(differing[:8])
+            + more
+        )
+    try:
+        with quiet():
+            return PeftModel.from_pretrained(model, folder, torch_device=str(model.device)).eval()
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise FormatError(f"{folder} could not be loaded: {str(error).strip().splitlines()[0][:300]}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, PEFT says nothing of names that transformers has given newer ones, nor of what it sets right itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out")
+        yield
+
+
+def write_merged(source: Source, adapter: str | Path, folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Write the model of `source` with an adapter added to its weights, packed ones unpacked, into `folder`.
+
+    The whole model is held in memory in its own type. NumericsError if a sum is not finite.
+    """
+    plain = load_model(source, device="cpu", trust_remote_code=trust_remote_code)
+    if source.quantization is not None:
+        plain.dequantize()
+    verbose = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        attach(plain, adapter).merge_and_unload(safe_merge=True).save_pretrained(folder)
+    except ValueError as error:
+        raise NumericsError(f"{adapter} cannot be merged into {source.name}: {error}") from None
+    finally:
+        if verbose:
+            hf_logging.enable_progress_bar()
+    for file in side_files(source.folder):
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise PlanError(f"adapter {folder}: no such folder", f"Give the folder that holds {_CONFIG}.")
+    for name in (_CONFIG, _WEIGHTS):
+        if not (folder / name).is_file():
+            raise FormatError(f"adapter {folder} has no {name}", "An adapter is a folder as PEFT writes it.")
+    try:
+        config = json.loads((folder / _CONFIG).read_text())
+    except ValueError as error:
+        raise FormatError(f"{folder / _CONFIG}: {error}") from None
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise FormatError(f"{folder / _CONFIG} describes no adapter")
+    return config
+
+
+def _differing(model: PreTrainedModel, folder: Path) -> list[str]:
+    """A line for each LoRA matrix [rank, K] or [N, rank] that has no weight [N, K] in the model to be added to."""
+    found, lines = dict(model.named_modules()), []
+    for key, spec in read_specs(folder / _WEIGHTS).items():
+        if (match := re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)\.weight", key)) is None or len(spec.shape) != 2:
+            continue
+        module, which = match.groups()
+        linear = found.get(module)
+        n, k = (linear.nf, linear.nx) if isinstance(linear, Conv1D) else _features(linear)
+        if linear is None:
+            lines.append(f"{key} {list(spec.shape)}: the model has no {module}")
+        elif n is not None and spec.shape != ((spec.shape[0], k) if which == "A" else (n, spec.shape[1])):
+            lines.append(f"{key} {list(spec.shape)}: the model's weight there is [{n}, {k}]")
+    return lines
+
+
+def _features(linear: Any) -> tuple[int | None, int | None]:
+    return getattr(linear, "out_features", None), getattr(linear, "in_features", None)
