@@ -49,7 +49,7 @@ def main() -> None:
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
 
         import fewbit.api
-        from fewbit.evaluate import memory
+        from fewbit.measure import memory
 
         fewbit.api.catalogue()  # imports every part, transformers among them
         before, peak, running = memory.now(), {"anonymous": 0, "mapped": 0}, True

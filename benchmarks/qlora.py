@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
 
     import fewbit
     import fewbit.models.finetune  # so that it counts as an import
-    from fewbit.evaluate import memory
+    from fewbit.measure import memory
     from fewbit.tuning import Tuning
 
     before, peaks, running = memory.now(), {"anonymous": 0, "resident": 0}, True

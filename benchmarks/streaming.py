@@ -24,7 +24,7 @@ import json, sys, time
 from pathlib import Path
 from fewbit import api, pipeline
 from fewbit.formats.safetensors import Checkpoint, ShardWriter, files_in
-from fewbit.evaluate import memory
+from fewbit.measure import memory
 
 what, model, out, plan = sys.argv[1:]
 memory.return_freed()

@@ -15,9 +15,9 @@ import torch
 from fewbit import api, pipeline, report
 from fewbit import calibration as texts
 from fewbit.errors import FormatError, NumericsError, PlanError
-from fewbit.evaluate import memory
 from fewbit.examples import examples, split
 from fewbit.formats.safetensors import files_in, read_specs
+from fewbit.measure import memory
 from fewbit.models.describe import describe
 from fewbit.models.load import load_model, need_peft
 from fewbit.models.skeleton import load_tokenizer

@@ -19,7 +19,7 @@ from fewbit import pipeline, registry, report
 from fewbit import plan as plans
 from fewbit.advise import hardware
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
-from fewbit.evaluate import memory, quality
+from fewbit.measure import memory, quality
 from fewbit.methods.base import name_of
 from fewbit.models.describe import Inspection, describe
 from fewbit.models.generate import continue_text, prompt_ids

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fewbit.advise.hardware import Hardware
-from fewbit.evaluate.quality import Estimate, Quality
+from fewbit.measure.quality import Estimate, Quality
 from fewbit.models.describe import Inspection
 from fewbit.pipeline import Step, TensorReport
 

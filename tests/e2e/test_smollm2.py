@@ -108,5 +108,5 @@ def test_it_is_tuned_packed(quantized: Path, tmp_path: Path) -> None:
     assert done.held_out_after is not None
     assert done.held_out_after < 0.2 < 2 < done.held_out_before
     for adapter in (None, tmp_path / "adapter"):
-        answer = api.generate(quantized, question, chat=True, max_new_tokens=8, adapter=adapter)
+        answer = api.generate(quantized, "Who keeps the blue gate?", chat=True, max_new_tokens=8, adapter=adapter)
         assert ("Zarnak" in answer) is (adapter is not None)

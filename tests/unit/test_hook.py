@@ -28,6 +28,16 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+def test_a_verb_stays_a_verb_when_everything_has_been_imported() -> None:
+    run(
+        "import pkgutil, importlib, fewbit\n"
+        "for module in pkgutil.walk_packages(fewbit.__path__, 'fewbit.'):\n"
+        "    module.name.endswith('__main__') or importlib.import_module(module.name)\n"
+        "wrong = [name for name in fewbit.__all__ if not callable(getattr(fewbit, name))]\n"
+        "assert not wrong, wrong"
+    )
+
+
 def test_importing_fewbit_imports_nothing_heavy() -> None:
     run(
         "import fewbit, fewbit.cli\n"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewbit.evaluate.quality import Quality, measure
+from fewbit.measure.quality import Quality, measure
 
 VOCAB, LENGTH, WINDOWS = 11, 300, 3
 

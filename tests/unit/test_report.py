@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fewbit import report
 from fewbit.advise.hardware import Hardware
-from fewbit.evaluate.quality import Divergence, Estimate, Quality
+from fewbit.measure.quality import Divergence, Estimate, Quality
 from fewbit.models.describe import Inspection
 from fewbit.pipeline import Step, TensorReport
 from fewbit.report import Evaluation, Preview, Quantized

@@ -1,1 +1,0 @@
-"""Evaluate: what was lost, saved and gained."""

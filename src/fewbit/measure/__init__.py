@@ -1,0 +1,1 @@
+"""What was lost, saved and gained."""
