@@ -36,12 +36,19 @@ def test_a_preset_resolves_as_it_is_where_its_group_fits(name: str) -> None:
     assert settled.plan.name == name
     assert list(settled.assignments) == list(LARGE)
     assert settled.kept == settled.notes == ()
-    assert {a.scheme.group for a in settled.assignments.values()} == {128}
+    assert {str(a.scheme) for a in settled.assignments.values()} == {find(name).rules[0].scheme}
     for module, assignment in settled.assignments.items():
         assert (assignment.module, assignment.shape) == (module, LARGE[module])
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_a_preset_that_fits_every_shape_changes_nothing(name: str) -> None:
+    settled = resolve(find(name), SHAPES | {"odd": (5, 37)})
+    assert settled.kept == settled.notes == ()
+    assert {str(a.scheme) for a in settled.assignments.values()} == {find(name).rules[0].scheme}
+
+
+@pytest.mark.parametrize("name", [name for name, plan in PRESETS.items() if plan.adapt])
 def test_a_preset_shrinks_its_group_and_says_so(name: str) -> None:
     settled = resolve(find(name), SHAPES)
     assert {a.scheme.group for a in settled.assignments.values()} == {64}
