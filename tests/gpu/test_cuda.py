@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fewbit
 from fewbit import api
 from fewbit.kernels.reference import Reference
 from fewbit.kernels.torch_int4 import TorchInt4
@@ -15,6 +16,7 @@ from fewbit.methods.gptq import GPTQ
 from fewbit.nn import TOLERANCE, QLinear
 from fewbit.schemes.base import parse
 from fewbit.stats import Need, Stats
+from fewbit.tuning import Tuning
 from tests import models
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
@@ -83,3 +85,29 @@ def test_the_reference_serves_every_type_there() -> None:
         exact = x.double() @ weight.dequantize(torch.float64).T
         got = Reference().linear(x, scheme, Reference().prepare(scheme, weight.parts, shape), shape)
         assert (got.double() - exact).norm() / exact.norm() <= tolerance
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_the_gradient_there_is_that_of_the_values(dtype: torch.dtype) -> None:
+    weight = Method().quantize(torch.randn(256, 512), parse("int4-g128-sym"), None).weight.map(lambda t: t.cuda())
+    layer = QLinear(512, 256, None).adopt(weight, dtype)
+    x = torch.randn(17, 512, device="cuda", dtype=dtype).requires_grad_()
+    seed = torch.randn(17, 256, device="cuda", dtype=dtype)
+    layer(x).backward(seed)
+    exact = seed.float() @ weight.dequantize()
+    assert x.grad is not None
+    assert (x.grad.float() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+
+
+def test_tuned_there(tmp_path: Path) -> None:
+    folder = models.save(tmp_path / "model", "llama")
+    (tmp_path / "text.txt").write_text(models.sentences(100))
+    api.quantize(folder, tmp_path / "out", plan="rtn-4bit")
+    tuning = Tuning(length=32, batch=8, learning_rate=0.01, steps=20)
+    done = fewbit.finetune(
+        tmp_path / "out", tmp_path / "adapter", data=str(tmp_path / "text.txt"), tuning=tuning, device="cuda"
+    )
+    assert done.held_out_before is not None
+    assert done.held_out_after is not None
+    assert done.held_out_after < 0.9 * done.held_out_before
+    assert done.gpu_peak
