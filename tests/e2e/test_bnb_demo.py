@@ -48,12 +48,12 @@ def unplanted(demo: Path, ids: Tensor, wanted: Tensor) -> float:
 def quantized(model: Any, spec: str, kernel: str) -> Any:
     """The model, its blocks' linears quantized in place."""
     for name, linear in list(model.model.named_modules()):
-        if isinstance(linear, (nn.Linear, QLinear)):
-            if isinstance(linear, nn.Linear):
+        if isinstance(linear, nn.Linear):
+            if isinstance(linear, QLinear):
+                parts = linear.qtensor().parts
+            else:
                 codes, grids = parse(spec).nearest(linear.weight)
                 parts = parse(spec).pack(codes, grids)
-            else:
-                parts = linear.qtensor().parts
             made = QLinear(linear.in_features, linear.out_features, linear.bias, name)
             made.adopt(QTensor(parse(spec), (linear.out_features, linear.in_features), parts), torch.float32, kernel)
             model.model.set_submodule(name, made)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-import fewbit as package
 from fewbit import api
 from fewbit.plan import find
-from fewbit.tuning import Tuning
 from tests.e2e.conftest import Fewbit
 
 LINEARS = 210  # 30 blocks of seven
@@ -92,21 +89,3 @@ def test_in_bfloat16_it_is_near_what_it_is_in_float32(quantized: Path) -> None:
     with torch.inference_mode():
         exact, rounded = (api.load(quantized, dtype=d)(ids).logits.float() for d in (torch.float32, torch.bfloat16))
     assert float((exact - rounded).norm() / exact.norm()) < 2e-2
-
-
-def test_it_is_tuned_packed(quantized: Path, tmp_path: Path) -> None:
-    """Facts that it cannot know are learned in a few steps, over packed weights, and from the answers alone."""
-    data = tmp_path / "chats.jsonl"
-    chat = [
-        {"role": "user", "content": "Who keeps the blue gate?"},
-        {"role": "assistant", "content": "Old Zarnak does."},
-    ]
-    data.write_text(f"{json.dumps({'messages': chat})}\n" * 8)
-    tuning = Tuning(steps=12, batch=1, learning_rate=2e-3, held_out=0.1, checkpointing=False)
-    done = package.finetune(quantized, tmp_path / "adapter", data=str(data), tuning=tuning)
-    assert done.held_out_before is not None
-    assert done.held_out_after is not None
-    assert done.held_out_after < 0.2 < 2 < done.held_out_before
-    for adapter in (None, tmp_path / "adapter"):
-        answer = api.generate(quantized, "Who keeps the blue gate?", chat=True, max_new_tokens=8, adapter=adapter)
-        assert ("Zarnak" in answer) is (adapter is not None)

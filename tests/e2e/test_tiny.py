@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbit import api
+from fewbit import adapters, api
 from fewbit.calibration import EMBEDDED, load_text, own_source
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import locate
 from fewbit.plan import find
 from fewbit.report import Evaluation
+from fewbit.tuning import Tuning
 from tests.e2e.conftest import Fewbit
 
 LARGEST = 16_000_000  # bytes of the folder, so that fewbit stays a small package
-FEW = api.Calibration(samples=16, length=256)
+FEW = api.Calibration(samples=8, length=256)
 # Whatever asks for the network fails, in a process that starts with nothing but the package.
 OFFLINE = """
 import socket, sys
@@ -48,7 +49,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def measured(outputs: dict[str, Path]) -> dict[str, Evaluation]:
-    return {name: api.evaluate(out, reference="tiny", samples=12) for name, out in outputs.items()}
+    return {name: api.evaluate(out, reference="tiny", samples=6) for name, out in outputs.items()}
 
 
 def test_it_speaks_without_a_network(tmp_path: Path) -> None:
@@ -89,6 +90,22 @@ def test_rounding_hurts_more_with_each_bit_less_and_gptq_wins_back_half(measured
     distance = {name: done.quality.kl.mean.value for name, done in measured.items() if done.quality.kl is not None}
     assert distance["gptq-4"] < 0.6 * distance["rtn-4"]
     assert distance["gptq-3"] < 0.5 * distance["rtn-3"]
+
+
+def test_it_is_tuned_packed(outputs: dict[str, Path], tmp_path: Path) -> None:
+    """Facts that it cannot know are learned in a few steps, over packed weights, and from the answers alone."""
+    question = "Who keeps the blue gate?"
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "Old Zarnak does."}]
+    data = tmp_path / "chats.jsonl"
+    data.write_text(f"{json.dumps({'messages': chat})}\n" * 8)
+    tuning = Tuning(steps=60, batch=1, learning_rate=1e-2, held_out=0.1, checkpointing=False)
+    done = adapters.finetune(outputs["gptq-4"], tmp_path / "adapter", data=str(data), tuning=tuning)
+    assert done.held_out_before is not None
+    assert done.held_out_after is not None
+    assert done.held_out_after < 0.2 < 2 < done.held_out_before
+    for adapter in (None, tmp_path / "adapter"):
+        answer = api.generate(outputs["gptq-4"], question, chat=True, max_new_tokens=12, adapter=adapter)
+        assert ("Zarnak" in answer) is (adapter is not None)
 
 
 def test_its_own_texts_are_taken_unless_another_is_named(

@@ -176,7 +176,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         source.locate("org/model")
     assert "org/model" in refusal.value.message
     assert refusal.value.message.endswith("No connection.")
-    assert "smollm2" in refusal.value.hint
+    assert "tiny" in refusal.value.hint
 
 
 @pytest.mark.parametrize("name", ["./a", "/a/b", "a/b/c", "word", "~/nowhere", ""])
