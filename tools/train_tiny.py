@@ -44,7 +44,8 @@ TEMPLATE = (
 )
 LONGEST = 352  # tokens of a prompt and its answer together, in the teacher's tokenizer
 VOCABULARY, CONTEXT = 4096, 512
-HELD_OUT_BYTES = 300_000  # of each of the two texts that are kept from training
+EVALUATION_BYTES = 300_000  # of the two texts that are kept from training
+CALIBRATION_BYTES = 133_000  # some 64 windows: enough for matrices of 768 x 768, and quick
 UNWANTED = re.compile(r"[\[\]{}<>|*#_=`\\]|\bAI\b|language model|\bassistant\b|SmolLM|Hugging|https?:|\d[/:]\d")
 FIRST_WORDS = [  # of the ten samples in the model card; the first five are continued greedily
     "Once upon a time, there was a little girl named Lily.",
@@ -297,8 +298,8 @@ def train(work: Path, out: Path, device: str, epochs: int, minutes: float, batch
     torch.manual_seed(SEED)
     with (work / "corpus.jsonl").open() as file:
         examples = list(cleaned(file))
-    evaluation = take([e for e in examples if e.draw < 6], HELD_OUT_BYTES)
-    calibration = take([e for e in examples if 6 <= e.draw < 12], HELD_OUT_BYTES)
+    evaluation = take([e for e in examples if e.draw < 6], EVALUATION_BYTES)
+    calibration = take([e for e in examples if 6 <= e.draw < 12], CALIBRATION_BYTES)
     learnt = [e for e in examples if e.draw >= 12]
     log(work, f"{len(examples)} texts are left, {len(learnt)} to learn from")
     tokenizer = train_tokenizer([e.text for e in learnt[:60_000]])

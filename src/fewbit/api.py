@@ -373,7 +373,8 @@ def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool
 def _fewer(wanted: Calibration, used: dict[str, Any] | None) -> list[str]:
     """Sentences on what was asked of the calibration text and not to be had."""
     notes = []
-    if used is not None and used["samples"] < wanted.samples:
+    asked = wanted.text is not None or wanted.samples != Calibration.samples
+    if used is not None and asked and used["samples"] < wanted.samples:
         notes.append(f"{used['text']} has {used['samples']} windows of {used['length']}, not {wanted.samples}")
     if used is not None and used["length"] < wanted.length:
         notes.append(f"windows of {used['length']} tokens, not {wanted.length}: the model's context is no longer")
