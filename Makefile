@@ -37,8 +37,9 @@ demo: setup ## quantize the embedded model, measure the loss, let it speak; make
 	$(BIN)/fewbit evaluate $(DEMO) --reference $(MODEL) --length 512 --samples 16
 	$(BIN)/fewbit generate $(DEMO) "Once upon a time"
 
-test: setup ## the fast tests; make test ARGS='-k gptq -x' passes options to pytest
-	$(BIN)/python -m pytest -m 'not interop and not slow' $(ARGS)
+# One thread a process: two that share two cores wait for one another longer than they compute.
+test: setup ## the fast tests, in two processes; make test ARGS='-k gptq -x' passes options to pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not interop and not slow' $(ARGS)
 
 test-all: setup ## every test
 	$(BIN)/python -m pytest $(ARGS)

@@ -99,7 +99,7 @@ def test_it_is_tuned_packed(outputs: dict[str, Path], tmp_path: Path) -> None:
     chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "Old Zarnak does."}]
     data = tmp_path / "chats.jsonl"
     data.write_text(f"{json.dumps({'messages': chat})}\n" * 8)
-    tuning = Tuning(steps=60, batch=1, learning_rate=1e-2, held_out=0.1, checkpointing=False)
+    tuning = Tuning(steps=40, batch=1, learning_rate=1e-2, held_out=0.1, checkpointing=False)
     done = adapters.finetune(outputs["gptq-4"], tmp_path / "adapter", data=str(data), tuning=tuning)
     assert done.held_out_before is not None
     assert done.held_out_after is not None
