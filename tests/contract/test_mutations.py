@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from fewbit import nn as quantized_nn
+from fewbit.formats import awq as awq_format
+from fewbit.formats.awq import AWQFormat
 from fewbit.formats.gptq import GPTQFormat
 from fewbit.kernels.reference import Reference
 from fewbit.kernels.torch_int4 import TorchInt4
@@ -29,6 +31,7 @@ from tests.contract.test_formats import check_round_trip
 from tests.contract.test_kernels import check_product, check_restored
 from tests.contract.test_methods import check_choice
 from tests.contract.test_schemes import check_grids, check_parts, check_weighted_fit
+from tests.golden import test_awq_layout as awq_layout
 from tests.golden.test_bnb_schemes import check_bytes
 from tests.golden.test_bnb_schemes import test_4_bit_values as check_values
 from tests.golden.test_bnb_schemes import test_8_bit_bytes_and_values as check_8_bit
@@ -253,6 +256,25 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
     "a zero of 0 not wrapped in v1": (
         [Mutation(GPTQFormat, "read", "(zero + 1) & (2**width - 1)", "zero + 1")],
         lambda: check_read(2, 16, v1=True),
+    ),
+    "awq: words in plain order both ways, which only the bytes tell": (
+        [
+            Mutation(awq_format, "_interleaved", "list(_ORDER)", ":"),
+            Mutation(awq_format, "_plain", "_ORDER.index(i)", "i"),
+        ],
+        lambda: awq_layout.check_written(32, False, "gemm"),
+    ),
+    "awq: the order's inverse for the order": (
+        [Mutation(awq_format, "_plain", "_ORDER.index(i)", "_ORDER[i]")],
+        lambda: awq_layout.check_read(32, "gemm"),
+    ),
+    "awq: zero points in plain order": (
+        [Mutation(AWQFormat, "lay_out", "_interleaved(zero.T)", "zero.T.contiguous()")],
+        lambda: awq_layout.check_written(32, False, "gemm"),
+    ),
+    "awq: gemv's zeros not padded": (
+        [Mutation(awq_format, "_zero_words", "return -(-words // multiple) * multiple", "return words")],
+        lambda: awq_layout.check_written(32, False, "gemv"),
     ),
     "scale rows swapped": ([ROLLED], lambda: check_round_trip(FORMATS["gptq"], "int4-g32")),
     "scale rows swapped both ways, which only the bytes tell": (
