@@ -1,4 +1,4 @@
-"""AWQ: its files load through transformers' own `from_pretrained`, packed, and are saved as they were."""
+"""AWQ: its files load through transformers' own `from_pretrained`, rewritten norms are in them, and runs resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import fewbit
-from fewbit import api
+from fewbit import api, pipeline
 from fewbit.formats.awq import AWQFormat
 from fewbit.formats.safetensors import write_file
 from fewbit.nn import QLinear
@@ -70,3 +70,94 @@ def test_a_gemv_file_of_others_loads(ids: Tensor, tmp_path: Path) -> None:
     models.edit_json(tmp_path / "gemm" / "config.json", quantization_config=gemv)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "gemm", dtype=torch.float32).eval()
     assert torch.equal(models.logits(model, ids), expected)
+
+
+class _Stop(Exception):
+    pass
+
+
+def stop(step: pipeline.Step) -> None:
+    if step.done == 2:
+        raise _Stop
+
+
+def check_whole_model(root: Path, family: str, text: Path) -> None:
+    """At 8 bits the model is still the original, though what is not quantized has changed in its files."""
+    folder, out = models.save(root / "original", family), root / "out"
+    plan = find("awq-4bit").changed(scheme="int8-g32", format="gptq", options={"grid": "4"})
+    done = api.quantize(folder, out, plan=plan, calibration=api.Calibration(str(text), 6, 32), overwrite=True)
+    assert {tensor.method for tensor in done.tensors} == {"awq"}
+    before, after = models.tensors_of(folder), models.tensors_of(out)
+    rest = [name for name in after if name in before]
+    assert all(after[name].dtype == before[name].dtype for name in rest)
+    assert [name for name in rest if not torch.equal(after[name], before[name])]
+    ids = torch.randint(3, models.VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
+    model = fewbit.load(out, dtype=torch.float32)
+    assert distance(models.logits(model, ids), models.logits(models.original(folder), ids)) < 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt", "opt-350m"])
+def test_at_8_bits_a_model_is_still_itself(family: str, text: Path, tmp_path: Path) -> None:
+    check_whole_model(tmp_path, family, text)
+
+
+def check_resumed(root: Path, text: Path) -> None:
+    """A run that stopped after two of three blocks ends in the same bytes as one that did not."""
+    if not (root / "original").exists():
+        models.save(root / "original", "qwen2", num_hidden_layers=3)
+    plan = find("awq-4bit").changed(method="awq+gptq", scheme="int4-g32", options={"grid": "4"})
+    wanted = api.Calibration(str(text), 6, 32)
+    with pytest.raises(_Stop):
+        api.quantize(root / "original", root / "out", plan=plan, calibration=wanted, progress=stop)
+    steps: list[pipeline.Step] = []
+    api.quantize(root / "original", root / "out", plan=plan, calibration=wanted, progress=steps.append, overwrite=True)
+    assert [step.resumed for step in steps] == [True, True, False]
+    api.quantize(root / "original", root / "straight", plan=plan, calibration=wanted, overwrite=True)
+    ours, theirs = models.tensors_of(root / "out"), models.tensors_of(root / "straight")
+    before = models.tensors_of(root / "original")
+    assert not torch.equal(
+        ours["model.layers.0.input_layernorm.weight"], before["model.layers.0.input_layernorm.weight"]
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    (root / "out").rename(root / "done")
+
+
+def test_a_run_goes_on_with_norms_as_they_were_rewritten(text: Path, tmp_path: Path) -> None:
+    check_resumed(tmp_path, text)
+
+
+def test_on_the_embedded_model_it_loses_less_than_rounding(tmp_path: Path) -> None:
+    few, away = api.Calibration(samples=4, length=256), {}
+    for method, options in (("rtn", {}), ("awq", {"grid": "5"})):
+        plan = find("awq-4bit").changed(method=method, options=options)
+        done = api.quantize("tiny", tmp_path / method, plan=plan, calibration=few)
+        assert {(tensor.method, tensor.scheme) for tensor in done.tensors} == {(method, "int4-g128")}
+        assert not [tensor.notes for tensor in done.tensors if tensor.notes]
+        kl = api.evaluate(tmp_path / method, reference="tiny", samples=3, length=512).quality.kl
+        assert kl is not None
+        away[method] = kl.mean.value
+    assert away["awq"] < 0.9 * away["rtn"]
+
+
+def test_methods_compose_over_a_whole_model(text: Path, tmp_path: Path) -> None:
+    folder, away = models.save(tmp_path / "original", "llama"), {}
+    # Of the kind that it is calibrated on: a random model's inputs of another kind are another distribution.
+    ids = torch.tensor([models.tokenizer().encode(models.sentences(3, seed=8))])
+    wanted = models.logits(models.original(folder), ids)
+    for method, options in (("rtn", {}), ("awq", {"grid": "5"}), ("awq+gptq", {"grid": "5"})):
+        plan = find("awq-4bit").changed(method=method, scheme="int4-g32", options=options)
+        done = api.quantize(folder, tmp_path / method, plan=plan, calibration=api.Calibration(str(text), 24, 48))
+        assert {tensor.method for tensor in done.tensors} == {method}
+        away[method] = distance(models.logits(fewbit.load(tmp_path / method, dtype=torch.float32), ids), wanted)
+    assert away["awq+gptq"] < away["awq"] < away["rtn"], away
+
+
+def test_what_could_not_be_folded_is_in_the_record(text: Path, tmp_path: Path) -> None:
+    folder = models.save(tmp_path / "original", "opt-350m")
+    plan = find("awq-4bit").changed(scheme="int4-g32", options={"grid": "2"})
+    api.quantize(folder, tmp_path / "out", plan=plan, calibration=api.Calibration(str(text), 6, 32))
+    record = json.loads((tmp_path / "out" / "fewbit.json").read_text())
+    notes = {tensor["module"].rpartition(".")[2]: tensor["notes"] for tensor in record["tensors"]}
+    assert {name for name, said in notes.items() if said} == {"q_proj", "k_proj", "v_proj", "fc1"}
+    assert all("nothing was found" in said[0] for said in notes.values() if said)
