@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewbit.methods.awq import AWQ
 from fewbit.methods.base import Fold, Method
 from fewbit.methods.rtn import RoundToNearest
 from fewbit.models import rewrite as rewriting
@@ -224,3 +225,11 @@ def test_a_block_in_half_precision_stays_so_and_is_rewritten_all_the_same(tmp_pa
         assert not done.notes
         assert {p.dtype for p in at.module.parameters()} == {torch.bfloat16}
         assert apart([y.float() for y in at.outputs()], [y.float() for y in before]) < 0.1
+
+
+def test_tokens_that_are_not_finite_are_passed_over(tmp_path: Path) -> None:
+    with opened(tmp_path / "llama", "llama") as at:
+        at.hidden[0][0, 3] = torch.nan
+        done = at.rewritten(at.wanted(AWQ(grid=3)))
+        assert len(done.tensors) == 2
+        assert not done.notes

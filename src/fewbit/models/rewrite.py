@@ -96,7 +96,8 @@ class BlockFold(Fold):
         error = 0.0
         for (args, kwargs), wanted, (_, states) in zip(self.inputs, self.outputs, self.batches, strict=True):
             each = (_first(self.scope(*args, **kwargs)) - wanted).square().sum(-1).flatten()
-            error += float(each @ _counts(states, len(each)))
+            sound = wanted.isfinite().all(-1).flatten()
+            error += float(each[sound] @ _counts(states, len(each))[sound])
         for name in weights:
             self.skeleton.replace_weight(name, self.kept[f"{name}.weight"])
         return error
@@ -131,7 +132,8 @@ class BlockFold(Fold):
         apart = 0.0
         for (call, states), before in zip(self.batches, self.block_outputs, strict=True):
             moved = (call.run(self.module, states) - before).norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-30)
-            apart = max(apart, float(moved.nan_to_num(torch.inf).max()))
+            moved = moved[before.isfinite().all(-1)].nan_to_num(torch.inf)
+            apart = max(apart, float(moved.max()) if moved.numel() else torch.inf)
         return apart
 
     def undo(self) -> None:
@@ -221,7 +223,7 @@ def _links(skeleton: Skeleton, module: nn.Module, batch: tuple[BlockCall, Tensor
     if key not in _known:
         call, states = _two_sequences(*batch)
         noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.device)
-        noise *= states.std()
+        noise *= states[states.isfinite()].std().nan_to_num(1.0).clamp(min=1e-3)
         _known[key] = find_links(module, lambda: call.run(module, noise))
     return _known[key]
 

@@ -132,14 +132,17 @@ def _fed_by_rows(
 
     whole = torch.arange(weight.shape[0])
     after = doubled(whole)
-    reader = next((name for name in later if not torch.equal(before[name], after[name])), None)
+    reader = next((name for name in later if name not in after or not torch.equal(before[name], after[name])), None)
     if reader is None:
         return
     later = later[: later.index(reader) + 1]
     for view in (_all_positions, _first_position):
 
         def times(rows: Tensor, view: Callable[[Tensor], Tensor] = view) -> Tensor:
-            return _times(view(before[reader]), view(doubled(rows)[reader]))
+            after = doubled(rows).get(reader)
+            if after is None or after.shape != before[reader].shape:  # routed elsewhere
+                return torch.zeros(before[reader].shape[-1])
+            return _times(view(before[reader]), view(after))
 
         rows = _scalable(whole, times, _HALVINGS if view is _first_position else 0)
         if len(rows) and (times(rows) == 2).any():
