@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from fewbit.errors import FormatError, NumericsError, PlanError
 from fewbit.formats.base import Format
 from fewbit.formats.safetensors import Checkpoint, ShardWriter, read_file, side_files, write_file
 from fewbit.methods.base import Choice, Method, name_of
+from fewbit.models.rewrite import rewrite
 from fewbit.models.skeleton import BlockCall, Skeleton
 from fewbit.plan import Assignment, Resolved
 from fewbit.schemes.base import QTensor, chunk_rows
@@ -42,7 +43,7 @@ class TensorReport:
     """What happened to one weight.
 
     `error`: relative squared error of its outputs on the calibration inputs, tokens weighted as in `gather` (of the
-    weight itself where there were none). `dropped`: input rows left out because they were not finite.
+    weight itself where no Hessian was gathered). `dropped`: input rows left out because they were not finite.
     """
 
     module: str
@@ -184,14 +185,15 @@ def _quantize_block(
     """Quantize the linears of a materialized block in place, and save them in `run`."""
     config = quantization_config(skeleton, resolved)
     wanted = {name: resolved.assignments[name] for name in skeleton.linears(block) if name in resolved.assignments}
+    rewritten = rewrite(skeleton, block, wanted, calls, hidden)
     stats = gather(skeleton, module, wanted, calls, hidden)
-    tensors: dict[str, Tensor] = {}
+    tensors = dict(rewritten.tensors)
     reports = []
     for name, assignment in wanted.items():
         own = stats.pop(name, None)
         laid_out, report = _quantize_linear(skeleton, resolved.format, config, assignment, own, replayed=bool(calls))
         tensors |= laid_out
-        reports.append(report)
+        reports.append(replace(report, notes=[*rewritten.notes.get(name, []), *report.notes]))
     run.save(index, tensors, reports)
     return reports
 
@@ -232,6 +234,9 @@ def _restore_block(skeleton: Skeleton, resolved: Resolved, block: str, tensors: 
         if name in resolved.assignments:
             own = {key.removeprefix(name + "."): t for key, t in tensors.items() if key.startswith(name + ".")}
             skeleton.replace_weight(name, resolved.format.read(own, config, name).dequantize())
+    for name, parameter in skeleton.model.get_submodule(block).named_parameters(prefix=block):
+        if name in tensors and name.removesuffix(".weight") not in resolved.assignments:  # a norm or bias, rewritten
+            parameter.data.copy_(tensors[name])
 
 
 class _AllFed(Exception):
@@ -386,6 +391,8 @@ def assemble(folder: Path, skeleton: Skeleton, resolved: Resolved, run: Run) -> 
         module = name.removesuffix(".weight")
         if module in suffixes:
             tensors += [(f"{module}.{suffix}", blocks, f"{module}.{suffix}") for suffix in suffixes[module]]
+        elif name in blocks.specs:  # a norm or bias, rewritten
+            tensors.append((name, blocks, name))
         else:
             tensors.append((name, skeleton.checkpoint, key))
     stored = skeleton.stored_names([name for name, _, _ in tensors])

@@ -123,6 +123,7 @@ PRESETS: dict[str, Plan] = {
     for plan in (
         _preset("rtn-4bit", "rtn", 4),
         *(_preset(f"gptq-{bits}bit", "gptq", bits) for bits in (2, 3, 4, 8)),
+        Plan("awq-4bit", "awq", (Rule("*", "int4-g128", "awq"),), adapt=True),
         Plan("nf4", "bnb", (Rule("*", "nf4-b64-dq"),)),
         Plan("int8", "bnb", (Rule("*", "llm.int8"),)),
     )

@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import inspect
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from fewbit import nn as quantized_nn
+from fewbit.formats import awq as awq_format
+from fewbit.formats.awq import AWQFormat
 from fewbit.formats.gptq import GPTQFormat
 from fewbit.kernels.reference import Reference
 from fewbit.kernels.torch_int4 import TorchInt4
 from fewbit.methods import gptq
+from fewbit.methods.awq import AWQ
 from fewbit.methods.base import make
+from fewbit.models import rewrite as rewriting
+from fewbit.models import topology
 from fewbit.schemes import affine, bits, int8, nf4
 from fewbit.schemes.base import parse
 from tests.contract.cases import FORMATS, KERNELS, hard, ordinary
@@ -29,11 +36,13 @@ from tests.contract.test_formats import check_round_trip
 from tests.contract.test_kernels import check_product, check_restored
 from tests.contract.test_methods import check_choice
 from tests.contract.test_schemes import check_grids, check_parts, check_weighted_fit
+from tests.golden import test_awq_layout as awq_layout
 from tests.golden.test_bnb_schemes import check_bytes
 from tests.golden.test_bnb_schemes import test_4_bit_values as check_values
 from tests.golden.test_bnb_schemes import test_8_bit_bytes_and_values as check_8_bit
 from tests.golden.test_bnb_schemes import test_ties_and_their_neighbours as check_ties
 from tests.golden.test_gptq_layout import check_read, check_written
+from tests.unit import test_awq, test_rewrite
 from tests.unit.test_affine import check_range, check_refit
 from tests.unit.test_gptq import check_definition, check_factor, check_gain, check_refinement
 from tests.unit.test_nn import test_the_gradient_is_the_dequantized_linears as check_gradient
@@ -59,6 +68,11 @@ class Mutation:
 
 def grids_(spec: str) -> Callable[[], None]:
     return lambda: check_grids(parse(spec), ordinary(6, 96))
+
+
+def in_a_folder(check: Callable[[Path, str], None], family: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        check(Path(folder) / family, family)
 
 
 def parts_(spec: str) -> Callable[[], None]:
@@ -254,6 +268,25 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         [Mutation(GPTQFormat, "read", "(zero + 1) & (2**width - 1)", "zero + 1")],
         lambda: check_read(2, 16, v1=True),
     ),
+    "awq: words in plain order both ways, which only the bytes tell": (
+        [
+            Mutation(awq_format, "_interleaved", "list(_ORDER)", ":"),
+            Mutation(awq_format, "_plain", "_ORDER.index(i)", "i"),
+        ],
+        lambda: awq_layout.check_written(32, False, "gemm"),
+    ),
+    "awq: the order's inverse for the order": (
+        [Mutation(awq_format, "_plain", "_ORDER.index(i)", "_ORDER[i]")],
+        lambda: awq_layout.check_read(32, "gemm"),
+    ),
+    "awq: zero points in plain order": (
+        [Mutation(AWQFormat, "lay_out", "_interleaved(zero.T)", "zero.T.contiguous()")],
+        lambda: awq_layout.check_written(32, False, "gemm"),
+    ),
+    "awq: gemv's zeros not padded": (
+        [Mutation(awq_format, "_zero_words", "return -(-words // multiple) * multiple", "return words")],
+        lambda: awq_layout.check_written(32, False, "gemv"),
+    ),
     "scale rows swapped": ([ROLLED], lambda: check_round_trip(FORMATS["gptq"], "int4-g32")),
     "scale rows swapped both ways, which only the bytes tell": (
         [ROLLED, ROLLED_BACK],
@@ -270,6 +303,39 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
             )
         ],
         lambda: check_written(4, 16, symmetric=True),
+    ),
+    # rewriting a block
+    "awq: any scale better than none": (
+        [Mutation(AWQ, "rewrite", "found, scales", "-1.0, scales")],
+        test_awq.check_search,
+    ),
+    "awq: rows not scaled back": (
+        [Mutation(rewriting.BlockFold, "apply", "/ per_channel.unsqueeze(1)", "* per_channel.unsqueeze(1)")],
+        lambda: in_a_folder(test_rewrite.check_folds, "llama"),
+    ),
+    "awq: a norm's bias not scaled": (
+        [Mutation(rewriting.BlockFold, "apply", "bias / per_channel", "bias")],
+        lambda: in_a_folder(test_rewrite.check_folds, "gpt2"),
+    ),
+    "awq: scales that a file cannot hold": (
+        [Mutation(rewriting.BlockFold, "stored", "self._as_stored(name, (before", "(lambda _, x: x)(name, (before")],
+        lambda: in_a_folder(test_rewrite.check_folds, "llama"),
+    ),
+    "awq: Gemma's norms taken for others": (
+        [Mutation(topology, "_offset", "(0.0, 1.0)", "(0.0,)")],
+        lambda: in_a_folder(test_rewrite.check_folds, "gemma"),
+    ),
+    "awq: a bit of the row's number lost": (
+        [Mutation(topology, "_channels", "(len(rows) - 1).bit_length()", "(len(rows) - 1).bit_length() - 1")],
+        lambda: in_a_folder(test_rewrite.check_folds, "llama"),
+    ),
+    "awq: fused projections taken whole": (
+        [Mutation(topology, "_fed_by_rows", "_HALVINGS if", "0 if")],
+        lambda: in_a_folder(test_rewrite.check_folds, "phi3"),
+    ),
+    "awq: a fold that is no fold kept": (
+        [Mutation(rewriting, "rewrite", "(apart := fold.apply(scales)) <= _CLOSE", "fold.apply(scales) < 1e9")],
+        lambda: in_a_folder(test_rewrite.check_wrong_link, "llama"),
     ),
     # kernels and the layer
     "scales of the next row in a kernel": (

@@ -1,8 +1,13 @@
-"""What a method is: it chooses codes on a scheme's grids, given what calibration measured."""
+"""What a method is: it chooses codes on a scheme's grids, given what calibration measured.
+
+Before that it may rewrite the block to an equal one that rounds better, one *fold* at a time. Methods compose:
+`awq+gptq` rewrites as awq does, and chooses codes as gptq does.
+"""
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -23,11 +28,42 @@ class Choice:
     notes: list[str] = field(default_factory=list)
 
 
+class Fold(ABC):
+    """Where a block can be scaled and stay the same: columns of some linears times s, what feeds them over s."""
+
+    readers: tuple[str, ...]  # the linears, which read one tensor of K columns
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """Reader -> its weight [N, K], float32."""
+
+    @abstractmethod
+    def mean_abs(self) -> Tensor:
+        """mean |x_j| of what the readers read, [K]; one value for columns that must be scaled alike."""
+
+    @abstractmethod
+    def error(self, weights: Mapping[str, Tensor]) -> float:
+        """Squared error of what the readers serve (their attention, their MLP), had they these weights."""
+
+    @abstractmethod
+    def stored(self, scales: Tensor) -> Tensor:
+        """The scales [K] nearest to these that can be had: 1 where nothing can be folded, the others as files round."""
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """A way to choose codes. Frozen: its fields are its options, and so its flags on the command line."""
 
     needs: ClassVar[Need] = Need.NOTHING
+    rewrites: ClassVar[bool] = False  # whether it has a `rewrite`
+
+    def rewrite(self, fold: Fold, schemes: Mapping[str, Scheme]) -> Tensor | None:
+        """Scales [K], as `fold.stored` gives them, for the columns of its readers; None: leave them as they are.
+
+        `schemes` says what each reader will get. The block is scaled, and found equal, before any code is chosen and
+        any statistic gathered.
+        """
+        return None
 
     def quantize(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Choice:
         """Codes for `w` [N, K] on grids of `scheme`. By default each weight goes to its nearest value."""
@@ -35,16 +71,50 @@ class Method(ABC):
         return Choice(QTensor(scheme, (w.shape[0], w.shape[1]), scheme.pack(codes, grids)))
 
 
-def make(name: str, options: dict[str, str] | None = None) -> Method:
-    """The method `name` with options given as text; PlanError naming what it does not know or cannot read."""
-    cls = registry.get("methods", name)
-    known = {f.name: f for f in fields(cls)}
-    values: dict[str, Any] = {}
-    for key, text in (options or {}).items():
+@dataclass(frozen=True)
+class Composed(Method):
+    """`first`'s rewrite, then `then`'s codes."""
+
+    first: Method
+    then: Method
+
+    rewrites: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> Need:  # type: ignore[override]
+        return max(self.then.needs, Need.MEAN_ABS)  # whatever is rewritten, inputs must be there
+
+    def rewrite(self, fold: Fold, schemes: Mapping[str, Scheme]) -> Tensor | None:
+        return self.first.rewrite(fold, schemes)
+
+    def quantize(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Choice:
+        return self.then.quantize(w, scheme, stats)
+
+
+def make(name: str, options: Mapping[str, str] | None = None) -> Method:
+    """The method `name`, or two as `awq+gptq`, with options given as text.
+
+    An option goes to each of the two that has it. PlanError naming what it does not know or cannot read.
+    """
+    names = name.split("+")
+    classes = [registry.get("methods", part) for part in names]
+    if len(classes) > 2 or not all(cls.rewrites for cls in classes[:-1]) or len(set(names)) < len(names):
+        first = ", ".join(sorted(key for key, cls in registry.entries("methods").items() if cls.rewrites))
+        raise PlanError(
+            f"method {name!r} does not compose", f"Before a + stands one that rewrites ({first}), as awq+gptq."
+        )
+    known = {f.name for cls in classes for f in fields(cls)}
+    for key in options or {}:
         if key not in known:
             raise registry.unknown(f"option of method {name}", key, known or ["(it has none)"])
-        values[key] = _read(text, known[key].default, f"--{key.replace('_', '-')}")
-    made = cls(**values)
+    made = [_made(cls, options or {}) for cls in classes]
+    return made[0] if len(made) == 1 else Composed(made[0], made[1])
+
+
+def _made(cls: Any, options: Mapping[str, str]) -> Method:
+    own = {f.name: f.default for f in fields(cls)}
+    read = {key: _read(text, own[key], f"--{key.replace('_', '-')}") for key, text in options.items() if key in own}
+    made = cls(**read)
     assert isinstance(made, Method)
     return made
 
@@ -55,7 +125,9 @@ def option_types() -> dict[str, type]:
 
 
 def name_of(method: Method) -> str:
-    """The name by which a method is registered."""
+    """The name by which `make` gives a method of this kind."""
+    if isinstance(method, Composed):
+        return f"{name_of(method.first)}+{name_of(method.then)}"
     return next(name for name, cls in registry.entries("methods").items() if cls is type(method))
 
 

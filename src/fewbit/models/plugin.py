@@ -36,6 +36,7 @@ from fewbit.schemes.base import PartSpec, QTensor
 _BACK_ENDS = {"bitsandbytes": ("bitsandbytes_4bit", "bitsandbytes_8bit")}
 _INSTALLED = {
     "gptq": lambda: is_gptqmodel_available() and is_optimum_available(),
+    "awq": is_gptqmodel_available,
     "bitsandbytes": is_bitsandbytes_available,
 }
 _serving: list[str | None] = []  # the kernels asked for by fewbit's own loader

@@ -123,6 +123,10 @@ class Skeleton:
         written = {id(tensor): name for name, tensor in revert_weight_conversion(self.model, marked).items()}
         return {name: written.get(id(tensor), name) for name, tensor in marked.items()}
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type in which the checkpoint holds the tensor of that model name."""
+        return next(self.checkpoint.specs[key].dtype for key, own in self.name_of.items() if own == name)
+
     def weight(self, module: str) -> Tensor:
         """The weight [N, K] of a materialized linear; GPT-2's Conv1D keeps it transposed."""
         linear = self.model.get_submodule(module)

@@ -1,0 +1,228 @@
+"""AWQ: the layouts of AutoAWQ, which transformers with gptqmodel, vLLM and others read. 4 bits.
+
+A linear of N rows and K columns with groups of g columns is stored by version "gemm" as
+
+    qweight  int32 [K, N / 8]            eight codes of a column in a word; nibble i of word w, counted from the lowest,
+                                         is of row 8 w + (0, 2, 4, 6, 1, 3, 5, 7)[i]
+    qzeros   int32 [K / g, N / 8]        zero points, in the same order
+    scales   float16 [K / g, N]
+
+and by version "gemv" along rows and in plain order, with zeros and scales padded to whole words,
+
+    qweight  int32 [N, K / 8]            qzeros  int32 [N, Z]            scales  float16 [N, 8 Z]
+
+where Z = ceil(K / g / 8), rounded up to a multiple of 2 for groups of 64 and of 4 for groups of 32. A code c stands for
+scale * (c - zero). Written files are "gemm"; symmetric weights are written with the zero point 8 throughout, and the
+config says `sym`. Source: the packing code of AutoAWQ 0.2 (`WQLinear_GEMM`, `WQLinear_GEMV`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fewbit.errors import FormatError
+from fewbit.formats.base import Format, Shape, Stored
+from fewbit.registry import register
+from fewbit.schemes import bits
+from fewbit.schemes.affine import Affine
+from fewbit.schemes.base import PartSpec, QTensor, Scheme
+
+_BITS, _PER_WORD = 4, 8
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_SUFFIXES = ("qweight", "qzeros", "scales")
+
+
+@register("formats", "awq")
+class AWQFormat(Format):
+    """Reads and lays out "gemm" and "gemv"; new files are "gemm"."""
+
+    name: ClassVar[str] = "awq"
+    quant_method: ClassVar[str] = "awq"
+
+    def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
+        if not isinstance(scheme, Affine) or scheme.bits != _BITS:
+            return f"awq files hold integers of 4 bits with scales, not {scheme}"
+        if reason := scheme.why_not(shape):
+            return reason
+        if shape[0] % _PER_WORD or shape[1] % _PER_WORD:
+            return f"awq packs rows and columns by 8, which does not divide {shape[0]} x {shape[1]}"
+        return None
+
+    def why_not_together(self, weights: Sequence[Stored]) -> str | None:
+        schemes = sorted({str(weight.scheme) for weight in weights})
+        if len(schemes) > 1:
+            return f"an awq file has one scheme for all tensors, not {', '.join(schemes)}"
+        return None
+
+    def specs(self, shape: Shape, scheme: Scheme) -> Mapping[str, PartSpec]:
+        (n, k), groups = shape, scheme.groups(shape[1])
+        return {
+            "qweight": PartSpec((k, n // _PER_WORD), torch.int32),
+            "qzeros": PartSpec((groups, n // _PER_WORD), torch.int32),
+            "scales": PartSpec((groups, n), torch.float16),
+        }
+
+    def lay_out(self, weight: QTensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        scheme, (n, k) = weight.codec, weight.shape
+        assert isinstance(scheme, Affine)
+        if weight.permutation is not None:
+            raise FormatError("awq files have no act-order: this weight's columns lie in another order")
+        groups, scale = scheme.groups(k), weight.parts["scale"]
+        if scheme.symmetric:
+            zero = torch.full((n, groups), 2 ** (_BITS - 1), dtype=torch.uint8)
+        else:
+            zero = bits.unpack(weight.parts["zero"], _BITS, groups)
+        if _version(config) == "gemv":
+            padding = (0, _PER_WORD * _zero_words(k, groups) - groups)
+            packed = bits.pack(pad(zero, padding), _BITS)
+            return {
+                "qweight": _words(weight.parts["codes"]),
+                "qzeros": _words(packed),
+                "scales": pad(scale, padding).contiguous(),
+            }
+        codes = bits.unpack(weight.parts["codes"], _BITS, k)
+        return {
+            "qweight": _words(bits.pack(_interleaved(codes.T), _BITS)),
+            "qzeros": _words(bits.pack(_interleaved(zero.T), _BITS)),
+            "scales": scale.T.contiguous(),
+        }
+
+    def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:
+        specs = {suffix: PartSpec(tuple(t.shape), t.dtype) for suffix, t in tensors.items()}
+        _check(module, specs, config)
+        scheme, (n, k) = self.describe(specs, config, module, {})
+        assert isinstance(scheme, Affine)
+        groups = scheme.groups(k)
+        packed, zeros = (tensors[name].contiguous().view(torch.uint8) for name in ("qweight", "qzeros"))
+        if _version(config) == "gemv":
+            codes, zero = packed, bits.unpack(zeros, _BITS, groups)
+            scale = tensors["scales"][:, :groups]
+        else:
+            codes = bits.pack(_plain(bits.unpack(packed, _BITS, n)).T.contiguous(), _BITS)
+            zero, scale = _plain(bits.unpack(zeros, _BITS, n)).T, tensors["scales"].T
+        # A file may call itself symmetric and hold other zeros, or the reverse: what is stored decides.
+        symmetric = scheme.symmetric and bool((zero == 2 ** (_BITS - 1)).all())
+        parts = {"codes": codes, "scale": scale.to(torch.float16).contiguous()}
+        if not symmetric:
+            parts["zero"] = bits.pack(zero.contiguous(), _BITS)
+        if not torch.isfinite(parts["scale"]).all():
+            raise FormatError(f"{module}.scales has NaN or Inf, or is beyond the range of fp16")
+        return QTensor(replace(scheme, symmetric=symmetric), (n, k), parts)
+
+    def describe(
+        self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, told: Mapping[str, Tensor]
+    ) -> tuple[Scheme, Shape]:
+        rows, columns = tensors["qweight"].shape
+        if _version(config) == "gemv":
+            n, k = rows, columns * _PER_WORD
+        else:
+            n, k = columns * _PER_WORD, rows
+        group = _group(config)
+        return Affine(group=0 if group == k else group, bits=_BITS, symmetric=config.get("sym") is True), (n, k)
+
+    def config(
+        self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype = torch.bfloat16
+    ) -> dict[str, Any]:
+        scheme = weights[0].scheme
+        assert isinstance(scheme, Affine)
+        return {
+            "quant_method": "awq",
+            "bits": _BITS,
+            "group_size": scheme.group or -1,
+            "zero_point": True,  # zero points are stored, if only eights
+            "sym": scheme.symmetric,  # transformers would write true where it is not said
+            "version": "gemm",
+            "modules_to_not_convert": sorted(skipped) or None,
+        }
+
+    def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
+        if (width := config.get("bits", config.get("w_bit", _BITS))) != _BITS:
+            raise FormatError(f"awq: bits = {width!r} in the quantization config", "Only 4 can be read.")
+        found: dict[str, dict[str, PartSpec]] = {}
+        for name in names:
+            module, _, suffix = name.rpartition(".")
+            if suffix in _SUFFIXES and module not in found:
+                found[module] = {s: names[f"{module}.{s}"] for s in _SUFFIXES if f"{module}.{s}" in names}
+                _check(module, found[module], config)
+        if not found:
+            raise FormatError("the config says awq, but no tensor is called *.qweight")
+        return found
+
+
+def _interleaved(codes: Tensor) -> Tensor:
+    """Codes [R, C], each eight of a row in the order in which a word holds them."""
+    eights: Tensor = codes.unflatten(1, (-1, _PER_WORD))
+    return eights[..., list(_ORDER)].flatten(1)
+
+
+def _plain(codes: Tensor) -> Tensor:
+    """The inverse of `_interleaved`."""
+    eights: Tensor = codes.unflatten(1, (-1, _PER_WORD))
+    return eights[..., [_ORDER.index(i) for i in range(_PER_WORD)]].flatten(1)
+
+
+def _words(packed: Tensor) -> Tensor:
+    """Rows of bytes [R, 4 C] seen as rows of little-endian words, int32 [R, C]."""
+    words: Tensor = packed.flatten().view(torch.int32).unflatten(0, (packed.shape[0], -1))
+    return words
+
+
+def _zero_words(k: int, groups: int) -> int:
+    """Words of zero points in a row of a "gemv" file."""
+    multiple = {64: 2, 32: 4}.get(k // groups, 1)
+    words = -(-groups // _PER_WORD)
+    return -(-words // multiple) * multiple
+
+
+def _version(config: Mapping[str, Any]) -> str:
+    version = config.get("version") or config.get("format") or "gemm"
+    if not isinstance(version, str) or version.lower() not in ("gemm", "gemv"):
+        raise FormatError(f"awq: version {version!r} is not known", "Known: gemm, gemv.")
+    return version.lower()
+
+
+def _group(config: Mapping[str, Any]) -> int:
+    """The group size that the config states, 0 for a whole row."""
+    group = config.get("group_size", config.get("q_group_size", 128))
+    if not isinstance(group, int) or isinstance(group, bool) or (group < 1 and group != -1):
+        raise FormatError(f"awq: group_size = {group!r} in the quantization config", "It is a number, or -1 for a row.")
+    return max(group, 0)
+
+
+def _check(module: str, specs: Mapping[str, PartSpec], config: Mapping[str, Any]) -> None:
+    """FormatError unless the tensors of one module fit one another and the group size that the config states."""
+    version, group = _version(config), _group(config)
+    for suffix in _SUFFIXES:
+        if suffix not in specs:
+            raise FormatError(f"{module}.{suffix} is missing")
+        if len(specs[suffix].shape) != 2:
+            raise FormatError(f"{module}.{suffix} has shape {list(specs[suffix].shape)}; two dimensions expected")
+    if not specs["scales"].dtype.is_floating_point:
+        raise FormatError(f"{module}.scales is {specs['scales'].dtype}; floating point expected")
+    rows, columns = specs["qweight"].shape
+    n, k = (rows, columns * _PER_WORD) if version == "gemv" else (columns * _PER_WORD, rows)
+    if not n or not k:
+        raise FormatError(f"{module}.qweight: {rows} x {columns} words hold no weight")
+    group = group or k
+    if k % group:
+        raise FormatError(f"{module}.qweight: the config's groups of {group} do not divide its {k} columns")
+    groups = k // group
+    words = _zero_words(k, groups)
+    shapes = {
+        "qweight": (rows, columns),
+        "qzeros": (n, words) if version == "gemv" else (groups, n // _PER_WORD),
+        "scales": (n, words * _PER_WORD) if version == "gemv" else (groups, n),
+    }
+    for suffix, shape in shapes.items():
+        wanted = PartSpec(shape, specs["scales"].dtype if suffix == "scales" else torch.int32)
+        if specs[suffix] != wanted:
+            raise FormatError(
+                f"{module}.{suffix} is {specs[suffix].dtype} {list(specs[suffix].shape)}; "
+                f"{wanted.dtype} {list(wanted.shape)} expected for a {version} file with groups of {group}"
+            )

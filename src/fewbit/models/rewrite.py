@@ -1,0 +1,284 @@
+"""A block rewritten to an equal one that rounds better: a method's scales folded in where the topology allows it.
+
+Each fold is checked: in float32, with what is stored (norms, biases) as it will be stored, every token's output must
+agree with that before to 1e-4, or the fold is undone and the report says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.methods.base import Fold
+from fewbit.models.skeleton import BlockCall, Skeleton
+from fewbit.models.topology import Link, find_links, weight_of
+from fewbit.plan import Assignment
+
+_TOKENS = 2048  # of the calibration text, on which scales are searched and folds are checked
+_CLOSE = 1e-4
+
+
+@dataclass
+class Rewritten:
+    """`tensors`: what changed besides weights to be quantized, by model name, as it is to be stored. `notes`: linear ->
+    what a user should know."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+
+def rewrite(
+    skeleton: Skeleton, block: str, wanted: Mapping[str, Assignment], calls: list[BlockCall], hidden: list[Tensor]
+) -> Rewritten:
+    """Rewrite the materialized `block` in place, as the methods of its linears ask."""
+    done = Rewritten()
+    asking = {name for name, assignment in wanted.items() if assignment.method.rewrites}
+    if not asking:
+        return done
+    module = skeleton.model.get_submodule(block)
+    tokens = sum(states[..., 0].numel() for states in hidden)
+    stride = max(1, min(round(tokens / _TOKENS), len(calls)))
+    with _in_float32(module), torch.no_grad():
+        some = zip(calls[::stride], hidden[::stride], strict=True)
+        batches = [(_to_float32(call), states.float()) for call, states in some]
+        served: set[str] = set()
+        for link in _links(skeleton, module, batches[0]):
+            source, readers = f"{block}.{link.source}", tuple(f"{block}.{name}" for name in link.readers)
+            if not asking.intersection(readers):
+                continue
+            served.update(readers)
+            methods = {wanted[name].method for name in readers if name in asking}
+            if not asking.issuperset(readers) or len(methods) > 1 or (link.offset is None and source not in wanted):
+                why = f"not scaled: {link.source} and what reads it are not all quantized alike"
+                _note(done, asking.intersection(readers), why)
+                continue
+            fold = BlockFold(skeleton, block, link, batches)
+            scales = methods.pop().rewrite(fold, {name: wanted[name].scheme for name in readers})
+            if scales is None:
+                continue
+            if (apart := fold.apply(scales)) <= _CLOSE:
+                done.tensors |= fold.changed()
+            else:
+                fold.undo()
+                why = f"not scaled: folding into {link.source} would change the block's output by {apart:.1e}"
+                _note(done, readers, why)
+        _note(done, asking - served, "not scaled: nothing was found that its input's scales could be folded into")
+    return done
+
+
+class BlockFold(Fold):
+    """One link of a materialized block in float32, with what its readers serve recorded on `batches`."""
+
+    def __init__(self, skeleton: Skeleton, block: str, link: Link, batches: list[tuple[BlockCall, Tensor]]) -> None:
+        self.readers = tuple(f"{block}.{name}" for name in link.readers)
+        self.source = f"{block}.{link.source}"
+        self.link, self.skeleton, self.batches = link, skeleton, batches
+        self.module = skeleton.model.get_submodule(block)
+        self.feeder = skeleton.model.get_submodule(self.source)
+        self.scope = self.module.get_submodule(_scope(link))
+        self.kept = {name: p.clone() for name, p in self._touched().items()}
+        self._record()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: self.kept[f"{name}.weight"] for name in self.readers}
+
+    def mean_abs(self) -> Tensor:
+        return self._alike(self.size)
+
+    def error(self, weights: Mapping[str, Tensor]) -> float:
+        for name, weight in weights.items():
+            self.skeleton.replace_weight(name, weight)
+        error = 0.0
+        for (args, kwargs), wanted, (_, states) in zip(self.inputs, self.outputs, self.batches, strict=True):
+            each = (_first(self.scope(*args, **kwargs)) - wanted).square().sum(-1).flatten()
+            sound = wanted.isfinite().all(-1).flatten()
+            error += float(each[sound] @ _counts(states, len(each))[sound])
+        for name in weights:
+            self.skeleton.replace_weight(name, self.kept[f"{name}.weight"])
+        return error
+
+    def stored(self, scales: Tensor) -> Tensor:
+        per_channel = self._per_channel(self._alike(scales.log())).exp()
+        got = per_channel
+        # One stored tensor rounds; what it then divides by is the scale. A second one has to follow.
+        name = "bias" if self.link.offset is None else "weight"
+        if (before := self.kept.get(f"{self.source}.{name}")) is not None and before.dim() == 1:
+            offset = self.link.offset or 0.0
+            after = self._as_stored(name, (before + offset) / per_channel - offset)
+            got = torch.where(before + offset == 0, per_channel, (before + offset) / (after + offset))
+            got = torch.where(got.isfinite() & (got > 0), got, 1.0)
+        channel = self.link.channel.to(scales.device)
+        return torch.where(channel >= 0, got[channel.clamp(min=0)], 1.0)
+
+    def apply(self, scales: Tensor) -> float:
+        """Fold `scales`; the largest relative distance of a token's output from what it was."""
+        per_channel = self._per_channel(scales, outside=1.0)
+        offset = self.link.offset
+        for name in self.readers:
+            self.skeleton.replace_weight(name, self.kept[f"{name}.weight"] * scales)
+        if offset is None:
+            weight = self.kept[f"{self.source}.weight"] / per_channel.unsqueeze(1)
+            self.skeleton.replace_weight(self.source, weight)
+        else:
+            weight = (self.kept[f"{self.source}.weight"] + offset) / per_channel - offset
+            self._touched()[f"{self.source}.weight"].copy_(self._as_stored("weight", weight))
+        if (bias := self.kept.get(f"{self.source}.bias")) is not None:
+            self._touched()[f"{self.source}.bias"].copy_(self._as_stored("bias", bias / per_channel))
+        apart = 0.0
+        for (call, states), before in zip(self.batches, self.block_outputs, strict=True):
+            moved = (call.run(self.module, states) - before).norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-30)
+            moved = moved[before.isfinite().all(-1)].nan_to_num(torch.inf)
+            apart = max(apart, float(moved.max()) if moved.numel() else torch.inf)
+        return apart
+
+    def undo(self) -> None:
+        """The block as it was."""
+        for name, parameter in self._touched().items():
+            parameter.copy_(self.kept[name])
+
+    def changed(self) -> dict[str, Tensor]:
+        """What is stored beside the quantized weights and has changed, by model name, in the type of its file."""
+        names = [f"{self.source}.bias"] + ([f"{self.source}.weight"] if self.link.offset is not None else [])
+        touched = self._touched()
+        return {n: touched[n].to(self._dtype(n)).cpu() for n in names if n in touched}
+
+    def _touched(self) -> dict[str, Tensor]:
+        """The parameters that folding writes to; weights of linears as [N, K]."""
+        own = {f"{name}.weight": self.skeleton.weight(name) for name in self.readers}
+        own[f"{self.source}.weight"] = weight_of(self.feeder)
+        if isinstance(bias := getattr(self.feeder, "bias", None), Tensor):
+            own[f"{self.source}.bias"] = bias
+        return own
+
+    def _record(self) -> None:
+        self.inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.outputs: list[Tensor] = []
+        sizes: list[Tensor] = []
+
+        def serve(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.inputs.append((args, kwargs))
+            self.outputs.append(_first(output))
+
+        def read(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1])
+            sizes.append(x[x.isfinite().all(1)].abs().mean(0))
+
+        handles = [
+            self.scope.register_forward_hook(serve, with_kwargs=True),
+            self.skeleton.model.get_submodule(self.readers[0]).register_forward_pre_hook(read),
+        ]
+        try:
+            self.block_outputs = [call.run(self.module, states) for call, states in self.batches]
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.size = torch.stack(sizes).mean(0)
+
+    def _alike(self, values: Tensor) -> Tensor:
+        """The mean over the columns that one channel feeds, [K]; those of no channel keep their own."""
+        channel = self.link.channel.to(values.device)
+        return torch.where(channel >= 0, self._per_channel(values)[channel.clamp(min=0)], values)
+
+    def _per_channel(self, values: Tensor, outside: float = 0.0) -> Tensor:
+        """The mean of `values` [K] over the columns that each channel feeds; `outside` where it feeds none."""
+        channel, count = self.link.channel.to(values.device), len(self.kept[f"{self.source}.weight"])
+        fed = channel >= 0
+        total = torch.zeros(count, device=values.device).index_add_(0, channel[fed], values[fed].float())
+        times = torch.bincount(channel[fed], minlength=count)
+        return torch.where(times > 0, total / times.clamp(min=1), outside)
+
+    def _as_stored(self, leaf: str, values: Tensor) -> Tensor:
+        return values.to(self._dtype(f"{self.source}.{leaf}")).float()
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self.skeleton.stored_dtype(name)
+
+
+def _scope(link: Link) -> str:
+    """The module whose output counts: what holds all readers; for one that a norm feeds alone, what holds that one.
+
+    For a reader fed by a linear's rows (o, down) it is the reader itself.
+    """
+    if link.offset is None:
+        return link.readers[0]
+    paths = [name.split(".")[:-1] for name in link.readers]
+    shared = 0
+    while all(len(path) > shared and path[shared] == paths[0][shared] for path in paths):
+        shared += 1
+    return ".".join(paths[0][:shared])
+
+
+_known: dict[tuple[object, ...], list[Link]] = {}  # by what a block is made of: its twins need not be looked at again
+
+
+def _links(skeleton: Skeleton, module: nn.Module, batch: tuple[BlockCall, Tensor]) -> list[Link]:
+    kinds = tuple((name, type(m).__qualname__) for name, m in module.named_modules())
+    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+    key = (type(skeleton.model).__qualname__, str(skeleton.config.to_dict()), kinds, shapes)
+    if key not in _known:
+        call, states = _two_sequences(*batch)
+        noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.device)
+        noise *= states[states.isfinite()].std().nan_to_num(1.0).clamp(min=1e-3)
+        _known[key] = find_links(module, lambda: call.run(module, noise))
+    return _known[key]
+
+
+def _two_sequences(call: BlockCall, states: Tensor) -> tuple[BlockCall, Tensor]:
+    """The call and states of the first two sequences of a batch."""
+    size = states.shape[0]
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:2] if value.dim() and value.shape[0] == size else value
+        return value
+
+    return _mapped(call, cut), states[:2]
+
+
+def _mapped(call: BlockCall, change: Callable[[Any], Any]) -> BlockCall:
+    def through(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(through(v) for v in value)
+        if isinstance(value, dict):
+            return {key: through(v) for key, v in value.items()}
+        return change(value)
+
+    return BlockCall(through(call.args), through(dict(call.kwargs)))
+
+
+def _to_float32(call: BlockCall) -> BlockCall:
+    return _mapped(call, lambda v: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v)
+
+
+@contextmanager
+def _in_float32(module: nn.Module) -> Iterator[None]:
+    """Within, the module's parameters are float32; after, what they were, with their new values."""
+    before = {name: p.dtype for name, p in module.named_parameters()}
+    module.float()
+    try:
+        yield
+    finally:
+        for name, parameter in module.named_parameters():
+            parameter.data = parameter.data.to(before[name])
+
+
+def _counts(states: Tensor, rows: int) -> Tensor:
+    """How much each row counts: a token in proportion to the norm of what enters the block, as in statistics."""
+    counts = states.norm(dim=-1).flatten()
+    return counts if len(counts) == rows else torch.ones(rows, device=states.device)
+
+
+def _first(output: Any) -> Tensor:
+    output = output[0] if isinstance(output, tuple) else output
+    assert isinstance(output, Tensor)
+    return output
+
+
+def _note(done: Rewritten, linears: Iterable[str], text: str) -> None:
+    for name in sorted(linears):
+        done.notes.setdefault(name, []).append(text)

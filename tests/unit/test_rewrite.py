@@ -1,0 +1,235 @@
+"""A block with scales folded in computes what it did, on every architecture, or the fold is undone and it is said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewbit.methods.awq import AWQ
+from fewbit.methods.base import Fold, Method
+from fewbit.methods.rtn import RoundToNearest
+from fewbit.models import rewrite as rewriting
+from fewbit.models.rewrite import Rewritten
+from fewbit.models.skeleton import BlockCall, Skeleton
+from fewbit.models.source import locate
+from fewbit.models.topology import Link
+from fewbit.plan import Assignment
+from fewbit.schemes.base import Scheme, parse
+from fewbit.stats import Need
+from tests import models
+
+QKV, GATED = "q_proj k_proj v_proj", "gate_proj up_proj"
+LLAMA = {"input_layernorm": QKV, "v_proj": "o_proj", "post_attention_layernorm": GATED, "up_proj": "down_proj"}
+GEMMA2 = {"input_layernorm": QKV, "v_proj": "o_proj", "pre_feedforward_layernorm": GATED, "up_proj": "down_proj"}
+GPT2 = {"ln_1": "c_attn", "c_attn": "c_proj", "ln_2": "c_fc"}  # nothing passes a GELU
+EXPECTED: dict[str, dict[str, str]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), LLAMA),
+    **dict.fromkeys(("gemma2", "gemma3"), GEMMA2),
+    "phi3": {
+        "input_layernorm": "qkv_proj",
+        "qkv_proj": "o_proj",
+        "post_attention_layernorm": "gate_up_proj",
+        "gate_up_proj": "down_proj",
+    },
+    "gpt2": GPT2,
+    "gpt2-bare": GPT2,
+    "opt": {"self_attn_layer_norm": QKV, "v_proj": "out_proj", "final_layer_norm": "fc1", "fc1": "fc2"},
+    "opt-350m": {"v_proj": "out_proj", "fc1": "fc2"},  # its norms feed the residual stream too
+    "gpt-neox": {
+        "input_layernorm": "query_key_value",
+        "query_key_value": "dense",
+        "post_attention_layernorm": "dense_h_to_4h",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Wild(Method):
+    """Scales drawn between 1/4 and 4, whatever they cost."""
+
+    needs = Need.MEAN_ABS
+    rewrites: ClassVar[bool] = True
+
+    def rewrite(self, fold: Fold, schemes: Mapping[str, Scheme]) -> Tensor | None:
+        drawn = torch.rand(len(fold.mean_abs()), generator=torch.Generator().manual_seed(3))
+        return fold.stored(4 ** (2 * drawn - 1))
+
+
+@dataclass
+class Opened:
+    """The first block of a tiny model, materialized, with what enters it."""
+
+    skeleton: Skeleton
+    block: str
+    module: nn.Module
+    calls: list[BlockCall]
+    hidden: list[Tensor]
+
+    def wanted(self, method: Method, other: Mapping[str, Method] = {}) -> dict[str, Assignment]:
+        found = {}
+        for name, shape in self.skeleton.linears(self.block).items():
+            chosen = other.get(name.rpartition(".")[2], method)
+            found[name] = Assignment(name, shape, parse("int4-g16"), chosen)
+        return found
+
+    def outputs(self) -> list[Tensor]:
+        return [call.run(self.module, states) for call, states in zip(self.calls, self.hidden, strict=True)]
+
+    def rewritten(self, wanted: Mapping[str, Assignment]) -> Rewritten:
+        return rewriting.rewrite(self.skeleton, self.block, wanted, self.calls, self.hidden)
+
+    def links(self) -> list[Link]:
+        return rewriting._links(self.skeleton, self.module, (self.calls[0], self.hidden[0]))
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {name: p.clone() for name, p in self.module.named_parameters(prefix=self.block)}
+
+
+@contextmanager
+def opened(folder: Path, family: str, working: torch.dtype = torch.float32, **changes: Any) -> Iterator[Opened]:
+    rewriting._known.clear()
+    if not folder.exists():
+        models.save(folder, family, **changes)
+    skeleton = Skeleton(locate(folder), working, torch.device("cpu"))
+    tokens = torch.randint(3, models.VOCAB, (6, 24), generator=torch.Generator().manual_seed(0))
+    hidden, calls = skeleton.capture([tokens[:3], tokens[3:]])
+    block = skeleton.blocks[0]
+    with skeleton.materialized(block) as module, torch.no_grad():
+        yield Opened(skeleton, block, module, calls[block], hidden)
+
+
+def leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def apart(got: list[Tensor], wanted: list[Tensor]) -> float:
+    return max(float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max()) for a, b in zip(got, wanted, strict=True))
+
+
+def check_folds(folder: Path, family: str, **changes: Any) -> None:
+    """Every link that there is is found and takes any scales, and the block's output does not change."""
+    with opened(folder, family, **changes) as at:
+        found = {leaf(link.source): " ".join(map(leaf, link.readers)) for link in at.links()}
+        assert found == EXPECTED[family]
+        before, parameters = at.outputs(), at.parameters()
+        done = at.rewritten(at.wanted(Wild()))
+        assert apart(at.outputs(), before) < 1e-5
+        after = at.parameters()
+        moved = {name for name, p in after.items() if (p - parameters[name]).norm() > 0.1 * parameters[name].norm()}
+        for source, readers in found.items():
+            assert {f"{name}.weight" for name in after_names(after, [source, *readers.split()])} <= moved
+        # What is not quantized is stored as it was in the file, and is what the block now has.
+        assert {name for name in moved if name.rpartition(".")[0] not in at.wanted(Wild())} <= done.tensors.keys()
+        for name, tensor in done.tensors.items():
+            assert tensor.dtype == at.skeleton.stored_dtype(name)
+            assert torch.equal(tensor.float(), after[name])
+        unfed = {name for name in at.wanted(Wild()) if leaf(name) not in " ".join(found.values()).split()}
+        if family.startswith("gpt2"):  # two linears are called c_proj
+            unfed = {name for name in unfed | set(at.wanted(Wild())) if name.endswith("mlp.c_proj")}
+        assert done.notes.keys() == unfed
+        assert all("nothing was found" in note for notes in done.notes.values() for note in notes)
+
+
+def after_names(parameters: Mapping[str, Tensor], leaves: list[str]) -> set[str]:
+    """Modules with a weight and one of these names; of GPT-2's two c_proj the one of its attention."""
+    modules = {name.rpartition(".")[0] for name in parameters if name.endswith(".weight")}
+    return {module for module in modules if leaf(module) in leaves and not module.endswith("mlp.c_proj")}
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_every_fold_keeps_the_output(family: str, tmp_path: Path) -> None:
+    check_folds(tmp_path / family, family)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "qwen2"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_scales_follow_what_a_file_rounds(family: str, dtype: str, tmp_path: Path) -> None:
+    check_folds(tmp_path / family, family, dtype=dtype)
+
+
+def test_layer_norms_whose_bias_would_round_are_kept_or_dropped_but_never_wrong(tmp_path: Path) -> None:
+    with opened(tmp_path / "gpt2", "gpt2", dtype="bfloat16") as at:
+        before = at.outputs()
+        done = at.rewritten(at.wanted(Wild()))
+        assert apart(at.outputs(), before) <= 1e-4
+        dropped = [note for notes in done.notes.values() for note in notes if "would change" in note]
+        assert len(dropped) == len(
+            [name for name in ("ln_1", "ln_2") if not any(f"{name}." in t for t in done.tensors)]
+        )
+
+
+def test_grouped_queries_share_the_channel_of_their_value(tmp_path: Path) -> None:
+    with opened(tmp_path / "llama", "llama") as at:  # four heads of 16, two of values
+        channel = {leaf(link.source): link.channel for link in at.links()}["v_proj"]
+        assert channel.tolist() == [(column // 32) * 16 + column % 16 for column in range(64)]
+    with opened(tmp_path / "phi3", "phi3") as at:  # q, k and v in one: values are the last 32 rows
+        channels = {leaf(link.source): link.channel for link in at.links()}
+        assert channels["qkv_proj"].tolist() == [96 + (c // 32) * 16 + c % 16 for c in range(64)]
+        assert channels["gate_up_proj"].tolist() == [96 + c for c in range(96)]
+
+
+def test_norms_that_add_one_are_told_from_those_that_do_not(tmp_path: Path) -> None:
+    for family, offset in (("gemma3", 1.0), ("qwen3", 0.0), ("opt", 0.0)):
+        with opened(tmp_path / family, family) as at:
+            assert {link.offset for link in at.links()} == {offset, None}
+
+
+def check_wrong_link(folder: Path, family: str) -> None:
+    """A link that is not one is undone to the byte, and said."""
+    with opened(folder, family) as at, pytest.MonkeyPatch.context() as patch:
+        links = at.links()
+        wrong = [replace(link, channel=link.channel.flip(0)) for link in links[1:2]]
+        rewriting._known.clear()
+        patch.setattr(rewriting, "find_links", lambda *_: [links[0], *wrong])
+        assert wrong[0].channel.tolist() != links[1].channel.tolist()
+        before, outputs = at.parameters(), at.outputs()
+        done = at.rewritten(at.wanted(Wild()))
+        after = at.parameters()
+        assert apart(at.outputs(), outputs) < 1e-5
+        (note,) = done.notes[f"{at.block}.self_attn.o_proj"]
+        assert "folding into self_attn.v_proj would change the block's output by" in note
+        assert torch.equal(after[f"{at.block}.self_attn.o_proj.weight"], before[f"{at.block}.self_attn.o_proj.weight"])
+        assert list(done.tensors) == [f"{at.block}.input_layernorm.weight"]
+
+
+def test_a_wrong_link_is_undone_and_reported(tmp_path: Path) -> None:
+    check_wrong_link(tmp_path / "llama", "llama")
+
+
+def test_where_not_all_readers_ask_nothing_is_scaled(tmp_path: Path) -> None:
+    with opened(tmp_path / "llama", "llama") as at:
+        before = at.parameters()
+        done = at.rewritten(at.wanted(Wild(), {"k_proj": RoundToNearest(), "o_proj": RoundToNearest()}))
+        same = {
+            leaf(name.removesuffix(".weight")) for name, p in at.parameters().items() if torch.equal(p, before[name])
+        }
+        assert same == {"input_layernorm", "q_proj", "k_proj", "v_proj", "o_proj"}
+        assert {leaf(name) for name in done.notes} == {"q_proj", "v_proj"}
+        assert all("not all quantized alike" in note for (note,) in done.notes.values())
+        assert not at.rewritten(at.wanted(RoundToNearest())).tensors
+
+
+def test_a_block_in_half_precision_stays_so_and_is_rewritten_all_the_same(tmp_path: Path) -> None:
+    """As on a GPU: what is computed in float32 goes back to the block's own type."""
+    with opened(tmp_path / "llama", "llama", torch.bfloat16) as at:
+        before = at.outputs()
+        done = at.rewritten(at.wanted(Wild()))
+        assert len(done.tensors) == 2
+        assert not done.notes
+        assert {p.dtype for p in at.module.parameters()} == {torch.bfloat16}
+        assert apart([y.float() for y in at.outputs()], [y.float() for y in before]) < 0.1
+
+
+def test_tokens_that_are_not_finite_are_passed_over(tmp_path: Path) -> None:
+    with opened(tmp_path / "llama", "llama") as at:
+        at.hidden[0][0, 3] = torch.nan
+        done = at.rewritten(at.wanted(AWQ(grid=3)))
+        assert len(done.tensors) == 2
+        assert not done.notes
