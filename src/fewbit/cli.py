@@ -338,8 +338,8 @@ def _print(data: Any) -> None:
 def main() -> None:
     """The console script: errors of ours in one or two lines, with their exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Before torch is imported. Its threads wait by spinning, which on a busy machine takes the time from the one that is
-    # waited for: quantizing tiny beside two busy processes took 72 s, and 40 s so; on an idle machine it is the same.
+    # Before torch is imported. Its threads wait by spinning, which on a busy machine takes the time from the one waited
+    # for: quantizing tiny beside two busy processes took 72 s, and 40 s so; on an idle machine it is the same.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
