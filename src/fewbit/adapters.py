@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from fewbit import api, pipeline, report
+from fewbit import api, outputs, pipeline, report
 from fewbit import calibration as texts
+from fewbit.advise import hardware
 from fewbit.errors import FormatError, NumericsError, PlanError
 from fewbit.examples import examples, split
 from fewbit.formats.safetensors import files_in, read_specs
@@ -47,21 +48,20 @@ def finetune(
     finite: `out` then holds the adapter as of the last good step, if there was one. dtype of activations and of what
     is not quantized: float32 on a CPU, the checkpoint's own on a GPU by default.
     """
-    elapsed, out, device = pipeline.timed(), _free(out, overwrite), api._device(device)
+    elapsed, out, device = pipeline.timed(), outputs.claimed(out, overwrite=overwrite), hardware.device(device)
     tuning = tuning or Tuning()
     need_peft()
     text = texts.load_text(data)
     source = locate(model)
-    _spare(out, source.origin, source.folder, data)
-    most = api._context(source.config)
+    outputs.spare(out, source.origin, source.folder, data)
+    most = source.context
     if tuning.length > most and tuning.length != Tuning.length:
         raise PlanError(f"--length {tuning.length} is beyond the model's context of {most} tokens")
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     every, notes = examples(text, tokenizer, min(tuning.length, most))
     training, held_out = split(every, tuning.held_out, tuning.seed)
-    memory.return_freed(
-        1 << 18
-    )  # SmolLM2, 4 x 128 tokens: 1.0 GB at the peak where pieces below 4 MiB are kept, 0.6 GB so
+    # SmolLM2, 4 x 128 tokens: 1.0 GB at the peak where pieces below 4 MiB are kept, 0.6 GB so.
+    memory.return_freed(1 << 18)
     dtype = dtype or (torch.float32 if device == "cpu" else None)
     loaded = load_model(source, dtype=dtype or "auto", device=device, trust_remote_code=trust_remote_code)
 
@@ -71,7 +71,7 @@ def finetune(
     done = train(loaded, str(model), pad, training, held_out, tuning, progress or (lambda *_: None))
     if done.stopped and not done.steps:
         raise NumericsError(f"{done.stopped}: nothing was learned, and nothing is saved", _CALMER)
-    with pipeline.published(out, overwrite=overwrite) as folder:
+    with outputs.published(out, overwrite=overwrite) as folder:
         done.model.save_pretrained(folder, save_embedding_layers=False)
     if done.stopped:
         raise NumericsError(f"{done.stopped}: {out} holds the adapter as of step {done.steps}", _CALMER)
@@ -120,17 +120,17 @@ def merge(
     values that its packed weights stand for. plan: quantize the result by it. The result is compared with `model` and
     its adapter on `samples` windows of `length` tokens of a text. The merged model is held in memory unquantized.
     """
-    elapsed, out = pipeline.timed(), _free(out, overwrite)
+    elapsed, out = pipeline.timed(), outputs.claimed(out, overwrite=overwrite)
     need_peft()
     from fewbit.models.adapter import write_merged
 
     source = locate(model)
     origin = locate(base) if base is not None else _recorded_base(source)
-    _spare(out, source.origin, source.folder, adapter, *([origin.origin, origin.folder] if origin else []))
+    outputs.spare(out, source.origin, source.folder, adapter, *([origin.origin, origin.folder] if origin else []))
     if origin is not None and origin.quantization is not None:
         raise PlanError(f"--base {origin.name} is quantized itself", "Give the model that it was quantized from.")
     if plan is None:
-        with pipeline.published(out, overwrite=overwrite) as folder:
+        with outputs.published(out, overwrite=overwrite) as folder:
             write_merged(origin or source, adapter, folder, trust_remote_code=trust_remote_code)
         quantized = None
     else:
@@ -193,21 +193,3 @@ def _rename_origin(out: Path, name: str) -> None:
     record: dict[str, Any] = {**json.loads((out / "fewbit.json").read_text()), "model": name}
     (out / "fewbit.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "README.md").write_text(report.model_card(record))
-
-
-def _free(out: str | Path, overwrite: bool) -> Path:
-    out = Path(out)
-    if out.exists() and not overwrite:
-        raise PlanError(f"{out} exists", "Use --overwrite to replace it, or another -o.")
-    if out.is_file():
-        raise PlanError(f"{out} is a file, not a folder", "Give another -o.")
-    if not api._existing(out.parent).is_dir():
-        raise PlanError(f"{out} cannot be made: {api._existing(out.parent)} is a file")
-    return out
-
-
-def _spare(out: Path, *needed: str | Path) -> None:
-    """PlanError if replacing `out` would delete what is still needed."""
-    for place in needed:
-        if Path(place).expanduser().resolve().is_relative_to(out.resolve()):
-            raise PlanError(f"{out} holds {place}, which would be lost", "Give another -o.")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewbit import calibration as texts
-from fewbit import pipeline, registry, report
+from fewbit import outputs, pipeline, registry, report
 from fewbit import plan as plans
 from fewbit.advise import hardware
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
@@ -63,20 +63,12 @@ def quantize(
     does not fit the model, FormatError for a broken checkpoint, NumericsError (naming the tensor) for NaN or Inf in
     it.
     """
-    elapsed, out = pipeline.timed(), Path(out)
-    if out.exists() and not overwrite:
-        raise PlanError(f"{out} exists", "Use --overwrite to replace it, or another -o.")
-    if not _existing(out.parent).is_dir():
-        raise PlanError(f"{out} cannot be made: {_existing(out.parent)} is a file")
+    elapsed, out = pipeline.timed(), outputs.claimed(out, overwrite=overwrite)
     memory.return_freed()
     job = _Job.prepare(model, plan, device, safetensors_only, trust_remote_code)
-    if out.is_file():
-        raise PlanError(f"{out} is a file, not a folder", "Give another -o.")
-    own = [job.source.origin, job.source.folder, *job.source.files]
-    if any(place.resolve().is_relative_to(out.resolve()) for place in own):
-        raise PlanError(f"{out} holds the model itself, which would be lost", "Give another -o.")
+    outputs.spare(out, job.source.origin, job.source.folder, *job.source.files)
     preview = job.preview()
-    free = shutil.disk_usage(_existing(out.parent)).free
+    free = shutil.disk_usage(outputs.existing(out.parent)).free
     if free < 2 * preview.output_bytes:  # block results, then the folder put together from them
         raise PlanError(
             f"{report.size(2 * preview.output_bytes)} of disk are needed for {out}, {report.size(free)} are free"
@@ -86,7 +78,7 @@ def quantize(
     versions = hardware.versions()
     run = pipeline.Run(pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions))
     tensors = pipeline.quantize_blocks(job.skeleton, job.resolved, tokens, run, progress or (lambda step: None))
-    with pipeline.published(out, overwrite=overwrite) as folder:
+    with outputs.published(out, overwrite=overwrite) as folder:
         written = pipeline.assemble(folder, job.skeleton, job.resolved, run)
         if written != preview.output_bytes:
             raise FormatError(f"{written} bytes were written where {preview.output_bytes} were foreseen")
@@ -121,7 +113,7 @@ def quantize(
         (folder / "fewbit.json").write_text(json.dumps(record, indent=1) + "\n")
         (folder / "README.md").write_text(report.model_card(record))
         try:
-            sample = _reopened(folder, tokenizer, _device(device), trust_remote_code)
+            sample = _reopened(folder, tokenizer, hardware.device(device), trust_remote_code)
         except KernelError:  # quantizing took a block at a time, the whole model may not fit the device
             sample = _reopened(folder, tokenizer, "cpu", trust_remote_code)
     run.forget()
@@ -188,12 +180,12 @@ def evaluate(
     length: tokens of a window, the model's context up to 2048 by default. samples: how many windows, all by default.
     dtype of activations: float32 on a CPU, the checkpoint's own on a GPU by default. kernel: for `model`, as in `load`.
     """
-    elapsed, device = pipeline.timed(), _device(device)
+    elapsed, device = pipeline.timed(), hardware.device(device)
     source, original = locate(model), locate(reference) if reference is not None else None
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if original is not None and load_tokenizer(original).get_vocab() != tokenizer.get_vocab():
         raise PlanError(f"{model} and {reference} have different tokenizers", "Compare models of one vocabulary.")
-    most = _context(source.config)
+    most = source.context
     if length is not None and length > most:
         raise PlanError(f"--length {length} is beyond the model's context of {most} tokens")
     if length is not None and length < 2:
@@ -251,7 +243,7 @@ def generate(
         raise PlanError(f"--max-new-tokens {max_new_tokens}: at least one token must come")
     if not 0 <= temperature < float("inf"):
         raise PlanError(f"--temperature {temperature}: give 0 for the likeliest tokens, about 0.7 for some variety")
-    device, source = _device(device), locate(model)
+    device, source = hardware.device(device), locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     ids = prompt_ids(tokenizer, prompt, chat=chat)
     loaded = load_model(source, device=device, kernel=kernel, adapter=adapter, trust_remote_code=trust_remote_code)
@@ -303,7 +295,7 @@ class _Job:
         source = locate(model, safetensors_only=safetensors_only)
         if source.quantization is not None:
             raise PlanError(f"{model} is quantized already", "Quantize the original: a second rounding only adds loss.")
-        device = _device(device)
+        device = hardware.device(device)
         dtype = torch.float32 if device == "cpu" else source.dtype
         skeleton = Skeleton(source, dtype, torch.device(device), trust_remote_code=trust_remote_code)
         if reason := skeleton.why_not():
@@ -317,7 +309,7 @@ class _Job:
         """Calibration tokens [samples, length] and what the record says of them; None where no method needs any."""
         if all(a.method.needs == Need.NOTHING for a in self.resolved.assignments.values()):
             return None, None
-        most = _context(self.source.config)
+        most = self.source.context
         if wanted.length > most and wanted.length != Calibration.length:
             raise PlanError(f"--length {wanted.length} is beyond the model's context of {most} tokens")
         text = texts.load_text(wanted.text or texts.own_source(self.source.config), "calibration")
@@ -383,28 +375,3 @@ def _fewer(wanted: Calibration, used: dict[str, Any] | None) -> list[str]:
 
 def _named(model: str | Path, adapter: str | Path | None) -> str:
     return str(model) if adapter is None else f"{model} with {adapter}"
-
-
-def _device(wanted: str | None) -> str:
-    """The device to use: the one asked for, which must be there, else a GPU if there is one."""
-    if wanted is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    here = ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if not torch.cuda.is_available():
-        here = ["cpu"]
-    if wanted not in here:
-        raise PlanError(f"--device {wanted} is not here", f"There is: {', '.join(here)}.")
-    return wanted
-
-
-def _context(config: dict[str, Any]) -> int:
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(config.get(key), int):
-            return int(config[key])
-    return 2048
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import shutil
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -335,51 +333,6 @@ def _mean_error(reports: Sequence[TensorReport]) -> float:
 def _batches(tokens: Tensor) -> list[Tensor]:
     """About 2048 tokens at a time: enough to keep two cores or a GPU busy, small beside the statistics."""
     return list(tokens.split(max(1, 2048 // tokens.shape[1])))
-
-
-@contextmanager
-def published(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A fresh folder beside `out` that becomes `out` when the body ends, and vanishes if it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for stale in out.parent.glob(f".{out.name}.fewbit-*"):
-        kind, pid = stale.name.removeprefix(f".{out.name}.fewbit-").split("-")[:2]
-        if kind == "old" and not out.exists():
-            stale.rename(out)  # a run died between the two renames below
-        elif not _alive(pid):
-            shutil.rmtree(stale, ignore_errors=True)
-    own = f"{os.getpid()}-{secrets.token_hex(4)}"  # in a container the same number may come again
-    staging, old = (out.parent / f".{out.name}.fewbit-{kind}-{own}" for kind in ("new", "old"))
-    staging.mkdir()
-    try:
-        yield staging
-        for file in [*staging.iterdir(), staging]:
-            handle = os.open(file, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        if out.exists():
-            if not overwrite:
-                raise PlanError(f"{out} has appeared meanwhile", "Use --overwrite to replace it.")
-            out.rename(old)
-            try:
-                staging.rename(out)
-            except BaseException:
-                old.rename(out)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def assemble(folder: Path, skeleton: Skeleton, resolved: Resolved, run: Run) -> int:

@@ -124,6 +124,7 @@ def test_a_permuted_weight_comes_back_or_is_refused(name: str, spec: str) -> Non
     try:
         tensors = FORMATS[name].lay_out(weight, config_of(FORMATS[name], weight))
     except FormatError:
+        assert name != "gptq"  # which has a place for the order
         return
     again = opened(FORMATS[name], tensors, config_of(FORMATS[name], weight))
     assert torch.equal(again.dequantize(), weight.dequantize())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fewbit import api, pipeline
+from fewbit import api, outputs, pipeline
 from fewbit.errors import NumericsError, PlanError
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import locate
@@ -34,7 +34,7 @@ def rewritten(folder: Path, change: dict[str, torch.Tensor | None]) -> Path:
 def test_a_model_that_came_as_a_pickle_is_not_overwritten(model: Path) -> None:
     torch.save(models.tensors_of(model), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
-    with pytest.raises(PlanError, match="holds the model itself"):
+    with pytest.raises(PlanError, match="which would be lost"):
         api.quantize(model, model, plan="rtn-4bit", overwrite=True)
     assert (model / "pytorch_model.bin").is_file()
 
@@ -53,7 +53,7 @@ def test_an_old_output_comes_back_if_the_new_one_cannot_be_put_there(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="no"), pipeline.published(out, overwrite=True):
+    with pytest.raises(OSError, match="no"), outputs.published(out, overwrite=True):
         pass
     assert (out / "precious").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -63,14 +63,14 @@ def test_an_old_output_comes_back_after_a_kill_between_the_renames(tmp_path: Pat
     old = tmp_path / ".out.fewbit-old-999999999-00"
     old.mkdir()
     (old / "precious").touch()
-    with pytest.raises(RuntimeError), pipeline.published(tmp_path / "out", overwrite=True):
+    with pytest.raises(RuntimeError), outputs.published(tmp_path / "out", overwrite=True):
         raise RuntimeError
     assert (tmp_path / "out" / "precious").exists()
 
 
 def test_a_left_over_of_the_same_process_number_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / f".out.fewbit-new-{os.getpid()}-00").mkdir()
-    with pipeline.published(tmp_path / "out") as folder:
+    with outputs.published(tmp_path / "out") as folder:
         (folder / "file").touch()
     assert (tmp_path / "out" / "file").exists()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fewbit import registry
+from fewbit.errors import PlanError
 
 _INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve")
 _OPTIONAL = {
@@ -85,3 +86,15 @@ def _memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, AttributeError, OSError):
         return 0
+
+
+def device(wanted: str | None) -> str:
+    """The device to use: the one asked for, which must be there, else a GPU if there is one."""
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    here = ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if not torch.cuda.is_available():
+        here = ["cpu"]
+    if wanted not in here:
+        raise PlanError(f"--device {wanted} is not here", f"There is: {', '.join(here)}.")
+    return wanted

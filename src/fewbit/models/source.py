@@ -46,6 +46,14 @@ class Source:
         return {"float16": torch.float16, "float32": torch.float32}.get(name, torch.bfloat16)
 
     @property
+    def context(self) -> int:
+        """Tokens that the model can look back on; 2048 where config.json states none."""
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            if isinstance(found := self.config.get(key), int):
+                return found
+        return 2048
+
+    @property
     def quantization(self) -> dict[str, Any] | None:
         """The quantization_config of config.json; None where the model is not quantized."""
         found = self.config.get("quantization_config")
