@@ -20,9 +20,11 @@ from tests import models
 
 BLOCKS = 4
 # The command line, halted for good after the second block or in the midst of putting the output together.
+# A test run in a shell's background inherits SIGINT ignored; a user's terminal does not.
 HALTED = """
-import sys, time
+import signal, sys, time
 import torch
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from fewbit import cli, pipeline
 torch.set_num_threads(1)
 save, assemble = pipeline.Run.save, pipeline.assemble
