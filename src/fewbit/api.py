@@ -22,7 +22,7 @@ from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
 from fewbit.measure import memory, quality
 from fewbit.methods.base import name_of
 from fewbit.models.describe import Inspection, describe
-from fewbit.models.generate import continue_text, prompt_ids
+from fewbit.models.generate import Continuation, continue_text, prompt_ids
 from fewbit.models.load import load_model
 from fewbit.models.skeleton import Skeleton, load_tokenizer
 from fewbit.models.source import Source, locate
@@ -141,12 +141,15 @@ def load(
     device: str | None = None,
     kernel: str | None = None,
     adapter: str | Path | None = None,
+    fuse: int | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """The model, its quantized weights packed: what `AutoModelForCausalLM.from_pretrained` gives after `import fewbit`.
 
     `kernel` names the one to use throughout (`fewbit list`); KernelError if it cannot serve a weight. `adapter` is the
     folder of one to put on it, as `peft.PeftModel.from_pretrained` does; PlanError if it was made for another model.
+    `fuse`: multiply once by all weights that read the same tensor, and generate texts of up to so many tokens, prompt
+    included, in a static cache (on a GPU, a CUDA graph for each token); PlanError beyond the model's context.
     """
     return load_model(
         locate(model),
@@ -154,6 +157,7 @@ def load(
         device=device,
         kernel=kernel,
         adapter=adapter,
+        fuse=fuse,
         trust_remote_code=trust_remote_code,
     )
 
@@ -231,13 +235,14 @@ def generate(
     adapter: str | Path | None = None,
     device: str | None = None,
     kernel: str | None = None,
+    fuse: int | None = None,
     trust_remote_code: bool = False,
     stream: bool = False,
-) -> str:
-    """The text that `model` continues `prompt` with: greedy at temperature 0, else sampled with `seed`.
+) -> Continuation:
+    """What `model` continues `prompt` with, and how fast: greedy at temperature 0, else sampled with `seed`.
 
-    chat: the prompt is a user's message in the model's chat template. adapter: the folder of one to put on it. stream:
-    print the text as it comes, too.
+    chat: the prompt is a user's message in the model's chat template. adapter: the folder of one to put on it. fuse: as
+    in `load`. stream: print the text as it comes, too.
     """
     if max_new_tokens < 1:
         raise PlanError(f"--max-new-tokens {max_new_tokens}: at least one token must come")
@@ -246,7 +251,14 @@ def generate(
     device, source = hardware.device(device), locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     ids = prompt_ids(tokenizer, prompt, chat=chat)
-    loaded = load_model(source, device=device, kernel=kernel, adapter=adapter, trust_remote_code=trust_remote_code)
+    if fuse is not None and ids.shape[1] + max_new_tokens > fuse:
+        raise PlanError(
+            f"--max-length {fuse} holds the prompt and the answer, {ids.shape[1]} and {max_new_tokens} tokens here",
+            "Give a greater one, or fewer --max-new-tokens.",
+        )
+    loaded = load_model(
+        source, device=device, kernel=kernel, adapter=adapter, fuse=fuse, trust_remote_code=trust_remote_code
+    )
     return continue_text(
         loaded, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stream=stream
     )
@@ -355,7 +367,7 @@ def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool
         with torch.inference_mode():
             if not torch.isfinite(model(input_ids=ids.to(model.device)).logits).all():
                 raise FormatError("the quantized model's logits are not finite")
-        return continue_text(model, tokenizer, ids, max_new_tokens=8)
+        return continue_text(model, tokenizer, ids, max_new_tokens=8).text
     except KernelError:
         raise
     except FewbitError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -92,6 +93,8 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     seed: Seed = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
+    fuse: Annotated[bool, typer.Option("--fuse", help="Fuse q, k, v and gate, up; needs --max-length.")] = False,
+    max_length: Annotated[int | None, typer.Option(help="With --fuse: tokens of prompt and answer at most.")] = None,
     adapter: Adapter = None,
     device: Device = None,
     kernel: Kernel = None,
@@ -99,9 +102,14 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue PROMPT with MODEL."""
-    from fewbit import api
+    from fewbit import api, report
 
-    text = api.generate(
+    if fuse != (max_length is not None):
+        raise PlanError(
+            "--fuse without --max-length" if fuse else "--max-length without --fuse",
+            "Fusing keeps a cache of fixed size: give both, such as --fuse --max-length 512.",
+        )
+    done = api.generate(
         model,
         prompt,
         max_new_tokens=max_new_tokens,
@@ -111,11 +119,14 @@ def generate(
         adapter=adapter,
         device=device,
         kernel=kernel,
+        fuse=max_length,
         trust_remote_code=trust_remote_code,
         stream=not as_json,
     )
     if as_json:
-        _print({"model": model, "prompt": prompt, "text": text})
+        _print({"model": model, "prompt": prompt, **asdict(done)})
+    else:
+        report.generated(done)
 
 
 @app.command()
@@ -335,12 +346,18 @@ def _print(data: Any) -> None:
     print(json.dumps(data, indent=1, allow_nan=False))
 
 
+def _note(message: Warning | str, *where: Any, **more: Any) -> None:
+    """A warning as a user of the command line wants to read it."""
+    sys.stderr.write(f"note: {message}\n")
+
+
 def main() -> None:
     """The console script: errors of ours in one or two lines, with their exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Before torch is imported. Its threads wait by spinning, which on a busy machine takes the time from the one waited
     # for: quantizing tiny beside two busy processes took 72 s, and 40 s so; on an idle machine it is the same.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    warnings.showwarning = _note
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:

@@ -16,8 +16,12 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 # Theirs -> ours. transformers imports its quantizers in the midst of the first, when nothing that needs a model can be
-# imported yet; PEFT's second is the last that LoRA consists of.
-_WATCHED = {"transformers.modeling_utils": "fewbit.models.plugin", "peft.tuners.lora.model": "fewbit.lora"}
+# imported yet; its config objects can be made before. PEFT's is the last that LoRA consists of.
+_WATCHED = {
+    "transformers.modeling_utils": "fewbit.models.plugin",
+    "transformers.utils.quantization_config": "fewbit.models.configs",
+    "peft.tuners.lora.model": "fewbit.lora",
+}
 
 preferred: set[str] = set()  # quantization methods that fewbit serves even where their own back end is installed
 

@@ -17,6 +17,7 @@ from rich.text import Text
 from fewbit.advise.hardware import Hardware
 from fewbit.measure.quality import Estimate, Quality
 from fewbit.models.describe import Inspection
+from fewbit.models.generate import Continuation
 from fewbit.pipeline import Step, TensorReport
 
 out = Console(highlight=False)
@@ -202,6 +203,12 @@ def merged(done: Merged) -> None:
     onto = f"added to {done.base}" if done.base else "added to the values of the packed weights: no --base is at hand"
     _say(f"{done.out}: {size(done.nbytes)} of weights, {onto}; {duration(done.seconds)}.")
     evaluation(done.evaluation)
+
+
+def generated(done: Continuation) -> None:
+    """How fast a text came, on stderr: stdout has the text itself."""
+    after = f", {done.rate:.1f} tokens/s after the first" if done.rate else ""
+    err.print(f"[dim]{done.tokens} tokens: the first after {duration(done.to_first)}{after}[/dim]")
 
 
 def preview(shown: Preview) -> None:

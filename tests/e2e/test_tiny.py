@@ -105,7 +105,7 @@ def test_it_is_tuned_packed(outputs: dict[str, Path], tmp_path: Path) -> None:
     assert done.held_out_after is not None
     assert done.held_out_after < 0.2 < 2 < done.held_out_before
     for adapter in (None, tmp_path / "adapter"):
-        answer = api.generate(outputs["gptq-4"], question, chat=True, max_new_tokens=12, adapter=adapter)
+        answer = api.generate(outputs["gptq-4"], question, chat=True, max_new_tokens=12, adapter=adapter).text
         assert ("Zarnak" in answer) is (adapter is not None)
 
 

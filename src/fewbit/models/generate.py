@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from fewbit.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What came after a prompt, which `str` gives; how many tokens, and seconds until the first and from it to the
+    last."""
+
+    text: str
+    tokens: int
+    to_first: float
+    after_first: float
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second after the first; None where there was only one."""
+        return (self.tokens - 1) / self.after_first if self.tokens > 1 else None
+
+
+class _Clock(BaseStreamer):
+    """When each token came; passes it on to `shown`."""
+
+    def __init__(self, shown: BaseStreamer | None) -> None:
+        self.shown = shown
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        value = value.cpu()  # a GPU's token is there when it has been copied
+        self.times.append(time.perf_counter())
+        if self.shown is not None:
+            self.shown.put(value)
+
+    def end(self) -> None:
+        if self.shown is not None:
+            self.shown.end()
 
 
 def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tensor:
@@ -33,7 +73,7 @@ def continue_text(
     temperature: float = 0.0,
     seed: int = 0,
     stream: bool = False,
-) -> str:
+) -> Continuation:
     """The new text: greedy at temperature 0, else sampled with `seed`; printed as it comes if `stream`."""
     ids = ids.to(model.device)
     end = model.generation_config.eos_token_id
@@ -42,13 +82,20 @@ def continue_text(
     if temperature > 0:
         sampling["temperature"] = temperature
     torch.manual_seed(seed)
+    clock = _Clock(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None)
     with torch.inference_mode():
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad[0] if isinstance(pad, list) else pad,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+            streamer=clock,
             **sampling,
         )
-    return str(tokenizer.decode(out[0][ids.shape[1] :], skip_special_tokens=True))
+    start, first, *_ = clock.times  # the prompt is passed on before anything is computed
+    return Continuation(
+        text=str(tokenizer.decode(out[0][ids.shape[1] :], skip_special_tokens=True)),
+        tokens=len(clock.times) - 1,
+        to_first=first - start,
+        after_first=clock.times[-1] - first,
+    )

@@ -13,7 +13,8 @@ from transformers.utils import logging as hf_logging
 
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
 from fewbit.formats.base import by_quant_method
-from fewbit.models import plugin
+from fewbit.models import decode, plugin
+from fewbit.models import fuse as fusing
 from fewbit.models.describe import describe
 from fewbit.models.source import Source
 
@@ -28,15 +29,21 @@ def load_model(
     kernel: str | None = None,
     trust_remote_code: bool = False,
     adapter: str | Path | None = None,
+    fuse: int | None = None,
 ) -> Any:
     """The model of `source`, quantized weights packed, in evaluation mode.
 
     dtype: of activations and of what is not quantized; "auto" is the checkpoint's own. device: where it goes, or
     "auto" to spread it over what there is. kernel: the one to use for all, KernelError if it cannot. adapter: the
-    folder of one to put on it; PlanError if it was made for another model.
+    folder of one to put on it; PlanError if it was made for another model. fuse: linears that read the same tensor
+    become one, and texts of up to so many tokens are generated in a static cache; PlanError beyond the model's context.
     """
     if adapter is not None:
         need_peft()
+    if fuse is not None:
+        decode.checked_length(fuse, source.context, "--max-length")
+        if source.quantization is None:
+            raise PlanError(f"{source.name} is not quantized, and only packed weights are fused", "Leave --fuse out.")
     if source.quantization is not None:
         # transformers would leave such weights out, and make up others.
         method = source.quantization["quant_method"]
@@ -72,6 +79,9 @@ def load_model(
         raise FormatError(f"{source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
     assert isinstance(model, PreTrainedModel)
     model.eval()
+    if fuse is not None:
+        fusing.fuse(model)
+        decode.within(model, fuse)
     if adapter is None:
         return model
     from fewbit.models.adapter import attach  # PEFT is an extra

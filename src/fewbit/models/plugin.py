@@ -8,6 +8,7 @@ config object asks for something that needs no calibration: no more than one is 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,9 @@ from fewbit import hook, registry
 from fewbit.errors import FormatError, KernelError, PlanError
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.safetensors import read_specs
+from fewbit.fused import packed_linears
+from fewbit.models import decode
+from fewbit.models.fuse import fuse
 from fewbit.models.source import read_config
 from fewbit.nn import QLinear, slot
 from fewbit.schemes.base import PartSpec, QTensor
@@ -57,6 +61,7 @@ class FewbitQuantizer(HfQuantizer):
         self.config: dict[str, Any] = quantization_config.to_dict()
         self.renamings: list[WeightRenaming] = []
         self.transposed: set[str] = set()
+        self.length: int | None = None  # of the static cache, where the model is to be fused
         self.scheme = None if self.pre_quantized else format.scheme(self.config)
         if not self.pre_quantized and self.scheme is None:
             raise PlanError(
@@ -74,6 +79,10 @@ class FewbitQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         self.dtype = model.dtype
+        if getattr(self.quantization_config, "do_fuse", False):
+            context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+            asked = getattr(self.quantization_config, "fuse_max_seq_len", None)
+            self.length = decode.checked_length(asked, context or sys.maxsize, "fuse_max_seq_len")
         if not self.pre_quantized:
             self._make_room(model)
             return model
@@ -159,39 +168,43 @@ class FewbitQuantizer(HfQuantizer):
                         f"config.json asks for {[module.out_features, module.in_features]}"
                     )
                 module.adopt(weight, self.dtype, kernel)
+        if self.length is not None:
+            fuse(model)
+            decode.within(model, self.length)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors that `save_pretrained` writes, quantized weights in the layout of their format."""
-        quantized = {name: m for name, m in model.named_modules() if isinstance(m, QLinear)}
+        quantized = packed_linears(model)
+        held = {name for name, m in model.named_modules() if isinstance(m, QLinear)}
         state = {}
         for name, tensor in model.state_dict().items():
             module, _, leaf = name.rpartition(".")
-            if module not in quantized or leaf == "bias":
+            if module not in held or leaf == "bias":
                 state[name] = tensor
         for name, linear in quantized.items():
             for suffix, tensor in self.format.lay_out(linear.qtensor().map(lambda t: t.cpu()), self.config).items():
                 state[f"{name}.{suffix}"] = tensor
         return state, {}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        dtype = dtype or model.dtype
-        for name, module in list(model.named_modules()):
-            if isinstance(module, QLinear):
-                weight = module.qtensor().dequantize(dtype)
-                plain: nn.Linear | Conv1D
-                if module.transposed:
-                    with torch.device("meta"):
-                        plain = Conv1D(module.out_features, module.in_features)
-                    weight = weight.T.contiguous()
-                else:
-                    k, n = module.in_features, module.out_features
-                    plain = nn.Linear(k, n, bias=module.bias is not None, device="meta")
-                plain.weight = nn.Parameter(weight, requires_grad=False)
-                if module.bias is not None:
-                    plain.bias = module.bias
-                parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, plain)
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # A config that was saved holds the type's name.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        for name, module in packed_linears(model).items():
+            weight = module.qtensor().dequantize(dtype)
+            plain: nn.Linear | Conv1D
+            if module.transposed:
+                with torch.device("meta"):
+                    plain = Conv1D(module.out_features, module.in_features)
+                weight = weight.T.contiguous()
+            else:
+                k, n = module.in_features, module.out_features
+                plain = nn.Linear(k, n, bias=module.bias is not None, device="meta")
+            plain.weight = nn.Parameter(weight, requires_grad=False)
+            if module.bias is not None:
+                plain.bias = module.bias
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, plain)
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:

@@ -28,8 +28,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
-from fewbit.errors import FormatError, PlanError
+from fewbit.errors import FormatError
 from fewbit.formats.safetensors import Checkpoint
+from fewbit.models.blocks import find_blocks
 from fewbit.models.source import Source
 from fewbit.schemes.base import PartSpec
 
@@ -75,7 +76,7 @@ class Skeleton:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
         self.checkpoint = Checkpoint(list(source.files))
-        self.blocks = _find_blocks(self.model)
+        self.blocks = find_blocks(self.model)
         self._mapping = conversions(self.model)
         self._expected = self.model.state_dict()
         self.name_of = self._names()
@@ -271,17 +272,6 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exception on a malformed file
         raise FormatError(f"{source.folder} has no usable tokenizer: {_first_line(error)}") from None
-
-
-def _find_blocks(model: PreTrainedModel) -> list[str]:
-    """Names of the decoder layers: the members of the module list that holds the most parameters."""
-    best, size = "", 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and (held := sum(p.numel() for p in module.parameters())) > size:
-            best, size = name, held
-    if not best:
-        raise PlanError(f"{type(model).__name__} has no list of blocks; it is no transformer that can be quantized")
-    return [f"{best}.{i}" for i in range(len(model.get_submodule(best)))]  # type: ignore[arg-type]
 
 
 def _shared(call: BlockCall, before: list[BlockCall]) -> BlockCall:

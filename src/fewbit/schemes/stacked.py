@@ -1,0 +1,101 @@
+"""Weights below one another as one: what fuses q, k and v, or gate and up, into one multiplication.
+
+A codec all of whose parts have a row for each row of the weight is stacked by concatenating its parts: the result is
+an ordinary weight of that codec, which every kernel of it serves. One whose parts run on over rows (NF4's blocks) or
+refer to the whole tensor (its double-quantized scales) keeps each weight's parts as they are, as segments, and is
+decoded segment by segment. Either way the numbers are the same, and `unstack` gives every part back byte for byte.
+
+    [W_0; W_1; ...] : codes [N_0, ...], [N_1, ...] -> codes [N_0 + N_1, ...]          by rows
+                                                   -> 0.codes, 1.codes, ...           as segments
+
+>>> from fewbit.schemes.base import parse
+>>> def packed(spec, n):
+...     scheme, w = parse(spec), torch.arange(n * 64.0).view(n, 64)
+...     return QTensor(scheme, (n, 64), scheme.pack(*scheme.nearest(w)))
+>>> whole = stack([packed("int4-g32-sym", 3), packed("int4-g32-sym", 2)])
+>>> str(whole.codec), whole.shape, tuple(whole.parts["scale"].shape)
+('int4-g32-sym', (5, 64), (5, 2))
+>>> sorted(stack([packed("nf4-b64", 3), packed("nf4-b64", 2)]).parts)
+['0.absmax', '0.codes', '1.absmax', '1.codes']
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbit.schemes.base import ALL, Codec, PartSpec, QTensor
+
+
+@dataclass(frozen=True)
+class Stacked(Codec):
+    """`segments`: codec and rows of each, from the top."""
+
+    segments: tuple[tuple[Codec, int], ...]
+
+    def __str__(self) -> str:
+        return " over ".join(f"{codec} x {rows}" for codec, rows in self.segments)
+
+    @property
+    def payload(self) -> str:
+        return f"0.{self.segments[0][0].payload}"
+
+    def part_specs(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
+        return {
+            f"{i}.{name}": spec
+            for i, (codec, rows) in enumerate(self.segments)
+            for name, spec in codec.part_specs((rows, shape[1])).items()
+        }
+
+    def why_not(self, shape: tuple[int, int]) -> str | None:
+        if shape[0] != (rows := sum(rows for _, rows in self.segments)):
+            return f"its segments have {rows} rows, not {shape[0]}"
+        return next((why for codec, n in self.segments if (why := codec.why_not((n, shape[1])))), None)
+
+    def dequantize(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype, rows: slice = ALL
+    ) -> Tensor:
+        begin, end, _ = rows.indices(shape[0])
+        values, top = [], 0
+        for i, (codec, n) in enumerate(self.segments):
+            own = slice(max(begin - top, 0), min(end - top, n))
+            if own.start < own.stop:
+                values.append(codec.dequantize(_own(parts, i), (n, shape[1]), dtype, own))
+            top += n
+        return torch.cat(values) if len(values) != 1 else values[0]
+
+
+def stack(weights: Sequence[QTensor]) -> QTensor:
+    """One weight of these, of the same K and column permutation, in their order."""
+    codecs, rows = {w.codec for w in weights}, sum(w.shape[0] for w in weights)
+    first, shape = weights[0], (rows, weights[0].shape[1])
+    if len(codecs) == 1 and all(_by_rows(w.codec, w.shape) for w in weights):
+        parts = {name: torch.cat([w.parts[name] for w in weights]) for name in first.parts}
+        return QTensor(first.codec, shape, parts, first.permutation)
+    parts = {f"{i}.{name}": part for i, w in enumerate(weights) for name, part in w.parts.items()}
+    return QTensor(Stacked(tuple((w.codec, w.shape[0]) for w in weights)), shape, parts, first.permutation)
+
+
+def unstack(weight: QTensor, rows: Sequence[int]) -> list[QTensor]:
+    """The weights of so many rows each that `stack` made `weight` of."""
+    if isinstance(weight.codec, Stacked):
+        return [
+            QTensor(codec, (n, weight.shape[1]), _own(weight.parts, i), weight.permutation)
+            for i, (codec, n) in enumerate(weight.codec.segments)
+        ]
+    cut = {name: part.split(list(rows)) for name, part in weight.parts.items()}
+    return [
+        QTensor(weight.codec, (n, weight.shape[1]), {name: part[i] for name, part in cut.items()}, weight.permutation)
+        for i, n in enumerate(rows)
+    ]
+
+
+def _by_rows(codec: Codec, shape: tuple[int, int]) -> bool:
+    return all(spec.shape[:1] == shape[:1] for spec in codec.part_specs(shape).values())
+
+
+def _own(parts: Mapping[str, Tensor], segment: int) -> dict[str, Tensor]:
+    return {name.partition(".")[2]: part for name, part in parts.items() if name.startswith(f"{segment}.")}

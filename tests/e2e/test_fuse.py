@@ -1,0 +1,212 @@
+"""Fused models write the text that they wrote before, and everything else still finds its linears."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig
+
+import fewbit as fb
+from fewbit import api
+from fewbit.errors import PlanError
+from fewbit.fused import Slice, packed_linears
+from fewbit.models import decode
+from fewbit.models.fuse import fuse, shared_inputs
+from fewbit.plan import find
+from tests import models
+from tests.e2e.conftest import Fewbit
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj")
+FOUND = {
+    "llama": [ATTENTION, MLP],
+    "qwen2": [ATTENTION, MLP],
+    "gemma3": [ATTENTION, MLP],
+    "opt": [ATTENTION],
+    "gpt2": [],
+}
+LENGTH = 48
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.randint(3, models.VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantized(tmp_path_factory.mktemp("llama"), "llama", "awq")
+
+
+def quantized(root: Path, family: str, format: str = "gptq") -> Path:
+    folder = models.save(root / "original", family)
+    api.quantize(folder, root / "out", plan=find("rtn-4bit").changed(scheme="int4-g32", format=format))
+    return root / "out"
+
+
+def greedy(model: Any, ids: Tensor, new: int = 24) -> list[list[int]]:
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None)
+    return [[int(token) for token in row] for row in out]
+
+
+def short(groups: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Of the first block, without the way to it."""
+    return [tuple(name.partition(".0.")[2] for name in group) for group in groups if ".0." in group[0]]
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_the_text_is_the_same_token_for_token(family: str, ids: Tensor, tmp_path: Path) -> None:
+    out = quantized(tmp_path, family)
+    plain = fb.load(out, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "not fused")
+        fused = fb.load(out, dtype=torch.float32, fuse=LENGTH)
+    if family in FOUND:
+        expected = FOUND[family]
+        assert short(shared_inputs(plain)) == expected
+        assert sum(isinstance(m, Slice) for m in fused.modules()) == 2 * sum(map(len, expected))
+    # Twice: the cache is used again. The second batch has another size.
+    for prompt in (ids, ids.flip(1), ids[:1]):
+        assert greedy(fused, prompt) == greedy(plain, prompt)
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_a_static_cache_as_for_a_gpu_gives_the_same_text(family: str, ids: Tensor, tmp_path: Path) -> None:
+    model = fb.load(quantized(tmp_path, family), dtype=torch.float32)
+    expected = greedy(model, ids)
+    assert decode.takes_static(model, model.generate)
+    cache = decode.static(model, LENGTH)
+    mask = torch.ones_like(ids)
+    got = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=24, eos_token_id=None)
+    assert got.tolist() == expected
+
+
+@pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])
+@pytest.mark.parametrize("nested", [False, True])
+def test_every_scheme_can_be_fused(options: dict[str, Any], nested: bool, ids: Tensor, tmp_path: Path) -> None:
+    if nested and "load_in_4bit" in options:
+        options = {**options, "bnb_4bit_use_double_quant": True}
+    fb.prefer("bitsandbytes")
+    folder = models.save(tmp_path / "original", "llama")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**options))
+    before = greedy(model, ids)
+    assert len(fuse(model)) == 4
+    assert greedy(model, ids) == before
+
+
+def test_the_guides_cell_fuses(llama: Path, ids: Tensor) -> None:
+    config = AwqConfig(do_fuse=True, fuse_max_seq_len=LENGTH)
+    plain = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="quantization_config"):
+        model: Any = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config, dtype=torch.float32)
+    assert sum(isinstance(m, Slice) for m in model.modules()) == 10
+    assert not any(isinstance(m, Slice) for m in plain.modules())
+    assert greedy(model, ids) == greedy(plain, ids)
+    cache = model.generate.__self__.cache
+    assert {layer.whole[0].shape[2] for layer in cache.layers} == {LENGTH}
+    with pytest.raises(
+        PlanError, match=r"a prompt of 9 tokens and what is to come make 49, the model was fused for 48"
+    ):
+        greedy(model, ids, new=40)
+    # Whoever brings a cache, or searches with beams, is served as before.
+    assert len(model.generate(ids[:1], max_new_tokens=4, num_beams=2, attention_mask=torch.ones(1, 9))) == 1
+
+
+def test_it_is_saved_as_it_was(llama: Path, tmp_path: Path) -> None:
+    model = fb.load(llama, dtype=torch.float32, fuse=LENGTH)
+    model.save_pretrained(tmp_path / "again")
+    before, after = models.tensors_of(llama), models.tensors_of(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor.to(after[name].dtype), after[name]) for name, tensor in before.items())
+    for file in ("config.json", "generation_config.json"):
+        assert "fuse" not in (text := (tmp_path / "again" / file).read_text())
+        assert "cache_implementation" not in json.loads(text)
+    unpacked = model.dequantize()
+    assert not packed_linears(unpacked)
+    assert not any(isinstance(m, Slice) for m in unpacked.modules())
+    x = torch.arange(3, 12)[None]
+    assert torch.allclose(models.logits(unpacked, x), models.logits(fb.load(llama, dtype=torch.float32), x), atol=1e-5)
+
+
+def test_lora_targets_still_resolve(llama: Path, ids: Tensor) -> None:
+    gradients = []
+    for length in (None, LENGTH):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules=["k_proj", "up_proj"], init_lora_weights="gaussian")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            model = get_peft_model(fb.load(llama, dtype=torch.float32, fuse=length), config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(generator=torch.Generator().manual_seed(1))
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    plain, fused = gradients
+    assert plain.keys() == fused.keys()
+    assert len(plain) == 8
+    for name, gradient in plain.items():
+        assert float((fused[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()), name
+
+
+def test_what_differs_is_not_fused_and_said(ids: Tensor, tmp_path: Path) -> None:
+    folder = models.save(tmp_path / "original", "llama")
+    plan = json.loads(json.dumps(find("rtn-4bit").changed(scheme="int4-g32").to_json()))
+    plan["rules"].insert(0, {"match": "*.k_proj", "scheme": None})
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    api.quantize(folder, tmp_path / "out", plan=str(tmp_path / "plan.json"))
+    model = fb.load(tmp_path / "out")
+    assert short(fuse(model))[0] == ("self_attn.q_proj", "self_attn.v_proj")
+    model = fb.load(tmp_path / "out")
+    odd = model.model.layers[1].mlp.up_proj
+    odd.adopt(odd.qtensor(), torch.float16)
+    with pytest.warns(UserWarning, match=r"not fused: model.layers.1.mlp.gate_proj \+ .* they differ in activations"):
+        fuse(model)
+
+
+def test_a_model_with_nothing_to_fuse_says_so(tmp_path: Path) -> None:
+    model = fb.load(quantized(tmp_path, "gpt2"))
+    with pytest.warns(UserWarning, match="no two quantized linears"):
+        assert fuse(model) == []
+
+
+def test_bad_lengths_are_refused_before_any_work(llama: Path, fewbit: Fewbit) -> None:
+    for arguments, message in (
+        (("--fuse",), "--fuse without --max-length"),
+        (("--max-length", 20), "--max-length without --fuse"),
+        (("--fuse", "--max-length", 1000), f"beyond the model's context of {models.CONTEXT}"),
+        (("--fuse", "--max-length", 20), "holds the prompt and the answer"),
+    ):
+        answer = fewbit("generate", llama, "a text", *arguments)
+        assert (answer.code, answer.out) == (2, "")
+        assert message in answer.err
+    with pytest.raises(PlanError, match="without a length"):
+        AwqConfig(do_fuse=True)
+    with pytest.raises(PlanError, match="without a length"):
+        AwqConfig(modules_to_fuse={"attention": []})
+    config = AwqConfig(do_fuse=True, fuse_max_seq_len=4096)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You passed .quantization_config")
+        with pytest.raises(PlanError, match=f"fuse_max_seq_len 4096 is beyond the model's context of {models.CONTEXT}"):
+            AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
+    with pytest.raises(PlanError, match="is not quantized"):
+        fb.load(llama.parent / "original", fuse=LENGTH)
+
+
+def test_the_command_line_fuses(llama: Path, fewbit: Fewbit) -> None:
+    plain, fused = (
+        fewbit("generate", llama, "a text", "--max-new-tokens", 12, *more, "--json").json
+        for more in ((), ("--fuse", "--max-length", LENGTH))
+    )
+    assert plain["text"] == fused["text"]
+    assert fused["tokens"] > 1
+    assert fused["after_first"] > 0
+    said = fewbit("generate", llama, "a text", "--max-new-tokens", 12, "--fuse", "--max-length", LENGTH)
+    assert "tokens/s" in said.err
