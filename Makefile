@@ -46,6 +46,7 @@ test-all: setup ## every test
 
 interop: setup ## the tests against other libraries, which it installs
 	@$(INSTALL) -e '.[dev,interop]'
+	@$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --no-deps --no-build-isolation autoawq==0.2.9
 	$(BIN)/python -m pytest -m interop $(ARGS)
 
 check: setup ## lint, format, types, import direction, documentation

@@ -8,6 +8,7 @@ Inf are dropped and counted.
 
 from __future__ import annotations
 
+from copy import copy
 from enum import IntEnum
 
 import torch
@@ -60,6 +61,14 @@ class Stats:
         if self._hessian is not None:
             x = x * weight.sqrt().unsqueeze(1)
             self._hessian.addmm_(x.T, x, beta=keep, alpha=share)
+
+    def divided(self, scales: Tensor) -> Stats:
+        """These statistics, had the columns [K] been divided by `scales`."""
+        found = copy(self)
+        found._abs = None if self._abs is None else self._abs / scales
+        found._square = None if self._square is None else self._square / scales.square()
+        found._hessian = None if self._hessian is None else self._hessian / scales / scales.unsqueeze(1)
+        return found
 
     @property
     def mean_abs(self) -> Tensor:

@@ -14,6 +14,7 @@ import fewbit
 from fewbit import api, pipeline
 from fewbit.formats.awq import AWQFormat
 from fewbit.formats.safetensors import write_file
+from fewbit.models import rewrite
 from fewbit.nn import QLinear
 from fewbit.plan import find
 from tests import models
@@ -151,6 +152,23 @@ def test_methods_compose_over_a_whole_model(text: Path, tmp_path: Path) -> None:
         assert {tensor.method for tensor in done.tensors} == {method}
         away[method] = distance(models.logits(fewbit.load(tmp_path / method, dtype=torch.float32), ids), wanted)
     assert away["awq+gptq"] < away["awq"] < away["rtn"], away
+
+
+def test_where_every_fold_fails_ranges_are_clipped_and_the_record_says_so(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = models.save(tmp_path / "original", "llama")
+    wanted, plan = api.Calibration(str(text), 6, 32), find("awq-4bit").changed(scheme="int4-g32", options={"grid": "2"})
+    monkeypatch.setattr(rewrite, "_CLOSE", -1.0)
+    done = api.quantize(folder, tmp_path / "out", plan=plan, calibration=wanted)
+    said = [note for tensor in done.tensors for note in tensor.notes]
+    assert len(done.tensors) == 14
+    assert [note for note in said if "would change the block's output by" in note]
+    clipped = plan.changed(options={"grid": "0"})
+    api.quantize(folder, tmp_path / "clipped", plan=clipped, calibration=wanted)
+    ours, theirs = models.tensors_of(tmp_path / "out"), models.tensors_of(tmp_path / "clipped")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_what_could_not_be_folded_is_in_the_record(text: Path, tmp_path: Path) -> None:

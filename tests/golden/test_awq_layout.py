@@ -1,8 +1,7 @@
 """The AWQ file layouts, byte for byte, against their definition written out once more in plain loops.
 
 The definition is the packing code of AutoAWQ 0.2 (`WQLinear_GEMM.from_linear`, `WQLinear_GEMV.from_linear`,
-`calculate_zeros_width`). AutoAWQ compiles kernels for a torch that is long gone, so the layout is tested from that
-definition and not against the package.
+`calculate_zeros_width`), which `tests/interop/test_autoawq.py` runs where `make interop` has installed it.
 
     for col in range(N // 8):
         order_map = [0, 2, 4, 6, 1, 3, 5, 7]                    # gemm; in gemv 0 to 7

@@ -13,7 +13,7 @@ from fewbit.methods.awq import AWQ
 from fewbit.methods.base import Composed, Fold, make, name_of
 from fewbit.methods.gptq import GPTQ
 from fewbit.schemes.base import parse
-from fewbit.stats import Need
+from fewbit.stats import Need, Stats
 from tests.contract.cases import inputs, ordinary, same_bytes, stats_of
 
 SCHEME = parse("int3-g16")
@@ -37,6 +37,9 @@ class OneLinear(Fold):
         self.asked += 1
         return float((self.x @ (weights["m"] - self.w).T).square().sum())
 
+    def stats(self, scales: Tensor) -> Stats:
+        return stats_of(self.x / scales)
+
     def stored(self, scales: Tensor) -> Tensor:
         return scales.half().float()
 
@@ -46,6 +49,14 @@ class Spoiled(OneLinear):
 
     def stored(self, scales: Tensor) -> Tensor:
         return scales * torch.nan
+
+
+class Contrary(OneLinear):
+    """Scaling helps what is rounded to nearest, and harms whatever is asked for after that search."""
+
+    def error(self, weights: Mapping[str, Tensor]) -> float:
+        found = super().error(weights)
+        return found if self.asked <= 21 else -self.asked
 
 
 def fold_with_outliers() -> OneLinear:
@@ -104,6 +115,9 @@ def test_methods_compose() -> None:
     assert ours is not None
     assert theirs is not None
     assert torch.equal(ours, theirs)
+    contrary = Contrary(fold.w, fold.x)
+    assert AWQ().rewrite(contrary, {"m": SCHEME}) is not None
+    assert make("awq+gptq").rewrite(Contrary(fold.w, fold.x), {"m": SCHEME}) is None
     alone = GPTQ(damp=0.05, clip_search=False).quantize(w, SCHEME, stats)
     assert same_bytes(both.quantize(w, SCHEME, stats).weight.parts, alone.weight.parts)
 

@@ -46,6 +46,10 @@ class Fold(ABC):
         """Squared error of what the readers serve (their attention, their MLP), had they these weights."""
 
     @abstractmethod
+    def stats(self, scales: Tensor) -> Stats:
+        """What was measured of the readers' input, had its columns been divided by `scales`: up to the Hessian."""
+
+    @abstractmethod
     def stored(self, scales: Tensor) -> Tensor:
         """The scales [K] nearest to these that can be had: 1 where nothing can be folded, the others as files round."""
 
@@ -85,7 +89,18 @@ class Composed(Method):
         return max(self.then.needs, Need.MEAN_ABS)  # whatever is rewritten, inputs must be there
 
     def rewrite(self, fold: Fold, schemes: Mapping[str, Scheme]) -> Tensor | None:
-        return self.first.rewrite(fold, schemes)
+        """`first`'s scales where they also serve the codes that `then` chooses; it knows only those it would choose."""
+        scales = self.first.rewrite(fold, schemes)
+        if scales is None or self.then.needs > Need.HESSIAN:
+            return scales
+
+        def error(scales: Tensor) -> float:
+            stats, values = fold.stats(scales), {}
+            for name, w in fold.weights().items():
+                values[name] = self.then.quantize(w * scales, schemes[name], stats).weight.dequantize().div_(scales)
+            return fold.error(values)
+
+        return scales if error(scales) < error(torch.ones_like(scales)) else None
 
     def quantize(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Choice:
         return self.then.quantize(w, scheme, stats)

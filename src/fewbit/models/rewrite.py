@@ -18,6 +18,7 @@ from fewbit.methods.base import Fold
 from fewbit.models.skeleton import BlockCall, Skeleton
 from fewbit.models.topology import Link, find_links, weight_of
 from fewbit.plan import Assignment
+from fewbit.stats import Need, Stats
 
 _TOKENS = 2048  # of the calibration text, on which scales are searched and folds are checked
 _CLOSE = 1e-4
@@ -82,6 +83,7 @@ class BlockFold(Fold):
         self.feeder = skeleton.model.get_submodule(self.source)
         self.scope = self.module.get_submodule(_scope(link))
         self.kept = {name: p.clone() for name, p in self._touched().items()}
+        self._stats: Stats | None = None
         self._record()
 
     def weights(self) -> dict[str, Tensor]:
@@ -101,6 +103,18 @@ class BlockFold(Fold):
         for name in weights:
             self.skeleton.replace_weight(name, self.kept[f"{name}.weight"])
         return error
+
+    def stats(self, scales: Tensor) -> Stats:
+        if self._stats is None:
+            self._stats = Stats(len(scales), Need.HESSIAN, scales.device)
+            reader = self.skeleton.model.get_submodule(self.readers[0])
+            for call, states in self.batches:
+                with _reading(reader) as read:
+                    call.run(self.module, states)
+                for x in read:
+                    counts = _counts(states, x[..., 0].numel())
+                    self._stats.add(x, counts)
+        return self._stats.divided(scales)
 
     def stored(self, scales: Tensor) -> Tensor:
         per_channel = self._per_channel(self._alike(scales.log())).exp()
@@ -265,6 +279,17 @@ def _in_float32(module: nn.Module) -> Iterator[None]:
     finally:
         for name, parameter in module.named_parameters():
             parameter.data = parameter.data.to(before[name])
+
+
+@contextmanager
+def _reading(reader: nn.Module) -> Iterator[list[Tensor]]:
+    """What the module is given, within."""
+    read: list[Tensor] = []
+    handle = reader.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    try:
+        yield read
+    finally:
+        handle.remove()
 
 
 def _counts(states: Tensor, rows: int) -> Tensor:
