@@ -44,8 +44,9 @@ test: setup ## the fast tests, in two processes; make test ARGS='-k gptq -x' pas
 test-all: setup ## every test
 	$(BIN)/python -m pytest $(ARGS)
 
-interop: setup ## the tests against other libraries, which it installs
-	@$(INSTALL) -e '.[dev,interop]'
+# llama.cpp comes as source: with a C++ compiler it is built once, in some minutes, and pip keeps the wheel.
+interop: setup ## the tests against other libraries, which it installs; needs a C++ compiler
+	@CMAKE_ARGS=-DLLAVA_BUILD=OFF $(INSTALL) --no-binary llama-cpp-python -e '.[dev,interop]'
 	$(BIN)/python -m pytest -m interop $(ARGS)
 
 check: setup ## lint, format, types, import direction, documentation
