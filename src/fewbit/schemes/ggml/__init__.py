@@ -1,0 +1,14 @@
+"""The block types of ggml, which GGUF files hold."""
+
+from __future__ import annotations
+
+from fewbit.schemes.base import Codec
+from fewbit.schemes.ggml.codec import ReadOnly
+from fewbit.schemes.ggml.table import BLOCK_TYPES, BlockType
+
+__all__ = ["BLOCK_TYPES", "BlockType", "codec"]
+
+
+def codec(name: str) -> Codec:
+    """The codec of a block type by its lower-case name; a Scheme where it can be written."""
+    return ReadOnly(name)
