@@ -28,7 +28,6 @@ import secrets
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -378,7 +377,7 @@ class GgufWriter:
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, announced as {spec}")
         self._file.seek(self._place[name])
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._file.write(memoryview(flat.numpy()))
+        self._file.write(flat.numpy().data)
 
     def __enter__(self) -> Self:
         return self
@@ -472,4 +471,3 @@ def _aligned(at: int, alignment: int) -> int:
 
 def _shown(value: object) -> str:
     return repr(value)[:80]
-
