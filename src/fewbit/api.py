@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from fewbit import calibration as texts
-from fewbit import outputs, pipeline, registry, report
+from fewbit import gguf_output, outputs, pipeline, registry, report
 from fewbit import plan as plans
 from fewbit.advise import hardware
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
+from fewbit.formats import imatrix as importances
+from fewbit.formats.gguf import GgufFile
 from fewbit.measure import memory, quality
 from fewbit.methods.base import name_of
 from fewbit.models.describe import Inspection, describe
@@ -26,8 +28,8 @@ from fewbit.models.generate import continue_text, prompt_ids
 from fewbit.models.load import load_model
 from fewbit.models.skeleton import Skeleton, load_tokenizer
 from fewbit.models.source import Source, locate
-from fewbit.report import Evaluation, Preview, Quantized
-from fewbit.stats import Need
+from fewbit.report import Evaluation, Measured, Preview, Quantized
+from fewbit.stats import Need, Stats
 
 SCHEMA = 1
 
@@ -51,21 +53,24 @@ def quantize(
     *,
     plan: str | plans.Plan = "gptq-4bit",
     calibration: Calibration = Calibration(),
+    imatrix: str | Path | None = None,
     overwrite: bool = False,
     device: str | None = None,
     safetensors_only: bool = False,
     trust_remote_code: bool = False,
     progress: pipeline.Progress | None = None,
 ) -> Quantized:
-    """Quantize `model` by `plan` into the folder `out`, which appears whole or not at all.
+    """Quantize `model` by `plan` into the folder, or the GGUF file, `out`, which appears whole or not at all.
 
-    The same call after an interruption goes on at the block where it stopped. PlanError before any work if the plan
-    does not fit the model, FormatError for a broken checkpoint, NumericsError (naming the tensor) for NaN or Inf in
-    it.
+    imatrix: a file of importances as llama.cpp writes them, in place of calibration. The same call after an
+    interruption goes on at the block where it stopped. PlanError before any work if the plan does not fit the model,
+    FormatError for a broken checkpoint, NumericsError (naming the tensor) for NaN or Inf in it.
     """
-    elapsed, out = pipeline.timed(), outputs.claimed(out, overwrite=overwrite)
+    elapsed = pipeline.timed()
+    wanted = plans.find(plan) if isinstance(plan, str) else plan
+    out = outputs.claimed(out, overwrite=overwrite, file=_is_file(out, wanted))
     memory.return_freed()
-    job = _Job.prepare(model, plan, device, safetensors_only, trust_remote_code)
+    job = _Job.prepare(model, wanted, device, safetensors_only, trust_remote_code, imatrix)
     outputs.spare(out, job.source.origin, job.source.folder, *job.source.files)
     preview = job.preview()
     free = shutil.disk_usage(outputs.existing(out.parent)).free
@@ -74,48 +79,54 @@ def quantize(
             f"{report.size(2 * preview.output_bytes)} of disk are needed for {out}, {report.size(free)} are free"
         )
     tokenizer = load_tokenizer(job.source, trust_remote_code=trust_remote_code)
+    if job.single_file:
+        gguf_output.metadata(job.skeleton, job.resolved, tokenizer, {})  # what cannot be said is found before any work
     tokens, calibrated = job.tokens(calibration, tokenizer)
     versions = hardware.versions()
-    run = pipeline.Run(pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions))
-    tensors = pipeline.quantize_blocks(job.skeleton, job.resolved, tokens, run, progress or (lambda step: None))
-    with outputs.published(out, overwrite=overwrite) as folder:
-        written = pipeline.assemble(folder, job.skeleton, job.resolved, run)
+    run = pipeline.Run(pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions, job.importance))
+    tensors = pipeline.quantize_blocks(
+        job.skeleton, job.resolved, tokens, run, progress or (lambda step: None), job.importance
+    )
+    weights = sum(prod(t.shape) for t in tensors)
+    done = Quantized(
+        out=str(out),
+        plan=job.resolved.plan.name,
+        notes=[*job.notes, *_fewer(calibration, calibrated)],
+        tensors=tensors,
+        original_bytes=preview.original_bytes,
+        output_bytes=preview.output_bytes,
+        bits_per_weight=8 * sum(t.nbytes for t in tensors) / weights,
+        share=preview.share,
+        seconds=elapsed(),
+        peak=0,
+        gpu_peak=0,
+        anonymous=0,
+        sample="",
+    )
+    record = {
+        "schema_version": SCHEMA,
+        "versions": versions,
+        "model": job.source.name,
+        "calibration": calibrated,
+        "plan": job.resolved.plan.to_json(),
+        **{
+            k: v for k, v in asdict(done).items() if k not in ("out", "plan", "peak", "gpu_peak", "anonymous", "sample")
+        },
+    }
+    with outputs.published(out, overwrite=overwrite, file=job.single_file) as made:
+        if job.single_file:
+            keys = gguf_output.metadata(job.skeleton, job.resolved, tokenizer, record)
+            written = gguf_output.write(made, job.skeleton, job.resolved, run, keys)
+        else:
+            written = pipeline.assemble(made, job.skeleton, job.resolved, run)
+            (made / "fewbit.json").write_text(json.dumps(record, indent=1) + "\n")
+            (made / "README.md").write_text(report.model_card(record))
         if written != preview.output_bytes:
             raise FormatError(f"{written} bytes were written where {preview.output_bytes} were foreseen")
-        weights = sum(prod(t.shape) for t in tensors)
-        done = Quantized(
-            out=str(out),
-            plan=job.resolved.plan.name,
-            notes=[*job.resolved.notes, *_fewer(calibration, calibrated)],
-            tensors=tensors,
-            original_bytes=preview.original_bytes,
-            output_bytes=written,
-            bits_per_weight=8 * sum(t.nbytes for t in tensors) / weights,
-            share=preview.share,
-            seconds=elapsed(),
-            peak=0,
-            gpu_peak=0,
-            anonymous=0,
-            sample="",
-        )
-        record = {
-            "schema_version": SCHEMA,
-            "versions": versions,
-            "model": job.source.name,
-            "calibration": calibrated,
-            "plan": job.resolved.plan.to_json(),
-            **{
-                k: v
-                for k, v in asdict(done).items()
-                if k not in ("out", "plan", "peak", "gpu_peak", "anonymous", "sample")
-            },
-        }
-        (folder / "fewbit.json").write_text(json.dumps(record, indent=1) + "\n")
-        (folder / "README.md").write_text(report.model_card(record))
         try:
-            sample = _reopened(folder, tokenizer, hardware.device(device), trust_remote_code)
+            sample = _reopened(made, tokenizer, hardware.device(device), trust_remote_code)
         except KernelError:  # quantizing took a block at a time, the whole model may not fit the device
-            sample = _reopened(folder, tokenizer, "cpu", trust_remote_code)
+            sample = _reopened(made, tokenizer, "cpu", trust_remote_code)
     run.forget()
     held = memory.now()
     return replace(
@@ -127,11 +138,42 @@ def preview(
     model: str | Path,
     *,
     plan: str | plans.Plan = "gptq-4bit",
+    imatrix: str | Path | None = None,
     safetensors_only: bool = False,
     trust_remote_code: bool = False,
 ) -> Preview:
     """What `quantize` would do to each tensor, with exact output bytes, without doing it (`--dry-run`)."""
-    return _Job.prepare(model, plan, "cpu", safetensors_only, trust_remote_code).preview()
+    wanted = plans.find(plan) if isinstance(plan, str) else plan
+    return _Job.prepare(model, wanted, "cpu", safetensors_only, trust_remote_code, imatrix).preview()
+
+
+def imatrix(
+    model: str | Path,
+    out: str | Path,
+    *,
+    calibration: Calibration = Calibration(),
+    overwrite: bool = False,
+    device: str | None = None,
+    safetensors_only: bool = False,
+    trust_remote_code: bool = False,
+    progress: pipeline.Progress | None = None,
+) -> Measured:
+    """Write the importance matrix of `model` on a calibration text to `out`, a .gguf or .dat file as of llama.cpp."""
+    elapsed, out = pipeline.timed(), outputs.claimed(out, overwrite=overwrite, file=True)
+    if reason := importances.why_not(out):
+        raise PlanError(reason, "Give another -o.")
+    source = _unquantized(model, safetensors_only)
+    skeleton = _skeleton(source, hardware.device(device), trust_remote_code)
+    names = gguf_output.model_of(skeleton).names
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    tokens, text = _windows(calibration, source, tokenizer)
+    found = pipeline.measure(skeleton, tokens, progress or (lambda step: None))
+    matrix = {
+        f"{names[module]}.weight": importances.Importance(s.mean_square.cpu(), s.rows) for module, s in found.items()
+    }
+    with outputs.published(out, overwrite=overwrite, file=True) as made:
+        importances.write(made, matrix, chunks=len(tokens), length=tokens.shape[1], text=text["text"])
+    return Measured(str(out), len(matrix), tokens.numel(), text["text"], _fewer(calibration, text), elapsed())
 
 
 def load(
@@ -281,51 +323,51 @@ class _Job:
     source: Source
     skeleton: Skeleton
     resolved: plans.Resolved
+    importance: dict[str, Stats] | None
+    notes: list[str]
 
     @classmethod
     def prepare(
         cls,
         model: str | Path,
-        plan: str | plans.Plan,
+        plan: plans.Plan,
         device: str | None,
         safetensors_only: bool,
         trust_remote_code: bool,
+        imatrix: str | Path | None = None,
     ) -> _Job:
-        wanted = plans.find(plan) if isinstance(plan, str) else plan
-        source = locate(model, safetensors_only=safetensors_only)
-        if source.quantization is not None:
-            raise PlanError(f"{model} is quantized already", "Quantize the original: a second rounding only adds loss.")
-        device = hardware.device(device)
-        dtype = torch.float32 if device == "cpu" else source.dtype
-        skeleton = Skeleton(source, dtype, torch.device(device), trust_remote_code=trust_remote_code)
-        if reason := skeleton.why_not():
-            raise PlanError(f"{model}: {reason}")
+        source = _unquantized(model, safetensors_only)
+        skeleton = _skeleton(source, hardware.device(device), trust_remote_code)
         shapes = {name: shape for block in skeleton.blocks for name, shape in skeleton.linears(block).items()}
-        resolved = plans.resolve(wanted, shapes)
+        whole, notes = None, list[str]()
+        if plans.format_of(plan).suffix:
+            whole = gguf_output.model_of(skeleton)
+            shapes |= skeleton.outside()
+        resolved = plans.resolve(plan, shapes, whole)
         pipeline.check(skeleton, resolved)
-        return cls(source, skeleton, resolved)
+        importance = None
+        if imatrix is not None:
+            importance, notes = gguf_output.importance(Path(imatrix), skeleton, resolved)
+        return cls(source, skeleton, resolved, importance, [*resolved.notes, *notes])
+
+    @property
+    def single_file(self) -> bool:
+        return bool(self.resolved.format.suffix)
 
     def tokens(self, wanted: Calibration, tokenizer: Any) -> tuple[Tensor | None, dict[str, Any] | None]:
         """Calibration tokens [samples, length] and what the record says of them; None where no method needs any."""
-        if all(a.method.needs == Need.NOTHING for a in self.resolved.assignments.values()):
+        if self.importance is not None or pipeline.calibration_need(self.resolved) == Need.NOTHING:
             return None, None
-        most = self.source.context
-        if wanted.length > most and wanted.length != Calibration.length:
-            raise PlanError(f"--length {wanted.length} is beyond the model's context of {most} tokens")
-        text = texts.load_text(wanted.text or texts.own_source(self.source.config), "calibration")
-        length = min(wanted.length, most)
-        tokens = texts.sample(texts.encode(text, tokenizer), wanted.samples, length, wanted.seed)
-        return tokens, {
-            "text": text.name,
-            "digest": texts.digest(tokens),
-            "samples": tokens.shape[0],
-            "length": length,
-            "seed": wanted.seed,
-        }
+        return _windows(wanted, self.source, tokenizer)
 
     def preview(self) -> Preview:
         format, wanted = self.resolved.format, self.resolved.assignments
         tensors = []
+        if self.single_file:
+            for each in gguf_output.planned(self.skeleton, self.resolved):
+                method = f", {name_of(wanted[each.module].method)}" if each.module else ""
+                tensors.append((each.entry.name, each.entry.type + method, each.entry.spec.nbytes))
+            return self._preview(tensors, gguf_output.nbytes(self.skeleton, self.resolved))
         for _, name, spec in self.skeleton.passed_through():
             if (found := wanted.get(name.removesuffix(".weight"))) is not None and name.endswith(".weight"):
                 what = f"{found.scheme}, {name_of(found.method)}"
@@ -333,19 +375,70 @@ class _Job:
             else:
                 what, size = f"as it is ({str(spec.dtype).removeprefix('torch.')})", spec.nbytes
             tensors.append((name, what, size))
+        return self._preview(tensors, sum(size for _, _, size in tensors))
+
+    def _preview(self, tensors: list[tuple[str, str, int]], output_bytes: int) -> Preview:
         return Preview(
             plan=self.resolved.plan.name,
-            format=format.name,
-            notes=list(self.resolved.notes),
+            format=self.resolved.format.name,
+            notes=list(self.notes),
             tensors=tensors,
             original_bytes=sum(spec.nbytes for _, _, spec in self.skeleton.passed_through()),
-            output_bytes=sum(size for _, _, size in tensors),
+            output_bytes=output_bytes,
             share=pipeline.share_quantized(self.skeleton, self.resolved),
         )
 
 
+def _unquantized(model: str | Path, safetensors_only: bool) -> Source:
+    source = locate(model, safetensors_only=safetensors_only)
+    if source.quantization is not None:
+        raise PlanError(f"{model} is quantized already", "Quantize the original: a second rounding only adds loss.")
+    return source
+
+
+def _skeleton(source: Source, device: str, trust_remote_code: bool) -> Skeleton:
+    dtype = torch.float32 if device == "cpu" else source.dtype
+    skeleton = Skeleton(source, dtype, torch.device(device), trust_remote_code=trust_remote_code)
+    if reason := skeleton.why_not():
+        raise PlanError(f"{source.name}: {reason}")
+    return skeleton
+
+
+def _windows(wanted: Calibration, source: Source, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
+    """Calibration tokens [samples, length] and what a record says of them."""
+    most = source.context
+    if wanted.length > most and wanted.length != Calibration.length:
+        raise PlanError(f"--length {wanted.length} is beyond the model's context of {most} tokens")
+    text = texts.load_text(wanted.text or texts.own_source(source.config), "calibration")
+    length = min(wanted.length, most)
+    tokens = texts.sample(texts.encode(text, tokenizer), wanted.samples, length, wanted.seed)
+    return tokens, {
+        "text": text.name,
+        "digest": texts.digest(tokens),
+        "samples": tokens.shape[0],
+        "length": length,
+        "seed": wanted.seed,
+    }
+
+
+def _is_file(out: str | Path, plan: plans.Plan) -> bool:
+    """Whether the plan makes one file rather than a folder; PlanError where the name of the output says otherwise."""
+    suffix = plans.format_of(plan).suffix
+    if suffix and Path(out).suffix != suffix:
+        raise PlanError(f"{out}: plan {plan.name} makes one {suffix} file", f"Give an -o that ends in {suffix}.")
+    if not suffix and Path(out).suffix == ".gguf":
+        raise PlanError(
+            f"{out} would be a GGUF file, but plan {plan.name} makes a folder of {plan.format} weights",
+            "Use a plan for GGUF, such as --plan q4_k_m, or another -o.",
+        )
+    return bool(suffix)
+
+
 def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool) -> str:
     """Open what was written as any user would, and generate a few tokens from it; FormatError if that fails."""
+    if folder.suffix == ".gguf":
+        GgufFile(folder)
+        return ""
     try:
         source = locate(folder)
         describe(source)

@@ -6,7 +6,7 @@ token embeddings where the two are tied. A tensor whose rows a scheme's blocks d
 scheme that they do. Source of the rules, and of the numbers of file types: `llama-quant.cpp` and `llama.h` of llama.cpp
 as in llama-cpp-python 0.3.36; rules for mixtures of experts are left out, as such models are refused.
 
->>> model = Model("llama", layers=8, gqa=2, tied=True, weighed=True)
+>>> model = Model("llama", layers=8, gqa=2, tied=True)
 >>> tensors = {f"blk.{i}.attn_v": (64, 256) for i in range(8)} | {"token_embd": (4096, 256)}
 >>> schemes("q4_k_m", tensors, model)["token_embd"]
 'q6_k'
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PREFIX = "mixture:"  # before a mixture's name where a plan asks for a scheme; q6_k is the name of both
 
@@ -30,13 +30,17 @@ Shape = tuple[int, int]
 @dataclass(frozen=True)
 class Model:
     """What the rules ask of a model. `gqa`: query heads for each key-value head. `tied`: embeddings serve as the head.
-    `weighed`: an importance matrix, or statistics that contain one, will weigh the errors."""
+    `names`: module -> what a GGUF file calls its weight, without `.weight`."""
 
     arch: str  # as GGUF calls it
     layers: int
     gqa: int
     tied: bool
-    weighed: bool
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def in_block(self, module: str) -> bool:
+        """Whether a module is in a block; else it is the embeddings or the head."""
+        return self.names[module].startswith("blk.")
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,11 @@ def file_type(plain: str) -> int:
     return _PLAIN.get(plain, 1)
 
 
-def schemes(mixture: str, tensors: Mapping[str, Shape], model: Model) -> dict[str, str | None]:
+def schemes(mixture: str, tensors: Mapping[str, Shape], model: Model, *, weighed: bool = True) -> dict[str, str | None]:
     """Tensor -> the scheme it gets in `mixture`; None: it stays in 16 bits, as no scheme's blocks divide its rows.
 
     `tensors` are all that may be quantized, by their names in a GGUF file without `.weight`, with shapes [N, K].
+    `weighed`: an importance matrix, or statistics that contain one, will weigh the errors.
     """
     found: dict[str, str | None] = {}
     values, downs = 0, 0  # how many of them came before, which is how llama.cpp counts layers
@@ -91,7 +96,7 @@ def schemes(mixture: str, tensors: Mapping[str, Shape], model: Model) -> dict[st
             scheme = _value(mixture, values, all_values, model)
             values += 1
         elif role == "ffn_down":
-            scheme = _down(mixture, downs, model.layers, model)
+            scheme = _down(mixture, downs, model.layers, weighed)
             downs += 1
         else:
             scheme = MIXTURES[mixture].base
@@ -121,7 +126,7 @@ def _value(mixture: str, i: int, count: int, model: Model) -> str:
     return scheme
 
 
-def _down(mixture: str, i: int, layers: int, model: Model) -> str:
+def _down(mixture: str, i: int, layers: int, weighed: bool) -> str:
     early = i < layers // 8
     if mixture == "q2_k":
         return "q3_k"
@@ -131,9 +136,9 @@ def _down(mixture: str, i: int, layers: int, model: Model) -> str:
         return "q5_k"
     if mixture in ("q4_k_m", "q5_k_m") and _more(i, layers):
         return "q6_k"
-    if mixture in ("iq4_nl", "iq4_xs") and early and not model.weighed:
+    if mixture in ("iq4_nl", "iq4_xs") and early and not weighed:
         return "q5_k"
-    if mixture == "q4_0" and early and model.weighed:
+    if mixture == "q4_0" and early and weighed:
         return "q4_1"
     return MIXTURES[mixture].base
 

@@ -37,8 +37,8 @@ class Example:
                 found[f"blk.{i}.{role}"] = (ROWS, columns)
         return found
 
-    def model(self, *, weighed: bool) -> Model:
-        return Model(self.arch, self.layers, self.heads // self.kv_heads, self.tied, weighed)
+    def model(self) -> Model:
+        return Model(self.arch, self.layers, self.heads // self.kv_heads, self.tied)
 
 
 _FUSED = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")

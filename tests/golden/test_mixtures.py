@@ -21,7 +21,7 @@ TABLE = json.loads((Path(__file__).parent / "mixtures.json").read_text())
 @pytest.mark.parametrize("weighed", [False, True], ids=["plain", "weighed"])
 def test_types_are_those_of_llama_cpp(example: str, mixture: str, weighed: bool) -> None:
     case = EXAMPLES[example]
-    found = mixtures.schemes(mixture, case.tensors(), case.model(weighed=weighed))
+    found = mixtures.schemes(mixture, case.tensors(), case.model(), weighed=weighed)
     given = TABLE["types"][example][mixture]  # "weighed" stands there only where an importance matrix changes a type
     expected = given["weighed"] if weighed and "weighed" in given else given["plain"]
     assert summed_up({name: scheme or "f16" for name, scheme in found.items()}) == expected
@@ -30,8 +30,8 @@ def test_types_are_those_of_llama_cpp(example: str, mixture: str, weighed: bool)
 def test_the_order_of_tensors_does_not_matter() -> None:
     case = EXAMPLES["smollm2-135m"]
     backwards = dict(reversed(case.tensors().items()))
-    assert mixtures.schemes("q4_k_m", backwards, case.model(weighed=True)) == mixtures.schemes(
-        "q4_k_m", case.tensors(), case.model(weighed=True)
+    assert mixtures.schemes("q4_k_m", backwards, case.model()) == mixtures.schemes(
+        "q4_k_m", case.tensors(), case.model()
     )
 
 
