@@ -284,7 +284,9 @@ def conversions(model: PreTrainedModel) -> list[WeightRenaming | WeightConverter
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer; FormatError where the folder has none that can be read."""
     try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **source.options)
+    except FormatError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception on a malformed file
         raise FormatError(f"{source.folder} has no usable tokenizer: {_first_line(error)}") from None
 

@@ -1,4 +1,4 @@
-"""Where a model comes from: a local folder, a name of ours (tiny, smollm2), or the Hugging Face Hub."""
+"""Where a model comes from: a local folder or GGUF file, a name of ours (tiny, smollm2), or the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats import pickle, safetensors
-from fewbit.models import smollm2
+from fewbit.formats.gguf import GgufFile, is_gguf
+from fewbit.models import gguf_config, smollm2
 
 EMBEDDED = "tiny"  # comes with fewbit itself
 DEMO = "smollm2"
@@ -23,20 +24,27 @@ _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*
 
 @dataclass(frozen=True)
 class Source:
-    """A model's folder, the name the user gave, and its weight files (safetensors).
+    """A model's folder, the name the user gave, and its weight files (safetensors, or one GGUF file with its parts).
 
-    `origin` is the folder that was named; `folder` is another one, in the cache, where the weights came as a pickle.
+    `origin` is what was named; `folder` is another one, in the cache, where the weights came as a pickle. `gguf` is the
+    name of the file in the folder where the model is one, as transformers' `gguf_file`.
     """
 
     name: str
     folder: Path
     files: tuple[Path, ...]
     origin: Path
+    gguf: str | None = None
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json as it is."""
-        return read_config(self.folder)
+        """config.json as it is, or as it would be for a GGUF file."""
+        return read_config(self.folder) if self.gguf is None else gguf_config.to_config(GgufFile(self.files[0]))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `from_pretrained` wants to know besides the folder."""
+        return {} if self.gguf is None else {"gguf_file": self.gguf}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,6 +64,8 @@ class Source:
     @property
     def quantization(self) -> dict[str, Any] | None:
         """The quantization_config of config.json; None where the model is not quantized."""
+        if self.gguf is not None:
+            return {"quant_method": "gguf"}
         found = self.config.get("quantization_config")
         if found is not None and not (isinstance(found, dict) and isinstance(found.get("quant_method"), str)):
             raise FormatError(
@@ -66,6 +76,11 @@ class Source:
 
 def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
     """The model called `name`, its files found and their headers sound; PlanError or FormatError otherwise."""
+    path = Path(name).expanduser()
+    if path.is_file() and is_gguf(path):
+        file = GgufFile(path)
+        gguf_config.to_config(file)
+        return Source(str(name), path.parent, file.files, path, path.name)
     origin = folder = _folder(str(name), safetensors_only)
     read_config(folder)
     files = safetensors.files_in(folder)
@@ -104,7 +119,7 @@ def _folder(name: str, safetensors_only: bool) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise PlanError(f"model {name}: that is a file", "Give the folder that holds config.json and the weights.")
+        raise PlanError(f"model {name}: that is a file", "Give a .gguf file, or the folder that holds config.json.")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise PlanError(
             f"model {name}: no such folder", f"Give a local folder, a Hub name such as org/model, {EMBEDDED} or {DEMO}."
