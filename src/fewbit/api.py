@@ -20,7 +20,6 @@ from fewbit import plan as plans
 from fewbit.advise import hardware
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
 from fewbit.formats import imatrix as importances
-from fewbit.formats.gguf import GgufFile
 from fewbit.measure import memory, quality
 from fewbit.methods.base import name_of
 from fewbit.models.describe import Inspection, describe
@@ -436,9 +435,6 @@ def _is_file(out: str | Path, plan: plans.Plan) -> bool:
 
 def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool) -> str:
     """Open what was written as any user would, and generate a few tokens from it; FormatError if that fails."""
-    if folder.suffix == ".gguf":
-        GgufFile(folder)
-        return ""
     try:
         source = locate(folder)
         describe(source)

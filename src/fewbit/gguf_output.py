@@ -139,6 +139,8 @@ def file_type(resolved: Resolved) -> int:
     for rule in resolved.plan.rules:
         if rule.scheme is not None and rule.scheme.startswith(mixtures.PREFIX):
             return mixtures.MIXTURES[rule.scheme.removeprefix(mixtures.PREFIX)].file_type
+    if not resolved.assignments:
+        return 1
     sizes: dict[str, int] = {}
     for a in resolved.assignments.values():
         sizes[str(a.scheme)] = sizes.get(str(a.scheme), 0) + a.shape[0] * a.shape[1]

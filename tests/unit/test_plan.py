@@ -315,4 +315,4 @@ def test_a_scheme_in_place_of_a_mixture_is_taken_at_its_word() -> None:
 
 def test_gguf_holds_block_types_alone() -> None:
     with pytest.raises(PlanError, match="block types such as q4_k, not int4-g128"):
-        resolve(find("gptq-4bit").changed(format="gguf"), WHOLE, MODEL)
+        resolve(Plan("test", "gguf", (Rule("*", "int4-g128"),)), WHOLE, MODEL)
