@@ -67,7 +67,12 @@ class FewbitQuantizer(HfQuantizer):
 
     def update_device_map(self, device_map: Any) -> Any:
         """Like bitsandbytes, which it stands in for: to the GPU where nothing is said."""
-        if device_map is None and self.format.quant_method in _BACK_ENDS and not asked_for and torch.cuda.is_available():
+        if (
+            device_map is None
+            and self.format.quant_method in _BACK_ENDS
+            and not asked_for
+            and torch.cuda.is_available()
+        ):
             return {"": torch.cuda.current_device()}
         return device_map
 

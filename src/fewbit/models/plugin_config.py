@@ -21,7 +21,7 @@ _USED = {*_LOCATING, "trust_remote_code", "_from_pipeline", "_from_auto"}  # not
 
 
 def gguf_file(name: Any, file: str, options: dict[str, Any]) -> GgufFile | None:
-    """The file that transformers would read for these arguments; None if its architecture is not one that fewbit loads."""
+    """The file that transformers would read for these arguments; None if fewbit does not load its architecture."""
     from transformers.utils import cached_file
 
     from fewbit.models.gguf_names import ARCHITECTURES
