@@ -61,6 +61,16 @@ class Layout:
     m: int = 0  # greatest m
 
     @property
+    def affine(self) -> bool:
+        """Whether there is an offset."""
+        return self.dmin >= 0
+
+    @property
+    def super(self) -> bool:
+        """Whether a block has sub-blocks with scales of few bits."""
+        return self.sc != (1, 1)
+
+    @property
     def subs(self) -> int:
         """Sub-blocks in a block."""
         return self.columns // self.sub
