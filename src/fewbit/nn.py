@@ -1,8 +1,8 @@
 """`QLinear` and `QEmbedding`: the quantized layers, for every scheme, format and kernel.
 
-Each starts as a placeholder that has a tensor for each one on disk, so that any loader can fill it, and `adopt` turns it
-into prepared device tensors: the codes as the integer parameter `weight`, whatever else the kernel keeps as buffers.
-An embedding and an output head that are tied share that parameter.
+Each starts as a placeholder that has a tensor for each one on disk, so that any loader can fill it, and `adopt` turns
+it into prepared device tensors: the codes as the integer parameter `weight`, what else the kernel keeps as buffers. An
+embedding and an output head that are tied share that parameter.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class QLinear(_Placeholder, nn.Linear):
 class QEmbedding(_Placeholder):
     """Rows of a packed weight [vocabulary, width], of which only those asked for are decoded.
 
-    `scale` is what rows are multiplied by (Gemma's). It is no `nn.Embedding`: what resizes one must not find codes in it.
+    `scale` is what rows are multiplied by (Gemma's). It is no `nn.Embedding`: what resizes one shall find none.
     """
 
     weight: nn.Parameter

@@ -202,6 +202,8 @@ def _refuse(config: Any, arch: str) -> None:
         wanted = config.hidden_size // config.num_attention_heads if by_hidden else config.head_dim
         if scalar != wanted:
             raise PlanError(f"llama.cpp scales the queries of {arch} by {wanted}; this model asks for {scalar}")
+    if arch == "gemma2" and not config.tie_word_embeddings:
+        raise PlanError("llama.cpp runs gemma2 with an output head tied to the embedding; this model has its own")
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     if windowed and arch not in _SWA_PERIOD and "full_attention" in config.layer_types:
         raise PlanError(f"llama.cpp runs {arch} with full attention in all layers; here some have a sliding window")

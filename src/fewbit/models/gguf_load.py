@@ -31,10 +31,14 @@ _NUMBERS = ("f32", "f16", "bf16")
 SAVED = "model.gguf"
 
 
-class GgufQuantizer(GgufHfQuantizer):  # type: ignore[misc]  # transformers' own, for architectures not known here
+_Theirs: Any = GgufHfQuantizer  # which serves the architectures that are not known here, and is not typed
+
+
+class GgufQuantizer(_Theirs):  # type: ignore[misc]
     """Puts packed modules where a file has blocks, and gives each its own."""
 
     file: GgufFile | None = None
+    dtype: torch.dtype
 
     def read_header(self, gguf_file: str) -> None:
         """Parse the header, when transformers has found out where the file is."""

@@ -43,7 +43,7 @@ def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *,
 
 
 def put_embedding(model: PreTrainedModel, module: str, spec: PartSpec) -> bool:
-    """A `QEmbedding` in place of the embedding called `module`, waiting for codes; False if it is of an unknown kind."""
+    """A `QEmbedding` in place of the embedding called `module`, waiting for codes; False if its kind is not known."""
     embedding = model.get_submodule(module)
     scale = getattr(embedding, "scalar_embed_scale", None)
     if not isinstance(embedding, nn.Embedding) or (type(embedding) is not nn.Embedding and scale is None):

@@ -9,7 +9,7 @@ config object asks for something that needs no calibration: no more than one is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from fewbit import hook, registry
 from fewbit.errors import FormatError, KernelError, PlanError
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.safetensors import read_specs
-from fewbit.models.gguf_load import GgufQuantizer
 from fewbit.models.modules import asked_for, kernel_asked_for, put, unpack
 from fewbit.models.source import read_config
 from fewbit.nn import QLinear, slot
@@ -216,7 +215,10 @@ def register() -> None:
     for method in _methods():
         if method in hook.preferred or not _INSTALLED.get(method, lambda: False)():
             auto.AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(_back_ends(method), FewbitQuantizer))
-    auto.AUTO_QUANTIZER_MAPPING["gguf"] = GgufQuantizer  # whose base class is the one that stood there
+    with suppress(ImportError):  # where transformers has its own no more, there is nothing to stand in for
+        from fewbit.models.gguf_load import GgufQuantizer
+
+        auto.AUTO_QUANTIZER_MAPPING.update({"gguf": GgufQuantizer})
 
 
 @contextmanager

@@ -21,8 +21,8 @@ _USED = {*_LOCATING, "trust_remote_code", "_from_pipeline", "_from_auto"}  # not
 
 
 def gguf_file(name: Any, file: str, options: dict[str, Any]) -> GgufFile | None:
-    """The file that transformers would read for these arguments; None if its architecture is not one that fewbit loads."""
-    from transformers.utils import cached_file
+    """The file that transformers would read for these arguments; None if fewbit does not load its architecture."""
+    from transformers.utils.hub import cached_file
 
     from fewbit.models.gguf_names import ARCHITECTURES
 
@@ -61,7 +61,8 @@ def register() -> None:
         return inner(kind, name, **kwargs)
 
     ours.by_fewbit = True  # type: ignore[attr-defined]
-    cls._get_config_dict = classmethod(ours)
+    patched: Any = ours
+    cls._get_config_dict = classmethod(patched)
 
 
 register()
