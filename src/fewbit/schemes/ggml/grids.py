@@ -22,7 +22,7 @@ _NARROW = 1e-3  # of the product of two curvatures: below that, two directions c
 
 @dataclass(frozen=True)
 class BlockGrids(Grids):
-    """As stored: d, dmin [N, blocks] in the dtype of the values, sc, m int16 [N, sub-blocks]; None where there is none."""
+    """As stored: d, dmin [N, blocks] in the dtype of the values, sc, m int16 [N, sub-blocks]; None if there is none."""
 
     name: str
     d: Tensor
@@ -107,7 +107,7 @@ def level(kind: Layout, codes: Tensor, dtype: torch.dtype = torch.float32) -> Te
 
 
 def nearest(kind: Layout, x: Tensor) -> Tensor:
-    """Codes (uint8) of the levels nearest to x, which is overwritten; ties to even, of nonlinear levels to the lower."""
+    """Codes (uint8) of the levels nearest to x, which is overwritten; ties to even, for nonlinear levels down."""
     if kind.nonlinear:
         levels = torch.tensor(NONLINEAR, dtype=x.dtype, device=x.device)
         return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
