@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fewbit.schemes.base import ALL, Columns, Grids
-from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR, Fields, Layout, pack, unpack
+from fewbit.schemes.ggml import layout
+from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR, Fields, Layout
 from fewbit.schemes.ggml.search import half
 
 _NARROW = 1e-3  # of the product of two curvatures: below that, two directions count as one
@@ -81,7 +82,7 @@ def read(name: str, rows: Tensor) -> tuple[Tensor, BlockGrids]:
     """The codes and grids that `rows` uint8 [N, bytes] hold."""
     kind, n = LAYOUTS[name], len(rows)
     blocks = rows.shape[1] // kind.nbytes
-    found = unpack(name, rows.reshape(-1, kind.nbytes))
+    found = layout.unpack(name, rows.reshape(-1, kind.nbytes))
     d, dmin = (None if x is None else x.view(n, blocks) for x in (found.d, found.dmin))
     sc, m = (None if x is None else x.view(n, blocks * kind.subs) for x in (found.sc, found.m))
     assert d is not None
@@ -94,7 +95,7 @@ def written(codes: Tensor, grids: BlockGrids) -> Tensor:
     d, dmin = (None if x is None else x.reshape(-1, 1) for x in (grids.d, grids.dmin))
     sc, m = (None if x is None else x.reshape(-1, kind.subs) for x in (grids.sc, grids.m))
     assert d is not None
-    blocks = pack(grids.name, Fields(codes.reshape(-1, kind.columns), d, dmin, sc, m))
+    blocks = layout.pack(grids.name, Fields(codes.reshape(-1, kind.columns), d, dmin, sc, m))
     return blocks.view(n, codes.shape[1] // kind.columns * kind.nbytes)
 
 

@@ -317,5 +317,6 @@ def _steps(kind: Layout) -> tuple[float, ...]:
 @cache
 def _nearest(device: torch.device) -> Tensor:
     """The nearest of the nonlinear levels for each half step from -128 on; no midpoint lies inside one."""
-    levels, places = torch.tensor(NONLINEAR, dtype=torch.float32), torch.arange(512) / 2 - 127.75
+    levels = torch.tensor(NONLINEAR, dtype=torch.float32, device="cpu")
+    places = torch.arange(512, device="cpu") / 2 - 127.75
     return levels[(places[:, None] - levels).abs().argmin(1)].to(device)
