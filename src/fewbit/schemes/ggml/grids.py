@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fewbit.schemes.base import ALL, Columns, Grids
-from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR, Fields, Layout, pack, unpack
+from fewbit.schemes.ggml import layout
+from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR, Fields, Layout
 from fewbit.schemes.ggml.search import half
 
 _NARROW = 1e-3  # of the product of two curvatures: below that, two directions count as one
@@ -22,7 +23,7 @@ _NARROW = 1e-3  # of the product of two curvatures: below that, two directions c
 
 @dataclass(frozen=True)
 class BlockGrids(Grids):
-    """As stored: d, dmin [N, blocks] in the dtype of the values, sc, m int16 [N, sub-blocks]; None where there is none."""
+    """As stored: d, dmin [N, blocks] in the dtype of the values, sc, m int16 [N, sub-blocks]; None if there is none."""
 
     name: str
     d: Tensor
@@ -81,7 +82,7 @@ def read(name: str, rows: Tensor) -> tuple[Tensor, BlockGrids]:
     """The codes and grids that `rows` uint8 [N, bytes] hold."""
     kind, n = LAYOUTS[name], len(rows)
     blocks = rows.shape[1] // kind.nbytes
-    found = unpack(name, rows.reshape(-1, kind.nbytes))
+    found = layout.unpack(name, rows.reshape(-1, kind.nbytes))
     d, dmin = (None if x is None else x.view(n, blocks) for x in (found.d, found.dmin))
     sc, m = (None if x is None else x.view(n, blocks * kind.subs) for x in (found.sc, found.m))
     assert d is not None
@@ -94,7 +95,7 @@ def written(codes: Tensor, grids: BlockGrids) -> Tensor:
     d, dmin = (None if x is None else x.reshape(-1, 1) for x in (grids.d, grids.dmin))
     sc, m = (None if x is None else x.reshape(-1, kind.subs) for x in (grids.sc, grids.m))
     assert d is not None
-    blocks = pack(grids.name, Fields(codes.reshape(-1, kind.columns), d, dmin, sc, m))
+    blocks = layout.pack(grids.name, Fields(codes.reshape(-1, kind.columns), d, dmin, sc, m))
     return blocks.view(n, codes.shape[1] // kind.columns * kind.nbytes)
 
 
@@ -107,7 +108,7 @@ def level(kind: Layout, codes: Tensor, dtype: torch.dtype = torch.float32) -> Te
 
 
 def nearest(kind: Layout, x: Tensor) -> Tensor:
-    """Codes (uint8) of the levels nearest to x, which is overwritten; ties to even, of nonlinear levels to the lower."""
+    """Codes (uint8) of the levels nearest to x, which is overwritten; ties to even, for nonlinear levels down."""
     if kind.nonlinear:
         levels = torch.tensor(NONLINEAR, dtype=x.dtype, device=x.device)
         return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
