@@ -22,6 +22,7 @@ from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
 from fewbit.formats import imatrix as importances
 from fewbit.measure import memory, quality
 from fewbit.methods.base import name_of
+from fewbit.models import gguf_header
 from fewbit.models.describe import Inspection, describe
 from fewbit.models.generate import continue_text, prompt_ids
 from fewbit.models.load import load_model
@@ -78,8 +79,8 @@ def quantize(
             f"{report.size(2 * preview.output_bytes)} of disk are needed for {out}, {report.size(free)} are free"
         )
     tokenizer = load_tokenizer(job.source, trust_remote_code=trust_remote_code)
-    if job.single_file:
-        gguf_output.metadata(job.skeleton, job.resolved, tokenizer, {})  # what cannot be said is found before any work
+    # What no file can say of the model is found before any work.
+    header = gguf_header.of(job.source, trust_remote_code=trust_remote_code) if job.single_file else None
     tokens, calibrated = job.tokens(calibration, tokenizer)
     versions = hardware.versions()
     run = pipeline.Run(pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions, job.importance))
@@ -113,9 +114,8 @@ def quantize(
         },
     }
     with outputs.published(out, overwrite=overwrite, file=job.single_file) as made:
-        if job.single_file:
-            keys = gguf_output.metadata(job.skeleton, job.resolved, tokenizer, record)
-            written = gguf_output.write(made, job.skeleton, job.resolved, run, keys)
+        if header is not None:
+            written = gguf_output.write(made, job.skeleton, job.resolved, run, header, record)
         else:
             written = pipeline.assemble(made, job.skeleton, job.resolved, run)
             (made / "fewbit.json").write_text(json.dumps(record, indent=1) + "\n")

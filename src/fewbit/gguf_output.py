@@ -23,7 +23,8 @@ from fewbit.formats import imatrix
 from fewbit.formats.gguf import Entry, GgufWriter
 from fewbit.formats.safetensors import Checkpoint
 from fewbit.methods.base import name_of
-from fewbit.models import gguf_config, gguf_names, gguf_tokenizer
+from fewbit.models import gguf_config, gguf_names
+from fewbit.models.gguf_header import Header
 from fewbit.models.skeleton import Skeleton
 from fewbit.pipeline import Run, outside
 from fewbit.plan import Resolved
@@ -83,14 +84,12 @@ def planned(skeleton: Skeleton, resolved: Resolved) -> list[Planned]:
     return sorted(found, key=lambda each: _order(each.entry.name))
 
 
-def metadata(skeleton: Skeleton, resolved: Resolved, tokenizer: Any, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's keys: what the model is, how it was made, its tokenizer. PlanError for what no file can say."""
-    source = skeleton.source
+def metadata(header: Header, resolved: Resolved, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's keys: what the model is, how it was made, its tokenizer."""
     return {
-        **gguf_config.to_metadata(skeleton.config, Path(source.name).name or source.name),
+        **header.metadata,
         "general.quantization_version": _QUANTIZATION_VERSION,
         "general.file_type": file_type(resolved),
-        **gguf_tokenizer.to_metadata(tokenizer, skeleton.config.vocab_size, _ends(source.folder)),
         _RECORD: json.dumps(record),
     }
 
@@ -153,14 +152,15 @@ def nbytes(skeleton: Skeleton, resolved: Resolved) -> int:
     return extra + sum(each.entry.spec.nbytes for each in planned(skeleton, resolved))
 
 
-def write(path: Path, skeleton: Skeleton, resolved: Resolved, run: Run, keys: Mapping[str, Any]) -> int:
-    """Write the file at `path`. Returns the bytes of all tensors."""
-    routes, tensors = gguf_names.routes(skeleton.config), planned(skeleton, resolved)
-    extra = gguf_config.extra_tensors(skeleton.config)
+def write(
+    path: Path, skeleton: Skeleton, resolved: Resolved, run: Run, header: Header, record: Mapping[str, Any]
+) -> int:
+    """Write the file at `path`, with a `record` of how it was made. Returns the bytes of all tensors."""
+    routes, tensors, extra = header.routes, planned(skeleton, resolved), header.extra
     entries = [Entry(name, "f32", tuple(tensor.shape)) for name, tensor in extra.items()]
     entries += [each.entry for each in tensors]
     blocks = Checkpoint(run.files())
-    with GgufWriter(path, keys, entries) as writer:
+    with GgufWriter(path, metadata(header, resolved, record), entries) as writer:
         for name, tensor in extra.items():
             writer.add(name, tensor.float())
         for each in tensors:
@@ -173,19 +173,6 @@ def write(path: Path, skeleton: Skeleton, resolved: Resolved, run: Run, keys: Ma
                 place, key = (blocks, each.name) if each.name in blocks.specs else (skeleton.checkpoint, each.key)
                 writer.add(each.entry.name, _plain(route.to_file(place.get(key)), each))
     return sum(entry.spec.nbytes for entry in entries)
-
-
-def _ends(folder: Path) -> list[int]:
-    """Ids that end a text: what the generation config says, or the model's."""
-    for name in ("generation_config.json", "config.json"):
-        try:
-            found = json.loads((folder / name).read_text()).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
-            continue
-        found = found if isinstance(found, list) else [found]
-        if ends := [i for i in found if isinstance(i, int)]:
-            return ends
-    return []
 
 
 def _plain(tensor: Tensor, each: Planned) -> Tensor:

@@ -123,7 +123,10 @@ def test_a_dry_run_tells_every_tensor_and_does_nothing(model: Path, place: Path,
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"])
 def test_families(family: str, tmp_path: Path, wanted: Calibration) -> None:
-    changes: dict[str, Any] = {"phi3": {}, "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32}}.get(family, {"head_dim": 32})
+    changes: dict[str, Any] = {
+        "phi3": {},
+        "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
+    }.get(family, {"head_dim": 32})
     # The tokenizer class of qwen2 has a token more.
     folder = models.save(tmp_path / "model", family, vocab_size=models.VOCAB + 32, **changes)
     done = api.quantize(folder, tmp_path / "out.gguf", plan="q4_k_m", calibration=wanted)

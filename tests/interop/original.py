@@ -8,8 +8,8 @@ import torch
 
 from fewbit import gguf_output
 from fewbit.formats.gguf import GgufWriter
-from fewbit.models import gguf_config, gguf_names
-from fewbit.models.skeleton import Skeleton, load_tokenizer
+from fewbit.models import gguf_header
+from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import locate
 from fewbit.plan import Plan, Resolved, format_of
 
@@ -21,12 +21,12 @@ def write(model: str | Path, path: Path) -> None:
     source = locate(model)
     skeleton = Skeleton(source, torch.float32, torch.device("cpu"))
     nothing = Resolved(PLAN, format_of(PLAN), {}, (), ())
-    keys = gguf_output.metadata(skeleton, nothing, load_tokenizer(source), {}) | {"general.file_type": 0}
+    header = gguf_header.of(source)
+    keys = gguf_output.metadata(header, nothing, {}) | {"general.file_type": 0}
     planned = gguf_output.planned(skeleton, nothing)
     entries = [each.entry._replace(type="f32") for each in planned]
-    assert not gguf_config.extra_tensors(skeleton.config)
-    routes = gguf_names.routes(skeleton.config)
+    assert not header.extra
     with GgufWriter(path, keys, entries) as writer:
         for each, entry in zip(planned, entries, strict=True):
-            tensor = routes[each.name].to_file(skeleton.checkpoint.get(each.key))
+            tensor = header.routes[each.name].to_file(skeleton.checkpoint.get(each.key))
             writer.add(entry.name, tensor.float().contiguous())
