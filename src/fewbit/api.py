@@ -6,45 +6,31 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fewbit import calibration as texts
-from fewbit import gguf_output, outputs, pipeline, registry, report
+from fewbit import folder_output, gguf_output, outputs, pipeline, registry, report
 from fewbit import plan as plans
 from fewbit.advise import hardware
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
 from fewbit.formats import imatrix as importances
+from fewbit.job import Calibration as Calibration
+from fewbit.job import Job, fewer, is_file, skeleton_of, unquantized, windows
 from fewbit.measure import memory, quality
-from fewbit.methods.base import name_of
 from fewbit.models import gguf_header
 from fewbit.models.describe import Inspection, describe
 from fewbit.models.generate import continue_text, prompt_ids
 from fewbit.models.load import load_model
-from fewbit.models.skeleton import Skeleton, load_tokenizer
-from fewbit.models.source import Source, locate
+from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import locate
 from fewbit.report import Evaluation, Measured, Preview, Quantized
-from fewbit.stats import Need, Stats
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """`samples` windows of `length` tokens (at most the model's context), drawn by `seed` from a text.
-
-    text: a name or a file; None: tiny's own for the embedded model, pydoc for all others.
-    """
-
-    text: str | None = None
-    samples: int = 128
-    length: int = 512
-    seed: int = 0
 
 
 def quantize(
@@ -68,9 +54,9 @@ def quantize(
     """
     elapsed = pipeline.timed()
     wanted = plans.find(plan) if isinstance(plan, str) else plan
-    out = outputs.claimed(out, overwrite=overwrite, file=_is_file(out, wanted))
+    out = outputs.claimed(out, overwrite=overwrite, file=is_file(out, wanted))
     memory.return_freed()
-    job = _Job.prepare(model, wanted, device, safetensors_only, trust_remote_code, imatrix)
+    job = Job.prepare(model, wanted, device, safetensors_only, trust_remote_code, imatrix)
     outputs.spare(out, job.source.origin, job.source.folder, *job.source.files)
     preview = job.preview()
     free = shutil.disk_usage(outputs.existing(out.parent)).free
@@ -91,7 +77,7 @@ def quantize(
     done = Quantized(
         out=str(out),
         plan=job.resolved.plan.name,
-        notes=[*job.notes, *_fewer(calibration, calibrated)],
+        notes=[*job.notes, *fewer(calibration, calibrated)],
         tensors=tensors,
         original_bytes=preview.original_bytes,
         output_bytes=preview.output_bytes,
@@ -117,7 +103,7 @@ def quantize(
         if header is not None:
             written = gguf_output.write(made, job.skeleton, job.resolved, run, header, record)
         else:
-            written = pipeline.assemble(made, job.skeleton, job.resolved, run)
+            written = folder_output.write(made, job.skeleton, job.resolved, run)
             (made / "fewbit.json").write_text(json.dumps(record, indent=1) + "\n")
             (made / "README.md").write_text(report.model_card(record))
         if written != preview.output_bytes:
@@ -143,7 +129,7 @@ def preview(
 ) -> Preview:
     """What `quantize` would do to each tensor, with exact output bytes, without doing it (`--dry-run`)."""
     wanted = plans.find(plan) if isinstance(plan, str) else plan
-    return _Job.prepare(model, wanted, "cpu", safetensors_only, trust_remote_code, imatrix).preview()
+    return Job.prepare(model, wanted, "cpu", safetensors_only, trust_remote_code, imatrix).preview()
 
 
 def imatrix(
@@ -161,18 +147,18 @@ def imatrix(
     elapsed, out = pipeline.timed(), outputs.claimed(out, overwrite=overwrite, file=True)
     if reason := importances.why_not(out):
         raise PlanError(reason, "Give another -o.")
-    source = _unquantized(model, safetensors_only)
-    skeleton = _skeleton(source, hardware.device(device), trust_remote_code)
+    source = unquantized(model, safetensors_only)
+    skeleton = skeleton_of(source, hardware.device(device), trust_remote_code)
     names = gguf_output.model_of(skeleton).names
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    tokens, text = _windows(calibration, source, tokenizer)
+    tokens, text = windows(calibration, source, tokenizer)
     found = pipeline.measure(skeleton, tokens, progress or (lambda step: None))
     matrix = {
         f"{names[module]}.weight": importances.Importance(s.mean_square.cpu(), s.rows) for module, s in found.items()
     }
     with outputs.published(out, overwrite=overwrite, file=True) as made:
         importances.write(made, matrix, chunks=len(tokens), length=tokens.shape[1], text=text["text"])
-    return Measured(str(out), len(matrix), tokens.numel(), text["text"], _fewer(calibration, text), elapsed())
+    return Measured(str(out), len(matrix), tokens.numel(), text["text"], fewer(calibration, text), elapsed())
 
 
 def load(
@@ -315,124 +301,6 @@ def catalogue() -> dict[str, list[tuple[str, str, str | None]]]:
     return found
 
 
-@dataclass
-class _Job:
-    """A model and a plan settled for it, checked, before any work."""
-
-    source: Source
-    skeleton: Skeleton
-    resolved: plans.Resolved
-    importance: dict[str, Stats] | None
-    notes: list[str]
-
-    @classmethod
-    def prepare(
-        cls,
-        model: str | Path,
-        plan: plans.Plan,
-        device: str | None,
-        safetensors_only: bool,
-        trust_remote_code: bool,
-        imatrix: str | Path | None = None,
-    ) -> _Job:
-        source = _unquantized(model, safetensors_only)
-        skeleton = _skeleton(source, hardware.device(device), trust_remote_code)
-        shapes = {name: shape for block in skeleton.blocks for name, shape in skeleton.linears(block).items()}
-        whole, notes = None, list[str]()
-        if plans.format_of(plan).suffix:
-            whole = gguf_output.model_of(skeleton)
-            shapes |= skeleton.outside()
-        resolved = plans.resolve(plan, shapes, whole)
-        pipeline.check(skeleton, resolved)
-        importance = None
-        if imatrix is not None:
-            importance, notes = gguf_output.importance(Path(imatrix), skeleton, resolved)
-        return cls(source, skeleton, resolved, importance, [*resolved.notes, *notes])
-
-    @property
-    def single_file(self) -> bool:
-        return bool(self.resolved.format.suffix)
-
-    def tokens(self, wanted: Calibration, tokenizer: Any) -> tuple[Tensor | None, dict[str, Any] | None]:
-        """Calibration tokens [samples, length] and what the record says of them; None where no method needs any."""
-        if self.importance is not None or pipeline.calibration_need(self.resolved) == Need.NOTHING:
-            return None, None
-        return _windows(wanted, self.source, tokenizer)
-
-    def preview(self) -> Preview:
-        format, wanted = self.resolved.format, self.resolved.assignments
-        tensors = []
-        if self.single_file:
-            for each in gguf_output.planned(self.skeleton, self.resolved):
-                method = f", {name_of(wanted[each.module].method)}" if each.module else ""
-                tensors.append((each.entry.name, each.entry.type + method, each.entry.spec.nbytes))
-            return self._preview(tensors, gguf_output.nbytes(self.skeleton, self.resolved))
-        for _, name, spec in self.skeleton.passed_through():
-            if (found := wanted.get(name.removesuffix(".weight"))) is not None and name.endswith(".weight"):
-                what = f"{found.scheme}, {name_of(found.method)}"
-                size = sum(s.nbytes for s in format.specs(found.shape, found.scheme).values())
-            else:
-                what, size = f"as it is ({str(spec.dtype).removeprefix('torch.')})", spec.nbytes
-            tensors.append((name, what, size))
-        return self._preview(tensors, sum(size for _, _, size in tensors))
-
-    def _preview(self, tensors: list[tuple[str, str, int]], output_bytes: int) -> Preview:
-        return Preview(
-            plan=self.resolved.plan.name,
-            format=self.resolved.format.name,
-            notes=list(self.notes),
-            tensors=tensors,
-            original_bytes=sum(spec.nbytes for _, _, spec in self.skeleton.passed_through()),
-            output_bytes=output_bytes,
-            share=pipeline.share_quantized(self.skeleton, self.resolved),
-        )
-
-
-def _unquantized(model: str | Path, safetensors_only: bool) -> Source:
-    source = locate(model, safetensors_only=safetensors_only)
-    if source.quantization is not None:
-        raise PlanError(f"{model} is quantized already", "Quantize the original: a second rounding only adds loss.")
-    return source
-
-
-def _skeleton(source: Source, device: str, trust_remote_code: bool) -> Skeleton:
-    dtype = torch.float32 if device == "cpu" else source.dtype
-    skeleton = Skeleton(source, dtype, torch.device(device), trust_remote_code=trust_remote_code)
-    if reason := skeleton.why_not():
-        raise PlanError(f"{source.name}: {reason}")
-    return skeleton
-
-
-def _windows(wanted: Calibration, source: Source, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
-    """Calibration tokens [samples, length] and what a record says of them."""
-    most = source.context
-    if wanted.length > most and wanted.length != Calibration.length:
-        raise PlanError(f"--length {wanted.length} is beyond the model's context of {most} tokens")
-    text = texts.load_text(wanted.text or texts.own_source(source.config), "calibration")
-    length = min(wanted.length, most)
-    tokens = texts.sample(texts.encode(text, tokenizer), wanted.samples, length, wanted.seed)
-    return tokens, {
-        "text": text.name,
-        "digest": texts.digest(tokens),
-        "samples": tokens.shape[0],
-        "length": length,
-        "seed": wanted.seed,
-    }
-
-
-def _is_file(out: str | Path, plan: plans.Plan) -> bool:
-    """Whether the plan makes one file rather than a folder; PlanError where the name of the output says otherwise."""
-    suffix = plans.format_of(plan).suffix
-    if suffix and Path(out).suffix != suffix:
-        raise PlanError(f"{out}: plan {plan.name} makes one {suffix} file", f"Give an -o that ends in {suffix}.")
-    if not suffix and Path(out).suffix == ".gguf":
-        raise PlanError(
-            f"{out} would be a GGUF file, but plan {plan.name} makes a folder of {plan.format} weights",
-            "Use a plan for GGUF, such as --plan q4_k_m, or another -o.",
-        )
-    return bool(suffix)
-
-
 def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool) -> str:
     """Open what was written as any user would, and generate a few tokens from it; FormatError if that fails."""
     try:
@@ -449,17 +317,6 @@ def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool
         raise
     except FewbitError as error:
         raise FormatError(f"the output failed its own check: {error.message}", error.hint) from error
-
-
-def _fewer(wanted: Calibration, used: dict[str, Any] | None) -> list[str]:
-    """Sentences on what was asked of the calibration text and not to be had."""
-    notes = []
-    asked = wanted.text is not None or wanted.samples != Calibration.samples
-    if used is not None and asked and used["samples"] < wanted.samples:
-        notes.append(f"{used['text']} has {used['samples']} windows of {used['length']}, not {wanted.samples}")
-    if used is not None and used["length"] < wanted.length:
-        notes.append(f"windows of {used['length']} tokens, not {wanted.length}: the model's context is no longer")
-    return notes
 
 
 def _named(model: str | Path, adapter: str | Path | None) -> str:

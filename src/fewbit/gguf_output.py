@@ -1,4 +1,4 @@
-"""One GGUF file put together from the blocks of a run: what `pipeline.assemble` is for folders.
+"""One GGUF file put together from the blocks of a run: what `folder_output.py` does for folders.
 
 Weights that were quantized are written as their blocks, whose rows are put in the file's order; all other tensors as
 numbers: float32 where they are vectors or positions, as llama.cpp wants them, and float16 where they are matrices that

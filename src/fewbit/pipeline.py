@@ -2,7 +2,7 @@
 
 Memory holds one block in float, its statistics and the calibration activations, never the model. Each finished block
 is a file in the run's cache folder, under a fingerprint of all that determines it, so a run that was killed goes on
-where it stopped; the output folder is put together from those files at the end and appears whole or not at all.
+where it stopped; the output is put together from those files at the end (folder_output.py, gguf_output.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fewbit.cache import cache_folder
 from fewbit.errors import FormatError, NumericsError, PlanError
 from fewbit.formats.base import Format
-from fewbit.formats.safetensors import Checkpoint, ShardWriter, read_file, side_files, write_file
+from fewbit.formats.safetensors import read_file, write_file
 from fewbit.methods.base import Choice, Method, name_of
 from fewbit.models.rewrite import rewrite
 from fewbit.models.skeleton import BlockCall, Skeleton
@@ -32,7 +32,6 @@ from fewbit.plan import Assignment, Resolved
 from fewbit.schemes.base import QTensor, chunk_rows
 from fewbit.stats import Need, Stats
 
-SHARD_BYTES = 512 << 20
 _LOWEST_SHARE = 0.5
 
 
@@ -431,34 +430,6 @@ def measure(skeleton: Skeleton, tokens: Tensor, progress: Progress) -> dict[str,
 def _batches(tokens: Tensor) -> list[Tensor]:
     """About 2048 tokens at a time: enough to keep two cores or a GPU busy, small beside the statistics."""
     return list(tokens.split(max(1, 2048 // tokens.shape[1])))
-
-
-def assemble(folder: Path, skeleton: Skeleton, resolved: Resolved, run: Run) -> int:
-    """Write the model's files into `folder`: shards, config, side files. Returns the bytes of all tensors."""
-    blocks = Checkpoint([run.file(i) for i in range(len(skeleton.blocks))])
-    suffixes = {a.module: list(resolved.format.specs(a.shape, a.scheme)) for a in resolved.assignments.values()}
-    tensors: list[tuple[str, Checkpoint, str]] = []  # model name, where it lies, under which name
-    for key, name, _ in skeleton.passed_through():
-        module = name.removesuffix(".weight")
-        if module in suffixes:
-            tensors += [(f"{module}.{suffix}", blocks, f"{module}.{suffix}") for suffix in suffixes[module]]
-        elif name in blocks.specs:  # a norm or bias, rewritten
-            tensors.append((name, blocks, name))
-        else:
-            tensors.append((name, skeleton.checkpoint, key))
-    stored = skeleton.stored_names([name for name, _, _ in tensors])
-    writer = ShardWriter(folder, SHARD_BYTES)
-    for name, place, key in tensors:
-        writer.add(stored[name], place.get(key))
-    writer.close()
-    for file in side_files(skeleton.source.folder):
-        shutil.copyfile(file, folder / file.name)
-    config = skeleton.source.config
-    if config.get("tie_word_embeddings") and not skeleton.tied:
-        config["tie_word_embeddings"] = False  # the file holds two tensors that differ: readers must not tie them
-    config["quantization_config"] = quantization_config(skeleton, resolved)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return writer.nbytes
 
 
 def timed() -> Callable[[], float]:
