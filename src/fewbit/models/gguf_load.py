@@ -127,6 +127,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
                 module.adopt(full, self.dtype)
             else:
                 module.adopt(full, self.dtype, kernel_asked_for())
+        self.file.forget()
         for second, first in model.all_tied_weights_keys.items():
             source, target = (modules.get(key.removesuffix(".weight")) for key in (first, second))
             if isinstance(source, QEmbedding) and isinstance(target, QLinear) and _same(source, target):
@@ -159,7 +160,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         if path.exists() and path.resolve() in {file.resolve() for file in self.file.files}:
             raise PlanError(f"{path} is the file that the model lies in", "Save to another folder.")
         dropped = ("split.no", "split.count", "split.tensors.count", "general.alignment")
-        metadata = {key: value for key, value in self.file.metadata.items() if key not in dropped}
+        metadata = {key: value for key, value in GgufFile(self.file.path).metadata.items() if key not in dropped}
         names = {entry.name: name for name, entry in self.entries.items()}
         modules = dict(model.named_modules())
         with GgufWriter(path, metadata, list(self.file.entries.values()), overwrite=True) as writer:
