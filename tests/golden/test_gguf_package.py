@@ -43,9 +43,9 @@ def test_the_package_reads_what_is_written(tmp_path: Path) -> None:
         assert field is not None
         assert field.contents() == value
     assert reader.alignment == 64
-    for tensor in reader.tensors:
-        assert np.array_equal(tensor.data, tensors[tensor.name].numpy())
-        assert tensor.shape.tolist() == [*reversed(next(e.shape for e in entries if e.name == tensor.name))]
+    for found in reader.tensors:
+        assert np.array_equal(found.data, tensors[found.name].numpy())
+        assert found.shape.tolist() == [*reversed(next(e.shape for e in entries if e.name == found.name))]
 
 
 def test_what_the_package_writes_is_read(tmp_path: Path) -> None:

@@ -134,6 +134,12 @@ class GgufFile:
         count = prod(spec.shape)
         return torch.frombuffer(part.pages, dtype=spec.dtype, count=count, offset=offset).view(spec.shape)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        return type(self), (self.path,)
+
     def release(self, name: str) -> None:
         """Let go of the memory that a tensor's pages take, after it was copied; they are read again when needed."""
         part, offset = self._place[name]
@@ -156,6 +162,12 @@ def is_gguf(path: Path) -> bool:
             return file.read(4) == MAGIC
     except OSError:
         return False
+
+
+def is_later_part(path: Path) -> bool:
+    """Whether its name is that of a part of a split file, other than the first."""
+    named = _SPLIT.fullmatch(path.name)
+    return named is not None and int(named["number"]) != 1
 
 
 class _Part:

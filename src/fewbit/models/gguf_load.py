@@ -133,7 +133,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
             if isinstance(source, QEmbedding) and isinstance(target, QLinear) and _same(source, target):
                 target.weight = source.weight  # one parameter, so that it is counted once, and moved once
         model._weight_conversions = None  # type: ignore[assignment]
-        if self.packed:
+        if not self.quantization_config.dequantize:
             model.save_pretrained = _Saver(model, self)  # type: ignore[method-assign,assignment]
         return model
 
@@ -141,7 +141,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         if self.file is None:
             other: PreTrainedModel = super()._dequantize(model, dtype)
             return other
-        del model.save_pretrained
+        model.__dict__.pop("save_pretrained", None)
         return unpack(model, dtype or model.dtype)
 
     def is_serializable(self, **kwargs: Any) -> bool:
