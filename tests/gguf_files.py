@@ -115,6 +115,8 @@ def with_tokenizer(folder: Path, kind: str, **changes: Any) -> Path:
                 [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
             )
         made.decoder = decoders.ByteLevel()
+        if kind == "qwen2":
+            made.normalizer = normalizers.NFC()
     alphabet = [] if spm else pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(
         text,

@@ -13,6 +13,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def seeds(folder: Path) -> list[bytes]:
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": np.array([3, 3, 3, 1, 1, 1, 1, 1], np.int32),
     }
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "bytes": {"tokenizer.ggml.merges": ["a b", "ab c"]},
         "pieces": {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": np.arange(8, dtype=np.float32)},
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unicodedata import category
+from unicodedata import category, is_normalized
 
 import numpy as np
 import pytest
@@ -56,6 +56,8 @@ def test_it_reads_text_as_the_original_tokenizer_does(
     for text in AWKWARD:
         if kind in ("tekken", "gpt-4o") and any(category(each).startswith("M") for each in text):
             continue  # llama.cpp's own patterns for these leave combining marks out, whoever wrote the file
+        if kind == "qwen2" and not is_normalized("NFC", text):
+            continue  # nor does it normalize
         assert tokens(llama, text) == original(text)["input_ids"], repr(text)
 
 

@@ -180,7 +180,16 @@ def test_a_file_changed_anywhere_is_read_or_refused(changes: list[tuple[int, byt
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    metadata = {"a": 1, "b": -1, "c": 1 << 40, "d": True, "e": "ü", "f": 0.25, "g": ["x", ""], "h": np.int8([1, -2])}
+    metadata = {
+        "a": 1,
+        "b": -1,
+        "c": 1 << 40,
+        "d": True,
+        "e": "ü",
+        "f": 0.25,
+        "g": ["x", ""],
+        "h": np.array([1, -2], np.int8),
+    }
     tensors = {
         "f": torch.randn(3, 5),
         "h": torch.randn(2, 4).half(),

@@ -134,13 +134,23 @@ class GgufFile:
         count = prod(spec.shape)
         return torch.frombuffer(part.pages, dtype=spec.dtype, count=count, offset=offset).view(spec.shape)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        return type(self), (self.path,)
+
     def release(self, name: str) -> None:
         """Let go of the memory that a tensor's pages take, after it was copied; they are read again when needed."""
-        (part, offset), nbytes = self._place[name], self.entries[name].spec.nbytes
-        start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-            part.pages.madvise(mmap.MADV_DONTNEED, start, length)
+        part, offset = self._place[name]
+        part.release(offset, offset + self.entries[name].spec.nbytes)
+
+    def forget(self) -> None:
+        """Let go of the metadata, of which a vocabulary takes as much memory as the weights of some layers."""
+        self.metadata = {}
+        for part in {id(part): part for part, _ in self._place.values()}.values():
+            part.metadata = {}
+            part.release(0, part.at)
 
 
 def is_gguf(path: Path) -> bool:
@@ -152,6 +162,12 @@ def is_gguf(path: Path) -> bool:
             return file.read(4) == MAGIC
     except OSError:
         return False
+
+
+def is_later_part(path: Path) -> bool:
+    """Whether its name is that of a part of a split file, other than the first."""
+    named = _SPLIT.fullmatch(path.name)
+    return named is not None and int(named["number"]) != 1
 
 
 class _Part:
@@ -178,6 +194,13 @@ class _Part:
             raise self.wrong(f"general.alignment is {self.alignment}, no power of two")
         infos = [self._info(number) for number in range(tensors)]
         self.tensors = self._placed(infos)
+
+    def release(self, start: int, end: int) -> None:
+        """Let go of the pages that lie between, whole."""
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = end // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self.pages.madvise(mmap.MADV_DONTNEED, start, length)
 
     def wrong(self, what: str) -> FormatError:
         return FormatError(f"{self.path}: {what}", "The file is damaged, or no GGUF file. Get it again.")

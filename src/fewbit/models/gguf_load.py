@@ -127,12 +127,13 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
                 module.adopt(full, self.dtype)
             else:
                 module.adopt(full, self.dtype, kernel_asked_for())
+        self.file.forget()
         for second, first in model.all_tied_weights_keys.items():
             source, target = (modules.get(key.removesuffix(".weight")) for key in (first, second))
             if isinstance(source, QEmbedding) and isinstance(target, QLinear) and _same(source, target):
                 target.weight = source.weight  # one parameter, so that it is counted once, and moved once
         model._weight_conversions = None  # type: ignore[assignment]
-        if self.packed:
+        if not self.quantization_config.dequantize:
             model.save_pretrained = _Saver(model, self)  # type: ignore[method-assign,assignment]
         return model
 
@@ -140,7 +141,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         if self.file is None:
             other: PreTrainedModel = super()._dequantize(model, dtype)
             return other
-        del model.save_pretrained
+        model.__dict__.pop("save_pretrained", None)
         return unpack(model, dtype or model.dtype)
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -159,7 +160,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         if path.exists() and path.resolve() in {file.resolve() for file in self.file.files}:
             raise PlanError(f"{path} is the file that the model lies in", "Save to another folder.")
         dropped = ("split.no", "split.count", "split.tensors.count", "general.alignment")
-        metadata = {key: value for key, value in self.file.metadata.items() if key not in dropped}
+        metadata = {key: value for key, value in GgufFile(self.file.path).metadata.items() if key not in dropped}
         names = {entry.name: name for name, entry in self.entries.items()}
         modules = dict(model.named_modules())
         with GgufWriter(path, metadata, list(self.file.entries.values()), overwrite=True) as writer:

@@ -218,7 +218,8 @@ def register() -> None:
     with suppress(ImportError):  # where transformers has its own no more, there is nothing to stand in for
         from fewbit.models.gguf_load import GgufQuantizer
 
-        auto.AUTO_QUANTIZER_MAPPING.update({"gguf": GgufQuantizer})
+        mapping: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
+        mapping["gguf"] = GgufQuantizer
 
 
 @contextmanager

@@ -7,7 +7,7 @@ not import more of transformers than that.
 
 from __future__ import annotations
 
-from functools import lru_cache, wraps
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ def gguf_file(name: Any, file: str, options: dict[str, Any]) -> GgufFile | None:
     """The file that transformers would read for these arguments; None if fewbit does not load its architecture."""
     from transformers.utils.hub import cached_file
 
+    from fewbit.formats.gguf import GgufFile
     from fewbit.models.gguf_names import ARCHITECTURES
 
     if Path(file).is_file() and not (Path(name) / file).is_file():
@@ -31,17 +32,8 @@ def gguf_file(name: Any, file: str, options: dict[str, Any]) -> GgufFile | None:
     else:
         found = cached_file(str(name), file, **{key: options[key] for key in _LOCATING if options.get(key) is not None})
     assert found is not None  # cached_file raises where there is none
-    stat = Path(found).stat()
-    opened = _opened(found, stat.st_size, stat.st_mtime_ns)
+    opened = GgufFile(found)
     return opened if opened.metadata.get("general.architecture") in ARCHITECTURES else None
-
-
-@lru_cache(maxsize=2)
-def _opened(path: str, size: int, changed: int) -> GgufFile:
-    """Config and tokenizer are asked for one after the other."""
-    from fewbit.formats.gguf import GgufFile
-
-    return GgufFile(path)
 
 
 def register() -> None:

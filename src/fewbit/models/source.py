@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats import pickle, safetensors
-from fewbit.formats.gguf import GgufFile, is_gguf
+from fewbit.formats.gguf import GgufFile, is_gguf, is_later_part
 from fewbit.models import gguf_config, smollm2
 
 EMBEDDED = "tiny"  # comes with fewbit itself
@@ -39,7 +41,7 @@ class Source:
     @property
     def config(self) -> dict[str, Any]:
         """config.json as it is, or as it would be for a GGUF file."""
-        return read_config(self.folder) if self.gguf is None else gguf_config.to_config(GgufFile(self.files[0]))
+        return read_config(self.folder) if self.gguf is None else deepcopy(_config_of(self.files[0]))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -78,10 +80,10 @@ def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
     """The model called `name`, its files found and their headers sound; PlanError or FormatError otherwise."""
     path = Path(name).expanduser()
     if path.is_file() and is_gguf(path):
-        file = GgufFile(path)
-        gguf_config.to_config(file)
-        return Source(str(name), path.parent, file.files, path, path.name)
+        return _of_gguf(str(name), path, path)
     origin = folder = _folder(str(name), safetensors_only)
+    if not (folder / "config.json").exists() and (file := _only_gguf(folder)) is not None:
+        return _of_gguf(str(name), file, folder)
     read_config(folder)
     files = safetensors.files_in(folder)
     if not files:
@@ -95,6 +97,31 @@ def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
         folder = pickle.converted(folder)
         files = safetensors.files_in(folder)
     return Source(str(name), folder, tuple(files), origin)
+
+
+def _of_gguf(name: str, path: Path, origin: Path) -> Source:
+    files = GgufFile(path).files
+    _config_of(path)
+    return Source(name, path.parent, files, origin, path.name)
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder that has no other, of a split one the first part; FormatError where there are more."""
+    files = [file for file in sorted(folder.glob("*.gguf")) if not is_later_part(file)]
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:5])
+        raise FormatError(f"{folder} has several GGUF files ({names})", f"Name one, such as {files[0]}.")
+    return files[0] if files else None
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    """The config of a GGUF file, whose vocabulary is not to be read each time that something asks for a size."""
+    return _read_config_of(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _read_config_of(path: Path, changed: int) -> dict[str, Any]:
+    return gguf_config.to_config(GgufFile(path))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
