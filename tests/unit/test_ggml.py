@@ -181,6 +181,18 @@ def test_the_best_of_what_can_be_searched_is_better_than_a_range(name: str) -> N
 
 
 @names
+def test_what_lies_on_a_grid_stays(name: str) -> None:
+    """Weights that were quantized and expanded come back; of k-quants with many sub-scales, nearly all blocks."""
+    w = torch.randn(32, 512, generator=torch.Generator().manual_seed(0)) / 50
+    codes, found = parse(name).nearest(w)
+    values = found.decode(codes)
+    codes, again = parse(name).nearest(values)
+    assert float((again.decode(codes) - values).norm()) <= 0.05 * float((values - w).norm())
+    if name not in ("q4_k", "q5_k", "q6_k"):
+        assert torch.equal(again.decode(codes), values)
+
+
+@names
 def test_chunks_of_rows_make_no_difference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     w, h = ordinary(9, 512), torch.rand(512, generator=torch.Generator().manual_seed(0))
     scheme = parse(name)
