@@ -48,7 +48,7 @@ from tests.golden.test_ggml_blocks import check_written as check_blocks
 from tests.golden.test_gptq_layout import check_read, check_written
 from tests.unit import test_awq, test_rewrite
 from tests.unit.test_affine import check_range, check_refit
-from tests.unit.test_ggml import check_bytes_come_back, check_descent, check_solved
+from tests.unit.test_ggml import check_bytes_come_back, check_descent, check_last, check_solved
 from tests.unit.test_gptq import check_definition, check_factor, check_gain, check_refinement
 from tests.unit.test_nn import test_the_gradient_is_the_dequantized_linears as check_gradient
 
@@ -247,15 +247,19 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         lambda: check_parts(parse("q6_k"), ordinary(6, 512)),
     ),
     "ggml: a refit uphill": (
-        [Mutation(blockwise._Step, "_apply", "self.gradient -= moved", "self.gradient += moved")],
+        [Mutation(blockwise._Steps, "apply", "self.gradient -= moved", "self.gradient += moved")],
         lambda: check_descent("q4_k"),
     ),
     "ggml: sub-scales refitted with the next block's d": (
-        [Mutation(blockwise, "_refit_subs", "* grids.d[:, block, None]", "* grids.d[:, block - 1, None]")],
+        [Mutation(blockwise, "refit", "* d[:, block, None]", "* d[:, block - 1, None]")],
         lambda: check_descent("q3_k"),
     ),
+    "ggml: panels blind to those before": (
+        [Mutation(blockwise, "refit", "gradient[:, panel.stop :] -=", "gradient[:, panel.stop :] -= 0 *")],
+        lambda: check_last("q3_k"),
+    ),
     "ggml: d not refitted": (
-        [Mutation(blockwise._Step, "best", "torch.where(gain > 0, moved, 0.0)", "0 * moved")],
+        [Mutation(blockwise, "_solve", "uu) > 0, a, 0.0)", "uu) > 0, 0 * a, 0.0)")],
         lambda: check_solved("q8_0"),
     ),
     # methods

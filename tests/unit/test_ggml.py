@@ -116,6 +116,26 @@ def test_a_refit_finds_the_best_scales(name: str) -> None:
     check_solved(name)
 
 
+def check_last(name: str) -> None:
+    """d of the last block is the best one for all the others as they now are, to half a unit of fp16."""
+    w, hessian = ordinary(16, 768), stats_of(inputs(900, 768)).hessian
+    scheme, columns = parse(name), LAYOUTS[name].columns
+    found = scheme.fit(w)
+    codes = found.encode(w)
+    again = scheme.refit(w, codes, found, hessian)
+    assert isinstance(again, BlockGrids)
+    per_d = torch.zeros_like(w).double()
+    per_d[:, -columns:] = (again.decode(codes).double() / again.d.repeat_interleave(columns, 1))[:, -columns:]
+    pull = (w - again.decode(codes)).double() @ hessian.double()
+    step = (pull * per_d).sum(1) / ((per_d @ hessian.double()) * per_d).sum(1)
+    assert (step.abs() <= 1.01 * (again.d[:, -1].abs() * 2.0**-11).clamp(min=2.0**-25)).all()
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q3_k", "q6_k", "iq4_xs"])
+def test_a_refit_heeds_the_blocks_before(name: str) -> None:
+    check_last(name)
+
+
 def check_descent(name: str) -> None:
     """Refits and sweeps never raise tr(E H Eᵀ), across blocks and sub-blocks."""
     check_refinement(name, 2 * LAYOUTS[name].columns if LAYOUTS[name].columns > 32 else 96, True)
@@ -158,6 +178,18 @@ def test_the_best_of_what_can_be_searched_is_better_than_a_range(name: str) -> N
     assert (searched < spanned).all()
     assert float((searched / spanned).mean()) < 0.95
     assert torch.equal(codes, found.encode(w))
+
+
+@names
+def test_what_lies_on_a_grid_stays(name: str) -> None:
+    """Weights that were quantized and expanded come back; of k-quants with many sub-scales, nearly all blocks."""
+    w = torch.randn(32, 512, generator=torch.Generator().manual_seed(0)) / 50
+    codes, found = parse(name).nearest(w)
+    values = found.decode(codes)
+    codes, again = parse(name).nearest(values)
+    assert float((again.decode(codes) - values).norm()) <= 0.05 * float((values - w).norm())
+    if name not in ("q4_k", "q5_k", "q6_k"):
+        assert torch.equal(again.decode(codes), values)
 
 
 @names

@@ -241,10 +241,10 @@ class Search:
         return found
 
 
-def fit(kind: Layout, x: Tensor, h: Tensor | None, guard: Tensor | None = None) -> Found:
+def fit(kind: Layout, x: Tensor, h: Tensor | None) -> Found:
     """Grids of blocks x [B, columns]: the plain one without h, else the best found under weights h [B, columns].
 
-    Of that and the plain one it is, block by block, the better under `guard` (h where that is not given).
+    It is never worse under these weights than the plain one, even where most of them are nought.
     """
     blocks = _laid(kind, x)
     size = blocks.abs().amax((0, 1))
@@ -256,10 +256,10 @@ def fit(kind: Layout, x: Tensor, h: Tensor | None, guard: Tensor | None = None) 
         found = search.spanned()
     else:
         weights = _laid(kind, h)
-        told = weights if guard is None else _laid(kind, guard)
-        search = Search(kind, blocks, weights / weights.mean((0, 1)).clamp_(min=1e-30) + _FLOOR, unit)
+        weights = weights / weights.mean((0, 1)).clamp_(min=1e-30)
+        search = Search(kind, blocks, weights + _FLOOR, unit)
         found, plain = search.run(), search.spanned()
-        search.h = told / told.mean((0, 1)).clamp_(min=1e-30)
+        search.h = weights
         found = found.or_where(search.error(plain) < search.error(found), plain)
     d, dmin = found.d * unit, None if found.dmin is None else found.dmin * unit
     return Found(d, dmin, found.sc, found.m)
