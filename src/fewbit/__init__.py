@@ -26,6 +26,7 @@ __all__ = [
     "evaluate",
     "finetune",
     "generate",
+    "imatrix",
     "inspect",
     "load",
     "merge",
@@ -33,7 +34,7 @@ __all__ = [
     "quantize",
 ]
 
-_VERBS = {"adapters": ("finetune", "merge"), "api": ("evaluate", "generate", "inspect", "load", "quantize")}
+_VERBS = {"adapters": ("finetune", "merge"), "api": ("evaluate", "generate", "imatrix", "inspect", "load", "quantize")}
 
 hook.install()
 

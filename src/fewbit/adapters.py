@@ -23,7 +23,7 @@ from fewbit.models.describe import describe
 from fewbit.models.load import load_model, need_peft
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import DEMO, EMBEDDED, Source, locate
-from fewbit.plan import Plan
+from fewbit.plan import Plan, find, format_of
 from fewbit.report import Finetuned, Merged
 from fewbit.tuning import Tuning
 
@@ -121,6 +121,12 @@ def merge(
     its adapter on `samples` windows of `length` tokens of a text. The merged model is held in memory unquantized.
     """
     elapsed, out = pipeline.timed(), outputs.claimed(out, overwrite=overwrite)
+    plan = find(plan) if isinstance(plan, str) else plan
+    if plan is not None and format_of(plan).suffix:
+        raise PlanError(
+            f"merge makes a folder, plan {plan.name} one {format_of(plan).suffix} file",
+            "Leave --plan out, then: fewbit quantize MERGED -o FILE.",
+        )
     need_peft()
     from fewbit.models.adapter import write_merged
 

@@ -6,43 +6,31 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fewbit import calibration as texts
-from fewbit import outputs, pipeline, registry, report
+from fewbit import folder_output, gguf_output, outputs, pipeline, registry, report
 from fewbit import plan as plans
 from fewbit.advise import hardware
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
+from fewbit.formats import imatrix as importances
+from fewbit.job import Calibration as Calibration
+from fewbit.job import Job, fewer, is_file, skeleton_of, unquantized, windows
 from fewbit.measure import memory, quality
-from fewbit.methods.base import name_of
+from fewbit.models import gguf_header
 from fewbit.models.describe import Inspection, describe
 from fewbit.models.generate import Continuation, continue_text, prompt_ids
 from fewbit.models.load import load_model
-from fewbit.models.skeleton import Skeleton, load_tokenizer
-from fewbit.models.source import Source, locate
-from fewbit.report import Evaluation, Preview, Quantized
-from fewbit.stats import Need
+from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import locate
+from fewbit.report import Evaluation, Measured, Preview, Quantized
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """`samples` windows of `length` tokens (at most the model's context), drawn by `seed` from a text.
-
-    text: a name or a file; None: tiny's own for the embedded model, pydoc for all others.
-    """
-
-    text: str | None = None
-    samples: int = 128
-    length: int = 512
-    seed: int = 0
 
 
 def quantize(
@@ -51,21 +39,24 @@ def quantize(
     *,
     plan: str | plans.Plan = "gptq-4bit",
     calibration: Calibration = Calibration(),
+    imatrix: str | Path | None = None,
     overwrite: bool = False,
     device: str | None = None,
     safetensors_only: bool = False,
     trust_remote_code: bool = False,
     progress: pipeline.Progress | None = None,
 ) -> Quantized:
-    """Quantize `model` by `plan` into the folder `out`, which appears whole or not at all.
+    """Quantize `model` by `plan` into the folder, or the GGUF file, `out`, which appears whole or not at all.
 
-    The same call after an interruption goes on at the block where it stopped. PlanError before any work if the plan
-    does not fit the model, FormatError for a broken checkpoint, NumericsError (naming the tensor) for NaN or Inf in
-    it.
+    imatrix: a file of importances as llama.cpp writes them, in place of calibration. The same call after an
+    interruption goes on at the block where it stopped. PlanError before any work if the plan does not fit the model,
+    FormatError for a broken checkpoint, NumericsError (naming the tensor) for NaN or Inf in it.
     """
-    elapsed, out = pipeline.timed(), outputs.claimed(out, overwrite=overwrite)
+    elapsed = pipeline.timed()
+    wanted = plans.find(plan) if isinstance(plan, str) else plan
+    out = outputs.claimed(out, overwrite=overwrite, file=is_file(out, wanted))
     memory.return_freed()
-    job = _Job.prepare(model, plan, device, safetensors_only, trust_remote_code)
+    job = Job.prepare(model, wanted, device, safetensors_only, trust_remote_code, imatrix)
     outputs.spare(out, job.source.origin, job.source.folder, *job.source.files)
     preview = job.preview()
     free = shutil.disk_usage(outputs.existing(out.parent)).free
@@ -74,48 +65,53 @@ def quantize(
             f"{report.size(2 * preview.output_bytes)} of disk are needed for {out}, {report.size(free)} are free"
         )
     tokenizer = load_tokenizer(job.source, trust_remote_code=trust_remote_code)
+    # What no file can say of the model is found before any work.
+    header = gguf_header.of(job.source, trust_remote_code=trust_remote_code) if job.single_file else None
     tokens, calibrated = job.tokens(calibration, tokenizer)
     versions = hardware.versions()
-    run = pipeline.Run(pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions))
-    tensors = pipeline.quantize_blocks(job.skeleton, job.resolved, tokens, run, progress or (lambda step: None))
-    with outputs.published(out, overwrite=overwrite) as folder:
-        written = pipeline.assemble(folder, job.skeleton, job.resolved, run)
+    run = pipeline.Run(pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions, job.importance))
+    tensors = pipeline.quantize_blocks(
+        job.skeleton, job.resolved, tokens, run, progress or (lambda step: None), job.importance
+    )
+    weights = sum(prod(t.shape) for t in tensors)
+    done = Quantized(
+        out=str(out),
+        plan=job.resolved.plan.name,
+        notes=[*job.notes, *fewer(calibration, calibrated)],
+        tensors=tensors,
+        original_bytes=preview.original_bytes,
+        output_bytes=preview.output_bytes,
+        bits_per_weight=8 * sum(t.nbytes for t in tensors) / weights,
+        share=preview.share,
+        seconds=elapsed(),
+        peak=0,
+        gpu_peak=0,
+        anonymous=0,
+        sample="",
+    )
+    record = {
+        "schema_version": SCHEMA,
+        "versions": versions,
+        "model": job.source.name,
+        "calibration": calibrated,
+        "plan": job.resolved.plan.to_json(),
+        **{
+            k: v for k, v in asdict(done).items() if k not in ("out", "plan", "peak", "gpu_peak", "anonymous", "sample")
+        },
+    }
+    with outputs.published(out, overwrite=overwrite, file=job.single_file) as made:
+        if header is not None:
+            written = gguf_output.write(made, job.skeleton, job.resolved, run, header, record)
+        else:
+            written = folder_output.write(made, job.skeleton, job.resolved, run)
+            (made / "fewbit.json").write_text(json.dumps(record, indent=1) + "\n")
+            (made / "README.md").write_text(report.model_card(record))
         if written != preview.output_bytes:
             raise FormatError(f"{written} bytes were written where {preview.output_bytes} were foreseen")
-        weights = sum(prod(t.shape) for t in tensors)
-        done = Quantized(
-            out=str(out),
-            plan=job.resolved.plan.name,
-            notes=[*job.resolved.notes, *_fewer(calibration, calibrated)],
-            tensors=tensors,
-            original_bytes=preview.original_bytes,
-            output_bytes=written,
-            bits_per_weight=8 * sum(t.nbytes for t in tensors) / weights,
-            share=preview.share,
-            seconds=elapsed(),
-            peak=0,
-            gpu_peak=0,
-            anonymous=0,
-            sample="",
-        )
-        record = {
-            "schema_version": SCHEMA,
-            "versions": versions,
-            "model": job.source.name,
-            "calibration": calibrated,
-            "plan": job.resolved.plan.to_json(),
-            **{
-                k: v
-                for k, v in asdict(done).items()
-                if k not in ("out", "plan", "peak", "gpu_peak", "anonymous", "sample")
-            },
-        }
-        (folder / "fewbit.json").write_text(json.dumps(record, indent=1) + "\n")
-        (folder / "README.md").write_text(report.model_card(record))
         try:
-            sample = _reopened(folder, tokenizer, hardware.device(device), trust_remote_code)
+            sample = _reopened(made, tokenizer, hardware.device(device), trust_remote_code)
         except KernelError:  # quantizing took a block at a time, the whole model may not fit the device
-            sample = _reopened(folder, tokenizer, "cpu", trust_remote_code)
+            sample = _reopened(made, tokenizer, "cpu", trust_remote_code)
     run.forget()
     held = memory.now()
     return replace(
@@ -127,11 +123,42 @@ def preview(
     model: str | Path,
     *,
     plan: str | plans.Plan = "gptq-4bit",
+    imatrix: str | Path | None = None,
     safetensors_only: bool = False,
     trust_remote_code: bool = False,
 ) -> Preview:
     """What `quantize` would do to each tensor, with exact output bytes, without doing it (`--dry-run`)."""
-    return _Job.prepare(model, plan, "cpu", safetensors_only, trust_remote_code).preview()
+    wanted = plans.find(plan) if isinstance(plan, str) else plan
+    return Job.prepare(model, wanted, "cpu", safetensors_only, trust_remote_code, imatrix).preview()
+
+
+def imatrix(
+    model: str | Path,
+    out: str | Path,
+    *,
+    calibration: Calibration = Calibration(),
+    overwrite: bool = False,
+    device: str | None = None,
+    safetensors_only: bool = False,
+    trust_remote_code: bool = False,
+    progress: pipeline.Progress | None = None,
+) -> Measured:
+    """Write the importance matrix of `model` on a calibration text to `out`, a .gguf or .dat file as of llama.cpp."""
+    elapsed, out = pipeline.timed(), outputs.claimed(out, overwrite=overwrite, file=True)
+    if reason := importances.why_not(out):
+        raise PlanError(reason, "Give another -o.")
+    source = unquantized(model, safetensors_only)
+    skeleton = skeleton_of(source, hardware.device(device), trust_remote_code)
+    names = gguf_output.model_of(skeleton).names
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    tokens, text = windows(calibration, source, tokenizer)
+    found = pipeline.measure(skeleton, tokens, progress or (lambda step: None))
+    matrix = {
+        f"{names[module]}.weight": importances.Importance(s.mean_square.cpu(), s.rows) for module, s in found.items()
+    }
+    with outputs.published(out, overwrite=overwrite, file=True) as made:
+        importances.write(made, matrix, chunks=len(tokens), length=tokens.shape[1], text=text["text"])
+    return Measured(str(out), len(matrix), tokens.numel(), text["text"], fewer(calibration, text), elapsed())
 
 
 def load(
@@ -286,76 +313,6 @@ def catalogue() -> dict[str, list[tuple[str, str, str | None]]]:
     return found
 
 
-@dataclass
-class _Job:
-    """A model and a plan settled for it, checked, before any work."""
-
-    source: Source
-    skeleton: Skeleton
-    resolved: plans.Resolved
-
-    @classmethod
-    def prepare(
-        cls,
-        model: str | Path,
-        plan: str | plans.Plan,
-        device: str | None,
-        safetensors_only: bool,
-        trust_remote_code: bool,
-    ) -> _Job:
-        wanted = plans.find(plan) if isinstance(plan, str) else plan
-        source = locate(model, safetensors_only=safetensors_only)
-        if source.quantization is not None:
-            raise PlanError(f"{model} is quantized already", "Quantize the original: a second rounding only adds loss.")
-        device = hardware.device(device)
-        dtype = torch.float32 if device == "cpu" else source.dtype
-        skeleton = Skeleton(source, dtype, torch.device(device), trust_remote_code=trust_remote_code)
-        if reason := skeleton.why_not():
-            raise PlanError(f"{model}: {reason}")
-        shapes = {name: shape for block in skeleton.blocks for name, shape in skeleton.linears(block).items()}
-        resolved = plans.resolve(wanted, shapes)
-        pipeline.check(skeleton, resolved)
-        return cls(source, skeleton, resolved)
-
-    def tokens(self, wanted: Calibration, tokenizer: Any) -> tuple[Tensor | None, dict[str, Any] | None]:
-        """Calibration tokens [samples, length] and what the record says of them; None where no method needs any."""
-        if all(a.method.needs == Need.NOTHING for a in self.resolved.assignments.values()):
-            return None, None
-        most = self.source.context
-        if wanted.length > most and wanted.length != Calibration.length:
-            raise PlanError(f"--length {wanted.length} is beyond the model's context of {most} tokens")
-        text = texts.load_text(wanted.text or texts.own_source(self.source.config), "calibration")
-        length = min(wanted.length, most)
-        tokens = texts.sample(texts.encode(text, tokenizer), wanted.samples, length, wanted.seed)
-        return tokens, {
-            "text": text.name,
-            "digest": texts.digest(tokens),
-            "samples": tokens.shape[0],
-            "length": length,
-            "seed": wanted.seed,
-        }
-
-    def preview(self) -> Preview:
-        format, wanted = self.resolved.format, self.resolved.assignments
-        tensors = []
-        for _, name, spec in self.skeleton.passed_through():
-            if (found := wanted.get(name.removesuffix(".weight"))) is not None and name.endswith(".weight"):
-                what = f"{found.scheme}, {name_of(found.method)}"
-                size = sum(s.nbytes for s in format.specs(found.shape, found.scheme).values())
-            else:
-                what, size = f"as it is ({str(spec.dtype).removeprefix('torch.')})", spec.nbytes
-            tensors.append((name, what, size))
-        return Preview(
-            plan=self.resolved.plan.name,
-            format=format.name,
-            notes=list(self.resolved.notes),
-            tensors=tensors,
-            original_bytes=sum(spec.nbytes for _, _, spec in self.skeleton.passed_through()),
-            output_bytes=sum(size for _, _, size in tensors),
-            share=pipeline.share_quantized(self.skeleton, self.resolved),
-        )
-
-
 def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool) -> str:
     """Open what was written as any user would, and generate a few tokens from it; FormatError if that fails."""
     try:
@@ -372,17 +329,6 @@ def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool
         raise
     except FewbitError as error:
         raise FormatError(f"the output failed its own check: {error.message}", error.hint) from error
-
-
-def _fewer(wanted: Calibration, used: dict[str, Any] | None) -> list[str]:
-    """Sentences on what was asked of the calibration text and not to be had."""
-    notes = []
-    asked = wanted.text is not None or wanted.samples != Calibration.samples
-    if used is not None and asked and used["samples"] < wanted.samples:
-        notes.append(f"{used['text']} has {used['samples']} windows of {used['length']}, not {wanted.samples}")
-    if used is not None and used["length"] < wanted.length:
-        notes.append(f"windows of {used['length']} tokens, not {wanted.length}: the model's context is no longer")
-    return notes
 
 
 def _named(model: str | Path, adapter: str | Path | None) -> str:

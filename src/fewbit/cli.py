@@ -40,7 +40,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 def quantize(
     context: typer.Context,
     model: Model,
-    output: Annotated[str | None, typer.Option("-o", "--output", help="The folder to make.")] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", help="The folder to make, or .gguf file.")] = None,
     plan: Annotated[str, typer.Option(help="A plan by name (fewbit list) or a .json file.")] = "gptq-4bit",
     method: Annotated[str | None, typer.Option(help="Choose codes by this method instead of the plan's.")] = None,
     scheme: Annotated[str | None, typer.Option(help="Use this scheme instead, such as int4-g64-sym.")] = None,
@@ -49,6 +49,9 @@ def quantize(
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
     length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     seed: Seed = 0,
+    imatrix: Annotated[
+        str | None, typer.Option(help="Take importances from this file of llama.cpp's instead of calibrating.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what each tensor would become, do nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")] = False,
     device: Device = None,
@@ -56,7 +59,7 @@ def quantize(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize MODEL into a new folder. Options of the method (fewbit list) are flags too, such as --damp 0.05."""
+    """Quantize MODEL into a new folder or .gguf file. Options of the method (fewbit list) are flags: --damp 0.05."""
     from fewbit import api, report
     from fewbit.plan import find
 
@@ -65,7 +68,13 @@ def quantize(
     if method or scheme or format or options:
         chosen = chosen.changed(scheme=scheme, method=method, format=format, options=options)
     if dry_run:
-        shown = api.preview(model, plan=chosen, safetensors_only=safetensors_only, trust_remote_code=trust_remote_code)
+        shown = api.preview(
+            model,
+            plan=chosen,
+            imatrix=imatrix,
+            safetensors_only=safetensors_only,
+            trust_remote_code=trust_remote_code,
+        )
         _print(asdict(shown)) if as_json else report.preview(shown)
         return
     if output is None:
@@ -76,6 +85,7 @@ def quantize(
             output,
             plan=chosen,
             calibration=api.Calibration(calibration, samples, length, seed),
+            imatrix=imatrix,
             overwrite=overwrite,
             device=device,
             safetensors_only=safetensors_only,
@@ -83,6 +93,37 @@ def quantize(
             progress=progress,
         )
     _print(asdict(done)) if as_json else report.quantized(done)
+
+
+@app.command()
+def imatrix(
+    model: Model,
+    output: Annotated[str, typer.Option("-o", "--output", help="The .gguf or .dat file to make.")],
+    calibration: Text = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    seed: Seed = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    device: Device = None,
+    safetensors_only: Annotated[bool, typer.Option("--safetensors-only", help="Refuse pickled weights.")] = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Measure which columns of MODEL's weights matter, in a file for --imatrix and for llama.cpp."""
+    from fewbit import api, report
+
+    with report.progress() as progress:
+        done = api.imatrix(
+            model,
+            output,
+            calibration=api.Calibration(calibration, samples, length, seed),
+            overwrite=overwrite,
+            device=device,
+            safetensors_only=safetensors_only,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    _print(asdict(done)) if as_json else report.measured(done)
 
 
 @app.command()

@@ -15,11 +15,13 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# Theirs -> ours. transformers imports its quantizers in the midst of the first, when nothing that needs a model can be
-# imported yet; its config objects can be made before. PEFT's is the last that LoRA consists of.
+# Theirs -> ours. transformers imports its quantizers in the midst of its models, when nothing that needs a model can be
+# imported yet; configs and tokenizers may be imported without any; PEFT's is the last that LoRA consists of.
 _WATCHED = {
     "transformers.modeling_utils": "fewbit.models.plugin",
+    "transformers.configuration_utils": "fewbit.models.plugin_config",
     "transformers.utils.quantization_config": "fewbit.models.configs",
+    "transformers.models.auto.tokenization_auto": "fewbit.models.plugin_tokenizer",
     "peft.tuners.lora.model": "fewbit.lora",
 }
 

@@ -1,7 +1,8 @@
-"""`QLinear`: the one quantized linear layer, for every scheme, format and kernel.
+"""`QLinear` and `QEmbedding`: the quantized layers, for every scheme, format and kernel.
 
-It starts as a placeholder that has a tensor for each one on disk, so that any loader can fill it, and `adopt` turns it
-into prepared device tensors: the codes as the integer parameter `weight`, whatever else the kernel keeps as buffers.
+Each starts as a placeholder that has a tensor for each one on disk, so that any loader can fill it, and `adopt` turns
+it into prepared device tensors: the codes as the integer parameter `weight`, what else the kernel keeps as buffers. An
+embedding and an output head that are tied share that parameter.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from fewbit import registry
 from fewbit.errors import KernelError
 from fewbit.kernels.base import Kernel
-from fewbit.schemes.base import PartSpec, QTensor, chunk_rows
+from fewbit.schemes.base import Codec, PartSpec, QTensor, chunk_rows
 
 # Relative Frobenius distance allowed between a kernel and the reference, by dtype of the activations.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -29,23 +30,10 @@ def slot(name: str) -> str:
     return name.replace(".", "__")
 
 
-class QLinear(nn.Linear):
-    """y = x Wᵀ + bias with W packed; `in_features`, `out_features` and `bias` as in `nn.Linear`.
+class _Placeholder(nn.Module):
+    """A module that waits for the tensors that a checkpoint has for it."""
 
-    It is one for whoever asks a model for its linears, such as PEFT's "all-linear"; its `weight` holds codes.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, module: str = "") -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.module = in_features, out_features, module
-        self.bias: nn.Parameter | None  # type: ignore[assignment]
-        self.register_parameter("bias", bias)
-        self.placeholders: dict[str, str] = {}  # what waits for a tensor -> the tensor's name on disk
-        self.transposed = False  # whether the layer it stands for keeps its weight as [K, N]
-        self.kernel: Kernel | None = None
-        self.kept: tuple[str, ...] = ()
-        self.permutation: Tensor | None
-        self.register_buffer("permutation", None)
+    placeholders: dict[str, str]  # what waits for a tensor -> the tensor's name on disk
 
     def await_tensors(self, specs: Mapping[str, PartSpec]) -> Self:
         """Register a tensor on the meta device for each one that a checkpoint will bring, by its name on disk."""
@@ -68,6 +56,25 @@ class QLinear(nn.Linear):
             delattr(self, held)
         self.placeholders = {}
         return loaded
+
+
+class QLinear(_Placeholder, nn.Linear):
+    """y = x Wᵀ + bias with W packed; `in_features`, `out_features` and `bias` as in `nn.Linear`.
+
+    It is one for whoever asks a model for its linears, such as PEFT's "all-linear"; its `weight` holds codes.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, module: str = "") -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.module = in_features, out_features, module
+        self.bias: nn.Parameter | None  # type: ignore[assignment]
+        self.register_parameter("bias", bias)
+        self.placeholders = {}
+        self.transposed = False  # whether the layer it stands for keeps its weight as [K, N]
+        self.kernel: Kernel | None = None
+        self.kept: tuple[str, ...] = ()
+        self.permutation: Tensor | None
+        self.register_buffer("permutation", None)
 
     def adopt(self, weight: QTensor, dtype: torch.dtype, kernel: str | None = None) -> Self:
         """Prepare `weight` for activations of `dtype` by the best kernel or the one named; KernelError if none can."""
@@ -129,6 +136,54 @@ class QLinear(nn.Linear):
     def extra_repr(self) -> str:
         kind = f"{self.codec}, kernel={self.kernel.name}" if self.kernel is not None else "empty"
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {kind}"
+
+
+class QEmbedding(_Placeholder):
+    """Rows of a packed weight [vocabulary, width], of which only those asked for are decoded.
+
+    `scale` is what rows are multiplied by (Gemma's). It is no `nn.Embedding`: what resizes one shall find none.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, module: str = "", scale: float | None = None) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.module, self.scale, self.placeholders = module, scale, {}
+        self.stands_for: tuple[nn.Embedding, ...] = ()
+        self.codec: Codec | None = None
+
+    def adopt(self, weight: QTensor, dtype: torch.dtype) -> Self:
+        """Take `weight`, whose rows come out in `dtype`; KernelError where its rows cannot be taken one by one."""
+        parts = weight.codec.part_specs(weight.shape)
+        if set(parts) != {weight.codec.payload} or parts[weight.codec.payload].shape[0] != weight.shape[0]:
+            raise KernelError(f"{self.module}: rows of {weight.codec} cannot be decoded one by one")
+        self.codec, self.dtype = weight.codec, dtype
+        self.weight = nn.Parameter(weight.parts[weight.codec.payload], requires_grad=False)
+        return self
+
+    def qtensor(self) -> QTensor:
+        """The weight in its canonical parts, byte for byte as adopted."""
+        assert self.codec is not None
+        shape = (self.num_embeddings, self.embedding_dim)
+        return QTensor(self.codec, shape, {self.codec.payload: self.weight.data})
+
+    def forward(self, ids: Tensor) -> Tensor:
+        assert self.codec is not None, f"{self.module} was never given a weight"
+        rows = self.weight[ids.flatten()]
+        out = self.codec.dequantize({self.codec.payload: rows}, (len(rows), self.embedding_dim), self.dtype)
+        out = out.view(*ids.shape, self.embedding_dim)
+        return out if self.scale is None else out * torch.tensor(self.scale, dtype=out.dtype, device=out.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Casts change what rows come out as, and not the codes."""
+        if self.codec is not None:
+            self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.codec or 'empty'}"
 
 
 class _Multiply(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The folder a verb makes: checked before any work, there whole or not at all after it."""
+"""The folder, or the one file, that a verb makes: checked before any work, there whole or not at all after it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from fewbit.errors import PlanError
 
 
-def claimed(out: str | Path, *, overwrite: bool) -> Path:
-    """`out` as a place where a folder can be made; PlanError if it is taken or can be none."""
+def claimed(out: str | Path, *, overwrite: bool, file: bool = False) -> Path:
+    """`out` as a place where a folder, or a `file`, can be made; PlanError if it is taken or can be none."""
     out = Path(out)
     if out.exists() and not overwrite:
         raise PlanError(f"{out} exists", "Use --overwrite to replace it, or another -o.")
-    if out.is_file():
-        raise PlanError(f"{out} is a file, not a folder", "Give another -o.")
+    if out.is_dir() if file else out.is_file():
+        raise PlanError(f"{out} is a {'folder, not a file' if file else 'file, not a folder'}", "Give another -o.")
     if not existing(out.parent).is_dir():
         raise PlanError(f"{out} cannot be made: {existing(out.parent)} is a file")
     return out
@@ -39,8 +39,11 @@ def existing(path: Path) -> Path:
 
 
 @contextmanager
-def published(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A fresh folder beside `out` that becomes `out` when the body ends, and vanishes if it does not."""
+def published(out: Path, *, overwrite: bool = False, file: bool = False) -> Iterator[Path]:
+    """A fresh folder beside `out` that becomes `out` when the body ends, and vanishes if it does not.
+
+    With `file`, what becomes `out` is the path in such a folder that is given.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     for stale in out.parent.glob(f".{out.name}.fewbit-*"):
         kind, pid = stale.name.removeprefix(f".{out.name}.fewbit-").split("-")[:2]
@@ -51,15 +54,18 @@ def published(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     own = f"{os.getpid()}-{secrets.token_hex(4)}"  # in a container the same number may come again
     staging, old = (out.parent / f".{out.name}.fewbit-{kind}-{own}" for kind in ("new", "old"))
     staging.mkdir()
+    made = staging / out.name if file else staging
     try:
-        yield staging
-        for file in [*staging.iterdir(), staging]:
-            handle = os.open(file, os.O_RDONLY)
+        yield made
+        for path in [*staging.iterdir(), staging]:
+            handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
-        if out.exists():
-            if not overwrite:
-                raise PlanError(f"{out} has appeared meanwhile", "Use --overwrite to replace it.")
+        if out.exists() and not overwrite:
+            raise PlanError(f"{out} has appeared meanwhile", "Use --overwrite to replace it.")
+        if file:
+            made.replace(out)
+        elif out.exists():
             out.rename(old)
             try:
                 staging.rename(out)

@@ -2,7 +2,7 @@
 
 Memory holds one block in float, its statistics and the calibration activations, never the model. Each finished block
 is a file in the run's cache folder, under a fingerprint of all that determines it, so a run that was killed goes on
-where it stopped; the output folder is put together from those files at the end and appears whole or not at all.
+where it stopped; the output is put together from those files at the end (folder_output.py, gguf_output.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fewbit.cache import cache_folder
 from fewbit.errors import FormatError, NumericsError, PlanError
 from fewbit.formats.base import Format
-from fewbit.formats.safetensors import Checkpoint, ShardWriter, read_file, side_files, write_file
+from fewbit.formats.safetensors import read_file, write_file
 from fewbit.methods.base import Choice, Method, name_of
 from fewbit.models.rewrite import rewrite
 from fewbit.models.skeleton import BlockCall, Skeleton
@@ -32,7 +32,6 @@ from fewbit.plan import Assignment, Resolved
 from fewbit.schemes.base import QTensor, chunk_rows
 from fewbit.stats import Need, Stats
 
-SHARD_BYTES = 512 << 20
 _LOWEST_SHARE = 0.5
 
 
@@ -69,8 +68,14 @@ Progress = Callable[[Step], None]
 
 def share_quantized(skeleton: Skeleton, resolved: Resolved) -> float:
     """Share of the blocks' parameters that the plan quantizes."""
-    quantized = sum(a.shape[0] * a.shape[1] for a in resolved.assignments.values())
+    besides = {a.module for a in outside(skeleton, resolved)}
+    quantized = sum(a.shape[0] * a.shape[1] for a in resolved.assignments.values() if a.module not in besides)
     return quantized / skeleton.parameters_in_blocks()
+
+
+def outside(skeleton: Skeleton, resolved: Resolved) -> list[Assignment]:
+    """What is quantized outside the blocks: embeddings and head, in formats that hold a whole model."""
+    return [a for a in resolved.assignments.values() if not any(a.module.startswith(f"{b}.") for b in skeleton.blocks)]
 
 
 def check(skeleton: Skeleton, resolved: Resolved) -> None:
@@ -116,11 +121,24 @@ class Run:
     def file(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
 
+    def files(self) -> list[Path]:
+        """All that were saved."""
+        return sorted(self.folder.glob("block-*.safetensors"))
+
     def forget(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def fingerprint(skeleton: Skeleton, resolved: Resolved, tokens: Tensor | None, versions: Mapping[str, str]) -> str:
+Importance = Mapping[str, Stats]
+
+
+def fingerprint(
+    skeleton: Skeleton,
+    resolved: Resolved,
+    tokens: Tensor | None,
+    versions: Mapping[str, str],
+    importance: Importance | None = None,
+) -> str:
     """A digest of all that determines the result: weights, plan, calibration tokens, versions, arithmetic."""
     files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in skeleton.source.files]
     plan = [(a.module, str(a.scheme), repr(a.method)) for a in resolved.assignments.values()]
@@ -130,6 +148,8 @@ def fingerprint(skeleton: Skeleton, resolved: Resolved, tokens: Tensor | None, v
     digest.update(f"{skeleton.dtype} {skeleton.device.type}".encode())
     if tokens is not None:
         digest.update(str(tuple(tokens.shape)).encode() + tokens.numpy().tobytes())
+    for module, stats in sorted((importance or {}).items()):
+        digest.update(module.encode() + stats.mean_square.cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -140,11 +160,21 @@ def quantization_config(skeleton: Skeleton, resolved: Resolved) -> dict[str, Any
 
 
 def quantize_blocks(
-    skeleton: Skeleton, resolved: Resolved, tokens: Tensor | None, run: Run, progress: Progress
+    skeleton: Skeleton,
+    resolved: Resolved,
+    tokens: Tensor | None,
+    run: Run,
+    progress: Progress,
+    importance: Importance | None = None,
 ) -> list[TensorReport]:
-    """Fill `run` with every block, quantized; `tokens` [samples, length] calibrate where a method needs it."""
+    """Fill `run` with every block, quantized, and with what is quantized besides them.
+
+    `tokens` [samples, length] calibrate where a method needs it, unless `importance` says what they would.
+    """
     reports: list[TensorReport] = []
-    need = max((a.method.needs for a in resolved.assignments.values()), default=Need.NOTHING)
+    need = calibration_need(resolved) if importance is None else Need.NOTHING
+    rest = outside(skeleton, resolved)
+    total = len(skeleton.blocks) + len(rest)
     hidden: list[Tensor] = []
     calls: dict[str, list[BlockCall]] = {block: [] for block in skeleton.blocks}
     if need > Need.NOTHING:
@@ -157,7 +187,9 @@ def quantize_blocks(
         else:
             with skeleton.materialized(block) as module:
                 if found is None:
-                    made = _quantize_block(skeleton, resolved, block, module, calls[block], hidden, run, index)
+                    made = _quantize_block(
+                        skeleton, resolved, block, module, calls[block], hidden, run, index, importance
+                    )
                 else:
                     made = found[1]
                     _restore_block(skeleton, resolved, block, found[0])
@@ -166,8 +198,18 @@ def quantize_blocks(
                         for i, call in enumerate(calls[block]):
                             hidden[i] = call.run(module, hidden[i])
         reports += made
-        progress(Step(index + 1, len(skeleton.blocks), _mean_error(made), found is not None))
+        progress(Step(index + 1, total, _mean_error(made), found is not None))
+    for index, assignment in enumerate(rest, len(skeleton.blocks)):
+        found = run.load(index)
+        made = found[1] if found is not None else _quantize_outside(skeleton, resolved, assignment, run, index)
+        reports += made
+        progress(Step(index + 1, total, _mean_error(made), found is not None))
     return reports
+
+
+def calibration_need(resolved: Resolved) -> Need:
+    """The most that a method of the plan needs to know of inputs."""
+    return max((a.method.needs for a in resolved.assignments.values()), default=Need.NOTHING)
 
 
 def _quantize_block(
@@ -179,12 +221,15 @@ def _quantize_block(
     hidden: list[Tensor],
     run: Run,
     index: int,
+    importance: Importance | None,
 ) -> list[TensorReport]:
     """Quantize the linears of a materialized block in place, and save them in `run`."""
     config = quantization_config(skeleton, resolved)
     wanted = {name: resolved.assignments[name] for name in skeleton.linears(block) if name in resolved.assignments}
     rewritten = rewrite(skeleton, block, wanted, calls, hidden)
-    stats = gather(skeleton, module, wanted, calls, hidden)
+    stats = (
+        dict(importance) if importance is not None else gather(skeleton, block, module, _needs(wanted), calls, hidden)
+    )
     tensors = dict(rewritten.tensors)
     reports = []
     for name, assignment in wanted.items():
@@ -210,19 +255,46 @@ def _quantize_linear(
     choice = _choose(assignment, weight, stats)
     stored = choice.weight.map(lambda t: t.cpu())
     laid_out = {f"{assignment.module}.{suffix}": tensor for suffix, tensor in format.lay_out(stored, config).items()}
-    report = TensorReport(
+    report = _report(assignment, stored, _relative_error(weight, choice.weight, stats), stats, choice.notes)
+    if replayed:
+        skeleton.replace_weight(assignment.module, choice.weight.dequantize())
+    return laid_out, report
+
+
+def _quantize_outside(
+    skeleton: Skeleton, resolved: Resolved, assignment: Assignment, run: Run, index: int
+) -> list[TensorReport]:
+    """Quantize embeddings or head, whose input is not measured, some rows at a time, and save them in `run`."""
+    stored = skeleton.checkpoint.get(skeleton.key_of(f"{assignment.module}.weight"))
+    alike = Stats.known(torch.ones(assignment.shape[1], device=skeleton.device), 1)
+    pieces: list[QTensor] = []
+    notes: list[str] = []
+    for rows in chunk_rows(*assignment.shape):
+        choice = _choose(assignment, stored[rows].to(skeleton.device).float(), alike)
+        pieces.append(choice.weight.map(lambda t: t.cpu()))
+        notes += [note for note in choice.notes if note not in notes]
+    parts = {name: torch.cat([piece.parts[name] for piece in pieces]) for name in pieces[0].parts}
+    weight = QTensor(assignment.scheme, assignment.shape, parts)
+    config = quantization_config(skeleton, resolved)
+    report = _report(assignment, weight, _relative_error(stored, weight, None), None, notes)
+    laid_out = resolved.format.lay_out(weight, config)
+    run.save(index, {f"{assignment.module}.{suffix}": tensor for suffix, tensor in laid_out.items()}, [report])
+    return [report]
+
+
+def _report(
+    assignment: Assignment, weight: QTensor, error: float, stats: Stats | None, notes: list[str]
+) -> TensorReport:
+    return TensorReport(
         module=assignment.module,
         shape=assignment.shape,
         scheme=str(assignment.scheme),
         method=name_of(assignment.method),
-        nbytes=stored.nbytes,
-        error=_relative_error(weight, choice.weight, stats),
+        nbytes=weight.nbytes,
+        error=error,
         dropped=stats.dropped if stats else 0,
-        notes=choice.notes,
+        notes=notes,
     )
-    if replayed:
-        skeleton.replace_weight(assignment.module, choice.weight.dequantize())
-    return laid_out, report
 
 
 def _restore_block(skeleton: Skeleton, resolved: Resolved, block: str, tensors: Mapping[str, Tensor]) -> None:
@@ -241,18 +313,27 @@ class _AllFed(Exception):
     """The last linear of a block has its input: what the block would make of it is not needed (a tenth of the time)."""
 
 
+def _needs(wanted: Mapping[str, Assignment]) -> dict[str, Need]:
+    """What the methods of these linears need to know of their inputs."""
+    return {name: a.method.needs for name, a in wanted.items() if a.method.needs > Need.NOTHING}
+
+
 def gather(
     skeleton: Skeleton,
+    block: str,
     module: nn.Module,
-    wanted: Mapping[str, Assignment],
+    needs: Mapping[str, Need],
     calls: list[BlockCall],
     hidden: list[Tensor],
+    *,
+    alike: bool = False,
 ) -> dict[str, Stats]:
     """Statistics of each linear's input over all batches, one object for all linears that read the same tensor.
 
-    A token counts in proportion to the norm of the hidden state that enters the block. The few tokens of giant norm
-    that models use as attention sinks are attended to by all others, so an error in them spreads: on the demo model at
-    4 bits this takes 13 % off the KL divergence (0.184 to 0.160; by the square of the norm it is 0.181).
+    Unless all tokens are to count `alike`, a token counts in proportion to the norm of the hidden state that enters the
+    block. The few tokens of giant norm that models use as attention sinks are attended to by all others, so an error in
+    them spreads: on the demo model at 4 bits this takes 13 % off the KL divergence (0.184 to 0.160; by the square of
+    the norm it is 0.181).
     """
     stats: dict[str, Stats] = {}
     seen: dict[int, tuple[weakref.ref[Tensor], str]] = {}
@@ -260,7 +341,7 @@ def gather(
     fed: list[str] = []  # linears, in the order in which the first batch reached them
     last: str | None = None
     weight: Tensor | None = None
-    needs = {name: a.method.needs for name, a in wanted.items() if a.method.needs > Need.NOTHING}
+    shapes = skeleton.linears(block)
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def record(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -273,7 +354,7 @@ def gather(
                     seen[id(x)] = (weakref.ref(x), name)
                 if reads[name] == name:
                     readers = max(needs.values())
-                    stats[name] = Stats(wanted[name].shape[1], readers, skeleton.device)
+                    stats[name] = Stats(shapes[name][1], readers, skeleton.device)
             if reads[name] == name:
                 # Some models flatten [batch, tokens]; where rows are not tokens (routed experts), all count alike.
                 tokens = weight is not None and weight.numel() == x.numel() // x.shape[-1]
@@ -288,7 +369,7 @@ def gather(
     try:
         with torch.no_grad():
             for call, states in zip(calls, hidden, strict=True):
-                weight = states.float().norm(dim=-1).clamp(min=1e-6)
+                weight = None if alike else states.float().norm(dim=-1).clamp(min=1e-6)
                 with suppress(_AllFed):
                     call.run(module, states)
                 if last is None and sorted(fed) == sorted(needs):  # each once: after this one nothing is left to see
@@ -319,7 +400,7 @@ def _relative_error(weight: Tensor, quantized: QTensor, stats: Stats | None) -> 
     # A few rows at a time: what is decoded is still in a core's cache when it is compared, and steps this small are not
     # shared among threads, which costs more than it gains where the others are busy.
     for rows in chunk_rows(n, k, 7 << 12 if hessian is None else 1 << 22):
-        part = weight[rows]
+        part = weight[rows].float()
         error = quantized.codec.dequantize(quantized.parts, quantized.shape, torch.float32, rows).sub_(part)
         lost += float((error.square_() if hessian is None else (error @ hessian).mul_(error)).sum())
         whole += float((part.square() if hessian is None else (part @ hessian).mul_(part)).sum())
@@ -330,37 +411,25 @@ def _mean_error(reports: Sequence[TensorReport]) -> float:
     return sum(report.error for report in reports) / max(len(reports), 1)
 
 
+def measure(skeleton: Skeleton, tokens: Tensor, progress: Progress) -> dict[str, Stats]:
+    """Mean squares of the inputs of all linears in blocks, all tokens counting alike, nothing being quantized."""
+    found: dict[str, Stats] = {}
+    hidden, calls = skeleton.capture(_batches(tokens))
+    for index, block in enumerate(skeleton.blocks):
+        with skeleton.materialized(block) as module:
+            wanted = dict.fromkeys(skeleton.linears(block), Need.MEAN_SQUARE)
+            found |= gather(skeleton, block, module, wanted, calls[block], hidden, alike=True)
+            if block != skeleton.blocks[-1]:
+                with torch.no_grad():
+                    for i, call in enumerate(calls[block]):
+                        hidden[i] = call.run(module, hidden[i])
+        progress(Step(index + 1, len(skeleton.blocks), 0.0, False))
+    return found
+
+
 def _batches(tokens: Tensor) -> list[Tensor]:
     """About 2048 tokens at a time: enough to keep two cores or a GPU busy, small beside the statistics."""
     return list(tokens.split(max(1, 2048 // tokens.shape[1])))
-
-
-def assemble(folder: Path, skeleton: Skeleton, resolved: Resolved, run: Run) -> int:
-    """Write the model's files into `folder`: shards, config, side files. Returns the bytes of all tensors."""
-    blocks = Checkpoint([run.file(i) for i in range(len(skeleton.blocks))])
-    suffixes = {a.module: list(resolved.format.specs(a.shape, a.scheme)) for a in resolved.assignments.values()}
-    tensors: list[tuple[str, Checkpoint, str]] = []  # model name, where it lies, under which name
-    for key, name, _ in skeleton.passed_through():
-        module = name.removesuffix(".weight")
-        if module in suffixes:
-            tensors += [(f"{module}.{suffix}", blocks, f"{module}.{suffix}") for suffix in suffixes[module]]
-        elif name in blocks.specs:  # a norm or bias, rewritten
-            tensors.append((name, blocks, name))
-        else:
-            tensors.append((name, skeleton.checkpoint, key))
-    stored = skeleton.stored_names([name for name, _, _ in tensors])
-    writer = ShardWriter(folder, SHARD_BYTES)
-    for name, place, key in tensors:
-        writer.add(stored[name], place.get(key))
-    writer.close()
-    for file in side_files(skeleton.source.folder):
-        shutil.copyfile(file, folder / file.name)
-    config = skeleton.source.config
-    if config.get("tie_word_embeddings") and not skeleton.tied:
-        config["tie_word_embeddings"] = False  # the file holds two tensors that differ: readers must not tie them
-    config["quantization_config"] = quantization_config(skeleton, resolved)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return writer.nbytes
 
 
 def timed() -> Callable[[], float]:

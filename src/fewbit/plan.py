@@ -14,18 +14,24 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from fewbit import registry
+from fewbit import mixtures, registry
 from fewbit.errors import PlanError
 from fewbit.formats.base import Format, Shape, Stored
 from fewbit.methods.base import Method, make
 from fewbit.schemes.base import Scheme, parse
+from fewbit.stats import Need
 
+_WITHOUT_INPUTS = "imatrix"  # the method for weights whose input is not measured: all columns count alike there
+_GGUF = "Use --format gguf and an output that ends in .gguf."
 _SMALLEST_GROUP = 32  # what the ecosystem's kernels take
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Modules whose name matches `match` get `scheme` by `method`; scheme None: they stay as they are."""
+    """Modules whose name matches `match` get `scheme` by `method`; scheme None: they stay as they are.
+
+    A scheme may be a mixture (mixtures.py), such as `mixture:q4_k_m`, which has one for each.
+    """
 
     match: str
     scheme: str | None
@@ -126,6 +132,7 @@ PRESETS: dict[str, Plan] = {
         Plan("awq-4bit", "awq", (Rule("*", "int4-g128", "awq"),), adapt=True),
         Plan("nf4", "bnb", (Rule("*", "nf4-b64-dq"),)),
         Plan("int8", "bnb", (Rule("*", "llm.int8"),)),
+        *(Plan(name, "gguf", (Rule("*", mixtures.PREFIX + name, "imatrix"),)) for name in mixtures.MIXTURES),
     )
 }
 
@@ -142,6 +149,13 @@ def find(name: str) -> Plan:
         except ValueError as error:
             raise PlanError(f"plan file {name}: {error}") from None
     raise registry.unknown("plan", name, PRESETS)
+
+
+def format_of(plan: Plan) -> Format:
+    """The format that the plan names; PlanError if there is none."""
+    format = registry.get("formats", plan.format)()
+    assert isinstance(format, Format)
+    return format
 
 
 @dataclass(frozen=True)
@@ -162,23 +176,30 @@ class Resolved:
     notes: tuple[str, ...]
 
 
-def resolve(plan: Plan, shapes: Mapping[str, Shape]) -> Resolved:
-    """Settle `plan` for modules of these shapes [N, K]; PlanError lists every one that cannot be as it asks."""
-    format = registry.get("formats", plan.format)()
-    assert isinstance(format, Format)
+def resolve(plan: Plan, shapes: Mapping[str, Shape], model: mixtures.Model | None = None) -> Resolved:
+    """Settle `plan` for modules of these shapes [N, K]; PlanError lists every one that cannot be as it asks.
+
+    `model` is what a format that holds whole models must know. Its embeddings and head get the plan's method where that
+    needs no more than weights, else the one that searches scales.
+    """
+    format = format_of(plan)
     wanted, kept = {}, []
     notes = [
         f"rule {number} of the plan, {rule.match!r}, matches nothing in this model"
         for number, rule in enumerate(plan.rules, 1)
         if not any(fnmatchcase(module, rule.match) for module in shapes)
     ]
+    mixed = _mixed(plan, format, shapes, model)
     for module, shape in shapes.items():
         rule = next((rule for rule in plan.rules if fnmatchcase(module, rule.match)), None)
-        if rule is None or rule.scheme is None:
+        scheme = None if rule is None or rule.scheme is None else mixed.get(rule.scheme, {}).get(module, rule.scheme)
+        if rule is None or scheme is None:
             kept.append(module)
         else:
             method = make(rule.method, dict(rule.options))
-            wanted[module] = Assignment(module, shape, parse(rule.scheme), method)
+            if model is not None and not model.in_block(module) and (method.needs > Need.NOTHING or method.rewrites):
+                method = make(_WITHOUT_INPUTS)
+            wanted[module] = Assignment(module, shape, parse(scheme), method)
     if not wanted:
         raise PlanError(f"plan {plan.name} matches none of the {len(shapes)} linears in the model's blocks")
     if plan.adapt:
@@ -192,7 +213,30 @@ def resolve(plan: Plan, shapes: Mapping[str, Shape]) -> Resolved:
         raise PlanError(_listed(refused, wanted, len(wanted)), _what_fits(wanted, format))
     if wanted and (reason := format.why_not_together(list(wanted.values()))):
         raise PlanError(reason, "Use one scheme for all, or another --format.")
+    if any(scheme is None for schemes in mixed.values() for scheme in schemes.values()):
+        notes.append(f"in 16 bits, as no block divides their rows: {', '.join(kept)}")
     return Resolved(plan, format, wanted, tuple(kept), tuple(notes))
+
+
+def _mixed(
+    plan: Plan, format: Format, shapes: Mapping[str, Shape], model: mixtures.Model | None
+) -> dict[str, dict[str, str | None]]:
+    """Mixture, as the plan's rules name it -> module -> scheme."""
+    asked = {rule.scheme for rule in plan.rules if rule.scheme is not None and rule.scheme.startswith(mixtures.PREFIX)}
+    if not asked:
+        return {}
+    if model is None:
+        raise PlanError(f"plan {plan.name} is a mixture of block types, which {format.name} files do not hold", _GGUF)
+    weighed = any(make(rule.method, dict(rule.options)).needs > Need.NOTHING for rule in plan.rules)
+    tensors = {model.names[module]: shape for module, shape in shapes.items()}
+    found = {}
+    for spec in sorted(asked):
+        name = spec.removeprefix(mixtures.PREFIX)
+        if name not in mixtures.MIXTURES:
+            raise registry.unknown("mixture", name, mixtures.MIXTURES)
+        schemes = mixtures.schemes(name, tensors, model, weighed=weighed)
+        found[spec] = {module: schemes[model.names[module]] for module in shapes}
+    return found
 
 
 def _adapt(wanted: Mapping[str, Assignment], format: Format) -> tuple[dict[str, Assignment], list[str]]:

@@ -69,6 +69,18 @@ class Quantized:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What `imatrix` wrote: importances of `entries` tensors, over so many tokens of a text."""
+
+    out: str
+    entries: int
+    tokens: int
+    text: str
+    notes: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Quality, and size where the model is quantized."""
 
@@ -176,6 +188,13 @@ def quantized(done: Quantized) -> None:
         table.add_row("  on the GPU", "", size(done.gpu_peak), "")
     out.print(table)
     _say(f'Reopened and checked. "{FIRST_WORDS}" it continues with "{done.sample.strip()}".')
+
+
+def measured(done: Measured) -> None:
+    """What `fewbit imatrix` prints when it is finished."""
+    for note in done.notes:
+        _say(f"note: {note}")
+    _say(f"{done.out}: importances of {done.entries:,} tensors over {done.tokens:,} tokens of {done.text}.")
 
 
 def finetuned(done: Finetuned) -> None:

@@ -39,6 +39,13 @@ class Stats:
         self._square = torch.zeros(k, device=device) if need == Need.MEAN_SQUARE else None
         self._hessian = torch.zeros(k, k, device=device) if need == Need.HESSIAN else None
 
+    @classmethod
+    def known(cls, mean_square: Tensor, rows: int) -> Stats:
+        """What another program measured: mean x_j² [K] over so many rows."""
+        made = cls(len(mean_square), Need.NOTHING, mean_square.device)
+        made.need, made.rows, made._square = Need.MEAN_SQUARE, rows, mean_square.float()
+        return made
+
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Count the rows of x [..., K], each as much as its `weight` [...] says (all alike without)."""
         x = x.detach().reshape(-1, x.shape[-1]).float()

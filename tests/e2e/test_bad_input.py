@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fewbit import FormatError, KernelError, PlanError, api, pipeline
+from fewbit import FormatError, KernelError, PlanError, api, folder_output, pipeline
 from fewbit.formats import safetensors
 from tests import models
 from tests.e2e.conftest import Answer, Fewbit
@@ -518,14 +518,14 @@ def test_a_result_that_fails_its_own_check_is_not_published(
 ) -> None:
     place.mkdir()
     (place / "precious").write_text("mine")
-    assemble = pipeline.assemble
+    write = folder_output.write
 
-    def assemble_badly(folder: Path, *rest: Any) -> int:
-        written = assemble(folder, *rest)
+    def write_badly(folder: Path, *rest: Any) -> int:
+        written = write(folder, *rest)
         rewrite(folder, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
         return written
 
-    monkeypatch.setattr(pipeline, "assemble", assemble_badly)
+    monkeypatch.setattr(folder_output, "write", write_badly)
     answer = fewbit("quantize", sound, "-o", place, "--overwrite", "--plan", "rtn-4bit")
     check(answer, 3, "failed its own check", "not finite")
     assert [p.name for p in place.iterdir()] == ["precious"]

@@ -25,20 +25,20 @@ HALTED = """
 import signal, sys, time
 import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from fewbit import cli, pipeline
+from fewbit import cli, folder_output, pipeline
 torch.set_num_threads(1)
-save, assemble = pipeline.Run.save, pipeline.assemble
+save, write = pipeline.Run.save, folder_output.write
 def save_then_wait(self, index, tensors, reports):
     save(self, index, tensors, reports)
     if index == 1:
         time.sleep(600)
-def assemble_then_wait(*arguments):
-    assemble(*arguments)
+def write_then_wait(*arguments):
+    write(*arguments)
     time.sleep(600)
 if sys.argv.pop(1) == "blocks":
     pipeline.Run.save = save_then_wait
 else:
-    pipeline.assemble = assemble_then_wait
+    folder_output.write = write_then_wait
 cli.main()
 """
 

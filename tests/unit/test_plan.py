@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from fewbit.errors import PlanError
+from fewbit.methods.base import name_of
 from fewbit.methods.gptq import GPTQ
 from fewbit.methods.rtn import RoundToNearest
+from fewbit.mixtures import MIXTURES, Model
 from fewbit.plan import PRESETS, Plan, Rule, find, resolve
 
 SHAPES = {
@@ -30,7 +32,7 @@ def schemes(plan: Plan, shapes: dict[str, tuple[int, int]]) -> dict[str, str]:
     return {module: str(a.scheme) for module, a in resolve(plan, shapes).assignments.items()}
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in MIXTURES])
 def test_a_preset_resolves_as_it_is_where_its_group_fits(name: str) -> None:
     settled = resolve(find(name), LARGE)
     assert settled.plan.name == name
@@ -238,3 +240,79 @@ def test_a_file_that_is_no_plan_is_refused(content: bytes, tmp_path: Path) -> No
 def test_a_rule_that_matches_nothing_is_told() -> None:
     resolved = resolve(plan_of(Rule("*.dwn_proj", None), Rule("*", "int4-g64")), SHAPES)
     assert [note for note in resolved.notes if "'*.dwn_proj', matches nothing" in note]
+
+
+WHOLE = {"model.embed_tokens": (4096, 256), "lm_head": (4096, 256)} | {
+    f"model.layers.{i}.{name}": shape
+    for i in range(8)
+    for name, shape in (("self_attn.v_proj", (128, 256)), ("mlp.up_proj", (768, 256)), ("mlp.down_proj", (256, 768)))
+}
+NAMES = {"model.embed_tokens": "token_embd", "lm_head": "output"} | {
+    f"model.layers.{i}.{theirs}": f"blk.{i}.{ours}"
+    for i in range(8)
+    for theirs, ours in (("self_attn.v_proj", "attn_v"), ("mlp.up_proj", "ffn_up"), ("mlp.down_proj", "ffn_down"))
+}
+MODEL = Model("llama", layers=8, gqa=2, tied=False, names=NAMES)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_has_a_scheme_for_each_weight(name: str) -> None:
+    settled = resolve(find(name), WHOLE, MODEL)
+    assert list(settled.assignments) == list(WHOLE)
+    assert settled.kept == settled.notes == ()
+    assert str(settled.assignments["model.layers.3.mlp.up_proj"].scheme) == MIXTURES[name].base
+
+
+def test_a_mixture_gives_more_bits_where_more_is_lost() -> None:
+    settled = resolve(find("q4_k_m"), WHOLE, MODEL)
+    found = {module: str(a.scheme) for module, a in settled.assignments.items()}
+    assert found["lm_head"] == "q6_k"
+    assert found["model.embed_tokens"] == "q4_k"
+    assert [found[f"model.layers.{i}.mlp.down_proj"] for i in range(4)] == ["q6_k", "q4_k", "q4_k", "q6_k"]
+
+
+def test_what_no_block_divides_stays_in_16_bits_and_is_named() -> None:
+    settled = resolve(find("q4_k_m"), WHOLE | {"model.layers.0.mlp.up_proj": (768, 40)}, MODEL)
+    assert settled.kept == ("model.layers.0.mlp.up_proj",)
+    assert "model.layers.0.mlp.up_proj" in settled.notes[0]
+
+
+def test_embeddings_and_head_are_not_asked_for_inputs() -> None:
+    settled = resolve(find("q4_k_m").changed(method="gptq"), WHOLE, MODEL)
+    methods = {module: name_of(a.method) for module, a in settled.assignments.items()}
+    assert methods["model.layers.0.mlp.up_proj"] == "gptq"
+    assert methods["model.embed_tokens"] == methods["lm_head"] == "imatrix"
+    plain = resolve(find("q4_k_m").changed(method="rtn"), WHOLE, MODEL)
+    assert {name_of(a.method) for a in plain.assignments.values()} == {"rtn"}
+
+
+def test_a_mixture_may_depend_on_importances() -> None:
+    def first(method: str) -> str:
+        settled = resolve(find("q4_0").changed(method=method), WHOLE, MODEL)
+        return str(settled.assignments["model.layers.0.mlp.down_proj"].scheme)
+
+    assert first("imatrix") == first("gptq") == "q4_1"
+    assert first("rtn") == "q4_0"
+
+
+def test_a_mixture_is_for_gguf() -> None:
+    with pytest.raises(PlanError, match="mixture of block types, which gptq files do not hold"):
+        resolve(find("q4_k_m").changed(format="gptq"), LARGE)
+
+
+def test_an_unknown_mixture_is_told_with_the_nearest() -> None:
+    with pytest.raises(PlanError, match="unknown mixture 'q4_k_x'") as error:
+        resolve(Plan("test", "gguf", (Rule("*", "mixture:q4_k_x"),)), WHOLE, MODEL)
+    assert "q4_k_m" in str(error.value.hint)
+
+
+def test_a_scheme_in_place_of_a_mixture_is_taken_at_its_word() -> None:
+    settled = resolve(find("q4_k_m").changed(scheme="q5_0"), WHOLE, MODEL)
+    assert {str(a.scheme) for a in settled.assignments.values()} == {"q5_0"}
+    with pytest.raises(PlanError, match="blocks of 256 do not divide 40 columns"):
+        resolve(find("q4_k_m").changed(scheme="q4_k"), WHOLE | {"model.layers.0.mlp.up_proj": (768, 40)}, MODEL)
+
+
+def test_gguf_holds_block_types_alone() -> None:
+    with pytest.raises(PlanError, match="block types such as q4_k, not int4-g128"):
+        resolve(Plan("test", "gguf", (Rule("*", "int4-g128"),)), WHOLE, MODEL)

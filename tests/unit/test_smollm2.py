@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fewbit import cache
 from fewbit.errors import PlanError
+from fewbit.formats.gguf import GgufFile
 from fewbit.models import smollm2
 
 Pair: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -47,7 +48,7 @@ def tokenizer(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def pair() -> Pair:
     """The weights in fp32 as they come, and rescaled."""
-    reader = smollm2.open_gguf(smollm2.gguf_file())
+    reader = GgufFile(smollm2.gguf_file())
     shape = smollm2.read_shape(reader)
     original = smollm2.read_weights(reader, shape)
     rescaled = {name: w.clone() for name, w in original.items()}

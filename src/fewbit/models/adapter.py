@@ -19,6 +19,7 @@ from transformers.utils import logging as hf_logging
 from fewbit.errors import FormatError, NumericsError, PlanError
 from fewbit.formats.safetensors import read_specs, side_files
 from fewbit.models.load import load_model
+from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -72,6 +73,9 @@ def write_merged(source: Source, adapter: str | Path, folder: Path, *, trust_rem
     finally:
         if verbose:
             hf_logging.enable_progress_bar()
+    if source.gguf is not None:  # it has no side files: what it says of its tokenizer becomes one
+        load_tokenizer(source).save_pretrained(folder)
+        return
     for file in side_files(source.folder):
         if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)

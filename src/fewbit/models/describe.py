@@ -10,6 +10,7 @@ from typing import Any
 
 from fewbit.errors import FormatError
 from fewbit.formats.base import by_quant_method
+from fewbit.formats.gguf import PLAIN, GgufFile
 from fewbit.formats.safetensors import Checkpoint
 from fewbit.models.source import Source
 
@@ -43,6 +44,8 @@ class Inspection:
 
 def describe(source: Source) -> Inspection:
     """The inspection of a located model; FormatError where its files contradict its config."""
+    if source.gguf is not None:
+        return _of_gguf(source)
     config, checkpoint = source.config, Checkpoint(list(source.files))
     quantization = source.quantization
     schemes: Counter[str] = Counter()
@@ -73,6 +76,30 @@ def describe(source: Source) -> Inspection:
         bits_per_weight=8 * (packed + rest) / max(parameters, 1),
         bits_per_weight_quantized=8 * packed / quantized if quantized else None,
         made=_made(source),
+    )
+
+
+def _of_gguf(source: Source) -> Inspection:
+    file, config = GgufFile(source.files[0]), source.config
+    schemes: Counter[str] = Counter()
+    parameters = quantized = packed = 0
+    for entry in file.entries.values():
+        parameters += prod(entry.shape)
+        if entry.type not in PLAIN:
+            schemes[entry.type] += 1
+            quantized += prod(entry.shape)
+            packed += entry.spec.nbytes
+    return Inspection(
+        name=source.name,
+        architecture=config["architectures"][0],
+        format="gguf",
+        schemes=dict(schemes),
+        parameters=parameters,
+        quantized_parameters=quantized,
+        weights_bytes=file.nbytes,
+        file_bytes=file.nbytes,
+        bits_per_weight=8 * file.nbytes / max(parameters, 1),
+        bits_per_weight_quantized=8 * packed / quantized if quantized else None,
     )
 
 

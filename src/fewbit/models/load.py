@@ -63,6 +63,7 @@ def load_model(
                 device_map=device,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **source.options,
             )
     except FewbitError:
         raise

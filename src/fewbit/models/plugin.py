@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from fewbit.formats.safetensors import read_specs
 from fewbit.fused import packed_linears
 from fewbit.models import decode
 from fewbit.models.fuse import fuse
+from fewbit.models.modules import asked_for, kernel_asked_for, put, unpack
 from fewbit.models.source import read_config
 from fewbit.nn import QLinear, slot
 from fewbit.schemes.base import PartSpec, QTensor
@@ -43,7 +44,6 @@ _INSTALLED = {
     "awq": is_gptqmodel_available,
     "bitsandbytes": is_bitsandbytes_available,
 }
-_serving: list[str | None] = []  # the kernels asked for by fewbit's own loader
 
 
 class FewbitQuantizer(HfQuantizer):
@@ -71,7 +71,12 @@ class FewbitQuantizer(HfQuantizer):
 
     def update_device_map(self, device_map: Any) -> Any:
         """Like bitsandbytes, which it stands in for: to the GPU where nothing is said."""
-        if device_map is None and self.format.quant_method in _BACK_ENDS and not _serving and torch.cuda.is_available():
+        if (
+            device_map is None
+            and self.format.quant_method in _BACK_ENDS
+            and not asked_for
+            and torch.cuda.is_available()
+        ):
             return {"": torch.cuda.current_device()}
         return device_map
 
@@ -98,7 +103,7 @@ class FewbitQuantizer(HfQuantizer):
         named = _renamed(model, specs)
         suffixes: set[str] = set()
         for module, tensors in self.format.find(self.config, named).items():
-            _put(model, module, tensors, has_bias=f"{module}.bias" in named)
+            put(model, module, tensors, has_bias=f"{module}.bias" in named)
             suffixes |= set(tensors)
         self.renamings = [WeightRenaming(f".{name}", f".{slot(name)}") for name in sorted(suffixes) if "." in name]
         return model
@@ -112,7 +117,7 @@ class FewbitQuantizer(HfQuantizer):
                 assert isinstance(module.weight, Tensor)
                 if isinstance(module, Conv1D):
                     self.transposed.add(name)
-                _put(model, name, {"weight": PartSpec(tuple(module.weight.shape), model.dtype)}, has_bias=False)
+                put(model, name, {"weight": PartSpec(tuple(module.weight.shape), model.dtype)}, has_bias=False)
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
         return self.renamings
@@ -141,10 +146,10 @@ class FewbitQuantizer(HfQuantizer):
         codes, grids = self.scheme.nearest(weight)
         module.take_tensors()
         packed = QTensor(self.scheme, (weight.shape[0], weight.shape[1]), self.scheme.pack(codes, grids))
-        module.adopt(packed, self.dtype, _serving[-1] if _serving else None)
+        module.adopt(packed, self.dtype, kernel_asked_for())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        kernel = _serving[-1] if _serving else None
+        kernel = kernel_asked_for()
         # What was renamed for loading is not to be renamed back in saving: the format gives the names on disk itself.
         if used := getattr(model, "_weight_conversions", None):
             model._weight_conversions = [c for c in used if c not in self.renamings]  # type: ignore[assignment]
@@ -189,23 +194,7 @@ class FewbitQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # A config that was saved holds the type's name.
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
-        for name, module in packed_linears(model).items():
-            weight = module.qtensor().dequantize(dtype)
-            plain: nn.Linear | Conv1D
-            if module.transposed:
-                with torch.device("meta"):
-                    plain = Conv1D(module.out_features, module.in_features)
-                weight = weight.T.contiguous()
-            else:
-                k, n = module.in_features, module.out_features
-                plain = nn.Linear(k, n, bias=module.bias is not None, device="meta")
-            plain.weight = nn.Parameter(weight, requires_grad=False)
-            if module.bias is not None:
-                plain.bias = module.bias
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, plain)
-        return model
+        return unpack(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
@@ -240,6 +229,11 @@ def register() -> None:
     for method in _methods():
         if method in hook.preferred or not _INSTALLED.get(method, lambda: False)():
             auto.AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(_back_ends(method), FewbitQuantizer))
+    with suppress(ImportError):  # where transformers has its own no more, there is nothing to stand in for
+        from fewbit.models.gguf_load import GgufQuantizer
+
+        mapping: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
+        mapping["gguf"] = GgufQuantizer
 
 
 @contextmanager
@@ -248,16 +242,17 @@ def serving(kernel: str | None = None) -> Iterator[None]:
     ours = [name for method in _methods() for name in _back_ends(method)]
     before = {name: auto.AUTO_QUANTIZER_MAPPING[name] for name in ours if name in auto.AUTO_QUANTIZER_MAPPING}
     auto.AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(ours, FewbitQuantizer))
-    _serving.append(kernel)
+    asked_for.append(kernel)
     try:
         yield
     finally:
-        _serving.pop()
+        asked_for.pop()
         auto.AUTO_QUANTIZER_MAPPING.update(before)
 
 
 def _methods() -> list[str]:
-    return [format.quant_method for format in registry.entries("formats").values()]
+    """Of the formats that lie in folders; what holds a whole model in one file has a quantizer of its own."""
+    return [format.quant_method for format in registry.entries("formats").values() if not format.suffix]
 
 
 def _back_ends(method: str) -> tuple[str, ...]:
@@ -286,27 +281,6 @@ def _owner(name: str) -> str:
     """The module that a tensor belongs to; what goes with a weight may be called `weight.something`."""
     module, found, _ = name.partition(".weight.")
     return module if found else name.rpartition(".")[0]
-
-
-def _put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *, has_bias: bool) -> None:
-    """A `QLinear` in place of the linear called `module`, waiting for these tensors."""
-    try:
-        linear = model.get_submodule(module)
-    except AttributeError:
-        raise FormatError(f"the checkpoint has quantized tensors for {module}, which the model does not have") from None
-    if isinstance(linear, Conv1D):
-        k, n = linear.nx, linear.nf
-    elif isinstance(linear, nn.Linear):
-        k, n = linear.in_features, linear.out_features
-    else:
-        raise FormatError(f"the checkpoint has quantized tensors for {module}, which is a {type(linear).__name__}")
-    bias = linear.bias
-    if bias is None and has_bias:  # methods that shift weights write one where the model has none
-        bias = nn.Parameter(torch.empty(n, dtype=model.dtype, device="meta"))
-    parent, _, leaf = module.rpartition(".")
-    packed = QLinear(k, n, bias, module).await_tensors(tensors)
-    packed.transposed = isinstance(linear, Conv1D)
-    setattr(model.get_submodule(parent), leaf, packed)
 
 
 register()

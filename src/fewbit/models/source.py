@@ -1,9 +1,11 @@
-"""Where a model comes from: a local folder, a name of ours (tiny, smollm2), or the Hugging Face Hub."""
+"""Where a model comes from: a local folder or GGUF file, a name of ours (tiny, smollm2), or the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats import pickle, safetensors
-from fewbit.models import smollm2
+from fewbit.formats.gguf import GgufFile, is_gguf, is_later_part
+from fewbit.models import gguf_config, smollm2
 
 EMBEDDED = "tiny"  # comes with fewbit itself
 DEMO = "smollm2"
@@ -23,20 +26,27 @@ _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*
 
 @dataclass(frozen=True)
 class Source:
-    """A model's folder, the name the user gave, and its weight files (safetensors).
+    """A model's folder, the name the user gave, and its weight files (safetensors, or one GGUF file with its parts).
 
-    `origin` is the folder that was named; `folder` is another one, in the cache, where the weights came as a pickle.
+    `origin` is what was named; `folder` is another one, in the cache, where the weights came as a pickle. `gguf` is the
+    name of the file in the folder where the model is one, as transformers' `gguf_file`.
     """
 
     name: str
     folder: Path
     files: tuple[Path, ...]
     origin: Path
+    gguf: str | None = None
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json as it is."""
-        return read_config(self.folder)
+        """config.json as it is, or as it would be for a GGUF file."""
+        return read_config(self.folder) if self.gguf is None else deepcopy(_config_of(self.files[0]))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `from_pretrained` wants to know besides the folder."""
+        return {} if self.gguf is None else {"gguf_file": self.gguf}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,6 +66,8 @@ class Source:
     @property
     def quantization(self) -> dict[str, Any] | None:
         """The quantization_config of config.json; None where the model is not quantized."""
+        if self.gguf is not None:
+            return {"quant_method": "gguf"}
         found = self.config.get("quantization_config")
         if found is not None and not (isinstance(found, dict) and isinstance(found.get("quant_method"), str)):
             raise FormatError(
@@ -66,7 +78,12 @@ class Source:
 
 def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
     """The model called `name`, its files found and their headers sound; PlanError or FormatError otherwise."""
+    path = Path(name).expanduser()
+    if path.is_file() and is_gguf(path):
+        return _of_gguf(str(name), path, path)
     origin = folder = _folder(str(name), safetensors_only)
+    if not (folder / "config.json").exists() and (file := _only_gguf(folder)) is not None:
+        return _of_gguf(str(name), file, folder)
     read_config(folder)
     files = safetensors.files_in(folder)
     if not files:
@@ -80,6 +97,31 @@ def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
         folder = pickle.converted(folder)
         files = safetensors.files_in(folder)
     return Source(str(name), folder, tuple(files), origin)
+
+
+def _of_gguf(name: str, path: Path, origin: Path) -> Source:
+    files = GgufFile(path).files
+    _config_of(path)
+    return Source(name, path.parent, files, origin, path.name)
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder that has no other, of a split one the first part; FormatError where there are more."""
+    files = [file for file in sorted(folder.glob("*.gguf")) if not is_later_part(file)]
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:5])
+        raise FormatError(f"{folder} has several GGUF files ({names})", f"Name one, such as {files[0]}.")
+    return files[0] if files else None
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    """The config of a GGUF file, whose vocabulary is not to be read each time that something asks for a size."""
+    return _read_config_of(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _read_config_of(path: Path, changed: int) -> dict[str, Any]:
+    return gguf_config.to_config(GgufFile(path))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -104,7 +146,7 @@ def _folder(name: str, safetensors_only: bool) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise PlanError(f"model {name}: that is a file", "Give the folder that holds config.json and the weights.")
+        raise PlanError(f"model {name}: that is a file", "Give a .gguf file, or the folder that holds config.json.")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise PlanError(
             f"model {name}: no such folder", f"Give a local folder, a Hub name such as org/model, {EMBEDDED} or {DEMO}."

@@ -1,0 +1,42 @@
+"""A Hugging Face folder put together from the blocks of a run: shards, config, side files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from fewbit.formats.safetensors import Checkpoint, ShardWriter, side_files
+from fewbit.models.skeleton import Skeleton
+from fewbit.pipeline import Run, quantization_config
+from fewbit.plan import Resolved
+
+SHARD_BYTES = 512 << 20
+
+
+def write(folder: Path, skeleton: Skeleton, resolved: Resolved, run: Run) -> int:
+    """Write the model's files into `folder`: shards, config, side files. Returns the bytes of all tensors."""
+    blocks = Checkpoint(run.files())
+    suffixes = {a.module: list(resolved.format.specs(a.shape, a.scheme)) for a in resolved.assignments.values()}
+    tensors: list[tuple[str, Checkpoint, str]] = []  # model name, where it lies, under which name
+    for key, name, _ in skeleton.passed_through():
+        module = name.removesuffix(".weight")
+        if module in suffixes:
+            tensors += [(f"{module}.{suffix}", blocks, f"{module}.{suffix}") for suffix in suffixes[module]]
+        elif name in blocks.specs:  # a norm or bias, rewritten
+            tensors.append((name, blocks, name))
+        else:
+            tensors.append((name, skeleton.checkpoint, key))
+    stored = skeleton.stored_names([name for name, _, _ in tensors])
+    writer = ShardWriter(folder, SHARD_BYTES)
+    for name, place, key in tensors:
+        writer.add(stored[name], place.get(key))
+    writer.close()
+    for file in side_files(skeleton.source.folder):
+        shutil.copyfile(file, folder / file.name)
+    config = skeleton.source.config
+    if config.get("tie_word_embeddings") and not skeleton.tied:
+        config["tie_word_embeddings"] = False  # the file holds two tensors that differ: readers must not tie them
+    config["quantization_config"] = quantization_config(skeleton, resolved)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return writer.nbytes

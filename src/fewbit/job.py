@@ -1,0 +1,163 @@
+"""What is to be quantized, settled and checked before any work: a model, a plan, importances, calibration tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit import calibration as texts
+from fewbit import gguf_output, pipeline
+from fewbit import plan as plans
+from fewbit.advise import hardware
+from fewbit.errors import PlanError
+from fewbit.methods.base import name_of
+from fewbit.models.skeleton import Skeleton
+from fewbit.models.source import Source, locate
+from fewbit.report import Preview
+from fewbit.stats import Need, Stats
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`samples` windows of `length` tokens (at most the model's context), drawn by `seed` from a text.
+
+    text: a name or a file; None: tiny's own for the embedded model, pydoc for all others.
+    """
+
+    text: str | None = None
+    samples: int = 128
+    length: int = 512
+    seed: int = 0
+
+
+@dataclass
+class Job:
+    """A model and a plan settled for it, checked, before any work."""
+
+    source: Source
+    skeleton: Skeleton
+    resolved: plans.Resolved
+    importance: dict[str, Stats] | None
+    notes: list[str]
+
+    @classmethod
+    def prepare(
+        cls,
+        model: str | Path,
+        plan: plans.Plan,
+        device: str | None,
+        safetensors_only: bool,
+        trust_remote_code: bool,
+        imatrix: str | Path | None = None,
+    ) -> Job:
+        source = unquantized(model, safetensors_only)
+        skeleton = skeleton_of(source, hardware.device(device), trust_remote_code)
+        shapes = {name: shape for block in skeleton.blocks for name, shape in skeleton.linears(block).items()}
+        whole, notes = None, list[str]()
+        if plans.format_of(plan).suffix:
+            whole = gguf_output.model_of(skeleton)
+            shapes |= skeleton.outside()
+        resolved = plans.resolve(plan, shapes, whole)
+        pipeline.check(skeleton, resolved)
+        importance = None
+        if imatrix is not None:
+            importance, notes = gguf_output.importance(Path(imatrix), skeleton, resolved)
+        return cls(source, skeleton, resolved, importance, [*resolved.notes, *notes])
+
+    @property
+    def single_file(self) -> bool:
+        return bool(self.resolved.format.suffix)
+
+    def tokens(self, wanted: Calibration, tokenizer: Any) -> tuple[Tensor | None, dict[str, Any] | None]:
+        """Calibration tokens [samples, length] and what the record says of them; None where no method needs any."""
+        if self.importance is not None or pipeline.calibration_need(self.resolved) == Need.NOTHING:
+            return None, None
+        return windows(wanted, self.source, tokenizer)
+
+    def preview(self) -> Preview:
+        format, wanted = self.resolved.format, self.resolved.assignments
+        tensors = []
+        if self.single_file:
+            for each in gguf_output.planned(self.skeleton, self.resolved):
+                method = f", {name_of(wanted[each.module].method)}" if each.module else ""
+                tensors.append((each.entry.name, each.entry.type + method, each.entry.spec.nbytes))
+            return self._preview(tensors, gguf_output.nbytes(self.skeleton, self.resolved))
+        for _, name, spec in self.skeleton.passed_through():
+            if (found := wanted.get(name.removesuffix(".weight"))) is not None and name.endswith(".weight"):
+                what = f"{found.scheme}, {name_of(found.method)}"
+                size = sum(s.nbytes for s in format.specs(found.shape, found.scheme).values())
+            else:
+                what, size = f"as it is ({str(spec.dtype).removeprefix('torch.')})", spec.nbytes
+            tensors.append((name, what, size))
+        return self._preview(tensors, sum(size for _, _, size in tensors))
+
+    def _preview(self, tensors: list[tuple[str, str, int]], output_bytes: int) -> Preview:
+        return Preview(
+            plan=self.resolved.plan.name,
+            format=self.resolved.format.name,
+            notes=list(self.notes),
+            tensors=tensors,
+            original_bytes=sum(spec.nbytes for _, _, spec in self.skeleton.passed_through()),
+            output_bytes=output_bytes,
+            share=pipeline.share_quantized(self.skeleton, self.resolved),
+        )
+
+
+def unquantized(model: str | Path, safetensors_only: bool) -> Source:
+    source = locate(model, safetensors_only=safetensors_only)
+    if source.quantization is not None:
+        raise PlanError(f"{model} is quantized already", "Quantize the original: a second rounding only adds loss.")
+    return source
+
+
+def skeleton_of(source: Source, device: str, trust_remote_code: bool) -> Skeleton:
+    dtype = torch.float32 if device == "cpu" else source.dtype
+    skeleton = Skeleton(source, dtype, torch.device(device), trust_remote_code=trust_remote_code)
+    if reason := skeleton.why_not():
+        raise PlanError(f"{source.name}: {reason}")
+    return skeleton
+
+
+def windows(wanted: Calibration, source: Source, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
+    """Calibration tokens [samples, length] and what a record says of them."""
+    most = source.context
+    if wanted.length > most and wanted.length != Calibration.length:
+        raise PlanError(f"--length {wanted.length} is beyond the model's context of {most} tokens")
+    text = texts.load_text(wanted.text or texts.own_source(source.config), "calibration")
+    length = min(wanted.length, most)
+    tokens = texts.sample(texts.encode(text, tokenizer), wanted.samples, length, wanted.seed)
+    return tokens, {
+        "text": text.name,
+        "digest": texts.digest(tokens),
+        "samples": tokens.shape[0],
+        "length": length,
+        "seed": wanted.seed,
+    }
+
+
+def is_file(out: str | Path, plan: plans.Plan) -> bool:
+    """Whether the plan makes one file rather than a folder; PlanError where the name of the output says otherwise."""
+    suffix = plans.format_of(plan).suffix
+    if suffix and Path(out).suffix != suffix:
+        raise PlanError(f"{out}: plan {plan.name} makes one {suffix} file", f"Give an -o that ends in {suffix}.")
+    if not suffix and Path(out).suffix == ".gguf":
+        raise PlanError(
+            f"{out} would be a GGUF file, but plan {plan.name} makes a folder of {plan.format} weights",
+            "Use a plan for GGUF, such as --plan q4_k_m, or another -o.",
+        )
+    return bool(suffix)
+
+
+def fewer(wanted: Calibration, used: dict[str, Any] | None) -> list[str]:
+    """Sentences on what was asked of the calibration text and not to be had."""
+    notes = []
+    asked = wanted.text is not None or wanted.samples != Calibration.samples
+    if used is not None and asked and used["samples"] < wanted.samples:
+        notes.append(f"{used['text']} has {used['samples']} windows of {used['length']}, not {wanted.samples}")
+    if used is not None and used["length"] < wanted.length:
+        notes.append(f"windows of {used['length']} tokens, not {wanted.length}: the model's context is no longer")
+    return notes

@@ -1,0 +1,172 @@
+"""The mixtures of llama.cpp: a file type such as Q4_K_M is not one scheme but a rule that gives each tensor its own.
+
+Weights that decide most for their size get more bits: the values of the attention, what the MLP writes to the residual
+stream (both in the first and last eighth of the layers and in every third between), and the output head, which is the
+token embeddings where the two are tied. A tensor whose rows a scheme's blocks do not divide falls back to the next
+scheme that they do. Source of the rules, and of the numbers of file types: `llama-quant.cpp` and `llama.h` of llama.cpp
+as in llama-cpp-python 0.3.36; rules for mixtures of experts are left out, as such models are refused.
+
+>>> model = Model("llama", layers=8, gqa=2, tied=True)
+>>> tensors = {f"blk.{i}.attn_v": (64, 256) for i in range(8)} | {"token_embd": (4096, 256)}
+>>> schemes("q4_k_m", tensors, model)["token_embd"]
+'q6_k'
+>>> [schemes("q4_k_m", tensors, model)[f"blk.{i}.attn_v"] for i in range(4)]
+['q6_k', 'q4_k', 'q4_k', 'q6_k']
+>>> schemes("q4_k_m", {"blk.0.ffn_up": (1536, 576)}, model)
+{'blk.0.ffn_up': 'q5_0'}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+PREFIX = "mixture:"  # before a mixture's name where a plan asks for a scheme; q6_k is the name of both
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the rules ask of a model. `gqa`: query heads for each key-value head. `tied`: embeddings serve as the head.
+    `names`: module -> what a GGUF file calls its weight, without `.weight`."""
+
+    arch: str  # as GGUF calls it
+    layers: int
+    gqa: int
+    tied: bool
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def in_block(self, module: str) -> bool:
+        """Whether a module is in a block; else it is the embeddings or the head."""
+        return self.names[module].startswith("blk.")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """`base`: what a tensor gets for which no rule has another. `file_type`: the number in the file's metadata."""
+
+    base: str
+    file_type: int
+
+
+MIXTURES = {
+    "q2_k": Mixture("q2_k", 10),
+    "q3_k_s": Mixture("q3_k", 11),
+    "q3_k_m": Mixture("q3_k", 12),
+    "q3_k_l": Mixture("q3_k", 13),
+    "q4_0": Mixture("q4_0", 2),
+    "q4_k_s": Mixture("q4_k", 14),
+    "q4_k_m": Mixture("q4_k", 15),
+    "q5_k_s": Mixture("q5_k", 16),
+    "q5_k_m": Mixture("q5_k", 17),
+    "q6_k": Mixture("q6_k", 18),
+    "q8_0": Mixture("q8_0", 7),
+    "iq4_nl": Mixture("iq4_nl", 25),
+    "iq4_xs": Mixture("iq4_xs", 30),
+}
+# What a file is called that holds one scheme throughout: the mixture that adds least to it.
+_PLAIN = {"q4_1": 3, "q5_0": 8, "q5_1": 9} | {m.base: m.file_type for m in reversed(MIXTURES.values())}
+
+_SMALL_BLOCKS = {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"}  # of 32 columns; all others have 256
+_FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
+_VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
+
+
+def file_type(plain: str) -> int:
+    """The file type of a file that holds the scheme `plain` throughout; 1 (F16) where llama.cpp has no name for it."""
+    return _PLAIN.get(plain, 1)
+
+
+def schemes(mixture: str, tensors: Mapping[str, Shape], model: Model, *, weighed: bool = True) -> dict[str, str | None]:
+    """Tensor -> the scheme it gets in `mixture`; None: it stays in 16 bits, as no scheme's blocks divide its rows.
+
+    `tensors` are all that may be quantized, by their names in a GGUF file without `.weight`, with shapes [N, K].
+    `weighed`: an importance matrix, or statistics that contain one, will weigh the errors.
+    """
+    found: dict[str, str | None] = {}
+    values, downs = 0, 0  # how many of them came before, which is how llama.cpp counts layers
+    all_values = sum(_role(name) in _VALUES for name in tensors)
+    for name in sorted(tensors, key=_order):
+        role, columns = _role(name), tensors[name][1]
+        if role == "output" or (role == "token_embd" and model.tied):
+            scheme = _head(MIXTURES[mixture].base, columns)
+        elif role in _VALUES:
+            scheme = _value(mixture, values, all_values, model)
+            values += 1
+        elif role == "ffn_down":
+            scheme = _down(mixture, downs, model.layers, weighed)
+            downs += 1
+        else:
+            scheme = MIXTURES[mixture].base
+            if role == "attn_output":
+                scheme = {"q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}.get(mixture, scheme)
+        found[name] = _fitting(scheme, columns)
+    return {name: found[name] for name in tensors}
+
+
+def _head(base: str, columns: int) -> str:
+    return "q8_0" if base == "q8_0" or columns % _block(base) else "q6_k"
+
+
+def _value(mixture: str, i: int, count: int, model: Model) -> str:
+    scheme = MIXTURES[mixture].base
+    shared = model.gqa >= 4  # few values serve many queries: they are small, and matter as much
+    if mixture == "q2_k":
+        scheme = "q4_k" if shared else "q3_k"
+    elif mixture == "q3_k_m":
+        scheme = "q5_k" if i < 2 else "q4_k"
+    elif mixture == "q3_k_l" or (mixture in ("iq4_nl", "iq4_xs") and shared) or (mixture == "q4_k_s" and i < 4):
+        scheme = "q5_k"
+    elif mixture in ("q4_k_m", "q5_k_m") and _more(i, count):
+        scheme = "q6_k"
+    if scheme in ("q3_k", "q4_k") and _is_70b(model):
+        scheme = "q5_k"
+    return scheme
+
+
+def _down(mixture: str, i: int, layers: int, weighed: bool) -> str:
+    early = i < layers // 8
+    if mixture == "q2_k":
+        return "q3_k"
+    if mixture == "q3_k_m":
+        return "q5_k" if i < layers // 16 else "q4_k"
+    if mixture == "q3_k_l" or (mixture == "q4_k_s" and early):
+        return "q5_k"
+    if mixture in ("q4_k_m", "q5_k_m") and _more(i, layers):
+        return "q6_k"
+    if mixture in ("iq4_nl", "iq4_xs") and early and not weighed:
+        return "q5_k"
+    if mixture == "q4_0" and early and weighed:
+        return "q4_1"
+    return MIXTURES[mixture].base
+
+
+def _more(i: int, count: int) -> bool:
+    """The first and the last eighth, and every third between."""
+    return i < count // 8 or i >= 7 * count // 8 or (i - count // 8) % 3 == 2
+
+
+def _is_70b(model: Model) -> bool:
+    return model.layers == 80 and (model.arch == "qwen2" or (model.arch == "llama" and model.gqa > 1))
+
+
+def _fitting(scheme: str, columns: int) -> str | None:
+    if columns % _block(scheme):
+        scheme = _FALLBACK.get(scheme, scheme)
+    return None if columns % _block(scheme) else scheme
+
+
+def _block(scheme: str) -> int:
+    return 32 if scheme in _SMALL_BLOCKS else 256
+
+
+def _role(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _order(name: str) -> tuple[int, str]:
+    """Layer by layer, as llama.cpp takes them."""
+    found = re.match(r"blk\.(\d+)\.", name)
+    return (int(found[1]) if found else -1, name)

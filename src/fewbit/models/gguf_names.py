@@ -1,0 +1,203 @@
+"""What a tensor is called in a GGUF file, and what is done to its numbers on the way, for each architecture.
+
+transformers' names are those of the modules (`Skeleton.name_of`, `named_parameters`). Besides the name three things
+differ, none of which quantization sees:
+
+    rows        Llama's q and k: transformers rotates the halves of a head (i with i + d/2), llama.cpp neighbours (2i
+                with 2i + 1), so that row 2i + j of a head in the file is row i + j d/2 of the model's
+    transposed  GPT-2's Conv1D keeps [K, N], a file [N, K] as for every linear
+    shift       Gemma's norms multiply by 1 + w, a file has that sum
+
+    route = routes(config)["model.layers.0.self_attn.q_proj.weight"]     # or KeyError: it is in no file
+    route.name, route.rows                                               # "blk.0.attn_q.weight", int64 [N] or None
+    route.to_file(tensor), route.from_file(tensor)                       # either way, for weights that are numbers
+    blocks[route.rows]                                                   # for weights [N, K] quantized already
+
+A row of blocks stands for a row of the weight, so permuting rows is exact in any type.
+Source: gguf-py's name tables and llama.cpp's convert_hf_to_gguf.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where a tensor of the model lies in the file, and how."""
+
+    name: str
+    heads: int = 0  # where rows are permuted: how many heads they are
+    transposed: bool = False
+    shift: float = 0.0
+    count: int = 0  # rows, where they are permuted
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Row i of the file is row `rows[i]` of the model's weight [N, K]; None where their order is the same."""
+        if not self.heads:
+            return None
+        return torch.arange(self.count).reshape(self.heads, 2, -1).transpose(1, 2).flatten()
+
+    @property
+    def rows_back(self) -> Tensor | None:
+        """Row i of the model's weight is row `rows_back[i]` of the file."""
+        return None if self.rows is None else self.rows.argsort()
+
+    def to_file(self, tensor: Tensor) -> Tensor:
+        """The model's tensor as the file has it."""
+        tensor = tensor.T if self.transposed else tensor
+        tensor = tensor if self.rows is None else tensor[self.rows]
+        return tensor.float() + self.shift if self.shift else tensor
+
+    def from_file(self, tensor: Tensor) -> Tensor:
+        """The file's tensor as the model has it."""
+        tensor = tensor if self.rows_back is None else tensor[self.rows_back]
+        tensor = tensor.float() - self.shift if self.shift else tensor
+        return tensor.T if self.transposed else tensor
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One that llama.cpp knows: its name, transformers' names for it, and what its tensors are called.
+
+    `model`: names outside the blocks; `block`: names inside one, without `.weight` and `.bias`.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    classes: tuple[str, ...]
+    model: Mapping[str, str]
+    block: Mapping[str, str]
+    layers: str = "model.layers"
+    permuted: bool = False
+    transposed: bool = False
+    shift: float = 0.0
+    extra: frozenset[str] = field(default_factory=frozenset)  # tensors of the file that are no weights
+
+
+_MODEL = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+_ATTENTION = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+}
+_MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+_LLAMA = {**_ATTENTION, "post_attention_layernorm": "ffn_norm", **_MLP}
+_HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+_GEMMA2 = {
+    **_ATTENTION,
+    **_MLP,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_ROPE = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
+
+ARCHITECTURES = {
+    each.name: each
+    for each in (
+        Architecture(
+            "llama",
+            ("llama", "mistral"),
+            ("LlamaForCausalLM", "MistralForCausalLM"),
+            _MODEL,
+            _LLAMA,
+            permuted=True,
+            extra=_ROPE,
+        ),
+        Architecture("qwen2", ("qwen2",), ("Qwen2ForCausalLM",), _MODEL, _LLAMA, extra=_ROPE),
+        Architecture("qwen3", ("qwen3",), ("Qwen3ForCausalLM",), _MODEL, _LLAMA | _HEAD_NORMS, extra=_ROPE),
+        Architecture("gemma2", ("gemma2",), ("Gemma2ForCausalLM",), _MODEL, _GEMMA2, shift=1.0),
+        Architecture("gemma3", ("gemma3_text",), ("Gemma3ForCausalLM",), _MODEL, _GEMMA2 | _HEAD_NORMS, shift=1.0),
+        Architecture(
+            "phi3",
+            ("phi3",),
+            ("Phi3ForCausalLM",),
+            _MODEL,
+            {
+                "input_layernorm": "attn_norm",
+                "self_attn.qkv_proj": "attn_qkv",
+                "self_attn.o_proj": "attn_output",
+                "post_attention_layernorm": "ffn_norm",
+                "mlp.gate_up_proj": "ffn_up",
+                "mlp.down_proj": "ffn_down",
+            },
+            extra=_ROPE,
+        ),
+        Architecture(
+            "gpt2",
+            ("gpt2",),
+            ("GPT2LMHeadModel",),
+            {
+                "transformer.wte": "token_embd",
+                "transformer.wpe": "position_embd",
+                "transformer.ln_f": "output_norm",
+                "lm_head": "output",
+            },
+            {
+                "ln_1": "attn_norm",
+                "attn.c_attn": "attn_qkv",
+                "attn.c_proj": "attn_output",
+                "ln_2": "ffn_norm",
+                "mlp.c_fc": "ffn_up",
+                "mlp.c_proj": "ffn_down",
+            },
+            layers="transformer.h",
+            transposed=True,
+        ),
+    )
+}
+
+
+def architecture(model_type: str) -> Architecture:
+    """The architecture by which llama.cpp runs transformers' `model_type`; PlanError for one that is not known here."""
+    for each in ARCHITECTURES.values():
+        if model_type in each.model_types:
+            return each
+    known = sorted(name for each in ARCHITECTURES.values() for name in each.model_types)
+    raise PlanError(
+        f"no GGUF file can be made of a model of type {model_type!r}", f"Those that can be: {', '.join(known)}."
+    )
+
+
+def routes(config: Any) -> dict[str, Route]:
+    """Name in transformers -> its route, of every tensor that a model of this config may have.
+
+    `config` is transformers' config object. Of a tied pair, the embedding is the one to be written.
+    """
+    arch = architecture(config.model_type)
+    heads = config.num_attention_heads
+    kv = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    permuted = {"self_attn.q_proj": heads, "self_attn.k_proj": kv} if arch.permuted else {}
+    found = {}
+    for theirs, ours in arch.model.items():
+        for leaf in ("weight", "bias"):
+            shift = arch.shift if ours == "output_norm" and leaf == "weight" else 0.0
+            found[f"{theirs}.{leaf}"] = Route(f"{ours}.{leaf}", shift=shift)
+    for layer in range(config.num_hidden_layers):
+        for theirs, ours in arch.block.items():
+            norm, count = "norm" in ours, permuted.get(theirs, 0)
+            for leaf in ("weight", "bias"):
+                found[f"{arch.layers}.{layer}.{theirs}.{leaf}"] = Route(
+                    f"blk.{layer}.{ours}.{leaf}",
+                    heads=count,
+                    count=count * width,
+                    transposed=arch.transposed and leaf == "weight" and not norm,
+                    shift=arch.shift if norm and leaf == "weight" else 0.0,
+                )
+    return found

@@ -1,0 +1,83 @@
+"""Exchanging the modules of a model: packed ones in, ordinary ones back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fewbit.errors import FormatError
+from fewbit.fused import packed_linears
+from fewbit.nn import QEmbedding, QLinear
+from fewbit.schemes.base import PartSpec
+
+asked_for: list[str | None] = []  # the kernels that fewbit's own loader asks for
+
+
+def kernel_asked_for() -> str | None:
+    """The kernel that what is being loaded shall use; None for the best."""
+    return asked_for[-1] if asked_for else None
+
+
+def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *, has_bias: bool) -> None:
+    """A `QLinear` in place of the linear called `module`, waiting for these tensors."""
+    try:
+        linear = model.get_submodule(module)
+    except AttributeError:
+        raise FormatError(f"the checkpoint has quantized tensors for {module}, which the model does not have") from None
+    if isinstance(linear, Conv1D):
+        k, n = linear.nx, linear.nf
+    elif isinstance(linear, nn.Linear):
+        k, n = linear.in_features, linear.out_features
+    else:
+        raise FormatError(f"the checkpoint has quantized tensors for {module}, which is a {type(linear).__name__}")
+    bias = linear.bias
+    if bias is None and has_bias:  # methods that shift weights write one where the model has none
+        bias = nn.Parameter(torch.empty(n, dtype=model.dtype, device="meta"))
+    parent, _, leaf = module.rpartition(".")
+    packed = QLinear(k, n, bias, module).await_tensors(tensors)
+    packed.transposed = isinstance(linear, Conv1D)
+    setattr(model.get_submodule(parent), leaf, packed)
+
+
+def put_embedding(model: PreTrainedModel, module: str, spec: PartSpec) -> bool:
+    """A `QEmbedding` in place of the embedding called `module`, waiting for codes; False if its kind is not known."""
+    embedding = model.get_submodule(module)
+    scale = getattr(embedding, "scalar_embed_scale", None)
+    if not isinstance(embedding, nn.Embedding) or (type(embedding) is not nn.Embedding and scale is None):
+        return False
+    packed = QEmbedding(embedding.num_embeddings, embedding.embedding_dim, module, scale)
+    packed.stands_for = (embedding,)  # in a tuple, so that it is no submodule
+    parent, _, leaf = module.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, packed.await_tensors({"weight": spec}))
+    return True
+
+
+def unpack(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with ordinary modules that hold in `dtype` what the packed ones stand for."""
+    plain: nn.Linear | Conv1D | nn.Embedding
+    packed: dict[str, QLinear | QEmbedding] = dict(packed_linears(model))
+    packed |= {name: m for name, m in model.named_modules() if isinstance(m, QEmbedding)}
+    for name, module in packed.items():
+        weight = module.qtensor().dequantize(dtype)
+        if isinstance(module, QEmbedding):
+            (plain,) = module.stands_for
+            if module.scale is not None:
+                plain.embed_scale = torch.tensor(module.scale, device=weight.device)
+        elif module.transposed:
+            with torch.device("meta"):
+                plain = Conv1D(module.out_features, module.in_features)
+            weight = weight.T.contiguous()
+        else:
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if isinstance(module, QLinear) and module.bias is not None:
+            plain.bias = module.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, plain)
+    if isinstance(model.get_input_embeddings(), nn.Embedding):
+        model.tie_weights()
+    return model

@@ -1,0 +1,60 @@
+"""`AutoConfig.from_pretrained(..., gguf_file=...)` by fewbit's reader, for the architectures that it loads.
+
+transformers' own would otherwise parse the file, with a reader that believes what it says. Patched is
+`PreTrainedConfig._get_config_dict`, by `fewbit.hook` when transformers' module of configs is imported; this module must
+not import more of transformers than that.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import configuration_utils
+
+if TYPE_CHECKING:
+    from fewbit.formats.gguf import GgufFile
+
+_LOCATING = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+_USED = {*_LOCATING, "trust_remote_code", "_from_pipeline", "_from_auto"}  # not handed on as part of a config
+
+
+def gguf_file(name: Any, file: str, options: dict[str, Any]) -> GgufFile | None:
+    """The file that transformers would read for these arguments; None if fewbit does not load its architecture."""
+    from transformers.utils.hub import cached_file
+
+    from fewbit.formats.gguf import GgufFile
+    from fewbit.models.gguf_names import ARCHITECTURES
+
+    if Path(file).is_file() and not (Path(name) / file).is_file():
+        found: str | None = file
+    else:
+        found = cached_file(str(name), file, **{key: options[key] for key in _LOCATING if options.get(key) is not None})
+    assert found is not None  # cached_file raises where there is none
+    opened = GgufFile(found)
+    return opened if opened.metadata.get("general.architecture") in ARCHITECTURES else None
+
+
+def register() -> None:
+    """Put fewbit before the function that reads a config's file."""
+    cls: Any = configuration_utils.PreTrainedConfig
+    theirs = getattr(cls, "_get_config_dict", None)
+    if theirs is None or hasattr(theirs, "by_fewbit"):
+        return
+    inner = theirs.__func__
+
+    @wraps(inner)
+    def ours(kind: Any, name: Any, **kwargs: Any) -> Any:
+        from fewbit.models.gguf_config import to_config
+
+        if (file := kwargs.get("gguf_file")) and (found := gguf_file(name, file, kwargs)) is not None:
+            return to_config(found), {key: value for key, value in kwargs.items() if key not in _USED}
+        return inner(kind, name, **kwargs)
+
+    ours.by_fewbit = True  # type: ignore[attr-defined]
+    patched: Any = ours
+    cls._get_config_dict = classmethod(patched)
+
+
+register()

@@ -1,0 +1,196 @@
+"""The block types that are read and not written: codebooks of 1 to 3 bits (IQ), ternary (TQ), and MXFP4.
+
+An IQ type spends its bits on an index into a fixed list of 8 (or 4) magnitudes for as many columns, on signs, and on
+a scale of 4 or 3 bits for 16 or 32 columns under one fp16 scale d of the block. Ternary types hold -1, 0 and 1, five
+to a byte (as a fraction of 243, so that a digit is read by multiplying) or four. MXFP4 has one power of two for 32
+columns of 4-bit floats. With s the sub-block's code,
+
+    iq2_xxs, iq2_xs, iq2_s   w = ± d (s + 1/2) / 4 * grid        iq3_xxs   w = ± d (s + 1/2) / 2 * grid
+    iq3_s                    w = ± d (2 s + 1) * grid            iq1_s, iq1_m   w = d (2 s + 1) (grid ± 1/8)
+    tq1_0, tq2_0             w = d * {-1, 0, 1}                  mxfp4     w = 2^(e - 128) * {0, 1, 2, 3, 4, 6, 8, 12} ±
+
+in float32, where each product is exact. Where seven bits tell eight signs the number of minus signs is even.
+
+`grids.bin` holds the lists in the order of `_GRIDS`: of each magnitude its rank, in two bits (for iq3 in four), lowest
+first. Source: ggml-common.h of llama.cpp (https://github.com/ggml-org/llama.cpp, MIT licence), whose format they are.
+
+>>> blocks = torch.zeros(1, 66, dtype=torch.uint8)               # tq2_0: 64 bytes of codes, d
+>>> blocks[0, 0], blocks[0, 64:] = 2, torch.tensor([0, 0x3C], dtype=torch.uint8)
+>>> decode("tq2_0", blocks)[0, [0, 32]].tolist()                 # d = 1
+[1.0, -1.0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_CPU = torch.device("cpu")  # tables are made there, whatever the default device is
+
+# Name -> entries, columns of an entry, bits in which a rank is stored, magnitudes by rank.
+_GRIDS: dict[str, tuple[int, int, int, tuple[int, ...]]] = {
+    "iq2_xxs": (256, 8, 2, (8, 25, 43)),
+    "iq2_xs": (512, 8, 2, (8, 25, 43)),
+    "iq2_s": (1024, 8, 2, (8, 25, 43)),
+    "iq3_xxs": (256, 4, 4, (4, 12, 20, 28, 36, 44, 52, 62)),
+    "iq3_s": (512, 4, 4, (1, 3, 5, 7, 9, 11, 13, 15)),
+    "iq1": (2048, 8, 2, (-1, 0, 1)),
+}
+_E2M1 = tuple(float(sign * x) for sign in (1, -1) for x in (0, 1, 2, 3, 4, 6, 8, 12))  # whose zeros are both +0
+
+
+@cache
+def _grid(name: str, device: torch.device) -> Tensor:
+    """float32 [entries, columns]."""
+    data, start = (Path(__file__).parent / "grids.bin").read_bytes(), 0
+    for each, (entries, columns, bits, magnitudes) in _GRIDS.items():
+        size = entries * columns * bits // 8
+        if each == name:
+            packed = torch.tensor(list(data[start : start + size]), dtype=torch.uint8, device=_CPU)
+            rank = _lanes(packed, bits).long()
+            return torch.tensor(magnitudes, dtype=torch.float32, device=_CPU)[rank].view(entries, columns).to(device)
+        start += size
+    raise KeyError(name)
+
+
+@cache
+def _even_signs(device: torch.device) -> Tensor:
+    """float32 [128, 8] of ±1: minus where the bit of the index is set, the eighth so that minus signs are even."""
+    bits = torch.arange(128, device=_CPU)[:, None] >> torch.arange(7, device=_CPU) & 1
+    return (1.0 - 2.0 * torch.cat([bits, bits.sum(1, keepdim=True) % 2], 1)).to(device)
+
+
+def _lanes(x: Tensor, bits: int, total: int = 8) -> Tensor:
+    """The fields of `bits` bits of each number, lowest first: [..., n] -> [..., n * total / bits]."""
+    shifts = torch.arange(0, total, bits, device=x.device, dtype=x.dtype)
+    return (x.unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2)
+
+
+def _moved(x: Tensor) -> Tensor:
+    """A copy that starts where memory is aligned: bytes in the middle of a file cannot be seen as words."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _words(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes [B, n] as unsigned little-endian words, int64."""
+    return _moved(x).view(dtype).long() & (1 << 8 * dtype.itemsize) - 1
+
+
+def _half(x: Tensor) -> Tensor:
+    """Two bytes [B, 2] as the float that they are, [B, 1]."""
+    return _moved(x).view(torch.float16).float()
+
+
+def _signs(x: Tensor) -> Tensor:
+    """±1 for each bit of bytes [B, n], float32 [B, 8 n]."""
+    return 1.0 - 2.0 * _lanes(x, 1).float()
+
+
+def _of_grid(name: str, index: Tensor) -> Tensor:
+    """Entries of a grid by index [B, n], float32 [B, n * columns]."""
+    entries = _grid(name, index.device)[index]
+    return entries.flatten(1)
+
+
+def _scaled(scale: Tensor, values: Tensor) -> Tensor:
+    """[B, G] times [B, K], each scale for K / G columns."""
+    out: Tensor = values.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)
+    return out.flatten(1)
+
+
+def _iq2_xxs(b: Tensor) -> Tensor:
+    word = _words(b[:, 2:], torch.int32).unflatten(1, (8, 2))  # four indices; four times seven signs, then the scale
+    index = b[:, 2:].unflatten(1, (8, 8))[..., :4].flatten(1).int()
+    scale = _half(b[:, :2]) * (0.5 + (word[..., 1] >> 28)) * 0.25
+    signs = _even_signs(b.device)[_lanes(word[..., 1], 7, 28)].flatten(1)
+    return _scaled(scale, _of_grid("iq2_xxs", index)) * signs
+
+
+def _iq2_xs(b: Tensor) -> Tensor:
+    word = _words(b[:, 2:66], torch.int16)  # nine bits of index, seven of signs
+    scale = _half(b[:, :2]) * (0.5 + _lanes(b[:, 66:], 4)) * 0.25
+    return _scaled(scale, _of_grid("iq2_xs", word & 511)) * _even_signs(b.device)[word >> 9].flatten(1)
+
+
+def _iq2_s(b: Tensor) -> Tensor:
+    index = b[:, 2:34].int() | _lanes(b[:, 66:74], 2).int() << 8
+    scale = _half(b[:, :2]) * (0.5 + _lanes(b[:, 74:], 4)) * 0.25
+    return _scaled(scale, _of_grid("iq2_s", index)) * _signs(b[:, 34:66])
+
+
+def _iq3_xxs(b: Tensor) -> Tensor:
+    word = _words(b[:, 66:], torch.int32)
+    scale = _half(b[:, :2]) * (0.5 + (word >> 28)) * 0.5
+    signs = _even_signs(b.device)[_lanes(word, 7, 28)].flatten(1)
+    return _scaled(scale, _of_grid("iq3_xxs", b[:, 2:66].int())) * signs
+
+
+def _iq3_s(b: Tensor) -> Tensor:
+    index = b[:, 2:66].int() | _lanes(b[:, 66:74], 1).int() << 8
+    scale = _half(b[:, :2]) * (1 + 2 * _lanes(b[:, 106:], 4).int())
+    return _scaled(scale, _of_grid("iq3_s", index)) * _signs(b[:, 74:106])
+
+
+def _iq1_s(b: Tensor) -> Tensor:
+    word = _words(b[:, 34:], torch.int16)  # three more bits for each of four indices, the scale, the shift's sign
+    index = b[:, 2:34].int() | _lanes(word, 3, 12).int() << 8
+    shift = 0.125 - 0.25 * (word >> 15)
+    values = (_of_grid("iq1", index).unflatten(1, (8, -1)) + shift.unsqueeze(-1)).flatten(1)
+    return _scaled(_half(b[:, :2]) * (2 * (word >> 12 & 7) + 1), values)
+
+
+def _iq1_m(b: Tensor) -> Tensor:
+    high, word = _lanes(b[:, 32:48], 4).int(), _words(b[:, 48:], torch.int16)
+    bits = (word >> 12) << torch.arange(0, 16, 4, device=b.device)  # d lies in the top nibbles of the scales
+    d = bits.sum(1, keepdim=True).to(torch.int32).to(torch.int16).view(torch.float16).float()
+    index = b[:, :32].int() | (high & 7) << 8
+    shift = 0.125 - 0.25 * (high >> 3)
+    values = (_of_grid("iq1", index).unflatten(1, (32, -1)) + shift.unsqueeze(-1)).flatten(1)
+    return _scaled(d * (2 * _lanes(word, 3, 12) + 1), values)
+
+
+def _tq1_0(b: Tensor) -> Tensor:
+    digits = []
+    for part, n in ((b[:, :32], 5), (b[:, 32:48], 5), (b[:, 48:52], 4)):
+        powers = torch.tensor([3**i for i in range(n)], dtype=torch.uint8, device=b.device)
+        digits.append((part.unsqueeze(1) * powers[:, None]).flatten(1))  # modulo 256: the integer part is gone
+    ternary = (torch.cat(digits, 1).int() * 3 >> 8) - 1
+    return _half(b[:, 52:]) * ternary.float()
+
+
+def _tq2_0(b: Tensor) -> Tensor:
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=b.device)
+    codes: Tensor = b[:, :64].unflatten(1, (2, 1, 32)) >> shifts[:, None] & 3
+    return _half(b[:, 64:]) * (codes.flatten(1).float() - 1)
+
+
+def _mxfp4(b: Tensor) -> Tensor:
+    exponent = b[:, :1].int()
+    scale = torch.where(exponent < 2, 0x200000 << exponent.clamp(max=1), (exponent - 1) << 23).view(torch.float32)
+    codes = torch.cat([b[:, 1:] & 15, b[:, 1:] >> 4], 1)
+    out: Tensor = scale * torch.tensor(_E2M1, device=b.device)[codes.int()]
+    return out
+
+
+_DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "iq1_s": _iq1_s,
+    "iq1_m": _iq1_m,
+    "iq2_xxs": _iq2_xxs,
+    "iq2_xs": _iq2_xs,
+    "iq2_s": _iq2_s,
+    "iq3_xxs": _iq3_xxs,
+    "iq3_s": _iq3_s,
+    "tq1_0": _tq1_0,
+    "tq2_0": _tq2_0,
+    "mxfp4": _mxfp4,
+}
+NAMES = tuple(_DECODERS)
+
+
+def decode(name: str, blocks: Tensor) -> Tensor:
+    """Values float32 [B, columns] of blocks uint8 [B, bytes]."""
+    return _DECODERS[name](blocks)

@@ -1,0 +1,224 @@
+"""Where the codes and scales of a block lie in its bytes, for the types that can be written.
+
+Each of these types stands for
+
+    w = (d sc_g) level[c] - (dmin m_g),        g the sub-block of 16 or 32 columns,
+
+with d and dmin in fp16, sub-scales sc and m of 4 to 8 bits (absent, that is 1, where a block is one group) and codes c
+of 2 to 8 bits. Codes are cut in *planes* of bits. A plane of width v holds the columns of a stretch so that one byte
+has those at distance v: byte j of stretch t holds, lowest bits first, columns (t * lanes + lane) * v + j for each lane.
+With this one rule a type's codes are one or two rows of a table, and only the k-quants' sub-scales need words:
+
+    q4_k, q5_k   12 bytes: 0-3 low six bits of sc 0-3, 4-7 of m 0-3, 8-11 low nibbles of sc 4-7 (low) and m 4-7 (high);
+                 the top two bits of bytes 0-3 and 4-7 are the top two bits of sc 4-7 and m 4-7
+    q3_k         12 bytes: 0-7 low nibbles of sc 0-7 (low) and 8-15 (high), 8-11 their top two bits, sc 0-3 lowest
+    q2_k         16 bytes: sc low, m high                    q6_k   16 signed bytes
+    iq4_xs       top two bits in a 16-bit word, lowest first; then low nibbles of sc 0, 2 ... (low) and 1, 3 ... (high)
+
+q3_k and iq4_xs store sc + 32. Source: ggml-common.h of llama.cpp.
+
+>>> fields = unpack("q4_0", torch.tensor([[0, 0x3C, *range(16)]], dtype=torch.uint8))
+>>> fields.codes[0, :4].tolist(), fields.d.tolist()          # the low nibbles come first
+([0, 1, 2, 3], [[1.0]])
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Levels of iq4_nl and iq4_xs by code.
+NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+class Plane(NamedTuple):
+    """`bits` bits of each code, from bit `at` on, in the bytes of the block from `start`."""
+
+    start: int
+    width: int
+    bits: int
+    at: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A type that can be written. `d`, `dmin`: the bytes where they begin, dmin -1 where there is none."""
+
+    columns: int
+    nbytes: int
+    sub: int  # columns that share sc and m
+    planes: tuple[Plane, ...]
+    d: int = 0
+    dmin: int = -1
+    plus: bool = False  # what is stored at `dmin` is added, not subtracted
+    bits: int = 4  # of a code
+    zero: int = 0  # level = code - zero, where the levels are not NONLINEAR
+    nonlinear: bool = False
+    sc: tuple[int, int] = (1, 1)  # least and greatest sub-scale; 1, 1: there is none
+    m: int = 0  # greatest m
+
+    @property
+    def affine(self) -> bool:
+        """Whether there is an offset."""
+        return self.dmin >= 0
+
+    @property
+    def super(self) -> bool:
+        """Whether a block has sub-blocks with scales of few bits."""
+        return self.sc != (1, 1)
+
+    @property
+    def subs(self) -> int:
+        """Sub-blocks in a block."""
+        return self.columns // self.sub
+
+
+LAYOUTS: dict[str, Layout] = {
+    "q4_0": Layout(32, 18, 32, (Plane(2, 16, 4),), zero=8),
+    "q4_1": Layout(32, 20, 32, (Plane(4, 16, 4),), dmin=2, plus=True),
+    "q5_0": Layout(32, 22, 32, (Plane(6, 16, 4), Plane(2, 1, 1, 4)), bits=5, zero=16),
+    "q5_1": Layout(32, 24, 32, (Plane(8, 16, 4), Plane(4, 1, 1, 4)), dmin=2, plus=True, bits=5),
+    "q8_0": Layout(32, 34, 32, (Plane(2, 1, 8),), bits=8, zero=128),
+    "q2_k": Layout(256, 84, 16, (Plane(16, 32, 2),), d=80, dmin=82, bits=2, sc=(0, 15), m=15),
+    "q3_k": Layout(256, 110, 16, (Plane(32, 32, 2), Plane(0, 32, 1, 2)), d=108, bits=3, zero=4, sc=(-32, 31)),
+    "q4_k": Layout(256, 144, 32, (Plane(16, 32, 4),), dmin=2, sc=(0, 63), m=63),
+    "q5_k": Layout(256, 176, 32, (Plane(48, 32, 4), Plane(16, 32, 1, 4)), dmin=2, bits=5, sc=(0, 63), m=63),
+    "q6_k": Layout(256, 210, 16, (Plane(0, 64, 4), Plane(128, 32, 2, 4)), d=208, bits=6, zero=32, sc=(-128, 127)),
+    "iq4_nl": Layout(32, 18, 32, (Plane(2, 16, 4),), nonlinear=True),
+    "iq4_xs": Layout(256, 136, 32, (Plane(8, 16, 4),), nonlinear=True, sc=(-32, 31)),
+}
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What B blocks hold: codes uint8 [B, columns]; d and dmin float32 [B, 1]; sc and m int16 [B, subs].
+
+    dmin and m are None where the type has none, sc and m where a block is one group. dmin is that of the formula: what
+    a type adds has its sign turned.
+    """
+
+    codes: Tensor
+    d: Tensor
+    dmin: Tensor | None
+    sc: Tensor | None
+    m: Tensor | None
+
+
+def unpack(name: str, blocks: Tensor) -> Fields:
+    """The fields of blocks uint8 [B, bytes]."""
+    layout = LAYOUTS[name]
+    sc, m = _unpack_scales(name, blocks)
+    dmin = None
+    if layout.dmin >= 0:
+        dmin = _half(blocks, layout.dmin)
+        dmin = -dmin if layout.plus else dmin
+    return Fields(unpack_codes(layout, blocks), _half(blocks, layout.d), dmin, sc, m)
+
+
+def unpack_codes(layout: Layout, blocks: Tensor) -> Tensor:
+    """Codes uint8 [B, columns]."""
+    out = None
+    for plane in layout.planes:
+        found = _unpack_plane(plane, layout.columns, blocks)
+        out = found << plane.at if out is None else out | found << plane.at
+    assert out is not None
+    return out ^ 128 if layout.bits == 8 else out  # signed bytes
+
+
+def pack(name: str, fields: Fields) -> Tensor:
+    """Blocks uint8 [B, bytes] that hold `fields`."""
+    layout, codes = LAYOUTS[name], fields.codes
+    blocks = torch.zeros(len(codes), layout.nbytes, dtype=torch.uint8, device=codes.device)
+    codes = codes ^ 128 if layout.bits == 8 else codes
+    for plane in layout.planes:
+        _pack_plane(plane, layout.columns, codes, blocks)
+    _pack_half(fields.d, blocks, layout.d)
+    if fields.dmin is not None:
+        _pack_half(-fields.dmin if layout.plus else fields.dmin, blocks, layout.dmin)
+    if fields.sc is not None:
+        _pack_scales(name, fields.sc, fields.m, blocks)
+    return blocks
+
+
+def _unpack_plane(plane: Plane, columns: int, blocks: Tensor) -> Tensor:
+    start, width, bits, _ = plane
+    held = blocks[:, start : start + columns * bits // 8]
+    if bits == 8:
+        return held
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=blocks.device)
+    lanes: Tensor = held.unflatten(1, (-1, 1, width)) >> shifts[:, None]
+    return lanes.bitwise_and_((1 << bits) - 1).flatten(1)
+
+
+def _pack_plane(plane: Plane, columns: int, codes: Tensor, blocks: Tensor) -> None:
+    start, width, bits, at = plane
+    held = blocks[:, start : start + columns * bits // 8]
+    if bits == 8:
+        held.copy_(codes)
+        return
+    lanes = (codes >> at & (1 << bits) - 1).unflatten(1, (-1, 8 // bits, width))
+    packed = lanes[:, :, 0].clone()
+    for lane in range(1, 8 // bits):
+        packed |= lanes[:, :, lane] << lane * bits
+    held.copy_(packed.flatten(1))
+
+
+def _half(blocks: Tensor, start: int) -> Tensor:
+    # A copy, since bytes in the middle of a file need not be aligned as a word is.
+    return blocks[:, start : start + 2].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
+
+
+def _pack_half(x: Tensor, blocks: Tensor, start: int) -> None:
+    blocks[:, start : start + 2] = x.to(torch.float16).view(torch.uint8)
+
+
+def _unpack_scales(name: str, blocks: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """sc and m, int16 [B, subs]."""
+    sc: Tensor
+    m: Tensor | None = None
+    if name in ("q4_k", "q5_k"):
+        low, high, both = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+        sc = torch.cat([low & 63, both & 15 | low >> 6 << 4], 1)
+        m = torch.cat([high & 63, both >> 4 | high >> 6 << 4], 1)
+    elif name == "q2_k":
+        sc, m = blocks[:, :16] & 15, blocks[:, :16] >> 4
+    elif name == "q3_k":
+        low, high = blocks[:, 96:104], blocks[:, 104:108]
+        top = torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], 1)
+        sc = torch.cat([low & 15, low >> 4], 1) | top << 4
+    elif name == "q6_k":
+        sc = blocks[:, 192:208].contiguous().view(torch.int8)
+    elif name == "iq4_xs":
+        low, high = blocks[:, 4:8], blocks[:, 2:4]
+        shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)
+        sc = torch.stack([low & 15, low >> 4], 2).flatten(1) | (high.unsqueeze(2) >> shifts & 3).flatten(1) << 4
+    else:
+        return None, None
+    sc = sc.to(torch.int16)
+    return (sc - 32 if name in ("q3_k", "iq4_xs") else sc), None if m is None else m.to(torch.int16)
+
+
+def _pack_scales(name: str, sc: Tensor, m: Tensor | None, blocks: Tensor) -> None:
+    sc = (sc + 32 if name in ("q3_k", "iq4_xs") else sc).to(torch.uint8)  # of a negative one the byte modulo 256
+    if name in ("q4_k", "q5_k"):
+        assert m is not None
+        m = m.to(torch.uint8)
+        blocks[:, 4:8] = sc[:, :4] | sc[:, 4:] >> 4 << 6
+        blocks[:, 8:12] = m[:, :4] | m[:, 4:] >> 4 << 6
+        blocks[:, 12:16] = sc[:, 4:] & 15 | m[:, 4:] << 4
+    elif name == "q2_k":
+        assert m is not None
+        blocks[:, :16] = sc | m.to(torch.uint8) << 4
+    elif name == "q3_k":
+        blocks[:, 96:104] = sc[:, :8] & 15 | sc[:, 8:] << 4
+        top = (sc >> 4).unflatten(1, (4, 4))
+        blocks[:, 104:108] = top[:, 0] | top[:, 1] << 2 | top[:, 2] << 4 | top[:, 3] << 6
+    elif name == "q6_k":
+        blocks[:, 192:208] = sc
+    else:
+        low, top = (sc & 15).unflatten(1, (4, 2)), (sc >> 4).unflatten(1, (2, 4))
+        blocks[:, 4:8] = low[..., 0] | low[..., 1] << 4
+        blocks[:, 2:4] = top[..., 0] | top[..., 1] << 2 | top[..., 2] << 4 | top[..., 3] << 6

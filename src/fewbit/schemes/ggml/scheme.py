@@ -1,0 +1,123 @@
+"""The block types of ggml that can be written, as schemes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import NumericsError, PlanError
+from fewbit.registry import register
+from fewbit.schemes.base import ALL, Grids, Parts, Scheme, chunk_rows
+from fewbit.schemes.ggml import grids as blockwise
+from fewbit.schemes.ggml.codec import Blocks
+from fewbit.schemes.ggml.grids import BlockGrids
+from fewbit.schemes.ggml.layout import LAYOUTS
+from fewbit.schemes.ggml.search import LARGEST, Found, fit
+from fewbit.schemes.ggml.table import BLOCK_TYPES
+
+# Entries searched at a time: on a CPU what its cache holds.
+_CHUNK = {"cpu": 1 << 16}
+
+
+@register("schemes", "ggml")
+@dataclass(frozen=True)
+class GGML(Blocks, Scheme):
+    """`q4_k`: its name is its spec. A group is a block, whose columns share d."""
+
+    group: int
+    name: str
+
+    family: ClassVar[str] = "ggml"
+    examples: ClassVar[tuple[str, ...]] = tuple(LAYOUTS)
+
+    @classmethod
+    def from_spec(cls, spec: str) -> GGML | None:
+        if spec in LAYOUTS:
+            return cls(group=LAYOUTS[spec].columns, name=spec)
+        if spec in BLOCK_TYPES:
+            raise PlanError(f"scheme {spec!r} is read, not written", f"Those written: {', '.join(LAYOUTS)}.")
+        return None
+
+    def __str__(self) -> str:
+        return self.name
+
+    def with_group(self, group: int) -> Self:
+        """Itself: its blocks are what they are."""
+        return self
+
+    def fit(self, w: Tensor, importance: Tensor | None = None) -> BlockGrids:
+        _refuse(w)
+        return _joined([self._fit_rows(w[rows], importance) for rows in self._chunks(w)])
+
+    def nearest(self, w: Tensor) -> tuple[Tensor, BlockGrids]:
+        """Codes and grids searched with all columns weighed alike."""
+        _refuse(w)
+        codes, found = torch.empty(w.shape, dtype=torch.uint8, device=w.device), []
+        alike = torch.ones(w.shape[1], device=w.device)
+        for rows in self._chunks(w):
+            found.append(self._fit_rows(w[rows], alike))
+            codes[rows] = found[-1].encode(w[rows])
+        return codes, _joined(found)
+
+    def _chunks(self, w: Tensor) -> list[slice]:
+        return chunk_rows(w.shape[0], w.shape[1], _CHUNK.get(w.device.type, 1 << 24))
+
+    def _fit_rows(self, w: Tensor, importance: Tensor | None) -> BlockGrids:
+        kind = LAYOUTS[self.name]
+        weights = None if importance is None else importance.expand_as(w).reshape(-1, kind.columns)
+        return self.grids(fit(kind, w.reshape(-1, kind.columns), weights), w)
+
+    def grids(self, found: Found, w: Tensor) -> BlockGrids:
+        """What was found for the blocks of `w`, row by row."""
+        kind, dtype = LAYOUTS[self.name], w.dtype if w.dtype == torch.float64 else torch.float32
+
+        def by_row(x: Tensor) -> Tensor:
+            return x.to(dtype).view(len(w), -1)
+
+        def by_sub(x: Tensor | None) -> Tensor | None:
+            return None if x is None or not kind.super else x.T.to(torch.int16).reshape(len(w), -1)
+
+        dmin = None if found.dmin is None else by_row(found.dmin)
+        return BlockGrids(self.name, by_row(found.d), dmin, by_sub(found.sc), by_sub(found.m))
+
+    def refit(self, w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, ridge: float = 0.0) -> BlockGrids:
+        """Sub-scales, d and dmin re-solved block by block; no row gets worse."""
+        assert isinstance(grids, BlockGrids)
+        return blockwise.refit(w, codes, grids, hessian, ridge)
+
+    def pack(self, codes: Tensor, grids: Grids) -> Parts:
+        assert isinstance(grids, BlockGrids)
+        return {"blocks": blockwise.written(codes, grids)}
+
+    def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, BlockGrids]:
+        return blockwise.read(self.name, parts["blocks"])
+
+    def dequantize(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype, rows: slice = ALL
+    ) -> Tensor:
+        codes, grids = blockwise.read(self.name, parts["blocks"][rows])
+        return grids.decode(codes).to(dtype)
+
+
+def _refuse(w: Tensor) -> None:
+    if not w.numel():
+        raise NumericsError("a weight has no elements")
+    if not torch.isfinite(w).all():
+        raise NumericsError("a weight has NaN or Inf", "Check the checkpoint: it cannot be quantized as it is.")
+    if float(w.abs().max()) > LARGEST:
+        raise NumericsError("a weight is beyond the range of fp16 scales (65504)")
+
+
+def _joined(parts: list[BlockGrids]) -> BlockGrids:
+    """The grids of all rows."""
+
+    def whole(held: list[Tensor | None]) -> Tensor | None:
+        there = [x for x in held if x is not None]
+        return torch.cat(there) if there else None
+
+    dmin, sc, m = (whole([getattr(part, key) for part in parts]) for key in ("dmin", "sc", "m"))
+    return BlockGrids(parts[0].name, torch.cat([part.d for part in parts]), dmin, sc, m)

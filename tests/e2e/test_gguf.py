@@ -1,0 +1,320 @@
+"""GGUF files in transformers: packed, through its own `from_pretrained`, and with the same logits as the original."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jinja2.exceptions import SecurityError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+import fewbit as package
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats.gguf import GgufFile, GgufWriter
+from fewbit.models import gguf_header, smollm2
+from fewbit.models.gguf_tokenizer import to_tokenizer
+from fewbit.models.source import locate
+from fewbit.nn import QEmbedding, QLinear
+from tests import gguf_files, models
+from tests.e2e.conftest import Fewbit
+from tests.gguf_files import AWKWARD
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "long_factor": [1.0 + 0.5 * i for i in range(8)],
+    "short_factor": [1.0 + 0.25 * i for i in range(8)],
+    "factor": 2.0,
+    "original_max_position_embeddings": 64,
+}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in gguf_files.FAMILIES),
+    ("llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
+    ("llama", {"rope_parameters": LLAMA3}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    (
+        "qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}),
+    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": 20.0}),
+    ("gemma3", {"num_hidden_layers": 7, "layer_types": None, "tie_word_embeddings": True}),
+    ("gpt2", {"n_inner": 128}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES, ids=lambda case: case if isinstance(case, str) else None)
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+def test_a_file_of_any_architecture_gives_the_original_logits(
+    family: str, changes: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
+    folder = gguf_files.save(tmp_path / "m", family, **changes)
+    path = gguf_files.written(folder, tmp_path / "m.gguf", kind)
+    original = models.original(folder)
+    if kind == "f16":
+        with torch.no_grad():
+            for parameter in original.parameters():
+                if parameter.dim() == 2:
+                    parameter.copy_(parameter.half())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    ids = gguf_files.ids()
+    assert torch.equal(models.logits(loaded, ids), models.logits(original, ids))
+    assert type(loaded) is type(original)
+    for key in (
+        "rope_parameters",
+        "layer_types",
+        "head_dim",
+        "rms_norm_eps",
+        "sliding_window",
+        "query_pre_attn_scalar",
+    ):
+        wanted, got = getattr(original.config, key, None), getattr(loaded.config, key, None)
+        if wanted is not None and key != "rope_parameters":
+            assert got == wanted
+    assert path.is_file()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "phi3"])
+def test_quantized_weights_stay_packed(family: str, tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", family, tie_word_embeddings=True)
+    path = gguf_files.written(folder, tmp_path / "m.gguf", "q8_0")
+    file, loaded = GgufFile(path), package.load(path)
+    packed = [m for m in loaded.modules() if isinstance(m, (QLinear, QEmbedding))]
+    matrices = [entry for entry in file.entries.values() if entry.type == "q8_0"]
+    assert len(packed) == len(matrices) + 1  # the head is the embedding
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert sum(p.numel() * p.element_size() for p in loaded.parameters()) == file.nbytes
+    ids = gguf_files.ids()
+    plain = package.load(path).dequantize(torch.float32)
+    assert not any(isinstance(m, (QLinear, QEmbedding)) for m in plain.modules())
+    torch.testing.assert_close(models.logits(loaded, ids), models.logits(plain, ids), rtol=1e-4, atol=1e-4)
+    distance = models.logits(plain, ids) - models.logits(models.original(folder), ids)
+    assert 0 < float(distance.norm() / models.logits(plain, ids).norm()) < 0.1
+    embedding = loaded.get_input_embeddings().half()
+    assert (embedding(ids).dtype, embedding.weight.dtype) == (torch.float16, torch.uint8)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama-bpe", "qwen2", "tekken", "gpt-4o", "sentencepiece", "gemma"])
+def test_the_tokenizer_is_the_original_one(kind: str, tmp_path: Path) -> None:
+    folder = gguf_files.with_tokenizer(tmp_path / "m", kind, chat_template=models.CHAT)
+    gguf_files.written(folder, tmp_path / "m.gguf")
+    original: Any = AutoTokenizer.from_pretrained(folder)
+    found: Any = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    for text in AWKWARD:
+        ids = original(text)["input_ids"]
+        assert found(text)["input_ids"] == ids
+        assert found.decode(ids, skip_special_tokens=True) == original.decode(ids, skip_special_tokens=True)
+    for name in ("bos_token_id", "eos_token_id", "unk_token_id", "chat_template", "model_max_length"):
+        if name != "model_max_length":
+            assert getattr(found, name) == getattr(original, name)
+    assert found.model_max_length == models.CONTEXT
+
+
+def test_a_pattern_without_a_name_is_refused(tmp_path: Path) -> None:
+    folder = gguf_files.with_tokenizer(tmp_path / "m", "gpt2")
+    made = json.loads((folder / "tokenizer.json").read_text())
+    made["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(PlanError, match="no name for"):
+        gguf_header.of(locate(folder))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "with silu in its MLP"),
+        ("gemma2", {"query_pre_attn_scalar": 99}, "this model asks for 99"),
+        ("gemma2", {"tie_word_embeddings": False}, "tied to the embedding"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "another scale"),
+        ("opt", {}, "type 'opt'"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
+    family: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PlanError, match=said):
+        gguf_header.of(locate(gguf_files.save(tmp_path / "m", family, **changes)))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of q8_0, with a chat template."""
+    place = tmp_path_factory.mktemp("small")
+    folder = gguf_files.save(place / "m", "llama", chat=models.CHAT)
+    return gguf_files.written(folder, place / "m.gguf", "q8_0")
+
+
+def test_the_command_line_takes_a_file(fewbit: Fewbit, small: Path, text: Path) -> None:
+    inspected = fewbit("inspect", small, "--json").json
+    assert (inspected["format"], inspected["schemes"]) == ("gguf", {"q8_0": 15})
+    assert inspected["file_bytes"] == GgufFile(small).nbytes
+    assert fewbit("generate", small, "the model", "--max-new-tokens", 3).code == 0
+    assert fewbit("generate", small, "the model", "--chat", "--max-new-tokens", 3).code == 0
+    answer = fewbit("evaluate", small, "--reference", small.parent / "m", "--text", text, "--length", 32, "--json")
+    assert 0 < answer.json["kl"]["mean"] < 0.01
+    refused = fewbit("quantize", small, "-o", small.parent / "out")
+    assert refused.code == 2
+    assert "quantized already" in refused.err
+
+
+def test_a_damaged_file_is_one_sentence(fewbit: Fewbit, small: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(small.read_bytes()[:-100])
+    for verb in (("inspect",), ("generate",), ("evaluate",)):
+        answer = fewbit(*verb, tmp_path / "bad.gguf", *(("hello",) if verb == ("generate",) else ()))
+        assert answer.code == 3
+        assert "bad.gguf" in answer.err
+        assert "would end at byte" in answer.err
+
+
+def changed(path: Path, to: Path, keys: dict[str, Any], *, drop: str = "", only: int | None = None) -> Path:
+    """The file with other keys, without the tensor `drop`."""
+    file = GgufFile(path)
+    entries = [entry for entry in file.entries.values() if entry.name != drop][:only]
+    with GgufWriter(to, file.metadata | keys, entries) as writer:
+        for entry in entries:
+            writer.add(entry.name, file.get(entry.name))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("keys", "drop", "said"),
+    [
+        ({"general.architecture": "mamba"}, "", "architecture 'mamba'"),
+        ({"llama.block_count": 1 << 30}, "", "it has 2 blocks"),
+        ({"llama.embedding_length": 128}, "", "64 wide"),
+        ({"llama.attention.head_count": 1 << 30}, "", "rows|heads"),
+        ({"llama.attention.head_count_kv": 3}, "", "heads"),
+        ({"llama.attention.key_length": 8}, "", "nothing that llama has|rows"),
+        ({"llama.feed_forward_length": 1 << 30}, "", "ffn_gate.weight has shape"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "", "no number"),
+        ({"llama.context_length": -1}, "", "no number above 0"),
+        ({"llama.rope.scaling.type": "new"}, "", "'new' is not known"),
+        ({}, "blk.1.ffn_up.weight", "missing, the first is blk.1.ffn_up.weight"),
+        ({}, "token_embd.weight", "no matrix token_embd.weight"),
+        ({"tokenizer.ggml.merges": ["a b c"]}, "", "the merge"),
+        ({"tokenizer.ggml.model": "new"}, "", "tokenizer is 'new'"),
+        ({"tokenizer.ggml.pre": "new"}, "", "split by 'new'"),
+        ({"tokenizer.ggml.tokens": 5}, "", "no list of strings"),
+        ({"tokenizer.ggml.token_type": [1, 2]}, "", "one for each token"),
+        ({"tokenizer.ggml.eos_token_id": 1 << 20}, "", "eos_token_id is 1048576"),
+    ],
+)
+def test_keys_that_contradict_the_tensors_are_refused(
+    keys: dict[str, Any], drop: str, said: str, small: Path, tmp_path: Path
+) -> None:
+    path = changed(small, tmp_path / "bad.gguf", keys, drop=drop)
+    with pytest.raises(FormatError, match=said):
+        package.generate(path, "hello", max_new_tokens=1)
+
+
+def test_a_chat_template_is_rendered_in_a_sandbox(small: Path, tmp_path: Path) -> None:
+    attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ messages.append(1) }}"
+    path = changed(small, tmp_path / "bad.gguf", {"tokenizer.chat_template": attack})
+    with pytest.raises(SecurityError):
+        to_tokenizer(GgufFile(path)).apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+
+
+@pytest.mark.parametrize("first", ["AutoTokenizer", "AutoConfig", "AutoModelForCausalLM"])
+def test_whatever_is_imported_first_goes_through_fewbit(first: str, small: Path) -> None:
+    script = (
+        f"import fewbit, sys, transformers; from transformers import {first}\n"
+        f"found = {first}.from_pretrained({str(small.parent)!r}, gguf_file='m.gguf')\n"
+        "assert 'gguf' not in sys.modules, 'the package gguf was imported'\n"
+        "assert 'transformers.integrations.gguf.reader' not in sys.modules or 'Model' in sys.argv[1]\n"
+        "print(type(found).__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", script, first], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip().endswith(
+        {"AutoTokenizer": "Backend", "AutoConfig": "LlamaConfig"}.get(first, "ForCausalLM")
+    )
+
+
+def test_saving_writes_a_file_again(small: Path, tmp_path: Path) -> None:
+    loaded = package.load(small)
+    with torch.no_grad():
+        loaded.model.norm.weight.mul_(2)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["model.gguf"]
+    before, after = GgufFile(small), GgufFile(tmp_path / "saved" / "model.gguf")
+    assert list(after.entries.values()) == list(before.entries.values())
+    assert after.metadata.keys() == before.metadata.keys()
+    for name in before.entries:
+        factor = 2 if name == "output_norm.weight" else 1
+        assert torch.equal(after.get(name), before.get(name) * factor)
+    again = package.load(tmp_path / "saved")  # a folder with one such file and no config
+    assert torch.equal(models.logits(again, gguf_files.ids()), models.logits(loaded, gguf_files.ids()))
+    plain = loaded.dequantize(torch.float32)
+    plain.save_pretrained(tmp_path / "plain")
+    assert (tmp_path / "plain" / "model.safetensors").is_file()
+    same = models.original(tmp_path / "plain")
+    assert torch.equal(models.logits(same, gguf_files.ids()), models.logits(plain, gguf_files.ids()))
+
+
+def test_a_model_can_be_copied_and_unpacked_while_it_is_loaded(small: Path, tmp_path: Path) -> None:
+    loaded, ids = package.load(small), gguf_files.ids()
+    copied = copy.deepcopy(loaded)
+    assert torch.equal(models.logits(copied, ids), models.logits(loaded, ids))
+    copied.save_pretrained(tmp_path)
+    assert (tmp_path / "model.gguf").is_file()
+    options: dict[str, Any] = {"gguf_file": "m.gguf", "quantization_config": GgufConfig(dequantize=True)}
+    plain = AutoModelForCausalLM.from_pretrained(small.parent, **options)
+    assert not any(isinstance(m, (QLinear, QEmbedding)) for m in plain.modules())
+    torch.testing.assert_close(models.logits(plain, ids), models.logits(loaded, ids), rtol=1e-4, atol=1e-4)
+    plain.save_pretrained(tmp_path / "plain")
+    assert torch.equal(models.logits(models.original(tmp_path / "plain"), ids), models.logits(plain, ids))
+
+
+def test_a_folder_of_several_files_asks_for_one(small: Path, tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).symlink_to(small)
+    with pytest.raises(FormatError, match="several GGUF files"):
+        package.load(tmp_path)
+
+
+def test_an_adapter_is_trained_on_a_file(fewbit: Fewbit, small: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    out = tmp_path / "adapter"
+    options = ("--steps", 4, "--rank", 2, "--length", 32, "--learning-rate", 0.01, "--json")
+    trained = fewbit("finetune", small, "--data", text, "-o", out, *options)
+    assert trained.code == 0, trained.err
+    assert trained.json["held_out_after"] < trained.json["held_out_before"]
+    assert fewbit("generate", small, "the", "--adapter", out, "--max-new-tokens", 2).code == 0
+    merged = fewbit("merge", small, out, "-o", tmp_path / "merged", "--text", text, "--length", 32, "--json")
+    assert merged.code == 0, merged.err
+
+
+def test_the_demo_file_is_loaded_at_once_and_stays_as_small(tmp_path: Path) -> None:
+    try:
+        path = smollm2.gguf_file()
+    except PlanError as error:
+        pytest.skip(str(error))
+    small = gguf_files.written(gguf_files.save(tmp_path / "m", "llama"), tmp_path / "m.gguf", "q8_0")
+    script = (Path(__file__).parent / "resident.py").read_text()
+    run = subprocess.run([sys.executable, "-c", script, str(small), str(path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    measured = json.loads(run.stdout)
+    assert measured["seconds"] < 3
+    assert measured["resident"] < 1.15 * path.stat().st_size

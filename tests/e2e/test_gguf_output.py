@@ -1,0 +1,286 @@
+"""From a model to one GGUF file on the command line: what is in it, and what is refused before any work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fewbit import api, gguf_output, mixtures
+from fewbit.api import Calibration
+from fewbit.formats import imatrix
+from fewbit.formats.gguf import GgufFile
+from fewbit.formats.imatrix import Importance
+from fewbit.plan import find
+from fewbit.schemes.base import parse
+from tests import models
+from tests.e2e.conftest import Answer, Fewbit
+
+# Widths that blocks of 256 divide, and some that only those of 32 do.
+SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 288, "num_hidden_layers": 3}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Embeddings and head are two tensors."""
+    return models.save(tmp_path_factory.mktemp("gguf") / "model", "llama", **SHAPE, tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def wanted(text: Path) -> Calibration:
+    return Calibration(str(text), samples=4, length=64)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "outputs").mkdir()
+    return tmp_path / "outputs" / "out.gguf"
+
+
+def check(answer: Answer, code: int, *words: str) -> None:
+    assert answer.code == code, answer.err
+    assert "Traceback" not in answer.err
+    for word in words:
+        assert word in answer.err, answer.err
+
+
+def types(path: Path) -> dict[str, str]:
+    return {name: entry.type for name, entry in GgufFile(path).entries.items()}
+
+
+def test_a_file_of_a_mixture(model: Path, place: Path, wanted: Calibration) -> None:
+    done = api.quantize(model, place, plan="q4_k_m", calibration=wanted)
+    assert [path.name for path in place.parent.iterdir()] == ["out.gguf"]
+    file = GgufFile(place)
+    assert file.nbytes == done.output_bytes
+    assert file.metadata["general.file_type"] == 15
+    assert file.metadata["general.quantization_version"] == 2
+    record = json.loads(file.metadata["fewbit.record"])
+    assert record["plan"]["name"] == "q4_k_m"
+    found = types(place)
+    assert found["output.weight"] == "q6_k"
+    assert found["token_embd.weight"] == "q4_k"
+    assert found["blk.0.attn_v.weight"] == "q4_k"
+    assert found["blk.2.attn_v.weight"] == "q6_k"
+    assert found["blk.0.ffn_down.weight"] == "q5_0"  # 288 columns
+    assert found["blk.2.ffn_down.weight"] == "q8_0"
+    assert all(found[name] == "f32" for name in found if len(file.entries[name].shape) == 1)
+    outside = [name for name in found if not name.startswith("blk.")]
+    assert list(found)[: len(outside)] == ["output.weight", "output_norm.weight", "token_embd.weight"]
+    assert {t.module for t in done.tensors} >= {"lm_head", "model.embed_tokens"}
+    assert done.share <= 1
+    assert done.sample
+
+
+def test_its_values_are_those_of_the_model(model: Path, place: Path) -> None:
+    done = api.quantize(model, place, plan="q8_0")
+    loaded, original = api.load(place, dtype=torch.float32), models.original(model)
+    weights = {t.module: loaded.get_submodule(t.module).qtensor().dequantize() for t in done.tensors}
+    for name, weight in weights.items():
+        wanted = models.linear_weight(original.get_submodule(name))
+        assert float((weight - wanted).norm() / wanted.norm()) < 0.02, name
+    ids = torch.arange(40)[None]
+    wanted = models.logits(models.with_weights(original, weights), ids)
+    torch.testing.assert_close(models.logits(loaded, ids), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq+imatrix"])
+def test_methods_compose(method: str, model: Path, place: Path, wanted: Calibration) -> None:
+    done = api.quantize(model, place, plan=find("q3_k_m").changed(method=method), calibration=wanted)
+    methods = {t.module: t.method for t in done.tensors}
+    assert methods["model.layers.0.mlp.up_proj"] == method
+    assert methods["lm_head"] == ("rtn" if method == "rtn" else "imatrix")
+    assert types(place)["blk.0.ffn_up.weight"] == "q3_k"
+
+
+def test_rtn_needs_no_text(model: Path, place: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewbit.calibration.load_text", lambda *_: pytest.fail("a text was asked for"))
+    answer = fewbit("quantize", model, "-o", place, "--plan", "q4_0", "--method", "rtn")
+    assert answer.code == 0, answer.err
+    assert types(place)["blk.0.ffn_up.weight"] == "q4_0"
+
+
+def test_one_scheme_for_all(model: Path, place: Path, fewbit: Fewbit) -> None:
+    answer = fewbit("quantize", model, "-o", place, "--plan", "q4_0", "--scheme", "q5_1", "--method", "rtn")
+    assert answer.code == 0, answer.err
+    file = GgufFile(place)
+    assert {entry.type for entry in file.entries.values()} == {"q5_1", "f32"}
+    assert file.metadata["general.file_type"] == 9
+
+
+def test_a_dry_run_tells_every_tensor_and_does_nothing(model: Path, place: Path, fewbit: Fewbit) -> None:
+    shown = fewbit("quantize", model, "-o", place, "--plan", "q2_k", "--dry-run", "--json").json
+    assert list(place.parent.iterdir()) == []
+    api.quantize(model, place, plan=find("q2_k").changed(method="rtn"))
+    assert shown["output_bytes"] == GgufFile(place).nbytes
+    assert {name: what.split(",")[0] for name, what, _ in shown["tensors"]} == types(place)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"])
+def test_families(family: str, tmp_path: Path, wanted: Calibration) -> None:
+    changes: dict[str, Any] = {
+        "phi3": {},
+        "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "tie_word_embeddings": True},
+    }.get(family, {"head_dim": 32})
+    # The tokenizer class of qwen2 has a token more.
+    folder = models.save(tmp_path / "model", family, vocab_size=models.VOCAB + 32, **changes)
+    done = api.quantize(folder, tmp_path / "out.gguf", plan="q4_k_m", calibration=wanted)
+    assert done.sample is not None
+    assert set(types(tmp_path / "out.gguf").values()) <= {"f32", "q5_0", "q8_0", "f16"}
+
+
+def test_what_no_block_divides_is_16_bits(tmp_path: Path) -> None:
+    folder = models.save(tmp_path / "model", "llama", intermediate_size=80)
+    done = api.quantize(folder, tmp_path / "out.gguf", plan=find("q4_0").changed(method="rtn"))
+    assert types(tmp_path / "out.gguf")["blk.0.ffn_down.weight"] == "f16"
+    assert any("mlp.down_proj" in note for note in done.notes)
+
+
+# --- importances ---
+
+
+@pytest.fixture(scope="module")
+def matrix(model: Path, wanted: Calibration, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("matrix") / "imatrix.gguf"
+    done = api.imatrix(model, path, calibration=wanted)
+    assert (done.entries, done.tokens) == (21, 256)
+    return path
+
+
+def test_what_reads_one_tensor_has_one_importance_under_each_name(matrix: Path) -> None:
+    found = imatrix.read(matrix)
+    assert torch.equal(found["blk.1.attn_q.weight"].mean_square, found["blk.1.attn_v.weight"].mean_square)
+    assert torch.equal(found["blk.1.ffn_gate.weight"].mean_square, found["blk.1.ffn_up.weight"].mean_square)
+    assert not torch.equal(found["blk.1.attn_q.weight"].mean_square, found["blk.1.ffn_up.weight"].mean_square)
+    assert found["blk.2.ffn_down.weight"].rows == 256
+
+
+def test_a_matrix_in_place_of_calibration(
+    model: Path, matrix: Path, place: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewbit.calibration.load_text", lambda *_: pytest.fail("a text was asked for"))
+    answer = fewbit("quantize", model, "-o", place, "--plan", "q4_0", "--imatrix", matrix)
+    assert answer.code == 0, answer.err
+    weighed = GgufFile(place).get("blk.1.ffn_up.weight").clone()
+    other = matrix.with_name("other.dat")
+    found = imatrix.read(matrix)
+    flat = {name: Importance(torch.ones_like(each.mean_square), 1) for name, each in found.items()}
+    imatrix.write(other, flat, chunks=1, length=512, text="")
+    answer = fewbit("quantize", model, "-o", place, "--plan", "q4_0", "--imatrix", other, "--overwrite")
+    assert answer.code == 0, answer.err
+    assert not torch.equal(weighed, GgufFile(place).get("blk.1.ffn_up.weight"))
+
+
+def test_what_a_matrix_lacks_is_named(model: Path, matrix: Path, place: Path, tmp_path: Path) -> None:
+    part = tmp_path / "part.gguf"
+    found = imatrix.read(matrix)
+    del found["blk.1.attn_k.weight"]
+    imatrix.write(part, found, chunks=1, length=512, text="")
+    done = api.quantize(model, place, plan="q4_0", imatrix=part)
+    assert any("no importances of blk.1.attn_k.weight" in note for note in done.notes)
+
+
+def test_the_command(model: Path, text: Path, tmp_path: Path, fewbit: Fewbit) -> None:
+    answer = fewbit(
+        "imatrix", model, "-o", tmp_path / "m.dat", "--calibration", text, "--samples", 2, "--length", 32, "--json"
+    )
+    assert answer.json["tokens"] == 64
+    assert len(imatrix.read(tmp_path / "m.dat")) == 21
+    check(fewbit("imatrix", model, "-o", tmp_path / "m.dat"), 2, "exists")
+    check(fewbit("imatrix", model, "-o", tmp_path / "m.bin"), 2, "a .gguf or a .dat file")
+    check(fewbit("imatrix", tmp_path / "nothing", "-o", tmp_path / "n.dat"), 2, "no such folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.dat"]
+
+
+# --- refusals ---
+
+
+def test_names_of_outputs(model: Path, tmp_path: Path, fewbit: Fewbit) -> None:
+    check(fewbit("quantize", model, "-o", tmp_path / "out", "--plan", "q4_k_m"), 2, "one .gguf file", "ends in .gguf")
+    check(fewbit("quantize", model, "-o", tmp_path / "o.bin", "--plan", "q4_k_m"), 2, "one .gguf file")
+    check(fewbit("quantize", model, "-o", tmp_path / "o.gguf"), 2, "gptq-4bit makes a folder", "--plan q4_k_m")
+    (tmp_path / "folder.gguf").mkdir()
+    check(fewbit("quantize", model, "-o", tmp_path / "folder.gguf", "--plan", "q4_k_m", "--overwrite"), 2, "not a file")
+    (tmp_path / "mine.gguf").write_text("mine")
+    check(fewbit("quantize", model, "-o", tmp_path / "mine.gguf", "--plan", "q4_k_m"), 2, "exists")
+    assert (tmp_path / "mine.gguf").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.gguf", "mine.gguf"]
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt-neox"])
+def test_a_model_that_gguf_has_no_name_for(family: str, tmp_path: Path, fewbit: Fewbit) -> None:
+    folder = models.save(tmp_path / "model", family)
+    check(fewbit("quantize", folder, "-o", tmp_path / "out.gguf", "--plan", "q4_k_m"), 2, "no GGUF file can be made")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_importances_that_do_not_serve(
+    model: Path, matrix: Path, place: Path, tmp_path: Path, fewbit: Fewbit, own_cache: Path
+) -> None:
+    def refused(code: int, path: Path, *words: str, method: str = "imatrix") -> None:
+        flags = ("--plan", "q4_k_m", "--imatrix", path, "--method", method)
+        check(fewbit("quantize", model, "-o", place, *flags), code, *words)
+        check(fewbit("quantize", model, "-o", place, *flags, "--dry-run"), code, *words)
+        assert list(place.parent.iterdir()) == []
+        assert not list(own_cache.glob("runs/*"))
+
+    refused(2, matrix, "method gptq needs whole inputs", method="gptq")
+    refused(2, matrix, "method rtn needs no importances", method="rtn")
+    refused(2, tmp_path / "none.gguf", "No such file")
+    found = imatrix.read(matrix)
+    foreign = tmp_path / "foreign.gguf"
+    imatrix.write(foreign, {f"x.{name}": each for name, each in found.items()}, chunks=1, length=8, text="")
+    refused(3, foreign, "none of this model", "blk.0.attn_q.weight")
+    found["blk.0.ffn_up.weight"] = Importance(torch.ones(5), 1)
+    foreign.unlink()
+    imatrix.write(foreign, found, chunks=1, length=8, text="")
+    refused(3, foreign, "blk.0.ffn_up.weight has 5 importances, the weight 256 columns")
+    foreign.write_bytes(matrix.read_bytes()[:-40])
+    refused(3, foreign, "blk.2.ffn_up.weight")
+
+
+def test_a_failing_run_keeps_what_was_there(
+    model: Path, place: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.write_text("mine")
+    write = gguf_output.write
+
+    def write_badly(path: Path, *rest: object) -> int:
+        written = write(path, *rest)  # type: ignore[arg-type]
+        entry = GgufFile(path).entries["output_norm.weight"]
+        raw = path.read_bytes()
+        at = raw.find(GgufFile(path).get(entry.name).numpy().tobytes())
+        path.write_bytes(raw[:at] + np.full(entry.shape, np.nan, np.float32).tobytes() + raw[at + 4 * entry.shape[0] :])
+        return written
+
+    monkeypatch.setattr(gguf_output, "write", write_badly)
+    answer = fewbit("quantize", model, "-o", place, "--plan", "q4_0", "--method", "rtn", "--overwrite")
+    check(answer, 3, "failed its own check", "not finite")
+    assert place.read_text() == "mine"
+    assert [path.name for path in place.parent.iterdir()] == [place.name]
+
+
+def test_a_killed_run_goes_on(model: Path, place: Path, wanted: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    resumed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf_output, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            api.quantize(model, place, plan="q4_k_m", calibration=wanted)
+    assert list(place.parent.iterdir()) == []
+    api.quantize(model, place, plan="q4_k_m", calibration=wanted, progress=lambda step: resumed.append(step.resumed))
+    assert resumed == [True] * 5  # three blocks, embeddings, head
+    again = place.with_name("again.gguf")
+    shutil.move(place, again)
+    api.quantize(model, place, plan="q4_k_m", calibration=wanted)
+    first, second = GgufFile(again), GgufFile(place)
+    assert all(torch.equal(first.get(name), second.get(name)) for name in first.entries)
+
+
+def test_every_mixture_has_schemes_that_can_be_written() -> None:
+    for name, mixture in mixtures.MIXTURES.items():
+        assert str(parse(mixture.base)) == mixture.base, name

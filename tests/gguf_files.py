@@ -1,0 +1,141 @@
+"""GGUF files of the tests' own models, by fewbit's writer, with all matrices of one type."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers import models as token_models
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from fewbit.formats.gguf import PLAIN, Entry, GgufWriter
+from fewbit.methods.base import Method
+from fewbit.models import gguf_header
+from fewbit.models.source import locate
+from fewbit.schemes.base import parse
+from tests import models
+
+# What a family's config needs for llama.cpp to compute the same: queries scaled by the width of a head.
+CHANGES: dict[str, dict[str, Any]] = {
+    "qwen2": {"vocab_size": 292},  # transformers adds a token to such tokenizers
+    "gemma2": {"query_pre_attn_scalar": 16, "tie_word_embeddings": True},
+    "gemma3": {"query_pre_attn_scalar": 16},
+}
+
+
+def save(folder: Path, family: str, **changes: Any) -> Path:
+    """The model of a family in the Hugging Face layout, such as a GGUF file can hold."""
+    return models.save(folder, family, **{**CHANGES.get(family, {}), **changes})
+
+
+def written(folder: Path, path: Path, kind: str = "f32", *, norms: str = "f32") -> Path:
+    """The model of a folder as a GGUF file: matrices in type `kind`, vectors in `norms`."""
+    head = gguf_header.of(locate(folder))
+    model = models.original(folder)
+    weights: dict[str, tuple[Entry, Tensor]] = {}
+    for name, parameter in model.named_parameters():  # ties once
+        route = head.routes[name]
+        tensor = route.to_file(parameter.data).contiguous()
+        plain = kind if tensor.dim() == 2 else norms
+        if plain in PLAIN:
+            weights[name] = Entry(route.name, plain, tuple(tensor.shape)), tensor.to(PLAIN[plain][1])
+        else:
+            packed = Method().quantize(tensor.float(), parse(plain), None).weight
+            weights[name] = Entry(route.name, plain, tuple(tensor.shape)), packed.parts["blocks"]
+    entries = head.entries({name: (entry.type, entry.shape) for name, (entry, _) in weights.items()})
+    with GgufWriter(path, head.metadata, entries) as writer:
+        for name, tensor in head.extra.items():
+            writer.add(name, tensor)
+        for entry, tensor in weights.values():
+            writer.add(entry.name, tensor)
+    return path
+
+
+def ids(seed: int = 0, length: int = 40) -> Tensor:
+    return torch.randint(3, models.VOCAB, (2, length), generator=torch.Generator().manual_seed(seed))
+
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
+
+AWKWARD = (
+    "Hello world",
+    "  two  spaces \n\n\ttabs   ",
+    "👍🏽 emoji 🏳️‍🌈 👩‍👩‍👧 joined",
+    "def f(x):\n    return x**2  # ünïcödé\n\n\n\tif x != None: pass\r\n",
+    "日本語のテキスト 中文 한국어 العربية हिन्दी ไทย עברית Ελληνικά",
+    "1234567890 12,345.678 ½ ² Ⅷ",
+    "don't I'LL we've 'tis 'S",
+    "\u00a0no-break\u200bzero\u3000wide",
+    "a\r\nb\r\n\r\nc   \n   d",
+    "e\u0301 é ﬁ",
+    "\x01\x7f\ufffd",
+    "<s>in text</s> <|im_start|>user\nhi<|im_end|>",
+    " ",
+)
+
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_ENDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_SPLITS = {
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "tekken": rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "gpt-4o": rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDS}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDS}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+
+def with_tokenizer(folder: Path, kind: str, **changes: Any) -> Path:
+    """A small Llama in a folder, with a tokenizer of that kind trained on the awkward text and some sentences."""
+    spm = kind in ("sentencepiece", "gemma")
+    made = Tokenizer(
+        token_models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>") if spm else token_models.BPE()
+    )
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    text = [models.sentences(100), *AWKWARD, *AWKWARD]
+    if spm:
+        special += [f"<0x{byte:02X}>" for byte in range(256)]
+        first = [normalizers.Prepend("▁")] if kind == "sentencepiece" else []
+        made.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
+        undone = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        made.decoder = decoders.Sequence([*undone, decoders.Strip(" ", 1, 0)] if first else undone)
+        text = [models.sentences(100)] * 3  # other scripts fall back to bytes
+    else:
+        if kind == "gpt2":
+            made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        else:
+            split = pre_tokenizers.Split(Regex(_SPLITS[kind]), behavior="isolated")
+            made.pre_tokenizer = pre_tokenizers.Sequence(
+                [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            )
+        made.decoder = decoders.ByteLevel()
+        if kind == "qwen2":
+            made.normalizer = normalizers.NFC()
+    alphabet = [] if spm else pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        text,
+        trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    settings = json.loads(made.to_str())
+    settings["added_tokens"] = [each for each in settings["added_tokens"] if not each["content"].startswith("<0x")]
+    settings["model"]["ignore_merges"] = kind in ("llama-bpe", "tekken")
+    if spm:
+        settings["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        }
+    models.save(folder, "llama", vocab_size=made.get_vocab_size() + 3)
+    make: Any = PreTrainedTokenizerFast  # whose constructor is not typed
+    backend = Tokenizer.from_str(json.dumps(settings))
+    make(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", **changes).save_pretrained(
+        folder
+    )
+    return folder

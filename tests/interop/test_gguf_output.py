@@ -1,0 +1,103 @@
+"""Files that fewbit writes: llama.cpp loads them, computes the same, and would have given each tensor the same type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fewbit import api
+from fewbit.api import Calibration
+from fewbit.formats import imatrix
+from fewbit.formats.gguf import GgufFile
+from fewbit.mixtures import MIXTURES
+from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import locate
+from fewbit.plan import find
+from tests.interop import llama_cpp as peer
+from tests.interop import original
+
+pytestmark = [pytest.mark.interop, pytest.mark.skipif(bool(peer.missing()), reason=peer.missing() or "")]
+
+FEW = Calibration(samples=4, length=128)
+TEXT = "Once upon a time, there was a little dog who lived in a big red house. Every day he ran to the"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny in 32 bits."""
+    path = tmp_path_factory.mktemp("original") / "tiny.gguf"
+    original.write("tiny", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("matrix") / "imatrix.gguf"
+    api.imatrix("tiny", path, calibration=FEW)
+    return path
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_file_of_every_plan_is_what_llama_cpp_would_make_and_runs_there(
+    name: str, whole: Path, matrix: Path, tmp_path: Path
+) -> None:
+    ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
+    api.quantize("tiny", ours, plan=name, imatrix=matrix)
+    importance = {name: each.mean_square.numpy() for name, each in imatrix.read(matrix).items()}
+    peer.quantize(whole, theirs, MIXTURES[name].file_type, importance)
+    mine, other = GgufFile(ours), GgufFile(theirs)
+    assert list(mine.entries.values()) == list(other.entries.values())
+    for key in ("general.file_type", "general.quantization_version"):
+        assert mine.metadata[key] == other.metadata[key]
+    ids = load_tokenizer(locate("tiny"))(TEXT)["input_ids"]
+    loaded = api.load(ours, dtype=torch.float32)
+    with torch.inference_mode():
+        here = loaded(input_ids=torch.tensor([ids])).logits[0].numpy()
+    with peer.loaded(ours) as model, peer.loaded(theirs) as foreign:
+        assert model.tokenize(TEXT) == ids
+        there = model.logits(ids)
+        # llama.cpp rounds activations to 8 bits, which moves its logits by some hundredths.
+        assert np.linalg.norm(here - there) < 0.05 * np.linalg.norm(here)
+        assert model.greedy(ids, 4)
+        # The two quantizers differ, and so do their models, but not by much.
+        assert np.linalg.norm(foreign.logits(ids) - there) < 0.5 * np.linalg.norm(here)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_other_methods_make_files_that_run(method: str, whole: Path, tmp_path: Path) -> None:
+    out, theirs = tmp_path / "out.gguf", tmp_path / "theirs.gguf"
+    api.quantize("tiny", out, plan=find("q4_0").changed(method=method), calibration=FEW)
+    weighed = {"of no tensor": np.ones(1, np.float32)} if method == "gptq" else None
+    peer.quantize(whole, theirs, MIXTURES["q4_0"].file_type, weighed)
+    assert list(GgufFile(out).entries.values()) == list(GgufFile(theirs).entries.values())
+    with peer.loaded(out) as model:
+        ids = model.tokenize(TEXT)
+        assert np.isfinite(model.logits(ids)).all()
+
+
+def test_perplexity_is_the_same_in_both(matrix: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    api.quantize("tiny", out, plan="q4_k_m", imatrix=matrix)
+    here = api.evaluate(out, text="tiny", length=256, samples=6).quality.perplexity.value
+    from fewbit import calibration
+
+    text = calibration.load_text("tiny", "evaluation")
+    windows = calibration.windows(calibration.encode(text, load_tokenizer(locate("tiny"))), 256, 6).tolist()
+    with peer.loaded(out) as model:
+        there, _ = peer.perplexity_and_kl(model, windows)
+    assert here == pytest.approx(there, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["q4_k_m", "q3_k_m", "q2_k", "iq4_xs"])
+def test_the_demo_model_falls_back_as_there(name: str, demo: Path, tmp_path: Path) -> None:
+    source, theirs = tmp_path / "original.gguf", tmp_path / "theirs.gguf"
+    original.write(demo, source)
+    weighed = {"of no tensor": np.ones(1, np.float32)}
+    peer.quantize(source, theirs, MIXTURES[name].file_type, weighed, threads=2)
+    shown = api.preview(demo, plan=name)
+    types = {tensor: what.split(",")[0] for tensor, what, _ in shown.tensors}
+    assert types == {entry.name: entry.type for entry in GgufFile(theirs).entries.values()}

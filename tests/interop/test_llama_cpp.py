@@ -1,0 +1,73 @@
+"""llama.cpp reads the files that fewbit writes: the same tokens for awkward text, the same logits.
+
+`make interop` builds llama-cpp-python, which compiles llama.cpp and takes some minutes once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unicodedata import category, is_normalized
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from fewbit.formats.gguf import Entry, GgufWriter
+from fewbit.models import gguf_header
+from fewbit.models.source import locate
+from tests import gguf_files, models
+from tests.gguf_files import AWKWARD
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="make interop installs llama-cpp-python")
+
+pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
+
+
+def opened(path: Path, **options: Any) -> Any:
+    return llama_cpp.Llama(str(path), n_gpu_layers=0, n_threads=1, verbose=False, **options)
+
+
+def tokens(llama: Any, text: str) -> list[int]:
+    return list(llama.tokenize(text.encode(), add_bos=True, special=True))
+
+
+def vocabulary(folder: Path, path: Path) -> Path:
+    """A file with the tokenizer of a folder and no weights but an embedding's."""
+    head = gguf_header.of(locate(folder))
+    rows = head.metadata[f"{head.metadata['general.architecture']}.vocab_size"]
+    with GgufWriter(path, head.metadata, [Entry("token_embd.weight", "f32", (rows, 32))]) as writer:
+        writer.add("token_embd.weight", torch.zeros(rows, 32))
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["tiny", "smollm2", "gpt2", "llama-bpe", "qwen2", "tekken", "gpt-4o", "sentencepiece", "gemma"]
+)
+def test_it_reads_text_as_the_original_tokenizer_does(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if kind == "smollm2":
+        request.getfixturevalue("demo")
+    folder = locate(kind).folder if kind in ("tiny", "smollm2") else gguf_files.with_tokenizer(tmp_path / "m", kind)
+    llama = opened(vocabulary(folder, tmp_path / "v.gguf"), vocab_only=True)
+    original = AutoTokenizer.from_pretrained(folder)
+    for text in AWKWARD:
+        if kind in ("tekken", "gpt-4o") and any(category(each).startswith("M") for each in text):
+            continue  # llama.cpp's own patterns for these leave combining marks out, whoever wrote the file
+        if kind == "qwen2" and not is_normalized("NFC", text):
+            continue  # nor does it normalize
+        assert tokens(llama, text) == original(text)["input_ids"], repr(text)
+
+
+@pytest.mark.parametrize("family", gguf_files.FAMILIES)
+def test_it_computes_what_the_original_does(family: str, tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", family)
+    path = gguf_files.written(folder, tmp_path / "m.gguf")
+    ids = gguf_files.ids(length=14)[0]  # within all windows: llama.cpp leaves Mistral's and Phi's out
+    llama = opened(path, n_ctx=64, logits_all=True)
+    llama.eval(ids.tolist())
+    got = torch.from_numpy(np.array(llama.scores[: len(ids)]))
+    want = models.logits(models.original(folder), ids[None])[0]
+    assert float((got - want).norm() / want.norm()) < 2e-3  # its attention and GELU round to 16 bits

@@ -1,0 +1,270 @@
+"""GGUF files: what lies is refused at once and in little memory, what is sound is read as it was written."""
+
+from __future__ import annotations
+
+import struct
+import time
+import tracemalloc
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats.gguf import Entry, GgufFile, GgufWriter, layout
+
+U8, U32, BOOL, STRING, ARRAY = 0, 4, 7, 8, 9
+MOST = (1 << 64) - 1
+
+
+def text(value: bytes | str, length: int | None = None) -> bytes:
+    raw = value.encode() if isinstance(value, str) else value
+    return struct.pack("<Q", len(raw) if length is None else length) + raw
+
+
+def key(name: bytes | str, kind: int, value: bytes) -> bytes:
+    return text(name) + struct.pack("<I", kind) + value
+
+
+def tensor(name: str, shape: Iterable[int], kind: int = 0, offset: int = 0, count: int | None = None) -> bytes:
+    shape = list(shape)
+    dimensions = len(shape) if count is None else count
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", dimensions, *shape, kind, offset)
+
+
+def file(
+    keys: Iterable[bytes] = (),
+    tensors: Iterable[bytes] = (),
+    *,
+    version: int = 3,
+    counts: tuple[int, int] | None = None,
+    data: int = 0,
+    magic: bytes = b"GGUF",
+) -> bytes:
+    keys, tensors = list(keys), list(tensors)
+    count = counts or (len(tensors), len(keys))
+    header = magic + struct.pack("<IQQ", version, *count) + b"".join([*keys, *tensors])
+    return header + bytes(-len(header) % 32 if tensors else 0) + bytes(data)
+
+
+BAD: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "empty"),
+    "no magic": (b"GGML" + bytes(60), "does not begin with GGUF"),
+    "magic only": (b"GGUF", "ends in the version"),
+    "version 1": (file(version=1), "version 1"),
+    "version 99": (file(version=99), "version 99"),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
+    "array of 2^63 - 1": (file([key("k", ARRAY, struct.pack("<IQ", U8, (1 << 63) - 1))]), "it ends in k"),
+    "array of 2^64 - 1 words": (file([key("k", ARRAY, struct.pack("<IQ", U32, MOST))]), "it ends in k"),
+    "array of 2^61 strings": (file([key("k", ARRAY, struct.pack("<IQ", STRING, 1 << 61))]), "strings, more than"),
+    "array of 2^63 booleans": (file([key("k", ARRAY, struct.pack("<IQ", BOOL, 1 << 63))]), "it ends in k"),
+    "array of arrays": (file([key("k", ARRAY, struct.pack("<IQ", ARRAY, 1) + bytes(64))]), "array of arrays"),
+    "array of unknown": (file([key("k", ARRAY, struct.pack("<IQ", 13, 1) + bytes(64))]), "type 13"),
+    "value of unknown type": (file([key("k", 13, bytes(8))]), "type 13"),
+    "string of 2^64 - 1": (file([key("k", STRING, text("x", MOST))]), "it ends in k"),
+    "string past the end": (file([key("k", STRING, text("x", 2))]), "it ends in k"),
+    "name of a key of 2^40": (file([text("x", 1 << 40)], counts=(0, 1)), "bytes"),
+    "no UTF-8": (file([key("k", STRING, text(b"\xff\xfe"))]), "no UTF-8"),
+    "neither true nor false": (file([key("k", BOOL, b"\x02")]), "neither true nor false"),
+    "2^64 - 1 keys": (file(counts=(0, MOST)), "cannot be in"),
+    "2^64 - 1 tensors": (file(counts=(MOST, 0)), "cannot be in"),
+    "2^40 tensors and keys": (file(counts=(1 << 40, 1 << 40)), "cannot be in"),
+    "a key twice": (file([key("k", U8, b"\1"), key("k", U8, b"\1")]), "there twice"),
+    "alignment 0": (file([key("general.alignment", U32, bytes(4))]), "no power of two"),
+    "alignment 33": (file([key("general.alignment", U32, struct.pack("<I", 33))]), "no power of two"),
+    "alignment of a string": (file([key("general.alignment", STRING, text("32"))]), "no whole number"),
+    "alignment 2^31": (
+        file([key("general.alignment", U32, struct.pack("<I", 1 << 31))], [tensor("t", [8])], data=64),
+        "would end at byte",
+    ),
+    "5 dimensions": (file(tensors=[tensor("t", [1] * 5)], data=64), "5 dimensions"),
+    "2^32 - 1 dimensions": (file(tensors=[tensor("t", [1], count=(1 << 32) - 1)], data=64), "dimensions"),
+    "no dimension": (file(tensors=[tensor("t", [])], data=64), "one to four dimensions"),
+    "a dimension of 0": (file(tensors=[tensor("t", [8, 0])], data=64), "dimensions above 0"),
+    "2^64 elements": (file(tensors=[tensor("t", [1 << 32, 1 << 32])], data=64), "bytes in a file of"),
+    "2^64 + 8 elements": (file(tensors=[tensor("t", [(1 << 61) + 1, 8])], data=64), "bytes in a file of"),
+    "2^66 bytes": (file(tensors=[tensor("t", [1 << 62, 4])], data=64), "bytes in a file of"),
+    "type 4": (file(tensors=[tensor("t", [32], 4)], data=64), "type 4, which is not known"),
+    "type 10^9": (file(tensors=[tensor("t", [32], 10**9)], data=64), "which is not known"),
+    "columns in no blocks": (file(tensors=[tensor("t", [33], 2)], data=64), "do not divide"),
+    "offset past the end": (file(tensors=[tensor("t", [8], offset=1 << 20)], data=64), "would end at byte"),
+    "offset of 2^64 - 32": (file(tensors=[tensor("t", [8], offset=MOST - 31)], data=64), "would end at byte"),
+    "offset not aligned": (file(tensors=[tensor("t", [8], offset=4)], data=64), "no multiple of 32"),
+    "a tensor cut off": (file(tensors=[tensor("t", [16])], data=32), "would end at byte"),
+    "a tensor twice": (file(tensors=[tensor("t", [8]), tensor("t", [8], offset=32)], data=64), "there twice"),
+    "overlapping": (file(tensors=[tensor("a", [16]), tensor("b", [8], offset=32)], data=64), "overlap"),
+    "one place for two": (file(tensors=[tensor("a", [8]), tensor("b", [8])], data=64), "overlap"),
+    "no name": (file(tensors=[tensor("", [8])], data=64), "has not 1 to 63 bytes"),
+    "a name of 100 bytes": (file(tensors=[tensor("t" * 100, [8])], data=64), "has not 1 to 63 bytes"),
+    "split into 2^16": (file([key("split.count", U32, struct.pack("<I", 1 << 16))]), "its name does not"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_file_that_lies_is_refused_at_once_in_little_memory(name: str, tmp_path: Path) -> None:
+    raw, said = BAD[name]
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(raw)
+    tracemalloc.start()
+    start = time.perf_counter()
+    with pytest.raises(FormatError, match=said) as refused:
+        GgufFile(path)
+    seconds, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert str(path) in str(refused.value)
+    assert seconds < 1
+    assert peak < 2 << 20
+
+
+def sound() -> bytes:
+    """A small file with all kinds of values and tensors."""
+    metadata: dict[str, Any] = {
+        "general.architecture": "llama",
+        "flag": True,
+        "whole": 7,
+        "negative": -7,
+        "large": 1 << 40,
+        "real": 0.5,
+        "strings": ["a", "", "ü"],
+        "numbers": np.arange(5, dtype=np.int32),
+        "reals": [0.5, 1.5],
+        "flags": np.array([True, False]),
+        "short": np.uint16(3),
+    }
+    entries = [Entry("token_embd.weight", "q8_0", (4, 64)), Entry("norm", "f32", (6,)), Entry("half", "bf16", (2, 3))]
+    header, places, size = layout(metadata, entries)
+    raw = bytearray(header + bytes(size - len(header)))
+    raw[places["norm"] : places["norm"] + 24] = np.arange(6, dtype=np.float32).tobytes()
+    return bytes(raw)
+
+
+def test_truncated_anywhere(tmp_path: Path) -> None:
+    raw, path = sound(), tmp_path / "t.gguf"
+    last = len(raw) - 32 + 12  # of what comes after the last tensor nothing is needed
+    for end in range(last):
+        path.write_bytes(raw[:end])
+        with pytest.raises(FormatError):
+            GgufFile(path)
+    path.write_bytes(raw[:last])
+    GgufFile(path)
+
+
+_RAW = sound()
+
+
+@settings(max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    changes=st.lists(
+        st.tuples(st.integers(0, len(_RAW) - 9), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4
+    ),
+    end=st.integers(0, len(_RAW)),
+)
+def test_a_file_changed_anywhere_is_read_or_refused(changes: list[tuple[int, bytes]], end: int, tmp_path: Path) -> None:
+    raw = bytearray(_RAW)
+    for at, new in changes:
+        raw[at : at + len(new)] = new
+    path = tmp_path / "changed.gguf"
+    path.write_bytes(raw[: end or None])
+    try:
+        found = GgufFile(path)
+    except FormatError:
+        return
+    for name in found.entries:
+        found.get(name)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    metadata = {
+        "a": 1,
+        "b": -1,
+        "c": 1 << 40,
+        "d": True,
+        "e": "ü",
+        "f": 0.25,
+        "g": ["x", ""],
+        "h": np.array([1, -2], np.int8),
+    }
+    tensors = {
+        "f": torch.randn(3, 5),
+        "h": torch.randn(2, 4).half(),
+        "q": torch.randint(0, 255, (4, 34), dtype=torch.uint8),
+        "d": torch.randn(3).double(),
+        "i": torch.arange(3, dtype=torch.int32),
+    }
+    kinds = {"f": "f32", "h": "f16", "q": "q8_0", "d": "f64", "i": "i32"}
+    entries = [Entry(n, kinds[n], (4, 32) if n == "q" else tuple(t.shape)) for n, t in tensors.items()]
+    with GgufWriter(path, metadata, entries) as writer:
+        assert not path.exists()
+        for name in reversed(tensors):  # in any order
+            writer.add(name, tensors[name])
+    found = GgufFile(path)
+    assert {**found.metadata, "h": None} == {**metadata, "h": None}
+    assert found.metadata["h"].tolist() == [1, -2]
+    assert list(found.entries.values()) == entries
+    assert all(torch.equal(found.get(name), each) for name, each in tensors.items())
+    assert path.stat().st_size == layout(metadata, entries)[2]
+    assert [each.name for each in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_what_changes_a_weight_in_memory_leaves_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    with GgufWriter(path, {}, [Entry("t", "f32", (4,))]) as writer:
+        writer.add("t", torch.ones(4))
+    GgufFile(path).get("t").zero_()
+    assert GgufFile(path).get("t").tolist() == [1, 1, 1, 1]
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    path, entry = tmp_path / "m.gguf", Entry("t", "f32", (4,))
+    with pytest.raises(KeyError), GgufWriter(path, {}, [entry]) as writer:
+        writer.add("other", torch.ones(4))
+    with pytest.raises(ValueError, match="never written"), GgufWriter(path, {}, [entry]):
+        pass
+    with pytest.raises(ValueError, match="announced"), GgufWriter(path, {}, [entry]) as writer:
+        writer.add("t", torch.ones(5))
+    with pytest.raises(TypeError):
+        GgufWriter(path, {"k": object()}, [entry])
+    with pytest.raises(PlanError, match="do not divide"):
+        GgufWriter(path, {}, [Entry("t", "q8_0", (4, 33))])
+    assert not list(tmp_path.iterdir())
+
+
+def split(folder: Path, change: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda number, keys: keys) -> Path:
+    for number in range(3):
+        keys: dict[str, Any] = {"split.no": np.uint16(number), "split.count": np.uint16(3)}
+        keys |= {"split.tensors.count": np.int32(3), **({"k": "v"} if number == 0 else {})}
+        with GgufWriter(
+            folder / f"m-{number + 1:05d}-of-00003.gguf", change(number, keys), [Entry(f"t{number}", "f32", (2,))]
+        ) as writer:
+            writer.add(f"t{number}", torch.full((2,), float(number)))
+    return folder / "m-00001-of-00003.gguf"
+
+
+def test_split_files_are_one(tmp_path: Path) -> None:
+    found = GgufFile(split(tmp_path))
+    assert [found.get(f"t{number}").tolist() for number in range(3)] == [[0, 0], [1, 1], [2, 2]]
+    assert found.metadata["k"] == "v"
+    assert len(found.files) == 3
+
+
+def test_split_files_that_do_not_fit(tmp_path: Path) -> None:
+    first = split(tmp_path)
+    with pytest.raises(FormatError, match="is part 2 of 3"):
+        GgufFile(tmp_path / "m-00002-of-00003.gguf")
+    (tmp_path / "m-00003-of-00003.gguf").rename(tmp_path / "away")
+    with pytest.raises(FormatError, match=r"00003-of-00003\.gguf is missing"):
+        GgufFile(first)
+    (tmp_path / "m-00002-of-00003.gguf").replace(tmp_path / "m-00003-of-00003.gguf")
+    (tmp_path / "away").rename(tmp_path / "m-00002-of-00003.gguf")
+    with pytest.raises(FormatError, match=r"split\.no is not 1"):
+        GgufFile(first)
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(FormatError, match="have 3 tensors"):
+        GgufFile(split(other, lambda _, keys: {**keys, "split.tensors.count": np.int32(4)}))
