@@ -31,6 +31,8 @@ from fewbit.models import rewrite as rewriting
 from fewbit.models import topology
 from fewbit.schemes import affine, bits, int8, nf4
 from fewbit.schemes.base import parse
+from fewbit.schemes.ggml import codebook, layout, search
+from fewbit.schemes.ggml import grids as blockwise
 from tests.contract.cases import FORMATS, KERNELS, hard, ordinary
 from tests.contract.test_formats import check_round_trip
 from tests.contract.test_kernels import check_product, check_restored
@@ -41,9 +43,12 @@ from tests.golden.test_bnb_schemes import check_bytes
 from tests.golden.test_bnb_schemes import test_4_bit_values as check_values
 from tests.golden.test_bnb_schemes import test_8_bit_bytes_and_values as check_8_bit
 from tests.golden.test_bnb_schemes import test_ties_and_their_neighbours as check_ties
+from tests.golden.test_ggml_blocks import check_values as check_block_values
+from tests.golden.test_ggml_blocks import check_written as check_blocks
 from tests.golden.test_gptq_layout import check_read, check_written
 from tests.unit import test_awq, test_rewrite
 from tests.unit.test_affine import check_range, check_refit
+from tests.unit.test_ggml import check_bytes_come_back, check_descent, check_last, check_solved
 from tests.unit.test_gptq import check_definition, check_factor, check_gain, check_refinement
 from tests.unit.test_nn import test_the_gradient_is_the_dequantized_linears as check_gradient
 
@@ -192,6 +197,70 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
     "8-bit codes shifted by one": (
         [Mutation(int8.Int8, "pack", "codes ^ 128", "(codes + 1) ^ 128")],
         lambda: check_8_bit(torch.float32),
+    ),
+    "ggml: nibbles swapped": (
+        [Mutation(layout, "_unpack_plane", ">> shifts[:, None]", ">> shifts.flip(0)[:, None]")],
+        lambda: check_block_values("q4_0"),
+    ),
+    "ggml: nibbles swapped both ways, which only the bytes tell": (
+        [
+            Mutation(layout, "_unpack_plane", ">> shifts[:, None]", ">> shifts.flip(0)[:, None]"),
+            Mutation(
+                layout,
+                "_pack_plane",
+                ".unflatten(1, (-1, 8 // bits, width))",
+                ".unflatten(1, (-1, 8 // bits, width)).flip(2)",
+            ),
+        ],
+        lambda: check_blocks("q4_k"),
+    ),
+    "ggml: a sub-block off by one": (
+        [Mutation(blockwise.BlockGrids, "_aligned", "index = columns // sub", "index = (columns - 1) // sub")],
+        lambda: check_grids(parse("q4_k"), ordinary(6, 512)),
+    ),
+    "ggml: a sub-block off by one for single columns": (
+        [Mutation(blockwise.BlockGrids, "_aligned", "at = columns // sub", "at = (columns - 1) // sub")],
+        lambda: check_grids(parse("q2_k"), ordinary(6, 512)),
+    ),
+    "ggml: the minimum forgotten": (
+        [Mutation(blockwise.BlockGrids, "decode", "values.sub_(offset)", "values")],
+        lambda: check_block_values("q4_k"),
+    ),
+    "ggml: what is added subtracted": (
+        [Mutation(layout, "unpack", "-dmin if layout.plus", "dmin if layout.plus")],
+        lambda: check_block_values("q4_1"),
+    ),
+    "ggml: top bits of sub-scales in the wrong place": (
+        [Mutation(layout, "_pack_scales", "sc[:, 4:] >> 4 << 6", "sc[:, 4:] >> 4 << 5")],
+        lambda: check_bytes_come_back("q5_k"),
+    ),
+    "ggml: sub-scales two by two, not four by four": (
+        [Mutation(layout, "_unpack_scales", "for shift in (0, 2, 4, 6)", "for shift in (0, 4, 2, 6)")],
+        lambda: check_block_values("q3_k"),
+    ),
+    "ggml: the eighth sign not even": (
+        [Mutation(codebook, "_even_signs", "keepdim=True) % 2", "keepdim=True) * 0")],
+        lambda: check_block_values("iq3_xxs"),
+    ),
+    "ggml: d searched as if it were stored exactly": (
+        [Mutation(search, "half", ".to(torch.float16)", "")],
+        lambda: check_parts(parse("q6_k"), ordinary(6, 512)),
+    ),
+    "ggml: a refit uphill": (
+        [Mutation(blockwise._Steps, "apply", "self.gradient -= moved", "self.gradient += moved")],
+        lambda: check_descent("q4_k"),
+    ),
+    "ggml: sub-scales refitted with the next block's d": (
+        [Mutation(blockwise, "refit", "* d[:, block, None]", "* d[:, block - 1, None]")],
+        lambda: check_descent("q3_k"),
+    ),
+    "ggml: panels blind to those before": (
+        [Mutation(blockwise, "refit", "gradient[:, panel.stop :] -=", "gradient[:, panel.stop :] -= 0 *")],
+        lambda: check_last("q3_k"),
+    ),
+    "ggml: d not refitted": (
+        [Mutation(blockwise, "_solve", "uu) > 0, a, 0.0)", "uu) > 0, 0 * a, 0.0)")],
+        lambda: check_solved("q8_0"),
     ),
     # methods
     "the error taken against the first weight": (

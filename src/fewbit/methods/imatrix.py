@@ -9,6 +9,7 @@ Rounding is the scheme's own. Source: llama.cpp's `llama-quantize --imatrix`; un
 times sqrt(mean w² + w²): on the embedded model the KL divergence is lower so, 0.0197 for 0.0205 at q4_k, 0.100 for
 0.105 at q3_k, 0.369 for 0.371 at q2_k.
 
+>>> import torch
 >>> from fewbit.schemes.base import parse
 >>> torch.manual_seed(0) and None
 >>> x, w = torch.randn(256, 32) * torch.logspace(-1, 1, 32), torch.randn(8, 32)

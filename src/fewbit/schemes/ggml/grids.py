@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from fewbit.schemes.base import ALL, Columns, Grids
-from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR, Fields, Layout, pack, unpack
+from fewbit.schemes.ggml import layout
+from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR, Fields, Layout
 from fewbit.schemes.ggml.search import half
 
+_PANEL = 256  # columns, or a block where that is more
 _NARROW = 1e-3  # of the product of two curvatures: below that, two directions count as one
 
 
 @dataclass(frozen=True)
 class BlockGrids(Grids):
-    """As stored: d, dmin [N, blocks] in the dtype of the values, sc, m int16 [N, sub-blocks]; None where there is none."""
+    """As stored: d, dmin [N, blocks] in the dtype of the values, sc, m int16 [N, sub-blocks]; None if there is none."""
 
     name: str
     d: Tensor
@@ -81,7 +83,7 @@ def read(name: str, rows: Tensor) -> tuple[Tensor, BlockGrids]:
     """The codes and grids that `rows` uint8 [N, bytes] hold."""
     kind, n = LAYOUTS[name], len(rows)
     blocks = rows.shape[1] // kind.nbytes
-    found = unpack(name, rows.reshape(-1, kind.nbytes))
+    found = layout.unpack(name, rows.reshape(-1, kind.nbytes))
     d, dmin = (None if x is None else x.view(n, blocks) for x in (found.d, found.dmin))
     sc, m = (None if x is None else x.view(n, blocks * kind.subs) for x in (found.sc, found.m))
     assert d is not None
@@ -94,7 +96,7 @@ def written(codes: Tensor, grids: BlockGrids) -> Tensor:
     d, dmin = (None if x is None else x.reshape(-1, 1) for x in (grids.d, grids.dmin))
     sc, m = (None if x is None else x.reshape(-1, kind.subs) for x in (grids.sc, grids.m))
     assert d is not None
-    blocks = pack(grids.name, Fields(codes.reshape(-1, kind.columns), d, dmin, sc, m))
+    blocks = layout.pack(grids.name, Fields(codes.reshape(-1, kind.columns), d, dmin, sc, m))
     return blocks.view(n, codes.shape[1] // kind.columns * kind.nbytes)
 
 
@@ -107,7 +109,7 @@ def level(kind: Layout, codes: Tensor, dtype: torch.dtype = torch.float32) -> Te
 
 
 def nearest(kind: Layout, x: Tensor) -> Tensor:
-    """Codes (uint8) of the levels nearest to x, which is overwritten; ties to even, of nonlinear levels to the lower."""
+    """Codes (uint8) of the levels nearest to x, which is overwritten; ties to even, for nonlinear levels down."""
     if kind.nonlinear:
         levels = torch.tensor(NONLINEAR, dtype=x.dtype, device=x.device)
         return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
@@ -115,104 +117,107 @@ def nearest(kind: Layout, x: Tensor) -> Tensor:
 
 
 def refit(w: Tensor, codes: Tensor, grids: BlockGrids, hessian: Tensor, ridge: float) -> BlockGrids:
-    """The grids with sub-scales, then d and dmin, re-solved one block after the other under tr(E (H + ridge I) Eᵀ).
+    """The grids with the sub-scales of each block, then its d and dmin, re-solved under tr(E (H + ridge I) Eᵀ).
 
-    Scale and offset of a block are solved together, rounded as they are stored, and kept only where a row gains.
+    Scale and offset are solved together, rounded as they are stored, and kept only where a row gains. What follows
+    a panel of columns hears of it once.
     """
+    kind, k = grids.kind, w.shape[1]
     gradient = (error := w - grids.decode(codes)) @ hessian
     gradient.add_(error, alpha=ridge)
     del error
-    if grids.kind.super:
-        grids = _refit_subs(codes, grids, hessian, ridge, gradient)
-    return _refit_blocks(codes, grids, hessian, ridge, gradient)
+    dtype, width = gradient.dtype, max(kind.columns, _PANEL)
+    d, dmin = grids.d.to(dtype, copy=True), None if grids.dmin is None else grids.dmin.to(dtype, copy=True)
+    sc, m = (None if x is None else x.to(dtype) for x in (grids.sc, grids.m))
+    for start in range(0, k, width):
+        panel = slice(start, min(start + width, k))
+        inner = hessian[panel, panel].clone()
+        inner.diagonal().add_(ridge)
+        steps = _Steps(gradient[:, panel].clone(), inner)
+        levels = level(kind, codes[:, panel], dtype)
+        for block in range(start // kind.columns, panel.stop // kind.columns):
+            first = block * kind.subs
+            for g in range(first, first + kind.subs) if sc is not None else ():
+                here = slice(g * kind.sub - start, (g + 1) * kind.sub - start)
+                up, down = levels[:, here] * d[:, block, None], None
+                if dmin is not None:
+                    down = -dmin[:, block, None].expand_as(up)
+                _solve(steps, here, up, down, (sc, m), g, (_whole(kind.sc), _whole((0, kind.m))))
+            here = slice(block * kind.columns - start, (block + 1) * kind.columns - start)
+            up = levels[:, here] if sc is None else levels[:, here] * _spread(sc, first, kind)
+            down = None
+            if dmin is not None:
+                down = torch.full_like(up, -1) if m is None else -_spread(m, first, kind)
+            _solve(steps, here, up, down, (d, dmin), block, (half, half))
+        gradient[:, panel.stop :] -= steps.moves @ hessian[panel, panel.stop :]
+    sc, m = (None if x is None else x.to(torch.int16) for x in (sc, m))
+    return replace(grids, d=d, dmin=dmin, sc=sc, m=m)
 
 
-def _refit_subs(codes: Tensor, grids: BlockGrids, hessian: Tensor, ridge: float, gradient: Tensor) -> BlockGrids:
-    kind = grids.kind
-    assert grids.sc is not None
-    sc, m = grids.sc.to(gradient.dtype), None if grids.m is None else grids.m.to(gradient.dtype)
-    for g in range(sc.shape[1]):
-        columns, block = slice(g * kind.sub, (g + 1) * kind.sub), g // kind.subs
-        up, down = level(kind, codes[:, columns], gradient.dtype) * grids.d[:, block, None], None
-        if grids.dmin is not None:
-            down = -grids.dmin[:, block, None].expand_as(up)
-        step = _Step(gradient, hessian, ridge, columns, up, down)
-        sc[:, g], least = step.best(sc[:, g], None if m is None else m[:, g], _whole(kind.sc), _whole((0, kind.m)))
-        if m is not None:
-            m[:, g] = least
-    return replace(grids, sc=sc.to(torch.int16), m=None if m is None else m.to(torch.int16))
-
-
-def _refit_blocks(codes: Tensor, grids: BlockGrids, hessian: Tensor, ridge: float, gradient: Tensor) -> BlockGrids:
-    kind, d, dmin = grids.kind, grids.d.clone(), None if grids.dmin is None else grids.dmin.clone()
-    for block in range(d.shape[1]):
-        columns = slice(block * kind.columns, (block + 1) * kind.columns)
-        subs = slice(block * kind.subs, (block + 1) * kind.subs)
-        up, down = level(kind, codes[:, columns], gradient.dtype), None
-        if grids.sc is not None:
-            up *= grids.sc[:, subs].repeat_interleave(kind.sub, 1)
-        if dmin is not None:
-            down = torch.full_like(up, -1)
-            if grids.m is not None:
-                down *= grids.m[:, subs].repeat_interleave(kind.sub, 1)
-        step = _Step(gradient, hessian, ridge, columns, up, down)
-        d[:, block], least = step.best(d[:, block], None if dmin is None else dmin[:, block], half, half)
-        if dmin is not None:
-            dmin[:, block] = least
-    return replace(grids, d=d, dmin=dmin)
+def _spread(steps: Tensor, first: int, kind: Layout) -> Tensor:
+    """Sub-scales of the block whose first is `first`, one for each column."""
+    return steps[:, first : first + kind.subs].repeat_interleave(kind.sub, 1)
 
 
 def _whole(bounds: tuple[int, int]) -> Callable[[Tensor], Tensor]:
     return lambda x: x.round().clamp_(*bounds)
 
 
-class _Step:
-    """Values in `columns` move along `up` and, if there is one, `down` [N, columns]; E H is the `gradient` [N, K]."""
+@dataclass
+class _Steps:
+    """A panel of columns: E (H + ridge I) there, the curvature among them, and what its values have moved so far."""
 
-    def __init__(
-        self, gradient: Tensor, hessian: Tensor, ridge: float, columns: slice, up: Tensor, down: Tensor | None
-    ) -> None:
-        self.gradient, self.hessian, self.ridge, self.columns = gradient, hessian, ridge, columns
-        self.up, self.down = up, down
-        inner = hessian[columns, columns]
-        bent = (up @ inner).add_(up, alpha=ridge)
-        self.uu, self.gu = (bent * up).sum(1), (gradient[:, columns] * up).sum(1)
-        if down is not None:
-            self.ud, self.gd = (bent * down).sum(1), (gradient[:, columns] * down).sum(1)
-            self.dd = (down @ inner).add_(down, alpha=ridge).mul_(down).sum(1)
+    gradient: Tensor
+    inner: Tensor
 
-    def best(
-        self, s: Tensor, o: Tensor | None, store_s: Callable[[Tensor], Tensor], store_o: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Scale and offset [N] that lower the error most, of a few that can be stored; or those there are."""
-        if self.down is None or o is None:
-            moved = self._usable(store_s, s, s + self.gu / self.uu)
-            gain = moved * (2 * self.gu - moved * self.uu)
-            moved = torch.where(gain > 0, moved, 0.0)
-            self._apply(moved.unsqueeze(1) * self.up)
-            return store_s(s + moved), s
-        whole = self.uu * self.dd - self.ud * self.ud
-        joint = (self.gu * self.dd - self.gd * self.ud) / whole
-        joint = torch.where(whole > _NARROW * self.uu * self.dd, joint, 0.0)
-        best = torch.zeros_like(s)
-        a, b = torch.zeros_like(s), torch.zeros_like(s)
-        for wanted in (joint, self.gu / self.uu, torch.zeros_like(s)):
-            # The offset answers the scale as it is stored.
-            moved = self._usable(store_s, s, s + wanted)
-            shift = self._usable(store_o, o, o + (self.gd - moved * self.ud) / self.dd)
-            for tried in (shift, torch.zeros_like(s)):
-                gain = moved * (2 * self.gu - moved * self.uu) + tried * (2 * self.gd - tried * self.dd)
-                gain -= 2 * moved * tried * self.ud
-                better = gain > best
-                best = torch.where(better, gain, best)
-                a, b = torch.where(better, moved, a), torch.where(better, tried, b)
-        self._apply(a.unsqueeze(1) * self.up + b.unsqueeze(1) * self.down)
-        return store_s(s + a), store_o(o + b)  # again: a difference of two halves may be no half
+    def __post_init__(self) -> None:
+        self.moves = torch.zeros_like(self.gradient)
 
-    def _usable(self, store: Callable[[Tensor], Tensor], old: Tensor, new: Tensor) -> Tensor:
-        """The step from `old` to `new` as it will be stored; none where that is no number."""
-        return store(torch.where(new.isfinite(), new, old)) - old
+    def apply(self, here: slice, moved: Tensor) -> None:
+        self.gradient -= moved @ self.inner[here]
+        self.moves[:, here] += moved
 
-    def _apply(self, moved: Tensor) -> None:
-        self.gradient -= moved @ self.hessian[self.columns]
-        self.gradient[:, self.columns].sub_(moved, alpha=self.ridge)
+
+def _solve(
+    steps: _Steps,
+    here: slice,
+    up: Tensor,
+    down: Tensor | None,
+    held: tuple[Tensor | None, Tensor | None],
+    at: int,
+    store: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+) -> None:
+    """Move scale and offset, columns `at` of the two that are `held`, to the best of a few that can be stored.
+
+    The values of the columns `here` move along `up` [N, columns] with the scale and along `down` with the offset.
+    """
+    scale, offset = held
+    assert scale is not None
+    inner, gradient = steps.inner[here, here], steps.gradient[:, here]
+    bent = up @ inner
+    uu, gu = (bent * up).sum(1), (gradient * up).sum(1)
+    s, o = scale[:, at], scale[:, at] if offset is None else offset[:, at]
+
+    def usable(store: Callable[[Tensor], Tensor], old: Tensor, by: Tensor) -> Tensor:
+        return store(torch.where(by.isfinite(), old + by, old)) - old
+
+    if down is None or offset is None:
+        a = usable(store[0], s, gu / uu)
+        a = torch.where(a * (2 * gu - a * uu) > 0, a, 0.0)
+        steps.apply(here, a.unsqueeze(1) * up)
+        scale[:, at] = store[0](s + a)
+        return
+    ud, gd, dd = (bent * down).sum(1), (gradient * down).sum(1), ((down @ inner) * down).sum(1)
+    whole, none = uu * dd - ud * ud, torch.zeros_like(s)
+    joint = torch.where(whole > _NARROW * uu * dd, (gu * dd - gd * ud) / whole, 0.0)
+    best, a, b = none, none, none
+    for wanted in (joint, gu / uu, none):
+        # The offset answers the scale as it is stored.
+        moved = usable(store[0], s, wanted)
+        shift = usable(store[1], o, (gd - moved * ud) / dd)
+        for tried in (shift, none):
+            gain = moved * (2 * gu - moved * uu) + tried * (2 * gd - tried * dd) - 2 * moved * tried * ud
+            better = gain > best
+            best, a, b = (torch.where(better, x, y) for x, y in ((gain, best), (moved, a), (tried, b)))
+    steps.apply(here, a.unsqueeze(1) * up + b.unsqueeze(1) * down)
+    scale[:, at], offset[:, at] = store[0](s + a), store[1](o + b)  # again: a difference of two halves may be no half

@@ -16,7 +16,7 @@ from fewbit.schemes.ggml import grids as blockwise
 from fewbit.schemes.ggml.codec import Blocks
 from fewbit.schemes.ggml.grids import BlockGrids
 from fewbit.schemes.ggml.layout import LAYOUTS
-from fewbit.schemes.ggml.search import LARGEST, fit
+from fewbit.schemes.ggml.search import LARGEST, Found, fit
 from fewbit.schemes.ggml.table import BLOCK_TYPES
 
 # Entries searched at a time: on a CPU what its cache holds.
@@ -67,9 +67,13 @@ class GGML(Blocks, Scheme):
         return chunk_rows(w.shape[0], w.shape[1], _CHUNK.get(w.device.type, 1 << 24))
 
     def _fit_rows(self, w: Tensor, importance: Tensor | None) -> BlockGrids:
+        kind = LAYOUTS[self.name]
+        weights = None if importance is None else importance.expand_as(w).reshape(-1, kind.columns)
+        return self.grids(fit(kind, w.reshape(-1, kind.columns), weights), w)
+
+    def grids(self, found: Found, w: Tensor) -> BlockGrids:
+        """What was found for the blocks of `w`, row by row."""
         kind, dtype = LAYOUTS[self.name], w.dtype if w.dtype == torch.float64 else torch.float32
-        weights = None if importance is None else importance.expand_as(w)
-        found = fit(kind, w, weights)
 
         def by_row(x: Tensor) -> Tensor:
             return x.to(dtype).view(len(w), -1)
