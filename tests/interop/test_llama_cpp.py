@@ -14,8 +14,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import fewbit
+from fewbit.errors import PlanError
 from fewbit.formats.gguf import Entry, GgufWriter
-from fewbit.models import gguf_header
+from fewbit.models import gguf_header, smollm2
 from fewbit.models.source import locate
 from tests import gguf_files, models
 from tests.gguf_files import AWKWARD
@@ -71,3 +73,23 @@ def test_it_computes_what_the_original_does(family: str, tmp_path: Path) -> None
     got = torch.from_numpy(np.array(llama.scores[: len(ids)]))
     want = models.logits(models.original(folder), ids[None])[0]
     assert float((got - want).norm() / want.norm()) < 2e-3  # its attention and GELU round to 16 bits
+
+
+def test_a_file_of_others_gives_the_same_logits_in_both(tmp_path: Path) -> None:
+    try:
+        path = smollm2.gguf_file()
+    except PlanError as error:
+        pytest.skip(str(error))
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    llama = opened(path, n_ctx=64, logits_all=True)
+    for text in AWKWARD:
+        assert tokens(llama, text) == tokenizer(text)["input_ids"], repr(text)
+    ids = tokenizer("The capital of France is Paris, and that of Italy is")["input_ids"]
+    llama.eval(ids)
+    got = torch.from_numpy(np.array(llama.scores[: len(ids)]))
+    want = models.logits(fewbit.load(path), torch.tensor([ids]))[0]
+    distance = torch.nn.functional.kl_div(
+        got.log_softmax(1), want.log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    assert float(distance) < 0.01  # 0.0048, as llama.cpp rounds activations to 8 bits
+    assert torch.equal(got.argmax(1), want.argmax(1))

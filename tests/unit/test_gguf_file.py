@@ -143,6 +143,13 @@ def sound() -> bytes:
     return bytes(raw)
 
 
+def test_version_2_is_laid_out_alike(tmp_path: Path) -> None:
+    raw = bytearray(sound())
+    raw[4] = 2
+    (tmp_path / "m.gguf").write_bytes(raw)
+    assert GgufFile(tmp_path / "m.gguf").get("norm").tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_truncated_anywhere(tmp_path: Path) -> None:
     raw, path = sound(), tmp_path / "t.gguf"
     last = len(raw) - 32 + 12  # of what comes after the last tensor nothing is needed
