@@ -221,7 +221,8 @@ def evaluate(
         raise PlanError(f"--length {length} is beyond the model's context of {most} tokens")
     if length is not None and length < 2:
         raise PlanError(f"--length {length}: a window needs at least 2 tokens")
-    loaded_text = texts.load_text(text or texts.own_source(source.config), "evaluation")
+    # The original may know a text that a GGUF file made from it has no word for.
+    loaded_text = texts.load_text(text or texts.own_source((original or source).config), "evaluation")
     chosen = texts.windows(texts.encode(loaded_text, tokenizer), length or min(2048, most), samples)
     options: dict[str, Any] = {
         "dtype": dtype or ("auto" if device != "cpu" else torch.float32),
