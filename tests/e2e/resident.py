@@ -21,12 +21,13 @@ def resident() -> int:
     return next(int(line.split()[1]) for line in rollup if line.startswith("Rss:")) << 10
 
 
-first = fewbit.load(sys.argv[1])
-first(torch.arange(8)[None])
-del first
-before, start = resident(), time.perf_counter()
-model = fewbit.load(sys.argv[2])
-seconds = time.perf_counter() - start
-for parameter in model.parameters():
-    parameter.data.view(-1)[::64].sum()  # every page is touched
-print(json.dumps({"seconds": seconds, "resident": resident() - before}))
+if __name__ == "__main__":
+    first = fewbit.load(sys.argv[1])
+    first(torch.arange(8)[None])
+    del first
+    before, start = resident(), time.perf_counter()
+    model = fewbit.load(sys.argv[2])
+    seconds = time.perf_counter() - start
+    for parameter in model.parameters():
+        parameter.data.view(-1)[::64].sum()  # every page is touched
+    print(json.dumps({"seconds": seconds, "resident": resident() - before}))

@@ -17,7 +17,7 @@ import fewbit as fb
 from fewbit import api
 from fewbit.errors import PlanError
 from fewbit.fused import Slice, packed_linears
-from fewbit.models import decode
+from fewbit.models import decode, plugin
 from fewbit.models.fuse import fuse, shared_inputs
 from fewbit.plan import find
 from tests import models
@@ -94,9 +94,9 @@ def test_a_static_cache_as_for_a_gpu_gives_the_same_text(family: str, ids: Tenso
 def test_every_scheme_can_be_fused(options: dict[str, Any], nested: bool, ids: Tensor, tmp_path: Path) -> None:
     if nested and "load_in_4bit" in options:
         options = {**options, "bnb_4bit_use_double_quant": True}
-    fb.prefer("bitsandbytes")
     folder = models.save(tmp_path / "original", "llama")
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**options))
+    with plugin.serving():
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**options))
     before = greedy(model, ids)
     assert len(fuse(model)) == 4
     assert greedy(model, ids) == before

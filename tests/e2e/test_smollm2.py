@@ -59,7 +59,8 @@ def test_it_loads_packed_and_speaks(quantized: Path, fewbit: Fewbit) -> None:
     assert answer.code == 0
     assert "Paris" in answer.json["text"]
     chat = fewbit("generate", quantized, "What is two plus two?", "--chat", "--max-new-tokens", 12)
-    assert (chat.code, chat.err) == (0, "")
+    assert chat.code == 0
+    assert "tokens/s" in chat.err
     assert chat.out.strip()
     assert "<|im_start|>" not in chat.out
 
