@@ -169,7 +169,9 @@ def why(error: BaseException) -> str:
     if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
         return f"out of memory: {first_line(str(error)) or 'no more could be had'}"
     if isinstance(error, FewbitError):
-        return error.message
+        said = [line.strip() for line in error.message.splitlines()]
+        more = f"; and {len(said) - 2} more" if len(said) > 2 else ""  # a list of all tensors is no line
+        return " ".join(said[:2]) + more
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {first_line(str(error))}{where}"
