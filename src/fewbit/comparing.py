@@ -221,12 +221,14 @@ class _Bench:
 
 
 def _found(names: Sequence[str]) -> dict[str, plans.Plan | None]:
-    """The plans by the names that were given; PlanError that tells of all that do not exist."""
+    """The plans by their names, each once; PlanError that tells of all that do not exist."""
     found: dict[str, plans.Plan | None] = {}
     unknown, hints = [], dict[str, None]()
     for name in names:
         try:
-            found[name] = None if name == ORIGINAL else plans.find(name)
+            plan = None if name == ORIGINAL else plans.find(name)
+            # A file's plan goes by the name that it gives itself, unless another has it.
+            found[name if plan is None or plan.name in found else plan.name] = plan
         except PlanError as error:
             unknown.append(error.message)
             hints[error.hint] = None

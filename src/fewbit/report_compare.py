@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ def columns() -> list[Column]:
         Column("on\ndisk", lambda r: size(r.disk_bytes or 0), lambda r: r.disk_bytes or 0),
         Column("at\nrest", lambda r: size(_of(r.weights).at_rest), lambda r: _of(r.weights).at_rest),
         Column("peak\nmemory", lambda r: size(peak(r)), peak),
-        Column("load", lambda r: duration(_of(r.speed).load), lambda r: _of(r.speed).load),
+        Column("load", lambda r: short(_of(r.speed).load), lambda r: _of(r.speed).load),
         Column(
             "prefill\ntokens/s",
             lambda r: rate(_of(r.speed).prefill.median),
@@ -52,7 +53,7 @@ def columns() -> list[Column]:
         ),
         Column("KL\ndivergence", lambda r: within(_of(r.loss).kl), lambda r: _of(r.loss).kl.value),
         Column("same\ntop", lambda r: f"{_of(r.loss).same_top.value:.1%}", lambda r: _of(r.loss).same_top.value, False),
-        Column("quan-\ntized in", lambda r: duration(r.quantizing.seconds) if r.quantizing else ""),
+        Column("quan-\ntized in", lambda r: short(r.quantizing.seconds) if r.quantizing else ""),
     ]
 
 
@@ -60,6 +61,17 @@ def peak(row: Row) -> int:
     """The most memory of loading and generating: of the GPUs where the model was there, else of the process."""
     peaks = [p for p in (row.loading, row.generating) if p is not None]
     return max((p.cuda for p in peaks), default=0) or max((p.process for p in peaks), default=0)
+
+
+def short(seconds: float) -> str:
+    """Seconds for people, in few characters."""
+    return (
+        duration(seconds)
+        if seconds < 60
+        else f"{seconds / 60:.3g} min"
+        if seconds < 3600
+        else f"{seconds / 3600:.3g} h"
+    )
 
 
 def rate(value: float) -> str:
@@ -75,7 +87,7 @@ def within(interval: Interval) -> str:
     if interval.value < 0.001:
         return f"{interval.value:.1e}±{half:.0e}".replace("e-0", "e-")
     digits = max(0, min(4, -math.floor(math.log10(half)))) if half else 4
-    return f"{interval.value:.{digits}f}±{half:.{digits}f}".replace("0.", ".")
+    return re.sub(r"(?<!\d)0\.", ".", f"{interval.value:.{digits}f}±{half:.{digits}f}")
 
 
 def table(compared: Comparison) -> Table:
@@ -84,7 +96,7 @@ def table(compared: Comparison) -> Table:
     made = [row for row in shown if row.plan != ORIGINAL]
     grid = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     grid.add_column("plan", no_wrap=True)
-    cells: list[list[Text]] = [[Text(Path(row.plan).name)] for row in shown]
+    cells: list[list[Text]] = [[Text(row.plan)] for row in shown]
     for column in columns():
         grid.add_column(column.heading, justify="right", no_wrap=True)
         best = _best(column, made)
@@ -109,7 +121,7 @@ def comparison(compared: Comparison, folder: str | Path | None) -> None:
     for row in c.rows:
         for note in row.notes:
             say(f"note: {row.plan}: {note}")
-    say(f"Quality is of {c.text.samples} x {c.text.length} tokens of {c.text.text}{_calibrated(c)}.")
+    say(f"Measured on {c.text.samples} x {c.text.length} tokens of {c.text.text}{_calibrated(c)}.")
     _samples(c)
     if c.reused:
         say(f"{c.reused} of {len(c.rows)} rows were measured before and are reused.")
@@ -144,7 +156,7 @@ def _where(compared: Comparison) -> str:
 
 def _calibrated(compared: Comparison) -> str:
     used = compared.calibration
-    return f"; calibration, where needed, {used.samples} x {used.length} of {used.text}" if used else ""
+    return f", calibrated on {used.samples} x {used.length} of {used.text}" if used else ""
 
 
 def _of(part: Any) -> Any:
@@ -154,7 +166,10 @@ def _of(part: Any) -> Any:
 
 
 def say(line: str, style: str = "", to: Console | None = None) -> None:
-    (to or _wide()).print(Text(line, style=style))
+    if to is None:
+        _wide().print(Text(line, style=style))
+    else:  # a log has a line for a line
+        to.print(Text(line, style=style), soft_wrap=not to.is_terminal)
 
 
 def _wide() -> Console:
