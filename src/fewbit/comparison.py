@@ -73,12 +73,14 @@ class Weights:
     parameters: what summing `p.numel() * p.element_size()` over `model.parameters()` gives.
     buffers: what that sum leaves out, by the last part of the tensors' names, the largest first.
     canonical: what schemes say that weights in the files take, from their headers alone.
+    resident: what loading added to the process once every weight was touched, code of libraries not counted.
     """
 
     at_rest: int
     parameters: int
     buffers: dict[str, int]
     canonical: int
+    resident: int = 0
 
 
 @dataclass(frozen=True)

@@ -66,10 +66,11 @@ def measure(task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
     prompt = windows.flatten()[: task["prompt_tokens"]].unsqueeze(0)
     _read_through(source)
     memory.forget_peak()
-    before, elapsed = memory.now().resident, pipeline.timed()
+    before, alone, elapsed = memory.now().resident, memory.kept([]), pipeline.timed()
     model = load_model(source, device=device, trust_remote_code=trust)
     seconds = elapsed()
-    weights, loading = memory.at_rest(model), _peak(before)
+    memory.touch(model)
+    weights, resident, loading = memory.at_rest(model), memory.kept(source.files) - alone, _peak(before)
     memory.forget_peak()
     heard({"doing": "speed"})
     rates = speed.prefill(model, prompt), speed.decode(model, prompt, task["new_tokens"])
@@ -80,7 +81,8 @@ def measure(task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
         del model
         model = load_model(source, device=device, dtype=torch.float32, trust_remote_code=trust)
     reference = _reference(task, original, model if source is original else None, windows)
-    found = quality.measure(model, reference[0], windows)
+    # The original has said already what it says of the windows.
+    found = quality.measure(reference[0] if source is original else model, reference[0], windows)
     assert found.kl is not None
     assert found.same_top is not None
     seen = describe(source)
@@ -95,7 +97,9 @@ def measure(task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
         **({"what": f"the original, {str(source.dtype).removeprefix('torch.')}"} if source is original else {}),
         "disk_bytes": sum(file.stat().st_size for file in source.files),
         "bits_per_weight": seen.bits_per_weight,
-        "weights": asdict(comparison.Weights(weights.whole, weights.parameters, weights.buffers, seen.weights_bytes)),
+        "weights": asdict(
+            comparison.Weights(weights.whole, weights.parameters, weights.buffers, seen.weights_bytes, resident)
+        ),
         "loading": asdict(loading),
         "generating": asdict(generating),
         "speed": asdict(comparison.Speed(seconds, *map(Timing.of, rates))),

@@ -64,6 +64,7 @@ def check_original(row: Any) -> None:
     weights = row.weights
     assert (row.format, row.what, row.bits_per_weight) == ("safetensors", "the original, bfloat16", 16.0)
     assert weights.canonical == weights.parameters == 2 * 7_344_384
+    assert weights.resident > 0
     assert weights.at_rest == weights.parameters + sum(weights.buffers.values())
     assert row.loss.kl.value == 0
     assert row.loss.same_top.value == 1

@@ -60,8 +60,8 @@ def test_prefill_reads_the_prompt_and_decode_writes_after_it() -> None:
     assert all(rate > 0 for rate in rates)
     model.asked.clear()
     speed.decode(model, ids, new_tokens=2)
-    assert model.asked[:3] == [([0, 1, 2], None), ([3], 3), ([4], 4)]
-    assert len(model.asked) % 3 == 0
+    assert model.asked[:5] == [([0, 1, 2], None), ([3], 3), ([0, 1, 2], None), ([3], 3), ([4], 4)]
+    assert (len(model.asked) - 2) % 3 == 0
 
 
 def test_recorded_logits_are_as_good_as_the_model_they_are_of() -> None:

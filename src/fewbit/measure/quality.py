@@ -59,24 +59,23 @@ class Quality:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a reference said of the windows, computed once for many models: logits [windows, length, vocabulary]."""
+    """What a model said of the windows, to stand in its place: logits [windows, length, vocabulary]."""
 
     logits: Tensor
 
 
 def measure(
-    model: Any, reference: Any | Recorded | None, windows: Tensor, progress: Callable[[int], None] | None = None
+    model: Any | Recorded,
+    reference: Any | Recorded | None,
+    windows: Tensor,
+    progress: Callable[[int], None] | None = None,
 ) -> Quality:
     """Compare two causal LMs on `windows` of token ids [n, length]; `progress` is told of each finished window."""
     loss, reference_loss, kl, same = [], [], [], []
     with torch.inference_mode():
         for number, tokens in enumerate(windows, 1):
-            logits = logits_of(model, tokens)
-            original: Tensor | None = None
-            if isinstance(reference, Recorded):
-                original = reference.logits[number - 1].to(logits.device)
-            elif reference is not None:
-                original = logits_of(reference, tokens)
+            logits = _said(model, number, tokens)
+            original = None if reference is None else _said(reference, number, tokens).to(logits.device)
             for start in range(0, len(tokens) - 1, _ROWS):
                 rows = slice(start, min(start + _ROWS, len(tokens) - 1))
                 targets = tokens[rows.start + 1 : rows.stop + 1].unsqueeze(1)
@@ -119,6 +118,10 @@ def measure(
         ),
         same_top=runs.estimate(torch.mean, torch.cat(same).double()),
     )
+
+
+def _said(model: Any | Recorded, number: int, tokens: Tensor) -> Tensor:
+    return model.logits[number - 1] if isinstance(model, Recorded) else logits_of(model, tokens)
 
 
 def logits_of(model: Any, tokens: Tensor) -> Tensor:
