@@ -15,6 +15,7 @@ from fewbit.errors import FewbitError, FormatError, KernelError, NumericsError, 
 if TYPE_CHECKING:
     from fewbit.adapters import finetune, merge
     from fewbit.api import evaluate, generate, inspect, load, quantize
+    from fewbit.comparing import compare
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "KernelError",
     "NumericsError",
     "PlanError",
+    "compare",
     "evaluate",
     "finetune",
     "generate",
@@ -34,7 +36,11 @@ __all__ = [
     "quantize",
 ]
 
-_VERBS = {"adapters": ("finetune", "merge"), "api": ("evaluate", "generate", "imatrix", "inspect", "load", "quantize")}
+_VERBS = {
+    "adapters": ("finetune", "merge"),
+    "api": ("evaluate", "generate", "imatrix", "inspect", "load", "quantize"),
+    "comparing": ("compare",),
+}
 
 hook.install()
 

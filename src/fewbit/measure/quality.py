@@ -57,15 +57,25 @@ class Quality:
     same_top: Estimate | None
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What a model said of the windows, to stand in its place: logits [windows, length, vocabulary]."""
+
+    logits: Tensor
+
+
 def measure(
-    model: Any, reference: Any | None, windows: Tensor, progress: Callable[[int], None] | None = None
+    model: Any | Recorded,
+    reference: Any | Recorded | None,
+    windows: Tensor,
+    progress: Callable[[int], None] | None = None,
 ) -> Quality:
     """Compare two causal LMs on `windows` of token ids [n, length]; `progress` is told of each finished window."""
     loss, reference_loss, kl, same = [], [], [], []
     with torch.inference_mode():
         for number, tokens in enumerate(windows, 1):
-            logits = _logits(model, tokens)
-            original = _logits(reference, tokens) if reference is not None else None
+            logits = _said(model, number, tokens)
+            original = None if reference is None else _said(reference, number, tokens).to(logits.device)
             for start in range(0, len(tokens) - 1, _ROWS):
                 rows = slice(start, min(start + _ROWS, len(tokens) - 1))
                 targets = tokens[rows.start + 1 : rows.stop + 1].unsqueeze(1)
@@ -110,7 +120,12 @@ def measure(
     )
 
 
-def _logits(model: Any, tokens: Tensor) -> Tensor:
+def _said(model: Any | Recorded, number: int, tokens: Tensor) -> Tensor:
+    return model.logits[number - 1] if isinstance(model, Recorded) else logits_of(model, tokens)
+
+
+def logits_of(model: Any, tokens: Tensor) -> Tensor:
+    """Logits [length, vocabulary] of one window of token ids."""
     logits = model(input_ids=tokens.unsqueeze(0).to(model.device), use_cache=False).logits[0]
     assert isinstance(logits, Tensor)
     return logits
