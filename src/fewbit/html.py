@@ -1,6 +1,6 @@
 """The report of a comparison as one page that opens anywhere: no request, no library, nothing to install.
 
-`write` puts index.html into a folder, and the charts as files of their own. All texts, those that models wrote above all,
+`write` puts index.html into a folder, and the charts as files of their own. All texts, first those that models wrote,
 are escaped; a content security policy forbids every request and every script but the page's own, in case one was not.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import groupby
@@ -21,7 +20,7 @@ from fewbit.charts.heat import Shades, heat, in_blocks, legend, shades
 from fewbit.charts.png import png
 from fewbit.charts.scatter import Point, front, scatter
 from fewbit.charts.svg import DARK, FONT, LIGHT, element, escaped, rules, standalone
-from fewbit.columns import Column, columns, nats, rate
+from fewbit.columns import Column, columns
 from fewbit.comparison import Comparison, Row, TextUsed
 
 _DATA = Path(__file__).parent / "data" / "report"
@@ -33,7 +32,7 @@ _KL = Measure("KL divergence, nats per token", lambda v: f"{v:g}", log=True)
 
 
 def write(comparison: Comparison, folder: str | Path) -> list[str]:
-    """Write index.html, quality-size and quality-speed (.svg, .png) into a folder that exists; what could not be, and why."""
+    """Write index.html, quality-size and quality-speed (.svg, .png) into a folder; says what it could not, and why."""
     folder = Path(folder)
     _put(folder / "index.html", page(comparison).encode())
     notes = []
@@ -116,8 +115,8 @@ def _table(c: Comparison) -> Iterator[str]:
     shown = columns(c.rows)
     yield element(
         "p",
-        text="A header sorts. Bold is the best of a column, the original left out. Below a number: its 95 % interval, the "
-        "range of its runs, or what was added to what the process held before.",
+        text="A header sorts. Bold is the best of a column but for the original. Below a number: its 95 % interval, "
+        "the range of its runs, what came on top of what the process held, or what a sum over parameters gives.",
         class_="note",
     )
     groups = [(group, len(list(members))) for group, members in groupby(shown, key=lambda column: column.group)]
@@ -126,11 +125,15 @@ def _table(c: Comparison) -> Iterator[str]:
     heads = [_head("plan", "plan", "what was asked for", "ascending", "text", "plan")]
     heads += [
         _head(
-            column.name, column.title, column.explained, "descending" if column.more_is_better else "ascending", "number",
+            column.name,
+            column.title,
+            column.explained,
+            "descending" if column.more_is_better else "ascending",
+            "number",
             "first" if column.name in begins else None,
         )
         for column in shown
-    ]  # fmt: skip
+    ]
     head = element("thead", element("tr", "<td></td>", *over, class_="groups"), element("tr", *heads))
     quantized = [row for row in c.rows if row.done and row is not c.original]
     best = {column.name: column.best(quantized) for column in shown}
@@ -138,6 +141,8 @@ def _table(c: Comparison) -> Iterator[str]:
     caption = element("caption", text=f"Plans for {c.model}", class_="unseen")
     table = element("table", caption, head, body, class_="sortable")
     yield element("div", table, class_="scroll", tabindex=0, role="region", aria_labelledby="numbers")
+    terms = (element("dt", text=column.title) + element("dd", text=column.explained) for column in shown)
+    yield element("details", element("summary", text="What the columns say"), element("dl", *terms))
 
 
 def _head(name: str, title: str, explained: str, begin: str, kind: str, look: str | None) -> str:
@@ -149,7 +154,12 @@ def _line(row: Row, shown: Sequence[Column], begins: set[str], best: Mapping[str
     under = [element("small", text=text) for text in (row.what, "reused" if row.reused else "") if text]
     plan = element("th", escaped(row.plan), *under, scope="row", data_of="plan", data_value=row.plan)
     if not row.done:
-        reason = element("td", text=f"Failed: {row.reason or 'no reason is known'}", class_="first reason", colspan=len(shown) or None)
+        reason = element(
+            "td",
+            text=f"Failed: {row.reason or 'no reason is known'}",
+            class_="first reason",
+            colspan=len(shown) or None,
+        )
         return element("tr", plan, reason, class_="failed")
     cells = []
     for column in shown:
@@ -194,8 +204,8 @@ def _figures(c: Comparison) -> Iterator[str]:
     yield element("h2", text="What quality costs")
     yield element(
         "p",
-        text="Filled points are on the Pareto front: no other plan is better in one of the two and not worse in the other. "
-        "All that lies beyond the dashed line is beaten by one of them. Bars are 95 % intervals.",
+        text="Filled points are on the Pareto front: no other plan is better in one of the two and no worse in the "
+        "other. All that lies beyond the dashed line is beaten by one of them. Bars are 95 % intervals.",
         class_="note",
     )
     figures = []
@@ -214,24 +224,26 @@ def _figures(c: Comparison) -> Iterator[str]:
 
 def _errors(c: Comparison) -> Iterator[str]:
     rows = [row for row in c.rows if row.done and row is not c.original and (row.errors or row.loss)]
-    maps, outside = {}, {}
+    maps = []
     for row in rows:
-        inside, outside[row.plan] = in_blocks(row.errors)
+        inside, outside = in_blocks(row.errors)
         drift = row.loss.drift if row.loss else ()
-        maps[row.plan] = {**inside, **{(_HIDDEN_STATE, i): error for i, error in enumerate(drift)}}
-    scale = shades(v for cells in maps.values() for v in cells.values())
-    if not any(maps.values()):
+        cells = {**inside, **{(_HIDDEN_STATE, i): error for i, error in enumerate(drift)}}
+        if cells:
+            maps.append((row.plan, cells, outside))
+    if not maps:
         return
+    scale = shades(v for _, cells, _ in maps for v in cells.values())
     yield element("h2", text="Where the error sits")
     yield element(
         "p",
-        text="The relative squared error of what each linear computes, by block from left to right (of its weight, where the "
-        f"method needs no calibration); in the last line that of the hidden state {_HIDDEN_STATE}, where errors add up. "
-        "All maps have the same colors.",
+        text="The relative squared error of what each linear computes, by block from left to right (of its weight, "
+        f"where a method needs no calibration); in the last line that of the hidden state {_HIDDEN_STATE}, where "
+        "errors add up. All maps have the same colors.",
         class_="note",
     )
     yield legend(scale, name="legend")
-    figures = (_map(i, plan, cells, outside[plan], scale) for i, (plan, cells) in enumerate(maps.items()) if cells)
+    figures = (_map(i, *each, scale) for i, each in enumerate(maps))
     yield element("div", *figures, class_="maps")
 
 
@@ -273,7 +285,7 @@ def _agreed(text: str, other: str) -> int:
     """How many characters of `text` agree with `other`, back to the beginning of the word that differs."""
     if text == other:
         return len(text)
-    same = len(os.path.commonprefix([text, other]))
+    same = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
     if same == len(text):
         return same
     return text.rfind(" ", 0, same + 1) + 1

@@ -1,7 +1,7 @@
 """An axis: which numbers it names, and where a number stands on it.
 
-Ticks are 1, 2, 2.5 or 5 times a power of ten, or, on a logarithmic axis, powers of ten and, where these are few, 2 and 5
-times them. Zero has no place on a logarithmic axis; where it must be shown it stands beyond a gap at the axis's end.
+Ticks are 1, 2, 2.5 or 5 times a power of ten, or, on a logarithmic axis, powers of ten and, where these are few, 2
+and 5 times them. Zero has no place on a logarithmic axis; where it must be shown it stands beyond a gap.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Axis:
 
 
 def axis(values: Sequence[float], start: float, end: float, *, log: bool = False, ticks: int = 5) -> Axis:
-    """An axis that holds all `values` (finite, not negative); logarithmic, if it may be, where they span a wide range."""
+    """An axis that holds all `values` (finite, not negative); logarithmic, if it may be, where they range widely."""
     positive = [v for v in values if v > 0]
     if log and positive and max(positive) > _WIDE * min(positive):
         low, high = min(positive) / _ROOM, max(positive) * _ROOM
@@ -90,8 +90,8 @@ def linear_ticks(low: float, high: float, count: int = 5) -> tuple[float, ...]:
 def log_ticks(low: float, high: float, count: int = 5) -> tuple[float, ...]:
     """Round numbers between `low` and `high`: powers of ten, with 3 or with 2 and 5 times these where they are few.
 
-    >>> log_ticks(0.008, 4.6)
-    (0.01, 0.1, 1.0)
+    >>> log_ticks(0.008, 460)
+    (0.01, 0.1, 1.0, 10.0, 100.0)
     >>> log_ticks(0.013, 0.6)
     (0.02, 0.05, 0.1, 0.2, 0.5)
     """

@@ -1,7 +1,7 @@
 """A number for each linear of each block as a patch of color: where in the model the error sits.
 
-Blocks go from left to right, linears from top to bottom, in the order in which the model has them. Colors are nine steps
-of a logarithmic scale that several maps can share, so that one map can be held against another.
+Blocks go from left to right, linears from top to bottom, in the order in which the model has them. Colors are nine
+steps of a logarithmic scale that several maps can share, so that one map can be held against another.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fewbit.charts.svg import STEPS, drawing, element, extent
+from fewbit.charts.svg import STEPS, cut, drawing, element, extent
 
-_BLOCK = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
+_BLOCK = re.compile(r"^(?:.*?\.)?([0-9]{1,6})\.(.+)$")
 _ROW = 17.0
+_NAME = 22  # characters of a linear's name that are shown
 
 
 @dataclass(frozen=True)
@@ -55,30 +56,30 @@ def in_blocks(errors: Mapping[str, float]) -> tuple[dict[tuple[str, int], float]
 def heat(cells: Mapping[tuple[str, int], float], scale: Shades, *, name: str, title: str, width: int = 340) -> str:
     """The drawing of what `in_blocks` gave."""
     linears = list(dict.fromkeys(linear for linear, _ in cells))
-    blocks = max((block for _, block in cells), default=-1) + 1
+    blocks = sorted({block for _, block in cells})
     short = _short(linears)
     left = 8 + max((extent(short[linear]) for linear in linears), default=0)
-    column = min(24.0, (width - left - 2) / max(blocks, 1))
+    column = min(24.0, (width - left - 2) / max(len(blocks), 1))
     gap = 1.5 if column > 6 else 0.5
     parts = []
     for row, linear in enumerate(linears):
         top = row * _ROW
         parts.append(element("text", text=short[linear], x=left - 8, y=top + 12.5, text_anchor="end", class_="tick"))
-        for block in range(blocks):
+        for i, block in enumerate(blocks):
             value = cells.get((linear, block))
-            place = {"x": left + block * column, "y": top, "width": column - gap, "height": _ROW - gap}
+            place = {"x": left + i * column, "y": top, "width": column - gap, "height": _ROW - gap}
             if value is None:
                 parts.append(element("rect", **place, class_="none"))
             else:
                 said = element("title", text=f"block {block}, {linear}: {value:.2e}")
                 parts.append(element("rect", said, **place, class_=f"h{scale.step(value)}"))
     base = len(linears) * _ROW + 13
-    for block in _named(blocks, column):
-        at = left + block * column + (column - gap) / 2
-        parts.append(element("text", text=block, x=at, y=base, text_anchor="middle", class_="tick"))
+    for i in _named(len(blocks), column):
+        at = left + i * column + (column - gap) / 2
+        parts.append(element("text", text=blocks[i], x=at, y=base, text_anchor="middle", class_="tick"))
     (linear, block), worst = max(cells.items(), key=lambda item: item[1], default=(("", 0), 0.0))
     description = (
-        f"{len(linears)} linears in {blocks} blocks. The largest error is {worst:.2e}, of {linear} in block {block}."
+        f"{len(linears)} linears in {len(blocks)} blocks. The largest is {worst:.2e}, of {linear} in block {block}."
         if cells
         else "There is nothing to show."
     )
@@ -103,10 +104,10 @@ def legend(scale: Shades, *, name: str, width: int = 340) -> str:
 def _short(linears: Sequence[str]) -> dict[str, str]:
     """The last part of each name, where that tells them apart."""
     last = [linear.rsplit(".", 1)[-1] for linear in linears]
-    return {full: (part if last.count(part) == 1 else full) for full, part in zip(linears, last, strict=True)}
+    return {full: cut(part if last.count(part) == 1 else full, _NAME) for full, part in zip(linears, last, strict=True)}
 
 
 def _named(blocks: int, column: float) -> range:
     """The blocks whose number has room under its column."""
-    every = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if step * column >= 20)
+    every = next((step for step in (1, 2, 5, 10, 20, 50, 100) if step * column >= 20), 1000)
     return range(0, blocks, every)

@@ -1,7 +1,7 @@
 """Where the names of points go, so that they cover neither points nor one another.
 
-Each name has places around its point, near ones first. One after another takes its cheapest place given all others', until
-none wants to move: with the few points of a chart that is enough, and the same points always give the same drawing.
+Each name has places around its point, near ones first. One after another takes its cheapest place given all others',
+until none wants to move: with the few points of a chart that is enough, and the same points give the same drawing.
 """
 
 from __future__ import annotations
@@ -34,9 +34,13 @@ class Box:
 
 
 def placed(
-    points: Sequence[tuple[float, float]], sizes: Sequence[tuple[float, float]], room: Box, radius: float, lines: Sequence[Box] = ()
+    points: Sequence[tuple[float, float]],
+    sizes: Sequence[tuple[float, float]],
+    room: Box,
+    radius: float,
+    lines: Sequence[Box] = (),
 ) -> list[Box]:
-    """A box of its size for each point's name, inside `room` where that is large enough, off the `lines` where it can."""
+    """A box of its size for each point's name, inside `room` if that is large enough, off the `lines` where it can."""
     dots = [Box(x - radius, y - radius, x + radius, y + radius) for x, y in points]
     choices = [list(_around(x, y, *size, radius + 3)) for (x, y), size in zip(points, sizes, strict=True)]
     taken = [choice[0] for choice in choices]

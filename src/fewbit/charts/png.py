@@ -1,4 +1,4 @@
-"""PNG images of our drawings, by resvg: one small wheel that needs nothing else, neither a browser nor a system library."""
+"""PNG images of our drawings, by resvg: one small wheel that needs neither a browser nor a library of the system."""
 
 from __future__ import annotations
 

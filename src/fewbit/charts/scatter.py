@@ -1,7 +1,7 @@
-"""Points between two measures of which one is gained at the cost of the other, and the front that none of them is beyond.
+"""Points between two measures of which one is gained at the other's cost, and the front that none of them is beyond.
 
-A point is on the Pareto front if no other is at least as good in both measures and better in one. The front is drawn as the
-stair that bounds what is beaten: a straight line between two points would promise what was never measured.
+A point is on the Pareto front if no other is at least as good in both measures and better in one. The front is drawn
+as the stair that bounds what is beaten: a straight line between two points would promise what was never measured.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from itertools import pairwise
 
 from fewbit.charts.axis import Axis, Measure, axis
 from fewbit.charts.labels import Box, placed
-from fewbit.charts.svg import drawing, element, extent
+from fewbit.charts.svg import cut, drawing, element, extent
 
 _DOT = 5.0
+_NAME = 24  # characters of a point's name that are shown
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,10 @@ def _frame(
         parts.append(element("line", x1=left, x2=right, y1=at, y2=at, class_="axis" if at == base else "grid"))
         parts.append(element("text", text=text, x=left - 8, y=at + 4, text_anchor="end", class_="tick"))
     if vertical.zero:  # two short strokes where the axis is broken
-        parts += [element("line", x1=left - 5, x2=left + 5, y1=at + 3, y2=at - 3, class_="axis") for at in (base - 13, base - 19)]
+        parts += [
+            element("line", x1=left - 5, x2=left + 5, y1=at + 3, y2=at - 3, class_="axis")
+            for at in (base - 13, base - 19)
+        ]
     free = -math.inf
     for value in horizontal.ticks:
         at, text = horizontal.place(value), _written(x, value)
@@ -128,9 +132,10 @@ def _marks(
             y1, y2 = vertical.place(p.low), vertical.place(p.high)
             bars.append(element("line", x1=cx, x2=cx, y1=y1, y2=y2, class_="bar"))
         dots.append(element("circle", cx=cx, cy=cy, r=_DOT, class_="best" if p in best else "dot"))
-    sizes = [(extent(p.name), 12.0) for p in points]
+    sizes = [(extent(cut(p.name, _NAME)), 12.0) for p in points]
     lines = [
-        Box(min(ax, bx) - 1, min(ay, by) - 1, max(ax, bx) + 1, max(ay, by) + 1) for (ax, ay), (bx, by) in pairwise(stair)
+        Box(min(ax, bx) - 1, min(ay, by) - 1, max(ax, bx) + 1, max(ay, by) + 1)
+        for (ax, ay), (bx, by) in pairwise(stair)
     ]
     for p, (cx, cy), box in zip(points, places, placed(places, sizes, room, _DOT, lines), strict=True):
         near = min(max(cx, box.left), box.right), min(max(cy, box.top), box.bottom)
@@ -140,5 +145,7 @@ def _marks(
         if box.left <= cx <= box.right:
             side, anchor = (box.left + box.right) / 2, "middle"
         look = "name halo on" if p in best else "name halo"
-        names.append(element("text", text=p.name, x=side, y=box.bottom - 2, text_anchor=anchor, class_=look))
+        names.append(
+            element("text", text=cut(p.name, _NAME), x=side, y=box.bottom - 2, text_anchor=anchor, class_=look)
+        )
     return [*bars, *leads, *dots, *names]

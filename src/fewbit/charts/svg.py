@@ -1,7 +1,7 @@
 """Elements of an SVG drawing as text, everything in them escaped; and what a drawing needs to be a file of its own.
 
-Colors are classes. A page that holds a drawing brings rules in terms of its own custom properties (`rules(None)`); a file
-brings the same rules with colors in their place, so that viewers without custom properties show it too.
+Colors are classes. A page that holds a drawing brings rules in terms of its own custom properties (`rules(None)`); a
+file brings the same rules with colors in their place, so that viewers without custom properties show it too.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ DARK = {
     "h7": "#f8b352",
     "h8": "#fde59a",
 }
-STEPS = 9  # colors of a heat map, h0 to h8: light to dark on paper, dark to light on a dark page, so that more stands out
+STEPS = (
+    9  # colors of a heat map, h0 to h8: light to dark on paper, dark to light on a dark page, so that more stands out
+)
 
 FONT = "ui-sans-serif,system-ui,'Segoe UI','Helvetica Neue',Arial,'Liberation Sans','DejaVu Sans',sans-serif"
 
@@ -80,7 +82,8 @@ def escaped(text: object) -> str:
 
 
 def element(name: str, *content: str, text: object = None, **attributes: object) -> str:
-    """`<name ...>content</name>`; `content` is markup, `text` is not. `class_` is class, other `_` are `-`; None is left out."""
+    """`<name ...>content</name>`: `content` is markup, `text` is not. `class_` is class, other `_` are `-`, None is
+    left out."""
     said = "".join(
         f' {key.rstrip("_").replace("_", "-") if key != "viewBox" else key}="{_number(value)}"'
         for key, value in attributes.items()
@@ -126,6 +129,11 @@ def extent(text: str, size: float = 12) -> float:
     """About how wide a text is, in pixels; rather too wide than too narrow."""
     narrow, wide = "iljtfrI.,:;'|!()[] -", "mwMW@%&"
     return size * sum(0.36 if c in narrow else 0.88 if c in wide else 0.66 if c.isupper() else 0.59 for c in text)
+
+
+def cut(text: str, most: int) -> str:
+    """A name that has room: the beginning and the end of one that has more characters."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) - (most - 1) // 2 :]}"
 
 
 def _number(value: object) -> str:
