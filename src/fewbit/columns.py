@@ -27,9 +27,9 @@ class Column:
     more_is_better: bool = False
 
     def best(self, rows: Sequence[Row]) -> float | None:
-        """The best value of the rows; None where there are fewer than two to choose from."""
+        """The best value of the rows; None where there is no choice: fewer than two, or all the same."""
         values = [v for row in rows if (v := self.value(row)) is not None]
-        if len(values) < 2:
+        if len(set(values)) < 2:
             return None
         return max(values) if self.more_is_better else min(values)
 

@@ -264,7 +264,7 @@ def _samples(c: Comparison) -> Iterator[str]:
         return
     original = (c.original.sample or "").strip() if c.original else None
     yield element("h2", text="What they write")
-    yield element("p", text="Each continues this, always with the likeliest token:", class_="note")
+    yield element("p", text="Each continues this:", class_="note")
     yield element("p", text=c.prompt, class_="prompt", dir="auto")
     if original is not None and len(rows) > 1:
         yield element("p", text="Underlined is what follows the first difference from the original.", class_="note")

@@ -92,6 +92,15 @@ def test_numbers_for_sorting_are_the_exact_ones(comparison: Comparison) -> None:
     assert [float(cell["data-value"] or "") for cell in cells] == losses
 
 
+def test_the_best_of_a_column_is_bold_unless_all_are_alike(comparison: Comparison) -> None:
+    def bold(shown: Comparison) -> list[str | None]:
+        tags = _Tags(html.page(shown)).found
+        return [a["data-of"] for tag, a in tags if tag == "td" and "best" in (a.get("class") or "").split()]
+
+    assert bold(comparison).count("kl") == 1
+    assert bold(replace(comparison, rows=(comparison.rows[0], comparison.rows[1], comparison.rows[1]))) == []
+
+
 @pytest.mark.parametrize(
     ("text", "other", "same"),
     [
