@@ -1,0 +1,104 @@
+"""An axis: which numbers it names, and where a number stands on it.
+
+Ticks are 1, 2, 2.5 or 5 times a power of ten, or, on a logarithmic axis, powers of ten and, where these are few, 2
+and 5 times them. Zero has no place on a logarithmic axis; where it must be shown it stands beyond a gap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+_GAP = 34.0  # pixels between zero and the least number of a logarithmic axis
+_ROOM = 1.6  # factor that a logarithmic axis goes on beyond its values
+_WIDE = 12.0  # the ratio of greatest to least from which on a linear axis would crowd the small ones
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What an axis shows: a title, how its numbers are written, and whether more of it is better.
+
+    `log` allows a logarithmic axis; one is taken where the numbers span more than a factor of 12.
+    """
+
+    title: str
+    write: Callable[[float], str]
+    more_is_better: bool = False
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Values from `low` to `high` on pixels from `start` to `end`, either of which may be the greater."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool
+    zero: bool  # on a logarithmic axis: zero stands at `start`, the rest begins after a gap
+    ticks: tuple[float, ...]
+
+    def place(self, value: float) -> float:
+        """The pixel of a value; what lies outside stands at the end that it is nearer to."""
+        start = self.start
+        if self.log:
+            if self.zero:
+                start += math.copysign(_GAP, self.end - self.start)
+            if value <= 0:
+                return self.start
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            share = (value - self.low) / (self.high - self.low)
+        return start + min(max(share, 0.0), 1.0) * (self.end - start)
+
+
+def axis(values: Sequence[float], start: float, end: float, *, log: bool = False, ticks: int = 5) -> Axis:
+    """An axis that holds all `values` (finite, not negative); logarithmic, if it may be, where they range widely."""
+    positive = [v for v in values if v > 0]
+    if log and positive and max(positive) > _WIDE * min(positive):
+        low, high = min(positive) / _ROOM, max(positive) * _ROOM
+        named = log_ticks(low, high, ticks)
+        zero = len(positive) < len(values)
+        return Axis(low, high, start, end, True, zero, ((0.0, *named) if zero else named))
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    if low < high / 2 or high == low:
+        low = 0.0  # an axis that could begin at zero does
+    if high == low:
+        high = 1.0
+    named = linear_ticks(low, high, ticks)
+    return Axis(named[0], named[-1], start, end, False, False, named)
+
+
+def linear_ticks(low: float, high: float, count: int = 5) -> tuple[float, ...]:
+    """About `count` steps of a round size, from at most `low` to at least `high`.
+
+    >>> linear_ticks(0, 28.7)
+    (0.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0)
+    >>> linear_ticks(0.71, 0.94)
+    (0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+    """
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.85)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    # A product such as 3 * 0.1 is not 0.3; twelve digits are.
+    return tuple(float(f"{i * step:.12g}") for i in range(first, last + 1))
+
+
+def log_ticks(low: float, high: float, count: int = 5) -> tuple[float, ...]:
+    """Round numbers between `low` and `high`: powers of ten, with 3 or with 2 and 5 times these where they are few.
+
+    >>> log_ticks(0.008, 460)
+    (0.01, 0.1, 1.0, 10.0, 100.0)
+    >>> log_ticks(0.013, 0.6)
+    (0.02, 0.05, 0.1, 0.2, 0.5)
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    named: list[float] = []
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        named = [n for power in powers for n in (float(f"{factor}e{power}") for factor in factors) if low <= n <= high]
+        if len(named) <= count + 1:
+            break
+    return tuple(named)

@@ -1,0 +1,156 @@
+"""The columns of the report's table: what each says of a row, how that is written, and which end of it is better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fewbit import report
+from fewbit.comparison import Interval, Loss, Peak, Quantizing, Row, Speed, Timing, Weights
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True)
+class Column:
+    """`value` is None where a row has none; `under` is a smaller line below it."""
+
+    group: str
+    name: str
+    title: str
+    explained: str
+    value: Callable[[Row], float | None]
+    write: Callable[[float], str]
+    under: Callable[[Row], str | None] = lambda row: None
+    more_is_better: bool = False
+
+    def best(self, rows: Sequence[Row]) -> float | None:
+        """The best value of the rows; None where there is no choice: fewer than two, or all the same."""
+        values = [v for row in rows if (v := self.value(row)) is not None]
+        if len(set(values)) < 2:
+            return None
+        return max(values) if self.more_is_better else min(values)
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns in which at least one of the rows has something."""
+    return [column for column in _all() if any(column.value(row) is not None for row in rows)]
+
+
+def rate(value: float) -> str:
+    """Tokens a second: three digits where there are more before the point than after it."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def nats(value: float) -> str:
+    """Four decimals, so that a column can be compared at a glance; more where they would hide what there is."""
+    return f"{value:.4f}" if value >= 0.01 else f"{value:.3g}"
+
+
+def _all() -> Iterator[Column]:
+    of, rest, more = _of, " interpreter included; below, what came on top", True
+    yield Column(
+        "Quality",
+        "kl",
+        "KL divergence",
+        "mean distance from the original's predictions, nats per token; 0 is no loss",
+        of(_loss, lambda loss: loss.kl.value),
+        nats,
+        of(_loss, lambda loss: _between(loss.kl, nats)),
+    )
+    yield Column(
+        "Quality",
+        "perplexity",
+        "perplexity",
+        "how surprised it is by the text; lower is better",
+        of(_loss, lambda loss: loss.perplexity.value),
+        "{:.2f}".format,
+        of(_loss, lambda loss: _between(loss.perplexity, "{:.2f}".format)),
+    )
+    yield Column(
+        "Quality",
+        "same-top",
+        "same token",
+        "share of tokens where it and the original would choose the same",
+        of(_loss, lambda loss: loss.same_top.value),
+        report.share,
+        of(_loss, lambda loss: _between(loss.same_top, report.share)),
+        more,
+    )
+    yield Column("Size", "disk", "on disk", "the weight files", lambda row: row.disk_bytes, report.size)
+    whole = "bits per weight over the whole model"
+    yield Column("Size", "bits", "bits/weight", whole, lambda row: row.bits_per_weight, "{:.2f}".format)
+    at_rest = (
+        "every parameter and buffer of the loaded model, tied ones once; below, what summing over parameters gives"
+    )
+    yield Column("Size", "at-rest", "at rest", at_rest, of(_weights, lambda w: w.at_rest), report.size, _parameters)
+    yield Column("Speed", "load", "load", "time until it is ready", of(_speed, lambda s: s.load), report.duration)
+    for name, what, timing in (
+        ("prefill", "tokens of a prompt read a second", of(_speed, lambda s: s.prefill)),
+        ("decode", "tokens written a second", of(_speed, lambda s: s.decode)),
+    ):
+        said = f"{what}, median; below, the range of all runs"
+        value, under = of(timing, lambda t: t.median), of(timing, _spread)
+        yield Column("Speed", name, f"{name} tok/s", said, value, rate, under, more)
+    for name, what, peak in (
+        ("loading", "while it was loaded", _loading),
+        ("generating", "while it wrote", _generating),
+    ):
+        title, said = f"peak {name}", f"the most memory {what},{rest}"
+        yield Column("Memory", name, title, said, of(peak, lambda p: p.process), report.size, of(peak, _growth))
+        said = f"the most that torch held on GPUs {what}"
+        yield Column("Memory", f"gpu-{name}", f"GPU {name}", said, of(peak, lambda p: p.cuda or None), report.size)
+    said = "time to make it, what was written checked too"
+    yield Column("Quantizing", "seconds", "time", said, of(_quantizing, lambda q: q.seconds), report.duration)
+    value, under = of(_quantizing, lambda q: q.peak.process), of(_quantizing, lambda q: _growth(q.peak))
+    yield Column("Quantizing", "quantizing", "peak", f"the most memory meanwhile,{rest}", value, report.size, under)
+
+
+def _of(get: Callable[[Row], T | None], read: Callable[[T], U | None]) -> Callable[[Row], U | None]:
+    """What `read` finds in a part of a row; None where the row lacks that part."""
+    return lambda row: None if (part := get(row)) is None else read(part)
+
+
+def _loss(row: Row) -> Loss | None:
+    return row.loss
+
+
+def _weights(row: Row) -> Weights | None:
+    return row.weights
+
+
+def _speed(row: Row) -> Speed | None:
+    return row.speed
+
+
+def _loading(row: Row) -> Peak | None:
+    return row.loading
+
+
+def _generating(row: Row) -> Peak | None:
+    return row.generating
+
+
+def _quantizing(row: Row) -> Quantizing | None:
+    return row.quantizing
+
+
+def _between(interval: Interval, write: Callable[[float], str]) -> str | None:
+    return f"{write(interval.low)} – {write(interval.high)}" if interval.high > interval.low else None
+
+
+def _spread(timing: Timing) -> str | None:
+    return f"{rate(timing.low)} – {rate(timing.high)}" if timing.high > timing.low else None
+
+
+def _growth(peak: Peak) -> str:
+    return f"+ {report.size(peak.growth)}"
+
+
+def _parameters(row: Row) -> str | None:
+    """What summing over `model.parameters()` says, where that shows as another number."""
+    if row.weights is None or report.size(row.weights.parameters) == report.size(row.weights.at_rest):
+        return None
+    return f"parameters {report.size(row.weights.parameters)}"

@@ -1,0 +1,26 @@
+// Clicking a header sorts by it, first the better end up; clicking again turns the order around. Rows without a number
+// (plans that failed) stay last. A header is a button, so the keyboard does the same.
+"use strict";
+for (const table of document.querySelectorAll("table.sortable")) {
+  const headers = [...table.tHead.querySelectorAll("th[data-column]")];
+  const value = (row, column) => {
+    const cell = row.querySelector(`[data-of="${column}"]`);
+    return cell && cell.dataset.value !== undefined ? cell.dataset.value : null;
+  };
+  const sort = (header) => {
+    const { column, kind, begin } = header.dataset;
+    const now = header.getAttribute("aria-sort");
+    const order = now === null ? begin : now === "ascending" ? "descending" : "ascending";
+    const sign = order === "ascending" ? 1 : -1;
+    const body = table.tBodies[0];
+    const rows = [...body.rows].map((row) => [value(row, column), row]);
+    rows.sort(([a], [b]) => {
+      if (a === null || b === null) return (a === null) - (b === null);
+      return sign * (kind === "text" ? a.localeCompare(b, "en", { numeric: true }) : Number(a) - Number(b));
+    });
+    body.append(...rows.map(([, row]) => row));
+    for (const other of headers) other.removeAttribute("aria-sort");
+    header.setAttribute("aria-sort", order);
+  };
+  for (const header of headers) header.querySelector("button").addEventListener("click", () => sort(header));
+}

@@ -1,0 +1,115 @@
+"""The report as a page: whatever models wrote stays text, and every comparison gives one, an empty one too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from fewbit import html
+from fewbit.comparison import Comparison, Row
+
+REPORT = Path(__file__).parent.parent / "data" / "report.json"
+EVIL = "</title></script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\x00\ud800"
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    return Comparison.read(REPORT)
+
+
+class _Tags(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.texts = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts += data
+
+
+def test_the_page_holds_every_plan_and_why_one_failed(comparison: Comparison) -> None:
+    text = _Tags(html.page(comparison)).texts
+    for row in comparison.rows:
+        assert row.plan in text
+        assert row.done or f"Failed: {row.reason}" in text
+
+
+def test_nothing_that_a_model_or_a_file_says_becomes_markup(comparison: Comparison) -> None:
+    rows = tuple(
+        replace(row, plan=EVIL, what=EVIL, reason=EVIL, sample=EVIL, notes=(EVIL,), errors={f"{EVIL}.0.{EVIL}": 0.1})
+        for row in comparison.rows
+    )
+    machine = replace(comparison.machine, cpu=EVIL, devices=(EVIL,))
+    evil = replace(comparison, model=EVIL, architecture=EVIL, prompt=EVIL, date=EVIL, machine=machine, rows=rows)
+    tags = _Tags(html.page(evil)).found
+    assert [tag for tag, _ in tags if tag in ("script", "img", "iframe", "object")] == ["script"]
+    assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
+
+
+def test_nothing_points_outside_the_page(comparison: Comparison) -> None:
+    tags = _Tags(html.page(comparison)).found
+    links = [value for _, attributes in tags for name, value in attributes.items() if name in ("src", "href", "action")]
+    assert links == ["data:,"]
+    assert "url(" not in html.page(comparison)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_few_rows_make_a_page_too(comparison: Comparison, kept: int, tmp_path: Path) -> None:
+    html.write(replace(comparison, rows=comparison.rows[:kept]), tmp_path)
+    assert (tmp_path / "index.html").stat().st_size > 4000
+
+
+def test_only_failed_rows_make_a_page_too(comparison: Comparison, tmp_path: Path) -> None:
+    row = Row(plan="gptq-4bit", status="failed", reason="no memory")
+    html.write(replace(comparison, rows=(row, row), calibration=None), tmp_path)
+    text = _Tags((tmp_path / "index.html").read_text()).texts
+    assert "Failed: no memory" in text
+    assert "What quality costs" not in text
+
+
+def test_the_charts_are_files_of_their_own(comparison: Comparison, tmp_path: Path) -> None:
+    notes = html.write(comparison, tmp_path)
+    for name in ("quality-size", "quality-speed"):
+        root = ElementTree.parse(tmp_path / f"{name}.svg").getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert root.attrib["role"] == "img"
+        if not notes:
+            assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert notes == [] or "was written" in notes[0]
+
+
+def test_numbers_for_sorting_are_the_exact_ones(comparison: Comparison) -> None:
+    cells = [a for tag, a in _Tags(html.page(comparison)).found if tag == "td" and a.get("data-of") == "kl"]
+    losses = [row.loss.kl.value for row in comparison.rows if row.loss]
+    assert [float(cell["data-value"] or "") for cell in cells] == losses
+
+
+def test_the_best_of_a_column_is_bold_unless_all_are_alike(comparison: Comparison) -> None:
+    def bold(shown: Comparison) -> list[str | None]:
+        tags = _Tags(html.page(shown)).found
+        return [a["data-of"] for tag, a in tags if tag == "td" and "best" in (a.get("class") or "").split()]
+
+    assert bold(comparison).count("kl") == 1
+    assert bold(replace(comparison, rows=(comparison.rows[0], comparison.rows[1], comparison.rows[1]))) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "same"),
+    [
+        ("a dog ran", "a dog ran", 9),
+        ("a dog ran", "a dot ran", 2),
+        ("a dog", "a dog ran", 5),
+        ("x", "y", 0),
+        ("", "y", 0),
+    ],
+)
+def test_texts_part_at_a_word(text: str, other: str, same: int) -> None:
+    assert html._agreed(text, other) == same
