@@ -15,6 +15,7 @@ from fewbit.errors import FewbitError, FormatError, KernelError, NumericsError, 
 if TYPE_CHECKING:
     from fewbit.adapters import finetune, merge
     from fewbit.api import evaluate, generate, inspect, load, quantize
+    from fewbit.choosing import estimate, recommend
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "KernelError",
     "NumericsError",
     "PlanError",
+    "estimate",
     "evaluate",
     "finetune",
     "generate",
@@ -32,9 +34,14 @@ __all__ = [
     "merge",
     "prefer",
     "quantize",
+    "recommend",
 ]
 
-_VERBS = {"adapters": ("finetune", "merge"), "api": ("evaluate", "generate", "imatrix", "inspect", "load", "quantize")}
+_VERBS = {
+    "adapters": ("finetune", "merge"),
+    "api": ("evaluate", "generate", "imatrix", "inspect", "load", "quantize"),
+    "choosing": ("estimate", "recommend"),
+}
 
 hook.install()
 

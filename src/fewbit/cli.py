@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fewbit import cli_advice
 from fewbit.errors import FewbitError, PlanError
 
 app = typer.Typer(
@@ -303,6 +304,10 @@ def merge(
         report.merged(done)
         return
     _print({**asdict(done), "evaluation": report.evaluation_json(done.evaluation)})
+
+
+app.command()(cli_advice.estimate)
+app.command()(cli_advice.recommend)
 
 
 @app.command()
