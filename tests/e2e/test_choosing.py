@@ -10,8 +10,11 @@ import fewbit as package
 from fewbit import plan
 from tests.e2e.conftest import Fewbit
 
+QUICK = ("gptq-4bit", "awq-4bit", "nf4", "int8", "q4_k_m")
+EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in plan.PRESETS]
 
-@pytest.mark.parametrize("name", plan.PRESETS)
+
+@pytest.mark.parametrize("name", EACH)
 def test_estimated_bytes_are_those_that_are_written(name: str, tmp_path: Path) -> None:
     """Rounding to nearest, which needs no text: a method changes no size."""
     wanted = plan.find(name)

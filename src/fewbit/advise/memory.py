@@ -18,7 +18,7 @@ MLP, r query rows (heads x width), v key-value rows, V vocabulary, L layers, a b
                                  4 K² + 16 N K of a linear (GPTQ: a factor of the Hessian, four copies of the weight)
                    else        two copies of the largest linear and its codes, 9 N K, at most 16 Mi values at once
                  or the packed weights as the output is opened again and a piece of one is decoded, whichever is more;
-                 and 12 MB for what Python and its libraries take on the way, which is most of it for a small model
+                 and 24 MB for what Python and its libraries take on the way, which is most of it for a small model
 
 Scores of attention are not counted: transformers' default (`sdpa`) never holds them all. Python and its imports are
 not counted either, about 0.4 GB, nor what a CUDA context takes.
@@ -37,7 +37,7 @@ from fewbit.stats import Need
 CACHE_TYPES = {"float32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 _PIECE = 1 << 22  # values that are decoded at once: schemes.base.chunk_rows
 _BATCH = 2048  # tokens of calibration text computed at once: pipeline.py
-_ON_THE_WAY = 12_000_000
+_ON_THE_WAY = 24_000_000
 
 
 @dataclass(frozen=True)
