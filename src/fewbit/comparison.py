@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fewbit.errors import FormatError
@@ -43,6 +44,10 @@ class Timing:
     low: float
     high: float
     runs: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Timing:
+        return cls(median(values), min(values), max(values), len(values))
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`, `kind` and `schema_version` first."""
-        data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
+        data = plain(self)
         return {"kind": KIND, "schema_version": data.pop("schema_version"), **data}
 
     @classmethod
@@ -226,6 +231,28 @@ class Comparison:
         except (OSError, ValueError) as error:
             raise FormatError(f"{file} is no report of fewbit compare: {error}") from None
         return cls.from_json(data, str(file))
+
+
+@dataclass(frozen=True)
+class Event:
+    """Progress of one plan, the `number`th of `total`: "quantizing" (with blocks `done` of `of`), "measuring", then
+    "done", "reused" or "failed". pid: of the process that is at it."""
+
+    plan: str
+    number: int
+    total: int
+    state: str
+    seconds: float = 0.0
+    done: int = 0
+    of: int = 0
+    pid: int = 0
+    reason: str = ""
+
+
+def plain(data: Any) -> dict[str, Any]:
+    """A dataclass of this module as what `json.loads` would give."""
+    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(data), allow_nan=False))
+    return found
 
 
 def parsed(kind: type[T], data: Any, where: str) -> T:

@@ -70,13 +70,22 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _instructions() -> list[str]:
+def processor() -> str:
+    """What the machine's processor calls itself."""
+    return _cpuinfo("model name").strip() or platform.processor() or platform.machine()
+
+
+def _cpuinfo(*keys: str) -> str:
+    """What stands behind the first line of /proc/cpuinfo that begins with one of `keys`; nothing elsewhere."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return []
-    line = next((line for line in text.splitlines() if line.lower().startswith(("flags", "features"))), "")
-    flags = set(line.split(":", 1)[-1].split())
+        return ""
+    return next((line for line in text.splitlines() if line.lower().startswith(keys)), "").partition(":")[2]
+
+
+def _instructions() -> list[str]:
+    flags = set(_cpuinfo("flags", "features").split())
     return [name for name in _INSTRUCTIONS if name in flags]
 
 

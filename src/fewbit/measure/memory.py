@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +23,55 @@ class Memory:
     anonymous: int
     mapped: int
     peak: int
+
+    @property
+    def resident(self) -> int:
+        return self.anonymous + self.mapped
+
+
+@dataclass(frozen=True)
+class AtRest:
+    """Bytes of a loaded model's tensors, tied ones once: of all, of what `model.parameters()` has, and of the rest by
+    the last part of their names, the largest first."""
+
+    whole: int
+    parameters: int
+    buffers: dict[str, int]
+
+
+def at_rest(model: Any) -> AtRest:
+    """What the weights of a model take as they lie in memory, packed ones packed."""
+    seen: set[tuple[int, int]] = set()
+
+    def new(tensor: torch.Tensor) -> int:
+        place = (tensor.data_ptr(), tensor.nbytes)
+        if place in seen and place[0]:
+            return 0
+        seen.add(place)
+        return tensor.nbytes
+
+    own = sum(new(parameter) for parameter in model.parameters())
+    buffers: Counter[str] = Counter()
+    for name, buffer in model.named_buffers():
+        last = name.rpartition(".")[2]
+        # What a kernel keeps beside the codes has numbers for names.
+        buffers["scales" if last.startswith("kept_") else last] += new(buffer)
+    told = {name: nbytes for name, nbytes in buffers.most_common() if nbytes}
+    return AtRest(own + sum(told.values()), sum(p.numel() * p.element_size() for p in model.parameters()), told)
+
+
+def forget_peak() -> None:
+    """From now on `peak` and `on_gpus` count anew; where the system cannot, they go on."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+    for i in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(i)
+
+
+def in_use_on_gpus() -> int:
+    """Bytes in use on all CUDA devices as their driver counts: contexts, and what torch keeps, included."""
+    return sum(total - free for free, total in map(torch.cuda.mem_get_info, range(torch.cuda.device_count())))
 
 
 def on_gpus() -> int:

@@ -57,15 +57,26 @@ class Quality:
     same_top: Estimate | None
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What a reference said of the windows, computed once for many models: logits [windows, length, vocabulary]."""
+
+    logits: Tensor
+
+
 def measure(
-    model: Any, reference: Any | None, windows: Tensor, progress: Callable[[int], None] | None = None
+    model: Any, reference: Any | Recorded | None, windows: Tensor, progress: Callable[[int], None] | None = None
 ) -> Quality:
     """Compare two causal LMs on `windows` of token ids [n, length]; `progress` is told of each finished window."""
     loss, reference_loss, kl, same = [], [], [], []
     with torch.inference_mode():
         for number, tokens in enumerate(windows, 1):
-            logits = _logits(model, tokens)
-            original = _logits(reference, tokens) if reference is not None else None
+            logits = logits_of(model, tokens)
+            original: Tensor | None = None
+            if isinstance(reference, Recorded):
+                original = reference.logits[number - 1].to(logits.device)
+            elif reference is not None:
+                original = logits_of(reference, tokens)
             for start in range(0, len(tokens) - 1, _ROWS):
                 rows = slice(start, min(start + _ROWS, len(tokens) - 1))
                 targets = tokens[rows.start + 1 : rows.stop + 1].unsqueeze(1)
@@ -110,7 +121,8 @@ def measure(
     )
 
 
-def _logits(model: Any, tokens: Tensor) -> Tensor:
+def logits_of(model: Any, tokens: Tensor) -> Tensor:
+    """Logits [length, vocabulary] of one window of token ids."""
     logits = model(input_ids=tokens.unsqueeze(0).to(model.device), use_cache=False).logits[0]
     assert isinstance(logits, Tensor)
     return logits

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as hf_logging
 
@@ -98,3 +98,10 @@ def need_peft() -> None:
         raise PlanError("adapters need the package peft", "pip install 'fewbit[finetune]'") from None
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_PEFT:
         raise PlanError(f"peft {version} is too old", "pip install --upgrade 'fewbit[finetune]'")
+
+
+def import_code(source: Source, *, trust_remote_code: bool = False) -> None:
+    """Import all that loading this model would: its architecture is built without weights, and dropped."""
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **source.options)
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

@@ -1,0 +1,302 @@
+"""`compare`: the same model by several plans, each made and measured in processes of its own, side by side.
+
+What a plan makes, and what was measured of it, is kept in the cache under a fingerprint of all that decides it: the
+model's files, the plan, the calibration tokens, versions; for what was measured also the text, the machine and the
+settings. So a comparison that was interrupted goes on where it stopped, one that is asked for again takes seconds, and
+a plan more costs that plan. A plan that fails costs its row; it is tried again the next time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fewbit import calibration as texts
+from fewbit import pipeline, report
+from fewbit import plan as plans
+from fewbit.advise import hardware
+from fewbit.cache import cache_folder
+from fewbit.comparison import FILE, ORIGINAL, SCHEMA_VERSION, Comparison, Event, Machine, Row, TextUsed, parsed, plain
+from fewbit.errors import FormatError, PlanError
+from fewbit.job import Calibration as Calibration
+from fewbit.job import unquantized, windows
+from fewbit.methods.base import make
+from fewbit.models.describe import describe
+from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import Source
+from fewbit.processes import Failed, Server
+from fewbit.stats import Need
+
+PLANS = (ORIGINAL, "int8", "nf4", "gptq-4bit", "awq-4bit", "q4_k_m")
+CALIBRATION = Calibration(samples=32, length=256)
+SAMPLES, LENGTH = 16, 512  # of the text that quality is measured on
+PROMPT_TOKENS, NEW_TOKENS = 128, 32  # of what is timed
+_STORY = "Once upon a time"  # what tiny was taught to continue
+
+
+Told = Callable[[Event], None]
+
+
+def compare(
+    model: str | Path = "tiny",
+    *,
+    plans: Sequence[str] = PLANS,
+    out: str | Path | None = None,
+    calibration: Calibration = CALIBRATION,
+    text: str | None = None,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    prompt: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Told | None = None,
+) -> Comparison:
+    """Quantize `model` by each plan, measure all of them, and write the report into the folder `out`, if given.
+
+    plans: names or plan files; "bf16" is the original. calibration: for the plans that need any. text, samples, length:
+    what quality is measured on, as in `evaluate`. prompt: what each of them continues, as a sample. PlanError before
+    any work for what no plan can have; a plan that fails is a row that says why. What was measured before is reused.
+    """
+    elapsed, device = pipeline.timed(), hardware.device(device)
+    wanted = _found(plans)
+    folder = None if out is None else claimed(out)
+    source = unquantized(model, False)
+    asked = _asked(source, wanted, calibration, text, samples, length, trust_remote_code)
+    machine = _machine(device)
+    settings = {
+        "model": str(model),
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+        "windows": asked.windows.tolist(),
+        "prompt": prompt or (_STORY if texts.own_source(source.config) == "tiny" else report.FIRST_WORDS),
+        "prompt_tokens": min(PROMPT_TOKENS, source.context // 2),
+        "new_tokens": min(NEW_TOKENS, source.context // 4),
+    }
+    bench = _Bench(source, asked, machine, settings, progress or (lambda event: None))
+    rows = bench.rows(wanted)
+    described = describe(source)
+    compared = Comparison(
+        model=str(model),
+        architecture=described.architecture,
+        parameters=described.parameters,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=machine,
+        versions=hardware.versions(),
+        text=asked.text,
+        calibration=asked.calibrated,
+        prompt=str(settings["prompt"]),
+        prompt_tokens=int(str(settings["prompt_tokens"])),
+        new_tokens=int(str(settings["new_tokens"])),
+        seconds=elapsed(),
+        rows=tuple(rows),
+    )
+    if folder is not None:
+        write(compared, folder)
+    return compared
+
+
+def claimed(out: str | Path) -> Path:
+    """`out` as a folder that a report can be written into: a new or empty one, or one that holds a report of ours."""
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise PlanError(f"{out} is a file, not a folder", "Give another -o.")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / FILE).exists():
+            raise PlanError(f"{out} is not empty, and holds no {FILE}", "Give another -o.")
+        try:
+            Comparison.read(out)
+        except FormatError as error:
+            raise PlanError(f"{out} is in the way: {error.message}", "Give another -o.") from None
+    return out
+
+
+def write(compared: Comparison, folder: Path) -> None:
+    """The report's files, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _put(folder / FILE, compared.to_json())
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Texts as tokens, and what a report says of them."""
+
+    calibration: Calibration
+    calibrated: TextUsed | None
+    windows: Tensor
+    text: TextUsed
+
+
+class _Bench:
+    """Where rows come from: the cache, or processes of their own."""
+
+    def __init__(
+        self, source: Source, asked: _Asked, machine: Machine, settings: Mapping[str, Any], told: Told
+    ) -> None:
+        self.source, self.asked, self.settings, self.told = source, asked, settings, told
+        self.base = cache_folder() / "compare"
+        files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]
+        self.model = [files, source.config, hardware.versions(), settings["device"], settings["trust_remote_code"]]
+        of = {name: value for name, value in settings.items() if name not in ("windows", "model")}
+        self.how = [SCHEMA_VERSION, asdict(machine), asked.text.digest, asked.text.length, of]
+        self.reference = self.base / f"reference-{_digest([self.model, self.how])}"
+
+    def rows(self, wanted: Mapping[str, plans.Plan | None]) -> list[Row]:
+        """A row for each plan, in order. What the original said is kept until all have been compared with it."""
+        found = []
+        try:
+            with Server("fewbit.worker") as server:
+                for number, (name, plan) in enumerate(wanted.items(), 1):
+                    event = Event(name, number, len(wanted), "")
+                    elapsed = pipeline.timed()
+                    try:
+                        row = self._row(server, name, plan, event)
+                        state = "reused" if row.reused else "done"
+                        self.told(replace(event, state=state, seconds=elapsed()))
+                    except Failed as error:
+                        row = Row(name, "failed", reason=str(error))
+                        self.told(replace(event, state="failed", reason=str(error), seconds=elapsed()))
+                    found.append(row)
+        finally:
+            if len(found) == len(wanted):
+                for file in (self.reference, self.reference.with_name(f"{self.reference.name}.states")):
+                    file.unlink(missing_ok=True)
+        return found
+
+    def _row(self, server: Server, name: str, plan: plans.Plan | None, event: Event) -> Row:
+        text = self.asked.calibrated if plan is not None and _calibrated(plan) else None
+        place = self.base / _digest([self.model, plan and plan.to_json(), text and asdict(text)])
+        kept = place / f"row-{_digest(self.how)}.json"
+        if (before := _read(kept)) is not None:
+            try:
+                return replace(parsed(Row, before, str(kept)), plan=name, reused=True)
+            except FormatError:  # damaged: it is measured again
+                kept.unlink()
+        told: dict[str, Any] = {}
+        output: Path | None = None
+        if plan is not None:
+            output = place / ("model" + (plans.format_of(plan).suffix or ""))
+            told = self._quantized(server, plan, output, event)
+        task = {
+            **self.settings,
+            "do": "measure",
+            "made": None if output is None else str(output),
+            "reference": str(self.reference),
+        }
+        found = server.run(task, lambda said: self.told(replace(event, state="measuring", pid=said.get("pid", 0))))
+        row = parsed(Row, {"plan": name, "status": "done", **told, **found}, name)
+        place.mkdir(parents=True, exist_ok=True)
+        _put(kept, {k: v for k, v in plain(row).items() if k != "reused"})
+        return row
+
+    def _quantized(self, server: Server, plan: plans.Plan, output: Path, event: Event) -> dict[str, Any]:
+        """Make `output` by the plan, or find it; what making it took."""
+        record = output.parent / "quantizing.json"
+        if (before := _read(record)) is not None and output.exists():
+            return before
+
+        def heard(said: Mapping[str, Any]) -> None:
+            told = replace(event, state="quantizing", done=said.get("block", 0), of=said.get("of", 0))
+            self.told(replace(told, pid=said.get("pid", 0)))
+
+        task = {
+            **{name: self.settings[name] for name in ("model", "device", "trust_remote_code")},
+            "do": "quantize",
+            "plan": plan.to_json(),
+            "calibration": asdict(self.asked.calibration),
+            "out": str(output),
+        }
+        found = server.run(task, heard)
+        _put(record, found)
+        return found
+
+
+def _found(names: Sequence[str]) -> dict[str, plans.Plan | None]:
+    """The plans by their names, each once; PlanError that tells of all that do not exist."""
+    found: dict[str, plans.Plan | None] = {}
+    unknown, hints = [], dict[str, None]()
+    for name in names:
+        try:
+            plan = None if name == ORIGINAL else plans.find(name)
+            # A file's plan goes by the name that it gives itself, unless another has it.
+            found[name if plan is None or plan.name in found else plan.name] = plan
+        except PlanError as error:
+            unknown.append(error.message)
+            hints[error.hint] = None
+    if len(unknown) > 1:
+        known = ", ".join(sorted([ORIGINAL, *plans.PRESETS]))
+        raise PlanError("; ".join(unknown), f"Known: {known}.")
+    if unknown:
+        raise PlanError(unknown[0], next(iter(hints)))
+    if not found:
+        raise PlanError("no plans to compare", f"Give some, such as --plans {','.join(PLANS)}.")
+    return found
+
+
+def _asked(
+    source: Source,
+    wanted: Mapping[str, plans.Plan | None],
+    calibration: Calibration,
+    text: str | None,
+    samples: int,
+    length: int,
+    trust_remote_code: bool,
+) -> _Asked:
+    most = source.context
+    if not 2 <= length <= most and length != LENGTH:
+        raise PlanError(f"--length {length}: a window has at least 2 tokens, and at most the model's context of {most}")
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    loaded = texts.load_text(text or texts.own_source(source.config), "evaluation")
+    chosen = texts.windows(texts.encode(loaded, tokenizer), min(length, most), samples)
+    used = TextUsed(loaded.name, len(chosen), chosen.shape[1], texts.digest(chosen))
+    calibrated = None
+    if any(plan is not None and _calibrated(plan) for plan in wanted.values()):
+        calibrated = parsed(TextUsed, windows(calibration, source, tokenizer)[1], "calibration")
+    return _Asked(calibration, calibrated, chosen, used)
+
+
+def _calibrated(plan: plans.Plan) -> bool:
+    """Whether a method of the plan needs calibration."""
+    rules = [rule for rule in plan.rules if rule.scheme is not None]
+    return any(make(rule.method, dict(rule.options)).needs > Need.NOTHING for rule in rules)
+
+
+def _machine(device: str) -> Machine:
+    found = hardware.look()
+    return Machine(
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        cpu=hardware.processor(),
+        instructions=tuple(found.instructions),
+        threads=found.threads,
+        memory=found.memory,
+        devices=tuple(found.devices),
+        device=device,
+    )
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A JSON object of ours; None where there is none, or a damaged one."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _put(file: Path, data: Mapping[str, Any]) -> None:
+    made = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
+    made.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(made, file)

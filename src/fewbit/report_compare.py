@@ -1,0 +1,203 @@
+"""What a person sees of a comparison: a table of 100 columns, its failures and samples, and lines while it runs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fewbit.comparison import ORIGINAL, Comparison, Event, Interval, Row
+from fewbit.report import duration, err, out, size
+
+WIDTH = 100
+BEST = "*"
+_SAMPLE = 400  # characters of a sample that are shown
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading of two lines, what stands below it, and what is compared: the least, or the greatest, is the best."""
+
+    heading: str
+    shown: Callable[[Row], str]
+    value: Callable[[Row], float] | None = None
+    least: bool = True
+
+
+def columns() -> list[Column]:
+    """What the table shows of a row that was measured."""
+    return [
+        Column("on\ndisk", lambda r: size(r.disk_bytes or 0), lambda r: r.disk_bytes or 0),
+        Column("at\nrest", lambda r: size(_of(r.weights).at_rest), lambda r: _of(r.weights).at_rest),
+        Column("peak\nmemory", lambda r: size(peak(r)), peak),
+        Column("load", lambda r: short(_of(r.speed).load), lambda r: _of(r.speed).load),
+        Column(
+            "prefill\ntokens/s",
+            lambda r: rate(_of(r.speed).prefill.median),
+            lambda r: _of(r.speed).prefill.median,
+            False,
+        ),
+        Column(
+            "decode\ntokens/s", lambda r: rate(_of(r.speed).decode.median), lambda r: _of(r.speed).decode.median, False
+        ),
+        Column(
+            "per-\nplexity", lambda r: f"{_of(r.loss).perplexity.value:.4g}", lambda r: _of(r.loss).perplexity.value
+        ),
+        Column("KL\ndivergence", lambda r: within(_of(r.loss).kl), lambda r: _of(r.loss).kl.value),
+        Column("same\ntop", lambda r: f"{_of(r.loss).same_top.value:.1%}", lambda r: _of(r.loss).same_top.value, False),
+        Column("quan-\ntized in", lambda r: short(r.quantizing.seconds) if r.quantizing else ""),
+    ]
+
+
+def peak(row: Row) -> int:
+    """The most memory of loading and generating: of the GPUs where the model was there, else of the process."""
+    peaks = [p for p in (row.loading, row.generating) if p is not None]
+    return max((p.cuda for p in peaks), default=0) or max((p.process for p in peaks), default=0)
+
+
+def short(seconds: float) -> str:
+    """Seconds for people, in few characters."""
+    return (
+        duration(seconds)
+        if seconds < 60
+        else f"{seconds / 60:.3g} min"
+        if seconds < 3600
+        else f"{seconds / 3600:.3g} h"
+    )
+
+
+def rate(value: float) -> str:
+    """Tokens a second, to three digits."""
+    return f"{float(f'{value:.3g}'):,g}"
+
+
+def within(interval: Interval) -> str:
+    """A value and half the width of its interval: .041±.003."""
+    if interval.value == interval.low == interval.high:
+        return f"{interval.value:.3g}"
+    half = float(f"{(interval.high - interval.low) / 2:.1g}")
+    if interval.value < 0.001:
+        return f"{interval.value:.1e}±{half:.0e}".replace("e-0", "e-")
+    digits = max(0, min(4, -math.floor(math.log10(half)))) if half else 4
+    return re.sub(r"(?<!\d)0\.", ".", f"{interval.value:.{digits}f}±{half:.{digits}f}")
+
+
+def table(compared: Comparison) -> Table:
+    """The rows that were measured, `BEST` before what is best of the quantized ones."""
+    shown = [row for row in compared.rows if row.done]
+    made = [row for row in shown if row.plan != ORIGINAL]
+    grid = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column("plan", no_wrap=True)
+    cells: list[list[Text]] = [[Text(row.plan)] for row in shown]
+    for column in columns():
+        grid.add_column(column.heading, justify="right", no_wrap=True)
+        best = _best(column, made)
+        for line, row in zip(cells, shown, strict=True):
+            won = row in best
+            line.append(Text((BEST if won else "") + column.shown(row), style="bold green" if won else ""))
+    for line in cells:
+        grid.add_row(*line)
+    return grid
+
+
+def comparison(compared: Comparison, folder: str | Path | None) -> None:
+    """What `fewbit compare` prints when it is finished."""
+    c = compared
+    say(f"{c.model}: {c.architecture}, {c.parameters:,} parameters, on {c.machine.cpu}, {_where(c)}", style="bold")
+    _wide().print(table(c))
+    if sum(row.done for row in c.rows if row.plan != ORIGINAL) > 1:
+        say(f"{BEST} the best of the quantized. Memory is of a process that loads and generates, imports included.")
+    for row in c.rows:
+        if not row.done:
+            say(f"{row.plan} failed: {row.reason}", style="red")
+    for row in c.rows:
+        for note in row.notes:
+            say(f"note: {row.plan}: {note}")
+    say(f"Measured on {c.text.samples} x {c.text.length} tokens of {c.text.text}{_calibrated(c)}.")
+    _samples(c)
+    if c.reused:
+        say(f"{c.reused} of {len(c.rows)} rows were measured before and are reused.")
+    say(f"{duration(c.seconds)}{f'; the report is in {folder}' if folder is not None else ''}.")
+
+
+def _samples(compared: Comparison) -> None:
+    """What each continues the prompt with, those that say the same together."""
+    said: dict[str, list[str]] = {}
+    for row in compared.rows:
+        if row.sample is not None:
+            said.setdefault(row.sample, []).append(row.plan)
+    say(f'"{compared.prompt}" is continued')
+    for sample, plans in said.items():
+        say(f"  by {', '.join(plans)}: {' '.join(sample.split())[:_SAMPLE]}")
+
+
+def _best(column: Column, rows: Sequence[Row]) -> list[Row]:
+    if column.value is None or len(rows) < 2:
+        return []
+    values = [column.value(row) for row in rows]
+    best = min(values) if column.least else max(values)
+    return [row for row, value in zip(rows, values, strict=True) if value == best]
+
+
+def _where(compared: Comparison) -> str:
+    machine = compared.machine
+    if machine.device != "cpu":
+        return ", ".join(machine.devices)
+    return f"{machine.threads} thread{'s' * (machine.threads != 1)}"
+
+
+def _calibrated(compared: Comparison) -> str:
+    used = compared.calibration
+    return f", calibrated on {used.samples} x {used.length} of {used.text}" if used else ""
+
+
+def _of(part: Any) -> Any:
+    """What a measured row has."""
+    assert part is not None
+    return part
+
+
+def say(line: str, style: str = "", to: Console | None = None) -> None:
+    if to is None:
+        _wide().print(Text(line, style=style))
+    else:  # a log has a line for a line
+        to.print(Text(line, style=style), soft_wrap=not to.is_terminal)
+
+
+def _wide() -> Console:
+    """Where the table fits: a line of it must not break in a pipe, which has no width of its own to tell."""
+    return Console(width=max(WIDTH, out.width), highlight=False)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[Event], None]]:
+    """A line on stderr for each plan when it is done; in a terminal a last one on what is being done, too."""
+    if not err.is_terminal:
+        yield lambda event: say(ended(event), to=err) if ended(event) else None
+        return
+    with err.status("") as status:
+
+        def tell(event: Event) -> None:
+            if ended(event):
+                say(ended(event), to=err)
+            blocks = f", block {event.done} of {event.of}" if event.of else ""
+            status.update(Text(f"{event.number}/{event.total}  {event.plan}: {event.state}{blocks}"))
+
+        yield tell
+
+
+def ended(event: Event) -> str:
+    """The line for a plan that is done with; nothing while it is not."""
+    told = {"done": f"done in {duration(event.seconds)}", "reused": "measured before", "failed": event.reason}
+    if event.state not in told:
+        return ""
+    failed = "failed: " if event.state == "failed" else ""
+    return f"{event.number}/{event.total}  {event.plan:<10}  {failed}{told[event.state]}"

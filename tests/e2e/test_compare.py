@@ -1,0 +1,158 @@
+"""`fewbit compare` end to end: rows measured in processes of their own, failures that cost a row, and reuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fewbit
+from fewbit.comparison import Comparison, Event
+from fewbit.errors import PlanError
+from tests.e2e.conftest import Fewbit
+
+SMALL: dict[str, Any] = {"samples": 2, "length": 64}
+FLAGS = ("--samples", 2, "--length", 64)
+
+
+@pytest.fixture
+def misfit(tmp_path: Path) -> Path:
+    """A plan file with groups that do not divide tiny's rows."""
+    path = tmp_path / "misfit.json"
+    rule = {"match": "*", "scheme": "int4-g512-sym", "method": "rtn"}
+    path.write_text(json.dumps({"name": "misfit", "format": "gptq", "rules": [rule]}))
+    return path
+
+
+def test_rows_are_measured_reused_and_added_to(fewbit: Fewbit, tmp_path: Path, misfit: Path) -> None:
+    out = tmp_path / "report"
+    first = fewbit("compare", "tiny", "--plans", f"bf16,nf4,{misfit}", "-o", out, *FLAGS)
+    assert first.code == 0
+    assert [line.split()[1] for line in first.err.splitlines()] == ["bf16", "nf4", "misfit"]
+    assert "misfit failed: " in first.out
+    assert "groups of 512 do not divide 256 columns; and 55 more" in " ".join(first.out.split())
+    read = Comparison.read(out)
+    assert [(row.plan, row.status, row.reused) for row in read.rows] == [
+        ("bf16", "done", False),
+        ("nf4", "done", False),
+        ("misfit", "failed", False),
+    ]
+    assert read.calibration is None  # neither plan needs any
+    original, nf4, _ = read.rows
+    check_original(original)
+    check_nf4(nf4)
+    assert original.weights is not None
+    assert nf4.weights is not None
+    assert nf4.weights.at_rest < 0.4 * original.weights.at_rest
+
+    again = fewbit("compare", "--plans", "bf16,nf4,int8", "-o", out, *FLAGS, "--json")
+    assert again.code == 0
+    assert Comparison.from_json(again.json) == Comparison.read(out)
+    assert [(r["plan"], r["reused"]) for r in again.json["rows"]] == [("bf16", True), ("nf4", True), ("int8", False)]
+    kept = Comparison.read(out)
+    assert [replace(row, reused=False) for row in kept.rows[:2]] == [original, nf4]
+    assert not list(out.parent.rglob("reference-*"))
+
+
+def check_original(row: Any) -> None:
+    """What must hold of the row that the others are compared with."""
+    weights = row.weights
+    assert (row.format, row.what, row.bits_per_weight) == ("safetensors", "the original, bfloat16", 16.0)
+    assert weights.canonical == weights.parameters == 2 * 7_344_384
+    assert weights.at_rest == weights.parameters + sum(weights.buffers.values())
+    assert row.loss.kl.value == 0
+    assert row.loss.same_top.value == 1
+    assert set(row.loss.drift) == {0.0}
+    assert row.quantizing is None
+    assert row.errors == {}
+
+
+def check_nf4(row: Any) -> None:
+    """What must hold of a row that was quantized."""
+    weights = row.weights
+    assert (row.format, row.what) == ("bnb", "nf4-b64-dq by rtn")
+    # To the byte what schemes say; rotary frequencies are no weights, and in no file.
+    assert weights.at_rest - weights.canonical == sum(n for name, n in weights.buffers.items() if "freq" in name)
+    assert weights.at_rest - weights.parameters == sum(weights.buffers.values())
+    assert weights.buffers["scales"] > 0
+    assert row.disk_bytes > weights.canonical
+    assert 0 < row.loss.kl.low <= row.loss.kl.value <= row.loss.kl.high < 0.5
+    assert 0.5 < row.loss.same_top.value < 1
+    assert len(row.loss.drift) == 8
+    assert all(0 < drift < 0.2 for drift in row.loss.drift)
+    assert len(row.errors) == 56
+    assert all(0 < error < 0.1 for error in row.errors.values())
+    assert row.quantizing.seconds > 0
+    assert row.generating.process >= row.loading.growth > 0
+    for timing in (row.speed.prefill, row.speed.decode):
+        assert 0 < timing.low <= timing.median <= timing.high
+        assert timing.runs >= 3
+    assert row.sample
+
+
+def test_a_killed_process_costs_its_row_and_is_tried_again(tmp_path: Path) -> None:
+    seen: list[Event] = []
+
+    def kill(event: Event) -> None:
+        seen.append(event)
+        if event.plan == "nf4" and event.state == "measuring" and event.pid:
+            os.kill(event.pid, signal.SIGKILL)
+
+    done = fewbit.compare(plans=["nf4", "int8"], progress=kill, **SMALL)
+    assert [(row.plan, row.status) for row in done.rows] == [("nf4", "failed"), ("int8", "done")]
+    assert done.rows[0].reason == "its process was killed by SIGKILL, most often because memory ran out"
+    seen.clear()
+    again = fewbit.compare(plans=["nf4", "int8"], progress=seen.append, **SMALL)
+    assert [(row.plan, row.status, row.reused) for row in again.rows] == [
+        ("nf4", "done", False),
+        ("int8", "done", True),
+    ]
+    assert "quantizing" not in {event.state for event in seen}  # what was quantized before is used
+
+
+def test_unknown_plans_are_all_named_before_any_work(fewbit: Fewbit, tmp_path: Path) -> None:
+    answer = fewbit("compare", "--plans", "bf16,int9,gptq-5bit", "-o", tmp_path / "out")
+    assert answer.code == 2
+    assert "unknown plan 'int9'; unknown plan 'gptq-5bit'" in answer.err
+    assert "Known: awq-4bit, bf16, " in answer.err
+    assert not (tmp_path / "out").exists()
+    assert "Did you mean" in fewbit("compare", "--plans", "gptq-4bits").err
+    assert fewbit("compare", "--plans", ",").code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("notes.txt", "mine", "is not empty, and holds no report.json"),
+        ("report.json", '{"rows": []}', "is no report of fewbit compare"),
+        ("report.json", '{"kind": "fewbit comparison", "schema_version": 0}', "schema_version 0"),
+    ],
+)
+def test_a_folder_that_is_no_report_of_ours_is_left_alone(
+    fewbit: Fewbit, tmp_path: Path, name: str, text: str, words: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    answer = fewbit("compare", "-o", tmp_path)
+    assert answer.code == 2
+    assert words in answer.err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == text
+
+
+def test_what_no_plan_can_have_is_refused_at_once(fewbit: Fewbit, tmp_path: Path) -> None:
+    assert "--length 4096: a window has at least 2 tokens" in fewbit("compare", "--length", 4096).err
+    assert fewbit("compare", "--length", 1).code == 2
+    assert fewbit("compare", "--samples", 0).code == 2
+    assert fewbit("compare", tmp_path / "nowhere").code == 2
+    assert fewbit("compare", "-o", __file__).code == 2
+
+
+def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
+    fewbit.quantize("tiny", tmp_path / "out", plan="nf4")
+    with pytest.raises(PlanError, match="is quantized already"):
+        fewbit.compare(tmp_path / "out")

@@ -1,0 +1,79 @@
+"""What is measured of a loaded model: its bytes, and how fast it reads and writes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewbit.measure import memory, quality, speed
+
+
+class Counting(nn.Module):
+    """A model of five words that counts what it is asked, and always says the next word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+        self.tied = self.weight
+        self.register_buffer("kept_1", torch.zeros(5, dtype=torch.float16))
+        self.register_buffer("kept_2", torch.zeros(1, dtype=torch.float32))
+        frequencies = torch.zeros(2)
+        self.register_buffer("inv_freq", frequencies, persistent=False)
+        self.register_buffer("shared", frequencies)
+        self.asked: list[tuple[list[int], int | None]] = []
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+        self.asked.append((input_ids[0].tolist(), past_key_values))
+        logits = nn.functional.one_hot((input_ids + 1) % 5, 5).float() * 4
+        return SimpleNamespace(logits=logits, past_key_values=(past_key_values or 0) + input_ids.shape[1])
+
+
+def test_bytes_at_rest_count_each_tensor_once() -> None:
+    found = memory.at_rest(Counting())
+    assert (found.parameters, found.whole) == (6, 6 + 10 + 4 + 8)
+    assert found.buffers == {"scales": 14, "inv_freq": 8}
+
+
+def test_a_peak_can_be_forgotten() -> None:
+    before = memory.now()
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    assert memory.now().peak >= before.resident + block.nbytes
+    del block
+    memory.forget_peak()
+    if memory.now().peak >= before.resident + (64 << 20):
+        pytest.skip("this system counts peaks from the start of a process on")
+    assert memory.now().peak >= memory.now().resident - (1 << 20)
+
+
+def test_prefill_reads_the_prompt_and_decode_writes_after_it() -> None:
+    model, ids = Counting(), torch.tensor([[0, 1, 2]])
+    rates = speed.prefill(model, ids)
+    assert speed.FEWEST <= len(rates) == len(model.asked) - 1 <= speed.MOST
+    assert all(rate > 0 for rate in rates)
+    model.asked.clear()
+    speed.decode(model, ids, new_tokens=2)
+    assert model.asked[:3] == [([0, 1, 2], None), ([3], 3), ([4], 4)]
+    assert len(model.asked) % 3 == 0
+
+
+def test_recorded_logits_are_as_good_as_the_model_they_are_of() -> None:
+    class Noisy(Counting):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            said = super().forward(*args, **kwargs)
+            return SimpleNamespace(logits=said.logits + torch.linspace(0, 1, 5))
+
+    windows = torch.arange(64).remainder(5).view(2, 32)
+    original = Counting()
+    recorded = quality.Recorded(torch.stack([quality.logits_of(original, tokens) for tokens in windows]))
+    assert quality.measure(Noisy(), recorded, windows) == quality.measure(Noisy(), original, windows)
+    same = quality.measure(original, recorded, windows)
+    assert same.kl is not None
+    assert same.kl.mean.value == 0

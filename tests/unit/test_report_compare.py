@@ -1,0 +1,113 @@
+"""The table of a comparison: what it shows, what it marks, and that it fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fewbit import report_compare
+from fewbit.comparison import Comparison, Event, Interval, Row
+
+EXAMPLE = Comparison.read(Path(__file__).parents[1] / "data" / "report.json")
+
+
+def shown(compared: Comparison, capsys: pytest.CaptureFixture[str], folder: str | None = "there") -> str:
+    report_compare.comparison(compared, folder)
+    return capsys.readouterr().out
+
+
+def line_of(plan: str, text: str) -> str:
+    return next(line for line in text.splitlines() if line.split()[:1] == [plan])
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def test_it_fits_a_hundred_columns_with_nothing_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(EXAMPLE, capsys)
+    assert max(map(len, text.splitlines())) <= report_compare.WIDTH
+    assert "…" not in text
+    for row in EXAMPLE.rows:
+        assert len([line for line in text.splitlines() if line.startswith(row.plan + " ")]) == 1
+
+
+def test_large_numbers_fit_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def large(row: Row) -> Row:
+        if row.weights is None or row.speed is None or row.loss is None or row.generating is None:
+            return row
+        return replace(
+            row,
+            disk_bytes=141_000_000_000,
+            weights=replace(row.weights, at_rest=141_000_000_000),
+            generating=replace(row.generating, process=143_000_000_000),
+            speed=replace(row.speed, load=321.0, prefill=replace(row.speed.prefill, median=31_412.0)),
+            loss=replace(row.loss, perplexity=Interval(12345.6, 12000, 13000), kl=Interval(11.234, 10, 12)),
+            quantizing=replace(row.quantizing, seconds=7000.0) if row.quantizing else None,
+        )
+
+    text = shown(replace(EXAMPLE, rows=tuple(map(large, EXAMPLE.rows))), capsys)
+    assert max(map(len, text.splitlines())) <= report_compare.WIDTH
+    assert "…" not in text
+
+
+def test_the_best_of_the_quantized_is_marked_and_the_original_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(EXAMPLE, capsys)
+    assert "*" not in line_of("bf16", text)
+    kl = {row.plan: row.loss.kl.value for row in EXAMPLE.rows if row.loss and row.plan != "bf16"}
+    best = min(kl, key=lambda plan: kl[plan])
+    assert f"*{report_compare.within(next(r.loss.kl for r in EXAMPLE.rows if r.plan == best and r.loss))}" in line_of(
+        best, text
+    )
+    assert text.count("*100.0%") == 0
+
+
+def test_a_failed_row_shows_why(capsys: pytest.CaptureFixture[str]) -> None:
+    failed = Row("awq-4bit", "failed", reason="out of memory: 9 [bold]bytes[/bold]")
+    text = shown(replace(EXAMPLE, rows=(*(r for r in EXAMPLE.rows if r.plan != "awq-4bit"), failed)), capsys)
+    assert "awq-4bit failed: out of memory: 9 [bold]bytes[/bold]" in text
+
+
+def test_it_says_what_was_reused_and_where_the_report_is(capsys: pytest.CaptureFixture[str]) -> None:
+    fresh = replace(EXAMPLE, rows=tuple(replace(row, reused=False) for row in EXAMPLE.rows))
+    assert "reused" not in shown(fresh, capsys)
+    text = shown(replace(fresh, rows=tuple(replace(row, reused=True) for row in fresh.rows)), capsys)
+    assert f"{len(fresh.rows)} of {len(fresh.rows)} rows were measured before and are reused." in text
+    assert "the report is in there" in text
+    assert "the report is in" not in shown(fresh, capsys, None)
+
+
+def test_samples_that_agree_stand_together(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tuple(replace(row, sample=" the  same\nwords") for row in EXAMPLE.rows if row.done)
+    text = " ".join(shown(replace(EXAMPLE, rows=rows), capsys).split())
+    assert f"by {', '.join(row.plan for row in rows)}: the same words" in text
+
+
+@pytest.mark.parametrize(
+    ("interval", "text"),
+    [
+        (Interval(0.0, 0.0, 0.0), "0"),
+        (Interval(0.0312, 0.0290, 0.0333), ".031±.002"),
+        (Interval(0.000254, 0.00024, 0.00027), "2.5e-4±1e-5"),
+        (Interval(2.9671, 2.6, 3.3), "3.0±.3"),
+        (Interval(10.52, 10.2, 10.9), "10.5±.4"),
+        (Interval(11.2, 9.0, 13.0), "11±2"),
+    ],
+)
+def test_an_interval_is_rounded_to_what_it_knows(interval: Interval, text: str) -> None:
+    assert report_compare.within(interval) == text
+
+
+def test_progress_says_one_line_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    with report_compare.progress() as tell:
+        for state in ("quantizing", "measuring", "done"):
+            tell(Event("nf4", 1, 2, state, seconds=3.0))
+        tell(Event("int8", 2, 2, "failed", reason="no [memory]"))
+    assert capsys.readouterr().err.split("\n") == [
+        "1/2  nf4         done in 3 s",
+        "2/2  int8        failed: no [memory]",
+        "",
+    ]
