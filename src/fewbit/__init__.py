@@ -15,6 +15,7 @@ from fewbit.errors import FewbitError, FormatError, KernelError, NumericsError, 
 if TYPE_CHECKING:
     from fewbit.adapters import finetune, merge
     from fewbit.api import evaluate, generate, inspect, load, quantize
+    from fewbit.choosing import estimate, recommend
     from fewbit.comparing import compare
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "NumericsError",
     "PlanError",
     "compare",
+    "estimate",
     "evaluate",
     "finetune",
     "generate",
@@ -34,12 +36,14 @@ __all__ = [
     "merge",
     "prefer",
     "quantize",
+    "recommend",
 ]
 
 _VERBS = {
     "adapters": ("finetune", "merge"),
     "api": ("evaluate", "generate", "imatrix", "inspect", "load", "quantize"),
     "comparing": ("compare",),
+    "choosing": ("estimate", "recommend"),
 }
 
 hook.install()

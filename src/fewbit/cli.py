@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fewbit import cli_advice
 from fewbit.cli_compare import compare
 from fewbit.errors import FewbitError, PlanError
 
@@ -307,6 +308,10 @@ def merge(
         report.merged(done)
         return
     _print({**asdict(done), "evaluation": report.evaluation_json(done.evaluation)})
+
+
+app.command()(cli_advice.estimate)
+app.command()(cli_advice.recommend)
 
 
 @app.command()

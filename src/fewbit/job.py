@@ -12,9 +12,8 @@ from torch import Tensor
 from fewbit import calibration as texts
 from fewbit import gguf_output, pipeline
 from fewbit import plan as plans
-from fewbit.advise import hardware
+from fewbit.advise import hardware, sizes
 from fewbit.errors import PlanError
-from fewbit.methods.base import name_of
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import Source, locate
 from fewbit.report import Preview
@@ -56,12 +55,7 @@ class Job:
     ) -> Job:
         source = unquantized(model, safetensors_only)
         skeleton = skeleton_of(source, hardware.device(device), trust_remote_code)
-        shapes = {name: shape for block in skeleton.blocks for name, shape in skeleton.linears(block).items()}
-        whole, notes = None, list[str]()
-        if plans.format_of(plan).suffix:
-            whole = gguf_output.model_of(skeleton)
-            shapes |= skeleton.outside()
-        resolved = plans.resolve(plan, shapes, whole)
+        resolved, notes = sizes.settled(skeleton, plan), list[str]()
         pipeline.check(skeleton, resolved)
         importance = None
         if imatrix is not None:
@@ -79,29 +73,13 @@ class Job:
         return windows(wanted, self.source, tokenizer)
 
     def preview(self) -> Preview:
-        format, wanted = self.resolved.format, self.resolved.assignments
-        tensors = []
-        if self.single_file:
-            for each in gguf_output.planned(self.skeleton, self.resolved):
-                method = f", {name_of(wanted[each.module].method)}" if each.module else ""
-                tensors.append((each.entry.name, each.entry.type + method, each.entry.spec.nbytes))
-            return self._preview(tensors, gguf_output.nbytes(self.skeleton, self.resolved))
-        for _, name, spec in self.skeleton.passed_through():
-            if (found := wanted.get(name.removesuffix(".weight"))) is not None and name.endswith(".weight"):
-                what = f"{found.scheme}, {name_of(found.method)}"
-                size = sum(s.nbytes for s in format.specs(found.shape, found.scheme).values())
-            else:
-                what, size = f"as it is ({str(spec.dtype).removeprefix('torch.')})", spec.nbytes
-            tensors.append((name, what, size))
-        return self._preview(tensors, sum(size for _, _, size in tensors))
-
-    def _preview(self, tensors: list[tuple[str, str, int]], output_bytes: int) -> Preview:
+        tensors, output_bytes = sizes.tensors(self.skeleton, self.resolved)
         return Preview(
             plan=self.resolved.plan.name,
             format=self.resolved.format.name,
             notes=list(self.notes),
             tensors=tensors,
-            original_bytes=sum(spec.nbytes for _, _, spec in self.skeleton.passed_through()),
+            original_bytes=sizes.original_bytes(self.skeleton),
             output_bytes=output_bytes,
             share=pipeline.share_quantized(self.skeleton, self.resolved),
         )

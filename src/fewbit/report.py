@@ -156,7 +156,8 @@ def interval(estimate: Estimate, digits: int = 3, percent: bool = False) -> tupl
     return f"{estimate.value:{style}}", f"{estimate.low:{style}} ... {estimate.high:{style}}"
 
 
-def _grid(title: str, *columns: str, numbers: Sequence[int] = ()) -> _Table:
+def grid(title: str, *columns: str, numbers: Sequence[int] = ()) -> _Table:
+    """A table without lines; the columns `numbers` are set flush right."""
     table = _Table(
         title=Text(title), title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
     )
@@ -173,7 +174,7 @@ def quantized(done: Quantized) -> None:
     for note, count in Counter(note for _, note in fallbacks).items():
         first = next(module for module, n in fallbacks if n == note)
         _say(f"note: {note} ({first}{f' and {count - 1} more' if count > 1 else ''})")
-    table = _grid(done.out, "", "original", "quantized", "", numbers=(1, 2))
+    table = grid(done.out, "", "original", "quantized", "", numbers=(1, 2))
     factor = done.original_bytes / max(done.output_bytes, 1)
     table.add_row("weights in files", size(done.original_bytes), size(done.output_bytes), f"{factor:.2f} x smaller")
     table.add_row(
@@ -201,7 +202,7 @@ def finetuned(done: Finetuned) -> None:
     """What `fewbit finetune` prints when it is finished."""
     for note in done.notes:
         _say(f"note: {note}")
-    table = _grid(f"{done.out}, an adapter for {done.model}", "", "", "", numbers=(1,))
+    table = grid(f"{done.out}, an adapter for {done.model}", "", "", "", numbers=(1,))
     table.add_row("trained on", f"{done.examples:,}", f"examples with {done.tokens:,} tokens to learn")
     table.add_row("steps", f"{done.steps:,}", f"{duration(done.seconds)}, loading included")
     table.add_row("loss", f"{done.loss:.4f}", "nats per token, mean of all steps")
@@ -232,7 +233,7 @@ def generated(done: Continuation) -> None:
 
 def preview(shown: Preview) -> None:
     """What `fewbit quantize --dry-run` prints."""
-    table = _grid(f"plan {shown.plan}, format {shown.format}", "tensor", "becomes", "bytes", numbers=(2,))
+    table = grid(f"plan {shown.plan}, format {shown.format}", "tensor", "becomes", "bytes", numbers=(2,))
     for name, what, nbytes in shown.tensors:
         table.add_row(name, what, f"{nbytes:,}")
     out.print(table)
@@ -249,7 +250,7 @@ def evaluation(done: Evaluation) -> None:
     q, i = done.quality, done.inspection
     against = f" against {done.reference}" if done.reference else ""
     title = f"{done.model}{against}, on {q.tokens:,} tokens of {done.text} in windows of {q.length}"
-    table = _grid(title, "", "value", "95 % interval", "what it says", numbers=(1,))
+    table = grid(title, "", "value", "95 % interval", "what it says", numbers=(1,))
     table.add_row("perplexity", *interval(q.perplexity, 4), "how surprised it is by the text; lower is better")
     if q.reference_perplexity and q.perplexity_ratio and q.kl and q.same_top:
         table.add_row("  of the reference", *interval(q.reference_perplexity, 4), "")
@@ -312,7 +313,7 @@ def evaluation_json(done: Evaluation) -> dict[str, Any]:
 
 def inspection(i: Inspection) -> None:
     """What `fewbit inspect` prints."""
-    table = _grid(i.name, "", "")
+    table = grid(i.name, "", "")
     table.add_row("architecture", i.architecture)
     table.add_row("format", i.format or "not quantized")
     for scheme, count in i.schemes.items():
@@ -349,7 +350,7 @@ def calibrated_on(calibrated: Mapping[str, Any]) -> str:
 def listing(families: Mapping[str, Sequence[tuple[str, str, str | None]]]) -> None:
     """What `fewbit list` prints: for each family (name, what it is, why it is unavailable here)."""
     for family, rows in families.items():
-        table = _grid(family, "name", "what it is", "here")
+        table = grid(family, "name", "what it is", "here")
         for name, what, unavailable in rows:
             table.add_row(name, what, f"no: {unavailable}" if unavailable else "yes")
         out.print(table)
@@ -358,7 +359,7 @@ def listing(families: Mapping[str, Sequence[tuple[str, str, str | None]]]) -> No
 
 def doctor(found: Hardware) -> None:
     """What `fewbit doctor` prints."""
-    table = _grid("this machine", "", "")
+    table = grid("this machine", "", "")
     for name, version in found.versions.items():
         table.add_row(name, version)
     table.add_row("devices", ", ".join(found.devices) or "CPU only")

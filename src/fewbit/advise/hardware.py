@@ -56,7 +56,7 @@ def look() -> Hardware:
         advice.append(f"torch uses {threads} of {cores} processors; set OMP_NUM_THREADS={cores} to use all.")
     kernels = {name: kernel().unavailable() for name, kernel in registry.entries("kernels").items()}
     missing = {name: why for name, why in _OPTIONAL.items() if _version(name) is None}
-    return Hardware(versions(), devices, instructions, threads, _memory(), kernels, missing, advice)
+    return Hardware(versions(), devices, instructions, threads, main_memory(), kernels, missing, advice)
 
 
 def _version(package: str) -> str | None:
@@ -89,7 +89,13 @@ def _instructions() -> list[str]:
     return [name for name in _INSTRUCTIONS if name in flags]
 
 
-def _memory() -> int:
+def gpu_memory() -> int:
+    """Bytes of the first GPU; 0 where there is none."""
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
+
+
+def main_memory() -> int:
+    """Bytes of main memory; 0 where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, AttributeError, OSError):

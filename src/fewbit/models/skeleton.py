@@ -75,10 +75,14 @@ class Skeleton:
         for module in self.model.modules():  # buffers were computed on the CPU
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
-        self.checkpoint = Checkpoint(list(source.files))
         self.blocks = find_blocks(self.model)
         self._mapping = conversions(self.model)
         self._expected = self.model.state_dict()
+        self._open()
+
+    def _open(self) -> None:
+        """Find the checkpoint's tensors, and compare them with what the model has a place for."""
+        self.checkpoint = Checkpoint(list(self.source.files))
         self.name_of = self._names()
         self.tied = self._ties()
         self._check()

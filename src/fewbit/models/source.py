@@ -99,6 +99,26 @@ def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
     return Source(str(name), folder, tuple(files), origin)
 
 
+def outlined(name: str | Path) -> Source:
+    """The model called `name`, of which no weights need be here: a config.json, a folder that holds one, or a Hub name,
+    of which that file alone is downloaded. Weights that are here are found, unless as pickles; PlanError or FormatError
+    otherwise."""
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        if path.name != "config.json":
+            raise PlanError(f"model {name}: that is no config.json", "Give the folder, or its config.json.")
+        read_config(path.parent)
+        return Source(str(name), path.parent, (), path.parent)
+    if path.is_dir() and (path / "config.json").exists() and not safetensors.files_in(path):
+        read_config(path)
+        return Source(str(name), path, (), path)
+    if path.exists() or str(name) in (EMBEDDED, DEMO) or not _is_hub_name(str(name)):
+        return locate(name)
+    folder = _download(str(name), safetensors_only=True, patterns=["config.json"])
+    read_config(folder)
+    return Source(str(name), folder, (), folder)
+
+
 def _of_gguf(name: str, path: Path, origin: Path) -> Source:
     files = GgufFile(path).files
     _config_of(path)
@@ -147,16 +167,20 @@ def _folder(name: str, safetensors_only: bool) -> Path:
         return path
     if path.exists():
         raise PlanError(f"model {name}: that is a file", "Give a .gguf file, or the folder that holds config.json.")
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not _is_hub_name(name):
         raise PlanError(
             f"model {name}: no such folder", f"Give a local folder, a Hub name such as org/model, {EMBEDDED} or {DEMO}."
         )
     return _download(name, safetensors_only)
 
 
-def _download(name: str, safetensors_only: bool) -> Path:
+def _is_hub_name(name: str) -> bool:
+    return not name.startswith((".", "/", "~")) and name.count("/") == 1
+
+
+def _download(name: str, safetensors_only: bool, patterns: list[str] = _PATTERNS) -> Path:
     try:
-        folder = Path(snapshot_download(name, allow_patterns=_PATTERNS))
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
         if not safetensors_only and not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*_PATTERNS, "pytorch_model*.bin"]))
         return folder

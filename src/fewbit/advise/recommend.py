@@ -1,0 +1,344 @@
+"""Which plan to use for a purpose: rules narrow the choice, what fits and what runs narrow it further, numbers decide.
+
+Rules are data (rules.json): for each purpose tiers of plans, the first being what the purpose asks for, and what the
+common advice names. Within a tier plans are ranked by measurement: of this model where a report of `fewbit compare`
+is given, else by priors, which are measurements of the embedded model (priors.json). Every answer says which. Where
+numbers contradict the common advice, the numbers are followed and the answer says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbit import registry
+from fewbit.advise.estimate import Estimate, PlanEstimate
+from fewbit.comparison import Comparison, Interval
+from fewbit.errors import PlanError
+from fewbit.schemes.base import parse
+
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
+_SHAPE = (4096, 4096)  # a shape that no kernel minds
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan, and why it stands where it does. `tier`: 0 is what the purpose asks for. `total`: bytes in use, as
+    estimated. `kl` and `decode` (tokens/s) come from `basis`: "measured", "prior" or "none". `kernel`: the best here.
+
+    `excluded`: why it is out of the question.
+    """
+
+    plan: str
+    tier: int
+    format: str
+    bits: float
+    weights_bytes: int
+    total: int
+    kl: Interval | None
+    decode: float | None
+    basis: str
+    kernel: str
+    calibrates: bool
+    excluded: str | None = None
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The plan to use, `ranked` first, what comes after it, and what cannot be. `rule`, `why` and `source`: the common
+    advice for the purpose. `ranked_by`: what decided among plans. `contradictions`: where numbers say otherwise."""
+
+    model: str
+    purpose: str
+    target: str | None
+    memory: int
+    ranked: tuple[Candidate, ...]
+    excluded: tuple[Candidate, ...]
+    rule: str
+    why: str
+    source: str
+    ranked_by: str
+    contradictions: tuple[str, ...]
+    notes: tuple[str, ...]
+    commands: tuple[str, ...]
+
+    @property
+    def best(self) -> Candidate:
+        return self.ranked[0]
+
+
+@cache
+def rules() -> dict[str, Any]:
+    """rules.json: purposes and targets."""
+    return dict(json.loads((Path(__file__).parent / "rules.json").read_text()))
+
+
+@cache
+def priors() -> dict[str, Any]:
+    """priors.json: `where` it was measured, and plan -> KL divergence with its interval."""
+    return dict(json.loads((Path(__file__).parent / "priors.json").read_text()))
+
+
+def nbytes(text: str) -> int:
+    """Bytes that `8GB`, `8 GiB`, `512MB` or a plain number mean; PlanError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
+    if match is None or not float(match[1]):
+        raise PlanError(f"--memory {text}: no amount of memory", "Write it as 8GB, 8GiB or 512MB.")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def recommend(
+    estimated: Estimate,
+    purpose: str,
+    *,
+    memory: int,
+    target: str | None = None,
+    max_kl: float | None = None,
+    speed_first: bool = False,
+    measured: Comparison | None = None,
+    device: str = "cpu",
+) -> Recommendation:
+    """The recommendation for a model of which all plans were estimated; PlanError where nothing meets all demands."""
+    if purpose not in rules()["purposes"]:
+        raise registry.unknown("purpose", purpose, rules()["purposes"])
+    if target is not None and target not in rules()["targets"]:
+        raise registry.unknown("target", target, rules()["targets"])
+    rule = rules()["purposes"][purpose]
+    runtime = target or rule.get("target")
+    formats = rules()["targets"][runtime]["formats"] if runtime else None
+    found = [
+        _limited(
+            _candidate(row, tier, measured, device), row, memory=memory, formats=formats, runtime=runtime, max_kl=max_kl
+        )
+        for tier, plans in enumerate(rule["tiers"])
+        for row in estimated.plans
+        if row.plan in plans
+    ]
+    allowed = [c for c in found if c.excluded is None]
+    excluded = [c for c in found if c.excluded is not None]
+    if not allowed:
+        raise _nothing(estimated, purpose, excluded, memory, runtime, formats, max_kl)
+    tiers = not (speed_first and max_kl is not None)  # a stated loss is allowed: then the fastest plan is the best
+    here = bool(rule.get("kernels")) and runtime in (None, "transformers")
+    size_first = speed_first or rule["order"] == "size"
+
+    def rank(c: Candidate) -> tuple[Any, ...]:
+        # A prior is of another model: it orders plans among themselves, after all that were measured.
+        quality = (c.kl is None, measured is not None and c.basis == "prior", c.kl.value if c.kl else 0.0)
+        speed = (c.decode is None, -(c.decode or 0.0), c.weights_bytes)
+        return (
+            c.tier if tiers else 0,
+            here and c.kernel == "reference",
+            *((*speed, *quality) if size_first else (*quality, *speed)),
+        )
+
+    ranked = sorted(allowed, key=rank)
+    return Recommendation(
+        model=estimated.model,
+        purpose=purpose,
+        target=target,
+        memory=memory,
+        ranked=tuple(ranked),
+        excluded=tuple(excluded),
+        rule=rule["says"],
+        why=rule["why"],
+        source=rule["source"],
+        ranked_by=_basis(measured, size_first, rule, here),
+        contradictions=tuple(_contradictions(ranked, found, rule, measured)),
+        notes=tuple(_notes(ranked, estimated, purpose, max_kl, measured, runtime)),
+        commands=tuple(_commands(ranked, estimated, purpose, runtime, measured)),
+    )
+
+
+def _candidate(row: PlanEstimate, tier: int, measured: Comparison | None, device: str) -> Candidate:
+    kl, decode, basis, failed = None, None, "none", None
+    line = next((r for r in measured.rows if r.plan == row.plan), None) if measured else None
+    if line is not None and not line.done:
+        failed = f"it failed when it was measured: {line.reason}"
+    elif line is not None and line.loss is not None:
+        kl, basis = line.loss.kl, "measured"
+        decode = line.speed.decode.median if line.speed else None
+    elif (prior := priors()["plans"].get(row.plan)) is not None:
+        kl, basis = Interval(prior["kl"], *prior["interval"]), "prior"
+    return Candidate(
+        plan=row.plan,
+        tier=tier,
+        format=row.format,
+        bits=row.bits,
+        weights_bytes=row.weights_bytes,
+        total=row.total,
+        kl=kl,
+        decode=decode,
+        basis=basis,
+        kernel=kernel(row.schemes[0], device) if row.schemes else "",
+        calibrates=row.calibrates,
+        excluded=row.why_not or failed,
+    )
+
+
+def kernel(scheme: str, device: str) -> str:
+    """The kernel that this machine would multiply by, bfloat16 activations given."""
+    codec, best, rank = parse(scheme), "reference", -1
+    for name, entry in registry.entries("kernels").items():
+        one = entry()
+        reason = one.unavailable() or one.why_not(codec, _SHAPE, torch.device(device), torch.bfloat16)
+        if reason is None and one.priority > rank and one.priority >= 0:
+            best, rank = name, one.priority
+    return str(best)
+
+
+def _limited(
+    c: Candidate, row: PlanEstimate, *, memory: int, formats: Any, runtime: str | None, max_kl: float | None
+) -> Candidate:
+    """The candidate, with a reason where a demand excludes it."""
+    if c.excluded is not None:
+        return c
+    if formats is not None and c.format not in formats:
+        return replace(c, excluded=f"{runtime} reads {', '.join(formats)}, not {c.format}")
+    if row.total > memory:
+        return replace(c, excluded=f"needs {row.total:,} bytes of memory, {memory:,} are there")
+    if max_kl is not None and c.kl is not None and c.kl.value > max_kl:
+        return replace(c, excluded=f"KL divergence {c.kl.value:.3g} ({c.basis}), {max_kl:g} at most is asked for")
+    if max_kl is not None and c.kl is None:
+        return replace(c, excluded="its KL divergence was not measured")
+    return c
+
+
+def _nothing(
+    estimated: Estimate,
+    purpose: str,
+    excluded: list[Candidate],
+    memory: int,
+    runtime: str | None,
+    formats: Any,
+    max_kl: float | None,
+) -> PlanError:
+    """Why no plan meets all demands, and the nearest that there is."""
+    readable = [c for c in excluded if formats is None or c.format in formats]
+    if not readable:
+        others = [
+            p for p, rule in rules()["purposes"].items() if rule.get("target") in (None, runtime) and p != purpose
+        ]
+        return PlanError(
+            f"no plan for {purpose} makes files that {runtime} reads",
+            f"Leave --target out, or ask --for {' or '.join(others)}.",
+        )
+    possible = [c for c in readable if c.total]
+    if not possible:
+        return PlanError(f"no plan for {purpose} fits {estimated.model}: {readable[0].excluded}")
+    smallest = min(possible, key=lambda c: c.total)
+    if smallest.total > memory:
+        return PlanError(
+            f"nothing fits {_said(memory)}: the smallest is {smallest.plan} with {_said(smallest.total)}, "
+            f"for {estimated.batch} x {estimated.context} tokens",
+            "Give more --memory, a smaller --context or --batch, or a smaller model.",
+        )
+    fitting = [c for c in possible if c.total <= memory and c.kl is not None]
+    if max_kl is not None and fitting:
+        nearest = min(fitting, key=lambda c: c.kl.value if c.kl else 0.0)
+        assert nearest.kl is not None
+        return PlanError(
+            f"nothing that fits {_said(memory)} has a KL divergence of {max_kl:g} or less: "
+            f"the nearest is {nearest.plan} with {nearest.kl.value:.3g} ({nearest.basis})",
+            "Allow more --max-kl or more --memory.",
+        )
+    return PlanError(f"no plan for {purpose} meets all demands: {readable[0].plan}: {readable[0].excluded}")
+
+
+def _said(count: int) -> str:
+    """Bytes in a sentence; report.py formats tables, but an error is raised below it."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} bytes"
+
+
+def _basis(measured: Comparison | None, size_first: bool, rule: Mapping[str, Any], here: bool) -> str:
+    what = "speed of decoding" if size_first and measured else "size" if size_first else "KL divergence"
+    kernels = "kernels of this machine, then " if here else ""
+    if measured is not None:
+        return f"{kernels}{what} as measured on {measured.model} ({measured.date[:10]}); where it has no row, by priors"
+    if size_first:
+        return f"{kernels}{what}: one token reads all weights once; nothing of this model was measured"
+    return f"{kernels}{what} by priors, not measured on this model: {priors()['where']}"
+
+
+def _contradictions(
+    ranked: list[Candidate], found: list[Candidate], rule: Mapping[str, Any], measured: Comparison | None
+) -> list[str]:
+    """Sentences where numbers deny the common advice: a plan of no greater size that loses clearly less."""
+    advised = [c for c in found if c.plan in rule["guide"] and c.kl is not None]
+    lines = []
+    best = ranked[0]
+    if advised and best.plan not in rule["guide"] and best.kl is not None:
+        near = min(advised, key=lambda c: c.kl.value if c.kl else 0.0)
+        assert near.kl is not None
+        if best.kl.high < near.kl.low:
+            where = "on this model" if best.basis == near.basis == "measured" else "by priors"
+            lines.append(
+                f"The rule is {rule['says']}. But {best.plan} loses less than {near.plan} {where}: "
+                f"KL divergence {best.kl.value:.3g} against {near.kl.value:.3g}, in {best.bits:.3g} bits against "
+                f"{near.bits:.3g}. The numbers are followed."
+            )
+    original = measured.original if measured else None
+    if original and original.speed and best.decode is not None and best.decode < original.speed.decode.median:
+        lines.append(
+            f"Few bits are no faster here: {best.plan} writes {best.decode:.3g} tokens/s, the original "
+            f"{original.speed.decode.median:.3g}. It saves memory alone."
+        )
+    return lines
+
+
+def _notes(
+    ranked: list[Candidate],
+    estimated: Estimate,
+    purpose: str,
+    max_kl: float | None,
+    measured: Comparison | None,
+    runtime: str | None,
+) -> list[str]:
+    best, notes = ranked[0], []
+    # A hint at what more memory would buy, where it is there.
+    better = [c for c in ranked[1:] if best.kl and c.kl and c.kl.high < best.kl.low / 2 and c.bits > best.bits + 1]
+    if better and purpose in ("quality", "edge", "serving"):
+        other = max(better, key=lambda c: -c.weights_bytes)
+        assert other.kl is not None
+        assert best.kl is not None
+        notes.append(
+            f"{other.plan} fits too and loses far less (KL divergence {other.kl.value:.2g} against "
+            f"{best.kl.value:.2g}) for {other.weights_bytes / best.weights_bytes:.1f} times the weights."
+        )
+    if max_kl is not None and (measured is None or best.basis == "prior"):
+        notes.append("--max-kl was held against priors: fewbit compare or fewbit evaluate measures it on this model.")
+    if runtime in (None, "transformers") and best.kernel == "reference":
+        notes.append(f"No fast kernel of this machine serves {best.plan}: it saves memory, but will not be quick here.")
+    if estimated.imagined:
+        notes.append("The weights are not here: sizes follow from config.json alone.")
+    return notes
+
+
+def _commands(
+    ranked: list[Candidate], estimated: Estimate, purpose: str, runtime: str | None, measured: Comparison | None
+) -> list[str]:
+    best, model = ranked[0], estimated.model
+    name = Path(model).parent.name if model.endswith("config.json") else model.rstrip("/").rpartition("/")[2]
+    out = f"{name or 'model'}-{best.plan}" + (".gguf" if best.format == "gguf" else "")
+    lines = []
+    if measured is None and len(ranked) > 1:
+        plans = ",".join(["bf16", *(c.plan for c in ranked[:4])])
+        lines.append(f"fewbit compare {model} --plans {plans} -o {name}-report")
+    lines += [f"fewbit quantize {model} -o {out} --plan {best.plan}", f"fewbit evaluate {out} --reference {model}"]
+    if purpose == "finetuning":
+        lines.append(f"fewbit finetune {out} --data train.jsonl -o {name}-adapter")
+    else:
+        fallback = "llama.cpp" if best.format == "gguf" else "transformers"
+        runs = runtime or ("vllm" if purpose == "serving" and best.format != "gguf" else fallback)
+        lines.append(rules()["targets"][runs]["run"].format(out=out))
+    return lines

@@ -1,0 +1,89 @@
+"""A model of which nothing but its config need be there: every shape, and no weight.
+
+The model is built on the meta device, as for quantizing, and what a checkpoint of it would hold is read off it. So
+plans settle, and sizes come out, before a byte of weights was downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fewbit.formats.safetensors import Checkpoint
+from fewbit.models.skeleton import Skeleton
+from fewbit.models.source import Source
+from fewbit.schemes.base import PartSpec
+
+_INNER = ("intermediate_size", "ffn_dim", "n_inner")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that memory follows from. `windows`: for each layer the tokens that its cache keeps at most, 0 for all.
+    `rows`: query heads times their width; `values`: key-value heads times theirs."""
+
+    layers: int
+    hidden: int
+    rows: int
+    values: int
+    inner: int
+    vocab: int
+    context: int
+    windows: tuple[int, ...]
+
+
+class Outline(Skeleton):
+    """A skeleton whose checkpoint may be imagined: of a source without files, in the type that its config states."""
+
+    def __init__(self, source: Source, *, trust_remote_code: bool = False) -> None:
+        super().__init__(source, source.dtype, torch.device("cpu"), trust_remote_code=trust_remote_code)
+
+    def _open(self) -> None:
+        if self.source.files:
+            super()._open()
+            return
+        self.tied = dict(self.model.all_tied_weights_keys)
+        self.checkpoint = Checkpoint([])
+        self.checkpoint.specs |= {
+            name: PartSpec(tuple(tensor.shape), tensor.dtype)
+            for name, tensor in self._expected.items()
+            if name not in self.tied
+        }
+        self.name_of = {name: name for name in self.checkpoint.specs}
+
+    def largest_block(self) -> Mapping[str, Any]:
+        """Parameters of the block that has the most, and of it name -> shape of the linears."""
+        sizes = {b: sum(p.numel() for p in self.model.get_submodule(b).parameters()) for b in self.blocks}
+        block = max(sizes, key=lambda name: sizes[name])
+        return {"parameters": sizes[block], "linears": self.linears(block)}
+
+
+def geometry(config: Any, context: int) -> Geometry:
+    """The sizes in transformers' `config` object."""
+    text = config.get_text_config()
+    layers, hidden, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
+    width = getattr(text, "head_dim", None) or hidden // heads
+    kinds = getattr(text, "layer_types", None)
+    window = getattr(text, "sliding_window", None) or 0
+    if kinds is None:  # one kind of layer: all with a window where the config has one in use
+        window = window if getattr(text, "use_sliding_window", True) else 0
+        windows = (window,) * layers
+    else:
+        windows = tuple(window if "sliding" in kind else 0 for kind in kinds)
+    inner = next(
+        (found for key in ("intermediate_size", "ffn_dim", "n_inner") if (found := getattr(text, key, None))),
+        4 * hidden,
+    )
+    return Geometry(
+        layers=layers,
+        hidden=hidden,
+        rows=heads * width,
+        values=(getattr(text, "num_key_value_heads", None) or heads) * width,
+        inner=inner,
+        vocab=text.vocab_size,
+        context=context,
+        windows=windows,
+    )

@@ -1,0 +1,154 @@
+"""Sizes before there is a model: what follows from a config.json, from a number of parameters, and what holds it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import fewbit
+from fewbit import FormatError, PlanError, choosing, plan
+from fewbit.advise import cards, memory
+from fewbit.models import source
+from fewbit.models.outline import Geometry
+from fewbit.models.source import locate
+from fewbit.stats import Need
+from tests import models
+
+SMALL = Geometry(
+    layers=2, hidden=64, rows=64, values=32, inner=128, vocab=1000, context=256, windows=(0, 16)
+)  # fmt: skip
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A folder that holds tiny's config.json and nothing else."""
+    shutil.copy(locate("tiny").folder / "config.json", tmp_path)
+    return tmp_path
+
+
+def test_a_config_alone_tells_what_the_weights_would(bare: Path) -> None:
+    from_weights = fewbit.estimate("tiny")
+    for name in (bare, bare / "config.json"):
+        imagined = fewbit.estimate(name)
+        assert imagined.imagined
+        assert not from_weights.imagined
+        assert imagined.plans == from_weights.plans
+        assert imagined.parameters == from_weights.parameters == 7_344_384
+
+
+def test_of_a_hub_name_the_config_alone_is_downloaded(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(bare)
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    assert fewbit.estimate("org/model", plan="nf4").imagined
+    assert asked == [["config.json"]]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2-bare", "opt"])
+def test_architectures_from_their_config(family: str, tmp_path: Path) -> None:
+    whole = models.save(tmp_path / "whole", family)
+    (tmp_path / "bare").mkdir()
+    shutil.copy(whole / "config.json", tmp_path / "bare")
+    assert fewbit.estimate(tmp_path / "bare").plans == fewbit.estimate(whole).plans
+
+
+def test_every_preset_is_there_and_the_original_first() -> None:
+    assert [row.plan for row in fewbit.estimate("tiny").plans] == ["bf16", *plan.PRESETS]
+
+
+def test_a_plan_that_cannot_be_says_why_and_others_go_on(bare: Path) -> None:
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config | {"model_type": "cohere", "architectures": None}))
+    rows = {row.plan: row for row in fewbit.estimate(bare).plans}
+    assert "no GGUF file can be made" in (rows["q4_k_m"].why_not or "")
+    assert rows["nf4"].why_not is None
+    assert rows["nf4"].total > 0
+
+
+def test_cache_counts_key_value_heads_windows_and_type() -> None:
+    use = memory.Use(context=100, batch=3)
+    assert memory.cache_bytes(SMALL, use) == 3 * (100 + 16) * 2 * 32 * 2
+    assert memory.cache_bytes(SMALL, memory.Use(context=100, batch=3, cache="float32")) == 3 * 116 * 2 * 32 * 4
+    with pytest.raises(PlanError, match="no type of a cache"):
+        memory.cache_bytes(SMALL, memory.Use(context=1, cache="int3"))
+
+
+def test_peaks_follow_the_stated_formulas() -> None:
+    use = memory.Use(context=100, activation=4)
+    assert memory.activation_peak(SMALL, use, packed=False) == 100 * 4 * (3 * 64 + 3 * 128) + 1000 * 8
+    linears = {"b.q": (64, 64), "b.k": (32, 64), "b.o": (64, 64), "m.up": (128, 64), "m.down": (64, 128)}
+    block = memory.Block(50_000, linears)
+    peak = memory.quantization_peak(SMALL, block, Need.HESSIAN, 8, 100, 0)
+    hessians = 4 * (3 * 64 * 64 + 128 * 128)
+    replay = 2 * 800 * 4 * (3 * 64 + 3 * 128)
+    assert peak == 4 * 50_000 + 4 * 800 * 64 + hessians + replay + 24_000_000
+    assert memory.quantization_peak(SMALL, block, Need.NOTHING, 8, 100, 0) < peak
+
+
+@pytest.mark.parametrize(("size", "gigabytes"), [("7B", 28), ("13B", 52), ("70B", 280), ("1.1b", 4.4), ("125M", 0.5)])
+def test_the_rule_of_thumb(size: str, gigabytes: float) -> None:
+    table = choosing.estimate_size(size)
+    assert table is not None
+    by = {row.name: row.nbytes for row in table.guide}
+    assert by["FP32"] == pytest.approx(gigabytes * 1e9)
+    assert by["FP16"] == by["FP32"] / 2 == by["INT8"] * 2 == by["INT4"] * 4
+
+
+def test_true_bits_stand_beside() -> None:
+    table = choosing.estimate_size("7B")
+    assert table is not None
+    bits = {row.name.split()[0]: row.bits for row in table.formats}
+    assert bits["gptq-4bit"] == 4.125
+    assert bits["awq-4bit"] == 4.15625
+    assert bits["q4_k"] == 4.5
+    assert bits["nf4"] == pytest.approx(4.127, abs=1e-3)
+    assert choosing.estimate_size("tiny") is None
+    with pytest.raises(PlanError, match="no number of parameters"):
+        choosing.estimate_size("0B")
+
+
+def test_cards_are_sorted_and_sourced() -> None:
+    found = cards.cards()
+    assert [card.memory for card in found] == sorted(card.memory for card in found)
+    assert all("https://" in card.source for card in found)
+    assert cards.smallest(14 * 10**9) == "T4, 16 GB"
+    assert cards.smallest(10**15) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"context": 513}, "beyond the model's context"),
+        ({"batch": 0}, "at least one text"),
+        ({"plan": "q4"}, "unknown"),
+    ],
+)
+def test_what_cannot_be_estimated(options: dict[str, object], says: str) -> None:
+    with pytest.raises(PlanError, match=says):
+        fewbit.estimate("tiny", **options)  # type: ignore[arg-type]
+
+
+def test_a_config_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(FormatError, match="no JSON object"):
+        fewbit.estimate(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": -3}')
+    with pytest.raises(FormatError):
+        fewbit.estimate(tmp_path)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(PlanError, match=r"no config\.json"):
+        fewbit.estimate(tmp_path / "other.json")
+
+
+def test_a_quantized_config_without_weights_is_refused(bare: Path) -> None:
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(PlanError, match="its weights are not here"):
+        fewbit.estimate(bare)

@@ -1,0 +1,161 @@
+"""Which plan for what: common rules come out where they hold, numbers overrule them, demands are met or refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import fewbit
+from fewbit import PlanError, choosing, plan
+from fewbit.advise import recommend as recommending
+from fewbit.advise.recommend import Recommendation
+from fewbit.comparison import Comparison, Interval, Loss, Row, Speed, Timing
+
+REPORT = Path(__file__).parent.parent / "data" / "report.json"
+
+
+def asked(purpose: str, **options: object) -> Recommendation:
+    return fewbit.recommend("tiny", purpose, **{"memory": "8GB", **options})  # type: ignore[arg-type]
+
+
+def measured(**kl: float) -> Comparison:
+    """A report of tiny in which these plans lost so much, at 50 tokens/s, and the original none, at 100."""
+    rows = []
+    for name, loss in [("bf16", 0.0), *((name.replace("__", "-"), value) for name, value in kl.items())]:
+        timing = Timing(100.0 if name == "bf16" else 50.0, 1, 100, 3)
+        one = Interval(loss, loss * 0.99, loss * 1.01)
+        rows.append(Row(name, "done", loss=Loss(one, one, one), speed=Speed(1.0, timing, timing)))
+    return replace(Comparison.read(REPORT), rows=tuple(rows))
+
+
+@pytest.mark.parametrize(
+    ("purpose", "plans"),
+    [
+        ("experiment", {"nf4", "int8"}),
+        ("serving", {"gptq-4bit", "awq-4bit"}),
+        ("edge", {"q4_k_m"}),
+        ("finetuning", {"nf4"}),
+    ],
+)
+def test_the_common_rules_come_out(purpose: str, plans: set[str]) -> None:
+    found = asked(purpose)
+    assert found.best.plan in plans
+    assert found.source.startswith("https://")
+    assert not found.contradictions
+    assert any(command.startswith(f"fewbit quantize tiny -o tiny-{found.best.plan}") for command in found.commands)
+
+
+def test_quality_is_awq_unless_numbers_say_better() -> None:
+    assert asked("quality", report=measured(awq__4bit=0.03, gptq__4bit=0.05)).best.plan == "awq-4bit"
+    better = asked("quality", report=measured(awq__4bit=0.05, gptq__4bit=0.03))
+    assert better.best.plan == "gptq-4bit"
+    assert "loses less than awq-4bit on this model" in better.contradictions[0]
+    assert "as measured on tiny" in better.ranked_by
+
+
+def test_priors_are_said_to_be_priors() -> None:
+    found = asked("quality")
+    assert found.best.plan == "gptq-4bit"
+    assert "by priors, not measured on this model" in found.ranked_by
+    assert "by priors" in found.contradictions[0]
+    assert found.commands[0].startswith("fewbit compare tiny --plans bf16,gptq-4bit")
+
+
+def test_priors_and_rules_name_presets_only() -> None:
+    rules = recommending.rules()["purposes"].values()
+    named = {p for rule in rules for tier in [*rule["tiers"], rule["guide"]] for p in tier}
+    assert named <= set(plan.PRESETS)
+    assert set(recommending.priors()["plans"]) == set(plan.PRESETS)
+    for rule in rules:
+        tiers = [p for tier in rule["tiers"] for p in tier]
+        assert len(tiers) == len(set(tiers))
+        assert set(rule["guide"]) <= set(tiers)
+
+
+def test_slower_than_the_original_is_said() -> None:
+    found = asked("serving", report=measured(gptq__4bit=0.03))
+    assert "Few bits are no faster here" in found.contradictions[-1]
+
+
+def test_what_failed_is_out() -> None:
+    report = measured(awq__4bit=0.03)
+    failed = Row("gptq-4bit", "failed", reason="killed")
+    found = asked("serving", report=replace(report, rows=(*report.rows, failed)))
+    assert found.best.plan == "awq-4bit"
+    assert any(c.plan == "gptq-4bit" and "killed" in (c.excluded or "") for c in found.excluded)
+
+
+def test_memory_decides() -> None:
+    whole = {row.plan: row.total for row in fewbit.estimate("tiny").plans}
+    found = asked("edge", memory=whole["q3_k_m"])
+    assert found.best.total <= whole["q3_k_m"] < whole["q4_k_m"]
+    with pytest.raises(PlanError, match=r"nothing fits 1 MB: the smallest is q2_k with"):
+        asked("quality", memory="1MB")
+
+
+def test_targets_read_what_is_recommended() -> None:
+    assert asked("quality", target="llama.cpp").best.format == "gguf"
+    assert asked("serving", target="vllm").commands[-1].startswith("vllm serve ")
+    with pytest.raises(PlanError, match="no plan for edge makes files that vllm reads") as error:
+        asked("edge", target="vllm")
+    assert "serving" in error.value.hint
+
+
+def test_a_stated_loss() -> None:
+    fast = asked("edge", max_kl=0.01, speed_first=True)
+    assert fast.best.plan == "q6_k"
+    assert "priors" in " ".join(fast.notes)
+    with pytest.raises(PlanError, match="the nearest is gptq-8bit with"):
+        asked("serving", max_kl=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"memory": "much"}, "no amount of memory"),
+        ({"memory": "0GB"}, "no amount of memory"),
+        ({"max_kl": -1.0}, "greater than 0"),
+        ({"target": "onnx"}, "unknown target"),
+    ],
+)
+def test_bad_demands(options: dict[str, object], says: str) -> None:
+    with pytest.raises(PlanError, match=says):
+        asked("serving", **options)
+
+
+def test_bad_models_and_purposes() -> None:
+    with pytest.raises(PlanError, match="unknown purpose"):
+        asked("speed")
+    with pytest.raises(PlanError, match="a size, no model"):
+        fewbit.recommend("7B", "serving")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("8GB", 8e9), ("8 GiB", 8 * 2**30), ("512mb", 512e6), ("1000", 1000), ("1.5g", 1.5e9)]
+)
+def test_amounts_of_memory(text: str, count: float) -> None:
+    assert recommending.nbytes(text) == count
+
+
+def test_the_table_has_every_preset_once_and_follows_a_report() -> None:
+    rows = choosing.methods()
+    assert sorted(p for row in rows for p in row.plans) == sorted(plan.PRESETS)
+    assert {p for row in rows for p in row.best_for} == set(recommending.rules()["purposes"])
+    gptq = next(row for row in choosing.methods(measured(gptq__4bit=0.5)) if row.method == "GPTQ")
+    assert (gptq.kl, gptq.kl_plan, gptq.decode, gptq.basis) == (0.5, "gptq-4bit", 50.0, "measured")
+
+
+def test_the_reference_has_the_table() -> None:
+    from fewbit.advise.table import table
+    from fewbit.report_advice import markdown
+
+    page = (Path(__file__).parent.parent.parent / "docs" / "reference.md").read_text()
+    assert markdown(table(device="cpu")) in page, "run python tools/methods_table.py"
+
+
+def test_rules_are_data_with_sources() -> None:
+    raw = json.loads((Path(recommending.__file__).parent / "rules.json").read_text())
+    assert all(each["source"].startswith("https://") for kind in raw.values() for each in kind.values())
