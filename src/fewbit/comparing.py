@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import secrets
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from fewbit import calibration as texts
-from fewbit import pipeline, report
+from fewbit import html, pipeline, report
 from fewbit import plan as plans
 from fewbit.advise import hardware
 from fewbit.cache import cache_folder
@@ -121,9 +122,11 @@ def claimed(out: str | Path) -> Path:
 
 
 def write(compared: Comparison, folder: Path) -> None:
-    """The report's files, each whole or not at all."""
+    """The report's files, each whole or not at all; a warning says which could not be made, and why."""
     folder.mkdir(parents=True, exist_ok=True)
     _put(folder / FILE, compared.to_json())
+    for note in html.write(compared, folder):
+        warnings.warn(note, stacklevel=2)
 
 
 @dataclass(frozen=True)
