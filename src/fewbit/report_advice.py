@@ -37,8 +37,9 @@ def estimate(done: Estimate) -> None:
     _say(
         f"Bits are those of the quantized weights. In use: weights, keys and values ({size(done.cache_bytes)} in "
         f"{done.cache}) and activations in {done.activation}. Making it: the peak of quantizing. Weights and files "
-        "are exact, peaks a model held to 25 % of measurements; Python and its imports (0.4 GB) or a CUDA context come "
-        "on top."
+        "are exact; peaks come from a model that was within 25 % of measurements where freed memory goes back to the "
+        "system: an allocator that keeps it took half as much again. Python and its imports (0.4 GB) or a CUDA context "
+        "come on top."
     )
     for row in refused:
         _say(f"{row.plan}: {row.why_not}")
