@@ -58,10 +58,10 @@ def test_quality_is_awq_unless_numbers_say_better() -> None:
 
 def test_priors_are_said_to_be_priors() -> None:
     found = asked("quality")
-    assert found.best.plan == "gptq-4bit"
+    assert found.best.plan == "q4_k_m"
     assert "by priors, not measured on this model" in found.ranked_by
     assert "by priors" in found.contradictions[0]
-    assert found.commands[0].startswith("fewbit compare tiny --plans bf16,gptq-4bit")
+    assert found.commands[0].startswith("fewbit compare tiny --plans bf16,q4_k_m")
 
 
 def test_priors_and_rules_name_presets_only() -> None:
@@ -106,7 +106,7 @@ def test_targets_read_what_is_recommended() -> None:
 
 def test_a_stated_loss() -> None:
     fast = asked("edge", max_kl=0.01, speed_first=True)
-    assert fast.best.plan == "q6_k"
+    assert fast.best.plan == "q5_k_s"
     assert "priors" in " ".join(fast.notes)
     with pytest.raises(PlanError, match="the nearest is gptq-8bit with"):
         asked("serving", max_kl=1e-6)
