@@ -92,8 +92,9 @@ def forget_peak() -> None:
     if sys.platform == "linux":
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
-    for i in range(torch.cuda.device_count()):
-        torch.cuda.reset_peak_memory_stats(i)
+    if torch.cuda.is_initialized():  # before, there is no peak, and resetting none is an error
+        for i in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(i)
 
 
 def in_use_on_gpus() -> int:
