@@ -94,14 +94,17 @@ def _all() -> Iterator[Column]:
         said = f"{what}, median; below, the range of all runs"
         value, under = of(timing, lambda t: t.median), of(timing, _spread)
         yield Column("Speed", name, f"{name} tok/s", said, value, rate, under, more)
+    said = "what loading added to the process, on a CPU; below, compared with the tensors at rest"
+    yield Column("Memory", "resident", "weights", said, _resident, report.size, _resident_more)
     for name, what, peak in (
         ("loading", "while it was loaded", _loading),
         ("generating", "while it wrote", _generating),
     ):
         title, said = f"peak {name}", f"the most memory {what},{rest}"
         yield Column("Memory", name, title, said, of(peak, lambda p: p.process), report.size, of(peak, _growth))
-        said = f"the most that torch held on GPUs {what}"
-        yield Column("Memory", f"gpu-{name}", f"GPU {name}", said, of(peak, lambda p: p.cuda or None), report.size)
+        said = f"the most that torch held on GPUs {what}; below, what their driver counts, of every process"
+        in_torch, in_all = of(peak, lambda p: p.cuda or None), of(peak, _on_device)
+        yield Column("Memory", f"gpu-{name}", f"GPU {name}", said, in_torch, report.size, in_all)
     said = "time to make it, what was written checked too"
     yield Column("Quantizing", "seconds", "time", said, of(_quantizing, lambda q: q.seconds), report.duration)
     value, under = of(_quantizing, lambda q: q.peak.process), of(_quantizing, lambda q: _growth(q.peak))
@@ -143,6 +146,21 @@ def _between(interval: Interval, write: Callable[[float], str]) -> str | None:
 
 def _spread(timing: Timing) -> str | None:
     return f"{rate(timing.low)} – {rate(timing.high)}" if timing.high > timing.low else None
+
+
+def _resident(row: Row) -> int | None:
+    on_gpu = row.loading is not None and row.loading.cuda
+    return row.weights.resident or None if row.weights is not None and not on_gpu else None
+
+
+def _resident_more(row: Row) -> str | None:
+    if row.weights is None or not row.weights.at_rest:
+        return None
+    return f"{row.weights.resident / row.weights.at_rest - 1:+.1%}"
+
+
+def _on_device(peak: Peak) -> str | None:
+    return f"{report.size(peak.device)} in all" if peak.device else None
 
 
 def _growth(peak: Peak) -> str:

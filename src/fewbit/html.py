@@ -34,6 +34,7 @@ _KL = Measure("KL divergence, nats per token", lambda v: f"{v:g}", log=True)
 def write(comparison: Comparison, folder: str | Path) -> list[str]:
     """Write index.html, quality-size and quality-speed (.svg, .png) into a folder; says what it could not, and why."""
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     _put(folder / "index.html", page(comparison).encode())
     notes = []
     for name, (title, x, points) in _charts(comparison).items():

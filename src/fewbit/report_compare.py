@@ -114,7 +114,9 @@ def comparison(compared: Comparison, folder: str | Path | None) -> None:
     say(f"{c.model}: {c.architecture}, {c.parameters:,} parameters, on {c.machine.cpu}, {_where(c)}", style="bold")
     _wide().print(table(c))
     if sum(row.done for row in c.rows if row.plan != ORIGINAL) > 1:
-        say(f"{BEST} the best of the quantized. Memory is of a process that loads and generates, imports included.")
+        on_gpu = any(p.cuda for row in c.rows for p in (row.loading, row.generating) if p is not None)
+        peak = "what torch held on the GPU" if on_gpu else "of a process that loads and generates, imports included"
+        say(f"{BEST} the best of the quantized. Peak memory is {peak}.")
     for row in c.rows:
         if not row.done:
             say(f"{row.plan} failed: {row.reason}", style="red")
