@@ -76,10 +76,10 @@ def growth(work: Callable[[], Any]) -> tuple[Any, int, int]:
 
 def quantizing(model: str, plan: str, out: str) -> dict[str, int]:
     import fewbit.api
-    from fewbit.measure import memory
+    from fewbit import heap
 
     fewbit.api.catalogue()
-    memory.return_freed(1 << 16)
+    heap.return_freed(1 << 16)
     calibration = fewbit.api.Calibration(samples=SAMPLES, length=LENGTH)
     _, peak, _ = growth(lambda: fewbit.quantize(model, out, plan=plan, calibration=calibration))
     return {"quantization_peak": peak}
@@ -89,10 +89,10 @@ def running(model: str, context: int) -> dict[str, int]:
     import torch
 
     import fewbit.api
-    from fewbit.measure import memory
+    from fewbit import heap
 
     fewbit.api.catalogue()
-    memory.return_freed(1 << 16)
+    heap.return_freed(1 << 16)
     loaded = fewbit.load(model)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in loaded.state_dict().values()}
     weights = sum(

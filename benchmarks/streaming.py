@@ -22,12 +22,12 @@ from typing import Any
 WORKER = """
 import json, sys, time
 from pathlib import Path
-from fewbit import api, folder_output, pipeline
+from fewbit import api, folder_output, heap, pipeline
 from fewbit.formats.safetensors import Checkpoint, ShardWriter, files_in
 from fewbit.measure import memory
 
 what, model, out, plan = sys.argv[1:]
-memory.return_freed()
+heap.return_freed()
 base, started, found = memory.now().anonymous, time.perf_counter(), {}
 if what == "copy":
     checkpoint, writer = Checkpoint(files_in(Path(model))), ShardWriter(Path(out), folder_output.SHARD_BYTES)

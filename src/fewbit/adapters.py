@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fewbit import api, outputs, pipeline, report
+from fewbit import api, heap, outputs, pipeline, report
 from fewbit import calibration as texts
 from fewbit.advise import hardware
 from fewbit.errors import FormatError, NumericsError, PlanError
@@ -61,7 +61,7 @@ def finetune(
     every, notes = examples(text, tokenizer, min(tuning.length, most))
     training, held_out = split(every, tuning.held_out, tuning.seed)
     # SmolLM2, 4 x 128 tokens: 1.0 GB at the peak where pieces below 4 MiB are kept, 0.6 GB so.
-    memory.return_freed(1 << 18)
+    heap.return_freed(1 << 18)
     dtype = dtype or (torch.float32 if device == "cpu" else None)
     loaded = load_model(source, dtype=dtype or "auto", device=device, trust_remote_code=trust_remote_code)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fewbit import calibration as texts
-from fewbit import folder_output, gguf_output, outputs, pipeline, registry, report
+from fewbit import folder_output, gguf_output, heap, outputs, pipeline, registry, report
 from fewbit import plan as plans
 from fewbit.advise import hardware
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
@@ -55,7 +55,7 @@ def quantize(
     elapsed = pipeline.timed()
     wanted = plans.find(plan) if isinstance(plan, str) else plan
     out = outputs.claimed(out, overwrite=overwrite, file=is_file(out, wanted))
-    memory.return_freed()
+    heap.return_freed()
     job = Job.prepare(model, wanted, device, safetensors_only, trust_remote_code, imatrix)
     outputs.spare(out, job.source.origin, job.source.folder, *job.source.files)
     preview = job.preview()

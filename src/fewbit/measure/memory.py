@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -105,18 +103,6 @@ def in_use_on_gpus() -> int:
 def on_gpus() -> int:
     """The most bytes that torch ever held on all CUDA devices together; 0 where there are none."""
     return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-
-
-def return_freed(threshold: int = 4 << 20) -> None:
-    """From now on, freed tensors of `threshold` bytes and more go back to the operating system at once (glibc only).
-
-    By default glibc raises that limit to 32 MiB as it goes and keeps smaller pieces in a heap that fragments: half a
-    gigabyte that nobody used, while a 1.1B model was quantized block by block (benchmarks/memory.py).
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, threshold)
 
 
 def now() -> Memory:

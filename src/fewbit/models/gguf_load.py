@@ -10,6 +10,7 @@ Saving such a model writes a GGUF file again: same keys, same tensors, same type
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
+from fewbit import heap
 from fewbit.errors import FormatError, KernelError, PlanError
 from fewbit.formats.gguf import PLAIN, Entry, GgufFile, GgufWriter
 from fewbit.models.gguf_names import ARCHITECTURES, Route, routes
@@ -113,6 +115,20 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
             other: PreTrainedModel = super()._process_model_after_weight_loading(model, **kwargs)
             return other
         modules = dict(model.named_modules())
+        with heap.tight() as done_with:
+            self._prepare(modules, done_with)
+        self.file.forget()
+        for second, first in model.all_tied_weights_keys.items():
+            source, target = (modules.get(key.removesuffix(".weight")) for key in (first, second))
+            if isinstance(source, QEmbedding) and isinstance(target, QLinear) and _same(source, target):
+                target.weight = source.weight  # one parameter, so that it is counted once, and moved once
+        model._weight_conversions = None  # type: ignore[assignment]
+        if not self.quantization_config.dequantize:
+            model.save_pretrained = _Saver(model, self)  # type: ignore[method-assign,assignment]
+        return model
+
+    def _prepare(self, modules: Mapping[str, Any], done_with: heap.DoneWith) -> None:
+        """Lay out every weight for its kernel, and let go of what was read from the file."""
         for name, weight in self.packed.items():
             module = modules[name]
             assert isinstance(module, (QLinear, QEmbedding))
@@ -127,15 +143,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
                 module.adopt(full, self.dtype)
             else:
                 module.adopt(full, self.dtype, kernel_asked_for())
-        self.file.forget()
-        for second, first in model.all_tied_weights_keys.items():
-            source, target = (modules.get(key.removesuffix(".weight")) for key in (first, second))
-            if isinstance(source, QEmbedding) and isinstance(target, QLinear) and _same(source, target):
-                target.weight = source.weight  # one parameter, so that it is counted once, and moved once
-        model._weight_conversions = None  # type: ignore[assignment]
-        if not self.quantization_config.dequantize:
-            model.save_pretrained = _Saver(model, self)  # type: ignore[method-assign,assignment]
-        return model
+                done_with([blocks], module.prepared)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         if self.file is None:

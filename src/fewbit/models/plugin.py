@@ -25,7 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.import_utils import is_bitsandbytes_available, is_gptqmodel_available, is_optimum_available
 
-from fewbit import hook, registry
+from fewbit import heap, hook, registry
 from fewbit.errors import FormatError, KernelError, PlanError
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.safetensors import read_specs
@@ -149,13 +149,22 @@ class FewbitQuantizer(HfQuantizer):
         module.adopt(packed, self.dtype, kernel_asked_for())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        kernel = kernel_asked_for()
         # What was renamed for loading is not to be renamed back in saving: the format gives the names on disk itself.
         if used := getattr(model, "_weight_conversions", None):
             model._weight_conversions = [c for c in used if c not in self.renamings]  # type: ignore[assignment]
         # By these PEFT knows a model of bitsandbytes' that is to be prepared for training, whoever loads it.
         for flag in ("4bit", "8bit"):
             setattr(model, f"is_loaded_in_{flag}", bool(self.config.get(f"load_in_{flag}")))
+        with heap.tight() as done_with:
+            self._prepare(model, done_with)
+        if self.length is not None:
+            fuse(model)
+            decode.within(model, self.length)
+        return model
+
+    def _prepare(self, model: PreTrainedModel, done_with: heap.DoneWith) -> None:
+        """Lay out every weight for its kernel, and let go of what was read from the files."""
+        kernel = kernel_asked_for()
         for name, module in model.named_modules():
             if isinstance(module, QLinear) and module.placeholders:
                 if not self.pre_quantized:
@@ -173,10 +182,7 @@ class FewbitQuantizer(HfQuantizer):
                         f"config.json asks for {[module.out_features, module.in_features]}"
                     )
                 module.adopt(weight, self.dtype, kernel)
-        if self.length is not None:
-            fuse(model)
-            decode.within(model, self.length)
-        return model
+                done_with(tensors.values(), module.prepared)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors that `save_pretrained` writes, quantized weights in the layout of their format."""
@@ -218,7 +224,8 @@ class _QuantizeOnLoad(ConversionOps):
             weight = value[0] if isinstance(value, list) else value
             module = kwargs["model"].get_submodule(name.rpartition(".")[0])
             if isinstance(module, QLinear) and module.placeholders:
-                self.quantizer.quantize(module, weight)
+                with heap.tight():
+                    self.quantizer.quantize(module, weight)
                 weight = module.weight
             done[name] = weight
         return done

@@ -96,10 +96,11 @@ class BlockFold(Fold):
         for name, weight in weights.items():
             self.skeleton.replace_weight(name, weight)
         error = 0.0
-        for (args, kwargs), wanted, (_, states) in zip(self.inputs, self.outputs, self.batches, strict=True):
-            each = (_first(self.scope(*args, **kwargs)) - wanted).square().sum(-1).flatten()
-            sound = wanted.isfinite().all(-1).flatten()
-            error += float(each[sound] @ _counts(states, len(each))[sound])
+        for (args, kwargs), wanted, sound, counts in zip(
+            self.inputs, self.outputs, self.sound, self.counts, strict=True
+        ):
+            each = (_first(self.scope(*args, **kwargs)) - wanted).square_().sum(-1).flatten()
+            error += float(each[sound] @ counts)
         for name in weights:
             self.skeleton.replace_weight(name, self.kept[f"{name}.weight"])
         return error
@@ -192,6 +193,10 @@ class BlockFold(Fold):
             for handle in handles:
                 handle.remove()
         self.size = torch.stack(sizes).mean(0)
+        self.sound = [wanted.isfinite().all(-1).flatten() for wanted in self.outputs]
+        self.counts = [
+            _counts(states, len(sound))[sound] for (_, states), sound in zip(self.batches, self.sound, strict=True)
+        ]
 
     def _alike(self, values: Tensor) -> Tensor:
         """The mean over the columns that one channel feeds, [K]; those of no channel keep their own."""

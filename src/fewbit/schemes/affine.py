@@ -28,6 +28,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import ClassVar
 
 import torch
@@ -139,11 +140,11 @@ class Affine(Scheme):
         dtype = w.dtype if w.dtype == torch.float64 else torch.float32
         n, k = w.shape
         group = self.group or k
-        if not torch.isfinite(w).all():
-            raise NumericsError("a weight has NaN or Inf", "Check the checkpoint: it cannot be quantized as it is.")
         if not w.numel():
             raise NumericsError("a weight has no elements")
-        if float(w.abs().max()) > 65504:
+        if not isfinite(top := max(map(abs, map(float, w.aminmax())))):  # which tells of NaN too
+            raise NumericsError("a weight has NaN or Inf", "Check the checkpoint: it cannot be quantized as it is.")
+        if top > 65504:
             raise NumericsError("a weight is beyond the range of fp16 scales (65504)")
         h = None if importance is None else importance.to(dtype).reshape(-1, group)
         fitted = [

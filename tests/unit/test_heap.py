@@ -1,0 +1,45 @@
+"""What is done with goes back to the system, and nothing else does."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from fewbit import heap
+from fewbit.measure import memory
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is resident")
+
+MIB = 1 << 20
+
+
+def test_pages_that_were_read_go_and_what_is_kept_stays(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    written = {name: torch.randint(0, 255, (8 * MIB,), dtype=torch.uint8) for name in "abc"}
+    # Small ones lie between, each less than a page.
+    written |= {f"{name}_": torch.arange(100, dtype=torch.int32) for name in "abc"}
+    save_file(written, path)
+    with safe_open(path, "pt") as file:
+        mapped = {name: file.get_tensor(name) for name in written}
+    for tensor in mapped.values():
+        tensor.sum()
+    before = memory.kept([path])
+
+    with heap.tight() as done_with:
+        done_with([mapped["a"], mapped["a_"]], [])
+        done_with([mapped["b"]], [mapped["b"][5:10]])
+
+    gone = before - memory.kept([path])
+    assert 7 * MIB < gone < 9 * MIB
+    for name, tensor in mapped.items():
+        assert torch.equal(tensor, written[name])  # read again from the file
+
+
+def test_memory_that_belongs_to_no_file_is_left_alone() -> None:
+    x = torch.ones(8 * MIB, dtype=torch.uint8)
+    with heap.tight() as done_with:
+        done_with([x], [])
+    assert int(x.sum()) == 8 * MIB
