@@ -109,7 +109,8 @@ def _tf32() -> Iterator[None]:
     """Within, a GPU multiplies float32 by its tensor cores, which round factors to 11 bits and add in float32.
 
     For activations that had 8 or 11 bits before: the product is that of rows of the same precision as those that came,
-    symmetric and of no negative eigenvalue as it would be of those. On an H200 it takes a seventh of the time.
+    symmetric and of no negative eigenvalue as it would be of those. On an H200 the
+    statistics of a block of 8B take 0.74 s, not 2.8.
     """
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
