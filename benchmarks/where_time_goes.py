@@ -50,7 +50,7 @@ def main() -> None:
     timed(gptq, "inverse_factor", "Cholesky")
     timed(Affine, "refit", "scale refit")
     timed(Affine, "fit", "scale search")
-    timed(pipeline, "_relative_error", "error measurement")
+    timed(pipeline, "_lost", "error measurement")
     timed(Skeleton, "_load", "reading weights")
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()

@@ -33,6 +33,7 @@ from fewbit.schemes.base import QTensor, chunk_rows
 from fewbit.stats import Need, Stats
 
 _LOWEST_SHARE = 0.5
+_ROWS_OUTSIDE = {"cpu": 1 << 22}  # entries of embeddings or head worked on at a time
 
 
 @dataclass(frozen=True)
@@ -230,35 +231,45 @@ def _quantize_block(
     stats = (
         dict(importance) if importance is not None else gather(skeleton, block, module, _needs(wanted), calls, hidden)
     )
-    tensors = dict(rewritten.tensors)
-    reports = []
+    tensors, reports = dict(rewritten.tensors), dict[str, TensorReport]()
+    for names in _alike(wanted, stats):
+        own = stats.get(names[0])
+        for name in names:
+            stats.pop(name, None)
+        weights = [skeleton.weight(name).float() for name in names]
+        choices = _choose([wanted[name] for name in names], weights, own)
+        for name in names:
+            weight, choice = weights.pop(0), choices.pop(0)
+            laid_out, report = _store(resolved.format, config, wanted[name], weight, choice, own)
+            tensors |= laid_out
+            reports[name] = replace(report, notes=[*rewritten.notes.get(name, []), *report.notes])
+            if calls:  # the block will be replayed
+                skeleton.replace_weight(name, choice.weight.dequantize())
+    run.save(index, tensors, made := [reports[name] for name in wanted])
+    return made
+
+
+def _alike(wanted: Mapping[str, Assignment], stats: Mapping[str, Stats]) -> list[list[str]]:
+    """The linears, those together that read the same tensor and get their codes by the same method."""
+    groups: dict[tuple[object, ...], list[str]] = {}
     for name, assignment in wanted.items():
-        own = stats.pop(name, None)
-        laid_out, report = _quantize_linear(skeleton, resolved.format, config, assignment, own, replayed=bool(calls))
-        tensors |= laid_out
-        reports.append(replace(report, notes=[*rewritten.notes.get(name, []), *report.notes]))
-    run.save(index, tensors, reports)
-    return reports
+        key = (id(stats[name]), assignment.method) if name in stats else (name,)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
 
 
-def _quantize_linear(
-    skeleton: Skeleton,
+def _store(
     format: Format,
     config: Mapping[str, Any],
     assignment: Assignment,
+    weight: Tensor,
+    choice: Choice,
     stats: Stats | None,
-    replayed: bool,
 ) -> tuple[dict[str, Tensor], TensorReport]:
-    """Quantize one linear of a materialized block, in place if that is to be `replayed`; its tensors by their full
-    names, and what happened."""
-    weight = skeleton.weight(assignment.module).float()
-    choice = _choose(assignment, weight, stats)
-    stored = choice.weight.map(lambda t: t.cpu())
-    laid_out = {f"{assignment.module}.{suffix}": tensor for suffix, tensor in format.lay_out(stored, config).items()}
-    report = _report(assignment, stored, _relative_error(weight, choice.weight, stats), stats, choice.notes)
-    if replayed:
-        skeleton.replace_weight(assignment.module, choice.weight.dequantize())
-    return laid_out, report
+    """A linear's tensors by their full names, on the CPU, and what happened."""
+    laid_out = format.lay_out(choice.weight, config)
+    report = _report(assignment, choice.weight, _lost(weight, choice.weight, stats), stats, choice.notes)
+    return {f"{assignment.module}.{suffix}": tensor.cpu() for suffix, tensor in laid_out.items()}, report
 
 
 def _quantize_outside(
@@ -269,29 +280,30 @@ def _quantize_outside(
     alike = Stats.known(torch.ones(assignment.shape[1], device=skeleton.device), 1)
     pieces: list[QTensor] = []
     notes: list[str] = []
-    for rows in chunk_rows(*assignment.shape):
-        choice = _choose(assignment, stored[rows].to(skeleton.device).float(), alike)
+    lost = Lost()
+    for rows in chunk_rows(*assignment.shape, _ROWS_OUTSIDE.get(skeleton.device.type, 1 << 24)):
+        weight = stored[rows].to(skeleton.device).float()
+        (choice,) = _choose([assignment], [weight], alike)
+        lost += _lost(weight, choice.weight, None)
         pieces.append(choice.weight.map(lambda t: t.cpu()))
         notes += [note for note in choice.notes if note not in notes]
     parts = {name: torch.cat([piece.parts[name] for piece in pieces]) for name in pieces[0].parts}
-    weight = QTensor(assignment.scheme, assignment.shape, parts)
+    quantized = QTensor(assignment.scheme, assignment.shape, parts)
     config = quantization_config(skeleton, resolved)
-    report = _report(assignment, weight, _relative_error(stored, weight, None), None, notes)
-    laid_out = resolved.format.lay_out(weight, config)
+    report = _report(assignment, quantized, lost, None, notes)
+    laid_out = resolved.format.lay_out(quantized, config)
     run.save(index, {f"{assignment.module}.{suffix}": tensor for suffix, tensor in laid_out.items()}, [report])
     return [report]
 
 
-def _report(
-    assignment: Assignment, weight: QTensor, error: float, stats: Stats | None, notes: list[str]
-) -> TensorReport:
+def _report(assignment: Assignment, weight: QTensor, lost: Lost, stats: Stats | None, notes: list[str]) -> TensorReport:
     return TensorReport(
         module=assignment.module,
         shape=assignment.shape,
         scheme=str(assignment.scheme),
         method=name_of(assignment.method),
         nbytes=weight.nbytes,
-        error=error,
+        error=lost.share,
         dropped=stats.dropped if stats else 0,
         notes=notes,
     )
@@ -381,30 +393,50 @@ def gather(
     return {name: stats[leader] for name, leader in reads.items()}
 
 
-def _choose(assignment: Assignment, weight: Tensor, stats: Stats | None) -> Choice:
-    method = assignment.method
+def _choose(assignments: Sequence[Assignment], weights: Sequence[Tensor], stats: Stats | None) -> list[Choice]:
+    """Codes for weights that read the same input and have one method; NumericsError naming the one that has none."""
+    method, schemes = assignments[0].method, [assignment.scheme for assignment in assignments]
     if method.needs > Need.NOTHING and (stats is None or not stats.rows):
-        choice = Method.quantize(method, weight, assignment.scheme, None)
-        return Choice(choice.weight, ["no calibration input reached it: rounded to nearest"])
+        nearest = [Method.quantize(method, w, scheme, None).weight for w, scheme in zip(weights, schemes, strict=True)]
+        return [Choice(weight, ["no calibration input reached it: rounded to nearest"]) for weight in nearest]
     try:
-        return method.quantize(weight, assignment.scheme, stats)
+        return method.quantize_alike(weights, schemes, stats)
     except NumericsError as error:
-        raise NumericsError(f"{assignment.module}: {error.message}", error.hint) from None
+        if len(weights) > 1:  # which of them?
+            return [_choose([a], [w], stats)[0] for a, w in zip(assignments, weights, strict=True)]
+        raise NumericsError(f"{assignments[0].module}: {error.message}", error.hint) from None
 
 
-def _relative_error(weight: Tensor, quantized: QTensor, stats: Stats | None) -> float:
-    """Squared error of the outputs over the squared outputs; of the weights where there are no statistics of inputs."""
+@dataclass(frozen=True)
+class Lost:
+    """Squared error, of the outputs of a weight or of itself, and the squares it is a share of."""
+
+    error: float = 0.0
+    whole: float = 0.0
+
+    def __add__(self, other: Lost) -> Lost:
+        return Lost(self.error + other.error, self.whole + other.whole)
+
+    @property
+    def share(self) -> float:
+        return self.error / max(self.whole, 1e-30)
+
+
+def _lost(weight: Tensor, quantized: QTensor, stats: Stats | None) -> Lost:
+    """What the outputs lost; the weights, where there are no statistics of inputs."""
     hessian = None if stats is None or stats.need < Need.HESSIAN or not stats.rows else stats.hessian
-    n, k = quantized.shape
-    lost = whole = 0.0
+    lost = Lost()
     # A few rows at a time: what is decoded is still in a core's cache when it is compared, and steps this small are not
-    # shared among threads, which costs more than it gains where the others are busy.
-    for rows in chunk_rows(n, k, 7 << 12 if hessian is None else 1 << 22):
+    # shared among threads, which costs more than it gains where the others are busy. A GPU wants few launches.
+    entries = 7 << 12 if hessian is None and weight.device.type == "cpu" else 1 << 22
+    for rows in chunk_rows(*quantized.shape, entries):
         part = weight[rows].float()
         error = quantized.codec.dequantize(quantized.parts, quantized.shape, torch.float32, rows).sub_(part)
-        lost += float((error.square_() if hessian is None else (error @ hessian).mul_(error)).sum())
-        whole += float((part.square() if hessian is None else (part @ hessian).mul_(part)).sum())
-    return lost / max(whole, 1e-30)
+        lost += Lost(
+            float((error.square_() if hessian is None else (error @ hessian).mul_(error)).sum()),
+            float((part.square() if hessian is None else (part @ hessian).mul_(part)).sum()),
+        )
+    return lost
 
 
 def _mean_error(reports: Sequence[TensorReport]) -> float:

@@ -33,6 +33,7 @@ from fewbit.schemes import affine, bits, int8, nf4
 from fewbit.schemes.base import parse
 from fewbit.schemes.ggml import codebook, layout, search
 from fewbit.schemes.ggml import grids as blockwise
+from fewbit.sweep import Sweep
 from tests.contract.cases import FORMATS, KERNELS, hard, ordinary
 from tests.contract.test_formats import check_round_trip
 from tests.contract.test_kernels import check_product, check_restored
@@ -263,27 +264,28 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         lambda: check_solved("q8_0"),
     ),
     # methods
-    "the error taken against the first weight": (
-        [Mutation(gptq, "feed_back", "(block[i] - grids.decode", "(w.T[column] - grids.decode")],
+    "the error taken against another column": (
+        [Mutation(Sweep, "feed_back", "(panel[i] - self", "(panel[i - 1] - self")],
         lambda: check_definition("int4-g16", 32, True),
     ),
-    "no update past the block": (
+    "no update past the panel": (
         [Mutation(gptq, "feed_back", "errors, alpha=-1)", "errors, alpha=0)")],
         lambda: check_definition("int4-g16", 160, True),
     ),
-    "an eager update past the block": (
+    "an eager update past the panel": (
         [
             Mutation(
-                gptq,
-                "feed_back",
-                "block[i + 1 :].addr_(row[1:], errors[i], alpha=-1)",
-                "rest[start + i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)",
+                gptq, "feed_back", "rest[stop:].addmm_", "rest[start:].addmm_(factor.T, errors), rest[stop:].addmm_"
             )
         ],
         lambda: check_definition("int4-g16", 160, True),
     ),
+    "no update within the panel": (
+        [Mutation(Sweep, "feed_back", "errors[i], alpha=-1)", "errors[i], alpha=0)")],
+        lambda: check_definition("int4-g16", 32, True),
+    ),
     "the wrong row of the factor": (
-        [Mutation(gptq, "feed_back", "row = factor[i, i :", "row = factor[0, i :")],
+        [Mutation(Sweep, "feed_back", "row = factor[i, i:", "row = factor[0, i:")],
         lambda: check_definition("int4-g16", 160, True),
     ),
     "the Hessian not permuted under act-order": (
@@ -299,7 +301,7 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         lambda: check_definition("int4-g16", 32, False),
     ),
     "one panel of the factor not inverted": (
-        [Mutation(gptq, "_inverted", "len(lower), _PANEL", "_PANEL, _PANEL")],
+        [Mutation(gptq, "_inverted", "len(lower), _WIDE", "_WIDE, _WIDE")],
         lambda: check_factor(600, False),
     ),
     "damping left out": (
@@ -311,11 +313,11 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         lambda: check_choice(make("gptq"), "int4-g32"),
     ),
     "descent uphill": (
-        [Mutation(gptq, "descend", "within[:, i], moves[i], alpha=-1", "within[:, i], moves[i], alpha=1")],
+        [Mutation(Sweep, "descend", "inner[:, i], moves[i], alpha=-1", "inner[:, i], moves[i], alpha=1")],
         lambda: check_refinement("int3-g16", 48, True),
     ),
     "descent blind to other blocks": (
-        [Mutation(gptq, "descend", "inner.T, moves, alpha=-1", "inner.T, moves, alpha=0")],
+        [Mutation(gptq, "descend", "moves, alpha=-1", "moves, alpha=0")],
         lambda: check_refinement("int3-g16", 160, False),
     ),
     "refit in the wrong direction": (
@@ -323,7 +325,7 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         lambda: check_refinement("int3-g16", 48, True),
     ),
     "refit blind to other groups": (
-        [Mutation(affine, "refit_scales", "gradient -= ", "gradient += ")],
+        [Mutation(affine, "refit_scales", "alpha=-1)", "alpha=1)")],
         lambda: check_refit("int3-g16"),
     ),
     # formats

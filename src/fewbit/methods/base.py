@@ -7,7 +7,7 @@ Before that it may rewrite the block to an equal one that rounds better, one *fo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -74,6 +74,10 @@ class Method(ABC):
         codes, grids = scheme.nearest(w)
         return Choice(QTensor(scheme, (w.shape[0], w.shape[1]), scheme.pack(codes, grids)))
 
+    def quantize_alike(self, weights: Sequence[Tensor], schemes: Sequence[Scheme], stats: Stats | None) -> list[Choice]:
+        """`quantize` of each of some weights that read the same input: methods may share work among them."""
+        return [self.quantize(w, scheme, stats) for w, scheme in zip(weights, schemes, strict=True)]
+
 
 @dataclass(frozen=True)
 class Composed(Method):
@@ -104,6 +108,9 @@ class Composed(Method):
 
     def quantize(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Choice:
         return self.then.quantize(w, scheme, stats)
+
+    def quantize_alike(self, weights: Sequence[Tensor], schemes: Sequence[Scheme], stats: Stats | None) -> list[Choice]:
+        return self.then.quantize_alike(weights, schemes, stats)
 
 
 def make(name: str, options: Mapping[str, str] | None = None) -> Method:

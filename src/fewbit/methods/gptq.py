@@ -9,7 +9,7 @@ eq. 2 and algorithm 1): with U the upper Cholesky factor of the inverse, H⁻¹ 
 Scales are searched first, under sum_j (w_j - ŵ_j)² / [H⁻¹]_jj: what an error in column j costs once the other columns
 have adapted to it. (With H_jj there, what it costs if they do not, the KL divergence of the demo model is 6 % higher.)
 Columns are taken in falling order of H_jj (act-order) while each keeps the grid of the group it lies in, fitted
-before (static groups): the stored layout stays contiguous. Updates reach past a block of 128 columns once per block.
+before (static groups): the stored layout stays contiguous. Updates reach past a panel of 128 columns once per panel.
 Afterwards `refine` sweeps alternate a closed-form refit of the scales with coordinate descent: each column moves to
 its best code under the whole H with all other columns held, which can only lower the same error.
 
@@ -29,6 +29,7 @@ True
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +40,9 @@ from fewbit.methods.base import Choice, Method, working
 from fewbit.registry import register
 from fewbit.schemes.base import Grids, QTensor, Scheme
 from fewbit.stats import Need, Stats
+from fewbit.sweep import PANEL, over
 
-_BLOCK = 128
-_PANEL = 512
-_TINY = 1e-30
+_WIDE = 512  # columns of a triangular matrix that are inverted together
 
 
 @register("methods", "gptq")
@@ -65,29 +65,40 @@ class GPTQ(Method):
             raise PlanError(f"--refine: '{self.refine}' is no number of sweeps", "Give 0 or more.")
 
     def quantize(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Choice:
+        return self.quantize_alike([w], [scheme], stats)[0]
+
+    def quantize_alike(self, weights: Sequence[Tensor], schemes: Sequence[Scheme], stats: Stats | None) -> list[Choice]:
+        """All weights are swept with one inverse factor, which is gone before the first is refined."""
         assert stats is not None
-        w = working(w)
-        hessian = stats.hessian.to(w.dtype)
-        shape = (w.shape[0], w.shape[1])
+        hessian = stats.hessian.to(working(weights[0]).dtype)
         diagonal = hessian.diagonal()
         dead = diagonal == 0
         notes = [f"{int(dead.sum())} input columns were never excited"] if dead.any() else []
-        order = torch.argsort(diagonal, descending=True, stable=True) if self.act_order else torch.arange(shape[1])
-        order = order.to(w.device)
+        order = torch.argsort(diagonal, descending=True, stable=True) if self.act_order else torch.arange(len(diagonal))
+        order = order.to(hessian.device)
         inverse, damp = inverse_factor(hessian, order, self.damp)
         if inverse is None:
             notes.append(f"Hessian not positive definite even at damping {damp:g}: rounded to nearest")
-            return Choice(Method.quantize(self, w, scheme, None).weight, notes)
+            nearest = [Method.quantize(self, working(w), s, None) for w, s in zip(weights, schemes, strict=True)]
+            return [Choice(choice.weight, list(notes)) for choice in nearest]
         if damp > self.damp:
             notes.append(f"Hessian not positive definite: damping raised from {self.damp:g} to {damp:g}")
-        grids = scheme.fit(w, remaining_importance(inverse, order) if self.clip_search else None)
-        codes = feed_back(w, grids, inverse, order)
+        importance = remaining_importance(inverse, order) if self.clip_search else None
+        swept, choices = [], []
+        for w, scheme in zip(weights, schemes, strict=True):
+            grids = scheme.fit(working(w), importance)
+            swept.append((grids, feed_back(working(w), grids, inverse, order)))
         del inverse
         ridge = damp * float(diagonal.mean())
-        for _ in range(self.refine):
-            grids = scheme.refit(w, codes, grids, hessian, ridge)
-            codes = descend(w, codes, grids, hessian, order, ridge)
-        return Choice(QTensor(scheme, shape, scheme.pack(codes, grids)), notes)
+        for w, scheme in zip(weights, schemes, strict=True):
+            w = working(w)
+            grids, codes = swept.pop(0)
+            for _ in range(self.refine):
+                grids = scheme.refit(w, codes, grids, hessian, ridge)
+                codes = descend(w, codes, grids, hessian, order, ridge)
+            packed = scheme.pack(codes, grids)
+            choices.append(Choice(QTensor(scheme, (w.shape[0], w.shape[1]), packed), list(notes)))
+        return choices
 
 
 def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor | None, float]:
@@ -128,10 +139,10 @@ def _inverted(lower: Tensor) -> Tensor:
     Columns left of a panel are not needed: there the right-hand side, and so the solution, is zero. The whole matrix
     is passed nevertheless, since a part of it would be copied first.
     """
-    for start in range(0, len(lower), _PANEL):
-        unit = torch.zeros_like(lower[:, start : start + _PANEL])
+    for start in range(0, len(lower), _WIDE):
+        unit = torch.zeros_like(lower[:, start : start + _WIDE])
         unit[start:].diagonal().fill_(1)
-        lower[start:, start : start + _PANEL] = torch.linalg.solve_triangular(lower, unit, upper=False)[start:]
+        lower[start:, start : start + _WIDE] = torch.linalg.solve_triangular(lower, unit, upper=False)[start:]
     return lower
 
 
@@ -139,16 +150,11 @@ def feed_back(w: Tensor, grids: Grids, inverse: Tensor, order: Tensor) -> Tensor
     """Codes uint8 [N, K] chosen in `order`, each column's error fed to the columns that remain."""
     rest = w.T[order]  # [K, N]: a column of the weight is contiguous
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=w.device)
-    columns, k = order.tolist(), len(order)
-    for start in range(0, k, _BLOCK):
-        stop = min(start + _BLOCK, k)
+    sweep, k = over(grids, codes, order), len(order)
+    for start in range(0, k, PANEL):
+        stop = min(start + PANEL, k)
         factor = inverse[k - stop : k - start, : k - start].flip(0, 1)  # U[start:stop, start:]
-        block, errors = rest[start:stop], torch.empty_like(rest[start:stop])
-        for i, column in enumerate(columns[start:stop]):
-            row = factor[i, i : stop - start]
-            codes[column] = chosen = grids.encode(block[i], column)
-            errors[i] = (block[i] - grids.decode(chosen, column)) / row[0]
-            block[i + 1 :].addr_(row[1:], errors[i], alpha=-1)
+        errors = sweep.feed_back(start, stop, rest[start:stop], factor[:, : stop - start])
         rest[stop:].addmm_(factor[:, stop - start :].T, errors, alpha=-1)
     return codes.T.contiguous()
 
@@ -163,17 +169,13 @@ def descend(w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, order: Tens
     errors = w.T - values
     gradient = (hessian @ errors).add_(errors, alpha=ridge)  # [K, N]
     del errors
-    columns = order.tolist()
-    for start in range(0, len(columns), _BLOCK):
-        block = columns[start : start + _BLOCK]
-        inner = hessian[order[start : start + _BLOCK]]
-        inner[torch.arange(len(block)), block] += ridge
-        local, moves = gradient[block], torch.zeros(len(block), w.shape[0], dtype=w.dtype, device=w.device)
-        within = inner[:, block]
-        for i, column in enumerate(block):
-            chosen = grids.encode(values[column] + local[i] / within[i, i].clamp(min=_TINY), column)
-            moves[i] = grids.decode(chosen, column) - values[column]
-            codes[column] = chosen
-            local.addr_(within[:, i], moves[i], alpha=-1)
-        gradient.addmm_(inner.T, moves, alpha=-1)
+    gradient = gradient[order]
+    sweep, k = over(grids, codes, order), len(order)
+    for start in range(0, k, PANEL):
+        stop = min(start + PANEL, k)
+        rows = hessian[order[start:stop]][:, order[start:]]
+        inner = rows[:, : stop - start]
+        inner.diagonal().add_(ridge)
+        moves = sweep.descend(start, stop, gradient[start:stop], inner, values)
+        gradient[stop:].addmm_(rows[:, stop - start :].T, moves, alpha=-1)
     return codes.T.contiguous()

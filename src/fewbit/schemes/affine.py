@@ -44,6 +44,7 @@ from fewbit.schemes.base import (
     Parts,
     PartSpec,
     Scheme,
+    Uniform,
     chunk_rows,
     parse_group,
     refit_scales,
@@ -51,6 +52,7 @@ from fewbit.schemes.base import (
 
 _SMALLEST = 2.0**-24  # the smallest positive fp16: a scale never rounds to zero
 _SHARES = torch.linspace(1.0, 0.4, 13)  # of the full range, that the search tries
+_CHUNK = {"cpu": 1 << 20}  # entries searched at a time; elsewhere enough that launches take no part of the time
 _REFINEMENTS = 2  # rounds of: closed-form scale, then new codes
 
 
@@ -71,6 +73,9 @@ class AffineGrids(Grids):
     def decode(self, codes: Tensor, columns: Columns = ALL) -> Tensor:
         x, scale, zero = self._aligned(codes, columns)
         return (x - zero).mul_(scale).reshape(codes.shape)
+
+    def uniform(self) -> Uniform:
+        return Uniform(self.scale, self.zero, None, 2**self.bits - 1, self.group)
 
     def _aligned(self, x: Tensor, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
         """`x`, and scale and zero of its columns in a shape that broadcasts to it."""
@@ -143,7 +148,8 @@ class Affine(Scheme):
             raise NumericsError("a weight is beyond the range of fp16 scales (65504)")
         h = None if importance is None else importance.to(dtype).reshape(-1, group)
         fitted = [
-            self._fit_rows(w[rows].to(dtype).reshape(-1, k // group, group), h) for rows in chunk_rows(n, k, 1 << 20)
+            self._fit_rows(w[rows].to(dtype).reshape(-1, k // group, group), h)
+            for rows in chunk_rows(n, k, _CHUNK.get(w.device.type, 1 << 24))
         ]
         scale, zero = (torch.cat(part) for part in zip(*fitted, strict=True))
         return AffineGrids(self.bits, group, scale, zero)

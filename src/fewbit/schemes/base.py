@@ -37,8 +37,29 @@ class PartSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Uniform:
+    """Grids of evenly spaced values as plain tensors: value = (code - zero) * scale - offset, code = 0 ... top.
+
+    `group` columns of a row share scale, zero and offset [N, K / group], all in one dtype; one zero may serve all, and
+    there may be no offset. The nearest code is round((w + offset) / scale) + zero, ties to even, and zero of a group
+    whose scale is nought.
+    """
+
+    scale: Tensor
+    zero: Tensor | int
+    offset: Tensor | None
+    top: int
+    group: int
+
+
 class Grids(ABC):
     """The grids of a whole weight: the values its entries may take, exactly as they will be stored."""
+
+    def uniform(self) -> Uniform | None:
+        """The same grids as plain tensors where their values are evenly spaced, for a kernel to read; None: they are
+        not, or cannot be had so, and `encode` and `decode` are all there is."""
+        return None
 
     @abstractmethod
     def encode(self, w: Tensor, columns: Columns = ALL) -> Tensor:
@@ -166,8 +187,8 @@ def refit_scales(
         moved = torch.where(2 * step * moved > moved * moved, moved, torch.zeros_like(moved))
         scale[:, g] += moved
         level *= moved.unsqueeze(1)
-        gradient -= level @ hessian[columns]
-        gradient[:, columns].sub_(level, alpha=ridge)
+        # What the groups before have become of the gradient, nobody asks.
+        gradient[:, columns.stop :].addmm_(level, hessian[columns, columns.stop :], alpha=-1)
     return scale
 
 

@@ -51,7 +51,8 @@ _SMALLEST = 1e-38  # what bitsandbytes puts in place of a smaller absmax before 
 _SHARES = torch.linspace(1.0, 0.7, 13)  # of absmax, that the search tries
 # Entries worked on at a time. They stay in a core's cache, and steps on fewer than 32768 are not shared among threads:
 # where another process has the second core, waiting for it after each small step took ten times as long as the work.
-_CHUNK = 7 << 12
+# A GPU gets so many that launches take no part of the time.
+_CHUNK = {"cpu": 7 << 12}
 _CPU = torch.device("cpu")  # tables are made there, whatever the default device is
 _BINS = 4096  # of the lookup that finds the nearest level; no bin holds two midpoints
 
@@ -142,9 +143,9 @@ def _by_block(flat: Tensor, first: int, block: int, scale: Tensor, *, divide: bo
     return flat
 
 
-def _chunks(total: int, block: int) -> list[tuple[slice, slice]]:
+def _chunks(flat: Tensor, block: int) -> list[tuple[slice, slice]]:
     """(entries, blocks) of whole blocks that fit a core's cache; the last may end with a short one."""
-    step = max(1, _CHUNK // block)
+    total, step = len(flat), max(1, _CHUNK.get(flat.device.type, 1 << 24) // block)
     blocks = -(-total // block)
     starts = range(0, blocks, step)
     return [(slice(b * block, min((b + step) * block, total)), slice(b, min(b + step, blocks))) for b in starts]
@@ -210,7 +211,7 @@ class BlockGrids(Grids):
     def encode(self, w: Tensor, columns: Columns = ALL) -> Tensor:
         if isinstance(columns, slice) and columns == ALL:
             flat, codes = w.reshape(-1), torch.empty(w.numel(), dtype=torch.uint8, device=w.device)
-            for entries, blocks in _chunks(len(flat), self.block):
+            for entries, blocks in _chunks(flat, self.block):
                 x = _by_block(flat[entries].to(self.scale, copy=True), 0, self.block, self.scale[blocks], divide=True)
                 codes[entries] = nearest_level(x.clamp_(-1, 1), self.kind)
         else:
@@ -292,7 +293,7 @@ class FourBit(Scheme):
     def nearest(self, w: Tensor) -> tuple[Tensor, BlockGrids]:
         absmax, flat = self._absmax(w).float(), w.reshape(-1)
         codes = torch.empty(flat.shape, dtype=torch.uint8, device=w.device)
-        for entries, blocks in _chunks(len(flat), self.group):
+        for entries, blocks in _chunks(flat, self.group):
             x, scale = flat[entries].to(torch.float32, copy=True), absmax[blocks].clamp(min=_SMALLEST)
             short = len(x) % self.group
             whole = len(x) - short
@@ -308,7 +309,7 @@ class FourBit(Scheme):
             raise NumericsError("a weight has no elements")
         flat = w.reshape(-1)
         absmax = torch.empty(self.blocks((w.shape[0], w.shape[1])), dtype=w.dtype, device=w.device)
-        for entries, blocks in _chunks(len(flat), self.group):
+        for entries, blocks in _chunks(flat, self.group):
             x = flat[entries]
             whole = len(x) // self.group
             rows, found = x[: whole * self.group].view(whole, self.group), absmax[blocks]
@@ -348,7 +349,7 @@ class FourBit(Scheme):
         """For each block, sum h (w - ŵ)² and the scale that would be best for the codes it now takes."""
         flat, k, table = w.reshape(-1), w.shape[1], levels(self.kind, w.device).to(grids.scale)
         error, solved = torch.empty_like(grids.scale), torch.empty_like(grids.scale)
-        for entries, blocks in _chunks(len(flat), self.group):
+        for entries, blocks in _chunks(flat, self.group):
             x, scale = flat[entries].to(table), grids.scale[blocks]
             h = importance.to(table).take(torch.arange(entries.start, entries.stop, device=w.device) % k)
             codes = nearest_level(_by_block(x.clone(), 0, self.group, scale, divide=True).clamp_(-1, 1), self.kind)

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fewbit.schemes.base import ALL, Columns, Grids
+from fewbit.schemes.base import ALL, Columns, Grids, Uniform
 from fewbit.schemes.ggml import layout
 from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR, Fields, Layout
 from fewbit.schemes.ggml.search import half
@@ -64,6 +64,12 @@ class BlockGrids(Grids):
         levels, scale, offset = self._aligned(level(self.kind, codes, self.d.dtype), columns, self.scale)
         values = levels * scale
         return (values if offset is None else values.sub_(offset)).reshape(codes.shape)
+
+    def uniform(self) -> Uniform | None:
+        kind = self.kind
+        if kind.nonlinear:
+            return None
+        return Uniform(self.scale, kind.zero, self.offset, 2**kind.bits - 1, kind.sub)
 
     def _aligned(self, x: Tensor, columns: Columns, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """`x`, and scale and offset of its columns in a shape that broadcasts to it."""
