@@ -28,11 +28,11 @@ _now: list[int] = [32 << 20]  # where the threshold ends if left alone
 def return_freed(threshold: int = 4 << 20) -> None:
     """From now on, freed tensors of `threshold` bytes and more go back to the operating system at once.
 
-    Below it, up to 16 times as much stays at hand: pages that come and go with every operation cost AWQ's search a
+    Below it, up to four times as much stays at hand: pages that come and go with every operation cost AWQ's search a
     fifth of its time.
     """
     _now[0] = threshold
-    _set(threshold, spare=16 * threshold)
+    _set(threshold, spare=4 * threshold)
 
 
 @contextmanager
