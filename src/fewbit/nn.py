@@ -7,6 +7,7 @@ embedding and an output head that are tied share that parameter.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -216,17 +217,20 @@ class _Multiply(torch.autograd.Function):
 def choose(weight: QTensor, device: torch.device, dtype: torch.dtype, name: str | None = None) -> Kernel:
     """The best kernel that can serve `weight` there and agrees with the reference on it.
 
-    KernelError with every candidate's reason if `name` is given and cannot, or none can.
+    KernelError with every candidate's reason if `name` is given and cannot, or none can. FEWBIT_ACTIVATIONS=exact in
+    the environment leaves out those that round activations, unless named.
     """
     kernels: dict[str, Kernel] = {key: kernel() for key, kernel in registry.entries("kernels").items()}
     candidates: list[Kernel] = (
         [registry.get("kernels", name)()] if name else sorted(kernels.values(), key=lambda k: -k.priority)
     )
-    reasons = []
+    exact, reasons = os.environ.get("FEWBIT_ACTIVATIONS") == "exact", []
     for kernel in candidates:
         reason = kernel.unavailable() or kernel.why_not(weight.codec, weight.shape, device, dtype)
         if reason is None and kernel.priority < 0 and not name:
             reason = "it serves only where it is asked for by name"
+        if reason is None and kernel.activations != "exact" and exact and not name:
+            reason = "it rounds activations, and FEWBIT_ACTIVATIONS asks for exact ones"
         reason = reason or _disagreement(kernel, kernels["reference"], weight, device, dtype)
         if reason is None:
             return kernel

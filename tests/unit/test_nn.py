@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fewbit import nn as quantized_nn
 from fewbit import registry
 from fewbit.errors import KernelError, PlanError
+from fewbit.kernels import native
 from fewbit.kernels.base import Kernel, Prepared
 from fewbit.kernels.reference import Reference
 from fewbit.nn import TOLERANCE, QLinear, choose
@@ -160,7 +161,7 @@ def test_preparing_again_leaves_nothing_behind(spec: str) -> None:
             assert set(layer.state_dict()) == set(layer_of(weight, then).state_dict())
 
 
-def test_half_precision_on_the_cpu_may_use_another_kernel_than_float32() -> None:
+def test_half_precision_on_the_cpu_may_use_another_kernel_than_float32(without_library: None) -> None:
     layer = layer_of(weight_of("int4-g32-sym"), torch.bfloat16)
     assert layer.kernel is not None
     before = layer.kernel.name
@@ -216,9 +217,15 @@ def test_tensors_are_awaited_and_taken() -> None:
         layer(x_of(1, 96))
 
 
-def test_it_shows_what_it_is() -> None:
+def test_it_shows_what_it_is(without_library: None) -> None:
     assert "int4-g32-sym, kernel=reference" in repr(layer_of(weight_of("int4-g32-sym")))
     assert "empty" in repr(QLinear(96, 32, None))
+
+
+@pytest.fixture
+def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no C++ compiler was found."""
+    monkeypatch.setattr(native, "library", lambda: "the CPU library was not built")
 
 
 # --- the choice of a kernel ------------------------------------------------------------------------------------------
@@ -256,7 +263,7 @@ def choosy(monkeypatch: pytest.MonkeyPatch) -> str:
     return "choosy"
 
 
-def test_a_kernel_that_lies_is_refused_with_a_warning(liar: str) -> None:
+def test_a_kernel_that_lies_is_refused_with_a_warning(liar: str, without_library: None) -> None:
     weight = weight_of("int3-g16")
     with pytest.warns(UserWarning, match=r"kernel liar differs from the reference by 1\.\de-01 on int3-g16"):
         layer = layer_of(weight)
@@ -271,13 +278,15 @@ def test_a_kernel_that_lies_cannot_be_forced(liar: str) -> None:
         choose(weight_of("int3-g16"), torch.device("cpu"), torch.float32, liar)
 
 
-def test_a_kernel_that_refuses_cannot_be_forced(choosy: str) -> None:
+def test_a_kernel_that_refuses_cannot_be_forced(choosy: str, without_library: None) -> None:
     with pytest.raises(KernelError, match="choosy: it does not like any weight"):
         choose(weight_of("int3-g16"), torch.device("cpu"), torch.float32, choosy)
     assert choose(weight_of("int3-g16"), torch.device("cpu"), torch.float32).name == "reference"
 
 
-def test_when_none_can_every_reason_is_told(choosy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_none_can_every_reason_is_told(
+    choosy: str, without_library: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Reference, "unavailable", lambda self: "it is out of order")
     with pytest.raises(KernelError) as raised:
         choose(weight_of("int3-g16"), torch.device("cpu"), torch.float32)

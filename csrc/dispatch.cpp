@@ -1,0 +1,237 @@
+// The entry points: checks, the choice of an instruction set, shares of rows for threads.
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+
+#include "isa.h"
+#include "threads.h"
+#if defined(__x86_64__) || defined(_M_X64)
+#include <cpuid.h>
+#endif
+
+using fewbit::Isa;
+
+namespace {
+
+#if defined(__x86_64__) || defined(_M_X64)
+struct Cpu {
+  bool avx2, avxvnni, avx512;
+};
+
+Cpu cpu() {
+  unsigned a, b, c, d;
+  Cpu has{};
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return has;
+  const bool fma = c >> 12 & 1, f16c = c >> 29 & 1, osxsave = c >> 27 & 1;
+  if (!osxsave || !fma || !f16c) return has;
+  unsigned low, high;  // which registers the system saves
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low & 6) != 6) return has;
+  unsigned top = __get_cpuid_max(0, nullptr);
+  if (top < 7) return has;
+  __cpuid_count(7, 0, a, b, c, d);
+  const unsigned subleafs = a;
+  has.avx2 = (b >> 5 & 1) && (b >> 8 & 1);  // and BMI2
+  const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1, vnni = c >> 11 & 1;
+  has.avx512 = has.avx2 && (low & 0xe6) == 0xe6 && f && dq && bw && vl && vnni;
+  if (subleafs >= 1) {
+    __cpuid_count(7, 1, a, b, c, d);
+    has.avxvnni = has.avx2 && (a >> 4 & 1);
+  }
+  return has;
+}
+#endif
+
+// What this CPU can run, the best first.
+const Isa* const* usable() {
+  static const Isa* list[5];
+  static const bool filled = [] {
+    int n = 0;
+#if defined(__x86_64__) || defined(_M_X64)
+    const Cpu has = cpu();
+    if (has.avx512) list[n++] = &fewbit::isa_avx512;
+#ifdef FEWBIT_HAS_AVXVNNI
+    if (has.avxvnni) list[n++] = &fewbit::isa_avxvnni;
+#endif
+    if (has.avx2) list[n++] = &fewbit::isa_avx2;
+#elif defined(__aarch64__)
+    list[n++] = &fewbit::isa_neon;
+#endif
+    list[n] = &fewbit::isa_scalar;
+    return true;
+  }();
+  (void)filled;
+  return list;
+}
+
+const Isa* named(const char* name) {
+  for (const Isa* const* isa = usable(); *isa; isa++)
+    if (!strcmp((*isa)->name, name)) return *isa;
+  return nullptr;
+}
+
+std::atomic<const Isa*> chosen{nullptr};
+
+const Isa& isa() {
+  const Isa* found = chosen.load(std::memory_order_acquire);
+  if (!found) {
+    const char* asked = getenv("FEWBIT_CPU_ISA");
+    found = asked ? named(asked) : nullptr;
+    if (!found) found = usable()[0];
+    chosen.store(found, std::memory_order_release);
+  }
+  return *found;
+}
+
+struct Block {
+  int columns, bytes;
+};
+
+Block block(int kind) {
+  switch (kind) {
+    case FEWBIT_Q4_0: return {32, 18};
+    case FEWBIT_Q4_1: return {32, 20};
+    case FEWBIT_Q5_0: return {32, 22};
+    case FEWBIT_Q5_1: return {32, 24};
+    case FEWBIT_Q8_0: return {32, 34};
+    case FEWBIT_Q2_K: return {256, 84};
+    case FEWBIT_Q3_K: return {256, 110};
+    case FEWBIT_Q4_K: return {256, 144};
+    case FEWBIT_Q5_K: return {256, 176};
+    case FEWBIT_Q6_K: return {256, 210};
+    case FEWBIT_IQ4_NL: return {32, 18};
+    case FEWBIT_IQ4_XS: return {256, 136};
+    default: return {0, 0};
+  }
+}
+
+bool holds(const fewbit_weight& w, int part, int64_t bytes) { return w.part[part] && w.bytes[part] >= bytes; }
+
+// Whether every byte that a kernel will read is there.
+int check(const fewbit_weight* given) {
+  if (!given) return FEWBIT_SHORT;
+  const fewbit_weight& w = *given;
+  if (w.n < 0 || w.k <= 0 || w.k > (1 << 30) || w.n > (int64_t(1) << 40) / w.k) return FEWBIT_SHAPE;
+  if (const Block b = block(w.kind); b.columns) {
+    if (w.k % b.columns) return FEWBIT_SHAPE;
+    return holds(w, 0, w.n * (w.k / b.columns) * b.bytes) ? FEWBIT_OK : FEWBIT_SHORT;
+  }
+  switch (w.kind) {
+    case FEWBIT_AFFINE: {
+      if (w.bits < 2 || w.bits > 8 || w.group <= 0 || w.k % w.group) return FEWBIT_SHAPE;
+      const int64_t groups = w.k / w.group, vectors = 8 % w.bits ? 1 : 8 / w.bits, chunk = 64 * vectors;
+      const bool whole = groups == 1 || w.group % chunk == 0;
+      if (!whole && (chunk % w.group || w.group % (4 * vectors))) return FEWBIT_SHAPE;
+      if (!holds(w, 0, w.n * ((w.k * w.bits + 7) / 8)) || !holds(w, 1, w.n * groups * 2)) return FEWBIT_SHORT;
+      return !w.part[2] || holds(w, 2, w.n * ((groups * w.bits + 7) / 8)) ? FEWBIT_OK : FEWBIT_SHORT;
+    }
+    case FEWBIT_INT8: return holds(w, 0, w.n * w.k) && holds(w, 1, w.n * 4) ? FEWBIT_OK : FEWBIT_SHORT;
+    case FEWBIT_LEVELS:
+    case FEWBIT_LEVELS_DOUBLE: {
+      if (w.group < 32 || w.group % 32 || w.k % w.group) return FEWBIT_SHAPE;
+      const int64_t blocks = w.n * (w.k / w.group);
+      if (!holds(w, 0, w.n * w.k / 2)) return FEWBIT_SHORT;
+      if (w.kind == FEWBIT_LEVELS) return holds(w, 1, 4 * blocks) && holds(w, 2, 64) ? FEWBIT_OK : FEWBIT_SHORT;
+      return holds(w, 1, blocks) && holds(w, 2, (blocks + 255) / 256 * 4) && holds(w, 3, 4) && holds(w, 4, 1024) &&
+                     holds(w, 5, 64)
+                 ? FEWBIT_OK
+                 : FEWBIT_SHORT;
+    }
+    default: return FEWBIT_UNKNOWN;
+  }
+}
+
+template <class Task> void share(int64_t count, int64_t least, int threads, Task&& task) {
+  int64_t shares = threads < 1 ? 1 : threads;
+  if (shares > count / least) shares = count / least > 0 ? count / least : 1;
+  struct Context {
+    Task& task;
+    int64_t count, shares;
+  } context{task, count, shares};
+  fewbit::in_shares(
+      int(shares),
+      [](void* data, int i) {
+        Context& c = *static_cast<Context*>(data);
+        c.task(c.count * i / c.shares, c.count * (i + 1) / c.shares);
+      },
+      &context);
+}
+
+// 64-byte aligned memory that a thread keeps from call to call.
+struct Memory {
+  char* begin = nullptr;
+  size_t size = 0;
+  ~Memory() { free(begin); }
+  char* take(size_t bytes) {
+    if (bytes > size) {
+      free(begin);
+      size = (bytes + 4095) / 4096 * 4096;
+      begin = static_cast<char*>(aligned_alloc(64, size));
+      if (!begin) size = 0;
+    }
+    return begin;
+  }
+};
+thread_local Memory memory;
+
+}  // namespace
+
+extern "C" {
+
+int fewbit_abi(void) { return 2; }
+
+const char* fewbit_isa(void) { return isa().name; }
+
+int fewbit_force(const char* name) {
+  const Isa* found = name ? named(name) : usable()[0];
+  if (!found) return FEWBIT_UNKNOWN;
+  chosen.store(found, std::memory_order_release);
+  return FEWBIT_OK;
+}
+
+void fewbit_use_openmp(fewbit_parallel parallel) { fewbit::use_openmp(parallel); }
+
+int64_t fewbit_columns(const fewbit_weight* w) {
+  const int wrong = check(w);
+  return wrong ? -wrong : isa().columns(*w);
+}
+
+int fewbit_linear(const fewbit_weight* w, const float* x, int64_t m, float* y, int threads) {
+  if (const int wrong = check(w)) return wrong;
+  if (m <= 0 || w->n == 0) return FEWBIT_OK;
+  const Isa& with = isa();
+  const int64_t row = with.rounded_bytes(*w), padded = (with.columns(*w) + 255) / 256 * 256;
+  char* held = memory.take(size_t(row * m + padded + padded / 8));
+  if (!held) return FEWBIT_MEMORY;
+  int8_t* codes = reinterpret_cast<int8_t*>(held + row * m);
+  float* scales = reinterpret_cast<float*>(held + row * m + padded);
+  for (int64_t i = 0; i < m; i++) with.round(*w, x + i * w->k, codes, scales, held + i * row);
+  // Less than this is done before another thread has woken up.
+  const int64_t least = 1 + (1 << 16) / w->k;
+  share(w->n, least, threads, [&](int64_t begin, int64_t end) { with.linear(*w, held, m, y, begin, end); });
+  return FEWBIT_OK;
+}
+
+int fewbit_decode(const fewbit_weight* w, int64_t begin, int64_t end, float* out, int threads) {
+  if (const int wrong = check(w)) return wrong;
+  if (begin < 0 || end > w->n || begin > end) return FEWBIT_SHAPE;
+  const Isa& with = isa();
+  const int64_t columns = with.columns(*w);
+  share(end - begin, 1 + (1 << 16) / w->k, threads, [&](int64_t a, int64_t b) {
+    with.decode(*w, begin + a, begin + b, out + a * columns);
+  });
+  return FEWBIT_OK;
+}
+
+int fewbit_arrange(const fewbit_weight* w, const float* x, int64_t m, float* out, int threads) {
+  if (const int wrong = check(w)) return wrong;
+  const Isa& with = isa();
+  const int64_t columns = with.columns(*w);
+  share(m, 1 + (1 << 16) / w->k, threads, [&](int64_t a, int64_t b) {
+    for (int64_t i = a; i < b; i++) with.arrange(*w, x + i * w->k, out + i * columns);
+  });
+  return FEWBIT_OK;
+}
+
+}  // extern "C"

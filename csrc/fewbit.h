@@ -1,0 +1,69 @@
+// The C ABI of fewbit's CPU library: what Python's ctypes sees, and all that it may rely on.
+#pragma once
+#include <stdint.h>
+
+#ifdef _WIN32
+#define FEWBIT_API __declspec(dllexport)
+#else
+#define FEWBIT_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// How the parts of a weight are laid out. Numbers are part of the ABI.
+enum fewbit_kind {
+  FEWBIT_AFFINE = 0,  // codes (bit stream by row), scale fp16 [N, G], zero (bit stream by row; absent: symmetric)
+  FEWBIT_INT8 = 1,    // codes int8 [N, K], scb float32 [N]; w = q * scb / 127
+  FEWBIT_LEVELS = 2,  // codes (two to a byte, high nibble first), scale float32 [N K / group], levels float32 [16]
+  FEWBIT_LEVELS_DOUBLE = 3,  // codes, absmax uint8, nested float32, offset float32 [1], map float32 [256], levels
+  FEWBIT_Q4_0 = 16,
+  FEWBIT_Q4_1,
+  FEWBIT_Q5_0,
+  FEWBIT_Q5_1,
+  FEWBIT_Q8_0,
+  FEWBIT_Q2_K,
+  FEWBIT_Q3_K,
+  FEWBIT_Q4_K,
+  FEWBIT_Q5_K,
+  FEWBIT_Q6_K,
+  FEWBIT_IQ4_NL,
+  FEWBIT_IQ4_XS,
+};
+
+// A packed weight [n, k]. `part` points at its parts in the order above, `bytes` says how long each is.
+struct fewbit_weight {
+  int32_t kind;
+  int32_t bits;   // of a code, affine only
+  int64_t group;  // columns that share a scale, affine and levels only; the whole row: k
+  int64_t n, k;
+  const void* part[6];
+  int64_t bytes[6];
+};
+
+// What went wrong; 0: nothing.
+enum fewbit_status { FEWBIT_OK = 0, FEWBIT_UNKNOWN = 1, FEWBIT_SHAPE = 2, FEWBIT_SHORT = 3, FEWBIT_MEMORY = 4 };
+
+// GNU's entry to a parallel region, which LLVM's runtime has too.
+typedef void (*fewbit_parallel)(void (*task)(void*), void* data, unsigned threads, unsigned flags);
+
+FEWBIT_API int fewbit_abi(void);
+// Name of the instruction set in use: the best that the CPU has, no better than FEWBIT_CPU_ISA says.
+FEWBIT_API const char* fewbit_isa(void);
+// Use the instruction set of that name from now on (null: the best); FEWBIT_UNKNOWN if the CPU does not have it.
+FEWBIT_API int fewbit_force(const char* name);
+// Give work to the threads of the OpenMP runtime that the caller already has: its GOMP_parallel.
+FEWBIT_API void fewbit_use_openmp(fewbit_parallel parallel);
+// Columns of a row once arranged, padding included; negative: -fewbit_status.
+FEWBIT_API int64_t fewbit_columns(const struct fewbit_weight* w);
+// y [m, n] = x [m, k] Wᵀ, x rounded to 8 bits in groups of 32 columns (not for levels).
+FEWBIT_API int fewbit_linear(const struct fewbit_weight* w, const float* x, int64_t m, float* y, int threads);
+// Rows [begin, end) of W as float32 [end - begin, columns], in the kernel's order of columns.
+FEWBIT_API int fewbit_decode(const struct fewbit_weight* w, int64_t begin, int64_t end, float* out, int threads);
+// x [m, k] as [m, columns] in the kernel's order of columns, padded with zeros: x Wᵀ is this times decoded rows.
+FEWBIT_API int fewbit_arrange(const struct fewbit_weight* w, const float* x, int64_t m, float* out, int threads);
+
+#ifdef __cplusplus
+}
+#endif

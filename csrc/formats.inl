@@ -1,0 +1,323 @@
+// How the codes of a packed weight become vectors of bytes, and what scale and offset each lane has.
+//
+// A row is cut in chunks of C columns, a chunk in STEPS steps of P vectors of 64 codes. A step gives codes c (bytes, 0 to
+// 255) and, for each of the 16 lanes of four bytes that a dot product sums, S and B, so that w = S c + B: every format is
+// that. `column` says which column of the chunk stands at a byte; activations are put in this order, so that weights
+// stay as they lie in a file. The columns of a lane belong to one group of 32.
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace {
+
+using U = Vec::U;
+using I = Vec::I;
+using F = Vec::F;
+
+struct Lanes {
+  int32_t at[16];
+};
+constexpr Lanes by(int columns, int group, int first = 0) {
+  Lanes l{};
+  for (int i = 0; i < 16; i++) l.at[i] = first + (group > 0 ? i * columns / group : 0);
+  return l;
+}
+constexpr Lanes two(int a, int b) {
+  Lanes l{};
+  for (int i = 0; i < 16; i++) l.at[i] = i < 8 ? a : b;
+  return l;
+}
+alignas(64) constexpr Lanes QUADS[4] = {by(4, 16, 0), by(4, 16, 4), by(4, 16, 8), by(4, 16, 12)};
+
+INLINE uint32_t word32(const uint8_t* p) { uint32_t x; memcpy(&x, p, 4); return x; }
+INLINE uint64_t word64(const uint8_t* p) { uint64_t x; memcpy(&x, p, 8); return x; }
+INLINE uint64_t word16(const uint8_t* p) { uint16_t x; memcpy(&x, p, 2); return x; }
+INLINE F times(F a, float b) { return Vec::mul(a, Vec::set1(b)); }
+
+// ---- ggml's blocks -------------------------------------------------------------------------------------------------
+
+template <class Block> struct Super {  // of 256 columns
+  static constexpr int C = 256;
+  struct Row { const uint8_t* p; };
+  static Row row(const fewbit_weight& w, int64_t n) {
+    return {(const uint8_t*)w.part[0] + n * (w.k / C) * Block::BYTES};
+  }
+  template <class Fn> static INLINE void decode(const Row& r, int64_t c, int64_t, Fn&& fn) {
+    const uint8_t* p = r.p + c * Block::BYTES;
+    for (int at = 0; at < Block::BYTES; at += 64) __builtin_prefetch(p + 2048 + at);
+    Block::chunk(p, fn);
+  }
+};
+
+// Sub-scales and minima of q4_k and q5_k: d sc in lanes 0 to 7, -dmin m in 8 to 15.
+INLINE F scales_k4(const uint8_t* p) {
+  const uint32_t low = 0x3f3f3f3f, nibble = 0x0f0f0f0f, top = 0x03030303;
+  uint32_t a = word32(p + 4), b = word32(p + 8), c = word32(p + 12);
+  uint64_t sc = (a & low) | uint64_t((c & nibble) | ((a >> 6 & top) << 4)) << 32;
+  uint64_t m = (b & low) | uint64_t((c >> 4 & nibble) | ((b >> 6 & top) << 4)) << 32;
+  return Vec::mul(Vec::from_u64(sc, m), Vec::split(Vec::half(p), -Vec::half(p + 2)));
+}
+alignas(64) constexpr Lanes K4[8] = {two(0, 2), two(1, 3), two(4, 6), two(5, 7),
+                                     two(8, 10), two(9, 11), two(12, 14), two(13, 15)};
+
+template <bool five> struct Q45K : Super<Q45K<five>> {
+  static constexpr int BYTES = five ? 176 : 144, P = 1, STEPS = 4;
+  static constexpr bool WIDE = false;
+  static constexpr int column(int step, int, int b) {
+    return (4 * (step / 2) + (b >= 32 ? 2 : 0) + step % 2) * 32 + b % 32;
+  }
+  template <int u, class Fn> static INLINE void pair(const uint8_t* p, F t, U high, Fn& fn) {
+    const U q = Vec::load(p + (five ? 48 : 16) + 64 * u);
+    U lo[1] = {Vec::field<0, 15>(q)}, hi[1] = {Vec::field<4, 15>(q)};
+    if (five) {
+      lo[0] = Vec::either(lo[0], Vec::halves<4 - 4 * u, 2 - 4 * u, 16>(high));
+      hi[0] = Vec::either(hi[0], Vec::halves<3 - 4 * u, 1 - 4 * u, 16>(high));
+    }
+    fn(2 * u, lo, Vec::pick(t, K4[2 * u].at), Vec::pick(t, K4[4 + 2 * u].at));
+    fn(2 * u + 1, hi, Vec::pick(t, K4[2 * u + 1].at), Vec::pick(t, K4[5 + 2 * u].at));
+  }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, Fn& fn) {
+    const F t = scales_k4(p);
+    const U high = five ? Vec::join(p + 16, p + 16) : U{};
+    pair<0>(p, t, high, fn);
+    pair<1>(p, t, high, fn);
+  }
+};
+
+struct Q6K : Super<Q6K> {
+  static constexpr int BYTES = 210, P = 1, STEPS = 4;
+  static constexpr bool WIDE = false;
+  static constexpr int column(int step, int, int b) { return 64 * step + b; }
+  template <int t, class Fn> static INLINE void half(const uint8_t* p, F s, F o, Fn& fn) {
+    const U q = Vec::load(p + 64 * t), h = Vec::join(p + 128 + 32 * t, p + 128 + 32 * t);
+    U lo[1] = {Vec::either(Vec::field<0, 15>(q), Vec::halves<4, 2, 0x30>(h))};
+    fn(2 * t, lo, Vec::pick(s, QUADS[2 * t].at), Vec::pick(o, QUADS[2 * t].at));
+    U hi[1] = {Vec::either(Vec::field<4, 15>(q), Vec::halves<0, -2, 0x30>(h))};
+    fn(2 * t + 1, hi, Vec::pick(s, QUADS[2 * t + 1].at), Vec::pick(o, QUADS[2 * t + 1].at));
+  }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, Fn& fn) {
+    const F s = times(Vec::from_signed(p + 192), Vec::half(p + 208)), o = times(s, -32);
+    half<0>(p, s, o, fn);
+    half<1>(p, s, o, fn);
+  }
+};
+
+template <bool three> struct Q23K : Super<Q23K<three>> {
+  static constexpr int BYTES = three ? 110 : 84, P = 1, STEPS = 4;
+  static constexpr bool WIDE = false;
+  static constexpr int column(int step, int, int b) { return 64 * step + b; }
+  template <int step, class Fn> static INLINE void quarter(const uint8_t* p, F s, F o, U high, Fn& fn) {
+    constexpr int t = step / 2, h = step % 2;
+    const uint8_t* at = p + (three ? 32 : 16) + 32 * t;
+    U q[1] = {Vec::halves<-4 * h, -4 * h - 2, 3>(Vec::join(at, at))};
+    if (three) q[0] = Vec::either(q[0], Vec::halves<2 - 2 * step, 1 - 2 * step, 4>(high));
+    fn(step, q, Vec::pick(s, QUADS[step].at), Vec::pick(o, QUADS[step].at));
+  }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, Fn& fn) {
+    const uint64_t nibble = 0x0f0f0f0f0f0f0f0full;
+    F s, o;
+    if (three) {
+      const uint32_t top = 0x03030303, x = word32(p + 104);
+      uint64_t low = word64(p + 96);
+      uint64_t a = (low & nibble) | ((x & top) | uint64_t(x >> 2 & top) << 32) << 4;
+      uint64_t b = (low >> 4 & nibble) | ((x >> 4 & top) | uint64_t(x >> 6 & top) << 32) << 4;
+      s = times(Vec::add(Vec::from_u64(a, b), Vec::set1(-32)), Vec::half(p + 108));
+      o = times(s, -4);
+    } else {
+      uint64_t a = word64(p), b = word64(p + 8);
+      s = times(Vec::from_u64(a & nibble, b & nibble), Vec::half(p + 80));
+      o = times(Vec::from_u64(a >> 4 & nibble, b >> 4 & nibble), -Vec::half(p + 82));
+    }
+    const U high = three ? Vec::join(p, p) : U{};
+    quarter<0>(p, s, o, high, fn);
+    quarter<1>(p, s, o, high, fn);
+    quarter<2>(p, s, o, high, fn);
+    quarter<3>(p, s, o, high, fn);
+  }
+};
+
+// Levels of iq4_nl and iq4_xs, plus 128.
+alignas(16) constexpr uint8_t NONLINEAR[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                               129, 141, 153, 166, 181, 197, 217, 241};
+
+struct IQ4XS : Super<IQ4XS> {
+  static constexpr int BYTES = 136, P = 2, STEPS = 2;
+  static constexpr bool WIDE = true;
+  static constexpr int column(int step, int p, int b) { return 32 * (4 * step + b / 16) + b % 16 + 16 * p; }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, Fn& fn) {
+    const uint64_t sc = Vec::spread<4>(word32(p + 4)) | Vec::spread<2>(word16(p + 2)) << 4;
+    const F s = times(Vec::add(Vec::from_u64(sc, 0), Vec::set1(-32)), Vec::half(p)), o = times(s, -128);
+    for (int u = 0; u < 2; u++) {
+      const U q = Vec::load(p + 8 + 64 * u);
+      U codes[2] = {Vec::lookup(Vec::field<0, 15>(q), NONLINEAR), Vec::lookup(Vec::field<4, 15>(q), NONLINEAR)};
+      fn(u, codes, Vec::pick(s, QUADS[u].at), Vec::pick(o, QUADS[u].at));
+    }
+  }
+};
+
+// Blocks of 32 columns, COUNT of them at once; those that a row lacks at its end are zeros.
+template <class Block, int BYTES, int COUNT> struct Small {
+  static constexpr int C = 32 * COUNT, STEPS = 1;
+  struct Row { const uint8_t* p; int64_t blocks; };
+  static Row row(const fewbit_weight& w, int64_t n) {
+    return {(const uint8_t*)w.part[0] + n * (w.k / 32) * BYTES, w.k / 32};
+  }
+  template <class Fn> static INLINE void decode(const Row& r, int64_t c, int64_t, Fn&& fn) {
+    const uint8_t* p = r.p + c * COUNT * BYTES;
+    const int64_t left = r.blocks - c * COUNT;
+    uint8_t copy[COUNT * BYTES + 16];
+    if (left < COUNT) {
+      memset(copy, 0, sizeof copy);
+      memcpy(copy, p, size_t(left * BYTES));
+      p = copy;
+    }
+    __builtin_prefetch(p + 2048);
+    __builtin_prefetch(p + 2048 + 64);
+    Block::chunk(p, fn);
+  }
+};
+
+enum Nibbles { Q40, Q41, Q50, Q51, IQ4 };
+constexpr int nibble_bytes(int kind) { return kind == Q40 || kind == IQ4 ? 18 : kind == Q41 ? 20 : kind == Q50 ? 22 : 24; }
+
+template <int KIND> struct Q45 : Small<Q45<KIND>, nibble_bytes(KIND), 4> {
+  static constexpr int P = 2, BYTES = nibble_bytes(KIND);
+  static constexpr bool WIDE = KIND == IQ4;
+  static constexpr int column(int, int p, int b) { return 32 * (b / 16) + b % 16 + 16 * p; }
+  static INLINE uint64_t four(const uint8_t* p) {
+    return word16(p) | word16(p + BYTES) << 16 | word16(p + 2 * BYTES) << 32 | word16(p + 3 * BYTES) << 48;
+  }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, Fn& fn) {
+    constexpr int at = BYTES - 16;
+    const U q = Vec::join4(p + at, p + at + BYTES, p + at + 2 * BYTES, p + at + 3 * BYTES);
+    U codes[2] = {Vec::field<0, 15>(q), Vec::field<4, 15>(q)};
+    if (KIND == IQ4) codes[0] = Vec::lookup(codes[0], NONLINEAR), codes[1] = Vec::lookup(codes[1], NONLINEAR);
+    if (KIND == Q50 || KIND == Q51) {
+      codes[0] = Vec::add_bits(codes[0], four(p + at - 4), 16);
+      codes[1] = Vec::add_bits(codes[1], four(p + at - 2), 16);
+    }
+    const F s = Vec::pick(Vec::halfs_u64(four(p)), QUADS[0].at);
+    const F o = KIND == Q41 || KIND == Q51 ? Vec::pick(Vec::halfs_u64(four(p + 2)), QUADS[0].at)
+                                           : times(s, KIND == Q40 ? -8.0f : KIND == Q50 ? -16.0f : -128.0f);
+    fn(0, codes, s, o);
+  }
+};
+
+struct Q80 : Small<Q80, 34, 2> {
+  static constexpr int P = 1;
+  static constexpr bool WIDE = true;
+  static constexpr int column(int, int, int b) { return b; }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, Fn& fn) {
+    U codes[1] = {Vec::flip(Vec::join(p + 2, p + 36))};
+    const F s = Vec::split(Vec::half(p), Vec::half(p + 34));
+    fn(0, codes, s, times(s, -128));
+  }
+};
+
+// ---- integers with a scale (and a zero point) for each group of columns, codes in a bit stream by row ----------------
+
+template <int BITS> struct Affine {
+  static constexpr int P = 8 % BITS ? 1 : 8 / BITS, C = 64 * P, STEPS = 1, BYTES = C * BITS / 8;
+  static constexpr bool WIDE = BITS == 8;
+  static constexpr int column(int, int p, int b) { return P * b + p; }
+  struct Row {
+    const uint8_t *codes, *scale, *zero, *zero_end;
+    int64_t bytes, groups;
+    int64_t chunks_a_group;  // 0: a chunk has `in_chunk` groups
+    int in_chunk;
+    Lanes lanes;
+  };
+  static Row row(const fewbit_weight& w, int64_t n) {
+    Row r;
+    const int64_t groups = w.k / w.group;
+    r.bytes = (w.k * BITS + 7) / 8;
+    r.groups = groups;
+    r.codes = (const uint8_t*)w.part[0] + n * r.bytes;
+    r.scale = (const uint8_t*)w.part[1] + n * groups * 2;
+    const int64_t zero_bytes = (groups * BITS + 7) / 8;
+    r.zero = w.part[2] ? (const uint8_t*)w.part[2] + n * zero_bytes : nullptr;
+    r.zero_end = r.zero + zero_bytes;
+    const bool whole = w.group % C == 0 || groups == 1;
+    r.chunks_a_group = !whole ? 0 : groups == 1 ? int64_t(1) << 40 : w.group / C;
+    r.in_chunk = whole ? 1 : int(C / w.group);
+    r.lanes = by(4 * P, whole ? 0 : int(w.group));
+    return r;
+  }
+  static INLINE F zeros(const Row& r, int64_t first, int count) {
+    const int64_t bit = first * BITS;
+    const uint8_t* p = r.zero + bit / 8;
+    uint64_t held = 0;
+    if (p + 8 <= r.zero_end) held = word64(p);
+    else memcpy(&held, p, size_t(r.zero_end - p));
+    held >>= bit % 8;
+    if (count == 1) return Vec::set1(float(held & ((1u << BITS) - 1)));
+    return Vec::from_u64(Vec::spread<BITS>(held), count > 8 ? Vec::spread<BITS>(held >> (8 * BITS % 64)) : 0);
+  }
+  template <class Fn> static INLINE void decode(const Row& r, int64_t c, int64_t, Fn&& fn) {
+    const uint8_t* p = r.codes + c * BYTES;
+    const int64_t left = r.bytes - c * BYTES;
+    uint8_t copy[64];
+    if (left < BYTES) {
+      memset(copy, 0, sizeof copy);
+      memcpy(copy, p, size_t(left));
+      p = copy;
+    }
+    __builtin_prefetch(p + 2048);
+    const bool whole = r.chunks_a_group > 0;
+    const int64_t first = !whole ? c * r.in_chunk : r.groups == 1 ? 0 : int64_t(uint32_t(c) / uint32_t(r.chunks_a_group));
+    const int64_t there = r.groups - first;
+    const int count = there < r.in_chunk ? int(there) : r.in_chunk;
+    F s = Vec::halfs(r.scale + 2 * first, count), o;
+    if (r.zero) o = Vec::mul(s, times(zeros(r, first, count), -1));
+    else o = times(s, -float(1 << (BITS - 1)));
+    s = Vec::pick(s, r.lanes.at);
+    o = Vec::pick(o, r.lanes.at);
+    U codes[P];
+    unpack(p, codes);
+    fn(0, codes, s, o);
+  }
+  static INLINE void unpack(const uint8_t* p, U* codes) {
+    if constexpr (BITS == 8) codes[0] = Vec::load(p);
+    else if constexpr (BITS == 4) {
+      const U q = Vec::load(p);
+      codes[0] = Vec::field<0, 15>(q), codes[1] = Vec::field<4, 15>(q);
+    } else if constexpr (BITS == 2) {
+      const U q = Vec::load(p);
+      codes[0] = Vec::field<0, 3>(q), codes[1] = Vec::field<2, 3>(q);
+      codes[2] = Vec::field<4, 3>(q), codes[3] = Vec::field<6, 3>(q);
+    } else {
+      uint64_t out[8];
+      for (int i = 0; i < 8; i++) {  // eight codes are BITS bytes; the last word is read from where it ends
+        const int at = i * BITS < BYTES - 8 ? i * BITS : BYTES - 8;
+        out[i] = Vec::spread<BITS>(word64(p + at) >> (8 * (i * BITS - at)));
+      }
+      codes[0] = Vec::load((const uint8_t*)out);
+    }
+  }
+};
+
+struct Int8 {
+  static constexpr int P = 1, C = 64, STEPS = 1;
+  static constexpr bool WIDE = true;
+  static constexpr int column(int, int, int b) { return b; }
+  struct Row { const uint8_t* codes; int64_t k; float scale; };
+  static Row row(const fewbit_weight& w, int64_t n) {
+    return {(const uint8_t*)w.part[0] + n * w.k, w.k, ((const float*)w.part[1])[n] * (1.0f / 127.0f)};
+  }
+  template <class Fn> static INLINE void decode(const Row& r, int64_t c, int64_t, Fn&& fn) {
+    const uint8_t* p = r.codes + c * C;
+    const int64_t left = r.k - c * C;
+    uint8_t copy[64];
+    if (left < C) {
+      memset(copy, 0, sizeof copy);
+      memcpy(copy, p, size_t(left));
+      p = copy;
+    }
+    __builtin_prefetch(p + 2048);
+    U codes[1] = {Vec::flip(Vec::load(p))};
+    const F s = Vec::set1(r.scale);
+    fn(0, codes, s, times(s, -128));
+  }
+};
+
+}  // namespace

@@ -1,0 +1,257 @@
+// The loops over rows, for every format and instruction set: products with rounded activations, and decoding.
+
+#include "isa.h"
+#include "formats.inl"
+
+namespace {
+
+template <class Fmt> struct Order {  // column of a chunk by place in the kernel's order
+  uint16_t at[Fmt::C];
+  constexpr Order() : at() {
+    for (int s = 0, i = 0; s < Fmt::STEPS; s++)
+      for (int p = 0; p < Fmt::P; p++)
+        for (int b = 0; b < 64; b++) at[i++] = uint16_t(Fmt::column(s, p, b));
+  }
+};
+template <class Fmt> constexpr Order<Fmt> ORDER{};
+
+// A step's activations: 64 P bytes, then for each lane the size of their unit, and their sum.
+template <class Fmt> constexpr int64_t STEP = 64 * Fmt::P + 128;
+template <class Fmt> int64_t chunks(const fewbit_weight& w) { return (w.k + Fmt::C - 1) / Fmt::C; }
+
+template <class Fmt, int M> void product(const fewbit_weight& w, const char* x, int64_t stride, float* y, int64_t begin,
+                                         int64_t end) {
+  const int64_t count = chunks<Fmt>(w);
+  for (int64_t n = begin; n < end; n++) {
+    const typename Fmt::Row row = Fmt::row(w, n);
+    F sums[M][2];
+    for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = Vec::set1(0);
+    for (int64_t c = 0; c < count; c++) {
+      const char* chunk = x + c * Fmt::STEPS * STEP<Fmt>;
+      Fmt::decode(row, c, count, [&](int step, const U* codes, F s, F o) INLINE_LAMBDA {
+        for (int m = 0; m < M; m++) {
+          const char* at = chunk + m * stride + step * STEP<Fmt>;
+          I dot = Vec::zero();
+          for (int p = 0; p < Fmt::P; p++) dot = Vec::dot<Fmt::WIDE>(dot, codes[p], (const int8_t*)at + 64 * p);
+          const float* lanes = (const float*)(at + 64 * Fmt::P);
+          // The offset's share is subtracted where it arises: in sums over a whole row it would cost digits.
+          const F share = Vec::mul(o, Vec::loadf(lanes + 16));
+          sums[m][step & 1] = Vec::add(
+              sums[m][step & 1], Vec::fma(s, Vec::mul(Vec::cvt(dot), Vec::loadf(lanes)), share));
+        }
+      });
+    }
+    for (int m = 0; m < M; m++) y[m * w.n + n] = Vec::sum(Vec::add(sums[m][0], sums[m][1]));
+  }
+}
+
+template <class Fmt> struct Kernels {
+  static int64_t columns(const fewbit_weight& w) { return chunks<Fmt>(w) * Fmt::C; }
+  static int64_t rounded_bytes(const fewbit_weight& w) { return chunks<Fmt>(w) * Fmt::STEPS * STEP<Fmt>; }
+
+  static void round(const fewbit_weight& w, const float* x, int8_t* codes, float* scales, char* out) {
+    const int64_t padded = columns(w);
+    memset(codes, 0, size_t((padded + 255) / 256 * 256));
+    memset(scales, 0, size_t((padded + 255) / 256 * 8) * sizeof(float));
+    for (int64_t start = 0; start < w.k; start += 32) {
+      const int64_t n = w.k - start < 32 ? w.k - start : 32;
+      const float* v = x + start;
+      float top = 0, poison = 0;
+      for (int64_t i = 0; i < n; i++) {
+        const float size = v[i] < 0 ? -v[i] : v[i];
+        top = size > top ? size : top;
+        poison += v[i] * 0.0f;  // NaN where one is NaN or infinite
+      }
+      const bool finite = poison == 0;
+      const float by = finite && top >= 1e-30f ? 127.0f / top : 0.0f;
+      scales[start / 32] = finite ? (top >= 1e-30f ? top / 127.0f : 0.0f) : poison;
+      for (int64_t i = 0; i < n; i++) {
+        const float stepped = (finite ? v[i] : 0.0f) * by + 12582912.0f;  // 1.5 * 2^23: rounds, ties to even
+        int32_t bits;
+        memcpy(&bits, &stepped, 4);
+        codes[start + i] = int8_t(bits);
+      }
+    }
+    const int64_t count = chunks<Fmt>(w);
+    for (int64_t c = 0; c < count; c++) {
+      for (int s = 0; s < Fmt::STEPS; s++, out += STEP<Fmt>) {
+        const uint16_t* order = ORDER<Fmt>.at + s * 64 * Fmt::P;
+        int8_t* bytes = (int8_t*)out;
+        float* lanes = (float*)(out + 64 * Fmt::P);
+        for (int i = 0; i < 64 * Fmt::P; i++) bytes[i] = codes[c * Fmt::C + order[i]];
+        for (int lane = 0; lane < 16; lane++) {
+          int sum = 0;
+          for (int p = 0; p < Fmt::P; p++)
+            for (int i = 0; i < 4; i++) sum += bytes[64 * p + 4 * lane + i];
+          lanes[lane] = scales[(c * Fmt::C + order[4 * lane]) / 32];
+          lanes[16 + lane] = lanes[lane] * float(sum);
+        }
+      }
+    }
+  }
+
+  static void linear(const fewbit_weight& w, const char* x, int64_t m, float* y, int64_t begin, int64_t end) {
+    const int64_t stride = rounded_bytes(w);
+    // A few rows of W at a time, which stay in the nearest cache while all of x passes.
+    const int64_t span = m > 4 ? 8 : end - begin;
+    for (int64_t n = begin; n < end; n += span) {
+      const int64_t last = n + span < end ? n + span : end;
+      int64_t i = 0;
+      for (; i + 4 <= m; i += 4) product<Fmt, 4>(w, x + i * stride, stride, y + i * w.n, n, last);
+      if (m - i == 3) product<Fmt, 3>(w, x + i * stride, stride, y + i * w.n, n, last);
+      if (m - i == 2) product<Fmt, 2>(w, x + i * stride, stride, y + i * w.n, n, last);
+      if (m - i == 1) product<Fmt, 1>(w, x + i * stride, stride, y + i * w.n, n, last);
+    }
+  }
+
+  static void decode(const fewbit_weight& w, int64_t begin, int64_t end, float* out) {
+    alignas(64) static constexpr Lanes spread[4] = {by(1, 4, 0), by(1, 4, 4), by(1, 4, 8), by(1, 4, 12)};
+    const int64_t count = chunks<Fmt>(w);
+    for (int64_t n = begin; n < end; n++) {
+      const typename Fmt::Row row = Fmt::row(w, n);
+      for (int64_t c = 0; c < count; c++, out += Fmt::C)
+        Fmt::decode(row, c, count, [&](int step, const U* codes, F s, F o) INLINE_LAMBDA {
+          uint8_t bytes[64 * Fmt::P];
+          for (int p = 0; p < Fmt::P; p++) Vec::store(bytes + 64 * p, codes[p]);
+          float* to = out + step * 64 * Fmt::P;
+          for (int j = 0; j < 4; j++) {
+            const F sj = Vec::pick(s, spread[j].at), oj = Vec::pick(o, spread[j].at);
+            for (int p = 0; p < Fmt::P; p++)
+              Vec::storef(to + 64 * p + 16 * j, Vec::fma(sj, Vec::from_bytes(bytes + 64 * p + 16 * j), oj));
+          }
+        });
+    }
+  }
+
+  static void arrange(const fewbit_weight& w, const float* x, float* out) {
+    const int64_t count = chunks<Fmt>(w);
+    for (int64_t c = 0; c < count; c++)
+      for (int i = 0; i < Fmt::C; i++, out++) {
+        const int64_t column = c * Fmt::C + ORDER<Fmt>.at[i];
+        *out = column < w.k ? x[column] : 0.0f;
+      }
+  }
+};
+
+// Sixteen levels in float: activations are not rounded, since the levels are not integers. Order: of each 32 columns the
+// 16 even ones, then the odd ones.
+template <bool twofold> struct Levels {
+  static int64_t columns(const fewbit_weight& w) { return w.k; }
+  static int64_t rounded_bytes(const fewbit_weight& w) { return w.k * 4; }
+  static INLINE float scale(const fewbit_weight& w, int64_t block) {
+    if (!twofold) return ((const float*)w.part[1])[block];
+    const uint8_t code = ((const uint8_t*)w.part[1])[block];
+    const float product = ((const float*)w.part[4])[code] * ((const float*)w.part[2])[block / 256];
+    return product + *(const float*)w.part[3];
+  }
+  static const float* levels(const fewbit_weight& w) { return (const float*)w.part[twofold ? 5 : 2]; }
+  static void arrange(const fewbit_weight& w, const float* x, float* out) {
+    for (int64_t start = 0; start < w.k; start += 32)
+      for (int i = 0; i < 16; i++) out[start + i] = x[start + 2 * i], out[start + 16 + i] = x[start + 2 * i + 1];
+  }
+  static void round(const fewbit_weight& w, const float* x, int8_t*, float*, char* out) { arrange(w, x, (float*)out); }
+
+  template <int M> static void product(const fewbit_weight& w, const float* x, float* y, int64_t begin, int64_t end) {
+    const F table = Vec::loadf(levels(w));
+    const int64_t blocks = w.k / w.group;
+    for (int64_t n = begin; n < end; n++) {
+      const uint8_t* p = (const uint8_t*)w.part[0] + n * w.k / 2;
+      F sums[M];
+      for (int m = 0; m < M; m++) sums[m] = Vec::set1(0);
+      for (int64_t b = 0, k = 0; b < blocks; b++) {
+        F even[M], odd[M];
+        for (int m = 0; m < M; m++) even[m] = odd[m] = Vec::set1(0);
+        for (int64_t i = 0; i < w.group; i += 32, k += 32, p += 16) {
+          __builtin_prefetch(p + 1024);
+          const F a = Vec::levels<4>(p, table), c = Vec::levels<0>(p, table);
+          for (int m = 0; m < M; m++) {
+            even[m] = Vec::fma(a, Vec::loadf(x + m * w.k + k), even[m]);
+            odd[m] = Vec::fma(c, Vec::loadf(x + m * w.k + k + 16), odd[m]);
+          }
+        }
+        const F s = Vec::set1(scale(w, n * blocks + b));
+        for (int m = 0; m < M; m++) sums[m] = Vec::fma(s, Vec::add(even[m], odd[m]), sums[m]);
+      }
+      for (int m = 0; m < M; m++) y[m * w.n + n] = Vec::sum(sums[m]);
+    }
+  }
+  static void linear(const fewbit_weight& w, const char* rounded, int64_t m, float* y, int64_t begin, int64_t end) {
+    const float* x = (const float*)rounded;
+    const int64_t span = m > 4 ? 8 : end - begin;
+    for (int64_t n = begin; n < end; n += span) {
+      const int64_t last = n + span < end ? n + span : end;
+      int64_t i = 0;
+      for (; i + 4 <= m; i += 4) product<4>(w, x + i * w.k, y + i * w.n, n, last);
+      if (m - i == 3) product<3>(w, x + i * w.k, y + i * w.n, n, last);
+      if (m - i == 2) product<2>(w, x + i * w.k, y + i * w.n, n, last);
+      if (m - i == 1) product<1>(w, x + i * w.k, y + i * w.n, n, last);
+    }
+  }
+  static void decode(const fewbit_weight& w, int64_t begin, int64_t end, float* out) {
+    const F table = Vec::loadf(levels(w));
+    const uint8_t* p = (const uint8_t*)w.part[0] + begin * w.k / 2;
+    for (int64_t b = begin * (w.k / w.group); b < end * (w.k / w.group); b++) {
+      const F s = Vec::set1(scale(w, b));
+      for (int64_t i = 0; i < w.group; i += 32, p += 16, out += 32) {
+        Vec::storef(out, Vec::mul(Vec::levels<4>(p, table), s));
+        Vec::storef(out + 16, Vec::mul(Vec::levels<0>(p, table), s));
+      }
+    }
+  }
+};
+
+template <class Fn> auto with_format(const fewbit_weight& w, Fn&& fn) {
+  switch (w.kind) {
+    case FEWBIT_INT8: return fn(Kernels<Int8>{});
+    case FEWBIT_LEVELS: return fn(Levels<false>{});
+    case FEWBIT_LEVELS_DOUBLE: return fn(Levels<true>{});
+    case FEWBIT_Q4_0: return fn(Kernels<Q45<Q40>>{});
+    case FEWBIT_Q4_1: return fn(Kernels<Q45<Q41>>{});
+    case FEWBIT_Q5_0: return fn(Kernels<Q45<Q50>>{});
+    case FEWBIT_Q5_1: return fn(Kernels<Q45<Q51>>{});
+    case FEWBIT_IQ4_NL: return fn(Kernels<Q45<IQ4>>{});
+    case FEWBIT_Q8_0: return fn(Kernels<Q80>{});
+    case FEWBIT_Q2_K: return fn(Kernels<Q23K<false>>{});
+    case FEWBIT_Q3_K: return fn(Kernels<Q23K<true>>{});
+    case FEWBIT_Q4_K: return fn(Kernels<Q45K<false>>{});
+    case FEWBIT_Q5_K: return fn(Kernels<Q45K<true>>{});
+    case FEWBIT_Q6_K: return fn(Kernels<Q6K>{});
+    case FEWBIT_IQ4_XS: return fn(Kernels<IQ4XS>{});
+    default: break;
+  }
+  switch (w.bits) {
+    case 2: return fn(Kernels<Affine<2>>{});
+    case 3: return fn(Kernels<Affine<3>>{});
+    case 4: return fn(Kernels<Affine<4>>{});
+    case 5: return fn(Kernels<Affine<5>>{});
+    case 6: return fn(Kernels<Affine<6>>{});
+    case 7: return fn(Kernels<Affine<7>>{});
+    default: return fn(Kernels<Affine<8>>{});
+  }
+}
+
+int64_t columns_of(const fewbit_weight& w) {
+  return with_format(w, [&](auto k) { return decltype(k)::columns(w); });
+}
+int64_t rounded_bytes_of(const fewbit_weight& w) {
+  return with_format(w, [&](auto k) { return decltype(k)::rounded_bytes(w); });
+}
+void round_of(const fewbit_weight& w, const float* x, int8_t* codes, float* scales, char* out) {
+  with_format(w, [&](auto k) { decltype(k)::round(w, x, codes, scales, out); });
+}
+void linear_of(const fewbit_weight& w, const char* rounded, int64_t m, float* y, int64_t begin, int64_t end) {
+  with_format(w, [&](auto k) { decltype(k)::linear(w, rounded, m, y, begin, end); });
+}
+void decode_of(const fewbit_weight& w, int64_t begin, int64_t end, float* out) {
+  with_format(w, [&](auto k) { decltype(k)::decode(w, begin, end, out); });
+}
+void arrange_of(const fewbit_weight& w, const float* x, float* out) {
+  with_format(w, [&](auto k) { decltype(k)::arrange(w, x, out); });
+}
+
+}  // namespace
+
+#define FEWBIT_ISA(symbol, text) \
+  namespace fewbit { \
+  const Isa symbol = {text, columns_of, rounded_bytes_of, round_of, linear_of, decode_of, arrange_of}; \
+  }

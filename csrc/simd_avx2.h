@@ -1,0 +1,131 @@
+// Two registers of 32 bytes: AVX2 with FMA, F16C and BMI2; with AVX-VNNI where the compiler was told so.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+struct Vec {
+  struct U { __m256i lo, hi; };
+  using I = U;
+  struct F { __m256 lo, hi; };
+
+  static __m256i part32(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  static __m128i part16(const uint8_t* p) { return _mm_loadu_si128((const __m128i*)p); }
+  static U load(const uint8_t* p) { return {part32(p), part32(p + 32)}; }
+  static U join(const uint8_t* a, const uint8_t* b) { return {part32(a), part32(b)}; }
+  static U join4(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+    return {_mm256_inserti128_si256(_mm256_castsi128_si256(part16(a)), part16(b), 1),
+            _mm256_inserti128_si256(_mm256_castsi128_si256(part16(c)), part16(d), 1)};
+  }
+  static void store(uint8_t* p, U u) {
+    _mm256_storeu_si256((__m256i*)p, u.lo);
+    _mm256_storeu_si256((__m256i*)(p + 32), u.hi);
+  }
+  template <int by> static __m256i shift32(__m256i x) {
+    return by > 0 ? _mm256_slli_epi16(x, by > 0 ? by : 0) : by < 0 ? _mm256_srli_epi16(x, by < 0 ? -by : 0) : x;
+  }
+  template <int a, int b, int mask> static U halves(U u) {
+    __m256i m = _mm256_set1_epi8((char)mask);
+    return {_mm256_and_si256(shift32<a>(u.lo), m), _mm256_and_si256(shift32<b>(u.hi), m)};
+  }
+  template <int shift, int mask> static U field(U u) { return halves<-shift, -shift, mask>(u); }
+  static U either(U a, U b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+  static U flip(U a) {
+    __m256i m = _mm256_set1_epi8((char)0x80);
+    return {_mm256_xor_si256(a.lo, m), _mm256_xor_si256(a.hi, m)};
+  }
+  static U lookup(U codes, const uint8_t* table) {
+    __m256i t = _mm256_broadcastsi128_si256(part16(table));
+    return {_mm256_shuffle_epi8(t, codes.lo), _mm256_shuffle_epi8(t, codes.hi)};
+  }
+  static __m256i by_bits(uint32_t mask, uint8_t value) {
+    const __m256i which = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ull);
+    __m256i held = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32((int)mask), which), bit);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(held, bit), _mm256_set1_epi8((char)value));
+  }
+  static U add_bits(U codes, uint64_t mask, uint8_t value) {
+    return {_mm256_or_si256(codes.lo, by_bits((uint32_t)mask, value)),
+            _mm256_or_si256(codes.hi, by_bits((uint32_t)(mask >> 32), value))};
+  }
+  template <bool wide> static __m256i dot32(__m256i acc, __m256i u, __m256i s) {
+#ifdef __AVXVNNI__
+    return _mm256_dpbusd_avx_epi32(acc, u, s);
+#else
+    const __m256i ones = _mm256_set1_epi16(1);
+    if (!wide)  // codes below 128: sums of two products fit 16 bits
+      return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), ones));
+    const __m256i low = _mm256_set1_epi8(0x0f);
+    __m256i a = _mm256_maddubs_epi16(_mm256_and_si256(u, low), s);
+    __m256i b = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(u, 4), low), s);
+    a = _mm256_madd_epi16(a, ones);
+    b = _mm256_madd_epi16(b, _mm256_set1_epi16(16));
+    return _mm256_add_epi32(acc, _mm256_add_epi32(a, b));
+#endif
+  }
+  template <bool wide> static I dot(I acc, U u, const int8_t* s) {
+    return {dot32<wide>(acc.lo, u.lo, part32((const uint8_t*)s)),
+            dot32<wide>(acc.hi, u.hi, part32((const uint8_t*)s + 32))};
+  }
+  static I zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+
+  static F cvt(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+  static F set1(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+  static F loadf(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void storef(float* p, F f) { _mm256_storeu_ps(p, f.lo), _mm256_storeu_ps(p + 8, f.hi); }
+  static F mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+  static F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+  static F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
+  static __m256 pick8(F a, __m256i index) {
+    __m256 lo = _mm256_permutevar8x32_ps(a.lo, index), hi = _mm256_permutevar8x32_ps(a.hi, index);
+    return _mm256_blendv_ps(lo, hi, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));  // bit 3 chooses
+  }
+  static F pick(F a, const int32_t* index) {
+    return {pick8(a, part32((const uint8_t*)index)), pick8(a, part32((const uint8_t*)(index + 8)))};
+  }
+  static I widen(__m128i x) { return {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))}; }
+  static F from_bytes(const uint8_t* p) { return cvt(widen(part16(p))); }
+  static F from_u64(uint64_t a, uint64_t b) { return cvt(widen(_mm_set_epi64x((long long)b, (long long)a))); }
+  static F halfs_u64(uint64_t h) {
+    __m256 x = _mm256_cvtph_ps(_mm_cvtsi64_si128((long long)h));
+    return {x, x};
+  }
+  static F from_signed(const uint8_t* p) {
+    __m128i x = part16(p);
+    return cvt(I{_mm256_cvtepi8_epi32(x), _mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))});
+  }
+  static F split(float lo, float hi) { return {_mm256_set1_ps(lo), _mm256_set1_ps(hi)}; }
+  static float half(const uint8_t* p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    return _cvtsh_ss(h);
+  }
+  static F halfs(const uint8_t* p, int count) {
+    uint16_t h[16];
+    if (count == 1) {
+      float first = half(p);  // the only one that is looked at
+      return set1(first);
+    }
+    memset(h, 0, sizeof h);
+    memcpy(h, p, 2 * (size_t)count);
+    return {_mm256_cvtph_ps(part16((const uint8_t*)h)), _mm256_cvtph_ps(part16((const uint8_t*)(h + 8)))};
+  }
+  template <int shift> static F levels(const uint8_t* p, F table) {
+    __m128i x = _mm_and_si128(_mm_srli_epi16(part16(p), shift), _mm_set1_epi8(15));
+    I index = widen(x);
+    return {pick8(table, index.lo), pick8(table, index.hi)};
+  }
+  static float sum(F a) {
+    __m256 x = _mm256_add_ps(a.lo, a.hi);
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+  }
+  template <int bits> static uint64_t spread(uint64_t x) {
+    return _pdep_u64(x, 0x0101010101010101ull * ((1u << bits) - 1));
+  }
+};
+
+}  // namespace

@@ -1,0 +1,91 @@
+// 64 bytes are one register: AVX-512 (F, BW, DQ, VL) with VNNI, and what comes with them (F16C, FMA, BMI2).
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+struct Vec {
+  using U = __m512i;
+  using I = __m512i;
+  using F = __m512;
+
+  static U load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static __m256i part32(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  static __m128i part16(const uint8_t* p) { return _mm_loadu_si128((const __m128i*)p); }
+  static U join(const uint8_t* a, const uint8_t* b) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(part32(a)), part32(b), 1);
+  }
+  static U join4(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+    __m256i lo = _mm256_inserti128_si256(_mm256_castsi128_si256(part16(a)), part16(b), 1);
+    __m256i hi = _mm256_inserti128_si256(_mm256_castsi128_si256(part16(c)), part16(d), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1);
+  }
+  static void store(uint8_t* p, U u) { _mm512_storeu_si512(p, u); }
+  template <int shift, int mask> static U field(U u) {
+    U s = shift ? _mm512_srli_epi16(u, shift) : u;
+    return _mm512_and_si512(s, _mm512_set1_epi8((char)mask));
+  }
+  template <int by> static __m256i shift32(__m256i x) {
+    return by > 0 ? _mm256_slli_epi16(x, by > 0 ? by : 0) : by < 0 ? _mm256_srli_epi16(x, by < 0 ? -by : 0) : x;
+  }
+  template <int a, int b, int mask> static U halves(U u) {
+    __m256i lo = shift32<a>(_mm512_castsi512_si256(u)), hi = shift32<b>(_mm512_extracti64x4_epi64(u, 1));
+    return _mm512_and_si512(_mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1), _mm512_set1_epi8((char)mask));
+  }
+  static U either(U a, U b) { return _mm512_or_si512(a, b); }
+  static U flip(U a) { return _mm512_xor_si512(a, _mm512_set1_epi8((char)0x80)); }
+  static U lookup(U codes, const uint8_t* table) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(part16(table)), codes);
+  }
+  static U add_bits(U codes, uint64_t mask, uint8_t value) {
+    return _mm512_mask_add_epi8(codes, (__mmask64)mask, codes, _mm512_set1_epi8((char)value));
+  }
+  template <bool wide> static I dot(I acc, U u, const int8_t* s) {
+    return _mm512_dpbusd_epi32(acc, u, _mm512_loadu_si512(s));
+  }
+  static I zero() { return _mm512_setzero_si512(); }
+
+  static F cvt(I a) { return _mm512_cvtepi32_ps(a); }
+  static F set1(float v) { return _mm512_set1_ps(v); }
+  static F loadf(const float* p) { return _mm512_loadu_ps(p); }
+  static void storef(float* p, F f) { _mm512_storeu_ps(p, f); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F pick(F a, const int32_t* index) { return _mm512_permutexvar_ps(_mm512_loadu_si512(index), a); }
+  static F from_bytes(const uint8_t* p) { return cvt(_mm512_cvtepu8_epi32(part16(p))); }
+  static F from_u64(uint64_t a, uint64_t b) {
+    return cvt(_mm512_cvtepu8_epi32(_mm_set_epi64x((long long)b, (long long)a)));
+  }
+  static F halfs_u64(uint64_t h) {  // four, and what lies behind them is not looked at
+    return _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi64_si128((long long)h)));
+  }
+  static F from_signed(const uint8_t* p) { return cvt(_mm512_cvtepi8_epi32(part16(p))); }
+  static F split(float lo, float hi) {
+    return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(lo), _mm512_set1_ps(hi));
+  }
+  static float half(const uint8_t* p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    return _cvtsh_ss(h);
+  }
+  static F halfs(const uint8_t* p, int count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p));
+  }
+  template <int shift> static F levels(const uint8_t* p, F table) {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32(part16(p)), shift), table);
+  }
+  static float sum(F a) {
+    __m256 x = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+  }
+  template <int bits> static uint64_t spread(uint64_t x) {
+    return _pdep_u64(x, 0x0101010101010101ull * ((1u << bits) - 1));
+  }
+};
+
+}  // namespace

@@ -1,0 +1,120 @@
+// Four registers of 16 bytes: AArch64's NEON, with its dot product where the compiler was told so.
+#pragma once
+#include <arm_neon.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+struct Vec {
+  struct U { uint8x16_t x[4]; };
+  struct I { int32x4_t x[4]; };
+  struct F { float32x4_t x[4]; };
+
+  static U load(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}}; }
+  static U join(const uint8_t* a, const uint8_t* b) {
+    return {{vld1q_u8(a), vld1q_u8(a + 16), vld1q_u8(b), vld1q_u8(b + 16)}};
+  }
+  static U join4(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+    return {{vld1q_u8(a), vld1q_u8(b), vld1q_u8(c), vld1q_u8(d)}};
+  }
+  static void store(uint8_t* p, U u) { for (int i = 0; i < 4; i++) vst1q_u8(p + 16 * i, u.x[i]); }
+  template <int a, int b, int mask> static U halves(U u) {
+    const int8x16_t lo = vdupq_n_s8(a), hi = vdupq_n_s8(b);  // negative: to the right
+    for (int i = 0; i < 4; i++) u.x[i] = vandq_u8(vshlq_u8(u.x[i], i < 2 ? lo : hi), vdupq_n_u8(mask));
+    return u;
+  }
+  template <int shift, int mask> static U field(U u) { return halves<-shift, -shift, mask>(u); }
+  static U either(U a, U b) { for (int i = 0; i < 4; i++) a.x[i] = vorrq_u8(a.x[i], b.x[i]); return a; }
+  static U flip(U a) { for (int i = 0; i < 4; i++) a.x[i] = veorq_u8(a.x[i], vdupq_n_u8(0x80)); return a; }
+  static U lookup(U codes, const uint8_t* table) {
+    const uint8x16_t t = vld1q_u8(table);
+    for (int i = 0; i < 4; i++) codes.x[i] = vqtbl1q_u8(t, codes.x[i]);
+    return codes;
+  }
+  static U add_bits(U codes, uint64_t mask, uint8_t value) {
+    static const uint8_t order[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+    static const uint8_t bit[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    for (int i = 0; i < 4; i++) {
+      uint8x16_t held = vqtbl1q_u8(vreinterpretq_u8_u64(vdupq_n_u64(mask >> (16 * i))), vld1q_u8(order));
+      codes.x[i] = vorrq_u8(codes.x[i], vandq_u8(vtstq_u8(held, vld1q_u8(bit)), vdupq_n_u8(value)));
+    }
+    return codes;
+  }
+  static int32x4_t dot16(int32x4_t acc, int8x16_t a, int8x16_t b) {
+#ifdef __ARM_FEATURE_DOTPROD
+    return vdotq_s32(acc, a, b);
+#else
+    int16x8_t lo = vmull_s8(vget_low_s8(a), vget_low_s8(b)), hi = vmull_high_s8(a, b);
+    return vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(lo), vpaddlq_s16(hi)));
+#endif
+  }
+  template <bool wide> static I dot(I acc, U u, const int8_t* s) {
+    for (int i = 0; i < 4; i++) {
+      const int8x16_t y = vld1q_s8(s + 16 * i);
+      if (wide) {  // u = 128 + (u - 128)
+        acc.x[i] = dot16(acc.x[i], vreinterpretq_s8_u8(veorq_u8(u.x[i], vdupq_n_u8(0x80))), y);
+        acc.x[i] = vaddq_s32(acc.x[i], vshlq_n_s32(dot16(vdupq_n_s32(0), vdupq_n_s8(1), y), 7));
+      } else {
+        acc.x[i] = dot16(acc.x[i], vreinterpretq_s8_u8(u.x[i]), y);
+      }
+    }
+    return acc;
+  }
+  static I zero() { const int32x4_t z = vdupq_n_s32(0); return {{z, z, z, z}}; }
+
+  static F cvt(I a) { F f; for (int i = 0; i < 4; i++) f.x[i] = vcvtq_f32_s32(a.x[i]); return f; }
+  static F set1(float v) { const float32x4_t z = vdupq_n_f32(v); return {{z, z, z, z}}; }
+  static F loadf(const float* p) { F f; for (int i = 0; i < 4; i++) f.x[i] = vld1q_f32(p + 4 * i); return f; }
+  static void storef(float* p, F f) { for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, f.x[i]); }
+  static F mul(F a, F b) { for (int i = 0; i < 4; i++) a.x[i] = vmulq_f32(a.x[i], b.x[i]); return a; }
+  static F add(F a, F b) { for (int i = 0; i < 4; i++) a.x[i] = vaddq_f32(a.x[i], b.x[i]); return a; }
+  static F fma(F a, F b, F c) { for (int i = 0; i < 4; i++) c.x[i] = vfmaq_f32(c.x[i], a.x[i], b.x[i]); return c; }
+  static F pick(F a, const int32_t* index) {
+    float from[16], to[16];
+    storef(from, a);
+    for (int i = 0; i < 16; i++) to[i] = from[index[i]];
+    return loadf(to);
+  }
+  static F from_bytes(const uint8_t* p) {
+    float to[16];
+    for (int i = 0; i < 16; i++) to[i] = (float)p[i];
+    return loadf(to);
+  }
+  static F from_u64(uint64_t a, uint64_t b) { uint64_t x[2] = {a, b}; return from_bytes((const uint8_t*)x); }
+  static F halfs_u64(uint64_t h) { return halfs((const uint8_t*)&h, 4); }
+  static F from_signed(const uint8_t* p) {
+    float to[16];
+    for (int i = 0; i < 16; i++) to[i] = (float)(int8_t)p[i];
+    return loadf(to);
+  }
+  static F split(float lo, float hi) {
+    return {{vdupq_n_f32(lo), vdupq_n_f32(lo), vdupq_n_f32(hi), vdupq_n_f32(hi)}};
+  }
+  static float half(const uint8_t* p) {
+    __fp16 h;
+    memcpy(&h, p, 2);
+    return (float)h;
+  }
+  static F halfs(const uint8_t* p, int count) {
+    float to[16];
+    for (int i = 0; i < 16; i++) to[i] = i < count ? half(p + 2 * i) : 0.0f;
+    return loadf(to);
+  }
+  template <int shift> static F levels(const uint8_t* p, F table) {
+    float from[16], to[16];
+    storef(from, table);
+    for (int i = 0; i < 16; i++) to[i] = from[(p[i] >> shift) & 15];
+    return loadf(to);
+  }
+  static float sum(F a) {
+    return vaddvq_f32(vaddq_f32(vaddq_f32(a.x[0], a.x[1]), vaddq_f32(a.x[2], a.x[3])));
+  }
+  template <int bits> static uint64_t spread(uint64_t x) {
+    uint64_t out = 0;
+    for (int i = 0; i < 8; i++) out |= (x >> (i * bits) & ((1u << bits) - 1)) << (8 * i);
+    return out;
+  }
+};
+
+}  // namespace

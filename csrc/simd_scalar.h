@@ -1,0 +1,113 @@
+// Vectors of 64 bytes, 16 integers and 16 floats in plain C++: what the others must agree with.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+struct Vec {
+  struct U { uint8_t x[64]; };
+  struct I { int32_t x[16]; };
+  struct F { float x[16]; };
+
+  static U load(const uint8_t* p) { U u; memcpy(u.x, p, 64); return u; }
+  static U join(const uint8_t* a, const uint8_t* b) { U u; memcpy(u.x, a, 32); memcpy(u.x + 32, b, 32); return u; }
+  static U join4(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
+    U u;
+    memcpy(u.x, a, 16), memcpy(u.x + 16, b, 16), memcpy(u.x + 32, c, 16), memcpy(u.x + 48, d, 16);
+    return u;
+  }
+  static void store(uint8_t* p, U u) { memcpy(p, u.x, 64); }
+  template <int shift, int mask> static U field(U u) {
+    for (int i = 0; i < 64; i++) u.x[i] = (u.x[i] >> shift) & mask;
+    return u;
+  }
+  // The lower and the upper half shifted left by a and b bits (right where negative), then masked.
+  template <int a, int b, int mask> static U halves(U u) {
+    for (int i = 0; i < 64; i++) {
+      int by = i < 32 ? a : b;
+      u.x[i] = (by >= 0 ? u.x[i] << by : u.x[i] >> -by) & mask;
+    }
+    return u;
+  }
+  static U either(U a, U b) {
+    for (int i = 0; i < 64; i++) a.x[i] |= b.x[i];
+    return a;
+  }
+  static U flip(U a) {
+    for (int i = 0; i < 64; i++) a.x[i] ^= 0x80;
+    return a;
+  }
+  static U lookup(U codes, const uint8_t* table) {
+    for (int i = 0; i < 64; i++) codes.x[i] = table[codes.x[i]];
+    return codes;
+  }
+  // codes | value where the bit of `mask` is set.
+  static U add_bits(U codes, uint64_t mask, uint8_t value) {
+    for (int i = 0; i < 64; i++) codes.x[i] |= (mask >> i & 1) ? value : 0;
+    return codes;
+  }
+  template <bool wide> static I dot(I acc, U u, const int8_t* s) {
+    for (int i = 0; i < 64; i++) acc.x[i / 4] += int32_t(u.x[i]) * s[i];
+    return acc;
+  }
+  static I zero() { I i; memset(i.x, 0, sizeof i.x); return i; }
+
+  static F cvt(I a) { F f; for (int i = 0; i < 16; i++) f.x[i] = float(a.x[i]); return f; }
+  static F set1(float v) { F f; for (int i = 0; i < 16; i++) f.x[i] = v; return f; }
+  static F loadf(const float* p) { F f; memcpy(f.x, p, 64); return f; }
+  static void storef(float* p, F f) { memcpy(p, f.x, 64); }
+  static F mul(F a, F b) { for (int i = 0; i < 16; i++) a.x[i] *= b.x[i]; return a; }
+  static F add(F a, F b) { for (int i = 0; i < 16; i++) a.x[i] += b.x[i]; return a; }
+  static F fma(F a, F b, F c) {
+    // In double a product of floats is exact, so this rounds nearly always as a fused operation does.
+    for (int i = 0; i < 16; i++) a.x[i] = float(double(a.x[i]) * b.x[i] + c.x[i]);
+    return a;
+  }
+  static F pick(F a, const int32_t* index) { F f; for (int i = 0; i < 16; i++) f.x[i] = a.x[index[i]]; return f; }
+  static F from_bytes(const uint8_t* p) { F f; for (int i = 0; i < 16; i++) f.x[i] = float(p[i]); return f; }
+  static F from_u64(uint64_t a, uint64_t b) { uint64_t x[2] = {a, b}; return from_bytes((const uint8_t*)x); }
+  static F halfs_u64(uint64_t h) { return halfs((const uint8_t*)&h, 4); }
+  static F from_signed(const uint8_t* p) { F f; for (int i = 0; i < 16; i++) f.x[i] = float(int8_t(p[i])); return f; }
+  static F split(float lo, float hi) { F f; for (int i = 0; i < 16; i++) f.x[i] = i < 8 ? lo : hi; return f; }
+  static float half(const uint8_t* p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
+    if (exponent == 31) bits = sign | 0x7f800000u | mantissa << 13;
+    else if (exponent) bits = sign | (exponent + 112) << 23 | mantissa << 13;
+    else {
+      float tiny = float(mantissa) * (1.0f / 16777216.0f);
+      memcpy(&bits, &tiny, 4);
+      bits |= sign;
+    }
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+  }
+  // `count` (at most 16) halves from p, zeros behind them.
+  static F halfs(const uint8_t* p, int count) {
+    F f;
+    for (int i = 0; i < 16; i++) f.x[i] = i < count ? half(p + 2 * i) : 0.0f;
+    return f;
+  }
+  // Codes of the low (shift 0) or high (4) nibbles of 16 bytes as floats of a table.
+  template <int shift> static F levels(const uint8_t* p, F table) {
+    F f;
+    for (int i = 0; i < 16; i++) f.x[i] = table.x[(p[i] >> shift) & 15];
+    return f;
+  }
+  static float sum(F a) {
+    for (int n = 8; n; n /= 2)
+      for (int i = 0; i < n; i++) a.x[i] += a.x[i + n];
+    return a.x[0];
+  }
+  // Eight fields of `bits` bits each, one to a byte.
+  template <int bits> static uint64_t spread(uint64_t x) {
+    uint64_t out = 0;
+    for (int i = 0; i < 8; i++) out |= (x >> (i * bits) & ((1u << bits) - 1)) << (8 * i);
+    return out;
+  }
+};
+
+}  // namespace

@@ -1,0 +1,171 @@
+"""The native library: each instruction set, any number of threads, under the compiler, and what it refuses."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewbit import registry
+from fewbit.advise import hardware
+from fewbit.errors import KernelError
+from fewbit.fused import slices
+from fewbit.kernels import native
+from fewbit.kernels.base import Kernel
+from fewbit.nn import QLinear, choose
+from fewbit.schemes.base import QTensor, parse
+from tests.contract.cases import EXAMPLES, ordinary, quantized
+
+SPECS = [*EXAMPLES, "int4-g32", "int3-g16", "int2-g32", "int5-g64", "int8-g32", "int4-row", "int2-row"]
+specs = pytest.mark.parametrize("spec", dict.fromkeys(SPECS))
+
+
+@pytest.fixture
+def library() -> ctypes.CDLL:
+    found = native.library()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@pytest.fixture(params=["scalar", "avx2", "avxvnni", "avx512", "neon"])
+def instructions(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[str]:
+    if library.fewbit_force(request.param.encode()):
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    library.fewbit_force(None)
+
+
+def kernel_of(name: str) -> Kernel:
+    made: Kernel = registry.get("kernels", name)()
+    return made
+
+
+def weight_of(spec: str, n: int = 33, k: int = 1280) -> QTensor:
+    scheme = parse(spec)
+    k = k if scheme.why_not((n, k)) is None else 1024
+    return QTensor(scheme, (n, k), quantized(scheme, ordinary(n, k) + 0.02))
+
+
+def x_of(m: int, k: int) -> Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(m)) + 0.3
+
+
+@specs
+def test_every_instruction_set_gives_the_product(instructions: str, spec: str) -> None:
+    assert native.instructions() == instructions
+    weight = weight_of(spec)
+    for name in ("cpu", "cpu_exact"):
+        kernel = kernel_of(name)
+        prepared = kernel.prepare(weight.codec, weight.parts, weight.shape)
+        for m in (1, 2, 3, 4, 8, 9):
+            x = x_of(m, weight.shape[1])
+            exact = kernel.rounded(x, weight.codec) @ weight.dequantize().T
+            y = kernel.linear(x, weight.codec, prepared, weight.shape)
+            assert (y - exact).norm() <= 1e-5 * exact.norm()
+
+
+@specs
+def test_results_depend_on_neither_threads_nor_rows_beside(library: ctypes.CDLL, spec: str) -> None:
+    weight, kernel, threads = weight_of(spec, 257), kernel_of("cpu"), torch.get_num_threads()
+    x = x_of(8, weight.shape[1])
+    prepared = kernel.prepare(weight.codec, weight.parts, weight.shape)
+    found = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            found.append(kernel.linear(x, weight.codec, prepared, weight.shape))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(y, found[0]) for y in found)
+    for m in (1, 2, 3, 5):
+        assert torch.equal(kernel.linear(x[:m], weight.codec, prepared, weight.shape), found[0][:m])
+
+
+@specs
+def test_rounding_activations_costs_half_a_percent(library: ctypes.CDLL, spec: str) -> None:
+    weight, kernel = weight_of(spec), kernel_of("cpu")
+    x = x_of(8, weight.shape[1])
+    read = kernel.rounded(x, weight.codec)
+    assert (read - x).norm() <= 0.006 * x.norm()
+    groups = x.unflatten(1, (-1, 32))
+    assert bool(((read - x).unflatten(1, (-1, 32)).abs() <= groups.abs().amax(-1, keepdim=True) / 253).all())
+
+
+def test_what_is_not_finite_stays_so(library: ctypes.CDLL) -> None:
+    weight, kernel = weight_of("q4_k"), kernel_of("cpu")
+    x = x_of(3, weight.shape[1])
+    x[1, 7], x[2, 9] = torch.nan, torch.inf
+    y = kernel.linear(x, weight.codec, kernel.prepare(weight.codec, weight.parts, weight.shape), weight.shape)
+    assert bool(y[0].isfinite().all())
+    assert not bool(y[1:].isfinite().any())
+
+
+def test_it_is_an_op_that_the_compiler_understands(library: ctypes.CDLL) -> None:
+    weight = weight_of("q4_k", 16, 256)
+    arguments = (x_of(2, 256), list(weight.parts.values()), 16 + 7, 0, 0, 16, False)
+    torch.library.opcheck(torch.ops.fewbit.cpu_linear.default, arguments)
+
+
+def test_short_scattered_and_foreign_buffers_are_refused(library: ctypes.CDLL) -> None:
+    weight = weight_of("int4-g128", 16, 256)
+    codes, scale, zero = (weight.parts[name] for name in ("codes", "scale", "zero"))
+    op, x = torch.ops.fewbit.cpu_linear, x_of(1, 256)
+    wide = torch.zeros(16, 256, dtype=torch.uint8)
+    for x_, parts, bits, group, words in (
+        (x, [codes[:-1], scale, zero], 4, 128, "too short"),
+        (x, [codes, scale[:1], zero], 4, 128, "too short"),
+        (x, [codes, scale, zero[:1]], 4, 128, "too short"),
+        (x, [wide[:, ::2], scale, zero], 4, 128, "not contiguous"),
+        (x, [codes, scale.double(), zero], 4, 128, "no known type"),
+        (x_of(1, 512), [codes, scale, zero], 4, 128, "too short"),
+        (x, [codes, scale, zero], 4, 96, "does not fit"),
+        (x, [codes, scale, zero], 9, 128, "does not fit"),
+        (x[0], [codes, scale, zero], 4, 128, "dimensions"),
+    ):
+        with pytest.raises(KernelError, match=words):
+            op(x_, parts, 0, bits, group, 16, False)
+    odd = torch.zeros(4 * 16 + 1, dtype=torch.uint8)[1:].view(torch.uint8)
+    with pytest.raises(KernelError, match="unknown"):
+        op(x, [odd], 99, 0, 0, 16, False)
+
+
+def test_one_that_rounds_is_chosen_unless_exact_ones_are_asked_for(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, cpu = weight_of("q4_k"), torch.device("cpu")
+    assert choose(weight, cpu, torch.float32).name == "cpu_exact"
+    assert choose(weight, cpu, torch.float32, "cpu").name == "cpu"
+    monkeypatch.delenv("FEWBIT_ACTIVATIONS")
+    assert choose(weight, cpu, torch.float32).name == "cpu"
+    assert choose(weight, cpu, torch.float32, "cpu_exact").name == "cpu_exact"
+
+
+@pytest.mark.parametrize("spec", ["q4_k", "nf4-b64-dq"])
+def test_fused_weights_are_served_too(library: ctypes.CDLL, spec: str) -> None:
+    weights = [weight_of(spec, n, 512) for n in (8, 24)]
+    linears = [QLinear(512, w.shape[0], None).adopt(w, torch.float32) for w in weights]
+    made = slices(linears)
+    assert not isinstance(made, str)
+    assert made[0].kernel.name == "cpu_exact"
+    x = x_of(2, 512)
+    for one, linear in zip(made, linears, strict=True):
+        assert (one(x) - linear(x)).norm() <= 1e-5 * linear(x).norm()
+
+
+def test_doctor_says_what_is_lost_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    native.library.cache_clear()
+    monkeypatch.setenv("FEWBIT_CPU_LIBRARY", "none")
+    try:
+        found = hardware.look()
+        assert "switched off" in (found.kernels["cpu"] or "")
+        assert any("ten times as long" in line and "compiler" in line for line in found.advice)
+        assert choose(weight_of("q4_k"), torch.device("cpu"), torch.float32).name == "reference"
+        monkeypatch.setenv("FEWBIT_CPU_LIBRARY", "/no/such/file")
+        native.library.cache_clear()
+        assert "names no file" in str(native.library())
+    finally:
+        native.library.cache_clear()

@@ -1,0 +1,59 @@
+"""The CPU library over random shapes, schemes and bytes, each buffer exactly as long as it must be.
+
+Meant to run under sanitizers (`make native-test`); it fails too where a product is not the reference's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+
+import torch
+
+from fewbit import registry
+from fewbit.kernels import native
+from fewbit.schemes.base import parse
+
+SPECS = (
+    *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"),
+    *(f"int{bits}-{group}{sym}" for bits in range(2, 9) for group in ("g32", "g128", "row") for sym in ("", "-sym")),
+    *("int4-g16", "int2-g16", "int8-g16", "nf4-b64", "nf4-b32-dq", "fp4-b128", "llm.int8"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    random.seed(options.seed)
+    torch.manual_seed(options.seed)
+    library = native.library()
+    if isinstance(library, str):
+        raise SystemExit(library)
+    sets = [name for name in ("scalar", "avx2", "avxvnni", "avx512", "neon") if not library.fewbit_force(name.encode())]
+    tried = 0
+    for case in range(options.cases):
+        scheme, isa = parse(SPECS[case % len(SPECS)]), random.choice(sets)
+        library.fewbit_force(isa.encode())
+        torch.set_num_threads(random.randint(1, 4))
+        n, k = random.randint(1, 70), random.choice((1, 31, 32, 37, 96, 128, 160, 256, 384, 576, 768, 1024))
+        for name in ("cpu", "cpu_exact"):
+            kernel = registry.get("kernels", name)()
+            if scheme.why_not((n, k)) or kernel.why_not(scheme, (n, k), torch.device("cpu"), torch.float32):
+                continue
+            parts = scheme.pack(*scheme.nearest(torch.randn(n, k)))
+            # From malloc, and not one byte more.
+            parts = {key: part.clone() for key, part in parts.items()}
+            x = torch.randn(random.randint(1, 12), k)
+            exact = kernel.rounded(x, scheme) @ scheme.dequantize(parts, (n, k), torch.float32).T
+            y = kernel.linear(x, scheme, kernel.prepare(scheme, parts, (n, k)), (n, k))
+            distance = float((y - exact).norm() / exact.norm().clamp(min=1e-20))
+            if not distance <= 1e-5:
+                raise SystemExit(f"{scheme} {n} x {k}, {len(x)} rows, {isa}: off by {distance:.1e}")
+            tried += 1
+    print(f"{tried} products on {', '.join(sets)}: all agree")
+
+
+if __name__ == "__main__":
+    main()
