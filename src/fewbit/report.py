@@ -21,7 +21,7 @@ from fewbit.models.generate import Continuation
 from fewbit.pipeline import Step, TensorReport
 
 out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, highlight=False, force_jupyter=False)  # text in a notebook too
 FIRST_WORDS = "The capital of France is"  # what a new output is first asked to continue
 
 
