@@ -18,7 +18,7 @@ DEMO_ARGS_smollm2 := --calibration-samples 16 --samples 8
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all check interop fuzz bench bench-cpu native native-test format clean
+.PHONY: help setup demo test test-all compat check interop fuzz bench bench-cpu native native-test format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
@@ -44,6 +44,23 @@ test: setup ## the fast tests, in two processes; make test ARGS='-k gptq -x' pas
 
 test-all: setup ## every test
 	$(BIN)/python -m pytest $(ARGS)
+
+# The two ends of the range of transformers, each in an environment of its own that has nothing but what the tests need.
+# The oldest comes with the oldest huggingface_hub that it takes, as it would have been installed then.
+OLDEST := transformers==5.17.0
+NEWEST := transformers>=5.17
+COMPAT := build/compat
+
+compat: $(COMPAT)/oldest/.ready $(COMPAT)/newest/.ready ## the end-to-end tests with the oldest and the newest transformers
+	$(COMPAT)/newest/bin/python -m pytest -m 'not interop and not slow' tests/e2e tests/unit/test_hook.py $(ARGS)
+	$(COMPAT)/oldest/bin/python -m pytest -m 'not interop and not slow' tests/e2e tests/unit/test_hook.py $(ARGS)
+
+$(COMPAT)/%/.ready: pyproject.toml Makefile
+	@echo "compat: installing into $(COMPAT)/$* (some minutes the first time)"
+	@$(PYTHON) -m venv $(COMPAT)/$*
+	@$(COMPAT)/$*/bin/python -m pip install $(QUIET) --disable-pip-version-check --only-binary :all: -e '.[dev]' \
+		'$(if $(filter oldest,$*),$(OLDEST),$(NEWEST))'
+	@touch $@
 
 # llama.cpp comes as source: with a C++ compiler it is built once, in some minutes, and pip keeps the wheel.
 interop: setup ## the tests against other libraries, which it installs; needs a C++ compiler

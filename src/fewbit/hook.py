@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 # Theirs -> ours. transformers imports its quantizers in the midst of its models, when nothing that needs a model can be
 # imported yet; configs and tokenizers may be imported without any; PEFT's is the last that LoRA consists of.
@@ -72,6 +73,11 @@ def install() -> None:
     awaited = {theirs for theirs in _WATCHED if theirs not in sys.modules}
     if awaited and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport(awaited))
+
+
+def on_load() -> Any:
+    """`fewbit.on_load`, which quantizes a checkpoint while it is loaded; by name too, as it lies above who asks."""
+    return importlib.import_module("fewbit.on_load")
 
 
 def prefer(methods: set[str]) -> None:

@@ -73,6 +73,7 @@ class QLinear(_Placeholder, nn.Linear):
         self.placeholders = {}
         self.transposed = False  # whether the layer it stands for keeps its weight as [K, N]
         self.kernel: Kernel | None = None
+        self.compute: torch.dtype | None = None  # what activations are cast to and back, where that is asked for
         self.kept: tuple[str, ...] = ()
         self.permutation: Tensor | None
         self.register_buffer("permutation", None)
@@ -107,9 +108,12 @@ class QLinear(_Placeholder, nn.Linear):
         assert self.kernel is not None, f"{self.module} was never given a weight"
         if torch.is_autocast_enabled(x.device.type) and x.dtype in TOLERANCE:
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.compute is not None and x.dtype != self.compute and x.dtype in TOLERANCE:
+            y: Tensor = self(x.to(self.compute))
+            return y.to(x.dtype)
         if x.dtype != self.dtype and x.dtype in TOLERANCE:
             self.adopt(self.qtensor(), x.dtype, self.forced)
-        y: Tensor = _Multiply.apply(x.reshape(-1, self.in_features), self)  # type: ignore[no-untyped-call]
+        y = _Multiply.apply(x.reshape(-1, self.in_features), self)  # type: ignore[no-untyped-call]
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

@@ -8,11 +8,12 @@ where it stopped; the output is put together from those files at the end (folder
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -131,6 +132,7 @@ class Run:
 
 
 Importance = Mapping[str, Stats]
+Stages = Sequence[Sequence[str]]
 
 
 def fingerprint(
@@ -167,10 +169,16 @@ def quantize_blocks(
     run: Run,
     progress: Progress,
     importance: Importance | None = None,
+    *,
+    stages: Stages | None = None,
+    batch: int = 1,
 ) -> list[TensorReport]:
     """Fill `run` with every block, quantized, and with what is quantized besides them.
 
-    `tokens` [samples, length] calibrate where a method needs it, unless `importance` says what they would.
+    `tokens` [samples, length] calibrate where a method needs it, unless `importance` says what they would. stages:
+    linears of a block, by their names in it, of which each list sees the quantized values of those before; an empty one
+    means those that read the same tensor, in the order in which they do; None: all see the block as it was. batch: how
+    many windows at least are computed at once.
     """
     reports: list[TensorReport] = []
     need = calibration_need(resolved) if importance is None else Need.NOTHING
@@ -180,7 +188,7 @@ def quantize_blocks(
     calls: dict[str, list[BlockCall]] = {block: [] for block in skeleton.blocks}
     if need > Need.NOTHING:
         assert tokens is not None
-        hidden, calls = skeleton.capture(_batches(tokens))
+        hidden, calls = skeleton.capture(_batches(tokens, batch))
     for index, block in enumerate(skeleton.blocks):
         found = run.load(index)
         if found is not None and need == Need.NOTHING:
@@ -189,7 +197,7 @@ def quantize_blocks(
             with skeleton.materialized(block) as module:
                 if found is None:
                     made = _quantize_block(
-                        skeleton, resolved, block, module, calls[block], hidden, run, index, importance
+                        skeleton, resolved, block, module, calls[block], hidden, run, index, importance, stages
                     )
                 else:
                     made = found[1]
@@ -223,28 +231,32 @@ def _quantize_block(
     run: Run,
     index: int,
     importance: Importance | None,
+    stages: Stages | None,
 ) -> list[TensorReport]:
     """Quantize the linears of a materialized block in place, and save them in `run`."""
     config = quantization_config(skeleton, resolved)
     wanted = {name: resolved.assignments[name] for name in skeleton.linears(block) if name in resolved.assignments}
     rewritten = rewrite(skeleton, block, wanted, calls, hidden)
-    stats = (
-        dict(importance) if importance is not None else gather(skeleton, block, module, _needs(wanted), calls, hidden)
-    )
     tensors, reports = dict(rewritten.tensors), dict[str, TensorReport]()
-    for names in _alike(wanted, stats):
-        own = stats.get(names[0])
-        for name in names:
-            stats.pop(name, None)
-        weights = [skeleton.weight(name).float() for name in names]
-        choices = _choose([wanted[name] for name in names], weights, own)
-        for name in names:
-            weight, choice = weights.pop(0), choices.pop(0)
-            laid_out, report = _store(resolved.format, config, wanted[name], weight, choice, own)
-            tensors |= laid_out
-            reports[name] = replace(report, notes=[*rewritten.notes.get(name, []), *report.notes])
-            if calls:  # the block will be replayed
-                skeleton.replace_weight(name, choice.weight.dequantize())
+    steps: Iterable[dict[str, Stats] | None] = (
+        _staged(skeleton, block, module, _needs(wanted), calls, hidden, stages)
+        if importance is None
+        else [dict(importance)]
+    )
+    for stats in itertools.chain(steps, [None]):  # at last those that nothing is known of
+        for names in _alike(wanted, stats or {}):
+            if names[0] in reports or (stats is not None and names[0] not in stats):
+                continue
+            own = None if stats is None else [stats.pop(name) for name in names].pop()
+            weights = [skeleton.weight(name).float() for name in names]
+            choices = _choose([wanted[name] for name in names], weights, own)
+            for name in names:
+                weight, choice = weights.pop(0), choices.pop(0)
+                laid_out, report = _store(resolved.format, config, wanted[name], weight, choice, own)
+                tensors |= laid_out
+                reports[name] = replace(report, notes=[*rewritten.notes.get(name, []), *report.notes])
+                if calls:  # the block will be replayed
+                    skeleton.replace_weight(name, choice.weight.dequantize())
     run.save(index, tensors, made := [reports[name] for name in wanted])
     return made
 
@@ -256,6 +268,33 @@ def _alike(wanted: Mapping[str, Assignment], stats: Mapping[str, Stats]) -> list
         key = (id(stats[name]), assignment.method) if name in stats else (name,)
         groups.setdefault(key, []).append(name)
     return list(groups.values())
+
+
+def _staged(
+    skeleton: Skeleton,
+    block: str,
+    module: nn.Module,
+    needs: Mapping[str, Need],
+    calls: list[BlockCall],
+    hidden: list[Tensor],
+    stages: Stages | None,
+) -> Iterator[dict[str, Stats]]:
+    """Statistics of the linears of a block, those of each stage gathered when it comes to them."""
+    first = gather(skeleton, block, module, needs, calls, hidden)
+    if stages is None:
+        yield first
+        return
+    groups = [[name for name in needs if name.removeprefix(f"{block}.") in stage] for stage in stages]
+    if not stages:
+        leaders: dict[int, list[str]] = {}
+        for name, stats in first.items():
+            leaders.setdefault(id(stats), []).append(name)
+        groups = list(leaders.values())
+    start = {name: first[name] for name in groups[0] if name in first}
+    first.clear()
+    yield start
+    for group in groups[1:]:
+        yield gather(skeleton, block, module, {name: needs[name] for name in group}, calls, hidden)
 
 
 def _store(
@@ -459,9 +498,9 @@ def measure(skeleton: Skeleton, tokens: Tensor, progress: Progress) -> dict[str,
     return found
 
 
-def _batches(tokens: Tensor) -> list[Tensor]:
+def _batches(tokens: Tensor, least: int = 1) -> list[Tensor]:
     """About 2048 tokens at a time: enough to keep two cores or a GPU busy, small beside the statistics."""
-    return list(tokens.split(max(1, 2048 // tokens.shape[1])))
+    return list(tokens.split(max(least, 2048 // tokens.shape[1])))
 
 
 def timed() -> Callable[[], float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,9 @@ from fewbit.models.generate import Continuation
 from fewbit.pipeline import Step, TensorReport
 
 out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# A notebook's kernel calls its output a terminal, where nothing that moves the cursor is understood: plain lines there.
+_TERMINAL = False if "ipykernel" in sys.modules else None
+err = Console(stderr=True, highlight=False, force_jupyter=False, force_terminal=_TERMINAL)
 FIRST_WORDS = "The capital of France is"  # what a new output is first asked to continue
 
 

@@ -778,13 +778,6 @@ def test_a_kernel_that_cannot(gptq: Path) -> None:
     assert "bfloat16" in refusal.value.hint
 
 
-def test_quantizing_while_loading_is_refused_with_the_way_to_do_it(sound: Path) -> None:
-    config = transformers.GPTQConfig(bits=4, dataset=["words"], tokenizer=models.tokenizer())
-    with pytest.raises(PlanError, match="not quantized") as refusal:
-        AutoModelForCausalLM.from_pretrained(sound, quantization_config=config)
-    assert "fewbit quantize" in refusal.value.hint
-
-
 # --- Evaluating and generating ---
 
 

@@ -3,15 +3,19 @@
 There is one loading path, `from_pretrained`. This file is the only one that touches transformers' registries; it
 stands in for a back end where that is not installed, where the user prefers it (`fewbit.prefer`), and inside `serving`,
 where fewbit's own loader asks for it. Weights in 16 bits are quantized one by one as transformers reads them, where the
-config object asks for something that needs no calibration: no more than one is ever there in 16 bits.
+config object asks for something that needs no calibration: no more than one is ever there in 16 bits. Where it asks for
+GPTQ or AWQ, `fewbit.on_load` makes a quantized checkpoint first, which is loaded in the place of the other.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -23,14 +27,17 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging as hf_logging
 from transformers.utils.import_utils import is_bitsandbytes_available, is_gptqmodel_available, is_optimum_available
 
 from fewbit import heap, hook, registry
-from fewbit.errors import FormatError, KernelError, PlanError
+from fewbit.cache import cache_folder
+from fewbit.errors import FewbitError, FormatError, KernelError, NumericsError, PlanError
+from fewbit.formats import pickle
 from fewbit.formats.base import by_quant_method
-from fewbit.formats.safetensors import read_specs
+from fewbit.formats.safetensors import files_in, read_specs
 from fewbit.fused import packed_linears
-from fewbit.models import decode
+from fewbit.models import decode, options
 from fewbit.models.fuse import fuse
 from fewbit.models.modules import asked_for, kernel_asked_for, put, unpack
 from fewbit.models.source import read_config
@@ -62,8 +69,11 @@ class FewbitQuantizer(HfQuantizer):
         self.renamings: list[WeightRenaming] = []
         self.transposed: set[str] = set()
         self.length: int | None = None  # of the static cache, where the model is to be fused
-        self.scheme = None if self.pre_quantized else format.scheme(self.config)
-        if not self.pre_quantized and self.scheme is None:
+        self.failure: FewbitError | None = None  # of a weight that was to be quantized as it was read
+        self.waiting: tuple[PreTrainedModel, list[str], Any] | None = None  # what is to be quantized first
+        self.request = None if self.pre_quantized else options.request(quantization_config)
+        self.scheme = None if self.pre_quantized or self.request else format.scheme(self.config)
+        if not self.pre_quantized and self.scheme is None and self.request is None:
             raise PlanError(
                 f"{type(quantization_config).__name__} on a model that is not quantized",
                 "Quantize it first: fewbit quantize MODEL -o OUT, or fewbit.quantize(...). Then load OUT.",
@@ -88,11 +98,24 @@ class FewbitQuantizer(HfQuantizer):
             context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
             asked = getattr(self.quantization_config, "fuse_max_seq_len", None)
             self.length = decode.checked_length(asked, context or sys.maxsize, "fuse_max_seq_len")
-        if not self.pre_quantized:
-            self._make_room(model)
+        if self.scheme is not None:
+            self._make_room(model, kwargs.get("device_map"))
             return model
         if not checkpoint_files:
             raise FormatError("a quantized model is loaded from its safetensors files, not from a state dict")
+        if self.request is not None:
+            self.waiting = (model, checkpoint_files, kwargs.get("device_map"))
+            return model
+        if checkpoint_files[0].endswith(".bin"):
+            folder = pickle.converted(Path(checkpoint_files[0]).parent)
+            checkpoint_files[:] = [str(file) for file in files_in(folder)]
+        self._make_places(model, checkpoint_files)
+        if self.config.get("backend") != getattr(self.quantization_config, "backend", None):
+            options.check(self.quantization_config, "backend")
+        return model
+
+    def _make_places(self, model: PreTrainedModel, checkpoint_files: list[str]) -> None:
+        """A `QLinear` for each linear that has quantized tensors in these files."""
         # As the file has it: config classes drop what they do not know, and a reader must not guess.
         stored = read_config(Path(checkpoint_files[0]).parent).get("quantization_config")
         if isinstance(stored, dict):
@@ -106,12 +129,33 @@ class FewbitQuantizer(HfQuantizer):
             put(model, module, tensors, has_bias=f"{module}.bias" in named)
             suffixes |= set(tensors)
         self.renamings = [WeightRenaming(f".{name}", f".{slot(name)}") for name in sorted(suffixes) if "." in name]
-        return model
 
-    def _make_room(self, model: PreTrainedModel) -> None:
+    def _quantize_first(self, model: PreTrainedModel, files: list[str], device_map: Any) -> None:
+        """Make a quantized checkpoint of `files`, and put its files in their place in that list, the loader's own."""
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        on_load, out = hook.on_load(), Path(mkdtemp(prefix="on-load-", dir=cache_folder()))
+        self.remove = weakref.finalize(self, shutil.rmtree, out, ignore_errors=True)
+        self.forget = on_load.quantized(
+            Path(files[0]).parent,
+            self.request,
+            out,
+            device=on_load.device_of(device_map),
+            # A model's own code was allowed if it is what is being loaded.
+            trust_remote_code=type(model).__module__.startswith("transformers_modules."),
+            verbose=hf_logging.is_progress_bar_enabled(),
+        )
+        files[:] = [str(file) for file in files_in(out)]
+        with torch.device("meta"):
+            self._make_places(model, files)
+
+    def _make_room(self, model: PreTrainedModel, device_map: Any) -> None:
         """A `QLinear` for each linear that is to be quantized as it is loaded."""
         asked = self.config.get("llm_int8_skip_modules")
         skipped = self.get_modules_to_not_convert(model, asked, list(model._keep_in_fp32_modules or ()))
+        if self.config.get("llm_int8_enable_fp32_cpu_offload") and isinstance(device_map, dict):
+            slow = [name for name, place in device_map.items() if str(place) in ("cpu", "disk")]
+            skipped += slow if len(slow) < len(device_map) else []
+        skipped += [name.removesuffix(".weight") for name in model.all_tied_weights_keys]  # they are embeddings
         for name, module in list(model.named_modules()):
             if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, skipped):
                 assert isinstance(module.weight, Tensor)
@@ -120,6 +164,10 @@ class FewbitQuantizer(HfQuantizer):
                 put(model, name, {"weight": PartSpec(tuple(module.weight.shape), model.dtype)}, has_bias=False)
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
+        if self.waiting is not None:
+            # Asked for between building the model, when all tensors that are made have no data, and loading it.
+            waiting, self.waiting = self.waiting, None
+            self._quantize_first(*waiting)
         return self.renamings
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
@@ -143,12 +191,17 @@ class FewbitQuantizer(HfQuantizer):
             raise FormatError(
                 f"{module.module}.weight has shape {list(weight.shape)}, which config.json does not ask for"
             )
-        codes, grids = self.scheme.nearest(weight)
+        try:
+            codes, grids = self.scheme.nearest(weight)
+        except NumericsError as error:
+            raise NumericsError(f"{module.module}: {error.message}", error.hint) from None
         module.take_tensors()
         packed = QTensor(self.scheme, (weight.shape[0], weight.shape[1]), self.scheme.pack(codes, grids))
         module.adopt(packed, self.dtype, kernel_asked_for())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.failure is not None:
+            raise self.failure
         # What was renamed for loading is not to be renamed back in saving: the format gives the names on disk itself.
         if used := getattr(model, "_weight_conversions", None):
             model._weight_conversions = [c for c in used if c not in self.renamings]  # type: ignore[assignment]
@@ -157,6 +210,8 @@ class FewbitQuantizer(HfQuantizer):
             setattr(model, f"is_loaded_in_{flag}", bool(self.config.get(f"load_in_{flag}")))
         with heap.tight() as done_with:
             self._prepare(model, done_with)
+        if self.request is not None:
+            self._as_made(model)
         if self.length is not None:
             fuse(model)
             decode.within(model, self.length)
@@ -164,10 +219,12 @@ class FewbitQuantizer(HfQuantizer):
 
     def _prepare(self, model: PreTrainedModel, done_with: heap.DoneWith) -> None:
         """Lay out every weight for its kernel, and let go of what was read from the files."""
-        kernel = kernel_asked_for()
+        kernel, compute = kernel_asked_for(), self._compute_dtype()
         for name, module in model.named_modules():
+            if isinstance(module, QLinear):
+                module.compute = compute
             if isinstance(module, QLinear) and module.placeholders:
-                if not self.pre_quantized:
+                if self.scheme is not None:
                     raise FormatError(f"{name}.weight is missing, or could not be quantized")
                 tensors = module.take_tensors()
                 if any(tensor.is_meta for tensor in tensors.values()):
@@ -183,6 +240,32 @@ class FewbitQuantizer(HfQuantizer):
                     )
                 module.adopt(weight, self.dtype, kernel)
                 done_with(tensors.values(), module.prepared)
+
+    def _compute_dtype(self) -> torch.dtype | None:
+        """The type that bitsandbytes would compute in; None for that of the activations, as in fewbit's own loader."""
+        name = self.config.get("bnb_4bit_compute_dtype") if self.config.get("load_in_4bit") and not asked_for else None
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(name).removeprefix("torch."))
+
+    def _as_made(self, model: PreTrainedModel) -> None:
+        """A config that says what was made, in place of what was asked for; what it was made from goes."""
+        asked: Any = self.quantization_config
+        self.pre_quantized = True
+        # What to_dict of AwqConfig calls version and of GPTQConfig checkpoint_format is the format as asked for. v1 is
+        # not written with zero points.
+        form = str(getattr(asked.format, "value", asked.format))
+        if form == "gptq_v2":
+            self.config |= {"format": form, "checkpoint_format": form}
+        elif self.format.quant_method == "awq":
+            self.config["version"] = form
+        made: Any = type(asked).from_dict(self.config)
+        vars(made).update({key: value for key, value in self.config.items() if key not in vars(made)})
+        made.meta, made.dataset = asked.meta, asked.dataset if isinstance(asked.dataset, str) else None
+        for name in ("damp_percent", "true_sequential", "modules_in_block_to_quantize", *options.FUSING):
+            if hasattr(asked, name):
+                setattr(made, name, getattr(asked, name))
+        model.config.quantization_config = self.quantization_config = made
+        self.forget()
+        self.remove()
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors that `save_pretrained` writes, quantized weights in the layout of their format."""
@@ -224,8 +307,13 @@ class _QuantizeOnLoad(ConversionOps):
             weight = value[0] if isinstance(value, list) else value
             module = kwargs["model"].get_submodule(name.rpartition(".")[0])
             if isinstance(module, QLinear) and module.placeholders:
-                with heap.tight():
-                    self.quantizer.quantize(module, weight)
+                # transformers would print what is raised here and raise an error of its own.
+                try:
+                    if self.quantizer.failure is None:
+                        with heap.tight():
+                            self.quantizer.quantize(module, weight)
+                except FewbitError as error:
+                    self.quantizer.failure = error
                 weight = module.weight
             done[name] = weight
         return done

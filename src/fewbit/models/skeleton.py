@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -288,12 +289,17 @@ def conversions(model: PreTrainedModel) -> list[WeightRenaming | WeightConverter
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer; FormatError where the folder has none that can be read."""
+    return tokenizer_at(source.folder, trust_remote_code=trust_remote_code, **source.options)
+
+
+def tokenizer_at(place: str | Path, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """The tokenizer in a folder or of a Hub name; FormatError where there is none that can be read."""
     try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **source.options)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
     except FormatError:
         raise
     except Exception as error:  # tokenizers raises bare Exception on a malformed file
-        raise FormatError(f"{source.folder} has no usable tokenizer: {_first_line(error)}") from None
+        raise FormatError(f"{place} has no usable tokenizer: {_first_line(error)}") from None
 
 
 def _shared(call: BlockCall, before: list[BlockCall]) -> BlockCall:

@@ -1,0 +1,116 @@
+"""Quantizing while a model is loaded: what `GPTQConfig` and `AwqConfig` ask of one that is not quantized.
+
+The pipeline of `fewbit quantize` works on the checkpoint, a block at a time, and makes a folder; `models.plugin` then
+lets transformers load that in the place of the checkpoint. So the model is never in memory in 16 bits, and a run that
+was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit import calibration as texts
+from fewbit import folder_output, pipeline, report
+from fewbit.advise import hardware
+from fewbit.errors import FewbitError, PlanError
+from fewbit.job import Calibration, Job
+from fewbit.models.options import Request
+from fewbit.models.skeleton import Skeleton, load_tokenizer, tokenizer_at
+
+_NAMES = {"c4-new": "c4"}  # the two differ in what they evaluate on
+
+
+def quantized(
+    folder: Path, request: Request, out: Path, *, device: str | None, trust_remote_code: bool, verbose: bool
+) -> Callable[[], None]:
+    """Make `out`, an empty folder, the quantized model of `folder`; what is returned forgets the run's durable blocks.
+
+    Warns of what was changed to make the request fit. PlanError before any work where it cannot.
+    """
+    job = Job.prepare(folder, request.plan, device, False, trust_remote_code)
+    _check(request, job.skeleton)
+    tokens = _tokens(request, job)
+    for note in job.notes:
+        warnings.warn(f"{request.plan.name}: {note}", stacklevel=2)
+    versions = {**hardware.versions(), "request": json.dumps([request.stages, request.batch])}
+    run = pipeline.Run(pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions))
+    with report.progress() if verbose else nullcontext(_silent) as progress:
+        pipeline.quantize_blocks(
+            job.skeleton, job.resolved, tokens, run, progress, stages=request.stages, batch=request.batch
+        )
+    folder_output.write(out, job.skeleton, job.resolved, run)
+    return run.forget
+
+
+def _silent(step: pipeline.Step) -> None:
+    pass
+
+
+def _check(request: Request, skeleton: Skeleton) -> None:
+    """PlanError where the request names what the model does not have."""
+    wrong = []
+    where = skeleton.blocks[0].rpartition(".")[0]
+    if request.blocks is not None and request.blocks != where:
+        wrong.append(f"block_name_to_quantize={request.blocks!r}: the model's blocks are {where}")
+    modules = {name for name, _ in skeleton.model.named_modules()}
+    wrong += [
+        f"module_name_preceding_first_block: the model has no {name!r}"
+        for name in request.preceding
+        if name not in modules
+    ]
+    linears = [name.removeprefix(f"{block}.") for block in skeleton.blocks for name in skeleton.linears(block)]
+    wrong += [
+        f"modules_in_block_to_quantize: no block has a linear {name!r}, but {', '.join(dict.fromkeys(linears))}"
+        for stage in request.stages or ()
+        for name in stage
+        if name not in linears
+    ]
+    wrong += [
+        f"modules_to_not_convert: no linear is called {name!r}"
+        for name in request.left
+        if not any(name in linear for linear in skeleton.all_linears())
+    ]
+    if wrong:
+        raise PlanError("\n".join(wrong))
+
+
+def _tokens(request: Request, job: Job) -> Tensor:
+    """Calibration tokens [samples, length]: all of a list of texts, as many windows as usual of a named one."""
+    tokenizer = _tokenizer(request, job)
+    context = job.source.context
+    if request.length is not None and not 1 < request.length <= context:
+        raise PlanError(f"model_seqlen={request.length}: the model's context is {context} tokens")
+    if isinstance(request.dataset, str) or request.dataset is None:
+        name = request.dataset or texts.own_source(job.source.config)
+        text, samples = texts.load_text(_NAMES.get(name, name), "calibration"), Calibration.samples
+    else:
+        text, samples = texts.Text(f"the list of {len(request.dataset)} texts", tuple(request.dataset)), None
+    stream = texts.encode(text, tokenizer)
+    if not len(stream):
+        raise PlanError(f"{text.name} has no tokens", "Give a text to calibrate on.")
+    length = min(request.length or Calibration.length, context, len(stream))
+    return texts.sample(stream, samples or len(stream) // length, length, Calibration.seed)
+
+
+def _tokenizer(request: Request, job: Job) -> Any:
+    given = request.tokenizer
+    if given is not None and not isinstance(given, (str, Path)):
+        return given
+    try:
+        return load_tokenizer(job.source) if given is None else tokenizer_at(given)
+    except FewbitError as error:
+        raise PlanError(f"{request.plan.name} needs a tokenizer: {error.message}", "Add tokenizer=tokenizer.") from None
+
+
+def device_of(device_map: Any) -> str | None:
+    """Where to quantize a model that goes there: "cpu" if all of it shall, else None, which is the best there is."""
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    return "cpu" if all(str(place) in ("cpu", "disk") or place == torch.device("cpu") for place in places) else None

@@ -1,0 +1,157 @@
+"""Quantizing in `from_pretrained`: what is made, shown and left behind, and what goes wrong in which words."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, AwqConfig, BitsAndBytesConfig, GPTQConfig
+from transformers.utils import logging as hf_logging
+
+from fewbit import api, pipeline
+from fewbit.errors import FewbitError, PlanError
+from fewbit.models import plugin
+from fewbit.nn import QLinear
+from tests import models
+
+TEXTS: dict[str, Any] = {"dataset": [models.sentences(20)], "group_size": 32}
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.save(tmp_path_factory.mktemp("sound") / "model", "llama", dtype="float32")
+
+
+@pytest.fixture
+def model(sound: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(sound, tmp_path / "model"))
+
+
+def config_of(kind: str) -> Any:
+    if kind in ("gptq", "awq"):
+        return GPTQConfig(bits=4, **TEXTS) if kind == "gptq" else AwqConfig(**TEXTS)
+    return BitsAndBytesConfig(load_in_4bit=kind == "nf4", load_in_8bit=kind == "int8", bnb_4bit_quant_type="nf4")
+
+
+def loaded(folder: Path, kind: str, **options: Any) -> Any:
+    with plugin.serving():
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config_of(kind), **options).eval()
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_it_is_closer_than_rounding_and_what_it_saves_is_it(kind: str, sound: Path, tmp_path: Path) -> None:
+    made = loaded(sound, kind, device_map="auto")
+    made.save_pretrained(tmp_path / "out")
+    assert api.inspect(tmp_path / "out").schemes == {"int4-g32-sym" if kind == "gptq" else "int4-g32": 14}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    words = AutoTokenizer.from_pretrained(sound)(models.sentences(4, seed=9), return_tensors="pt")["input_ids"][:, :96]
+    assert torch.equal(models.logits(again, words), models.logits(made, words))
+    api.quantize(sound, tmp_path / "rtn", plan="rtn-4bit" if kind == "gptq" else _rounding(tmp_path))
+    wanted = models.logits(models.original(sound), words)
+    nearest = models.logits(api.load(tmp_path / "rtn"), words)
+    most = {"gptq": 0.85, "awq": 0.95}[kind]  # columns of a random model hardly differ, which leaves AWQ little to do
+    assert (models.logits(made, words) - wanted).norm() < most * (nearest - wanted).norm()
+
+
+def _rounding(folder: Path) -> str:
+    plan = folder / "plan.json"
+    plan.write_text('{"name": "mine", "format": "awq", "rules": [{"match": "*", "scheme": "int4-g32"}]}')
+    return str(plan)
+
+
+def test_progress_is_shown_unless_transformers_shows_none(sound: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert hf_logging.is_progress_bar_enabled()
+    loaded(sound, "gptq")
+    assert "block 2/2" in capfd.readouterr().err
+    hf_logging.disable_progress_bar()
+    try:
+        loaded(sound, "gptq")
+        assert "block" not in capfd.readouterr().err
+    finally:
+        hf_logging.enable_progress_bar()
+
+
+def test_a_run_that_was_killed_goes_on_and_nothing_stays_behind(
+    sound: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def until_the_second(run: pipeline.Run, index: int, *rest: Any) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        save(run, index, *rest)
+
+    save = pipeline.Run.save
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Run, "save", until_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            loaded(sound, "gptq")
+    made = loaded(sound, "gptq")
+    assert "block 1/2  found, from an interrupted run" in capfd.readouterr().err
+    assert [entry.name for entry in own_cache.iterdir() if "on-load" in entry.name] == []
+    assert not list((own_cache / "runs").iterdir())
+    words = torch.arange(40)[None]
+    assert torch.equal(models.logits(made, words), models.logits(loaded(sound, "gptq"), words))
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "nf4", "int8"])
+def test_a_pickle_is_read_as_tensors_only(kind: str, sound: Path, model: Path) -> None:
+    torch.save(models.tensors_of(model), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    words = torch.arange(40)[None]
+    assert torch.equal(models.logits(loaded(model, kind), words), models.logits(loaded(sound, kind), words))
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "nf4", "int8"])
+def test_so_is_a_pickle_that_is_quantized(kind: str, sound: Path, tmp_path: Path) -> None:
+    made = loaded(sound, kind)
+    made.save_pretrained(tmp_path / "out")
+    torch.save(models.tensors_of(tmp_path / "out"), tmp_path / "out" / "pytorch_model.bin")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    with plugin.serving():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sum(isinstance(module, QLinear) for module in again.modules()) == 14
+    words = torch.arange(40)[None]
+    assert torch.equal(models.logits(again, words), models.logits(made, words))
+
+
+# --- What is wrong is said as elsewhere, and not in transformers' words ---
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(lambda weight: weight.fill_(float("nan")), "NaN"), (lambda weight: weight[:32].clone(), "shape")],
+    ids=["NaN", "shape"],
+)
+@pytest.mark.parametrize("kind", ["gptq", "awq", "nf4", "int8"])
+def test_a_weight_that_cannot_be_quantized(kind: str, change: Any, words: str, model: Path) -> None:
+    tensors = models.tensors_of(model)
+    tensors[f"{UP}.weight"] = change(tensors[f"{UP}.weight"])
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FewbitError, match=words) as refusal:
+        loaded(model, kind)
+    assert UP in refusal.value.message
+
+
+def test_no_tokenizer(model: Path, own_cache: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(PlanError, match="GPTQConfig needs a tokenizer") as refusal:
+        loaded(model, "gptq")
+    assert "tokenizer=tokenizer" in refusal.value.hint
+    del refusal
+    assert not list(own_cache.glob("runs/*"))
+
+
+def test_what_is_quantized_already_is_not_quantized_again(sound: Path, tmp_path: Path) -> None:
+    api.quantize(sound, tmp_path / "out", plan="rtn-4bit")
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        made = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", quantization_config=GPTQConfig(bits=3, dataset=["never read"])
+        )
+    assert {str(m.codec) for m in made.modules() if isinstance(m, QLinear)} == {"int4-g32-sym"}
+    with pytest.warns(UserWarning, match="already has"), pytest.raises(PlanError, match="names a kernel of gptqmodel"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=GPTQConfig(bits=4, backend="marlin"))
