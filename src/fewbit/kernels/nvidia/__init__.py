@@ -1,0 +1,63 @@
+"""Kernels for NVIDIA GPUs, in CUDA C++ and Triton: integers, NF4 and FP4, LLM.int8() weights and ggml's blocks."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewbit.kernels.base import Kernel, Prepared
+from fewbit.kernels.nvidia import layout
+from fewbit.kernels.nvidia.layout import Recipe
+from fewbit.registry import register
+from fewbit.schemes.base import Codec, Parts
+
+_CAPABILITY = (8, 0)  # the first with bfloat16 on its tensor cores
+
+
+@register("kernels", "nvidia")
+class Nvidia(Kernel):
+    """Prepared: words of codes, their high bits where there are any, then scales and offsets as the scheme has them."""
+
+    name: ClassVar[str] = "nvidia"
+    activations: ClassVar[str] = "exact"
+    priority: ClassVar[int] = -1  # until tests/gpu/test_nvidia.py has passed on the kernel as it is now
+
+    def unavailable(self) -> str | None:
+        return _unavailable()
+
+    def why_not(self, codec: Codec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cuda":
+            return f"it runs on NVIDIA GPUs, not on {device.type}"
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"activations in float16 or bfloat16 only, not {str(dtype).removeprefix('torch.')}"
+        if (found := torch.cuda.get_device_capability(device)) < _CAPABILITY:
+            return f"it needs compute capability 8.0 or later, and this GPU has {found[0]}.{found[1]}"
+        how = layout.recipe(codec, shape[1])
+        return how if isinstance(how, str) else None
+
+    def prepare(self, codec: Codec, parts: Parts, shape: tuple[int, int]) -> Prepared:
+        return layout.prepared(codec, parts, shape)
+
+    def restore(self, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Parts:
+        return layout.restored(codec, prepared, shape)
+
+    def linear(self, x: Tensor, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Tensor:
+        from fewbit.kernels.nvidia import ops
+
+        how = layout.recipe(codec, shape[1])
+        assert isinstance(how, Recipe)
+        y: Tensor = ops.packed_linear(x, list(prepared), list(how), shape[0])
+        return y
+
+
+@cache
+def _unavailable() -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed; PyTorch for NVIDIA GPUs brings it"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no NVIDIA GPU that its driver can serve"
+    return None

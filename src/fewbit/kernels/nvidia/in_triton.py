@@ -1,0 +1,314 @@
+"""The kernels themselves, in Triton: one row of activations (`gemv`), some rows (`gemm`), all values (`values`).
+
+All three decode alike. A code c of b bits becomes the float 1 + c / 2^b by putting its bits at the top of the mantissa
+of one, a shift and one three-way logical instruction; 2^b and the one go into the scale and the offset of its group, so
+that a weight costs one fused multiply-add more. Levels that are no integers are looked up, sixteen in one cache line.
+
+`gemv` gives a program some rows of the weight and the whole K: a thread reads four words, 16 bytes, of each row, and
+their activations once for all rows; the K axis is split over threads, whose sums meet once at the end. Blocks and
+layouts are such that every tensor of a step lies in the same threads: nothing passes through shared memory.
+`gemm` decodes to the type of the activations and multiplies on tensor cores. Where rows of the weight do not fill the
+GPU, K is split over programs; the last to finish adds up the others' sums, in their order, so results do not vary.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+PLAIN, SUPER, MAPPED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+CONSTANT, ZERO, MINIMUM, SUPER_MINIMUM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+
+
+@triton.jit
+def _value(w, h, table, one, lane: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, TABLE: tl.constexpr):
+    """Of each word's code in one lane: its level, or 1 + code / 2^BITS. float32.
+
+    `one` holds the bits of 1.0. As an argument of the kernel it saves an instruction, since one takes one constant.
+    """
+    if TABLE:
+        code = (w >> (lane * LOW)) & (2**LOW - 1)
+        return tl.reshape(tl.gather(table, tl.reshape(code, [code.numel]), 0), code.shape)
+    LEFT: tl.constexpr = 23 - BITS - lane * LOW
+    if LEFT >= 0:
+        code = w << LEFT
+    else:
+        code = w >> -LEFT
+    code = (code & ((2**LOW - 1) << (23 - BITS))) | one
+    if BITS > LOW:
+        HIGH: tl.constexpr = BITS - LOW
+        UP: tl.constexpr = 23 - HIGH - lane * HIGH
+        code = code | ((h << UP) & ((2**HIGH - 1) << (23 - HIGH)))
+    return code.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _grid(
+    a0,
+    a1,
+    a2,
+    a3,
+    b0,
+    b1,
+    row,
+    column,
+    N,
+    groups,
+    blocks,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO_POINT: tl.constexpr,
+    TABLE: tl.constexpr,
+    DIVISOR: tl.constexpr,
+):
+    """S and B of w = S value + B, float32, for `column` of `row`."""
+    at = (column // GROUP) * N + row
+    block = (column // BLOCK) * N + row
+    (row * groups + column // GROUP) // 256
+    if SCALE == PLAIN:
+        s = tl.load(a0 + at).to(tl.float32)
+        if DIVISOR != 1:
+            s = s * (1.0 / DIVISOR)
+    elif SCALE == SUPER:
+        s = tl.load(a0 + block).to(tl.float32) * tl.load(a1 + at).to(tl.float32)
+    else:
+        s = tl.load(a3 + tl.load(a0 + at).to(tl.int32)) * tl.load(
+            a1 + (row * groups + column // GROUP) // 256
+        ) + tl.load(a2)
+    if TABLE:
+        return s, s * 0.0
+    if OFFSET == CONSTANT:
+        b = s * (-(2.0**BITS) - ZERO_POINT)
+    elif OFFSET == ZERO:
+        b = s * (-(2.0**BITS) - tl.load(b0 + at).to(tl.float32))
+    elif OFFSET == MINIMUM:
+        b = tl.load(b0 + at).to(tl.float32) - s * 2.0**BITS
+    else:
+        least = tl.load(b0 + block).to(tl.float32) * tl.load(b1 + at).to(tl.float32)
+        b = -s * 2.0**BITS - least
+    return s * 2.0**BITS, b
+
+
+@triton.jit
+def _pair(q, TILE: tl.constexpr, SUB: tl.constexpr):
+    """Half the first column of word q: it holds that and the next in every 32."""
+    if SUB == 16:
+        return (q // 16) * (TILE // 2) + ((q % 4) // 2) * 8 + ((q % 16) // 4) * 2 + q % 2
+    return (q // 16) * (TILE // 2) + q % 16
+
+
+@triton.jit
+def _column(run, TILE: tl.constexpr, RUN: tl.constexpr):
+    """A column of the group that a run of words has in the first 32 of its tile."""
+    if RUN == 2:
+        return (run // 8) * TILE + (run % 2) * 16
+    return (run // 4) * TILE
+
+
+@triton.constexpr_function
+def _lane(span, side, LANES, TABLE):
+    if TABLE:
+        return 2 * span + side
+    else:
+        return span + side * (LANES // 2)
+
+
+@triton.jit
+def _side(both, side: tl.constexpr, BFLOAT: tl.constexpr):
+    """Of two activations in a word, one, as float32."""
+    if BFLOAT:
+        return ((both << 16) if side == 0 else (both & -65536)).to(tl.float32, bitcast=True)
+    return (both >> (16 * side)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def gemv(
+    x,
+    y,
+    words,
+    high,
+    a0,
+    a1,
+    a2,
+    a3,
+    b0,
+    b1,
+    table,
+    one,
+    N,
+    K: tl.constexpr,
+    row_words: tl.constexpr,
+    groups: tl.constexpr,
+    blocks: tl.constexpr,
+    BITS: tl.constexpr,
+    LOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO_POINT: tl.constexpr,
+    TABLE: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    SUB: tl.constexpr,
+    EVEN: tl.constexpr,
+    BN: tl.constexpr,
+    BW: tl.constexpr,
+    BFLOAT: tl.constexpr,
+):
+    """y [M, N] = x [M, K] Wᵀ, one row of x, two to a word, for each program of the second axis."""
+    if TABLE:
+        table = tl.load(table + tl.arange(0, 16))
+    LANES: tl.constexpr = 32 // LOW
+    TILE: tl.constexpr = 16 * LANES
+    RUN: tl.constexpr = 2 if SUB == 16 else 4  # words that a thread has of a group
+    SPAN: tl.constexpr = 32 if SUB == 16 else SUB
+    x += tl.program_id(1) * (K // 2)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
+    acc = tl.zeros([BN, BW // RUN], dtype=tl.float32)
+    for start in range(0, row_words, BW):
+        q = start + tl.arange(0, BW)
+        if EVEN:
+            w = tl.load(words + row * row_words + q[None, :], eviction_policy="evict_first")
+        else:
+            w = tl.load(words + row * row_words + q[None, :], mask=q[None, :] < row_words, other=0)
+        h = w
+        if BITS > LOW:
+            fours = (q // 4) * 4 + q % 4  # the compiler sees runs of four: a thread's high bits lie with its words
+            h = tl.load(high + row * row_words + fours[None, :], mask=q[None, :] < row_words, other=0).to(tl.int32)
+        pair = _pair(q, TILE, SUB)
+        column = _column(start // RUN + tl.arange(0, BW // RUN), TILE, RUN)
+        for sub in tl.static_range(TILE // SPAN):
+            part = tl.zeros([BN, BW], dtype=tl.float32)
+            total = tl.zeros([BW], dtype=tl.float32)
+            for i in tl.static_range(SPAN // 32):
+                at = pair + 16 * (sub * (SPAN // 32) + i)
+                both = tl.load(x + at, mask=at < K // 2, other=0)
+                for side in tl.static_range(2):
+                    xs = _side(both, side, BFLOAT)
+                    part += (
+                        _value(w, h, table, one, _lane(sub * (SPAN // 32) + i, side, LANES, TABLE), BITS, LOW, TABLE)
+                        * xs[None, :]
+                    )
+                    total += xs
+            dot = tl.sum(tl.reshape(part, [BN, BW // RUN, RUN]), 2)
+            ones = tl.sum(tl.reshape(total, [BW // RUN, RUN]), 1)
+            s, b = _grid(
+                a0,
+                a1,
+                a2,
+                a3,
+                b0,
+                b1,
+                row,
+                tl.minimum(column + sub * SPAN, K - SUB)[None, :],
+                N,
+                groups,
+                blocks,
+                BITS,
+                GROUP,
+                BLOCK,
+                SCALE,
+                OFFSET,
+                ZERO_POINT,
+                TABLE,
+                DIVISOR,
+            )
+            acc += s * dot + b * ones[None, :]
+    out = tl.sum(acc, 1)
+    tl.store(y + tl.program_id(1) * N + n, out.to(y.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def values(
+    y,
+    words,
+    high,
+    a0,
+    a1,
+    a2,
+    a3,
+    b0,
+    b1,
+    table,
+    one,
+    top,
+    bottom,
+    N,
+    K: tl.constexpr,
+    row_words: tl.constexpr,
+    groups: tl.constexpr,
+    blocks: tl.constexpr,
+    BITS: tl.constexpr,
+    LOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZERO_POINT: tl.constexpr,
+    TABLE: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    SUB: tl.constexpr,
+    EVEN: tl.constexpr,
+    BN: tl.constexpr,
+    BW: tl.constexpr,
+    BFLOAT: tl.constexpr,
+):
+    """Rows `top` to `bottom` of the weight, as y [rows, K], two values to a word."""
+    if TABLE:
+        table = tl.load(table + tl.arange(0, 16))
+    LANES: tl.constexpr = 32 // LOW
+    TILE: tl.constexpr = 16 * LANES
+    out = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(top + out, bottom - 1).to(tl.int64)[:, None]
+    q = tl.program_id(1) * BW + tl.arange(0, BW)
+    inside = (top + out < bottom)[:, None] & (q < row_words)[None, :]
+    w = tl.load(words + row * row_words + q[None, :], mask=inside, other=0)
+    h = w
+    fours = (q // 4) * 4 + q % 4
+    if BITS > LOW:
+        h = tl.load(high + row * row_words + fours[None, :], mask=inside, other=0).to(tl.int32)
+    RUN: tl.constexpr = 2 if SUB == 16 else 4
+    SPAN: tl.constexpr = 32 if SUB == 16 else SUB
+    pair = _pair(q, TILE, SUB)
+    run = tl.program_id(1) * (BW // RUN) + tl.arange(0, BW // RUN)
+    for sub in tl.static_range(TILE // SPAN):
+        column = tl.minimum(_column(run, TILE, RUN) + sub * SPAN, K - SUB)
+        s, b = _grid(
+            a0,
+            a1,
+            a2,
+            a3,
+            b0,
+            b1,
+            row,
+            column[None, :],
+            N,
+            groups,
+            blocks,
+            BITS,
+            GROUP,
+            BLOCK,
+            SCALE,
+            OFFSET,
+            ZERO_POINT,
+            TABLE,
+            DIVISOR,
+        )
+        for i in tl.static_range(SPAN // 32):
+            k = pair + 16 * (sub * (SPAN // 32) + i)
+            there = y + out.to(tl.int64)[:, None] * (K // 2) + k[None, :]
+            kept = inside & (k < K // 2)[None, :]
+            both = tl.zeros([BN, BW], dtype=tl.int32)
+            for side in tl.static_range(2):
+                v = tl.reshape(
+                    _value(w, h, table, one, _lane(sub * (SPAN // 32) + i, side, LANES, TABLE), BITS, LOW, TABLE),
+                    [BN, BW // RUN, RUN],
+                )
+                v = tl.reshape(v * s[:, :, None] + b[:, :, None], [BN, BW])
+                half = v.to(tl.bfloat16 if BFLOAT else tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+                both = both | ((half & 65535) << (16 * side))
+            tl.store(there, both, mask=kept)

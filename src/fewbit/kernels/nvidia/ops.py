@@ -1,0 +1,157 @@
+"""The Triton kernels as operators of PyTorch, and which of them serves how many rows.
+
+An operator has a function that tells shapes alone, so that `torch.compile` and CUDA graphs take it as any other.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.kernels.nvidia import in_cuda
+from fewbit.kernels.nvidia.layout import Recipe, operands
+
+Config = tuple[int, ...]
+
+
+@cache
+def device() -> Any:
+    """The module of kernels; importing it imports Triton."""
+    from fewbit.kernels.nvidia import in_triton as module
+
+    return module
+
+
+@cache
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, for tests."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@torch.library.custom_op("fewbit::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, tensors: list[Tensor], how: list[int], n: int) -> Tensor:
+    """x [M, K] times the transpose of a packed weight [n, K], in the type of x."""
+    return linear(x, tensors, Recipe(*how), n)
+
+
+@packed_linear.register_fake
+def _(x: Tensor, tensors: list[Tensor], how: list[int], n: int) -> Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+def linear(x: Tensor, tensors: list[Tensor], how: Recipe, n: int, config: Config | None = None) -> Tensor:
+    """What the operator does; `config` overrides the choice, for measuring."""
+    m, k = x.shape
+    x = x.contiguous()
+    if not m:
+        return x.new_empty(0, n)
+    path, *sizes = config or choose(m, n, k, how, x.device)
+    if path == VALUES:
+        y = x.new_empty(m, n)
+        step = max(128, (1 << 28) // k)  # of half a GiB at a time
+        for top in range(0, n, step):
+            weight = values(tensors, how, n, k, x.dtype, top, min(top + step, n))
+            torch.mm(x, weight.T, out=y[:, top : top + step])
+        return y
+    y = x.new_empty(m, n)
+    if path == CUDA:
+        in_cuda.linear(x, y, tensors, how, tuple(sizes))
+        return y
+    rows, warps = sizes
+    wide = 128 * warps
+    device().gemv[(-(-n // rows), m)](
+        x.view(torch.int32),
+        y,
+        *operands(how, tensors),
+        ONE,
+        n,
+        k,
+        *_strides(how, tensors, k),
+        **_constants(how),
+        EVEN=tensors[0].shape[1] % wide == 0,
+        BN=rows,
+        BW=wide,
+        BFLOAT=x.dtype == torch.bfloat16,
+        num_warps=warps,
+    )
+    return y
+
+
+def values(
+    tensors: list[Tensor], how: Recipe, n: int, k: int, dtype: torch.dtype, top: int = 0, bottom: int | None = None
+) -> Tensor:
+    """Rows `top` to `bottom` of the weight [n, k], in float16 or bfloat16."""
+    bottom = n if bottom is None else bottom
+    y = torch.empty(bottom - top, k, dtype=dtype, device=tensors[0].device)
+    rows, wide = 8, 64
+    device().values[(-(-(bottom - top) // rows), -(-tensors[0].shape[1] // wide))](
+        y.view(torch.int32),
+        *operands(how, tensors),
+        ONE,
+        top,
+        bottom,
+        n,
+        k,
+        *_strides(how, tensors, k),
+        **_constants(how),
+        EVEN=k % how.tile == 0,
+        BN=rows,
+        BW=wide,
+        BFLOAT=dtype == torch.bfloat16,
+        num_warps=4,
+    )
+    return y
+
+
+GEMV, VALUES, CUDA = 0, 2, 3
+ONE = 0x3F800000  # the bits of 1.0
+
+
+# Rows of x up to which sizes are best: warps, tiles of 16 rows of W and of 8 rows of x in a warp, tiles at a time.
+# Beyond the last, values for cuBLAS. Measured on an earlier build, weights of 8192 columns; to be swept again.
+CROSSOVERS: dict[str, tuple[tuple[int, Config], ...]] = {
+    "NVIDIA H200": ((8, (8, 1, 1, 1)), (16, (8, 2, 2, 1)), (32, (4, 2, 4, 1)), (64, (4, 2, 8, 1))),
+}
+_DEFAULT = "NVIDIA H200"
+
+
+def choose(m: int, n: int, k: int, how: Recipe, device: torch.device) -> Config:
+    """Path and sizes for m rows of activations."""
+    if in_cuda.unusable(device) is None:
+        for rows, sizes in CROSSOVERS.get(_name(device), CROSSOVERS[_DEFAULT]):
+            if m <= rows:
+                warps, of_w, of_x, deep = sizes
+                return (CUDA, warps, 1 if how.tile // how.sub > 4 else of_w, of_x, deep)
+    elif m <= 4:
+        words = -(-k // how.tile) * 16
+        return (GEMV, 4, 4 if words % 512 == 0 else 2 if words % 256 == 0 else 1)
+    return (VALUES,)
+
+
+@cache
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+def _strides(how: Recipe, tensors: list[Tensor], k: int) -> tuple[int, int, int]:
+    return tensors[0].shape[1], k // how.group, k // how.block
+
+
+def _constants(how: Recipe) -> dict[str, int]:
+    return {
+        "BITS": how.bits,
+        "LOW": how.low,
+        "GROUP": how.group,
+        "BLOCK": how.block,
+        "SCALE": how.scale,
+        "OFFSET": how.offset,
+        "ZERO_POINT": how.zero,
+        "TABLE": how.table,
+        "DIVISOR": how.divisor,
+        "SUB": how.sub,
+    }

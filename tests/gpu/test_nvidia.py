@@ -1,0 +1,81 @@
+"""On an NVIDIA GPU: the packed kernels on shapes that are hard on them, as operators, under autograd and in a graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fewbit.kernels.nvidia import Nvidia, layout
+from fewbit.kernels.nvidia.layout import Recipe
+from fewbit.methods.base import Method
+from fewbit.nn import TOLERANCE, QLinear, choose
+from fewbit.schemes.base import QTensor, parse
+from tests.contract.cases import SPECS, ordinary
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
+SERVED = [spec for spec in SPECS if isinstance(layout.recipe(parse(spec), 1024), Recipe)]
+
+
+def packed(spec: str, n: int, k: int) -> QTensor:
+    return Method().quantize(ordinary(n, k) + 0.02, parse(spec), None).weight.map(lambda t: t.cuda())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("spec", SERVED)
+def test_products(spec: str, dtype: torch.dtype) -> None:
+    for n, k in ((33, 512), (20, 288)):
+        scheme = parse(spec)
+        if scheme.why_not((n, k)) is not None or not isinstance(layout.recipe(scheme, k), Recipe):
+            continue
+        weight = packed(spec, n, k)
+        w, prepared = weight.dequantize(), Nvidia().prepare(scheme, weight.parts, (n, k))
+        for m in (0, 1, 9, 33, 65):
+            x = (torch.randn(m, k, device="cuda") + 0.5).to(dtype)
+            got, exact = Nvidia().linear(x, scheme, prepared, (n, k)).float(), x.float() @ w.T
+            assert (got - exact).norm() <= TOLERANCE[dtype] * exact.norm(), (n, k, m)
+
+
+def test_the_operator_is_one_that_pytorch_can_compile() -> None:
+    from fewbit.kernels.nvidia import ops
+
+    weight = packed("int4-g32", 64, 256)
+    how = layout.recipe(weight.codec, 256)
+    assert isinstance(how, Recipe)
+    prepared = list(Nvidia().prepare(weight.codec, weight.parts, weight.shape))
+    x = torch.randn(3, 256, device="cuda", dtype=torch.bfloat16)
+    torch.library.opcheck(ops.packed_linear, (x, prepared, list(how), 64))
+
+
+def test_it_is_chosen_and_has_a_gradient() -> None:
+    weight = packed("int4-g128", 256, 512)
+    assert choose(weight, torch.device("cuda"), torch.bfloat16).name == "nvidia"
+    layer = QLinear(512, 256, None).adopt(weight, torch.bfloat16)
+    x = torch.randn(17, 512, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    seed = torch.randn(17, 256, device="cuda", dtype=torch.bfloat16)
+    layer(x).backward(seed)
+    exact = seed.float() @ weight.dequantize()
+    assert x.grad is not None
+    assert (x.grad.float() - exact).norm() <= 1e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 16, 300])
+def test_it_is_recorded_in_a_graph(rows: int) -> None:
+    layer = QLinear(512, 256, None).adopt(packed("q4_k", 256, 512), torch.bfloat16)
+    x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected, graph = layer(x), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = layer(x)
+        got.zero_()
+        graph.replay()
+    assert torch.equal(got, expected)
+
+
+def test_what_is_not_finite_stays_so_in_its_own_row() -> None:
+    layer = QLinear(512, 256, None).adopt(packed("int4-g128", 256, 512), torch.bfloat16)
+    for rows in (2, 100):
+        x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
+        x[1, 7] = torch.inf
+        y = layer(x)
+        assert not y[1].isfinite().any()
+        assert y[0].isfinite().all()

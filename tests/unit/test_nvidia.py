@@ -1,0 +1,104 @@
+"""The layout of the kernels for NVIDIA GPUs, and the Triton ones run by Triton's interpreter, without a GPU."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from fewbit.kernels.nvidia import Nvidia, in_cuda, layout
+from fewbit.kernels.nvidia.layout import Recipe
+from fewbit.nn import TOLERANCE
+from fewbit.schemes.base import parse
+from tests.contract.cases import SPECS, hard, is_sentence, ordinary, quantized, same_bytes
+
+CUDA = torch.device("cuda")
+SERVED = [spec for spec in SPECS if isinstance(layout.recipe(parse(spec), 1024), Recipe)]
+TOLD = (
+    *("int4-g128", "int4-g32-sym", "int4-row", "int3-g64", "int2-g16", "int5-g32", "int8-g32", "nf4-b64-dq"),
+    *("fp4-b32", "llm.int8", "q4_1", "q5_0", "q3_k", "q4_k", "q6_k", "iq4_nl", "iq4_xs"),
+)
+
+interpreted = pytest.mark.skipif(
+    find_spec("triton") is None or torch.cuda.is_available(),
+    reason="Triton is not installed" if find_spec("triton") is None else "tests/gpu runs the kernels themselves",
+)
+
+
+@pytest.mark.parametrize("spec", SERVED)
+def test_the_parts_come_back_byte_for_byte(spec: str) -> None:
+    scheme = parse(spec)
+    for n, k in ((33, 1024), (20, 288), (7, 512)):
+        if scheme.why_not((n, k)) is None and isinstance(layout.recipe(scheme, k), Recipe):
+            parts = quantized(scheme, hard(n, k))
+            prepared = Nvidia().prepare(scheme, parts, (n, k))
+            assert prepared[0].dtype == torch.int32
+            assert same_bytes(Nvidia().restore(scheme, prepared, (n, k)), parts)
+
+
+def test_each_column_is_in_a_place_of_its_own() -> None:
+    """One code that is not nought sets one bit field, in the word whose thread reads that column of x."""
+    for spec in ("int4-g128-sym", "int4-g16-sym", "int2-g32-sym", "int8-g32-sym"):
+        how = layout.recipe(parse(spec), 256)
+        assert isinstance(how, Recipe)
+        seen = set()
+        for column in range(how.tile):
+            codes = torch.zeros(1, how.tile, dtype=torch.uint8)
+            codes[0, column] = 1
+            (word,) = layout._gathered(codes, how, how.low, torch.int32)[0].nonzero().flatten().tolist()
+            span, inside = divmod(column, 32)
+            thread = inside % 16 // 4 if how.sub == 16 else inside // 8
+            assert word // 4 == thread
+            value = int(layout._gathered(codes, how, how.low, torch.int32)[0, word]) & 0xFFFFFFFF
+            assert value == 1 << how.low * (span + column % 2 * how.lanes // 2)
+            seen.add((word, value))
+        assert len(seen) == how.tile
+
+
+@pytest.mark.parametrize(
+    ("spec", "k"), [("int7-g32", 256), ("int4-g24", 96), ("int4-row", 37), ("nf4-b64", 96), ("int4-row", 24)]
+)
+def test_what_it_cannot_serve_is_a_sentence(spec: str, k: int) -> None:
+    assert is_sentence(str(layout.recipe(parse(spec), k)))
+
+
+def test_it_says_why_it_does_not_serve() -> None:
+    kernel, scheme, shape = Nvidia(), parse("int4-g128"), (64, 256)
+    assert "not on cpu" in str(kernel.why_not(scheme, shape, torch.device("cpu"), torch.bfloat16))
+    assert "float32" in str(kernel.why_not(scheme, shape, CUDA, torch.float32))
+    if not torch.cuda.is_available():
+        assert is_sentence(kernel.unavailable())
+
+
+def test_the_macros_of_the_cuda_kernel_are_all_defined() -> None:
+    how = layout.recipe(parse("int4-g128"), 256)
+    assert isinstance(how, Recipe)
+    text = in_cuda.defined(how, 256, 32, (0, "u8"), (8, 1, 1, 1), True)
+    defined = {line.split()[1] for line in text.splitlines() if line.startswith("#define")}
+    named = in_cuda.source().split("Macros that the caller defines:")[1].split(".")[0].replace("//", " ").split()
+    assert set(named) <= defined
+
+
+@interpreted
+@pytest.mark.parametrize("spec", TOLD)
+def test_the_kernels_products_and_values(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    from fewbit.kernels.nvidia import ops
+
+    scheme = parse(spec)
+    for n, k in ((33, 512), (20, 288)):
+        how = layout.recipe(scheme, k)
+        if scheme.why_not((n, k)) is not None or not isinstance(how, Recipe):
+            continue
+        parts = quantized(scheme, ordinary(n, k) + 0.02)
+        prepared = list(Nvidia().prepare(scheme, parts, (n, k)))
+        w = scheme.dequantize(parts, (n, k), torch.float32)
+        got = ops.values(prepared, how, n, k, torch.float16)
+        torch.testing.assert_close(got.float(), w, rtol=1e-3, atol=1e-6)
+        for dtype in (torch.float16, torch.bfloat16):
+            for m, config in ((1, (ops.GEMV, 4, 1)), (3, (ops.GEMV, 8, 2)), (5, (ops.VALUES,))):
+                x = (torch.randn(m, k, generator=torch.Generator().manual_seed(m)) + 0.5).to(dtype)
+                exact = x.float() @ w.T
+                got = ops.linear(x, prepared, how, n, config).float()
+                assert (got - exact).norm() <= TOLERANCE[dtype] * exact.norm(), (n, k, m, config)
