@@ -15,7 +15,7 @@ def main() -> None:
     page = PAGE.read_text(encoding="utf-8")
     start = page.index(f"| {' | '.join(COLUMNS)} |")
     end = page.index("\n\n", start) + 1
-    PAGE.write_text(page[:start] + markdown(table(device="cpu")) + page[end:], encoding="utf-8")
+    PAGE.write_text(page[:start] + markdown(table(device="cpu", here=False)) + page[end:], encoding="utf-8")
 
 
 if __name__ == "__main__":

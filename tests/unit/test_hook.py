@@ -33,7 +33,10 @@ def test_a_verb_stays_a_verb_when_everything_has_been_imported() -> None:
         "import pkgutil, importlib, fewbit, fewbit.api, fewbit.adapters\n"
         "assert 'peft' not in sys.modules\n"
         "for module in pkgutil.walk_packages(fewbit.__path__, 'fewbit.'):\n"
-        "    module.name.endswith('__main__') or importlib.import_module(module.name)\n"
+        "    try:\n"
+        "        module.name.endswith('__main__') or importlib.import_module(module.name)\n"
+        "    except ModuleNotFoundError as error:\n"
+        "        assert error.name == 'triton', error\n"
         "wrong = [name for name in fewbit.__all__ if not callable(getattr(fewbit, name))]\n"
         "assert not wrong, wrong"
     )

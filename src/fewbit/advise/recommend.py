@@ -183,12 +183,14 @@ def _candidate(row: PlanEstimate, tier: int, measured: Comparison | None, device
     )
 
 
-def kernel(scheme: str, device: str) -> str:
-    """The kernel that this machine would multiply by, bfloat16 activations given."""
+def kernel(scheme: str, device: str, *, here: bool = True) -> str:
+    """The kernel to multiply by, bfloat16 activations given: of those that run `here`, or of all that there are."""
     codec, best, rank = parse(scheme), "reference", -1
     for name, entry in registry.entries("kernels").items():
         one = entry()
-        reason = one.unavailable() or one.why_not(codec, _SHAPE, torch.device(device), torch.bfloat16)
+        reason = (one.unavailable() if here else None) or one.why_not(
+            codec, _SHAPE, torch.device(device), torch.bfloat16
+        )
         if reason is None and one.priority > rank and one.priority >= 0:
             best, rank = name, one.priority
     return str(best)

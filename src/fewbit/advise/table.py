@@ -36,12 +36,15 @@ class MethodRow:
     best_for: tuple[str, ...]
 
 
-def table(measured: Comparison | None = None, device: str = "cpu") -> tuple[MethodRow, ...]:
-    """One row for each method and format that a preset combines, bitsandbytes' two schemes apart."""
+def table(measured: Comparison | None = None, device: str = "cpu", *, here: bool = True) -> tuple[MethodRow, ...]:
+    """One row for each method and format that a preset combines, bitsandbytes' two schemes apart.
+
+    Its kernels are those that run `here`, or would with all that fewbit can use.
+    """
     groups: dict[str, list[plan.Plan]] = {}
     for preset in plan.PRESETS.values():
         groups.setdefault(_title(preset), []).append(preset)
-    return tuple(_row(title, members, measured, device) for title, members in groups.items())
+    return tuple(_row(title, members, measured, device, here) for title, members in groups.items())
 
 
 def _title(preset: plan.Plan) -> str:
@@ -65,7 +68,7 @@ def _bits(preset: plan.Plan) -> float:
     return bits_of(_scheme(preset))
 
 
-def _row(title: str, members: list[plan.Plan], measured: Comparison | None, device: str) -> MethodRow:
+def _row(title: str, members: list[plan.Plan], measured: Comparison | None, device: str, here: bool) -> MethodRow:
     found = {row.plan: row for row in measured.rows if row.loss is not None} if measured else {}
     known = {m.name: priors()["plans"].get(m.name, {}).get("kl") for m in members}
     basis = "prior"
@@ -80,7 +83,7 @@ def _row(title: str, members: list[plan.Plan], measured: Comparison | None, devi
         default=None,
     )
     line = found.get(chosen.name) if chosen is not None else None
-    served = {kernel(_scheme(m), device) for m in members}
+    served = {kernel(_scheme(m), device, here=here) for m in members}
     purposes = rules()["purposes"]
     names = {m.name for m in members}
     return MethodRow(
