@@ -113,7 +113,11 @@ class QLinear(_Placeholder, nn.Linear):
             return y.to(x.dtype)
         if x.dtype != self.dtype and x.dtype in TOLERANCE:
             self.adopt(self.qtensor(), x.dtype, self.forced)
-        y = _Multiply.apply(x.reshape(-1, self.in_features), self)  # type: ignore[no-untyped-call]
+        rows = x.reshape(-1, self.in_features)
+        if torch.is_grad_enabled() and x.requires_grad:
+            y = _Multiply.apply(rows, self)  # type: ignore[no-untyped-call]
+        else:  # a graph that nobody wants takes as long as a small product
+            y = _multiply(rows, self)
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -200,10 +204,7 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QLinear) -> Tensor:
         ctx.layer = layer
-        assert layer.kernel is not None
-        if layer.permutation is not None:
-            x = x[:, layer.permutation]
-        return layer.kernel.linear(x, layer.codec, layer.prepared, layer.shape)
+        return _multiply(x, layer)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -216,6 +217,13 @@ class _Multiply(torch.autograd.Function):
         if weight.permutation is not None:
             out = torch.empty_like(out).index_copy_(1, weight.permutation, out)
         return out.to(grad.dtype), None
+
+
+def _multiply(x: Tensor, layer: QLinear) -> Tensor:
+    assert layer.kernel is not None
+    if layer.permutation is not None:
+        x = x[:, layer.permutation]
+    return layer.kernel.linear(x, layer.codec, layer.prepared, layer.shape)
 
 
 def choose(weight: QTensor, device: torch.device, dtype: torch.dtype, name: str | None = None) -> Kernel:

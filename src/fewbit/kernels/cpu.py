@@ -80,11 +80,14 @@ class _Native(Kernel):
     def linear(self, x: Tensor, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Tensor:
         products: list[Tensor] = []
         start = 0
+        # The dispatcher takes as long as 200 rows of 576 columns; only those who look at the graph need it.
+        plain = type(x) is Tensor and not torch.compiler.is_compiling()
+        multiply = _linear if plain else torch.ops.fewbit.cpu_linear
         for segment, n in _segments(codec, shape):
             layout = _layout(segment, (n, shape[1]))
             assert not isinstance(layout, str)
             end = start + len(segment.part_specs((n, shape[1])))
-            products.append(torch.ops.fewbit.cpu_linear(x, prepared[start:end], *layout, n, self.exact))
+            products.append(multiply(x, prepared[start:end], *layout, n, self.exact))
             start = end
         y: Tensor = products[0] if len(products) == 1 else torch.cat(products, 1)
         return y
@@ -171,7 +174,6 @@ def _shape(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int,
     return x.new_empty(x.shape[0], n)
 
 
-@torch.library.impl("fewbit::cpu_linear", "CPU")
 def _linear(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int, n: int, exact: bool) -> Tensor:
     lib = native.library()
     if isinstance(lib, str):
@@ -198,6 +200,9 @@ def _linear(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int
         _check(lib.fewbit_decode(weight, start, end, tile.data_ptr(), threads), n, k)
         y[:, start:end] = arranged @ tile[: end - start].T
     return y
+
+
+torch.library.impl("fewbit::cpu_linear", "CPU")(_linear)
 
 
 def _buffer(part: Tensor) -> tuple[int, int]:
