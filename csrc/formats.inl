@@ -256,12 +256,6 @@ template <int BITS> struct Affine {
   template <class Fn> static INLINE void decode(const Row& r, int64_t c, int64_t, Fn&& fn) {
     const uint8_t* p = r.codes + c * BYTES;
     const int64_t left = r.bytes - c * BYTES;
-    uint8_t copy[64];
-    if (left < BYTES) {
-      memset(copy, 0, sizeof copy);
-      memcpy(copy, p, size_t(left));
-      p = copy;
-    }
     __builtin_prefetch(p + 2048);
     const bool whole = r.chunks_a_group > 0;
     const int64_t first = !whole ? c * r.in_chunk : r.groups == 1 ? 0 : int64_t(uint32_t(c) / uint32_t(r.chunks_a_group));
@@ -273,25 +267,35 @@ template <int BITS> struct Affine {
     s = Vec::pick(s, r.lanes.at);
     o = Vec::pick(o, r.lanes.at);
     U codes[P];
-    unpack(p, codes);
+    unpack(p, left, codes);
     fn(0, codes, s, o);
   }
-  static INLINE void unpack(const uint8_t* p, U* codes) {
-    if constexpr (BITS == 8) codes[0] = Vec::load(p);
-    else if constexpr (BITS == 4) {
-      const U q = Vec::load(p);
-      codes[0] = Vec::field<0, 15>(q), codes[1] = Vec::field<4, 15>(q);
-    } else if constexpr (BITS == 2) {
-      const U q = Vec::load(p);
-      codes[0] = Vec::field<0, 3>(q), codes[1] = Vec::field<2, 3>(q);
-      codes[2] = Vec::field<4, 3>(q), codes[3] = Vec::field<6, 3>(q);
+  static INLINE void unpack(const uint8_t* p, int64_t left, U* codes) {
+    if constexpr (8 % BITS == 0) {
+      const U q = left < BYTES ? Vec::load_part(p, left) : Vec::load(p);
+      fields(q, codes);
     } else {
+      uint8_t copy[64];
+      if (left < BYTES) {
+        memset(copy, 0, sizeof copy);
+        memcpy(copy, p, size_t(left));
+        p = copy;
+      }
       uint64_t out[8];
       for (int i = 0; i < 8; i++) {  // eight codes are BITS bytes; the last word is read from where it ends
         const int at = i * BITS < BYTES - 8 ? i * BITS : BYTES - 8;
         out[i] = Vec::spread<BITS>(word64(p + at) >> (8 * (i * BITS - at)));
       }
-      codes[0] = Vec::load((const uint8_t*)out);
+      codes[0] = Vec::words(out);
+    }
+  }
+  static INLINE void fields(U q, U* codes) {
+    if constexpr (BITS == 8) codes[0] = q;
+    else if constexpr (BITS == 4) {
+      codes[0] = Vec::field<0, 15>(q), codes[1] = Vec::field<4, 15>(q);
+    } else {
+      codes[0] = Vec::field<0, 3>(q), codes[1] = Vec::field<2, 3>(q);
+      codes[2] = Vec::field<4, 3>(q), codes[3] = Vec::field<6, 3>(q);
     }
   }
 };

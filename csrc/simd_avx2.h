@@ -14,6 +14,12 @@ struct Vec {
   static __m256i part32(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static __m128i part16(const uint8_t* p) { return _mm_loadu_si128((const __m128i*)p); }
   static U load(const uint8_t* p) { return {part32(p), part32(p + 32)}; }
+  static U load_part(const uint8_t* p, int64_t left) {  // the first 1 to 63 bytes
+    uint8_t copy[64] = {};
+    memcpy(copy, p, size_t(left));
+    return load(copy);
+  }
+  static U words(const uint64_t* w) { return load((const uint8_t*)w); }
   static U join(const uint8_t* a, const uint8_t* b) { return {part32(a), part32(b)}; }
   static U join4(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
     return {_mm256_inserti128_si256(_mm256_castsi128_si256(part16(a)), part16(b), 1),

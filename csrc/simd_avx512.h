@@ -12,6 +12,14 @@ struct Vec {
   using F = __m512;
 
   static U load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static U load_part(const uint8_t* p, int64_t left) {  // the first 1 to 63 bytes
+    return _mm512_maskz_loadu_epi8((1ull << left) - 1, p);
+  }
+  // From registers: eight stores that one load then waits for would stall it.
+  static U words(const uint64_t* w) {
+    return _mm512_set_epi64((long long)w[7], (long long)w[6], (long long)w[5], (long long)w[4], (long long)w[3],
+                            (long long)w[2], (long long)w[1], (long long)w[0]);
+  }
   static __m256i part32(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static __m128i part16(const uint8_t* p) { return _mm_loadu_si128((const __m128i*)p); }
   static U join(const uint8_t* a, const uint8_t* b) {

@@ -12,6 +12,12 @@ struct Vec {
   struct F { float32x4_t x[4]; };
 
   static U load(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}}; }
+  static U load_part(const uint8_t* p, int64_t left) {  // the first 1 to 63 bytes
+    uint8_t copy[64] = {};
+    memcpy(copy, p, size_t(left));
+    return load(copy);
+  }
+  static U words(const uint64_t* w) { return load((const uint8_t*)w); }
   static U join(const uint8_t* a, const uint8_t* b) {
     return {{vld1q_u8(a), vld1q_u8(a + 16), vld1q_u8(b), vld1q_u8(b + 16)}};
   }

@@ -11,6 +11,12 @@ struct Vec {
   struct F { float x[16]; };
 
   static U load(const uint8_t* p) { U u; memcpy(u.x, p, 64); return u; }
+  static U load_part(const uint8_t* p, int64_t left) {  // the first 1 to 63 bytes
+    uint8_t copy[64] = {};
+    memcpy(copy, p, size_t(left));
+    return load(copy);
+  }
+  static U words(const uint64_t* w) { return load((const uint8_t*)w); }
   static U join(const uint8_t* a, const uint8_t* b) { U u; memcpy(u.x, a, 32); memcpy(u.x + 32, b, 32); return u; }
   static U join4(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
     U u;
