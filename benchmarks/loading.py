@@ -27,13 +27,13 @@ fewbit.prefer()
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 import fewbit.api
-from fewbit.measure import memory
+from fewbit import heap
 folder, file = Path(sys.argv[1]), sys.argv[2] or None
 start = time.perf_counter()
 for path in folder.glob("*.gguf" if file else "*.safetensors"):
     path.read_bytes()
 read = time.perf_counter() - start
-memory.return_freed()
+heap.return_freed()
 Path("/proc/self/clear_refs").write_text("5")
 before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 start = time.perf_counter()
