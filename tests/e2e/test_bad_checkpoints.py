@@ -89,7 +89,7 @@ def test_a_shard_that_lacks_what_the_index_says(folder: Path) -> None:
         load(folder)
 
 
-WRONG = {
+WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
     "gptq": [
         ({"bits": 8}, "down_proj.scales: 3 groups found, but the config says group_size 32 of 48 columns"),
         ({"bits": 2}, "down_proj.scales: 3 groups found, but the config says group_size 32 of 192 columns"),
