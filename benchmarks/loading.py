@@ -3,7 +3,8 @@
     python -m benchmarks.loading [smollm2] [--plans rtn-4bit,awq-4bit,nf4,int8,q4_k_m]
 
 Each model is loaded in a process of its own that has imported all it needs. `peak` is what was resident at most
-(VmHWM, reset after the imports) beyond what was resident before, mapped pages of files included; `packed` is
+(VmHWM, reset after the imports) beyond what was resident before, mapped pages of files included; `touched` is
+the same once a byte of every page of every weight was read, since a mapped weight is resident only then; `packed` is
 `get_memory_footprint()`; `read` is the time that reading the files' bytes takes.
 """
 
@@ -22,18 +23,19 @@ from fewbit.plan import find
 LOAD = """
 import json, sys, time
 from pathlib import Path
+import torch
 import fewbit
 fewbit.prefer()
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 import fewbit.api
-from fewbit.measure import memory
+from fewbit import heap
 folder, file = Path(sys.argv[1]), sys.argv[2] or None
 start = time.perf_counter()
 for path in folder.glob("*.gguf" if file else "*.safetensors"):
     path.read_bytes()
 read = time.perf_counter() - start
-memory.return_freed()
+heap.return_freed()
 Path("/proc/self/clear_refs").write_text("5")
 before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 start = time.perf_counter()
@@ -41,8 +43,13 @@ model = AutoModelForCausalLM.from_pretrained(folder, **({"gguf_file": file} if f
 seconds = time.perf_counter() - start
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 peak = int(status["VmHWM"].split()[0]) * 1024 - before
+for tensor in [*model.parameters(), *model.buffers()]:
+    tensor.detach().flatten().view(torch.uint8)[::4096].sum()  # a byte of every page
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+touched = int(status["VmHWM"].split()[0]) * 1024 - before
 packed = model.get_memory_footprint()
-print(json.dumps({"packed": packed, "peak": peak, "share": peak / packed, "seconds": seconds, "read": read}))
+shares = {"share": peak / packed, "touched_share": touched / packed}
+print(json.dumps({"packed": packed, "peak": peak, "touched": touched, **shares, "seconds": seconds, "read": read}))
 """
 
 

@@ -21,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # drawing the help in boxes takes longer than all else that it does
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -357,6 +358,10 @@ def _root(
 
         typer.echo(__version__)
         raise typer.Exit
+
+
+for _command in app.registered_commands:  # typer would cut what it takes from docstrings itself
+    _command.short_help = " ".join((_command.callback.__doc__ or "").split("\n\n")[0].split())
 
 
 def _method_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -50,6 +51,33 @@ def test_importing_fewbit_imports_nothing_heavy() -> None:
         "assert {'quantize', 'load', 'evaluate', 'generate', 'inspect', 'finetune', 'merge'} <= set(dir(fewbit))\n"
         "assert 'torch' not in sys.modules"
     )
+
+
+@pytest.mark.parametrize(
+    ("code", "limit"),
+    [("import fewbit", 0.1), ("import fewbit.cli; sys.argv[1:] = ['--help']; fewbit.cli.main()", 0.3)],
+    ids=["import", "help"],
+)
+def test_starting_is_quick(code: str, limit: float) -> None:
+    """Three times the limit: other work on the machine is no fault of ours."""
+    took = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run(code)
+        took.append(time.perf_counter() - start)
+    assert min(took) < 3 * limit
+
+
+def test_help_draws_nothing() -> None:
+    """rich takes longer to import than all else that help needs; so each command's sentence is there whole, not cut."""
+    done = run(
+        "import atexit, fewbit.cli\nsys.argv[1:] = ['--help']\n"
+        "atexit.register(lambda: print('heavy', sorted({'rich', 'torch', 'transformers'} & set(sys.modules))))\n"
+        "fewbit.cli.main()"
+    )
+    assert "heavy []" in done.stdout
+    assert "quantize" in done.stdout
+    assert "..." not in done.stdout.partition("Commands:")[2]
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,9 @@ class BnbFormat(Format):
                 raise FormatError(f"{module}.weight is missing")
             found[module] = tensors = {"weight": names[f"{module}.weight"], **tensors}
             four = any(suffix.startswith("weight.") for suffix in tensors) or tensors["weight"].dtype == torch.uint8
+            said, other = ("load_in_4bit", "load_in_8bit") if four else ("load_in_8bit", "load_in_4bit")
+            if config.get(other) and not config.get(said):
+                raise FormatError(f"{module} holds {4 if four else 8} bits, but the config says {other}")
             _check(module, tensors, _expected_4_bit(module, tensors, config) if four else _expected_8_bit(tensors))
         return found
 

@@ -71,7 +71,10 @@ def load_model(
         raise KernelError(f"{source.folder} does not fit the memory of {device}", "Use another --device.") from error
     except Exception as error:  # whatever transformers meets in a foreign folder
         reason = str(error).strip() or type(error).__name__
-        raise FormatError(f"{source.folder} could not be loaded: {reason.splitlines()[0][:300]}") from error
+        raise FormatError(
+            f"{source.folder} could not be loaded: {reason.splitlines()[0][:300]}",
+            "If you trust it: --trust-remote-code." if "trust_remote_code" in reason else "",
+        ) from error
     finally:
         if verbose:
             hf_logging.enable_progress_bar()
