@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fewbit.kernels.nvidia import Nvidia, in_cuda, layout
+from fewbit.kernels.nvidia.in_cuda import Sizes
 from fewbit.kernels.nvidia.layout import Recipe
 from fewbit.nn import TOLERANCE
 from fewbit.schemes.base import parse
@@ -74,10 +75,13 @@ def test_it_says_why_it_does_not_serve() -> None:
 def test_the_macros_of_the_cuda_kernel_are_all_defined() -> None:
     how = layout.recipe(parse("int4-g128"), 256)
     assert isinstance(how, Recipe)
-    text = in_cuda.defined(how, 256, 32, (0, "u8"), (8, 1, 1, 1), True)
-    defined = {line.split()[1] for line in text.splitlines() if line.startswith("#define")}
-    named = in_cuda.source().split("Macros that the caller defines:")[1].split(".")[0].replace("//", " ").split()
-    assert set(named) <= defined
+    for split, marks in ((0, ("defines:",)), (2, ("defines:", "decode.cuh:"))):
+        text = in_cuda.defined(how, 256, 32, (0, False), Sizes(8, 1, 1, 1, split), True)
+        defined = {line.split()[1] for line in text.splitlines() if line.startswith("#define")}
+        for mark in marks:
+            named = text.split(mark)[1].split(".")[0].replace("//", " ").split()
+            assert named
+            assert set(named) <= defined
 
 
 @interpreted

@@ -24,7 +24,7 @@ class Nvidia(Kernel):
 
     name: ClassVar[str] = "nvidia"
     activations: ClassVar[str] = "exact"
-    priority: ClassVar[int] = -1  # until tests/gpu/test_nvidia.py has passed on the kernel as it is now
+    priority: ClassVar[int] = 20
 
     def unavailable(self) -> str | None:
         return _unavailable()
@@ -36,6 +36,8 @@ class Nvidia(Kernel):
             return f"activations in float16 or bfloat16 only, not {str(dtype).removeprefix('torch.')}"
         if (found := torch.cuda.get_device_capability(device)) < _CAPABILITY:
             return f"it needs compute capability 8.0 or later, and this GPU has {found[0]}.{found[1]}"
+        if shape[0] * shape[1] >= 1 << 32:
+            return f"weights of fewer than 2^32 values only, not {shape[0]} x {shape[1]}"
         how = layout.recipe(codec, shape[1])
         return how if isinstance(how, str) else None
 

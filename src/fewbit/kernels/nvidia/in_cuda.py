@@ -1,34 +1,59 @@
-"""The CUDA kernel for few rows of activations, compiled when first needed by the compiler PyTorch brings (NVRTC)."""
+"""The CUDA kernels: `few.cu` for a few rows of activations, `many.cu` for tens, both on `decode.cuh`.
+
+They are compiled when first needed, by the compiler that PyTorch brings (NVRTC).
+"""
 
 from __future__ import annotations
 
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fewbit.kernels.nvidia.layout import PLAIN, Recipe, operands
+from fewbit.kernels.nvidia.layout import MAPPED, PLAIN, WORDS, Recipe, operands
 
 _FLOAT = 3  # how s is stored, besides those of a recipe: as float32
-_TABLE = 256 * 32 * 4  # bytes of shared memory that levels take
+_PAIRS, _MAP = 256 * 32 * 4, 256 * 4  # bytes of shared memory that levels take, and a map of scales
+_STAGES = 4  # tiles of x on their way to `many`
 
 
-def linear(x: Tensor, y: Tensor, tensors: list[Tensor], how: Recipe, sizes: tuple[int, ...]) -> None:
-    """y [M, N] = x [M, K] W for `sizes`: warps, tiles of 16 rows of W and of 8 rows of x in a warp, tiles at a time."""
-    warps, of_w, of_x, _ = sizes
+class Sizes(NamedTuple):
+    """How a kernel cuts its work."""
+
+    warps: int
+    of_w: int  # tiles of 16 rows of W that a warp has
+    of_x: int  # tiles of 8 rows of x
+    resident: int  # blocks that a multiprocessor is to hold at once
+    split: int = 0  # blocks that share K, of `many`; 0 for `few`
+
+
+def linear(x: Tensor, y: Tensor, tensors: list[Tensor], how: Recipe, sizes: Sizes) -> None:
+    """y [M, N] = x [M, K] W."""
     (m, k), n = x.shape, y.shape[1]
     places = operands(how, tensors)
-    kernel = _compiled(how, k, tensors[0].shape[1], _stored(how, places), sizes, x.dtype, x.device)
-    shared = _shared(how, sizes)
-    kernel(
-        grid=(-(-n // (16 * of_w)), -(-m // (8 * of_x)), 1),
-        block=(32 * warps, 1, 1),
-        args=[x, y, *places, m, n],
-        shared_mem=shared,
-    )
+    kernel = _compiled(how, k, tensors[0].shape[1] * WORDS, _stored(how, places), sizes, x.dtype, x.device)
+    rows, over = 16 * sizes.of_w, -(-m // (8 * sizes.of_x))
+    if sizes.split:
+        blocks = -(-n // (rows * sizes.warps))
+        work = torch.empty(sizes.split * m * n if sizes.split > 1 else 1, device=x.device)
+        grid, more = (blocks, over, sizes.split), [work, _counters(x.device, torch.cuda.current_stream(x.device))]
+    else:
+        grid, more = (min(-(-n // rows), _multiprocessors(x.device) * sizes.resident), over, 1), []
+    kernel(grid=grid, block=(32 * sizes.warps, 1, 1), args=[x, y, *places, m, n, *more], shared_mem=_shared(how, sizes))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _counters(device: torch.device, stream: torch.cuda.Stream) -> Tensor:
+    """Blocks that are done; the last of each lot sets its own to nought again. One for each stream."""
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
 @cache
@@ -45,25 +70,27 @@ def unusable(device: torch.device) -> str | None:
     return None
 
 
-def _shared(how: Recipe, sizes: tuple[int, ...]) -> int:
-    warps, of_w, of_x, _ = sizes
-    return max(warps * 8 * of_x * (16 * of_w + 1) * 4, _TABLE if how.table else 0)
+def _shared(how: Recipe, sizes: Sizes) -> int:
+    tables = (_PAIRS if how.table else 0) + (_MAP if how.scale == MAPPED else 0)
+    if sizes.split:
+        return tables + _STAGES * 8 * sizes.of_x * how.tile * 2
+    return tables + sizes.warps * 8 * sizes.of_x * (16 * sizes.of_w + 1) * 4
 
 
-def _stored(how: Recipe, places: tuple[Tensor, ...]) -> tuple[int, str]:
+def _stored(how: Recipe, places: tuple[Tensor, ...]) -> tuple[int, bool]:
     scale = _FLOAT if how.scale == PLAIN and how.divisor == 1 and places[2].dtype == torch.float32 else how.scale
-    return scale, "s8" if places[3].dtype == torch.int8 else "u8"
+    return scale, places[3].dtype == torch.int8
 
 
 @cache
-def source() -> str:
-    """The kernel as it stands, before the macros that specialize it."""
-    return Path(__file__).with_suffix(".cu").read_text()
+def source(name: str) -> str:
+    """A kernel as it stands, before the macros that specialize it."""
+    folder = Path(__file__).parent
+    return (folder / "decode.cuh").read_text() + (folder / f"{name}.cu").read_text()
 
 
-def defined(how: Recipe, k: int, row_words: int, stored: tuple[int, str], sizes: tuple[int, ...], bfloat: bool) -> str:
+def defined(how: Recipe, k: int, row_words: int, stored: tuple[int, bool], sizes: Sizes, bfloat: bool) -> str:
     """The macros, and the kernel."""
-    warps, of_w, of_x, deep = sizes
     macros = {
         "BITS": how.bits,
         "LOW": how.low,
@@ -79,14 +106,17 @@ def defined(how: Recipe, k: int, row_words: int, stored: tuple[int, str], sizes:
         "ROW_WORDS": row_words,
         "GROUPS": k // how.group,
         "BLOCKS": k // how.block,
-        "STEPS": stored[1],
-        "WARPS": warps,
-        "MT": of_w,
-        "NT": of_x,
-        "DEEP": deep,
+        "SIGNED": int(stored[1]),
         "BFLOAT": int(bfloat),
+        "WARPS": sizes.warps,
+        "MT": sizes.of_w,
+        "NT": sizes.of_x,
+        "RESIDENT": sizes.resident,
+        "SPLIT": sizes.split,
+        "STAGES": _STAGES,
     }
-    return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + source()
+    text = source("many" if sizes.split else "few")
+    return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + text
 
 
 @cache
@@ -94,13 +124,14 @@ def _compiled(
     how: Recipe,
     k: int,
     row_words: int,
-    stored: tuple[int, str],
-    sizes: tuple[int, ...],
+    stored: tuple[int, bool],
+    sizes: Sizes,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Any:
     text = defined(how, k, row_words, stored, sizes, dtype == torch.bfloat16)
     with torch.cuda.device(device):
-        kernel: Any = torch.cuda._compile_kernel(text, "packed_linear")  # type: ignore[attr-defined,unused-ignore]
+        name = "many" if sizes.split else "few"
+        kernel: Any = torch.cuda._compile_kernel(text, name)  # type: ignore[attr-defined,unused-ignore]
         kernel.set_shared_memory_config(_shared(how, sizes))
     return kernel

@@ -43,6 +43,12 @@ def _value(w, h, table, one, lane: tl.constexpr, BITS: tl.constexpr, LOW: tl.con
 
 
 @triton.jit
+def _place(row, across, at):
+    """Where a row has its piece `at` of `across`, rows being stored sixteen at a time."""
+    return ((row // 16) * across + at) * 16 + row % 16
+
+
+@triton.jit
 def _grid(
     a0,
     a1,
@@ -52,9 +58,8 @@ def _grid(
     b1,
     row,
     column,
-    N,
-    groups,
-    blocks,
+    groups: tl.constexpr,
+    blocks: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -63,11 +68,16 @@ def _grid(
     ZERO_POINT: tl.constexpr,
     TABLE: tl.constexpr,
     DIVISOR: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """S and B of w = S value + B, float32, for `column` of `row`."""
-    at = (column // GROUP) * N + row
-    block = (column // BLOCK) * N + row
-    (row * groups + column // GROUP) // 256
+    BESIDE: tl.constexpr = TILE // GROUP if TILE % GROUP == 0 else 1
+    ACROSS: tl.constexpr = (groups + BESIDE - 1) // BESIDE
+    at = _place(row, ACROSS, column // (GROUP * BESIDE)) * BESIDE + (column // GROUP) % BESIDE
+    if BLOCK == GROUP:
+        block = at
+    else:
+        block = _place(row, blocks, column // BLOCK)
     if SCALE == PLAIN:
         s = tl.load(a0 + at).to(tl.float32)
         if DIVISOR != 1:
@@ -171,22 +181,22 @@ def gemv(
     acc = tl.zeros([BN, BW // RUN], dtype=tl.float32)
     for start in range(0, row_words, BW):
         q = start + tl.arange(0, BW)
+        at = _place(row, row_words // 16, (q // 16)[None, :]) * 16 + (q % 16)[None, :]
         if EVEN:
-            w = tl.load(words + row * row_words + q[None, :], eviction_policy="evict_first")
+            w = tl.load(words + at, eviction_policy="evict_first")
         else:
-            w = tl.load(words + row * row_words + q[None, :], mask=q[None, :] < row_words, other=0)
+            w = tl.load(words + at, mask=q[None, :] < row_words, other=0)
         h = w
         if BITS > LOW:
-            fours = (q // 4) * 4 + q % 4  # the compiler sees runs of four: a thread's high bits lie with its words
-            h = tl.load(high + row * row_words + fours[None, :], mask=q[None, :] < row_words, other=0).to(tl.int32)
+            h = tl.load(high + at, mask=q[None, :] < row_words, other=0).to(tl.int32)
         pair = _pair(q, TILE, SUB)
         column = _column(start // RUN + tl.arange(0, BW // RUN), TILE, RUN)
         for sub in tl.static_range(TILE // SPAN):
             part = tl.zeros([BN, BW], dtype=tl.float32)
             total = tl.zeros([BW], dtype=tl.float32)
             for i in tl.static_range(SPAN // 32):
-                at = pair + 16 * (sub * (SPAN // 32) + i)
-                both = tl.load(x + at, mask=at < K // 2, other=0)
+                of_x = pair + 16 * (sub * (SPAN // 32) + i)
+                both = tl.load(x + of_x, mask=of_x < K // 2, other=0)
                 for side in tl.static_range(2):
                     xs = _side(both, side, BFLOAT)
                     part += (
@@ -205,7 +215,6 @@ def gemv(
                 b1,
                 row,
                 tl.minimum(column + sub * SPAN, K - SUB)[None, :],
-                N,
                 groups,
                 blocks,
                 BITS,
@@ -216,6 +225,7 @@ def gemv(
                 ZERO_POINT,
                 TABLE,
                 DIVISOR,
+                TILE,
             )
             acc += s * dot + b * ones[None, :]
     out = tl.sum(acc, 1)
@@ -266,11 +276,11 @@ def values(
     row = tl.minimum(top + out, bottom - 1).to(tl.int64)[:, None]
     q = tl.program_id(1) * BW + tl.arange(0, BW)
     inside = (top + out < bottom)[:, None] & (q < row_words)[None, :]
-    w = tl.load(words + row * row_words + q[None, :], mask=inside, other=0)
+    at = _place(row, row_words // 16, (q // 16)[None, :]) * 16 + (q % 16)[None, :]
+    w = tl.load(words + at, mask=inside, other=0)
     h = w
-    fours = (q // 4) * 4 + q % 4
     if BITS > LOW:
-        h = tl.load(high + row * row_words + fours[None, :], mask=inside, other=0).to(tl.int32)
+        h = tl.load(high + at, mask=inside, other=0).to(tl.int32)
     RUN: tl.constexpr = 2 if SUB == 16 else 4
     SPAN: tl.constexpr = 32 if SUB == 16 else SUB
     pair = _pair(q, TILE, SUB)
@@ -286,7 +296,6 @@ def values(
             b1,
             row,
             column[None, :],
-            N,
             groups,
             blocks,
             BITS,
@@ -297,6 +306,7 @@ def values(
             ZERO_POINT,
             TABLE,
             DIVISOR,
+            TILE,
         )
         for i in tl.static_range(SPAN // 32):
             k = pair + 16 * (sub * (SPAN // 32) + i)

@@ -10,8 +10,9 @@ Thread t of the four that share a row in a tensor core's step holds words 4t ...
 columns 8t ... 8t + 7 of every 32 (`Recipe.places`), so that it reads x sixteen bytes at a time too. Where groups are of
 16 columns a step must not straddle them, and it is 4t ... 4t + 3 of every 16. The high plane has the same order.
 
-What belongs to groups is stored by group first, [groups, N]: rows that are worked on together read one line of a cache.
-A load that touches eight lines takes eight times as long as one that touches one, however few bytes it asks for.
+Rows are stored sixteen at a time, [N / 16, tiles, 16, words of a tile], so that a warp reads a kilobyte in one piece,
+and so is what belongs to groups, [N / 16, groups / G, 16, G]: the G groups of a tile lie side by side, and a thread has
+them all by one load. Where rows do not fill the last sixteen there are zeros.
 """
 
 from __future__ import annotations
@@ -79,6 +80,11 @@ class Recipe(NamedTuple):
         """Columns of a tile that are sure to share a group."""
         return gcd(self.group, self.tile)
 
+    @property
+    def beside(self) -> int:
+        """Groups that lie side by side: those of a tile, where they fill it."""
+        return self.tile // self.group if self.tile % self.group == 0 else 1
+
 
 _LOW = {2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8}
 
@@ -122,8 +128,8 @@ def prepared(codec: Codec, parts: Mapping[str, Tensor], shape: tuple[int, int]) 
         words[rows] = _gathered(codes & (1 << how.low) - 1, how, how.low, torch.int32)
         if high is not None:
             high[rows] = _gathered(codes >> how.low, how, how.bits - how.low, high.dtype)
-    kept = _scales(codec, parts, shape)
-    return (words, *kept) if high is None else (words, high, *kept)
+    kept = (_blocked(words, WORDS), *_scales(codec, parts, shape, how.beside))
+    return kept if high is None else (kept[0], _blocked(high, WORDS), *kept[1:])
 
 
 def restored(codec: Codec, tensors: tuple[Tensor, ...], shape: tuple[int, int]) -> Parts:
@@ -131,27 +137,28 @@ def restored(codec: Codec, tensors: tuple[Tensor, ...], shape: tuple[int, int]) 
     n, k = shape
     how = recipe(codec, k)
     assert isinstance(how, Recipe)
-    words, rest = tensors[0], tensors[1:]
+    high = how.bits > how.low
+    words, *top = (_by_row(held, n, -(-k // how.tile) * WORDS) for held in tensors[: 2 if high else 1])
+    rest = tensors[2 if high else 1 :]
     codes = torch.empty(n, k, dtype=torch.uint8, device=words.device)
     for rows in chunk_rows(n, k, 1 << 26 if words.is_cuda else 1 << 22):
         codes[rows] = _scattered(words[rows], how, how.low, k)
-        if how.bits > how.low:
-            codes[rows] |= _scattered(rest[0][rows], how, how.bits - how.low, k) << how.low
-    if how.bits > how.low:
-        rest = rest[1:]
+        if high:
+            codes[rows] |= _scattered(top[0][rows], how, how.bits - how.low, k) << how.low
     if isinstance(codec, Affine):
-        parts = {"codes": streams.pack(codes, codec.bits), "scale": _by_group(rest[0])}
-        return parts if codec.symmetric else {**parts, "zero": streams.pack(_by_group(rest[1]), codec.bits)}
+        scale, *zero = (_by_row(held, n, k // how.group) for held in rest)
+        parts = {"codes": streams.pack(codes, codec.bits), "scale": scale}
+        return {**parts, "zero": streams.pack(zero[0], codec.bits)} if zero else parts
     if isinstance(codec, Int8):
         return {"codes": codes.bitwise_xor_(128).view(torch.int8), "scb": rest[0]}
     if isinstance(codec, FourBit):
         pairs = codes.view(-1, 2)
-        packed = {"codes": pairs[:, 0] << 4 | pairs[:, 1], "absmax": _by_group(rest[0]).view(-1)}
+        packed = {"codes": pairs[:, 0] << 4 | pairs[:, 1], "absmax": _by_row(rest[0], n, k // how.group).view(-1)}
         if codec.double:
             packed |= {"nested": rest[1], "offset": rest[2], "map": rest[3]}
         return packed
     assert isinstance(codec, GGML)
-    return {"blocks": _blocks(codec, codes, rest)}
+    return {"blocks": _blocks(codec, codes, rest, how)}
 
 
 def _codes(codec: Codec, parts: Mapping[str, Tensor], shape: tuple[int, int], rows: slice) -> Tensor:
@@ -169,52 +176,61 @@ def _codes(codec: Codec, parts: Mapping[str, Tensor], shape: tuple[int, int], ro
     return unpack_blocks(codec.name, held.reshape(-1, codec.type.nbytes)).codes.view(len(held), k)
 
 
-def _scales(codec: Codec, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, ...]:
+def _scales(codec: Codec, parts: Mapping[str, Tensor], shape: tuple[int, int], beside: int) -> tuple[Tensor, ...]:
     n, k = shape
     if isinstance(codec, Affine):
-        scale = _by_group(parts["scale"])
-        return (
-            (scale,)
-            if codec.symmetric
-            else (
-                scale,
-                _by_group(streams.unpack(parts["zero"], codec.bits, codec.groups(k))),
-            )
-        )
+        held = [parts["scale"]]
+        if not codec.symmetric:
+            held.append(streams.unpack(parts["zero"], codec.bits, codec.groups(k)))
+        return tuple(_blocked(each, beside) for each in held)
     if isinstance(codec, Int8):
         return (parts["scb"],)
     if isinstance(codec, FourBit):
         device = parts["codes"].device
         kept = tuple(parts[name] for name in ("nested", "offset", "map") if name in parts)
-        return (_by_group(parts["absmax"].view(n, -1)), *kept, levels(codec.kind, device).clone())
+        return (_blocked(parts["absmax"].view(n, -1), beside), *kept, levels(codec.kind, device).clone())
     assert isinstance(codec, GGML)
     kind = LAYOUTS[codec.name]
     fields = unpack_blocks(codec.name, parts["blocks"].reshape(-1, kind.nbytes))
     signed = torch.int8 if kind.sc[0] < 0 else torch.uint8
-    found = [_by_group(fields.d.half().view(n, -1))]
+    over = 1 if kind.super else beside
+    found = [_blocked(fields.d.half().view(n, -1), over)]
     if fields.sc is not None:
-        found.append(_by_group(fields.sc.to(signed).view(n, -1)))
+        found.append(_blocked(fields.sc.to(signed).view(n, -1), beside))
     if fields.dmin is not None:  # what is added, or in units of it
-        found.append(_by_group((fields.dmin if kind.super else -fields.dmin).half().view(n, -1)))
+        found.append(_blocked((fields.dmin if kind.super else -fields.dmin).half().view(n, -1), over))
     if fields.m is not None:
-        found.append(_by_group(fields.m.to(torch.uint8).view(n, -1)))
+        found.append(_blocked(fields.m.to(torch.uint8).view(n, -1), beside))
     if kind.nonlinear:
         found.append(torch.tensor(NONLINEAR, dtype=torch.float32, device=fields.d.device))
     return tuple(found)
 
 
-def _by_group(held: Tensor) -> Tensor:
-    """[N, groups] as [groups, N], and back."""
-    return held.T.contiguous()
+def _blocked(held: Tensor, width: int) -> Tensor:
+    """[N, C] as [N / 16, C / width, 16, width]."""
+    rows, columns = held.shape
+    whole = torch.nn.functional.pad(held, (0, -columns % width, 0, -rows % 16))
+    return whole.view(-1, 16, whole.shape[1] // width, width).transpose(1, 2).contiguous()
 
 
-def _blocks(codec: GGML, codes: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-    kind = LAYOUTS[codec.name]
-    left = list(kept)
-    d = _by_group(left.pop(0)).float().view(-1, 1)
-    sc = _by_group(left.pop(0)).to(torch.int16).view(-1, kind.subs) if kind.super else None
-    dmin = _by_group(left.pop(0)).float().view(-1, 1) if kind.affine else None
-    m = _by_group(left.pop(0)).to(torch.int16).view(-1, kind.subs) if kind.super and kind.affine else None
+def _by_row(held: Tensor, n: int, columns: int) -> Tensor:
+    """The inverse of `_blocked`: [n, columns]."""
+    return held.transpose(1, 2).flatten(2).flatten(0, 1)[:n, :columns].contiguous()
+
+
+def _blocks(codec: GGML, codes: Tensor, kept: tuple[Tensor, ...], how: Recipe) -> Tensor:
+    kind, (n, k), left = LAYOUTS[codec.name], codes.shape, list(kept)
+
+    def block() -> Tensor:
+        return _by_row(left.pop(0), n, k // how.block).float().view(-1, 1)
+
+    def group() -> Tensor:
+        return _by_row(left.pop(0), n, k // how.group).to(torch.int16).view(-1, kind.subs)
+
+    d = block()
+    sc = group() if kind.super else None
+    dmin = block() if kind.affine else None
+    m = group() if kind.super and kind.affine else None
     if dmin is not None and not kind.super:
         dmin = -dmin
     blocks = pack_blocks(codec.name, Fields(codes.view(-1, kind.columns), d, dmin, sc, m))

@@ -1,4 +1,4 @@
-"""The Triton kernels as operators of PyTorch, and which of them serves how many rows.
+"""The kernels as operators of PyTorch, and which of them serves how many rows.
 
 An operator has a function that tells shapes alone, so that `torch.compile` and CUDA graphs take it as any other.
 """
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fewbit.kernels.nvidia import in_cuda
-from fewbit.kernels.nvidia.layout import Recipe, operands
+from fewbit.kernels.nvidia.in_cuda import Sizes
+from fewbit.kernels.nvidia.layout import WORDS, Recipe, operands
 
 Config = tuple[int, ...]
 
@@ -60,7 +61,7 @@ def linear(x: Tensor, tensors: list[Tensor], how: Recipe, n: int, config: Config
         return y
     y = x.new_empty(m, n)
     if path == CUDA:
-        in_cuda.linear(x, y, tensors, how, tuple(sizes))
+        in_cuda.linear(x, y, tensors, how, Sizes(*sizes))
         return y
     rows, warps = sizes
     wide = 128 * warps
@@ -73,7 +74,7 @@ def linear(x: Tensor, tensors: list[Tensor], how: Recipe, n: int, config: Config
         k,
         *_strides(how, tensors, k),
         **_constants(how),
-        EVEN=tensors[0].shape[1] % wide == 0,
+        EVEN=tensors[0].shape[1] * WORDS % wide == 0,
         BN=rows,
         BW=wide,
         BFLOAT=x.dtype == torch.bfloat16,
@@ -89,7 +90,7 @@ def values(
     bottom = n if bottom is None else bottom
     y = torch.empty(bottom - top, k, dtype=dtype, device=tensors[0].device)
     rows, wide = 8, 64
-    device().values[(-(-(bottom - top) // rows), -(-tensors[0].shape[1] // wide))](
+    device().values[(-(-(bottom - top) // rows), -(-tensors[0].shape[1] * WORDS // wide))](
         y.view(torch.int32),
         *operands(how, tensors),
         ONE,
@@ -112,10 +113,14 @@ GEMV, VALUES, CUDA = 0, 2, 3
 ONE = 0x3F800000  # the bits of 1.0
 
 
-# Rows of x up to which sizes are best: warps, tiles of 16 rows of W and of 8 rows of x in a warp, tiles at a time.
-# Beyond the last, values for cuBLAS. Measured on an earlier build, weights of 8192 columns; to be swept again.
-CROSSOVERS: dict[str, tuple[tuple[int, Config], ...]] = {
-    "NVIDIA H200": ((8, (8, 1, 1, 1)), (16, (8, 2, 2, 1)), (32, (4, 2, 4, 1)), (64, (4, 2, 8, 1))),
+# Rows of x up to which sizes are best, see in_cuda.Sizes; beyond the last, values for cuBLAS.
+CROSSOVERS: dict[str, tuple[tuple[int, Sizes], ...]] = {
+    "NVIDIA H200": (
+        (8, Sizes(8, 1, 1, 4)),
+        (16, Sizes(8, 2, 2, 2)),
+        (32, Sizes(8, 2, 4, 1, 4)),
+        (192, Sizes(8, 2, 8, 1, 4)),
+    ),
 }
 _DEFAULT = "NVIDIA H200"
 
@@ -125,8 +130,7 @@ def choose(m: int, n: int, k: int, how: Recipe, device: torch.device) -> Config:
     if in_cuda.unusable(device) is None:
         for rows, sizes in CROSSOVERS.get(_name(device), CROSSOVERS[_DEFAULT]):
             if m <= rows:
-                warps, of_w, of_x, deep = sizes
-                return (CUDA, warps, 1 if how.tile // how.sub > 4 else of_w, of_x, deep)
+                return (CUDA, *sizes)
     elif m <= 4:
         words = -(-k // how.tile) * 16
         return (GEMV, 4, 4 if words % 512 == 0 else 2 if words % 256 == 0 else 1)
@@ -139,7 +143,7 @@ def _name(device: torch.device) -> str:
 
 
 def _strides(how: Recipe, tensors: list[Tensor], k: int) -> tuple[int, int, int]:
-    return tensors[0].shape[1], k // how.group, k // how.block
+    return tensors[0].shape[1] * WORDS, k // how.group, k // how.block
 
 
 def _constants(how: Recipe) -> dict[str, int]:

@@ -1,0 +1,271 @@
+// How threads read a packed weight: what few.cu and many.cu share. Both multiply on tensor cores (mma.m16n8k16), W on
+// the left, so that 16 rows of it meet 8 rows of x.
+//
+// Thread t of a group of four holds words 4t ... 4t + 3 of a row's tile, 16 bytes, and reads x where they have their
+// columns (see layout.py). A sum may take its terms in any order, so the words' pairs of columns are places 2t, 2t + 1
+// and 2t + 8, 2t + 9 of a step, two steps for each 32 columns.
+// Codes become numbers two at a time: the bits of a code under the exponent of 128 (bfloat16) or 1024 (float16), less
+// that and the zero point. For few rows in bfloat16 both are taken off a group's sum (FOLD), a third fewer instructions;
+// in float16 that would cost digits, 1024 being great and tensor cores cutting sums off, so it is done code by code.
+// Sums of a group are scaled in float32.
+// Macros that the caller defines: BITS LOW GROUP BLOCK SCALE OFFSET ZERO_POINT TABLE DIVISOR SUB K ROW_WORDS GROUPS BLOCKS
+// SIGNED BFLOAT WARPS MT NT RESIDENT SPLIT.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+
+#define LANES (32 / LOW)
+#define TILE (16 * LANES)
+#define TILES (ROW_WORDS / 16)
+#define SUBS (TILE / SUB)
+#define BESIDE (GROUP < TILE && TILE % GROUP == 0 ? TILE / GROUP : 1)  // groups of a tile, stored side by side
+#define ACROSS ((GROUPS + BESIDE - 1) / BESIDE)
+#define HIGH (BITS - LOW)
+#define MINIMUM (OFFSET >= 2)
+#define SCALE_BYTES (SCALE == 3 || DIVISOR > 1 ? 4 : SCALE == 0 ? 2 : 1)
+#define OFFSET_BYTES (OFFSET == 2 ? 2 : 1)
+#define FOLD (SPLIT == 0 && BFLOAT && LOW < 8 && !TABLE)
+#define SUMS (MINIMUM || FOLD)  // whether sums of x are wanted
+
+#if BFLOAT
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#define EXPONENT 0x43004300u
+#define ONES 0x3F803F80u
+#define BASE 128.0f
+#else
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#define EXPONENT 0x64006400u
+#define ONES 0x3C003C00u
+#define BASE 1024.0f
+#endif
+
+struct alignas(16) Four { u32 v[4]; };
+struct alignas(8) Two { u32 v[2]; };
+template <int BYTES> struct Side { u32 v[(BYTES + 3) / 4]; };  // what lies side by side
+
+struct Weight {
+  const u32* words;
+  const void *high, *a0, *a1;
+  const float *a2, *a3;
+  const void *b0, *b1;
+  const float* table;
+};
+
+__device__ __forceinline__ unsigned long long evict_first() {
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ Four stream(const u32* p, unsigned long long policy) {
+  Four f;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+      : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3]) : "l"(p), "l"(policy));
+  return f;
+}
+__device__ __forceinline__ float half_of(u32 bits) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((u16)bits));
+  return f;
+}
+__device__ __forceinline__ u32 two(float low, float high) {
+  u32 d;
+#if BFLOAT
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+#endif
+  return d;
+}
+__device__ __forceinline__ void mma(float* c, const u32* a, const u32* b) {
+  asm(MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ u32 less(u32 a, u32 b) {  // a - b, two at a time
+  u32 d;
+#if BFLOAT
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(ONES), "r"(b ^ 0x80008000u));
+#else
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#endif
+  return d;
+}
+__device__ __forceinline__ float number(u32 word, int byte, float less) {  // a byte as a float, less something
+  return __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7440 + byte)) - (8388608.0f + less);
+}
+
+// ---- what is asked of memory a tile ahead ---------------------------------------------------------------------------
+
+// Where a row has its piece `at` of `across`, rows being stored sixteen at a time.
+__device__ __forceinline__ int place(int row, int across, int at) { return ((row >> 4) * across + at) * 16 + (row & 15); }
+
+// Values of E bytes, one for each sub-tile of a row's tile.
+template <int E> __device__ __forceinline__ void gather(Side<E * SUBS>& out, const void* from, int tile, int row) {
+  constexpr int B = E * SUBS;
+  if constexpr (BESIDE == SUBS) {
+    const u8* p = (const u8*)from + (long)place(row, ACROSS, tile * TILE / (GROUP * BESIDE)) * B;
+    if constexpr (B == 1) out.v[0] = __ldg(p);
+    else if constexpr (B == 2) out.v[0] = __ldg((const u16*)p);
+    else if constexpr (B == 4) out.v[0] = __ldg((const u32*)p);
+    else if constexpr (B == 8) {
+      const uint2 v = __ldg((const uint2*)p);
+      out.v[0] = v.x, out.v[1] = v.y;
+    } else {
+#pragma unroll
+      for (int i = 0; i < B / 16; ++i) {
+        const uint4 v = __ldg((const uint4*)p + i);
+        out.v[4 * i] = v.x, out.v[4 * i + 1] = v.y, out.v[4 * i + 2] = v.z, out.v[4 * i + 3] = v.w;
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < (B + 3) / 4; ++i) out.v[i] = 0;
+#pragma unroll
+    for (int sub = 0; sub < SUBS; ++sub) {
+      const int at = place(row, ACROSS, min(tile * TILE + sub * SUB, K - SUB) / GROUP);
+      const u32 v = E == 4 ? __ldg((const u32*)from + at) : E == 2 ? __ldg((const u16*)from + at) : __ldg((const u8*)from + at);
+      out.v[sub * E / 4] |= v << sub * E % 4 * 8;
+    }
+  }
+}
+
+struct Step {  // of a row's tile: codes, and what scales and offsets are made of
+  Four low;
+  Two high;
+  Side<SCALE_BYTES * SUBS> scale;
+  Side<OFFSET_BYTES * SUBS> offset;
+  u32 d, dmin;
+  float nested;
+};
+
+__device__ __forceinline__ int nested_at(int row, int tile, int sub) {
+  return (int)(((long)row * GROUPS + (tile * TILE + sub * SUB) / GROUP) >> 8);
+}
+
+__device__ __forceinline__ void ask(Step& s, const Weight& w, int tile, int row, int t, unsigned long long policy) {
+  const int at = place(row, TILES, tile) * 16 + t * 4;
+  s.low = stream(w.words + at, policy);
+#if BITS > LOW
+  if (HIGH * LANES == 8) s.high.v[0] = __ldg((const u32*)((const u8*)w.high + at));
+  else {
+    const uint2 v = __ldg((const uint2*)((const u16*)w.high + at));
+    s.high.v[0] = v.x, s.high.v[1] = v.y;
+  }
+#endif
+  gather<SCALE_BYTES>(s.scale, SCALE == 1 ? w.a1 : w.a0, tile, row);
+  [[maybe_unused]] const int over = place(row, BLOCKS, tile * TILE / BLOCK);
+#if SCALE == 1
+  s.d = __ldg((const u16*)w.a0 + over);
+#elif SCALE == 2
+  s.nested = __ldg((const float*)w.a1 + nested_at(row, tile, 0));
+#endif
+#if OFFSET
+  gather<OFFSET_BYTES>(s.offset, OFFSET == 3 ? w.b1 : w.b0, tile, row);
+#endif
+#if OFFSET == 3
+  s.dmin = __ldg((const u16*)w.b0 + over);
+#endif
+}
+
+// ---- scales and numbers ---------------------------------------------------------------------------------------------
+
+struct Grid { float scale, least, zero; };  // w = scale (code - zero) + least; if FOLD, w = scale code + least
+
+__device__ __forceinline__ Grid grid(const Step& s, const Weight& w, const float* map, int tile, int row, int sub) {
+  Grid g;
+  [[maybe_unused]] const u32 a = s.scale.v[sub * SCALE_BYTES / 4] >> sub * SCALE_BYTES % 4 * 8;
+  [[maybe_unused]] const u32 b = s.offset.v[sub * OFFSET_BYTES / 4] >> sub * OFFSET_BYTES % 4 * 8;
+#if SCALE == 3
+  g.scale = __uint_as_float(a);
+#elif DIVISOR > 1
+  g.scale = __uint_as_float(a) * (1.0f / DIVISOR);
+#elif SCALE == 0
+  g.scale = half_of(a);
+#elif SCALE == 1
+  g.scale = half_of(s.d) * (SIGNED ? number(a ^ 128, 0, 128) : number(a, 0, 0));
+#else
+  const float over = GROUPS % SUBS == 0 && BESIDE == SUBS ? s.nested : __ldg((const float*)w.a1 + nested_at(row, tile, sub));
+  g.scale = map[a & 255] * over + __ldg(w.a2);
+#endif
+#if OFFSET == 2
+  g.least = half_of(b);
+#elif OFFSET == 3
+  g.least = -half_of(s.dmin) * number(b, 0, 0);
+#endif
+#if LOW == 8 && BFLOAT
+  constexpr float base = 8388608.0f;  // no room for 8 bits under an exponent: these codes go by way of float32
+#else
+  constexpr float base = BASE;
+#endif
+#if OFFSET == 1
+  g.zero = number(b, 0, -base);
+#else
+  g.zero = base + ZERO_POINT;
+#endif
+#if FOLD
+  g.least = (MINIMUM ? g.least : 0.0f) - g.scale * g.zero;
+#endif
+  return g;
+}
+
+// The codes of lanes j and j + LANES / 2 of word i as two numbers.
+__device__ __forceinline__ u32 pair(const Step& s, int i, int j, float zero) {
+  const u32 w = s.low.v[i];
+#if LOW == 8 && BFLOAT
+  return two(__uint_as_float(__byte_perm(w, 0x4B000000u, 0x7440 + j)) - zero,
+             __uint_as_float(__byte_perm(w, 0x4B000000u, 0x7442 + j)) - zero);
+#else
+  constexpr u32 mask = (1u << LOW) - 1;
+  // One instruction for both: left to itself the compiler takes two, for two constants.
+  u32 c;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(c) : "r"(w >> j * LOW), "n"(mask | mask << 16), "r"(EXPONENT));
+#if BITS > LOW
+  constexpr u32 top = (1u << HIGH) - 1;
+  u32 h;
+  if (HIGH * LANES == 8) h = (s.high.v[0] >> 8 * i & 15) | (s.high.v[0] >> (8 * i + 4) & 15) << 16;
+  else h = __byte_perm(s.high.v[i / 2], 0, i % 2 ? 0x4342 : 0x4140);
+  const int up = LOW - j * HIGH;
+  c |= (up >= 0 ? h << up : h >> -up) & ((top | top << 16) << LOW);
+#endif
+  return FOLD ? c : less(c, two(zero, zero));
+#endif
+}
+
+// The left operand of step e of 32 columns, from the steps of rows g and g + 8.
+__device__ __forceinline__ void operand(u32* a, const Step* s, const Grid* g, const u32* pairs, int span, int e) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#if TABLE
+      const u32 word = s[r].low.v[e * 2 + half];
+      const int shift = span * 8 - 7;
+      a[half * 2 + r] = *(const u32*)((const char*)pairs +
+          (((shift < 0 ? word << -shift : word >> shift) & 0x7F80u) | (threadIdx.x & 31) * 4));
+#else
+      a[half * 2 + r] = pair(s[r], e * 2 + half, span, g[r].zero);
+#endif
+    }
+}
+
+// Tables into shared memory; returns what follows them.
+__device__ __forceinline__ float* tables(float* shared, const Weight& w, u32*& pairs, float*& map) {
+  float* left = shared;
+#if TABLE
+  // Levels of both codes of a byte, a copy for each thread of a warp, so that no two want one bank.
+  pairs = (u32*)left;
+  for (int i = threadIdx.x; i < 256 * 32; i += WARPS * 32)
+    pairs[i] = two(__ldg(w.table + ((i >> 5) & 15)), __ldg(w.table + (i >> 9)));
+  left += 256 * 32;
+#endif
+#if SCALE == 2
+  map = left;
+  for (int i = threadIdx.x; i < 256; i += WARPS * 32) map[i] = __ldg(w.a3 + i);
+  left += 256;
+#endif
+#if TABLE || SCALE == 2
+  __syncthreads();
+#endif
+  return left;
+}

@@ -1,0 +1,115 @@
+// y [M, N] = x [M, K] times the transpose of packed W, for few rows of x.
+//
+// A block takes 16 * MT rows of W at a time; its warps share the tiles of K, and their sums meet in shared memory. There
+// are as many blocks as the GPU holds at once, and each asks for the first tiles of its next rows before it adds up
+// those that it has, so that memory is never idle but at the start and the end.
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
+    const u16* __restrict__ x, u16* __restrict__ y, const u32* __restrict__ words, const void* __restrict__ high,
+    const void* __restrict__ a0, const void* __restrict__ a1, const float* __restrict__ a2,
+    const float* __restrict__ a3, const void* __restrict__ b0, const void* __restrict__ b1,
+    const float* __restrict__ table, int M, int N) {
+  extern __shared__ float shared[];
+  const Weight weight = {words, high, a0, a1, a2, a3, b0, b1, table};
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int x_top = blockIdx.y * 8 * NT, rows = 16 * MT, cols = 8 * NT, stride = gridDim.x * rows;
+  const unsigned long long policy = evict_first();
+  Step next[MT][2];
+  const auto ahead = [&](int tile, int top) {
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) ask(next[mt][r], weight, tile, min(top + mt * 16 + r * 8 + g, N - 1), t, policy);
+  };
+  ahead(min(warp, TILES - 1), blockIdx.x * rows);
+  const u16* from[NT];  // rows beyond the last read that one, and nobody reads what becomes of it
+#pragma unroll
+  for (int nt = 0; nt < NT; ++nt) from[nt] = x + (long)min(x_top + nt * 8 + g, M - 1) * K;
+  u32* pairs = nullptr;
+  float* map = nullptr;
+  float* sums = tables(shared, weight, pairs, map);
+  for (int top = blockIdx.x * rows; top < N; top += stride) {
+    float acc[MT][NT][4] = {};
+#pragma unroll 1
+    for (int tile = warp; tile < TILES; tile += WARPS) {
+      Step s[MT][2];
+#pragma unroll
+      for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) s[mt][r] = next[mt][r];
+      const bool last = tile + WARPS >= TILES;
+      ahead(last ? warp : tile + WARPS, last ? top + stride : top);  // beyond the end too, for want of a branch
+#pragma unroll
+      for (int sub = 0; sub < SUBS; ++sub) {
+        if (K % TILE && tile * TILE + sub * SUB >= K) break;
+        Grid grids[MT][2];
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+          for (int r = 0; r < 2; ++r)
+            grids[mt][r] = grid(s[mt][r], weight, map, tile, min(top + mt * 16 + r * 8 + g, N - 1), sub);
+        float part[MT][NT][4] = {};
+        float sum[NT][4] = {};
+#pragma unroll
+        for (int span = sub * SUB / 32; span * 32 < (sub + 1) * SUB; ++span) {
+          u32 b[NT][2][2] = {};
+#pragma unroll
+          for (int nt = 0; nt < NT; ++nt) {
+            const int k = tile * TILE + span * 32 + (SUB == 16 ? sub % 2 * 16 + t * 4 : t * 8);
+            if (K % TILE == 0 || k < K) {
+#if SUB == 16
+              const Two v = *(const Two*)(from[nt] + k);
+              b[nt][sub % 2][0] = v.v[0], b[nt][sub % 2][1] = v.v[1];
+#else
+              const Four v = *(const Four*)(from[nt] + k);
+              b[nt][0][0] = v.v[0], b[nt][0][1] = v.v[1], b[nt][1][0] = v.v[2], b[nt][1][1] = v.v[3];
+#endif
+            }
+          }
+#pragma unroll
+          for (int e = SUB == 16 ? sub % 2 : 0; e < (SUB == 16 ? sub % 2 + 1 : 2); ++e) {
+#pragma unroll
+            for (int mt = 0; mt < MT; ++mt) {
+              u32 a[4];
+              operand(a, s[mt], grids[mt], pairs, span, e);
+#pragma unroll
+              for (int nt = 0; nt < NT; ++nt) mma(part[mt][nt], a, b[nt][e]);
+            }
+#if SUMS
+            const u32 ones[4] = {ONES, ONES, ONES, ONES};
+#pragma unroll
+            for (int nt = 0; nt < NT; ++nt) mma(sum[nt], ones, b[nt][e]);
+#endif
+          }
+        }
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+          for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+              acc[mt][nt][c] += grids[mt][c >> 1].scale * part[mt][nt][c];
+#if SUMS
+              acc[mt][nt][c] += grids[mt][c >> 1].least * sum[nt][c];
+#endif
+            }
+      }
+    }
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+          sums[(warp * cols + nt * 8 + t * 2 + (c & 1)) * (rows + 1) + mt * 16 + g + (c >> 1) * 8] = acc[mt][nt][c];
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * cols; i += WARPS * 32) {
+      const int r = i % rows, c = i / rows;
+      float sum = 0;
+#pragma unroll
+      for (int other = 0; other < WARPS; ++other) sum += sums[(other * cols + c) * (rows + 1) + r];
+      if (top + r < N && x_top + c < M) y[(long)(x_top + c) * N + top + r] = (u16)two(sum, 0.0f);
+    }
+    __syncthreads();
+  }
+}
