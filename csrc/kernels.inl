@@ -22,13 +22,14 @@ template <class Fmt> int64_t chunks(const fewbit_weight& w) { return (w.k + Fmt:
 template <class Fmt, int M> void product(const fewbit_weight& w, const char* x, int64_t stride, float* y, int64_t begin,
                                          int64_t end) {
   const int64_t count = chunks<Fmt>(w);
+  typename Fmt::Row row(w);
   for (int64_t n = begin; n < end; n++) {
-    const typename Fmt::Row row = Fmt::row(w, n);
+    row.to(n);
     F sums[M][2];
     for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = Vec::set1(0);
     for (int64_t c = 0; c < count; c++) {
       const char* chunk = x + c * Fmt::STEPS * STEP<Fmt>;
-      Fmt::decode(row, c, count, [&](int step, const U* codes, F s, F o) INLINE_LAMBDA {
+      Fmt::decode(row, c, [&](int step, const U* codes, F s, F o) INLINE_LAMBDA {
         for (int m = 0; m < M; m++) {
           const char* at = chunk + m * stride + step * STEP<Fmt>;
           I dot = Vec::zero();
@@ -107,10 +108,11 @@ template <class Fmt> struct Kernels {
   static void decode(const fewbit_weight& w, int64_t begin, int64_t end, float* out) {
     alignas(64) static constexpr Lanes spread[4] = {by(1, 4, 0), by(1, 4, 4), by(1, 4, 8), by(1, 4, 12)};
     const int64_t count = chunks<Fmt>(w);
+    typename Fmt::Row row(w);
     for (int64_t n = begin; n < end; n++) {
-      const typename Fmt::Row row = Fmt::row(w, n);
+      row.to(n);
       for (int64_t c = 0; c < count; c++, out += Fmt::C)
-        Fmt::decode(row, c, count, [&](int step, const U* codes, F s, F o) INLINE_LAMBDA {
+        Fmt::decode(row, c, [&](int step, const U* codes, F s, F o) INLINE_LAMBDA {
           uint8_t bytes[64 * Fmt::P];
           for (int p = 0; p < Fmt::P; p++) Vec::store(bytes + 64 * p, codes[p]);
           float* to = out + step * 64 * Fmt::P;
