@@ -55,23 +55,25 @@ template <class Fmt> struct Kernels {
     memset(codes, 0, size_t((padded + 255) / 256 * 256));
     memset(scales, 0, size_t((padded + 255) / 256 * 8) * sizeof(float));
     for (int64_t start = 0; start < w.k; start += 32) {
-      const int64_t n = w.k - start < 32 ? w.k - start : 32;
-      const float* v = x + start;
-      float top = 0, poison = 0;
-      for (int64_t i = 0; i < n; i++) {
-        const float size = v[i] < 0 ? -v[i] : v[i];
-        top = size > top ? size : top;
-        poison += v[i] * 0.0f;  // NaN where one is NaN or infinite
+      float v[32] = {};
+      memcpy(v, x + start, size_t(w.k - start < 32 ? w.k - start : 32) * sizeof(float));
+      uint32_t bits[32], top_bits = 0;  // sizes of floats are in the order of their bits, and compilers know integers' best
+      memcpy(bits, v, sizeof bits);
+      for (int i = 0; i < 32; i++) {
+        const uint32_t size = bits[i] & 0x7fffffff;
+        top_bits = size > top_bits ? size : top_bits;
       }
-      const bool finite = poison == 0;
-      const float by = finite && top >= 1e-30f ? 127.0f / top : 0.0f;
-      scales[start / 32] = finite ? (top >= 1e-30f ? top / 127.0f : 0.0f) : poison;
-      for (int64_t i = 0; i < n; i++) {
-        const float stepped = (finite ? v[i] : 0.0f) * by + 12582912.0f;  // 1.5 * 2^23: rounds, ties to even
-        int32_t bits;
-        memcpy(&bits, &stepped, 4);
-        codes[start + i] = int8_t(bits);
+      float top;
+      memcpy(&top, &top_bits, 4);
+      if (top_bits >= 0x7f800000) {  // one is NaN or infinite: all are NaN
+        scales[start / 32] = top * 0.0f;
+        continue;
       }
+      const float by = top >= 1e-30f ? 127.0f / top : 0.0f;
+      scales[start / 32] = top >= 1e-30f ? top / 127.0f : 0.0f;
+      for (int i = 0; i < 32; i++) v[i] = v[i] * by + 12582912.0f;  // 1.5 * 2^23: rounds, ties to even
+      memcpy(bits, v, sizeof bits);
+      for (int i = 0; i < 32; i++) codes[start + i] = int8_t(bits[i]);
     }
     const int64_t count = chunks<Fmt>(w);
     for (int64_t c = 0; c < count; c++) {
