@@ -38,11 +38,13 @@ INLINE F times(F a, float b) { return Vec::mul(a, Vec::set1(b)); }
 
 template <class Block> struct Super {  // of 256 columns
   static constexpr int C = 256;
-  struct Row { const uint8_t* p; };
-  static Row row(const fewbit_weight& w, int64_t n) {
-    return {(const uint8_t*)w.part[0] + n * (w.k / C) * Block::BYTES};
-  }
-  template <class Fn> static INLINE void decode(const Row& r, int64_t c, int64_t, Fn&& fn) {
+  struct Row {
+    const uint8_t *first, *p;
+    int64_t bytes;
+    explicit Row(const fewbit_weight& w) : first((const uint8_t*)w.part[0]), p(first), bytes(w.k / C * Block::BYTES) {}
+    void to(int64_t n) { p = first + n * bytes; }
+  };
+  template <class Fn> static INLINE void decode(const Row& r, int64_t c, Fn&& fn) {
     const uint8_t* p = r.p + c * Block::BYTES;
     for (int at = 0; at < Block::BYTES; at += 64) __builtin_prefetch(p + 2048 + at);
     Block::chunk(p, fn);
@@ -155,25 +157,30 @@ struct IQ4XS : Super<IQ4XS> {
   }
 };
 
-// Blocks of 32 columns, COUNT of them at once; those that a row lacks at its end are zeros.
+// Blocks of 32 columns, COUNT of them at once. At the end of a row blocks of the next are read, with a scale of nought;
+// what lies behind the last row is not.
 template <class Block, int BYTES, int COUNT> struct Small {
   static constexpr int C = 32 * COUNT, STEPS = 1;
-  struct Row { const uint8_t* p; int64_t blocks; };
-  static Row row(const fewbit_weight& w, int64_t n) {
-    return {(const uint8_t*)w.part[0] + n * (w.k / 32) * BYTES, w.k / 32};
-  }
-  template <class Fn> static INLINE void decode(const Row& r, int64_t c, int64_t, Fn&& fn) {
+  struct Row {
+    const uint8_t *first, *end, *p;
+    int64_t blocks;
+    explicit Row(const fewbit_weight& w) : first((const uint8_t*)w.part[0]), p(first), blocks(w.k / 32) {
+      end = first + w.n * blocks * BYTES;
+    }
+    void to(int64_t n) { p = first + n * blocks * BYTES; }
+  };
+  template <class Fn> static INLINE void decode(const Row& r, int64_t c, Fn&& fn) {
     const uint8_t* p = r.p + c * COUNT * BYTES;
     const int64_t left = r.blocks - c * COUNT;
     uint8_t copy[COUNT * BYTES + 16];
-    if (left < COUNT) {
+    if (p + COUNT * BYTES > r.end) {
       memset(copy, 0, sizeof copy);
-      memcpy(copy, p, size_t(left * BYTES));
+      memcpy(copy, p, size_t(r.end - p));
       p = copy;
     }
     __builtin_prefetch(p + 2048);
     __builtin_prefetch(p + 2048 + 64);
-    Block::chunk(p, fn);
+    Block::chunk(p, left < COUNT ? int(left) : COUNT, fn);
   }
 };
 
@@ -187,7 +194,7 @@ template <int KIND> struct Q45 : Small<Q45<KIND>, nibble_bytes(KIND), 4> {
   static INLINE uint64_t four(const uint8_t* p) {
     return word16(p) | word16(p + BYTES) << 16 | word16(p + 2 * BYTES) << 32 | word16(p + 3 * BYTES) << 48;
   }
-  template <class Fn> static INLINE void chunk(const uint8_t* p, Fn& fn) {
+  template <class Fn> static INLINE void chunk(const uint8_t* p, int there, Fn& fn) {
     constexpr int at = BYTES - 16;
     const U q = Vec::join4(p + at, p + at + BYTES, p + at + 2 * BYTES, p + at + 3 * BYTES);
     U codes[2] = {Vec::field<0, 15>(q), Vec::field<4, 15>(q)};
@@ -196,8 +203,9 @@ template <int KIND> struct Q45 : Small<Q45<KIND>, nibble_bytes(KIND), 4> {
       codes[0] = Vec::add_bits(codes[0], four(p + at - 4), 16);
       codes[1] = Vec::add_bits(codes[1], four(p + at - 2), 16);
     }
-    const F s = Vec::pick(Vec::halfs_u64(four(p)), QUADS[0].at);
-    const F o = KIND == Q41 || KIND == Q51 ? Vec::pick(Vec::halfs_u64(four(p + 2)), QUADS[0].at)
+    const uint64_t whole = ~uint64_t(0) >> (16 * (4 - there));
+    const F s = Vec::pick(Vec::halfs_u64(four(p) & whole), QUADS[0].at);
+    const F o = KIND == Q41 || KIND == Q51 ? Vec::pick(Vec::halfs_u64(four(p + 2) & whole), QUADS[0].at)
                                            : times(s, KIND == Q40 ? -8.0f : KIND == Q50 ? -16.0f : -128.0f);
     fn(0, codes, s, o);
   }
@@ -207,41 +215,68 @@ struct Q80 : Small<Q80, 34, 2> {
   static constexpr int P = 1;
   static constexpr bool WIDE = true;
   static constexpr int column(int, int, int b) { return b; }
-  template <class Fn> static INLINE void chunk(const uint8_t* p, Fn& fn) {
+  template <class Fn> static INLINE void chunk(const uint8_t* p, int there, Fn& fn) {
     U codes[1] = {Vec::flip(Vec::join(p + 2, p + 36))};
-    const F s = Vec::split(Vec::half(p), Vec::half(p + 34));
+    const F s = Vec::split(Vec::half(p), there == 2 ? Vec::half(p + 34) : 0.0f);
     fn(0, codes, s, times(s, -128));
   }
 };
 
 // ---- integers with a scale (and a zero point) for each group of columns, codes in a bit stream by row ----------------
 
+// For each of eight words: the bytes that hold an even (odd) code of sixteen, and what moves it to the upper byte.
+template <int BITS> struct Straddling {
+  alignas(16) uint8_t even[16], odd[16];
+  alignas(16) uint16_t even_by[8], odd_by[8];
+  constexpr Straddling() : even(), odd(), even_by(), odd_by() {
+    for (int i = 0; i < 8; i++) {
+      const int a = 2 * i * BITS, b = a + BITS;
+      even[2 * i] = uint8_t(a / 8), even[2 * i + 1] = uint8_t(a / 8 + 1);
+      odd[2 * i] = uint8_t(b / 8), odd[2 * i + 1] = uint8_t(b / 8 + 1);
+      even_by[i] = uint16_t(1 << (8 - a % 8)), odd_by[i] = uint16_t(1 << (8 - b % 8));
+    }
+  }
+};
+
 template <int BITS> struct Affine {
   static constexpr int P = 8 % BITS ? 1 : 8 / BITS, C = 64 * P, STEPS = 1, BYTES = C * BITS / 8;
   static constexpr bool WIDE = BITS == 8;
   static constexpr int column(int, int p, int b) { return P * b + p; }
   struct Row {
-    const uint8_t *codes, *scale, *zero, *zero_end;
-    int64_t bytes, groups;
+    const uint8_t *first, *end, *codes, *first_scale, *scale, *first_zero, *zero_end, *zero;
+    int64_t bytes, groups, zero_bytes;
     int64_t chunks_a_group;  // 0: a chunk has `in_chunk` groups
+    int shift;               // of a chunk's number for its group's; negative: a division is needed
     int in_chunk;
     Lanes lanes;
+    explicit Row(const fewbit_weight& w) {
+      groups = w.k / w.group;
+      bytes = (w.k * BITS + 7) / 8;
+      zero_bytes = (groups * BITS + 7) / 8;
+      codes = first = (const uint8_t*)w.part[0];
+      end = first + w.n * bytes;
+      scale = first_scale = (const uint8_t*)w.part[1];
+      zero = first_zero = (const uint8_t*)w.part[2];
+      zero_end = zero ? zero + w.n * zero_bytes : nullptr;
+      const bool whole = w.group % C == 0 || groups == 1;
+      chunks_a_group = !whole ? 0 : groups == 1 ? 1 : w.group / C;
+      const bool power = !(chunks_a_group & (chunks_a_group - 1));
+      shift = groups == 1 ? 62 : power && whole ? __builtin_ctzll((unsigned long long)chunks_a_group) : -1;
+      in_chunk = whole ? 1 : int(C / w.group);
+      lanes = by(4 * P, whole ? 0 : int(w.group));
+    }
+    void to(int64_t n) {
+      codes = first + n * bytes;
+      scale = first_scale + n * groups * 2;
+      if (first_zero) zero = first_zero + n * zero_bytes;
+    }
   };
-  static Row row(const fewbit_weight& w, int64_t n) {
-    Row r;
-    const int64_t groups = w.k / w.group;
-    r.bytes = (w.k * BITS + 7) / 8;
-    r.groups = groups;
-    r.codes = (const uint8_t*)w.part[0] + n * r.bytes;
-    r.scale = (const uint8_t*)w.part[1] + n * groups * 2;
-    const int64_t zero_bytes = (groups * BITS + 7) / 8;
-    r.zero = w.part[2] ? (const uint8_t*)w.part[2] + n * zero_bytes : nullptr;
-    r.zero_end = r.zero + zero_bytes;
-    const bool whole = w.group % C == 0 || groups == 1;
-    r.chunks_a_group = !whole ? 0 : groups == 1 ? int64_t(1) << 40 : w.group / C;
-    r.in_chunk = whole ? 1 : int(C / w.group);
-    r.lanes = by(4 * P, whole ? 0 : int(w.group));
-    return r;
+  static INLINE float zero(const Row& r, int64_t at) {
+    const int64_t bit = at * BITS;
+    const uint8_t* p = r.zero + bit / 8;
+    unsigned held = *p;
+    if (8 % BITS && p + 1 < r.zero_end) held |= unsigned(p[1]) << 8;
+    return float(int(held >> (bit & 7) & ((1u << BITS) - 1)));
   }
   static INLINE F zeros(const Row& r, int64_t first, int count) {
     const int64_t bit = first * BITS;
@@ -249,44 +284,48 @@ template <int BITS> struct Affine {
     uint64_t held = 0;
     if (p + 8 <= r.zero_end) held = word64(p);
     else memcpy(&held, p, size_t(r.zero_end - p));
-    held >>= bit % 8;
-    if (count == 1) return Vec::set1(float(held & ((1u << BITS) - 1)));
+    held >>= bit & 7;
     return Vec::from_u64(Vec::spread<BITS>(held), count > 8 ? Vec::spread<BITS>(held >> (8 * BITS % 64)) : 0);
   }
-  template <class Fn> static INLINE void decode(const Row& r, int64_t c, int64_t, Fn&& fn) {
+  template <class Fn> static INLINE void decode(const Row& r, int64_t c, Fn&& fn) {
     const uint8_t* p = r.codes + c * BYTES;
-    const int64_t left = r.bytes - c * BYTES;
     __builtin_prefetch(p + 2048);
-    const bool whole = r.chunks_a_group > 0;
-    const int64_t first = !whole ? c * r.in_chunk : r.groups == 1 ? 0 : int64_t(uint32_t(c) / uint32_t(r.chunks_a_group));
-    const int64_t there = r.groups - first;
-    const int count = there < r.in_chunk ? int(there) : r.in_chunk;
-    F s = Vec::halfs(r.scale + 2 * first, count), o;
-    if (r.zero) o = Vec::mul(s, times(zeros(r, first, count), -1));
-    else o = times(s, -float(1 << (BITS - 1)));
-    s = Vec::pick(s, r.lanes.at);
-    o = Vec::pick(o, r.lanes.at);
+    F s, o;
+    if (r.chunks_a_group) {
+      const int64_t group = r.shift >= 0 ? c >> r.shift : int64_t(uint32_t(c) / uint32_t(r.chunks_a_group));
+      const float unit = Vec::half(r.scale + 2 * group);
+      s = Vec::set1(unit);
+      o = Vec::set1(-unit * (r.zero ? zero(r, group) : float(1 << (BITS - 1))));
+    } else {
+      const int64_t group = c * r.in_chunk, there = r.groups - group;
+      const int count = there < r.in_chunk ? int(there) : r.in_chunk;
+      s = Vec::halfs(r.scale + 2 * group, count);
+      o = r.zero ? Vec::mul(s, times(zeros(r, group, count), -1)) : times(s, -float(1 << (BITS - 1)));
+      s = Vec::pick(s, r.lanes.at);
+      o = Vec::pick(o, r.lanes.at);
+    }
     U codes[P];
-    unpack(p, left, codes);
+    unpack(p, r.end - p, codes);
     fn(0, codes, s, o);
   }
+  // At the end of a row codes of the next are read, which meet activations of nought.
   static INLINE void unpack(const uint8_t* p, int64_t left, U* codes) {
     if constexpr (8 % BITS == 0) {
       const U q = left < BYTES ? Vec::load_part(p, left) : Vec::load(p);
       fields(q, codes);
     } else {
       uint8_t copy[64];
-      if (left < BYTES) {
+      if (left < 6 * BITS + 16) {
         memset(copy, 0, sizeof copy);
-        memcpy(copy, p, size_t(left));
+        memcpy(copy, p, size_t(left < BYTES ? left : BYTES));
         p = copy;
       }
-      uint64_t out[8];
-      for (int i = 0; i < 8; i++) {  // eight codes are BITS bytes; the last word is read from where it ends
-        const int at = i * BITS < BYTES - 8 ? i * BITS : BYTES - 8;
-        out[i] = Vec::spread<BITS>(word64(p + at) >> (8 * (i * BITS - at)));
-      }
-      codes[0] = Vec::words(out);
+      // Sixteen codes are 2 BITS bytes. A code lies in a word of 16 bits, which is moved up until it is the upper byte.
+      static constexpr Straddling<BITS> word{};
+      const U q = Vec::join4(p, p + 2 * BITS, p + 4 * BITS, p + 6 * BITS);
+      const U even = Vec::mul16(Vec::shuffle(q, word.even), word.even_by);
+      const U odd = Vec::mul16(Vec::shuffle(q, word.odd), word.odd_by);
+      codes[0] = Vec::upper<(1 << BITS) - 1>(even, odd);
     }
   }
   static INLINE void fields(U q, U* codes) {
@@ -304,21 +343,25 @@ struct Int8 {
   static constexpr int P = 1, C = 64, STEPS = 1;
   static constexpr bool WIDE = true;
   static constexpr int column(int, int, int b) { return b; }
-  struct Row { const uint8_t* codes; int64_t k; float scale; };
-  static Row row(const fewbit_weight& w, int64_t n) {
-    return {(const uint8_t*)w.part[0] + n * w.k, w.k, ((const float*)w.part[1])[n] * (1.0f / 127.0f)};
-  }
-  template <class Fn> static INLINE void decode(const Row& r, int64_t c, int64_t, Fn&& fn) {
-    const uint8_t* p = r.codes + c * C;
-    const int64_t left = r.k - c * C;
-    uint8_t copy[64];
-    if (left < C) {
-      memset(copy, 0, sizeof copy);
-      memcpy(copy, p, size_t(left));
-      p = copy;
+  struct Row {
+    const uint8_t *first, *end, *codes;
+    const float* scales;
+    int64_t k;
+    float scale = 0;
+    explicit Row(const fewbit_weight& w) : first((const uint8_t*)w.part[0]), codes(first), k(w.k) {
+      end = first + w.n * k;
+      scales = (const float*)w.part[1];
     }
+    void to(int64_t n) {
+      codes = first + n * k;
+      scale = scales[n] * (1.0f / 127.0f);
+    }
+  };
+  template <class Fn> static INLINE void decode(const Row& r, int64_t c, Fn&& fn) {
+    const uint8_t* p = r.codes + c * C;
+    const int64_t left = r.end - p;
     __builtin_prefetch(p + 2048);
-    U codes[1] = {Vec::flip(Vec::load(p))};
+    U codes[1] = {Vec::flip(left < C ? Vec::load_part(p, left) : Vec::load(p))};
     const F s = Vec::set1(r.scale);
     fn(0, codes, s, times(s, -128));
   }

@@ -22,13 +22,14 @@ template <class Fmt> int64_t chunks(const fewbit_weight& w) { return (w.k + Fmt:
 template <class Fmt, int M> void product(const fewbit_weight& w, const char* x, int64_t stride, float* y, int64_t begin,
                                          int64_t end) {
   const int64_t count = chunks<Fmt>(w);
+  typename Fmt::Row row(w);
   for (int64_t n = begin; n < end; n++) {
-    const typename Fmt::Row row = Fmt::row(w, n);
+    row.to(n);
     F sums[M][2];
     for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = Vec::set1(0);
     for (int64_t c = 0; c < count; c++) {
       const char* chunk = x + c * Fmt::STEPS * STEP<Fmt>;
-      Fmt::decode(row, c, count, [&](int step, const U* codes, F s, F o) INLINE_LAMBDA {
+      Fmt::decode(row, c, [&](int step, const U* codes, F s, F o) INLINE_LAMBDA {
         for (int m = 0; m < M; m++) {
           const char* at = chunk + m * stride + step * STEP<Fmt>;
           I dot = Vec::zero();
@@ -54,23 +55,25 @@ template <class Fmt> struct Kernels {
     memset(codes, 0, size_t((padded + 255) / 256 * 256));
     memset(scales, 0, size_t((padded + 255) / 256 * 8) * sizeof(float));
     for (int64_t start = 0; start < w.k; start += 32) {
-      const int64_t n = w.k - start < 32 ? w.k - start : 32;
-      const float* v = x + start;
-      float top = 0, poison = 0;
-      for (int64_t i = 0; i < n; i++) {
-        const float size = v[i] < 0 ? -v[i] : v[i];
-        top = size > top ? size : top;
-        poison += v[i] * 0.0f;  // NaN where one is NaN or infinite
+      float v[32] = {};
+      memcpy(v, x + start, size_t(w.k - start < 32 ? w.k - start : 32) * sizeof(float));
+      uint32_t bits[32], top_bits = 0;  // sizes of floats are in the order of their bits, and compilers know integers' best
+      memcpy(bits, v, sizeof bits);
+      for (int i = 0; i < 32; i++) {
+        const uint32_t size = bits[i] & 0x7fffffff;
+        top_bits = size > top_bits ? size : top_bits;
       }
-      const bool finite = poison == 0;
-      const float by = finite && top >= 1e-30f ? 127.0f / top : 0.0f;
-      scales[start / 32] = finite ? (top >= 1e-30f ? top / 127.0f : 0.0f) : poison;
-      for (int64_t i = 0; i < n; i++) {
-        const float stepped = (finite ? v[i] : 0.0f) * by + 12582912.0f;  // 1.5 * 2^23: rounds, ties to even
-        int32_t bits;
-        memcpy(&bits, &stepped, 4);
-        codes[start + i] = int8_t(bits);
+      float top;
+      memcpy(&top, &top_bits, 4);
+      if (top_bits >= 0x7f800000) {  // one is NaN or infinite: all are NaN
+        scales[start / 32] = top * 0.0f;
+        continue;
       }
+      const float by = top >= 1e-30f ? 127.0f / top : 0.0f;
+      scales[start / 32] = top >= 1e-30f ? top / 127.0f : 0.0f;
+      for (int i = 0; i < 32; i++) v[i] = v[i] * by + 12582912.0f;  // 1.5 * 2^23: rounds, ties to even
+      memcpy(bits, v, sizeof bits);
+      for (int i = 0; i < 32; i++) codes[start + i] = int8_t(bits[i]);
     }
     const int64_t count = chunks<Fmt>(w);
     for (int64_t c = 0; c < count; c++) {
@@ -107,10 +110,11 @@ template <class Fmt> struct Kernels {
   static void decode(const fewbit_weight& w, int64_t begin, int64_t end, float* out) {
     alignas(64) static constexpr Lanes spread[4] = {by(1, 4, 0), by(1, 4, 4), by(1, 4, 8), by(1, 4, 12)};
     const int64_t count = chunks<Fmt>(w);
+    typename Fmt::Row row(w);
     for (int64_t n = begin; n < end; n++) {
-      const typename Fmt::Row row = Fmt::row(w, n);
+      row.to(n);
       for (int64_t c = 0; c < count; c++, out += Fmt::C)
-        Fmt::decode(row, c, count, [&](int step, const U* codes, F s, F o) INLINE_LAMBDA {
+        Fmt::decode(row, c, [&](int step, const U* codes, F s, F o) INLINE_LAMBDA {
           uint8_t bytes[64 * Fmt::P];
           for (int p = 0; p < Fmt::P; p++) Vec::store(bytes + 64 * p, codes[p]);
           float* to = out + step * 64 * Fmt::P;

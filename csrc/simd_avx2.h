@@ -19,7 +19,6 @@ struct Vec {
     memcpy(copy, p, size_t(left));
     return load(copy);
   }
-  static U words(const uint64_t* w) { return load((const uint8_t*)w); }
   static U join(const uint8_t* a, const uint8_t* b) { return {part32(a), part32(b)}; }
   static U join4(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
     return {_mm256_inserti128_si256(_mm256_castsi128_si256(part16(a)), part16(b), 1),
@@ -45,6 +44,21 @@ struct Vec {
   static U lookup(U codes, const uint8_t* table) {
     __m256i t = _mm256_broadcastsi128_si256(part16(table));
     return {_mm256_shuffle_epi8(t, codes.lo), _mm256_shuffle_epi8(t, codes.hi)};
+  }
+  static U shuffle(U u, const uint8_t* index) {
+    __m256i at = _mm256_broadcastsi128_si256(part16(index));
+    return {_mm256_shuffle_epi8(u.lo, at), _mm256_shuffle_epi8(u.hi, at)};
+  }
+  static U mul16(U u, const uint16_t* by) {
+    __m256i factor = _mm256_broadcastsi128_si256(part16((const uint8_t*)by));
+    return {_mm256_mullo_epi16(u.lo, factor), _mm256_mullo_epi16(u.hi, factor)};
+  }
+  template <int mask> static __m256i upper32(__m256i even, __m256i odd) {
+    return _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(even, 8), _mm256_set1_epi16(mask)),
+                           _mm256_and_si256(odd, _mm256_set1_epi16((short)(mask << 8))));
+  }
+  template <int mask> static U upper(U even, U odd) {
+    return {upper32<mask>(even.lo, odd.lo), upper32<mask>(even.hi, odd.hi)};
   }
   static __m256i by_bits(uint32_t mask, uint8_t value) {
     const __m256i which = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);

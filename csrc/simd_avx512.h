@@ -15,11 +15,6 @@ struct Vec {
   static U load_part(const uint8_t* p, int64_t left) {  // the first 1 to 63 bytes
     return _mm512_maskz_loadu_epi8((1ull << left) - 1, p);
   }
-  // From registers: eight stores that one load then waits for would stall it.
-  static U words(const uint64_t* w) {
-    return _mm512_set_epi64((long long)w[7], (long long)w[6], (long long)w[5], (long long)w[4], (long long)w[3],
-                            (long long)w[2], (long long)w[1], (long long)w[0]);
-  }
   static __m256i part32(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static __m128i part16(const uint8_t* p) { return _mm_loadu_si128((const __m128i*)p); }
   static U join(const uint8_t* a, const uint8_t* b) {
@@ -46,6 +41,16 @@ struct Vec {
   static U flip(U a) { return _mm512_xor_si512(a, _mm512_set1_epi8((char)0x80)); }
   static U lookup(U codes, const uint8_t* table) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(part16(table)), codes);
+  }
+  static U shuffle(U u, const uint8_t* index) {
+    return _mm512_shuffle_epi8(u, _mm512_broadcast_i32x4(part16(index)));
+  }
+  static U mul16(U u, const uint16_t* by) {
+    return _mm512_mullo_epi16(u, _mm512_broadcast_i32x4(part16((const uint8_t*)by)));
+  }
+  template <int mask> static U upper(U even, U odd) {
+    return either(_mm512_and_si512(_mm512_srli_epi16(even, 8), _mm512_set1_epi16(mask)),
+                  _mm512_and_si512(odd, _mm512_set1_epi16((short)(mask << 8))));
   }
   static U add_bits(U codes, uint64_t mask, uint8_t value) {
     return _mm512_mask_add_epi8(codes, (__mmask64)mask, codes, _mm512_set1_epi8((char)value));

@@ -17,7 +17,6 @@ struct Vec {
     memcpy(copy, p, size_t(left));
     return load(copy);
   }
-  static U words(const uint64_t* w) { return load((const uint8_t*)w); }
   static U join(const uint8_t* a, const uint8_t* b) {
     return {{vld1q_u8(a), vld1q_u8(a + 16), vld1q_u8(b), vld1q_u8(b + 16)}};
   }
@@ -37,6 +36,20 @@ struct Vec {
     const uint8x16_t t = vld1q_u8(table);
     for (int i = 0; i < 4; i++) codes.x[i] = vqtbl1q_u8(t, codes.x[i]);
     return codes;
+  }
+  static U shuffle(U u, const uint8_t* index) {
+    for (int i = 0; i < 4; i++) u.x[i] = vqtbl1q_u8(u.x[i], vld1q_u8(index));
+    return u;
+  }
+  static U mul16(U u, const uint16_t* by) {
+    for (int i = 0; i < 4; i++) u.x[i] = vreinterpretq_u8_u16(vmulq_u16(vreinterpretq_u16_u8(u.x[i]), vld1q_u16(by)));
+    return u;
+  }
+  template <int mask> static U upper(U even, U odd) {
+    for (int i = 0; i < 4; i++) {  // bytes 1, 3, 5 ... of both, taken in turn
+      even.x[i] = vandq_u8(vtrn2q_u8(even.x[i], odd.x[i]), vdupq_n_u8(mask));
+    }
+    return even;
   }
   static U add_bits(U codes, uint64_t mask, uint8_t value) {
     static const uint8_t order[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};

@@ -16,7 +16,6 @@ struct Vec {
     memcpy(copy, p, size_t(left));
     return load(copy);
   }
-  static U words(const uint64_t* w) { return load((const uint8_t*)w); }
   static U join(const uint8_t* a, const uint8_t* b) { U u; memcpy(u.x, a, 32); memcpy(u.x + 32, b, 32); return u; }
   static U join4(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
     U u;
@@ -47,6 +46,25 @@ struct Vec {
   static U lookup(U codes, const uint8_t* table) {
     for (int i = 0; i < 64; i++) codes.x[i] = table[codes.x[i]];
     return codes;
+  }
+  // Each 16 bytes in the order of `index`.
+  static U shuffle(U u, const uint8_t* index) {
+    U out;
+    for (int i = 0; i < 64; i++) out.x[i] = u.x[i / 16 * 16 + index[i % 16] % 16];
+    return out;
+  }
+  // Words of 16 bits, each eight times `by`.
+  static U mul16(U u, const uint16_t* by) {
+    for (int i = 0; i < 32; i++) {
+      const unsigned product = (u.x[2 * i] | unsigned(u.x[2 * i + 1]) << 8) * by[i % 8];
+      u.x[2 * i] = uint8_t(product), u.x[2 * i + 1] = uint8_t(product >> 8);
+    }
+    return u;
+  }
+  // The upper byte of each word of both in turn, masked.
+  template <int mask> static U upper(U even, U odd) {
+    for (int i = 0; i < 64; i += 2) even.x[i] = even.x[i + 1] & mask, even.x[i + 1] = odd.x[i + 1] & mask;
+    return even;
   }
   // codes | value where the bit of `mask` is set.
   static U add_bits(U codes, uint64_t mask, uint8_t value) {

@@ -68,6 +68,31 @@ def test_every_instruction_set_gives_the_product(instructions: str, spec: str) -
             assert (y - exact).norm() <= 1e-5 * exact.norm()
 
 
+TAILS = [(spec, k) for spec in dict.fromkeys(SPECS) for k in (96, 160, 576) if parse(spec).why_not((5, k)) is None]
+
+
+@pytest.mark.parametrize(("spec", "k"), TAILS)
+def test_rows_that_end_within_a_step_stop_there(instructions: str, spec: str, k: int) -> None:
+    weight, kernel, x = weight_of(spec, 5, k), kernel_of("cpu"), x_of(3, k)
+    if kernel.why_not(weight.codec, (5, k), torch.device("cpu"), torch.float32) or weight.shape[1] != k:
+        pytest.skip("not served")
+    exact = kernel.rounded(x, weight.codec) @ weight.dequantize().T
+    y = kernel.linear(x, weight.codec, kernel.prepare(weight.codec, weight.parts, weight.shape), weight.shape)
+    assert (y - exact).norm() <= 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("spec", ["q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "q8_0"])
+def test_a_row_does_not_see_the_next_one_spoilt(instructions: str, spec: str) -> None:
+    weight, kernel, x = weight_of(spec, 2, 96), kernel_of("cpu"), x_of(1, 96)
+    before = kernel.linear(x, weight.codec, kernel.prepare(weight.codec, weight.parts, (2, 96)), (2, 96))
+    parts = {name: part.clone() for name, part in weight.parts.items()}
+    whole = parts[weight.codec.payload].view(torch.uint8).flatten()
+    whole[len(whole) // 2 :] = 0x7C  # 0x7c7c is not a number
+    after = kernel.linear(x, weight.codec, kernel.prepare(weight.codec, parts, (2, 96)), (2, 96))
+    assert torch.equal(after[:, 0], before[:, 0])
+    assert bool(after[:, 1].isnan().all())
+
+
 @specs
 def test_results_depend_on_neither_threads_nor_rows_beside(library: ctypes.CDLL, spec: str) -> None:
     weight, kernel, threads = weight_of(spec, 257), kernel_of("cpu"), torch.get_num_threads()

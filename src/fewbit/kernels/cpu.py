@@ -78,17 +78,13 @@ class _Native(Kernel):
         return dict(zip(part_order(codec, shape), prepared, strict=True))
 
     def linear(self, x: Tensor, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Tensor:
-        products: list[Tensor] = []
-        start = 0
         # The dispatcher takes as long as 200 rows of 576 columns; only those who look at the graph need it.
         plain = type(x) is Tensor and not torch.compiler.is_compiling()
         multiply = _linear if plain else torch.ops.fewbit.cpu_linear
-        for segment, n in _segments(codec, shape):
-            layout = _layout(segment, (n, shape[1]))
-            assert not isinstance(layout, str)
-            end = start + len(segment.part_specs((n, shape[1])))
-            products.append(multiply(x, prepared[start:end], *layout, n, self.exact))
-            start = end
+        products = [
+            multiply(x, prepared[start:end], *layout, n, self.exact)
+            for layout, n, start, end in _products(codec, shape)
+        ]
         y: Tensor = products[0] if len(products) == 1 else torch.cat(products, 1)
         return y
 
@@ -128,6 +124,19 @@ def _segments(codec: Codec, shape: tuple[int, int]) -> Sequence[tuple[Codec, int
     if isinstance(codec, Stacked) and all(isinstance(segment, FourBit) for segment, _ in codec.segments):
         return codec.segments
     return ((codec, shape[0]),)
+
+
+@cache
+def _products(codec: Codec, shape: tuple[int, int]) -> Sequence[tuple[Layout, int, int, int]]:
+    """Layout, rows, first and last part of each product that makes up one by such a weight."""
+    found, start = [], 0
+    for segment, n in _segments(codec, shape):
+        layout = _layout(segment, (n, shape[1]))
+        assert not isinstance(layout, str)
+        end = start + len(segment.part_specs((n, shape[1])))
+        found.append((layout, n, start, end))
+        start = end
+    return found
 
 
 @cache
@@ -182,12 +191,12 @@ def _linear(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int
         raise KernelError(f"activations of {x.dim()} dimensions, [rows, columns] expected")
     m, k = x.shape
     weight = _weight(kind, bits, group, n, k, tuple(map(_buffer, parts)))
-    read = x.to(torch.float32).contiguous()
+    read = (x if x.dtype == torch.float32 else x.float()).contiguous()
     threads = torch.get_num_threads()
     if m <= FEW and (not exact or kind in (_LEVELS, _LEVELS_DOUBLE)):
         y = torch.empty(m, n)
         _check(lib.fewbit_linear(weight, read.data_ptr(), m, y.data_ptr(), threads), n, k)
-        return y.to(x.dtype)
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
     columns = lib.fewbit_columns(weight)
     _check(-min(columns, 0), n, k)
     arranged = torch.empty(m, columns)
