@@ -1,6 +1,6 @@
 """How fast an 8B-shaped model decodes on a GPU: tokens a second of whole steps in a CUDA graph, bf16 beside.
 
-    python benchmarks/decode_gpu.py [--sequences 1,8,32] [--head SCHEME] [--length 512] [--layers 32] [SCHEME ...]
+    python -m benchmarks.decode_gpu [--sequences 1,8,32] [--head SCHEME] [--length 512] [--layers 32] [SCHEME ...]
 
 The model has Llama 3 8B's widths and random packed weights, so what it writes means nothing and takes as long as any
 text. It is fused and generates as `fewbit generate --fuse` does; the time is that of 128 tokens less that of 32, by the
@@ -16,11 +16,11 @@ import time
 from typing import Any
 
 import torch
-from gpu import CUDA, random_parts
-from quantize_gpu import CONFIG
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.gpu import CUDA, random_parts
+from benchmarks.quantize_gpu import CONFIG
 from fewbit.models.decode import within
 from fewbit.models.fuse import fuse
 from fewbit.nn import QLinear
@@ -33,7 +33,8 @@ def made(spec: str, head: str, layers: int) -> Any:
     """A random model on the GPU, its blocks' linears in `spec`, its head in `head`."""
     config = LlamaConfig(**{**CONFIG, "num_hidden_layers": layers})
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model: Any = LlamaForCausalLM(config)
+        model.to(torch.bfloat16)
     for name, module in list(model.named_modules()):
         scheme = head if name == "lm_head" else spec
         if isinstance(module, nn.Linear) and scheme != "bf16":

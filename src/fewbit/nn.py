@@ -267,9 +267,17 @@ def _disagreement(
         exact = reference.linear(
             read, weight.codec, reference.prepare(weight.codec, weight.parts, weight.shape), weight.shape
         )
-        got = kernel.linear(x, weight.codec, kernel.prepare(weight.codec, weight.parts, weight.shape), weight.shape)
+        try:
+            got = kernel.linear(x, weight.codec, kernel.prepare(weight.codec, weight.parts, weight.shape), weight.shape)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler, a driver, a library: what they raise differs
+            got, failed = torch.full_like(exact, torch.nan), f"fails ({type(error).__name__}: {error!s:.200})"
+        else:
+            failed = ""
         distance = float((got.float() - exact.float()).norm() / exact.float().norm().clamp(min=1e-30))
-        _verdicts[key] = None if distance <= TOLERANCE[dtype] else f"differs from the reference by {distance:.1e}"
+        wrong = failed or f"differs from the reference by {distance:.1e}"
+        _verdicts[key] = None if distance <= TOLERANCE[dtype] else wrong
         if _verdicts[key]:
             warnings.warn(f"kernel {kernel.name} {_verdicts[key]} on {weight.codec}: not used", stacklevel=2)
     return _verdicts[key]

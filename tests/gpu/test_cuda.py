@@ -59,7 +59,7 @@ def test_a_packed_layer_moves_between_devices() -> None:
     for device in ("cuda", "cpu", "cuda"):
         layer = layer.to(device)
         assert layer.kernel is not None
-        assert layer.kernel.name == "torch_int4"
+        assert layer.kernel.name == ("nvidia" if device == "cuda" else "torch_int4")
         parts = layer.qtensor().parts
         assert all(torch.equal(parts[name].cpu(), part) for name, part in weight.parts.items())
 

@@ -241,6 +241,16 @@ class Liar(Reference):
         return super().linear(x, codec, prepared, shape) * 1.1
 
 
+class Broken(Reference):
+    """Fails, as where a compiler or a driver does."""
+
+    name: ClassVar[str] = "broken"
+    priority: ClassVar[int] = 1000
+
+    def linear(self, x: Tensor, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Tensor:
+        raise RuntimeError("no such instruction")
+
+
 class Choosy(Reference):
     """Refuses all."""
 
@@ -255,6 +265,12 @@ class Choosy(Reference):
 def liar(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(registry.entries("kernels"), "liar", Liar)
     return "liar"
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(registry.entries("kernels"), "broken", Broken)
+    return "broken"
 
 
 @pytest.fixture
@@ -276,6 +292,13 @@ def test_a_kernel_that_lies_is_refused_with_a_warning(liar: str, without_library
 def test_a_kernel_that_lies_cannot_be_forced(liar: str) -> None:
     with pytest.warns(UserWarning, match="liar"), pytest.raises(KernelError, match="liar: differs"):
         choose(weight_of("int3-g16"), torch.device("cpu"), torch.float32, liar)
+
+
+def test_a_kernel_that_fails_is_refused_with_a_warning(broken: str, without_library: None) -> None:
+    with pytest.warns(UserWarning, match=r"kernel broken fails \(RuntimeError: no such instruction\) on int3-g16"):
+        layer = layer_of(weight_of("int3-g16"))
+    assert layer.kernel is not None
+    assert layer.kernel.name == "reference"
 
 
 def test_a_kernel_that_refuses_cannot_be_forced(choosy: str, without_library: None) -> None:
