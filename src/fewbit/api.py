@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fewbit import calibration as texts
-from fewbit import folder_output, gguf_output, heap, outputs, pipeline, registry, report
+from fewbit import folder_output, gguf_output, heap, outputs, pipeline, ranks, registry, report
 from fewbit import plan as plans
 from fewbit.advise import hardware
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
@@ -31,6 +31,7 @@ from fewbit.models.source import locate
 from fewbit.report import Evaluation, Measured, Preview, Quantized
 
 SCHEMA = 1
+_NOT_KEPT = ("out", "plan", "peak", "gpu_peak", "anonymous", "sample")  # of a result, in the record beside it
 
 
 def quantize(
@@ -49,74 +50,81 @@ def quantize(
     """Quantize `model` by `plan` into the folder, or the GGUF file, `out`, which appears whole or not at all.
 
     imatrix: a file of importances as llama.cpp writes them, in place of calibration. The same call after an
-    interruption goes on at the block where it stopped. PlanError before any work if the plan does not fit the model,
+    interruption goes on at the block where it stopped. Where torchrun started several processes, all of them make this
+    call and share the work; the first writes. PlanError before any work if the plan does not fit the model,
     FormatError for a broken checkpoint, NumericsError (naming the tensor) for NaN or Inf in it.
     """
     elapsed = pipeline.timed()
     wanted = plans.find(plan) if isinstance(plan, str) else plan
-    out = outputs.claimed(out, overwrite=overwrite, file=is_file(out, wanted))
-    heap.return_freed()
-    job = Job.prepare(model, wanted, device, safetensors_only, trust_remote_code, imatrix)
-    outputs.spare(out, job.source.origin, job.source.folder, *job.source.files)
-    preview = job.preview()
-    free = shutil.disk_usage(outputs.existing(out.parent)).free
-    if free < 2 * preview.output_bytes:  # block results, then the folder put together from them
-        raise PlanError(
-            f"{report.size(2 * preview.output_bytes)} of disk are needed for {out}, {report.size(free)} are free"
-        )
-    tokenizer = load_tokenizer(job.source, trust_remote_code=trust_remote_code)
-    # What no file can say of the model is found before any work.
-    header = gguf_header.of(job.source, trust_remote_code=trust_remote_code) if job.single_file else None
-    tokens, calibrated = job.tokens(calibration, tokenizer)
-    versions = hardware.versions()
-    run = pipeline.Run(pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions, job.importance))
-    tensors = pipeline.quantize_blocks(
-        job.skeleton, job.resolved, tokens, run, progress or (lambda step: None), job.importance
-    )
-    weights = sum(prod(t.shape) for t in tensors)
-    done = Quantized(
-        out=str(out),
-        plan=job.resolved.plan.name,
-        notes=[*job.notes, *fewer(calibration, calibrated)],
-        tensors=tensors,
-        original_bytes=preview.original_bytes,
-        output_bytes=preview.output_bytes,
-        bits_per_weight=8 * sum(t.nbytes for t in tensors) / weights,
-        share=preview.share,
-        seconds=elapsed(),
-        peak=0,
-        gpu_peak=0,
-        anonymous=0,
-        sample="",
-    )
-    record = {
-        "schema_version": SCHEMA,
-        "versions": versions,
-        "model": job.source.name,
-        "calibration": calibrated,
-        "plan": job.resolved.plan.to_json(),
-        **{
-            k: v for k, v in asdict(done).items() if k not in ("out", "plan", "peak", "gpu_peak", "anonymous", "sample")
-        },
-    }
-    with outputs.published(out, overwrite=overwrite, file=job.single_file) as made:
-        if header is not None:
-            written = gguf_output.write(made, job.skeleton, job.resolved, run, header, record)
-        else:
-            written = folder_output.write(made, job.skeleton, job.resolved, run)
-            (made / "fewbit.json").write_text(json.dumps(record, indent=1) + "\n")
-            (made / "README.md").write_text(report.model_card(record))
-        if written != preview.output_bytes:
-            raise FormatError(f"{written} bytes were written where {preview.output_bytes} were foreseen")
-        try:
-            sample = _reopened(made, tokenizer, hardware.device(device), trust_remote_code)
-        except KernelError:  # quantizing took a block at a time, the whole model may not fit the device
-            sample = _reopened(made, tokenizer, "cpu", trust_remote_code)
-    run.forget()
-    held = memory.now()
-    return replace(
-        done, seconds=elapsed(), peak=held.peak, gpu_peak=memory.on_gpus(), anonymous=held.anonymous, sample=sample
-    )
+    with ranks.joined(device) as device:
+        out, file = Path(out), is_file(out, wanted)
+        if ranks.first():
+            outputs.claimed(out, overwrite=overwrite, file=file)
+        heap.return_freed()
+        job = Job.prepare(model, wanted, device, safetensors_only, trust_remote_code, imatrix)
+        preview = job.preview()
+        if ranks.first():
+            outputs.spare(out, job.source.origin, job.source.folder, *job.source.files)
+            _check_space(out, 2 * preview.output_bytes)  # block results, then what is put together from them
+        tokenizer = load_tokenizer(job.source, trust_remote_code=trust_remote_code)
+        # What no file can say of the model is found before any work.
+        header = gguf_header.of(job.source, trust_remote_code=trust_remote_code) if job.single_file else None
+        tokens, calibrated = job.tokens(calibration, tokenizer)
+        versions = hardware.versions()
+        run = pipeline.Run(pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions, job.importance))
+        tensors = pipeline.quantize_blocks(job.skeleton, job.resolved, tokens, run, progress or _silent, job.importance)
+
+        def published() -> Quantized:
+            weights = sum(prod(t.shape) for t in tensors)
+            done = Quantized(
+                out=str(out),
+                plan=job.resolved.plan.name,
+                notes=[*job.notes, *fewer(calibration, calibrated)],
+                tensors=tensors,
+                original_bytes=preview.original_bytes,
+                output_bytes=preview.output_bytes,
+                bits_per_weight=8 * sum(t.nbytes for t in tensors) / weights,
+                share=preview.share,
+                seconds=elapsed(),
+                peak=0,
+                gpu_peak=0,
+                anonymous=0,
+                sample="",
+            )
+            kept = {k: v for k, v in asdict(done).items() if k not in _NOT_KEPT}
+            record = {
+                "schema_version": SCHEMA,
+                "versions": versions,
+                "model": job.source.name,
+                "calibration": calibrated,
+                "plan": job.resolved.plan.to_json(),
+                **kept,
+            }
+            with outputs.published(out, overwrite=overwrite, file=file) as made:
+                if header is not None:
+                    written = gguf_output.write(made, job.skeleton, job.resolved, run, header, record)
+                else:
+                    written = folder_output.write(made, job.skeleton, job.resolved, run)
+                    (made / "fewbit.json").write_text(json.dumps(record, indent=1) + "\n")
+                    (made / "README.md").write_text(report.model_card(record))
+                if written != preview.output_bytes:
+                    raise FormatError(f"{written} bytes were written where {preview.output_bytes} were foreseen")
+                try:
+                    sample = _reopened(made, tokenizer, hardware.device(device), trust_remote_code)
+                except KernelError:  # quantizing took a block at a time, the whole model may not fit the device
+                    sample = _reopened(made, tokenizer, "cpu", trust_remote_code)
+            run.forget()
+            held = memory.now()
+            return replace(
+                done,
+                seconds=elapsed(),
+                peak=held.peak,
+                gpu_peak=memory.on_gpus(),
+                anonymous=held.anonymous,
+                sample=sample,
+            )
+
+        return ranks.from_first(published)
 
 
 def preview(
@@ -144,21 +152,39 @@ def imatrix(
     progress: pipeline.Progress | None = None,
 ) -> Measured:
     """Write the importance matrix of `model` on a calibration text to `out`, a .gguf or .dat file as of llama.cpp."""
-    elapsed, out = pipeline.timed(), outputs.claimed(out, overwrite=overwrite, file=True)
+    elapsed, out = pipeline.timed(), Path(out)
     if reason := importances.why_not(out):
         raise PlanError(reason, "Give another -o.")
-    source = unquantized(model, safetensors_only)
-    skeleton = skeleton_of(source, hardware.device(device), trust_remote_code)
-    names = gguf_output.model_of(skeleton).names
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    tokens, text = windows(calibration, source, tokenizer)
-    found = pipeline.measure(skeleton, tokens, progress or (lambda step: None))
-    matrix = {
-        f"{names[module]}.weight": importances.Importance(s.mean_square.cpu(), s.rows) for module, s in found.items()
-    }
-    with outputs.published(out, overwrite=overwrite, file=True) as made:
-        importances.write(made, matrix, chunks=len(tokens), length=tokens.shape[1], text=text["text"])
-    return Measured(str(out), len(matrix), tokens.numel(), text["text"], fewer(calibration, text), elapsed())
+    with ranks.joined(device) as device:
+        if ranks.first():
+            outputs.claimed(out, overwrite=overwrite, file=True)
+        source = unquantized(model, safetensors_only)
+        skeleton = skeleton_of(source, hardware.device(device), trust_remote_code)
+        names = gguf_output.model_of(skeleton).names
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        tokens, text = windows(calibration, source, tokenizer)
+        found = pipeline.measure(skeleton, tokens, progress or _silent)
+
+        def published() -> Measured:
+            matrix = {
+                f"{names[m]}.weight": importances.Importance(s.mean_square.cpu(), s.rows) for m, s in found.items()
+            }
+            with outputs.published(out, overwrite=overwrite, file=True) as made:
+                importances.write(made, matrix, chunks=len(tokens), length=tokens.shape[1], text=text["text"])
+            return Measured(str(out), len(matrix), tokens.numel(), text["text"], fewer(calibration, text), elapsed())
+
+        return ranks.from_first(published)
+
+
+def _silent(step: pipeline.Step) -> None:
+    pass
+
+
+def _check_space(out: Path, needed: int) -> None:
+    """PlanError unless so many bytes are free where `out` will be."""
+    free = shutil.disk_usage(outputs.existing(out.parent)).free
+    if free < needed:
+        raise PlanError(f"{report.size(needed)} of disk are needed for {out}, {report.size(free)} are free")
 
 
 def load(
@@ -211,40 +237,42 @@ def evaluate(
     length: tokens of a window, the model's context up to 2048 by default. samples: how many windows, all by default.
     dtype of activations: float32 on a CPU, the checkpoint's own on a GPU by default. kernel: for `model`, as in `load`.
     """
-    elapsed, device = pipeline.timed(), hardware.device(device)
-    source, original = locate(model), locate(reference) if reference is not None else None
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    if original is not None and load_tokenizer(original).get_vocab() != tokenizer.get_vocab():
-        raise PlanError(f"{model} and {reference} have different tokenizers", "Compare models of one vocabulary.")
-    most = source.context
-    if length is not None and length > most:
-        raise PlanError(f"--length {length} is beyond the model's context of {most} tokens")
-    if length is not None and length < 2:
-        raise PlanError(f"--length {length}: a window needs at least 2 tokens")
-    # The original may know a text that a GGUF file made from it has no word for.
-    loaded_text = texts.load_text(text or texts.own_source((original or source).config), "evaluation")
-    chosen = texts.windows(texts.encode(loaded_text, tokenizer), length or min(2048, most), samples)
-    options: dict[str, Any] = {
-        "dtype": dtype or ("auto" if device != "cpu" else torch.float32),
-        "device": device,
-        "trust_remote_code": trust_remote_code,
-    }
-    measured = quality.measure(
-        load_model(source, adapter=adapter, kernel=kernel, **options),
-        load_model(original, adapter=reference_adapter, **options) if original is not None else None,
-        chosen,
-        (lambda done: progress(done, len(chosen))) if progress else None,
-    )
-    return Evaluation(
-        model=_named(model, adapter),
-        reference=None if reference is None else _named(reference, reference_adapter),
-        text=loaded_text.name,
-        quality=measured,
-        inspection=describe(source),
-        peak=memory.now().peak,
-        gpu_peak=memory.on_gpus(),
-        seconds=elapsed(),
-    )
+    elapsed = pipeline.timed()
+    with ranks.joined(device) as device:
+        device = hardware.device(device)
+        source, original = locate(model), locate(reference) if reference is not None else None
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        if original is not None and load_tokenizer(original).get_vocab() != tokenizer.get_vocab():
+            raise PlanError(f"{model} and {reference} have different tokenizers", "Compare models of one vocabulary.")
+        most = source.context
+        if length is not None and length > most:
+            raise PlanError(f"--length {length} is beyond the model's context of {most} tokens")
+        if length is not None and length < 2:
+            raise PlanError(f"--length {length}: a window needs at least 2 tokens")
+        # The original may know a text that a GGUF file made from it has no word for.
+        loaded_text = texts.load_text(text or texts.own_source((original or source).config), "evaluation")
+        chosen = texts.windows(texts.encode(loaded_text, tokenizer), length or min(2048, most), samples)
+        options: dict[str, Any] = {
+            "dtype": dtype or ("auto" if device != "cpu" else torch.float32),
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+        }
+        measured = quality.measure(
+            load_model(source, adapter=adapter, kernel=kernel, **options),
+            load_model(original, adapter=reference_adapter, **options) if original is not None else None,
+            chosen,
+            (lambda done: progress(done, len(chosen))) if progress else None,
+        )
+        return Evaluation(
+            model=_named(model, adapter),
+            reference=None if reference is None else _named(reference, reference_adapter),
+            text=loaded_text.name,
+            quality=measured,
+            inspection=describe(source),
+            peak=memory.now().peak,
+            gpu_peak=memory.on_gpus(),
+            seconds=elapsed(),
+        )
 
 
 def inspect(model: str | Path) -> Inspection:

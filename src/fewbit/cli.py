@@ -13,7 +13,7 @@ import typer
 
 from fewbit import cli_advice
 from fewbit.cli_compare import compare
-from fewbit.errors import FewbitError, PlanError
+from fewbit.errors import FewbitError, PeerError, PlanError
 
 app = typer.Typer(
     name="fewbit",
@@ -24,6 +24,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # drawing the help in boxes takes longer than all else that it does
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+_SHARED = ("quantize", "imatrix", "evaluate")  # what the processes of torchrun can part among themselves
 
 Model = Annotated[str, typer.Argument(help="A folder, a Hub name (org/model), or tiny, the embedded model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -398,12 +400,28 @@ def _method_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def _print(data: Any) -> None:
-    print(json.dumps(data, indent=1, allow_nan=False))
+    from fewbit.report import out
+
+    if not out.quiet:
+        print(json.dumps(data, indent=1, allow_nan=False))
 
 
 def _note(message: Warning | str, *where: Any, **more: Any) -> None:
     """A warning as a user of the command line wants to read it."""
     sys.stderr.write(f"note: {message}\n")
+
+
+def _among_others(arguments: list[str]) -> None:
+    """Where torchrun started several processes, one speaks for all; PlanError for what one process does alone."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+        return
+    if os.environ["RANK"] != "0":
+        warnings.showwarning = lambda *args, **more: None
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in _SHARED:
+        message = f"{arguments[0]} runs in one process"
+        if os.environ["RANK"] != "0":
+            raise PeerError(message, told=True)
+        raise PlanError(message, f"torchrun is for {', '.join(_SHARED)}.")
 
 
 def main() -> None:
@@ -417,6 +435,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         options: dict[str, str] = {}
+        _among_others(arguments)
         if arguments[:1] == ["quantize"]:
             arguments[1:], options = _method_flags(arguments[1:])
         code = app(arguments, obj=options, standalone_mode=False)
@@ -429,7 +448,8 @@ def main() -> None:
     except FewbitError as error:
         if debug:
             raise
-        sys.stderr.write(f"error: {error.message}\n" + (f"  {error.hint}\n" if error.hint else ""))
+        if not (isinstance(error, PeerError) and error.told):
+            sys.stderr.write(f"error: {error.message}\n" + (f"  {error.hint}\n" if error.hint else ""))
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(141)

@@ -46,3 +46,13 @@ class KernelError(FewbitError):
     """No kernel can serve a tensor here, or one gave a wrong result."""
 
     exit_code = 5
+
+
+class PeerError(FewbitError):
+    """Another process of the same run has ended. `told`: it has said why itself."""
+
+    exit_code = 6
+
+    def __init__(self, message: str, hint: str = "", *, told: bool = False) -> None:
+        super().__init__(message, hint)
+        self.told = told

@@ -12,9 +12,7 @@ import itertools
 import json
 import shutil
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbit import ranks
 from fewbit.cache import cache_folder
 from fewbit.errors import FormatError, NumericsError, PlanError
 from fewbit.formats.base import Format
 from fewbit.formats.safetensors import read_file, write_file
+from fewbit.inputs import Stages, captured, gather, needs_of, staged
 from fewbit.methods.base import Choice, Method, name_of
 from fewbit.models.rewrite import rewrite
 from fewbit.models.skeleton import BlockCall, Skeleton
@@ -98,18 +98,26 @@ def check(skeleton: Skeleton, resolved: Resolved) -> None:
 
 
 class Run:
-    """The durable results of one quantization: a folder in the cache with a file for each finished block."""
+    """The durable results of one quantization: a folder in the cache with a file for each finished block.
+
+    It is the first rank's, which tells the others what it finds there.
+    """
 
     def __init__(self, fingerprint: str) -> None:
         self.folder = cache_folder() / "runs" / fingerprint
 
     def save(self, index: int, tensors: Mapping[str, Tensor], reports: Sequence[TensorReport]) -> None:
+        if not ranks.first():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         made = self.folder / f".block-{index:05d}"
         write_file(made, tensors, {"reports": json.dumps([asdict(report) for report in reports])})
         made.rename(self.file(index))
 
     def load(self, index: int) -> tuple[dict[str, Tensor], list[TensorReport]] | None:
+        return ranks.from_first(lambda: self._read(index))
+
+    def _read(self, index: int) -> tuple[dict[str, Tensor], list[TensorReport]] | None:
         if not self.file(index).exists():
             return None
         try:
@@ -132,7 +140,6 @@ class Run:
 
 
 Importance = Mapping[str, Stats]
-Stages = Sequence[Sequence[str]]
 
 
 def fingerprint(
@@ -188,7 +195,7 @@ def quantize_blocks(
     calls: dict[str, list[BlockCall]] = {block: [] for block in skeleton.blocks}
     if need > Need.NOTHING:
         assert tokens is not None
-        hidden, calls = skeleton.capture(_batches(tokens, batch))
+        hidden, calls = captured(skeleton, tokens, batch)
     for index, block in enumerate(skeleton.blocks):
         found = run.load(index)
         if found is not None and need == Need.NOTHING:
@@ -239,26 +246,47 @@ def _quantize_block(
     rewritten = rewrite(skeleton, block, wanted, calls, hidden)
     tensors, reports = dict(rewritten.tensors), dict[str, TensorReport]()
     steps: Iterable[dict[str, Stats] | None] = (
-        _staged(skeleton, block, module, _needs(wanted), calls, hidden, stages)
+        staged(skeleton, block, module, needs_of(wanted), calls, hidden, stages)
         if importance is None
         else [dict(importance)]
     )
+    seen: set[str] = set()
     for stats in itertools.chain(steps, [None]):  # at last those that nothing is known of
-        for names in _alike(wanted, stats or {}):
-            if names[0] in reports or (stats is not None and names[0] not in stats):
-                continue
+        groups = [
+            names
+            for names in _alike(wanted, stats or {})
+            if names[0] not in seen and (stats is None or names[0] in stats)
+        ]
+        done: dict[str, tuple[dict[str, Tensor], TensorReport]] = {}
+        owners = ranks.owners([_cost([wanted[name] for name in names]) for names in groups])
+        for names, owner in zip(groups, owners, strict=True):
             own = None if stats is None else [stats.pop(name) for name in names].pop()
+            if owner != ranks.rank():
+                continue
             weights = [skeleton.weight(name).float() for name in names]
             choices = _choose([wanted[name] for name in names], weights, own)
             for name in names:
                 weight, choice = weights.pop(0), choices.pop(0)
-                laid_out, report = _store(resolved.format, config, wanted[name], weight, choice, own)
-                tensors |= laid_out
-                reports[name] = replace(report, notes=[*rewritten.notes.get(name, []), *report.notes])
+                done[name] = _store(resolved.format, config, wanted[name], weight, choice, own)
                 if calls:  # the block will be replayed
                     skeleton.replace_weight(name, choice.weight.dequantize())
-    run.save(index, tensors, made := [reports[name] for name in wanted])
+        for each in ranks.to_first(done):
+            for name, (laid_out, report) in each.items():
+                tensors |= laid_out
+                reports[name] = replace(report, notes=[*rewritten.notes.get(name, []), *report.notes])
+        for names, owner in zip(groups, owners, strict=True):
+            seen.update(names)
+            for name in names if calls else ():
+                ranks.hand_out(skeleton.weight(name), owner)
+    run.save(index, tensors, made := [reports[name] for name in wanted if name in reports])
     return made
+
+
+def _cost(assignments: Sequence[Assignment]) -> float:
+    """How long some linears that are quantized together may take, beside others: a Hessian's are inverted first."""
+    (_, columns), rows = assignments[0].shape, sum(a.shape[0] for a in assignments)
+    whole = assignments[0].method.needs >= Need.HESSIAN
+    return float(rows * columns * columns + columns**3 if whole else rows * columns)
 
 
 def _alike(wanted: Mapping[str, Assignment], stats: Mapping[str, Stats]) -> list[list[str]]:
@@ -268,33 +296,6 @@ def _alike(wanted: Mapping[str, Assignment], stats: Mapping[str, Stats]) -> list
         key = (id(stats[name]), assignment.method) if name in stats else (name,)
         groups.setdefault(key, []).append(name)
     return list(groups.values())
-
-
-def _staged(
-    skeleton: Skeleton,
-    block: str,
-    module: nn.Module,
-    needs: Mapping[str, Need],
-    calls: list[BlockCall],
-    hidden: list[Tensor],
-    stages: Stages | None,
-) -> Iterator[dict[str, Stats]]:
-    """Statistics of the linears of a block, those of each stage gathered when it comes to them."""
-    first = gather(skeleton, block, module, needs, calls, hidden)
-    if stages is None:
-        yield first
-        return
-    groups = [[name for name in needs if name.removeprefix(f"{block}.") in stage] for stage in stages]
-    if not stages:
-        leaders: dict[int, list[str]] = {}
-        for name, stats in first.items():
-            leaders.setdefault(id(stats), []).append(name)
-        groups = list(leaders.values())
-    start = {name: first[name] for name in groups[0] if name in first}
-    first.clear()
-    yield start
-    for group in groups[1:]:
-        yield gather(skeleton, block, module, {name: needs[name] for name in group}, calls, hidden)
 
 
 def _store(
@@ -314,19 +315,23 @@ def _store(
 def _quantize_outside(
     skeleton: Skeleton, resolved: Resolved, assignment: Assignment, run: Run, index: int
 ) -> list[TensorReport]:
-    """Quantize embeddings or head, whose input is not measured, some rows at a time, and save them in `run`."""
+    """Quantize embeddings or head, whose input is not measured, some rows at a time in turn of ranks, and save them."""
     stored = skeleton.checkpoint.get(skeleton.key_of(f"{assignment.module}.weight"))
     alike = Stats.known(torch.ones(assignment.shape[1], device=skeleton.device), 1)
-    pieces: list[QTensor] = []
-    notes: list[str] = []
-    lost = Lost()
-    for rows in chunk_rows(*assignment.shape, _ROWS_OUTSIDE.get(skeleton.device.type, 1 << 24)):
+    made: dict[int, tuple[QTensor, Lost, list[str]]] = {}
+    for number, rows in enumerate(chunk_rows(*assignment.shape, _ROWS_OUTSIDE.get(skeleton.device.type, 1 << 24))):
+        if number % ranks.size() != ranks.rank():
+            continue
         weight = stored[rows].to(skeleton.device).float()
         (choice,) = _choose([assignment], [weight], alike)
-        lost += _lost(weight, choice.weight, None)
-        pieces.append(choice.weight.map(lambda t: t.cpu()))
-        notes += [note for note in choice.notes if note not in notes]
-    parts = {name: torch.cat([piece.parts[name] for piece in pieces]) for name in pieces[0].parts}
+        made[number] = choice.weight.map(lambda t: t.cpu()), _lost(weight, choice.weight, None), choice.notes
+    together = {number: piece for each in ranks.to_first(made) for number, piece in each.items()}
+    if not ranks.first():
+        return []
+    pieces = [together[number] for number in sorted(together)]
+    parts = {name: torch.cat([piece.parts[name] for piece, _, _ in pieces]) for name in pieces[0][0].parts}
+    lost = sum((own for _, own, _ in pieces), Lost())
+    notes = list(dict.fromkeys(note for _, _, own in pieces for note in own))
     quantized = QTensor(assignment.scheme, assignment.shape, parts)
     config = quantization_config(skeleton, resolved)
     report = _report(assignment, quantized, lost, None, notes)
@@ -358,78 +363,6 @@ def _restore_block(skeleton: Skeleton, resolved: Resolved, block: str, tensors: 
     for name, parameter in skeleton.model.get_submodule(block).named_parameters(prefix=block):
         if name in tensors and name.removesuffix(".weight") not in resolved.assignments:  # a norm or bias, rewritten
             parameter.data.copy_(tensors[name])
-
-
-class _AllFed(Exception):
-    """The last linear of a block has its input: what the block would make of it is not needed (a tenth of the time)."""
-
-
-def _needs(wanted: Mapping[str, Assignment]) -> dict[str, Need]:
-    """What the methods of these linears need to know of their inputs."""
-    return {name: a.method.needs for name, a in wanted.items() if a.method.needs > Need.NOTHING}
-
-
-def gather(
-    skeleton: Skeleton,
-    block: str,
-    module: nn.Module,
-    needs: Mapping[str, Need],
-    calls: list[BlockCall],
-    hidden: list[Tensor],
-    *,
-    alike: bool = False,
-) -> dict[str, Stats]:
-    """Statistics of each linear's input over all batches, one object for all linears that read the same tensor.
-
-    Unless all tokens are to count `alike`, a token counts in proportion to the norm of the hidden state that enters the
-    block. The few tokens of giant norm that models use as attention sinks are attended to by all others, so an error in
-    them spreads: on the demo model at 4 bits this takes 13 % off the KL divergence (0.184 to 0.160; by the square of
-    the norm it is 0.181).
-    """
-    stats: dict[str, Stats] = {}
-    seen: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-    reads: dict[str, str] = {}  # linear -> the first linear that reads the same tensor
-    fed: list[str] = []  # linears, in the order in which the first batch reached them
-    last: str | None = None
-    weight: Tensor | None = None
-    shapes = skeleton.linears(block)
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def record(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            if name not in reads:
-                before = seen.get(id(x))
-                reads[name] = before[1] if before and before[0]() is x else name
-                seen.setdefault(id(x), (weakref.ref(x), name))
-                if before and before[0]() is not x:
-                    seen[id(x)] = (weakref.ref(x), name)
-                if reads[name] == name:
-                    readers = max(needs.values())
-                    stats[name] = Stats(shapes[name][1], readers, skeleton.device)
-            if reads[name] == name:
-                # Some models flatten [batch, tokens]; where rows are not tokens (routed experts), all count alike.
-                tokens = weight is not None and weight.numel() == x.numel() // x.shape[-1]
-                stats[name].add(x, weight if tokens else None)
-            fed.append(name)
-            if name == last:
-                raise _AllFed
-
-        return record
-
-    handles = [skeleton.model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in needs]
-    try:
-        with torch.no_grad():
-            for call, states in zip(calls, hidden, strict=True):
-                weight = None if alike else states.float().norm(dim=-1).clamp(min=1e-6)
-                with suppress(_AllFed):
-                    call.run(module, states)
-                if last is None and sorted(fed) == sorted(needs):  # each once: after this one nothing is left to see
-                    last = fed[-1]
-                fed.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: stats[leader] for name, leader in reads.items()}
 
 
 def _choose(assignments: Sequence[Assignment], weights: Sequence[Tensor], stats: Stats | None) -> list[Choice]:
@@ -485,7 +418,7 @@ def _mean_error(reports: Sequence[TensorReport]) -> float:
 def measure(skeleton: Skeleton, tokens: Tensor, progress: Progress) -> dict[str, Stats]:
     """Mean squares of the inputs of all linears in blocks, all tokens counting alike, nothing being quantized."""
     found: dict[str, Stats] = {}
-    hidden, calls = skeleton.capture(_batches(tokens))
+    hidden, calls = captured(skeleton, tokens)
     for index, block in enumerate(skeleton.blocks):
         with skeleton.materialized(block) as module:
             wanted = dict.fromkeys(skeleton.linears(block), Need.MEAN_SQUARE)
@@ -496,11 +429,6 @@ def measure(skeleton: Skeleton, tokens: Tensor, progress: Progress) -> dict[str,
                         hidden[i] = call.run(module, hidden[i])
         progress(Step(index + 1, len(skeleton.blocks), 0.0, False))
     return found
-
-
-def _batches(tokens: Tensor, least: int = 1) -> list[Tensor]:
-    """About 2048 tokens at a time: enough to keep two cores or a GPU busy, small beside the statistics."""
-    return list(tokens.split(max(least, 2048 // tokens.shape[1])))
 
 
 def timed() -> Callable[[], float]:

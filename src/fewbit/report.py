@@ -15,16 +15,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from fewbit import ranks
 from fewbit.advise.hardware import Hardware
 from fewbit.measure.quality import Estimate, Quality
 from fewbit.models.describe import Inspection
 from fewbit.models.generate import Continuation
 from fewbit.pipeline import Step, TensorReport
 
-out = Console(highlight=False)
+out = Console(highlight=False, quiet=ranks.silent())
 # A notebook's kernel calls its output a terminal, where nothing that moves the cursor is understood: plain lines there.
 _TERMINAL = False if "ipykernel" in sys.modules else None
-err = Console(stderr=True, highlight=False, force_jupyter=False, force_terminal=_TERMINAL)
+err = Console(stderr=True, highlight=False, force_jupyter=False, force_terminal=_TERMINAL, quiet=ranks.silent())
 FIRST_WORDS = "The capital of France is"  # what a new output is first asked to continue
 
 

@@ -16,6 +16,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from fewbit import ranks
 from fewbit.errors import NumericsError
 
 
@@ -72,6 +73,18 @@ class Stats:
             x = x * weight.sqrt().unsqueeze(1)
             with _tf32() if narrow and x.is_cuda else nullcontext():
                 self._hessian.addmm_(x.T, x, beta=keep, alpha=share)
+
+    def add_up(self) -> None:
+        """These become the statistics of the rows of all ranks."""
+        if ranks.size() == 1:
+            return
+        counts = torch.tensor([self._mass, self.rows, self.dropped], dtype=torch.float64)
+        own = self._mass
+        self._mass, rows, dropped = ranks.add_up(counts).tolist()
+        self.rows, self.dropped = int(rows), int(dropped)
+        for mean in (self._abs, self._square, self._hessian):
+            if mean is not None:
+                ranks.add_up(mean.mul_(own / self._mass if self._mass else 0.0))
 
     def divided(self, scales: Tensor) -> Stats:
         """These statistics, had the columns [K] been divided by `scales`."""

@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig, GgufConfig, GPTQConfig
 from transformers.quantizers import auto
 
-from fewbit import calibration, pipeline
+from fewbit import calibration, inputs
 from fewbit.errors import PlanError
 from fewbit.models.options import OPTIONS, Option
 from fewbit.models.plugin import FewbitQuantizer
@@ -211,14 +211,14 @@ def block_name(make: Make, patch: pytest.MonkeyPatch, folder: Path) -> None:
 @effect("GPTQConfig.model_seqlen", "AwqConfig.model_seqlen", "GPTQConfig.batch_size", "AwqConfig.batch_size")
 def windows(make: Make, patch: pytest.MonkeyPatch, folder: Path) -> None:
     seen: list[tuple[int, ...]] = []
-    plain = pipeline._batches
+    plain = inputs.batches_of
 
     def batches(tokens: torch.Tensor, least: int = 1) -> list[torch.Tensor]:
         made = plain(tokens, least)
         seen.append(tuple(made[0].shape))
         return made
 
-    patch.setattr(pipeline, "_batches", batches)
+    patch.setattr(inputs, "batches_of", batches)
     long = [models.sentences(160)]
     for kind in ("GPTQConfig", "AwqConfig"):
         wanted: list[dict[str, int]] = [{}, {"model_seqlen": 32}, {"batch_size": 65, "model_seqlen": 32}]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit import ranks
 from fewbit.errors import NumericsError
 
 _RUN = 128  # tokens resampled together: neighbours share a context, so they are not independent
@@ -70,10 +71,12 @@ def measure(
     windows: Tensor,
     progress: Callable[[int], None] | None = None,
 ) -> Quality:
-    """Compare two causal LMs on `windows` of token ids [n, length]; `progress` is told of each finished window."""
-    loss, reference_loss, kl, same = [], [], [], []
+    """Compare two causal LMs on `windows` of token ids [n, length], parted among ranks; `progress` is told how many are
+    done."""
+    loss, reference_loss, kl, same = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     with torch.inference_mode():
-        for number, tokens in enumerate(windows, 1):
+        for index in ranks.part(len(windows)):
+            number, tokens = index + 1, windows[index]
             logits = _said(model, number, tokens)
             original = None if reference is None else _said(reference, number, tokens).to(logits.device)
             for start in range(0, len(tokens) - 1, _ROWS):
@@ -89,8 +92,8 @@ def measure(
                     kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0).cpu())
                     same.append((log_p.argmax(-1) == log_q.argmax(-1)).float().cpu())
             if progress:
-                progress(number)
-    lost = torch.cat(loss).double()
+                progress(min(len(windows), number * ranks.size()))
+    lost = _joined(loss)
     runs = _Resampler(len(lost))
     alone = Quality(
         tokens=len(lost),
@@ -104,7 +107,7 @@ def measure(
     )
     if reference is None:
         return alone
-    original_loss, divergence = torch.cat(reference_loss).double(), torch.cat(kl).double()
+    original_loss, divergence = _joined(reference_loss), _joined(kl)
     return replace(
         alone,
         reference_perplexity=runs.estimate(_exp_of_mean, original_loss),
@@ -116,8 +119,13 @@ def measure(
             p999=runs.estimate(_quantile(0.999), divergence),
             max=float(divergence.max()),
         ),
-        same_top=runs.estimate(torch.mean, torch.cat(same).double()),
+        same_top=runs.estimate(torch.mean, _joined(same)),
     )
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """What each token was given, of the windows of all ranks in their order."""
+    return torch.cat([piece for each in ranks.gathered(pieces) for piece in each]).double()
 
 
 def _said(model: Any | Recorded, number: int, tokens: Tensor) -> Tensor:

@@ -68,13 +68,13 @@ class AWQ(Method):
             except NumericsError:  # beyond what the scheme can hold
                 return inf
 
-        best, chosen = error(torch.ones_like(size, dtype=torch.float32)), None
+        candidates = [torch.ones_like(size, dtype=torch.float32)]
         for step in range(1, self.grid + 1):
             power = size ** (step / self.grid)
-            scales = fold.stored((power / (power.max() * power.min()).sqrt()).float())
-            if (found := error(scales)) < best:
-                best, chosen = found, scales
-        return chosen
+            candidates.append(fold.stored((power / (power.max() * power.min()).sqrt()).float()))
+        errors = fold.errors(candidates, error)
+        best = errors.index(min(errors))
+        return candidates[best] if best else None
 
     def quantize(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Choice:
         assert stats is not None

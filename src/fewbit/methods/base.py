@@ -7,7 +7,7 @@ Before that it may rewrite the block to an equal one that rounds better, one *fo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -44,6 +44,10 @@ class Fold(ABC):
     @abstractmethod
     def error(self, weights: Mapping[str, Tensor]) -> float:
         """Squared error of what the readers serve (their attention, their MLP), had they these weights."""
+
+    def errors(self, candidates: Sequence[Tensor], error: Callable[[Tensor], float]) -> list[float]:
+        """`error` of each of some scales; where several processes share a run, they share these too."""
+        return [error(scales) for scales in candidates]
 
     @abstractmethod
     def stats(self, scales: Tensor) -> Stats:
@@ -104,7 +108,8 @@ class Composed(Method):
                 values[name] = self.then.quantize(w * scales, schemes[name], stats).weight.dequantize().div_(scales)
             return fold.error(values)
 
-        return scales if error(scales) < error(torch.ones_like(scales)) else None
+        scaled, plain = fold.errors([scales, torch.ones_like(scales)], error)
+        return scales if scaled < plain else None
 
     def quantize(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Choice:
         return self.then.quantize(w, scheme, stats)

@@ -6,7 +6,7 @@ agree with that before to 1e-4, or the fold is undone and the report says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbit import ranks
 from fewbit.methods.base import Fold
 from fewbit.models.skeleton import BlockCall, Skeleton
 from fewbit.models.topology import Link, find_links, weight_of
@@ -42,11 +43,8 @@ def rewrite(
     if not asking:
         return done
     module = skeleton.model.get_submodule(block)
-    tokens = sum(states[..., 0].numel() for states in hidden)
-    stride = max(1, min(round(tokens / _TOKENS), len(calls)))
     with _in_float32(module), torch.no_grad():
-        some = zip(calls[::stride], hidden[::stride], strict=True)
-        batches = [(_to_float32(call), states.float()) for call, states in some]
+        batches = [(_to_float32(call), states.float()) for call, states in _some(skeleton.device, calls, hidden)]
         served: set[str] = set()
         for link in _links(skeleton, module, batches[0]):
             source, readers = f"{block}.{link.source}", tuple(f"{block}.{name}" for name in link.readers)
@@ -62,7 +60,7 @@ def rewrite(
             scales = methods.pop().rewrite(fold, {name: wanted[name].scheme for name in readers})
             if scales is None:
                 continue
-            if (apart := fold.apply(scales)) <= _CLOSE:
+            if (apart := ranks.agreed(fold.apply(scales))) <= _CLOSE:
                 done.tensors |= fold.changed()
             else:
                 fold.undo()
@@ -70,6 +68,23 @@ def rewrite(
                 _note(done, readers, why)
         _note(done, asking - served, "not scaled: nothing was found that its input's scales could be folded into")
     return done
+
+
+def _some(device: torch.device, calls: list[BlockCall], hidden: list[Tensor]) -> list[tuple[BlockCall, Tensor]]:
+    """About `_TOKENS` tokens of what calls the block in all ranks, the same for each of them."""
+    tokens = ranks.gathered([states[..., 0].numel() for states in hidden])
+    count = sum(len(own) for own in tokens)
+    stride = max(1, min(round(sum(map(sum, tokens)) / _TOKENS), count))
+    before = sum(len(own) for own in tokens[: ranks.rank()])
+    own = [(c, s) for i, (c, s) in enumerate(zip(calls, hidden, strict=True), before) if i % stride == 0]
+    if ranks.size() == 1:
+        return own
+    sent = [(_mapped(call, _to("cpu")), states.cpu()) for call, states in own]
+    return [(_mapped(c, _to(device)), s.to(device)) for each in ranks.gathered(sent) for c, s in each]
+
+
+def _to(device: torch.device | str) -> Callable[[Any], Any]:
+    return lambda value: value.to(device) if isinstance(value, Tensor) else value
 
 
 class BlockFold(Fold):
@@ -104,6 +119,11 @@ class BlockFold(Fold):
         for name in weights:
             self.skeleton.replace_weight(name, self.kept[f"{name}.weight"])
         return error
+
+    def errors(self, candidates: Sequence[Tensor], error: Callable[[Tensor], float]) -> list[float]:
+        own = {i: error(candidates[i]) for i in range(ranks.rank(), len(candidates), ranks.size())}
+        found = {i: value for each in ranks.gathered(own) for i, value in each.items()}
+        return [found[i] for i in range(len(candidates))]
 
     def stats(self, scales: Tensor) -> Stats:
         if self._stats is None:
