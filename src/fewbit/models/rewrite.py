@@ -193,7 +193,7 @@ class BlockFold(Fold):
     def _record(self) -> None:
         self.inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.outputs: list[Tensor] = []
-        sizes: list[Tensor] = []
+        sizes, rows = list[Tensor](), list[int]()
 
         def serve(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self.inputs.append((args, kwargs))
@@ -201,7 +201,9 @@ class BlockFold(Fold):
 
         def read(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1])
-            sizes.append(x[x.isfinite().all(1)].abs().mean(0))
+            x = x[x.isfinite().all(1)]
+            rows.append(len(x))
+            sizes.append(x.abs().sum(0))
 
         handles = [
             self.scope.register_forward_hook(serve, with_kwargs=True),
@@ -212,7 +214,7 @@ class BlockFold(Fold):
         finally:
             for handle in handles:
                 handle.remove()
-        self.size = torch.stack(sizes).mean(0)
+        self.size = torch.stack(sizes).sum(0) / max(sum(rows), 1)
         self.sound = [wanted.isfinite().all(-1).flatten() for wanted in self.outputs]
         self.counts = [
             _counts(states, len(sound))[sound] for (_, states), sound in zip(self.batches, self.sound, strict=True)

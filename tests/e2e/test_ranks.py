@@ -1,0 +1,266 @@
+"""Several processes quantize as one does, to the same output up to the order of sums; when one dies, all end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fewbit
+from fewbit import inputs, pipeline
+from fewbit.api import Calibration
+from fewbit.schemes import bits
+from tests import models
+from tests.models import VOCAB
+
+BLOCKS = 3
+SAMPLES = 7  # so that neither 2 nor 3 processes have equal parts
+PLANS = {"gptq": "gptq-4bit", "awq": "awq-4bit", "rtn": "rtn-4bit", "gguf": "q4_k_m"}
+
+# What every process of a run does: all verbs that are parted, one after the other.
+WORK = """
+import json, os, sys
+from dataclasses import asdict
+from pathlib import Path
+import fewbit
+from fewbit.api import Calibration
+model, wide, text, out = map(Path, sys.argv[1:])
+wanted = Calibration(str(text), samples=7, length=32, seed=1)
+for name, plan in {plans}.items():
+    place = out / (name + ".gguf" if name == "gguf" else name)
+    fewbit.quantize(wide if name == "gguf" else model, place, plan=plan, calibration=wanted)
+fewbit.imatrix(wide, out / "imatrix.gguf", calibration=wanted)
+found = fewbit.evaluate(out / "gptq", reference=model, text=str(text), length=32, samples=5)
+(out / ("quality-" + os.environ["RANK"])).write_text(json.dumps(asdict(found.quality)))
+""".replace("{plans}", repr(PLANS))
+
+# The command line in a process that ends itself when the second block is done.
+MORTAL = """
+import os, signal, sys
+from fewbit import cli, pipeline, ranks
+run = pipeline._quantize_block
+def die(skeleton, resolved, block, *rest):
+    if block.endswith(".2") and ranks.rank() == {victim}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run(skeleton, resolved, block, *rest)
+pipeline._quantize_block = die
+cli.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.save(tmp_path_factory.mktemp("ranks") / "model", "llama", num_hidden_layers=BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model wide enough for blocks of 256."""
+    place = tmp_path_factory.mktemp("ranks") / "wide"
+    return models.save(place, "llama", num_hidden_layers=1, hidden_size=256, intermediate_size=512)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("ranks") / "text.txt"
+    place.write_text(models.sentences(400))
+    return place
+
+
+def torchrun(count: int, *arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), *arguments]
+    environment = {**os.environ, "FEWBIT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def made(
+    request: pytest.FixtureRequest, model: Path, wide: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
+    """What that many processes made, and what each of them was told of its quality."""
+    out = tmp_path_factory.mktemp(f"of-{request.param}")
+    script = out / "work.py"
+    script.write_text(WORK)
+    arguments = [str(path) for path in (script, model, wide, corpus, out)]
+    ended = torchrun(request.param, *arguments, cache=tmp_path_factory.mktemp("cache"))
+    assert ended.returncode == 0, ended.stderr
+    return out, [json.loads((out / f"quality-{rank}").read_text()) for rank in range(request.param)]
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, wide: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes."""
+    out = tmp_path_factory.mktemp("alone")
+    wanted = Calibration(str(corpus), samples=SAMPLES, length=32, seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWBIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for name, plan in PLANS.items():
+            place = out / (f"{name}.gguf" if name == "gguf" else name)
+            fewbit.quantize(wide if name == "gguf" else model, place, plan=plan, calibration=wanted)
+        fewbit.imatrix(wide, out / "imatrix.gguf", calibration=wanted)
+    return out
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def differing(one: Path, other: Path) -> float:
+    """Share of the codes that are not the same."""
+    a, b = tensors(one), tensors(other)
+    assert a.keys() == b.keys()
+    pairs = [(a[name].view(torch.uint8), b[name].view(torch.uint8)) for name in a if name.endswith(".qweight")]
+    codes = [(bits.unpack(x.flatten(), 4, 2 * x.numel()), bits.unpack(y.flatten(), 4, 2 * y.numel())) for x, y in pairs]
+    return float(torch.cat([(x != y).float() for x, y in codes]).mean())
+
+
+def errors(folder: Path) -> list[float]:
+    return [tensor["error"] for tensor in json.loads((folder / "fewbit.json").read_text())["tensors"]]
+
+
+def test_what_no_input_decides_is_the_same_to_the_byte(made: tuple[Path, list[dict[str, Any]]], alone: Path) -> None:
+    out, _ = made
+    one, several = tensors(alone / "rtn"), tensors(out / "rtn")
+    assert one.keys() == several.keys()
+    assert all(torch.equal(one[name], several[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_codes_differ_by_no_more_than_another_order_of_sums_makes(
+    name: str, made: tuple[Path, list[dict[str, Any]]], alone: Path
+) -> None:
+    out, _ = made
+    assert differing(alone / name, out / name) < {"gptq": 0.02, "awq": 0.002}[name]
+    one, several = errors(alone / name), errors(out / name)
+    assert sum(several) == pytest.approx(sum(one), rel=2e-3)
+    assert several == pytest.approx(one, rel=0.03)
+
+
+def test_another_order_of_sums_does_make_that(
+    alone: Path, model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The yardstick of the test above: one process that takes its windows in other batches."""
+    monkeypatch.setattr(inputs, "batches_of", lambda tokens, least=1: list(tokens.split(2)))
+    wanted = Calibration(str(corpus), samples=SAMPLES, length=32, seed=1)
+    fewbit.quantize(model, tmp_path / "out", calibration=wanted)
+    assert 0 < differing(alone / "gptq", tmp_path / "out") < 0.02
+
+
+def test_importances_are_the_same_to_six_digits(made: tuple[Path, list[dict[str, Any]]], alone: Path) -> None:
+    from fewbit.formats import imatrix
+
+    one, several = imatrix.read(alone / "imatrix.gguf"), imatrix.read(made[0] / "imatrix.gguf")
+    assert one.keys() == several.keys()
+    for name, importance in one.items():
+        torch.testing.assert_close(several[name].mean_square, importance.mean_square, rtol=1e-5, atol=1e-9)
+        assert several[name].rows == importance.rows
+
+
+def test_a_gguf_file_of_several_is_of_the_same_size_and_loads(
+    made: tuple[Path, list[dict[str, Any]]], alone: Path
+) -> None:
+    own = fewbit.load(made[0] / "gguf.gguf")
+    other = fewbit.load(alone / "gguf.gguf")
+    ids = torch.arange(20)[None] % VOCAB
+    with torch.inference_mode():
+        a, b = own(input_ids=ids).logits, other(input_ids=ids).logits
+    assert (a - b).norm() < 0.05 * b.norm()
+
+
+def test_every_process_is_told_the_quality_of_all_windows(
+    made: tuple[Path, list[dict[str, Any]]], model: Path, corpus: Path
+) -> None:
+    out, found = made
+    exact = fewbit.evaluate(out / "gptq", reference=model, text=str(corpus), length=32, samples=5).quality
+    for quality in found:
+        assert quality == found[0]
+        assert (quality["tokens"], quality["windows"]) == (exact.tokens, 5)
+        assert quality["perplexity"]["value"] == pytest.approx(exact.perplexity.value, rel=1e-5)
+        assert exact.kl is not None
+        assert quality["kl"]["mean"]["value"] == pytest.approx(exact.kl.mean.value, rel=1e-4)
+
+
+def test_the_command_speaks_once(model: Path, corpus: Path, tmp_path: Path, own_cache: Path) -> None:
+    asked = ["-m", "fewbit", "quantize", str(model), "-o", str(tmp_path / "out"), "--calibration", str(corpus)]
+    said = torchrun(2, *asked, "--samples", "4", "--length", "32", "--json", cache=own_cache)
+    assert said.returncode == 0, said.stderr
+    assert json.loads(said.stdout)["out"] == str(tmp_path / "out")
+    assert said.stderr.count("block 2/3") == 1
+    assert not list(own_cache.glob("runs/*"))
+    for more, message in (
+        (["--samples", "4"], "out exists"),
+        (["--samples", "1", "--overwrite"], r"fewer windows (1) than there are processes (2)"),
+    ):
+        refused = torchrun(2, *asked, *more, cache=own_cache)
+        assert refused.returncode
+        assert refused.stderr.count("error: ") == 1, refused.stderr
+        assert message in refused.stderr
+    refused = torchrun(2, "-m", "fewbit", "compare", str(model), cache=own_cache)
+    assert refused.stderr.count("error: compare runs in one process") == 1
+
+
+def started(count: int, victim: int, model: Path, corpus: Path, out: Path) -> list[subprocess.Popen[str]]:
+    """Processes as torchrun starts them, but with nobody who ends the others when one dies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        MORTAL.format(victim=victim),
+        "quantize",
+        str(model),
+        "-o",
+        str(out),
+    ]
+    command += ["--calibration", str(corpus), "--samples", str(SAMPLES), "--length", "32", "--seed", "1"]
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(count)
+    ]
+
+
+def test_one_that_dies_ends_all_and_the_next_run_goes_on(
+    model: Path, corpus: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    out = tmp_path / "outputs" / "out"
+    out.parent.mkdir()
+    processes = started(3, 1, model, corpus, out)
+    try:
+        assert processes[1].wait(200) == -signal.SIGKILL
+        death = time.monotonic()
+        said = [process.communicate(timeout=20)[1] for process in processes]
+        assert time.monotonic() - death < 10
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode == processes[2].returncode == 6
+    assert sum(text.count("error: ") for text in said) == 1
+    assert sum("another process of this run has ended" in text for text in said) == 1
+    assert "Traceback" not in "".join(said)
+    assert not list(out.parent.iterdir())
+    steps: list[pipeline.Step] = []
+    fewbit.quantize(
+        model, out, calibration=Calibration(str(corpus), samples=SAMPLES, length=32, seed=1), progress=steps.append
+    )
+    assert [step.resumed for step in steps] == [True, True, False]
