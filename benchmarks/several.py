@@ -36,16 +36,7 @@ if not ranks.silent():
 def measured(count: int, model: str, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     out, task = folder / f"of-{count}", folder / "task.py"
     task.write_text(TASK)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(count),
-        str(task),
-        model,
-        str(out),
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // max(args.processes))), **os.environ}
     environment["FEWBIT_CACHE"] = str(folder / f"cache-{count}")
     asked = [str(task), model, str(out), args.plan, str(args.samples), str(args.length)]
