@@ -23,6 +23,7 @@ import torch
 import fewbit
 from fewbit.advise.hardware import processor
 from fewbit.kernels import native
+from fewbit.models.source import locate
 
 Text = Callable[[], float]  # makes one, and says how many seconds a token took
 PROMPT = 8
@@ -31,7 +32,8 @@ PROMPT = 8
 def by_fewbit(model: str, tokens: int, dtype: torch.dtype) -> Text:
     """A text in fewbit, from the first token after the prompt to the last."""
     where, _, kernel = model.partition("@")
-    loaded = fewbit.load(where, dtype=dtype, device="cpu", kernel=kernel or None, fuse=PROMPT + tokens + 2)
+    fuse = PROMPT + tokens + 2 if locate(where).quantization is not None else None  # only packed weights are fused
+    loaded = fewbit.load(where, dtype=dtype, device="cpu", kernel=kernel or None, fuse=fuse)
     ids = torch.arange(5, 5 + PROMPT)[None]
 
     def until(new: int) -> float:
@@ -65,8 +67,6 @@ def by_llama_cpp(file: str, tokens: int, threads: int) -> Text:
 def write_random(folder: str) -> None:
     """A Llama in TinyLlama's shape, bfloat16, with the tokenizer of `tiny`."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from fewbit.models.source import locate
 
     torch.manual_seed(0)
     config = LlamaConfig(
