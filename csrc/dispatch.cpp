@@ -158,6 +158,24 @@ template <class Task> void share(int64_t count, int64_t least, int threads, Task
       &context);
 }
 
+// bfloat16 is the upper half of float32.
+void widen(const uint16_t* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    const uint32_t bits = uint32_t(from[i]) << 16;
+    memcpy(to + i, &bits, 4);
+  }
+}
+
+// To the nearest, ties to even; a NaN stays one.
+void narrowed(const float* from, uint16_t* to, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits;
+    memcpy(&bits, from + i, 4);
+    const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+    to[i] = uint16_t(nan ? bits >> 16 | 0x40 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  }
+}
+
 // 64-byte aligned memory that a thread keeps from call to call.
 struct Memory {
   char* begin = nullptr;
@@ -179,7 +197,7 @@ thread_local Memory memory;
 
 extern "C" {
 
-int fewbit_abi(void) { return 2; }
+int fewbit_abi(void) { return 3; }
 
 const char* fewbit_isa(void) { return isa().name; }
 
@@ -197,19 +215,29 @@ int64_t fewbit_columns(const fewbit_weight* w) {
   return wrong ? -wrong : isa().columns(*w);
 }
 
-int fewbit_linear(const fewbit_weight* w, const float* x, int64_t m, float* y, int threads) {
+int fewbit_linear(const fewbit_weight* w, const void* x, int64_t m, void* y, int type, int threads) {
   if (const int wrong = check(w)) return wrong;
+  if (type != FEWBIT_FLOAT32 && type != FEWBIT_BFLOAT16) return FEWBIT_UNKNOWN;
   if (m <= 0 || w->n == 0) return FEWBIT_OK;
   const Isa& with = isa();
+  const bool narrow = type == FEWBIT_BFLOAT16;
   const int64_t row = with.rounded_bytes(*w), padded = (with.columns(*w) + 255) / 256 * 256;
-  char* held = memory.take(size_t(row * m + padded + padded / 8));
+  const int64_t fixed = row * m + padded + padded / 8, wide = narrow ? 4 * (w->k + m * w->n) : 0;
+  char* held = memory.take(size_t(fixed + wide));
   if (!held) return FEWBIT_MEMORY;
   int8_t* codes = reinterpret_cast<int8_t*>(held + row * m);
   float* scales = reinterpret_cast<float*>(held + row * m + padded);
-  for (int64_t i = 0; i < m; i++) with.round(*w, x + i * w->k, codes, scales, held + i * row);
+  float* one = reinterpret_cast<float*>(held + fixed);  // a row of x, then all of y
+  float* sums = narrow ? one + w->k : static_cast<float*>(y);
+  for (int64_t i = 0; i < m; i++) {
+    const float* from = static_cast<const float*>(x) + i * w->k;
+    if (narrow) widen(static_cast<const uint16_t*>(x) + i * w->k, one, w->k), from = one;
+    with.round(*w, from, codes, scales, held + i * row);
+  }
   // Less than this is done before another thread has woken up.
   const int64_t least = 1 + (1 << 16) / w->k;
-  share(w->n, least, threads, [&](int64_t begin, int64_t end) { with.linear(*w, held, m, y, begin, end); });
+  share(w->n, least, threads, [&](int64_t begin, int64_t end) { with.linear(*w, held, m, sums, begin, end); });
+  if (narrow) narrowed(sums, static_cast<uint16_t*>(y), m * w->n);
   return FEWBIT_OK;
 }
 

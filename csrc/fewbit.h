@@ -45,6 +45,9 @@ struct fewbit_weight {
 // What went wrong; 0: nothing.
 enum fewbit_status { FEWBIT_OK = 0, FEWBIT_UNKNOWN = 1, FEWBIT_SHAPE = 2, FEWBIT_SHORT = 3, FEWBIT_MEMORY = 4 };
 
+// Of activations. Numbers are part of the ABI.
+enum fewbit_type { FEWBIT_FLOAT32 = 0, FEWBIT_BFLOAT16 = 1 };
+
 // GNU's entry to a parallel region, which LLVM's runtime has too.
 typedef void (*fewbit_parallel)(void (*task)(void*), void* data, unsigned threads, unsigned flags);
 
@@ -57,8 +60,8 @@ FEWBIT_API int fewbit_force(const char* name);
 FEWBIT_API void fewbit_use_openmp(fewbit_parallel parallel);
 // Columns of a row once arranged, padding included; negative: -fewbit_status.
 FEWBIT_API int64_t fewbit_columns(const struct fewbit_weight* w);
-// y [m, n] = x [m, k] Wᵀ, x rounded to 8 bits in groups of 32 columns (not for levels).
-FEWBIT_API int fewbit_linear(const struct fewbit_weight* w, const float* x, int64_t m, float* y, int threads);
+// y [m, n] = x [m, k] Wᵀ, both of that type, x rounded to 8 bits in groups of 32 columns (not for levels).
+FEWBIT_API int fewbit_linear(const struct fewbit_weight* w, const void* x, int64_t m, void* y, int type, int threads);
 // Rows [begin, end) of W as float32 [end - begin, columns], in the kernel's order of columns.
 FEWBIT_API int fewbit_decode(const struct fewbit_weight* w, int64_t begin, int64_t end, float* out, int threads);
 // x [m, k] as [m, columns] in the kernel's order of columns, padded with zeros: x Wᵀ is this times decoded rows.

@@ -51,6 +51,10 @@ def main() -> None:
             distance = float((y - exact).norm() / exact.norm().clamp(min=1e-20))
             if not distance <= 1e-5:
                 raise SystemExit(f"{scheme} {n} x {k}, {len(x)} rows, {isa}: off by {distance:.1e}")
+            held, narrow = kernel.prepare(scheme, parts, (n, k)), x[:8].bfloat16()
+            y, wide = (kernel.linear(rows, scheme, held, (n, k)) for rows in (narrow, narrow.float()))
+            if not torch.equal(y, wide.bfloat16()):
+                raise SystemExit(f"{scheme} {n} x {k}, {len(narrow)} rows in bfloat16, {isa}: not float32's, rounded")
             tried += 1
     print(f"{tried} products on {', '.join(sets)}: all agree")
 

@@ -23,6 +23,7 @@ class Product:
 
     def __init__(self, linear: QLinear, rows: Sequence[int]) -> None:
         self.linear, self.rows = linear, list(rows)
+        self.starts = [sum(rows[:index]) for index in range(len(rows))]
         self.taken: set[int] = set()
         self.kept: tuple[Tensor, Tensor] | None = None
 
@@ -35,8 +36,7 @@ class Product:
         self.taken.add(index)
         if len(self.taken) == len(self.rows):
             self.kept = None
-        start = sum(self.rows[:index])
-        return kept[1][..., start : start + self.rows[index]]
+        return kept[1].narrow(-1, self.starts[index], self.rows[index])
 
 
 class Slice(QLinear):
@@ -80,7 +80,8 @@ class Slice(QLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product.rows_of(self.index, x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias = self._parameters["bias"]
+        return y if bias is None else y + bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         nn.Module._apply(self, fn, recurse)

@@ -96,7 +96,9 @@ class QLinear(_Placeholder, nn.Linear):
     @property
     def prepared(self) -> tuple[Tensor, ...]:
         """The device tensors, codes first."""
-        return (self.weight, *(getattr(self, name) for name in self.kept))
+        # By their dictionaries: a module's own search for a name takes as long as a small product does.
+        own, beside = self._parameters, self._buffers
+        return (own["weight"], *[beside[name] for name in self.kept])  # type: ignore[arg-type]
 
     def qtensor(self) -> QTensor:
         """The weight in its canonical parts, byte for byte as adopted."""
@@ -113,13 +115,15 @@ class QLinear(_Placeholder, nn.Linear):
             return y.to(x.dtype)
         if x.dtype != self.dtype and x.dtype in TOLERANCE:
             self.adopt(self.qtensor(), x.dtype, self.forced)
-        rows = x.reshape(-1, self.in_features)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         if torch.is_grad_enabled() and x.requires_grad:
             y = _Multiply.apply(rows, self)  # type: ignore[no-untyped-call]
         else:  # a graph that nobody wants takes as long as a small product
             y = _multiply(rows, self)
-        y = y.reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if x.dim() != 2:
+            y = y.view(*x.shape[:-1], self.out_features)
+        bias = self._parameters["bias"]
+        return y if bias is None else y + bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves go through, casts do not: `model.half()` must not round packed weights or their scales.
@@ -221,8 +225,8 @@ class _Multiply(torch.autograd.Function):
 
 def _multiply(x: Tensor, layer: QLinear) -> Tensor:
     assert layer.kernel is not None
-    if layer.permutation is not None:
-        x = x[:, layer.permutation]
+    if (order := layer._buffers["permutation"]) is not None:
+        x = x[:, order]
     return layer.kernel.linear(x, layer.codec, layer.prepared, layer.shape)
 
 

@@ -377,7 +377,7 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
     ),
     # rewriting a block
     "awq: any scale better than none": (
-        [Mutation(AWQ, "rewrite", "found, scales", "-1.0, scales")],
+        [Mutation(AWQ, "rewrite", "errors.index(min(errors))", "len(errors) - 1")],
         test_awq.check_search,
     ),
     "awq: rows not scaled back": (
@@ -405,7 +405,14 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         lambda: in_a_folder(test_rewrite.check_folds, "phi3"),
     ),
     "awq: a fold that is no fold kept": (
-        [Mutation(rewriting, "rewrite", "(apart := fold.apply(scales)) <= _CLOSE", "fold.apply(scales) < 1e9")],
+        [
+            Mutation(
+                rewriting,
+                "rewrite",
+                "(apart := ranks.agreed(fold.apply(scales))) <= _CLOSE",
+                "fold.apply(scales) < 1e9",
+            )
+        ],
         lambda: in_a_folder(test_rewrite.check_wrong_link, "llama"),
     ),
     # kernels and the layer

@@ -129,6 +129,19 @@ def test_what_is_not_finite_stays_so(library: ctypes.CDLL) -> None:
     assert not bool(y[1:].isfinite().any())
 
 
+@pytest.mark.parametrize("spec", ["int4-g128", "nf4-b64"])
+def test_bfloat16_is_read_exactly_and_written_to_the_nearest(library: ctypes.CDLL, spec: str) -> None:
+    weight, kernel = weight_of(spec, 400), kernel_of("cpu")
+    prepared = kernel.prepare(weight.codec, weight.parts, weight.shape)
+    x = x_of(5, weight.shape[1]).bfloat16()
+    x[1, 3], x[2, 4], x[3] = torch.nan, torch.inf, 0
+    got = kernel.linear(x, weight.codec, prepared, weight.shape)
+    exact = kernel.linear(x.float(), weight.codec, prepared, weight.shape)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(got[0].view(torch.int16), (exact[0].view(torch.int32) >> 16).short())  # not cut off
+
+
 def test_it_is_an_op_that_the_compiler_understands(library: ctypes.CDLL) -> None:
     weight = weight_of("q4_k", 16, 256)
     arguments = (x_of(2, 256), list(weight.parts.values()), 16 + 7, 0, 0, 16, False)

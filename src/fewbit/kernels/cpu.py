@@ -44,6 +44,7 @@ _AFFINE, _INT8, _LEVELS, _LEVELS_DOUBLE = 0, 1, 2, 3
 _BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
 _KINDS = {name: 16 + i for i, name in enumerate(_BLOCKS)}
 _ALIGNED = {torch.uint8: 1, torch.int8: 1, torch.float16: 1, torch.float32: 4}
+_READ = {torch.float32: 0, torch.bfloat16: 1}  # what the library reads and writes
 _ERRORS = {
     1: "the layout is unknown",
     2: "the shape does not fit the layout",
@@ -81,11 +82,12 @@ class _Native(Kernel):
         # The dispatcher takes as long as 200 rows of 576 columns; only those who look at the graph need it.
         plain = type(x) is Tensor and not torch.compiler.is_compiling()
         multiply = _linear if plain else torch.ops.fewbit.cpu_linear
-        products = [
-            multiply(x, prepared[start:end], *layout, n, self.exact)
-            for layout, n, start, end in _products(codec, shape)
-        ]
-        y: Tensor = products[0] if len(products) == 1 else torch.cat(products, 1)
+        y: Tensor
+        if len(products := _products(codec, shape)) == 1:
+            ((layout, n, _, _),) = products
+            y = multiply(x, prepared, *layout, n, self.exact)
+            return y
+        y = torch.cat([multiply(x, prepared[a:b], *layout, n, self.exact) for layout, n, a, b in products], 1)
         return y
 
 
@@ -191,12 +193,15 @@ def _linear(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int
         raise KernelError(f"activations of {x.dim()} dimensions, [rows, columns] expected")
     m, k = x.shape
     weight = _weight(kind, bits, group, n, k, tuple(map(_buffer, parts)))
-    read = (x if x.dtype == torch.float32 else x.float()).contiguous()
     threads = torch.get_num_threads()
     if m <= FEW and (not exact or kind in (_LEVELS, _LEVELS_DOUBLE)):
-        y = torch.empty(m, n)
-        _check(lib.fewbit_linear(weight, read.data_ptr(), m, y.data_ptr(), threads), n, k)
-        return y if x.dtype == torch.float32 else y.to(x.dtype)
+        if (of := _READ.get(x.dtype)) is None:
+            return _linear(x.float(), parts, kind, bits, group, n, exact).to(x.dtype)
+        x = x.contiguous()
+        y = torch.empty(m, n, dtype=x.dtype)
+        _check(lib.fewbit_linear(weight, x.data_ptr(), m, y.data_ptr(), of, threads), n, k)
+        return y
+    read = x.float().contiguous()
     columns = lib.fewbit_columns(weight)
     _check(-min(columns, 0), n, k)
     arranged = torch.empty(m, columns)
@@ -216,7 +221,7 @@ torch.library.impl("fewbit::cpu_linear", "CPU")(_linear)
 
 def _buffer(part: Tensor) -> tuple[int, int]:
     """Where a part begins and how many bytes it has; KernelError if the library could not read it as it lies."""
-    if part.device.type != "cpu" or not part.is_contiguous():
+    if not part.is_cpu or not part.is_contiguous():
         raise KernelError(f"a part {list(part.shape)} of a packed weight is not contiguous, or not on the CPU")
     start = part.data_ptr()
     if part.dtype not in _ALIGNED or start % _ALIGNED[part.dtype]:

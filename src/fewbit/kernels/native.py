@@ -16,7 +16,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-_ABI = 2
+_ABI = 3
 _FILE = "fewbit_cpu.so"
 HINT = "Install fewbit from source where a C++ compiler is (gcc 9, clang 10 or later), or a wheel that has it."
 
@@ -54,7 +54,7 @@ def library() -> ctypes.CDLL | str:
         "fewbit_force": (ctypes.c_int, [ctypes.c_char_p]),
         "fewbit_use_openmp": (None, [pointer]),
         "fewbit_columns": (number, [weight]),
-        "fewbit_linear": (ctypes.c_int, [weight, pointer, number, pointer, ctypes.c_int]),
+        "fewbit_linear": (ctypes.c_int, [weight, pointer, number, pointer, ctypes.c_int, ctypes.c_int]),
         "fewbit_decode": (ctypes.c_int, [weight, number, number, pointer, ctypes.c_int]),
         "fewbit_arrange": (ctypes.c_int, [weight, pointer, number, pointer, ctypes.c_int]),
     }
