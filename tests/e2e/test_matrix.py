@@ -108,6 +108,8 @@ def test_the_type_asked_for_is_the_type(load: Callable[..., Any]) -> None:
         for name in ("dtype", "torch_dtype"):
             model = load(**{name: dtype})
             assert model.dtype == dtype
+            # Before the first product, which would prepare a layer again for the type that it meets.
+            assert {layer.dtype for layer in model.modules() if isinstance(layer, QLinear)} <= {dtype}
             assert models.logits(model, IDS).dtype == dtype
             assert model.model.norm.weight.dtype == dtype
 
