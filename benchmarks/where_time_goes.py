@@ -15,10 +15,13 @@ from typing import Any
 
 import fewbit
 from fewbit import pipeline
+from fewbit import plan as plans
 from fewbit.api import Calibration
 from fewbit.methods import gptq
 from fewbit.models.skeleton import BlockCall, Skeleton
 from fewbit.schemes.affine import Affine
+from fewbit.schemes.ggml import GGML
+from fewbit.schemes.nf4 import FourBit
 from fewbit.stats import Stats
 
 spent: dict[str, float] = defaultdict(float)
@@ -52,11 +55,14 @@ def main() -> None:
     timed(Affine, "fit", "scale search")
     timed(pipeline, "_lost", "error measurement")
     timed(Skeleton, "_load", "reading weights")
+    suffix = plans.format_of(plans.find(args.plan)).suffix
+    for scheme in (FourBit, GGML):
+        timed(scheme, "fit", "encoding")
+        timed(scheme, "nearest", "encoding")
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()
-        fewbit.quantize(
-            args.model, Path(scratch) / "out", plan=args.plan, calibration=Calibration(samples=args.samples, length=512)
-        )
+        out, calibration = Path(scratch) / f"out{suffix}", Calibration(samples=args.samples, length=512)
+        fewbit.quantize(args.model, out, plan=args.plan, calibration=calibration)
         total = time.perf_counter() - start
     spent["forward alone"] = spent.pop("forward, Hessians included") - spent["Hessians"]
     spent["all else"] = total - sum(spent.values())
