@@ -5,8 +5,13 @@
 // that. `column` says which column of the chunk stands at a byte; activations are put in this order, so that weights
 // stay as they lie in a file. The columns of a lane belong to one group of 32.
 
+#ifdef FEWBIT_SANITIZE  // a check at each access makes functions too long to be put into one another
+#define INLINE inline
+#define INLINE_LAMBDA
+#else
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
+#endif
 
 namespace {
 
