@@ -3,8 +3,8 @@
     python -m benchmarks.several MODEL [--processes 1,2] [--plan gptq-4bit] [--samples 128] [--length 2048]
 
 Seconds and the most memory of the first process, of its GPU where there is one, for each number of processes in turn,
-each from an empty cache. MODEL may be `8b`: a Llama of 8B's shape with random weights (--layers), made for the time of
-the run. Loss is the mean relative output error over all linears.
+each from an empty cache. MODEL may be `8b`, where there is a GPU: a Llama of 8B's shape with random weights (--layers),
+made for the time of the run. Loss is the mean relative output error over all linears.
 """
 
 from __future__ import annotations
@@ -46,19 +46,14 @@ def measured(count: int, model: str, folder: Path, args: argparse.Namespace) -> 
 
 
 def random_8b(folder: Path, layers: int) -> str:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from benchmarks.quantize_gpu import CONFIG
+    """The random model, made on a GPU, with the tokenizer of `tiny`, whose tokens are a part of its vocabulary."""
+    from benchmarks.quantize_gpu import make
     from fewbit.models.source import locate
 
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(LlamaConfig(**{**CONFIG, "num_hidden_layers": layers}))
-    model.save_pretrained(folder / "8b")
-    for file in locate("tiny").folder.glob("tokenizer*"):  # its tokens are a part of the vocabulary
-        (folder / "8b" / file.name).write_bytes(file.read_bytes())
-    return str(folder / "8b")
+    make(folder, layers)
+    for file in locate("tiny").folder.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return str(folder)
 
 
 def main() -> None:
@@ -72,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     args.processes = [int(count) for count in args.processes.split(",")]
     with tempfile.TemporaryDirectory() as place:
-        model = random_8b(Path(place), args.layers) if args.model == "8b" else args.model
+        model = random_8b(Path(place) / "8b", args.layers) if args.model == "8b" else args.model
         rows = {count: measured(count, model, Path(place), args) for count in args.processes}
     base = rows[args.processes[0]]
     print("| processes | seconds | times as fast | peak of the first, GB | mean output error |\n|---|---|---|---|---|")

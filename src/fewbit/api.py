@@ -72,7 +72,8 @@ def quantize(
         tokens, calibrated = job.tokens(calibration, tokenizer)
         versions = hardware.versions()
         run = pipeline.Run(pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions, job.importance))
-        tensors = pipeline.quantize_blocks(job.skeleton, job.resolved, tokens, run, progress or _silent, job.importance)
+        told = progress or pipeline.silent
+        tensors = pipeline.quantize_blocks(job.skeleton, job.resolved, tokens, run, told, job.importance)
 
         def published() -> Quantized:
             weights = sum(prod(t.shape) for t in tensors)
@@ -163,7 +164,7 @@ def imatrix(
         names = gguf_output.model_of(skeleton).names
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         tokens, text = windows(calibration, source, tokenizer)
-        found = pipeline.measure(skeleton, tokens, progress or _silent)
+        found = pipeline.measure(skeleton, tokens, progress or pipeline.silent)
 
         def published() -> Measured:
             matrix = {
@@ -174,10 +175,6 @@ def imatrix(
             return Measured(str(out), len(matrix), tokens.numel(), text["text"], fewer(calibration, text), elapsed())
 
         return ranks.from_first(published)
-
-
-def _silent(step: pipeline.Step) -> None:
-    pass
 
 
 def _check_space(out: Path, needed: int) -> None:

@@ -276,12 +276,11 @@ def _disagreement(
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler, a driver, a library: what they raise differs
-            got, failed = torch.full_like(exact, torch.nan), f"fails ({type(error).__name__}: {error!s:.200})"
+            _verdicts[key] = f"fails ({type(error).__name__}: {error!s:.200})"
         else:
-            failed = ""
-        distance = float((got.float() - exact.float()).norm() / exact.float().norm().clamp(min=1e-30))
-        wrong = failed or f"differs from the reference by {distance:.1e}"
-        _verdicts[key] = None if distance <= TOLERANCE[dtype] else wrong
+            distance = float((got.float() - exact.float()).norm() / exact.float().norm().clamp(min=1e-30))
+            close = distance <= TOLERANCE[dtype]
+            _verdicts[key] = None if close else f"differs from the reference by {distance:.1e}"
         if _verdicts[key]:
             warnings.warn(f"kernel {kernel.name} {_verdicts[key]} on {weight.codec}: not used", stacklevel=2)
     return _verdicts[key]

@@ -42,16 +42,12 @@ def quantized(
         warnings.warn(f"{request.plan.name}: {note}", stacklevel=2)
     versions = {**hardware.versions(), "request": json.dumps([request.stages, request.batch])}
     run = pipeline.Run(pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions))
-    with report.progress() if verbose else nullcontext(_silent) as progress:
+    with report.progress() if verbose else nullcontext(pipeline.silent) as progress:
         pipeline.quantize_blocks(
             job.skeleton, job.resolved, tokens, run, progress, stages=request.stages, batch=request.batch
         )
     folder_output.write(out, job.skeleton, job.resolved, run)
     return run.forget
-
-
-def _silent(step: pipeline.Step) -> None:
-    pass
 
 
 def _check(request: Request, skeleton: Skeleton) -> None:

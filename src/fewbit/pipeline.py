@@ -68,6 +68,10 @@ class Step:
 Progress = Callable[[Step], None]
 
 
+def silent(step: Step) -> None:
+    """Progress that nobody wants to see."""
+
+
 def share_quantized(skeleton: Skeleton, resolved: Resolved) -> float:
     """Share of the blocks' parameters that the plan quantizes."""
     besides = {a.module for a in outside(skeleton, resolved)}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -134,7 +134,8 @@ def _with_others() -> Iterator[None]:
         raise
     except RuntimeError as error:  # gloo has no class of its own for a connection that was closed
         raise PeerError(
-            "another process of this run has ended", "The same command goes on where this one stopped."
+            "another process of this run has ended, or cannot be reached",
+            f"PyTorch says: {str(error).partition(chr(10))[0][:200]}\nThe same command goes on where this one stopped.",
         ) from error
 
 
@@ -177,13 +178,13 @@ def hand_out(values: Tensor, owner: int) -> None:
 
 
 def gathered(value: T) -> list[T]:
-    """What every rank has, in the order of ranks. Tensors lie on the CPU."""
+    """What every rank has, in the order of ranks. Tensors in it must lie on the CPU."""
     if not _world:
         return [value]
     found: list[T | None] = [None] * size()
     with _with_others():
         dist.all_gather_object(found, value)
-    return [each for each in found if each is not None]
+    return cast(list[T], found)
 
 
 def to_first(value: T) -> list[T]:
@@ -193,7 +194,7 @@ def to_first(value: T) -> list[T]:
     found: list[T | None] = [None] * size()
     with _with_others():
         dist.gather_object(value, found if first() else None, dst=0)
-    return [each for each in found if each is not None]
+    return cast(list[T], found) if first() else []
 
 
 def from_first(make: Callable[[], T]) -> T:
@@ -203,7 +204,7 @@ def from_first(make: Callable[[], T]) -> T:
     held = [make() if first() else None]
     with _with_others():
         dist.broadcast_object_list(held, src=0)
-    return held[0]  # type: ignore[return-value]
+    return cast(T, held[0])
 
 
 def agreed(value: T) -> T:

@@ -166,9 +166,7 @@ def test_importances_are_the_same_to_six_digits(made: tuple[Path, list[dict[str,
         assert several[name].rows == importance.rows
 
 
-def test_a_gguf_file_of_several_is_of_the_same_size_and_loads(
-    made: tuple[Path, list[dict[str, Any]]], alone: Path
-) -> None:
+def test_a_gguf_file_of_several_says_the_same(made: tuple[Path, list[dict[str, Any]]], alone: Path) -> None:
     own = fewbit.load(made[0] / "gguf.gguf")
     other = fewbit.load(alone / "gguf.gguf")
     ids = torch.arange(20)[None] % VOCAB
