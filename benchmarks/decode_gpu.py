@@ -1,10 +1,12 @@
 """How fast an 8B-shaped model decodes on a GPU: tokens a second of whole steps in a CUDA graph, bf16 beside.
 
-    python -m benchmarks.decode_gpu [--sequences 1,8,32] [--head SCHEME] [--length 512] [--layers 32] [SCHEME ...]
+    python -m benchmarks.decode_gpu [--sequences 1,8,32] [--head SCHEME] [--length 512] [--layers 32] [--compile]
+        [SCHEME ...]
 
 The model has Llama 3 8B's widths and random packed weights, so what it writes means nothing and takes as long as any
 text. It is fused and generates as `fewbit generate --fuse` does; the time is that of 128 tokens less that of 32, by the
-number between, medians of five. The output head is bf16 unless `--head` names a scheme for it.
+number between, medians of five. The output head is bf16 unless `--head` names a scheme for it; a step is compiled by
+PyTorch before it is recorded if `--compile` is given.
 """
 
 from __future__ import annotations
@@ -74,9 +76,10 @@ def main() -> None:
     parser.add_argument("--head", default="bf16")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     sequences = [int(s) for s in args.sequences.split(",")]
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, head {args.head}, {args.layers} blocks\n")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, head {args.head}, {args.layers} blocks{', compiled' * args.compile}\n")
     print(f"| tokens/s of all sequences | {' | '.join(map(str, sequences))} |\n|---|{'---|' * len(sequences)}")
     for spec in args.schemes:
         start = time.perf_counter()
@@ -84,7 +87,7 @@ def main() -> None:
         if spec != "bf16":
             fuse(model)
         kernels = {m.kernel.name for m in model.modules() if isinstance(m, QLinear) and m.kernel}
-        within(model, args.length)
+        within(model, args.length, compile=args.compile)
         torch.cuda.synchronize()
         took = time.perf_counter() - start
         cells = " | ".join(f"{rate(model, n) * n:.0f}" for n in sequences)

@@ -192,6 +192,7 @@ def load(
     kernel: str | None = None,
     adapter: str | Path | None = None,
     fuse: int | None = None,
+    compile: bool = False,
     trust_remote_code: bool = False,
 ) -> Any:
     """The model, its quantized weights packed: what `AutoModelForCausalLM.from_pretrained` gives after `import fewbit`.
@@ -200,6 +201,8 @@ def load(
     folder of one to put on it, as `peft.PeftModel.from_pretrained` does; PlanError if it was made for another model.
     `fuse`: multiply once by all weights that read the same tensor, and generate texts of up to so many tokens, prompt
     included, in a static cache (on a GPU, a CUDA graph for each token); PlanError beyond the model's context.
+    `compile`: on a GPU, let PyTorch compile what is run for a token, at the first token of a size of batch: many
+    seconds, for a step that is shorter; PlanError without `fuse`, and without a GPU.
     """
     return load_model(
         locate(model),
@@ -208,6 +211,7 @@ def load(
         kernel=kernel,
         adapter=adapter,
         fuse=fuse,
+        compile=compile,
         trust_remote_code=trust_remote_code,
     )
 
@@ -289,13 +293,14 @@ def generate(
     device: str | None = None,
     kernel: str | None = None,
     fuse: int | None = None,
+    compile: bool = False,
     trust_remote_code: bool = False,
     stream: bool = False,
 ) -> Continuation:
     """What `model` continues `prompt` with, and how fast: greedy at temperature 0, else sampled with `seed`.
 
-    chat: the prompt is a user's message in the model's chat template. adapter: the folder of one to put on it. fuse: as
-    in `load`. stream: print the text as it comes, too.
+    chat: the prompt is a user's message in the model's chat template. adapter: the folder of one to put on it. fuse,
+    compile: as in `load`. stream: print the text as it comes, too.
     """
     if max_new_tokens < 1:
         raise PlanError(f"--max-new-tokens {max_new_tokens}: at least one token must come")
@@ -310,7 +315,13 @@ def generate(
             "Give a greater one, or fewer --max-new-tokens.",
         )
     loaded = load_model(
-        source, device=device, kernel=kernel, adapter=adapter, fuse=fuse, trust_remote_code=trust_remote_code
+        source,
+        device=device,
+        kernel=kernel,
+        adapter=adapter,
+        fuse=fuse,
+        compile=compile,
+        trust_remote_code=trust_remote_code,
     )
     return continue_text(
         loaded, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stream=stream

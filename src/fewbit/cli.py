@@ -141,6 +141,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
     fuse: Annotated[bool, typer.Option("--fuse", help="Fuse q, k, v and gate, up; needs --max-length.")] = False,
     max_length: Annotated[int | None, typer.Option(help="With --fuse: tokens of prompt and answer at most.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="With --fuse, on a GPU: compile a token's step.")] = False,
     adapter: Adapter = None,
     device: Device = None,
     kernel: Kernel = None,
@@ -166,6 +167,7 @@ def generate(
         device=device,
         kernel=kernel,
         fuse=max_length,
+        compile=compile,
         trust_remote_code=trust_remote_code,
         stream=not as_json,
     )

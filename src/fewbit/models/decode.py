@@ -2,8 +2,8 @@
 
 The cache is allocated once, at its full length. On a CPU attention sees the part of it that is filled, so texts come
 out as with a growing cache, and nothing is copied to grow it. On a GPU it sees the whole and a mask: then each step
-reads and writes the same memory, and the whole step, hundreds of launches, is recorded once and replayed. The model's
-own `generate` does the rest: sampling, stopping, streaming.
+reads and writes the same memory, and the whole step, hundreds of launches, is recorded once and replayed. Where our
+own loop can (`loop.py`) it writes the tokens, else that of the model's `generate`, which does all the rest.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from fewbit.errors import PlanError
+from fewbit.models.graph import Compiled, Graph
+from fewbit.models.loop import Loop, takes
 
 _CLOSE = 0.05  # relative distance of logits in bfloat16, summed over more positions
 # Ways to generate that have, or ask for, a cache of another kind.
@@ -34,20 +36,25 @@ def checked_length(length: Any, context: int, flag: str) -> int:
     return length
 
 
-def within(model: Any, length: int) -> None:
+def within(model: Any, length: int, *, compile: bool = False) -> None:
     """From now on `model.generate` uses a static cache of `length` tokens, prompt included, for greedy search and
-    sampling; PlanError where a text would grow beyond it. Beams, and callers that bring a cache, generate as before."""
-    model.generate = Decoder(model, length).generate
+    sampling; PlanError where a text would grow beyond it. Beams, and callers that bring a cache, generate as before.
+
+    compile: a step is compiled by PyTorch before it is recorded, which takes long, and again for each size of a batch.
+    """
+    model.generate = Decoder(model, length, compile=compile).generate
 
 
 class Decoder:
     """A model's `generate` over one static cache, which is kept from call to call."""
 
-    def __init__(self, model: Any, length: int) -> None:
-        self.model, self.length = model, length
+    def __init__(self, model: Any, length: int, *, compile: bool = False) -> None:
+        self.model, self.length, self.compile = model, length, compile
         self.plain: Callable[..., Any] = model.generate
         self.cache: Any = None
+        self.loop: Loop | None = None
         self.graph: StepGraph | None = None
+        self.quick: Callable[..., Any] | None = None  # a step's forward, compiled or not
         self.used = 0
         self.key: tuple[Any, ...] = ()
         self.static: bool | None = None  # whether the model can be given a static cache, once that has been tried
@@ -73,14 +80,27 @@ class Decoder:
         def step(*given: Any, **named: Any) -> Any:
             return self._step(forward, *given, **named)
 
+        given = {**kwargs, "past_key_values": self.cache, "disable_compile": True}
+        if len(args) < 2 and isinstance(self.cache, StaticCache) and takes(self.model, asked):
+            self.loop = self.loop or Loop(self._quick(forward), self.cache, self.length)
+            given["custom_generate"] = self.loop.writer(kwargs.get("streamer"), self._empty)
         self.model.forward = step
         try:
-            return self.plain(*args, **{**kwargs, "past_key_values": self.cache, "disable_compile": True})
+            return self.plain(*args, **given)
         finally:
             if hooked:
                 self.model.forward = forward
             else:
                 del self.model.forward
+
+    def _empty(self) -> None:
+        self.cache.reset()
+        self.used = 0
+
+    def _quick(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        if self.quick is None:
+            self.quick = Compiled(forward, self.cache) if self.compile else forward
+        return self.quick
 
     def _check(self, prompt: int, new: int | None, total: int | None) -> None:
         reached = prompt + new if new is not None else total or prompt + 1
@@ -99,7 +119,7 @@ class Decoder:
         if self.cache is not None and self.key == key and all(type(x) in _EMPTIED for x in self.cache.layers):
             self.cache.reset()
         else:
-            self.graph = None  # it writes to the cache that it was recorded with
+            self.graph = self.loop = self.quick = None  # they write to the cache that they were made with
             made = static(self.model, self.length) if self.static else None
             self.cache, self.key = made or reserved(self.model, self.length), key
 
@@ -112,7 +132,7 @@ class Decoder:
         if first or tokens != 1 or args or not isinstance(self.cache, StaticCache):
             return forward(*args, **kwargs)
         if self.graph is None:
-            self.graph = StepGraph(forward)
+            self.graph = StepGraph(self._quick(forward), self.model.device)
         return self.graph(kwargs)
 
 
@@ -201,44 +221,24 @@ _EMPTIED = (ReservedLayer, StaticLayer)  # by their `reset`
 
 
 class StepGraph:
-    """One decoding step as a CUDA graph: run once to warm up, recorded at the second call, replayed from then on."""
+    """One decoding step that transformers prepares, as a graph on copies of what it is given."""
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self.forward = forward
-        self.calls = 0
-        self.possible = True
-        self.graph: Any = None
-        self.out: Any = None
+    def __init__(self, forward: Callable[..., Any], device: torch.device) -> None:
+        self.forward, self.device = forward, device
+        self.graph: Graph | None = None
         self.inputs: list[Tensor] = []
 
     def __call__(self, kwargs: dict[str, Any]) -> Any:
+        if self.graph is None:
+            copied = _copied(kwargs)
+            self.inputs = _tensors(copied)
+            self.graph = Graph(lambda: self.forward(**copied), self.device)
         given = _tensors(kwargs)
-        self.calls += 1
-        if not self.possible or self.calls == 1:
-            return self.forward(**kwargs)
-        if self.graph is None and not self._record(kwargs):
-            return self.forward(**kwargs)
         if len(given) != len(self.inputs) or any(a.shape != b.shape for a, b in zip(given, self.inputs, strict=True)):
             return self.forward(**kwargs)
         for own, new in zip(self.inputs, given, strict=True):
             own.copy_(new)
-        self.graph.replay()
-        return self.out
-
-    def _record(self, kwargs: dict[str, Any]) -> bool:
-        own = _copied(kwargs)
-        self.inputs = _tensors(own)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self.out = self.forward(**own)
-        except RuntimeError as error:  # something in the step waits for the GPU
-            self.possible = False
-            reason = str(error).strip().splitlines()[0][:200]
-            warnings.warn(f"a step of this model cannot be recorded as a CUDA graph: {reason}", stacklevel=2)
-            return False
-        self.graph = graph
-        return True
+        return self.graph()
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -16,6 +16,7 @@ from fewbit.formats.base import by_quant_method
 from fewbit.models import decode, plugin
 from fewbit.models import fuse as fusing
 from fewbit.models.describe import describe
+from fewbit.models.graph import check_compile
 from fewbit.models.source import Source
 
 _OLDEST_PEFT = (0, 20)
@@ -30,6 +31,7 @@ def load_model(
     trust_remote_code: bool = False,
     adapter: str | Path | None = None,
     fuse: int | None = None,
+    compile: bool = False,
 ) -> Any:
     """The model of `source`, quantized weights packed, in evaluation mode.
 
@@ -37,9 +39,12 @@ def load_model(
     "auto" to spread it over what there is. kernel: the one to use for all, KernelError if it cannot. adapter: the
     folder of one to put on it; PlanError if it was made for another model. fuse: linears that read the same tensor
     become one, and texts of up to so many tokens are generated in a static cache; PlanError beyond the model's context.
+    compile: what a step of that runs is compiled first; PlanError without `fuse`, and without a GPU.
     """
     if adapter is not None:
         need_peft()
+    if compile:
+        check_compile(device, fuse)
     if fuse is not None:
         decode.checked_length(fuse, source.context, "--max-length")
         if source.quantization is None:
@@ -85,7 +90,7 @@ def load_model(
     model.eval()
     if fuse is not None:
         fusing.fuse(model)
-        decode.within(model, fuse)
+        decode.within(model, fuse, compile=compile)
     if adapter is None:
         return model
     from fewbit.models.adapter import attach  # PEFT is an extra

@@ -1,0 +1,268 @@
+"""The loop that writes tokens in a static cache writes what transformers' loop writes, with every way to stop.
+
+Here, on a CPU, its steps are run one by one; tests/gpu/test_fuse.py has them recorded as a graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from fewbit.errors import PlanError
+from fewbit.models import decode, loop
+from fewbit.models.graph import Compiled, check_compile
+from tests import models
+
+LENGTH, NEW = 48, 24
+OVERRIDDEN = ("phi3",)  # which prepares its inputs itself
+PADDED = torch.tensor([[0] * 4 + [1] * 5, [1] * 9, [0] + [1] * 8])
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(3, models.VOCAB, (3, 9), generator=torch.Generator().manual_seed(1))
+
+
+class Heard(BaseStreamer):
+    """What a streamer was given."""
+
+    def __init__(self) -> None:
+        self.values: list[list[Any]] = []
+        self.ended = 0
+
+    def put(self, value: Tensor) -> None:
+        assert value.device.type == "cpu"
+        self.values.append(value.tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def pair(family: str, length: int = LENGTH) -> tuple[Any, Any]:
+    """A model, and the same with a static cache as on a GPU."""
+    plain, looped = (models.build(family, dtype="float32") for _ in range(2))
+    decode.within(looped, length)
+    looped.generate.__self__.static = True
+    return plain, looped
+
+
+def written(model: Any, ids: Tensor, mask: Tensor | None = None, **options: Any) -> list[list[int]]:
+    given = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2, "max_new_tokens": NEW, **options}
+    given = {key: value for key, value in given.items() if value is not None or key == "eos_token_id"}
+    torch.manual_seed(7)
+    with torch.inference_mode():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **given)
+    return [[int(token) for token in row] for row in out]
+
+
+def steps(model: Any) -> int:
+    """How many steps our loop has made for the last text."""
+    made = model.generate.__self__.loop
+    return int(made.step.at) if made is not None and made.step is not None else 0
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_greedy_texts_of_one_and_of_three_that_are_padded(family: str, ids: Tensor) -> None:
+    plain, looped = pair(family)
+    # Twice: the step is used again; then for another batch, whose cache is another.
+    for prompt, mask in ((ids[:1], None), (ids[:1].flip(1), None), (ids, PADDED), (ids, None), (ids[:2], PADDED[:2])):
+        assert written(looped, prompt, mask) == written(plain, prompt, mask)
+        assert steps(looped) == (0 if family in OVERRIDDEN else NEW)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
+def test_texts_longer_than_the_masks_that_are_made_at_once(
+    family: str, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "ROWS", 5)
+    plain, looped = pair(family, 9 + NEW)  # not one token more fits
+    for mask in (PADDED, None):
+        assert written(looped, ids, mask) == written(plain, ids, mask)
+        assert steps(looped) == NEW
+
+
+def test_rows_end_where_they_end(ids: Tensor) -> None:
+    plain, looped = pair("llama")
+    free = [row[9:] for row in written(plain, ids, PADDED)]
+    early, late = free[1][4], free[0][11]
+    for ends in (early, [early, late], [late, early, free[2][6]], [free[0][0], free[1][0], free[2][0]], 287, [-1, early]):
+        for pad in (2, None):
+            expected = written(plain, ids, PADDED, eos_token_id=ends, pad_token_id=pad)
+            assert written(looped, ids, PADDED, eos_token_id=ends, pad_token_id=pad) == expected
+            assert len(expected[0]) - 9 <= steps(looped) <= min(len(expected[0]) - 9 + loop.AHEAD, NEW)
+    lengths = {len(written(looped, ids[i : i + 1], PADDED[i : i + 1], eos_token_id=[early, late])[0]) for i in range(3)}
+    assert min(lengths) < 9 + NEW  # else nothing was cut
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+def test_lengths_are_kept_however_they_are_asked_for(ids: Tensor) -> None:
+    plain, looped = pair("llama")
+    asked: tuple[dict[str, Any], ...] = (
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 2},
+        {"max_new_tokens": None, "max_length": 20},
+        {"max_new_tokens": None},  # 20 more
+        {"max_new_tokens": None, "generation_config": GenerationConfig(max_new_tokens=7, pad_token_id=2)},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"use_cache": True, "repetition_penalty": 1.0},
+    )
+    for options in asked:
+        expected = written(plain, ids, **options)
+        assert written(looped, ids, **options) == expected
+        assert steps(looped) == len(expected[0]) - 9
+
+
+def test_sampled_texts_are_the_same_with_the_same_seed(ids: Tensor) -> None:
+    plain, looped = pair("llama")
+    texts = set()
+    for options in (
+        {},
+        {"temperature": 0.7},
+        {"temperature": 3.0, "top_k": 5},
+        {"top_p": 0.8, "top_k": 0},
+        {"temperature": 2.0, "min_p": 0.1},
+    ):
+        got = written(looped, ids, PADDED, do_sample=True, **options)
+        assert got == written(plain, ids, PADDED, do_sample=True, **options)
+        assert steps(looped) == NEW
+        texts.add(str(got))
+    assert len(texts) == 5
+    end = written(plain, ids[:1], do_sample=True)[0][15]
+    got = written(looped, ids[:1], do_sample=True, eos_token_id=end)
+    assert got == written(plain, ids[:1], do_sample=True, eos_token_id=end)
+    assert len(got[0]) <= 16
+
+
+def test_a_streamer_is_given_every_token_once(ids: Tensor) -> None:
+    plain, looped = pair("llama")
+    free = written(plain, ids[:1])[0]
+    for rows, ends, new in ((1, None, NEW), (1, free[14], NEW), (1, free[9], NEW), (1, None, 1), (3, None, 5)):
+        heard = [Heard(), Heard()]
+        options: dict[str, Any] = {"eos_token_id": ends, "max_new_tokens": new}
+        expected, got = (
+            written(model, ids[:rows], streamer=one, **options)
+            for model, one in zip((plain, looped), heard, strict=True)
+        )
+        assert got == expected
+        assert steps(looped) > 0
+        assert heard[1].values == heard[0].values
+        assert heard[0].ended == heard[1].ended == 1
+
+
+def test_what_the_loop_does_not_know_is_left_to_transformers(ids: Tensor) -> None:
+    class Never(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    plain, looped = pair("llama")
+    asked: tuple[dict[str, Any], ...] = (
+        {"repetition_penalty": 1.5},
+        {"bad_words_ids": [[5]]},
+        {"min_new_tokens": 4, "eos_token_id": 5},
+        {"stopping_criteria": StoppingCriteriaList([Never()])},
+        {"max_time": 1000.0},
+        {"do_sample": True, "typical_p": 0.5},
+        {"num_beams": 2},
+        {"synced_gpus": True},
+        {"prefill_chunk_size": 4},
+        {"stop_strings": "the", "tokenizer": models.tokenizer()},
+        {"tokenizer": models.tokenizer()},
+    )
+    for options in asked:
+        assert written(looped, ids, **options) == written(plain, ids, **options), options
+        assert steps(looped) == 0, options
+    with torch.inference_mode():
+        done = looped.generate(ids, max_new_tokens=3, return_dict_in_generate=True, output_logits=True)
+    assert len(done.logits) == 3
+    heard = Heard()
+    written(looped, ids[:1], streamer=heard, repetition_penalty=1.5)
+    assert len(heard.values) == 1 + NEW
+    with pytest.raises(PlanError, match="the model was fused for 48"):
+        written(looped, ids, max_new_tokens=40)
+
+
+@pytest.mark.parametrize("name", loop._OWN)
+def test_a_model_with_its_own_way_keeps_it(name: str, ids: Tensor) -> None:
+    plain, looped = pair("llama")
+    method, calls = getattr(GenerationMixin, name), []
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return method(looped, *args, **kwargs)
+
+    if name == "_sample":  # which `generate` takes from the class
+        own_class: Any = type("Own", (LlamaForCausalLM,), {name: lambda self, *args, **kwargs: own(*args, **kwargs)})
+        looped.__class__ = own_class
+    else:
+        setattr(looped, name, own)
+    assert written(looped, ids) == written(plain, ids)
+    assert calls
+    assert steps(looped) == 0
+
+
+def test_a_model_that_asks_for_cache_positions_gets_them(ids: Tensor) -> None:
+    seen = []
+
+    class Asking(LlamaForCausalLM):
+        _auto_class = "AutoModelForCausalLM"  # as code from a model's folder has it
+
+        def forward(self, *args: Any, cache_position: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+            seen.append(cache_position.tolist())
+            return super().forward(*args, **kwargs)
+
+    Asking.__module__ = "transformers_modules.asking"
+    plain, looped = pair("llama")
+    looped.__class__ = Asking
+    assert looped.is_remote_code()
+    assert written(looped, ids, PADDED) == written(plain, ids, PADDED)
+    assert steps(looped) == NEW
+    assert seen == [list(range(9)), *([at] for at in range(9, 8 + NEW))]
+
+
+def test_masks_of_another_kind_start_again_with_transformers_loop(
+    ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, looped = pair("llama")
+    monkeypatch.setattr(loop.Coming, "tables", lambda self: None)
+    for _ in range(2):
+        heard = [Heard(), Heard()]
+        assert written(looped, ids[:1], streamer=heard[0]) == written(plain, ids[:1], streamer=heard[1])
+        assert heard[0].values == heard[1].values
+        assert looped.generate.__self__.loop.possible is False
+
+
+def test_a_model_that_cannot_be_compiled_says_so_and_runs(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile(forward: Any, *, dynamic: bool, options: dict[str, Any]) -> Any:
+        assert (dynamic, options) == (False, {"emulate_precision_casts": True})
+
+        def quick(**kwargs: Any) -> Any:
+            forward(**kwargs)
+            raise RuntimeError("no compiler\nand more")
+
+        return quick
+
+    monkeypatch.setattr(torch, "compile", compile)
+    plain, looped = pair("llama")
+    looped.generate.__self__.compile = True
+    with pytest.warns(UserWarning, match="runs without being compiled: no compiler$"):
+        got = written(looped, ids, PADDED)
+    assert got == written(plain, ids, PADDED)
+    assert isinstance(looped.generate.__self__.loop.forward, Compiled)
+    assert written(looped, ids, PADDED) == got  # and without a word the second time
+
+
+def test_compiling_is_refused_where_there_is_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device in ("cuda", "cuda:1", torch.device("cuda", 0), "auto"):
+        check_compile(device, 48)
+    for device, fuse, message in (("cuda", None, "without --fuse"), ("cpu", 48, "needs"), (None, 48, "needs")):
+        with pytest.raises(PlanError, match=message):
+            check_compile(device, fuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(PlanError, match="needs an NVIDIA GPU"):
+        check_compile("cuda", 48)
