@@ -79,7 +79,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     sequences = [int(s) for s in args.sequences.split(",")]
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, head {args.head}, {args.layers} blocks{', compiled' * args.compile}\n")
+    how = f"head {args.head}, {args.layers} blocks{', compiled' * args.compile}"
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {how}\n")
     print(f"| tokens/s of all sequences | {' | '.join(map(str, sequences))} |\n|---|{'---|' * len(sequences)}")
     for spec in args.schemes:
         start = time.perf_counter()

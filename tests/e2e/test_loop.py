@@ -90,7 +90,14 @@ def test_rows_end_where_they_end(ids: Tensor) -> None:
     plain, looped = pair("llama")
     free = [row[9:] for row in written(plain, ids, PADDED)]
     early, late = free[1][4], free[0][11]
-    for ends in (early, [early, late], [late, early, free[2][6]], [free[0][0], free[1][0], free[2][0]], 287, [-1, early]):
+    for ends in (
+        early,
+        [early, late],
+        [late, early, free[2][6]],
+        [free[0][0], free[1][0], free[2][0]],
+        287,
+        [-1, early],
+    ):
         for pad in (2, None):
             expected = written(plain, ids, PADDED, eos_token_id=ends, pad_token_id=pad)
             assert written(looped, ids, PADDED, eos_token_id=ends, pad_token_id=pad) == expected
@@ -168,10 +175,9 @@ def test_what_the_loop_does_not_know_is_left_to_transformers(ids: Tensor) -> Non
         {"max_time": 1000.0},
         {"do_sample": True, "typical_p": 0.5},
         {"num_beams": 2},
-        {"synced_gpus": True},
+        {"synced_gpus": False, "tokenizer": models.tokenizer()},
         {"prefill_chunk_size": 4},
         {"stop_strings": "the", "tokenizer": models.tokenizer()},
-        {"tokenizer": models.tokenizer()},
     )
     for options in asked:
         assert written(looped, ids, **options) == written(plain, ids, **options), options
@@ -179,6 +185,15 @@ def test_what_the_loop_does_not_know_is_left_to_transformers(ids: Tensor) -> Non
     with torch.inference_mode():
         done = looped.generate(ids, max_new_tokens=3, return_dict_in_generate=True, output_logits=True)
     assert len(done.logits) == 3
+    assert loop.takes(looped, {"synced_gpus": False, "penalty_alpha": None})
+    for key in ("synced_gpus", "penalty_alpha", "custom_generate", "dola_layers"):  # which need more than is here
+        assert not loop.takes(looped, {key: "asked for"})
+    looped.register_forward_hook(lambda *_: None)
+    assert not loop.takes(looped, {})
+
+
+def test_a_streamer_hears_transformers_loop_too(ids: Tensor) -> None:
+    _, looped = pair("llama")
     heard = Heard()
     written(looped, ids[:1], streamer=heard, repetition_penalty=1.5)
     assert len(heard.values) == 1 + NEW
@@ -224,9 +239,7 @@ def test_a_model_that_asks_for_cache_positions_gets_them(ids: Tensor) -> None:
     assert seen == [list(range(9)), *([at] for at in range(9, 8 + NEW))]
 
 
-def test_masks_of_another_kind_start_again_with_transformers_loop(
-    ids: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_masks_of_another_kind_start_again_with_transformers_loop(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, looped = pair("llama")
     monkeypatch.setattr(loop.Coming, "tables", lambda self: None)
     for _ in range(2):

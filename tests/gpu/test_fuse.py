@@ -79,7 +79,9 @@ def step_of(decoder: Decoder) -> Step:
 
 def pair(root: Path, **options: Any) -> tuple[Any, Any]:
     """A model in float32, and the same fused."""
-    api.quantize(models.save(root / "original", "llama"), root / "out", plan=find("rtn-4bit").changed(scheme="int4-g32"))
+    api.quantize(
+        models.save(root / "original", "llama"), root / "out", plan=find("rtn-4bit").changed(scheme="int4-g32")
+    )
     return tuple(fewbit.load(root / "out", dtype=torch.float32, device="cuda", **o) for o in ({}, options))  # type: ignore[return-value]
 
 
