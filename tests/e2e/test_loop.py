@@ -226,7 +226,7 @@ def test_a_model_that_asks_for_cache_positions_gets_them(ids: Tensor) -> None:
     class Asking(LlamaForCausalLM):
         _auto_class = "AutoModelForCausalLM"  # as code from a model's folder has it
 
-        def forward(self, *args: Any, cache_position: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        def forward(self, *args: Any, cache_position: Any = None, **kwargs: Any) -> Any:
             seen.append(cache_position.tolist())
             return super().forward(*args, **kwargs)
 
@@ -271,8 +271,8 @@ def test_a_model_that_cannot_be_compiled_says_so_and_runs(ids: Tensor, monkeypat
 
 def test_compiling_is_refused_where_there_is_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for device in ("cuda", "cuda:1", torch.device("cuda", 0), "auto"):
-        check_compile(device, 48)
+    for fine in ("cuda", "cuda:1", torch.device("cuda", 0), "auto"):
+        check_compile(fine, 48)
     for device, fuse, message in (("cuda", None, "without --fuse"), ("cpu", 48, "needs"), (None, 48, "needs")):
         with pytest.raises(PlanError, match=message):
             check_compile(device, fuse)
