@@ -53,6 +53,9 @@ _OTHERS = (
 )
 
 
+Tables = dict[tuple[str, ...], Tensor]  # by the name of an argument, and the kind of layer where it has several
+
+
 def takes(model: Any, asked: dict[str, Any]) -> bool:
     """Whether a model's `generate`, called with `asked`, may be given `Loop` to write the tokens."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -122,38 +125,45 @@ class Loop:
     ) -> Tensor | None:
         """The tokens of `ids` and those that follow; None, and nothing streamed, where a step's inputs are unlike any
         known."""
-        new = criteria.max_length - ids.shape[1]
         ends = [int(token) for one in criteria[1:] for token in one.eos_token_id.flatten().tolist()]
         inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
         logits = model(**inputs, return_dict=True).logits[:, -1].to(copy=True, dtype=torch.float32)
+        coming = Coming(model, ids, kwargs)
+        if (tables := coming.tables()) is None:
+            self.possible = False
+            return None
+        if self.step is None or not self.step.fits(coming.fixed, tables):
+            self.step = Step(self.forward, coming.fixed, tables, (len(ids), self.length), logits.shape[-1])
+        choose = _sampler(warpers, ids) if config.do_sample else None
+        self.step.begin(ends, config.pad_token_id)
+        self.step.take(choose(logits) if choose else logits.argmax(-1))
+        watch = Watch(criteria.max_length - ids.shape[1], self.step.token[:, 0], ends, streamer)
         with model._optimize_model_for_decode():
-            coming = Coming(model, ids, kwargs)
-            if (tables := coming.tables()) is None:
-                self.possible = False
-                return None
-            if self.step is None or not self.step.fits(coming.fixed, tables):
-                self.step = Step(self.forward, coming.fixed, tables, (len(ids), self.length), logits.shape[-1])
-            step = self.step
-            step.begin(ends, config.pad_token_id)
-            choose = _sampler(warpers, ids) if config.do_sample else None
-            step.take(choose(logits) if choose else logits.argmax(-1))
-            watch = Watch(new, step.token[:, 0], ends, streamer)
-            watch.note()
-            count, over = 1, watch.over(0)
-            while count < new and not over:
-                if (count - 1) % ROWS == 0:
-                    step.refill(tables if count == 1 else coming.tables())
-                step.run(choose)
-                count += 1
-                watch.note()
-                over = watch.over(AHEAD)
-        watch.over(0)
+            count = _go_on(self.step, watch, coming, tables, choose)
         if streamer is not None:
             streamer.end()
-        return torch.cat([ids, step.written[:, : watch.ended or count]], dim=-1)
+        return torch.cat([ids, self.step.written[:, :count]], dim=-1)
 
 
-def _sampler(warpers: LogitsProcessorList, ids: Tensor) -> Callable[[Tensor], Tensor]:
+Choice = Callable[[Tensor], Tensor]  # of logits [rows, vocabulary], the tokens [rows]
+
+
+def _go_on(step: Step, watch: Watch, coming: Coming, tables: Tables, choose: Choice | None) -> int:
+    """Write what follows the first token, until all rows have ended or there is no more room: how many there are."""
+    watch.note()
+    count, over = 1, watch.over(0)
+    while count < watch.new and not over:
+        if (count - 1) % ROWS == 0:
+            step.refill(tables if count == 1 else coming.tables())
+        step.run(choose)
+        count += 1
+        watch.note()
+        over = watch.over(AHEAD)
+    watch.over(0)
+    return watch.ended or count
+
+
+def _sampler(warpers: LogitsProcessorList, ids: Tensor) -> Choice:
     """One token for each row of logits, drawn as transformers draws it."""
 
     def choose(logits: Tensor) -> Tensor:
@@ -175,12 +185,12 @@ class Coming:
         self.ids = ids.new_zeros(ids.shape[0], ROWS)
         self.fixed: dict[str, Any] = {}
 
-    def tables(self) -> dict[tuple[str, ...], Tensor] | None:
+    def tables(self) -> Tables | None:
         """Of the next ROWS steps; None where there is something that is neither mask nor position."""
         self.kwargs = self.model._update_model_kwargs_for_generation({}, self.kwargs, num_new_tokens=ROWS)
         inputs = self.model.prepare_inputs_for_generation(self.ids, next_sequence_length=ROWS, **self.kwargs)
         del inputs["input_ids"]
-        tables: dict[tuple[str, ...], Tensor] = {}
+        tables: Tables = {}
         for name, value in inputs.items():
             parts = {(name, key): inner for key, inner in value.items()} if type(value) is dict else {(name,): value}
             tables |= {key: inner for key, inner in parts.items() if isinstance(inner, Tensor)}
@@ -205,7 +215,7 @@ class Step:
         self,
         forward: Callable[..., Any],
         fixed: dict[str, Any],
-        tables: dict[tuple[str, ...], Tensor],
+        tables: Tables,
         shape: tuple[int, int],
         vocabulary: int,
     ) -> None:
@@ -220,7 +230,7 @@ class Step:
         self.greedy = Graph(lambda: self.take(self._logits().argmax(-1)), device, first=2)
         self.logits = Graph(self._logits, device, first=2)
 
-    def fits(self, fixed: dict[str, Any], tables: dict[tuple[str, ...], Tensor]) -> bool:
+    def fits(self, fixed: dict[str, Any], tables: Tables) -> bool:
         """Whether it was made for such inputs."""
         same = fixed.keys() == self.fixed.keys() and all(fixed[k] is v or fixed[k] == v for k, v in self.fixed.items())
         return (
@@ -238,14 +248,14 @@ class Step:
         if ends:
             self.pad.fill_(ends[0] if pad is None else pad)
 
-    def refill(self, tables: dict[tuple[str, ...], Tensor] | None) -> None:
+    def refill(self, tables: Tables | None) -> None:
         """Before each ROWS steps."""
         assert tables is not None
         self.row.zero_()
         for key, table in tables.items():
             self.tables[key].copy_(table)
 
-    def run(self, choose: Callable[[Tensor], Tensor] | None) -> None:
+    def run(self, choose: Choice | None) -> None:
         """One step more: greedy, or by `choose`, of logits [rows, vocabulary]."""
         if choose is None:
             self.greedy()
@@ -281,7 +291,7 @@ class Watch:
     """
 
     def __init__(self, new: int, token: Tensor, ends: list[int], streamer: Any) -> None:
-        self.token, self.streamer = token, streamer
+        self.new, self.token, self.streamer = new, token, streamer
         self.wanted = bool(ends) or streamer is not None
         self.gpu = token.device.type == "cuda"
         self.copies = torch.empty(new if self.wanted else 0, len(token), dtype=torch.long, pin_memory=self.gpu)
