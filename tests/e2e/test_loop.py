@@ -5,11 +5,13 @@ Here, on a CPU, its steps are run one by one; tests/gpu/test_fuse.py has them re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import GenerationConfig, GenerationMixin, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -73,6 +75,44 @@ def test_greedy_texts_of_one_and_of_three_that_are_padded(family: str, ids: Tens
     for prompt, mask in ((ids[:1], None), (ids[:1].flip(1), None), (ids, PADDED), (ids, None), (ids[:2], PADDED[:2])):
         assert written(looped, prompt, mask) == written(plain, prompt, mask)
         assert steps(looped) == (0 if family in OVERRIDDEN else NEW)
+
+
+class Traced:
+    """A graph as on a GPU, of operators in place of launches: what Python decided in one step holds in all others."""
+
+    made = 0
+
+    def __init__(self, function: Callable[[], Any], device: torch.device, *, first: int) -> None:
+        self.function, self.left, self.traced = function, first, None
+
+    def __call__(self) -> Any:
+        if self.left:
+            self.left -= 1
+            return self.function()
+        if self.traced is None:
+            Traced.made += 1
+            out: list[Any] = []  # tracing runs the step once
+
+            def traced() -> Any:
+                out.append(self.function())
+                return out[0]
+
+            self.traced = make_fx(traced)()
+            return out[0]
+        return self.traced()
+
+
+@pytest.mark.parametrize("family", [family for family in models.FAMILIES if family not in OVERRIDDEN])
+def test_nothing_of_a_step_is_decided_in_python(family: str, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "Graph", Traced)
+    monkeypatch.setattr(loop, "ROWS", 7)
+    plain, looped = pair(family)
+    before, end = Traced.made, written(plain, ids, PADDED)[1][15]
+    for mask, ends in ((PADDED, None), (PADDED, end), (PADDED.flip(0), [end, 5])):
+        assert written(looped, ids, mask, eos_token_id=ends) == written(plain, ids, mask, eos_token_id=ends)
+    sampled = written(looped, ids, PADDED, do_sample=True)
+    assert sampled == written(plain, ids, PADDED, do_sample=True)
+    assert Traced.made == before + 2  # greedy and sampled, each once
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
