@@ -83,7 +83,8 @@ class Traced:
     made = 0
 
     def __init__(self, function: Callable[[], Any], device: torch.device, *, first: int) -> None:
-        self.function, self.left, self.traced = function, first, None
+        self.function, self.left = function, first
+        self.traced: Any = None
 
     def __call__(self) -> Any:
         if self.left:
