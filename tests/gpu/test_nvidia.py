@@ -35,6 +35,45 @@ def test_products(spec: str, dtype: torch.dtype) -> None:
             assert (got - exact).norm() <= TOLERANCE[dtype] * exact.norm(), (n, k, m)
 
 
+@pytest.mark.parametrize("spec", ["int4-g128", "nf4-b64-dq", "q6_k", "int3-g128", "llm.int8"])
+def test_products_as_on_gpus_that_are_not_hopper(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewbit.kernels.nvidia import in_cuda
+
+    monkeypatch.setattr(in_cuda, "hopper", lambda device: False)
+    n, k = 272, 1024
+    weight, scheme = packed(spec, n, k), parse(spec)
+    w, prepared = weight.dequantize(), Nvidia().prepare(scheme, weight.parts, (n, k))
+    for m in (20, 64, 150):
+        x = (torch.randn(m, k, device="cuda") + 0.5).bfloat16()
+        got, exact = Nvidia().linear(x, scheme, prepared, (n, k)).float(), x.float() @ w.T
+        assert (got - exact).norm() <= TOLERANCE[torch.bfloat16] * exact.norm(), m
+
+
+@pytest.mark.parametrize("rows", [1, 12, 40, 200])
+def test_products_that_overlap_in_a_graph(rows: int) -> None:
+    """A chain of layers, each of which reads what the one before it writes while it is still at it."""
+    layers = [QLinear(1024, 1024, None).adopt(packed("int4-g128", 1024, 1024), torch.bfloat16) for _ in range(6)]
+    x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
+
+    def chain() -> torch.Tensor:
+        y = x
+        for layer in layers:
+            y = layer(y)
+        return y
+
+    with torch.no_grad():
+        chain()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = chain()
+        for _ in range(50):
+            x.normal_()
+            expected = chain()
+            got.zero_()
+            graph.replay()
+            assert torch.equal(got, expected)
+
+
 def test_the_operator_is_one_that_pytorch_can_compile() -> None:
     from fewbit.kernels.nvidia import ops
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 
 import pytest
@@ -75,13 +76,36 @@ def test_it_says_why_it_does_not_serve() -> None:
 def test_the_macros_of_the_cuda_kernel_are_all_defined() -> None:
     how = layout.recipe(parse("int4-g128"), 256)
     assert isinstance(how, Recipe)
-    for split, marks in ((0, ("defines:",)), (2, ("defines:", "decode.cuh:"))):
-        text = in_cuda.defined(how, 256, 32, (0, False), Sizes(8, 1, 1, 1, split), True)
-        defined = {line.split()[1] for line in text.splitlines() if line.startswith("#define")}
-        for mark in marks:
-            named = text.split(mark)[1].split(".")[0].replace("//", " ").split()
+    for many, mark in ((0, "defines:"), (1, "on Hopper:")):
+        text = in_cuda.defined(how, 256, 32, (0, False), Sizes(8, 1, 1, 1, many), True, True)
+        defined = {line.split()[1].split("(")[0] for line in text.splitlines() if line.startswith("#define")}
+        for named_after in {"defines:", mark}:
+            named = re.findall(r"\b[A-Z_]{2,}\b", text.split(named_after)[1].split(".")[0])
             assert named
             assert set(named) <= defined
+
+
+@pytest.mark.parametrize(("room", "of_x"), [(227 << 10, 16), (163 << 10, 8), (99 << 10, 8), (64 << 10, 4), (10 << 10, 1)])
+def test_sizes_are_such_that_shared_memory_suffices(room: int, of_x: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_cuda, "_shared_room", lambda device: room)
+    how = layout.recipe(parse("int2-g64"), 1024)
+    assert isinstance(how, Recipe)
+    assert in_cuda.fitting(Sizes(8, 2, 16, 1, 1), how, CUDA) == Sizes(8, 2, of_x, 1, 1)
+
+
+def test_sizes_are_such_that_blocks_fill_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewbit.kernels.nvidia import ops
+
+    monkeypatch.setattr(in_cuda, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(in_cuda, "_shared_room", lambda device: 227 << 10)
+    monkeypatch.setattr(in_cuda, "unusable", lambda device: None)
+    monkeypatch.setattr(ops, "_name", lambda device: "NVIDIA H200")
+    how = layout.recipe(parse("int4-g128"), 4096)
+    assert isinstance(how, Recipe)
+    for n, sizes in ((8192, (8, 2, 1, 2)), (6144, (8, 1, 1, 3)), (4096, (8, 1, 1, 2)), (28672, (8, 2, 1, 2))):
+        assert ops.choose(1, n, 4096, how, CUDA) == (ops.CUDA, *sizes, 0)
+    assert ops.choose(64, 4096, 4096, how, CUDA) == (ops.CUDA, 16, 1, 8, 1, 1)
+    assert ops.choose(257, 4096, 4096, how, CUDA) == (ops.VALUES,)
 
 
 @interpreted

@@ -9,15 +9,16 @@
 // in float16 that would cost digits, 1024 being great and tensor cores cutting sums off, so it is done code by code.
 // Sums of a group are scaled in float32.
 // Macros that the caller defines: BITS LOW GROUP BLOCK SCALE OFFSET ZERO_POINT TABLE DIVISOR SUB K ROW_WORDS GROUPS BLOCKS
-// SIGNED BFLOAT WARPS MT NT RESIDENT SPLIT.
+// SIGNED BFLOAT WARPS MT NT RESIDENT MANY.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 
 #define LANES (32 / LOW)
-#define TILE (16 * LANES)
-#define TILES (ROW_WORDS / 16)
+#define WORDS 16  // of a tile
+#define TILE (WORDS * LANES)
+#define TILES (ROW_WORDS / WORDS)
 #define SUBS (TILE / SUB)
 #define BESIDE (GROUP < TILE && TILE % GROUP == 0 ? TILE / GROUP : 1)  // groups of a tile, stored side by side
 #define ACROSS ((GROUPS + BESIDE - 1) / BESIDE)
@@ -25,7 +26,8 @@ typedef unsigned char u8;
 #define MINIMUM (OFFSET >= 2)
 #define SCALE_BYTES (SCALE == 3 || DIVISOR > 1 ? 4 : SCALE == 0 ? 2 : 1)
 #define OFFSET_BYTES (OFFSET == 2 ? 2 : 1)
-#define FOLD (SPLIT == 0 && BFLOAT && LOW < 8 && !TABLE)
+#define PACKED (MANY && LOW < 8 && SUB >= 32 && !MINIMUM)
+#define FOLD (LOW < 8 && !TABLE && (MANY ? !PACKED : BFLOAT))
 #define SUMS (MINIMUM || FOLD)  // whether sums of x are wanted
 
 #if BFLOAT
@@ -50,7 +52,9 @@ struct Weight {
   const float *a2, *a3;
   const void *b0, *b1;
   const float* table;
+  int last;  // row
 };
+struct Row { int lot, in; };  // which of sixteen rows, and of what sixteen
 
 __device__ __forceinline__ unsigned long long evict_first() {
   unsigned long long policy;
@@ -95,13 +99,27 @@ __device__ __forceinline__ float number(u32 word, int byte, float less) {  // a 
   return __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7440 + byte)) - (8388608.0f + less);
 }
 
+// ---- kernels that overlap --------------------------------------------------------------------------------------------
+
+// Waits for all that earlier kernels write, if this one was launched while they ran (see in_cuda.py), and lets the next
+// one do the same. Returns 0, which the compiler does not know: an address that it is added to is not read before.
+__device__ __forceinline__ int turn() {
+  int nought = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("mov.u32 %0, 0;" : "=r"(nought) :: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+  return nought;
+}
+
 // ---- what is asked of memory a tile ahead ---------------------------------------------------------------------------
 
 // Where a row has its piece `at` of `across`, rows being stored sixteen at a time.
-__device__ __forceinline__ int place(int row, int across, int at) { return ((row >> 4) * across + at) * 16 + (row & 15); }
+__device__ __forceinline__ int place(Row row, int across, int at) { return (row.lot * across + at) * 16 + row.in; }
 
 // Values of E bytes, one for each sub-tile of a row's tile.
-template <int E> __device__ __forceinline__ void gather(Side<E * SUBS>& out, const void* from, int tile, int row) {
+template <int E> __device__ __forceinline__ void gather(Side<E * SUBS>& out, const void* from, int tile, Row row) {
   constexpr int B = E * SUBS;
   if constexpr (BESIDE == SUBS) {
     const u8* p = (const u8*)from + (long)place(row, ACROSS, tile * TILE / (GROUP * BESIDE)) * B;
@@ -139,11 +157,11 @@ struct Step {  // of a row's tile: codes, and what scales and offsets are made o
   float nested;
 };
 
-__device__ __forceinline__ int nested_at(int row, int tile, int sub) {
-  return (int)(((long)row * GROUPS + (tile * TILE + sub * SUB) / GROUP) >> 8);
+__device__ __forceinline__ int nested_at(const Weight& w, Row row, int tile, int sub) {
+  return (int)(((long)min(row.lot * 16 + row.in, w.last) * GROUPS + (tile * TILE + sub * SUB) / GROUP) >> 8);
 }
 
-__device__ __forceinline__ void ask(Step& s, const Weight& w, int tile, int row, int t, unsigned long long policy) {
+__device__ __forceinline__ void ask(Step& s, const Weight& w, int tile, Row row, int t, unsigned long long policy) {
   const int at = place(row, TILES, tile) * 16 + t * 4;
   s.low = stream(w.words + at, policy);
 #if BITS > LOW
@@ -158,7 +176,7 @@ __device__ __forceinline__ void ask(Step& s, const Weight& w, int tile, int row,
 #if SCALE == 1
   s.d = __ldg((const u16*)w.a0 + over);
 #elif SCALE == 2
-  s.nested = __ldg((const float*)w.a1 + nested_at(row, tile, 0));
+  s.nested = __ldg((const float*)w.a1 + nested_at(w, row, tile, 0));
 #endif
 #if OFFSET
   gather<OFFSET_BYTES>(s.offset, OFFSET == 3 ? w.b1 : w.b0, tile, row);
@@ -168,11 +186,28 @@ __device__ __forceinline__ void ask(Step& s, const Weight& w, int tile, int row,
 #endif
 }
 
+// What `ask` will want for sixteen rows lies in pieces of 128 bytes: those of words, then where groups are not longer than
+// tiles one of scales and one of offsets. Lane l has the l-th and asks for it to be brought to the cache.
+#define PIECES_OF_WORDS (16 * WORDS * 4 / 128)
+#define ANNOUNCED (PIECES_OF_WORDS + (BESIDE == SUBS && GROUP <= TILE ? 1 + (OFFSET != 0) : 0))
+__device__ __forceinline__ const char* to_announce(const Weight& w, int tile, int lot, int lane) {
+  const long at = (long)place({lot, 0}, TILES, tile);
+  if (lane == PIECES_OF_WORDS) return (const char*)(SCALE == 1 ? w.a1 : w.a0) + at * SCALE_BYTES * SUBS;
+  if (lane > PIECES_OF_WORDS) return (const char*)(OFFSET == 3 ? w.b1 : w.b0) + at * OFFSET_BYTES * SUBS;
+  return (const char*)(w.words + at * WORDS) + lane * 128;
+}
+__device__ __forceinline__ int from_tile_to_tile(int lane) {  // bytes
+  return 16 * (lane == PIECES_OF_WORDS ? SCALE_BYTES * SUBS : lane > PIECES_OF_WORDS ? OFFSET_BYTES * SUBS : WORDS * 4);
+}
+__device__ __forceinline__ void announce(const char* p, int lane) {
+  if (lane < ANNOUNCED) asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
+}
+
 // ---- scales and numbers ---------------------------------------------------------------------------------------------
 
 struct Grid { float scale, least, zero; };  // w = scale (code - zero) + least; if FOLD, w = scale code + least
 
-__device__ __forceinline__ Grid grid(const Step& s, const Weight& w, const float* map, int tile, int row, int sub) {
+__device__ __forceinline__ Grid grid(const Step& s, const Weight& w, const float* map, int tile, Row row, int sub) {
   Grid g;
   [[maybe_unused]] const u32 a = s.scale.v[sub * SCALE_BYTES / 4] >> sub * SCALE_BYTES % 4 * 8;
   [[maybe_unused]] const u32 b = s.offset.v[sub * OFFSET_BYTES / 4] >> sub * OFFSET_BYTES % 4 * 8;
@@ -185,7 +220,7 @@ __device__ __forceinline__ Grid grid(const Step& s, const Weight& w, const float
 #elif SCALE == 1
   g.scale = half_of(s.d) * (SIGNED ? number(a ^ 128, 0, 128) : number(a, 0, 0));
 #else
-  const float over = GROUPS % SUBS == 0 && BESIDE == SUBS ? s.nested : __ldg((const float*)w.a1 + nested_at(row, tile, sub));
+  const float over = GROUPS % SUBS == 0 && BESIDE == SUBS ? s.nested : __ldg((const float*)w.a1 + nested_at(w, row, tile, sub));
   g.scale = map[a & 255] * over + __ldg(w.a2);
 #endif
 #if OFFSET == 2
@@ -193,7 +228,7 @@ __device__ __forceinline__ Grid grid(const Step& s, const Weight& w, const float
 #elif OFFSET == 3
   g.least = -half_of(s.dmin) * number(b, 0, 0);
 #endif
-#if LOW == 8 && BFLOAT
+#if LOW == 8 && (MANY || BFLOAT)
   constexpr float base = 8388608.0f;  // no room for 8 bits under an exponent: these codes go by way of float32
 #else
   constexpr float base = BASE;
@@ -209,13 +244,9 @@ __device__ __forceinline__ Grid grid(const Step& s, const Weight& w, const float
   return g;
 }
 
-// The codes of lanes j and j + LANES / 2 of word i as two numbers.
-__device__ __forceinline__ u32 pair(const Step& s, int i, int j, float zero) {
+// The codes of lanes j and j + LANES / 2 of word i, each under the exponent of BASE.
+__device__ __forceinline__ u32 codes(const Step& s, int i, int j) {
   const u32 w = s.low.v[i];
-#if LOW == 8 && BFLOAT
-  return two(__uint_as_float(__byte_perm(w, 0x4B000000u, 0x7440 + j)) - zero,
-             __uint_as_float(__byte_perm(w, 0x4B000000u, 0x7442 + j)) - zero);
-#else
   constexpr u32 mask = (1u << LOW) - 1;
   // One instruction for both: left to itself the compiler takes two, for two constants.
   u32 c;
@@ -228,8 +259,24 @@ __device__ __forceinline__ u32 pair(const Step& s, int i, int j, float zero) {
   const int up = LOW - j * HIGH;
   c |= (up >= 0 ? h << up : h >> -up) & ((top | top << 16) << LOW);
 #endif
-  return FOLD ? c : less(c, two(zero, zero));
+  return c;
+}
+
+// The same as two numbers, less what is taken off a group's sum.
+__device__ __forceinline__ u32 pair(const Step& s, int i, int j, float zero) {
+#if LOW == 8 && BFLOAT
+  const u32 w = s.low.v[i];
+  return two(__uint_as_float(__byte_perm(w, 0x4B000000u, 0x7440 + j)) - zero,
+             __uint_as_float(__byte_perm(w, 0x4B000000u, 0x7442 + j)) - zero);
+#else
+  return FOLD ? codes(s, i, j) : less(codes(s, i, j), two(zero, zero));
 #endif
+}
+
+// The levels of both codes of a byte of `word`, by its place j, from tables().
+__device__ __forceinline__ u32 looked_up(const u32* pairs, u32 word, int j) {
+  const int shift = j * 8 - 7;
+  return *(const u32*)((const char*)pairs + (((shift < 0 ? word << -shift : word >> shift) & 0x7F80u) | (threadIdx.x & 31) * 4));
 }
 
 // The left operand of step e of 32 columns, from the steps of rows g and g + 8.
@@ -239,10 +286,7 @@ __device__ __forceinline__ void operand(u32* a, const Step* s, const Grid* g, co
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #if TABLE
-      const u32 word = s[r].low.v[e * 2 + half];
-      const int shift = span * 8 - 7;
-      a[half * 2 + r] = *(const u32*)((const char*)pairs +
-          (((shift < 0 ? word << -shift : word >> shift) & 0x7F80u) | (threadIdx.x & 31) * 4));
+      a[half * 2 + r] = looked_up(pairs, s[r].low.v[e * 2 + half], span);
 #else
       a[half * 2 + r] = pair(s[r], e * 2 + half, span, g[r].zero);
 #endif

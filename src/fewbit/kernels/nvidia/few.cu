@@ -10,24 +10,34 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
     const float* __restrict__ a3, const void* __restrict__ b0, const void* __restrict__ b1,
     const float* __restrict__ table, int M, int N) {
   extern __shared__ float shared[];
-  const Weight weight = {words, high, a0, a1, a2, a3, b0, b1, table};
+  const Weight weight = {words, high, a0, a1, a2, a3, b0, b1, table, N - 1};
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int x_top = blockIdx.y * 8 * NT, rows = 16 * MT, cols = 8 * NT, stride = gridDim.x * rows;
   const unsigned long long policy = evict_first();
+  const auto row = [&](int top, int mt, int r) {
+    const int n = min(top + mt * 16 + r * 8 + g, N - 1);
+    return NT == 1 ? Row{min(top / 16 + mt, (N - 1) >> 4), r * 8 + g} : Row{n >> 4, n & 15};  // for want of registers
+  };
   Step next[MT][2];
   const auto ahead = [&](int tile, int top) {
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) ask(next[mt][r], weight, tile, min(top + mt * 16 + r * 8 + g, N - 1), t, policy);
+      for (int r = 0; r < 2; ++r) ask(next[mt][r], weight, tile, row(top, mt, r), t, policy);
   };
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt)
+      announce(to_announce(weight, min(warp + i * WARPS, TILES - 1), row(blockIdx.x * rows, mt, 0).lot, lane), lane);
+  u32* pairs = nullptr;
+  float* map = nullptr;
+  float* sums = tables(shared, weight, pairs, map);
+  x += turn();
   ahead(min(warp, TILES - 1), blockIdx.x * rows);
   const u16* from[NT];  // rows beyond the last read that one, and nobody reads what becomes of it
 #pragma unroll
   for (int nt = 0; nt < NT; ++nt) from[nt] = x + (long)min(x_top + nt * 8 + g, M - 1) * K;
-  u32* pairs = nullptr;
-  float* map = nullptr;
-  float* sums = tables(shared, weight, pairs, map);
   for (int top = blockIdx.x * rows; top < N; top += stride) {
     float acc[MT][NT][4] = {};
 #pragma unroll 1
@@ -47,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
           for (int r = 0; r < 2; ++r)
-            grids[mt][r] = grid(s[mt][r], weight, map, tile, min(top + mt * 16 + r * 8 + g, N - 1), sub);
+            grids[mt][r] = grid(s[mt][r], weight, map, tile, row(top, mt, r), sub);
         float part[MT][NT][4] = {};
         float sum[NT][4] = {};
 #pragma unroll

@@ -5,10 +5,12 @@ They are compiled when first needed, by the compiler that PyTorch brings (NVRTC)
 
 from __future__ import annotations
 
+import ctypes
+import math
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,32 +19,104 @@ from fewbit.kernels.nvidia.layout import MAPPED, PLAIN, WORDS, Recipe, operands
 
 _FLOAT = 3  # how s is stored, besides those of a recipe: as float32
 _PAIRS, _MAP = 256 * 32 * 4, 256 * 4  # bytes of shared memory that levels take, and a map of scales
-_STAGES = 4  # tiles of x on their way to `many`
+_STAGES = 3  # tiles of x that `many` has in shared memory
+_EVEN = 0.93  # of the places for blocks: where so many can be used by blocks that share evenly, they are
+_LEAST = 4  # tiles of W that a block of `many` is started for
 
 
 class Sizes(NamedTuple):
     """How a kernel cuts its work."""
 
-    warps: int
+    warps: int  # in multiples of four for `many`
     of_w: int  # tiles of 16 rows of W that a warp has
     of_x: int  # tiles of 8 rows of x
     resident: int  # blocks that a multiprocessor is to hold at once
-    split: int = 0  # blocks that share K, of `many`; 0 for `few`
+    many: int = 0  # 1 for `many`
 
 
 def linear(x: Tensor, y: Tensor, tensors: list[Tensor], how: Recipe, sizes: Sizes) -> None:
     """y [M, N] = x [M, K] W."""
     (m, k), n = x.shape, y.shape[1]
     places = operands(how, tensors)
-    kernel = _compiled(how, k, tensors[0].shape[1] * WORDS, _stored(how, places), sizes, x.dtype, x.device)
+    kernel = _compiled(
+        how, k, tensors[0].shape[1] * WORDS, _stored(how, places), sizes, x.dtype, x.device, hopper(x.device)
+    )
     rows, over = 16 * sizes.of_w, -(-m // (8 * sizes.of_x))
-    if sizes.split:
-        blocks = -(-n // (rows * sizes.warps))
-        work = torch.empty(sizes.split * m * n if sizes.split > 1 else 1, device=x.device)
-        grid, more = (blocks, over, sizes.split), [work, _counters(x.device, torch.cuda.current_stream(x.device))]
+    room, more = _multiprocessors(x.device) * sizes.resident, list[Tensor | int]()
+    if sizes.many:
+        pieces = -(-n // (rows * sizes.warps))
+        tiles = pieces * tensors[0].shape[1]
+        share = room // pieces  # where each piece of W's rows has as many blocks, these leave fewer sums to add up
+        blocks = pieces * share if pieces * share >= _EVEN * room else room
+        grid = (min(blocks, -(-tiles // _LEAST)), over, 1)
+        left = torch.empty(grid[0] * over * 2 * rows * sizes.warps * 8 * sizes.of_x, device=x.device)
+        more = [left, _counters(x.device, torch.cuda.current_stream(x.device))]
     else:
-        grid, more = (min(-(-n // rows), _multiprocessors(x.device) * sizes.resident), over, 1), []
-    kernel(grid=grid, block=(32 * sizes.warps, 1, 1), args=[x, y, *places, m, n, *more], shared_mem=_shared(how, sizes))
+        grid = (min(-(-n // rows), room), over, 1)
+    _launch(kernel, grid, 32 * sizes.warps, [x, y, *places, m, n, *more], _shared(how, sizes))
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, of which one value is a whole number."""
+
+    _fields_: ClassVar = [("id", ctypes.c_int), ("unused", ctypes.c_int), ("value", ctypes.c_int * 16)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_: ClassVar = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
+_OVERLAPS = _Attribute(id=6, value=(1,))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+def _launch(kernel: Any, grid: tuple[int, int, int], threads: int, args: list[Tensor | int], shared: int) -> None:
+    """In a CUDA graph the kernel starts while the one before it ends and brings weights to the cache meanwhile, see
+    `turn` in decode.cuh. PyTorch's own launch cannot say so."""
+    if not (torch.cuda.is_current_stream_capturing() and torch.cuda.get_device_capability() >= (9, 0)):
+        kernel(grid=grid, block=(threads, 1, 1), args=args, shared_mem=shared)
+        return
+    held = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in args]
+    places = (ctypes.c_void_p * len(held))(*(ctypes.addressof(each) for each in held))
+    stream = torch.cuda.current_stream().cuda_stream
+    config = _Config(grid, (threads, 1, 1), shared, stream, ctypes.pointer(_OVERLAPS), 1)
+    if code := ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx(ctypes.byref(config), kernel.func, places, None):
+        raise RuntimeError(f"cuLaunchKernelEx: CUDA error {code}")
+
+
+@cache
+def hopper(device: torch.device) -> bool:
+    """Whether it multiplies as only Hopper does: four warps together, x where it lies in shared memory."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def fullness(sizes: Sizes, n: int, device: torch.device) -> float:
+    """The part of the GPU's places for blocks that n rows of W take in the rounds they need: 1 where these are many."""
+    if sizes.many:
+        return 1.0
+    room = _multiprocessors(device) * sizes.resident
+    rounds = -(-n // (16 * sizes.of_w)) / room
+    return rounds / math.ceil(rounds) if rounds <= 2 else 1.0
+
+
+def fitting(sizes: Sizes, how: Recipe, device: torch.device) -> Sizes:
+    """The same with fewer rows of x for a block, where the GPU has not the shared memory for so many."""
+    while sizes.many and sizes.of_x > 1 and _shared(how, sizes) > _shared_room(device):
+        sizes = sizes._replace(of_x=sizes.of_x // 2)
+    return sizes
+
+
+@cache
+def _shared_room(device: torch.device) -> int:
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 << 10))
 
 
 @cache
@@ -72,8 +146,8 @@ def unusable(device: torch.device) -> str | None:
 
 def _shared(how: Recipe, sizes: Sizes) -> int:
     tables = (_PAIRS if how.table else 0) + (_MAP if how.scale == MAPPED else 0)
-    if sizes.split:
-        return tables + _STAGES * 8 * sizes.of_x * how.tile * 2
+    if sizes.many:
+        return 1024 + tables + _STAGES * 8 * sizes.of_x * how.tile * 2
     return tables + sizes.warps * 8 * sizes.of_x * (16 * sizes.of_w + 1) * 4
 
 
@@ -89,9 +163,11 @@ def source(name: str) -> str:
     return (folder / "decode.cuh").read_text() + (folder / f"{name}.cu").read_text()
 
 
-def defined(how: Recipe, k: int, row_words: int, stored: tuple[int, bool], sizes: Sizes, bfloat: bool) -> str:
+def defined(
+    how: Recipe, k: int, row_words: int, stored: tuple[int, bool], sizes: Sizes, bfloat: bool, wgmma: bool
+) -> str:
     """The macros, and the kernel."""
-    macros = {
+    macros: dict[str, int | str] = {
         "BITS": how.bits,
         "LOW": how.low,
         "GROUP": how.group,
@@ -112,11 +188,24 @@ def defined(how: Recipe, k: int, row_words: int, stored: tuple[int, bool], sizes
         "MT": sizes.of_w,
         "NT": sizes.of_x,
         "RESIDENT": sizes.resident,
-        "SPLIT": sizes.split,
-        "STAGES": _STAGES,
+        "MANY": sizes.many,
     }
-    text = source("many" if sizes.split else "few")
+    if sizes.many and wgmma:
+        macros["WGMMA(d, a, x)"] = _wgmma(8 * sizes.of_x, "bf16" if bfloat else "f16")
+    text = source("many" if sizes.many else "few")
     return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + text
+
+
+def _wgmma(n: int, dtype: str) -> str:
+    """d [n / 2] += a [4] times what the descriptor x tells of: n sums of 64 rows, in the registers of four warps."""
+    sums = n // 2
+    places = ", ".join(f"%{i}" for i in range(sums))
+    of_a = ", ".join(f"%{sums + i}" for i in range(4))
+    text = f"{{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{dtype}.{dtype} "
+    text += f"{{{places}}}, {{{of_a}}}, %{sums + 4}, p, 1, 1, 0; }}"
+    outs = ", ".join(f'"+f"((d)[{i}])' for i in range(sums))
+    ins = ", ".join(f'"r"((a)[{i}])' for i in range(4))
+    return f'asm volatile("{text}" : {outs} : {ins}, "l"(x))'
 
 
 @cache
@@ -128,10 +217,13 @@ def _compiled(
     sizes: Sizes,
     dtype: torch.dtype,
     device: torch.device,
+    wgmma: bool,
 ) -> Any:
-    text = defined(how, k, row_words, stored, sizes, dtype == torch.bfloat16)
+    text = defined(how, k, row_words, stored, sizes, dtype == torch.bfloat16, wgmma)
     with torch.cuda.device(device):
-        name = "many" if sizes.split else "few"
-        kernel: Any = torch.cuda._compile_kernel(text, name)  # type: ignore[attr-defined,unused-ignore]
+        name = "many" if sizes.many else "few"
+        kernel: Any = torch.cuda._compile_kernel(  # type: ignore[attr-defined,unused-ignore]
+            text, name, "90a" if wgmma else None
+        )
         kernel.set_shared_memory_config(_shared(how, sizes))
     return kernel

@@ -1,14 +1,12 @@
-"""The kernels themselves, in Triton: one row of activations (`gemv`), some rows (`gemm`), all values (`values`).
+"""The kernels in Triton: one row of activations (`gemv`), where CUDA's cannot be compiled, and all values (`values`).
 
-All three decode alike. A code c of b bits becomes the float 1 + c / 2^b by putting its bits at the top of the mantissa
+Both decode alike. A code c of b bits becomes the float 1 + c / 2^b by putting its bits at the top of the mantissa
 of one, a shift and one three-way logical instruction; 2^b and the one go into the scale and the offset of its group, so
 that a weight costs one fused multiply-add more. Levels that are no integers are looked up, sixteen in one cache line.
 
 `gemv` gives a program some rows of the weight and the whole K: a thread reads four words, 16 bytes, of each row, and
 their activations once for all rows; the K axis is split over threads, whose sums meet once at the end. Blocks and
 layouts are such that every tensor of a step lies in the same threads: nothing passes through shared memory.
-`gemm` decodes to the type of the activations and multiplies on tensor cores. Where rows of the weight do not fill the
-GPU, K is split over programs; the last to finish adds up the others' sums, in their order, so results do not vary.
 """
 
 from __future__ import annotations

@@ -1,16 +1,88 @@
-// y [M, N] = x [M, K] times the transpose of packed W, for tens of rows of x.
+// y [M, N] = x [M, K] times the transpose of packed W, for tens and hundreds of rows of x.
 //
-// A warp takes 16 * MT rows of W, the warps of a block lie one below the other, and x passes through shared memory, a
-// tile at a time, STAGES of them on the way: a block reads x once for all its rows. K is split over SPLIT blocks; the
-// last of them to finish adds up what all have left in `work`, in their order, so that results do not vary.
-// Macros besides those of decode.cuh: SPLIT STAGES.
+// A warp takes 16 * MT rows of W and makes numbers of them in registers, scaled and rounded once to the type of x. x
+// passes through shared memory, a tile at a time, so that a block reads it once for all its rows. On Hopper four warps
+// multiply together and the tensor cores read x where it lies (wgmma.m64nNk16); elsewhere each warp reads it (ldmatrix,
+// mma.m16n8k16).
+//
+// The tiles of all W, those of a piece of its rows after another, are dealt to the blocks in equal runs, so that none is
+// idle whatever the shape. A piece that several blocks had a part of is added up by the last of them to finish, from
+// what all have left in `work`, in their order, so that results do not vary.
+//
+// In shared memory a row of x is pieces of 64 columns, 128 bytes, in the order of the words' codes (see decode.cuh); its
+// 16-byte parts are exchanged by the row's number (part ^ row % 8), as wgmma expects it and banks like it.
+// A macro besides those of decode.cuh, on Hopper: WGMMA(sums, a, place of x).
 
-#define CHUNKS (TILE / 8)  // of 16 bytes in a row of a tile of x
-#define STAGE (8 * NT * CHUNKS)
+#define ROWS (8 * NT)
+#define PIECES (TILE / 64)
+#define PIECE (ROWS * 128)  // bytes
+#define STAGE (PIECES * PIECE)
+#define STEPS 2  // of 16 columns, decoded and then multiplied together
+#define LOTS (TILE / 16 / STEPS)
+#define APART (LOTS / PIECES)  // lots in a piece of x
+#define TALL (WARPS * 16 * MT)  // rows of W in a piece
+#define SOON (TILES < 4 ? TILES : 4)  // tiles of W that are on their way to the cache
+#define LOADS ((ROWS + WARPS * 4 - 1) / (WARPS * 4))  // of a piece of x, by each warp
+#define LEFT (TALL * ROWS)  // sums that a block leaves of one
 
-__device__ __forceinline__ int bank(int m, int chunk) {  // rows that lie side by side in other banks
-  return m * CHUNKS + (chunk ^ (m & 1) << 2);
+__device__ __forceinline__ float first(u32 v) { return BFLOAT ? __uint_as_float(v << 16) : half_of(v & 0xFFFF); }
+__device__ __forceinline__ float second(u32 v) { return BFLOAT ? __uint_as_float(v & 0xFFFF0000u) : half_of(v >> 16); }
+
+// Two products of numbers, and their sums with two others, rounded once.
+__device__ __forceinline__ u32 times(u32 a, u32 b, u32 c) {
+  u32 d;
+#if BFLOAT
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+#else
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+#endif
+  return d;
 }
+
+// What numbers are made with: where PACKED, a scale as the sum of two of x's type, so that nothing of it is lost.
+struct Maker { Grid grid; u32 zero, scale, rest; };
+
+__device__ __forceinline__ Maker maker(const Grid& grid) {
+  Maker m = {grid};
+#if PACKED
+  m.zero = two(grid.zero, grid.zero), m.scale = two(grid.scale, grid.scale);
+  const float rest = grid.scale - first(m.scale);
+  m.rest = two(rest, rest);
+#endif
+  return m;
+}
+
+// The left operand of step e of 32 columns, from the steps of rows g and g + 8, as numbers.
+__device__ __forceinline__ void numbers(u32* a, const Step* s, const Maker* makers, const u32* pairs, int span, int e) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Maker& m = makers[r];
+#if LOW == 8
+      const u32 word = s[r].low.v[e * 2 + half];
+      const float zero = m.grid.zero - 8388608.0f, low = number(word, span, zero), high = number(word, span + 2, zero);
+#else
+      const u32 v = TABLE ? looked_up(pairs, s[r].low.v[e * 2 + half], span) : codes(s[r], e * 2 + half, span);
+      const float low = first(v), high = second(v);
+#endif
+#if PACKED
+      const u32 level = TABLE ? v : less(v, m.zero);
+      a[half * 2 + r] = times(level, m.scale, times(level, m.rest, 0x80008000u));
+#else
+      const float least = SUMS ? m.grid.least : -0.0f;
+      a[half * 2 + r] = two(low * m.grid.scale + least, high * m.grid.scale + least);
+#endif
+    }
+}
+
+#ifdef WGMMA
+// Where tensor cores find 16 columns of all rows: rows eight at a time, 1024 bytes apart, parts exchanged. Other columns
+// lie `bytes / 16` further.
+__device__ __forceinline__ unsigned long long descriptor(u32 address) {
+  return (unsigned long long)(address >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+#endif
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) many(
     const u16* __restrict__ x, u16* __restrict__ y, const u32* __restrict__ words, const void* __restrict__ high,
@@ -18,124 +90,199 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) many(
     const float* __restrict__ a3, const void* __restrict__ b0, const void* __restrict__ b1,
     const float* __restrict__ table, int M, int N, float* work, int* done) {
   extern __shared__ float shared[];
-  const Weight weight = {words, high, a0, a1, a2, a3, b0, b1, table};
+  const Weight weight = {words, high, a0, a1, a2, a3, b0, b1, table, N - 1};
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int top = (blockIdx.x * WARPS + warp) * 16 * MT, x_top = blockIdx.y * 8 * NT;
-  const int begin = TILES * blockIdx.z / SPLIT, end = TILES * (blockIdx.z + 1) / SPLIT;
+  const int inside = (warp >> 2) * 64 * MT + (warp & 3) * 16, x_top = blockIdx.y * ROWS;
+  const int total = (N + TALL - 1) / TALL * TILES;
+  const auto start = [&](int block) { return (int)((long)total * block / (int)gridDim.x); };
+  const int begin = start(blockIdx.x), end = start(blockIdx.x + 1);
   const unsigned long long policy = evict_first();
+  const auto row = [&](int piece, int mt, int r) {
+    return Row{min(piece * (TALL / 16) + inside / 16 + mt * 4, (N - 1) >> 4), r * 8 + g};
+  };
   Step next[MT][2];
-  const auto ahead = [&](int tile) {
+  const auto ahead = [&](int piece, int tile) {
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) ask(next[mt][r], weight, tile, min(top + mt * 16 + r * 8 + g, N - 1), t, policy);
+      for (int r = 0; r < 2; ++r) ask(next[mt][r], weight, tile, row(piece, mt, r), t, policy);
   };
-  ahead(min(begin, TILES - 1));
+  const char* soon[MT];  // what is to be announced next, SOON tiles ahead
+  const auto look = [&](int piece, int tile) {
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt) soon[mt] = to_announce(weight, tile, row(piece, mt, 0).lot, lane);
+  };
+  const auto tell = [&]() {
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt) announce(soon[mt], lane), soon[mt] += from_tile_to_tile(lane);
+  };
+#pragma unroll
+  for (int i = 0; i < SOON; ++i) look((begin + i) / TILES, (begin + i) % TILES), tell();
   u32* pairs = nullptr;
   float* map = nullptr;
-  Four* stages = (Four*)tables(shared, weight, pairs, map);
-  const auto bring = [&](int tile) {
-    if (tile < end) {
-      Four* stage = stages + (tile - begin) % STAGES * STAGE;
+  const u32 stages = ((u32)__cvta_generic_to_shared(tables(shared, weight, pairs, map)) + 1023) & ~1023;
+  x += turn();
+  ahead(begin / TILES, begin % TILES);
+  // A warp brings 8 rows and 32 columns of x at a time: a lane reads what the thread of a group of four multiplies by its
+  // words of a row, four pairs, which are places of four 16-byte parts.
+#ifdef WGMMA
+  const u32 to = stages + (warp / 2 * 8 + lane % 8) * 128 + ((warp % 2 * 4 + lane / 8 ^ lane % 8) << 4);
+#else
+  const u32 to = stages + (warp / 2 * 8 + g) * 128 + t * 4;
+#endif
+  const u16* from[LOADS];  // rows beyond the last read that one, and nobody reads what becomes of it
 #pragma unroll
-      for (int i = threadIdx.x; i < STAGE; i += WARPS * 32) {
-        const int m = i / CHUNKS, chunk = i % CHUNKS, k = tile * TILE + chunk * 8;
-        const bool there = x_top + m < M && (K % TILE == 0 || k < K);
-        const u16* from = there ? x + (long)(x_top + m) * K + k : x;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::
-            "r"((u32)__cvta_generic_to_shared(stage + bank(m, chunk))), "l"(from), "r"(there ? 16 : 0));
+  for (int i = 0; i < LOADS; ++i)
+    from[i] = x + (long)min(x_top + (warp / 2 + i * WARPS / 2) * 8 + g, M - 1) * K + warp % 2 * 32 + t * (SUB == 16 ? 4 : 8);
+  const auto read = [&](Four* coming, int tile, int part) {
+    const int k = tile * TILE + part * 64, left = K - k - warp % 2 * 32;
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i) {
+#if SUB == 16
+      const Two low = K % TILE && left < 16 ? Two{} : *(const Two*)(from[i] + k);
+      const Two high = K % TILE && left < 32 ? Two{} : *(const Two*)(from[i] + k + 16);
+      coming[i] = {low.v[0], low.v[1], high.v[0], high.v[1]};
+#else
+      coming[i] = K % TILE && left < 32 ? Four{} : *(const Four*)(from[i] + k);
+#endif
+    }
+  };
+  const auto write = [&](const Four* coming, u32 stage, int part) {
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i)
+      if (ROWS % (WARPS * 4) == 0 || warp / 2 * 8 + i * WARPS * 4 < ROWS) {
+        const u32 there = to + stage + part * PIECE + i * WARPS * 4 * 128;
+#ifdef WGMMA
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" :: "r"(there),
+            "r"(coming[i].v[0]), "r"(coming[i].v[1]), "r"(coming[i].v[2]), "r"(coming[i].v[3]) : "memory");
+#else
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          asm volatile("st.shared.u32 [%0], %1;" :: "r"(there + ((warp % 2 * 4 + j ^ g) << 4)), "r"(coming[i].v[j]) : "memory");
+#endif
+      }
+  };
+  u32 stage = 0;
+  {
+    Four coming[PIECES][LOADS];
+#pragma unroll
+    for (int part = 0; part < PIECES; ++part) read(coming[part], begin % TILES, part);
+#pragma unroll
+    for (int part = 0; part < PIECES; ++part) write(coming[part], 0, part);
+  }
+  for (int at = begin; at < end;) {
+    const int piece = at / TILES, stop = min(end, (piece + 1) * TILES);
+    float acc[MT][NT * 4] = {};
+    const bool whole = stop - at == TILES;
+#pragma unroll 1
+    for (int tile = at % TILES; at < stop; ++at, ++tile) {
+#ifdef WGMMA
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // tensor cores shall see what `write` wrote
+#endif
+      Step s[MT][2];
+      Four coming[LOADS];
+#pragma unroll
+      for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) s[mt][r] = next[mt][r];
+      if (at + 1 < end) ahead(piece + (tile == TILES - 1), tile == TILES - 1 ? 0 : tile + 1);
+      if (tile + SOON == TILES) look(piece + 1, 0);
+      tell();
+      const u32 following = stage == 2 * STAGE ? 0 : stage + STAGE;
+#ifdef WGMMA
+      const unsigned long long all = descriptor(stages + stage);
+#endif
+      Maker makers[MT][2];
+#pragma unroll
+      for (int lot = 0; lot < LOTS; ++lot) {
+        u32 a[MT][STEPS][4];
+        if (lot % APART == 0 && at + 1 < end) read(coming, tile == TILES - 1 ? 0 : tile + 1, lot / APART);
+#pragma unroll
+        for (int i = 0; i < STEPS; ++i) {
+          const int step = lot * STEPS + i;
+#pragma unroll
+          for (int mt = 0; mt < MT; ++mt) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+              if (step * 16 % SUB == 0) makers[mt][r] = maker(grid(s[mt][r], weight, map, tile, row(piece, mt, r), step * 16 / SUB));
+            numbers(a[mt][i], s[mt], makers[mt], pairs, step / 2, step % 2);
+          }
+        }
+        if (lot == 0) __syncthreads();  // x has come, and what was there two tiles ago has been multiplied by all
+#ifdef WGMMA
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int i = 0; i < STEPS; ++i) {
+          const int step = lot * STEPS + i;
+          const unsigned long long where = all + (step / 4 * PIECE + step % 4 * 32) / 16;
+#pragma unroll
+          for (int mt = 0; mt < MT; ++mt) WGMMA(acc[mt], a[mt][i], where);
+        }
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+#else
+#pragma unroll
+        for (int i = 0; i < STEPS; i += 2) {
+          const int step = lot * STEPS + i;
+#pragma unroll
+          for (int nt = 0; nt < NT; ++nt) {
+            const int m = nt * 8 + lane % 8;
+            const u32 from = stages + stage + step / 4 * PIECE + m * 128 + ((step % 4 * 2 + lane / 8 ^ m & 7) << 4);
+            u32 b[4];
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(from) : "memory");
+#pragma unroll
+            for (int mt = 0; mt < MT; ++mt) {
+              mma(acc[mt] + nt * 4, a[mt][i], b);
+              mma(acc[mt] + nt * 4, a[mt][i + 1], b + 2);
+            }
+          }
+        }
+#endif
+        if (lot % APART == APART - 1 && at + 1 < end) write(coming, following, lot / APART);
+      }
+      stage = following;
+    }
+#ifdef WGMMA
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
+    bool mine = true;
+    if (!whole) {
+      const auto lot = [&](int block) {  // a block has a part of two pieces at most: its first and its last
+        return work + ((long)(blockIdx.y * gridDim.x + block) * 2 + (piece > start(block) / TILES)) * LEFT + threadIdx.x;
+      };
+      float* left = lot(blockIdx.x);
+#pragma unroll
+      for (int i = 0; i < MT * NT * 4; ++i) __stcg(left + i * WARPS * 32, acc[i / (NT * 4)][i % (NT * 4)]);
+      const auto owner = [&](int at) { return (int)((((long)at + 1) * gridDim.x - 1) / total); };
+      const int first = owner(piece * TILES), last = owner(piece * TILES + TILES - 1);
+      int* count = done + blockIdx.y * (total / TILES) + piece;
+      __shared__ int before;
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        __threadfence();
+        before = atomicAdd(count, 1);
+        __threadfence();
+        if (before == last - first) *count = 0;
+      }
+      __syncthreads();
+      mine = before == last - first;
+      if (mine) {
+#pragma unroll
+        for (int i = 0; i < MT * NT * 4; ++i) acc[i / (NT * 4)][i % (NT * 4)] = 0;
+        for (int block = first; block <= last; ++block) {
+          const float* left = lot(block);
+#pragma unroll
+          for (int i = 0; i < MT * NT * 4; ++i) acc[i / (NT * 4)][i % (NT * 4)] += __ldcg(left + i * WARPS * 32);
+        }
       }
     }
-    asm volatile("cp.async.commit_group;");
-  };
-#pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) bring(begin + i);
-  float acc[MT][NT][4] = {};
-#pragma unroll 1
-  for (int tile = begin; tile < end; ++tile) {
-    asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2));
-    __syncthreads();
-    bring(tile + STAGES - 1);
-    const Four* stage = stages + (tile - begin) % STAGES * STAGE;
-    Step s[MT][2];
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) s[mt][r] = next[mt][r];
-    if (tile + 1 < end) ahead(tile + 1);
-#pragma unroll
-    for (int sub = 0; sub < SUBS; ++sub) {
-      if (K % TILE && tile * TILE + sub * SUB >= K) break;
-      Grid grids[MT][2];
-#pragma unroll
-      for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          grids[mt][r] = grid(s[mt][r], weight, map, tile, min(top + mt * 16 + r * 8 + g, N - 1), sub);
-      float part[MT][NT][4] = {};
-      float sum[NT][4] = {};
-#pragma unroll
-      for (int span = sub * SUB / 32; span * 32 < (sub + 1) * SUB; ++span) {
-        u32 a[MT][2][4];
-        constexpr u32 ones[4] = {ONES, ONES, ONES, ONES};
-        const int first = SUB == 16 ? sub % 2 : 0, last = SUB == 16 ? first + 1 : 2;
-#pragma unroll
-        for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-          for (int e = first; e < last; ++e) operand(a[mt][e], s[mt], grids[mt], pairs, span, e);
-#pragma unroll
-        for (int nt = 0; nt < NT; ++nt) {
-          u32 b[2][2];
-#if SUB == 16
-          const Two v = *((const Two*)(stage + bank(nt * 8 + g, span * 4 + sub % 2 * 2 + t / 2)) + t % 2);
-          b[first][0] = v.v[0], b[first][1] = v.v[1];
-#else
-          const Four v = stage[bank(nt * 8 + g, span * 4 + t)];
-          b[0][0] = v.v[0], b[0][1] = v.v[1], b[1][0] = v.v[2], b[1][1] = v.v[3];
-#endif
-#pragma unroll
-          for (int e = first; e < last; ++e) {
-#pragma unroll
-            for (int mt = 0; mt < MT; ++mt) mma(part[mt][nt], a[mt][e], b[e]);
-            if (MINIMUM) mma(sum[nt], ones, b[e]);
-          }
-        }
+      for (int i = 0; i < NT * 4; ++i) {
+        const int n = piece * TALL + inside + mt * 64 + g + (i >> 1 & 1) * 8, m = x_top + (i >> 2) * 8 + t * 2 + (i & 1);
+        if (mine && n < N && m < M) y[(long)m * N + n] = (u16)two(acc[mt][i], 0.0f);
       }
-#pragma unroll
-      for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-        for (int nt = 0; nt < NT; ++nt)
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            acc[mt][nt][c] += grids[mt][c >> 1].scale * part[mt][nt][c];
-            if (MINIMUM) acc[mt][nt][c] += grids[mt][c >> 1].least * sum[nt][c];
-          }
-    }
   }
-  const auto at = [&](int mt, int nt, int c) -> long {
-    const int n = top + mt * 16 + g + (c >> 1) * 8, m = x_top + nt * 8 + t * 2 + (c & 1);
-    return n < N && m < M ? (long)m * N + n : -1;
-  };
-#define EACH _Pragma("unroll") for (int mt = 0; mt < MT; ++mt) _Pragma("unroll") for (int nt = 0; nt < NT; ++nt) \
-    _Pragma("unroll") for (int c = 0; c < 4; ++c) if (const long i = at(mt, nt, c); i >= 0)
-#if SPLIT > 1
-  __shared__ int before;
-  const long whole = (long)M * N;
-  EACH work[blockIdx.z * whole + i] = acc[mt][nt][c];
-  __threadfence();
-  __syncthreads();
-  int* count = done + blockIdx.y * gridDim.x + blockIdx.x;
-  if (threadIdx.x == 0) before = atomicAdd(count, 1);
-  __syncthreads();
-  if (before < SPLIT - 1) return;
-  __threadfence();
-  if (threadIdx.x == 0) *count = 0;
-  EACH {
-    float sum = 0;
-#pragma unroll
-    for (int z = 0; z < SPLIT; ++z) sum += __ldcg(work + z * whole + i);
-    acc[mt][nt][c] = sum;
-  }
-#endif
-  EACH y[i] = (u16)two(acc[mt][nt][c], 0.0f);
 }

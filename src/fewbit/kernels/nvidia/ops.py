@@ -113,24 +113,30 @@ GEMV, VALUES, CUDA = 0, 2, 3
 ONE = 0x3F800000  # the bits of 1.0
 
 
-# Rows of x up to which sizes are best, see in_cuda.Sizes; beyond the last, values for cuBLAS.
-CROSSOVERS: dict[str, tuple[tuple[int, Sizes], ...]] = {
+# Rows of x up to which sizes are best, see in_cuda.Sizes; beyond the last, values for cuBLAS. Of several, the first
+# that keeps the GPU full with the rows of W that there are. Measured, see benchmarks/results/2026-11-h200.md.
+CROSSOVERS: dict[str, tuple[tuple[int, tuple[Sizes, ...]], ...]] = {
     "NVIDIA H200": (
-        (8, Sizes(8, 1, 1, 4)),
-        (16, Sizes(8, 2, 2, 2)),
-        (32, Sizes(8, 2, 4, 1, 4)),
-        (192, Sizes(8, 2, 8, 1, 4)),
+        (8, (Sizes(8, 2, 1, 2), Sizes(8, 1, 1, 2), Sizes(8, 1, 1, 3))),
+        (16, (Sizes(4, 2, 2, 4), Sizes(8, 2, 2, 2))),
+        (32, (Sizes(8, 2, 4, 1, 1),)),
+        (64, (Sizes(16, 1, 8, 1, 1),)),
+        (128, (Sizes(8, 2, 16, 1, 1),)),
+        (192, (Sizes(8, 2, 12, 1, 1),)),
+        (256, (Sizes(8, 2, 16, 1, 1),)),
     ),
 }
+_FULL = 0.8  # of the places for blocks, in the last round too
 _DEFAULT = "NVIDIA H200"
 
 
 def choose(m: int, n: int, k: int, how: Recipe, device: torch.device) -> Config:
     """Path and sizes for m rows of activations."""
     if in_cuda.unusable(device) is None:
-        for rows, sizes in CROSSOVERS.get(_name(device), CROSSOVERS[_DEFAULT]):
+        for rows, several in CROSSOVERS.get(_name(device), CROSSOVERS[_DEFAULT]):
             if m <= rows:
-                return (CUDA, *sizes)
+                fullest = max(several, key=lambda sizes: min(_FULL, in_cuda.fullness(sizes, n, device)))
+                return (CUDA, *in_cuda.fitting(fullest, how, device))
     elif m <= 4:
         words = -(-k // how.tile) * 16
         return (GEMV, 4, 4 if words % 512 == 0 else 2 if words % 256 == 0 else 1)
