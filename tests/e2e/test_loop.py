@@ -314,3 +314,9 @@ def test_compiling_is_refused_where_there_is_nothing_to_compile(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(PlanError, match="needs an NVIDIA GPU"):
         check_compile("cuda", 48)
+
+
+def test_the_greatest_is_the_first_of_them() -> None:
+    logits = torch.randint(0, 3, (50, 640), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(loop.greatest(logits), logits.argmax(-1))
+    assert torch.equal(loop.greatest(logits[:, :637]), logits[:, :637].argmax(-1))

@@ -85,9 +85,9 @@ def test_the_macros_of_the_cuda_kernel_are_all_defined() -> None:
             assert set(named) <= defined
 
 
-@pytest.mark.parametrize(("room", "of_x"), [(227 << 10, 16), (163 << 10, 8), (99 << 10, 8), (64 << 10, 4), (10 << 10, 1)])
-def test_sizes_are_such_that_shared_memory_suffices(room: int, of_x: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_cuda, "_shared_room", lambda device: room)
+@pytest.mark.parametrize(("kilobytes", "of_x"), [(227, 16), (163, 8), (99, 8), (64, 4), (10, 1)])
+def test_sizes_are_such_that_shared_memory_suffices(kilobytes: int, of_x: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_cuda, "_shared_room", lambda device: kilobytes << 10)
     how = layout.recipe(parse("int2-g64"), 1024)
     assert isinstance(how, Recipe)
     assert in_cuda.fitting(Sizes(8, 2, 16, 1, 1), how, CUDA) == Sizes(8, 2, of_x, 1, 1)

@@ -19,6 +19,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from fewbit.errors import PlanError
+from fewbit.models.attention import grouped_queries
 from fewbit.models.graph import Compiled, Graph
 from fewbit.models.loop import Loop, takes
 
@@ -86,7 +87,8 @@ class Decoder:
             given["custom_generate"] = self.loop.writer(kwargs.get("streamer"), self._empty)
         self.model.forward = step
         try:
-            return self.plain(*args, **given)
+            with grouped_queries():
+                return self.plain(*args, **given)
         finally:
             if hooked:
                 self.model.forward = forward

@@ -136,13 +136,24 @@ class Loop:
             self.step = Step(self.forward, coming.fixed, tables, (len(ids), self.length), logits.shape[-1])
         choose = _sampler(warpers, ids) if config.do_sample else None
         self.step.begin(ends, config.pad_token_id)
-        self.step.take(choose(logits) if choose else logits.argmax(-1))
+        self.step.take(choose(logits) if choose else greatest(logits))
         watch = Watch(criteria.max_length - ids.shape[1], self.step.token[:, 0], ends, streamer)
         with model._optimize_model_for_decode():
             count = _go_on(self.step, watch, coming, tables, choose)
         if streamer is not None:
             streamer.end()
         return torch.cat([ids, self.step.written[:, :count]], dim=-1)
+
+
+def greatest(logits: Tensor) -> Tensor:
+    """The first greatest of each row [rows, vocabulary], as `argmax`; a GPU does it sooner part by part."""
+    parts = 64
+    if logits.shape[1] % parts:
+        return logits.argmax(-1)
+    values, places = logits.unflatten(1, (parts, -1)).max(-1)
+    part = values.argmax(-1, keepdim=True)
+    found: Tensor = part * (logits.shape[1] // parts) + places.gather(1, part)
+    return found.squeeze(1)
 
 
 Choice = Callable[[Tensor], Tensor]  # of logits [rows, vocabulary], the tokens [rows]
@@ -227,7 +238,7 @@ class Step:
         self.done = torch.zeros(shape[0], dtype=torch.bool, device=device)
         self.ends = torch.zeros(vocabulary, dtype=torch.bool, device=device)
         self.pad, self.at, self.row = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(3))
-        self.greedy = Graph(lambda: self.take(self._logits().argmax(-1)), device, first=2)
+        self.greedy = Graph(lambda: self.take(greatest(self._logits())), device, first=2)
         self.logits = Graph(self._logits, device, first=2)
 
     def fits(self, fixed: dict[str, Any], tables: Tables) -> bool:
