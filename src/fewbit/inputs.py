@@ -23,20 +23,27 @@ from fewbit.stats import Need, Stats
 Stages = Sequence[Sequence[str]]
 
 
-def captured(skeleton: Skeleton, tokens: Tensor, least: int = 1) -> tuple[list[Tensor], dict[str, list[BlockCall]]]:
-    """As `Skeleton.capture`, of this rank's part of the windows `tokens` [samples, length], `least` or more at once."""
+def captured(
+    skeleton: Skeleton, tokens: Tensor, least: int = 1, halved: int = 0
+) -> tuple[list[Tensor], dict[str, list[BlockCall]]]:
+    """As `Skeleton.capture`, of this rank's part of the windows `tokens` [samples, length], in `batches_of` them."""
     if len(tokens) < ranks.size():
         raise PlanError(
             f"the calibration text has fewer windows ({len(tokens)}) than there are processes ({ranks.size()})",
             "Give more --samples, or start fewer processes.",
         )
     own = ranks.part(len(tokens))
-    return skeleton.capture(batches_of(tokens[own.start : own.stop], least))
+    return skeleton.capture(batches_of(tokens[own.start : own.stop], least, halved))
 
 
-def batches_of(tokens: Tensor, least: int = 1) -> list[Tensor]:
+def batches_of(tokens: Tensor, least: int = 1, halved: int = 0) -> list[Tensor]:
     """About 2048 tokens at a time: enough to keep two cores or a GPU busy, small beside the statistics."""
-    return list(tokens.split(max(least, 2048 // tokens.shape[1])))
+    return list(tokens.split(windows_at_once(tokens.shape[1], least, halved)))
+
+
+def windows_at_once(length: int, least: int, halved: int) -> int:
+    """Of `length` tokens each; `halved`: how many times memory did not suffice."""
+    return max(1, max(least, 2048 // length) >> halved)
 
 
 def staged(

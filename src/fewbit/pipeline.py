@@ -7,11 +7,13 @@ where it stopped; the output is put together from those files at the end (folder
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,10 +24,10 @@ from torch import Tensor, nn
 
 from fewbit import ranks
 from fewbit.cache import cache_folder
-from fewbit.errors import FormatError, NumericsError, PlanError
+from fewbit.errors import FormatError, KernelError, NumericsError, PlanError
 from fewbit.formats.base import Format
 from fewbit.formats.safetensors import read_file, write_file
-from fewbit.inputs import Stages, captured, gather, needs_of, staged
+from fewbit.inputs import Stages, captured, gather, needs_of, staged, windows_at_once
 from fewbit.methods.base import Choice, Method, name_of
 from fewbit.models.rewrite import rewrite
 from fewbit.models.skeleton import BlockCall, Skeleton
@@ -189,8 +191,44 @@ def quantize_blocks(
     `tokens` [samples, length] calibrate where a method needs it, unless `importance` says what they would. stages:
     linears of a block, by their names in it, of which each list sees the quantized values of those before; an empty one
     means those that read the same tensor, in the order in which they do; None: all see the block as it was. batch: how
-    many windows at least are computed at once.
+    many windows at least are computed at once; where a GPU's memory does not suffice, half as many, after a warning,
+    until KernelError says that one is too many.
     """
+    count, length = (1, 1) if tokens is None else tokens.shape
+    halved = 0
+    while True:
+        try:
+            return _all_blocks(skeleton, resolved, tokens, run, progress, importance, stages, batch, halved)
+        except torch.OutOfMemoryError as error:
+            now = min(count, windows_at_once(length, batch, halved))
+            if ranks.size() > 1 or now == 1:
+                raise KernelError(
+                    f"the memory of {skeleton.device} does not suffice: {str(error).strip().splitlines()[0][:200]}",
+                    "Give shorter calibration windows (--length), or --device cpu.",
+                ) from None
+        while windows_at_once(length, batch, halved) >= now:
+            halved += 1
+        fewer = windows_at_once(length, batch, halved)
+        warnings.warn(
+            f"the memory of {skeleton.device} does not suffice for {now} calibration windows at once: "
+            f"{fewer} from here on",
+            stacklevel=2,
+        )
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _all_blocks(
+    skeleton: Skeleton,
+    resolved: Resolved,
+    tokens: Tensor | None,
+    run: Run,
+    progress: Progress,
+    importance: Importance | None,
+    stages: Stages | None,
+    batch: int,
+    halved: int,
+) -> list[TensorReport]:
     reports: list[TensorReport] = []
     need = calibration_need(resolved) if importance is None else Need.NOTHING
     rest = outside(skeleton, resolved)
@@ -199,7 +237,7 @@ def quantize_blocks(
     calls: dict[str, list[BlockCall]] = {block: [] for block in skeleton.blocks}
     if need > Need.NOTHING:
         assert tokens is not None
-        hidden, calls = captured(skeleton, tokens, batch)
+        hidden, calls = captured(skeleton, tokens, batch, halved)
     for index, block in enumerate(skeleton.blocks):
         found = run.load(index)
         if found is not None and need == Need.NOTHING:

@@ -213,8 +213,8 @@ def windows(make: Make, patch: pytest.MonkeyPatch, folder: Path) -> None:
     seen: list[tuple[int, ...]] = []
     plain = inputs.batches_of
 
-    def batches(tokens: torch.Tensor, least: int = 1) -> list[torch.Tensor]:
-        made = plain(tokens, least)
+    def batches(tokens: torch.Tensor, least: int = 1, halved: int = 0) -> list[torch.Tensor]:
+        made = plain(tokens, least, halved)
         seen.append(tuple(made[0].shape))
         return made
 

@@ -150,7 +150,7 @@ def test_another_order_of_sums_does_make_that(
     alone: Path, model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The yardstick of the test above: one process that takes its windows in other batches."""
-    monkeypatch.setattr(inputs, "batches_of", lambda tokens, least=1: list(tokens.split(2)))
+    monkeypatch.setattr(inputs, "batches_of", lambda tokens, least=1, halved=0: list(tokens.split(2)))
     wanted = Calibration(str(corpus), samples=SAMPLES, length=32, seed=1)
     fewbit.quantize(model, tmp_path / "out", calibration=wanted)
     assert 0 < differing(alone / "gptq", tmp_path / "out") < 0.02

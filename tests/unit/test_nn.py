@@ -289,6 +289,25 @@ def test_a_kernel_that_lies_is_refused_with_a_warning(liar: str, without_library
     assert close(layer(x), nn.functional.linear(x, weight.dequantize(), layer.bias), torch.float32)
 
 
+class LiarOfMany(Reference):
+    """Right for few rows."""
+
+    name: ClassVar[str] = "liar_of_many"
+    priority: ClassVar[int] = 1000
+    checked: ClassVar[tuple[int, ...]] = (4, 64)
+
+    def linear(self, x: Tensor, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Tensor:
+        return super().linear(x, codec, prepared, shape) * (1.1 if len(x) > 16 else 1.0)
+
+
+def test_a_kernel_that_lies_of_many_rows_is_refused_too(monkeypatch: pytest.MonkeyPatch, without_library: None) -> None:
+    monkeypatch.setitem(registry.entries("kernels"), "liar_of_many", LiarOfMany)
+    with pytest.warns(UserWarning, match="liar_of_many differs from the reference by 1.0e-01"):
+        layer = layer_of(weight_of("int3-g16"))
+    assert layer.kernel is not None
+    assert layer.kernel.name == "reference"
+
+
 def test_a_kernel_that_lies_cannot_be_forced(liar: str) -> None:
     with pytest.warns(UserWarning, match="liar"), pytest.raises(KernelError, match="liar: differs"):
         choose(weight_of("int3-g16"), torch.device("cpu"), torch.float32, liar)

@@ -22,6 +22,9 @@ class Kernel(ABC):
 
     name: ClassVar[str]
     activations: ClassVar[str] = "exact"  # or the rule by which they are rounded
+    checked: ClassVar[tuple[int, ...]] = (
+        4,
+    )  # rows of x of the products that are compared with the reference's at load
     priority: ClassVar[int] = 0  # of the kernels that can serve, the highest is taken; below 0: only if asked for
 
     def unavailable(self) -> str | None:

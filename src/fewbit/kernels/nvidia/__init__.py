@@ -24,6 +24,7 @@ class Nvidia(Kernel):
 
     name: ClassVar[str] = "nvidia"
     activations: ClassVar[str] = "exact"
+    checked: ClassVar[tuple[int, ...]] = (4, 64)  # few rows, and many
     priority: ClassVar[int] = 20
 
     def unavailable(self) -> str | None:
