@@ -156,6 +156,32 @@ def test_lora_targets_still_resolve(llama: Path, ids: Tensor) -> None:
         assert float((fused[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()), name
 
 
+def test_what_a_graph_froze_is_recorded_anew_when_adapters_change(llama: Path, ids: Tensor) -> None:
+    model = fb.load(llama, dtype=torch.float32, device="cpu", fuse=LENGTH)
+    decoder: decode.Decoder = model.generate.__self__
+    config = LoraConfig(r=4, target_modules=["k_proj"], init_lora_weights="gaussian")
+
+    def renewed() -> bool:
+        before = decoder.cache
+        greedy(model, ids, 2)
+        return decoder.cache is not before
+
+    assert renewed()
+    assert not renewed()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        tuned = get_peft_model(model, config)
+    assert renewed()
+    tuned.add_adapter("second", config)
+    assert renewed()
+    tuned.set_adapter("second")
+    assert renewed()
+    assert not renewed()
+    with tuned.disable_adapter():
+        assert renewed()
+    assert renewed()
+
+
 def test_what_differs_is_not_fused_and_said(ids: Tensor, tmp_path: Path) -> None:
     folder = models.save(tmp_path / "original", "llama")
     plan = json.loads(json.dumps(find("rtn-4bit").changed(scheme="int4-g32").to_json()))

@@ -115,7 +115,8 @@ class Decoder:
 
     def _renew(self, batch: int, copies: int) -> None:
         """An empty cache: the one that is there, if it was made for such a batch and under such a mode."""
-        key = (batch * copies, torch.is_inference_mode_enabled(), self.model.device, self.model.dtype)
+        mode = torch.is_inference_mode_enabled()
+        key = (batch * copies, mode, self.model.device, self.model.dtype, _wiring(self.model))
         if self.static is None:
             self.static = self.model.device.type == "cuda" and takes_static(self.model, self.plain)
         if self.cache is not None and self.key == key and all(type(x) in _EMPTIED for x in self.cache.layers):
@@ -136,6 +137,13 @@ class Decoder:
         if self.graph is None:
             self.graph = StepGraph(self._quick(forward), self.model.device)
         return self.graph(kwargs)
+
+
+def _wiring(model: Any) -> tuple[Any, ...]:
+    """What a recorded step has frozen besides tensors: which modules there are, and which adapters of theirs serve."""
+    held = [(id(module), vars(module)) for module in model.modules()]
+    used = ("_active_adapter", "_disable_adapters", "merged_adapters")  # PEFT's layers
+    return tuple((place, *(str(own[name]) for name in used if name in own)) for place, own in held)
 
 
 class ReservedLayer(DynamicLayer):
