@@ -50,7 +50,7 @@ def linear(x: Tensor, y: Tensor, tensors: list[Tensor], how: Recipe, sizes: Size
         blocks = pieces * share if pieces * share >= _EVEN * room else room
         grid = (min(blocks, -(-tiles // _LEAST)), over, 1)
         left = torch.empty(grid[0] * over * 2 * rows * sizes.warps * 8 * sizes.of_x, device=x.device)
-        more = [left, _counters(x.device, torch.cuda.current_stream(x.device))]
+        more = [left, _done(x.device)]
     else:
         grid = (min(-(-n // rows), room), over, 1)
     _launch(kernel, grid, 32 * sizes.warps, [x, y, *places, m, n, *more], _shared(how, sizes))
@@ -124,9 +124,20 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _done(device: torch.device) -> Tensor:
+    """How many blocks are done with each piece of W's rows; the last of them sets it to nought again.
+
+    Kernels that run at once must not share it: there is one for each stream, and one for graphs, which is made before
+    the first is recorded, since a recording only notes that it is to be filled with noughts.
+    """
+    of_graphs = _counters(device, None)
+    if torch.cuda.is_current_stream_capturing():
+        return of_graphs
+    return _counters(device, torch.cuda.current_stream(device))
+
+
 @cache
-def _counters(device: torch.device, stream: torch.cuda.Stream) -> Tensor:
-    """Blocks that are done; the last of each lot sets its own to nought again. One for each stream."""
+def _counters(device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
     return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
