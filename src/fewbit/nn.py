@@ -280,11 +280,10 @@ def _disagreement(
         except Exception as error:  # a compiler, a driver, a library: what they raise differs
             _verdicts[key] = f"fails ({type(error).__name__}: {error!s:.200})"
         else:
+            expected = [exact[:m].float() for m in kernel.checked]
             distances = [
-                float(
-                    (got.float() - exact[: len(got)].float()).norm() / exact[: len(got)].float().norm().clamp(min=1e-30)
-                )
-                for got in found
+                float((got.float() - right).norm() / right.norm().clamp(min=1e-30))
+                for got, right in zip(found, expected, strict=True)
             ]
             wrong = [distance for distance in distances if not distance <= TOLERANCE[dtype]]
             _verdicts[key] = f"differs from the reference by {wrong[0]:.1e}" if wrong else None

@@ -204,7 +204,9 @@ def quantize_blocks(
             if ranks.size() > 1 or now == 1:
                 raise KernelError(
                     f"the memory of {skeleton.device} does not suffice: {str(error).strip().splitlines()[0][:200]}",
-                    "Give shorter calibration windows (--length), or --device cpu.",
+                    "Give --device cpu."
+                    if tokens is None
+                    else "Give shorter calibration windows (--length), or --device cpu.",
                 ) from None
         while windows_at_once(length, batch, halved) >= now:
             halved += 1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fewbit
+from fewbit import pipeline
 from fewbit.api import Calibration
 from fewbit.errors import KernelError
 from fewbit.formats.safetensors import read_file
@@ -79,3 +80,15 @@ def test_one_window_that_is_too_much_is_an_error_in_a_sentence(
     assert [str(one.message).partition("once: ")[2].split()[0] for one in said] == ["8", "4", "2", "1"]
     assert "--length" in e.value.hint
     assert not list(tmp_path.iterdir())
+
+
+def test_without_calibration_there_is_no_talk_of_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(pipeline, "_quantize_block", full)
+    with pytest.raises(KernelError, match="does not suffice") as e:
+        fewbit.quantize(model, tmp_path / "out", plan="rtn-4bit")
+    assert e.value.hint == "Give --device cpu."
