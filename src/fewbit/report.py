@@ -10,34 +10,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
-from fewbit import ranks
+from fewbit import ranks, tables
 from fewbit.advise.hardware import Hardware
 from fewbit.measure.quality import Estimate, Quality
 from fewbit.models.describe import Inspection
 from fewbit.models.generate import Continuation
 from fewbit.pipeline import Step, TensorReport
 
-out = Console(highlight=False, quiet=ranks.silent())
+out = tables.Console(quiet=ranks.silent())
 # A notebook's kernel calls its output a terminal, where nothing that moves the cursor is understood: plain lines there.
 _TERMINAL = False if "ipykernel" in sys.modules else None
-err = Console(stderr=True, highlight=False, force_jupyter=False, force_terminal=_TERMINAL, quiet=ranks.silent())
+err = tables.Console(stderr=True, force_jupyter=False, force_terminal=_TERMINAL, quiet=ranks.silent())
 FIRST_WORDS = "The capital of France is"  # what a new output is first asked to continue
 
 
-class _Table(Table):
-    """A table whose cells are shown as they are: names and texts of models may hold what rich takes for markup."""
-
-    def add_row(self, *cells: Any, **kwargs: Any) -> None:
-        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **kwargs)
-
-
 def _say(line: str) -> None:
-    out.print(Text(line))
+    tables.say(out, line)
 
 
 @dataclass(frozen=True)
@@ -160,14 +150,9 @@ def interval(estimate: Estimate, digits: int = 3, percent: bool = False) -> tupl
     return f"{estimate.value:{style}}", f"{estimate.low:{style}} ... {estimate.high:{style}}"
 
 
-def grid(title: str, *columns: str, numbers: Sequence[int] = ()) -> _Table:
+def grid(title: str, *columns: str, numbers: Sequence[int] = ()) -> tables.Table:
     """A table without lines; the columns `numbers` are set flush right."""
-    table = _Table(
-        title=Text(title), title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
-    )
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i in numbers else "left", overflow="fold")
-    return table
+    return tables.Table(title, [tables.Column(heading, i in numbers) for i, heading in enumerate(columns)])
 
 
 def quantized(done: Quantized) -> None:

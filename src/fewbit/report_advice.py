@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.text import Text
-
-from fewbit import report
+from fewbit import report, tables
 from fewbit.advise.estimate import Estimate
 from fewbit.advise.precision import Precision
 from fewbit.advise.recommend import Candidate, Recommendation
@@ -100,7 +98,7 @@ def recommendation(done: Recommendation) -> None:
         _say(f"note: {note}")
     _say("Run:")
     for command in done.commands:
-        _say(f"  {command}")
+        tables.verbatim(report.out, f"  {command}")
 
 
 def methods(rows: Sequence[MethodRow]) -> None:
@@ -138,4 +136,4 @@ def _loss(c: Candidate) -> str:
 
 
 def _say(line: str) -> None:
-    report.out.print(Text(line))
+    tables.say(report.out, line)

@@ -1,4 +1,4 @@
-"""What a person sees of a comparison: a table of 100 columns, its failures and samples, and lines while it runs."""
+"""What a person sees of a comparison: its table, its failures and samples, and lines while it runs."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from fewbit import report, tables
 from fewbit.comparison import ORIGINAL, Comparison, Event, Interval, Row
-from fewbit.report import duration, err, out, size
+from fewbit.report import duration, err, size
 
-WIDTH = 100
 BEST = "*"
 _SAMPLE = 400  # characters of a sample that are shown
 
 
 @dataclass(frozen=True)
 class Column:
-    """A heading of two lines, what stands below it, and what is compared: the least, or the greatest, is the best."""
+    """A heading, what stands below it, and what is compared: the least, or the greatest, is the best."""
 
     heading: str
     shown: Callable[[Row], str]
@@ -35,25 +33,23 @@ class Column:
 def columns() -> list[Column]:
     """What the table shows of a row that was measured."""
     return [
-        Column("on\ndisk", lambda r: size(r.disk_bytes or 0), lambda r: r.disk_bytes or 0),
-        Column("at\nrest", lambda r: size(_of(r.weights).at_rest), lambda r: _of(r.weights).at_rest),
-        Column("peak\nmemory", lambda r: size(peak(r)), peak),
+        Column("on disk", lambda r: size(r.disk_bytes or 0), lambda r: r.disk_bytes or 0),
+        Column("at rest", lambda r: size(_of(r.weights).at_rest), lambda r: _of(r.weights).at_rest),
+        Column("peak memory", lambda r: size(peak(r)), peak),
         Column("load", lambda r: short(_of(r.speed).load), lambda r: _of(r.speed).load),
         Column(
-            "prefill\ntokens/s",
+            "prefill tokens/s",
             lambda r: rate(_of(r.speed).prefill.median),
             lambda r: _of(r.speed).prefill.median,
             False,
         ),
         Column(
-            "decode\ntokens/s", lambda r: rate(_of(r.speed).decode.median), lambda r: _of(r.speed).decode.median, False
+            "decode tokens/s", lambda r: rate(_of(r.speed).decode.median), lambda r: _of(r.speed).decode.median, False
         ),
-        Column(
-            "per-\nplexity", lambda r: f"{_of(r.loss).perplexity.value:.4g}", lambda r: _of(r.loss).perplexity.value
-        ),
-        Column("KL\ndivergence", lambda r: within(_of(r.loss).kl), lambda r: _of(r.loss).kl.value),
-        Column("same\ntop", lambda r: f"{_of(r.loss).same_top.value:.1%}", lambda r: _of(r.loss).same_top.value, False),
-        Column("quan-\ntized in", lambda r: short(r.quantizing.seconds) if r.quantizing else ""),
+        Column("perplexity", lambda r: f"{_of(r.loss).perplexity.value:.4g}", lambda r: _of(r.loss).perplexity.value),
+        Column("KL divergence", lambda r: within(_of(r.loss).kl), lambda r: _of(r.loss).kl.value),
+        Column("same top", lambda r: f"{_of(r.loss).same_top.value:.1%}", lambda r: _of(r.loss).same_top.value, False),
+        Column("quantized in", lambda r: short(r.quantizing.seconds) if r.quantizing else ""),
     ]
 
 
@@ -90,21 +86,19 @@ def within(interval: Interval) -> str:
     return re.sub(r"(?<!\d)0\.", ".", f"{interval.value:.{digits}f}±{half:.{digits}f}")
 
 
-def table(compared: Comparison) -> Table:
+def table(compared: Comparison) -> tables.Table:
     """The rows that were measured, `BEST` before what is best of the quantized ones."""
     shown = [row for row in compared.rows if row.done]
     made = [row for row in shown if row.plan != ORIGINAL]
-    grid = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    grid.add_column("plan", no_wrap=True)
-    cells: list[list[Text]] = [[Text(row.plan)] for row in shown]
-    for column in columns():
-        grid.add_column(column.heading, justify="right", no_wrap=True)
-        best = _best(column, made)
-        for line, row in zip(cells, shown, strict=True):
-            won = row in best
-            line.append(Text((BEST if won else "") + column.shown(row), style="bold green" if won else ""))
-    for line in cells:
-        grid.add_row(*line)
+    kinds = columns()
+    best = [_best(column, made) for column in kinds]
+    grid = tables.Table("", [tables.Column("plan"), *(tables.Column(column.heading, number=True) for column in kinds)])
+    for row in shown:
+        cells = [
+            Text(BEST + column.shown(row), style="bold green") if row in won else Text(column.shown(row))
+            for column, won in zip(kinds, best, strict=True)
+        ]
+        grid.add_row(row.plan, *cells)
     return grid
 
 
@@ -112,7 +106,7 @@ def comparison(compared: Comparison, folder: str | Path | None) -> None:
     """What `fewbit compare` prints when it is finished."""
     c = compared
     say(f"{c.model}: {c.architecture}, {c.parameters:,} parameters, on {c.machine.cpu}, {_where(c)}", style="bold")
-    _wide().print(table(c))
+    report.out.print(table(c))
     if sum(row.done for row in c.rows if row.plan != ORIGINAL) > 1:
         on_gpu = any(p.cuda for row in c.rows for p in (row.loading, row.generating) if p is not None)
         peak = "what torch held on the GPU" if on_gpu else "of a process that loads and generates, imports included"
@@ -167,29 +161,21 @@ def _of(part: Any) -> Any:
     return part
 
 
-def say(line: str, style: str = "", to: Console | None = None) -> None:
-    if to is None:
-        _wide().print(Text(line, style=style))
-    else:  # a log has a line for a line
-        to.print(Text(line, style=style), soft_wrap=not to.is_terminal)
-
-
-def _wide() -> Console:
-    """Where the table fits: a line of it must not break in a pipe, which has no width of its own to tell."""
-    return Console(width=max(WIDTH, out.width), highlight=False)
+def say(line: str, style: str = "") -> None:
+    tables.say(report.out, line, style)
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[Event], None]]:
     """A line on stderr for each plan when it is done; in a terminal a last one on what is being done, too."""
     if not err.is_terminal:
-        yield lambda event: say(ended(event), to=err) if ended(event) else None
+        yield lambda event: tables.verbatim(err, ended(event)) if ended(event) else None
         return
     with err.status("") as status:
 
         def tell(event: Event) -> None:
             if ended(event):
-                say(ended(event), to=err)
+                tables.say(err, ended(event))
             blocks = f", block {event.done} of {event.of}" if event.of else ""
             status.update(Text(f"{event.number}/{event.total}  {event.plan}: {event.state}{blocks}"))
 
