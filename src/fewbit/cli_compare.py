@@ -30,6 +30,7 @@ def compare(
         str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU where there is one.")
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what was measured before.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: report.json.")] = False,
 ) -> None:
     """Quantize MODEL by several plans, measure size, memory, speed and loss of each, and show them side by side."""
@@ -47,6 +48,7 @@ def compare(
             prompt=prompt,
             device=device,
             trust_remote_code=trust_remote_code,
+            again=again,
             progress=tell,
         )
     if as_json:

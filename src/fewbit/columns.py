@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from fewbit import report
-from fewbit.comparison import Interval, Loss, Peak, Quantizing, Row, Speed, Timing, Weights
+from fewbit.comparison import Interval, Loss, Peak, Quantizing, Row, Speed, Timing, Weights, leaders, winners
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -15,7 +15,8 @@ U = TypeVar("U")
 
 @dataclass(frozen=True)
 class Column:
-    """`value` is None where a row has none; `under` is a smaller line below it."""
+    """`value` is None where a row has none; `under` is a smaller line below it. `interval` is what is compared: without
+    it, as of what is measured once, none is the best."""
 
     group: str
     name: str
@@ -25,13 +26,19 @@ class Column:
     write: Callable[[float], str]
     under: Callable[[Row], str | None] = lambda row: None
     more_is_better: bool = False
+    interval: Callable[[Row], Interval | None] | None = None
 
-    def best(self, rows: Sequence[Row]) -> float | None:
-        """The best value of the rows; None where there is no choice: fewer than two, or all the same."""
-        values = [v for row in rows if (v := self.value(row)) is not None]
-        if len(set(values)) < 2:
-            return None
-        return max(values) if self.more_is_better else min(values)
+    def best(self, rows: Sequence[Row]) -> list[Row]:
+        """The best of the rows; empty where there is no choice, or intervals do not tell it from the others."""
+        if self.interval is None:
+            return []
+        return [rows[i] for i in winners([self.interval(row) for row in rows], more_is_better=self.more_is_better)]
+
+    def first(self, rows: Sequence[Row]) -> list[Row]:
+        """All that may be the best: one alone, or those that cannot be told apart."""
+        if self.interval is None:
+            return []
+        return [rows[i] for i in leaders([self.interval(row) for row in rows], more_is_better=self.more_is_better)]
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
@@ -59,6 +66,7 @@ def _all() -> Iterator[Column]:
         of(_loss, lambda loss: loss.kl.value),
         nats,
         of(_loss, lambda loss: _between(loss.kl, nats)),
+        interval=of(_loss, lambda loss: loss.kl),
     )
     yield Column(
         "Quality",
@@ -68,6 +76,7 @@ def _all() -> Iterator[Column]:
         of(_loss, lambda loss: loss.perplexity.value),
         "{:.2f}".format,
         of(_loss, lambda loss: _between(loss.perplexity, "{:.2f}".format)),
+        interval=of(_loss, lambda loss: loss.perplexity),
     )
     yield Column(
         "Quality",
@@ -78,24 +87,16 @@ def _all() -> Iterator[Column]:
         report.share,
         of(_loss, lambda loss: _between(loss.same_top, report.share)),
         more,
+        of(_loss, lambda loss: loss.same_top),
     )
-    yield Column("Size", "disk", "on disk", "the weight files", lambda row: row.disk_bytes, report.size)
-    whole = "bits per weight over the whole model"
-    yield Column("Size", "bits", "bits/weight", whole, lambda row: row.bits_per_weight, "{:.2f}".format)
-    at_rest = (
-        "every parameter and buffer of the loaded model, tied ones once; below, what summing over parameters gives"
-    )
-    yield Column("Size", "at-rest", "at rest", at_rest, of(_weights, lambda w: w.at_rest), report.size, _parameters)
-    yield Column("Speed", "load", "load", "time until it is ready", of(_speed, lambda s: s.load), report.duration)
-    for name, what, timing in (
-        ("prefill", "tokens of a prompt read a second", of(_speed, lambda s: s.prefill)),
-        ("decode", "tokens written a second", of(_speed, lambda s: s.decode)),
-    ):
-        said = f"{what}, median; below, the range of all runs"
-        value, under = of(timing, lambda t: t.median), of(timing, _spread)
-        yield Column("Speed", name, f"{name} tok/s", said, value, rate, under, more)
-    said = "what loading added to the process, on a CPU; below, compared with the tensors at rest"
-    yield Column("Memory", "resident", "weights", said, _resident, report.size, _resident_more)
+    disk = _disk
+    yield Column("Size", "disk", "on disk", "the weight files", disk, report.size, interval=of(disk, Interval.exact))
+    whole, bits = "bits per weight over the whole model", _bits
+    yield Column("Size", "bits", "bits/weight", whole, bits, "{:.2f}".format, interval=of(bits, Interval.exact))
+    said = "every parameter and buffer of the loaded model, tied ones once; below, what summing over parameters gives"
+    rest_bytes = of(_weights, lambda w: w.at_rest)
+    exact = of(rest_bytes, Interval.exact)
+    yield Column("Size", "at-rest", "at rest", said, rest_bytes, report.size, _parameters, interval=exact)
     for name, what, peak in (
         ("loading", "while it was loaded", _loading),
         ("generating", "while it wrote", _generating),
@@ -105,6 +106,19 @@ def _all() -> Iterator[Column]:
         said = f"the most that torch held on GPUs {what}; below, what their driver counts, of every process"
         in_torch, in_all = of(peak, lambda p: p.cuda or None), of(peak, _on_device)
         yield Column("Memory", f"gpu-{name}", f"GPU {name}", said, in_torch, report.size, in_all)
+    said = (
+        "what loading added to the process, on a CPU; below, what that is beside the tensors at rest: code, buffers of "
+        "kernels, and what the allocator keeps"
+    )
+    yield Column("Memory", "resident", "added by loading", said, _resident, report.size, _resident_more)
+    yield Column("Speed", "load", "load", "time until it is ready", of(_speed, lambda s: s.load), report.duration)
+    for name, what, timing in (
+        ("prefill", "tokens of a prompt read a second", of(_speed, lambda s: s.prefill)),
+        ("decode", "tokens written a second", of(_speed, lambda s: s.decode)),
+    ):
+        said = f"{what}, median of all runs; below, its 95 % interval, or the range of the runs where they are few"
+        value, under = of(timing, lambda t: t.median), of(timing, _spread)
+        yield Column("Speed", name, f"{name} tok/s", said, value, rate, under, more, of(timing, lambda t: t.interval))
     said = "time to make it, what was written checked too"
     yield Column("Quantizing", "seconds", "time", said, of(_quantizing, lambda q: q.seconds), report.duration)
     value, under = of(_quantizing, lambda q: q.peak.process), of(_quantizing, lambda q: _growth(q.peak))
@@ -114,6 +128,14 @@ def _all() -> Iterator[Column]:
 def _of(get: Callable[[Row], T | None], read: Callable[[T], U | None]) -> Callable[[Row], U | None]:
     """What `read` finds in a part of a row; None where the row lacks that part."""
     return lambda row: None if (part := get(row)) is None else read(part)
+
+
+def _disk(row: Row) -> int | None:
+    return row.disk_bytes
+
+
+def _bits(row: Row) -> float | None:
+    return row.bits_per_weight
 
 
 def _loss(row: Row) -> Loss | None:
@@ -145,6 +167,8 @@ def _between(interval: Interval, write: Callable[[float], str]) -> str | None:
 
 
 def _spread(timing: Timing) -> str | None:
+    if timing.interval is not None:
+        return _between(timing.interval, rate)
     return f"{rate(timing.low)} – {rate(timing.high)}" if timing.high > timing.low else None
 
 
@@ -156,7 +180,8 @@ def _resident(row: Row) -> int | None:
 def _resident_more(row: Row) -> str | None:
     if row.weights is None or not row.weights.at_rest:
         return None
-    return f"{row.weights.resident / row.weights.at_rest - 1:+.1%}"
+    more = row.weights.resident - row.weights.at_rest
+    return f"at rest {'+' if more >= 0 else '−'} {report.size(abs(more))}"
 
 
 def _on_device(peak: Peak) -> str | None:

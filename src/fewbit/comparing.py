@@ -31,6 +31,7 @@ from fewbit.comparison import FILE, ORIGINAL, SCHEMA_VERSION, Comparison, Event,
 from fewbit.errors import FormatError, PlanError
 from fewbit.job import Calibration as Calibration
 from fewbit.job import unquantized, windows
+from fewbit.measure import speed
 from fewbit.methods.base import make
 from fewbit.models.describe import describe
 from fewbit.models.skeleton import load_tokenizer
@@ -60,13 +61,15 @@ def compare(
     prompt: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    again: bool = False,
     progress: Told | None = None,
 ) -> Comparison:
     """Quantize `model` by each plan, measure all of them, and write the report into the folder `out`, if given.
 
     plans: names or plan files; "bf16" is the original. calibration: for the plans that need any. text, samples, length:
     what quality is measured on, as in `evaluate`. prompt: what each of them continues, as a sample. PlanError before
-    any work for what no plan can have; a plan that fails is a row that says why. What was measured before is reused.
+    any work for what no plan can have; a plan that fails is a row that says why. What was measured before is reused;
+    again: it is measured anew, and only quantized models are reused.
     """
     elapsed, device = pipeline.timed(), hardware.device(device)
     wanted = _found(plans)
@@ -83,7 +86,7 @@ def compare(
         "prompt_tokens": min(PROMPT_TOKENS, source.context // 2),
         "new_tokens": min(NEW_TOKENS, source.context // 4),
     }
-    bench = _Bench(source, asked, machine, settings, progress or (lambda event: None))
+    bench = _Bench(source, asked, machine, settings, progress or (lambda event: None), again)
     rows = bench.rows(wanted)
     described = describe(source)
     compared = Comparison(
@@ -143,14 +146,14 @@ class _Bench:
     """Where rows come from: the cache, or processes of their own."""
 
     def __init__(
-        self, source: Source, asked: _Asked, machine: Machine, settings: Mapping[str, Any], told: Told
+        self, source: Source, asked: _Asked, machine: Machine, settings: Mapping[str, Any], told: Told, again: bool
     ) -> None:
-        self.source, self.asked, self.settings, self.told = source, asked, settings, told
+        self.source, self.asked, self.settings, self.told, self.again = source, asked, settings, told, again
         self.base = cache_folder() / "compare"
         files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]
         self.model = [files, source.config, hardware.versions(), settings["device"], settings["trust_remote_code"]]
         of = {name: value for name, value in settings.items() if name not in ("windows", "model")}
-        self.how = [SCHEMA_VERSION, asdict(machine), asked.text.digest, asked.text.length, of]
+        self.how = [SCHEMA_VERSION, speed.RULE, asdict(machine), asked.text.digest, asked.text.length, of]
         self.reference = self.base / f"reference-{_digest([self.model, self.how])}"
 
     def rows(self, wanted: Mapping[str, plans.Plan | None]) -> list[Row]:
@@ -179,7 +182,7 @@ class _Bench:
         text = self.asked.calibrated if plan is not None and _calibrated(plan) else None
         place = self.base / _digest([self.model, plan and plan.to_json(), text and asdict(text)])
         kept = place / f"row-{_digest(self.how)}.json"
-        if (before := _read(kept)) is not None:
+        if not self.again and (before := _read(kept)) is not None:
             try:
                 return replace(parsed(Row, before, str(kept)), plan=name, reused=True)
             except FormatError:  # damaged: it is measured again

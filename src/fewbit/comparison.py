@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fewbit.errors import FormatError
+from fewbit.measure import intervals
 
 T = TypeVar("T")
 
@@ -29,25 +30,71 @@ ORIGINAL = "bf16"  # the plan that changes nothing: the original, in its own typ
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and the ends of its 95 % bootstrap interval."""
+    """A value and the ends of its 95 % interval."""
 
     value: float
     low: float
     high: float
 
+    def overlaps(self, other: Interval) -> bool:
+        """Whether the two cannot be told apart."""
+        return self.low <= other.high and other.low <= self.high
+
+    @classmethod
+    def exact(cls, value: float) -> Interval:
+        return cls(value, value, value)
+
 
 @dataclass(frozen=True)
 class Timing:
-    """The median of `runs` measurements, and the lowest and the highest of them."""
+    """The median of `runs` measurements, the lowest and the highest of them, and the 95 % interval of the median: None
+    where there are too few runs for one, as in reports of early versions."""
 
     median: float
     low: float
     high: float
     runs: int
+    interval: Interval | None = None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Timing:
-        return cls(median(values), min(values), max(values), len(values))
+        middle, ends = median(values), intervals.of_median(values)
+        interval = None if ends is None else Interval(middle, *ends)
+        return cls(middle, min(values), max(values), len(values), interval)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the interval is so wide that the median says little."""
+        return self.interval is not None and (
+            self.interval.high - self.interval.low > 2 * intervals.NOISY * self.interval.value
+        )
+
+
+def leaders(found: Sequence[Interval | None], *, more_is_better: bool = False) -> list[int]:
+    """The indices of all that may be the best: that of the best value, and those that cannot be told apart from it.
+
+    Of one without an interval nothing is known, so it may be the best too; without any other, there is no leader.
+    """
+    known = [(each.value if more_is_better else -each.value, i) for i, each in enumerate(found) if each is not None]
+    if not known:
+        return []
+    best = found[max(known, key=lambda pair: (pair[0], -pair[1]))[1]]
+    assert best is not None
+    return [i for i, each in enumerate(found) if each is None or each.overlaps(best)]
+
+
+def winners(found: Sequence[Interval | None], *, more_is_better: bool = False) -> list[int]:
+    """The indices of the best: one that is told apart from all others, or all that have exactly the best value.
+
+    Empty where there is no choice: fewer than two, all the same, or intervals that overlap.
+    """
+    first = leaders(found, more_is_better=more_is_better)
+    if len(found) < 2 or not first or len(first) == len(found):
+        return []
+    alike = len({found[i] for i in first}) == 1 and all(
+        e is not None and e.low == e.high for e in map(found.__getitem__, first)
+    )
+    return first if len(first) == 1 or alike else []
 
 
 @dataclass(frozen=True)
@@ -205,6 +252,25 @@ class Comparison:
     def original(self) -> Row | None:
         """The row that the others are compared with, if it was measured."""
         return next((row for row in self.rows if row.plan == ORIGINAL and row.done), None)
+
+    @property
+    def noise(self) -> str | None:
+        """A sentence on the speeds whose runs differ so much that they say little; None where there are none."""
+        noisy = [
+            (f"{what} of {row.plan}", timing.interval, timing.runs)
+            for row in self.rows
+            if row.speed is not None
+            for what, timing in (("prefill", row.speed.prefill), ("decode", row.speed.decode))
+            if timing.interval is not None and timing.noisy
+        ]
+        if not noisy:
+            return None
+        what, interval, runs = max(noisy, key=lambda found: (found[1].high - found[1].low) / found[1].value)
+        others = f" and {len(noisy) - 1} more" if len(noisy) > 1 else ""
+        return (
+            f"speed is noisy here: {what}{others}, {interval.low:.3g} to {interval.high:.3g} tokens/s after {runs} "
+            "runs. Other programs may use this machine; fewbit compare --again measures anew."
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`, `kind` and `schema_version` first."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import groupby
@@ -18,10 +20,10 @@ from fewbit import __version__, report
 from fewbit.charts.axis import Measure
 from fewbit.charts.heat import Shades, heat, in_blocks, legend, shades
 from fewbit.charts.png import png
-from fewbit.charts.scatter import Point, front, scatter
+from fewbit.charts.scatter import Point, front, scatter, undecided
 from fewbit.charts.svg import DARK, FONT, LIGHT, element, escaped, rules, standalone
 from fewbit.columns import Column, columns
-from fewbit.comparison import Comparison, Row, TextUsed
+from fewbit.comparison import Comparison, Row, TextUsed, Timing
 
 _DATA = Path(__file__).parent / "data" / "report"
 _HIDDEN_STATE = "after the block"
@@ -79,17 +81,22 @@ def _lede(c: Comparison) -> str:
 
 
 def _facts(c: Comparison) -> Iterator[str]:
-    """The winners among what is quantized: the original always is the nearest to itself."""
+    """The winners among what is quantized: the original always is the nearest to itself. Where intervals overlap it
+    names all that may have won."""
     rows = [row for row in c.rows if row.done and row is not c.original]
     by_name = {column.name: column for column in columns(rows)}
     cards = []
     for name, what in (("kl", "Closest to the original"), ("disk", "Smallest"), ("decode", "Fastest to write")):
         column = by_name.get(name)
-        measured = [(v, row) for row in rows if column and (v := column.value(row)) is not None]
-        if column is None or not measured:
+        first = column.first(rows) if column else []
+        if column is None or not first:
             continue
-        value, row = (max if column.more_is_better else min)(measured, key=lambda pair: pair[0])
-        cards.append((what, row.plan, _said(column, value)))
+        best = [value for row in first if (value := column.value(row)) is not None]
+        if len(first) == 1 or column.best(rows) == first:
+            cards.append((what, ", ".join(row.plan for row in first), _said(column, best[0])))
+        else:
+            plans = ", ".join(row.plan for row in first)
+            cards.append((what, "no clear winner", f"95 % intervals do not tell apart {plans}"))
     if cards:
         items = (
             element(
@@ -101,6 +108,8 @@ def _facts(c: Comparison) -> Iterator[str]:
             for what, plan, number in cards
         )
         yield element("ul", *items, class_="facts")
+    if c.noise is not None:
+        yield element("p", text=f"Note: {c.noise}", class_="note")
 
 
 def _said(column: Column, value: float) -> str:
@@ -116,8 +125,9 @@ def _table(c: Comparison) -> Iterator[str]:
     shown = columns(c.rows)
     yield element(
         "p",
-        text="A header sorts. Bold is the best of a column but for the original. Below a number: its 95 % interval, "
-        "the range of its runs, what came on top of what the process held, or what a sum over parameters gives.",
+        text="A header sorts. Bold is the best of a column but for the original, where 95 % intervals tell it from all "
+        "the others. Below a number: its 95 % interval, what came on top of what the process held (+), or what a sum "
+        "over parameters gives. Load, memory and quantizing are measured once.",
         class_="note",
     )
     groups = [(group, len(list(members))) for group, members in groupby(shown, key=lambda column: column.group)]
@@ -151,7 +161,9 @@ def _head(name: str, title: str, explained: str, begin: str, kind: str, look: st
     return element("th", button, scope="col", data_column=name, data_kind=kind, data_begin=begin, class_=look)
 
 
-def _line(row: Row, shown: Sequence[Column], begins: set[str], best: Mapping[str, float | None], original: bool) -> str:
+def _line(
+    row: Row, shown: Sequence[Column], begins: set[str], best: Mapping[str, Sequence[Row]], original: bool
+) -> str:
     under = [element("small", text=text) for text in (row.what, "reused" if row.reused else "") if text]
     plan = element("th", escaped(row.plan), *under, scope="row", data_of="plan", data_value=row.plan)
     if not row.done:
@@ -166,7 +178,7 @@ def _line(row: Row, shown: Sequence[Column], begins: set[str], best: Mapping[str
     for column in shown:
         value = column.value(row)
         look = ["first"] if column.name in begins else []
-        if value is not None and value == best[column.name] and not original:
+        if not original and any(row is each for each in best[column.name]):
             look.append("best")
         small = column.under(row) if value is not None else None
         content = escaped(column.write(value)) if value is not None else "–"
@@ -185,17 +197,21 @@ def _charts(c: Comparison) -> dict[str, tuple[str, Measure, list[Point]]]:
     """The charts' file names, with the title, the measure of x and the points of each."""
     done = [row for row in c.rows if row.done and row.loss is not None]
     sizes = [_point(row, row.disk_bytes) for row in done if row.disk_bytes is not None]
-    speeds = [_point(row, row.speed.decode.median) for row in done if row.speed is not None]
+    speeds = [_point(row, row.speed.decode.median, row.speed.decode) for row in done if row.speed is not None]
     return {
         "quality-size": ("Quality against size", _SIZE, sizes),
         "quality-speed": ("Quality against speed", _SPEED, speeds),
     }
 
 
-def _point(row: Row, x: float) -> Point:
+def _point(row: Row, x: float, timing: Timing | None = None) -> Point:
+    """A point with the intervals of what was measured. Of a time without an interval nothing is known."""
     assert row.loss is not None
     kl = row.loss.kl
-    return Point(row.plan, x, kl.value, kl.low, kl.high)
+    across = (x, x)
+    if timing is not None:
+        across = (0.0, math.inf) if timing.interval is None else (timing.interval.low, timing.interval.high)
+    return Point(row.plan, x, kl.value, kl.low, kl.high, *across)
 
 
 def _figures(c: Comparison) -> Iterator[str]:
@@ -206,7 +222,8 @@ def _figures(c: Comparison) -> Iterator[str]:
     yield element(
         "p",
         text="Filled points are on the Pareto front: no other plan is better in one of the two and no worse in the "
-        "other. All that lies beyond the dashed line is beaten by one of them. Bars are 95 % intervals.",
+        "other. All that lies beyond the dashed line is beaten by one of them. Bars are 95 % intervals. A point with a "
+        "ring of dots may be on the front or not: its intervals overlap with those of a plan that would beat it.",
         class_="note",
     )
     figures = []
@@ -217,8 +234,9 @@ def _figures(c: Comparison) -> Iterator[str]:
             )
             for look, width, height in (("wide", 580, 400), ("narrow", 340, 360))
         )
-        best = ", ".join(p.name for p in front(points, x, _KL)) or "nothing"
-        caption = element("figcaption", text=f"On the front: {best}.")
+        best = ", ".join(p.name for p in front(points, x, _KL)) or "nothing for certain"
+        open_ = ", ".join(p.name for p in undecided(points, x, _KL))
+        caption = element("figcaption", text=f"On the front: {best}." + (f" Undecided: {open_}." if open_ else ""))
         figures.append(element("figure", element("h3", text=title), *drawn, caption))
     yield element("div", *figures, class_="pair")
 
@@ -284,12 +302,17 @@ def _samples(c: Comparison) -> Iterator[str]:
 
 def _agreed(text: str, other: str) -> int:
     """How many characters of `text` agree with `other`, back to the beginning of the word that differs."""
-    if text == other:
-        return len(text)
     same = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
-    if same == len(text):
+    if not (_in_word(text[same : same + 1]) or _in_word(other[same : same + 1])):
         return same
-    return text.rfind(" ", 0, same + 1) + 1
+    while same and _in_word(text[same - 1]):
+        same -= 1
+    return same
+
+
+def _in_word(character: str) -> bool:
+    """Whether it joins with others to a word: letters do, but in scripts without spaces, as Chinese, each is a word."""
+    return character != "" and unicodedata.category(character)[0] in "LMN" and unicodedata.category(character) != "Lo"
 
 
 def _made(c: Comparison) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.text import Text
 
 from fewbit import report, tables
-from fewbit.comparison import ORIGINAL, Comparison, Event, Interval, Row
+from fewbit.comparison import ORIGINAL, Comparison, Event, Interval, Row, Timing, winners
 from fewbit.report import duration, err, size
 
 BEST = "*"
@@ -22,33 +22,34 @@ _SAMPLE = 400  # characters of a sample that are shown
 
 @dataclass(frozen=True)
 class Column:
-    """A heading, what stands below it, and what is compared: the least, or the greatest, is the best."""
+    """A heading, what stands below it, and what is compared: the least, or the greatest, is the best. Without `value`,
+    as of what is measured once, none is the best."""
 
     heading: str
     shown: Callable[[Row], str]
-    value: Callable[[Row], float] | None = None
+    value: Callable[[Row], Interval | None] | None = None
     least: bool = True
 
 
 def columns() -> list[Column]:
     """What the table shows of a row that was measured."""
     return [
-        Column("on disk", lambda r: size(r.disk_bytes or 0), lambda r: r.disk_bytes or 0),
-        Column("at rest", lambda r: size(_of(r.weights).at_rest), lambda r: _of(r.weights).at_rest),
-        Column("peak memory", lambda r: size(peak(r)), peak),
-        Column("load", lambda r: short(_of(r.speed).load), lambda r: _of(r.speed).load),
+        Column("on disk", lambda r: size(r.disk_bytes or 0), lambda r: Interval.exact(r.disk_bytes or 0)),
+        Column("at rest", lambda r: size(_of(r.weights).at_rest), lambda r: Interval.exact(_of(r.weights).at_rest)),
+        Column("peak memory", lambda r: size(peak(r))),
+        Column("load", lambda r: short(_of(r.speed).load)),
         Column(
             "prefill tokens/s",
-            lambda r: rate(_of(r.speed).prefill.median),
-            lambda r: _of(r.speed).prefill.median,
-            False,
+            lambda r: pace(_of(r.speed).prefill),
+            lambda r: _of(r.speed).prefill.interval,
+            least=False,
         ),
         Column(
-            "decode tokens/s", lambda r: rate(_of(r.speed).decode.median), lambda r: _of(r.speed).decode.median, False
+            "decode tokens/s", lambda r: pace(_of(r.speed).decode), lambda r: _of(r.speed).decode.interval, least=False
         ),
-        Column("perplexity", lambda r: f"{_of(r.loss).perplexity.value:.4g}", lambda r: _of(r.loss).perplexity.value),
-        Column("KL divergence", lambda r: within(_of(r.loss).kl), lambda r: _of(r.loss).kl.value),
-        Column("same top", lambda r: f"{_of(r.loss).same_top.value:.1%}", lambda r: _of(r.loss).same_top.value, False),
+        Column("perplexity", lambda r: within(_of(r.loss).perplexity), lambda r: _of(r.loss).perplexity),
+        Column("KL divergence", lambda r: within(_of(r.loss).kl), lambda r: _of(r.loss).kl),
+        Column("same top", lambda r: percent(_of(r.loss).same_top), lambda r: _of(r.loss).same_top, least=False),
         Column("quantized in", lambda r: short(r.quantizing.seconds) if r.quantizing else ""),
     ]
 
@@ -70,9 +71,14 @@ def short(seconds: float) -> str:
     )
 
 
-def rate(value: float) -> str:
-    """Tokens a second, to three digits."""
-    return f"{float(f'{value:.3g}'):,g}"
+def pace(timing: Timing) -> str:
+    """Tokens a second: the median, and half the width of its interval where there is one."""
+    return f"{float(f'{timing.median:.3g}'):,g}" if timing.interval is None else within(timing.interval)
+
+
+def percent(interval: Interval) -> str:
+    """A share as a percentage, and half the width of its interval: 89.5±.4%."""
+    return f"{within(Interval(*(100 * each for each in (interval.value, interval.low, interval.high))))}%"
 
 
 def within(interval: Interval) -> str:
@@ -83,7 +89,7 @@ def within(interval: Interval) -> str:
     if interval.value < 0.001:
         return f"{interval.value:.1e}±{half:.0e}".replace("e-0", "e-")
     digits = max(0, min(4, -math.floor(math.log10(half)))) if half else 4
-    return re.sub(r"(?<!\d)0\.", ".", f"{interval.value:.{digits}f}±{half:.{digits}f}")
+    return re.sub(r"(?<!\d)0\.", ".", f"{interval.value:,.{digits}f}±{half:,.{digits}f}")
 
 
 def table(compared: Comparison) -> tables.Table:
@@ -110,7 +116,10 @@ def comparison(compared: Comparison, folder: str | Path | None) -> None:
     if sum(row.done for row in c.rows if row.plan != ORIGINAL) > 1:
         on_gpu = any(p.cuda for row in c.rows for p in (row.loading, row.generating) if p is not None)
         peak = "what torch held on the GPU" if on_gpu else "of a process that loads and generates, imports included"
-        say(f"{BEST} the best of the quantized. Peak memory is {peak}.")
+        say(f"{BEST} the best of the quantized, where 95 % intervals (±) tell it from all the others.")
+        say(f"Peak memory is {peak}. It, load and quantized in are measured once.")
+    if c.noise is not None:
+        say(f"note: {c.noise}")
     for row in c.rows:
         if not row.done:
             say(f"{row.plan} failed: {row.reason}", style="red")
@@ -136,11 +145,9 @@ def _samples(compared: Comparison) -> None:
 
 
 def _best(column: Column, rows: Sequence[Row]) -> list[Row]:
-    if column.value is None or len(rows) < 2:
+    if column.value is None:
         return []
-    values = [column.value(row) for row in rows]
-    best = min(values) if column.least else max(values)
-    return [row for row, value in zip(rows, values, strict=True) if value == best]
+    return [rows[i] for i in winners([column.value(row) for row in rows], more_is_better=not column.least)]
 
 
 def _where(compared: Comparison) -> str:

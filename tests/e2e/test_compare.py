@@ -92,7 +92,8 @@ def check_nf4(row: Any) -> None:
     assert row.generating.process >= row.loading.growth > 0
     for timing in (row.speed.prefill, row.speed.decode):
         assert 0 < timing.low <= timing.median <= timing.high
-        assert timing.runs >= 3
+        assert timing.runs >= 6
+        assert timing.low <= timing.interval.low <= timing.median <= timing.interval.high <= timing.high
     assert row.sample
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fewbit.comparison import KIND, SCHEMA_VERSION, Comparison
+from fewbit.comparison import KIND, SCHEMA_VERSION, Comparison, Interval, Timing, leaders, winners
 from fewbit.errors import FormatError
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "report.json"
@@ -62,3 +62,59 @@ def test_a_foreign_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "report.json").write_text(text, encoding="latin-1")
     with pytest.raises(FormatError, match=r"report\.json is no report of fewbit compare"):
         Comparison.read(tmp_path)
+
+
+def test_a_report_without_intervals_is_read(data: dict[str, Any]) -> None:
+    for row in data["rows"]:
+        for timing in (row["speed"] or {}).values():
+            if isinstance(timing, dict):
+                del timing["interval"]
+    read = Comparison.from_json(data)
+    assert all(row.speed.decode.interval is None for row in read.rows if row.speed)
+    assert read.noise is None
+
+
+@pytest.mark.parametrize(
+    ("values", "interval"),
+    [
+        ([1, 2, 3, 4, 5], None),
+        ([6, 1, 5, 2, 4, 3], Interval(3.5, 1, 6)),
+        ([1, 2, 3, 4, 5, 6, 7, 8, 900], Interval(5, 2, 8)),  # one run that was disturbed is left out
+        (list(range(1, 31)), Interval(15.5, 10, 21)),
+    ],
+)
+def test_the_interval_of_a_median(values: list[float], interval: Interval | None) -> None:
+    assert Timing.of(values).interval == interval
+
+
+A, B, C, ZERO = Interval(1, 0.5, 1.5), Interval(2, 1.4, 2.5), Interval(9, 8, 10), Interval(0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("found", "more_is_better", "first", "won"),
+    [
+        ([A, B, C], False, [0, 1], []),
+        ([A, B, C], True, [2], [2]),
+        ([A, C], False, [0], [0]),
+        ([A, None, C], False, [0, 1], []),
+        ([None, None], True, [], []),
+        ([ZERO, ZERO, A], False, [0, 1], [0, 1]),  # exactly alike, as bytes may be
+        ([ZERO, ZERO], False, [0, 1], []),
+        ([A], False, [0], []),
+        ([], False, [], []),
+    ],
+)
+def test_a_winner_is_told_apart_from_all_others(
+    found: list[Interval | None], more_is_better: bool, first: list[int], won: list[int]
+) -> None:
+    assert leaders(found, more_is_better=more_is_better) == first
+    assert winners(found, more_is_better=more_is_better) == won
+
+
+def test_noise_is_said(data: dict[str, Any]) -> None:
+    assert Comparison.from_json(data).noise is None
+    data["rows"][2]["speed"]["decode"]["interval"].update(low=11.8, high=82.1)
+    data["rows"][3]["speed"]["prefill"]["interval"].update(low=3000)
+    noise = Comparison.from_json(data).noise
+    assert noise is not None
+    assert "decode of nf4 and 1 more, 11.8 to 82.1 tokens/s after 9 runs" in noise

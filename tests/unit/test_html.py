@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from fewbit import html
-from fewbit.comparison import Comparison, Row
+from fewbit.comparison import Comparison, Interval, Row
 
 REPORT = Path(__file__).parent.parent / "data" / "report.json"
 EVIL = "</title></script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\x00\ud800"
@@ -109,7 +110,56 @@ def test_the_best_of_a_column_is_bold_unless_all_are_alike(comparison: Compariso
         ("a dog", "a dog ran", 5),
         ("x", "y", 0),
         ("", "y", 0),
+        ("There was", "There, was", 5),
+        ("Lily\nran", "Lily\nwent", 5),
+        ("Lily (a girl)", "Lily [a girl]", 5),
+        ("Lily", "Lily's", 4),
+        ("Lil", "Lily", 0),
+        ("Übermut", "Über", 0),
+        ("他去了学校", "他去了公园", 3),
     ],
 )
 def test_texts_part_at_a_word(text: str, other: str, same: int) -> None:
     assert html._agreed(text, other) == same
+
+
+def timed(comparison: Comparison, plan: str, interval: Interval | None) -> Comparison:
+    """The comparison with another interval of one plan's decoding."""
+
+    def changed(row: Row) -> Row:
+        if row.plan != plan or row.speed is None:
+            return row
+        return replace(row, speed=replace(row.speed, decode=replace(row.speed.decode, interval=interval)))
+
+    return replace(comparison, rows=tuple(map(changed, comparison.rows)))
+
+
+def test_the_fastest_is_named_where_intervals_part(comparison: Comparison) -> None:
+    assert "Fastest to writegptq-4bit88 tokens/s" in _Tags(html.page(comparison)).texts
+    for interval in (Interval(61, 11.8, 87.0), None):
+        text = _Tags(html.page(timed(comparison, "int8", interval))).texts
+        assert "Fastest to writeno clear winner95 % intervals do not tell apart int8, gptq-4bit" in text
+
+
+def test_noise_is_said_on_the_page(comparison: Comparison) -> None:
+    assert "noisy" not in html.page(comparison)
+    assert "speed is noisy here: decode of int8" in html.page(timed(comparison, "int8", Interval(61, 11.8, 87.0)))
+
+
+def test_no_point_is_on_the_front_by_chance(comparison: Comparison) -> None:
+    def fronts(shown: Comparison) -> list[str]:
+        return re.findall(r"On the front: [^.]*\.(?: Undecided: [^.]*\.)?", _Tags(html.page(shown)).texts)
+
+    made = replace(comparison, rows=comparison.rows[1:])  # the original beats them all
+    size, speed = fronts(made)
+    assert speed == "On the front: int8, gptq-4bit."
+    noisy = fronts(timed(made, "int8", Interval(61, 11.8, 182.1)))
+    assert noisy[0] == size
+    assert noisy[1] == "On the front: int8. Undecided: q4_k_m, gptq-4bit."
+    assert fronts(timed(made, "gptq-4bit", None))[1] == "On the front: int8. Undecided: gptq-4bit."
+
+
+def test_memory_beside_weights_is_said_in_bytes(comparison: Comparison) -> None:
+    text = _Tags(html.page(comparison)).texts
+    assert "at rest + 3.1 MB" in text
+    assert "added by loading" in text

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewbit.measure import memory, quality, speed
+from fewbit.comparison import Timing
+from fewbit.measure import intervals, memory, quality, speed
 
 
 class Counting(nn.Module):
@@ -53,15 +54,63 @@ def test_a_peak_can_be_forgotten() -> None:
     assert memory.now().peak >= memory.now().resident - (1 << 20)
 
 
-def test_prefill_reads_the_prompt_and_decode_writes_after_it() -> None:
-    model, ids = Counting(), torch.tensor([[0, 1, 2]])
-    rates = speed.prefill(model, ids)
-    assert speed.FEWEST <= len(rates) == len(model.asked) - 1 <= speed.MOST
-    assert all(rate > 0 for rate in rates)
+class Clock:
+    """A clock that a model's calls move on: reading takes 1 s, writing a token as many as `steps` say in turn."""
+
+    def __init__(self, steps: list[float]) -> None:
+        self.now, self.steps, self.asked = 0.0, steps, 0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_by(self) -> None:
+        self.now += self.steps[self.asked % len(self.steps)]
+        self.asked += 1
+
+
+class Timed(Counting):
+    """A model whose calls take made-up times."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.clock.pass_by()
+        return super().forward(*args, **kwargs)
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, *steps: float) -> Timed:
+    clock = Clock(list(steps))
+    monkeypatch.setattr(speed, "clock", clock)
+    return Timed(clock)
+
+
+IDS = torch.tensor([[0, 1, 2]])
+
+
+def test_prefill_reads_the_prompt_and_decode_writes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timed(monkeypatch, 0.125)
+    assert speed.prefill(model, IDS) == [3 / 0.125] * speed.FEWEST  # steady: no more than an interval needs
+    assert len(model.asked) == 1 + speed.FEWEST
     model.asked.clear()
-    speed.decode(model, ids, new_tokens=2)
+    assert speed.decode(model, IDS, new_tokens=2) == [8] * speed.FEWEST
     assert model.asked[:5] == [([0, 1, 2], None), ([3], 3), ([0, 1, 2], None), ([3], 3), ([4], 4)]
     assert (len(model.asked) - 2) % 3 == 0
+
+
+def test_runs_repeat_until_they_are_tight(monkeypatch: pytest.MonkeyPatch) -> None:
+    noisy = [0.01, *(0.01 * factor for factor in (1, 4, 1, 2, 1, 3)), *[0.01] * 60]
+    rates = speed.prefill(timed(monkeypatch, *noisy), IDS)
+    assert speed.FEWEST < len(rates) < speed.MOST
+    assert intervals.spread(rates) <= intervals.TIGHT < intervals.spread(rates[:-1])
+
+
+def test_runs_that_never_agree_end_at_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(speed.prefill(timed(monkeypatch, 0.01, 0.02, 0.04), IDS)) == speed.MOST
+    slow = speed.prefill(timed(monkeypatch, 1.0, 2.0), IDS)
+    assert len(slow) == speed.FEWEST  # each takes longer than there is time for more
+    assert Timing.of(slow).noisy
 
 
 def test_recorded_logits_are_as_good_as_the_model_they_are_of() -> None:

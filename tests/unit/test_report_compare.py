@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fewbit import report_compare
-from fewbit.comparison import Comparison, Event, Interval, Row
+from fewbit import report, report_compare
+from fewbit.comparison import Comparison, Event, Interval, Row, Timing
 
 EXAMPLE = Comparison.read(Path(__file__).parents[1] / "data" / "report.json")
 
@@ -103,3 +103,29 @@ def test_progress_says_one_line_a_plan(capsys: pytest.CaptureFixture[str]) -> No
         "2/2  int8        failed: no [memory]",
         "",
     ]
+
+
+def faster(row: Row, median: float, low: float, high: float) -> Row:
+    """The row with another speed of decoding."""
+    assert row.speed is not None
+    decode = Timing(median, low, high, 9, Interval(median, low, high))
+    return replace(row, speed=replace(row.speed, decode=decode))
+
+
+def test_the_fastest_is_marked_where_intervals_part(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(EXAMPLE, capsys)
+    assert "*88±3" in line_of("gptq-4bit", text)
+    assert text.count("*88") == 1
+    rows = tuple(faster(row, 61, 11.8, 87.1) if row.plan == "int8" else row for row in EXAMPLE.rows)
+    noisy = shown(replace(EXAMPLE, rows=rows), capsys)
+    assert "88±3" in noisy
+    assert "*88" not in noisy
+    assert "note: speed is noisy here: decode of int8, 11.8 to 87.1 tokens/s after 9 runs" in " ".join(noisy.split())
+
+
+def test_what_is_measured_once_has_no_best(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(EXAMPLE, capsys)
+    for row in EXAMPLE.rows:
+        if row.speed is not None:
+            assert f"*{report_compare.short(row.speed.load)}" not in text
+            assert f"*{report.size(report_compare.peak(row))}" not in text

@@ -1,4 +1,4 @@
-"""Tables and paragraphs fit any width, break no word and cut nothing off; a size of a terminal that is none is ignored."""
+"""Tables and paragraphs fit any width, break no word and cut nothing off; a width that is none is ignored."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fewbit import api, choosing, report, report_advice, report_compare, tables
 from fewbit.advise import hardware
+from fewbit.advise.precision import Precision
 from fewbit.comparison import Comparison
 from fewbit.tables import Column, Console, Table
 from tests.unit.test_report import EVALUATION, QUANTIZED
@@ -34,7 +35,7 @@ PRINTED: dict[str, Callable[[], object]] = {
 }
 
 
-def _sizes() -> choosing.Precision:
+def _sizes() -> Precision:
     found = choosing.estimate_size("7B")
     assert found is not None
     return found

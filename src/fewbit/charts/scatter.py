@@ -1,13 +1,14 @@
 """Points between two measures of which one is gained at the other's cost, and the front that none of them is beyond.
 
-A point is on the Pareto front if no other is at least as good in both measures and better in one. The front is drawn
-as the stair that bounds what is beaten: a straight line between two points would promise what was never measured.
+A point is on the Pareto front if no other is at least as good in both measures and better in one. Where intervals
+overlap that is not known: such a point is neither on the front nor beaten, but undecided. The front is drawn as the
+stair that bounds what is beaten: a straight line between two points would promise what was never measured.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,26 +22,48 @@ _NAME = 24  # characters of a point's name that are shown
 
 @dataclass(frozen=True)
 class Point:
-    """A name at two values; `low` and `high` are the ends of an interval of `y`."""
+    """A name at two values; `low` and `high` are the ends of an interval of `y`, `left` and `right` of one of `x`."""
 
     name: str
     x: float
     y: float
     low: float | None = None
     high: float | None = None
+    left: float | None = None
+    right: float | None = None
+
+    def ends(self, x: Measure, y: Measure) -> tuple[tuple[float, float], tuple[float, float]]:
+        """(x, y) at its best and at its worst, as costs: less is better."""
+        across = (_or(self.left, self.x), _or(self.right, self.x))
+        up = (_or(self.low, self.y), _or(self.high, self.y))
+        (bx, wx), (by, wy) = (
+            (-high, -low) if measure.more_is_better else (low, high) for (low, high), measure in ((across, x), (up, y))
+        )
+        return (bx, by), (wx, wy)
+
+
+def _or(end: float | None, value: float) -> float:
+    return value if end is None else end
 
 
 def front(points: Sequence[Point], x: Measure, y: Measure) -> list[Point]:
-    """The points that no other point beats, in the order of `x`; of equals all are kept."""
+    """The points that no other point can beat, whatever their intervals hide, in the order of `x`; of equals all."""
+    return _sorted(p for p in points if not any(_beats(q.ends(x, y)[0], p.ends(x, y)[1]) for q in points if q is not p))
 
-    def cost(p: Point) -> tuple[float, float]:
-        return (-p.x if x.more_is_better else p.x), (-p.y if y.more_is_better else p.y)
 
-    def beats(a: Point, b: Point) -> bool:
-        (ax, ay), (bx, by) = cost(a), cost(b)
-        return ax <= bx and ay <= by and (ax, ay) != (bx, by)
+def undecided(points: Sequence[Point], x: Measure, y: Measure) -> list[Point]:
+    """The points that may be on the front: none beats them for certain."""
+    best = front(points, x, y)
+    beaten = [p for p in points if any(_beats(q.ends(x, y)[1], p.ends(x, y)[0]) for q in points if q is not p)]
+    return _sorted(p for p in points if p not in best and p not in beaten)
 
-    return sorted((p for p in points if not any(beats(q, p) for q in points)), key=lambda p: (p.x, p.y, p.name))
+
+def _beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    return a[0] <= b[0] and a[1] <= b[1] and a != b
+
+
+def _sorted(points: Iterable[Point]) -> list[Point]:
+    return sorted(points, key=lambda p: (p.x, p.y, p.name))
 
 
 def scatter(
@@ -57,16 +80,19 @@ def scatter(
     vertical = axis([*(p.y for p in points), *ends], height - 52, 34, log=y.log)
     named = [_written(y, v) for v in vertical.ticks]
     left = 16 + max(extent(n) for n in named)
-    horizontal = axis([p.x for p in points], left, width - 18, log=x.log, ticks=5 if width >= 500 else 3)
-    best = front(points, x, y)
+    across = [v for p in points for v in (p.left, p.right) if v is not None and math.isfinite(v) and v > 0]
+    horizontal = axis([*(p.x for p in points), *across], left, width - 18, log=x.log, ticks=5 if width >= 500 else 3)
+    best, open_ = front(points, x, y), undecided(points, x, y)
     stair = _stair(best, horizontal, vertical, x)
     body = [
         *_frame(vertical, horizontal, named, x, y, width, height),
         element("path", d="M" + "L".join(f"{at:.1f},{h:.1f}" for at, h in stair), class_="front"),
-        *_marks(points, best, horizontal, vertical, Box(left + 2, 26, width - 2, height - 54), stair),
+        *_marks(points, (best, open_), horizontal, vertical, Box(left + 2, 26, width - 2, height - 54), stair),
     ]
     told = "; ".join(f"{p.name}: {_written(x, p.x)}, {_written(y, p.y)}" for p in points)
     description = f"{y.title} against {x.title}. On the Pareto front: {', '.join(p.name for p in best)}. {told}."
+    if open_:
+        description += f" Undecided: {', '.join(p.name for p in open_)}."
     return drawing(width, height, *body, name=name, title=title, description=description)
 
 
@@ -118,20 +144,25 @@ def _stair(best: Sequence[Point], horizontal: Axis, vertical: Axis, x: Measure) 
 
 def _marks(
     points: Sequence[Point],
-    best: Sequence[Point],
+    ranks: tuple[Sequence[Point], Sequence[Point]],
     horizontal: Axis,
     vertical: Axis,
     room: Box,
     stair: Sequence[tuple[float, float]],
 ) -> list[str]:
     bars, dots, names, leads = [], [], [], []
+    best, open_ = ranks
     points = sorted(points, key=lambda p: p in best)  # those on the front lie on top
     places = [(horizontal.place(p.x), vertical.place(p.y)) for p in points]
     for p, (cx, cy) in zip(points, places, strict=True):
         if p.low is not None and p.high is not None and math.isfinite(p.low) and math.isfinite(p.high):
             y1, y2 = vertical.place(p.low), vertical.place(p.high)
             bars.append(element("line", x1=cx, x2=cx, y1=y1, y2=y2, class_="bar"))
-        dots.append(element("circle", cx=cx, cy=cy, r=_DOT, class_="best" if p in best else "dot"))
+        if p.left is not None and p.right is not None and p.left < p.right < math.inf:
+            x1, x2 = horizontal.place(p.left), horizontal.place(p.right)
+            bars.append(element("line", x1=x1, x2=x2, y1=cy, y2=cy, class_="bar"))
+        look = "best" if p in best else "dot open" if p in open_ else "dot"
+        dots.append(element("circle", cx=cx, cy=cy, r=_DOT, class_=look))
     sizes = [(extent(cut(p.name, _NAME)), 12.0) for p in points]
     lines = [
         Box(min(ax, bx) - 1, min(ay, by) - 1, max(ax, bx) + 1, max(ay, by) + 1)

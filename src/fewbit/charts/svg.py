@@ -69,6 +69,7 @@ _RULES = """
 .chart .bar{stroke:@axis;stroke-width:1.25}
 .chart .lead{stroke:@axis;stroke-width:.75}
 .chart .dot{fill:@hollow;stroke:@soft;stroke-width:1.75}
+.chart .open{stroke:@accent;stroke-dasharray:2 2}
 .chart .best{fill:@accent;stroke:@hollow;stroke-width:1.5}
 .chart .halo{stroke:@hollow;stroke-width:4;stroke-linejoin:round;paint-order:stroke}
 .chart .paper{fill:@paper}

@@ -1,6 +1,7 @@
 """How fast a loaded model reads and writes: tokens a second of a prompt, and of what comes after it one at a time.
 
-Each number is a list, one rate a run: after a short one to warm up, at least three, and more as long as they are quick.
+Each number is a list, one rate a run, after a short run to warm up. Runs repeat until the 95 % interval of their median
+is tight (`intervals.TIGHT`), or a bound is reached: of runs, or of seconds.
 Decoding takes the likeliest token and does not stop at the end of a text, so that every model does the same work.
 """
 
@@ -14,8 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FEWEST, MOST = 3, 9  # runs
-_SECONDS = 1.5  # after which no run more than the fewest is begun, and that one run takes at most
+from fewbit.measure import intervals
+
+FEWEST, MOST = intervals.FEWEST, 30  # runs
+_SECONDS = 5.0  # after which no run more than the fewest is begun
+_RUN = 1.5  # seconds that writing takes in one run, about, at most
+RULE = (FEWEST, MOST, _SECONDS, _RUN, intervals.TIGHT)  # what decides the numbers
+clock = time.perf_counter
 _FEW = 8  # tokens, which a run writes at least
 
 
@@ -50,7 +56,7 @@ def decode(model: Any, ids: Tensor, new_tokens: int) -> list[float]:
     few = min(_FEW, new_tokens)
     with torch.inference_mode():
         run(1)
-        tokens = max(few, min(new_tokens, int(_SECONDS * few / run(few))))
+        tokens = max(few, min(new_tokens, int(_RUN * few / run(few))))
     return _rates(lambda: run(tokens), tokens)
 
 
@@ -60,16 +66,20 @@ def _read(model: Any, ids: Tensor) -> Any:
 
 
 def _timed(model: Any, work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = clock()
     work()
     if model.device.type == "cuda":  # a GPU is asked, and has not done it yet
         torch.cuda.synchronize(model.device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _rates(run: Callable[[], float], tokens: int) -> list[float]:
     with torch.inference_mode():
-        start, found = time.perf_counter(), list[float]()
-        while len(found) < FEWEST or (len(found) < MOST and time.perf_counter() - start < _SECONDS):
+        start, found = clock(), list[float]()
+        while len(found) < FEWEST or not _enough(found, clock() - start):
             found.append(tokens / run())
     return found
+
+
+def _enough(found: list[float], seconds: float) -> bool:
+    return len(found) >= MOST or seconds >= _SECONDS or intervals.spread(found) <= intervals.TIGHT
