@@ -115,7 +115,7 @@ def shard(folder: Path) -> dict[str, str]:
 # --- The model's folder ---
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere"])
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "no where"])
 def test_no_such_model(name: str, refused: Refused) -> None:
     refused(2, (name, "no such folder", "smollm2"), name)
 

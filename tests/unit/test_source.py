@@ -179,7 +179,22 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tiny" in refusal.value.hint
 
 
-@pytest.mark.parametrize("name", ["./a", "/a/b", "a/b/c", "word", "~/nowhere", ""])
+@pytest.mark.parametrize("name", ["gpt2", "distilbert-base-uncased", "openai-community/gpt2"])
+def test_a_hub_name_needs_no_owner(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        raise LocalEntryNotFoundError("No connection.")
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    for find in (source.locate, source.outlined):
+        with pytest.raises(PlanError, match="the Hub did not give it"):
+            find(name)
+    assert asked == [name, name]
+
+
+@pytest.mark.parametrize("name", ["./a", "/a/b", "a/b/c", "two words", "a/", "~/nowhere", ""])
 def test_what_cannot_be_a_hub_name_is_not_asked_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(name: str, *, allow_patterns: list[str]) -> str:
         raise AssertionError("asked")

@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 
 from fewbit.errors import FormatError
 from fewbit.formats.base import Format, Shape, Stored
+from fewbit.formats.foreign import for_module
 from fewbit.registry import register
 from fewbit.schemes import bits
 from fewbit.schemes.affine import Affine
@@ -95,6 +96,7 @@ class AWQFormat(Format):
 
     def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:
         specs = {suffix: PartSpec(tuple(t.shape), t.dtype) for suffix, t in tensors.items()}
+        config = for_module(config, module)
         _check(module, specs, config)
         scheme, (n, k) = self.describe(specs, config, module, {})
         assert isinstance(scheme, Affine)
@@ -118,6 +120,7 @@ class AWQFormat(Format):
     def describe(
         self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, told: Mapping[str, Tensor]
     ) -> tuple[Scheme, Shape]:
+        config = for_module(config, module)
         rows, columns = tensors["qweight"].shape
         if _version(config) == "gemv":
             n, k = rows, columns * _PER_WORD
@@ -145,14 +148,25 @@ class AWQFormat(Format):
         if (width := config.get("bits", config.get("w_bit", _BITS))) != _BITS:
             raise FormatError(f"awq: bits = {width!r} in the quantization config", "Only 4 can be read.")
         found: dict[str, dict[str, PartSpec]] = {}
+        scaled = self.activations(names)
         for name in names:
             module, _, suffix = name.rpartition(".")
-            if suffix in _SUFFIXES and module not in found:
+            if suffix in _SUFFIXES and module not in found and module not in scaled:
                 found[module] = {s: names[f"{module}.{s}"] for s in _SUFFIXES if f"{module}.{s}" in names}
-                _check(module, found[module], config)
+                _check(module, found[module], for_module(config, module))
         if not found:
             raise FormatError("the config says awq, but no tensor is called *.qweight")
         return found
+
+    def activations(self, names: Mapping[str, PartSpec]) -> dict[str, PartSpec]:
+        return {
+            name.removesuffix(".scales"): spec
+            for name, spec in names.items()
+            if name.endswith(".scales")
+            and len(spec.shape) == 1
+            and spec.dtype.is_floating_point
+            and not any(f"{name.removesuffix('scales')}{other}" in names for other in ("qweight", "qzeros"))
+        }
 
 
 def _interleaved(codes: Tensor) -> Tensor:

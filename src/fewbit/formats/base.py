@@ -80,6 +80,10 @@ class Format(ABC):
         """The scheme that `config` asks for where a model is quantized as it is loaded; None where that cannot be."""
         return None
 
+    def activations(self, names: Mapping[str, PartSpec]) -> dict[str, PartSpec]:
+        """Module -> spec of the scales that an activation function's outputs are divided by, among these tensors."""
+        return {}
+
     @abstractmethod
     def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
         """Module -> suffix -> spec of every quantized weight among the tensors of a checkpoint, from headers alone.

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fewbit.errors import FormatError
 from fewbit.formats.base import Format, Shape, Stored
+from fewbit.formats.foreign import for_module
 from fewbit.registry import register
 from fewbit.schemes import bits
 from fewbit.schemes.affine import Affine
@@ -94,6 +95,7 @@ class GPTQFormat(Format):
         }
 
     def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:
+        config = for_module(config, module)
         specs = {suffix: PartSpec(tuple(t.shape), t.dtype) for suffix, t in tensors.items()}
         scheme, (n, k) = self.describe(specs, config, module, {})
         assert isinstance(scheme, Affine)
@@ -118,6 +120,7 @@ class GPTQFormat(Format):
     def describe(
         self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, told: Mapping[str, Tensor]
     ) -> tuple[Scheme, Shape]:
+        config = for_module(config, module)
         width, (words, n), groups = _width(config), tensors["qweight"].shape, tensors["scales"].shape[0]
         k = words * 32 // width
         group = 0 if groups == 1 else k // groups
@@ -145,7 +148,6 @@ class GPTQFormat(Format):
         }
 
     def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
-        width = _width(config)
         if str(config.get("pack_dtype", "int32")).removeprefix("torch.") != "int32":
             raise FormatError(f"gptq: codes packed in {config['pack_dtype']}; only int32 is known")
         found: dict[str, dict[str, PartSpec]] = {}
@@ -153,7 +155,8 @@ class GPTQFormat(Format):
             module, _, suffix = name.rpartition(".")
             if suffix in ("qweight", "qzeros", "scales") and module not in found:
                 found[module] = {s: names[f"{module}.{s}"] for s in _SUFFIXES if f"{module}.{s}" in names}
-                _check(module, found[module], width, config)
+                settings = for_module(config, module)
+                _check(module, found[module], _width(settings), settings)
         if not found:
             raise FormatError("the config says gptq, but no tensor is called *.qweight")
         return found

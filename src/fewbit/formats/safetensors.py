@@ -85,9 +85,14 @@ def read_specs(file: Path) -> dict[str, PartSpec]:
         raise FormatError(f"{file} ({size:,} bytes) is no sound safetensors file: {error}") from None
 
 
-def files_in(folder: Path) -> list[Path]:
-    """The weight files of a Hugging Face folder, all there; an empty list if it has none in safetensors."""
-    index = folder / INDEX
+def files_in(folder: Path, name: str | None = None) -> list[Path]:
+    """The weight files of a Hugging Face folder, all there; an empty list if it has none in safetensors.
+
+    name: of the one file, or of the index, where they have another name than the usual.
+    """
+    if name is not None and not name.endswith(".index.json"):
+        return [folder / name]
+    index = folder / (name or INDEX)
     if not index.exists():
         return [folder / SINGLE] if (folder / SINGLE).exists() else []
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -43,6 +43,34 @@ def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *,
     setattr(model.get_submodule(parent), leaf, packed)
 
 
+class ScaledActivation(nn.Module):
+    """An activation function whose outputs are divided by `scales`, one for each channel.
+
+    AutoAWQ makes one where no norm or linear lies before a linear whose columns it scaled.
+    """
+
+    def __init__(self, act: nn.Module, channels: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.act = act
+        self.scales = nn.Parameter(torch.empty(channels, dtype=dtype, device="meta"), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.act(x)
+        return out / self.scales.to(out)
+
+
+def put_scales(model: PreTrainedModel, module: str, spec: PartSpec) -> None:
+    """A `ScaledActivation` in place of the activation function called `module`, waiting for its scales."""
+    try:
+        act = model.get_submodule(module)
+    except AttributeError:
+        raise FormatError(f"the checkpoint has {module}.scales, but the model has no {module}") from None
+    if any(True for _ in act.parameters()):
+        raise FormatError(f"the checkpoint has {module}.scales, but {module} is a {type(act).__name__}")
+    parent, _, leaf = module.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, ScaledActivation(act, spec.shape[0], model.dtype))
+
+
 def put_embedding(model: PreTrainedModel, module: str, spec: PartSpec) -> bool:
     """A `QEmbedding` in place of the embedding called `module`, waiting for codes; False if its kind is not known."""
     embedding = model.get_submodule(module)
@@ -58,6 +86,11 @@ def put_embedding(model: PreTrainedModel, module: str, spec: PartSpec) -> bool:
 
 def unpack(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model with ordinary modules that hold in `dtype` what the packed ones stand for."""
+    if any(isinstance(module, ScaledActivation) for module in model.modules()):
+        raise FormatError(
+            "AutoAWQ divides the outputs of this model's activation functions by scales, which no ordinary model has",
+            "Use the model it was made from.",
+        )
     plain: nn.Linear | Conv1D | nn.Embedding
     packed: dict[str, QLinear | QEmbedding] = dict(packed_linears(model))
     packed |= {name: m for name, m in model.named_modules() if isinstance(m, QEmbedding)}

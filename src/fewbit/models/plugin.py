@@ -28,18 +28,23 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as hf_logging
-from transformers.utils.import_utils import is_bitsandbytes_available, is_gptqmodel_available, is_optimum_available
+from transformers.utils.import_utils import (
+    is_auto_round_available,
+    is_bitsandbytes_available,
+    is_gptqmodel_available,
+    is_optimum_available,
+)
 
 from fewbit import heap, hook, registry
 from fewbit.cache import cache_folder
 from fewbit.errors import FewbitError, FormatError, KernelError, NumericsError, PlanError
-from fewbit.formats import pickle
+from fewbit.formats import foreign, pickle
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.safetensors import files_in, read_specs
 from fewbit.fused import packed_linears
 from fewbit.models import decode, options
 from fewbit.models.fuse import fuse
-from fewbit.models.modules import asked_for, kernel_asked_for, put, unpack
+from fewbit.models.modules import asked_for, kernel_asked_for, put, put_scales, unpack
 from fewbit.models.source import read_config
 from fewbit.nn import QLinear, slot
 from fewbit.schemes.base import PartSpec, QTensor
@@ -51,6 +56,7 @@ _INSTALLED = {
     "awq": is_gptqmodel_available,
     "bitsandbytes": is_bitsandbytes_available,
 }
+_AUTO_ROUND = "auto-round"  # its files are in GPTQ's layout or in AWQ's
 
 
 class FewbitQuantizer(HfQuantizer):
@@ -61,11 +67,15 @@ class FewbitQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         method = str(getattr(quantization_config.quant_method, "value", quantization_config.quant_method))
+        said: dict[str, Any] = {**quantization_config.to_dict(), "quant_method": method}
+        if method == _AUTO_ROUND:
+            said = foreign.understood(said)
+            method = said["quant_method"]
         format = by_quant_method(method)
         if format is None:
             raise FormatError(f"quantization method {method!r} is not one that fewbit reads")
         self.format = format
-        self.config: dict[str, Any] = quantization_config.to_dict()
+        self.config = said
         self.renamings: list[WeightRenaming] = []
         self.transposed: set[str] = set()
         self.length: int | None = None  # of the static cache, where the model is to be fused
@@ -119,7 +129,10 @@ class FewbitQuantizer(HfQuantizer):
         # As the file has it: config classes drop what they do not know, and a reader must not guess.
         stored = read_config(Path(checkpoint_files[0]).parent).get("quantization_config")
         if isinstance(stored, dict):
-            self.config = stored
+            self.config = foreign.understood(stored)
+            # So that what is saved says all of it too.
+            kept: Any = self.quantization_config
+            vars(kept).update({key: value for key, value in stored.items() if key not in vars(kept)})
         specs: dict[str, PartSpec] = {}
         for file in checkpoint_files:
             specs |= read_specs(Path(file))
@@ -128,6 +141,8 @@ class FewbitQuantizer(HfQuantizer):
         for module, tensors in self.format.find(self.config, named).items():
             put(model, module, tensors, has_bias=f"{module}.bias" in named)
             suffixes |= set(tensors)
+        for module, spec in self.format.activations(named).items():
+            put_scales(model, module, spec)
         self.renamings = [WeightRenaming(f".{name}", f".{slot(name)}") for name in sorted(suffixes) if "." in name]
 
     def _quantize_first(self, model: PreTrainedModel, files: list[str], device_map: Any) -> None:
@@ -319,11 +334,27 @@ class _QuantizeOnLoad(ConversionOps):
         return done
 
 
+def _checked(theirs: Any) -> Any:
+    """transformers' question whether it knows a model's quantization, with a sentence where that is none."""
+
+    def supports(found: Any) -> bool:
+        foreign.check(getattr(found, "to_dict", lambda: found)())
+        return bool(theirs(found))
+
+    supports.by_fewbit = True  # type: ignore[attr-defined]
+    return supports
+
+
 def register() -> None:
     """Stand in for the back ends that are not installed, or that the user does not prefer."""
     for method in _methods():
         if method in hook.preferred or not _INSTALLED.get(method, lambda: False)():
             auto.AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(_back_ends(method), FewbitQuantizer))
+    quantizers: Any = auto.AutoHfQuantizer
+    if not hasattr(quantizers.supports_quant_method, "by_fewbit"):
+        quantizers.supports_quant_method = staticmethod(_checked(quantizers.supports_quant_method))
+    if not is_auto_round_available():
+        auto.AUTO_QUANTIZER_MAPPING[_AUTO_ROUND] = FewbitQuantizer
     with suppress(ImportError):  # where transformers has its own no more, there is nothing to stand in for
         from fewbit.models.gguf_load import GgufQuantizer
 
@@ -334,7 +365,7 @@ def register() -> None:
 @contextmanager
 def serving(kernel: str | None = None) -> Iterator[None]:
     """Within, every format that fewbit knows is loaded by fewbit, and by `kernel` where one is named."""
-    ours = [name for method in _methods() for name in _back_ends(method)]
+    ours = [_AUTO_ROUND, *(name for method in _methods() for name in _back_ends(method))]
     before = {name: auto.AUTO_QUANTIZER_MAPPING[name] for name in ours if name in auto.AUTO_QUANTIZER_MAPPING}
     auto.AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(ours, FewbitQuantizer))
     asked_for.append(kernel)

@@ -1,6 +1,7 @@
-"""`AutoConfig.from_pretrained(..., gguf_file=...)` by fewbit's reader, for the architectures that it loads.
+"""`AutoConfig.from_pretrained`: of a GGUF file by fewbit's reader, of a folder with all that its files say.
 
-transformers' own would otherwise parse the file, with a reader that believes what it says. Patched is
+transformers' own reader would otherwise parse the GGUF file, and it believes what the file says. A folder of old
+AutoGPTQ or AutoAWQ keeps its quantization config beside config.json. Patched is
 `PreTrainedConfig._get_config_dict`, by `fewbit.hook` when transformers' module of configs is imported; this module must
 not import more of transformers than that.
 """
@@ -50,7 +51,15 @@ def register() -> None:
 
         if (file := kwargs.get("gguf_file")) and (found := gguf_file(name, file, kwargs)) is not None:
             return to_config(found), {key: value for key, value in kwargs.items() if key not in _USED}
-        return inner(kind, name, **kwargs)
+        config, rest = inner(kind, name, **kwargs)
+        folder = Path(str(name)) / (kwargs.get("subfolder") or "")
+        if config is not None and kwargs.get("_configuration_file", "config.json") == "config.json":
+            from fewbit.formats.foreign import check, completed
+
+            config = completed(config, folder) if folder.is_dir() else config
+            if not isinstance(quantized := config.get("quantization_config", {}), (dict, type(None))):
+                check(quantized)  # transformers' configs fail on it without a reason
+        return config, rest
 
     ours.by_fewbit = True  # type: ignore[attr-defined]
     patched: Any = ours

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from fewbit.errors import FormatError, PlanError
-from fewbit.formats import pickle, safetensors
+from fewbit.formats import foreign, pickle, safetensors
 from fewbit.formats.gguf import GgufFile, is_gguf, is_later_part
 from fewbit.models import gguf_config, smollm2
 
@@ -68,12 +69,12 @@ class Source:
         """The quantization_config of config.json; None where the model is not quantized."""
         if self.gguf is not None:
             return {"quant_method": "gguf"}
-        found = self.config.get("quantization_config")
-        if found is not None and not (isinstance(found, dict) and isinstance(found.get("quant_method"), str)):
-            raise FormatError(
-                f"{self.folder / 'config.json'}: quantization_config is {found!r}, no object with a method"
-            )
-        return found
+        if (found := self.config.get("quantization_config")) is None:
+            return None
+        try:
+            return foreign.understood(found)
+        except FormatError as error:
+            raise FormatError(f"{self.folder}: {error.message}", error.hint) from None
 
 
 def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
@@ -84,8 +85,7 @@ def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
     origin = folder = _folder(str(name), safetensors_only)
     if not (folder / "config.json").exists() and (file := _only_gguf(folder)) is not None:
         return _of_gguf(str(name), file, folder)
-    read_config(folder)
-    files = safetensors.files_in(folder)
+    files = safetensors.files_in(folder, _weights_name(read_config(folder)))
     if not files:
         pickles = pickle.files_in(folder)
         if not pickles:
@@ -109,8 +109,11 @@ def outlined(name: str | Path) -> Source:
             raise PlanError(f"model {name}: that is no config.json", "Give the folder, or its config.json.")
         read_config(path.parent)
         return Source(str(name), path.parent, (), path.parent)
-    if path.is_dir() and (path / "config.json").exists() and not safetensors.files_in(path):
-        read_config(path)
+    if (
+        path.is_dir()
+        and (path / "config.json").exists()
+        and not safetensors.files_in(path, _weights_name(read_config(path)))
+    ):
         return Source(str(name), path, (), path)
     if path.exists() or str(name) in (EMBEDDED, DEMO) or not _is_hub_name(str(name)):
         return locate(name)
@@ -154,7 +157,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FormatError(f"{folder / 'config.json'}: {error}") from None
     if not isinstance(config, dict):
         raise FormatError(f"{folder / 'config.json'} holds no JSON object")
-    return config
+    return foreign.completed(config, folder)
+
+
+def _weights_name(config: dict[str, Any]) -> str | None:
+    """The name of the weight file, or of its index, where config.json or AutoGPTQ's settings give one."""
+    name = config.get("transformers_weights")
+    return name if isinstance(name, str) and Path(name).name == name else None
 
 
 def _folder(name: str, safetensors_only: bool) -> Path:
@@ -175,7 +184,8 @@ def _folder(name: str, safetensors_only: bool) -> Path:
 
 
 def _is_hub_name(name: str) -> bool:
-    return not name.startswith((".", "/", "~")) and name.count("/") == 1
+    # The Hub's oldest models have no owner in their name, such as gpt2.
+    return re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name) is not None and not name.startswith(".")
 
 
 def _download(name: str, safetensors_only: bool, patterns: list[str] = _PATTERNS) -> Path:

@@ -1,0 +1,178 @@
+"""Folders of other makers: AutoGPTQ, AutoAWQ, gptqmodel and AutoRound; and sentences about those that are not read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import fewbit
+from fewbit.errors import FormatError
+from fewbit.plan import Plan, Rule
+from tests import models
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One model in 4 and in 8 bits."""
+    folder = tmp_path_factory.mktemp("made")
+    model = models.save(folder / "model", "mistral")
+    for bits in (4, 8):
+        plan = Plan("p", "gptq", (Rule("*", f"int{bits}-g32-sym"),))
+        fewbit.quantize(model, folder / str(bits), plan=plan)
+    plan = Plan("p", "awq", (Rule("*", "int4-g32"),))
+    fewbit.quantize(model, folder / "awq", plan=plan)
+    return {"4": folder / "4", "8": folder / "8", "awq": folder / "awq"}
+
+
+def copied(source: Path, folder: Path, config: Any, tensors: dict[str, Tensor] | None = None) -> Path:
+    """The model in `source` with another quantization config (None: without one) and other tensors."""
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.is_file() and file.name not in ("fewbit.json", "model.safetensors"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    found = json.loads((source / "config.json").read_text())
+    found["quantization_config"] = config
+    if config is None:
+        del found["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(found))
+    save_file(tensors or load_file(source / "model.safetensors"), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def quantization(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return found
+
+
+def logits(folder: Path) -> Tensor:
+    return models.logits(fewbit.load(folder, dtype=torch.float32), torch.arange(12)[None])
+
+
+def read_alike(folder: Path, wanted: Tensor) -> None:
+    """Every way to read a folder gives the model with these logits."""
+    assert fewbit.inspect(folder).quantized_parameters
+    assert torch.equal(logits(folder), wanted)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(models.logits(plain, torch.arange(12)[None]), wanted)
+    plain.save_pretrained(folder / "again")
+    assert torch.equal(logits(folder / "again"), wanted)
+
+
+@pytest.mark.parametrize("name", ["model", "gptq_model-4bit-32g"])
+def test_old_autogptq(made: dict[str, Path], tmp_path: Path, name: str) -> None:
+    folder = copied(made["4"], tmp_path / "old", None)
+    (folder / "model.safetensors").rename(folder / f"{name}.safetensors")
+    settings = {"bits": 4, "group_size": 32, "sym": True, "desc_act": False, "model_file_base_name": name}
+    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    read_alike(folder, logits(made["4"]))
+
+
+def test_old_autogptq_in_shards(made: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(made["4"], tmp_path / "old", None)
+    file = "gptq_model-4bit-32g-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(folder / file)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(folder / file), file)}
+    (folder / "gptq_model-4bit-32g.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 32, "sym": True}))
+    read_alike(folder, logits(made["4"]))
+
+
+def test_old_autoawq(made: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(made["awq"], tmp_path / "old", None)
+    settings = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    (folder / "quant_config.json").write_text(json.dumps(settings))
+    read_alike(folder, logits(made["awq"]))
+
+
+def test_bits_by_module(made: dict[str, Path], tmp_path: Path) -> None:
+    four, eight = (load_file(made[bits] / "model.safetensors") for bits in ("4", "8"))
+    mixed = {name: eight[name] if "down_proj" in name else four[name] for name in four}
+    said = {"-:.*lm_head": {}, r"+:.*\.down_proj": {"bits": 8}, r".*\.up_proj": {"group_size": 32}}
+    folder = copied(made["4"], tmp_path / "mixed", quantization(made["4"]) | {"dynamic": said}, mixed)
+    assert set(fewbit.inspect(folder).schemes) == {"int4-g32-sym", "int8-g32-sym"}
+    read_alike(folder, logits(folder))
+    other = logits(made["4"])
+    assert not torch.equal(logits(folder), other)
+    # The same by AutoRound's words for it.
+    extra = {name: {"bits": 8} for name in ("model.layers.0.mlp.down_proj", r".*\.1\.mlp\.down_proj")}
+    config = auto_round("auto_round:auto_gptq") | {"extra_config": extra}
+    read_alike(copied(made["4"], tmp_path / "extra", config, mixed), logits(folder))
+
+
+def auto_round(packing: str) -> dict[str, Any]:
+    return {"quant_method": "auto-round", "packing_format": packing, "bits": 4, "group_size": 32, "sym": True}
+
+
+@pytest.mark.parametrize("method", ["auto-round", "intel/auto-round"])
+def test_auto_round_by_autogptq(made: dict[str, Path], tmp_path: Path, method: str) -> None:
+    config = auto_round("auto_round:auto_gptq") | {"quant_method": method}
+    read_alike(copied(made["4"], tmp_path / "r", config), logits(made["4"]))
+
+
+def test_auto_round_by_autoawq(made: dict[str, Path], tmp_path: Path) -> None:
+    config = auto_round("auto_round:auto_awq") | {"sym": False}
+    read_alike(copied(made["awq"], tmp_path / "r", config), logits(made["awq"]))
+
+
+@pytest.mark.parametrize("packing", ["auto_round", "auto_round:gptqmodel", "auto_round:exllamav2"])
+def test_auto_round_of_its_own(made: dict[str, Path], tmp_path: Path, packing: str) -> None:
+    tensors = load_file(made["4"] / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("qzeros"):  # 8 in each nibble, where the older layout has 7
+            tensors[name] = torch.full_like(tensor, -0x77777778)
+    read_alike(copied(made["4"], tmp_path / "r", auto_round(packing), tensors), logits(made["4"]))
+
+
+def test_scaled_activations(tmp_path: Path) -> None:
+    model = models.save(tmp_path / "model", "gpt-neox")
+    plan = Plan("p", "awq", (Rule("*", "int4-g32"),))
+    fewbit.quantize(model, tmp_path / "awq", plan=plan)
+    tensors = load_file(tmp_path / "awq" / "model.safetensors")
+    layers = [name.removesuffix(".dense_h_to_4h.scales") for name in tensors if name.endswith("dense_h_to_4h.scales")]
+    width = tensors[f"{layers[0]}.dense_h_to_4h.scales"].shape[1]
+    scales = torch.linspace(0.5, 2, width)
+    added = tensors | {f"{layer}.act.scales": scales.clone() for layer in layers}
+    folder = copied(tmp_path / "awq", tmp_path / "scaled", quantization(tmp_path / "awq"), added)
+    wanted = fewbit.load(tmp_path / "awq", dtype=torch.float32)
+    for name, module in wanted.named_modules():
+        if name.endswith("mlp.act"):
+            module.register_forward_hook(lambda module, args, out: out / scales)
+    read_alike(folder, models.logits(wanted, torch.arange(12)[None]))
+    with pytest.raises(FormatError, match="AutoAWQ divides the outputs"):
+        fewbit.load(folder).dequantize()
+    misplaced = tensors | {"gpt_neox.nothing.scales": scales}
+    with pytest.raises(FormatError, match=r"has no gpt_neox\.nothing"):
+        fewbit.load(copied(folder, tmp_path / "m", quantization(folder), misplaced))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("mlx-4bit", "'mlx-4bit'"),
+        ({"group_size": 64, "bits": 4}, "MLX"),
+        ({"group_size": 64, "bits": 4, "mode": "affine"}, "MLX"),
+        ({"anything": 1}, "no quant_method"),
+        ([4], "no object"),
+        (auto_round("auto_round:llm_compressor"), "AutoRound"),
+        (auto_round("auto_round:auto_gptq") | {"data_type": "mx_fp"}, "AutoRound"),
+        (auto_round("mlx"), "AutoRound"),
+    ],
+)
+def test_a_maker_that_is_not_read(made: dict[str, Path], tmp_path: Path, config: Any, said: str) -> None:
+    folder = copied(made["4"], tmp_path / "f", config)
+    for verb in (fewbit.inspect, fewbit.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(FormatError, match=said):
+            verb(folder)
+
+
+def test_a_pattern_that_is_none(made: dict[str, Path], tmp_path: Path) -> None:
+    config = quantization(made["4"]) | {"dynamic": {"+:(": {"bits": 8}}}
+    with pytest.raises(FormatError, match="is no pattern"):
+        fewbit.load(copied(made["4"], tmp_path / "f", config))
