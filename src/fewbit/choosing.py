@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fewbit import plan as plans
 from fewbit.advise import estimate as estimates
-from fewbit.advise import hardware, memory, precision
+from fewbit.advise import hardware, memory, precision, speeds
 from fewbit.advise import recommend as recommending
 from fewbit.advise import table as tables
 from fewbit.advise.estimate import Estimate
@@ -94,6 +94,7 @@ def recommend(
         max_kl=max_kl,
         speed_first=speed_first,
         measured=measured,
+        timed=speeds.known(source, hardware.device(None)),
         device=hardware.device(None),
     )
 

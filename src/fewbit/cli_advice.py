@@ -68,7 +68,7 @@ def recommend(
 
     if table:
         rows = choosing.methods(report)
-        _print([asdict(row) for row in rows]) if as_json else report_advice.methods(rows)
+        _print({"order": "kl", "methods": [asdict(row) for row in rows]}) if as_json else report_advice.methods(rows)
         return
     if model is None or purpose is None:
         raise PlanError(

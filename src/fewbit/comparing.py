@@ -25,7 +25,7 @@ from torch import Tensor
 from fewbit import calibration as texts
 from fewbit import html, pipeline, report
 from fewbit import plan as plans
-from fewbit.advise import hardware
+from fewbit.advise import hardware, speeds
 from fewbit.cache import cache_folder
 from fewbit.comparison import FILE, ORIGINAL, SCHEMA_VERSION, Comparison, Event, Machine, Row, TextUsed, parsed, plain
 from fewbit.errors import FormatError, PlanError
@@ -88,6 +88,7 @@ def compare(
     }
     bench = _Bench(source, asked, machine, settings, progress or (lambda event: None), again)
     rows = bench.rows(wanted)
+    speeds.keep(source, device, rows)
     described = describe(source)
     compared = Comparison(
         model=str(model),

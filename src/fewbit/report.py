@@ -18,6 +18,7 @@ from fewbit.measure.quality import Estimate, Quality
 from fewbit.models.describe import Inspection
 from fewbit.models.generate import Continuation
 from fewbit.pipeline import Step, TensorReport
+from fewbit.tables import size as size
 
 out = tables.Console(quiet=ranks.silent())
 # A notebook's kernel calls its output a terminal, where nothing that moves the cursor is understood: plain lines there.
@@ -121,15 +122,6 @@ class Merged:
     evaluation: Evaluation
     nbytes: int
     seconds: float
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people: 98.4 MB, 1.23 GB (decimal units, as files are sold)."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        rounded = float(f"{nbytes / scale:.3g}")
-        if rounded >= 1:
-            return f"{rounded:,g} {unit}"
-    return f"{nbytes:.0f} B"
 
 
 def duration(seconds: float) -> str:

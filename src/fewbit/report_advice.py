@@ -75,7 +75,7 @@ def recommendation(done: Recommendation) -> None:
         _say(f"  Against the rule: {line}")
     _say(f"  Ranked by {done.ranked_by}.")
     table = report.grid(
-        f"what fits {size(done.memory)}",
+        f"what fits {size(done.memory)}, the first choice first",
         *("plan", "bits", "weights", "in use", "KL divergence", "tokens/s", "kernel here"),
         numbers=(1, 2, 3, 4, 5),
     )
@@ -86,12 +86,13 @@ def recommendation(done: Recommendation) -> None:
             size(c.weights_bytes),
             size(c.total),
             _loss(c),
-            f"{c.decode:.1f}" if c.decode else "",
+            f"{c.decode:.3g}" if c.decode else "",
             c.kernel,
         )
     report.out.print(table)
     if any(c.kl is not None and c.basis == "prior" for c in done.ranked):
         _say("* a prior: of the embedded model, not of this one. In use: weights, keys and values, activations.")
+    _say(f"{done.speeds}.")
     for c in done.excluded:
         _say(f"not {c.plan}: {c.excluded}")
     for note in done.notes:
@@ -103,10 +104,12 @@ def recommendation(done: Recommendation) -> None:
 
 def methods(rows: Sequence[MethodRow]) -> None:
     """What `fewbit recommend --table` prints."""
-    table = report.grid("which method for what", *COLUMNS)
+    timed = any(row.decode is not None for row in rows)
+    table = report.grid("which method for what, the least loss first", *COLUMNS, *(["tokens/s"] if timed else []))
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*cells(row), *([f"{row.decode:.3g}" if row.decode else ""] if timed else []))
     report.out.print(table)
+    _say("Quality: KL divergence of the plan in brackets, nats per token; 0 is no loss.")
 
 
 def cells(row: MethodRow) -> tuple[str, ...]:

@@ -54,6 +54,15 @@ class Console(rich_console.Console):
         super().print(*objects, crop=crop, **options)
 
 
+def size(nbytes: float) -> str:
+    """Bytes for people: 98.4 MB, 1.23 GB (decimal units, as files are sold)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        rounded = float(f"{nbytes / scale:.3g}")
+        if rounded >= 1:
+            return f"{rounded:,g} {unit}"
+    return f"{nbytes:.0f} B"
+
+
 def say(console: rich_console.Console, line: str, style: str = "") -> None:
     """Print a paragraph that wraps between words; further lines are indented as the first is."""
     indent = len(line) - len(line.lstrip(" "))

@@ -25,9 +25,9 @@ def measured(**kl: float) -> Comparison:
     """A report of tiny in which these plans lost so much, at 50 tokens/s, and the original none, at 100."""
     rows = []
     for name, loss in [("bf16", 0.0), *((name.replace("__", "-"), value) for name, value in kl.items())]:
-        timing = Timing(100.0 if name == "bf16" else 50.0, 1, 100, 3)
+        rate = timing(100.0 if name == "bf16" else 50.0)
         one = Interval(loss, loss * 0.99, loss * 1.01)
-        rows.append(Row(name, "done", loss=Loss(one, one, one), speed=Speed(1.0, timing, timing)))
+        rows.append(Row(name, "done", loss=Loss(one, one, one), speed=Speed(1.0, rate, rate)))
     return replace(Comparison.read(REPORT), rows=tuple(rows))
 
 
@@ -58,10 +58,69 @@ def test_quality_is_awq_unless_numbers_say_better() -> None:
 
 def test_priors_are_said_to_be_priors() -> None:
     found = asked("quality")
-    assert found.best.plan == "q4_k_m"
     assert "by priors, not measured on this model" in found.ranked_by
-    assert "by priors" in found.contradictions[0]
-    assert found.commands[0].startswith("fewbit compare tiny --plans bf16,q4_k_m")
+    assert found.commands[0].startswith(f"fewbit compare tiny --plans bf16,{found.best.plan}")
+
+
+def test_quality_is_the_most_that_fits() -> None:
+    found = asked("quality", memory="16GB")
+    assert found.best.plan in ("gptq-8bit", "q8_0")
+    assert found.best.kl is not None
+    assert all(c.kl is not None and c.kl.high >= found.best.kl.low for c in found.ranked)
+    whole = {row.plan: row.total for row in fewbit.estimate("tiny").plans}
+    less = asked("quality", memory=whole["q6_k"])
+    assert less.best.plan == "q6_k"
+    four = asked("quality", memory=whole["q4_k_m"])
+    assert four.best.plan == "q4_k_m"
+    assert "by priors" in four.contradictions[0] if four.contradictions else True
+
+
+def test_memory_is_told_in_one_unit() -> None:
+    found = asked("quality", memory="12MB")
+    assert "needs 15.3 MB of memory, 12 MB are there" in [c.excluded for c in found.excluded]
+
+
+def timing(rate: float, share: float = 0.02) -> Timing:
+    ends = Interval(rate, rate * (1 - share), rate * (1 + share))
+    return Timing(rate, ends.low, ends.high, 9, ends)
+
+
+def test_tokens_a_second_come_from_this_machine() -> None:
+    from fewbit.advise import speeds
+    from fewbit.models.source import outlined
+
+    assert "none, as tiny was not timed on this machine" in asked("quality").speeds
+    source = outlined("tiny")
+    row = Row("q4_k_m", "done", speed=Speed(1.0, timing(900), timing(77)))
+    speeds.keep(source, "cpu", [row, Row("nf4", "failed", reason="killed")])
+    speeds.keep(source, "cpu", [replace(row, plan="int8", speed=Speed(1.0, timing(900), timing(50)))])
+    found = asked("quality")
+    assert {c.plan: c.decode for c in found.ranked if c.decode} == {"q4_k_m": 77, "int8": 50}
+    assert "as fewbit compare timed them on this machine" in found.speeds
+    fast = asked("edge", max_kl=0.02, speed_first=True)
+    assert fast.best.plan == "q4_k_m"
+    assert "as timed on this machine" in fast.ranked_by
+
+
+def test_speeds_that_overlap_do_not_decide() -> None:
+    report = measured(gptq__4bit=0.05, awq__4bit=0.03)
+
+    def at(**rates: Timing) -> Comparison:
+        speed = {name.replace("__", "-"): Speed(1.0, rate, rate) for name, rate in rates.items()}
+        return replace(report, rows=tuple(replace(row, speed=speed.get(row.plan, row.speed)) for row in report.rows))
+
+    options: dict[str, object] = {"max_kl": 0.1, "speed_first": True}
+    apart = at(gptq__4bit=timing(60), awq__4bit=timing(40))
+    assert asked("serving", report=apart, **options).best.plan == "gptq-4bit"
+    apart = at(gptq__4bit=timing(40), awq__4bit=timing(60))
+    assert asked("serving", report=apart, **options).best.plan == "awq-4bit"
+    noisy = at(gptq__4bit=timing(40, 0.6), awq__4bit=timing(60, 0.6))
+    assert asked("serving", report=noisy, **options).best.plan == "gptq-4bit"  # the smaller one
+
+
+def test_the_table_of_methods_is_in_order_of_loss() -> None:
+    losses = [row.kl for row in choosing.methods()]
+    assert losses == sorted(losses, key=lambda kl: kl or 0)
 
 
 def test_priors_and_rules_name_presets_only() -> None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,23 @@ import torch
 
 from fewbit import registry
 from fewbit.advise.estimate import Estimate, PlanEstimate
-from fewbit.comparison import Comparison, Interval
+from fewbit.comparison import Comparison, Interval, Timing, leaders
 from fewbit.errors import PlanError
 from fewbit.schemes.base import parse
+from fewbit.tables import size
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
 _SHAPE = (4096, 4096)  # a shape that no kernel minds
 
 
+_Criterion = tuple[Callable[["Candidate"], Interval | None], bool]  # what is compared, and whether more is better
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A plan, and why it stands where it does. `tier`: 0 is what the purpose asks for. `total`: bytes in use, as
-    estimated. `kl` and `decode` (tokens/s) come from `basis`: "measured", "prior" or "none". `kernel`: the best here.
+    estimated. `kl` comes from `basis`: "measured", "prior" or "none". `decode`: tokens/s of a report, or as timed on
+    this machine; `decode_interval`: its 95 % interval. `kernel`: the best here.
 
     `excluded`: why it is out of the question.
     """
@@ -48,12 +54,14 @@ class Candidate:
     kernel: str
     calibrates: bool
     excluded: str | None = None
+    decode_interval: Interval | None = None
 
 
 @dataclass(frozen=True)
 class Recommendation:
     """The plan to use, `ranked` first, what comes after it, and what cannot be. `rule`, `why` and `source`: the common
-    advice for the purpose. `ranked_by`: what decided among plans. `contradictions`: where numbers say otherwise."""
+    advice for the purpose. `ranked_by`: what decided among plans. `contradictions`: where numbers say otherwise.
+    `speeds`: where tokens/s come from, or why there are none."""
 
     model: str
     purpose: str
@@ -68,6 +76,7 @@ class Recommendation:
     contradictions: tuple[str, ...]
     notes: tuple[str, ...]
     commands: tuple[str, ...]
+    speeds: str
 
     @property
     def best(self) -> Candidate:
@@ -103,9 +112,14 @@ def recommend(
     max_kl: float | None = None,
     speed_first: bool = False,
     measured: Comparison | None = None,
+    timed: Mapping[str, Timing] | None = None,
     device: str = "cpu",
 ) -> Recommendation:
-    """The recommendation for a model of which all plans were estimated; PlanError where nothing meets all demands."""
+    """The recommendation for a model of which all plans were estimated; PlanError where nothing meets all demands.
+
+    timed: how fast plans write on this machine, by earlier comparisons; without `measured`, which says that itself.
+    """
+    timed = timed if timed and measured is None else {}
     if purpose not in rules()["purposes"]:
         raise registry.unknown("purpose", purpose, rules()["purposes"])
     if target is not None and target not in rules()["targets"]:
@@ -115,7 +129,12 @@ def recommend(
     formats = rules()["targets"][runtime]["formats"] if runtime else None
     found = [
         _limited(
-            _candidate(row, tier, measured, device), row, memory=memory, formats=formats, runtime=runtime, max_kl=max_kl
+            _candidate(row, tier, measured, timed, device),
+            row,
+            memory=memory,
+            formats=formats,
+            runtime=runtime,
+            max_kl=max_kl,
         )
         for tier, plans in enumerate(rule["tiers"])
         for row in estimated.plans
@@ -129,17 +148,18 @@ def recommend(
     here = bool(rule.get("kernels")) and runtime in (None, "transformers")
     size_first = speed_first or rule["order"] == "size"
 
-    def rank(c: Candidate) -> tuple[Any, ...]:
+    def group(c: Candidate) -> tuple[Any, ...]:
         # A prior is of another model: it orders plans among themselves, after all that were measured.
-        quality = (c.kl is None, measured is not None and c.basis == "prior", c.kl.value if c.kl else 0.0)
-        speed = (c.decode is None, -(c.decode or 0.0), c.weights_bytes)
-        return (
-            c.tier if tiers else 0,
-            here and c.kernel == "reference",
-            *((*speed, *quality) if size_first else (*quality, *speed)),
-        )
+        prior = (c.kl is None, measured is not None and c.basis == "prior")
+        return c.tier if tiers else 0, here and c.kernel == "reference", *(() if size_first else prior)
 
-    ranked = sorted(allowed, key=rank)
+    # Losses were measured on the same tokens: their differences are surer than their intervals, so values decide.
+    quality: _Criterion = (lambda c: None if c.kl is None else Interval.exact(c.kl.value), False)
+    speed: _Criterion = (lambda c: c.decode_interval, True)
+    weights: _Criterion = (lambda c: Interval.exact(c.weights_bytes), False)
+    order: list[_Criterion] = [speed, weights, quality] if size_first else [quality, speed, weights]
+    groups = groupby(sorted(allowed, key=group), key=group)
+    ranked = [c for _, members in groups for c in _ordered(list(members), order)]
     return Recommendation(
         model=estimated.model,
         purpose=purpose,
@@ -150,21 +170,46 @@ def recommend(
         rule=rule["says"],
         why=rule["why"],
         source=rule["source"],
-        ranked_by=_basis(measured, size_first, rule, here),
+        ranked_by=_basis(measured, size_first, rule, here, any(c.decode is not None for c in ranked)),
         contradictions=tuple(_contradictions(ranked, found, rule, measured)),
         notes=tuple(_notes(ranked, estimated, purpose, max_kl, measured, runtime)),
         commands=tuple(_commands(ranked, estimated, purpose, runtime, measured)),
+        speeds=_speeds(ranked, measured, estimated.model),
     )
 
 
-def _candidate(row: PlanEstimate, tier: int, measured: Comparison | None, device: str) -> Candidate:
-    kl, decode, basis, failed = None, None, "none", None
+def _ordered(found: list[Candidate], order: Sequence[_Criterion]) -> list[Candidate]:
+    """By the first criterion, the best first; those whose intervals it cannot tell apart by the next, and so on."""
+    if len(found) < 2 or not order:
+        return found
+    (get, more), *rest = order
+    known, unknown, ranked = [c for c in found if get(c) is not None], [c for c in found if get(c) is None], []
+    while known:
+        first = leaders([get(c) for c in known], more_is_better=more)
+        ranked += _ordered([known[i] for i in first], rest)
+        known = [c for i, c in enumerate(known) if i not in first]
+    return ranked + _ordered(unknown, rest)
+
+
+def _speeds(ranked: list[Candidate], measured: Comparison | None, model: str) -> str:
+    """Where tokens/s come from, or why there are none."""
+    if measured is not None:
+        return f"tokens/s: as measured for the report, on {measured.machine.cpu}; a plan that it lacks has none"
+    if any(c.decode is not None for c in ranked):
+        return "tokens/s: as fewbit compare timed them on this machine; a plan that it did not time has none"
+    return f"tokens/s: none, as {model} was not timed on this machine; the first command below does that"
+
+
+def _candidate(
+    row: PlanEstimate, tier: int, measured: Comparison | None, timed: Mapping[str, Timing], device: str
+) -> Candidate:
+    kl, timing, basis, failed = None, timed.get(row.plan), "none", None
     line = next((r for r in measured.rows if r.plan == row.plan), None) if measured else None
     if line is not None and not line.done:
         failed = f"it failed when it was measured: {line.reason}"
     elif line is not None and line.loss is not None:
         kl, basis = line.loss.kl, "measured"
-        decode = line.speed.decode.median if line.speed else None
+        timing = line.speed.decode if line.speed else None
     elif (prior := priors()["plans"].get(row.plan)) is not None:
         kl, basis = Interval(prior["kl"], *prior["interval"]), "prior"
     return Candidate(
@@ -175,7 +220,8 @@ def _candidate(row: PlanEstimate, tier: int, measured: Comparison | None, device
         weights_bytes=row.weights_bytes,
         total=row.total,
         kl=kl,
-        decode=decode,
+        decode=timing.median if timing else None,
+        decode_interval=timing.interval if timing else None,
         basis=basis,
         kernel=kernel(row.schemes[0], device) if row.schemes else "",
         calibrates=row.calibrates,
@@ -205,7 +251,7 @@ def _limited(
     if formats is not None and c.format not in formats:
         return replace(c, excluded=f"{runtime} reads {', '.join(formats)}, not {c.format}")
     if row.total > memory:
-        return replace(c, excluded=f"needs {row.total:,} bytes of memory, {memory:,} are there")
+        return replace(c, excluded=f"needs {size(row.total)} of memory, {size(memory)} are there")
     if max_kl is not None and c.kl is not None and c.kl.value > max_kl:
         return replace(c, excluded=f"KL divergence {c.kl.value:.3g} ({c.basis}), {max_kl:g} at most is asked for")
     if max_kl is not None and c.kl is None:
@@ -238,7 +284,7 @@ def _nothing(
     smallest = min(possible, key=lambda c: c.total)
     if smallest.total > memory:
         return PlanError(
-            f"nothing fits {_said(memory)}: the smallest is {smallest.plan} with {_said(smallest.total)}, "
+            f"nothing fits {size(memory)}: the smallest is {smallest.plan} with {size(smallest.total)}, "
             f"for {estimated.batch} x {estimated.context} tokens",
             "Give more --memory, a smaller --context or --batch, or a smaller model.",
         )
@@ -247,26 +293,22 @@ def _nothing(
         nearest = min(fitting, key=lambda c: c.kl.value if c.kl else 0.0)
         assert nearest.kl is not None
         return PlanError(
-            f"nothing that fits {_said(memory)} has a KL divergence of {max_kl:g} or less: "
+            f"nothing that fits {size(memory)} has a KL divergence of {max_kl:g} or less: "
             f"the nearest is {nearest.plan} with {nearest.kl.value:.3g} ({nearest.basis})",
             "Allow more --max-kl or more --memory.",
         )
     return PlanError(f"no plan for {purpose} meets all demands: {readable[0].plan}: {readable[0].excluded}")
 
 
-def _said(count: int) -> str:
-    """Bytes in a sentence; report.py formats tables, but an error is raised below it."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count} bytes"
-
-
-def _basis(measured: Comparison | None, size_first: bool, rule: Mapping[str, Any], here: bool) -> str:
-    what = "speed of decoding" if size_first and measured else "size" if size_first else "KL divergence"
+def _basis(measured: Comparison | None, size_first: bool, rule: Mapping[str, Any], here: bool, timed: bool) -> str:
+    what = "speed of decoding" if size_first and timed else "size" if size_first else "KL divergence"
+    if len(rule["tiers"]) > 1:
+        what = f"what the rule prefers, then {what}"
     kernels = "kernels of this machine, then " if here else ""
     if measured is not None:
         return f"{kernels}{what} as measured on {measured.model} ({measured.date[:10]}); where it has no row, by priors"
+    if size_first and timed:
+        return f"{kernels}{what} as timed on this machine; where intervals overlap, and where it was not, by size"
     if size_first:
         return f"{kernels}{what}: one token reads all weights once; nothing of this model was measured"
     return f"{kernels}{what} by priors, not measured on this model: {priors()['where']}"
@@ -282,7 +324,7 @@ def _contradictions(
     if advised and best.plan not in rule["guide"] and best.kl is not None:
         near = min(advised, key=lambda c: c.kl.value if c.kl else 0.0)
         assert near.kl is not None
-        if best.kl.high < near.kl.low:
+        if best.kl.high < near.kl.low and best.weights_bytes <= near.weights_bytes:
             where = "on this model" if best.basis == near.basis == "measured" else "by priors"
             lines.append(
                 f"The rule is {rule['says']}. But {best.plan} loses less than {near.plan} {where}: "
@@ -290,7 +332,8 @@ def _contradictions(
                 f"{near.bits:.3g}. The numbers are followed."
             )
     original = measured.original if measured else None
-    if original and original.speed and best.decode is not None and best.decode < original.speed.decode.median:
+    first = original.speed.decode.interval if original and original.speed else None
+    if first and original and original.speed and best.decode_interval and best.decode_interval.high < first.low:
         lines.append(
             f"Few bits are no faster here: {best.plan} writes {best.decode:.3g} tokens/s, the original "
             f"{original.speed.decode.median:.3g}. It saves memory alone."

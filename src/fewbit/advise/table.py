@@ -37,14 +37,17 @@ class MethodRow:
 
 
 def table(measured: Comparison | None = None, device: str = "cpu", *, here: bool = True) -> tuple[MethodRow, ...]:
-    """One row for each method and format that a preset combines, bitsandbytes' two schemes apart.
+    """One row for each method and format that a preset combines, bitsandbytes' two schemes apart, the least loss first.
 
     Its kernels are those that run `here`, or would with all that fewbit can use.
     """
     groups: dict[str, list[plan.Plan]] = {}
     for preset in plan.PRESETS.values():
         groups.setdefault(_title(preset), []).append(preset)
-    return tuple(_row(title, members, measured, device, here) for title, members in groups.items())
+    rows = (_row(title, members, measured, device, here) for title, members in groups.items())
+    return tuple(
+        sorted(rows, key=lambda row: (row.kl is None, row.basis == "prior" and measured is not None, row.kl or 0.0))
+    )
 
 
 def _title(preset: plan.Plan) -> str:

@@ -1,0 +1,45 @@
+"""How fast plans of a model were timed on this machine: kept by `fewbit compare`, found by `fewbit recommend`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fewbit.advise import hardware
+from fewbit.cache import cache_folder
+from fewbit.comparison import Row, Timing, parsed, plain
+from fewbit.errors import FormatError
+from fewbit.models.source import Source
+
+
+def keep(source: Source, device: str, rows: Sequence[Row]) -> None:
+    """Remember the decoding of these rows, beside those of other plans that were timed before."""
+    timed = {row.plan: row.speed.decode for row in rows if row.done and row.speed is not None}
+    place = _place(source, device)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    every = {**known(source, device), **timed}
+    place.write_text(json.dumps({plan: plain(timing) for plan, timing in every.items()}), encoding="utf-8")
+
+
+def known(source: Source, device: str) -> dict[str, Timing]:
+    """Tokens written a second by plan; empty where nothing of the model was timed here, or the file is damaged."""
+    place = _place(source, device)
+    try:
+        found = json.loads(place.read_text(encoding="utf-8"))
+        return {plan: parsed(Timing, timing, str(place)) for plan, timing in found.items()}
+    except (OSError, ValueError, AttributeError, FormatError):
+        return {}
+
+
+def _place(source: Source, device: str) -> Path:
+    """The file for this model, as it is now, on this processor or GPU."""
+    files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
+    what = json.dumps(
+        [files, source.config, hardware.processor(), torch.get_num_threads(), device, gpu], sort_keys=True
+    )
+    return cache_folder() / "compare" / f"speeds-{hashlib.sha256(what.encode()).hexdigest()[:32]}.json"
