@@ -27,8 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fewbit.errors import FormatError
-from fewbit.formats.base import Format, Shape, Stored
-from fewbit.formats.foreign import for_module
+from fewbit.formats.base import Format, Shape, Stored, for_module
 from fewbit.registry import register
 from fewbit.schemes import bits
 from fewbit.schemes.affine import Affine

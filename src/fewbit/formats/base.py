@@ -7,6 +7,7 @@ without data.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fewbit import registry
+from fewbit.errors import FormatError
 from fewbit.schemes.base import PartSpec, QTensor, Scheme
 
 Shape = tuple[int, int]
@@ -95,3 +97,22 @@ class Format(ABC):
 def by_quant_method(name: str) -> Format | None:
     """The format that goes by that name in a quantization_config; None if fewbit has none."""
     return next((made() for made in registry.entries("formats").values() if made.quant_method == name), None)
+
+
+def for_module(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """`config` as it holds for one module: the first pattern of gptqmodel's `dynamic` that matches overrides it."""
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise FormatError(f"dynamic in the quantization config is {dynamic!r}; an object of patterns expected")
+    for pattern, said in dynamic.items():
+        try:
+            found = re.match(pattern.removeprefix("-:").removeprefix("+:"), module)
+        except re.error as error:
+            raise FormatError(f"dynamic in the quantization config: {pattern!r} is no pattern: {error}") from None
+        if found and pattern.startswith("-:"):
+            return config
+        if found:
+            if not isinstance(said, Mapping):
+                raise FormatError(f"dynamic in the quantization config: {pattern!r} has {said!r}; an object expected")
+            return {**config, **{key: value for key, value in said.items() if value is not None}}
+    return config

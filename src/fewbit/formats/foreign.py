@@ -79,25 +79,6 @@ def understood(found: Mapping[str, Any]) -> dict[str, Any]:
     return made | {"quant_method": "gptq", "checkpoint_format": "gptq" if first else "gptq_v2"}
 
 
-def for_module(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
-    """`config` as it holds for one module: the first pattern of gptqmodel's `dynamic` that matches overrides it."""
-    dynamic = config.get("dynamic") or {}
-    if not isinstance(dynamic, Mapping):
-        raise FormatError(f"dynamic in the quantization config is {dynamic!r}; an object of patterns expected")
-    for pattern, said in dynamic.items():
-        try:
-            found = re.match(pattern.removeprefix("-:").removeprefix("+:"), module)
-        except re.error as error:
-            raise FormatError(f"dynamic in the quantization config: {pattern!r} is no pattern: {error}") from None
-        if found and pattern.startswith("-:"):
-            return config
-        if found:
-            if not isinstance(said, Mapping):
-                raise FormatError(f"dynamic in the quantization config: {pattern!r} has {said!r}; an object expected")
-            return {**config, **{key: value for key, value in said.items() if value is not None}}
-    return config
-
-
 def _beside(folder: Path) -> dict[str, Any] | None:
     """The quantization config that a file of its own holds, with its method."""
     for name, method in _SIDE_FILES.items():

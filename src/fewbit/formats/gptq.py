@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import FormatError
-from fewbit.formats.base import Format, Shape, Stored
-from fewbit.formats.foreign import for_module
+from fewbit.formats.base import Format, Shape, Stored, for_module
 from fewbit.registry import register
 from fewbit.schemes import bits
 from fewbit.schemes.affine import Affine
