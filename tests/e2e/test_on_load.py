@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, AwqConfig, BitsAndBytesConfig, GPTQConfig
 from transformers.utils import logging as hf_logging
@@ -155,3 +156,23 @@ def test_what_is_quantized_already_is_not_quantized_again(sound: Path, tmp_path:
     assert {str(m.codec) for m in made.modules() if isinstance(m, QLinear)} == {"int4-g32-sym"}
     with pytest.warns(UserWarning, match="already has"), pytest.raises(PlanError, match="names a kernel of gptqmodel"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=GPTQConfig(bits=4, backend="marlin"))
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Falcon"])
+def test_what_stays_in_16_bits_is_said(tmp_path: Path, kind: str) -> None:
+    """Fused experts are no linears, and Falcon's linears are of a class of their own."""
+    sizes = {"num_key_value_heads": 2, "intermediate_size": 64, "num_local_experts": 4} if kind == "Mixtral" else {}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=models.VOCAB, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, **sizes
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    wanted = BitsAndBytesConfig(load_in_4bit=True)
+    with plugin.serving(), pytest.warns(UserWarning, match=r"parameters, \d+% of those in the model's layers, stay in"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=wanted)
+
+
+def test_a_module_to_skip_that_is_not_there(tmp_path: Path) -> None:
+    folder = models.save(tmp_path / "m", "mistral")
+    wanted = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "dwon_proj"])
+    with plugin.serving(), pytest.warns(UserWarning, match="the model has no module dwon_proj$"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=wanted)

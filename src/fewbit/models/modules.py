@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fewbit.errors import FormatError
 from fewbit.fused import packed_linears
 from fewbit.nn import QEmbedding, QLinear
 from fewbit.schemes.base import PartSpec
+
+_FEW = 0.01  # share of a model's parameters below which it matters to nobody that they are not quantized
 
 asked_for: list[str | None] = []  # the kernels that fewbit's own loader asks for
 
@@ -69,6 +72,32 @@ def put_scales(model: PreTrainedModel, module: str, spec: PartSpec) -> None:
         raise FormatError(f"the checkpoint has {module}.scales, but {module} is a {type(act).__name__}")
     parent, _, leaf = module.rpartition(".")
     setattr(model.get_submodule(parent), leaf, ScaledActivation(act, spec.shape[0], model.dtype))
+
+
+def left_as_they_are(model: PreTrainedModel, skipped: Iterable[str] = ()) -> str | None:
+    """A sentence about the weights that wait for no quantization and are no small part of the model; None if few.
+
+    Embeddings, the output head and what is `skipped` are not counted: nobody expects them to be quantized.
+    """
+    waiting = [module for module in model.modules() if isinstance(module, QLinear)]
+    quantized = sum(module.in_features * module.out_features for module in waiting)
+    left: dict[str, int] = {}
+    names = list(skipped)
+    for name, module in model.named_modules():
+        if isinstance(module, (QLinear, nn.Embedding)) or not should_convert_module(name, names):
+            continue
+        for leaf, weight in module.named_parameters(recurse=False):
+            if weight.dim() > 1:
+                left[f"{name}.{leaf}"] = weight.numel()
+    share = sum(left.values()) / max(sum(left.values()) + quantized, 1)
+    if share < _FEW:
+        return None
+    largest = max(left, key=lambda name: left[name])
+    kind = type(model.get_submodule(largest.rpartition(".")[0])).__name__
+    return (
+        f"{sum(left.values()):,} parameters, {share:.0%} of those in the model's layers, stay in {model.dtype}: only "
+        f"ordinary linears are quantized, and {largest} belongs to a {kind}"
+    )
 
 
 def put_embedding(model: PreTrainedModel, module: str, spec: PartSpec) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -44,7 +45,7 @@ from fewbit.formats.safetensors import files_in, read_specs
 from fewbit.fused import packed_linears
 from fewbit.models import decode, options
 from fewbit.models.fuse import fuse
-from fewbit.models.modules import asked_for, kernel_asked_for, put, put_scales, unpack
+from fewbit.models.modules import asked_for, kernel_asked_for, left_as_they_are, put, put_scales, unpack
 from fewbit.models.source import read_config
 from fewbit.nn import QLinear, slot
 from fewbit.schemes.base import PartSpec, QTensor
@@ -171,12 +172,19 @@ class FewbitQuantizer(HfQuantizer):
             slow = [name for name, place in device_map.items() if str(place) in ("cpu", "disk")]
             skipped += slow if len(slow) < len(device_map) else []
         skipped += [name.removesuffix(".weight") for name in model.all_tied_weights_keys]  # they are embeddings
+        wrong = [
+            key for key in asked or () if all(should_convert_module(name, [key]) for name, _ in model.named_modules())
+        ]
+        if wrong:
+            warnings.warn(f"llm_int8_skip_modules: the model has no module {', '.join(wrong)}", stacklevel=2)
         for name, module in list(model.named_modules()):
             if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, skipped):
                 assert isinstance(module.weight, Tensor)
                 if isinstance(module, Conv1D):
                     self.transposed.add(name)
                 put(model, name, {"weight": PartSpec(tuple(module.weight.shape), model.dtype)}, has_bias=False)
+        if said := left_as_they_are(model, skipped):
+            warnings.warn(f"{type(self.quantization_config).__name__}: {said}", stacklevel=2)
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
         if self.waiting is not None:
