@@ -14,6 +14,7 @@ from fewbit import gguf_output, pipeline
 from fewbit import plan as plans
 from fewbit.advise import hardware, sizes
 from fewbit.errors import PlanError
+from fewbit.formats.base import by_quant_method
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import Source, locate
 from fewbit.report import Preview
@@ -88,7 +89,14 @@ class Job:
 def unquantized(model: str | Path, safetensors_only: bool) -> Source:
     source = locate(model, safetensors_only=safetensors_only)
     if source.quantization is not None:
-        raise PlanError(f"{model} is quantized already", "Quantize the original: a second rounding only adds loss.")
+        method = source.quantization["quant_method"]
+        if by_quant_method(method) is not None:
+            raise PlanError(f"{model} is quantized already", "Quantize the original: a second rounding only adds loss.")
+        raise PlanError(
+            f"{model} holds weights in the form {method!r}, which fewbit does not quantize",
+            "Use a copy with ordinary weights. Where none is published, transformers can often make it: load the model "
+            "with dequantize=True in its quantization config, and save it.",
+        )
     return source
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, AwqConfig, BitsAnd
 from transformers.utils import logging as hf_logging
 
 from fewbit import api, pipeline
-from fewbit.errors import FewbitError, PlanError
+from fewbit.errors import FewbitError, KernelError, PlanError
 from fewbit.models import plugin
 from fewbit.nn import QLinear
 from tests import models
@@ -176,3 +176,40 @@ def test_a_module_to_skip_that_is_not_there(tmp_path: Path) -> None:
     wanted = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "dwon_proj"])
     with plugin.serving(), pytest.warns(UserWarning, match="the model has no module dwon_proj$"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=wanted)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "nf4", "int8"])
+@pytest.mark.parametrize("form", ["dict", "auto"])
+def test_no_packed_layer_goes_to_the_disk(model: Path, tmp_path: Path, kind: str, form: str) -> None:
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    auto = {"device_map": "auto", "max_memory": {"cpu": "30KB"}}
+    asked: dict[str, Any] = {"device_map": places} if form == "dict" else auto
+    folder = tmp_path / "quantized"
+    loaded(model, kind).save_pretrained(folder)
+    with pytest.raises(KernelError, match="packed weights cannot be offloaded"):
+        loaded(model, kind, offload_folder=tmp_path, **asked)
+    with pytest.raises(KernelError, match="packed weights cannot be offloaded"), plugin.serving():
+        AutoModelForCausalLM.from_pretrained(folder, offload_folder=tmp_path, **asked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_plain_8_bit_floats_are_quantized(model: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = models.tensors_of(model)
+    narrow = {name: t.to(dtype) if "_proj" in name else t for name, t in tensors.items()}
+    save_file(narrow, model / "model.safetensors", {"format": "pt"})
+    api.quantize(model, tmp_path / "q", plan="nf4")
+    wide = {name: t.float() for name, t in narrow.items()}
+    save_file(wide, model / "model.safetensors", {"format": "pt"})
+    api.quantize(model, tmp_path / "w", plan="nf4")
+    for name, tensor in models.tensors_of(tmp_path / "q").items():
+        assert torch.equal(tensor, models.tensors_of(tmp_path / "w")[name]), name
+
+
+def test_fp8_with_scales_names_what_helps(model: Path, tmp_path: Path) -> None:
+    models.edit_json(
+        model / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}
+    )
+    with pytest.raises(PlanError, match="in the form 'fp8'") as refusal:
+        api.quantize(model, tmp_path / "q", plan="nf4")
+    assert "dequantize=True" in refusal.value.hint

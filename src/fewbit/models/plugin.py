@@ -79,6 +79,7 @@ class FewbitQuantizer(HfQuantizer):
         self.config = said
         self.renamings: list[WeightRenaming] = []
         self.transposed: set[str] = set()
+        self.packed: list[str] = []  # names of the layers that are packed
         self.length: int | None = None  # of the static cache, where the model is to be fused
         self.failure: FewbitError | None = None  # of a weight that was to be quantized as it was read
         self.waiting: tuple[PreTrainedModel, list[str], Any] | None = None  # what is to be quantized first
@@ -89,6 +90,18 @@ class FewbitQuantizer(HfQuantizer):
                 f"{type(quantization_config).__name__} on a model that is not quantized",
                 "Quantize it first: fewbit quantize MODEL -o OUT, or fewbit.quantize(...). Then load OUT.",
             )
+
+    def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
+        """KernelError where a packed layer would go to the disk. transformers asks again once the map is settled."""
+        if not isinstance(device_map, dict):
+            return
+        for name in self.packed:
+            inside = [place for place in device_map if not place or f"{name}.".startswith(f"{place}.")]
+            if inside and str(device_map[max(inside, key=len)]) == "disk":
+                raise KernelError(
+                    f"{name}: packed weights cannot be offloaded to the disk yet",
+                    "Give a device map that keeps the whole model in memory, such as device_map='cpu'.",
+                )
 
     def update_device_map(self, device_map: Any) -> Any:
         """Like bitsandbytes, which it stands in for: to the GPU where nothing is said."""
@@ -111,16 +124,22 @@ class FewbitQuantizer(HfQuantizer):
             self.length = decode.checked_length(asked, context or sys.maxsize, "fuse_max_seq_len")
         if self.scheme is not None:
             self._make_room(model, kwargs.get("device_map"))
+            self.validate_environment(kwargs.get("device_map"))
             return model
         if not checkpoint_files:
             raise FormatError("a quantized model is loaded from its safetensors files, not from a state dict")
         if self.request is not None:
+            head = model.get_output_embeddings()
+            linears = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+            self.packed = [name for name, _ in linears]
+            self.validate_environment(kwargs.get("device_map"))
             self.waiting = (model, checkpoint_files, kwargs.get("device_map"))
             return model
         if checkpoint_files[0].endswith(".bin"):
             folder = pickle.converted(Path(checkpoint_files[0]).parent)
             checkpoint_files[:] = [str(file) for file in files_in(folder)]
         self._make_places(model, checkpoint_files)
+        self.validate_environment(kwargs.get("device_map"))
         if self.config.get("backend") != getattr(self.quantization_config, "backend", None):
             options.check(self.quantization_config, "backend")
         return model
@@ -134,6 +153,7 @@ class FewbitQuantizer(HfQuantizer):
             # So that what is saved says all of it too.
             kept: Any = self.quantization_config
             vars(kept).update({key: value for key, value in stored.items() if key not in vars(kept)})
+        self.packed = []
         specs: dict[str, PartSpec] = {}
         for file in checkpoint_files:
             specs |= read_specs(Path(file))
@@ -141,6 +161,7 @@ class FewbitQuantizer(HfQuantizer):
         suffixes: set[str] = set()
         for module, tensors in self.format.find(self.config, named).items():
             put(model, module, tensors, has_bias=f"{module}.bias" in named)
+            self.packed.append(module)
             suffixes |= set(tensors)
         for module, spec in self.format.activations(named).items():
             put_scales(model, module, spec)
@@ -183,6 +204,7 @@ class FewbitQuantizer(HfQuantizer):
                 if isinstance(module, Conv1D):
                     self.transposed.add(name)
                 put(model, name, {"weight": PartSpec(tuple(module.weight.shape), model.dtype)}, has_bias=False)
+                self.packed.append(name)
         if said := left_as_they_are(model, skipped):
             warnings.warn(f"{type(self.quantization_config).__name__}: {said}", stacklevel=2)
 
