@@ -176,3 +176,27 @@ def test_a_pattern_that_is_none(made: dict[str, Path], tmp_path: Path) -> None:
     config = quantization(made["4"]) | {"dynamic": {"+:(": {"bits": 8}}}
     with pytest.raises(FormatError, match="is no pattern"):
         fewbit.load(copied(made["4"], tmp_path / "f", config))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="transformers dequantizes where there is no GPU")
+def test_another_back_end_of_transformers(tmp_path: Path, text: Path) -> None:
+    """FP8 with scales, which transformers dequantizes on a CPU."""
+    folder = models.save(tmp_path / "fp8", "mistral", hidden_size=128, intermediate_size=128)
+    tensors = models.tensors_of(folder)
+    for name in [name for name in tensors if "_proj" in name]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        rows, columns = tensors[name].shape
+        tensors[f"{name}_scale_inv"] = torch.ones(-(-rows // 128), -(-columns // 128))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    models.edit_json(folder / "config.json", quantization_config=config)
+    seen = fewbit.inspect(folder)
+    assert seen.format == "fp8"
+    assert 0 < seen.quantized_parameters < seen.parameters
+    assert seen.bits_per_weight_quantized == pytest.approx(8, abs=0.1)
+    found = logits(folder)
+    wide = {name: t.float() for name, t in tensors.items() if not name.endswith("_scale_inv")}
+    wanted = logits(copied(folder, tmp_path / "wide", None, wide))
+    assert (found - wanted).norm() < 1e-2 * wanted.norm()  # transformers computes with bfloat16 here
+    measured = fewbit.evaluate(folder, text=str(text), length=32, samples=2)
+    assert measured.inspection.format == "fp8"

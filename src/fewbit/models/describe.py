@@ -8,11 +8,17 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers import auto
+
 from fewbit.errors import FormatError
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.gguf import PLAIN, GgufFile
 from fewbit.formats.safetensors import Checkpoint
 from fewbit.models.source import Source
+
+_WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ def describe(source: Source) -> Inspection:
     quantized, packed, plain = 0, 0, set(checkpoint.specs)
     format = by_quant_method(quantization["quant_method"]) if quantization else None
     if quantization and format is None:
-        raise FormatError(f"quantization method {quantization['quant_method']!r} is not one that fewbit reads")
+        return _of_another(source, checkpoint, quantization["quant_method"])
     if format is not None and quantization is not None:
         for module, tensors in format.find(quantization, checkpoint.specs).items():
             told = {suffix: checkpoint.get(f"{module}.{suffix}") for suffix in format.told_by if suffix in tensors}
@@ -76,6 +82,44 @@ def describe(source: Source) -> Inspection:
         bits_per_weight=8 * (packed + rest) / max(parameters, 1),
         bits_per_weight_quantized=8 * packed / quantized if quantized else None,
         made=_made(source),
+    )
+
+
+def _of_another(source: Source, checkpoint: Checkpoint, method: str) -> Inspection:
+    """Of a model that another back end of transformers reads: what its config and its tensors' types tell.
+
+    A parameter counts as quantized unless the file has it by its name, in its shape, in 16 bits or more.
+    """
+    if method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise FormatError(f"quantization method {method!r} is not one that fewbit or transformers reads")
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    try:
+        kind = AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(kind)
+    except Exception as error:  # a config can be wrong in as many ways as models read it
+        raise FormatError(f"{source.folder / 'config.json'} describes no causal LM: {error}") from None
+    parameters = quantized = plain = 0
+    count = 0
+    for name, parameter in model.named_parameters():
+        spec = checkpoint.specs.get(name)
+        parameters += parameter.numel()
+        if spec is not None and spec.shape == tuple(parameter.shape) and spec.dtype in _WIDE:
+            plain += spec.nbytes
+        else:
+            quantized, count = quantized + parameter.numel(), count + 1
+    whole = sum(spec.nbytes for spec in checkpoint.specs.values())
+    return Inspection(
+        name=source.name,
+        architecture=str((config.get("architectures") or [config.get("model_type", "?")])[0]),
+        format=method,
+        schemes={method: count},
+        parameters=parameters,
+        quantized_parameters=quantized,
+        weights_bytes=whole,
+        file_bytes=whole,
+        bits_per_weight=8 * whole / max(parameters, 1),
+        bits_per_weight_quantized=8 * (whole - plain) / quantized if quantized else None,
     )
 
 
