@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -26,6 +27,7 @@ from fewbit.columns import Column, columns
 from fewbit.comparison import Comparison, Row, TextUsed, Timing
 
 _DATA = Path(__file__).parent / "data" / "report"
+_UNIT = re.compile(r"(?<=\d) (?=[kMGT]?B)|(?<=[+−]) (?=\d)")  # a space where no line may break
 _HIDDEN_STATE = "after the block"
 
 _SIZE = Measure("bytes on disk", report.size)
@@ -152,6 +154,7 @@ def _table(c: Comparison) -> Iterator[str]:
     caption = element("caption", text=f"Plans for {c.model}", class_="unseen")
     table = element("table", caption, head, body, class_="sortable")
     yield element("div", table, class_="scroll", tabindex=0, role="region", aria_labelledby="numbers")
+    yield element("p", text="The table goes on to the right: scroll →", class_="more")
     terms = (element("dt", text=column.title) + element("dd", text=column.explained) for column in shown)
     yield element("details", element("summary", text="What the columns say"), element("dl", *terms))
 
@@ -183,7 +186,7 @@ def _line(
         small = column.under(row) if value is not None else None
         content = escaped(column.write(value)) if value is not None else "–"
         if small:
-            content += element("small", text=small)
+            content += element("small", text=_UNIT.sub("\u00a0", small))
         cells.append(
             element(
                 "td", content, class_=" ".join(look) or None, data_of=column.name,

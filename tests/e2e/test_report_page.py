@@ -79,6 +79,25 @@ def test_no_width_makes_the_page_wider_than_the_window(tab: Tab, page: Path, wid
     assert tab.run(shown.format("narrow" if width < 640 else "wide"))
 
 
+@pytest.mark.parametrize("width", [390, 768, 1024, 1280, 1600, 2560])
+def test_the_table_is_not_cut_without_a_cue(tab: Tab, page: Path, width: int) -> None:
+    tab.look(width)
+    tab.open(page)
+    tab.requests.pop()
+    place = "document.querySelector('.scroll')"
+    cue = "getComputedStyle(document.querySelector('.more')).display"
+    cut = tab.run(f"{place}.scrollWidth > {place}.clientWidth + 1")
+    assert tab.run(cue) == ("block" if cut else "none")
+    assert not (cut and width >= 1600)
+    if width >= 1280:
+        for memory in ("loading", "generating", "resident"):
+            cell = f"document.querySelector('td[data-of={memory}]').getBoundingClientRect()"
+            assert 0 < tab.run(f"{cell}.left") < tab.run(f"{cell}.right") <= width
+    tab.run(f"{place}.scrollTo(1e6, 0)")
+    tab.run(f"{place}.dispatchEvent(new Event('scroll'))")
+    assert tab.run(cue) == "none"  # at its end nothing more is to be seen
+
+
 def test_light_and_dark(tab: Tab, page: Path) -> None:
     paper = "getComputedStyle(document.body).backgroundColor"
     tab.look(1280, dark=True)

@@ -161,5 +161,5 @@ def test_no_point_is_on_the_front_by_chance(comparison: Comparison) -> None:
 
 def test_memory_beside_weights_is_said_in_bytes(comparison: Comparison) -> None:
     text = _Tags(html.page(comparison)).texts
-    assert "at rest + 3.1 MB" in text
+    assert "at rest +\u00a03.1\u00a0MB" in text
     assert "added by loading" in text

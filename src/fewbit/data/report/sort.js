@@ -24,3 +24,10 @@ for (const table of document.querySelectorAll("table.sortable")) {
   };
   for (const header of headers) header.querySelector("button").addEventListener("click", () => sort(header));
 }
+// A table that is wider than its place says so, as long as there is more to the right.
+for (const place of document.querySelectorAll(".scroll")) {
+  const look = () => place.classList.toggle("cut", place.scrollLeft + place.clientWidth < place.scrollWidth - 1);
+  place.addEventListener("scroll", look);
+  addEventListener("resize", look);
+  look();
+}
