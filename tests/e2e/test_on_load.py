@@ -213,3 +213,33 @@ def test_fp8_with_scales_names_what_helps(model: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="in the form 'fp8'") as refusal:
         api.quantize(model, tmp_path / "q", plan="nf4")
     assert "dequantize=True" in refusal.value.hint
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_what_transformers_reads_is_quantized(model: Path, tmp_path: Path, kind: str) -> None:
+    """Another variant, a pickle or fewer layers than the folder alone would mean."""
+    plain = Path(shutil.copytree(model, tmp_path / "plain"))
+    wanted = loaded(plain, kind).state_dict()
+    tensors = models.tensors_of(model)
+    decoy = {name: tensor + 0.25 for name, tensor in tensors.items()}
+    (model / "model.safetensors").rename(model / "model.fp16.safetensors")
+    torch.save(tensors, model / "pytorch_model.bin")
+    save_file(decoy, model / "model.safetensors", {"format": "pt"})
+    for options in ({"variant": "fp16"}, {"use_safetensors": False}):
+        found = loaded(model, kind, **options).state_dict()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted), options
+    config = transformers.AutoConfig.from_pretrained(plain)
+    config.num_hidden_layers = 1
+    short = loaded(plain, kind, config=config)
+    assert sum(isinstance(module, QLinear) for module in short.modules()) == 7
+    shutil.copytree(plain, tmp_path / "parts" / "inner")
+    inner = loaded(tmp_path / "parts", kind, subfolder="inner").state_dict()
+    assert all(torch.equal(inner[name], wanted[name]) for name in wanted)
+
+
+def test_renamed_tensors_are_refused_first(model: Path) -> None:
+    tensors = {name.replace("model.", "text."): t for name, t in models.tensors_of(model).items()}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PlanError, match="with key_mapping"):
+        loaded(model, "gptq", key_mapping={"^text\\.": "model."})
+    assert isinstance(loaded(model, "nf4", key_mapping={"^text\\.": "model."}).get_submodule(UP), QLinear)

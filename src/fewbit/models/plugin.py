@@ -43,7 +43,7 @@ from fewbit.formats import foreign, pickle
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.safetensors import files_in, read_specs
 from fewbit.fused import packed_linears
-from fewbit.models import decode, options
+from fewbit.models import as_read, decode, options
 from fewbit.models.fuse import fuse
 from fewbit.models.modules import asked_for, kernel_asked_for, left_as_they_are, put, put_scales, unpack
 from fewbit.models.source import read_config
@@ -172,15 +172,17 @@ class FewbitQuantizer(HfQuantizer):
         cache_folder().mkdir(parents=True, exist_ok=True)
         on_load, out = hook.on_load(), Path(mkdtemp(prefix="on-load-", dir=cache_folder()))
         self.remove = weakref.finalize(self, shutil.rmtree, out, ignore_errors=True)
-        self.forget = on_load.quantized(
-            Path(files[0]).parent,
-            self.request,
-            out,
-            device=on_load.device_of(device_map),
-            # A model's own code was allowed if it is what is being loaded.
-            trust_remote_code=type(model).__module__.startswith("transformers_modules."),
-            verbose=hf_logging.is_progress_bar_enabled(),
-        )
+        # A model's own code was allowed if it is what is being loaded.
+        trusted = type(model).__module__.startswith("transformers_modules.")
+        with as_read.folder_of(model, files, trust_remote_code=trusted) as folder:
+            self.forget = on_load.quantized(
+                folder,
+                self.request,
+                out,
+                device=on_load.device_of(device_map),
+                trust_remote_code=trusted,
+                verbose=hf_logging.is_progress_bar_enabled(),
+            )
         files[:] = [str(file) for file in files_in(out)]
         with torch.device("meta"):
             self._make_places(model, files)
@@ -207,6 +209,18 @@ class FewbitQuantizer(HfQuantizer):
                 self.packed.append(name)
         if said := left_as_they_are(model, skipped):
             warnings.warn(f"{type(self.quantization_config).__name__}: {said}", stacklevel=2)
+
+    def update_weight_conversions(self, weight_conversions: Any, *rest: Any) -> Any:
+        """PlanError where the caller renames tensors (`key_mapping`) of a checkpoint that is to be quantized first."""
+        if self.waiting is not None:
+            known = {str(c.source_patterns) for c in get_model_conversion_mapping(self.waiting[0])}
+            if other := [str(c.source_patterns) for c in weight_conversions if str(c.source_patterns) not in known]:
+                raise PlanError(
+                    f"{type(self.quantization_config).__name__} with key_mapping ({other[0]}): that is not supported",
+                    "Load the model with key_mapping alone, save it, and quantize that folder.",
+                )
+        theirs: Any = super().update_weight_conversions  # which takes the model too in newer versions
+        return theirs(weight_conversions, *rest)
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
         if self.waiting is not None:
