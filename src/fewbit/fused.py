@@ -64,8 +64,8 @@ class Slice(QLinear):
         return self.product.linear.dtype
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        return self.product.linear.weight
+    def held(self) -> Tensor | None:  # of the whole: rows of a layout are no layout of rows
+        return self.product.linear.held
 
     @property
     def codec(self) -> Any:  # type: ignore[override]

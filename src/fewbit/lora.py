@@ -7,16 +7,17 @@ itself: that holds codes. Importing this module registers the layer; `fewbit.hoo
 
 from __future__ import annotations
 
+import sys
 from functools import wraps
 from typing import Any
 
-from peft.tuners.lora import dora
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import Linear
+from peft.utils import other
 from torch import nn
 
 from fewbit.errors import PlanError
-from fewbit.nn import QLinear
+from fewbit.nn import QEmbedding, QLinear
 
 _INITS = (True, False, "gaussian", "orthogonal", "eva")  # those that do not factor or change the weight
 
@@ -51,21 +52,34 @@ class QLoraLinear(Linear):
 
 
 def register() -> None:
-    """Let every `LoraConfig` send `QLinear` to the layer above, and DoRA see the values of packed weights."""
+    """Let every `LoraConfig` send `QLinear` to the layer above, and PEFT prepare packed models for training."""
     config: Any = LoraConfig
-    weights: Any = dora
-    prepare, dequantize = config.__post_init__, weights.dequantize_module_weight
+    prepare = config.__post_init__
 
     @wraps(prepare)
     def with_ours(self: LoraConfig) -> None:
         prepare(self)
         self._register_custom_module({QLinear: QLoraLinear})
 
-    @wraps(dequantize)
-    def seeing_packed(module: nn.Module) -> Any:
-        return module.qtensor().dequantize(module.dtype) if isinstance(module, QLinear) else dequantize(module)
+    config.__post_init__ = with_ours
+    theirs: Any = other.prepare_model_for_kbit_training
 
-    config.__post_init__, weights.dequantize_module_weight = with_ours, seeing_packed
+    # PEFT knows models of few bits by a flag. transformers, accelerate and PEFT itself take the same flag for a reason
+    # to import bitsandbytes, so that a model has it only here.
+    @wraps(theirs)
+    def prepared(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(module, (QLinear, QEmbedding)) for module in model.modules()):
+            return theirs(model, *args, **kwargs)
+        model.is_loaded_in_8bit = True
+        try:
+            return theirs(model, *args, **kwargs)
+        finally:
+            del model.is_loaded_in_8bit
+
+    name = "prepare_model_for_kbit_training"
+    for module in list(sys.modules.values()):  # PEFT's own packages hold it too, and whoever imported it before
+        if getattr(module, "__dict__", {}).get(name) is theirs:
+            setattr(module, name, prepared)
 
 
 register()

@@ -1,12 +1,14 @@
 """`QLinear` and `QEmbedding`: the quantized layers, for every scheme, format and kernel.
 
 Each starts as a placeholder that has a tensor for each one on disk, so that any loader can fill it, and `adopt` turns
-it into prepared device tensors: the codes as the integer parameter `weight`, what else the kernel keeps as buffers. An
-embedding and an output head that are tied share that parameter.
+it into prepared device tensors: the codes as the parameter called `weight`, what else the kernel keeps as buffers. An
+embedding and an output head that are tied share that parameter. The attribute `weight` reads as the numbers that the
+codes stand for (`fewbit.packed`); `held` is the parameter.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from fewbit import registry
 from fewbit.errors import KernelError
 from fewbit.kernels.base import Kernel
+from fewbit.packed import Codes, Values, refuse
 from fewbit.schemes.base import Codec, PartSpec, QTensor, chunk_rows
 
 # Relative Frobenius distance allowed between a kernel and the reference, by dtype of the activations.
@@ -35,6 +38,51 @@ class _Placeholder(nn.Module):
     """A module that waits for the tensors that a checkpoint has for it."""
 
     placeholders: dict[str, str]  # what waits for a tensor -> the tensor's name on disk
+    module: str
+    dtype: torch.dtype
+
+    @property
+    def held(self) -> Tensor | None:
+        """The parameter that holds the codes; None before `adopt`."""
+        held = self._parameters.get("weight")
+        return held if isinstance(held, Codes) else None
+
+    @property
+    def weight(self) -> Any:
+        """The weight, which reads as numbers; before `adopt` what a loader fills."""
+        if self.held is not None:
+            return Values(self)
+        waiting = self._parameters.get("weight", self._buffers.get("weight"))
+        if waiting is None:
+            raise AttributeError("weight")
+        return waiting
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise AttributeError("weight is a parameter or a buffer")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias") and self.__dict__.get("_is_replica"):
+            # nn.DataParallel gives its copies plain tensors. They serve here as parameters do.
+            self._parameters[name] = Codes(value, math.prod(self.values_shape)) if name == "weight" else value
+            return
+        if name == "weight" and not isinstance(value, Codes) and self.held is not None:
+            if not isinstance(value, Values):
+                refuse(self)
+            value = value.layer.held  # of what it is tied to
+        super().__setattr__(name, value)
+
+    def qtensor(self) -> QTensor:
+        raise NotImplementedError
+
+    @property
+    def values_shape(self) -> tuple[int, int]:
+        """[N, K] of the weight."""
+        raise NotImplementedError
+
+    def values(self) -> Tensor:
+        """The weight dequantized."""
+        return self.qtensor().dequantize(self.dtype)
 
     def await_tensors(self, specs: Mapping[str, PartSpec]) -> Self:
         """Register a tensor on the meta device for each one that a checkpoint will bring, by its name on disk."""
@@ -62,7 +110,7 @@ class _Placeholder(nn.Module):
 class QLinear(_Placeholder, nn.Linear):
     """y = x Wᵀ + bias with W packed; `in_features`, `out_features` and `bias` as in `nn.Linear`.
 
-    It is one for whoever asks a model for its linears, such as PEFT's "all-linear"; its `weight` holds codes.
+    It is one for whoever asks a model for its linears, such as PEFT's "all-linear".
     """
 
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, module: str = "") -> None:
@@ -86,7 +134,7 @@ class QLinear(_Placeholder, nn.Linear):
         prepared = self.kernel.prepare(weight.codec, weight.parts, weight.shape)
         for name in self.kept:  # of another kernel, which may have kept more
             delattr(self, name)
-        self.weight = nn.Parameter(prepared[0], requires_grad=False)
+        self.weight = Codes(prepared[0], weight.shape[0] * weight.shape[1])
         self.kept = tuple(f"kept_{i}" for i in range(1, len(prepared)))
         for name, tensor in zip(self.kept, prepared[1:], strict=True):
             self.register_buffer(name, tensor)
@@ -105,6 +153,10 @@ class QLinear(_Placeholder, nn.Linear):
         assert self.kernel is not None
         parts = self.kernel.restore(self.codec, self.prepared, self.shape)
         return QTensor(self.codec, self.shape, parts, self.permutation)
+
+    @property
+    def values_shape(self) -> tuple[int, int]:
+        return (self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.kernel is not None, f"{self.module} was never given a weight"
@@ -130,9 +182,10 @@ class QLinear(_Placeholder, nn.Linear):
 
         A layout belongs to a device, so a move to another one goes by way of the canonical parts.
         """
-        if self.kernel is not None:
-            device = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device)).device
-            if device != self.weight.device and device.type != "meta":
+        if self.held is not None:
+            now = self.held.device
+            device = fn(torch.empty(0, dtype=torch.uint8, device=now)).device
+            if device != now and device.type != "meta":
                 weight = self.qtensor()
                 del self.weight
                 super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -142,7 +195,10 @@ class QLinear(_Placeholder, nn.Linear):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        frozen = {id(getattr(self, name)) for name in ("weight", "permutation", *self.kept) if hasattr(self, name)}
+        frozen = {
+            id(self._parameters.get("weight")),
+            *(id(self._buffers[name]) for name in ("permutation", *self.kept)),
+        }
         super()._apply(lambda t: move_only(t) if id(t) in frozen else fn(t), recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -157,8 +213,6 @@ class QEmbedding(_Placeholder):
     `scale` is what rows are multiplied by (Gemma's). It is no `nn.Embedding`: what resizes one shall find none.
     """
 
-    weight: nn.Parameter
-
     def __init__(self, num_embeddings: int, embedding_dim: int, module: str = "", scale: float | None = None) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
@@ -172,18 +226,24 @@ class QEmbedding(_Placeholder):
         if set(parts) != {weight.codec.payload} or parts[weight.codec.payload].shape[0] != weight.shape[0]:
             raise KernelError(f"{self.module}: rows of {weight.codec} cannot be decoded one by one")
         self.codec, self.dtype = weight.codec, dtype
-        self.weight = nn.Parameter(weight.parts[weight.codec.payload], requires_grad=False)
+        self.weight = Codes(weight.parts[weight.codec.payload], weight.shape[0] * weight.shape[1])
         return self
 
     def qtensor(self) -> QTensor:
         """The weight in its canonical parts, byte for byte as adopted."""
         assert self.codec is not None
+        assert self.held is not None
         shape = (self.num_embeddings, self.embedding_dim)
-        return QTensor(self.codec, shape, {self.codec.payload: self.weight.data})
+        return QTensor(self.codec, shape, {self.codec.payload: self.held.data})
+
+    @property
+    def values_shape(self) -> tuple[int, int]:
+        return (self.num_embeddings, self.embedding_dim)
 
     def forward(self, ids: Tensor) -> Tensor:
         assert self.codec is not None, f"{self.module} was never given a weight"
-        rows = self.weight[ids.flatten()]
+        assert self.held is not None
+        rows = self.held[ids.flatten()]
         out = self.codec.dequantize({self.codec.payload: rows}, (len(rows), self.embedding_dim), self.dtype)
         out = out.view(*ids.shape, self.embedding_dim)
         return out if self.scale is None else out * torch.tensor(self.scale, dtype=out.dtype, device=out.device)

@@ -188,7 +188,7 @@ def test_copies_are_whole_and_apart(spec: str, how: str) -> None:
     x = x_of(3, weight.shape[1], dtype=torch.bfloat16)
     assert torch.equal(twin(x), layer(x))
     assert same_bytes(twin.qtensor().parts, weight.parts)
-    twin.weight.data.zero_()
+    twin.prepared[0].zero_()
     assert same_bytes(layer.qtensor().parts, weight.parts)
 
 

@@ -57,7 +57,7 @@ def at_rest(model: Any) -> AtRest:
         # What a kernel keeps beside the codes has numbers for names.
         buffers["scales" if last.startswith("kept_") else last] += new(buffer)
     told = {name: nbytes for name, nbytes in buffers.most_common() if nbytes}
-    return AtRest(own + sum(told.values()), sum(p.numel() * p.element_size() for p in model.parameters()), told)
+    return AtRest(own + sum(told.values()), sum(p.nbytes for p in model.parameters()), told)
 
 
 def touch(model: Any) -> None:

@@ -243,4 +243,7 @@ def _decoded(entry: Entry, blocks: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _same(embedding: QEmbedding, head: QLinear) -> bool:
-    return embedding.weight.data_ptr() == head.weight.data_ptr() and embedding.weight.shape == head.weight.shape
+    ours, theirs = embedding.held, head.held
+    return (
+        ours is not None and theirs is not None and ours.data_ptr() == theirs.data_ptr() and ours.shape == theirs.shape
+    )

@@ -264,9 +264,6 @@ class FewbitQuantizer(HfQuantizer):
         # What was renamed for loading is not to be renamed back in saving: the format gives the names on disk itself.
         if used := getattr(model, "_weight_conversions", None):
             model._weight_conversions = [c for c in used if c not in self.renamings]  # type: ignore[assignment]
-        # By these PEFT knows a model of bitsandbytes' that is to be prepared for training, whoever loads it.
-        for flag in ("4bit", "8bit"):
-            setattr(model, f"is_loaded_in_{flag}", bool(self.config.get(f"load_in_{flag}")))
         with heap.tight() as done_with:
             self._prepare(model, done_with)
         if self.request is not None:

@@ -1,0 +1,129 @@
+"""What others see where a layer holds codes: a parameter that counts weights, and a `weight` that reads as numbers.
+
+A layer registers its codes as `Codes`, so that whoever sums `numel()` over parameters gets the number of weights, and
+whoever sums `numel() * element_size()` gets bytes. Its attribute `weight` is a `Values`: shape, type and device of the
+weight, without data. An operation that reads it gets the dequantized numbers; one that writes to it is refused, since
+new numbers lie on no grid. So an adapter method, a loss or a model's own code may read `layer.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fewbit.errors import PlanError
+
+
+class Codes(nn.Parameter):
+    """Integers that stand for `weights` numbers. PyTorch's own operations see them as they are."""
+
+    weights: int
+
+    def __new__(cls, codes: Tensor, weights: int) -> Codes:
+        made: Codes = super().__new__(cls, codes.detach(), False)
+        made.weights = weights
+        return made
+
+    def numel(self) -> int:
+        """The number of weights."""
+        return self.weights
+
+    def nelement(self) -> int:
+        """The number of weights."""
+        return self.weights
+
+    def element_size(self) -> float:  # type: ignore[override]
+        """Bytes of codes for each weight, which may be a fraction."""
+        return self.nbytes / self.weights if self.weights else 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Codes:
+        if id(self) not in memo:
+            memo[id(self)] = Codes(self.data.clone(), self.weights)
+        made: Codes = memo[id(self)]
+        return made
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        return Codes, (self.data, self.weights)
+
+
+class Layer(Protocol):
+    """A layer whose weight `Values` stands for."""
+
+    module: str
+    dtype: torch.dtype
+
+    @property
+    def held(self) -> Tensor | None: ...
+
+    @property
+    def values_shape(self) -> tuple[int, int]: ...
+
+    def values(self) -> Tensor: ...
+
+
+class Values(Tensor):
+    """The weight of a layer as numbers, dequantized for each operation that reads it; PlanError for one that writes."""
+
+    layer: Any
+
+    @staticmethod
+    def __new__(cls, layer: Layer) -> Values:
+        assert layer.held is not None
+        made: Values = torch.Tensor._make_wrapper_subclass(
+            cls, layer.values_shape, dtype=layer.dtype, device=layer.held.device, requires_grad=False
+        )
+        made.layer = layer
+        made._is_param = True
+        return made
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+
+    @property
+    def data(self) -> Tensor:
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        refuse(self.layer)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        refuse(self.layer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return nn.Parameter(self.layer.values(), requires_grad=False)
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        return nn.Parameter(self.layer.values(), requires_grad=False).__reduce_ex__(proto)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Values({list(self.shape)}, dtype={self.dtype}, of {self.layer.module})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return Values(args[0].layer)
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs)
+        for argument in func._schema.arguments:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            for value in pytree.tree_leaves(given.get(argument.name)) if written else ():
+                if isinstance(value, Values):
+                    refuse(value.layer)
+        read = lambda value: value.layer.values() if isinstance(value, Values) else value  # noqa: E731
+        return func(*pytree.tree_map(read, args), **pytree.tree_map(read, dict(kwargs)))
+
+
+def refuse(layer: Layer) -> NoReturn:
+    """PlanError: the weight of `layer` is packed and cannot be given new numbers."""
+    raise PlanError(
+        f"the weight of {layer.module or 'a quantized layer'} is packed, and cannot be changed or replaced",
+        "Keep the adapter beside the model; fewbit merge writes both as one model in 16 bits. "
+        "Or unpack the model first: model.dequantize().",
+    )
