@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import fewbit
-from fewbit.errors import FormatError
+from fewbit.errors import FormatError, PlanError
 from fewbit.plan import Plan, Rule
 from tests import models
 
@@ -200,3 +201,13 @@ def test_another_back_end_of_transformers(tmp_path: Path, text: Path) -> None:
     assert (found - wanted).norm() < 1e-2 * wanted.norm()  # transformers computes with bfloat16 here
     measured = fewbit.evaluate(folder, text=str(text), length=32, samples=2)
     assert measured.inspection.format == "fp8"
+
+
+def test_a_hybrid_is_refused_for_a_true_reason(tmp_path: Path) -> None:
+    config = transformers.Lfm2Config(
+        vocab_size=models.VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    with pytest.raises(PlanError, match=r"\.conv\.conv\.weight has shape .* \(0\.\d% of the blocks' parameters\)"):
+        fewbit.quantize(tmp_path / "m", tmp_path / "q", plan="nf4")

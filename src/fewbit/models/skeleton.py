@@ -104,14 +104,20 @@ class Skeleton:
 
     def why_not(self) -> str | None:
         """None if the blocks' weights can be quantized as 2-D matrices, else a sentence."""
-        for block in self.blocks:
-            for name, parameter in self.model.get_submodule(block).named_parameters(prefix=block):
-                if parameter.dim() > 2:
-                    experts = " of fused experts (mixture of experts)" if "expert" in name else ""
-                    return (
-                        f"{name} has shape {list(parameter.shape)}: weights{experts} with {parameter.dim()} dimensions "
-                        "cannot be quantized yet, and leaving them as they are would be no quantization"
-                    )
+        found = {
+            name: parameter
+            for block in self.blocks
+            for name, parameter in self.model.get_submodule(block).named_parameters(prefix=block)
+            if parameter.dim() > 2
+        }
+        if found:
+            name, first = next(iter(found.items()))
+            experts = " of fused experts (mixture of experts)" if "expert" in name else ""
+            share = sum(parameter.numel() for parameter in found.values()) / self.parameters_in_blocks()
+            return (
+                f"{name} has shape {list(first.shape)}: blocks with weights{experts} of {first.dim()} dimensions "
+                f"cannot be quantized yet, not even by leaving these as they are ({share:.1%} of the blocks' parameters)"
+            )
         return None
 
     def parameters_in_blocks(self) -> int:
