@@ -116,7 +116,7 @@ class Skeleton:
             share = sum(parameter.numel() for parameter in found.values()) / self.parameters_in_blocks()
             return (
                 f"{name} has shape {list(first.shape)}: blocks with weights{experts} of {first.dim()} dimensions "
-                f"cannot be quantized yet, not even by leaving these as they are ({share:.1%} of the blocks' parameters)"
+                f"cannot be quantized yet, even if these stay as they are ({share:.1%} of the blocks' parameters)"
             )
         return None
 
