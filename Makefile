@@ -18,7 +18,7 @@ DEMO_ARGS_smollm2 := --calibration-samples 16 --samples 8
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all compat check interop fuzz bench bench-cpu native native-test format clean
+.PHONY: help setup demo test test-all bare compat check interop fuzz bench bench-cpu native native-test format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
@@ -44,6 +44,20 @@ test: setup ## the fast tests, in two processes; make test ARGS='-k gptq -x' pas
 
 test-all: setup ## every test
 	$(BIN)/python -m pytest $(ARGS)
+
+# What a user has who installs nothing but the extra for training: no bitsandbytes, gguf or datasets.
+BARE := build/bare
+BARE_TESTS := tests/e2e/test_peft.py tests/e2e/test_adapters.py tests/e2e/test_options.py tests/e2e/test_bnb.py
+
+bare: $(BARE)/.ready ## the tests of training and loading where only fewbit[finetune] is installed
+	OMP_NUM_THREADS=1 $(BARE)/bin/python -m pytest -n 2 --dist loadfile -m 'not interop and not slow' $(BARE_TESTS) $(ARGS)
+
+$(BARE)/.ready: pyproject.toml constraints.txt Makefile
+	@echo "bare: installing into $(BARE)"
+	@$(PYTHON) -m venv $(BARE)
+	@$(BARE)/bin/python -m pip install $(QUIET) --disable-pip-version-check --only-binary :all: -c constraints.txt \
+		-e '.[finetune]' pytest pytest-timeout pytest-xdist
+	@touch $@
 
 # The two ends of the range of transformers, each in an environment of its own that has nothing but what the tests need.
 # The oldest comes with the oldest huggingface_hub that it takes, as it would have been installed then.

@@ -77,7 +77,9 @@ class Values(Tensor):
             cls, layer.values_shape, dtype=layer.dtype, device=layer.held.device, requires_grad=False
         )
         made.layer = layer
-        made._is_param = True
+        made._is_param = True  # a weight is a parameter to isinstance
+        # transformers gives what a checkpoint lacks new numbers, and asks this first
+        made._is_hf_initialized = True  # type: ignore[attr-defined]
         return made
 
     def __init__(self, layer: Layer) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import auto
@@ -24,6 +23,9 @@ from fewbit.models import plugin
 from fewbit.nn import QLinear
 from tests import models
 from tests.e2e.conftest import Fewbit
+
+_theirs = pytest.importorskip("bitsandbytes.nn.modules", reason="the layers to compare with")
+Linear4bit, Linear8bitLt = _theirs.Linear4bit, _theirs.Linear8bitLt
 
 # bitsandbytes says at every call that LLM.int8() goes through float16.
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")

@@ -104,7 +104,7 @@ def test_quantized_weights_stay_packed(family: str, tmp_path: Path) -> None:
     packed = [m for m in loaded.modules() if isinstance(m, (QLinear, QEmbedding))]
     matrices = [entry for entry in file.entries.values() if entry.type == "q8_0"]
     assert len(packed) == len(matrices) + 1  # the head is the embedding
-    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert loaded.lm_head.held is loaded.get_input_embeddings().held
     assert sum(p.numel() * p.element_size() for p in loaded.parameters()) == file.nbytes
     ids = gguf_files.ids()
     plain = package.load(path).dequantize(torch.float32)
@@ -113,7 +113,7 @@ def test_quantized_weights_stay_packed(family: str, tmp_path: Path) -> None:
     distance = models.logits(plain, ids) - models.logits(models.original(folder), ids)
     assert 0 < float(distance.norm() / models.logits(plain, ids).norm()) < 0.1
     embedding = loaded.get_input_embeddings().half()
-    assert (embedding(ids).dtype, embedding.weight.dtype) == (torch.float16, torch.uint8)
+    assert (embedding(ids).dtype, embedding.held.dtype) == (torch.float16, torch.uint8)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama-bpe", "qwen2", "tekken", "gpt-4o", "sentencepiece", "gemma"])

@@ -179,3 +179,11 @@ def test_no_flag_asks_for_bitsandbytes(plan: str, tmp_path: Path, monkeypatch: p
     adapted = get_peft_model(prepared, config("LORA"))
     arguments = TrainingArguments(str(tmp_path / "out"), max_steps=1, report_to="none", disable_tqdm=True, use_cpu=True)
     Trainer(adapted, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in IDS]).train()
+
+
+def test_initializing_leaves_packed_weights() -> None:
+    model = packed("nf4")[0]
+    layer = model.model.layers[0].self_attn.q_proj
+    before = layer.held.clone()
+    model._init_weights(layer)  # as transformers does where a checkpoint lacks a tensor
+    assert torch.equal(layer.held, before)
