@@ -85,7 +85,8 @@ def test_a_static_cache_as_for_a_gpu_gives_the_same_text(family: str, ids: Tenso
     assert decode.takes_static(model, model.generate)
     cache = decode.static(model, LENGTH)
     mask = torch.ones_like(ids)
-    got = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=24, eos_token_id=None)
+    own = {decode.CACHE: cache}
+    got = model.generate(ids, attention_mask=mask, max_new_tokens=24, eos_token_id=None, **own)
     assert got.tolist() == expected
 
 

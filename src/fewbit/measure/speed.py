@@ -44,12 +44,13 @@ def decode(model: Any, ids: Tensor, new_tokens: int) -> list[float]:
 
     def run(tokens: int) -> float:
         read = _read(model, ids)
+        name = "cache" if hasattr(read, "cache") else "past_key_values"  # transformers renamed it in 5.24
 
         def write() -> None:
             step = read
             for _ in range(tokens):
                 token = step.logits[:, -1:].argmax(-1)
-                step = model(input_ids=token, past_key_values=step.past_key_values, use_cache=True)
+                step = model(input_ids=token, use_cache=True, **{name: getattr(step, name)})
 
         return _timed(model, write)
 

@@ -8,6 +8,7 @@ own loop can (`loop.py`) it writes the tokens, else that of the model's `generat
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationMixin, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from fewbit.errors import PlanError
@@ -24,8 +25,19 @@ from fewbit.models.graph import Compiled, Graph
 from fewbit.models.loop import Loop, takes
 
 _CLOSE = 0.05  # relative distance of logits in bfloat16, summed over more positions
+# The argument that holds the cache, which transformers renamed in 5.24. A call with the old name warns there.
+_PREPARES = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _PREPARES else "past_key_values"
 # Ways to generate that have, or ask for, a cache of another kind.
-_OTHERS = ("past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens", "inputs_embeds")
+_OTHERS = (
+    "cache",
+    "past_key_values",
+    "cache_params",
+    "cache_implementation",
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "inputs_embeds",
+)
 
 
 def checked_length(length: Any, context: int, flag: str) -> int:
@@ -81,7 +93,7 @@ class Decoder:
         def step(*given: Any, **named: Any) -> Any:
             return self._step(forward, *given, **named)
 
-        given = {**kwargs, "past_key_values": self.cache, "disable_compile": True}
+        given = {**kwargs, CACHE: self.cache, "disable_compile": True}
         if len(args) < 2 and isinstance(self.cache, StaticCache) and takes(self.model, asked):
             self.loop = self.loop or Loop(self._quick(forward), self.cache, self.length)
             given["custom_generate"] = self.loop.writer(kwargs.get("streamer"), self._empty)
@@ -207,11 +219,11 @@ def takes_static(model: Any, generate: Callable[..., Any]) -> bool:
             return False
         ids = torch.arange(3, device=model.device)[None]
         options: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True, "eos_token_id": None}
+        options[CACHE] = cache
         try:
             done = generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
                 max_new_tokens=3,
                 do_sample=False,
                 disable_compile=True,
