@@ -207,3 +207,21 @@ def test_doctor_says_what_is_lost_without_it(monkeypatch: pytest.MonkeyPatch) ->
         assert "names no file" in str(native.library())
     finally:
         native.library.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rows", [1, 200])
+@pytest.mark.parametrize("name", ["cpu", "cpu_exact"])
+def test_the_default_dtype_changes_no_product(library: ctypes.CDLL, name: str, rows: int, dtype: torch.dtype) -> None:
+    weight, kernel = weight_of("int4-g32"), kernel_of(name)
+    prepared = kernel.prepare(weight.codec, weight.parts, weight.shape)
+    x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    expected = kernel.linear(x, weight.codec, prepared, weight.shape)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"):
+            got = kernel.linear(x, weight.codec, prepared, weight.shape)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(got, expected)

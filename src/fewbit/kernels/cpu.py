@@ -198,17 +198,17 @@ def _linear(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int
         if (of := _READ.get(x.dtype)) is None:
             return _linear(x.float(), parts, kind, bits, group, n, exact).to(x.dtype)
         x = x.contiguous()
-        y = torch.empty(m, n, dtype=x.dtype)
+        y = x.new_empty(m, n)
         _check(lib.fewbit_linear(weight, x.data_ptr(), m, y.data_ptr(), of, threads), n, k)
         return y
     read = x.float().contiguous()
     columns = lib.fewbit_columns(weight)
     _check(-min(columns, 0), n, k)
-    arranged = torch.empty(m, columns)
+    arranged = read.new_empty(m, columns)  # float32: the library writes into it
     _check(lib.fewbit_arrange(weight, read.data_ptr(), m, arranged.data_ptr(), threads), n, k)
-    y = torch.empty(m, n, dtype=x.dtype)
+    y = x.new_empty(m, n)
     step = max(16, _TILE // columns // 16 * 16)
-    tile = torch.empty(min(step, n), columns)
+    tile = read.new_empty(min(step, n), columns)
     for start in range(0, n, step):
         end = min(start + step, n)
         _check(lib.fewbit_decode(weight, start, end, tile.data_ptr(), threads), n, k)
