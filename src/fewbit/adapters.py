@@ -68,7 +68,7 @@ def finetune(
     from fewbit.models.finetune import train  # slow to import, and PEFT is an extra
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    done = train(loaded, str(model), pad, training, held_out, tuning, progress or (lambda *_: None))
+    done = train(loaded, source.address, pad, training, held_out, tuning, progress or (lambda *_: None))
     if done.stopped and not done.steps:
         raise NumericsError(f"{done.stopped}: nothing was learned, and nothing is saved", _CALMER)
     with outputs.published(out, overwrite=overwrite) as folder:
@@ -185,8 +185,11 @@ def _recorded_base(source: Source) -> Source | None:
     """
     if source.quantization is None:
         return source
-    name = describe(source).made.get("model")
-    if not isinstance(name, str) or not (name in (DEMO, EMBEDDED) or Path(name).is_dir()):
+    name = describe(source).made.get("origin")
+    # A relative name would be another model's in another working directory.
+    if not isinstance(name, str) or not (
+        name in (DEMO, EMBEDDED) or (Path(name).is_absolute() and Path(name).is_dir())
+    ):
         return None
     try:
         return locate(name)
@@ -196,6 +199,6 @@ def _recorded_base(source: Source) -> Source | None:
 
 def _rename_origin(out: Path, name: str) -> None:
     """Say in the record and on the card of a quantized model what it was made from: not a folder that is gone."""
-    record: dict[str, Any] = {**json.loads((out / "fewbit.json").read_text()), "model": name}
+    record: dict[str, Any] = {**json.loads((out / "fewbit.json").read_text()), "model": name, "origin": None}
     (out / "fewbit.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "README.md").write_text(report.model_card(record))

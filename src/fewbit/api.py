@@ -97,6 +97,7 @@ def quantize(
                 "schema_version": SCHEMA,
                 "versions": versions,
                 "model": job.source.name,
+                "origin": job.source.address,
                 "calibration": calibrated,
                 "plan": job.resolved.plan.to_json(),
                 **kept,

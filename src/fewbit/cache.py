@@ -15,9 +15,9 @@ SIZES = ".sizes.json"  # hidden: it is no part of what was made
 def cache_folder() -> Path:
     """The folder under which everything is cached: $FEWBIT_CACHE, else $XDG_CACHE_HOME/fewbit, else ~/.cache/fewbit."""
     if own := os.environ.get("FEWBIT_CACHE"):
-        return Path(own).expanduser()
+        return Path(own).expanduser().absolute()
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "fewbit"
+    return (Path(shared).absolute() if shared else Path.home() / ".cache") / "fewbit"
 
 
 def made(name: str, make: Callable[[Path], None]) -> Path:

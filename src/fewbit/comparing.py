@@ -78,7 +78,7 @@ def compare(
     asked = _asked(source, wanted, calibration, text, samples, length, trust_remote_code)
     machine = _machine(device)
     settings = {
-        "model": str(model),
+        "model": source.address,
         "device": device,
         "trust_remote_code": trust_remote_code,
         "windows": asked.windows.tolist(),

@@ -90,18 +90,27 @@ class Server:
         self.process = None
 
     def _started(self) -> subprocess.Popen[str]:
-        # The package that asks is the package that answers, installed or not.
-        root = str(Path(__file__).parents[1])
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         return subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", self.module],
+            command(self.module),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment(),
             start_new_session=True,  # an interruption is the caller's, who ends the server
         )
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """How to run a module of this package. -P: a folder called torch in the working directory is not imported."""
+    return [sys.executable, "-P", "-W", "ignore", "-m", module, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """The environment of such a process: it imports the package that starts it, installed or not."""
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def _outcome(result: Mapping[str, Any] | None, status: int) -> dict[str, Any]:

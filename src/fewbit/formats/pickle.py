@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from fewbit import processes
 from fewbit.cache import made
 from fewbit.errors import FormatError
 from fewbit.formats import safetensors
@@ -47,8 +48,8 @@ def converted(folder: Path) -> Path:
     def make(target: Path) -> None:
         for number, file in enumerate(files, 1):
             shard = safetensors.SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            command = [sys.executable, "-m", "fewbit.formats.pickle", str(file), str(target / shard)]
-            run = subprocess.run(command, capture_output=True, text=True)
+            command = processes.command("fewbit.formats.pickle", str(file), str(target / shard))
+            run = subprocess.run(command, capture_output=True, text=True, env=processes.environment())
             if run.returncode != 0:
                 raise FormatError(
                     f"{file} could not be read as plain tensors: {_last_line(run.stderr)}",

@@ -31,7 +31,7 @@ def attach(model: PreTrainedModel, adapter: str | Path) -> Any:
     PlanError if there is none or it was made for another model, with the tensors and shapes that differ; FormatError if
     its files are broken.
     """
-    folder = Path(adapter).expanduser()
+    folder = Path(adapter).expanduser().absolute()
     config = _config(folder)
     if differing := _differing(model, folder):
         more = f"\n  and {len(differing) - 8} more" if len(differing) > 8 else ""

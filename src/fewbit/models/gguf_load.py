@@ -11,6 +11,7 @@ Saving such a model writes a GGUF file again: same keys, same tensors, same type
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fewbit.errors import FormatError, KernelError, PlanError
 from fewbit.formats.gguf import PLAIN, Entry, GgufFile, GgufWriter
 from fewbit.models.gguf_names import ARCHITECTURES, Route, routes
 from fewbit.models.modules import kernel_asked_for, put, put_embedding, unpack
+from fewbit.models.plugin_config import gguf_path
 from fewbit.nn import QEmbedding, QLinear
 from fewbit.schemes.base import QTensor
 from fewbit.schemes.ggml import codec
@@ -247,3 +249,25 @@ def _same(embedding: QEmbedding, head: QLinear) -> bool:
     return (
         ours is not None and theirs is not None and ours.data_ptr() == theirs.data_ptr() and ours.shape == theirs.shape
     )
+
+
+def register() -> None:
+    """Have `from_pretrained(folder, gguf_file=...)` read the folder's file, whatever lies in the working directory."""
+    cls: Any = PreTrainedModel
+    theirs = cls.from_pretrained
+    if hasattr(theirs, "by_fewbit"):
+        return
+    inner = theirs.__func__
+
+    @wraps(inner)
+    def ours(kind: Any, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if pretrained_model_name_or_path is not None and (file := kwargs.get("gguf_file")):
+            kwargs["gguf_file"] = gguf_path(pretrained_model_name_or_path, file, kwargs)
+        return inner(kind, pretrained_model_name_or_path, *args, **kwargs)
+
+    ours.by_fewbit = True  # type: ignore[attr-defined]
+    patched: Any = ours
+    cls.from_pretrained = classmethod(patched)
+
+
+register()

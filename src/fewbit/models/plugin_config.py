@@ -8,6 +8,8 @@ not import more of transformers than that.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,19 +23,25 @@ _LOCATING = ("cache_dir", "force_download", "proxies", "local_files_only", "toke
 _USED = {*_LOCATING, "trust_remote_code", "_from_pipeline", "_from_auto"}  # not handed on as part of a config
 
 
-def gguf_file(name: Any, file: str, options: dict[str, Any]) -> GgufFile | None:
-    """The file that transformers would read for these arguments; None if fewbit does not load its architecture."""
+def gguf_path(name: Any, file: str, options: Mapping[str, Any]) -> str:
+    """The absolute path of `file` in the folder or Hub repository `name`; OSError where it is not there.
+
+    transformers looks for the weights in the working directory first, and for the config in the folder.
+    """
     from transformers.utils.hub import cached_file
 
+    local = {key: options[key] for key in _LOCATING if options.get(key) is not None}
+    found = cached_file(str(name), str(file), **local)
+    assert found is not None  # cached_file raises where there is none
+    return os.path.abspath(found)
+
+
+def gguf_file(name: Any, file: str, options: Mapping[str, Any]) -> GgufFile | None:
+    """The file that these arguments name; None if fewbit does not load its architecture."""
     from fewbit.formats.gguf import GgufFile
     from fewbit.models.gguf_names import ARCHITECTURES
 
-    if Path(file).is_file() and not (Path(name) / file).is_file():
-        found: str | None = file
-    else:
-        found = cached_file(str(name), file, **{key: options[key] for key in _LOCATING if options.get(key) is not None})
-    assert found is not None  # cached_file raises where there is none
-    opened = GgufFile(found)
+    opened = GgufFile(gguf_path(name, file, options))
     return opened if opened.metadata.get("general.architecture") in ARCHITECTURES else None
 
 

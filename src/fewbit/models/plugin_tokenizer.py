@@ -22,7 +22,8 @@ def register() -> None:
     inner = getattr(theirs, "__func__", None)
 
     @wraps(theirs)
-    def ours(kind: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+    def ours(kind: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        name = pretrained_model_name_or_path  # callers may name this argument
         if (file := kwargs.get("gguf_file")) and (found := gguf_file(name, file, kwargs)) is not None:
             from fewbit.models.gguf_tokenizer import to_tokenizer
 

@@ -29,8 +29,9 @@ _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*
 class Source:
     """A model's folder, the name the user gave, and its weight files (safetensors, or one GGUF file with its parts).
 
-    `origin` is what was named; `folder` is another one, in the cache, where the weights came as a pickle. `gguf` is the
-    name of the file in the folder where the model is one, as transformers' `gguf_file`.
+    `name` is for messages. All paths are absolute: transformers, PEFT and other processes look at the working directory
+    first. `origin` is what was named; `folder` is another one, in the cache, where the weights came as a pickle. `gguf`
+    is the file where the model is one, as transformers' `gguf_file`.
     """
 
     name: str
@@ -38,6 +39,12 @@ class Source:
     files: tuple[Path, ...]
     origin: Path
     gguf: str | None = None
+    hosted: bool = False  # the name is one of ours or of the Hub, and no path
+
+    @property
+    def address(self) -> str:
+        """What `locate` finds this model by from any working directory."""
+        return self.name if self.hosted else str(self.origin)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -78,11 +85,14 @@ class Source:
 
 
 def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
-    """The model called `name`, its files found and their headers sound; PlanError or FormatError otherwise."""
-    path = Path(name).expanduser()
-    if path.is_file() and is_gguf(path):
+    """The model called `name`, its files found and their headers sound; PlanError or FormatError otherwise.
+
+    A string can be a name of ours, such as tiny; a `Path` never is, so that a folder called tiny is within reach.
+    """
+    path = _path(name)
+    if path is not None and path.is_file() and is_gguf(path):
         return _of_gguf(str(name), path, path)
-    origin = folder = _folder(str(name), safetensors_only)
+    origin = folder = _folder(str(name), path, safetensors_only)
     if not (folder / "config.json").exists() and (file := _only_gguf(folder)) is not None:
         return _of_gguf(str(name), file, folder)
     files = safetensors.files_in(folder, _weights_name(read_config(folder)))
@@ -96,14 +106,16 @@ def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
             )
         folder = pickle.converted(folder)
         files = safetensors.files_in(folder)
-    return Source(str(name), folder, tuple(files), origin)
+    return Source(str(name), folder, tuple(files), origin, hosted=origin != path)
 
 
 def outlined(name: str | Path) -> Source:
     """The model called `name`, of which no weights need be here: a config.json, a folder that holds one, or a Hub name,
     of which that file alone is downloaded. Weights that are here are found, unless as pickles; PlanError or FormatError
     otherwise."""
-    path = Path(name).expanduser()
+    path = _path(name)
+    if path is None:
+        return locate(name)
     if path.is_file() and path.suffix == ".json":
         if path.name != "config.json":
             raise PlanError(f"model {name}: that is no config.json", "Give the folder, or its config.json.")
@@ -115,17 +127,24 @@ def outlined(name: str | Path) -> Source:
         and not safetensors.files_in(path, _weights_name(read_config(path)))
     ):
         return Source(str(name), path, (), path)
-    if path.exists() or str(name) in (EMBEDDED, DEMO) or not _is_hub_name(str(name)):
+    if path.exists() or not _is_hub_name(str(name)):
         return locate(name)
     folder = _download(str(name), safetensors_only=True, patterns=["config.json"])
     read_config(folder)
-    return Source(str(name), folder, (), folder)
+    return Source(str(name), folder, (), folder, hosted=True)
+
+
+def _path(name: str | Path) -> Path | None:
+    """The absolute path that `name` stands for if it is one; None for a name of ours, whatever lies in the folder."""
+    if isinstance(name, str) and name in (EMBEDDED, DEMO):
+        return None
+    return Path(name).expanduser().absolute()
 
 
 def _of_gguf(name: str, path: Path, origin: Path) -> Source:
     files = GgufFile(path).files
     _config_of(path)
-    return Source(name, path.parent, files, origin, path.name)
+    return Source(name, path.parent, files, origin, str(path))
 
 
 def _only_gguf(folder: Path) -> Path | None:
@@ -166,12 +185,9 @@ def _weights_name(config: dict[str, Any]) -> str | None:
     return name if isinstance(name, str) and Path(name).name == name else None
 
 
-def _folder(name: str, safetensors_only: bool) -> Path:
-    if name == EMBEDDED:
-        return Path(__file__).parent.parent / "data" / EMBEDDED
-    if name == DEMO:
-        return smollm2.folder()
-    path = Path(name).expanduser()
+def _folder(name: str, path: Path | None, safetensors_only: bool) -> Path:
+    if path is None:
+        return Path(__file__).parent.parent / "data" / EMBEDDED if name == EMBEDDED else smollm2.folder()
     if path.is_dir():
         return path
     if path.exists():
