@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fewbit import api, heap, outputs, pipeline, report
+from fewbit import api, heap, locks, outputs, pipeline, report
 from fewbit import calibration as texts
 from fewbit.advise import hardware
-from fewbit.errors import FormatError, NumericsError, PlanError
+from fewbit.cache import cache_folder
+from fewbit.errors import FormatError, NumericsError, OutputError, PlanError
 from fewbit.examples import examples, split
 from fewbit.formats.safetensors import files_in, read_specs
+from fewbit.formats.safetensors import writing as safetensors_errors
 from fewbit.measure import memory
 from fewbit.models.describe import describe
 from fewbit.models.load import load_model, need_peft
@@ -65,14 +64,24 @@ def finetune(
     dtype = dtype or (torch.float32 if device == "cpu" else None)
     loaded = load_model(source, dtype=dtype or "auto", device=device, trust_remote_code=trust_remote_code)
 
+    outputs.check_space({out.resolve(): _most_bytes(loaded, tuning)})
+
     from fewbit.models.finetune import train  # slow to import, and PEFT is an extra
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     done = train(loaded, source.address, pad, training, held_out, tuning, progress or (lambda *_: None))
     if done.stopped and not done.steps:
         raise NumericsError(f"{done.stopped}: nothing was learned, and nothing is saved", _CALMER)
-    with outputs.published(out, overwrite=overwrite) as folder:
-        done.model.save_pretrained(folder, save_embedding_layers=False)
+
+    def save(folder: Path) -> None:
+        with safetensors_errors():
+            done.model.save_pretrained(folder, save_embedding_layers=False)
+
+    try:
+        with outputs.published(out, overwrite=overwrite) as folder:
+            save(folder)
+    except (OutputError, PlanError) as error:
+        raise outputs.rescued(error, out, save) from error
     if done.stopped:
         raise NumericsError(f"{done.stopped}: {out} holds the adapter as of step {done.steps}", _CALMER)
     parameters = list(done.model.parameters())
@@ -93,6 +102,16 @@ def finetune(
         peak=memory.now().peak,
         gpu_peak=memory.on_gpus(),
     )
+
+
+def _most_bytes(model: Any, tuning: Tuning) -> int:
+    """Bytes of the adapter in float32, and a little for its configs."""
+    sizes = [
+        linear.in_features + linear.out_features
+        for name, linear in model.named_modules()
+        if hasattr(linear, "in_features") and (not tuning.targets or name.endswith(tuning.targets))
+    ]
+    return 4 * tuning.rank * int(sum(sizes)) + (1 << 16)
 
 
 _CALMER = "Try a lower --learning-rate."
@@ -135,14 +154,15 @@ def merge(
     outputs.spare(out, source.origin, source.folder, adapter, *([origin.origin, origin.folder] if origin else []))
     if origin is not None and origin.quantization is not None:
         raise PlanError(f"--base {origin.name} is quantized itself", "Give the model that it was quantized from.")
+    plain_bytes = 2 * describe(origin or source).parameters
+    outputs.check_space({out.resolve() if plan is None else cache_folder(): plain_bytes})
     if plan is None:
         with outputs.published(out, overwrite=overwrite) as folder:
             write_merged(origin or source, adapter, folder, trust_remote_code=trust_remote_code)
         quantized = None
     else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Named so that `published` removes it if this process is killed.
-        plain = out.parent / f".{out.name}.fewbit-plain-{os.getpid()}-{secrets.token_hex(4)}"
+        held = locks.scratch(cache_folder() / "merged")
+        plain = held.folder / "model"
         plain.mkdir()
         try:
             write_merged(origin or source, adapter, plain, trust_remote_code=trust_remote_code)
@@ -157,7 +177,7 @@ def merge(
                 progress=progress,
             )
         finally:
-            shutil.rmtree(plain, ignore_errors=True)
+            held.remove()
         _rename_origin(out, f"{(origin or source).name} with {adapter}")
     return Merged(
         out=str(out),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from math import prod
 from pathlib import Path
@@ -17,7 +17,8 @@ from fewbit import calibration as texts
 from fewbit import folder_output, gguf_output, heap, outputs, pipeline, ranks, registry, report
 from fewbit import plan as plans
 from fewbit.advise import hardware
-from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
+from fewbit.cache import cache_folder
+from fewbit.errors import FewbitError, FormatError, KernelError, OutputError, PlanError
 from fewbit.formats import imatrix as importances
 from fewbit.job import Calibration as Calibration
 from fewbit.job import Job, fewer, is_file, skeleton_of, unquantized, windows
@@ -31,6 +32,7 @@ from fewbit.models.source import locate
 from fewbit.report import Evaluation, Measured, Preview, Quantized
 
 SCHEMA = 1
+_KEPT = "The quantized blocks are kept in the cache: the same command goes on from there."
 _NOT_KEPT = ("out", "plan", "peak", "gpu_peak", "anonymous", "sample")  # of a result, in the record beside it
 
 
@@ -56,8 +58,8 @@ def quantize(
     """
     elapsed = pipeline.timed()
     wanted = plans.find(plan) if isinstance(plan, str) else plan
-    with ranks.joined(device) as device:
-        out, file = Path(out), is_file(out, wanted)
+    with ranks.joined(device) as device, ExitStack() as leaving:
+        out, file = outputs.named(out), is_file(out, wanted)
         if ranks.first():
             outputs.claimed(out, overwrite=overwrite, file=file)
         heap.return_freed()
@@ -65,13 +67,15 @@ def quantize(
         preview = job.preview()
         if ranks.first():
             outputs.spare(out, job.source.origin, job.source.folder, *job.source.files)
-            _check_space(out, 2 * preview.output_bytes)  # block results, then what is put together from them
+            # Block results, then what is put together from them.
+            outputs.check_space({cache_folder(): preview.output_bytes, out.resolve(): preview.output_bytes})
         tokenizer = load_tokenizer(job.source, trust_remote_code=trust_remote_code)
         # What no file can say of the model is found before any work.
         header = gguf_header.of(job.source, trust_remote_code=trust_remote_code) if job.single_file else None
         tokens, calibrated = job.tokens(calibration, tokenizer)
         versions = hardware.versions()
-        run = pipeline.Run(pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions, job.importance))
+        fingerprint = pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions, job.importance)
+        run = leaving.enter_context(pipeline.Run(fingerprint))
         told = progress or pipeline.silent
         tensors = pipeline.quantize_blocks(job.skeleton, job.resolved, tokens, run, told, job.importance)
 
@@ -102,12 +106,13 @@ def quantize(
                 "plan": job.resolved.plan.to_json(),
                 **kept,
             }
-            with outputs.published(out, overwrite=overwrite, file=file) as made:
+            with outputs.published(out, overwrite=overwrite, file=file, kept=_KEPT) as made:
                 if header is not None:
                     written = gguf_output.write(made, job.skeleton, job.resolved, run, header, record)
                 else:
                     written = folder_output.write(made, job.skeleton, job.resolved, run)
-                    (made / "fewbit.json").write_text(json.dumps(record, indent=1) + "\n")
+                    record["files"] = sorted({*_files(made), "README.md", outputs.RECORD})
+                    (made / outputs.RECORD).write_text(json.dumps(record, indent=1) + "\n")
                     (made / "README.md").write_text(report.model_card(record))
                 if written != preview.output_bytes:
                     raise FormatError(f"{written} bytes were written where {preview.output_bytes} were foreseen")
@@ -154,7 +159,7 @@ def imatrix(
     progress: pipeline.Progress | None = None,
 ) -> Measured:
     """Write the importance matrix of `model` on a calibration text to `out`, a .gguf or .dat file as of llama.cpp."""
-    elapsed, out = pipeline.timed(), Path(out)
+    elapsed, out = pipeline.timed(), outputs.named(out)
     if reason := importances.why_not(out):
         raise PlanError(reason, "Give another -o.")
     with ranks.joined(device) as device:
@@ -171,18 +176,22 @@ def imatrix(
             matrix = {
                 f"{names[m]}.weight": importances.Importance(s.mean_square.cpu(), s.rows) for m, s in found.items()
             }
-            with outputs.published(out, overwrite=overwrite, file=True) as made:
-                importances.write(made, matrix, chunks=len(tokens), length=tokens.shape[1], text=text["text"])
+
+            def write(path: Path) -> None:
+                importances.write(path, matrix, chunks=len(tokens), length=tokens.shape[1], text=text["text"])
+
+            try:
+                with outputs.published(out, overwrite=overwrite, file=True) as made:
+                    write(made)
+            except (OutputError, PlanError) as error:
+                raise outputs.rescued(error, out, write) from error
             return Measured(str(out), len(matrix), tokens.numel(), text["text"], fewer(calibration, text), elapsed())
 
         return ranks.from_first(published)
 
 
-def _check_space(out: Path, needed: int) -> None:
-    """PlanError unless so many bytes are free where `out` will be."""
-    free = shutil.disk_usage(outputs.existing(out.parent)).free
-    if free < needed:
-        raise PlanError(f"{report.size(needed)} of disk are needed for {out}, {report.size(free)} are free")
+def _files(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
 def load(

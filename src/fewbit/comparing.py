@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from fewbit import calibration as texts
-from fewbit import html, pipeline, report
+from fewbit import html, locks, outputs, pipeline, report
 from fewbit import plan as plans
 from fewbit.advise import hardware, speeds
 from fewbit.cache import cache_folder
@@ -73,7 +73,7 @@ def compare(
     """
     elapsed, device = pipeline.timed(), hardware.device(device)
     wanted = _found(plans)
-    folder = None if out is None else claimed(out)
+    folder = None if out is None else claimed(outputs.writable(out))
     source = unquantized(model, False)
     asked = _asked(source, wanted, calibration, text, samples, length, trust_remote_code)
     machine = _machine(device)
@@ -155,11 +155,12 @@ class _Bench:
         self.model = [files, source.config, hardware.versions(), settings["device"], settings["trust_remote_code"]]
         of = {name: value for name, value in settings.items() if name not in ("windows", "model")}
         self.how = [SCHEMA_VERSION, speed.RULE, asdict(machine), asked.text.digest, asked.text.length, of]
-        self.reference = self.base / f"reference-{_digest([self.model, self.how])}"
+        self.recorded = self.base / f"reference-{_digest([self.model, self.how])}"
 
     def rows(self, wanted: Mapping[str, plans.Plan | None]) -> list[Row]:
         """A row for each plan, in order. What the original said is kept until all have been compared with it."""
-        found = []
+        found, held = [], locks.resumable(self.recorded)
+        self.reference = held.folder / "logits"
         try:
             with Server("fewbit.worker") as server:
                 for number, (name, plan) in enumerate(wanted.items(), 1):
@@ -174,14 +175,16 @@ class _Bench:
                         self.told(replace(event, state="failed", reason=str(error), seconds=elapsed()))
                     found.append(row)
         finally:
-            if len(found) == len(wanted):
-                for file in (self.reference, self.reference.with_name(f"{self.reference.name}.states")):
-                    file.unlink(missing_ok=True)
+            held.remove() if len(found) == len(wanted) else held.release()
         return found
 
     def _row(self, server: Server, name: str, plan: plans.Plan | None, event: Event) -> Row:
         text = self.asked.calibrated if plan is not None and _calibrated(plan) else None
         place = self.base / _digest([self.model, plan and plan.to_json(), text and asdict(text)])
+        with locks.alone(place):  # another comparison may be at the same row, which is then found here
+            return self._found_or_made(place, server, name, plan, event)
+
+    def _found_or_made(self, place: Path, server: Server, name: str, plan: plans.Plan | None, event: Event) -> Row:
         kept = place / f"row-{_digest(self.how)}.json"
         if not self.again and (before := _read(kept)) is not None:
             try:

@@ -48,6 +48,10 @@ class KernelError(FewbitError):
     exit_code = 5
 
 
+class OutputError(FewbitError):
+    """A result cannot be written: the disk is full, or the place has gone. The hint says where the result is."""
+
+
 class PeerError(FewbitError):
     """Another process of the same run has ended. `told`: it has said why itself."""
 

@@ -42,11 +42,11 @@ def quantized(
         warnings.warn(f"{request.plan.name}: {note}", stacklevel=2)
     versions = {**hardware.versions(), "request": json.dumps([request.stages, request.batch])}
     run = pipeline.Run(pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions))
-    with report.progress() if verbose else nullcontext(pipeline.silent) as progress:
+    with run, report.progress() if verbose else nullcontext(pipeline.silent) as progress:
         pipeline.quantize_blocks(
             job.skeleton, job.resolved, tokens, run, progress, stages=request.stages, batch=request.batch
         )
-    folder_output.write(out, job.skeleton, job.resolved, run)
+        folder_output.write(out, job.skeleton, job.resolved, run)
     return run.forget
 
 

@@ -11,20 +11,19 @@ import gc
 import hashlib
 import itertools
 import json
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from fewbit import ranks
+from fewbit import locks, ranks
 from fewbit.cache import cache_folder
-from fewbit.errors import FormatError, KernelError, NumericsError, PlanError
+from fewbit.errors import FormatError, KernelError, NumericsError, OutputError, PlanError
 from fewbit.formats.base import Format
 from fewbit.formats.safetensors import read_file, write_file
 from fewbit.inputs import Stages, captured, gather, needs_of, staged, windows_at_once
@@ -107,19 +106,40 @@ def check(skeleton: Skeleton, resolved: Resolved) -> None:
 class Run:
     """The durable results of one quantization: a folder in the cache with a file for each finished block.
 
-    It is the first rank's, which tells the others what it finds there.
+    It is the first rank's, which tells the others what it finds there. While a process works in the folder, no other
+    one does: another run of the same fingerprint works apart. Leaving the run releases the folder, `forget` deletes it.
     """
 
     def __init__(self, fingerprint: str) -> None:
-        self.folder = cache_folder() / "runs" / fingerprint
+        self._place = cache_folder() / "runs" / fingerprint if ranks.first() else None
+        self._held = locks.resumable(self._place) if self._place is not None else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._held is not None:
+            self._held.release() if self.files() else self._held.remove()
+            self._held = None
+
+    @property
+    def folder(self) -> Path:
+        assert self._held is not None
+        return self._held.folder
 
     def save(self, index: int, tensors: Mapping[str, Tensor], reports: Sequence[TensorReport]) -> None:
         if not ranks.first():
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         made = self.folder / f".block-{index:05d}"
-        write_file(made, tensors, {"reports": json.dumps([asdict(report) for report in reports])})
-        made.rename(self.file(index))
+        try:
+            write_file(made, tensors, {"reports": json.dumps([asdict(report) for report in reports])})
+            made.rename(self.file(index))
+        except OSError as error:
+            made.unlink(missing_ok=True)
+            raise OutputError(
+                f"the cache {self.folder} cannot be written: {error.strerror or error}",
+                "Free some space; the same command goes on where it stopped. Or set FEWBIT_CACHE to another folder.",
+            ) from error
 
     def load(self, index: int) -> tuple[dict[str, Tensor], list[TensorReport]] | None:
         return ranks.from_first(lambda: self._read(index))
@@ -143,7 +163,12 @@ class Run:
         return sorted(self.folder.glob("block-*.safetensors"))
 
     def forget(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete what was saved, unless another process has taken it up since this one left the run."""
+        if self._place is not None and self._held is None and self._place.exists():
+            self._held = locks.hold(self._place)
+        if self._held is not None:
+            self._held.remove()
+            self._held = None
 
 
 Importance = Mapping[str, Stats]

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import constants
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -496,7 +497,7 @@ def test_an_output_that_is_replaced_is_replaced_whole(
     sound: Path, sound_gptq: Path, place: Path, fewbit: Fewbit
 ) -> None:
     place.mkdir()
-    (place / "precious").write_text("mine")
+    (place / "config.json").write_text("mine")
     assert fewbit("quantize", sound, "-o", place, "--overwrite", "--plan", "rtn-4bit").code == 0
     assert list(place.parent.iterdir()) == [place]
     assert sorted(p.name for p in place.iterdir()) == sorted(p.name for p in sound_gptq.iterdir())
@@ -506,10 +507,10 @@ def test_a_failing_run_keeps_what_was_there(
     model: Path, place: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place.mkdir()
-    (place / "precious").write_text("mine")
+    (place / "config.json").write_text("mine")
     rewrite(model, lambda tensors: tensors[f"{Q_PROJ}.weight"].fill_(float("nan")))
     check(fewbit("quantize", model, "-o", place, "--overwrite"), 4, Q_PROJ)
-    assert [p.name for p in place.iterdir()] == ["precious"]
+    assert [p.name for p in place.iterdir()] == ["config.json"]
     assert list(place.parent.iterdir()) == [place]
 
 
@@ -517,7 +518,7 @@ def test_a_result_that_fails_its_own_check_is_not_published(
     sound: Path, place: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place.mkdir()
-    (place / "precious").write_text("mine")
+    (place / "config.json").write_text("mine")
     write = folder_output.write
 
     def write_badly(folder: Path, *rest: Any) -> int:
@@ -528,7 +529,7 @@ def test_a_result_that_fails_its_own_check_is_not_published(
     monkeypatch.setattr(folder_output, "write", write_badly)
     answer = fewbit("quantize", sound, "-o", place, "--overwrite", "--plan", "rtn-4bit")
     check(answer, 3, "failed its own check", "not finite")
-    assert [p.name for p in place.iterdir()] == ["precious"]
+    assert [p.name for p in place.iterdir()] == ["config.json"]
     assert list(place.parent.iterdir()) == [place]
 
 
@@ -538,6 +539,79 @@ def test_an_output_inside_a_file_is_refused_before_any_work(sound: Path, tmp_pat
     assert answer.code in (1, 2)
     check(answer, answer.code, str(tmp_path / "file"))
     assert "block 1/" not in answer.err
+
+
+def test_files_of_others_are_not_replaced(sound: Path, place: Path, fewbit: Fewbit) -> None:
+    place.mkdir()
+    (place / "config.json").write_text("{}")
+    (place / "thesis.txt").write_text("years")
+    check(fewbit("quantize", sound, "-o", place, "--overwrite", "--plan", "rtn-4bit"), 2, "thesis.txt", "--overwrite")
+    (place / "thesis.txt").unlink()
+    (place / "work").mkdir()
+    check(fewbit("quantize", sound, "-o", place, "--overwrite", "--plan", "rtn-4bit"), 2, "work/")
+    file = place.with_suffix(".gguf")
+    file.write_text("my notes")
+    check(fewbit("quantize", sound, "-o", file, "--overwrite", "--plan", "q4_0"), 2, "no GGUF file")
+    assert file.read_text() == "my notes"
+
+
+def test_what_a_run_carried_over_may_be_replaced(model: Path, place: Path, fewbit: Fewbit) -> None:
+    (model / "notes.txt").write_text("of the model")
+    for flags in ((), ("--overwrite",)):
+        assert fewbit("quantize", model, "-o", place, "--plan", "rtn-4bit", *flags).code == 0
+    assert (place / "notes.txt").exists()
+
+
+def test_a_linked_output_stays_a_link(sound: Path, tmp_path: Path, place: Path, fewbit: Fewbit) -> None:
+    (tmp_path / "disk" / "big").mkdir(parents=True)
+    place.symlink_to(tmp_path / "disk" / "big")
+    assert fewbit("quantize", sound, "-o", place, "--overwrite", "--plan", "rtn-4bit").code == 0
+    assert place.is_symlink()
+    assert (tmp_path / "disk" / "big" / "config.json").exists()
+    assert [*place.parent.iterdir(), *(tmp_path / "disk").iterdir()] == [place, tmp_path / "disk" / "big"]
+
+
+@pytest.mark.parametrize("where", ["", ".", "/", "/proc/out", "link.gguf", "n" * 256 + ".gguf", "file/out.gguf"])
+@pytest.mark.parametrize("verb", ["quantize", "imatrix", "finetune", "compare"])
+def test_an_output_that_cannot_be_made(verb: str, where: str, sound: Path, tmp_path: Path, fewbit: Fewbit) -> None:
+    """Found first: the text for training and the plan for a folder are wrong too, and not yet looked at."""
+    (tmp_path / "link.gguf").symlink_to(tmp_path / "nowhere" / "out")
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.iterdir())
+    out = str(tmp_path / where) if where.endswith(".gguf") else where
+    if verb == "imatrix" and where == "/proc/out":
+        out += ".gguf"
+    flags = {"finetune": ("--data", "none.txt"), "quantize": ("--plan", "q4_0")}.get(verb, ())
+    flags = () if verb == "quantize" and not where.endswith(".gguf") else flags
+    answer = fewbit(verb, sound, "-o", out, *flags)
+    check(answer, 2, "empty name" if not where else out)
+    assert "none.txt" not in answer.err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_adapter_outlives_a_disk_that_is_full(
+    sound: Path, place: Path, text: Path, fewbit: Fewbit, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftModel
+
+    save = PeftModel.save_pretrained
+
+    def full(self: Any, folder: Path, **kwargs: Any) -> None:
+        if place.parent in Path(folder).parents:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        save(self, str(folder), **kwargs)
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", full)
+    answer = fewbit("finetune", sound, "--data", text, "-o", place, "--steps", 1, "--length", 32)
+    (kept,) = own_cache.glob("rescued-*/out")
+    check(answer, 1, "No space left on device", str(kept))
+    assert (kept / "adapter_model.safetensors").exists()
+    assert list(place.parent.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written(sound: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWBIT_CACHE", "/proc/cache")
+    refused(2, ("FEWBIT_CACHE", "/proc/cache"), sound)
 
 
 def test_an_output_that_is_a_file(sound: Path, place: Path, fewbit: Fewbit) -> None:

@@ -252,7 +252,7 @@ def test_importances_that_do_not_serve(
 def test_a_failing_run_keeps_what_was_there(
     model: Path, place: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place.write_text("mine")
+    place.write_text("GGUF of mine")
     write = gguf_output.write
 
     def write_badly(path: Path, *rest: object) -> int:
@@ -266,7 +266,7 @@ def test_a_failing_run_keeps_what_was_there(
     monkeypatch.setattr(gguf_output, "write", write_badly)
     answer = fewbit("quantize", model, "-o", place, "--plan", "q4_0", "--method", "rtn", "--overwrite")
     check(answer, 3, "failed its own check", "not finite")
-    assert place.read_text() == "mine"
+    assert place.read_text() == "GGUF of mine"
     assert [path.name for path in place.parent.iterdir()] == [place.name]
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fewbit import api, outputs, pipeline
-from fewbit.errors import NumericsError, PlanError
+from fewbit import api, locks, outputs, pipeline
+from fewbit.errors import NumericsError, OutputError, PlanError
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import locate
 from fewbit.plan import find, resolve
@@ -44,35 +44,38 @@ def test_an_old_output_comes_back_if_the_new_one_cannot_be_put_there(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "precious").touch()
+    (out / "config.json").touch()
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
-        if "-new-" in self.name:
+        if self.name == "new":
             raise OSError("no")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="no"), outputs.published(out, overwrite=True):
+    with pytest.raises(OutputError, match="no"), outputs.published(out, overwrite=True):
         pass
-    assert (out / "precious").exists()
+    assert (out / "config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_old_output_comes_back_after_a_kill_between_the_renames(tmp_path: Path) -> None:
-    old = tmp_path / ".out.fewbit-old-999999999-00"
-    old.mkdir()
+    old = tmp_path / ".out.fewbit-00" / "old"
+    old.mkdir(parents=True)
     (old / "precious").touch()
     with pytest.raises(RuntimeError), outputs.published(tmp_path / "out", overwrite=True):
         raise RuntimeError
     assert (tmp_path / "out" / "precious").exists()
 
 
-def test_a_left_over_of_the_same_process_number_is_no_obstacle(tmp_path: Path) -> None:
-    (tmp_path / f".out.fewbit-new-{os.getpid()}-00").mkdir()
+def test_a_folder_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
+    theirs = locks.hold(tmp_path / ".out.fewbit-00")
+    assert theirs is not None
+    (tmp_path / ".out.fewbit-01").mkdir()  # of a process that was killed
     with outputs.published(tmp_path / "out") as folder:
         (folder / "file").touch()
-    assert (tmp_path / "out" / "file").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.fewbit-00", "out"]
+    theirs.remove()
 
 
 def test_an_output_head_that_differs_from_its_tie_is_kept(tmp_path: Path) -> None:

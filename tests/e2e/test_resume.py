@@ -89,7 +89,7 @@ def stopped(
     try:
         deadline = time.monotonic() + 200
         while not list(own_cache.glob("runs/*/block-00001.safetensors")) or (
-            where == "files" and not list(place.parent.glob(".out.fewbit-*/config.json"))
+            where == "files" and not list(place.parent.glob(".out.fewbit-*/new/config.json"))
         ):
             assert process.poll() is None, process.stderr and process.stderr.read()
             assert time.monotonic() < deadline
@@ -127,6 +127,18 @@ def test_it_goes_on_where_it_stopped(
     monkeypatch.setenv("FEWBIT_CACHE", str(tmp_path / "another"))
     assert quantized(model, tmp_path / "straight", wanted) == [False] * BLOCKS
     assert contents(place) == contents(tmp_path / "straight")
+
+
+def test_two_runs_at_once_do_not_disturb_each_other(
+    model: Path, wanted: Calibration, tmp_path: Path, own_cache: Path
+) -> None:
+    def other(step: pipeline.Step) -> None:
+        if step.done == 3:
+            assert quantized(model, tmp_path / "A", wanted) == [False] * BLOCKS
+
+    fewbit.quantize(model, tmp_path / "B", calibration=wanted, progress=other)
+    assert contents(tmp_path / "A") == contents(tmp_path / "B")
+    assert not list(own_cache.glob("runs/*"))
 
 
 class _Stop(Exception):

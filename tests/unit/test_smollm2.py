@@ -165,14 +165,24 @@ def test_a_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEWBIT_CACHE", "/one")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/two")
-    assert cache.cache_folder() == Path("/one")
+def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEWBIT_CACHE", str(tmp_path / "one"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache.cache_folder() == tmp_path / "one"
     monkeypatch.delenv("FEWBIT_CACHE")
-    assert cache.cache_folder() == Path("/two/fewbit")
+    assert cache.cache_folder() == tmp_path / "two" / "fewbit"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.cache_folder() == Path.home() / ".cache" / "fewbit"
+    assert cache.cache_folder() == tmp_path / "home" / ".cache" / "fewbit"
+
+
+def test_without_a_home_the_cache_is_a_temporary_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("FEWBIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.warns(UserWarning, match="FEWBIT_CACHE"):
+        folder = cache.cache_folder()
+    assert folder.parent == tmp_path
 
 
 def fill(place: Path) -> None:

@@ -62,7 +62,7 @@ def converted(folder: Path) -> Path:
         for file in safetensors.side_files(folder):
             shutil.copy(file, target)
 
-    return made(f"unpickled-{key}", make)
+    return made(f"unpickled-{key}", make, sum(file.stat().st_size for file in files))
 
 
 def _last_line(text: str) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +153,24 @@ class ShardWriter:
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, on disk when this returns."""
     whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(whole, path, metadata={"format": "pt", **(metadata or {})})
+    with writing():
+        save_file(whole, path, metadata={"format": "pt", **(metadata or {})})
     # safetensors makes files that their owner alone can read; a server is often another user.
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Within, a file that safetensors cannot write is an OSError, as it is for everything else that writes."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        raise (OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(error))) from error
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from fewbit.errors import FormatError, NumericsError, PlanError
-from fewbit.formats.safetensors import read_specs, side_files
+from fewbit.formats.safetensors import read_specs, side_files, writing
 from fewbit.models.load import load_model
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source
@@ -67,7 +67,9 @@ def write_merged(source: Source, adapter: str | Path, folder: Path, *, trust_rem
     verbose = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        attach(plain, adapter).merge_and_unload(safe_merge=True).save_pretrained(folder)
+        merged = attach(plain, adapter).merge_and_unload(safe_merge=True)
+        with writing():
+            merged.save_pretrained(folder)
     except ValueError as error:
         raise NumericsError(f"{adapter} cannot be merged into {source.name}: {error}") from None
     finally:

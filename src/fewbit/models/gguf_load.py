@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
-from fewbit import heap
+from fewbit import heap, outputs
 from fewbit.errors import FormatError, KernelError, PlanError
 from fewbit.formats.gguf import PLAIN, Entry, GgufFile, GgufWriter
 from fewbit.models.gguf_names import ARCHITECTURES, Route, routes
@@ -164,11 +164,15 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         return self.file is not None
 
-    def write(self, model: PreTrainedModel, path: Path) -> None:
-        """The model as a GGUF file with the keys, tensors and types that it was loaded from."""
+    def check_place(self, path: Path) -> None:
+        """PlanError where the model's own file lies at `path`."""
         assert self.file is not None
         if path.exists() and path.resolve() in {file.resolve() for file in self.file.files}:
             raise PlanError(f"{path} is the file that the model lies in", "Save to another folder.")
+
+    def write(self, model: PreTrainedModel, path: Path) -> None:
+        """The model as a GGUF file with the keys, tensors and types that it was loaded from."""
+        assert self.file is not None
         dropped = ("split.no", "split.count", "split.tensors.count", "general.alignment")
         metadata = {key: value for key, value in GgufFile(self.file.path).metadata.items() if key not in dropped}
         names = {entry.name: name for name, entry in self.entries.items()}
@@ -205,7 +209,9 @@ class _Saver:
             raise PlanError("a GGUF file is saved to a folder only", "Push that folder with huggingface_hub.")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        self.quantizer.write(self.model, folder / SAVED)
+        self.quantizer.check_place(folder / SAVED)
+        with outputs.published(folder / SAVED, overwrite=True, file=True) as made:
+            self.quantizer.write(self.model, made)
 
 
 def _matched(file: GgufFile, model: PreTrainedModel, known: dict[str, Route]) -> dict[str, Entry]:

@@ -9,14 +9,12 @@ GPTQ or AWQ, `fewbit.on_load` makes a quantized checkpoint first, which is loade
 
 from __future__ import annotations
 
-import shutil
 import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -36,7 +34,7 @@ from transformers.utils.import_utils import (
     is_optimum_available,
 )
 
-from fewbit import heap, hook, registry
+from fewbit import heap, hook, locks, registry
 from fewbit.cache import cache_folder
 from fewbit.errors import FewbitError, FormatError, KernelError, NumericsError, PlanError
 from fewbit.formats import foreign, pickle
@@ -169,9 +167,8 @@ class FewbitQuantizer(HfQuantizer):
 
     def _quantize_first(self, model: PreTrainedModel, files: list[str], device_map: Any) -> None:
         """Make a quantized checkpoint of `files`, and put its files in their place in that list, the loader's own."""
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        on_load, out = hook.on_load(), Path(mkdtemp(prefix="on-load-", dir=cache_folder()))
-        self.remove = weakref.finalize(self, shutil.rmtree, out, ignore_errors=True)
+        on_load, held = hook.on_load(), locks.scratch(cache_folder() / "on-load")
+        self.remove, out = weakref.finalize(self, held.remove), held.folder
         # A model's own code was allowed if it is what is being loaded.
         trusted = type(model).__module__.startswith("transformers_modules.")
         with as_read.folder_of(model, files, trust_remote_code=trusted) as folder:

