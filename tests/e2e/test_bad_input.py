@@ -589,6 +589,26 @@ def test_an_output_that_cannot_be_made(verb: str, where: str, sound: Path, tmp_p
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    "asks",
+    [
+        {"num_beams": 4},
+        {"stop_strings": ["row"]},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"temperature": 0.5, "do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"max_length": 2, "min_length": 1},
+        {"forced_eos_token_id": 10**6, "forced_bos_token_id": 10**6},
+    ],
+    ids=lambda asks: next(iter(asks)),
+)
+def test_what_a_model_asks_of_generating(asks: dict[str, Any], model: Path, place: Path, fewbit: Fewbit) -> None:
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **asks}))
+    assert fewbit("quantize", model, "-o", place, "--plan", "rtn-4bit").code == 0
+    assert json.loads((place / "generation_config.json").read_text()) == {"eos_token_id": 1, **asks}
+    answer = fewbit("generate", place, "the small", "--max-new-tokens", 4)
+    assert answer.code == 0, answer.err
+
+
 def test_an_adapter_outlives_a_disk_that_is_full(
     sound: Path, place: Path, text: Path, fewbit: Fewbit, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

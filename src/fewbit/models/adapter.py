@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
@@ -68,6 +68,8 @@ def write_merged(source: Source, adapter: str | Path, folder: Path, *, trust_rem
     hf_logging.disable_progress_bar()
     try:
         merged = attach(plain, adapter).merge_and_unload(safe_merge=True)
+        if source.gguf is None:
+            merged.generation_config = GenerationConfig()  # transformers saves none that its own rules find fault with
         with writing():
             merged.save_pretrained(folder)
     except ValueError as error:
@@ -78,6 +80,7 @@ def write_merged(source: Source, adapter: str | Path, folder: Path, *, trust_rem
     if source.gguf is not None:  # it has no side files: what it says of its tokenizer becomes one
         load_tokenizer(source).save_pretrained(folder)
         return
+    (folder / "generation_config.json").unlink(missing_ok=True)  # the source's own is copied
     for file in side_files(source.folder):
         if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TextStreamer
+from transformers import GenerationConfig, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from fewbit.errors import PlanError
+
+_KEPT = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "bad_words_ids"),
+    *("repetition_penalty", "no_repeat_ngram_size", "top_k", "top_p", "min_p", "typical_p"),
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,19 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tensor:
     return ids
 
 
+@contextmanager
+def _one_text(model: Any) -> Iterator[None]:
+    """Within, the model generates by as much of its generation_config as makes sense for one text of a given length."""
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = owner.generation_config
+    kept = {name: value for name in _KEPT if (value := getattr(before, name, None)) is not None}
+    owner.generation_config = GenerationConfig(**kept)
+    try:
+        yield
+    finally:
+        owner.generation_config = before
+
+
 def continue_text(
     model: Any,
     tokenizer: Any,
@@ -77,7 +97,11 @@ def continue_text(
     seed: int = 0,
     stream: bool = False,
 ) -> Continuation:
-    """The new text: greedy at temperature 0, else sampled with `seed`; printed as it comes if `stream`."""
+    """The new text: greedy at temperature 0, else sampled with `seed`; printed as it comes if `stream`.
+
+    Of generation_config.json the tokens that end a text, penalties and limits of sampling count. Beams, several
+    answers, stop strings, forced tokens and lengths do not: one text comes, token by token.
+    """
     ids = ids.to(model.device)
     end = model.generation_config.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
@@ -86,7 +110,7 @@ def continue_text(
         sampling["temperature"] = temperature
     torch.manual_seed(seed)
     clock = _Clock(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None)
-    with torch.inference_mode():
+    with torch.inference_mode(), _one_text(model):
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
