@@ -84,7 +84,7 @@ def quantize(
             done = Quantized(
                 out=str(out),
                 plan=job.resolved.plan.name,
-                notes=[*job.notes, *fewer(calibration, calibrated)],
+                notes=[*job.notes, *job.left_out(), *fewer(calibration, calibrated)],
                 tensors=tensors,
                 original_bytes=preview.original_bytes,
                 output_bytes=preview.output_bytes,

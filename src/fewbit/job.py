@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,17 @@ from fewbit import plan as plans
 from fewbit.advise import hardware, sizes
 from fewbit.errors import PlanError
 from fewbit.formats.base import by_quant_method
+from fewbit.formats.safetensors import other_weights, side_files
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import Source, locate
 from fewbit.report import Preview
 from fewbit.stats import Need, Stats
+
+# Files whose content a GGUF file holds in its keys.
+_IN_GGUF = re.compile(
+    r"(config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|.*\.model|.*\.jinja"
+    r"|LICENSE.*|generation_config\.json"
+)
 
 
 @dataclass(frozen=True)
@@ -73,12 +81,16 @@ class Job:
             return None, None
         return windows(wanted, self.source, tokenizer)
 
+    def left_out(self) -> list[str]:
+        """Sentences on what the model's folder has and an output will not hold."""
+        return left_out(self.skeleton, single_file=self.single_file)
+
     def preview(self) -> Preview:
         tensors, output_bytes = sizes.tensors(self.skeleton, self.resolved)
         return Preview(
             plan=self.resolved.plan.name,
             format=self.resolved.format.name,
-            notes=list(self.notes),
+            notes=[*self.notes, *self.left_out()],
             tensors=tensors,
             original_bytes=sizes.original_bytes(self.skeleton),
             output_bytes=output_bytes,
@@ -136,6 +148,27 @@ def is_file(out: str | Path, plan: plans.Plan) -> bool:
             "Use a plan for GGUF, such as --plan q4_k_m, or another -o.",
         )
     return bool(suffix)
+
+
+def left_out(skeleton: Skeleton, *, single_file: bool) -> list[str]:
+    """Sentences on tensors and files of the model's folder that the output will not hold."""
+    notes, lost = [], skeleton.without_place
+    if lost:
+        named = ", ".join(lost[:3]) + (" ..." if len(lost) > 3 else "")
+        notes.append(
+            f"left out: {len(lost)} {'tensor' if len(lost) == 1 else 'tensors'} that {type(skeleton.model).__name__} "
+            f"has no place for ({named})"
+        )
+    folder = skeleton.source.folder
+    if skeleton.source.gguf is None and folder.is_dir():
+        used = {file.name for file in skeleton.source.files}
+        rest = [path.name + "/" for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] not in "._"]
+        if single_file:
+            rest += [file.name for file in side_files(folder) if not _IN_GGUF.fullmatch(file.name)]
+        rest += [file.name for file in other_weights(folder) if file.name not in used]
+        if rest:
+            notes.append(f"left out: {', '.join(rest[:8])}{' ...' if len(rest) > 8 else ''} of {folder}")
+    return notes
 
 
 def fewer(wanted: Calibration, used: dict[str, Any] | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -66,6 +67,24 @@ def test_an_old_output_comes_back_after_a_kill_between_the_renames(tmp_path: Pat
     with pytest.raises(RuntimeError), outputs.published(tmp_path / "out", overwrite=True):
         raise RuntimeError
     assert (tmp_path / "out" / "precious").exists()
+
+
+@pytest.mark.parametrize("plan", ["rtn-4bit", "q4_0"])
+def test_what_has_no_place_is_named(plan: str, model: Path, tmp_path: Path) -> None:
+    rewritten(model, {"mtp.fc.weight": torch.ones(4, 4), "model.layers.9.mlp.up_proj.weight": torch.ones(4, 4)})
+    (model / "draft").mkdir()
+    (model / "image_processor.json").write_text("{}")
+    out = tmp_path / ("out.gguf" if plan == "q4_0" else "out")
+    done = api.quantize(model, out, plan=plan)
+    said = " ".join(done.notes)
+    assert "2 tensors" in said
+    assert "mtp.fc.weight" in said
+    assert "draft/" in said
+    if plan == "q4_0":
+        assert "image_processor.json" in said
+    else:
+        assert (out / "image_processor.json").exists()
+        assert json.loads((out / "fewbit.json").read_text())["notes"] == done.notes
 
 
 def test_a_folder_of_a_living_process_is_left_alone(tmp_path: Path) -> None:

@@ -180,6 +180,13 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118
 
 
+def other_weights(folder: Path) -> list[Path]:
+    """Files of weights beside the safetensors that are read: of adapters, drafts, heads and other frameworks."""
+    named = {file.name for file in files_in(folder)}
+    found = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in _WEIGHT_SUFFIXES]
+    return [file for file in found if file.name not in named and not file.name.startswith(".")]
+
+
 def side_files(folder: Path) -> list[Path]:
     """What belongs to a model besides its weights: tokenizer, configs, templates, code, licence. Not its model card."""
     found = []

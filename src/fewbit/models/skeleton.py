@@ -36,6 +36,8 @@ from fewbit.models.source import Source
 from fewbit.schemes.base import PartSpec
 
 Shape = tuple[int, int]
+# Ends of names of tensors in older checkpoints, whose values models compute today.
+_COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "attention.bias", "attention.masked_bias")
 
 
 @dataclass(frozen=True)
@@ -221,11 +223,14 @@ class Skeleton:
         renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
         prefix = self.model.base_model_prefix
-        found = {}
+        found, computed = {}, {name for name, _ in self.model.named_buffers()}
+        self.without_place = list[str]()
         for key in self.checkpoint.specs:
             name, _ = rename_source_key(key, renamings, converters, prefix, self._expected)
             if name in self._expected:
                 found[key] = name
+            elif not {name, f"{prefix}.{name}"} & computed and not name.endswith(_COMPUTED):
+                self.without_place.append(key)
         # A tie may be stored under either of its names.
         for second, first in self.model.all_tied_weights_keys.items():
             if first not in found.values() and second in found.values():
