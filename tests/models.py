@@ -135,7 +135,7 @@ def save(folder: Path, family: str, *, chat: str | None = None, **changes: Any) 
     folder.mkdir(parents=True, exist_ok=True)
     build(family, **changes).save_pretrained(folder)
     tokenizer(chat).save_pretrained(folder)
-    (folder / "LICENSE").write_text("Made for a test.\n")
+    (folder / "LICENSE").write_text("Made for a test.\n", encoding="utf-8")
     if family == "gpt2-bare":
         tensors, plain = load_file(folder / "model.safetensors"), {}
         for name, tensor in tensors.items():
@@ -183,4 +183,4 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 def edit_json(path: Path, **changes: Any) -> None:
     """A JSON object in a file with keys replaced."""
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from fewbit.advise import hardware
 from fewbit.cache import cache_folder
 from fewbit.errors import FormatError, NumericsError, OutputError, PlanError
 from fewbit.examples import examples, split
+from fewbit.files import read_json, write_json, write_text
 from fewbit.formats.safetensors import files_in, read_specs
 from fewbit.formats.safetensors import writing as safetensors_errors
 from fewbit.measure import memory
@@ -219,6 +219,6 @@ def _recorded_base(source: Source) -> Source | None:
 
 def _rename_origin(out: Path, name: str) -> None:
     """Say in the record and on the card of a quantized model what it was made from: not a folder that is gone."""
-    record: dict[str, Any] = {**json.loads((out / "fewbit.json").read_text()), "model": name, "origin": None}
-    (out / "fewbit.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / "README.md").write_text(report.model_card(record))
+    record: dict[str, Any] = {**read_json(out / "fewbit.json"), "model": name, "origin": None}
+    write_json(out / "fewbit.json", record)
+    write_text(out / "README.md", report.model_card(record))

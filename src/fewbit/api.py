@@ -112,8 +112,8 @@ def quantize(
                 else:
                     written = folder_output.write(made, job.skeleton, job.resolved, run)
                     record["files"] = sorted({*_files(made), "README.md", outputs.RECORD})
-                    (made / outputs.RECORD).write_text(json.dumps(record, indent=1) + "\n")
-                    (made / "README.md").write_text(report.model_card(record))
+                    (made / outputs.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                    (made / "README.md").write_text(report.model_card(record), encoding="utf-8")
                 if written != preview.output_bytes:
                     raise FormatError(f"{written} bytes were written where {preview.output_bytes} were foreseen")
                 try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import itertools
-import json
 import os
 import platform
 import threading
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import FormatError, PlanError
+from fewbit.files import parse_json, read_text
 from fewbit.registry import unknown
 
 Message: TypeAlias = dict[str, str]
@@ -208,10 +208,7 @@ def _pydoc(part: Part) -> tuple[str, ...]:
 def _from_file(path: Path) -> tuple[Document, ...]:
     if path.suffix not in (".txt", ".jsonl"):
         raise PlanError(f"{path}: a text is a .txt or a .jsonl file, not {path.suffix or 'one without suffix'}", _HERE)
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: not UTF-8 at byte {error.start}", "Convert the file to UTF-8.") from error
+    content = read_text(path)
     if path.suffix == ".txt":
         return (content,)
     lines = enumerate(content.split("\n"), start=1)
@@ -223,10 +220,7 @@ def _document(line: str, where: str) -> Document:
         'A line is a JSON string, {"text": ...}, {"messages": [{"role": ..., "content": ...}, ...]} '
         'or {"prompt": ..., "completion": ...}.'
     )
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise FormatError(f"{where}: not JSON: {error}", hint) from error
+    value = parse_json(line, where, hint)
     if isinstance(value, Mapping):
         for key in ("messages", "conversations"):
             if key in value:

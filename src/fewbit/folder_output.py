@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
+from fewbit.files import write_json
 from fewbit.formats.safetensors import Checkpoint, ShardWriter, side_files
 from fewbit.models.skeleton import Skeleton
 from fewbit.pipeline import Run, quantization_config
@@ -38,5 +38,5 @@ def write(folder: Path, skeleton: Skeleton, resolved: Resolved, run: Run) -> int
     if config.get("tie_word_embeddings") and not skeleton.tied:
         config["tie_word_embeddings"] = False  # the file holds two tensors that differ: readers must not tie them
     config["quantization_config"] = quantization_config(skeleton, resolved)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config, indent=2)
     return writer.nbytes

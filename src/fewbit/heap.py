@@ -84,7 +84,8 @@ def _mapped() -> list[tuple[int, int]]:
     """Addresses where files of data, not of code, are mapped."""
     maps, found = Path("/proc/self/maps"), []
     if sys.platform == "linux" and maps.exists():
-        for line in maps.read_text().splitlines():  # addresses, rights, offset, device, inode, path
+        # Fields: addresses, rights, offset, device, inode, path.
+        for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
             addresses, rights, _, _, *place = line.split(maxsplit=5)
             if len(place) > 1 and place[1].startswith("/") and "x" not in rights:
                 start, stop = (int(address, 16) for address in addresses.split("-"))

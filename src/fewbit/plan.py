@@ -143,7 +143,7 @@ def find(name: str) -> Plan:
         return PRESETS[name]
     if name.endswith(".json"):
         try:
-            return Plan.from_json(json.loads(Path(name).read_text()))
+            return Plan.from_json(json.loads(Path(name).read_text(encoding="utf-8")))
         except OSError as error:
             raise PlanError(f"plan file {name}: {error.strerror}") from None
         except ValueError as error:

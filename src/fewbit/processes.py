@@ -95,7 +95,7 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            text=True,
+            encoding="utf-8",
             env=environment(),
             start_new_session=True,  # an interruption is the caller's, who ends the server
         )
@@ -131,7 +131,7 @@ def _ending(status: int) -> str:
 
 def serve(tasks: Mapping[str, Task], prepare: Callable[[Mapping[str, Any]], None]) -> None:
     """The loop of a server: run the task that each line names as "do". `prepare` sees the first line beforehand."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # whatever is printed is no answer
     _end_with_parent()
     prepared = False

@@ -20,7 +20,7 @@ class Card:
 @cache
 def cards() -> tuple[Card, ...]:
     """All cards of the table, the smallest first."""
-    data = json.loads(Path(__file__).with_suffix(".json").read_text())
+    data = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     taken = data["context_bytes"]
     found = [Card(c["name"], (c["mib"] << 20) - taken, data["sources"][c["source"]]) for c in data["cards"]]
     return tuple(sorted(found, key=lambda card: card.memory))

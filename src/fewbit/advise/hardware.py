@@ -84,7 +84,7 @@ def processor() -> str:
 def _cpuinfo(*keys: str) -> str:
     """What stands behind the first line of /proc/cpuinfo that begins with one of `keys`; nothing elsewhere."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
     return next((line for line in text.splitlines() if line.lower().startswith(keys)), "").partition(":")[2]

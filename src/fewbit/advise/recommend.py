@@ -86,13 +86,13 @@ class Recommendation:
 @cache
 def rules() -> dict[str, Any]:
     """rules.json: purposes and targets."""
-    return dict(json.loads((Path(__file__).parent / "rules.json").read_text()))
+    return dict(json.loads((Path(__file__).parent / "rules.json").read_text(encoding="utf-8")))
 
 
 @cache
 def priors() -> dict[str, Any]:
     """priors.json: `where` it was measured, and plan -> KL divergence with its interval."""
-    return dict(json.loads((Path(__file__).parent / "priors.json").read_text()))
+    return dict(json.loads((Path(__file__).parent / "priors.json").read_text(encoding="utf-8")))
 
 
 def nbytes(text: str) -> int:

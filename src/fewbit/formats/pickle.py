@@ -8,7 +8,6 @@ that the whole model is never in this one's memory.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import torch
 from fewbit import processes
 from fewbit.cache import made
 from fewbit.errors import FormatError
+from fewbit.files import read_json, write_json
 from fewbit.formats import safetensors
 
 _SINGLE = "pytorch_model.bin"
@@ -29,7 +29,7 @@ def files_in(folder: Path) -> list[Path]:
     """The pickled weight files of a folder; empty if there are none."""
     if (folder / _INDEX).exists():
         try:
-            names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+            names = sorted(set(read_json(folder / _INDEX)["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"{folder / _INDEX} is no index of shards: {error!r}") from None
         missing = [name for name in names if Path(str(name)).name != name or not (folder / str(name)).is_file()]
@@ -49,7 +49,9 @@ def converted(folder: Path) -> Path:
         for number, file in enumerate(files, 1):
             shard = safetensors.SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
             command = processes.command("fewbit.formats.pickle", str(file), str(target / shard))
-            run = subprocess.run(command, capture_output=True, text=True, env=processes.environment())
+            run = subprocess.run(
+                command, capture_output=True, encoding="utf-8", errors="replace", env=processes.environment()
+            )
             if run.returncode != 0:
                 raise FormatError(
                     f"{file} could not be read as plain tensors: {_last_line(run.stderr)}",
@@ -58,7 +60,7 @@ def converted(folder: Path) -> Path:
         if len(files) > 1:
             shards = sorted(target.iterdir())
             names = {name: shard.name for shard in shards for name in safetensors.read_specs(shard)}
-            (target / safetensors.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+            write_json(target / safetensors.INDEX, {"metadata": {}, "weight_map": names})
         for file in safetensors.side_files(folder):
             shutil.copy(file, target)
 

@@ -6,7 +6,6 @@ is added here is which file was wrong, and that an index and its shards agree.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewbit.errors import FormatError
+from fewbit.files import read_json, write_json
 from fewbit.schemes.base import PartSpec
 
 INDEX = "model.safetensors.index.json"
@@ -102,7 +102,7 @@ def files_in(folder: Path, name: str | None = None) -> list[Path]:
     if not index.exists():
         return [folder / SINGLE] if (folder / SINGLE).exists() else []
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{index} is no index of shards: {error!r}") from None
     files = [folder / str(name) for name in names]
@@ -141,7 +141,7 @@ class ShardWriter:
             (self.folder / f"shard-{number}").rename(self.folder / final)
             weight_map |= dict.fromkeys(names, final)
         index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2))
+        write_json(self.folder / INDEX, index, indent=2)
 
     def _flush(self) -> None:
         if self._pending:

@@ -76,7 +76,7 @@ def kept(files: Iterable[Path]) -> int:
     with suppress(AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
     wanted, total, counts = {str(file.resolve()) for file in files}, 0, False
-    for line in maps.read_text().splitlines():
+    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
         key, *rest = line.split()
         if not key.endswith(":"):  # a mapping: addresses, rights, offset, device, inode, path
             counts = line.split(maxsplit=5)[5:] in [[path] for path in wanted]
@@ -89,7 +89,7 @@ def forget_peak() -> None:
     """From now on `peak` and `on_gpus` count anew; where the system cannot, they go on."""
     if sys.platform == "linux":
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM
     if torch.cuda.is_initialized():  # before, there is no peak, and resetting none is an error
         for i in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(i)
@@ -114,6 +114,8 @@ def now() -> Memory:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return Memory(anonymous=peak, mapped=0, peak=peak)
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+    fields = dict(
+        line.split(":", 1) for line in status.read_text(encoding="utf-8", errors="replace").splitlines() if ":" in line
+    )
     size = {name: int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile", "VmHWM")}
     return Memory(anonymous=size["RssAnon"], mapped=size["RssFile"], peak=size["VmHWM"])

@@ -93,7 +93,7 @@ def _config(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise FormatError(f"adapter {folder} has no {name}", "An adapter is a folder as PEFT writes it.")
     try:
-        config = json.loads((folder / _CONFIG).read_text())
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise FormatError(f"{folder / _CONFIG}: {error}") from None
     if not isinstance(config, dict) or "peft_type" not in config:

@@ -38,7 +38,7 @@ def folder_of(model: PreTrainedModel, files: list[str], *, trust_remote_code: bo
         for file in safetensors.side_files(folder):
             if file.name != "config.json":
                 (staged / file.name).symlink_to(file.absolute())
-        (staged / "config.json").write_text(json.dumps({**read_config(folder), **changed}))
+        (staged / "config.json").write_text(json.dumps({**read_config(folder), **changed}), encoding="utf-8")
         _link(paths, folder, staged)
         yield staged
 
@@ -63,7 +63,7 @@ def _link(paths: list[Path], folder: Path, staged: Path) -> None:
         return
     names = {path.name for path in paths}
     for index in sorted(folder.glob(f"*{suffix}.index*.json")):
-        if set(json.loads(index.read_text())["weight_map"].values()) == names:
+        if set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) == names:
             (staged / f"{single}.index.json").symlink_to(index.absolute())
             for path in paths:
                 (staged / path.name).symlink_to(path)

@@ -151,7 +151,7 @@ def _made(source: Source) -> dict[str, Any]:
     """What fewbit recorded when it made the model; empty for others'."""
     file = source.folder / "fewbit.json"
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_text(encoding="utf-8"))
         nothing = type(None)
         kinds: dict[str, tuple[type, ...]] = {
             "versions": (dict,),

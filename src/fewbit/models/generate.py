@@ -14,6 +14,7 @@ from transformers import GenerationConfig, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from fewbit.errors import PlanError
+from fewbit.files import unwritable
 
 _KEPT = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "bad_words_ids"),
@@ -60,6 +61,8 @@ class _Clock(BaseStreamer):
 
 def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tensor:
     """Token ids [1, n] of a prompt, or of a user's message in the model's chat template."""
+    if reason := unwritable(prompt):
+        raise PlanError(f"the prompt: {reason}", "Give the prompt in UTF-8.")
     if chat:
         if not tokenizer.chat_template:
             raise PlanError("this model has no chat template", "Leave --chat out.")

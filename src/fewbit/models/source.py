@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from copy import deepcopy
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from fewbit.errors import FormatError, PlanError
+from fewbit.files import read_json
 from fewbit.formats import foreign, pickle, safetensors
 from fewbit.formats.gguf import GgufFile, is_gguf, is_later_part
 from fewbit.models import gguf_config, smollm2
@@ -169,10 +169,10 @@ def _read_config_of(path: Path, changed: int) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder; FormatError where it is missing or is no JSON object."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
     except FileNotFoundError:
         raise FormatError(f"{folder} has no config.json", "A model is a folder in the Hugging Face layout.") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise FormatError(f"{folder / 'config.json'}: {error}") from None
     if not isinstance(config, dict):
         raise FormatError(f"{folder / 'config.json'} holds no JSON object")

@@ -171,7 +171,7 @@ def _stored(how: Recipe, places: tuple[Tensor, ...]) -> tuple[int, bool]:
 def source(name: str) -> str:
     """A kernel as it stands, before the macros that specialize it."""
     folder = Path(__file__).parent
-    return (folder / "decode.cuh").read_text() + (folder / f"{name}.cu").read_text()
+    return "".join((folder / file).read_text(encoding="utf-8") for file in ("decode.cuh", f"{name}.cu"))
 
 
 def defined(
