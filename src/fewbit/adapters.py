@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from fewbit import api, heap, locks, outputs, pipeline, report
+from fewbit import api, arguments, heap, locks, outputs, pipeline, report
 from fewbit import calibration as texts
 from fewbit.advise import hardware
+from fewbit.arguments import Device, DType, Plans, Texts, checked
 from fewbit.cache import cache_folder
 from fewbit.errors import FormatError, NumericsError, OutputError, PlanError
 from fewbit.examples import examples, split
@@ -22,20 +23,21 @@ from fewbit.models.describe import describe
 from fewbit.models.load import load_model, need_peft
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import DEMO, EMBEDDED, Source, locate
-from fewbit.plan import Plan, find, format_of
+from fewbit.plan import format_of
 from fewbit.report import Finetuned, Merged
 from fewbit.tuning import Tuning
 
 
+@checked
 def finetune(
     model: str | Path,
     out: str | Path,
     *,
-    data: str,
+    data: Texts,
     tuning: Tuning | None = None,
     overwrite: bool = False,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
+    device: Device = None,
+    dtype: DType = None,
     trust_remote_code: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Finetuned:
@@ -47,12 +49,13 @@ def finetune(
     finite: `out` then holds the adapter as of the last good step, if there was one. dtype of activations and of what
     is not quantized: float32 on a CPU, the checkpoint's own on a GPU by default.
     """
-    elapsed, out, device = pipeline.timed(), outputs.claimed(out, overwrite=overwrite), hardware.device(device)
+    elapsed, out = pipeline.timed(), outputs.claimed(out, overwrite=overwrite)
+    device = hardware.device(arguments.device("device", device))
     tuning = tuning or Tuning()
     need_peft()
     text = texts.load_text(data)
     source = locate(model)
-    outputs.spare(out, source.origin, source.folder, data)
+    outputs.spare(out, source.origin, source.folder, *([data] if isinstance(data, str) else []))
     most = source.context
     if tuning.length > most and tuning.length != Tuning.length:
         raise PlanError(f"--length {tuning.length} is beyond the model's context of {most} tokens")
@@ -117,19 +120,20 @@ def _most_bytes(model: Any, tuning: Tuning) -> int:
 _CALMER = "Try a lower --learning-rate."
 
 
+@checked
 def merge(
     model: str | Path,
     adapter: str | Path,
     out: str | Path,
     *,
     base: str | Path | None = None,
-    plan: str | Plan | None = None,
-    calibration: api.Calibration | None = None,
-    text: str | None = None,
+    plan: Plans | None = None,
+    calibration: api.Calibration | Texts | None = None,
+    text: Texts | None = None,
     length: int | None = None,
     samples: int | None = 8,
     overwrite: bool = False,
-    device: str | None = None,
+    device: Device = None,
     trust_remote_code: bool = False,
     progress: pipeline.Progress | None = None,
 ) -> Merged:
@@ -140,7 +144,7 @@ def merge(
     its adapter on `samples` windows of `length` tokens of a text. The merged model is held in memory unquantized.
     """
     elapsed, out = pipeline.timed(), outputs.claimed(out, overwrite=overwrite)
-    plan = find(plan) if isinstance(plan, str) else plan
+    plan = None if plan is None else arguments.plan("plan", plan)
     if plan is not None and format_of(plan).suffix:
         raise PlanError(
             f"merge makes a folder, plan {plan.name} one {format_of(plan).suffix} file",
@@ -170,7 +174,7 @@ def merge(
                 plain,
                 out,
                 plan=plan,
-                calibration=calibration or api.Calibration(),
+                calibration=calibration,
                 overwrite=overwrite,
                 device=device,
                 trust_remote_code=trust_remote_code,

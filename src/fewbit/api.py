@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from fewbit import arguments, folder_output, gguf_output, heap, outputs, pipeline, ranks, registry, report
 from fewbit import calibration as texts
-from fewbit import folder_output, gguf_output, heap, outputs, pipeline, ranks, registry, report
 from fewbit import plan as plans
 from fewbit.advise import hardware
+from fewbit.arguments import Device, DType, Plans, Texts, checked
 from fewbit.cache import cache_folder
 from fewbit.errors import FewbitError, FormatError, KernelError, OutputError, PlanError
 from fewbit.formats import imatrix as importances
@@ -36,15 +37,16 @@ _KEPT = "The quantized blocks are kept in the cache: the same command goes on fr
 _NOT_KEPT = ("out", "plan", "peak", "gpu_peak", "anonymous", "sample")  # of a result, in the record beside it
 
 
+@checked
 def quantize(
     model: str | Path,
     out: str | Path,
     *,
-    plan: str | plans.Plan = "gptq-4bit",
-    calibration: Calibration = Calibration(),
+    plan: Plans = "gptq-4bit",
+    calibration: Calibration | Texts | None = None,
     imatrix: str | Path | None = None,
     overwrite: bool = False,
-    device: str | None = None,
+    device: Device = None,
     safetensors_only: bool = False,
     trust_remote_code: bool = False,
     progress: pipeline.Progress | None = None,
@@ -57,8 +59,8 @@ def quantize(
     FormatError for a broken checkpoint, NumericsError (naming the tensor) for NaN or Inf in it.
     """
     elapsed = pipeline.timed()
-    wanted = plans.find(plan) if isinstance(plan, str) else plan
-    with ranks.joined(device) as device, ExitStack() as leaving:
+    wanted, calibration = arguments.plan("plan", plan), arguments.calibrated(calibration)
+    with ranks.joined(arguments.device("device", device)) as device, ExitStack() as leaving:
         out, file = outputs.named(out), is_file(out, wanted)
         if ranks.first():
             outputs.claimed(out, overwrite=overwrite, file=file)
@@ -134,35 +136,37 @@ def quantize(
         return ranks.from_first(published)
 
 
+@checked
 def preview(
     model: str | Path,
     *,
-    plan: str | plans.Plan = "gptq-4bit",
+    plan: Plans = "gptq-4bit",
     imatrix: str | Path | None = None,
     safetensors_only: bool = False,
     trust_remote_code: bool = False,
 ) -> Preview:
     """What `quantize` would do to each tensor, with exact output bytes, without doing it (`--dry-run`)."""
-    wanted = plans.find(plan) if isinstance(plan, str) else plan
+    wanted = arguments.plan("plan", plan)
     return Job.prepare(model, wanted, "cpu", safetensors_only, trust_remote_code, imatrix).preview()
 
 
+@checked
 def imatrix(
     model: str | Path,
     out: str | Path,
     *,
-    calibration: Calibration = Calibration(),
+    calibration: Calibration | Texts | None = None,
     overwrite: bool = False,
-    device: str | None = None,
+    device: Device = None,
     safetensors_only: bool = False,
     trust_remote_code: bool = False,
     progress: pipeline.Progress | None = None,
 ) -> Measured:
     """Write the importance matrix of `model` on a calibration text to `out`, a .gguf or .dat file as of llama.cpp."""
-    elapsed, out = pipeline.timed(), outputs.named(out)
+    elapsed, out, calibration = pipeline.timed(), outputs.named(out), arguments.calibrated(calibration)
     if reason := importances.why_not(out):
         raise PlanError(reason, "Give another -o.")
-    with ranks.joined(device) as device:
+    with ranks.joined(arguments.device("device", device)) as device:
         if ranks.first():
             outputs.claimed(out, overwrite=overwrite, file=True)
         source = unquantized(model, safetensors_only)
@@ -194,11 +198,12 @@ def _files(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
+@checked
 def load(
     model: str | Path,
     *,
-    dtype: torch.dtype | str = "auto",
-    device: str | None = None,
+    dtype: DType = "auto",
+    device: Device = None,
     kernel: str | None = None,
     adapter: str | Path | None = None,
     fuse: int | None = None,
@@ -214,10 +219,11 @@ def load(
     `compile`: on a GPU, let PyTorch compile what is run for a token, at the first token of a size of batch: many
     seconds, for a step that is shorter; PlanError without `fuse`, and without a GPU.
     """
+    where = arguments.device("device", device)
     return load_model(
         locate(model),
-        dtype=dtype,
-        device=device,
+        dtype=arguments.dtype("dtype", dtype),
+        device=where if where in (None, "auto") else hardware.device(where),
         kernel=kernel,
         adapter=adapter,
         fuse=fuse,
@@ -226,17 +232,18 @@ def load(
     )
 
 
+@checked
 def evaluate(
     model: str | Path,
     *,
     reference: str | Path | None = None,
     adapter: str | Path | None = None,
     reference_adapter: str | Path | None = None,
-    text: str | None = None,
+    text: Texts | None = None,
     length: int | None = None,
     samples: int | None = None,
-    device: str | None = None,
-    dtype: torch.dtype | None = None,
+    device: Device = None,
+    dtype: DType = None,
     kernel: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -249,7 +256,7 @@ def evaluate(
     dtype of activations: float32 on a CPU, the checkpoint's own on a GPU by default. kernel: for `model`, as in `load`.
     """
     elapsed = pipeline.timed()
-    with ranks.joined(device) as device:
+    with ranks.joined(arguments.device("device", device)) as device:
         device = hardware.device(device)
         source, original = locate(model), locate(reference) if reference is not None else None
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
@@ -286,11 +293,13 @@ def evaluate(
         )
 
 
+@checked
 def inspect(model: str | Path) -> Inspection:
     """What is in a model's files, from their headers alone."""
     return describe(locate(model))
 
 
+@checked
 def generate(
     model: str | Path,
     prompt: str,
@@ -300,7 +309,7 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     adapter: str | Path | None = None,
-    device: str | None = None,
+    device: Device = None,
     kernel: str | None = None,
     fuse: int | None = None,
     compile: bool = False,
@@ -316,7 +325,7 @@ def generate(
         raise PlanError(f"--max-new-tokens {max_new_tokens}: at least one token must come")
     if not 0 <= temperature < float("inf"):
         raise PlanError(f"--temperature {temperature}: give 0 for the likeliest tokens, about 0.7 for some variety")
-    device, source = hardware.device(device), locate(model)
+    device, source = hardware.device(arguments.device("device", device)), locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     ids = prompt_ids(tokenizer, prompt, chat=chat)
     if fuse is not None and ids.shape[1] + max_new_tokens > fuse:

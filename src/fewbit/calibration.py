@@ -14,7 +14,7 @@ import platform
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -72,17 +72,20 @@ class Tokenizer(Protocol):
     ) -> Any: ...
 
 
-def load_text(source: str = "pydoc", part: Part = "calibration") -> Text:
+def load_text(source: str | os.PathLike[str] | Sequence[str] = "pydoc", part: Part = "calibration") -> Text:
     """The text that `source` names, never empty.
 
     `source` is "pydoc" (the reference manual that comes with Python), "tiny" (what was kept from the training of the
     embedded model), "wikitext2" or "c4" (through the optional package `datasets`), or the path of a .txt file (one
     document) or a .jsonl file (a document a line: a string, or an object with "messages", "conversations", "text", or
-    "prompt" and "completion"). The two parts of a named source have no text in common; a file is the same for both.
+    "prompt" and "completion"), or a list of texts, each a document. The two parts of a named source have no text in
+    common; a file or a list is the same for both.
     PlanError if there is no such text here or it is empty; FormatError, with file and line, if the file cannot be read
     as what it is.
     """
-    if source == "pydoc":
+    if not isinstance(source, (str, os.PathLike)):
+        text = Text(f"a list of {len(source)} texts", tuple(source))
+    elif source == "pydoc":
         text = Text(f"pydoc {part} (Python {platform.python_version()})", _pydoc(part))
     elif source == "tiny":
         text = Text(f"tiny {part}", _from_file(EMBEDDED / f"tiny-{part}.txt"))
@@ -91,7 +94,7 @@ def load_text(source: str = "pydoc", part: Part = "calibration") -> Text:
     elif (path := Path(source).expanduser()).is_file():
         text = Text(str(path), _from_file(path))
     else:
-        error = unknown("text", source, SOURCES)
+        error = unknown("text", str(source), SOURCES)
         raise PlanError(f"{error.message}, and no file was found at that path", error.hint)
     if not any(document.strip() if isinstance(document, str) else document for document in text.documents):
         raise PlanError(f"the text {text.name} is empty", _HERE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fewbit import arguments
 from fewbit import plan as plans
 from fewbit.advise import estimate as estimates
 from fewbit.advise import hardware, memory, precision, speeds
@@ -13,16 +14,17 @@ from fewbit.advise.estimate import Estimate
 from fewbit.advise.precision import Precision
 from fewbit.advise.recommend import Recommendation
 from fewbit.advise.table import MethodRow
+from fewbit.arguments import Calibration, Plans, checked
 from fewbit.comparison import Comparison
 from fewbit.errors import PlanError
-from fewbit.job import Calibration
 from fewbit.models.source import outlined
 
 
+@checked
 def estimate(
     model: str | Path,
     *,
-    plan: str | plans.Plan | None = None,
+    plan: Plans | None = None,
     context: int | None = None,
     batch: int = 1,
     cache: str = "bf16",
@@ -38,7 +40,7 @@ def estimate(
     PlanError or FormatError where the config describes no causal LM.
     """
     source = outlined(model)
-    wanted = list(plans.PRESETS.values()) if plan is None else [plans.find(plan) if isinstance(plan, str) else plan]
+    wanted = list(plans.PRESETS.values()) if plan is None else [arguments.plan("plan", plan)]
     use = memory.Use(
         context=min(4096, source.context) if context is None else context,
         batch=batch,
@@ -54,6 +56,7 @@ def estimate_size(size: str) -> Precision | None:
     return None if count is None else precision.table(size, count)
 
 
+@checked
 def recommend(
     model: str | Path,
     purpose: str,

@@ -13,7 +13,7 @@ import typer
 
 from fewbit import cli_advice
 from fewbit.cli_compare import compare
-from fewbit.errors import FewbitError, PeerError, PlanError
+from fewbit.errors import ArgumentError, FewbitError, PeerError, PlanError
 
 app = typer.Typer(
     name="fewbit",
@@ -451,7 +451,8 @@ def main() -> None:
         if debug:
             raise
         if not (isinstance(error, PeerError) and error.told):
-            sys.stderr.write(f"error: {error.message}\n" + (f"  {error.hint}\n" if error.hint else ""))
+            message = error.as_flag if isinstance(error, ArgumentError) else error.message
+            sys.stderr.write(f"error: {message}\n" + (f"  {error.hint}\n" if error.hint else ""))
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(141)

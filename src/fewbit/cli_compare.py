@@ -34,7 +34,11 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: report.json.")] = False,
 ) -> None:
     """Quantize MODEL by several plans, measure size, memory, speed and loss of each, and show them side by side."""
-    from fewbit import comparing, report_compare
+    from fewbit import arguments, comparing, report_compare
+
+    # Under their own names: `samples` and `length` are others here.
+    arguments.whole(1)("calibration_samples", calibration_samples)
+    arguments.whole(1)("calibration_length", calibration_length)
 
     with report_compare.progress() as tell:
         done = comparing.compare(

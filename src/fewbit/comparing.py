@@ -22,10 +22,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fewbit import arguments, html, locks, outputs, pipeline, report
 from fewbit import calibration as texts
-from fewbit import html, locks, outputs, pipeline, report
 from fewbit import plan as plans
 from fewbit.advise import hardware, speeds
+from fewbit.arguments import Device, Texts, checked
 from fewbit.cache import cache_folder
 from fewbit.comparison import FILE, ORIGINAL, SCHEMA_VERSION, Comparison, Event, Machine, Row, TextUsed, parsed, plain
 from fewbit.errors import FormatError, PlanError
@@ -49,17 +50,18 @@ _STORY = "Once upon a time"  # what tiny was taught to continue
 Told = Callable[[Event], None]
 
 
+@checked
 def compare(
     model: str | Path = "tiny",
     *,
-    plans: Sequence[str] = PLANS,
+    plans: str | Sequence[str | Path] = PLANS,
     out: str | Path | None = None,
-    calibration: Calibration = CALIBRATION,
-    text: str | None = None,
+    calibration: Calibration | Texts = CALIBRATION,
+    text: Texts | None = None,
     samples: int = SAMPLES,
     length: int = LENGTH,
     prompt: str | None = None,
-    device: str | None = None,
+    device: Device = None,
     trust_remote_code: bool = False,
     again: bool = False,
     progress: Told | None = None,
@@ -71,8 +73,9 @@ def compare(
     any work for what no plan can have; a plan that fails is a row that says why. What was measured before is reused;
     again: it is measured anew, and only quantized models are reused.
     """
-    elapsed, device = pipeline.timed(), hardware.device(device)
-    wanted = _found(plans)
+    elapsed, device = pipeline.timed(), hardware.device(arguments.device("device", device))
+    calibration = arguments.calibrated(calibration, CALIBRATION)
+    wanted = _found(arguments.plans("plans", plans))
     folder = None if out is None else claimed(outputs.writable(out))
     source = unquantized(model, False)
     asked = _asked(source, wanted, calibration, text, samples, length, trust_remote_code)
@@ -256,7 +259,7 @@ def _asked(
     source: Source,
     wanted: Mapping[str, plans.Plan | None],
     calibration: Calibration,
-    text: str | None,
+    text: Texts | None,
     samples: int,
     length: int,
     trust_remote_code: bool,

@@ -30,6 +30,18 @@ class PlanError(FewbitError):
     exit_code = 2
 
 
+class ArgumentError(PlanError):
+    """An argument has a value that it cannot have; `as_flag` says so to who wrote it on the command line."""
+
+    def __init__(self, argument: str, shown: str, wanted: str) -> None:
+        super().__init__(f"{argument}={shown}: give {wanted}")
+        flag = _FLAGS.get(argument) or "--" + argument.replace("_", "-")
+        self.as_flag = f"{flag} {shown}: give {wanted}"
+
+
+_FLAGS = {"model": "MODEL", "prompt": "PROMPT", "out": "--output", "purpose": "--for"}
+
+
 class FormatError(FewbitError):
     """A file or folder is not what it claims to be: truncated, contradictory, missing a part."""
 

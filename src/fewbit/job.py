@@ -14,6 +14,7 @@ from fewbit import calibration as texts
 from fewbit import gguf_output, pipeline
 from fewbit import plan as plans
 from fewbit.advise import hardware, sizes
+from fewbit.arguments import Calibration as Calibration
 from fewbit.errors import PlanError
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.safetensors import other_weights, side_files
@@ -27,19 +28,6 @@ _IN_GGUF = re.compile(
     r"(config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|.*\.model|.*\.jinja"
     r"|LICENSE.*|generation_config\.json"
 )
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """`samples` windows of `length` tokens (at most the model's context), drawn by `seed` from a text.
-
-    text: a name or a file; None: tiny's own for the embedded model, pydoc for all others.
-    """
-
-    text: str | None = None
-    samples: int = 128
-    length: int = 512
-    seed: int = 0
 
 
 @dataclass

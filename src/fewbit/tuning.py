@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil, isfinite
+from math import ceil
+from typing import Any
 
+from fewbit import arguments
 from fewbit.errors import PlanError
 
 
@@ -32,11 +35,18 @@ class Tuning:
     checkpointing: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("rank", "batch", "accumulate", "steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise PlanError(f"{_flag(name)} {value}: it must be at least 1")
+        checks: dict[str, Callable[[str, Any], Any]] = {
+            **dict.fromkeys(("rank", "batch", "accumulate", "steps", "length"), arguments.whole(1)),
+            **dict.fromkeys(("alpha", "dropout", "learning_rate", "epochs", "held_out"), arguments.number),
+            "seed": arguments.whole(0, arguments.LAST_SEED),
+            "checkpointing": arguments.flag,
+            "targets": _names,
+        }
+        for name, check in checks.items():
+            if (value := getattr(self, name)) is not None or name not in ("alpha", "steps"):
+                object.__setattr__(self, name, check(name, value))
         for name in ("alpha", "learning_rate", "epochs"):
-            if (value := getattr(self, name)) is not None and not (isfinite(value) and value > 0):
+            if (value := getattr(self, name)) is not None and value <= 0:
                 raise PlanError(f"{_flag(name)} {value}: it must be above 0")
         for name in ("dropout", "held_out"):
             if not 0 <= (value := getattr(self, name)) < 1:
@@ -52,6 +62,12 @@ class Tuning:
     def steps_for(self, examples: int) -> int:
         """Optimizer steps that so many examples take."""
         return self.steps or max(1, ceil(self.epochs * ceil(ceil(examples / self.batch) / self.accumulate)))
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
+        raise arguments.wrong(name, value, "a list of the ends of linears' names")
+    return tuple(value)
 
 
 def _flag(name: str) -> str:

@@ -584,7 +584,7 @@ def test_an_output_that_cannot_be_made(verb: str, where: str, sound: Path, tmp_p
     flags = {"finetune": ("--data", "none.txt"), "quantize": ("--plan", "q4_0")}.get(verb, ())
     flags = () if verb == "quantize" and not where.endswith(".gguf") else flags
     answer = fewbit(verb, sound, "-o", out, *flags)
-    check(answer, 2, "empty name" if not where else out)
+    check(answer, 2, "give a name or a path" if not where else out)
     assert "none.txt" not in answer.err
     assert sorted(tmp_path.iterdir()) == before
 
@@ -920,3 +920,38 @@ def test_a_generation_that_cannot_be(
     arguments: tuple[str, ...], words: tuple[str, ...], sound: Path, fewbit: Fewbit
 ) -> None:
     check(fewbit("generate", sound, *arguments), 2, *words)
+
+
+# --- What verbs of Python and the command share ---
+
+
+@pytest.mark.parametrize("kernel", ["nope", "reference"])
+def test_a_kernel_needs_packed_weights(kernel: str, sound: Path, fewbit: Fewbit) -> None:
+    """A name that no kernel has, and one that has nothing to multiply by: neither is passed over in silence."""
+    words = ("unknown kernel 'nope'", "cpu") if kernel == "nope" else ("no packed weights", "--kernel")
+    for command in (("generate", sound, "a"), ("evaluate", sound)):
+        check(fewbit(*command, "--kernel", kernel), 2, *words)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70])
+def test_a_seed_beyond_the_generators(seed: int, sound: Path, place: Path, refused: Refused, fewbit: Fewbit) -> None:
+    refused(2, (f"--seed {seed}: ", "4294967295"), sound, "--seed", seed)
+    check(fewbit("generate", sound, "a", "--seed", seed), 2, f"--seed {seed}: ")
+    check(fewbit("finetune", sound, "--data", "pydoc", "-o", place, "--seed", seed), 2, f"--seed {seed}: ")
+
+
+def test_sizes_of_a_comparison_go_by_their_flags(sound: Path, fewbit: Fewbit) -> None:
+    check(fewbit("compare", sound, "--calibration-samples", 0), 2, "--calibration-samples 0: ")
+    check(fewbit("compare", sound, "--samples", 0), 2, "--samples 0: ")
+
+
+def test_texts_and_paths_to_calibrate_on(sound: Path, text: Path, tmp_path: Path) -> None:
+    """A list of texts, a file and its name give the same tokens where the text is the same."""
+    digests = []
+    every: tuple[Path | str | list[str], ...] = (text, str(text), [text.read_text()])
+    for number, given in enumerate(every):
+        out = tmp_path / str(number)
+        wanted = api.Calibration(given, samples=4, length=32)
+        api.quantize(sound, out, plan="gptq-4bit", calibration=wanted, device=torch.device("cpu"))
+        digests.append(json.loads((out / "fewbit.json").read_text())["calibration"]["digest"])
+    assert len(set(digests)) == 1

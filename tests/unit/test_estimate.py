@@ -126,7 +126,7 @@ def test_cards_are_sorted_and_sourced() -> None:
     ("options", "says"),
     [
         ({"context": 513}, "beyond the model's context"),
-        ({"batch": 0}, "at least one text"),
+        ({"batch": 0}, "batch=0"),
         ({"plan": "q4"}, "unknown"),
     ],
 )

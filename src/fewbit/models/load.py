@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as hf_logging
 
+from fewbit import registry
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
 from fewbit.formats.base import by_quant_method
 from fewbit.models import decode, plugin
@@ -43,6 +44,13 @@ def load_model(
     """
     if adapter is not None:
         need_peft()
+    if kernel is not None:
+        registry.get("kernels", kernel)
+        if source.quantization is None or by_quant_method(source.quantization["quant_method"]) is None:
+            raise PlanError(
+                f"{source.name} has no packed weights that fewbit reads, and a kernel multiplies by nothing else",
+                "Leave --kernel out.",
+            )
     if compile:
         check_compile(device, fuse)
     if fuse is not None:

@@ -1,0 +1,146 @@
+"""What the Python verbs take, and one sentence for what they do not, before any work."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+import fewbit
+from fewbit import arguments
+from fewbit.arguments import Calibration
+from fewbit.errors import PlanError
+from fewbit.plan import PRESETS
+from fewbit.tuning import Tuning
+
+VERBS = tuple(name for name in fewbit.__all__ if name[0].islower() and name != "prefer")
+GIVEN: dict[str, Any] = {
+    "model": "tiny",
+    "out": "out",
+    "prompt": "a",
+    "data": "pydoc",
+    "adapter": "a",
+    "purpose": "edge",
+}
+NUMBERS = ("samples", "length", "context", "batch", "fuse", "max_new_tokens", "seed", "temperature", "max_kl")
+
+
+def parameters(verb: str) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(getattr(fewbit, verb)).parameters)
+
+
+def call(verb: str, **more: Any) -> Any:
+    needed = {n: GIVEN[n] for n, p in parameters(verb).items() if p.default is inspect.Parameter.empty}
+    return getattr(fewbit, verb)(**{**needed, **more})
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_wrong_type_is_named_by_every_verb(verb: str, place: Path) -> None:
+    for name in parameters(verb):
+        with pytest.raises(PlanError) as error:
+            call(verb, **{name: object()})
+        assert str(error.value).startswith(f"{name}=")
+        assert "\n" not in str(error.value)
+    assert not list(place.iterdir())
+
+
+@pytest.mark.parametrize("value", [-1, 2**70, float("nan"), float("inf"), "7", True, 1.5j, [1]], ids=str)
+def test_a_wrong_number_is_named_by_every_verb(value: object) -> None:
+    for verb in VERBS:
+        for name in set(NUMBERS) & parameters(verb).keys():
+            if name in ("temperature", "max_kl") and value in (-1, 2**70):
+                continue  # numbers too; which make sense, the verb says
+            with pytest.raises(PlanError, match=f"^{name}="):
+                call(verb, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["samples", "length", "seed"])
+@pytest.mark.parametrize("value", [-1, 2**70, "7", None, 0.5])
+def test_a_calibration_checks_its_numbers(name: str, value: Any) -> None:
+    with pytest.raises(PlanError, match=f"^{name}="):
+        Calibration(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rank", "8"), ("steps", 1.5), ("seed", 2**70), ("alpha", float("nan")), ("dropout", "0"), ("targets", "q_proj")],
+)
+def test_a_tuning_checks_its_types(name: str, value: Any) -> None:
+    with pytest.raises(PlanError, match=f"^{name}="):
+        Tuning(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("check", "value", "wanted"),
+    [
+        (arguments.device, torch.device("cpu"), "cpu"),
+        (arguments.device, torch.device("cuda", 1), "cuda:1"),
+        (arguments.device, 1, "cuda:1"),
+        (arguments.dtype, "float16", torch.float16),
+        (arguments.dtype, "torch.bfloat16", torch.bfloat16),
+        (arguments.dtype, torch.float32, torch.float32),
+        (arguments.dtype, "bf16", torch.bfloat16),
+        (arguments.dtype, "auto", "auto"),
+        (arguments.place, Path("a"), Path("a")),
+        (arguments.texts, Path("a.txt"), "a.txt"),
+        (arguments.texts, ["a", "b"], ("a", "b")),
+        (arguments.whole(1), numpy.int64(3), 3),
+        (arguments.number, numpy.float32(0.5), 0.5),
+        (arguments.plan, "nf4", PRESETS["nf4"]),
+        (arguments.plan, PRESETS["nf4"], PRESETS["nf4"]),
+        (arguments.plan, PRESETS["nf4"].to_json(), PRESETS["nf4"]),
+        (arguments.plans, "nf4, int8", ("nf4", "int8")),
+        (arguments.plans, ["nf4", Path("a.json")], ("nf4", "a.json")),
+    ],
+)
+def test_what_other_libraries_take(check: Callable[[str, Any], Any], value: object, wanted: object) -> None:
+    assert check("it", value) == wanted
+
+
+@pytest.mark.parametrize("value", ["int8", "float8", torch.int8, 16, "torch"])
+def test_no_other_type_of_numbers(value: object) -> None:
+    with pytest.raises(PlanError, match=r"^dtype=.*float16"):
+        arguments.dtype("dtype", value)
+
+
+@pytest.mark.parametrize("value", ["", "a\0b", b"a", 3])
+def test_no_other_paths(value: object) -> None:
+    with pytest.raises(PlanError, match=r"^out="):
+        arguments.place("out", value)
+
+
+@pytest.mark.parametrize("value", [[], ["", " "], ["a", 1], b"a", {"a": 1}, 7])
+def test_no_other_texts(value: object) -> None:
+    with pytest.raises(PlanError, match=r"^text="):
+        Calibration(value)  # type: ignore[arg-type]
+
+
+def test_a_long_value_is_shown_in_short() -> None:
+    with pytest.raises(PlanError) as error:
+        arguments.whole(1)("samples", "7" * 10000)
+    assert len(str(error.value)) < 200
+
+
+def test_an_argument_without_a_check_is_an_error() -> None:
+    def verb(model: str, novelty: int) -> None: ...
+
+    with pytest.raises(RuntimeError, match=r"verb: .*novelty"):
+        arguments.checked(verb)
+
+
+def test_a_text_alone_keeps_the_verbs_own_sizes() -> None:
+    usual = Calibration(samples=3, length=4)
+    assert arguments.calibrated("pydoc", usual) == Calibration("pydoc", 3, 4)
+    assert arguments.calibrated(None) == Calibration()
+    assert arguments.calibrated(usual) is usual
