@@ -17,6 +17,7 @@ import fewbit as fb
 from fewbit import api
 from fewbit.errors import PlanError
 from fewbit.fused import Slice, packed_linears
+from fewbit.measure import speed
 from fewbit.models import decode, plugin
 from fewbit.models.fuse import fuse, shared_inputs
 from fewbit.plan import find
@@ -88,6 +89,11 @@ def test_a_static_cache_as_for_a_gpu_gives_the_same_text(family: str, ids: Tenso
     own = {decode.CACHE: cache}
     got = model.generate(ids, attention_mask=mask, max_new_tokens=24, eos_token_id=None, **own)
     assert got.tolist() == expected
+
+
+def test_measuring_the_speed_brings_no_warning(llama: Path, ids: Tensor) -> None:
+    model = fb.load(llama, dtype=torch.float32)  # a warning is an error in these tests
+    assert min(speed.decode(model, ids[:1], new_tokens=2)) > 0
 
 
 @pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])

@@ -113,6 +113,17 @@ def test_runs_that_never_agree_end_at_a_bound(monkeypatch: pytest.MonkeyPatch) -
     assert Timing.of(slow).noisy
 
 
+def test_decode_hands_on_the_cache_by_its_newer_name() -> None:
+    class Newer(Counting):
+        def forward(self, input_ids: Tensor, cache: Any = None, use_cache: bool = False) -> Any:
+            said = super().forward(input_ids, cache, use_cache)
+            return SimpleNamespace(logits=said.logits, cache=said.past_key_values)
+
+    model = Newer()
+    speed.decode(model, torch.tensor([[0, 1, 2]]), new_tokens=2)
+    assert model.asked[2:5] == [([0, 1, 2], None), ([3], 3), ([4], 4)]
+
+
 def test_recorded_logits_are_as_good_as_the_model_they_are_of() -> None:
     class Noisy(Counting):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
