@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fewbit import api, arguments, heap, locks, outputs, pipeline, report
+from fewbit import ambient, api, arguments, heap, locks, outputs, pipeline, report
 from fewbit import calibration as texts
 from fewbit.advise import hardware
 from fewbit.arguments import Device, DType, Plans, Texts, checked
@@ -29,6 +29,7 @@ from fewbit.tuning import Tuning
 
 
 @checked
+@ambient.defaults()
 def finetune(
     model: str | Path,
     out: str | Path,
@@ -121,6 +122,7 @@ _CALMER = "Try a lower --learning-rate."
 
 
 @checked
+@ambient.defaults()
 def merge(
     model: str | Path,
     adapter: str | Path,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fewbit import arguments, folder_output, gguf_output, heap, outputs, pipeline, ranks, registry, report
+from fewbit import ambient, arguments, folder_output, gguf_output, heap, outputs, pipeline, ranks, registry, report
 from fewbit import calibration as texts
 from fewbit import plan as plans
 from fewbit.advise import hardware
@@ -38,6 +38,7 @@ _NOT_KEPT = ("out", "plan", "peak", "gpu_peak", "anonymous", "sample")  # of a r
 
 
 @checked
+@ambient.defaults()
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -151,6 +152,7 @@ def preview(
 
 
 @checked
+@ambient.defaults()
 def imatrix(
     model: str | Path,
     out: str | Path,
@@ -199,6 +201,7 @@ def _files(folder: Path) -> list[str]:
 
 
 @checked
+@ambient.defaults()
 def load(
     model: str | Path,
     *,
@@ -233,6 +236,7 @@ def load(
 
 
 @checked
+@ambient.defaults()
 def evaluate(
     model: str | Path,
     *,
@@ -300,6 +304,7 @@ def inspect(model: str | Path) -> Inspection:
 
 
 @checked
+@ambient.defaults()
 def generate(
     model: str | Path,
     prompt: str,
@@ -376,7 +381,7 @@ def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool
         describe(source)
         model = load_model(source, device=device, trust_remote_code=trust_remote_code)
         ids = tokenizer(report.FIRST_WORDS, return_tensors="pt")["input_ids"]
-        ids = ids if ids.numel() else torch.zeros(1, 1, dtype=torch.long)
+        ids = ids if ids.numel() else torch.zeros(1, 1, dtype=torch.long, device="cpu")
         with torch.inference_mode():
             if not torch.isfinite(model(input_ids=ids.to(model.device)).logits).all():
                 raise FormatError("the quantized model's logits are not finite")

@@ -121,7 +121,7 @@ def encode(text: Text, tokenizer: Tokenizer) -> Tensor:
         else:
             pieces += [render(chat, text.name, tokenizer) for chat in run if not isinstance(chat, str)]
     ids = [token for piece in token_ids(tokenizer, pieces) for token in piece]
-    return torch.tensor(begun(ids, tokenizer), dtype=torch.int64)
+    return torch.tensor(begun(ids, tokenizer), dtype=torch.int64, device="cpu")
 
 
 def begun(ids: list[int], tokenizer: Tokenizer) -> list[int]:
@@ -137,7 +137,7 @@ def sample(tokens: Tensor, samples: int, length: int, seed: int) -> Tensor:
     PlanError if there is not one whole window.
     """
     every = windows(tokens, length)
-    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu")
     return every[order[: _positive("samples", samples)]]
 
 

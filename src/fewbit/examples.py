@@ -61,7 +61,9 @@ def split(every: list[Example], share: float, seed: int) -> tuple[list[Example],
     """Examples to train on and those held out, drawn by `seed`; at least one of each unless the share is 0."""
     if share and len(every) < 2:
         raise PlanError("one example cannot be both trained on and held out", "Give more data, or --held-out 0.")
-    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(
+        len(every), generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu"
+    ).tolist()
     count = min(max(1, round(share * len(every))), len(every) - 1) if share else 0
     return [every[i] for i in sorted(order[count:])], [every[i] for i in sorted(order[:count])]
 

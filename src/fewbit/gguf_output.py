@@ -115,7 +115,7 @@ def importance(path: Path, skeleton: Skeleton, resolved: Resolved) -> tuple[dict
         name = f"{names[module]}.weight"
         if name not in matrix:
             missing.append(name)
-            found[module] = Stats.known(torch.ones(a.shape[1], device=skeleton.device), 1)
+            found[module] = Stats.known(torch.ones(a.shape[1], device=skeleton.device, dtype=torch.float32), 1)
             continue
         mean_square, rows = matrix[name]
         if len(mean_square) != a.shape[1]:

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fewbit import registry
+from fewbit import ambient, registry
 from fewbit.errors import KernelError
 from fewbit.kernels.base import Kernel
 from fewbit.packed import Codes, Values, refuse
@@ -93,7 +93,7 @@ class _Placeholder(nn.Module):
         if "weight" in specs:
             return self
         # Models' own initializers touch a linear's `weight`; this one is marked as initialized and holds nothing.
-        nothing = torch.empty(0)
+        nothing = torch.empty(0, dtype=torch.float32, device="cpu")
         nothing._is_hf_initialized = True  # type: ignore[attr-defined]
         self.register_buffer("weight", nothing, persistent=False)
         return self
@@ -160,8 +160,12 @@ class QLinear(_Placeholder, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.kernel is not None, f"{self.module} was never given a weight"
-        if torch.is_autocast_enabled(x.device.type) and x.dtype in TOLERANCE:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.dtype in TOLERANCE:
+            # Its part is the dtype of x and y. Inside a kernel it would round the decoded weight too.
+            x = x.to(torch.get_autocast_dtype(kind))
+            with torch.autocast(kind, enabled=False):
+                return self(x)  # type: ignore[no-any-return]
         if self.compute is not None and x.dtype != self.compute and x.dtype in TOLERANCE:
             y: Tensor = self(x.to(self.compute))
             return y.to(x.dtype)
@@ -251,7 +255,7 @@ class QEmbedding(_Placeholder):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Casts change what rows come out as, and not the codes."""
         if self.codec is not None:
-            self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+            self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -277,7 +281,8 @@ class _Multiply(torch.autograd.Function):
         work = torch.float32 if grad.device.type == "cpu" else grad.dtype
         out = torch.zeros(grad.shape[0], weight.shape[1], dtype=torch.float32, device=grad.device)
         for rows in chunk_rows(*weight.shape):
-            out += grad[:, rows].to(work) @ weight.codec.dequantize(weight.parts, weight.shape, work, rows)
+            with torch.autocast(grad.device.type, enabled=False):  # of a backward that is called within one
+                out += grad[:, rows].to(work) @ weight.codec.dequantize(weight.parts, weight.shape, work, rows)
         if weight.permutation is not None:
             out = torch.empty_like(out).index_copy_(1, weight.permutation, out)
         return out.to(grad.dtype), None
@@ -314,6 +319,7 @@ def choose(weight: QTensor, device: torch.device, dtype: torch.dtype, name: str 
     raise KernelError(f"no kernel for {weight.codec} of shape {list(weight.shape)}", "; ".join(reasons))
 
 
+@ambient.defaults()
 def _disagreement(
     kernel: Kernel, reference: Kernel, weight: QTensor, device: torch.device, dtype: torch.dtype
 ) -> str | None:
@@ -327,7 +333,11 @@ def _disagreement(
     if key not in _verdicts:
         # Not centred: an error in the zero points cancels in sums over a centred input.
         rows, gen = max(kernel.checked), torch.Generator().manual_seed(0)
-        x = torch.randn(rows, weight.shape[1], generator=gen).add_(0.5).to(device, dtype)
+        x = (
+            torch.randn(rows, weight.shape[1], generator=gen, dtype=torch.float32, device="cpu")
+            .add_(0.5)
+            .to(device, dtype)
+        )
         read = kernel.rounded(x, weight.codec)
         exact = reference.linear(
             read, weight.codec, reference.prepare(weight.codec, weight.parts, weight.shape), weight.shape

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit import ambient, folder_output, pipeline, report
 from fewbit import calibration as texts
-from fewbit import folder_output, pipeline, report
 from fewbit.advise import hardware
 from fewbit.errors import FewbitError, PlanError
 from fewbit.job import Calibration, Job
@@ -28,6 +28,7 @@ from fewbit.models.skeleton import Skeleton, load_tokenizer, tokenizer_at
 _NAMES = {"c4-new": "c4"}  # the two differ in what they evaluate on
 
 
+@ambient.defaults()
 def quantized(
     folder: Path, request: Request, out: Path, *, device: str | None, trust_remote_code: bool, verbose: bool
 ) -> Callable[[], None]:

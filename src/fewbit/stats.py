@@ -38,9 +38,9 @@ class Stats:
         self.rows = 0
         self._mass = 0.0
         self.dropped = 0
-        self._abs = torch.zeros(k, device=device) if need >= Need.MEAN_ABS else None
-        self._square = torch.zeros(k, device=device) if need == Need.MEAN_SQUARE else None
-        self._hessian = torch.zeros(k, k, device=device) if need == Need.HESSIAN else None
+        self._abs = torch.zeros(k, device=device, dtype=torch.float32) if need >= Need.MEAN_ABS else None
+        self._square = torch.zeros(k, device=device, dtype=torch.float32) if need == Need.MEAN_SQUARE else None
+        self._hessian = torch.zeros(k, k, device=device, dtype=torch.float32) if need == Need.HESSIAN else None
 
     @classmethod
     def known(cls, mean_square: Tensor, rows: int) -> Stats:
@@ -53,7 +53,11 @@ class Stats:
         """Count the rows of x [..., K], each as much as its `weight` [...] says (all alike without)."""
         narrow = x.dtype in (torch.bfloat16, torch.float16)
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        weight = torch.ones(len(x), device=x.device) if weight is None else weight.detach().reshape(-1).float()
+        weight = (
+            torch.ones(len(x), device=x.device, dtype=torch.float32)
+            if weight is None
+            else weight.detach().reshape(-1).float()
+        )
         finite = torch.isfinite(x.sum(1)) & torch.isfinite(weight)
         if not finite.all():
             self.dropped += int((~finite).sum())
@@ -78,7 +82,7 @@ class Stats:
         """These become the statistics of the rows of all ranks."""
         if ranks.size() == 1:
             return
-        counts = torch.tensor([self._mass, self.rows, self.dropped], dtype=torch.float64)
+        counts = torch.tensor([self._mass, self.rows, self.dropped], dtype=torch.float64, device="cpu")
         own = self._mass
         self._mass, rows, dropped = ranks.add_up(counts).tolist()
         self.rows, self.dropped = int(rows), int(dropped)

@@ -110,13 +110,14 @@ def _apart(grids: Grids, uniform: Uniform, order: Tensor, fused: Callable[[Tenso
     n, k, device = len(uniform.scale), len(order), order.device
     seeded = torch.Generator().manual_seed(0)
     unit = uniform.scale[:rows].abs().mean() * uniform.top / 4
-    noise = torch.randn(width, rows, generator=seeded).to(device) * unit
-    panel = torch.zeros(width, n, device=device)
+    noise = torch.randn(width, rows, generator=seeded, dtype=torch.float32, device="cpu").to(device) * unit
+    panel = torch.zeros(width, n, device=device, dtype=torch.float32)
     panel[:, :rows] = noise
-    mixed = torch.randn(width, width, generator=seeded).to(device) / width**0.5
-    factor = (mixed.triu(1) / 2 + torch.eye(width, device=device)).T.contiguous().T  # as `inverse_factor` lays it
-    inner = mixed @ mixed.T + torch.eye(width, device=device)
-    values = torch.zeros(k, n, device=device)
+    mixed = torch.randn(width, width, generator=seeded, dtype=torch.float32, device="cpu").to(device) / width**0.5
+    one = torch.eye(width, device=device, dtype=torch.float32)
+    factor = (mixed.triu(1) / 2 + one).T.contiguous().T  # as `inverse_factor` lays it
+    inner = mixed @ mixed.T + one
+    values = torch.zeros(k, n, device=device, dtype=torch.float32)
     found: list[Tensor] = []
     for make in (lambda codes: Sweep(grids, codes, order), fused):
         for descent in (False, True):

@@ -61,7 +61,7 @@ def measure(task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
     original = locate(task["model"])
     source = locate(task["made"]) if task["made"] is not None else original
     device, trust = task["device"], task["trust_remote_code"]
-    windows = torch.tensor(task["windows"])
+    windows = torch.tensor(task["windows"], dtype=torch.int64, device="cpu")
     tokenizer = load_tokenizer(original, trust_remote_code=trust)
     prompt = windows.flatten()[: task["prompt_tokens"]].unsqueeze(0)
     _read_through(source)

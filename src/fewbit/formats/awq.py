@@ -75,7 +75,7 @@ class AWQFormat(Format):
             raise FormatError("awq files have no act-order: this weight's columns lie in another order")
         groups, scale = scheme.groups(k), weight.parts["scale"]
         if scheme.symmetric:
-            zero = torch.full((n, groups), 2 ** (_BITS - 1), dtype=torch.uint8)
+            zero = torch.full((n, groups), 2 ** (_BITS - 1), dtype=torch.uint8, device="cpu")
         else:
             zero = bits.unpack(weight.parts["zero"], _BITS, groups)
         if _version(config) == "gemv":

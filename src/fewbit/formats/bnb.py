@@ -83,7 +83,7 @@ class BnbFormat(Format):
         if weight.permutation is not None:
             raise FormatError("bnb files hold columns in their own order only, not permuted ones")
         if isinstance(scheme, Int8):
-            kind = torch.zeros((), dtype=torch.uint8)
+            kind = torch.zeros((), dtype=torch.uint8, device="cpu")
             return {"weight": parts["codes"], "SCB": parts["scb"], "weight_format": kind}
         assert isinstance(scheme, FourBit)
         storage = getattr(torch, str(config.get("bnb_4bit_quant_storage") or "uint8"), None)
@@ -94,8 +94,8 @@ class BnbFormat(Format):
         return {
             "weight": parts["codes"].view(storage).unsqueeze(1),
             **{f"weight.{theirs}": parts[ours] for ours, theirs in _PARTS.items() if ours in parts},
-            "weight.quant_map": torch.tensor(LEVELS[scheme.kind], dtype=torch.float32) + 0.0,
-            _STATE + scheme.kind: torch.tensor(list(text), dtype=torch.uint8),
+            "weight.quant_map": torch.tensor(LEVELS[scheme.kind], dtype=torch.float32, device="cpu") + 0.0,
+            _STATE + scheme.kind: torch.tensor(list(text), dtype=torch.uint8, device="cpu"),
         }
 
     def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:
@@ -110,7 +110,8 @@ class BnbFormat(Format):
             return QTensor(scheme, shape, {"codes": tensors["weight"], "scb": tensors["SCB"]})
         assert isinstance(scheme, FourBit)
         quant_map = tensors["weight.quant_map"].cpu()
-        if not torch.allclose(quant_map, torch.tensor(LEVELS[scheme.kind]).float(), rtol=0, atol=1e-4):
+        levels = torch.tensor(LEVELS[scheme.kind], dtype=torch.float32, device=quant_map.device)
+        if not torch.allclose(quant_map, levels, rtol=0, atol=1e-4):
             raise FormatError(f"{module}.weight.quant_map does not hold the levels of {scheme.kind}")
         codes = tensors["weight"].contiguous().view(torch.uint8).flatten()
         parts = {"codes": codes, "absmax": tensors["weight.absmax"]}

@@ -74,12 +74,12 @@ class GPTQFormat(Format):
         assert isinstance(scheme, Affine)
         groups = scheme.groups(k)
         if scheme.symmetric:
-            zero = torch.full((groups, n), 2 ** (scheme.bits - 1), dtype=torch.uint8)
+            zero = torch.full((groups, n), 2 ** (scheme.bits - 1), dtype=torch.uint8, device="cpu")
         else:
             zero = bits.unpack(weight.parts["zero"], scheme.bits, groups).T
         if not _is_v2(config):
             zero = (zero - 1) & (2**scheme.bits - 1)
-        group_of = torch.arange(k, dtype=torch.int32) // (scheme.group or k)
+        group_of = torch.arange(k, dtype=torch.int32, device="cpu") // (scheme.group or k)
         if weight.permutation is not None:
             group_of = torch.empty_like(group_of).index_copy_(0, weight.permutation.cpu(), group_of)
         codes = weight.parts["codes"]

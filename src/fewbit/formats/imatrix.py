@@ -75,7 +75,7 @@ def write(path: Path, matrix: Mapping[str, Importance], *, chunks: int, length: 
     for name in sorted(matrix):
         mean_square, rows = matrix[name]
         entries += [Entry(name + _SUMS, "f32", (len(mean_square),)), Entry(name + _COUNTS, "f32", (1,))]
-        tensors += [mean_square.float() * rows, torch.tensor([float(rows)])]
+        tensors += [mean_square.float() * rows, torch.tensor([float(rows)], dtype=torch.float32, device="cpu")]
     with GgufWriter(path, keys, entries) as writer:
         for entry, tensor in zip(entries, tensors, strict=True):
             writer.add(entry.name, tensor)

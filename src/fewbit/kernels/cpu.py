@@ -191,6 +191,8 @@ def _linear(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int
         raise KernelError(lib, native.HINT)
     if x.dim() != 2:
         raise KernelError(f"activations of {x.dim()} dimensions, [rows, columns] expected")
+    if not x.is_cpu:
+        raise KernelError(f"activations are on {x.device.type}, and the packed weight is on the CPU")
     m, k = x.shape
     weight = _weight(kind, bits, group, n, k, tuple(map(_buffer, parts)))
     threads = torch.get_num_threads()
@@ -198,25 +200,38 @@ def _linear(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int
         if (of := _READ.get(x.dtype)) is None:
             return _linear(x.float(), parts, kind, bits, group, n, exact).to(x.dtype)
         x = x.contiguous()
-        y = x.new_empty(m, n)
-        _check(lib.fewbit_linear(weight, x.data_ptr(), m, y.data_ptr(), of, threads), n, k)
+        y = torch.empty(m, n, dtype=x.dtype, device="cpu")
+        read, written = _start(x, x.dtype, m * k), _start(y, x.dtype, m * n)
+        _check(lib.fewbit_linear(weight, read, m, written, of, threads), n, k)
         return y
-    read = x.float().contiguous()
+    wide = x.float().contiguous()
     columns = lib.fewbit_columns(weight)
     _check(-min(columns, 0), n, k)
-    arranged = read.new_empty(m, columns)  # float32: the library writes into it
-    _check(lib.fewbit_arrange(weight, read.data_ptr(), m, arranged.data_ptr(), threads), n, k)
-    y = x.new_empty(m, n)
+    arranged = torch.empty(m, columns, dtype=torch.float32, device="cpu")
+    read, written = _start(wide, torch.float32, m * k), _start(arranged, torch.float32, m * columns)
+    _check(lib.fewbit_arrange(weight, read, m, written, threads), n, k)
+    y = torch.empty(m, n, dtype=x.dtype, device="cpu")
     step = max(16, _TILE // columns // 16 * 16)
-    tile = read.new_empty(min(step, n), columns)
+    tile = torch.empty(min(step, n), columns, dtype=torch.float32, device="cpu")
+    decoded = _start(tile, torch.float32, min(step, n) * columns)
     for start in range(0, n, step):
         end = min(start + step, n)
-        _check(lib.fewbit_decode(weight, start, end, tile.data_ptr(), threads), n, k)
+        _check(lib.fewbit_decode(weight, start, end, decoded, threads), n, k)
         y[:, start:end] = arranged @ tile[: end - start].T
     return y
 
 
 torch.library.impl("fewbit::cpu_linear", "CPU")(_linear)
+
+
+def _start(tensor: Tensor, dtype: torch.dtype, count: int) -> int:
+    """Where the memory of `count` numbers begins. KernelError if the library would read or write beside them."""
+    if not (tensor.is_cpu and tensor.is_contiguous() and tensor.dtype == dtype and tensor.numel() == count):
+        raise KernelError(
+            f"a tensor {list(tensor.shape)} of {tensor.dtype} on {tensor.device} where the CPU library "
+            f"needs {count} numbers of {dtype} in order on the CPU"
+        )
+    return tensor.data_ptr()
 
 
 def _buffer(part: Tensor) -> tuple[int, int]:

@@ -86,7 +86,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         return product.float()
     return sum(
         (a[:, part].float() @ b[:, part].float().T for part in _spans(a.shape[1])),
-        start=torch.zeros(a.shape[0], b.shape[0], device=a.device),
+        start=torch.zeros(a.shape[0], b.shape[0], device=a.device, dtype=torch.float32),
     )
 
 

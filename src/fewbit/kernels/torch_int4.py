@@ -69,9 +69,9 @@ class TorchInt4(Kernel):
         unit[..., 0] = 1
         codes = torch.empty(n, k, dtype=torch.uint8, device=unit.device)
         for start in range(0, k, 256):
-            columns = torch.arange(start, min(start + 256, k), device=unit.device)
+            columns = torch.arange(start, min(start + 256, k), device=unit.device, dtype=torch.int64)
             one_hot = torch.zeros(len(columns), k, dtype=torch.bfloat16, device=unit.device)
-            one_hot[torch.arange(len(columns)), columns] = 1
+            one_hot[torch.arange(len(columns), dtype=torch.int64, device="cpu"), columns] = 1
             codes[:, columns] = (_multiply(one_hot, prepared[0], unit, k) + 8).to(torch.uint8).T
         return {codec.payload: bits.pack(codes, 4), **kept}
 

@@ -152,15 +152,19 @@ class _Resampler:
     def __init__(self, tokens: int) -> None:
         generator = torch.Generator().manual_seed(0)
         length = max(1, min(_RUN, tokens // _FEWEST_RUNS))
-        starts = torch.arange(0, tokens, length)
-        drawn = torch.randint(len(starts), (_RESAMPLES, len(starts)), generator=generator)
-        self.runs = [torch.arange(int(s), min(int(s) + length, tokens)) for s in starts]
+        starts = torch.arange(0, tokens, length, dtype=torch.int64, device="cpu")
+        drawn = torch.randint(
+            len(starts), (_RESAMPLES, len(starts)), generator=generator, dtype=torch.int64, device="cpu"
+        )
+        self.runs = [
+            torch.arange(int(s), min(int(s) + length, tokens), dtype=torch.int64, device="cpu") for s in starts
+        ]
         self.draws = drawn
 
     def estimate(self, statistic: Callable[[Tensor], Tensor], values: Tensor) -> Estimate:
         pieces = [values[run] for run in self.runs]
         resampled = torch.stack([statistic(torch.cat([pieces[i] for i in draw])) for draw in self.draws.tolist()])
-        low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
+        low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype, device="cpu")).tolist()
         return Estimate(float(statistic(values)), low, high)
 
 

@@ -74,7 +74,11 @@ class GPTQ(Method):
         diagonal = hessian.diagonal()
         dead = diagonal == 0
         notes = [f"{int(dead.sum())} input columns were never excited"] if dead.any() else []
-        order = torch.argsort(diagonal, descending=True, stable=True) if self.act_order else torch.arange(len(diagonal))
+        order = (
+            torch.argsort(diagonal, descending=True, stable=True)
+            if self.act_order
+            else torch.arange(len(diagonal), dtype=torch.int64, device="cpu")
+        )
         order = order.to(hessian.device)
         inverse, damp = inverse_factor(hessian, order, self.damp)
         if inverse is None:

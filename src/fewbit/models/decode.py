@@ -217,7 +217,7 @@ def takes_static(model: Any, generate: Callable[..., Any]) -> bool:
     for cache in (reserved(model, size), static(model, size)):
         if cache is None:
             return False
-        ids = torch.arange(3, device=model.device)[None]
+        ids = torch.arange(3, device=model.device, dtype=torch.int64)[None]
         options: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True, "eos_token_id": None}
         options[CACHE] = cache
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def train(
     torch.manual_seed(tuning.seed)  # of what the adapter begins as
     adapted = _adapted(model, name, tuning)
     before = held_out_loss(adapted, held_out, tuning.batch, pad)
-    if before is not None and not torch.isfinite(torch.tensor(before)):
+    if before is not None and not math.isfinite(before):
         raise NumericsError(f"the loss of {name} is {before} before any training", "Its weights may be damaged.")
     steps, watcher, stopped = tuning.steps_for(len(training)), _Watcher(progress), None
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants one; nothing is written to it
@@ -93,9 +94,11 @@ def held_out_loss(model: Any, examples: Sequence[Example], batch: int, pad: int)
 def batch_of(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
     """input_ids, attention_mask and labels [examples, tokens of the longest], filled up on the right."""
     shape = len(examples), max(len(e.ids) for e in examples)
-    ids, mask, labels = torch.full(shape, pad), torch.zeros(shape, dtype=torch.int64), torch.full(shape, _IGNORED)
+    filled = (pad, 0, _IGNORED)
+    ids, mask, labels = (torch.full(shape, value, dtype=torch.int64, device="cpu") for value in filled)
     for row, example in enumerate(examples):
-        here, learned = torch.tensor(example.ids), torch.tensor(example.learned)
+        here = torch.tensor(example.ids, dtype=torch.int64, device="cpu")
+        learned = torch.tensor(example.learned, dtype=torch.bool, device="cpu")
         ids[row, : len(here)], mask[row, : len(here)] = here, 1
         labels[row, : len(here)] = here.where(learned, _IGNORED)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}

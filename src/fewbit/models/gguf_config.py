@@ -85,7 +85,7 @@ def extra_tensors(config: Any) -> dict[str, Tensor]:
         return {"rope_freqs.weight": _llama3(rope, width)}
     if kind == "longrope":
         return {
-            f"rope_factors_{which}.weight": torch.tensor(rope[f"{which}_factor"], dtype=torch.float32)
+            f"rope_factors_{which}.weight": torch.tensor(rope[f"{which}_factor"], dtype=torch.float32, device="cpu")
             for which in ("long", "short")
         }
     return {}
@@ -264,7 +264,7 @@ def _usual(arch: str, layers: int) -> list[bool]:
 def _llama3(rope: Mapping[str, Any], width: int) -> Tensor:
     """What each of the `width` / 2 rotary frequencies is divided by, float32."""
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    frequencies = 1.0 / (rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
+    frequencies = 1.0 / (rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width))
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
     factors: Tensor = 1 / ((1 - smooth) / factor + smooth)
@@ -317,7 +317,7 @@ def _factors(said: _Metadata, name: str, length: int) -> list[float]:
 
 def _of_factors(said: _Metadata, theta: float, width: int) -> dict[str, Any]:
     """The llama3 scaling that gives these factors; a file has nothing but them."""
-    wanted = torch.tensor(_factors(said, "rope_freqs.weight", width // 2))
+    wanted = torch.tensor(_factors(said, "rope_freqs.weight", width // 2), dtype=torch.float32, device="cpu")
     if not torch.isfinite(wanted).all() or (wanted < 1 - 1e-3).any():
         raise said.wrong("rope_freqs.weight has factors below 1")
     if bool((wanted == 1).all()):

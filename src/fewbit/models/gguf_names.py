@@ -44,7 +44,8 @@ class Route:
         """Row i of the file is row `rows[i]` of the model's weight [N, K]; None where their order is the same."""
         if not self.heads:
             return None
-        return torch.arange(self.count).reshape(self.heads, 2, -1).transpose(1, 2).flatten()
+        rows = torch.arange(self.count, dtype=torch.int64, device="cpu")
+        return rows.reshape(self.heads, 2, -1).transpose(1, 2).flatten()
 
     @property
     def rows_back(self) -> Tensor | None:

@@ -305,7 +305,9 @@ class Watch:
         self.new, self.token, self.streamer = new, token, streamer
         self.wanted = bool(ends) or streamer is not None
         self.gpu = token.device.type == "cuda"
-        self.copies = torch.empty(new if self.wanted else 0, len(token), dtype=torch.long, pin_memory=self.gpu)
+        self.copies = torch.empty(
+            new if self.wanted else 0, len(token), dtype=torch.long, pin_memory=self.gpu, device="cpu"
+        )
         self.events: deque[Any] = deque()
         self.noted = self.seen = self.ended = 0
         self.ends, self.alive = set(ends), set(range(len(token)))

@@ -128,7 +128,7 @@ def unpack(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         if isinstance(module, QEmbedding):
             (plain,) = module.stands_for
             if module.scale is not None:
-                plain.embed_scale = torch.tensor(module.scale, device=weight.device)
+                plain.embed_scale = torch.tensor(module.scale, device=weight.device, dtype=torch.float32)
         elif module.transposed:
             with torch.device("meta"):
                 plain = Conv1D(module.out_features, module.in_features)

@@ -229,7 +229,9 @@ class BlockFold(Fold):
         """The mean of `values` [K] over the columns that each channel feeds; `outside` where it feeds none."""
         channel, count = self.link.channel.to(values.device), len(self.kept[f"{self.source}.weight"])
         fed = channel >= 0
-        total = torch.zeros(count, device=values.device).index_add_(0, channel[fed], values[fed].float())
+        total = torch.zeros(count, device=values.device, dtype=torch.float32).index_add_(
+            0, channel[fed], values[fed].float()
+        )
         times = torch.bincount(channel[fed], minlength=count)
         return torch.where(times > 0, total / times.clamp(min=1), outside)
 
@@ -263,7 +265,9 @@ def _links(skeleton: Skeleton, module: nn.Module, batch: tuple[BlockCall, Tensor
     key = (type(skeleton.model).__qualname__, str(skeleton.config.to_dict()), kinds, shapes)
     if key not in _known:
         call, states = _two_sequences(*batch)
-        noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.device)
+        noise = torch.randn(
+            states.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+        ).to(states.device)
         noise *= states[states.isfinite()].std().nan_to_num(1.0).clamp(min=1e-3)
         _known[key] = find_links(module, lambda: call.run(module, noise))
     return _known[key]
@@ -322,7 +326,7 @@ def _reading(reader: nn.Module) -> Iterator[list[Tensor]]:
 def _counts(states: Tensor, rows: int) -> Tensor:
     """How much each row counts: a token in proportion to the norm of what enters the block, as in statistics."""
     counts = states.norm(dim=-1).flatten()
-    return counts if len(counts) == rows else torch.ones(rows, device=states.device)
+    return counts if len(counts) == rows else torch.ones(rows, device=states.device, dtype=torch.float32)
 
 
 def _first(output: Any) -> Tensor:

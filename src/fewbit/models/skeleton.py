@@ -133,7 +133,7 @@ class Skeleton:
 
     def stored_names(self, names: list[str]) -> dict[str, str]:
         """Model name -> the name that transformers' `save_pretrained` would write, which every reader knows."""
-        marked = {name: torch.empty(0) for name in names}
+        marked = {name: torch.empty(0, dtype=torch.float32, device="cpu") for name in names}
         written = {id(tensor): name for name, tensor in revert_weight_conversion(self.model, marked).items()}
         return {name: written.get(id(tensor), name) for name, tensor in marked.items()}
 

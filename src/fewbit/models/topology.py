@@ -85,7 +85,9 @@ def _fed_by_norms(
     links = []
     for name, found in readers.items():
         if (offset := _offset(norms[name])) is not None:
-            links.append(Link(name, tuple(found), torch.arange(*_vector(norms[name])), offset))
+            links.append(
+                Link(name, tuple(found), torch.arange(*_vector(norms[name]), dtype=torch.int64, device="cpu"), offset)
+            )
     return links, list(dict.fromkeys(order))
 
 
@@ -99,7 +101,9 @@ def _offset(norm: nn.Module) -> float | None:
     """What a norm adds to its weight before multiplying by it: 0 or 1, told by doubling; None if neither."""
     weight, bias = norm.weight, getattr(norm, "bias", None)
     assert isinstance(weight, Tensor)
-    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(
+        weight
+    )
     shift = bias if isinstance(bias, Tensor) else torch.zeros_like(weight)
     kept = weight.clone()
     once = norm(x) - shift
@@ -130,7 +134,7 @@ def _fed_by_rows(
             for tensor in own:
                 tensor[rows] /= 2
 
-    whole = torch.arange(weight.shape[0])
+    whole = torch.arange(weight.shape[0], dtype=torch.int64, device="cpu")
     after = doubled(whole)
     reader = next((name for name in later if name not in after or not torch.equal(before[name], after[name])), None)
     if reader is None:
@@ -141,7 +145,7 @@ def _fed_by_rows(
         def times(rows: Tensor, view: Callable[[Tensor], Tensor] = view) -> Tensor:
             after = doubled(rows).get(reader)
             if after is None or after.shape != before[reader].shape:  # routed elsewhere
-                return torch.zeros(before[reader].shape[-1])
+                return torch.zeros(before[reader].shape[-1], dtype=torch.float32, device="cpu")
             return _times(view(before[reader]), view(after))
 
         rows = _scalable(whole, times, _HALVINGS if view is _first_position else 0)
@@ -162,9 +166,9 @@ def _scalable(rows: Tensor, times: Callable[[Tensor], Tensor], halvings: int) ->
 def _channels(rows: Tensor, times: Callable[[Tensor], Tensor]) -> Tensor:
     """The row that feeds each column, or -1."""
     linear = times(rows) == 2
-    number = torch.zeros(len(linear), dtype=torch.long)
+    number = torch.zeros(len(linear), dtype=torch.long, device="cpu")
     for bit in range(max(1, (len(rows) - 1).bit_length())):
-        found = times(rows[(torch.arange(len(rows)) >> bit) & 1 == 1])
+        found = times(rows[(torch.arange(len(rows), dtype=torch.int64, device="cpu") >> bit) & 1 == 1])
         number += (found == 2).long() << bit
         linear &= found > 0
     linear &= number < len(rows)

@@ -51,7 +51,7 @@ from fewbit.schemes.base import (
 )
 
 _SMALLEST = 2.0**-24  # the smallest positive fp16: a scale never rounds to zero
-_SHARES = torch.linspace(1.0, 0.4, 13)  # of the full range, that the search tries
+_SHARES = torch.linspace(1.0, 0.4, 13, dtype=torch.float32, device="cpu")  # of the full range, that the search tries
 _CHUNK = {"cpu": 1 << 20}  # entries searched at a time; elsewhere enough that launches take no part of the time
 _REFINEMENTS = 2  # rounds of: closed-form scale, then new codes
 
@@ -84,7 +84,9 @@ class AffineGrids(Grids):
         if isinstance(columns, slice) and columns == ALL:  # no [N, K] of scales is made
             return x.unflatten(1, (-1, self.group)), self.scale.unsqueeze(-1), self.zero.unsqueeze(-1)
         if isinstance(columns, slice):
-            columns = torch.arange(self.scale.shape[1] * self.group, device=self.scale.device)[columns]
+            columns = torch.arange(self.scale.shape[1] * self.group, device=self.scale.device, dtype=torch.int64)[
+                columns
+            ]
         index = columns // self.group
         return x, self.scale[:, index], self.zero[:, index]
 

@@ -37,7 +37,8 @@ from fewbit.schemes.base import ALL, Columns, Grids, Parts, PartSpec, Scheme, ch
 
 THRESHOLD = 6.0
 _STEP = 1 / 127  # rounded to float32 wherever it meets one
-_SHARES = torch.linspace(1.0, 0.9, 21)  # of the largest magnitude, that the search tries
+# Of the largest magnitude, that the search tries.
+_SHARES = torch.linspace(1.0, 0.9, 21, dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewbit import ambient
 from fewbit.errors import NumericsError, PlanError
 from fewbit.registry import register
 from fewbit.schemes.base import ALL, Columns, Grids, Parts, PartSpec, Scheme, refit_scales
@@ -48,7 +49,7 @@ from fewbit.schemes.base import ALL, Columns, Grids, Parts, PartSpec, Scheme, re
 NESTED = 256  # scales that share one float32
 BLOCKS = tuple(2**p for p in range(5, 13))
 _SMALLEST = 1e-38  # what bitsandbytes puts in place of a smaller absmax before it divides
-_SHARES = torch.linspace(1.0, 0.7, 13)  # of absmax, that the search tries
+_SHARES = torch.linspace(1.0, 0.7, 13, dtype=torch.float32, device="cpu")  # of absmax, that the search tries
 # Entries worked on at a time. They stay in a core's cache, and steps on fewer than 32768 are not shared among threads:
 # where another process has the second core, waiting for it after each small step took ten times as long as the work.
 # A GPU gets so many that launches take no part of the time.
@@ -70,12 +71,14 @@ LEVELS: dict[str, tuple[float, ...]] = {
 
 
 @cache
+@ambient.defaults()
 def levels(kind: str, device: torch.device) -> Tensor:
     """The sixteen levels, float32, by code."""
     return torch.tensor(LEVELS[kind], dtype=torch.float32, device=device) + 0.0  # no negative zero
 
 
 @cache
+@ambient.defaults()
 def dynamic_map() -> Tensor:
     """The 8-bit map: ±10^(i-6) times 2^i midpoints of [0.1, 1] for i = 0 ... 6, with 0 and 1; 256 numbers, rising."""
     rising = []
@@ -83,10 +86,11 @@ def dynamic_map() -> Tensor:
         edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device=_CPU)
         rising.append(10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2))
     positive = torch.cat(rising)
-    return torch.cat([-positive, torch.tensor([0.0, 1.0], device=_CPU), positive]).sort().values
+    return torch.cat([-positive, torch.tensor([0.0, 1.0], device=_CPU, dtype=torch.float32), positive]).sort().values
 
 
 @cache
+@ambient.defaults()
 def _lookup(kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For each bin of [-1, 1]: how many midpoints lie below it, and the next one; the midpoints; the codes in rising
     order of their levels."""
@@ -94,8 +98,8 @@ def _lookup(kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Te
     order = torch.argsort(by_code, stable=True)
     rising = by_code[order]
     midpoints = (rising[:-1] + rising[1:]) / 2
-    below = torch.bucketize(torch.arange(_BINS + 1, device=_CPU), _bins(midpoints), out_int32=True)
-    following = torch.cat([midpoints, torch.tensor([torch.inf], device=_CPU)])[below]
+    below = torch.bucketize(torch.arange(_BINS + 1, device=_CPU, dtype=torch.int64), _bins(midpoints), out_int32=True)
+    following = torch.cat([midpoints, torch.tensor([torch.inf], device=_CPU, dtype=torch.float32)])[below]
     return below.to(device, torch.uint8), following.to(device), midpoints.to(device), order.to(device, torch.uint8)
 
 
@@ -121,9 +125,10 @@ def nearest_level(x: Tensor, kind: str) -> Tensor:
 
 
 @cache
+@ambient.defaults()
 def _pairs(kind: str, device: torch.device) -> Tensor:
     """The two levels of each byte, seen as one 8-byte number: one lookup then moves both."""
-    byte = torch.arange(256, device=device)
+    byte = torch.arange(256, device=device, dtype=torch.int64)
     return torch.stack([levels(kind, device)[byte >> 4], levels(kind, device)[byte & 15]], 1).view(torch.float64)[:, 0]
 
 
@@ -173,7 +178,7 @@ class Nested:
         # One rounding for product and sum, as its fused instruction has it.
         steps = (((x + 1) * 0.5).double() * 65535 + 0.5).float().to(torch.int32)
         midpoints = (self.map[:-1] + self.map[1:]) * 0.5
-        codes = torch.bucketize(steps * 2.0 / 65535 - 1, midpoints, out_int32=True).to(torch.uint8)
+        codes = torch.bucketize(steps.float() * 2.0 / 65535 - 1, midpoints, out_int32=True).to(torch.uint8)
         return codes.masked_fill_(top == 0, 0)
 
     def decode(self, codes: Tensor, first: int = 0) -> Tensor:
@@ -231,10 +236,14 @@ class BlockGrids(Grids):
     def _scale_of(self, columns: Columns) -> Tensor:
         """Scales of some columns, [N, columns], or [N] for one: a block is one group of a row only if it divides K."""
         n, k = self.shape
-        chosen = columns if isinstance(columns, int) else torch.arange(k, device=self.scale.device)[columns]
+        chosen = (
+            columns
+            if isinstance(columns, int)
+            else torch.arange(k, device=self.scale.device, dtype=torch.int64)[columns]
+        )
         if k % self.block == 0:
             return self.scale.view(n, -1)[:, chosen // self.block]
-        starts = torch.arange(0, n * k, k, device=self.scale.device)
+        starts = torch.arange(0, n * k, k, device=self.scale.device, dtype=torch.int64)
         return self.scale[(starts + chosen if isinstance(chosen, int) else starts[:, None] + chosen) // self.block]
 
 
@@ -351,7 +360,9 @@ class FourBit(Scheme):
         error, solved = torch.empty_like(grids.scale), torch.empty_like(grids.scale)
         for entries, blocks in _chunks(flat, self.group):
             x, scale = flat[entries].to(table), grids.scale[blocks]
-            h = importance.to(table).take(torch.arange(entries.start, entries.stop, device=w.device) % k)
+            h = importance.to(table).take(
+                torch.arange(entries.start, entries.stop, device=w.device, dtype=torch.int64) % k
+            )
             codes = nearest_level(_by_block(x.clone(), 0, self.group, scale, divide=True).clamp_(-1, 1), self.kind)
             level = table.index_select(0, codes.int())
             missed = _by_block(level.clone(), 0, self.group, scale).sub_(x).square_().mul_(h)
@@ -378,7 +389,7 @@ class FourBit(Scheme):
         def stored(scale: Tensor, g: int) -> Tensor:
             if grids.nested is None:
                 return scale.float().to(scale.dtype)
-            return grids.nested.stored(scale, torch.arange(g, n * per_row, per_row, device=w.device))
+            return grids.nested.stored(scale, torch.arange(g, n * per_row, per_row, device=w.device, dtype=torch.int64))
 
         scale = refit_scales(w - grids.decode(codes), level, grids.scale.view(n, -1), hessian, ridge, stored)
         return BlockGrids.stored(self, grids.shape, scale.reshape(-1), grids.nested)

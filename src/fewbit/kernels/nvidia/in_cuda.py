@@ -49,7 +49,9 @@ def linear(x: Tensor, y: Tensor, tensors: list[Tensor], how: Recipe, sizes: Size
         share = room // pieces  # where each piece of W's rows has as many blocks, these leave fewer sums to add up
         blocks = pieces * share if pieces * share >= _EVEN * room else room
         grid = (min(blocks, -(-tiles // _LEAST)), over, 1)
-        left = torch.empty(grid[0] * over * 2 * rows * sizes.warps * 8 * sizes.of_x, device=x.device)
+        left = torch.empty(
+            grid[0] * over * 2 * rows * sizes.warps * 8 * sizes.of_x, device=x.device, dtype=torch.float32
+        )
         more = [left, _done(x.device)]
     else:
         grid = (min(-(-n // rows), room), over, 1)

@@ -29,6 +29,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewbit import ambient
+
 _CPU = torch.device("cpu")  # tables are made there, whatever the default device is
 
 # Name -> entries, columns of an entry, bits in which a rank is stored, magnitudes by rank.
@@ -44,6 +46,7 @@ _E2M1 = tuple(float(sign * x) for sign in (1, -1) for x in (0, 1, 2, 3, 4, 6, 8,
 
 
 @cache
+@ambient.defaults()
 def _grid(name: str, device: torch.device) -> Tensor:
     """float32 [entries, columns]."""
     data, start = (Path(__file__).parent / "grids.bin").read_bytes(), 0
@@ -58,10 +61,12 @@ def _grid(name: str, device: torch.device) -> Tensor:
 
 
 @cache
+@ambient.defaults()
 def _even_signs(device: torch.device) -> Tensor:
     """float32 [128, 8] of ±1: minus where the bit of the index is set, the eighth so that minus signs are even."""
-    bits = torch.arange(128, device=_CPU)[:, None] >> torch.arange(7, device=_CPU) & 1
-    return (1.0 - 2.0 * torch.cat([bits, bits.sum(1, keepdim=True) % 2], 1)).to(device)
+    index, bit = (torch.arange(count, device=_CPU, dtype=torch.int64) for count in (128, 7))
+    bits = index[:, None] >> bit & 1
+    return (1.0 - 2.0 * torch.cat([bits, bits.sum(1, keepdim=True) % 2], 1).float()).to(device)
 
 
 def _lanes(x: Tensor, bits: int, total: int = 8) -> Tensor:
@@ -145,7 +150,8 @@ def _iq1_s(b: Tensor) -> Tensor:
 
 def _iq1_m(b: Tensor) -> Tensor:
     high, word = _lanes(b[:, 32:48], 4).int(), _words(b[:, 48:], torch.int16)
-    bits = (word >> 12) << torch.arange(0, 16, 4, device=b.device)  # d lies in the top nibbles of the scales
+    # d lies in the top nibbles of the scales.
+    bits = (word >> 12) << torch.arange(0, 16, 4, device=b.device, dtype=torch.int64)
     d = bits.sum(1, keepdim=True).to(torch.int32).to(torch.int16).view(torch.float16).float()
     index = b[:, :32].int() | (high & 7) << 8
     shift = 0.125 - 0.25 * (high >> 3)
@@ -172,7 +178,7 @@ def _mxfp4(b: Tensor) -> Tensor:
     exponent = b[:, :1].int()
     scale = torch.where(exponent < 2, 0x200000 << exponent.clamp(max=1), (exponent - 1) << 23).view(torch.float32)
     codes = torch.cat([b[:, 1:] & 15, b[:, 1:] >> 4], 1)
-    out: Tensor = scale * torch.tensor(_E2M1, device=b.device)[codes.int()]
+    out: Tensor = scale * torch.tensor(_E2M1, device=b.device, dtype=torch.float32)[codes.int()]
     return out
 
 

@@ -80,7 +80,7 @@ class BlockGrids(Grids):
         if isinstance(columns, slice) and columns == ALL:
             return x.unflatten(1, (-1, sub)), scale.unsqueeze(-1), None if offset is None else offset.unsqueeze(-1)
         if isinstance(columns, slice):
-            columns = torch.arange(scale.shape[1] * sub, device=scale.device)[columns]
+            columns = torch.arange(scale.shape[1] * sub, device=scale.device, dtype=torch.int64)[columns]
         index = columns // sub
         return x, scale[:, index], None if offset is None else offset[:, index]
 

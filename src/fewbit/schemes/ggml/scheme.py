@@ -57,7 +57,7 @@ class GGML(Blocks, Scheme):
         """Codes and grids searched with all columns weighed alike."""
         _refuse(w)
         codes, found = torch.empty(w.shape, dtype=torch.uint8, device=w.device), []
-        alike = torch.ones(w.shape[1], device=w.device)
+        alike = torch.ones(w.shape[1], device=w.device, dtype=torch.float32)
         for rows in self._chunks(w):
             found.append(self._fit_rows(w[rows], alike))
             codes[rows] = found[-1].encode(w[rows])

@@ -20,6 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fewbit import ambient
 from fewbit.schemes.ggml.layout import NONLINEAR, Layout
 
 SMALLEST = 2.0**-24  # the smallest positive fp16
@@ -303,20 +304,22 @@ def _over(a: Tensor | float, b: Tensor) -> Tensor:
 
 
 @cache
+@ambient.defaults()
 def _steps(kind: Layout) -> tuple[float, ...]:
     """Levels that the range of a sub-block is given, in the search."""
     if kind.nonlinear:
         return tuple(sign * float(top) for top in range(100, 146, 4) for sign in (1, -1))
     edge = 2**kind.bits - 1 if kind.affine else kind.zero
     less, more, count = _TRIED[kind.affine, kind.bits]
-    steps = tuple((edge + torch.linspace(less, more, count, device="cpu")).tolist())
+    steps = tuple((edge + torch.linspace(less, more, count, device="cpu", dtype=torch.float32)).tolist())
     # The level that one side has more than the other is tried on both, where it matters.
     return steps if kind.affine or kind.bits == 8 else tuple(sign * step for step in steps for sign in (1, -1))
 
 
 @cache
+@ambient.defaults()
 def _nearest(device: torch.device) -> Tensor:
     """The nearest of the nonlinear levels for each half step from -128 on; no midpoint lies inside one."""
     levels = torch.tensor(NONLINEAR, dtype=torch.float32, device="cpu")
-    places = torch.arange(512, device="cpu") / 2 - 127.75
+    places = torch.arange(512, device="cpu", dtype=torch.float32) / 2 - 127.75
     return levels[(places[:, None] - levels).abs().argmin(1)].to(device)
