@@ -146,14 +146,14 @@ def test_codes_differ_by_no_more_than_another_order_of_sums_makes(
     assert several == pytest.approx(one, rel=0.03)
 
 
-def test_another_order_of_sums_does_make_that(
+def test_another_order_of_sums_makes_no_more_than_that(
     alone: Path, model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The yardstick of the test above: one process that takes its windows in other batches."""
+    """One process that takes its windows in other batches. Whether a code differs at all depends on the processor."""
     monkeypatch.setattr(inputs, "batches_of", lambda tokens, least=1, halved=0: list(tokens.split(2)))
     wanted = Calibration(str(corpus), samples=SAMPLES, length=32, seed=1)
     fewbit.quantize(model, tmp_path / "out", calibration=wanted)
-    assert 0 < differing(alone / "gptq", tmp_path / "out") < 0.02
+    assert differing(alone / "gptq", tmp_path / "out") < 0.02
 
 
 def test_importances_are_the_same_to_six_digits(made: tuple[Path, list[dict[str, Any]]], alone: Path) -> None:
