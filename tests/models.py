@@ -49,6 +49,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt-350m": {"kind": "OPT", "ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
     "gpt-neox": {"kind": "GPTNeoX"},
 }
+# Architectures whose blocks are called or answer in a way of their own, for tests of exactly that.
+UNLIKE: dict[str, dict[str, Any]] = {
+    "bloom": {"kind": "Bloom", "n_layer": 2, "n_head": 4},  # a mask of rows for each head of each sequence
+    "openai-gpt": {"kind": "OpenAIGPT", "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT},  # lists
+    "gemma3n": {  # hidden states [inputs, sequences, tokens, width], keys and values shared among blocks
+        "kind": "Gemma3nText",
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": VOCAB,
+        "hidden_size_per_layer_input": 16,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+}
 
 
 def sentences(count: int, seed: int = 0) -> str:
@@ -101,15 +118,15 @@ def build(family: str, **changes: Any) -> Any:
         "pad_token_id": 2,
         "tie_word_embeddings": False,
         "dtype": "float32",
-        **FAMILIES[family],
+        **(FAMILIES | UNLIKE)[family],
         **changes,
     }
     kind = str(settings.pop("kind"))
-    if kind == "GPT2":  # these are properties there
+    if kind in ("GPT2", "OpenAIGPT"):  # these are properties there
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             del settings[name]
         del settings["max_position_embeddings"]
-        settings["tie_word_embeddings"] = True
+        settings["tie_word_embeddings"] = kind == "GPT2"
     if kind == "OPT":
         del settings["intermediate_size"]
         settings["tie_word_embeddings"] = True

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewbit.errors import PlanError
 from fewbit.methods.awq import AWQ
 from fewbit.methods.base import Fold, Method
 from fewbit.methods.rtn import RoundToNearest
 from fewbit.models import rewrite as rewriting
 from fewbit.models.rewrite import Rewritten
-from fewbit.models.skeleton import BlockCall, Skeleton
+from fewbit.models.skeleton import BlockCall, Skeleton, states_of
 from fewbit.models.source import locate
 from fewbit.models.topology import Link
 from fewbit.plan import Assignment
@@ -146,6 +147,37 @@ def after_names(parameters: Mapping[str, Tensor], leaves: list[str]) -> set[str]
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_every_fold_keeps_the_output(family: str, tmp_path: Path) -> None:
     check_folds(tmp_path / family, family)
+
+
+@pytest.mark.parametrize("family", models.UNLIKE)
+def test_blocks_that_answer_in_another_way_are_replayed(family: str, tmp_path: Path) -> None:
+    tokens = torch.randint(3, models.VOCAB, (3, 24), generator=torch.Generator().manual_seed(0))
+    folder = models.save(tmp_path / family, family)
+    wanted = models.original(folder)(input_ids=tokens, output_hidden_states=True).hidden_states
+    skeleton = Skeleton(locate(folder), torch.float32, torch.device("cpu"))
+    (states,), calls = skeleton.capture([tokens])
+    for index, block in enumerate(skeleton.blocks[:2]):
+        with skeleton.materialized(block) as module, torch.no_grad():
+            torch.testing.assert_close(states, wanted[index], rtol=1e-4, atol=1e-4)
+            states = calls[block][0].run(module, states)
+
+
+@pytest.mark.parametrize("family", models.UNLIKE)
+def test_scales_fold_where_sequences_are_not_cut_along(family: str, tmp_path: Path) -> None:
+    with opened(tmp_path / family, family) as at:
+        before, found = at.outputs(), at.links()
+        assert found
+        done = at.rewritten(at.wanted(Wild()))
+        assert apart(at.outputs(), before) < 1e-4
+        if family == "bloom":  # norms of the others feed the residual too
+            assert not any("would change" in note for notes in done.notes.values() for note in notes)
+
+
+@pytest.mark.parametrize("returned", [{"hidden": 1}, (), None])
+def test_a_block_without_hidden_states_is_refused(returned: object) -> None:
+    with pytest.raises(PlanError, match="not hidden states") as raised:
+        states_of(returned)
+    assert "--method rtn" in raised.value.hint
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "qwen2"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fewbit import ranks
 from fewbit.methods.base import Fold
-from fewbit.models.skeleton import BlockCall, Skeleton
+from fewbit.models.skeleton import BlockCall, Skeleton, states_of
 from fewbit.models.topology import Link, find_links, weight_of
 from fewbit.plan import Assignment
 from fewbit.stats import Need, Stats
@@ -114,7 +114,7 @@ class BlockFold(Fold):
         for (args, kwargs), wanted, sound, counts in zip(
             self.inputs, self.outputs, self.sound, self.counts, strict=True
         ):
-            each = (_first(self.scope(*args, **kwargs)) - wanted).square_().sum(-1).flatten()
+            each = (states_of(self.scope(*args, **kwargs)) - wanted).square_().sum(-1).flatten()
             error += float(each[sound] @ counts)
         for name in weights:
             self.skeleton.replace_weight(name, self.kept[f"{name}.weight"])
@@ -197,7 +197,7 @@ class BlockFold(Fold):
 
         def serve(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self.inputs.append((args, kwargs))
-            self.outputs.append(_first(output))
+            self.outputs.append(states_of(output))
 
         def read(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1])
@@ -264,25 +264,41 @@ def _links(skeleton: Skeleton, module: nn.Module, batch: tuple[BlockCall, Tensor
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
     key = (type(skeleton.model).__qualname__, str(skeleton.config.to_dict()), kinds, shapes)
     if key not in _known:
-        call, states = _two_sequences(*batch)
+        call, states = batch
         noise = torch.randn(
             states.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
         ).to(states.device)
         noise *= states[states.isfinite()].std().nan_to_num(1.0).clamp(min=1e-3)
+        call, noise = _two_sequences(module, call, noise)
         _known[key] = find_links(module, lambda: call.run(module, noise))
     return _known[key]
 
 
-def _two_sequences(call: BlockCall, states: Tensor) -> tuple[BlockCall, Tensor]:
-    """The call and states of the first two sequences of a batch."""
-    size = states.shape[0]
+def _two_sequences(module: nn.Module, call: BlockCall, states: Tensor) -> tuple[BlockCall, Tensor]:
+    """The call and states of the first two sequences of a batch; the whole batch where that cannot be cut.
 
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[:2] if value.dim() and value.shape[0] == size else value
-        return value
+    Which arguments have a part for each sequence is tried: some have one for each head of each (Bloom), and what is
+    first in the states need not be sequences (Gemma 3n). A cut is taken if the block's output is the same.
+    """
+    size = len(states)
+    if size <= 2:
+        return call, states
+    whole = call.run(module, states)[:2]
+    for parts in (False, True):
 
-    return _mapped(call, cut), states[:2]
+        def cut(value: Any, parts: bool = parts) -> Any:
+            if not isinstance(value, Tensor) or not value.dim() or (len(value) != size and not parts):
+                return value
+            return value if len(value) % size else value[: 2 * (len(value) // size)]
+
+        smaller = _mapped(call, cut)
+        try:
+            found = smaller.run(module, states[:2])
+        except (RuntimeError, ValueError, IndexError):  # sizes that do not fit
+            continue
+        if found.shape == whole.shape and (found - whole).norm() <= _CLOSE * whole.norm():
+            return smaller, states[:2]
+    return call, states
 
 
 def _mapped(call: BlockCall, change: Callable[[Any], Any]) -> BlockCall:
@@ -327,12 +343,6 @@ def _counts(states: Tensor, rows: int) -> Tensor:
     """How much each row counts: a token in proportion to the norm of what enters the block, as in statistics."""
     counts = states.norm(dim=-1).flatten()
     return counts if len(counts) == rows else torch.ones(rows, device=states.device, dtype=torch.float32)
-
-
-def _first(output: Any) -> Tensor:
-    output = output[0] if isinstance(output, tuple) else output
-    assert isinstance(output, Tensor)
-    return output
 
 
 def _note(done: Rewritten, linears: Iterable[str], text: str) -> None:

@@ -7,7 +7,7 @@ one block at a time, so renamed, prefix-less and merged tensors work as they do 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
-from fewbit.errors import FormatError
+from fewbit.errors import FormatError, PlanError
 from fewbit.formats.safetensors import Checkpoint
 from fewbit.models.blocks import find_blocks
 from fewbit.models.source import Source
@@ -49,14 +49,28 @@ class BlockCall:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output hidden states."""
-        out = block(hidden, *self.args, **self.kwargs)
-        out = out[0] if isinstance(out, tuple) else out
-        assert isinstance(out, Tensor)
-        return out
+        return states_of(block(hidden, *self.args, **self.kwargs))
+
+
+def states_of(output: Any) -> Tensor:
+    """The hidden states in what a block returns: a tensor, or a tuple or list that begins with it."""
+    states = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(states, Tensor):
+        raise PlanError(f"a block of this model returns {type(states).__name__}, not hidden states", NO_CALIBRATION)
+    return states
+
+
+NO_CALIBRATION = "Use a method that needs no calibration: --method rtn."
+# What a block may return to its model. A stand-in that passes its input on has to return the same.
+_SHELLS: tuple[Callable[[Tensor], Any], ...] = (lambda s: s, lambda s: (s,), lambda s: (s, None), lambda s: [s])
 
 
 class _Stop(Exception):
     pass
+
+
+class _OtherShell(Exception):
+    """The model took something else out of what a block returned."""
 
 
 class Skeleton:
@@ -182,30 +196,51 @@ class Skeleton:
 
     def capture(self, batches: list[Tensor]) -> tuple[list[Tensor], dict[str, list[BlockCall]]]:
         """Hidden states that enter the first block for each batch of token ids, and how each block is called."""
+        with self.materialized(None), torch.no_grad():
+            first: Exception | None = None
+            for shell in _SHELLS:
+                try:
+                    return self._captured(batches, shell)
+                except (PlanError, torch.OutOfMemoryError):
+                    raise
+                except Exception as error:  # of a model's own code, which was given what it does not return
+                    first = first or error
+        assert first is not None
+        kind = type(self.model).__name__
+        raise PlanError(f"the blocks of {kind} cannot be run one by one: {_first_line(first)}", NO_CALIBRATION)
+
+    def _captured(
+        self, batches: list[Tensor], shell: Callable[[Tensor], Any]
+    ) -> tuple[list[Tensor], dict[str, list[BlockCall]]]:
         hidden: list[Tensor] = []
         calls: dict[str, list[BlockCall]] = {block: [] for block in self.blocks}
         modules = {block: self.model.get_submodule(block) for block in self.blocks}
 
         def recorder(block: str) -> Any:
-            def record(states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            def record(*args: Any, **kwargs: Any) -> Any:
+                if not args or not isinstance(args[0], Tensor):
+                    kind = type(self.model).__name__
+                    raise PlanError(f"{kind} gives its blocks no hidden states as first argument", NO_CALIBRATION)
+                states = args[0]
                 if block == self.blocks[0]:
                     hidden.append(states)
-                calls[block].append(_shared(BlockCall(args, kwargs), calls[block]))
+                elif states.shape != hidden[-1].shape:
+                    raise _OtherShell(f"{block} is given {list(states.shape)} for {list(hidden[-1].shape)}")
+                calls[block].append(_shared(BlockCall(args[1:], kwargs), calls[block]))
                 if block == self.blocks[-1]:
                     raise _Stop
-                return states
+                return shell(states)
 
             return record
 
         for block, module in modules.items():
             module.forward = recorder(block)
         try:
-            with self.materialized(None), torch.no_grad():
-                for tokens in batches:
-                    try:
-                        self.model(input_ids=tokens.to(self.device), use_cache=False)
-                    except _Stop:
-                        continue
+            for tokens in batches:
+                try:
+                    self.model(input_ids=tokens.to(self.device), use_cache=False)
+                except _Stop:
+                    continue
         finally:
             for module in modules.values():
                 del module.forward
