@@ -44,7 +44,25 @@ class Completion:
     completion: str
 
 
-Document: TypeAlias = str | tuple[Message, ...] | Completion
+@dataclass(frozen=True)
+class Instruction:
+    """A question and its answer, in the form that most instruction data has."""
+
+    question: str
+    answer: str
+
+    def shown(self, tokenizer: Tokenizer) -> tuple[Message, ...] | Completion:
+        """A chat where the tokenizer has a template, else a completion in the layout of Stanford Alpaca."""
+        if tokenizer.chat_template:
+            return ({"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer})
+        return Completion(f"### Instruction:\n{self.question}\n\n### Response:\n", self.answer)
+
+
+Document: TypeAlias = str | tuple[Message, ...] | Completion | Instruction
+
+
+class SourceUnavailable(PlanError):
+    """A text of the Hub cannot be had: no connection, or the package datasets is missing."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +132,8 @@ def encode(text: Text, tokenizer: Tokenizer) -> Tensor:
     adds it by itself. PlanError if a chat meets a tokenizer without a template, or a template that refuses it.
     """
     pieces: list[str] = []
-    documents = [d.prompt + d.completion if isinstance(d, Completion) else d for d in text.documents]
+    shown = [d.shown(tokenizer) if isinstance(d, Instruction) else d for d in text.documents]
+    documents = [d.prompt + d.completion if isinstance(d, Completion) else d for d in shown]
     for plain, run in itertools.groupby(documents, key=lambda document: isinstance(document, str)):
         if plain:
             pieces.append("\n\n".join(document for document in run if isinstance(document, str)))
@@ -220,8 +239,8 @@ def _from_file(path: Path) -> tuple[Document, ...]:
 
 def _document(line: str, where: str) -> Document:
     hint = (
-        'A line is a JSON string, {"text": ...}, {"messages": [{"role": ..., "content": ...}, ...]} '
-        'or {"prompt": ..., "completion": ...}.'
+        'A line is a JSON string, {"text": ...}, {"messages": [{"role": ..., "content": ...}, ...]}, '
+        '{"prompt": ..., "completion": ...} or {"instruction": ..., "input": ..., "output": ...}.'
     )
     value = parse_json(line, where, hint)
     if isinstance(value, Mapping):
@@ -235,6 +254,11 @@ def _document(line: str, where: str) -> Document:
             if not isinstance(prompt, str) or not isinstance(completion, str):
                 raise FormatError(f"{where}: 'prompt' and 'completion' are not both strings", hint)
             return Completion(prompt, completion)
+        if "instruction" in value:
+            parts = value["instruction"], value.get("input") or "", value.get("output", value.get("response"))
+            if not all(isinstance(part, str) for part in parts):
+                raise FormatError(f"{where}: 'instruction', 'input' and 'output' are not all strings", hint)
+            return Instruction("\n\n".join(filter(None, parts[:2])), parts[2])
         value = value.get("text")
     if not isinstance(value, str):
         raise FormatError(f"{where}: neither a text nor messages", hint)
@@ -253,12 +277,16 @@ def _message(value: object, where: str, hint: str) -> Message:
 def _from_hub(source: str, part: Part) -> tuple[str, ...]:
     try:
         if not os.environ.get("HF_HUB_OFFLINE") and not _hub_answers():
-            raise ConnectionError("the hub does not answer (HF_HUB_OFFLINE=1 uses what is cached)")
+            raise ConnectionError(
+                f"waited {_HUB_SECONDS} s for the Hub, which does not answer (HF_HUB_OFFLINE=1 uses what is cached)"
+            )
         return _rows(importlib.import_module("datasets"), source, part)
     except ImportError as error:
-        raise PlanError(f"{source} needs the package datasets: {error}", f"pip install datasets. {_HERE}") from error
+        raise SourceUnavailable(
+            f"{source} needs the package datasets: {error}", f"pip install datasets. {_HERE}"
+        ) from error
     except Exception as error:  # whatever goes wrong in there, the answer to the user is the same
-        raise PlanError(f"{source} cannot be had here: {error}", _HERE) from error
+        raise SourceUnavailable(f"{source} cannot be had here: {error}", _HERE) from error
 
 
 def _rows(datasets: Any, source: str, part: Part) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fewbit.calibration import Completion, Message, Text, Tokenizer, begun, render, token_ids
+from fewbit.calibration import Completion, Instruction, Message, Text, Tokenizer, begun, render, token_ids
 from fewbit.errors import PlanError
 
 
@@ -33,6 +33,8 @@ def examples(text: Text, tokenizer: Tokenizer, length: int) -> tuple[list[Exampl
     """
     found, cut, empty = [], 0, 0
     for number, document in enumerate(text.documents, 1):
+        if isinstance(document, Instruction):
+            document = document.shown(tokenizer)
         if isinstance(document, str):
             ids = _ended(begun(token_ids(tokenizer, [document])[0], tokenizer), tokenizer) if document.strip() else []
             pieces = [ids[start : start + length] for start in range(0, len(ids), length)]

@@ -8,6 +8,7 @@ was killed goes on where it stopped.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,6 +26,7 @@ from fewbit.job import Calibration, Job
 from fewbit.models.options import Request
 from fewbit.models.skeleton import Skeleton, load_tokenizer, tokenizer_at
 
+_STRICT = "FEWBIT_STRICT_DATASET"  # in the environment: a text that cannot be had is an error
 _NAMES = {"c4-new": "c4"}  # the two differ in what they evaluate on
 
 
@@ -87,7 +89,7 @@ def _tokens(request: Request, job: Job) -> Tensor:
         raise PlanError(f"model_seqlen={request.length}: the model's context is {context} tokens")
     if isinstance(request.dataset, str) or request.dataset is None:
         name = request.dataset or texts.own_source(job.source.config)
-        text, samples = texts.load_text(_NAMES.get(name, name), "calibration"), Calibration.samples
+        text, samples = _named_text(_NAMES.get(name, name), texts.own_source(job.source.config)), Calibration.samples
     else:
         text, samples = texts.Text(f"the list of {len(request.dataset)} texts", tuple(request.dataset)), None
     stream = texts.encode(text, tokenizer)
@@ -95,6 +97,24 @@ def _tokens(request: Request, job: Job) -> Tensor:
         raise PlanError(f"{text.name} has no tokens", "Give a text to calibrate on.")
     length = min(request.length or Calibration.length, context, len(stream))
     return texts.sample(stream, samples or len(stream) // length, length, Calibration.seed)
+
+
+def _named_text(name: str, fallback: str) -> texts.Text:
+    """The text called `name`; if the Hub does not give it, `fallback` after a warning, or PlanError if that is set."""
+    try:
+        return texts.load_text(name, "calibration")
+    except texts.SourceUnavailable as error:
+        strict = os.environ.get(_STRICT)
+        if strict not in (None, "", "0"):
+            takes = "Give a list of texts: dataset=[...]. A config takes 'c4', 'c4-new', 'wikitext2' or such a list."
+            raise PlanError(error.message, takes) from None
+        text = texts.load_text(fallback, "calibration")
+        warnings.warn(
+            f"{error.message}. Calibrating on {text.name} instead. For {name}: pip install datasets, and connect to "
+            f"the Hub; or give dataset=[...], a list of texts. {_STRICT}=1 makes this an error",
+            stacklevel=2,
+        )
+        return text
 
 
 def _tokenizer(request: Request, job: Job) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +244,19 @@ def test_renamed_tensors_are_refused_first(model: Path) -> None:
     with pytest.raises(PlanError, match="with key_mapping"):
         loaded(model, "gptq", key_mapping={"^text\\.": "model."})
     assert isinstance(loaded(model, "nf4", key_mapping={"^text\\.": "model."}).get_submodule(UP), QLinear)
+
+
+def test_a_dataset_that_cannot_be_had_is_replaced(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    config = GPTQConfig(
+        bits=4, dataset="c4", group_size=32, model_seqlen=16, tokenizer=AutoTokenizer.from_pretrained(sound)
+    )
+    with plugin.serving(), pytest.warns(UserWarning, match="Calibrating on pydoc calibration .* pip install datasets"):
+        made = AutoModelForCausalLM.from_pretrained(sound, quantization_config=config)
+    assert sum(isinstance(module, QLinear) for module in made.modules()) == 14
+    monkeypatch.setenv("FEWBIT_STRICT_DATASET", "1")
+    with plugin.serving(), pytest.raises(PlanError, match=r"c4 needs the package datasets") as error:
+        AutoModelForCausalLM.from_pretrained(sound, quantization_config=config)
+    assert "pydoc" not in str(error.value)
+    assert "dataset=[...]" in str(error.value)

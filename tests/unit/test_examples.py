@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fewbit.calibration import Completion, Message, Text
-from fewbit.errors import PlanError
+from fewbit.calibration import Completion, Message, Text, encode, load_text
+from fewbit.errors import FormatError, PlanError
 from fewbit.examples import Example, examples, split
 from tests import models
 
@@ -127,3 +128,24 @@ def test_what_is_held_out_is_not_trained_on() -> None:
     assert [len(part) for part in split(every[:2], 0.01, 0)] == [1, 1]
     with pytest.raises(PlanError, match="--held-out 0"):
         split(every[:1], 0.1, 0)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (models.CHAT, "<user>double the row\n\n4\n<assistant>8\n"),
+        (None, "### Instruction:\ndouble the row\n\n4\n\n### Response:\n8"),
+    ],
+)
+def test_instructions_are_chats_or_alpaca(template: str | None, expected: str, tmp_path: Path) -> None:
+    file, tokenizer = tmp_path / "data.jsonl", models.tokenizer(template)
+    file.write_text('{"instruction": "double the row", "input": "4", "output": "8"}\n', encoding="utf-8")
+    text = load_text(file)
+    (example,), _ = examples(text, tokenizer, 512)
+    shown = str(tokenizer.decode(encode(text, tokenizer), skip_special_tokens=True))
+    assert shown.strip() == expected.strip()
+    learned = str(tokenizer.decode([i for i, learn in zip(example.ids, example.learned, strict=True) if learn]))
+    assert learned.removesuffix(str(tokenizer.eos_token)).strip() == "8"
+    file.write_text('{"instruction": "double", "output": 8}\n', encoding="utf-8")
+    with pytest.raises(FormatError, match=r"line 1: 'instruction', 'input' and 'output' are not all strings"):
+        load_text(file)
