@@ -62,6 +62,8 @@ def finetune(
         raise PlanError(f"--length {tuning.length} is beyond the model's context of {most} tokens")
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     every, notes = examples(text, tokenizer, min(tuning.length, most))
+    for example in every:
+        texts.within(torch.tensor(example.ids, dtype=torch.int64, device="cpu"), source.rows, tokenizer, text.name)
     training, held_out = split(every, tuning.held_out, tuning.seed)
     # SmolLM2, 4 x 128 tokens: 1.0 GB at the peak where pieces below 4 MiB are kept, 0.6 GB so.
     heap.return_freed(1 << 18)

@@ -273,7 +273,8 @@ def evaluate(
             raise PlanError(f"--length {length}: a window needs at least 2 tokens")
         # The original may know a text that a GGUF file made from it has no word for.
         loaded_text = texts.load_text(text or texts.own_source((original or source).config), "evaluation")
-        chosen = texts.windows(texts.encode(loaded_text, tokenizer), length or min(2048, most), samples)
+        stream = texts.within(texts.encode(loaded_text, tokenizer), source.rows, tokenizer, loaded_text.name)
+        chosen = texts.windows(stream, length or min(2048, most), samples)
         options: dict[str, Any] = {
             "dtype": dtype or ("auto" if device != "cpu" else torch.float32),
             "device": device,
@@ -332,7 +333,7 @@ def generate(
         raise PlanError(f"--temperature {temperature}: give 0 for the likeliest tokens, about 0.7 for some variety")
     device, source = hardware.device(arguments.device("device", device)), locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    ids = prompt_ids(tokenizer, prompt, chat=chat)
+    ids = texts.within(prompt_ids(tokenizer, prompt, chat=chat), source.rows, tokenizer, "the prompt")
     if fuse is not None and ids.shape[1] + max_new_tokens > fuse:
         raise PlanError(
             f"--max-length {fuse} holds the prompt and the answer, {ids.shape[1]} and {max_new_tokens} tokens here",

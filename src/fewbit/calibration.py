@@ -143,6 +143,19 @@ def encode(text: Text, tokenizer: Tokenizer) -> Tensor:
     return torch.tensor(begun(ids, tokenizer), dtype=torch.int64, device="cpu")
 
 
+def within(ids: Tensor, rows: int | None, tokenizer: Any, where: str) -> Tensor:
+    """`ids` as they are; FormatError for one that has no row in an embedding of so many `rows`, or of None."""
+    if rows is not None and ids.numel() and int(ids.max()) >= rows:
+        wrong = int(ids.max())
+        name = tokenizer.convert_ids_to_tokens(wrong)
+        raise FormatError(
+            f"{where}: token {name!r} has the id {wrong}, and the model's embedding has {rows} rows",
+            "The tokenizer has tokens that the model was never given. Resize the model's embedding, or use a text or a "
+            "chat template without them.",
+        )
+    return ids
+
+
 def begun(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     """`ids` with the token for the beginning of a text in front, if the tokenizer adds it by itself."""
     beginning = token_ids(tokenizer, ["a"], special=True)[0][:1]

@@ -269,7 +269,9 @@ def _asked(
         raise PlanError(f"--length {length}: a window has at least 2 tokens, and at most the model's context of {most}")
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     loaded = texts.load_text(text or texts.own_source(source.config), "evaluation")
-    chosen = texts.windows(texts.encode(loaded, tokenizer), min(length, most), samples)
+    chosen = texts.windows(
+        texts.within(texts.encode(loaded, tokenizer), source.rows, tokenizer, loaded.name), min(length, most), samples
+    )
     used = TextUsed(loaded.name, len(chosen), chosen.shape[1], texts.digest(chosen))
     calibrated = None
     if any(plan is not None and _calibrated(plan) for plan in wanted.values()):

@@ -115,7 +115,8 @@ def windows(wanted: Calibration, source: Source, tokenizer: Any) -> tuple[Tensor
         raise PlanError(f"--length {wanted.length} is beyond the model's context of {most} tokens")
     text = texts.load_text(wanted.text or texts.own_source(source.config), "calibration")
     length = min(wanted.length, most)
-    tokens = texts.sample(texts.encode(text, tokenizer), wanted.samples, length, wanted.seed)
+    stream = texts.within(texts.encode(text, tokenizer), source.rows, tokenizer, text.name)
+    tokens = texts.sample(stream, wanted.samples, length, wanted.seed)
     return tokens, {
         "text": text.name,
         "digest": texts.digest(tokens),

@@ -92,7 +92,7 @@ def _tokens(request: Request, job: Job) -> Tensor:
         text, samples = _named_text(_NAMES.get(name, name), texts.own_source(job.source.config)), Calibration.samples
     else:
         text, samples = texts.Text(f"the list of {len(request.dataset)} texts", tuple(request.dataset)), None
-    stream = texts.encode(text, tokenizer)
+    stream = texts.within(texts.encode(text, tokenizer), job.source.rows, tokenizer, text.name)
     if not len(stream):
         raise PlanError(f"{text.name} has no tokens", "Give a text to calibrate on.")
     length = min(request.length or Calibration.length, context, len(stream))

@@ -72,6 +72,14 @@ class Source:
         return 2048
 
     @property
+    def rows(self) -> int | None:
+        """Rows of the token embedding; None where config.json does not say."""
+        config = self.config
+        inner = config.get("text_config")
+        found = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
+        return found if isinstance(found, int) else None
+
+    @property
     def quantization(self) -> dict[str, Any] | None:
         """The quantization_config of config.json; None where the model is not quantized."""
         if self.gguf is not None:

@@ -1,0 +1,63 @@
+"""Tokens that the embedding has no row for are found before any work, by every verb."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
+
+import fewbit
+from fewbit.errors import FormatError
+from fewbit.job import Calibration
+from fewbit.models import plugin
+from fewbit.tuning import Tuning
+from tests import models
+
+Place = tuple[Path, Path]
+VERBS: dict[str, Callable[[Path, Path, Path], Any]] = {
+    "quantize": lambda m, data, out: fewbit.quantize(m, out, calibration=Calibration(str(data), 2, 16)),
+    "imatrix": lambda m, data, out: fewbit.imatrix(
+        m, out.with_suffix(".gguf"), calibration=Calibration(str(data), 2, 16)
+    ),
+    "generate": lambda m, data, out: fewbit.generate(m, "the", chat=True, max_new_tokens=1),
+    "evaluate": lambda m, data, out: fewbit.evaluate(m, text=str(data), length=16),
+    "compare": lambda m, data, out: fewbit.compare(m, plans=["nf4"], text=str(data), length=16),
+    "finetune": lambda m, data, out: fewbit.finetune(m, out, data=str(data), tuning=Tuning(steps=1, length=128)),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A model whose tokenizer got two tokens that the embedding was never resized for, and a text of chats."""
+    folder = models.save(
+        tmp_path_factory.mktemp("ids") / "m", "llama", chat=models.CHAT.replace("<assistant>", "<|new|>")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|filler|>", "<|new|>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    data = folder.parent / "chats.jsonl"
+    chat = [
+        {"role": "user", "content": f"the model <|new|> {models.sentences(1)}"},
+        {"role": "assistant", "content": "a"},
+    ]
+    data.write_text("\n".join(json.dumps({"messages": chat}) for _ in range(8)), encoding="utf-8")
+    return folder, data
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_token_without_a_row_is_named(verb: str, place: Place, tmp_path: Path) -> None:
+    if verb == "finetune":
+        pytest.importorskip("peft")
+    with pytest.raises(FormatError, match=r"token '<\|new\|>' has the id \d+, and the model's embedding has 288 rows"):
+        VERBS[verb](*place, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_token_without_a_row_is_named_on_load(place: Place) -> None:
+    config = GPTQConfig(bits=4, dataset=["the <|new|> model " * 40], group_size=32, model_seqlen=16)
+    with plugin.serving(), pytest.raises(FormatError, match=r"token '<\|new\|>' has the id"):
+        AutoModelForCausalLM.from_pretrained(place[0], quantization_config=config)
