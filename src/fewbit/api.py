@@ -18,6 +18,7 @@ from fewbit import calibration as texts
 from fewbit import plan as plans
 from fewbit.advise import hardware
 from fewbit.arguments import Device, DType, Plans, Texts, checked
+from fewbit.arguments import Sampling as Sampling
 from fewbit.cache import cache_folder
 from fewbit.errors import FewbitError, FormatError, KernelError, OutputError, PlanError
 from fewbit.formats import imatrix as importances
@@ -311,8 +312,7 @@ def generate(
     prompt: str,
     *,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: Sampling | None = None,
     chat: bool = False,
     adapter: str | Path | None = None,
     device: Device = None,
@@ -322,15 +322,13 @@ def generate(
     trust_remote_code: bool = False,
     stream: bool = False,
 ) -> Continuation:
-    """What `model` continues `prompt` with, and how fast: greedy at temperature 0, else sampled with `seed`.
+    """What `model` continues `prompt` with, and how fast: greedy unless `sampling` says otherwise.
 
     chat: the prompt is a user's message in the model's chat template. adapter: the folder of one to put on it. fuse,
     compile: as in `load`. stream: print the text as it comes, too.
     """
     if max_new_tokens < 1:
         raise PlanError(f"--max-new-tokens {max_new_tokens}: at least one token must come")
-    if not 0 <= temperature < float("inf"):
-        raise PlanError(f"--temperature {temperature}: give 0 for the likeliest tokens, about 0.7 for some variety")
     device, source = hardware.device(arguments.device("device", device)), locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     ids = texts.within(prompt_ids(tokenizer, prompt, chat=chat), source.rows, tokenizer, "the prompt")
@@ -349,7 +347,7 @@ def generate(
         trust_remote_code=trust_remote_code,
     )
     return continue_text(
-        loaded, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stream=stream
+        loaded, tokenizer, ids, max_new_tokens=max_new_tokens, sampling=sampling or Sampling(), stream=stream
     )
 
 

@@ -136,7 +136,22 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to continue; the user's message with --chat.")],
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="0: always the most likely token. Above 0: random, the higher the more varied.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            help="Choose among so many of the most likely tokens, 0: all. By default as the model says, or 50."
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose among the most likely tokens whose probabilities add up to this. "
+            "By default as the model says, or 1: all."
+        ),
+    ] = None,
     seed: Seed = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
     fuse: Annotated[bool, typer.Option("--fuse", help="Fuse q, k, v and gate, up; needs --max-length.")] = False,
@@ -160,8 +175,7 @@ def generate(
         model,
         prompt,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
+        sampling=api.Sampling(temperature, top_k, top_p, seed),
         chat=chat,
         adapter=adapter,
         device=device,

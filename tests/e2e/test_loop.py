@@ -13,10 +13,18 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import GenerationConfig, GenerationMixin, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.streamers import BaseStreamer
 
+from fewbit.arguments import Sampling
 from fewbit.errors import PlanError
 from fewbit.models import decode, loop
+from fewbit.models.generate import continue_text
 from fewbit.models.graph import Compiled, check_compile
 from tests import models
 
@@ -178,6 +186,55 @@ def test_sampled_texts_are_the_same_with_the_same_seed(ids: Tensor) -> None:
     got = written(looped, ids[:1], do_sample=True, eos_token_id=end)
     assert got == written(plain, ids[:1], do_sample=True, eos_token_id=end)
     assert len(got[0]) <= 16
+
+
+class Words:
+    """As much of a tokenizer as generating a text needs."""
+
+    pad_token_id = 2
+
+    def decode(self, ids: Tensor, **_: Any) -> str:
+        return " ".join(str(int(token)) for token in ids)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "warpers"),
+    [
+        (Sampling(1.5, top_k=7), [TemperatureLogitsWarper(1.5), TopKLogitsWarper(7)]),
+        (Sampling(0.8, top_k=0, top_p=0.6), [TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.6)]),
+        (Sampling(1.2, 20, 0.5), [TemperatureLogitsWarper(1.2), TopKLogitsWarper(20), TopPLogitsWarper(0.5)]),
+        (Sampling(1.5, top_k=0, top_p=1.0), [TemperatureLogitsWarper(1.5)]),
+        (Sampling(1.5, top_p=0.9), [TemperatureLogitsWarper(1.5), TopKLogitsWarper(50), TopPLogitsWarper(0.9)]),
+    ],
+    ids=str,
+)
+def test_both_loops_sample_from_the_same_distribution(
+    sampling: Sampling, warpers: list[Any], ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that transformers' own logits processors make of the model's logits."""
+    drawn: list[Tensor] = []
+    draw = torch.multinomial
+
+    def recorded(probabilities: Tensor, **options: Any) -> Tensor:
+        drawn.append(probabilities.clone())
+        return draw(probabilities, **options)
+
+    monkeypatch.setattr(torch, "multinomial", recorded)
+    with torch.inference_mode():
+        plain, looped = pair("llama")
+        for model in (plain, looped):
+            model.lm_head.weight.mul_(8)  # or all tokens would be about equally likely
+        logits = plain(ids[:1]).logits[:, -1]
+        wanted = LogitsProcessorList(warpers)(ids, logits).softmax(-1)  # type: ignore[arg-type]
+    texts = []
+    for model in (plain, looped):
+        drawn.clear()
+        texts.append(continue_text(model, Words(), ids[:1], max_new_tokens=NEW, sampling=sampling).text)
+        assert len(drawn) == NEW
+        torch.testing.assert_close(drawn[0], wanted)
+        assert torch.equal(drawn[0] > 0, wanted > 0)
+    assert texts[0] == texts[1]
+    assert steps(looped) == NEW
 
 
 def test_a_streamer_is_given_every_token_once(ids: Tensor) -> None:

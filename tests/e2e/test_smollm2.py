@@ -67,7 +67,9 @@ def test_it_loads_packed_and_speaks(quantized: Path, fewbit: Fewbit) -> None:
 
 def test_sampling_answers_to_its_seed(quantized: Path) -> None:
     def said(seed: int) -> str:
-        return api.generate(quantized, "Once upon a time", max_new_tokens=10, temperature=1.5, seed=seed).text
+        return api.generate(
+            quantized, "Once upon a time", max_new_tokens=10, sampling=api.Sampling(1.5, seed=seed)
+        ).text
 
     assert said(1) == said(1) != said(2)
 

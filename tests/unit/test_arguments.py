@@ -13,7 +13,7 @@ import torch
 
 import fewbit
 from fewbit import arguments
-from fewbit.arguments import Calibration
+from fewbit.arguments import Calibration, Sampling
 from fewbit.errors import PlanError
 from fewbit.plan import PRESETS
 from fewbit.tuning import Tuning
@@ -27,7 +27,7 @@ GIVEN: dict[str, Any] = {
     "adapter": "a",
     "purpose": "edge",
 }
-NUMBERS = ("samples", "length", "context", "batch", "fuse", "max_new_tokens", "seed", "temperature", "max_kl")
+NUMBERS = ("samples", "length", "context", "batch", "fuse", "max_new_tokens", "seed", "max_kl")
 
 
 def parameters(verb: str) -> dict[str, inspect.Parameter]:
@@ -59,10 +59,30 @@ def test_a_wrong_type_is_named_by_every_verb(verb: str, place: Path) -> None:
 def test_a_wrong_number_is_named_by_every_verb(value: object) -> None:
     for verb in VERBS:
         for name in set(NUMBERS) & parameters(verb).keys():
-            if name in ("temperature", "max_kl") and value in (-1, 2**70):
+            if name == "max_kl" and value in (-1, 2**70):
                 continue  # numbers too; which make sense, the verb says
             with pytest.raises(PlanError, match=f"^{name}="):
                 call(verb, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("temperature", value) for value in (-1, float("nan"), "7", None, True)),
+        *(("top_k", value) for value in (-1, 0.5, 2**70, "7", True)),
+        *(("top_p", value) for value in (0, -0.1, 1.1, float("nan"), "1", True)),
+        *(("seed", value) for value in (-1, 2**32, None)),
+    ],
+)
+def test_a_sampling_checks_its_numbers(name: str, value: Any) -> None:
+    with pytest.raises(PlanError, match=f"^{name}="):
+        Sampling(**{"temperature": 0.7, name: value})
+
+
+@pytest.mark.parametrize("given", [{"top_k": 5}, {"top_p": 0.9}])
+def test_limits_without_a_temperature_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match="a temperature above 0"):
+        Sampling(**given)
 
 
 @pytest.mark.parametrize("name", ["samples", "length", "seed"])

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from fewbit.arguments import Sampling
 from fewbit.errors import PlanError
 from fewbit.files import unwritable
 
@@ -20,6 +21,8 @@ _KEPT = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "bad_words_ids"),
     *("repetition_penalty", "no_repeat_ngram_size", "top_k", "top_p", "min_p", "typical_p"),
 )
+
+_GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,10 @@ def continue_text(
     ids: Tensor,
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: Sampling = _GREEDY,
     stream: bool = False,
 ) -> Continuation:
-    """The new text: greedy at temperature 0, else sampled with `seed`; printed as it comes if `stream`.
+    """The new text, printed as it comes if `stream`.
 
     Of generation_config.json the tokens that end a text, penalties and limits of sampling count. Beams, several
     answers, stop strings, forced tokens and lengths do not: one text comes, token by token.
@@ -108,10 +110,7 @@ def continue_text(
     ids = ids.to(model.device)
     end = model.generation_config.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling["temperature"] = temperature
-    torch.manual_seed(seed)
+    torch.manual_seed(sampling.seed)
     clock = _Clock(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None)
     with torch.inference_mode(), _one_text(model):
         out = model.generate(
@@ -120,7 +119,7 @@ def continue_text(
             max_new_tokens=max_new_tokens,
             pad_token_id=pad[0] if isinstance(pad, list) else pad,
             streamer=clock,
-            **sampling,
+            **sampling.options(),
         )
     start, first, *_ = clock.times  # the prompt is passed on before anything is computed
     return Continuation(
