@@ -18,6 +18,7 @@ from fewbit.examples import examples, split
 from fewbit.files import read_json, write_json, write_text
 from fewbit.formats.safetensors import files_in, read_specs
 from fewbit.formats.safetensors import writing as safetensors_errors
+from fewbit.job import homeless, left_behind
 from fewbit.measure import memory
 from fewbit.models.describe import describe
 from fewbit.models.load import load_model, need_peft
@@ -166,8 +167,10 @@ def merge(
     outputs.check_space({out.resolve() if plan is None else cache_folder(): plain_bytes})
     if plan is None:
         with outputs.published(out, overwrite=overwrite) as folder:
-            write_merged(origin or source, adapter, folder, trust_remote_code=trust_remote_code)
+            carried = write_merged(origin or source, adapter, folder, trust_remote_code=trust_remote_code)
         quantized = None
+        kind = describe(origin or source).architecture
+        notes = [*homeless(kind, carried, {}), *left_behind(origin or source, single_file=False)]
     else:
         held = locks.scratch(cache_folder() / "merged")
         plain = held.folder / "model"
@@ -186,10 +189,12 @@ def merge(
             )
         finally:
             held.remove()
+        notes = left_behind(origin or source, single_file=False)  # of the rest, `quantize` says what becomes of it
         _rename_origin(out, f"{(origin or source).name} with {adapter}")
     return Merged(
         out=str(out),
         base=origin.name if origin is not None else None,
+        notes=notes,
         quantized=quantized,
         evaluation=api.evaluate(
             out,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from fewbit.files import write_json
-from fewbit.formats.safetensors import Checkpoint, ShardWriter, side_files
+from fewbit.formats.safetensors import Checkpoint, ShardWriter, copy_side_files
 from fewbit.models.skeleton import Skeleton
 from fewbit.pipeline import Run, quantization_config
 from fewbit.plan import Resolved
@@ -31,9 +30,10 @@ def write(folder: Path, skeleton: Skeleton, resolved: Resolved, run: Run) -> int
     writer = ShardWriter(folder, SHARD_BYTES)
     for name, place, key in tensors:
         writer.add(stored[name], place.get(key))
+    for key in skeleton.carried(resolved.assignments):
+        writer.add(key, skeleton.checkpoint.get(key))
     writer.close()
-    for file in side_files(skeleton.source.folder):
-        shutil.copyfile(file, folder / file.name)
+    copy_side_files(skeleton.source.beside, folder)
     config = skeleton.source.config
     if config.get("tie_word_embeddings") and not skeleton.tied:
         config["tie_word_embeddings"] = False  # the file holds two tensors that differ: readers must not tie them

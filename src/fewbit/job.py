@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from fewbit import plan as plans
 from fewbit.advise import hardware, sizes
 from fewbit.arguments import Calibration as Calibration
 from fewbit.errors import PlanError
+from fewbit.formats import pickle
 from fewbit.formats.base import by_quant_method
-from fewbit.formats.safetensors import other_weights, side_files
+from fewbit.formats.safetensors import folders_left_out, other_weights, side_files
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import Source, locate
 from fewbit.report import Preview
+from fewbit.schemes.base import PartSpec
 from fewbit.stats import Need, Stats
 
 # Files whose content a GGUF file holds in its keys.
@@ -70,8 +73,12 @@ class Job:
         return windows(wanted, self.source, tokenizer)
 
     def left_out(self) -> list[str]:
-        """Sentences on what the model's folder has and an output will not hold."""
-        return left_out(self.skeleton, single_file=self.single_file)
+        """Sentences on what the model's folder has and an output holds as it is, or not at all."""
+        carried = {} if self.single_file else self.skeleton.carried(self.resolved.assignments)
+        specs = self.skeleton.checkpoint.specs
+        lost = {key: specs[key] for key in self.skeleton.without_place if key not in carried}
+        kind = type(self.skeleton.model).__name__
+        return homeless(kind, carried, lost) + left_behind(self.source, single_file=self.single_file)
 
     def preview(self) -> Preview:
         tensors, output_bytes = sizes.tensors(self.skeleton, self.resolved)
@@ -80,7 +87,7 @@ class Job:
             format=self.resolved.format.name,
             notes=[*self.notes, *self.left_out()],
             tensors=tensors,
-            original_bytes=sizes.original_bytes(self.skeleton),
+            original_bytes=sizes.checkpoint_bytes(self.skeleton),
             output_bytes=output_bytes,
             share=pipeline.share_quantized(self.skeleton, self.resolved),
         )
@@ -139,25 +146,36 @@ def is_file(out: str | Path, plan: plans.Plan) -> bool:
     return bool(suffix)
 
 
-def left_out(skeleton: Skeleton, *, single_file: bool) -> list[str]:
-    """Sentences on tensors and files of the model's folder that the output will not hold."""
-    notes, lost = [], skeleton.without_place
+def homeless(kind: str, carried: Mapping[str, PartSpec], lost: Mapping[str, PartSpec]) -> list[str]:
+    """Sentences on the tensors of a checkpoint that its class, `kind`, has no place for."""
+    notes = []
+    if carried:
+        notes.append(f"carried over as is: {_some(carried)} that {kind} has no place for; other readers may use them")
     if lost:
-        named = ", ".join(lost[:3]) + (" ..." if len(lost) > 3 else "")
-        notes.append(
-            f"left out: {len(lost)} {'tensor' if len(lost) == 1 else 'tensors'} that {type(skeleton.model).__name__} "
-            f"has no place for ({named})"
-        )
-    folder = skeleton.source.folder
-    if skeleton.source.gguf is None and folder.is_dir():
-        used = {file.name for file in skeleton.source.files}
-        rest = [path.name + "/" for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] not in "._"]
-        if single_file:
-            rest += [file.name for file in side_files(folder) if not _IN_GGUF.fullmatch(file.name)]
-        rest += [file.name for file in other_weights(folder) if file.name not in used]
-        if rest:
-            notes.append(f"left out: {', '.join(rest[:8])}{' ...' if len(rest) > 8 else ''} of {folder}")
+        notes.append(f"left out: {_some(lost)} that {kind} has no place for")
     return notes
+
+
+def _some(specs: Mapping[str, PartSpec]) -> str:
+    """How many tensors, their bytes, and the names of the first."""
+    named = ", ".join([*specs][:3]) + (" ..." if len(specs) > 3 else "")
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    return f"{len(specs)} {'tensor' if len(specs) == 1 else 'tensors'} of {nbytes:,} bytes ({named})"
+
+
+def left_behind(source: Source, *, single_file: bool) -> list[str]:
+    """Sentences on the files of the model's folder that the output will not hold."""
+    if source.gguf is not None:
+        return []
+    folder = source.beside
+    used = {file.name for file in (*source.files, *pickle.files_in(folder))}
+    rest = [path.name + "/" for path in folders_left_out(folder)]
+    if single_file:
+        rest += [str(file) for file in side_files(folder) if not _IN_GGUF.fullmatch(str(file))]
+    rest += [file.name for file in other_weights(folder) if file.name not in used]
+    if not rest:
+        return []
+    return [f"left out: {', '.join(rest[:8])}{f' and {len(rest) - 8} more' if len(rest) > 8 else ''} of {folder}"]
 
 
 def fewer(wanted: Calibration, used: dict[str, Any] | None) -> list[str]:

@@ -197,7 +197,14 @@ def fingerprint(
 
 def quantization_config(skeleton: Skeleton, resolved: Resolved) -> dict[str, Any]:
     """What config.json will say; every linear that is not quantized, outside the blocks too, is named there."""
-    skipped = [name for name in skeleton.all_linears() if name not in resolved.assignments]
+    quantized = resolved.assignments
+    skipped = [name for name in skeleton.all_linears() if name not in quantized]
+    for key, spec in skeleton.carried(quantized).items():
+        name = key.removesuffix(".weight")
+        # Some readers take a name for the beginning or the end of others too.
+        alike = any(module.startswith(name) or module.endswith(name) for module in quantized)
+        if len(spec.shape) == 2 and name != key and not alike:
+            skipped.append(name)
     return resolved.format.config(list(resolved.assignments.values()), skipped, skeleton.source.dtype)
 
 

@@ -114,10 +114,12 @@ class Finetuned:
 @dataclass(frozen=True)
 class Merged:
     """What `merge` made: an ordinary model, or a quantized one. `base`: the weights that the adapter was added to, None
-    for the values of the packed ones. `evaluation` compares with the adapter on the model it was trained on."""
+    for the values of the packed ones. `notes`: what was carried over beside the model, and what was left out.
+    `evaluation` compares with the adapter on the model it was trained on."""
 
     out: str
     base: str | None
+    notes: list[str]
     quantized: Quantized | None
     evaluation: Evaluation
     nbytes: int
@@ -199,6 +201,8 @@ def finetuned(done: Finetuned) -> None:
 
 def merged(done: Merged) -> None:
     """What `fewbit merge` prints when it is finished."""
+    for note in done.notes:
+        _say(f"note: {note}")
     if done.quantized is not None:
         quantized(done.quantized)
     onto = f"added to {done.base}" if done.base else "added to the values of the packed weights: no --base is at hand"

@@ -359,6 +359,27 @@ def test_merged_into_the_base_it_is_peft_merged(
     assert plain["evaluation"]["kl"]["max"] < 1e-6
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_merge_carries_over_what_has_no_place(packed: bool, tmp_path: Path, adapter: Path, model: Path) -> None:
+    source = shutil.copytree(model, tmp_path / "model")
+    extra = {"mtp.fc.weight": torch.rand(4, 4), "model.layers.9.mlp.up_proj.weight": torch.rand(4, 4)}
+    save_file({**models.tensors_of(source), **extra}, source / "model.safetensors", metadata={"format": "pt"})
+    for name in ("draft/model.safetensors", "1_Pooling/config.json"):
+        (source / name).parent.mkdir()
+        (source / name).write_text("{}")
+    if packed:
+        api.quantize(source, tmp_path / "packed", plan="rtn-4bit")
+        shutil.rmtree(source)  # so that the base is not at hand
+        source = tmp_path / "packed"
+    done = package.merge(source, adapter, tmp_path / "out", length=32)
+    found = models.tensors_of(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in extra.items())
+    assert not any("qweight" in name for name in found)
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()
+    assert "carried over as is: 2 tensors of 128 bytes" in done.notes[0]
+    assert packed or "draft/" in done.notes[1]
+
+
 def test_merged_and_quantized_again(quantized: Path, adapter: Path, text: Path, place: Path, fewbit: Fewbit) -> None:
     flags = ("--plan", "rtn-4bit", "--text", text, "--length", 32, "--json")
     answer = fewbit("merge", quantized, adapter, "-o", place, *flags)

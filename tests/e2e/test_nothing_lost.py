@@ -71,20 +71,53 @@ def test_an_old_output_comes_back_after_a_kill_between_the_renames(tmp_path: Pat
 
 @pytest.mark.parametrize("plan", ["rtn-4bit", "q4_0"])
 def test_what_has_no_place_is_named(plan: str, model: Path, tmp_path: Path) -> None:
-    rewritten(model, {"mtp.fc.weight": torch.ones(4, 4), "model.layers.9.mlp.up_proj.weight": torch.ones(4, 4)})
-    (model / "draft").mkdir()
-    (model / "image_processor.json").write_text("{}")
+    lost = {"mtp.fc.weight": torch.rand(4, 4), "model.layers.9.mlp.up_proj.weight": torch.rand(4, 4)}
+    rewritten(model, {**lost})
+    for name in ("draft/model.safetensors", "image_processor.json", "1_Pooling/config.json"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("{}")
     out = tmp_path / ("out.gguf" if plan == "q4_0" else "out")
     done = api.quantize(model, out, plan=plan)
     said = " ".join(done.notes)
-    assert "2 tensors" in said
-    assert "mtp.fc.weight" in said
+    assert "2 tensors of 128 bytes (model.layers.9.mlp.up_proj.weight, mtp.fc.weight)" in said
     assert "draft/" in said
     if plan == "q4_0":
+        assert "left out: 2 tensors" in said
         assert "image_processor.json" in said
+        assert "1_Pooling/config.json" in said
     else:
+        assert "carried over as is: 2 tensors" in said
         assert (out / "image_processor.json").exists()
+        assert (out / "1_Pooling" / "config.json").exists()
+        assert not (out / "draft").exists()
         assert json.loads((out / "fewbit.json").read_text())["notes"] == done.notes
+        found = models.tensors_of(out)
+        assert all(torch.equal(found[name], tensor) for name, tensor in lost.items())
+
+
+def test_readers_are_told_what_is_carried_over(model: Path, tmp_path: Path) -> None:
+    carried = ("mtp.fc", "proj")  # the second is how names of quantized linears end
+    beside = "model.layers.0.mlp.up_proj.g_idx"
+    rewritten(model, {**{f"{name}.weight": torch.ones(4, 4) for name in carried}, beside: torch.ones(4)})
+    done = api.quantize(model, tmp_path / "gptq", plan="rtn-4bit")
+    assert any(f"left out: 1 tensor of 16 bytes ({beside})" in note for note in done.notes)
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    assert r"-:^mtp\.fc$" in config["dynamic"]
+    assert "-:^proj$" not in config["dynamic"]
+    shown = api.preview(model, plan="nf4")
+    assert ("mtp.fc.weight", "as it is, no part of the model (float32)", 64) in shown.tensors
+
+
+def test_a_pickle_keeps_its_subfolders(model: Path, tmp_path: Path) -> None:
+    torch.save(models.tensors_of(model), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    done = api.quantize(model, tmp_path / "out", plan="rtn-4bit")
+    assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").exists()
+    assert not any("left out" in note for note in done.notes)
+    models.edit_json(model / "config.json", note="edited")
+    assert locate(model).config["note"] == "edited"
 
 
 def test_a_folder_of_a_living_process_is_left_alone(tmp_path: Path) -> None:

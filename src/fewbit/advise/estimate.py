@@ -76,7 +76,8 @@ def estimate(
     cache = memory.cache_bytes(g, use)
     original = sizes.original_bytes(outline)
     parameters = sum(_numel(spec.shape) for _, _, spec in outline.passed_through())
-    rows = [_row(sizes.Sized(ORIGINAL, "as it is", original, original, bits=8 * original / parameters), g, use, cache)]
+    files = sizes.checkpoint_bytes(outline)
+    rows = [_row(sizes.Sized(ORIGINAL, "as it is", files, original, bits=8 * original / parameters), g, use, cache)]
     block = memory.Block(**outline.largest_block())
     for plan in wanted:
         need = max((make(r.method, dict(r.options)).needs for r in plan.rules if r.scheme), default=Need.NOTHING)

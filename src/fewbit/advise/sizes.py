@@ -66,6 +66,9 @@ def tensors(skeleton: Skeleton, resolved: plans.Resolved) -> tuple[list[tuple[st
         else:
             what, size = f"as it is ({str(spec.dtype).removeprefix('torch.')})", spec.nbytes
         found.append((name, what, size))
+    for key, spec in skeleton.carried(wanted).items():
+        what = f"as it is, no part of the model ({str(spec.dtype).removeprefix('torch.')})"
+        found.append((key, what, spec.nbytes))
     return found, sum(size for _, _, size in found)
 
 
@@ -105,3 +108,8 @@ def sized(skeleton: Skeleton, plan: plans.Plan) -> Sized:
 def original_bytes(skeleton: Skeleton) -> int:
     """Bytes of the model as it is, ties counted once."""
     return sum(spec.nbytes for _, _, spec in skeleton.passed_through())
+
+
+def checkpoint_bytes(skeleton: Skeleton) -> int:
+    """Bytes of the model as it is, and of the tensors of its files that it has no place for."""
+    return original_bytes(skeleton) + sum(skeleton.checkpoint.specs[key].nbytes for key in skeleton.without_place)

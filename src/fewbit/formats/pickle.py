@@ -42,7 +42,8 @@ def files_in(folder: Path) -> list[Path]:
 def converted(folder: Path) -> Path:
     """A cached folder with the same model in safetensors, made on first use; FormatError if a pickle asks for more."""
     files = files_in(folder)
-    stats = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    beside = [folder / path for path in safetensors.side_files(folder) if path.parent == Path()]
+    stats = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in (*files, *beside)]
     key = hashlib.sha256("\n".join(stats).encode()).hexdigest()[:24]
 
     def make(target: Path) -> None:
@@ -61,7 +62,7 @@ def converted(folder: Path) -> Path:
             shards = sorted(target.iterdir())
             names = {name: shard.name for shard in shards for name in safetensors.read_specs(shard)}
             write_json(target / safetensors.INDEX, {"metadata": {}, "weight_map": names})
-        for file in safetensors.side_files(folder):
+        for file in beside:
             shutil.copy(file, target)
 
     return made(f"unpickled-{key}", make, sum(file.stat().st_size for file in files))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,6 +122,15 @@ class ShardWriter:
         self._shards: list[list[str]] = []
         self.nbytes = 0
 
+    def adopt(self) -> None:
+        """Take the files that the folder holds already as the first shards."""
+        for file in files_in(self.folder):
+            specs = read_specs(file)
+            self._shards.append(list(specs))
+            self.nbytes += sum(spec.nbytes for spec in specs.values())
+            file.rename(self.folder / f"shard-{len(self._shards)}")
+        (self.folder / INDEX).unlink(missing_ok=True)
+
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor; it may be written now or later."""
         size = sum(t.nbytes for t in self._pending.values())
@@ -188,10 +198,37 @@ def other_weights(folder: Path) -> list[Path]:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """What belongs to a model besides its weights: tokenizer, configs, templates, code, licence. Not its model card."""
-    found = []
-    for file in sorted(folder.iterdir()):
-        weights = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-        if file.is_file() and not file.name.startswith(".") and not weights and file.name not in _NOT_CARRIED:
-            found.append(file)
-    return found
+    """What belongs to a model besides its weights, as paths in `folder`: tokenizer, configs, templates, code, licence,
+    and subfolders that hold no weights, such as those of further chat templates. Not its model card."""
+    found = [file for file in _visible(folder) if file.is_file() and not _is_weights(file)]
+    found = [file for file in found if file.name not in _NOT_CARRIED]
+    for inner in _visible(folder):
+        if inner.is_dir() and not _holds_weights(inner):
+            found += [file for file in sorted(inner.rglob("*")) if file.is_file()]
+    return [file.relative_to(folder) for file in found]
+
+
+def copy_side_files(folder: Path, out: Path) -> None:
+    """Copy the side files of one folder into another, but for those that are there already."""
+    for file in side_files(folder):
+        target = out / file
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / file, target)
+
+
+def folders_left_out(folder: Path) -> list[Path]:
+    """Subfolders that hold weights, which are no side files."""
+    return [inner for inner in _visible(folder) if inner.is_dir() and _holds_weights(inner)]
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.name[0] not in "._"]
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(_is_weights(file) for file in folder.rglob("*"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from fewbit.errors import FormatError, NumericsError, PlanError
-from fewbit.formats.safetensors import read_specs, side_files, writing
+from fewbit.formats.safetensors import Checkpoint, ShardWriter, copy_side_files, read_specs, writing
+from fewbit.fused import packed_linears
 from fewbit.models.load import load_model
-from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.skeleton import load_tokenizer, owned, placed
 from fewbit.models.source import Source
+from fewbit.schemes.base import PartSpec
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -56,14 +57,24 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def write_merged(source: Source, adapter: str | Path, folder: Path, *, trust_remote_code: bool = False) -> None:
+def write_merged(
+    source: Source, adapter: str | Path, folder: Path, *, trust_remote_code: bool = False
+) -> dict[str, PartSpec]:
     """Write the model of `source` with an adapter added to its weights, packed ones unpacked, into `folder`.
 
-    The whole model is held in memory in its own type. NumericsError if a sum is not finite.
+    The whole model is held in memory in its own type. Tensors that it has no place for are carried over, and given
+    back by name. NumericsError if a sum is not finite.
     """
     plain = load_model(source, device="cpu", trust_remote_code=trust_remote_code)
+    packed = packed_linears(plain)
     if source.quantization is not None:
         plain.dequantize()
+    carried = dict[str, PartSpec]()
+    if source.gguf is None:
+        checkpoint = Checkpoint(list(source.files))
+        _, without = placed(plain, checkpoint.specs, plain.state_dict())
+        prefix = plain.base_model_prefix
+        carried = {k: checkpoint.specs[k] for k, name in without.items() if not owned(name, prefix, packed)}
     verbose = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -79,11 +90,16 @@ def write_merged(source: Source, adapter: str | Path, folder: Path, *, trust_rem
             hf_logging.enable_progress_bar()
     if source.gguf is not None:  # it has no side files: what it says of its tokenizer becomes one
         load_tokenizer(source).save_pretrained(folder)
-        return
+        return {}
     (folder / "generation_config.json").unlink(missing_ok=True)  # the source's own is copied
-    for file in side_files(source.folder):
-        if not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
+    copy_side_files(source.beside, folder)
+    if carried:
+        writer = ShardWriter(folder)
+        writer.adopt()
+        for key in carried:
+            writer.add(key, checkpoint.get(key))
+        writer.close()
+    return carried
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -36,8 +36,9 @@ def folder_of(model: PreTrainedModel, files: list[str], *, trust_remote_code: bo
     with TemporaryDirectory(prefix="fewbit-") as made:
         staged = Path(made)
         for file in safetensors.side_files(folder):
-            if file.name != "config.json":
-                (staged / file.name).symlink_to(file.absolute())
+            if str(file) != "config.json":
+                (staged / file).parent.mkdir(parents=True, exist_ok=True)
+                (staged / file).symlink_to((folder / file).absolute())
         (staged / "config.json").write_text(json.dumps({**read_config(folder), **changed}), encoding="utf-8")
         _link(paths, folder, staged)
         yield staged

@@ -53,6 +53,7 @@ class Outline(Skeleton):
             if name not in self.tied
         }
         self.name_of = {name: name for name in self.checkpoint.specs}
+        self.without_place = {}
 
     def largest_block(self) -> Mapping[str, Any]:
         """Parameters of the block that has the most, and of it name -> shape of the linears."""

@@ -7,7 +7,7 @@ one block at a time, so renamed, prefix-less and merged tensors work as they do 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +145,15 @@ class Skeleton:
             if name not in self.tied:
                 yield key, name, self.checkpoint.specs[key]
 
+    def carried(self, quantized: Container[str]) -> dict[str, PartSpec]:
+        """Checkpoint name -> spec of the tensors without a place that an output holds as they are.
+
+        Other readers may use them, such as vLLM a head for multi-token prediction. Tensors of a `quantized` linear are
+        not among them: beside its packed tensors they would mean something else.
+        """
+        prefix, specs = self.model.base_model_prefix, self.checkpoint.specs
+        return {k: specs[k] for k, name in self.without_place.items() if not owned(name, prefix, quantized)}
+
     def stored_names(self, names: list[str]) -> dict[str, str]:
         """Model name -> the name that transformers' `save_pretrained` would write, which every reader knows."""
         marked = {name: torch.empty(0, dtype=torch.float32, device="cpu") for name in names}
@@ -255,17 +264,7 @@ class Skeleton:
 
     def _names(self) -> dict[str, str]:
         """Checkpoint name -> model name, of the tensors that the model has a place for."""
-        renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
-        converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
-        prefix = self.model.base_model_prefix
-        found, computed = {}, {name for name, _ in self.model.named_buffers()}
-        self.without_place = list[str]()
-        for key in self.checkpoint.specs:
-            name, _ = rename_source_key(key, renamings, converters, prefix, self._expected)
-            if name in self._expected:
-                found[key] = name
-            elif not {name, f"{prefix}.{name}"} & computed and not name.endswith(_COMPUTED):
-                self.without_place.append(key)
+        found, self.without_place = placed(self.model, self.checkpoint.specs, self._expected)
         # A tie may be stored under either of its names.
         for second, first in self.model.all_tied_weights_keys.items():
             if first not in found.values() and second in found.values():
@@ -326,6 +325,33 @@ class Skeleton:
     def _set(self, name: str, tensor: Tensor) -> None:
         module, _, leaf = name.rpartition(".")
         self.model.get_submodule(module).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def placed(
+    model: PreTrainedModel, keys: Iterable[str], expected: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Checkpoint name -> model name, of the tensors with a place among the `expected` ones, and of those without one.
+
+    What older checkpoints hold of what models compute today is in neither.
+    """
+    mapping, prefix = conversions(model), model.base_model_prefix
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    found, without, computed = dict[str, str](), dict[str, str](), {name for name, _ in model.named_buffers()}
+    for key in keys:
+        name, _ = rename_source_key(key, renamings, converters, prefix, expected)
+        if name in expected:
+            found[key] = name
+        elif not {name, f"{prefix}.{name}"} & computed and not name.endswith(_COMPUTED):
+            without[key] = name
+    return found, without
+
+
+def owned(name: str, prefix: str, modules: Container[str]) -> bool:
+    """Whether the tensor called `name` belongs to one of the modules, whose names may have the base model's prefix."""
+    module, inside, _ = name.partition(".weight.")  # what goes with a weight may be called `weight.something`
+    module = module if inside else name.rpartition(".")[0]
+    return module in modules or f"{prefix}.{module}" in modules
 
 
 def conversions(model: PreTrainedModel) -> list[WeightRenaming | WeightConverter]:

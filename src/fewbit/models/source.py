@@ -22,7 +22,8 @@ from fewbit.models import gguf_config, smollm2
 EMBEDDED = "tiny"  # comes with fewbit itself
 DEMO = "smollm2"
 # Everything a causal LM in the Hugging Face layout can need, and no other framework's weights.
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.py"]
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm"]
+_PATTERNS += ["tokenizer.model*", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Source:
     def config(self) -> dict[str, Any]:
         """config.json as it is, or as it would be for a GGUF file."""
         return read_config(self.folder) if self.gguf is None else deepcopy(_config_of(self.files[0]))
+
+    @property
+    def beside(self) -> Path:
+        """The folder of the files that go with the weights. Of weights that came as a pickle it is not `folder`."""
+        return self.origin if self.origin.is_dir() else self.folder
 
     @property
     def options(self) -> dict[str, Any]:
