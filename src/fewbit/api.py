@@ -23,7 +23,7 @@ from fewbit.cache import cache_folder
 from fewbit.errors import FewbitError, FormatError, KernelError, OutputError, PlanError
 from fewbit.formats import imatrix as importances
 from fewbit.job import Calibration as Calibration
-from fewbit.job import Job, fewer, is_file, skeleton_of, unquantized, windows
+from fewbit.job import Job, fewer, is_file, same_vocabulary, skeleton_of, unquantized, windows
 from fewbit.measure import memory, quality
 from fewbit.models import gguf_header
 from fewbit.models.describe import Inspection, describe
@@ -265,8 +265,8 @@ def evaluate(
         device = hardware.device(device)
         source, original = locate(model), locate(reference) if reference is not None else None
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-        if original is not None and load_tokenizer(original).get_vocab() != tokenizer.get_vocab():
-            raise PlanError(f"{model} and {reference} have different tokenizers", "Compare models of one vocabulary.")
+        if original is not None:
+            same_vocabulary(original, source, tokenizer, trust_remote_code)
         most = source.context
         if length is not None and length > most:
             raise PlanError(f"--length {length} is beyond the model's context of {most} tokens")

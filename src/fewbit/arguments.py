@@ -237,7 +237,7 @@ def plans(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     if not isinstance(value, Sequence) or not all(isinstance(each, (str, os.PathLike)) for each in value):
-        raise wrong(name, value, "a list of plans, by their names or .json files")
+        raise wrong(name, value, "a list of plans, by their names or .json files, or of folders of models")
     return tuple(str(place(name, each)) for each in value)
 
 

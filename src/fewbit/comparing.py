@@ -1,5 +1,7 @@
 """`compare`: the same model by several plans, each made and measured in processes of its own, side by side.
 
+In the place of a plan may stand a model that somebody has made already, which is measured as it is.
+
 What a plan makes, and what was measured of it, is kept in the cache under a fingerprint of all that decides it: the
 model's files, the plan, the calibration tokens, versions; for what was measured also the text, the machine and the
 settings. So a comparison that was interrupted goes on where it stopped, one that is asked for again takes seconds, and
@@ -18,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -31,12 +33,13 @@ from fewbit.cache import cache_folder
 from fewbit.comparison import FILE, ORIGINAL, SCHEMA_VERSION, Comparison, Event, Machine, Row, TextUsed, parsed, plain
 from fewbit.errors import FormatError, PlanError
 from fewbit.job import Calibration as Calibration
-from fewbit.job import unquantized, windows
+from fewbit.job import same_vocabulary, unquantized, windows
 from fewbit.measure import speed
 from fewbit.methods.base import make
 from fewbit.models.describe import describe
 from fewbit.models.skeleton import load_tokenizer
-from fewbit.models.source import Source
+from fewbit.models.source import Source, locate
+from fewbit.plan import Plan
 from fewbit.processes import Failed, Server
 from fewbit.stats import Need
 
@@ -48,6 +51,7 @@ _STORY = "Once upon a time"  # what tiny was taught to continue
 
 
 Told = Callable[[Event], None]
+Wanted: TypeAlias = plans.Plan | Source | None  # a plan, a model that is there already, or the original
 
 
 @checked
@@ -68,7 +72,8 @@ def compare(
 ) -> Comparison:
     """Quantize `model` by each plan, measure all of them, and write the report into the folder `out`, if given.
 
-    plans: names or plan files; "bf16" is the original. calibration: for the plans that need any. text, samples, length:
+    plans: names or plan files, folders or .gguf files of models made from `model`; "bf16" is the original, which may be
+    quantized where no plan is to be applied to it. calibration: for the plans that need any. text, samples, length:
     what quality is measured on, as in `evaluate`. prompt: what each of them continues, as a sample. PlanError before
     any work for what no plan can have; a plan that fails is a row that says why. What was measured before is reused;
     again: it is measured anew, and only quantized models are reused.
@@ -77,7 +82,9 @@ def compare(
     calibration = arguments.calibrated(calibration, CALIBRATION)
     wanted = _found(arguments.plans("plans", plans))
     folder = None if out is None else claimed(outputs.writable(out))
-    source = unquantized(model, False)
+    source = locate(model)
+    if any(isinstance(each, Plan) for each in wanted.values()):
+        source = unquantized(model, False)
     asked = _asked(source, wanted, calibration, text, samples, length, trust_remote_code)
     machine = _machine(device)
     settings = {
@@ -154,13 +161,18 @@ class _Bench:
     ) -> None:
         self.source, self.asked, self.settings, self.told, self.again = source, asked, settings, told, again
         self.base = cache_folder() / "compare"
-        files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]
-        self.model = [files, source.config, hardware.versions(), settings["device"], settings["trust_remote_code"]]
+        self.model = [
+            _stats(source),
+            source.config,
+            hardware.versions(),
+            settings["device"],
+            settings["trust_remote_code"],
+        ]
         of = {name: value for name, value in settings.items() if name not in ("windows", "model")}
         self.how = [SCHEMA_VERSION, speed.RULE, asdict(machine), asked.text.digest, asked.text.length, of]
         self.recorded = self.base / f"reference-{_digest([self.model, self.how])}"
 
-    def rows(self, wanted: Mapping[str, plans.Plan | None]) -> list[Row]:
+    def rows(self, wanted: Mapping[str, Wanted]) -> list[Row]:
         """A row for each plan, in order. What the original said is kept until all have been compared with it."""
         found, held = [], locks.resumable(self.recorded)
         self.reference = held.folder / "logits"
@@ -181,13 +193,14 @@ class _Bench:
             held.remove() if len(found) == len(wanted) else held.release()
         return found
 
-    def _row(self, server: Server, name: str, plan: plans.Plan | None, event: Event) -> Row:
-        text = self.asked.calibrated if plan is not None and _calibrated(plan) else None
-        place = self.base / _digest([self.model, plan and plan.to_json(), text and asdict(text)])
+    def _row(self, server: Server, name: str, plan: Wanted, event: Event) -> Row:
+        text = self.asked.calibrated if _calibrated(plan) else None
+        by: Any = [_stats(plan), plan.config] if isinstance(plan, Source) else plan and plan.to_json()
+        place = self.base / _digest([self.model, by, text and asdict(text)])
         with locks.alone(place):  # another comparison may be at the same row, which is then found here
             return self._found_or_made(place, server, name, plan, event)
 
-    def _found_or_made(self, place: Path, server: Server, name: str, plan: plans.Plan | None, event: Event) -> Row:
+    def _found_or_made(self, place: Path, server: Server, name: str, plan: Wanted, event: Event) -> Row:
         kept = place / f"row-{_digest(self.how)}.json"
         if not self.again and (before := _read(kept)) is not None:
             try:
@@ -195,8 +208,11 @@ class _Bench:
             except FormatError:  # damaged: it is measured again
                 kept.unlink()
         told: dict[str, Any] = {}
-        output: Path | None = None
-        if plan is not None:
+        output: Path | str | None = None
+        if isinstance(plan, Source):
+            output = plan.address
+            told["what"] = f"as it is: {', '.join(describe(plan).schemes) or 'not quantized'}"
+        elif plan is not None:
             output = place / ("model" + (plans.format_of(plan).suffix or ""))
             told = self._quantized(server, plan, output, event)
         task = {
@@ -233,11 +249,21 @@ class _Bench:
         return found
 
 
-def _found(names: Sequence[str]) -> dict[str, plans.Plan | None]:
-    """The plans by their names, each once; PlanError that tells of all that do not exist."""
-    found: dict[str, plans.Plan | None] = {}
+def _stats(source: Source) -> list[tuple[str, int, int]]:
+    """What tells whether the files of a model have changed."""
+    return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]
+
+
+def _found(names: Sequence[str]) -> dict[str, Wanted]:
+    """The plans and models by their names, each once; PlanError that tells of all that do not exist."""
+    found: dict[str, Wanted] = {}
     unknown, hints = [], dict[str, None]()
     for name in names:
+        path = Path(name).expanduser()
+        if name not in (ORIGINAL, *plans.PRESETS) and path.suffix != ".json" and path.exists():
+            made = locate(path)
+            found[path.name if path.name not in found else name] = made
+            continue
         try:
             plan = None if name == ORIGINAL else plans.find(name)
             # A file's plan goes by the name that it gives itself, unless another has it.
@@ -257,7 +283,7 @@ def _found(names: Sequence[str]) -> dict[str, plans.Plan | None]:
 
 def _asked(
     source: Source,
-    wanted: Mapping[str, plans.Plan | None],
+    wanted: Mapping[str, Wanted],
     calibration: Calibration,
     text: Texts | None,
     samples: int,
@@ -268,19 +294,24 @@ def _asked(
     if not 2 <= length <= most and length != LENGTH:
         raise PlanError(f"--length {length}: a window has at least 2 tokens, and at most the model's context of {most}")
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    for made in wanted.values():
+        if isinstance(made, Source):
+            same_vocabulary(made, source, tokenizer, trust_remote_code)
     loaded = texts.load_text(text or texts.own_source(source.config), "evaluation")
     chosen = texts.windows(
         texts.within(texts.encode(loaded, tokenizer), source.rows, tokenizer, loaded.name), min(length, most), samples
     )
     used = TextUsed(loaded.name, len(chosen), chosen.shape[1], texts.digest(chosen))
     calibrated = None
-    if any(plan is not None and _calibrated(plan) for plan in wanted.values()):
+    if any(_calibrated(plan) for plan in wanted.values()):
         calibrated = parsed(TextUsed, windows(calibration, source, tokenizer)[1], "calibration")
     return _Asked(calibration, calibrated, chosen, used)
 
 
-def _calibrated(plan: plans.Plan) -> bool:
+def _calibrated(plan: Wanted) -> bool:
     """Whether a method of the plan needs calibration."""
+    if not isinstance(plan, Plan):
+        return False
     rules = [rule for rule in plan.rules if rule.scheme is not None]
     return any(make(rule.method, dict(rule.options)).needs > Need.NOTHING for rule in rules)
 

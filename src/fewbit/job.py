@@ -20,7 +20,7 @@ from fewbit.errors import PlanError
 from fewbit.formats import pickle
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.safetensors import folders_left_out, other_weights, side_files
-from fewbit.models.skeleton import Skeleton
+from fewbit.models.skeleton import Skeleton, load_tokenizer
 from fewbit.models.source import Source, locate
 from fewbit.report import Preview
 from fewbit.schemes.base import PartSpec
@@ -105,6 +105,12 @@ def unquantized(model: str | Path, safetensors_only: bool) -> Source:
             "with dequantize=True in its quantization config, and save it.",
         )
     return source
+
+
+def same_vocabulary(one: Source, other: Source, tokenizer: Any, trust_remote_code: bool) -> None:
+    """PlanError unless the tokenizer of `one` has the tokens of `tokenizer`, which belongs to the `other` model."""
+    if load_tokenizer(one, trust_remote_code=trust_remote_code).get_vocab() != tokenizer.get_vocab():
+        raise PlanError(f"{other.name} and {one.name} have different tokenizers", "Compare models of one vocabulary.")
 
 
 def skeleton_of(source: Source, device: str, trust_remote_code: bool) -> Skeleton:

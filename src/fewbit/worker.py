@@ -59,7 +59,8 @@ def quantize(task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
 def measure(task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
     """Measure the model `made`, or the original where that is None."""
     original = locate(task["model"])
-    source = locate(task["made"]) if task["made"] is not None else original
+    itself = task["made"] is None
+    source = original if itself else locate(task["made"])
     device, trust = task["device"], task["trust_remote_code"]
     windows = torch.tensor(task["windows"], dtype=torch.int64, device="cpu")
     tokenizer = load_tokenizer(original, trust_remote_code=trust)
@@ -94,7 +95,7 @@ def measure(task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
     }
     return {
         "format": seen.format or "safetensors",
-        **({"what": f"the original, {str(source.dtype).removeprefix('torch.')}"} if source is original else {}),
+        **({"what": f"the original, {seen.format or str(source.dtype).removeprefix('torch.')}"} if itself else {}),
         "disk_bytes": sum(file.stat().st_size for file in source.files),
         "bits_per_weight": seen.bits_per_weight,
         "weights": asdict(

@@ -14,6 +14,7 @@ import pytest
 import fewbit
 from fewbit.comparison import Comparison, Event
 from fewbit.errors import PlanError
+from tests import models
 from tests.e2e.conftest import Fewbit
 
 SMALL: dict[str, Any] = {"samples": 2, "length": 64}
@@ -158,3 +159,25 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     fewbit.quantize("tiny", tmp_path / "out", plan="nf4")
     with pytest.raises(PlanError, match="is quantized already"):
         fewbit.compare(tmp_path / "out")
+
+
+def test_a_model_that_is_there_is_measured_as_it_is(tmp_path: Path) -> None:
+    model, made, text = models.save(tmp_path / "model", "llama"), tmp_path / "made", tmp_path / "text.txt"
+    text.write_text(models.sentences(80))
+    asked: dict[str, Any] = {"text": str(text), "length": 32, "samples": 2}
+    fewbit.quantize(model, made, plan="nf4")
+    by_plan, by_folder = fewbit.compare(model, plans=["nf4", made], **asked).rows
+    assert (by_folder.plan, by_folder.what, by_folder.quantizing) == ("made", "as it is: nf4-b64-dq", None)
+    assert by_folder.loss == by_plan.loss
+    original, other = fewbit.compare(made, plans=["bf16", model], **asked).rows
+    assert (original.what, other.plan, other.what) == ("the original, bnb", "model", "as it is: not quantized")
+    assert other.loss is not None
+    assert other.loss.kl.value > 0
+    models.edit_json(made / "config.json", note="changed")
+    assert [row.reused for row in fewbit.compare(model, plans=["nf4", made], **asked).rows] == [True, False]
+    other_words = models.save(tmp_path / "other", "llama")
+    found = json.loads((other_words / "tokenizer.json").read_text())
+    found["model"]["vocab"] = {**found["model"]["vocab"], "zzz": 290}
+    (other_words / "tokenizer.json").write_text(json.dumps(found))
+    with pytest.raises(PlanError, match="have different tokenizers"):
+        fewbit.compare(model, plans=[other_words], **asked)

@@ -6,7 +6,7 @@ import ctypes
 import gc
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,19 +50,28 @@ def at_rest(model: Any) -> AtRest:
         seen.add(place)
         return tensor.nbytes
 
-    own = sum(new(parameter) for parameter in model.parameters())
+    own = sum(new(tensor) for parameter in model.parameters() for tensor in _inside(parameter))
     buffers: Counter[str] = Counter()
     for name, buffer in model.named_buffers():
         last = name.rpartition(".")[2]
         # What a kernel keeps beside the codes has numbers for names.
-        buffers["scales" if last.startswith("kept_") else last] += new(buffer)
+        buffers["scales" if last.startswith("kept_") else last] += sum(map(new, _inside(buffer)))
     told = {name: nbytes for name, nbytes in buffers.most_common() if nbytes}
     return AtRest(own + sum(told.values()), sum(p.nbytes for p in model.parameters()), told)
 
 
+def _inside(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that hold the data of this one: itself, but for PyTorch's traceable wrappers, such as torchao's."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _inside(getattr(tensor, name))
+
+
 def touch(model: Any) -> None:
     """Have every page of a model's tensors in memory: of a file that is mapped they come when they are read."""
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for tensor in (held for each in [*model.parameters(), *model.buffers()] for held in _inside(each)):
         if tensor.device.type == "cpu" and tensor.nbytes and tensor.is_contiguous():
             tensor.detach().view(-1).view(torch.uint8)[::512].sum()
 
