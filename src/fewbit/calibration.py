@@ -6,6 +6,7 @@ and windows never overlap. Calibration takes windows chosen by a seed, evaluatio
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib
 import itertools
@@ -33,6 +34,11 @@ SOURCES = ("c4", "pydoc", "tiny", "wikitext2")
 EMBEDDED = Path(__file__).parent / "data" / "texts"
 _HERE = "What is always here: 'pydoc'; or give the path of a .txt or .jsonl file."
 _HUB_SECONDS = 4.0
+_C4 = "allenai/c4"
+_C4_FILES = {
+    "calibration": "en/c4-train.00000-of-01024.json.gz",
+    "evaluation": "en/c4-validation.00000-of-00008.json.gz",
+}
 _C4_DOCUMENTS = {"calibration": 4000, "evaluation": 1100}  # 1100: as in GPTQ's evaluation, enough for 256 x 2048 tokens
 
 
@@ -62,7 +68,7 @@ Document: TypeAlias = str | tuple[Message, ...] | Completion | Instruction
 
 
 class SourceUnavailable(PlanError):
-    """A text of the Hub cannot be had: no connection, or the package datasets is missing."""
+    """A text of the Hub cannot be had: no connection, or a package that it needs is missing."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +100,10 @@ def load_text(source: str | os.PathLike[str] | Sequence[str] = "pydoc", part: Pa
     """The text that `source` names, never empty.
 
     `source` is "pydoc" (the reference manual that comes with Python), "tiny" (what was kept from the training of the
-    embedded model), "wikitext2" or "c4" (through the optional package `datasets`), or the path of a .txt file (one
-    document) or a .jsonl file (a document a line: a string, or an object with "messages", "conversations", "text", or
-    "prompt" and "completion"), or a list of texts, each a document. The two parts of a named source have no text in
-    common; a file or a list is the same for both.
+    embedded model), "wikitext2" (through the optional package `datasets`) or "c4" (of the Hub); or the path of a .txt
+    file (one document), or of a .jsonl or .json file (a document a line, or a list of documents: a string, or an object
+    with "messages", "conversations", "text", "prompt" and "completion", or "instruction"); or a list of texts, each a
+    document. The two parts of a named source have no text in common; a file or a list is the same for both.
     PlanError if there is no such text here or it is empty; FormatError, with file and line, if the file cannot be read
     as what it is.
     """
@@ -293,7 +299,13 @@ def _from_hub(source: str, part: Part) -> tuple[str, ...]:
             raise ConnectionError(
                 f"waited {_HUB_SECONDS} s for the Hub, which does not answer (HF_HUB_OFFLINE=1 uses what is cached)"
             )
-        return _rows(importlib.import_module("datasets"), source, part)
+        try:
+            datasets = importlib.import_module("datasets")
+        except ImportError:
+            if source == "c4":
+                return _c4_of_hub(part)
+            raise
+        return _rows(datasets, source, part)
     except ImportError as error:
         raise SourceUnavailable(
             f"{source} needs the package datasets: {error}", f"pip install datasets. {_HERE}"
@@ -307,19 +319,34 @@ def _rows(datasets: Any, source: str, part: Part) -> tuple[str, ...]:
         split = {"calibration": "train", "evaluation": "test"}[part]
         return tuple(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"])
     split = {"calibration": "train", "evaluation": "validation"}[part]
-    files = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
-    rows = datasets.load_dataset("allenai/c4", data_files={split: files[split]}, split=split, streaming=True)
+    rows = datasets.load_dataset(_C4, data_files={split: _C4_FILES[part]}, split=split, streaming=True)
     return tuple(row["text"] for row in rows.take(_C4_DOCUMENTS[part]))
+
+
+def _c4_of_hub(part: Part) -> tuple[str, ...]:
+    """The first documents of a file of C4, of which no more is downloaded than they need."""
+    if os.environ.get("HF_HUB_OFFLINE"):
+        raise ConnectionError("HF_HUB_OFFLINE is set, and c4 is not kept in the cache")
+    from huggingface_hub import HfFileSystem  # slow to import
+
+    where = f"datasets/{_C4}/{_C4_FILES[part]}"
+    hub = HfFileSystem(endpoint=_endpoint(), skip_instance_cache=True)
+    with hub.open(where, "rb", block_size=0) as stream, gzip.open(stream, "rt", encoding="utf-8") as lines:
+        rows = itertools.islice(lines, _C4_DOCUMENTS[part])
+        return tuple(parse_json(line, f"{where}, line {i}")["text"] for i, line in enumerate(rows, 1))
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
 def _hub_answers() -> bool:
     """Whether the hub can be reached; asked first because `datasets` itself retries for 23 s before it gives up."""
-    url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     answers: list[bool] = []
 
     def ask() -> None:
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_HUB_SECONDS):
+            with urllib.request.urlopen(urllib.request.Request(_endpoint(), method="HEAD"), timeout=_HUB_SECONDS):
                 answers.append(True)
         except urllib.error.HTTPError:
             answers.append(True)

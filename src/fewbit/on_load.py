@@ -27,6 +27,7 @@ from fewbit.models.options import Request
 from fewbit.models.skeleton import Skeleton, load_tokenizer, tokenizer_at
 
 _STRICT = "FEWBIT_STRICT_DATASET"  # in the environment: a text that cannot be had is an error
+_TAKES = "A config takes dataset='c4', 'c4-new' or 'wikitext2', or a list of texts: dataset=[...]."
 _NAMES = {"c4-new": "c4"}  # the two differ in what they evaluate on
 
 
@@ -106,15 +107,17 @@ def _named_text(name: str, fallback: str) -> texts.Text:
     except texts.SourceUnavailable as error:
         strict = os.environ.get(_STRICT)
         if strict not in (None, "", "0"):
-            takes = "Give a list of texts: dataset=[...]. A config takes 'c4', 'c4-new', 'wikitext2' or such a list."
-            raise PlanError(error.message, takes) from None
+            raise PlanError(error.message, _TAKES) from None
         text = texts.load_text(fallback, "calibration")
         warnings.warn(
-            f"{error.message}. Calibrating on {text.name} instead. For {name}: pip install datasets, and connect to "
-            f"the Hub; or give dataset=[...], a list of texts. {_STRICT}=1 makes this an error",
+            f"{error.message}. Calibrating on {text.name} instead. For {name}: connect to the Hub"
+            f"{'' if name == 'c4' else ', and pip install datasets'}; or give dataset=[...], a list of texts. "
+            f"{_STRICT}=1 makes this an error",
             stacklevel=2,
         )
         return text
+    except PlanError as error:
+        raise PlanError(f"dataset={name!r}: {error.message}", _TAKES) from None
 
 
 def _tokenizer(request: Request, job: Job) -> Any:

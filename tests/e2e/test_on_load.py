@@ -252,11 +252,16 @@ def test_a_dataset_that_cannot_be_had_is_replaced(sound: Path, monkeypatch: pyte
     config = GPTQConfig(
         bits=4, dataset="c4", group_size=32, model_seqlen=16, tokenizer=AutoTokenizer.from_pretrained(sound)
     )
-    with plugin.serving(), pytest.warns(UserWarning, match="Calibrating on pydoc calibration .* pip install datasets"):
+    with (
+        plugin.serving(),
+        pytest.warns(UserWarning, match="on pydoc calibration .* connect to the Hub; or"),
+    ):
         made = AutoModelForCausalLM.from_pretrained(sound, quantization_config=config)
     assert sum(isinstance(module, QLinear) for module in made.modules()) == 14
     monkeypatch.setenv("FEWBIT_STRICT_DATASET", "1")
-    with plugin.serving(), pytest.raises(PlanError, match=r"c4 needs the package datasets") as error:
+    with plugin.serving(), pytest.raises(PlanError, match=r"c4 cannot be had here: HF_HUB_OFFLINE is set") as error:
         AutoModelForCausalLM.from_pretrained(sound, quantization_config=config)
     assert "pydoc" not in str(error.value)
     assert "dataset=[...]" in str(error.value)
+    with plugin.serving(), pytest.raises(PlanError, match=r"(?s)dataset='ptb': unknown.*'c4-new' or 'wikitext2'"):
+        AutoModelForCausalLM.from_pretrained(sound, quantization_config=AwqConfig(bits=4, dataset="ptb"))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import struct
 import sys
-import time
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from fewbit import calibration
 from fewbit.calibration import Text, digest, encode, load_text, sample, windows
 from fewbit.errors import FormatError, PlanError
 
@@ -109,20 +113,81 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["wikitext2", "c4"])
-def test_a_hub_that_cannot_be_reached_is_an_error_within_seconds(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_hub_that_does_not_answer_is_asked_once(source: str, hangs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    released, asked, loaded = threading.Event(), list[float](), list[str]()
+
+    def urlopen(request: Any, *, timeout: float) -> Any:
+        asked.append(timeout)
+        if hangs:  # as looking up a name may, which the timeout does not bound
+            released.wait()
+        raise OSError("nobody there")
+
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody answers
-    start = time.monotonic()
-    with pytest.raises(PlanError, match=rf"(?s){source} cannot be had here: .*does not answer.*'pydoc'"):
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.setattr(calibration, "_HUB_SECONDS", 0.02)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *a, **k: loaded.append("x")))
+    with pytest.raises(PlanError, match=rf"(?s){source} cannot be had here: waited 0.02 s .*'pydoc'"):
         load_text(source)
-    assert time.monotonic() - start < 6
+    released.set()
+    assert asked == [0.02]
+    assert not loaded
 
 
 def test_without_the_package_datasets_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(PlanError, match=r"(?s)needs the package datasets.*pip install datasets.*'pydoc'"):
-        load_text("c4")
+        load_text("wikitext2")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A Hub that has two files of C4."""
+
+    FILES = ("en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz")
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.asked.append(f"{self.command} {self.path}")
+        body = b""
+        if "/resolve/" in self.path:
+            lines = (json.dumps({"text": f"{Path(self.path).name} {i}"}) for i in range(5000))
+            body = gzip.compress("\n".join(lines).encode())
+        elif "/tree/" in self.path:
+            body = json.dumps([{"type": "file", "path": f, "size": 1, "oid": "0" * 40} for f in self.FILES]).encode()
+        elif self.path.startswith("/api/"):
+            body = json.dumps({"id": "allenai/c4", "sha": "0" * 40}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_c4_is_read_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        found = {part: load_text("c4", part).documents for part in ("calibration", "evaluation")}
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert len(found["calibration"]) == 4000
+    assert len(found["evaluation"]) == 1100
+    assert not set(found["calibration"]) & set(found["evaluation"])
+    assert sum("/resolve/" in line for line in Hub.asked) == 2
 
 
 def test_the_parts_of_wikitext2_are_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
