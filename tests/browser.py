@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from tests.limits import HANG
+
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-_DEADLINE = 60.0  # seconds that one answer may take: a busy machine starts a browser slowly
 
 
 class Tab:
@@ -49,7 +50,7 @@ class Tab:
 
     def open(self, page: Path) -> None:
         self.send("Page.navigate", url=page.resolve().as_uri())
-        end = time.monotonic() + _DEADLINE
+        end = time.monotonic() + HANG
         while self.run("document.readyState + location.protocol") != "completefile:":
             assert time.monotonic() < end, "the page was not loaded"
             time.sleep(0.05)
@@ -80,7 +81,7 @@ class Tab:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._left:
-            assert select.select([self._back], [], [], _DEADLINE)[0], "the browser does not answer"
+            assert select.select([self._back], [], [], HANG)[0], "the browser does not answer"
             piece = os.read(self._back, 1 << 16)
             assert piece, "the browser has ended"
             self._left += piece
@@ -126,4 +127,4 @@ def chromium(profile: Path) -> Iterator[Tab]:
         os.close(ours_out)
         os.close(ours_in)
         process.terminate()
-        process.wait(30)
+        process.wait(HANG)

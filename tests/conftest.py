@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,15 @@ import pytest
 
 from fewbit.errors import PlanError
 from fewbit.models import smollm2
+
+with contextlib.suppress(ModuleNotFoundError):  # the environment with nothing but `fewbit[finetune]` has none
+    import hypothesis
+
+    # Its limits for one example and for making data are wall-clock times.
+    hypothesis.settings.register_profile(
+        "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -306,7 +306,7 @@ def test_an_adapter_is_trained_on_a_file(fewbit: Fewbit, small: Path, text: Path
     assert merged.code == 0, merged.err
 
 
-def test_the_demo_file_is_loaded_at_once_and_stays_as_small(tmp_path: Path) -> None:
+def test_the_demo_file_loads_fast_and_stays_as_small(tmp_path: Path) -> None:
     try:
         path = smollm2.gguf_file()
     except PlanError as error:
@@ -316,5 +316,5 @@ def test_the_demo_file_is_loaded_at_once_and_stays_as_small(tmp_path: Path) -> N
     run = subprocess.run([sys.executable, "-c", script, str(small), str(path)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     measured = json.loads(run.stdout)
-    assert measured["seconds"] < 3
+    assert measured["seconds"] < measured["drawn"]
     assert measured["resident"] < 1.15 * path.stat().st_size

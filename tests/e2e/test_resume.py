@@ -17,12 +17,13 @@ from fewbit import pipeline
 from fewbit.api import Calibration
 from fewbit.plan import find
 from tests import models
+from tests.limits import HANG
 
 BLOCKS = 4
 # The command line, halted for good after the second block or in the midst of putting the output together.
 # A test run in a shell's background inherits SIGINT ignored; a user's terminal does not.
 HALTED = """
-import signal, sys, time
+import signal, sys
 import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from fewbit import cli, folder_output, pipeline
@@ -31,10 +32,10 @@ save, write = pipeline.Run.save, folder_output.write
 def save_then_wait(self, index, tensors, reports):
     save(self, index, tensors, reports)
     if index == 1:
-        time.sleep(600)
+        signal.pause()
 def write_then_wait(*arguments):
     write(*arguments)
-    time.sleep(600)
+    signal.pause()
 if sys.argv.pop(1) == "blocks":
     pipeline.Run.save = save_then_wait
 else:
@@ -87,7 +88,7 @@ def stopped(
     command += ["--calibration", wanted.text, "--samples", "6", "--length", "32", "--seed", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + HANG
         while not list(own_cache.glob("runs/*/block-00001.safetensors")) or (
             where == "files" and not list(place.parent.glob(".out.fewbit-*/new/config.json"))
         ):
@@ -95,7 +96,7 @@ def stopped(
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(how)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=HANG)
     finally:
         process.kill()
         process.wait()

@@ -21,6 +21,7 @@ from fewbit.plan import find
 from fewbit.report import Evaluation
 from fewbit.tuning import Tuning
 from tests.e2e.conftest import Fewbit
+from tests.limits import HANG
 
 LARGEST = 16_000_000  # bytes of the folder, so that fewbit stays a small package
 FEW = api.Calibration(samples=8, length=256)
@@ -56,7 +57,7 @@ def measured(outputs: dict[str, Path]) -> dict[str, Evaluation]:
 
 def test_it_speaks_without_a_network(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=120
+        [sys.executable, "-c", OFFLINE], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=HANG
     )
     assert done.returncode == 0, done.stderr
     text = json.loads(done.stdout)["text"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-import time
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -110,14 +110,23 @@ def test_a_file_that_lies_is_refused_at_once_in_little_memory(name: str, tmp_pat
     raw, said = BAD[name]
     path = tmp_path / "bad.gguf"
     path.write_bytes(raw)
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
     tracemalloc.start()
-    start = time.perf_counter()
-    with pytest.raises(FormatError, match=said) as refused:
-        GgufFile(path)
-    seconds, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    sys.setprofile(count)
+    try:
+        with pytest.raises(FormatError, match=said) as refused:
+            GgufFile(path)
+    finally:
+        sys.setprofile(None)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
     assert str(path) in str(refused.value)
-    assert seconds < 1
+    assert calls < 10_000  # it does not read as many items as the file says that there are
     assert peak < 2 << 20
 
 
@@ -164,7 +173,9 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
 _RAW = sound()
 
 
-@settings(max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     changes=st.lists(
         st.tuples(st.integers(0, len(_RAW) - 9), st.binary(min_size=1, max_size=8)), min_size=1, max_size=4

@@ -30,7 +30,9 @@ change = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(kind=st.integers(0, 1), changes=st.lists(change, min_size=1, max_size=3), end=st.floats(0.01, 1.2))
 def test_a_file_changed_anywhere_is_read_or_refused(
     kind: int, changes: list[tuple[float, bytes]], end: float, real: list[bytes], tmp_path: Path

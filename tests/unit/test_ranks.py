@@ -14,6 +14,7 @@ import torch
 from fewbit import ranks
 from fewbit.errors import PlanError
 from fewbit.stats import Need, Stats
+from tests.limits import HANG
 
 # In three processes, of which the last has seen no row; what each found is written beside the script.
 ASKED = """
@@ -59,7 +60,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     (out / "asked.py").write_text(ASKED)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", str(out / "asked.py"), str(out)]
     ended = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=HANG
     )
     assert ended.returncode == 0, ended.stderr
     return [json.loads((out / str(rank)).read_text()) for rank in range(3)]
