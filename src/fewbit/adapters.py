@@ -23,7 +23,8 @@ from fewbit.measure import memory
 from fewbit.models.describe import describe
 from fewbit.models.load import load_model, need_peft
 from fewbit.models.skeleton import load_tokenizer
-from fewbit.models.source import DEMO, EMBEDDED, Source, locate
+from fewbit.models.source import Source, locate
+from fewbit.names import DEMO, EMBEDDED
 from fewbit.plan import format_of
 from fewbit.report import Finetuned, Merged
 from fewbit.tuning import Tuning

@@ -39,7 +39,7 @@ from fewbit.methods.base import make
 from fewbit.models.describe import describe
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
-from fewbit.plan import Plan
+from fewbit.plan import Plan, find_all
 from fewbit.processes import Failed, Server
 from fewbit.stats import Need
 
@@ -80,7 +80,8 @@ def compare(
     """
     elapsed, device = pipeline.timed(), hardware.device(arguments.device("device", device))
     calibration = arguments.calibrated(calibration, CALIBRATION)
-    wanted = _found(arguments.plans("plans", plans))
+    found = find_all(arguments.plans("plans", plans), but=ORIGINAL)
+    wanted: dict[str, Wanted] = {name: locate(each) if isinstance(each, Path) else each for name, each in found.items()}
     folder = None if out is None else claimed(outputs.writable(out))
     source = locate(model)
     if any(isinstance(each, Plan) for each in wanted.values()):
@@ -252,33 +253,6 @@ class _Bench:
 def _stats(source: Source) -> list[tuple[str, int, int]]:
     """What tells whether the files of a model have changed."""
     return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]
-
-
-def _found(names: Sequence[str]) -> dict[str, Wanted]:
-    """The plans and models by their names, each once; PlanError that tells of all that do not exist."""
-    found: dict[str, Wanted] = {}
-    unknown, hints = [], dict[str, None]()
-    for name in names:
-        path = Path(name).expanduser()
-        if name not in (ORIGINAL, *plans.PRESETS) and path.suffix != ".json" and path.exists():
-            made = locate(path)
-            found[path.name if path.name not in found else name] = made
-            continue
-        try:
-            plan = None if name == ORIGINAL else plans.find(name)
-            # A file's plan goes by the name that it gives itself, unless another has it.
-            found[name if plan is None or plan.name in found else plan.name] = plan
-        except PlanError as error:
-            unknown.append(error.message)
-            hints[error.hint] = None
-    if len(unknown) > 1:
-        known = ", ".join(sorted([ORIGINAL, *plans.PRESETS]))
-        raise PlanError("; ".join(unknown), f"Known: {known}.")
-    if unknown:
-        raise PlanError(unknown[0], next(iter(hints)))
-    if not found:
-        raise PlanError("no plans to compare", f"Give some, such as --plans {','.join(PLANS)}.")
-    return found
 
 
 def _asked(

@@ -7,17 +7,19 @@ fit at once.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from fewbit import mixtures, registry
-from fewbit.errors import PlanError
+from fewbit.errors import FormatError, PlanError
+from fewbit.files import read_json
 from fewbit.formats.base import Format, Shape, Stored
 from fewbit.methods.base import Method, make
+from fewbit.names import in_short
 from fewbit.schemes.base import Scheme, parse
 from fewbit.stats import Need
 
@@ -53,16 +55,16 @@ class Plan:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan that a JSON object describes; PlanError where it does not describe one."""
-        try:
-            rules = tuple(_rule(rule) for rule in data["rules"])
-            return cls(_text(data["name"]), _text(data["format"]), rules, data.get("adapt", False) is True)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PlanError(
-                f"this is no plan: {error}",
-                'A plan is {"name", "format", "rules": [{"match", "scheme", "method", "options"}]}.',
-            ) from None
+    def from_json(cls, data: Any) -> Plan:
+        """The plan that a JSON object describes; PlanError, naming the rule and the key, where it does not."""
+        data = _object(data, "this is no plan", _KEYS, ("name", "format", "rules"))
+        name, format = (_text(data[key], f"this is no plan: {key}") for key in ("name", "format"))
+        if not isinstance(data["rules"], (list, tuple)):
+            raise PlanError(f"this is no plan: rules is {data['rules']!r}", f"Give a list of rules. {_SHOWN}")
+        if not isinstance(adapt := data.get("adapt", False), bool):
+            raise PlanError(f"this is no plan: adapt is {adapt!r}", "Give true or false.")
+        registry.get("formats", format)
+        return cls(name, format, tuple(_rule(rule, number) for number, rule in enumerate(data["rules"], 1)), adapt)
 
     def changed(
         self,
@@ -76,6 +78,8 @@ class Plan:
 
         A scheme that was asked for by name is taken at its word: its group is not shrunk.
         """
+        if format is not None:
+            registry.get("formats", format)
         rules = tuple(
             rule
             if rule.scheme is None
@@ -88,6 +92,8 @@ class Plan:
             )
             for rule in self.rules
         )
+        for rule in rules:
+            _verify(rule)
         given = {"scheme": scheme, "method": method, "format": format, **(options or {})}
         said = ", ".join(f"{key} {value}" for key, value in given.items() if value is not None)
         return replace(
@@ -99,24 +105,69 @@ class Plan:
         )
 
 
-def _rule(data: Mapping[str, Any]) -> Rule:
-    """A rule from JSON; TypeError where a value has the wrong type. Options may be written as JSON's own values."""
-    options = {key: _option(value) for key, value in data.get("options", {}).items()}
-    scheme = None if data["scheme"] is None else _text(data["scheme"])
-    if extra := set(data) - {"match", "scheme", "method", "options"}:
-        raise TypeError(f"a rule has no {', '.join(sorted(extra))}")
-    return Rule(_text(data["match"]), scheme, _text(data.get("method", "rtn")), options)
+_KEYS = ("name", "format", "rules", "adapt")
+_RULE_KEYS = ("match", "scheme", "method", "options")
+_SHOWN = 'A plan is {"name", "format", "rules": [{"match", "scheme", "method", "options"}]}.'
 
 
-def _text(value: Any) -> str:
+def _rule(data: Any, number: int) -> Rule:
+    """A rule from JSON; PlanError that names it by its number and pattern. Options may be JSON's own values."""
+    where = f"rule {number} of the plan"
+    if isinstance(data, Mapping) and "match" in data:
+        where += f", {data['match']!r}"
+    data = _object(data, where, _RULE_KEYS, ("match", "scheme"))
+    scheme = None if data["scheme"] is None else _text(data["scheme"], f"{where}: scheme")
+    options = data.get("options", {})
+    if not isinstance(options, Mapping):
+        raise PlanError(f"{where}: options is {options!r}", 'Give an object, such as {"damp": 0.05}.')
+    rule = Rule(
+        _text(data["match"], f"{where}: match"),
+        scheme,
+        _text(data.get("method", "rtn"), f"{where}: method"),
+        {key: _option(value, f"{where}: option {key}") for key, value in options.items()},
+    )
+    try:
+        _verify(rule)
+    except PlanError as error:
+        raise PlanError(f"{where}: {error.message}", error.hint) from None
+    return rule
+
+
+def _verify(rule: Rule) -> None:
+    """PlanError unless the scheme, the method and its options exist."""
+    make(rule.method, dict(rule.options))
+    if rule.scheme is None:
+        return
+    if rule.scheme.startswith(mixtures.PREFIX):
+        name = rule.scheme.removeprefix(mixtures.PREFIX)
+        if name not in mixtures.MIXTURES:
+            raise registry.unknown("mixture", name, mixtures.MIXTURES)
+    else:
+        parse(rule.scheme)
+
+
+def _object(data: Any, where: str, known: Sequence[str], needed: Sequence[str]) -> Mapping[str, Any]:
+    """`data`, which is an object of these keys, if it is; else PlanError with the key, and the nearest right one."""
+    if not isinstance(data, Mapping):
+        raise PlanError(f"{where}: {reprlib.repr(data)} is no object", _SHOWN)
+    for key in data:
+        if key not in known:
+            unknown = registry.unknown("key", str(key), known)
+            raise PlanError(f"{where}: {unknown.message}", unknown.hint)
+    if missing := [key for key in needed if key not in data]:
+        raise PlanError(f"{where}: {' and '.join(missing)} missing", _SHOWN)
+    return data
+
+
+def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
+        raise PlanError(f"{where} is {reprlib.repr(value)}", "Give a text.")
     return value
 
 
-def _option(value: Any) -> str:
+def _option(value: Any, where: str) -> str:
     if not isinstance(value, (str, int, float)):
-        raise TypeError(f"{value!r} is no option")
+        raise PlanError(f"{where} is {reprlib.repr(value)}", "Give a number, a text, true or false.")
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -143,12 +194,42 @@ def find(name: str) -> Plan:
         return PRESETS[name]
     if name.endswith(".json"):
         try:
-            return Plan.from_json(json.loads(Path(name).read_text(encoding="utf-8")))
+            return Plan.from_json(read_json(Path(name)))
         except OSError as error:
             raise PlanError(f"plan file {name}: {error.strerror}") from None
-        except ValueError as error:
-            raise PlanError(f"plan file {name}: {error}") from None
+        except FormatError as error:  # the file is the request
+            raise PlanError(f"plan file {error.message}", error.hint) from None
+        except PlanError as error:
+            raise PlanError(f"plan file {name}: {error.message}", error.hint) from None
     raise registry.unknown("plan", name, PRESETS)
+
+
+def find_all(names: Iterable[str], *, but: str) -> dict[str, Plan | Path | None]:
+    """The plans by their names, each once, None for the name `but`, and paths of what else is there, such as models.
+
+    PlanError that tells of all that do not exist.
+    """
+    found: dict[str, Plan | Path | None] = {}
+    unknown, hints = [], dict[str, None]()
+    for name in names:
+        path = Path(name).expanduser()
+        if name not in (but, *PRESETS) and path.suffix != ".json" and path.exists():
+            found[path.name if path.name not in found else name] = path
+            continue
+        try:
+            plan = None if name == but else find(name)
+            # A file's plan goes by the name that it gives itself, unless another has it.
+            found[name if plan is None or plan.name in found else plan.name] = plan
+        except PlanError as error:
+            unknown.append(error.message)
+            hints[error.hint] = None
+    if len(unknown) > 1:
+        raise PlanError("; ".join(unknown), f"Known: {', '.join(sorted([but, *PRESETS]))}.")
+    if unknown:
+        raise PlanError(unknown[0], next(iter(hints)))
+    if not found:
+        raise PlanError("no plans to compare", f"Give some, such as --plans {but},gptq-4bit.")
+    return found
 
 
 def format_of(plan: Plan) -> Format:
@@ -214,7 +295,7 @@ def resolve(plan: Plan, shapes: Mapping[str, Shape], model: mixtures.Model | Non
     if wanted and (reason := format.why_not_together(list(wanted.values()))):
         raise PlanError(reason, "Use one scheme for all, or another --format.")
     if any(scheme is None for schemes in mixed.values() for scheme in schemes.values()):
-        notes.append(f"in 16 bits, as no block divides their rows: {', '.join(kept)}")
+        notes.append(f"in 16 bits, as no block divides their rows: {in_short(kept)}")
     return Resolved(plan, format, wanted, tuple(kept), tuple(notes))
 
 
@@ -242,11 +323,12 @@ def _mixed(
 def _adapt(wanted: Mapping[str, Assignment], format: Format) -> tuple[dict[str, Assignment], list[str]]:
     """Assignments that fit the format, with one group size for all, and sentences on what that changed."""
     fitting = {m: a for m, a in wanted.items() if _groups_that_fit(a, format)}
-    notes = [
-        f"{module} stays as it is: {format.why_not(a.shape, a.scheme.with_group(a.scheme.group and _SMALLEST_GROUP))}"
-        for module, a in wanted.items()
-        if module not in fitting
-    ]
+    left = {
+        m: str(format.why_not(a.shape, a.scheme.with_group(a.scheme.group and _SMALLEST_GROUP)))
+        for m, a in wanted.items()
+        if m not in fitting
+    }
+    notes = [f"{in_short(modules)} stays as it is: {why}" for why, modules in _by_reason(left).items()]
     common = set.intersection(*(set(_groups_that_fit(a, format)) for a in fitting.values())) if fitting else set()
     asked = {a.scheme.group for a in fitting.values()}
     if len(asked) == 1 and common and (group := max(common)) != (before := asked.pop()):
@@ -271,12 +353,23 @@ def _groups_that_fit(assignment: Assignment, format: Format) -> list[int]:
     )
 
 
+def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Reason -> the modules that have it."""
+    found: dict[str, list[str]] = {}
+    for module, reason in reasons.items():
+        found.setdefault(reason, []).append(module)
+    return found
+
+
 def _listed(refused: Mapping[str, str], wanted: Mapping[str, Assignment], total: int) -> str:
-    if len(refused) == total > 1 and len(reasons := set(refused.values())) == 1:
-        return f"none of {total} tensors can be stored as asked: {reasons.pop()}"
-    lines = [
-        f"  {module} [{wanted[module].shape[0]} x {wanted[module].shape[1]}]: {why}" for module, why in refused.items()
-    ]
+    groups = _by_reason(refused)
+    if len(refused) == total > 1 and len(groups) == 1:
+        return f"none of {total} tensors can be stored as asked: {next(iter(groups))}"
+    lines = []
+    for why, modules in groups.items():
+        shapes = dict.fromkeys("{} x {}".format(*wanted[module].shape) for module in modules)
+        count = f"{len(modules)} tensors, " if len(modules) > 1 else ""
+        lines.append(f"  {count}{in_short(modules)} [{', '.join(shapes)}]: {why}")
     return "\n".join([f"{len(refused)} of {total} tensors cannot be stored as asked:", *lines])
 
 

@@ -13,6 +13,7 @@ from fewbit.methods.base import name_of
 from fewbit.methods.gptq import GPTQ
 from fewbit.methods.rtn import RoundToNearest
 from fewbit.mixtures import MIXTURES, Model
+from fewbit.names import in_short
 from fewbit.plan import PRESETS, Plan, Rule, find, resolve
 
 SHAPES = {
@@ -218,6 +219,81 @@ def test_json_that_is_no_plan_is_refused(rules: object) -> None:
 def test_json_of_another_kind_is_refused(lie: Any) -> None:
     with pytest.raises(PlanError, match="this is no plan"):
         Plan.from_json(lie)
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({"sceme": "int4-g64"}, ("unknown key 'sceme'", "Did you mean scheme")),
+        ({"options": {"dampp": 0.1}}, ("option of method gptq 'dampp'", "Did you mean damp")),
+        ({"options": {"damp": "much"}}, ("'much'",)),
+        ({"options": {"damp": 7}}, ("'7'", "0 to 1")),
+        ({"options": [1]}, ("options is [1]",)),
+        ({"method": "gtpq"}, ("unknown method 'gtpq'", "Did you mean gptq")),
+        ({"scheme": "int4-g64-symm"}, ("int4-g64-symm", "int4-g128-sym")),
+        ({"scheme": "mixture:q4_k_x"}, ("unknown mixture 'q4_k_x'", "q4_k_m")),
+        ({"scheme": 4}, ("scheme is 4",)),
+    ],
+    ids=str,
+)
+def test_a_wrong_rule_is_named_with_its_key(rule: dict[str, Any], words: tuple[str, ...], tmp_path: Path) -> None:
+    plan = {"name": "x", "format": "gptq", "rules": [RULE | {"match": "*.o_proj"}, RULE | {"match": "*.mlp.*"} | rule]}
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan), encoding="utf-8")
+    with pytest.raises(PlanError) as error:
+        find(str(file))
+    for word in ("plan.json", "rule 2 of the plan, '*.mlp.*'", *words):
+        assert word in str(error.value)
+
+
+def test_a_wrong_key_of_a_plan_is_named() -> None:
+    plan = {"name": "x", "format": "gptq", "rules": [RULE]}
+    with pytest.raises(PlanError, match="unknown key 'adpat'") as error:
+        Plan.from_json(plan | {"adpat": True})
+    assert "Did you mean adapt?" in error.value.hint
+    with pytest.raises(PlanError, match="unknown format 'gtpq'"):
+        Plan.from_json(plan | {"format": "gtpq"})
+    with pytest.raises(PlanError, match="adapt is 'yes'"):
+        Plan.from_json(plan | {"adapt": "yes"})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"scheme": "int4-g64-symm"}, {"method": "gtpq"}, {"format": "gtpq"}, {"options": {"dampp": "1"}}], ids=str
+)
+def test_a_change_that_is_unknown_is_refused_at_once(wrong: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match="unknown"):
+        find("gptq-4bit").changed(**wrong)
+
+
+def test_one_cause_in_many_tensors_is_one_line() -> None:
+    kinds = {"self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "mlp.up_proj": (1536, 576)}
+    shapes = {f"model.layers.{i}.{kind}": shape for i in range(8) for kind, shape in kinds.items()}
+    shapes |= {"model.layers.3.mlp.down_proj": (576, 1500), "model.layers.4.mlp.down_proj": (576, 1536)}
+    with pytest.raises(PlanError) as error:
+        resolve(find("gptq-4bit").changed(scheme="int4-g128-sym"), shapes)
+    first, alike, alone = error.value.message.split("\n")
+    assert first == "25 of 26 tensors cannot be stored as asked:"
+    assert alike.startswith("  24 tensors, model.layers.0-7.self_attn.q_proj, model.layers.0-7.self_attn.k_proj")
+    assert "[576 x 576, 192 x 576, 1536 x 576]: " in alike
+    assert alone.startswith("  model.layers.3.mlp.down_proj [576 x 1500]: ")
+    (note,) = resolve(find("gptq-4bit"), LARGE | {f"m.{i}.x": (512, 100) for i in range(5)}).notes
+    assert note.startswith("m.0-4.x stays as it is: ")
+
+
+@pytest.mark.parametrize(
+    ("modules", "short"),
+    [
+        ([], ""),
+        (["lm_head"], "lm_head"),
+        ([f"a.{i}.x" for i in (0, 1, 2, 5, 7, 8)], "a.0-2,5,7-8.x"),
+        ([f"a.{i}.{kind}" for i in range(3) for kind in "xy"], "a.0-2.x, a.0-2.y"),
+        ([f"a.{i}.experts.{j}.w" for i in range(2) for j in range(4)], "a.0-1.experts.0-3.w"),
+        (["a.0.x", "a.1.x.y", "b"], "a.0.x, a.1.x.y, b"),
+    ],
+    ids=str,
+)
+def test_names_in_short(modules: list[str], short: str) -> None:
+    assert in_short(modules) == short
 
 
 def test_options_may_be_written_as_json_writes_them() -> None:

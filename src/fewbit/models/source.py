@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,14 +12,14 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from fewbit import names
 from fewbit.errors import FormatError, PlanError
 from fewbit.files import read_json
 from fewbit.formats import foreign, pickle, safetensors
 from fewbit.formats.gguf import GgufFile, is_gguf, is_later_part
 from fewbit.models import gguf_config, smollm2
+from fewbit.names import EMBEDDED
 
-EMBEDDED = "tiny"  # comes with fewbit itself
-DEMO = "smollm2"
 # Everything a causal LM in the Hugging Face layout can need, and no other framework's weights.
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm"]
 _PATTERNS += ["tokenizer.model*", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*"]
@@ -103,7 +102,7 @@ def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
 
     A string can be a name of ours, such as tiny; a `Path` never is, so that a folder called tiny is within reach.
     """
-    path = _path(name)
+    path = names.path_of(name)
     if path is not None and path.is_file() and is_gguf(path):
         return _of_gguf(str(name), path, path)
     origin = folder = _folder(str(name), path, safetensors_only)
@@ -127,7 +126,7 @@ def outlined(name: str | Path) -> Source:
     """The model called `name`, of which no weights need be here: a config.json, a folder that holds one, or a Hub name,
     of which that file alone is downloaded. Weights that are here are found, unless as pickles; PlanError or FormatError
     otherwise."""
-    path = _path(name)
+    path = names.path_of(name)
     if path is None:
         return locate(name)
     if path.is_file() and path.suffix == ".json":
@@ -141,18 +140,11 @@ def outlined(name: str | Path) -> Source:
         and not safetensors.files_in(path, _weights_name(read_config(path)))
     ):
         return Source(str(name), path, (), path)
-    if path.exists() or not _is_hub_name(str(name)):
+    if path.exists() or not names.is_hub_name(str(name)):
         return locate(name)
     folder = _download(str(name), safetensors_only=True, patterns=["config.json"])
     read_config(folder)
     return Source(str(name), folder, (), folder, hosted=True)
-
-
-def _path(name: str | Path) -> Path | None:
-    """The absolute path that `name` stands for if it is one; None for a name of ours, whatever lies in the folder."""
-    if isinstance(name, str) and name in (EMBEDDED, DEMO):
-        return None
-    return Path(name).expanduser().absolute()
 
 
 def _of_gguf(name: str, path: Path, origin: Path) -> Source:
@@ -206,16 +198,8 @@ def _folder(name: str, path: Path | None, safetensors_only: bool) -> Path:
         return path
     if path.exists():
         raise PlanError(f"model {name}: that is a file", "Give a .gguf file, or the folder that holds config.json.")
-    if not _is_hub_name(name):
-        raise PlanError(
-            f"model {name}: no such folder", f"Give a local folder, a Hub name such as org/model, {EMBEDDED} or {DEMO}."
-        )
+    names.check(name)
     return _download(name, safetensors_only)
-
-
-def _is_hub_name(name: str) -> bool:
-    # The Hub's oldest models have no owner in their name, such as gpt2.
-    return re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name) is not None and not name.startswith(".")
 
 
 def _download(name: str, safetensors_only: bool, patterns: list[str] = _PATTERNS) -> Path:

@@ -1,0 +1,58 @@
+"""Names: what that of a model stands for, told before anything is read or imported; those of many modules in short."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from fewbit.errors import PlanError
+
+EMBEDDED = "tiny"  # comes with fewbit itself
+DEMO = "smollm2"
+
+
+def path_of(name: str | Path) -> Path | None:
+    """The absolute path that `name` stands for if it is one; None for a name of ours, whatever lies in the folder."""
+    if isinstance(name, str) and name in (EMBEDDED, DEMO):
+        return None
+    return Path(name).expanduser().absolute()
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether the Hub could have a model of this name."""
+    # The Hub's oldest models have no owner in their name, such as gpt2.
+    return re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name) is not None and not name.startswith(".")
+
+
+def check(name: str | Path) -> None:
+    """PlanError for a name that is neither ours, nor the Hub's, nor that of something on this disk."""
+    path = path_of(name)
+    if path is not None and not path.exists() and not is_hub_name(str(name)):
+        raise PlanError(
+            f"model {name}: no such folder", f"Give a local folder, a Hub name such as org/model, {EMBEDDED} or {DEMO}."
+        )
+
+
+def in_short(modules: Iterable[str]) -> str:
+    """Names of modules, those that differ only in numbers as one: model.layers.0-7.mlp.up_proj."""
+    found = [tuple(name.split(".")) for name in dict.fromkeys(modules)]
+    for at in range(max(map(len, found), default=0)):
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for parts in found:
+            if at < len(parts) and parts[at].isdigit():
+                alike.setdefault((*parts[:at], "", *parts[at + 1 :]), []).append(int(parts[at]))
+            else:
+                alike[parts] = []
+        found = [(*k[:at], _ranges(numbers), *k[at + 1 :]) if numbers else k for k, numbers in alike.items()]
+    return ", ".join(".".join(parts) for parts in found)
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
