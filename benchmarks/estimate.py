@@ -77,8 +77,9 @@ def growth(work: Callable[[], Any]) -> tuple[Any, int, int]:
 def quantizing(model: str, plan: str, out: str) -> dict[str, int]:
     import fewbit.api
     from fewbit import heap
+    from fewbit.catalogue import catalogue
 
-    fewbit.api.catalogue()
+    catalogue()
     heap.return_freed(1 << 16)
     calibration = fewbit.api.Calibration(samples=SAMPLES, length=LENGTH)
     _, peak, _ = growth(lambda: fewbit.quantize(model, out, plan=plan, calibration=calibration))
@@ -90,8 +91,9 @@ def running(model: str, context: int) -> dict[str, int]:
 
     import fewbit.api
     from fewbit import heap
+    from fewbit.catalogue import catalogue
 
-    fewbit.api.catalogue()
+    catalogue()
     heap.return_freed(1 << 16)
     loaded = fewbit.load(model)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in loaded.state_dict().values()}

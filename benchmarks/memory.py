@@ -49,9 +49,10 @@ def main() -> None:
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
 
         import fewbit.api
+        from fewbit.catalogue import catalogue
         from fewbit.measure import memory
 
-        fewbit.api.catalogue()  # imports every part, transformers among them
+        catalogue()  # with fewbit.api, imports every part, transformers among them
         before, peak, running = memory.now(), {"anonymous": 0, "mapped": 0}, True
 
         def watch() -> None:

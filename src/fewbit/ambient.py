@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
+else:
+    from fewbit.lazy import torch
+
 
 _DEVICES = ("cpu", "cuda")
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fewbit import ambient, arguments, folder_output, gguf_output, heap, outputs, pipeline, ranks, registry, report
+from fewbit import ambient, arguments, folder_output, gguf_output, heap, outputs, pipeline, ranks, report
 from fewbit import calibration as texts
-from fewbit import plan as plans
 from fewbit.advise import hardware
 from fewbit.arguments import Device, DType, Plans, Texts, checked
 from fewbit.arguments import Sampling as Sampling
@@ -349,28 +347,6 @@ def generate(
     return continue_text(
         loaded, tokenizer, ids, max_new_tokens=max_new_tokens, sampling=sampling or Sampling(), stream=stream
     )
-
-
-def catalogue() -> dict[str, list[tuple[str, str, str | None]]]:
-    """For each family, (name, what it is, why it is unavailable here): schemes, methods, formats, kernels, plans."""
-    found: dict[str, list[tuple[str, str, str | None]]] = {}
-    for family in registry.FAMILIES:
-        rows = []
-        for name, entry in registry.entries(family).items():
-            what = (sys.modules[entry.__module__].__doc__ or "").strip().splitlines()[0]
-            if family == "schemes":
-                what += f" Such as {', '.join(entry.examples)}."
-            if family == "methods" and (
-                options := [f"--{f.name.replace('_', '-')} {f.default}" for f in fields(entry)]
-            ):
-                what += f" Options: {', '.join(options)}."
-            rows.append((name, what, entry().unavailable() if family == "kernels" else None))
-        found[family] = rows
-    found["plans"] = [
-        (name, "; ".join(f"{r.match}: {r.scheme} by {r.method}" for r in plan.rules) + f"; {plan.format} files", None)
-        for name, plan in plans.PRESETS.items()
-    ]
-    return found
 
 
 def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool) -> str:

@@ -23,7 +23,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
-from fewbit import registry
+from fewbit import names, registry
 from fewbit.errors import ArgumentError
 from fewbit.plan import Plan, find
 
@@ -116,6 +116,12 @@ def checked(verb: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def check(name: str, value: Any) -> None:
+    """ArgumentError or PlanError for a value that the argument of this name cannot have, in whichever verb."""
+    if name in _CHECKS:
+        _CHECKS[name](name, value)
+
+
 def wrong(name: str, value: object, wanted: str) -> ArgumentError:
     """The error for a value that an argument cannot have; `wanted` says what it can."""
     return ArgumentError(name, _brief.repr(value), wanted)
@@ -165,6 +171,13 @@ def place(name: str, value: Any) -> str | Path:
     if not isinstance(given, str) or not given or "\0" in given:
         raise wrong(name, value, "a name or a path")
     return given if isinstance(value, str) else Path(given)
+
+
+def model(name: str, value: Any) -> str | Path:
+    """A model's name, or a folder or file that is there."""
+    given = place(name, value)
+    names.check(given)
+    return given
 
 
 def texts(name: str, value: Any) -> str | tuple[str, ...]:
@@ -278,7 +291,8 @@ def report(name: str, value: Any) -> Any:
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    **dict.fromkeys(("model", "out", "adapter", "reference", "reference_adapter", "base", "imatrix"), place),
+    **dict.fromkeys(("out", "adapter", "reference_adapter", "imatrix"), place),
+    **dict.fromkeys(("model", "reference", "base"), model),
     **dict.fromkeys(("text", "data"), texts),
     **dict.fromkeys(("prompt", "purpose", "target", "cache"), text),
     **dict.fromkeys(("samples", "length", "context", "batch", "fuse", "max_new_tokens"), whole(1)),

@@ -2,60 +2,79 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
+from fewbit.cli_options import (
+    Calibrated,
+    Device,
+    Json,
+    Model,
+    Seed,
+    Text,
+    Trust,
+    early,
+    printed,
+    prompt_of,
+    text_of,
+)
 
+
+@early
 def compare(
-    model: Annotated[
-        str, typer.Argument(help="A folder, a Hub name (org/model), or tiny, the embedded model.")
-    ] = "tiny",
+    model: Model = "tiny",
     plans: Annotated[
-        str, typer.Option(help="Names (fewbit list) or .json files, with commas; bf16 is the original.")
+        str, typer.Option(help="Plans (fewbit list), .json files or made models, with commas; bf16 is the original.")
     ] = "bf16,int8,nf4,gptq-4bit,awq-4bit,q4_k_m",
-    output: Annotated[str | None, typer.Option("-o", "--output", help="The folder of the report.")] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="Text to calibrate on, as of quantize; by default what suits MODEL.")
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="Folder to make for the report. Default: none, print only.")
     ] = None,
-    calibration_samples: Annotated[int, typer.Option(help="Windows of it.")] = 32,
-    calibration_length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 256,
-    text: Annotated[str | None, typer.Option(help="Text to measure on, as of evaluate.")] = None,
-    samples: Annotated[int, typer.Option(help="Windows of it.")] = 16,
-    length: Annotated[int, typer.Option(help="Tokens in each of them.")] = 512,
-    prompt: Annotated[str | None, typer.Option(help="What every model continues, as a sample.")] = None,
-    seed: Annotated[int, typer.Option(help="Chooses the windows to calibrate on.")] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU where there is one.")
+    calibration: Calibrated = None,
+    calibration_samples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 32,
+    calibration_length: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 256,
+    text: Text = None,
+    samples: Annotated[int, typer.Option(help="Number of windows to measure on.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens in a window to measure on.")] = 512,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text that every model continues; -: from stdin. Default: one that suits MODEL.")
     ] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
-    again: Annotated[bool, typer.Option("--again", help="Measure anew what was measured before.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: report.json.")] = False,
+    seed: Seed = 0,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure again what is in the cache.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Quantize MODEL by several plans, measure size, memory, speed and loss of each, and show them side by side."""
-    from fewbit import arguments, comparing, report_compare
+    from fewbit import arguments
+    from fewbit.comparison import ORIGINAL
+    from fewbit.plan import find_all
 
     # Under their own names: `samples` and `length` are others here.
     arguments.whole(1)("calibration_samples", calibration_samples)
     arguments.whole(1)("calibration_length", calibration_length)
+    wanted = [name.strip() for name in plans.split(",") if name.strip()]
+    find_all(wanted, but=ORIGINAL)
+    calibrated = arguments.Calibration(text_of(calibration), calibration_samples, calibration_length, seed)
+    measured, asked = text_of(text), None if prompt is None else prompt_of(prompt)
+    from fewbit import comparing, report_compare
 
     with report_compare.progress() as tell:
         done = comparing.compare(
             model,
-            plans=[name.strip() for name in plans.split(",") if name.strip()],
+            plans=wanted,
             out=output,
-            calibration=comparing.Calibration(calibration, calibration_samples, calibration_length, seed),
-            text=text,
+            calibration=calibrated,
+            text=measured,
             samples=samples,
             length=length,
-            prompt=prompt,
+            prompt=asked,
             device=device,
             trust_remote_code=trust_remote_code,
             again=again,
             progress=tell,
         )
     if as_json:
-        print(json.dumps(done.to_json(), indent=1, allow_nan=False))
+        printed(done.to_json())
     else:
         report_compare.comparison(done, output)

@@ -16,13 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fewbit.errors import FewbitError, PeerError, PlanError
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor
+else:
+    from fewbit.lazy import distributed as dist
+    from fewbit.lazy import torch
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=2)  # for one that works alone; one that died is noticed by its closed connections
@@ -42,6 +46,8 @@ _runs = itertools.count()  # so that what one run left in the store is not taken
 
 def launched() -> int:
     """How many processes `torchrun` started; 1 where it did not start this one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torch need not be imported to know
+        return 1
     return int(os.environ["WORLD_SIZE"]) if dist.is_available() and dist.is_torchelastic_launched() else 1
 
 

@@ -40,6 +40,8 @@ def entries(family: str) -> dict[str, Any]:
         package = importlib.import_module(f"fewbit.{family}")
         for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
             importlib.import_module(f"fewbit.{family}.{module.name}")
+        # One that was imported before the others has come first.
+        _entries[family] = dict(sorted(_entries[family].items(), key=lambda entry: str(entry[1].__module__)))
         _loaded.add(family)
     return _entries[family]
 

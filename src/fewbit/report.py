@@ -8,17 +8,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fewbit import ranks, tables
-from fewbit.advise.hardware import Hardware
-from fewbit.measure.quality import Estimate, Quality
-from fewbit.models.describe import Inspection
-from fewbit.models.generate import Continuation
-from fewbit.pipeline import Step, TensorReport
 from fewbit.tables import size as size
+
+if TYPE_CHECKING:
+    from fewbit.advise.hardware import Hardware
+    from fewbit.measure.quality import Estimate, Quality
+    from fewbit.models.describe import Inspection
+    from fewbit.models.generate import Continuation
+    from fewbit.pipeline import Step, TensorReport
 
 out = tables.Console(quiet=ranks.silent())
 # A notebook's kernel calls its output a terminal, where nothing that moves the cursor is understood: plain lines there.

@@ -12,12 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from enum import IntEnum
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fewbit import ranks
 from fewbit.errors import NumericsError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
 
 
 class Need(IntEnum):

@@ -18,11 +18,15 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fewbit.schemes.base import Grids, Uniform
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
 
 PANEL = 128  # columns; a multiple would be slower, the moves within a panel being vectors
 _TINY = 1e-30

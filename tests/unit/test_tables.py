@@ -14,6 +14,7 @@ from rich.text import Text
 from fewbit import api, choosing, report, report_advice, report_compare, tables
 from fewbit.advise import hardware
 from fewbit.advise.precision import Precision
+from fewbit.catalogue import catalogue
 from fewbit.comparison import Comparison
 from fewbit.tables import Column, Console, Table
 from tests.unit.test_report import EVALUATION, QUANTIZED
@@ -26,7 +27,7 @@ PRINTED: dict[str, Callable[[], object]] = {
     "recommend": lambda: report_advice.recommendation(choosing.recommend("tiny", "serving", memory="8GB")),
     "estimate": lambda: report_advice.estimate(choosing.estimate("tiny")),
     "estimate 7B": lambda: report_advice.precision(_sizes()),
-    "list": lambda: report.listing(api.catalogue()),
+    "list": lambda: report.listing(catalogue()),
     "doctor": lambda: report.doctor(hardware.look()),
     "inspect": lambda: report.inspection(api.inspect("tiny")),
     "quantize --dry-run": lambda: report.preview(api.preview("tiny", plan="gptq-4bit")),

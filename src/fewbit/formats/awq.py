@@ -20,11 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fewbit.errors import FormatError
 from fewbit.formats.base import Format, Shape, Stored, for_module
@@ -32,6 +28,12 @@ from fewbit.registry import register
 from fewbit.schemes import bits
 from fewbit.schemes.affine import Affine
 from fewbit.schemes.base import PartSpec, QTensor, Scheme
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
 
 _BITS, _PER_WORD = 4, 8
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -80,11 +82,11 @@ class AWQFormat(Format):
             zero = bits.unpack(weight.parts["zero"], _BITS, groups)
         if _version(config) == "gemv":
             padding = (0, _PER_WORD * _zero_words(k, groups) - groups)
-            packed = bits.pack(pad(zero, padding), _BITS)
+            packed = bits.pack(torch.nn.functional.pad(zero, padding), _BITS)
             return {
                 "qweight": _words(weight.parts["codes"]),
                 "qzeros": _words(packed),
-                "scales": pad(scale, padding).contiguous(),
+                "scales": torch.nn.functional.pad(scale, padding).contiguous(),
             }
         codes = bits.unpack(weight.parts["codes"], _BITS, k)
         return {
@@ -129,7 +131,7 @@ class AWQFormat(Format):
         return Affine(group=0 if group == k else group, bits=_BITS, symmetric=config.get("sym") is True), (n, k)
 
     def config(
-        self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype = torch.bfloat16
+        self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype | None = None
     ) -> dict[str, Any]:
         scheme = weights[0].scheme
         assert isinstance(scheme, Affine)

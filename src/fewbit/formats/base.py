@@ -11,14 +11,17 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fewbit import registry
 from fewbit.errors import FormatError
 from fewbit.schemes.base import PartSpec, QTensor, Scheme
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
 
 Shape = tuple[int, int]
 
@@ -64,11 +67,11 @@ class Format(ABC):
 
     @abstractmethod
     def config(
-        self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype = torch.bfloat16
+        self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype | None = None
     ) -> dict[str, Any]:
         """The `quantization_config` for a file of these weights, in which the linears `skipped` stay as they are.
 
-        dtype: that of the original weights, and so of activations.
+        dtype: that of the original weights, and so of activations; bfloat16 by default.
         """
 
     @abstractmethod

@@ -24,10 +24,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.base import Format, Shape, Stored
@@ -36,13 +33,19 @@ from fewbit.schemes.base import PartSpec, QTensor, Scheme
 from fewbit.schemes.int8 import THRESHOLD, Int8
 from fewbit.schemes.nf4 import BLOCKS, LEVELS, NESTED, FourBit
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
+
 _STATE = "weight.quant_state.bitsandbytes__"
 _SUFFIX = re.compile(
     r"(.+)\.(weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)|SCB|weight_format)"
 )
 _PARTS = {"absmax": "absmax", "nested": "nested_absmax", "map": "nested_quant_map"}  # ours -> theirs, after "weight."
-_STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_STORAGE = ("uint8", "int8", "bfloat16", "float16", "float32", "float64")  # of torch
+_FLOATS = ("bfloat16", "float16", "float32")
 _LONGEST_STATE = 4096
 _LONGEST_OFFSET = 24  # characters of a float32 written as a Python float
 
@@ -86,9 +89,10 @@ class BnbFormat(Format):
             kind = torch.zeros((), dtype=torch.uint8, device="cpu")
             return {"weight": parts["codes"], "SCB": parts["scb"], "weight_format": kind}
         assert isinstance(scheme, FourBit)
-        storage = getattr(torch, str(config.get("bnb_4bit_quant_storage") or "uint8"), None)
-        if storage not in _STORAGE or len(parts["codes"]) % storage.itemsize:
-            raise FormatError(f"bnb: {len(parts['codes'])} bytes of codes cannot be stored as {storage}")
+        name = str(config.get("bnb_4bit_quant_storage") or "uint8")
+        storage: torch.dtype | None = getattr(torch, name) if name in _STORAGE else None
+        if storage is None or len(parts["codes"]) % storage.itemsize:
+            raise FormatError(f"bnb: {len(parts['codes'])} bytes of codes cannot be stored as {name}")
         state = _state(scheme, weight.shape, str(config.get("bnb_4bit_compute_dtype")), parts)
         text = json.dumps(state).ljust(_state_length(scheme, weight.shape)).encode()
         return {
@@ -149,7 +153,7 @@ class BnbFormat(Format):
         return scheme, (n, k)
 
     def config(
-        self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype = torch.bfloat16
+        self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype | None = None
     ) -> dict[str, Any]:
         scheme = weights[0].scheme
         four = scheme if isinstance(scheme, FourBit) else None
@@ -165,7 +169,7 @@ class BnbFormat(Format):
             "llm_int8_has_fp16_weight": False,
             "bnb_4bit_quant_type": four.kind if four else "fp4",
             "bnb_4bit_use_double_quant": four.double if four else False,
-            "bnb_4bit_compute_dtype": next((name for name, kind in _FLOATS.items() if kind == dtype), "bfloat16"),
+            "bnb_4bit_compute_dtype": _called(dtype) if dtype is not None and _called(dtype) in _FLOATS else "bfloat16",
             "bnb_4bit_quant_storage": "uint8",
         }
 
@@ -233,7 +237,7 @@ def _expected_4_bit(module: str, tensors: Mapping[str, PartSpec], config: Mappin
     expected = {
         "weight": PartSpec(
             (weight.shape[0] if weight.shape and weight.shape[0] else -1, 1),
-            weight.dtype if weight.dtype in _STORAGE else torch.uint8,
+            weight.dtype if _called(weight.dtype) in _STORAGE else torch.uint8,
         ),
         "weight.absmax": PartSpec((blocks,), torch.uint8 if double else torch.float32),
         "weight.quant_map": PartSpec((16,), torch.float32),
@@ -256,6 +260,10 @@ def _check(module: str, tensors: Mapping[str, PartSpec], expected: Mapping[str, 
             )
     if surplus := sorted(set(tensors) - set(expected)):
         raise FormatError(f"{module}.{surplus[0]} does not belong to {', '.join(sorted(expected))}")
+
+
+def _called(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _state(scheme: FourBit, shape: Shape, dtype: str, parts: Mapping[str, Tensor] | None) -> dict[str, Any]:

@@ -31,15 +31,19 @@ from contextlib import suppress
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.schemes.base import PartSpec
 from fewbit.schemes.ggml import BLOCK_TYPES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
 
 MAGIC, VERSIONS, VERSION, ALIGNMENT = b"GGUF", (2, 3), 3, 32
 _LONGEST_KEY, _LONGEST_NAME = 65535, 63  # the latter is what ggml has room for
@@ -51,16 +55,16 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 _NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
 _KIND_OF = {np.dtype(dtype): kind for kind, dtype in _NUMBERS.items()} | {np.dtype(bool): _BOOL}
 
-# Types of tensors that hold plain numbers.
+# Types of tensors that hold plain numbers: their number in a file, and what torch calls them.
 PLAIN = {
-    "f32": (0, torch.float32),
-    "f16": (1, torch.float16),
-    "bf16": (30, torch.bfloat16),
-    "f64": (28, torch.float64),
-    "i8": (24, torch.int8),
-    "i16": (25, torch.int16),
-    "i32": (26, torch.int32),
-    "i64": (27, torch.int64),
+    "f32": (0, "float32"),
+    "f16": (1, "float16"),
+    "bf16": (30, "bfloat16"),
+    "f64": (28, "float64"),
+    "i8": (24, "int8"),
+    "i16": (25, "int16"),
+    "i32": (26, "int32"),
+    "i64": (27, "int64"),
 }
 _NUMBER_OF = {name: number for name, (number, _) in PLAIN.items()} | {n: b.number for n, b in BLOCK_TYPES.items()}
 _TYPE_OF = {number: name for name, number in _NUMBER_OF.items()}
@@ -77,7 +81,7 @@ class Entry(NamedTuple):
     def spec(self) -> PartSpec:
         """Shape and dtype as which it is read and written: the numbers, or uint8 with the bytes of a row as columns."""
         if self.type in PLAIN:
-            return PartSpec(self.shape, PLAIN[self.type][1])
+            return PartSpec(self.shape, getattr(torch, PLAIN[self.type][1]))
         block = BLOCK_TYPES[self.type]
         return PartSpec((*self.shape[:-1], self.shape[-1] // block.columns * block.nbytes), torch.uint8)
 

@@ -7,16 +7,19 @@ those bytes are of stands in `config["types"]`, as it does in the tensor table o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fewbit.errors import FormatError
 from fewbit.formats.base import Format, Shape, Stored
 from fewbit.registry import register
 from fewbit.schemes.base import PartSpec, QTensor, Scheme, parse
 from fewbit.schemes.ggml import BLOCK_TYPES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
 
 _SUFFIX = "blocks"
 
@@ -69,7 +72,7 @@ class GGUFFormat(Format):
         return scheme, (found.shape[0], found.shape[1] // block.nbytes * block.columns)
 
     def config(
-        self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype = torch.bfloat16
+        self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype | None = None
     ) -> dict[str, Any]:
         return {"quant_method": self.quant_method, "types": {w.module: str(w.scheme) for w in weights}}
 

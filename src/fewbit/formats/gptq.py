@@ -19,10 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fewbit.errors import FormatError
 from fewbit.formats.base import Format, Shape, Stored, for_module
@@ -30,6 +27,12 @@ from fewbit.registry import register
 from fewbit.schemes import bits
 from fewbit.schemes.affine import Affine
 from fewbit.schemes.base import PartSpec, QTensor, Scheme
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
 
 _WIDTHS = (2, 3, 4, 8)
 _SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
@@ -126,7 +129,7 @@ class GPTQFormat(Format):
         return Affine(group=group, bits=width, symmetric=bool(config.get("sym", True))), (n, k)
 
     def config(
-        self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype = torch.bfloat16
+        self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype | None = None
     ) -> dict[str, Any]:
         scheme = weights[0].scheme
         assert isinstance(scheme, Affine)

@@ -19,13 +19,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.gguf import MAGIC, Entry, GgufFile, GgufWriter
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LONGEST_NAME = 4096

@@ -13,8 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 from fewbit import processes
 from fewbit.cache import made
 from fewbit.errors import FormatError
@@ -74,6 +72,8 @@ def _last_line(text: str) -> str:
 
 
 def _convert(source: Path, target: Path) -> None:
+    import torch
+
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # files older than torch 1.6 cannot be mapped

@@ -12,38 +12,41 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from fewbit.errors import FormatError
 from fewbit.files import read_json, write_json
 from fewbit.schemes.base import PartSpec
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 _NOT_CARRIED = ("README.md", "fewbit.json")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
+_DTYPES = {  # what torch calls them
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
 }
 
 
@@ -85,7 +88,7 @@ def read_specs(file: Path) -> dict[str, PartSpec]:
                 view = handle.get_slice(name)
                 if view.get_dtype() not in _DTYPES:
                     raise FormatError(f"{file}: {name} has dtype {view.get_dtype()}, which is not known")
-                found[name] = PartSpec(tuple(view.get_shape()), _DTYPES[view.get_dtype()])
+                found[name] = PartSpec(tuple(view.get_shape()), getattr(torch, _DTYPES[view.get_dtype()]))
             return found
     except (SafetensorError, OSError) as error:
         size = file.stat().st_size if file.exists() else 0
@@ -162,6 +165,8 @@ class ShardWriter:
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, on disk when this returns."""
+    from safetensors.torch import save_file  # which imports torch
+
     whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     with writing():
         save_file(whole, path, metadata={"format": "pt", **(metadata or {})})

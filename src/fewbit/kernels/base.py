@@ -7,14 +7,17 @@ Three layouts exist, each owned once: on disk (the format), canonical parts (the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from fewbit.schemes.base import Codec, Parts
 
-Prepared = tuple[Tensor, ...]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
+
+Prepared: TypeAlias = "tuple[Tensor, ...]"
 
 
 class Kernel(ABC):

@@ -19,10 +19,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from fewbit.errors import KernelError
 from fewbit.kernels import native
@@ -35,6 +32,12 @@ from fewbit.schemes.int8 import Int8
 from fewbit.schemes.nf4 import LEVELS, FourBit
 from fewbit.schemes.stacked import Stacked
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
+
 FEW = 8  # rows of activations that are rounded
 GROUP = 32  # columns that share a unit
 _TILE = 1 << 19  # weights decoded at a time: 2 MB of float32 stay in a core's second cache
@@ -43,8 +46,7 @@ _TILE = 1 << 19  # weights decoded at a time: 2 MB of float32 stay in a core's s
 _AFFINE, _INT8, _LEVELS, _LEVELS_DOUBLE = 0, 1, 2, 3
 _BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
 _KINDS = {name: 16 + i for i, name in enumerate(_BLOCKS)}
-_ALIGNED = {torch.uint8: 1, torch.int8: 1, torch.float16: 1, torch.float32: 4}
-_READ = {torch.float32: 0, torch.bfloat16: 1}  # what the library reads and writes
+_OP = "fewbit::cpu_linear"
 _ERRORS = {
     1: "the layout is unknown",
     2: "the shape does not fit the layout",
@@ -61,7 +63,7 @@ class _Native(Kernel):
     exact: ClassVar[bool]
 
     def unavailable(self) -> str | None:
-        found = native.library()
+        found = native.available()
         return found if isinstance(found, str) else None
 
     def why_not(self, codec: Codec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
@@ -73,6 +75,7 @@ class _Native(Kernel):
         return next((layout for layout in layouts if isinstance(layout, str)), None)
 
     def prepare(self, codec: Codec, parts: Parts, shape: tuple[int, int]) -> Prepared:
+        _define()
         return tuple(parts[name].contiguous() for name in part_order(codec, shape))
 
     def restore(self, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Parts:
@@ -80,7 +83,7 @@ class _Native(Kernel):
 
     def linear(self, x: Tensor, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Tensor:
         # The dispatcher takes as long as 200 rows of 576 columns; only those who look at the graph need it.
-        plain = type(x) is Tensor and not torch.compiler.is_compiling()
+        plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
         multiply = _linear if plain else torch.ops.fewbit.cpu_linear
         y: Tensor
         if len(products := _products(codec, shape)) == 1:
@@ -173,14 +176,31 @@ def _groups(bits: int) -> list[int]:
 
 # ---- the op --------------------------------------------------------------------------------------------------------
 
-torch.library.define(
-    "fewbit::cpu_linear",
-    "(Tensor x, Tensor[] parts, int kind, int bits, int group, int n, bool exact) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
-)
+
+@cache
+def _define() -> None:
+    """Make the op known to torch, before the first weight is prepared."""
+    torch.library.define(
+        _OP,
+        "(Tensor x, Tensor[] parts, int kind, int bits, int group, int n, bool exact) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+    )
+    torch.library.register_fake(_OP)(_shape)
+    torch.library.impl(_OP, "CPU")(_linear)
 
 
-@torch.library.register_fake("fewbit::cpu_linear")  # type: ignore[untyped-decorator]
+@cache
+def _aligned() -> dict[torch.dtype, int]:
+    """Type of a part -> what its address must be a multiple of."""
+    return {torch.uint8: 1, torch.int8: 1, torch.float16: 1, torch.float32: 4}
+
+
+@cache
+def _read() -> dict[torch.dtype, int]:
+    """The types that the library reads and writes, by its numbers."""
+    return {torch.float32: 0, torch.bfloat16: 1}
+
+
 def _shape(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int, n: int, exact: bool) -> Tensor:
     return x.new_empty(x.shape[0], n)
 
@@ -197,7 +217,7 @@ def _linear(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int
     weight = _weight(kind, bits, group, n, k, tuple(map(_buffer, parts)))
     threads = torch.get_num_threads()
     if m <= FEW and (not exact or kind in (_LEVELS, _LEVELS_DOUBLE)):
-        if (of := _READ.get(x.dtype)) is None:
+        if (of := _read().get(x.dtype)) is None:
             return _linear(x.float(), parts, kind, bits, group, n, exact).to(x.dtype)
         x = x.contiguous()
         y = torch.empty(m, n, dtype=x.dtype, device="cpu")
@@ -221,9 +241,6 @@ def _linear(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int
     return y
 
 
-torch.library.impl("fewbit::cpu_linear", "CPU")(_linear)
-
-
 def _start(tensor: Tensor, dtype: torch.dtype, count: int) -> int:
     """Where the memory of `count` numbers begins. KernelError if the library would read or write beside them."""
     if not (tensor.is_cpu and tensor.is_contiguous() and tensor.dtype == dtype and tensor.numel() == count):
@@ -239,7 +256,8 @@ def _buffer(part: Tensor) -> tuple[int, int]:
     if not part.is_cpu or not part.is_contiguous():
         raise KernelError(f"a part {list(part.shape)} of a packed weight is not contiguous, or not on the CPU")
     start = part.data_ptr()
-    if part.dtype not in _ALIGNED or start % _ALIGNED[part.dtype]:
+    aligned = _aligned()
+    if part.dtype not in aligned or start % aligned[part.dtype]:
         raise KernelError(f"a part of a packed weight ({part.dtype}) is of no known type, or begins at an odd address")
     return start, part.nbytes
 

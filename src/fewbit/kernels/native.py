@@ -36,8 +36,8 @@ class Weight(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | str:
-    """The library, or a sentence that says why there is none."""
+def available() -> ctypes.CDLL | str:
+    """The library, which loads without torch but does not compute yet, or a sentence that says why there is none."""
     path = where()
     if isinstance(path, str):
         return path
@@ -48,6 +48,16 @@ def library() -> ctypes.CDLL | str:
         return f"the CPU library does not load: {error}"
     if abi != _ABI:
         return f"the CPU library is of another version of fewbit (its interface is {abi}, {_ABI} is needed)"
+    return found
+
+
+@cache
+def library() -> ctypes.CDLL | str:
+    """The library, ready to compute on torch's threads, or a sentence that says why there is none."""
+    import torch  # noqa: F401 - its OpenMP runtime is looked for below
+
+    if isinstance(found := available(), str):
+        return found
     weight, number, pointer = ctypes.POINTER(Weight), ctypes.c_int64, ctypes.c_void_p
     signatures: dict[str, tuple[object, list[object]]] = {
         "fewbit_isa": (ctypes.c_char_p, []),

@@ -29,16 +29,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from fewbit.errors import NumericsError, PlanError
-from fewbit.methods.base import Choice, Fold, Method, working
+from fewbit.methods.base import Choice, Fold, Method, option, working
 from fewbit.registry import register
 from fewbit.schemes.base import QTensor, Scheme
 from fewbit.stats import Need, Stats
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
 
 _TINY = 1e-4  # of the mean: channels that hardly carry anything are not scaled down without end
 
@@ -46,10 +49,10 @@ _TINY = 1e-4  # of the mean: channels that hardly carry anything are not scaled 
 @register("methods", "awq")
 @dataclass(frozen=True)
 class AWQ(Method):
-    """`grid`: steps of the exponent α that are tried; 0: no scaling. `clip_search`: whether ranges are shrunk."""
+    """Columns scaled before they are rounded."""
 
-    grid: int = 20
-    clip_search: bool = True
+    grid: int = option(20, "Steps in the search for the exponent of the column scales; 0: no scaling.")
+    clip_search: bool = option(True, "Search scales that clip the largest weights where that lowers the error.")
 
     needs = Need.MEAN_SQUARE
     rewrites: ClassVar[bool] = True

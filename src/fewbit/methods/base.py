@@ -9,15 +9,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fewbit import registry
 from fewbit.errors import PlanError
 from fewbit.schemes.base import QTensor, Scheme
 from fewbit.stats import Need, Stats
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
 
 
 @dataclass
@@ -58,9 +61,35 @@ class Fold(ABC):
         """The scales [K] nearest to these that can be had: 1 where nothing can be folded, the others as files round."""
 
 
+def option(default: bool | int | float, help: str) -> Any:
+    """A field of a method that is an option of it: a flag of `fewbit quantize`, and a key of a plan's rule."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of an option: the methods that have it under this name with this meaning, its default, its help."""
+
+    name: str
+    methods: tuple[str, ...]
+    default: bool | int | float
+    help: str
+
+    @property
+    def flag(self) -> str:
+        """As on the command line."""
+        flag = self.name.replace("_", "-")
+        return f"--{flag} / --no-{flag}" if isinstance(self.default, bool) else f"--{flag}"
+
+    @property
+    def shown(self) -> str:
+        """The default, as it would be written."""
+        return ("on" if self.default else "off") if isinstance(self.default, bool) else f"{self.default:g}"
+
+
 @dataclass(frozen=True)
 class Method(ABC):
-    """A way to choose codes. Frozen: its fields are its options, and so its flags on the command line."""
+    """A way to choose codes. Frozen: its fields are its options, each made by `option`."""
 
     needs: ClassVar[Need] = Need.NOTHING
     rewrites: ClassVar[bool] = False  # whether it has a `rewrite`
@@ -146,9 +175,18 @@ def _made(cls: Any, options: Mapping[str, str]) -> Method:
     return made
 
 
+def options() -> list[Option]:
+    """The options of all methods. Methods that mean the same by one, with the same default, share it."""
+    found: dict[tuple[str, Any, str], list[str]] = {}
+    for method, cls in registry.entries("methods").items():
+        for f in fields(cls):
+            found.setdefault((f.name, f.default, f.metadata["help"]), []).append(method)
+    return [Option(name, tuple(methods), default, help) for (name, default, help), methods in found.items()]
+
+
 def option_types() -> dict[str, type]:
     """Option -> its type, over all methods."""
-    return {f.name: type(f.default) for cls in registry.entries("methods").values() for f in fields(cls)}
+    return {each.name: type(each.default) for each in options()}
 
 
 def name_of(method: Method) -> str:

@@ -31,16 +31,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fewbit.errors import PlanError
-from fewbit.methods.base import Choice, Method, working
+from fewbit.methods.base import Choice, Method, option, working
 from fewbit.registry import register
 from fewbit.schemes.base import Grids, QTensor, Scheme
 from fewbit.stats import Need, Stats
 from fewbit.sweep import PANEL, over
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
 
 _WIDE = 512  # columns of a triangular matrix that are inverted together
 
@@ -48,13 +52,12 @@ _WIDE = 512  # columns of a triangular matrix that are inverted together
 @register("methods", "gptq")
 @dataclass(frozen=True)
 class GPTQ(Method):
-    """`damp`: share of mean(diag H) added to the diagonal. `act_order`: most excited columns first. `clip_search`:
-    scales searched under 1 / diag(H⁻¹). `refine`: sweeps of scale refit and coordinate descent at the end."""
+    """Codes column by column, each error made good by the columns that remain."""
 
-    damp: float = 0.01
-    act_order: bool = True
-    clip_search: bool = True
-    refine: int = 2
+    damp: float = option(0.01, "Add this share of the Hessian's mean diagonal to its diagonal.")
+    act_order: bool = option(True, "Quantize the columns with the largest inputs first.")
+    clip_search: bool = option(True, "Search scales that clip the largest weights where that lowers the error.")
+    refine: int = option(2, "Final sweeps of scale refit and coordinate descent. More take longer and gain a little.")
 
     needs = Need.HESSIAN
 

@@ -23,13 +23,15 @@ True
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fewbit.methods.base import Choice, Method, working
 from fewbit.registry import register
 from fewbit.schemes.base import QTensor, Scheme
 from fewbit.stats import Need, Stats
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @register("methods", "imatrix")

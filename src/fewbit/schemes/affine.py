@@ -28,11 +28,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import isfinite
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from fewbit.errors import NumericsError, PlanError
 from fewbit.registry import register
@@ -50,10 +48,22 @@ from fewbit.schemes.base import (
     refit_scales,
 )
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
+
 _SMALLEST = 2.0**-24  # the smallest positive fp16: a scale never rounds to zero
-_SHARES = torch.linspace(1.0, 0.4, 13, dtype=torch.float32, device="cpu")  # of the full range, that the search tries
 _CHUNK = {"cpu": 1 << 20}  # entries searched at a time; elsewhere enough that launches take no part of the time
 _REFINEMENTS = 2  # rounds of: closed-form scale, then new codes
+
+
+@cache
+def _shares() -> list[float]:
+    """Shares of the full range that the search tries."""
+    shares: list[float] = torch.linspace(1.0, 0.4, 13, dtype=torch.float32, device="cpu").tolist()
+    return shares
 
 
 @dataclass(frozen=True)
@@ -163,7 +173,7 @@ class Affine(Scheme):
             return self._grid(low, high)
         best = torch.full_like(low, torch.inf)
         scale, zero = self._grid(low, high)
-        for share in _SHARES.tolist():
+        for share in _shares():
             for sign in (1.0, -1.0) if self.symmetric else (1.0,):
                 tried = self._grid(low * share, high * share)
                 tried = (tried[0] * sign, tried[1])

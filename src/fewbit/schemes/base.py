@@ -11,18 +11,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import ClassVar, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
 
 from fewbit import registry
 from fewbit.errors import FormatError, PlanError
 
-Columns = slice | Tensor | int
-Rows = slice | Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
+
+Columns: TypeAlias = "slice | Tensor | int"
+Rows: TypeAlias = "slice | Tensor"
 ALL = slice(None)
-Parts = dict[str, Tensor]
+Parts: TypeAlias = "dict[str, Tensor]"
 
 
 @dataclass(frozen=True)
@@ -211,9 +214,9 @@ class QTensor:
     parts: Parts
     permutation: Tensor | None = None
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [N, K] in `dtype`, decoded a chunk of rows at a time."""
-        device = self.parts[self.codec.payload].device
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [N, K] in `dtype`, float32 by default, decoded a chunk of rows at a time."""
+        device, dtype = self.parts[self.codec.payload].device, dtype or torch.float32
         out = torch.empty(self.shape, dtype=dtype, device=device)
         for rows in chunk_rows(*self.shape):
             values = self.codec.dequantize(self.parts, self.shape, dtype, rows)

@@ -12,9 +12,13 @@ also what a GPTQ file holds, read as 32-bit words, for every width including 3.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
 
 
 def packed_bytes(n: int, bits: int) -> int:
@@ -29,13 +33,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes.contiguous()
     if 8 % bits == 0:
         per = 8 // bits
-        lanes: Tensor = pad(codes, (0, -n % per)).unflatten(-1, (-1, per))
+        lanes: Tensor = torch.nn.functional.pad(codes, (0, -n % per)).unflatten(-1, (-1, per))
         out = lanes[..., 0].clone()
         for lane in range(1, per):
             out |= lanes[..., lane] << (lane * bits)
         return out
     # Eight codes fill `bits` bytes: gather them in one word, then cut the word in bytes.
-    lanes = pad(codes, (0, -n % 8)).unflatten(-1, (-1, 8))
+    lanes = torch.nn.functional.pad(codes, (0, -n % 8)).unflatten(-1, (-1, 8))
     word = torch.zeros(lanes.shape[:-1], dtype=_word(bits), device=codes.device)
     for lane in range(8):
         word |= lanes[..., lane].to(word.dtype) << (lane * bits)
@@ -51,7 +55,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     if 8 % bits == 0:
         lanes = [(packed >> (lane * bits)) & mask for lane in range(8 // bits)]
         return torch.stack(lanes, dim=-1).flatten(-2)[..., :n]
-    by_word = pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits))
+    by_word = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits))
     word = torch.zeros(by_word.shape[:-1], dtype=_word(bits), device=packed.device)
     for byte in range(bits):
         word |= by_word[..., byte].to(word.dtype) << (8 * byte)

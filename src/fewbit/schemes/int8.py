@@ -26,19 +26,28 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
-
-import torch
-from torch import Tensor
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from fewbit.errors import NumericsError
 from fewbit.registry import register
 from fewbit.schemes.base import ALL, Columns, Grids, Parts, PartSpec, Scheme, chunk_rows, refit_scales
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
+
 THRESHOLD = 6.0
 _STEP = 1 / 127  # rounded to float32 wherever it meets one
-# Of the largest magnitude, that the search tries.
-_SHARES = torch.linspace(1.0, 0.9, 21, dtype=torch.float32, device="cpu")
+
+
+@cache
+def _shares() -> list[float]:
+    """Shares of the largest magnitude that the search tries."""
+    shares: list[float] = torch.linspace(1.0, 0.9, 21, dtype=torch.float32, device="cpu").tolist()
+    return shares
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ class Int8(Scheme):
         for rows in chunk_rows(n, k, 1 << 20):
             x, h, scb = w[rows].to(plain.dtype), importance.to(plain.dtype), plain.scb[rows]
             best, top = torch.full_like(scb, torch.inf), scb
-            for share in _SHARES.tolist():
+            for share in _shares():
                 scb, best = _better(x, h, top * share, scb, best)
             for _ in range(2):
                 codes = RowGrids(scb, plain.dtype).encode(x).to(plain.dtype) - 128

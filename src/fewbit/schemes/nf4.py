@@ -36,25 +36,26 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from fewbit import ambient
 from fewbit.errors import NumericsError, PlanError
 from fewbit.registry import register
 from fewbit.schemes.base import ALL, Columns, Grids, Parts, PartSpec, Scheme, refit_scales
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
+
 NESTED = 256  # scales that share one float32
 BLOCKS = tuple(2**p for p in range(5, 13))
 _SMALLEST = 1e-38  # what bitsandbytes puts in place of a smaller absmax before it divides
-_SHARES = torch.linspace(1.0, 0.7, 13, dtype=torch.float32, device="cpu")  # of absmax, that the search tries
 # Entries worked on at a time. They stay in a core's cache, and steps on fewer than 32768 are not shared among threads:
 # where another process has the second core, waiting for it after each small step took ten times as long as the work.
 # A GPU gets so many that launches take no part of the time.
 _CHUNK = {"cpu": 7 << 12}
-_CPU = torch.device("cpu")  # tables are made there, whatever the default device is
 _BINS = 4096  # of the lookup that finds the nearest level; no bin holds two midpoints
 
 # The quantiles of NF4 as published with the paper, and the sixteen numbers sign * 2^e * (1 + m/2) of FP4 over 12, with
@@ -71,6 +72,13 @@ LEVELS: dict[str, tuple[float, ...]] = {
 
 
 @cache
+def _shares() -> list[float]:
+    """Shares of absmax that the search tries."""
+    shares: list[float] = torch.linspace(1.0, 0.7, 13, dtype=torch.float32, device="cpu").tolist()
+    return shares
+
+
+@cache
 @ambient.defaults()
 def levels(kind: str, device: torch.device) -> Tensor:
     """The sixteen levels, float32, by code."""
@@ -83,10 +91,10 @@ def dynamic_map() -> Tensor:
     """The 8-bit map: ±10^(i-6) times 2^i midpoints of [0.1, 1] for i = 0 ... 6, with 0 and 1; 256 numbers, rising."""
     rising = []
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device=_CPU)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         rising.append(10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2))
     positive = torch.cat(rising)
-    return torch.cat([-positive, torch.tensor([0.0, 1.0], device=_CPU, dtype=torch.float32), positive]).sort().values
+    return torch.cat([-positive, torch.tensor([0.0, 1.0], device="cpu", dtype=torch.float32), positive]).sort().values
 
 
 @cache
@@ -94,12 +102,12 @@ def dynamic_map() -> Tensor:
 def _lookup(kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For each bin of [-1, 1]: how many midpoints lie below it, and the next one; the midpoints; the codes in rising
     order of their levels."""
-    by_code = levels(kind, _CPU)
+    by_code = levels(kind, torch.device("cpu"))
     order = torch.argsort(by_code, stable=True)
     rising = by_code[order]
     midpoints = (rising[:-1] + rising[1:]) / 2
-    below = torch.bucketize(torch.arange(_BINS + 1, device=_CPU, dtype=torch.int64), _bins(midpoints), out_int32=True)
-    following = torch.cat([midpoints, torch.tensor([torch.inf], device=_CPU, dtype=torch.float32)])[below]
+    below = torch.bucketize(torch.arange(_BINS + 1, device="cpu", dtype=torch.int64), _bins(midpoints), out_int32=True)
+    following = torch.cat([midpoints, torch.tensor([torch.inf], device="cpu", dtype=torch.float32)])[below]
     return below.to(device, torch.uint8), following.to(device), midpoints.to(device), order.to(device, torch.uint8)
 
 
@@ -137,7 +145,7 @@ def _by_block(flat: Tensor, first: int, block: int, scale: Tensor, *, divide: bo
     place. Over a scale of nought they become nought."""
     if divide:
         scale = torch.where(scale == 0, torch.inf, scale)
-    operate = Tensor.div_ if divide else Tensor.mul_
+    operate = torch.Tensor.div_ if divide else torch.Tensor.mul_
     head = min(-first % block, flat.numel())
     whole, skip = (flat.numel() - head) // block, 1 if head else 0
     if head:
@@ -347,7 +355,7 @@ class FourBit(Scheme):
             better = error < best
             best, scale = torch.where(better, error, best), torch.where(better, grids.scale, scale)
 
-        for share in _SHARES.tolist():
+        for share in _shares():
             tried(plain.scale * share)
         for _ in range(2):
             solved = self._errors(w, BlockGrids.stored(self, plain.shape, scale, plain.nested), importance)[1]

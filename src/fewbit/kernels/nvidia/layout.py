@@ -19,10 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import gcd
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from fewbit.schemes import bits as streams
 from fewbit.schemes.affine import Affine
@@ -33,6 +30,12 @@ from fewbit.schemes.ggml.layout import unpack as unpack_blocks
 from fewbit.schemes.ggml.scheme import GGML
 from fewbit.schemes.int8 import Int8
 from fewbit.schemes.nf4 import NESTED, FourBit, levels
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
 
 WORDS = 16  # of a tile
 # How s is stored: as it is; d of a block times a whole number of a group; an 8-bit code of a map, scaled and shifted.

@@ -25,13 +25,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fewbit import ambient
 
-_CPU = torch.device("cpu")  # tables are made there, whatever the default device is
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
+
 
 # Name -> entries, columns of an entry, bits in which a rank is stored, magnitudes by rank.
 _GRIDS: dict[str, tuple[int, int, int, tuple[int, ...]]] = {
@@ -53,9 +56,9 @@ def _grid(name: str, device: torch.device) -> Tensor:
     for each, (entries, columns, bits, magnitudes) in _GRIDS.items():
         size = entries * columns * bits // 8
         if each == name:
-            packed = torch.tensor(list(data[start : start + size]), dtype=torch.uint8, device=_CPU)
+            packed = torch.tensor(list(data[start : start + size]), dtype=torch.uint8, device="cpu")
             rank = _lanes(packed, bits).long()
-            return torch.tensor(magnitudes, dtype=torch.float32, device=_CPU)[rank].view(entries, columns).to(device)
+            return torch.tensor(magnitudes, dtype=torch.float32, device="cpu")[rank].view(entries, columns).to(device)
         start += size
     raise KeyError(name)
 
@@ -64,7 +67,7 @@ def _grid(name: str, device: torch.device) -> Tensor:
 @ambient.defaults()
 def _even_signs(device: torch.device) -> Tensor:
     """float32 [128, 8] of ±1: minus where the bit of the index is set, the eighth so that minus signs are even."""
-    index, bit = (torch.arange(count, device=_CPU, dtype=torch.int64) for count in (128, 7))
+    index, bit = (torch.arange(count, device="cpu", dtype=torch.int64) for count in (128, 7))
     bits = index[:, None] >> bit & 1
     return (1.0 - 2.0 * torch.cat([bits, bits.sum(1, keepdim=True) % 2], 1).float()).to(device)
 

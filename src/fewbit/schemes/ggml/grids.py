@@ -9,14 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fewbit.schemes.base import ALL, Columns, Grids, Uniform
 from fewbit.schemes.ggml import layout
 from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR, Fields, Layout
 from fewbit.schemes.ggml.search import half
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
 
 _PANEL = 256  # columns, or a block where that is more
 _NARROW = 1e-3  # of the product of two curvatures: below that, two directions count as one
@@ -106,8 +110,9 @@ def written(codes: Tensor, grids: BlockGrids) -> Tensor:
     return blocks.view(n, codes.shape[1] // kind.columns * kind.nbytes)
 
 
-def level(kind: Layout, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The level of each code."""
+def level(kind: Layout, codes: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The level of each code, in float32 by default."""
+    dtype = dtype or torch.float32
     if kind.nonlinear:
         table = torch.tensor(NONLINEAR, dtype=dtype, device=codes.device)
         return table.index_select(0, codes.reshape(-1).int()).view(codes.shape)

@@ -16,12 +16,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fewbit import ambient
 from fewbit.schemes.ggml.layout import NONLINEAR, Layout
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from fewbit.lazy import torch
 
 SMALLEST = 2.0**-24  # the smallest positive fp16
 LARGEST = 65504.0

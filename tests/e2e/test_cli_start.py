@@ -1,0 +1,160 @@
+"""What needs no model answers without importing PyTorch; help explains every option; - stands for stdin."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from fewbit.cli import app
+from fewbit.methods.base import options
+from tests import models
+from tests.e2e.conftest import Fewbit
+
+VERBS = (
+    "quantize",
+    "imatrix",
+    "generate",
+    "evaluate",
+    "compare",
+    "finetune",
+    "merge",
+    "estimate",
+    "recommend",
+    "inspect",
+)
+LIGHT: list[tuple[int, str]] = [
+    (0, "--version"),
+    (0, "--help"),
+    *((0, f"{verb} --help") for verb in (*VERBS, "list", "doctor")),
+    (0, "list"),
+    (0, "list --json"),
+    (2, "quantise"),
+    (2, "quantize tiny --colour red"),
+    (2, "quantize tiny"),
+    (2, "quantize tiny -o out --plan gptq-4bti"),
+    (2, "quantize tiny -o out --plan absent.json"),
+    (2, "quantize tiny -o out --scheme int4-g64-symm"),
+    (2, "quantize tiny -o out --method gtpq"),
+    (2, "quantize tiny -o out --format gtpq"),
+    (2, "quantize tiny -o out --damp much"),
+    (2, "quantize tiny -o out --damp 7"),
+    (2, "quantize tiny -o out --dampp 0.1"),
+    (2, "quantize tiny -o out --samples 0"),
+    (2, "quantize tiny -o out --samples few"),
+    (2, "quantize tiny -o out --seed -1"),
+    (2, "quantize ./nowhere -o out"),
+    (2, "imatrix ./nowhere -o out"),
+    (2, "generate ./nowhere a"),
+    (2, "generate tiny a --temperature -1"),
+    (2, "generate tiny a --top-p 0.9"),
+    (2, "generate tiny a --kernel nope"),
+    (2, "generate tiny a --fuse"),
+    (2, "generate tiny a --max-new-tokens 0"),
+    (2, "evaluate ./nowhere"),
+    (2, "evaluate tiny --reference ./nowhere"),
+    (2, "compare ./nowhere"),
+    (2, "compare tiny --plans gptq-4bti,nf4"),
+    (2, "compare tiny --calibration-samples 0"),
+    (2, "finetune ./nowhere --data pydoc -o out"),
+    (2, "finetune tiny --data pydoc -o out --rank 0"),
+    (2, "merge ./nowhere adapter -o out"),
+    (2, "merge tiny adapter -o out --plan gptq-4bti"),
+    (2, "estimate ./nowhere"),
+    (2, "estimate tiny --plan gptq-4bti"),
+    (2, "recommend"),
+    (2, "recommend ./nowhere --for quality"),
+    (2, "recommend tiny --for quality --speed last"),
+    (2, "inspect ./nowhere"),
+]
+RUN = """
+import json, sys
+from fewbit import cli
+for code, line in json.loads(sys.argv[1]):
+    sys.argv[1:] = line.split()
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert (end.code or 0) == code, (line, end.code)
+    heavy = {"torch", "transformers"} & set(sys.modules)
+    assert not heavy, (line, heavy)
+"""
+
+
+def test_what_needs_no_torch_imports_none(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(LIGHT)], capture_output=True, text=True, encoding="utf-8", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def commands() -> dict[str, Any]:
+    found: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return found
+
+
+@pytest.mark.parametrize("name", [*VERBS, "list", "doctor"])
+def test_every_option_has_help_and_a_default(name: str, fewbit: Fewbit) -> None:
+    shown = " ".join(fewbit(name, "--help").out.split())
+    for parameter in commands()[name].params:
+        assert parameter.help, parameter.name
+        where = shown[shown.index(" ".join(parameter.help.split()[:4])) :]
+        text = where[: len(" ".join(parameter.help.split())) + 60]
+        # An option without a value is off by default.
+        assert re.search(r"\[default: |[Dd]efault: |No default|\[required\]|Required", text) or parameter.is_flag, text
+
+
+def test_help_and_reference_explain_options_of_methods(fewbit: Fewbit) -> None:
+    shown = " ".join(fewbit("quantize", "--help").out.split())
+    page = (Path(__file__).parents[2] / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert {each.name for each in options()} == {"grid", "clip_search", "damp", "act_order", "refine"}
+    for each in options():
+        assert each.flag in shown
+        assert f"{', '.join(each.methods)}: {each.help} [default: {each.shown}]" in shown
+        flag = each.flag.replace(" / ", "`, `")
+        assert f"| `{flag}` | {', '.join(each.methods)} | {each.shown} | {each.help} |" in page
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.save(tmp_path_factory.mktemp("start") / "model", "llama")
+
+
+def given(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
+
+
+def test_a_prompt_from_stdin(model: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, "the weight é\n".encode())
+    told = fewbit("generate", model, "-", "--max-new-tokens", 2, "--json").json
+    assert told["prompt"] == "the weight é"
+    assert told["text"] == fewbit("generate", model, "the weight é", "--max-new-tokens", 2, "--json").json["text"]
+
+
+def test_a_text_from_stdin(model: Path, text: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ("--samples", 2, "--length", 16, "--json")
+    wanted = fewbit("evaluate", model, "--text", text, *few).json
+    given(monkeypatch, text.read_bytes())
+    told = fewbit("evaluate", model, "--text", "-", *few).json
+    assert told["perplexity"] == wanted["perplexity"]
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe"])
+def test_a_stdin_that_holds_no_text(data: bytes, model: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments in (
+        ("generate", model, "-"),
+        ("evaluate", model, "--text", "-"),
+        ("quantize", model, "-o", "out", "--calibration", "-"),
+    ):
+        given(monkeypatch, data)
+        answer = fewbit(*arguments)
+        assert answer.code == (3 if data else 2)
+        assert "stdin" in answer.err
+        assert "Traceback" not in answer.err
