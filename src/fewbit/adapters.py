@@ -18,7 +18,7 @@ from fewbit.examples import examples, split
 from fewbit.files import read_json, write_json, write_text
 from fewbit.formats.safetensors import files_in, read_specs
 from fewbit.formats.safetensors import writing as safetensors_errors
-from fewbit.job import homeless, left_behind
+from fewbit.job import evaluated, homeless, left_behind
 from fewbit.measure import memory
 from fewbit.models.describe import describe
 from fewbit.models.load import load_model, need_peft
@@ -76,7 +76,7 @@ def finetune(
 
     from fewbit.models.finetune import train  # slow to import, and PEFT is an extra
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    pad = _padding(tokenizer, source.rows)
     done = train(loaded, source.address, pad, training, held_out, tuning, progress or (lambda *_: None))
     if done.stopped and not done.steps:
         raise NumericsError(f"{done.stopped}: nothing was learned, and nothing is saved", _CALMER)
@@ -110,6 +110,14 @@ def finetune(
         peak=memory.now().peak,
         gpu_peak=memory.on_gpus(),
     )
+
+
+def _padding(tokenizer: Any, rows: int | None) -> int:
+    """The id to pad batches with: the tokenizer's own if the embedding has a row for it. What is padded is masked."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None and (rows is None or token < rows):
+            return int(token)
+    return 0
 
 
 def _most_bytes(model: Any, tuning: Tuning) -> int:
@@ -164,6 +172,9 @@ def merge(
     outputs.spare(out, source.origin, source.folder, adapter, *([origin.origin, origin.folder] if origin else []))
     if origin is not None and origin.quantization is not None:
         raise PlanError(f"--base {origin.name} is quantized itself", "Give the model that it was quantized from.")
+    # What is computed at the end is found out now, if it cannot be.
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    evaluated(source, None, tokenizer, text or texts.own_source(source.config), length, samples)
     plain_bytes = 2 * describe(origin or source).parameters
     outputs.check_space({out.resolve() if plan is None else cache_folder(): plain_bytes})
     if plan is None:

@@ -21,7 +21,7 @@ from fewbit.cache import cache_folder
 from fewbit.errors import FewbitError, FormatError, KernelError, OutputError, PlanError
 from fewbit.formats import imatrix as importances
 from fewbit.job import Calibration as Calibration
-from fewbit.job import Job, fewer, is_file, same_vocabulary, skeleton_of, unquantized, windows
+from fewbit.job import Job, evaluated, fewer, is_file, same_vocabulary, skeleton_of, unquantized, windows
 from fewbit.measure import memory, quality
 from fewbit.models import gguf_header
 from fewbit.models.describe import Inspection, describe
@@ -75,6 +75,9 @@ def quantize(
         # What no file can say of the model is found before any work.
         header = gguf_header.of(job.source, trust_remote_code=trust_remote_code) if job.single_file else None
         tokens, calibrated = job.tokens(calibration, tokenizer)
+        # What the check after writing asks of the model.
+        words = tokenizer(report.FIRST_WORDS, return_tensors="pt")["input_ids"]
+        texts.within(words, job.source.rows, tokenizer, repr(report.FIRST_WORDS))
         versions = hardware.versions()
         fingerprint = pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions, job.importance)
         run = leaving.enter_context(pipeline.Run(fingerprint))
@@ -265,15 +268,9 @@ def evaluate(
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         if original is not None:
             same_vocabulary(original, source, tokenizer, trust_remote_code)
-        most = source.context
-        if length is not None and length > most:
-            raise PlanError(f"--length {length} is beyond the model's context of {most} tokens")
-        if length is not None and length < 2:
-            raise PlanError(f"--length {length}: a window needs at least 2 tokens")
         # The original may know a text that a GGUF file made from it has no word for.
-        loaded_text = texts.load_text(text or texts.own_source((original or source).config), "evaluation")
-        stream = texts.within(texts.encode(loaded_text, tokenizer), source.rows, tokenizer, loaded_text.name)
-        chosen = texts.windows(stream, length or min(2048, most), samples)
+        wanted = text or texts.own_source((original or source).config)
+        name, chosen = evaluated(source, original, tokenizer, wanted, length, samples)
         options: dict[str, Any] = {
             "dtype": dtype or ("auto" if device != "cpu" else torch.float32),
             "device": device,
@@ -288,7 +285,7 @@ def evaluate(
         return Evaluation(
             model=_named(model, adapter),
             reference=None if reference is None else _named(reference, reference_adapter),
-            text=loaded_text.name,
+            text=name,
             quality=measured,
             inspection=describe(source),
             peak=memory.now().peak,

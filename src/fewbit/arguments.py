@@ -185,7 +185,7 @@ def texts(name: str, value: Any) -> str | tuple[str, ...]:
     if isinstance(value, (str, os.PathLike)):
         return str(place(name, value))
     if not isinstance(value, Sequence) or isinstance(value, bytes) or not all(isinstance(each, str) for each in value):
-        raise wrong(name, value, "the name of a text, a .txt or .jsonl file, or a list of texts")
+        raise wrong(name, value, "the name of a text, a .txt, .jsonl or .json file, or a list of texts")
     if not any(each.strip() for each in value):
         raise wrong(name, value, "at least one text that is not empty")
     return tuple(value)

@@ -32,7 +32,13 @@ Part: TypeAlias = Literal["calibration", "evaluation"]
 
 SOURCES = ("c4", "pydoc", "tiny", "wikitext2")
 EMBEDDED = Path(__file__).parent / "data" / "texts"
-_HERE = "What is always here: 'pydoc'; or give the path of a .txt or .jsonl file."
+_HERE = "What is always here: 'pydoc'; or give the path of a .txt, .jsonl or .json file."
+_FORMS = (
+    'A document is a JSON string, {"text": ...}, {"messages": [{"role": ..., "content": ...}, ...]}, '
+    '{"prompt": ..., "completion": ...} or {"instruction": ..., "input": ..., "output": ...}.'
+)
+# Of the ShareGPT layout: {"from": "human", "value": ...}
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 _HUB_SECONDS = 4.0
 _C4 = "allenai/c4"
 _C4_FILES = {
@@ -56,12 +62,15 @@ class Instruction:
 
     question: str
     answer: str
+    system: str = ""
 
     def shown(self, tokenizer: Tokenizer) -> tuple[Message, ...] | Completion:
         """A chat where the tokenizer has a template, else a completion in the layout of Stanford Alpaca."""
         if tokenizer.chat_template:
-            return ({"role": "user", "content": self.question}, {"role": "assistant", "content": self.answer})
-        return Completion(f"### Instruction:\n{self.question}\n\n### Response:\n", self.answer)
+            turns = ("system", self.system), ("user", self.question), ("assistant", self.answer)
+            return tuple({"role": role, "content": content} for role, content in turns if role != "system" or content)
+        above = f"{self.system}\n\n" if self.system else ""
+        return Completion(f"{above}### Instruction:\n{self.question}\n\n### Response:\n", self.answer)
 
 
 Document: TypeAlias = str | tuple[Message, ...] | Completion | Instruction
@@ -73,10 +82,17 @@ class SourceUnavailable(PlanError):
 
 @dataclass(frozen=True)
 class Text:
-    """Documents under a name; a document is plain text, the messages (role, content) of one chat, or a completion."""
+    """Documents under a name; a document is plain text, the messages (role, content) of one chat, or a completion.
+
+    places: where each document stands, if it has a place of its own."""
 
     name: str
     documents: tuple[Document, ...]
+    places: tuple[str, ...] = ()
+
+    def place(self, index: int) -> str:
+        """Where the document stands, for messages."""
+        return self.places[index] if self.places else f"{self.name}, document {index + 1}"
 
 
 class Tokenizer(Protocol):
@@ -112,11 +128,11 @@ def load_text(source: str | os.PathLike[str] | Sequence[str] = "pydoc", part: Pa
     elif source == "pydoc":
         text = Text(f"pydoc {part} (Python {platform.python_version()})", _pydoc(part))
     elif source == "tiny":
-        text = Text(f"tiny {part}", _from_file(EMBEDDED / f"tiny-{part}.txt"))
+        text = _from_file(EMBEDDED / f"tiny-{part}.txt", f"tiny {part}")
     elif source in SOURCES:
         text = Text(f"{source} {part}", _from_hub(source, part))
     elif (path := Path(source).expanduser()).is_file():
-        text = Text(str(path), _from_file(path))
+        text = _from_file(path, str(path))
     else:
         error = unknown("text", str(source), SOURCES)
         raise PlanError(f"{error.message}, and no file was found at that path", error.hint)
@@ -140,11 +156,11 @@ def encode(text: Text, tokenizer: Tokenizer) -> Tensor:
     pieces: list[str] = []
     shown = [d.shown(tokenizer) if isinstance(d, Instruction) else d for d in text.documents]
     documents = [d.prompt + d.completion if isinstance(d, Completion) else d for d in shown]
-    for plain, run in itertools.groupby(documents, key=lambda document: isinstance(document, str)):
+    for plain, run in itertools.groupby(enumerate(documents), key=lambda numbered: isinstance(numbered[1], str)):
         if plain:
-            pieces.append("\n\n".join(document for document in run if isinstance(document, str)))
+            pieces.append("\n\n".join(document for _, document in run if isinstance(document, str)))
         else:
-            pieces += [render(chat, text.name, tokenizer) for chat in run if not isinstance(chat, str)]
+            pieces += [render(chat, text.place(i), tokenizer) for i, chat in run if not isinstance(chat, str)]
     ids = [token for piece in token_ids(tokenizer, pieces) for token in piece]
     return torch.tensor(begun(ids, tokenizer), dtype=torch.int64, device="cpu")
 
@@ -213,18 +229,18 @@ def token_ids(tokenizer: Tokenizer, pieces: list[str], *, special: bool = False)
     return ids
 
 
-def render(chat: tuple[Message, ...], name: str, tokenizer: Tokenizer, *, answer_next: bool = False) -> str:
+def render(chat: tuple[Message, ...], where: str, tokenizer: Tokenizer, *, answer_next: bool = False) -> str:
     """A chat in the tokenizer's own template, up to where the model would answer if `answer_next`.
 
-    PlanError, with the `name` of the text, if there is no template or it refuses the chat.
+    PlanError, with the place `where` the chat stands, if there is no template or it refuses the chat.
     """
     if not tokenizer.chat_template:
-        raise PlanError(f"{name} holds chats, but the tokenizer has no chat template", "Give a plain text.")
+        raise PlanError(f"{where}: a chat, but the tokenizer has no chat template", "Give a plain text.")
     try:
         return str(tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=answer_next))
     except Exception as error:  # a template is a program of the model's author: it may raise anything
         roles = ", ".join(message["role"] for message in chat)
-        raise PlanError(f"{name}: the chat template refuses a chat of the roles {roles}: {error}") from error
+        raise PlanError(f"{where}: the chat template refuses a chat of the roles {roles}: {error}") from error
 
 
 def _pydoc(part: Part) -> tuple[str, ...]:
@@ -246,51 +262,59 @@ def _pydoc(part: Part) -> tuple[str, ...]:
     return tuple(parts[part])
 
 
-def _from_file(path: Path) -> tuple[Document, ...]:
-    if path.suffix not in (".txt", ".jsonl"):
-        raise PlanError(f"{path}: a text is a .txt or a .jsonl file, not {path.suffix or 'one without suffix'}", _HERE)
+def _from_file(path: Path, name: str) -> Text:
+    if path.suffix not in (".txt", ".jsonl", ".json"):
+        kind = path.suffix or "one without suffix"
+        raise PlanError(f"{path}: a text is a .txt, a .jsonl or a .json file, not {kind}", _HERE)
     content = read_text(path)
     if path.suffix == ".txt":
-        return (content,)
-    lines = enumerate(content.split("\n"), start=1)
-    return tuple(_document(line, f"{path}, line {number}") for number, line in lines if line.strip())
+        return Text(name, (content,))
+    if path.suffix == ".json" and content.lstrip()[:1] == "[":  # others with this name hold a document a line
+        listed = parse_json(content, str(path))
+        values = {f"{path}, document {number}": value for number, value in enumerate(listed, start=1)}
+    else:
+        lines = {f"{path}, line {i}": line for i, line in enumerate(content.split("\n"), start=1) if line.strip()}
+        values = {where: parse_json(line, where, _FORMS) for where, line in lines.items()}
+    return Text(name, tuple(_document(value, where) for where, value in values.items()), tuple(values))
 
 
-def _document(line: str, where: str) -> Document:
-    hint = (
-        'A line is a JSON string, {"text": ...}, {"messages": [{"role": ..., "content": ...}, ...]}, '
-        '{"prompt": ..., "completion": ...} or {"instruction": ..., "input": ..., "output": ...}.'
-    )
-    value = parse_json(line, where, hint)
+def _document(value: Any, where: str) -> Document:
+    if isinstance(value, list):
+        value = {"messages": value}
     if isinstance(value, Mapping):
+        system = value.get("system") or ""
+        if not isinstance(system, str):
+            raise FormatError(f"{where}: 'system' is not a string", _FORMS)
+        if value.get("history"):
+            raise FormatError(f"{where}: 'history' is not read", "Give all turns of a chat as messages.")
         for key in ("messages", "conversations"):
             if key in value:
                 if not isinstance(value[key], list) or not value[key]:
-                    raise FormatError(f"{where}: {key!r} is not a list of messages", hint)
-                return tuple(_message(message, where, hint) for message in value[key])
+                    raise FormatError(f"{where}: {key!r} is not a list of messages", _FORMS)
+                first = ({"role": "system", "content": system},) if system else ()
+                return first + tuple(_message(message, where) for message in value[key])
         if "completion" in value:
             prompt, completion = value.get("prompt"), value["completion"]
             if not isinstance(prompt, str) or not isinstance(completion, str):
-                raise FormatError(f"{where}: 'prompt' and 'completion' are not both strings", hint)
+                raise FormatError(f"{where}: 'prompt' and 'completion' are not both strings", _FORMS)
             return Completion(prompt, completion)
         if "instruction" in value:
             parts = value["instruction"], value.get("input") or "", value.get("output", value.get("response"))
             if not all(isinstance(part, str) for part in parts):
-                raise FormatError(f"{where}: 'instruction', 'input' and 'output' are not all strings", hint)
-            return Instruction("\n\n".join(filter(None, parts[:2])), parts[2])
+                raise FormatError(f"{where}: 'instruction', 'input' and 'output' are not all strings", _FORMS)
+            return Instruction("\n\n".join(filter(None, parts[:2])), parts[2], system)
         value = value.get("text")
     if not isinstance(value, str):
-        raise FormatError(f"{where}: neither a text nor messages", hint)
+        raise FormatError(f"{where}: neither a text nor messages", _FORMS)
     return value
 
 
-def _message(value: object, where: str, hint: str) -> Message:
-    names = {"human": "user", "gpt": "assistant"}  # the ShareGPT layout: {"from": "human", "value": ...}
+def _message(value: object, where: str) -> Message:
     if isinstance(value, Mapping):
         role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
         if isinstance(role, str) and isinstance(content, str):
-            return {"role": names.get(role, role), "content": content}
-    raise FormatError(f"{where}: a message without a role and a content that are strings", hint)
+            return {"role": _ROLES.get(role, role), "content": content}
+    raise FormatError(f"{where}: a message without a role and a content that are strings", _FORMS)
 
 
 def _from_hub(source: str, part: Part) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ def examples(text: Text, tokenizer: Tokenizer, length: int) -> tuple[list[Exampl
     chat meets a tokenizer without a template or a template that cannot tell its answers from the rest.
     """
     found, cut, empty = [], 0, 0
-    for number, document in enumerate(text.documents, 1):
+    for number, document in enumerate(text.documents):
         if isinstance(document, Instruction):
             document = document.shown(tokenizer)
         if isinstance(document, str):
@@ -42,7 +42,7 @@ def examples(text: Text, tokenizer: Tokenizer, length: int) -> tuple[list[Exampl
         elif isinstance(document, Completion):
             whole = [_completion(document, tokenizer)]
         else:
-            whole = list(_answers(document, f"{text.name}, document {number}", tokenizer))
+            whole = list(_answers(document, text.place(number), tokenizer))
         short = [Example(e.ids[:length], e.learned[:length]) for e in whole]
         cut += sum(len(e.ids) > length for e in whole)
         kept = [e for e in short if any(e.learned[1:])]  # the first token of all is foretold by nothing

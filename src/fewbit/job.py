@@ -16,6 +16,7 @@ from fewbit import gguf_output, pipeline
 from fewbit import plan as plans
 from fewbit.advise import hardware, sizes
 from fewbit.arguments import Calibration as Calibration
+from fewbit.arguments import Texts
 from fewbit.errors import PlanError
 from fewbit.formats import pickle
 from fewbit.formats.base import by_quant_method
@@ -137,6 +138,23 @@ def windows(wanted: Calibration, source: Source, tokenizer: Any) -> tuple[Tensor
         "length": length,
         "seed": wanted.seed,
     }
+
+
+def evaluated(
+    source: Source, other: Source | None, tokenizer: Any, text: Texts, length: int | None, samples: int | None
+) -> tuple[str, Tensor]:
+    """The name of a text, and windows of its tokens [windows, length] that both models have rows for."""
+    most = min(each.context for each in (source, other) if each is not None)
+    if length is not None and length > most:
+        raise PlanError(f"--length {length} is beyond the model's context of {most} tokens")
+    if length is not None and length < 2:
+        raise PlanError(f"--length {length}: a window needs at least 2 tokens")
+    loaded = texts.load_text(text, "evaluation")
+    stream = texts.encode(loaded, tokenizer)
+    for each in (source, other):
+        if each is not None:
+            texts.within(stream, each.rows, tokenizer, loaded.name)
+    return loaded.name, texts.windows(stream, length or min(2048, most), samples)
 
 
 def is_file(out: str | Path, plan: plans.Plan) -> bool:

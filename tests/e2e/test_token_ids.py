@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
 import fewbit
+from fewbit import pipeline, report
 from fewbit.errors import FormatError
 from fewbit.job import Calibration
 from fewbit.models import plugin
@@ -26,6 +27,7 @@ VERBS: dict[str, Callable[[Path, Path, Path], Any]] = {
     "generate": lambda m, data, out: fewbit.generate(m, "the", chat=True, max_new_tokens=1),
     "evaluate": lambda m, data, out: fewbit.evaluate(m, text=str(data), length=16),
     "compare": lambda m, data, out: fewbit.compare(m, plans=["nf4"], text=str(data), length=16),
+    "merge": lambda m, data, out: fewbit.merge(m, m / "no-adapter", out, text=str(data), length=16),
     "finetune": lambda m, data, out: fewbit.finetune(m, out, data=str(data), tuning=Tuning(steps=1, length=128)),
 }
 
@@ -50,11 +52,40 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_token_without_a_row_is_named(verb: str, place: Place, tmp_path: Path) -> None:
-    if verb == "finetune":
+    if verb in ("finetune", "merge"):
         pytest.importorskip("peft")
     with pytest.raises(FormatError, match=r"token '<\|new\|>' has the id \d+, and the model's embedding has 288 rows"):
         VERBS[verb](*place, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_check_after_writing_is_foreseen(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "FIRST_WORDS", "The <|new|>")
+    monkeypatch.setattr(pipeline, "quantize_blocks", lambda *args, **kwargs: pytest.fail("work was done"))
+    with pytest.raises(FormatError, match=r"token '<\|new\|>' has the id"):
+        fewbit.quantize(place[0], tmp_path / "out", plan="nf4")
+
+
+def test_a_reference_with_fewer_rows_is_named(place: Place, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(models.sentences(20))
+    fewer = models.save(tmp_path / "fewer", "llama", vocab_size=280)
+    whole = models.save(tmp_path / "whole", "llama")
+    with pytest.raises(FormatError, match="the model's embedding has 280 rows"):
+        fewbit.evaluate(whole, reference=fewer, text=str(text), length=16)
+
+
+def test_padding_needs_no_row_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    folder = models.save(tmp_path / "m", "llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
+    tokenizer.save_pretrained(folder)
+    data = [models.sentences(count) for count in (1, 2, 3, 4)]
+    done = fewbit.finetune(
+        folder, tmp_path / "out", data=data, tuning=Tuning(steps=2, length=64, batch=2, held_out=0.25)
+    )
+    assert done.steps == 2
 
 
 def test_a_token_without_a_row_is_named_on_load(place: Place) -> None:

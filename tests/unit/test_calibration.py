@@ -102,7 +102,7 @@ def test_a_malformed_line_is_named_with_its_file_and_number(tmp_path: Path, line
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"unknown text 'pydocs', and no file .*\nDid you mean pydoc\?"):
         load_text("pydocs")
-    with pytest.raises(PlanError, match=r"\.txt or a \.jsonl file, not \.md"):
+    with pytest.raises(PlanError, match=r"a \.jsonl or a \.json file, not \.md"):
         load_text(write(tmp_path / "a.md", "x"))
     for name in ("empty.txt", "empty.jsonl"):
         with pytest.raises(PlanError, match="is empty"):
@@ -215,6 +215,45 @@ def test_the_beginning_is_marked_once_if_the_tokenizer_marks_it() -> None:
     assert having.tolist() == [BOS, *without.tolist()]
     templated = byte_tokenizer(adds_bos=True, template="<s>" + TEMPLATE)
     assert encode(Text("x", (({"role": "user", "content": "hi"},),)), templated).tolist().count(BOS) == 1
+
+
+def test_a_list_of_documents_is_read_from_json(tmp_path: Path) -> None:
+    chat = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+    turns = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"})
+    listed = ["one", {"text": "two"}, {"conversations": chat}, chat, {"prompt": "a", "completion": "b"}]
+    found = load_text(write(tmp_path / "a.json", json.dumps(listed, indent=1)))
+    assert found.documents == ("one", "two", turns, turns, calibration.Completion("a", "b"))
+    assert found.place(2) == f"{tmp_path / 'a.json'}, document 3"
+    lines = load_text(write(tmp_path / "b.json", "\n".join(map(json.dumps, listed[:2]))))
+    assert lines.documents == ("one", "two")
+    with pytest.raises(FormatError, match=r"a\.json, document 2: neither a text nor messages"):
+        load_text(write(tmp_path / "a.json", json.dumps(["one", {"other": 1}])))
+
+
+def test_a_system_prompt_is_part_of_the_chat(tmp_path: Path) -> None:
+    chat = {"system": "Be brief.", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
+    asked = {"system": "Be brief.", "instruction": "hi", "output": "ho"}
+    text = load_text(write(tmp_path / "a.jsonl", f"{json.dumps(chat)}\n{json.dumps(asked)}"))
+    tokenizer = byte_tokenizer(adds_bos=False, template=TEMPLATE)
+    shown = "<system>Be brief.\n<user>hi\n<assistant>ho\n"
+    assert tokenizer.decode(encode(text, tokenizer)) == 2 * shown
+    tokenizer.chat_template = None
+    plain = str(tokenizer.decode(encode(Text("x", text.documents[1:]), tokenizer)))
+    assert plain.startswith("Be brief.\n\n### Instruction")
+    with pytest.raises(FormatError, match="line 1: 'history' is not read"):
+        load_text(write(tmp_path / "b.jsonl", json.dumps({**asked, "history": [["a", "b"]]})))
+    with pytest.raises(FormatError, match="line 1: 'system' is not a string"):
+        load_text(write(tmp_path / "b.jsonl", json.dumps({**asked, "system": ["a"]})))
+
+
+def test_a_refused_chat_is_named_by_its_line(tmp_path: Path) -> None:
+    chats = [[{"role": role, "content": "hi"}] for role in ("user", "user", "tool")]
+    text = load_text(write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, chats))))
+    strict = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}"
+    with pytest.raises(PlanError, match=r"a\.jsonl, line 5: the chat template refuses .*no tools"):
+        encode(text, byte_tokenizer(adds_bos=False, template=strict))
+    with pytest.raises(PlanError, match=r"a\.jsonl, line 1: a chat, but the tokenizer has no chat template"):
+        encode(text, byte_tokenizer(adds_bos=False))
 
 
 def test_a_chat_that_cannot_be_rendered_is_refused() -> None:

@@ -58,6 +58,21 @@ def test_the_config_given_out_is_a_fresh_one(folder: Path) -> None:
     assert found.config == CONFIG
 
 
+def test_sizes_are_the_models_or_its_texts(folder: Path) -> None:
+    inner = {"max_position_embeddings": 64, "vocab_size": 9}
+    for config, context, rows in (
+        ({}, 2048, None),
+        ({"text_config": inner}, 64, 9),
+        ({**inner, "n_positions": 1}, 64, 9),
+    ):
+        (folder / "config.json").write_text(json.dumps(config))
+        assert (source.locate(folder).context, source.locate(folder).rows) == (context, rows)
+    for wrong in (0, -1, "64", True):
+        (folder / "config.json").write_text(json.dumps({"text_config": {**inner, "max_position_embeddings": wrong}}))
+        with pytest.raises(FormatError, match=r"config\.json: max_position_embeddings is .*, not a number from 1"):
+            _ = source.locate(folder).context
+
+
 def test_shards_come_in_the_order_of_their_names(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]

@@ -71,18 +71,26 @@ class Source:
     @property
     def context(self) -> int:
         """Tokens that the model can look back on; 2048 where config.json states none."""
-        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            if isinstance(found := self.config.get(key), int):
-                return found
-        return 2048
+        return self._stated("max_position_embeddings", "n_positions", "max_seq_len") or 2048
 
     @property
     def rows(self) -> int | None:
         """Rows of the token embedding; None where config.json does not say."""
+        return self._stated("vocab_size")
+
+    def _stated(self, *keys: str) -> int | None:
+        """The first of the keys that config.json has, for the whole model or for its text; FormatError if that is no
+        number of things."""
         config = self.config
         inner = config.get("text_config")
-        found = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
-        return found if isinstance(found, int) else None
+        for stated in (config, inner if isinstance(inner, dict) else {}):
+            for key in keys:
+                if (found := stated.get(key)) is None:
+                    continue
+                if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+                    raise FormatError(f"{self.folder / 'config.json'}: {key} is {found!r}, not a number from 1")
+                return found
+        return None
 
     @property
     def quantization(self) -> dict[str, Any] | None:
