@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fewbit import ambient, api, arguments, heap, locks, outputs, pipeline, report
+from fewbit import ambient, api, arguments, heap, locks, outputs, pipeline, report, scales
 from fewbit import calibration as texts
 from fewbit.advise import hardware
 from fewbit.arguments import Device, DType, Plans, Texts, checked
@@ -84,6 +84,8 @@ def finetune(
     def save(folder: Path) -> None:
         with safetensors_errors():
             done.model.save_pretrained(folder, save_embedding_layers=False)
+            if (known := scales.of_model(loaded)) is not None:
+                scales.say(folder, known, source.address)
 
     try:
         with outputs.published(out, overwrite=overwrite) as folder:
@@ -165,10 +167,19 @@ def merge(
             "Leave --plan out, then: fewbit quantize MERGED -o FILE.",
         )
     need_peft()
-    from fewbit.models.adapter import write_merged
+    from fewbit.models.adapter import folded, write_merged
 
     source = locate(model)
     origin = locate(base) if base is not None else _recorded_base(source)
+    told = scales.said(Path(adapter).expanduser())
+    trained = folded(source) if told is None else told
+    if trained is None and base is not None:
+        raise PlanError(
+            f"{model} does not say which scales AWQ folded into it, so that its adapters do not fit {base}",
+            "Leave --base out: then it is added to the values that the packed weights stand for.",
+        )
+    if trained is None:
+        origin = None
     outputs.spare(out, source.origin, source.folder, adapter, *([origin.origin, origin.folder] if origin else []))
     if origin is not None and origin.quantization is not None:
         raise PlanError(f"--base {origin.name} is quantized itself", "Give the model that it was quantized from.")
@@ -179,7 +190,9 @@ def merge(
     outputs.check_space({out.resolve() if plan is None else cache_folder(): plain_bytes})
     if plan is None:
         with outputs.published(out, overwrite=overwrite) as folder:
-            carried = write_merged(origin or source, adapter, folder, trust_remote_code=trust_remote_code)
+            carried = write_merged(
+                origin or source, adapter, folder, trained=trained, trust_remote_code=trust_remote_code
+            )
         quantized = None
         kind = describe(origin or source).architecture
         notes = [*homeless(kind, carried, {}), *left_behind(origin or source, single_file=False)]
@@ -188,7 +201,7 @@ def merge(
         plain = held.folder / "model"
         plain.mkdir()
         try:
-            write_merged(origin or source, adapter, plain, trust_remote_code=trust_remote_code)
+            write_merged(origin or source, adapter, plain, trained=trained, trust_remote_code=trust_remote_code)
             quantized = api.quantize(
                 plain,
                 out,

@@ -30,6 +30,7 @@ from fewbit.models.load import load_model
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
 from fewbit.report import Evaluation, Measured, Preview, Quantized
+from fewbit.scales import read as folded_scales
 
 SCHEMA = 1
 _KEPT = "The quantized blocks are kept in the cache: the same command goes on from there."
@@ -116,6 +117,7 @@ def quantize(
                     written = gguf_output.write(made, job.skeleton, job.resolved, run, header, record)
                 else:
                     written = folder_output.write(made, job.skeleton, job.resolved, run)
+                    record["scales"] = folded_scales(made).to_json()
                     record["files"] = sorted({*_files(made), "README.md", outputs.RECORD})
                     (made / outputs.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
                     (made / "README.md").write_text(report.model_card(record), encoding="utf-8")

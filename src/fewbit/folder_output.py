@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fewbit import scales
 from fewbit.files import write_json
 from fewbit.formats.safetensors import Checkpoint, ShardWriter, copy_side_files
 from fewbit.models.skeleton import Skeleton
 from fewbit.pipeline import Run, quantization_config
 from fewbit.plan import Resolved
+from fewbit.scales import Scales
 
 SHARD_BYTES = 512 << 20
 
 
 def write(folder: Path, skeleton: Skeleton, resolved: Resolved, run: Run) -> int:
-    """Write the model's files into `folder`: shards, config, side files. Returns the bytes of all tensors."""
+    """Write the model's files into `folder`: shards, config, scales, side files. Returns the bytes of all tensors."""
     blocks = Checkpoint(run.files())
     suffixes = {a.module: list(resolved.format.specs(a.shape, a.scheme)) for a in resolved.assignments.values()}
     tensors: list[tuple[str, Checkpoint, str]] = []  # model name, where it lies, under which name
@@ -39,4 +41,12 @@ def write(folder: Path, skeleton: Skeleton, resolved: Resolved, run: Run) -> int
         config["tie_word_embeddings"] = False  # the file holds two tensors that differ: readers must not tie them
     config["quantization_config"] = quantization_config(skeleton, resolved)
     write_json(folder / "config.json", config, indent=2)
+    scales.write(folder, folded(skeleton, run))
     return writer.nbytes
+
+
+def folded(skeleton: Skeleton, run: Run) -> Scales:
+    """The scales that were folded into the blocks of a finished run, and into its model before."""
+    blocks = Checkpoint(run.files())
+    own = Scales({name: blocks.get(name) for name in scales.of_blocks(blocks.specs)}, skeleton.source.address)
+    return own.after(scales.read(skeleton.source.beside)) if own else scales.read(skeleton.source.beside)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit import mixtures
+from fewbit import mixtures, scales
 from fewbit.errors import FormatError, NumericsError, PlanError
+from fewbit.folder_output import folded
 from fewbit.formats import imatrix
 from fewbit.formats.gguf import Entry, GgufWriter
 from fewbit.formats.safetensors import Checkpoint
@@ -31,7 +32,6 @@ from fewbit.plan import Resolved
 from fewbit.stats import Need, Stats
 
 _QUANTIZATION_VERSION = 2  # of the block types: ggml's GGML_QNT_VERSION
-_RECORD = "fewbit.record"
 
 
 def model_of(skeleton: Skeleton) -> mixtures.Model:
@@ -90,7 +90,7 @@ def metadata(header: Header, resolved: Resolved, record: Mapping[str, Any]) -> d
         **header.metadata,
         "general.quantization_version": _QUANTIZATION_VERSION,
         "general.file_type": file_type(resolved),
-        _RECORD: json.dumps(record),
+        scales.GGUF_RECORD: json.dumps(record),
     }
 
 
@@ -159,8 +159,9 @@ def write(
     routes, tensors, extra = header.routes, planned(skeleton, resolved), header.extra
     entries = [Entry(name, "f32", tuple(tensor.shape)) for name, tensor in extra.items()]
     entries += [each.entry for each in tensors]
-    blocks = Checkpoint(run.files())
-    with GgufWriter(path, metadata(header, resolved, record), entries) as writer:
+    blocks, own = Checkpoint(run.files()), folded(skeleton, run)
+    keys = metadata(header, resolved, {**record, "scales": scales.to_record(own)}) | scales.to_metadata(own)
+    with GgufWriter(path, keys, entries) as writer:
         for name, tensor in extra.items():
             writer.add(name, tensor.float())
         for each in tensors:

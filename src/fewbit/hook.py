@@ -24,6 +24,7 @@ _WATCHED = {
     "transformers.utils.quantization_config": "fewbit.models.configs",
     "transformers.models.auto.tokenization_auto": "fewbit.models.plugin_tokenizer",
     "peft.tuners.lora.model": "fewbit.lora",
+    "peft.peft_model": "fewbit.refit",
 }
 
 preferred: set[str] = set()  # quantization methods that fewbit serves even where their own back end is installed

@@ -8,6 +8,7 @@ itself: that holds codes. Importing this module registers the layer; `fewbit.hoo
 from __future__ import annotations
 
 import sys
+from copy import copy
 from functools import wraps
 from typing import Any
 
@@ -26,8 +27,10 @@ class QLoraLinear(Linear):
     """LoRA around a `QLinear`, which stays as it is."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        config = copy(config)
+        config.fan_in_fan_out = False  # packed weights are [N, K], those of GPT-2's Conv1D too
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
-        self.fan_in_fan_out = False  # packed weights are [N, K], those of GPT-2's Conv1D too
+        self.fan_in_fan_out = False
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:

@@ -25,7 +25,7 @@ _UNITS = ((10**9, "GB"), (10**6, "MB"), (1000, "kB"), (1, "bytes"))
 # Files that transformers, PEFT and fewbit write into the folder of a model, an adapter or a report.
 _OURS = re.compile(
     r"""
-    (adapter_)?config\.json | generation_config\.json | fewbit\.json | quant(ize)?_config\.json
+    (adapter_)?config\.json | generation_config\.json | fewbit\.(json|scales) | quant(ize)?_config\.json
     | (model|adapter_model|pytorch_model)[\w.-]*\.(safetensors|bin)(\.index\.json)? | model\.gguf | training_args\.bin
     | tokenizer(_config)?\.(json|model) | special_tokens_map\.json | added_tokens\.json | vocab\.(json|txt)
     | merges\.txt

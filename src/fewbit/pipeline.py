@@ -187,7 +187,7 @@ def fingerprint(
     digest = hashlib.sha256()
     config = skeleton.source.config
     digest.update(json.dumps([files, config, plan, resolved.format.name, dict(versions)], sort_keys=True).encode())
-    digest.update(f"{skeleton.dtype} {skeleton.device.type}".encode())
+    digest.update(f"{skeleton.dtype} {skeleton.device.type} scales".encode())  # blocks hold what was folded
     if tokens is not None:
         digest.update(str(tuple(tokens.shape)).encode() + tokens.numpy().tobytes())
     for module, stats in sorted((importance or {}).items()):
@@ -321,7 +321,7 @@ def _quantize_block(
     config = quantization_config(skeleton, resolved)
     wanted = {name: resolved.assignments[name] for name in skeleton.linears(block) if name in resolved.assignments}
     rewritten = rewrite(skeleton, block, wanted, calls, hidden)
-    tensors, reports = dict(rewritten.tensors), dict[str, TensorReport]()
+    tensors, reports = rewritten.tensors | rewritten.scales, dict[str, TensorReport]()
     steps: Iterable[dict[str, Stats] | None] = (
         staged(skeleton, block, module, needs_of(wanted), calls, hidden, stages)
         if importance is None

@@ -29,7 +29,7 @@ else:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
-_NOT_CARRIED = ("README.md", "fewbit.json")
+_NOT_CARRIED = ("README.md", "fewbit.json", "fewbit.scales")
 _DTYPES = {  # what torch calls them
     "F64": "float64",
     "F32": "float32",

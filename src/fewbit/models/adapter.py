@@ -15,12 +15,16 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
+from fewbit import scales
 from fewbit.errors import FormatError, NumericsError, PlanError
+from fewbit.formats.gguf import GgufFile
 from fewbit.formats.safetensors import Checkpoint, ShardWriter, copy_side_files, read_specs, writing
 from fewbit.fused import packed_linears
 from fewbit.models.load import load_model
 from fewbit.models.skeleton import load_tokenizer, owned, placed
 from fewbit.models.source import Source
+from fewbit.refit import presumed
+from fewbit.scales import Scales
 from fewbit.schemes.base import PartSpec
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -57,11 +61,24 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def folded(source: Source) -> Scales | None:
+    """The scales that AWQ folded into a model; None where it has some, or may have, and does not say which."""
+    if source.gguf is not None:
+        return scales.of_metadata(GgufFile(source.files[0]).metadata)
+    return scales.of_folder(source.beside)
+
+
 def write_merged(
-    source: Source, adapter: str | Path, folder: Path, *, trust_remote_code: bool = False
+    source: Source,
+    adapter: str | Path,
+    folder: Path,
+    *,
+    trained: Scales | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, PartSpec]:
     """Write the model of `source` with an adapter added to its weights, packed ones unpacked, into `folder`.
 
+    trained: the scales of the model that the adapter was trained on, where its folder does not say.
     The whole model is held in memory in its own type. Tensors that it has no place for are carried over, and given
     back by name. NumericsError if a sum is not finite.
     """
@@ -78,7 +95,8 @@ def write_merged(
     verbose = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        merged = attach(plain, adapter).merge_and_unload(safe_merge=True)
+        with presumed(trained):
+            merged = attach(plain, adapter).merge_and_unload(safe_merge=True)
         if source.gguf is None:
             merged.generation_config = GenerationConfig()  # transformers saves none that its own rules find fault with
         with writing():
@@ -88,6 +106,7 @@ def write_merged(
     finally:
         if verbose:
             hf_logging.enable_progress_bar()
+    scales.write(folder, scales.of_model(plain) or Scales())
     if source.gguf is not None:  # it has no side files: what it says of its tokenizer becomes one
         load_tokenizer(source).save_pretrained(folder)
         return {}

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
-from fewbit import heap, outputs
+from fewbit import heap, outputs, scales
 from fewbit.errors import FormatError, KernelError, PlanError
 from fewbit.formats.gguf import PLAIN, Entry, GgufFile, GgufWriter
 from fewbit.models.gguf_names import ARCHITECTURES, Route, routes
@@ -119,6 +119,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         modules = dict(model.named_modules())
         with heap.tight() as done_with:
             self._prepare(modules, done_with)
+        scales.attach(model, scales.of_metadata(self.file.metadata))
         self.file.forget()
         for second, first in model.all_tied_weights_keys.items():
             source, target = (modules.get(key.removesuffix(".weight")) for key in (first, second))

@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from transformers.utils.import_utils import (
     is_optimum_available,
 )
 
-from fewbit import heap, hook, locks, registry
+from fewbit import heap, hook, locks, registry, scales
 from fewbit.cache import cache_folder
 from fewbit.errors import FewbitError, FormatError, KernelError, NumericsError, PlanError
 from fewbit.formats import foreign, pickle
@@ -152,6 +153,7 @@ class FewbitQuantizer(HfQuantizer):
             kept: Any = self.quantization_config
             vars(kept).update({key: value for key, value in stored.items() if key not in vars(kept)})
         self.packed = []
+        scales.attach(model, scales.of_folder(Path(checkpoint_files[0]).parent))
         specs: dict[str, PartSpec] = {}
         for file in checkpoint_files:
             specs |= read_specs(Path(file))
@@ -383,6 +385,23 @@ def _checked(theirs: Any) -> Any:
     return supports
 
 
+def _fitting(theirs: Any) -> Any:
+    """`load_adapter` of transformers' models, whose adapters then fit the scales of the model, as PEFT's own do."""
+
+    @wraps(theirs)
+    def load_adapter(self: Any, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
+        result = theirs(self, peft_model_id, adapter_name, **kwargs)
+        if peft_model_id is not None:
+            from fewbit.refit import fit  # PEFT is an extra
+
+            name, folder = adapter_name or "default", Path(peft_model_id).absolute()
+            fit(self, name, self.peft_config[name], folder if folder.is_dir() else None)
+        return result
+
+    load_adapter.by_fewbit = True  # type: ignore[attr-defined]
+    return load_adapter
+
+
 def register() -> None:
     """Stand in for the back ends that are not installed, or that the user does not prefer."""
     for method in _methods():
@@ -391,6 +410,9 @@ def register() -> None:
     quantizers: Any = auto.AutoHfQuantizer
     if not hasattr(quantizers.supports_quant_method, "by_fewbit"):
         quantizers.supports_quant_method = staticmethod(_checked(quantizers.supports_quant_method))
+    model: Any = PreTrainedModel
+    if not hasattr(model.load_adapter, "by_fewbit"):
+        model.load_adapter = _fitting(model.load_adapter)
     if not is_auto_round_available():
         auto.AUTO_QUANTIZER_MAPPING[_AUTO_ROUND] = FewbitQuantizer
     with suppress(ImportError):  # where transformers has its own no more, there is nothing to stand in for

@@ -27,10 +27,11 @@ _CLOSE = 1e-4
 
 @dataclass
 class Rewritten:
-    """`tensors`: what changed besides weights to be quantized, by model name, as it is to be stored. `notes`: linear ->
-    what a user should know."""
+    """`tensors`: what changed besides weights to be quantized, by model name, as it is to be stored. `scales`: what was
+    folded, as in `Scales.values`. `notes`: linear -> what a user should know."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -62,6 +63,7 @@ def rewrite(
                 continue
             if (apart := ranks.agreed(fold.apply(scales))) <= _CLOSE:
                 done.tensors |= fold.changed()
+                done.scales |= fold.folded(scales)
             else:
                 fold.undo()
                 why = f"not scaled: folding into {link.source} would change the block's output by {apart:.1e}"
@@ -181,6 +183,12 @@ class BlockFold(Fold):
         names = [f"{self.source}.bias"] + ([f"{self.source}.weight"] if self.link.offset is not None else [])
         touched = self._touched()
         return {n: touched[n].to(self._dtype(n)).cpu() for n in names if n in touched}
+
+    def folded(self, scales: Tensor) -> dict[str, Tensor]:
+        """What `apply` multiplied columns by and divided rows by, as in `Scales.values`."""
+        found = {f"columns:{name}": scales for name in self.readers}
+        found[f"rows:{self.source}"] = self._per_channel(scales, outside=1.0)
+        return {name: tensor.float().cpu().clone() for name, tensor in found.items()}
 
     def _touched(self) -> dict[str, Tensor]:
         """The parameters that folding writes to; weights of linears as [N, K]."""
