@@ -199,13 +199,19 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
 
 
 class _Saver:
-    """`save_pretrained` of a model that came from a GGUF file: another such file in the folder."""
+    """`save_pretrained` of a model that came from a GGUF file: another such file in the folder.
+
+    A model with an adapter (`add_adapter`) saves the adapter alone, as transformers' models do.
+    """
 
     def __init__(self, model: PreTrainedModel, quantizer: GgufQuantizer) -> None:
         self.model, self.quantizer = model, quantizer
 
     def __call__(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write `model.gguf`, which `from_pretrained(folder, gguf_file="model.gguf")` reads."""
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            PreTrainedModel.save_pretrained(self.model, save_directory, **kwargs)
+            return
         if kwargs.get("push_to_hub"):
             raise PlanError("a GGUF file is saved to a folder only", "Push that folder with huggingface_hub.")
         folder = Path(save_directory)

@@ -323,7 +323,12 @@ class FewbitQuantizer(HfQuantizer):
         self.remove()
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The tensors that `save_pretrained` writes, quantized weights in the layout of their format."""
+        """The tensors that `save_pretrained` writes, quantized weights in the layout of their format.
+
+        Of a model with an adapter (`add_adapter`) transformers writes the adapter alone.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return model.state_dict(), {}
         quantized = packed_linears(model)
         held = {name for name, m in model.named_modules() if isinstance(m, QLinear)}
         state = {}
