@@ -25,7 +25,7 @@ from transformers import AutoConfig
 
 from fewbit.errors import FormatError
 from fewbit.formats.gguf import Entry
-from fewbit.models import gguf_config, gguf_names, gguf_tokenizer
+from fewbit.models import gguf_config, gguf_names, gguf_tokenizer, gguf_tokenizer_check
 from fewbit.models.gguf_names import Route
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source
@@ -56,4 +56,5 @@ def of(source: Source, *, trust_remote_code: bool = False) -> Header:
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else []
     name = Path(source.name).name or source.name
     metadata = gguf_config.to_metadata(config, name) | gguf_tokenizer.to_metadata(tokenizer, config.vocab_size, ends)
+    gguf_tokenizer_check.check(tokenizer, metadata)
     return Header(metadata, gguf_names.routes(config), gguf_config.extra_tensors(config))

@@ -7,7 +7,9 @@
     tokenizer.ggml.scores       -                                 the pair with the best score is merged first
     tokenizer.ggml.pre          how text is split before merging, by a name that llama.cpp knows
     tokenizer.ggml.add_space_prefix                               whether a space is put before a text
-    tokenizer.ggml.*_token_id, .add_bos_token, .add_eos_token, tokenizer.chat_template
+    tokenizer.ggml.*_token_id, .add_bos_token, .add_eos_token
+    tokenizer.chat_template, .chat_template.NAME, tokenizer.chat_templates (the names)
+    fewbit.tokenizer            JSON of settings that llama.cpp has no key for and does not need: the padding side ...
 
 How text is split is code in llama.cpp; a file has but a name for it. So a tokenizer is told by its pattern, and one
 with a pattern that has no name there is refused. Of SentencePiece models transformers keeps merges and not scores: a
@@ -18,7 +20,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -65,7 +68,17 @@ _PATTERNS: dict[tuple[str, ...], tuple[str, ...]] = {
 }
 _STEPS_OF = {name: steps for steps, names in _PATTERNS.items() for name in names}
 _WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")  # merges or not
-_NORMALIZED = ("qwen2", "deepseek-r1-qwen", "qwen35")  # to NFC, which llama.cpp leaves out
+# Models that normalize text to NFC, which llama.cpp leaves out.
+_NORMALIZED = ("qwen2", "deepseek-r1-qwen", "qwen35", "mpt", "olmo", "command-r")
+_SETTINGS = "fewbit.tokenizer"
+_TEMPLATE, _TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
+
+
+class Keys(NamedTuple):
+    """The keys of a file that is not written yet."""
+
+    path: Path
+    metadata: Mapping[str, Any]
 
 
 def to_metadata(tokenizer: Any, vocabulary: int, ends: Sequence[int] = ()) -> dict[str, Any]:
@@ -113,15 +126,18 @@ def to_metadata(tokenizer: Any, vocabulary: int, ends: Sequence[int] = ()) -> di
     found |= _ids_of(tokenizer, ends)
     found |= _affixes(tokenizer)
     keys = {f"tokenizer.ggml.{key}": value for key, value in found.items()}
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    return keys | ({"tokenizer.chat_template": template} if template else {})
+    if settings := _settings(tokenizer, made if sentencepiece else {}):
+        keys[_SETTINGS] = json.dumps(settings)
+    return keys | _chat_templates(getattr(tokenizer, "chat_template", None))
 
 
-def to_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
-    """The tokenizer that `file` describes; FormatError where it describes none, or one that is not known."""
+def to_tokenizer(file: GgufFile | Keys, **changes: Any) -> PreTrainedTokenizerFast:
+    """The tokenizer that `file` describes; FormatError where it describes none, or one that is not known.
+
+    changes: arguments of the tokenizer's constructor, in place of what the file says.
+    """
     said = _Vocabulary(file)
+    rstrip = said.rstrip()
     made = {
         "version": "1.0",
         "truncation": None,
@@ -132,7 +148,7 @@ def to_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
                 "content": said.tokens[i],
                 "single_word": False,
                 "lstrip": False,
-                "rstrip": False,
+                "rstrip": i in rstrip,
                 "normalized": False,
                 "special": said.types[i] != USER_DEFINED,
             }
@@ -146,15 +162,15 @@ def to_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     except Exception as error:  # tokenizers raises nothing more specific
         raise said.wrong(f"its tokenizer cannot be built: {str(error)[:200]}") from None
     named = {name: said.tokens[i] for name, i in said.special.items()}
-    template = file.metadata.get("tokenizer.chat_template")
-    make: Any = PreTrainedTokenizerFast  # whose constructor is not typed
-    tokenizer = make(
-        tokenizer_object=backend,
-        clean_up_tokenization_spaces=False,
-        model_max_length=said.context,
-        chat_template=template if isinstance(template, str) else None,
+    settings = {
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": said.context,
+        "chat_template": said.chat_template(),
         **named,
-    )
+        **{key: value for key, value in said.settings.items() if key != "metaspace"},
+    }
+    make: Any = PreTrainedTokenizerFast  # whose constructor is not typed
+    tokenizer = make(tokenizer_object=backend, **(settings | changes))
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     return tokenizer
 
@@ -162,13 +178,15 @@ def to_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
 class _Vocabulary:
     """The tokenizer's keys, with types and lengths that agree."""
 
-    def __init__(self, file: GgufFile) -> None:
+    def __init__(self, file: GgufFile | Keys) -> None:
         self.file = file
+        self.settings = self._stored_settings()
         self.model = self._get("model")
         if self.model not in ("gpt2", "llama"):
             raise FormatError(
                 f"{file.path}: its tokenizer is {str(self.model)[:40]!r}, which fewbit does not read",
-                "Those that it does: gpt2 (byte-level BPE) and llama (SentencePiece).",
+                "It reads gpt2 (byte-level BPE) and llama (SentencePiece). Load the tokenizer from the folder of the"
+                " original model.",
             )
         self.tokens: list[str] = self._strings("tokens")
         self.types = self._numbers("token_type", "iu", NORMAL)
@@ -185,6 +203,24 @@ class _Vocabulary:
 
     def wrong(self, what: str) -> FormatError:
         return FormatError(f"{self.file.path}: {what}", "The file is damaged, or of a kind that is not known yet.")
+
+    def rstrip(self) -> set[int]:
+        """Tokens that take the spaces after them. No key holds them: llama.cpp goes by the model's name."""
+        name = str(self.file.metadata.get("general.name", "")).lower()
+        if "phi-3" not in name and "phi3" not in name:
+            return set()
+        return {i for i in self.added if self.tokens[i] not in ("<unk>", "<s>", "<|endoftext|>")}
+
+    def chat_template(self) -> str | dict[str, str] | None:
+        """One template, or several by their names."""
+        default, names = self.file.metadata.get(_TEMPLATE), self.file.metadata.get(_TEMPLATES)
+        found = {"default": default} if isinstance(default, str) else {}
+        for name in names if isinstance(names, list) else []:
+            template = self.file.metadata.get(f"{_TEMPLATE}.{name}")
+            if not isinstance(template, str):
+                raise self.wrong(f"{_TEMPLATES} names {name[:40]!r}, but {_TEMPLATE}.{name[:40]} is missing")
+            found[name] = template
+        return found if set(found) - {"default"} else found.get("default")
 
     def byte_level(self) -> dict[str, Any]:
         name = self._get("pre") or "default"
@@ -221,6 +257,8 @@ class _Vocabulary:
         unknown = self.special.get("unk_token")
         replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         steps = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
+        scheme = self.settings.get("metaspace") if prefix else None
+        spaces = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
         undone: list[dict[str, Any]] = [
             {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
             {"type": "ByteFallback"},
@@ -229,8 +267,8 @@ class _Vocabulary:
         if prefix:
             undone.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
         return {
-            "normalizer": {"type": "Sequence", "normalizers": [*steps, replaced]},
-            "pre_tokenizer": None,
+            "normalizer": {"type": "Sequence", "normalizers": [*steps, replaced]} if scheme is None else None,
+            "pre_tokenizer": None if scheme is None else spaces,
             "decoder": {"type": "Sequence", "decoders": undone},
             "model": self._bpe(
                 merges,
@@ -265,6 +303,20 @@ class _Vocabulary:
             "pair": [*sequence, *second],
             "special_tokens": special,
         }
+
+    def _stored_settings(self) -> dict[str, Any]:
+        stored = self.file.metadata.get(_SETTINGS, "{}")
+        try:
+            found = json.loads(stored)
+        except (TypeError, ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise self.wrong(f"{_SETTINGS} is no JSON object")
+        known = {key: found[key] for key in _ALLOWED if key in found}
+        for key, value in known.items():
+            if value not in _ALLOWED[key]:
+                raise self.wrong(f"{key} in {_SETTINGS} is {str(value)[:40]!r}")
+        return known
 
     def _bpe(self, merges: list[Any], **changes: Any) -> dict[str, Any]:
         return {
@@ -338,8 +390,42 @@ def _scores(tokens: Sequence[str], merges: Iterable[str]) -> np.ndarray[Any, Any
     return np.array([-float(first.get(token, last)) for token in tokens], np.float32)
 
 
+_SIDES = ("left", "right")
+# Settings of the key fewbit.tokenizer -> values.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "metaspace": ("always", "first"),
+    "padding_side": _SIDES,
+    "truncation_side": _SIDES,
+    "clean_up_tokenization_spaces": (True, False),
+}
+
+
+def _settings(tokenizer: Any, made: Mapping[str, Any]) -> dict[str, Any]:
+    """What `fewbit.tokenizer` holds: settings other than the defaults."""
+    found: dict[str, Any] = {}
+    for key, default in (("padding_side", "right"), ("truncation_side", "right")):
+        if (value := getattr(tokenizer, key, default)) != default:
+            found[key] = value
+    if getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        found["clean_up_tokenization_spaces"] = True
+    for step in steps_of(made.get("pre_tokenizer"), "pretokenizers"):
+        # A text that starts with a space gets no second one, and with "first" none follows a special token.
+        if step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never":
+            found["metaspace"] = step.get("prepend_scheme", "always")
+    return found
+
+
+def _chat_templates(template: Any) -> dict[str, Any]:
+    if not isinstance(template, Mapping):
+        return {_TEMPLATE: template} if template else {}
+    others = {name: text for name, text in template.items() if name != "default"}
+    keys: dict[str, Any] = {_TEMPLATE: template["default"]} if "default" in template else {}
+    keys |= {_TEMPLATES: list(others)} if others else {}
+    return keys | {f"{_TEMPLATE}.{name}": text for name, text in others.items()}
+
+
 def _space_first(made: Mapping[str, Any]) -> bool:
-    steps = [*_steps(made["normalizer"], "normalizers"), *_steps(made["pre_tokenizer"], "pretokenizers")]
+    steps = [*steps_of(made["normalizer"], "normalizers"), *steps_of(made["pre_tokenizer"], "pretokenizers")]
     return any(
         step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
         for step in steps
@@ -349,7 +435,7 @@ def _space_first(made: Mapping[str, Any]) -> bool:
 def _pattern_name(made: Mapping[str, Any]) -> str:
     """The name of the way that a byte-level tokenizer splits text; PlanError for one that has none."""
     found = []
-    for step in _steps(made["pre_tokenizer"], "pretokenizers"):
+    for step in steps_of(made["pre_tokenizer"], "pretokenizers"):
         pattern = step.get("pattern", {})
         if step["type"] == "Digits" and step["individual_digits"]:
             found.append("digits")
@@ -364,13 +450,16 @@ def _pattern_name(made: Mapping[str, Any]) -> str:
             "the tokenizer splits text in a way that llama.cpp has no name for: " + " then ".join(found),
             "A file could be written, but llama.cpp would read text otherwise than the model was trained to.",
         )
-    return _PATTERNS[tuple(found)][0]
+    names = _PATTERNS[tuple(found)]
+    nfc = [step["type"] for step in steps_of(made["normalizer"], "normalizers")] == ["NFC"]
+    return next((name for name in names if (name in _NORMALIZED) == nfc), names[0])
 
 
-def _steps(part: Mapping[str, Any] | None, members: str) -> list[Any]:
+def steps_of(part: Mapping[str, Any] | None, members: str) -> list[Any]:
+    """The steps of a part of a tokenizer, those of sequences too."""
     if part is None:
         return []
-    return [step for each in part[members] for step in _steps(each, members)] if members in part else [part]
+    return [step for each in part[members] for step in steps_of(each, members)] if members in part else [part]
 
 
 def _ids_of(tokenizer: Any, ends: Sequence[int]) -> dict[str, int]:

@@ -1,0 +1,209 @@
+"""Tokenizers as keys of a GGUF file: what the keys hold is read back, and what they do not hold is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+from fewbit.errors import FormatError, PlanError
+from fewbit.models.gguf_tokenizer import Keys, to_metadata, to_tokenizer
+from fewbit.models.gguf_tokenizer_check import check
+from tests import models
+
+Change = Callable[[dict[str, Any]], None]
+TEXTS = ("Hello the model", "  the group<|tool|> of<|tool|>", "", " the", "<s>the</s> a")
+
+
+def tokenizer(change: Change | None = None, **settings: Any) -> Any:
+    """The byte-level tokenizer of the tests, with two more tokens, changed as JSON."""
+    base: Any = models.tokenizer()
+    base.add_tokens([AddedToken("<|tool|>", special=True), AddedToken("<think>", special=False, normalized=False)])
+    made = json.loads(base.backend_tokenizer.to_str())
+    if change is not None:
+        change(made)
+    make: Any = PreTrainedTokenizerFast
+    named = {name: getattr(base, name) for name in ("bos_token", "eos_token", "pad_token")}
+    return make(tokenizer_object=Tokenizer.from_str(json.dumps(made)), **(named | settings))
+
+
+def keys(original: Any, name: str = "model") -> dict[str, Any]:
+    return {"general.name": name, **to_metadata(original, len(original) + 3)}
+
+
+def read(metadata: dict[str, Any], **changes: Any) -> Any:
+    return to_tokenizer(Keys(Path("m.gguf"), metadata), **changes)
+
+
+def normalized(*steps: Any) -> Change:
+    def change(made: dict[str, Any]) -> None:
+        made["normalizer"] = json.loads(_with(normalizers.Sequence(list(steps))).to_str())["normalizer"]
+
+    return change
+
+
+def _with(normalizer: Any) -> Tokenizer:
+    from tokenizers import models as token_models
+
+    made = Tokenizer(token_models.BPE())
+    made.normalizer = normalizer
+    return made
+
+
+def flagged(**flags: bool) -> Change:
+    def change(made: dict[str, Any]) -> None:
+        (token,) = (each for each in made["added_tokens"] if each["content"] == "<|tool|>")
+        token.update(flags)
+
+    return change
+
+
+def around(*single: str) -> Change:
+    """A template: names of tokens, and A for the text."""
+
+    def change(made: dict[str, Any]) -> None:
+        ids = {each["content"]: each["id"] for each in made["added_tokens"]}
+        steps = [
+            {"Sequence": {"id": "A", "type_id": 0}} if each == "A" else {"SpecialToken": {"id": each, "type_id": 0}}
+            for each in single
+        ]
+        made["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": steps,
+            "pair": [],
+            "special_tokens": {
+                each: {"id": each, "ids": [ids[each]], "tokens": [each]} for each in single if each != "A"
+            },
+        }
+
+    return change
+
+
+def put(part: str, key: str, value: Any) -> Change:
+    return lambda made: made[part].update({key: value})
+
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+REFUSED: dict[str, tuple[Change, str]] = {
+    "lowercase": (normalized(normalizers.Lowercase()), "normalizes text .Lowercase"),
+    "strip accents": (normalized(normalizers.NFD(), normalizers.StripAccents()), "NFD, StripAccents"),
+    "nfkc": (normalized(normalizers.NFKC()), "NFKC"),
+    "replace": (normalized(normalizers.Replace("a", "b")), "Replace"),
+    "regex": (normalized(normalizers.Replace(Regex(" +"), " ")), "Replace"),
+    "prepend": (normalized(normalizers.Prepend("x")), "Prepend"),
+    "strip": (normalized(normalizers.Strip()), "Strip"),
+    "bos twice": (around(BOS, BOS, "A"), "puts tokens around a text"),
+    "pad before": (around(PAD, "A"), "puts tokens around a text"),
+    "eos before": (around(EOS, "A"), "puts tokens around a text"),
+    "bos after": (around("A", BOS), "puts tokens around a text"),
+    "tool between": (around(BOS, "<|tool|>", "A"), "puts tokens around a text"),
+    "lstrip": (flagged(lstrip=True), "the spaces before them .lstrip: <|tool|>"),
+    "rstrip": (flagged(rstrip=True), "the spaces after them .rstrip: <|tool|>"),
+    "single word": (flagged(single_word=True), "whole words .single_word: <|tool|>"),
+    "dropout": (put("model", "dropout", 0.1), "at random"),
+    "end of word": (put("model", "end_of_word_suffix", "</w>"), "the ends of words"),
+    "decoder": (lambda made: made.update(decoder={"type": "Fuse"}), "decoded as"),
+    "whole words": (put("model", "ignore_merges", True), "has the tokens"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_key_holds_is_refused(case: str) -> None:
+    change, said = REFUSED[case]
+
+    def changed(made: dict[str, Any]) -> None:
+        if case == "whole words":  # one that no merge makes
+            made["model"]["vocab"]["zqj"] = len(made["model"]["vocab"]) + len(made["added_tokens"])
+        change(made)
+
+    original = tokenizer(changed)
+    with pytest.raises(PlanError, match=said.replace("|", r"\|")) as error:
+        check(original, keys(original))
+    assert "makes a folder" in str(error.value.hint)
+
+
+HELD: dict[str, Change | None] = {
+    "plain": None,
+    "bos": around(BOS, "A"),
+    "bos and eos": around(BOS, "A", EOS),
+    "eos": around("A", EOS),
+    "nfc": normalized(normalizers.NFC()),
+}
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_what_the_keys_hold_is_read_back(case: str) -> None:
+    original = tokenizer(HELD[case])
+    metadata = keys(original)
+    check(original, metadata)
+    again = read(metadata)
+    for text in (*TEXTS, "e\u0301 u\u0308"):
+        assert again(text)["input_ids"] == original(text)["input_ids"]
+
+
+def test_nfc_is_told_by_the_name_of_the_pattern() -> None:
+    assert keys(tokenizer())["tokenizer.ggml.pre"] == "gpt-2"
+    assert keys(tokenizer(normalized(normalizers.NFC())))["tokenizer.ggml.pre"] == "mpt"
+
+
+@pytest.mark.parametrize("name", ["Phi-3-mini-4k-instruct", "my-phi3"])
+def test_llama_cpp_knows_the_tokens_of_phi3_by_name(name: str) -> None:
+    def strips(made: dict[str, Any]) -> None:
+        for each in made["added_tokens"]:
+            each["rstrip"] = each["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+
+    original = tokenizer(strips)
+    check(original, keys(original, name))
+    assert read(keys(original, name))("a<think>  b")["input_ids"] == original("a<think>  b")["input_ids"]
+    with pytest.raises(PlanError, match="rstrip"):
+        check(original, keys(original, "model"))
+    with pytest.raises(PlanError, match="by the name of the model"):
+        check(tokenizer(), keys(tokenizer(), name))
+
+
+def sentencepiece(**settings: Any) -> Any:
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "t", "h", "e", "th", "the"]
+    pieces += ["▁the"]
+    merges = [("t", "h"), ("th", "e"), ("▁", "the")]
+    make: Any = LlamaTokenizer
+    return make(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges, **settings)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_first_space_of_sentencepiece_is_exact(legacy: bool) -> None:
+    original = sentencepiece(legacy=legacy)
+    metadata = keys(original)
+    check(original, metadata)
+    again = read(metadata)
+    for text in ("the", " the", "<s>the", "the</s>the", "<s> the", ""):
+        assert again(text)["input_ids"] == original(text)["input_ids"], text
+
+
+def test_settings_of_padding_are_read_back() -> None:
+    original = tokenizer(padding_side="left", truncation_side="left", clean_up_tokenization_spaces=True)
+    again = read(keys(original))
+    assert (again.padding_side, again.truncation_side, again.clean_up_tokenization_spaces) == ("left", "left", True)
+    assert "fewbit.tokenizer" not in keys(tokenizer())
+
+
+@pytest.mark.parametrize("stored", ["[1]", "{", '{"padding_side": "up"}', '{"padding_side": []}', 3, "7"])
+def test_bad_settings_are_a_format_error(stored: Any) -> None:
+    with pytest.raises(FormatError, match=r"fewbit\.tokenizer"):
+        read({**keys(tokenizer()), "fewbit.tokenizer": stored})
+
+
+def test_several_chat_templates_are_read_back() -> None:
+    templates = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    metadata = keys(tokenizer(chat_template=templates))
+    assert metadata["tokenizer.chat_template"] == "{{ 1 }}"
+    assert metadata["tokenizer.chat_templates"] == ["tool_use"]
+    assert read(metadata).chat_template == templates
+    assert read(keys(tokenizer(chat_template={"rag": "{{ 3 }}"}))).chat_template == {"rag": "{{ 3 }}"}
+    del metadata["tokenizer.chat_template.tool_use"]
+    with pytest.raises(FormatError, match=r"chat_template\.tool_use is missing"):
+        read(metadata)
