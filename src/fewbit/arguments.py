@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import operator
 import os
 import reprlib
@@ -24,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from fewbit import names, registry
-from fewbit.errors import ArgumentError
+from fewbit.errors import ArgumentError, FormatError
+from fewbit.files import parse_json
 from fewbit.plan import Plan, find
 
 if TYPE_CHECKING:
@@ -237,9 +237,9 @@ def plan(name: str, value: Any) -> Plan:
         return Plan.from_json(value)
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
-            return Plan.from_json(json.loads(value))
-        except ValueError as error:
-            raise wrong(name, value, f"a plan's JSON: {error}") from None
+            return Plan.from_json(parse_json(value, name))
+        except FormatError as error:
+            raise wrong(name, value, f"a plan's JSON: {error.message.removeprefix(f'{name}: ')}") from None
     if not isinstance(value, (str, os.PathLike)):
         raise wrong(name, value, "a plan by its name, a .json file, a dictionary as of Plan.to_json(), or a Plan")
     return find(str(place(name, value)))

@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 
 from fewbit import locks
-from fewbit.errors import OutputError, PlanError
+from fewbit.errors import FormatError, OutputError, PlanError
+from fewbit.files import read_json
 
 _SET = "Set FEWBIT_CACHE to a folder that can be written and has room."
 SIZES = ".sizes.json"  # hidden: it is no part of what was made
@@ -101,9 +102,9 @@ def made(name: str, make: Callable[[Path], None], nbytes: int = 0) -> Path:
 
 def _whole(place: Path) -> bool:
     try:
-        sizes: dict[str, int] = json.loads((place / SIZES).read_text(encoding="utf-8"))
+        sizes: dict[str, int] = read_json(place / SIZES)
         return all((place / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
+    except (OSError, FormatError, AttributeError, TypeError):
         return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -348,6 +349,9 @@ def main() -> None:
     # for: quantizing tiny beside two busy processes took 72 s, and 40 s so; on an idle machine it is the same.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     warnings.showwarning = _note
+    for stream in (sys.stdout, sys.stderr):  # what the locale's encoding lacks is escaped, not a traceback
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:

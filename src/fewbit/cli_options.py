@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
@@ -60,8 +61,13 @@ def text_of(value: str | None) -> str | tuple[str] | None:
 
 
 def prompt_of(value: str) -> str:
-    """A prompt; for - the text on stdin, without the end of its last line."""
-    return stdin().removesuffix("\n") if value == _STDIN else value
+    """A prompt; for - the text on stdin, without the end of its last line. It is UTF-8 in every locale."""
+    if value == _STDIN:
+        return stdin().removesuffix("\n")
+    try:
+        return os.fsencode(value).decode()
+    except UnicodeError:  # it is refused where prompts are checked
+        return value
 
 
 def stdin() -> str:

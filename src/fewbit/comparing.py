@@ -32,6 +32,7 @@ from fewbit.arguments import Device, Texts, checked
 from fewbit.cache import cache_folder
 from fewbit.comparison import FILE, ORIGINAL, SCHEMA_VERSION, Comparison, Event, Machine, Row, TextUsed, parsed, plain
 from fewbit.errors import FormatError, PlanError
+from fewbit.files import read_json
 from fewbit.job import Calibration as Calibration
 from fewbit.job import same_vocabulary, unquantized, windows
 from fewbit.measure import speed
@@ -310,8 +311,8 @@ def _digest(data: Any) -> str:
 def _read(file: Path) -> dict[str, Any] | None:
     """A JSON object of ours; None where there is none, or a damaged one."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(file)
+    except (OSError, FormatError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fewbit.errors import FormatError
+from fewbit.files import read_json
 from fewbit.measure import intervals
 
 T = TypeVar("T")
@@ -295,8 +296,8 @@ class Comparison:
         path = Path(path)
         file = path / FILE if path.is_dir() else path
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            data = read_json(file)
+        except (OSError, FormatError) as error:
             raise FormatError(f"{file} is no report of fewbit compare: {error}") from None
         return cls.from_json(data, str(file))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -17,7 +16,8 @@ from pathlib import Path
 
 from fewbit import locks
 from fewbit.cache import cache_folder
-from fewbit.errors import FewbitError, OutputError, PlanError
+from fewbit.errors import FewbitError, FormatError, OutputError, PlanError
+from fewbit.files import read_json
 
 RECORD = "fewbit.json"
 ANOTHER = "Give another -o."
@@ -270,9 +270,9 @@ def _foreign(real: Path) -> str | None:
 def _recorded(folder: Path) -> set[str]:
     """The files that the record of a former run names."""
     try:
-        files = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
+        files = read_json(folder / RECORD)["files"]
         return {str(name) for name in files}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, FormatError, KeyError, TypeError):
         return set()
 
 

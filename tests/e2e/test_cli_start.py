@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 import typer.main
 
+from fewbit import arguments as arguments_of
 from fewbit.cli import app
+from fewbit.errors import PlanError
 from fewbit.methods.base import options
 from tests import models
 from tests.e2e.conftest import Fewbit
@@ -158,3 +161,73 @@ def test_a_stdin_that_holds_no_text(data: bytes, model: Path, fewbit: Fewbit, mo
         assert answer.code == (3 if data else 2)
         assert "stdin" in answer.err
         assert "Traceback" not in answer.err
+
+
+def test_a_stdout_that_has_no_such_letter(
+    model: Path, tmp_path: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a C locale: what cannot be encoded is escaped."""
+    (tmp_path / "mödel").symlink_to(model)
+    for arguments in (
+        ("inspect", tmp_path / "mödel"),
+        ("inspect", tmp_path / "nöwhere"),
+        ("quantize", model, "--plan", "ö"),
+    ):
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", streams[0])
+            patch.setattr("sys.stderr", streams[1])
+            code = fewbit(*arguments).code
+        printed = b""
+        for stream in streams:
+            stream.flush()
+            printed += stream.buffer.getvalue()
+        assert code == (0 if "mödel" in str(arguments[1]) else 2)
+        assert b"\\xf6" in printed
+
+
+def test_a_prompt_in_a_locale_without_its_letters(model: Path, fewbit: Fewbit) -> None:
+    """There Python gives an argument's bytes as lone surrogates."""
+    few = ("--max-new-tokens", 2, "--json")
+    told = fewbit("generate", model, "é".encode().decode("ascii", "surrogateescape"), *few).json
+    assert told["prompt"] == "é"
+    assert told["text"] == fewbit("generate", model, "é", *few).json["text"]
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "content", [DEEP.encode(), b'{"a": "\xff"}', b'{"a": "\\ud800"}'], ids=["deep", "bytes", "half"]
+)
+def test_json_that_python_cannot_read(content: bytes, model: Path, tmp_path: Path, fewbit: Fewbit) -> None:
+    """Of plans, adapters, records, reports and settings of other makers: an error that names the file."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    for name in (
+        "plan.json",
+        "model/fewbit.json",
+        "model/quantize_config.json",
+        "adapter/adapter_config.json",
+        "report.json",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    (folder / "quantize_config.json").rename(tmp_path / "quantize_config.json")
+    plan = ("--plan", tmp_path / "plan.json")
+    cases: list[tuple[int, str, tuple[object, ...]]] = [
+        (2, "plan.json", ("quantize", model, "-o", tmp_path / "out", *plan)),
+        (2, "plan.json", ("estimate", "tiny", *plan)),
+        (3, "fewbit.json", ("inspect", folder)),
+        (3, "adapter_config.json", ("generate", model, "a", "--adapter", tmp_path / "adapter")),
+        (3, "report.json", ("recommend", "tiny", "--for", "quality", "--report", tmp_path / "report.json")),
+    ]
+    for code, name, arguments in cases:
+        answer = fewbit(*arguments)
+        assert (answer.code, name in answer.err) == (code, True), (arguments, answer.err)
+    (tmp_path / "quantize_config.json").rename(folder / "quantize_config.json")
+    answer = fewbit("inspect", folder)
+    assert answer.code == 3
+    assert "quantize_config.json" in answer.err
+    with pytest.raises(PlanError, match=r"plan=.*a plan's JSON"):
+        arguments_of.plan("plan", '{"a": ' + DEEP)

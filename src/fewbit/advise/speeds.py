@@ -13,6 +13,7 @@ from fewbit.advise import hardware
 from fewbit.cache import cache_folder
 from fewbit.comparison import Row, Timing, parsed, plain
 from fewbit.errors import FormatError
+from fewbit.files import read_json
 from fewbit.models.source import Source
 
 
@@ -29,9 +30,9 @@ def known(source: Source, device: str) -> dict[str, Timing]:
     """Tokens written a second by plan; empty where nothing of the model was timed here, or the file is damaged."""
     place = _place(source, device)
     try:
-        found = json.loads(place.read_text(encoding="utf-8"))
+        found = read_json(place)
         return {plan: parsed(Timing, timing, str(place)) for plan, timing in found.items()}
-    except (OSError, ValueError, AttributeError, FormatError):
+    except (OSError, AttributeError, FormatError):
         return {}
 
 

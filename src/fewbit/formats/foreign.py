@@ -7,13 +7,13 @@ Source: AutoRound 0.16 (`convert_model.py`, `backend.py`), AutoAWQ 0.2 (`_config
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fewbit.errors import FormatError
+from fewbit.files import read_json
 from fewbit.formats.safetensors import INDEX, SINGLE
 
 _SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # -> the method where the file names none
@@ -86,8 +86,8 @@ def _beside(folder: Path) -> dict[str, Any] | None:
         if not file.is_file():
             continue
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            found = read_json(file)
+        except OSError as error:
             raise FormatError(f"{file}: {error}") from None
         if not isinstance(found, dict):
             raise FormatError(f"{file} holds no JSON object")

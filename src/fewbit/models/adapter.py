@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from transformers.utils import logging as hf_logging
 
 from fewbit import scales
 from fewbit.errors import FormatError, NumericsError, PlanError
+from fewbit.files import read_json
 from fewbit.formats.gguf import GgufFile
 from fewbit.formats.safetensors import Checkpoint, ShardWriter, copy_side_files, read_specs, writing
 from fewbit.fused import packed_linears
@@ -127,10 +127,7 @@ def _config(folder: Path) -> dict[str, Any]:
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
             raise FormatError(f"adapter {folder} has no {name}", "An adapter is a folder as PEFT writes it.")
-    try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{folder / _CONFIG}: {error}") from None
+    config = read_json(folder / _CONFIG)
     if not isinstance(config, dict) or "peft_type" not in config:
         raise FormatError(f"{folder / _CONFIG} describes no adapter")
     return config

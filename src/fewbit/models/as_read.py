@@ -16,6 +16,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from fewbit.errors import PlanError
+from fewbit.files import read_json
 from fewbit.formats import pickle, safetensors
 from fewbit.models.source import read_config
 
@@ -64,7 +65,7 @@ def _link(paths: list[Path], folder: Path, staged: Path) -> None:
         return
     names = {path.name for path in paths}
     for index in sorted(folder.glob(f"*{suffix}.index*.json")):
-        if set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) == names:
+        if set(read_json(index)["weight_map"].values()) == names:
             (staged / f"{single}.index.json").symlink_to(index.absolute())
             for path in paths:
                 (staged / path.name).symlink_to(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from math import prod
@@ -13,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import auto
 
 from fewbit.errors import FormatError
+from fewbit.files import read_json
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.gguf import PLAIN, GgufFile
 from fewbit.formats.safetensors import Checkpoint
@@ -151,7 +151,7 @@ def _made(source: Source) -> dict[str, Any]:
     """What fewbit recorded when it made the model; empty for others'."""
     file = source.folder / "fewbit.json"
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
         nothing = type(None)
         kinds: dict[str, tuple[type, ...]] = {
             "versions": (dict,),
@@ -165,6 +165,6 @@ def _made(source: Source) -> dict[str, Any]:
                 raise TypeError(f"{key} is {record[key]!r}")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, FormatError, KeyError, TypeError) as error:
         raise FormatError(f"{file} is no record of how fewbit made a model: {error}") from None
     return dict(record)
