@@ -191,7 +191,7 @@ def write_corpus(work: Path, device: str, rows: int, rounds: int, minutes: float
             file.write(json.dumps({"prompt": prompt.text, "text": prompt.beginning + text}) + "\n")
 
     pending: Future[None] | None = None
-    with (work / "corpus.jsonl").open("w") as file, ThreadPoolExecutor(1) as pool:
+    with (work / "corpus.jsonl").open("w", encoding="utf-8") as file, ThreadPoolExecutor(1) as pool:
         for number in range(1, rounds + 1):
             batch = [next(asking) for _ in range(rows)]
             asked = [
@@ -297,7 +297,7 @@ def stream(examples: list[Example], tokenizer: PreTrainedTokenizerFast, chats: r
 def train(work: Path, out: Path, device: str, epochs: int, minutes: float, batch: int) -> None:
     """The model's folder, with weights in bf16, and beside it, in `texts`, the two texts kept from training."""
     torch.manual_seed(SEED)
-    with (work / "corpus.jsonl").open() as file:
+    with (work / "corpus.jsonl").open(encoding="utf-8") as file:
         examples = list(cleaned(file))
     evaluation = take([e for e in examples if e.draw < 6], EVALUATION_BYTES)
     calibration = take([e for e in examples if 6 <= e.draw < 12], CALIBRATION_BYTES)
@@ -335,15 +335,15 @@ def train(work: Path, out: Path, device: str, epochs: int, minutes: float, batch
     model.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(out)
-    settings = json.loads((out / "tokenizer_config.json").read_text())
+    settings = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that older readers know too
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     texts = out.parent / "texts"
     texts.mkdir(exist_ok=True)
-    (texts / "tiny-evaluation.txt").write_text(evaluation)
-    (texts / "tiny-calibration.txt").write_text(calibration)
+    (texts / "tiny-evaluation.txt").write_text(evaluation, encoding="utf-8")
+    (texts / "tiny-calibration.txt").write_text(calibration, encoding="utf-8")
     trained = f"{len(learnt):,} texts of {len(tokens) / 1e6:.1f} million tokens"
-    (out / "README.md").write_text(card(model, tokenizer, measured, trained))
+    (out / "README.md").write_text(card(model, tokenizer, measured, trained), encoding="utf-8")
 
 
 def fit(work: Path, model: Any, tokens: Tensor, held: Tensor, epochs: int, minutes: float, batch: int) -> None:
@@ -454,7 +454,7 @@ def log(work: Path, line: str) -> None:
     """To the terminal and to train.log."""
     line = f"{time.strftime('%H:%M:%S')} {line}"
     print(line, flush=True)
-    with (work / "train.log").open("a") as file:
+    with (work / "train.log").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 

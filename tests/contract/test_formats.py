@@ -237,7 +237,7 @@ def little_memory() -> Iterator[None]:
     if not statm.exists():
         pytest.skip("address space can be limited on Linux only")
     before = resource.getrlimit(resource.RLIMIT_AS)
-    now = int(statm.read_text().split()[0]) * resource.getpagesize()
+    now = int(statm.read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + (2 << 30), before[1]))
     try:
         yield

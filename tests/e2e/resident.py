@@ -21,7 +21,7 @@ import fewbit
 def resident() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    rollup = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in rollup if line.startswith("Rss:")) << 10
 
 

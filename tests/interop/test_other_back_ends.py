@@ -58,7 +58,7 @@ def test_it_is_measured_like_any_model(name: str, make: Callable[[Path, Path], N
     model, folder, text = tmp_path / "model", tmp_path / "made", tmp_path / "text.txt"
     models.save(model, "mistral", hidden_size=128, intermediate_size=128)
     make(model, folder)
-    text.write_text(models.sentences(80))
+    text.write_text(models.sentences(80), encoding="utf-8")
     asked: dict[str, Any] = {"text": str(text), "length": 32, "samples": 2}
     seen = fewbit.inspect(folder)
     assert (seen.format, seen.schemes) == (name, {name: 14})
