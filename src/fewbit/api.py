@@ -21,7 +21,7 @@ from fewbit.cache import cache_folder
 from fewbit.errors import FewbitError, FormatError, KernelError, OutputError, PlanError
 from fewbit.formats import imatrix as importances
 from fewbit.job import Calibration as Calibration
-from fewbit.job import Job, evaluated, fewer, is_file, same_vocabulary, skeleton_of, unquantized, windows
+from fewbit.job import Job, evaluated, fewer, is_file, same_vocabulary, skeleton_of, too_small, unquantized, windows
 from fewbit.measure import memory, quality
 from fewbit.models import gguf_header
 from fewbit.models.describe import Inspection, describe
@@ -90,7 +90,7 @@ def quantize(
             done = Quantized(
                 out=str(out),
                 plan=job.resolved.plan.name,
-                notes=[*job.notes, *job.left_out(), *fewer(calibration, calibrated)],
+                notes=[*job.notes, *job.left_out(), *fewer(calibration, calibrated), *too_small(tensors)],
                 tensors=tensors,
                 original_bytes=preview.original_bytes,
                 output_bytes=preview.output_bytes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,3 +211,16 @@ def fewer(wanted: Calibration, used: dict[str, Any] | None) -> list[str]:
     if used is not None and used["length"] < wanted.length:
         notes.append(f"windows of {used['length']} tokens, not {wanted.length}: the model's context is no longer")
     return notes
+
+
+def too_small(tensors: Sequence[pipeline.TensorReport]) -> list[str]:
+    """One sentence on the groups of weights that became 0, with the linear that has most of them."""
+    hit = [tensor for tensor in tensors if tensor.vanished]
+    if not hit:
+        return []
+    count, most = sum(tensor.vanished for tensor in hit), max(hit, key=lambda tensor: tensor.vanished)
+    schemes = ", ".join(sorted({tensor.scheme for tensor in hit}))
+    return [
+        f"{count} groups of weights became 0, in {len(hit)} of {len(tensors)} tensors: they are too small for the "
+        f"scales of {schemes}. {most.module} has most of them ({most.vanished})"
+    ]

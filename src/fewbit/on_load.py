@@ -22,7 +22,7 @@ from fewbit import ambient, folder_output, pipeline, report
 from fewbit import calibration as texts
 from fewbit.advise import hardware
 from fewbit.errors import FewbitError, PlanError
-from fewbit.job import Calibration, Job
+from fewbit.job import Calibration, Job, too_small
 from fewbit.models.options import Request
 from fewbit.models.skeleton import Skeleton, load_tokenizer, tokenizer_at
 
@@ -47,10 +47,12 @@ def quantized(
     versions = {**hardware.versions(), "request": json.dumps([request.stages, request.batch])}
     run = pipeline.Run(pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions))
     with run, report.progress() if verbose else nullcontext(pipeline.silent) as progress:
-        pipeline.quantize_blocks(
+        tensors = pipeline.quantize_blocks(
             job.skeleton, job.resolved, tokens, run, progress, stages=request.stages, batch=request.batch
         )
         folder_output.write(out, job.skeleton, job.resolved, run)
+    for note in too_small(tensors):
+        warnings.warn(f"{request.plan.name}: {note}", stacklevel=2)
     return run.forget
 
 

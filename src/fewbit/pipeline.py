@@ -31,7 +31,7 @@ from fewbit.methods.base import Choice, Method, name_of
 from fewbit.models.rewrite import rewrite
 from fewbit.models.skeleton import BlockCall, Skeleton
 from fewbit.plan import Assignment, Resolved
-from fewbit.schemes.base import QTensor, chunk_rows
+from fewbit.schemes.base import QTensor, Scheme, chunk_rows, vanished
 from fewbit.stats import Need, Stats
 
 _LOWEST_SHARE = 0.5
@@ -44,6 +44,7 @@ class TensorReport:
 
     `error`: relative squared error of its outputs on the calibration inputs, tokens weighted as in `gather` (of the
     weight itself where no Hessian was gathered). `dropped`: input rows left out because they were not finite.
+    `vanished`: groups of weights that became 0, because they are smaller than any scale that the scheme can store.
     """
 
     module: str
@@ -54,6 +55,7 @@ class TensorReport:
     error: float
     dropped: int = 0
     notes: list[str] = field(default_factory=list)
+    vanished: int = 0
 
 
 @dataclass(frozen=True)
@@ -385,7 +387,8 @@ def _store(
 ) -> tuple[dict[str, Tensor], TensorReport]:
     """A linear's tensors by their full names, on the CPU, and what happened."""
     laid_out = format.lay_out(choice.weight, config)
-    report = _report(assignment, choice.weight, _lost(weight, choice.weight, stats), stats, choice.notes)
+    lost = _lost(assignment.scheme, weight, choice.weight, stats)
+    report = _report(assignment, choice.weight, lost, stats, choice.notes)
     return {f"{assignment.module}.{suffix}": tensor.cpu() for suffix, tensor in laid_out.items()}, report
 
 
@@ -401,17 +404,18 @@ def _quantize_outside(
             continue
         weight = stored[rows].to(skeleton.device).float()
         (choice,) = _choose([assignment], [weight], alike)
-        made[number] = choice.weight.map(lambda t: t.cpu()), _lost(weight, choice.weight, None), choice.notes
+        lost = _lost(assignment.scheme, weight, choice.weight, None)
+        made[number] = choice.weight.map(lambda t: t.cpu()), lost, choice.notes
     together = {number: piece for each in ranks.to_first(made) for number, piece in each.items()}
     if not ranks.first():
         return []
     pieces = [together[number] for number in sorted(together)]
     parts = {name: torch.cat([piece.parts[name] for piece, _, _ in pieces]) for name in pieces[0][0].parts}
-    lost = sum((own for _, own, _ in pieces), Lost())
+    total = sum((own for _, own, _ in pieces), Lost())
     notes = list(dict.fromkeys(note for _, _, own in pieces for note in own))
     quantized = QTensor(assignment.scheme, assignment.shape, parts)
     config = quantization_config(skeleton, resolved)
-    report = _report(assignment, quantized, lost, None, notes)
+    report = _report(assignment, quantized, total, None, notes)
     laid_out = resolved.format.lay_out(quantized, config)
     run.save(index, {f"{assignment.module}.{suffix}": tensor for suffix, tensor in laid_out.items()}, [report])
     return [report]
@@ -427,6 +431,7 @@ def _report(assignment: Assignment, weight: QTensor, lost: Lost, stats: Stats | 
         error=lost.share,
         dropped=stats.dropped if stats else 0,
         notes=notes,
+        vanished=lost.vanished,
     )
 
 
@@ -458,20 +463,21 @@ def _choose(assignments: Sequence[Assignment], weights: Sequence[Tensor], stats:
 
 @dataclass(frozen=True)
 class Lost:
-    """Squared error, of the outputs of a weight or of itself, and the squares it is a share of."""
+    """Squared error, of a weight's outputs or of itself, the squares it is a share of, and groups that became 0."""
 
     error: float = 0.0
     whole: float = 0.0
+    vanished: int = 0
 
     def __add__(self, other: Lost) -> Lost:
-        return Lost(self.error + other.error, self.whole + other.whole)
+        return Lost(self.error + other.error, self.whole + other.whole, self.vanished + other.vanished)
 
     @property
     def share(self) -> float:
         return self.error / max(self.whole, 1e-30)
 
 
-def _lost(weight: Tensor, quantized: QTensor, stats: Stats | None) -> Lost:
+def _lost(scheme: Scheme, weight: Tensor, quantized: QTensor, stats: Stats | None) -> Lost:
     """What the outputs lost; the weights, where there are no statistics of inputs."""
     hessian = None if stats is None or stats.need < Need.HESSIAN or not stats.rows else stats.hessian
     lost = Lost()
@@ -480,10 +486,13 @@ def _lost(weight: Tensor, quantized: QTensor, stats: Stats | None) -> Lost:
     entries = 7 << 12 if hessian is None and weight.device.type == "cpu" else 1 << 22
     for rows in chunk_rows(*quantized.shape, entries):
         part = weight[rows].float()
-        error = quantized.codec.dequantize(quantized.parts, quantized.shape, torch.float32, rows).sub_(part)
+        values = quantized.codec.dequantize(quantized.parts, quantized.shape, torch.float32, rows)
+        gone = vanished(scheme, part, values)
+        error = values.sub_(part)
         lost += Lost(
             float((error.square_() if hessian is None else (error @ hessian).mul_(error)).sum()),
             float((part.square() if hessian is None else (part @ hessian).mul_(part)).sum()),
+            gone,
         )
     return lost
 

@@ -15,6 +15,7 @@ from fewbit.errors import NumericsError, OutputError, PlanError
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import locate
 from fewbit.plan import find, resolve
+from fewbit.schemes.base import parse
 from tests import models
 
 
@@ -40,9 +41,7 @@ def test_a_model_that_came_as_a_pickle_is_not_overwritten(model: Path) -> None:
     assert (model / "pytorch_model.bin").is_file()
 
 
-def test_an_old_output_comes_back_if_the_new_one_cannot_be_put_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_output_comes_back_if_the_new_one_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").touch()
@@ -195,3 +194,48 @@ def test_an_output_can_be_read_by_others(model: Path, tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o644}
+
+
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def scaled(folder: Path, factor: float) -> Path:
+    w = models.tensors_of(folder)[f"{DOWN}.weight"]
+    return rewritten(folder, {f"{DOWN}.weight": w * factor})
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A model in float32, wide enough for the blocks of every plan."""
+    return models.save(
+        tmp_path / "plain", "llama", dtype="float32", num_hidden_layers=1, hidden_size=256, intermediate_size=256
+    )
+
+
+@pytest.mark.parametrize("plan", ["rtn-4bit", "int8", "q8_0", "q4_k_m"])
+def test_weights_too_small_for_their_scales_are_noted(plan: str, plain: Path, tmp_path: Path) -> None:
+    single = find(plan).format == "gguf"
+    out = tmp_path / ("out.gguf" if single else "out")
+    done = api.quantize(scaled(plain, 1e-12), out, plan=plan)
+    (note,) = [note for note in done.notes if "became 0" in note]
+    (report,) = [tensor for tensor in done.tensors if tensor.vanished]
+    groups = 256 * parse(report.scheme).groups(256)
+    assert report.module == DOWN
+    assert report.vanished == groups
+    assert note.startswith(f"{groups} groups of weights became 0, in 1 of ")
+    assert report.scheme in note
+    if not single:
+        assert note in json.loads((out / outputs.RECORD).read_text())["notes"]
+
+
+def test_what_a_scheme_can_hold_is_not_noted(plain: Path, tmp_path: Path) -> None:
+    done = api.quantize(scaled(plain, 1e-12), tmp_path / "out", plan="nf4")  # whose scales are float32
+    assert not [note for note in done.notes if "became 0" in note]
+
+
+@pytest.mark.parametrize("plan", ["rtn-4bit", "int8", "q8_0"])
+def test_weights_too_large_for_their_scales_are_refused(plan: str, plain: Path, tmp_path: Path) -> None:
+    out = tmp_path / ("out.gguf" if find(plan).format == "gguf" else "out")
+    with pytest.raises(NumericsError, match=f"{DOWN}: a weight is beyond the range of .*65504"):
+        api.quantize(scaled(plain, 1e8), out, plan=plan)
+    assert not out.exists()

@@ -195,6 +195,14 @@ def refit_scales(
     return scale
 
 
+def vanished(scheme: Scheme, w: Tensor, values: Tensor) -> int:
+    """Groups of `w` [rows, K] that are not zero and whose stored `values` all are: smaller than any scale can say."""
+    k = w.shape[1]
+    group = scheme.group if scheme.group and k % scheme.group == 0 else k
+    gone = w.unflatten(1, (-1, group)).any(-1) & ~values.unflatten(1, (-1, group)).any(-1)
+    return int(gone.sum())
+
+
 def chunk_rows(n: int, k: int, budget: int = 1 << 22) -> list[slice]:
     """Row slices of an [n, k] matrix of at most `budget` elements each, so that temporaries stay small."""
     step = max(1, budget // max(k, 1))
