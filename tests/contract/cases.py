@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
+import pytest
 import torch
 from torch import Tensor
 
 from fewbit import registry
 from fewbit.formats.base import Format
 from fewbit.kernels.base import Kernel
+from fewbit.nn import TOLERANCE
 from fewbit.schemes.base import Scheme, parse
 from fewbit.stats import Need, Stats
 
@@ -26,6 +30,7 @@ SPECS = list(
         + ["nf4-b32", "nf4-b128-dq", "fp4-b4096", "fp4-b32-dq", "llm.int8-t0"]
     )
 )
+CPU = torch.device("cpu")
 METHODS = list(registry.entries("methods"))
 FORMATS: dict[str, Format] = {name: entry() for name, entry in registry.entries("formats").items()}
 KERNELS: dict[str, Kernel] = {name: entry() for name, entry in registry.entries("kernels").items()}
@@ -87,3 +92,24 @@ def is_sentence(reason: str | None) -> bool:
 
 def same_bytes(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return set(a) == set(b) and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+
+
+def serves(kernel: Kernel, spec: str, dtype: torch.dtype, shapes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The shapes that the kernel can multiply here."""
+    if kernel.unavailable() is not None:
+        return []
+    return [shape for shape in shapes if kernel.why_not(parse(spec), shape, CPU, dtype) is None]
+
+
+def served(
+    shapes: Callable[[str], list[tuple[int, int]]], *, specs: Iterable[str], exact: bool = False
+) -> pytest.MarkDecorator:
+    """A case for each kernel, scheme and type that multiplies one of the shapes, and for no other."""
+    cases = [
+        pytest.param(name, spec, dtype, id=f"{str(dtype).removeprefix('torch.')}-{spec}-{name}")
+        for dtype in TOLERANCE
+        for spec in specs
+        for name, kernel in KERNELS.items()
+        if serves(kernel, spec, dtype, shapes(spec)) and (kernel.activations == "exact" or not exact)
+    ]
+    return pytest.mark.parametrize(("name", "spec", "dtype"), cases)

@@ -8,14 +8,24 @@ import torch
 from fewbit.kernels.base import Kernel
 from fewbit.nn import TOLERANCE
 from fewbit.schemes.base import parse
-from tests.contract.cases import EXAMPLES, KERNELS, SPECS, hard, is_sentence, ordinary, quantized, same_bytes
+from tests.contract.cases import (
+    CPU,
+    EXAMPLES,
+    KERNELS,
+    SPECS,
+    hard,
+    is_sentence,
+    ordinary,
+    quantized,
+    same_bytes,
+    served,
+    serves,
+)
 
 ROWS = (1, 2, 15, 16, 17, 64, 300)
-CPU = torch.device("cpu")
 MORE = ("int2-g16", "int3-row", "int4-g32", "int4-g32-sym", "int4-g256", "int4-row-sym", "int5-g64", "int8-g32")
+ALL_SPECS = list(dict.fromkeys([*EXAMPLES, *MORE]))
 kernels = pytest.mark.parametrize("name", KERNELS)
-specs = pytest.mark.parametrize("spec", dict.fromkeys([*EXAMPLES, *MORE]))
-dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 def shapes(spec: str) -> list[tuple[int, int]]:
@@ -25,23 +35,18 @@ def shapes(spec: str) -> list[tuple[int, int]]:
     return [(n, k) for n in (1, 16, 33, 48) for k in widths if parse(spec).why_not((n, k)) is None]
 
 
-def usable(name: str) -> Kernel:
-    if reason := KERNELS[name].unavailable():
-        assert is_sentence(reason)
-        pytest.skip(reason)
-    return KERNELS[name]
+def one_group(spec: str) -> list[tuple[int, int]]:
+    return [(48, parse(spec).group or 96)]
 
 
-def check_product(kernel: Kernel, spec: str, dtype: torch.dtype) -> int:
-    """x Wᵀ is the exact float32 product of x as the kernel rounds it, for every shape that it does not refuse; how many
-    those were."""
-    scheme, served = parse(spec), 0
-    for n, k in shapes(spec):
-        reason = kernel.why_not(scheme, (n, k), CPU, dtype)
-        if reason is not None:
-            assert is_sentence(reason)
-            continue
-        served += 1
+def two_groups(spec: str) -> list[tuple[int, int]]:
+    return [(48, 2 * (parse(spec).group or 64))]
+
+
+def check_product(kernel: Kernel, spec: str, dtype: torch.dtype) -> None:
+    """x Wᵀ is the exact float32 product of x as the kernel rounds it, for every shape that it does not refuse."""
+    scheme = parse(spec)
+    for n, k in serves(kernel, spec, dtype, shapes(spec)):
         # An offset, so that a mistake in the zero point does not average out.
         parts = quantized(scheme, ordinary(n, k) + 0.02)
         w = scheme.dequantize(parts, (n, k), torch.float32)
@@ -55,33 +60,27 @@ def check_product(kernel: Kernel, spec: str, dtype: torch.dtype) -> int:
             assert torch.equal(read, x.float()) or kernel.activations != "exact"
             exact = read @ w.T
             assert (y.float() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
-    return served
 
 
 def check_restored(kernel: Kernel, spec: str, dtype: torch.dtype) -> None:
     """What was prepared gives the canonical parts back, byte for byte; the first tensor holds the codes."""
     scheme = parse(spec)
-    for n, k in shapes(spec):
-        if kernel.why_not(scheme, (n, k), CPU, dtype) is None:
-            parts = quantized(scheme, hard(n, k))
-            before = {key: part.clone() for key, part in parts.items()}
-            prepared = kernel.prepare(scheme, parts, (n, k))
-            assert not prepared[0].dtype.is_floating_point
-            assert same_bytes(kernel.restore(scheme, prepared, (n, k)), before)
+    for n, k in serves(kernel, spec, dtype, shapes(spec)):
+        parts = quantized(scheme, hard(n, k))
+        before = {key: part.clone() for key, part in parts.items()}
+        prepared = kernel.prepare(scheme, parts, (n, k))
+        assert not prepared[0].dtype.is_floating_point
+        assert same_bytes(kernel.restore(scheme, prepared, (n, k)), before)
 
 
-@kernels
-@specs
-@dtypes
+@served(shapes, specs=ALL_SPECS)
 def test_product(name: str, spec: str, dtype: torch.dtype) -> None:
-    check_product(usable(name), spec, dtype)
+    check_product(KERNELS[name], spec, dtype)
 
 
-@kernels
-@specs
-@dtypes
+@served(shapes, specs=ALL_SPECS)
 def test_restored(name: str, spec: str, dtype: torch.dtype) -> None:
-    check_restored(usable(name), spec, dtype)
+    check_restored(KERNELS[name], spec, dtype)
 
 
 @kernels
@@ -90,34 +89,29 @@ def test_it_serves_something_or_says_why_not(name: str) -> None:
     assert kernel.name == name
     if (reason := kernel.unavailable()) is not None:
         assert is_sentence(reason)
-    else:
-        assert sum(check_product(kernel, spec, dtype) for spec in (*EXAMPLES, *MORE) for dtype in TOLERANCE)
+        return
+    asked = [(spec, dtype, shape) for spec in ALL_SPECS for dtype in TOLERANCE for shape in shapes(spec)]
+    reasons = [kernel.why_not(parse(spec), shape, CPU, dtype) for spec, dtype, shape in asked]
+    assert None in reasons
+    assert all(is_sentence(reason) for reason in reasons if reason is not None)
 
 
-@kernels
-@specs
-@dtypes
+@served(one_group, specs=ALL_SPECS, exact=True)
 def test_all_codes_are_multiplied(name: str, spec: str, dtype: torch.dtype) -> None:
     """The identity reads the weight itself out of a kernel, column by column."""
-    kernel, scheme = usable(name), parse(spec)
-    n, k = 48, parse(spec).group or 96
-    if kernel.activations != "exact" or kernel.why_not(scheme, (n, k), CPU, dtype):
-        return
+    kernel, scheme = KERNELS[name], parse(spec)
+    ((n, k),) = one_group(spec)
     parts = quantized(scheme, ordinary(n, k) + 0.02)
     got = kernel.linear(torch.eye(k, dtype=dtype), scheme, kernel.prepare(scheme, parts, (n, k)), (n, k)).float().T
     w = scheme.dequantize(parts, (n, k), torch.float32)
     assert ((got - w).norm(dim=0) <= TOLERANCE[dtype] * w.norm(dim=0)).all()
 
 
-@kernels
-@specs
-@dtypes
+@served(two_groups, specs=ALL_SPECS, exact=True)
 def test_an_outlier_does_not_blur_the_columns_beside_it(name: str, spec: str, dtype: torch.dtype) -> None:
     """A zero point far from the middle, times the scale of an outlier, leaves no rounding error on every weight."""
-    kernel, scheme = usable(name), parse(spec)
-    n, k = 48, 2 * (parse(spec).group or 64)
-    if kernel.activations != "exact" or kernel.why_not(scheme, (n, k), CPU, dtype):
-        return
+    kernel, scheme = KERNELS[name], parse(spec)
+    ((n, k),) = two_groups(spec)
     w = ordinary(n, k) / 2
     w[:, :: parse(spec).group or k] = -8 * w.abs().max()
     parts = quantized(scheme, w)
@@ -128,16 +122,13 @@ def test_an_outlier_does_not_blur_the_columns_beside_it(name: str, spec: str, dt
     assert (y - exact).norm() <= TOLERANCE[dtype] * exact.norm()
 
 
-@kernels
-def test_strided_activations_are_read_right(name: str) -> None:
-    kernel, shape = usable(name), (48, 96)
-    for scheme, dtype in ((parse(spec), dtype) for spec in ("int4-g32", "llm.int8") for dtype in TOLERANCE):
-        if kernel.why_not(scheme, shape, CPU, dtype) is None:
-            prepared = kernel.prepare(scheme, quantized(scheme, ordinary(*shape)), shape)
-            x = torch.randn(192, 20, generator=torch.Generator().manual_seed(0)).to(dtype).T[:, ::2]
-            assert torch.equal(
-                kernel.linear(x, scheme, prepared, shape), kernel.linear(x.contiguous(), scheme, prepared, shape)
-            )
+@served(lambda spec: [(48, 96)], specs=["int4-g32", "llm.int8"])
+def test_strided_activations_are_read_right(name: str, spec: str, dtype: torch.dtype) -> None:
+    kernel, scheme, shape = KERNELS[name], parse(spec), (48, 96)
+    prepared = kernel.prepare(scheme, quantized(scheme, ordinary(*shape)), shape)
+    x = torch.randn(192, 20, generator=torch.Generator().manual_seed(0)).to(dtype).T[:, ::2]
+    strided = kernel.linear(x, scheme, prepared, shape)
+    assert torch.equal(strided, kernel.linear(x.contiguous(), scheme, prepared, shape))
 
 
 def test_the_reference_refuses_nothing() -> None:

@@ -143,7 +143,7 @@ def test_checkpointing_and_the_seed_decide_nothing_else(quantized: Path, text: P
 
 
 @pytest.mark.parametrize("steps_before", [0, 1, 3])
-def test_a_loss_that_is_not_finite_stops_it_and_the_last_good_adapter_is_saved(
+def test_a_loss_that_is_not_finite_keeps_the_last_good_adapter(
     steps_before: int, quantized: Path, text: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step that leads to the bad loss is undone: its adapter is what is bad."""
@@ -286,7 +286,7 @@ def test_evaluate_and_generate_take_an_adapter(quantized: Path, adapter: Path, t
     assert plain != tuned
 
 
-def test_an_adapter_for_another_model_is_refused_with_what_differs(
+def test_an_adapter_for_another_model_names_what_differs(
     adapter: Path, tmp_path: Path, fewbit: Fewbit, place: Path
 ) -> None:
     wider = models.save(tmp_path / "wider", "llama", intermediate_size=128)
@@ -321,7 +321,7 @@ def test_an_adapter_that_is_none(broken: str, quantized: Path, adapter: Path, tm
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])
-def test_merged_into_the_values_it_is_the_adapter_on_the_packed_model(
+def test_merging_into_the_values_equals_the_adapter_on_codes(
     family: str, text: Path, tmp_path: Path, fewbit: Fewbit
 ) -> None:
     model = models.save(tmp_path / "model", family, dtype="float32")

@@ -154,9 +154,7 @@ def test_methods_compose_over_a_whole_model(text: Path, tmp_path: Path) -> None:
     assert away["awq+gptq"] < away["awq"] < away["rtn"], away
 
 
-def test_where_every_fold_fails_ranges_are_clipped_and_the_record_says_so(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_every_fold_fails_ranges_are_clipped(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = models.save(tmp_path / "original", "llama")
     wanted, plan = api.Calibration(str(text), 6, 32), find("awq-4bit").changed(scheme="int4-g32", options={"grid": "2"})
     monkeypatch.setattr(rewrite, "_CLOSE", -1.0)

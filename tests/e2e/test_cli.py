@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
-from fewbit import __version__, api, plan, registry
+from fewbit import __version__, api, cli, plan, registry
 from tests import models
 from tests.e2e.conftest import Fewbit
 
@@ -39,13 +40,24 @@ def test_version(fewbit: Fewbit) -> None:
     assert (answer.code, answer.out, answer.err) == (0, f"{__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["", "quantize", "evaluate", "generate", "inspect", "list", "doctor"])
+def flags(command: Any) -> set[str]:
+    """Long names of the options that a command shows, `--no-...` included."""
+    shown = [option for option in command.params if option.param_type_name == "option" and not option.hidden]
+    return {flag for option in shown for flag in (*option.opts, *option.secondary_opts) if flag.startswith("--")}
+
+
+APP: Any = typer.main.get_command(cli.app)
+COMMANDS: dict[str, Any] = {"": APP, **{name: command for name, command in APP.commands.items() if not command.hidden}}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_every_flag(command: str, fewbit: Fewbit) -> None:
     answer = fewbit(*filter(None, [command]), "-h")
     assert answer.code == 0
     assert "Usage:" in answer.out
-    wanted = {"quantize": ["--plan", "--dry-run", "--json", "--seed"], "evaluate": ["--reference", "--samples"]}
-    assert all(flag in answer.out for flag in wanted.get(command, []))
+    wanted = flags(COMMANDS[command])
+    assert wanted
+    assert wanted <= set(re.findall(r"--[a-z0-9-]+", answer.out))
 
 
 def test_an_unknown_command_is_refused(fewbit: Fewbit) -> None:

@@ -85,7 +85,7 @@ def rounded_to_nearest(w: Tensor, group: int, bits: int = 4) -> Tensor:
     return rounded.reshape(w.shape)
 
 
-def test_the_loaded_model_is_the_original_with_the_dequantized_weights(pair: Pair, ids: Tensor) -> None:
+def test_the_loaded_model_has_the_dequantized_weights(pair: Pair, ids: Tensor) -> None:
     original, model = models.original(pair.folder), pair.load()
     weights = {name: layer.qtensor().dequantize() for name, layer in quantized_in(model).items()}
     assert weights.keys() == linears_in_blocks(original).keys()

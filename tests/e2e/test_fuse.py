@@ -163,7 +163,7 @@ def test_lora_targets_still_resolve(llama: Path, ids: Tensor) -> None:
         assert float((fused[name] - gradient).norm()) <= 1e-4 * float(gradient.norm()), name
 
 
-def test_what_a_graph_froze_is_recorded_anew_when_adapters_change(llama: Path, ids: Tensor) -> None:
+def test_a_graph_is_recorded_anew_when_adapters_change(llama: Path, ids: Tensor) -> None:
     model = fb.load(llama, dtype=torch.float32, device="cpu", fuse=LENGTH)
     decoder: decode.Decoder = model.generate.__self__
     config = LoraConfig(r=4, target_modules=["k_proj"], init_lora_weights="gaussian")

@@ -152,7 +152,7 @@ def matrix(model: Path, wanted: Calibration, tmp_path_factory: pytest.TempPathFa
     return path
 
 
-def test_what_reads_one_tensor_has_one_importance_under_each_name(matrix: Path) -> None:
+def test_readers_of_one_tensor_share_one_importance(matrix: Path) -> None:
     found = imatrix.read(matrix)
     assert torch.equal(found["blk.1.attn_q.weight"].mean_square, found["blk.1.attn_v.weight"].mean_square)
     assert torch.equal(found["blk.1.ffn_gate.weight"].mean_square, found["blk.1.ffn_up.weight"].mean_square)

@@ -331,7 +331,7 @@ def test_a_model_that_asks_for_cache_positions_gets_them(ids: Tensor) -> None:
     assert seen == [list(range(9)), *([at] for at in range(9, 8 + NEW))]
 
 
-def test_masks_of_another_kind_start_again_with_transformers_loop(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_masks_start_again_with_transformers_loop(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, looped = pair("llama")
     monkeypatch.setattr(loop.Coming, "tables", lambda self: None)
     for _ in range(2):

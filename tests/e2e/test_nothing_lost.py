@@ -59,7 +59,7 @@ def test_an_old_output_comes_back_if_the_new_one_cannot(tmp_path: Path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_old_output_comes_back_after_a_kill_between_the_renames(tmp_path: Path) -> None:
+def test_an_old_output_comes_back_after_a_kill_in_between(tmp_path: Path) -> None:
     old = tmp_path / ".out.fewbit-00" / "old"
     old.mkdir(parents=True)
     (old / "precious").touch()

@@ -136,7 +136,7 @@ def test_what_no_input_decides_is_the_same_to_the_byte(made: tuple[Path, list[di
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])
-def test_codes_differ_by_no_more_than_another_order_of_sums_makes(
+def test_codes_differ_no_more_than_by_another_order_of_sums(
     name: str, made: tuple[Path, list[dict[str, Any]]], alone: Path
 ) -> None:
     out, _ = made

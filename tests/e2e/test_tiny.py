@@ -77,7 +77,7 @@ def test_it_answers_in_its_chat_template(fewbit: Fewbit) -> None:
     assert said != asked
 
 
-def test_rounding_hurts_more_with_each_bit_less_and_gptq_wins_back_half(measured: dict[str, Evaluation]) -> None:
+def test_fewer_bits_hurt_more_and_gptq_wins_back_half(measured: dict[str, Evaluation]) -> None:
     original = measured["rtn-4"].quality.reference_perplexity
     assert original is not None
     assert 4 < original.value < 5.5

@@ -153,7 +153,7 @@ def test_gptq_and_awq_hold_the_same_weight(spec: str) -> None:
         assert all(torch.equal(passed.parts[name], part) for name, part in weight.parts.items())
 
 
-def test_a_file_that_only_calls_itself_symmetric_is_read_as_it_is() -> None:
+def test_a_file_that_claims_to_be_symmetric_is_read_as_it_is() -> None:
     """transformers writes `sym: true` into every AWQ config that does not say otherwise."""
     codes, zeros, scales = numbers(64)
     config = {"bits": 4, "group_size": 64, "sym": True}

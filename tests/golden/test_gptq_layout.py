@@ -198,7 +198,7 @@ def test_act_order_is_read_by_g_idx(bits: int) -> None:
 
 
 @layouts
-def test_a_symmetric_file_is_read_as_such_and_one_that_only_says_so_is_not(bits: int) -> None:
+def test_a_file_is_symmetric_by_its_zeros_not_by_its_claim(bits: int) -> None:
     codes, zeros, scales = numbers(bits, 16)
     config = CONFIG | {"bits": bits, "group_size": 16, "sym": True}
     codec = GPTQFormat().read(file_of(codes, zeros * 0 + 2 ** (bits - 1), scales, bits, v1=True), config, "m").codec

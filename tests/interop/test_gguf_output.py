@@ -41,9 +41,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_a_file_of_every_plan_is_what_llama_cpp_would_make_and_runs_there(
-    name: str, whole: Path, matrix: Path, tmp_path: Path
-) -> None:
+def test_a_file_of_every_plan_runs_in_llama_cpp(name: str, whole: Path, matrix: Path, tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
     api.quantize("tiny", ours, plan=name, imatrix=matrix)
     importance = {name: each.mean_square.numpy() for name, each in imatrix.read(matrix).items()}

@@ -50,7 +50,7 @@ def paragraphs(text: Text) -> set[str]:
     return {" ".join(paragraph.split()) for paragraph in joined.split("\n\n")} - {""}
 
 
-def test_pydoc_is_there_the_same_every_time_and_its_parts_share_no_paragraph() -> None:
+def test_pydoc_is_always_the_same_and_its_parts_are_disjoint() -> None:
     chosen, held_out = load_text(), load_text("pydoc", "evaluation")
     assert chosen == load_text("pydoc", "calibration")
     assert chosen.name != held_out.name
@@ -200,7 +200,7 @@ def test_the_parts_of_wikitext2_are_its_splits(monkeypatch: pytest.MonkeyPatch) 
     assert splits == ["train", "test"]
 
 
-def test_documents_become_one_stream_and_only_chats_are_templated(caplog: pytest.LogCaptureFixture) -> None:
+def test_documents_become_one_stream_only_chats_a_template(caplog: pytest.LogCaptureFixture) -> None:
     chat = ({"role": "user", "content": "hi"},)
     tokenizer = byte_tokenizer(adds_bos=False, template=TEMPLATE)
     tokens = encode(Text("x", ("one", "two", chat, chat, "three")), tokenizer)

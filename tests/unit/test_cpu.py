@@ -171,9 +171,7 @@ def test_short_scattered_and_foreign_buffers_are_refused(library: ctypes.CDLL) -
         op(x, [odd], 99, 0, 0, 16, False)
 
 
-def test_one_that_rounds_is_chosen_unless_exact_ones_are_asked_for(
-    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kernel_that_rounds_serves_unless_exact_is_set(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, cpu = weight_of("q4_k"), torch.device("cpu")
     assert choose(weight, cpu, torch.float32).name == "cpu_exact"
     assert choose(weight, cpu, torch.float32, "cpu").name == "cpu"

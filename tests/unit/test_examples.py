@@ -68,13 +68,13 @@ def test_the_question_is_tokenized_as_when_it_is_asked() -> None:
     assert example.ids == everything["input_ids"]
 
 
-def test_what_follows_the_last_answer_and_what_nobody_asked_for_is_not_learned() -> None:
+def test_what_is_outside_the_answers_is_not_learned() -> None:
     tokenizer, (example,) = made(chat("Hello.", "A question?", "An answer.", "Bye.", first="assistant"))
     assert learned(tokenizer, example) == ["An answer.</s>\n"]
     assert "Bye" not in tokenizer.decode(example.ids)
 
 
-def test_a_template_that_forgets_gives_an_example_for_each_answer() -> None:
+def test_a_template_that_forgets_gives_one_example_an_answer() -> None:
     tokenizer, found = made(chat("one", "two", "three", "four"), template=FORGETFUL)
     assert [learned(tokenizer, example) for example in found] == [["(thinking)\ntwo</s>\n"], ["(thinking)\nfour</s>\n"]]
     assert tokenizer.decode(found[1].ids) == (
@@ -105,7 +105,7 @@ def test_plain_text_is_cut_into_windows_and_all_of_it_is_learned() -> None:
     assert all(all(example.learned) for example in found)
 
 
-def test_what_is_too_long_is_cut_off_and_what_is_empty_left_out_and_both_are_told() -> None:
+def test_long_examples_are_cut_and_empty_ones_dropped_with_notes() -> None:
     tokenizer = models.tokenizer(CHATML)
     documents = (chat("a", models.sentences(20)), chat("a"), chat(models.sentences(20), "b"), "", Completion("a", "b"))
     found, notes = examples(Text("data", documents), tokenizer, 32)

@@ -54,7 +54,7 @@ def test_no_block_means_no_byte(name: str) -> None:
     assert tuple(values.shape) == shape
 
 
-def test_a_codec_for_each_type_and_a_scheme_where_it_can_be_written() -> None:
+def test_each_type_has_a_codec_and_a_writable_one_a_scheme() -> None:
     for name, kind in BLOCK_TYPES.items():
         assert str(codec(name)) == name
         assert isinstance(codec(name), Scheme) == (name in LAYOUTS)

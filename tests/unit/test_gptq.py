@@ -217,7 +217,7 @@ def test_a_hopeless_hessian_means_rounding_to_nearest_and_a_note(kind: str) -> N
 
 @orders
 @pytest.mark.parametrize("refine", [0, 2])
-def test_columns_without_input_are_rounded_to_nearest_and_counted(act_order: bool, refine: int) -> None:
+def test_columns_without_input_are_rounded_and_counted(act_order: bool, refine: int) -> None:
     x, w = inputs(200, 64), ordinary(8, 64)
     dead = torch.arange(0, 64, 5)
     x[:, dead] = 0
@@ -271,7 +271,7 @@ def test_unknown_names_get_the_nearest() -> None:
         make("rtn", {"damp": "0.1"})
 
 
-def test_the_importance_is_what_an_error_costs_once_the_others_adapted() -> None:
+def test_importance_is_the_cost_of_an_error_after_feedback() -> None:
     measured = stats_of(inputs(300, 40)).hessian.double()
     hessian = (measured + measured.T) / 2  # sums in float32 are symmetric on some processors only
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))

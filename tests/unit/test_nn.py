@@ -161,7 +161,7 @@ def test_preparing_again_leaves_nothing_behind(spec: str) -> None:
             assert set(layer.state_dict()) == set(layer_of(weight, then).state_dict())
 
 
-def test_half_precision_on_the_cpu_may_use_another_kernel_than_float32(without_library: None) -> None:
+def test_half_precision_may_use_another_kernel_on_the_cpu(without_library: None) -> None:
     layer = layer_of(weight_of("int4-g32-sym"), torch.bfloat16)
     assert layer.kernel is not None
     before = layer.kernel.name
@@ -362,7 +362,7 @@ def test_a_kernel_is_checked_once_for_each_scheme_and_shape(monkeypatch: pytest.
     assert len(calls) == 2
 
 
-def test_the_kernel_that_was_asked_for_stays_when_the_activations_change() -> None:
+def test_a_chosen_kernel_stays_when_the_activations_change() -> None:
     weight = weight_of("int4-g32-sym")
     layer = QLinear(weight.shape[1], 32, None).adopt(weight, torch.bfloat16, "reference")
     layer(x_of(1, weight.shape[1]))

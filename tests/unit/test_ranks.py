@@ -93,7 +93,7 @@ def test_each_is_told_what_it_is_to_know(said: list[dict[str, object]]) -> None:
     assert [own["handed"] for own in said] == [[[1.0, 1.0]] * 3] * 3  # a transposed tensor too
 
 
-def test_a_linear_that_one_rank_did_not_reach_has_the_statistics_of_the_others(said: list[dict[str, object]]) -> None:
+def test_a_linear_one_rank_did_not_reach_uses_the_other_ranks(said: list[dict[str, object]]) -> None:
     x = torch.arange(24.0).reshape(6, 4) ** 1.5
     for own in said:
         routed = own["routed"]

@@ -46,7 +46,7 @@ def test_large_numbers_fit_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert "…" not in text
 
 
-def test_the_best_of_the_quantized_is_marked_and_the_original_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_best_quantized_row_is_marked_not_the_original(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(EXAMPLE, capsys)
     assert "*" not in line_of("bf16", text)
     kl = {row.plan: row.loss.kl.value for row in EXAMPLE.rows if row.loss and row.plan != "bf16"}

@@ -186,7 +186,7 @@ def test_scales_follow_what_a_file_rounds(family: str, dtype: str, tmp_path: Pat
     check_folds(tmp_path / family, family, dtype=dtype)
 
 
-def test_layer_norms_whose_bias_would_round_are_kept_or_dropped_but_never_wrong(tmp_path: Path) -> None:
+def test_layer_norms_whose_bias_would_round_are_never_wrong(tmp_path: Path) -> None:
     with opened(tmp_path / "gpt2", "gpt2", dtype="bfloat16") as at:
         before = at.outputs()
         done = at.rewritten(at.wanted(Wild()))
@@ -248,7 +248,7 @@ def test_where_not_all_readers_ask_nothing_is_scaled(tmp_path: Path) -> None:
         assert not at.rewritten(at.wanted(RoundToNearest())).tensors
 
 
-def test_a_block_in_half_precision_stays_so_and_is_rewritten_all_the_same(tmp_path: Path) -> None:
+def test_a_block_in_half_precision_is_rewritten_and_stays_so(tmp_path: Path) -> None:
     """As on a GPU: what is computed in float32 goes back to the block's own type."""
     with opened(tmp_path / "llama", "llama", torch.bfloat16) as at:
         before = at.outputs()

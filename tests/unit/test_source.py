@@ -40,9 +40,7 @@ def test_a_home_is_understood(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert source.locate("~/model").folder == folder
 
 
-def test_a_relative_path_with_one_slash_is_a_folder_before_it_is_a_hub_name(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_path_is_a_folder_before_a_hub_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent.parent)
     assert source.locate(f"{folder.parent.name}/model").files[0].samefile(folder / "model.safetensors")
 
@@ -149,9 +147,7 @@ def test_the_hub_is_asked_for_safetensors_first(folder: Path, monkeypatch: pytes
     assert not any(".bin" in pattern or ".gguf" in pattern for pattern in only[1])
 
 
-def test_the_hub_is_asked_for_a_pickle_where_there_is_nothing_else(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hub_is_asked_for_a_pickle_as_a_last_resort(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "model.safetensors").unlink()
     asked: list[list[str]] = []
 
@@ -166,9 +162,7 @@ def test_the_hub_is_asked_for_a_pickle_where_there_is_nothing_else(
     assert len(asked) == 2
 
 
-def test_a_pickle_is_not_even_downloaded_where_it_would_be_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pickle_that_would_be_refused_is_not_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "model.safetensors").unlink()
     asked: list[str] = []
 

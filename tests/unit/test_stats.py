@@ -9,6 +9,7 @@ from fewbit.errors import NumericsError
 from fewbit.stats import Need, Stats
 from tests.contract.cases import inputs
 
+EPS = torch.finfo(torch.float32).eps
 GATHERED = [Need.MEAN_ABS, Need.MEAN_SQUARE, Need.HESSIAN]
 
 
@@ -19,26 +20,33 @@ def gathered(need: Need, *batches: torch.Tensor) -> Stats:
     return stats
 
 
+def rounding(x: torch.Tensor) -> torch.Tensor:
+    """The most that rounding in float32 can change the mean of x xᵀ over the rows, in whatever order they are added."""
+    size = x.double().abs()
+    return len(x) * EPS * (size.T @ size) / len(x)
+
+
 def test_each_is_its_definition_in_float64() -> None:
     x = inputs(500, 24)
     batches = x.split([1, 7, 200, 292])
     exact = x.double()
+    squares = rounding(x).diagonal()
     found = {
-        "abs": (gathered(Need.MEAN_ABS, *batches).mean_abs, exact.abs().mean(0)),
-        "square": (gathered(Need.MEAN_SQUARE, *batches).mean_square, exact.square().mean(0)),
-        "hessian": (gathered(Need.HESSIAN, *batches).hessian, exact.T @ exact / 500),
-        "diagonal": (gathered(Need.HESSIAN, *batches).mean_square, exact.square().mean(0)),
+        "abs": (gathered(Need.MEAN_ABS, *batches).mean_abs, exact.abs().mean(0), 500 * EPS * exact.abs().mean(0)),
+        "square": (gathered(Need.MEAN_SQUARE, *batches).mean_square, exact.square().mean(0), squares),
+        "hessian": (gathered(Need.HESSIAN, *batches).hessian, exact.T @ exact / 500, rounding(x)),
+        "diagonal": (gathered(Need.HESSIAN, *batches).mean_square, exact.square().mean(0), squares),
     }
-    for name, (mean, expected) in found.items():
+    for name, (mean, expected, bound) in found.items():
         assert mean.dtype == torch.float32, name
-        assert (mean.double() - expected).norm() <= 1e-6 * expected.norm(), name
+        assert ((mean.double() - expected).abs() <= bound).all(), name
 
 
 def test_many_small_batches_lose_no_digits() -> None:
     x = inputs(4000, 8)
     stats = gathered(Need.HESSIAN, *x.split(2))
     exact = x.double().T @ x.double() / 4000
-    assert (stats.hessian.double() - exact).norm() <= 2e-6 * exact.norm()
+    assert ((stats.hessian.double() - exact).abs() <= rounding(x)).all()
     assert stats.rows == 4000
 
 
@@ -73,8 +81,10 @@ def test_large_half_precision_rows_do_not_overflow() -> None:
 
 
 def test_a_hessian_is_symmetric_and_positive() -> None:
-    hessian = gathered(Need.HESSIAN, inputs(300, 24)).hessian.double()
-    torch.testing.assert_close(hessian, hessian.T)
+    x = inputs(300, 24)
+    hessian = gathered(Need.HESSIAN, x).hessian.double()
+    # Some processors add up the two halves in different orders.
+    assert ((hessian - hessian.T).abs() <= 2 * rounding(x)).all()
     assert torch.linalg.eigvalsh(hessian).min() > 0
 
 
