@@ -15,7 +15,7 @@ import torch
 from fewbit import ambient, arguments, folder_output, gguf_output, heap, outputs, pipeline, ranks, report
 from fewbit import calibration as texts
 from fewbit.advise import hardware
-from fewbit.arguments import Device, DType, Plans, Texts, checked
+from fewbit.arguments import SAMPLES, Device, DType, Plans, Texts, checked
 from fewbit.arguments import Sampling as Sampling
 from fewbit.cache import cache_folder
 from fewbit.errors import FewbitError, FormatError, KernelError, OutputError, PlanError
@@ -249,7 +249,7 @@ def evaluate(
     reference_adapter: str | Path | None = None,
     text: Texts | None = None,
     length: int | None = None,
-    samples: int | None = None,
+    samples: int | None = SAMPLES,
     device: Device = None,
     dtype: DType = None,
     kernel: str | None = None,
@@ -260,7 +260,8 @@ def evaluate(
 
     adapter, reference_adapter: folders of adapters to put on the one and the other.
     text: a name or a file; by default tiny's own for what was made from it, pydoc for all others.
-    length: tokens of a window, the model's context up to 2048 by default. samples: how many windows, all by default.
+    length: tokens of a window, the model's context up to 2048 by default. samples: how many windows, from the start of
+    the text; None: all of them.
     dtype of activations: float32 on a CPU, the checkpoint's own on a GPU by default. kernel: for `model`, as in `load`.
     """
     elapsed = pipeline.timed()
@@ -272,7 +273,7 @@ def evaluate(
             same_vocabulary(original, source, tokenizer, trust_remote_code)
         # The original may know a text that a GGUF file made from it has no word for.
         wanted = text or texts.own_source((original or source).config)
-        name, chosen = evaluated(source, original, tokenizer, wanted, length, samples)
+        name, chosen, available = evaluated(source, original, tokenizer, wanted, length, samples)
         options: dict[str, Any] = {
             "dtype": dtype or ("auto" if device != "cpu" else torch.float32),
             "device": device,
@@ -293,6 +294,7 @@ def evaluate(
             peak=memory.now().peak,
             gpu_peak=memory.on_gpus(),
             seconds=elapsed(),
+            available=available,
         )
 
 

@@ -41,6 +41,7 @@ DType: TypeAlias = "str | torch.dtype | None"
 Plans: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Plan
 
 MOST = 2**31 - 1  # of whatever is counted
+SAMPLES = 16  # windows of a text that quality is measured on, unless a verb is told otherwise
 LAST_SEED = 2**32 - 1  # NumPy's generator, which transformers seeds too, takes no more
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _SHORT = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
@@ -109,7 +110,8 @@ def checked(verb: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         bound = signature.bind(*args, **kwargs)
         for name, value in bound.arguments.items():
-            if value is not None or signature.parameters[name].default is not None:
+            parameter = signature.parameters[name]
+            if value is not None or not (parameter.default is None or str(parameter.annotation).endswith("| None")):
                 bound.arguments[name] = _CHECKS[name](name, value)
         return verb(*bound.args, **bound.kwargs)
 

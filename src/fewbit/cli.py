@@ -27,6 +27,7 @@ from fewbit.cli_options import (
     Seed,
     Text,
     Trust,
+    Windows,
     WithMethodOptions,
     early,
     method_flags,
@@ -237,7 +238,7 @@ def evaluate(
     length: Annotated[
         int | None, typer.Option(help="Tokens in a window. Default: the model's context, at most 2048.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Number of windows. Default: all.")] = None,
+    samples: Windows = 16,
     device: Device = None,
     kernel: Kernel = None,
     trust_remote_code: Trust = False,

@@ -16,6 +16,7 @@ from fewbit.cli_options import (
     Seed,
     Text,
     Trust,
+    Windows,
     early,
     printed,
     text_of,
@@ -101,7 +102,7 @@ def merge(
     length: Annotated[
         int | None, typer.Option(help="Tokens in a window to measure on. Default: the model's context, at most 2048.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Number of windows to measure on.")] = 8,
+    samples: Windows = 8,
     overwrite: Overwrite = False,
     device: Device = None,
     trust_remote_code: Trust = False,

@@ -14,6 +14,7 @@ from fewbit.cli_options import (
     Seed,
     Text,
     Trust,
+    Windows,
     early,
     printed,
     prompt_of,
@@ -34,7 +35,7 @@ def compare(
     calibration_samples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 32,
     calibration_length: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 256,
     text: Text = None,
-    samples: Annotated[int, typer.Option(help="Number of windows to measure on.")] = 16,
+    samples: Windows = 16,
     length: Annotated[int, typer.Option(help="Tokens in a window to measure on.")] = 512,
     prompt: Annotated[
         str | None, typer.Option(help="Text that every model continues; -: from stdin. Default: one that suits MODEL.")

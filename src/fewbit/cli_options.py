@@ -40,6 +40,15 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 SafetensorsOnly = Annotated[bool, typer.Option("--safetensors-only", help="Refuse weights in pickle files.")]
 
 
+def _windows(value: str | int) -> int | None:
+    return None if value == "all" else int(value)
+
+
+Windows = Annotated[
+    int | None, typer.Option(parser=_windows, metavar="N|all", help="Number of windows to measure on; all: every one.")
+]
+
+
 def early(command: F) -> F:
     """`command`, whose arguments are checked by their names first, so that a mistake costs no import of PyTorch."""
 

@@ -28,7 +28,7 @@ from fewbit import arguments, html, locks, outputs, pipeline, report
 from fewbit import calibration as texts
 from fewbit import plan as plans
 from fewbit.advise import hardware, speeds
-from fewbit.arguments import Device, Texts, checked
+from fewbit.arguments import SAMPLES, Device, Texts, checked
 from fewbit.cache import cache_folder
 from fewbit.comparison import FILE, ORIGINAL, SCHEMA_VERSION, Comparison, Event, Machine, Row, TextUsed, parsed, plain
 from fewbit.errors import FormatError, PlanError
@@ -46,7 +46,7 @@ from fewbit.stats import Need
 
 PLANS = (ORIGINAL, "int8", "nf4", "gptq-4bit", "awq-4bit", "q4_k_m")
 CALIBRATION = Calibration(samples=32, length=256)
-SAMPLES, LENGTH = 16, 512  # of the text that quality is measured on
+LENGTH = 512  # tokens in a window of the text that quality is measured on
 PROMPT_TOKENS, NEW_TOKENS = 128, 32  # of what is timed
 _STORY = "Once upon a time"  # what tiny was taught to continue
 
@@ -63,7 +63,7 @@ def compare(
     out: str | Path | None = None,
     calibration: Calibration | Texts = CALIBRATION,
     text: Texts | None = None,
-    samples: int = SAMPLES,
+    samples: int | None = SAMPLES,
     length: int = LENGTH,
     prompt: str | None = None,
     device: Device = None,
@@ -261,7 +261,7 @@ def _asked(
     wanted: Mapping[str, Wanted],
     calibration: Calibration,
     text: Texts | None,
-    samples: int,
+    samples: int | None,
     length: int,
     trust_remote_code: bool,
 ) -> _Asked:

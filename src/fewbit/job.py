@@ -142,8 +142,11 @@ def windows(wanted: Calibration, source: Source, tokenizer: Any) -> tuple[Tensor
 
 def evaluated(
     source: Source, other: Source | None, tokenizer: Any, text: Texts, length: int | None, samples: int | None
-) -> tuple[str, Tensor]:
-    """The name of a text, and windows of its tokens [windows, length] that both models have rows for."""
+) -> tuple[str, Tensor, int]:
+    """The name of a text, its first `samples` windows of tokens [windows, length], all if None, and how many it has.
+
+    Both models have rows for these tokens.
+    """
     most = min(each.context for each in (source, other) if each is not None)
     if length is not None and length > most:
         raise PlanError(f"--length {length} is beyond the model's context of {most} tokens")
@@ -154,7 +157,8 @@ def evaluated(
     for each in (source, other):
         if each is not None:
             texts.within(stream, each.rows, tokenizer, loaded.name)
-    return loaded.name, texts.windows(stream, length or min(2048, most), samples)
+    every = texts.windows(stream, length or min(2048, most))
+    return loaded.name, every if samples is None else every[:samples], len(every)
 
 
 def is_file(out: str | Path, plan: plans.Plan) -> bool:

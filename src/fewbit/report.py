@@ -89,6 +89,7 @@ class Evaluation:
     peak: int
     gpu_peak: int
     seconds: float
+    available: int  # windows of the text, of which quality.windows were measured
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,10 @@ def evaluation(done: Evaluation) -> None:
     """What `fewbit evaluate` prints."""
     q, i = done.quality, done.inspection
     against = f" against {done.reference}" if done.reference else ""
-    title = f"{done.model}{against}, on {q.tokens:,} tokens of {done.text} in windows of {q.length}"
+    title = (
+        f"{done.model}{against}, on {q.tokens:,} tokens of {done.text} "
+        f"in {q.windows:,} of {done.available:,} windows of {q.length}"
+    )
     table = grid(title, "", "value", "95 % interval", "what it says", numbers=(1,))
     table.add_row("perplexity", *interval(q.perplexity, 4), "how surprised it is by the text; lower is better")
     if q.reference_perplexity and q.perplexity_ratio and q.kl and q.same_top:
@@ -269,6 +273,7 @@ def evaluation_json(done: Evaluation) -> dict[str, Any]:
         "text": done.text,
         "tokens": q.tokens,
         "windows": q.windows,
+        "windows_available": done.available,
         "length": q.length,
         "perplexity": q.perplexity.value,
         "weights_bytes": i.weights_bytes,
@@ -396,59 +401,71 @@ def model_card(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+class Lines:
+    """Progress where there is no terminal: a line for the first step, for the last, and now and then between them.
+
+    Between them a line comes once `GAP` seconds have passed and a hundredth of the work was done since the last line.
+    ends: whether the first and the last step have lines however quick they are.
+    """
+
+    GAP = 15.0
+
+    def __init__(self, what: str, clock: Callable[[], float] = time.perf_counter, ends: bool = True) -> None:
+        self.what, self.clock, self.ends = what, clock, ends
+        self.start = self.told_at = clock()
+        self.told, self.found = 0, 0
+
+    def __call__(self, done: int, total: int, state: str = "", found: bool = False) -> None:
+        """`done` of `total` steps are done; `found`: the last one was not computed but found."""
+        now, self.found = self.clock(), self.found + found
+        due = now - self.told_at >= self.GAP and (done - self.told) * 100 >= total
+        if not due and not (self.ends and (not self.told or done >= total)):
+            return
+        self.told, self.told_at = done, now
+        # Steps that were found took next to no time and say nothing of those to come.
+        spent, computed = now - self.start, done - self.found
+        left = f", {duration(spent / computed * (total - done))} left" if computed > 0 else ""
+        shown = f"  {state}" if state else ""
+        tables.verbatim(err, f"{self.what} {done}/{total}{shown}  {duration(spent)} elapsed{left}")
+
+
 @contextmanager
-def progress() -> Iterator[Callable[[Step], None]]:
-    """A bar on stderr in a terminal, a plain line for each block elsewhere."""
+def counted(what: str) -> Iterator[Callable[..., None]]:
+    """How far a verb is, on stderr: a bar in a terminal, `Lines` elsewhere. Both take (done, total, state, found)."""
     if not err.is_terminal:
-        start, found = time.perf_counter(), 0
-
-        def line(step: Step) -> None:
-            nonlocal found
-            found += step.resumed
-            state = "found, from an interrupted run" if step.resumed else f"output error {step.error:.2e}"
-            spent = time.perf_counter() - start
-            # Blocks that were found took next to no time and say nothing of those to come.
-            left = spent / max(step.done - found, 1) * (step.total - step.done)
-            err.print(f"block {step.done}/{step.total}  {state}  {duration(spent)} elapsed, {duration(left)} left")
-
-        yield line
+        yield Lines(what)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+    columns = (TextColumn(f"{what}s"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=True) as bar:
-        task = bar.add_task("blocks", total=None, state="")
+        task = bar.add_task(what, total=None, state="")
 
-        def update(step: Step) -> None:
-            state = "found" if step.resumed else f"output error {step.error:.2e}"
-            bar.update(task, total=step.total, completed=step.done, state=state)
+        def update(done: int, total: int, state: str = "", found: bool = False) -> None:
+            bar.update(task, total=total, completed=done, state=state)
 
         yield update
 
 
 @contextmanager
+def progress() -> Iterator[Callable[[Step], None]]:
+    """Progress over the blocks of a model."""
+    with counted("block") as tell:
+
+        def told(step: Step) -> None:
+            state = "found, from an interrupted run" if step.resumed else f"output error {step.error:.2e}"
+            tell(step.done, step.total, state, step.resumed)
+
+        yield told
+
+
+@contextmanager
 def steps_progress() -> Iterator[Callable[[int, int, float], None]]:
-    """A bar over training steps in a terminal, a plain line for about each twentieth of them elsewhere."""
-    if not err.is_terminal:
-
-        def line(done: int, total: int, loss: float) -> None:
-            if done % max(1, total // 20) == 0 or done == total:
-                err.print(f"step {done}/{total}  loss {loss:.4f}")
-
-        yield line
-        return
-    columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=True) as bar:
-        task = bar.add_task("steps", total=None, loss="")
-        yield lambda done, total, loss: bar.update(task, total=total, completed=done, loss=f"{loss:.4f}")
+    """Progress over training steps."""
+    with counted("step") as tell:
+        yield lambda done, total, loss: tell(done, total, f"loss {loss:.4f}")
 
 
 @contextmanager
 def windows_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar over windows of text in a terminal, nothing elsewhere."""
-    if not err.is_terminal:
-        yield lambda done, total: None
-        return
-    with Progress(
-        TextColumn("windows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err, transient=True
-    ) as bar:
-        task = bar.add_task("windows", total=None)
-        yield lambda done, total: bar.update(task, total=total, completed=done)
+    """Progress over windows of text."""
+    with counted("window") as tell:
+        yield lambda done, total: tell(done, total)

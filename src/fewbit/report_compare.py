@@ -174,9 +174,21 @@ def say(line: str, style: str = "") -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[Event], None]]:
-    """A line on stderr for each plan when it is done; in a terminal a last one on what is being done, too."""
+    """A line on stderr for each plan when it is done, and what is being done: in a terminal in a last line, elsewhere a
+    line now and then."""
     if not err.is_terminal:
-        yield lambda event: tables.verbatim(err, ended(event)) if ended(event) else None
+        lines: dict[int, report.Lines] = {}
+
+        def line(event: Event) -> None:
+            if ended(event):
+                tables.verbatim(err, ended(event))
+                return
+            what = f"{event.number}/{event.total}  {event.plan:<10}  {event.state} block"
+            within = lines.setdefault(event.number, report.Lines(what, ends=False))
+            if event.of:
+                within(event.done, event.of)
+
+        yield line
         return
     with err.status("") as status:
 

@@ -223,6 +223,17 @@ def test_inspect_of_both(model: Path, quantized: Path, fewbit: Fewbit) -> None:
         assert word in fewbit("inspect", folder).out
 
 
+def test_evaluate_takes_16_windows_or_all(quantized: Path, text: Path, fewbit: Fewbit) -> None:
+    flags = ("evaluate", quantized, "--text", text, "--length", 4, "--json")
+    few, every = fewbit(*flags), fewbit(*flags, "--samples", "all")
+    assert few.json["windows"] == 16
+    assert every.json["windows"] == every.json["windows_available"] == few.json["windows_available"] > 16
+    assert "window 1/16 " in few.err
+    assert "window 16/16 " in few.err
+    assert fewbit(*flags, "--samples", "some").code == 2
+    assert api.evaluate(quantized, text=str(text), length=4, samples=None).quality.windows == every.json["windows"]
+
+
 def test_evaluate_tells_what_was_promised(model: Path, quantized: Path, text: Path, fewbit: Fewbit) -> None:
     flags = ("--text", text, "--length", 64, "--samples", 3)
     told = fewbit("evaluate", quantized, "--reference", model, *flags, "--json").json

@@ -193,7 +193,7 @@ def test_the_command_speaks_once(model: Path, corpus: Path, tmp_path: Path, own_
     said = torchrun(2, *asked, "--samples", "4", "--length", "32", "--json", cache=own_cache)
     assert said.returncode == 0, said.stderr
     assert json.loads(said.stdout)["out"] == str(tmp_path / "out")
-    assert said.stderr.count("block 2/3") == 1
+    assert said.stderr.count("block 3/3") == 1
     assert not list(own_cache.glob("runs/*"))
     for more, message in (
         (["--samples", "4"], "out exists"),

@@ -71,6 +71,7 @@ EVALUATION = Evaluation(
     peak=1_234_000_000,
     gpu_peak=0,
     seconds=75.4,
+    available=53,
 )
 TENSORS = [
     TensorReport("model.layers.0.q", (64, 64), "int4-g32-sym", "GPTQ", 2304, 0.001),
@@ -133,7 +134,7 @@ def test_an_evaluation_for_people(shown: io.StringIO) -> None:
     report.evaluation(EVALUATION)
     text = shown.getvalue()
     for words in (
-        "out against smollm2, on 12,345 tokens of pydoc evaluation in windows of 512",
+        "out against smollm2, on 12,345 tokens of pydoc evaluation in 8 of 53 windows of 512",
         "33.46",
         "29.2",
         "0.152",
@@ -294,10 +295,51 @@ def test_progress_is_a_line_a_block_where_there_is_no_terminal(said: io.StringIO
     assert second.endswith("0 s left")
 
 
-def test_windows_say_nothing_where_there_is_no_terminal(said: io.StringIO) -> None:
-    with report.windows_progress() as step:
-        step(1, 2)
-    assert said.getvalue() == ""
+@pytest.mark.parametrize("kind", ["windows", "steps", "blocks"])
+def test_off_a_terminal_the_first_and_last_are_lines(kind: str, said: io.StringIO) -> None:
+    if kind == "windows":
+        with report.windows_progress() as window:
+            for done in range(1, 201):
+                window(done, 200)
+    elif kind == "steps":
+        with report.steps_progress() as step:
+            for done in range(1, 201):
+                step(done, 200, 0.5)
+    else:
+        with report.progress() as block:
+            for done in range(1, 201):
+                block(Step(done, 200, 0.5, resumed=False))
+    one = kind.removesuffix("s")
+    assert [" ".join(line.split()[:2]) for line in said.getvalue().splitlines()] == [f"{one} 1/200", f"{one} 200/200"]
+
+
+def lines_of(steps: int, seconds: float, said: io.StringIO) -> list[int]:
+    """The steps that have lines, where each of `steps` takes so many `seconds`."""
+    now = 0.0
+    tell = report.Lines("step", lambda: now)
+    for done in range(1, steps + 1):
+        now += seconds
+        tell(done, steps)
+    return [int(line.split()[1].partition("/")[0]) for line in said.getvalue().splitlines()]
+
+
+def test_slow_work_has_a_few_lines_a_minute(said: io.StringIO) -> None:
+    assert lines_of(40, 2.0, said) == [1, 9, 17, 25, 33, 40]
+
+
+def test_very_long_work_has_a_line_a_hundredth(said: io.StringIO) -> None:
+    assert lines_of(1000, 20.0, said) == [*range(1, 1000, 10), 1000]
+
+
+def test_the_time_left_counts_only_what_was_computed(said: io.StringIO) -> None:
+    now = 0.0
+    tell = report.Lines("block", lambda: now)
+    tell(1, 4, "found", True)
+    now = 20.0
+    tell(2, 4)
+    first, second = said.getvalue().splitlines()
+    assert "left" not in first
+    assert second == "block 2/4  20 s elapsed, 40 s left"
 
 
 def test_progress_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,16 @@ def test_progress_says_one_line_a_plan(capsys: pytest.CaptureFixture[str]) -> No
     ]
 
 
+def test_slow_plans_have_lines_in_between(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report.Lines, "GAP", 0.0)
+    with report_compare.progress() as tell:
+        for done in (0, 1, 2):
+            tell(Event("nf4", 1, 2, "quantizing", done=done, of=2 if done else 0))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("1/2  nf4         quantizing block 1/2  ")
+    assert second.startswith("1/2  nf4         quantizing block 2/2  ")
+
+
 def faster(row: Row, median: float, low: float, high: float) -> Row:
     """The row with another speed of decoding."""
     assert row.speed is not None
