@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from fewbit import arguments, html, locks, outputs, pipeline, report
+from fewbit import arguments, html, locks, nn, outputs, pipeline, report
 from fewbit import calibration as texts
 from fewbit import plan as plans
 from fewbit.advise import hardware, speeds
@@ -223,7 +223,13 @@ class _Bench:
             "made": None if output is None else str(output),
             "reference": str(self.reference),
         }
-        found = server.run(task, lambda said: self.told(replace(event, state="measuring", pid=said.get("pid", 0))))
+
+        def heard(said: Mapping[str, Any]) -> None:
+            for message in said.get("told", ()):  # nobody reads what that process warns of
+                nn.tell_once(message)
+            self.told(replace(event, state="measuring", pid=said.get("pid", 0)))
+
+        found = server.run(task, heard)
         row = parsed(Row, {"plan": name, "status": "done", **told, **found}, name)
         place.mkdir(parents=True, exist_ok=True)
         _put(kept, {k: v for k, v in plain(row).items() if k != "reused"})

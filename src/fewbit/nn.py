@@ -26,6 +26,7 @@ from fewbit.schemes.base import Codec, PartSpec, QTensor, chunk_rows
 # Relative Frobenius distance allowed between a kernel and the reference, by dtype of the activations.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
+told = set[str]()  # what this process has said of kernels that are missing
 _verdicts: dict[tuple[str, str, tuple[int, int], torch.device, torch.dtype], str | None] = {}
 
 
@@ -306,17 +307,30 @@ def choose(weight: QTensor, device: torch.device, dtype: torch.dtype, name: str 
         [registry.get("kernels", name)()] if name else sorted(kernels.values(), key=lambda k: -k.priority)
     )
     exact, reasons = os.environ.get("FEWBIT_ACTIVATIONS") == "exact", []
+    missed = None
     for kernel in candidates:
-        reason = kernel.unavailable() or kernel.why_not(weight.codec, weight.shape, device, dtype)
+        reason, misfit = kernel.unavailable(), kernel.why_not(weight.codec, weight.shape, device, dtype)
+        if reason and not misfit and not (exact and kernel.activations != "exact"):
+            missed = missed or kernel.missed()
+        reason = reason or misfit
         if reason is None and kernel.priority < 0 and not name:
             reason = "it serves only where it is asked for by name"
         if reason is None and kernel.activations != "exact" and exact and not name:
             reason = "it rounds activations, and FEWBIT_ACTIVATIONS asks for exact ones"
         reason = reason or _disagreement(kernel, kernels["reference"], weight, device, dtype)
         if reason is None:
+            if missed:
+                tell_once(missed)
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
     raise KernelError(f"no kernel for {weight.codec} of shape {list(weight.shape)}", "; ".join(reasons))
+
+
+def tell_once(message: str) -> None:
+    """A warning, the first time that this process has it."""
+    if message not in told:
+        told.add(message)
+        warnings.warn(message, stacklevel=2)
 
 
 @ambient.defaults()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit import api, comparison, pipeline
+from fewbit import api, comparison, nn, pipeline
 from fewbit import plan as plans
 from fewbit.comparison import Peak, Timing
 from fewbit.measure import memory, quality, speed
@@ -73,7 +73,7 @@ def measure(task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
     memory.touch(model)
     weights, resident, loading = memory.at_rest(model), memory.kept(source.files) - alone, _peak(before)
     memory.forget_peak()
-    heard({"doing": "speed"})
+    heard({"doing": "speed", "told": sorted(nn.told)})
     rates = speed.prefill(model, prompt), speed.decode(model, prompt, task["new_tokens"])
     sample = continue_text(model, tokenizer, prompt_ids(tokenizer, task["prompt"]), max_new_tokens=task["new_tokens"])
     generating = _peak(before)

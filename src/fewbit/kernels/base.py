@@ -34,6 +34,10 @@ class Kernel(ABC):
         """None if this machine can run it at all, else a sentence that says what is missing."""
         return None
 
+    def missed(self) -> str | None:
+        """What to tell a user whose weights it would serve if it were available; None: nothing."""
+        return None
+
     @abstractmethod
     def why_not(self, codec: Codec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
         """None if it can multiply activations of `dtype` by such a weight there, else a sentence that says why not."""

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 else:
     from fewbit.lazy import torch
 
+_REMEDY = "install fewbit from source where a C++ compiler is, or a wheel that has the library"
 FEW = 8  # rows of activations that are rounded
 GROUP = 32  # columns that share a unit
 _TILE = 1 << 19  # weights decoded at a time: 2 MB of float32 stay in a core's second cache
@@ -65,6 +66,10 @@ class _Native(Kernel):
     def unavailable(self) -> str | None:
         found = native.available()
         return found if isinstance(found, str) else None
+
+    def missed(self) -> str | None:
+        why = self.unavailable()
+        return f"the compiled CPU library is missing, and packed weights compute slowly without it ({why}): {_REMEDY}"
 
     def why_not(self, codec: Codec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
