@@ -36,16 +36,16 @@ for path in folder.glob("*.gguf" if file else "*.safetensors"):
     path.read_bytes()
 read = time.perf_counter() - start
 heap.return_freed()
-Path("/proc/self/clear_refs").write_text("5")
-before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+before = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * 4096
 start = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(folder, **({"gguf_file": file} if file else {}))
 seconds = time.perf_counter() - start
-status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
 peak = int(status["VmHWM"].split()[0]) * 1024 - before
 for tensor in [*model.parameters(), *model.buffers()]:
     tensor.detach().flatten().view(torch.uint8)[::4096].sum()  # a byte of every page
-status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
 touched = int(status["VmHWM"].split()[0]) * 1024 - before
 packed = model.get_memory_footprint()
 shares = {"share": peak / packed, "touched_share": touched / packed}
@@ -71,6 +71,7 @@ def main() -> None:
                 check=True,
                 capture_output=True,
                 text=True,
+                encoding="utf-8",
             )
             print(name, json.dumps(json.loads(done.stdout.splitlines()[-1])), flush=True)
 

@@ -46,7 +46,7 @@ def main() -> None:
             subprocess.run([sys.executable, "-m", "fewbit", *command], check=True, stdout=subprocess.DEVNULL)
         for model, dtype in [(args.model, args.original), *((folder, args.activations) for folder in folders)]:
             child = [sys.executable, __file__, *sys.argv[1:], "--child", model, "--dtype", dtype]
-            done = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8")
             print(done.stdout.strip().splitlines()[-1], flush=True)
 
 

@@ -120,7 +120,7 @@ def make(folder: Path, layers: int) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}), encoding="utf-8")
     hidden, middle, words = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["vocab_size"]
     kv = hidden // CONFIG["num_attention_heads"] * CONFIG["num_key_value_heads"]
     generator = torch.Generator("cuda").manual_seed(0)
@@ -150,7 +150,7 @@ def make(folder: Path, layers: int) -> None:
         shapes |= {f"{p}self_attn.{x}_proj.weight": (n, hidden) for x, n in rows.items()}
         shapes |= {f"{p}mlp.{x}_proj.weight": (middle, hidden) for x in ("gate", "up")}
         save(f"block-{layer:02}.safetensors", shapes | {f"{p}mlp.down_proj.weight": (hidden, middle)})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}), encoding="utf-8")
 
 
 def watch(clock: Clock) -> None:
@@ -287,7 +287,7 @@ def main() -> None:
         found.append(measure(scratch / "model", name, args, clock))
         show(found[-1], args.layers)
         if args.json:
-            args.json.write_text(json.dumps(found, indent=1))
+            args.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
     shutil.rmtree(scratch)
 
 

@@ -29,19 +29,19 @@ done = fewbit.quantize(model, out, plan=plan, calibration=Calibration(samples=in
 if not ranks.silent():
     errors = [tensor.error for tensor in done.tensors]
     found = {"seconds": done.seconds, "peak": done.gpu_peak or done.peak, "error": sum(errors) / len(errors)}
-    Path(out + ".json").write_text(json.dumps(found))
+    Path(out + ".json").write_text(json.dumps(found), encoding="utf-8")
 """
 
 
 def measured(count: int, model: str, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     out, task = folder / f"of-{count}", folder / "task.py"
-    task.write_text(TASK)
+    task.write_text(TASK, encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // max(args.processes))), **os.environ}
     environment["FEWBIT_CACHE"] = str(folder / f"cache-{count}")
     asked = [str(task), model, str(out), args.plan, str(args.samples), str(args.length)]
     subprocess.run([*torchrun, *asked], check=True, env=environment)
-    found: dict[str, float] = json.loads(Path(f"{out}.json").read_text())
+    found: dict[str, float] = json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))
     return found
 
 

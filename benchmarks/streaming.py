@@ -109,6 +109,7 @@ def worker(what: str, model: Path, place: Path, plan: str) -> dict[str, float]:
         check=True,
         stdout=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
     )
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -64,5 +64,5 @@ def one_thread() -> Iterator[None]:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with some thousands of the tiny tokenizer's tokens."""
     path = tmp_path_factory.mktemp("text") / "sentences.txt"
-    path.write_text(models.sentences(150))
+    path.write_text(models.sentences(150), encoding="utf-8")
     return path

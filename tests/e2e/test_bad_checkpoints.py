@@ -34,7 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("whole")
     made = {"original": models.save(place / "original", "llama", dtype="float32")}
     (place / "plan.json").write_text(
-        '{"name": "awq", "format": "awq", "rules": [{"match": "*", "scheme": "int4-g32"}]}'
+        '{"name": "awq", "format": "awq", "rules": [{"match": "*", "scheme": "int4-g32"}]}', encoding="utf-8"
     )
     for kind in KINDS:
         made[kind] = place / kind
@@ -65,7 +65,7 @@ def change(folder: Path, how: Callable[[str, Tensor], Tensor]) -> None:
 
 
 def configure(folder: Path, **values: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     models.edit_json(folder / "config.json", quantization_config=config | values)
 
 
@@ -166,7 +166,7 @@ def test_a_method_that_nobody_knows_is_left_to_transformers(
 def test_a_models_own_code_is_never_run_unasked(folder: Path, tmp_path: Path, fewbit: Fewbit) -> None:
     witness = tmp_path / "executed"
     for name in ("configuration_own", "modeling_own"):
-        (folder / f"{name}.py").write_text(f"open({str(witness)!r}, 'w').close()\n")
+        (folder / f"{name}.py").write_text(f"open({str(witness)!r}, 'w').close()\n", encoding="utf-8")
     models.edit_json(
         folder / "config.json",
         model_type="own",
@@ -198,7 +198,7 @@ ATTACKS = (
 def test_a_template_stays_in_its_sandbox(attack: str, folders: dict[str, Path], tmp_path: Path, fewbit: Fewbit) -> None:
     folder = Path(shutil.copytree(folders["gptq"], tmp_path / "model"))
     witness = tmp_path / "executed"
-    (folder / "chat_template.jinja").write_text(attack.replace("WITNESS", str(witness)))
+    (folder / "chat_template.jinja").write_text(attack.replace("WITNESS", str(witness)), encoding="utf-8")
     with pytest.raises(SecurityError):
         AutoTokenizer.from_pretrained(folder).apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
     check(fewbit("generate", folder, "The", "--chat"), 2, "chat template")

@@ -163,9 +163,9 @@ def test_what_a_plan_leaves_is_left_by_their_reader_too(tmp_path: Path, fewbit: 
     source = models.save(tmp_path / "source", "llama", dtype="float32", intermediate_size=128)
     rules = [{"match": "*.0.mlp.down_proj", "scheme": None}, {"match": "*", "scheme": "nf4-b64"}]
     plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps({"name": "mine", "format": "bnb", "rules": rules}))
+    plan.write_text(json.dumps({"name": "mine", "format": "bnb", "rules": rules}), encoding="utf-8")
     assert fewbit("quantize", source, "-o", tmp_path / "out", "--plan", plan).code == 0
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert config["llm_int8_skip_modules"] == ["lm_head", "model.layers.0.mlp.down_proj"]
     theirs = loaded(tmp_path / "out")
     assert type(theirs.model.layers[0].mlp.down_proj) is torch.nn.Linear
@@ -219,7 +219,10 @@ importlib.util.find_spec = lambda name, package=None: None if name == "bitsandby
 
 def run(code: str, *arguments: object) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)], capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -313,7 +316,7 @@ def spoiled(good: Path, tmp_path: Path, changes: Mapping[str, Tensor | None], **
             (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = models.tensors_of(good) | dict(changes)
     save_file({k: v for k, v in tensors.items() if v is not None}, tmp_path / "model.safetensors", {"format": "pt"})
-    stored = json.loads((good / "config.json").read_text())
+    stored = json.loads((good / "config.json").read_text(encoding="utf-8"))
     models.edit_json(tmp_path / "config.json", quantization_config={**stored["quantization_config"], **config})
     return tmp_path
 

@@ -26,7 +26,7 @@ def misfit(tmp_path: Path) -> Path:
     """A plan file with groups that do not divide tiny's rows."""
     path = tmp_path / "misfit.json"
     rule = {"match": "*", "scheme": "int4-g512-sym", "method": "rtn"}
-    path.write_text(json.dumps({"name": "misfit", "format": "gptq", "rules": [rule]}))
+    path.write_text(json.dumps({"name": "misfit", "format": "gptq", "rules": [rule]}), encoding="utf-8")
     return path
 
 
@@ -139,12 +139,12 @@ def test_unknown_plans_are_all_named_before_any_work(fewbit: Fewbit, tmp_path: P
 def test_a_folder_that_is_no_report_of_ours_is_left_alone(
     fewbit: Fewbit, tmp_path: Path, name: str, text: str, words: str
 ) -> None:
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     answer = fewbit("compare", "-o", tmp_path)
     assert answer.code == 2
     assert words in answer.err
     assert [path.name for path in tmp_path.iterdir()] == [name]
-    assert (tmp_path / name).read_text() == text
+    assert (tmp_path / name).read_text(encoding="utf-8") == text
 
 
 def test_what_no_plan_can_have_is_refused_at_once(fewbit: Fewbit, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_model_that_is_there_is_measured_as_it_is(tmp_path: Path) -> None:
     model, made, text = models.save(tmp_path / "model", "llama"), tmp_path / "made", tmp_path / "text.txt"
-    text.write_text(models.sentences(80))
+    text.write_text(models.sentences(80), encoding="utf-8")
     asked: dict[str, Any] = {"text": str(text), "length": 32, "samples": 2}
     fewbit.quantize(model, made, plan="nf4")
     by_plan, by_folder = fewbit.compare(model, plans=["nf4", made], **asked).rows
@@ -176,8 +176,8 @@ def test_a_model_that_is_there_is_measured_as_it_is(tmp_path: Path) -> None:
     models.edit_json(made / "config.json", note="changed")
     assert [row.reused for row in fewbit.compare(model, plans=["nf4", made], **asked).rows] == [True, False]
     other_words = models.save(tmp_path / "other", "llama")
-    found = json.loads((other_words / "tokenizer.json").read_text())
+    found = json.loads((other_words / "tokenizer.json").read_text(encoding="utf-8"))
     found["model"]["vocab"] = {**found["model"]["vocab"], "zzz": 290}
-    (other_words / "tokenizer.json").write_text(json.dumps(found))
+    (other_words / "tokenizer.json").write_text(json.dumps(found), encoding="utf-8")
     with pytest.raises(PlanError, match="have different tokenizers"):
         fewbit.compare(model, plans=[other_words], **asked)

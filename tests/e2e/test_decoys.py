@@ -39,15 +39,15 @@ def place(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     package.finetune(sub / "m", sub / "adapter", data=str(text), tuning=TUNING)
     package.finetune(other, place / "adapter", data=str(text), tuning=TUNING)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "adapter_config.json"):
-        (place / name).write_text("{")
+        (place / name).write_text("{", encoding="utf-8")
     for name in ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors"):
         (place / name).write_bytes(b"no tensors")
     for name in ("tiny", "smollm2"):
         (place / name).mkdir()
-        (place / name / "config.json").write_text((other / "config.json").read_text())
+        (place / name / "config.json").write_text((other / "config.json").read_text(encoding="utf-8"))
     for name in ("torch", "tokenizers", "fewbit", "random"):
         (place / name).mkdir()
-        (place / name / "__init__.py").write_text("raise SystemExit('the wrong module was imported')")
+        (place / name / "__init__.py").write_text("raise SystemExit('the wrong module was imported')", encoding="utf-8")
     return place
 
 
@@ -116,7 +116,9 @@ def test_every_verb_reads_what_the_name_says(
             assert torch.equal(said, found[verb]), verb
         else:
             assert found[verb] == said, verb
-    base = json.loads((tmp_path / "found" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = json.loads((tmp_path / "found" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))[
+        "base_model_name_or_path"
+    ]
     assert base == str(place / "sub" / "model.gguf")
 
 
@@ -149,9 +151,9 @@ def test_a_merge_finds_its_base_from_anywhere(there: Path, tmp_path: Path, monke
 def test_a_process_imports_no_module_from_here(there: Path) -> None:
     script = "import os, sys; assert os.getcwd() not in [os.path.abspath(p) for p in sys.path], sys.path"
     (there / "own").mkdir()
-    (there / "own" / "probe.py").write_text(script)
+    (there / "own" / "probe.py").write_text(script, encoding="utf-8")
     environment = {**processes.environment(), "PYTHONPATH": str(there / "own")}
-    run = subprocess.run(processes.command("probe"), env=environment, capture_output=True, text=True)
+    run = subprocess.run(processes.command("probe"), env=environment, capture_output=True, text=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr
 
 

@@ -38,17 +38,17 @@ def copied(source: Path, folder: Path, config: Any, tensors: dict[str, Tensor] |
     for file in source.iterdir():
         if file.is_file() and file.name not in ("fewbit.json", "model.safetensors"):
             (folder / file.name).write_bytes(file.read_bytes())
-    found = json.loads((source / "config.json").read_text())
+    found = json.loads((source / "config.json").read_text(encoding="utf-8"))
     found["quantization_config"] = config
     if config is None:
         del found["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(found))
+    (folder / "config.json").write_text(json.dumps(found), encoding="utf-8")
     save_file(tensors or load_file(source / "model.safetensors"), folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
 def quantization(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     return found
 
 
@@ -71,7 +71,7 @@ def test_old_autogptq(made: dict[str, Path], tmp_path: Path, name: str) -> None:
     folder = copied(made["4"], tmp_path / "old", None)
     (folder / "model.safetensors").rename(folder / f"{name}.safetensors")
     settings = {"bits": 4, "group_size": 32, "sym": True, "desc_act": False, "model_file_base_name": name}
-    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    (folder / "quantize_config.json").write_text(json.dumps(settings), encoding="utf-8")
     read_alike(folder, logits(made["4"]))
 
 
@@ -80,15 +80,17 @@ def test_old_autogptq_in_shards(made: dict[str, Path], tmp_path: Path) -> None:
     file = "gptq_model-4bit-32g-00001-of-00001.safetensors"
     (folder / "model.safetensors").rename(folder / file)
     index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(folder / file), file)}
-    (folder / "gptq_model-4bit-32g.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 32, "sym": True}))
+    (folder / "gptq_model-4bit-32g.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / "quantize_config.json").write_text(
+        json.dumps({"bits": 4, "group_size": 32, "sym": True}), encoding="utf-8"
+    )
     read_alike(folder, logits(made["4"]))
 
 
 def test_old_autoawq(made: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(made["awq"], tmp_path / "old", None)
     settings = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
-    (folder / "quant_config.json").write_text(json.dumps(settings))
+    (folder / "quant_config.json").write_text(json.dumps(settings), encoding="utf-8")
     read_alike(folder, logits(made["awq"]))
 
 

@@ -123,7 +123,9 @@ def write(folder: Path, layout: Layout) -> dict[str, Tensor]:
         for file in set(where.values()):
             save_file({n: t for n, t in tensors.items() if where[n] == file}, folder / file, {"format": "pt"})
         (folder / "model.safetensors").unlink()
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": where}), encoding="utf-8"
+        )
     else:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config: dict[str, Any] = {

@@ -34,7 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("matrix")
     made = {"original": models.save(place / "original", "llama", dtype="float32")}
     (place / "plan.json").write_text(
-        '{"name": "awq", "format": "awq", "rules": [{"match": "*", "scheme": "int4-g32"}]}'
+        '{"name": "awq", "format": "awq", "rules": [{"match": "*", "scheme": "int4-g32"}]}', encoding="utf-8"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEWBIT_CACHE", str(place / "cache"))

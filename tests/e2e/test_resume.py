@@ -86,7 +86,7 @@ def stopped(
     how, where = request.param
     command = [sys.executable, "-W", "ignore", "-c", HALTED, where, "quantize", str(model), "-o", str(place)]
     command += ["--calibration", wanted.text, "--samples", "6", "--length", "32", "--seed", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=dict(os.environ))
     try:
         deadline = time.monotonic() + HANG
         while not list(own_cache.glob("runs/*/block-00001.safetensors")) or (

@@ -13,7 +13,7 @@ import pytest
 from fewbit import mixtures
 from tests.golden.mixture_models import EXAMPLES, summed_up
 
-TABLE = json.loads((Path(__file__).parent / "mixtures.json").read_text())
+TABLE = json.loads((Path(__file__).parent / "mixtures.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

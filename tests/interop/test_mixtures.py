@@ -25,13 +25,13 @@ TABLE = Path(__file__).parent.parent / "golden" / "mixtures.json"
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_table_is_what_llama_cpp_gives(name: str, tmp_path: Path) -> None:
-    assert _types(EXAMPLES[name], tmp_path) == json.loads(TABLE.read_text())["types"][name]
+    assert _types(EXAMPLES[name], tmp_path) == json.loads(TABLE.read_text(encoding="utf-8"))["types"][name]
 
 
 def test_file_types() -> None:
     import llama_cpp
 
-    table = json.loads(TABLE.read_text())["file_types"]
+    table = json.loads(TABLE.read_text(encoding="utf-8"))["file_types"]
     assert table == {name: getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name.upper()}") for name in MIXTURES}
 
 
@@ -91,7 +91,9 @@ def main() -> None:
     }
     lines = json.dumps(table, indent=1).splitlines()
     # A mixture's roles on one line.
-    TABLE.write_text(re.sub(r"\n {5,}", " ", "\n".join(lines)).replace("{ ", "{").replace("\n    }", "}") + "\n")
+    TABLE.write_text(
+        re.sub(r"\n {5,}", " ", "\n".join(lines)).replace("{ ", "{").replace("\n    }", "}") + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

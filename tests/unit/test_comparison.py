@@ -16,7 +16,7 @@ EXAMPLE = Path(__file__).parents[1] / "data" / "report.json"
 
 @pytest.fixture
 def data() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(EXAMPLE.read_text())
+    found: dict[str, Any] = json.loads(EXAMPLE.read_text(encoding="utf-8"))
     return found
 
 

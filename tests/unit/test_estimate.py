@@ -64,8 +64,10 @@ def test_every_preset_is_there_and_the_original_first() -> None:
 
 
 def test_a_plan_that_cannot_be_says_why_and_others_go_on(bare: Path) -> None:
-    config = json.loads((bare / "config.json").read_text())
-    (bare / "config.json").write_text(json.dumps(config | {"model_type": "cohere", "architectures": None}))
+    config = json.loads((bare / "config.json").read_text(encoding="utf-8"))
+    (bare / "config.json").write_text(
+        json.dumps(config | {"model_type": "cohere", "architectures": None}), encoding="utf-8"
+    )
     rows = {row.plan: row for row in fewbit.estimate(bare).plans}
     assert "no GGUF file can be made" in (rows["q4_k_m"].why_not or "")
     assert rows["nf4"].why_not is None
@@ -136,19 +138,21 @@ def test_what_cannot_be_estimated(options: dict[str, object], says: str) -> None
 
 
 def test_a_config_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("[]")
+    (tmp_path / "config.json").write_text("[]", encoding="utf-8")
     with pytest.raises(FormatError, match="no JSON object"):
         fewbit.estimate(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": -3}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": -3}', encoding="utf-8")
     with pytest.raises(FormatError):
         fewbit.estimate(tmp_path)
-    (tmp_path / "other.json").write_text("{}")
+    (tmp_path / "other.json").write_text("{}", encoding="utf-8")
     with pytest.raises(PlanError, match=r"no config\.json"):
         fewbit.estimate(tmp_path / "other.json")
 
 
 def test_a_quantized_config_without_weights_is_refused(bare: Path) -> None:
-    config = json.loads((bare / "config.json").read_text())
-    (bare / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    config = json.loads((bare / "config.json").read_text(encoding="utf-8"))
+    (bare / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}), encoding="utf-8"
+    )
     with pytest.raises(PlanError, match="its weights are not here"):
         fewbit.estimate(bare)

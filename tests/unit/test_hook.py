@@ -24,7 +24,9 @@ assert not [f for f in sys.meta_path if type(f).__module__ == "fewbit.hook"]
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", f"import sys\n{code}"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"import sys\n{code}"], capture_output=True, text=True, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
     return done
 

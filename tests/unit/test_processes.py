@@ -41,7 +41,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    (tmp_path / "few_tasks.py").write_text(TASKS)
+    (tmp_path / "few_tasks.py").write_text(TASKS, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with Server("few_tasks") as started:
         yield started

@@ -211,10 +211,10 @@ def test_the_reference_has_the_table() -> None:
     from fewbit.advise.table import table
     from fewbit.report_advice import markdown
 
-    page = (Path(__file__).parent.parent.parent / "docs" / "reference.md").read_text()
+    page = (Path(__file__).parent.parent.parent / "docs" / "reference.md").read_text(encoding="utf-8")
     assert markdown(table(device="cpu", here=False)) in page, "run python tools/methods_table.py"
 
 
 def test_rules_are_data_with_sources() -> None:
-    raw = json.loads((Path(recommending.__file__).parent / "rules.json").read_text())
+    raw = json.loads((Path(recommending.__file__).parent / "rules.json").read_text(encoding="utf-8"))
     assert all(each["source"].startswith("https://") for kind in raw.values() for each in kind.values())

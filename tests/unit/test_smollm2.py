@@ -194,12 +194,12 @@ def fill(place: Path) -> None:
 def test_a_broken_folder_is_made_again_and_a_whole_one_is_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEWBIT_CACHE", str(tmp_path))
     place = cache.made("model", fill)
-    assert json.loads((place / cache.SIZES).read_text()) == {"config.json": 2, "weights": 100}
+    assert json.loads((place / cache.SIZES).read_text(encoding="utf-8")) == {"config.json": 2, "weights": 100}
     assert cache.made("model", lambda _: pytest.fail("made twice")) == place
     for damage in (
         lambda: (place / "weights").write_bytes(bytes(99)),
         lambda: (place / "config.json").unlink(),
-        lambda: (place / cache.SIZES).write_text("["),
+        lambda: (place / cache.SIZES).write_text("[", encoding="utf-8"),
     ):
         damage()
         cache.made("model", fill)

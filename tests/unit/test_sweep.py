@@ -58,7 +58,7 @@ def test_the_fused_panel_is_the_definition_in_the_interpreter() -> None:
     paths = os.pathsep.join([str(root), str(root / "src"), *sys.path])
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "tests.unit.test_sweep"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found.keys() == SWEPT.keys()

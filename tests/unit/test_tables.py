@@ -154,7 +154,12 @@ def test_a_program_prints_the_same_with_no_columns() -> None:
 
     def told(columns: str) -> str:
         run = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, env={"COLUMNS": columns}, check=True
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            env={"COLUMNS": columns},
+            check=True,
         )
         return run.stdout
 
