@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit import ambient, folder_output, pipeline, report
+from fewbit import ambient, folder_output, outputs, pipeline, report
 from fewbit import calibration as texts
 from fewbit.advise import hardware
 from fewbit.errors import FewbitError, PlanError
 from fewbit.job import Calibration, Job, too_small
+from fewbit.models.modules import FEW
 from fewbit.models.options import Request
 from fewbit.models.skeleton import Skeleton, load_tokenizer, tokenizer_at
 
@@ -41,8 +42,10 @@ def quantized(
     """
     job = Job.prepare(folder, request.plan, device, False, trust_remote_code)
     _check(request, job.skeleton)
+    size = job.preview().output_bytes
+    outputs.check_space({out: 2 * size}, "Free some space, or set FEWBIT_CACHE to a folder on another disk.")
     tokens = _tokens(request, job)
-    for note in job.notes:
+    for note in (*job.notes, *_left(job)):
         warnings.warn(f"{request.plan.name}: {note}", stacklevel=2)
     versions = {**hardware.versions(), "request": json.dumps([request.stages, request.batch])}
     run = pipeline.Run(pipeline.fingerprint(job.skeleton, job.resolved, tokens, versions))
@@ -82,6 +85,25 @@ def _check(request: Request, skeleton: Skeleton) -> None:
     ]
     if wrong:
         raise PlanError("\n".join(wrong))
+
+
+def _left(job: Job) -> list[str]:
+    """A sentence about the weights in blocks that the request does not reach; none where they are few."""
+    left: dict[str, int] = {}
+    names = dict[str, None]()
+    for block in job.skeleton.blocks:
+        for name, parameter in job.skeleton.model.get_submodule(block).named_parameters():
+            inner = name.removesuffix(".weight")
+            if parameter.dim() > 1 and f"{block}.{inner}" not in job.resolved.assignments:
+                left[f"{block}.{inner}"] = parameter.numel()
+                names[inner] = None
+    count = sum(left.values())
+    share = count / max(job.skeleton.parameters_in_blocks(), 1)
+    if share < FEW:
+        return []
+    shown = ", ".join([*names][:5]) + (" ..." if len(names) > 5 else "")
+    kind = str(job.source.dtype).removeprefix("torch.")
+    return [f"{count:,} parameters, {share:.0%} of those in the model's blocks, stay in {kind}: {shown}"]
 
 
 def _tokens(request: Request, job: Job) -> Tensor:

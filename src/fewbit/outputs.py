@@ -21,6 +21,7 @@ from fewbit.files import read_json
 
 RECORD = "fewbit.json"
 ANOTHER = "Give another -o."
+_ROOM = "Free some space, give another -o, or set FEWBIT_CACHE to a folder on another disk."
 _UNITS = ((10**9, "GB"), (10**6, "MB"), (1000, "kB"), (1, "bytes"))
 # Files that transformers, PEFT and fewbit write into the folder of a model, an adapter or a report.
 _OURS = re.compile(
@@ -98,7 +99,7 @@ def existing(path: Path) -> Path:
     return path
 
 
-def check_space(needs: Mapping[Path, int]) -> None:
+def check_space(needs: Mapping[Path, int], hint: str = _ROOM) -> None:
     """PlanError unless so many bytes are free at each place. Places on one disk need the sum."""
     disks: dict[int, list[Path]] = {}
     for place in needs:
@@ -109,7 +110,7 @@ def check_space(needs: Mapping[Path, int]) -> None:
             where = " and ".join(map(str, places))
             raise PlanError(
                 f"{_size(needed)} of disk are needed for {where}, {_size(free)} are free",
-                "Free some space, give another -o, or set FEWBIT_CACHE to a folder on another disk.",
+                hint,
             )
 
 

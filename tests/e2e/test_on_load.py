@@ -246,6 +246,18 @@ def test_renamed_tensors_are_refused_first(model: Path) -> None:
     assert isinstance(loaded(model, "nf4", key_mapping={"^text\\.": "model."}).get_submodule(UP), QLinear)
 
 
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_room_is_checked_before_any_work(kind: str, sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(pipeline, "quantize_blocks", lambda *args, **kwargs: pytest.fail("work was done"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with (
+        plugin.serving(),
+        pytest.raises(PlanError, match=r"(?s)of disk are needed for .*/on-load.*set FEWBIT_CACHE"),
+    ):
+        loaded(sound, kind)
+
+
 def test_a_dataset_that_cannot_be_had_is_replaced(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -188,10 +188,13 @@ def true_sequential(make: Make, patch: pytest.MonkeyPatch, folder: Path) -> None
 @effect("GPTQConfig.modules_in_block_to_quantize")
 def modules_in_block(make: Make, patch: pytest.MonkeyPatch, folder: Path) -> None:
     mlp = [["mlp.up_proj", "mlp.gate_proj"], ["mlp.down_proj"]]
-    made = make("GPTQConfig", modules_in_block_to_quantize=mlp)
+    with pytest.warns(UserWarning, match=r"\d% of those in the model's blocks, stay in .*: self_attn\.q_proj, "):
+        made = make("GPTQConfig", modules_in_block_to_quantize=mlp)
     assert {name.split(".", 3)[3] for name in packed(made)} == {"mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"}
     # Lists are steps: what stands in one list is measured at once.
-    assert not same(made, make("GPTQConfig", modules_in_block_to_quantize=[[name for step in mlp for name in step]]))
+    with pytest.warns(UserWarning, match="stay in"):
+        other = make("GPTQConfig", modules_in_block_to_quantize=[[name for step in mlp for name in step]])
+    assert not same(made, other)
     assert saved(made, folder)["modules_in_block_to_quantize"] == mlp
     assert same(made, AutoModelForCausalLM.from_pretrained(folder))
     with pytest.raises(PlanError, match=r"no block has a linear 'mlp\.gate', but self_attn\.q_proj"):
@@ -257,7 +260,8 @@ def version(make: Make, patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 @effect("AwqConfig.modules_to_not_convert")
 def modules_to_not_convert(make: Make, patch: pytest.MonkeyPatch, folder: Path) -> None:
-    made = make("AwqConfig", modules_to_not_convert=["o_proj", "lm_head"])
+    with pytest.warns(UserWarning, match=r"8,192 parameters, 13% of those .* stay in float32: self_attn\.o_proj$"):
+        made = make("AwqConfig", modules_to_not_convert=["o_proj", "lm_head"])
     assert not [name for name in packed(made) if "o_proj" in name]
     assert len(packed(made)) == 12
     assert "model.layers.0.self_attn.o_proj" in saved(made, folder)["modules_to_not_convert"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,16 @@ def test_a_pickle_that_would_be_refused_is_not_downloaded(folder: Path, monkeypa
     with pytest.raises(FormatError):
         source.locate("org/model", safetensors_only=True)
     assert not any("pytorch_model" in pattern for pattern in asked)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.ENOTDIR])
+def test_a_cache_of_the_hub_that_cannot_be_written(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        raise OSError(number, os.strerror(number), "/home/hub")
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    with pytest.raises(PlanError, match=r"(?s)cannot be saved in the cache of the Hub: .* \(/home/hub\).*Set HF_HOME"):
+        source.locate("org/model")
 
 
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from fewbit.fused import packed_linears
 from fewbit.nn import QEmbedding, QLinear
 from fewbit.schemes.base import PartSpec
 
-_FEW = 0.01  # share of a model's parameters below which it matters to nobody that they are not quantized
+FEW = 0.01  # share of a model's parameters below which it matters to nobody that they are not quantized
 
 asked_for: list[str | None] = []  # the kernels that fewbit's own loader asks for
 
@@ -90,7 +90,7 @@ def left_as_they_are(model: PreTrainedModel, skipped: Iterable[str] = ()) -> str
             if weight.dim() > 1:
                 left[f"{name}.{leaf}"] = weight.numel()
     share = sum(left.values()) / max(sum(left.values()) + quantized, 1)
-    if share < _FEW:
+    if share < FEW:
         return None
     largest = max(left, key=lambda name: left[name])
     kind = type(model.get_submodule(largest.rpartition(".")[0])).__name__

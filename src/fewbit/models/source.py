@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,7 @@ from fewbit.formats.gguf import GgufFile, is_gguf, is_later_part
 from fewbit.models import gguf_config, smollm2
 from fewbit.names import EMBEDDED
 
+_NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 # Everything a causal LM in the Hugging Face layout can need, and no other framework's weights.
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm"]
 _PATTERNS += ["tokenizer.model*", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*"]
@@ -217,6 +219,12 @@ def _download(name: str, safetensors_only: bool, patterns: list[str] = _PATTERNS
             folder = Path(snapshot_download(name, allow_patterns=[*_PATTERNS, "pytorch_model*.bin"]))
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in _NO_PLACE:
+            at = f" ({error.filename})" if error.filename else ""
+            raise PlanError(
+                f"model {name}: it cannot be saved in the cache of the Hub: {error.strerror}{at}",
+                "Set HF_HOME to a folder that can be written and has room.",
+            ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PlanError(
             f"model {name}: no such folder here, and the Hub did not give it: {reason}",
