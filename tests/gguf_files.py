@@ -42,7 +42,7 @@ def written(folder: Path, path: Path, kind: str = "f32", *, norms: str = "f32") 
         tensor = route.to_file(parameter.data).contiguous()
         plain = kind if tensor.dim() == 2 else norms
         if plain in PLAIN:
-            weights[name] = Entry(route.name, plain, tuple(tensor.shape)), tensor.to(PLAIN[plain][1])
+            weights[name] = Entry(route.name, plain, tuple(tensor.shape)), tensor.to(getattr(torch, PLAIN[plain][1]))
         else:
             packed = Method().quantize(tensor.float(), parse(plain), None).weight
             weights[name] = Entry(route.name, plain, tuple(tensor.shape)), packed.parts["blocks"]
