@@ -2,8 +2,9 @@
 
 A layer registers its codes as `Codes`, so that whoever sums `numel()` over parameters gets the number of weights, and
 whoever sums `numel() * element_size()` gets bytes. Its attribute `weight` is a `Values`: shape, type and device of the
-weight, without data. An operation that reads it gets the dequantized numbers; one that writes to it is refused, since
-new numbers lie on no grid. So an adapter method, a loss or a model's own code may read `layer.weight`.
+weight, without data. An operation that reads it gets the dequantized numbers; one that writes to it, or to a view of
+it (`Part`), is refused, since new numbers lie on no grid. So an adapter method, a loss or a model's own code may read
+`layer.weight`.
 """
 
 from __future__ import annotations
@@ -109,17 +110,83 @@ class Values(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return Values(args[0].layer)
-        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs)
-        for argument in func._schema.arguments:
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            for value in pytree.tree_leaves(given.get(argument.name)) if written else ():
-                if isinstance(value, Values):
+        return _run(func, args, kwargs or {})
+
+
+class Part(Tensor):
+    """A view of a weight (a slice, its transpose) as numbers. PlanError for an operation that writes to it.
+
+    The numbers are a copy, so that what is written there would be lost.
+    """
+
+    layer: Any
+    plain: Tensor
+
+    @staticmethod
+    def __new__(cls, layer: Layer, plain: Tensor) -> Part:
+        made: Part = torch.Tensor._make_subclass(cls, plain)
+        made.layer, made.plain = layer, plain
+        return made
+
+    def __init__(self, layer: Layer, plain: Tensor) -> None:
+        super().__init__()
+
+    @property
+    def data(self) -> Tensor:
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        refuse(self.layer)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        refuse(self.layer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.plain.clone()
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        return self.plain.__reduce_ex__(proto)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(self.plain)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The numbers, which cannot be written either."""
+        found = self.plain.numpy(force=force)
+        found.flags.writeable = False
+        return found
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The operation on numbers; refused if it writes to a weight. A view of a weight refuses to be written too."""
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs)
+    viewed: Layer | None = None
+    for argument in func._schema.arguments:
+        for value in pytree.tree_leaves(given.get(argument.name)) if argument.alias_info is not None else ():
+            if isinstance(value, (Values, Part)):
+                if argument.alias_info.is_write:
                     refuse(value.layer)
-        read = lambda value: value.layer.values() if isinstance(value, Values) else value  # noqa: E731
-        return func(*pytree.tree_map(read, args), **pytree.tree_map(read, dict(kwargs)))
+                viewed = value.layer
+    result = func(*pytree.tree_map(_numbers, args), **pytree.tree_map(_numbers, dict(kwargs)))
+    if viewed is None:
+        return result
+    layer = viewed
+    return pytree.tree_map(lambda value: Part(layer, value) if isinstance(value, Tensor) else value, result)
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, Values):
+        return value.layer.values()
+    return value.plain if isinstance(value, Part) else value
 
 
 def refuse(layer: Layer) -> NoReturn:

@@ -120,6 +120,10 @@ def test_a_weight_reads_as_numbers() -> None:
     assert (q.shape, q.dtype, q.numel()) == (wanted.shape, wanted.dtype, wanted.numel())
     assert torch.equal(q.data.clone(), wanted)
     assert torch.equal(q[3:5] * 2, wanted[3:5] * 2)
+    assert type(q[3:5] * 2) is type(q[3:5].clone()) is Tensor
+    assert q[3:5].clone().zero_().sum() == 0
+    assert torch.equal(copy.deepcopy(q[3:5]), wanted[3:5])
+    assert q.T[2].numpy().tolist() == wanted.T[2].tolist()
     assert torch.equal(nn.functional.linear(torch.eye(256), q), wanted.T)
 
 
@@ -141,6 +145,16 @@ WRITES: dict[str, Callable[[Any], object]] = {
     "replace": _replace,
     "add_": lambda layer: layer.weight.data.add_(1),
     "copy_": lambda layer: layer.weight.copy_(torch.zeros(256, 256)),
+    "row": lambda layer: layer.weight[0].fill_(1),
+    "item of a row": lambda layer: layer.weight[0].__setitem__(0, 1),
+    "slice of data": lambda layer: layer.weight.data[:2].copy_(torch.zeros(2, 256)),
+    "data of a slice": lambda layer: layer.weight[:2].data.zero_(),
+    "transpose": lambda layer: layer.weight.T.mul_(2),
+    "view": lambda layer: layer.weight.view(-1).add_(1),
+    "chunk": lambda layer: layer.weight.chunk(2)[1].zero_(),
+    "detached": lambda layer: layer.weight.detach()[1].zero_(),
+    "out": lambda layer: torch.zeros(256, out=layer.weight[0]),
+    "index_put_": lambda layer: layer.weight[0].index_put_((torch.tensor([1]),), torch.ones(1)),
 }
 
 
