@@ -7,6 +7,7 @@ was), fewbit registers itself there, so that `AutoModelForCausalLM.from_pretrain
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from fewbit import hook
@@ -46,6 +47,7 @@ _VERBS = {
     "choosing": ("estimate", "recommend"),
 }
 
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 hook.install()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import operator
 import os
 import reprlib
@@ -103,6 +104,7 @@ class Sampling:
 def checked(verb: Callable[P, R]) -> Callable[P, R]:
     """`verb`, whose arguments are checked by their names, and put in the form it works with, before it is called."""
     signature = inspect.signature(verb)
+    logger = logging.getLogger(verb.__module__)
     if missing := signature.parameters.keys() - _CHECKS.keys():
         raise RuntimeError(f"{verb.__name__}: arguments.py has no check for {', '.join(sorted(missing))}")
 
@@ -113,7 +115,10 @@ def checked(verb: Callable[P, R]) -> Callable[P, R]:
             parameter = signature.parameters[name]
             if value is not None or not (parameter.default is None or str(parameter.annotation).endswith("| None")):
                 bound.arguments[name] = _CHECKS[name](name, value)
-        return verb(*bound.args, **bound.kwargs)
+        result = verb(*bound.args, **bound.kwargs)
+        for note in getattr(result, "notes", ()):  # the command line prints them
+            logger.warning("%s", note)
+        return result
 
     return call
 

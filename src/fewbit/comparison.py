@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from fewbit.errors import FormatError
 from fewbit.files import read_json
 from fewbit.measure import intervals
+from fewbit.results import brief
 
 T = TypeVar("T")
 
@@ -165,6 +166,7 @@ class Quantizing:
     peak: Peak
 
 
+@brief
 @dataclass(frozen=True)
 class Row:
     """One plan: what it is, and either what was measured ("done") or why it was not ("failed", `reason`).
@@ -221,6 +223,7 @@ class TextUsed:
     seed: int | None = None
 
 
+@brief
 @dataclass(frozen=True)
 class Comparison:
     """Rows in the order in which the plans were asked for. date: ISO 8601, UTC, when the comparison ended.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fewbit import ranks, tables
+from fewbit.results import brief
 from fewbit.tables import size as size
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def _say(line: str) -> None:
     tables.say(out, line)
 
 
+@brief
 @dataclass(frozen=True)
 class Preview:
     """What `quantize` would do. Bytes are exact; `tensors` lists every tensor of the output as (name, what, bytes)."""
@@ -46,6 +48,7 @@ class Preview:
     share: float
 
 
+@brief
 @dataclass(frozen=True)
 class Quantized:
     """What `quantize` did. Bytes of tensors; `peak` is the most memory this process ever had resident."""
@@ -65,6 +68,7 @@ class Quantized:
     sample: str
 
 
+@brief
 @dataclass(frozen=True)
 class Measured:
     """What `imatrix` wrote: importances of `entries` tensors, over so many tokens of a text."""
@@ -77,6 +81,7 @@ class Measured:
     seconds: float
 
 
+@brief
 @dataclass(frozen=True)
 class Evaluation:
     """Quality, and size where the model is quantized."""
@@ -92,6 +97,7 @@ class Evaluation:
     available: int  # windows of the text, of which quality.windows were measured
 
 
+@brief
 @dataclass(frozen=True)
 class Finetuned:
     """What `finetune` did. Losses are nats per learned token: over the whole training, and on what was held out before
@@ -114,6 +120,7 @@ class Finetuned:
     gpu_peak: int
 
 
+@brief
 @dataclass(frozen=True)
 class Merged:
     """What `merge` made: an ordinary model, or a quantized one. `base`: the weights that the adapter was added to, None

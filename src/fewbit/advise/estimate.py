@@ -14,6 +14,7 @@ from fewbit.methods.base import make
 from fewbit.models.describe import describe
 from fewbit.models.outline import Outline, geometry
 from fewbit.models.source import Source
+from fewbit.results import brief
 from fewbit.stats import Need
 
 
@@ -41,6 +42,7 @@ class PlanEstimate:
     why_not: str | None
 
 
+@brief
 @dataclass(frozen=True)
 class Estimate:
     """What every plan makes of a model, the unquantized one first. `imagined`: no weights were there, the config alone

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fewbit import mixtures, plan
 from fewbit.advise import cards
 from fewbit.errors import PlanError
+from fewbit.results import brief
 from fewbit.schemes.base import parse
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([BbMm])")
@@ -32,6 +33,7 @@ class Format:
     card: str | None
 
 
+@brief
 @dataclass(frozen=True)
 class Precision:
     """What `fewbit estimate 7B` says: `guide` by the rule of thumb, `formats` as they are."""

@@ -23,6 +23,7 @@ from fewbit import registry
 from fewbit.advise.estimate import Estimate, PlanEstimate
 from fewbit.comparison import Comparison, Interval, Timing, leaders
 from fewbit.errors import PlanError
+from fewbit.results import brief
 from fewbit.schemes.base import parse
 from fewbit.tables import size
 
@@ -57,6 +58,7 @@ class Candidate:
     decode_interval: Interval | None = None
 
 
+@brief
 @dataclass(frozen=True)
 class Recommendation:
     """The plan to use, `ranked` first, what comes after it, and what cannot be. `rule`, `why` and `source`: the common

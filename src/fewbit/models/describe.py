@@ -17,10 +17,12 @@ from fewbit.formats.base import by_quant_method
 from fewbit.formats.gguf import PLAIN, GgufFile
 from fewbit.formats.safetensors import Checkpoint
 from fewbit.models.source import Source
+from fewbit.results import brief
 
 _WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+@brief
 @dataclass(frozen=True)
 class Inspection:
     """Bytes are those of tensors.

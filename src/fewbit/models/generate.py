@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from fewbit.arguments import Sampling
 from fewbit.errors import PlanError
 from fewbit.files import unwritable
+from fewbit.results import brief
 
 _KEPT = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "bad_words_ids"),
@@ -25,6 +26,7 @@ _KEPT = (
 _GREEDY = Sampling()
 
 
+@brief
 @dataclass(frozen=True)
 class Continuation:
     """What came after a prompt, which `str` gives; how many tokens, and seconds until the first and from it to the
