@@ -241,7 +241,7 @@ def _recorded_base(source: Source) -> Source | None:
 
     A model that is not quantized is its own base.
     """
-    if source.quantization is None:
+    if source.quantization is None and source.gguf is None:
         return source
     name = describe(source).made.get("origin")
     # A relative name would be another model's in another working directory.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from jinja2.exceptions import SecurityError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
 
 import fewbit as package
 from fewbit.errors import FormatError, PlanError
@@ -130,6 +130,19 @@ def test_the_tokenizer_is_the_original_one(kind: str, tmp_path: Path) -> None:
         if name != "model_max_length":
             assert getattr(found, name) == getattr(original, name)
     assert found.model_max_length == models.CONTEXT
+
+
+@pytest.mark.parametrize("kind", [AutoTokenizer, PreTrainedTokenizerFast], ids=lambda kind: kind.__name__)
+def test_arguments_of_a_tokenizer_are_honoured(kind: Any, small: Path) -> None:
+    found = kind.from_pretrained(
+        small.parent, gguf_file="m.gguf", padding_side="left", eos_token="<pad>", model_max_length=7, use_fast=True
+    )
+    assert type(found) is PreTrainedTokenizerFast
+    assert (found.padding_side, found.eos_token, found.model_max_length) == ("left", "<pad>", 7)
+    plain = kind.from_pretrained(small.parent, gguf_file="m.gguf")
+    assert (plain.padding_side, plain.eos_token, plain.model_max_length) == ("right", "</s>", models.CONTEXT)
+    suffixed = kind.from_pretrained(small.parent, gguf_file="m.gguf", add_eos_token=True, add_bos_token=True)
+    assert suffixed("the")["input_ids"] == [0, *plain("the", add_special_tokens=False)["input_ids"], 1]
 
 
 def test_a_pattern_without_a_name_is_refused(tmp_path: Path) -> None:

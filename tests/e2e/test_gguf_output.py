@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from fewbit import api, gguf_output, mixtures
+from fewbit.adapters import _recorded_base
 from fewbit.api import Calibration
 from fewbit.formats import imatrix
 from fewbit.formats.gguf import GgufFile
 from fewbit.formats.imatrix import Importance
+from fewbit.models.describe import describe
+from fewbit.models.source import locate
 from fewbit.plan import find
 from fewbit.schemes.base import parse
 from tests import models
@@ -62,6 +65,11 @@ def test_a_file_of_a_mixture(model: Path, place: Path, wanted: Calibration) -> N
     assert file.metadata["general.quantization_version"] == 2
     record = json.loads(file.metadata["fewbit.record"])
     assert record["plan"]["name"] == "q4_k_m"
+    assert describe(locate(place)).made == record
+    assert record["origin"] == str(model)
+    base = _recorded_base(locate(place))
+    assert base is not None
+    assert base.folder == model
     found = types(place)
     assert found["output.weight"] == "q6_k"
     assert found["token_embd.weight"] == "q4_k"

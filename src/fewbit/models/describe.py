@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from math import prod
@@ -18,6 +19,7 @@ from fewbit.formats.gguf import PLAIN, GgufFile
 from fewbit.formats.safetensors import Checkpoint
 from fewbit.models.source import Source
 from fewbit.results import brief
+from fewbit.scales import GGUF_RECORD
 
 _WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -146,6 +148,7 @@ def _of_gguf(source: Source) -> Inspection:
         file_bytes=file.nbytes,
         bits_per_weight=8 * file.nbytes / max(parameters, 1),
         bits_per_weight_quantized=8 * packed / quantized if quantized else None,
+        made=_of_keys(file),
     )
 
 
@@ -153,20 +156,37 @@ def _made(source: Source) -> dict[str, Any]:
     """What fewbit recorded when it made the model; empty for others'."""
     file = source.folder / "fewbit.json"
     try:
-        record = read_json(file)
-        nothing = type(None)
-        kinds: dict[str, tuple[type, ...]] = {
-            "versions": (dict,),
-            "plan": (dict,),
-            "tensors": (list,),
-            "notes": (list,),
-            "calibration": (dict, nothing),
-        }
+        return _checked(read_json(file), str(file))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise FormatError(f"{file} is no record of how fewbit made a model: {error}") from None
+
+
+def _of_keys(file: GgufFile) -> dict[str, Any]:
+    """The record in the keys of a GGUF file; empty for others'."""
+    if (text := file.metadata.get(GGUF_RECORD)) is None:
+        return {}
+    where = f"{file.path}: {GGUF_RECORD}"
+    try:
+        return _checked(json.loads(text), where)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise FormatError(f"{where} is no JSON: {error}") from None
+
+
+def _checked(record: Any, where: str) -> dict[str, Any]:
+    nothing = type(None)
+    kinds: dict[str, tuple[type, ...]] = {
+        "versions": (dict,),
+        "plan": (dict,),
+        "tensors": (list,),
+        "notes": (list,),
+        "calibration": (dict, nothing),
+    }
+    try:
         for key, kind in kinds.items():
             if not isinstance(record[key], kind):
                 raise TypeError(f"{key} is {record[key]!r}")
-    except FileNotFoundError:
-        return {}
-    except (OSError, FormatError, KeyError, TypeError) as error:
-        raise FormatError(f"{file} is no record of how fewbit made a model: {error}") from None
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"{where} is no record of how fewbit made a model: {error}") from None
     return dict(record)

@@ -33,6 +33,7 @@ from fewbit.schemes.ggml import codec
 
 _NUMBERS = ("f32", "f16", "bf16")
 SAVED = "model.gguf"
+_HEAD = ("lm_head.weight", "lm_head.bias")
 
 
 _Theirs: Any = GgufHfQuantizer  # which serves the architectures that are not known here, and is not typed
@@ -63,7 +64,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         if self.file is None:
             return super()._process_model_before_weight_loading(model, **kwargs)
-        self.routes = routes(model.config)
+        self.routes = _routes_of(model)
         self.entries = _matched(self.file, model, self.routes)
         for name, entry in self.entries.items():
             if entry.type in PLAIN or self.quantization_config.dequantize:
@@ -174,6 +175,11 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
     def write(self, model: PreTrainedModel, path: Path) -> None:
         """The model as a GGUF file with the keys, tensors and types that it was loaded from."""
         assert self.file is not None
+        if new := [name for name, _ in model.named_parameters() if _is_new(name, model, self.routes)]:
+            raise PlanError(
+                f"GGUF has no name for {new[0]} of a {type(model).__name__}",
+                "Save an ordinary folder: model.dequantize().save_pretrained(folder).",
+            )
         dropped = ("split.no", "split.count", "split.tensors.count", "general.alignment")
         metadata = {key: value for key, value in GgufFile(self.file.path).metadata.items() if key not in dropped}
         names = {entry.name: name for name, entry in self.entries.items()}
@@ -193,7 +199,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
                     writer.add(entry.name, blocks if route.rows is None else blocks[route.rows])
                 elif entry.type in PLAIN:
                     value = route.to_file(model.get_parameter(name).detach().cpu())
-                    writer.add(entry.name, value.to(PLAIN[entry.type][1]).contiguous())
+                    writer.add(entry.name, value.to(entry.spec.dtype).contiguous())
                 else:
                     writer.add(entry.name, self.file.get(entry.name))
 
@@ -221,8 +227,27 @@ class _Saver:
             self.quantizer.write(self.model, made)
 
 
+def _routes_of(model: PreTrainedModel) -> dict[str, Route]:
+    """The routes by the model's own names: a base model, which has no head, is no part of another there."""
+    found = routes(model.config)
+    if model.base_model is not model:
+        return found
+    prefix = f"{model.base_model_prefix}."
+    return {name.removeprefix(prefix): route for name, route in found.items()}
+
+
+def _is_new(name: str, model: PreTrainedModel, known: Mapping[str, Route]) -> bool:
+    """Whether it belongs to a head that no file has, such as that of a classifier."""
+    base = model.base_model
+    return base is not model and name not in known and not name.startswith(f"{model.base_model_prefix}.")
+
+
 def _matched(file: GgufFile, model: PreTrainedModel, known: dict[str, Route]) -> dict[str, Entry]:
-    """Name in the model -> its tensor in the file; FormatError unless they are all there and of the right shapes."""
+    """Name in the model -> its tensor in the file; FormatError unless they are all there and of the right shapes.
+
+    As transformers does with any checkpoint: the output head is left out where the model's class has none, and a head
+    that no file has is initialized, with a warning.
+    """
     ours = {route.name: name for name, route in known.items()}
     extra = ARCHITECTURES[file.metadata["general.architecture"]].extra
     expected = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -231,6 +256,8 @@ def _matched(file: GgufFile, model: PreTrainedModel, known: dict[str, Route]) ->
         if entry.name in extra:
             continue
         name = ours.get(entry.name)
+        if name in _HEAD and model.get_output_embeddings() is None:
+            continue
         if name is None or name not in expected:
             raise FormatError(f"{file.path}: the tensor {entry.name} has no place in a {type(model).__name__}")
         shape = tuple(expected[name][::-1] if known[name].transposed else expected[name])
@@ -243,6 +270,7 @@ def _matched(file: GgufFile, model: PreTrainedModel, known: dict[str, Route]) ->
         found[name] = entry
     tied = model.all_tied_weights_keys
     missing = [name for name in expected if name not in found and tied.get(name) not in found]
+    missing = [name for name in missing if not _is_new(name, model, known)]
     if missing:
         named = known[missing[0]].name if missing[0] in known else missing[0]
         raise FormatError(f"{file.path}: {len(missing)} tensors are missing, the first is {named}")

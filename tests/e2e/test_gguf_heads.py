@@ -1,0 +1,71 @@
+"""Classes without the output head of a GGUF file, or with another head, load as from any checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+import fewbit as package
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats.gguf import GgufFile, GgufWriter
+from fewbit.nn import QLinear
+from tests import gguf_files
+
+
+@pytest.fixture(scope="module", params=[("llama", False), ("llama", True), ("gpt2", True)], ids=str)
+def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family, tied = request.param
+    place = tmp_path_factory.mktemp("heads")
+    return gguf_files.written(
+        gguf_files.save(place / "m", family, tie_word_embeddings=tied, pad_token_id=0), place / "m.gguf", "q8_0"
+    )
+
+
+def load(kind: Any, file: Path, **options: Any) -> Any:
+    return kind.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **options).eval()
+
+
+def test_a_base_model_is_that_of_the_causal_lm(file: Path) -> None:
+    whole, base, ids = load(AutoModelForCausalLM, file), load(AutoModel, file), gguf_files.ids()
+    assert any(isinstance(module, QLinear) for module in base.modules())
+    with torch.no_grad():
+        expected = whole.base_model(ids).last_hidden_state
+        torch.testing.assert_close(base(ids).last_hidden_state, expected, rtol=0, atol=0)
+    base.save_pretrained(file.parent / "saved")  # with the head
+    again = package.load(file.parent / "saved" / "model.gguf", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, whole(ids).logits)
+
+
+@pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_a_new_head_is_initialized(kind: Any, file: Path, tmp_path: Path) -> None:
+    whole, model, ids = load(AutoModelForCausalLM, file), load(kind, file, num_labels=3), gguf_files.ids()
+    with torch.no_grad():
+        found = model(ids).logits
+        expected = whole.base_model(ids).last_hidden_state
+        assert found.shape[-1] == 3
+        assert found.isfinite().all()
+        torch.testing.assert_close(model.base_model(ids).last_hidden_state, expected, rtol=0, atol=0)
+    with pytest.raises(PlanError, match=r"GGUF has no name for (score|classifier)"):
+        model.save_pretrained(tmp_path / "saved")
+    model.dequantize().save_pretrained(tmp_path / "saved")
+
+
+def test_a_base_model_needs_all_of_its_tensors(file: Path, tmp_path: Path) -> None:
+    whole = GgufFile(file)
+    entries = [entry for entry in whole.entries.values() if entry.name != "blk.1.ffn_down.weight"]
+    with GgufWriter(tmp_path / "m.gguf", whole.metadata, entries) as writer:
+        for entry in entries:
+            writer.add(entry.name, whole.get(entry.name))
+    for kind in (AutoModel, AutoModelForSequenceClassification):
+        with pytest.raises(FormatError, match=r"1 tensors are missing, the first is blk\.1\.ffn_down\.weight"):
+            load(kind, tmp_path / "m.gguf")
