@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 import fewbit
-from fewbit.models.generate import continue_text, prompt_ids
+from fewbit.models.decoding.generate import continue_text, prompt_ids
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
-from fewbit.nn import QLinear
+from fewbit.nn.layers import QLinear
 
 PROMPT = "Once upon a time, in a small village near the sea,"
 

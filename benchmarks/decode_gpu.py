@@ -23,9 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu import CUDA, random_parts
 from benchmarks.quantize_gpu import CONFIG
-from fewbit.models.decode import within
-from fewbit.models.fuse import fuse
-from fewbit.nn import QLinear
+from fewbit.models.decoding.decode import within
+from fewbit.models.decoding.fuse import fuse
+from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import QTensor, parse
 
 FEW, MANY, ROUNDS = 32, 128, 5

@@ -30,7 +30,7 @@ def make(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from fewbit.formats.safetensors import side_files
+    from fewbit.formats.containers.safetensors import side_files
     from fewbit.models.source import locate
 
     config = LlamaConfig(
@@ -75,13 +75,13 @@ def growth(work: Callable[[], Any]) -> tuple[Any, int, int]:
 
 
 def quantizing(model: str, plan: str, out: str) -> dict[str, int]:
-    import fewbit.api
-    from fewbit import heap
-    from fewbit.catalogue import catalogue
+    import fewbit.api.inspect
+    from fewbit.plans.catalogue import catalogue
+    from fewbit.system import heap
 
     catalogue()
     heap.return_freed(1 << 16)
-    calibration = fewbit.api.Calibration(samples=SAMPLES, length=LENGTH)
+    calibration = fewbit.Calibration(samples=SAMPLES, length=LENGTH)
     _, peak, _ = growth(lambda: fewbit.quantize(model, out, plan=plan, calibration=calibration))
     return {"quantization_peak": peak}
 
@@ -89,9 +89,9 @@ def quantizing(model: str, plan: str, out: str) -> dict[str, int]:
 def running(model: str, context: int) -> dict[str, int]:
     import torch
 
-    import fewbit.api
-    from fewbit import heap
-    from fewbit.catalogue import catalogue
+    import fewbit.api.inspect
+    from fewbit.plans.catalogue import catalogue
+    from fewbit.system import heap
 
     catalogue()
     heap.return_freed(1 << 16)
@@ -120,7 +120,7 @@ def main() -> None:
         kind, *rest = args.child
         print(json.dumps(quantizing(*rest) if kind == "quantizing" else running(rest[0], int(rest[1]))))
         return
-    from fewbit.choosing import estimate
+    from fewbit.api.advise import estimate
 
     def child(*arguments: str) -> dict[str, int]:
         done = subprocess.run([sys.executable, __file__, "--child", *arguments], stdout=subprocess.PIPE, check=True)

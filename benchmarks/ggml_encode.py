@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from fewbit.schemes.base import parse
-from fewbit.schemes.ggml import BLOCK_TYPES, GGML
+from fewbit.schemes.ggml.scheme import GGML
+from fewbit.schemes.ggml.table import BLOCK_TYPES
 
 
 def seconds(work: Callable[[], Tensor], device: str) -> tuple[float, Tensor]:

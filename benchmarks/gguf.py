@@ -23,14 +23,16 @@ from typing import Any
 import numpy as np
 
 import fewbit
-from fewbit import api, calibration
-from fewbit.api import Calibration
-from fewbit.formats import imatrix
-from fewbit.formats.gguf import GgufFile
-from fewbit.mixtures import MIXTURES
+from fewbit.api import quantize as api
+from fewbit.formats.containers import imatrix
+from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
-from fewbit.plan import find
+from fewbit.plans.mixtures import MIXTURES
+from fewbit.plans.plan import find
+from fewbit.texts import sources
+from fewbit.texts import windows as texts_windows
+from fewbit.texts.calibration import Calibration
 from tests.interop import llama_cpp as peer
 from tests.interop import original
 
@@ -109,9 +111,9 @@ def quantize(arm: str, kind: str, model: str, out: Path, whole: Path, matrix: Pa
 def held_out(model: str, length: int, count: int) -> list[list[int]]:
     """Windows of the text that suits the model and was not calibrated on."""
     source = locate(model)
-    text = calibration.load_text(calibration.own_source(source.config), "evaluation")
-    tokens = calibration.encode(text, load_tokenizer(source))
-    found: list[list[int]] = calibration.windows(tokens, length, count).tolist()
+    text = sources.load_text(sources.own_source(source.config), "evaluation")
+    tokens = texts_windows.encode(text, load_tokenizer(source))
+    found: list[list[int]] = texts_windows.windows(tokens, length, count).tolist()
     return found
 
 

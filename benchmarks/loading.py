@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import fewbit
-from fewbit.plan import find
+from fewbit.plans.plan import find
 
 LOAD = """
 import json, sys, time
@@ -29,7 +29,7 @@ fewbit.prefer()
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 import fewbit.api
-from fewbit import heap
+from fewbit.system import heap
 folder, file = Path(sys.argv[1]), sys.argv[2] or None
 start = time.perf_counter()
 for path in folder.glob("*.gguf" if file else "*.safetensors"):

@@ -22,7 +22,7 @@ MAKE = """
 import sys, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from fewbit.models import smollm2
-from fewbit.formats.safetensors import side_files
+from fewbit.formats.containers.safetensors import side_files
 import shutil
 config = LlamaConfig(
     hidden_size=2048, intermediate_size=5632, num_hidden_layers=int(sys.argv[2]), num_attention_heads=32,
@@ -48,11 +48,11 @@ def main() -> None:
         subprocess.run([sys.executable, "-c", MAKE, str(model), str(args.blocks)], check=True, capture_output=True)
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
 
-        import fewbit.api
-        from fewbit.catalogue import catalogue
+        import fewbit.api.inspect
         from fewbit.measure import memory
+        from fewbit.plans.catalogue import catalogue
 
-        catalogue()  # with fewbit.api, imports every part, transformers among them
+        catalogue()  # with fewbit.api.inspect, imports every part, transformers among them
         before, peak, running = memory.now(), {"anonymous": 0, "mapped": 0}, True
 
         def watch() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
             model,
             Path(scratch) / "out",
             plan=args.plan,
-            calibration=fewbit.api.Calibration(samples=args.samples, length=512),
+            calibration=fewbit.texts.calibration.Calibration(samples=args.samples, length=512),
             progress=lambda step: phases.append(peak["anonymous"]),
         )
         seconds = time.perf_counter() - start

@@ -55,9 +55,9 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     import torch
 
     import fewbit
-    import fewbit.models.finetune  # so that it counts as an import
+    import fewbit.models.adapters.train  # so that it counts as an import
     from fewbit.measure import memory
-    from fewbit.tuning import Tuning
+    from fewbit.models.adapters.tuning import Tuning
 
     before, peaks, running = memory.now(), {"anonymous": 0, "resident": 0}, True
 

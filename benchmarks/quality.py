@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 import fewbit
-from fewbit.api import Calibration
-from fewbit.plan import find
-from fewbit.report import Evaluation
+from fewbit.plans.plan import find
+from fewbit.report.results import Evaluation
+from fewbit.texts.calibration import Calibration
 
 
 def main() -> None:

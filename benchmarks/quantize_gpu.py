@@ -25,18 +25,22 @@ from typing import Any
 
 import torch
 
-from fewbit import folder_output, gguf_output, pipeline
-from fewbit import plan as plans
 from fewbit.formats.awq import AWQFormat
 from fewbit.formats.gptq import GPTQFormat
-from fewbit.job import Job
 from fewbit.methods import gptq
-from fewbit.models import gguf_config, gguf_names
-from fewbit.models.gguf_header import Header
+from fewbit.models.gguf import config as gguf_config
+from fewbit.models.gguf import names
 from fewbit.models.skeleton import BlockCall, Skeleton
+from fewbit.pipeline import blocks as pipeline_blocks
+from fewbit.pipeline import progress as pipeline_progress
+from fewbit.pipeline import run as pipeline_run
+from fewbit.pipeline import settled, write_folder, write_gguf
+from fewbit.pipeline.gguf_header import Header
+from fewbit.pipeline.job import Job
+from fewbit.plans import plan as plans
 from fewbit.schemes.affine import Affine
 from fewbit.schemes.base import QTensor
-from fewbit.schemes.ggml import GGML
+from fewbit.schemes.ggml.scheme import GGML
 from fewbit.schemes.nf4 import FourBit
 from fewbit.stats import Need, Stats
 
@@ -158,7 +162,7 @@ def watch(clock: Clock) -> None:
     clock.watch(Skeleton, "capture", "capture")
     clock.watch(BlockCall, "run", "forward and replay")
     clock.watch(Stats, "add", "statistics")
-    clock.watch(pipeline, "rewrite", "rewriting (AWQ's search)")
+    clock.watch(pipeline_blocks, "rewrite", "rewriting (AWQ's search)")
     clock.watch(gptq, "inverse_factor", "Cholesky and inverse")
     clock.watch(gptq, "feed_back", "column loop")
     clock.watch(gptq, "descend", "refinement: descent")
@@ -172,8 +176,8 @@ def watch(clock: Clock) -> None:
     clock.watch(QTensor, "dequantize", "dequantizing")
     clock.watch(GPTQFormat, "lay_out", "laying out")
     clock.watch(AWQFormat, "lay_out", "laying out")
-    clock.watch(pipeline, "_lost", "error measurement")
-    clock.watch(pipeline.Run, "save", "saving the block")
+    clock.watch(pipeline_blocks, "_lost", "error measurement")
+    clock.watch(pipeline_run.Run, "save", "saving the block")
 
 
 def plan_of(name: str) -> plans.Plan:
@@ -191,34 +195,34 @@ def measure(folder: Path, name: str, args: argparse.Namespace, clock: Clock | No
     device.start()
     start = time.perf_counter()
     job = Job.prepare(folder, plan_of(name), "cuda", False, False)
-    need = pipeline.calibration_need(job.resolved)
+    need = settled.calibration_need(job.resolved)
     tokens = torch.randint(
         0, CONFIG["vocab_size"], (args.samples, args.length), generator=torch.Generator().manual_seed(0)
     )
-    run = pipeline.Run(f"benchmark-{name}")
+    run = pipeline_run.Run(f"benchmark-{name}")
     run.forget()
     laps: list[dict[str, float]] = []
     ends = [time.perf_counter()]
     if clock:
         clock.lap()
 
-    def progress(step: pipeline.Step) -> None:
+    def progress(step: pipeline_progress.Step) -> None:
         if clock:
             laps.append(clock.lap())
         ends.append(time.perf_counter())
 
-    reports = pipeline.quantize_blocks(
+    reports = pipeline_blocks.quantize_blocks(
         job.skeleton, job.resolved, tokens if need > Need.NOTHING else None, run, progress
     )
     quantized = time.perf_counter()
     out = Path(tempfile.mkdtemp()) / "out"
     if job.single_file:
         config = job.skeleton.config
-        header = Header({"general.architecture": "llama"}, gguf_names.routes(config), gguf_config.extra_tensors(config))
-        gguf_output.write(out, job.skeleton, job.resolved, run, header, {})
+        header = Header({"general.architecture": "llama"}, names.routes(config), gguf_config.extra_tensors(config))
+        write_gguf.write(out, job.skeleton, job.resolved, run, header, {})
     else:
         out.mkdir()
-        folder_output.write(out, job.skeleton, job.resolved, run)
+        write_folder.write(out, job.skeleton, job.resolved, run)
     written = time.perf_counter()
     shutil.rmtree(out.parent)
     run.forget()

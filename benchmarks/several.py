@@ -22,8 +22,8 @@ import json, sys
 from pathlib import Path
 import torch
 import fewbit
-from fewbit import ranks
-from fewbit.api import Calibration
+from fewbit.system import ranks
+from fewbit.texts.calibration import Calibration
 model, out, plan, samples, length = sys.argv[1:]
 done = fewbit.quantize(model, out, plan=plan, calibration=Calibration(samples=int(samples), length=int(length)))
 if not ranks.silent():

@@ -22,28 +22,30 @@ from typing import Any
 WORKER = """
 import json, sys, time
 from pathlib import Path
-from fewbit import api, folder_output, heap, pipeline
-from fewbit.formats.safetensors import Checkpoint, ShardWriter, files_in
+from fewbit.api import quantize
+from fewbit.pipeline import blocks, write_folder
+from fewbit.system import heap
+from fewbit.formats.containers.safetensors import Checkpoint, ShardWriter, files_in
 from fewbit.measure import memory
 
 what, model, out, plan = sys.argv[1:]
 heap.return_freed()
 base, started, found = memory.now().anonymous, time.perf_counter(), {}
 if what == "copy":
-    checkpoint, writer = Checkpoint(files_in(Path(model))), ShardWriter(Path(out), folder_output.SHARD_BYTES)
+    checkpoint, writer = Checkpoint(files_in(Path(model))), ShardWriter(Path(out), write_folder.SHARD_BYTES)
     for name in checkpoint.specs:
         writer.add(name, checkpoint.get(name))
     writer.close()
 else:
     for name in ("quantize_blocks", "assemble"):
-        def timed(*args, run=getattr(pipeline, name), name=name):
+        def timed(*args, run=getattr(blocks, name), name=name):
             before = time.perf_counter()
             result = run(*args)
             found[name] = time.perf_counter() - before
             found["anonymous"] = memory.now().anonymous - base
             return result
-        setattr(pipeline, name, timed)
-    api.quantize(model, out, plan=plan, device="cpu", overwrite=True)
+        setattr(blocks, name, timed)
+    quantize.quantize(model, out, plan=plan, device="cpu", overwrite=True)
 print(json.dumps(found | {"seconds": time.perf_counter() - started}))
 """
 

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import fewbit
-from fewbit import pipeline
-from fewbit import plan as plans
-from fewbit.api import Calibration
 from fewbit.methods import gptq
 from fewbit.models.skeleton import BlockCall, Skeleton
+from fewbit.pipeline import blocks
+from fewbit.plans import plan as plans
 from fewbit.schemes.affine import Affine
-from fewbit.schemes.ggml import GGML
+from fewbit.schemes.ggml.scheme import GGML
 from fewbit.schemes.nf4 import FourBit
 from fewbit.stats import Stats
+from fewbit.texts.calibration import Calibration
 
 spent: dict[str, float] = defaultdict(float)
 
@@ -53,7 +53,7 @@ def main() -> None:
     timed(gptq, "inverse_factor", "Cholesky")
     timed(Affine, "refit", "scale refit")
     timed(Affine, "fit", "scale search")
-    timed(pipeline, "_lost", "error measurement")
+    timed(blocks, "_lost", "error measurement")
     timed(Skeleton, "_load", "reading weights")
     suffix = plans.format_of(plans.find(args.plan)).suffix
     for scheme in (FourBit, GGML):

@@ -11,9 +11,9 @@ from tempfile import mkdtemp
 from typing import NamedTuple
 
 import fewbit
-from fewbit.calibration import load_text, own_source
-from fewbit.job import Calibration
 from fewbit.models.source import locate
+from fewbit.texts.calibration import Calibration
+from fewbit.texts.sources import load_text, own_source
 
 GGUF_FILE = "model.Q4_K_M.gguf"
 

@@ -12,10 +12,10 @@ from tokenizers import models as token_models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from fewbit.formats.gguf import PLAIN, Entry, GgufWriter
+from fewbit.formats.containers.gguf import PLAIN, Entry, GgufWriter
 from fewbit.methods.base import Method
-from fewbit.models import gguf_header
 from fewbit.models.source import locate
+from fewbit.pipeline import gguf_header
 from fewbit.schemes.base import parse
 from tests import models
 

@@ -36,7 +36,7 @@ def commands_in_readme() -> Iterator[str]:
     """README.md mentions `fewbit NAME` for each command of the command line that is not hidden."""
     import typer.main
 
-    from fewbit.cli import app
+    from fewbit.cli.app import app
 
     text = read("README.md")
     if text is None:

@@ -11,7 +11,7 @@ import random
 import torch
 
 from fewbit import registry
-from fewbit.kernels import native
+from fewbit.kernels.cpu import library as native
 from fewbit.schemes.base import parse
 
 SPECS = (

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from fewbit.errors import FormatError
-from fewbit.formats.gguf import Entry, GgufFile, GgufWriter
-from fewbit.models import gguf_config, gguf_header, gguf_tokenizer
+from fewbit.formats.containers.gguf import Entry, GgufFile, GgufWriter
+from fewbit.models.gguf import config, tokenizer
 from fewbit.models.source import locate
+from fewbit.pipeline import gguf_header
 
 
 def read_all(path: Path) -> None:
@@ -29,8 +30,8 @@ def read_all(path: Path) -> None:
     file = GgufFile(path)
     for name in file.entries:
         file.get(name)
-    gguf_config.to_config(file)
-    gguf_tokenizer.to_tokenizer(file)
+    config.to_config(file)
+    tokenizer.to_tokenizer(file)
 
 
 def seeds(folder: Path) -> list[bytes]:
@@ -86,7 +87,7 @@ def main() -> None:
             with suppress(FormatError):
                 read_all(path)
 
-        for module in (gguf_config, gguf_tokenizer, sys.modules["fewbit.formats.gguf"]):
+        for module in (config, tokenizer, sys.modules["fewbit.formats.containers.gguf"]):
             own = [each for each in vars(module).values() if getattr(each, "__module__", None) == module.__name__]
             methods = [each for kind in own if isinstance(kind, type) for each in vars(kind).values()]
             for function in [*own, *methods]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fewbit.advise.table import table
-from fewbit.report_advice import COLUMNS, markdown
+from fewbit.report.advice import COLUMNS, markdown
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference.md"
 

@@ -1,10 +1,10 @@
-"""Write the table of config options, generated from the decisions in fewbit.models.options, into docs/reference.md."""
+"""Write the table of config options, from fewbit.models.plugin.options, into docs/reference.md."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from fewbit.models.options import OPTIONS
+from fewbit.models.plugin.options import OPTIONS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference.md"
 HEADER = "| config | option | fewbit | |"

@@ -9,8 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from fewbit.comparison import Comparison, Interval, Row
-from fewbit.report import size
+from fewbit.measure.comparison import Comparison, Interval, Row
+from fewbit.units import size
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADINGS = ("plan", "on disk", "at rest", "perplexity", "KL divergence", "same top token")

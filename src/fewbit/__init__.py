@@ -14,10 +14,13 @@ from fewbit import hook
 from fewbit.errors import FewbitError, FormatError, KernelError, NumericsError, PlanError
 
 if TYPE_CHECKING:
-    from fewbit.adapters import finetune, merge
-    from fewbit.api import evaluate, generate, inspect, load, quantize
-    from fewbit.choosing import estimate, recommend
-    from fewbit.comparing import compare
+    from fewbit.api.adapters import finetune, merge
+    from fewbit.api.advise import estimate, recommend
+    from fewbit.api.compare import compare
+    from fewbit.api.evaluate import evaluate
+    from fewbit.api.generate import generate, load
+    from fewbit.api.inspect import inspect
+    from fewbit.api.quantize import quantize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,11 +43,19 @@ __all__ = [
     "recommend",
 ]
 
+# Where what the package hands out is made; imported when it is asked for.
 _VERBS = {
-    "adapters": ("finetune", "merge"),
-    "api": ("evaluate", "generate", "imatrix", "inspect", "load", "quantize"),
-    "comparing": ("compare",),
-    "choosing": ("estimate", "recommend"),
+    "api.adapters": ("finetune", "merge"),
+    "api.advise": ("estimate", "recommend"),
+    "api.compare": ("compare",),
+    "api.evaluate": ("evaluate",),
+    "api.generate": ("generate", "load"),
+    "api.inspect": ("inspect",),
+    "api.quantize": ("imatrix", "quantize"),
+    "measure.comparison": ("Comparison",),
+    "models.adapters.tuning": ("Tuning",),
+    "plans.plan": ("Plan",),
+    "texts.calibration": ("Calibration",),
 }
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -1,3 +1,3 @@
-from fewbit.cli import main
+from fewbit.cli.app import main
 
 main()

@@ -19,12 +19,12 @@ from typing import Any
 # Theirs -> ours. transformers imports its quantizers in the midst of its models, when nothing that needs a model can be
 # imported yet; configs and tokenizers may be imported without any; PEFT's is the last that LoRA consists of.
 _WATCHED = {
-    "transformers.modeling_utils": "fewbit.models.plugin",
-    "transformers.configuration_utils": "fewbit.models.plugin_config",
-    "transformers.utils.quantization_config": "fewbit.models.configs",
-    "transformers.models.auto.tokenization_auto": "fewbit.models.plugin_tokenizer",
-    "peft.tuners.lora.model": "fewbit.lora",
-    "peft.peft_model": "fewbit.refit",
+    "transformers.modeling_utils": "fewbit.models.plugin.quantizer",
+    "transformers.configuration_utils": "fewbit.models.plugin.patch_gguf_config",
+    "transformers.utils.quantization_config": "fewbit.models.plugin.patch_configs",
+    "transformers.models.auto.tokenization_auto": "fewbit.models.plugin.patch_gguf_tokenizer",
+    "peft.tuners.lora.model": "fewbit.models.adapters.lora",
+    "peft.peft_model": "fewbit.models.adapters.refit",
 }
 
 preferred: set[str] = set()  # quantization methods that fewbit serves even where their own back end is installed
@@ -77,8 +77,8 @@ def install() -> None:
 
 
 def on_load() -> Any:
-    """`fewbit.on_load`, which quantizes a checkpoint while it is loaded; by name too, as it lies above who asks."""
-    return importlib.import_module("fewbit.on_load")
+    """`fewbit.api.on_load`, which quantizes a checkpoint while it is loaded; by name too, as it lies above who asks."""
+    return importlib.import_module("fewbit.api.on_load")
 
 
 def prefer(methods: set[str]) -> None:

@@ -1,12 +1,7 @@
 """PyTorch, imported when it is first used: its import takes seconds, and a misspelled name must not cost them.
 
-A module that declares more than it computes (plans, schemes, methods) takes `torch` from here:
-
-    if TYPE_CHECKING:
-        import torch
-        from torch import Tensor
-    else:
-        from fewbit.lazy import torch
+A module that declares more than it computes (plans, schemes, methods) takes `torch` and `Tensor` from here. `Tensor` is
+for annotations only; at run time it is `torch.Tensor`.
 
 The first use of an attribute imports PyTorch and puts the real module in the place of the stand-in wherever fewbit
 holds it, so that later uses cost nothing more.
@@ -17,7 +12,7 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 class _Lazy(ModuleType):
@@ -30,5 +25,11 @@ class _Lazy(ModuleType):
         return getattr(module, name)
 
 
-torch: Any = sys.modules.get("torch") or _Lazy("torch")
-distributed: Any = sys.modules.get("torch.distributed") or _Lazy("torch.distributed")
+if TYPE_CHECKING:
+    import torch as torch
+    from torch import Tensor as Tensor
+    from torch import distributed as distributed
+else:
+    torch = sys.modules.get("torch") or _Lazy("torch")
+    distributed = sys.modules.get("torch.distributed") or _Lazy("torch.distributed")
+    Tensor = "Tensor"

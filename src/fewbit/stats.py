@@ -12,16 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
-from fewbit import ranks
 from fewbit.errors import NumericsError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
+from fewbit.lazy import Tensor, torch
+from fewbit.system import ranks
 
 
 class Need(IntEnum):

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 
-from fewbit import nn as quantized_nn
 from fewbit.formats import awq as awq_format
 from fewbit.formats.awq import AWQFormat
 from fewbit.formats.gptq import GPTQFormat
@@ -27,13 +26,14 @@ from fewbit.kernels.torch_int4 import TorchInt4
 from fewbit.methods import gptq
 from fewbit.methods.awq import AWQ
 from fewbit.methods.base import make
-from fewbit.models import rewrite as rewriting
+from fewbit.methods.sweep.definition import Sweep
 from fewbit.models import topology
+from fewbit.nn import layers as quantized_nn
+from fewbit.pipeline import rewrite as rewriting
 from fewbit.schemes import affine, bits, int8, nf4
 from fewbit.schemes.base import parse
 from fewbit.schemes.ggml import codebook, layout, search
 from fewbit.schemes.ggml import grids as blockwise
-from fewbit.sweep import Sweep
 from tests.contract.cases import FORMATS, KERNELS, hard, ordinary
 from tests.contract.test_formats import check_round_trip
 from tests.contract.test_kernels import check_product, check_restored

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewbit import cli
+from fewbit.cli import app
 from tests import models
 
 
@@ -41,7 +41,7 @@ def fewbit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         monkeypatch.setenv("COLUMNS", "200")
         capsys.readouterr()
         try:
-            cli.main()
+            app.main()
             code: Any = 0
         except SystemExit as end:
             code = end.code

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer
 
 import fewbit as package
-from fewbit import NumericsError, PlanError, api
-from fewbit.models import finetune as training
-from fewbit.models.adapter import quiet
-from fewbit.tuning import Tuning
+from fewbit import NumericsError, PlanError
+from fewbit.api import quantize
+from fewbit.models.adapters import train as training
+from fewbit.models.adapters.attach import quiet
+from fewbit.models.adapters.tuning import Tuning
 from tests import models
 from tests.e2e.conftest import Fewbit
 from tests.e2e.test_bad_input import check
@@ -34,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def quantized(model: Path) -> Path:
     out = model.parent / "quantized"
-    api.quantize(model, out, plan="rtn-4bit")
+    quantize.quantize(model, out, plan="rtn-4bit")
     return out
 
 
@@ -84,8 +85,8 @@ def test_it_learns_and_tells_what_it_did(
 def test_the_losses_it_tells_are_those_of_the_files(quantized: Path, text: Path, place: Path) -> None:
     tuning = Tuning(length=32, batch=3, steps=3, learning_rate=0.01, held_out=0.2)
     done = package.finetune(quantized, place, data=str(text), tuning=tuning)
-    from fewbit.calibration import load_text
-    from fewbit.examples import examples, split
+    from fewbit.texts.examples import examples, split
+    from fewbit.texts.sources import load_text
 
     every, _ = examples(load_text(str(text)), models.tokenizer(models.CHAT), 32)
     _, held_out = split(every, 0.2, 0)
@@ -219,7 +220,7 @@ def test_broken_data_is_told_before_the_model_is_loaded(
     fewbit: Fewbit,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fewbit.adapters.load_model", None)
+    monkeypatch.setattr("fewbit.models.load.load_model", None)
     data = written(tmp_path / "data.jsonl", *lines)
     named = () if "--held-out 0" in words else (str(data),)
     check(fewbit("finetune", quantized, "--data", data, "-o", place), code, *named, *words)
@@ -325,7 +326,7 @@ def test_merging_into_the_values_equals_the_adapter_on_codes(
     family: str, text: Path, tmp_path: Path, fewbit: Fewbit
 ) -> None:
     model = models.save(tmp_path / "model", family, dtype="float32")
-    api.quantize(model, tmp_path / "quantized", plan="rtn-4bit")
+    quantize.quantize(model, tmp_path / "quantized", plan="rtn-4bit")
     shutil.rmtree(model)  # so that the base is not at hand
     tuning = Tuning(length=32, batch=8, learning_rate=0.01, steps=4, held_out=0)
     package.finetune(tmp_path / "quantized", tmp_path / "adapter", data=str(text), tuning=tuning)
@@ -368,7 +369,7 @@ def test_a_merge_carries_over_what_has_no_place(packed: bool, tmp_path: Path, ad
         (source / name).parent.mkdir()
         (source / name).write_text("{}")
     if packed:
-        api.quantize(source, tmp_path / "packed", plan="rtn-4bit")
+        quantize.quantize(source, tmp_path / "packed", plan="rtn-4bit")
         shutil.rmtree(source)  # so that the base is not at hand
         source = tmp_path / "packed"
     done = package.merge(source, adapter, tmp_path / "out", length=32)

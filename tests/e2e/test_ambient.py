@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import fewbit as fb
-from fewbit.job import Calibration
+from fewbit.texts.calibration import Calibration
 from tests import models
 
 State = Callable[[], AbstractContextManager[Any]]

@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import fewbit
-from fewbit import api, pipeline
+from fewbit.api import evaluate, quantize
 from fewbit.formats.awq import AWQFormat
-from fewbit.formats.safetensors import write_file
-from fewbit.models import rewrite
-from fewbit.nn import QLinear
-from fewbit.plan import find
+from fewbit.formats.containers.safetensors import write_file
+from fewbit.nn.layers import QLinear
+from fewbit.pipeline import progress, rewrite
+from fewbit.plans.plan import find
+from fewbit.texts import calibration
 from tests import models
 
 
@@ -34,8 +35,8 @@ def distance(got: Tensor, wanted: Tensor) -> float:
 def test_files_load_packed_and_are_saved_as_they_were(family: str, scheme: str, ids: Tensor, tmp_path: Path) -> None:
     folder = models.save(tmp_path / "original", family)
     plan = find("rtn-4bit").changed(scheme=scheme)
-    api.quantize(folder, tmp_path / "gptq", plan=plan)
-    api.quantize(folder, tmp_path / "awq", plan=plan.changed(format="awq"))
+    quantize.quantize(folder, tmp_path / "gptq", plan=plan)
+    quantize.quantize(folder, tmp_path / "awq", plan=plan.changed(format="awq"))
     config = json.loads((tmp_path / "awq" / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "awq"
     assert config["modules_to_not_convert"] == ["lm_head"]
@@ -56,7 +57,7 @@ def test_files_load_packed_and_are_saved_as_they_were(family: str, scheme: str, 
 
 def test_a_gemv_file_of_others_loads(ids: Tensor, tmp_path: Path) -> None:
     folder = models.save(tmp_path / "original", "mistral")
-    api.quantize(folder, tmp_path / "gemm", plan=find("rtn-4bit").changed(scheme="int4-g32", format="awq"))
+    quantize.quantize(folder, tmp_path / "gemm", plan=find("rtn-4bit").changed(scheme="int4-g32", format="awq"))
     written = AWQFormat()
     config = json.loads((tmp_path / "gemm" / "config.json").read_text())["quantization_config"]
     gemm = models.tensors_of(tmp_path / "gemm")
@@ -77,7 +78,7 @@ class _Stop(Exception):
     pass
 
 
-def stop(step: pipeline.Step) -> None:
+def stop(step: progress.Step) -> None:
     if step.done == 2:
         raise _Stop
 
@@ -86,7 +87,9 @@ def check_whole_model(root: Path, family: str, text: Path) -> None:
     """At 8 bits the model is still the original, though what is not quantized has changed in its files."""
     folder, out = models.save(root / "original", family), root / "out"
     plan = find("awq-4bit").changed(scheme="int8-g32", format="gptq", options={"grid": "4"})
-    done = api.quantize(folder, out, plan=plan, calibration=api.Calibration(str(text), 6, 32), overwrite=True)
+    done = quantize.quantize(
+        folder, out, plan=plan, calibration=calibration.Calibration(str(text), 6, 32), overwrite=True
+    )
     assert {tensor.method for tensor in done.tensors} == {"awq"}
     before, after = models.tensors_of(folder), models.tensors_of(out)
     rest = [name for name in after if name in before]
@@ -107,13 +110,15 @@ def check_resumed(root: Path, text: Path) -> None:
     if not (root / "original").exists():
         models.save(root / "original", "qwen2", num_hidden_layers=3)
     plan = find("awq-4bit").changed(method="awq+gptq", scheme="int4-g32", options={"grid": "4"})
-    wanted = api.Calibration(str(text), 6, 32)
+    wanted = calibration.Calibration(str(text), 6, 32)
     with pytest.raises(_Stop):
-        api.quantize(root / "original", root / "out", plan=plan, calibration=wanted, progress=stop)
-    steps: list[pipeline.Step] = []
-    api.quantize(root / "original", root / "out", plan=plan, calibration=wanted, progress=steps.append, overwrite=True)
+        quantize.quantize(root / "original", root / "out", plan=plan, calibration=wanted, progress=stop)
+    steps: list[progress.Step] = []
+    quantize.quantize(
+        root / "original", root / "out", plan=plan, calibration=wanted, progress=steps.append, overwrite=True
+    )
     assert [step.resumed for step in steps] == [True, True, False]
-    api.quantize(root / "original", root / "straight", plan=plan, calibration=wanted, overwrite=True)
+    quantize.quantize(root / "original", root / "straight", plan=plan, calibration=wanted, overwrite=True)
     ours, theirs = models.tensors_of(root / "out"), models.tensors_of(root / "straight")
     before = models.tensors_of(root / "original")
     assert not torch.equal(
@@ -129,13 +134,13 @@ def test_a_run_goes_on_with_norms_as_they_were_rewritten(text: Path, tmp_path: P
 
 
 def test_on_the_embedded_model_it_loses_less_than_rounding(tmp_path: Path) -> None:
-    few, away = api.Calibration(samples=4, length=256), {}
+    few, away = calibration.Calibration(samples=4, length=256), {}
     for method, options in (("rtn", {}), ("awq", {"grid": "5"})):
         plan = find("awq-4bit").changed(method=method, options=options)
-        done = api.quantize("tiny", tmp_path / method, plan=plan, calibration=few)
+        done = quantize.quantize("tiny", tmp_path / method, plan=plan, calibration=few)
         assert {(tensor.method, tensor.scheme) for tensor in done.tensors} == {(method, "int4-g128")}
         assert not [tensor.notes for tensor in done.tensors if tensor.notes]
-        kl = api.evaluate(tmp_path / method, reference="tiny", samples=3, length=512).quality.kl
+        kl = evaluate.evaluate(tmp_path / method, reference="tiny", samples=3, length=512).quality.kl
         assert kl is not None
         away[method] = kl.mean.value
     assert away["awq"] < 0.9 * away["rtn"]
@@ -148,7 +153,9 @@ def test_methods_compose_over_a_whole_model(text: Path, tmp_path: Path) -> None:
     wanted = models.logits(models.original(folder), ids)
     for method, options in (("rtn", {}), ("awq", {"grid": "5"}), ("awq+gptq", {"grid": "5"})):
         plan = find("awq-4bit").changed(method=method, scheme="int4-g32", options=options)
-        done = api.quantize(folder, tmp_path / method, plan=plan, calibration=api.Calibration(str(text), 24, 48))
+        done = quantize.quantize(
+            folder, tmp_path / method, plan=plan, calibration=calibration.Calibration(str(text), 24, 48)
+        )
         assert {tensor.method for tensor in done.tensors} == {method}
         away[method] = distance(models.logits(fewbit.load(tmp_path / method, dtype=torch.float32), ids), wanted)
     assert away["awq+gptq"] < away["awq"] < away["rtn"], away
@@ -156,14 +163,17 @@ def test_methods_compose_over_a_whole_model(text: Path, tmp_path: Path) -> None:
 
 def test_where_every_fold_fails_ranges_are_clipped(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = models.save(tmp_path / "original", "llama")
-    wanted, plan = api.Calibration(str(text), 6, 32), find("awq-4bit").changed(scheme="int4-g32", options={"grid": "2"})
+    wanted, plan = (
+        calibration.Calibration(str(text), 6, 32),
+        find("awq-4bit").changed(scheme="int4-g32", options={"grid": "2"}),
+    )
     monkeypatch.setattr(rewrite, "_CLOSE", -1.0)
-    done = api.quantize(folder, tmp_path / "out", plan=plan, calibration=wanted)
+    done = quantize.quantize(folder, tmp_path / "out", plan=plan, calibration=wanted)
     said = [note for tensor in done.tensors for note in tensor.notes]
     assert len(done.tensors) == 14
     assert [note for note in said if "would change the block's output by" in note]
     clipped = plan.changed(options={"grid": "0"})
-    api.quantize(folder, tmp_path / "clipped", plan=clipped, calibration=wanted)
+    quantize.quantize(folder, tmp_path / "clipped", plan=clipped, calibration=wanted)
     ours, theirs = models.tensors_of(tmp_path / "out"), models.tensors_of(tmp_path / "clipped")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
@@ -172,7 +182,7 @@ def test_where_every_fold_fails_ranges_are_clipped(text: Path, tmp_path: Path, m
 def test_what_could_not_be_folded_is_in_the_record(text: Path, tmp_path: Path) -> None:
     folder = models.save(tmp_path / "original", "opt-350m")
     plan = find("awq-4bit").changed(scheme="int4-g32", options={"grid": "2"})
-    api.quantize(folder, tmp_path / "out", plan=plan, calibration=api.Calibration(str(text), 6, 32))
+    quantize.quantize(folder, tmp_path / "out", plan=plan, calibration=calibration.Calibration(str(text), 6, 32))
     record = json.loads((tmp_path / "out" / "fewbit.json").read_text())
     notes = {tensor["module"].rpartition(".")[2]: tensor["notes"] for tensor in record["tensors"]}
     assert {name for name, said in notes.items() if said} == {"q_proj", "k_proj", "v_proj", "fc1"}

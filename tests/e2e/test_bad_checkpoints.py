@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fewbit import FewbitError, FormatError, api
-from fewbit.models import plugin
-from fewbit.nn import QLinear
-from fewbit.plan import find
+from fewbit import FewbitError, FormatError
+from fewbit.api import quantize
+from fewbit.models.plugin import quantizer
+from fewbit.nn.layers import QLinear
+from fewbit.plans.plan import find
 from tests import models
 from tests.e2e.conftest import Fewbit
 from tests.e2e.test_bad_input import WEIGHTS, check, shard
@@ -39,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind in KINDS:
         made[kind] = place / kind
         plan = find(PLANS.get(kind) or str(place / "plan.json"))
-        api.quantize(made["original"], made[kind], plan=plan.changed(method="rtn"))
+        quantize.quantize(made["original"], made[kind], plan=plan.changed(method="rtn"))
     return made
 
 
@@ -55,7 +56,7 @@ def folder(kind: str, folders: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def load(folder: Path, **options: Any) -> Any:
-    with plugin.serving():
+    with quantizer.serving():
         return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
@@ -215,5 +216,5 @@ def test_a_model_that_is_only_a_pickle_is_not_blocked(folders: dict[str, Path], 
         torch.save(tensors, folder / "pytorch_model.bin")
         made = load(folder)
         assert torch.equal(models.logits(made, IDS), wanted)
-        api.quantize(folder, tmp_path / f"{family}-out", plan=find("rtn-4bit"))
+        quantize.quantize(folder, tmp_path / f"{family}-out", plan=find("rtn-4bit"))
         assert any(isinstance(module, QLinear) for module in load(tmp_path / f"{family}-out").modules())

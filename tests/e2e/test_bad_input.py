@@ -21,8 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fewbit import FormatError, KernelError, PlanError, api, folder_output, pipeline
-from fewbit.formats import safetensors
+from fewbit import FormatError, KernelError, PlanError
+from fewbit.api import generate, quantize
+from fewbit.formats.containers import safetensors
+from fewbit.pipeline import blocks, write_folder
+from fewbit.texts import calibration
 from tests import models
 from tests.e2e.conftest import Answer, Fewbit
 
@@ -38,7 +41,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sound_gptq(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sound") / "gptq"
-    api.quantize(sound, out, plan="rtn-4bit")
+    quantize.quantize(sound, out, plan="rtn-4bit")
     return out
 
 
@@ -519,14 +522,14 @@ def test_a_result_that_fails_its_own_check_is_not_published(
 ) -> None:
     place.mkdir()
     (place / "config.json").write_text("mine")
-    write = folder_output.write
+    write = write_folder.write
 
     def write_badly(folder: Path, *rest: Any) -> int:
         written = write(folder, *rest)
         rewrite(folder, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
         return written
 
-    monkeypatch.setattr(folder_output, "write", write_badly)
+    monkeypatch.setattr(write_folder, "write", write_badly)
     answer = fewbit("quantize", sound, "-o", place, "--overwrite", "--plan", "rtn-4bit")
     check(answer, 3, "failed its own check", "not finite")
     assert [p.name for p in place.iterdir()] == ["config.json"]
@@ -669,7 +672,7 @@ def test_a_disk_that_fills_up(
         write(path, *rest)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(pipeline if when == "blocks" else safetensors, "write_file", full)
+    monkeypatch.setattr(blocks if when == "blocks" else safetensors, "write_file", full)
     check(fewbit("quantize", sound, "-o", place, "--plan", "rtn-4bit"), 1, "No space left on device")
     assert list(place.parent.iterdir()) == []
 
@@ -817,7 +820,7 @@ def test_a_checkpoint_that_contradicts_itself(name: str, gptq: Path, fewbit: Few
     # Some values of a config are refused by transformers' own class for it, before fewbit is asked.
     theirs = (FormatError, ValueError, TypeError) if name in REFUSED_BY_TRANSFORMERS else FormatError
     with pytest.raises(FormatError) as refusal:
-        api.load(gptq)
+        generate.load(gptq)
     with pytest.raises(theirs) as refusal_there:
         AutoModelForCausalLM.from_pretrained(gptq)
     for word in words:
@@ -862,13 +865,13 @@ def test_a_broken_record(content: str, gptq: Path, fewbit: Fewbit) -> None:
 
 def test_an_unknown_kernel(gptq: Path) -> None:
     with pytest.raises(PlanError, match="kernel 'referense'") as refusal:
-        api.load(gptq, kernel="referense")
+        generate.load(gptq, kernel="referense")
     assert "reference" in refusal.value.hint
 
 
 def test_a_kernel_that_cannot(gptq: Path) -> None:
     with pytest.raises(KernelError, match="no kernel for int4-g32-sym") as refusal:
-        api.load(gptq, kernel="torch_int4", dtype=torch.float32)
+        generate.load(gptq, kernel="torch_int4", dtype=torch.float32)
     assert "bfloat16" in refusal.value.hint
 
 
@@ -954,7 +957,7 @@ def test_texts_and_paths_to_calibrate_on(sound: Path, text: Path, tmp_path: Path
     every: tuple[Path | str | list[str], ...] = (text, str(text), [text.read_text()])
     for number, given in enumerate(every):
         out = tmp_path / str(number)
-        wanted = api.Calibration(given, samples=4, length=32)
-        api.quantize(sound, out, plan="gptq-4bit", calibration=wanted, device=torch.device("cpu"))
+        wanted = calibration.Calibration(given, samples=4, length=32)
+        quantize.quantize(sound, out, plan="gptq-4bit", calibration=wanted, device=torch.device("cpu"))
         digests.append(json.loads((out / "fewbit.json").read_text())["calibration"]["digest"])
     assert len(set(digests)) == 1

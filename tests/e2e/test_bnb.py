@@ -17,10 +17,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import auto
 
 from fewbit import hook, prefer
-from fewbit.api import inspect, load, quantize
+from fewbit.api.generate import load
+from fewbit.api.inspect import inspect
+from fewbit.api.quantize import quantize
 from fewbit.errors import FormatError, PlanError
-from fewbit.models import plugin
-from fewbit.nn import TOLERANCE, QLinear
+from fewbit.kernels.choose import TOLERANCE
+from fewbit.models.plugin import quantizer
+from fewbit.nn.layers import QLinear
 from tests import models
 from tests.e2e.conftest import Fewbit
 
@@ -118,7 +121,7 @@ def test_theirs_loads_here_and_goes_back(spec: str, source: Path, tmp_path: Path
 @specs
 def test_quantizing_in_loading_is_theirs_byte_for_byte(spec: str, source: Path, tmp_path: Path) -> None:
     loaded(source, quantization_config=BitsAndBytesConfig(**CONFIGS[spec])).save_pretrained(tmp_path / "theirs")
-    with plugin.serving():
+    with quantizer.serving():
         ours = loaded(source, quantization_config=BitsAndBytesConfig(**CONFIGS[spec]), device_map="auto")
     ours.save_pretrained(tmp_path / "ours")
     same_files(tmp_path / "ours", tmp_path / "theirs")
@@ -175,7 +178,7 @@ def test_what_a_plan_leaves_is_left_by_their_reader_too(tmp_path: Path, fewbit: 
 @specs
 def test_what_is_resident_is_what_the_parts_say(spec: str, tmp_path: Path) -> None:
     source = models.save(tmp_path / "source", "llama", dtype="float32", intermediate_size=128)
-    with plugin.serving():
+    with quantizer.serving():
         model = loaded(source, quantization_config=BitsAndBytesConfig(**CONFIGS[spec]))
     for module in model.modules():
         if isinstance(module, QLinear):
@@ -187,7 +190,7 @@ def test_more_than_they_skip_by_default_may_be_skipped(tmp_path: Path) -> None:
     source = models.save(tmp_path / "source", "llama", dtype="float32", intermediate_size=128)
     skipped = ["lm_head", "gate_proj", "up_proj", "down_proj"]
     config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped, llm_int8_threshold=4.5)
-    with plugin.serving():
+    with quantizer.serving():
         ours = loaded(source, quantization_config=config)
     quantized = {name: module for name, module in ours.named_modules() if isinstance(module, QLinear)}
     assert {name.rpartition(".")[2] for name in quantized} == {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -270,7 +273,9 @@ def test_who_serves_where_both_are_installed_is_the_users_choice(monkeypatch: py
     monkeypatch.setattr(auto, "AUTO_QUANTIZER_MAPPING", dict(auto.AUTO_QUANTIZER_MAPPING))
 
     def served() -> bool:
-        return {auto.AUTO_QUANTIZER_MAPPING[f"bitsandbytes_{bits}bit"] for bits in (4, 8)} == {plugin.FewbitQuantizer}
+        return {auto.AUTO_QUANTIZER_MAPPING[f"bitsandbytes_{bits}bit"] for bits in (4, 8)} == {
+            quantizer.FewbitQuantizer
+        }
 
     assert not served()
     prefer("gptq")

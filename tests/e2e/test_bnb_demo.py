@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from fewbit import calibration as texts
-from fewbit.nn import QLinear
+from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import QTensor, parse
+from fewbit.texts import sources, windows
 from tests import models
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
@@ -30,8 +30,8 @@ def divergence(wanted: Tensor, found: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def ids(demo: Path) -> Tensor:
-    text = texts.load_text("pydoc", "evaluation")
-    return texts.windows(texts.encode(text, AutoTokenizer.from_pretrained(demo)), TOKENS, 1)
+    text = sources.load_text("pydoc", "evaluation")
+    return windows.windows(windows.encode(text, AutoTokenizer.from_pretrained(demo)), TOKENS, 1)
 
 
 @pytest.fixture(scope="module")

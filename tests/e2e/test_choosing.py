@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import fewbit as package
-from fewbit import plan
+from fewbit.plans import plan
 from tests.e2e.conftest import Fewbit
 
 QUICK = ("gptq-4bit", "awq-4bit", "nf4", "int8", "q4_k_m")

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import typer.main
 
-from fewbit import __version__, api, cli, plan, registry
+from fewbit import __version__, registry
+from fewbit.api import evaluate, quantize
+from fewbit.cli import app
+from fewbit.plans import plan
 from tests import models
 from tests.e2e.conftest import Fewbit
 
@@ -25,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "out"
-    api.quantize(model, out, plan="rtn-4bit")
+    quantize.quantize(model, out, plan="rtn-4bit")
     return out
 
 
@@ -46,7 +49,7 @@ def flags(command: Any) -> set[str]:
     return {flag for option in shown for flag in (*option.opts, *option.secondary_opts) if flag.startswith("--")}
 
 
-APP: Any = typer.main.get_command(cli.app)
+APP: Any = typer.main.get_command(app.app)
 COMMANDS: dict[str, Any] = {"": APP, **{name: command for name, command in APP.commands.items() if not command.hidden}}
 
 
@@ -231,7 +234,7 @@ def test_evaluate_takes_16_windows_or_all(quantized: Path, text: Path, fewbit: F
     assert "window 1/16 " in few.err
     assert "window 16/16 " in few.err
     assert fewbit(*flags, "--samples", "some").code == 2
-    assert api.evaluate(quantized, text=str(text), length=4, samples=None).quality.windows == every.json["windows"]
+    assert evaluate.evaluate(quantized, text=str(text), length=4, samples=None).quality.windows == every.json["windows"]
 
 
 def test_evaluate_tells_what_was_promised(model: Path, quantized: Path, text: Path, fewbit: Fewbit) -> None:

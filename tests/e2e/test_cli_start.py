@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import typer.main
 
-from fewbit import arguments as arguments_of
-from fewbit.cli import app
+from fewbit.api import arguments as arguments_of
+from fewbit.cli.app import app
 from fewbit.errors import PlanError
 from fewbit.methods.base import options
 from tests import models
@@ -79,11 +79,11 @@ LIGHT: list[tuple[int, str]] = [
 ]
 RUN = """
 import json, sys
-from fewbit import cli
+from fewbit.cli import app
 for code, line in json.loads(sys.argv[1]):
     sys.argv[1:] = line.split()
     try:
-        cli.main()
+        app.main()
     except SystemExit as end:
         assert (end.code or 0) == code, (line, end.code)
     heavy = {"torch", "transformers"} & set(sys.modules)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import fewbit
-from fewbit.comparison import Comparison, Event
 from fewbit.errors import PlanError
+from fewbit.measure.comparison import Comparison, Event
 from tests import models
 from tests.e2e.conftest import Fewbit
 

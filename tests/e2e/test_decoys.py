@@ -15,12 +15,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import fewbit as package
-from fewbit import comparing, processes, worker
-from fewbit.api import Calibration
-from fewbit.formats.gguf import GgufFile
+from fewbit.api import compare, compare_worker
+from fewbit.formats.containers.gguf import GgufFile
+from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.source import locate
-from fewbit.processes import Heard, Server
-from fewbit.tuning import Tuning
+from fewbit.system import processes
+from fewbit.system.processes import Heard, Server
+from fewbit.texts.calibration import Calibration
 from tests import gguf_files, models
 
 TUNING = Tuning(rank=2, steps=1, length=16, learning_rate=0.5)
@@ -63,7 +64,7 @@ class Here(Server):
     def run(self, task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return {"quantize": worker.quantize, "measure": worker.measure}[task["do"]](task, heard)
+            return {"quantize": compare_worker.quantize, "measure": compare_worker.measure}[task["do"]](task, heard)
 
 
 def verbs(sub: Path, out: Path, text: Path) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def verbs(sub: Path, out: Path, text: Path) -> dict[str, Any]:
 def test_every_verb_reads_what_the_name_says(
     place: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparing, "Server", Here)
+    monkeypatch.setattr(compare, "Server", Here)
     (tmp_path / "clean").mkdir()
     monkeypatch.chdir(tmp_path / "clean")
     wanted = verbs(place / "sub", tmp_path / "wanted", text)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fewbit
-from fewbit import api, calibration
-from fewbit.nn import QLinear
-from fewbit.report import Quantized
+from fewbit.api import quantize
+from fewbit.nn.layers import QLinear
+from fewbit.report.results import Quantized
 from fewbit.schemes.base import parse
 from fewbit.stats import Need, Stats
+from fewbit.texts import calibration as texts_calibration
+from fewbit.texts import sources, windows
 from tests import models
 
 SAMPLES, LENGTH = 8, 48
@@ -43,8 +45,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callable[[str
     def make(family: str) -> Pair:
         root = tmp_path_factory.mktemp(family)
         folder = models.save(root / "original", family)
-        wanted = api.Calibration(str(text), SAMPLES, LENGTH)
-        return Pair(folder, root / "out", api.quantize(folder, root / "out", calibration=wanted))
+        wanted = texts_calibration.Calibration(str(text), SAMPLES, LENGTH)
+        return Pair(folder, root / "out", quantize.quantize(folder, root / "out", calibration=wanted))
 
     return make
 
@@ -146,8 +148,8 @@ def test_saved_again_it_is_the_same(pair: Pair, ids: Tensor, tmp_path: Path) -> 
 
 def test_the_last_block_was_shown_what_really_enters_it(pair: Pair, text: Path) -> None:
     """The error in the report weighs with the inputs: it must be that under inputs from whole forward passes."""
-    tokens = calibration.encode(calibration.load_text(str(text)), AutoTokenizer.from_pretrained(pair.folder))
-    tokens = calibration.sample(tokens, SAMPLES, LENGTH, 0)
+    tokens = windows.encode(sources.load_text(str(text)), AutoTokenizer.from_pretrained(pair.folder))
+    tokens = windows.sample(tokens, SAMPLES, LENGTH, 0)
     model, loaded = models.original(pair.folder), quantized_in(pair.load())
     last = max((name for name in loaded), key=lambda n: int(next(p for p in n.split(".") if p.isdigit())))
     number = next(part for part in last.split(".") if part.isdigit())

@@ -16,11 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AwqConfig
 
 import fewbit as package
-from fewbit import PlanError, api, scales
-from fewbit.models.adapter import folded, quiet
+from fewbit import PlanError
+from fewbit.api import quantize
+from fewbit.models import scales
+from fewbit.models.adapters.attach import folded, quiet
+from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.source import locate
-from fewbit.plan import find
-from fewbit.tuning import Tuning
+from fewbit.plans.plan import find
 from tests import models
 from tests.e2e.conftest import Fewbit
 from tests.e2e.test_bad_input import check
@@ -41,7 +43,7 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A folder with `model`, `awq` made from it, and `unfolded`: the values of `awq` without its scales."""
     place = tmp_path_factory.mktemp("folded")
     model = models.save(place / "model", request.param, dtype="float32")
-    api.quantize(model, place / "awq", plan=PLAN, calibration=str(text))
+    quantize.quantize(model, place / "awq", plan=PLAN, calibration=str(text))
     shutil.copytree(model, place / "unfolded")
     unfolded(model, package.load(place / "awq")).save_pretrained(place / "unfolded")
     for name in ("awq", "unfolded"):
@@ -142,7 +144,7 @@ def test_a_merge_into_the_values_keeps_the_scales(place: Path, tmp_path: Path, t
     assert done.base is None
     assert scales.read(tmp_path / "merged").digest == scales.read(place / "awq").digest
     # A second fold, and an adapter of the original on the sum of both.
-    api.quantize(tmp_path / "merged", tmp_path / "again", plan=PLAN, calibration=str(text))
+    quantize.quantize(tmp_path / "merged", tmp_path / "again", plan=PLAN, calibration=str(text))
     both, once = scales.read(tmp_path / "again"), scales.read(place / "awq")
     assert both.origin == str(place / "model")
     assert any(not torch.equal(both.values[name], tensor) for name, tensor in once.values.items())
@@ -229,7 +231,7 @@ def test_transformers_own_load_adapter_fits_too(
 
 def test_a_gguf_file_carries_its_scales(place: Path, text: Path, tmp_path: Path) -> None:
     plan = find("q4_0").changed(method="awq")
-    api.quantize(place / "model", tmp_path / "model.gguf", plan=plan, calibration=str(text))
+    quantize.quantize(place / "model", tmp_path / "model.gguf", plan=plan, calibration=str(text))
     model = package.load(tmp_path / "model.gguf")
     found = scales.of_model(model)
     assert found

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import fewbit
 from fewbit.errors import FormatError, PlanError
-from fewbit.plan import Plan, Rule
+from fewbit.plans.plan import Plan, Rule
 from tests import models
 
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig
 
 import fewbit as fb
-from fewbit import api
+from fewbit.api import quantize
 from fewbit.errors import PlanError
-from fewbit.fused import Slice, packed_linears
 from fewbit.measure import speed
-from fewbit.models import decode, plugin
-from fewbit.models.fuse import fuse, shared_inputs
-from fewbit.plan import find
+from fewbit.models.decoding import decode
+from fewbit.models.decoding.fuse import fuse, shared_inputs
+from fewbit.models.plugin import quantizer
+from fewbit.nn.fused import Slice, packed_linears
+from fewbit.plans.plan import find
 from tests import models
 from tests.e2e.conftest import Fewbit
 
@@ -48,7 +49,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def quantized(root: Path, family: str, format: str = "gptq") -> Path:
     folder = models.save(root / "original", family)
-    api.quantize(folder, root / "out", plan=find("rtn-4bit").changed(scheme="int4-g32", format=format))
+    quantize.quantize(folder, root / "out", plan=find("rtn-4bit").changed(scheme="int4-g32", format=format))
     return root / "out"
 
 
@@ -102,7 +103,7 @@ def test_every_scheme_can_be_fused(options: dict[str, Any], nested: bool, ids: T
     if nested and "load_in_4bit" in options:
         options = {**options, "bnb_4bit_use_double_quant": True}
     folder = models.save(tmp_path / "original", "llama")
-    with plugin.serving():
+    with quantizer.serving():
         model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**options))
     before = greedy(model, ids)
     assert len(fuse(model)) == 4
@@ -194,7 +195,7 @@ def test_what_differs_is_not_fused_and_said(ids: Tensor, tmp_path: Path) -> None
     plan = json.loads(json.dumps(find("rtn-4bit").changed(scheme="int4-g32").to_json()))
     plan["rules"].insert(0, {"match": "*.k_proj", "scheme": None})
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    api.quantize(folder, tmp_path / "out", plan=str(tmp_path / "plan.json"))
+    quantize.quantize(folder, tmp_path / "out", plan=str(tmp_path / "plan.json"))
     model = fb.load(tmp_path / "out")
     assert short(fuse(model))[0] == ("self_attn.q_proj", "self_attn.v_proj")
     model = fb.load(tmp_path / "out")

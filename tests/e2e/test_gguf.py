@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 import fewbit as package
 from fewbit.errors import FormatError, PlanError
-from fewbit.formats.gguf import GgufFile, GgufWriter
-from fewbit.models import gguf_header, smollm2
-from fewbit.models.gguf_tokenizer import to_tokenizer
+from fewbit.formats.containers.gguf import GgufFile, GgufWriter
+from fewbit.models import smollm2
+from fewbit.models.gguf.tokenizer import to_tokenizer
 from fewbit.models.source import locate
-from fewbit.nn import QEmbedding, QLinear
+from fewbit.nn.layers import QEmbedding, QLinear
+from fewbit.pipeline import gguf_header
 from tests import gguf_files, models
 from tests.e2e.conftest import Fewbit
 from tests.gguf_files import AWKWARD

@@ -16,8 +16,8 @@ from transformers import (
 
 import fewbit as package
 from fewbit.errors import FormatError, PlanError
-from fewbit.formats.gguf import GgufFile, GgufWriter
-from fewbit.nn import QLinear
+from fewbit.formats.containers.gguf import GgufFile, GgufWriter
+from fewbit.nn.layers import QLinear
 from tests import gguf_files
 
 

@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from fewbit import api, gguf_output, mixtures
-from fewbit.adapters import _recorded_base
-from fewbit.api import Calibration
-from fewbit.formats import imatrix
-from fewbit.formats.gguf import GgufFile
-from fewbit.formats.imatrix import Importance
+from fewbit.api import generate, quantize
+from fewbit.api.adapters import _recorded_base
+from fewbit.formats.containers import imatrix
+from fewbit.formats.containers.gguf import GgufFile
+from fewbit.formats.containers.imatrix import Importance
 from fewbit.models.describe import describe
 from fewbit.models.source import locate
-from fewbit.plan import find
+from fewbit.pipeline import write_gguf
+from fewbit.plans import mixtures
+from fewbit.plans.plan import find
 from fewbit.schemes.base import parse
+from fewbit.texts.calibration import Calibration
 from tests import models
 from tests.e2e.conftest import Answer, Fewbit
 
@@ -57,7 +59,7 @@ def types(path: Path) -> dict[str, str]:
 
 
 def test_a_file_of_a_mixture(model: Path, place: Path, wanted: Calibration) -> None:
-    done = api.quantize(model, place, plan="q4_k_m", calibration=wanted)
+    done = quantize.quantize(model, place, plan="q4_k_m", calibration=wanted)
     assert [path.name for path in place.parent.iterdir()] == ["out.gguf"]
     file = GgufFile(place)
     assert file.nbytes == done.output_bytes
@@ -86,8 +88,8 @@ def test_a_file_of_a_mixture(model: Path, place: Path, wanted: Calibration) -> N
 
 
 def test_its_values_are_those_of_the_model(model: Path, place: Path) -> None:
-    done = api.quantize(model, place, plan="q8_0")
-    loaded, original = api.load(place, dtype=torch.float32), models.original(model)
+    done = quantize.quantize(model, place, plan="q8_0")
+    loaded, original = generate.load(place, dtype=torch.float32), models.original(model)
     weights = {t.module: loaded.get_submodule(t.module).qtensor().dequantize() for t in done.tensors}
     for name, weight in weights.items():
         wanted = models.linear_weight(original.get_submodule(name))
@@ -99,7 +101,7 @@ def test_its_values_are_those_of_the_model(model: Path, place: Path) -> None:
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq+imatrix"])
 def test_methods_compose(method: str, model: Path, place: Path, wanted: Calibration) -> None:
-    done = api.quantize(model, place, plan=find("q3_k_m").changed(method=method), calibration=wanted)
+    done = quantize.quantize(model, place, plan=find("q3_k_m").changed(method=method), calibration=wanted)
     methods = {t.module: t.method for t in done.tensors}
     assert methods["model.layers.0.mlp.up_proj"] == method
     assert methods["lm_head"] == ("rtn" if method == "rtn" else "imatrix")
@@ -107,7 +109,7 @@ def test_methods_compose(method: str, model: Path, place: Path, wanted: Calibrat
 
 
 def test_rtn_needs_no_text(model: Path, place: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewbit.calibration.load_text", lambda *_: pytest.fail("a text was asked for"))
+    monkeypatch.setattr("fewbit.texts.sources.load_text", lambda *_: pytest.fail("a text was asked for"))
     answer = fewbit("quantize", model, "-o", place, "--plan", "q4_0", "--method", "rtn")
     assert answer.code == 0, answer.err
     assert types(place)["blk.0.ffn_up.weight"] == "q4_0"
@@ -124,7 +126,7 @@ def test_one_scheme_for_all(model: Path, place: Path, fewbit: Fewbit) -> None:
 def test_a_dry_run_tells_every_tensor_and_does_nothing(model: Path, place: Path, fewbit: Fewbit) -> None:
     shown = fewbit("quantize", model, "-o", place, "--plan", "q2_k", "--dry-run", "--json").json
     assert list(place.parent.iterdir()) == []
-    api.quantize(model, place, plan=find("q2_k").changed(method="rtn"))
+    quantize.quantize(model, place, plan=find("q2_k").changed(method="rtn"))
     assert shown["output_bytes"] == GgufFile(place).nbytes
     assert {name: what.split(",")[0] for name, what, _ in shown["tensors"]} == types(place)
 
@@ -137,14 +139,14 @@ def test_families(family: str, tmp_path: Path, wanted: Calibration) -> None:
     }.get(family, {"head_dim": 32})
     # The tokenizer class of qwen2 has a token more.
     folder = models.save(tmp_path / "model", family, vocab_size=models.VOCAB + 32, **changes)
-    done = api.quantize(folder, tmp_path / "out.gguf", plan="q4_k_m", calibration=wanted)
+    done = quantize.quantize(folder, tmp_path / "out.gguf", plan="q4_k_m", calibration=wanted)
     assert done.sample is not None
     assert set(types(tmp_path / "out.gguf").values()) <= {"f32", "q5_0", "q8_0", "f16"}
 
 
 def test_what_no_block_divides_is_16_bits(tmp_path: Path) -> None:
     folder = models.save(tmp_path / "model", "llama", intermediate_size=80)
-    done = api.quantize(folder, tmp_path / "out.gguf", plan=find("q4_0").changed(method="rtn"))
+    done = quantize.quantize(folder, tmp_path / "out.gguf", plan=find("q4_0").changed(method="rtn"))
     assert types(tmp_path / "out.gguf")["blk.0.ffn_down.weight"] == "f16"
     assert any("mlp.down_proj" in note for note in done.notes)
 
@@ -155,7 +157,7 @@ def test_what_no_block_divides_is_16_bits(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def matrix(model: Path, wanted: Calibration, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("matrix") / "imatrix.gguf"
-    done = api.imatrix(model, path, calibration=wanted)
+    done = quantize.imatrix(model, path, calibration=wanted)
     assert (done.entries, done.tokens) == (21, 256)
     return path
 
@@ -171,7 +173,7 @@ def test_readers_of_one_tensor_share_one_importance(matrix: Path) -> None:
 def test_a_matrix_in_place_of_calibration(
     model: Path, matrix: Path, place: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fewbit.calibration.load_text", lambda *_: pytest.fail("a text was asked for"))
+    monkeypatch.setattr("fewbit.texts.sources.load_text", lambda *_: pytest.fail("a text was asked for"))
     answer = fewbit("quantize", model, "-o", place, "--plan", "q4_0", "--imatrix", matrix)
     assert answer.code == 0, answer.err
     weighed = GgufFile(place).get("blk.1.ffn_up.weight").clone()
@@ -189,7 +191,7 @@ def test_what_a_matrix_lacks_is_named(model: Path, matrix: Path, place: Path, tm
     found = imatrix.read(matrix)
     del found["blk.1.attn_k.weight"]
     imatrix.write(part, found, chunks=1, length=512, text="")
-    done = api.quantize(model, place, plan="q4_0", imatrix=part)
+    done = quantize.quantize(model, place, plan="q4_0", imatrix=part)
     assert any("no importances of blk.1.attn_k.weight" in note for note in done.notes)
 
 
@@ -261,7 +263,7 @@ def test_a_failing_run_keeps_what_was_there(
     model: Path, place: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place.write_text("GGUF of mine")
-    write = gguf_output.write
+    write = write_gguf.write
 
     def write_badly(path: Path, *rest: object) -> int:
         written = write(path, *rest)  # type: ignore[arg-type]
@@ -271,7 +273,7 @@ def test_a_failing_run_keeps_what_was_there(
         path.write_bytes(raw[:at] + np.full(entry.shape, np.nan, np.float32).tobytes() + raw[at + 4 * entry.shape[0] :])
         return written
 
-    monkeypatch.setattr(gguf_output, "write", write_badly)
+    monkeypatch.setattr(write_gguf, "write", write_badly)
     answer = fewbit("quantize", model, "-o", place, "--plan", "q4_0", "--method", "rtn", "--overwrite")
     check(answer, 3, "failed its own check", "not finite")
     assert place.read_text() == "GGUF of mine"
@@ -281,15 +283,17 @@ def test_a_failing_run_keeps_what_was_there(
 def test_a_killed_run_goes_on(model: Path, place: Path, wanted: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
     resumed = []
     with monkeypatch.context() as patch:
-        patch.setattr(gguf_output, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(write_gguf, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            api.quantize(model, place, plan="q4_k_m", calibration=wanted)
+            quantize.quantize(model, place, plan="q4_k_m", calibration=wanted)
     assert list(place.parent.iterdir()) == []
-    api.quantize(model, place, plan="q4_k_m", calibration=wanted, progress=lambda step: resumed.append(step.resumed))
+    quantize.quantize(
+        model, place, plan="q4_k_m", calibration=wanted, progress=lambda step: resumed.append(step.resumed)
+    )
     assert resumed == [True] * 5  # three blocks, embeddings, head
     again = place.with_name("again.gguf")
     shutil.move(place, again)
-    api.quantize(model, place, plan="q4_k_m", calibration=wanted)
+    quantize.quantize(model, place, plan="q4_k_m", calibration=wanted)
     first, second = GgufFile(again), GgufFile(place)
     assert all(torch.equal(first.get(name), second.get(name)) for name in first.entries)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import fewbit
-from fewbit.nn import QLinear
+from fewbit.nn.layers import QLinear
 from tests import models
 
 

@@ -21,11 +21,11 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from fewbit.arguments import Sampling
 from fewbit.errors import PlanError
-from fewbit.models import decode, loop
-from fewbit.models.generate import continue_text
-from fewbit.models.graph import Compiled, check_compile
+from fewbit.models.decoding import decode, loop
+from fewbit.models.decoding.generate import continue_text
+from fewbit.models.decoding.graph import Compiled, check_compile
+from fewbit.models.decoding.sampling import Sampling
 from tests import models
 
 LENGTH, NEW = 48, 24

@@ -16,11 +16,11 @@ from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, TextStreamer
 
-from fewbit import api
-from fewbit.fused import packed_linears
-from fewbit.models import plugin
-from fewbit.nn import QLinear
-from fewbit.plan import find
+from fewbit.api import quantize
+from fewbit.models.plugin import quantizer
+from fewbit.nn.fused import packed_linears
+from fewbit.nn.layers import QLinear
+from fewbit.plans.plan import find
 from tests import models
 
 KINDS = ("gptq", "awq", "nf4", "int8", "gguf")
@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             out = made[kind] / GGUF if kind == "gguf" else made[kind]
             out.parent.mkdir(exist_ok=True)
             plan = find(str(place / "plan.json")) if kind == "awq" else find(PLANS[kind])
-            api.quantize(made["original"], out, plan=plan.changed(method="rtn"))
+            quantize.quantize(made["original"], out, plan=plan.changed(method="rtn"))
     return made
 
 
@@ -57,7 +57,7 @@ def load(kind: str, folders: dict[str, Path]) -> Callable[..., Any]:
     def from_pretrained(folder: Path | None = None, **options: Any) -> Any:
         if kind == "gguf":
             options["gguf_file"] = GGUF
-        with plugin.serving():
+        with quantizer.serving():
             return AutoModelForCausalLM.from_pretrained(folder or folders[kind], **options).eval()
 
     return from_pretrained

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fewbit import api
+from fewbit.api import quantize
 from tests import models
 
 SAID = "the compiled CPU library is missing"
@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("missing") / "out"
-    api.quantize(model, out, plan="nf4")
+    quantize.quantize(model, out, plan="nf4")
     return out
 
 
@@ -68,7 +68,7 @@ def test_it_is_not_said_of_what_has_no_packed_weights(model: Path) -> None:
 
 
 def test_it_is_not_said_where_the_library_is(quantized: Path) -> None:
-    from fewbit.kernels import native
+    from fewbit.kernels.cpu import library as native
 
     if isinstance(native.library(), str):
         pytest.skip("the library was not built")

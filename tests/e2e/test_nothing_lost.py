@@ -10,12 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fewbit import api, locks, outputs, pipeline
+from fewbit.api import evaluate, generate, quantize
 from fewbit.errors import NumericsError, OutputError, PlanError
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import locate
-from fewbit.plan import find, resolve
+from fewbit.pipeline import run
+from fewbit.plans.plan import find, resolve
 from fewbit.schemes.base import parse
+from fewbit.system import locks, publish
+from fewbit.texts import calibration
 from tests import models
 
 
@@ -37,7 +40,7 @@ def test_a_model_that_came_as_a_pickle_is_not_overwritten(model: Path) -> None:
     torch.save(models.tensors_of(model), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
     with pytest.raises(PlanError, match="which would be lost"):
-        api.quantize(model, model, plan="rtn-4bit", overwrite=True)
+        quantize.quantize(model, model, plan="rtn-4bit", overwrite=True)
     assert (model / "pytorch_model.bin").is_file()
 
 
@@ -53,7 +56,7 @@ def test_an_old_output_comes_back_if_the_new_one_cannot(tmp_path: Path, monkeypa
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OutputError, match="no"), outputs.published(out, overwrite=True):
+    with pytest.raises(OutputError, match="no"), publish.published(out, overwrite=True):
         pass
     assert (out / "config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -63,7 +66,7 @@ def test_an_old_output_comes_back_after_a_kill_in_between(tmp_path: Path) -> Non
     old = tmp_path / ".out.fewbit-00" / "old"
     old.mkdir(parents=True)
     (old / "precious").touch()
-    with pytest.raises(RuntimeError), outputs.published(tmp_path / "out", overwrite=True):
+    with pytest.raises(RuntimeError), publish.published(tmp_path / "out", overwrite=True):
         raise RuntimeError
     assert (tmp_path / "out" / "precious").exists()
 
@@ -76,7 +79,7 @@ def test_what_has_no_place_is_named(plan: str, model: Path, tmp_path: Path) -> N
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text("{}")
     out = tmp_path / ("out.gguf" if plan == "q4_0" else "out")
-    done = api.quantize(model, out, plan=plan)
+    done = quantize.quantize(model, out, plan=plan)
     said = " ".join(done.notes)
     assert "2 tensors of 128 bytes (model.layers.9.mlp.up_proj.weight, mtp.fc.weight)" in said
     assert "draft/" in said
@@ -98,12 +101,12 @@ def test_readers_are_told_what_is_carried_over(model: Path, tmp_path: Path) -> N
     carried = ("mtp.fc", "proj")  # the second is how names of quantized linears end
     beside = "model.layers.0.mlp.up_proj.g_idx"
     rewritten(model, {**{f"{name}.weight": torch.ones(4, 4) for name in carried}, beside: torch.ones(4)})
-    done = api.quantize(model, tmp_path / "gptq", plan="rtn-4bit")
+    done = quantize.quantize(model, tmp_path / "gptq", plan="rtn-4bit")
     assert any(f"left out: 1 tensor of 16 bytes ({beside})" in note for note in done.notes)
     config = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
     assert r"-:^mtp\.fc$" in config["dynamic"]
     assert "-:^proj$" not in config["dynamic"]
-    shown = api.preview(model, plan="nf4")
+    shown = quantize.preview(model, plan="nf4")
     assert ("mtp.fc.weight", "as it is, no part of the model (float32)", 64) in shown.tensors
 
 
@@ -112,7 +115,7 @@ def test_a_pickle_keeps_its_subfolders(model: Path, tmp_path: Path) -> None:
     (model / "model.safetensors").unlink()
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
-    done = api.quantize(model, tmp_path / "out", plan="rtn-4bit")
+    done = quantize.quantize(model, tmp_path / "out", plan="rtn-4bit")
     assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").exists()
     assert not any("left out" in note for note in done.notes)
     models.edit_json(model / "config.json", note="edited")
@@ -123,7 +126,7 @@ def test_a_folder_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
     theirs = locks.hold(tmp_path / ".out.fewbit-00")
     assert theirs is not None
     (tmp_path / ".out.fewbit-01").mkdir()  # of a process that was killed
-    with outputs.published(tmp_path / "out") as folder:
+    with publish.published(tmp_path / "out") as folder:
         (folder / "file").touch()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.fewbit-00", "out"]
     theirs.remove()
@@ -133,9 +136,9 @@ def test_an_output_head_that_differs_from_its_tie_is_kept(tmp_path: Path) -> Non
     folder = models.save(tmp_path / "model", "llama", tie_word_embeddings=True)
     embedding = models.tensors_of(folder)["model.embed_tokens.weight"]
     rewritten(folder, {"lm_head.weight": embedding.flip(0).contiguous()})
-    api.quantize(folder, tmp_path / "out", plan="rtn-4bit")
+    quantize.quantize(folder, tmp_path / "out", plan="rtn-4bit")
     assert torch.equal(models.tensors_of(tmp_path / "out")["lm_head.weight"], embedding.flip(0))
-    loaded = api.load(tmp_path / "out", dtype=torch.float32)
+    loaded = generate.load(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(loaded.lm_head.weight.to(embedding.dtype), embedding.flip(0))
 
 
@@ -143,18 +146,20 @@ def test_a_tie_may_be_stored_under_its_other_name(tmp_path: Path) -> None:
     folder = models.save(tmp_path / "model", "llama", tie_word_embeddings=True)
     embedding = models.tensors_of(folder)["model.embed_tokens.weight"]
     rewritten(folder, {"lm_head.weight": embedding.clone(), "model.embed_tokens.weight": None})
-    api.quantize(folder, tmp_path / "out", plan="gptq-4bit", calibration=api.Calibration(samples=2, length=32))
-    loaded = api.load(tmp_path / "out", dtype=torch.float32)
+    quantize.quantize(
+        folder, tmp_path / "out", plan="gptq-4bit", calibration=calibration.Calibration(samples=2, length=32)
+    )
+    loaded = generate.load(tmp_path / "out", dtype=torch.float32)
     assert torch.equal(loaded.model.embed_tokens.weight.to(embedding.dtype), embedding)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
 def test_a_bias_that_only_the_file_has_is_added(model: Path, tmp_path: Path) -> None:
-    api.quantize(model, tmp_path / "out", plan="rtn-4bit")
+    quantize.quantize(model, tmp_path / "out", plan="rtn-4bit")
     name = "model.layers.0.mlp.up_proj"
-    bias = torch.full((api.load(model).get_submodule(name).out_features,), 5.0)
+    bias = torch.full((generate.load(model).get_submodule(name).out_features,), 5.0)
     rewritten(tmp_path / "out", {f"{name}.bias": bias})
-    layer = api.load(tmp_path / "out", dtype=torch.float32).get_submodule(name)
+    layer = generate.load(tmp_path / "out", dtype=torch.float32).get_submodule(name)
     still = layer(torch.zeros(1, layer.in_features))
     assert torch.equal(still, torch.full_like(still, 5.0))
 
@@ -163,7 +168,7 @@ def test_another_config_is_another_run(model: Path) -> None:
     def fingerprint() -> str:
         skeleton = Skeleton(locate(model), torch.float32, torch.device("cpu"))
         shapes = {name: shape for block in skeleton.blocks for name, shape in skeleton.linears(block).items()}
-        return pipeline.fingerprint(skeleton, resolve(find("rtn-4bit"), shapes), None, {})
+        return run.fingerprint(skeleton, resolve(find("rtn-4bit"), shapes), None, {})
 
     before = fingerprint()
     assert fingerprint() == before
@@ -177,20 +182,22 @@ def test_logits_that_are_no_numbers_are_an_error(model: Path, tmp_path: Path) ->
     norm = models.tensors_of(model)["model.norm.weight"]
     rewritten(model, {"model.norm.weight": torch.full_like(norm, torch.nan)})
     with pytest.raises(NumericsError, match="window 1"):
-        api.evaluate(model, text=str(text), length=32, samples=1)
+        evaluate.evaluate(model, text=str(text), length=32, samples=1)
 
 
 def test_what_the_text_could_not_give_is_noted(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(models.sentences(40))
-    done = api.quantize(model, tmp_path / "out", calibration=api.Calibration(str(text), samples=4000, length=32))
+    done = quantize.quantize(
+        model, tmp_path / "out", calibration=calibration.Calibration(str(text), samples=4000, length=32)
+    )
     assert any("not 4000" in note for note in done.notes)
 
 
 def test_an_output_can_be_read_by_others(model: Path, tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
-        api.quantize(model, tmp_path / "out", plan="rtn-4bit")
+        quantize.quantize(model, tmp_path / "out", plan="rtn-4bit")
     finally:
         os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o644}
@@ -216,7 +223,7 @@ def plain(tmp_path: Path) -> Path:
 def test_weights_too_small_for_their_scales_are_noted(plan: str, plain: Path, tmp_path: Path) -> None:
     single = find(plan).format == "gguf"
     out = tmp_path / ("out.gguf" if single else "out")
-    done = api.quantize(scaled(plain, 1e-12), out, plan=plan)
+    done = quantize.quantize(scaled(plain, 1e-12), out, plan=plan)
     (note,) = [note for note in done.notes if "became 0" in note]
     (report,) = [tensor for tensor in done.tensors if tensor.vanished]
     groups = 256 * parse(report.scheme).groups(256)
@@ -225,11 +232,11 @@ def test_weights_too_small_for_their_scales_are_noted(plan: str, plain: Path, tm
     assert note.startswith(f"{groups} groups of weights became 0, in 1 of ")
     assert report.scheme in note
     if not single:
-        assert note in json.loads((out / outputs.RECORD).read_text())["notes"]
+        assert note in json.loads((out / publish.RECORD).read_text())["notes"]
 
 
 def test_what_a_scheme_can_hold_is_not_noted(plain: Path, tmp_path: Path) -> None:
-    done = api.quantize(scaled(plain, 1e-12), tmp_path / "out", plan="nf4")  # whose scales are float32
+    done = quantize.quantize(scaled(plain, 1e-12), tmp_path / "out", plan="nf4")  # whose scales are float32
     assert not [note for note in done.notes if "became 0" in note]
 
 
@@ -237,5 +244,5 @@ def test_what_a_scheme_can_hold_is_not_noted(plain: Path, tmp_path: Path) -> Non
 def test_weights_too_large_for_their_scales_are_refused(plan: str, plain: Path, tmp_path: Path) -> None:
     out = tmp_path / ("out.gguf" if find(plan).format == "gguf" else "out")
     with pytest.raises(NumericsError, match=f"{DOWN}: a weight is beyond the range of .*65504"):
-        api.quantize(scaled(plain, 1e8), out, plan=plan)
+        quantize.quantize(scaled(plain, 1e8), out, plan=plan)
     assert not out.exists()

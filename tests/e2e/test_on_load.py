@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, AwqConfig, BitsAndBytesConfig, GPTQConfig
 from transformers.utils import logging as hf_logging
 
-from fewbit import api, pipeline
+from fewbit.api import generate, inspect, quantize
 from fewbit.errors import FewbitError, KernelError, PlanError
-from fewbit.models import plugin
-from fewbit.nn import QLinear
+from fewbit.models.plugin import quantizer
+from fewbit.nn.layers import QLinear
+from fewbit.pipeline import blocks
+from fewbit.pipeline import run as pipeline_run
 from tests import models
 
 TEXTS: dict[str, Any] = {"dataset": [models.sentences(20)], "group_size": 32}
@@ -42,7 +44,7 @@ def config_of(kind: str) -> Any:
 
 
 def loaded(folder: Path, kind: str, **options: Any) -> Any:
-    with plugin.serving():
+    with quantizer.serving():
         return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config_of(kind), **options).eval()
 
 
@@ -50,13 +52,13 @@ def loaded(folder: Path, kind: str, **options: Any) -> Any:
 def test_it_is_closer_than_rounding_and_what_it_saves_is_it(kind: str, sound: Path, tmp_path: Path) -> None:
     made = loaded(sound, kind, device_map="auto")
     made.save_pretrained(tmp_path / "out")
-    assert api.inspect(tmp_path / "out").schemes == {"int4-g32-sym" if kind == "gptq" else "int4-g32": 14}
+    assert inspect.inspect(tmp_path / "out").schemes == {"int4-g32-sym" if kind == "gptq" else "int4-g32": 14}
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     words = AutoTokenizer.from_pretrained(sound)(models.sentences(4, seed=9), return_tensors="pt")["input_ids"][:, :96]
     assert torch.equal(models.logits(again, words), models.logits(made, words))
-    api.quantize(sound, tmp_path / "rtn", plan="rtn-4bit" if kind == "gptq" else _rounding(tmp_path))
+    quantize.quantize(sound, tmp_path / "rtn", plan="rtn-4bit" if kind == "gptq" else _rounding(tmp_path))
     wanted = models.logits(models.original(sound), words)
-    nearest = models.logits(api.load(tmp_path / "rtn"), words)
+    nearest = models.logits(generate.load(tmp_path / "rtn"), words)
     most = {"gptq": 0.85, "awq": 0.95}[kind]  # columns of a random model hardly differ, which leaves AWQ little to do
     assert (models.logits(made, words) - wanted).norm() < most * (nearest - wanted).norm()
 
@@ -82,14 +84,14 @@ def test_progress_is_shown_unless_transformers_shows_none(sound: Path, capfd: py
 def test_a_run_that_was_killed_goes_on_and_nothing_stays_behind(
     sound: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def until_the_second(run: pipeline.Run, index: int, *rest: Any) -> None:
+    def until_the_second(run: pipeline_run.Run, index: int, *rest: Any) -> None:
         if index == 1:
             raise KeyboardInterrupt
         save(run, index, *rest)
 
-    save = pipeline.Run.save
+    save = pipeline_run.Run.save
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Run, "save", until_the_second)
+        patch.setattr(pipeline_run.Run, "save", until_the_second)
         with pytest.raises(KeyboardInterrupt):
             loaded(sound, "gptq")
     made = loaded(sound, "gptq")
@@ -114,7 +116,7 @@ def test_so_is_a_pickle_that_is_quantized(kind: str, sound: Path, tmp_path: Path
     made.save_pretrained(tmp_path / "out")
     torch.save(models.tensors_of(tmp_path / "out"), tmp_path / "out" / "pytorch_model.bin")
     (tmp_path / "out" / "model.safetensors").unlink()
-    with plugin.serving():
+    with quantizer.serving():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert sum(isinstance(module, QLinear) for module in again.modules()) == 14
     words = torch.arange(40)[None]
@@ -149,7 +151,7 @@ def test_no_tokenizer(model: Path, own_cache: Path) -> None:
 
 
 def test_what_is_quantized_already_is_not_quantized_again(sound: Path, tmp_path: Path) -> None:
-    api.quantize(sound, tmp_path / "out", plan="rtn-4bit")
+    quantize.quantize(sound, tmp_path / "out", plan="rtn-4bit")
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         made = AutoModelForCausalLM.from_pretrained(
             tmp_path / "out", quantization_config=GPTQConfig(bits=3, dataset=["never read"])
@@ -168,14 +170,17 @@ def test_what_stays_in_16_bits_is_said(tmp_path: Path, kind: str) -> None:
     )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     wanted = BitsAndBytesConfig(load_in_4bit=True)
-    with plugin.serving(), pytest.warns(UserWarning, match=r"parameters, \d+% of those in the model's layers, stay in"):
+    with (
+        quantizer.serving(),
+        pytest.warns(UserWarning, match=r"parameters, \d+% of those in the model's layers, stay in"),
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=wanted)
 
 
 def test_a_module_to_skip_that_is_not_there(tmp_path: Path) -> None:
     folder = models.save(tmp_path / "m", "mistral")
     wanted = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "dwon_proj"])
-    with plugin.serving(), pytest.warns(UserWarning, match="the model has no module dwon_proj$"):
+    with quantizer.serving(), pytest.warns(UserWarning, match="the model has no module dwon_proj$"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=wanted)
 
 
@@ -190,7 +195,7 @@ def test_no_packed_layer_goes_to_the_disk(model: Path, tmp_path: Path, kind: str
     loaded(model, kind).save_pretrained(folder)
     with pytest.raises(KernelError, match="packed weights cannot be offloaded"):
         loaded(model, kind, offload_folder=tmp_path, **asked)
-    with pytest.raises(KernelError, match="packed weights cannot be offloaded"), plugin.serving():
+    with pytest.raises(KernelError, match="packed weights cannot be offloaded"), quantizer.serving():
         AutoModelForCausalLM.from_pretrained(folder, offload_folder=tmp_path, **asked)
 
 
@@ -199,10 +204,10 @@ def test_plain_8_bit_floats_are_quantized(model: Path, tmp_path: Path, dtype: to
     tensors = models.tensors_of(model)
     narrow = {name: t.to(dtype) if "_proj" in name else t for name, t in tensors.items()}
     save_file(narrow, model / "model.safetensors", {"format": "pt"})
-    api.quantize(model, tmp_path / "q", plan="nf4")
+    quantize.quantize(model, tmp_path / "q", plan="nf4")
     wide = {name: t.float() for name, t in narrow.items()}
     save_file(wide, model / "model.safetensors", {"format": "pt"})
-    api.quantize(model, tmp_path / "w", plan="nf4")
+    quantize.quantize(model, tmp_path / "w", plan="nf4")
     for name, tensor in models.tensors_of(tmp_path / "q").items():
         assert torch.equal(tensor, models.tensors_of(tmp_path / "w")[name]), name
 
@@ -212,7 +217,7 @@ def test_fp8_with_scales_names_what_helps(model: Path, tmp_path: Path) -> None:
         model / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}
     )
     with pytest.raises(PlanError, match="in the form 'fp8'") as refusal:
-        api.quantize(model, tmp_path / "q", plan="nf4")
+        quantize.quantize(model, tmp_path / "q", plan="nf4")
     assert "dequantize=True" in refusal.value.hint
 
 
@@ -249,10 +254,10 @@ def test_renamed_tensors_are_refused_first(model: Path) -> None:
 @pytest.mark.parametrize("kind", ["gptq", "awq"])
 def test_room_is_checked_before_any_work(kind: str, sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr(pipeline, "quantize_blocks", lambda *args, **kwargs: pytest.fail("work was done"))
+    monkeypatch.setattr(blocks, "quantize_blocks", lambda *args, **kwargs: pytest.fail("work was done"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with (
-        plugin.serving(),
+        quantizer.serving(),
         pytest.raises(PlanError, match=r"(?s)of disk are needed for .*/on-load.*set FEWBIT_CACHE"),
     ):
         loaded(sound, kind)
@@ -265,15 +270,15 @@ def test_a_dataset_that_cannot_be_had_is_replaced(sound: Path, monkeypatch: pyte
         bits=4, dataset="c4", group_size=32, model_seqlen=16, tokenizer=AutoTokenizer.from_pretrained(sound)
     )
     with (
-        plugin.serving(),
+        quantizer.serving(),
         pytest.warns(UserWarning, match="on pydoc calibration .* connect to the Hub; or"),
     ):
         made = AutoModelForCausalLM.from_pretrained(sound, quantization_config=config)
     assert sum(isinstance(module, QLinear) for module in made.modules()) == 14
     monkeypatch.setenv("FEWBIT_STRICT_DATASET", "1")
-    with plugin.serving(), pytest.raises(PlanError, match=r"c4 cannot be had here: HF_HUB_OFFLINE is set") as error:
+    with quantizer.serving(), pytest.raises(PlanError, match=r"c4 cannot be had here: HF_HUB_OFFLINE is set") as error:
         AutoModelForCausalLM.from_pretrained(sound, quantization_config=config)
     assert "pydoc" not in str(error.value)
     assert "dataset=[...]" in str(error.value)
-    with plugin.serving(), pytest.raises(PlanError, match=r"(?s)dataset='ptb': unknown.*'c4-new' or 'wikitext2'"):
+    with quantizer.serving(), pytest.raises(PlanError, match=r"(?s)dataset='ptb': unknown.*'c4-new' or 'wikitext2'"):
         AutoModelForCausalLM.from_pretrained(sound, quantization_config=AwqConfig(bits=4, dataset="ptb"))

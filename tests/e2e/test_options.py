@@ -14,11 +14,12 @@ import transformers
 from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig, GgufConfig, GPTQConfig
 from transformers.quantizers import auto
 
-from fewbit import calibration, inputs
 from fewbit.errors import PlanError
-from fewbit.models.options import OPTIONS, Option
-from fewbit.models.plugin import FewbitQuantizer
-from fewbit.nn import QLinear
+from fewbit.models.plugin.options import OPTIONS, Option
+from fewbit.models.plugin.quantizer import FewbitQuantizer
+from fewbit.nn.layers import QLinear
+from fewbit.pipeline import capture
+from fewbit.texts import sources
 from tests import gguf_files, models
 
 TEXTS = [models.sentences(20)]
@@ -113,9 +114,9 @@ def group_size(make: Make, patch: pytest.MonkeyPatch, folder: Path) -> None:
 def dataset(make: Make, patch: pytest.MonkeyPatch, folder: Path) -> None:
     asked: list[str] = []
 
-    def text(name: str, part: str) -> calibration.Text:
+    def text(name: str, part: str) -> sources.Text:
         asked.append(name)
-        return calibration.Text(name, tuple(TEXTS))
+        return sources.Text(name, tuple(TEXTS))
 
     for kind, names in (("GPTQConfig", ("c4", "c4-new", "wikitext2", None)), ("AwqConfig", ("c4",))):
         plain = make(kind)
@@ -124,7 +125,7 @@ def dataset(make: Make, patch: pytest.MonkeyPatch, folder: Path) -> None:
         with pytest.raises(PlanError, match="no tokens"):
             make(kind, dataset=[""])
         with patch.context() as within:
-            within.setattr(calibration, "load_text", text)
+            within.setattr(sources, "load_text", text)
             for name in names:
                 make(kind, dataset=name)
     assert asked == ["c4", "c4", "wikitext2", "pydoc", "c4"]
@@ -214,14 +215,14 @@ def block_name(make: Make, patch: pytest.MonkeyPatch, folder: Path) -> None:
 @effect("GPTQConfig.model_seqlen", "AwqConfig.model_seqlen", "GPTQConfig.batch_size", "AwqConfig.batch_size")
 def windows(make: Make, patch: pytest.MonkeyPatch, folder: Path) -> None:
     seen: list[tuple[int, ...]] = []
-    plain = inputs.batches_of
+    plain = capture.batches_of
 
     def batches(tokens: torch.Tensor, least: int = 1, halved: int = 0) -> list[torch.Tensor]:
         made = plain(tokens, least, halved)
         seen.append(tuple(made[0].shape))
         return made
 
-    patch.setattr(inputs, "batches_of", batches)
+    patch.setattr(capture, "batches_of", batches)
     long = [models.sentences(160)]
     for kind in ("GPTQConfig", "AwqConfig"):
         wanted: list[dict[str, int]] = [{}, {"model_seqlen": 32}, {"batch_size": 65, "model_seqlen": 32}]

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.integrations import peft as integration
 
 import fewbit
-from fewbit import api
+from fewbit.api import quantize
 from fewbit.errors import PlanError
-from fewbit.nn import QLinear
+from fewbit.nn.layers import QLinear
 from tests import models
 from tests.unit.test_lora import IDS, packed
 
@@ -183,7 +183,7 @@ def test_packed_models_count_weights(spec: str) -> None:
 @pytest.mark.parametrize("plan", ["nf4", "int8", "rtn-4bit"])
 def test_no_flag_asks_for_bitsandbytes(plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = models.save(tmp_path / "plain", "llama")
-    api.quantize(plain, tmp_path / "packed", plan=plan)
+    quantize.quantize(plain, tmp_path / "packed", plan=plan)
     model = fewbit.load(tmp_path / "packed", device="cpu")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # whoever imports it now gets an ImportError
     assert model.num_parameters() == AutoModelForCausalLM.from_pretrained(plain).num_parameters()
@@ -211,7 +211,7 @@ def test_add_adapter_saves_the_adapter(plan: str, tmp_path: Path, monkeypatch: p
     plain = models.save(tmp_path / "plain", "llama", dtype="float32")
     file = {"gguf_file": "model.gguf"} if plan == "q4_0" else {}
     packed_model = tmp_path / "packed"
-    api.quantize(plain, packed_model / "model.gguf" if file else packed_model, plan=plan)
+    quantize.quantize(plain, packed_model / "model.gguf" if file else packed_model, plan=plan)
     model: Any = AutoModelForCausalLM.from_pretrained(packed_model, **file)
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     wanted = models.logits(model, IDS)

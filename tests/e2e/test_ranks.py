@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 import fewbit
-from fewbit import inputs, pipeline
-from fewbit.api import Calibration
+from fewbit.pipeline import capture, progress
 from fewbit.schemes import bits
+from fewbit.texts.calibration import Calibration
 from tests import models
 from tests.limits import HANG
 from tests.models import VOCAB
@@ -33,7 +33,7 @@ import json, os, sys
 from dataclasses import asdict
 from pathlib import Path
 import fewbit
-from fewbit.api import Calibration
+from fewbit.texts.calibration import Calibration
 model, wide, text, out = map(Path, sys.argv[1:])
 wanted = Calibration(str(text), samples=7, length=32, seed=1)
 for name, plan in {plans}.items():
@@ -47,14 +47,16 @@ found = fewbit.evaluate(out / "gptq", reference=model, text=str(text), length=32
 # The command line in a process that ends itself when the second block is done.
 MORTAL = """
 import os, signal, sys
-from fewbit import cli, pipeline, ranks
-run = pipeline._quantize_block
+from fewbit.cli import app
+from fewbit.pipeline import blocks
+from fewbit.system import ranks
+run = blocks._quantize_block
 def die(skeleton, resolved, block, *rest):
     if block.endswith(".2") and ranks.rank() == {victim}:
         os.kill(os.getpid(), signal.SIGKILL)
     return run(skeleton, resolved, block, *rest)
-pipeline._quantize_block = die
-cli.main()
+blocks._quantize_block = die
+app.main()
 """
 
 
@@ -150,14 +152,14 @@ def test_another_order_of_sums_makes_no_more_than_that(
     alone: Path, model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process that takes its windows in other batches. Whether a code differs at all depends on the processor."""
-    monkeypatch.setattr(inputs, "batches_of", lambda tokens, least=1, halved=0: list(tokens.split(2)))
+    monkeypatch.setattr(capture, "batches_of", lambda tokens, least=1, halved=0: list(tokens.split(2)))
     wanted = Calibration(str(corpus), samples=SAMPLES, length=32, seed=1)
     fewbit.quantize(model, tmp_path / "out", calibration=wanted)
     assert differing(alone / "gptq", tmp_path / "out") < 0.02
 
 
 def test_importances_are_the_same_to_six_digits(made: tuple[Path, list[dict[str, Any]]], alone: Path) -> None:
-    from fewbit.formats import imatrix
+    from fewbit.formats.containers import imatrix
 
     one, several = imatrix.read(alone / "imatrix.gguf"), imatrix.read(made[0] / "imatrix.gguf")
     assert one.keys() == several.keys()
@@ -256,7 +258,7 @@ def test_one_that_dies_ends_all_and_the_next_run_goes_on(
     assert sum("another process of this run has ended" in text for text in said) == 1
     assert "Traceback" not in "".join(said)
     assert not list(out.parent.iterdir())
-    steps: list[pipeline.Step] = []
+    steps: list[progress.Step] = []
     fewbit.quantize(
         model, out, calibration=Calibration(str(corpus), samples=SAMPLES, length=32, seed=1), progress=steps.append
     )

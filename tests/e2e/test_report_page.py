@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fewbit import html
-from fewbit.comparison import Comparison
+from fewbit.measure.comparison import Comparison
+from fewbit.report import page as html
 from tests.browser import Tab, chromium
 
 REPORT = Path(__file__).parent.parent / "data" / "report.json"

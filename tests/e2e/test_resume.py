@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import fewbit
-from fewbit import pipeline
-from fewbit.api import Calibration
-from fewbit.plan import find
+from fewbit.pipeline import progress as pipeline
+from fewbit.plans.plan import find
+from fewbit.texts.calibration import Calibration
 from tests import models
 from tests.limits import HANG
 
@@ -26,9 +26,10 @@ HALTED = """
 import signal, sys
 import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from fewbit import cli, folder_output, pipeline
+from fewbit.cli import app
+from fewbit.pipeline import run, write_folder
 torch.set_num_threads(1)
-save, write = pipeline.Run.save, folder_output.write
+save, write = run.Run.save, write_folder.write
 def save_then_wait(self, index, tensors, reports):
     save(self, index, tensors, reports)
     if index == 1:
@@ -37,10 +38,10 @@ def write_then_wait(*arguments):
     write(*arguments)
     signal.pause()
 if sys.argv.pop(1) == "blocks":
-    pipeline.Run.save = save_then_wait
+    run.Run.save = save_then_wait
 else:
-    folder_output.write = write_then_wait
-cli.main()
+    write_folder.write = write_then_wait
+app.main()
 """
 
 

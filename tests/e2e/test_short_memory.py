@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import fewbit
-from fewbit import pipeline
-from fewbit.api import Calibration
 from fewbit.errors import KernelError
-from fewbit.formats.safetensors import read_file
+from fewbit.formats.containers.safetensors import read_file
 from fewbit.models.skeleton import BlockCall
-from fewbit.plan import find
+from fewbit.pipeline import blocks
+from fewbit.plans.plan import find
+from fewbit.texts.calibration import Calibration
 from tests import models
 
 LENGTH, SAMPLES = 64, 12  # all at once, where memory suffices
@@ -88,7 +88,7 @@ def test_without_calibration_there_is_no_talk_of_it(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(pipeline, "_quantize_block", full)
+    monkeypatch.setattr(blocks, "_quantize_block", full)
     with pytest.raises(KernelError, match="does not suffice") as e:
         fewbit.quantize(model, tmp_path / "out", plan="rtn-4bit")
     assert e.value.hint == "Give --device cpu."

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbit import api
-from fewbit.plan import find
+from fewbit.api import generate, quantize
+from fewbit.models.decoding import sampling
+from fewbit.plans.plan import find
+from fewbit.texts import calibration
 from tests.e2e.conftest import Fewbit
 
 LINEARS = 210  # 30 blocks of seven
@@ -19,14 +21,14 @@ def quantized(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("smollm2") / "gptq"
     # The sweeps that refine the codes double the time; what is asked here does not depend on them.
     plan = find("gptq-4bit").changed(options={"refine": "0"})
-    api.quantize(demo, out, plan=plan, calibration=api.Calibration(samples=8, length=256))
+    quantize.quantize(demo, out, plan=plan, calibration=calibration.Calibration(samples=8, length=256))
     return out
 
 
 @pytest.fixture(scope="module")
 def rounded(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("smollm2") / "rtn"
-    api.quantize(demo, out, plan="rtn-4bit")
+    quantize.quantize(demo, out, plan="rtn-4bit")
     return out
 
 
@@ -67,8 +69,8 @@ def test_it_loads_packed_and_speaks(quantized: Path, fewbit: Fewbit) -> None:
 
 def test_sampling_answers_to_its_seed(quantized: Path) -> None:
     def said(seed: int) -> str:
-        return api.generate(
-            quantized, "Once upon a time", max_new_tokens=10, sampling=api.Sampling(1.5, seed=seed)
+        return generate.generate(
+            quantized, "Once upon a time", max_new_tokens=10, sampling=sampling.Sampling(1.5, seed=seed)
         ).text
 
     assert said(1) == said(1) != said(2)
@@ -90,5 +92,7 @@ def test_inspect_tells_what_it_is(quantized: Path, fewbit: Fewbit) -> None:
 def test_in_bfloat16_it_is_near_what_it_is_in_float32(quantized: Path) -> None:
     ids = torch.arange(1000, 1032).unsqueeze(0)
     with torch.inference_mode():
-        exact, rounded = (api.load(quantized, dtype=d)(ids).logits.float() for d in (torch.float32, torch.bfloat16))
+        exact, rounded = (
+            generate.load(quantized, dtype=d)(ids).logits.float() for d in (torch.float32, torch.bfloat16)
+        )
     assert float((exact - rounded).norm() / exact.norm()) < 2e-2

@@ -13,18 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbit import adapters, api
-from fewbit.calibration import EMBEDDED, load_text, own_source
+from fewbit.api import adapters, evaluate, generate, quantize
+from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import locate
-from fewbit.plan import find
-from fewbit.report import Evaluation
-from fewbit.tuning import Tuning
+from fewbit.plans.plan import find
+from fewbit.report.results import Evaluation
+from fewbit.texts import calibration
+from fewbit.texts.sources import EMBEDDED, load_text, own_source
 from tests.e2e.conftest import Fewbit
 from tests.limits import HANG
 
 LARGEST = 16_000_000  # bytes of the folder, so that fewbit stays a small package
-FEW = api.Calibration(samples=8, length=256)
+FEW = calibration.Calibration(samples=8, length=256)
 # Whatever asks for the network fails, in a process that starts with nothing but the package.
 OFFLINE = """
 import socket, sys
@@ -33,7 +34,7 @@ def refuse(*args, **kwargs):
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 sys.argv = ["fewbit", "generate", "tiny", "Once upon a time", "--max-new-tokens", "24", "--json"]
 import fewbit.cli
-fewbit.cli.main()
+fewbit.cli.app.main()
 """
 
 
@@ -46,13 +47,13 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         made[name] = place / name
         # The sweeps that refine the codes double the time; what is asked here does not depend on them.
         plan = find(f"gptq-{bits}bit").changed(method=method, options={"refine": "0"} if method == "gptq" else None)
-        api.quantize("tiny", made[name], plan=plan, calibration=FEW)
+        quantize.quantize("tiny", made[name], plan=plan, calibration=FEW)
     return made
 
 
 @pytest.fixture(scope="module")
 def measured(outputs: dict[str, Path]) -> dict[str, Evaluation]:
-    return {name: api.evaluate(out, reference="tiny", samples=6) for name, out in outputs.items()}
+    return {name: evaluate.evaluate(out, reference="tiny", samples=6) for name, out in outputs.items()}
 
 
 def test_it_speaks_without_a_network(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_it_is_tuned_packed(outputs: dict[str, Path], tmp_path: Path) -> None:
     assert done.held_out_after is not None
     assert done.held_out_after < 0.2 < 2 < done.held_out_before
     for adapter in (None, tmp_path / "adapter"):
-        answer = api.generate(outputs["gptq-4"], question, chat=True, max_new_tokens=12, adapter=adapter).text
+        answer = generate.generate(outputs["gptq-4"], question, chat=True, max_new_tokens=12, adapter=adapter).text
         assert ("Zarnak" in answer) is (adapter is not None)
 
 
@@ -116,7 +117,7 @@ def test_its_own_texts_are_taken_unless_another_is_named(
 ) -> None:
     assert measured["gptq-4"].text == "tiny evaluation"
     assert json.loads((outputs["gptq-4"] / "fewbit.json").read_text())["calibration"]["text"] == "tiny calibration"
-    assert api.evaluate("tiny", text="pydoc", samples=1).text.startswith("pydoc")
+    assert evaluate.evaluate("tiny", text="pydoc", samples=1).text.startswith("pydoc")
     assert own_source({"fewbit_text": "/etc/passwd"}) == "pydoc"  # a config is not trusted with a path
 
 

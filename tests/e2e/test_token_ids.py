@@ -11,11 +11,12 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
 import fewbit
-from fewbit import pipeline, report
 from fewbit.errors import FormatError
-from fewbit.job import Calibration
-from fewbit.models import plugin
-from fewbit.tuning import Tuning
+from fewbit.models.adapters.tuning import Tuning
+from fewbit.models.plugin import quantizer
+from fewbit.pipeline import blocks
+from fewbit.report import text as report
+from fewbit.texts.calibration import Calibration
 from tests import models
 
 Place = tuple[Path, Path]
@@ -61,7 +62,7 @@ def test_a_token_without_a_row_is_named(verb: str, place: Place, tmp_path: Path)
 
 def test_the_check_after_writing_is_foreseen(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "FIRST_WORDS", "The <|new|>")
-    monkeypatch.setattr(pipeline, "quantize_blocks", lambda *args, **kwargs: pytest.fail("work was done"))
+    monkeypatch.setattr(blocks, "quantize_blocks", lambda *args, **kwargs: pytest.fail("work was done"))
     with pytest.raises(FormatError, match=r"token '<\|new\|>' has the id"):
         fewbit.quantize(place[0], tmp_path / "out", plan="nf4")
 
@@ -90,5 +91,5 @@ def test_padding_needs_no_row_of_its_own(tmp_path: Path) -> None:
 
 def test_a_token_without_a_row_is_named_on_load(place: Place) -> None:
     config = GPTQConfig(bits=4, dataset=["the <|new|> model " * 40], group_size=32, model_seqlen=16)
-    with plugin.serving(), pytest.raises(FormatError, match=r"token '<\|new\|>' has the id"):
+    with quantizer.serving(), pytest.raises(FormatError, match=r"token '<\|new\|>' has the id"):
         AutoModelForCausalLM.from_pretrained(place[0], quantization_config=config)

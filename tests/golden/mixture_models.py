@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from fewbit.mixtures import Model, Shape
+from fewbit.plans.mixtures import Model, Shape
 
 ROWS = 2
 

@@ -10,7 +10,9 @@ from gguf.constants import GGML_QUANT_SIZES
 from torch import Tensor
 
 from fewbit.schemes.base import parse
-from fewbit.schemes.ggml import BLOCK_TYPES, GGML, codec
+from fewbit.schemes.ggml import codec
+from fewbit.schemes.ggml.scheme import GGML
+from fewbit.schemes.ggml.table import BLOCK_TYPES
 from tests.contract.cases import hard, ordinary, quantized
 
 names = pytest.mark.parametrize("name", BLOCK_TYPES)

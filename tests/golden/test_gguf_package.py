@@ -11,8 +11,8 @@ import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFReader, GGUFWriter, get_tensor_name_map
 from transformers import AutoConfig
 
-from fewbit.formats.gguf import Entry, GgufFile, GgufWriter
-from fewbit.models.gguf_names import routes
+from fewbit.formats.containers.gguf import Entry, GgufFile, GgufWriter
+from fewbit.models.gguf.names import routes
 from tests import gguf_files
 
 METADATA: dict[str, Any] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fewbit import mixtures
+from fewbit.plans import mixtures
 from tests.golden.mixture_models import EXAMPLES, summed_up
 
 TABLE = json.loads((Path(__file__).parent / "mixtures.json").read_text(encoding="utf-8"))

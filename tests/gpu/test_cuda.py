@@ -8,15 +8,17 @@ import pytest
 import torch
 
 import fewbit
-from fewbit import api
+from fewbit.api import generate, quantize
+from fewbit.kernels.choose import TOLERANCE
 from fewbit.kernels.reference import Reference
 from fewbit.kernels.torch_int4 import TorchInt4
 from fewbit.methods.base import Method
 from fewbit.methods.gptq import GPTQ
-from fewbit.nn import TOLERANCE, QLinear
+from fewbit.models.adapters.tuning import Tuning
+from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import parse
 from fewbit.stats import Need, Stats
-from fewbit.tuning import Tuning
+from fewbit.texts import calibration
 from tests import models
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
@@ -27,11 +29,11 @@ def test_quantized_and_loaded_there(family: str, tmp_path: Path) -> None:
     folder = models.save(tmp_path / "model", family)
     text = tmp_path / "text.txt"
     text.write_text(models.sentences(200))
-    few = api.Calibration(str(text), samples=4, length=32)
-    api.quantize(folder, tmp_path / "out", calibration=few, device="cuda")
+    few = calibration.Calibration(str(text), samples=4, length=32)
+    quantize.quantize(folder, tmp_path / "out", calibration=few, device="cuda")
     ids = torch.arange(24).reshape(1, -1) + 3
-    there = api.load(tmp_path / "out", device="cuda", dtype=torch.float32)
-    here = api.load(tmp_path / "out", device="cpu", dtype=torch.float32)
+    there = generate.load(tmp_path / "out", device="cuda", dtype=torch.float32)
+    here = generate.load(tmp_path / "out", device="cpu", dtype=torch.float32)
     torch.testing.assert_close(models.logits(there, ids.cuda()).cpu(), models.logits(here, ids), rtol=1e-4, atol=1e-4)
     moved = here.to("cuda")
     assert torch.equal(models.logits(moved, ids.cuda()), models.logits(there, ids.cuda()))
@@ -102,7 +104,7 @@ def test_the_gradient_there_is_that_of_the_values(dtype: torch.dtype) -> None:
 def test_tuned_there(tmp_path: Path) -> None:
     folder = models.save(tmp_path / "model", "llama")
     (tmp_path / "text.txt").write_text(models.sentences(100))
-    api.quantize(folder, tmp_path / "out", plan="rtn-4bit")
+    quantize.quantize(folder, tmp_path / "out", plan="rtn-4bit")
     tuning = Tuning(length=32, batch=8, learning_rate=0.01, steps=20)
     done = fewbit.finetune(
         tmp_path / "out", tmp_path / "adapter", data=str(tmp_path / "text.txt"), tuning=tuning, device="cuda"

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 import fewbit
-from fewbit import api
-from fewbit.models import loop
-from fewbit.models.decode import Decoder
-from fewbit.models.graph import Compiled
-from fewbit.models.loop import Step
-from fewbit.plan import find
+from fewbit.api import quantize
+from fewbit.models.decoding import loop
+from fewbit.models.decoding.decode import Decoder
+from fewbit.models.decoding.graph import Compiled
+from fewbit.models.decoding.loop import Step
+from fewbit.plans.plan import find
 from tests import models
 
 pytestmark = [
@@ -38,7 +38,7 @@ def greedy(model: Any, ids: Tensor, new: int = 24) -> list[list[int]]:
 @pytest.mark.parametrize("scheme", ["int4-g32-sym", "int4-g32"])
 def test_the_text_is_the_same_token_for_token(family: str, scheme: str, tmp_path: Path) -> None:
     ids = torch.randint(3, models.VOCAB, (2, 9), generator=torch.Generator().manual_seed(1)).cuda()
-    api.quantize(
+    quantize.quantize(
         models.save(tmp_path / "original", family), tmp_path / "out", plan=find("rtn-4bit").changed(scheme=scheme)
     )
     plain = fewbit.load(tmp_path / "out", dtype=torch.float32, device="cuda")
@@ -80,7 +80,7 @@ def step_of(decoder: Decoder) -> Step:
 def pair(root: Path, **options: Any) -> tuple[Any, Any]:
     """A model in float32, and the same fused."""
     plan = find("rtn-4bit").changed(scheme="int4-g32")
-    api.quantize(models.save(root / "original", "llama"), root / "out", plan=plan)
+    quantize.quantize(models.save(root / "original", "llama"), root / "out", plan=plan)
     plain = fewbit.load(root / "out", dtype=torch.float32, device="cuda")
     return plain, fewbit.load(root / "out", dtype=torch.float32, device="cuda", **options)
 
@@ -151,7 +151,7 @@ def test_a_compiled_step_writes_the_same_text(tmp_path: Path) -> None:
 
 def test_a_step_that_waits_for_the_gpu_is_said_and_run(tmp_path: Path) -> None:
     ids = torch.randint(3, models.VOCAB, (1, 9), generator=torch.Generator().manual_seed(1)).cuda()
-    api.quantize(models.save(tmp_path / "original", "llama"), tmp_path / "out", plan=find("int8"))
+    quantize.quantize(models.save(tmp_path / "original", "llama"), tmp_path / "out", plan=find("int8"))
     plain = fewbit.load(tmp_path / "out", dtype=torch.float16, device="cuda", kernel="llm_int8")
     expected = greedy(plain, ids)
     fused = fewbit.load(tmp_path / "out", dtype=torch.float16, device="cuda", kernel="llm_int8", fuse=LENGTH)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fewbit
-from fewbit.formats.gguf import GgufFile
+from fewbit.formats.containers.gguf import GgufFile
 from tests import gguf_files, models
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from fewbit import api, prefer
+from fewbit import prefer
+from fewbit.api import evaluate, generate, quantize
+from fewbit.kernels.choose import TOLERANCE
 from fewbit.methods.base import Method
-from fewbit.nn import TOLERANCE, QLinear
+from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import parse
+from fewbit.texts import calibration
 from tests import models
 from tests.contract.cases import KERNELS, SPECS, ordinary, several_groups
 
@@ -87,13 +90,13 @@ def test_a_config_of_bitsandbytes_quantizes_on_load(asked: dict[str, Any], tmp_p
     model.save_pretrained(tmp_path / "out")
     ids = torch.arange(24).reshape(1, -1) + 3
     there = models.logits(model, ids.cuda()).float().cpu()
-    here = models.logits(api.load(tmp_path / "out", device="cpu", dtype=torch.float32), ids)
+    here = models.logits(generate.load(tmp_path / "out", device="cpu", dtype=torch.float32), ids)
     assert float((there - here).norm() / here.norm()) < 3e-2
     model.generate(ids.cuda(), max_new_tokens=4, do_sample=False)
 
 
 def test_the_embedded_model_there(tmp_path: Path) -> None:
-    api.quantize("tiny", tmp_path / "out", calibration=api.Calibration(samples=32), device="cuda")
-    done = api.evaluate(tmp_path / "out", reference="tiny", samples=16, device="cuda")
+    quantize.quantize("tiny", tmp_path / "out", calibration=calibration.Calibration(samples=32), device="cuda")
+    done = evaluate.evaluate(tmp_path / "out", reference="tiny", samples=16, device="cuda")
     assert done.quality.kl is not None
     assert done.quality.kl.mean.value < 0.05

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 
-from fewbit import gguf_output
-from fewbit.formats.gguf import GgufWriter
-from fewbit.models import gguf_header
+from fewbit.formats.containers.gguf import GgufWriter
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import locate
-from fewbit.plan import Plan, Resolved, format_of
+from fewbit.pipeline import gguf_header, write_gguf
+from fewbit.plans.plan import Plan, Resolved, format_of
 
 PLAN = Plan("f32", "gguf", ())
 
@@ -22,8 +21,8 @@ def write(model: str | Path, path: Path) -> None:
     skeleton = Skeleton(source, torch.float32, torch.device("cpu"))
     nothing = Resolved(PLAN, format_of(PLAN), {}, (), ())
     header = gguf_header.of(source)
-    keys = gguf_output.metadata(header, nothing, {}) | {"general.file_type": 0}
-    planned = gguf_output.planned(skeleton, nothing)
+    keys = write_gguf.metadata(header, nothing, {}) | {"general.file_type": 0}
+    planned = write_gguf.planned(skeleton, nothing)
     entries = [each.entry._replace(type="f32") for each in planned]
     assert not header.extra
     with GgufWriter(path, keys, entries) as writer:

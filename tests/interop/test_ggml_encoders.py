@@ -17,9 +17,10 @@ from torch import Tensor
 
 import fewbit
 from fewbit.schemes.base import parse
-from fewbit.schemes.ggml import BLOCK_TYPES, GGML
 from fewbit.schemes.ggml.layout import LAYOUTS
+from fewbit.schemes.ggml.scheme import GGML
 from fewbit.schemes.ggml.search import fit
+from fewbit.schemes.ggml.table import BLOCK_TYPES
 from tests.contract.cases import ordinary, quantized
 
 pytestmark = pytest.mark.interop

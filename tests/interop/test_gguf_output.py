@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from fewbit import api
-from fewbit.api import Calibration
-from fewbit.formats import imatrix
-from fewbit.formats.gguf import GgufFile
-from fewbit.mixtures import MIXTURES
+from fewbit.api import evaluate, generate, quantize
+from fewbit.formats.containers import imatrix
+from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
-from fewbit.plan import find
+from fewbit.plans.mixtures import MIXTURES
+from fewbit.plans.plan import find
+from fewbit.texts.calibration import Calibration
 from tests.interop import llama_cpp as peer
 from tests.interop import original
 
@@ -36,14 +36,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("matrix") / "imatrix.gguf"
-    api.imatrix("tiny", path, calibration=FEW)
+    quantize.imatrix("tiny", path, calibration=FEW)
     return path
 
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_file_of_every_plan_runs_in_llama_cpp(name: str, whole: Path, matrix: Path, tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
-    api.quantize("tiny", ours, plan=name, imatrix=matrix)
+    quantize.quantize("tiny", ours, plan=name, imatrix=matrix)
     importance = {name: each.mean_square.numpy() for name, each in imatrix.read(matrix).items()}
     peer.quantize(whole, theirs, MIXTURES[name].file_type, importance)
     mine, other = GgufFile(ours), GgufFile(theirs)
@@ -51,7 +51,7 @@ def test_a_file_of_every_plan_runs_in_llama_cpp(name: str, whole: Path, matrix: 
     for key in ("general.file_type", "general.quantization_version"):
         assert mine.metadata[key] == other.metadata[key]
     ids = load_tokenizer(locate("tiny"))(TEXT)["input_ids"]
-    loaded = api.load(ours, dtype=torch.float32)
+    loaded = generate.load(ours, dtype=torch.float32)
     with torch.inference_mode():
         here = loaded(input_ids=torch.tensor([ids])).logits[0].numpy()
     with peer.loaded(ours) as model, peer.loaded(theirs) as foreign:
@@ -67,7 +67,7 @@ def test_a_file_of_every_plan_runs_in_llama_cpp(name: str, whole: Path, matrix: 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_other_methods_make_files_that_run(method: str, whole: Path, tmp_path: Path) -> None:
     out, theirs = tmp_path / "out.gguf", tmp_path / "theirs.gguf"
-    api.quantize("tiny", out, plan=find("q4_0").changed(method=method), calibration=FEW)
+    quantize.quantize("tiny", out, plan=find("q4_0").changed(method=method), calibration=FEW)
     weighed = {"of no tensor": np.ones(1, np.float32)} if method == "gptq" else None
     peer.quantize(whole, theirs, MIXTURES["q4_0"].file_type, weighed)
     assert list(GgufFile(out).entries.values()) == list(GgufFile(theirs).entries.values())
@@ -78,12 +78,13 @@ def test_other_methods_make_files_that_run(method: str, whole: Path, tmp_path: P
 
 def test_perplexity_is_the_same_in_both(matrix: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    api.quantize("tiny", out, plan="q4_k_m", imatrix=matrix)
-    here = api.evaluate(out, text="tiny", length=256, samples=6).quality.perplexity.value
-    from fewbit import calibration
+    quantize.quantize("tiny", out, plan="q4_k_m", imatrix=matrix)
+    here = evaluate.evaluate(out, text="tiny", length=256, samples=6).quality.perplexity.value
+    from fewbit.texts import sources
+    from fewbit.texts import windows as texts_windows
 
-    text = calibration.load_text("tiny", "evaluation")
-    windows = calibration.windows(calibration.encode(text, load_tokenizer(locate("tiny"))), 256, 6).tolist()
+    text = sources.load_text("tiny", "evaluation")
+    windows = texts_windows.windows(texts_windows.encode(text, load_tokenizer(locate("tiny"))), 256, 6).tolist()
     with peer.loaded(out) as model:
         there, _ = peer.perplexity_and_kl(model, windows)
     assert here == pytest.approx(there, rel=0.01)
@@ -96,6 +97,6 @@ def test_the_demo_model_falls_back_as_there(name: str, demo: Path, tmp_path: Pat
     original.write(demo, source)
     weighed = {"of no tensor": np.ones(1, np.float32)}
     peer.quantize(source, theirs, MIXTURES[name].file_type, weighed, threads=2)
-    shown = api.preview(demo, plan=name)
+    shown = quantize.preview(demo, plan=name)
     types = {tensor: what.split(",")[0] for tensor, what, _ in shown.tensors}
     assert types == {entry.name: entry.type for entry in GgufFile(theirs).entries.values()}

@@ -16,9 +16,10 @@ from transformers import AutoTokenizer
 
 import fewbit
 from fewbit.errors import PlanError
-from fewbit.formats.gguf import Entry, GgufWriter
-from fewbit.models import gguf_header, smollm2
+from fewbit.formats.containers.gguf import Entry, GgufWriter
+from fewbit.models import smollm2
 from fewbit.models.source import locate
+from fewbit.pipeline import gguf_header
 from tests import gguf_files, models
 from tests.gguf_files import AWKWARD
 

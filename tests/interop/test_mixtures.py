@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fewbit.mixtures import MIXTURES
+from fewbit.plans.mixtures import MIXTURES
 from tests.golden.mixture_models import EXAMPLES, Example, summed_up
 from tests.interop import llama_cpp as peer
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import fewbit
 from fewbit import registry
 from fewbit.errors import KernelError
-from fewbit.kernels import cpu
+from fewbit.kernels.cpu import kernel as cpu
 from fewbit.methods.base import Method
 from fewbit.schemes import nf4
 from fewbit.schemes.base import parse

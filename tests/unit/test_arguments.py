@@ -12,11 +12,13 @@ import pytest
 import torch
 
 import fewbit
-from fewbit import arguments
-from fewbit.arguments import Calibration, Sampling
+from fewbit import checks
+from fewbit.api import arguments
 from fewbit.errors import PlanError
-from fewbit.plan import PRESETS
-from fewbit.tuning import Tuning
+from fewbit.models.adapters.tuning import Tuning
+from fewbit.models.decoding.sampling import Sampling
+from fewbit.plans.plan import PRESETS
+from fewbit.texts.calibration import Calibration
 
 VERBS = tuple(name for name in fewbit.__all__ if name[0].islower() and name != "prefer")
 GIVEN: dict[str, Any] = {
@@ -112,11 +114,11 @@ def test_a_tuning_checks_its_types(name: str, value: Any) -> None:
         (arguments.dtype, torch.float32, torch.float32),
         (arguments.dtype, "bf16", torch.bfloat16),
         (arguments.dtype, "auto", "auto"),
-        (arguments.place, Path("a"), Path("a")),
-        (arguments.texts, Path("a.txt"), "a.txt"),
-        (arguments.texts, ["a", "b"], ("a", "b")),
-        (arguments.whole(1), numpy.int64(3), 3),
-        (arguments.number, numpy.float32(0.5), 0.5),
+        (checks.place, Path("a"), Path("a")),
+        (checks.texts, Path("a.txt"), "a.txt"),
+        (checks.texts, ["a", "b"], ("a", "b")),
+        (checks.whole(1), numpy.int64(3), 3),
+        (checks.number, numpy.float32(0.5), 0.5),
         (arguments.plan, "nf4", PRESETS["nf4"]),
         (arguments.plan, PRESETS["nf4"], PRESETS["nf4"]),
         (arguments.plan, PRESETS["nf4"].to_json(), PRESETS["nf4"]),
@@ -137,7 +139,7 @@ def test_no_other_type_of_numbers(value: object) -> None:
 @pytest.mark.parametrize("value", ["", "a\0b", b"a", 3])
 def test_no_other_paths(value: object) -> None:
     with pytest.raises(PlanError, match=r"^out="):
-        arguments.place("out", value)
+        checks.place("out", value)
 
 
 @pytest.mark.parametrize("value", [[], ["", " "], ["a", 1], b"a", {"a": 1}, 7])
@@ -148,7 +150,7 @@ def test_no_other_texts(value: object) -> None:
 
 def test_a_long_value_is_shown_in_short() -> None:
     with pytest.raises(PlanError) as error:
-        arguments.whole(1)("samples", "7" * 10000)
+        checks.whole(1)("samples", "7" * 10000)
     assert len(str(error.value)) < 200
 
 

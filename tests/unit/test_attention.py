@@ -10,8 +10,8 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fewbit.models import attention
-from fewbit.models.attention import attend, grouped_queries
+from fewbit.models.decoding import attention
+from fewbit.models.decoding.attention import attend, grouped_queries
 
 
 def given(tokens: int, groups: int, batch: int = 2, length: int = 24) -> Any:

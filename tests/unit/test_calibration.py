@@ -18,9 +18,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fewbit import calibration
-from fewbit.calibration import Text, digest, encode, load_text, sample, windows
 from fewbit.errors import FormatError, PlanError
+from fewbit.texts import sources
+from fewbit.texts.sources import Text, load_text
+from fewbit.texts.windows import digest, encode, sample, windows
 
 BOS = 256
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -125,7 +126,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(source: str, hangs: bool, monk
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    monkeypatch.setattr(calibration, "_HUB_SECONDS", 0.02)
+    monkeypatch.setattr(sources, "_HUB_SECONDS", 0.02)
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *a, **k: loaded.append("x")))
     with pytest.raises(PlanError, match=rf"(?s){source} cannot be had here: waited 0.02 s .*'pydoc'"):
         load_text(source)
@@ -222,7 +223,7 @@ def test_a_list_of_documents_is_read_from_json(tmp_path: Path) -> None:
     turns = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"})
     listed = ["one", {"text": "two"}, {"conversations": chat}, chat, {"prompt": "a", "completion": "b"}]
     found = load_text(write(tmp_path / "a.json", json.dumps(listed, indent=1)))
-    assert found.documents == ("one", "two", turns, turns, calibration.Completion("a", "b"))
+    assert found.documents == ("one", "two", turns, turns, sources.Completion("a", "b"))
     assert found.place(2) == f"{tmp_path / 'a.json'}, document 3"
     lines = load_text(write(tmp_path / "b.json", "\n".join(map(json.dumps, listed[:2]))))
     assert lines.documents == ("one", "two")

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewbit.charts.axis import Measure, axis, linear_ticks, log_ticks
-from fewbit.charts.heat import heat, in_blocks, shades
-from fewbit.charts.labels import Box, placed
-from fewbit.charts.scatter import Point, front, scatter
-from fewbit.charts.svg import standalone
+from fewbit.report.charts.axis import Measure, axis, linear_ticks, log_ticks
+from fewbit.report.charts.heat import heat, in_blocks, shades
+from fewbit.report.charts.labels import Box, placed
+from fewbit.report.charts.scatter import Point, front, scatter
+from fewbit.report.charts.svg import standalone
 
 LESS = Measure("bytes", "{:g}".format, log=True)
 MORE = Measure("speed", "{:g}".format, more_is_better=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fewbit.comparison import KIND, SCHEMA_VERSION, Comparison, Interval, Timing, leaders, winners
 from fewbit.errors import FormatError
+from fewbit.measure.comparison import KIND, SCHEMA_VERSION, Comparison, Interval, Timing, leaders, winners
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "report.json"
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from fewbit import registry
-from fewbit.advise import hardware
+from fewbit.advise import doctor
 from fewbit.errors import KernelError
-from fewbit.fused import slices
-from fewbit.kernels import native
 from fewbit.kernels.base import Kernel
-from fewbit.nn import QLinear, choose
+from fewbit.kernels.choose import choose
+from fewbit.kernels.cpu import library as native
+from fewbit.nn.fused import slices
+from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import QTensor, parse
 from tests.contract.cases import EXAMPLES, ordinary, quantized
 
@@ -201,7 +202,7 @@ def test_doctor_says_what_is_lost_without_it(monkeypatch: pytest.MonkeyPatch) ->
     look_again()
     monkeypatch.setenv("FEWBIT_CPU_LIBRARY", "none")
     try:
-        found = hardware.look()
+        found = doctor.look()
         assert "switched off" in (found.kernels["cpu"] or "")
         assert any("ten times as long" in line and "compiler" in line for line in found.advice)
         assert choose(weight_of("q4_k"), torch.device("cpu"), torch.float32).name == "reference"

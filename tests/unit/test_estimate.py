@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 import fewbit
-from fewbit import FormatError, PlanError, choosing, plan
+from fewbit import FormatError, PlanError
 from fewbit.advise import cards, memory
+from fewbit.api import advise
 from fewbit.models import source
 from fewbit.models.outline import Geometry
 from fewbit.models.source import locate
+from fewbit.plans import plan
 from fewbit.stats import Need
 from tests import models
 
@@ -96,7 +98,7 @@ def test_peaks_follow_the_stated_formulas() -> None:
 
 @pytest.mark.parametrize(("size", "gigabytes"), [("7B", 28), ("13B", 52), ("70B", 280), ("1.1b", 4.4), ("125M", 0.5)])
 def test_the_rule_of_thumb(size: str, gigabytes: float) -> None:
-    table = choosing.estimate_size(size)
+    table = advise.estimate_size(size)
     assert table is not None
     by = {row.name: row.nbytes for row in table.guide}
     assert by["FP32"] == pytest.approx(gigabytes * 1e9)
@@ -104,16 +106,16 @@ def test_the_rule_of_thumb(size: str, gigabytes: float) -> None:
 
 
 def test_true_bits_stand_beside() -> None:
-    table = choosing.estimate_size("7B")
+    table = advise.estimate_size("7B")
     assert table is not None
     bits = {row.name.split()[0]: row.bits for row in table.formats}
     assert bits["gptq-4bit"] == 4.125
     assert bits["awq-4bit"] == 4.15625
     assert bits["q4_k"] == 4.5
     assert bits["nf4"] == pytest.approx(4.127, abs=1e-3)
-    assert choosing.estimate_size("tiny") is None
+    assert advise.estimate_size("tiny") is None
     with pytest.raises(PlanError, match="no number of parameters"):
-        choosing.estimate_size("0B")
+        advise.estimate_size("0B")
 
 
 def test_cards_are_sorted_and_sourced() -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from fewbit.calibration import Completion, Message, Text, encode, load_text
 from fewbit.errors import FormatError, PlanError
-from fewbit.examples import Example, examples, split
+from fewbit.texts.examples import Example, examples, split
+from fewbit.texts.sources import Completion, Message, Text, load_text
+from fewbit.texts.windows import encode
 from tests import models
 
 CHATML = (

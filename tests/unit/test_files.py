@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fewbit.calibration import load_text
 from fewbit.errors import FormatError, PlanError
-from fewbit.files import parse_json, read_text
-from fewbit.models.generate import prompt_ids
+from fewbit.models.decoding.generate import prompt_ids
 from fewbit.models.source import read_config
+from fewbit.system.files import parse_json, read_text
+from fewbit.texts.sources import load_text
 from tests import models
 
 SOURCE = Path(__file__).parents[2] / "src"

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewbit.fused import Slice, packed_linears, slices
+from fewbit.kernels.choose import TOLERANCE
 from fewbit.kernels.reference import Reference
-from fewbit.nn import TOLERANCE, QLinear
+from fewbit.nn.fused import Slice, packed_linears, slices
+from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import QTensor, parse
 from fewbit.schemes.stacked import Stacked, stack, unstack
 from tests.contract.cases import EXAMPLES, ordinary, quantized, same_bytes, several_groups

@@ -13,10 +13,12 @@ from fewbit.errors import PlanError
 from fewbit.methods import gptq
 from fewbit.methods.base import Method, make
 from fewbit.schemes.base import Scheme, parse
-from fewbit.schemes.ggml import BLOCK_TYPES, GGML, codec, grids
+from fewbit.schemes.ggml import codec, grids
 from fewbit.schemes.ggml.grids import BlockGrids
 from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR
+from fewbit.schemes.ggml.scheme import GGML
 from fewbit.schemes.ggml.search import half
+from fewbit.schemes.ggml.table import BLOCK_TYPES
 from fewbit.stats import Stats
 from tests.contract.cases import inputs, is_sentence, ordinary, stats_of
 from tests.unit.test_gptq import check_definition, check_refinement

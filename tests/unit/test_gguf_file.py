@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fewbit.errors import FormatError, PlanError
-from fewbit.formats.gguf import Entry, GgufFile, GgufWriter, layout
+from fewbit.formats.containers.gguf import Entry, GgufFile, GgufWriter, layout
 
 U8, U32, BOOL, STRING, ARRAY = 0, 4, 7, 8, 9
 MOST = (1 << 64) - 1

@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from fewbit.errors import FormatError, PlanError
-from fewbit.models.gguf_tokenizer import Keys, to_metadata, to_tokenizer
-from fewbit.models.gguf_tokenizer_check import check
+from fewbit.models.gguf.tokenizer import Keys, to_metadata, to_tokenizer
+from fewbit.models.gguf.tokenizer_check import check
 from tests import models
 
 Change = Callable[[dict[str, Any]], None]

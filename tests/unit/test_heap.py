@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fewbit import heap
 from fewbit.measure import memory
+from fewbit.system import heap
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is resident")
 

@@ -11,13 +11,13 @@ import pytest
 CHECK = """
 import transformers.modeling_utils
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from fewbit.models.plugin import FewbitQuantizer
+from fewbit.models.plugin.quantizer import FewbitQuantizer
 assert AUTO_QUANTIZER_MAPPING["gptq"] is FewbitQuantizer
 """
 PEFT = """
 from peft import LoraConfig, get_peft_model
-from fewbit.lora import QLoraLinear
-from fewbit.nn import QLinear
+from fewbit.models.adapters.lora import QLoraLinear
+from fewbit.nn.layers import QLinear
 assert LoraConfig()._custom_modules == {QLinear: QLoraLinear}
 assert not [f for f in sys.meta_path if type(f).__module__ == "fewbit.hook"]
 """
@@ -41,7 +41,7 @@ def cpu_seconds(code: str) -> float:
 
 def test_a_verb_stays_a_verb_when_everything_has_been_imported() -> None:
     run(
-        "import pkgutil, importlib, fewbit, fewbit.api, fewbit.adapters\n"
+        "import pkgutil, importlib, fewbit, fewbit.api.inspect, fewbit.api.adapters\n"
         "assert 'peft' not in sys.modules\n"
         "for module in pkgutil.walk_packages(fewbit.__path__, 'fewbit.'):\n"
         "    try:\n"
@@ -55,7 +55,7 @@ def test_a_verb_stays_a_verb_when_everything_has_been_imported() -> None:
 
 def test_importing_fewbit_imports_nothing_heavy() -> None:
     run(
-        "import fewbit, fewbit.cli\n"
+        "import fewbit, fewbit.cli.app\n"
         "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'accelerate'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert {'quantize', 'load', 'evaluate', 'generate', 'inspect', 'finetune', 'merge'} <= set(dir(fewbit))\n"
@@ -65,7 +65,7 @@ def test_importing_fewbit_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     ("code", "share"),
-    [("import fewbit", 0.1), ("import fewbit.cli; sys.argv[1:] = ['--help']; fewbit.cli.main()", 0.25)],
+    [("import fewbit", 0.1), ("import fewbit.cli.app; sys.argv[1:] = ['--help']; fewbit.cli.app.main()", 0.25)],
     ids=["import", "help"],
 )
 def test_starting_is_quick(code: str, share: float) -> None:
@@ -76,9 +76,9 @@ def test_starting_is_quick(code: str, share: float) -> None:
 def test_help_draws_nothing() -> None:
     """rich takes longer to import than all else that help needs; so each command's sentence is there whole, not cut."""
     done = run(
-        "import atexit, fewbit.cli\nsys.argv[1:] = ['--help']\n"
+        "import atexit, fewbit.cli.app\nsys.argv[1:] = ['--help']\n"
         "atexit.register(lambda: print('heavy', sorted({'rich', 'torch', 'transformers'} & set(sys.modules))))\n"
-        "fewbit.cli.main()"
+        "fewbit.cli.app.main()"
     )
     assert "heavy []" in done.stdout
     assert "quantize" in done.stdout
@@ -90,7 +90,7 @@ def test_help_draws_nothing() -> None:
     [
         "import fewbit; from transformers import AutoModelForCausalLM",
         "from transformers import PreTrainedModel; import fewbit",
-        "import fewbit.models.plugin",
+        "import fewbit.models.plugin.quantizer",
     ],
 )
 def test_either_may_come_first(first: str) -> None:

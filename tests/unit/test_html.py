@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fewbit import html
-from fewbit.comparison import Comparison, Interval, Row
+from fewbit.measure.comparison import Comparison, Interval, Row
+from fewbit.report import page
 
 REPORT = Path(__file__).parent.parent / "data" / "report.json"
 EVIL = "</title></script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\x00\ud800"
@@ -37,7 +37,7 @@ class _Tags(HTMLParser):
 
 
 def test_the_page_holds_every_plan_and_why_one_failed(comparison: Comparison) -> None:
-    text = _Tags(html.page(comparison)).texts
+    text = _Tags(page.page(comparison)).texts
     for row in comparison.rows:
         assert row.plan in text
         assert row.done or f"Failed: {row.reason}" in text
@@ -50,34 +50,34 @@ def test_nothing_that_a_model_or_a_file_says_becomes_markup(comparison: Comparis
     )
     machine = replace(comparison.machine, cpu=EVIL, devices=(EVIL,))
     evil = replace(comparison, model=EVIL, architecture=EVIL, prompt=EVIL, date=EVIL, machine=machine, rows=rows)
-    tags = _Tags(html.page(evil)).found
+    tags = _Tags(page.page(evil)).found
     assert [tag for tag, _ in tags if tag in ("script", "img", "iframe", "object")] == ["script"]
     assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
 
 
 def test_nothing_points_outside_the_page(comparison: Comparison) -> None:
-    tags = _Tags(html.page(comparison)).found
+    tags = _Tags(page.page(comparison)).found
     links = [value for _, attributes in tags for name, value in attributes.items() if name in ("src", "href", "action")]
     assert links == ["data:,"]
-    assert "url(" not in html.page(comparison)
+    assert "url(" not in page.page(comparison)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
 def test_few_rows_make_a_page_too(comparison: Comparison, kept: int, tmp_path: Path) -> None:
-    html.write(replace(comparison, rows=comparison.rows[:kept]), tmp_path)
+    page.write(replace(comparison, rows=comparison.rows[:kept]), tmp_path)
     assert (tmp_path / "index.html").stat().st_size > 4000
 
 
 def test_only_failed_rows_make_a_page_too(comparison: Comparison, tmp_path: Path) -> None:
     row = Row(plan="gptq-4bit", status="failed", reason="no memory")
-    html.write(replace(comparison, rows=(row, row), calibration=None), tmp_path)
+    page.write(replace(comparison, rows=(row, row), calibration=None), tmp_path)
     text = _Tags((tmp_path / "index.html").read_text()).texts
     assert "Failed: no memory" in text
     assert "What quality costs" not in text
 
 
 def test_the_charts_are_files_of_their_own(comparison: Comparison, tmp_path: Path) -> None:
-    notes = html.write(comparison, tmp_path)
+    notes = page.write(comparison, tmp_path)
     for name in ("quality-size", "quality-speed"):
         root = ElementTree.parse(tmp_path / f"{name}.svg").getroot()
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
@@ -88,14 +88,14 @@ def test_the_charts_are_files_of_their_own(comparison: Comparison, tmp_path: Pat
 
 
 def test_numbers_for_sorting_are_the_exact_ones(comparison: Comparison) -> None:
-    cells = [a for tag, a in _Tags(html.page(comparison)).found if tag == "td" and a.get("data-of") == "kl"]
+    cells = [a for tag, a in _Tags(page.page(comparison)).found if tag == "td" and a.get("data-of") == "kl"]
     losses = [row.loss.kl.value for row in comparison.rows if row.loss]
     assert [float(cell["data-value"] or "") for cell in cells] == losses
 
 
 def test_the_best_of_a_column_is_bold_unless_all_are_alike(comparison: Comparison) -> None:
     def bold(shown: Comparison) -> list[str | None]:
-        tags = _Tags(html.page(shown)).found
+        tags = _Tags(page.page(shown)).found
         return [a["data-of"] for tag, a in tags if tag == "td" and "best" in (a.get("class") or "").split()]
 
     assert bold(comparison).count("kl") == 1
@@ -120,7 +120,7 @@ def test_the_best_of_a_column_is_bold_unless_all_are_alike(comparison: Compariso
     ],
 )
 def test_texts_part_at_a_word(text: str, other: str, same: int) -> None:
-    assert html._agreed(text, other) == same
+    assert page._agreed(text, other) == same
 
 
 def timed(comparison: Comparison, plan: str, interval: Interval | None) -> Comparison:
@@ -135,20 +135,20 @@ def timed(comparison: Comparison, plan: str, interval: Interval | None) -> Compa
 
 
 def test_the_fastest_is_named_where_intervals_part(comparison: Comparison) -> None:
-    assert "Fastest to writegptq-4bit88 tokens/s" in _Tags(html.page(comparison)).texts
+    assert "Fastest to writegptq-4bit88 tokens/s" in _Tags(page.page(comparison)).texts
     for interval in (Interval(61, 11.8, 87.0), None):
-        text = _Tags(html.page(timed(comparison, "int8", interval))).texts
+        text = _Tags(page.page(timed(comparison, "int8", interval))).texts
         assert "Fastest to writeno clear winner95 % intervals do not tell apart int8, gptq-4bit" in text
 
 
 def test_noise_is_said_on_the_page(comparison: Comparison) -> None:
-    assert "noisy" not in html.page(comparison)
-    assert "speed is noisy here: decode of int8" in html.page(timed(comparison, "int8", Interval(61, 11.8, 87.0)))
+    assert "noisy" not in page.page(comparison)
+    assert "speed is noisy here: decode of int8" in page.page(timed(comparison, "int8", Interval(61, 11.8, 87.0)))
 
 
 def test_no_point_is_on_the_front_by_chance(comparison: Comparison) -> None:
     def fronts(shown: Comparison) -> list[str]:
-        return re.findall(r"On the front: [^.]*\.(?: Undecided: [^.]*\.)?", _Tags(html.page(shown)).texts)
+        return re.findall(r"On the front: [^.]*\.(?: Undecided: [^.]*\.)?", _Tags(page.page(shown)).texts)
 
     made = replace(comparison, rows=comparison.rows[1:])  # the original beats them all
     size, speed = fronts(made)
@@ -160,6 +160,6 @@ def test_no_point_is_on_the_front_by_chance(comparison: Comparison) -> None:
 
 
 def test_memory_beside_weights_is_said_in_bytes(comparison: Comparison) -> None:
-    text = _Tags(html.page(comparison)).texts
+    text = _Tags(page.page(comparison)).texts
     assert "at rest +\u00a03.1\u00a0MB" in text
     assert "added by loading" in text

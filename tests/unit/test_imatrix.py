@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fewbit.errors import FormatError, PlanError
-from fewbit.formats import imatrix
-from fewbit.formats.gguf import Entry, GgufFile, GgufWriter
-from fewbit.formats.imatrix import Importance
+from fewbit.formats.containers import imatrix
+from fewbit.formats.containers.gguf import Entry, GgufFile, GgufWriter
+from fewbit.formats.containers.imatrix import Importance
 
 MATRIX = {
     "blk.1.ffn_up.weight": Importance(torch.tensor([0.5, 2.0, 0.0, 1e-6]), 1024),

@@ -10,7 +10,7 @@ from pathlib import Path
 import filelock
 import pytest
 
-from fewbit import locks
+from fewbit.system import locks
 
 
 def test_a_folder_belongs_to_one_until_it_is_released(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_a_folder_belongs_to_one_until_it_is_released(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_leaves_its_folder_to_the_next(tmp_path: Path) -> None:
-    code = "import os, sys; from pathlib import Path; from fewbit import locks\n"
+    code = "import os, sys; from pathlib import Path; from fewbit.system import locks\n"
     code += "held = locks.resumable(Path(sys.argv[1]) / 'run'); (held.folder / 'block').touch()\n"
     code += "locks.scratch(Path(sys.argv[1]) / 'on-load'); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 9

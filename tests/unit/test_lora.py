@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import fewbit
-from fewbit import api
+from fewbit.api import quantize
 from fewbit.errors import PlanError
-from fewbit.lora import QLoraLinear
-from fewbit.nn import TOLERANCE, QLinear
+from fewbit.kernels.choose import TOLERANCE
+from fewbit.models.adapters.lora import QLoraLinear
+from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import QTensor, parse
 from tests import models
 from tests.contract.cases import EXAMPLES, ordinary, quantized, served, several_groups
@@ -178,7 +179,7 @@ def test_an_adapter_may_be_added_switched_and_taken_off() -> None:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     place = tmp_path_factory.mktemp("lora")
     model = models.save(place / "model", "llama", dtype="float32")
-    api.quantize(model, place / "quantized", plan="rtn-4bit")
+    quantize.quantize(model, place / "quantized", plan="rtn-4bit")
     return model, place / "quantized"
 
 

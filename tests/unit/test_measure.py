@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewbit.comparison import Timing
 from fewbit.measure import intervals, memory, quality, speed
+from fewbit.measure.comparison import Timing
 
 
 class Counting(nn.Module):

@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewbit import nn as quantized_nn
 from fewbit import registry
 from fewbit.errors import KernelError, PlanError
-from fewbit.kernels import native
+from fewbit.kernels import choose as kernels_choose
 from fewbit.kernels.base import Kernel, Prepared
+from fewbit.kernels.choose import TOLERANCE, choose
+from fewbit.kernels.cpu import library
 from fewbit.kernels.reference import Reference
-from fewbit.nn import TOLERANCE, QLinear, choose
+from fewbit.nn import layers
+from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import Codec, QTensor, parse
 from tests.contract.cases import EXAMPLES, KERNELS, ordinary, quantized, same_bytes, several_groups
 
@@ -29,7 +31,7 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype
 
 @pytest.fixture(autouse=True)
 def _own_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized_nn, "_verdicts", {})
+    monkeypatch.setattr(kernels_choose, "_verdicts", {})
 
 
 def weight_of(spec: str, n: int = 32, permuted: bool = False) -> QTensor:
@@ -97,7 +99,7 @@ def test_a_gradient_has_the_dtype_of_the_activations(dtype: torch.dtype) -> None
 
 @specs
 def test_rows_are_dequantized_in_chunks_for_the_gradient(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized_nn, "chunk_rows", lambda n, k: [slice(0, 3), slice(3, 20), slice(20, n)])
+    monkeypatch.setattr(layers, "chunk_rows", lambda n, k: [slice(0, 3), slice(3, 20), slice(20, n)])
     test_the_gradient_is_the_dequantized_linears(spec, True)
 
 
@@ -225,7 +227,7 @@ def test_it_shows_what_it_is(without_library: None) -> None:
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where no C++ compiler was found."""
-    monkeypatch.setattr(native, "library", lambda: "the CPU library was not built")
+    monkeypatch.setattr(library, "library", lambda: "the CPU library was not built")
 
 
 # --- the choice of a kernel ------------------------------------------------------------------------------------------

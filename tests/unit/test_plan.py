@@ -12,9 +12,9 @@ from fewbit.errors import PlanError
 from fewbit.methods.base import name_of
 from fewbit.methods.gptq import GPTQ
 from fewbit.methods.rtn import RoundToNearest
-from fewbit.mixtures import MIXTURES, Model
 from fewbit.names import in_short
-from fewbit.plan import PRESETS, Plan, Rule, find, resolve
+from fewbit.plans.mixtures import MIXTURES, Model
+from fewbit.plans.plan import PRESETS, Plan, Rule, find, resolve
 
 SHAPES = {
     "model.layers.0.self_attn.q_proj": (576, 576),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fewbit.processes import Failed, Server
+from fewbit.system.processes import Failed, Server
 
 TASKS = """
 import os, signal, sys

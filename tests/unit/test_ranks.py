@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbit import ranks
 from fewbit.errors import PlanError
 from fewbit.stats import Need, Stats
+from fewbit.system import ranks
 from tests.limits import HANG
 
 # In three processes, of which the last has seen no row; what each found is written beside the script.
@@ -21,7 +21,8 @@ ASKED = """
 import json, sys
 from pathlib import Path
 import torch
-from fewbit import inputs, ranks
+from fewbit.pipeline import capture
+from fewbit.system import ranks
 from fewbit.stats import Need, Stats
 with ranks.joined("cpu"):
     me = ranks.rank()
@@ -40,7 +41,7 @@ with ranks.joined("cpu"):
     own.add(x[me : me + 1])
     name = ["a", "b", "b"][me]
     shapes = {"a": (1, 4), "b": (1, 4)}
-    routed = inputs._of_all_ranks(Skeleton, {name: name}, {name: own}, shapes, Need.MEAN_SQUARE)
+    routed = capture._of_all_ranks(Skeleton, {name: name}, {name: own}, shapes, Need.MEAN_SQUARE)
     found = {
         "hessian": stats.hessian.tolist(), "rows": stats.rows,
         "part": list(ranks.part(7)), "owners": ranks.owners([1, 5, 2, 2]),

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import fewbit
-from fewbit import comparing
-from fewbit.comparison import Comparison
-from fewbit.report import size
+from fewbit.api import compare
+from fewbit.measure.comparison import Comparison
+from fewbit.units import size
 
 ROOT = Path(__file__).resolve().parents[2]
 _UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
@@ -31,7 +31,7 @@ def nbytes(text: str) -> float:
 def test_the_sizes_in_the_readme_are_those_of_estimate() -> None:
     exact = {row.plan: row for row in fewbit.estimate("tiny").plans}
     told = stated()
-    assert set(told) == set(comparing.PLANS)
+    assert set(told) == set(compare.PLANS)
     for plan, (disk, rest, *_) in told.items():
         # Rotary frequencies, 128 bytes, are in memory too.
         assert rest in (size(exact[plan].weights_bytes), size(exact[plan].weights_bytes + 128)), plan

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 import fewbit
-from fewbit import PlanError, choosing, plan
+from fewbit import PlanError
 from fewbit.advise import recommend as recommending
 from fewbit.advise.recommend import Recommendation
-from fewbit.comparison import Comparison, Interval, Loss, Row, Speed, Timing
+from fewbit.api import advise
+from fewbit.measure.comparison import Comparison, Interval, Loss, Row, Speed, Timing
+from fewbit.plans import plan
 
 REPORT = Path(__file__).parent.parent / "data" / "report.json"
 
@@ -119,7 +121,7 @@ def test_speeds_that_overlap_do_not_decide() -> None:
 
 
 def test_the_table_of_methods_is_in_order_of_loss() -> None:
-    losses = [row.kl for row in choosing.methods()]
+    losses = [row.kl for row in advise.methods()]
     assert losses == sorted(losses, key=lambda kl: kl or 0)
 
 
@@ -200,16 +202,16 @@ def test_amounts_of_memory(text: str, count: float) -> None:
 
 
 def test_the_table_has_every_preset_once_and_follows_a_report() -> None:
-    rows = choosing.methods()
+    rows = advise.methods()
     assert sorted(p for row in rows for p in row.plans) == sorted(plan.PRESETS)
     assert {p for row in rows for p in row.best_for} == set(recommending.rules()["purposes"])
-    gptq = next(row for row in choosing.methods(measured(gptq__4bit=0.5)) if row.method == "GPTQ")
+    gptq = next(row for row in advise.methods(measured(gptq__4bit=0.5)) if row.method == "GPTQ")
     assert (gptq.kl, gptq.kl_plan, gptq.decode, gptq.basis) == (0.5, "gptq-4bit", 50.0, "measured")
 
 
 def test_the_reference_has_the_table() -> None:
     from fewbit.advise.table import table
-    from fewbit.report_advice import markdown
+    from fewbit.report.advice import markdown
 
     page = (Path(__file__).parent.parent.parent / "docs" / "reference.md").read_text(encoding="utf-8")
     assert markdown(table(device="cpu", here=False)) in page, "run python tools/methods_table.py"

@@ -9,19 +9,23 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fewbit import report
-from fewbit.advise.hardware import Hardware
+from fewbit import units
+from fewbit.advise.doctor import Hardware
 from fewbit.measure.quality import Divergence, Estimate, Quality
 from fewbit.models.describe import Inspection
-from fewbit.pipeline import Step, TensorReport
-from fewbit.report import Evaluation, Preview, Quantized
+from fewbit.pipeline.job import Preview
+from fewbit.pipeline.progress import Step
+from fewbit.pipeline.run import TensorReport
+from fewbit.report import card as report_card
+from fewbit.report import text as report_text
+from fewbit.report.results import Evaluation, Quantized
 
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What is printed on stdout."""
     buffer = io.StringIO()
-    monkeypatch.setattr(report, "out", Console(file=buffer, width=160, highlight=False))
+    monkeypatch.setattr(report_text, "out", Console(file=buffer, width=160, highlight=False))
     return buffer
 
 
@@ -29,7 +33,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What is printed on stderr, which is no terminal."""
     buffer = io.StringIO()
-    monkeypatch.setattr(report, "err", Console(file=buffer, width=160, highlight=False))
+    monkeypatch.setattr(report_text, "err", Console(file=buffer, width=160, highlight=False))
     return buffer
 
 
@@ -109,12 +113,12 @@ QUANTIZED = Quantized(
     ],
 )
 def test_sizes(nbytes: int, words: str) -> None:
-    assert report.size(nbytes) == words
+    assert units.size(nbytes) == words
 
 
 @pytest.mark.parametrize("nbytes", [999_600, 999_999, 999_999_999, 9_995, 99_950_000])
 def test_a_size_is_never_written_with_an_exponent(nbytes: int) -> None:
-    assert "e" not in report.size(nbytes)
+    assert "e" not in units.size(nbytes)
 
 
 @pytest.mark.parametrize(
@@ -122,16 +126,16 @@ def test_a_size_is_never_written_with_an_exponent(nbytes: int) -> None:
     [(0, "0 s"), (0.4217, "0.42 s"), (9.4, "9.4 s"), (37.2, "37 s"), (59.9, "1 min 00 s"), (125, "2 min 05 s")],
 )
 def test_durations(seconds: float, words: str) -> None:
-    assert report.duration(seconds) == words
+    assert units.duration(seconds) == words
 
 
 def test_intervals() -> None:
-    assert report.interval(Estimate(0.15249, 0.14, 0.161)) == ("0.152", "0.14 ... 0.161")
-    assert report.interval(Estimate(0.8123, 0.8, 0.82), percent=True) == ("81.23%", "80.00% ... 82.00%")
+    assert report_text.interval(Estimate(0.15249, 0.14, 0.161)) == ("0.152", "0.14 ... 0.161")
+    assert report_text.interval(Estimate(0.8123, 0.8, 0.82), percent=True) == ("81.23%", "80.00% ... 82.00%")
 
 
 def test_an_evaluation_for_people(shown: io.StringIO) -> None:
-    report.evaluation(EVALUATION)
+    report_text.evaluation(EVALUATION)
     text = shown.getvalue()
     for words in (
         "out against smollm2, on 12,345 tokens of pydoc evaluation in 8 of 53 windows of 512",
@@ -151,10 +155,10 @@ def test_an_evaluation_for_people(shown: io.StringIO) -> None:
 
 def test_an_evaluation_without_reference_compares_nothing(shown: io.StringIO) -> None:
     alone = replace(QUALITY, reference_perplexity=None, perplexity_ratio=None, kl=None, same_top=None)
-    report.evaluation(replace(EVALUATION, reference=None, quality=alone))
+    report_text.evaluation(replace(EVALUATION, reference=None, quality=alone))
     assert "KL" not in shown.getvalue()
     assert "against" not in shown.getvalue()
-    data = report.evaluation_json(replace(EVALUATION, reference=None, quality=alone))
+    data = report_text.evaluation_json(replace(EVALUATION, reference=None, quality=alone))
     assert all(data[key] is None for key in ("kl", "same_top", "reference_perplexity", "perplexity_ratio"))
     assert data["intervals"] == {"perplexity": [32.1, 34.8]}
 
@@ -162,13 +166,13 @@ def test_an_evaluation_without_reference_compares_nothing(shown: io.StringIO) ->
 def test_a_loss_of_exactly_nothing_is_still_told(shown: io.StringIO) -> None:
     none = Estimate(0.0, 0.0, 0.0)
     same = replace(QUALITY, kl=Divergence(none, none, none, none, 0.0), same_top=Estimate(1.0, 1.0, 1.0))
-    report.evaluation(replace(EVALUATION, quality=same))
+    report_text.evaluation(replace(EVALUATION, quality=same))
     assert "KL divergence" in shown.getvalue()
-    assert report.evaluation_json(replace(EVALUATION, quality=same))["kl"]["mean"] == 0
+    assert report_text.evaluation_json(replace(EVALUATION, quality=same))["kl"]["mean"] == 0
 
 
 def test_an_evaluation_for_scripts() -> None:
-    data = report.evaluation_json(EVALUATION)
+    data = report_text.evaluation_json(EVALUATION)
     assert data["perplexity"] == 33.456
     assert data["reference_perplexity"] == 29.2
     assert data["kl"] == {"mean": 0.152, "median": 0.08, "p99": 1.1, "p999": 3.1, "max": 7.25}
@@ -181,7 +185,7 @@ def test_an_evaluation_for_scripts() -> None:
 
 
 def test_a_quantization_for_people(shown: io.StringIO) -> None:
-    report.quantized(QUANTIZED)
+    report_text.quantized(QUANTIZED)
     text = shown.getvalue()
     for words in (
         "note: groups of 32 instead of 128",
@@ -199,19 +203,19 @@ def test_a_quantization_for_people(shown: io.StringIO) -> None:
 
 @pytest.mark.parametrize("said_by_model", ["[/b] [red]", "[bold", "\\[x]", "[/]"])
 def test_what_a_model_says_is_not_markup(said_by_model: str, shown: io.StringIO) -> None:
-    report.quantized(replace(QUANTIZED, sample=said_by_model))
+    report_text.quantized(replace(QUANTIZED, sample=said_by_model))
     assert f'"{said_by_model.strip()}"' in shown.getvalue()
 
 
 def test_a_folder_with_brackets_is_shown_as_it_is(shown: io.StringIO) -> None:
-    report.quantized(replace(QUANTIZED, out="/somewhere/[red]/out", notes=["about [/this]"]))
+    report_text.quantized(replace(QUANTIZED, out="/somewhere/[red]/out", notes=["about [/this]"]))
     assert "/somewhere/[red]/out" in shown.getvalue()
     assert "about [/this]" in shown.getvalue()
 
 
 def test_a_preview(shown: io.StringIO) -> None:
     tensors = [("model.q.weight", "int4-g32-sym, GPTQ", 1_234_567), ("model.norm.weight", "as it is (bfloat16)", 128)]
-    report.preview(Preview("gptq-4bit", "gptq", ["a note"], tensors, 5_000_000, 1_234_695, 0.99))
+    report_text.preview(Preview("gptq-4bit", "gptq", ["a note"], tensors, 5_000_000, 1_234_695, 0.99))
     text = shown.getvalue()
     for words in (
         "gptq-4bit",
@@ -234,7 +238,7 @@ def test_an_inspection(shown: io.StringIO) -> None:
         "tensors": [{"error": 0.001}, {"error": 0.003}],
         "notes": ["something of note"],
     }
-    report.inspection(replace(INSPECTION, made=made))
+    report_text.inspection(replace(INSPECTION, made=made))
     text = shown.getvalue()
     for words in (
         "LlamaForCausalLM",
@@ -262,7 +266,7 @@ RECORD: dict[str, Any] = {
 
 
 def test_a_model_card() -> None:
-    card = report.model_card(RECORD)
+    card = report_card.model_card(RECORD)
     assert card.startswith("---\nlibrary_name: transformers\n")
     for words in (
         "base_model: org/model",
@@ -278,7 +282,7 @@ def test_a_model_card() -> None:
 
 @pytest.mark.parametrize("name", ["/home/somebody/model", "./folder/model", "~/model", "model"])
 def test_a_model_card_names_no_local_folder_as_base(name: str) -> None:
-    card = report.model_card({**RECORD, "model": name, "calibration": None})
+    card = report_card.model_card({**RECORD, "model": name, "calibration": None})
     assert "base_model" not in card
     assert "calibrated on" not in card
     assert "# model, quantized" in card
@@ -286,7 +290,7 @@ def test_a_model_card_names_no_local_folder_as_base(name: str) -> None:
 
 
 def test_progress_is_a_line_a_block_where_there_is_no_terminal(said: io.StringIO) -> None:
-    with report.progress() as step:
+    with report_text.progress() as step:
         step(Step(1, 2, 0.0123, resumed=True))
         step(Step(2, 2, 0.0123, resumed=False))
     first, second = said.getvalue().splitlines()
@@ -298,15 +302,15 @@ def test_progress_is_a_line_a_block_where_there_is_no_terminal(said: io.StringIO
 @pytest.mark.parametrize("kind", ["windows", "steps", "blocks"])
 def test_off_a_terminal_the_first_and_last_are_lines(kind: str, said: io.StringIO) -> None:
     if kind == "windows":
-        with report.windows_progress() as window:
+        with report_text.windows_progress() as window:
             for done in range(1, 201):
                 window(done, 200)
     elif kind == "steps":
-        with report.steps_progress() as step:
+        with report_text.steps_progress() as step:
             for done in range(1, 201):
                 step(done, 200, 0.5)
     else:
-        with report.progress() as block:
+        with report_text.progress() as block:
             for done in range(1, 201):
                 block(Step(done, 200, 0.5, resumed=False))
     one = kind.removesuffix("s")
@@ -316,7 +320,7 @@ def test_off_a_terminal_the_first_and_last_are_lines(kind: str, said: io.StringI
 def lines_of(steps: int, seconds: float, said: io.StringIO) -> list[int]:
     """The steps that have lines, where each of `steps` takes so many `seconds`."""
     now = 0.0
-    tell = report.Lines("step", lambda: now)
+    tell = report_text.Lines("step", lambda: now)
     for done in range(1, steps + 1):
         now += seconds
         tell(done, steps)
@@ -333,7 +337,7 @@ def test_very_long_work_has_a_line_a_hundredth(said: io.StringIO) -> None:
 
 def test_the_time_left_counts_only_what_was_computed(said: io.StringIO) -> None:
     now = 0.0
-    tell = report.Lines("block", lambda: now)
+    tell = report_text.Lines("block", lambda: now)
     tell(1, 4, "found", True)
     now = 20.0
     tell(2, 4)
@@ -344,23 +348,23 @@ def test_the_time_left_counts_only_what_was_computed(said: io.StringIO) -> None:
 
 def test_progress_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = io.StringIO()
-    monkeypatch.setattr(report, "err", Console(file=buffer, width=120, force_terminal=True))
-    with report.progress() as step:
+    monkeypatch.setattr(report_text, "err", Console(file=buffer, width=120, force_terminal=True))
+    with report_text.progress() as step:
         step(Step(1, 2, 0.0123, resumed=False))
-    with report.windows_progress() as window:
+    with report_text.windows_progress() as window:
         window(1, 2)
     assert "1/2" in buffer.getvalue()
 
 
 def test_a_listing(shown: io.StringIO) -> None:
-    report.listing({"kernels": [("reference", "Dequantizes.", None), ("other", "Faster.", "no GPU is seen")]})
+    report_text.listing({"kernels": [("reference", "Dequantizes.", None), ("other", "Faster.", "no GPU is seen")]})
     lines = {line.split()[0]: line for line in shown.getvalue().splitlines() if line.strip()}
     assert lines["reference"].rstrip().endswith("yes")
     assert lines["other"].rstrip().endswith("no: no GPU is seen")
 
 
 def test_a_diagnosis(shown: io.StringIO) -> None:
-    report.doctor(
+    report_text.doctor(
         Hardware(
             versions={"torch": "2.13.0"},
             devices=[],

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from fewbit import report, report_compare
-from fewbit.comparison import Comparison, Event, Interval, Row, Timing
+from fewbit import units
+from fewbit.measure.comparison import Comparison, Event, Interval, Row, Timing
+from fewbit.report import comparison
+from fewbit.report import text as report_text
 
 EXAMPLE = Comparison.read(Path(__file__).parents[1] / "data" / "report.json")
 
 
 def shown(compared: Comparison, capsys: pytest.CaptureFixture[str], folder: str | None = "there") -> str:
-    report_compare.comparison(compared, folder)
+    comparison.comparison(compared, folder)
     return capsys.readouterr().out
 
 
@@ -51,7 +53,7 @@ def test_the_best_quantized_row_is_marked_not_the_original(capsys: pytest.Captur
     assert "*" not in line_of("bf16", text)
     kl = {row.plan: row.loss.kl.value for row in EXAMPLE.rows if row.loss and row.plan != "bf16"}
     best = min(kl, key=lambda plan: kl[plan])
-    assert f"*{report_compare.within(next(r.loss.kl for r in EXAMPLE.rows if r.plan == best and r.loss))}" in line_of(
+    assert f"*{comparison.within(next(r.loss.kl for r in EXAMPLE.rows if r.plan == best and r.loss))}" in line_of(
         best, text
     )
     assert text.count("*100.0%") == 0
@@ -90,11 +92,11 @@ def test_samples_that_agree_stand_together(capsys: pytest.CaptureFixture[str]) -
     ],
 )
 def test_an_interval_is_rounded_to_what_it_knows(interval: Interval, text: str) -> None:
-    assert report_compare.within(interval) == text
+    assert comparison.within(interval) == text
 
 
 def test_progress_says_one_line_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    with report_compare.progress() as tell:
+    with comparison.progress() as tell:
         for state in ("quantizing", "measuring", "done"):
             tell(Event("nf4", 1, 2, state, seconds=3.0))
         tell(Event("int8", 2, 2, "failed", reason="no [memory]"))
@@ -106,8 +108,8 @@ def test_progress_says_one_line_a_plan(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_slow_plans_have_lines_in_between(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report.Lines, "GAP", 0.0)
-    with report_compare.progress() as tell:
+    monkeypatch.setattr(report_text.Lines, "GAP", 0.0)
+    with comparison.progress() as tell:
         for done in (0, 1, 2):
             tell(Event("nf4", 1, 2, "quantizing", done=done, of=2 if done else 0))
     first, second = capsys.readouterr().err.splitlines()
@@ -137,5 +139,5 @@ def test_what_is_measured_once_has_no_best(capsys: pytest.CaptureFixture[str]) -
     text = shown(EXAMPLE, capsys)
     for row in EXAMPLE.rows:
         if row.speed is not None:
-            assert f"*{report_compare.short(row.speed.load)}" not in text
-            assert f"*{report.size(report_compare.peak(row))}" not in text
+            assert f"*{comparison.short(row.speed.load)}" not in text
+            assert f"*{units.size(comparison.peak(row))}" not in text

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from fewbit.arguments import checked
-from fewbit.comparison import Comparison
+from fewbit.api.arguments import checked
+from fewbit.measure.comparison import Comparison
+from fewbit.models.decoding.generate import Continuation
 from fewbit.models.describe import Inspection
-from fewbit.models.generate import Continuation
-from fewbit.pipeline import TensorReport
-from fewbit.report import Evaluation, Quantized
+from fewbit.pipeline.run import TensorReport
+from fewbit.report.results import Evaluation, Quantized
 from tests.unit.test_report import EVALUATION, INSPECTION, QUANTIZED
 
 COMPARISON = Comparison.read(Path(__file__).parents[1] / "data" / "report.json")
@@ -60,10 +60,12 @@ def test_notes_of_a_verb_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     def inspect(model: str) -> SimpleNamespace:
         return SimpleNamespace(notes=[f"{model} is small"])
 
-    inspect.__module__ = "fewbit.api"
+    inspect.__module__ = "fewbit.api.inspect"
     with caplog.at_level(logging.WARNING, logger="fewbit"):
         checked(inspect)("tiny")
-    assert [(record.name, record.getMessage()) for record in caplog.records] == [("fewbit.api", "tiny is small")]
+    assert [(record.name, record.getMessage()) for record in caplog.records] == [
+        ("fewbit.api.inspect", "tiny is small")
+    ]
 
 
 def test_the_logger_is_silent_unless_set_up() -> None:

@@ -16,12 +16,12 @@ from fewbit.errors import PlanError
 from fewbit.methods.awq import AWQ
 from fewbit.methods.base import Fold, Method
 from fewbit.methods.rtn import RoundToNearest
-from fewbit.models import rewrite as rewriting
-from fewbit.models.rewrite import Rewritten
 from fewbit.models.skeleton import BlockCall, Skeleton, states_of
 from fewbit.models.source import locate
 from fewbit.models.topology import Link
-from fewbit.plan import Assignment
+from fewbit.pipeline import rewrite as rewriting
+from fewbit.pipeline.rewrite import Rewritten
+from fewbit.plans.plan import Assignment
 from fewbit.schemes.base import Scheme, parse
 from fewbit.stats import Need
 from tests import models

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fewbit import cache
 from fewbit.errors import PlanError
-from fewbit.formats.gguf import GgufFile
+from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models import smollm2
+from fewbit.system import cache
 from tests.limits import HANG
 
 Pair: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor]]

@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from fewbit import FormatError, PlanError
-from fewbit.formats import safetensors
+from fewbit.formats.containers import safetensors
 from fewbit.models import smollm2, source
 
 CONFIG = {"model_type": "llama", "hidden_size": 8}

@@ -19,13 +19,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewbit import pipeline, sweep
 from fewbit.errors import NumericsError
 from fewbit.methods import gptq
 from fewbit.methods.gptq import GPTQ
-from fewbit.plan import Assignment
+from fewbit.methods.sweep import choose
+from fewbit.methods.sweep.definition import Sweep
+from fewbit.pipeline import blocks
+from fewbit.plans.plan import Assignment
 from fewbit.schemes.base import Grids, Uniform, parse
-from fewbit.sweep import Sweep
 from tests.contract.cases import SPECS, inputs, ordinary, several_groups, stats_of
 
 # 304 columns are two panels and a ragged third; 40 rows are no whole number of programs.
@@ -41,8 +42,8 @@ def shares(device: str, spec: str, k: int, n: int = ROWS) -> list[float]:
     inverse, _ = gptq.inverse_factor(hessian, order, 0.01)
     assert inverse is not None
     grids, found = parse(spec).fit(w), []
-    assert type(sweep.over(grids, w.T.to(torch.uint8), order)) is not Sweep, "the fused panel did not serve"
-    for over in (Sweep, sweep.over):
+    assert type(choose.over(grids, w.T.to(torch.uint8), order)) is not Sweep, "the fused panel did not serve"
+    for over in (Sweep, choose.over):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gptq, "over", over)
             codes, nearest = gptq.feed_back(w, grids, inverse, order), grids.encode(w)
@@ -100,19 +101,19 @@ class Faithful(Shifted):
 
 @pytest.mark.parametrize("fused", [Shifted, Faithful])
 def test_a_fused_panel_that_differs_refuses_itself(fused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("fewbit.sweep_triton")
+    module = ModuleType("fewbit.methods.sweep.in_triton")
     monkeypatch.setattr(module, "FusedSweep", fused, raising=False)
-    monkeypatch.setitem(sys.modules, "fewbit.sweep_triton", module)
-    monkeypatch.setattr(sweep, "_there", lambda device: True)
-    monkeypatch.setattr(sweep, "_agreed", {})
+    monkeypatch.setitem(sys.modules, "fewbit.methods.sweep.in_triton", module)
+    monkeypatch.setattr(choose, "_there", lambda device: True)
+    monkeypatch.setattr(choose, "_agreed", {})
     w, order = ordinary(24, 160), torch.arange(160)
     grids, codes = parse("int4-g16").fit(w), torch.zeros(160, 24, dtype=torch.uint8)
     if fused is Shifted:
         with pytest.warns(UserWarning, match=r"the fused kernel failed: \d+\.\d% of the codes differ"):
-            assert type(sweep.over(grids, codes, order)) is Sweep
-    assert type(sweep.over(grids, codes, order)) is (Sweep if fused is Shifted else Faithful)
-    assert type(sweep.over(parse("nf4-b32").fit(w), codes, order)) is Sweep
-    assert type(sweep.over(parse("int4-g16").fit(w.double()), codes, order)) is Sweep
+            assert type(choose.over(grids, codes, order)) is Sweep
+    assert type(choose.over(grids, codes, order)) is (Sweep if fused is Shifted else Faithful)
+    assert type(choose.over(parse("nf4-b32").fit(w), codes, order)) is Sweep
+    assert type(choose.over(parse("int4-g16").fit(w.double()), codes, order)) is Sweep
 
 
 def test_weights_that_read_the_same_input_share_one_factor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +139,7 @@ def test_the_one_that_cannot_be_quantized_is_named() -> None:
     weights[1][3, 5] = torch.nan
     assigned = [Assignment(module, (8, 64), parse("int4-g32"), GPTQ()) for module in ("q", "k", "v")]
     with pytest.raises(NumericsError, match=r"^k: a weight has NaN"):
-        pipeline._choose(assigned, weights, stats_of(inputs(128, 64)))
+        blocks._choose(assigned, weights, stats_of(inputs(128, 64)))
 
 
 if __name__ == "__main__":

@@ -11,33 +11,35 @@ from pathlib import Path
 import pytest
 from rich.text import Text
 
-from fewbit import api, choosing, report, report_advice, report_compare, tables
-from fewbit.advise import hardware
+from fewbit.advise import doctor
 from fewbit.advise.precision import Precision
-from fewbit.catalogue import catalogue
-from fewbit.comparison import Comparison
-from fewbit.tables import Column, Console, Table
+from fewbit.api import advise, inspect, quantize
+from fewbit.measure.comparison import Comparison
+from fewbit.plans.catalogue import catalogue
+from fewbit.report import advice, comparison, tables
+from fewbit.report import text as report
+from fewbit.report.tables import Column, Console, Table
 from tests.unit.test_report import EVALUATION, QUANTIZED
 
 EXAMPLE = Comparison.read(Path(__file__).parents[1] / "data" / "report.json")
 WIDTHS = (50, 60, 80, 100, 120, 200)
 PRINTED: dict[str, Callable[[], object]] = {
-    "compare": lambda: report_compare.comparison(EXAMPLE, "there"),
-    "recommend --table": lambda: report_advice.methods(choosing.methods()),
-    "recommend": lambda: report_advice.recommendation(choosing.recommend("tiny", "serving", memory="8GB")),
-    "estimate": lambda: report_advice.estimate(choosing.estimate("tiny")),
-    "estimate 7B": lambda: report_advice.precision(_sizes()),
+    "compare": lambda: comparison.comparison(EXAMPLE, "there"),
+    "recommend --table": lambda: advice.methods(advise.methods()),
+    "recommend": lambda: advice.recommendation(advise.recommend("tiny", "serving", memory="8GB")),
+    "estimate": lambda: advice.estimate(advise.estimate("tiny")),
+    "estimate 7B": lambda: advice.precision(_sizes()),
     "list": lambda: report.listing(catalogue()),
-    "doctor": lambda: report.doctor(hardware.look()),
-    "inspect": lambda: report.inspection(api.inspect("tiny")),
-    "quantize --dry-run": lambda: report.preview(api.preview("tiny", plan="gptq-4bit")),
+    "doctor": lambda: report.doctor(doctor.look()),
+    "inspect": lambda: report.inspection(inspect.inspect("tiny")),
+    "quantize --dry-run": lambda: report.preview(quantize.preview("tiny", plan="gptq-4bit")),
     "quantize": lambda: report.quantized(QUANTIZED),
     "evaluate": lambda: report.evaluation(EVALUATION),
 }
 
 
 def _sizes() -> Precision:
-    found = choosing.estimate_size("7B")
+    found = advise.estimate_size("7B")
     assert found is not None
     return found
 
@@ -69,8 +71,8 @@ def test_what_commands_print_fits(
 
 
 def test_printed_commands_are_one_line(printed: Callable[[Callable[[], object], int], str]) -> None:
-    done = choosing.recommend("tiny", "serving", memory="8GB")
-    text = printed(lambda: report_advice.recommendation(done), 40)
+    done = advise.recommend("tiny", "serving", memory="8GB")
+    text = printed(lambda: advice.recommendation(done), 40)
     assert all(f"  {command}\n" in text for command in done.commands)
 
 
@@ -150,7 +152,7 @@ def test_a_width_that_is_none_is_ignored(columns: str, monkeypatch: pytest.Monke
 
 
 def test_a_program_prints_the_same_with_no_columns() -> None:
-    script = "from fewbit import report; report._say('word ' * 60)"
+    script = "from fewbit.report import text; text._say('word ' * 60)"
 
     def told(columns: str) -> str:
         run = subprocess.run(

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fewbit import plan as plans
-from fewbit.advise import cards, memory, sizes
-from fewbit.comparison import ORIGINAL
+from fewbit.advise import cards, memory
+from fewbit.brief import brief
 from fewbit.errors import PlanError
 from fewbit.formats.base import by_quant_method
+from fewbit.measure.comparison import ORIGINAL
 from fewbit.methods.base import make
 from fewbit.models.describe import describe
 from fewbit.models.outline import Outline, geometry
 from fewbit.models.source import Source
-from fewbit.results import brief
+from fewbit.pipeline import sizes
+from fewbit.plans import plan as plans
 from fewbit.stats import Need
 
 

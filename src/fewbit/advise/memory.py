@@ -36,7 +36,7 @@ from fewbit.stats import Need
 
 CACHE_TYPES = {"float32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 _PIECE = 1 << 22  # values that are decoded at once: schemes.base.chunk_rows
-_BATCH = 2048  # tokens of calibration text computed at once: pipeline.py
+_BATCH = 2048  # tokens of calibration text computed at once: pipeline/blocks.py
 _ON_THE_WAY = 24_000_000
 
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from fewbit import mixtures, plan
 from fewbit.advise import cards
+from fewbit.brief import brief
 from fewbit.errors import PlanError
-from fewbit.results import brief
+from fewbit.plans import mixtures, plan
 from fewbit.schemes.base import parse
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([BbMm])")

@@ -21,11 +21,11 @@ import torch
 
 from fewbit import registry
 from fewbit.advise.estimate import Estimate, PlanEstimate
-from fewbit.comparison import Comparison, Interval, Timing, leaders
+from fewbit.brief import brief
 from fewbit.errors import PlanError
-from fewbit.results import brief
+from fewbit.measure.comparison import Comparison, Interval, Timing, leaders
 from fewbit.schemes.base import parse
-from fewbit.tables import size
+from fewbit.units import size
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
 _SHAPE = (4096, 4096)  # a shape that no kernel minds

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from fewbit.advise import hardware
-from fewbit.cache import cache_folder
-from fewbit.comparison import Row, Timing, parsed, plain
 from fewbit.errors import FormatError
-from fewbit.files import read_json
+from fewbit.measure.comparison import Row, Timing, parsed, plain
 from fewbit.models.source import Source
+from fewbit.system import machine
+from fewbit.system.cache import cache_folder
+from fewbit.system.files import read_json
 
 
 def keep(source: Source, device: str, rows: Sequence[Row]) -> None:
@@ -40,7 +40,5 @@ def _place(source: Source, device: str) -> Path:
     """The file for this model, as it is now, on this processor or GPU."""
     files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
-    what = json.dumps(
-        [files, source.config, hardware.processor(), torch.get_num_threads(), device, gpu], sort_keys=True
-    )
+    what = json.dumps([files, source.config, machine.processor(), torch.get_num_threads(), device, gpu], sort_keys=True)
     return cache_folder() / "compare" / f"speeds-{hashlib.sha256(what.encode()).hexdigest()[:32]}.json"

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fewbit import mixtures, plan
 from fewbit.advise.precision import bits_of
 from fewbit.advise.recommend import kernel, priors, rules
-from fewbit.comparison import Comparison
+from fewbit.measure.comparison import Comparison
 from fewbit.methods.base import make
+from fewbit.plans import mixtures, plan
 from fewbit.stats import Need
 
 _FOUR_BITS = 4.5  # quality is compared at about so many

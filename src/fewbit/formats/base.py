@@ -11,17 +11,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from fewbit import registry
 from fewbit.errors import FormatError
+from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import PartSpec, QTensor, Scheme
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 Shape = tuple[int, int]
 

@@ -24,20 +24,15 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.base import Format, Shape, Stored
+from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes.base import PartSpec, QTensor, Scheme
 from fewbit.schemes.int8 import THRESHOLD, Int8
 from fewbit.schemes.nf4 import BLOCKS, LEVELS, NESTED, FourBit
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 _STATE = "weight.quant_state.bitsandbytes__"
 _SUFFIX = re.compile(

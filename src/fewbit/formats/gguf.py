@@ -1,500 +1,95 @@
-"""GGUF: the one file that llama.cpp runs, read with bounds and without trust, written in one pass.
+"""A weight of a GGUF file: the blocks of its scheme, a row after the other.
 
-All numbers are little-endian. Strings are a 64-bit length and UTF-8 without an end mark; the length of an array follows
-the type of its elements.
-
-    "GGUF"   version u32 (2 or 3)   number of tensors u64   number of keys u64
-    key        string, type u32, value                                          ... as many as there are keys
-    tensor     string, number of dimensions u32, dimensions u64 (columns first), type u32, offset u64      ...
-    padding    to a multiple of `general.alignment`, 32 where that is not stated
-    data       each tensor at its offset from here, which is such a multiple
-
-A tensor of a block type (schemes/ggml) holds the blocks of a row one after the other, row after row: as uint8
-[N, bytes of a row] they are the scheme's part, byte for byte, so that reading is a view on the file's pages.
-
-A model may be split: `name-00001-of-00003.gguf` has the metadata, all have tensors, and `split.count` counts them.
-Source: docs/gguf.md of ggml (https://github.com/ggml-org/ggml).
-
-A file may lie about every length. None is believed before it was compared with the bytes that are there, so a lie costs
-no more memory than an honest file of that size.
+Until the file is written, a weight [N, K] is the tensor `<module>.blocks`, uint8 [N, bytes of a row]; which scheme
+those bytes are of stands in `config["types"]`, as it does in the tensor table of the file.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
-import re
-import secrets
-import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from math import prod
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
-import numpy as np
+from fewbit.errors import FormatError
+from fewbit.formats.base import Format, Shape, Stored
+from fewbit.lazy import Tensor, torch
+from fewbit.registry import register
+from fewbit.schemes.base import PartSpec, QTensor, Scheme, parse
+from fewbit.schemes.ggml.table import BLOCK_TYPES
 
-from fewbit.errors import FormatError, PlanError
-from fewbit.schemes.base import PartSpec
-from fewbit.schemes.ggml import BLOCK_TYPES
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
-
-MAGIC, VERSIONS, VERSION, ALIGNMENT = b"GGUF", (2, 3), 3, 32
-_LONGEST_KEY, _LONGEST_NAME = 65535, 63  # the latter is what ggml has room for
-_MOST_KEYS, _MOST_TENSORS, _MOST_STRINGS, _MOST_SPLITS = 1 << 16, 1 << 17, 1 << 22, 99999
-_SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-
-# Types of values.
-_BOOL, _STRING, _ARRAY = 7, 8, 9
-_NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
-_KIND_OF = {np.dtype(dtype): kind for kind, dtype in _NUMBERS.items()} | {np.dtype(bool): _BOOL}
-
-# Types of tensors that hold plain numbers: their number in a file, and what torch calls them.
-PLAIN = {
-    "f32": (0, "float32"),
-    "f16": (1, "float16"),
-    "bf16": (30, "bfloat16"),
-    "f64": (28, "float64"),
-    "i8": (24, "int8"),
-    "i16": (25, "int16"),
-    "i32": (26, "int32"),
-    "i64": (27, "int64"),
-}
-_NUMBER_OF = {name: number for name, (number, _) in PLAIN.items()} | {n: b.number for n, b in BLOCK_TYPES.items()}
-_TYPE_OF = {number: name for name, number in _NUMBER_OF.items()}
+_SUFFIX = "blocks"
 
 
-class Entry(NamedTuple):
-    """A tensor: its name in the file, its type (`f32`, `q4_k`) and its shape, rows first as in PyTorch."""
+@register("formats", "gguf")
+class GGUFFormat(Format):
+    """One file for a whole model, each tensor with a block type of its own."""
 
-    name: str
-    type: str
-    shape: tuple[int, ...]
+    name: ClassVar[str] = "gguf"
+    quant_method: ClassVar[str] = "gguf"
+    suffix: ClassVar[str] = ".gguf"
 
-    @property
-    def spec(self) -> PartSpec:
-        """Shape and dtype as which it is read and written: the numbers, or uint8 with the bytes of a row as columns."""
-        if self.type in PLAIN:
-            return PartSpec(self.shape, getattr(torch, PLAIN[self.type][1]))
-        block = BLOCK_TYPES[self.type]
-        return PartSpec((*self.shape[:-1], self.shape[-1] // block.columns * block.nbytes), torch.uint8)
+    def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
+        if str(scheme) not in BLOCK_TYPES:
+            return f"gguf files hold block types such as q4_k, not {scheme}"
+        return scheme.why_not(shape)
 
-    def why_not(self) -> str | None:
-        """None if a file can hold it, else a sentence."""
-        if not 0 < len(self.name.encode()) <= _LONGEST_NAME:
-            return f"the name {self.name[:80]!r} has not 1 to {_LONGEST_NAME} bytes"
-        if self.type not in _NUMBER_OF:
-            return f"{self.name}: there is no type {self.type!r}"
-        if not 1 <= len(self.shape) <= 4 or min(self.shape) < 1:
-            return f"{self.name} has shape {list(self.shape)}; one to four dimensions above 0 are possible"
-        if self.type in BLOCK_TYPES and self.shape[-1] % BLOCK_TYPES[self.type].columns:
-            columns = BLOCK_TYPES[self.type].columns
-            return f"{self.name} has {self.shape[-1]} columns, which blocks of {columns} ({self.type}) do not divide"
+    def why_not_together(self, weights: Sequence[Stored]) -> str | None:
         return None
 
+    def specs(self, shape: Shape, scheme: Scheme) -> Mapping[str, PartSpec]:
+        return scheme.part_specs(shape)
 
-class GgufFile:
-    """A file, or all of a split one, by its headers; data only when asked for, memory-mapped.
+    def lay_out(self, weight: QTensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        if weight.permutation is not None:
+            raise FormatError("gguf files have no act-order: this weight's columns lie in another order")
+        return dict(weight.parts)
 
-    `metadata`: key -> number, str, bool, list of str, or array (numpy) of numbers. `entries`: name -> Entry, in the
-    order of the file. FormatError for whatever is wrong, saying where.
-    """
+    def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:
+        specs = {suffix: PartSpec(tuple(t.shape), t.dtype) for suffix, t in tensors.items()}
+        scheme, shape = self.describe(specs, config, module, {})
+        return QTensor(scheme, shape, {_SUFFIX: tensors[_SUFFIX]})
 
-    def __init__(self, path: str | Path) -> None:
-        first = _Part(Path(path))
-        self.path, self.metadata, parts = first.path, first.metadata, [first]
-        if (count := first.number("split.count", 1)) > 1:
-            parts += [_Part(file) for file in _split_files(first, count)]
-        self.files = tuple(part.path for part in parts)
-        self.entries: dict[str, Entry] = {}
-        self._place: dict[str, tuple[_Part, int]] = {}
-        for number, part in enumerate(parts):
-            if part is not first and part.number("split.no", -1) != number:
-                raise FormatError(f"{part.path}: split.no is not {number}, which its name says")
-            for entry, offset in part.tensors:
-                if entry.name in self.entries:
-                    raise FormatError(f"{part.path}: the tensor {entry.name} is there twice")
-                self.entries[entry.name], self._place[entry.name] = entry, (part, offset)
-        if count > 1 and first.number("split.tensors.count", len(self.entries)) != len(self.entries):
-            raise FormatError(f"{first.path}: the splits have {len(self.entries)} tensors, which it does not say")
+    def describe(
+        self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, told: Mapping[str, Tensor]
+    ) -> tuple[Scheme, Shape]:
+        scheme = _scheme(config, module)
+        found = tensors.get(_SUFFIX)
+        if found is None:
+            raise FormatError(f"{module}.{_SUFFIX} is missing")
+        block = BLOCK_TYPES[str(scheme)]
+        if found.dtype != torch.uint8 or len(found.shape) != 2 or not found.shape[0] or found.shape[1] < block.nbytes:
+            raise FormatError(
+                f"{module}.{_SUFFIX} is {found.dtype} {list(found.shape)}; uint8 with rows of blocks expected"
+            )
+        if found.shape[1] % block.nbytes:
+            raise FormatError(
+                f"{module}.{_SUFFIX} has rows of {found.shape[1]} bytes, which blocks of {block.nbytes} do not divide"
+            )
+        return scheme, (found.shape[0], found.shape[1] // block.nbytes * block.columns)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.spec.nbytes for entry in self.entries.values())
+    def config(
+        self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype | None = None
+    ) -> dict[str, Any]:
+        return {"quant_method": self.quant_method, "types": {w.module: str(w.scheme) for w in weights}}
 
-    def get(self, name: str) -> Tensor:
-        """The tensor as `Entry.spec` says, backed by the file's pages (written to, it changes in memory alone)."""
-        (part, offset), spec = self._place[name], self.entries[name].spec
-        if offset % spec.dtype.itemsize:
-            raw = bytearray(part.pages[offset : offset + spec.nbytes])
-            return torch.frombuffer(raw, dtype=spec.dtype).view(spec.shape)
-        count = prod(spec.shape)
-        return torch.frombuffer(part.pages, dtype=spec.dtype, count=count, offset=offset).view(spec.shape)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
-
-    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
-        return type(self), (self.path,)
-
-    def release(self, name: str) -> None:
-        """Let go of the memory that a tensor's pages take, after it was copied; they are read again when needed."""
-        part, offset = self._place[name]
-        part.release(offset, offset + self.entries[name].spec.nbytes)
-
-    def forget(self) -> None:
-        """Let go of the metadata, of which a vocabulary takes as much memory as the weights of some layers."""
-        self.metadata = {}
-        for part in {id(part): part for part, _ in self._place.values()}.values():
-            part.metadata = {}
-            part.release(0, part.at)
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether a file is called or begins like one."""
-    if path.suffix == ".gguf":
-        return True
-    try:
-        with open(path, "rb") as file:
-            return file.read(4) == MAGIC
-    except OSError:
-        return False
-
-
-def is_later_part(path: Path) -> bool:
-    """Whether its name is that of a part of a split file, other than the first."""
-    named = _SPLIT.fullmatch(path.name)
-    return named is not None and int(named["number"]) != 1
-
-
-class _Part:
-    """One file: its metadata, and its tensors with their offsets from the start of the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.at = path, 0
-        try:
-            with open(path, "rb") as file:
-                self.size = os.fstat(file.fileno()).st_size
-                # Private pages: what writes to a weight must not end the process, nor change the file.
-                self.pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            raise FormatError(f"{path}: {'it is empty' if isinstance(error, ValueError) else error}") from None
-        self.metadata: dict[str, Any] = {}
-        tensors, keys = self._preamble()
-        for number in range(keys):
-            key = self._string(f"the name of key {number}", _LONGEST_KEY)
-            if key in self.metadata:
-                raise self.wrong(f"the key {key} is there twice")
-            self.metadata[key] = self._value(key, self._u32(key))
-        self.alignment = self.number("general.alignment", ALIGNMENT)
-        if self.alignment < 1 or self.alignment & (self.alignment - 1):
-            raise self.wrong(f"general.alignment is {self.alignment}, no power of two")
-        infos = [self._info(number) for number in range(tensors)]
-        self.tensors = self._placed(infos)
-
-    def release(self, start: int, end: int) -> None:
-        """Let go of the pages that lie between, whole."""
-        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = end // mmap.PAGESIZE * mmap.PAGESIZE - start
-        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-            self.pages.madvise(mmap.MADV_DONTNEED, start, length)
-
-    def wrong(self, what: str) -> FormatError:
-        return FormatError(f"{self.path}: {what}", "The file is damaged, or no GGUF file. Get it again.")
-
-    def number(self, key: str, default: int) -> int:
-        """A whole number of the metadata."""
-        found = self.metadata.get(key, default)
-        if isinstance(found, bool) or not isinstance(found, int):
-            raise self.wrong(f"{key} is {_shown(found)}, no whole number")
+    def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
+        found = {}
+        for module in _types(config):
+            if f"{module}.{_SUFFIX}" not in names:
+                raise FormatError(f"{module}.{_SUFFIX} is missing")
+            found[module] = {_SUFFIX: names[f"{module}.{_SUFFIX}"]}
+            self.describe(found[module], config, module, {})
         return found
 
-    def _preamble(self) -> tuple[int, int]:
-        if self.pages[:4] != MAGIC:
-            raise self.wrong("it does not begin with GGUF")
-        self.at = 4
-        version = self._u32("the version")
-        if not version & 0xFFFF:
-            raise FormatError(f"{self.path} is big-endian", "Only little-endian files are read: convert it first.")
-        if version not in VERSIONS:
-            hint = "Convert it again with a llama.cpp of late 2023 or newer." if version == 1 else "Update fewbit."
-            raise FormatError(f"{self.path} has version {version} of GGUF; 2 and 3 are read", hint)
-        tensors, keys = self._u64("the number of tensors"), self._u64("the number of keys")
-        left = self.size - self.at
-        # The shortest of each: a name of one byte, one dimension, a value of one byte.
-        if tensors > _MOST_TENSORS or keys > _MOST_KEYS or 33 * tensors + 14 * keys > left:
-            raise self.wrong(f"{tensors} tensors and {keys} keys cannot be in {self.size} bytes")
-        return tensors, keys
 
-    def _take(self, nbytes: int, what: str) -> int:
-        """The place of the next `nbytes`, which are passed over."""
-        at = self.at
-        if nbytes > self.size - at:
-            raise self.wrong(f"it ends in {what} (at byte {at}, {nbytes} bytes of it in a file of {self.size})")
-        self.at = at + nbytes
-        return at
-
-    def _u32(self, what: str) -> int:
-        return int.from_bytes(self.pages[(at := self._take(4, what)) : at + 4], "little")
-
-    def _u64(self, what: str) -> int:
-        return int.from_bytes(self.pages[(at := self._take(8, what)) : at + 8], "little")
-
-    def _string(self, what: str, longest: int | None = None) -> str:
-        length = self._u64(what)
-        if longest is not None and length > longest:
-            raise self.wrong(f"{what} has {length} bytes")
-        at = self._take(length, what)
-        try:
-            return self.pages[at : at + length].decode()
-        except UnicodeDecodeError:
-            raise self.wrong(f"{what} is no UTF-8") from None
-
-    def _value(self, key: str, kind: int) -> Any:
-        if kind == _STRING:
-            return self._string(key)
-        if kind == _ARRAY:
-            return self._array(key)
-        if kind == _BOOL:
-            byte = self.pages[self._take(1, key)]
-            if byte > 1:
-                raise self.wrong(f"{key} is {byte}, neither true nor false")
-            return bool(byte)
-        if kind not in _NUMBERS:
-            raise self.wrong(f"{key} has a value of type {kind}, which there is not")
-        return self._numbers(key, kind, 1)[0].item()
-
-    def _array(self, key: str) -> Any:
-        kind, length = self._u32(key), self._u64(key)
-        if kind == _ARRAY:
-            raise self.wrong(f"{key} is an array of arrays")
-        if kind == _STRING:
-            if length > min(_MOST_STRINGS, (self.size - self.at) // 8):
-                raise self.wrong(f"{key} has {length} strings, more than the file has room for")
-            return self._strings(key, length)
-        if kind == _BOOL:
-            at = self._take(length, key)
-            found = np.frombuffer(self.pages, np.uint8, length, at)
-            if length and found.max() > 1:
-                raise self.wrong(f"{key} has values that are neither true nor false")
-            return found.astype(bool)
-        if kind not in _NUMBERS:
-            raise self.wrong(f"{key} is an array of type {kind}, which there is not")
-        return self._numbers(key, kind, length)
-
-    def _numbers(self, key: str, kind: int, length: int) -> np.ndarray[Any, Any]:
-        dtype = np.dtype(_NUMBERS[kind])
-        return np.frombuffer(self.pages, dtype, length, self._take(length * dtype.itemsize, key))
-
-    def _strings(self, key: str, length: int) -> list[str]:
-        """As `_string`, in a loop of its own: a vocabulary and its merges are some hundred thousand of them."""
-        pages, at, size, found = self.pages, self.at, self.size, []
-        read = struct.Struct("<Q").unpack_from
-        try:
-            for _ in range(length):
-                start = at + 8
-                if start > size or (end := start + read(pages, at)[0]) > size:
-                    raise self.wrong(f"it ends in {key} (at byte {at} of {size})")
-                found.append(pages[start:end].decode())
-                at = end
-        except UnicodeDecodeError:
-            raise self.wrong(f"{key}: string {len(found)} is no UTF-8") from None
-        self.at = at
-        return found
-
-    def _info(self, number: int) -> tuple[Entry, int]:
-        what = f"tensor {number}"
-        name = self._string(f"the name of {what}", _LONGEST_KEY)
-        what = name or what
-        dimensions = self._u32(what)
-        if dimensions > 4:
-            raise self.wrong(f"{what} has {dimensions} dimensions")
-        shape = tuple(self._u64(what) for _ in range(dimensions))[::-1]
-        kind, offset = self._u32(what), self._u64(what)
-        if kind not in _TYPE_OF:
-            raise FormatError(f"{self.path}: {what} has type {kind}, which is not known", "Update fewbit.")
-        entry = Entry(name, _TYPE_OF[kind], shape)
-        if reason := entry.why_not():
-            raise self.wrong(reason)
-        if entry.spec.nbytes > self.size:
-            raise self.wrong(f"{name} has shape {list(shape)}: {entry.spec.nbytes} bytes in a file of {self.size}")
-        return entry, offset
-
-    def _placed(self, infos: list[tuple[Entry, int]]) -> list[tuple[Entry, int]]:
-        """The tensors with their offsets in the file, each inside of it and clear of the others."""
-        base = _aligned(self.at, self.alignment)
-        placed = []
-        for entry, offset in infos:
-            if offset % self.alignment:
-                raise self.wrong(f"{entry.name} is at {offset}, no multiple of {self.alignment}")
-            if base + offset + entry.spec.nbytes > self.size:
-                end = base + offset + entry.spec.nbytes
-                raise self.wrong(f"{entry.name} would end at byte {end} of a file of {self.size}")
-            placed.append((entry, base + offset))
-        end, before = 0, ""
-        for entry, start in sorted(placed, key=lambda each: each[1]):
-            if start < end:
-                raise self.wrong(f"{entry.name} and {before} overlap")
-            end, before = start + entry.spec.nbytes, entry.name
-        return placed
+def _types(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    types = config.get("types")
+    if not isinstance(types, Mapping) or not types:
+        raise FormatError(f"gguf: types = {types!r} in the quantization config", "It maps modules to block types.")
+    return types
 
 
-def _split_files(first: _Part, count: int) -> Iterator[Path]:
-    """The other files of a split model, found by the name of the first."""
-    named = _SPLIT.fullmatch(first.path.name)
-    if named is None or int(named["count"]) != count or count > _MOST_SPLITS:
-        raise FormatError(f"{first.path} says that it is one of {count} files, its name does not")
-    if int(named["number"]) != 1 or first.number("split.no", 0) != 0:
-        raise FormatError(
-            f"{first.path} is part {int(named['number'])} of {count}",
-            f"Give the first, {named['stem']}-00001-of-{count:05d}.gguf.",
-        )
-    for number in range(2, count + 1):
-        file = first.path.with_name(f"{named['stem']}-{number:05d}-of-{count:05d}.gguf")
-        if not file.is_file():
-            raise FormatError(f"{file} is missing", f"{first.path.name} is one of {count} files.")
-        yield file
-
-
-class GgufWriter:
-    """Writes a file that appears at `path` whole or not at all, a tensor at a time, in any order.
-
-        with GgufWriter(path, metadata, entries) as writer:
-            for entry in entries:
-                writer.add(entry.name, tensor)          # as entry.spec says
-
-    Values of the metadata: str, bool, int (u32 where it fits), float (f32), numpy scalars and arrays of the very type,
-    and lists of one of these (ints as i32). PlanError before anything is written for what no file can hold.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        metadata: Mapping[str, Any],
-        entries: Sequence[Entry],
-        *,
-        alignment: int = ALIGNMENT,
-        overwrite: bool = False,
-    ) -> None:
-        self.path, self.overwrite = Path(path), overwrite
-        if self.path.exists() and not overwrite:
-            raise PlanError(f"{path} exists")
-        header, self._place, self.nbytes = layout(metadata, entries, alignment)
-        self._missing = {entry.name: entry.spec for entry in entries}
-        self._hidden = self.path.with_name(f".{self.path.name}.fewbit-new-{os.getpid()}-{secrets.token_hex(4)}")
-        self._file = open(self._hidden, "xb")  # noqa: SIM115 - closed by __exit__
-        try:
-            self._file.write(header)
-            self._file.truncate(self.nbytes)
-        except BaseException:
-            self._discard()
-            raise
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; its shape and dtype must be those of its entry's spec."""
-        spec = self._missing.pop(name)
-        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, announced as {spec}")
-        self._file.seek(self._place[name])
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._file.write(flat.numpy().data)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is not None:
-                return
-            if self._missing:
-                first = next(iter(self._missing))
-                raise ValueError(f"{len(self._missing)} tensors were never written, the first is {first}")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            if self.path.exists() and not self.overwrite:
-                raise PlanError(f"{self.path} has appeared meanwhile")
-            self._hidden.replace(self.path)
-        finally:
-            self._discard()
-
-    def _discard(self) -> None:
-        self._file.close()
-        with suppress(FileNotFoundError):
-            self._hidden.unlink()
-
-
-def layout(
-    metadata: Mapping[str, Any], entries: Sequence[Entry], alignment: int = ALIGNMENT
-) -> tuple[bytes, dict[str, int], int]:
-    """A file's header with its padding, the place of each tensor in the file, and the size of the whole."""
-    if reasons := [reason for entry in entries if (reason := entry.why_not())]:
-        raise PlanError("a GGUF file cannot hold this: " + "; ".join(reasons))
-    if len({entry.name for entry in entries}) != len(entries):
-        raise ValueError("two tensors have one name")
-    if alignment != ALIGNMENT:
-        metadata = {**metadata, "general.alignment": alignment}
-    out = [MAGIC, struct.pack("<IQQ", VERSION, len(entries), len(metadata))]
-    for key, value in metadata.items():
-        out.append(_text(key) + _encoded(key, value))
-    offsets, offset = {}, 0
-    for entry in entries:
-        offsets[entry.name] = offset
-        dimensions = entry.shape[::-1]
-        out.append(_text(entry.name) + struct.pack(f"<I{len(dimensions)}Q", len(dimensions), *dimensions))
-        out.append(struct.pack("<IQ", _NUMBER_OF[entry.type], offset))
-        offset = _aligned(offset + entry.spec.nbytes, alignment)
-    header = b"".join(out)
-    header += bytes(_aligned(len(header), alignment) - len(header))
-    return header, {name: len(header) + at for name, at in offsets.items()}, len(header) + offset
-
-
-def _encoded(key: str, value: Any) -> bytes:
-    """A value with its type in front."""
-    if isinstance(value, str):
-        return struct.pack("<I", _STRING) + _text(value)
-    if isinstance(value, Sequence) and value and all(isinstance(each, str) for each in value):
-        return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_text, value))
-    if isinstance(value, (bool, int, float)):
-        value = _scalar(value)
-    if isinstance(value, np.generic) and value.dtype in _KIND_OF:
-        return struct.pack("<I", _KIND_OF[value.dtype]) + value.tobytes()
-    if isinstance(value, Sequence):
-        whole = all(isinstance(each, int) and not isinstance(each, bool) for each in value)
-        floats = any(isinstance(each, float) for each in value)
-        value = np.array(value, np.float32 if floats else np.int32 if whole else None)
-    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype in _KIND_OF:
-        return struct.pack("<IIQ", _ARRAY, _KIND_OF[value.dtype], len(value)) + value.tobytes()
-    raise TypeError(f"{key}: {_shown(value)} is nothing that a GGUF file can hold")
-
-
-def _scalar(value: bool | int | float) -> np.generic:
-    if isinstance(value, bool):
-        return np.bool_(value)
-    if isinstance(value, float):
-        return np.float32(value)
-    if value < 0:
-        return np.int32(value) if value >= -(1 << 31) else np.int64(value)
-    return np.uint32(value) if value < 1 << 32 else np.uint64(value)
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _aligned(at: int, alignment: int) -> int:
-    return -(-at // alignment) * alignment
-
-
-def _shown(value: object) -> str:
-    return repr(value)[:80]
+def _scheme(config: Mapping[str, Any], module: str) -> Scheme:
+    name = _types(config).get(module)
+    if not isinstance(name, str) or name not in BLOCK_TYPES:
+        raise FormatError(f"gguf: {module} has the type {name!r}", "It is a block type such as q4_k.")
+    return parse(name)

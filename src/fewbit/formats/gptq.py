@@ -19,20 +19,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from fewbit.errors import FormatError
 from fewbit.formats.base import Format, Shape, Stored, for_module
+from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes import bits
 from fewbit.schemes.affine import Affine
 from fewbit.schemes.base import PartSpec, QTensor, Scheme
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 _WIDTHS = (2, 3, 4, 8)
 _SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")

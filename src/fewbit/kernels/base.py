@@ -7,15 +7,10 @@ Three layouts exist, each owned once: on disk (the format), canonical parts (the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
+from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import Codec, Parts
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 Prepared: TypeAlias = "tuple[Tensor, ...]"
 

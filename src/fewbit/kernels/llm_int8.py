@@ -12,18 +12,13 @@ cores with VNNI, and further from the original (see docs/reference.md): it serve
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from fewbit.kernels.base import Kernel, Prepared, part_order
+from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes.base import Codec, Parts
 from fewbit.schemes.int8 import Int8
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 _EXACT = 1024  # columns: 1024 * 127 * 128 is below 2^24, so sums of such products are exact in float32
 _STEP = 1 / 127

@@ -6,17 +6,12 @@ activations (float32 for half precision on the CPU, where half matmuls are slow 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from fewbit.kernels.base import Kernel, Prepared, part_order
+from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes.base import Codec, Parts, chunk_rows
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 
 @register("kernels", "reference")

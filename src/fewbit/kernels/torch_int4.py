@@ -11,19 +11,14 @@ product of the identity with scales of one and zeros of nought *is* the codes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from fewbit.kernels.base import Kernel, Prepared, part_order
+from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes import bits
 from fewbit.schemes.affine import Affine
 from fewbit.schemes.base import Codec, Parts
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 _INNER_K_TILES = 2  # of 16 columns each: the smallest tile, so K need only be a multiple of 32
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit import ranks
 from fewbit.errors import NumericsError
+from fewbit.system import ranks
 
 _RUN = 128  # tokens resampled together: neighbours share a context, so they are not independent
 _FEWEST_RUNS = 16  # of a short text the runs are shorter, so that there is something to resample

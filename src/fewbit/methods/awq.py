@@ -29,19 +29,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from fewbit.errors import NumericsError, PlanError
+from fewbit.lazy import Tensor, torch
 from fewbit.methods.base import Choice, Fold, Method, option, working
 from fewbit.registry import register
 from fewbit.schemes.base import QTensor, Scheme
 from fewbit.stats import Need, Stats
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 _TINY = 1e-4  # of the mean: channels that hardly carry anything are not scaled down without end
 

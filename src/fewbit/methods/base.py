@@ -9,18 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from fewbit import registry
 from fewbit.errors import PlanError
+from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import QTensor, Scheme
 from fewbit.stats import Need, Stats
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 
 @dataclass

@@ -31,20 +31,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fewbit.errors import PlanError
+from fewbit.lazy import Tensor, torch
 from fewbit.methods.base import Choice, Method, option, working
+from fewbit.methods.sweep.choose import over
+from fewbit.methods.sweep.definition import PANEL
 from fewbit.registry import register
 from fewbit.schemes.base import Grids, QTensor, Scheme
 from fewbit.stats import Need, Stats
-from fewbit.sweep import PANEL, over
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 _WIDE = 512  # columns of a triangular matrix that are inverted together
 

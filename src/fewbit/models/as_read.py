@@ -16,9 +16,9 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from fewbit.errors import PlanError
-from fewbit.files import read_json
-from fewbit.formats import pickle, safetensors
+from fewbit.formats.containers import pickle, safetensors
 from fewbit.models.source import read_config
+from fewbit.system.files import read_json
 
 _OF_A_LOAD = ("quantization_config", "dtype", "torch_dtype", "transformers_version", "name_or_path")
 

@@ -12,14 +12,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import auto
 
+from fewbit.brief import brief
 from fewbit.errors import FormatError
-from fewbit.files import read_json
 from fewbit.formats.base import by_quant_method
-from fewbit.formats.gguf import PLAIN, GgufFile
-from fewbit.formats.safetensors import Checkpoint
+from fewbit.formats.containers.gguf import PLAIN, GgufFile
+from fewbit.formats.containers.safetensors import Checkpoint
+from fewbit.models.scales import GGUF_RECORD
 from fewbit.models.source import Source
-from fewbit.results import brief
-from fewbit.scales import GGUF_RECORD
+from fewbit.system.files import read_json
 
 _WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

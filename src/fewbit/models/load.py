@@ -14,10 +14,11 @@ from transformers.utils import logging as hf_logging
 from fewbit import registry
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
 from fewbit.formats.base import by_quant_method
-from fewbit.models import decode, plugin
-from fewbit.models import fuse as fusing
+from fewbit.models.decoding import decode
+from fewbit.models.decoding import fuse as fusing
+from fewbit.models.decoding.graph import check_compile
 from fewbit.models.describe import describe
-from fewbit.models.graph import check_compile
+from fewbit.models.plugin import quantizer
 from fewbit.models.source import Source
 
 _OLDEST_PEFT = (0, 20)
@@ -69,7 +70,7 @@ def load_model(
     verbose = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        with plugin.serving(kernel):
+        with quantizer.serving(kernel):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=dtype,
@@ -101,7 +102,7 @@ def load_model(
         decode.within(model, fuse, compile=compile)
     if adapter is None:
         return model
-    from fewbit.models.adapter import attach  # PEFT is an extra
+    from fewbit.models.adapters.attach import attach  # PEFT is an extra
 
     return attach(model, adapter)
 

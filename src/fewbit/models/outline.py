@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fewbit.formats.safetensors import Checkpoint
+from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import Source
 from fewbit.schemes.base import PartSpec

@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from fewbit.errors import FormatError, PlanError
-from fewbit.formats.safetensors import Checkpoint
+from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models.blocks import find_blocks
 from fewbit.models.source import Source
 from fewbit.schemes.base import PartSpec

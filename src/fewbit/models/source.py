@@ -15,11 +15,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from fewbit import names
 from fewbit.errors import FormatError, PlanError
-from fewbit.files import read_json
-from fewbit.formats import foreign, pickle, safetensors
-from fewbit.formats.gguf import GgufFile, is_gguf, is_later_part
-from fewbit.models import gguf_config, smollm2
+from fewbit.formats.containers import pickle, safetensors
+from fewbit.formats.containers.gguf import GgufFile, is_gguf, is_later_part
+from fewbit.models import foreign, smollm2
+from fewbit.models.gguf import config as gguf_config
 from fewbit.names import EMBEDDED
+from fewbit.system.files import read_json
 
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 # Everything a causal LM in the Hugging Face layout can need, and no other framework's weights.

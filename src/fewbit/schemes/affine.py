@@ -30,9 +30,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import isfinite
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from fewbit.errors import NumericsError, PlanError
+from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes import bits
 from fewbit.schemes.base import (
@@ -47,12 +48,6 @@ from fewbit.schemes.base import (
     parse_group,
     refit_scales,
 )
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 _SMALLEST = 2.0**-24  # the smallest positive fp16: a scale never rounds to zero
 _CHUNK = {"cpu": 1 << 20}  # entries searched at a time; elsewhere enough that launches take no part of the time

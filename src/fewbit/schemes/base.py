@@ -11,16 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
+from typing import ClassVar, Self, TypeAlias
 
 from fewbit import registry
 from fewbit.errors import FormatError, PlanError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
+from fewbit.lazy import Tensor, torch
 
 Columns: TypeAlias = "slice | Tensor | int"
 Rows: TypeAlias = "slice | Tensor"

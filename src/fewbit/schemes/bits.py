@@ -12,13 +12,7 @@ also what a GPTQ file holds, read as 32-bit words, for every width including 3.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
+from fewbit.lazy import Tensor, torch
 
 
 def packed_bytes(n: int, bits: int) -> int:

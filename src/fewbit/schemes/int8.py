@@ -27,17 +27,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 from fewbit.errors import NumericsError
+from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes.base import ALL, Columns, Grids, Parts, PartSpec, Scheme, chunk_rows, refit_scales
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 THRESHOLD = 6.0
 _STEP = 1 / 127  # rounded to float32 wherever it meets one

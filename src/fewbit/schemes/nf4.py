@@ -36,18 +36,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from fewbit import ambient
 from fewbit.errors import NumericsError, PlanError
+from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes.base import ALL, Columns, Grids, Parts, PartSpec, Scheme, refit_scales
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
+from fewbit.system import ambient
 
 NESTED = 256  # scales that share one float32
 BLOCKS = tuple(2**p for p in range(5, 13))

@@ -23,15 +23,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import ALL, Codec, PartSpec, QTensor
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from fewbit.kernels.base import Kernel, Prepared
 from fewbit.kernels.nvidia import layout
 from fewbit.kernels.nvidia.layout import Recipe
+from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes.base import Codec, Parts
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 _CAPABILITY = (8, 0)  # the first with bfloat16 on its tensor cores
 

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import gcd
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from fewbit.lazy import Tensor, torch
 from fewbit.schemes import bits as streams
 from fewbit.schemes.affine import Affine
 from fewbit.schemes.base import Codec, Parts, chunk_rows
@@ -30,12 +31,6 @@ from fewbit.schemes.ggml.layout import unpack as unpack_blocks
 from fewbit.schemes.ggml.scheme import GGML
 from fewbit.schemes.int8 import Int8
 from fewbit.schemes.nf4 import NESTED, FourBit, levels
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 WORDS = 16  # of a tile
 # How s is stored: as it is; d of a block times a whole number of a group; an 8-bit code of a map, scaled and shifted.

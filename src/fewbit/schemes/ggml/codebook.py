@@ -25,16 +25,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from fewbit import ambient
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
-
+from fewbit.lazy import Tensor, torch
+from fewbit.system import ambient
 
 # Name -> entries, columns of an entry, bits in which a rank is stored, magnitudes by rank.
 _GRIDS: dict[str, tuple[int, int, int, tuple[int, ...]]] = {

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import ALL, Codec, PartSpec
 from fewbit.schemes.ggml import codebook
 from fewbit.schemes.ggml.table import BLOCK_TYPES, BlockType
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 
 class Blocks(Codec):

@@ -9,18 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
+from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import ALL, Columns, Grids, Uniform
 from fewbit.schemes.ggml import layout
 from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR, Fields, Layout
 from fewbit.schemes.ggml.search import half
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 _PANEL = 256  # columns, or a block where that is more
 _NARROW = 1e-3  # of the product of two curvatures: below that, two directions count as one

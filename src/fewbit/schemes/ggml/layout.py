@@ -25,14 +25,9 @@ q3_k and iq4_xs store sc + 32. Source: ggml-common.h of llama.cpp.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
-
+from fewbit.lazy import Tensor, torch
 
 # Levels of iq4_nl and iq4_xs by code.
 NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 from fewbit.errors import NumericsError, PlanError
+from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes.base import ALL, Grids, Parts, Scheme, chunk_rows
 from fewbit.schemes.ggml import grids as blockwise
@@ -15,12 +16,6 @@ from fewbit.schemes.ggml.grids import BlockGrids
 from fewbit.schemes.ggml.layout import LAYOUTS
 from fewbit.schemes.ggml.search import LARGEST, Found, fit
 from fewbit.schemes.ggml.table import BLOCK_TYPES
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
 
 # Entries searched at a time: on a CPU what its cache holds.
 _CHUNK = {"cpu": 1 << 16}

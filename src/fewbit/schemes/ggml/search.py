@@ -16,16 +16,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
-from fewbit import ambient
+from fewbit.lazy import Tensor, torch
 from fewbit.schemes.ggml.layout import NONLINEAR, Layout
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-else:
-    from fewbit.lazy import torch
+from fewbit.system import ambient
 
 SMALLEST = 2.0**-24  # the smallest positive fp16
 LARGEST = 65504.0

@@ -1,0 +1,268 @@
+"""The verbs that make adapters and merge them, over quantized and unquantized models alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbit.api import arguments, evaluate, quantize
+from fewbit.api.arguments import Device, DType, Plans, checked
+from fewbit.checks import Texts
+from fewbit.errors import FormatError, NumericsError, OutputError, PlanError
+from fewbit.formats.containers.safetensors import files_in, read_specs
+from fewbit.formats.containers.safetensors import writing as safetensors_errors
+from fewbit.measure import memory
+from fewbit.models import scales
+from fewbit.models.adapters.tuning import Tuning
+from fewbit.models.describe import describe
+from fewbit.models.load import load_model, need_peft
+from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import Source, locate
+from fewbit.names import DEMO, EMBEDDED
+from fewbit.pipeline import progress as pipeline_progress
+from fewbit.pipeline.job import evaluated, homeless, left_behind
+from fewbit.plans.plan import format_of
+from fewbit.report import card
+from fewbit.report.results import Finetuned, Merged
+from fewbit.system import ambient, heap, locks, machine, publish, timing
+from fewbit.system.cache import cache_folder
+from fewbit.system.files import read_json, write_json, write_text
+from fewbit.texts import calibration as texts_calibration
+from fewbit.texts import sources, windows
+from fewbit.texts.examples import examples, split
+
+
+@checked
+@ambient.defaults()
+def finetune(
+    model: str | Path,
+    out: str | Path,
+    *,
+    data: Texts,
+    tuning: Tuning | None = None,
+    overwrite: bool = False,
+    device: Device = None,
+    dtype: DType = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Finetuned:
+    """Train a LoRA on `model`, which stays as it is (QLoRA where it is quantized), into the adapter folder `out`.
+
+    data: a .txt file, or a .jsonl file of {"text"}, {"messages"} or {"prompt", "completion"} lines; of chats the
+    assistant's answers are learned. `out` appears whole or not at all, as PEFT writes it. PlanError before any work for
+    what cannot be, FormatError with file and line for broken data. NumericsError where a loss or gradient is not
+    finite: `out` then holds the adapter as of the last good step, if there was one. dtype of activations and of what
+    is not quantized: float32 on a CPU, the checkpoint's own on a GPU by default.
+    """
+    elapsed, out = timing.timed(), publish.claimed(out, overwrite=overwrite)
+    device = machine.device(arguments.device("device", device))
+    tuning = tuning or Tuning()
+    need_peft()
+    text = sources.load_text(data)
+    source = locate(model)
+    publish.spare(out, source.origin, source.folder, *([data] if isinstance(data, str) else []))
+    most = source.context
+    if tuning.length > most and tuning.length != Tuning.length:
+        raise PlanError(f"--length {tuning.length} is beyond the model's context of {most} tokens")
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    every, notes = examples(text, tokenizer, min(tuning.length, most))
+    for example in every:
+        windows.within(torch.tensor(example.ids, dtype=torch.int64, device="cpu"), source.rows, tokenizer, text.name)
+    training, held_out = split(every, tuning.held_out, tuning.seed)
+    # SmolLM2, 4 x 128 tokens: 1.0 GB at the peak where pieces below 4 MiB are kept, 0.6 GB so.
+    heap.return_freed(1 << 18)
+    dtype = dtype or (torch.float32 if device == "cpu" else None)
+    loaded = load_model(source, dtype=dtype or "auto", device=device, trust_remote_code=trust_remote_code)
+
+    publish.check_space({out.resolve(): _most_bytes(loaded, tuning)})
+
+    from fewbit.models.adapters.train import train  # slow to import, and PEFT is an extra
+
+    pad = _padding(tokenizer, source.rows)
+    done = train(loaded, source.address, pad, training, held_out, tuning, progress or (lambda *_: None))
+    if done.stopped and not done.steps:
+        raise NumericsError(f"{done.stopped}: nothing was learned, and nothing is saved", _CALMER)
+
+    def save(folder: Path) -> None:
+        with safetensors_errors():
+            done.model.save_pretrained(folder, save_embedding_layers=False)
+            if (known := scales.of_model(loaded)) is not None:
+                scales.say(folder, known, source.address)
+
+    try:
+        with publish.published(out, overwrite=overwrite) as folder:
+            save(folder)
+    except (OutputError, PlanError) as error:
+        raise publish.rescued(error, out, save) from error
+    if done.stopped:
+        raise NumericsError(f"{done.stopped}: {out} holds the adapter as of step {done.steps}", _CALMER)
+    parameters = list(done.model.parameters())
+    return Finetuned(
+        out=str(out),
+        model=str(model),
+        notes=notes,
+        examples=len(training),
+        held_out_examples=len(held_out),
+        tokens=sum(sum(e.learned) for e in training),
+        steps=done.steps,
+        loss=done.loss,
+        held_out_before=done.before,
+        held_out_after=done.after,
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        nbytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
+        seconds=elapsed(),
+        peak=memory.now().peak,
+        gpu_peak=memory.on_gpus(),
+    )
+
+
+def _padding(tokenizer: Any, rows: int | None) -> int:
+    """The id to pad batches with: the tokenizer's own if the embedding has a row for it. What is padded is masked."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None and (rows is None or token < rows):
+            return int(token)
+    return 0
+
+
+def _most_bytes(model: Any, tuning: Tuning) -> int:
+    """Bytes of the adapter in float32, and a little for its configs."""
+    sizes = [
+        linear.in_features + linear.out_features
+        for name, linear in model.named_modules()
+        if hasattr(linear, "in_features") and (not tuning.targets or name.endswith(tuning.targets))
+    ]
+    return 4 * tuning.rank * int(sum(sizes)) + (1 << 16)
+
+
+_CALMER = "Try a lower --learning-rate."
+
+
+@checked
+@ambient.defaults()
+def merge(
+    model: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    plan: Plans | None = None,
+    calibration: texts_calibration.Calibration | Texts | None = None,
+    text: Texts | None = None,
+    length: int | None = None,
+    samples: int | None = 8,
+    overwrite: bool = False,
+    device: Device = None,
+    trust_remote_code: bool = False,
+    progress: pipeline_progress.Progress | None = None,
+) -> Merged:
+    """Add an adapter to the weights that `model` was quantized from, into the ordinary model folder `out`.
+
+    base: those weights; by default what `model` itself says it was made from, if that is on this machine, else the
+    values that its packed weights stand for. plan: quantize the result by it. The result is compared with `model` and
+    its adapter on `samples` windows of `length` tokens of a text. The merged model is held in memory unquantized.
+    """
+    elapsed, out = timing.timed(), publish.claimed(out, overwrite=overwrite)
+    plan = None if plan is None else arguments.plan("plan", plan)
+    if plan is not None and format_of(plan).suffix:
+        raise PlanError(
+            f"merge makes a folder, plan {plan.name} one {format_of(plan).suffix} file",
+            "Leave --plan out, then: fewbit quantize MERGED -o FILE.",
+        )
+    need_peft()
+    from fewbit.models.adapters.attach import folded
+    from fewbit.models.merge import write_merged
+
+    source = locate(model)
+    origin = locate(base) if base is not None else _recorded_base(source)
+    told = scales.said(Path(adapter).expanduser())
+    trained = folded(source) if told is None else told
+    if trained is None and base is not None:
+        raise PlanError(
+            f"{model} does not say which scales AWQ folded into it, so that its adapters do not fit {base}",
+            "Leave --base out: then it is added to the values that the packed weights stand for.",
+        )
+    if trained is None:
+        origin = None
+    publish.spare(out, source.origin, source.folder, adapter, *([origin.origin, origin.folder] if origin else []))
+    if origin is not None and origin.quantization is not None:
+        raise PlanError(f"--base {origin.name} is quantized itself", "Give the model that it was quantized from.")
+    # What is computed at the end is found out now, if it cannot be.
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    evaluated(source, None, tokenizer, text or sources.own_source(source.config), length, samples)
+    plain_bytes = 2 * describe(origin or source).parameters
+    publish.check_space({out.resolve() if plan is None else cache_folder(): plain_bytes})
+    if plan is None:
+        with publish.published(out, overwrite=overwrite) as folder:
+            carried = write_merged(
+                origin or source, adapter, folder, trained=trained, trust_remote_code=trust_remote_code
+            )
+        quantized = None
+        kind = describe(origin or source).architecture
+        notes = [*homeless(kind, carried, {}), *left_behind(origin or source, single_file=False)]
+    else:
+        held = locks.scratch(cache_folder() / "merged")
+        plain = held.folder / "model"
+        plain.mkdir()
+        try:
+            write_merged(origin or source, adapter, plain, trained=trained, trust_remote_code=trust_remote_code)
+            quantized = quantize.quantize(
+                plain,
+                out,
+                plan=plan,
+                calibration=calibration,
+                overwrite=overwrite,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+        finally:
+            held.remove()
+        notes = left_behind(origin or source, single_file=False)  # of the rest, `quantize` says what becomes of it
+        _rename_origin(out, f"{(origin or source).name} with {adapter}")
+    return Merged(
+        out=str(out),
+        base=origin.name if origin is not None else None,
+        notes=notes,
+        quantized=quantized,
+        evaluation=evaluate.evaluate(
+            out,
+            reference=model,
+            reference_adapter=adapter,
+            text=text,
+            length=length,
+            samples=samples,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        ),
+        nbytes=sum(spec.nbytes for file in files_in(out) for spec in read_specs(file).values()),
+        seconds=elapsed(),
+    )
+
+
+def _recorded_base(source: Source) -> Source | None:
+    """What a quantized model says it was made from, if that is here (a folder, or a model of ours).
+
+    A model that is not quantized is its own base.
+    """
+    if source.quantization is None and source.gguf is None:
+        return source
+    name = describe(source).made.get("origin")
+    # A relative name would be another model's in another working directory.
+    if not isinstance(name, str) or not (
+        name in (DEMO, EMBEDDED) or (Path(name).is_absolute() and Path(name).is_dir())
+    ):
+        return None
+    try:
+        return locate(name)
+    except (FormatError, PlanError):
+        return None
+
+
+def _rename_origin(out: Path, name: str) -> None:
+    """Say in the record and on the card of a quantized model what it was made from: not a folder that is gone."""
+    record: dict[str, Any] = {**read_json(out / "fewbit.json"), "model": name, "origin": None}
+    write_json(out / "fewbit.json", record)
+    write_text(out / "README.md", card.model_card(record))

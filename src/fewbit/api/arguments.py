@@ -1,0 +1,204 @@
+"""What the Python verbs take: an argument means the same in every verb, and is checked before any work.
+
+`@checked` stands on each verb. It looks up every parameter by its name in `_CHECKS`, so a value of the wrong type or
+size is one PlanError that names the argument. A parameter without a check is an error when the verb is defined: a new
+one cannot be forgotten. Checks that need the model or the machine stay in the verbs.
+
+What other libraries take is taken here too: `torch.device` objects, types by name, path-like objects, NumPy numbers,
+plans as JSON, texts as a list.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
+
+from fewbit import names, registry
+from fewbit.checks import LAST_SEED, Texts, flag, number, place, text, texts, whole, wrong
+from fewbit.errors import FormatError
+from fewbit.models.decoding.sampling import Sampling
+from fewbit.plans.plan import Plan, find
+from fewbit.system.files import parse_json
+from fewbit.texts.calibration import Calibration
+
+if TYPE_CHECKING:
+    import torch
+
+    from fewbit.models.adapters.tuning import Tuning
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Device: TypeAlias = "str | int | torch.device | None"
+DType: TypeAlias = "str | torch.dtype | None"
+Plans: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Plan
+
+SAMPLES = 16  # windows of a text that quality is measured on, unless a verb is told otherwise
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_SHORT = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+
+
+def checked(verb: Callable[P, R]) -> Callable[P, R]:
+    """`verb`, whose arguments are checked by their names, and put in the form it works with, before it is called."""
+    signature = inspect.signature(verb)
+    logger = logging.getLogger(verb.__module__)
+    if missing := signature.parameters.keys() - _CHECKS.keys():
+        raise RuntimeError(f"{verb.__name__}: api/arguments.py has no check for {', '.join(sorted(missing))}")
+
+    @functools.wraps(verb)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound = signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            parameter = signature.parameters[name]
+            if value is not None or not (parameter.default is None or str(parameter.annotation).endswith("| None")):
+                bound.arguments[name] = _CHECKS[name](name, value)
+        result = verb(*bound.args, **bound.kwargs)
+        for note in getattr(result, "notes", ()):  # the command line prints them
+            logger.warning("%s", note)
+        return result
+
+    return call
+
+
+def check(name: str, value: Any) -> None:
+    """ArgumentError or PlanError for a value that the argument of this name cannot have, in whichever verb."""
+    if name in _CHECKS:
+        _CHECKS[name](name, value)
+
+
+def model(name: str, value: Any) -> str | Path:
+    """A model's name, or a folder or file that is there."""
+    given = place(name, value)
+    names.check(given)
+    return given
+
+
+def calibration(name: str, value: Any) -> Calibration | str | tuple[str, ...]:
+    """A Calibration, or the text of one whose other settings are the verb's own: `calibrated` puts the two together."""
+    return value if isinstance(value, Calibration) else texts(name, value)
+
+
+def calibrated(given: Calibration | Texts | None, usual: Calibration | None = None) -> Calibration:
+    """What to calibrate on, where a verb was given a text alone, or nothing."""
+    return given if isinstance(given, Calibration) else replace(usual or Calibration(), text=given)
+
+
+def device(name: str, value: Any) -> str | None:
+    """A device by its name. Whether it is here, only the machine knows."""
+    if value is None or (isinstance(value, str) and value):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return f"cuda:{value}"
+    import torch
+
+    if not isinstance(value, torch.device):
+        raise wrong(name, value, 'a device such as "cpu", "cuda:1" or torch.device("cuda", 1)')
+    return str(value)
+
+
+def dtype(name: str, value: Any) -> torch.dtype | str:
+    """A floating-point type of torch, or "auto"."""
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return "auto"
+    import torch
+
+    known = {kind: getattr(torch, kind) for kind in _DTYPES}
+    if isinstance(value, str):
+        bare = value.removeprefix("torch.")
+        value = known.get(_SHORT.get(bare, bare), value)
+    if not isinstance(value, torch.dtype) or value not in known.values():
+        raise wrong(name, value, f'"auto", or one of {", ".join(_DTYPES)}, as a name or of torch')
+    return value
+
+
+def plan(name: str, value: Any) -> Plan:
+    """A plan: its name, its file, its JSON, or itself."""
+    if isinstance(value, Plan):
+        return value
+    if isinstance(value, Mapping):
+        return Plan.from_json(value)
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            return Plan.from_json(parse_json(value, name))
+        except FormatError as error:
+            raise wrong(name, value, f"a plan's JSON: {error.message.removeprefix(f'{name}: ')}") from None
+    if not isinstance(value, (str, os.PathLike)):
+        raise wrong(name, value, "a plan by its name, a .json file, a dictionary as of Plan.to_json(), or a Plan")
+    return find(str(place(name, value)))
+
+
+def plans(name: str, value: Any) -> tuple[str, ...]:
+    """Plans by their names or files, in a list, or in one text with commas."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, Sequence) or not all(isinstance(each, (str, os.PathLike)) for each in value):
+        raise wrong(name, value, "a list of plans, by their names or .json files, or of folders of models")
+    return tuple(str(place(name, each)) for each in value)
+
+
+def kernel(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise wrong(name, value, "a kernel by its name (fewbit list)")
+    registry.get("kernels", value)
+    return value
+
+
+def sampling(name: str, value: Any) -> Sampling:
+    if not isinstance(value, Sampling):
+        raise wrong(name, value, "a fewbit.models.decoding.sampling.Sampling")
+    return value
+
+
+def called(name: str, value: Any) -> Any:
+    if not callable(value):
+        raise wrong(name, value, "a function to call with each step")
+    return value
+
+
+def tuning(name: str, value: Any) -> Tuning:
+    from fewbit.models.adapters.tuning import Tuning  # which checks its own fields by this module
+
+    if not isinstance(value, Tuning):
+        raise wrong(name, value, "a fewbit.models.adapters.tuning.Tuning")
+    return value
+
+
+def memory(name: str, value: Any) -> str | int:
+    return value if isinstance(value, str) and value else whole(1, 2**63 - 1)(name, value)
+
+
+def report(name: str, value: Any) -> Any:
+    """A Comparison, which only recommend knows, or where one was written."""
+    return value if hasattr(value, "rows") else place(name, value)
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("out", "adapter", "reference_adapter", "imatrix"), place),
+    **dict.fromkeys(("model", "reference", "base"), model),
+    **dict.fromkeys(("text", "data"), texts),
+    **dict.fromkeys(("prompt", "purpose", "target", "cache"), text),
+    **dict.fromkeys(("samples", "length", "context", "batch", "fuse", "max_new_tokens"), whole(1)),
+    "max_kl": number,
+    **dict.fromkeys(
+        ("overwrite", "safetensors_only", "trust_remote_code", "chat", "compile", "stream", "speed_first", "again"),
+        flag,
+    ),
+    "calibration": calibration,
+    "device": device,
+    "dtype": dtype,
+    "kernel": kernel,
+    "memory": memory,
+    "plan": plan,
+    "plans": plans,
+    "progress": called,
+    "report": report,
+    "sampling": sampling,
+    "seed": whole(0, LAST_SEED),
+    "tuning": tuning,
+}

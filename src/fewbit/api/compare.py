@@ -1,0 +1,349 @@
+"""`compare`: the same model by several plans, each made and measured in processes of its own, side by side.
+
+In the place of a plan may stand a model that somebody has made already, which is measured as it is.
+
+What a plan makes, and what was measured of it, is kept in the cache under a fingerprint of all that decides it: the
+model's files, the plan, the calibration tokens, versions; for what was measured also the text, the machine and the
+settings. So a comparison that was interrupted goes on where it stopped, one that is asked for again takes seconds, and
+a plan more costs that plan. A plan that fails costs its row; it is tried again the next time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import secrets
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from fewbit.advise import doctor, speeds
+from fewbit.api import arguments
+from fewbit.api.arguments import SAMPLES, Device, checked
+from fewbit.checks import Texts
+from fewbit.errors import FormatError, PlanError
+from fewbit.kernels import choose
+from fewbit.measure import speed
+from fewbit.measure.comparison import (
+    FILE,
+    ORIGINAL,
+    SCHEMA_VERSION,
+    Comparison,
+    Event,
+    Machine,
+    Row,
+    TextUsed,
+    parsed,
+    plain,
+)
+from fewbit.methods.base import make
+from fewbit.models.describe import describe
+from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import Source, locate
+from fewbit.pipeline.job import same_vocabulary, unquantized, windows
+from fewbit.plans import plan as plans
+from fewbit.plans.plan import Plan, find_all
+from fewbit.report import page
+from fewbit.report import text as report
+from fewbit.stats import Need
+from fewbit.system import locks, publish, timing
+from fewbit.system import machine as system_machine
+from fewbit.system.cache import cache_folder
+from fewbit.system.files import read_json
+from fewbit.system.processes import Failed, Server
+from fewbit.texts import sources
+from fewbit.texts import windows as texts_windows
+from fewbit.texts.calibration import Calibration as Calibration
+
+PLANS = (ORIGINAL, "int8", "nf4", "gptq-4bit", "awq-4bit", "q4_k_m")
+CALIBRATION = Calibration(samples=32, length=256)
+LENGTH = 512  # tokens in a window of the text that quality is measured on
+PROMPT_TOKENS, NEW_TOKENS = 128, 32  # of what is timed
+_STORY = "Once upon a time"  # what tiny was taught to continue
+
+
+Told = Callable[[Event], None]
+Wanted: TypeAlias = plans.Plan | Source | None  # a plan, a model that is there already, or the original
+
+
+@checked
+def compare(
+    model: str | Path = "tiny",
+    *,
+    plans: str | Sequence[str | Path] = PLANS,
+    out: str | Path | None = None,
+    calibration: Calibration | Texts = CALIBRATION,
+    text: Texts | None = None,
+    samples: int | None = SAMPLES,
+    length: int = LENGTH,
+    prompt: str | None = None,
+    device: Device = None,
+    trust_remote_code: bool = False,
+    again: bool = False,
+    progress: Told | None = None,
+) -> Comparison:
+    """Quantize `model` by each plan, measure all of them, and write the report into the folder `out`, if given.
+
+    plans: names or plan files, folders or .gguf files of models made from `model`; "bf16" is the original, which may be
+    quantized where no plan is to be applied to it. calibration: for the plans that need any. text, samples, length:
+    what quality is measured on, as in `evaluate`. prompt: what each of them continues, as a sample. PlanError before
+    any work for what no plan can have; a plan that fails is a row that says why. What was measured before is reused;
+    again: it is measured anew, and only quantized models are reused.
+    """
+    elapsed, device = timing.timed(), system_machine.device(arguments.device("device", device))
+    calibration = arguments.calibrated(calibration, CALIBRATION)
+    found = find_all(arguments.plans("plans", plans), but=ORIGINAL)
+    wanted: dict[str, Wanted] = {name: locate(each) if isinstance(each, Path) else each for name, each in found.items()}
+    folder = None if out is None else claimed(publish.writable(out))
+    source = locate(model)
+    if any(isinstance(each, Plan) for each in wanted.values()):
+        source = unquantized(model, False)
+    asked = _asked(source, wanted, calibration, text, samples, length, trust_remote_code)
+    machine = _machine(device)
+    settings = {
+        "model": source.address,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+        "windows": asked.windows.tolist(),
+        "prompt": prompt or (_STORY if sources.own_source(source.config) == "tiny" else report.FIRST_WORDS),
+        "prompt_tokens": min(PROMPT_TOKENS, source.context // 2),
+        "new_tokens": min(NEW_TOKENS, source.context // 4),
+    }
+    bench = _Bench(source, asked, machine, settings, progress or (lambda event: None), again)
+    rows = bench.rows(wanted)
+    speeds.keep(source, device, rows)
+    described = describe(source)
+    compared = Comparison(
+        model=str(model),
+        architecture=described.architecture,
+        parameters=described.parameters,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=machine,
+        versions=system_machine.versions(),
+        text=asked.text,
+        calibration=asked.calibrated,
+        prompt=str(settings["prompt"]),
+        prompt_tokens=int(str(settings["prompt_tokens"])),
+        new_tokens=int(str(settings["new_tokens"])),
+        seconds=elapsed(),
+        rows=tuple(rows),
+    )
+    if folder is not None:
+        write(compared, folder)
+    return compared
+
+
+def claimed(out: str | Path) -> Path:
+    """`out` as a folder that a report can be written into: a new or empty one, or one that holds a report of ours."""
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise PlanError(f"{out} is a file, not a folder", "Give another -o.")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / FILE).exists():
+            raise PlanError(f"{out} is not empty, and holds no {FILE}", "Give another -o.")
+        try:
+            Comparison.read(out)
+        except FormatError as error:
+            raise PlanError(f"{out} is in the way: {error.message}", "Give another -o.") from None
+    return out
+
+
+def write(compared: Comparison, folder: Path) -> None:
+    """The report's files, each whole or not at all; a warning says which could not be made, and why."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _put(folder / FILE, compared.to_json())
+    for note in page.write(compared, folder):
+        warnings.warn(note, stacklevel=2)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Texts as tokens, and what a report says of them."""
+
+    calibration: Calibration
+    calibrated: TextUsed | None
+    windows: Tensor
+    text: TextUsed
+
+
+class _Bench:
+    """Where rows come from: the cache, or processes of their own."""
+
+    def __init__(
+        self, source: Source, asked: _Asked, machine: Machine, settings: Mapping[str, Any], told: Told, again: bool
+    ) -> None:
+        self.source, self.asked, self.settings, self.told, self.again = source, asked, settings, told, again
+        self.base = cache_folder() / "compare"
+        self.model = [
+            _stats(source),
+            source.config,
+            system_machine.versions(),
+            settings["device"],
+            settings["trust_remote_code"],
+        ]
+        of = {name: value for name, value in settings.items() if name not in ("windows", "model")}
+        self.how = [SCHEMA_VERSION, speed.RULE, asdict(machine), asked.text.digest, asked.text.length, of]
+        self.recorded = self.base / f"reference-{_digest([self.model, self.how])}"
+
+    def rows(self, wanted: Mapping[str, Wanted]) -> list[Row]:
+        """A row for each plan, in order. What the original said is kept until all have been compared with it."""
+        found, held = [], locks.resumable(self.recorded)
+        self.reference = held.folder / "logits"
+        try:
+            with Server("fewbit.api.compare_worker") as server:
+                for number, (name, plan) in enumerate(wanted.items(), 1):
+                    event = Event(name, number, len(wanted), "")
+                    elapsed = timing.timed()
+                    try:
+                        row = self._row(server, name, plan, event)
+                        state = "reused" if row.reused else "done"
+                        self.told(replace(event, state=state, seconds=elapsed()))
+                    except Failed as error:
+                        row = Row(name, "failed", reason=str(error))
+                        self.told(replace(event, state="failed", reason=str(error), seconds=elapsed()))
+                    found.append(row)
+        finally:
+            held.remove() if len(found) == len(wanted) else held.release()
+        return found
+
+    def _row(self, server: Server, name: str, plan: Wanted, event: Event) -> Row:
+        text = self.asked.calibrated if _calibrated(plan) else None
+        by: Any = [_stats(plan), plan.config] if isinstance(plan, Source) else plan and plan.to_json()
+        place = self.base / _digest([self.model, by, text and asdict(text)])
+        with locks.alone(place):  # another comparison may be at the same row, which is then found here
+            return self._found_or_made(place, server, name, plan, event)
+
+    def _found_or_made(self, place: Path, server: Server, name: str, plan: Wanted, event: Event) -> Row:
+        kept = place / f"row-{_digest(self.how)}.json"
+        if not self.again and (before := _read(kept)) is not None:
+            try:
+                return replace(parsed(Row, before, str(kept)), plan=name, reused=True)
+            except FormatError:  # damaged: it is measured again
+                kept.unlink()
+        told: dict[str, Any] = {}
+        output: Path | str | None = None
+        if isinstance(plan, Source):
+            output = plan.address
+            told["what"] = f"as it is: {', '.join(describe(plan).schemes) or 'not quantized'}"
+        elif plan is not None:
+            output = place / ("model" + (plans.format_of(plan).suffix or ""))
+            told = self._quantized(server, plan, output, event)
+        task = {
+            **self.settings,
+            "do": "measure",
+            "made": None if output is None else str(output),
+            "reference": str(self.reference),
+        }
+
+        def heard(said: Mapping[str, Any]) -> None:
+            for message in said.get("told", ()):  # nobody reads what that process warns of
+                choose.tell_once(message)
+            self.told(replace(event, state="measuring", pid=said.get("pid", 0)))
+
+        found = server.run(task, heard)
+        row = parsed(Row, {"plan": name, "status": "done", **told, **found}, name)
+        place.mkdir(parents=True, exist_ok=True)
+        _put(kept, {k: v for k, v in plain(row).items() if k != "reused"})
+        return row
+
+    def _quantized(self, server: Server, plan: plans.Plan, output: Path, event: Event) -> dict[str, Any]:
+        """Make `output` by the plan, or find it; what making it took."""
+        record = output.parent / "quantizing.json"
+        if (before := _read(record)) is not None and output.exists():
+            return before
+
+        def heard(said: Mapping[str, Any]) -> None:
+            told = replace(event, state="quantizing", done=said.get("block", 0), of=said.get("of", 0))
+            self.told(replace(told, pid=said.get("pid", 0)))
+
+        task = {
+            **{name: self.settings[name] for name in ("model", "device", "trust_remote_code")},
+            "do": "quantize",
+            "plan": plan.to_json(),
+            "calibration": asdict(self.asked.calibration),
+            "out": str(output),
+        }
+        found = server.run(task, heard)
+        _put(record, found)
+        return found
+
+
+def _stats(source: Source) -> list[tuple[str, int, int]]:
+    """What tells whether the files of a model have changed."""
+    return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]
+
+
+def _asked(
+    source: Source,
+    wanted: Mapping[str, Wanted],
+    calibration: Calibration,
+    text: Texts | None,
+    samples: int | None,
+    length: int,
+    trust_remote_code: bool,
+) -> _Asked:
+    most = source.context
+    if not 2 <= length <= most and length != LENGTH:
+        raise PlanError(f"--length {length}: a window has at least 2 tokens, and at most the model's context of {most}")
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    for made in wanted.values():
+        if isinstance(made, Source):
+            same_vocabulary(made, source, tokenizer, trust_remote_code)
+    loaded = sources.load_text(text or sources.own_source(source.config), "evaluation")
+    chosen = texts_windows.windows(
+        texts_windows.within(texts_windows.encode(loaded, tokenizer), source.rows, tokenizer, loaded.name),
+        min(length, most),
+        samples,
+    )
+    used = TextUsed(loaded.name, len(chosen), chosen.shape[1], texts_windows.digest(chosen))
+    calibrated = None
+    if any(_calibrated(plan) for plan in wanted.values()):
+        calibrated = parsed(TextUsed, windows(calibration, source, tokenizer)[1], "calibration")
+    return _Asked(calibration, calibrated, chosen, used)
+
+
+def _calibrated(plan: Wanted) -> bool:
+    """Whether a method of the plan needs calibration."""
+    if not isinstance(plan, Plan):
+        return False
+    rules = [rule for rule in plan.rules if rule.scheme is not None]
+    return any(make(rule.method, dict(rule.options)).needs > Need.NOTHING for rule in rules)
+
+
+def _machine(device: str) -> Machine:
+    found = doctor.look()
+    return Machine(
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        cpu=system_machine.processor(),
+        instructions=tuple(found.instructions),
+        threads=found.threads,
+        memory=found.memory,
+        devices=tuple(found.devices),
+        device=device,
+    )
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A JSON object of ours; None where there is none, or a damaged one."""
+    try:
+        found = read_json(file)
+    except (OSError, FormatError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _put(file: Path, data: Mapping[str, Any]) -> None:
+    made = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
+    made.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(made, file)

@@ -1,0 +1,186 @@
+"""What the processes of a comparison do, one thing each: make a quantized model, or measure one.
+
+`python -m fewbit.api.compare_worker` is their server (`system/processes.py`). They return plain data, in the keys of
+`comparison.Row`. Memory and speed are measured on the model as `fewbit.load` gives it; then the loss, in float32 on a
+CPU as `fewbit evaluate` does, so that it is of the weights and not of how activations are rounded there.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.api import quantize as api_quantize
+from fewbit.kernels import choose
+from fewbit.measure import comparison, memory, quality, speed
+from fewbit.measure.comparison import Peak, Timing
+from fewbit.models.decoding.generate import continue_text, prompt_ids
+from fewbit.models.describe import describe
+from fewbit.models.load import import_code, load_model
+from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import Source, locate
+from fewbit.plans import plan as plans
+from fewbit.system import timing
+from fewbit.system.processes import Heard, serve
+from fewbit.texts import calibration
+
+_MOST_RECORDED = 2 << 30  # bytes of logits of the original that are kept on disk; beyond, each row computes them anew
+
+
+def quantize(task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
+    """Quantize `model` by `plan` into `out`."""
+    before = memory.now().resident
+    memory.forget_peak()
+    done = api_quantize.quantize(
+        task["model"],
+        task["out"],
+        plan=plans.Plan.from_json(task["plan"]),
+        calibration=calibration.Calibration(**task["calibration"]),
+        overwrite=True,
+        device=task["device"],
+        trust_remote_code=task["trust_remote_code"],
+        progress=lambda step: heard({"block": step.done, "of": step.total}),
+    )
+    kinds = Counter(f"{t.scheme} by {t.method}" for t in done.tensors)
+    few = Counter(note for t in done.tensors for note in t.notes)
+    return {
+        "what": ", ".join(f"{count} x {kind}" if len(kinds) > 1 else kind for kind, count in kinds.most_common()),
+        "quantizing": asdict(comparison.Quantizing(done.seconds, _peak(before))),
+        "errors": {t.module: t.error for t in done.tensors},
+        "notes": [*done.notes, *(f"{note} ({count} tensors)" for note, count in few.items())],
+    }
+
+
+def measure(task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
+    """Measure the model `made`, or the original where that is None."""
+    original = locate(task["model"])
+    itself = task["made"] is None
+    source = original if itself else locate(task["made"])
+    device, trust = task["device"], task["trust_remote_code"]
+    windows = torch.tensor(task["windows"], dtype=torch.int64, device="cpu")
+    tokenizer = load_tokenizer(original, trust_remote_code=trust)
+    prompt = windows.flatten()[: task["prompt_tokens"]].unsqueeze(0)
+    _read_through(source)
+    memory.forget_peak()
+    before, alone, elapsed = memory.now().resident, memory.kept([]), timing.timed()
+    model = load_model(source, device=device, trust_remote_code=trust)
+    seconds = elapsed()
+    memory.touch(model)
+    weights, resident, loading = memory.at_rest(model), memory.kept(source.files) - alone, _peak(before)
+    memory.forget_peak()
+    heard({"doing": "speed", "told": sorted(choose.told)})
+    rates = speed.prefill(model, prompt), speed.decode(model, prompt, task["new_tokens"])
+    sample = continue_text(model, tokenizer, prompt_ids(tokenizer, task["prompt"]), max_new_tokens=task["new_tokens"])
+    generating = _peak(before)
+    heard({"doing": "quality"})
+    if device == "cpu" and model.dtype != torch.float32:
+        del model
+        model = load_model(source, device=device, dtype=torch.float32, trust_remote_code=trust)
+    reference = _reference(task, original, model if source is original else None, windows)
+    # The original has said already what it says of the windows.
+    found = quality.measure(reference[0] if source is original else model, reference[0], windows)
+    assert found.kl is not None
+    assert found.same_top is not None
+    seen = describe(source)
+    loss = {
+        "perplexity": asdict(found.perplexity),
+        "kl": asdict(found.kl.mean),
+        "same_top": asdict(found.same_top),
+        "drift": [float(e) for e in _drift(_states(model, windows), reference[1])],
+    }
+    return {
+        "format": seen.format or "safetensors",
+        **({"what": f"the original, {seen.format or str(source.dtype).removeprefix('torch.')}"} if itself else {}),
+        "disk_bytes": sum(file.stat().st_size for file in source.files),
+        "bits_per_weight": seen.bits_per_weight,
+        "weights": asdict(
+            comparison.Weights(weights.whole, weights.parameters, weights.buffers, seen.weights_bytes, resident)
+        ),
+        "loading": asdict(loading),
+        "generating": asdict(generating),
+        "speed": asdict(comparison.Speed(seconds, *map(Timing.of, rates))),
+        "loss": loss,
+        "sample": sample.text,
+    }
+
+
+def prepare(task: Mapping[str, Any]) -> None:
+    """Import what every task needs, and compute nothing: a process that has threads cannot fork."""
+    import_code(locate(task["model"]), trust_remote_code=task["trust_remote_code"])
+
+
+def _peak(before: int) -> Peak:
+    peak = memory.now().peak
+    on_gpus = memory.on_gpus()
+    return Peak(peak, max(0, peak - before), on_gpus, memory.in_use_on_gpus() if on_gpus else 0)
+
+
+def _read_through(source: Source) -> None:
+    """Have the system keep the files at hand, so that what loads first is not the slowest for it."""
+    for file in source.files:
+        with file.open("rb", buffering=0) as stream:
+            while stream.read(8 << 20):
+                pass
+
+
+def _reference(task: Mapping[str, Any], source: Source, model: Any | None, windows: Tensor) -> tuple[Any, Tensor]:
+    """What the original says of the windows, and its hidden states on the first of them.
+
+    Logits are recorded once, in a file that is as large as they are and mapped where they are read; where that would be
+    too large it is the original itself. `model` is the original if that is loaded already.
+    """
+
+    def loaded() -> Any:
+        dtype = torch.float32 if task["device"] == "cpu" else "auto"
+        trust = task["trust_remote_code"]
+        return (
+            model
+            if model is not None
+            else load_model(source, device=task["device"], dtype=dtype, trust_remote_code=trust)
+        )
+
+    config = source.config
+    vocabulary = int(config.get("vocab_size") or 0)
+    shape = (*windows.shape, vocabulary)
+    if not 0 < 4 * prod(shape) <= _MOST_RECORDED:
+        whole = loaded()
+        return whole, _states(whole, windows)
+    place, states = Path(task["reference"]), Path(task["reference"] + ".states")
+    if not (place.exists() and states.exists()):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        whole, made = loaded(), place.with_name(f".{place.name}.{secrets.token_hex(6)}")
+        torch.save(_states(whole, windows), made)
+        made.rename(states)
+        try:
+            record = torch.from_file(str(made), shared=True, size=prod(shape), dtype=torch.float32).view(shape)
+            with torch.inference_mode():
+                for i, tokens in enumerate(windows):
+                    record[i] = quality.logits_of(whole, tokens)
+            made.rename(place)
+        finally:
+            made.unlink(missing_ok=True)
+    record = torch.from_file(str(place), shared=False, size=prod(shape), dtype=torch.float32).view(shape)
+    return quality.Recorded(record), torch.load(states, weights_only=True)
+
+
+def _states(model: Any, windows: Tensor) -> Tensor:
+    """Hidden states [blocks, length, width] that leave each block on the first window; of the last, after the norm."""
+    with torch.inference_mode():
+        out = model(input_ids=windows[:1].to(model.device), use_cache=False, output_hidden_states=True)
+    return torch.stack([states[0].float().cpu() for states in out.hidden_states[1:]])
+
+
+def _drift(states: Tensor, original: Tensor) -> Tensor:
+    return (states - original).square().sum((1, 2)) / original.square().sum((1, 2)).clamp(min=1e-30)
+
+
+if __name__ == "__main__":
+    serve({"quantize": quantize, "measure": measure}, prepare)

@@ -1,0 +1,90 @@
+"""Measure a model's quality and size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbit.api import arguments
+from fewbit.api.arguments import SAMPLES, Device, DType, checked
+from fewbit.checks import Texts
+from fewbit.measure import memory, quality
+from fewbit.models.decoding.sampling import Sampling as Sampling
+from fewbit.models.describe import describe
+from fewbit.models.load import load_model
+from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import locate
+from fewbit.pipeline.job import (
+    evaluated,
+    same_vocabulary,
+)
+from fewbit.report.results import Evaluation
+from fewbit.system import ambient, machine, ranks, timing
+from fewbit.texts import sources
+from fewbit.texts.calibration import Calibration as Calibration
+
+
+@checked
+@ambient.defaults()
+def evaluate(
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    adapter: str | Path | None = None,
+    reference_adapter: str | Path | None = None,
+    text: Texts | None = None,
+    length: int | None = None,
+    samples: int | None = SAMPLES,
+    device: Device = None,
+    dtype: DType = None,
+    kernel: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Perplexity of `model` and its distance from `reference`, on disjoint windows of a text not calibrated on.
+
+    adapter, reference_adapter: folders of adapters to put on the one and the other.
+    text: a name or a file; by default tiny's own for what was made from it, pydoc for all others.
+    length: tokens of a window, the model's context up to 2048 by default. samples: how many windows, from the start of
+    the text; None: all of them.
+    dtype of activations: float32 on a CPU, the checkpoint's own on a GPU by default. kernel: for `model`, as in `load`.
+    """
+    elapsed = timing.timed()
+    with ranks.joined(arguments.device("device", device)) as device:
+        device = machine.device(device)
+        source, original = locate(model), locate(reference) if reference is not None else None
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        if original is not None:
+            same_vocabulary(original, source, tokenizer, trust_remote_code)
+        # The original may know a text that a GGUF file made from it has no word for.
+        wanted = text or sources.own_source((original or source).config)
+        name, chosen, available = evaluated(source, original, tokenizer, wanted, length, samples)
+        options: dict[str, Any] = {
+            "dtype": dtype or ("auto" if device != "cpu" else torch.float32),
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+        }
+        measured = quality.measure(
+            load_model(source, adapter=adapter, kernel=kernel, **options),
+            load_model(original, adapter=reference_adapter, **options) if original is not None else None,
+            chosen,
+            (lambda done: progress(done, len(chosen))) if progress else None,
+        )
+        return Evaluation(
+            model=_named(model, adapter),
+            reference=None if reference is None else _named(reference, reference_adapter),
+            text=name,
+            quality=measured,
+            inspection=describe(source),
+            peak=memory.now().peak,
+            gpu_peak=memory.on_gpus(),
+            seconds=elapsed(),
+            available=available,
+        )
+
+
+def _named(model: str | Path, adapter: str | Path | None) -> str:
+    return str(model) if adapter is None else f"{model} with {adapter}"

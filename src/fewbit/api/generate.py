@@ -1,0 +1,99 @@
+"""Load a model, and generate text with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fewbit.api import arguments
+from fewbit.api.arguments import Device, DType, checked
+from fewbit.errors import PlanError
+from fewbit.models.decoding.generate import Continuation, continue_text, prompt_ids
+from fewbit.models.decoding.sampling import Sampling as Sampling
+from fewbit.models.load import load_model
+from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import locate
+from fewbit.system import ambient, machine
+from fewbit.texts import windows as texts_windows
+from fewbit.texts.calibration import Calibration as Calibration
+
+
+@checked
+@ambient.defaults()
+def load(
+    model: str | Path,
+    *,
+    dtype: DType = "auto",
+    device: Device = None,
+    kernel: str | None = None,
+    adapter: str | Path | None = None,
+    fuse: int | None = None,
+    compile: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The model, its quantized weights packed: what `AutoModelForCausalLM.from_pretrained` gives after `import fewbit`.
+
+    `kernel` names the one to use throughout (`fewbit list`); KernelError if it cannot serve a weight. `adapter` is the
+    folder of one to put on it, as `peft.PeftModel.from_pretrained` does; PlanError if it was made for another model.
+    `fuse`: multiply once by all weights that read the same tensor, and generate texts of up to so many tokens, prompt
+    included, in a static cache (on a GPU, a CUDA graph for each token); PlanError beyond the model's context.
+    `compile`: on a GPU, let PyTorch compile what is run for a token, at the first token of a size of batch: many
+    seconds, for a step that is shorter; PlanError without `fuse`, and without a GPU.
+    """
+    where = arguments.device("device", device)
+    return load_model(
+        locate(model),
+        dtype=arguments.dtype("dtype", dtype),
+        device=where if where in (None, "auto") else machine.device(where),
+        kernel=kernel,
+        adapter=adapter,
+        fuse=fuse,
+        compile=compile,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@checked
+@ambient.defaults()
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    chat: bool = False,
+    adapter: str | Path | None = None,
+    device: Device = None,
+    kernel: str | None = None,
+    fuse: int | None = None,
+    compile: bool = False,
+    trust_remote_code: bool = False,
+    stream: bool = False,
+) -> Continuation:
+    """What `model` continues `prompt` with, and how fast: greedy unless `sampling` says otherwise.
+
+    chat: the prompt is a user's message in the model's chat template. adapter: the folder of one to put on it. fuse,
+    compile: as in `load`. stream: print the text as it comes, too.
+    """
+    if max_new_tokens < 1:
+        raise PlanError(f"--max-new-tokens {max_new_tokens}: at least one token must come")
+    device, source = machine.device(arguments.device("device", device)), locate(model)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    ids = texts_windows.within(prompt_ids(tokenizer, prompt, chat=chat), source.rows, tokenizer, "the prompt")
+    if fuse is not None and ids.shape[1] + max_new_tokens > fuse:
+        raise PlanError(
+            f"--max-length {fuse} holds the prompt and the answer, {ids.shape[1]} and {max_new_tokens} tokens here",
+            "Give a greater one, or fewer --max-new-tokens.",
+        )
+    loaded = load_model(
+        source,
+        device=device,
+        kernel=kernel,
+        adapter=adapter,
+        fuse=fuse,
+        compile=compile,
+        trust_remote_code=trust_remote_code,
+    )
+    return continue_text(
+        loaded, tokenizer, ids, max_new_tokens=max_new_tokens, sampling=sampling or Sampling(), stream=stream
+    )

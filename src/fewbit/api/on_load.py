@@ -1,0 +1,164 @@
+"""Quantizing while a model is loaded: what `GPTQConfig` and `AwqConfig` ask of one that is not quantized.
+
+The pipeline of `fewbit quantize` works on the checkpoint, a block at a time, and makes a folder; `models.plugin` then
+lets transformers load that in the place of the checkpoint. So the model is never in memory in 16 bits, and a run that
+was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import FewbitError, PlanError
+from fewbit.models.plugin.modules import FEW
+from fewbit.models.plugin.options import Request
+from fewbit.models.skeleton import Skeleton, load_tokenizer, tokenizer_at
+from fewbit.pipeline import blocks, write_folder
+from fewbit.pipeline import progress as pipeline_progress
+from fewbit.pipeline import run as pipeline_run
+from fewbit.pipeline.job import Job, too_small
+from fewbit.report import text as report
+from fewbit.system import ambient, machine, publish
+from fewbit.texts import sources, windows
+from fewbit.texts.calibration import Calibration
+
+_STRICT = "FEWBIT_STRICT_DATASET"  # in the environment: a text that cannot be had is an error
+_TAKES = "A config takes dataset='c4', 'c4-new' or 'wikitext2', or a list of texts: dataset=[...]."
+_NAMES = {"c4-new": "c4"}  # the two differ in what they evaluate on
+
+
+@ambient.defaults()
+def quantized(
+    folder: Path, request: Request, out: Path, *, device: str | None, trust_remote_code: bool, verbose: bool
+) -> Callable[[], None]:
+    """Make `out`, an empty folder, the quantized model of `folder`; what is returned forgets the run's durable blocks.
+
+    Warns of what was changed to make the request fit. PlanError before any work where it cannot.
+    """
+    job = Job.prepare(folder, request.plan, device, False, trust_remote_code)
+    _check(request, job.skeleton)
+    size = job.preview().output_bytes
+    publish.check_space({out: 2 * size}, "Free some space, or set FEWBIT_CACHE to a folder on another disk.")
+    tokens = _tokens(request, job)
+    for note in (*job.notes, *_left(job)):
+        warnings.warn(f"{request.plan.name}: {note}", stacklevel=2)
+    versions = {**machine.versions(), "request": json.dumps([request.stages, request.batch])}
+    run = pipeline_run.Run(pipeline_run.fingerprint(job.skeleton, job.resolved, tokens, versions))
+    with run, report.progress() if verbose else nullcontext(pipeline_progress.silent) as progress:
+        tensors = blocks.quantize_blocks(
+            job.skeleton, job.resolved, tokens, run, progress, stages=request.stages, batch=request.batch
+        )
+        write_folder.write(out, job.skeleton, job.resolved, run)
+    for note in too_small(tensors):
+        warnings.warn(f"{request.plan.name}: {note}", stacklevel=2)
+    return run.forget
+
+
+def _check(request: Request, skeleton: Skeleton) -> None:
+    """PlanError where the request names what the model does not have."""
+    wrong = []
+    where = skeleton.blocks[0].rpartition(".")[0]
+    if request.blocks is not None and request.blocks != where:
+        wrong.append(f"block_name_to_quantize={request.blocks!r}: the model's blocks are {where}")
+    modules = {name for name, _ in skeleton.model.named_modules()}
+    wrong += [
+        f"module_name_preceding_first_block: the model has no {name!r}"
+        for name in request.preceding
+        if name not in modules
+    ]
+    linears = [name.removeprefix(f"{block}.") for block in skeleton.blocks for name in skeleton.linears(block)]
+    wrong += [
+        f"modules_in_block_to_quantize: no block has a linear {name!r}, but {', '.join(dict.fromkeys(linears))}"
+        for stage in request.stages or ()
+        for name in stage
+        if name not in linears
+    ]
+    wrong += [
+        f"modules_to_not_convert: no linear is called {name!r}"
+        for name in request.left
+        if not any(name in linear for linear in skeleton.all_linears())
+    ]
+    if wrong:
+        raise PlanError("\n".join(wrong))
+
+
+def _left(job: Job) -> list[str]:
+    """A sentence about the weights in blocks that the request does not reach; none where they are few."""
+    left: dict[str, int] = {}
+    names = dict[str, None]()
+    for block in job.skeleton.blocks:
+        for name, parameter in job.skeleton.model.get_submodule(block).named_parameters():
+            inner = name.removesuffix(".weight")
+            if parameter.dim() > 1 and f"{block}.{inner}" not in job.resolved.assignments:
+                left[f"{block}.{inner}"] = parameter.numel()
+                names[inner] = None
+    count = sum(left.values())
+    share = count / max(job.skeleton.parameters_in_blocks(), 1)
+    if share < FEW:
+        return []
+    shown = ", ".join([*names][:5]) + (" ..." if len(names) > 5 else "")
+    kind = str(job.source.dtype).removeprefix("torch.")
+    return [f"{count:,} parameters, {share:.0%} of those in the model's blocks, stay in {kind}: {shown}"]
+
+
+def _tokens(request: Request, job: Job) -> Tensor:
+    """Calibration tokens [samples, length]: all of a list of texts, as many windows as usual of a named one."""
+    tokenizer = _tokenizer(request, job)
+    context = job.source.context
+    if request.length is not None and not 1 < request.length <= context:
+        raise PlanError(f"model_seqlen={request.length}: the model's context is {context} tokens")
+    if isinstance(request.dataset, str) or request.dataset is None:
+        name = request.dataset or sources.own_source(job.source.config)
+        text, samples = _named_text(_NAMES.get(name, name), sources.own_source(job.source.config)), Calibration.samples
+    else:
+        text, samples = sources.Text(f"the list of {len(request.dataset)} texts", tuple(request.dataset)), None
+    stream = windows.within(windows.encode(text, tokenizer), job.source.rows, tokenizer, text.name)
+    if not len(stream):
+        raise PlanError(f"{text.name} has no tokens", "Give a text to calibrate on.")
+    length = min(request.length or Calibration.length, context, len(stream))
+    return windows.sample(stream, samples or len(stream) // length, length, Calibration.seed)
+
+
+def _named_text(name: str, fallback: str) -> sources.Text:
+    """The text called `name`; if the Hub does not give it, `fallback` after a warning, or PlanError if that is set."""
+    try:
+        return sources.load_text(name, "calibration")
+    except sources.SourceUnavailable as error:
+        strict = os.environ.get(_STRICT)
+        if strict not in (None, "", "0"):
+            raise PlanError(error.message, _TAKES) from None
+        text = sources.load_text(fallback, "calibration")
+        warnings.warn(
+            f"{error.message}. Calibrating on {text.name} instead. For {name}: connect to the Hub"
+            f"{'' if name == 'c4' else ', and pip install datasets'}; or give dataset=[...], a list of texts. "
+            f"{_STRICT}=1 makes this an error",
+            stacklevel=2,
+        )
+        return text
+    except PlanError as error:
+        raise PlanError(f"dataset={name!r}: {error.message}", _TAKES) from None
+
+
+def _tokenizer(request: Request, job: Job) -> Any:
+    given = request.tokenizer
+    if given is not None and not isinstance(given, (str, Path)):
+        return given
+    try:
+        return load_tokenizer(job.source) if given is None else tokenizer_at(given)
+    except FewbitError as error:
+        raise PlanError(f"{request.plan.name} needs a tokenizer: {error.message}", "Add tokenizer=tokenizer.") from None
+
+
+def device_of(device_map: Any) -> str | None:
+    """Where to quantize a model that goes there: "cpu" if all of it shall, else None, which is the best there is."""
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    return "cpu" if all(str(place) in ("cpu", "disk") or place == torch.device("cpu") for place in places) else None

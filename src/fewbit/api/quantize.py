@@ -1,0 +1,240 @@
+"""Quantize a model, preview it, and measure importances."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewbit.api import arguments
+from fewbit.api.arguments import Device, Plans, checked
+from fewbit.checks import Texts
+from fewbit.errors import FewbitError, FormatError, KernelError, OutputError, PlanError
+from fewbit.formats.containers import imatrix as importances
+from fewbit.measure import memory
+from fewbit.models.decoding.generate import continue_text
+from fewbit.models.decoding.sampling import Sampling as Sampling
+from fewbit.models.describe import describe
+from fewbit.models.load import load_model
+from fewbit.models.scales import read as folded_scales
+from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import locate
+from fewbit.pipeline import blocks, gguf_header, settled, write_folder, write_gguf
+from fewbit.pipeline import importances as pipeline_importances
+from fewbit.pipeline import progress as pipeline_progress
+from fewbit.pipeline import run as pipeline_run
+from fewbit.pipeline.job import (
+    Job,
+    Preview,
+    fewer,
+    is_file,
+    skeleton_of,
+    too_small,
+    unquantized,
+    windows,
+)
+from fewbit.report import card
+from fewbit.report import text as report_text
+from fewbit.report.results import Measured, Quantized
+from fewbit.system import ambient, heap, machine, publish, ranks, timing
+from fewbit.system.cache import cache_folder
+from fewbit.texts import windows as texts_windows
+from fewbit.texts.calibration import Calibration as Calibration
+
+SCHEMA = 1
+
+
+_KEPT = "The quantized blocks are kept in the cache: the same command goes on from there."
+
+
+_NOT_KEPT = ("out", "plan", "peak", "gpu_peak", "anonymous", "sample")  # of a result, in the record beside it
+
+
+@checked
+@ambient.defaults()
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    *,
+    plan: Plans = "gptq-4bit",
+    calibration: Calibration | Texts | None = None,
+    imatrix: str | Path | None = None,
+    overwrite: bool = False,
+    device: Device = None,
+    safetensors_only: bool = False,
+    trust_remote_code: bool = False,
+    progress: pipeline_progress.Progress | None = None,
+) -> Quantized:
+    """Quantize `model` by `plan` into the folder, or the GGUF file, `out`, which appears whole or not at all.
+
+    imatrix: a file of importances as llama.cpp writes them, in place of calibration. The same call after an
+    interruption goes on at the block where it stopped. Where torchrun started several processes, all of them make this
+    call and share the work; the first writes. PlanError before any work if the plan does not fit the model,
+    FormatError for a broken checkpoint, NumericsError (naming the tensor) for NaN or Inf in it.
+    """
+    elapsed = timing.timed()
+    wanted, calibration = arguments.plan("plan", plan), arguments.calibrated(calibration)
+    with ranks.joined(arguments.device("device", device)) as device, ExitStack() as leaving:
+        out, file = publish.named(out), is_file(out, wanted)
+        if ranks.first():
+            publish.claimed(out, overwrite=overwrite, file=file)
+        heap.return_freed()
+        job = Job.prepare(model, wanted, device, safetensors_only, trust_remote_code, imatrix)
+        preview = job.preview()
+        if ranks.first():
+            publish.spare(out, job.source.origin, job.source.folder, *job.source.files)
+            # Block results, then what is put together from them.
+            publish.check_space({cache_folder(): preview.output_bytes, out.resolve(): preview.output_bytes})
+        tokenizer = load_tokenizer(job.source, trust_remote_code=trust_remote_code)
+        # What no file can say of the model is found before any work.
+        header = gguf_header.of(job.source, trust_remote_code=trust_remote_code) if job.single_file else None
+        tokens, calibrated = job.tokens(calibration, tokenizer)
+        # What the check after writing asks of the model.
+        words = tokenizer(report_text.FIRST_WORDS, return_tensors="pt")["input_ids"]
+        texts_windows.within(words, job.source.rows, tokenizer, repr(report_text.FIRST_WORDS))
+        versions = machine.versions()
+        fingerprint = pipeline_run.fingerprint(job.skeleton, job.resolved, tokens, versions, job.importance)
+        run = leaving.enter_context(pipeline_run.Run(fingerprint))
+        told = progress or pipeline_progress.silent
+        tensors = blocks.quantize_blocks(job.skeleton, job.resolved, tokens, run, told, job.importance)
+
+        def published() -> Quantized:
+            weights = sum(prod(t.shape) for t in tensors)
+            done = Quantized(
+                out=str(out),
+                plan=job.resolved.plan.name,
+                notes=[*job.notes, *job.left_out(), *fewer(calibration, calibrated), *too_small(tensors)],
+                tensors=tensors,
+                original_bytes=preview.original_bytes,
+                output_bytes=preview.output_bytes,
+                bits_per_weight=8 * sum(t.nbytes for t in tensors) / weights,
+                share=preview.share,
+                seconds=elapsed(),
+                peak=0,
+                gpu_peak=0,
+                anonymous=0,
+                sample="",
+            )
+            kept = {k: v for k, v in asdict(done).items() if k not in _NOT_KEPT}
+            record = {
+                "schema_version": SCHEMA,
+                "versions": versions,
+                "model": job.source.name,
+                "origin": job.source.address,
+                "calibration": calibrated,
+                "plan": job.resolved.plan.to_json(),
+                **kept,
+            }
+            with publish.published(out, overwrite=overwrite, file=file, kept=_KEPT) as made:
+                if header is not None:
+                    written = write_gguf.write(made, job.skeleton, job.resolved, run, header, record)
+                else:
+                    written = write_folder.write(made, job.skeleton, job.resolved, run)
+                    record["scales"] = folded_scales(made).to_json()
+                    record["files"] = sorted({*_files(made), "README.md", publish.RECORD})
+                    (made / publish.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                    (made / "README.md").write_text(card.model_card(record), encoding="utf-8")
+                if written != preview.output_bytes:
+                    raise FormatError(f"{written} bytes were written where {preview.output_bytes} were foreseen")
+                try:
+                    sample = _reopened(made, tokenizer, machine.device(device), trust_remote_code)
+                except KernelError:  # quantizing took a block at a time, the whole model may not fit the device
+                    sample = _reopened(made, tokenizer, "cpu", trust_remote_code)
+            run.forget()
+            held = memory.now()
+            return replace(
+                done,
+                seconds=elapsed(),
+                peak=held.peak,
+                gpu_peak=memory.on_gpus(),
+                anonymous=held.anonymous,
+                sample=sample,
+            )
+
+        return ranks.from_first(published)
+
+
+@checked
+def preview(
+    model: str | Path,
+    *,
+    plan: Plans = "gptq-4bit",
+    imatrix: str | Path | None = None,
+    safetensors_only: bool = False,
+    trust_remote_code: bool = False,
+) -> Preview:
+    """What `quantize` would do to each tensor, with exact output bytes, without doing it (`--dry-run`)."""
+    wanted = arguments.plan("plan", plan)
+    return Job.prepare(model, wanted, "cpu", safetensors_only, trust_remote_code, imatrix).preview()
+
+
+@checked
+@ambient.defaults()
+def imatrix(
+    model: str | Path,
+    out: str | Path,
+    *,
+    calibration: Calibration | Texts | None = None,
+    overwrite: bool = False,
+    device: Device = None,
+    safetensors_only: bool = False,
+    trust_remote_code: bool = False,
+    progress: pipeline_progress.Progress | None = None,
+) -> Measured:
+    """Write the importance matrix of `model` on a calibration text to `out`, a .gguf or .dat file as of llama.cpp."""
+    elapsed, out, calibration = timing.timed(), publish.named(out), arguments.calibrated(calibration)
+    if reason := importances.why_not(out):
+        raise PlanError(reason, "Give another -o.")
+    with ranks.joined(arguments.device("device", device)) as device:
+        if ranks.first():
+            publish.claimed(out, overwrite=overwrite, file=True)
+        source = unquantized(model, safetensors_only)
+        skeleton = skeleton_of(source, machine.device(device), trust_remote_code)
+        names = settled.model_of(skeleton).names
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        tokens, text = windows(calibration, source, tokenizer)
+        found = pipeline_importances.measure(skeleton, tokens, progress or pipeline_progress.silent)
+
+        def published() -> Measured:
+            matrix = {
+                f"{names[m]}.weight": importances.Importance(s.mean_square.cpu(), s.rows) for m, s in found.items()
+            }
+
+            def write(path: Path) -> None:
+                importances.write(path, matrix, chunks=len(tokens), length=tokens.shape[1], text=text["text"])
+
+            try:
+                with publish.published(out, overwrite=overwrite, file=True) as made:
+                    write(made)
+            except (OutputError, PlanError) as error:
+                raise publish.rescued(error, out, write) from error
+            return Measured(str(out), len(matrix), tokens.numel(), text["text"], fewer(calibration, text), elapsed())
+
+        return ranks.from_first(published)
+
+
+def _files(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool) -> str:
+    """Open what was written as any user would, and generate a few tokens from it; FormatError if that fails."""
+    try:
+        source = locate(folder)
+        describe(source)
+        model = load_model(source, device=device, trust_remote_code=trust_remote_code)
+        ids = tokenizer(report_text.FIRST_WORDS, return_tensors="pt")["input_ids"]
+        ids = ids if ids.numel() else torch.zeros(1, 1, dtype=torch.long, device="cpu")
+        with torch.inference_mode():
+            if not torch.isfinite(model(input_ids=ids.to(model.device)).logits).all():
+                raise FormatError("the quantized model's logits are not finite")
+        return continue_text(model, tokenizer, ids, max_new_tokens=8).text
+    except KernelError:
+        raise
+    except FewbitError as error:
+        raise FormatError(f"the output failed its own check: {error.message}", error.hint) from error

@@ -1,0 +1,105 @@
+"""The commands that help to choose: estimate and recommend."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from fewbit.cli.options import Json, Length, Samples, Trust, early, printed
+from fewbit.errors import PlanError
+
+Context = Annotated[int | None, typer.Option(help="Tokens in a text. Default: the model's context, at most 4096.")]
+Batch = Annotated[int, typer.Option(help="Batch size: texts at once.")]
+_MODEL = "A folder, with or without weights, a config.json, a Hub name, tiny"
+
+
+@early
+def estimate(
+    model: Annotated[str, typer.Argument(help=f"{_MODEL}, or a size such as 7B.")],
+    plan: Annotated[str | None, typer.Option(help="One plan, by name or a .json file. Default: all plans.")] = None,
+    context: Context = None,
+    batch: Batch = 1,
+    cache: Annotated[str, typer.Option(help="Type of the KV cache: float32, bf16, fp8, q8_0, q4_0.")] = "bf16",
+    samples: Samples = 128,
+    length: Length = 512,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what every plan would make of MODEL, from its config alone: bytes, memory, and which GPU cards hold it."""
+    from fewbit.api import advise
+    from fewbit.report import advice
+
+    if (sizes := advise.estimate_size(model)) is not None:
+        printed(asdict(sizes)) if as_json else advice.precision(sizes)
+        return
+    done = advise.estimate(
+        model,
+        plan=plan,
+        context=context,
+        batch=batch,
+        cache=cache,
+        samples=samples,
+        length=length,
+        trust_remote_code=trust_remote_code,
+    )
+    printed(asdict(done)) if as_json else advice.estimate(done)
+
+
+@early
+def recommend(
+    model: Annotated[str | None, typer.Argument(help=f"{_MODEL}. Required unless --table.")] = None,
+    purpose: Annotated[
+        str | None,
+        typer.Option("--for", help="serving, edge, finetuning, experiment or quality. Required unless --table."),
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory limit, such as 8GB. Default: this machine's.")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Largest KL divergence from the original. Default: no limit.")
+    ] = None,
+    speed: Annotated[str | None, typer.Option(help="first: prefer speed to quality. Default: prefer quality.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Program that must read the result: vllm, llama.cpp or transformers. Default: any."),
+    ] = None,
+    report: Annotated[
+        str | None,
+        typer.Option(help="report.json of fewbit compare to decide by. Default: numbers that come with fewbit."),
+    ] = None,
+    context: Context = None,
+    batch: Batch = 1,
+    table: Annotated[bool, typer.Option("--table", help="Show only the table of methods.")] = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Tell which plan to use on MODEL for a purpose, why, and what to run."""
+    if not table:
+        if model is None or purpose is None:
+            raise PlanError(
+                "recommend needs a model and a purpose",
+                "Such as: fewbit recommend tiny --for quality. "
+                "Purposes: serving, edge, finetuning, experiment, quality.",
+            )
+        if speed not in (None, "first"):
+            raise PlanError(f"--speed {speed}", "Only --speed first is known.")
+    from fewbit.api import advise
+    from fewbit.report import advice
+
+    if model is None or purpose is None or table:
+        rows = advise.methods(report)
+        printed({"order": "kl", "methods": [asdict(row) for row in rows]}) if as_json else advice.methods(rows)
+        return
+    done = advise.recommend(
+        model,
+        purpose,
+        memory=memory,
+        max_kl=max_kl,
+        speed_first=speed == "first",
+        target=target,
+        report=report,
+        context=context,
+        batch=batch,
+        trust_remote_code=trust_remote_code,
+    )
+    printed({"plan": done.best.plan, **asdict(done)}) if as_json else advice.recommendation(done)

@@ -1,0 +1,1 @@
+"""The files that weights lie in: safetensors, GGUF, PyTorch's pickles, importance matrices."""

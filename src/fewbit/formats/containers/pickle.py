@@ -1,0 +1,91 @@
+"""Checkpoints that exist only as `pytorch_model.bin`: turned into safetensors by a process of its own.
+
+torch.load with `weights_only=True` builds tensors and refuses anything else a pickle may ask for; no plain pickle is
+ever executed. The process is separate so that a hostile file meets nothing but an interpreter about to exit, and so
+that the whole model is never in this one's memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from fewbit.errors import FormatError
+from fewbit.formats.containers import safetensors
+from fewbit.system import processes
+from fewbit.system.cache import made
+from fewbit.system.files import read_json, write_json
+
+_SINGLE = "pytorch_model.bin"
+_INDEX = "pytorch_model.bin.index.json"
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The pickled weight files of a folder; empty if there are none."""
+    if (folder / _INDEX).exists():
+        try:
+            names = sorted(set(read_json(folder / _INDEX)["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"{folder / _INDEX} is no index of shards: {error!r}") from None
+        missing = [name for name in names if Path(str(name)).name != name or not (folder / str(name)).is_file()]
+        if missing:
+            raise FormatError(f"{folder / _INDEX} names {missing[0]!r}, which is not in {folder}")
+        return [folder / name for name in names]
+    return [folder / _SINGLE] if (folder / _SINGLE).exists() else []
+
+
+def converted(folder: Path) -> Path:
+    """A cached folder with the same model in safetensors, made on first use; FormatError if a pickle asks for more."""
+    files = files_in(folder)
+    beside = [folder / path for path in safetensors.side_files(folder) if path.parent == Path()]
+    stats = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in (*files, *beside)]
+    key = hashlib.sha256("\n".join(stats).encode()).hexdigest()[:24]
+
+    def make(target: Path) -> None:
+        for number, file in enumerate(files, 1):
+            shard = safetensors.SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            command = processes.command("fewbit.formats.containers.pickle", str(file), str(target / shard))
+            run = subprocess.run(
+                command, capture_output=True, encoding="utf-8", errors="replace", env=processes.environment()
+            )
+            if run.returncode != 0:
+                raise FormatError(
+                    f"{file} could not be read as plain tensors: {_last_line(run.stderr)}",
+                    "Only tensors are taken from a pickle. Ask its author for safetensors.",
+                )
+        if len(files) > 1:
+            shards = sorted(target.iterdir())
+            names = {name: shard.name for shard in shards for name in safetensors.read_specs(shard)}
+            write_json(target / safetensors.INDEX, {"metadata": {}, "weight_map": names})
+        for file in beside:
+            shutil.copy(file, target)
+
+    return made(f"unpickled-{key}", make, sum(file.stat().st_size for file in files))
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "the process died"
+
+
+def _convert(source: Path, target: Path) -> None:
+    import torch
+
+    try:
+        loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # files older than torch 1.6 cannot be mapped
+        loaded = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch's message runs over many lines; its first names what was asked for.
+        sys.exit(str(error).replace("\n", " ")[:300])
+    if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
+        sys.exit("it holds something else than a dictionary of tensors")
+    # Tensors that share storage (tied weights) are written twice: safetensors keeps no aliases.
+    safetensors.write_file(target, {str(name): tensor.detach().clone() for name, tensor in loaded.items()})
+
+
+if __name__ == "__main__":
+    _convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,234 @@
+"""Folders of safetensors: opened by their headers alone, written shard by shard.
+
+The container that Hugging Face checkpoints share. `safetensors` itself checks header length, offsets and overlaps; what
+is added here is which file was wrong, and that an index and its shards agree.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from fewbit.errors import FormatError
+from fewbit.lazy import Tensor, torch
+from fewbit.schemes.base import PartSpec
+from fewbit.system.files import read_json, write_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
+_NOT_CARRIED = ("README.md", "fewbit.json", "fewbit.scales")
+_DTYPES = {  # what torch calls them
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+}
+
+
+class Checkpoint:
+    """The tensors of some safetensors files: `specs` from the headers, data only when asked for, memory-mapped."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.specs: dict[str, PartSpec] = {}
+        self._file_of: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        for file in files:
+            for name, spec in read_specs(file).items():
+                if name in self.specs:
+                    raise FormatError(f"{name} is both in {self._file_of[name].name} and in {file.name}")
+                self.specs[name], self._file_of[name] = spec, file
+
+    def slice(self, name: str) -> Any:
+        """A lazy handle, as transformers' loader takes them."""
+        return self._handle(name).get_slice(name)
+
+    def get(self, name: str) -> Tensor:
+        """The tensor, backed by the file's pages."""
+        tensor: Tensor = self._handle(name).get_tensor(name)
+        return tensor
+
+    def _handle(self, name: str) -> Any:
+        file = self._file_of[name]
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        return self._open[file]
+
+
+def read_specs(file: Path) -> dict[str, PartSpec]:
+    """Shapes and dtypes of the tensors in one file, from its header; FormatError if it is no sound safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            found = {}
+            for name in handle.keys():  # noqa: SIM118 - a handle is not a mapping
+                view = handle.get_slice(name)
+                if view.get_dtype() not in _DTYPES:
+                    raise FormatError(f"{file}: {name} has dtype {view.get_dtype()}, which is not known")
+                found[name] = PartSpec(tuple(view.get_shape()), getattr(torch, _DTYPES[view.get_dtype()]))
+            return found
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size if file.exists() else 0
+        raise FormatError(f"{file} ({size:,} bytes) is no sound safetensors file: {error}") from None
+
+
+def files_in(folder: Path, name: str | None = None) -> list[Path]:
+    """The weight files of a Hugging Face folder, all there; an empty list if it has none in safetensors.
+
+    name: of the one file, or of the index, where they have another name than the usual.
+    """
+    if name is not None and not name.endswith(".index.json"):
+        return [folder / name]
+    index = folder / (name or INDEX)
+    if not index.exists():
+        return [folder / SINGLE] if (folder / SINGLE).exists() else []
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{index} is no index of shards: {error!r}") from None
+    files = [folder / str(name) for name in names]
+    for name, file in zip(names, files, strict=True):
+        if Path(str(name)).name != name or not file.is_file():
+            raise FormatError(f"{index} names {name!r}, which is not in {folder}")
+    return files
+
+
+class ShardWriter:
+    """Writes tensors to `folder` as they come, a shard of at most `limit` bytes at a time, then the index."""
+
+    def __init__(self, folder: Path, limit: int = 2 << 30) -> None:
+        self.folder, self.limit = folder, limit
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self.nbytes = 0
+
+    def adopt(self) -> None:
+        """Take the files that the folder holds already as the first shards."""
+        for file in files_in(self.folder):
+            specs = read_specs(file)
+            self._shards.append(list(specs))
+            self.nbytes += sum(spec.nbytes for spec in specs.values())
+            file.rename(self.folder / f"shard-{len(self._shards)}")
+        (self.folder / INDEX).unlink(missing_ok=True)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor; it may be written now or later."""
+        size = sum(t.nbytes for t in self._pending.values())
+        if self._pending and size + tensor.nbytes > self.limit:
+            self._flush()
+        self._pending[name] = tensor
+        self.nbytes += tensor.nbytes
+
+    def close(self) -> None:
+        """Write what is left, give the shards their final names, and the index where there are several."""
+        self._flush()
+        if len(self._shards) == 1:
+            (self.folder / "shard-1").rename(self.folder / SINGLE)
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards, 1):
+            final = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+            (self.folder / f"shard-{number}").rename(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+        write_json(self.folder / INDEX, index, indent=2)
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._shards.append(list(self._pending))
+            write_file(self.folder / f"shard-{len(self._shards)}", self._pending)
+            self._pending = {}
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """One safetensors file, on disk when this returns."""
+    from safetensors.torch import save_file  # which imports torch
+
+    whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    with writing():
+        save_file(whole, path, metadata={"format": "pt", **(metadata or {})})
+    # safetensors makes files that their owner alone can read; a server is often another user.
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Within, a file that safetensors cannot write is an OSError, as it is for everything else that writes."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        raise (OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(error))) from error
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of one file, and its metadata."""
+    read_specs(path)
+    with safe_open(path, framework="pt") as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118
+
+
+def other_weights(folder: Path) -> list[Path]:
+    """Files of weights beside the safetensors that are read: of adapters, drafts, heads and other frameworks."""
+    named = {file.name for file in files_in(folder)}
+    found = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in _WEIGHT_SUFFIXES]
+    return [file for file in found if file.name not in named and not file.name.startswith(".")]
+
+
+def side_files(folder: Path) -> list[Path]:
+    """What belongs to a model besides its weights, as paths in `folder`: tokenizer, configs, templates, code, licence,
+    and subfolders that hold no weights, such as those of further chat templates. Not its model card."""
+    found = [file for file in _visible(folder) if file.is_file() and not _is_weights(file)]
+    found = [file for file in found if file.name not in _NOT_CARRIED]
+    for inner in _visible(folder):
+        if inner.is_dir() and not _holds_weights(inner):
+            found += [file for file in sorted(inner.rglob("*")) if file.is_file()]
+    return [file.relative_to(folder) for file in found]
+
+
+def copy_side_files(folder: Path, out: Path) -> None:
+    """Copy the side files of one folder into another, but for those that are there already."""
+    for file in side_files(folder):
+        target = out / file
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / file, target)
+
+
+def folders_left_out(folder: Path) -> list[Path]:
+    """Subfolders that hold weights, which are no side files."""
+    return [inner for inner in _visible(folder) if inner.is_dir() and _holds_weights(inner)]
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.name[0] not in "._"]
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(_is_weights(file) for file in folder.rglob("*"))

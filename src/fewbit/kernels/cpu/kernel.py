@@ -1,0 +1,288 @@
+"""Products by packed weights in C++ (csrc/): a CPU reads each weight once per token, and reads nothing else.
+
+The device layout is the canonical one. Where other engines interleave the rows of a weight so that codes meet
+activations in a register, here a row of activations is put into the order in which codes come out of their bytes: it is
+a thousand times smaller, `restore` has nothing to undo, blocks stay on the pages of their GGUF file, and an embedding
+shares its bytes with a tied head.
+
+`cpu`, for up to `FEW` rows, rounds activations to int8: of each 32 columns, by = 127 / max|x| in float32, and x * by is
+rounded to nearest, ties to even. An entry moves by at most max|x| / 254 of its 32, so y by at most the sum of
+|w| max|x| / 254; of normal numbers x moves by 0.5 %. Integer products are exact and summed in float32. More rows are
+not rounded: tiles of W are decoded to float32, each once, and multiplied by torch. Sixteen-level schemes (NF4, FP4) are
+never rounded. Up to `FEW` rows, neither the number of threads nor the rows beside it change a row's result.
+
+`cpu_exact` rounds nothing, for any number of rows; it serves where it is asked for by name, or `cpu` does not agree.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import ClassVar
+
+from fewbit.errors import KernelError
+from fewbit.kernels.base import Kernel, Prepared, part_order
+from fewbit.kernels.cpu import library
+from fewbit.lazy import Tensor, torch
+from fewbit.registry import register
+from fewbit.schemes.affine import Affine
+from fewbit.schemes.base import Codec, Parts
+from fewbit.schemes.ggml.codec import Blocks
+from fewbit.schemes.int8 import Int8
+from fewbit.schemes.nf4 import LEVELS, FourBit
+from fewbit.schemes.stacked import Stacked
+
+_REMEDY = "install fewbit from source where a C++ compiler is, or a wheel that has the library"
+FEW = 8  # rows of activations that are rounded
+GROUP = 32  # columns that share a unit
+_TILE = 1 << 19  # weights decoded at a time: 2 MB of float32 stay in a core's second cache
+
+# What csrc/fewbit.h calls the layouts.
+_AFFINE, _INT8, _LEVELS, _LEVELS_DOUBLE = 0, 1, 2, 3
+_BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
+_KINDS = {name: 16 + i for i, name in enumerate(_BLOCKS)}
+_OP = "fewbit::cpu_linear"
+_ERRORS = {
+    1: "the layout is unknown",
+    2: "the shape does not fit the layout",
+    3: "a buffer is too short",
+    4: "no memory",
+}
+
+Layout = tuple[int, int, int]  # kind, bits (or which levels), columns that share a scale
+
+
+class _Native(Kernel):
+    """Keeps the canonical parts as they are."""
+
+    exact: ClassVar[bool]
+
+    def unavailable(self) -> str | None:
+        found = library.available()
+        return found if isinstance(found, str) else None
+
+    def missed(self) -> str | None:
+        why = self.unavailable()
+        return f"the compiled CPU library is missing, and packed weights compute slowly without it ({why}): {_REMEDY}"
+
+    def why_not(self, codec: Codec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on the CPU, not on {device.type}"
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"activations in float32, bfloat16 or float16 only, not {str(dtype).removeprefix('torch.')}"
+        layouts = [_layout(part, (n, shape[1])) for part, n in _segments(codec, shape)]
+        return next((layout for layout in layouts if isinstance(layout, str)), None)
+
+    def prepare(self, codec: Codec, parts: Parts, shape: tuple[int, int]) -> Prepared:
+        _define()
+        return tuple(parts[name].contiguous() for name in part_order(codec, shape))
+
+    def restore(self, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Parts:
+        return dict(zip(part_order(codec, shape), prepared, strict=True))
+
+    def linear(self, x: Tensor, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Tensor:
+        # The dispatcher takes as long as 200 rows of 576 columns; only those who look at the graph need it.
+        plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
+        multiply = _linear if plain else torch.ops.fewbit.cpu_linear
+        y: Tensor
+        if len(products := _products(codec, shape)) == 1:
+            ((layout, n, _, _),) = products
+            y = multiply(x, prepared, *layout, n, self.exact)
+            return y
+        y = torch.cat([multiply(x, prepared[a:b], *layout, n, self.exact) for layout, n, a, b in products], 1)
+        return y
+
+
+@register("kernels", "cpu")
+class Cpu(_Native):
+    """The native library, activations of a few rows in int8."""
+
+    name: ClassVar[str] = "cpu"
+    activations: ClassVar[str] = f"int8 for each {GROUP} columns, for up to {FEW} rows"
+    priority: ClassVar[int] = 20
+    exact: ClassVar[bool] = False
+
+    def rounded(self, x: Tensor, codec: Codec) -> Tensor:
+        if len(x) > FEW or isinstance(codec, FourBit | Stacked):
+            return x
+        groups = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+        top = groups.abs().amax(-1, keepdim=True)
+        # `127 / top` would multiply by a reciprocal, which rounds twice.
+        by = torch.where(top >= 1e-30, torch.full_like(top, 127).div_(top), 0)
+        unit = torch.where(top >= 1e-30, top.div(127), 0)
+        values: Tensor = groups.mul(by).round_().mul_(unit).flatten(1)
+        return values[:, : x.shape[1]]
+
+
+@register("kernels", "cpu_exact")
+class CpuExact(_Native):
+    """The native library, activations as they are."""
+
+    name: ClassVar[str] = "cpu_exact"
+    priority: ClassVar[int] = 5
+    exact: ClassVar[bool] = True
+
+
+def _segments(codec: Codec, shape: tuple[int, int]) -> Sequence[tuple[Codec, int]]:
+    """What is multiplied one below the other, and how many rows each has: sixteen-level weights that were stacked."""
+    if isinstance(codec, Stacked) and all(isinstance(segment, FourBit) for segment, _ in codec.segments):
+        return codec.segments
+    return ((codec, shape[0]),)
+
+
+@cache
+def _products(codec: Codec, shape: tuple[int, int]) -> Sequence[tuple[Layout, int, int, int]]:
+    """Layout, rows, first and last part of each product that makes up one by such a weight."""
+    found, start = [], 0
+    for segment, n in _segments(codec, shape):
+        layout = _layout(segment, (n, shape[1]))
+        assert not isinstance(layout, str)
+        end = start + len(segment.part_specs((n, shape[1])))
+        found.append((layout, n, start, end))
+        start = end
+    return found
+
+
+@cache
+def _layout(codec: Codec, shape: tuple[int, int]) -> Layout | str:
+    """How the library knows such a weight; or a sentence that says why it does not."""
+    k = shape[1]
+    if isinstance(codec, Blocks):
+        known = codec.name in _KINDS
+        return (
+            (_KINDS[codec.name], 0, 0) if known else f"it does not multiply by {codec}, which is read and not written"
+        )
+    if isinstance(codec, Affine):
+        group, codes = codec.group or k, 1 if 8 % codec.bits else 8 // codec.bits
+        step = 64 * codes
+        if group != k and group % step and (step % group or group % (4 * codes)):
+            return f"groups of {', '.join(map(str, _groups(codec.bits)))} or multiples of {step}, not {group}"
+        return (_AFFINE, codec.bits, group)
+    if isinstance(codec, Int8):
+        return (_INT8, 0, k)
+    if isinstance(codec, FourBit):
+        if k % codec.group:
+            return f"rows of whole blocks only: {codec.group} do not divide {k} columns"
+        return (_LEVELS_DOUBLE if codec.double else _LEVELS, list(LEVELS).index(codec.kind), codec.group)
+    return f"it multiplies by affine, ggml, 8-bit and 16-level weights only, not {codec}"
+
+
+def _groups(bits: int) -> list[int]:
+    """Groups below a step of the kernel that it serves."""
+    codes = 1 if 8 % bits else 8 // bits
+    return [g for g in (16, 32, 64, 128) if 4 * codes <= g < 64 * codes]
+
+
+# ---- the op --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _define() -> None:
+    """Make the op known to torch, before the first weight is prepared."""
+    torch.library.define(
+        _OP,
+        "(Tensor x, Tensor[] parts, int kind, int bits, int group, int n, bool exact) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+    )
+    torch.library.register_fake(_OP)(_shape)
+    torch.library.impl(_OP, "CPU")(_linear)
+
+
+@cache
+def _aligned() -> dict[torch.dtype, int]:
+    """Type of a part -> what its address must be a multiple of."""
+    return {torch.uint8: 1, torch.int8: 1, torch.float16: 1, torch.float32: 4}
+
+
+@cache
+def _read() -> dict[torch.dtype, int]:
+    """The types that the library reads and writes, by its numbers."""
+    return {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _shape(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int, n: int, exact: bool) -> Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+def _linear(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int, n: int, exact: bool) -> Tensor:
+    lib = library.library()
+    if isinstance(lib, str):
+        raise KernelError(lib, library.HINT)
+    if x.dim() != 2:
+        raise KernelError(f"activations of {x.dim()} dimensions, [rows, columns] expected")
+    if not x.is_cpu:
+        raise KernelError(f"activations are on {x.device.type}, and the packed weight is on the CPU")
+    m, k = x.shape
+    weight = _weight(kind, bits, group, n, k, tuple(map(_buffer, parts)))
+    threads = torch.get_num_threads()
+    if m <= FEW and (not exact or kind in (_LEVELS, _LEVELS_DOUBLE)):
+        if (of := _read().get(x.dtype)) is None:
+            return _linear(x.float(), parts, kind, bits, group, n, exact).to(x.dtype)
+        x = x.contiguous()
+        y = torch.empty(m, n, dtype=x.dtype, device="cpu")
+        read, written = _start(x, x.dtype, m * k), _start(y, x.dtype, m * n)
+        _check(lib.fewbit_linear(weight, read, m, written, of, threads), n, k)
+        return y
+    wide = x.float().contiguous()
+    columns = lib.fewbit_columns(weight)
+    _check(-min(columns, 0), n, k)
+    arranged = torch.empty(m, columns, dtype=torch.float32, device="cpu")
+    read, written = _start(wide, torch.float32, m * k), _start(arranged, torch.float32, m * columns)
+    _check(lib.fewbit_arrange(weight, read, m, written, threads), n, k)
+    y = torch.empty(m, n, dtype=x.dtype, device="cpu")
+    step = max(16, _TILE // columns // 16 * 16)
+    tile = torch.empty(min(step, n), columns, dtype=torch.float32, device="cpu")
+    decoded = _start(tile, torch.float32, min(step, n) * columns)
+    for start in range(0, n, step):
+        end = min(start + step, n)
+        _check(lib.fewbit_decode(weight, start, end, decoded, threads), n, k)
+        y[:, start:end] = arranged @ tile[: end - start].T
+    return y
+
+
+def _start(tensor: Tensor, dtype: torch.dtype, count: int) -> int:
+    """Where the memory of `count` numbers begins. KernelError if the library would read or write beside them."""
+    if not (tensor.is_cpu and tensor.is_contiguous() and tensor.dtype == dtype and tensor.numel() == count):
+        raise KernelError(
+            f"a tensor {list(tensor.shape)} of {tensor.dtype} on {tensor.device} where the CPU library "
+            f"needs {count} numbers of {dtype} in order on the CPU"
+        )
+    return tensor.data_ptr()
+
+
+def _buffer(part: Tensor) -> tuple[int, int]:
+    """Where a part begins and how many bytes it has; KernelError if the library could not read it as it lies."""
+    if not part.is_cpu or not part.is_contiguous():
+        raise KernelError(f"a part {list(part.shape)} of a packed weight is not contiguous, or not on the CPU")
+    start = part.data_ptr()
+    aligned = _aligned()
+    if part.dtype not in aligned or start % aligned[part.dtype]:
+        raise KernelError(f"a part of a packed weight ({part.dtype}) is of no known type, or begins at an odd address")
+    return start, part.nbytes
+
+
+@lru_cache(maxsize=1 << 14)
+def _weight(
+    kind: int, bits: int, group: int, n: int, k: int, buffers: tuple[tuple[int, int], ...]
+) -> ctypes.Array[library.Weight]:
+    """What the library is told of a weight. It owns nothing: the same addresses mean the same."""
+    if kind in (_LEVELS, _LEVELS_DOUBLE):
+        table = _levels(bits)
+        buffers = (*buffers, (ctypes.addressof(table), ctypes.sizeof(table)))
+    weight = (library.Weight * 1)()
+    held = weight[0]
+    held.kind, held.bits, held.group, held.n, held.k = kind, bits, group, n, k
+    for i, (start, size) in enumerate(buffers):
+        held.part[i], held.bytes[i] = start, size
+    return weight
+
+
+@cache
+def _levels(which: int) -> ctypes.Array[ctypes.c_float]:
+    return (ctypes.c_float * 16)(*(level + 0.0 for level in list(LEVELS.values())[which]))
+
+
+def _check(status: int, n: int, k: int) -> None:
+    if status:
+        raise KernelError(f"a packed weight of {n} x {k} cannot be multiplied: {_ERRORS.get(status, status)}")

@@ -1,0 +1,102 @@
+"""The native CPU library: found, loaded, and told which threads to use.
+
+It lies in `fewbit/native/`, where an install that found a C++ compiler put it; a checkout that is installed as editable
+has it in site-packages. `FEWBIT_CPU_LIBRARY` names another file (`none`: do without), `FEWBIT_CPU_ISA` an instruction
+set (`scalar`, `avx2`, `avxvnni`, `avx512`, `neon`) to use in place of the best.
+
+It runs on the threads of the OpenMP runtime that torch has loaded, so that there is one pool of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import os
+from functools import cache
+from pathlib import Path
+
+_ABI = 3
+_FILE = "fewbit_cpu.so"
+HINT = "Install fewbit from source where a C++ compiler is (gcc 9, clang 10 or later), or a wheel that has it."
+
+
+class Weight(ctypes.Structure):
+    """`fewbit_weight` of csrc/fewbit.h."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("group", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("part", ctypes.c_void_p * 6),
+        ("bytes", ctypes.c_int64 * 6),
+    )
+
+
+@cache
+def available() -> ctypes.CDLL | str:
+    """The library, which loads without torch but does not compute yet, or a sentence that says why there is none."""
+    path = where()
+    if isinstance(path, str):
+        return path
+    try:
+        found = ctypes.CDLL(str(path))
+        abi = int(found.fewbit_abi())
+    except (OSError, AttributeError) as error:
+        return f"the CPU library does not load: {error}"
+    if abi != _ABI:
+        return f"the CPU library is of another version of fewbit (its interface is {abi}, {_ABI} is needed)"
+    return found
+
+
+@cache
+def library() -> ctypes.CDLL | str:
+    """The library, ready to compute on torch's threads, or a sentence that says why there is none."""
+    import torch  # noqa: F401 - its OpenMP runtime is looked for below
+
+    if isinstance(found := available(), str):
+        return found
+    weight, number, pointer = ctypes.POINTER(Weight), ctypes.c_int64, ctypes.c_void_p
+    signatures: dict[str, tuple[object, list[object]]] = {
+        "fewbit_isa": (ctypes.c_char_p, []),
+        "fewbit_force": (ctypes.c_int, [ctypes.c_char_p]),
+        "fewbit_use_openmp": (None, [pointer]),
+        "fewbit_columns": (number, [weight]),
+        "fewbit_linear": (ctypes.c_int, [weight, pointer, number, pointer, ctypes.c_int, ctypes.c_int]),
+        "fewbit_decode": (ctypes.c_int, [weight, number, number, pointer, ctypes.c_int]),
+        "fewbit_arrange": (ctypes.c_int, [weight, pointer, number, pointer, ctypes.c_int]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    # torch makes its runtime's symbols visible to all. Where it has none, the library has threads of its own.
+    with contextlib.suppress(AttributeError, TypeError, OSError):
+        found.fewbit_use_openmp(ctypes.cast(ctypes.CDLL(None).GOMP_parallel, pointer))
+    return found
+
+
+def where() -> Path | str:
+    """The library's file, or a sentence that says why there is none."""
+    if asked := os.environ.get("FEWBIT_CPU_LIBRARY"):
+        if asked == "none":
+            return "the CPU library is switched off by FEWBIT_CPU_LIBRARY"
+        return Path(asked) if Path(asked).is_file() else f"FEWBIT_CPU_LIBRARY names no file: {asked}"
+    beside = Path(__file__).parents[2] / "native" / _FILE
+    if beside.is_file():
+        return beside
+    try:
+        installed = importlib.metadata.files("fewbit") or []
+    except importlib.metadata.PackageNotFoundError:
+        installed = []
+    for file in installed:
+        if file.name == _FILE and (path := Path(str(file.locate()))).is_file():
+            return path
+    return "the CPU library was not built when fewbit was installed"
+
+
+def instructions() -> str:
+    """The instruction set in use; an empty text where there is no library."""
+    found = library()
+    return "" if isinstance(found, str) else str(found.fewbit_isa().decode())

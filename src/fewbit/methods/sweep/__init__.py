@@ -1,0 +1,1 @@
+"""The pass over the columns of a weight that several methods share."""

@@ -1,0 +1,126 @@
+"""A panel of columns swept in one launch, for uniform grids: what `sweep.Sweep` does, up to the order of sums.
+
+A program holds all columns of the panel for a few rows in registers. Rows never meet, so no two programs wait for each
+other; within one, a column is picked out by a masked sum, rounded, and its move taken off the whole panel by a rank-one
+update. That is about five operations for each pair of columns and row, which is nothing beside 128 times ten launches.
+Divisions and roundings are those of torch (IEEE division, ties to even), products and sums may be fused.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fewbit.methods.sweep.definition import PANEL, Sweep
+from fewbit.schemes.base import Grids, Uniform
+
+_ROWS = 16  # of one program: 16 x 128 floats are 16 registers of each of 128 threads
+
+
+class FusedSweep(Sweep):
+    def __init__(self, grids: Grids, uniform: Uniform, codes: Tensor, order: Tensor) -> None:
+        self.grids, self.codes, self.order, self.uniform = grids, codes, order.contiguous(), uniform
+        # By group, so that the rows of a program lie together.
+        self.scale = uniform.scale.T.contiguous()
+        self.zero = uniform.zero.T.contiguous() if isinstance(uniform.zero, Tensor) else None
+        self.offset = None if uniform.offset is None else uniform.offset.T.contiguous()
+
+    def feed_back(self, start: int, stop: int, panel: Tensor, factor: Tensor) -> Tensor:
+        return self._launch(start, stop, panel, factor, None)
+
+    def descend(self, start: int, stop: int, panel: Tensor, inner: Tensor, values: Tensor) -> Tensor:
+        return self._launch(start, stop, panel, inner, values)
+
+    def _launch(self, start: int, stop: int, panel: Tensor, mixing: Tensor, values: Tensor | None) -> Tensor:
+        width, n = panel.shape
+        assert width == stop - start <= PANEL
+        assert panel.stride(1) == 1
+        mixing = mixing.contiguous()  # U comes column by column
+        moves = torch.empty(width, n, dtype=torch.float32, device=panel.device)
+        zero = self.uniform.zero
+        _sweep[(triton.cdiv(n, _ROWS),)](
+            panel,
+            mixing,
+            self.order[start:stop],
+            self.scale,
+            self.scale if self.zero is None else self.zero,
+            self.scale if self.offset is None else self.offset,
+            self.scale if values is None else values,
+            self.codes,
+            moves,
+            n,
+            panel.stride(0),
+            mixing.stride(0),
+            self.uniform.group,
+            0.0 if isinstance(zero, Tensor) else float(zero),
+            float(self.uniform.top),
+            ZEROS=self.zero is not None,
+            OFFSETS=self.offset is not None,
+            DESCENT=values is not None,
+            ROWS=_ROWS,
+            COUNT=width,  # a constant, because the interpreter takes no other with the newest numpy
+            WIDTH=PANEL,
+            num_warps=4,
+        )
+        return moves
+
+
+@triton.jit
+def _sweep(
+    panel,
+    mixing,
+    order,
+    scales,
+    zeros,
+    offsets,
+    values,
+    codes,
+    moves,
+    n,
+    panel_stride,
+    mixing_stride,
+    group,
+    zero,
+    top,
+    ZEROS: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    DESCENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COUNT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside = rows < n
+    columns = tl.arange(0, WIDTH)
+    held = tl.load(
+        panel + columns[None, :].to(tl.int64) * panel_stride + rows[:, None],
+        mask=inside[:, None] & (columns < COUNT)[None, :],
+        other=0.0,
+    )
+    for i in range(COUNT):
+        column = tl.load(order + i)
+        here = (column // group) * n + rows
+        scale = tl.load(scales + here, mask=inside, other=1.0)
+        divisor = tl.where(scale == 0, float("inf"), scale)
+        middle = tl.load(zeros + here, mask=inside, other=0.0) if ZEROS else zero
+        down = tl.load(offsets + here, mask=inside, other=0.0) if OFFSETS else 0.0
+        row = tl.load(mixing + i * mixing_stride + columns, mask=columns < COUNT, other=0.0)
+        own = tl.load(mixing + i * mixing_stride + i)
+        wanted = tl.sum(tl.where((columns == i)[None, :], held, 0.0), 1)
+        if DESCENT:
+            before = tl.load(values + column * n + rows, mask=inside, other=0.0)
+            wanted = before + tl.div_rn(wanted, tl.maximum(own, 1e-30))
+        level = tl.div_rn(wanted + down, divisor)
+        level = tl.minimum(tl.maximum(level, -4194304.0), 4194304.0)
+        level = (level + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest whole number, ties to even
+        code = tl.minimum(tl.maximum(level + middle, 0.0), top)
+        value = (code - middle) * scale - down
+        if DESCENT:
+            move = value - before
+        else:
+            move = tl.div_rn(wanted - value, own)
+        held -= row[None, :] * move[:, None]
+        tl.store(codes + column * n + rows, code.to(tl.uint8), mask=inside)
+        tl.store(moves + i * n + rows, move, mask=inside)

@@ -1,0 +1,1 @@
+"""LoRA adapters: attach them to a packed model, train them."""

@@ -1,0 +1,94 @@
+"""Adapters in PEFT's files: put on a model that they fit, and merged into its weights."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers.gguf import GgufFile
+from fewbit.formats.containers.safetensors import read_specs
+from fewbit.models import scales
+from fewbit.models.scales import Scales
+from fewbit.models.source import Source
+from fewbit.system.files import read_json
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def attach(model: PreTrainedModel, adapter: str | Path) -> Any:
+    """`model` with the adapter of a folder, as PEFT loads it, in evaluation mode.
+
+    PlanError if there is none or it was made for another model, with the tensors and shapes that differ; FormatError if
+    its files are broken.
+    """
+    folder = Path(adapter).expanduser().absolute()
+    config = _config(folder)
+    if differing := _differing(model, folder):
+        more = f"\n  and {len(differing) - 8} more" if len(differing) > 8 else ""
+        raise PlanError(
+            f"{folder} is an adapter for another model ({config.get('base_model_name_or_path')}):\n  "
+            + "\n  ".join(differing[:8])
+            + more
+        )
+    try:
+        with quiet():
+            return PeftModel.from_pretrained(model, folder, torch_device=str(model.device)).eval()
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise FormatError(f"{folder} could not be loaded: {str(error).strip().splitlines()[0][:300]}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, PEFT says nothing of names that transformers has given newer ones, nor of what it sets right itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out")
+        yield
+
+
+def folded(source: Source) -> Scales | None:
+    """The scales that AWQ folded into a model; None where it has some, or may have, and does not say which."""
+    if source.gguf is not None:
+        return scales.of_metadata(GgufFile(source.files[0]).metadata)
+    return scales.of_folder(source.beside)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise PlanError(f"adapter {folder}: no such folder", f"Give the folder that holds {_CONFIG}.")
+    for name in (_CONFIG, _WEIGHTS):
+        if not (folder / name).is_file():
+            raise FormatError(f"adapter {folder} has no {name}", "An adapter is a folder as PEFT writes it.")
+    config = read_json(folder / _CONFIG)
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise FormatError(f"{folder / _CONFIG} describes no adapter")
+    return config
+
+
+def _differing(model: PreTrainedModel, folder: Path) -> list[str]:
+    """A line for each LoRA matrix [rank, K] or [N, rank] that has no weight [N, K] in the model to be added to."""
+    found, lines = dict(model.named_modules()), []
+    for key, spec in read_specs(folder / _WEIGHTS).items():
+        if (match := re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)\.weight", key)) is None or len(spec.shape) != 2:
+            continue
+        module, which = match.groups()
+        linear = found.get(module)
+        n, k = (linear.nf, linear.nx) if isinstance(linear, Conv1D) else _features(linear)
+        if linear is None:
+            lines.append(f"{key} {list(spec.shape)}: the model has no {module}")
+        elif n is not None and spec.shape != ((spec.shape[0], k) if which == "A" else (n, spec.shape[1])):
+            lines.append(f"{key} {list(spec.shape)}: the model's weight there is [{n}, {k}]")
+    return lines
+
+
+def _features(linear: Any) -> tuple[int | None, int | None]:
+    return getattr(linear, "out_features", None), getattr(linear, "in_features", None)

@@ -1,0 +1,197 @@
+"""Training a LoRA through transformers' own `Trainer`: the model stays as it is, packed or not."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from fewbit.errors import NumericsError, PlanError
+from fewbit.models.adapters.attach import quiet
+from fewbit.models.adapters.tuning import Tuning
+from fewbit.texts.examples import Example
+
+Progress = Callable[[int, int, float], None]  # steps done, of how many, the loss of the last
+_IGNORED = -100  # the label that counts in no loss
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with its adapter, and losses in nats per learned token: over all steps, and before and after on what was
+    held out (None where nothing was). `stopped` says why training ended early; the adapter is then that of the last
+    good step."""
+
+    model: Any
+    steps: int
+    loss: float
+    before: float | None
+    after: float | None
+    stopped: str | None
+
+
+def train(
+    model: Any,
+    name: str,
+    pad: int,
+    training: Sequence[Example],
+    held_out: Sequence[Example],
+    tuning: Tuning,
+    progress: Progress,
+) -> Trained:
+    """Train a LoRA on `training`. The adapter calls its base `name`; `pad` fills short examples up."""
+    torch.manual_seed(tuning.seed)  # of what the adapter begins as
+    adapted = _adapted(model, name, tuning)
+    before = held_out_loss(adapted, held_out, tuning.batch, pad)
+    if before is not None and not math.isfinite(before):
+        raise NumericsError(f"the loss of {name} is {before} before any training", "Its weights may be damaged.")
+    steps, watcher, stopped = tuning.steps_for(len(training)), _Watcher(progress), None
+    with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants one; nothing is written to it
+        trainer = _Trainer(
+            adapted,
+            _arguments(scratch, tuning, steps, model),
+            train_dataset=[{"ids": e.ids, "learned": e.learned} for e in training],
+            data_collator=lambda rows: batch_of([Example(**row) for row in rows], pad),
+            callbacks=[watcher],
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train()
+        except _NotFinite as problem:
+            stopped = f"{problem} in step {watcher.done + 1} of {steps}"
+            watcher.go_back(adapted)
+    for parameter in adapted.parameters():
+        parameter.grad = None
+    adapted.eval()
+    after = held_out_loss(adapted, held_out, tuning.batch, pad) if watcher.done and not stopped else None
+    return Trained(adapted, watcher.done, watcher.mean, before, after, stopped)
+
+
+def held_out_loss(model: Any, examples: Sequence[Example], batch: int, pad: int) -> float | None:
+    """Nats per learned token over all examples; None if there are none."""
+    if not examples:
+        return None
+    model.eval()
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for start in range(0, len(examples), batch):
+            tensors = {k: v.to(model.device) for k, v in batch_of(examples[start : start + batch], pad).items()}
+            labels = tensors.pop("labels")[:, 1:]
+            logits = model(**tensors, use_cache=False).logits[:, :-1]
+            counted = labels != _IGNORED
+            total += float(nn.functional.cross_entropy(logits[counted].float(), labels[counted], reduction="sum"))
+            count += int(counted.sum())
+    return total / count
+
+
+def batch_of(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
+    """input_ids, attention_mask and labels [examples, tokens of the longest], filled up on the right."""
+    shape = len(examples), max(len(e.ids) for e in examples)
+    filled = (pad, 0, _IGNORED)
+    ids, mask, labels = (torch.full(shape, value, dtype=torch.int64, device="cpu") for value in filled)
+    for row, example in enumerate(examples):
+        here = torch.tensor(example.ids, dtype=torch.int64, device="cpu")
+        learned = torch.tensor(example.learned, dtype=torch.bool, device="cpu")
+        ids[row, : len(here)], mask[row, : len(here)] = here, 1
+        labels[row, : len(here)] = here.where(learned, _IGNORED)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _adapted(model: Any, name: str, tuning: Tuning) -> Any:
+    config = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.scale,  # type: ignore[arg-type]  # PEFT says int, and takes any number
+        lora_dropout=tuning.dropout,
+        target_modules=list(tuning.targets) or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with quiet():
+            adapted = get_peft_model(model, config)
+    except ValueError as error:  # target modules that are not there or are no linears
+        raise PlanError(f"--targets {','.join(tuning.targets)}: {str(error).splitlines()[0][:300]}") from None
+    adapted.peft_config["default"].base_model_name_or_path = name
+    model.config.use_cache = False
+    if tuning.checkpointing:
+        # The first is transformers' new name for the second.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return adapted
+
+
+def _arguments(scratch: str, tuning: Tuning, steps: int, model: Any) -> TrainingArguments:
+    on_gpu = model.device.type == "cuda"
+    paged = on_gpu and importlib.util.find_spec("bitsandbytes") is not None
+    return TrainingArguments(
+        output_dir=scratch,
+        per_device_train_batch_size=tuning.batch,
+        gradient_accumulation_steps=tuning.accumulate,
+        max_steps=steps,
+        learning_rate=tuning.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=steps // 20,
+        optim="paged_adamw_8bit" if paged else "adamw_torch",
+        bf16=on_gpu and model.dtype == torch.bfloat16,
+        use_cpu=not on_gpu,
+        seed=tuning.seed,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
+        label_names=["labels"],
+    )
+
+
+class _NotFinite(Exception):
+    pass
+
+
+class _Trainer(Trainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise _NotFinite(f"the loss is {float(loss)}")
+        return loss
+
+
+class _Watcher(TrainerCallback):
+    """Counts finished steps, and remembers the adapter that gave the last finite loss: it is small."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.done, self.losses = progress, 0, list[float]()
+        self.good, self.good_after = dict[str, Tensor](), 0
+
+    @property
+    def mean(self) -> float:
+        return sum(self.losses) / max(len(self.losses), 1)
+
+    def go_back(self, model: Any) -> None:
+        """Give the adapter the values that it last had a finite loss with."""
+        self.done = self.good_after
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in self.good:
+                    parameter.copy_(self.good[name])
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.good_after = self.done
+        self.good = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        if not all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None):
+            raise _NotFinite("a gradient is not finite")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.done = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(logs["loss"])
+            self.progress(state.global_step, state.max_steps, logs["loss"])

@@ -1,0 +1,74 @@
+"""How a LoRA is trained: what can be asked for, and what cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from fewbit import checks as arguments
+from fewbit.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A LoRA of `rank` on the linears named by `targets` (ends of their names; all in the model's blocks by default).
+
+    What it adds is scaled by alpha / rank; alpha is twice the rank by default. One step takes `batch` x `accumulate`
+    examples of at most `length` tokens; `steps`, where given, replaces `epochs`. `held_out` is the share of the
+    examples that is not trained on. `checkpointing` computes a block again rather than remember what is in it.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    learning_rate: float = 2e-4
+    epochs: float = 1.0
+    steps: int | None = None
+    batch: int = 4
+    accumulate: int = 1
+    length: int = 512
+    held_out: float = 0.05
+    seed: int = 0
+    checkpointing: bool = True
+
+    def __post_init__(self) -> None:
+        checks: dict[str, Callable[[str, Any], Any]] = {
+            **dict.fromkeys(("rank", "batch", "accumulate", "steps", "length"), arguments.whole(1)),
+            **dict.fromkeys(("alpha", "dropout", "learning_rate", "epochs", "held_out"), arguments.number),
+            "seed": arguments.whole(0, arguments.LAST_SEED),
+            "checkpointing": arguments.flag,
+            "targets": _names,
+        }
+        for name, check in checks.items():
+            if (value := getattr(self, name)) is not None or name not in ("alpha", "steps"):
+                object.__setattr__(self, name, check(name, value))
+        for name in ("alpha", "learning_rate", "epochs"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise PlanError(f"{_flag(name)} {value}: it must be above 0")
+        for name in ("dropout", "held_out"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise PlanError(f"{_flag(name)} {value}: it is a share, from 0 to below 1")
+        if self.length < 2:
+            raise PlanError(f"--length {self.length}: an example needs at least 2 tokens")
+
+    @property
+    def scale(self) -> float:
+        """LoRA's alpha."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    def steps_for(self, examples: int) -> int:
+        """Optimizer steps that so many examples take."""
+        return self.steps or max(1, ceil(self.epochs * ceil(ceil(examples / self.batch) / self.accumulate)))
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
+        raise arguments.wrong(name, value, "a list of the ends of linears' names")
+    return tuple(value)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,276 @@
+"""Generating within a fixed length: one static cache of keys and values and, on a GPU, one CUDA graph for every token.
+
+The cache is allocated once, at its full length. On a CPU attention sees the part of it that is filled, so texts come
+out as with a growing cache, and nothing is copied to grow it. On a GPU it sees the whole and a mask: then each step
+reads and writes the same memory, and the whole step, hundreds of launches, is recorded once and replayed. Where our
+own loop can (`loop.py`) it writes the tokens, else that of the model's `generate`, which does all the rest.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+
+from fewbit.errors import PlanError
+from fewbit.models.decoding.attention import grouped_queries
+from fewbit.models.decoding.graph import Compiled, Graph
+from fewbit.models.decoding.loop import Loop, takes
+
+_CLOSE = 0.05  # relative distance of logits in bfloat16, summed over more positions
+# The argument that holds the cache, which transformers renamed in 5.24. A call with the old name warns there.
+_PREPARES = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _PREPARES else "past_key_values"
+# Ways to generate that have, or ask for, a cache of another kind.
+_OTHERS = (
+    "cache",
+    "past_key_values",
+    "cache_params",
+    "cache_implementation",
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "inputs_embeds",
+)
+
+
+def checked_length(length: Any, context: int, flag: str) -> int:
+    """The length of the cache; PlanError, naming `flag`, unless a model of that context can fill it."""
+    if isinstance(length, bool) or not isinstance(length, int) or length < 2:
+        raise PlanError(f"{flag} {length!r} is no number of tokens", "Give prompt and answer together, such as 512.")
+    if length > context:
+        raise PlanError(f"{flag} {length} is beyond the model's context of {context} tokens")
+    return length
+
+
+def within(model: Any, length: int, *, compile: bool = False) -> None:
+    """From now on `model.generate` uses a static cache of `length` tokens, prompt included, for greedy search and
+    sampling; PlanError where a text would grow beyond it. Beams, and callers that bring a cache, generate as before.
+
+    compile: a step is compiled by PyTorch before it is recorded, which takes long, and again for each size of a batch.
+    """
+    model.generate = Decoder(model, length, compile=compile).generate
+
+
+class Decoder:
+    """A model's `generate` over one static cache, which is kept from call to call."""
+
+    def __init__(self, model: Any, length: int, *, compile: bool = False) -> None:
+        self.model, self.length, self.compile = model, length, compile
+        self.plain: Callable[..., Any] = model.generate
+        self.cache: Any = None
+        self.loop: Loop | None = None
+        self.graph: StepGraph | None = None
+        self.quick: Callable[..., Any] | None = None  # a step's forward, compiled or not
+        self.used = 0
+        self.key: tuple[Any, ...] = ()
+        self.static: bool | None = None  # whether the model can be given a static cache, once that has been tried
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.GenerationMixin.generate`."""
+        config = kwargs.get("generation_config") or self.model.generation_config
+        asked = {**vars(config), **{key: value for key, value in kwargs.items() if value is not None}}
+        if (
+            any(asked.get(key) is not None for key in _OTHERS)
+            or (asked.get("num_beams") or 1) > 1
+            or asked.get("use_cache") is False
+        ):
+            return self.plain(*args, **kwargs)
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        prompt = ids.shape[1] if isinstance(ids, Tensor) else 1
+        self._check(prompt, asked.get("max_new_tokens"), asked.get("max_length"))
+        self._renew(ids.shape[0] if isinstance(ids, Tensor) else 1, asked.get("num_return_sequences") or 1)
+        self.used, forward = 0, self.model.forward
+        hooked = "forward" in self.model.__dict__
+
+        @wraps(forward)  # its signature tells `generate` what to prepare
+        def step(*given: Any, **named: Any) -> Any:
+            return self._step(forward, *given, **named)
+
+        given = {**kwargs, CACHE: self.cache, "disable_compile": True}
+        if len(args) < 2 and isinstance(self.cache, StaticCache) and takes(self.model, asked):
+            self.loop = self.loop or Loop(self._quick(forward), self.cache, self.length)
+            given["custom_generate"] = self.loop.writer(kwargs.get("streamer"), self._empty)
+        self.model.forward = step
+        try:
+            with grouped_queries():
+                return self.plain(*args, **given)
+        finally:
+            if hooked:
+                self.model.forward = forward
+            else:
+                del self.model.forward
+
+    def _empty(self) -> None:
+        self.cache.reset()
+        self.used = 0
+
+    def _quick(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        if self.quick is None:
+            self.quick = Compiled(forward, self.cache) if self.compile else forward
+        return self.quick
+
+    def _check(self, prompt: int, new: int | None, total: int | None) -> None:
+        reached = prompt + new if new is not None else total or prompt + 1
+        if max(reached, prompt + 1) > self.length:
+            raise PlanError(
+                f"a prompt of {prompt} tokens and what is to come make {max(reached, prompt + 1)}, "
+                f"the model was fused for {self.length}",
+                "Fuse for a greater length, or ask for fewer new tokens.",
+            )
+
+    def _renew(self, batch: int, copies: int) -> None:
+        """An empty cache: the one that is there, if it was made for such a batch and under such a mode."""
+        mode = torch.is_inference_mode_enabled()
+        key = (batch * copies, mode, self.model.device, self.model.dtype, _wiring(self.model))
+        if self.static is None:
+            self.static = self.model.device.type == "cuda" and takes_static(self.model, self.plain)
+        if self.cache is not None and self.key == key and all(type(x) in _EMPTIED for x in self.cache.layers):
+            self.cache.reset()
+        else:
+            self.graph = self.loop = self.quick = None  # they write to the cache that they were made with
+            made = static(self.model, self.length) if self.static else None
+            self.cache, self.key = made or reserved(self.model, self.length), key
+
+    def _step(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids")
+        tokens = ids.shape[1] if isinstance(ids, Tensor) else 1
+        first, self.used = self.used == 0, self.used + tokens
+        if self.used > self.length:
+            raise PlanError(f"the text has grown beyond the {self.length} tokens that the model was fused for")
+        if first or tokens != 1 or args or not isinstance(self.cache, StaticCache):
+            return forward(*args, **kwargs)
+        if self.graph is None:
+            self.graph = StepGraph(self._quick(forward), self.model.device)
+        return self.graph(kwargs)
+
+
+def _wiring(model: Any) -> tuple[Any, ...]:
+    """What a recorded step has frozen besides tensors: which modules there are, and which adapters of theirs serve."""
+    held = [(id(module), vars(module)) for module in model.modules()]
+    used = ("_active_adapter", "_disable_adapters", "merged_adapters")  # PEFT's layers
+    return tuple((place, *(str(own[name]) for name in used if name in own)) for place, own in held)
+
+
+class ReservedLayer(DynamicLayer):
+    """A cache layer of transformers' that grows, in memory that is there from the start."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.length, self.filled = length, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.whole = tuple(t.new_empty(*t.shape[:-2], self.length, t.shape[-1]) for t in (key_states, value_states))
+        self.is_initialized = True
+        self._fill(0)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self.filled, self.filled + key_states.shape[-2]
+        for whole, states in zip(self.whole, (key_states, value_states), strict=True):
+            whole[..., start:end, :] = states
+        return self._fill(end)
+
+    def reset(self) -> None:
+        if self.is_initialized:
+            self._fill(0)
+
+    def _fill(self, end: int) -> tuple[Tensor, Tensor]:
+        self.filled = end
+        self.keys, self.values = filled = self.whole[0][..., :end, :], self.whole[1][..., :end, :]
+        return filled
+
+
+def reserved(model: Any, length: int) -> DynamicCache:
+    """A cache of `length` tokens of which attention sees what is filled."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [ReservedLayer(length) if type(layer) in _GROWING else layer for layer in cache.layers]
+    return cache
+
+
+def static(model: Any, length: int) -> StaticCache | None:
+    """A cache of `length` tokens that attention sees whole, so that a graph can be recorded; None where layers of
+    another kind keep more than keys and values."""
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    if not all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in cache.layers):
+        return None
+    cache.layers = [StaticLayer(max_cache_len=length) for _ in cache.layers]
+    return cache
+
+
+# Layers of a sliding window are replaced too: the mask knows of the window, and they count in Python's numbers, which a
+# graph would freeze.
+_GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def takes_static(model: Any, generate: Callable[..., Any]) -> bool:
+    """Whether the model's steps are the same in a static cache, tried on a few tokens; if not, a warning says so."""
+    logits, size = [], 8
+    for cache in (reserved(model, size), static(model, size)):
+        if cache is None:
+            return False
+        ids = torch.arange(3, device=model.device, dtype=torch.int64)[None]
+        options: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True, "eos_token_id": None}
+        options[CACHE] = cache
+        try:
+            done = generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=3,
+                do_sample=False,
+                disable_compile=True,
+                **options,
+            )
+        except Exception as error:  # whatever a model's own code meets in a mask or cache it was not written for
+            warnings.warn(f"no CUDA graph: this model fails with a static cache ({error!r:.200})", stacklevel=2)
+            return False
+        logits.append(torch.stack(done.logits).float())
+    distance = float((logits[1] - logits[0]).norm() / logits[0].norm())
+    if distance > _CLOSE:
+        warnings.warn(f"no CUDA graph: a static cache changes this model's logits by {distance:.0%}", stacklevel=2)
+    return distance <= _CLOSE
+
+
+_EMPTIED = (ReservedLayer, StaticLayer)  # by their `reset`
+
+
+class StepGraph:
+    """One decoding step that transformers prepares, as a graph on copies of what it is given."""
+
+    def __init__(self, forward: Callable[..., Any], device: torch.device) -> None:
+        self.forward, self.device = forward, device
+        self.graph: Graph | None = None
+        self.inputs: list[Tensor] = []
+
+    def __call__(self, kwargs: dict[str, Any]) -> Any:
+        if self.graph is None:
+            copied = _copied(kwargs)
+            self.inputs = _tensors(copied)
+            self.graph = Graph(lambda: self.forward(**copied), self.device)
+        given = _tensors(kwargs)
+        if len(given) != len(self.inputs) or any(a.shape != b.shape for a, b in zip(given, self.inputs, strict=True)):
+            return self.forward(**kwargs)
+        for own, new in zip(self.inputs, given, strict=True):
+            own.copy_(new)
+        return self.graph()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors among a call's arguments, those in dicts (a mask for each kind of layer) too, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for inner in value.values() for tensor in _tensors(inner)] if type(value) is dict else []
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return {key: _copied(inner) for key, inner in value.items()} if type(value) is dict else value

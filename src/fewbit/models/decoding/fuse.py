@@ -1,0 +1,111 @@
+"""Fusing a loaded model's projections: q, k and v into one multiplication, gate and up into one.
+
+Which linears read the same tensor is found by running one token through the model with linears that only note their
+input. Blocks that hold the same linears are taken to be wired alike, so those on other devices are not run.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.models.blocks import find_blocks
+from fewbit.nn.fused import Slice, slices
+from fewbit.nn.layers import QLinear
+
+Groups = list[tuple[str, ...]]
+
+
+class _Elsewhere(Exception):
+    """The next block lies on another device."""
+
+
+def fuse(model: Any) -> Groups:
+    """Fuse in place what can be; the names of the linears of each group. A warning says which could not, and why."""
+    fused: Groups = []
+    refused: dict[str, list[str]] = {}
+    for group in shared_inputs(model):
+        linears = [model.get_submodule(name) for name in group]
+        made = slices(linears)
+        if isinstance(made, str):
+            refused.setdefault(made, []).append(" + ".join(group))
+            continue
+        for name, piece in zip(group, made, strict=True):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, piece)
+        fused.append(group)
+    for why, groups in refused.items():
+        more = f" and {len(groups) - 1} more" if len(groups) > 1 else ""
+        warnings.warn(f"not fused: {groups[0]}{more}: {why}", stacklevel=2)
+    if not fused and not refused:
+        warnings.warn("not fused: no two quantized linears of this model read the same tensor", stacklevel=2)
+    return fused
+
+
+def shared_inputs(model: Any) -> Groups:
+    """Quantized linears of the model's blocks that read one tensor, by name, in the order in which they read it."""
+    alike: dict[tuple[str, ...], Groups] = {}  # the linears of a block -> its groups, by their names in the block
+    groups: Groups = []
+    readers = _readers(model)
+    blocks = {block: _linears(model.get_submodule(block)) for block in find_blocks(model)}
+    for block, names in blocks.items():
+        inside = [tuple(n.removeprefix(block + ".") for n in group if n.startswith(block + ".")) for group in readers]
+        if any(inside):
+            alike.setdefault(names, [group for group in inside if len(group) > 1])
+    for block, names in blocks.items():
+        groups += [tuple(f"{block}.{name}" for name in group) for group in alike.get(names, [])]
+    return groups
+
+
+def _linears(block: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, m in block.named_modules() if isinstance(m, QLinear) and not isinstance(m, Slice))
+
+
+def _readers(model: Any) -> Groups:
+    """For each tensor that quantized linears read in one step, their names; without linears that are called twice."""
+    seen: dict[int, tuple[Tensor, list[str]]] = {}  # holding the tensors keeps their ids apart
+    calls: dict[str, int] = {}
+
+    def note(name: str, linear: QLinear) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            calls[name] = calls.get(name, 0) + 1
+            seen.setdefault(id(x), (x, []))[1].append(name)
+            return x.new_zeros(*x.shape[:-1], linear.out_features)
+
+        return forward
+
+    with _noting(model, note), torch.no_grad(), suppress(_Elsewhere):
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+        model(input_ids=token, use_cache=False)
+    return [tuple(name for name in names if calls[name] == 1) for _, names in seen.values()]
+
+
+@contextmanager
+def _noting(model: Any, note: Callable[[str, QLinear], Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Within, the quantized linears only note what they read, and the model stops before a block on another device."""
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, QLinear) and not isinstance(m, Slice)}
+    before = {name: linear.__dict__.get("forward") for name, linear in linears.items()}  # where a hook put one
+    home: set[torch.device] = set()
+
+    def stop(block: nn.Module, *_: Any) -> None:
+        home.add(next(block.parameters()).device)
+        if len(home) > 1:
+            raise _Elsewhere
+
+    handles = [model.get_submodule(block).register_forward_pre_hook(stop) for block in find_blocks(model)]
+    for name, linear in linears.items():
+        linear.forward = note(name, linear)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, linear in linears.items():
+            del linear.forward
+            if (own := before[name]) is not None:
+                linear.forward = own  # type: ignore[method-assign]

@@ -1,0 +1,132 @@
+"""Continuing a text with a loaded model, through transformers' own `generate`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from fewbit.brief import brief
+from fewbit.errors import PlanError
+from fewbit.models.decoding.sampling import Sampling
+from fewbit.system.files import unwritable
+
+_KEPT = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "bad_words_ids"),
+    *("repetition_penalty", "no_repeat_ngram_size", "top_k", "top_p", "min_p", "typical_p"),
+)
+
+_GREEDY = Sampling()
+
+
+@brief
+@dataclass(frozen=True)
+class Continuation:
+    """What came after a prompt, which `str` gives; how many tokens, and seconds until the first and from it to the
+    last."""
+
+    text: str
+    tokens: int
+    to_first: float
+    after_first: float
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second after the first; None where there was only one."""
+        return (self.tokens - 1) / self.after_first if self.tokens > 1 else None
+
+
+class _Clock(BaseStreamer):
+    """When each token came; passes it on to `shown`."""
+
+    def __init__(self, shown: BaseStreamer | None) -> None:
+        self.shown = shown
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        value = value.cpu()  # a GPU's token is there when it has been copied
+        self.times.append(time.perf_counter())
+        if self.shown is not None:
+            self.shown.put(value)
+
+    def end(self) -> None:
+        if self.shown is not None:
+            self.shown.end()
+
+
+def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tensor:
+    """Token ids [1, n] of a prompt, or of a user's message in the model's chat template."""
+    if reason := unwritable(prompt):
+        raise PlanError(f"the prompt: {reason}", "Give the prompt in UTF-8.")
+    if chat:
+        if not tokenizer.chat_template:
+            raise PlanError("this model has no chat template", "Leave --chat out.")
+        message = [{"role": "user", "content": prompt}]
+        try:
+            prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of the model's author: it may raise anything
+            raise PlanError(f"the model's chat template refuses the prompt: {error}", "Leave --chat out.") from error
+    ids: Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"].long()
+    if not ids.numel():
+        raise PlanError("the prompt is empty", "Give some text to continue.")
+    return ids
+
+
+@contextmanager
+def _one_text(model: Any) -> Iterator[None]:
+    """Within, the model generates by as much of its generation_config as makes sense for one text of a given length."""
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = owner.generation_config
+    kept = {name: value for name in _KEPT if (value := getattr(before, name, None)) is not None}
+    owner.generation_config = GenerationConfig(**kept)
+    try:
+        yield
+    finally:
+        owner.generation_config = before
+
+
+def continue_text(
+    model: Any,
+    tokenizer: Any,
+    ids: Tensor,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = _GREEDY,
+    stream: bool = False,
+) -> Continuation:
+    """The new text, printed as it comes if `stream`.
+
+    Of generation_config.json the tokens that end a text, penalties and limits of sampling count. Beams, several
+    answers, stop strings, forced tokens and lengths do not: one text comes, token by token.
+    """
+    ids = ids.to(model.device)
+    end = model.generation_config.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    torch.manual_seed(sampling.seed)
+    clock = _Clock(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None)
+    with torch.inference_mode(), _one_text(model):
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad[0] if isinstance(pad, list) else pad,
+            streamer=clock,
+            **sampling.options(),
+        )
+    start, first, *_ = clock.times  # the prompt is passed on before anything is computed
+    return Continuation(
+        text=str(tokenizer.decode(out[0][ids.shape[1] :], skip_special_tokens=True)),
+        tokens=len(clock.times) - 1,
+        to_first=first - start,
+        after_first=clock.times[-1] - first,
+    )

@@ -1,0 +1,338 @@
+"""Writing one token after another, for greedy search and plain sampling in a static cache.
+
+`transformers.GenerationMixin.generate` prepares everything and hands over where it would start its own loop. Of a step
+of greedy search all is on the GPU, in one CUDA graph: the model, the choice of a token, and what the next step reads.
+The host only says "again", and looks at the tokens some steps late, so that the GPU never waits for it. In sampling the
+graph ends at the logits, and transformers' own warpers follow. What goes beyond that is left to transformers' loop.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from fewbit.models.decoding.graph import Graph
+
+AHEAD = 2  # steps that the GPU has been given when the host looks at a token
+ROWS = 128  # steps whose masks are made at once
+# Of each row's logits, and of nothing else, these make a distribution.
+_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+# What the loop takes to be transformers' own; a model that has another way to do it has its reasons.
+_OWN = (
+    "prepare_inputs_for_generation",
+    "_update_model_kwargs_for_generation",
+    "_optimize_model_for_decode",
+    "_prefill",
+    "_sample",
+)
+# Arguments of `generate` that ask for another loop, or that `generate` does not hand on to one.
+_OTHERS = (
+    "assistant_model",
+    "constraints",
+    "custom_generate",
+    "dola_layers",
+    "force_words_ids",
+    "negative_prompt_ids",
+    "penalty_alpha",
+    "prefix_allowed_tokens_fn",
+    "stop_strings",
+    "synced_gpus",
+    "tokenizer",
+)
+
+
+Tables = dict[tuple[str, ...], Tensor]  # by the name of an argument, and the kind of layer where it has several
+
+
+def takes(model: Any, asked: dict[str, Any]) -> bool:
+    """Whether a model's `generate`, called with `asked`, may be given `Loop` to write the tokens."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (
+        not distributed
+        and all(asked.get(key) is None or asked[key] is False for key in _OTHERS)
+        and all(_is_own(model, name) for name in _OWN)
+        and not (model._forward_hooks or model._forward_pre_hooks)
+        and not model.config.is_encoder_decoder
+    )
+
+
+def _is_own(model: Any, name: str) -> bool:
+    method = getattr(model, name, None)
+    return method is not None and getattr(method, "__func__", None) is getattr(GenerationMixin, name, None)
+
+
+class Loop:
+    """The loop over one static cache. forward: a step's, compiled or not. The graphs are kept from text to text."""
+
+    def __init__(self, forward: Callable[..., Any], cache: Any, length: int) -> None:
+        self.forward, self.cache, self.length = forward, cache, length
+        self.step: Step | None = None
+        self.possible = True  # whether masks are such that they can be made for steps to come
+
+    def writer(self, streamer: Any, again: Callable[[], None]) -> Callable[..., Any]:
+        """What `generate` takes as `custom_generate`; it calls `again` where transformers' loop starts from nothing."""
+
+        def write(
+            model: Any,
+            input_ids: Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: StoppingCriteriaList,
+            generation_config: Any,
+            **kwargs: Any,
+        ) -> Any:
+            if self._serves(model, input_ids, logits_processor, stopping_criteria, generation_config):
+                before = dict(kwargs)
+                written = self._write(
+                    model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, kwargs
+                )
+                if written is not None:
+                    return written
+                kwargs = before
+                again()
+            return model._sample(
+                input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **kwargs
+            )
+
+        return write
+
+    def _serves(self, model: Any, ids: Tensor, warpers: Any, criteria: Any, config: Any) -> bool:
+        kinds = [type(one) for one in criteria]
+        return (
+            self.possible
+            and ids.device == model.device
+            and not config.return_dict_in_generate
+            and config.prefill_chunk_size is None
+            and all(type(one) in _WARPERS for one in warpers)
+            and (config.do_sample or not warpers)
+            and kinds in ([MaxLengthCriteria], [MaxLengthCriteria, EosTokenCriteria])
+            and ids.shape[1] < criteria.max_length <= self.length
+        )
+
+    def _write(
+        self, model: Any, ids: Tensor, warpers: Any, criteria: Any, config: Any, streamer: Any, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """The tokens of `ids` and those that follow; None, and nothing streamed, where a step's inputs are unlike any
+        known."""
+        ends = [int(token) for one in criteria[1:] for token in one.eos_token_id.flatten().tolist()]
+        inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
+        logits = model(**inputs, return_dict=True).logits[:, -1].to(copy=True, dtype=torch.float32)
+        coming = Coming(model, ids, kwargs)
+        if (tables := coming.tables()) is None:
+            self.possible = False
+            return None
+        if self.step is None or not self.step.fits(coming.fixed, tables):
+            self.step = Step(self.forward, coming.fixed, tables, (len(ids), self.length), logits.shape[-1])
+        choose = _sampler(warpers, ids) if config.do_sample else None
+        self.step.begin(ends, config.pad_token_id)
+        self.step.take(choose(logits) if choose else greatest(logits))
+        watch = Watch(criteria.max_length - ids.shape[1], self.step.token[:, 0], ends, streamer)
+        with model._optimize_model_for_decode():
+            count = _go_on(self.step, watch, coming, tables, choose)
+        if streamer is not None:
+            streamer.end()
+        return torch.cat([ids, self.step.written[:, :count]], dim=-1)
+
+
+def greatest(logits: Tensor) -> Tensor:
+    """The first greatest of each row [rows, vocabulary], as `argmax`; a GPU does it sooner part by part."""
+    parts = 64
+    if logits.shape[1] % parts:
+        return logits.argmax(-1)
+    values, places = logits.unflatten(1, (parts, -1)).max(-1)
+    part = values.argmax(-1, keepdim=True)
+    found: Tensor = part * (logits.shape[1] // parts) + places.gather(1, part)
+    return found.squeeze(1)
+
+
+Choice = Callable[[Tensor], Tensor]  # of logits [rows, vocabulary], the tokens [rows]
+
+
+def _go_on(step: Step, watch: Watch, coming: Coming, tables: Tables, choose: Choice | None) -> int:
+    """Write what follows the first token, until all rows have ended or there is no more room: how many there are."""
+    watch.note()
+    count, over = 1, watch.over(0)
+    while count < watch.new and not over:
+        if (count - 1) % ROWS == 0:
+            step.refill(tables if count == 1 else coming.tables())
+        step.run(choose)
+        count += 1
+        watch.note()
+        over = watch.over(AHEAD)
+    watch.over(0)
+    return watch.ended or count
+
+
+def _sampler(warpers: LogitsProcessorList, ids: Tensor) -> Choice:
+    """One token for each row of logits, drawn as transformers draws it."""
+
+    def choose(logits: Tensor) -> Tensor:
+        scores: Tensor = warpers(ids, logits)  # type: ignore[arg-type]  # none of `_WARPERS` looks at the ids
+        return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+
+    return choose
+
+
+class Coming:
+    """What the model is given in the steps that come, ROWS at once, as transformers prepares it.
+
+    `fixed` is the same in each step; `tables` differ: a row of each, in its second last dimension where it is a mask
+    and in its last where it is a position, belongs to a step.
+    """
+
+    def __init__(self, model: Any, ids: Tensor, kwargs: dict[str, Any]) -> None:
+        self.model, self.kwargs = model, kwargs
+        self.ids = ids.new_zeros(ids.shape[0], ROWS)
+        self.fixed: dict[str, Any] = {}
+
+    def tables(self) -> Tables | None:
+        """Of the next ROWS steps; None where there is something that is neither mask nor position."""
+        self.kwargs = self.model._update_model_kwargs_for_generation({}, self.kwargs, num_new_tokens=ROWS)
+        inputs = self.model.prepare_inputs_for_generation(self.ids, next_sequence_length=ROWS, **self.kwargs)
+        del inputs["input_ids"]
+        tables: Tables = {}
+        for name, value in inputs.items():
+            parts = {(name, key): inner for key, inner in value.items()} if type(value) is dict else {(name,): value}
+            tables |= {key: inner for key, inner in parts.items() if isinstance(inner, Tensor)}
+        self.fixed = {k: v for k, v in inputs.items() if not isinstance(v, Tensor) and type(v) is not dict}
+        masks = [t for key, t in tables.items() if key[0] == "attention_mask"]
+        whole = all(isinstance(i, Tensor) for value in inputs.values() if type(value) is dict for i in value.values())
+        shaped = all(t.dim() >= -_side(key) and t.shape[_side(key)] == ROWS for key, t in tables.items())
+        return tables if masks and whole and shaped and all(mask.dim() == 4 for mask in masks) else None
+
+
+def _side(key: tuple[str, ...]) -> int:
+    return -2 if key[0] == "attention_mask" else -1
+
+
+class Step:
+    """One decoding step on memory of its own, which each step leaves as the next one needs it.
+
+    token: [rows, 1], the last. written: [rows, length], all of them. done: [rows], which have ended.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        fixed: dict[str, Any],
+        tables: Tables,
+        shape: tuple[int, int],
+        vocabulary: int,
+    ) -> None:
+        self.forward, self.fixed = forward, fixed
+        self.tables = {key: table.clone() for key, table in tables.items()}
+        device = next(iter(tables.values())).device
+        self.token = torch.zeros(shape[0], 1, dtype=torch.long, device=device)
+        self.written = torch.zeros(shape, dtype=torch.long, device=device)
+        self.done = torch.zeros(shape[0], dtype=torch.bool, device=device)
+        self.ends = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+        self.pad, self.at, self.row = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(3))
+        self.greedy = Graph(lambda: self.take(greatest(self._logits())), device, first=2)
+        self.logits = Graph(self._logits, device, first=2)
+
+    def fits(self, fixed: dict[str, Any], tables: Tables) -> bool:
+        """Whether it was made for such inputs."""
+        same = fixed.keys() == self.fixed.keys() and all(fixed[k] is v or fixed[k] == v for k, v in self.fixed.items())
+        return (
+            same
+            and tables.keys() == self.tables.keys()
+            and all(t.shape == self.tables[k].shape and t.dtype == self.tables[k].dtype for k, t in tables.items())
+        )
+
+    def begin(self, ends: list[int], pad: int | None) -> None:
+        """For a new text: rows end with any of `ends`, and go on with `pad`, else with the first of `ends`."""
+        for tensor in (self.done, self.at, self.ends):
+            tensor.zero_()
+        known = [token for token in ends if 0 <= token < len(self.ends)]
+        self.ends[known] = True
+        if ends:
+            self.pad.fill_(ends[0] if pad is None else pad)
+
+    def refill(self, tables: Tables | None) -> None:
+        """Before each ROWS steps."""
+        assert tables is not None
+        self.row.zero_()
+        for key, table in tables.items():
+            self.tables[key].copy_(table)
+
+    def run(self, choose: Choice | None) -> None:
+        """One step more: greedy, or by `choose`, of logits [rows, vocabulary]."""
+        if choose is None:
+            self.greedy()
+        else:
+            self.take(choose(self.logits()))
+
+    def _logits(self) -> Tensor:
+        inputs: dict[str, Any] = {"input_ids": self.token, **self.fixed}
+        for key, table in self.tables.items():
+            now = table.index_select(_side(key), self.row)
+            if len(key) == 1:
+                inputs[key[0]] = now
+            else:
+                inputs.setdefault(key[0], {})[key[1]] = now
+        logits: Tensor = self.forward(**inputs, return_dict=True).logits
+        self.row.add_(1)
+        return logits[:, -1].to(copy=True, dtype=torch.float32)
+
+    def take(self, chosen: Tensor) -> None:
+        """Write the tokens [rows] that were chosen, in rows that have not ended."""
+        token = torch.where(self.done, self.pad, chosen)
+        self.done.logical_or_(self.ends[token])
+        self.token.copy_(token[:, None])
+        self.written.index_copy_(1, self.at, token[:, None])
+        self.at.add_(1)
+
+
+class Watch:
+    """The host's view of the tokens: whether all rows have ended, and what a streamer is given.
+
+    It copies them without waiting, and looks at those whose copy has been made. Where nothing can end and nobody reads
+    along, it does nothing.
+    """
+
+    def __init__(self, new: int, token: Tensor, ends: list[int], streamer: Any) -> None:
+        self.new, self.token, self.streamer = new, token, streamer
+        self.wanted = bool(ends) or streamer is not None
+        self.gpu = token.device.type == "cuda"
+        self.copies = torch.empty(
+            new if self.wanted else 0, len(token), dtype=torch.long, pin_memory=self.gpu, device="cpu"
+        )
+        self.events: deque[Any] = deque()
+        self.noted = self.seen = self.ended = 0
+        self.ends, self.alive = set(ends), set(range(len(token)))
+
+    def note(self) -> None:
+        """Copy the tokens of a step that has been asked for."""
+        if not self.wanted:
+            return
+        self.copies[self.noted].copy_(self.token, non_blocking=True)
+        self.noted += 1
+        if self.gpu:
+            event = torch.cuda.Event()
+            event.record()
+            self.events.append(event)
+
+    def over(self, ahead: int) -> bool:
+        """Look at all but the last `ahead` copies, wait for those; whether all rows have ended, `ended` says when."""
+        while self.seen < self.noted - ahead and not self.ended:
+            if self.gpu:
+                self.events.popleft().synchronize()
+            row = self.copies[self.seen]
+            self.seen += 1
+            if self.ends:
+                self.alive -= {i for i, token in enumerate(row.tolist()) if token in self.ends}
+            if self.streamer is not None:
+                self.streamer.put(row.clone())
+            self.ended = 0 if self.alive else self.seen
+        return self.ended > 0

@@ -1,0 +1,42 @@
+"""How the next token is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fewbit.checks import LAST_SEED, number, whole, wrong
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How `generate` chooses each token: the most likely one at temperature 0, else a random one.
+
+    top_k: choose among the k most likely tokens, 0 for all. top_p: choose among the most likely tokens whose
+    probabilities add up to p, 1 for all. None: as generation_config.json says, else 50 and 1, as in transformers.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = {"temperature": number, "top_k": whole(0), "top_p": number, "seed": whole(0, LAST_SEED)}
+        for name, check in checks.items():
+            if (value := getattr(self, name)) is not None or name in ("temperature", "seed"):
+                object.__setattr__(self, name, check(name, value))
+        if self.temperature < 0:
+            raise wrong("temperature", self.temperature, "0 for the most likely token, about 0.7 for some variety")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise wrong("top_p", self.top_p, "a number above 0, up to 1")
+        for name in ("top_k", "top_p"):
+            if self.temperature == 0 and (value := getattr(self, name)) is not None:
+                raise wrong(name, value, "a temperature above 0 too: at 0 the most likely token always comes")
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of transformers' `generate`."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        limits = {name: value for name in ("top_k", "top_p") if (value := getattr(self, name)) is not None}
+        return {"do_sample": True, "temperature": self.temperature, **limits}

@@ -1,0 +1,135 @@
+"""Quantization configs of other makers, put into the words of the formats that fewbit reads.
+
+AutoGPTQ and AutoAWQ once kept the config in a file of its own, and named the weight file after the settings. AutoRound
+calls GPTQ's and AWQ's layouts by names of its own; its native packing is GPTQ's with zero points as they are (v2).
+Source: AutoRound 0.16 (`convert_model.py`, `backend.py`), AutoAWQ 0.2 (`_config.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fewbit.errors import FormatError
+from fewbit.formats.containers.safetensors import INDEX, SINGLE
+from fewbit.system.files import read_json
+
+_SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # -> the method where the file names none
+_AUTO_ROUND = ("auto-round", "intel/auto-round")
+_OLD_NAMES = {"w_bit": "bits", "q_group_size": "group_size"}
+_GPTQ_KEYS = ("desc_act", "sym", "checkpoint_format", "damp_percent")
+_AWQ_KEYS = ("w_bit", "zero_point", "version")
+_INSTEAD = "Use the model it was made from, or a copy in GPTQ, AWQ, bitsandbytes or GGUF form."
+
+
+def completed(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`config`, what config.json holds, with the quantization that stands in other files of its folder.
+
+    `transformers_weights` is what transformers reads to find weights under another name than its own.
+    """
+    made = dict(config)
+    if made.get("quantization_config") is None and (found := _beside(folder)) is not None:
+        made["quantization_config"] = found
+    if isinstance(found := made.get("quantization_config"), dict):
+        made["quantization_config"] = _named(found)
+        if "transformers_weights" not in made and (name := _weights(folder, found)) is not None:
+            made["transformers_weights"] = name
+    return made
+
+
+def check(found: Any) -> None:
+    """FormatError, with the name of the maker, unless this is a quantization config with a method."""
+    if isinstance(found, str):
+        raise FormatError(
+            f"quantization_config in config.json is {found!r}, the name of a maker or method: it must be an object "
+            "with quant_method",
+            _INSTEAD,
+        )
+    if not isinstance(found, Mapping):
+        raise FormatError(f"quantization_config in config.json is {found!r}, which is no object with quant_method")
+    if found.get("load_in_4bit") or found.get("load_in_8bit") or isinstance(found.get("quant_method"), str):
+        return
+    if {"bits", "group_size"} <= set(found):
+        raise FormatError("the weights are quantized by MLX (mlx-lm), whose layout fewbit does not read", _INSTEAD)
+    raise FormatError(f"quantization_config in config.json has no quant_method: {str(dict(found))[:200]}")
+
+
+def understood(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A sound quantization config in the words of fewbit's formats; FormatError where AutoRound packs another way."""
+    check(found)
+    config = _named(found)
+    if config["quant_method"] not in _AUTO_ROUND:
+        return config
+    packing = str(config.get("packing_format") or config.get("backend") or "auto_round:auto_gptq")
+    kind, form = str(config.get("data_type", "int")), packing.removeprefix("auto_round:")
+    if not packing.startswith("auto_round") and packing != "auto":
+        raise FormatError(f"AutoRound's packing {packing!r} is not known", _INSTEAD)
+    if kind != "int" or form.startswith(("llm_compressor", "fp8", "nv_fp", "mx_fp", "fake", "mlx")):
+        raise FormatError(f"AutoRound packed these weights as {packing}, data type {kind}: only integers are read")
+    made = {key: value for key, value in config.items() if key not in ("packing_format", "backend", "extra_config")}
+    extra = config.get("extra_config") or {}
+    if not isinstance(extra, dict) or not all(isinstance(said, dict) for said in extra.values()):
+        raise FormatError("AutoRound's extra_config is no object of objects")
+    made["dynamic"] = {_pattern(name, said): said for name, said in extra.items()}
+    if "awq" in form:
+        return made | {"quant_method": "awq", "version": "gemm"}
+    first = form in ("auto", "auto_gptq", "gptq")
+    return made | {"quant_method": "gptq", "checkpoint_format": "gptq" if first else "gptq_v2"}
+
+
+def _beside(folder: Path) -> dict[str, Any] | None:
+    """The quantization config that a file of its own holds, with its method."""
+    for name, method in _SIDE_FILES.items():
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            found = read_json(file)
+        except OSError as error:
+            raise FormatError(f"{file}: {error}") from None
+        if not isinstance(found, dict):
+            raise FormatError(f"{file} holds no JSON object")
+        return _named({"quant_method": method, **found})
+    return None
+
+
+def _named(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with its method, and with today's names for what AutoAWQ called otherwise."""
+    config = {_OLD_NAMES.get(key, key): value for key, value in found.items()}
+    if config.get("quant_method") is None:
+        if config.get("load_in_4bit") or config.get("load_in_8bit"):
+            config["quant_method"] = "bitsandbytes"
+        elif any(key in found for key in _AWQ_KEYS):
+            config["quant_method"] = "awq"
+        elif any(key in found for key in _GPTQ_KEYS):
+            config["quant_method"] = "gptq"
+    if config.get("quant_method") == "awq" and isinstance(version := config.get("version"), str):
+        config["version"] = version.lower()
+    if config.get("quant_method") == "gptq" and config.get("is_marlin_format"):
+        config.setdefault("checkpoint_format", "marlin")
+    if config.get("quant_method") == "intel/auto-round":
+        config["quant_method"] = "auto-round"
+    return config
+
+
+def _weights(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The weights, or their index, of a folder that has them under AutoGPTQ's name; None where the usual are there."""
+    if (folder / SINGLE).exists() or (folder / INDEX).exists():
+        return None
+    base = config.get("model_file_base_name") or config.get("model_basename")
+    for suffix in (".safetensors.index.json", ".safetensors"):
+        if isinstance(base, str) and Path(base).name == base and (folder / f"{base}{suffix}").is_file():
+            return f"{base}{suffix}"
+        files = sorted(file.name for file in folder.glob(f"*{suffix}"))
+        if len(files) == 1:
+            return files[0]
+    return None
+
+
+def _pattern(name: str, said: Mapping[str, Any]) -> str:
+    """A pattern of `dynamic` for a name of extra_config, which may be a regular expression itself."""
+    left = isinstance(bits := said.get("bits"), int) and bits >= 16
+    plain = re.fullmatch(r"[\w.\-]+", name) is not None
+    return f"{'-' if left else '+'}:{f'^{re.escape(name)}$' if plain else f'.*(?:{name})'}"

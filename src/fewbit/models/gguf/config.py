@@ -1,0 +1,411 @@
+"""A model's config as the metadata of a GGUF file, and back.
+
+    transformers (Llama)                              file (`a` is the name of the architecture)
+    num_hidden_layers, hidden_size, vocab_size        a.block_count, a.embedding_length, a.vocab_size
+    num_attention_heads, num_key_value_heads          a.attention.head_count, a.attention.head_count_kv
+    head_dim                                          a.attention.key_length, a.attention.value_length
+    intermediate_size, max_position_embeddings        a.feed_forward_length, a.context_length
+    rms_norm_eps                                      a.attention.layer_norm_rms_epsilon
+    rope_parameters: rope_theta                       a.rope.freq_base
+      linear, yarn                                    a.rope.scaling.*
+      llama3                                          no key, but the tensor rope_freqs.weight [head_dim / 2]: what each
+                                                      frequency is divided by
+      longrope                                        the tensors rope_factors_long.weight and rope_factors_short.weight
+    sliding_window, layer_types                       a.attention.sliding_window, ..._pattern
+    tie_word_embeddings                               whether there is no tensor output.weight
+
+What a file cannot say is refused when it is written: llama.cpp would compute something else. What it says is compared
+with the shapes of its tensors before a model is built from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers.gguf import GgufFile
+from fewbit.models.gguf.names import ARCHITECTURES, Architecture, architecture
+
+_ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh", "gemma3": "gelu_pytorch_tanh", "gpt2": "gelu_new"}  # of others: silu
+_SWA_PERIOD = {"gemma2": 2, "gemma3": 6}  # of so many layers the last attends to all, where no pattern is stated
+_SWA_THETA = 10000.0  # of layers with a window, in gemma3
+_SCALED_BY_HIDDEN = {("gemma2", 46), ("gemma3", 62)}  # sizes whose queries llama.cpp scales by hidden / heads
+_LONGEST = 1 << 31
+
+
+def to_metadata(config: Any, name: str) -> dict[str, Any]:
+    """Keys and values for a model of transformers' `config` called `name`; PlanError where no file can say it."""
+    arch = architecture(config.model_type)
+    _refuse(config, arch.name)
+    heads, rope = config.num_attention_heads, _rope_of(config)
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    gpt2 = arch.name == "gpt2"
+    found: dict[str, Any] = {
+        "general.architecture": arch.name,
+        "general.type": "model",
+        "general.name": name,
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": (config.n_inner or 4 * config.n_embd) if gpt2 else config.intermediate_size,
+        "attention.head_count": heads,
+        "vocab_size": config.vocab_size,
+    }
+    if gpt2:
+        found["attention.layer_norm_epsilon"] = float(config.layer_norm_epsilon)
+    else:
+        found |= {
+            "attention.head_count_kv": config.num_key_value_heads,
+            "attention.key_length": width,
+            "attention.value_length": width,
+            "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+            "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1.0)),
+            "rope.freq_base": float(rope["rope_theta"]),
+            **_scaling(config, rope),
+        }
+    for theirs, ours in (("attn_logit_softcapping",) * 2, ("final_logit_softcapping",) * 2):
+        if (cap := getattr(config, theirs, None)) is not None:
+            found[ours] = float(cap)
+    found |= _window(config, arch.name)
+    return {key if key.startswith("general.") else f"{arch.name}.{key}": value for key, value in found.items()}
+
+
+def extra_tensors(config: Any) -> dict[str, Tensor]:
+    """Tensors of the file, float32, that are no weights of the model: factors of the rotary frequencies."""
+    rope = _rope_of(config)
+    kind = rope.get("rope_type", "default")
+    if kind == "llama3":
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return {"rope_freqs.weight": _llama3(rope, width)}
+    if kind == "longrope":
+        return {
+            f"rope_factors_{which}.weight": torch.tensor(rope[f"{which}_factor"], dtype=torch.float32, device="cpu")
+            for which in ("long", "short")
+        }
+    return {}
+
+
+def to_config(file: GgufFile) -> dict[str, Any]:
+    """What config.json would say for the model in `file`; FormatError where its keys and tensors contradict."""
+    said = _Metadata(file)
+    arch = said.architecture
+    layers, hidden, heads = (
+        said.count("block_count"),
+        said.count("embedding_length"),
+        said.count("attention.head_count"),
+    )
+    vocab, columns = said.shape("token_embd.weight")
+    if columns != hidden or said.layers != layers:
+        raise said.wrong(f"it has {said.layers} blocks {columns} wide, its keys say {layers} and {hidden}")
+    config: dict[str, Any] = {
+        "architectures": [arch.classes[0]],
+        "model_type": arch.model_types[0],
+        "vocab_size": vocab,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "max_position_embeddings": said.count("context_length"),
+        "tie_word_embeddings": "output.weight" not in file.entries,
+        "dtype": _dtype(file),
+        **_special(said),
+    }
+    if arch.name == "gpt2":
+        return _gpt2(said, config)
+    kv = said.count("attention.head_count_kv", heads)
+    width = said.count("attention.key_length", hidden // heads if heads <= hidden else 1)
+    if said.count("attention.value_length", width) != width or heads % kv:
+        raise said.wrong(f"{heads} heads, {kv} for keys of {width}, are nothing that {arch.name} has")
+    rows = said.shape("blk.0.attn_qkv.weight" if arch.name == "phi3" else "blk.0.attn_q.weight")[0]
+    wanted = width * (heads + 2 * kv) if arch.name == "phi3" else width * heads
+    if rows != wanted:
+        raise said.wrong(f"the queries have {rows} rows, {wanted} by its keys")
+    config |= {
+        "num_key_value_heads": kv,
+        "head_dim": width,
+        "intermediate_size": said.count("feed_forward_length"),
+        "rms_norm_eps": said.real("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": _rope(said, width),
+    }
+    if arch.name in ("llama", "qwen3"):
+        config["attention_bias"] = "blk.0.attn_q.bias" in file.entries
+    if arch.name == "llama":
+        config["mlp_bias"] = "blk.0.ffn_down.bias" in file.entries
+    if arch.name == "phi3":
+        config["original_max_position_embeddings"] = said.count(
+            "rope.scaling.original_context_length", config["max_position_embeddings"]
+        )
+    return config | _attention(said, config)
+
+
+class _Metadata:
+    """The keys of a file under its architecture's name, with the type and range that they must have."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self.file = file
+        name = file.metadata.get("general.architecture")
+        if not isinstance(name, str) or name not in ARCHITECTURES:
+            raise FormatError(
+                f"{file.path}: architecture {str(name)[:80]!r} is not one that fewbit loads",
+                f"Those that are: {', '.join(sorted(ARCHITECTURES))}.",
+            )
+        self.architecture: Architecture = ARCHITECTURES[name]
+        blocks = {entry.split(".", 2)[1] for entry in file.entries if entry.startswith("blk.") and entry.count(".") > 1}
+        self.layers = len(blocks)
+
+    def wrong(self, what: str) -> FormatError:
+        return FormatError(f"{self.file.path}: {what}", "The file is damaged, or of a kind that is not known yet.")
+
+    def get(self, key: str) -> Any:
+        return self.file.metadata.get(f"{self.architecture.name}.{key}")
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number above 0; one for all layers where there is an array."""
+        value = self.get(key)
+        if isinstance(value, np.ndarray) and 0 < len(value) == self.layers and (value == value[0]).all():
+            value = value[0].item()
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LONGEST:
+            raise self.wrong(f"{self.architecture.name}.{key} is {str(value)[:80]}, no number above 0")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """A finite number, in the shortest decimals that are the same float32: 1e-05, not 9.999999747378752e-06."""
+        value = self.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise self.wrong(f"{self.architecture.name}.{key} is {str(value)[:80]}, no number")
+        return float(str(np.float32(value)))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a matrix that must be there."""
+        entry = self.file.entries.get(name)
+        if entry is None or len(entry.shape) != 2:
+            raise self.wrong(f"it has no matrix {name}")
+        return entry.shape
+
+
+def _refuse(config: Any, arch: str) -> None:
+    act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    act, wanted = getattr(config, "activation_function", act), _ACTIVATIONS.get(arch, "silu")
+    if act != wanted:
+        raise PlanError(f"llama.cpp runs {arch} with {wanted} in its MLP; this model has {act}")
+    if arch == "gpt2" and (config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights):
+        raise PlanError("llama.cpp runs gpt2 with attention scaled as usual; this model has another scale")
+    if (scalar := getattr(config, "query_pre_attn_scalar", None)) is not None:
+        by_hidden = (arch, config.num_hidden_layers) in _SCALED_BY_HIDDEN
+        wanted = config.hidden_size // config.num_attention_heads if by_hidden else config.head_dim
+        if scalar != wanted:
+            raise PlanError(f"llama.cpp scales the queries of {arch} by {wanted}; this model asks for {scalar}")
+    if arch == "gemma2" and not config.tie_word_embeddings:
+        raise PlanError("llama.cpp runs gemma2 with an output head tied to the embedding; this model has its own")
+    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if windowed and arch not in _SWA_PERIOD and "full_attention" in config.layer_types:
+        raise PlanError(f"llama.cpp runs {arch} with full attention in all layers; here some have a sliding window")
+
+
+def _rope_of(config: Any) -> dict[str, Any]:
+    """The rotary parameters, those of full attention where there are two kinds of layers."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return dict(found.get("full_attention", found))
+
+
+def _scaling(config: Any, rope: Mapping[str, Any]) -> dict[str, Any]:
+    kind = rope.get("rope_type", "default")
+    if kind in ("default", "llama3"):
+        return {}
+    if kind == "longrope":
+        original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        scale = config.max_position_embeddings / original
+        stretched = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+        return {
+            "rope.scaling.original_context_length": original,
+            "rope.scaling.attn_factor": float(rope.get("attention_factor") or stretched),
+        }
+    if kind not in ("linear", "yarn"):
+        raise PlanError(f"rope scaling of type {kind!r} is nothing that a GGUF file can state")
+    found: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+    if kind == "yarn":
+        found["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+        for theirs, ours in (
+            ("attention_factor", "yarn_attn_factor"),
+            ("beta_fast", "yarn_beta_fast"),
+            ("beta_slow", "yarn_beta_slow"),
+        ):
+            if rope.get(theirs) is not None:
+                found[f"rope.scaling.{ours}"] = float(rope[theirs])
+    return found
+
+
+def _window(config: Any, arch: str) -> dict[str, Any]:
+    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if window is None or (types is not None and "sliding_attention" not in types):
+        return {"attention.sliding_window": 0} if arch == "phi3" else {}  # where a missing key means another model
+    found: dict[str, Any] = {"attention.sliding_window": window}
+    if arch in _SWA_PERIOD:
+        sliding = [kind == "sliding_attention" for kind in types or ()]
+        if sliding != _usual(arch, len(sliding)):
+            found["attention.sliding_window_pattern"] = np.array(sliding)
+        theta = (config.rope_parameters.get("sliding_attention") or {}).get("rope_theta")
+        if theta is not None and theta != _SWA_THETA:
+            found["rope.freq_base_swa"] = float(theta)
+    return found
+
+
+def _usual(arch: str, layers: int) -> list[bool]:
+    return [layer % _SWA_PERIOD[arch] < _SWA_PERIOD[arch] - 1 for layer in range(layers)]
+
+
+def _llama3(rope: Mapping[str, Any], width: int) -> Tensor:
+    """What each of the `width` / 2 rotary frequencies is divided by, float32."""
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    frequencies = 1.0 / (rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width))
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    factors: Tensor = 1 / ((1 - smooth) / factor + smooth)
+    return factors
+
+
+def _rope(said: _Metadata, width: int) -> dict[str, Any]:
+    arch, entries = said.architecture.name, said.file.entries
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": said.real("rope.freq_base", 10000.0)}
+    turned = said.count("rope.dimension_count", width)
+    if turned != width:
+        if arch != "phi3" or turned > width:
+            raise said.wrong(f"{turned} of {width} columns of a head are rotated, which {arch} does not do")
+        rope["partial_rotary_factor"] = turned / width
+    kind = said.get("rope.scaling.type")
+    if "rope_freqs.weight" in entries:
+        rope |= _of_factors(said, rope["rope_theta"], width)
+    elif "rope_factors_long.weight" in entries:
+        rope |= {"rope_type": "longrope"}
+        for which in ("long", "short"):
+            rope[f"{which}_factor"] = _factors(said, f"rope_factors_{which}.weight", turned // 2)
+        rope["original_max_position_embeddings"] = said.count("rope.scaling.original_context_length")
+        if said.get("rope.scaling.attn_factor") is not None:
+            rope["attention_factor"] = said.real("rope.scaling.attn_factor")
+    elif kind in ("linear", "yarn") or (kind is None and said.get("rope.scaling.factor") is not None):
+        rope |= {"rope_type": kind or "linear", "factor": said.real("rope.scaling.factor")}
+        if kind == "yarn":
+            rope["original_max_position_embeddings"] = said.count("rope.scaling.original_context_length")
+            for theirs, ours in (
+                ("yarn_attn_factor", "attention_factor"),
+                ("yarn_beta_fast", "beta_fast"),
+                ("yarn_beta_slow", "beta_slow"),
+            ):
+                if said.get(f"rope.scaling.{theirs}") is not None:
+                    rope[ours] = said.real(f"rope.scaling.{theirs}")
+    elif kind not in (None, "none", "longrope"):
+        raise said.wrong(f"rope scaling of type {str(kind)[:80]!r} is not known")
+    if arch != "gemma3":
+        return rope
+    local = {"rope_type": "default", "rope_theta": said.real("rope.freq_base_swa", _SWA_THETA)}
+    return {"full_attention": rope, "sliding_attention": local}
+
+
+def _factors(said: _Metadata, name: str, length: int) -> list[float]:
+    entry = said.file.entries.get(name)
+    if entry is None or entry.shape != (length,) or entry.type != "f32":
+        raise said.wrong(f"{name} is no list of {length} numbers")
+    return [float(str(x)) for x in said.file.get(name).numpy()]
+
+
+def _of_factors(said: _Metadata, theta: float, width: int) -> dict[str, Any]:
+    """The llama3 scaling that gives these factors; a file has nothing but them."""
+    wanted = torch.tensor(_factors(said, "rope_freqs.weight", width // 2), dtype=torch.float32, device="cpu")
+    if not torch.isfinite(wanted).all() or (wanted < 1 - 1e-3).any():
+        raise said.wrong("rope_freqs.weight has factors below 1")
+    if bool((wanted == 1).all()):
+        return {}
+    rope = {"rope_type": "llama3", "rope_theta": theta, "factor": float(str(wanted.max().numpy()))}
+    for high in (4.0, 2.0, 8.0, 16.0, 32.0):
+        for original in (1 << power for power in range(5, 21)):
+            rope |= {"low_freq_factor": 1.0, "high_freq_factor": high, "original_max_position_embeddings": original}
+            # No frequency may lie where the factors still rise towards the largest: that then is not in the list.
+            if torch.allclose(_llama3(rope, width), wanted, rtol=1e-3):
+                return rope
+    raise said.wrong("rope_freqs.weight holds factors of a scaling that is not llama3's")
+
+
+def _attention(said: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Windows, caps and scales of attention."""
+    arch, layers, window = said.architecture.name, config["num_hidden_layers"], said.get("attention.sliding_window")
+    if arch in ("llama", "phi3"):
+        if not window:
+            return {}
+        changed = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]} if arch == "llama" else {}
+        return {"sliding_window": said.count("attention.sliding_window"), **changed}
+    if arch not in _SWA_PERIOD:
+        return {}
+    sliding = _usual(arch, layers)
+    pattern = said.get("attention.sliding_window_pattern")
+    if isinstance(pattern, np.ndarray):
+        if len(pattern) != layers:
+            raise said.wrong(f"the pattern of sliding windows is of {len(pattern)} layers, not {layers}")
+        sliding = [bool(each) for each in pattern]
+    elif pattern is not None:
+        period = said.count("attention.sliding_window_pattern")
+        sliding = [layer % period < period - 1 for layer in range(layers)]
+    if arch == "gemma3" and not window:
+        sliding = [False] * layers
+    by_hidden = (arch, layers) in _SCALED_BY_HIDDEN
+    scalar = config["hidden_size"] // config["num_attention_heads"] if by_hidden else config["head_dim"]
+    found = {
+        "sliding_window": said.count("attention.sliding_window", 4096),
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in sliding],
+        "query_pre_attn_scalar": scalar,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    }
+    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if (value := said.get(cap)) is not None and value != 0:
+            found[cap] = said.real(cap)
+    return found
+
+
+def _gpt2(said: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    hidden, positions = config["hidden_size"], said.shape("position_embd.weight")
+    renamed = {"num_hidden_layers": "n_layer", "hidden_size": "n_embd", "num_attention_heads": "n_head"}
+    config = {renamed.get(key, key): value for key, value in config.items() if key != "max_position_embeddings"}
+    if positions[1] != hidden or hidden % config["n_head"]:
+        raise said.wrong(
+            f"{config['n_head']} heads and {positions[1]} columns of positions do not fit a width of {hidden}"
+        )
+    inner = said.count("feed_forward_length")
+    return config | {
+        "n_positions": positions[0],
+        "n_inner": None if inner == 4 * hidden else inner,
+        "layer_norm_epsilon": said.real("attention.layer_norm_epsilon"),
+        "activation_function": "gelu_new",
+    }
+
+
+def _special(said: _Metadata) -> dict[str, Any]:
+    """Token ids; of those that end a text all."""
+    tokens = said.shape("token_embd.weight")[0]
+
+    def found(name: str) -> int | None:
+        value = said.file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        return value if isinstance(value, int) and 0 <= value < tokens else None
+
+    ends = list(dict.fromkeys(i for i in map(found, ("eos", "eot", "eom")) if i is not None))
+    return {
+        "bos_token_id": found("bos"),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": found("padding"),
+    }
+
+
+def _dtype(file: GgufFile) -> str:
+    """That of most numbers which are stored as such: matrices in 16 bits, else float32."""
+    sizes: dict[str, int] = {}
+    for entry in file.entries.values():
+        if len(entry.shape) == 2:
+            sizes[entry.type] = sizes.get(entry.type, 0) + entry.spec.nbytes
+    largest = max(sizes, key=lambda kind: sizes[kind], default="f32")
+    return {"f16": "float16", "bf16": "bfloat16"}.get(largest, "float32")

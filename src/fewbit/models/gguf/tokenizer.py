@@ -1,0 +1,482 @@
+"""A tokenizer as the metadata of a GGUF file, and back.
+
+    tokenizer.ggml.model        "gpt2": byte-level BPE            "llama": SentencePiece
+    tokenizer.ggml.tokens       pieces; added tokens as the text they stand for
+    tokenizer.ggml.token_type   1 normal, 2 unknown, 3 control (special), 4 user-defined (added), 5 unused, 6 a byte
+    tokenizer.ggml.merges       "a b", best first                 -
+    tokenizer.ggml.scores       -                                 the pair with the best score is merged first
+    tokenizer.ggml.pre          how text is split before merging, by a name that llama.cpp knows
+    tokenizer.ggml.add_space_prefix                               whether a space is put before a text
+    tokenizer.ggml.*_token_id, .add_bos_token, .add_eos_token
+    tokenizer.chat_template, .chat_template.NAME, tokenizer.chat_templates (the names)
+    fewbit.tokenizer            JSON of settings that llama.cpp has no key for and does not need: the padding side ...
+
+How text is split is code in llama.cpp; a file has but a name for it. So a tokenizer is told by its pattern, and one
+with a pattern that has no name there is refused. Of SentencePiece models transformers keeps merges and not scores: a
+piece gets minus the rank of its first merge, which orders pairs alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers.gguf import GgufFile
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+SPACE = "▁"
+
+# Pattern -> the names for it. A step is a pattern to split at, or "digits" (each on its own), or "gpt2": split by
+# GPT-2's pattern. The first name of each is the one that is written.
+_GPT2 = "gpt2"
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_LEAD, _SLASHES = r"[^\r\n\p{L}\p{N}]?", r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_PATTERNS: dict[tuple[str, ...], tuple[str, ...]] = {
+    (_GPT2,): ("gpt-2", "mpt", "olmo", "jais", "phi-2", "trillion", "granite-docling"),
+    ("digits", _GPT2): ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",): (
+        "llama-bpe",
+        "llama3",
+        "llama-v3",
+        "falcon3",
+        "dbrx",
+        "smaug-bpe",
+        "pixtral",
+        "lfm2",
+    ),
+    (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",): ("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"),
+    (
+        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+        r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ): ("qwen35",),
+    (rf"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|\p{{N}}|{_SLASHES}",): ("tekken",),
+    (
+        rf"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_SLASHES}",
+    ): ("gpt-4o", "llama4"),
+    # What llama.cpp does where a file says nothing, as files did before 2024-05.
+    (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"): ("default",),
+}
+_STEPS_OF = {name: steps for steps, names in _PATTERNS.items() for name in names}
+_WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")  # merges or not
+# Models that normalize text to NFC, which llama.cpp leaves out.
+_NORMALIZED = ("qwen2", "deepseek-r1-qwen", "qwen35", "mpt", "olmo", "command-r")
+_SETTINGS = "fewbit.tokenizer"
+_TEMPLATE, _TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
+
+
+class Keys(NamedTuple):
+    """The keys of a file that is not written yet."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+
+
+def to_metadata(tokenizer: Any, vocabulary: int, ends: Sequence[int] = ()) -> dict[str, Any]:
+    """Keys and values for a tokenizer of transformers; PlanError where llama.cpp has no such tokenizer.
+
+    vocabulary: rows of the embedding, at least as many as there are tokens. ends: ids that end a text, all that the
+    model's generation config names.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise PlanError(f"{type(tokenizer).__name__} is no fast tokenizer: it cannot be written to a GGUF file")
+    made = json.loads(backend.to_str())
+    model, added = made["model"], {each["id"]: each for each in made["added_tokens"]}
+    if model["type"] != "BPE":
+        raise PlanError(f"a tokenizer of kind {model['type']} cannot be written to a GGUF file; BPE can")
+    pieces = {i: piece for piece, i in model["vocab"].items()} | {i: each["content"] for i, each in added.items()}
+    if (last := max(pieces)) >= vocabulary:
+        raise PlanError(f"the tokenizer has a token {last}, the model's embedding {vocabulary} rows")
+    sentencepiece = bool(model.get("byte_fallback"))
+    tokens, types = [], []
+    for i in range(vocabulary):
+        piece = pieces.get(i)
+        if piece is None:
+            kind = UNUSED
+        elif i in added:
+            kind = CONTROL if added[i]["special"] else USER_DEFINED
+        elif sentencepiece and len(piece) == 6 and piece.startswith("<0x"):
+            kind = BYTE
+        else:
+            kind = NORMAL
+        if sentencepiece and piece is not None and piece == model.get("unk_token"):
+            kind = UNKNOWN
+        if kind == USER_DEFINED and sentencepiece:
+            piece = pieces[i].replace(SPACE, " ")
+        tokens.append(f"[PAD{i}]" if piece is None else piece)
+        types.append(kind)
+    merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
+    found: dict[str, Any] = {"tokens": tokens, "token_type": np.array(types, np.int32)}
+    if sentencepiece:
+        found |= {"model": "llama", "pre": "default", "scores": _scores(tokens, merges)}
+        found["add_space_prefix"] = _space_first(made)
+    else:
+        found |= {"model": "gpt2", "pre": _pattern_name(made), "merges": merges}
+        found["add_space_prefix"] = False
+    found |= _ids_of(tokenizer, ends)
+    found |= _affixes(tokenizer)
+    keys = {f"tokenizer.ggml.{key}": value for key, value in found.items()}
+    if settings := _settings(tokenizer, made if sentencepiece else {}):
+        keys[_SETTINGS] = json.dumps(settings)
+    return keys | _chat_templates(getattr(tokenizer, "chat_template", None))
+
+
+def to_tokenizer(file: GgufFile | Keys, **changes: Any) -> PreTrainedTokenizerFast:
+    """The tokenizer that `file` describes; FormatError where it describes none, or one that is not known.
+
+    changes: arguments of the tokenizer's constructor, in place of what the file says.
+    """
+    said = _Vocabulary(file)
+    rstrip = said.rstrip()
+    made = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": i,
+                "content": said.tokens[i],
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": i in rstrip,
+                "normalized": False,
+                "special": said.types[i] != USER_DEFINED,
+            }
+            for i in said.added
+        ],
+        **(said.sentencepiece() if said.model == "llama" else said.byte_level()),
+        "post_processor": said.affixes(),
+    }
+    try:
+        backend = Tokenizer.from_str(json.dumps(made))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise said.wrong(f"its tokenizer cannot be built: {str(error)[:200]}") from None
+    named = {name: said.tokens[i] for name, i in said.special.items()}
+    settings = {
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": said.context,
+        "chat_template": said.chat_template(),
+        **named,
+        **{key: value for key, value in said.settings.items() if key != "metaspace"},
+    }
+    make: Any = PreTrainedTokenizerFast  # whose constructor is not typed
+    tokenizer = make(tokenizer_object=backend, **(settings | changes))
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer
+
+
+class _Vocabulary:
+    """The tokenizer's keys, with types and lengths that agree."""
+
+    def __init__(self, file: GgufFile | Keys) -> None:
+        self.file = file
+        self.settings = self._stored_settings()
+        self.model = self._get("model")
+        if self.model not in ("gpt2", "llama"):
+            raise FormatError(
+                f"{file.path}: its tokenizer is {str(self.model)[:40]!r}, which fewbit does not read",
+                "It reads gpt2 (byte-level BPE) and llama (SentencePiece). Load the tokenizer from the folder of the"
+                " original model.",
+            )
+        self.tokens: list[str] = self._strings("tokens")
+        self.types = self._numbers("token_type", "iu", NORMAL)
+        self.index: dict[str, int] = {}
+        for i, token in enumerate(self.tokens):
+            self.index.setdefault(token, i)
+        self.added = [i for i, kind in enumerate(self.types) if kind in (UNKNOWN, CONTROL, USER_DEFINED)]
+        self.added = [i for i in self.added if self.tokens[i] and self.index[self.tokens[i]] == i]
+        names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+        ids = {name: self._id(key) for name, key in names.items()}
+        self.special = {name: i for name, i in ids.items() if i is not None}
+        context = file.metadata.get(f"{file.metadata.get('general.architecture')}.context_length")
+        self.context = context if isinstance(context, int) and context > 0 else None
+
+    def wrong(self, what: str) -> FormatError:
+        return FormatError(f"{self.file.path}: {what}", "The file is damaged, or of a kind that is not known yet.")
+
+    def rstrip(self) -> set[int]:
+        """Tokens that take the spaces after them. No key holds them: llama.cpp goes by the model's name."""
+        name = str(self.file.metadata.get("general.name", "")).lower()
+        if "phi-3" not in name and "phi3" not in name:
+            return set()
+        return {i for i in self.added if self.tokens[i] not in ("<unk>", "<s>", "<|endoftext|>")}
+
+    def chat_template(self) -> str | dict[str, str] | None:
+        """One template, or several by their names."""
+        default, names = self.file.metadata.get(_TEMPLATE), self.file.metadata.get(_TEMPLATES)
+        found = {"default": default} if isinstance(default, str) else {}
+        for name in names if isinstance(names, list) else []:
+            template = self.file.metadata.get(f"{_TEMPLATE}.{name}")
+            if not isinstance(template, str):
+                raise self.wrong(f"{_TEMPLATES} names {name[:40]!r}, but {_TEMPLATE}.{name[:40]} is missing")
+            found[name] = template
+        return found if set(found) - {"default"} else found.get("default")
+
+    def byte_level(self) -> dict[str, Any]:
+        name = self._get("pre") or "default"
+        if name not in _STEPS_OF:
+            known = ", ".join(sorted(_STEPS_OF))
+            raise FormatError(
+                f"{self.file.path}: text is split by {str(name)[:40]!r}, which fewbit does not know", f"Known: {known}."
+            )
+        merges = self._strings("merges", empty=True)
+        pairs = [merge.split(" ") for merge in merges]
+        for merge, pair in zip(merges, pairs, strict=True):
+            if len(pair) != 2 or any(part not in self.index for part in (*pair, "".join(pair))):
+                raise self.wrong(f"the merge {merge[:80]!r} is not of two tokens that give a third")
+        steps: list[dict[str, Any]] = []
+        whole: dict[str, Any] = {"add_prefix_space": False, "trim_offsets": True}
+        for step in _STEPS_OF[name]:
+            if step == _GPT2:
+                continue
+            if step == "digits":
+                steps.append({"type": "Digits", "individual_digits": True})
+            else:
+                steps.append({"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False})
+        steps.append({"type": "ByteLevel", **whole, "use_regex": _GPT2 in _STEPS_OF[name]})
+        return {
+            "normalizer": {"type": "NFC"} if name in _NORMALIZED else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+            "decoder": {"type": "ByteLevel", **whole, "use_regex": True},
+            "model": self._bpe(pairs, ignore_merges=name in _WHOLE_WORDS_FIRST),
+        }
+
+    def sentencepiece(self) -> dict[str, Any]:
+        prefix = self._flag("add_space_prefix", True)
+        merges = _merges(self.tokens, self.types, self._numbers("scores", "f", 0.0))
+        unknown = self.special.get("unk_token")
+        replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+        steps = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
+        scheme = self.settings.get("metaspace") if prefix else None
+        spaces = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
+        undone: list[dict[str, Any]] = [
+            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+        ]
+        if prefix:
+            undone.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+        return {
+            "normalizer": {"type": "Sequence", "normalizers": [*steps, replaced]} if scheme is None else None,
+            "pre_tokenizer": None if scheme is None else spaces,
+            "decoder": {"type": "Sequence", "decoders": undone},
+            "model": self._bpe(
+                merges,
+                unk_token=None if unknown is None else self.tokens[unknown],
+                fuse_unk=True,
+                byte_fallback=True,
+            ),
+        }
+
+    def affixes(self) -> dict[str, Any]:
+        """What is put before and after each text."""
+        sequence = [{"Sequence": {"id": "A", "type_id": 0}}]
+        before = after = None
+        default = self.model == "llama" or self._get("pre") in ("llama-bpe", "llama3", "llama-v3", "tekken")
+        if self._flag("add_bos_token", default):
+            before = self.special.get("bos_token")
+        if self._flag("add_eos_token", False):
+            after = self.special.get("eos_token")
+        if before is not None:
+            sequence.insert(0, {"SpecialToken": {"id": self.tokens[before], "type_id": 0}})
+        if after is not None:
+            sequence.append({"SpecialToken": {"id": self.tokens[after], "type_id": 0}})
+        second = json.loads(json.dumps(sequence).replace('"A"', '"B"'))
+        special = {
+            self.tokens[i]: {"id": self.tokens[i], "ids": [i], "tokens": [self.tokens[i]]}
+            for i in (before, after)
+            if i is not None
+        }
+        return {
+            "type": "TemplateProcessing",
+            "single": sequence,
+            "pair": [*sequence, *second],
+            "special_tokens": special,
+        }
+
+    def _stored_settings(self) -> dict[str, Any]:
+        stored = self.file.metadata.get(_SETTINGS, "{}")
+        try:
+            found = json.loads(stored)
+        except (TypeError, ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise self.wrong(f"{_SETTINGS} is no JSON object")
+        known = {key: found[key] for key in _ALLOWED if key in found}
+        for key, value in known.items():
+            if value not in _ALLOWED[key]:
+                raise self.wrong(f"{key} in {_SETTINGS} is {str(value)[:40]!r}")
+        return known
+
+    def _bpe(self, merges: list[Any], **changes: Any) -> dict[str, Any]:
+        return {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": self.index,
+            "merges": merges,
+            **changes,
+        }
+
+    def _get(self, key: str) -> Any:
+        return self.file.metadata.get(f"tokenizer.ggml.{key}")
+
+    def _strings(self, key: str, *, empty: bool = False) -> list[str]:
+        found = self._get(key)
+        if found == [] or (found is None and empty):
+            found = []
+        if not isinstance(found, list) or not (found or empty):
+            raise self.wrong(f"tokenizer.ggml.{key} is no list of strings")
+        return found
+
+    def _numbers(self, key: str, kinds: str, default: float) -> list[Any]:
+        """One number for each token."""
+        found = self._get(key)
+        if found is None:
+            return [default] * len(self.tokens)
+        if not isinstance(found, np.ndarray) or found.dtype.kind not in kinds or len(found) != len(self.tokens):
+            raise self.wrong(f"tokenizer.ggml.{key} is no list of {len(self.tokens)} numbers, one for each token")
+        numbers: list[Any] = found.tolist()
+        return numbers
+
+    def _flag(self, key: str, default: bool) -> bool:
+        found = self._get(key)
+        if found is not None and not isinstance(found, bool):
+            raise self.wrong(f"tokenizer.ggml.{key} is {str(found)[:40]}, neither true nor false")
+        return default if found is None else found
+
+    def _id(self, key: str) -> int | None:
+        found = self._get(f"{key}_token_id")
+        if found is None:
+            return None
+        if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < len(self.tokens):
+            raise self.wrong(f"tokenizer.ggml.{key}_token_id is {str(found)[:40]}, of {len(self.tokens)} tokens")
+        return found
+
+
+def _merges(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """The pairs that SentencePiece may merge, best first: all that make up a piece, by that piece's score."""
+    plain = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
+    found = []
+    for token, i in plain.items():
+        pairs = [(token[:at], token[at:]) for at in range(1, len(token))]
+        pairs = [(left, right) for left, right in pairs if left in plain and right in plain]
+        pairs.sort(key=lambda pair: (plain[pair[0]], plain[pair[1]]))
+        found += [(-scores[i], i, pair) for pair in pairs]
+    found.sort(key=lambda each: each[:2])
+    return [pair for _, _, pair in found]
+
+
+def _scores(tokens: Sequence[str], merges: Iterable[str]) -> np.ndarray[Any, Any]:
+    first: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        first.setdefault(merge.replace(" ", ""), rank)
+    last = len(first)
+    return np.array([-float(first.get(token, last)) for token in tokens], np.float32)
+
+
+_SIDES = ("left", "right")
+# Settings of the key fewbit.tokenizer -> values.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "metaspace": ("always", "first"),
+    "padding_side": _SIDES,
+    "truncation_side": _SIDES,
+    "clean_up_tokenization_spaces": (True, False),
+}
+
+
+def _settings(tokenizer: Any, made: Mapping[str, Any]) -> dict[str, Any]:
+    """What `fewbit.tokenizer` holds: settings other than the defaults."""
+    found: dict[str, Any] = {}
+    for key, default in (("padding_side", "right"), ("truncation_side", "right")):
+        if (value := getattr(tokenizer, key, default)) != default:
+            found[key] = value
+    if getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        found["clean_up_tokenization_spaces"] = True
+    for step in steps_of(made.get("pre_tokenizer"), "pretokenizers"):
+        # A text that starts with a space gets no second one, and with "first" none follows a special token.
+        if step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never":
+            found["metaspace"] = step.get("prepend_scheme", "always")
+    return found
+
+
+def _chat_templates(template: Any) -> dict[str, Any]:
+    if not isinstance(template, Mapping):
+        return {_TEMPLATE: template} if template else {}
+    others = {name: text for name, text in template.items() if name != "default"}
+    keys: dict[str, Any] = {_TEMPLATE: template["default"]} if "default" in template else {}
+    keys |= {_TEMPLATES: list(others)} if others else {}
+    return keys | {f"{_TEMPLATE}.{name}": text for name, text in others.items()}
+
+
+def _space_first(made: Mapping[str, Any]) -> bool:
+    steps = [*steps_of(made["normalizer"], "normalizers"), *steps_of(made["pre_tokenizer"], "pretokenizers")]
+    return any(
+        step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+        for step in steps
+    )
+
+
+def _pattern_name(made: Mapping[str, Any]) -> str:
+    """The name of the way that a byte-level tokenizer splits text; PlanError for one that has none."""
+    found = []
+    for step in steps_of(made["pre_tokenizer"], "pretokenizers"):
+        pattern = step.get("pattern", {})
+        if step["type"] == "Digits" and step["individual_digits"]:
+            found.append("digits")
+        elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"] and "Regex" in pattern:
+            found.append("digits" if pattern["Regex"] in (r"\d", r"\p{N}") else pattern["Regex"])
+        elif step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+            found += [_GPT2] if step["use_regex"] else []
+        else:
+            found.append(json.dumps(step))
+    if tuple(found) not in _PATTERNS:
+        raise PlanError(
+            "the tokenizer splits text in a way that llama.cpp has no name for: " + " then ".join(found),
+            "A file could be written, but llama.cpp would read text otherwise than the model was trained to.",
+        )
+    names = _PATTERNS[tuple(found)]
+    nfc = [step["type"] for step in steps_of(made["normalizer"], "normalizers")] == ["NFC"]
+    return next((name for name in names if (name in _NORMALIZED) == nfc), names[0])
+
+
+def steps_of(part: Mapping[str, Any] | None, members: str) -> list[Any]:
+    """The steps of a part of a tokenizer, those of sequences too."""
+    if part is None:
+        return []
+    return [step for each in part[members] for step in steps_of(each, members)] if members in part else [part]
+
+
+def _ids_of(tokenizer: Any, ends: Sequence[int]) -> dict[str, int]:
+    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    found = {
+        f"{ours}_token_id": i
+        for ours, theirs in names.items()
+        if isinstance(i := getattr(tokenizer, f"{theirs}_token_id", None), int)
+    }
+    others = [i for i in ends if i != found.get("eos_token_id")]
+    return found | dict(zip(("eot_token_id", "eom_token_id"), others, strict=False))
+
+
+def _affixes(tokenizer: Any) -> dict[str, bool]:
+    """Whether a text gets a token put before it, and one after it: seen on a text."""
+    ids, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    return {
+        "add_bos_token": len(ids) > len(bare) and ids[0] == tokenizer.bos_token_id,
+        "add_eos_token": len(ids) > len(bare) and ids[-1] == tokenizer.eos_token_id,
+    }

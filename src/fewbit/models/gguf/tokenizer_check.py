@@ -1,0 +1,146 @@
+"""Whether a tokenizer survives a GGUF file: it is rebuilt from the file's keys and compared with the original.
+
+The parts are compared first, so that an error can name what the format cannot hold. Then both tokenizers read the same
+texts: many scripts, spaces, accents, digits, added tokens inside of text, and pieces of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fewbit.errors import FormatError, PlanError
+from fewbit.models.gguf.tokenizer import SPACE, Keys, steps_of, to_tokenizer
+
+_TEXTS = (
+    "Hello World, HELLO wOrLd",
+    "two  spaces   and\ttabs\n\nnew lines\r\n end ",
+    "café naïve Ünïcödé ÅÉÎ",
+    "e\u0301 u\u0308 ﬁ Ａ ² Ⅷ ½",
+    "日本語のテキスト 中文 한국어 العربية हिन्दी ไทย עברית Ελληνικά Кириллица",
+    "1234567890 12,345.678 -7",
+    "don't I'LL we've 'tis 'S",
+    "def f(x):\n    return x**2\n\n\tif x != None: pass",
+    "👍🏽 👩‍👩‍👧 \u00a0\u200b\u3000",
+    "``quoted'' \"text\" -- a—b",
+)
+_PIECES, _TOKENS = 1000, 100  # of the vocabulary, and of the added tokens, that are tried
+
+
+def check(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
+    """PlanError where the keys of a GGUF file do not hold all that the tokenizer does to a text."""
+    try:
+        rebuilt = to_tokenizer(Keys(Path("the GGUF file"), metadata))
+        without = {key: value for key, value in metadata.items() if key != "fewbit.tokenizer"}
+        elsewhere = to_tokenizer(Keys(Path("the GGUF file"), without))
+    except FormatError as error:
+        raise _refused([error.message]) from None
+    if lost := _lost(tokenizer, rebuilt):
+        raise _refused(lost)
+    made = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = [each["content"] for each in made["added_tokens"]]
+    pieces = _sample([piece for piece in made["model"]["vocab"] if piece not in set(added)], _PIECES)
+    plain = [*_TEXTS, *(piece.replace(SPACE, " ").strip() or "a" for piece in pieces)]
+    mixed = [text for each in _sample(added, _TOKENS) for text in (f"a {each} b", f"a{each}b", f"{each}\n  {each} A")]
+    # What llama.cpp makes of the keys: it puts the first space of SentencePiece also after special tokens and before
+    # another space, as every such file has it.
+    for other, texts in ((rebuilt, [*plain, " a", "", *mixed]), (elsewhere, plain)):
+        if different := _first_difference(tokenizer, other, texts):
+            raise _refused([different])
+
+
+def _refused(reasons: Sequence[str]) -> PlanError:
+    return PlanError(
+        f"a GGUF file cannot hold this tokenizer: {'; '.join(reasons)}",
+        "Use a plan that makes a folder, such as gptq-4bit: a folder keeps the tokenizer as it is.",
+    )
+
+
+def _lost(tokenizer: Any, rebuilt: Any) -> list[str]:
+    """Sentences on the parts that the rebuilt tokenizer has not, or has besides."""
+    ours, theirs = (json.loads(each.backend_tokenizer.to_str()) for each in (tokenizer, rebuilt))
+    reasons = []
+    before, after = (steps_of(each["normalizer"], "normalizers") for each in (ours, theirs))
+    if lost := [step for step in before if step not in after]:
+        reasons.append(f"it normalizes text ({_named(lost)})")
+    elif besides := [step for step in after if step not in before]:
+        reasons.append(f"llama.cpp's name for its pattern means a normalizer that it has not ({_named(besides)})")
+    if ours["model"].get("byte_fallback"):
+        steps = steps_of(ours["pre_tokenizer"], "pretokenizers")
+        if splits := [step for step in steps if not _without_effect(step)]:
+            reasons.append(f"it splits text before merging ({_named(splits)})")
+    for key, what in (
+        ("dropout", "it drops merges at random"),
+        ("continuing_subword_prefix", "it marks the pieces inside of a word"),
+        ("end_of_word_suffix", "it marks the ends of words"),
+    ):
+        if value := ours["model"].get(key):
+            reasons.append(f"{what} ({key} {value!r})")
+    return reasons + _lost_flags(ours["added_tokens"], theirs["added_tokens"]) + _lost_affixes(tokenizer, rebuilt)
+
+
+def _without_effect(step: Mapping[str, Any]) -> bool:
+    """Metaspace is in the keys; a split at spaces that the normalizer has replaced finds none."""
+    if step["type"] == "Metaspace":
+        return bool(step.get("replacement") == SPACE)
+    return bool(step["type"] == "Split" and step["pattern"] == {"String": " "})
+
+
+def _lost_flags(ours: Iterable[Mapping[str, Any]], theirs: Iterable[Mapping[str, Any]]) -> list[str]:
+    flags = {
+        "lstrip": "take the spaces before them",
+        "rstrip": "take the spaces after them",
+        "single_word": "count only as whole words",
+        "special": "are special",
+    }
+    found, reasons = {each["id"]: each for each in theirs}, []
+    if missing := [each["content"] for each in ours if each["id"] not in found]:
+        reasons.append(f"added tokens are missing in it ({_some(missing)})")
+    for flag, what in flags.items():
+        pairs = [(each, found[each["id"]]) for each in ours if each["id"] in found]
+        if lost := [a["content"] for a, b in pairs if a[flag] and not b[flag]]:
+            reasons.append(f"tokens {what} ({flag}: {_some(lost)})")
+        if besides := [a["content"] for a, b in pairs if b[flag] and not a[flag]]:
+            why = " by the name of the model" if flag == "rstrip" else ""
+            reasons.append(f"tokens would {what}{why}, which they do not here ({flag}: {_some(besides)})")
+    return reasons
+
+
+def _lost_affixes(tokenizer: Any, rebuilt: Any) -> list[str]:
+    """What is put around a text, where it is not one token for the beginning and one for the end."""
+    found = []
+    for each in (tokenizer, rebuilt):
+        ids, bare = each("a")["input_ids"], each("a", add_special_tokens=False)["input_ids"]
+        found.append(tokenizer.convert_ids_to_tokens(ids) if len(ids) != len(bare) or ids != bare else [])
+    if found[0] == found[1]:
+        return []
+    return [f"it puts tokens around a text that no key stands for ({' '.join(found[0]) or 'none'} for 'a')"]
+
+
+def _first_difference(tokenizer: Any, other: Any, texts: Sequence[str]) -> str | None:
+    batch = list(texts)
+    ours, theirs = (each(batch, verbose=False)["input_ids"] for each in (tokenizer, other))
+    for text, a, b in zip(batch, ours, theirs, strict=True):
+        if a != b:
+            return f"the text {text[:60]!r} has the tokens {_some(a)}, by the file's keys {_some(b)}"
+    for text, ids in zip(batch, ours, strict=True):
+        for skip in (True, False):
+            a, b = (each.backend_tokenizer.decode(ids, skip_special_tokens=skip) for each in (tokenizer, other))
+            if a != b:
+                return f"the tokens of {text[:60]!r} are decoded as {a[:60]!r}, by the file's keys as {b[:60]!r}"
+    return None
+
+
+def _sample(all: Sequence[str], count: int) -> list[str]:
+    return list(all[:: max(1, len(all) // count)])
+
+
+def _named(steps: Iterable[Mapping[str, Any]]) -> str:
+    return ", ".join(dict.fromkeys(str(step["type"]) for step in steps))
+
+
+def _some(values: Sequence[Any]) -> str:
+    shown = ", ".join(str(value) for value in values[:8])
+    return f"{shown} ..." if len(values) > 8 else shown

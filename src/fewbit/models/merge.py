@@ -1,0 +1,73 @@
+"""Merge an adapter into the weights of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import GenerationConfig
+from transformers.utils import logging as hf_logging
+
+from fewbit.errors import NumericsError
+from fewbit.formats.containers.safetensors import Checkpoint, ShardWriter, copy_side_files, writing
+from fewbit.models import scales
+from fewbit.models.adapters.attach import attach
+from fewbit.models.adapters.refit import presumed
+from fewbit.models.load import load_model
+from fewbit.models.scales import Scales
+from fewbit.models.skeleton import load_tokenizer, owned, placed
+from fewbit.models.source import Source
+from fewbit.nn.fused import packed_linears
+from fewbit.schemes.base import PartSpec
+
+
+def write_merged(
+    source: Source,
+    adapter: str | Path,
+    folder: Path,
+    *,
+    trained: Scales | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, PartSpec]:
+    """Write the model of `source` with an adapter added to its weights, packed ones unpacked, into `folder`.
+
+    trained: the scales of the model that the adapter was trained on, where its folder does not say.
+    The whole model is held in memory in its own type. Tensors that it has no place for are carried over, and given
+    back by name. NumericsError if a sum is not finite.
+    """
+    plain = load_model(source, device="cpu", trust_remote_code=trust_remote_code)
+    packed = packed_linears(plain)
+    if source.quantization is not None:
+        plain.dequantize()
+    carried = dict[str, PartSpec]()
+    if source.gguf is None:
+        checkpoint = Checkpoint(list(source.files))
+        _, without = placed(plain, checkpoint.specs, plain.state_dict())
+        prefix = plain.base_model_prefix
+        carried = {k: checkpoint.specs[k] for k, name in without.items() if not owned(name, prefix, packed)}
+    verbose = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        with presumed(trained):
+            merged = attach(plain, adapter).merge_and_unload(safe_merge=True)
+        if source.gguf is None:
+            merged.generation_config = GenerationConfig()  # transformers saves none that its own rules find fault with
+        with writing():
+            merged.save_pretrained(folder)
+    except ValueError as error:
+        raise NumericsError(f"{adapter} cannot be merged into {source.name}: {error}") from None
+    finally:
+        if verbose:
+            hf_logging.enable_progress_bar()
+    scales.write(folder, scales.of_model(plain) or Scales())
+    if source.gguf is not None:  # it has no side files: what it says of its tokenizer becomes one
+        load_tokenizer(source).save_pretrained(folder)
+        return {}
+    (folder / "generation_config.json").unlink(missing_ok=True)  # the source's own is copied
+    copy_side_files(source.beside, folder)
+    if carried:
+        writer = ShardWriter(folder)
+        writer.adopt()
+        for key in carried:
+            writer.add(key, checkpoint.get(key))
+        writer.close()
+    return carried

@@ -1,0 +1,145 @@
+"""Exchanging the modules of a model: packed ones in, ordinary ones back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from fewbit.errors import FormatError
+from fewbit.nn.fused import packed_linears
+from fewbit.nn.layers import QEmbedding, QLinear
+from fewbit.schemes.base import PartSpec
+
+FEW = 0.01  # share of a model's parameters below which it matters to nobody that they are not quantized
+
+asked_for: list[str | None] = []  # the kernels that fewbit's own loader asks for
+
+
+def kernel_asked_for() -> str | None:
+    """The kernel that what is being loaded shall use; None for the best."""
+    return asked_for[-1] if asked_for else None
+
+
+def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *, has_bias: bool) -> None:
+    """A `QLinear` in place of the linear called `module`, waiting for these tensors."""
+    try:
+        linear = model.get_submodule(module)
+    except AttributeError:
+        raise FormatError(f"the checkpoint has quantized tensors for {module}, which the model does not have") from None
+    if isinstance(linear, Conv1D):
+        k, n = linear.nx, linear.nf
+    elif isinstance(linear, nn.Linear):
+        k, n = linear.in_features, linear.out_features
+    else:
+        raise FormatError(f"the checkpoint has quantized tensors for {module}, which is a {type(linear).__name__}")
+    bias = linear.bias
+    if bias is None and has_bias:  # methods that shift weights write one where the model has none
+        bias = nn.Parameter(torch.empty(n, dtype=model.dtype, device="meta"))
+    parent, _, leaf = module.rpartition(".")
+    packed = QLinear(k, n, bias, module).await_tensors(tensors)
+    packed.transposed = isinstance(linear, Conv1D)
+    setattr(model.get_submodule(parent), leaf, packed)
+
+
+class ScaledActivation(nn.Module):
+    """An activation function whose outputs are divided by `scales`, one for each channel.
+
+    AutoAWQ makes one where no norm or linear lies before a linear whose columns it scaled.
+    """
+
+    def __init__(self, act: nn.Module, channels: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.act = act
+        self.scales = nn.Parameter(torch.empty(channels, dtype=dtype, device="meta"), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.act(x)
+        return out / self.scales.to(out)
+
+
+def put_scales(model: PreTrainedModel, module: str, spec: PartSpec) -> None:
+    """A `ScaledActivation` in place of the activation function called `module`, waiting for its scales."""
+    try:
+        act = model.get_submodule(module)
+    except AttributeError:
+        raise FormatError(f"the checkpoint has {module}.scales, but the model has no {module}") from None
+    if any(True for _ in act.parameters()):
+        raise FormatError(f"the checkpoint has {module}.scales, but {module} is a {type(act).__name__}")
+    parent, _, leaf = module.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, ScaledActivation(act, spec.shape[0], model.dtype))
+
+
+def left_as_they_are(model: PreTrainedModel, skipped: Iterable[str] = ()) -> str | None:
+    """A sentence about the weights that wait for no quantization and are no small part of the model; None if few.
+
+    Embeddings, the output head and what is `skipped` are not counted: nobody expects them to be quantized.
+    """
+    waiting = [module for module in model.modules() if isinstance(module, QLinear)]
+    quantized = sum(module.in_features * module.out_features for module in waiting)
+    left: dict[str, int] = {}
+    names = list(skipped)
+    for name, module in model.named_modules():
+        if isinstance(module, (QLinear, nn.Embedding)) or not should_convert_module(name, names):
+            continue
+        for leaf, weight in module.named_parameters(recurse=False):
+            if weight.dim() > 1:
+                left[f"{name}.{leaf}"] = weight.numel()
+    share = sum(left.values()) / max(sum(left.values()) + quantized, 1)
+    if share < FEW:
+        return None
+    largest = max(left, key=lambda name: left[name])
+    kind = type(model.get_submodule(largest.rpartition(".")[0])).__name__
+    return (
+        f"{sum(left.values()):,} parameters, {share:.0%} of those in the model's layers, stay in {model.dtype}: only "
+        f"ordinary linears are quantized, and {largest} belongs to a {kind}"
+    )
+
+
+def put_embedding(model: PreTrainedModel, module: str, spec: PartSpec) -> bool:
+    """A `QEmbedding` in place of the embedding called `module`, waiting for codes; False if its kind is not known."""
+    embedding = model.get_submodule(module)
+    scale = getattr(embedding, "scalar_embed_scale", None)
+    if not isinstance(embedding, nn.Embedding) or (type(embedding) is not nn.Embedding and scale is None):
+        return False
+    packed = QEmbedding(embedding.num_embeddings, embedding.embedding_dim, module, scale)
+    packed.stands_for = (embedding,)  # in a tuple, so that it is no submodule
+    parent, _, leaf = module.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, packed.await_tensors({"weight": spec}))
+    return True
+
+
+def unpack(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with ordinary modules that hold in `dtype` what the packed ones stand for."""
+    if any(isinstance(module, ScaledActivation) for module in model.modules()):
+        raise FormatError(
+            "AutoAWQ divides the outputs of this model's activation functions by scales, which no ordinary model has",
+            "Use the model it was made from.",
+        )
+    plain: nn.Linear | Conv1D | nn.Embedding
+    packed: dict[str, QLinear | QEmbedding] = dict(packed_linears(model))
+    packed |= {name: m for name, m in model.named_modules() if isinstance(m, QEmbedding)}
+    for name, module in packed.items():
+        weight = module.qtensor().dequantize(dtype)
+        if isinstance(module, QEmbedding):
+            (plain,) = module.stands_for
+            if module.scale is not None:
+                plain.embed_scale = torch.tensor(module.scale, device=weight.device, dtype=torch.float32)
+        elif module.transposed:
+            with torch.device("meta"):
+                plain = Conv1D(module.out_features, module.in_features)
+            weight = weight.T.contiguous()
+        else:
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if isinstance(module, QLinear) and module.bias is not None:
+            plain.bias = module.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, plain)
+    if isinstance(model.get_input_embeddings(), nn.Embedding):
+        model.tie_weights()
+    return model

@@ -1,0 +1,77 @@
+"""`AutoConfig.from_pretrained`: of a GGUF file by fewbit's reader, of a folder with all that its files say.
+
+transformers' own reader would otherwise parse the GGUF file, and it believes what the file says. A folder of old
+AutoGPTQ or AutoAWQ keeps its quantization config beside config.json. Patched is
+`PreTrainedConfig._get_config_dict`, by `fewbit.hook` when transformers' module of configs is imported; this module must
+not import more of transformers than that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import configuration_utils
+
+if TYPE_CHECKING:
+    from fewbit.formats.containers.gguf import GgufFile
+
+_LOCATING = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+_USED = {*_LOCATING, "trust_remote_code", "_from_pipeline", "_from_auto"}  # not handed on as part of a config
+
+
+def gguf_path(name: Any, file: str, options: Mapping[str, Any]) -> str:
+    """The absolute path of `file` in the folder or Hub repository `name`; OSError where it is not there.
+
+    transformers looks for the weights in the working directory first, and for the config in the folder.
+    """
+    from transformers.utils.hub import cached_file
+
+    local = {key: options[key] for key in _LOCATING if options.get(key) is not None}
+    found = cached_file(str(name), str(file), **local)
+    assert found is not None  # cached_file raises where there is none
+    return os.path.abspath(found)
+
+
+def gguf_file(name: Any, file: str, options: Mapping[str, Any]) -> GgufFile | None:
+    """The file that these arguments name; None if fewbit does not load its architecture."""
+    from fewbit.formats.containers.gguf import GgufFile
+    from fewbit.models.gguf.names import ARCHITECTURES
+
+    opened = GgufFile(gguf_path(name, file, options))
+    return opened if opened.metadata.get("general.architecture") in ARCHITECTURES else None
+
+
+def register() -> None:
+    """Put fewbit before the function that reads a config's file."""
+    cls: Any = configuration_utils.PreTrainedConfig
+    theirs = getattr(cls, "_get_config_dict", None)
+    if theirs is None or hasattr(theirs, "by_fewbit"):
+        return
+    inner = theirs.__func__
+
+    @wraps(inner)
+    def ours(kind: Any, name: Any, **kwargs: Any) -> Any:
+        from fewbit.models.gguf.config import to_config
+
+        if (file := kwargs.get("gguf_file")) and (found := gguf_file(name, file, kwargs)) is not None:
+            return to_config(found), {key: value for key, value in kwargs.items() if key not in _USED}
+        config, rest = inner(kind, name, **kwargs)
+        folder = Path(str(name)) / (kwargs.get("subfolder") or "")
+        if config is not None and kwargs.get("_configuration_file", "config.json") == "config.json":
+            from fewbit.models.foreign import check, completed
+
+            config = completed(config, folder) if folder.is_dir() else config
+            if not isinstance(quantized := config.get("quantization_config", {}), (dict, type(None))):
+                check(quantized)  # transformers' configs fail on it without a reason
+        return config, rest
+
+    ours.by_fewbit = True  # type: ignore[attr-defined]
+    patched: Any = ours
+    cls._get_config_dict = classmethod(patched)
+
+
+register()

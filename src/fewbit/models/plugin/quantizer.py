@@ -1,0 +1,480 @@
+"""fewbit at transformers' own seam: an `HfQuantizer` that loads quantized checkpoints packed.
+
+There is one loading path, `from_pretrained`. This file is the only one that touches transformers' registries; it
+stands in for a back end where that is not installed, where the user prefers it (`fewbit.prefer`), and inside `serving`,
+where fewbit's own loader asks for it. Weights in 16 bits are quantized one by one as transformers reads them, where the
+config object asks for something that needs no calibration: no more than one is ever there in 16 bits. Where it asks for
+GPTQ or AWQ, `fewbit.api.on_load` makes a quantized checkpoint first, which is loaded in the place of the other.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import logging as hf_logging
+from transformers.utils.import_utils import (
+    is_auto_round_available,
+    is_bitsandbytes_available,
+    is_gptqmodel_available,
+    is_optimum_available,
+)
+
+from fewbit import hook, registry
+from fewbit.errors import FewbitError, FormatError, KernelError, NumericsError, PlanError
+from fewbit.formats.base import by_quant_method
+from fewbit.formats.containers import pickle
+from fewbit.formats.containers.safetensors import files_in, read_specs
+from fewbit.models import as_read, foreign, scales
+from fewbit.models.decoding import decode
+from fewbit.models.decoding.fuse import fuse
+from fewbit.models.plugin import options
+from fewbit.models.plugin.modules import asked_for, kernel_asked_for, left_as_they_are, put, put_scales, unpack
+from fewbit.models.source import read_config
+from fewbit.nn.fused import packed_linears
+from fewbit.nn.layers import QLinear, slot
+from fewbit.schemes.base import PartSpec, QTensor
+from fewbit.system import heap, locks
+from fewbit.system.cache import cache_folder
+
+# Names that transformers has for a method's back ends, where they are not the method's own.
+_BACK_ENDS = {"bitsandbytes": ("bitsandbytes_4bit", "bitsandbytes_8bit")}
+_INSTALLED = {
+    "gptq": lambda: is_gptqmodel_available() and is_optimum_available(),
+    "awq": is_gptqmodel_available,
+    "bitsandbytes": is_bitsandbytes_available,
+}
+_AUTO_ROUND = "auto-round"  # its files are in GPTQ's layout or in AWQ's
+
+
+class FewbitQuantizer(HfQuantizer):
+    """Puts `QLinear` where the checkpoint has quantized weights, lets transformers fill it, and prepares its kernel."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        method = str(getattr(quantization_config.quant_method, "value", quantization_config.quant_method))
+        said: dict[str, Any] = {**quantization_config.to_dict(), "quant_method": method}
+        if method == _AUTO_ROUND:
+            said = foreign.understood(said)
+            method = said["quant_method"]
+        format = by_quant_method(method)
+        if format is None:
+            raise FormatError(f"quantization method {method!r} is not one that fewbit reads")
+        self.format = format
+        self.config = said
+        self.renamings: list[WeightRenaming] = []
+        self.transposed: set[str] = set()
+        self.packed: list[str] = []  # names of the layers that are packed
+        self.length: int | None = None  # of the static cache, where the model is to be fused
+        self.failure: FewbitError | None = None  # of a weight that was to be quantized as it was read
+        self.waiting: tuple[PreTrainedModel, list[str], Any] | None = None  # what is to be quantized first
+        self.request = None if self.pre_quantized else options.request(quantization_config)
+        self.scheme = None if self.pre_quantized or self.request else format.scheme(self.config)
+        if not self.pre_quantized and self.scheme is None and self.request is None:
+            raise PlanError(
+                f"{type(quantization_config).__name__} on a model that is not quantized",
+                "Quantize it first: fewbit quantize MODEL -o OUT, or fewbit.quantize(...). Then load OUT.",
+            )
+
+    def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
+        """KernelError where a packed layer would go to the disk. transformers asks again once the map is settled."""
+        if not isinstance(device_map, dict):
+            return
+        for name in self.packed:
+            inside = [place for place in device_map if not place or f"{name}.".startswith(f"{place}.")]
+            if inside and str(device_map[max(inside, key=len)]) == "disk":
+                raise KernelError(
+                    f"{name}: packed weights cannot be offloaded to the disk yet",
+                    "Give a device map that keeps the whole model in memory, such as device_map='cpu'.",
+                )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Like bitsandbytes, which it stands in for: to the GPU where nothing is said."""
+        if (
+            device_map is None
+            and self.format.quant_method in _BACK_ENDS
+            and not asked_for
+            and torch.cuda.is_available()
+        ):
+            return {"": torch.cuda.current_device()}
+        return device_map
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        self.dtype = model.dtype
+        if getattr(self.quantization_config, "do_fuse", False):
+            context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+            asked = getattr(self.quantization_config, "fuse_max_seq_len", None)
+            self.length = decode.checked_length(asked, context or sys.maxsize, "fuse_max_seq_len")
+        if self.scheme is not None:
+            self._make_room(model, kwargs.get("device_map"))
+            self.validate_environment(kwargs.get("device_map"))
+            return model
+        if not checkpoint_files:
+            raise FormatError("a quantized model is loaded from its safetensors files, not from a state dict")
+        if self.request is not None:
+            head = model.get_output_embeddings()
+            linears = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+            self.packed = [name for name, _ in linears]
+            self.validate_environment(kwargs.get("device_map"))
+            self.waiting = (model, checkpoint_files, kwargs.get("device_map"))
+            return model
+        if checkpoint_files[0].endswith(".bin"):
+            folder = pickle.converted(Path(checkpoint_files[0]).parent)
+            checkpoint_files[:] = [str(file) for file in files_in(folder)]
+        self._make_places(model, checkpoint_files)
+        self.validate_environment(kwargs.get("device_map"))
+        if self.config.get("backend") != getattr(self.quantization_config, "backend", None):
+            options.check(self.quantization_config, "backend")
+        return model
+
+    def _make_places(self, model: PreTrainedModel, checkpoint_files: list[str]) -> None:
+        """A `QLinear` for each linear that has quantized tensors in these files."""
+        # As the file has it: config classes drop what they do not know, and a reader must not guess.
+        stored = read_config(Path(checkpoint_files[0]).parent).get("quantization_config")
+        if isinstance(stored, dict):
+            self.config = foreign.understood(stored)
+            # So that what is saved says all of it too.
+            kept: Any = self.quantization_config
+            vars(kept).update({key: value for key, value in stored.items() if key not in vars(kept)})
+        self.packed = []
+        scales.attach(model, scales.of_folder(Path(checkpoint_files[0]).parent))
+        specs: dict[str, PartSpec] = {}
+        for file in checkpoint_files:
+            specs |= read_specs(Path(file))
+        named = _renamed(model, specs)
+        suffixes: set[str] = set()
+        for module, tensors in self.format.find(self.config, named).items():
+            put(model, module, tensors, has_bias=f"{module}.bias" in named)
+            self.packed.append(module)
+            suffixes |= set(tensors)
+        for module, spec in self.format.activations(named).items():
+            put_scales(model, module, spec)
+        self.renamings = [WeightRenaming(f".{name}", f".{slot(name)}") for name in sorted(suffixes) if "." in name]
+
+    def _quantize_first(self, model: PreTrainedModel, files: list[str], device_map: Any) -> None:
+        """Make a quantized checkpoint of `files`, and put its files in their place in that list, the loader's own."""
+        on_load, held = hook.on_load(), locks.scratch(cache_folder() / "on-load")
+        self.remove, out = weakref.finalize(self, held.remove), held.folder
+        # A model's own code was allowed if it is what is being loaded.
+        trusted = type(model).__module__.startswith("transformers_modules.")
+        with as_read.folder_of(model, files, trust_remote_code=trusted) as folder:
+            self.forget = on_load.quantized(
+                folder,
+                self.request,
+                out,
+                device=on_load.device_of(device_map),
+                trust_remote_code=trusted,
+                verbose=hf_logging.is_progress_bar_enabled(),
+            )
+        files[:] = [str(file) for file in files_in(out)]
+        with torch.device("meta"):
+            self._make_places(model, files)
+
+    def _make_room(self, model: PreTrainedModel, device_map: Any) -> None:
+        """A `QLinear` for each linear that is to be quantized as it is loaded."""
+        asked = self.config.get("llm_int8_skip_modules")
+        skipped = self.get_modules_to_not_convert(model, asked, list(model._keep_in_fp32_modules or ()))
+        if self.config.get("llm_int8_enable_fp32_cpu_offload") and isinstance(device_map, dict):
+            slow = [name for name, place in device_map.items() if str(place) in ("cpu", "disk")]
+            skipped += slow if len(slow) < len(device_map) else []
+        skipped += [name.removesuffix(".weight") for name in model.all_tied_weights_keys]  # they are embeddings
+        wrong = [
+            key for key in asked or () if all(should_convert_module(name, [key]) for name, _ in model.named_modules())
+        ]
+        if wrong:
+            warnings.warn(f"llm_int8_skip_modules: the model has no module {', '.join(wrong)}", stacklevel=2)
+        for name, module in list(model.named_modules()):
+            if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, skipped):
+                assert isinstance(module.weight, Tensor)
+                if isinstance(module, Conv1D):
+                    self.transposed.add(name)
+                put(model, name, {"weight": PartSpec(tuple(module.weight.shape), model.dtype)}, has_bias=False)
+                self.packed.append(name)
+        if said := left_as_they_are(model, skipped):
+            warnings.warn(f"{type(self.quantization_config).__name__}: {said}", stacklevel=2)
+
+    def update_weight_conversions(self, weight_conversions: Any, *rest: Any) -> Any:
+        """PlanError where the caller renames tensors (`key_mapping`) of a checkpoint that is to be quantized first."""
+        if self.waiting is not None:
+            known = {str(c.source_patterns) for c in get_model_conversion_mapping(self.waiting[0])}
+            if other := [str(c.source_patterns) for c in weight_conversions if str(c.source_patterns) not in known]:
+                raise PlanError(
+                    f"{type(self.quantization_config).__name__} with key_mapping ({other[0]}): that is not supported",
+                    "Load the model with key_mapping alone, save it, and quantize that folder.",
+                )
+        theirs: Any = super().update_weight_conversions  # which takes the model too in newer versions
+        return theirs(weight_conversions, *rest)
+
+    def get_weight_conversions(self) -> list[WeightRenaming]:
+        if self.waiting is not None:
+            # Asked for between building the model, when all tensors that are made have no data, and loading it.
+            waiting, self.waiting = self.waiting, None
+            self._quantize_first(*waiting)
+        return self.renamings
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        module, _, leaf = param_name.rpartition(".")
+        return not self.pre_quantized and leaf == "weight" and isinstance(model.get_submodule(module), QLinear)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes per element, for device maps: of a weight that waits to be quantized, those it will have."""
+        if self.scheme is not None and self.param_needs_quantization(model, param_name):
+            return self.scheme.nbytes((param.shape[0], param.shape[1])) / param.numel()
+        return param.element_size()
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _QuantizeOnLoad(self)
+
+    def quantize(self, module: QLinear, weight: Tensor) -> None:
+        """Round `weight` to nearest and give it to a module that waits for it."""
+        assert self.scheme is not None
+        weight = weight.T if module.module in self.transposed else weight
+        if weight.shape != (module.out_features, module.in_features):
+            raise FormatError(
+                f"{module.module}.weight has shape {list(weight.shape)}, which config.json does not ask for"
+            )
+        try:
+            codes, grids = self.scheme.nearest(weight)
+        except NumericsError as error:
+            raise NumericsError(f"{module.module}: {error.message}", error.hint) from None
+        module.take_tensors()
+        packed = QTensor(self.scheme, (weight.shape[0], weight.shape[1]), self.scheme.pack(codes, grids))
+        module.adopt(packed, self.dtype, kernel_asked_for())
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.failure is not None:
+            raise self.failure
+        # What was renamed for loading is not to be renamed back in saving: the format gives the names on disk itself.
+        if used := getattr(model, "_weight_conversions", None):
+            model._weight_conversions = [c for c in used if c not in self.renamings]  # type: ignore[assignment]
+        with heap.tight() as done_with:
+            self._prepare(model, done_with)
+        if self.request is not None:
+            self._as_made(model)
+        if self.length is not None:
+            fuse(model)
+            decode.within(model, self.length)
+        return model
+
+    def _prepare(self, model: PreTrainedModel, done_with: heap.DoneWith) -> None:
+        """Lay out every weight for its kernel, and let go of what was read from the files."""
+        kernel, compute = kernel_asked_for(), self._compute_dtype()
+        for name, module in model.named_modules():
+            if isinstance(module, QLinear):
+                module.compute = compute
+            if isinstance(module, QLinear) and module.placeholders:
+                if self.scheme is not None:
+                    raise FormatError(f"{name}.weight is missing, or could not be quantized")
+                tensors = module.take_tensors()
+                if any(tensor.is_meta for tensor in tensors.values()):
+                    raise KernelError(
+                        f"{name}: packed weights cannot be offloaded to the disk yet",
+                        "Give a device map that keeps the whole model in memory, such as device_map='cpu'.",
+                    )
+                weight = self.format.read(tensors, self.config, name)
+                if weight.shape != (module.out_features, module.in_features):
+                    raise FormatError(
+                        f"{name} holds a weight of shape {list(weight.shape)}, "
+                        f"config.json asks for {[module.out_features, module.in_features]}"
+                    )
+                module.adopt(weight, self.dtype, kernel)
+                done_with(tensors.values(), module.prepared)
+
+    def _compute_dtype(self) -> torch.dtype | None:
+        """The type that bitsandbytes would compute in; None for that of the activations, as in fewbit's own loader."""
+        name = self.config.get("bnb_4bit_compute_dtype") if self.config.get("load_in_4bit") and not asked_for else None
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(name).removeprefix("torch."))
+
+    def _as_made(self, model: PreTrainedModel) -> None:
+        """A config that says what was made, in place of what was asked for; what it was made from goes."""
+        asked: Any = self.quantization_config
+        self.pre_quantized = True
+        # What to_dict of AwqConfig calls version and of GPTQConfig checkpoint_format is the format as asked for. v1 is
+        # not written with zero points.
+        form = str(getattr(asked.format, "value", asked.format))
+        if form == "gptq_v2":
+            self.config |= {"format": form, "checkpoint_format": form}
+        elif self.format.quant_method == "awq":
+            self.config["version"] = form
+        made: Any = type(asked).from_dict(self.config)
+        vars(made).update({key: value for key, value in self.config.items() if key not in vars(made)})
+        made.meta, made.dataset = asked.meta, asked.dataset if isinstance(asked.dataset, str) else None
+        for name in ("damp_percent", "true_sequential", "modules_in_block_to_quantize", *options.FUSING):
+            if hasattr(asked, name):
+                setattr(made, name, getattr(asked, name))
+        model.config.quantization_config = self.quantization_config = made
+        self.forget()
+        self.remove()
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors that `save_pretrained` writes, quantized weights in the layout of their format.
+
+        Of a model with an adapter (`add_adapter`) transformers writes the adapter alone.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return model.state_dict(), {}
+        quantized = packed_linears(model)
+        held = {name for name, m in model.named_modules() if isinstance(m, QLinear)}
+        state = {}
+        for name, tensor in model.state_dict().items():
+            module, _, leaf = name.rpartition(".")
+            if module not in held or leaf == "bias":
+                state[name] = tensor
+        for name, linear in quantized.items():
+            for suffix, tensor in self.format.lay_out(linear.qtensor().map(lambda t: t.cpu()), self.config).items():
+                state[f"{name}.{suffix}"] = tensor
+        return state, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # A config that was saved holds the type's name.
+        return unpack(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+class _QuantizeOnLoad(ConversionOps):
+    """What transformers' loader does to a weight in 16 bits once it is on its device."""
+
+    def __init__(self, quantizer: FewbitQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        done = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            module = kwargs["model"].get_submodule(name.rpartition(".")[0])
+            if isinstance(module, QLinear) and module.placeholders:
+                # transformers would print what is raised here and raise an error of its own.
+                try:
+                    if self.quantizer.failure is None:
+                        with heap.tight():
+                            self.quantizer.quantize(module, weight)
+                except FewbitError as error:
+                    self.quantizer.failure = error
+                weight = module.weight
+            done[name] = weight
+        return done
+
+
+def _checked(theirs: Any) -> Any:
+    """transformers' question whether it knows a model's quantization, with a sentence where that is none."""
+
+    def supports(found: Any) -> bool:
+        foreign.check(getattr(found, "to_dict", lambda: found)())
+        return bool(theirs(found))
+
+    supports.by_fewbit = True  # type: ignore[attr-defined]
+    return supports
+
+
+def _fitting(theirs: Any) -> Any:
+    """`load_adapter` of transformers' models, whose adapters then fit the scales of the model, as PEFT's own do."""
+
+    @wraps(theirs)
+    def load_adapter(self: Any, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
+        result = theirs(self, peft_model_id, adapter_name, **kwargs)
+        if peft_model_id is not None:
+            from fewbit.models.adapters.refit import fit  # PEFT is an extra
+
+            name, folder = adapter_name or "default", Path(peft_model_id).absolute()
+            fit(self, name, self.peft_config[name], folder if folder.is_dir() else None)
+        return result
+
+    load_adapter.by_fewbit = True  # type: ignore[attr-defined]
+    return load_adapter
+
+
+def register() -> None:
+    """Stand in for the back ends that are not installed, or that the user does not prefer."""
+    for method in _methods():
+        if method in hook.preferred or not _INSTALLED.get(method, lambda: False)():
+            auto.AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(_back_ends(method), FewbitQuantizer))
+    quantizers: Any = auto.AutoHfQuantizer
+    if not hasattr(quantizers.supports_quant_method, "by_fewbit"):
+        quantizers.supports_quant_method = staticmethod(_checked(quantizers.supports_quant_method))
+    model: Any = PreTrainedModel
+    if not hasattr(model.load_adapter, "by_fewbit"):
+        model.load_adapter = _fitting(model.load_adapter)
+    if not is_auto_round_available():
+        auto.AUTO_QUANTIZER_MAPPING[_AUTO_ROUND] = FewbitQuantizer
+    with suppress(ImportError):  # where transformers has its own no more, there is nothing to stand in for
+        from fewbit.models.plugin.gguf import GgufQuantizer
+
+        mapping: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
+        mapping["gguf"] = GgufQuantizer
+
+
+@contextmanager
+def serving(kernel: str | None = None) -> Iterator[None]:
+    """Within, every format that fewbit knows is loaded by fewbit, and by `kernel` where one is named."""
+    ours = [_AUTO_ROUND, *(name for method in _methods() for name in _back_ends(method))]
+    before = {name: auto.AUTO_QUANTIZER_MAPPING[name] for name in ours if name in auto.AUTO_QUANTIZER_MAPPING}
+    auto.AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(ours, FewbitQuantizer))
+    asked_for.append(kernel)
+    try:
+        yield
+    finally:
+        asked_for.pop()
+        auto.AUTO_QUANTIZER_MAPPING.update(before)
+
+
+def _methods() -> list[str]:
+    """Of the formats that lie in folders; what holds a whole model in one file has a quantizer of its own."""
+    return [format.quant_method for format in registry.entries("formats").values() if not format.suffix]
+
+
+def _back_ends(method: str) -> tuple[str, ...]:
+    return _BACK_ENDS.get(method, (method,))
+
+
+def _renamed(model: PreTrainedModel, specs: Mapping[str, PartSpec]) -> dict[str, PartSpec]:
+    """The tensors of a checkpoint by the names of the modules that they belong to in `model`."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    modules = dict(model.named_modules())
+    found = {}
+    for key, spec in specs.items():
+        # The loader adds or drops the base model's prefix by looking for the key; here its module is looked for.
+        name, _ = rename_source_key(key, renamings, [])
+        prefix = model.base_model_prefix + "."
+        for candidate in (name, prefix + name, name.removeprefix(prefix)):
+            if _owner(candidate) in modules:
+                name = candidate
+                break
+        found[name] = spec
+    return found
+
+
+def _owner(name: str) -> str:
+    """The module that a tensor belongs to; what goes with a weight may be called `weight.something`."""
+    module, found, _ = name.partition(".weight.")
+    return module if found else name.rpartition(".")[0]
+
+
+register()

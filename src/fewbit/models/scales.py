@@ -1,0 +1,188 @@
+"""The scales that a method folded into a model (AWQ), kept beside it, so that adapters can be moved between the two.
+
+A fold multiplies columns of some linears by s and divides the rows of what feeds them by s, so that a linear computes
+y' = y / r of x' = x / c. An adapter B A that was trained there is diag(r) B A diag(1/c) on the original model.
+
+The values are a safetensors file, `fewbit.scales`. Its name does not end in .safetensors, because other packages read
+every such file of a folder as weights. A GGUF file has them as one array of its keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import FormatError
+from fewbit.formats.containers.safetensors import read_file, write_file
+from fewbit.system.files import parse_json, read_json, write_json
+from fewbit.system.publish import RECORD
+
+FILE = "fewbit.scales"
+GGUF_RECORD = "fewbit.record"
+_KINDS = ("columns:", "rows:")
+_ATTRIBUTE = "fewbit_scales"  # of a model that fewbit loaded: its scales; of its config: their digest
+
+
+@dataclass(frozen=True, eq=False)
+class Scales:
+    """`values`: "columns:LINEAR" -> [K], what its columns were multiplied by; "rows:MODULE" -> [N], what the rows of a
+    linear, or the channels of a norm, and their bias were divided by. `origin`: the model before any fold."""
+
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    origin: str | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.values)
+
+    @property
+    def digest(self) -> str:
+        """Of the names and values; that of no scales is the same for all models."""
+        digest = hashlib.sha256()
+        for name in sorted(self.values):
+            digest.update(name.encode() + self.values[name].float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def columns(self, names: Iterable[str]) -> Tensor | None:
+        """The factors of the columns of the linear that has one of these names."""
+        return self._of("columns:", names)
+
+    def rows(self, names: Iterable[str]) -> Tensor | None:
+        """The divisors of the rows of the linear that has one of these names."""
+        return self._of("rows:", names)
+
+    def _of(self, kind: str, names: Iterable[str]) -> Tensor | None:
+        return next((self.values[kind + name] for name in names if kind + name in self.values), None)
+
+    def after(self, before: Scales) -> Scales:
+        """Both folds as one: these scales were folded into a model that had those of `before`."""
+        values = dict(before.values)
+        for name, tensor in self.values.items():
+            values[name] = values[name] * tensor if name in values else tensor
+        return Scales(values, before.origin or self.origin)
+
+    def to_json(self) -> dict[str, Any] | None:
+        """What a record says of them; None where nothing is scaled."""
+        return {"file": FILE, "digest": self.digest, "origin": self.origin} if self else None
+
+
+def of_blocks(tensors: Mapping[str, Any]) -> list[str]:
+    """Those names of a run's tensors that are scales."""
+    return [name for name in tensors if name.startswith(_KINDS)]
+
+
+def write(folder: Path, scales: Scales) -> None:
+    """Write `fewbit.scales`, unless there is nothing to be said."""
+    if scales:
+        write_file(folder / FILE, scales.values, {"origin": scales.origin or ""})
+
+
+def read(folder: Path) -> Scales:
+    """The scales of a folder; empty where it has no such file."""
+    if not (folder / FILE).is_file():
+        return Scales()
+    values, metadata = read_file(folder / FILE)
+    if wrong := [name for name, t in values.items() if not name.startswith(_KINDS) or t.dim() != 1]:
+        raise FormatError(f"{folder / FILE} holds {wrong[0]}, which is no vector of scales")
+    return Scales(values, metadata.get("origin") or None)
+
+
+def of_folder(folder: Path) -> Scales | None:
+    """The scales of a model's folder; None where the model has some, or may have, and the folder does not hold them."""
+    if (folder / FILE).is_file():
+        return read(folder)
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, FormatError):
+        return Scales()
+    return _unsaid(config) if isinstance(config, dict) else Scales()
+
+
+def _unsaid(config: Mapping[str, Any]) -> Scales | None:
+    """Those of a model that has no `fewbit.scales`."""
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return None if _ATTRIBUTE in config or str(getattr(method, "value", method)) == "awq" else Scales()
+
+
+def to_metadata(scales: Scales) -> dict[str, Any]:
+    """The key of a GGUF file that holds the values. Their names and lengths stand in its record."""
+    return {FILE: torch.cat([t.float() for t in scales.values.values()]).numpy()} if scales else {}
+
+
+def to_record(scales: Scales) -> dict[str, Any] | None:
+    """What the record of a GGUF file says of them; None where nothing is scaled."""
+    if not scales:
+        return None
+    lengths = {name: len(tensor) for name, tensor in scales.values.items()}
+    return {"key": FILE, "digest": scales.digest, "origin": scales.origin, "lengths": lengths}
+
+
+def of_metadata(metadata: Mapping[str, Any]) -> Scales:
+    """The scales of a GGUF file; empty where it says none. FormatError where its keys contradict each other."""
+    record = metadata.get(GGUF_RECORD)
+    said = parse_json(record, f"the key {GGUF_RECORD}") if isinstance(record, str) else None
+    said = said.get("scales") if isinstance(said, dict) else None
+    if said is None:
+        return Scales()
+    try:
+        lengths = {str(name): int(length) for name, length in said["lengths"].items()}
+        whole = torch.tensor(metadata[FILE], dtype=torch.float32, device="cpu")
+        found = Scales(dict(zip(lengths, whole.split(list(lengths.values())), strict=True)), said["origin"])
+        if found.digest != said["digest"]:
+            raise ValueError(f"their digest is {found.digest}")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise FormatError(f"the key {FILE} does not hold the scales that {GGUF_RECORD} states: {error}") from None
+    return found
+
+
+def attach(model: Any, scales: Scales | None) -> None:
+    """Let a model that is being loaded know its scales; None: they are not known."""
+    setattr(model, _ATTRIBUTE, scales)
+    if scales:  # so that a copy that transformers saves is not taken for the original
+        setattr(model.config, _ATTRIBUTE, scales.digest)
+
+
+def of_model(model: Any) -> Scales | None:
+    """The scales of a loaded model; None where it has some, or may have, and nothing says which."""
+    if hasattr(model, _ATTRIBUTE):
+        known: Scales | None = getattr(model, _ATTRIBUTE)
+        return known
+    folder = Path(str(getattr(model, "name_or_path", "") or "."))
+    if folder.is_dir() and (folder / FILE).is_file():
+        return read(folder)
+    config: Any = getattr(model, "config", None)
+    return _unsaid(config.to_dict() if hasattr(config, "to_dict") else {})
+
+
+def say(folder: Path, scales: Scales, model: str) -> None:
+    """Write into the folder of an adapter which model it was trained on, and the scales of that model."""
+    write_json(folder / RECORD, {"schema_version": 1, "model": model, "scales": scales.to_json()}, indent=1)
+    if scales:
+        write(folder, scales)
+    else:
+        (folder / FILE).unlink(missing_ok=True)
+
+
+def said(folder: Path) -> Scales | None:
+    """The scales of the model that an adapter was trained on; None where its folder does not say."""
+    try:
+        record = read_json(folder / RECORD)
+    except FileNotFoundError:
+        return None
+    if not isinstance(record, dict) or "scales" not in record:
+        return None
+    if record["scales"] is None:
+        return Scales()
+    found = read(folder)
+    if not isinstance(record["scales"], dict) or found.digest != record["scales"].get("digest"):
+        raise FormatError(
+            f"{folder / FILE} does not hold the scales that {RECORD} states",
+            "Copy the whole folder of the adapter again.",
+        )
+    return found

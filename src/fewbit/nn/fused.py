@@ -1,0 +1,119 @@
+"""Linears that read one tensor, multiplied at once: their weights stacked, each left in its place as a slice.
+
+A model calls q, k and v one after another with the same input. The first that is called multiplies by the whole stacked
+weight; the others find the product there and take their rows of it. So any model's own forward runs unchanged, and
+whatever looks for `k_proj` finds a `QLinear` there: LoRA wraps it, saving asks it for its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.nn.layers import QLinear
+from fewbit.schemes.base import QTensor
+from fewbit.schemes.stacked import stack, unstack
+
+
+class Product:
+    """x Wᵀ for the stacked W, kept from the first slice that asks for it to the last."""
+
+    def __init__(self, linear: QLinear, rows: Sequence[int]) -> None:
+        self.linear, self.rows = linear, list(rows)
+        self.starts = [sum(rows[:index]) for index in range(len(rows))]
+        self.taken: set[int] = set()
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    def rows_of(self, index: int, x: Tensor) -> Tensor:
+        """The columns of x Wᵀ that slice `index` stands for, [..., rows]."""
+        kept = self.kept
+        if kept is None or kept[0] is not x or index in self.taken:
+            kept = self.kept = (x, self.linear(x))
+            self.taken = set()
+        self.taken.add(index)
+        if len(self.taken) == len(self.rows):
+            self.kept = None
+        return kept[1].narrow(-1, self.starts[index], self.rows[index])
+
+
+class Slice(QLinear):
+    """Some rows of a stacked weight, in the place of the linear that they were; it adds that linear's bias itself.
+
+    The first slice holds the stacked linear as a submodule, so that it counts, and moves, once.
+    """
+
+    def __init__(self, product: Product, index: int, like: QLinear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.module = like.in_features, like.out_features, like.module
+        self.register_parameter("bias", like.bias)
+        self.transposed, self.placeholders = like.transposed, {}
+        self.product, self.index = product, index
+        if index == 0:
+            self.stacked = product.linear
+
+    # What others ask of a QLinear is told of the stacked one.
+    @property
+    def kernel(self) -> Any:  # type: ignore[override]
+        return self.product.linear.kernel
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.product.linear.dtype
+
+    @property
+    def held(self) -> Tensor | None:  # of the whole: rows of a layout are no layout of rows
+        return self.product.linear.held
+
+    @property
+    def codec(self) -> Any:  # type: ignore[override]
+        return self.qtensor().codec
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return (self.out_features, self.in_features)
+
+    def qtensor(self) -> QTensor:
+        return unstack(self.product.linear.qtensor(), self.product.rows)[self.index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product.rows_of(self.index, x)
+        bias = self._parameters["bias"]
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        nn.Module._apply(self, fn, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, slice {self.index}"
+
+
+def packed_linears(model: nn.Module) -> dict[str, QLinear]:
+    """The quantized linears of a model by name, slices included; not what slices are made of."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, QLinear)}
+    inner = {f"{name}.stacked" for name, m in found.items() if isinstance(m, Slice)}
+    return {name: m for name, m in found.items() if name not in inner}
+
+
+def slices(linears: Sequence[QLinear]) -> list[Slice] | str:
+    """What takes the place of these linears, in their order; or a sentence that says why they cannot be one."""
+    first = linears[0]
+    for attribute, what in (("codec", "scheme"), ("in_features", "columns"), ("dtype", "activations")):
+        if len(found := {getattr(linear, attribute) for linear in linears}) > 1:
+            return f"they differ in {what}: {', '.join(sorted(map(str, found)))}"
+    orders = [linear.permutation for linear in linears]
+    if any((order is None) != (orders[0] is None) for order in orders) or not all(
+        torch.equal(order, orders[0]) for order in orders if order is not None and orders[0] is not None
+    ):
+        return "their columns are stored in different orders"
+    weight = stack([linear.qtensor() for linear in linears])
+    whole = QLinear(first.in_features, weight.shape[0], None, " + ".join(linear.module for linear in linears))
+    whole.adopt(weight, first.dtype, first.forced)
+    assert whole.kernel is not None
+    if any(linear.kernel is not None and linear.kernel.priority > whole.kernel.priority for linear in linears):
+        return f"the kernel that serves each does not serve {list(weight.shape)} of {weight.codec}"
+    product = Product(whole, [linear.out_features for linear in linears])
+    return [Slice(product, index, linear) for index, linear in enumerate(linears)]

@@ -1,0 +1,73 @@
+"""Importances of inputs: measured on a text, or read from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers import imatrix
+from fewbit.methods.base import name_of
+from fewbit.models.skeleton import Skeleton
+from fewbit.pipeline.capture import captured, gather
+from fewbit.pipeline.progress import Progress, Step
+from fewbit.pipeline.settled import model_of, outside
+from fewbit.plans.plan import Resolved
+from fewbit.stats import Need, Stats
+
+
+def importance(path: Path, skeleton: Skeleton, resolved: Resolved) -> tuple[dict[str, Stats], list[str]]:
+    """What the importance matrix at `path` says of each linear in a block, and sentences on what it does not say.
+
+    PlanError where the plan's methods need more than that, or nothing at all; FormatError for a damaged file and for
+    one of another model.
+    """
+    besides = {a.module for a in outside(skeleton, resolved)}
+    wanted = {module: a for module, a in resolved.assignments.items() if module not in besides}
+    for a in wanted.values():
+        if a.method.needs != Need.MEAN_SQUARE or a.method.rewrites:
+            needs = "whole inputs" if a.method.needs > Need.NOTHING else "no importances"
+            raise PlanError(
+                f"--imatrix {path}: method {name_of(a.method)} needs {needs}",
+                "Leave --imatrix out, or use --method imatrix.",
+            )
+    names, matrix = model_of(skeleton).names, imatrix.read(path)
+    found, missing = {}, []
+    for module, a in wanted.items():
+        name = f"{names[module]}.weight"
+        if name not in matrix:
+            missing.append(name)
+            found[module] = Stats.known(torch.ones(a.shape[1], device=skeleton.device, dtype=torch.float32), 1)
+            continue
+        mean_square, rows = matrix[name]
+        if len(mean_square) != a.shape[1]:
+            raise FormatError(
+                f"{path}: {name} has {len(mean_square)} importances, the weight {a.shape[1]} columns",
+                "The file is of another model.",
+            )
+        found[module] = Stats.known(mean_square.to(skeleton.device), rows)
+    if len(missing) == len(wanted):
+        raise FormatError(
+            f"{path} has importances of {len(matrix)} tensors, none of this model ({missing[0]} is not there)",
+            "The file is of another model.",
+        )
+    notes = [f"{path} has no importances of {', '.join(missing)}: all columns count alike there"] if missing else []
+    return found, notes
+
+
+def measure(skeleton: Skeleton, tokens: Tensor, progress: Progress) -> dict[str, Stats]:
+    """Mean squares of the inputs of all linears in blocks, all tokens counting alike, nothing being quantized."""
+    found: dict[str, Stats] = {}
+    hidden, calls = captured(skeleton, tokens)
+    for index, block in enumerate(skeleton.blocks):
+        with skeleton.materialized(block) as module:
+            wanted = dict.fromkeys(skeleton.linears(block), Need.MEAN_SQUARE)
+            found |= gather(skeleton, block, module, wanted, calls[block], hidden, alike=True)
+            if block != skeleton.blocks[-1]:
+                with torch.no_grad():
+                    for i, call in enumerate(calls[block]):
+                        hidden[i] = call.run(module, hidden[i])
+        progress(Step(index + 1, len(skeleton.blocks), 0.0, False))
+    return found

@@ -1,0 +1,246 @@
+"""What is to be quantized, settled and checked before any work: a model, a plan, importances, calibration tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.brief import brief
+from fewbit.checks import Texts
+from fewbit.errors import PlanError
+from fewbit.formats.base import by_quant_method
+from fewbit.formats.containers import pickle
+from fewbit.formats.containers.safetensors import folders_left_out, other_weights, side_files
+from fewbit.models.skeleton import Skeleton, load_tokenizer
+from fewbit.models.source import Source, locate
+from fewbit.pipeline import importances, run, settled, sizes
+from fewbit.pipeline import settled as pipeline_settled
+from fewbit.plans import plan as plans
+from fewbit.schemes.base import PartSpec
+from fewbit.stats import Need, Stats
+from fewbit.system import machine
+from fewbit.texts import sources
+from fewbit.texts import windows as texts_windows
+from fewbit.texts.calibration import Calibration as Calibration
+
+# Files whose content a GGUF file holds in its keys.
+_IN_GGUF = re.compile(
+    r"(config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|.*\.model|.*\.jinja"
+    r"|LICENSE.*|generation_config\.json"
+)
+
+
+@dataclass
+class Job:
+    """A model and a plan settled for it, checked, before any work."""
+
+    source: Source
+    skeleton: Skeleton
+    resolved: plans.Resolved
+    importance: dict[str, Stats] | None
+    notes: list[str]
+
+    @classmethod
+    def prepare(
+        cls,
+        model: str | Path,
+        plan: plans.Plan,
+        device: str | None,
+        safetensors_only: bool,
+        trust_remote_code: bool,
+        imatrix: str | Path | None = None,
+    ) -> Job:
+        source = unquantized(model, safetensors_only)
+        skeleton = skeleton_of(source, machine.device(device), trust_remote_code)
+        resolved, notes = pipeline_settled.settled(skeleton, plan), list[str]()
+        settled.check(skeleton, resolved)
+        importance = None
+        if imatrix is not None:
+            importance, notes = importances.importance(Path(imatrix), skeleton, resolved)
+        return cls(source, skeleton, resolved, importance, [*resolved.notes, *notes])
+
+    @property
+    def single_file(self) -> bool:
+        return bool(self.resolved.format.suffix)
+
+    def tokens(self, wanted: Calibration, tokenizer: Any) -> tuple[Tensor | None, dict[str, Any] | None]:
+        """Calibration tokens [samples, length] and what the record says of them; None where no method needs any."""
+        if self.importance is not None or settled.calibration_need(self.resolved) == Need.NOTHING:
+            return None, None
+        return windows(wanted, self.source, tokenizer)
+
+    def left_out(self) -> list[str]:
+        """Sentences on what the model's folder has and an output holds as it is, or not at all."""
+        carried = {} if self.single_file else self.skeleton.carried(self.resolved.assignments)
+        specs = self.skeleton.checkpoint.specs
+        lost = {key: specs[key] for key in self.skeleton.without_place if key not in carried}
+        kind = type(self.skeleton.model).__name__
+        return homeless(kind, carried, lost) + left_behind(self.source, single_file=self.single_file)
+
+    def preview(self) -> Preview:
+        tensors, output_bytes = sizes.tensors(self.skeleton, self.resolved)
+        return Preview(
+            plan=self.resolved.plan.name,
+            format=self.resolved.format.name,
+            notes=[*self.notes, *self.left_out()],
+            tensors=tensors,
+            original_bytes=sizes.checkpoint_bytes(self.skeleton),
+            output_bytes=output_bytes,
+            share=settled.share_quantized(self.skeleton, self.resolved),
+        )
+
+
+def unquantized(model: str | Path, safetensors_only: bool) -> Source:
+    source = locate(model, safetensors_only=safetensors_only)
+    if source.quantization is not None:
+        method = source.quantization["quant_method"]
+        if by_quant_method(method) is not None:
+            raise PlanError(f"{model} is quantized already", "Quantize the original: a second rounding only adds loss.")
+        raise PlanError(
+            f"{model} holds weights in the form {method!r}, which fewbit does not quantize",
+            "Use a copy with ordinary weights. Where none is published, transformers can often make it: load the model "
+            "with dequantize=True in its quantization config, and save it.",
+        )
+    return source
+
+
+def same_vocabulary(one: Source, other: Source, tokenizer: Any, trust_remote_code: bool) -> None:
+    """PlanError unless the tokenizer of `one` has the tokens of `tokenizer`, which belongs to the `other` model."""
+    if load_tokenizer(one, trust_remote_code=trust_remote_code).get_vocab() != tokenizer.get_vocab():
+        raise PlanError(f"{other.name} and {one.name} have different tokenizers", "Compare models of one vocabulary.")
+
+
+def skeleton_of(source: Source, device: str, trust_remote_code: bool) -> Skeleton:
+    dtype = torch.float32 if device == "cpu" else source.dtype
+    skeleton = Skeleton(source, dtype, torch.device(device), trust_remote_code=trust_remote_code)
+    if reason := skeleton.why_not():
+        raise PlanError(f"{source.name}: {reason}")
+    return skeleton
+
+
+def windows(wanted: Calibration, source: Source, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
+    """Calibration tokens [samples, length] and what a record says of them."""
+    most = source.context
+    if wanted.length > most and wanted.length != Calibration.length:
+        raise PlanError(f"--length {wanted.length} is beyond the model's context of {most} tokens")
+    text = sources.load_text(wanted.text or sources.own_source(source.config), "calibration")
+    length = min(wanted.length, most)
+    stream = texts_windows.within(texts_windows.encode(text, tokenizer), source.rows, tokenizer, text.name)
+    tokens = texts_windows.sample(stream, wanted.samples, length, wanted.seed)
+    return tokens, {
+        "text": text.name,
+        "digest": texts_windows.digest(tokens),
+        "samples": tokens.shape[0],
+        "length": length,
+        "seed": wanted.seed,
+    }
+
+
+def evaluated(
+    source: Source, other: Source | None, tokenizer: Any, text: Texts, length: int | None, samples: int | None
+) -> tuple[str, Tensor, int]:
+    """The name of a text, its first `samples` windows of tokens [windows, length], all if None, and how many it has.
+
+    Both models have rows for these tokens.
+    """
+    most = min(each.context for each in (source, other) if each is not None)
+    if length is not None and length > most:
+        raise PlanError(f"--length {length} is beyond the model's context of {most} tokens")
+    if length is not None and length < 2:
+        raise PlanError(f"--length {length}: a window needs at least 2 tokens")
+    loaded = sources.load_text(text, "evaluation")
+    stream = texts_windows.encode(loaded, tokenizer)
+    for each in (source, other):
+        if each is not None:
+            texts_windows.within(stream, each.rows, tokenizer, loaded.name)
+    every = texts_windows.windows(stream, length or min(2048, most))
+    return loaded.name, every if samples is None else every[:samples], len(every)
+
+
+def is_file(out: str | Path, plan: plans.Plan) -> bool:
+    """Whether the plan makes one file rather than a folder; PlanError where the name of the output says otherwise."""
+    suffix = plans.format_of(plan).suffix
+    if suffix and Path(out).suffix != suffix:
+        raise PlanError(f"{out}: plan {plan.name} makes one {suffix} file", f"Give an -o that ends in {suffix}.")
+    if not suffix and Path(out).suffix == ".gguf":
+        raise PlanError(
+            f"{out} would be a GGUF file, but plan {plan.name} makes a folder of {plan.format} weights",
+            "Use a plan for GGUF, such as --plan q4_k_m, or another -o.",
+        )
+    return bool(suffix)
+
+
+def homeless(kind: str, carried: Mapping[str, PartSpec], lost: Mapping[str, PartSpec]) -> list[str]:
+    """Sentences on the tensors of a checkpoint that its class, `kind`, has no place for."""
+    notes = []
+    if carried:
+        notes.append(f"carried over as is: {_some(carried)} that {kind} has no place for; other readers may use them")
+    if lost:
+        notes.append(f"left out: {_some(lost)} that {kind} has no place for")
+    return notes
+
+
+def _some(specs: Mapping[str, PartSpec]) -> str:
+    """How many tensors, their bytes, and the names of the first."""
+    named = ", ".join([*specs][:3]) + (" ..." if len(specs) > 3 else "")
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    return f"{len(specs)} {'tensor' if len(specs) == 1 else 'tensors'} of {nbytes:,} bytes ({named})"
+
+
+def left_behind(source: Source, *, single_file: bool) -> list[str]:
+    """Sentences on the files of the model's folder that the output will not hold."""
+    if source.gguf is not None:
+        return []
+    folder = source.beside
+    used = {file.name for file in (*source.files, *pickle.files_in(folder))}
+    rest = [path.name + "/" for path in folders_left_out(folder)]
+    if single_file:
+        rest += [str(file) for file in side_files(folder) if not _IN_GGUF.fullmatch(str(file))]
+    rest += [file.name for file in other_weights(folder) if file.name not in used]
+    if not rest:
+        return []
+    return [f"left out: {', '.join(rest[:8])}{f' and {len(rest) - 8} more' if len(rest) > 8 else ''} of {folder}"]
+
+
+def fewer(wanted: Calibration, used: dict[str, Any] | None) -> list[str]:
+    """Sentences on what was asked of the calibration text and not to be had."""
+    notes = []
+    asked = wanted.text is not None or wanted.samples != Calibration.samples
+    if used is not None and asked and used["samples"] < wanted.samples:
+        notes.append(f"{used['text']} has {used['samples']} windows of {used['length']}, not {wanted.samples}")
+    if used is not None and used["length"] < wanted.length:
+        notes.append(f"windows of {used['length']} tokens, not {wanted.length}: the model's context is no longer")
+    return notes
+
+
+def too_small(tensors: Sequence[run.TensorReport]) -> list[str]:
+    """One sentence on the groups of weights that became 0, with the linear that has most of them."""
+    hit = [tensor for tensor in tensors if tensor.vanished]
+    if not hit:
+        return []
+    count, most = sum(tensor.vanished for tensor in hit), max(hit, key=lambda tensor: tensor.vanished)
+    schemes = ", ".join(sorted({tensor.scheme for tensor in hit}))
+    return [
+        f"{count} groups of weights became 0, in {len(hit)} of {len(tensors)} tensors: they are too small for the "
+        f"scales of {schemes}. {most.module} has most of them ({most.vanished})"
+    ]
+
+
+@brief
+@dataclass(frozen=True)
+class Preview:
+    """What `quantize` would do. Bytes are exact; `tensors` lists every tensor of the output as (name, what, bytes)."""
+
+    plan: str
+    format: str
+    notes: list[str]
+    tensors: list[tuple[str, str, int]]
+    original_bytes: int
+    output_bytes: int
+    share: float

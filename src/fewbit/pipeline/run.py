@@ -1,0 +1,132 @@
+"""The durable results of one quantization, a file for each finished block."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor
+
+from fewbit.errors import FormatError, OutputError
+from fewbit.formats.containers.safetensors import read_file, write_file
+from fewbit.models.skeleton import Skeleton
+from fewbit.plans.plan import Resolved
+from fewbit.stats import Stats
+from fewbit.system import locks, ranks
+from fewbit.system.cache import cache_folder
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What happened to one weight.
+
+    `error`: relative squared error of its outputs on the calibration inputs, tokens weighted as in `gather` (of the
+    weight itself where no Hessian was gathered). `dropped`: input rows left out because they were not finite.
+    `vanished`: groups of weights that became 0, because they are smaller than any scale that the scheme can store.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    scheme: str
+    method: str
+    nbytes: int
+    error: float
+    dropped: int = 0
+    notes: list[str] = field(default_factory=list)
+    vanished: int = 0
+
+
+class Run:
+    """The durable results of one quantization: a folder in the cache with a file for each finished block.
+
+    It is the first rank's, which tells the others what it finds there. While a process works in the folder, no other
+    one does: another run of the same fingerprint works apart. Leaving the run releases the folder, `forget` deletes it.
+    """
+
+    def __init__(self, fingerprint: str) -> None:
+        self._place = cache_folder() / "runs" / fingerprint if ranks.first() else None
+        self._held = locks.resumable(self._place) if self._place is not None else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._held is not None:
+            self._held.release() if self.files() else self._held.remove()
+            self._held = None
+
+    @property
+    def folder(self) -> Path:
+        assert self._held is not None
+        return self._held.folder
+
+    def save(self, index: int, tensors: Mapping[str, Tensor], reports: Sequence[TensorReport]) -> None:
+        if not ranks.first():
+            return
+        made = self.folder / f".block-{index:05d}"
+        try:
+            write_file(made, tensors, {"reports": json.dumps([asdict(report) for report in reports])})
+            made.rename(self.file(index))
+        except OSError as error:
+            made.unlink(missing_ok=True)
+            raise OutputError(
+                f"the cache {self.folder} cannot be written: {error.strerror or error}",
+                "Free some space; the same command goes on where it stopped. Or set FEWBIT_CACHE to another folder.",
+            ) from error
+
+    def load(self, index: int) -> tuple[dict[str, Tensor], list[TensorReport]] | None:
+        return ranks.from_first(lambda: self._read(index))
+
+    def _read(self, index: int) -> tuple[dict[str, Tensor], list[TensorReport]] | None:
+        if not self.file(index).exists():
+            return None
+        try:
+            tensors, metadata = read_file(self.file(index))
+            reports = [TensorReport(**{**r, "shape": tuple(r["shape"])}) for r in json.loads(metadata["reports"])]
+        except (FormatError, ValueError, KeyError, TypeError):  # damaged: it is made again
+            self.file(index).unlink()
+            return None
+        return tensors, reports
+
+    def file(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def files(self) -> list[Path]:
+        """All that were saved."""
+        return sorted(self.folder.glob("block-*.safetensors"))
+
+    def forget(self) -> None:
+        """Delete what was saved, unless another process has taken it up since this one left the run."""
+        if self._place is not None and self._held is None and self._place.exists():
+            self._held = locks.hold(self._place)
+        if self._held is not None:
+            self._held.remove()
+            self._held = None
+
+
+Importance = Mapping[str, Stats]
+
+
+def fingerprint(
+    skeleton: Skeleton,
+    resolved: Resolved,
+    tokens: Tensor | None,
+    versions: Mapping[str, str],
+    importance: Importance | None = None,
+) -> str:
+    """A digest of all that determines the result: weights, plan, calibration tokens, versions, arithmetic."""
+    files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in skeleton.source.files]
+    plan = [(a.module, str(a.scheme), repr(a.method)) for a in resolved.assignments.values()]
+    digest = hashlib.sha256()
+    config = skeleton.source.config
+    digest.update(json.dumps([files, config, plan, resolved.format.name, dict(versions)], sort_keys=True).encode())
+    digest.update(f"{skeleton.dtype} {skeleton.device.type} scales".encode())  # blocks hold what was folded
+    if tokens is not None:
+        digest.update(str(tuple(tokens.shape)).encode() + tokens.numpy().tobytes())
+    for module, stats in sorted((importance or {}).items()):
+        digest.update(module.encode() + stats.mean_square.cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,53 @@
+"""A Hugging Face folder put together from the blocks of a run: shards, config, side files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fewbit.formats.containers.safetensors import Checkpoint, ShardWriter, copy_side_files
+from fewbit.models import scales
+from fewbit.models.scales import Scales
+from fewbit.models.skeleton import Skeleton
+from fewbit.pipeline.run import Run
+from fewbit.pipeline.settled import quantization_config
+from fewbit.plans.plan import Resolved
+from fewbit.system.files import write_json
+
+SHARD_BYTES = 512 << 20
+
+
+def write(folder: Path, skeleton: Skeleton, resolved: Resolved, run: Run) -> int:
+    """Write the model's files into `folder`: shards, config, scales, side files. Returns the bytes of all tensors."""
+    blocks = Checkpoint(run.files())
+    suffixes = {a.module: list(resolved.format.specs(a.shape, a.scheme)) for a in resolved.assignments.values()}
+    tensors: list[tuple[str, Checkpoint, str]] = []  # model name, where it lies, under which name
+    for key, name, _ in skeleton.passed_through():
+        module = name.removesuffix(".weight")
+        if module in suffixes:
+            tensors += [(f"{module}.{suffix}", blocks, f"{module}.{suffix}") for suffix in suffixes[module]]
+        elif name in blocks.specs:  # a norm or bias, rewritten
+            tensors.append((name, blocks, name))
+        else:
+            tensors.append((name, skeleton.checkpoint, key))
+    stored = skeleton.stored_names([name for name, _, _ in tensors])
+    writer = ShardWriter(folder, SHARD_BYTES)
+    for name, place, key in tensors:
+        writer.add(stored[name], place.get(key))
+    for key in skeleton.carried(resolved.assignments):
+        writer.add(key, skeleton.checkpoint.get(key))
+    writer.close()
+    copy_side_files(skeleton.source.beside, folder)
+    config = skeleton.source.config
+    if config.get("tie_word_embeddings") and not skeleton.tied:
+        config["tie_word_embeddings"] = False  # the file holds two tensors that differ: readers must not tie them
+    config["quantization_config"] = quantization_config(skeleton, resolved)
+    write_json(folder / "config.json", config, indent=2)
+    scales.write(folder, folded(skeleton, run))
+    return writer.nbytes
+
+
+def folded(skeleton: Skeleton, run: Run) -> Scales:
+    """The scales that were folded into the blocks of a finished run, and into its model before."""
+    blocks = Checkpoint(run.files())
+    own = Scales({name: blocks.get(name) for name in scales.of_blocks(blocks.specs)}, skeleton.source.address)
+    return own.after(scales.read(skeleton.source.beside)) if own else scales.read(skeleton.source.beside)

@@ -1,0 +1,127 @@
+"""One GGUF file put together from the blocks of a run: what `pipeline/write_folder.py` does for folders.
+
+Weights that were quantized are written as their blocks, whose rows are put in the file's order; all other tensors as
+numbers: float32 where they are vectors or positions, as llama.cpp wants them, and float16 where they are matrices that
+no block type fits or that the plan leaves out. Tensors come in the order in which llama.cpp's quantizer writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import NumericsError, PlanError
+from fewbit.formats.containers.gguf import Entry, GgufWriter
+from fewbit.formats.containers.safetensors import Checkpoint
+from fewbit.models import scales
+from fewbit.models.gguf import config as gguf_config
+from fewbit.models.gguf import names as gguf_names
+from fewbit.models.skeleton import Skeleton
+from fewbit.pipeline.gguf_header import Header
+from fewbit.pipeline.run import Run
+from fewbit.pipeline.write_folder import folded
+from fewbit.plans import mixtures
+from fewbit.plans.plan import Resolved
+
+_QUANTIZATION_VERSION = 2  # of the block types: ggml's GGML_QNT_VERSION
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor of the file: its entry, the model's name for it and what the checkpoint calls it; its module's
+    name where it was quantized."""
+
+    entry: Entry
+    name: str
+    key: str
+    module: str | None
+
+
+def planned(skeleton: Skeleton, resolved: Resolved) -> list[Planned]:
+    """All tensors of the model that the file will hold, in its order."""
+    routes, found = gguf_names.routes(skeleton.config), []
+    for key, name, spec in skeleton.passed_through():
+        if name not in routes:
+            raise PlanError(f"GGUF has no name for {name} of a model of type {skeleton.config.model_type!r}")
+        route, module = routes[name], name.removesuffix(".weight")
+        assignment = resolved.assignments.get(module) if name.endswith(".weight") else None
+        if assignment is not None:
+            entry = Entry(route.name, str(assignment.scheme), assignment.shape)
+        else:
+            shape = spec.shape[::-1] if route.transposed else spec.shape
+            plain = len(shape) < 2 or route.name == "position_embd.weight" or spec.dtype == torch.float32
+            entry = Entry(route.name, "f32" if plain else "f16", shape)
+        found.append(Planned(entry, name, key, module if assignment is not None else None))
+    return sorted(found, key=lambda each: _order(each.entry.name))
+
+
+def metadata(header: Header, resolved: Resolved, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's keys: what the model is, how it was made, its tokenizer."""
+    return {
+        **header.metadata,
+        "general.quantization_version": _QUANTIZATION_VERSION,
+        "general.file_type": file_type(resolved),
+        scales.GGUF_RECORD: json.dumps(record),
+    }
+
+
+def file_type(resolved: Resolved) -> int:
+    """llama.cpp's number for the plan's mixture, or for the scheme that most weights have."""
+    for rule in resolved.plan.rules:
+        if rule.scheme is not None and rule.scheme.startswith(mixtures.PREFIX):
+            return mixtures.MIXTURES[rule.scheme.removeprefix(mixtures.PREFIX)].file_type
+    if not resolved.assignments:
+        return 1
+    sizes: dict[str, int] = {}
+    for a in resolved.assignments.values():
+        sizes[str(a.scheme)] = sizes.get(str(a.scheme), 0) + a.shape[0] * a.shape[1]
+    return mixtures.file_type(max(sizes, key=lambda scheme: sizes[scheme]))
+
+
+def nbytes(skeleton: Skeleton, resolved: Resolved) -> int:
+    """Bytes of all tensors that the file will hold."""
+    extra = sum(4 * tensor.numel() for tensor in gguf_config.extra_tensors(skeleton.config).values())
+    return extra + sum(each.entry.spec.nbytes for each in planned(skeleton, resolved))
+
+
+def write(
+    path: Path, skeleton: Skeleton, resolved: Resolved, run: Run, header: Header, record: Mapping[str, Any]
+) -> int:
+    """Write the file at `path`, with a `record` of how it was made. Returns the bytes of all tensors."""
+    routes, tensors, extra = header.routes, planned(skeleton, resolved), header.extra
+    entries = [Entry(name, "f32", tuple(tensor.shape)) for name, tensor in extra.items()]
+    entries += [each.entry for each in tensors]
+    blocks, own = Checkpoint(run.files()), folded(skeleton, run)
+    keys = metadata(header, resolved, {**record, "scales": scales.to_record(own)}) | scales.to_metadata(own)
+    with GgufWriter(path, keys, entries) as writer:
+        for name, tensor in extra.items():
+            writer.add(name, tensor.float())
+        for each in tensors:
+            route = routes[each.name]
+            if each.module is not None:
+                (suffix,) = resolved.format.specs(each.entry.shape, resolved.assignments[each.module].scheme)  # type: ignore[arg-type]
+                packed = blocks.get(f"{each.module}.{suffix}")
+                writer.add(each.entry.name, packed if route.rows is None else packed[route.rows])
+            else:
+                place, key = (blocks, each.name) if each.name in blocks.specs else (skeleton.checkpoint, each.key)
+                writer.add(each.entry.name, _plain(route.to_file(place.get(key)), each))
+    return sum(entry.spec.nbytes for entry in entries)
+
+
+def _plain(tensor: Tensor, each: Planned) -> Tensor:
+    made = tensor.to(each.entry.spec.dtype)
+    if not torch.isfinite(made).all():
+        raise NumericsError(f"{each.name} has values beyond the range of {each.entry.type}")
+    return made
+
+
+def _order(name: str) -> tuple[int, str]:
+    found = re.match(r"blk\.(\d+)\.", name)
+    return (int(found[1]) if found else -1, name)

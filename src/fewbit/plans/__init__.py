@@ -1,0 +1,1 @@
+"""Which weight gets which scheme and method."""

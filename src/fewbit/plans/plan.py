@@ -1,0 +1,384 @@
+"""A plan: which tensors get which method and scheme, and in which format the result is written.
+
+Ordered rules match module names by glob; the first that matches wins, and a rule without a scheme leaves what it
+matches as it is. Presets are plans. `resolve` settles a plan against a model's shapes and reports all that does not
+fit at once.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from fewbit import registry
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats.base import Format, Shape, Stored
+from fewbit.methods.base import Method, make
+from fewbit.names import in_short
+from fewbit.plans import mixtures
+from fewbit.schemes.base import Scheme, parse
+from fewbit.stats import Need
+from fewbit.system.files import read_json
+
+_WITHOUT_INPUTS = "imatrix"  # the method for weights whose input is not measured: all columns count alike there
+_GGUF = "Use --format gguf and an output that ends in .gguf."
+_SMALLEST_GROUP = 32  # what the ecosystem's kernels take
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules whose name matches `match` get `scheme` by `method`; scheme None: they stay as they are.
+
+    A scheme may be a mixture (plans/mixtures.py), such as `mixture:q4_k_m`, which has one for each.
+    """
+
+    match: str
+    scheme: str | None
+    method: str = "rtn"
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`adapt`: shrink the group to the largest that divides every tensor, and leave tensors that no group fits."""
+
+    name: str
+    format: str
+    rules: tuple[Rule, ...]
+    adapt: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; `from_json` gives the plan back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Plan:
+        """The plan that a JSON object describes; PlanError, naming the rule and the key, where it does not."""
+        data = _object(data, "this is no plan", _KEYS, ("name", "format", "rules"))
+        name, format = (_text(data[key], f"this is no plan: {key}") for key in ("name", "format"))
+        if not isinstance(data["rules"], (list, tuple)):
+            raise PlanError(f"this is no plan: rules is {data['rules']!r}", f"Give a list of rules. {_SHOWN}")
+        if not isinstance(adapt := data.get("adapt", False), bool):
+            raise PlanError(f"this is no plan: adapt is {adapt!r}", "Give true or false.")
+        registry.get("formats", format)
+        return cls(name, format, tuple(_rule(rule, number) for number, rule in enumerate(data["rules"], 1)), adapt)
+
+    def changed(
+        self,
+        *,
+        scheme: str | None = None,
+        method: str | None = None,
+        format: str | None = None,
+        options: Mapping[str, str] | None = None,
+    ) -> Plan:
+        """This plan with a scheme, method, format or method options in place of its own.
+
+        A scheme that was asked for by name is taken at its word: its group is not shrunk.
+        """
+        if format is not None:
+            registry.get("formats", format)
+        rules = tuple(
+            rule
+            if rule.scheme is None
+            else replace(
+                rule,
+                scheme=scheme or rule.scheme,
+                method=method or rule.method,
+                # Options belong to the method they were written for.
+                options={**(rule.options if method in (None, rule.method) else {}), **(options or {})},
+            )
+            for rule in self.rules
+        )
+        for rule in rules:
+            _verify(rule)
+        given = {"scheme": scheme, "method": method, "format": format, **(options or {})}
+        said = ", ".join(f"{key} {value}" for key, value in given.items() if value is not None)
+        return replace(
+            self,
+            name=f"{self.name} with {said}" if said else self.name,
+            rules=rules,
+            format=format or self.format,
+            adapt=self.adapt and scheme is None,
+        )
+
+
+_KEYS = ("name", "format", "rules", "adapt")
+_RULE_KEYS = ("match", "scheme", "method", "options")
+_SHOWN = 'A plan is {"name", "format", "rules": [{"match", "scheme", "method", "options"}]}.'
+
+
+def _rule(data: Any, number: int) -> Rule:
+    """A rule from JSON; PlanError that names it by its number and pattern. Options may be JSON's own values."""
+    where = f"rule {number} of the plan"
+    if isinstance(data, Mapping) and "match" in data:
+        where += f", {data['match']!r}"
+    data = _object(data, where, _RULE_KEYS, ("match", "scheme"))
+    scheme = None if data["scheme"] is None else _text(data["scheme"], f"{where}: scheme")
+    options = data.get("options", {})
+    if not isinstance(options, Mapping):
+        raise PlanError(f"{where}: options is {options!r}", 'Give an object, such as {"damp": 0.05}.')
+    rule = Rule(
+        _text(data["match"], f"{where}: match"),
+        scheme,
+        _text(data.get("method", "rtn"), f"{where}: method"),
+        {key: _option(value, f"{where}: option {key}") for key, value in options.items()},
+    )
+    try:
+        _verify(rule)
+    except PlanError as error:
+        raise PlanError(f"{where}: {error.message}", error.hint) from None
+    return rule
+
+
+def _verify(rule: Rule) -> None:
+    """PlanError unless the scheme, the method and its options exist."""
+    make(rule.method, dict(rule.options))
+    if rule.scheme is None:
+        return
+    if rule.scheme.startswith(mixtures.PREFIX):
+        name = rule.scheme.removeprefix(mixtures.PREFIX)
+        if name not in mixtures.MIXTURES:
+            raise registry.unknown("mixture", name, mixtures.MIXTURES)
+    else:
+        parse(rule.scheme)
+
+
+def _object(data: Any, where: str, known: Sequence[str], needed: Sequence[str]) -> Mapping[str, Any]:
+    """`data`, which is an object of these keys, if it is; else PlanError with the key, and the nearest right one."""
+    if not isinstance(data, Mapping):
+        raise PlanError(f"{where}: {reprlib.repr(data)} is no object", _SHOWN)
+    for key in data:
+        if key not in known:
+            unknown = registry.unknown("key", str(key), known)
+            raise PlanError(f"{where}: {unknown.message}", unknown.hint)
+    if missing := [key for key in needed if key not in data]:
+        raise PlanError(f"{where}: {' and '.join(missing)} missing", _SHOWN)
+    return data
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise PlanError(f"{where} is {reprlib.repr(value)}", "Give a text.")
+    return value
+
+
+def _option(value: Any, where: str) -> str:
+    if not isinstance(value, (str, int, float)):
+        raise PlanError(f"{where} is {reprlib.repr(value)}", "Give a number, a text, true or false.")
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _preset(name: str, method: str, bits: int) -> Plan:
+    return Plan(name, "gptq", (Rule("*", f"int{bits}-g128-sym", method),), adapt=True)
+
+
+PRESETS: dict[str, Plan] = {
+    plan.name: plan
+    for plan in (
+        _preset("rtn-4bit", "rtn", 4),
+        *(_preset(f"gptq-{bits}bit", "gptq", bits) for bits in (2, 3, 4, 8)),
+        Plan("awq-4bit", "awq", (Rule("*", "int4-g128", "awq"),), adapt=True),
+        Plan("nf4", "bnb", (Rule("*", "nf4-b64-dq"),)),
+        Plan("int8", "bnb", (Rule("*", "llm.int8"),)),
+        *(Plan(name, "gguf", (Rule("*", mixtures.PREFIX + name, "imatrix"),)) for name in mixtures.MIXTURES),
+    )
+}
+
+
+def find(name: str) -> Plan:
+    """The preset of that name, or the plan in that JSON file."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if name.endswith(".json"):
+        try:
+            return Plan.from_json(read_json(Path(name)))
+        except OSError as error:
+            raise PlanError(f"plan file {name}: {error.strerror}") from None
+        except FormatError as error:  # the file is the request
+            raise PlanError(f"plan file {error.message}", error.hint) from None
+        except PlanError as error:
+            raise PlanError(f"plan file {name}: {error.message}", error.hint) from None
+    raise registry.unknown("plan", name, PRESETS)
+
+
+def find_all(names: Iterable[str], *, but: str) -> dict[str, Plan | Path | None]:
+    """The plans by their names, each once, None for the name `but`, and paths of what else is there, such as models.
+
+    PlanError that tells of all that do not exist.
+    """
+    found: dict[str, Plan | Path | None] = {}
+    unknown, hints = [], dict[str, None]()
+    for name in names:
+        path = Path(name).expanduser()
+        if name not in (but, *PRESETS) and path.suffix != ".json" and path.exists():
+            found[path.name if path.name not in found else name] = path
+            continue
+        try:
+            plan = None if name == but else find(name)
+            # A file's plan goes by the name that it gives itself, unless another has it.
+            found[name if plan is None or plan.name in found else plan.name] = plan
+        except PlanError as error:
+            unknown.append(error.message)
+            hints[error.hint] = None
+    if len(unknown) > 1:
+        raise PlanError("; ".join(unknown), f"Known: {', '.join(sorted([but, *PRESETS]))}.")
+    if unknown:
+        raise PlanError(unknown[0], next(iter(hints)))
+    if not found:
+        raise PlanError("no plans to compare", f"Give some, such as --plans {but},gptq-4bit.")
+    return found
+
+
+def format_of(plan: Plan) -> Format:
+    """The format that the plan names; PlanError if there is none."""
+    format = registry.get("formats", plan.format)()
+    assert isinstance(format, Format)
+    return format
+
+
+@dataclass(frozen=True)
+class Assignment(Stored):
+    """What one weight will get."""
+
+    method: Method
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plan settled for one model: what each weight gets, which modules stay, and what a user should know."""
+
+    plan: Plan
+    format: Format
+    assignments: Mapping[str, Assignment]
+    kept: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def resolve(plan: Plan, shapes: Mapping[str, Shape], model: mixtures.Model | None = None) -> Resolved:
+    """Settle `plan` for modules of these shapes [N, K]; PlanError lists every one that cannot be as it asks.
+
+    `model` is what a format that holds whole models must know. Its embeddings and head get the plan's method where that
+    needs no more than weights, else the one that searches scales.
+    """
+    format = format_of(plan)
+    wanted, kept = {}, []
+    notes = [
+        f"rule {number} of the plan, {rule.match!r}, matches nothing in this model"
+        for number, rule in enumerate(plan.rules, 1)
+        if not any(fnmatchcase(module, rule.match) for module in shapes)
+    ]
+    mixed = _mixed(plan, format, shapes, model)
+    for module, shape in shapes.items():
+        rule = next((rule for rule in plan.rules if fnmatchcase(module, rule.match)), None)
+        scheme = None if rule is None or rule.scheme is None else mixed.get(rule.scheme, {}).get(module, rule.scheme)
+        if rule is None or scheme is None:
+            kept.append(module)
+        else:
+            method = make(rule.method, dict(rule.options))
+            if model is not None and not model.in_block(module) and (method.needs > Need.NOTHING or method.rewrites):
+                method = make(_WITHOUT_INPUTS)
+            wanted[module] = Assignment(module, shape, parse(scheme), method)
+    if not wanted:
+        raise PlanError(f"plan {plan.name} matches none of the {len(shapes)} linears in the model's blocks")
+    if plan.adapt:
+        wanted, adapted = _adapt(wanted, format)
+        notes += adapted
+        kept += [module for module in shapes if module not in wanted and module not in kept]
+        if not wanted:
+            raise PlanError(f"plan {plan.name} fits none of the model's linears", "\n  ".join(notes[:8]))
+    refused = {m: reason for m, a in wanted.items() if (reason := format.why_not(a.shape, a.scheme))}
+    if refused:
+        raise PlanError(_listed(refused, wanted, len(wanted)), _what_fits(wanted, format))
+    if wanted and (reason := format.why_not_together(list(wanted.values()))):
+        raise PlanError(reason, "Use one scheme for all, or another --format.")
+    if any(scheme is None for schemes in mixed.values() for scheme in schemes.values()):
+        notes.append(f"in 16 bits, as no block divides their rows: {in_short(kept)}")
+    return Resolved(plan, format, wanted, tuple(kept), tuple(notes))
+
+
+def _mixed(
+    plan: Plan, format: Format, shapes: Mapping[str, Shape], model: mixtures.Model | None
+) -> dict[str, dict[str, str | None]]:
+    """Mixture, as the plan's rules name it -> module -> scheme."""
+    asked = {rule.scheme for rule in plan.rules if rule.scheme is not None and rule.scheme.startswith(mixtures.PREFIX)}
+    if not asked:
+        return {}
+    if model is None:
+        raise PlanError(f"plan {plan.name} is a mixture of block types, which {format.name} files do not hold", _GGUF)
+    weighed = any(make(rule.method, dict(rule.options)).needs > Need.NOTHING for rule in plan.rules)
+    tensors = {model.names[module]: shape for module, shape in shapes.items()}
+    found = {}
+    for spec in sorted(asked):
+        name = spec.removeprefix(mixtures.PREFIX)
+        if name not in mixtures.MIXTURES:
+            raise registry.unknown("mixture", name, mixtures.MIXTURES)
+        schemes = mixtures.schemes(name, tensors, model, weighed=weighed)
+        found[spec] = {module: schemes[model.names[module]] for module in shapes}
+    return found
+
+
+def _adapt(wanted: Mapping[str, Assignment], format: Format) -> tuple[dict[str, Assignment], list[str]]:
+    """Assignments that fit the format, with one group size for all, and sentences on what that changed."""
+    fitting = {m: a for m, a in wanted.items() if _groups_that_fit(a, format)}
+    left = {
+        m: str(format.why_not(a.shape, a.scheme.with_group(a.scheme.group and _SMALLEST_GROUP)))
+        for m, a in wanted.items()
+        if m not in fitting
+    }
+    notes = [f"{in_short(modules)} stays as it is: {why}" for why, modules in _by_reason(left).items()]
+    common = set.intersection(*(set(_groups_that_fit(a, format)) for a in fitting.values())) if fitting else set()
+    asked = {a.scheme.group for a in fitting.values()}
+    if len(asked) == 1 and common and (group := max(common)) != (before := asked.pop()):
+        odd = sorted({a.shape[1] for a in fitting.values() if a.shape[1] % before})
+        notes.append(
+            f"groups of {group} instead of {before}: a {format.name} file has one group size, "
+            f"and {before} does not divide {' or '.join(map(str, odd))} columns"
+        )
+        fitting = {m: replace(a, scheme=a.scheme.with_group(group)) for m, a in fitting.items()}
+    return fitting, notes
+
+
+def _groups_that_fit(assignment: Assignment, format: Format) -> list[int]:
+    """Group sizes at most the one asked for, halving, that the format can store this weight with."""
+    group, found = assignment.scheme.group, []
+    while group >= _SMALLEST_GROUP:
+        if format.why_not(assignment.shape, assignment.scheme.with_group(group)) is None:
+            found.append(group)
+        group //= 2
+    return found or (
+        [0] if not assignment.scheme.group and not format.why_not(assignment.shape, assignment.scheme) else []
+    )
+
+
+def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Reason -> the modules that have it."""
+    found: dict[str, list[str]] = {}
+    for module, reason in reasons.items():
+        found.setdefault(reason, []).append(module)
+    return found
+
+
+def _listed(refused: Mapping[str, str], wanted: Mapping[str, Assignment], total: int) -> str:
+    groups = _by_reason(refused)
+    if len(refused) == total > 1 and len(groups) == 1:
+        return f"none of {total} tensors can be stored as asked: {next(iter(groups))}"
+    lines = []
+    for why, modules in groups.items():
+        shapes = dict.fromkeys("{} x {}".format(*wanted[module].shape) for module in modules)
+        count = f"{len(modules)} tensors, " if len(modules) > 1 else ""
+        lines.append(f"  {count}{in_short(modules)} [{', '.join(shapes)}]: {why}")
+    return "\n".join([f"{len(refused)} of {total} tensors cannot be stored as asked:", *lines])
+
+
+def _what_fits(wanted: Mapping[str, Assignment], format: Format) -> str:
+    schemes: set[Scheme] = {a.scheme for a in wanted.values()}
+    for scheme in sorted(schemes, key=str):
+        for group in (1024, 512, 256, 128, 64, 32, 16, 0):
+            tried = scheme.with_group(group)
+            if not any(format.why_not(a.shape, tried) for a in wanted.values()):
+                return f"This would fit every tensor: --scheme {tried}."
+    return "No other group size helps: use another --scheme or --format, or leave tensors out with a plan file."

@@ -1,0 +1,1 @@
+"""Everything that a person reads: text, tables, model card, report page, charts."""

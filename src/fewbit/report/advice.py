@@ -1,0 +1,142 @@
+"""Advice for a person: estimates, recommendations, the table of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fewbit.advise.estimate import Estimate
+from fewbit.advise.precision import Precision
+from fewbit.advise.recommend import Candidate, Recommendation
+from fewbit.advise.table import MethodRow
+from fewbit.report import tables, text
+from fewbit.units import size
+
+COLUMNS = ("method", "plans", "bits", "calibration", "kernel", "quality", "fine-tuning", "best for")
+
+
+def estimate(done: Estimate) -> None:
+    """What `fewbit estimate MODEL` prints."""
+    title = f"{done.model}: {done.architecture}, {done.parameters:,} parameters, {done.batch} x {done.context:,} tokens"
+    table = text.grid(
+        title, "plan", "bits", "weights", "in files", "in use", "making it", "smallest card", numbers=(1, 2, 3, 4, 5)
+    )
+    refused = []
+    for row in done.plans:
+        if row.why_not is not None:
+            refused.append(row)
+            continue
+        making = size(row.quantization_peak) if row.quantization_peak else ""
+        card = row.card or "none of the table"
+        table.add_row(
+            row.plan, f"{row.bits:.2f}", size(row.weights_bytes), size(row.file_bytes), size(row.total), making, card
+        )
+    text.out.print(table)
+    _say(
+        f"Bits are those of the quantized weights. In use: weights, keys and values ({size(done.cache_bytes)} in "
+        f"{done.cache}) and activations in {done.activation}. Making it: the peak of quantizing. Weights and files "
+        "are exact; peaks come from a model that was within 25 % of measurements where freed memory goes back to the "
+        "system: an allocator that keeps it took half as much again. Python and its imports (0.4 GB) or a CUDA context "
+        "come on top."
+    )
+    for row in refused:
+        _say(f"{row.plan}: {row.why_not}")
+    if done.imagined:
+        _say("No weights are here: everything follows from config.json.")
+
+
+def precision(done: Precision) -> None:
+    """What `fewbit estimate 7B` prints."""
+    table = text.grid(
+        f"{done.name}: {done.parameters:,} parameters, weights alone",
+        *("by the rule", "bits", "weights", "smallest card"),
+        numbers=(1, 2),
+    )
+    for row in done.guide:
+        table.add_row(row.name, f"{row.bits:g}", size(row.nbytes), row.card or "none of the table")
+    text.out.print(table)
+    text.out.print()
+    table = text.grid("what formats really take", "format", "bits", "weights", "smallest card", numbers=(1, 2))
+    for row in done.formats:
+        table.add_row(row.name, f"{row.bits:.4g}", size(row.nbytes), row.card or "none of the table")
+    text.out.print(table)
+    _say(
+        "Scales are what the difference is. All parameters are taken as quantized; folders keep embeddings in 16 bits, "
+        "and mixtures such as q4_k_m give some tensors more: fewbit estimate MODEL counts them."
+    )
+
+
+def recommendation(done: Recommendation) -> None:
+    """What `fewbit recommend` prints."""
+    target = f", for {done.target}" if done.target else ""
+    _say(f"{done.model}, for {done.purpose}{target}: {done.best.plan}.")
+    _say(f"  The rule: {done.rule}. {done.why} ({done.source})")
+    for line in done.contradictions:
+        _say(f"  Against the rule: {line}")
+    _say(f"  Ranked by {done.ranked_by}.")
+    table = text.grid(
+        f"what fits {size(done.memory)}, the first choice first",
+        *("plan", "bits", "weights", "in use", "KL divergence", "tokens/s", "kernel here"),
+        numbers=(1, 2, 3, 4, 5),
+    )
+    for c in done.ranked:
+        table.add_row(
+            c.plan,
+            f"{c.bits:.2f}",
+            size(c.weights_bytes),
+            size(c.total),
+            _loss(c),
+            f"{c.decode:.3g}" if c.decode else "",
+            c.kernel,
+        )
+    text.out.print(table)
+    if any(c.kl is not None and c.basis == "prior" for c in done.ranked):
+        _say("* a prior: of the embedded model, not of this one. In use: weights, keys and values, activations.")
+    _say(f"{done.speeds}.")
+    for c in done.excluded:
+        _say(f"not {c.plan}: {c.excluded}")
+    for note in done.notes:
+        _say(f"note: {note}")
+    _say("Run:")
+    for command in done.commands:
+        tables.verbatim(text.out, f"  {command}")
+
+
+def methods(rows: Sequence[MethodRow]) -> None:
+    """What `fewbit recommend --table` prints."""
+    timed = any(row.decode is not None for row in rows)
+    table = text.grid("which method for what, the least loss first", *COLUMNS, *(["tokens/s"] if timed else []))
+    for row in rows:
+        table.add_row(*cells(row), *([f"{row.decode:.3g}" if row.decode else ""] if timed else []))
+    text.out.print(table)
+    _say("Quality: KL divergence of the plan in brackets, nats per token; 0 is no loss.")
+
+
+def cells(row: MethodRow) -> tuple[str, ...]:
+    """The cells of a row of that table, in the order of COLUMNS."""
+    low, high = row.bits
+    bits = f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
+    quality = "" if row.kl is None else f"{row.kl:.2g} ({row.kl_plan})"
+    calibration = "text" if row.calibrates else "none"
+    plans = " ... ".join(dict.fromkeys((row.plans[0], row.plans[-1])))
+    return row.method, plans, bits, calibration, row.kernel, quality, row.finetuning, ", ".join(row.best_for)
+
+
+def markdown(rows: Sequence[MethodRow]) -> str:
+    """The same table for docs/reference.md."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    for row in rows:
+        texts: list[Any] = list(cells(row))
+        texts[1] = " ... ".join(f"`{plan}`" for plan in dict.fromkeys((row.plans[0], row.plans[-1])))
+        lines.append(f"| {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _loss(c: Candidate) -> str:
+    if c.kl is None:
+        return ""
+    return f"{c.kl.value:.2g}" if c.basis == "measured" else f"{c.kl.value:.2g} *"
+
+
+def _say(line: str) -> None:
+    tables.say(text.out, line)

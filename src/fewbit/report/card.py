@@ -1,0 +1,50 @@
+"""The model card: README.md of an output folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from fewbit.units import share, size
+
+
+def calibrated_on(calibrated: Mapping[str, Any]) -> str:
+    return (
+        f"{calibrated['samples']} x {calibrated['length']} tokens of {calibrated['text']}, "
+        f"seed {calibrated['seed']}, digest {calibrated['digest'][:12]}"
+    )
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """README.md of an output folder."""
+    plan = record["plan"]
+    schemes = Counter(f"{t['scheme']} by {t['method']}" for t in record["tensors"])
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [quantized, fewbit]",
+        *(
+            [f"base_model: {record['model']}"]
+            if record["model"].count("/") == 1 and record["model"][0] not in "./~"
+            else []
+        ),
+        "---",
+        f"# {record['model'].rstrip('/').rpartition('/')[2]}, quantized",
+        "",
+        f"Made with fewbit {record['versions']['fewbit']}, plan `{plan['name']}`, format `{plan['format']}`.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {count} tensors | {what} |" for what, count in schemes.items()),
+        f"| bits per quantized weight | {record['bits_per_weight']:.3f} |",
+        f"| share of the blocks' parameters | {share(record['share'])} |",
+        f"| weights | {size(record['original_bytes'])} before, {size(record['output_bytes'])} now |",
+        *([f"| calibrated on | {calibrated_on(record['calibration'])} |"] if record["calibration"] else []),
+        "",
+        "`fewbit.json` holds the plan, versions, the error of each tensor and every fallback.",
+        "Load it with `import fewbit` and `AutoModelForCausalLM.from_pretrained`, or with any reader of the format.",
+        "The licence is that of the original model.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,199 @@
+"""The columns of the report's table: what each says of a row, how that is written, and which end of it is better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fewbit import units
+from fewbit.measure.comparison import Interval, Loss, Peak, Quantizing, Row, Speed, Timing, Weights, leaders, winners
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True)
+class Column:
+    """`value` is None where a row has none; `under` is a smaller line below it. `interval` is what is compared: without
+    it, as of what is measured once, none is the best."""
+
+    group: str
+    name: str
+    title: str
+    explained: str
+    value: Callable[[Row], float | None]
+    write: Callable[[float], str]
+    under: Callable[[Row], str | None] = lambda row: None
+    more_is_better: bool = False
+    interval: Callable[[Row], Interval | None] | None = None
+
+    def best(self, rows: Sequence[Row]) -> list[Row]:
+        """The best of the rows; empty where there is no choice, or intervals do not tell it from the others."""
+        if self.interval is None:
+            return []
+        return [rows[i] for i in winners([self.interval(row) for row in rows], more_is_better=self.more_is_better)]
+
+    def first(self, rows: Sequence[Row]) -> list[Row]:
+        """All that may be the best: one alone, or those that cannot be told apart."""
+        if self.interval is None:
+            return []
+        return [rows[i] for i in leaders([self.interval(row) for row in rows], more_is_better=self.more_is_better)]
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns in which at least one of the rows has something."""
+    return [column for column in _all() if any(column.value(row) is not None for row in rows)]
+
+
+def rate(value: float) -> str:
+    """Tokens a second: three digits where there are more before the point than after it."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def nats(value: float) -> str:
+    """Four decimals, so that a column can be compared at a glance; more where they would hide what there is."""
+    return f"{value:.4f}" if value >= 0.01 else f"{value:.3g}"
+
+
+def _all() -> Iterator[Column]:
+    of, rest, more = _of, " interpreter included; below, what came on top", True
+    yield Column(
+        "Quality",
+        "kl",
+        "KL divergence",
+        "mean distance from the original's predictions, nats per token; 0 is no loss",
+        of(_loss, lambda loss: loss.kl.value),
+        nats,
+        of(_loss, lambda loss: _between(loss.kl, nats)),
+        interval=of(_loss, lambda loss: loss.kl),
+    )
+    yield Column(
+        "Quality",
+        "perplexity",
+        "perplexity",
+        "how surprised it is by the text; lower is better",
+        of(_loss, lambda loss: loss.perplexity.value),
+        "{:.2f}".format,
+        of(_loss, lambda loss: _between(loss.perplexity, "{:.2f}".format)),
+        interval=of(_loss, lambda loss: loss.perplexity),
+    )
+    yield Column(
+        "Quality",
+        "same-top",
+        "same token",
+        "share of tokens where it and the original would choose the same",
+        of(_loss, lambda loss: loss.same_top.value),
+        units.share,
+        of(_loss, lambda loss: _between(loss.same_top, units.share)),
+        more,
+        of(_loss, lambda loss: loss.same_top),
+    )
+    disk = _disk
+    yield Column("Size", "disk", "on disk", "the weight files", disk, units.size, interval=of(disk, Interval.exact))
+    whole, bits = "bits per weight over the whole model", _bits
+    yield Column("Size", "bits", "bits/weight", whole, bits, "{:.2f}".format, interval=of(bits, Interval.exact))
+    said = "every parameter and buffer of the loaded model, tied ones once; below, what summing over parameters gives"
+    rest_bytes = of(_weights, lambda w: w.at_rest)
+    exact = of(rest_bytes, Interval.exact)
+    yield Column("Size", "at-rest", "at rest", said, rest_bytes, units.size, _parameters, interval=exact)
+    for name, what, peak in (
+        ("loading", "while it was loaded", _loading),
+        ("generating", "while it wrote", _generating),
+    ):
+        title, said = f"peak {name}", f"the most memory {what},{rest}"
+        yield Column("Memory", name, title, said, of(peak, lambda p: p.process), units.size, of(peak, _growth))
+        said = f"the most that torch held on GPUs {what}; below, what their driver counts, of every process"
+        in_torch, in_all = of(peak, lambda p: p.cuda or None), of(peak, _on_device)
+        yield Column("Memory", f"gpu-{name}", f"GPU {name}", said, in_torch, units.size, in_all)
+    said = (
+        "what loading added to the process, on a CPU; below, what that is beside the tensors at rest: code, buffers of "
+        "kernels, and what the allocator keeps"
+    )
+    yield Column("Memory", "resident", "added by loading", said, _resident, units.size, _resident_more)
+    yield Column("Speed", "load", "load", "time until it is ready", of(_speed, lambda s: s.load), units.duration)
+    for name, what, timing in (
+        ("prefill", "tokens of a prompt read a second", of(_speed, lambda s: s.prefill)),
+        ("decode", "tokens written a second", of(_speed, lambda s: s.decode)),
+    ):
+        said = f"{what}, median of all runs; below, its 95 % interval, or the range of the runs where they are few"
+        value, under = of(timing, lambda t: t.median), of(timing, _spread)
+        yield Column("Speed", name, f"{name} tok/s", said, value, rate, under, more, of(timing, lambda t: t.interval))
+    said = "time to make it, what was written checked too"
+    yield Column("Quantizing", "seconds", "time", said, of(_quantizing, lambda q: q.seconds), units.duration)
+    value, under = of(_quantizing, lambda q: q.peak.process), of(_quantizing, lambda q: _growth(q.peak))
+    yield Column("Quantizing", "quantizing", "peak", f"the most memory meanwhile,{rest}", value, units.size, under)
+
+
+def _of(get: Callable[[Row], T | None], read: Callable[[T], U | None]) -> Callable[[Row], U | None]:
+    """What `read` finds in a part of a row; None where the row lacks that part."""
+    return lambda row: None if (part := get(row)) is None else read(part)
+
+
+def _disk(row: Row) -> int | None:
+    return row.disk_bytes
+
+
+def _bits(row: Row) -> float | None:
+    return row.bits_per_weight
+
+
+def _loss(row: Row) -> Loss | None:
+    return row.loss
+
+
+def _weights(row: Row) -> Weights | None:
+    return row.weights
+
+
+def _speed(row: Row) -> Speed | None:
+    return row.speed
+
+
+def _loading(row: Row) -> Peak | None:
+    return row.loading
+
+
+def _generating(row: Row) -> Peak | None:
+    return row.generating
+
+
+def _quantizing(row: Row) -> Quantizing | None:
+    return row.quantizing
+
+
+def _between(interval: Interval, write: Callable[[float], str]) -> str | None:
+    return f"{write(interval.low)} – {write(interval.high)}" if interval.high > interval.low else None
+
+
+def _spread(timing: Timing) -> str | None:
+    if timing.interval is not None:
+        return _between(timing.interval, rate)
+    return f"{rate(timing.low)} – {rate(timing.high)}" if timing.high > timing.low else None
+
+
+def _resident(row: Row) -> int | None:
+    on_gpu = row.loading is not None and row.loading.cuda
+    return row.weights.resident or None if row.weights is not None and not on_gpu else None
+
+
+def _resident_more(row: Row) -> str | None:
+    if row.weights is None or not row.weights.at_rest:
+        return None
+    more = row.weights.resident - row.weights.at_rest
+    return f"at rest {'+' if more >= 0 else '−'} {units.size(abs(more))}"
+
+
+def _on_device(peak: Peak) -> str | None:
+    return f"{units.size(peak.device)} in all" if peak.device else None
+
+
+def _growth(peak: Peak) -> str:
+    return f"+ {units.size(peak.growth)}"
+
+
+def _parameters(row: Row) -> str | None:
+    """What summing over `model.parameters()` says, where that shows as another number."""
+    if row.weights is None or units.size(row.weights.parameters) == units.size(row.weights.at_rest):
+        return None
+    return f"parameters {units.size(row.weights.parameters)}"

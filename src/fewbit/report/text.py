@@ -1,0 +1,325 @@
+"""What a person sees: tables, progress, the model card. The only place that formats numbers."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fewbit.report import tables
+from fewbit.report.card import calibrated_on
+from fewbit.system import ranks
+from fewbit.units import duration, share, size
+
+if TYPE_CHECKING:
+    from fewbit.advise.doctor import Hardware
+    from fewbit.measure.quality import Estimate
+    from fewbit.models.decoding.generate import Continuation
+    from fewbit.models.describe import Inspection
+    from fewbit.pipeline.job import Preview
+    from fewbit.pipeline.progress import Step
+    from fewbit.report.results import Evaluation, Finetuned, Measured, Merged, Quantized
+
+out = tables.Console(quiet=ranks.silent())
+# A notebook's kernel calls its output a terminal, where nothing that moves the cursor is understood: plain lines there.
+_TERMINAL = False if "ipykernel" in sys.modules else None
+err = tables.Console(stderr=True, force_jupyter=False, force_terminal=_TERMINAL, quiet=ranks.silent())
+FIRST_WORDS = "The capital of France is"  # what a new output is first asked to continue
+
+
+def _say(line: str) -> None:
+    tables.say(out, line)
+
+
+def interval(estimate: Estimate, digits: int = 3, percent: bool = False) -> tuple[str, str]:
+    """The value, and its 95 % interval."""
+    style = ".2%" if percent else f".{digits}g"
+    return f"{estimate.value:{style}}", f"{estimate.low:{style}} ... {estimate.high:{style}}"
+
+
+def grid(title: str, *columns: str, numbers: Sequence[int] = ()) -> tables.Table:
+    """A table without lines; the columns `numbers` are set flush right."""
+    return tables.Table(title, [tables.Column(heading, i in numbers) for i, heading in enumerate(columns)])
+
+
+def quantized(done: Quantized) -> None:
+    """What `fewbit quantize` prints when it is finished."""
+    for note in done.notes:
+        _say(f"note: {note}")
+    fallbacks = [(t.module, note) for t in done.tensors for note in t.notes]
+    for note, count in Counter(note for _, note in fallbacks).items():
+        first = next(module for module, n in fallbacks if n == note)
+        _say(f"note: {note} ({first}{f' and {count - 1} more' if count > 1 else ''})")
+    table = grid(done.out, "", "original", "quantized", "", numbers=(1, 2))
+    factor = done.original_bytes / max(done.output_bytes, 1)
+    table.add_row("weights in files", size(done.original_bytes), size(done.output_bytes), f"{factor:.2f} x smaller")
+    table.add_row(
+        "bits per quantized weight", "", f"{done.bits_per_weight:.3f}", f"{share(done.share)} of the blocks' parameters"
+    )
+    worst = max(done.tensors, key=lambda t: t.error)
+    mean = sum(t.error for t in done.tensors) / len(done.tensors)
+    table.add_row("relative output error", "", f"{mean:.2e}", f"worst {worst.error:.2e} in {worst.module}")
+    table.add_row("time", "", duration(done.seconds), "")
+    table.add_row("peak memory", "", size(done.peak), "of this process, mapped files included")
+    if done.gpu_peak:
+        table.add_row("  on the GPU", "", size(done.gpu_peak), "")
+    out.print(table)
+    _say(f'Reopened and checked. "{FIRST_WORDS}" it continues with "{done.sample.strip()}".')
+
+
+def measured(done: Measured) -> None:
+    """What `fewbit imatrix` prints when it is finished."""
+    for note in done.notes:
+        _say(f"note: {note}")
+    _say(f"{done.out}: importances of {done.entries:,} tensors over {done.tokens:,} tokens of {done.text}.")
+
+
+def finetuned(done: Finetuned) -> None:
+    """What `fewbit finetune` prints when it is finished."""
+    for note in done.notes:
+        _say(f"note: {note}")
+    table = grid(f"{done.out}, an adapter for {done.model}", "", "", "", numbers=(1,))
+    table.add_row("trained on", f"{done.examples:,}", f"examples with {done.tokens:,} tokens to learn")
+    table.add_row("steps", f"{done.steps:,}", f"{duration(done.seconds)}, loading included")
+    table.add_row("loss", f"{done.loss:.4f}", "nats per token, mean of all steps")
+    if done.held_out_before is not None and done.held_out_after is not None:
+        table.add_row("  held out, before", f"{done.held_out_before:.4f}", f"{done.held_out_examples:,} examples")
+        table.add_row("  held out, after", f"{done.held_out_after:.4f}", "lower is better")
+    table.add_row("trained parameters", f"{done.trainable:,}", f"{size(done.nbytes)} in the file")
+    table.add_row("peak memory", size(done.peak), "of this process, mapped files included")
+    if done.gpu_peak:
+        table.add_row("  on the GPU", size(done.gpu_peak), "")
+    out.print(table)
+
+
+def merged(done: Merged) -> None:
+    """What `fewbit merge` prints when it is finished."""
+    for note in done.notes:
+        _say(f"note: {note}")
+    if done.quantized is not None:
+        quantized(done.quantized)
+    onto = f"added to {done.base}" if done.base else "added to the values of the packed weights: no --base is at hand"
+    _say(f"{done.out}: {size(done.nbytes)} of weights, {onto}; {duration(done.seconds)}.")
+    evaluation(done.evaluation)
+
+
+def generated(done: Continuation) -> None:
+    """How fast a text came, on stderr: stdout has the text itself."""
+    after = f", {done.rate:.1f} tokens/s after the first" if done.rate else ""
+    err.print(f"[dim]{done.tokens} tokens: the first after {duration(done.to_first)}{after}[/dim]")
+
+
+def preview(shown: Preview) -> None:
+    """What `fewbit quantize --dry-run` prints."""
+    table = grid(f"plan {shown.plan}, format {shown.format}", "tensor", "becomes", "bytes", numbers=(2,))
+    for name, what, nbytes in shown.tensors:
+        table.add_row(name, what, f"{nbytes:,}")
+    out.print(table)
+    for note in shown.notes:
+        _say(f"note: {note}")
+    _say(
+        f"{shown.original_bytes:,} bytes become {shown.output_bytes:,} ({size(shown.output_bytes)}); "
+        f"{share(shown.share)} of the blocks' parameters are quantized. Nothing was written."
+    )
+
+
+def evaluation(done: Evaluation) -> None:
+    """What `fewbit evaluate` prints."""
+    q, i = done.quality, done.inspection
+    against = f" against {done.reference}" if done.reference else ""
+    title = (
+        f"{done.model}{against}, on {q.tokens:,} tokens of {done.text} "
+        f"in {q.windows:,} of {done.available:,} windows of {q.length}"
+    )
+    table = grid(title, "", "value", "95 % interval", "what it says", numbers=(1,))
+    table.add_row("perplexity", *interval(q.perplexity, 4), "how surprised it is by the text; lower is better")
+    if q.reference_perplexity and q.perplexity_ratio and q.kl and q.same_top:
+        table.add_row("  of the reference", *interval(q.reference_perplexity, 4), "")
+        table.add_row("  ratio", *interval(q.perplexity_ratio, 4), "1 is no loss")
+        table.add_row("KL divergence", *interval(q.kl.mean), "distance from the reference's predictions; 0 is no loss")
+        table.add_row("  median", *interval(q.kl.median), "")
+        table.add_row("  99 % of tokens below", *interval(q.kl.p99), "")
+        table.add_row("  99.9 %", *interval(q.kl.p999), "")
+        table.add_row("  worst token", f"{q.kl.max:.3g}", "", "")
+        table.add_row(
+            "same top token", *interval(q.same_top, percent=True), "how often both would choose the same token"
+        )
+    table.add_row("weights", size(i.weights_bytes), "", f"{i.bits_per_weight:.2f} bits per weight, all tensors counted")
+    if i.bits_per_weight_quantized:
+        table.add_row("  quantized ones", f"{i.bits_per_weight_quantized:.3f}", "", "bits per weight")
+    table.add_row("peak memory", size(done.peak), "", "of this evaluation, both models held")
+    if done.gpu_peak:
+        table.add_row("  on the GPU", size(done.gpu_peak), "", "")
+    table.add_row("time", duration(done.seconds), "", "")
+    out.print(table)
+
+
+def evaluation_json(done: Evaluation) -> dict[str, Any]:
+    """The object that `fewbit evaluate --json` prints: plain numbers, with `intervals` beside them."""
+    q, i = done.quality, done.inspection
+    data: dict[str, Any] = {
+        "model": done.model,
+        "reference": done.reference,
+        "text": done.text,
+        "tokens": q.tokens,
+        "windows": q.windows,
+        "windows_available": done.available,
+        "length": q.length,
+        "perplexity": q.perplexity.value,
+        "weights_bytes": i.weights_bytes,
+        "file_bytes": i.file_bytes,
+        "bits_per_weight": i.bits_per_weight,
+        "bits_per_weight_quantized": i.bits_per_weight_quantized,
+        "peak_memory_bytes": done.peak,
+        "peak_gpu_memory_bytes": done.gpu_peak,
+        "seconds": done.seconds,
+        "intervals": {"perplexity": [q.perplexity.low, q.perplexity.high]},
+        "reference_perplexity": None,
+        "perplexity_ratio": None,
+        "kl": None,
+        "same_top": None,
+    }
+    if q.reference_perplexity and q.perplexity_ratio and q.kl and q.same_top:
+        kl = {"mean": q.kl.mean, "median": q.kl.median, "p99": q.kl.p99, "p999": q.kl.p999}
+        pairs = {
+            "reference_perplexity": q.reference_perplexity,
+            "perplexity_ratio": q.perplexity_ratio,
+            "same_top": q.same_top,
+        }
+        data |= {name: estimate.value for name, estimate in pairs.items()}
+        data["kl"] = {**{name: estimate.value for name, estimate in kl.items()}, "max": q.kl.max}
+        data["intervals"] |= {name: [e.low, e.high] for name, e in pairs.items()}
+        data["intervals"]["kl"] = {name: [e.low, e.high] for name, e in kl.items()}
+    return data
+
+
+def inspection(i: Inspection) -> None:
+    """What `fewbit inspect` prints."""
+    table = grid(i.name, "", "")
+    table.add_row("architecture", i.architecture)
+    table.add_row("format", i.format or "not quantized")
+    for scheme, count in i.schemes.items():
+        table.add_row("scheme", f"{scheme} in {count} tensors")
+    table.add_row("parameters", f"{i.parameters:,}, of which {share(i.share)} are quantized")
+    table.add_row("weights", f"{size(i.weights_bytes)} at rest, {size(i.file_bytes)} in files")
+    table.add_row("bits per weight", f"{i.bits_per_weight:.3f} over the whole model")
+    if i.bits_per_weight_quantized:
+        table.add_row("", f"{i.bits_per_weight_quantized:.3f} of the quantized weights")
+    if i.made:
+        table.add_row(
+            "made by", f"fewbit {i.made.get('versions', {}).get('fewbit', '?')} from {i.made.get('model', '?')}"
+        )
+        table.add_row("plan", str(i.made.get("plan", {}).get("name", "?")))
+        if calibrated := i.made.get("calibration"):
+            table.add_row("calibrated on", calibrated_on(calibrated))
+        errors = [t["error"] for t in i.made.get("tensors", [])]
+        if errors:
+            table.add_row(
+                "relative output error", f"{sum(errors) / len(errors):.2e} on average, {max(errors):.2e} at worst"
+            )
+        for note in i.made.get("notes", []):
+            table.add_row("note", note)
+    out.print(table)
+
+
+def listing(families: Mapping[str, Sequence[tuple[str, str, str | None]]]) -> None:
+    """What `fewbit list` prints: for each family (name, what it is, why it is unavailable here)."""
+    for family, rows in families.items():
+        table = grid(family, "name", "what it is", "here")
+        for name, what, unavailable in rows:
+            table.add_row(name, what, f"no: {unavailable}" if unavailable else "yes")
+        out.print(table)
+        out.print()
+
+
+def doctor(found: Hardware) -> None:
+    """What `fewbit doctor` prints."""
+    table = grid("this machine", "", "")
+    for name, version in found.versions.items():
+        table.add_row(name, version)
+    table.add_row("devices", ", ".join(found.devices) or "CPU only")
+    table.add_row("instruction sets", ", ".join(found.instructions) or "unknown")
+    table.add_row("threads", str(found.threads))
+    table.add_row("memory", size(found.memory))
+    for name, reason in found.kernels.items():
+        table.add_row(f"kernel {name}", f"no: {reason}" if reason else "ready")
+    for name, why in found.missing.items():
+        table.add_row(f"without {name}", why)
+    out.print(table)
+    for line in found.advice:
+        _say(f"- {line}")
+
+
+class Lines:
+    """Progress where there is no terminal: a line for the first step, for the last, and now and then between them.
+
+    Between them a line comes once `GAP` seconds have passed and a hundredth of the work was done since the last line.
+    ends: whether the first and the last step have lines however quick they are.
+    """
+
+    GAP = 15.0
+
+    def __init__(self, what: str, clock: Callable[[], float] = time.perf_counter, ends: bool = True) -> None:
+        self.what, self.clock, self.ends = what, clock, ends
+        self.start = self.told_at = clock()
+        self.told, self.found = 0, 0
+
+    def __call__(self, done: int, total: int, state: str = "", found: bool = False) -> None:
+        """`done` of `total` steps are done; `found`: the last one was not computed but found."""
+        now, self.found = self.clock(), self.found + found
+        due = now - self.told_at >= self.GAP and (done - self.told) * 100 >= total
+        if not due and not (self.ends and (not self.told or done >= total)):
+            return
+        self.told, self.told_at = done, now
+        # Steps that were found took next to no time and say nothing of those to come.
+        spent, computed = now - self.start, done - self.found
+        left = f", {duration(spent / computed * (total - done))} left" if computed > 0 else ""
+        shown = f"  {state}" if state else ""
+        tables.verbatim(err, f"{self.what} {done}/{total}{shown}  {duration(spent)} elapsed{left}")
+
+
+@contextmanager
+def counted(what: str) -> Iterator[Callable[..., None]]:
+    """How far a verb is, on stderr: a bar in a terminal, `Lines` elsewhere. Both take (done, total, state, found)."""
+    if not err.is_terminal:
+        yield Lines(what)
+        return
+    columns = (TextColumn(f"{what}s"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=True) as bar:
+        task = bar.add_task(what, total=None, state="")
+
+        def update(done: int, total: int, state: str = "", found: bool = False) -> None:
+            bar.update(task, total=total, completed=done, state=state)
+
+        yield update
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[Step], None]]:
+    """Progress over the blocks of a model."""
+    with counted("block") as tell:
+
+        def told(step: Step) -> None:
+            state = "found, from an interrupted run" if step.resumed else f"output error {step.error:.2e}"
+            tell(step.done, step.total, state, step.resumed)
+
+        yield told
+
+
+@contextmanager
+def steps_progress() -> Iterator[Callable[[int, int, float], None]]:
+    """Progress over training steps."""
+    with counted("step") as tell:
+        yield lambda done, total, loss: tell(done, total, f"loss {loss:.4f}")
+
+
+@contextmanager
+def windows_progress() -> Iterator[Callable[[int, int], None]]:
+    """Progress over windows of text."""
+    with counted("window") as tell:
+        yield lambda done, total: tell(done, total)

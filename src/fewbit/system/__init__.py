@@ -1,0 +1,1 @@
+"""The machine, the cache, files, processes, and the publishing of an output."""

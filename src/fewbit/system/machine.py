@@ -1,0 +1,67 @@
+"""The machine: devices, memory, processor, versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from fewbit.errors import PlanError
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    return {"python": platform.python_version(), **{p: _version(p) or "?" for p in ("fewbit", "torch", "transformers")}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        if package == "fewbit":
+            import fewbit
+
+            return fewbit.__version__
+        return None
+
+
+def processor() -> str:
+    """What the machine's processor calls itself."""
+    return _cpuinfo("model name").strip() or platform.processor() or platform.machine()
+
+
+def _cpuinfo(*keys: str) -> str:
+    """What stands behind the first line of /proc/cpuinfo that begins with one of `keys`; nothing elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return next((line for line in text.splitlines() if line.lower().startswith(keys)), "").partition(":")[2]
+
+
+def gpu_memory() -> int:
+    """Bytes of the first GPU; 0 where there is none."""
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
+
+
+def main_memory() -> int:
+    """Bytes of main memory; 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, AttributeError, OSError):
+        return 0
+
+
+def device(wanted: str | None) -> str:
+    """The device to use: the one asked for, which must be there, else a GPU if there is one."""
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    here = ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if not torch.cuda.is_available():
+        here = ["cpu"]
+    if wanted not in here:
+        raise PlanError(f"--device {wanted} is not here", f"There is: {', '.join(here)}.")
+    return wanted

@@ -1,0 +1,294 @@
+"""The folder, or the one file, that a verb makes: checked before any work, there whole or not at all after it."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import stat
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+
+from fewbit.errors import FewbitError, FormatError, OutputError, PlanError
+from fewbit.system import locks
+from fewbit.system.cache import cache_folder
+from fewbit.system.files import read_json
+
+RECORD = "fewbit.json"
+ANOTHER = "Give another -o."
+_ROOM = "Free some space, give another -o, or set FEWBIT_CACHE to a folder on another disk."
+_UNITS = ((10**9, "GB"), (10**6, "MB"), (1000, "kB"), (1, "bytes"))
+# Files that transformers, PEFT and fewbit write into the folder of a model, an adapter or a report.
+_OURS = re.compile(
+    r"""
+    (adapter_)?config\.json | generation_config\.json | fewbit\.(json|scales) | quant(ize)?_config\.json
+    | (model|adapter_model|pytorch_model)[\w.-]*\.(safetensors|bin)(\.index\.json)? | model\.gguf | training_args\.bin
+    | tokenizer(_config)?\.(json|model) | special_tokens_map\.json | added_tokens\.json | vocab\.(json|txt)
+    | merges\.txt
+    | spiece\.model | sentencepiece\.bpe\.model | chat_template\.(json|jinja)
+    | (video_|image_)?(pre)?processor_config\.json
+    | (configuration|modeling|tokenization|processing|image_processing)_\w+\.py
+    | README\.md | LICENSE[\w.-]* | NOTICE[\w.-]* | \.gitattributes | \.lock
+    | report\.json | index\.html | quality-(size|speed)\.(svg|png)
+    """,
+    re.VERBOSE,
+)
+
+
+def claimed(out: str | Path, *, overwrite: bool, file: bool = False) -> Path:
+    """`out` as a place where a folder, or a `file`, can be made; PlanError if it is taken or can be none.
+
+    What must be possible later is tried now: a folder beside `out` is made and removed, and one of its name.
+    """
+    place = named(out)
+    with _possible(out):
+        _check_link(place)
+        if place.exists() and not overwrite:
+            raise PlanError(f"{out} exists", "Use --overwrite to replace it, or another -o.")
+        if place.is_dir() if file else place.is_file():
+            raise PlanError(f"{out} is a {'folder, not a file' if file else 'file, not a folder'}", ANOTHER)
+        real = place.resolve()
+        if place.exists():
+            _check_replaceable(out, real)
+        _try(real)
+    return place
+
+
+def named(out: str | Path) -> Path:
+    """`out` as a path; PlanError for an empty one, and for a folder that this process is in."""
+    if not str(out).strip():
+        raise PlanError("the output has an empty name", "Give a folder or a file to make: -o OUT.")
+    try:
+        inside = Path.cwd().is_relative_to(Path(out).resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name with a null byte
+        raise PlanError(f"{out} cannot be made: {_reason(error)}", ANOTHER) from None
+    if inside:
+        raise PlanError(f"{out} is the current folder or holds it, and cannot be replaced", ANOTHER)
+    return Path(out)
+
+
+def writable(folder: str | Path) -> Path:
+    """`folder` as a place to write files into, new or not; PlanError if it can be none."""
+    if not str(folder).strip():
+        raise PlanError("the output has an empty name", "Give a folder: -o OUT.")
+    place = Path(folder)
+    with _possible(folder):
+        _check_link(place)
+        if place.is_file():
+            raise PlanError(f"{folder} is a file, not a folder", ANOTHER)
+        _try(place.resolve() / "any")
+    return place
+
+
+def spare(out: Path, *needed: str | Path) -> None:
+    """PlanError if replacing `out` would delete what is still needed."""
+    for place in needed:
+        if Path(place).expanduser().resolve().is_relative_to(out.resolve()):
+            raise PlanError(f"{out} holds {place}, which would be lost", ANOTHER)
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def check_space(needs: Mapping[Path, int], hint: str = _ROOM) -> None:
+    """PlanError unless so many bytes are free at each place. Places on one disk need the sum."""
+    disks: dict[int, list[Path]] = {}
+    for place in needs:
+        disks.setdefault(existing(place.absolute()).stat().st_dev, []).append(place)
+    for places in disks.values():
+        needed, free = sum(needs[place] for place in places), shutil.disk_usage(existing(places[0].absolute())).free
+        if free < needed:
+            where = " and ".join(map(str, places))
+            raise PlanError(
+                f"{_size(needed)} of disk are needed for {where}, {_size(free)} are free",
+                hint,
+            )
+
+
+@contextmanager
+def published(out: Path, *, overwrite: bool = False, file: bool = False, kept: str = "") -> Iterator[Path]:
+    """A fresh folder that becomes `out` when the body ends, and vanishes if it does not.
+
+    With `file`, what becomes `out` is the path in such a folder that is given. If `out` is a link, its target is
+    replaced. OutputError if a file cannot be written; `kept` says there what is not lost.
+    """
+    with _writing(out, kept):
+        real = out.resolve()
+        real.parent.mkdir(parents=True, exist_ok=True)
+        for left in locks.left_behind(_beside(real)):
+            if (left.folder / "old").exists() and not real.exists():
+                (left.folder / "old").rename(real)  # a run died between the two renames below
+            left.remove()
+        held = locks.scratch(_beside(real))
+        staging, old = held.folder / "new", held.folder / "old"
+        try:
+            staging.mkdir()
+            made = staging / real.name if file else staging
+            yield made
+            for path in [*staging.rglob("*"), staging]:
+                handle = os.open(path, os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
+            if real.exists():
+                if not overwrite:
+                    raise PlanError(f"{out} has appeared meanwhile", "Use --overwrite to replace it.")
+                _check_replaceable(out, real)
+            if file:
+                made.replace(real)
+            elif real.exists():
+                real.rename(old)
+                try:
+                    staging.rename(real)
+                except BaseException:
+                    old.rename(real)
+                    raise
+            else:
+                staging.rename(real)
+        finally:
+            held.remove()
+
+
+def rescued(error: FewbitError, out: Path, write: Callable[[Path], None]) -> OutputError:
+    """The error to raise where a result that took long cannot be written to `out`: it says where the result is now.
+
+    write: makes the result at the path that it is given.
+    """
+    for parent in (cache_folder, lambda: Path(tempfile.gettempdir())):
+        with suppress(OSError, FewbitError):
+            place = parent() / f"rescued-{secrets.token_hex(4)}" / out.name
+            try:
+                place.parent.mkdir(parents=True)
+                write(place)
+            except BaseException:
+                shutil.rmtree(place.parent, ignore_errors=True)
+                raise
+            return OutputError(error.message, f"The result is not lost: it is in {place}.")
+    return OutputError(error.message, "Nor could the result be saved in the cache or the temporary folder: it is lost.")
+
+
+def _check_link(place: Path) -> None:
+    if os.path.lexists(place) and not place.exists():
+        raise PlanError(f"{place} is a link to {os.readlink(place)}, which does not exist", ANOTHER)
+
+
+@contextmanager
+def _writing(out: Path, kept: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{out} could not be written: {_reason(error)}", kept) from error
+
+
+@contextmanager
+def _possible(out: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename and str(error.filename) != str(out) else ""
+        raise PlanError(f"{out} cannot be made: {_reason(error)}{where}", ANOTHER) from None
+
+
+def _reason(error: BaseException) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _beside(real: Path) -> Path:
+    """What the hidden folders beside `real` begin with; a long name would be too long with more in front."""
+    name = real.name if len(os.fsencode(real.name)) < 200 else sha256(os.fsencode(real.name)).hexdigest()[:32]
+    return real.with_name(f".{name}.fewbit")
+
+
+def _try(real: Path) -> None:
+    """OSError unless something can be made at `real`; nothing is left behind."""
+    missing = []
+    for parent in real.parents:
+        if parent.exists():
+            break
+        missing.append(parent)
+    made: list[Path] = []
+    try:
+        for parent in reversed(missing):
+            parent.mkdir()
+            made.append(parent)
+        probe = _beside(real)
+        held = locks.scratch(probe.with_name(f"{probe.name}-try"))
+        try:
+            (held.folder / "file").write_bytes(b"1")
+            if not real.exists():
+                (held.folder / "new").mkdir()
+                (held.folder / "new").rename(real)
+                real.rmdir()
+        finally:
+            held.remove()
+    finally:
+        for parent in reversed(made):
+            with suppress(OSError):  # another process may have begun to use it
+                parent.rmdir()
+
+
+def _check_replaceable(out: str | Path, real: Path) -> None:
+    """PlanError unless all that is at `real` was written by fewbit, or by what writes models, and may be replaced."""
+    if os.path.ismount(real):
+        raise PlanError(f"{out} is a mount point, which cannot be replaced", "Give a folder in it: -o OUT/NAME.")
+    shared = real.parent.stat()
+    owners = (0, shared.st_uid, real.stat().st_uid)
+    if real.is_dir() and not os.access(real, os.W_OK | os.X_OK):
+        raise PlanError(f"{out} cannot be replaced: it may not be written", ANOTHER)
+    if shared.st_mode & stat.S_ISVTX and hasattr(os, "geteuid") and os.geteuid() not in owners:
+        raise PlanError(f"{out} cannot be replaced: it belongs to another user", ANOTHER)
+    if (foreign := _foreign(real)) is not None:
+        what = f"{out} holds {foreign}" if real.is_dir() else f"{out} is no GGUF file or importance matrix"
+        raise PlanError(f"{what}: --overwrite replaces only what fewbit or transformers wrote", ANOTHER)
+
+
+def _foreign(real: Path) -> str | None:
+    """The name of something at `real` that no writer of models made; None if there is no such thing."""
+    if not real.is_dir():
+        return None if _is_weights(real) else real.name
+    recorded = _recorded(real)
+    for entry in sorted(real.rglob("*")):
+        name = entry.relative_to(real).as_posix()
+        if name in recorded or "__pycache__" in entry.parts:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            if any(each.startswith(f"{name}/") for each in recorded):
+                continue
+            return f"{name}/"
+        if entry.parent != real or not _OURS.fullmatch(entry.name):
+            return name
+    return None
+
+
+def _recorded(folder: Path) -> set[str]:
+    """The files that the record of a former run names."""
+    try:
+        files = read_json(folder / RECORD)["files"]
+        return {str(name) for name in files}
+    except (OSError, FormatError, KeyError, TypeError):
+        return set()
+
+
+def _is_weights(file: Path) -> bool:
+    """Whether a file is a GGUF file, an importance matrix in the older form, or empty."""
+    with open(file, "rb") as stream:
+        head = stream.read(264)
+    if not head or head[:4] == b"GGUF":
+        return True
+    if len(head) < 16 or file.suffix != ".dat":
+        return False
+    entries, length = struct.unpack("<ii", head[:8])
+    return 0 < entries < 1 << 20 and 0 < length <= 256 and head[8 : 8 + length].isascii()
+
+
+def _size(nbytes: int) -> str:
+    unit, name = next((scale, name) for scale, name in _UNITS if nbytes >= scale or scale == 1)
+    return f"{float(f'{nbytes / unit:.3g}'):,g} {name}"

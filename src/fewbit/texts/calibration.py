@@ -1,0 +1,37 @@
+"""What to calibrate on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fewbit import checks
+from fewbit.checks import Texts
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`samples` windows of `length` tokens (at most the model's context), drawn by `seed` from a text.
+
+    text: a name, a file, or a list of texts; None: tiny's own for the embedded model, pydoc for all others.
+    """
+
+    text: Texts | None = None
+    samples: int = 128
+    length: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            value = getattr(self, name)
+            if name != "text" or value is not None:
+                object.__setattr__(self, name, check(name, value))
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "text": checks.texts,
+    "samples": checks.whole(1),
+    "length": checks.whole(1),
+    "seed": checks.whole(0, checks.LAST_SEED),
+}

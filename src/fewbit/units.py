@@ -1,0 +1,24 @@
+"""Numbers with units, for people."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 0.42 s, 37 s, 2 min 05 s."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: 98.4 MB, 1.23 GB (decimal units, as files are sold)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        rounded = float(f"{nbytes / scale:.3g}")
+        if rounded >= 1:
+            return f"{rounded:,g} {unit}"
+    return f"{nbytes:.0f} B"
