@@ -34,7 +34,8 @@ from fewbit.models.skeleton import BlockCall, Skeleton
 from fewbit.pipeline import blocks as pipeline_blocks
 from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline import run as pipeline_run
-from fewbit.pipeline import settled, write_folder, write_gguf
+from fewbit.pipeline import write_folder, write_gguf
+from fewbit.pipeline.capture import Inputs
 from fewbit.pipeline.gguf_header import Header
 from fewbit.pipeline.job import Job
 from fewbit.plans import plan as plans
@@ -195,7 +196,6 @@ def measure(folder: Path, name: str, args: argparse.Namespace, clock: Clock | No
     device.start()
     start = time.perf_counter()
     job = Job.prepare(folder, plan_of(name), "cuda", False, False)
-    need = settled.calibration_need(job.resolved)
     tokens = torch.randint(
         0, CONFIG["vocab_size"], (args.samples, args.length), generator=torch.Generator().manual_seed(0)
     )
@@ -212,17 +212,17 @@ def measure(folder: Path, name: str, args: argparse.Namespace, clock: Clock | No
         ends.append(time.perf_counter())
 
     reports = pipeline_blocks.quantize_blocks(
-        job.skeleton, job.resolved, tokens if need > Need.NOTHING else None, run, progress
+        job.settled, Inputs(tokens if job.settled.need > Need.NOTHING else None), run, progress
     )
     quantized = time.perf_counter()
     out = Path(tempfile.mkdtemp()) / "out"
     if job.single_file:
-        config = job.skeleton.config
+        config = job.settled.skeleton.config
         header = Header({"general.architecture": "llama"}, names.routes(config), gguf_config.extra_tensors(config))
-        write_gguf.write(out, job.skeleton, job.resolved, run, header, {})
+        write_gguf.write(out, job.settled, run, header, {})
     else:
         out.mkdir()
-        write_folder.write(out, job.skeleton, job.resolved, run)
+        write_folder.write(out, job.settled, run)
     written = time.perf_counter()
     shutil.rmtree(out.parent)
     run.forget()

@@ -15,7 +15,9 @@ from fewbit.errors import NumericsError, OutputError, PlanError
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import locate
 from fewbit.pipeline import run
-from fewbit.plans.plan import find, resolve
+from fewbit.pipeline.capture import Inputs
+from fewbit.pipeline.settled import Settled
+from fewbit.plans.plan import find
 from fewbit.schemes.base import parse
 from fewbit.system import locks, publish
 from fewbit.texts import calibration
@@ -167,8 +169,7 @@ def test_a_bias_that_only_the_file_has_is_added(model: Path, tmp_path: Path) -> 
 def test_another_config_is_another_run(model: Path) -> None:
     def fingerprint() -> str:
         skeleton = Skeleton(locate(model), torch.float32, torch.device("cpu"))
-        shapes = {name: shape for block in skeleton.blocks for name, shape in skeleton.linears(block).items()}
-        return run.fingerprint(skeleton, resolve(find("rtn-4bit"), shapes), None, {})
+        return run.fingerprint(Settled.of(skeleton, find("rtn-4bit")), Inputs(), {})
 
     before = fingerprint()
     assert fingerprint() == before

@@ -17,8 +17,8 @@ from transformers.quantizers import auto
 from fewbit.errors import PlanError
 from fewbit.models.plugin.options import OPTIONS, Option
 from fewbit.models.plugin.quantizer import FewbitQuantizer
+from fewbit.models.skeleton import Skeleton
 from fewbit.nn.layers import QLinear
-from fewbit.pipeline import capture
 from fewbit.texts import sources
 from tests import gguf_files, models
 
@@ -215,14 +215,13 @@ def block_name(make: Make, patch: pytest.MonkeyPatch, folder: Path) -> None:
 @effect("GPTQConfig.model_seqlen", "AwqConfig.model_seqlen", "GPTQConfig.batch_size", "AwqConfig.batch_size")
 def windows(make: Make, patch: pytest.MonkeyPatch, folder: Path) -> None:
     seen: list[tuple[int, ...]] = []
-    plain = capture.batches_of
+    plain = Skeleton.capture
 
-    def batches(tokens: torch.Tensor, least: int = 1, halved: int = 0) -> list[torch.Tensor]:
-        made = plain(tokens, least, halved)
-        seen.append(tuple(made[0].shape))
-        return made
+    def captured(skeleton: Skeleton, batches: list[torch.Tensor]) -> Any:
+        seen.append(tuple(batches[0].shape))
+        return plain(skeleton, batches)
 
-    patch.setattr(capture, "batches_of", batches)
+    patch.setattr(Skeleton, "capture", captured)
     long = [models.sentences(160)]
     for kind in ("GPTQConfig", "AwqConfig"):
         wanted: list[dict[str, int]] = [{}, {"model_seqlen": 32}, {"batch_size": 65, "model_seqlen": 32}]

@@ -10,6 +10,7 @@ from fewbit.formats.containers.gguf import GgufWriter
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import locate
 from fewbit.pipeline import gguf_header, write_gguf
+from fewbit.pipeline.settled import Settled
 from fewbit.plans.plan import Plan, Resolved, format_of
 
 PLAN = Plan("f32", "gguf", ())
@@ -22,7 +23,7 @@ def write(model: str | Path, path: Path) -> None:
     nothing = Resolved(PLAN, format_of(PLAN), {}, (), ())
     header = gguf_header.of(source)
     keys = write_gguf.metadata(header, nothing, {}) | {"general.file_type": 0}
-    planned = write_gguf.planned(skeleton, nothing)
+    planned = write_gguf.planned(Settled(skeleton, nothing))
     entries = [each.entry._replace(type="f32") for each in planned]
     assert not header.extra
     with GgufWriter(path, keys, entries) as writer:

@@ -20,6 +20,7 @@ from fewbit.models.skeleton import BlockCall, Skeleton, states_of
 from fewbit.models.source import locate
 from fewbit.models.topology import Link
 from fewbit.pipeline import rewrite as rewriting
+from fewbit.pipeline.capture import Block
 from fewbit.pipeline.rewrite import Rewritten
 from fewbit.plans.plan import Assignment
 from fewbit.schemes.base import Scheme, parse
@@ -84,7 +85,7 @@ class Opened:
         return [call.run(self.module, states) for call, states in zip(self.calls, self.hidden, strict=True)]
 
     def rewritten(self, wanted: Mapping[str, Assignment]) -> Rewritten:
-        return rewriting.rewrite(self.skeleton, self.block, wanted, self.calls, self.hidden)
+        return rewriting.rewrite(Block(self.skeleton, self.block, self.module, self.calls, self.hidden), wanted)
 
     def links(self) -> list[Link]:
         return rewriting._links(self.skeleton, self.module, (self.calls[0], self.hidden[0]))

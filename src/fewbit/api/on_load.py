@@ -25,6 +25,7 @@ from fewbit.models.skeleton import Skeleton, load_tokenizer, tokenizer_at
 from fewbit.pipeline import blocks, write_folder
 from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline import run as pipeline_run
+from fewbit.pipeline.capture import Inputs
 from fewbit.pipeline.job import Job, too_small
 from fewbit.report import text as report
 from fewbit.system import ambient, machine, publish
@@ -45,19 +46,17 @@ def quantized(
     Warns of what was changed to make the request fit. PlanError before any work where it cannot.
     """
     job = Job.prepare(folder, request.plan, device, False, trust_remote_code)
-    _check(request, job.skeleton)
+    _check(request, job.settled.skeleton)
     size = job.preview().output_bytes
     publish.check_space({out: 2 * size}, "Free some space, or set FEWBIT_CACHE to a folder on another disk.")
-    tokens = _tokens(request, job)
+    inputs = Inputs(_tokens(request, job), stages=request.stages, least=request.batch)
     for note in (*job.notes, *_left(job)):
         warnings.warn(f"{request.plan.name}: {note}", stacklevel=2)
     versions = {**machine.versions(), "request": json.dumps([request.stages, request.batch])}
-    run = pipeline_run.Run(pipeline_run.fingerprint(job.skeleton, job.resolved, tokens, versions))
+    run = pipeline_run.Run(pipeline_run.fingerprint(job.settled, inputs, versions))
     with run, report.progress() if verbose else nullcontext(pipeline_progress.silent) as progress:
-        tensors = blocks.quantize_blocks(
-            job.skeleton, job.resolved, tokens, run, progress, stages=request.stages, batch=request.batch
-        )
-        write_folder.write(out, job.skeleton, job.resolved, run)
+        tensors = blocks.quantize_blocks(job.settled, inputs, run, progress)
+        write_folder.write(out, job.settled, run)
     for note in too_small(tensors):
         warnings.warn(f"{request.plan.name}: {note}", stacklevel=2)
     return run.forget
@@ -95,14 +94,14 @@ def _left(job: Job) -> list[str]:
     """A sentence about the weights in blocks that the request does not reach; none where they are few."""
     left: dict[str, int] = {}
     names = dict[str, None]()
-    for block in job.skeleton.blocks:
-        for name, parameter in job.skeleton.model.get_submodule(block).named_parameters():
+    for block in job.settled.skeleton.blocks:
+        for name, parameter in job.settled.skeleton.model.get_submodule(block).named_parameters():
             inner = name.removesuffix(".weight")
-            if parameter.dim() > 1 and f"{block}.{inner}" not in job.resolved.assignments:
+            if parameter.dim() > 1 and f"{block}.{inner}" not in job.settled.resolved.assignments:
                 left[f"{block}.{inner}"] = parameter.numel()
                 names[inner] = None
     count = sum(left.values())
-    share = count / max(job.skeleton.parameters_in_blocks(), 1)
+    share = count / max(job.settled.skeleton.parameters_in_blocks(), 1)
     if share < FEW:
         return []
     shown = ", ".join([*names][:5]) + (" ..." if len(names) > 5 else "")

@@ -93,21 +93,21 @@ def quantize(
         tokenizer = load_tokenizer(job.source, trust_remote_code=trust_remote_code)
         # What no file can say of the model is found before any work.
         header = gguf_header.of(job.source, trust_remote_code=trust_remote_code) if job.single_file else None
-        tokens, calibrated = job.tokens(calibration, tokenizer)
+        inputs, calibrated = job.inputs(calibration, tokenizer)
         # What the check after writing asks of the model.
         words = tokenizer(report_text.FIRST_WORDS, return_tensors="pt")["input_ids"]
         texts_windows.within(words, job.source.rows, tokenizer, repr(report_text.FIRST_WORDS))
         versions = machine.versions()
-        fingerprint = pipeline_run.fingerprint(job.skeleton, job.resolved, tokens, versions, job.importance)
+        fingerprint = pipeline_run.fingerprint(job.settled, inputs, versions)
         run = leaving.enter_context(pipeline_run.Run(fingerprint))
         told = progress or pipeline_progress.silent
-        tensors = blocks.quantize_blocks(job.skeleton, job.resolved, tokens, run, told, job.importance)
+        tensors = blocks.quantize_blocks(job.settled, inputs, run, told)
 
         def published() -> Quantized:
             weights = sum(prod(t.shape) for t in tensors)
             done = Quantized(
                 out=str(out),
-                plan=job.resolved.plan.name,
+                plan=job.settled.resolved.plan.name,
                 notes=[*job.notes, *job.left_out(), *fewer(calibration, calibrated), *too_small(tensors)],
                 tensors=tensors,
                 original_bytes=preview.original_bytes,
@@ -127,14 +127,14 @@ def quantize(
                 "model": job.source.name,
                 "origin": job.source.address,
                 "calibration": calibrated,
-                "plan": job.resolved.plan.to_json(),
+                "plan": job.settled.resolved.plan.to_json(),
                 **kept,
             }
             with publish.published(out, overwrite=overwrite, file=file, kept=_KEPT) as made:
                 if header is not None:
-                    written = write_gguf.write(made, job.skeleton, job.resolved, run, header, record)
+                    written = write_gguf.write(made, job.settled, run, header, record)
                 else:
-                    written = write_folder.write(made, job.skeleton, job.resolved, run)
+                    written = write_folder.write(made, job.settled, run)
                     record["scales"] = folded_scales(made).to_json()
                     record["files"] = sorted({*_files(made), "README.md", publish.RECORD})
                     (made / publish.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

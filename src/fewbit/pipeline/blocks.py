@@ -12,21 +12,19 @@ import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewbit.errors import KernelError, NumericsError
-from fewbit.formats.base import Format
 from fewbit.methods.base import Choice, Method, name_of
-from fewbit.models.skeleton import BlockCall, Skeleton
-from fewbit.pipeline.capture import Stages, captured, needs_of, staged, windows_at_once
+from fewbit.models.skeleton import BlockCall
+from fewbit.pipeline.capture import Block, Inputs, captured, needs_of, staged
 from fewbit.pipeline.progress import Progress, Step
 from fewbit.pipeline.rewrite import rewrite
-from fewbit.pipeline.run import Importance, Run, TensorReport
-from fewbit.pipeline.settled import calibration_need, outside, quantization_config
-from fewbit.plans.plan import Assignment, Resolved
+from fewbit.pipeline.run import Run, TensorReport
+from fewbit.pipeline.settled import Settled
+from fewbit.plans.plan import Assignment
 from fewbit.schemes.base import QTensor, Scheme, chunk_rows, vanished
 from fewbit.stats import Need, Stats
 from fewbit.system import ranks
@@ -34,150 +32,121 @@ from fewbit.system import ranks
 _ROWS_OUTSIDE = {"cpu": 1 << 22}  # entries of embeddings or head worked on at a time
 
 
-def quantize_blocks(
-    skeleton: Skeleton,
-    resolved: Resolved,
-    tokens: Tensor | None,
-    run: Run,
-    progress: Progress,
-    importance: Importance | None = None,
-    *,
-    stages: Stages | None = None,
-    batch: int = 1,
-) -> list[TensorReport]:
-    """Fill `run` with every block, quantized, and with what is quantized besides them.
+def quantize_blocks(settled: Settled, inputs: Inputs, run: Run, progress: Progress) -> list[TensorReport]:
+    """Fill `run` with every block, quantized, and with what is quantized outside the blocks.
 
-    `tokens` [samples, length] calibrate where a method needs it, unless `importance` says what they would. stages:
-    linears of a block, by their names in it, of which each list sees the quantized values of those before; an empty one
-    means those that read the same tensor, in the order in which they do; None: all see the block as it was. batch: how
-    many windows at least are computed at once; where a GPU's memory does not suffice, half as many, after a warning,
-    until KernelError says that one is too many.
+    Where a GPU's memory does not suffice, half as many windows are computed at once, after a warning. KernelError if
+    one window is too many.
     """
-    count, length = (1, 1) if tokens is None else tokens.shape
-    halved = 0
+    device = settled.skeleton.device
     while True:
         try:
-            return _all_blocks(skeleton, resolved, tokens, run, progress, importance, stages, batch, halved)
+            return _all_blocks(settled, inputs, run, progress)
         except torch.OutOfMemoryError as error:
-            now = min(count, windows_at_once(length, batch, halved))
-            if ranks.size() > 1 or now == 1:
+            if ranks.size() > 1 or inputs.at_once == 1:
                 raise KernelError(
-                    f"the memory of {skeleton.device} does not suffice: {str(error).strip().splitlines()[0][:200]}",
+                    f"the memory of {device} does not suffice: {str(error).strip().splitlines()[0][:200]}",
                     "Give --device cpu."
-                    if tokens is None
+                    if inputs.tokens is None
                     else "Give shorter calibration windows (--length), or --device cpu.",
                 ) from None
-        while windows_at_once(length, batch, halved) >= now:
-            halved += 1
-        fewer = windows_at_once(length, batch, halved)
+        fewer = inputs.halved()
         warnings.warn(
-            f"the memory of {skeleton.device} does not suffice for {now} calibration windows at once: "
-            f"{fewer} from here on",
+            f"the memory of {device} does not suffice for {inputs.at_once} calibration windows at once: "
+            f"{fewer.at_once} from here on",
             stacklevel=2,
         )
+        inputs = fewer
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def _all_blocks(
-    skeleton: Skeleton,
-    resolved: Resolved,
-    tokens: Tensor | None,
-    run: Run,
-    progress: Progress,
-    importance: Importance | None,
-    stages: Stages | None,
-    batch: int,
-    halved: int,
-) -> list[TensorReport]:
-    reports: list[TensorReport] = []
-    need = calibration_need(resolved) if importance is None else Need.NOTHING
-    rest = outside(skeleton, resolved)
-    total = len(skeleton.blocks) + len(rest)
+def _all_blocks(settled: Settled, inputs: Inputs, run: Run, progress: Progress) -> list[TensorReport]:
+    skeleton, reports = settled.skeleton, list[TensorReport]()
+    replayed = inputs.importance is None and settled.need > Need.NOTHING
+    total = len(skeleton.blocks) + len(settled.outside)
     hidden: list[Tensor] = []
     calls: dict[str, list[BlockCall]] = {block: [] for block in skeleton.blocks}
-    if need > Need.NOTHING:
-        assert tokens is not None
-        hidden, calls = captured(skeleton, tokens, batch, halved)
-    for index, block in enumerate(skeleton.blocks):
-        found = run.load(index)
-        if found is not None and need == Need.NOTHING:
-            made = found[1]
-        else:
-            with skeleton.materialized(block) as module:
-                if found is None:
-                    made = _quantize_block(
-                        skeleton, resolved, block, module, calls[block], hidden, run, index, importance, stages
-                    )
-                else:
-                    made = found[1]
-                    _restore_block(skeleton, resolved, block, found[0])
-                if block != skeleton.blocks[-1]:
-                    with torch.no_grad():
-                        for i, call in enumerate(calls[block]):
-                            hidden[i] = call.run(module, hidden[i])
-        reports += made
+    if replayed:
+        hidden, calls = captured(skeleton, inputs)
+
+    def add(made: list[TensorReport], found: object) -> None:
+        reports.extend(made)
         progress(Step(index + 1, total, _mean_error(made), found is not None))
-    for index, assignment in enumerate(rest, len(skeleton.blocks)):
+
+    for index, name in enumerate(skeleton.blocks):
         found = run.load(index)
-        made = found[1] if found is not None else _quantize_outside(skeleton, resolved, assignment, run, index)
-        reports += made
-        progress(Step(index + 1, total, _mean_error(made), found is not None))
+        if found is not None and not replayed:
+            add(found[1], found)
+            continue
+        with skeleton.materialized(name) as module:
+            block = Block(skeleton, name, module, calls[name], hidden)
+            if found is None:
+                tensors, made = _quantize_block(settled, block, inputs)
+                run.save(index, tensors, made)
+            else:
+                made = found[1]
+                _restore_block(settled, block, found[0])
+            if name != skeleton.blocks[-1]:
+                block.replay()
+        add(made, found)
+    for index, assignment in enumerate(settled.outside, len(skeleton.blocks)):
+        found = run.load(index)
+        if found is None:
+            tensors, made = _quantize_outside(settled, assignment)
+            run.save(index, tensors, made)
+        add(made if found is None else found[1], found)
     return reports
 
 
-def _quantize_block(
-    skeleton: Skeleton,
-    resolved: Resolved,
-    block: str,
-    module: nn.Module,
-    calls: list[BlockCall],
-    hidden: list[Tensor],
-    run: Run,
-    index: int,
-    importance: Importance | None,
-    stages: Stages | None,
-) -> list[TensorReport]:
-    """Quantize the linears of a materialized block in place, and save them in `run`."""
-    config = quantization_config(skeleton, resolved)
-    wanted = {name: resolved.assignments[name] for name in skeleton.linears(block) if name in resolved.assignments}
-    rewritten = rewrite(skeleton, block, wanted, calls, hidden)
+Tensors = dict[str, Tensor]  # by their names in the output
+
+
+def _quantize_block(settled: Settled, block: Block, inputs: Inputs) -> tuple[Tensors, list[TensorReport]]:
+    """Quantize the linears of a materialized block in place; what is stored of them, and what happened."""
+    own = block.skeleton.linears(block.name)
+    wanted = {name: settled.resolved.assignments[name] for name in own if name in settled.resolved.assignments}
+    rewritten = rewrite(block, wanted)
     tensors, reports = rewritten.tensors | rewritten.scales, dict[str, TensorReport]()
     steps: Iterable[dict[str, Stats] | None] = (
-        staged(skeleton, block, module, needs_of(wanted), calls, hidden, stages)
-        if importance is None
-        else [dict(importance)]
+        staged(block, needs_of(wanted), inputs.stages) if inputs.importance is None else [dict(inputs.importance)]
     )
-    seen: set[str] = set()
-    for stats in itertools.chain(steps, [None]):  # at last those that nothing is known of
-        groups = [
-            names
-            for names in _alike(wanted, stats or {})
-            if names[0] not in seen and (stats is None or names[0] in stats)
-        ]
-        done: dict[str, tuple[dict[str, Tensor], TensorReport]] = {}
-        owners = ranks.owners([_cost([wanted[name] for name in names]) for names in groups])
+    left = dict(wanted)
+    for stats in itertools.chain(steps, [None]):  # finally, linears without statistics
+        now = {name: left.pop(name) for name in list(left) if stats is None or name in stats}
+        for name, (stored, report) in _quantize_together(settled, block, now, stats).items():
+            tensors |= stored
+            reports[name] = replace(report, notes=[*rewritten.notes.get(name, []), *report.notes])
+    return tensors, [reports[name] for name in wanted if name in reports]
+
+
+def _quantize_together(
+    settled: Settled, block: Block, wanted: Mapping[str, Assignment], stats: dict[str, Stats] | None
+) -> dict[str, tuple[Tensors, TensorReport]]:
+    """Quantize linears of a block, each on one rank; linear -> what is stored of it, and what happened.
+
+    All linears on the first rank only. On every rank the block's weights have their new values, if it is replayed.
+    """
+    skeleton = block.skeleton
+    groups = _alike(wanted, stats or {})
+    owners = ranks.owners([_cost([wanted[name] for name in names]) for names in groups])
+    done: dict[str, tuple[Tensors, TensorReport]] = {}
+    for names, owner in zip(groups, owners, strict=True):
+        own = None if stats is None else [stats.pop(name) for name in names].pop()
+        if owner != ranks.rank():
+            continue
+        weights = [skeleton.weight(name).float() for name in names]
+        choices = _choose([wanted[name] for name in names], weights, own)
+        for name in names:
+            weight, choice = weights.pop(0), choices.pop(0)
+            done[name] = _stored(settled, wanted[name], weight, choice, own)
+            if block.calls:  # the block will be replayed
+                skeleton.replace_weight(name, choice.weight.dequantize())
+    if block.calls:
         for names, owner in zip(groups, owners, strict=True):
-            own = None if stats is None else [stats.pop(name) for name in names].pop()
-            if owner != ranks.rank():
-                continue
-            weights = [skeleton.weight(name).float() for name in names]
-            choices = _choose([wanted[name] for name in names], weights, own)
             for name in names:
-                weight, choice = weights.pop(0), choices.pop(0)
-                done[name] = _store(resolved.format, config, wanted[name], weight, choice, own)
-                if calls:  # the block will be replayed
-                    skeleton.replace_weight(name, choice.weight.dequantize())
-        for each in ranks.to_first(done):
-            for name, (laid_out, report) in each.items():
-                tensors |= laid_out
-                reports[name] = replace(report, notes=[*rewritten.notes.get(name, []), *report.notes])
-        for names, owner in zip(groups, owners, strict=True):
-            seen.update(names)
-            for name in names if calls else ():
                 ranks.hand_out(skeleton.weight(name), owner)
-    run.save(index, tensors, made := [reports[name] for name in wanted if name in reports])
-    return made
+    return {name: each for found in ranks.to_first(done) for name, each in found.items()}
 
 
 def _cost(assignments: Sequence[Assignment]) -> float:
@@ -196,25 +165,23 @@ def _alike(wanted: Mapping[str, Assignment], stats: Mapping[str, Stats]) -> list
     return list(groups.values())
 
 
-def _store(
-    format: Format,
-    config: Mapping[str, Any],
-    assignment: Assignment,
-    weight: Tensor,
-    choice: Choice,
-    stats: Stats | None,
-) -> tuple[dict[str, Tensor], TensorReport]:
-    """A linear's tensors by their full names, on the CPU, and what happened."""
-    laid_out = format.lay_out(choice.weight, config)
+def _stored(
+    settled: Settled, assignment: Assignment, weight: Tensor, choice: Choice, stats: Stats | None
+) -> tuple[Tensors, TensorReport]:
+    """A linear's tensors on the CPU, and what happened."""
     lost = _lost(assignment.scheme, weight, choice.weight, stats)
     report = _report(assignment, choice.weight, lost, stats, choice.notes)
-    return {f"{assignment.module}.{suffix}": tensor.cpu() for suffix, tensor in laid_out.items()}, report
+    return _laid_out(settled, assignment, choice.weight), report
 
 
-def _quantize_outside(
-    skeleton: Skeleton, resolved: Resolved, assignment: Assignment, run: Run, index: int
-) -> list[TensorReport]:
-    """Quantize embeddings or head, whose input is not measured, some rows at a time in turn of ranks, and save them."""
+def _laid_out(settled: Settled, assignment: Assignment, weight: QTensor) -> Tensors:
+    laid_out = settled.resolved.format.lay_out(weight, settled.config)
+    return {f"{assignment.module}.{suffix}": tensor.cpu() for suffix, tensor in laid_out.items()}
+
+
+def _quantize_outside(settled: Settled, assignment: Assignment) -> tuple[Tensors, list[TensorReport]]:
+    """Quantize embeddings or head, whose input is not measured, some rows at a time in turn of ranks."""
+    skeleton = settled.skeleton
     stored = skeleton.checkpoint.get(skeleton.key_of(f"{assignment.module}.weight"))
     alike = Stats.known(torch.ones(assignment.shape[1], device=skeleton.device, dtype=torch.float32), 1)
     made: dict[int, tuple[QTensor, Lost, list[str]]] = {}
@@ -227,17 +194,13 @@ def _quantize_outside(
         made[number] = choice.weight.map(lambda t: t.cpu()), lost, choice.notes
     together = {number: piece for each in ranks.to_first(made) for number, piece in each.items()}
     if not ranks.first():
-        return []
+        return {}, []
     pieces = [together[number] for number in sorted(together)]
     parts = {name: torch.cat([piece.parts[name] for piece, _, _ in pieces]) for name in pieces[0][0].parts}
     total = sum((own for _, own, _ in pieces), Lost())
     notes = list(dict.fromkeys(note for _, _, own in pieces for note in own))
     quantized = QTensor(assignment.scheme, assignment.shape, parts)
-    config = quantization_config(skeleton, resolved)
-    report = _report(assignment, quantized, total, None, notes)
-    laid_out = resolved.format.lay_out(quantized, config)
-    run.save(index, {f"{assignment.module}.{suffix}": tensor for suffix, tensor in laid_out.items()}, [report])
-    return [report]
+    return _laid_out(settled, assignment, quantized), [_report(assignment, quantized, total, None, notes)]
 
 
 def _report(assignment: Assignment, weight: QTensor, lost: Lost, stats: Stats | None, notes: list[str]) -> TensorReport:
@@ -254,15 +217,16 @@ def _report(assignment: Assignment, weight: QTensor, lost: Lost, stats: Stats | 
     )
 
 
-def _restore_block(skeleton: Skeleton, resolved: Resolved, block: str, tensors: Mapping[str, Tensor]) -> None:
+def _restore_block(settled: Settled, block: Block, tensors: Tensors) -> None:
     """Give a materialized block the values of a result that was found."""
-    config = quantization_config(skeleton, resolved)
-    for name in skeleton.linears(block):
-        if name in resolved.assignments:
+    assignments = settled.resolved.assignments
+    for name in block.skeleton.linears(block.name):
+        if name in assignments:
             own = {key.removeprefix(name + "."): t for key, t in tensors.items() if key.startswith(name + ".")}
-            skeleton.replace_weight(name, resolved.format.read(own, config, name).dequantize())
-    for name, parameter in skeleton.model.get_submodule(block).named_parameters(prefix=block):
-        if name in tensors and name.removesuffix(".weight") not in resolved.assignments:  # a norm or bias, rewritten
+            weight = settled.resolved.format.read(own, settled.config, name)
+            block.skeleton.replace_weight(name, weight.dequantize())
+    for name, parameter in block.module.named_parameters(prefix=block.name):
+        if name in tensors and name.removesuffix(".weight") not in assignments:  # a norm or bias, rewritten
             parameter.data.copy_(tensors[name])
 
 

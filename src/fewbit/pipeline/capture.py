@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,47 +21,78 @@ from fewbit.plans.plan import Assignment
 from fewbit.stats import Need, Stats
 from fewbit.system import ranks
 
+_TOKENS_AT_ONCE = 2048  # enough to keep two cores or a GPU busy, small beside the statistics
+
+Importance = Mapping[str, Stats]
 Stages = Sequence[Sequence[str]]
 
 
-def captured(
-    skeleton: Skeleton, tokens: Tensor, least: int = 1, halved: int = 0
-) -> tuple[list[Tensor], dict[str, list[BlockCall]]]:
-    """As `Skeleton.capture`, of this rank's part of the windows `tokens` [samples, length], in `batches_of` them."""
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of the inputs of linears, and how it is gathered.
+
+    tokens: int64 [samples, length], which calibrate where a method needs it, unless `importance` (linear -> statistics)
+    replaces them. stages: linears of a block, by their names in it; each stage sees the quantized values of the stages
+    before it. An empty list: one stage for each tensor that linears read. None: all linears see the block as it was.
+    least, most: bounds of how many windows are computed at once; by default as many as hold about 2048 tokens.
+    """
+
+    tokens: Tensor | None = None
+    importance: Importance | None = None
+    stages: Stages | None = None
+    least: int = 1
+    most: int | None = None
+
+    @property
+    def at_once(self) -> int:
+        """Windows that are computed at once."""
+        if self.tokens is None:
+            return 1
+        count, length = self.tokens.shape
+        return max(1, min(count, self.most or count, max(self.least, _TOKENS_AT_ONCE // length)))
+
+    def halved(self) -> Inputs:
+        """The same with half as many windows at once."""
+        return replace(self, most=max(1, self.at_once // 2))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A materialized block, and what enters it: for each of `calls`, hidden states [sequences, tokens, width]."""
+
+    skeleton: Skeleton
+    name: str
+    module: nn.Module
+    calls: list[BlockCall]
+    hidden: list[Tensor]
+
+    def replay(self) -> None:
+        """Replace the hidden states by what the block makes of them."""
+        with torch.no_grad():
+            for i, call in enumerate(self.calls):
+                self.hidden[i] = call.run(self.module, self.hidden[i])
+
+
+def captured(skeleton: Skeleton, inputs: Inputs) -> tuple[list[Tensor], dict[str, list[BlockCall]]]:
+    """As `Skeleton.capture`, of this rank's part of the windows, `inputs.at_once` of them at a time."""
+    tokens = inputs.tokens
+    assert tokens is not None
     if len(tokens) < ranks.size():
         raise PlanError(
             f"the calibration text has fewer windows ({len(tokens)}) than there are processes ({ranks.size()})",
             "Give more --samples, or start fewer processes.",
         )
     own = ranks.part(len(tokens))
-    return skeleton.capture(batches_of(tokens[own.start : own.stop], least, halved))
+    return skeleton.capture(list(tokens[own.start : own.stop].split(inputs.at_once)))
 
 
-def batches_of(tokens: Tensor, least: int = 1, halved: int = 0) -> list[Tensor]:
-    """About 2048 tokens at a time: enough to keep two cores or a GPU busy, small beside the statistics."""
-    return list(tokens.split(windows_at_once(tokens.shape[1], least, halved)))
-
-
-def windows_at_once(length: int, least: int, halved: int) -> int:
-    """Of `length` tokens each; `halved`: how many times memory did not suffice."""
-    return max(1, max(least, 2048 // length) >> halved)
-
-
-def staged(
-    skeleton: Skeleton,
-    block: str,
-    module: nn.Module,
-    needs: Mapping[str, Need],
-    calls: list[BlockCall],
-    hidden: list[Tensor],
-    stages: Stages | None,
-) -> Iterator[dict[str, Stats]]:
+def staged(block: Block, needs: Mapping[str, Need], stages: Stages | None) -> Iterator[dict[str, Stats]]:
     """Statistics of the linears of a block, those of each stage gathered when it comes to them."""
-    first = gather(skeleton, block, module, needs, calls, hidden)
+    first = gather(block, needs)
     if stages is None:
         yield first
         return
-    groups = [[name for name in needs if name.removeprefix(f"{block}.") in stage] for stage in stages]
+    groups = [[name for name in needs if name.removeprefix(f"{block.name}.") in stage] for stage in stages]
     if not stages:
         leaders: dict[int, list[str]] = {}
         for name, stats in first.items():
@@ -70,7 +102,7 @@ def staged(
     first.clear()
     yield start
     for group in groups[1:]:
-        yield gather(skeleton, block, module, {name: needs[name] for name in group}, calls, hidden)
+        yield gather(block, {name: needs[name] for name in group})
 
 
 def needs_of(wanted: Mapping[str, Assignment]) -> dict[str, Need]:
@@ -82,16 +114,7 @@ class _AllFed(Exception):
     """The last linear of a block has its input: what the block would make of it is not needed (a tenth of the time)."""
 
 
-def gather(
-    skeleton: Skeleton,
-    block: str,
-    module: nn.Module,
-    needs: Mapping[str, Need],
-    calls: list[BlockCall],
-    hidden: list[Tensor],
-    *,
-    alike: bool = False,
-) -> dict[str, Stats]:
+def gather(block: Block, needs: Mapping[str, Need], *, alike: bool = False) -> dict[str, Stats]:
     """Statistics of each linear's input over all batches, one object for all linears that read the same tensor.
 
     Unless all tokens are to count `alike`, a token counts in proportion to the norm of the hidden state that enters the
@@ -105,7 +128,8 @@ def gather(
     fed: list[str] = []  # linears, in the order in which the first batch reached them
     last: str | None = None
     weight: Tensor | None = None
-    shapes = skeleton.linears(block)
+    skeleton = block.skeleton
+    shapes = skeleton.linears(block.name)
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def record(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -132,10 +156,10 @@ def gather(
     handles = [skeleton.model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in needs]
     try:
         with torch.no_grad():
-            for call, states in zip(calls, hidden, strict=True):
+            for call, states in zip(block.calls, block.hidden, strict=True):
                 weight = None if alike else states.float().norm(dim=-1).clamp(min=1e-6)
                 with suppress(_AllFed):
-                    call.run(module, states)
+                    call.run(block.module, states)
                 if last is None and sorted(fed) == sorted(needs):  # each once: after this one nothing is left to see
                     last = fed[-1]
                 fed.clear()

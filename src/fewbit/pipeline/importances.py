@@ -11,21 +11,21 @@ from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers import imatrix
 from fewbit.methods.base import name_of
 from fewbit.models.skeleton import Skeleton
-from fewbit.pipeline.capture import captured, gather
+from fewbit.pipeline.capture import Block, Inputs, captured, gather
 from fewbit.pipeline.progress import Progress, Step
-from fewbit.pipeline.settled import model_of, outside
-from fewbit.plans.plan import Resolved
+from fewbit.pipeline.settled import Settled, model_of
 from fewbit.stats import Need, Stats
 
 
-def importance(path: Path, skeleton: Skeleton, resolved: Resolved) -> tuple[dict[str, Stats], list[str]]:
+def importance(path: Path, settled: Settled) -> tuple[dict[str, Stats], list[str]]:
     """What the importance matrix at `path` says of each linear in a block, and sentences on what it does not say.
 
     PlanError where the plan's methods need more than that, or nothing at all; FormatError for a damaged file and for
     one of another model.
     """
-    besides = {a.module for a in outside(skeleton, resolved)}
-    wanted = {module: a for module, a in resolved.assignments.items() if module not in besides}
+    skeleton = settled.skeleton
+    besides = {a.module for a in settled.outside}
+    wanted = {module: a for module, a in settled.resolved.assignments.items() if module not in besides}
     for a in wanted.values():
         if a.method.needs != Need.MEAN_SQUARE or a.method.rewrites:
             needs = "whole inputs" if a.method.needs > Need.NOTHING else "no importances"
@@ -60,14 +60,12 @@ def importance(path: Path, skeleton: Skeleton, resolved: Resolved) -> tuple[dict
 def measure(skeleton: Skeleton, tokens: Tensor, progress: Progress) -> dict[str, Stats]:
     """Mean squares of the inputs of all linears in blocks, all tokens counting alike, nothing being quantized."""
     found: dict[str, Stats] = {}
-    hidden, calls = captured(skeleton, tokens)
-    for index, block in enumerate(skeleton.blocks):
-        with skeleton.materialized(block) as module:
-            wanted = dict.fromkeys(skeleton.linears(block), Need.MEAN_SQUARE)
-            found |= gather(skeleton, block, module, wanted, calls[block], hidden, alike=True)
-            if block != skeleton.blocks[-1]:
-                with torch.no_grad():
-                    for i, call in enumerate(calls[block]):
-                        hidden[i] = call.run(module, hidden[i])
+    hidden, calls = captured(skeleton, Inputs(tokens))
+    for index, name in enumerate(skeleton.blocks):
+        with skeleton.materialized(name) as module:
+            block = Block(skeleton, name, module, calls[name], hidden)
+            found |= gather(block, dict.fromkeys(skeleton.linears(name), Need.MEAN_SQUARE), alike=True)
+            if name != skeleton.blocks[-1]:
+                block.replay()
         progress(Step(index + 1, len(skeleton.blocks), 0.0, False))
     return found

@@ -19,11 +19,12 @@ from fewbit.formats.containers import pickle
 from fewbit.formats.containers.safetensors import folders_left_out, other_weights, side_files
 from fewbit.models.skeleton import Skeleton, load_tokenizer
 from fewbit.models.source import Source, locate
-from fewbit.pipeline import importances, run, settled, sizes
-from fewbit.pipeline import settled as pipeline_settled
+from fewbit.pipeline import importances, run, sizes
+from fewbit.pipeline.capture import Importance, Inputs
+from fewbit.pipeline.settled import Settled
 from fewbit.plans import plan as plans
 from fewbit.schemes.base import PartSpec
-from fewbit.stats import Need, Stats
+from fewbit.stats import Need
 from fewbit.system import machine
 from fewbit.texts import sources
 from fewbit.texts import windows as texts_windows
@@ -41,9 +42,8 @@ class Job:
     """A model and a plan settled for it, checked, before any work."""
 
     source: Source
-    skeleton: Skeleton
-    resolved: plans.Resolved
-    importance: dict[str, Stats] | None
+    settled: Settled
+    importance: Importance | None
     notes: list[str]
 
     @classmethod
@@ -58,41 +58,43 @@ class Job:
     ) -> Job:
         source = unquantized(model, safetensors_only)
         skeleton = skeleton_of(source, machine.device(device), trust_remote_code)
-        resolved, notes = pipeline_settled.settled(skeleton, plan), list[str]()
-        settled.check(skeleton, resolved)
-        importance = None
+        settled, notes = Settled.of(skeleton, plan), list[str]()
+        settled.check()
+        importance: Importance | None = None
         if imatrix is not None:
-            importance, notes = importances.importance(Path(imatrix), skeleton, resolved)
-        return cls(source, skeleton, resolved, importance, [*resolved.notes, *notes])
+            importance, notes = importances.importance(Path(imatrix), settled)
+        return cls(source, settled, importance, [*settled.resolved.notes, *notes])
 
     @property
     def single_file(self) -> bool:
-        return bool(self.resolved.format.suffix)
+        return bool(self.settled.resolved.format.suffix)
 
-    def tokens(self, wanted: Calibration, tokenizer: Any) -> tuple[Tensor | None, dict[str, Any] | None]:
-        """Calibration tokens [samples, length] and what the record says of them; None where no method needs any."""
-        if self.importance is not None or settled.calibration_need(self.resolved) == Need.NOTHING:
-            return None, None
-        return windows(wanted, self.source, tokenizer)
+    def inputs(self, wanted: Calibration, tokenizer: Any) -> tuple[Inputs, dict[str, Any] | None]:
+        """What is known of inputs, and what the record says of calibration tokens; None where no method needs them."""
+        if self.importance is not None or self.settled.need == Need.NOTHING:
+            return Inputs(importance=self.importance), None
+        tokens, text = windows(wanted, self.source, tokenizer)
+        return Inputs(tokens), text
 
     def left_out(self) -> list[str]:
         """Sentences on what the model's folder has and an output holds as it is, or not at all."""
-        carried = {} if self.single_file else self.skeleton.carried(self.resolved.assignments)
-        specs = self.skeleton.checkpoint.specs
-        lost = {key: specs[key] for key in self.skeleton.without_place if key not in carried}
-        kind = type(self.skeleton.model).__name__
+        skeleton = self.settled.skeleton
+        carried = {} if self.single_file else skeleton.carried(self.settled.resolved.assignments)
+        specs = skeleton.checkpoint.specs
+        lost = {key: specs[key] for key in skeleton.without_place if key not in carried}
+        kind = type(skeleton.model).__name__
         return homeless(kind, carried, lost) + left_behind(self.source, single_file=self.single_file)
 
     def preview(self) -> Preview:
-        tensors, output_bytes = sizes.tensors(self.skeleton, self.resolved)
+        tensors, output_bytes = sizes.tensors(self.settled)
         return Preview(
-            plan=self.resolved.plan.name,
-            format=self.resolved.format.name,
+            plan=self.settled.resolved.plan.name,
+            format=self.settled.resolved.format.name,
             notes=[*self.notes, *self.left_out()],
             tensors=tensors,
-            original_bytes=sizes.checkpoint_bytes(self.skeleton),
+            original_bytes=sizes.checkpoint_bytes(self.settled.skeleton),
             output_bytes=output_bytes,
-            share=settled.share_quantized(self.skeleton, self.resolved),
+            share=self.settled.share,
         )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fewbit.methods.base import Fold
 from fewbit.models.skeleton import BlockCall, Skeleton, states_of
 from fewbit.models.topology import Link, find_links, weight_of
+from fewbit.pipeline.capture import Block
 from fewbit.plans.plan import Assignment
 from fewbit.stats import Need, Stats
 from fewbit.system import ranks
@@ -35,20 +36,18 @@ class Rewritten:
     notes: dict[str, list[str]] = field(default_factory=dict)
 
 
-def rewrite(
-    skeleton: Skeleton, block: str, wanted: Mapping[str, Assignment], calls: list[BlockCall], hidden: list[Tensor]
-) -> Rewritten:
+def rewrite(block: Block, wanted: Mapping[str, Assignment]) -> Rewritten:
     """Rewrite the materialized `block` in place, as the methods of its linears ask."""
     done = Rewritten()
     asking = {name for name, assignment in wanted.items() if assignment.method.rewrites}
     if not asking:
         return done
-    module = skeleton.model.get_submodule(block)
+    skeleton, module = block.skeleton, block.module
     with _in_float32(module), torch.no_grad():
-        batches = [(_to_float32(call), states.float()) for call, states in _some(skeleton.device, calls, hidden)]
+        batches = [(_to_float32(call), states.float()) for call, states in _some(block)]
         served: set[str] = set()
         for link in _links(skeleton, module, batches[0]):
-            source, readers = f"{block}.{link.source}", tuple(f"{block}.{name}" for name in link.readers)
+            source, readers = f"{block.name}.{link.source}", tuple(f"{block.name}.{name}" for name in link.readers)
             if not asking.intersection(readers):
                 continue
             served.update(readers)
@@ -57,7 +56,7 @@ def rewrite(
                 why = f"not scaled: {link.source} and what reads it are not all quantized alike"
                 _note(done, asking.intersection(readers), why)
                 continue
-            fold = BlockFold(skeleton, block, link, batches)
+            fold = BlockFold(skeleton, block.name, link, batches)
             scales = methods.pop().rewrite(fold, {name: wanted[name].scheme for name in readers})
             if scales is None:
                 continue
@@ -72,15 +71,16 @@ def rewrite(
     return done
 
 
-def _some(device: torch.device, calls: list[BlockCall], hidden: list[Tensor]) -> list[tuple[BlockCall, Tensor]]:
+def _some(block: Block) -> list[tuple[BlockCall, Tensor]]:
     """About `_TOKENS` tokens of what calls the block in all ranks, the same for each of them."""
-    tokens = ranks.gathered([states[..., 0].numel() for states in hidden])
+    tokens = ranks.gathered([states[..., 0].numel() for states in block.hidden])
     count = sum(len(own) for own in tokens)
     stride = max(1, min(round(sum(map(sum, tokens)) / _TOKENS), count))
     before = sum(len(own) for own in tokens[: ranks.rank()])
-    own = [(c, s) for i, (c, s) in enumerate(zip(calls, hidden, strict=True), before) if i % stride == 0]
+    own = [(c, s) for i, (c, s) in enumerate(zip(block.calls, block.hidden, strict=True), before) if i % stride == 0]
     if ranks.size() == 1:
         return own
+    device = block.skeleton.device
     sent = [(_mapped(call, _to("cpu")), states.cpu()) for call, states in own]
     return [(_mapped(c, _to(device)), s.to(device)) for each in ranks.gathered(sent) for c, s in each]
 

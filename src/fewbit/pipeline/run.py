@@ -13,9 +13,8 @@ from torch import Tensor
 
 from fewbit.errors import FormatError, OutputError
 from fewbit.formats.containers.safetensors import read_file, write_file
-from fewbit.models.skeleton import Skeleton
-from fewbit.plans.plan import Resolved
-from fewbit.stats import Stats
+from fewbit.pipeline.capture import Inputs
+from fewbit.pipeline.settled import Settled
 from fewbit.system import locks, ranks
 from fewbit.system.cache import cache_folder
 
@@ -108,17 +107,9 @@ class Run:
             self._held = None
 
 
-Importance = Mapping[str, Stats]
-
-
-def fingerprint(
-    skeleton: Skeleton,
-    resolved: Resolved,
-    tokens: Tensor | None,
-    versions: Mapping[str, str],
-    importance: Importance | None = None,
-) -> str:
+def fingerprint(settled: Settled, inputs: Inputs, versions: Mapping[str, str]) -> str:
     """A digest of all that determines the result: weights, plan, calibration tokens, versions, arithmetic."""
+    skeleton, resolved, tokens = settled.skeleton, settled.resolved, inputs.tokens
     files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in skeleton.source.files]
     plan = [(a.module, str(a.scheme), repr(a.method)) for a in resolved.assignments.values()]
     digest = hashlib.sha256()
@@ -127,6 +118,6 @@ def fingerprint(
     digest.update(f"{skeleton.dtype} {skeleton.device.type} scales".encode())  # blocks hold what was folded
     if tokens is not None:
         digest.update(str(tuple(tokens.shape)).encode() + tokens.numpy().tobytes())
-    for module, stats in sorted((importance or {}).items()):
+    for module, stats in sorted((inputs.importance or {}).items()):
         digest.update(module.encode() + stats.mean_square.cpu().numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,22 +12,82 @@ from fewbit.errors import NumericsError, PlanError
 from fewbit.formats.base import Shape
 from fewbit.models.gguf import names as gguf_names
 from fewbit.models.skeleton import Skeleton
-from fewbit.pipeline import settled as pipeline_settled
 from fewbit.plans import mixtures
 from fewbit.plans import plan as plans
 from fewbit.plans.plan import Assignment, Resolved
 from fewbit.schemes.base import chunk_rows
 from fewbit.stats import Need
 
+_LOWEST_SHARE = 0.5  # of the parameters in blocks
 
-def settled(skeleton: Skeleton, plan: plans.Plan) -> plans.Resolved:
-    """`plan` resolved over the model's shapes; PlanError where it cannot be."""
-    shapes: dict[str, Shape] = {n: s for block in skeleton.blocks for n, s in skeleton.linears(block).items()}
-    whole = None
-    if plans.format_of(plan).suffix:
-        whole = pipeline_settled.model_of(skeleton)
-        shapes |= skeleton.outside()
-    return plans.resolve(plan, shapes, whole)
+
+@dataclass(frozen=True)
+class Settled:
+    """A plan settled for one model: the model, and what each of its weights becomes."""
+
+    skeleton: Skeleton
+    resolved: Resolved
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, plan: plans.Plan) -> Settled:
+        """`plan` resolved over the model's shapes; PlanError where it cannot be."""
+        shapes: dict[str, Shape] = {n: s for block in skeleton.blocks for n, s in skeleton.linears(block).items()}
+        whole = None
+        if plans.format_of(plan).suffix:
+            whole = model_of(skeleton)
+            shapes |= skeleton.outside()
+        return cls(skeleton, plans.resolve(plan, shapes, whole))
+
+    @cached_property
+    def outside(self) -> list[Assignment]:
+        """What is quantized outside the blocks: embeddings and head, in formats that hold a whole model."""
+        blocks = tuple(f"{block}." for block in self.skeleton.blocks)
+        return [a for a in self.resolved.assignments.values() if not a.module.startswith(blocks)]
+
+    @property
+    def share(self) -> float:
+        """Share of the blocks' parameters that the plan quantizes."""
+        besides = {a.module for a in self.outside}
+        quantized = sum(a.shape[0] * a.shape[1] for a in self.resolved.assignments.values() if a.module not in besides)
+        return quantized / self.skeleton.parameters_in_blocks()
+
+    @cached_property
+    def need(self) -> Need:
+        """The most that a method of the plan needs to know of inputs."""
+        return max((a.method.needs for a in self.resolved.assignments.values()), default=Need.NOTHING)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The quantization_config of config.json. It names every linear that is not quantized."""
+        quantized = self.resolved.assignments
+        skipped = [name for name in self.skeleton.all_linears() if name not in quantized]
+        for key, spec in self.skeleton.carried(quantized).items():
+            name = key.removesuffix(".weight")
+            # Some readers take a name for the beginning or the end of others too.
+            alike = any(module.startswith(name) or module.endswith(name) for module in quantized)
+            if len(spec.shape) == 2 and name != key and not alike:
+                skipped.append(name)
+        return self.resolved.format.config(list(quantized.values()), skipped, self.skeleton.source.dtype)
+
+    def check(self) -> None:
+        """Everything that can be known before any work: PlanError or NumericsError, naming the tensor."""
+        if reason := self.skeleton.why_not():
+            raise PlanError(reason)
+        if self.share < _LOWEST_SHARE:
+            why = [*self.resolved.notes, f"left as they are: {', '.join(self.resolved.kept) or 'no linears'}"]
+            raise PlanError(
+                f"only {self.share:.0%} of the parameters in the model's blocks would be quantized:\n  "
+                + "\n  ".join(why),
+                f"At least {_LOWEST_SHARE:.0%} must be; another --scheme or --format may fit more of them.",
+            )
+        for key, _, _ in self.skeleton.passed_through():
+            tensor = self.skeleton.checkpoint.get(key)
+            rows = tensor.reshape(len(tensor), -1) if tensor.dim() else tensor.reshape(1, 1)
+            # PyTorch has no isfinite of all 8-bit floats.
+            if not all(torch.isfinite(rows[part].float()).all() for part in chunk_rows(*rows.shape)):
+                raise NumericsError(
+                    f"{key} has NaN or Inf", f"The checkpoint {self.skeleton.source.folder} is damaged."
+                )
 
 
 def model_of(skeleton: Skeleton) -> mixtures.Model:
@@ -47,54 +109,3 @@ def model_of(skeleton: Skeleton) -> mixtures.Model:
         tied=len(outside) < 2,
         names={name: routes[f"{name}.weight"].name.removesuffix(".weight") for name in [*linears, *outside]},
     )
-
-
-_LOWEST_SHARE = 0.5
-
-
-def share_quantized(skeleton: Skeleton, resolved: Resolved) -> float:
-    """Share of the blocks' parameters that the plan quantizes."""
-    besides = {a.module for a in outside(skeleton, resolved)}
-    quantized = sum(a.shape[0] * a.shape[1] for a in resolved.assignments.values() if a.module not in besides)
-    return quantized / skeleton.parameters_in_blocks()
-
-
-def outside(skeleton: Skeleton, resolved: Resolved) -> list[Assignment]:
-    """What is quantized outside the blocks: embeddings and head, in formats that hold a whole model."""
-    return [a for a in resolved.assignments.values() if not any(a.module.startswith(f"{b}.") for b in skeleton.blocks)]
-
-
-def check(skeleton: Skeleton, resolved: Resolved) -> None:
-    """Everything that can be known before any work: PlanError or NumericsError, naming the tensor."""
-    if reason := skeleton.why_not():
-        raise PlanError(reason)
-    if (share := share_quantized(skeleton, resolved)) < _LOWEST_SHARE:
-        why = [*resolved.notes, f"left as they are: {', '.join(resolved.kept) or 'no linears'}"]
-        raise PlanError(
-            f"only {share:.0%} of the parameters in the model's blocks would be quantized:\n  " + "\n  ".join(why),
-            f"At least {_LOWEST_SHARE:.0%} must be; another --scheme or --format may fit more of them.",
-        )
-    for key, _, _ in skeleton.passed_through():
-        tensor = skeleton.checkpoint.get(key)
-        rows = tensor.reshape(len(tensor), -1) if tensor.dim() else tensor.reshape(1, 1)
-        # PyTorch has no isfinite of all 8-bit floats.
-        if not all(torch.isfinite(rows[part].float()).all() for part in chunk_rows(*rows.shape)):
-            raise NumericsError(f"{key} has NaN or Inf", f"The checkpoint {skeleton.source.folder} is damaged.")
-
-
-def quantization_config(skeleton: Skeleton, resolved: Resolved) -> dict[str, Any]:
-    """What config.json will say; every linear that is not quantized, outside the blocks too, is named there."""
-    quantized = resolved.assignments
-    skipped = [name for name in skeleton.all_linears() if name not in quantized]
-    for key, spec in skeleton.carried(quantized).items():
-        name = key.removesuffix(".weight")
-        # Some readers take a name for the beginning or the end of others too.
-        alike = any(module.startswith(name) or module.endswith(name) for module in quantized)
-        if len(spec.shape) == 2 and name != key and not alike:
-            skipped.append(name)
-    return resolved.format.config(list(resolved.assignments.values()), skipped, skeleton.source.dtype)
-
-
-def calibration_need(resolved: Resolved) -> Need:
-    """The most that a method of the plan needs to know of inputs."""
-    return max((a.method.needs for a in resolved.assignments.values()), default=Need.NOTHING)

@@ -12,9 +12,8 @@ from math import prod
 from fewbit.errors import FewbitError
 from fewbit.methods.base import name_of
 from fewbit.models.skeleton import Skeleton
-from fewbit.pipeline import settled as pipeline
 from fewbit.pipeline import write_gguf
-from fewbit.pipeline.settled import settled
+from fewbit.pipeline.settled import Settled
 from fewbit.plans import plan as plans
 from fewbit.stats import Need
 
@@ -41,14 +40,14 @@ class Sized:
     why_not: str | None = None
 
 
-def tensors(skeleton: Skeleton, resolved: plans.Resolved) -> tuple[list[tuple[str, str, int]], int]:
+def tensors(settled: Settled) -> tuple[list[tuple[str, str, int]], int]:
     """Every tensor of the output as (name, what it becomes, bytes), and the bytes of all that the files hold."""
-    format, wanted, found = resolved.format, resolved.assignments, []
+    skeleton, format, wanted, found = settled.skeleton, settled.resolved.format, settled.resolved.assignments, []
     if format.suffix:
-        for each in write_gguf.planned(skeleton, resolved):
+        for each in write_gguf.planned(settled):
             method = f", {name_of(wanted[each.module].method)}" if each.module else ""
             found.append((each.entry.name, each.entry.type + method, each.entry.spec.nbytes))
-        return found, write_gguf.nbytes(skeleton, resolved)
+        return found, write_gguf.nbytes(settled)
     for _, name, spec in skeleton.passed_through():
         assignment = wanted.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if assignment is not None:
@@ -68,10 +67,11 @@ def sized(skeleton: Skeleton, plan: plans.Plan) -> Sized:
     try:
         if reason := skeleton.why_not():
             return Sized(plan.name, plan.format, why_not=reason)
-        resolved = settled(skeleton, plan)
-        _, file_bytes = tensors(skeleton, resolved)
+        settled = Settled.of(skeleton, plan)
+        _, file_bytes = tensors(settled)
     except FewbitError as error:
         return Sized(plan.name, plan.format, why_not=error.message)
+    resolved = settled.resolved
     wanted = resolved.assignments
     packed = {module: a.scheme.nbytes(a.shape) for module, a in wanted.items()}
     if resolved.format.suffix:
@@ -89,8 +89,8 @@ def sized(skeleton: Skeleton, plan: plans.Plan) -> Sized:
         weights_bytes=weights,
         packed_bytes=sum(packed.values()),
         bits=8 * sum(packed.values()) / sum(counts.values()),
-        share=pipeline.share_quantized(skeleton, resolved),
-        calibrates=pipeline.calibration_need(resolved) > Need.NOTHING,
+        share=settled.share,
+        calibrates=settled.need > Need.NOTHING,
         schemes=tuple(sorted(counts, key=lambda s: -counts[s])),
         notes=resolved.notes,
     )

@@ -9,15 +9,15 @@ from fewbit.models import scales
 from fewbit.models.scales import Scales
 from fewbit.models.skeleton import Skeleton
 from fewbit.pipeline.run import Run
-from fewbit.pipeline.settled import quantization_config
-from fewbit.plans.plan import Resolved
+from fewbit.pipeline.settled import Settled
 from fewbit.system.files import write_json
 
 SHARD_BYTES = 512 << 20
 
 
-def write(folder: Path, skeleton: Skeleton, resolved: Resolved, run: Run) -> int:
+def write(folder: Path, settled: Settled, run: Run) -> int:
     """Write the model's files into `folder`: shards, config, scales, side files. Returns the bytes of all tensors."""
+    skeleton, resolved = settled.skeleton, settled.resolved
     blocks = Checkpoint(run.files())
     suffixes = {a.module: list(resolved.format.specs(a.shape, a.scheme)) for a in resolved.assignments.values()}
     tensors: list[tuple[str, Checkpoint, str]] = []  # model name, where it lies, under which name
@@ -40,7 +40,7 @@ def write(folder: Path, skeleton: Skeleton, resolved: Resolved, run: Run) -> int
     config = skeleton.source.config
     if config.get("tie_word_embeddings") and not skeleton.tied:
         config["tie_word_embeddings"] = False  # the file holds two tensors that differ: readers must not tie them
-    config["quantization_config"] = quantization_config(skeleton, resolved)
+    config["quantization_config"] = settled.config
     write_json(folder / "config.json", config, indent=2)
     scales.write(folder, folded(skeleton, run))
     return writer.nbytes

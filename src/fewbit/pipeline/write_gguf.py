@@ -23,9 +23,9 @@ from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models import scales
 from fewbit.models.gguf import config as gguf_config
 from fewbit.models.gguf import names as gguf_names
-from fewbit.models.skeleton import Skeleton
 from fewbit.pipeline.gguf_header import Header
 from fewbit.pipeline.run import Run
+from fewbit.pipeline.settled import Settled
 from fewbit.pipeline.write_folder import folded
 from fewbit.plans import mixtures
 from fewbit.plans.plan import Resolved
@@ -44,8 +44,9 @@ class Planned:
     module: str | None
 
 
-def planned(skeleton: Skeleton, resolved: Resolved) -> list[Planned]:
+def planned(settled: Settled) -> list[Planned]:
     """All tensors of the model that the file will hold, in its order."""
+    skeleton, resolved = settled.skeleton, settled.resolved
     routes, found = gguf_names.routes(skeleton.config), []
     for key, name, spec in skeleton.passed_through():
         if name not in routes:
@@ -85,17 +86,16 @@ def file_type(resolved: Resolved) -> int:
     return mixtures.file_type(max(sizes, key=lambda scheme: sizes[scheme]))
 
 
-def nbytes(skeleton: Skeleton, resolved: Resolved) -> int:
+def nbytes(settled: Settled) -> int:
     """Bytes of all tensors that the file will hold."""
-    extra = sum(4 * tensor.numel() for tensor in gguf_config.extra_tensors(skeleton.config).values())
-    return extra + sum(each.entry.spec.nbytes for each in planned(skeleton, resolved))
+    extra = sum(4 * tensor.numel() for tensor in gguf_config.extra_tensors(settled.skeleton.config).values())
+    return extra + sum(each.entry.spec.nbytes for each in planned(settled))
 
 
-def write(
-    path: Path, skeleton: Skeleton, resolved: Resolved, run: Run, header: Header, record: Mapping[str, Any]
-) -> int:
+def write(path: Path, settled: Settled, run: Run, header: Header, record: Mapping[str, Any]) -> int:
     """Write the file at `path`, with a `record` of how it was made. Returns the bytes of all tensors."""
-    routes, tensors, extra = header.routes, planned(skeleton, resolved), header.extra
+    skeleton, resolved = settled.skeleton, settled.resolved
+    routes, tensors, extra = header.routes, planned(settled), header.extra
     entries = [Entry(name, "f32", tuple(tensor.shape)) for name, tensor in extra.items()]
     entries += [each.entry for each in tensors]
     blocks, own = Checkpoint(run.files()), folded(skeleton, run)
