@@ -37,7 +37,7 @@ from fewbit.pipeline import run as pipeline_run
 from fewbit.pipeline import write_folder, write_gguf
 from fewbit.pipeline.capture import Inputs
 from fewbit.pipeline.gguf_header import Header
-from fewbit.pipeline.job import Job
+from fewbit.pipeline.job import Job, unquantized
 from fewbit.plans import plan as plans
 from fewbit.schemes.affine import Affine
 from fewbit.schemes.base import QTensor
@@ -195,7 +195,7 @@ def measure(folder: Path, name: str, args: argparse.Namespace, clock: Clock | No
     device = Watch()
     device.start()
     start = time.perf_counter()
-    job = Job.prepare(folder, plan_of(name), "cuda", False, False)
+    job = Job.prepare(unquantized(folder), plan_of(name), "cuda")
     tokens = torch.randint(
         0, CONFIG["vocab_size"], (args.samples, args.length), generator=torch.Generator().manual_seed(0)
     )

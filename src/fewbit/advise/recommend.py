@@ -105,14 +105,24 @@ def nbytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
+@dataclass(frozen=True)
+class Demands:
+    """What a plan must meet: `memory` in bytes, the runtime `target` that must read it, the largest KL divergence.
+
+    speed_first: the fastest plan that meets them, not the one of least loss.
+    """
+
+    memory: int
+    target: str | None = None
+    max_kl: float | None = None
+    speed_first: bool = False
+
+
 def recommend(
     estimated: Estimate,
     purpose: str,
+    demands: Demands,
     *,
-    memory: int,
-    target: str | None = None,
-    max_kl: float | None = None,
-    speed_first: bool = False,
     measured: Comparison | None = None,
     timed: Mapping[str, Timing] | None = None,
     device: str = "cpu",
@@ -121,6 +131,7 @@ def recommend(
 
     timed: how fast plans write on this machine, by earlier comparisons; without `measured`, which says that itself.
     """
+    memory, target, max_kl, speed_first = demands.memory, demands.target, demands.max_kl, demands.speed_first
     timed = timed if timed and measured is None else {}
     if purpose not in rules()["purposes"]:
         raise registry.unknown("purpose", purpose, rules()["purposes"])

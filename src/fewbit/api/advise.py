@@ -91,13 +91,11 @@ def recommend(
     if source.quantization is not None:
         raise PlanError(f"{model} is quantized already", "Ask for the original.")
     gpu = machine.gpu_memory() if purpose in ("serving", "finetuning", "experiment") else 0
+    room = given if given is not None else gpu or machine.main_memory()
     return recommending.recommend(
         estimate(model, context=context, batch=batch, trust_remote_code=trust_remote_code),
         purpose,
-        memory=given if given is not None else gpu or machine.main_memory(),
-        target=target,
-        max_kl=max_kl,
-        speed_first=speed_first,
+        recommending.Demands(room, target, max_kl, speed_first),
         measured=measured,
         timed=speeds.known(source, machine.device(None)),
         device=machine.device(None),

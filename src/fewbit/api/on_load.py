@@ -26,7 +26,7 @@ from fewbit.pipeline import blocks, write_folder
 from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline import run as pipeline_run
 from fewbit.pipeline.capture import Inputs
-from fewbit.pipeline.job import Job, too_small
+from fewbit.pipeline.job import Job, too_small, unquantized
 from fewbit.report import text as report
 from fewbit.system import ambient, machine, publish
 from fewbit.texts import sources, windows
@@ -45,7 +45,7 @@ def quantized(
 
     Warns of what was changed to make the request fit. PlanError before any work where it cannot.
     """
-    job = Job.prepare(folder, request.plan, device, False, trust_remote_code)
+    job = Job.prepare(unquantized(folder), request.plan, device, trust_remote_code=trust_remote_code)
     _check(request, job.settled.skeleton)
     size = job.preview().output_bytes
     publish.check_space({out: 2 * size}, "Free some space, or set FEWBIT_CACHE to a folder on another disk.")

@@ -84,7 +84,9 @@ def quantize(
         if ranks.first():
             publish.claimed(out, overwrite=overwrite, file=file)
         heap.return_freed()
-        job = Job.prepare(model, wanted, device, safetensors_only, trust_remote_code, imatrix)
+        job = Job.prepare(
+            unquantized(model, safetensors_only), wanted, device, trust_remote_code=trust_remote_code, imatrix=imatrix
+        )
         preview = job.preview()
         if ranks.first():
             publish.spare(out, job.source.origin, job.source.folder, *job.source.files)
@@ -170,7 +172,8 @@ def preview(
 ) -> Preview:
     """What `quantize` would do to each tensor, with exact output bytes, without doing it (`--dry-run`)."""
     wanted = arguments.plan("plan", plan)
-    return Job.prepare(model, wanted, "cpu", safetensors_only, trust_remote_code, imatrix).preview()
+    source = unquantized(model, safetensors_only)
+    return Job.prepare(source, wanted, "cpu", trust_remote_code=trust_remote_code, imatrix=imatrix).preview()
 
 
 @checked

@@ -49,14 +49,14 @@ class Job:
     @classmethod
     def prepare(
         cls,
-        model: str | Path,
+        source: Source,
         plan: plans.Plan,
         device: str | None,
-        safetensors_only: bool,
-        trust_remote_code: bool,
+        *,
+        trust_remote_code: bool = False,
         imatrix: str | Path | None = None,
     ) -> Job:
-        source = unquantized(model, safetensors_only)
+        """Settle `plan` for a source that is not quantized; PlanError where it does not fit."""
         skeleton = skeleton_of(source, machine.device(device), trust_remote_code)
         settled, notes = Settled.of(skeleton, plan), list[str]()
         settled.check()
@@ -98,7 +98,8 @@ class Job:
         )
 
 
-def unquantized(model: str | Path, safetensors_only: bool) -> Source:
+def unquantized(model: str | Path, safetensors_only: bool = False) -> Source:
+    """The located model; PlanError if its weights are quantized already."""
     source = locate(model, safetensors_only=safetensors_only)
     if source.quantization is not None:
         method = source.quantization["quant_method"]

@@ -1,0 +1,120 @@
+"""The shape of the source: no circles, short parameter lists, rooms that say what they are."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fewbit
+
+SOURCE = Path(fewbit.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+MOST_LINES = 520
+# Verbs and the command line take what users give them as keywords.
+MOST_PARAMETERS = {"pipeline": 5, "api": 16, "cli": 40}
+
+
+def module_of(file: Path) -> str:
+    parts = file.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(file: Path, known: set[str]) -> Iterator[str]:
+    """The modules of fewbit that a file imports, in functions and for type checkers too."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fewbit":
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in known else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The nodes of one circle in order, [] if there is none."""
+    done: set[str] = set()
+
+    def walk(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return []
+        for other in sorted(graph.get(node, ())):
+            if found := walk(other, [*path, node]):
+                return found
+        done.add(node)
+        return []
+
+    for node in sorted(graph):
+        if found := walk(node, []):
+            return found
+    return []
+
+
+def graph_of_files() -> dict[str, set[str]]:
+    known = {module_of(file) for file in FILES}
+    # The package hands out the verbs, lazily; that a module reads fewbit.__version__ is no arrow up.
+    found = {module_of(file): set(imports(file, known)) - {"fewbit"} for file in FILES}
+    return {module: others - {module} for module, others in found.items() if module != "fewbit"}
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_file_is_in_a_circle() -> None:
+    assert circle(graph_of_files()) == []
+
+
+@pytest.mark.parametrize("room", ["fewbit", "fewbit.models"])
+def test_no_room_is_in_a_circle(room: str) -> None:
+    """Rooms are the folders and files of a package; inside of models too."""
+    depth = room.count(".") + 2
+
+    def name(module: str) -> str:
+        return ".".join(module.split(".")[:depth])
+
+    graph: dict[str, set[str]] = {}
+    for module, others in graph_of_files().items():
+        if module.startswith(f"{room}."):
+            inside = {name(other) for other in others if other.startswith(f"{room}.")}
+            graph.setdefault(name(module), set()).update(inside - {name(module)})
+    assert len(graph) > 10
+    assert circle(graph) == []
+
+
+def test_every_room_says_what_it_is() -> None:
+    for file in FILES:
+        if file.name == "__init__.py":
+            said = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+            assert (said or "").partition("\n")[0].endswith("."), file
+
+
+def test_no_room_has_the_name_of_a_verb() -> None:
+    verbs = set(fewbit.__all__)
+    assert not [file for file in FILES if file.parent == SOURCE and file.stem in verbs]
+    assert not [room for room in SOURCE.iterdir() if room.is_dir() and room.name in verbs]
+
+
+def test_parameter_lists_are_short() -> None:
+    long = []
+    for file in FILES:
+        if file.name == "in_triton.py":  # a kernel of Triton takes every tensor and number apart
+            continue
+        most = MOST_PARAMETERS.get(file.relative_to(SOURCE).parts[0], 8)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                names = [a.arg for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]]
+                count = len([name for name in names if name not in ("self", "cls", "ctx")])
+                if count > most:
+                    long.append(f"{file.relative_to(SOURCE)}: {node.name} has {count} parameters, not {most}")
+    assert not long, "\n".join(long)
+
+
+def test_files_are_short() -> None:
+    long = {str(f.relative_to(SOURCE)): n for f in FILES if (n := len(f.read_text().splitlines())) > MOST_LINES}
+    assert not long
