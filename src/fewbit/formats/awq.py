@@ -51,12 +51,6 @@ class AWQFormat(Format):
             return f"awq packs rows and columns by 8, which does not divide {shape[0]} x {shape[1]}"
         return None
 
-    def why_not_together(self, weights: Sequence[Stored]) -> str | None:
-        schemes = sorted({str(weight.scheme) for weight in weights})
-        if len(schemes) > 1:
-            return f"an awq file has one scheme for all tensors, not {', '.join(schemes)}"
-        return None
-
     def specs(self, shape: Shape, scheme: Scheme) -> Mapping[str, PartSpec]:
         (n, k), groups = shape, scheme.groups(shape[1])
         return {

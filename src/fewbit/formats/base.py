@@ -44,9 +44,10 @@ class Format(ABC):
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
         """None if one weight of this shape and scheme can be stored, else a sentence that says why not."""
 
-    @abstractmethod
     def why_not_together(self, weights: Sequence[Stored]) -> str | None:
-        """None if these weights can share one file, else a sentence that says why not."""
+        """None if these weights can share one file, else a sentence that says why not. By default: one scheme."""
+        schemes = sorted({str(weight.scheme) for weight in weights})
+        return f"{self.name} files hold one scheme for all tensors, not {', '.join(schemes)}" if schemes[1:] else None
 
     @abstractmethod
     def specs(self, shape: Shape, scheme: Scheme) -> Mapping[str, PartSpec]:

@@ -58,12 +58,6 @@ class BnbFormat(Format):
             return f"bnb files hold nf4, fp4 and llm.int8, not {scheme}"
         return scheme.why_not(shape)
 
-    def why_not_together(self, weights: Sequence[Stored]) -> str | None:
-        schemes = sorted({str(weight.scheme) for weight in weights})
-        if len(schemes) > 1:
-            return f"a bnb file has one scheme for all tensors, not {', '.join(schemes)}"
-        return None
-
     def specs(self, shape: Shape, scheme: Scheme) -> Mapping[str, PartSpec]:
         parts = scheme.part_specs(shape)
         if isinstance(scheme, Int8):

@@ -51,12 +51,6 @@ class GPTQFormat(Format):
             return f"gptq packs rows and columns by 32, which does not divide {shape[0]} x {shape[1]}"
         return None
 
-    def why_not_together(self, weights: Sequence[Stored]) -> str | None:
-        schemes = sorted({str(weight.scheme) for weight in weights})
-        if len(schemes) > 1:
-            return f"a gptq file has one scheme for all tensors, not {', '.join(schemes)}"
-        return None
-
     def specs(self, shape: Shape, scheme: Scheme) -> Mapping[str, PartSpec]:
         assert isinstance(scheme, Affine)
         (n, k), groups = shape, scheme.groups(shape[1])

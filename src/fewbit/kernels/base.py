@@ -37,13 +37,13 @@ class Kernel(ABC):
     def why_not(self, codec: Codec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
         """None if it can multiply activations of `dtype` by such a weight there, else a sentence that says why not."""
 
-    @abstractmethod
     def prepare(self, codec: Codec, parts: Parts, shape: tuple[int, int]) -> Prepared:
-        """The device layout. The first tensor holds the codes."""
+        """The device layout, by default the canonical parts. The first tensor holds the codes."""
+        return tuple(parts[name].contiguous() for name in part_order(codec, shape))
 
-    @abstractmethod
     def restore(self, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Parts:
         """The canonical parts, byte for byte as `prepare` got them."""
+        return dict(zip(part_order(codec, shape), prepared, strict=True))
 
     def rounded(self, x: Tensor, codec: Codec) -> Tensor:
         """The activations that `linear` multiplies by, [M, K]: x itself, unless `activations` names a rule.

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from fewbit.kernels.base import Kernel, Prepared, part_order
+from fewbit.kernels.base import Kernel, Prepared
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
-from fewbit.schemes.base import Codec, Parts
+from fewbit.schemes.base import Codec
 from fewbit.schemes.int8 import Int8
 
 _EXACT = 1024  # columns: 1024 * 127 * 128 is below 2^24, so sums of such products are exact in float32
@@ -26,7 +26,7 @@ _STEP = 1 / 127
 
 @register("kernels", "llm_int8")
 class LlmInt8(Kernel):
-    """Keeps the canonical parts as they are."""
+    """Keeps the canonical parts."""
 
     name: ClassVar[str] = "llm_int8"
     activations: ClassVar[str] = "int8 by row, outlier columns exact"
@@ -36,12 +36,6 @@ class LlmInt8(Kernel):
         if not isinstance(codec, Int8):
             return f"it multiplies by the rows of llm.int8 only, not {codec}"
         return None
-
-    def prepare(self, codec: Codec, parts: Parts, shape: tuple[int, int]) -> Prepared:
-        return tuple(parts[name] for name in part_order(codec, shape))
-
-    def restore(self, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Parts:
-        return dict(zip(part_order(codec, shape), prepared, strict=True))
 
     def rounded(self, x: Tensor, codec: Codec) -> Tensor:
         assert isinstance(codec, Int8)

@@ -8,26 +8,20 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from fewbit.kernels.base import Kernel, Prepared, part_order
+from fewbit.kernels.base import Kernel, Prepared
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
-from fewbit.schemes.base import Codec, Parts, chunk_rows
+from fewbit.schemes.base import Codec, chunk_rows
 
 
 @register("kernels", "reference")
 class Reference(Kernel):
-    """Keeps the canonical parts as they are."""
+    """Keeps the canonical parts."""
 
     name: ClassVar[str] = "reference"
 
     def why_not(self, codec: Codec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
         return None
-
-    def prepare(self, codec: Codec, parts: Parts, shape: tuple[int, int]) -> Prepared:
-        return tuple(parts[name] for name in part_order(codec, shape))
-
-    def restore(self, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Parts:
-        return dict(zip(part_order(codec, shape), prepared, strict=True))
 
     def linear(self, x: Tensor, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Tensor:
         parts = self.restore(codec, prepared, shape)

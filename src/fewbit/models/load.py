@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.utils import logging as hf_logging
 
 from fewbit import registry
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
@@ -19,6 +18,7 @@ from fewbit.models.decoding import fuse as fusing
 from fewbit.models.decoding.graph import check_compile
 from fewbit.models.describe import describe
 from fewbit.models.plugin import quantizer
+from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
 
 _OLDEST_PEFT = (0, 20)
@@ -67,10 +67,8 @@ def load_model(
             )
     if source.quantization is not None and by_quant_method(source.quantization["quant_method"]) is not None:
         describe(source)  # says more clearly than transformers where config and tensors contradict one another
-    verbose = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
     try:
-        with quantizer.serving(kernel):
+        with no_progress_bars(), quantizer.serving(kernel):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=dtype,
@@ -89,9 +87,6 @@ def load_model(
             f"{source.folder} could not be loaded: {reason.splitlines()[0][:300]}",
             "If you trust it: --trust-remote-code." if "trust_remote_code" in reason else "",
         ) from error
-    finally:
-        if verbose:
-            hf_logging.enable_progress_bar()
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise FormatError(f"{source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}")

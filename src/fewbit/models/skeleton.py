@@ -27,11 +27,11 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as hf_logging
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models.blocks import find_blocks
+from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
 from fewbit.schemes.base import PartSpec
 
@@ -305,17 +305,12 @@ class Skeleton:
         config = LoadStateDictConfig(
             dtype=self.dtype, device_map={"": self.device}, weight_mapping=conversions(self.model)
         )
-        verbose = hf_logging.is_progress_bar_enabled()
-        hf_logging.disable_progress_bar()
-        try:
-            # What is stored under the other name of a tie must not follow that name.
-            tied = self.model.all_tied_weights_keys.values()
-            named = {key: self.name_of[key] if self.name_of[key] in tied else key for key in keys}
-            lazily = {named[key]: self.checkpoint.slice(key) for key in keys}
+        # What is stored under the other name of a tie must not follow that name.
+        tied = self.model.all_tied_weights_keys.values()
+        named = {key: self.name_of[key] if self.name_of[key] in tied else key for key in keys}
+        lazily = {named[key]: self.checkpoint.slice(key) for key in keys}
+        with no_progress_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, lazily, config)
-        finally:
-            if verbose:
-                hf_logging.enable_progress_bar()
         # The loader leaves there which conversions it used, for saving: those of one block are not those of the model.
         del self.model._weight_conversions
         if info.conversion_errors or info.mismatched_keys:

@@ -8,7 +8,6 @@ no block type fits or that the plan leaves out. Tensors come in the order in whi
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +59,7 @@ def planned(settled: Settled) -> list[Planned]:
             plain = len(shape) < 2 or route.name == "position_embd.weight" or spec.dtype == torch.float32
             entry = Entry(route.name, "f32" if plain else "f16", shape)
         found.append(Planned(entry, name, key, module if assignment is not None else None))
-    return sorted(found, key=lambda each: _order(each.entry.name))
+    return sorted(found, key=lambda each: mixtures.order(each.entry.name))
 
 
 def metadata(header: Header, resolved: Resolved, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,8 +119,3 @@ def _plain(tensor: Tensor, each: Planned) -> Tensor:
     if not torch.isfinite(made).all():
         raise NumericsError(f"{each.name} has values beyond the range of {each.entry.type}")
     return made
-
-
-def _order(name: str) -> tuple[int, str]:
-    found = re.match(r"blk\.(\d+)\.", name)
-    return (int(found[1]) if found else -1, name)

@@ -88,7 +88,7 @@ def schemes(mixture: str, tensors: Mapping[str, Shape], model: Model, *, weighed
     found: dict[str, str | None] = {}
     values, downs = 0, 0  # how many of them came before, which is how llama.cpp counts layers
     all_values = sum(_role(name) in _VALUES for name in tensors)
-    for name in sorted(tensors, key=_order):
+    for name in sorted(tensors, key=order):
         role, columns = _role(name), tensors[name][1]
         if role == "output" or (role == "token_embd" and model.tied):
             scheme = _head(MIXTURES[mixture].base, columns)
@@ -166,7 +166,7 @@ def _role(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _order(name: str) -> tuple[int, str]:
-    """Layer by layer, as llama.cpp takes them."""
+def order(name: str) -> tuple[int, str]:
+    """A key to sort GGUF's tensor names layer by layer, as llama.cpp takes them."""
     found = re.match(r"blk\.(\d+)\.", name)
     return (int(found[1]) if found else -1, name)

@@ -22,7 +22,7 @@ from functools import cache, lru_cache
 from typing import ClassVar
 
 from fewbit.errors import KernelError
-from fewbit.kernels.base import Kernel, Prepared, part_order
+from fewbit.kernels.base import Kernel, Prepared
 from fewbit.kernels.cpu import library
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
@@ -54,7 +54,7 @@ Layout = tuple[int, int, int]  # kind, bits (or which levels), columns that shar
 
 
 class _Native(Kernel):
-    """Keeps the canonical parts as they are."""
+    """Keeps the canonical parts."""
 
     exact: ClassVar[bool]
 
@@ -76,10 +76,7 @@ class _Native(Kernel):
 
     def prepare(self, codec: Codec, parts: Parts, shape: tuple[int, int]) -> Prepared:
         _define()
-        return tuple(parts[name].contiguous() for name in part_order(codec, shape))
-
-    def restore(self, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Parts:
-        return dict(zip(part_order(codec, shape), prepared, strict=True))
+        return super().prepare(codec, parts, shape)
 
     def linear(self, x: Tensor, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Tensor:
         # The dispatcher takes as long as 200 rows of 576 columns; only those who look at the graph need it.
