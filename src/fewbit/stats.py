@@ -25,7 +25,6 @@ class Need(IntEnum):
     MEAN_ABS = 1
     MEAN_SQUARE = 2
     HESSIAN = 3
-    INPUTS = 4
 
 
 class Stats:

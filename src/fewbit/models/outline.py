@@ -17,8 +17,6 @@ from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import Source
 from fewbit.schemes.base import PartSpec
 
-_INNER = ("intermediate_size", "ffn_dim", "n_inner")
-
 
 @dataclass(frozen=True)
 class Geometry:

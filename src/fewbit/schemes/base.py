@@ -113,6 +113,7 @@ class Scheme(Codec):
     """A codec that can also encode. Value-equal; `str` is its spec and `parse(str(s)) == s`."""
 
     family: ClassVar[str]
+    examples: ClassVar[tuple[str, ...]]  # specs, which lists show and the contract tests use
     group: int  # columns that share one fit; 0: the whole row
 
     @classmethod
