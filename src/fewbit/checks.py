@@ -1,4 +1,4 @@
-"""Checks of values, each with a name, that raise ArgumentError."""
+"""Argument checks. Each takes an argument's name and value, returns the value normalized, or raises ArgumentError."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fewbit.errors import ArgumentError
 Texts: TypeAlias = str | os.PathLike[str] | Sequence[str]
 
 
-MOST = 2**31 - 1  # of whatever is counted
+MAX_COUNT = 2**31 - 1  # upper limit of every count
 
 
-LAST_SEED = 2**32 - 1  # NumPy's generator, which transformers seeds too, takes no more
+MAX_SEED = 2**32 - 1  # transformers also seeds NumPy, whose seeds end here
 
 
-def wrong(name: str, value: object, wanted: str) -> ArgumentError:
-    """The error for a value that an argument cannot have; `wanted` says what it can."""
-    return ArgumentError(name, _brief.repr(value), wanted)
+def invalid(name: str, value: object, expected: str) -> ArgumentError:
+    """The error for an invalid argument value. `expected` describes the valid values."""
+    return ArgumentError(name, _brief.repr(value), expected)
 
 
 _brief = reprlib.Repr()
@@ -33,8 +33,8 @@ _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = _brief.maxlong = 60
 
 
-def whole(low: int, high: int = MOST) -> Callable[[str, Any], int]:
-    """A check for whole numbers of any library, except truth values."""
+def integer(low: int, high: int = MAX_COUNT) -> Callable[[str, Any], int]:
+    """A check for integers from `low` to `high`, of any library (NumPy, torch). It rejects booleans."""
 
     def check(name: str, value: Any) -> int:
         try:
@@ -42,45 +42,45 @@ def whole(low: int, high: int = MOST) -> Callable[[str, Any], int]:
         except TypeError:
             number = None
         if number is None or isinstance(value, bool) or not low <= number <= high:
-            raise wrong(name, value, f"a whole number from {low} to {high}")
+            raise invalid(name, value, f"an integer from {low} to {high}")
         return number
 
     return check
 
 
 def number(name: str, value: Any) -> float:
-    """A finite number; which ones make sense, the verb says."""
+    """A finite number. Each verb checks the range itself."""
     if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(float(value)):
-        raise wrong(name, value, "a finite number")
+        raise invalid(name, value, "a finite number")
     return float(value)
 
 
 def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise wrong(name, value, "True or False")
+        raise invalid(name, value, "True or False")
     return value
 
 
 def text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise wrong(name, value, "a text")
+        raise invalid(name, value, "a string")
     return value
 
 
-def place(name: str, value: Any) -> str | Path:
-    """A name or a path; a path-like object becomes a Path."""
+def path(name: str, value: Any) -> str | Path:
+    """A name or a path. A string stays a string; a path-like object becomes a Path."""
     given = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(given, str) or not given or "\0" in given:
-        raise wrong(name, value, "a name or a path")
+        raise invalid(name, value, "a name or a path")
     return given if isinstance(value, str) else Path(given)
 
 
 def texts(name: str, value: Any) -> str | tuple[str, ...]:
-    """What `calibration.load_text` takes: a name, a file's path, or the texts themselves."""
+    """A text argument of `calibration.load_text`: the name of a text, the path of a file, or a list of texts."""
     if isinstance(value, (str, os.PathLike)):
-        return str(place(name, value))
+        return str(path(name, value))
     if not isinstance(value, Sequence) or isinstance(value, bytes) or not all(isinstance(each, str) for each in value):
-        raise wrong(name, value, "the name of a text, a .txt, .jsonl or .json file, or a list of texts")
+        raise invalid(name, value, "the name of a text, a .txt, .jsonl or .json file, or a list of texts")
     if not any(each.strip() for each in value):
-        raise wrong(name, value, "at least one text that is not empty")
+        raise invalid(name, value, "at least one text that is not empty")
     return tuple(value)

@@ -1,7 +1,7 @@
-"""What exists: each family of fewbit is a folder, and a file in it is an entry.
+"""The registry of schemes, methods, formats and kernels. Each family is a folder, and each file in it adds an entry.
 
-A module of a family registers its classes with `@register("family", "name")`; `names` and `get` import the folder's
-modules on first use, so adding a scheme, method, format or kernel is adding one file.
+A module registers its class with `@register("family", "name")`. `entries` and `get` import all modules of a family's
+folder on first use. To add a scheme, method, format or kernel, add one file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def register(family: str, name: str) -> Callable[[T], T]:
-    """Make the decorated class (or value) known as `name` in `family`."""
+    """Class decorator: register the class (or value) as `name` in `family`."""
 
     def add(entry: T) -> T:
         if name in _entries[family]:
@@ -35,7 +35,7 @@ def register(family: str, name: str) -> Callable[[T], T]:
 
 
 def entries(family: str) -> dict[str, Any]:
-    """All entries of a family by name, in the order of their files' names."""
+    """All entries of a family, name -> class, in the order of their file names."""
     if family not in _loaded:
         package = importlib.import_module(f"fewbit.{family}")
         for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
@@ -47,15 +47,15 @@ def entries(family: str) -> dict[str, Any]:
 
 
 def get(family: str, name: str) -> Any:
-    """The entry called `name`; PlanError with the nearest names if there is none."""
-    found = entries(family)
-    if name not in found:
-        raise unknown(family[:-1], name, found)
-    return found[name]
+    """The entry `name` of a family. Raises PlanError with the closest names if there is none."""
+    known = entries(family)
+    if name not in known:
+        raise unknown(family[:-1], name, known)
+    return known[name]
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> PlanError:
-    """The error for a name that nothing answers to, with the nearest ones and the whole list."""
+    """The error for an unknown name. Its hint suggests the closest names and lists all of them."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""

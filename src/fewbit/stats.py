@@ -1,9 +1,13 @@
-"""What calibration measured of one linear's input: statistics over the rows x [K] that reached it.
+"""Calibration statistics of a linear layer's input, over the rows x [K] that reached it.
 
-Three kinds, each containing what the ones before it tell: the mean of |x_j|, the mean of x_j², and the Hessian
-H = mean x xᵀ, of which the quadratic error of a row of the weight is e H eᵀ. The means may be weighted by row. All are
-float32; rows with a NaN or
-Inf are dropped and counted.
+There are three kinds, in rising order of cost:
+
+    mean |x_j|           [K]
+    mean x_j²            [K]
+    H = mean x xᵀ        [K, K], the Hessian: an error e [K] in a row of the weight costs e H eᵀ
+
+The Hessian's diagonal is mean x_j². Rows may have weights. All statistics are float32. Rows with NaN or Inf are
+dropped and counted.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from fewbit.system import ranks
 
 
 class Need(IntEnum):
-    """What a method needs to know of a linear's input, in rising order of cost."""
+    """The statistic of a linear's input that a method needs, in rising order of cost."""
 
     NOTHING = 0
     MEAN_ABS = 1
@@ -28,26 +32,29 @@ class Need(IntEnum):
 
 
 class Stats:
-    """Statistics of the input rows of the linears that share one input of K columns."""
+    """Statistics of one input of K columns. Linears that read the same tensor share them.
+
+    need: the statistic to gather. rows, dropped: how many rows were counted, and how many had NaN or Inf.
+    """
 
     def __init__(self, k: int, need: Need, device: torch.device | str = "cpu") -> None:
         self.need = need
         self.rows = 0
-        self._mass = 0.0
+        self._weight_sum = 0.0
         self.dropped = 0
         self._abs = torch.zeros(k, device=device, dtype=torch.float32) if need >= Need.MEAN_ABS else None
         self._square = torch.zeros(k, device=device, dtype=torch.float32) if need == Need.MEAN_SQUARE else None
         self._hessian = torch.zeros(k, k, device=device, dtype=torch.float32) if need == Need.HESSIAN else None
 
     @classmethod
-    def known(cls, mean_square: Tensor, rows: int) -> Stats:
-        """What another program measured: mean x_j² [K] over so many rows."""
-        made = cls(len(mean_square), Need.NOTHING, mean_square.device)
-        made.need, made.rows, made._square = Need.MEAN_SQUARE, rows, mean_square.float()
-        return made
+    def from_mean_square(cls, mean_square: Tensor, rows: int) -> Stats:
+        """Statistics that another program measured: mean x_j² [K] over `rows` rows."""
+        stats = cls(len(mean_square), Need.NOTHING, mean_square.device)
+        stats.need, stats.rows, stats._square = Need.MEAN_SQUARE, rows, mean_square.float()
+        return stats
 
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Count the rows of x [..., K], each as much as its `weight` [...] says (all alike without)."""
+        """Add the rows of x [..., K]. `weight` [...] holds a weight for each row; None: all rows weigh the same."""
         narrow = x.dtype in (torch.bfloat16, torch.float16)
         x = x.detach().reshape(-1, x.shape[-1]).float()
         weight = (
@@ -61,11 +68,12 @@ class Stats:
             x, weight = x[finite], weight[finite]
         if not len(x):
             return
-        # Running means: sums of millions of squares would lose digits, and a mean needs no second [K, K] to be read.
-        before = self._mass
+        # Running means: float32 sums of millions of squares would lose digits, and dividing a sum at the end would
+        # need a second [K, K] tensor.
+        before = self._weight_sum
         self.rows += len(x)
-        self._mass += float(weight.sum())
-        keep, share = before / self._mass, 1 / self._mass
+        self._weight_sum += float(weight.sum())
+        keep, share = before / self._weight_sum, 1 / self._weight_sum
         if self._abs is not None:
             self._abs.mul_(keep).add_(weight @ x.abs(), alpha=share)
         if self._square is not None:
@@ -75,39 +83,39 @@ class Stats:
             with _tf32() if narrow and x.is_cuda else nullcontext():
                 self._hessian.addmm_(x.T, x, beta=keep, alpha=share)
 
-    def add_up(self) -> None:
-        """These become the statistics of the rows of all ranks."""
+    def all_reduce(self) -> None:
+        """Combine the statistics of all ranks, in place: afterwards each rank has those of all rows."""
         if ranks.size() == 1:
             return
-        counts = torch.tensor([self._mass, self.rows, self.dropped], dtype=torch.float64, device="cpu")
-        own = self._mass
-        self._mass, rows, dropped = ranks.add_up(counts).tolist()
+        counts = torch.tensor([self._weight_sum, self.rows, self.dropped], dtype=torch.float64, device="cpu")
+        own = self._weight_sum
+        self._weight_sum, rows, dropped = ranks.add_up(counts).tolist()
         self.rows, self.dropped = int(rows), int(dropped)
         for mean in (self._abs, self._square, self._hessian):
             if mean is not None:
-                ranks.add_up(mean.mul_(own / self._mass if self._mass else 0.0))
+                ranks.add_up(mean.mul_(own / self._weight_sum if self._weight_sum else 0.0))
 
     def divided(self, scales: Tensor) -> Stats:
-        """These statistics, had the columns [K] been divided by `scales`."""
-        found = copy(self)
-        found._abs = None if self._abs is None else self._abs / scales
-        found._square = None if self._square is None else self._square / scales.square()
-        found._hessian = None if self._hessian is None else self._hessian / scales / scales.unsqueeze(1)
-        return found
+        """The statistics of the same input with its columns divided by `scales` [K]."""
+        stats = copy(self)
+        stats._abs = None if self._abs is None else self._abs / scales
+        stats._square = None if self._square is None else self._square / scales.square()
+        stats._hessian = None if self._hessian is None else self._hessian / scales / scales.unsqueeze(1)
+        return stats
 
     @property
     def mean_abs(self) -> Tensor:
-        """mean |x_j|, [K]."""
+        """mean |x_j|, [K]. NumericsError if it was not gathered, or no finite row was seen; likewise below."""
         return self._checked(self._abs)
 
     @property
     def mean_square(self) -> Tensor:
-        """mean x_j², [K]: the diagonal of the Hessian."""
+        """mean x_j², [K]. It is the diagonal of the Hessian."""
         return self.hessian.diagonal() if self._hessian is not None else self._checked(self._square)
 
     @property
     def hessian(self) -> Tensor:
-        """mean x xᵀ, [K, K]; not a copy."""
+        """H = mean x xᵀ, [K, K]. It is not a copy: do not write to it."""
         return self._checked(self._hessian)
 
     def _checked(self, mean: Tensor | None) -> Tensor:
@@ -120,11 +128,11 @@ class Stats:
 
 @contextmanager
 def _tf32() -> Iterator[None]:
-    """Within, a GPU multiplies float32 by its tensor cores, which round factors to 11 bits and add in float32.
+    """Context in which a GPU multiplies float32 matrices in TF32: factors rounded to 11 bits, sums in float32.
 
-    For activations that had 8 or 11 bits before: the product is that of rows of the same precision as those that came,
-    symmetric and of no negative eigenvalue as it would be of those. On an H200 the
-    statistics of a block of 8B take 0.74 s, not 2.8.
+    It is used for activations that came in bfloat16 or float16: those have 8 or 11 bits, so the rows keep their
+    precision. Both factors of x xᵀ are rounded alike, so the Hessian stays symmetric and positive semidefinite. On an
+    H200 the statistics of one block of an 8B model take 0.74 s instead of 2.8 s.
     """
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"

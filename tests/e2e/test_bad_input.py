@@ -587,7 +587,7 @@ def test_an_output_that_cannot_be_made(verb: str, where: str, sound: Path, tmp_p
     flags = {"finetune": ("--data", "none.txt"), "quantize": ("--plan", "q4_0")}.get(verb, ())
     flags = () if verb == "quantize" and not where.endswith(".gguf") else flags
     answer = fewbit(verb, sound, "-o", out, *flags)
-    check(answer, 2, "give a name or a path" if not where else out)
+    check(answer, 2, "expected a name or a path" if not where else out)
     assert "none.txt" not in answer.err
     assert sorted(tmp_path.iterdir()) == before
 

@@ -114,10 +114,10 @@ def test_a_tuning_checks_its_types(name: str, value: Any) -> None:
         (arguments.dtype, torch.float32, torch.float32),
         (arguments.dtype, "bf16", torch.bfloat16),
         (arguments.dtype, "auto", "auto"),
-        (checks.place, Path("a"), Path("a")),
+        (checks.path, Path("a"), Path("a")),
         (checks.texts, Path("a.txt"), "a.txt"),
         (checks.texts, ["a", "b"], ("a", "b")),
-        (checks.whole(1), numpy.int64(3), 3),
+        (checks.integer(1), numpy.int64(3), 3),
         (checks.number, numpy.float32(0.5), 0.5),
         (arguments.plan, "nf4", PRESETS["nf4"]),
         (arguments.plan, PRESETS["nf4"], PRESETS["nf4"]),
@@ -139,7 +139,7 @@ def test_no_other_type_of_numbers(value: object) -> None:
 @pytest.mark.parametrize("value", ["", "a\0b", b"a", 3])
 def test_no_other_paths(value: object) -> None:
     with pytest.raises(PlanError, match=r"^out="):
-        checks.place("out", value)
+        checks.path("out", value)
 
 
 @pytest.mark.parametrize("value", [[], ["", " "], ["a", 1], b"a", {"a": 1}, 7])
@@ -150,7 +150,7 @@ def test_no_other_texts(value: object) -> None:
 
 def test_a_long_value_is_shown_in_short() -> None:
     with pytest.raises(PlanError) as error:
-        checks.whole(1)("samples", "7" * 10000)
+        checks.integer(1)("samples", "7" * 10000)
     assert len(str(error.value)) < 200
 
 

@@ -31,7 +31,7 @@ with ranks.joined("cpu"):
     rows = [slice(0, 2), slice(2, 6), slice(6, 6)][me]
     stats = Stats(4, Need.HESSIAN)
     stats.add(x[rows], weight[rows])
-    stats.add_up()
+    stats.all_reduce()
     transposed = torch.full((2, 3), float(me)).T
     ranks.hand_out(transposed, 1)
     # One expert is reached in the first rank alone, another in the second.

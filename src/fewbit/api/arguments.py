@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from fewbit import names, registry
-from fewbit.checks import LAST_SEED, Texts, flag, number, place, text, texts, whole, wrong
+from fewbit.checks import MAX_SEED, Texts, flag, integer, invalid, number, path, text, texts
 from fewbit.errors import FormatError
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.plans.plan import Plan, find
@@ -74,7 +74,7 @@ def check(name: str, value: Any) -> None:
 
 def model(name: str, value: Any) -> str | Path:
     """A model's name, or a folder or file that is there."""
-    given = place(name, value)
+    given = path(name, value)
     names.check(given)
     return given
 
@@ -98,7 +98,7 @@ def device(name: str, value: Any) -> str | None:
     import torch
 
     if not isinstance(value, torch.device):
-        raise wrong(name, value, 'a device such as "cpu", "cuda:1" or torch.device("cuda", 1)')
+        raise invalid(name, value, 'a device such as "cpu", "cuda:1" or torch.device("cuda", 1)')
     return str(value)
 
 
@@ -113,7 +113,7 @@ def dtype(name: str, value: Any) -> torch.dtype | str:
         bare = value.removeprefix("torch.")
         value = known.get(_SHORT.get(bare, bare), value)
     if not isinstance(value, torch.dtype) or value not in known.values():
-        raise wrong(name, value, f'"auto", or one of {", ".join(_DTYPES)}, as a name or of torch')
+        raise invalid(name, value, f'"auto", or one of {", ".join(_DTYPES)}, as a name or of torch')
     return value
 
 
@@ -127,10 +127,10 @@ def plan(name: str, value: Any) -> Plan:
         try:
             return Plan.from_json(parse_json(value, name))
         except FormatError as error:
-            raise wrong(name, value, f"a plan's JSON: {error.message.removeprefix(f'{name}: ')}") from None
+            raise invalid(name, value, f"a plan's JSON: {error.message.removeprefix(f'{name}: ')}") from None
     if not isinstance(value, (str, os.PathLike)):
-        raise wrong(name, value, "a plan by its name, a .json file, a dictionary as of Plan.to_json(), or a Plan")
-    return find(str(place(name, value)))
+        raise invalid(name, value, "a plan by its name, a .json file, a dictionary as of Plan.to_json(), or a Plan")
+    return find(str(path(name, value)))
 
 
 def plans(name: str, value: Any) -> tuple[str, ...]:
@@ -138,26 +138,26 @@ def plans(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     if not isinstance(value, Sequence) or not all(isinstance(each, (str, os.PathLike)) for each in value):
-        raise wrong(name, value, "a list of plans, by their names or .json files, or of folders of models")
-    return tuple(str(place(name, each)) for each in value)
+        raise invalid(name, value, "a list of plans, by their names or .json files, or of folders of models")
+    return tuple(str(path(name, each)) for each in value)
 
 
 def kernel(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise wrong(name, value, "a kernel by its name (fewbit list)")
+        raise invalid(name, value, "a kernel by its name (fewbit list)")
     registry.get("kernels", value)
     return value
 
 
 def sampling(name: str, value: Any) -> Sampling:
     if not isinstance(value, Sampling):
-        raise wrong(name, value, "a fewbit.models.decoding.sampling.Sampling")
+        raise invalid(name, value, "a fewbit.Sampling")
     return value
 
 
 def called(name: str, value: Any) -> Any:
     if not callable(value):
-        raise wrong(name, value, "a function to call with each step")
+        raise invalid(name, value, "a function to call with each step")
     return value
 
 
@@ -165,25 +165,25 @@ def tuning(name: str, value: Any) -> Tuning:
     from fewbit.models.adapters.tuning import Tuning  # which checks its own fields by this module
 
     if not isinstance(value, Tuning):
-        raise wrong(name, value, "a fewbit.models.adapters.tuning.Tuning")
+        raise invalid(name, value, "a fewbit.models.adapters.tuning.Tuning")
     return value
 
 
 def memory(name: str, value: Any) -> str | int:
-    return value if isinstance(value, str) and value else whole(1, 2**63 - 1)(name, value)
+    return value if isinstance(value, str) and value else integer(1, 2**63 - 1)(name, value)
 
 
 def report(name: str, value: Any) -> Any:
     """A Comparison, which only recommend knows, or where one was written."""
-    return value if hasattr(value, "rows") else place(name, value)
+    return value if hasattr(value, "rows") else path(name, value)
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    **dict.fromkeys(("out", "adapter", "reference_adapter", "imatrix"), place),
+    **dict.fromkeys(("out", "adapter", "reference_adapter", "imatrix"), path),
     **dict.fromkeys(("model", "reference", "base"), model),
     **dict.fromkeys(("text", "data"), texts),
     **dict.fromkeys(("prompt", "purpose", "target", "cache"), text),
-    **dict.fromkeys(("samples", "length", "context", "batch", "fuse", "max_new_tokens"), whole(1)),
+    **dict.fromkeys(("samples", "length", "context", "batch", "fuse", "max_new_tokens"), integer(1)),
     "max_kl": number,
     **dict.fromkeys(
         ("overwrite", "safetensors_only", "trust_remote_code", "chat", "compile", "stream", "speed_first", "again"),
@@ -199,6 +199,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "progress": called,
     "report": report,
     "sampling": sampling,
-    "seed": whole(0, LAST_SEED),
+    "seed": integer(0, MAX_SEED),
     "tuning": tuning,
 }

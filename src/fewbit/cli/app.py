@@ -344,7 +344,7 @@ def _among_others(arguments: list[str]) -> None:
     if arguments and not arguments[0].startswith("-") and arguments[0] not in _SHARED:
         message = f"{arguments[0]} runs in one process"
         if os.environ["RANK"] != "0":
-            raise PeerError(message, told=True)
+            raise PeerError(message, reported=True)
         raise PlanError(message, f"torchrun is for {', '.join(_SHARED)}.")
 
 
@@ -376,7 +376,7 @@ def main() -> None:
     except FewbitError as error:
         if debug:
             raise
-        if not (isinstance(error, PeerError) and error.told):
+        if not (isinstance(error, PeerError) and error.reported):
             message = error.as_flag if isinstance(error, ArgumentError) else error.message
             sys.stderr.write(f"error: {message}\n" + (f"  {error.hint}\n" if error.hint else ""))
         sys.exit(error.exit_code)

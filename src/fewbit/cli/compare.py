@@ -53,8 +53,8 @@ def compare(
     from fewbit.texts import calibration as texts_calibration
 
     # Under their own names: `samples` and `length` are others here.
-    checks.whole(1)("calibration_samples", calibration_samples)
-    checks.whole(1)("calibration_length", calibration_length)
+    checks.integer(1)("calibration_samples", calibration_samples)
+    checks.integer(1)("calibration_length", calibration_length)
     wanted = [name.strip() for name in plans.split(",") if name.strip()]
     find_all(wanted, but=ORIGINAL)
     calibrated = texts_calibration.Calibration(text_of(calibration), calibration_samples, calibration_length, seed)

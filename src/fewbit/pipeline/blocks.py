@@ -183,7 +183,7 @@ def _quantize_outside(settled: Settled, assignment: Assignment) -> tuple[Tensors
     """Quantize embeddings or head, whose input is not measured, some rows at a time in turn of ranks."""
     skeleton = settled.skeleton
     stored = skeleton.checkpoint.get(skeleton.key_of(f"{assignment.module}.weight"))
-    alike = Stats.known(torch.ones(assignment.shape[1], device=skeleton.device, dtype=torch.float32), 1)
+    alike = Stats.from_mean_square(torch.ones(assignment.shape[1], device=skeleton.device, dtype=torch.float32), 1)
     made: dict[int, tuple[QTensor, Lost, list[str]]] = {}
     for number, rows in enumerate(chunk_rows(*assignment.shape, _ROWS_OUTSIDE.get(skeleton.device.type, 1 << 24))):
         if number % ranks.size() != ranks.rank():

@@ -180,5 +180,5 @@ def _of_all_ranks(
     for leader in dict.fromkeys(leaders.values()):
         if leader not in stats:  # a routed expert that none of this rank's tokens went to
             stats[leader] = Stats(shapes[leader][1], need, skeleton.device)
-        stats[leader].add_up()
+        stats[leader].all_reduce()
     return {name: stats[leader] for name, leader in leaders.items()}

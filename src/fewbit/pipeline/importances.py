@@ -39,7 +39,9 @@ def importance(path: Path, settled: Settled) -> tuple[dict[str, Stats], list[str
         name = f"{names[module]}.weight"
         if name not in matrix:
             missing.append(name)
-            found[module] = Stats.known(torch.ones(a.shape[1], device=skeleton.device, dtype=torch.float32), 1)
+            found[module] = Stats.from_mean_square(
+                torch.ones(a.shape[1], device=skeleton.device, dtype=torch.float32), 1
+            )
             continue
         mean_square, rows = matrix[name]
         if len(mean_square) != a.shape[1]:
@@ -47,7 +49,7 @@ def importance(path: Path, settled: Settled) -> tuple[dict[str, Stats], list[str
                 f"{path}: {name} has {len(mean_square)} importances, the weight {a.shape[1]} columns",
                 "The file is of another model.",
             )
-        found[module] = Stats.known(mean_square.to(skeleton.device), rows)
+        found[module] = Stats.from_mean_square(mean_square.to(skeleton.device), rows)
     if len(missing) == len(wanted):
         raise FormatError(
             f"{path} has importances of {len(matrix)} tensors, none of this model ({missing[0]} is not there)",

@@ -94,7 +94,7 @@ def joined(device: str | None) -> Iterator[str | None]:
         yield device
     except BaseException as error:
         if _failed_before(store) and isinstance(error, FewbitError):
-            raise PeerError(f"another process of this run failed before: {error.message}", told=True) from None
+            raise PeerError(f"another process of this run failed before: {error.message}", reported=True) from None
         raise
     else:
         dist.destroy_process_group()

@@ -31,7 +31,7 @@ class Calibration:
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "text": checks.texts,
-    "samples": checks.whole(1),
-    "length": checks.whole(1),
-    "seed": checks.whole(0, checks.LAST_SEED),
+    "samples": checks.integer(1),
+    "length": checks.integer(1),
+    "seed": checks.integer(0, checks.MAX_SEED),
 }

@@ -36,9 +36,9 @@ class Tuning:
 
     def __post_init__(self) -> None:
         checks: dict[str, Callable[[str, Any], Any]] = {
-            **dict.fromkeys(("rank", "batch", "accumulate", "steps", "length"), arguments.whole(1)),
+            **dict.fromkeys(("rank", "batch", "accumulate", "steps", "length"), arguments.integer(1)),
             **dict.fromkeys(("alpha", "dropout", "learning_rate", "epochs", "held_out"), arguments.number),
-            "seed": arguments.whole(0, arguments.LAST_SEED),
+            "seed": arguments.integer(0, arguments.MAX_SEED),
             "checkpointing": arguments.flag,
             "targets": _names,
         }
@@ -66,7 +66,7 @@ class Tuning:
 
 def _names(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
-        raise arguments.wrong(name, value, "a list of the ends of linears' names")
+        raise arguments.invalid(name, value, "a list of the ends of linears' names")
     return tuple(value)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fewbit.checks import LAST_SEED, number, whole, wrong
+from fewbit.checks import MAX_SEED, integer, invalid, number
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,17 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks = {"temperature": number, "top_k": whole(0), "top_p": number, "seed": whole(0, LAST_SEED)}
+        checks = {"temperature": number, "top_k": integer(0), "top_p": number, "seed": integer(0, MAX_SEED)}
         for name, check in checks.items():
             if (value := getattr(self, name)) is not None or name in ("temperature", "seed"):
                 object.__setattr__(self, name, check(name, value))
         if self.temperature < 0:
-            raise wrong("temperature", self.temperature, "0 for the most likely token, about 0.7 for some variety")
+            raise invalid("temperature", self.temperature, "0 for the most likely token, about 0.7 for some variety")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise wrong("top_p", self.top_p, "a number above 0, up to 1")
+            raise invalid("top_p", self.top_p, "a number above 0, up to 1")
         for name in ("top_k", "top_p"):
             if self.temperature == 0 and (value := getattr(self, name)) is not None:
-                raise wrong(name, value, "a temperature above 0 too: at 0 the most likely token always comes")
+                raise invalid(name, value, "a temperature above 0 too: at 0 the most likely token always comes")
 
     def options(self) -> dict[str, Any]:
         """The arguments of transformers' `generate`."""
