@@ -248,7 +248,7 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         lambda: check_parts(parse("q6_k"), ordinary(6, 512)),
     ),
     "ggml: a refit uphill": (
-        [Mutation(blockwise._Steps, "apply", "self.gradient -= moved", "self.gradient += moved")],
+        [Mutation(blockwise._Panel, "apply", "self.gradient -= moved", "self.gradient += moved")],
         lambda: check_descent("q4_k"),
     ),
     "ggml: sub-scales refitted with the next block's d": (

@@ -40,8 +40,8 @@ def finite_bytes(name: str, n: int, blocks: int) -> Tensor:
 def check_bytes_come_back(name: str) -> None:
     """All bits of a block mean something, and are where they were after reading and writing."""
     rows = finite_bytes(name, 5, 3)
-    codes, found = grids.read(name, rows)
-    assert torch.equal(grids.written(codes, found), rows)
+    codes, found = grids.unpack(name, rows)
+    assert torch.equal(grids.pack(codes, found), rows)
 
 
 @names

@@ -1,1 +1,1 @@
-"""Schemes: what the numbers of a quantized weight mean."""
+"""Schemes: what the numbers of a quantized weight mean, and how to compute them."""

@@ -1,20 +1,23 @@
-"""Integers with a scale and a zero point for each group of columns: int2 to int8, symmetric or not.
+"""Integers of 2 to 8 bits with a scale and a zero point for each group of columns, symmetric or asymmetric.
 
-The columns of a row are cut into groups; one group shares an fp16 scale s and an integer zero point z, and code c
-stands for the value
+Each row is cut into groups of columns. A group has one fp16 scale s and one integer zero point z. Code c means
 
     w = s * (c - z),        c in 0 ... 2^b - 1.
 
-Symmetric: z = 2^(b-1) for all, not stored, and s may be negative, so that the one code more on the lower side can serve
-the longer tail on either side. Asymmetric: z is stored in b bits.
+Symmetric: z = 2^(b-1) everywhere and is not stored. The codes then reach one step further down than up; s may be
+negative, so that this extra step can go to the longer tail. Asymmetric: z is stored in b bits.
 
-Without importance the fit is plain round-to-nearest: s = max|w| / (2^(b-1) - 0.5), or (max - min) / (2^b - 1) with
-zero inside [min, max]. With importance h the scale is searched: shrunken ranges (and both signs) are tried, the best
-under sum h (w - ŵ)² is kept and then solved for in closed form, s = sum h w (c - z) / sum h (c - z)². Scales are
-rounded to fp16 before any code is chosen. Codes are rounded to nearest, ties to even.
+Fit without importance: the grid spans the group. Symmetric s = max|w| / (2^(b-1) - 0.5); asymmetric
+s = (max - min) / (2^b - 1), where [min, max] is widened to include 0. Fit with importance h: try shrunken ranges (and,
+if symmetric, both signs of s), keep the one of least sum h (w - ŵ)², then solve s in closed form for its codes,
+s = sum h w (c - z) / sum h (c - z)². Scales are rounded to fp16 before any code is chosen. Codes are rounded to
+nearest, ties to even.
 
-Layout: `codes` uint8 [N, ceil(K b / 8)], a bit stream per row (see `bits`); `scale` float16 [N, K / group]; asymmetric:
-`zero` uint8 [N, ceil(K / group * b / 8)], a bit stream per row.
+Layout:
+
+    codes   uint8   [N, ceil(K b / 8)]             one bit stream per row (see `bits`)
+    scale   float16 [N, K / group]
+    zero    uint8   [N, ceil(K / group * b / 8)]   one bit stream per row; asymmetric only
 
 >>> w = torch.tensor([[-3.5, -1.0, 0.2, 3.0] * 4])
 >>> scheme = Affine.from_spec("int3-g16-sym")
@@ -63,7 +66,7 @@ def _shares() -> list[float]:
 
 @dataclass(frozen=True)
 class AffineGrids(Grids):
-    """Scales [N, groups] as stored (rounded to fp16, held in float) and zero points [N, groups]."""
+    """Scales [N, groups], rounded to fp16 but held as float32 or float64, and zero points [N, groups]."""
 
     bits: int
     group: int
@@ -83,10 +86,10 @@ class AffineGrids(Grids):
         return Uniform(self.scale, self.zero, None, 2**self.bits - 1, self.group)
 
     def _aligned(self, x: Tensor, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
-        """`x`, and scale and zero of its columns in a shape that broadcasts to it."""
+        """`x`, and the scale and zero of its columns, in shapes that broadcast."""
         if isinstance(columns, int):
             return x, self.scale[:, columns // self.group], self.zero[:, columns // self.group]
-        if isinstance(columns, slice) and columns == ALL:  # no [N, K] of scales is made
+        if isinstance(columns, slice) and columns == ALL:  # avoids an [N, K] tensor of scales
             return x.unflatten(1, (-1, self.group)), self.scale.unsqueeze(-1), self.zero.unsqueeze(-1)
         if isinstance(columns, slice):
             columns = torch.arange(self.scale.shape[1] * self.group, device=self.scale.device, dtype=torch.int64)[
@@ -99,7 +102,7 @@ class AffineGrids(Grids):
 @register("schemes", "affine")
 @dataclass(frozen=True)
 class Affine(Scheme):
-    """`int4-g128-sym`: 4 bits, one scale for 128 columns, symmetric. `int3-row`: 3 bits, whole rows, asymmetric."""
+    """`int4-g128-sym`: 4 bits, groups of 128 columns, symmetric. `int3-row`: 3 bits, one group a row, asymmetric."""
 
     group: int
     bits: int
@@ -149,7 +152,7 @@ class Affine(Scheme):
         group = self.group or k
         if not w.numel():
             raise NumericsError("a weight has no elements")
-        if not isfinite(top := max(map(abs, map(float, w.aminmax())))):  # which tells of NaN too
+        if not isfinite(top := max(map(abs, map(float, w.aminmax())))):  # aminmax passes NaN on
             raise NumericsError("a weight has NaN or Inf", "Check the checkpoint: it cannot be quantized as it is.")
         if top > 65504:
             raise NumericsError("a weight is beyond the range of fp16 scales (65504)")
@@ -162,7 +165,7 @@ class Affine(Scheme):
         return AffineGrids(self.bits, group, scale, zero)
 
     def _fit_rows(self, w: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Scale and zero [rows, groups] for w [rows, groups, group] under column weights h [groups, group]."""
+        """Scale and zero [rows, groups] for w [rows, groups, group] with column weights h [groups, group]."""
         low, high = self._range(w)
         if h is None:
             return self._grid(low, high)
@@ -192,7 +195,7 @@ class Affine(Scheme):
         return w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
 
     def _grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Stored scale and zero point of the grid that spans [low, high]."""
+        """Scale, rounded as stored, and zero point of the grid that spans [low, high]."""
         top = 2**self.bits - 1
         scale = _stored((high - low) / top)
         if self.symmetric:
@@ -207,7 +210,7 @@ class Affine(Scheme):
         return values.sub_(w).square_().mul_(h).sum(-1)
 
     def refit(self, w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, ridge: float = 0.0) -> AffineGrids:
-        """Scales re-solved one group at a time (`refit_scales`), each rounded to fp16."""
+        """Re-solve the scales one group at a time (`refit_scales`), each rounded to fp16. Zero points stay."""
         assert isinstance(grids, AffineGrids)
 
         def levels(columns: slice) -> Tensor:
@@ -245,6 +248,6 @@ class Affine(Scheme):
 
 
 def _stored(scale: Tensor) -> Tensor:
-    """The scale as fp16 will hold it, never zero, in the dtype it came in."""
+    """The scale rounded to fp16, in its own dtype. It never becomes zero."""
     sign = torch.where(scale < 0, -1.0, 1.0).to(scale.dtype)
     return (scale.abs().clamp(min=_SMALLEST) * sign).to(torch.float16).to(scale.dtype)

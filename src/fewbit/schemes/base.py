@@ -1,7 +1,12 @@
-"""What a scheme is: grids fitted to a weight, and codes on those grids turned into plain tensors and back.
+"""The interface of a scheme: fit grids to a weight, choose codes on the grids, and store both as plain tensors.
 
-A weight is always 2-D, [N out, K in]. A *grid* is the finite set of values that the weights of one group may take. A
-method chooses codes and sees nothing of a scheme but `fit`, `encode` and `decode`.
+A weight is always 2-D, [N out, K in]. A *grid* is the finite set of values that the weights of one group may take.
+A *code* is the index of a value in its grid, uint8. The *parts* are the named tensors that store codes and grids.
+
+    fit:    w [N, K]  ->  grids          encode:  w, grids  ->  codes        pack:    codes, grids  ->  parts
+    refit:  w, codes  ->  better grids   decode:  codes, grids  ->  values   unpack:  parts  ->  codes, grids
+
+A method chooses codes. It knows nothing of a scheme but this interface.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ Parts: TypeAlias = "dict[str, Tensor]"
 
 @dataclass(frozen=True)
 class PartSpec:
-    """Shape and dtype of a tensor that need not exist yet."""
+    """Shape and dtype of a tensor, which need not exist yet."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -39,9 +44,9 @@ class PartSpec:
 class Uniform:
     """Grids of evenly spaced values as plain tensors: value = (code - zero) * scale - offset, code = 0 ... top.
 
-    `group` columns of a row share scale, zero and offset [N, K / group], all in one dtype; one zero may serve all, and
-    there may be no offset. The nearest code is round((w + offset) / scale) + zero, ties to even, and zero of a group
-    whose scale is nought.
+    scale, zero and offset are [N, K / group] and of one dtype; `group` columns of a row share an entry. A zero given
+    as an int holds for all groups; an offset of None is 0. The nearest code is round((w + offset) / scale) + zero,
+    ties to even. Where the scale is 0, the code is `zero`.
     """
 
     scale: Tensor
@@ -52,24 +57,26 @@ class Uniform:
 
 
 class Grids(ABC):
-    """The grids of a whole weight: the values its entries may take, exactly as they will be stored."""
+    """The grids of a whole weight: the values its entries may take, exactly as a file stores them."""
 
     def uniform(self) -> Uniform | None:
-        """The same grids as plain tensors where their values are evenly spaced, for a kernel to read; None: they are
-        not, or cannot be had so, and `encode` and `decode` are all there is."""
+        """These grids as plain tensors that a GPU kernel can read. None if the values are not evenly spaced."""
         return None
 
     @abstractmethod
     def encode(self, w: Tensor, columns: Columns = ALL) -> Tensor:
-        """Codes (uint8) of the grid values nearest to `w`: [N, columns], or [N] for one column given as an int."""
+        """Codes (uint8) of the grid values nearest to `w`, which holds the given columns of the weight.
+
+        `w` and the result are [N, columns], or [N] for one column given as an int.
+        """
 
     @abstractmethod
     def decode(self, codes: Tensor, columns: Columns = ALL) -> Tensor:
-        """Values (dtype of the grids, float32 unless fitted to float64) of `codes`, shaped as they are."""
+        """The values of `codes`, in the same shape. float32, or float64 if the grids were fitted to float64."""
 
 
 class Codec(ABC):
-    """What every stored form can do, decode-only ones included."""
+    """A stored form of a weight that can be decoded. Some codecs only decode; a `Scheme` also encodes."""
 
     @property
     @abstractmethod
@@ -78,28 +85,28 @@ class Codec(ABC):
 
     @abstractmethod
     def part_specs(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
-        """Names, shapes and dtypes of the parts of a weight of this shape, without data: exact sizes come from here."""
+        """Name -> shape and dtype of each part of a weight of this shape. All reported sizes are computed from it."""
 
     @abstractmethod
     def dequantize(
         self, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype, rows: slice = ALL
     ) -> Tensor:
-        """The values that the parts mean, [rows, K] in `dtype`. This is the truth every kernel is held to."""
+        """The values of some rows of the weight, [rows, K] in `dtype`. Every kernel is checked against them."""
 
     @abstractmethod
     def why_not(self, shape: tuple[int, int]) -> str | None:
-        """None if a weight of this shape can be stored, else a sentence that says why not."""
+        """None if a weight of this shape can be stored, else the reason why not."""
 
     def check(self, parts: Mapping[str, Tensor], shape: tuple[int, int], name: str = "weight") -> None:
-        """Raise FormatError, naming tensor and part, unless the parts have the shapes and dtypes of `part_specs`."""
+        """Raise FormatError unless the parts have the names, shapes and dtypes of `part_specs`. It names the tensor."""
         specs = self.part_specs(shape)
         if set(specs) != set(parts):
             raise FormatError(f"{name}: parts {sorted(parts)} found, {sorted(specs)} expected for {self}")
         for part, spec in specs.items():
-            found = parts[part]
-            if tuple(found.shape) != spec.shape or found.dtype != spec.dtype:
+            tensor = parts[part]
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
                 raise FormatError(
-                    f"{name}: part {part!r} is {found.dtype} {list(found.shape)}, "
+                    f"{name}: part {part!r} is {tensor.dtype} {list(tensor.shape)}, "
                     f"{spec.dtype} {list(spec.shape)} expected for {self} of shape {list(shape)}"
                 )
 
@@ -110,43 +117,47 @@ class Codec(ABC):
 
 @dataclass(frozen=True)
 class Scheme(Codec):
-    """A codec that can also encode. Value-equal; `str` is its spec and `parse(str(s)) == s`."""
+    """A codec that can also encode. Schemes compare by value; `str(s)` is the spec, and `parse(str(s)) == s`."""
 
     family: ClassVar[str]
-    examples: ClassVar[tuple[str, ...]]  # specs, which lists show and the contract tests use
+    examples: ClassVar[tuple[str, ...]]  # specs that `fewbit list` shows and the contract tests run
     group: int  # columns that share one fit; 0: the whole row
 
     @classmethod
     @abstractmethod
     def from_spec(cls, spec: str) -> Scheme | None:
-        """The scheme that `spec` names, None if this family does not know it; PlanError if it is malformed."""
+        """The scheme that `spec` names, None if it is of another family; PlanError if it is malformed."""
 
     @abstractmethod
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Grids:
-        """The grids as they will be stored, for the whole weight `w` [N, K].
+        """The grids of the weight `w` [N, K], with scales rounded as a file stores them.
 
-        `importance` [K] weighs the squared error of each column in a search; without it no search is made.
+        With `importance` [K] the scales are searched: it weighs the squared error of each column. Without it the
+        grids span the range of each group. NumericsError if `w` is empty or has NaN, Inf or a value out of range.
         """
 
     def nearest(self, w: Tensor) -> tuple[Tensor, Grids]:
         """Codes and grids of `w` rounded to nearest, the baseline of all methods.
 
-        A scheme overrides this where a peer's bytes ask for more than its stored grid can tell: scales before they are
-        rounded, a weight cast first.
+        A scheme overrides it to match another library byte for byte. That library may choose codes by scales that it
+        rounds only afterwards, or cast the weight first; the stored grid alone does not reproduce this.
         """
         grids = self.fit(w)
         return grids.encode(w), grids
 
     @abstractmethod
     def pack(self, codes: Tensor, grids: Grids) -> Parts:
-        """Plain tensors, as `part_specs` describes, that hold `codes` [N, K] and `grids`."""
+        """The parts that store `codes` [N, K] and `grids`, as `part_specs` describes them."""
 
     @abstractmethod
     def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Grids]:
-        """The codes and grids that `parts` hold: the inverse of `pack`."""
+        """The codes [N, K] and grids that `parts` store: the inverse of `pack`."""
 
     def refit(self, w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, ridge: float = 0.0) -> Grids:
-        """The best stored grids for codes already chosen, under tr(E (H + ridge I) Eᵀ); by default unchanged."""
+        """Better grids for codes that are already chosen; by default the same grids.
+
+        They lower tr(E (H + ridge I) Eᵀ), E = w - ŵ the error [N, K] and H the Hessian [K, K].
+        """
         return grids
 
     def with_group(self, group: int) -> Self:
@@ -166,10 +177,10 @@ def refit_scales(
     ridge: float,
     stored: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
-    """Scales [N, G] re-solved one group at a time, all others held: s += (E H l) / (l H_gg l), as they will be stored.
+    """Scales [N, G] re-solved for fixed codes, one group at a time: s += (E H l) / (l H_gg l), rounded as stored.
 
-    `error` [N, K] is w - ŵ, `levels` gives ŵ / s for some columns, and `stored` the scales nearest to some [N] of one
-    group that a file can hold. No row gets worse under tr(E (H + ridge I) Eᵀ).
+    error: E = w - ŵ, [N, K]. levels: gives l = ŵ / s for a slice of columns. stored: rounds scales [N] of one group to
+    the nearest ones that a file can hold. tr(E (H + ridge I) Eᵀ) does not rise in any row.
     """
     scale, group = scale.clone(), error.shape[1] // scale.shape[1]
     gradient = (error @ hessian).add_(error, alpha=ridge)
@@ -181,12 +192,12 @@ def refit_scales(
         step = (gradient[:, columns] * level).sum(1) / curvature
         solved = scale[:, g] + step
         solved = stored(torch.where(solved.isfinite() & (solved != 0), solved, scale[:, g]), g)
-        # Storing can cost more than the step gains: keep the old scale where it does.
+        # Rounding to the stored scale can cost more than the step gains. Keep the old scale there.
         moved = solved - scale[:, g]
         moved = torch.where(2 * step * moved > moved * moved, moved, torch.zeros_like(moved))
         scale[:, g] += moved
         level *= moved.unsqueeze(1)
-        # What the groups before have become of the gradient, nobody asks.
+        # The gradient of earlier groups is no longer needed.
         gradient[:, columns.stop :].addmm_(level, hessian[columns, columns.stop :], alpha=-1)
     return scale
 
@@ -200,17 +211,17 @@ def vanished(scheme: Scheme, w: Tensor, values: Tensor) -> int:
 
 
 def chunk_rows(n: int, k: int, budget: int = 1 << 22) -> list[slice]:
-    """Row slices of an [n, k] matrix of at most `budget` elements each, so that temporaries stay small."""
+    """Slices of the rows of an [n, k] matrix, of at most `budget` elements each, to keep temporaries small."""
     step = max(1, budget // max(k, 1))
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
 @dataclass
 class QTensor:
-    """A quantized weight: a codec, the shape of what it stands for, and the parts that hold it.
+    """A quantized weight: its codec, its shape [N, K] and the parts that store it.
 
-    `permutation` [K], where not None, says that stored column j is column `permutation[j]` of the weight (a foreign
-    file's act-order `g_idx`).
+    `permutation` [K] is for GPTQ files with act-order (`g_idx`): stored column j is column `permutation[j]` of the
+    weight. None: columns are stored in their own order.
     """
 
     codec: Codec
@@ -232,18 +243,18 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the parts (and of the permutation, where there is one)."""
+        """Bytes of the parts, and of the permutation if there is one."""
         order = 0 if self.permutation is None else self.permutation.nbytes
         return order + sum(part.nbytes for part in self.parts.values())
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> QTensor:
-        """The same weight with `fn` applied to each tensor, for moves between devices."""
+        """The same weight with `fn` applied to each tensor, such as a copy to another device."""
         order = None if self.permutation is None else fn(self.permutation)
         return QTensor(self.codec, self.shape, {name: fn(part) for name, part in self.parts.items()}, order)
 
 
 def parse(spec: str) -> Scheme:
-    """The scheme that `spec` names, such as `int4-g128-sym`; PlanError with the known ones otherwise."""
+    """The scheme that `spec` names, such as `int4-g128-sym`. PlanError with the known ones if there is none."""
     families = registry.entries("schemes")
     for family in families.values():
         scheme = family.from_spec(spec)
@@ -255,9 +266,9 @@ def parse(spec: str) -> Scheme:
 
 
 def parse_group(text: str, spec: str) -> int:
-    """The group size written as `g128` or `row`; PlanError naming `spec` otherwise."""
+    """The group size of `g128` (128) or `row` (0). PlanError that names `spec` for anything else."""
     if text == "row":
         return 0
     if match := re.fullmatch(r"g(\d+)", text):
         return int(match[1])
-    raise PlanError(f"scheme {spec!r}: {text!r} is no group size", "Write g16 to g1024, or row for the whole row.")
+    raise PlanError(f"scheme {spec!r}: {text!r} is not a group size", "Write g16 to g1024, or row for the whole row.")

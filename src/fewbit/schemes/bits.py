@@ -1,7 +1,7 @@
-"""Codes of 1 to 8 bits as one little-endian bit stream per row, and back.
+"""Packing of 1- to 8-bit codes into one little-endian bit stream per row.
 
-Code j of a row occupies bits [j*bits, (j+1)*bits) of that row, counted from the lowest bit of its first byte. This is
-also what a GPTQ file holds, read as 32-bit words, for every width including 3.
+Code j of a row takes the bits j*bits to (j+1)*bits - 1, counted from the lowest bit of the row's first byte. For every
+width, 3 included, a GPTQ file holds the same stream, read as little-endian 32-bit words.
 
 >>> codes = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0]], dtype=torch.uint8)
 >>> pack(codes, 3).tolist()           # 0b11010001, 0b01011000, 0b00011111
@@ -16,12 +16,12 @@ from fewbit.lazy import Tensor, torch
 
 
 def packed_bytes(n: int, bits: int) -> int:
-    """Bytes that a row of `n` codes takes."""
+    """Bytes that a row of `n` codes takes: the last one may be only partly used."""
     return (n * bits + 7) // 8
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [..., packed_bytes(n, bits)] from uint8 codes [..., n], each below 2**bits."""
+    """The bit streams, uint8 [..., packed_bytes(n, bits)], of codes uint8 [..., n], each below 2**bits."""
     n = codes.shape[-1]
     if bits == 8:
         return codes.contiguous()

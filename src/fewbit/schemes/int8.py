@@ -1,23 +1,28 @@
-"""LLM.int8(): 8-bit integers with one scale for each row, bit for bit as bitsandbytes has them.
+"""LLM.int8(): 8-bit integers with one scale per row, bit for bit those of bitsandbytes.
 
-Each row is divided by its largest magnitude and rounded to -127 ... 127; that magnitude, called SCB, is stored in
-float32. The scheme also says what may be done to activations at run time: those of magnitude `threshold` and above make
-their column an outlier, which stays in 16 bits while the rest is rounded to 8 (`kernels/llm_int8.py`); a kernel that
-reads activations exactly needs no threshold. With q in -127 ... 127,
+Each row is divided by its largest magnitude, called SCB, and rounded to q in -127 ... 127. Then
 
     w = q * SCB * float32(1 / 127),        computed in float32 in that order.
 
-Round-to-nearest (`nearest`) is bitsandbytes' own: the weight is cast to float16 first, then q = w * (127 / SCB) is
-rounded, ties to even. With importance h a fit tries scales below the largest magnitude and then solves
-s = sum h w q / sum h q². Codes are q + 128; -128, which a plain fit never needs, is there for methods that do.
+The scheme also holds the `threshold` for activations at run time. A column of activations with a magnitude of at least
+`threshold` is an outlier: it stays in 16 bits, and the other columns are rounded to 8 (`kernels/llm_int8.py`). Kernels
+that do not round activations ignore the threshold.
 
-Layout: `codes` int8 [N, K], holding q; `scb` float32 [N]. Source: Dettmers et al. 2022,
-https://arxiv.org/abs/2208.07339.
+Rounding to nearest (`nearest`) follows bitsandbytes: cast the weight to float16, then round q = w * (127 / SCB), ties
+to even. A fit with importance h tries scales below the largest magnitude, then solves s = sum h w q / sum h q². Codes
+are q + 128. q = -128 is allowed too: a plain fit never uses it, but a method may.
+
+Layout:
+
+    codes   int8    [N, K]    q
+    scb     float32 [N]       SCB
+
+Source: Dettmers et al. 2022, https://arxiv.org/abs/2208.07339.
 
 >>> w = torch.tensor([[0.5, -1.0, 0.25, 0.0]])
 >>> scheme = Int8.from_spec("llm.int8")
 >>> codes, grids = scheme.nearest(w)
->>> scheme.pack(codes, grids)["codes"].tolist()          # 63.5 and 31.75 are rounded, the tie to even
+>>> scheme.pack(codes, grids)["codes"].tolist()          # 63.5 is a tie, rounded to even; 31.75 becomes 32
 [[64, -127, 32, 0]]
 """
 
@@ -47,24 +52,24 @@ def _shares() -> list[float]:
 
 @dataclass(frozen=True)
 class RowGrids(Grids):
-    """SCB [N], which is stored as it is; `dtype` is that of the values."""
+    """SCB [N], float32 as stored. `dtype`: that of the decoded values."""
 
     scb: Tensor
     dtype: torch.dtype
 
     def encode(self, w: Tensor, columns: Columns = ALL) -> Tensor:
-        scale = _along(self.scb, w)
+        scale = _per_row(self.scb, w)
         steps = (w * torch.where(scale == 0, 0, 127 / scale)).round_().clamp_(-128, 127)
         return steps.add_(128).to(torch.uint8)
 
     def decode(self, codes: Tensor, columns: Columns = ALL) -> Tensor:
-        return (codes.float() - 128).mul_(_along(self.scb, codes)).mul_(_STEP).to(self.dtype)
+        return (codes.float() - 128).mul_(_per_row(self.scb, codes)).mul_(_STEP).to(self.dtype)
 
 
 @register("schemes", "int8")
 @dataclass(frozen=True)
 class Int8(Scheme):
-    """`llm.int8`: outlier columns from 6.0 up. `llm.int8-t4.5`: from 4.5 up. `llm.int8-t0`: none."""
+    """`llm.int8`: outlier threshold 6.0. `llm.int8-t4.5`: threshold 4.5. `llm.int8-t0`: no outlier columns."""
 
     group: int = 0
     threshold: float = THRESHOLD
@@ -81,7 +86,7 @@ class Int8(Scheme):
         return "llm.int8" if self.threshold == THRESHOLD else f"llm.int8-t{self.threshold!r}".removesuffix(".0")
 
     def with_group(self, group: int) -> Self:
-        """Itself: it has one scale for a row, whatever others have."""
+        """This scheme: its group is always the row."""
         return self
 
     @property
@@ -101,12 +106,12 @@ class Int8(Scheme):
         if not torch.isfinite(top).all():
             raise NumericsError("a weight has NaN or Inf", "Check the checkpoint: it cannot be quantized as it is.")
         if float(top.max()) > 65504:
-            raise NumericsError("a weight is beyond the range of float16 (65504), which LLM.int8() goes through")
+            raise NumericsError("a weight is beyond the range of float16 (65504), to which LLM.int8() casts weights")
         grids = RowGrids(top.to(torch.float16).float(), w.dtype if w.dtype == torch.float64 else torch.float32)
         return grids if importance is None else self._search(w, grids, importance)
 
     def _search(self, w: Tensor, plain: RowGrids, importance: Tensor) -> RowGrids:
-        """The best of the scales tried for each row; never worse than the plain one."""
+        """The best of the candidate scales of each row. It is never worse than the plain one."""
         found = []
         n, k = w.shape
         for rows in chunk_rows(n, k, 1 << 20):
@@ -126,12 +131,12 @@ class Int8(Scheme):
         grids = self.fit(w)
         n, k = w.shape
         codes = torch.empty(n, k, dtype=torch.uint8, device=w.device)
-        for rows in chunk_rows(n, k, 7 << 12):  # which stay in a core's cache
+        for rows in chunk_rows(n, k, 7 << 12):  # small enough for a core's cache
             codes[rows] = RowGrids(grids.scb[rows], grids.dtype).encode(w[rows].to(torch.float16).float())
         return codes, grids
 
     def refit(self, w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, ridge: float = 0.0) -> RowGrids:
-        """SCB re-solved for each row."""
+        """Re-solve the SCB of each row."""
         assert isinstance(grids, RowGrids)
 
         def level(columns: slice) -> Tensor:
@@ -154,12 +159,13 @@ class Int8(Scheme):
         return parts["codes"][rows].float().mul_(parts["scb"][rows, None]).mul_(_STEP).to(dtype)
 
 
-def _along(scb: Tensor, x: Tensor) -> Tensor:
+def _per_row(scb: Tensor, x: Tensor) -> Tensor:
+    """SCB [N] in a shape that broadcasts to x [N, ...]."""
     return scb.view(-1, *[1] * (x.dim() - 1))
 
 
 def _better(x: Tensor, h: Tensor, tried: Tensor, scb: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-    """`scb` and its errors `best`, or those tried where they are smaller."""
+    """`scb` [N] and its errors `best` [N], replaced by `tried` and its errors in the rows where those are smaller."""
     grids = RowGrids(tried, x.dtype)
     error = ((grids.decode(grids.encode(x)) - x).square_() * h).sum(1).to(best.dtype)
     return torch.where(error < best, tried, scb), torch.minimum(error, best)

@@ -1,29 +1,41 @@
-"""Sixteen fixed levels times one scale for each block: NF4 and FP4, bit for bit as bitsandbytes has them.
+"""NF4 and FP4: sixteen fixed levels times one scale for each block, bit for bit those of bitsandbytes.
 
-The weight is read as one long row and cut into blocks, the last of which may be short; a block is divided by its
-largest magnitude and each entry becomes the nearest of sixteen levels. NF4's levels are quantiles of a normal
-distribution, so all are used alike; FP4's are those of a 4-bit float. Double quantization (`-dq`) stores the scales
-themselves in 8 bits, less their mean, in blocks of 256. With code c in block b of 2^5 to 2^12 entries,
+The weight is flattened row by row and cut into blocks of B entries, B a power of two from 2^5 to 2^12. The last block
+may be short. Each block is divided by its largest magnitude (absmax), and each entry becomes the nearest of sixteen
+levels. NF4's levels are quantiles of a normal distribution, so normally distributed weights use all of them equally
+often. FP4's levels are the values of a 4-bit float. Double quantization (`-dq`) also quantizes the scales: it subtracts
+their mean (the offset) and stores the rest in 8 bits, in blocks of 256. Code c in block b means
 
-    w = s_b * level[c],        s_b = absmax_b                                 single,
-                               s_b = map[absmax_b] * nested_b/256 + offset    double.
+    w = s_b * level[c],        s_b = absmax_b                                     single quantization
+                               s_b = map[absmax_b] * nested_(b // 256) + offset   double quantization
 
-Round-to-nearest (`nearest`) is bitsandbytes' own: codes are chosen with absmax *before* it is stored in 8 bits, ties go
-to the lower level, the entries of a whole block are multiplied by 1/absmax while those of a short one are divided, and
-FP4 gives tiny positive numbers the second of its two zeros, code 8. Every other method sees the grid as stored, through
-`fit`. The mean and the 8-bit codes of absmax are those of bitsandbytes on a CPU: it rounds absmax / nested to one of
-65536 steps first. (Its CUDA code compares without that step and gives tiny negative numbers FP4's second zero; it
-decodes the same values.) With importance h a fit tries scales below absmax and then solves s = sum h w l / sum h l²,
-each as the file would hold it; the offset and the nested maxima stay those of the plain fit.
+Rounding to nearest (`nearest`) follows bitsandbytes on a CPU:
 
-Layout: `codes` uint8 [ceil(N K / 2)], the first of two in the high nibble, an odd end filled with the code of zero.
-Single: `absmax` float32 [blocks]. Double: `absmax` uint8 [blocks], `nested` float32 [ceil(blocks / 256)], `offset`
-float32 [1], and `map` float32 [256], which a file brings along. Sources: Dettmers et al. 2023
-(https://arxiv.org/abs/2305.14314) for NF4, Dettmers et al. 2021 (https://arxiv.org/abs/2110.02861) for the 8-bit map.
+- Codes are chosen by absmax as it is *before* it is rounded to 8 bits. All other methods see the stored grid (`fit`).
+- Ties go to the lower level.
+- Entries of a whole block are multiplied by 1 / absmax. Those of a short block are divided by absmax.
+- FP4 has two zeros, codes 0 and 8. Tiny positive numbers get code 8.
+- (absmax - offset) / nested is rounded to one of 65536 steps before it gets its 8-bit code. `fit` does so too.
+
+The CUDA code of bitsandbytes skips that last step and gives code 8 to tiny negative numbers; it decodes to the same
+values. A fit with importance h tries scales below absmax, then solves s = sum h w l / sum h l² with l the levels. Each
+scale is rounded as stored before its error is measured; the offset and the nested maxima stay those of the plain fit.
+
+Layout:
+
+    codes    uint8   [ceil(N K / 2)]         two codes a byte, the first in the high nibble; an odd end is padded with
+                                             the code of zero
+    absmax   float32 [blocks]                or uint8 [blocks] with double quantization, and then also
+    nested   float32 [ceil(blocks / 256)]    the largest |absmax - offset| of 256 blocks
+    offset   float32 [1]                     the mean of absmax
+    map      float32 [256]                   the values of the 8-bit codes, as the file gives them
+
+Sources: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, for NF4; Dettmers et al. 2021,
+https://arxiv.org/abs/2110.02861, for the 8-bit map.
 
 >>> w = torch.tensor([[2.0, -2.0, 0.3, 0.0] * 8])
 >>> scheme = FourBit.from_spec("nf4-b32")
->>> codes, grids = scheme.nearest(w)             # one block of absmax 2; 0.3 / 2 lies next to level 9, 0.1609
+>>> codes, grids = scheme.nearest(w)             # one block of absmax 2; the level nearest to 0.3 / 2 is 0.1609, code 9
 >>> codes[0, :4].tolist(), [round(v, 4) for v in grids.decode(codes)[0, :4].tolist()]
 ([15, 0, 9, 7], [2.0, -2.0, 0.3219, 0.0])
 >>> scheme.pack(codes, grids)["codes"][:2].tolist() == [15 << 4 | 0, 9 << 4 | 7]
@@ -44,7 +56,7 @@ from fewbit.registry import register
 from fewbit.schemes.base import ALL, Columns, Grids, Parts, PartSpec, Scheme, refit_scales
 from fewbit.system import ambient
 
-NESTED = 256  # scales that share one float32
+NESTED = 256  # scales in a block of double quantization
 BLOCKS = tuple(2**p for p in range(5, 13))
 _SMALLEST = 1e-38  # what bitsandbytes puts in place of a smaller absmax before it divides
 # Entries worked on at a time. They stay in a core's cache, and steps on fewer than 32768 are not shared among threads:
@@ -53,8 +65,8 @@ _SMALLEST = 1e-38  # what bitsandbytes puts in place of a smaller absmax before 
 _CHUNK = {"cpu": 7 << 12}
 _BINS = 4096  # of the lookup that finds the nearest level; no bin holds two midpoints
 
-# The quantiles of NF4 as published with the paper, and the sixteen numbers sign * 2^e * (1 + m/2) of FP4 over 12, with
-# its two subnormals, in the order of their codes.
+# By code. NF4: the quantiles published with the paper. FP4: the floats sign * 2^e * (1 + m/2), with the two subnormals
+# of each sign, divided by 12.
 LEVELS: dict[str, tuple[float, ...]] = {
     "nf4": (
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -76,14 +88,15 @@ def _shares() -> list[float]:
 @cache
 @ambient.defaults()
 def levels(kind: str, device: torch.device) -> Tensor:
-    """The sixteen levels, float32, by code."""
+    """The sixteen levels by code, float32 [16]."""
     return torch.tensor(LEVELS[kind], dtype=torch.float32, device=device) + 0.0  # no negative zero
 
 
 @cache
 @ambient.defaults()
 def dynamic_map() -> Tensor:
-    """The 8-bit map: ±10^(i-6) times 2^i midpoints of [0.1, 1] for i = 0 ... 6, with 0 and 1; 256 numbers, rising."""
+    """The values of the 8-bit codes, float32 [256], rising: 0, 1, and for i = 0 ... 6 the numbers ±10^(i-6) times each
+    midpoint of the 2^i equal parts of [0.1, 1]."""
     rising = []
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
@@ -107,16 +120,17 @@ def _lookup(kind: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _bins(x: Tensor) -> Tensor:
-    """The bin of each entry of x in [-1, 1], or a last bit beyond. No midpoint lies at the edge of one."""
+    """The bin of each entry of x, which lies in [-1, 1] up to one unit in the last place. No midpoint is on an edge."""
     middle = torch.full((), _BINS / 2, dtype=x.dtype, device=x.device)
     return torch.add(middle, x, alpha=_BINS // 2 - 1).to(torch.int32)
 
 
 def nearest_level(x: Tensor, kind: str) -> Tensor:
-    """Codes (uint8) of the levels nearest to flat x in [-1, 1], or a last bit beyond; ties to the lower one.
+    """Codes (uint8) of the levels nearest to x [n], which lies in [-1, 1] up to one unit in the last place.
 
-    FP4's second zero for a tiny positive x. The bin of an entry tells all midpoints but one, and that one is compared:
-    a third of the time of a binary search.
+    Ties go to the lower level. A tiny positive x gets FP4's second zero, code 8. A table gives the number of midpoints
+    below the bin of x, and one comparison decides about the only midpoint that the bin may hold. This takes a third of
+    the time of a binary search.
     """
     below, following, midpoints, order = _lookup(kind, x.device)
     if x.dtype == torch.float64:
@@ -130,14 +144,17 @@ def nearest_level(x: Tensor, kind: str) -> Tensor:
 @cache
 @ambient.defaults()
 def _pairs(kind: str, device: torch.device) -> Tensor:
-    """The two levels of each byte, seen as one 8-byte number: one lookup then moves both."""
+    """The two levels of each byte, viewed as one 8-byte number so that one lookup fetches both. float64 [256]."""
     byte = torch.arange(256, device=device, dtype=torch.int64)
     return torch.stack([levels(kind, device)[byte >> 4], levels(kind, device)[byte & 15]], 1).view(torch.float64)[:, 0]
 
 
-def _by_block(flat: Tensor, first: int, block: int, scale: Tensor, *, divide: bool = False) -> Tensor:
-    """Entries from `first` on of something cut in blocks, times (or over) the `scale` of each block they touch; in
-    place. Over a scale of nought they become nought."""
+def _scale_blocks(flat: Tensor, first: int, block: int, scale: Tensor, *, divide: bool = False) -> Tensor:
+    """Multiply (or divide) entries by the `scale` of their block, in place.
+
+    flat: entries `first` and following of a flattened tensor that is cut into blocks. scale: one for each block that
+    they touch. Division by a scale of 0 gives 0.
+    """
     if divide:
         scale = torch.where(scale == 0, torch.inf, scale)
     operate = torch.Tensor.div_ if divide else torch.Tensor.mul_
@@ -152,7 +169,7 @@ def _by_block(flat: Tensor, first: int, block: int, scale: Tensor, *, divide: bo
 
 
 def _chunks(flat: Tensor, block: int) -> list[tuple[slice, slice]]:
-    """(entries, blocks) of whole blocks that fit a core's cache; the last may end with a short one."""
+    """Pairs of slices (entries, blocks) that cut `flat` into runs of whole blocks. The last block may be short."""
     total, step = len(flat), max(1, _CHUNK.get(flat.device.type, 1 << 24) // block)
     blocks = -(-total // block)
     starts = range(0, blocks, step)
@@ -161,7 +178,10 @@ def _chunks(flat: Tensor, block: int) -> list[tuple[slice, slice]]:
 
 @dataclass(frozen=True)
 class Nested:
-    """Scales of blocks in 8 bits: s = map[code] * maximum of 256 + offset, computed in float32 in that order."""
+    """Double quantization of scales: s = map[code] * maximum of 256 blocks + offset, in float32 in that order.
+
+    maxima float32 [ceil(blocks / 256)], offset float32 [1], map float32 [256].
+    """
 
     maxima: Tensor
     offset: Tensor
@@ -169,28 +189,28 @@ class Nested:
 
     @classmethod
     def of(cls, absmax: Tensor) -> Nested:
-        """What bitsandbytes refers these scales to."""
+        """Maxima and offset that bitsandbytes uses for the scales `absmax` [blocks]."""
         offset = absmax.mean()
         padded = torch.nn.functional.pad(absmax - offset, (0, -len(absmax) % NESTED))
         return cls(padded.view(-1, NESTED).abs().amax(1), offset.view(1), dynamic_map().to(absmax.device))
 
     def encode(self, scale: Tensor, index: Tensor | None = None) -> Tensor:
-        """Codes (uint8) of all scales, or of those of the blocks `index`, as bitsandbytes finds them on a CPU."""
+        """Codes (uint8) of the scales of all blocks, or of blocks `index`, as bitsandbytes chooses them on a CPU."""
         top = self._maxima(len(scale), index)
         x = ((scale - self.offset) * top.reciprocal()).clamp(-1, 1)
-        # One rounding for product and sum, as its fused instruction has it.
+        # In float64, to round product and sum once, as the fused multiply-add of bitsandbytes does.
         steps = (((x + 1) * 0.5).double() * 65535 + 0.5).float().to(torch.int32)
         midpoints = (self.map[:-1] + self.map[1:]) * 0.5
         codes = torch.bucketize(steps.float() * 2.0 / 65535 - 1, midpoints, out_int32=True).to(torch.uint8)
         return codes.masked_fill_(top == 0, 0)
 
     def decode(self, codes: Tensor, first: int = 0) -> Tensor:
-        """Scales of the blocks from `first` on whose codes these are."""
+        """Scales of the block `first` and following from their codes."""
         maxima = self.maxima[first // NESTED :]
-        return _by_block(self.map.index_select(0, codes.int()), first, NESTED, maxima).add_(self.offset)
+        return _scale_blocks(self.map.index_select(0, codes.int()), first, NESTED, maxima).add_(self.offset)
 
     def stored(self, scale: Tensor, index: Tensor) -> Tensor:
-        """The scales of the blocks `index` that can be stored, nearest to these."""
+        """The scales of the blocks `index`, rounded to the nearest that can be stored."""
         codes = self.encode(scale.float(), index)
         return (self.map[codes.int()] * self._maxima(len(codes), index) + self.offset).to(scale.dtype)
 
@@ -200,7 +220,11 @@ class Nested:
 
 @dataclass(frozen=True)
 class BlockGrids(Grids):
-    """The scale of each block [blocks] as stored; `absmax` holds it as the file does, `nested` what that refers to."""
+    """The stored grid of each block.
+
+    scale [blocks]: the scales as a reader decodes them. absmax [blocks]: the same as the file holds them, float32, or
+    uint8 codes of `nested` with double quantization.
+    """
 
     kind: str
     block: int
@@ -211,33 +235,35 @@ class BlockGrids(Grids):
 
     @classmethod
     def stored(cls, like: FourBit, shape: tuple[int, int], scale: Tensor, nested: Nested | None) -> BlockGrids:
-        """Grids of these scales, or of the nearest that can be stored."""
+        """Grids with the scales [blocks] rounded to the nearest that can be stored."""
         absmax = scale.float() if nested is None else nested.encode(scale.float())
-        held = absmax if nested is None else nested.decode(absmax)
-        return cls(like.kind, like.group, shape, absmax, nested, held.to(scale.dtype))
+        decoded = absmax if nested is None else nested.decode(absmax)
+        return cls(like.kind, like.group, shape, absmax, nested, decoded.to(scale.dtype))
 
     def encode(self, w: Tensor, columns: Columns = ALL) -> Tensor:
         if isinstance(columns, slice) and columns == ALL:
             flat, codes = w.reshape(-1), torch.empty(w.numel(), dtype=torch.uint8, device=w.device)
             for entries, blocks in _chunks(flat, self.block):
-                x = _by_block(flat[entries].to(self.scale, copy=True), 0, self.block, self.scale[blocks], divide=True)
+                x = _scale_blocks(
+                    flat[entries].to(self.scale, copy=True), 0, self.block, self.scale[blocks], divide=True
+                )
                 codes[entries] = nearest_level(x.clamp_(-1, 1), self.kind)
         else:
             scale = self._scale_of(columns)
             x = w / torch.where(scale == 0, torch.inf, scale)
             codes = nearest_level(x.reshape(-1).clamp_(-1, 1), self.kind)
         if self.kind == "fp4":
-            codes.masked_fill_(codes == 8, 0)  # its two zeros are one value
+            codes.masked_fill_(codes == 8, 0)  # both zeros are the same value
         return codes.reshape(w.shape)
 
     def decode(self, codes: Tensor, columns: Columns = ALL) -> Tensor:
         values = levels(self.kind, codes.device).to(self.scale).index_select(0, codes.reshape(-1).int())
         if isinstance(columns, slice) and columns == ALL:
-            return _by_block(values, 0, self.block, self.scale).reshape(codes.shape)
+            return _scale_blocks(values, 0, self.block, self.scale).reshape(codes.shape)
         return values.reshape(codes.shape).mul_(self._scale_of(columns))
 
     def _scale_of(self, columns: Columns) -> Tensor:
-        """Scales of some columns, [N, columns], or [N] for one: a block is one group of a row only if it divides K."""
+        """Scales of some columns, [N, columns], or [N] for one. Where B does not divide K, blocks cross rows."""
         n, k = self.shape
         chosen = (
             columns
@@ -253,7 +279,7 @@ class BlockGrids(Grids):
 @register("schemes", "nf4")
 @dataclass(frozen=True)
 class FourBit(Scheme):
-    """`nf4-b64-dq`: NF4 in blocks of 64, scales in 8 bits. `fp4-b128`: FP4, float32 scales. `nf4`: blocks of 64."""
+    """`nf4-b64-dq`: NF4, blocks of 64, 8-bit scales. `fp4-b128`: FP4, float32 scales. `nf4` is short for `nf4-b64`."""
 
     group: int
     kind: str
@@ -269,7 +295,7 @@ class FourBit(Scheme):
             return None
         block = int(match[2] or 64)
         if block not in BLOCKS:
-            raise PlanError(f"scheme {spec!r}: blocks of {block}", "Blocks of 32, 64, 128 ... 4096 entries exist.")
+            raise PlanError(f"scheme {spec!r}: blocks of {block}", "Blocks have 32, 64, 128 ... or 4096 entries.")
         return cls(group=block, kind=match[1], double=match[3] is not None)
 
     def __str__(self) -> str:
@@ -283,7 +309,7 @@ class FourBit(Scheme):
         return None
 
     def blocks(self, shape: tuple[int, int]) -> int:
-        """Blocks of a weight, a short last one included."""
+        """The number of blocks in a weight, a short last one included."""
         return -(-shape[0] * shape[1] // self.group)
 
     def part_specs(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
@@ -309,14 +335,14 @@ class FourBit(Scheme):
             x, scale = flat[entries].to(torch.float32, copy=True), absmax[blocks].clamp(min=_SMALLEST)
             short = len(x) % self.group
             whole = len(x) - short
-            _by_block(x[:whole], 0, self.group, scale.reciprocal())
+            _scale_blocks(x[:whole], 0, self.group, scale.reciprocal())
             if short:
                 x[whole:] /= scale[-1]
             codes[entries] = nearest_level(x.clamp_(-1, 1), self.kind)
         return codes.reshape(w.shape), self._plain(w, absmax)
 
     def _absmax(self, w: Tensor) -> Tensor:
-        """max |w| of each block; NumericsError for NaN or Inf, or where there is no weight at all."""
+        """max |w| of each block, [blocks]. NumericsError if `w` is empty or has NaN or Inf."""
         if not w.numel():
             raise NumericsError("a weight has no elements")
         flat = w.reshape(-1)
@@ -324,14 +350,14 @@ class FourBit(Scheme):
         for entries, blocks in _chunks(flat, self.group):
             x = flat[entries]
             whole = len(x) // self.group
-            rows, found = x[: whole * self.group].view(whole, self.group), absmax[blocks]
-            torch.maximum(rows.amax(1), rows.amin(1).neg(), out=found[:whole])
-            if whole < len(found):
-                found[-1] = x[whole * self.group :].abs().max()
+            rows, out = x[: whole * self.group].view(whole, self.group), absmax[blocks]
+            torch.maximum(rows.amax(1), rows.amin(1).neg(), out=out[:whole])
+            if whole < len(out):
+                out[-1] = x[whole * self.group :].abs().max()
         if not torch.isfinite(absmax).all():
             raise NumericsError("a weight has NaN or Inf", "Check the checkpoint: it cannot be quantized as it is.")
         absmax = absmax.to(torch.float64 if w.dtype == torch.float64 else torch.float32)
-        if w.numel() % self.group:  # bitsandbytes stores no less for a short block, though it does for a whole one
+        if w.numel() % self.group:  # bitsandbytes clamps the stored absmax of a short block, not of a whole one
             absmax[-1].clamp_(min=_SMALLEST)
         return absmax
 
@@ -340,10 +366,10 @@ class FourBit(Scheme):
         return BlockGrids.stored(self, (w.shape[0], w.shape[1]), absmax, nested)
 
     def _search(self, w: Tensor, plain: BlockGrids, importance: Tensor) -> BlockGrids:
-        """The best of the scales tried for each block; never worse than the plain one."""
+        """The best of the candidate scales of each block. It is never worse than the plain one."""
         best, scale = self._errors(w, plain, importance)[0], plain.scale
 
-        def tried(scales: Tensor) -> None:
+        def consider(scales: Tensor) -> None:
             nonlocal best, scale
             grids = BlockGrids.stored(self, plain.shape, scales, plain.nested)
             error, _ = self._errors(w, grids, importance)
@@ -354,11 +380,11 @@ class FourBit(Scheme):
             tried(plain.scale * share)
         for _ in range(2):
             solved = self._errors(w, BlockGrids.stored(self, plain.shape, scale, plain.nested), importance)[1]
-            tried(torch.where(solved.isfinite() & (solved != 0), solved, scale))
+            consider(torch.where(solved.isfinite() & (solved != 0), solved, scale))
         return BlockGrids.stored(self, plain.shape, scale, plain.nested)
 
     def _errors(self, w: Tensor, grids: BlockGrids, importance: Tensor) -> tuple[Tensor, Tensor]:
-        """For each block, sum h (w - ŵ)² and the scale that would be best for the codes it now takes."""
+        """For each block, sum h (w - ŵ)² and the best scale for its codes on these grids. Both are [blocks]."""
         flat, k, table = w.reshape(-1), w.shape[1], levels(self.kind, w.device).to(grids.scale)
         error, solved = torch.empty_like(grids.scale), torch.empty_like(grids.scale)
         for entries, blocks in _chunks(flat, self.group):
@@ -366,19 +392,19 @@ class FourBit(Scheme):
             h = importance.to(table).take(
                 torch.arange(entries.start, entries.stop, device=w.device, dtype=torch.int64) % k
             )
-            codes = nearest_level(_by_block(x.clone(), 0, self.group, scale, divide=True).clamp_(-1, 1), self.kind)
+            codes = nearest_level(_scale_blocks(x.clone(), 0, self.group, scale, divide=True).clamp_(-1, 1), self.kind)
             level = table.index_select(0, codes.int())
-            missed = _by_block(level.clone(), 0, self.group, scale).sub_(x).square_().mul_(h)
+            squared = _scale_blocks(level.clone(), 0, self.group, scale).sub_(x).square_().mul_(h)
             h *= level
             pad = (0, -len(x) % self.group)
             error[blocks], up, down = (
-                torch.nn.functional.pad(t, pad).view(-1, self.group).sum(1) for t in (missed, h * x, h * level)
+                torch.nn.functional.pad(t, pad).view(-1, self.group).sum(1) for t in (squared, h * x, h * level)
             )
             solved[blocks] = up / down
         return error, solved
 
     def refit(self, w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, ridge: float = 0.0) -> BlockGrids:
-        """Scales re-solved one column of blocks at a time (`refit_scales`), where blocks do not straddle rows."""
+        """Re-solve the scales one column of blocks at a time (`refit_scales`). Unchanged where blocks cross rows."""
         assert isinstance(grids, BlockGrids)
         (n, k), table = grids.shape, levels(self.kind, w.device).to(w.dtype)
         if k % self.group:
@@ -402,10 +428,10 @@ class FourBit(Scheme):
         flat = codes.reshape(-1)
         if len(flat) % 2:
             flat = torch.cat([flat, flat.new_tensor([LEVELS[self.kind].index(0.0)])])
-        pairs = flat.contiguous().view(torch.int16)  # the first of two in the low byte
+        pairs = flat.contiguous().view(torch.int16)  # the first code of two is the low byte
         parts = {"codes": (pairs >> 8).bitwise_or_(pairs << 4).to(torch.uint8), "absmax": grids.absmax}
         if grids.nested is not None:
-            # A map of its own for each weight: files refuse tensors that share memory.
+            # Each weight gets its own copy of the map: safetensors cannot save tensors that share memory.
             parts |= {"nested": grids.nested.maxima, "offset": grids.nested.offset, "map": grids.nested.map.clone()}
         return parts
 
@@ -427,7 +453,7 @@ class FourBit(Scheme):
         scale = parts["absmax"][first:last]
         if nested is not None:
             scale = nested.decode(scale, first)
-        return _by_block(values, start, self.group, scale).view(-1, shape[1]).to(dtype)
+        return _scale_blocks(values, start, self.group, scale).view(-1, shape[1]).to(dtype)
 
 
 def _nested(parts: Mapping[str, Tensor]) -> Nested | None:

@@ -1,12 +1,14 @@
-"""Weights below one another as one: what fuses q, k and v, or gate and up, into one multiplication.
+"""Stack several quantized weights into one, so that q, k and v (or gate and up) take one multiplication.
 
-A codec all of whose parts have a row for each row of the weight is stacked by concatenating its parts: the result is
-an ordinary weight of that codec, which every kernel of it serves. One whose parts run on over rows (NF4's blocks) or
-refer to the whole tensor (its double-quantized scales) keeps each weight's parts as they are, as segments, and is
-decoded segment by segment. Either way the numbers are the same, and `unstack` gives every part back byte for byte.
+There are two ways:
 
     [W_0; W_1; ...] : codes [N_0, ...], [N_1, ...] -> codes [N_0 + N_1, ...]          by rows
                                                    -> 0.codes, 1.codes, ...           as segments
+
+By rows, if every part has one row per row of the weight: the parts are concatenated. The result is an ordinary weight
+of the same codec, and all its kernels support it. As segments otherwise: NF4's blocks cross rows, and its
+double-quantized scales belong to the whole tensor. Each weight then keeps its parts and is decoded on its own.
+In both cases the values stay the same, and `unstack` returns every part byte for byte.
 
 >>> from fewbit.schemes.base import parse
 >>> def packed(spec, n):
@@ -30,7 +32,7 @@ from fewbit.schemes.base import ALL, Codec, PartSpec, QTensor
 
 @dataclass(frozen=True)
 class Stacked(Codec):
-    """`segments`: codec and rows of each, from the top."""
+    """Weights stacked as segments. `segments`: codec and number of rows of each, from the top."""
 
     segments: tuple[tuple[Codec, int], ...]
 
@@ -67,7 +69,7 @@ class Stacked(Codec):
 
 
 def stack(weights: Sequence[QTensor]) -> QTensor:
-    """One weight of these, of the same K and column permutation, in their order."""
+    """The weights stacked in this order. They must have the same K and the same column permutation."""
     codecs, rows = {w.codec for w in weights}, sum(w.shape[0] for w in weights)
     first, shape = weights[0], (rows, weights[0].shape[1])
     if len(codecs) == 1 and all(_by_rows(w.codec, w.shape) for w in weights):
@@ -78,7 +80,7 @@ def stack(weights: Sequence[QTensor]) -> QTensor:
 
 
 def unstack(weight: QTensor, rows: Sequence[int]) -> list[QTensor]:
-    """The weights of so many rows each that `stack` made `weight` of."""
+    """The inverse of `stack`: the weights that `weight` was made of. `rows`: the number of rows of each."""
     if isinstance(weight.codec, Stacked):
         return [
             QTensor(codec, (n, weight.shape[1]), _own(weight.parts, i), weight.permutation)

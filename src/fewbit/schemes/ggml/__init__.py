@@ -1,20 +1,21 @@
-"""The block types of ggml, byte for byte as GGUF files hold them: weights in blocks with scales that are few bits too.
+"""The block types of ggml, byte for byte as in GGUF files: blocks of codes whose scales are quantized too.
 
-A row is cut into blocks of 32 or 256 columns. A block of 32 has one fp16 scale, and some types an fp16 minimum; a
-block of 256 (the *k-quants* and iq4_xs) has sub-blocks of 16 or 32 columns whose scales and minima are whole numbers of
-4 to 8 bits, counted in units d and dmin of the block. With code c in sub-block g,
+A row is cut into blocks of 32 or 256 columns. A block of 32 has one fp16 scale; some types add an fp16 minimum. A
+block of 256 (the *k-quants* and iq4_xs) has sub-blocks of 16 or 32 columns. Their scales sc and minima m are integers
+of 4 to 8 bits, in units of d and dmin, the fp16 scale and minimum of the block. Code c in sub-block g means
 
-    w = (d sc_g) level[c] - dmin m_g,      level[c] = c - zero, or one of sixteen uneven ones (iq4).
+    w = (d sc_g) level[c] - dmin m_g,      level[c] = c - zero, or one of sixteen unevenly spaced levels (iq4).
 
-What a file stores in few bits is so when codes are chosen: `fit` searches d, dmin, sc and m together (see `search`),
-and codes are rounded to nearest, ties to even. Of a type without minimum, either tail may get the one level more, by
-the sign of the scale. `nearest` searches with all columns weighed alike: by w² + mean w², which llama.cpp uses where it
-has no importance matrix, the KL divergence of the embedded model is 9 to 16 % higher. `refit` re-solves sc and m, then
-d and dmin, for codes that are chosen, under a Hessian.
+`fit` searches d, dmin, sc and m together, all rounded as stored (see `search`). Codes are then rounded to nearest, ties
+to even. A type without minimum has one level more on one side; the sign of its scale gives that level to either tail.
 
-Layout: one part, `blocks`, uint8 [N, K / columns * bytes]; within a block as `layout` says for types that can be
-written (`GGML`, a scheme) and `codebook` for those that are only read (`ReadOnly`). Source: ggml of llama.cpp,
-https://github.com/ggml-org/llama.cpp.
+`nearest` searches with equal weights for all columns. llama.cpp without an importance matrix weighs by w² + mean w²;
+that raises the KL divergence of the embedded model by 9 to 16 %. `refit` re-solves sc and m, then d and dmin, under a
+Hessian for codes that are already chosen.
+
+Layout: one part, `blocks` uint8 [N, K / columns * bytes]. The module `layout` describes the bytes of a block for types
+that can be written (`GGML`, a scheme), `codebook` for types that can only be read (`ReadOnly`). Source: ggml of
+llama.cpp, https://github.com/ggml-org/llama.cpp.
 
 >>> import torch
 >>> w = torch.arange(-8.0, 8.0).repeat(2)[None] / 4
@@ -35,6 +36,6 @@ __all__ = ["BLOCK_TYPES", "GGML", "BlockType", "codec"]
 
 
 def codec(name: str) -> Codec:
-    """The codec of a block type by its lower-case name; a Scheme where it can be written. KeyError for another name."""
+    """The codec of a block type by its lower-case name: a Scheme if the type can be written. KeyError if unknown."""
     columns = BLOCK_TYPES[name].columns
     return GGML(columns, name) if name in GGML.examples else ReadOnly(name)

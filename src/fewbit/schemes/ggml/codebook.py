@@ -1,18 +1,25 @@
-"""The block types that are read and not written: codebooks of 1 to 3 bits (IQ), ternary (TQ), and MXFP4.
+"""The block types that can be read but not written: codebooks of 1 to 3 bits (IQ), ternary types (TQ) and MXFP4.
 
-An IQ type spends its bits on an index into a fixed list of 8 (or 4) magnitudes for as many columns, on signs, and on
-a scale of 4 or 3 bits for 16 or 32 columns under one fp16 scale d of the block. Ternary types hold -1, 0 and 1, five
-to a byte (as a fraction of 243, so that a digit is read by multiplying) or four. MXFP4 has one power of two for 32
-columns of 4-bit floats. With s the sub-block's code,
+- IQ types store an index into a fixed codebook, whose entries are 8 (or 4) magnitudes for that many columns. They add
+  signs, a scale s of 3 or 4 bits for each sub-block of 16 or 32 columns, and one fp16 scale d for the block.
+- Ternary types store -1, 0 and 1. tq1_0 packs five digits into a byte as a fraction of 243, so that multiplying by a
+  power of 3 brings a digit to the top. tq2_0 packs four.
+- MXFP4 stores 4-bit floats (E2M1) and one power of two for 32 columns.
 
-    iq2_xxs, iq2_xs, iq2_s   w = ± d (s + 1/2) / 4 * grid        iq3_xxs   w = ± d (s + 1/2) / 2 * grid
-    iq3_s                    w = ± d (2 s + 1) * grid            iq1_s, iq1_m   w = d (2 s + 1) (grid ± 1/8)
-    tq1_0, tq2_0             w = d * {-1, 0, 1}                  mxfp4     w = 2^(e - 128) * {0, 1, 2, 3, 4, 6, 8, 12} ±
+With `grid` the entry of the codebook:
 
-in float32, where each product is exact. Where seven bits tell eight signs the number of minus signs is even.
+    iq2_xxs, iq2_xs, iq2_s    w = ± d (s + 1/2) / 4 * grid
+    iq3_xxs                   w = ± d (s + 1/2) / 2 * grid
+    iq3_s                     w = ± d (2 s + 1) * grid
+    iq1_s, iq1_m              w = d (2 s + 1) (grid ± 1/8)
+    tq1_0, tq2_0              w = d * {-1, 0, 1}
+    mxfp4                     w = ± 2^(e - 128) * {0, 1, 2, 3, 4, 6, 8, 12}
 
-`grids.bin` holds the lists in the order of `_GRIDS`: of each magnitude its rank, in two bits (for iq3 in four), lowest
-first. Source: ggml-common.h of llama.cpp (https://github.com/ggml-org/llama.cpp, MIT licence), whose format they are.
+All products are exact in float32. Where seven bits store eight signs, the number of minus signs is even.
+
+`grids.bin` holds the codebooks in the order of `_GRIDS`. It stores the rank of each magnitude in two bits (iq3: four),
+lowest bits first. Source: ggml-common.h of llama.cpp (https://github.com/ggml-org/llama.cpp, MIT licence), which
+defines these codebooks.
 
 >>> blocks = torch.zeros(1, 66, dtype=torch.uint8)               # tq2_0: 64 bytes of codes, d
 >>> blocks[0, 0], blocks[0, 64:] = 2, torch.tensor([0, 0x3C], dtype=torch.uint8)
@@ -38,13 +45,13 @@ _GRIDS: dict[str, tuple[int, int, int, tuple[int, ...]]] = {
     "iq3_s": (512, 4, 4, (1, 3, 5, 7, 9, 11, 13, 15)),
     "iq1": (2048, 8, 2, (-1, 0, 1)),
 }
-_E2M1 = tuple(float(sign * x) for sign in (1, -1) for x in (0, 1, 2, 3, 4, 6, 8, 12))  # whose zeros are both +0
+_E2M1 = tuple(float(sign * x) for sign in (1, -1) for x in (0, 1, 2, 3, 4, 6, 8, 12))  # both zeros are +0
 
 
 @cache
 @ambient.defaults()
 def _grid(name: str, device: torch.device) -> Tensor:
-    """float32 [entries, columns]."""
+    """A codebook, float32 [entries, columns]."""
     data, start = (Path(__file__).parent / "grids.bin").read_bytes(), 0
     for each, (entries, columns, bits, magnitudes) in _GRIDS.items():
         size = entries * columns * bits // 8
@@ -66,39 +73,39 @@ def _even_signs(device: torch.device) -> Tensor:
 
 
 def _lanes(x: Tensor, bits: int, total: int = 8) -> Tensor:
-    """The fields of `bits` bits of each number, lowest first: [..., n] -> [..., n * total / bits]."""
+    """Split the low `total` bits of each number into fields of `bits`, lowest first: [..., n * total / bits]."""
     shifts = torch.arange(0, total, bits, device=x.device, dtype=x.dtype)
     return (x.unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2)
 
 
-def _moved(x: Tensor) -> Tensor:
-    """A copy that starts where memory is aligned: bytes in the middle of a file cannot be seen as words."""
+def _aligned(x: Tensor) -> Tensor:
+    """A copy in aligned memory. Bytes inside a file may be unaligned, and then cannot be viewed as words."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def _words(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes [B, n] as unsigned little-endian words, int64."""
-    return _moved(x).view(dtype).long() & (1 << 8 * dtype.itemsize) - 1
+    return _aligned(x).view(dtype).long() & (1 << 8 * dtype.itemsize) - 1
 
 
 def _half(x: Tensor) -> Tensor:
-    """Two bytes [B, 2] as the float that they are, [B, 1]."""
-    return _moved(x).view(torch.float16).float()
+    """The fp16 number in two bytes [B, 2], as float32 [B, 1]."""
+    return _aligned(x).view(torch.float16).float()
 
 
 def _signs(x: Tensor) -> Tensor:
-    """±1 for each bit of bytes [B, n], float32 [B, 8 n]."""
+    """-1 for each bit that is set and 1 for the others, of bytes [B, n]: float32 [B, 8 n]."""
     return 1.0 - 2.0 * _lanes(x, 1).float()
 
 
-def _of_grid(name: str, index: Tensor) -> Tensor:
-    """Entries of a grid by index [B, n], float32 [B, n * columns]."""
+def _entries(name: str, index: Tensor) -> Tensor:
+    """The entries of a codebook by index [B, n], float32 [B, n * columns]."""
     entries = _grid(name, index.device)[index]
     return entries.flatten(1)
 
 
 def _scaled(scale: Tensor, values: Tensor) -> Tensor:
-    """[B, G] times [B, K], each scale for K / G columns."""
+    """values [B, K] times scale [B, G], each scale for K / G columns."""
     out: Tensor = values.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)
     return out.flatten(1)
 
@@ -108,50 +115,50 @@ def _iq2_xxs(b: Tensor) -> Tensor:
     index = b[:, 2:].unflatten(1, (8, 8))[..., :4].flatten(1).int()
     scale = _half(b[:, :2]) * (0.5 + (word[..., 1] >> 28)) * 0.25
     signs = _even_signs(b.device)[_lanes(word[..., 1], 7, 28)].flatten(1)
-    return _scaled(scale, _of_grid("iq2_xxs", index)) * signs
+    return _scaled(scale, _entries("iq2_xxs", index)) * signs
 
 
 def _iq2_xs(b: Tensor) -> Tensor:
     word = _words(b[:, 2:66], torch.int16)  # nine bits of index, seven of signs
     scale = _half(b[:, :2]) * (0.5 + _lanes(b[:, 66:], 4)) * 0.25
-    return _scaled(scale, _of_grid("iq2_xs", word & 511)) * _even_signs(b.device)[word >> 9].flatten(1)
+    return _scaled(scale, _entries("iq2_xs", word & 511)) * _even_signs(b.device)[word >> 9].flatten(1)
 
 
 def _iq2_s(b: Tensor) -> Tensor:
     index = b[:, 2:34].int() | _lanes(b[:, 66:74], 2).int() << 8
     scale = _half(b[:, :2]) * (0.5 + _lanes(b[:, 74:], 4)) * 0.25
-    return _scaled(scale, _of_grid("iq2_s", index)) * _signs(b[:, 34:66])
+    return _scaled(scale, _entries("iq2_s", index)) * _signs(b[:, 34:66])
 
 
 def _iq3_xxs(b: Tensor) -> Tensor:
     word = _words(b[:, 66:], torch.int32)
     scale = _half(b[:, :2]) * (0.5 + (word >> 28)) * 0.5
     signs = _even_signs(b.device)[_lanes(word, 7, 28)].flatten(1)
-    return _scaled(scale, _of_grid("iq3_xxs", b[:, 2:66].int())) * signs
+    return _scaled(scale, _entries("iq3_xxs", b[:, 2:66].int())) * signs
 
 
 def _iq3_s(b: Tensor) -> Tensor:
     index = b[:, 2:66].int() | _lanes(b[:, 66:74], 1).int() << 8
     scale = _half(b[:, :2]) * (1 + 2 * _lanes(b[:, 106:], 4).int())
-    return _scaled(scale, _of_grid("iq3_s", index)) * _signs(b[:, 74:106])
+    return _scaled(scale, _entries("iq3_s", index)) * _signs(b[:, 74:106])
 
 
 def _iq1_s(b: Tensor) -> Tensor:
-    word = _words(b[:, 34:], torch.int16)  # three more bits for each of four indices, the scale, the shift's sign
+    word = _words(b[:, 34:], torch.int16)  # three high bits of each of four indices, then scale and sign of the shift
     index = b[:, 2:34].int() | _lanes(word, 3, 12).int() << 8
     shift = 0.125 - 0.25 * (word >> 15)
-    values = (_of_grid("iq1", index).unflatten(1, (8, -1)) + shift.unsqueeze(-1)).flatten(1)
+    values = (_entries("iq1", index).unflatten(1, (8, -1)) + shift.unsqueeze(-1)).flatten(1)
     return _scaled(_half(b[:, :2]) * (2 * (word >> 12 & 7) + 1), values)
 
 
 def _iq1_m(b: Tensor) -> Tensor:
     high, word = _lanes(b[:, 32:48], 4).int(), _words(b[:, 48:], torch.int16)
-    # d lies in the top nibbles of the scales.
+    # The top nibbles of the four scale words are the 16 bits of d.
     bits = (word >> 12) << torch.arange(0, 16, 4, device=b.device, dtype=torch.int64)
     d = bits.sum(1, keepdim=True).to(torch.int32).to(torch.int16).view(torch.float16).float()
     index = b[:, :32].int() | (high & 7) << 8
     shift = 0.125 - 0.25 * (high >> 3)
-    values = (_of_grid("iq1", index).unflatten(1, (32, -1)) + shift.unsqueeze(-1)).flatten(1)
+    values = (_entries("iq1", index).unflatten(1, (32, -1)) + shift.unsqueeze(-1)).flatten(1)
     return _scaled(d * (2 * _lanes(word, 3, 12) + 1), values)
 
 
@@ -159,7 +166,7 @@ def _tq1_0(b: Tensor) -> Tensor:
     digits = []
     for part, n in ((b[:, :32], 5), (b[:, 32:48], 5), (b[:, 48:52], 4)):
         powers = torch.tensor([3**i for i in range(n)], dtype=torch.uint8, device=b.device)
-        digits.append((part.unsqueeze(1) * powers[:, None]).flatten(1))  # modulo 256: the integer part is gone
+        digits.append((part.unsqueeze(1) * powers[:, None]).flatten(1))  # uint8 wraps: earlier digits drop out
     ternary = (torch.cat(digits, 1).int() * 3 >> 8) - 1
     return _half(b[:, 52:]) * ternary.float()
 

@@ -1,4 +1,4 @@
-"""What all block types share: one part, `blocks`, whose bytes are those of a GGUF file."""
+"""The base class of all block types, and the codec of those that can only be read."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fewbit.schemes.ggml.table import BLOCK_TYPES, BlockType
 
 
 class Blocks(Codec):
-    """A block type by `name`. `blocks` is uint8 [N, K / columns * bytes], byte for byte as a GGUF file has it."""
+    """The block type `name`. Its one part, `blocks` uint8 [N, K / columns * bytes], has the bytes of a GGUF file."""
 
     name: str
 
     @property
     def type(self) -> BlockType:
-        """Its number in a GGUF file, columns and bytes of a block."""
+        """The row of this type in the table of block types."""
         return BLOCK_TYPES[self.name]
 
     def __str__(self) -> str:
@@ -46,6 +46,6 @@ class Blocks(Codec):
 
 @dataclass(frozen=True)
 class ReadOnly(Blocks):
-    """A block type that is read and not written."""
+    """A block type that can be read but not written."""
 
     name: str

@@ -1,7 +1,7 @@
-"""Grids of a whole weight in blocks, and the re-solving of their scales for codes that are chosen.
+"""The grids of a weight in ggml blocks: encoding, decoding, packing, and refitting the scales of chosen codes.
 
-A value is scale * level[code] - offset, with scale = d sc and offset = dmin m for each sub-block. Those products are
-exact in float32 (11 bits by at most 8), and so is the value but for one rounding where an offset is subtracted.
+A value is scale * level[code] - offset, with scale = d sc and offset = dmin m for each sub-block. All products are
+exact in float32 (11 bits times at most 8 bits). Only the subtraction of an offset rounds, once.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from fewbit.schemes.ggml import layout
 from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR, Fields, Layout
 from fewbit.schemes.ggml.search import half
 
-_PANEL = 256  # columns, or a block where that is more
-_NARROW = 1e-3  # of the product of two curvatures: below that, two directions count as one
+_PANEL = 256  # columns processed between updates of the full gradient; at least one block
+_NARROW = (
+    1e-3  # smallest det / (uu dd) at which scale and offset are solved together; below it they are nearly parallel
+)
 
 
 @dataclass(frozen=True)
 class BlockGrids(Grids):
-    """As stored: d, dmin [N, blocks] in the dtype of the values, sc, m int16 [N, sub-blocks]; None if there is none."""
+    """The stored grid: d, dmin [N, blocks] in the dtype of the values; sc, m int16 [N, sub-blocks]; None if absent."""
 
     name: str
     d: Tensor
@@ -36,17 +38,17 @@ class BlockGrids(Grids):
 
     @cached_property
     def scale(self) -> Tensor:
-        """What a level is multiplied by, [N, sub-blocks]."""
+        """The factor of a level, d sc, [N, sub-blocks]."""
         return self._times(self.d, self.sc)
 
     @cached_property
     def offset(self) -> Tensor | None:
-        """What is then subtracted, [N, sub-blocks]."""
+        """The subtracted offset, dmin m, [N, sub-blocks]."""
         return None if self.dmin is None else self._times(self.dmin, self.m)
 
     @cached_property
     def _divisor(self) -> Tensor:
-        return torch.where(self.scale == 0, torch.inf, self.scale)  # all is level nought there
+        return torch.where(self.scale == 0, torch.inf, self.scale)  # with a scale of 0, all weights get level 0
 
     def _times(self, unit: Tensor, steps: Tensor | None) -> Tensor:
         if steps is None:
@@ -70,7 +72,7 @@ class BlockGrids(Grids):
         return Uniform(self.scale, kind.zero, self.offset, 2**kind.bits - 1, kind.sub)
 
     def _aligned(self, x: Tensor, columns: Columns, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`x`, and scale and offset of its columns in a shape that broadcasts to it."""
+        """`x`, and the scale and offset of its columns, in shapes that broadcast."""
         sub, offset = self.kind.sub, self.offset
         if isinstance(columns, int):
             at = columns // sub
@@ -83,19 +85,19 @@ class BlockGrids(Grids):
         return x, scale[:, index], None if offset is None else offset[:, index]
 
 
-def read(name: str, rows: Tensor) -> tuple[Tensor, BlockGrids]:
-    """The codes and grids that `rows` uint8 [N, bytes] hold."""
+def unpack(name: str, rows: Tensor) -> tuple[Tensor, BlockGrids]:
+    """The codes uint8 [N, K] and grids of the part `blocks`, whose rows are uint8 [N, bytes]."""
     kind, n = LAYOUTS[name], len(rows)
     blocks = rows.shape[1] // kind.nbytes
-    found = layout.unpack(name, rows.reshape(-1, kind.nbytes))
-    d, dmin = (None if x is None else x.view(n, blocks) for x in (found.d, found.dmin))
-    sc, m = (None if x is None else x.view(n, blocks * kind.subs) for x in (found.sc, found.m))
+    fields = layout.unpack(name, rows.reshape(-1, kind.nbytes))
+    d, dmin = (None if x is None else x.view(n, blocks) for x in (fields.d, fields.dmin))
+    sc, m = (None if x is None else x.view(n, blocks * kind.subs) for x in (fields.sc, fields.m))
     assert d is not None
-    return found.codes.view(n, blocks * kind.columns), BlockGrids(name, d, dmin, sc, m)
+    return fields.codes.view(n, blocks * kind.columns), BlockGrids(name, d, dmin, sc, m)
 
 
-def written(codes: Tensor, grids: BlockGrids) -> Tensor:
-    """The rows of blocks, uint8 [N, bytes], that hold these."""
+def pack(codes: Tensor, grids: BlockGrids) -> Tensor:
+    """The part `blocks`, uint8 [N, bytes], with these codes and grids: the inverse of `unpack`."""
     kind, n = grids.kind, len(codes)
     d, dmin = (None if x is None else x.reshape(-1, 1) for x in (grids.d, grids.dmin))
     sc, m = (None if x is None else x.reshape(-1, kind.subs) for x in (grids.sc, grids.m))
@@ -114,7 +116,7 @@ def level(kind: Layout, codes: Tensor, dtype: torch.dtype | None = None) -> Tens
 
 
 def nearest(kind: Layout, x: Tensor) -> Tensor:
-    """Codes (uint8) of the levels nearest to x, which is overwritten; ties to even, for nonlinear levels down."""
+    """Codes (uint8) of the levels nearest to x. Ties go to even; of nonlinear levels, to the lower. Overwrites x."""
     if kind.nonlinear:
         levels = torch.tensor(NONLINEAR, dtype=x.dtype, device=x.device)
         return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
@@ -122,10 +124,10 @@ def nearest(kind: Layout, x: Tensor) -> Tensor:
 
 
 def refit(w: Tensor, codes: Tensor, grids: BlockGrids, hessian: Tensor, ridge: float) -> BlockGrids:
-    """The grids with the sub-scales of each block, then its d and dmin, re-solved under tr(E (H + ridge I) Eᵀ).
+    """The grids re-solved for fixed codes, under tr(E (H + ridge I) Eᵀ): first a block's sub-scales, then d and dmin.
 
-    Scale and offset are solved together, rounded as they are stored, and kept only where a row gains. What follows
-    a panel of columns hears of it once.
+    Scale and offset are solved together and rounded as stored. A row keeps the new ones only if they lower its error.
+    Blocks are processed in panels of columns; the gradient beyond a panel is updated once per panel.
     """
     kind, k = grids.kind, w.shape[1]
     gradient = (error := w - grids.decode(codes)) @ hessian
@@ -138,7 +140,7 @@ def refit(w: Tensor, codes: Tensor, grids: BlockGrids, hessian: Tensor, ridge: f
         panel = slice(start, min(start + width, k))
         inner = hessian[panel, panel].clone()
         inner.diagonal().add_(ridge)
-        steps = _Steps(gradient[:, panel].clone(), inner)
+        state = _Panel(gradient[:, panel].clone(), inner)
         levels = level(kind, codes[:, panel], dtype)
         for block in range(start // kind.columns, panel.stop // kind.columns):
             first = block * kind.subs
@@ -147,30 +149,35 @@ def refit(w: Tensor, codes: Tensor, grids: BlockGrids, hessian: Tensor, ridge: f
                 up, down = levels[:, here] * d[:, block, None], None
                 if dmin is not None:
                     down = -dmin[:, block, None].expand_as(up)
-                _solve(steps, here, up, down, (sc, m), g, (_whole(kind.sc), _whole((0, kind.m))))
+                _solve(state, here, up, down, (sc, m), g, (_rounding(kind.sc), _rounding((0, kind.m))))
             here = slice(block * kind.columns - start, (block + 1) * kind.columns - start)
             up = levels[:, here] if sc is None else levels[:, here] * _spread(sc, first, kind)
             down = None
             if dmin is not None:
                 down = torch.full_like(up, -1) if m is None else -_spread(m, first, kind)
-            _solve(steps, here, up, down, (d, dmin), block, (half, half))
-        gradient[:, panel.stop :] -= steps.moves @ hessian[panel, panel.stop :]
+            _solve(state, here, up, down, (d, dmin), block, (half, half))
+        gradient[:, panel.stop :] -= state.moves @ hessian[panel, panel.stop :]
     sc, m = (None if x is None else x.to(torch.int16) for x in (sc, m))
     return replace(grids, d=d, dmin=dmin, sc=sc, m=m)
 
 
 def _spread(steps: Tensor, first: int, kind: Layout) -> Tensor:
-    """Sub-scales of the block whose first is `first`, one for each column."""
+    """The sub-scales of one block, repeated for its columns, [N, columns]. `first`: index of its first sub-block."""
     return steps[:, first : first + kind.subs].repeat_interleave(kind.sub, 1)
 
 
-def _whole(bounds: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+def _rounding(bounds: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    """The function that rounds to integers within `bounds`."""
     return lambda x: x.round().clamp_(*bounds)
 
 
 @dataclass
-class _Steps:
-    """A panel of columns: E (H + ridge I) there, the curvature among them, and what its values have moved so far."""
+class _Panel:
+    """The state of a panel of columns during a refit.
+
+    gradient: E (H + ridge I) in these columns, [N, columns]. inner: H + ridge I among them, [columns, columns].
+    moves: how far the decoded values have moved so far, [N, columns].
+    """
 
     gradient: Tensor
     inner: Tensor
@@ -184,45 +191,47 @@ class _Steps:
 
 
 def _solve(
-    steps: _Steps,
+    panel: _Panel,
     here: slice,
     up: Tensor,
     down: Tensor | None,
-    held: tuple[Tensor | None, Tensor | None],
+    params: tuple[Tensor | None, Tensor | None],
     at: int,
     store: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
 ) -> None:
-    """Move scale and offset, columns `at` of the two that are `held`, to the best of a few that can be stored.
+    """Replace one scale and offset of each row by the best of a few candidates that can be stored, in place.
 
-    The values of the columns `here` move along `up` [N, columns] with the scale and along `down` with the offset.
+    params: scales and offsets, of which column `at` is solved. up, down: derivatives [N, columns] of the values in the
+    columns `here` by the scale and by the offset. store: functions that round a scale and an offset as stored.
     """
-    scale, offset = held
+    scale, offset = params
     assert scale is not None
-    inner, gradient = steps.inner[here, here], steps.gradient[:, here]
+    inner, gradient = panel.inner[here, here], panel.gradient[:, here]
     bent = up @ inner
     uu, gu = (bent * up).sum(1), (gradient * up).sum(1)
     s, o = scale[:, at], scale[:, at] if offset is None else offset[:, at]
 
-    def usable(store: Callable[[Tensor], Tensor], old: Tensor, by: Tensor) -> Tensor:
+    def stored_step(store: Callable[[Tensor], Tensor], old: Tensor, by: Tensor) -> Tensor:
         return store(torch.where(by.isfinite(), old + by, old)) - old
 
     if down is None or offset is None:
-        a = usable(store[0], s, gu / uu)
+        a = stored_step(store[0], s, gu / uu)
         a = torch.where(a * (2 * gu - a * uu) > 0, a, 0.0)
-        steps.apply(here, a.unsqueeze(1) * up)
+        panel.apply(here, a.unsqueeze(1) * up)
         scale[:, at] = store[0](s + a)
         return
     ud, gd, dd = (bent * down).sum(1), (gradient * down).sum(1), ((down @ inner) * down).sum(1)
-    whole, none = uu * dd - ud * ud, torch.zeros_like(s)
-    joint = torch.where(whole > _NARROW * uu * dd, (gu * dd - gd * ud) / whole, 0.0)
+    determinant, none = uu * dd - ud * ud, torch.zeros_like(s)
+    joint = torch.where(determinant > _NARROW * uu * dd, (gu * dd - gd * ud) / determinant, 0.0)
     best, a, b = none, none, none
-    for wanted in (joint, gu / uu, none):
-        # The offset answers the scale as it is stored.
-        moved = usable(store[0], s, wanted)
-        shift = usable(store[1], o, (gd - moved * ud) / dd)
+    for step in (joint, gu / uu, none):
+        # Solve the offset for the scale as it is stored.
+        moved = stored_step(store[0], s, step)
+        shift = stored_step(store[1], o, (gd - moved * ud) / dd)
         for tried in (shift, none):
             gain = moved * (2 * gu - moved * uu) + tried * (2 * gd - tried * dd) - 2 * moved * tried * ud
             better = gain > best
             best, a, b = (torch.where(better, x, y) for x, y in ((gain, best), (moved, a), (tried, b)))
-    steps.apply(here, a.unsqueeze(1) * up + b.unsqueeze(1) * down)
-    scale[:, at], offset[:, at] = store[0](s + a), store[1](o + b)  # again: a difference of two halves may be no half
+    panel.apply(here, a.unsqueeze(1) * up + b.unsqueeze(1) * down)
+    # Round again: old + (new - old) may differ from the fp16 number in the last digit.
+    scale[:, at], offset[:, at] = store[0](s + a), store[1](o + b)

@@ -1,24 +1,33 @@
-"""Where the codes and scales of a block lie in its bytes, for the types that can be written.
+"""The bytes of a block: where codes and scales lie, for the types that can be written.
 
-Each of these types stands for
+Each of these types means
 
     w = (d sc_g) level[c] - (dmin m_g),        g the sub-block of 16 or 32 columns,
 
-with d and dmin in fp16, sub-scales sc and m of 4 to 8 bits (absent, that is 1, where a block is one group) and codes c
-of 2 to 8 bits. Codes are cut in *planes* of bits. A plane of width v holds the columns of a stretch so that one byte
-has those at distance v: byte j of stretch t holds, lowest bits first, columns (t * lanes + lane) * v + j for each lane.
-With this one rule a type's codes are one or two rows of a table, and only the k-quants' sub-scales need words:
+with d and dmin in fp16, sub-scales sc and m of 4 to 8 bits, and codes c of 2 to 8 bits. A type whose block is a single
+group has no sub-scales; sc and m are then 1.
 
-    q4_k, q5_k   12 bytes: 0-3 low six bits of sc 0-3, 4-7 of m 0-3, 8-11 low nibbles of sc 4-7 (low) and m 4-7 (high);
-                 the top two bits of bytes 0-3 and 4-7 are the top two bits of sc 4-7 and m 4-7
-    q3_k         12 bytes: 0-7 low nibbles of sc 0-7 (low) and 8-15 (high), 8-11 their top two bits, sc 0-3 lowest
-    q2_k         16 bytes: sc low, m high                    q6_k   16 signed bytes
-    iq4_xs       top two bits in a 16-bit word, lowest first; then low nibbles of sc 0, 2 ... (low) and 1, 3 ... (high)
+Codes are split into *planes* of bits. A plane with b bits of each code packs lanes = 8 / b codes into a byte, and these
+codes are `width` columns apart. Byte j of run t, 0 <= j < width, holds the columns
 
-q3_k and iq4_xs store sc + 32. Source: ggml-common.h of llama.cpp.
+    (t * lanes + lane) * width + j        for lane = 0, 1 ..., lowest bits first.
+
+One or two planes describe the codes of each type (`LAYOUTS`). The sub-scales have no common rule:
+
+    q4_k, q5_k   12 bytes. Bytes 0-3: low six bits of sc 0-3. Bytes 4-7: low six bits of m 0-3. Bytes 8-11: low four
+                 bits of sc 4-7 (low nibble) and m 4-7 (high nibble). The top two bits of bytes 0-3 and 4-7 are the top
+                 two bits of sc 4-7 and m 4-7.
+    q3_k         12 bytes. Bytes 0-7: low four bits of sc 0-7 (low nibble) and sc 8-15 (high nibble). Bytes 8-11: top
+                 two bits, byte 8 + i those of sc i, i + 4, i + 8 and i + 12, lowest bits first. Stored as sc + 32.
+    q2_k         16 bytes, sc in the low nibble and m in the high one.
+    q6_k         16 signed bytes.
+    iq4_xs       A 16-bit word with the top two bits of sc 0-7, lowest first. Then 4 bytes of low four bits: sc 0, 2, 4,
+                 6 in the low nibbles, sc 1, 3, 5, 7 in the high ones. Stored as sc + 32.
+
+Source: ggml-common.h of llama.cpp.
 
 >>> fields = unpack("q4_0", torch.tensor([[0, 0x3C, *range(16)]], dtype=torch.uint8))
->>> fields.codes[0, :4].tolist(), fields.d.tolist()          # the low nibbles come first
+>>> fields.codes[0, :4].tolist(), fields.d.tolist()          # columns 0 to 15 are the low nibbles
 ([0, 1, 2, 3], [[1.0]])
 """
 
@@ -34,7 +43,7 @@ NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89
 
 
 class Plane(NamedTuple):
-    """`bits` bits of each code, from bit `at` on, in the bytes of the block from `start`."""
+    """`bits` bits of each code, from bit `at` up, stored from byte `start` of the block. `width` as in the module."""
 
     start: int
     width: int
@@ -44,7 +53,7 @@ class Plane(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """A type that can be written. `d`, `dmin`: the bytes where they begin, dmin -1 where there is none."""
+    """The layout of one type. `d` and `dmin` are the byte offsets of these numbers; dmin = -1: the type has none."""
 
     columns: int
     nbytes: int
@@ -52,26 +61,26 @@ class Layout:
     planes: tuple[Plane, ...]
     d: int = 0
     dmin: int = -1
-    plus: bool = False  # what is stored at `dmin` is added, not subtracted
-    bits: int = 4  # of a code
-    zero: int = 0  # level = code - zero, where the levels are not NONLINEAR
-    nonlinear: bool = False
-    sc: tuple[int, int] = (1, 1)  # least and greatest sub-scale; 1, 1: there is none
-    m: int = 0  # greatest m
+    plus: bool = False  # the number stored at `dmin` is added, not subtracted
+    bits: int = 4  # bits of a code
+    zero: int = 0  # level = code - zero, unless `nonlinear`
+    nonlinear: bool = False  # the levels are NONLINEAR
+    sc: tuple[int, int] = (1, 1)  # smallest and largest sub-scale; (1, 1): no sub-scales
+    m: int = 0  # largest m
 
     @property
     def affine(self) -> bool:
-        """Whether there is an offset."""
+        """Whether the type has an offset, dmin m."""
         return self.dmin >= 0
 
     @property
     def super(self) -> bool:
-        """Whether a block has sub-blocks with scales of few bits."""
+        """Whether a block has sub-blocks with quantized scales."""
         return self.sc != (1, 1)
 
     @property
     def subs(self) -> int:
-        """Sub-blocks in a block."""
+        """The number of sub-blocks in a block."""
         return self.columns // self.sub
 
 
@@ -93,10 +102,10 @@ LAYOUTS: dict[str, Layout] = {
 
 @dataclass(frozen=True)
 class Fields:
-    """What B blocks hold: codes uint8 [B, columns]; d and dmin float32 [B, 1]; sc and m int16 [B, subs].
+    """The contents of B blocks: codes uint8 [B, columns]; d and dmin float32 [B, 1]; sc and m int16 [B, subs].
 
-    dmin and m are None where the type has none, sc and m where a block is one group. dmin is that of the formula: what
-    a type adds has its sign turned.
+    dmin and m are None for types without an offset; sc and m are None where a block is one group. dmin is that of the
+    formula: types that add a minimum (`plus`) store it with the opposite sign.
     """
 
     codes: Tensor
@@ -107,7 +116,7 @@ class Fields:
 
 
 def unpack(name: str, blocks: Tensor) -> Fields:
-    """The fields of blocks uint8 [B, bytes]."""
+    """The contents of blocks uint8 [B, bytes]."""
     layout = LAYOUTS[name]
     sc, m = _unpack_scales(name, blocks)
     dmin = None
@@ -118,17 +127,17 @@ def unpack(name: str, blocks: Tensor) -> Fields:
 
 
 def unpack_codes(layout: Layout, blocks: Tensor) -> Tensor:
-    """Codes uint8 [B, columns]."""
+    """The codes uint8 [B, columns] of blocks uint8 [B, bytes]."""
     out = None
     for plane in layout.planes:
-        found = _unpack_plane(plane, layout.columns, blocks)
-        out = found << plane.at if out is None else out | found << plane.at
+        field = _unpack_plane(plane, layout.columns, blocks)
+        out = field << plane.at if out is None else out | field << plane.at
     assert out is not None
-    return out ^ 128 if layout.bits == 8 else out  # signed bytes
+    return out ^ 128 if layout.bits == 8 else out  # 8-bit codes are stored as signed bytes, code - 128
 
 
 def pack(name: str, fields: Fields) -> Tensor:
-    """Blocks uint8 [B, bytes] that hold `fields`."""
+    """The blocks, uint8 [B, bytes], with these contents."""
     layout, codes = LAYOUTS[name], fields.codes
     blocks = torch.zeros(len(codes), layout.nbytes, dtype=torch.uint8, device=codes.device)
     codes = codes ^ 128 if layout.bits == 8 else codes
@@ -166,7 +175,7 @@ def _pack_plane(plane: Plane, columns: int, codes: Tensor, blocks: Tensor) -> No
 
 
 def _half(blocks: Tensor, start: int) -> Tensor:
-    # A copy, since bytes in the middle of a file need not be aligned as a word is.
+    # A copy, because bytes inside a file may not be aligned to 2 bytes.
     return blocks[:, start : start + 2].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
 
 
@@ -175,7 +184,7 @@ def _pack_half(x: Tensor, blocks: Tensor, start: int) -> None:
 
 
 def _unpack_scales(name: str, blocks: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """sc and m, int16 [B, subs]."""
+    """sc and m, int16 [B, subs] each, or None."""
     sc: Tensor
     m: Tensor | None = None
     if name in ("q4_k", "q5_k"):
@@ -201,7 +210,9 @@ def _unpack_scales(name: str, blocks: Tensor) -> tuple[Tensor | None, Tensor | N
 
 
 def _pack_scales(name: str, sc: Tensor, m: Tensor | None, blocks: Tensor) -> None:
-    sc = (sc + 32 if name in ("q3_k", "iq4_xs") else sc).to(torch.uint8)  # of a negative one the byte modulo 256
+    sc = (sc + 32 if name in ("q3_k", "iq4_xs") else sc).to(
+        torch.uint8
+    )  # a negative number becomes its two's complement
     if name in ("q4_k", "q5_k"):
         assert m is not None
         m = m.to(torch.uint8)

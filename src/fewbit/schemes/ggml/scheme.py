@@ -1,4 +1,4 @@
-"""The block types of ggml that can be written, as schemes."""
+"""The scheme for all block types of ggml that can be written."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fewbit.schemes.ggml import grids as blockwise
 from fewbit.schemes.ggml.codec import Blocks
 from fewbit.schemes.ggml.grids import BlockGrids
 from fewbit.schemes.ggml.layout import LAYOUTS
-from fewbit.schemes.ggml.search import LARGEST, Found, fit
+from fewbit.schemes.ggml.search import LARGEST, BlockScales, fit
 from fewbit.schemes.ggml.table import BLOCK_TYPES
 
-# Entries searched at a time: on a CPU what its cache holds.
+# Entries searched at a time. On a CPU they fit its cache.
 _CHUNK = {"cpu": 1 << 16}
 
 
 @register("schemes", "ggml")
 @dataclass(frozen=True)
 class GGML(Blocks, Scheme):
-    """`q4_k`: its name is its spec. A group is a block, whose columns share d."""
+    """`q4_k`, `q8_0` ...: the name of a block type. A group is a block, whose columns share d."""
 
     group: int
     name: str
@@ -37,29 +37,29 @@ class GGML(Blocks, Scheme):
         if spec in LAYOUTS:
             return cls(group=LAYOUTS[spec].columns, name=spec)
         if spec in BLOCK_TYPES:
-            raise PlanError(f"scheme {spec!r} is read, not written", f"Those written: {', '.join(LAYOUTS)}.")
+            raise PlanError(f"scheme {spec!r} can be read, not written", f"Can be written: {', '.join(LAYOUTS)}.")
         return None
 
     def __str__(self) -> str:
         return self.name
 
     def with_group(self, group: int) -> Self:
-        """Itself: its blocks are what they are."""
+        """This scheme: the block size is fixed by its type."""
         return self
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> BlockGrids:
-        _refuse(w)
-        return _joined([self._fit_rows(w[rows], importance) for rows in self._chunks(w)])
+        _check(w)
+        return _concatenated([self._fit_rows(w[rows], importance) for rows in self._chunks(w)])
 
     def nearest(self, w: Tensor) -> tuple[Tensor, BlockGrids]:
-        """Codes and grids searched with all columns weighed alike."""
-        _refuse(w)
-        codes, found = torch.empty(w.shape, dtype=torch.uint8, device=w.device), []
-        alike = torch.ones(w.shape[1], device=w.device, dtype=torch.float32)
+        """Codes and grids from a search with equal weights for all columns."""
+        _check(w)
+        codes, fitted = torch.empty(w.shape, dtype=torch.uint8, device=w.device), []
+        equal = torch.ones(w.shape[1], device=w.device, dtype=torch.float32)
         for rows in self._chunks(w):
-            found.append(self._fit_rows(w[rows], alike))
-            codes[rows] = found[-1].encode(w[rows])
-        return codes, _joined(found)
+            fitted.append(self._fit_rows(w[rows], equal))
+            codes[rows] = fitted[-1].encode(w[rows])
+        return codes, _concatenated(fitted)
 
     def _chunks(self, w: Tensor) -> list[slice]:
         return chunk_rows(w.shape[0], w.shape[1], _CHUNK.get(w.device.type, 1 << 24))
@@ -69,8 +69,8 @@ class GGML(Blocks, Scheme):
         weights = None if importance is None else importance.expand_as(w).reshape(-1, kind.columns)
         return self.grids(fit(kind, w.reshape(-1, kind.columns), weights), w)
 
-    def grids(self, found: Found, w: Tensor) -> BlockGrids:
-        """What was found for the blocks of `w`, row by row."""
+    def grids(self, found: BlockScales, w: Tensor) -> BlockGrids:
+        """The grids of `w` from the scales of its blocks, which are listed row by row."""
         kind, dtype = LAYOUTS[self.name], w.dtype if w.dtype == torch.float64 else torch.float32
 
         def by_row(x: Tensor) -> Tensor:
@@ -83,25 +83,26 @@ class GGML(Blocks, Scheme):
         return BlockGrids(self.name, by_row(found.d), dmin, by_sub(found.sc), by_sub(found.m))
 
     def refit(self, w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, ridge: float = 0.0) -> BlockGrids:
-        """Sub-scales, d and dmin re-solved block by block; no row gets worse."""
+        """Re-solve sub-scales, d and dmin block by block. The error does not rise in any row."""
         assert isinstance(grids, BlockGrids)
         return blockwise.refit(w, codes, grids, hessian, ridge)
 
     def pack(self, codes: Tensor, grids: Grids) -> Parts:
         assert isinstance(grids, BlockGrids)
-        return {"blocks": blockwise.written(codes, grids)}
+        return {"blocks": blockwise.pack(codes, grids)}
 
     def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, BlockGrids]:
-        return blockwise.read(self.name, parts["blocks"])
+        return blockwise.unpack(self.name, parts["blocks"])
 
     def dequantize(
         self, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype, rows: slice = ALL
     ) -> Tensor:
-        codes, grids = blockwise.read(self.name, parts["blocks"][rows])
+        codes, grids = blockwise.unpack(self.name, parts["blocks"][rows])
         return grids.decode(codes).to(dtype)
 
 
-def _refuse(w: Tensor) -> None:
+def _check(w: Tensor) -> None:
+    """NumericsError if `w` is empty, or has NaN, Inf or a value beyond fp16."""
     if not w.numel():
         raise NumericsError("a weight has no elements")
     if not torch.isfinite(w).all():
@@ -110,12 +111,12 @@ def _refuse(w: Tensor) -> None:
         raise NumericsError("a weight is beyond the range of fp16 scales (65504)")
 
 
-def _joined(parts: list[BlockGrids]) -> BlockGrids:
-    """The grids of all rows."""
+def _concatenated(parts: list[BlockGrids]) -> BlockGrids:
+    """One object from the grids of consecutive rows."""
 
-    def whole(held: list[Tensor | None]) -> Tensor | None:
-        there = [x for x in held if x is not None]
-        return torch.cat(there) if there else None
+    def concatenate(tensors: list[Tensor | None]) -> Tensor | None:
+        present = [x for x in tensors if x is not None]
+        return torch.cat(present) if present else None
 
-    dmin, sc, m = (whole([getattr(part, key) for part in parts]) for key in ("dmin", "sc", "m"))
+    dmin, sc, m = (concatenate([getattr(part, key) for part in parts]) for key in ("dmin", "sc", "m"))
     return BlockGrids(parts[0].name, torch.cat([part.d for part in parts]), dmin, sc, m)

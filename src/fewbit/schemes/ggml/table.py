@@ -1,4 +1,4 @@
-"""The block types of ggml: what a GGUF file calls each by number, how many columns a block has and how many bytes."""
+"""The table of ggml's block types: number in a GGUF file, columns of a block, bytes of a block."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class BlockType(NamedTuple):
-    """`number` in a GGUF file's tensor table; `columns` of a row that one block of `nbytes` bytes holds."""
+    """number: its id in a GGUF file's tensor table. A block stores `columns` columns of a row in `nbytes` bytes."""
 
     number: int
     columns: int
