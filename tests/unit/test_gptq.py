@@ -223,7 +223,7 @@ def test_columns_without_input_are_rounded_and_counted(act_order: bool, refine: 
     x[:, dead] = 0
     method = GPTQ(act_order=act_order, clip_search=False, refine=refine)
     choice = method.quantize(w, parse("int4-g16"), stats_of(x))
-    assert choice.notes == [f"{len(dead)} input columns were never excited"]
+    assert choice.notes == [f"{len(dead)} input columns were always 0 during calibration"]
     scheme = parse("int4-g16")
     codes, grids = scheme.unpack(choice.weight.parts, (8, 64))
     assert torch.equal(codes[:, dead], grids.encode(w)[:, dead])
@@ -232,7 +232,7 @@ def test_columns_without_input_are_rounded_and_counted(act_order: bool, refine: 
 def test_no_input_at_all_is_rounding_to_nearest() -> None:
     w = ordinary(8, 32)
     choice = GPTQ(clip_search=False).quantize(w, parse("int4-g16"), stats_of(torch.zeros(4, 32)))
-    assert choice.notes == ["32 input columns were never excited"]
+    assert choice.notes == ["32 input columns were always 0 during calibration"]
     assert torch.equal(choice.weight.dequantize(), Method().quantize(w, parse("int4-g16"), None).weight.dequantize())
 
 

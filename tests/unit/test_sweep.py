@@ -42,10 +42,10 @@ def shares(device: str, spec: str, k: int, n: int = ROWS) -> list[float]:
     inverse, _ = gptq.inverse_factor(hessian, order, 0.01)
     assert inverse is not None
     grids, found = parse(spec).fit(w), []
-    assert type(choose.over(grids, w.T.to(torch.uint8), order)) is not Sweep, "the fused panel did not serve"
-    for over in (Sweep, choose.over):
+    assert type(choose.sweep_for(grids, w.T.to(torch.uint8), order)) is not Sweep, "the fused panel did not serve"
+    for chosen in (Sweep, choose.sweep_for):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gptq, "over", over)
+            patch.setattr(gptq, "sweep_for", chosen)
             codes, nearest = gptq.feed_back(w, grids, inverse, order), grids.encode(w)
             found.append((codes, gptq.descend(w, nearest, grids, hessian, order, 0.01), nearest))
     assert (found[0][0] != found[0][2]).float().mean() > 0.05, "nothing was fed back"
@@ -104,16 +104,16 @@ def test_a_fused_panel_that_differs_refuses_itself(fused: Any, monkeypatch: pyte
     module = ModuleType("fewbit.methods.sweep.in_triton")
     monkeypatch.setattr(module, "FusedSweep", fused, raising=False)
     monkeypatch.setitem(sys.modules, "fewbit.methods.sweep.in_triton", module)
-    monkeypatch.setattr(choose, "_there", lambda device: True)
+    monkeypatch.setattr(choose, "_has_triton", lambda device: True)
     monkeypatch.setattr(choose, "_agreed", {})
     w, order = ordinary(24, 160), torch.arange(160)
     grids, codes = parse("int4-g16").fit(w), torch.zeros(160, 24, dtype=torch.uint8)
     if fused is Shifted:
         with pytest.warns(UserWarning, match=r"the fused kernel failed: \d+\.\d% of the codes differ"):
-            assert type(choose.over(grids, codes, order)) is Sweep
-    assert type(choose.over(grids, codes, order)) is (Sweep if fused is Shifted else Faithful)
-    assert type(choose.over(parse("nf4-b32").fit(w), codes, order)) is Sweep
-    assert type(choose.over(parse("int4-g16").fit(w.double()), codes, order)) is Sweep
+            assert type(choose.sweep_for(grids, codes, order)) is Sweep
+    assert type(choose.sweep_for(grids, codes, order)) is (Sweep if fused is Shifted else Faithful)
+    assert type(choose.sweep_for(parse("nf4-b32").fit(w), codes, order)) is Sweep
+    assert type(choose.sweep_for(parse("int4-g16").fit(w.double()), codes, order)) is Sweep
 
 
 def test_weights_that_read_the_same_input_share_one_factor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""Methods: how the codes are chosen."""
+"""Methods: how the codes of a weight are chosen."""

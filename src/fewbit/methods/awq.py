@@ -1,18 +1,22 @@
-"""AWQ: give the input channels that carry most a finer grid: scale them up before rounding, and down where they arise.
+"""AWQ: scale up the input channels with large activations before rounding, so that they lose less.
 
-Rounding costs a weight about the same whatever its size, but an error in a column is multiplied by that column's
-input. So columns are multiplied by s and their inputs divided by it, y = Q(W diag(s)) (diag(s)⁻¹ x), and the division
-is folded into what feeds the linears (a norm's weight, the rows of the linear before), where it costs nothing (Lin et
-al. 2023, https://arxiv.org/abs/2306.00978, eq. 4 and 5):
+The rounding error of a weight hardly depends on the weight's size, but the error in column j is multiplied by the
+input x_j. AWQ multiplies columns by s and divides their inputs by s (Lin et al. 2023,
+https://arxiv.org/abs/2306.00978, eq. 4 and 5):
+
+    y = Q(W diag(s)) (diag(s)⁻¹ x)
 
     s = m^α / sqrt(max m^α · min m^α),     m_j = mean |x_j|,     α = argmin ||f(Q(W diag(s)) diag(s)⁻¹) - f(W)||²
 
-with f the output of the attention or MLP that reads the input, over some of the calibration tokens, and α from a grid
-of 0, 1/grid ... 1. α = 0 is s = 1, so the search cannot fail, and at a tie the smaller α is kept. s is what can be
-stored: a norm's weight is rounded to the type of its file first, and s follows from it.
+Q rounds to nearest. f is the output of the attention or MLP that reads x, on some of the calibration tokens. The
+division is free at run time: it is folded into what produces x (a norm's weight, or the rows of the linear before).
 
-Afterwards each range is shrunk as far as that lowers sum_j E[x_j²] (w_j - ŵ_j)² (the clip search of the scheme's own
-fit), and weights go to the nearest value. Before a method that chooses better codes it only scales: `awq+gptq`.
+α is searched over 0, 1/grid, 2/grid ... 1. α = 0 means s = 1, so the search always has a valid candidate; a tie keeps
+the smaller α. The fold changes a norm's weight, which a file rounds to its own dtype. s is computed from the rounded
+weight, so that the block stays exact.
+
+Codes: the scheme's fit shrinks each range where that lowers sum_j E[x_j²] (w_j - ŵ_j)² (clip search), then weights are
+rounded to nearest. In `awq+gptq`, AWQ only scales and GPTQ chooses the codes.
 
 >>> from fewbit.schemes.base import parse
 >>> torch.manual_seed(0) and None
@@ -38,7 +42,7 @@ from fewbit.registry import register
 from fewbit.schemes.base import QTensor, Scheme
 from fewbit.stats import Need, Stats
 
-_TINY = 1e-4  # of the mean: channels that hardly carry anything are not scaled down without end
+_TINY = 1e-4  # smallest m_j, relative to their mean: limits the scales of channels with almost no input
 
 
 @register("methods", "awq")
@@ -54,7 +58,7 @@ class AWQ(Method):
 
     def __post_init__(self) -> None:
         if not 0 <= self.grid <= 1000:
-            raise PlanError(f"--grid: '{self.grid}' is no number of steps", "Give 0 to 1000; 20 is usual.")
+            raise PlanError(f"--grid: '{self.grid}' is not a number of steps", "Use 0 to 1000; the default is 20.")
 
     def rewrite(self, fold: Fold, schemes: Mapping[str, Scheme]) -> Tensor | None:
         weights, size = fold.weights(), fold.mean_abs().double()
@@ -63,7 +67,7 @@ class AWQ(Method):
         def error(scales: Tensor) -> float:
             try:
                 return fold.error({m: _rounded(w * scales, schemes[m]).div_(scales) for m, w in weights.items()})
-            except NumericsError:  # beyond what the scheme can hold
+            except NumericsError:  # the scaled weight exceeds the range of the scheme
                 return inf
 
         candidates = [torch.ones_like(size, dtype=torch.float32)]
@@ -76,7 +80,7 @@ class AWQ(Method):
 
     def quantize(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Choice:
         assert stats is not None
-        w = working(w)
+        w = in_compute_dtype(w)
         grids = scheme.fit(w, stats.mean_square.to(w.dtype) if self.clip_search else None)
         return Choice(QTensor(scheme, (w.shape[0], w.shape[1]), scheme.pack(grids.encode(w), grids)))
 

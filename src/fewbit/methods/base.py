@@ -1,7 +1,7 @@
-"""What a method is: it chooses codes on a scheme's grids, given what calibration measured.
+"""The interface of a method: it chooses the codes of a weight on a scheme's grids, from calibration statistics.
 
-Before that it may rewrite the block to an equal one that rounds better, one *fold* at a time. Methods compose:
-`awq+gptq` rewrites as awq does, and chooses codes as gptq does.
+A method may first rewrite a block (decoder layer) into an equivalent one that loses less in rounding. It does so one
+*fold* at a time. Methods compose: `awq+gptq` rewrites by AWQ, then chooses codes by GPTQ.
 """
 
 from __future__ import annotations
@@ -20,40 +20,47 @@ from fewbit.stats import Need, Stats
 
 @dataclass
 class Choice:
-    """What a method chose for one weight, and what it had to do that a user should know of."""
+    """The result for one weight. `notes`: remarks for the user, such as a raised damping."""
 
     weight: QTensor
     notes: list[str] = field(default_factory=list)
 
 
 class Fold(ABC):
-    """Where a block can be scaled and stay the same: columns of some linears times s, what feeds them over s."""
+    """A place where a block can be scaled without changing its output.
 
-    readers: tuple[str, ...]  # the linears, which read one tensor of K columns
+    Some linears, the readers, read the same tensor of K columns. Their columns are multiplied by s [K]; whatever
+    produces the tensor is divided by s.
+    """
+
+    readers: tuple[str, ...]  # names of the linears that read the tensor
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """Reader -> its weight [N, K], float32."""
+        """Reader -> weight [N, K], float32."""
 
     @abstractmethod
     def mean_abs(self) -> Tensor:
-        """mean |x_j| of what the readers read, [K]; one value for columns that must be scaled alike."""
+        """mean |x_j| of the readers' input, [K]. Columns that must share one scale share one value."""
 
     @abstractmethod
     def error(self, weights: Mapping[str, Tensor]) -> float:
-        """Squared error of what the readers serve (their attention, their MLP), had they these weights."""
+        """Squared error in the output of the attention or MLP that contains the readers, computed with `weights`."""
 
     def errors(self, candidates: Sequence[Tensor], error: Callable[[Tensor], float]) -> list[float]:
-        """`error` of each of some scales; where several processes share a run, they share these too."""
+        """`error` of each candidate for the scales. In a distributed run, a rank computes every `world_size`-th one."""
         return [error(scales) for scales in candidates]
 
     @abstractmethod
     def stats(self, scales: Tensor) -> Stats:
-        """What was measured of the readers' input, had its columns been divided by `scales`: up to the Hessian."""
+        """Statistics of the readers' input, Hessian included, as if its columns were divided by `scales` [K]."""
 
     @abstractmethod
     def stored(self, scales: Tensor) -> Tensor:
-        """The scales [K] nearest to these that can be had: 1 where nothing can be folded, the others as files round."""
+        """The feasible scales [K] nearest to these. They are 1 for columns that cannot be folded.
+
+        A fold divides a norm's weight, which a file rounds to its own dtype; the scales follow from the rounded weight.
+        """
 
 
 def option(default: bool | int | float, help: str) -> Any:
@@ -86,30 +93,30 @@ class Option:
 class Method(ABC):
     """A way to choose codes. Frozen: its fields are its options, each made by `option`."""
 
-    needs: ClassVar[Need] = Need.NOTHING
-    rewrites: ClassVar[bool] = False  # whether it has a `rewrite`
+    needs: ClassVar[Need] = Need.NOTHING  # the statistic to gather in calibration
+    rewrites: ClassVar[bool] = False  # whether it implements `rewrite`
 
     def rewrite(self, fold: Fold, schemes: Mapping[str, Scheme]) -> Tensor | None:
-        """Scales [K], as `fold.stored` gives them, for the columns of its readers; None: leave them as they are.
+        """The scales [K] for the columns of the fold's readers, as `fold.stored` returns them; None: do not scale.
 
-        `schemes` says what each reader will get. The block is scaled, and found equal, before any code is chosen and
-        any statistic gathered.
+        `schemes`: reader -> the scheme it will be quantized with. The pipeline scales the block and checks that its
+        output stays the same, before it gathers statistics and before any code is chosen.
         """
         return None
 
     def quantize(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Choice:
-        """Codes for `w` [N, K] on grids of `scheme`. By default each weight goes to its nearest value."""
+        """Choose codes for `w` [N, K] on grids of `scheme`. By default, round to nearest."""
         codes, grids = scheme.nearest(w)
         return Choice(QTensor(scheme, (w.shape[0], w.shape[1]), scheme.pack(codes, grids)))
 
     def quantize_alike(self, weights: Sequence[Tensor], schemes: Sequence[Scheme], stats: Stats | None) -> list[Choice]:
-        """`quantize` of each of some weights that read the same input: methods may share work among them."""
+        """`quantize` for several weights with the same input. A method may do the work that they share only once."""
         return [self.quantize(w, scheme, stats) for w, scheme in zip(weights, schemes, strict=True)]
 
 
 @dataclass(frozen=True)
 class Composed(Method):
-    """`first`'s rewrite, then `then`'s codes."""
+    """Rewrite by the method `first`, then choose codes by the method `then`."""
 
     first: Method
     then: Method
@@ -118,10 +125,13 @@ class Composed(Method):
 
     @property
     def needs(self) -> Need:  # type: ignore[override]
-        return max(self.then.needs, Need.MEAN_ABS)  # whatever is rewritten, inputs must be there
+        return max(self.then.needs, Need.MEAN_ABS)  # the rewrite needs calibration inputs even if `then` needs none
 
     def rewrite(self, fold: Fold, schemes: Mapping[str, Scheme]) -> Tensor | None:
-        """`first`'s scales where they also serve the codes that `then` chooses; it knows only those it would choose."""
+        """The scales of `first`, if they also lower the error with codes chosen by `then`; else None.
+
+        `first` searches its scales with its own rounding, and knows nothing of `then`.
+        """
         scales = self.first.rewrite(fold, schemes)
         if scales is None or self.then.needs > Need.HESSIAN:
             return scales
@@ -143,31 +153,32 @@ class Composed(Method):
 
 
 def make(name: str, options: Mapping[str, str] | None = None) -> Method:
-    """The method `name`, or two as `awq+gptq`, with options given as text.
+    """The method `name`, or two methods as in `awq+gptq`, with options given as text.
 
-    An option goes to each of the two that has it. PlanError naming what it does not know or cannot read.
+    An option goes to each of the two methods that has it. PlanError for an unknown name, option or value.
     """
     names = name.split("+")
     classes = [registry.get("methods", part) for part in names]
     if len(classes) > 2 or not all(cls.rewrites for cls in classes[:-1]) or len(set(names)) < len(names):
         first = ", ".join(sorted(key for key, cls in registry.entries("methods").items() if cls.rewrites))
         raise PlanError(
-            f"method {name!r} does not compose", f"Before a + stands one that rewrites ({first}), as awq+gptq."
+            f"method {name!r} does not compose",
+            f"The method before the + must be one that rewrites ({first}), as in awq+gptq.",
         )
     known = {f.name for cls in classes for f in fields(cls)}
     for key in options or {}:
         if key not in known:
             raise registry.unknown(f"option of method {name}", key, known or ["(it has none)"])
-    made = [_made(cls, options or {}) for cls in classes]
-    return made[0] if len(made) == 1 else Composed(made[0], made[1])
+    methods = [_build(cls, options or {}) for cls in classes]
+    return methods[0] if len(methods) == 1 else Composed(methods[0], methods[1])
 
 
-def _made(cls: Any, options: Mapping[str, str]) -> Method:
+def _build(cls: Any, options: Mapping[str, str]) -> Method:
     own = {f.name: f.default for f in fields(cls)}
-    read = {key: _read(text, own[key], f"--{key.replace('_', '-')}") for key, text in options.items() if key in own}
-    made = cls(**read)
-    assert isinstance(made, Method)
-    return made
+    values = {key: _parse(text, own[key], f"--{key.replace('_', '-')}") for key, text in options.items() if key in own}
+    method = cls(**values)
+    assert isinstance(method, Method)
+    return method
 
 
 def options() -> list[Option]:
@@ -185,13 +196,14 @@ def option_types() -> dict[str, type]:
 
 
 def name_of(method: Method) -> str:
-    """The name by which `make` gives a method of this kind."""
+    """The name from which `make` builds a method of this class."""
     if isinstance(method, Composed):
         return f"{name_of(method.first)}+{name_of(method.then)}"
     return next(name for name, cls in registry.entries("methods").items() if cls is type(method))
 
 
-def _read(text: str, default: Any, flag: str) -> Any:
+def _parse(text: str, default: Any, flag: str) -> Any:
+    """The value of an option's text, of the type of its default. PlanError that names the flag if it is not one."""
     if isinstance(default, bool):
         if text.lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
             raise PlanError(f"{flag}: {text!r} is neither true nor false")
@@ -202,6 +214,6 @@ def _read(text: str, default: Any, flag: str) -> Any:
         raise PlanError(f"{flag}: {text!r} is no {type(default).__name__}") from None
 
 
-def working(w: Tensor) -> Tensor:
-    """`w` in the type to compute in: float64 stays, all else becomes float32. Not to be written to: it may be `w`."""
+def in_compute_dtype(w: Tensor) -> Tensor:
+    """`w` in the dtype for computation: float64 stays, all else becomes float32. It may be `w` itself: do not write."""
     return w.to(torch.float64 if w.dtype == torch.float64 else torch.float32)

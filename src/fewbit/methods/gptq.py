@@ -1,21 +1,23 @@
-"""GPTQ: quantize a weight column by column, and let the columns not yet quantized make good each error.
+"""GPTQ: quantize a weight column by column, and correct each rounding error in the columns that remain.
 
-With H = mean x xᵀ of the inputs, the error of quantizing w to q is tr((w - q) H (w - q)ᵀ). Once column j is rounded,
-the best change of the columns F that remain has a closed form (Frantar et al. 2022, https://arxiv.org/abs/2210.17323,
-eq. 2 and algorithm 1): with U the upper Cholesky factor of the inverse, H⁻¹ = Uᵀ U,
+With the Hessian H = mean x xᵀ of the inputs, quantizing w to q costs tr((w - q) H (w - q)ᵀ). Once column j is rounded,
+the best change of the remaining columns F has a closed form (Frantar et al. 2022, https://arxiv.org/abs/2210.17323,
+eq. 2 and algorithm 1). With U the upper Cholesky factor of the inverse, H⁻¹ = Uᵀ U,
 
     e = (w_j - q_j) / U_jj,        w_F <- w_F - e U_jF.
 
-Scales are searched first, under sum_j (w_j - ŵ_j)² / [H⁻¹]_jj: what an error in column j costs once the other columns
-have adapted to it. (With H_jj there, what it costs if they do not, the KL divergence of the demo model is 6 % higher.)
-Columns are taken in falling order of H_jj (act-order) while each keeps the grid of the group it lies in, fitted
-before (static groups): the stored layout stays contiguous. Updates reach past a panel of 128 columns once per panel.
-Afterwards `refine` sweeps alternate a closed-form refit of the scales with coordinate descent: each column moves to
-its best code under the whole H with all other columns held, which can only lower the same error.
+1. Scales are searched under sum_j (w_j - ŵ_j)² / [H⁻¹]_jj. 1 / [H⁻¹]_jj is the cost of an error in column j after the
+   other columns have adapted to it. H_jj is the cost if they do not adapt; with it the KL divergence of the demo model
+   is 6 % higher.
+2. Columns are quantized in falling order of H_jj (act-order). Each keeps the grid of its own group, which was fitted
+   before (static groups), so columns are stored in their own order. Columns beyond a panel of 128 are updated once per
+   panel.
+3. `refine` sweeps follow. Each re-solves the scales in closed form, then runs coordinate descent: each column moves to
+   its best code under the whole H while all other columns stay. Neither step can raise the error.
 
-Rounding: to the nearest stored grid value, as the scheme encodes. A column that no input ever excited is rounded
-to nearest. If H is not positive definite at `damp`, damping climbs by tens up to 1; if that fails too, the weight is
-rounded to nearest, and the choice says so.
+Each value is rounded to the nearest value of the stored grid. A column whose input was always 0 is rounded to nearest.
+If H is not positive definite with `damp`, the damping is raised tenfold at a time, up to 1. If that fails too, the
+weight is rounded to nearest, and a note says so.
 
 >>> from fewbit.schemes.base import parse
 >>> torch.manual_seed(0) and None
@@ -41,7 +43,7 @@ from fewbit.registry import register
 from fewbit.schemes.base import Grids, QTensor, Scheme
 from fewbit.stats import Need, Stats
 
-_WIDE = 512  # columns of a triangular matrix that are inverted together
+_WIDE = 512  # columns of a triangular matrix that are inverted at once
 
 
 @register("methods", "gptq")
@@ -58,20 +60,22 @@ class GPTQ(Method):
 
     def __post_init__(self) -> None:
         if not 0 <= self.damp <= 1:
-            raise PlanError(f"--damp: '{self.damp:g}' is no share of the diagonal", "Give 0 to 1; 0.01 is usual.")
+            raise PlanError(
+                f"--damp: '{self.damp:g}' is not a fraction of the diagonal", "Use 0 to 1; the default is 0.01."
+            )
         if self.refine < 0:
-            raise PlanError(f"--refine: '{self.refine}' is no number of sweeps", "Give 0 or more.")
+            raise PlanError(f"--refine: '{self.refine}' is not a number of sweeps", "Use 0 or more.")
 
     def quantize(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Choice:
         return self.quantize_alike([w], [scheme], stats)[0]
 
     def quantize_alike(self, weights: Sequence[Tensor], schemes: Sequence[Scheme], stats: Stats | None) -> list[Choice]:
-        """All weights are swept with one inverse factor, which is gone before the first is refined."""
+        """Quantize all weights with one inverse factor. It is freed before the refinement, to keep peak memory low."""
         assert stats is not None
-        hessian = stats.hessian.to(working(weights[0]).dtype)
+        hessian = stats.hessian.to(in_compute_dtype(weights[0]).dtype)
         diagonal = hessian.diagonal()
         dead = diagonal == 0
-        notes = [f"{int(dead.sum())} input columns were never excited"] if dead.any() else []
+        notes = [f"{int(dead.sum())} input columns were always 0 during calibration"] if dead.any() else []
         order = (
             torch.argsort(diagonal, descending=True, stable=True)
             if self.act_order
@@ -80,20 +84,22 @@ class GPTQ(Method):
         order = order.to(hessian.device)
         inverse, damp = inverse_factor(hessian, order, self.damp)
         if inverse is None:
-            notes.append(f"Hessian not positive definite even at damping {damp:g}: rounded to nearest")
-            nearest = [Method.quantize(self, working(w), s, None) for w, s in zip(weights, schemes, strict=True)]
+            notes.append(f"Hessian not positive definite even with damping {damp:g}: rounded to nearest")
+            nearest = [
+                Method.quantize(self, in_compute_dtype(w), s, None) for w, s in zip(weights, schemes, strict=True)
+            ]
             return [Choice(choice.weight, list(notes)) for choice in nearest]
         if damp > self.damp:
             notes.append(f"Hessian not positive definite: damping raised from {self.damp:g} to {damp:g}")
         importance = remaining_importance(inverse, order) if self.clip_search else None
         swept, choices = [], []
         for w, scheme in zip(weights, schemes, strict=True):
-            grids = scheme.fit(working(w), importance)
-            swept.append((grids, feed_back(working(w), grids, inverse, order)))
+            grids = scheme.fit(in_compute_dtype(w), importance)
+            swept.append((grids, feed_back(in_compute_dtype(w), grids, inverse, order)))
         del inverse
         ridge = damp * float(diagonal.mean())
         for w, scheme in zip(weights, schemes, strict=True):
-            w = working(w)
+            w = in_compute_dtype(w)
             grids, codes = swept.pop(0)
             for _ in range(self.refine):
                 grids = scheme.refit(w, codes, grids, hessian, ridge)
@@ -104,10 +110,10 @@ class GPTQ(Method):
 
 
 def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor | None, float]:
-    """L⁻¹ [K, K], lower triangular, for L Lᵀ = damped H with columns in *reverse* `order`; and the damping it took.
+    """L⁻¹ [K, K], lower triangular, with L Lᵀ the damped H in *reverse* `order` of columns; and the damping used.
 
-    Turned by half a turn it is the U of the formula, which `feed_back` reads a few rows at a time. None if the ladder
-    of dampings ends without a factor. Dead columns count as independent of all others.
+    With its rows and columns reversed, L⁻¹ is the U of the formula; `feed_back` reads it a few rows at a time. None if
+    there is no factor even with the largest damping. A column without input counts as independent of all others.
     """
     diagonal = hessian.diagonal()
     scale = float(diagonal.mean()) or 1.0
@@ -116,8 +122,9 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor 
         damped = hessian[backwards[:, None], backwards]
         damped.diagonal().add_(damp * scale)
         damped.diagonal()[damped.diagonal() == damp * scale] = scale
-        # H reversed = L Lᵀ means H = R Rᵀ with R upper and U = R⁻¹: one factorization, no inverse of H itself.
-        # Factored in its place, which takes column-major order; a symmetric matrix is its own transpose.
+        # If H reversed is L Lᵀ, then H = R Rᵀ with R upper triangular, and U = R⁻¹. So one factorization is enough,
+        # and H is never inverted. The factorization works in place, which needs column-major order; H is symmetric,
+        # so its transpose is H in that order.
         failed = torch.empty((), dtype=torch.int32, device=damped.device)
         lower, failed = torch.linalg.cholesky_ex(damped.mT, out=(damped.mT, failed))
         del damped
@@ -129,17 +136,17 @@ def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor 
 
 
 def remaining_importance(inverse: Tensor, order: Tensor) -> Tensor:
-    """1 / diag(H⁻¹) [K]: how much a squared error in a column costs once all other columns have adapted to it."""
+    """1 / diag(H⁻¹) [K]: the cost of a squared error in a column after all other columns have adapted to it."""
     importance = torch.empty(len(order), dtype=inverse.dtype, device=inverse.device)
     importance[order.flip(0)] = torch.linalg.vector_norm(inverse, dim=0).square_().reciprocal_()
     return importance
 
 
 def _inverted(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangular matrix, in its place, a panel of columns at a time.
+    """The inverse of a lower triangular matrix, in place, one panel of columns at a time.
 
-    Columns left of a panel are not needed: there the right-hand side, and so the solution, is zero. The whole matrix
-    is passed nevertheless, since a part of it would be copied first.
+    The solution for a panel is zero above it, so the columns left of it do not matter. They are passed to the solver
+    all the same: a slice of the matrix would be copied first.
     """
     for start in range(0, len(lower), _WIDE):
         unit = torch.zeros_like(lower[:, start : start + _WIDE])
@@ -149,10 +156,13 @@ def _inverted(lower: Tensor) -> Tensor:
 
 
 def feed_back(w: Tensor, grids: Grids, inverse: Tensor, order: Tensor) -> Tensor:
-    """Codes uint8 [N, K] chosen in `order`, each column's error fed to the columns that remain."""
-    rest = w.T[order]  # [K, N]: a column of the weight is contiguous
+    """GPTQ's pass: codes uint8 [N, K], columns in `order`, the error of each fed into the columns that remain.
+
+    inverse: L⁻¹ of `inverse_factor`.
+    """
+    rest = w.T[order]  # [K, N], so that each column of the weight is contiguous
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=w.device)
-    sweep, k = over(grids, codes, order), len(order)
+    sweep, k = sweep_for(grids, codes, order), len(order)
     for start in range(0, k, PANEL):
         stop = min(start + PANEL, k)
         factor = inverse[k - stop : k - start, : k - start].flip(0, 1)  # U[start:stop, start:]
@@ -162,9 +172,9 @@ def feed_back(w: Tensor, grids: Grids, inverse: Tensor, order: Tensor) -> Tensor
 
 
 def descend(w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, order: Tensor, ridge: float = 0.0) -> Tensor:
-    """Codes after one sweep of coordinate descent on tr(E (H + ridge I) Eᵀ), which never rises.
+    """Codes uint8 [N, K] after one sweep of coordinate descent on tr(E (H + ridge I) Eᵀ). The error never rises.
 
-    With a ridge, columns without input go to their nearest value; without, they stay.
+    With ridge > 0 columns without input move to their nearest value; with ridge = 0 they keep their codes.
     """
     codes = codes.T.contiguous()
     values = grids.decode(codes.T).T.contiguous()
@@ -172,7 +182,7 @@ def descend(w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, order: Tens
     gradient = (hessian @ errors).add_(errors, alpha=ridge)  # [K, N]
     del errors
     gradient = gradient[order]
-    sweep, k = over(grids, codes, order), len(order)
+    sweep, k = sweep_for(grids, codes, order), len(order)
     for start in range(0, k, PANEL):
         stop = min(start + PANEL, k)
         rows = hessian[order[start:stop]][:, order[start:]]

@@ -1,7 +1,9 @@
-"""Round to nearest: every weight takes the nearest value of a grid that spans its group, and no data is needed.
+"""Round to nearest: each weight becomes the nearest value of a grid that spans its group. No data is needed.
 
-The baseline that every other method is measured against. Rounding ties go to even; scales are rounded to their stored
-precision first.
+    q = argmin over grid values v of |w - v|
+
+This is the baseline for all other methods. Scales are rounded as stored first; ties are rounded to even. A scheme may
+follow another library instead (`Scheme.nearest`).
 """
 
 from __future__ import annotations

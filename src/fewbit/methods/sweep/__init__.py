@@ -1,1 +1,1 @@
-"""The pass over the columns of a weight that several methods share."""
+"""The sweep: one pass over the columns of a weight, in which each column is rounded after those before it."""

@@ -1,27 +1,28 @@
-"""A sweep over columns as it is defined, in torch, for any grids and any device."""
+"""The definition of a sweep over columns, in torch, for any grids and any device."""
 
 from __future__ import annotations
 
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import Grids
 
-PANEL = 128  # columns; a multiple would be slower, the moves within a panel being vectors
+PANEL = 128  # columns of a panel; wider ones are slower, because updates inside a panel are vector operations
 
 
 _TINY = 1e-30
 
 
 class Sweep:
-    """`codes` uint8 [K, N], columns by rows, are written as columns are taken in `order` [K]."""
+    """A sweep over the columns of a weight in `order` [K]. It writes `codes` uint8 [K, N], one row for each column."""
 
     def __init__(self, grids: Grids, codes: Tensor, order: Tensor) -> None:
         self.grids, self.codes = grids, codes
         self.columns: list[int] = order.tolist()
 
     def feed_back(self, start: int, stop: int, panel: Tensor, factor: Tensor) -> Tensor:
-        """The errors [columns, N] of the columns start ... stop of the order, each over its own diagonal entry.
+        """GPTQ's pass over the columns order[start:stop]. Returns their errors e = (w_j - q_j) / U_jj, [columns, N].
 
-        `panel` [columns, N] holds what they have become and is overwritten; `factor` [columns, columns] is U there.
+        panel [columns, N]: the values of these columns after all earlier updates; it is overwritten.
+        factor [columns, columns]: U in these columns.
         """
         errors = torch.empty_like(panel)
         for i, column in enumerate(self.columns[start:stop]):
@@ -32,10 +33,10 @@ class Sweep:
         return errors
 
     def descend(self, start: int, stop: int, panel: Tensor, inner: Tensor, values: Tensor) -> Tensor:
-        """How far [columns, N] the values of the columns start ... stop of the order have moved.
+        """Coordinate descent on the columns order[start:stop]. Returns how far their values moved, [columns, N].
 
-        `panel` [columns, N] holds their gradients and is overwritten, `inner` [columns, columns] is H among them,
-        `values` [K, N] are those of the codes as they were.
+        panel [columns, N]: their gradients, H E; it is overwritten. inner [columns, columns]: H in these columns.
+        values [K, N]: the values of all codes before the sweep.
         """
         moves = torch.empty_like(panel)
         for i, column in enumerate(self.columns[start:stop]):

@@ -1,9 +1,12 @@
-"""A panel of columns swept in one launch, for uniform grids: what `sweep.Sweep` does, up to the order of sums.
+"""A sweep over a panel of columns in one launch, for uniform grids. It computes what `definition.Sweep` does.
 
-A program holds all columns of the panel for a few rows in registers. Rows never meet, so no two programs wait for each
-other; within one, a column is picked out by a masked sum, rounded, and its move taken off the whole panel by a rank-one
-update. That is about five operations for each pair of columns and row, which is nothing beside 128 times ten launches.
-Divisions and roundings are those of torch (IEEE division, ties to even), products and sums may be fused.
+Each program holds all columns of the panel for a few rows in registers. Rows do not depend on each other, so programs
+never wait for one another. A program takes one column after another: it extracts the column by a masked sum, rounds it,
+and subtracts its move from the whole panel by a rank-one update. This takes about five operations for each pair of
+columns and each row, which is negligible beside 128 times ten launches.
+
+Division and rounding are those of torch (IEEE division, ties to even). Sums may run in another order, and products and
+sums may be fused, so results may differ in the last digit.
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ from torch import Tensor
 from fewbit.methods.sweep.definition import PANEL, Sweep
 from fewbit.schemes.base import Grids, Uniform
 
-_ROWS = 16  # of one program: 16 x 128 floats are 16 registers of each of 128 threads
+_ROWS = 16  # rows of a program: 16 x 128 floats take 16 registers in each of 128 threads
 
 
 class FusedSweep(Sweep):
+    """`Sweep` with one launch per panel. `uniform` holds the same grids as plain tensors; all are float32."""
+
     def __init__(self, grids: Grids, uniform: Uniform, codes: Tensor, order: Tensor) -> None:
         self.grids, self.codes, self.order, self.uniform = grids, codes, order.contiguous(), uniform
-        # By group, so that the rows of a program lie together.
+        # [groups, N], so that the rows of a program are contiguous.
         self.scale = uniform.scale.T.contiguous()
         self.zero = uniform.zero.T.contiguous() if isinstance(uniform.zero, Tensor) else None
         self.offset = None if uniform.offset is None else uniform.offset.T.contiguous()
@@ -37,7 +42,7 @@ class FusedSweep(Sweep):
         width, n = panel.shape
         assert width == stop - start <= PANEL
         assert panel.stride(1) == 1
-        mixing = mixing.contiguous()  # U comes column by column
+        mixing = mixing.contiguous()  # U arrives in column-major order
         moves = torch.empty(width, n, dtype=torch.float32, device=panel.device)
         zero = self.uniform.zero
         _sweep[(triton.cdiv(n, _ROWS),)](
@@ -60,7 +65,7 @@ class FusedSweep(Sweep):
             OFFSETS=self.offset is not None,
             DESCENT=values is not None,
             ROWS=_ROWS,
-            COUNT=width,  # a constant, because the interpreter takes no other with the newest numpy
+            COUNT=width,  # a constexpr, because Triton's interpreter fails on other loop bounds with the newest NumPy
             WIDTH=PANEL,
             num_warps=4,
         )
@@ -108,19 +113,19 @@ def _sweep(
         down = tl.load(offsets + here, mask=inside, other=0.0) if OFFSETS else 0.0
         row = tl.load(mixing + i * mixing_stride + columns, mask=columns < COUNT, other=0.0)
         own = tl.load(mixing + i * mixing_stride + i)
-        wanted = tl.sum(tl.where((columns == i)[None, :], held, 0.0), 1)
+        target = tl.sum(tl.where((columns == i)[None, :], held, 0.0), 1)
         if DESCENT:
             before = tl.load(values + column * n + rows, mask=inside, other=0.0)
-            wanted = before + tl.div_rn(wanted, tl.maximum(own, 1e-30))
-        level = tl.div_rn(wanted + down, divisor)
+            target = before + tl.div_rn(target, tl.maximum(own, 1e-30))
+        level = tl.div_rn(target + down, divisor)
         level = tl.minimum(tl.maximum(level, -4194304.0), 4194304.0)
-        level = (level + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest whole number, ties to even
+        level = (level + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to the nearest integer, ties to even
         code = tl.minimum(tl.maximum(level + middle, 0.0), top)
         value = (code - middle) * scale - down
         if DESCENT:
             move = value - before
         else:
-            move = tl.div_rn(wanted - value, own)
+            move = tl.div_rn(target - value, own)
         held -= row[None, :] * move[:, None]
         tl.store(codes + column * n + rows, code.to(tl.uint8), mask=inside)
         tl.store(moves + i * n + rows, move, mask=inside)
