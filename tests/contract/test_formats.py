@@ -60,7 +60,7 @@ def specs_of(tensors: Mapping[str, Tensor], module: str = MODULE) -> dict[str, P
 
 
 def told(format: Format, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {suffix: tensors[suffix] for suffix in format.told_by if suffix in tensors}
+    return {suffix: tensors[suffix] for suffix in format.metadata_suffixes if suffix in tensors}
 
 
 def looked_at(
@@ -159,7 +159,7 @@ def test_a_wrong_shape_is_named(name: str, spec: str) -> None:
     for suffix, tensor in tensors.items():
         shape = tuple(tensor.shape)
         wrong = [(*shape[:i], size, *shape[i + 1 :]) for i in range(len(shape)) for size in (0, shape[i] + 1, 2)]
-        if suffix in format.told_by:  # a text may have any length
+        if suffix in format.metadata_suffixes:  # a text may have any length
             wrong = [(0,)]
         for lie in {*wrong, (), (*shape, 1)} - {shape}:
             lying = specs_of(tensors) | {f"{MODULE}.{suffix}": PartSpec(lie, tensor.dtype)}

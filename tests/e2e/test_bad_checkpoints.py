@@ -92,9 +92,9 @@ def test_a_shard_that_lacks_what_the_index_says(folder: Path) -> None:
 
 WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
     "gptq": [
-        ({"bits": 8}, "down_proj.scales: 3 groups found, but the config says group_size 32 of 48 columns"),
-        ({"bits": 2}, "down_proj.scales: 3 groups found, but the config says group_size 32 of 192 columns"),
-        ({"group_size": 64}, "down_proj.scales: 3 groups found, but the config says group_size 64"),
+        ({"bits": 8}, "down_proj.scales has 3 groups, but the config says group_size 32, with 48 columns"),
+        ({"bits": 2}, "down_proj.scales has 3 groups, but the config says group_size 32, with 192 columns"),
+        ({"group_size": 64}, "down_proj.scales has 3 groups, but the config says group_size 64"),
     ],
     "awq": [
         ({"bits": 8}, "awq: bits = 8"),
@@ -102,8 +102,12 @@ WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"group_size": 64}, "down_proj.qweight: the config's groups of 64"),
         ({"group_size": 16}, "down_proj"),
     ],
-    "nf4": [({"load_in_4bit": False, "load_in_8bit": True}, "proj holds 4 bits, but the config says load_in_8bit")],
-    "int8": [({"load_in_4bit": True, "load_in_8bit": False}, "proj holds 8 bits, but the config says load_in_4bit")],
+    "nf4": [
+        ({"load_in_4bit": False, "load_in_8bit": True}, "proj is stored in 4 bits, but the config says load_in_8bit")
+    ],
+    "int8": [
+        ({"load_in_4bit": True, "load_in_8bit": False}, "proj is stored in 8 bits, but the config says load_in_4bit")
+    ],
 }
 
 

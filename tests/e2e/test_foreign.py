@@ -177,7 +177,7 @@ def test_a_maker_that_is_not_read(made: dict[str, Path], tmp_path: Path, config:
 
 def test_a_pattern_that_is_none(made: dict[str, Path], tmp_path: Path) -> None:
     config = quantization(made["4"]) | {"dynamic": {"+:(": {"bits": 8}}}
-    with pytest.raises(FormatError, match="is no pattern"):
+    with pytest.raises(FormatError, match="is not a regular expression"):
         fewbit.load(copied(made["4"], tmp_path / "f", config))
 
 

@@ -1,1 +1,1 @@
-"""Formats: how quantized tensors lie in files."""
+"""Formats: how quantized weights are laid out in files."""

@@ -1,19 +1,22 @@
-"""AWQ: the layouts of AutoAWQ, which transformers with gptqmodel, vLLM and others read. 4 bits.
+"""AWQ: the 4-bit layouts of AutoAWQ, which transformers (with gptqmodel), vLLM and others read.
 
-A linear of N rows and K columns with groups of g columns is stored by version "gemm" as
+A linear has N rows, K columns and groups of g columns. Code c means scale * (c - zero). Version "gemm" packs along
+columns of the weight, eight rows to a word, in an interleaved order:
 
-    qweight  int32 [K, N / 8]            eight codes of a column in a word; nibble i of word w, counted from the lowest,
-                                         is of row 8 w + (0, 2, 4, 6, 1, 3, 5, 7)[i]
-    qzeros   int32 [K / g, N / 8]        zero points, in the same order
+    qweight  int32   [K, N / 8]          codes; nibble i of word w, from the lowest, is row
+                                         8 w + (0, 2, 4, 6, 1, 3, 5, 7)[i]
+    qzeros   int32   [K / g, N / 8]      zero points, packed in the same order
     scales   float16 [K / g, N]
 
-and by version "gemv" along rows and in plain order, with zeros and scales padded to whole words,
+Version "gemv" packs along rows, in plain order, and pads zeros and scales to whole words:
 
-    qweight  int32 [N, K / 8]            qzeros  int32 [N, Z]            scales  float16 [N, 8 Z]
+    qweight  int32   [N, K / 8]          codes; nibble i of word w, from the lowest, is column 8 w + i
+    qzeros   int32   [N, Z]              zero points; Z = ceil(K / g / 8), rounded up to a multiple of 2 for groups of
+                                         64 and of 4 for groups of 32
+    scales   float16 [N, 8 Z]
 
-where Z = ceil(K / g / 8), rounded up to a multiple of 2 for groups of 64 and of 4 for groups of 32. A code c stands for
-scale * (c - zero). Written files are "gemm"; symmetric weights are written with the zero point 8 throughout, and the
-config says `sym`. Source: the packing code of AutoAWQ 0.2 (`WQLinear_GEMM`, `WQLinear_GEMV`).
+fewbit reads both; `fewbit quantize` writes "gemm". Symmetric weights have the zero point 8 everywhere, and the config
+has `sym`. Source: the packing code of AutoAWQ 0.2 (`WQLinear_GEMM`, `WQLinear_GEMV`).
 """
 
 from __future__ import annotations
@@ -37,14 +40,14 @@ _SUFFIXES = ("qweight", "qzeros", "scales")
 
 @register("formats", "awq")
 class AWQFormat(Format):
-    """Reads and lays out "gemm" and "gemv"; new files are "gemm"."""
+    """Reads "gemm" and "gemv". New checkpoints are "gemm"; a model loaded from "gemv" is saved as "gemv" again."""
 
     name: ClassVar[str] = "awq"
     quant_method: ClassVar[str] = "awq"
 
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
         if not isinstance(scheme, Affine) or scheme.bits != _BITS:
-            return f"awq files hold integers of 4 bits with scales, not {scheme}"
+            return f"awq files store 4-bit integers with scales, not {scheme}"
         if reason := scheme.why_not(shape):
             return reason
         if shape[0] % _PER_WORD or shape[1] % _PER_WORD:
@@ -63,7 +66,7 @@ class AWQFormat(Format):
         scheme, (n, k) = weight.codec, weight.shape
         assert isinstance(scheme, Affine)
         if weight.permutation is not None:
-            raise FormatError("awq files have no act-order: this weight's columns lie in another order")
+            raise FormatError("awq files have no act-order, but the columns of this weight are permuted")
         groups, scale = scheme.groups(k), weight.parts["scale"]
         if scheme.symmetric:
             zero = torch.full((n, groups), 2 ** (_BITS - 1), dtype=torch.uint8, device="cpu")
@@ -98,7 +101,7 @@ class AWQFormat(Format):
         else:
             codes = bits.pack(_plain(bits.unpack(packed, _BITS, n)).T.contiguous(), _BITS)
             zero, scale = _plain(bits.unpack(zeros, _BITS, n)).T, tensors["scales"].T
-        # A file may call itself symmetric and hold other zeros, or the reverse: what is stored decides.
+        # The config may say `sym` while the file has other zero points. The stored zero points decide.
         symmetric = scheme.symmetric and bool((zero == 2 ** (_BITS - 1)).all())
         parts = {"codes": codes, "scale": scale.to(torch.float16).contiguous()}
         if not symmetric:
@@ -108,7 +111,7 @@ class AWQFormat(Format):
         return QTensor(replace(scheme, symmetric=symmetric), (n, k), parts)
 
     def describe(
-        self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, told: Mapping[str, Tensor]
+        self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, metadata: Mapping[str, Tensor]
     ) -> tuple[Scheme, Shape]:
         config = for_module(config, module)
         rows, columns = tensors["qweight"].shape
@@ -128,25 +131,25 @@ class AWQFormat(Format):
             "quant_method": "awq",
             "bits": _BITS,
             "group_size": scheme.group or -1,
-            "zero_point": True,  # zero points are stored, if only eights
-            "sym": scheme.symmetric,  # transformers would write true where it is not said
+            "zero_point": True,  # zero points are always stored, even if all are 8
+            "sym": scheme.symmetric,  # explicit, because transformers writes true if it is missing
             "version": "gemm",
             "modules_to_not_convert": sorted(skipped) or None,
         }
 
     def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
         if (width := config.get("bits", config.get("w_bit", _BITS))) != _BITS:
-            raise FormatError(f"awq: bits = {width!r} in the quantization config", "Only 4 can be read.")
-        found: dict[str, dict[str, PartSpec]] = {}
+            raise FormatError(f"awq: bits = {width!r} in the quantization config", "Only 4 bits are supported.")
+        weights: dict[str, dict[str, PartSpec]] = {}
         scaled = self.activations(names)
         for name in names:
             module, _, suffix = name.rpartition(".")
-            if suffix in _SUFFIXES and module not in found and module not in scaled:
-                found[module] = {s: names[f"{module}.{s}"] for s in _SUFFIXES if f"{module}.{s}" in names}
-                _check(module, found[module], for_module(config, module))
-        if not found:
-            raise FormatError("the config says awq, but no tensor is called *.qweight")
-        return found
+            if suffix in _SUFFIXES and module not in weights and module not in scaled:
+                weights[module] = {s: names[f"{module}.{s}"] for s in _SUFFIXES if f"{module}.{s}" in names}
+                _check(module, weights[module], for_module(config, module))
+        if not weights:
+            raise FormatError("the config says awq, but no tensor is named *.qweight")
+        return weights
 
     def activations(self, names: Mapping[str, PartSpec]) -> dict[str, PartSpec]:
         return {
@@ -160,7 +163,7 @@ class AWQFormat(Format):
 
 
 def _interleaved(codes: Tensor) -> Tensor:
-    """Codes [R, C], each eight of a row in the order in which a word holds them."""
+    """Codes [R, C] with each eight codes of a row reordered as a "gemm" word holds them."""
     eights: Tensor = codes.unflatten(1, (-1, _PER_WORD))
     return eights[..., list(_ORDER)].flatten(1)
 
@@ -172,13 +175,13 @@ def _plain(codes: Tensor) -> Tensor:
 
 
 def _words(packed: Tensor) -> Tensor:
-    """Rows of bytes [R, 4 C] seen as rows of little-endian words, int32 [R, C]."""
+    """Rows of bytes uint8 [R, 4 C] viewed as little-endian words int32 [R, C]."""
     words: Tensor = packed.flatten().view(torch.int32).unflatten(0, (packed.shape[0], -1))
     return words
 
 
 def _zero_words(k: int, groups: int) -> int:
-    """Words of zero points in a row of a "gemv" file."""
+    """Z: the number of words of zero points in a row of a "gemv" file."""
     multiple = {64: 2, 32: 4}.get(k // groups, 1)
     words = -(-groups // _PER_WORD)
     return -(-words // multiple) * multiple
@@ -187,20 +190,22 @@ def _zero_words(k: int, groups: int) -> int:
 def _version(config: Mapping[str, Any]) -> str:
     version = config.get("version") or config.get("format") or "gemm"
     if not isinstance(version, str) or version.lower() not in ("gemm", "gemv"):
-        raise FormatError(f"awq: version {version!r} is not known", "Known: gemm, gemv.")
+        raise FormatError(f"awq: unknown version {version!r}", "Known: gemm, gemv.")
     return version.lower()
 
 
 def _group(config: Mapping[str, Any]) -> int:
-    """The group size that the config states, 0 for a whole row."""
+    """The group size in the config; 0: the whole row is one group."""
     group = config.get("group_size", config.get("q_group_size", 128))
     if not isinstance(group, int) or isinstance(group, bool) or (group < 1 and group != -1):
-        raise FormatError(f"awq: group_size = {group!r} in the quantization config", "It is a number, or -1 for a row.")
+        raise FormatError(
+            f"awq: group_size = {group!r} in the quantization config", "It must be a positive integer, or -1 for a row."
+        )
     return max(group, 0)
 
 
 def _check(module: str, specs: Mapping[str, PartSpec], config: Mapping[str, Any]) -> None:
-    """FormatError unless the tensors of one module fit one another and the group size that the config states."""
+    """FormatError unless the headers of one module agree with each other and with the config's group size."""
     version, group = _version(config), _group(config)
     for suffix in _SUFFIXES:
         if suffix not in specs:
@@ -212,7 +217,7 @@ def _check(module: str, specs: Mapping[str, PartSpec], config: Mapping[str, Any]
     rows, columns = specs["qweight"].shape
     n, k = (rows, columns * _PER_WORD) if version == "gemv" else (columns * _PER_WORD, rows)
     if not n or not k:
-        raise FormatError(f"{module}.qweight: {rows} x {columns} words hold no weight")
+        raise FormatError(f"{module}.qweight is empty: {rows} x {columns} words")
     group = group or k
     if k % group:
         raise FormatError(f"{module}.qweight: the config's groups of {group} do not divide its {k} columns")
@@ -224,9 +229,9 @@ def _check(module: str, specs: Mapping[str, PartSpec], config: Mapping[str, Any]
         "scales": (n, words * _PER_WORD) if version == "gemv" else (groups, n),
     }
     for suffix, shape in shapes.items():
-        wanted = PartSpec(shape, specs["scales"].dtype if suffix == "scales" else torch.int32)
-        if specs[suffix] != wanted:
+        expected = PartSpec(shape, specs["scales"].dtype if suffix == "scales" else torch.int32)
+        if specs[suffix] != expected:
             raise FormatError(
                 f"{module}.{suffix} is {specs[suffix].dtype} {list(specs[suffix].shape)}; "
-                f"{wanted.dtype} {list(wanted.shape)} expected for a {version} file with groups of {group}"
+                f"{expected.dtype} {list(expected.shape)} expected for a {version} file with groups of {group}"
             )

@@ -1,8 +1,13 @@
-"""What a format is: how quantized tensors are named and laid out in files. It changes no number.
+"""The interface of a format: names and layout of the tensors that store a quantized weight. It changes no values.
 
-A format that lives in a Hugging Face folder (safetensors plus a `quantization_config`) stores each weight as a few
-tensors named `<module>.<suffix>`; `lay_out` and `read` turn parts into those and back, `specs` tells their sizes
-without data.
+A checkpoint in a Hugging Face folder consists of safetensors files and the `quantization_config` in config.json. It
+stores each weight as a few tensors named `<module>.<suffix>`.
+
+    lay_out:  weight (QTensor)       ->  suffix -> tensor
+    read:     suffix -> tensor       ->  weight (QTensor)
+    specs:    shape, scheme          ->  suffix -> shape and dtype, without data
+    find:     headers of all files   ->  module -> suffix -> shape and dtype
+    describe: headers of one weight  ->  scheme, shape
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight to be stored: the module it belongs to, its shape [N, K] and the scheme it will have."""
+    """A weight to be stored: its module, its shape [N, K] and its scheme."""
 
     module: str
     shape: Shape
@@ -31,87 +36,101 @@ class Stored:
 
 
 class Format(ABC):
-    """Stateless: one instance serves every file."""
+    """A file format for quantized weights. It has no state, so one instance can handle any number of files."""
 
     name: ClassVar[str]
-    quant_method: ClassVar[str]  # its name in a config.json's quantization_config
-    suffix: ClassVar[str] = (
-        ""  # of the one file that holds a whole model, embeddings and head quantized too; else a folder
-    )
-    told_by: ClassVar[tuple[str, ...]] = ()  # suffixes of small tensors that say what headers do not, such as the shape
+    quant_method: ClassVar[str]  # the format's name in the quantization_config
+    # The file suffix of a format that stores the whole model in one file, embeddings and head quantized too. "": a
+    # folder.
+    suffix: ClassVar[str] = ""
+    # Suffixes of small tensors that `describe` reads, because they hold what headers do not, such as the shape.
+    metadata_suffixes: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
-        """None if one weight of this shape and scheme can be stored, else a sentence that says why not."""
+        """None if a weight of this shape and scheme can be stored, else the reason why not."""
 
     def why_not_together(self, weights: Sequence[Stored]) -> str | None:
-        """None if these weights can share one file, else a sentence that says why not. By default: one scheme."""
+        """None if one checkpoint can store all these weights, else the reason. By default all need the same scheme."""
         schemes = sorted({str(weight.scheme) for weight in weights})
-        return f"{self.name} files hold one scheme for all tensors, not {', '.join(schemes)}" if schemes[1:] else None
+        return f"{self.name} files store one scheme for all tensors, not {', '.join(schemes)}" if schemes[1:] else None
 
     @abstractmethod
     def specs(self, shape: Shape, scheme: Scheme) -> Mapping[str, PartSpec]:
-        """Suffix -> shape and dtype of each tensor that stores such a weight."""
+        """Suffix -> shape and dtype of each tensor that stores a weight of this shape and scheme."""
 
     @abstractmethod
     def lay_out(self, weight: QTensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Suffix -> tensor, as `specs` describes and a reader of `config` expects."""
+        """Suffix -> tensor, with the shapes and dtypes of `specs`, in the variant of the format that `config` names."""
 
     @abstractmethod
     def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:
-        """The weight that the tensors of `module` hold; FormatError naming it where they contradict one another."""
+        """The weight stored in the tensors (suffix -> tensor) of `module`. FormatError if they do not fit together."""
 
     @abstractmethod
     def config(
         self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype | None = None
     ) -> dict[str, Any]:
-        """The `quantization_config` for a file of these weights, in which the linears `skipped` stay as they are.
+        """The `quantization_config` of a checkpoint with these weights.
 
         dtype: that of the original weights, and so of activations; bfloat16 by default.
         """
 
     @abstractmethod
     def describe(
-        self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, told: Mapping[str, Tensor]
+        self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, metadata: Mapping[str, Tensor]
     ) -> tuple[Scheme, Shape]:
-        """Scheme and shape [N, K] of the weight of `module`, from its tensors' headers and the data of those in
-        `told_by`; FormatError naming it where they contradict one another."""
+        """Scheme and shape [N, K] of the weight of `module`.
+
+        tensors: suffix -> header. metadata: suffix -> data, of the tensors in `metadata_suffixes`. FormatError that
+        names the tensor if they contradict each other.
+        """
 
     def scheme(self, config: Mapping[str, Any]) -> Scheme | None:
-        """The scheme that `config` asks for where a model is quantized as it is loaded; None where that cannot be."""
+        """The scheme that `config` requests for quantization at load time. None if the format does not support that."""
         return None
 
     def activations(self, names: Mapping[str, PartSpec]) -> dict[str, PartSpec]:
-        """Module -> spec of the scales that an activation function's outputs are divided by, among these tensors."""
+        """Module -> spec of the scales by which the outputs of an activation function are divided (AutoAWQ).
+
+        names: the name and header of each tensor of the checkpoint.
+        """
         return {}
 
     @abstractmethod
     def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
-        """Module -> suffix -> spec of every quantized weight among the tensors of a checkpoint, from headers alone.
+        """Module -> suffix -> spec, for every quantized weight of a checkpoint. It reads headers only.
 
-        FormatError where the config promises something that cannot be, or a weight lacks a tensor.
+        names: the name and header of each tensor. FormatError if the config is invalid or a weight lacks a tensor.
         """
 
 
 def by_quant_method(name: str) -> Format | None:
-    """The format that goes by that name in a quantization_config; None if fewbit has none."""
-    return next((made() for made in registry.entries("formats").values() if made.quant_method == name), None)
+    """The format with this `quant_method` in a quantization_config; None if fewbit has none."""
+    return next((cls() for cls in registry.entries("formats").values() if cls.quant_method == name), None)
 
 
 def for_module(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
-    """`config` as it holds for one module: the first pattern of gptqmodel's `dynamic` that matches overrides it."""
+    """`config` with the overrides for one module.
+
+    gptqmodel's `dynamic` maps regular expressions to overrides; the first that matches the module applies.
+    """
     dynamic = config.get("dynamic") or {}
     if not isinstance(dynamic, Mapping):
         raise FormatError(f"dynamic in the quantization config is {dynamic!r}; an object of patterns expected")
-    for pattern, said in dynamic.items():
+    for pattern, overrides in dynamic.items():
         try:
-            found = re.match(pattern.removeprefix("-:").removeprefix("+:"), module)
+            match = re.match(pattern.removeprefix("-:").removeprefix("+:"), module)
         except re.error as error:
-            raise FormatError(f"dynamic in the quantization config: {pattern!r} is no pattern: {error}") from None
-        if found and pattern.startswith("-:"):
+            raise FormatError(
+                f"dynamic in the quantization config: {pattern!r} is not a regular expression: {error}"
+            ) from None
+        if match and pattern.startswith("-:"):
             return config
-        if found:
-            if not isinstance(said, Mapping):
-                raise FormatError(f"dynamic in the quantization config: {pattern!r} has {said!r}; an object expected")
-            return {**config, **{key: value for key, value in said.items() if value is not None}}
+        if match:
+            if not isinstance(overrides, Mapping):
+                raise FormatError(
+                    f"dynamic in the quantization config: {pattern!r} has {overrides!r}; an object expected"
+                )
+            return {**config, **{key: value for key, value in overrides.items() if value is not None}}
     return config

@@ -1,21 +1,28 @@
-"""bitsandbytes: the tensors that its linears save and transformers loads, 4-bit and LLM.int8().
+"""bitsandbytes: the layout that its linear layers save and transformers loads, 4-bit (NF4, FP4) and LLM.int8().
 
-A 4-bit linear of N rows and K columns in blocks of B entries is stored as
+A 4-bit linear has N rows and K columns, in blocks of B entries of the flattened weight:
 
-    weight                    uint8 [ceil(N K / 2), 1]     two codes a byte, the first in the high nibble; the same
-                                                           bytes may be seen as another type (`bnb_4bit_quant_storage`)
-    weight.absmax             float32 [blocks], or uint8 where scales are quantized too
-    weight.quant_map          float32 [16]                 the levels
-    weight.nested_absmax      float32 [ceil(blocks / 256)]     these two with double quantization only
-    weight.nested_quant_map   float32 [256]
-    weight.quant_state.bitsandbytes__nf4 (or __fp4)        uint8 [bytes]: JSON with quant_type, blocksize, dtype and
-                              shape of the original, and for double quantization nested_blocksize, _dtype and _offset
+    weight                    uint8 [ceil(N K / 2), 1]       two codes a byte, the first in the high nibble. The bytes
+                                                             may be viewed as another dtype (`bnb_4bit_quant_storage`)
+    weight.absmax             float32 [blocks]               or uint8 [blocks] with double quantization
+    weight.quant_map          float32 [16]                   the levels
+    weight.nested_absmax      float32 [ceil(blocks / 256)]   double quantization only
+    weight.nested_quant_map   float32 [256]                  double quantization only
+    weight.quant_state.bitsandbytes__nf4 (or __fp4)
+                              uint8 [bytes]                  JSON: quant_type, blocksize, dtype and shape of the weight;
+                                                             with double quantization also nested_blocksize,
+                                                             nested_dtype and nested_offset
 
-and an 8-bit one as weight int8 [N, K], SCB float32 [N] and weight_format uint8 [], 0 for row by row. Headers tell all
-but N, K and B, which are read from the JSON. Ours ends in spaces up to a length that depends on the shape alone, so
-that sizes are known beforehand; its `dtype` is the config's compute type, which means nothing more to fewbit: it
-computes in the type of the activations. Sources: bitsandbytes 0.50 (`QuantState`, `Linear8bitLt`) and transformers'
-`BitsAndBytesConfig`.
+An LLM.int8() linear:
+
+    weight                    int8 [N, K]
+    SCB                       float32 [N]
+    weight_format             uint8 []                       0: row by row
+
+A reader takes N, K and B from the JSON; everything else is in the headers. fewbit pads the JSON with spaces to a length
+that depends only on scheme and shape, so file sizes are known in advance. The JSON's `dtype` is the config's compute
+dtype. fewbit only writes it: it computes in the dtype of the activations. Sources: bitsandbytes 0.50 (`QuantState`,
+`Linear8bitLt`) and transformers' `BitsAndBytesConfig`.
 """
 
 from __future__ import annotations
@@ -51,11 +58,11 @@ class BnbFormat(Format):
 
     name: ClassVar[str] = "bnb"
     quant_method: ClassVar[str] = "bitsandbytes"
-    told_by: ClassVar[tuple[str, ...]] = tuple(_STATE + kind for kind in LEVELS)
+    metadata_suffixes: ClassVar[tuple[str, ...]] = tuple(_STATE + kind for kind in LEVELS)
 
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
         if not isinstance(scheme, (FourBit, Int8)):
-            return f"bnb files hold nf4, fp4 and llm.int8, not {scheme}"
+            return f"bnb files store nf4, fp4 and llm.int8, not {scheme}"
         return scheme.why_not(shape)
 
     def specs(self, shape: Shape, scheme: Scheme) -> Mapping[str, PartSpec]:
@@ -73,7 +80,7 @@ class BnbFormat(Format):
     def lay_out(self, weight: QTensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
         scheme, parts = weight.codec, weight.parts
         if weight.permutation is not None:
-            raise FormatError("bnb files hold columns in their own order only, not permuted ones")
+            raise FormatError("bnb files have no act-order, but the columns of this weight are permuted")
         if isinstance(scheme, Int8):
             kind = torch.zeros((), dtype=torch.uint8, device="cpu")
             return {"weight": parts["codes"], "SCB": parts["scb"], "weight_format": kind}
@@ -99,7 +106,9 @@ class BnbFormat(Format):
                 raise FormatError(f"{module}.{suffix} has NaN or Inf")
         if isinstance(scheme, Int8):
             if "weight_format" in tensors and int(tensors["weight_format"]):
-                raise FormatError(f"{module}.weight_format is {int(tensors['weight_format'])}; only 0, rows, is known")
+                raise FormatError(
+                    f"{module}.weight_format is {int(tensors['weight_format'])}; only 0 (row by row) is supported"
+                )
             return QTensor(scheme, shape, {"codes": tensors["weight"], "scb": tensors["SCB"]})
         assert isinstance(scheme, FourBit)
         quant_map = tensors["weight.quant_map"].cpu()
@@ -109,7 +118,7 @@ class BnbFormat(Format):
         codes = tensors["weight"].contiguous().view(torch.uint8).flatten()
         parts = {"codes": codes, "absmax": tensors["weight.absmax"]}
         if scheme.double:
-            offset = _told(tensors, module)["nested_offset"]
+            offset = _read_state(tensors, module)["nested_offset"]
             parts |= {
                 "nested": tensors["weight.nested_absmax"],
                 "offset": torch.tensor([offset], dtype=torch.float32, device=codes.device),
@@ -118,26 +127,28 @@ class BnbFormat(Format):
         return QTensor(scheme, shape, parts)
 
     def describe(
-        self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, told: Mapping[str, Tensor]
+        self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, metadata: Mapping[str, Tensor]
     ) -> tuple[Scheme, Shape]:
         if "SCB" in tensors:
             n, k = tensors["weight"].shape
             return Int8(threshold=_threshold(config)), (n, k)
-        state = _told(told, module)
+        state = _read_state(metadata, module)
         (n, k), block = state["shape"], state["blocksize"]
         scheme = FourBit(block, state["quant_type"], "weight.nested_absmax" in tensors)
-        found = tensors["weight"].nbytes
-        if found != -(-n * k // 2):
-            raise FormatError(f"{module}.weight holds {found} bytes; {_name(told)} says {n} x {k} entries of 4 bits")
+        size = tensors["weight"].nbytes
+        if size != -(-n * k // 2):
+            raise FormatError(
+                f"{module}.weight has {size} bytes; {_state_suffix(metadata)} says {n} x {k} entries of 4 bits"
+            )
         if tensors["weight.absmax"].shape != (scheme.blocks((n, k)),):
             raise FormatError(
                 f"{module}.weight.absmax has shape {list(tensors['weight.absmax'].shape)}; "
-                f"{_name(told)} says {n} x {k} entries in blocks of {block}"
+                f"{_state_suffix(metadata)} says {n} x {k} entries in blocks of {block}"
             )
         if scheme.double and (state.get("nested_blocksize") != NESTED or not _is_finite(state.get("nested_offset"))):
             raise FormatError(
-                f"{module}.{_name(told)}: nested_blocksize {state.get('nested_blocksize')!r} and nested_offset "
-                f"{state.get('nested_offset')!r}; {NESTED} and a number expected"
+                f"{module}.{_state_suffix(metadata)}: nested_blocksize {state.get('nested_blocksize')!r} and "
+                f"nested_offset {state.get('nested_offset')!r}; {NESTED} and a number expected"
             )
         return scheme, (n, k)
 
@@ -153,7 +164,7 @@ class BnbFormat(Format):
             "_load_in_4bit": four is not None,
             "_load_in_8bit": four is None,
             "llm_int8_threshold": scheme.threshold if isinstance(scheme, Int8) else THRESHOLD,
-            "llm_int8_skip_modules": sorted(skipped) or None,  # none named: readers leave the output head alone
+            "llm_int8_skip_modules": sorted(skipped) or None,  # with None, readers skip the output head
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
             "bnb_4bit_quant_type": four.kind if four else "fp4",
@@ -164,7 +175,9 @@ class BnbFormat(Format):
 
     def scheme(self, config: Mapping[str, Any]) -> Scheme | None:
         if config.get("llm_int8_has_fp16_weight"):
-            raise PlanError("llm_int8_has_fp16_weight keeps weights in 16 bits, which is no quantization", "Leave it.")
+            raise PlanError(
+                "llm_int8_has_fp16_weight keeps weights in 16 bits, which is not quantization", "Leave it out."
+            )
         if config.get("load_in_8bit"):
             return Int8(threshold=_threshold(config))
         kind = config.get("bnb_4bit_quant_type", "fp4")
@@ -174,27 +187,28 @@ class BnbFormat(Format):
 
     def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
         _threshold(config)
-        found: dict[str, dict[str, PartSpec]] = {}
+        weights: dict[str, dict[str, PartSpec]] = {}
         for name, spec in names.items():
             if match := _SUFFIX.fullmatch(name):
-                found.setdefault(match[1], {})[match[2]] = spec
+                weights.setdefault(match[1], {})[match[2]] = spec
             elif name.endswith(".weight") and not spec.dtype.is_floating_point:
-                found.setdefault(name.removesuffix(".weight"), {})
-        if not found:
-            raise FormatError("the config says bitsandbytes, but no tensor is called *.weight.absmax or *.SCB")
-        for module, tensors in found.items():
+                weights.setdefault(name.removesuffix(".weight"), {})
+        if not weights:
+            raise FormatError("the config says bitsandbytes, but no tensor is named *.weight.absmax or *.SCB")
+        for module, tensors in weights.items():
             if f"{module}.weight" not in names:
                 raise FormatError(f"{module}.weight is missing")
-            found[module] = tensors = {"weight": names[f"{module}.weight"], **tensors}
+            weights[module] = tensors = {"weight": names[f"{module}.weight"], **tensors}
             four = any(suffix.startswith("weight.") for suffix in tensors) or tensors["weight"].dtype == torch.uint8
-            said, other = ("load_in_4bit", "load_in_8bit") if four else ("load_in_8bit", "load_in_4bit")
-            if config.get(other) and not config.get(said):
-                raise FormatError(f"{module} holds {4 if four else 8} bits, but the config says {other}")
+            matching, other = ("load_in_4bit", "load_in_8bit") if four else ("load_in_8bit", "load_in_4bit")
+            if config.get(other) and not config.get(matching):
+                raise FormatError(f"{module} is stored in {4 if four else 8} bits, but the config says {other}")
             _check(module, tensors, _expected_4_bit(module, tensors, config) if four else _expected_8_bit(tensors))
-        return found
+        return weights
 
 
 def _expected_8_bit(tensors: Mapping[str, PartSpec]) -> dict[str, PartSpec]:
+    """The headers that an LLM.int8() weight must have, given the shape of its codes. -1 matches no size."""
     shape = tensors["weight"].shape
     return {
         "weight": PartSpec(shape if len(shape) == 2 and min(shape) else (-1, -1), torch.int8),
@@ -204,11 +218,11 @@ def _expected_8_bit(tensors: Mapping[str, PartSpec]) -> dict[str, PartSpec]:
 
 
 def _expected_4_bit(module: str, tensors: Mapping[str, PartSpec], config: Mapping[str, Any]) -> dict[str, PartSpec]:
-    """What a 4-bit weight should consist of, as far as the sizes of its codes and scales tell."""
+    """The headers that a 4-bit weight must have, given the sizes of its codes and scales. -1 matches no size."""
     weight, absmax = tensors["weight"], tensors.get("weight.absmax", PartSpec((1,), torch.float32))
     states = [suffix for suffix in tensors if suffix.startswith("weight.quant_state.")]
     if unknown := [suffix for suffix in states if suffix.removeprefix(_STATE) not in LEVELS]:
-        raise FormatError(f"{module}.{unknown[0]}: that quantization type is not known", f"Known: {', '.join(LEVELS)}.")
+        raise FormatError(f"{module}.{unknown[0]}: unknown quantization type", f"Known: {', '.join(LEVELS)}.")
     if len(states) > 1:
         raise FormatError(f"{module} has {' and '.join(sorted(states))}; one quantization type expected")
     state = states[0] if states else _STATE + str(config.get("bnb_4bit_quant_type"))
@@ -220,8 +234,8 @@ def _expected_4_bit(module: str, tensors: Mapping[str, PartSpec], config: Mappin
     entries = 2 * weight.nbytes
     if not any(blocks in (-(-entries // block), -(-(entries - 1) // block)) for block in BLOCKS):
         raise FormatError(
-            f"{module}.weight.absmax has shape {list(absmax.shape)}, which blocks of no size give "
-            f"for {module}.weight of {weight.nbytes} bytes"
+            f"{module}.weight.absmax has shape {list(absmax.shape)}, which does not fit "
+            f"{module}.weight of {weight.nbytes} bytes with any block size"
         )
     expected = {
         "weight": PartSpec(
@@ -239,6 +253,7 @@ def _expected_4_bit(module: str, tensors: Mapping[str, PartSpec], config: Mappin
 
 
 def _check(module: str, tensors: Mapping[str, PartSpec], expected: Mapping[str, PartSpec]) -> None:
+    """FormatError unless the headers of one module are the expected ones. `weight_format` may be missing."""
     for suffix, spec in expected.items():
         if suffix not in tensors and suffix != "weight_format":
             raise FormatError(f"{module}.{suffix} is missing")
@@ -248,7 +263,7 @@ def _check(module: str, tensors: Mapping[str, PartSpec], expected: Mapping[str, 
                 f"{spec.dtype} {['?' if size < 0 else size for size in spec.shape]} expected"
             )
     if surplus := sorted(set(tensors) - set(expected)):
-        raise FormatError(f"{module}.{surplus[0]} does not belong to {', '.join(sorted(expected))}")
+        raise FormatError(f"{module}.{surplus[0]} is unexpected beside {', '.join(sorted(expected))}")
 
 
 def _called(dtype: torch.dtype) -> str:
@@ -256,7 +271,7 @@ def _called(dtype: torch.dtype) -> str:
 
 
 def _state(scheme: FourBit, shape: Shape, dtype: str, parts: Mapping[str, Tensor] | None) -> dict[str, Any]:
-    """What the JSON says, with the keys in bitsandbytes' order; without parts, with the longest numbers there are."""
+    """The content of the JSON, keys in the order of bitsandbytes. Without parts, the offset has its greatest length."""
     state = {
         "quant_type": scheme.kind,
         "blocksize": scheme.group,
@@ -270,18 +285,19 @@ def _state(scheme: FourBit, shape: Shape, dtype: str, parts: Mapping[str, Tensor
 
 
 def _state_length(scheme: FourBit, shape: Shape) -> int:
+    """The number of bytes of the padded JSON."""
     return len(json.dumps(_state(scheme, shape, "bfloat16", None)))
 
 
-def _name(told: Mapping[str, Tensor]) -> str:
-    return next(suffix for suffix in told if suffix.startswith(_STATE))
+def _state_suffix(metadata: Mapping[str, Tensor]) -> str:
+    return next(suffix for suffix in metadata if suffix.startswith(_STATE))
 
 
-def _told(told: Mapping[str, Tensor], module: str) -> dict[str, Any]:
-    """The JSON of a 4-bit weight; FormatError where it is none, or says what cannot be."""
-    suffix = _name(told)
+def _read_state(metadata: Mapping[str, Tensor], module: str) -> dict[str, Any]:
+    """The JSON of a 4-bit weight, parsed. FormatError if it is malformed or has invalid values."""
+    suffix = _state_suffix(metadata)
     try:
-        state = json.loads(bytes(told[suffix].cpu().flatten().tolist()).decode())
+        state = json.loads(bytes(metadata[suffix].cpu().flatten().tolist()).decode())
         shape, block = state["shape"], state["blocksize"]
         if state["quant_type"] != suffix.removeprefix(_STATE):
             raise ValueError(f"quant_type is {state['quant_type']!r}")
@@ -300,7 +316,9 @@ def _told(told: Mapping[str, Tensor], module: str) -> dict[str, Any]:
 def _threshold(config: Mapping[str, Any]) -> float:
     threshold = config.get("llm_int8_threshold", THRESHOLD)
     if not _is_finite(threshold) or threshold < 0:
-        raise FormatError(f"bnb: llm_int8_threshold = {threshold!r} in the quantization config", "It is 0 or more.")
+        raise FormatError(
+            f"bnb: llm_int8_threshold = {threshold!r} in the quantization config", "It must be 0 or more."
+        )
     return float(threshold)
 
 

@@ -1,7 +1,11 @@
-"""A weight of a GGUF file: the blocks of its scheme, a row after the other.
+"""GGUF: one file for a whole model, in which each weight has a ggml block type of its own.
 
-Until the file is written, a weight [N, K] is the tensor `<module>.blocks`, uint8 [N, bytes of a row]; which scheme
-those bytes are of stands in `config["types"]`, as it does in the tensor table of the file.
+A weight [N, K] is stored as the blocks of its scheme, row by row. Before the file is written, it is the tensor
+
+    <module>.blocks   uint8 [N, K / columns * bytes]      columns and bytes of a block as in `schemes/ggml/table.py`
+
+and `config["types"]` maps the module to its block type. The file holds the type in its tensor table. The container,
+its header and its metadata are in `formats/containers/gguf.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ _SUFFIX = "blocks"
 
 @register("formats", "gguf")
 class GGUFFormat(Format):
-    """One file for a whole model, each tensor with a block type of its own."""
+    """Stores and reads weights of any block type that fewbit can write."""
 
     name: ClassVar[str] = "gguf"
     quant_method: ClassVar[str] = "gguf"
@@ -29,7 +33,7 @@ class GGUFFormat(Format):
 
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
         if str(scheme) not in BLOCK_TYPES:
-            return f"gguf files hold block types such as q4_k, not {scheme}"
+            return f"gguf files store block types such as q4_k, not {scheme}"
         return scheme.why_not(shape)
 
     def why_not_together(self, weights: Sequence[Stored]) -> str | None:
@@ -40,7 +44,7 @@ class GGUFFormat(Format):
 
     def lay_out(self, weight: QTensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
         if weight.permutation is not None:
-            raise FormatError("gguf files have no act-order: this weight's columns lie in another order")
+            raise FormatError("gguf files have no act-order, but the columns of this weight are permuted")
         return dict(weight.parts)
 
     def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:
@@ -49,22 +53,22 @@ class GGUFFormat(Format):
         return QTensor(scheme, shape, {_SUFFIX: tensors[_SUFFIX]})
 
     def describe(
-        self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, told: Mapping[str, Tensor]
+        self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, metadata: Mapping[str, Tensor]
     ) -> tuple[Scheme, Shape]:
         scheme = _scheme(config, module)
-        found = tensors.get(_SUFFIX)
-        if found is None:
+        spec = tensors.get(_SUFFIX)
+        if spec is None:
             raise FormatError(f"{module}.{_SUFFIX} is missing")
         block = BLOCK_TYPES[str(scheme)]
-        if found.dtype != torch.uint8 or len(found.shape) != 2 or not found.shape[0] or found.shape[1] < block.nbytes:
+        if spec.dtype != torch.uint8 or len(spec.shape) != 2 or not spec.shape[0] or spec.shape[1] < block.nbytes:
             raise FormatError(
-                f"{module}.{_SUFFIX} is {found.dtype} {list(found.shape)}; uint8 with rows of blocks expected"
+                f"{module}.{_SUFFIX} is {spec.dtype} {list(spec.shape)}; uint8 with rows of blocks expected"
             )
-        if found.shape[1] % block.nbytes:
+        if spec.shape[1] % block.nbytes:
             raise FormatError(
-                f"{module}.{_SUFFIX} has rows of {found.shape[1]} bytes, which blocks of {block.nbytes} do not divide"
+                f"{module}.{_SUFFIX} has rows of {spec.shape[1]} bytes, which blocks of {block.nbytes} do not divide"
             )
-        return scheme, (found.shape[0], found.shape[1] // block.nbytes * block.columns)
+        return scheme, (spec.shape[0], spec.shape[1] // block.nbytes * block.columns)
 
     def config(
         self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype | None = None
@@ -72,24 +76,24 @@ class GGUFFormat(Format):
         return {"quant_method": self.quant_method, "types": {w.module: str(w.scheme) for w in weights}}
 
     def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
-        found = {}
+        weights = {}
         for module in _types(config):
             if f"{module}.{_SUFFIX}" not in names:
                 raise FormatError(f"{module}.{_SUFFIX} is missing")
-            found[module] = {_SUFFIX: names[f"{module}.{_SUFFIX}"]}
-            self.describe(found[module], config, module, {})
-        return found
+            weights[module] = {_SUFFIX: names[f"{module}.{_SUFFIX}"]}
+            self.describe(weights[module], config, module, {})
+        return weights
 
 
 def _types(config: Mapping[str, Any]) -> Mapping[str, Any]:
     types = config.get("types")
     if not isinstance(types, Mapping) or not types:
-        raise FormatError(f"gguf: types = {types!r} in the quantization config", "It maps modules to block types.")
+        raise FormatError(f"gguf: types = {types!r} in the quantization config", "It must map modules to block types.")
     return types
 
 
 def _scheme(config: Mapping[str, Any], module: str) -> Scheme:
     name = _types(config).get(module)
     if not isinstance(name, str) or name not in BLOCK_TYPES:
-        raise FormatError(f"gguf: {module} has the type {name!r}", "It is a block type such as q4_k.")
+        raise FormatError(f"gguf: {module} has the type {name!r}", "It must be a block type such as q4_k.")
     return parse(name)

@@ -1,17 +1,19 @@
 """GPTQ: the layout of AutoGPTQ and gptqmodel, which transformers, vLLM and others read.
 
-A linear of N rows and K columns at b bits and group g is stored as
+A linear has N rows and K columns, b bits and groups of g columns. Code c means scale * (c - zero).
 
-    qweight  int32 [K b / 32, N]         codes, a little-endian bit stream down each column
-    qzeros   int32 [K / g, N b / 32]     zero points, a bit stream along each row; "gptq" (v1) stores zero - 1 mod 2^b,
-                                         "gptq_v2" stores zero itself
+    qweight  int32   [K b / 32, N]       codes; column n of this tensor is the bit stream of row n of the weight
+    qzeros   int32   [K / g, N b / 32]   zero points, a bit stream along each row; "gptq" (v1) stores
+                                         (zero - 1) mod 2^b, "gptq_v2" stores zero itself
     scales   float16 [K / g, N]
-    g_idx    int32 [K]                   the group of each column; j // g unless written with act-order (`desc_act`)
+    g_idx    int32   [K]                 the group of each column: j // g for column j, unless the file was written with
+                                         act-order (`desc_act`)
 
-The codes are our own bit stream per row seen as 32-bit words and transposed, for every width. Written files have 2,
-3, 4 or 8 bits and one group size throughout, symmetric ones as v1, asymmetric ones as v2: in v1 a zero point of 0 is
-stored as 2^b - 1, which some kernels read back as 2^b. Sources: the packing code of AutoGPTQ 0.7 and gptqmodel;
-vLLM's `gptq.py` for what it takes.
+For every b, qweight is the bit stream of `schemes/bits.py` viewed as little-endian 32-bit words and transposed.
+
+fewbit writes 2, 3, 4 or 8 bits with one scheme for all weights: symmetric ones as v1, asymmetric ones as v2. v1 stores
+a zero point of 0 as 2^b - 1, which some kernels read back as 2^b. Sources: the packing code of AutoGPTQ 0.7 and
+gptqmodel; vLLM's `gptq.py` for the variants that it accepts.
 """
 
 from __future__ import annotations
@@ -35,16 +37,16 @@ _SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 @register("formats", "gptq")
 class GPTQFormat(Format):
-    """Reads v1 and v2, symmetric or not, act-order, whole-row groups; writes as the module says."""
+    """Reads v1 and v2, symmetric and asymmetric, with act-order and with one group per row. Writes: see the module."""
 
     name: ClassVar[str] = "gptq"
     quant_method: ClassVar[str] = "gptq"
 
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
         if not isinstance(scheme, Affine):
-            return f"gptq files hold integers with scales, not {scheme}"
+            return f"gptq files store integers with scales, not {scheme}"
         if scheme.bits not in _WIDTHS:
-            return f"gptq files hold 2, 3, 4 or 8 bits: readers agree on no layout for {scheme.bits}"
+            return f"gptq files store 2, 3, 4 or 8 bits: there is no common layout for {scheme.bits} bits"
         if reason := scheme.why_not(shape):
             return reason
         if shape[0] % 32 or shape[1] % 32:
@@ -98,7 +100,7 @@ class GPTQFormat(Format):
         order = _stored_order(tensors.get("g_idx"), k, groups, module)
         if order is not None:
             codes = bits.pack(bits.unpack(codes, width, k)[:, order], width)
-        # A file may call itself symmetric and hold other zeros: what is stored decides.
+        # The config may say `sym` while the file has other zero points. The stored zero points decide.
         symmetric = scheme.symmetric and bool((zero == 2 ** (width - 1)).all())
         scheme = replace(scheme, symmetric=symmetric)
         parts = {"codes": codes, "scale": tensors["scales"].T.to(torch.float16).contiguous()}
@@ -109,7 +111,7 @@ class GPTQFormat(Format):
         return QTensor(scheme, (n, k), parts, order)
 
     def describe(
-        self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, told: Mapping[str, Tensor]
+        self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, metadata: Mapping[str, Tensor]
     ) -> tuple[Scheme, Shape]:
         config = for_module(config, module)
         width, (words, n), groups = _width(config), tensors["qweight"].shape, tensors["scales"].shape[0]
@@ -128,33 +130,33 @@ class GPTQFormat(Format):
             "bits": scheme.bits,
             "group_size": scheme.group or -1,
             "sym": scheme.symmetric,
-            "desc_act": False,  # act-order is used, with static groups: columns lie in their own order
+            "desc_act": False,  # with static groups, act-order leaves the columns in their own order
             "static_groups": True,
             "lm_head": False,
             "format": kind,
             "checkpoint_format": kind,
             "pack_dtype": "int32",
-            # gptqmodel and vLLM skip what these patterns match; other readers look which modules have a qweight.
+            # gptqmodel and vLLM skip modules that match these patterns. Other readers check which have a qweight.
             "dynamic": {rf"-:^{re.escape(name)}$": {} for name in sorted(skipped)},
         }
 
     def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
         if str(config.get("pack_dtype", "int32")).removeprefix("torch.") != "int32":
-            raise FormatError(f"gptq: codes packed in {config['pack_dtype']}; only int32 is known")
-        found: dict[str, dict[str, PartSpec]] = {}
+            raise FormatError(f"gptq: codes packed in {config['pack_dtype']}; only int32 is supported")
+        weights: dict[str, dict[str, PartSpec]] = {}
         for name in names:
             module, _, suffix = name.rpartition(".")
-            if suffix in ("qweight", "qzeros", "scales") and module not in found:
-                found[module] = {s: names[f"{module}.{s}"] for s in _SUFFIXES if f"{module}.{s}" in names}
+            if suffix in ("qweight", "qzeros", "scales") and module not in weights:
+                weights[module] = {s: names[f"{module}.{s}"] for s in _SUFFIXES if f"{module}.{s}" in names}
                 settings = for_module(config, module)
-                _check(module, found[module], _width(settings), settings)
-        if not found:
-            raise FormatError("the config says gptq, but no tensor is called *.qweight")
-        return found
+                _check(module, weights[module], _width(settings), settings)
+        if not weights:
+            raise FormatError("the config says gptq, but no tensor is named *.qweight")
+        return weights
 
 
 def _words(packed: Tensor) -> Tensor:
-    """Rows of bytes [R, 4 C] seen as rows of little-endian words, int32 [R, C]."""
+    """Rows of bytes uint8 [R, 4 C] viewed as little-endian words int32 [R, C]."""
     words: Tensor = packed.flatten().view(torch.int32).unflatten(0, (packed.shape[0], -1))
     return words
 
@@ -162,19 +164,21 @@ def _words(packed: Tensor) -> Tensor:
 def _width(config: Mapping[str, Any]) -> int:
     width = config.get("bits")
     if width not in _WIDTHS:
-        raise FormatError(f"gptq: bits = {width!r} in the quantization config", "Only 2, 3, 4 and 8 can be read.")
+        raise FormatError(
+            f"gptq: bits = {width!r} in the quantization config", "Only 2, 3, 4 and 8 bits are supported."
+        )
     return int(width)
 
 
 def _is_v2(config: Mapping[str, Any]) -> bool:
     kind = config.get("checkpoint_format") or config.get("format") or "gptq"
     if kind not in ("gptq", "gptq_v2"):
-        raise FormatError(f"gptq: checkpoint format {kind!r} is not known", "Known: gptq, gptq_v2.")
+        raise FormatError(f"gptq: unknown checkpoint format {kind!r}", "Known: gptq, gptq_v2.")
     return bool(kind == "gptq_v2")
 
 
 def _check(module: str, specs: Mapping[str, PartSpec], width: int, config: Mapping[str, Any]) -> None:
-    """FormatError unless the tensors of one module fit one another and the group size that the config states."""
+    """FormatError unless the headers of one module agree with each other and with the config's group size."""
     _is_v2(config)
     for suffix in ("qweight", "qzeros", "scales"):
         if suffix not in specs:
@@ -184,17 +188,18 @@ def _check(module: str, specs: Mapping[str, PartSpec], width: int, config: Mappi
     words, n = specs["qweight"].shape
     k, groups = words * 32 // width, specs["scales"].shape[0]
     if not words or not n or words * 32 % width or n * width % 32:
-        raise FormatError(f"{module}.qweight: {words} x {n} words hold no whole weight of {width} bits")
+        raise FormatError(f"{module}.qweight: {words} x {n} words are not a whole number of {width}-bit codes")
     if not groups or (k % groups and "g_idx" not in specs):
         raise FormatError(f"{module}.scales: {groups} groups do not divide {k} columns")
     group = config.get("group_size", -1)
     if group is not None and (not isinstance(group, int) or group < -1):
         raise FormatError(
-            f"gptq: group_size = {group!r} in the quantization config", "It is a number, or -1 for a row."
+            f"gptq: group_size = {group!r} in the quantization config",
+            "It must be a positive integer, or -1 for a row.",
         )
     if groups != (1 if group in (-1, 0, None) else -(-k // int(group))):
         raise FormatError(
-            f"{module}.scales: {groups} groups found, but the config says group_size {group} of {k} columns"
+            f"{module}.scales has {groups} groups, but the config says group_size {group}, with {k} columns"
         )
     expected = {
         "qweight": PartSpec((words, n), torch.int32),
@@ -213,7 +218,7 @@ def _check(module: str, specs: Mapping[str, PartSpec], width: int, config: Mappi
 
 
 def _stored_order(g_idx: Tensor | None, k: int, groups: int, module: str) -> Tensor | None:
-    """Columns sorted by group, as a permutation [K]; None where they already lie that way."""
+    """The permutation [K] that sorts the columns by group. None if they are sorted already."""
     if g_idx is None:
         return None
     sound = int(g_idx.min()) >= 0 and int(g_idx.max()) < groups

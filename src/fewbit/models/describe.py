@@ -65,8 +65,9 @@ def describe(source: Source) -> Inspection:
         return _of_another(source, checkpoint, quantization["quant_method"])
     if format is not None and quantization is not None:
         for module, tensors in format.find(quantization, checkpoint.specs).items():
-            told = {suffix: checkpoint.get(f"{module}.{suffix}") for suffix in format.told_by if suffix in tensors}
-            scheme, shape = format.describe(tensors, quantization, module, told)
+            suffixes = [suffix for suffix in format.metadata_suffixes if suffix in tensors]
+            metadata = {suffix: checkpoint.get(f"{module}.{suffix}") for suffix in suffixes}
+            scheme, shape = format.describe(tensors, quantization, module, metadata)
             schemes[str(scheme)] += 1
             quantized += prod(shape)
             packed += scheme.nbytes(shape)
