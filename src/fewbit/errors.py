@@ -1,6 +1,6 @@
 """The exceptions that fewbit raises, as one small class tree.
 
-The message says which value is wrong and where it stands (tensor, file or flag). The hint says how to fix it.
+The message says which value is wrong and where it is (tensor, file or flag). The hint says how to fix it.
 `exit_code` is the exit status of the command line.
 """
 

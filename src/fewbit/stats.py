@@ -131,8 +131,8 @@ def _tf32() -> Iterator[None]:
     """Context in which a GPU multiplies float32 matrices in TF32: factors rounded to 11 bits, sums in float32.
 
     It is used for activations that came in bfloat16 or float16: those have 8 or 11 bits, so the rows keep their
-    precision. Both factors of x xᵀ are rounded alike, so the Hessian stays symmetric and positive semidefinite. On an
-    H200 the statistics of one block of an 8B model take 0.74 s instead of 2.8 s.
+    precision. Both factors of x xᵀ are rounded the same way, so the Hessian stays symmetric and positive semidefinite.
+    On an H200 the statistics of one block of an 8B model take 0.74 s instead of 2.8 s.
     """
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"

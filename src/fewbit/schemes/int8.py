@@ -112,7 +112,7 @@ class Int8(Scheme):
 
     def _search(self, w: Tensor, plain: RowGrids, importance: Tensor) -> RowGrids:
         """The best of the candidate scales of each row. It is never worse than the plain one."""
-        found = []
+        chunks = []
         n, k = w.shape
         for rows in chunk_rows(n, k, 1 << 20):
             x, h, scb = w[rows].to(plain.dtype), importance.to(plain.dtype), plain.scb[rows]
@@ -124,8 +124,8 @@ class Int8(Scheme):
                 solved = 127 * (h * codes * x).sum(1) / (h * codes * codes).sum(1)
                 usable = solved.isfinite() & (solved > 0)
                 scb, best = _better(x, h, torch.where(usable, solved.float(), scb), scb, best)
-            found.append(scb)
-        return RowGrids(torch.cat(found), plain.dtype)
+            chunks.append(scb)
+        return RowGrids(torch.cat(chunks), plain.dtype)
 
     def nearest(self, w: Tensor) -> tuple[Tensor, RowGrids]:
         grids = self.fit(w)

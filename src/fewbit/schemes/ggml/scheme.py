@@ -69,7 +69,7 @@ class GGML(Blocks, Scheme):
         weights = None if importance is None else importance.expand_as(w).reshape(-1, kind.columns)
         return self.grids(fit(kind, w.reshape(-1, kind.columns), weights), w)
 
-    def grids(self, found: BlockScales, w: Tensor) -> BlockGrids:
+    def grids(self, scales: BlockScales, w: Tensor) -> BlockGrids:
         """The grids of `w` from the scales of its blocks, which are listed row by row."""
         kind, dtype = LAYOUTS[self.name], w.dtype if w.dtype == torch.float64 else torch.float32
 
@@ -79,8 +79,8 @@ class GGML(Blocks, Scheme):
         def by_sub(x: Tensor | None) -> Tensor | None:
             return None if x is None or not kind.super else x.T.to(torch.int16).reshape(len(w), -1)
 
-        dmin = None if found.dmin is None else by_row(found.dmin)
-        return BlockGrids(self.name, by_row(found.d), dmin, by_sub(found.sc), by_sub(found.m))
+        dmin = None if scales.dmin is None else by_row(scales.dmin)
+        return BlockGrids(self.name, by_row(scales.d), dmin, by_sub(scales.sc), by_sub(scales.m))
 
     def refit(self, w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, ridge: float = 0.0) -> BlockGrids:
         """Re-solve sub-scales, d and dmin block by block. The error does not rise in any row."""

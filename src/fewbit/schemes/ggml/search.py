@@ -31,10 +31,10 @@ SMALLEST = 2.0**-24  # the smallest positive fp16
 LARGEST = 65504.0
 _FLOOR = 1e-4  # added to importances, relative to their mean: columns of importance 0 still get a sensible grid
 _ROUNDS = 3  # rounds of refinement
-# (affine, bits) -> (low, high, steps). Step 1 spreads a sub-block's range over low ... high levels more than the type
-# has. If a type has many levels, their exact number hardly matters, but each candidate rounds all weights anew, and
-# the best of many roundings wins. So wide ranges help: at q6_k, -5 ... 1 instead of -1 ... 1 lowers the error by 10 %
-# at no cost; at q8_0, -8 ... 1 lowers it by 13 %; at q5_k, -4 ... 4 lowers it by 2.5 %.
+# (affine, bits) -> (low, high, count). Step 1 spreads a sub-block's range over the type's number of levels plus low ...
+# high, in `count` candidates. If a type has many levels, losing a few hardly matters, but each candidate rounds all
+# weights anew, and the best of many roundings wins. So wide ranges help: at q6_k, -5 ... 1 instead of -1 ... 1 lowers
+# the error by 10 % at no cost; at q8_0, -8 ... 1 lowers it by 13 %; at q5_k, -4 ... 4 lowers it by 2.5 %.
 _RANGES = {
     (True, 2): (-0.9, 0.9, 28),
     (True, 4): (-2, 4, 28),
@@ -52,7 +52,7 @@ _FLAT = 2.0**-20  # scales smaller than this, relative to the offset, vanish bes
 
 @dataclass
 class BlockScales:
-    """The stored scales of B blocks: d and dmin [B], sc and m [subs, B], all float. None where the type has none."""
+    """The stored scales of B blocks: d, dmin [B] and sc, m [subs, B], all float. dmin and m are None if not stored."""
 
     d: Tensor
     dmin: Tensor | None
@@ -88,7 +88,7 @@ def half(x: Tensor, unit: Tensor | float = 1.0) -> Tensor:
 class Search:
     """The search over blocks x [sub, subs, B] of one layout, with importances h of the same shape.
 
-    x is given in units of `unit` [B]; the scales found are too. l holds the current levels, t is scratch memory.
+    x and all scales are in units of `unit` [B]. l holds the current levels; t is scratch memory.
     """
 
     def __init__(self, kind: Layout, x: Tensor, h: Tensor, unit: Tensor) -> None:
@@ -138,11 +138,11 @@ class Search:
         if not self.kind.affine:
             top = self.x.gather(0, self.x.abs().argmax(0, keepdim=True))[0]
             edge = NONLINEAR[0] if self.kind.nonlinear else -self.kind.zero
-            found = self.project(top / edge, self.A, 1)
+            best = self.project(top / edge, self.A, 1)
             if self.kind.nonlinear:  # the levels are not symmetric around 0, so try both signs of the scale
                 flipped = self.project(-top / edge, self.A, 1)
-                found = found.replaced(self.error(flipped) < self.error(found), flipped)
-            return found
+                best = best.replaced(self.error(flipped) < self.error(best), flipped)
+            return best
         low, high = self._range()
         return self.project((high - low) / (2**self.kind.bits - 1), -low, 1)
 
@@ -243,12 +243,12 @@ class Search:
     def run(self) -> BlockScales:
         """All three steps; the best grid found."""
         now = self.project(*self.start())
-        found, least = now, self.error(now)
+        best, least = now, self.error(now)
         for _ in range(_ROUNDS):
             now = self.improve(now)
             error = self.error(now)
-            found, least = found.replaced(error < least, now), torch.minimum(error, least)
-        return found
+            best, least = best.replaced(error < least, now), torch.minimum(error, least)
+        return best
 
 
 def fit(kind: Layout, x: Tensor, h: Tensor | None) -> BlockScales:
@@ -263,16 +263,16 @@ def fit(kind: Layout, x: Tensor, h: Tensor | None) -> BlockScales:
     blocks = blocks / unit  # not in place: `blocks` may share memory with x
     if h is None:
         search = Search(kind, blocks, torch.ones_like(blocks), unit)
-        found = search.spanned()
+        best = search.spanned()
     else:
         weights = _transposed(kind, h)
         weights = weights / weights.mean((0, 1)).clamp_(min=1e-30)
         search = Search(kind, blocks, weights + _FLOOR, unit)
-        found, plain = search.run(), search.spanned()
+        best, plain = search.run(), search.spanned()
         search.h = weights
-        found = found.replaced(search.error(plain) < search.error(found), plain)
-    d, dmin = found.d * unit, None if found.dmin is None else found.dmin * unit
-    return BlockScales(d, dmin, found.sc, found.m)
+        best = best.replaced(search.error(plain) < search.error(best), plain)
+    d, dmin = best.d * unit, None if best.dmin is None else best.dmin * unit
+    return BlockScales(d, dmin, best.sc, best.m)
 
 
 def _transposed(kind: Layout, x: Tensor) -> Tensor:
