@@ -1,8 +1,8 @@
-"""Registers fewbit with transformers and with PEFT when they are imported, and not before.
+"""Registers fewbit with transformers and PEFT as soon as they are imported, without importing them itself.
 
-A finder in front of `sys.meta_path` lets the ordinary finders find the modules that are waited for and adds a step
-after their execution: importing the module of ours that registers itself. For every other module it answers None at
-once.
+An import finder at the front of `sys.meta_path` watches for a few modules. The ordinary finders still load them. After
+a watched module has been executed, the fewbit module that registers itself with it is imported. For every other module
+the finder returns None at once.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# Theirs -> ours. transformers imports its quantizers in the midst of its models, when nothing that needs a model can be
-# imported yet; configs and tokenizers may be imported without any; PEFT's is the last that LoRA consists of.
+# Watched module -> the fewbit module that registers itself after it.
+# transformers imports its quantizers while it is still importing `modeling_utils`, too early for code that needs a
+# model class; so the quantizer waits for `modeling_utils`. Configs and tokenizers can be imported without a model, so
+# they have entries of their own. `peft.tuners.lora.model` is the last module of PEFT's LoRA package to be imported.
 _WATCHED = {
     "transformers.modeling_utils": "fewbit.models.plugin.quantizer",
     "transformers.configuration_utils": "fewbit.models.plugin.patch_gguf_config",
@@ -27,7 +29,7 @@ _WATCHED = {
     "peft.peft_model": "fewbit.models.adapters.refit",
 }
 
-preferred: set[str] = set()  # quantization methods that fewbit serves even where their own back end is installed
+preferred: set[str] = set()  # quantization methods that fewbit handles even if their own back end is installed
 
 
 class _AfterImport(MetaPathFinder):
@@ -61,13 +63,13 @@ class _Registering(Loader):
 
 
 def _register(ours: str) -> None:
-    # By name: this module lies below those, and must not import them when it is itself imported. They register when
-    # they are imported; one that is just being imported does so at its end.
+    # Imported by name: this module is in a lower layer, and must not import these modules when it is itself imported.
+    # Each registers itself on import; a module that is being imported right now registers when its import ends.
     importlib.import_module(ours)
 
 
 def install() -> None:
-    """Register now with what is imported already, and with the rest as soon as it is."""
+    """Register with the watched modules that are already imported, and with the others when they are imported."""
     for theirs, ours in _WATCHED.items():
         if theirs in sys.modules:
             _register(ours)
@@ -77,12 +79,18 @@ def install() -> None:
 
 
 def on_load() -> Any:
-    """`fewbit.api.on_load`, which quantizes a checkpoint while it is loaded; by name too, as it lies above who asks."""
+    """The module `fewbit.api.on_load`, which quantizes a checkpoint during loading.
+
+    It is imported by name because it is in a higher layer than its caller.
+    """
     return importlib.import_module("fewbit.api.on_load")
 
 
 def prefer(methods: set[str]) -> None:
-    """Serve these methods from now on; transformers need not be imported yet."""
+    """Handle these quantization methods from now on, even if their own back end is installed.
+
+    This works before and after transformers is imported.
+    """
     preferred.update(methods)
     plugin = sys.modules.get(_WATCHED["transformers.modeling_utils"])
     if plugin is not None:

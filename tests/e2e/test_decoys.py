@@ -20,7 +20,7 @@ from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.source import locate
 from fewbit.system import processes
-from fewbit.system.processes import Heard, Server
+from fewbit.system.processes import OnMessage, Server
 from fewbit.texts.calibration import Calibration
 from tests import gguf_files, models
 
@@ -61,10 +61,12 @@ def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class Here(Server):
     """A server that does its tasks in this process; the other says nothing of warnings either."""
 
-    def run(self, task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
+    def run(self, task: Mapping[str, Any], on_message: OnMessage) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return {"quantize": compare_worker.quantize, "measure": compare_worker.measure}[task["do"]](task, heard)
+            return {"quantize": compare_worker.quantize, "measure": compare_worker.measure}[task["do"]](
+                task, on_message
+            )
 
 
 def verbs(sub: Path, out: Path, text: Path) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def test_what_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
 def test_a_packed_text_that_is_damaged_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.gz"
     path.write_bytes(gzip.compress(b"whole")[:-9])
-    with pytest.raises(FormatError, match=r"a\.gz is not a sound gzip file"):
+    with pytest.raises(FormatError, match=r"a\.gz is not a valid gzip file"):
         read_text(path)
 
 

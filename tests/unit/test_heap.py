@@ -28,7 +28,7 @@ def test_pages_that_were_read_go_and_what_is_kept_stays(tmp_path: Path) -> None:
         tensor.sum()
     before = memory.kept([path])
 
-    with heap.tight() as done_with:
+    with heap.trimmed() as done_with:
         done_with([mapped["a"], mapped["a_"]], [])
         done_with([mapped["b"]], [mapped["b"][5:10]])
 
@@ -40,6 +40,6 @@ def test_pages_that_were_read_go_and_what_is_kept_stays(tmp_path: Path) -> None:
 
 def test_memory_that_belongs_to_no_file_is_left_alone() -> None:
     x = torch.ones(8 * MIB, dtype=torch.uint8)
-    with heap.tight() as done_with:
+    with heap.trimmed() as done_with:
         done_with([x], [])
     assert int(x.sum()) == 8 * MIB

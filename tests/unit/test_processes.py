@@ -61,7 +61,7 @@ def test_a_task_answers_from_a_process_of_its_own(server: Server) -> None:
     ("task", "reason"),
     [
         ({"do": "refuse"}, "this cannot be; and 2 more"),
-        ({"do": "fail", "how": "memory"}, "out of memory: no more could be had"),
+        ({"do": "fail", "how": "memory"}, "out of memory: an allocation failed"),
         ({"do": "fail", "how": "allocator"}, "out of memory: DefaultCPUAllocator: can't allocate memory: 9 bytes"),
         ({"do": "fail", "how": "bug"}, "ValueError: what? (few_tasks.py:17)"),
         ({"do": "end", "how": "exit"}, "its process ended with exit code 3"),

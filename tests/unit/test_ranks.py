@@ -33,7 +33,7 @@ with ranks.joined("cpu"):
     stats.add(x[rows], weight[rows])
     stats.all_reduce()
     transposed = torch.full((2, 3), float(me)).T
-    ranks.hand_out(transposed, 1)
+    ranks.broadcast(transposed, 1)
     # One expert is reached in the first rank alone, another in the second.
     class Skeleton:
         device = "cpu"
@@ -45,9 +45,9 @@ with ranks.joined("cpu"):
     found = {
         "hessian": stats.hessian.tolist(), "rows": stats.rows,
         "part": list(ranks.part(7)), "owners": ranks.owners([1, 5, 2, 2]),
-        "gathered": ranks.gathered([me]), "to_first": ranks.to_first(me),
-        "from_first": ranks.from_first(lambda: me), "agreed": ranks.agreed(me + 10),
-        "handed": transposed.tolist(), "added": float(ranks.add_up(torch.tensor(float(me)))),
+        "gathered": ranks.all_gather([me]), "to_first": ranks.gather_to_first(me),
+        "from_first": ranks.run_on_first(lambda: me), "agreed": ranks.agreed(me + 10),
+        "handed": transposed.tolist(), "added": float(ranks.all_reduce(torch.tensor(float(me)))),
         "routed": {n: (s.rows, s.mean_square.tolist()) for n, s in routed.items()},
         "order": list(routed),
     }
@@ -110,9 +110,9 @@ def test_one_process_is_told_what_it_says() -> None:
         assert device == "cpu"
         assert (ranks.rank(), ranks.size(), ranks.first(), ranks.silent()) == (0, 1, True, False)
         value = torch.ones(3)
-        assert ranks.add_up(value) is value
-        assert ranks.gathered(value) == ranks.to_first(value) == [value]
-        assert ranks.from_first(lambda: value) is value
+        assert ranks.all_reduce(value) is value
+        assert ranks.all_gather(value) == ranks.gather_to_first(value) == [value]
+        assert ranks.run_on_first(lambda: value) is value
         assert (list(ranks.part(3)), ranks.owners([3, 1])) == ([0, 1, 2], [0, 0])
 
 

@@ -57,13 +57,13 @@ def finetune(
     finite: `out` then holds the adapter as of the last good step, if there was one. dtype of activations and of what
     is not quantized: float32 on a CPU, the checkpoint's own on a GPU by default.
     """
-    elapsed, out = timing.timed(), publish.claimed(out, overwrite=overwrite)
+    elapsed, out = timing.timed(), publish.check_output(out, overwrite=overwrite)
     device = machine.device(arguments.device("device", device))
     tuning = tuning or Tuning()
     need_peft()
     text = sources.load_text(data)
     source = locate(model)
-    publish.spare(out, source.origin, source.folder, *([data] if isinstance(data, str) else []))
+    publish.check_not_lost(out, source.origin, source.folder, *([data] if isinstance(data, str) else []))
     most = source.context
     if tuning.length > most and tuning.length != Tuning.length:
         raise PlanError(f"--length {tuning.length} is beyond the model's context of {most} tokens")
@@ -164,7 +164,7 @@ def merge(
     values that its packed weights stand for. plan: quantize the result by it. The result is compared with `model` and
     its adapter on `samples` windows of `length` tokens of a text. The merged model is held in memory unquantized.
     """
-    elapsed, out = timing.timed(), publish.claimed(out, overwrite=overwrite)
+    elapsed, out = timing.timed(), publish.check_output(out, overwrite=overwrite)
     plan = None if plan is None else arguments.plan("plan", plan)
     if plan is not None and format_of(plan).suffix:
         raise PlanError(

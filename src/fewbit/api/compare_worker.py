@@ -29,13 +29,13 @@ from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
 from fewbit.plans import plan as plans
 from fewbit.system import timing
-from fewbit.system.processes import Heard, serve
+from fewbit.system.processes import OnMessage, serve
 from fewbit.texts import calibration
 
 _MOST_RECORDED = 2 << 30  # bytes of logits of the original that are kept on disk; beyond, each row computes them anew
 
 
-def quantize(task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
+def quantize(task: Mapping[str, Any], on_message: OnMessage) -> dict[str, Any]:
     """Quantize `model` by `plan` into `out`."""
     before = memory.now().resident
     memory.forget_peak()
@@ -47,7 +47,7 @@ def quantize(task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
         overwrite=True,
         device=task["device"],
         trust_remote_code=task["trust_remote_code"],
-        progress=lambda step: heard({"block": step.done, "of": step.total}),
+        progress=lambda step: on_message({"block": step.done, "of": step.total}),
     )
     kinds = Counter(f"{t.scheme} by {t.method}" for t in done.tensors)
     few = Counter(note for t in done.tensors for note in t.notes)
@@ -59,7 +59,7 @@ def quantize(task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
     }
 
 
-def measure(task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
+def measure(task: Mapping[str, Any], on_message: OnMessage) -> dict[str, Any]:
     """Measure the model `made`, or the original where that is None."""
     original = locate(task["model"])
     itself = task["made"] is None
@@ -80,7 +80,7 @@ def measure(task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
     rates = speed.prefill(model, prompt), speed.decode(model, prompt, task["new_tokens"])
     sample = continue_text(model, tokenizer, prompt_ids(tokenizer, task["prompt"]), max_new_tokens=task["new_tokens"])
     generating = _peak(before)
-    heard({"doing": "quality"})
+    on_message({"doing": "quality"})
     if device == "cpu" and model.dtype != torch.float32:
         del model
         model = load_model(source, device=device, dtype=torch.float32, trust_remote_code=trust)

@@ -82,14 +82,14 @@ def quantize(
     with ranks.joined(arguments.device("device", device)) as device, ExitStack() as leaving:
         out, file = publish.named(out), is_file(out, wanted)
         if ranks.first():
-            publish.claimed(out, overwrite=overwrite, file=file)
+            publish.check_output(out, overwrite=overwrite, file=file)
         heap.return_freed()
         job = Job.prepare(
             unquantized(model, safetensors_only), wanted, device, trust_remote_code=trust_remote_code, imatrix=imatrix
         )
         preview = job.preview()
         if ranks.first():
-            publish.spare(out, job.source.origin, job.source.folder, *job.source.files)
+            publish.check_not_lost(out, job.source.origin, job.source.folder, *job.source.files)
             # Block results, then what is put together from them.
             publish.check_space({cache_folder(): preview.output_bytes, out.resolve(): preview.output_bytes})
         tokenizer = load_tokenizer(job.source, trust_remote_code=trust_remote_code)
@@ -158,7 +158,7 @@ def quantize(
                 sample=sample,
             )
 
-        return ranks.from_first(published)
+        return ranks.run_on_first(published)
 
 
 @checked
@@ -195,7 +195,7 @@ def imatrix(
         raise PlanError(reason, "Give another -o.")
     with ranks.joined(arguments.device("device", device)) as device:
         if ranks.first():
-            publish.claimed(out, overwrite=overwrite, file=True)
+            publish.check_output(out, overwrite=overwrite, file=True)
         source = unquantized(model, safetensors_only)
         skeleton = skeleton_of(source, machine.device(device), trust_remote_code)
         names = settled.model_of(skeleton).names
@@ -218,7 +218,7 @@ def imatrix(
                 raise publish.rescued(error, out, write) from error
             return Measured(str(out), len(matrix), tokens.numel(), text["text"], fewer(calibration, text), elapsed())
 
-        return ranks.from_first(published)
+        return ranks.run_on_first(published)
 
 
 def _files(folder: Path) -> list[str]:

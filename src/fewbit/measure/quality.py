@@ -125,7 +125,7 @@ def measure(
 
 def _joined(pieces: list[Tensor]) -> Tensor:
     """What each token was given, of the windows of all ranks in their order."""
-    return torch.cat([piece for each in ranks.gathered(pieces) for piece in each]).double()
+    return torch.cat([piece for each in ranks.all_gather(pieces) for piece in each]).double()
 
 
 def _said(model: Any | Recorded, number: int, tokens: Tensor) -> Tensor:

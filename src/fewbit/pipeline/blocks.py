@@ -145,8 +145,8 @@ def _quantize_together(
     if block.calls:
         for names, owner in zip(groups, owners, strict=True):
             for name in names:
-                ranks.hand_out(skeleton.weight(name), owner)
-    return {name: each for found in ranks.to_first(done) for name, each in found.items()}
+                ranks.broadcast(skeleton.weight(name), owner)
+    return {name: each for found in ranks.gather_to_first(done) for name, each in found.items()}
 
 
 def _cost(assignments: Sequence[Assignment]) -> float:

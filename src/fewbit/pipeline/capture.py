@@ -174,7 +174,7 @@ def _of_all_ranks(
 ) -> dict[str, Stats]:
     """The statistics of every linear that any rank's batches reached; `reads`: linear -> the one whose they are."""
     leaders: dict[str, str] = {}
-    for own in ranks.gathered(dict(reads)):
+    for own in ranks.all_gather(dict(reads)):
         for name, leader in own.items():
             leaders.setdefault(name, leader)
     for leader in dict.fromkeys(leaders.values()):

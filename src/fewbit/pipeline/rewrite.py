@@ -73,7 +73,7 @@ def rewrite(block: Block, wanted: Mapping[str, Assignment]) -> Rewritten:
 
 def _some(block: Block) -> list[tuple[BlockCall, Tensor]]:
     """About `_TOKENS` tokens of what calls the block in all ranks, the same for each of them."""
-    tokens = ranks.gathered([states[..., 0].numel() for states in block.hidden])
+    tokens = ranks.all_gather([states[..., 0].numel() for states in block.hidden])
     count = sum(len(own) for own in tokens)
     stride = max(1, min(round(sum(map(sum, tokens)) / _TOKENS), count))
     before = sum(len(own) for own in tokens[: ranks.rank()])
@@ -82,7 +82,7 @@ def _some(block: Block) -> list[tuple[BlockCall, Tensor]]:
         return own
     device = block.skeleton.device
     sent = [(_mapped(call, _to("cpu")), states.cpu()) for call, states in own]
-    return [(_mapped(c, _to(device)), s.to(device)) for each in ranks.gathered(sent) for c, s in each]
+    return [(_mapped(c, _to(device)), s.to(device)) for each in ranks.all_gather(sent) for c, s in each]
 
 
 def _to(device: torch.device | str) -> Callable[[Any], Any]:
@@ -124,7 +124,7 @@ class BlockFold(Fold):
 
     def errors(self, candidates: Sequence[Tensor], error: Callable[[Tensor], float]) -> list[float]:
         own = {i: error(candidates[i]) for i in range(ranks.rank(), len(candidates), ranks.size())}
-        found = {i: value for each in ranks.gathered(own) for i, value in each.items()}
+        found = {i: value for each in ranks.all_gather(own) for i, value in each.items()}
         return [found[i] for i in range(len(candidates))]
 
     def stats(self, scales: Tensor) -> Stats:

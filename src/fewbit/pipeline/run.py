@@ -78,7 +78,7 @@ class Run:
             ) from error
 
     def load(self, index: int) -> tuple[dict[str, Tensor], list[TensorReport]] | None:
-        return ranks.from_first(lambda: self._read(index))
+        return ranks.run_on_first(lambda: self._read(index))
 
     def _read(self, index: int) -> tuple[dict[str, Tensor], list[TensorReport]] | None:
         if not self.file(index).exists():

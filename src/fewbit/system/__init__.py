@@ -1,1 +1,1 @@
-"""The machine, the cache, files, processes, and the publishing of an output."""
+"""The machine, the cache, files, locks, processes, and the atomic publishing of outputs."""

@@ -1,7 +1,7 @@
-"""What PyTorch lets a program switch for all its code, set aside while fewbit computes.
+"""Resets PyTorch's global settings to their defaults while fewbit computes.
 
-A program may change the default dtype or device, switch on autocast or inference mode, or allow float32 products to be
-rounded. Numbers that fewbit makes must not depend on that: codes of a weight would differ from one program to another.
+A program may change the default dtype or device, enable autocast or inference mode, or lower the float32 matmul
+precision. fewbit's results must not depend on these: otherwise two programs would get different codes for one weight.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _DEVICES = ("cpu", "cuda")
 
 @contextmanager
 def defaults() -> Iterator[None]:
-    """PyTorch's own settings within, the caller's again after. It decorates a function too."""
+    """Use PyTorch's default settings inside the block, then restore the caller's. Also works as a decorator."""
     dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

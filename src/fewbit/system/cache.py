@@ -1,4 +1,4 @@
-"""Folders that fewbit makes once and keeps: where they lie, and how they come to be whole or not at all."""
+"""The cache: where its folders are, and how each is created atomically (complete or not at all)."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from fewbit.errors import FormatError, OutputError, PlanError
 from fewbit.system import locks
 from fewbit.system.files import read_json
 
-_SET = "Set FEWBIT_CACHE to a folder that can be written and has room."
-SIZES = ".sizes.json"  # hidden: it is no part of what was made
+_SET = "Set FEWBIT_CACHE to a writable folder with enough space."
+SIZES = ".sizes.json"  # hidden: it is not part of the content
 
 
 def cache_folder() -> Path:
-    """The folder under which everything is cached: $FEWBIT_CACHE, else $XDG_CACHE_HOME/fewbit, else ~/.cache/fewbit.
+    """The cache folder: $FEWBIT_CACHE, else $XDG_CACHE_HOME/fewbit, else ~/.cache/fewbit.
 
-    It exists and can be written. Where that is not so, PlanError for $FEWBIT_CACHE, and for the others a folder among
-    the system's temporary ones, after a warning.
+    The returned folder exists and is writable. If $FEWBIT_CACHE is not writable, this raises PlanError. If one of the
+    other two is not writable, this warns and returns a folder in the system's temporary directory.
     """
     if own := os.environ.get("FEWBIT_CACHE"):
         folder = Path(os.path.expanduser(own)).absolute()
         if reason := _why_not(folder):
-            raise PlanError(f"FEWBIT_CACHE={own} cannot be written: {reason}", _SET)
+            raise PlanError(f"FEWBIT_CACHE={own} is not writable: {reason}", _SET)
         return folder
     shared = os.environ.get("XDG_CACHE_HOME")
     try:
         folder = (Path(shared).absolute() if shared else Path.home() / ".cache") / "fewbit"
-    except RuntimeError:  # no HOME, and a user that the system does not know
+    except RuntimeError:  # HOME is not set and the user is not in the system's user database
         return _temporary("this user has no home folder")
     reason = _why_not(folder)
-    return folder if reason is None else _temporary(f"{folder} cannot be written ({reason})")
+    return folder if reason is None else _temporary(f"{folder} is not writable ({reason})")
 
 
 @cache
 def _why_not(folder: Path) -> str | None:
-    """None if files can be made in the folder, which is made, else a reason."""
+    """Create the folder if needed. None if files can be created in it, else the reason why not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -52,14 +52,14 @@ def _why_not(folder: Path) -> str | None:
 
 @cache
 def _temporary(why: str) -> Path:
-    """A cache that the system may delete, this user's own."""
+    """A cache folder for this user in the temporary directory, which the system may delete at any time."""
     user = os.getuid() if hasattr(os, "getuid") else None
     try:
         folder = Path(tempfile.gettempdir()) / f"fewbit-{user or 'cache'}"
         folder.mkdir(mode=0o700, exist_ok=True)
         theirs = user is not None and folder.lstat().st_uid != user
         reason = f"{folder} belongs to another user" if theirs else _why_not(folder)
-    except OSError as error:  # no temporary folder can be written either
+    except OSError as error:  # the temporary directory is not writable either
         raise PlanError(f"there is no place for the cache: {why}; {error.strerror or error}", _SET) from None
     if reason:
         raise PlanError(f"there is no place for the cache: {why}; {reason}", _SET)
@@ -68,11 +68,14 @@ def _temporary(why: str) -> Path:
 
 
 def made(name: str, make: Callable[[Path], None], nbytes: int = 0) -> Path:
-    """The whole folder `name` of the cache; `make(empty_folder)` fills it, with `nbytes`, if it is not there yet.
+    """The complete cache folder `name`. If it does not exist yet, `make(empty_folder)` writes about `nbytes` into it.
 
-    It is filled under another name beside its place and renamed when all of it is on the disk, so that nobody, another
-    process included, sees half of it. A folder that lacks a file or has one of another size than was written is made
-    again. Whatever `make` raises passes through and leaves nothing behind, but for what cannot be written: OutputError.
+    The folder is filled under a temporary name next to its final one, and renamed once all files are on disk. So no
+    process ever sees it half written. A folder in which a file is missing or has a different size than recorded is
+    made again.
+
+    PlanError if the disk has less than `nbytes` free. OutputError if the cache cannot be written. Other exceptions
+    from `make` are passed on. Nothing is left behind after an error.
     """
     place = cache_folder() / name
     if _whole(place):
@@ -109,9 +112,9 @@ def _whole(place: Path) -> bool:
 
 
 def _put(staging: Path, place: Path) -> None:
-    """`place` is whole afterwards: our folder, or that of a process that was faster."""
+    """Rename `staging` to `place`. If another process was faster, its complete folder is kept."""
     if place.exists() and not _whole(place):
-        place.rename(staging.with_name("broken"))  # goes with the folder that both are in
+        place.rename(staging.with_name("broken"))  # deleted together with the scratch folder that contains it
     try:
         staging.rename(place)
         _sync(place.parent)
@@ -121,7 +124,7 @@ def _put(staging: Path, place: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder as a file
         return
     handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:

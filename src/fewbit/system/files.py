@@ -1,4 +1,4 @@
-"""Text and JSON files, read and written as UTF-8 in every locale. Errors name the file, and the line if known."""
+"""Reads and writes text and JSON files as UTF-8 in every locale. Errors name the file, and the line if known."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any
 
 from fewbit.errors import FormatError
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that is half a character without its other half
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escaped UTF-16 surrogate: valid only as one half of a pair
 _LONE = re.compile("[\ud800-\udfff]")
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, unpacked if its name ends in .gz; FormatError unless it is UTF-8 (a BOM is allowed)."""
+    """The text of a file, decompressed if its name ends in .gz. FormatError unless it is UTF-8 (a BOM is allowed)."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise FormatError(f"{path} is not a sound gzip file: {error}") from None
+        raise FormatError(f"{path} is not a valid gzip file: {error}") from None
     return decoded(data, str(path))
 
 
 def decoded(data: bytes, where: str) -> str:
-    """Bytes as text, with "\\n" at the end of each line; FormatError unless they are UTF-8 without NUL bytes."""
+    """Bytes decoded to text, with "\\n" as line ending. FormatError unless they are UTF-8 without NUL bytes."""
     data = data.removeprefix(b"\xef\xbb\xbf")
     try:
         text = data.decode("utf-8")
@@ -35,12 +35,12 @@ def decoded(data: bytes, where: str) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         raise FormatError(f"{where}: not UTF-8 at byte {error.start}, line {line}", _convert(data)) from None
     if (at := text.find("\0")) >= 0:
-        raise FormatError(f"{where}: not a text: NUL in line {text.count(chr(10), 0, at) + 1}", _convert(data))
+        raise FormatError(f"{where}: not text: NUL in line {text.count(chr(10), 0, at) + 1}", _convert(data))
     return io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
 
 
 def parse_json(text: str, where: str, hint: str = "") -> Any:
-    """The value that `text` holds; FormatError, with `hint`, unless it is JSON whose text can be written as UTF-8."""
+    """The value of the JSON in `text`. FormatError with `hint` if it is not JSON or UTF-8 cannot encode its strings."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -50,13 +50,13 @@ def parse_json(text: str, where: str, hint: str = "") -> Any:
     if _SURROGATE.search(text) and (lone := _LONE.search(json.dumps(value, ensure_ascii=False))):
         raise FormatError(
             f"{where}: \\u{ord(lone[0]):04x} is half a character",
-            "A surrogate pair was cut in two: remove it, or replace it with \\ufffd.",
+            "Half of a surrogate pair is missing. Remove the escape, or replace it with \\ufffd.",
         )
     return value
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file; FormatError unless it is JSON in UTF-8."""
+    """The value in a JSON file. FormatError unless it is JSON in UTF-8."""
     return parse_json(read_text(path), str(path))
 
 
@@ -66,12 +66,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any], indent: int = 1) -> None:
-    """Write a JSON object and a newline."""
+    """Write a JSON object, followed by a newline."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 def unwritable(text: str) -> str | None:
-    """Why `text` cannot be UTF-8; None if it can. Arguments that are not UTF-8 arrive as lone surrogates."""
+    """Why `text` cannot be encoded as UTF-8, or None if it can.
+
+    Python decodes command-line arguments that are not UTF-8 to lone surrogates.
+    """
     if (lone := _LONE.search(text)) is None:
         return None
     code = ord(lone[0])

@@ -1,9 +1,10 @@
-"""Memory that is done with goes back to the system: freed tensors, and pages of mapped files. Linux with glibc;
-elsewhere nothing happens.
+"""Returns unused memory to the operating system: freed tensors, and pages of mapped files.
 
-glibc takes pieces above a threshold from the system, each for itself, and the rest from a heap that only shrinks at its
-end. By default the threshold rises to 32 MiB as pieces are freed, and the heap fragments: half a gigabyte that nobody
-used, while a 1.1B model was quantized block by block (benchmarks/memory.py).
+This works on Linux with glibc. Elsewhere these functions do nothing.
+
+glibc requests each allocation above a threshold from the system separately (mmap). Smaller ones come from a heap, which
+can only shrink at its end. By default the threshold rises to 32 MiB as memory is freed, and then the heap fragments:
+half a gigabyte was unused while a 1.1B model was quantized block by block (benchmarks/memory.py).
 """
 
 from __future__ import annotations
@@ -20,30 +21,32 @@ from torch import Tensor
 DoneWith = Callable[[Iterable[Tensor], Iterable[Tensor]], None]
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
-_MADV_DONTNEED = 4  # <bits/mman-linux.h>: pages that are read again come from their file again
+_MADV_DONTNEED = 4  # <bits/mman-linux.h>; if dropped pages are read again, they are loaded from their file
 
-_now: list[int] = [32 << 20]  # where the threshold ends if left alone
+_threshold: list[int] = [32 << 20]  # the current threshold; glibc's own reaches 32 MiB
 
 
 def return_freed(threshold: int = 4 << 20) -> None:
-    """From now on, freed tensors of `threshold` bytes and more go back to the operating system at once.
+    """From now on, return freed tensors of at least `threshold` bytes to the operating system at once.
 
-    Below it, up to four times as much stays at hand: pages that come and go with every operation cost AWQ's search a
-    fifth of its time.
+    The heap for smaller ones keeps up to four times `threshold` free bytes. Without that reserve, pages would be
+    returned and requested again with every operation, which cost AWQ's search a fifth of its time.
     """
-    _now[0] = threshold
-    _set(threshold, spare=4 * threshold)
+    _threshold[0] = threshold
+    _set(threshold, top_pad=4 * threshold)
 
 
 @contextmanager
-def tight() -> Iterator[DoneWith]:
-    """Within, what is freed is gone, for work that takes many pieces of some megabytes and keeps smaller ones.
+def trimmed() -> Iterator[DoneWith]:
+    """Inside the block, return freed memory at once. For work that frees many tensors of a few MB and keeps small ones.
 
-    Laid out anew for kernels, the weights of a 135M GPTQ model left 170 MB of holes beside 120 MB; so they leave 8.
+    Example: converting a 135M GPTQ model (120 MB) to the kernels' layout left 170 MB of holes in the heap. With this
+    context manager it leaves 8 MB.
 
-    What is yielded is to be told which tensors were read, and which are kept: of those that were read, and that nobody
-    uses any more, the pages of mapped files go. They would stay in memory as long as anything of the file is in use,
-    which an embedding always is, and a model whose codes are laid out anew would be there twice.
+    The block receives a function `done_with(read, kept)`: the tensors that were read, and those that are still in use.
+    It drops the pages of mapped files under tensors in `read` that do not overlap any in `kept`. Otherwise these pages
+    stay in memory as long as any tensor of the file is in use, which is always the case for an embedding, and a model
+    that is converted to another layout would be in memory twice.
     """
     files = _mapped()
     gone: list[tuple[int, int]] = []
@@ -55,12 +58,12 @@ def tight() -> Iterator[DoneWith]:
         _give_back(done)
         gone.extend(done)
 
-    _set(256 << 10, spare=128 << 10)
+    _set(256 << 10, top_pad=128 << 10)
     try:
         yield done_with
     finally:
-        _give_back(gone)  # pages too that were shared by tensors that went one after the other
-        _set(_now[0], spare=2 * _now[0])
+        _give_back(gone)  # again for all: a page shared by two tensors can only be dropped once both are done
+        _set(_threshold[0], top_pad=2 * _threshold[0])
 
 
 def _places(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
@@ -68,7 +71,7 @@ def _places(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
 
 
 def _give_back(places: Iterable[tuple[int, int]]) -> None:
-    """The pages that lie wholly in these places, of which some follow upon others."""
+    """Drop the pages that lie completely inside these address ranges. Adjacent ranges are merged first."""
     runs: list[tuple[int, int]] = []
     for start, stop in sorted(places):
         if runs and runs[-1][1] == start:
@@ -81,7 +84,7 @@ def _give_back(places: Iterable[tuple[int, int]]) -> None:
 
 
 def _mapped() -> list[tuple[int, int]]:
-    """Addresses where files of data, not of code, are mapped."""
+    """Address ranges where data files are mapped; executable mappings (code) are left out."""
     maps, found = Path("/proc/self/maps"), []
     if sys.platform == "linux" and maps.exists():
         # Fields: addresses, rights, offset, device, inode, path.
@@ -93,9 +96,9 @@ def _mapped() -> list[tuple[int, int]]:
     return found
 
 
-def _set(threshold: int, *, spare: int) -> None:
+def _set(threshold: int, *, top_pad: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, threshold)
-        mallopt(_M_TRIM_THRESHOLD, 2 * spare)
-        mallopt(_M_TOP_PAD, spare)
+        mallopt(_M_TRIM_THRESHOLD, 2 * top_pad)
+        mallopt(_M_TOP_PAD, top_pad)

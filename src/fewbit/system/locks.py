@@ -1,8 +1,7 @@
-"""Working folders that belong to one living process, on this machine or another that shares the disk.
+"""Working folders that belong to one running process, on this machine or on another that shares the disk.
 
-A process holds a folder by a lock on a file in it. The kernel frees the lock when the process ends, however it ends, so
-nothing here asks whether a process number is alive: a container gives the same numbers again, and another machine has
-numbers of its own.
+A process owns a folder by holding a lock on a file in it. The kernel releases the lock when the process ends, even if
+it crashes. Process ids are not used: a container reuses them, and another machine has different ones.
 """
 
 from __future__ import annotations
@@ -22,28 +21,28 @@ LOCK = ".lock"
 
 
 class Held:
-    """A folder that this process alone works in, until `release` or `remove`, or the end of the process."""
+    """A folder that only this process uses, until `release`, `remove`, or the end of the process."""
 
     def __init__(self, folder: Path, lock: BaseFileLock | None) -> None:
         self.folder, self._lock = folder, lock
 
     def release(self) -> None:
-        """Let others have the folder, with what is in it."""
+        """Let other processes take the folder, with its content."""
         if self._lock is not None:
             self._lock.release(force=True)
 
     def remove(self) -> None:
         """Delete the folder."""
-        if os.name == "nt":  # Windows deletes no file that is open
+        if os.name == "nt":  # Windows cannot delete an open file
             self.release()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.release()
 
 
 def hold(folder: Path) -> Held | None:
-    """The folder, made if it is missing, as this process's own; None while another process has it.
+    """Take ownership of the folder, which is created if missing. None while another process owns it.
 
-    A file system may have no locks. There a folder belongs to the process that made it, and to no later one.
+    On a file system without locks, only the process that created a folder owns it, and no later one can.
     """
     while True:
         try:
@@ -55,17 +54,20 @@ def hold(folder: Path) -> Held | None:
         try:
             lock.acquire(blocking=False)
             return Held(folder, lock)
-        except (Timeout, PermissionError):  # another process has it, or another user
+        except (Timeout, PermissionError):  # owned by another process or another user
             return None
-        except FileNotFoundError:  # its holder has just removed it
+        except FileNotFoundError:  # its owner has just removed it
             continue
-        except (OSError, NotImplementedError):  # no locks here
+        except (OSError, NotImplementedError):  # a file system without locks
             return Held(folder, None) if fresh else None
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Within, no other process is in `alone` for that folder; waits for one that is. Without locks it does not wait."""
+    """Run the block while no other process is in `alone` for that folder; wait for one that is.
+
+    On a file system without locks it does not wait.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, thread_local=False)
     with suppress(OSError, NotImplementedError):
@@ -77,27 +79,30 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def scratch(prefix: Path) -> Held:
-    """A fresh folder PREFIX-TOKEN. Those of the same prefix that ended processes left behind are removed."""
+    """A new folder PREFIX-TOKEN. Folders with the same prefix that dead processes left behind are removed."""
     sweep(prefix)
-    while True:  # who sweeps may take a folder before it is locked
+    while True:  # another process's sweep may take the folder before it is locked
         if held := hold(prefix.with_name(f"{prefix.name}-{secrets.token_hex(4)}")):
             return held
 
 
 def sweep(prefix: Path) -> None:
-    """Remove the scratch folders of ended processes."""
+    """Remove the scratch folders of processes that have ended."""
     for left in left_behind(prefix):
         left.remove()
 
 
 def left_behind(prefix: Path) -> list[Held]:
-    """The scratch folders of that prefix that no living process holds, now held by this one."""
+    """The scratch folders with that prefix that no running process owns. This process now owns them."""
     found = sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}-*"))
     return [held for folder in found if folder.is_dir() and (held := hold(folder)) is not None]
 
 
 def resumable(place: Path) -> Held:
-    """`place` with what an interrupted process left there; beside it, PLACE-2 ..., while other processes have it."""
+    """`place`, with the work that an interrupted process left there. PLACE-2, PLACE-3, ... while others own it.
+
+    If several are free, this takes the one with the most entries and removes the others.
+    """
     known = [place, *sorted(place.parent.glob(f"{glob.escape(place.name)}-*"))]
     free = [held for folder in known if folder.is_dir() and (held := hold(folder)) is not None]
     if free:

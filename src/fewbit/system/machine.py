@@ -1,4 +1,4 @@
-"""The machine: devices, memory, processor, versions."""
+"""The machine: devices, memory, processor, package versions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fewbit.errors import PlanError
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
+    """Versions of the packages that affect results."""
     return {"python": platform.python_version(), **{p: _version(p) or "?" for p in ("fewbit", "torch", "transformers")}}
 
 
@@ -29,12 +29,12 @@ def _version(package: str) -> str | None:
 
 
 def processor() -> str:
-    """What the machine's processor calls itself."""
+    """The name of the processor."""
     return _cpuinfo("model name").strip() or platform.processor() or platform.machine()
 
 
 def _cpuinfo(*keys: str) -> str:
-    """What stands behind the first line of /proc/cpuinfo that begins with one of `keys`; nothing elsewhere."""
+    """The value of the first line of /proc/cpuinfo that starts with one of `keys`; empty if there is none."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -43,12 +43,12 @@ def _cpuinfo(*keys: str) -> str:
 
 
 def gpu_memory() -> int:
-    """Bytes of the first GPU; 0 where there is none."""
+    """Memory of the first GPU in bytes; 0 without a GPU."""
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
 
 
 def main_memory() -> int:
-    """Bytes of main memory; 0 where the system does not say."""
+    """Main memory in bytes; 0 if the system does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, AttributeError, OSError):
@@ -56,12 +56,15 @@ def main_memory() -> int:
 
 
 def device(wanted: str | None) -> str:
-    """The device to use: the one asked for, which must be there, else a GPU if there is one."""
+    """The device to use: the requested one, else a GPU if there is one, else the CPU.
+
+    PlanError if the requested device does not exist.
+    """
     if wanted is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     here = ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if not torch.cuda.is_available():
         here = ["cpu"]
     if wanted not in here:
-        raise PlanError(f"--device {wanted} is not here", f"There is: {', '.join(here)}.")
+        raise PlanError(f"--device {wanted} is not available", f"Available: {', '.join(here)}.")
     return wanted

@@ -1,9 +1,9 @@
-"""Tasks in processes of their own: what one holds, and how it ends, is nobody else's.
+"""Runs each task in its own process, so that its memory and its crashes do not affect other tasks.
 
-A server imports what every task needs, once, and forks for each one that comes as a line of JSON. So a task starts in
-milliseconds and yet from the same memory as all others, and a task that is killed costs one answer. Where forking is
-not sound (elsewhere than on Linux) each task gets a server of its own. The server's answers are lines too: the process
-of a task, its progress, its result, and how it ended.
+A server process imports once what every task needs. It reads tasks as lines of JSON and forks for each one. So a task
+starts in milliseconds, every task starts from the same memory, and a killed task loses only its own result. Forking is
+reliable on Linux only; on other systems each task gets its own server. The server's answers are lines of JSON too: the
+task's process id, its progress, its result, and its exit status.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from typing import IO, Any, Self
 
 from fewbit.errors import FewbitError
 
-Heard = Callable[[Mapping[str, Any]], None]
-Task = Callable[[Mapping[str, Any], Heard], Mapping[str, Any]]
+OnMessage = Callable[[Mapping[str, Any]], None]
+Task = Callable[[Mapping[str, Any], OnMessage], Mapping[str, Any]]
 
 _FORKS = sys.platform == "linux"
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
 
 
 class Failed(Exception):
-    """A task that did not end as it should; says why."""
+    """A task failed. The message says why."""
 
 
 class Server:
-    """The processes of `module`, which calls `serve`: a context in which tasks can be run, one at a time."""
+    """A context manager that runs tasks, one at a time, in processes of `module`, which must call `serve`."""
 
     def __init__(self, module: str) -> None:
         self.module = module
@@ -47,8 +47,10 @@ class Server:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
 
-    def run(self, task: Mapping[str, Any], heard: Heard) -> dict[str, Any]:
-        """What the task gives; `heard` is told {"pid"} and whatever else it says before. Failed if it ended badly."""
+    def run(self, task: Mapping[str, Any], on_message: OnMessage) -> dict[str, Any]:
+        """Run a task and return its result. `on_message` receives {"pid": ...}, then progress messages.
+
+        Failed if the task fails."""
         if self.process is None or self.process.poll() is not None:
             self.stop()
             self.process = self._started()
@@ -64,18 +66,18 @@ class Server:
         for line in answers:
             try:
                 said: dict[str, Any] = json.loads(line)
-            except ValueError:  # cut off where a process was killed
+            except ValueError:  # truncated because the process was killed
                 continue
             if "status" in said:
                 return _outcome(result, said["status"])
             if "result" in said or "error" in said:
                 result = said
             else:
-                heard(said)
+                on_message(said)
         return _outcome(result, self.process.wait())
 
     def stop(self) -> None:
-        """End the server and what it still runs."""
+        """Kill the server and the task that it still runs."""
         if self.process is None:
             return
         try:
@@ -97,17 +99,20 @@ class Server:
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
             env=environment(),
-            start_new_session=True,  # an interruption is the caller's, who ends the server
+            start_new_session=True,  # Ctrl-C reaches only the caller, which stops the server
         )
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """How to run a module of this package. -P: a folder called torch in the working directory is not imported."""
+    """The command that runs a module of this package.
+
+    -P keeps the working directory off the import path: a folder named torch in it must not be imported.
+    """
     return [sys.executable, "-P", "-W", "ignore", "-m", module, *arguments]
 
 
 def environment() -> dict[str, str]:
-    """The environment of such a process: it imports the package that starts it, installed or not."""
+    """The environment of such a process: it imports the same copy of the package, installed or not."""
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path}
@@ -130,9 +135,9 @@ def _ending(status: int) -> str:
 
 
 def serve(tasks: Mapping[str, Task], prepare: Callable[[Mapping[str, Any]], None]) -> None:
-    """The loop of a server: run the task that each line names as "do". `prepare` sees the first line beforehand."""
+    """The server loop: for each line, run the task named by its "do". `prepare` is called once with the first line."""
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)  # whatever is printed is no answer
+    os.dup2(2, 1)  # send prints to stderr, so that they do not mix with the answers
     _end_with_parent()
     prepared = False
     for line in sys.stdin:
@@ -140,7 +145,7 @@ def serve(tasks: Mapping[str, Task], prepare: Callable[[Mapping[str, Any]], None
         if not prepared:
             try:
                 prepare(asked)
-            except Exception:  # the task will meet it again, and say so
+            except Exception:  # the task will hit the same error and report it
                 traceback.print_exc()
             prepared = True
         if not _FORKS:
@@ -156,7 +161,7 @@ def serve(tasks: Mapping[str, Task], prepare: Callable[[Mapping[str, Any]], None
             _run(tasks, asked, answers)
             os._exit(0)
         _, status = os.waitpid(pid, 0)
-        answers.write("\n")  # a line that a killed process began ends here
+        answers.write("\n")  # ends a line that a killed process left unfinished
         _say(answers, {"status": os.waitstatus_to_exitcode(status)})
 
 
@@ -174,12 +179,12 @@ def _say(answers: IO[str], said: Mapping[str, Any]) -> None:
 
 
 def why(error: BaseException) -> str:
-    """An exception in one line; for one that nobody raised on purpose, where it happened too."""
+    """An exception in one line. For an unexpected one, also the file and line where it was raised."""
     if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
-        return f"out of memory: {first_line(str(error)) or 'no more could be had'}"
+        return f"out of memory: {first_line(str(error)) or 'an allocation failed'}"
     if isinstance(error, FewbitError):
         said = [line.strip() for line in error.message.splitlines()]
-        more = f"; and {len(said) - 2} more" if len(said) > 2 else ""  # a list of all tensors is no line
+        more = f"; and {len(said) - 2} more" if len(said) > 2 else ""  # a list of all tensors does not fit on a line
         return " ".join(said[:2]) + more
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
@@ -187,10 +192,11 @@ def why(error: BaseException) -> str:
 
 
 def first_line(text: str, most: int = 300) -> str:
+    """The first line of `text` that is not blank, cut to `most` characters."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")[:most]
 
 
 def _end_with_parent() -> None:
-    """Ask the system to end this process when the one that started it ends, however that does."""
+    """Make the system kill this process when its parent ends, even if the parent crashes (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,4 +1,4 @@
-"""The folder, or the one file, that a verb makes: checked before any work, there whole or not at all after it."""
+"""The output of a command, a folder or a single file: checked before any work, and published atomically after it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RECORD = "fewbit.json"
 ANOTHER = "Give another -o."
 _ROOM = "Free some space, give another -o, or set FEWBIT_CACHE to a folder on another disk."
 _UNITS = ((10**9, "GB"), (10**6, "MB"), (1000, "kB"), (1, "bytes"))
-# Files that transformers, PEFT and fewbit write into the folder of a model, an adapter or a report.
+# File names that transformers, PEFT and fewbit write into the folder of a model, an adapter or a report.
 _OURS = re.compile(
     r"""
     (adapter_)?config\.json | generation_config\.json | fewbit\.(json|scales) | quant(ize)?_config\.json
@@ -40,60 +40,60 @@ _OURS = re.compile(
 )
 
 
-def claimed(out: str | Path, *, overwrite: bool, file: bool = False) -> Path:
-    """`out` as a place where a folder, or a `file`, can be made; PlanError if it is taken or can be none.
+def check_output(out: str | Path, *, overwrite: bool, file: bool = False) -> Path:
+    """`out` as a path where a folder (with `file`: a file) can be created; PlanError if it is taken or not creatable.
 
-    What must be possible later is tried now: a folder beside `out` is made and removed, and one of its name.
+    It tries now what must work later: it creates and removes a folder next to `out` and, if it is free, `out` itself.
     """
     place = named(out)
-    with _possible(out):
+    with _as_plan_error(out):
         _check_link(place)
         if place.exists() and not overwrite:
-            raise PlanError(f"{out} exists", "Use --overwrite to replace it, or another -o.")
+            raise PlanError(f"{out} exists", "Use --overwrite to replace it, or give another -o.")
         if place.is_dir() if file else place.is_file():
             raise PlanError(f"{out} is a {'folder, not a file' if file else 'file, not a folder'}", ANOTHER)
         real = place.resolve()
         if place.exists():
             _check_replaceable(out, real)
-        _try(real)
+        _check_creatable(real)
     return place
 
 
 def named(out: str | Path) -> Path:
-    """`out` as a path; PlanError for an empty one, and for a folder that this process is in."""
+    """`out` as a path. PlanError if it is empty, or if it is or contains the current folder."""
     if not str(out).strip():
-        raise PlanError("the output has an empty name", "Give a folder or a file to make: -o OUT.")
+        raise PlanError("the output has an empty name", "Give the folder or file to create: -o OUT.")
     try:
         inside = Path.cwd().is_relative_to(Path(out).resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name with a null byte
-        raise PlanError(f"{out} cannot be made: {_reason(error)}", ANOTHER) from None
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of symbolic links, a name with a null byte
+        raise PlanError(f"{out} cannot be created: {_reason(error)}", ANOTHER) from None
     if inside:
-        raise PlanError(f"{out} is the current folder or holds it, and cannot be replaced", ANOTHER)
+        raise PlanError(f"{out} is the current folder or contains it, and cannot be replaced", ANOTHER)
     return Path(out)
 
 
-def writable(folder: str | Path) -> Path:
-    """`folder` as a place to write files into, new or not; PlanError if it can be none."""
+def check_writable(folder: str | Path) -> Path:
+    """`folder` as a path to write files into. It may exist. PlanError if files cannot be created in it."""
     if not str(folder).strip():
         raise PlanError("the output has an empty name", "Give a folder: -o OUT.")
     place = Path(folder)
-    with _possible(folder):
+    with _as_plan_error(folder):
         _check_link(place)
         if place.is_file():
             raise PlanError(f"{folder} is a file, not a folder", ANOTHER)
-        _try(place.resolve() / "any")
+        _check_creatable(place.resolve() / "any")
     return place
 
 
-def spare(out: Path, *needed: str | Path) -> None:
-    """PlanError if replacing `out` would delete what is still needed."""
+def check_not_lost(out: Path, *needed: str | Path) -> None:
+    """PlanError if replacing `out` would delete one of the `needed` paths."""
     for place in needed:
         if Path(place).expanduser().resolve().is_relative_to(out.resolve()):
-            raise PlanError(f"{out} holds {place}, which would be lost", ANOTHER)
+            raise PlanError(f"{out} contains {place}, which would be lost", ANOTHER)
 
 
 def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """The path, or its nearest parent folder that exists."""
     while not path.exists():
         path = path.parent
     return path
@@ -116,17 +116,18 @@ def check_space(needs: Mapping[Path, int], hint: str = _ROOM) -> None:
 
 @contextmanager
 def published(out: Path, *, overwrite: bool = False, file: bool = False, kept: str = "") -> Iterator[Path]:
-    """A fresh folder that becomes `out` when the body ends, and vanishes if it does not.
+    """Yield a new temporary folder. It is renamed to `out` when the block succeeds, and deleted when the block raises.
 
-    With `file`, what becomes `out` is the path in such a folder that is given. If `out` is a link, its target is
-    replaced. OutputError if a file cannot be written; `kept` says there what is not lost.
+    With `file`, this yields a path in such a folder, and the file written there becomes `out`. If `out` is a symbolic
+    link, its target is replaced. OutputError if something cannot be written; its hint is `kept`, which says what work
+    is not lost.
     """
-    with _writing(out, kept):
+    with _as_output_error(out, kept):
         real = out.resolve()
         real.parent.mkdir(parents=True, exist_ok=True)
         for left in locks.left_behind(_beside(real)):
             if (left.folder / "old").exists() and not real.exists():
-                (left.folder / "old").rename(real)  # a run died between the two renames below
+                (left.folder / "old").rename(real)  # an earlier run was killed between the two renames below
             left.remove()
         held = locks.scratch(_beside(real))
         staging, old = held.folder / "new", held.folder / "old"
@@ -140,7 +141,7 @@ def published(out: Path, *, overwrite: bool = False, file: bool = False, kept: s
                 os.close(handle)
             if real.exists():
                 if not overwrite:
-                    raise PlanError(f"{out} has appeared meanwhile", "Use --overwrite to replace it.")
+                    raise PlanError(f"{out} was created by another program meanwhile", "Use --overwrite to replace it.")
                 _check_replaceable(out, real)
             if file:
                 made.replace(real)
@@ -158,9 +159,9 @@ def published(out: Path, *, overwrite: bool = False, file: bool = False, kept: s
 
 
 def rescued(error: FewbitError, out: Path, write: Callable[[Path], None]) -> OutputError:
-    """The error to raise where a result that took long cannot be written to `out`: it says where the result is now.
+    """Save a result that cannot be written to `out` in the cache or temporary folder, and return the error to raise.
 
-    write: makes the result at the path that it is given.
+    The error says where the result is now. `write` writes the result to the path that it receives.
     """
     for parent in (cache_folder, lambda: Path(tempfile.gettempdir())):
         with suppress(OSError, FewbitError):
@@ -172,7 +173,7 @@ def rescued(error: FewbitError, out: Path, write: Callable[[Path], None]) -> Out
                 shutil.rmtree(place.parent, ignore_errors=True)
                 raise
             return OutputError(error.message, f"The result is not lost: it is in {place}.")
-    return OutputError(error.message, "Nor could the result be saved in the cache or the temporary folder: it is lost.")
+    return OutputError(error.message, "Saving it in the cache and the temporary folder failed too: the result is lost.")
 
 
 def _check_link(place: Path) -> None:
@@ -181,7 +182,7 @@ def _check_link(place: Path) -> None:
 
 
 @contextmanager
-def _writing(out: Path, kept: str) -> Iterator[None]:
+def _as_output_error(out: Path, kept: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -189,12 +190,12 @@ def _writing(out: Path, kept: str) -> Iterator[None]:
 
 
 @contextmanager
-def _possible(out: str | Path) -> Iterator[None]:
+def _as_plan_error(out: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         where = f" ({error.filename})" if error.filename and str(error.filename) != str(out) else ""
-        raise PlanError(f"{out} cannot be made: {_reason(error)}{where}", ANOTHER) from None
+        raise PlanError(f"{out} cannot be created: {_reason(error)}{where}", ANOTHER) from None
 
 
 def _reason(error: BaseException) -> str:
@@ -202,13 +203,13 @@ def _reason(error: BaseException) -> str:
 
 
 def _beside(real: Path) -> Path:
-    """What the hidden folders beside `real` begin with; a long name would be too long with more in front."""
+    """The name prefix of the hidden folders next to `real`. A long name is hashed, since the prefix makes it longer."""
     name = real.name if len(os.fsencode(real.name)) < 200 else sha256(os.fsencode(real.name)).hexdigest()[:32]
     return real.with_name(f".{name}.fewbit")
 
 
-def _try(real: Path) -> None:
-    """OSError unless something can be made at `real`; nothing is left behind."""
+def _check_creatable(real: Path) -> None:
+    """OSError unless a file or folder can be created at `real`. Nothing is left behind."""
     missing = []
     for parent in real.parents:
         if parent.exists():
@@ -236,22 +237,22 @@ def _try(real: Path) -> None:
 
 
 def _check_replaceable(out: str | Path, real: Path) -> None:
-    """PlanError unless all that is at `real` was written by fewbit, or by what writes models, and may be replaced."""
+    """PlanError unless `real` may be replaced: it is writable, with files of fewbit, transformers and PEFT only."""
     if os.path.ismount(real):
-        raise PlanError(f"{out} is a mount point, which cannot be replaced", "Give a folder in it: -o OUT/NAME.")
+        raise PlanError(f"{out} is a mount point and cannot be replaced", "Give a folder inside it: -o OUT/NAME.")
     shared = real.parent.stat()
     owners = (0, shared.st_uid, real.stat().st_uid)
     if real.is_dir() and not os.access(real, os.W_OK | os.X_OK):
-        raise PlanError(f"{out} cannot be replaced: it may not be written", ANOTHER)
+        raise PlanError(f"{out} cannot be replaced: you have no write permission", ANOTHER)
     if shared.st_mode & stat.S_ISVTX and hasattr(os, "geteuid") and os.geteuid() not in owners:
         raise PlanError(f"{out} cannot be replaced: it belongs to another user", ANOTHER)
     if (foreign := _foreign(real)) is not None:
-        what = f"{out} holds {foreign}" if real.is_dir() else f"{out} is no GGUF file or importance matrix"
+        what = f"{out} contains {foreign}" if real.is_dir() else f"{out} is not a GGUF file or importance matrix"
         raise PlanError(f"{what}: --overwrite replaces only what fewbit or transformers wrote", ANOTHER)
 
 
 def _foreign(real: Path) -> str | None:
-    """The name of something at `real` that no writer of models made; None if there is no such thing."""
+    """The name of an entry at `real` that neither fewbit nor transformers nor PEFT writes; None if there is none."""
     if not real.is_dir():
         return None if _is_weights(real) else real.name
     recorded = _recorded(real)
@@ -269,7 +270,7 @@ def _foreign(real: Path) -> str | None:
 
 
 def _recorded(folder: Path) -> set[str]:
-    """The files that the record of a former run names."""
+    """The files listed in the record of the run that wrote the folder."""
     try:
         files = read_json(folder / RECORD)["files"]
         return {str(name) for name in files}
@@ -278,7 +279,7 @@ def _recorded(folder: Path) -> set[str]:
 
 
 def _is_weights(file: Path) -> bool:
-    """Whether a file is a GGUF file, an importance matrix in the older form, or empty."""
+    """Whether a file is a GGUF file, an importance matrix in the older (.dat) format, or empty."""
     with open(file, "rb") as stream:
         head = stream.read(264)
     if not head or head[:4] == b"GGUF":

@@ -1,11 +1,11 @@
-"""The processes that share one run, as `torchrun` starts them: who they are, and what they tell one another.
+"""One run in several processes, as `torchrun` starts them: ranks, work sharing and communication.
 
-Within `joined` a *rank* is one of `size` processes, each on a device of its own, that all do the same in the same order
-and part the work: `part` of some windows, some of the jobs that `owners` shares out. Elsewhere there is one rank, and
-each of these functions gives back what it was given: a run in one process is the case of one rank.
+Inside `joined`, a *rank* is one of `size` processes, each with its own device. All ranks run the same code in the same
+order and share the work: `part` splits a range of windows, `owners` assigns jobs. Outside `joined` the world size is 1
+and the communication functions return their input, so a single process needs no separate code path.
 
-Numbers go over NCCL between GPUs and gloo between CPUs, everything else over gloo. A rank that fails says so in the
-store where they met before it goes; one that dies closes its connections, which ends what the others wait for.
+Tensors on GPUs use NCCL; tensors on CPUs and Python objects use gloo. A rank that fails records this in the rendezvous
+store before it exits. A rank that crashes closes its connections, so the calls of ranks that wait for it fail.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from fewbit.lazy import Tensor, torch
 from fewbit.lazy import distributed as dist
 
 T = TypeVar("T")
-_PATIENCE = timedelta(days=2)  # for one that works alone; one that died is noticed by its closed connections
+# Long, because one rank may work alone for hours. A rank that died is detected by its closed connections, not by this.
+_TIMEOUT = timedelta(days=2)
 _FAILED = "failed"
 
 
@@ -31,11 +32,13 @@ _FAILED = "failed"
 class _World:
     rank: int
     size: int
-    store: Any  # torch.distributed.Store, where torch was built with it
+    store: Any  # torch.distributed.Store, if this torch build has it
 
 
 _world: _World | None = None
-_runs = itertools.count()  # so that what one run left in the store is not taken for another's
+_runs = (
+    itertools.count()
+)  # numbers the runs, so that keys of an earlier run in the store are not mixed up with this run's
 
 
 def launched() -> int:
@@ -46,31 +49,31 @@ def launched() -> int:
 
 
 def silent() -> bool:
-    """Whether this process was started with others and another of them speaks for all."""
+    """Whether this process prints nothing, because rank 0 of a `torchrun` launch prints for all."""
     return launched() > 1 and os.environ["RANK"] != "0"
 
 
 def rank() -> int:
-    """Which of the ranks this process is."""
+    """The rank of this process, from 0."""
     return _world.rank if _world else 0
 
 
 def size() -> int:
-    """How many ranks there are."""
+    """The world size: how many ranks there are."""
     return _world.size if _world else 1
 
 
 def first() -> bool:
-    """Whether this is the rank that writes."""
+    """Whether this is rank 0, the only one that writes files."""
     return rank() == 0
 
 
 @contextmanager
 def joined(device: str | None) -> Iterator[str | None]:
-    """Within, all processes that `torchrun` started work as one; gives the device of this one.
+    """Join all processes that `torchrun` started into one run. Yields the device of this process.
 
-    PlanError if there are not so many GPUs, or the program uses torch.distributed itself. PeerError, in place of what a
-    rank raised, in those that did not fail first.
+    PlanError if there are fewer GPUs than processes, or if the program already uses torch.distributed. If another rank
+    failed first, PeerError replaces a `FewbitError` raised in this one.
     """
     global _world
     if launched() == 1 or _world is not None:
@@ -78,18 +81,18 @@ def joined(device: str | None) -> Iterator[str | None]:
         return
     if dist.is_initialized():
         raise PlanError(
-            "torch.distributed is in use by this program", "Quantize before init_process_group, or in another program."
+            "this program already uses torch.distributed", "Quantize before init_process_group, or in another program."
         )
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    met, number, count = next(iter(rendezvous("env://", timeout=_PATIENCE)))
+    met, number, count = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
     store = PrefixStore(f"fewbit-{next(_runs)}", met)
     gpu = device != "cpu" and torch.cuda.is_available()
     try:
         device = _own(device) if gpu else device
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_PATIENCE)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_TIMEOUT)
         _world = _World(number, count, store)
         yield device
     except BaseException as error:
@@ -100,20 +103,20 @@ def joined(device: str | None) -> Iterator[str | None]:
         dist.destroy_process_group()
     finally:
         _world = None
-        if dist.is_initialized() and not gpu:  # with NCCL it would wait for the others; torchrun ends them
+        if dist.is_initialized() and not gpu:  # with NCCL this would wait for the other ranks; torchrun ends them
             dist.destroy_process_group()
 
 
 def _failed_before(store: Any) -> bool:
-    """Whether another rank has said that it failed; from now on this one has."""
+    """Record that this rank failed. Whether another rank had recorded a failure before."""
     try:
         return bool(store.add(_FAILED, 1) > 1)
-    except RuntimeError:  # who kept the store is gone
+    except RuntimeError:  # the process that hosts the store is gone
         return False
 
 
 def _own(device: str | None) -> str:
-    """The GPU of this process, of those of its machine."""
+    """The GPU of this process: the one with the index of its local rank."""
     local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if device not in (None, "cuda"):
         raise PlanError(f"--device {device} names one device for {launched()} processes", "Use cuda, cpu, or neither.")
@@ -127,28 +130,28 @@ def _own(device: str | None) -> str:
 
 
 @contextmanager
-def _with_others() -> Iterator[None]:
+def _peer_errors() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # gloo has no class of its own for a connection that was closed
+    except RuntimeError as error:  # gloo raises plain RuntimeError for a closed connection
         raise PeerError(
             "another process of this run has ended, or cannot be reached",
-            f"PyTorch says: {str(error).partition(chr(10))[0][:200]}\nThe same command goes on where this one stopped.",
+            f"PyTorch says: {str(error).partition(chr(10))[0][:200]}\nRun the same command again to resume.",
         ) from error
 
 
-# --- sharing out -----------------------------------------------------------------------------------------------------
+# --- sharing work ----------------------------------------------------------------------------------------------------
 
 
 def part(count: int) -> range:
-    """Those of `count` things in a row that are this rank's; earlier ranks have the earlier ones."""
+    """The indices below `count` that belong to this rank: one contiguous range per rank, in rank order."""
     return range(count * rank() // size(), count * (rank() + 1) // size())
 
 
 def owners(costs: Sequence[float]) -> list[int]:
-    """The rank that does each of some jobs: the dearest first, each by who has least to do."""
+    """For each job the rank that runs it. Greedy: most expensive job first, each to the rank with the least load."""
     load, found = [0.0] * size(), [0] * len(costs)
     for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
         found[job] = min(range(size()), key=load.__getitem__)
@@ -156,57 +159,61 @@ def owners(costs: Sequence[float]) -> list[int]:
     return found
 
 
-# --- telling one another ---------------------------------------------------------------------------------------------
+# --- communication ---------------------------------------------------------------------------------------------------
 
 
-def add_up(values: Tensor) -> Tensor:
-    """`values`, in place, become the sum of all ranks'."""
+def all_reduce(values: Tensor) -> Tensor:
+    """All-reduce: replace `values` in place by the sum over all ranks. Returns `values`."""
     if _world:
-        with _with_others():
+        with _peer_errors():
             dist.all_reduce(values)
     return values
 
 
-def hand_out(values: Tensor, owner: int) -> None:
-    """`values`, in place, become those that `owner` has."""
+def broadcast(values: Tensor, owner: int) -> None:
+    """Broadcast: replace `values` in place by those of rank `owner`."""
     if _world:
-        with _with_others():
+        with _peer_errors():
             sent = values.contiguous()
             dist.broadcast(sent, owner)
             if sent.data_ptr() != values.data_ptr():
                 values.copy_(sent)
 
 
-def gathered(value: T) -> list[T]:
-    """What every rank has, in the order of ranks. Tensors in it must lie on the CPU."""
+def all_gather(value: T) -> list[T]:
+    """All-gather: the `value` of every rank, in rank order. Tensors in it must be on the CPU."""
     if not _world:
         return [value]
     found: list[T | None] = [None] * size()
-    with _with_others():
+    with _peer_errors():
         dist.all_gather_object(found, value)
     return cast(list[T], found)
 
 
-def to_first(value: T) -> list[T]:
-    """In the first rank what every rank has, in the others nothing."""
+def gather_to_first(value: T) -> list[T]:
+    """Gather: on rank 0 the `value` of every rank, in rank order; on other ranks an empty list."""
     if not _world:
         return [value]
     found: list[T | None] = [None] * size()
-    with _with_others():
+    with _peer_errors():
         dist.gather_object(value, found if first() else None, dst=0)
     return cast(list[T], found) if first() else []
 
 
-def from_first(make: Callable[[], T]) -> T:
-    """What the first rank makes; in the others it is not called."""
+def run_on_first(make: Callable[[], T]) -> T:
+    """Call `make` on rank 0 only and broadcast its result to all ranks."""
     if not _world:
         return make()
     held = [make() if first() else None]
-    with _with_others():
+    with _peer_errors():
         dist.broadcast_object_list(held, src=0)
     return cast(T, held[0])
 
 
 def agreed(value: T) -> T:
-    """The first rank's `value`: of what all computed and may differ in its last digits, where it decides something."""
-    return from_first(lambda: value)
+    """Rank 0's `value`, on every rank.
+
+    Every rank computes the value, but its last digits may differ between ranks. Use this before the value decides
+    something, so that all ranks decide alike.
+    """
+    return run_on_first(lambda: value)

@@ -1,4 +1,4 @@
-"""Time that passed."""
+"""Measures elapsed time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from collections.abc import Callable
 
 
 def timed() -> Callable[[], float]:
-    """Seconds since this call."""
+    """A function that returns the seconds since this call."""
     start = time.perf_counter()
     return lambda: time.perf_counter() - start

@@ -119,7 +119,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
             other: PreTrainedModel = super()._process_model_after_weight_loading(model, **kwargs)
             return other
         modules = dict(model.named_modules())
-        with heap.tight() as done_with:
+        with heap.trimmed() as done_with:
             self._prepare(modules, done_with)
         scales.attach(model, scales.of_metadata(self.file.metadata))
         self.file.forget()

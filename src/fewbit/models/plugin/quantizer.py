@@ -266,7 +266,7 @@ class FewbitQuantizer(HfQuantizer):
         # What was renamed for loading is not to be renamed back in saving: the format gives the names on disk itself.
         if used := getattr(model, "_weight_conversions", None):
             model._weight_conversions = [c for c in used if c not in self.renamings]  # type: ignore[assignment]
-        with heap.tight() as done_with:
+        with heap.trimmed() as done_with:
             self._prepare(model, done_with)
         if self.request is not None:
             self._as_made(model)
@@ -373,7 +373,7 @@ class _QuantizeOnLoad(ConversionOps):
                 # transformers would print what is raised here and raise an error of its own.
                 try:
                     if self.quantizer.failure is None:
-                        with heap.tight():
+                        with heap.trimmed():
                             self.quantizer.quantize(module, weight)
                 except FewbitError as error:
                     self.quantizer.failure = error
