@@ -1,1 +1,1 @@
-"""Kernels: how activations are multiplied by packed weights."""
+"""Kernels: multiply activations by packed weights."""

@@ -1,7 +1,8 @@
-"""What a kernel is: y = x Wᵀ for packed W, in a layout that it prepares once at load.
+"""The kernel interface: y = x Wᵀ for packed W, in a device layout that the kernel prepares once at load.
 
-Three layouts exist, each owned once: on disk (the format), canonical parts (the scheme), on the device (`prepare`).
-`restore` gives the canonical parts back byte for byte, so the device layout can be the only copy in memory.
+A weight has three layouts: on disk (owned by the format), canonical parts (owned by the scheme), and on the device
+(owned by the kernel, see `prepare`). `restore` returns the canonical parts byte for byte, so the device layout can be
+the only copy in memory.
 """
 
 from __future__ import annotations
@@ -16,17 +17,15 @@ Prepared: TypeAlias = "tuple[Tensor, ...]"
 
 
 class Kernel(ABC):
-    """Stateless: one instance serves every weight."""
+    """A kernel has no state: one instance can serve every weight."""
 
     name: ClassVar[str]
-    activations: ClassVar[str] = "exact"  # or the rule by which they are rounded
-    checked: ClassVar[tuple[int, ...]] = (
-        4,
-    )  # rows of x of the products that are compared with the reference's at load
-    priority: ClassVar[int] = 0  # of the kernels that can serve, the highest is taken; below 0: only if asked for
+    activations: ClassVar[str] = "exact"  # or a description of how they are rounded
+    checked: ClassVar[tuple[int, ...]] = (4,)  # numbers of rows of x with which it is checked against the reference
+    priority: ClassVar[int] = 0  # the highest usable one is chosen; a negative one only if requested by name
 
     def unavailable(self) -> str | None:
-        """None if this machine can run it at all, else a sentence that says what is missing."""
+        """None if this machine can run the kernel, else a sentence that says what is missing."""
         return None
 
     def missed(self) -> str | None:
@@ -35,20 +34,24 @@ class Kernel(ABC):
 
     @abstractmethod
     def why_not(self, codec: Codec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
-        """None if it can multiply activations of `dtype` by such a weight there, else a sentence that says why not."""
+        """None if the kernel can multiply activations of `dtype` on `device` by a weight [N, K] of this codec.
+
+        Otherwise a sentence that says why not.
+        """
 
     def prepare(self, codec: Codec, parts: Parts, shape: tuple[int, int]) -> Prepared:
-        """The device layout, by default the canonical parts. The first tensor holds the codes."""
+        """The weight in the device layout; by default the canonical parts. The first tensor holds the codes."""
         return tuple(parts[name].contiguous() for name in part_order(codec, shape))
 
     def restore(self, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Parts:
-        """The canonical parts, byte for byte as `prepare` got them."""
+        """The inverse of `prepare`: the canonical parts, byte for byte."""
         return dict(zip(part_order(codec, shape), prepared, strict=True))
 
     def rounded(self, x: Tensor, codec: Codec) -> Tensor:
-        """The activations that `linear` multiplies by, [M, K]: x itself, unless `activations` names a rule.
+        """The activations [M, K] as `linear` uses them: x itself, or x rounded as `activations` describes.
 
-        A kernel that rounds is held to the reference's product of these, to the same tolerance as any other.
+        The check against the reference multiplies these rounded activations. So a kernel that rounds must meet the same
+        tolerance as any other.
         """
         return x
 
@@ -58,5 +61,5 @@ class Kernel(ABC):
 
 
 def part_order(codec: Codec, shape: tuple[int, int]) -> list[str]:
-    """Names of the parts, the one that holds the codes first."""
+    """Names of the parts; the part that holds the codes comes first."""
     return [codec.payload, *(name for name in codec.part_specs(shape) if name != codec.payload)]

@@ -1,4 +1,4 @@
-"""Choose a kernel for packed weights, and check it once against the reference."""
+"""Chooses a kernel for packed weights, and checks it once against the reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fewbit.kernels.base import Kernel
 from fewbit.schemes.base import QTensor
 from fewbit.system import ambient
 
-# Relative Frobenius distance allowed between a kernel and the reference, by dtype of the activations.
+# Largest relative Frobenius distance allowed between the kernel's and the reference's product, by activation dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -24,10 +24,10 @@ _verdicts: dict[tuple[str, str, tuple[int, int], torch.device, torch.dtype], str
 
 
 def choose(weight: QTensor, device: torch.device, dtype: torch.dtype, name: str | None = None) -> Kernel:
-    """The best kernel that can serve `weight` there and agrees with the reference on it.
+    """The kernel with the highest priority that supports `weight` on `device` and agrees with the reference on it.
 
-    KernelError with every candidate's reason if `name` is given and cannot, or none can. FEWBIT_ACTIVATIONS=exact in
-    the environment leaves out those that round activations, unless named.
+    With `name`, only that kernel is tried. KernelError if no kernel qualifies; it gives the reason for each candidate.
+    If the environment has FEWBIT_ACTIVATIONS=exact, kernels that round activations are used only if named.
     """
     kernels: dict[str, Kernel] = {key: kernel() for key, kernel in registry.entries("kernels").items()}
     candidates: list[Kernel] = (
@@ -41,9 +41,9 @@ def choose(weight: QTensor, device: torch.device, dtype: torch.dtype, name: str 
             missed = missed or kernel.missed()
         reason = reason or misfit
         if reason is None and kernel.priority < 0 and not name:
-            reason = "it serves only where it is asked for by name"
+            reason = "it is used only if requested by name"
         if reason is None and kernel.activations != "exact" and exact and not name:
-            reason = "it rounds activations, and FEWBIT_ACTIVATIONS asks for exact ones"
+            reason = "it rounds activations, and FEWBIT_ACTIVATIONS=exact excludes that"
         reason = reason or _disagreement(kernel, kernels["reference"], weight, device, dtype)
         if reason is None:
             if missed:
@@ -64,15 +64,16 @@ def tell_once(message: str) -> None:
 def _disagreement(
     kernel: Kernel, reference: Kernel, weight: QTensor, device: torch.device, dtype: torch.dtype
 ) -> str | None:
-    """None if the kernel's product on this real weight is the reference's, checked once for each scheme and shape.
+    """None if the kernel's product agrees with the reference's on this real weight, else how it differs.
 
-    Of the activations as the kernel reads them: one that rounds them is asked for by who wants them rounded.
+    Checked once per kernel, scheme, shape, device and dtype. Both products use the activations as the kernel rounds
+    them: the check is about wrong products, not about rounding.
     """
     if kernel.name == reference.name:
         return None
     key = (kernel.name, str(weight.codec), weight.shape, device, dtype)
     if key not in _verdicts:
-        # Not centred: an error in the zero points cancels in sums over a centred input.
+        # The input has a mean of 0.5: with a mean of 0, errors in zero points would cancel in the sums.
         rows, gen = max(kernel.checked), torch.Generator().manual_seed(0)
         x = (
             torch.randn(rows, weight.shape[1], generator=gen, dtype=torch.float32, device="cpu")
@@ -88,7 +89,7 @@ def _disagreement(
             found = [kernel.linear(x[:m], weight.codec, prepared, weight.shape) for m in kernel.checked]
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a compiler, a driver, a library: what they raise differs
+        except Exception as error:  # compilers, drivers and libraries raise many different types
             _verdicts[key] = f"fails ({type(error).__name__}: {error!s:.200})"
         else:
             expected = [exact[:m].float() for m in kernel.checked]

@@ -1,13 +1,14 @@
-"""LLM.int8(): activations rounded to 8 bits row by row, outlier columns in full, integers multiplied by integers.
+"""LLM.int8(): rounds activations to 8 bits per row, keeps outlier columns exact, and multiplies int8 by int8.
 
-The rule is bitsandbytes'. A column of the activations is an outlier column if any row (any token of the call, that is)
-has a magnitude of at least the scheme's threshold there; it is multiplied as it is. Of the rest, a row is divided by
-its largest magnitude below the threshold, wherever that lies, and rounded to -127 ... 127, ties to even, from float16.
-With threshold 0 there are no outlier columns. The rule makes results depend on what else is in the batch.
+The rule is that of bitsandbytes. A column of the activations is an outlier column if any row (any token in the call)
+has a magnitude of at least the scheme's threshold there. Outlier columns are multiplied without rounding. In the other
+columns each row, cast to float16, is divided by the row's largest magnitude below the threshold (in any column) and
+rounded to -127 ... 127, ties to even. Threshold 0 means no outlier columns. By this rule, the result of a row depends
+on the other rows of the batch.
 
-On CPUs with AVX-512 and on GPUs the product is PyTorch's `_int_mm` where shapes allow it; elsewhere one of floats that
-hold integers, in spans of columns short enough to be exact. It is two to ten times as fast as the reference on two
-cores with VNNI, and further from the original (see docs/reference.md): it serves only where it is asked for by name.
+On CPUs with AVX-512 and on GPUs the product is PyTorch's `_int_mm` if it supports the shapes. Elsewhere it is a float32
+product of integers, over spans of columns short enough to be exact. This kernel is two to ten times as fast as the
+reference on two cores with VNNI, but less accurate (see docs/reference.md), so it is used only if requested by name.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from fewbit.registry import register
 from fewbit.schemes.base import Codec
 from fewbit.schemes.int8 import Int8
 
-_EXACT = 1024  # columns: 1024 * 127 * 128 is below 2^24, so sums of such products are exact in float32
+_EXACT = 1024  # columns per span: 1024 * 127 * 128 < 2^24, so sums of these products are exact in float32
 _STEP = 1 / 127
 
 
 @register("kernels", "llm_int8")
 class LlmInt8(Kernel):
-    """Keeps the canonical parts."""
+    """The device layout is the canonical parts."""
 
     name: ClassVar[str] = "llm_int8"
     activations: ClassVar[str] = "int8 by row, outlier columns exact"
@@ -34,7 +35,7 @@ class LlmInt8(Kernel):
 
     def why_not(self, codec: Codec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
         if not isinstance(codec, Int8):
-            return f"it multiplies by the rows of llm.int8 only, not {codec}"
+            return f"it supports llm.int8 weights only, not {codec}"
         return None
 
     def rounded(self, x: Tensor, codec: Codec) -> Tensor:
@@ -56,7 +57,11 @@ class LlmInt8(Kernel):
 
 
 def _rounded(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x [M, K] as int8 with outlier columns empty, its largest ordinary magnitudes [M], the outlier columns."""
+    """Round x [M, K] to int8.
+
+    Returns the int8 values with zeros in outlier columns, each row's largest magnitude below the threshold [M], and the
+    indices of the outlier columns.
+    """
     half = x.to(torch.float16)
     sizes = half.abs()
     outliers = torch.empty(0, dtype=torch.long, device=x.device)
@@ -72,7 +77,7 @@ def _rounded(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] times the transpose of b [N, K], both int8, as float32; exact but for the last sums."""
+    """a [M, K] times the transpose of b [N, K], both int8, as float32 [M, N]. Only adding up the spans rounds."""
     if _has_int_mm(a, b):
         product: Tensor = torch._int_mm(a, b.T)
         return product.float()
@@ -87,7 +92,7 @@ def _spans(k: int) -> list[slice]:
 
 
 def _has_int_mm(a: Tensor, b: Tensor) -> bool:
-    if a.is_cuda:  # what cuBLASLt asks for
+    if a.is_cuda:  # requirements of cuBLASLt
         return a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
-    # Elsewhere PyTorch falls back to a loop over single numbers.
+    # Without AVX-512 PyTorch falls back to a slow scalar loop.
     return a.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512" and min(a.shape) > 0

@@ -1,7 +1,7 @@
-"""The reference: dequantize a chunk of rows, multiply, go on. Serves every codec on every device.
+"""The reference kernel: dequantizes a chunk of rows at a time and multiplies. It supports every codec and device.
 
-It is what the other kernels are checked against, so it takes no short cut: the weight is decoded in the dtype of the
-activations (float32 for half precision on the CPU, where half matmuls are slow and less exact).
+The other kernels are checked against it, so it takes no shortcuts. The weight is decoded to the dtype of the
+activations; on a CPU always to float32, since half-precision products are slow and less exact there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fewbit.schemes.base import Codec, chunk_rows
 
 @register("kernels", "reference")
 class Reference(Kernel):
-    """Keeps the canonical parts."""
+    """The device layout is the canonical parts."""
 
     name: ClassVar[str] = "reference"
 

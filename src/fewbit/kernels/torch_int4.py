@@ -1,12 +1,11 @@
-"""PyTorch's own 4-bit kernels, `_weight_int4pack_mm` on CUDA and `_weight_int4pack_mm_for_cpu`.
+"""PyTorch's 4-bit kernels: `_weight_int4pack_mm` on CUDA, and `_weight_int4pack_mm_for_cpu`.
 
-Both take bfloat16 activations (the CPU one is vectorized for no other type) and 4-bit groups of 32 to 256 columns,
-and want scale and offset of each group as a bfloat16 pair [groups, N, 2], in the form w = (c - 8) * scale + zero.
-Rounding the fp16 scales to bfloat16 moves a result by about 2.4e-3; the fp16 ones are kept beside, because `restore`
-is exact.
+Both take bfloat16 activations (the CPU kernel is vectorized for no other dtype) and 4-bit groups of 32 to 256 columns.
+Scale and offset of each group are a bfloat16 pair [groups, N, 2], with w = (c - 8) * scale + zero. Rounding the fp16
+scales to bfloat16 changes a result by about 2.4e-3. The fp16 scales are kept too, because `restore` must be exact.
 
-The packed codes are an undocumented shuffle that depends on the machine's vector width. `restore` need not know it: the
-product of the identity with scales of one and zeros of nought *is* the codes.
+PyTorch packs the codes in an undocumented order that depends on the machine's vector width. `restore` does not need to
+know it: a product with the identity matrix, with all scales 1 and all offsets 0, returns the codes.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from fewbit.schemes import bits
 from fewbit.schemes.affine import Affine
 from fewbit.schemes.base import Codec, Parts
 
-_INNER_K_TILES = 2  # of 16 columns each: the smallest tile, so K need only be a multiple of 32
+_INNER_K_TILES = 2  # tiles of 16 columns each. The smallest value, so that K only has to be a multiple of 32
 
 
 @register("kernels", "torch_int4")
 class TorchInt4(Kernel):
-    """Prepared: packed codes, bfloat16 (scale, zero) pairs, and the fp16 parts that the pairs were made from."""
+    """Device layout: packed codes, bfloat16 (scale, zero) pairs, and the fp16 parts from which the pairs are made."""
 
     name: ClassVar[str] = "torch_int4"
     activations: ClassVar[str] = "exact"
@@ -34,9 +33,9 @@ class TorchInt4(Kernel):
     def why_not(self, codec: Codec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
         n, k = shape
         if not isinstance(codec, Affine) or codec.bits != 4:
-            return f"it multiplies by 4-bit integers only, not {codec}"
+            return f"it supports 4-bit integers only, not {codec}"
         if not codec.symmetric:
-            return "symmetric weights only: the rounding of a zero point to bfloat16 would blur its whole group"
+            return "symmetric weights only: rounding a zero point to bfloat16 would shift its whole group"
         if (group := codec.group or k) not in (32, 64, 128, 256):
             return f"groups of 32, 64, 128 or 256 columns only, not {group}"
         if dtype != torch.bfloat16:

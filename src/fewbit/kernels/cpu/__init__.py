@@ -1,3 +1,3 @@
-"""Products by packed weights on a CPU, in C++ (csrc/)."""
+"""CPU kernels for packed weights, in C++ (csrc/)."""
 
 from fewbit.kernels.cpu import kernel as kernel

@@ -1,17 +1,18 @@
-"""Products by packed weights in C++ (csrc/): a CPU reads each weight once per token, and reads nothing else.
+"""The CPU kernels, in C++ (csrc/). Each token reads the packed weight once, and no other copy of it.
 
-The device layout is the canonical one. Where other engines interleave the rows of a weight so that codes meet
-activations in a register, here a row of activations is put into the order in which codes come out of their bytes: it is
-a thousand times smaller, `restore` has nothing to undo, blocks stay on the pages of their GGUF file, and an embedding
-shares its bytes with a tied head.
+The device layout is the canonical layout. Other engines interleave the rows of a weight, so that codes and activations
+line up in a register. Here each row of activations is reordered instead, to match the order in which codes are
+unpacked from their bytes. A row of activations is a thousand times smaller than a weight, `restore` has nothing to
+undo, blocks stay on the mapped pages of their GGUF file, and an embedding shares its bytes with a tied head.
 
-`cpu`, for up to `FEW` rows, rounds activations to int8: of each 32 columns, by = 127 / max|x| in float32, and x * by is
-rounded to nearest, ties to even. An entry moves by at most max|x| / 254 of its 32, so y by at most the sum of
-|w| max|x| / 254; of normal numbers x moves by 0.5 %. Integer products are exact and summed in float32. More rows are
-not rounded: tiles of W are decoded to float32, each once, and multiplied by torch. Sixteen-level schemes (NF4, FP4) are
-never rounded. Up to `FEW` rows, neither the number of threads nor the rows beside it change a row's result.
+`cpu` rounds activations to int8 for up to `FEW` rows. For each group of 32 columns, by = 127 / max|x| in float32, and
+x * by is rounded to nearest, ties to even. So an entry changes by at most max|x| / 254 of its group, and y by at most
+the sum of |w| max|x| / 254. For normally distributed x the relative change is 0.5 %. Integer products are exact and
+summed in float32. With more than `FEW` rows nothing is rounded: tiles of W are decoded to float32, each once, and
+multiplied by torch. Activations for sixteen-level schemes (NF4, FP4) are never rounded. Up to `FEW` rows, a row's
+result depends neither on the number of threads nor on the other rows.
 
-`cpu_exact` rounds nothing, for any number of rows; it serves where it is asked for by name, or `cpu` does not agree.
+`cpu_exact` never rounds activations. It is used if requested by name, or if `cpu` fails its check.
 """
 
 from __future__ import annotations
@@ -38,23 +39,23 @@ FEW = 8  # rows of activations that are rounded
 GROUP = 32  # columns that share a unit
 _TILE = 1 << 19  # weights decoded at a time: 2 MB of float32 stay in a core's second cache
 
-# What csrc/fewbit.h calls the layouts.
+# Numbers of the layouts in csrc/fewbit.h.
 _AFFINE, _INT8, _LEVELS, _LEVELS_DOUBLE = 0, 1, 2, 3
 _BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
 _KINDS = {name: 16 + i for i, name in enumerate(_BLOCKS)}
 _OP = "fewbit::cpu_linear"
 _ERRORS = {
     1: "the layout is unknown",
-    2: "the shape does not fit the layout",
+    2: "the shape does not match the layout",
     3: "a buffer is too short",
-    4: "no memory",
+    4: "out of memory",
 }
 
-Layout = tuple[int, int, int]  # kind, bits (or which levels), columns that share a scale
+Layout = tuple[int, int, int]  # kind, bits (or the index of the level table), columns that share a scale
 
 
 class _Native(Kernel):
-    """Keeps the canonical parts."""
+    """Base of both CPU kernels. The device layout is the canonical parts."""
 
     exact: ClassVar[bool]
 
@@ -93,7 +94,7 @@ class _Native(Kernel):
 
 @register("kernels", "cpu")
 class Cpu(_Native):
-    """The native library, activations of a few rows in int8."""
+    """The native library; activations of up to `FEW` rows are rounded to int8."""
 
     name: ClassVar[str] = "cpu"
     activations: ClassVar[str] = f"int8 for each {GROUP} columns, for up to {FEW} rows"
@@ -105,7 +106,7 @@ class Cpu(_Native):
             return x
         groups = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
         top = groups.abs().amax(-1, keepdim=True)
-        # `127 / top` would multiply by a reciprocal, which rounds twice.
+        # Tensor.div_, because torch computes `127 / top` as 127 times a reciprocal, which rounds twice.
         by = torch.where(top >= 1e-30, torch.full_like(top, 127).div_(top), 0)
         unit = torch.where(top >= 1e-30, top.div(127), 0)
         values: Tensor = groups.mul(by).round_().mul_(unit).flatten(1)
@@ -114,7 +115,7 @@ class Cpu(_Native):
 
 @register("kernels", "cpu_exact")
 class CpuExact(_Native):
-    """The native library, activations as they are."""
+    """The native library; activations are never rounded."""
 
     name: ClassVar[str] = "cpu_exact"
     priority: ClassVar[int] = 5
@@ -122,7 +123,10 @@ class CpuExact(_Native):
 
 
 def _segments(codec: Codec, shape: tuple[int, int]) -> Sequence[tuple[Codec, int]]:
-    """What is multiplied one below the other, and how many rows each has: sixteen-level weights that were stacked."""
+    """The parts of a weight that need separate products, each with its number of rows.
+
+    Only stacked sixteen-level weights have more than one.
+    """
     if isinstance(codec, Stacked) and all(isinstance(segment, FourBit) for segment, _ in codec.segments):
         return codec.segments
     return ((codec, shape[0]),)
@@ -130,7 +134,7 @@ def _segments(codec: Codec, shape: tuple[int, int]) -> Sequence[tuple[Codec, int
 
 @cache
 def _products(codec: Codec, shape: tuple[int, int]) -> Sequence[tuple[Layout, int, int, int]]:
-    """Layout, rows, first and last part of each product that makes up one by such a weight."""
+    """The products that make up one by such a weight: layout, rows, index of the first part, and end index."""
     found, start = [], 0
     for segment, n in _segments(codec, shape):
         layout = _layout(segment, (n, shape[1]))
@@ -143,12 +147,12 @@ def _products(codec: Codec, shape: tuple[int, int]) -> Sequence[tuple[Layout, in
 
 @cache
 def _layout(codec: Codec, shape: tuple[int, int]) -> Layout | str:
-    """How the library knows such a weight; or a sentence that says why it does not."""
+    """The library's layout for such a weight, or a sentence that says why it has none."""
     k = shape[1]
     if isinstance(codec, Blocks):
         known = codec.name in _KINDS
         return (
-            (_KINDS[codec.name], 0, 0) if known else f"it does not multiply by {codec}, which is read and not written"
+            (_KINDS[codec.name], 0, 0) if known else f"it does not support {codec}, which fewbit reads but cannot write"
         )
     if isinstance(codec, Affine):
         group, codes = codec.group or k, 1 if 8 % codec.bits else 8 // codec.bits
@@ -160,13 +164,13 @@ def _layout(codec: Codec, shape: tuple[int, int]) -> Layout | str:
         return (_INT8, 0, k)
     if isinstance(codec, FourBit):
         if k % codec.group:
-            return f"rows of whole blocks only: {codec.group} do not divide {k} columns"
+            return f"rows must be whole blocks: {codec.group} does not divide {k} columns"
         return (_LEVELS_DOUBLE if codec.double else _LEVELS, list(LEVELS).index(codec.kind), codec.group)
-    return f"it multiplies by affine, ggml, 8-bit and 16-level weights only, not {codec}"
+    return f"it supports affine, ggml, 8-bit and 16-level weights only, not {codec}"
 
 
 def _groups(bits: int) -> list[int]:
-    """Groups below a step of the kernel that it serves."""
+    """The supported group sizes that are smaller than a step of the kernel."""
     codes = 1 if 8 % bits else 8 // bits
     return [g for g in (16, 32, 64, 128) if 4 * codes <= g < 64 * codes]
 
@@ -207,7 +211,7 @@ def _linear(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int
     if isinstance(lib, str):
         raise KernelError(lib, library.HINT)
     if x.dim() != 2:
-        raise KernelError(f"activations of {x.dim()} dimensions, [rows, columns] expected")
+        raise KernelError(f"activations have {x.dim()} dimensions, expected 2: [rows, columns]")
     if not x.is_cpu:
         raise KernelError(f"activations are on {x.device.type}, and the packed weight is on the CPU")
     m, k = x.shape
@@ -239,17 +243,17 @@ def _linear(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int
 
 
 def _start(tensor: Tensor, dtype: torch.dtype, count: int) -> int:
-    """Where the memory of `count` numbers begins. KernelError if the library would read or write beside them."""
+    """The address of a tensor of `count` numbers. KernelError if the library would read or write outside its memory."""
     if not (tensor.is_cpu and tensor.is_contiguous() and tensor.dtype == dtype and tensor.numel() == count):
         raise KernelError(
             f"a tensor {list(tensor.shape)} of {tensor.dtype} on {tensor.device} where the CPU library "
-            f"needs {count} numbers of {dtype} in order on the CPU"
+            f"needs {count} contiguous numbers of {dtype} on the CPU"
         )
     return tensor.data_ptr()
 
 
 def _buffer(part: Tensor) -> tuple[int, int]:
-    """Where a part begins and how many bytes it has; KernelError if the library could not read it as it lies."""
+    """Address and size in bytes of a part. KernelError if the library cannot read it as it is stored."""
     if not part.is_cpu or not part.is_contiguous():
         raise KernelError(f"a part {list(part.shape)} of a packed weight is not contiguous, or not on the CPU")
     start = part.data_ptr()
@@ -263,7 +267,7 @@ def _buffer(part: Tensor) -> tuple[int, int]:
 def _weight(
     kind: int, bits: int, group: int, n: int, k: int, buffers: tuple[tuple[int, int], ...]
 ) -> ctypes.Array[library.Weight]:
-    """What the library is told of a weight. It owns nothing: the same addresses mean the same."""
+    """The C description of a weight. It owns no memory, so it can be cached by the addresses of the parts."""
     if kind in (_LEVELS, _LEVELS_DOUBLE):
         table = _levels(bits)
         buffers = (*buffers, (ctypes.addressof(table), ctypes.sizeof(table)))
@@ -282,4 +286,4 @@ def _levels(which: int) -> ctypes.Array[ctypes.c_float]:
 
 def _check(status: int, n: int, k: int) -> None:
     if status:
-        raise KernelError(f"a packed weight of {n} x {k} cannot be multiplied: {_ERRORS.get(status, status)}")
+        raise KernelError(f"the CPU library rejects a packed weight of {n} x {k}: {_ERRORS.get(status, status)}")

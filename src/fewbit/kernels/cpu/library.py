@@ -1,10 +1,10 @@
-"""The native CPU library: found, loaded, and told which threads to use.
+"""Finds and loads the native CPU library, and connects it to torch's threads.
 
-It lies in `fewbit/native/`, where an install that found a C++ compiler put it; a checkout that is installed as editable
-has it in site-packages. `FEWBIT_CPU_LIBRARY` names another file (`none`: do without), `FEWBIT_CPU_ISA` an instruction
-set (`scalar`, `avx2`, `avxvnni`, `avx512`, `neon`) to use in place of the best.
+The library is in `fewbit/native/` if a C++ compiler was available at installation. With an editable install it is in
+site-packages. The environment variable `FEWBIT_CPU_LIBRARY` gives another file (`none`: do not use the library).
+`FEWBIT_CPU_ISA` selects an instruction set (`scalar`, `avx2`, `avxvnni`, `avx512`, `neon`) instead of the best one.
 
-It runs on the threads of the OpenMP runtime that torch has loaded, so that there is one pool of them.
+The library runs on the threads of the OpenMP runtime that torch has loaded, so the process has one thread pool only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 _ABI = 3
 _FILE = "fewbit_cpu.so"
-HINT = "Install fewbit from source where a C++ compiler is (gcc 9, clang 10 or later), or a wheel that has it."
+HINT = "Install fewbit from source with a C++ compiler (gcc 9, clang 10 or later), or from a wheel with the library."
 
 
 class Weight(ctypes.Structure):
@@ -45,7 +45,7 @@ def available() -> ctypes.CDLL | str:
         found = ctypes.CDLL(str(path))
         abi = int(found.fewbit_abi())
     except (OSError, AttributeError) as error:
-        return f"the CPU library does not load: {error}"
+        return f"the CPU library cannot be loaded: {error}"
     if abi != _ABI:
         return f"the CPU library is of another version of fewbit (its interface is {abi}, {_ABI} is needed)"
     return found
@@ -71,14 +71,14 @@ def library() -> ctypes.CDLL | str:
     for name, (result, arguments) in signatures.items():
         function = getattr(found, name)
         function.restype, function.argtypes = result, arguments
-    # torch makes its runtime's symbols visible to all. Where it has none, the library has threads of its own.
+    # torch loads its OpenMP runtime with global symbols. Without one, the library uses threads of its own.
     with contextlib.suppress(AttributeError, TypeError, OSError):
         found.fewbit_use_openmp(ctypes.cast(ctypes.CDLL(None).GOMP_parallel, pointer))
     return found
 
 
 def where() -> Path | str:
-    """The library's file, or a sentence that says why there is none."""
+    """The path of the library, or a sentence that says why there is none."""
     if asked := os.environ.get("FEWBIT_CPU_LIBRARY"):
         if asked == "none":
             return "the CPU library is switched off by FEWBIT_CPU_LIBRARY"
@@ -97,6 +97,6 @@ def where() -> Path | str:
 
 
 def instructions() -> str:
-    """The instruction set in use; an empty text where there is no library."""
+    """The instruction set in use; an empty string without the library."""
     found = library()
     return "" if isinstance(found, str) else str(found.fewbit_isa().decode())

@@ -1,4 +1,4 @@
-"""Kernels for NVIDIA GPUs, in CUDA C++ and Triton: integers, NF4 and FP4, LLM.int8() weights and ggml's blocks."""
+"""Kernels for NVIDIA GPUs in CUDA C++ and Triton. They support integers, NF4, FP4, LLM.int8() and ggml's blocks."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes.base import Codec, Parts
 
-_CAPABILITY = (8, 0)  # the first with bfloat16 on its tensor cores
+_CAPABILITY = (8, 0)  # the first compute capability with bfloat16 tensor cores
 
 
 @register("kernels", "nvidia")
 class Nvidia(Kernel):
-    """Prepared: words of codes, their high bits where there are any, then scales and offsets as the scheme has them."""
+    """Device layout: words of codes, a plane of high bits for some widths, then the scheme's scales and offsets."""
 
     name: ClassVar[str] = "nvidia"
     activations: ClassVar[str] = "exact"
-    checked: ClassVar[tuple[int, ...]] = (4, 64)  # few rows, and many
+    checked: ClassVar[tuple[int, ...]] = (4, 64)  # a few rows and many rows use different kernels
     priority: ClassVar[int] = 20
 
     def unavailable(self) -> str | None:
@@ -36,7 +36,7 @@ class Nvidia(Kernel):
         if (found := torch.cuda.get_device_capability(device)) < _CAPABILITY:
             return f"it needs compute capability 8.0 or later, and this GPU has {found[0]}.{found[1]}"
         if shape[0] * shape[1] >= 1 << 32:
-            return f"weights of fewer than 2^32 values only, not {shape[0]} x {shape[1]}"
+            return f"weights with fewer than 2^32 values only, not {shape[0]} x {shape[1]}"
         how = layout.recipe(codec, shape[1])
         return how if isinstance(how, str) else None
 
@@ -58,7 +58,7 @@ class Nvidia(Kernel):
 @cache
 def _unavailable() -> str | None:
     if find_spec("triton") is None:
-        return "Triton is not installed; PyTorch for NVIDIA GPUs brings it"
+        return "Triton is not installed; it comes with PyTorch for NVIDIA GPUs"
     if not torch.cuda.is_available():
-        return "PyTorch finds no NVIDIA GPU that its driver can serve"
+        return "PyTorch finds no NVIDIA GPU with a working driver"
     return None

@@ -1,14 +1,15 @@
-// How threads read a packed weight: what few.cu and many.cu share. Both multiply on tensor cores (mma.m16n8k16), W on
-// the left, so that 16 rows of it meet 8 rows of x.
+// How threads read a packed weight; shared by few.cu and many.cu. Both multiply on tensor cores (mma.m16n8k16) with W as
+// the left operand, so a step multiplies 16 rows of W by 8 rows of x.
 //
-// Thread t of a group of four holds words 4t ... 4t + 3 of a row's tile, 16 bytes, and reads x where they have their
-// columns (see layout.py). A sum may take its terms in any order, so the words' pairs of columns are places 2t, 2t + 1
-// and 2t + 8, 2t + 9 of a step, two steps for each 32 columns.
-// Codes become numbers two at a time: the bits of a code under the exponent of 128 (bfloat16) or 1024 (float16), less
-// that and the zero point. For few rows in bfloat16 both are taken off a group's sum (FOLD), a third fewer instructions;
-// in float16 that would cost digits, 1024 being great and tensor cores cutting sums off, so it is done code by code.
+// Thread t of a group of four holds words 4t ... 4t + 3 of a row's tile, 16 bytes, and reads x at the columns of these
+// words (see layout.py). A sum may take its terms in any order. So the pairs of columns of the words are used as
+// positions 2t, 2t + 1 and 2t + 8, 2t + 9 of a step, with two steps for each 32 columns.
+// Codes are converted to numbers two at a time: the bits of a code become the mantissa below the exponent of 128
+// (bfloat16) or 1024 (float16); then this base and the zero point are subtracted. For few rows in bfloat16 both are
+// subtracted from the sum of a group instead (FOLD), which saves a third of the instructions. In float16 that would lose
+// digits, because 1024 is large and tensor cores truncate sums, so they are subtracted from each code.
 // Sums of a group are scaled in float32.
-// Macros that the caller defines: BITS LOW GROUP BLOCK SCALE OFFSET ZERO_POINT TABLE DIVISOR SUB K ROW_WORDS GROUPS BLOCKS
+// The caller defines these macros: BITS LOW GROUP BLOCK SCALE OFFSET ZERO_POINT TABLE DIVISOR SUB K ROW_WORDS GROUPS BLOCKS
 // SIGNED BFLOAT WARPS MT NT RESIDENT MANY.
 
 typedef unsigned int u32;
@@ -16,7 +17,7 @@ typedef unsigned short u16;
 typedef unsigned char u8;
 
 #define LANES (32 / LOW)
-#define WORDS 16  // of a tile
+#define WORDS 16  // per tile
 #define TILE (WORDS * LANES)
 #define TILES (ROW_WORDS / WORDS)
 #define SUBS (TILE / SUB)
@@ -28,7 +29,7 @@ typedef unsigned char u8;
 #define OFFSET_BYTES (OFFSET == 2 ? 2 : 1)
 #define PACKED (MANY && LOW < 8 && SUB >= 32 && !MINIMUM)
 #define FOLD (LOW < 8 && !TABLE && (MANY ? !PACKED : BFLOAT))
-#define SUMS (MINIMUM || FOLD)  // whether sums of x are wanted
+#define SUMS (MINIMUM || FOLD)  // whether the sums of x are needed
 
 #if BFLOAT
 #define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
@@ -44,7 +45,7 @@ typedef unsigned char u8;
 
 struct alignas(16) Four { u32 v[4]; };
 struct alignas(8) Two { u32 v[2]; };
-template <int BYTES> struct Side { u32 v[(BYTES + 3) / 4]; };  // what lies side by side
+template <int BYTES> struct Side { u32 v[(BYTES + 3) / 4]; };  // values that are stored side by side
 
 struct Weight {
   const u32* words;
@@ -52,9 +53,9 @@ struct Weight {
   const float *a2, *a3;
   const void *b0, *b1;
   const float* table;
-  int last;  // row
+  int last;  // index of the last row
 };
-struct Row { int lot, in; };  // which of sixteen rows, and of what sixteen
+struct Row { int lot, in; };  // rows are stored in lots of sixteen: the lot, and the row within it
 
 __device__ __forceinline__ unsigned long long evict_first() {
   unsigned long long policy;
@@ -95,14 +96,14 @@ __device__ __forceinline__ u32 less(u32 a, u32 b) {  // a - b, two at a time
 #endif
   return d;
 }
-__device__ __forceinline__ float number(u32 word, int byte, float less) {  // a byte as a float, less something
+__device__ __forceinline__ float number(u32 word, int byte, float less) {  // a byte as a float, minus `less`
   return __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7440 + byte)) - (8388608.0f + less);
 }
 
-// ---- kernels that overlap --------------------------------------------------------------------------------------------
+// ---- overlapping kernels --------------------------------------------------------------------------------------------
 
-// Waits for all that earlier kernels write, if this one was launched while they ran (see in_cuda.py), and lets the next
-// one do the same. Returns 0, which the compiler does not know: an address that it is added to is not read before.
+// If this kernel was launched while earlier ones run (see in_cuda.py): waits for all that they write, and then lets the
+// next kernel start. Returns 0 in a way that the compiler cannot see: an address to which it is added is not read before.
 __device__ __forceinline__ int turn() {
   int nought = 0;
 #if __CUDA_ARCH__ >= 900
@@ -113,12 +114,12 @@ __device__ __forceinline__ int turn() {
   return nought;
 }
 
-// ---- what is asked of memory a tile ahead ---------------------------------------------------------------------------
+// ---- loads, one tile ahead ------------------------------------------------------------------------------------------
 
-// Where a row has its piece `at` of `across`, rows being stored sixteen at a time.
+// The index of piece `at` (of `across` per row) of a row. Rows are stored in lots of sixteen.
 __device__ __forceinline__ int place(Row row, int across, int at) { return (row.lot * across + at) * 16 + row.in; }
 
-// Values of E bytes, one for each sub-tile of a row's tile.
+// Loads values of E bytes, one for each sub-tile of a row's tile.
 template <int E> __device__ __forceinline__ void gather(Side<E * SUBS>& out, const void* from, int tile, Row row) {
   constexpr int B = E * SUBS;
   if constexpr (BESIDE == SUBS) {
@@ -148,7 +149,7 @@ template <int E> __device__ __forceinline__ void gather(Side<E * SUBS>& out, con
   }
 }
 
-struct Step {  // of a row's tile: codes, and what scales and offsets are made of
+struct Step {  // the data of a row's tile: codes, and the components of scales and offsets
   Four low;
   Two high;
   Side<SCALE_BYTES * SUBS> scale;
@@ -186,8 +187,8 @@ __device__ __forceinline__ void ask(Step& s, const Weight& w, int tile, Row row,
 #endif
 }
 
-// What `ask` will want for sixteen rows lies in pieces of 128 bytes: those of words, then where groups are not longer than
-// tiles one of scales and one of offsets. Lane l has the l-th and asks for it to be brought to the cache.
+// The data that `ask` will load for sixteen rows, in pieces of 128 bytes: first the words, then, if groups are not longer
+// than tiles, one piece of scales and one of offsets. Lane l prefetches the l-th piece into the L2 cache.
 #define PIECES_OF_WORDS (16 * WORDS * 4 / 128)
 #define ANNOUNCED (PIECES_OF_WORDS + (BESIDE == SUBS && GROUP <= TILE ? 1 + (OFFSET != 0) : 0))
 __device__ __forceinline__ const char* to_announce(const Weight& w, int tile, int lot, int lane) {
@@ -196,7 +197,7 @@ __device__ __forceinline__ const char* to_announce(const Weight& w, int tile, in
   if (lane > PIECES_OF_WORDS) return (const char*)(OFFSET == 3 ? w.b1 : w.b0) + at * OFFSET_BYTES * SUBS;
   return (const char*)(w.words + at * WORDS) + lane * 128;
 }
-__device__ __forceinline__ int from_tile_to_tile(int lane) {  // bytes
+__device__ __forceinline__ int from_tile_to_tile(int lane) {  // distance in bytes
   return 16 * (lane == PIECES_OF_WORDS ? SCALE_BYTES * SUBS : lane > PIECES_OF_WORDS ? OFFSET_BYTES * SUBS : WORDS * 4);
 }
 __device__ __forceinline__ void announce(const char* p, int lane) {
@@ -229,7 +230,7 @@ __device__ __forceinline__ Grid grid(const Step& s, const Weight& w, const float
   g.least = -half_of(s.dmin) * number(b, 0, 0);
 #endif
 #if LOW == 8 && (MANY || BFLOAT)
-  constexpr float base = 8388608.0f;  // no room for 8 bits under an exponent: these codes go by way of float32
+  constexpr float base = 8388608.0f;  // 8 bits do not fit in the mantissa; these codes are converted through float32
 #else
   constexpr float base = BASE;
 #endif
@@ -244,11 +245,11 @@ __device__ __forceinline__ Grid grid(const Step& s, const Weight& w, const float
   return g;
 }
 
-// The codes of lanes j and j + LANES / 2 of word i, each under the exponent of BASE.
+// The codes of lanes j and j + LANES / 2 of word i, each as mantissa bits below the exponent of BASE.
 __device__ __forceinline__ u32 codes(const Step& s, int i, int j) {
   const u32 w = s.low.v[i];
   constexpr u32 mask = (1u << LOW) - 1;
-  // One instruction for both: left to itself the compiler takes two, for two constants.
+  // One instruction for mask and exponent. The compiler would use two, one for each constant.
   u32 c;
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(c) : "r"(w >> j * LOW), "n"(mask | mask << 16), "r"(EXPONENT));
 #if BITS > LOW
@@ -262,7 +263,7 @@ __device__ __forceinline__ u32 codes(const Step& s, int i, int j) {
   return c;
 }
 
-// The same as two numbers, less what is taken off a group's sum.
+// The same two codes as numbers, without the part that is subtracted from a group's sum (FOLD).
 __device__ __forceinline__ u32 pair(const Step& s, int i, int j, float zero) {
 #if LOW == 8 && BFLOAT
   const u32 w = s.low.v[i];
@@ -273,7 +274,7 @@ __device__ __forceinline__ u32 pair(const Step& s, int i, int j, float zero) {
 #endif
 }
 
-// The levels of both codes of a byte of `word`, by its place j, from tables().
+// The levels of both codes in byte j of `word`, from the table that tables() writes.
 __device__ __forceinline__ u32 looked_up(const u32* pairs, u32 word, int j) {
   const int shift = j * 8 - 7;
   return *(const u32*)((const char*)pairs + (((shift < 0 ? word << -shift : word >> shift) & 0x7F80u) | (threadIdx.x & 31) * 4));
@@ -293,11 +294,11 @@ __device__ __forceinline__ void operand(u32* a, const Step* s, const Grid* g, co
     }
 }
 
-// Tables into shared memory; returns what follows them.
+// Writes the tables to shared memory; returns the address after them.
 __device__ __forceinline__ float* tables(float* shared, const Weight& w, u32*& pairs, float*& map) {
   float* left = shared;
 #if TABLE
-  // Levels of both codes of a byte, a copy for each thread of a warp, so that no two want one bank.
+  // Levels of both codes of a byte. Each thread of a warp has its own copy, which avoids bank conflicts.
   pairs = (u32*)left;
   for (int i = threadIdx.x; i < 256 * 32; i += WARPS * 32)
     pairs[i] = two(__ldg(w.table + ((i >> 5) & 15)), __ldg(w.table + (i >> 9)));

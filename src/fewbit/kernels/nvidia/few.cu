@@ -1,8 +1,8 @@
-// y [M, N] = x [M, K] times the transpose of packed W, for few rows of x.
+// y [M, N] = x [M, K] times the transpose of packed W, for a few rows of x.
 //
-// A block takes 16 * MT rows of W at a time; its warps share the tiles of K, and their sums meet in shared memory. There
-// are as many blocks as the GPU holds at once, and each asks for the first tiles of its next rows before it adds up
-// those that it has, so that memory is never idle but at the start and the end.
+// A block takes 16 * MT rows of W at a time. Its warps share the tiles of K, and add up their sums in shared memory. There
+// are as many blocks as the GPU can run at once. Each block requests the first tiles of its next rows before it adds up
+// the current sums, so memory is idle only at the start and at the end.
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
     const u16* __restrict__ x, u16* __restrict__ y, const u32* __restrict__ words, const void* __restrict__ high,
@@ -16,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
   const unsigned long long policy = evict_first();
   const auto row = [&](int top, int mt, int r) {
     const int n = min(top + mt * 16 + r * 8 + g, N - 1);
-    return NT == 1 ? Row{min(top / 16 + mt, (N - 1) >> 4), r * 8 + g} : Row{n >> 4, n & 15};  // for want of registers
+    return NT == 1 ? Row{min(top / 16 + mt, (N - 1) >> 4), r * 8 + g} : Row{n >> 4, n & 15};  // a cheaper form, to save registers
   };
   Step next[MT][2];
   const auto ahead = [&](int tile, int top) {
@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
   float* sums = tables(shared, weight, pairs, map);
   x += turn();
   ahead(min(warp, TILES - 1), blockIdx.x * rows);
-  const u16* from[NT];  // rows beyond the last read that one, and nobody reads what becomes of it
+  const u16* from[NT];  // rows after the last one read the last one; their results are not used
 #pragma unroll
   for (int nt = 0; nt < NT; ++nt) from[nt] = x + (long)min(x_top + nt * 8 + g, M - 1) * K;
   for (int top = blockIdx.x * rows; top < N; top += stride) {
@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
 #pragma unroll
         for (int r = 0; r < 2; ++r) s[mt][r] = next[mt][r];
       const bool last = tile + WARPS >= TILES;
-      ahead(last ? warp : tile + WARPS, last ? top + stride : top);  // beyond the end too, for want of a branch
+      ahead(last ? warp : tile + WARPS, last ? top + stride : top);  // also past the end, to avoid a branch
 #pragma unroll
       for (int sub = 0; sub < SUBS; ++sub) {
         if (K % TILE && tile * TILE + sub * SUB >= K) break;

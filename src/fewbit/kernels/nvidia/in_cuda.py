@@ -1,6 +1,6 @@
-"""The CUDA kernels: `few.cu` for a few rows of activations, `many.cu` for tens, both on `decode.cuh`.
+"""The CUDA kernels: `few.cu` for a few rows of activations, `many.cu` for tens and hundreds; both use `decode.cuh`.
 
-They are compiled when first needed, by the compiler that PyTorch brings (NVRTC).
+They are compiled on first use by NVRTC, the compiler that comes with PyTorch.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from torch import Tensor
 
 from fewbit.kernels.nvidia.layout import MAPPED, PLAIN, WORDS, Recipe, operands
 
-_FLOAT = 3  # how s is stored, besides those of a recipe: as float32
-_PAIRS, _MAP = 256 * 32 * 4, 256 * 4  # bytes of shared memory that levels take, and a map of scales
-_STAGES = 3  # tiles of x that `many` has in shared memory
-_EVEN = 0.93  # of the places for blocks: where so many can be used by blocks that share evenly, they are
-_LEAST = 4  # tiles of W that a block of `many` is started for
+_FLOAT = 3  # storage of the scale s as float32, in addition to the kinds of a recipe
+_PAIRS, _MAP = 256 * 32 * 4, 256 * 4  # bytes of shared memory for the level table and for a map of scales
+_STAGES = 3  # tiles of x that `many` keeps in shared memory
+_EVEN = 0.93  # the smallest share of the GPU's block slots for which `many` prefers an even split over using all slots
+_LEAST = 4  # fewest tiles of W for which `many` starts a block
 
 
 class Sizes(NamedTuple):
-    """How a kernel cuts its work."""
+    """The tile sizes of a kernel."""
 
-    warps: int  # in multiples of four for `many`
-    of_w: int  # tiles of 16 rows of W that a warp has
+    warps: int  # warps per block; a multiple of four for `many`
+    of_w: int  # tiles of 16 rows of W per warp
     of_x: int  # tiles of 8 rows of x
-    resident: int  # blocks that a multiprocessor is to hold at once
-    many: int = 0  # 1 for `many`
+    resident: int  # blocks per multiprocessor that run at the same time
+    many: int = 0  # 1: use `many.cu`, 0: use `few.cu`
 
 
 def linear(x: Tensor, y: Tensor, tensors: list[Tensor], how: Recipe, sizes: Sizes) -> None:
-    """y [M, N] = x [M, K] W."""
+    """Write y [M, N] = x [M, K] Wᵀ for packed W [N, K]."""
     (m, k), n = x.shape, y.shape[1]
     places = operands(how, tensors)
     kernel = _compiled(
@@ -46,7 +46,7 @@ def linear(x: Tensor, y: Tensor, tensors: list[Tensor], how: Recipe, sizes: Size
     if sizes.many:
         pieces = -(-n // (rows * sizes.warps))
         tiles = pieces * tensors[0].shape[1]
-        share = room // pieces  # where each piece of W's rows has as many blocks, these leave fewer sums to add up
+        share = room // pieces  # blocks per piece of W's rows; an even split leaves fewer partial sums to add up
         blocks = pieces * share if pieces * share >= _EVEN * room else room
         grid = (min(blocks, -(-tiles // _LEAST)), over, 1)
         left = torch.empty(
@@ -59,7 +59,7 @@ def linear(x: Tensor, y: Tensor, tensors: list[Tensor], how: Recipe, sizes: Size
 
 
 class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute, of which one value is a whole number."""
+    """CUlaunchAttribute with an integer value."""
 
     _fields_: ClassVar = [("id", ctypes.c_int), ("unused", ctypes.c_int), ("value", ctypes.c_int * 16)]
 
@@ -81,8 +81,11 @@ _OVERLAPS = _Attribute(id=6, value=(1,))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STR
 
 
 def _launch(kernel: Any, grid: tuple[int, int, int], threads: int, args: list[Tensor | int], shared: int) -> None:
-    """In a CUDA graph the kernel starts while the one before it ends and brings weights to the cache meanwhile, see
-    `turn` in decode.cuh. PyTorch's own launch cannot say so."""
+    """Launch a kernel. In a CUDA graph (from compute capability 9.0 on), let it overlap the kernel before it.
+
+    An overlapping kernel starts while the previous one is still ending, and loads weights into the cache meanwhile; see
+    `turn` in decode.cuh. PyTorch's launch function has no option for this, so this calls the driver directly.
+    """
     if not (torch.cuda.is_current_stream_capturing() and torch.cuda.get_device_capability() >= (9, 0)):
         kernel(grid=grid, block=(threads, 1, 1), args=args, shared_mem=shared)
         return
@@ -96,12 +99,12 @@ def _launch(kernel: Any, grid: tuple[int, int, int], threads: int, args: list[Te
 
 @cache
 def hopper(device: torch.device) -> bool:
-    """Whether it multiplies as only Hopper does: four warps together, x where it lies in shared memory."""
+    """Whether the GPU has Hopper's wgmma: four warps multiply together and read x from shared memory."""
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def fullness(sizes: Sizes, n: int, device: torch.device) -> float:
-    """The part of the GPU's places for blocks that n rows of W take in the rounds they need: 1 where these are many."""
+    """The share of the GPU's block slots that n rows of W fill in the rounds they need; 1 for more than two rounds."""
     if sizes.many:
         return 1.0
     room = _multiprocessors(device) * sizes.resident
@@ -110,7 +113,7 @@ def fullness(sizes: Sizes, n: int, device: torch.device) -> float:
 
 
 def fitting(sizes: Sizes, how: Recipe, device: torch.device) -> Sizes:
-    """The same with fewer rows of x for a block, where the GPU has not the shared memory for so many."""
+    """`sizes`, with fewer rows of x per block if the GPU does not have enough shared memory."""
     while sizes.many and sizes.of_x > 1 and _shared(how, sizes) > _shared_room(device):
         sizes = sizes._replace(of_x=sizes.of_x // 2)
     return sizes
@@ -127,10 +130,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _done(device: torch.device) -> Tensor:
-    """How many blocks are done with each piece of W's rows; the last of them sets it to nought again.
+    """Counters, one per piece of W's rows: how many blocks have finished it. The last block resets the counter to 0.
 
-    Kernels that run at once must not share it: there is one for each stream, and one for graphs, which is made before
-    the first is recorded, since a recording only notes that it is to be filled with noughts.
+    Kernels that run at the same time must not share counters, so each stream has its own, and CUDA graphs have one set.
+    That set is allocated before the first capture: during a capture, filling it with zeros would only be recorded, and
+    not done.
     """
     of_graphs = _counters(device, None)
     if torch.cuda.is_current_stream_capturing():
@@ -145,13 +149,13 @@ def _counters(device: torch.device, stream: torch.cuda.Stream | None) -> Tensor:
 
 @cache
 def unusable(device: torch.device) -> str | None:
-    """None if such kernels can be compiled and run there, else a sentence; it is also a warning, once."""
+    """None if CUDA kernels can be compiled for the device, else a sentence that says why not. It also warns, once."""
     text = 'extern "C" __global__ void nothing(int* x) { *x = 1; }'
     try:
         with torch.cuda.device(device):
             torch.cuda._compile_kernel(text, "nothing")  # type: ignore[attr-defined,unused-ignore]
-    except Exception as error:  # no NVRTC, no headers of CUDA, a driver that is too old: what PyTorch raises differs
-        reason = f"the kernels for few rows cannot be compiled, slower ones serve: {str(error).strip()[:200]}"
+    except Exception as error:  # without NVRTC or CUDA headers, or with an old driver, PyTorch raises various types
+        reason = f"the CUDA kernels cannot be compiled, slower kernels are used: {str(error).strip()[:200]}"
         warnings.warn(reason, stacklevel=2)
         return reason
     return None
@@ -171,7 +175,7 @@ def _stored(how: Recipe, places: tuple[Tensor, ...]) -> tuple[int, bool]:
 
 @cache
 def source(name: str) -> str:
-    """A kernel as it stands, before the macros that specialize it."""
+    """The source of a kernel, without the macros that specialize it."""
     folder = Path(__file__).parent
     return "".join((folder / file).read_text(encoding="utf-8") for file in ("decode.cuh", f"{name}.cu"))
 
@@ -179,7 +183,7 @@ def source(name: str) -> str:
 def defined(
     how: Recipe, k: int, row_words: int, stored: tuple[int, bool], sizes: Sizes, bfloat: bool, wgmma: bool
 ) -> str:
-    """The macros, and the kernel."""
+    """The source of a kernel with the macros that specialize it."""
     macros: dict[str, int | str] = {
         "BITS": how.bits,
         "LOW": how.low,
@@ -210,7 +214,10 @@ def defined(
 
 
 def _wgmma(n: int, dtype: str) -> str:
-    """d [n / 2] += a [4] times what the descriptor x tells of: n sums of 64 rows, in the registers of four warps."""
+    """The wgmma instruction: d [n / 2] += a [4] times the matrix that descriptor x points to.
+
+    The result is 64 x n sums, in the registers of four warps.
+    """
     sums = n // 2
     places = ", ".join(f"%{i}" for i in range(sums))
     of_a = ", ".join(f"%{sums + i}" for i in range(4))

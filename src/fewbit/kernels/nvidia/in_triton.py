@@ -1,12 +1,15 @@
-"""The kernels in Triton: one row of activations (`gemv`), where CUDA's cannot be compiled, and all values (`values`).
+"""The Triton kernels: `gemv` for single rows of activations, `values` to dequantize the weight.
 
-Both decode alike. A code c of b bits becomes the float 1 + c / 2^b by putting its bits at the top of the mantissa
-of one, a shift and one three-way logical instruction; 2^b and the one go into the scale and the offset of its group, so
-that a weight costs one fused multiply-add more. Levels that are no integers are looked up, sixteen in one cache line.
+`gemv` is used if the CUDA kernels cannot be compiled.
 
-`gemv` gives a program some rows of the weight and the whole K: a thread reads four words, 16 bytes, of each row, and
-their activations once for all rows; the K axis is split over threads, whose sums meet once at the end. Blocks and
-layouts are such that every tensor of a step lies in the same threads: nothing passes through shared memory.
+Both kernels decode in the same way. A code c of b bits becomes the float 1 + c / 2^b: its bits are placed at the top of
+the mantissa of 1.0, which takes a shift and one three-way logical instruction. The factor 2^b and the 1 are folded into
+the scale and the offset of the group, so a weight costs one more fused multiply-add. Levels that are not integers are
+looked up in a table; sixteen levels fit in one cache line.
+
+In `gemv` a program takes some rows of the weight and all of K. A thread reads four words (16 bytes) of each row, and
+their activations once for all rows. K is split over threads, which add up their sums once at the end. Blocks and
+layouts are chosen so that all tensors of a step are in the same threads, and nothing passes through shared memory.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ CONSTANT, ZERO, MINIMUM, SUPER_MINIMUM = tl.constexpr(0), tl.constexpr(1), tl.co
 
 @triton.jit
 def _value(w, h, table, one, lane: tl.constexpr, BITS: tl.constexpr, LOW: tl.constexpr, TABLE: tl.constexpr):
-    """Of each word's code in one lane: its level, or 1 + code / 2^BITS. float32.
+    """For the code of each word in one lane: its level, or 1 + code / 2^BITS. float32.
 
-    `one` holds the bits of 1.0. As an argument of the kernel it saves an instruction, since one takes one constant.
+    `one` has the bits of 1.0. It is a kernel argument because an instruction takes only one constant; this saves one
+    instruction.
     """
     if TABLE:
         code = (w >> (lane * LOW)) & (2**LOW - 1)
@@ -42,7 +46,7 @@ def _value(w, h, table, one, lane: tl.constexpr, BITS: tl.constexpr, LOW: tl.con
 
 @triton.jit
 def _place(row, across, at):
-    """Where a row has its piece `at` of `across`, rows being stored sixteen at a time."""
+    """The index of piece `at` (of `across` per row) of a row. Rows are stored in groups of sixteen."""
     return ((row // 16) * across + at) * 16 + row % 16
 
 
@@ -68,7 +72,7 @@ def _grid(
     DIVISOR: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """S and B of w = S value + B, float32, for `column` of `row`."""
+    """Scale S and offset B of w = S value + B for `column` of `row`. float32."""
     BESIDE: tl.constexpr = TILE // GROUP if TILE % GROUP == 0 else 1
     ACROSS: tl.constexpr = (groups + BESIDE - 1) // BESIDE
     at = _place(row, ACROSS, column // (GROUP * BESIDE)) * BESIDE + (column // GROUP) % BESIDE
@@ -102,7 +106,7 @@ def _grid(
 
 @triton.jit
 def _pair(q, TILE: tl.constexpr, SUB: tl.constexpr):
-    """Half the first column of word q: it holds that and the next in every 32."""
+    """Half of the first column of word q. In every 32 columns, the word holds this column and the next."""
     if SUB == 16:
         return (q // 16) * (TILE // 2) + ((q % 4) // 2) * 8 + ((q % 16) // 4) * 2 + q % 2
     return (q // 16) * (TILE // 2) + q % 16
@@ -110,7 +114,7 @@ def _pair(q, TILE: tl.constexpr, SUB: tl.constexpr):
 
 @triton.jit
 def _column(run, TILE: tl.constexpr, RUN: tl.constexpr):
-    """A column of the group that a run of words has in the first 32 of its tile."""
+    """A column of the group to which a run of words belongs, in the first 32 columns of its tile."""
     if RUN == 2:
         return (run // 8) * TILE + (run % 2) * 16
     return (run // 4) * TILE
@@ -126,7 +130,7 @@ def _lane(span, side, LANES, TABLE):
 
 @triton.jit
 def _side(both, side: tl.constexpr, BFLOAT: tl.constexpr):
-    """Of two activations in a word, one, as float32."""
+    """One of the two activations in a word, as float32."""
     if BFLOAT:
         return ((both << 16) if side == 0 else (both & -65536)).to(tl.float32, bitcast=True)
     return (both >> (16 * side)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -166,12 +170,12 @@ def gemv(
     BW: tl.constexpr,
     BFLOAT: tl.constexpr,
 ):
-    """y [M, N] = x [M, K] Wᵀ, one row of x, two to a word, for each program of the second axis."""
+    """y [M, N] = x [M, K] Wᵀ. Each program of the second axis takes one row of x, stored as two values per word."""
     if TABLE:
         table = tl.load(table + tl.arange(0, 16))
     LANES: tl.constexpr = 32 // LOW
     TILE: tl.constexpr = 16 * LANES
-    RUN: tl.constexpr = 2 if SUB == 16 else 4  # words that a thread has of a group
+    RUN: tl.constexpr = 2 if SUB == 16 else 4  # consecutive words of one group that a thread has
     SPAN: tl.constexpr = 32 if SUB == 16 else SUB
     x += tl.program_id(1) * (K // 2)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -265,7 +269,7 @@ def values(
     BW: tl.constexpr,
     BFLOAT: tl.constexpr,
 ):
-    """Rows `top` to `bottom` of the weight, as y [rows, K], two values to a word."""
+    """Rows `top` to `bottom` of the weight, dequantized, as y [rows, K] with two values per word."""
     if TABLE:
         table = tl.load(table + tl.arange(0, 16))
     LANES: tl.constexpr = 32 // LOW

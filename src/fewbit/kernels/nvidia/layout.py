@@ -1,18 +1,19 @@
-"""Where codes and scales lie for the Triton kernels, and how every codec is told to them.
+"""The device layout of codes and scales for the CUDA and Triton kernels, and how a codec is described to them.
 
-Each codec that they serve stands for w = s level[c] + b, s and b shared by a group of columns, a multiple of 16 of
-them. What differs is told by a `Recipe` of whole numbers, which the kernels are specialized for.
+Every supported codec has the form w = s level[c] + b. s and b are shared by a group of columns, a multiple of 16. A
+`Recipe` of integers describes the rest, and the kernels are specialized for it.
 
-Codes are cut in a low plane of 2, 4 or 8 bits and, of 3, 5 and 6 bits, a high plane of 1 or 2. A *tile* is the columns
-that sixteen 32-bit words of the low plane hold. Two columns that lie side by side share a word, half a word apart (or
-share a byte, where levels are looked up in pairs): one shift and one logical instruction then make two numbers of them.
-Thread t of the four that share a row in a tensor core's step holds words 4t ... 4t + 3, sixteen bytes, and with them
-columns 8t ... 8t + 7 of every 32 (`Recipe.places`), so that it reads x sixteen bytes at a time too. Where groups are of
-16 columns a step must not straddle them, and it is 4t ... 4t + 3 of every 16. The high plane has the same order.
+Codes are split into a low plane of 2, 4 or 8 bits and, for codes of 3, 5 or 6 bits, a high plane of 1 or 2 bits. A
+*tile* is the columns whose low plane fills sixteen 32-bit words. Two adjacent columns share a word, half a word apart,
+so that one shift and one logical instruction convert both to numbers. (If levels are looked up in pairs, the two
+columns share a byte.) In a tensor core step, four threads share a row. Thread t of the four has words 4t ... 4t + 3,
+which are sixteen bytes. They hold columns 8t ... 8t + 7 of every 32 (`Recipe.places`), so the thread also reads x
+sixteen bytes at a time. If groups have 16 columns, a step must stay inside a group; then the thread's columns are
+4t ... 4t + 3 of every 16. The high plane has the same order.
 
-Rows are stored sixteen at a time, [N / 16, tiles, 16, words of a tile], so that a warp reads a kilobyte in one piece,
-and so is what belongs to groups, [N / 16, groups / G, 16, G]: the G groups of a tile lie side by side, and a thread has
-them all by one load. Where rows do not fill the last sixteen there are zeros.
+Rows are stored in groups of sixteen, [N / 16, tiles, 16, words of a tile], so a warp reads a contiguous kilobyte.
+Scales and offsets are stored alike, [N / 16, groups / G, 16, G]: the G groups of a tile are adjacent, and a thread
+loads them all at once. If N is not a multiple of 16, the last rows are padded with zeros.
 """
 
 from __future__ import annotations
@@ -32,25 +33,27 @@ from fewbit.schemes.ggml.scheme import GGML
 from fewbit.schemes.int8 import Int8
 from fewbit.schemes.nf4 import NESTED, FourBit, levels
 
-WORDS = 16  # of a tile
-# How s is stored: as it is; d of a block times a whole number of a group; an 8-bit code of a map, scaled and shifted.
+WORDS = 16  # words per tile
+# How s is stored: directly; as d of the block times an integer of the group; as an 8-bit index into a map, whose value
+# is then scaled and shifted.
 PLAIN, SUPER, MAPPED = 0, 1, 2
-# How b is: -s times a constant; -s times a stored zero point; as it is; -dmin of a block times a whole number.
+# How b is computed: -s times a constant; -s times a stored zero point; stored directly; -dmin of the block times an
+# integer of the group.
 CONSTANT, ZERO, MINIMUM, SUPER_MINIMUM = 0, 1, 2, 3
 
 
 class Recipe(NamedTuple):
-    """What the kernels must know of a codec."""
+    """The description of a codec for the kernels."""
 
     bits: int
-    low: int  # bits of a code in the low plane; the rest is in the high one
+    low: int  # bits of a code in the low plane; the rest are in the high plane
     group: int  # columns that share s and b
     block: int  # columns that share d and dmin
-    scale: int
-    offset: int
+    scale: int  # PLAIN, SUPER or MAPPED
+    offset: int  # CONSTANT, ZERO, MINIMUM or SUPER_MINIMUM
     zero: int  # the constant of CONSTANT
-    table: int  # whether levels are looked up
-    divisor: int = 1  # s is what is stored over this
+    table: int  # 1 if levels are looked up in a table
+    divisor: int = 1  # s is the stored value divided by this
 
     @property
     def lanes(self) -> int:
@@ -64,23 +67,23 @@ class Recipe(NamedTuple):
 
     @property
     def places(self) -> tuple[int, int, int, int, int]:
-        """The columns of a tile, as axes: 32 at a time, then step, thread, pair and which of two."""
+        """The columns of a tile as axes: blocks of 32 columns, step, thread, pair, and column within the pair."""
         return (self.lanes // 2, 2, 4, 2, 2) if self.sub == 16 else (self.lanes // 2, 4, 2, 2, 2)
 
     @property
     def order(self) -> tuple[int, int, int, int, int]:
-        """Those axes, counted from 2, in the order thread, step, pair (the words), then the lanes of a word."""
+        """The axes of `places`, numbered from 2, in storage order: thread, step, pair (the words), then the lanes."""
         words = (4, 3, 5) if self.sub == 16 else (3, 4, 5)
         return (*words, 2, 6) if self.table else (*words, 6, 2)
 
     @property
     def sub(self) -> int:
-        """Columns of a tile that are sure to share a group."""
+        """How many columns of a tile always share a group."""
         return gcd(self.group, self.tile)
 
     @property
     def beside(self) -> int:
-        """Groups that lie side by side: those of a tile, where they fill it."""
+        """Groups that are stored side by side: all groups of a tile if they fill it exactly, else 1."""
         return self.tile // self.group if self.tile % self.group == 0 else 1
 
 
@@ -88,7 +91,7 @@ _LOW = {2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8}
 
 
 def recipe(codec: Codec, k: int) -> Recipe | str:
-    """How to multiply by a weight of `k` columns, or a sentence that says why not."""
+    """The recipe for a weight with `k` columns, or a sentence that says why the kernels do not support it."""
     if k % 16:
         return f"columns in multiples of 16 only, not {k}"
     if isinstance(codec, Affine):
@@ -102,7 +105,7 @@ def recipe(codec: Codec, k: int) -> Recipe | str:
         return Recipe(8, 8, k, k, PLAIN, CONSTANT, 128, 0, 127)
     if isinstance(codec, FourBit):
         if k % codec.group:
-            return f"blocks of {codec.group} that end with rows only, not in rows of {k}"
+            return f"rows must be whole blocks: {codec.group} does not divide {k} columns"
         return Recipe(4, 4, codec.group, codec.group, MAPPED if codec.double else PLAIN, CONSTANT, 0, 1)
     if isinstance(codec, GGML):
         kind = LAYOUTS[codec.name]
@@ -110,11 +113,11 @@ def recipe(codec: Codec, k: int) -> Recipe | str:
         offset = (SUPER_MINIMUM if kind.super else MINIMUM) if kind.affine else CONSTANT
         zero = 0 if kind.nonlinear else kind.zero
         return Recipe(kind.bits, _LOW[kind.bits], kind.sub, kind.columns, scale, offset, zero, int(kind.nonlinear))
-    return f"integers, NF4, FP4, LLM.int8() and blocks of ggml's that can be written only, not {codec}"
+    return f"it supports integers, NF4, FP4, LLM.int8() and the ggml blocks that fewbit can write only, not {codec}"
 
 
 def prepared(codec: Codec, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Words, high plane where there is one, then scales, offsets and levels in the order of `operands`."""
+    """The device layout: words, the high plane if any, then scales, offsets and levels in the order of `operands`."""
     n, k = shape
     how = recipe(codec, k)
     assert isinstance(how, Recipe)
@@ -131,7 +134,7 @@ def prepared(codec: Codec, parts: Mapping[str, Tensor], shape: tuple[int, int]) 
 
 
 def restored(codec: Codec, tensors: tuple[Tensor, ...], shape: tuple[int, int]) -> Parts:
-    """The canonical parts, byte for byte."""
+    """The inverse of `prepared`: the canonical parts, byte for byte."""
     n, k = shape
     how = recipe(codec, k)
     assert isinstance(how, Recipe)
@@ -160,7 +163,7 @@ def restored(codec: Codec, tensors: tuple[Tensor, ...], shape: tuple[int, int]) 
 
 
 def _codes(codec: Codec, parts: Mapping[str, Tensor], shape: tuple[int, int], rows: slice) -> Tensor:
-    """Codes of some rows, uint8."""
+    """The codes of some rows, uint8 [rows, K]."""
     k = shape[1]
     if isinstance(codec, Affine):
         return streams.unpack(parts["codes"][rows], codec.bits, k)
@@ -195,7 +198,7 @@ def _scales(codec: Codec, parts: Mapping[str, Tensor], shape: tuple[int, int], b
     found = [_blocked(fields.d.half().view(n, -1), over)]
     if fields.sc is not None:
         found.append(_blocked(fields.sc.to(signed).view(n, -1), beside))
-    if fields.dmin is not None:  # what is added, or in units of it
+    if fields.dmin is not None:  # the offset itself or, for super blocks, its unit
         found.append(_blocked((fields.dmin if kind.super else -fields.dmin).half().view(n, -1), over))
     if fields.m is not None:
         found.append(_blocked(fields.m.to(torch.uint8).view(n, -1), beside))
@@ -205,7 +208,7 @@ def _scales(codec: Codec, parts: Mapping[str, Tensor], shape: tuple[int, int], b
 
 
 def _blocked(held: Tensor, width: int) -> Tensor:
-    """[N, C] as [N / 16, C / width, 16, width]."""
+    """[N, C], padded with zeros, as [N / 16, C / width, 16, width]."""
     rows, columns = held.shape
     whole = torch.nn.functional.pad(held, (0, -columns % width, 0, -rows % 16))
     return whole.view(-1, 16, whole.shape[1] // width, width).transpose(1, 2).contiguous()
@@ -236,7 +239,10 @@ def _blocks(codec: GGML, codes: Tensor, kept: tuple[Tensor, ...], how: Recipe) -
 
 
 def operands(how: Recipe, tensors: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors by their places in a kernel's call: words, high, four of s, two of b, levels; words for any other."""
+    """The nine tensor arguments of a kernel: words, high plane, four for s, two for b, levels.
+
+    Unused arguments are filled with the words.
+    """
     words, rest = tensors[0], list(tensors[1:])
     places = [words] * 9
     if how.bits > how.low:
@@ -255,7 +261,7 @@ def _high_dtype(how: Recipe) -> torch.dtype:
 
 
 def _gathered(codes: Tensor, how: Recipe, width: int, dtype: torch.dtype) -> Tensor:
-    """Fields of `width` bits of codes [N, K] as words [N, tiles * WORDS]."""
+    """Pack codes [N, K] of `width` bits into words [N, tiles * WORDS]."""
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % how.tile))
     tiles = padded.unflatten(1, (-1, *how.places)).permute(0, 1, *how.order)  # rows, tiles, words, lanes
     lanes = tiles.reshape(len(codes), -1, WORDS, how.lanes)
@@ -277,4 +283,4 @@ def _scattered(words: Tensor, how: Recipe, width: int, k: int) -> Tensor:
     return found
 
 
-assert NESTED == 256  # what the kernels divide by
+assert NESTED == 256  # the kernels assume this block size of nested scales

@@ -1,34 +1,36 @@
 // y [M, N] = x [M, K] times the transpose of packed W, for tens and hundreds of rows of x.
 //
-// A warp takes 16 * MT rows of W and makes numbers of them in registers, scaled and rounded once to the type of x. x
-// passes through shared memory, a tile at a time, so that a block reads it once for all its rows. On Hopper four warps
-// multiply together and the tensor cores read x where it lies (wgmma.m64nNk16); elsewhere each warp reads it (ldmatrix,
+// A warp takes 16 * MT rows of W and decodes them in registers, scaled and rounded once to the type of x. x passes through
+// shared memory, a tile at a time, so a block reads it once for all its rows. On Hopper four warps multiply together and
+// the tensor cores read x from shared memory (wgmma.m64nNk16); on other GPUs each warp reads it (ldmatrix,
 // mma.m16n8k16).
 //
-// The tiles of all W, those of a piece of its rows after another, are dealt to the blocks in equal runs, so that none is
-// idle whatever the shape. A piece that several blocks had a part of is added up by the last of them to finish, from
-// what all have left in `work`, in their order, so that results do not vary.
+// A piece is the rows of W that a block works on at a time. The tiles of all pieces, one piece after another, are divided
+// among the blocks in equal runs, so that no block is idle for any shape. If several blocks share a piece, the last one
+// to finish adds up the partial sums that all of them left in `work`. It adds them in block order, so that results are
+// reproducible.
 //
-// In shared memory a row of x is pieces of 64 columns, 128 bytes, in the order of the words' codes (see decode.cuh); its
-// 16-byte parts are exchanged by the row's number (part ^ row % 8), as wgmma expects it and banks like it.
-// A macro besides those of decode.cuh, on Hopper: WGMMA(sums, a, place of x).
+// In shared memory a row of x is stored in pieces of 64 columns (128 bytes), in the order of the words' codes (see
+// decode.cuh). Its 16-byte parts are permuted by the row number (part ^ row % 8), as wgmma requires; this also avoids
+// bank conflicts.
+// On Hopper the caller also defines the macro WGMMA(sums, a, place of x).
 
 #define ROWS (8 * NT)
 #define PIECES (TILE / 64)
 #define PIECE (ROWS * 128)  // bytes
 #define STAGE (PIECES * PIECE)
-#define STEPS 2  // of 16 columns, decoded and then multiplied together
+#define STEPS 2  // steps of 16 columns that are decoded and then multiplied together
 #define LOTS (TILE / 16 / STEPS)
 #define APART (LOTS / PIECES)  // lots in a piece of x
 #define TALL (WARPS * 16 * MT)  // rows of W in a piece
-#define SOON (TILES < 4 ? TILES : 4)  // tiles of W that are on their way to the cache
-#define LOADS ((ROWS + WARPS * 4 - 1) / (WARPS * 4))  // of a piece of x, by each warp
-#define LEFT (TALL * ROWS)  // sums that a block leaves of one
+#define SOON (TILES < 4 ? TILES : 4)  // tiles of W that are prefetched into the cache
+#define LOADS ((ROWS + WARPS * 4 - 1) / (WARPS * 4))  // loads of a piece of x by each warp
+#define LEFT (TALL * ROWS)  // partial sums that a block leaves of a piece
 
 __device__ __forceinline__ float first(u32 v) { return BFLOAT ? __uint_as_float(v << 16) : half_of(v & 0xFFFF); }
 __device__ __forceinline__ float second(u32 v) { return BFLOAT ? __uint_as_float(v & 0xFFFF0000u) : half_of(v >> 16); }
 
-// Two products of numbers, and their sums with two others, rounded once.
+// Two fused multiply-adds on pairs of numbers; each result is rounded once.
 __device__ __forceinline__ u32 times(u32 a, u32 b, u32 c) {
   u32 d;
 #if BFLOAT
@@ -39,7 +41,7 @@ __device__ __forceinline__ u32 times(u32 a, u32 b, u32 c) {
   return d;
 }
 
-// What numbers are made with: where PACKED, a scale as the sum of two of x's type, so that nothing of it is lost.
+// The factors for decoding. If PACKED, a scale is the sum of two numbers of x's type, so that it keeps its precision.
 struct Maker { Grid grid; u32 zero, scale, rest; };
 
 __device__ __forceinline__ Maker maker(const Grid& grid) {
@@ -77,8 +79,8 @@ __device__ __forceinline__ void numbers(u32* a, const Step* s, const Maker* make
 }
 
 #ifdef WGMMA
-// Where tensor cores find 16 columns of all rows: rows eight at a time, 1024 bytes apart, parts exchanged. Other columns
-// lie `bytes / 16` further.
+// The wgmma descriptor of 16 columns of all rows: groups of eight rows, 1024 bytes apart, with permuted parts. Other
+// columns are `bytes / 16` further.
 __device__ __forceinline__ unsigned long long descriptor(u32 address) {
   return (unsigned long long)(address >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
@@ -107,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) many(
 #pragma unroll
       for (int r = 0; r < 2; ++r) ask(next[mt][r], weight, tile, row(piece, mt, r), t, policy);
   };
-  const char* soon[MT];  // what is to be announced next, SOON tiles ahead
+  const char* soon[MT];  // addresses to prefetch next, SOON tiles ahead
   const auto look = [&](int piece, int tile) {
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt) soon[mt] = to_announce(weight, tile, row(piece, mt, 0).lot, lane);
@@ -123,14 +125,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) many(
   const u32 stages = ((u32)__cvta_generic_to_shared(tables(shared, weight, pairs, map)) + 1023) & ~1023;
   x += turn();
   ahead(begin / TILES, begin % TILES);
-  // A warp brings 8 rows and 32 columns of x at a time: a lane reads what the thread of a group of four multiplies by its
-  // words of a row, four pairs, which are places of four 16-byte parts.
+  // A warp loads 8 rows and 32 columns of x at a time. Each lane reads the four pairs that one thread of a group of four
+  // multiplies by its words of a row; they belong to four different 16-byte parts.
 #ifdef WGMMA
   const u32 to = stages + (warp / 2 * 8 + lane % 8) * 128 + ((warp % 2 * 4 + lane / 8 ^ lane % 8) << 4);
 #else
   const u32 to = stages + (warp / 2 * 8 + g) * 128 + t * 4;
 #endif
-  const u16* from[LOADS];  // rows beyond the last read that one, and nobody reads what becomes of it
+  const u16* from[LOADS];  // rows after the last one read the last one; their results are not used
 #pragma unroll
   for (int i = 0; i < LOADS; ++i)
     from[i] = x + (long)min(x_top + (warp / 2 + i * WARPS / 2) * 8 + g, M - 1) * K + warp % 2 * 32 + t * (SUB == 16 ? 4 : 8);
@@ -177,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) many(
 #pragma unroll 1
     for (int tile = at % TILES; at < stop; ++at, ++tile) {
 #ifdef WGMMA
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // tensor cores shall see what `write` wrote
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // makes the data that `write` wrote visible to the tensor cores
 #endif
       Step s[MT][2];
       Four coming[LOADS];
@@ -208,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) many(
             numbers(a[mt][i], s[mt], makers[mt], pairs, step / 2, step % 2);
           }
         }
-        if (lot == 0) __syncthreads();  // x has come, and what was there two tiles ago has been multiplied by all
+        if (lot == 0) __syncthreads();  // x has arrived, and all warps are done with the tile from two tiles ago
 #ifdef WGMMA
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -248,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) many(
 #endif
     bool mine = true;
     if (!whole) {
-      const auto lot = [&](int block) {  // a block has a part of two pieces at most: its first and its last
+      const auto lot = [&](int block) {  // a block shares at most two pieces with others: its first and its last
         return work + ((long)(blockIdx.y * gridDim.x + block) * 2 + (piece > start(block) / TILES)) * LEFT + threadIdx.x;
       };
       float* left = lot(blockIdx.x);

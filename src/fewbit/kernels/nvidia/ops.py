@@ -1,6 +1,7 @@
-"""The kernels as operators of PyTorch, and which of them serves how many rows.
+"""The NVIDIA kernels as a PyTorch operator, and the choice of kernel by the number of rows.
 
-An operator has a function that tells shapes alone, so that `torch.compile` and CUDA graphs take it as any other.
+The operator has a fake implementation that computes only the output shape, so it works with `torch.compile` and CUDA
+graphs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Config = tuple[int, ...]
 
 @cache
 def device() -> Any:
-    """The module of kernels; importing it imports Triton."""
+    """The module of Triton kernels, imported on first use because it imports Triton."""
     from fewbit.kernels.nvidia import in_triton as module
 
     return module
@@ -28,7 +29,7 @@ def device() -> Any:
 
 @cache
 def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, for tests."""
+    """Whether Triton runs its kernels in its Python interpreter, as in tests."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)
@@ -36,7 +37,7 @@ def interpreted() -> bool:
 
 @torch.library.custom_op("fewbit::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, tensors: list[Tensor], how: list[int], n: int) -> Tensor:
-    """x [M, K] times the transpose of a packed weight [n, K], in the type of x."""
+    """x [M, K] times the transpose of a packed weight [n, K]: [M, n] in the dtype of x."""
     return linear(x, tensors, Recipe(*how), n)
 
 
@@ -46,7 +47,7 @@ def _(x: Tensor, tensors: list[Tensor], how: list[int], n: int) -> Tensor:
 
 
 def linear(x: Tensor, tensors: list[Tensor], how: Recipe, n: int, config: Config | None = None) -> Tensor:
-    """What the operator does; `config` overrides the choice, for measuring."""
+    """The implementation of the operator. `config` overrides the choice of kernel, for benchmarks."""
     m, k = x.shape
     x = x.contiguous()
     if not m:
@@ -54,7 +55,7 @@ def linear(x: Tensor, tensors: list[Tensor], how: Recipe, n: int, config: Config
     path, *sizes = config or choose(m, n, k, how, x.device)
     if path == VALUES:
         y = x.new_empty(m, n)
-        step = max(128, (1 << 28) // k)  # of half a GiB at a time
+        step = max(128, (1 << 28) // k)  # rows that are dequantized at a time: half a GiB of 16-bit values
         for top in range(0, n, step):
             weight = values(tensors, how, n, k, x.dtype, top, min(top + step, n))
             torch.mm(x, weight.T, out=y[:, top : top + step])
@@ -86,7 +87,7 @@ def linear(x: Tensor, tensors: list[Tensor], how: Recipe, n: int, config: Config
 def values(
     tensors: list[Tensor], how: Recipe, n: int, k: int, dtype: torch.dtype, top: int = 0, bottom: int | None = None
 ) -> Tensor:
-    """Rows `top` to `bottom` of the weight [n, k], in float16 or bfloat16."""
+    """Rows `top` to `bottom` of the weight [n, k], dequantized to float16 or bfloat16."""
     bottom = n if bottom is None else bottom
     y = torch.empty(bottom - top, k, dtype=dtype, device=tensors[0].device)
     rows, wide = 8, 64
@@ -113,8 +114,9 @@ GEMV, VALUES, CUDA = 0, 2, 3
 ONE = 0x3F800000  # the bits of 1.0
 
 
-# Rows of x up to which sizes are best, see in_cuda.Sizes; beyond the last, values for cuBLAS. Of several, the first
-# that keeps the GPU full with the rows of W that there are. Measured, see benchmarks/results/2026-11-h200.md.
+# Pairs: the largest number of rows of x, and the best sizes (in_cuda.Sizes) up to it. Beyond the last, the weight is
+# dequantized for cuBLAS. If there are several sizes, the first that keeps the GPU full for the weight's rows is used.
+# Measured: see benchmarks/results/2026-11-h200.md.
 CROSSOVERS: dict[str, tuple[tuple[int, tuple[Sizes, ...]], ...]] = {
     "NVIDIA H200": (
         (8, (Sizes(8, 2, 1, 2), Sizes(8, 1, 1, 2), Sizes(8, 1, 1, 3))),
@@ -126,12 +128,12 @@ CROSSOVERS: dict[str, tuple[tuple[int, tuple[Sizes, ...]], ...]] = {
         (256, (Sizes(8, 2, 16, 1, 1),)),
     ),
 }
-_FULL = 0.8  # of the places for blocks, in the last round too
+_FULL = 0.8  # share of the GPU's block slots that counts as full, the last round included
 _DEFAULT = "NVIDIA H200"
 
 
 def choose(m: int, n: int, k: int, how: Recipe, device: torch.device) -> Config:
-    """Path and sizes for m rows of activations."""
+    """The kernel (CUDA, GEMV or VALUES) and its sizes for m rows of activations and a weight [n, k]."""
     if in_cuda.unusable(device) is None:
         for rows, several in CROSSOVERS.get(_name(device), CROSSOVERS[_DEFAULT]):
             if m <= rows:
