@@ -1,4 +1,4 @@
-// The entry points: checks, the choice of an instruction set, shares of rows for threads.
+// The entry points: check the arguments, choose an instruction set, split rows among threads.
 #include <stdlib.h>
 #include <string.h>
 
@@ -25,7 +25,7 @@ Cpu cpu() {
   if (!__get_cpuid(1, &a, &b, &c, &d)) return has;
   const bool fma = c >> 12 & 1, f16c = c >> 29 & 1, osxsave = c >> 27 & 1;
   if (!osxsave || !fma || !f16c) return has;
-  unsigned low, high;  // which registers the system saves
+  unsigned low, high;  // which registers the operating system saves
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   if ((low & 6) != 6) return has;
   unsigned top = __get_cpuid_max(0, nullptr);
@@ -43,7 +43,7 @@ Cpu cpu() {
 }
 #endif
 
-// What this CPU can run, the best first.
+// The instruction sets that this CPU supports, the best first.
 const Isa* const* usable() {
   static const Isa* list[5];
   static const bool filled = [] {
@@ -108,7 +108,7 @@ Block block(int kind) {
 
 bool holds(const fewbit_weight& w, int part, int64_t bytes) { return w.part[part] && w.bytes[part] >= bytes; }
 
-// Whether every byte that a kernel will read is there.
+// Checks that the buffers contain every byte that a kernel will read.
 int check(const fewbit_weight* given) {
   if (!given) return FEWBIT_SHORT;
   const fewbit_weight& w = *given;
@@ -166,7 +166,7 @@ void widen(const uint16_t* from, float* to, int64_t count) {
   }
 }
 
-// To the nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even. NaN stays NaN.
 void narrowed(const float* from, uint16_t* to, int64_t count) {
   for (int64_t i = 0; i < count; i++) {
     uint32_t bits;
@@ -176,7 +176,7 @@ void narrowed(const float* from, uint16_t* to, int64_t count) {
   }
 }
 
-// 64-byte aligned memory that a thread keeps from call to call.
+// 64-byte aligned memory that a thread reuses between calls.
 struct Memory {
   char* begin = nullptr;
   size_t size = 0;
@@ -234,7 +234,7 @@ int fewbit_linear(const fewbit_weight* w, const void* x, int64_t m, void* y, int
     if (narrow) widen(static_cast<const uint16_t*>(x) + i * w->k, one, w->k), from = one;
     with.round(*w, from, codes, scales, held + i * row);
   }
-  // Less than this is done before another thread has woken up.
+  // A smaller share is finished before another thread wakes up.
   const int64_t least = 1 + (1 << 16) / w->k;
   share(w->n, least, threads, [&](int64_t begin, int64_t end) { with.linear(*w, held, m, sums, begin, end); });
   if (narrow) narrowed(sums, static_cast<uint16_t*>(y), m * w->n);

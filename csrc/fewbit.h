@@ -1,4 +1,4 @@
-// The C ABI of fewbit's CPU library: what Python's ctypes sees, and all that it may rely on.
+// The C ABI of fewbit's CPU library: everything that Python uses through ctypes.
 #pragma once
 #include <stdint.h>
 
@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-// How the parts of a weight are laid out. Numbers are part of the ABI.
+// The layout of a weight's parts. The numbers are part of the ABI.
 enum fewbit_kind {
   FEWBIT_AFFINE = 0,  // codes (bit stream by row), scale fp16 [N, G], zero (bit stream by row; absent: symmetric)
   FEWBIT_INT8 = 1,    // codes int8 [N, K], scb float32 [N]; w = q * scb / 127
@@ -32,39 +32,39 @@ enum fewbit_kind {
   FEWBIT_IQ4_XS,
 };
 
-// A packed weight [n, k]. `part` points at its parts in the order above, `bytes` says how long each is.
+// A packed weight [n, k]. `part` points to its parts in the order above; `bytes` has their sizes.
 struct fewbit_weight {
   int32_t kind;
-  int32_t bits;   // of a code, affine only
-  int64_t group;  // columns that share a scale, affine and levels only; the whole row: k
+  int32_t bits;   // bits per code, affine only
+  int64_t group;  // columns that share a scale, affine and levels only; k if the whole row shares one
   int64_t n, k;
   const void* part[6];
   int64_t bytes[6];
 };
 
-// What went wrong; 0: nothing.
+// Error codes; 0 means success.
 enum fewbit_status { FEWBIT_OK = 0, FEWBIT_UNKNOWN = 1, FEWBIT_SHAPE = 2, FEWBIT_SHORT = 3, FEWBIT_MEMORY = 4 };
 
-// Of activations. Numbers are part of the ABI.
+// Types of activations. The numbers are part of the ABI.
 enum fewbit_type { FEWBIT_FLOAT32 = 0, FEWBIT_BFLOAT16 = 1 };
 
-// GNU's entry to a parallel region, which LLVM's runtime has too.
+// GNU OpenMP's entry to a parallel region (GOMP_parallel). LLVM's runtime has it too.
 typedef void (*fewbit_parallel)(void (*task)(void*), void* data, unsigned threads, unsigned flags);
 
 FEWBIT_API int fewbit_abi(void);
-// Name of the instruction set in use: the best that the CPU has, no better than FEWBIT_CPU_ISA says.
+// Name of the instruction set in use: the best that the CPU supports, at most the one that FEWBIT_CPU_ISA names.
 FEWBIT_API const char* fewbit_isa(void);
-// Use the instruction set of that name from now on (null: the best); FEWBIT_UNKNOWN if the CPU does not have it.
+// Use the instruction set of that name from now on (null: the best). FEWBIT_UNKNOWN if the CPU does not support it.
 FEWBIT_API int fewbit_force(const char* name);
-// Give work to the threads of the OpenMP runtime that the caller already has: its GOMP_parallel.
+// Use the threads of the caller's OpenMP runtime; `parallel` is its GOMP_parallel.
 FEWBIT_API void fewbit_use_openmp(fewbit_parallel parallel);
-// Columns of a row once arranged, padding included; negative: -fewbit_status.
+// Number of columns of an arranged row, padding included; if negative, -fewbit_status.
 FEWBIT_API int64_t fewbit_columns(const struct fewbit_weight* w);
-// y [m, n] = x [m, k] Wᵀ, both of that type, x rounded to 8 bits in groups of 32 columns (not for levels).
+// y [m, n] = x [m, k] Wᵀ, both of type `type`. x is rounded to 8 bits in groups of 32 columns (except for levels).
 FEWBIT_API int fewbit_linear(const struct fewbit_weight* w, const void* x, int64_t m, void* y, int type, int threads);
-// Rows [begin, end) of W as float32 [end - begin, columns], in the kernel's order of columns.
+// Rows [begin, end) of W decoded to float32 [end - begin, columns], in the kernel's column order.
 FEWBIT_API int fewbit_decode(const struct fewbit_weight* w, int64_t begin, int64_t end, float* out, int threads);
-// x [m, k] as [m, columns] in the kernel's order of columns, padded with zeros: x Wᵀ is this times decoded rows.
+// x [m, k] as [m, columns] in the kernel's column order, padded with zeros. Its product with decoded rows is x Wᵀ.
 FEWBIT_API int fewbit_arrange(const struct fewbit_weight* w, const float* x, int64_t m, float* out, int threads);
 
 #ifdef __cplusplus

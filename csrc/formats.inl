@@ -1,11 +1,11 @@
-// How the codes of a packed weight become vectors of bytes, and what scale and offset each lane has.
+// Unpacks the codes of a packed weight to vectors of bytes, with a scale and an offset for each lane.
 //
-// A row is cut in chunks of C columns, a chunk in STEPS steps of P vectors of 64 codes. A step gives codes c (bytes, 0 to
-// 255) and, for each of the 16 lanes of four bytes that a dot product sums, S and B, so that w = S c + B: every format is
-// that. `column` says which column of the chunk stands at a byte; activations are put in this order, so that weights
-// stay as they lie in a file. The columns of a lane belong to one group of 32.
+// A row is divided into chunks of C columns, and a chunk into STEPS steps of P vectors of 64 codes. A step yields codes c
+// (bytes, 0 to 255) and, for each of the 16 lanes of four bytes that a dot product sums, S and B with w = S c + B. Every
+// format has this form. `column` maps the position of a byte to a column of the chunk. Activations are put in this order,
+// so weights stay in the order of their file. All columns of a lane belong to one group of 32.
 
-#ifdef FEWBIT_SANITIZE  // a check at each access makes functions too long to be put into one another
+#ifdef FEWBIT_SANITIZE  // with a check at each access, inlined functions would become too long to compile
 #define INLINE inline
 #define INLINE_LAMBDA
 #else
@@ -41,7 +41,7 @@ INLINE F times(F a, float b) { return Vec::mul(a, Vec::set1(b)); }
 
 // ---- ggml's blocks -------------------------------------------------------------------------------------------------
 
-template <class Block> struct Super {  // of 256 columns
+template <class Block> struct Super {  // a block of 256 columns
   static constexpr int C = 256;
   struct Row {
     const uint8_t *first, *p;
@@ -56,7 +56,7 @@ template <class Block> struct Super {  // of 256 columns
   }
 };
 
-// Sub-scales and minima of q4_k and q5_k: d sc in lanes 0 to 7, -dmin m in 8 to 15.
+// Sub-scales and minima of q4_k and q5_k: d sc in lanes 0 to 7, -dmin m in lanes 8 to 15.
 INLINE F scales_k4(const uint8_t* p) {
   const uint32_t low = 0x3f3f3f3f, nibble = 0x0f0f0f0f, top = 0x03030303;
   uint32_t a = word32(p + 4), b = word32(p + 8), c = word32(p + 12);
@@ -162,8 +162,8 @@ struct IQ4XS : Super<IQ4XS> {
   }
 };
 
-// Blocks of 32 columns, COUNT of them at once. At the end of a row blocks of the next are read, with a scale of nought;
-// what lies behind the last row is not.
+// Blocks of 32 columns, COUNT at a time. At the end of a row this may also read blocks of the next row, with scale 0. It
+// never reads past the last row.
 template <class Block, int BYTES, int COUNT> struct Small {
   static constexpr int C = 32 * COUNT, STEPS = 1;
   struct Row {
@@ -229,7 +229,8 @@ struct Q80 : Small<Q80, 34, 2> {
 
 // ---- integers with a scale (and a zero point) for each group of columns, codes in a bit stream by row ----------------
 
-// For each of eight words: the bytes that hold an even (odd) code of sixteen, and what moves it to the upper byte.
+// For each of eight words: the bytes that contain an even (odd) code of sixteen, and the factor that shifts this code to
+// the upper byte.
 template <int BITS> struct Straddling {
   alignas(16) uint8_t even[16], odd[16];
   alignas(16) uint16_t even_by[8], odd_by[8];
@@ -251,7 +252,7 @@ template <int BITS> struct Affine {
     const uint8_t *first, *end, *codes, *first_scale, *scale, *first_zero, *zero_end, *zero;
     int64_t bytes, groups, zero_bytes;
     int64_t chunks_a_group;  // 0: a chunk has `in_chunk` groups
-    int shift;               // of a chunk's number for its group's; negative: a division is needed
+    int shift;               // group index = chunk index >> shift; if negative, a division is needed
     int in_chunk;
     Lanes lanes;
     explicit Row(const fewbit_weight& w) {
@@ -313,7 +314,7 @@ template <int BITS> struct Affine {
     unpack(p, r.end - p, codes);
     fn(0, codes, s, o);
   }
-  // At the end of a row codes of the next are read, which meet activations of nought.
+  // At the end of a row this may read codes of the next row. They are multiplied by activations of 0.
   static INLINE void unpack(const uint8_t* p, int64_t left, U* codes) {
     if constexpr (8 % BITS == 0) {
       const U q = left < BYTES ? Vec::load_part(p, left) : Vec::load(p);
@@ -325,7 +326,8 @@ template <int BITS> struct Affine {
         memcpy(copy, p, size_t(left < BYTES ? left : BYTES));
         p = copy;
       }
-      // Sixteen codes are 2 BITS bytes. A code lies in a word of 16 bits, which is moved up until it is the upper byte.
+      // Sixteen codes take 2 BITS bytes. A code is inside a word of 16 bits, which is shifted left until the code is its
+      // upper byte.
       static constexpr Straddling<BITS> word{};
       const U q = Vec::join4(p, p + 2 * BITS, p + 4 * BITS, p + 6 * BITS);
       const U even = Vec::mul16(Vec::shuffle(q, word.even), word.even_by);

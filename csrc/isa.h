@@ -1,5 +1,5 @@
-// What each instruction set offers to dispatch.cpp. Files compiled for one may include nothing with inline code that
-// another could end up calling: no standard containers.
+// The functions of each instruction set, for dispatch.cpp. Files that are compiled for one instruction set must not include
+// inline code that the linker could share with another, such as standard containers.
 #pragma once
 #include "fewbit.h"
 
@@ -10,9 +10,10 @@ struct Isa {
   int64_t (*columns)(const fewbit_weight&);
   // Bytes that `round` writes for one row of activations.
   int64_t (*rounded_bytes)(const fewbit_weight&);
-  // x [k] to 8 bits, arranged; `scratch` holds k rounded up to a multiple of 256, and as many floats / 32.
+  // Rounds x [k] to 8 bits and arranges it. Scratch memory: `codes` has k, rounded up to a multiple of 256, entries;
+  // `scales` has a 32nd of that.
   void (*round)(const fewbit_weight&, const float* x, int8_t* codes, float* scales, char* out);
-  // y[i * stride + row] of rows [begin, end) for m rows of rounded activations.
+  // Writes y[i * n + row] for W's rows [begin, end) and each row i of m rows of rounded activations.
   void (*linear)(const fewbit_weight&, const char* rounded, int64_t m, float* y, int64_t begin, int64_t end);
   void (*decode)(const fewbit_weight&, int64_t begin, int64_t end, float* out);
   void (*arrange)(const fewbit_weight&, const float* x, float* out);

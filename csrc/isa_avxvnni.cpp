@@ -1,4 +1,4 @@
-// AVX2 again, with the dot product of AVX-VNNI.
+// The AVX2 code, compiled with the dot product of AVX-VNNI.
 #include "simd_avx2.h"
 
 #include "kernels.inl"

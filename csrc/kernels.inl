@@ -1,11 +1,11 @@
-// The loops over rows, for every format and instruction set: products with rounded activations, and decoding.
+// The loops over rows for every format and instruction set: products with rounded activations, and decoding.
 
 #include "isa.h"
 #include "formats.inl"
 
 namespace {
 
-template <class Fmt> struct Order {  // column of a chunk by place in the kernel's order
+template <class Fmt> struct Order {  // position in the kernel's order -> column of a chunk
   uint16_t at[Fmt::C];
   constexpr Order() : at() {
     for (int s = 0, i = 0; s < Fmt::STEPS; s++)
@@ -15,7 +15,7 @@ template <class Fmt> struct Order {  // column of a chunk by place in the kernel
 };
 template <class Fmt> constexpr Order<Fmt> ORDER{};
 
-// A step's activations: 64 P bytes, then for each lane the size of their unit, and their sum.
+// Bytes of a step's activations: 64 P codes, then for each lane their scale, and the scale times their sum.
 template <class Fmt> constexpr int64_t STEP = 64 * Fmt::P + 128;
 template <class Fmt> int64_t chunks(const fewbit_weight& w) { return (w.k + Fmt::C - 1) / Fmt::C; }
 
@@ -35,7 +35,7 @@ template <class Fmt, int M> void product(const fewbit_weight& w, const char* x, 
           I dot = Vec::zero();
           for (int p = 0; p < Fmt::P; p++) dot = Vec::dot<Fmt::WIDE>(dot, codes[p], (const int8_t*)at + 64 * p);
           const float* lanes = (const float*)(at + 64 * Fmt::P);
-          // The offset's share is subtracted where it arises: in sums over a whole row it would cost digits.
+          // The offset's share is added for each step. Added once for a whole row, it would cost precision.
           const F share = Vec::mul(o, Vec::loadf(lanes + 16));
           sums[m][step & 1] = Vec::add(
               sums[m][step & 1], Vec::fma(s, Vec::mul(Vec::cvt(dot), Vec::loadf(lanes)), share));
@@ -57,7 +57,7 @@ template <class Fmt> struct Kernels {
     for (int64_t start = 0; start < w.k; start += 32) {
       float v[32] = {};
       memcpy(v, x + start, size_t(w.k - start < 32 ? w.k - start : 32) * sizeof(float));
-      uint32_t bits[32], top_bits = 0;  // sizes of floats are in the order of their bits, and compilers know integers' best
+      uint32_t bits[32], top_bits = 0;  // magnitudes of floats sort like their bits; integers vectorize best
       memcpy(bits, v, sizeof bits);
       for (int i = 0; i < 32; i++) {
         const uint32_t size = bits[i] & 0x7fffffff;
@@ -65,7 +65,7 @@ template <class Fmt> struct Kernels {
       }
       float top;
       memcpy(&top, &top_bits, 4);
-      if (top_bits >= 0x7f800000) {  // one is NaN or infinite: all are NaN
+      if (top_bits >= 0x7f800000) {  // if one is NaN or infinite, all become NaN
         scales[start / 32] = top * 0.0f;
         continue;
       }
@@ -95,7 +95,7 @@ template <class Fmt> struct Kernels {
 
   static void linear(const fewbit_weight& w, const char* x, int64_t m, float* y, int64_t begin, int64_t end) {
     const int64_t stride = rounded_bytes(w);
-    // A few rows of W at a time, which stay in the nearest cache while all of x passes.
+    // A few rows of W at a time, which stay in the L1 cache while they are multiplied by all rows of x.
     const int64_t span = m > 4 ? 8 : end - begin;
     for (int64_t n = begin; n < end; n += span) {
       const int64_t last = n + span < end ? n + span : end;
@@ -137,8 +137,8 @@ template <class Fmt> struct Kernels {
   }
 };
 
-// Sixteen levels in float: activations are not rounded, since the levels are not integers. Order: of each 32 columns the
-// 16 even ones, then the odd ones.
+// Sixteen levels in float32. Activations are not rounded, since the levels are not integers. Column order: of each 32
+// columns the 16 even ones, then the 16 odd ones.
 template <bool twofold> struct Levels {
   static int64_t columns(const fewbit_weight& w) { return w.k; }
   static int64_t rounded_bytes(const fewbit_weight& w) { return w.k * 4; }

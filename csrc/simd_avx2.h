@@ -1,4 +1,4 @@
-// Two registers of 32 bytes: AVX2 with FMA, F16C and BMI2; with AVX-VNNI where the compiler was told so.
+// Vectors of 64 bytes as two registers of 32: AVX2 with FMA, F16C and BMI2; with AVX-VNNI if the compiler enables it.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
@@ -75,7 +75,7 @@ struct Vec {
     return _mm256_dpbusd_avx_epi32(acc, u, s);
 #else
     const __m256i ones = _mm256_set1_epi16(1);
-    if (!wide)  // codes below 128: sums of two products fit 16 bits
+    if (!wide)  // codes are below 128, so sums of two products fit in 16 bits
       return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), ones));
     const __m256i low = _mm256_set1_epi8(0x0f);
     __m256i a = _mm256_maddubs_epi16(_mm256_and_si256(u, low), s);
@@ -100,7 +100,7 @@ struct Vec {
   static F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
   static __m256 pick8(F a, __m256i index) {
     __m256 lo = _mm256_permutevar8x32_ps(a.lo, index), hi = _mm256_permutevar8x32_ps(a.hi, index);
-    return _mm256_blendv_ps(lo, hi, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));  // bit 3 chooses
+    return _mm256_blendv_ps(lo, hi, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));  // bit 3 selects the half
   }
   static F pick(F a, const int32_t* index) {
     return {pick8(a, part32((const uint8_t*)index)), pick8(a, part32((const uint8_t*)(index + 8)))};
@@ -125,7 +125,7 @@ struct Vec {
   static F halfs(const uint8_t* p, int count) {
     uint16_t h[16];
     if (count == 1) {
-      float first = half(p);  // the only one that is looked at
+      float first = half(p);  // the only one that is used
       return set1(first);
     }
     memset(h, 0, sizeof h);

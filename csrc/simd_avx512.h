@@ -1,4 +1,4 @@
-// 64 bytes are one register: AVX-512 (F, BW, DQ, VL) with VNNI, and what comes with them (F16C, FMA, BMI2).
+// Vectors of 64 bytes as one register: AVX-512 (F, BW, DQ, VL) with VNNI, F16C, FMA and BMI2.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
@@ -72,7 +72,7 @@ struct Vec {
   static F from_u64(uint64_t a, uint64_t b) {
     return cvt(_mm512_cvtepu8_epi32(_mm_set_epi64x((long long)b, (long long)a)));
   }
-  static F halfs_u64(uint64_t h) {  // four, and what lies behind them is not looked at
+  static F halfs_u64(uint64_t h) {  // four halves; the other lanes are not used
     return _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi64_si128((long long)h)));
   }
   static F from_signed(const uint8_t* p) { return cvt(_mm512_cvtepi8_epi32(part16(p))); }

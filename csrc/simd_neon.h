@@ -1,4 +1,4 @@
-// Four registers of 16 bytes: AArch64's NEON, with its dot product where the compiler was told so.
+// Vectors of 64 bytes as four registers of 16: AArch64's NEON, with its dot product if the compiler enables it.
 #pragma once
 #include <arm_neon.h>
 #include <stdint.h>
@@ -25,7 +25,7 @@ struct Vec {
   }
   static void store(uint8_t* p, U u) { for (int i = 0; i < 4; i++) vst1q_u8(p + 16 * i, u.x[i]); }
   template <int a, int b, int mask> static U halves(U u) {
-    const int8x16_t lo = vdupq_n_s8(a), hi = vdupq_n_s8(b);  // negative: to the right
+    const int8x16_t lo = vdupq_n_s8(a), hi = vdupq_n_s8(b);  // negative shifts right
     for (int i = 0; i < 4; i++) u.x[i] = vandq_u8(vshlq_u8(u.x[i], i < 2 ? lo : hi), vdupq_n_u8(mask));
     return u;
   }
@@ -46,7 +46,7 @@ struct Vec {
     return u;
   }
   template <int mask> static U upper(U even, U odd) {
-    for (int i = 0; i < 4; i++) {  // bytes 1, 3, 5 ... of both, taken in turn
+    for (int i = 0; i < 4; i++) {  // bytes 1, 3, 5 ... of both, interleaved
       even.x[i] = vandq_u8(vtrn2q_u8(even.x[i], odd.x[i]), vdupq_n_u8(mask));
     }
     return even;

@@ -1,4 +1,4 @@
-// Vectors of 64 bytes, 16 integers and 16 floats in plain C++: what the others must agree with.
+// Vectors of 64 bytes, 16 integers and 16 floats in plain C++: the reference for the other instruction sets.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -61,12 +61,12 @@ struct Vec {
     }
     return u;
   }
-  // The upper byte of each word of both in turn, masked.
+  // The upper bytes of the words of both, interleaved and masked.
   template <int mask> static U upper(U even, U odd) {
     for (int i = 0; i < 64; i += 2) even.x[i] = even.x[i + 1] & mask, even.x[i + 1] = odd.x[i + 1] & mask;
     return even;
   }
-  // codes | value where the bit of `mask` is set.
+  // codes | value if the code's bit of `mask` is set, else codes.
   static U add_bits(U codes, uint64_t mask, uint8_t value) {
     for (int i = 0; i < 64; i++) codes.x[i] |= (mask >> i & 1) ? value : 0;
     return codes;
@@ -84,7 +84,7 @@ struct Vec {
   static F mul(F a, F b) { for (int i = 0; i < 16; i++) a.x[i] *= b.x[i]; return a; }
   static F add(F a, F b) { for (int i = 0; i < 16; i++) a.x[i] += b.x[i]; return a; }
   static F fma(F a, F b, F c) {
-    // In double a product of floats is exact, so this rounds nearly always as a fused operation does.
+    // In double a product of floats is exact, so this nearly always rounds like a fused multiply-add.
     for (int i = 0; i < 16; i++) a.x[i] = float(double(a.x[i]) * b.x[i] + c.x[i]);
     return a;
   }
@@ -109,13 +109,13 @@ struct Vec {
     memcpy(&f, &bits, 4);
     return f;
   }
-  // `count` (at most 16) halves from p, zeros behind them.
+  // `count` (at most 16) halves from p, then zeros.
   static F halfs(const uint8_t* p, int count) {
     F f;
     for (int i = 0; i < 16; i++) f.x[i] = i < count ? half(p + 2 * i) : 0.0f;
     return f;
   }
-  // Codes of the low (shift 0) or high (4) nibbles of 16 bytes as floats of a table.
+  // The low (shift 0) or high (shift 4) nibbles of 16 bytes, looked up in a table of floats.
   template <int shift> static F levels(const uint8_t* p, F table) {
     F f;
     for (int i = 0; i < 16; i++) f.x[i] = table.x[(p[i] >> shift) & 15];
@@ -126,7 +126,7 @@ struct Vec {
       for (int i = 0; i < n; i++) a.x[i] += a.x[i + n];
     return a.x[0];
   }
-  // Eight fields of `bits` bits each, one to a byte.
+  // Eight fields of `bits` bits each, unpacked to one byte each.
   template <int bits> static uint64_t spread(uint64_t x) {
     uint64_t out = 0;
     for (int i = 0; i < 8; i++) out |= (x >> (i * bits) & ((1u << bits) - 1)) << (8 * i);

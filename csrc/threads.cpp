@@ -16,13 +16,13 @@ struct Job {
   std::atomic<int> next{0};
 };
 
-// A thread takes shares until none is left: a runtime may give fewer threads than it was asked for.
+// Each thread takes shares until none is left, because a runtime may start fewer threads than requested.
 void take(void* data) {
   Job& job = *static_cast<Job*>(data);
   for (int share; (share = job.next.fetch_add(1)) < job.shares;) job.task(job.context, share);
 }
 
-// Threads of our own, where the process has no OpenMP runtime to borrow from. One job at a time.
+// The library's own threads, used if the process has no OpenMP runtime. They run one job at a time.
 class Pool {
  public:
   void run(Job& job) {

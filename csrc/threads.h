@@ -1,10 +1,10 @@
-// Work cut in equal shares, one for each thread.
+// Work in equal shares, one for each thread.
 #pragma once
 #include "fewbit.h"
 
 namespace fewbit {
 
-// Calls task(context, share) once for each share, on as many threads where there are as many, and waits for all.
+// Calls task(context, share) once for each share, on up to as many threads, and waits for all.
 void in_shares(int shares, void (*task)(void* context, int share), void* context);
 void use_openmp(fewbit_parallel parallel);
 
