@@ -168,4 +168,4 @@ def test_a_better_kernel_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
     assert made[0].kernel.name == "torch_int4"
     kernel = type(each[0].kernel)
     monkeypatch.setattr(kernel, "why_not", lambda self, codec, shape, *a: "too tall" if shape[0] > 32 else None)
-    assert slices(each) == "the kernel that serves each does not serve [64, 64] of int4-g32-sym"
+    assert slices(each) == "the kernel that each uses alone does not support [64, 64] of int4-g32-sym"

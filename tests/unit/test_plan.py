@@ -217,7 +217,7 @@ def test_json_that_is_no_plan_is_refused(rules: object) -> None:
 
 @pytest.mark.parametrize("lie", [[], "gptq", None, {}, {"name": "x", "format": "gptq"}, {"rules": []}], ids=str)
 def test_json_of_another_kind_is_refused(lie: Any) -> None:
-    with pytest.raises(PlanError, match="this is no plan"):
+    with pytest.raises(PlanError, match="this is not a plan"):
         Plan.from_json(lie)
 
 
@@ -372,7 +372,7 @@ def test_a_mixture_may_depend_on_importances() -> None:
 
 
 def test_a_mixture_is_for_gguf() -> None:
-    with pytest.raises(PlanError, match="mixture of block types, which gptq files do not hold"):
+    with pytest.raises(PlanError, match="mixture of block types, which gptq cannot store"):
         resolve(find("q4_k_m").changed(format="gptq"), LARGE)
 
 

@@ -1,1 +1,1 @@
-"""Layers that hold packed weights."""
+"""Layers with packed weights."""

@@ -1,8 +1,9 @@
-"""Linears that read one tensor, multiplied at once: their weights stacked, each left in its place as a slice.
+"""Fuses linears that read the same tensor: their weights are stacked and multiplied at once.
 
-A model calls q, k and v one after another with the same input. The first that is called multiplies by the whole stacked
-weight; the others find the product there and take their rows of it. So any model's own forward runs unchanged, and
-whatever looks for `k_proj` finds a `QLinear` there: LoRA wraps it, saving asks it for its weight.
+Each linear is replaced by a `Slice` of the stacked weight. A model calls q, k and v one after another with the same
+input. The first call multiplies by the whole stacked weight, and the others take their part of that product. So the
+model's own forward is unchanged. Code that looks for `k_proj` still finds a `QLinear`: LoRA can wrap it, and saving can
+read its weight.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fewbit.schemes.stacked import stack, unstack
 
 
 class Product:
-    """x Wᵀ for the stacked W, kept from the first slice that asks for it to the last."""
+    """x Wᵀ for the stacked W, kept until all slices have taken their part."""
 
     def __init__(self, linear: QLinear, rows: Sequence[int]) -> None:
         self.linear, self.rows = linear, list(rows)
@@ -28,7 +29,7 @@ class Product:
         self.kept: tuple[Tensor, Tensor] | None = None
 
     def rows_of(self, index: int, x: Tensor) -> Tensor:
-        """The columns of x Wᵀ that slice `index` stands for, [..., rows]."""
+        """The columns of x Wᵀ that belong to slice `index`, [..., rows of the slice]."""
         kept = self.kept
         if kept is None or kept[0] is not x or index in self.taken:
             kept = self.kept = (x, self.linear(x))
@@ -40,9 +41,9 @@ class Product:
 
 
 class Slice(QLinear):
-    """Some rows of a stacked weight, in the place of the linear that they were; it adds that linear's bias itself.
+    """Rows of a stacked weight that replace one of the original linears. The slice adds that linear's bias itself.
 
-    The first slice holds the stacked linear as a submodule, so that it counts, and moves, once.
+    The first slice has the stacked linear as a submodule, so that it is counted and moved once.
     """
 
     def __init__(self, product: Product, index: int, like: QLinear) -> None:
@@ -54,7 +55,7 @@ class Slice(QLinear):
         if index == 0:
             self.stacked = product.linear
 
-    # What others ask of a QLinear is told of the stacked one.
+    # These attributes of a QLinear are those of the stacked linear.
     @property
     def kernel(self) -> Any:  # type: ignore[override]
         return self.product.linear.kernel
@@ -64,7 +65,7 @@ class Slice(QLinear):
         return self.product.linear.dtype
 
     @property
-    def held(self) -> Tensor | None:  # of the whole: rows of a layout are no layout of rows
+    def held(self) -> Tensor | None:  # of the stacked linear: the rows of a device layout are not a layout themselves
         return self.product.linear.held
 
     @property
@@ -92,14 +93,14 @@ class Slice(QLinear):
 
 
 def packed_linears(model: nn.Module) -> dict[str, QLinear]:
-    """The quantized linears of a model by name, slices included; not what slices are made of."""
+    """The quantized linears of a model by name. Slices are included; the stacked linears behind them are not."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, QLinear)}
     inner = {f"{name}.stacked" for name, m in found.items() if isinstance(m, Slice)}
     return {name: m for name, m in found.items() if name not in inner}
 
 
 def slices(linears: Sequence[QLinear]) -> list[Slice] | str:
-    """What takes the place of these linears, in their order; or a sentence that says why they cannot be one."""
+    """The slices that replace these linears, in the same order; or a sentence that says why they cannot be fused."""
     first = linears[0]
     for attribute, what in (("codec", "scheme"), ("in_features", "columns"), ("dtype", "activations")):
         if len(found := {getattr(linear, attribute) for linear in linears}) > 1:
@@ -114,6 +115,6 @@ def slices(linears: Sequence[QLinear]) -> list[Slice] | str:
     whole.adopt(weight, first.dtype, first.forced)
     assert whole.kernel is not None
     if any(linear.kernel is not None and linear.kernel.priority > whole.kernel.priority for linear in linears):
-        return f"the kernel that serves each does not serve {list(weight.shape)} of {weight.codec}"
+        return f"the kernel that each uses alone does not support {list(weight.shape)} of {weight.codec}"
     product = Product(whole, [linear.out_features for linear in linears])
     return [Slice(product, index, linear) for index, linear in enumerate(linears)]

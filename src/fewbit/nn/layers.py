@@ -1,9 +1,9 @@
 """`QLinear` and `QEmbedding`: the quantized layers, for every scheme, format and kernel.
 
-Each starts as a placeholder that has a tensor for each one on disk, so that any loader can fill it, and `adopt` turns
-it into prepared device tensors: the codes as the parameter called `weight`, what else the kernel keeps as buffers. An
-embedding and an output head that are tied share that parameter. The attribute `weight` reads as the numbers that the
-codes stand for (`fewbit.nn.packed`); `held` is the parameter.
+A layer starts as a placeholder with one tensor for each tensor on disk, so that any loader can fill it. Then `adopt`
+converts these to the kernel's device layout: the codes become the parameter `weight`, and the kernel's other tensors
+become buffers. A tied embedding and output head share that parameter. Reading the attribute `weight` gives the
+dequantized values (`fewbit.nn.packed`); `held` is the parameter itself.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from fewbit.schemes.base import Codec, PartSpec, QTensor, chunk_rows
 
 
 def slot(name: str) -> str:
-    """The name under which a module can hold what is called `name` on disk: PyTorch's have no dots."""
+    """The attribute name for the tensor `name` on disk. PyTorch does not allow dots in the names of parameters."""
     return name.replace(".", "__")
 
 
 class _Placeholder(nn.Module):
-    """A module that waits for the tensors that a checkpoint has for it."""
+    """A module with placeholders for the tensors that a checkpoint has for it."""
 
-    placeholders: dict[str, str]  # what waits for a tensor -> the tensor's name on disk
+    placeholders: dict[str, str]  # attribute name -> the tensor's name on disk
     module: str
     dtype: torch.dtype
 
@@ -42,7 +42,7 @@ class _Placeholder(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The weight, which reads as numbers; before `adopt` what a loader fills."""
+        """The weight as `Values`, which read as dequantized numbers. Before `adopt`: the tensor that a loader fills."""
         if self.held is not None:
             return Values(self)
         waiting = self._parameters.get("weight", self._buffers.get("weight"))
@@ -56,13 +56,13 @@ class _Placeholder(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias") and self.__dict__.get("_is_replica"):
-            # nn.DataParallel gives its copies plain tensors. They serve here as parameters do.
+            # nn.DataParallel assigns plain tensors to its replicas. Here they are used like parameters.
             self._parameters[name] = Codes(value, math.prod(self.values_shape)) if name == "weight" else value
             return
         if name == "weight" and not isinstance(value, Codes) and self.held is not None:
             if not isinstance(value, Values):
                 refuse(self)
-            value = value.layer.held  # of what it is tied to
+            value = value.layer.held  # tied weights: share the parameter of the other layer
         super().__setattr__(name, value)
 
     def qtensor(self) -> QTensor:
@@ -74,25 +74,25 @@ class _Placeholder(nn.Module):
         raise NotImplementedError
 
     def values(self) -> Tensor:
-        """The weight dequantized."""
+        """The dequantized weight, [N, K] in `dtype`."""
         return self.qtensor().dequantize(self.dtype)
 
     def await_tensors(self, specs: Mapping[str, PartSpec]) -> Self:
-        """Register a tensor on the meta device for each one that a checkpoint will bring, by its name on disk."""
+        """Register a tensor on the meta device for each tensor that the checkpoint has, by its name on disk."""
         for name, spec in specs.items():
             empty = nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype, device="meta"), False)
             self.register_parameter(slot(name), empty)
         self.placeholders = {slot(name): name for name in specs}
         if "weight" in specs:
             return self
-        # Models' own initializers touch a linear's `weight`; this one is marked as initialized and holds nothing.
+        # Initializers of transformers models access `weight`. This empty one is marked as initialized already.
         nothing = torch.empty(0, dtype=torch.float32, device="cpu")
         nothing._is_hf_initialized = True  # type: ignore[attr-defined]
         self.register_buffer("weight", nothing, persistent=False)
         return self
 
     def take_tensors(self) -> dict[str, Tensor]:
-        """The tensors that were loaded, leaving the layer empty."""
+        """Remove the loaded tensors from the layer and return them by their names on disk."""
         loaded = {name: getattr(self, held).data for held, name in self.placeholders.items()}
         for held in {*self.placeholders, "weight"}:
             delattr(self, held)
@@ -101,9 +101,9 @@ class _Placeholder(nn.Module):
 
 
 class QLinear(_Placeholder, nn.Linear):
-    """y = x Wᵀ + bias with W packed; `in_features`, `out_features` and `bias` as in `nn.Linear`.
+    """y = x Wᵀ + bias with packed W; `in_features`, `out_features` and `bias` as in `nn.Linear`.
 
-    It is one for whoever asks a model for its linears, such as PEFT's "all-linear".
+    It is a subclass of `nn.Linear`, so that code that looks for linears finds it, such as PEFT's "all-linear".
     """
 
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, module: str = "") -> None:
@@ -112,20 +112,23 @@ class QLinear(_Placeholder, nn.Linear):
         self.bias: nn.Parameter | None  # type: ignore[assignment]
         self.register_parameter("bias", bias)
         self.placeholders = {}
-        self.transposed = False  # whether the layer it stands for keeps its weight as [K, N]
+        self.transposed = False  # whether the layer that it replaces stores its weight as [K, N]
         self.kernel: Kernel | None = None
-        self.compute: torch.dtype | None = None  # what activations are cast to and back, where that is asked for
+        self.compute: torch.dtype | None = None  # if set, x is cast to this dtype and y back
         self.kept: tuple[str, ...] = ()
         self.permutation: Tensor | None
         self.register_buffer("permutation", None)
 
     def adopt(self, weight: QTensor, dtype: torch.dtype, kernel: str | None = None) -> Self:
-        """Prepare `weight` for activations of `dtype` by the best kernel or the one named; KernelError if none can."""
+        """Take `weight` and prepare it for activations of `dtype`, with the best kernel or the one named `kernel`.
+
+        KernelError if no kernel supports it.
+        """
         device = weight.parts[weight.codec.payload].device
         self.codec, self.shape, self.dtype, self.forced = weight.codec, weight.shape, dtype, kernel
         self.kernel = choose(weight, device, dtype, kernel)
         prepared = self.kernel.prepare(weight.codec, weight.parts, weight.shape)
-        for name in self.kept:  # of another kernel, which may have kept more
+        for name in self.kept:  # buffers of the previous kernel, which may have had more
             delattr(self, name)
         self.weight = Codes(prepared[0], weight.shape[0] * weight.shape[1])
         self.kept = tuple(f"kept_{i}" for i in range(1, len(prepared)))
@@ -137,12 +140,12 @@ class QLinear(_Placeholder, nn.Linear):
     @property
     def prepared(self) -> tuple[Tensor, ...]:
         """The device tensors, codes first."""
-        # By their dictionaries: a module's own search for a name takes as long as a small product does.
+        # Read from the dictionaries directly: attribute lookup in a module takes as long as a small product.
         own, beside = self._parameters, self._buffers
         return (own["weight"], *[beside[name] for name in self.kept])  # type: ignore[arg-type]
 
     def qtensor(self) -> QTensor:
-        """The weight in its canonical parts, byte for byte as adopted."""
+        """The weight as canonical parts, byte for byte as given to `adopt`."""
         assert self.kernel is not None
         parts = self.kernel.restore(self.codec, self.prepared, self.shape)
         return QTensor(self.codec, self.shape, parts, self.permutation)
@@ -155,7 +158,7 @@ class QLinear(_Placeholder, nn.Linear):
         assert self.kernel is not None, f"{self.module} was never given a weight"
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype in TOLERANCE:
-            # Its part is the dtype of x and y. Inside a kernel it would round the decoded weight too.
+            # Autocast sets the dtype of x and y only. Inside a kernel it would also round the decoded weight.
             x = x.to(torch.get_autocast_dtype(kind))
             with torch.autocast(kind, enabled=False):
                 return self(x)  # type: ignore[no-any-return]
@@ -167,7 +170,7 @@ class QLinear(_Placeholder, nn.Linear):
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         if torch.is_grad_enabled() and x.requires_grad:
             y = _Multiply.apply(rows, self)  # type: ignore[no-untyped-call]
-        else:  # a graph that nobody wants takes as long as a small product
+        else:  # recording an unused autograd graph would take as long as a small product
             y = _multiply(rows, self)
         if x.dim() != 2:
             y = y.view(*x.shape[:-1], self.out_features)
@@ -175,9 +178,9 @@ class QLinear(_Placeholder, nn.Linear):
         return y if bias is None else y + bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves go through, casts do not: `model.half()` must not round packed weights or their scales.
+        """Apply moves to packed tensors but not casts: `model.half()` must not round packed weights or their scales.
 
-        A layout belongs to a device, so a move to another one goes by way of the canonical parts.
+        A layout belongs to a device. So a move to another device restores the canonical parts and prepares them again.
         """
         if self.held is not None:
             now = self.held.device
@@ -205,9 +208,10 @@ class QLinear(_Placeholder, nn.Linear):
 
 
 class QEmbedding(_Placeholder):
-    """Rows of a packed weight [vocabulary, width], of which only those asked for are decoded.
+    """An embedding with a packed weight [vocabulary, width]. Only the requested rows are decoded.
 
-    `scale` is what rows are multiplied by (Gemma's). It is no `nn.Embedding`: what resizes one shall find none.
+    `scale`: a factor for the rows, as Gemma has. This is not an `nn.Embedding`, so that code that resizes embeddings
+    does not find it.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, module: str = "", scale: float | None = None) -> None:
@@ -218,7 +222,7 @@ class QEmbedding(_Placeholder):
         self.codec: Codec | None = None
 
     def adopt(self, weight: QTensor, dtype: torch.dtype) -> Self:
-        """Take `weight`, whose rows come out in `dtype`; KernelError where its rows cannot be taken one by one."""
+        """Take `weight`; its rows will be decoded to `dtype`. KernelError if rows cannot be decoded one by one."""
         parts = weight.codec.part_specs(weight.shape)
         if set(parts) != {weight.codec.payload} or parts[weight.codec.payload].shape[0] != weight.shape[0]:
             raise KernelError(f"{self.module}: rows of {weight.codec} cannot be decoded one by one")
@@ -227,7 +231,7 @@ class QEmbedding(_Placeholder):
         return self
 
     def qtensor(self) -> QTensor:
-        """The weight in its canonical parts, byte for byte as adopted."""
+        """The weight as canonical parts, byte for byte as given to `adopt`."""
         assert self.codec is not None
         assert self.held is not None
         shape = (self.num_embeddings, self.embedding_dim)
@@ -246,7 +250,7 @@ class QEmbedding(_Placeholder):
         return out if self.scale is None else out * torch.tensor(self.scale, dtype=out.dtype, device=out.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Casts change what rows come out as, and not the codes."""
+        """A cast changes the dtype of decoded rows, not the codes."""
         if self.codec is not None:
             self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -257,9 +261,9 @@ class QEmbedding(_Placeholder):
 
 
 class _Multiply(torch.autograd.Function):
-    """Forward by the kernel; backward grad_x = grad_y W with W dequantized a chunk of rows at a time.
+    """Forward uses the kernel. Backward computes grad_x = grad_y W, with W dequantized a chunk of rows at a time.
 
-    The chunks' shares are summed in float32; on a CPU, where half precision is slow, all is float32.
+    The chunks' contributions are summed in float32. On a CPU, where half precision is slow, everything is float32.
     """
 
     @staticmethod
@@ -274,7 +278,7 @@ class _Multiply(torch.autograd.Function):
         work = torch.float32 if grad.device.type == "cpu" else grad.dtype
         out = torch.zeros(grad.shape[0], weight.shape[1], dtype=torch.float32, device=grad.device)
         for rows in chunk_rows(*weight.shape):
-            with torch.autocast(grad.device.type, enabled=False):  # of a backward that is called within one
+            with torch.autocast(grad.device.type, enabled=False):  # backward may be called inside an autocast block
                 out += grad[:, rows].to(work) @ weight.codec.dequantize(weight.parts, weight.shape, work, rows)
         if weight.permutation is not None:
             out = torch.empty_like(out).index_copy_(1, weight.permutation, out)

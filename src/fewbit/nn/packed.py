@@ -1,4 +1,4 @@
-"""What others see where a layer holds codes: a parameter that counts weights, and a `weight` that reads as numbers.
+"""How packed weights look to other code: a parameter with the right sizes, and a readable `weight`.
 
 A layer registers its codes as `Codes`, so that whoever sums `numel()` over parameters gets the number of weights, and
 whoever sums `numel() * element_size()` gets bytes. Its attribute `weight` is a `Values`: shape, type and device of the
@@ -20,7 +20,7 @@ from fewbit.errors import PlanError
 
 
 class Codes(nn.Parameter):
-    """Integers that stand for `weights` numbers. PyTorch's own operations see them as they are."""
+    """Integer codes of `weights` numbers. PyTorch operations see the integers."""
 
     weights: int
 
@@ -38,7 +38,7 @@ class Codes(nn.Parameter):
         return self.weights
 
     def element_size(self) -> float:  # type: ignore[override]
-        """Bytes of codes for each weight, which may be a fraction."""
+        """Bytes of codes per weight; may be a fraction."""
         return self.nbytes / self.weights if self.weights else 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Codes:
@@ -52,7 +52,7 @@ class Codes(nn.Parameter):
 
 
 class Layer(Protocol):
-    """A layer whose weight `Values` stands for."""
+    """What `Values` needs of its layer."""
 
     module: str
     dtype: torch.dtype
@@ -67,7 +67,7 @@ class Layer(Protocol):
 
 
 class Values(Tensor):
-    """The weight of a layer as numbers, dequantized for each operation that reads it; PlanError for one that writes."""
+    """The weight of a layer as numbers, dequantized for each operation that reads it. Writing to it is a PlanError."""
 
     layer: Any
 
@@ -78,8 +78,8 @@ class Values(Tensor):
             cls, layer.values_shape, dtype=layer.dtype, device=layer.held.device, requires_grad=False
         )
         made.layer = layer
-        made._is_param = True  # a weight is a parameter to isinstance
-        # transformers gives what a checkpoint lacks new numbers, and asks this first
+        made._is_param = True  # makes isinstance(weight, nn.Parameter) true
+        # transformers initializes weights that a checkpoint lacks, unless this is set
         made._is_hf_initialized = True  # type: ignore[attr-defined]
         return made
 
@@ -190,7 +190,7 @@ def _numbers(value: Any) -> Any:
 
 
 def refuse(layer: Layer) -> NoReturn:
-    """PlanError: the weight of `layer` is packed and cannot be given new numbers."""
+    """Raise PlanError: the weight of `layer` is packed and cannot be assigned."""
     raise PlanError(
         f"the weight of {layer.module or 'a quantized layer'} is packed, and cannot be changed or replaced",
         "Keep the adapter beside the model; fewbit merge writes both as one model in 16 bits. "

@@ -1,10 +1,10 @@
-"""The mixtures of llama.cpp: a file type such as Q4_K_M is not one scheme but a rule that gives each tensor its own.
+"""The mixtures of llama.cpp: a file type such as Q4_K_M is a set of rules that choose a scheme for each tensor.
 
-Weights that decide most for their size get more bits: the values of the attention, what the MLP writes to the residual
-stream (both in the first and last eighth of the layers and in every third between), and the output head, which is the
-token embeddings where the two are tied. A tensor whose rows a scheme's blocks do not divide falls back to the next
-scheme that they do. Source of the rules, and of the numbers of file types: `llama-quant.cpp` and `llama.h` of llama.cpp
-as in llama-cpp-python 0.3.36; rules for mixtures of experts are left out, as such models are refused.
+Weights that matter most for their size get more bits: the attention values (v), the MLP's down projection (both in the
+first and last eighth of the layers and in every third layer between), and the output head (the token embeddings if the
+two are tied). If the blocks of a scheme do not divide a tensor's rows, a fallback scheme with smaller blocks is used.
+The rules and the file type numbers are those of `llama-quant.cpp` and `llama.h` of llama.cpp, as in llama-cpp-python
+0.3.36. Rules for mixture-of-experts models are left out, because such models are refused.
 
 >>> model = Model("llama", layers=8, gqa=2, tied=True)
 >>> tensors = {f"blk.{i}.attn_v": (64, 256) for i in range(8)} | {"token_embd": (4096, 256)}
@@ -22,30 +22,33 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-PREFIX = "mixture:"  # before a mixture's name where a plan asks for a scheme; q6_k is the name of both
+PREFIX = "mixture:"  # marks a mixture where a plan has a scheme; q6_k, for example, names both a scheme and a mixture
 
 Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Model:
-    """What the rules ask of a model. `gqa`: query heads for each key-value head. `tied`: embeddings serve as the head.
-    `names`: module -> what a GGUF file calls its weight, without `.weight`."""
+    """What the rules need to know of a model.
 
-    arch: str  # as GGUF calls it
+    `gqa`: query heads per key-value head. `tied`: whether the embeddings are also the output head. `names`: module ->
+    name of its weight in a GGUF file, without `.weight`.
+    """
+
+    arch: str  # GGUF's name of the architecture
     layers: int
     gqa: int
     tied: bool
     names: Mapping[str, str] = field(default_factory=dict)
 
     def in_block(self, module: str) -> bool:
-        """Whether a module is in a block; else it is the embeddings or the head."""
+        """Whether a module is in a block. The others are the embeddings and the head."""
         return self.names[module].startswith("blk.")
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """`base`: what a tensor gets for which no rule has another. `file_type`: the number in the file's metadata."""
+    """`base`: the scheme of tensors without a special rule. `file_type`: the number in the file's metadata."""
 
     base: str
     file_type: int
@@ -66,7 +69,7 @@ MIXTURES = {
     "iq4_nl": Mixture("iq4_nl", 25),
     "iq4_xs": Mixture("iq4_xs", 30),
 }
-# What a file is called that holds one scheme throughout: the mixture that adds least to it.
+# The file type of a file with one scheme throughout: that of the mixture which is closest to the pure scheme.
 _PLAIN = {"q4_1": 3, "q5_0": 8, "q5_1": 9} | {m.base: m.file_type for m in reversed(MIXTURES.values())}
 
 _SMALL_BLOCKS = {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"}  # of 32 columns; all others have 256
@@ -75,18 +78,18 @@ _VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
 
 
 def file_type(plain: str) -> int:
-    """The file type of a file that holds the scheme `plain` throughout; 1 (F16) where llama.cpp has no name for it."""
+    """The file type of a file with the scheme `plain` throughout; 1 (F16) if llama.cpp has no file type for it."""
     return _PLAIN.get(plain, 1)
 
 
 def schemes(mixture: str, tensors: Mapping[str, Shape], model: Model, *, weighed: bool = True) -> dict[str, str | None]:
-    """Tensor -> the scheme it gets in `mixture`; None: it stays in 16 bits, as no scheme's blocks divide its rows.
+    """Tensor -> its scheme in `mixture`; None if no scheme's blocks divide its rows, so that it stays in 16 bits.
 
-    `tensors` are all that may be quantized, by their names in a GGUF file without `.weight`, with shapes [N, K].
-    `weighed`: an importance matrix, or statistics that contain one, will weigh the errors.
+    `tensors`: all tensors that may be quantized, by their names in a GGUF file without `.weight`, with shapes [N, K].
+    `weighed`: whether an importance matrix, or statistics that contain one, weights the errors.
     """
     found: dict[str, str | None] = {}
-    values, downs = 0, 0  # how many of them came before, which is how llama.cpp counts layers
+    values, downs = 0, 0  # how many were seen so far: llama.cpp uses these counts as layer indices
     all_values = sum(_role(name) in _VALUES for name in tensors)
     for name in sorted(tensors, key=order):
         role, columns = _role(name), tensors[name][1]
@@ -112,7 +115,7 @@ def _head(base: str, columns: int) -> str:
 
 def _value(mixture: str, i: int, count: int, model: Model) -> str:
     scheme = MIXTURES[mixture].base
-    shared = model.gqa >= 4  # few values serve many queries: they are small, and matter as much
+    shared = model.gqa >= 4  # many query heads share one value head: v is small and matters as much
     if mixture == "q2_k":
         scheme = "q4_k" if shared else "q3_k"
     elif mixture == "q3_k_m":
@@ -144,7 +147,7 @@ def _down(mixture: str, i: int, layers: int, weighed: bool) -> str:
 
 
 def _more(i: int, count: int) -> bool:
-    """The first and the last eighth, and every third between."""
+    """Whether layer `i` gets more bits: the first and last eighth of the layers, and every third between."""
     return i < count // 8 or i >= 7 * count // 8 or (i - count // 8) % 3 == 2
 
 
@@ -167,6 +170,6 @@ def _role(name: str) -> str:
 
 
 def order(name: str) -> tuple[int, str]:
-    """A key to sort GGUF's tensor names layer by layer, as llama.cpp takes them."""
+    """A sort key for GGUF tensor names: layer by layer, in llama.cpp's order."""
     found = re.match(r"blk\.(\d+)\.", name)
     return (int(found[1]) if found else -1, name)

@@ -1,8 +1,8 @@
-"""A plan: which tensors get which method and scheme, and in which format the result is written.
+"""Plans: which tensors get which method and scheme, and the format of the output.
 
-Ordered rules match module names by glob; the first that matches wins, and a rule without a scheme leaves what it
-matches as it is. Presets are plans. `resolve` settles a plan against a model's shapes and reports all that does not
-fit at once.
+A plan has an ordered list of rules, which match module names by glob. The first match applies. A rule without a scheme
+leaves its modules unquantized. Presets are plans. `resolve` applies a plan to a model's shapes and reports all
+conflicts in one error.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from fewbit.schemes.base import Scheme, parse
 from fewbit.stats import Need
 from fewbit.system.files import read_json
 
-_WITHOUT_INPUTS = "imatrix"  # the method for weights whose input is not measured: all columns count alike there
+_WITHOUT_INPUTS = "imatrix"  # the method for weights without input statistics; it then weights all columns equally
 _GGUF = "Use --format gguf and an output that ends in .gguf."
-_SMALLEST_GROUP = 32  # what the ecosystem's kernels take
+_SMALLEST_GROUP = 32  # the smallest group size that other projects' kernels support
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Modules whose name matches `match` get `scheme` by `method`; scheme None: they stay as they are.
+    """Quantize modules whose names match the glob `match` to `scheme` with `method`. scheme None: do not quantize them.
 
-    A scheme may be a mixture (plans/mixtures.py), such as `mixture:q4_k_m`, which has one for each.
+    A scheme may be a mixture such as `mixture:q4_k_m` (plans/mixtures.py), which chooses a scheme for each tensor.
     """
 
     match: str
@@ -44,7 +44,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Plan:
-    """`adapt`: shrink the group to the largest that divides every tensor, and leave tensors that no group fits."""
+    """An ordered list of rules and an output format.
+
+    `adapt`: reduce the group size to the largest that divides every tensor; tensors that none divides stay unquantized.
+    """
 
     name: str
     format: str
@@ -52,7 +55,7 @@ class Plan:
     adapt: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; `from_json` gives the plan back."""
+        """The plan as a JSON object, for `from_json`."""
         return asdict(self)
 
     @classmethod
@@ -75,9 +78,9 @@ class Plan:
         format: str | None = None,
         options: Mapping[str, str] | None = None,
     ) -> Plan:
-        """This plan with a scheme, method, format or method options in place of its own.
+        """A copy of this plan with another scheme, method, format or method options.
 
-        A scheme that was asked for by name is taken at its word: its group is not shrunk.
+        If `scheme` is given, its group size is used as it is: the copy does not `adapt`.
         """
         if format is not None:
             registry.get("formats", format)
@@ -88,7 +91,7 @@ class Plan:
                 rule,
                 scheme=scheme or rule.scheme,
                 method=method or rule.method,
-                # Options belong to the method they were written for.
+                # Options are for one method: they are dropped if the method changes.
                 options={**(rule.options if method in (None, rule.method) else {}), **(options or {})},
             )
             for rule in self.rules
@@ -190,7 +193,7 @@ PRESETS: dict[str, Plan] = {
 
 
 def find(name: str) -> Plan:
-    """The preset of that name, or the plan in that JSON file."""
+    """The preset with that name, or the plan in that JSON file; PlanError if there is neither."""
     if name in PRESETS:
         return PRESETS[name]
     if name.endswith(".json"):
@@ -234,7 +237,7 @@ def find_all(names: Iterable[str], *, but: str) -> dict[str, Plan | Path | None]
 
 
 def format_of(plan: Plan) -> Format:
-    """The format that the plan names; PlanError if there is none."""
+    """The plan's format; PlanError if it does not exist."""
     format = registry.get("formats", plan.format)()
     assert isinstance(format, Format)
     return format
@@ -242,14 +245,14 @@ def format_of(plan: Plan) -> Format:
 
 @dataclass(frozen=True)
 class Assignment(Stored):
-    """What one weight will get."""
+    """The scheme and method for one weight."""
 
     method: Method
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A plan settled for one model: what each weight gets, which modules stay, and what a user should know."""
+    """A plan applied to one model: assignments per module, modules that stay unquantized (`kept`), and user notes."""
 
     plan: Plan
     format: Format
@@ -259,10 +262,10 @@ class Resolved:
 
 
 def resolve(plan: Plan, shapes: Mapping[str, Shape], model: mixtures.Model | None = None) -> Resolved:
-    """Settle `plan` for modules of these shapes [N, K]; PlanError lists every one that cannot be as it asks.
+    """Apply `plan` to modules with these shapes [N, K]. PlanError lists every module that it does not fit.
 
-    `model` is what a format that holds whole models must know. Its embeddings and head get the plan's method where that
-    needs no more than weights, else the one that searches scales.
+    `model` is required for formats that store whole models, such as GGUF. Its embeddings and head get the plan's method
+    if that needs only weights, else the method `imatrix` with equal weights, which searches scales.
     """
     format = format_of(plan)
     wanted, kept = {}, []
@@ -303,12 +306,12 @@ def resolve(plan: Plan, shapes: Mapping[str, Shape], model: mixtures.Model | Non
 def _mixed(
     plan: Plan, format: Format, shapes: Mapping[str, Shape], model: mixtures.Model | None
 ) -> dict[str, dict[str, str | None]]:
-    """Mixture, as the plan's rules name it -> module -> scheme."""
+    """For each mixture that the plan's rules name: module -> scheme."""
     asked = {rule.scheme for rule in plan.rules if rule.scheme is not None and rule.scheme.startswith(mixtures.PREFIX)}
     if not asked:
         return {}
     if model is None:
-        raise PlanError(f"plan {plan.name} is a mixture of block types, which {format.name} files do not hold", _GGUF)
+        raise PlanError(f"plan {plan.name} is a mixture of block types, which {format.name} cannot store", _GGUF)
     weighed = any(make(rule.method, dict(rule.options)).needs > Need.NOTHING for rule in plan.rules)
     tensors = {model.names[module]: shape for module, shape in shapes.items()}
     found = {}
@@ -322,7 +325,7 @@ def _mixed(
 
 
 def _adapt(wanted: Mapping[str, Assignment], format: Format) -> tuple[dict[str, Assignment], list[str]]:
-    """Assignments that fit the format, with one group size for all, and sentences on what that changed."""
+    """The assignments that fit the format, with one group size for all, and notes on what changed."""
     fitting = {m: a for m, a in wanted.items() if _groups_that_fit(a, format)}
     left = {
         m: str(format.why_not(a.shape, a.scheme.with_group(a.scheme.group and _SMALLEST_GROUP)))
@@ -343,7 +346,7 @@ def _adapt(wanted: Mapping[str, Assignment], format: Format) -> tuple[dict[str, 
 
 
 def _groups_that_fit(assignment: Assignment, format: Format) -> list[int]:
-    """Group sizes at most the one asked for, halving, that the format can store this weight with."""
+    """The group sizes with which the format can store this weight: the requested one, its half, and so on."""
     group, found = assignment.scheme.group, []
     while group >= _SMALLEST_GROUP:
         if format.why_not(assignment.shape, assignment.scheme.with_group(group)) is None:
@@ -380,5 +383,5 @@ def _what_fits(wanted: Mapping[str, Assignment], format: Format) -> str:
         for group in (1024, 512, 256, 128, 64, 32, 16, 0):
             tried = scheme.with_group(group)
             if not any(format.why_not(a.shape, tried) for a in wanted.values()):
-                return f"This would fit every tensor: --scheme {tried}."
-    return "No other group size helps: use another --scheme or --format, or leave tensors out with a plan file."
+                return f"This fits every tensor: --scheme {tried}."
+    return "No other group size fits: use another --scheme or --format, or exclude tensors with a plan file."
