@@ -1,10 +1,10 @@
-"""Numbers with units, for people."""
+"""Formats numbers with units for display."""
 
 from __future__ import annotations
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 0.42 s, 37 s, 2 min 05 s."""
+    """A duration for display: 0.42 s, 37 s, 2 min 05 s."""
     if seconds < 10:
         return f"{seconds:.2g} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -16,7 +16,7 @@ def share(value: float) -> str:
 
 
 def size(nbytes: float) -> str:
-    """Bytes for people: 98.4 MB, 1.23 GB (decimal units, as files are sold)."""
+    """A size in bytes for display: 98.4 MB, 1.23 GB (decimal units)."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         rounded = float(f"{nbytes / scale:.3g}")
         if rounded >= 1:

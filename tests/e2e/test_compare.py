@@ -132,7 +132,7 @@ def test_unknown_plans_are_all_named_before_any_work(fewbit: Fewbit, tmp_path: P
     ("name", "text", "words"),
     [
         ("notes.txt", "mine", "is not empty, and holds no report.json"),
-        ("report.json", '{"rows": []}', "is no report of fewbit compare"),
+        ("report.json", '{"rows": []}', "is not a report of fewbit compare"),
         ("report.json", '{"kind": "fewbit comparison", "schema_version": 0}', "schema_version 0"),
     ],
 )

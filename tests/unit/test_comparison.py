@@ -38,7 +38,7 @@ def test_what_a_later_version_adds_is_ignored(data: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: d.pop("kind"), "is no report of fewbit compare"),
+        (lambda d: d.pop("kind"), "is not a report of fewbit compare"),
         (lambda d: d.update(schema_version=0), "schema_version 0, this fewbit reads and writes 1"),
         (lambda d: d.pop("rows"), "lacks rows"),
         (lambda d: d.update(rows={}), "rows is '{}', which has the wrong type"),
@@ -60,7 +60,7 @@ def test_what_is_wrong_is_named(data: dict[str, Any], change: Any, words: str) -
 @pytest.mark.parametrize("text", ["", "[]", "{", "\xff", '{"kind": "another"}'])
 def test_a_foreign_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "report.json").write_text(text, encoding="latin-1")
-    with pytest.raises(FormatError, match=r"report\.json is no report of fewbit compare"):
+    with pytest.raises(FormatError, match=r"report\.json is not a report of fewbit compare"):
         Comparison.read(tmp_path)
 
 

@@ -14,7 +14,7 @@ from fewbit.system.processes import Failed, Server
 TASKS = """
 import os, signal, sys
 from fewbit.errors import PlanError
-from fewbit.processes import serve
+from fewbit.system.processes import serve
 
 prepared = []
 

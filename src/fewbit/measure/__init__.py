@@ -1,1 +1,1 @@
-"""What was lost, saved and gained."""
+"""Measurements: quality, memory, speed, and the comparison that collects them."""

@@ -1,8 +1,8 @@
-"""A comparison of plans on one model: what `fewbit compare` measured, as data that is kept, read again and shown.
+"""The data of a comparison of plans on one model: the results of `fewbit compare`, as saved in report.json.
 
-`Comparison.to_json` is report.json and `from_json` reads it back; docs/reference.md explains every key. Numbers are as
-measured: bytes, seconds, nats, shares between 0 and 1. Within one `schema_version` keys are added, never changed or
-removed, and a reader ignores those that it does not know.
+`Comparison.to_json` gives the content of report.json and `from_json` reads it; docs/reference.md explains every key.
+Values are bytes, seconds, nats, and shares between 0 and 1, as measured. Within one `schema_version` keys are only
+added, never changed or removed, and readers ignore unknown keys.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from fewbit.system.files import read_json
 T = TypeVar("T")
 
 SCHEMA_VERSION = 1
-KIND = "fewbit comparison"  # how a report.json of ours is told from others
+KIND = "fewbit comparison"  # identifies a report.json of fewbit
 FILE = "report.json"
-ORIGINAL = "bf16"  # the plan that changes nothing: the original, in its own type, which all others are compared with
+ORIGINAL = "bf16"  # the plan that changes nothing: the original model in its own dtype, the baseline of all others
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and the ends of its 95 % interval."""
+    """A value and the ends of its 95 % confidence interval."""
 
     value: float
     low: float
     high: float
 
     def overlaps(self, other: Interval) -> bool:
-        """Whether the two cannot be told apart."""
+        """Whether the intervals overlap, so that the difference of the values is not significant."""
         return self.low <= other.high and other.low <= self.high
 
     @classmethod
@@ -49,8 +49,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Timing:
-    """The median of `runs` measurements, the lowest and the highest of them, and the 95 % interval of the median: None
-    where there are too few runs for one, as in reports of early versions."""
+    """The median of `runs` measurements, their minimum and maximum, and the 95 % confidence interval of the median.
+
+    `interval` is None if there are too few runs for one, as in reports of early versions.
+    """
 
     median: float
     low: float
@@ -66,16 +68,17 @@ class Timing:
 
     @property
     def noisy(self) -> bool:
-        """Whether the interval is so wide that the median says little."""
+        """Whether the interval is so wide that the median is unreliable."""
         return self.interval is not None and (
             self.interval.high - self.interval.low > 2 * intervals.NOISY * self.interval.value
         )
 
 
 def leaders(found: Sequence[Interval | None], *, more_is_better: bool = False) -> list[int]:
-    """The indices of all that may be the best: that of the best value, and those that cannot be told apart from it.
+    """The indices of all candidates for the best: the best value, and those whose intervals overlap with its interval.
 
-    Of one without an interval nothing is known, so it may be the best too; without any other, there is no leader.
+    A value without an interval (None) is a candidate too, since nothing is known of it. If all are None, the list is
+    empty.
     """
     known = [(each.value if more_is_better else -each.value, i) for i, each in enumerate(found) if each is not None]
     if not known:
@@ -86,9 +89,9 @@ def leaders(found: Sequence[Interval | None], *, more_is_better: bool = False) -
 
 
 def winners(found: Sequence[Interval | None], *, more_is_better: bool = False) -> list[int]:
-    """The indices of the best: one that is told apart from all others, or all that have exactly the best value.
+    """The indices of the best: one that differs significantly from all others, or all with exactly the best value.
 
-    Empty where there is no choice: fewer than two, all the same, or intervals that overlap.
+    Empty if there is no clear winner: fewer than two values, all values equal, or overlapping intervals.
     """
     first = leaders(found, more_is_better=more_is_better)
     if len(found) < 2 or not first or len(first) == len(found):
@@ -101,11 +104,11 @@ def winners(found: Sequence[Interval | None], *, more_is_better: bool = False) -
 
 @dataclass(frozen=True)
 class Peak:
-    """The most memory while something was done, in bytes.
+    """Peak memory during one step, in bytes.
 
-    process: resident, of the process that did nothing else (VmHWM); its interpreter and imports are in it.
-    growth: what of that came on top of what the process held before. cuda: by torch's allocator, over all GPUs.
-    device: in use on the GPUs as their driver counts, whoever used it. The last two are 0 where there are none.
+    process: peak resident memory (VmHWM) of the process that ran only this step, interpreter and imports included.
+    growth: how far that exceeds what the process had before. cuda: peak of torch's allocator, summed over all GPUs.
+    device: memory in use on the GPUs according to the driver, of all processes. The last two are 0 without GPUs.
     """
 
     process: int
@@ -118,11 +121,11 @@ class Peak:
 class Weights:
     """Bytes of a loaded model's tensors.
 
-    at_rest: every parameter and buffer as it lies in memory, packed ones as they are, tied ones once.
-    parameters: what summing `p.numel() * p.element_size()` over `model.parameters()` gives.
-    buffers: what that sum leaves out, by the last part of the tensors' names, the largest first.
-    canonical: what schemes say that weights in the files take, from their headers alone.
-    resident: what loading added to the process once every weight was touched, code of libraries not counted.
+    at_rest: all parameters and buffers as they are in memory: packed weights packed, tied ones counted once.
+    parameters: the sum of `p.numel() * p.element_size()` over `model.parameters()`.
+    buffers: bytes that this sum leaves out, by the last part of the tensors' names, largest first.
+    canonical: size of the weights according to their schemes, computed from the headers of the files.
+    resident: memory that loading added to the process after every weight was read once, without library code.
     """
 
     at_rest: int
@@ -134,10 +137,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a plan lost, on the text of the comparison: as `fewbit evaluate` measures it.
+    """The loss of quality of a plan on the text of the comparison, measured as in `fewbit evaluate`.
 
-    kl: mean KL divergence from the original, nats per token. same_top: share of tokens where both choose the same.
-    drift: for each block in order, the relative squared error of the hidden state that leaves it, on the first window.
+    kl: mean KL divergence from the original, nats per token. same_top: share of tokens for which both models have the
+    same most likely token. drift: for each block in order, the relative squared error of its output hidden state, on
+    the first window.
     """
 
     perplexity: Interval
@@ -148,9 +152,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class Speed:
-    """load: seconds until the model is ready, files in the system's cache, imports not counted (one run).
+    """Load time and throughput.
 
-    prefill: tokens of a prompt read a second. decode: tokens written a second after it, one at a time.
+    load: seconds until the model is ready, with its files in the page cache and without imports (one run).
+    prefill: prompt tokens per second. decode: generated tokens per second, one at a time.
     """
 
     load: float
@@ -160,7 +165,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Quantizing:
-    """What making the quantized model took, in a process of its own; checking what was written included."""
+    """Time and memory for making the quantized model in its own process, including the check of the output."""
 
     seconds: float
     peak: Peak
@@ -169,11 +174,11 @@ class Quantizing:
 @brief
 @dataclass(frozen=True)
 class Row:
-    """One plan: what it is, and either what was measured ("done") or why it was not ("failed", `reason`).
+    """One plan, with its measurements (status "done") or the `reason` why there are none (status "failed").
 
-    What a failed row lacks is None. reused: the numbers are of an earlier comparison. what: schemes and methods in
-    words. errors: for each quantized module the relative squared error of what it computes on the calibration text, or
-    of its weight where the method needs no calibration (`quantizing` is None, and `errors` empty, for the original).
+    Fields that a failed row lacks are None. reused: the numbers come from an earlier comparison. what: schemes and
+    methods in words. errors: for each quantized module the relative squared error of its output on the calibration
+    text, or of its weight if the method needs no calibration. For the original `quantizing` is None and `errors` empty.
     """
 
     plan: str
@@ -201,7 +206,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Machine:
-    """What it was measured on. memory: bytes it has; threads: that torch used; device: of the model."""
+    """The machine of the measurements. memory: bytes of RAM; threads: used by torch; device: that of the model."""
 
     system: str
     cpu: str
@@ -214,7 +219,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class TextUsed:
-    """So many windows of `length` tokens of a text; digest: SHA-256 of the token ids."""
+    """`samples` windows of `length` tokens from a text. digest: SHA-256 of the token ids."""
 
     text: str
     samples: int
@@ -226,10 +231,11 @@ class TextUsed:
 @brief
 @dataclass(frozen=True)
 class Comparison:
-    """Rows in the order in which the plans were asked for. date: ISO 8601, UTC, when the comparison ended.
+    """A comparison. Rows are in the order in which the plans were given.
 
-    text: what quality was measured on. calibration: None where no plan needed any. prompt: what every sample continues.
-    prompt_tokens and new_tokens: of the prefill and the decoding that were timed. seconds: of the whole comparison.
+    date: end of the comparison, ISO 8601, UTC. text: the text for measuring quality. calibration: None if no plan
+    needed any. prompt: the prompt of the samples. prompt_tokens, new_tokens: lengths of the timed prefill and decoding.
+    seconds: duration of the whole comparison.
     """
 
     model: str
@@ -249,17 +255,17 @@ class Comparison:
 
     @property
     def reused(self) -> int:
-        """How many rows are of earlier comparisons."""
+        """How many rows come from earlier comparisons."""
         return sum(row.reused for row in self.rows)
 
     @property
     def original(self) -> Row | None:
-        """The row that the others are compared with, if it was measured."""
+        """The row of the original model, the baseline; None if it was not measured."""
         return next((row for row in self.rows if row.plan == ORIGINAL and row.done), None)
 
     @property
     def noise(self) -> str | None:
-        """A sentence on the speeds whose runs differ so much that they say little; None where there are none."""
+        """A warning about speeds that vary too much between runs; None if there are none."""
         noisy = [
             (f"{what} of {row.plan}", timing.interval, timing.runs)
             for row in self.rows
@@ -273,19 +279,19 @@ class Comparison:
         others = f" and {len(noisy) - 1} more" if len(noisy) > 1 else ""
         return (
             f"speed is noisy here: {what}{others}, {interval.low:.3g} to {interval.high:.3g} tokens/s after {runs} "
-            "runs. Other programs may use this machine; fewbit compare --again measures anew."
+            "runs. Other programs may be running on this machine. Measure again with fewbit compare --again."
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for `json.dumps`, `kind` and `schema_version` first."""
+        """Plain data for `json.dumps`, with `kind` and `schema_version` first."""
         data = plain(self)
         return {"kind": KIND, "schema_version": data.pop("schema_version"), **data}
 
     @classmethod
     def from_json(cls, data: Any, where: str = FILE) -> Comparison:
-        """The comparison that `to_json` gave; FormatError, naming `where` and the key, for anything else."""
+        """The inverse of `to_json`. FormatError with `where` and the key if the data is not a valid report."""
         if not isinstance(data, Mapping) or data.get("kind") != KIND:
-            raise FormatError(f"{where} is no report of fewbit compare", f'Its "kind" would be "{KIND}".')
+            raise FormatError(f"{where} is not a report of fewbit compare", f'A report has the "kind" "{KIND}".')
         if (version := data.get("schema_version")) != SCHEMA_VERSION:
             raise FormatError(
                 f"{where} has schema_version {version!r}, this fewbit reads and writes {SCHEMA_VERSION}",
@@ -295,7 +301,7 @@ class Comparison:
 
     @classmethod
     def read(cls, path: str | Path) -> Comparison:
-        """The comparison in a report.json, or in the folder that holds one; FormatError where there is none."""
+        """The comparison in a report.json, or in a folder that contains one. FormatError if there is none."""
         path = Path(path)
         file = path / FILE if path.is_dir() else path
         try:
@@ -307,8 +313,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Event:
-    """Progress of one plan, the `number`th of `total`: "quantizing" (with blocks `done` of `of`), "measuring", then
-    "done", "reused" or "failed". pid: of the process that is at it."""
+    """Progress of one plan, number `number` of `total`.
+
+    state: "quantizing" (with `done` of `of` blocks), "measuring", then "done", "reused" or "failed". pid: the process
+    that works on it.
+    """
 
     plan: str
     number: int
@@ -322,13 +331,13 @@ class Event:
 
 
 def plain(data: Any) -> dict[str, Any]:
-    """A dataclass of this module as what `json.loads` would give."""
+    """A dataclass of this module as plain data, as `json.loads` would return it."""
     found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(data), allow_nan=False))
     return found
 
 
 def parsed(kind: type[T], data: Any, where: str) -> T:
-    """A dataclass of this module from plain data, every type checked; FormatError names the key that is wrong."""
+    """A dataclass of this module from plain data, with all types checked. FormatError names the wrong key."""
     return _read(kind, data, where)  # type: ignore[no-any-return]
 
 

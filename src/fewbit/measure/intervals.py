@@ -1,11 +1,11 @@
-"""95 % intervals of a median, from the measurements alone: no distribution is assumed.
+"""95 % confidence intervals of a median, without any assumption about the distribution.
 
-Of n measurements in order, the interval from the k-th to the k-th last misses the true median with probability
-2 P(B < k), where B counts heads of n fair coins. k is the greatest for which that is at most 5 %.
+Sort n measurements. The interval from the k-th to the k-th last misses the true median with probability 2 P(B < k),
+where B is binomial (n, 1/2). k is the largest value for which this probability is at most 5 %.
 
     >>> of_median([5, 1, 3, 2, 4, 6])
     (1, 6)
-    >>> of_median([5, 1, 3, 2, 4]) is None  # of five, the widest interval misses it in 6 % of the cases
+    >>> of_median([5, 1, 3, 2, 4]) is None  # with five, even the widest interval misses it in 6 % of cases
     True
 """
 
@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from math import comb
 from statistics import median
 
-FEWEST = 6  # measurements that an interval needs
-TIGHT = 0.05  # half of an interval, as a share of the median: closer than that nothing more is measured
-NOISY = 0.10  # beyond it the median says little, and a reader is told
+FEWEST = 6  # the fewest measurements for which an interval exists
+# Both are half the interval's width as a share of the median:
+TIGHT = 0.05  # stop measuring at this or below
+NOISY = 0.10  # above this the median is unreliable, and the report says so
 
 
 def of_median(values: Sequence[float]) -> tuple[float, float] | None:
@@ -30,7 +31,7 @@ def of_median(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def spread(values: Sequence[float]) -> float:
-    """Half of the interval as a share of the median; infinite where there is no interval."""
+    """Half the width of the interval as a share of the median; infinite if there is no interval."""
     if (ends := of_median(values)) is None:
         return float("inf")
     return (ends[1] - ends[0]) / 2 / median(values)

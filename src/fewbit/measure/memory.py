@@ -1,4 +1,4 @@
-"""How much memory this process has taken, as the operating system counts it. Linux; elsewhere what `resource` tells."""
+"""Memory of this process as the operating system reports it. On systems other than Linux, from `resource`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ import torch
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. `anonymous`: resident and not backed by a file; `mapped`: resident pages of mapped files; `peak`: the most
-    that was ever resident."""
+    """Memory of a process in bytes.
+
+    `anonymous`: resident and not backed by a file. `mapped`: resident pages of mapped files. `peak`: the largest
+    resident size so far.
+    """
 
     anonymous: int
     mapped: int
@@ -31,8 +34,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class AtRest:
-    """Bytes of a loaded model's tensors, tied ones once: of all, of what `model.parameters()` has, and of the rest by
-    the last part of their names, the largest first."""
+    """Bytes of a loaded model's tensors.
+
+    `whole`: all tensors, tied ones counted once. `parameters`: the tensors of `model.parameters()`. `buffers`: the
+    others, by the last part of their names, largest first.
+    """
 
     whole: int
     parameters: int
@@ -40,7 +46,7 @@ class AtRest:
 
 
 def at_rest(model: Any) -> AtRest:
-    """What the weights of a model take as they lie in memory, packed ones packed."""
+    """The bytes of a model's tensors as they are in memory; packed weights count as packed."""
     seen: set[tuple[int, int]] = set()
 
     def new(tensor: torch.Tensor) -> int:
@@ -77,17 +83,20 @@ def touch(model: Any) -> None:
 
 
 def kept(files: Iterable[Path]) -> int:
-    """Bytes that this process holds for itself and of these mapped files; not of libraries, whose code is read as it is
-    first run. What was freed goes back to the system before. 0 where the system does not tell."""
+    """Resident bytes of this process: its anonymous memory plus the pages of these mapped files. 0 if not available.
+
+    Library code is not counted, because it is loaded whenever it first runs. Freed memory is returned to the system
+    before counting.
+    """
     if not (maps := Path("/proc/self/smaps")).exists():
         return 0
     gc.collect()
-    with suppress(AttributeError):  # another C library than glibc
+    with suppress(AttributeError):  # C libraries other than glibc have no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
     wanted, total, counts = {str(file.resolve()) for file in files}, 0, False
     for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
         key, *rest = line.split()
-        if not key.endswith(":"):  # a mapping: addresses, rights, offset, device, inode, path
+        if not key.endswith(":"):  # the header line of a mapping: addresses, permissions, offset, device, inode, path
             counts = line.split(maxsplit=5)[5:] in [[path] for path in wanted]
         elif counts and key == "Rss:":
             total += int(rest[0]) * 1024
@@ -95,27 +104,27 @@ def kept(files: Iterable[Path]) -> int:
 
 
 def forget_peak() -> None:
-    """From now on `peak` and `on_gpus` count anew; where the system cannot, they go on."""
+    """Reset `peak` and `on_gpus`, where the system supports it."""
     if sys.platform == "linux":
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM
-    if torch.cuda.is_initialized():  # before, there is no peak, and resetting none is an error
+    if torch.cuda.is_initialized():  # resetting the peak before initialization is an error
         for i in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(i)
 
 
 def in_use_on_gpus() -> int:
-    """Bytes in use on all CUDA devices as their driver counts: contexts, and what torch keeps, included."""
+    """Bytes in use on all CUDA devices according to the driver, including contexts and torch's cached memory."""
     return sum(total - free for free, total in map(torch.cuda.mem_get_info, range(torch.cuda.device_count())))
 
 
 def on_gpus() -> int:
-    """The most bytes that torch ever held on all CUDA devices together; 0 where there are none."""
+    """Peak bytes allocated by torch, summed over all CUDA devices; 0 without any."""
     return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
 
 
 def now() -> Memory:
-    """What this process holds at this moment."""
+    """The current memory of this process."""
     status = Path("/proc/self/status")
     if not status.exists():
         import resource

@@ -1,9 +1,9 @@
-"""What a quantized model lost: perplexity, KL divergence from the original, and how often their first choices agree.
+"""Quality of a quantized model: perplexity, KL divergence from the original, and agreement of the most likely tokens.
 
-Perplexity is that of the joined text in disjoint windows: each window's tokens but the first are predicted from those
-before them in the window. KL divergence is that of the model's next-token distribution from the reference's,
+Perplexity is measured on disjoint windows of the joined text. Each token of a window except the first is predicted from
+the tokens before it in the window. The KL divergence of the model's next-token distribution from the reference's is
 sum p_ref (log p_ref - log p), in nats per token. Logits are compared window by window and then dropped. Intervals are
-95 % bootstrap intervals over runs of neighbouring tokens; for what compares two models, both are resampled alike.
+95 % bootstrap intervals over runs of adjacent tokens. For values that compare two models, both use the same resamples.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 from fewbit.errors import NumericsError
 from fewbit.system import ranks
 
-_RUN = 128  # tokens resampled together: neighbours share a context, so they are not independent
-_FEWEST_RUNS = 16  # of a short text the runs are shorter, so that there is something to resample
+_RUN = 128  # tokens that are resampled together: adjacent tokens share a context, so they are not independent
+_FEWEST_RUNS = 16  # runs are shorter for a short text, so that there are enough of them to resample
 _RESAMPLES = 400
-_ROWS = 256  # of logits turned to probabilities at a time
+_ROWS = 256  # rows of logits that are converted to probabilities at a time
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL divergence from the reference over all tokens, nats."""
+    """Statistics of the KL divergence from the reference over all tokens, in nats."""
 
     mean: Estimate
     median: Estimate
@@ -46,7 +46,11 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Quality:
-    """`perplexity_ratio`, `kl` and `same_top` (share of tokens) compare with the reference; None if there is none."""
+    """The results of `measure`.
+
+    `reference_perplexity`, `perplexity_ratio`, `kl` and `same_top` (share of tokens with the same most likely next
+    token) compare with the reference. They are None without one.
+    """
 
     tokens: int
     windows: int
@@ -60,7 +64,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a model said of the windows, to stand in its place: logits [windows, length, vocabulary]."""
+    """Saved logits of a model, used in its place: [windows, length, vocabulary]."""
 
     logits: Tensor
 
@@ -71,8 +75,10 @@ def measure(
     windows: Tensor,
     progress: Callable[[int], None] | None = None,
 ) -> Quality:
-    """Compare two causal LMs on `windows` of token ids [n, length], parted among ranks; `progress` is told how many are
-    done."""
+    """Compare two causal LMs on `windows` of token ids [n, length], which are split among ranks.
+
+    `progress` receives the number of windows that are done. NumericsError if logits have NaN.
+    """
     loss, reference_loss, kl, same = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
     with torch.inference_mode():
         for index in ranks.part(len(windows)):
@@ -88,7 +94,7 @@ def measure(
                 if original is not None:
                     log_p = _log_softmax(original[rows], "the reference", number)
                     reference_loss.append(-log_p.gather(1, targets).squeeze(1).cpu())
-                    # Rounding can take a sum of zeros a little below zero.
+                    # Rounding can make a divergence of zero slightly negative.
                     kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0).cpu())
                     same.append((log_p.argmax(-1) == log_q.argmax(-1)).float().cpu())
             if progress:
@@ -124,7 +130,7 @@ def measure(
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:
-    """What each token was given, of the windows of all ranks in their order."""
+    """The values per token of all ranks, in rank order, as float64."""
     return torch.cat([piece for each in ranks.all_gather(pieces) for piece in each]).double()
 
 
@@ -133,7 +139,7 @@ def _said(model: Any | Recorded, number: int, tokens: Tensor) -> Tensor:
 
 
 def logits_of(model: Any, tokens: Tensor) -> Tensor:
-    """Logits [length, vocabulary] of one window of token ids."""
+    """The logits [length, vocabulary] of one window of token ids."""
     logits = model(input_ids=tokens.unsqueeze(0).to(model.device), use_cache=False).logits[0]
     assert isinstance(logits, Tensor)
     return logits
@@ -147,7 +153,7 @@ def _log_softmax(logits: Tensor, whose: str, window: int) -> Tensor:
 
 
 class _Resampler:
-    """Bootstrap over runs of neighbouring tokens, with the same draws for every quantity, so that pairs stay pairs."""
+    """Bootstrap over runs of adjacent tokens. All quantities share the draws, so comparisons of models are paired."""
 
     def __init__(self, tokens: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -173,5 +179,5 @@ def _exp_of_mean(values: Tensor) -> Tensor:
 
 
 def _quantile(share: float) -> Callable[[Tensor], Tensor]:
-    # torch.quantile refuses more than 16 million values; the value at a rank needs no interpolation here.
+    # torch.quantile is limited to 16 million values. Interpolation between values is not needed here.
     return lambda values: values.kthvalue(max(1, round(share * len(values)))).values

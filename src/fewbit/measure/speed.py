@@ -1,8 +1,8 @@
-"""How fast a loaded model reads and writes: tokens a second of a prompt, and of what comes after it one at a time.
+"""Throughput of a loaded model: prompt tokens per second (prefill), and generated tokens per second (decode).
 
-Each number is a list, one rate a run, after a short run to warm up. Runs repeat until the 95 % interval of their median
-is tight (`intervals.TIGHT`), or a bound is reached: of runs, or of seconds.
-Decoding takes the likeliest token and does not stop at the end of a text, so that every model does the same work.
+Each result is a list with one rate per run, after a short warm-up run. Runs repeat until the 95 % interval of their
+median is narrow enough (`intervals.TIGHT`), or until the limit on runs or seconds is reached.
+Decoding is greedy and does not stop at an end-of-text token, so that every model does the same work.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 from fewbit.measure import intervals
 
 FEWEST, MOST = intervals.FEWEST, 30  # runs
-_SECONDS = 5.0  # after which no run more than the fewest is begun
-_RUN = 1.5  # seconds that writing takes in one run, about, at most
-RULE = (FEWEST, MOST, _SECONDS, _RUN, intervals.TIGHT)  # what decides the numbers
+_SECONDS = 5.0  # after this time no further run starts, once there are FEWEST
+_RUN = 1.5  # approximate upper limit for the seconds of one decoding run
+RULE = (FEWEST, MOST, _SECONDS, _RUN, intervals.TIGHT)  # all settings that affect the results
 clock = time.perf_counter
-_FEW = 8  # tokens, which a run writes at least
+_FEW = 8  # the fewest tokens that a run generates, unless fewer are requested
 
 
 def prefill(model: Any, ids: Tensor) -> list[float]:
-    """Tokens of the prompt `ids` [1, n] read a second, up to the logits of the last."""
+    """Prefill rates: tokens of the prompt `ids` [1, n] per second, up to the logits of the last token. One per run."""
 
     def run() -> float:
         return _timed(model, lambda: _read(model, ids))
@@ -37,9 +37,9 @@ def prefill(model: Any, ids: Tensor) -> list[float]:
 
 
 def decode(model: Any, ids: Tensor, new_tokens: int) -> list[float]:
-    """Tokens written a second after the prompt `ids` [1, n], the reading of which is not counted.
+    """Decoding rates: tokens generated per second after the prompt `ids` [1, n], without its prefill. One per run.
 
-    A run writes `new_tokens`; of a model that would take long for them, fewer.
+    A run generates `new_tokens` tokens, or fewer if the model is slow.
     """
 
     def run(tokens: int) -> float:
@@ -69,7 +69,7 @@ def _read(model: Any, ids: Tensor) -> Any:
 def _timed(model: Any, work: Callable[[], Any]) -> float:
     start = clock()
     work()
-    if model.device.type == "cuda":  # a GPU is asked, and has not done it yet
+    if model.device.type == "cuda":  # GPU work is asynchronous: wait until it is done
         torch.cuda.synchronize(model.device)
     return clock() - start
 
