@@ -60,7 +60,7 @@ def test_recommend(fewbit: Fewbit) -> None:
         (("recommend", "tiny"), "needs a model and a purpose", 2),
         (("recommend", "tiny", "--for", "serving", "--speed", "last"), "Only --speed first", 2),
         (("recommend", "tiny", "--for", "quality", "--memory", "1MB"), "nothing fits 1 MB", 2),
-        (("recommend", "tiny", "--for", "quality", "--report", "README.md"), "no report of fewbit compare", 3),
+        (("recommend", "tiny", "--for", "quality", "--report", "README.md"), "not a report of fewbit compare", 3),
         (("estimate", "tiny", "--plan", "q4km"), "unknown plan", 2),
         (("estimate", "/nowhere"), "no such folder", 2),
     ],

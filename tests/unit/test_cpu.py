@@ -159,7 +159,7 @@ def test_short_scattered_and_foreign_buffers_are_refused(library: ctypes.CDLL) -
         (x, [codes, scale[:1], zero], 4, 128, "too short"),
         (x, [codes, scale, zero[:1]], 4, 128, "too short"),
         (x, [wide[:, ::2], scale, zero], 4, 128, "not contiguous"),
-        (x, [codes, scale.double(), zero], 4, 128, "no known type"),
+        (x, [codes, scale.double(), zero], 4, 128, "unknown dtype"),
         (x_of(1, 512), [codes, scale, zero], 4, 128, "too short"),
         (x, [codes, scale, zero], 4, 96, "does not fit"),
         (x, [codes, scale, zero], 9, 128, "does not fit"),

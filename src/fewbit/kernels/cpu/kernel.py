@@ -46,7 +46,7 @@ _KINDS = {name: 16 + i for i, name in enumerate(_BLOCKS)}
 _OP = "fewbit::cpu_linear"
 _ERRORS = {
     1: "the layout is unknown",
-    2: "the shape does not match the layout",
+    2: "the shape does not fit the layout",
     3: "a buffer is too short",
     4: "out of memory",
 }

@@ -9,7 +9,7 @@
 // subtracted from the sum of a group instead (FOLD), which saves a third of the instructions. In float16 that would lose
 // digits, because 1024 is large and tensor cores truncate sums, so they are subtracted from each code.
 // Sums of a group are scaled in float32.
-// The caller defines these macros: BITS LOW GROUP BLOCK SCALE OFFSET ZERO_POINT TABLE DIVISOR SUB K ROW_WORDS GROUPS BLOCKS
+// The caller defines: BITS LOW GROUP BLOCK SCALE OFFSET ZERO_POINT TABLE DIVISOR SUB K ROW_WORDS GROUPS BLOCKS
 // SIGNED BFLOAT WARPS MT NT RESIDENT MANY.
 
 typedef unsigned int u32;

@@ -13,7 +13,7 @@
 // In shared memory a row of x is stored in pieces of 64 columns (128 bytes), in the order of the words' codes (see
 // decode.cuh). Its 16-byte parts are permuted by the row number (part ^ row % 8), as wgmma requires; this also avoids
 // bank conflicts.
-// On Hopper the caller also defines the macro WGMMA(sums, a, place of x).
+// One more macro, on Hopper: WGMMA(sums, a, place of x).
 
 #define ROWS (8 * NT)
 #define PIECES (TILE / 64)
