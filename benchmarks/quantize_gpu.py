@@ -30,13 +30,13 @@ from fewbit.formats.gptq import GPTQFormat
 from fewbit.methods import gptq
 from fewbit.models.gguf import config as gguf_config
 from fewbit.models.gguf import names
+from fewbit.models.gguf.header import Header
 from fewbit.models.skeleton import BlockCall, Skeleton
 from fewbit.pipeline import blocks as pipeline_blocks
 from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline import run as pipeline_run
 from fewbit.pipeline import write_folder, write_gguf
 from fewbit.pipeline.capture import Inputs
-from fewbit.pipeline.gguf_header import Header
 from fewbit.pipeline.job import Job, unquantized
 from fewbit.plans import plan as plans
 from fewbit.schemes.affine import Affine

@@ -10,12 +10,13 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as token_models
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from fewbit.formats.containers.gguf import PLAIN, Entry, GgufWriter
 from fewbit.methods.base import Method
+from fewbit.models.gguf import header
+from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
-from fewbit.pipeline import gguf_header
 from fewbit.schemes.base import parse
 from tests import models
 
@@ -34,7 +35,7 @@ def save(folder: Path, family: str, **changes: Any) -> Path:
 
 def written(folder: Path, path: Path, kind: str = "f32", *, norms: str = "f32") -> Path:
     """The model of a folder as a GGUF file: matrices in type `kind`, vectors in `norms`."""
-    head = gguf_header.of(locate(folder))
+    head = header_of(folder)
     model = models.original(folder)
     weights: dict[str, tuple[Entry, Tensor]] = {}
     for name, parameter in model.named_parameters():  # ties once
@@ -53,6 +54,13 @@ def written(folder: Path, path: Path, kind: str = "f32", *, norms: str = "f32") 
         for entry, tensor in weights.values():
             writer.add(entry.name, tensor)
     return path
+
+
+def header_of(folder: Path | str) -> header.Header:
+    """The header of the model in a folder."""
+    source = locate(folder)
+    config = AutoConfig.from_pretrained(source.folder)
+    return header.of(config, load_tokenizer(source), source.name)
 
 
 def ids(seed: int = 0, length: int = 40) -> Tensor:

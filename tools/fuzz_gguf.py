@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 from fewbit.errors import FormatError
 from fewbit.formats.containers.gguf import Entry, GgufFile, GgufWriter
-from fewbit.models.gguf import config, tokenizer
-from fewbit.models.source import locate
-from fewbit.pipeline import gguf_header
+from fewbit.models.gguf import config, header, tokenizer
+from fewbit.models.skeleton import load_tokenizer
 
 
 def read_all(path: Path) -> None:
@@ -36,7 +36,8 @@ def read_all(path: Path) -> None:
 
 def seeds(folder: Path) -> list[bytes]:
     """Two real files, small: the embedded model's keys with a vocabulary of a few tokens, of either kind."""
-    head = gguf_header.of(locate("tiny"))
+    source = locate("tiny")
+    head = header.of(AutoConfig.from_pretrained(source.folder), load_tokenizer(source), source.name)
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "c", "ab", "abc"]
     shared = {
         **head.metadata,

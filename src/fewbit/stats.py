@@ -89,11 +89,11 @@ class Stats:
             return
         counts = torch.tensor([self._weight_sum, self.rows, self.dropped], dtype=torch.float64, device="cpu")
         own = self._weight_sum
-        self._weight_sum, rows, dropped = ranks.add_up(counts).tolist()
+        self._weight_sum, rows, dropped = ranks.all_reduce(counts).tolist()
         self.rows, self.dropped = int(rows), int(dropped)
         for mean in (self._abs, self._square, self._hessian):
             if mean is not None:
-                ranks.add_up(mean.mul_(own / self._weight_sum if self._weight_sum else 0.0))
+                ranks.all_reduce(mean.mul_(own / self._weight_sum if self._weight_sum else 0.0))
 
     def divided(self, scales: Tensor) -> Stats:
         """The statistics of the same input with its columns divided by `scales` [K]."""

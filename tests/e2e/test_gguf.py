@@ -19,9 +19,7 @@ from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile, GgufWriter
 from fewbit.models import smollm2
 from fewbit.models.gguf.tokenizer import to_tokenizer
-from fewbit.models.source import locate
 from fewbit.nn.layers import QEmbedding, QLinear
-from fewbit.pipeline import gguf_header
 from tests import gguf_files, models
 from tests.e2e.conftest import Fewbit
 from tests.gguf_files import AWKWARD
@@ -152,7 +150,7 @@ def test_a_pattern_without_a_name_is_refused(tmp_path: Path) -> None:
     made["pre_tokenizer"] = {"type": "WhitespaceSplit"}
     (folder / "tokenizer.json").write_text(json.dumps(made))
     with pytest.raises(PlanError, match="no name for"):
-        gguf_header.of(locate(folder))
+        gguf_files.header_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +167,7 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
     family: str, changes: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(PlanError, match=said):
-        gguf_header.of(locate(gguf_files.save(tmp_path / "m", family, **changes)))
+        gguf_files.header_of(gguf_files.save(tmp_path / "m", family, **changes))
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ import torch
 from fewbit.formats.containers.gguf import GgufWriter
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import locate
-from fewbit.pipeline import gguf_header, write_gguf
+from fewbit.pipeline import write_gguf
 from fewbit.pipeline.settled import Settled
 from fewbit.plans.plan import Plan, Resolved, format_of
+from tests import gguf_files
 
 PLAN = Plan("f32", "gguf", ())
 
@@ -21,7 +22,7 @@ def write(model: str | Path, path: Path) -> None:
     source = locate(model)
     skeleton = Skeleton(source, torch.float32, torch.device("cpu"))
     nothing = Resolved(PLAN, format_of(PLAN), {}, (), ())
-    header = gguf_header.of(source)
+    header = gguf_files.header_of(model)
     keys = write_gguf.metadata(header, nothing, {}) | {"general.file_type": 0}
     planned = write_gguf.planned(Settled(skeleton, nothing))
     entries = [each.entry._replace(type="f32") for each in planned]

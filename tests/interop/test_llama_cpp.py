@@ -19,7 +19,6 @@ from fewbit.errors import PlanError
 from fewbit.formats.containers.gguf import Entry, GgufWriter
 from fewbit.models import smollm2
 from fewbit.models.source import locate
-from fewbit.pipeline import gguf_header
 from tests import gguf_files, models
 from tests.gguf_files import AWKWARD
 
@@ -38,7 +37,7 @@ def tokens(llama: Any, text: str) -> list[int]:
 
 def vocabulary(folder: Path, path: Path) -> Path:
     """A file with the tokenizer of a folder and no weights but an embedding's."""
-    head = gguf_header.of(locate(folder))
+    head = gguf_files.header_of(folder)
     rows = head.metadata[f"{head.metadata['general.architecture']}.vocab_size"]
     with GgufWriter(path, head.metadata, [Entry("token_embd.weight", "f32", (rows, 32))]) as writer:
         writer.add("token_embd.weight", torch.zeros(rows, 32))

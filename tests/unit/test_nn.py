@@ -227,7 +227,8 @@ def test_it_shows_what_it_is(without_library: None) -> None:
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where no C++ compiler was found."""
-    monkeypatch.setattr(library, "library", lambda: "the CPU library was not built")
+    for name in ("available", "library"):
+        monkeypatch.setattr(library, name, lambda: "the CPU library was not built")
 
 
 # --- the choice of a kernel ------------------------------------------------------------------------------------------

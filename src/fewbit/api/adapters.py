@@ -186,12 +186,13 @@ def merge(
         )
     if trained is None:
         origin = None
-    publish.spare(out, source.origin, source.folder, adapter, *([origin.origin, origin.folder] if origin else []))
+    base_folders = [origin.origin, origin.folder] if origin else []
+    publish.check_not_lost(out, source.origin, source.folder, adapter, *base_folders)
     if origin is not None and origin.quantization is not None:
         raise PlanError(f"--base {origin.name} is quantized itself", "Give the model that it was quantized from.")
     # What is computed at the end is found out now, if it cannot be.
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    evaluated(source, None, tokenizer, text or sources.own_source(source.config), length, samples)
+    evaluated([source], tokenizer, text or sources.own_source(source.config), length, samples)
     plain_bytes = 2 * describe(origin or source).parameters
     publish.check_space({out.resolve() if plan is None else cache_folder(): plain_bytes})
     if plan is None:

@@ -101,7 +101,7 @@ def compare(
     calibration = arguments.calibrated(calibration, CALIBRATION)
     found = find_all(arguments.plans("plans", plans), but=ORIGINAL)
     wanted: dict[str, Wanted] = {name: locate(each) if isinstance(each, Path) else each for name, each in found.items()}
-    folder = None if out is None else claimed(publish.writable(out))
+    folder = None if out is None else claimed(publish.check_writable(out))
     source = locate(model)
     if any(isinstance(each, Plan) for each in wanted.values()):
         source = unquantized(model, False)

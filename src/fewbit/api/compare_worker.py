@@ -76,7 +76,7 @@ def measure(task: Mapping[str, Any], on_message: OnMessage) -> dict[str, Any]:
     memory.touch(model)
     weights, resident, loading = memory.at_rest(model), memory.kept(source.files) - alone, _peak(before)
     memory.forget_peak()
-    heard({"doing": "speed", "told": sorted(choose.told)})
+    on_message({"doing": "speed", "told": sorted(choose.told)})
     rates = speed.prefill(model, prompt), speed.decode(model, prompt, task["new_tokens"])
     sample = continue_text(model, tokenizer, prompt_ids(tokenizer, task["prompt"]), max_new_tokens=task["new_tokens"])
     generating = _peak(before)

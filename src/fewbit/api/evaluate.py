@@ -61,7 +61,8 @@ def evaluate(
             same_vocabulary(original, source, tokenizer, trust_remote_code)
         # The original may know a text that a GGUF file made from it has no word for.
         wanted = text or sources.own_source((original or source).config)
-        name, chosen, available = evaluated(source, original, tokenizer, wanted, length, samples)
+        models = [source] if original is None else [source, original]
+        name, chosen, available = evaluated(models, tokenizer, wanted, length, samples)
         options: dict[str, Any] = {
             "dtype": dtype or ("auto" if device != "cpu" else torch.float32),
             "device": device,

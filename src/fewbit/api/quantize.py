@@ -24,7 +24,7 @@ from fewbit.models.load import load_model
 from fewbit.models.scales import read as folded_scales
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
-from fewbit.pipeline import blocks, gguf_header, settled, write_folder, write_gguf
+from fewbit.pipeline import blocks, settled, write_folder, write_gguf
 from fewbit.pipeline import importances as pipeline_importances
 from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline import run as pipeline_run
@@ -94,7 +94,7 @@ def quantize(
             publish.check_space({cache_folder(): preview.output_bytes, out.resolve(): preview.output_bytes})
         tokenizer = load_tokenizer(job.source, trust_remote_code=trust_remote_code)
         # What no file can say of the model is found before any work.
-        header = gguf_header.of(job.source, trust_remote_code=trust_remote_code) if job.single_file else None
+        header = job.header(tokenizer)
         inputs, calibrated = job.inputs(calibration, tokenizer)
         # What the check after writing asks of the model.
         words = tokenizer(report_text.FIRST_WORDS, return_tensors="pt")["input_ids"]
@@ -173,7 +173,10 @@ def preview(
     """What `quantize` would do to each tensor, with exact output bytes, without doing it (`--dry-run`)."""
     wanted = arguments.plan("plan", plan)
     source = unquantized(model, safetensors_only)
-    return Job.prepare(source, wanted, "cpu", trust_remote_code=trust_remote_code, imatrix=imatrix).preview()
+    job = Job.prepare(source, wanted, "cpu", trust_remote_code=trust_remote_code, imatrix=imatrix)
+    if job.single_file:
+        job.header(load_tokenizer(source, trust_remote_code=trust_remote_code))
+    return job.preview()
 
 
 @checked

@@ -307,7 +307,7 @@ class Comparison:
         try:
             data = read_json(file)
         except (OSError, FormatError) as error:
-            raise FormatError(f"{file} is no report of fewbit compare: {error}") from None
+            raise FormatError(f"{file} is not a report of fewbit compare: {error}") from None
         return cls.from_json(data, str(file))
 
 

@@ -37,7 +37,7 @@ from typing import ClassVar
 
 from fewbit.errors import NumericsError, PlanError
 from fewbit.lazy import Tensor, torch
-from fewbit.methods.base import Choice, Fold, Method, option, working
+from fewbit.methods.base import Choice, Fold, Method, in_compute_dtype, option
 from fewbit.registry import register
 from fewbit.schemes.base import QTensor, Scheme
 from fewbit.stats import Need, Stats

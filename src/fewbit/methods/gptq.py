@@ -36,8 +36,8 @@ from dataclasses import dataclass
 
 from fewbit.errors import PlanError
 from fewbit.lazy import Tensor, torch
-from fewbit.methods.base import Choice, Method, option, working
-from fewbit.methods.sweep.choose import over
+from fewbit.methods.base import Choice, Method, in_compute_dtype, option
+from fewbit.methods.sweep.choose import sweep_for
 from fewbit.methods.sweep.definition import PANEL
 from fewbit.registry import register
 from fewbit.schemes.base import Grids, QTensor, Scheme

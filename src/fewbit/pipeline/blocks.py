@@ -192,7 +192,7 @@ def _quantize_outside(settled: Settled, assignment: Assignment) -> tuple[Tensors
         (choice,) = _choose([assignment], [weight], alike)
         lost = _lost(assignment.scheme, weight, choice.weight, None)
         made[number] = choice.weight.map(lambda t: t.cpu()), lost, choice.notes
-    together = {number: piece for each in ranks.to_first(made) for number, piece in each.items()}
+    together = {number: piece for each in ranks.gather_to_first(made) for number, piece in each.items()}
     if not ranks.first():
         return {}, []
     pieces = [together[number] for number in sorted(together)]

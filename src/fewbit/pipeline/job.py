@@ -17,6 +17,8 @@ from fewbit.errors import PlanError
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.containers import pickle
 from fewbit.formats.containers.safetensors import folders_left_out, other_weights, side_files
+from fewbit.models.gguf import header
+from fewbit.models.gguf.header import Header
 from fewbit.models.skeleton import Skeleton, load_tokenizer
 from fewbit.models.source import Source, locate
 from fewbit.pipeline import importances, run, sizes
@@ -68,6 +70,10 @@ class Job:
     @property
     def single_file(self) -> bool:
         return bool(self.settled.resolved.format.suffix)
+
+    def header(self, tokenizer: Any) -> Header | None:
+        """What a GGUF file says besides its weights; PlanError where it cannot say it. None for a folder."""
+        return header.of(self.settled.skeleton.config, tokenizer, self.source.name) if self.single_file else None
 
     def inputs(self, wanted: Calibration, tokenizer: Any) -> tuple[Inputs, dict[str, Any] | None]:
         """What is known of inputs, and what the record says of calibration tokens; None where no method needs them."""
@@ -146,22 +152,21 @@ def windows(wanted: Calibration, source: Source, tokenizer: Any) -> tuple[Tensor
 
 
 def evaluated(
-    source: Source, other: Source | None, tokenizer: Any, text: Texts, length: int | None, samples: int | None
+    models: Sequence[Source], tokenizer: Any, text: Texts, length: int | None, samples: int | None
 ) -> tuple[str, Tensor, int]:
     """The name of a text, its first `samples` windows of tokens [windows, length], all if None, and how many it has.
 
-    Both models have rows for these tokens.
+    Each of the models has rows for these tokens.
     """
-    most = min(each.context for each in (source, other) if each is not None)
+    most = min(model.context for model in models)
     if length is not None and length > most:
         raise PlanError(f"--length {length} is beyond the model's context of {most} tokens")
     if length is not None and length < 2:
         raise PlanError(f"--length {length}: a window needs at least 2 tokens")
     loaded = sources.load_text(text, "evaluation")
     stream = texts_windows.encode(loaded, tokenizer)
-    for each in (source, other):
-        if each is not None:
-            texts_windows.within(stream, each.rows, tokenizer, loaded.name)
+    for model in models:
+        texts_windows.within(stream, model.rows, tokenizer, loaded.name)
     every = texts_windows.windows(stream, length or min(2048, most))
     return loaded.name, every if samples is None else every[:samples], len(every)
 

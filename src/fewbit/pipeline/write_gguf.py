@@ -22,7 +22,7 @@ from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models import scales
 from fewbit.models.gguf import config as gguf_config
 from fewbit.models.gguf import names as gguf_names
-from fewbit.pipeline.gguf_header import Header
+from fewbit.models.gguf.header import Header
 from fewbit.pipeline.run import Run
 from fewbit.pipeline.settled import Settled
 from fewbit.pipeline.write_folder import folded

@@ -61,12 +61,12 @@ class Plan:
     @classmethod
     def from_json(cls, data: Any) -> Plan:
         """The plan that a JSON object describes; PlanError, naming the rule and the key, where it does not."""
-        data = _object(data, "this is no plan", _KEYS, ("name", "format", "rules"))
-        name, format = (_text(data[key], f"this is no plan: {key}") for key in ("name", "format"))
+        data = _object(data, "this is not a plan", _KEYS, ("name", "format", "rules"))
+        name, format = (_text(data[key], f"this is not a plan: {key}") for key in ("name", "format"))
         if not isinstance(data["rules"], (list, tuple)):
-            raise PlanError(f"this is no plan: rules is {data['rules']!r}", f"Give a list of rules. {_SHOWN}")
+            raise PlanError(f"this is not a plan: rules is {data['rules']!r}", f"Give a list of rules. {_SHOWN}")
         if not isinstance(adapt := data.get("adapt", False), bool):
-            raise PlanError(f"this is no plan: adapt is {adapt!r}", "Give true or false.")
+            raise PlanError(f"this is not a plan: adapt is {adapt!r}", "Give true or false.")
         registry.get("formats", format)
         return cls(name, format, tuple(_rule(rule, number) for number, rule in enumerate(data["rules"], 1)), adapt)
 

@@ -377,7 +377,7 @@ class FourBit(Scheme):
             best, scale = torch.where(better, error, best), torch.where(better, grids.scale, scale)
 
         for share in _shares():
-            tried(plain.scale * share)
+            consider(plain.scale * share)
         for _ in range(2):
             solved = self._errors(w, BlockGrids.stored(self, plain.shape, scale, plain.nested), importance)[1]
             consider(torch.where(solved.isfinite() & (solved != 0), solved, scale))

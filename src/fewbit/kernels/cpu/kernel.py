@@ -259,7 +259,7 @@ def _buffer(part: Tensor) -> tuple[int, int]:
     start = part.data_ptr()
     aligned = _aligned()
     if part.dtype not in aligned or start % aligned[part.dtype]:
-        raise KernelError(f"a part of a packed weight ({part.dtype}) is of no known type, or begins at an odd address")
+        raise KernelError(f"a part of a packed weight ({part.dtype}) has an unknown dtype or a misaligned address")
     return start, part.nbytes
 
 

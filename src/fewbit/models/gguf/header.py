@@ -1,6 +1,6 @@
 """All that a GGUF file of a model needs besides its weights: what `formats.gguf.GgufWriter` is given first.
 
-    head = gguf_header.of(source)                             # a located model; PlanError where no file can hold it
+    head = header.of(config, tokenizer, "org/model")          # PlanError where no file can hold them
     entries = head.entries({"model.norm.weight": ("f32", (64,)), ...})     # transformers' names: type, shape [N, K]
     with GgufWriter(path, head.metadata | {"general.file_type": 15}, entries) as writer:
         for name, tensor in head.extra.items():
@@ -21,16 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig
 
-from fewbit.errors import FormatError
 from fewbit.formats.containers.gguf import Entry
 from fewbit.models.gguf import config as gguf_config
 from fewbit.models.gguf import names, tokenizer_check
 from fewbit.models.gguf import tokenizer as gguf_tokenizer
 from fewbit.models.gguf.names import Route
-from fewbit.models.skeleton import load_tokenizer
-from fewbit.models.source import Source
 
 
 @dataclass(frozen=True)
@@ -48,15 +44,10 @@ class Header:
         return found + [Entry(self.routes[name].name, kind, shape) for name, (kind, shape) in weights.items()]
 
 
-def of(source: Source, *, trust_remote_code: bool = False) -> Header:
-    """The header for a located model with its tokenizer; PlanError where a GGUF file cannot hold them."""
-    try:
-        config: Any = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a config can be wrong in as many ways as models read it
-        raise FormatError(f"{source.folder / 'config.json'}: {str(error).splitlines()[0][:300]}") from None
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+def of(config: Any, tokenizer: Any, name: str) -> Header:
+    """The header for a config and a tokenizer of transformers; PlanError where a GGUF file cannot hold them."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else []
-    name = Path(source.name).name or source.name
-    metadata = gguf_config.to_metadata(config, name) | gguf_tokenizer.to_metadata(tokenizer, config.vocab_size, ends)
+    metadata = gguf_config.to_metadata(config, Path(name).name or name)
+    metadata |= gguf_tokenizer.to_metadata(tokenizer, config.vocab_size, ends)
     tokenizer_check.check(tokenizer, metadata)
     return Header(metadata, names.routes(config), gguf_config.extra_tensors(config))
