@@ -206,7 +206,7 @@ class Words:
         (Sampling(1.5, top_k=0, top_p=1.0), [TemperatureLogitsWarper(1.5)]),
         (Sampling(1.5, top_p=0.9), [TemperatureLogitsWarper(1.5), TopKLogitsWarper(50), TopPLogitsWarper(0.9)]),
     ],
-    ids=str,
+    ids=["top-k", "top-p", "both", "temperature", "default-top-k"],
 )
 def test_both_loops_sample_from_the_same_distribution(
     sampling: Sampling, warpers: list[Any], ids: Tensor, monkeypatch: pytest.MonkeyPatch
