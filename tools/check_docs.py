@@ -1,7 +1,7 @@
 """Documentation in step with the code: fails, one line a fault, where the two say different things.
 
-Held to account: README.md names every command, docs/reference.md every registry entry, CHANGELOG.md has a section
-for what is being worked on or for the current version, and every relative link points at a file that exists.
+It checks that docs/reference.md names every command and every registry entry, that CHANGELOG.md has a section for what is
+being worked on or for the current version, and that every relative link points at a file that exists.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ HAS_SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 
 def main() -> int:
     """Print every fault; 1 if there was one."""
-    faults = [*commands_in_readme(), *entries_in_reference(), *changelog_has_section(), *links_lead_somewhere()]
+    faults = [*commands_in_reference(), *entries_in_reference(), *changelog_has_section(), *links_lead_somewhere()]
     for fault in faults:
         print(fault, file=sys.stderr)
     print(f"docs: {len(faults)} fault{'s' * (len(faults) != 1)}" if faults else "docs: in step with the code")
     return 1 if faults else 0
 
 
-def commands_in_readme() -> Iterator[str]:
-    """README.md mentions `fewbit NAME` for each command of the command line that is not hidden."""
+def commands_in_reference() -> Iterator[str]:
+    """docs/reference.md mentions `fewbit NAME` for each command of the command line that is not hidden."""
     import typer.main
 
     from fewbit.cli.app import app
 
-    text = read("README.md")
+    text = read("docs/reference.md")
     if text is None:
-        yield "README.md: missing"
+        yield "docs/reference.md: missing"
         return
     for name in command_names(typer.main.get_command(app)):
         if not mentions(text, f"fewbit {name}"):
-            yield f"README.md: does not mention the command `fewbit {name}`"
+            yield f"docs/reference.md: does not mention the command `fewbit {name}`"
 
 
 def command_names(command: Any, prefix: str = "") -> Iterator[str]:

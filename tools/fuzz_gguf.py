@@ -23,6 +23,7 @@ from fewbit.errors import FormatError
 from fewbit.formats.containers.gguf import Entry, GgufFile, GgufWriter
 from fewbit.models.gguf import config, header, tokenizer
 from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import locate
 
 
 def read_all(path: Path) -> None:

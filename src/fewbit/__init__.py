@@ -1,4 +1,4 @@
-"""fewbit makes large language models small: quantize, load, generate, measure.
+"""fewbit shrinks language models and measures what it cost.
 
 Importing fewbit is cheap: it imports neither torch nor transformers. When transformers is imported (or if it already
 was), fewbit registers itself there, so that `AutoModelForCausalLM.from_pretrained` loads quantized checkpoints packed.
@@ -11,24 +11,62 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from fewbit import hook
-from fewbit.errors import FewbitError, FormatError, KernelError, NumericsError, PlanError
+from fewbit.errors import (
+    ArgumentError,
+    FewbitError,
+    FormatError,
+    KernelError,
+    NumericsError,
+    OutputError,
+    PeerError,
+    PlanError,
+)
 
 if TYPE_CHECKING:
+    from fewbit.advise.estimate import Estimate
+    from fewbit.advise.recommend import Recommendation
     from fewbit.api.adapters import finetune, merge
     from fewbit.api.advise import estimate, recommend
     from fewbit.api.compare import compare
     from fewbit.api.evaluate import evaluate
     from fewbit.api.generate import generate, load
     from fewbit.api.inspect import inspect
-    from fewbit.api.quantize import quantize
+    from fewbit.api.quantize import imatrix, preview, quantize
+    from fewbit.measure.comparison import Comparison
+    from fewbit.models.adapters.tuning import Tuning
+    from fewbit.models.decoding.generate import Continuation
+    from fewbit.models.decoding.sampling import Sampling
+    from fewbit.models.describe import Inspection
+    from fewbit.pipeline.job import Preview
+    from fewbit.plans.plan import Plan
+    from fewbit.report.results import Evaluation, Finetuned, Measured, Merged, Quantized
+    from fewbit.texts.calibration import Calibration
 
 __version__ = "0.1.0"
 __all__ = [
+    "ArgumentError",
+    "Calibration",
+    "Comparison",
+    "Continuation",
+    "Estimate",
+    "Evaluation",
     "FewbitError",
+    "Finetuned",
     "FormatError",
+    "Inspection",
     "KernelError",
+    "Measured",
+    "Merged",
     "NumericsError",
+    "OutputError",
+    "PeerError",
+    "Plan",
     "PlanError",
+    "Preview",
+    "Quantized",
+    "Recommendation",
+    "Sampling",
+    "Tuning",
     "compare",
     "estimate",
     "evaluate",
@@ -39,22 +77,30 @@ __all__ = [
     "load",
     "merge",
     "prefer",
+    "preview",
     "quantize",
     "recommend",
 ]
 
-# Where what the package hands out is made; imported when it is asked for.
-_VERBS = {
+# Public names by the module that defines them. A module is imported when one of its names is used.
+_LAZY = {
+    "advise.estimate": ("Estimate",),
+    "advise.recommend": ("Recommendation",),
     "api.adapters": ("finetune", "merge"),
     "api.advise": ("estimate", "recommend"),
     "api.compare": ("compare",),
     "api.evaluate": ("evaluate",),
     "api.generate": ("generate", "load"),
     "api.inspect": ("inspect",),
-    "api.quantize": ("imatrix", "quantize"),
+    "api.quantize": ("imatrix", "preview", "quantize"),
     "measure.comparison": ("Comparison",),
     "models.adapters.tuning": ("Tuning",),
+    "models.decoding.generate": ("Continuation",),
+    "models.decoding.sampling": ("Sampling",),
+    "models.describe": ("Inspection",),
+    "pipeline.job": ("Preview",),
     "plans.plan": ("Plan",),
+    "report.results": ("Evaluation", "Finetuned", "Measured", "Merged", "Quantized"),
     "texts.calibration": ("Calibration",),
 }
 
@@ -79,8 +125,8 @@ def prefer(*methods: str) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    for module, verbs in _VERBS.items():
-        if name in verbs:
+    for module, names in _LAZY.items():
+        if name in names:
             return getattr(importlib.import_module(f"fewbit.{module}"), name)
     raise AttributeError(f"module 'fewbit' has no attribute {name!r}")
 

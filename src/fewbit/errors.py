@@ -6,11 +6,36 @@ The message says which value is wrong and where it is (tensor, file or flag). Th
 
 from __future__ import annotations
 
+import re
+
+_QUOTED = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")  # an argument in a message: `length=1`, `overwrite`
+# Arguments whose flags have other names. With a value, and without.
+_FLAGS = {"model": "MODEL", "prompt": "PROMPT", "out": "-o", "purpose": "--for", "fuse": "--fuse"}
+
+
+def in_python(text: str) -> str:
+    """A message for Python: the quotes around `length=1` go."""
+    return _QUOTED.sub(lambda found: found[0] if found[2] is None else found[0].strip("`"), text)
+
+
+def in_flags(text: str) -> str:
+    """A message for the command line: `length=1` becomes --length 1, `overwrite=True` becomes --overwrite."""
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found[1], found[2]
+        flag = _FLAGS.get(name) or f"--{name.replace('_', '-')}"
+        if name == "fuse" and value is not None:
+            return f"--max-length {value}"
+        return flag if value in (None, "True") else f"{flag} {value}"
+
+    return _QUOTED.sub(flag, text)
+
 
 class FewbitError(Exception):
     """Base class of all errors that fewbit raises on purpose.
 
-    `message` says what is wrong and where. `hint` says what to do instead; it may be empty.
+    `message` says what is wrong and where. `hint` says what to do instead; it may be empty. Both name
+    arguments in backquotes, such as `length=1`: `str` shows them as Python, `in_flags` as the command line.
     """
 
     exit_code = 1
@@ -21,7 +46,7 @@ class FewbitError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message}\n{self.hint}" if self.hint else self.message
+        return in_python(f"{self.message}\n{self.hint}" if self.hint else self.message)
 
 
 class PlanError(FewbitError):
@@ -31,15 +56,10 @@ class PlanError(FewbitError):
 
 
 class ArgumentError(PlanError):
-    """An argument has an invalid value. `as_flag` is the same message with the argument's command-line flag."""
+    """An argument has an invalid value."""
 
     def __init__(self, argument: str, shown: str, expected: str) -> None:
-        super().__init__(f"{argument}={shown}: expected {expected}")
-        flag = _FLAGS.get(argument) or "--" + argument.replace("_", "-")
-        self.as_flag = f"{flag} {shown}: expected {expected}"
-
-
-_FLAGS = {"model": "MODEL", "prompt": "PROMPT", "out": "--output", "purpose": "--for"}
+        super().__init__(f"`{argument}={shown}`: expected {expected}")
 
 
 class FormatError(FewbitError):

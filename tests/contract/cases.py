@@ -11,7 +11,7 @@ from torch import Tensor
 from fewbit import registry
 from fewbit.formats.base import Format
 from fewbit.kernels.base import Kernel
-from fewbit.kernels.choose import TOLERANCE
+from fewbit.nn.choose import TOLERANCE
 from fewbit.schemes.base import Scheme, parse
 from fewbit.stats import Need, Stats
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fewbit.kernels.base import Kernel
-from fewbit.kernels.choose import TOLERANCE
+from fewbit.nn.choose import TOLERANCE
 from fewbit.schemes.base import parse
 from tests.contract.cases import (
     CPU,

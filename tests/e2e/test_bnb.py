@@ -21,8 +21,8 @@ from fewbit.api.generate import load
 from fewbit.api.inspect import inspect
 from fewbit.api.quantize import quantize
 from fewbit.errors import FormatError, PlanError
-from fewbit.kernels.choose import TOLERANCE
 from fewbit.models.plugin import quantizer
+from fewbit.nn.choose import TOLERANCE
 from fewbit.nn.layers import QLinear
 from tests import models
 from tests.e2e.conftest import Fewbit

@@ -9,12 +9,12 @@ import torch
 
 import fewbit
 from fewbit.api import generate, quantize
-from fewbit.kernels.choose import TOLERANCE
 from fewbit.kernels.reference import Reference
 from fewbit.kernels.torch_int4 import TorchInt4
 from fewbit.methods.base import Method
 from fewbit.methods.gptq import GPTQ
 from fewbit.models.adapters.tuning import Tuning
+from fewbit.nn.choose import TOLERANCE
 from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import parse
 from fewbit.stats import Need, Stats

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewbit.kernels.choose import TOLERANCE, choose
 from fewbit.kernels.nvidia import Nvidia, layout
 from fewbit.kernels.nvidia.layout import Recipe
 from fewbit.methods.base import Method
+from fewbit.nn.choose import TOLERANCE, choose
 from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import QTensor, parse
 from tests.contract.cases import SPECS, ordinary

@@ -10,8 +10,8 @@ import torch
 
 from fewbit import prefer
 from fewbit.api import evaluate, generate, quantize
-from fewbit.kernels.choose import TOLERANCE
 from fewbit.methods.base import Method
+from fewbit.nn.choose import TOLERANCE
 from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import parse
 from fewbit.texts import calibration

@@ -13,8 +13,8 @@ from fewbit import registry
 from fewbit.advise import doctor
 from fewbit.errors import KernelError
 from fewbit.kernels.base import Kernel
-from fewbit.kernels.choose import choose
 from fewbit.kernels.cpu import library as native
+from fewbit.nn.choose import choose
 from fewbit.nn.fused import slices
 from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import QTensor, parse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,35 @@ def blocks(page: str, language: str) -> list[str]:
     """The fenced blocks of a language in a page, in order."""
     text = (ROOT / page).read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_commands_in_the_readme_run(tmp_path: Path) -> None:
+    """The first block, as it stands, but for the installation."""
+    (block, *_) = blocks("README.md", "sh")
+    commands = [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("fewbit ")]
+    assert [command[1] for command in commands] == ["quantize", "evaluate", "generate"]
+    outputs = []
+    for _, *arguments in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "fewbit", *arguments], capture_output=True, text=True, encoding="utf-8", cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    (shown,) = blocks("README.md", "text")
+    for line in shown.splitlines():
+        if line.strip() not in ("", "..."):
+            assert line.split()[0] in outputs[0] + outputs[1]
+    assert outputs[2].strip()
+
+
+def test_python_in_the_readme_runs(tmp_path: Path) -> None:
+    (script,) = blocks("README.md", "python")
+    (tmp_path / "readme.py").write_text(script, encoding="utf-8")
+    done = subprocess.run([sys.executable, "readme.py"], capture_output=True, text=True, encoding="utf-8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    loss, text = done.stdout.split("\n", 1)
+    assert 0 < float(loss) < 0.1
+    assert text.startswith("Once upon a time")
 
 
 def test_the_toy_scheme_works_from_top_to_bottom(tmp_path: Path) -> None:

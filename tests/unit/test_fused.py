@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewbit.kernels.choose import TOLERANCE
 from fewbit.kernels.reference import Reference
+from fewbit.nn.choose import TOLERANCE
 from fewbit.nn.fused import Slice, packed_linears, slices
 from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import QTensor, parse

@@ -53,6 +53,24 @@ def test_a_verb_stays_a_verb_when_everything_has_been_imported() -> None:
     )
 
 
+def test_types_that_verbs_take_and_give_are_public() -> None:
+    run(
+        "import fewbit, inspect, re, typing\n"
+        "private = []\n"
+        "for name in fewbit.__all__:\n"
+        "    verb = getattr(fewbit, name)\n"
+        "    if isinstance(verb, type) or name == 'prefer': continue\n"
+        "    verb = inspect.unwrap(verb)\n"
+        "    for hint in verb.__annotations__.values():\n"
+        "        for word in re.findall(r'[A-Za-z_]\\\\w*', str(hint)):\n"
+        "            kind = verb.__globals__.get(word)\n"
+        "            ours = isinstance(kind, type) and kind.__module__.startswith('fewbit')\n"
+        "            if ours and word not in fewbit.__all__: private.append((name, word))\n"
+        "assert not private, private\n"
+        "assert set(fewbit.__all__) <= set(dir(fewbit))"
+    )
+
+
 def test_importing_fewbit_imports_nothing_heavy() -> None:
     run(
         "import fewbit, fewbit.cli.app\n"

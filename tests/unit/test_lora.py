@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import fewbit
 from fewbit.api import quantize
 from fewbit.errors import PlanError
-from fewbit.kernels.choose import TOLERANCE
 from fewbit.models.adapters.lora import QLoraLinear
+from fewbit.nn.choose import TOLERANCE
 from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import QTensor, parse
 from tests import models

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from fewbit import registry
 from fewbit.errors import KernelError, PlanError
-from fewbit.kernels import choose as kernels_choose
 from fewbit.kernels.base import Kernel, Prepared
-from fewbit.kernels.choose import TOLERANCE, choose
 from fewbit.kernels.cpu import library
 from fewbit.kernels.reference import Reference
+from fewbit.nn import choose as kernels_choose
 from fewbit.nn import layers
+from fewbit.nn.choose import TOLERANCE, choose
 from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import Codec, QTensor, parse
 from tests.contract.cases import EXAMPLES, KERNELS, ordinary, quantized, same_bytes, several_groups

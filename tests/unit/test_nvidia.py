@@ -8,10 +8,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from fewbit.kernels.choose import TOLERANCE
 from fewbit.kernels.nvidia import Nvidia, in_cuda, layout
 from fewbit.kernels.nvidia.in_cuda import Sizes
 from fewbit.kernels.nvidia.layout import Recipe
+from fewbit.nn.choose import TOLERANCE
 from fewbit.schemes.base import parse
 from tests.contract.cases import SPECS, hard, is_sentence, ordinary, quantized, same_bytes
 

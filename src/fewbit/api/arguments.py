@@ -165,7 +165,7 @@ def tuning(name: str, value: Any) -> Tuning:
     from fewbit.models.adapters.tuning import Tuning  # which checks its own fields by this module
 
     if not isinstance(value, Tuning):
-        raise invalid(name, value, "a fewbit.models.adapters.tuning.Tuning")
+        raise invalid(name, value, "a fewbit.Tuning")
     return value
 
 

@@ -29,7 +29,6 @@ from fewbit.api import arguments
 from fewbit.api.arguments import SAMPLES, Device, checked
 from fewbit.checks import Texts
 from fewbit.errors import FormatError, PlanError
-from fewbit.kernels import choose
 from fewbit.measure import speed
 from fewbit.measure.comparison import (
     FILE,
@@ -47,6 +46,7 @@ from fewbit.methods.base import make
 from fewbit.models.describe import describe
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
+from fewbit.nn import choose
 from fewbit.pipeline.job import same_vocabulary, unquantized, windows
 from fewbit.plans import plan as plans
 from fewbit.plans.plan import Plan, find_all

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from fewbit.api import quantize as api_quantize
-from fewbit.kernels import choose
 from fewbit.measure import comparison, memory, quality, speed
 from fewbit.measure.comparison import Peak, Timing
 from fewbit.models.decoding.generate import continue_text, prompt_ids
@@ -27,6 +26,7 @@ from fewbit.models.describe import describe
 from fewbit.models.load import import_code, load_model
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
+from fewbit.nn import choose
 from fewbit.plans import plan as plans
 from fewbit.system import timing
 from fewbit.system.processes import OnMessage, serve

@@ -35,7 +35,7 @@ from fewbit.cli.options import (
     prompt_of,
     text_of,
 )
-from fewbit.errors import ArgumentError, FewbitError, PeerError, PlanError
+from fewbit.errors import FewbitError, PeerError, PlanError, in_flags
 
 app = typer.Typer(
     name="fewbit",
@@ -377,8 +377,8 @@ def main() -> None:
         if debug:
             raise
         if not (isinstance(error, PeerError) and error.reported):
-            message = error.as_flag if isinstance(error, ArgumentError) else error.message
-            sys.stderr.write(f"error: {message}\n" + (f"  {error.hint}\n" if error.hint else ""))
+            message, hint = in_flags(error.message), in_flags(error.hint)
+            sys.stderr.write(f"error: {message}\n" + (f"  {hint}\n" if hint else ""))
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(141)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fewbit.errors import KernelError
 from fewbit.kernels.base import Kernel
-from fewbit.kernels.choose import TOLERANCE, choose
+from fewbit.nn.choose import TOLERANCE, choose
 from fewbit.nn.packed import Codes, Values, refuse
 from fewbit.schemes.base import Codec, PartSpec, QTensor, chunk_rows
 
