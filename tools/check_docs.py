@@ -1,7 +1,7 @@
 """Documentation in step with the code: fails, one line a fault, where the two say different things.
 
-It checks that docs/reference.md names every command and every registry entry, that CHANGELOG.md has a section for what is
-being worked on or for the current version, and that every relative link points at a file that exists.
+It checks that docs/reference.md names every command and every registry entry, that CHANGELOG.md has a section for the
+current version or [Unreleased], and that every relative link points at a file that exists.
 """
 
 from __future__ import annotations

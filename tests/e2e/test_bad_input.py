@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from fewbit import FormatError, KernelError, PlanError
 from fewbit.api import generate, quantize
 from fewbit.formats.containers import safetensors
-from fewbit.pipeline import blocks, write_folder
+from fewbit.pipeline import run, write_folder
 from fewbit.texts import calibration
 from tests import models
 from tests.e2e.conftest import Answer, Fewbit
@@ -554,7 +554,7 @@ def test_files_of_others_are_not_replaced(sound: Path, place: Path, fewbit: Fewb
     check(fewbit("quantize", sound, "-o", place, "--overwrite", "--plan", "rtn-4bit"), 2, "work/")
     file = place.with_suffix(".gguf")
     file.write_text("my notes")
-    check(fewbit("quantize", sound, "-o", file, "--overwrite", "--plan", "q4_0"), 2, "no GGUF file")
+    check(fewbit("quantize", sound, "-o", file, "--overwrite", "--plan", "q4_0"), 2, "not a GGUF file")
     assert file.read_text() == "my notes"
 
 
@@ -672,7 +672,7 @@ def test_a_disk_that_fills_up(
         write(path, *rest)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(blocks if when == "blocks" else safetensors, "write_file", full)
+    monkeypatch.setattr(run if when == "blocks" else safetensors, "write_file", full)
     check(fewbit("quantize", sound, "-o", place, "--plan", "rtn-4bit"), 1, "No space left on device")
     assert list(place.parent.iterdir()) == []
 

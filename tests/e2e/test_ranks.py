@@ -51,10 +51,10 @@ from fewbit.cli import app
 from fewbit.pipeline import blocks
 from fewbit.system import ranks
 run = blocks._quantize_block
-def die(skeleton, resolved, block, *rest):
-    if block.endswith(".2") and ranks.rank() == {victim}:
+def die(settled, block, inputs):
+    if block.name.endswith(".2") and ranks.rank() == {victim}:
         os.kill(os.getpid(), signal.SIGKILL)
-    return run(skeleton, resolved, block, *rest)
+    return run(settled, block, inputs)
 blocks._quantize_block = die
 app.main()
 """
@@ -152,7 +152,7 @@ def test_another_order_of_sums_makes_no_more_than_that(
     alone: Path, model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process that takes its windows in other batches. Whether a code differs at all depends on the processor."""
-    monkeypatch.setattr(capture, "batches_of", lambda tokens, least=1, halved=0: list(tokens.split(2)))
+    monkeypatch.setattr(capture, "_TOKENS_AT_ONCE", 2 * 32)
     wanted = Calibration(str(corpus), samples=SAMPLES, length=32, seed=1)
     fewbit.quantize(model, tmp_path / "out", calibration=wanted)
     assert differing(alone / "gptq", tmp_path / "out") < 0.02

@@ -33,7 +33,7 @@ def refuse(*args, **kwargs):
     raise OSError("no network here")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 sys.argv = ["fewbit", "generate", "tiny", "Once upon a time", "--max-new-tokens", "24", "--json"]
-import fewbit.cli
+import fewbit.cli.app
 fewbit.cli.app.main()
 """
 

@@ -53,7 +53,11 @@ class Inputs:
 
     def halved(self) -> Inputs:
         """The same with half as many windows at once."""
-        return replace(self, most=max(1, self.at_once // 2))
+        assert self.tokens is not None
+        most = max(self.least, _TOKENS_AT_ONCE // self.tokens.shape[1])
+        while most >= self.at_once:
+            most //= 2
+        return replace(self, most=max(1, most))
 
 
 @dataclass(frozen=True)
