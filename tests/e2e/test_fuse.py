@@ -218,7 +218,7 @@ def test_bad_lengths_are_refused_before_any_work(llama: Path, fewbit: Fewbit) ->
         (("--compile",), "--compile without --fuse"),
         (("--fuse", "--max-length", 80, "--compile", "--device", "cpu"), "--compile needs an NVIDIA GPU"),
         (("--fuse", "--max-length", 1000), f"beyond the model's context of {models.CONTEXT}"),
-        (("--fuse", "--max-length", 20), "holds the prompt and the answer"),
+        (("--fuse", "--max-length", 20), "--max-length 20 is too short"),
     ):
         answer = fewbit("generate", llama, "a text", *arguments)
         assert (answer.code, answer.out) == (2, "")

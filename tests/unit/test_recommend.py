@@ -138,7 +138,7 @@ def test_priors_and_rules_name_presets_only() -> None:
 
 def test_slower_than_the_original_is_said() -> None:
     found = asked("serving", report=measured(gptq__4bit=0.03))
-    assert "Few bits are no faster here" in found.contradictions[-1]
+    assert "Fewer bits are not faster here" in found.contradictions[-1]
 
 
 def test_what_failed_is_out() -> None:
@@ -176,8 +176,8 @@ def test_a_stated_loss() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"memory": "much"}, "no amount of memory"),
-        ({"memory": "0GB"}, "no amount of memory"),
+        ({"memory": "much"}, "not an amount of memory"),
+        ({"memory": "0GB"}, "not an amount of memory"),
         ({"max_kl": -1.0}, "greater than 0"),
         ({"target": "onnx"}, "unknown target"),
     ],
@@ -190,7 +190,7 @@ def test_bad_demands(options: dict[str, object], says: str) -> None:
 def test_bad_models_and_purposes() -> None:
     with pytest.raises(PlanError, match="unknown purpose"):
         asked("speed")
-    with pytest.raises(PlanError, match="a size, no model"):
+    with pytest.raises(PlanError, match="a size, not a model"):
         fewbit.recommend("7B", "serving")
 
 

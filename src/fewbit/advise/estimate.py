@@ -157,9 +157,9 @@ class _Plain:
 
 def _check(outline: Outline, use: memory.Use) -> None:
     if use.context < 1 or use.batch < 1:
-        raise PlanError(f"--context {use.context} --batch {use.batch}: at least one text of one token")
+        raise PlanError(f"`context={use.context}`, `batch={use.batch}`: both must be at least 1")
     if use.context > outline.source.context:
-        raise PlanError(f"--context {use.context} is beyond the model's context of {outline.source.context} tokens")
+        raise PlanError(f"`context={use.context}` is beyond the model's context of {outline.source.context} tokens")
 
 
 def _row(sized: sizes.Sized, g: Any, use: memory.Use, cache: int, method: str = "", peak: int = 0) -> PlanEstimate:

@@ -53,7 +53,7 @@ class Use:
 def cache_bytes(g: Geometry, use: Use) -> int:
     """Bytes of the keys and values of `batch` texts of `context` tokens."""
     if use.cache not in CACHE_TYPES:
-        raise PlanError(f"--cache {use.cache}: no type of a cache", f"Known: {', '.join(CACHE_TYPES)}.")
+        raise PlanError(f"`cache={use.cache}`: unknown KV cache type", f"Known: {', '.join(CACHE_TYPES)}.")
     tokens = sum(min(use.context, window or use.context) for window in g.windows)
     return round(use.batch * tokens * 2 * g.values * CACHE_TYPES[use.cache])
 

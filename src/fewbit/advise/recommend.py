@@ -101,7 +101,7 @@ def nbytes(text: str) -> int:
     """Bytes that `8GB`, `8 GiB`, `512MB` or a plain number mean; PlanError otherwise."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
     if match is None or not float(match[1]):
-        raise PlanError(f"--memory {text}: no amount of memory", "Write it as 8GB, 8GiB or 512MB.")
+        raise PlanError(f"`memory={text}`: not an amount of memory", "Write it as 8GB, 8GiB or 512MB.")
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
@@ -289,7 +289,7 @@ def _nothing(
         ]
         return PlanError(
             f"no plan for {purpose} makes files that {runtime} reads",
-            f"Leave --target out, or ask --for {' or '.join(others)}.",
+            f"Omit `target`, or choose another `purpose`: {' or '.join(others)}.",
         )
     possible = [c for c in readable if c.total]
     if not possible:
@@ -299,7 +299,7 @@ def _nothing(
         return PlanError(
             f"nothing fits {size(memory)}: the smallest is {smallest.plan} with {size(smallest.total)}, "
             f"for {estimated.batch} x {estimated.context} tokens",
-            "Give more --memory, a smaller --context or --batch, or a smaller model.",
+            "Give more `memory`, a smaller `context` or `batch`, or a smaller model.",
         )
     fitting = [c for c in possible if c.total <= memory and c.kl is not None]
     if max_kl is not None and fitting:
@@ -308,7 +308,7 @@ def _nothing(
         return PlanError(
             f"nothing that fits {size(memory)} has a KL divergence of {max_kl:g} or less: "
             f"the nearest is {nearest.plan} with {nearest.kl.value:.3g} ({nearest.basis})",
-            "Allow more --max-kl or more --memory.",
+            "Allow a larger `max_kl` or more `memory`.",
         )
     return PlanError(f"no plan for {purpose} meets all demands: {readable[0].plan}: {readable[0].excluded}")
 
@@ -342,14 +342,14 @@ def _contradictions(
             lines.append(
                 f"The rule is {rule['says']}. But {best.plan} loses less than {near.plan} {where}: "
                 f"KL divergence {best.kl.value:.3g} against {near.kl.value:.3g}, in {best.bits:.3g} bits against "
-                f"{near.bits:.3g}. The numbers are followed."
+                f"{near.bits:.3g}. This recommendation follows the numbers."
             )
     original = measured.original if measured else None
     first = original.speed.decode.interval if original and original.speed else None
     if first and original and original.speed and best.decode_interval and best.decode_interval.high < first.low:
         lines.append(
-            f"Few bits are no faster here: {best.plan} writes {best.decode:.3g} tokens/s, the original "
-            f"{original.speed.decode.median:.3g}. It saves memory alone."
+            f"Fewer bits are not faster here: {best.plan} writes {best.decode:.3g} tokens/s, the original "
+            f"{original.speed.decode.median:.3g}. It only saves memory."
         )
     return lines
 
@@ -374,11 +374,13 @@ def _notes(
             f"{best.kl.value:.2g}) for {other.weights_bytes / best.weights_bytes:.1f} times the weights."
         )
     if max_kl is not None and (measured is None or best.basis == "prior"):
-        notes.append("--max-kl was held against priors: fewbit compare or fewbit evaluate measures it on this model.")
+        notes.append(
+            "The KL limit was checked against priors. To measure this model, run fewbit compare or fewbit evaluate."
+        )
     if runtime in (None, "transformers") and best.kernel == "reference":
-        notes.append(f"No fast kernel of this machine serves {best.plan}: it saves memory, but will not be quick here.")
+        notes.append(f"No fast kernel of this machine serves {best.plan}: it saves memory, but is slow here.")
     if estimated.imagined:
-        notes.append("The weights are not here: sizes follow from config.json alone.")
+        notes.append("The weights are not on this machine: sizes are computed from config.json alone.")
     return notes
 
 

@@ -66,7 +66,7 @@ def finetune(
     publish.check_not_lost(out, source.origin, source.folder, *([data] if isinstance(data, str) else []))
     most = source.context
     if tuning.length > most and tuning.length != Tuning.length:
-        raise PlanError(f"--length {tuning.length} is beyond the model's context of {most} tokens")
+        raise PlanError(f"`length={tuning.length}` is beyond the model's context of {most} tokens")
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     every, notes = examples(text, tokenizer, min(tuning.length, most))
     for example in every:
@@ -84,7 +84,7 @@ def finetune(
     pad = _padding(tokenizer, source.rows)
     done = train(loaded, source.address, pad, training, held_out, tuning, progress or (lambda *_: None))
     if done.stopped and not done.steps:
-        raise NumericsError(f"{done.stopped}: nothing was learned, and nothing is saved", _CALMER)
+        raise NumericsError(f"{done.stopped}: nothing was learned, and nothing is saved", _LOWER_RATE)
 
     def save(folder: Path) -> None:
         with safetensors_errors():
@@ -98,7 +98,7 @@ def finetune(
     except (OutputError, PlanError) as error:
         raise publish.rescued(error, out, save) from error
     if done.stopped:
-        raise NumericsError(f"{done.stopped}: {out} holds the adapter as of step {done.steps}", _CALMER)
+        raise NumericsError(f"{done.stopped}: {out} holds the adapter as of step {done.steps}", _LOWER_RATE)
     parameters = list(done.model.parameters())
     return Finetuned(
         out=str(out),
@@ -137,7 +137,7 @@ def _most_bytes(model: Any, tuning: Tuning) -> int:
     return 4 * tuning.rank * int(sum(sizes)) + (1 << 16)
 
 
-_CALMER = "Try a lower --learning-rate."
+_LOWER_RATE = "Try a lower `learning_rate`."
 
 
 @checked
@@ -169,7 +169,7 @@ def merge(
     if plan is not None and format_of(plan).suffix:
         raise PlanError(
             f"merge makes a folder, plan {plan.name} one {format_of(plan).suffix} file",
-            "Leave --plan out, then: fewbit quantize MERGED -o FILE.",
+            "Omit `plan`. Then quantize the merged folder: fewbit quantize MERGED -o FILE",
         )
     need_peft()
     from fewbit.models.adapters.attach import folded
@@ -182,14 +182,14 @@ def merge(
     if trained is None and base is not None:
         raise PlanError(
             f"{model} does not say which scales AWQ folded into it, so that its adapters do not fit {base}",
-            "Leave --base out: then it is added to the values that the packed weights stand for.",
+            "Omit `base`: the adapter is then added to the dequantized weights.",
         )
     if trained is None:
         origin = None
     base_folders = [origin.origin, origin.folder] if origin else []
     publish.check_not_lost(out, source.origin, source.folder, adapter, *base_folders)
     if origin is not None and origin.quantization is not None:
-        raise PlanError(f"--base {origin.name} is quantized itself", "Give the model that it was quantized from.")
+        raise PlanError(f"`base={origin.name}` is itself quantized", "Give the model that it was quantized from.")
     # What is computed at the end is found out now, if it cannot be.
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     evaluated([source], tokenizer, text or sources.own_source(source.config), length, samples)

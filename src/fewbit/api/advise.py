@@ -80,16 +80,19 @@ def recommend(
     measurements decide. PlanError where nothing meets all demands, with the nearest that there is.
     """
     if max_kl is not None and not 0 < max_kl < float("inf"):
-        raise PlanError(f"--max-kl {max_kl:g}: a KL divergence is greater than 0", "0.05 is little, 0.5 is much.")
+        raise PlanError(
+            f"`max_kl={max_kl:g}`: must be finite and greater than 0", "0.05 is a small loss, 0.5 a large one."
+        )
     if precision.parameters(str(model)) is not None:
         raise PlanError(
-            f"{model} is a size, no model", f"fewbit estimate {model} has its table; to recommend takes a config.json."
+            f"{model} is a size, not a model",
+            f"recommend needs a config.json. For a size, run: fewbit estimate {model}",
         )
     given = memory if isinstance(memory, int) else recommending.nbytes(memory) if memory is not None else None
     measured = report if isinstance(report, Comparison) or report is None else Comparison.read(report)
     source = outlined(model)
     if source.quantization is not None:
-        raise PlanError(f"{model} is quantized already", "Ask for the original.")
+        raise PlanError(f"{model} is quantized already", "Give the original model.")
     gpu = machine.gpu_memory() if purpose in ("serving", "finetuning", "experiment") else 0
     room = given if given is not None else gpu or machine.main_memory()
     return recommending.recommend(

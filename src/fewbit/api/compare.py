@@ -144,14 +144,14 @@ def claimed(out: str | Path) -> Path:
     """`out` as a folder that a report can be written into: a new or empty one, or one that holds a report of ours."""
     out = Path(out)
     if out.exists() and not out.is_dir():
-        raise PlanError(f"{out} is a file, not a folder", "Give another -o.")
+        raise PlanError(f"{out} is a file, not a folder", "Give another `out`.")
     if out.is_dir() and any(out.iterdir()):
         if not (out / FILE).exists():
-            raise PlanError(f"{out} is not empty, and holds no {FILE}", "Give another -o.")
+            raise PlanError(f"{out} is not empty, and holds no {FILE}", "Give another `out`.")
         try:
             Comparison.read(out)
         except FormatError as error:
-            raise PlanError(f"{out} is in the way: {error.message}", "Give another -o.") from None
+            raise PlanError(f"{out} is in the way: {error.message}", "Give another `out`.") from None
     return out
 
 
@@ -291,7 +291,7 @@ def _asked(
 ) -> _Asked:
     most = source.context
     if not 2 <= length <= most and length != LENGTH:
-        raise PlanError(f"--length {length}: a window has at least 2 tokens, and at most the model's context of {most}")
+        raise PlanError(f"`length={length}`: a window has at least 2 tokens, and at most the model's context of {most}")
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     for made in wanted.values():
         if isinstance(made, Source):

@@ -76,14 +76,14 @@ def generate(
     compile: as in `load`. stream: print the text as it comes, too.
     """
     if max_new_tokens < 1:
-        raise PlanError(f"--max-new-tokens {max_new_tokens}: at least one token must come")
+        raise PlanError(f"`max_new_tokens={max_new_tokens}`: expected at least 1")
     device, source = machine.device(arguments.device("device", device)), locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     ids = texts_windows.within(prompt_ids(tokenizer, prompt, chat=chat), source.rows, tokenizer, "the prompt")
     if fuse is not None and ids.shape[1] + max_new_tokens > fuse:
         raise PlanError(
-            f"--max-length {fuse} holds the prompt and the answer, {ids.shape[1]} and {max_new_tokens} tokens here",
-            "Give a greater one, or fewer --max-new-tokens.",
+            f"`fuse={fuse}` is too short for {ids.shape[1]} prompt tokens and {max_new_tokens} new tokens",
+            "Give a larger value, or a smaller `max_new_tokens`.",
         )
     loaded = load_model(
         source,

@@ -170,7 +170,7 @@ def preview(
     safetensors_only: bool = False,
     trust_remote_code: bool = False,
 ) -> Preview:
-    """What `quantize` would do to each tensor, with exact output bytes, without doing it (`--dry-run`)."""
+    """Return what `quantize` would do to each tensor, with exact output bytes. Writes nothing (`--dry-run`)."""
     wanted = arguments.plan("plan", plan)
     source = unquantized(model, safetensors_only)
     job = Job.prepare(source, wanted, "cpu", trust_remote_code=trust_remote_code, imatrix=imatrix)
@@ -195,7 +195,7 @@ def imatrix(
     """Write the importance matrix of `model` on a calibration text to `out`, a .gguf or .dat file as of llama.cpp."""
     elapsed, out, calibration = timing.timed(), publish.named(out), arguments.calibrated(calibration)
     if reason := importances.why_not(out):
-        raise PlanError(reason, "Give another -o.")
+        raise PlanError(reason, "Give another `out`.")
     with ranks.joined(arguments.device("device", device)) as device:
         if ranks.first():
             publish.check_output(out, overwrite=overwrite, file=True)

@@ -103,7 +103,7 @@ def merged(done: Merged) -> None:
         _say(f"note: {note}")
     if done.quantized is not None:
         quantized(done.quantized)
-    onto = f"added to {done.base}" if done.base else "added to the values of the packed weights: no --base is at hand"
+    onto = f"added to {done.base}" if done.base else "added to the dequantized weights (no base model found)"
     _say(f"{done.out}: {size(done.nbytes)} of weights, {onto}; {duration(done.seconds)}.")
     evaluation(done.evaluation)
 
