@@ -1,4 +1,4 @@
-"""What each plan would make of a model, and what holds it, before anything is downloaded or computed."""
+"""Estimate the size and memory of each plan, and the cards that hold it, before any download or computation."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def estimate(
 
 
 def _quantized(source: Source, use: memory.Use, trust_remote_code: bool) -> Estimate:
-    """What a model that is quantized already takes: one row, of what it is."""
+    """The estimate for an already quantized model: one row."""
     if not source.files:
         quantization: Any = source.quantization
         raise PlanError(

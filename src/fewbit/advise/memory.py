@@ -42,7 +42,7 @@ _ON_THE_WAY = 24_000_000
 
 @dataclass(frozen=True)
 class Use:
-    """What a model is asked to do: `batch` texts of `context` tokens at once, their cache in the type `cache`."""
+    """A workload: `batch` texts of `context` tokens at once, with a KV cache of type `cache`."""
 
     context: int
     batch: int = 1
@@ -51,7 +51,7 @@ class Use:
 
 
 def cache_bytes(g: Geometry, use: Use) -> int:
-    """Bytes of the keys and values of `batch` texts of `context` tokens."""
+    """Bytes of the KV cache for `batch` texts of `context` tokens."""
     if use.cache not in CACHE_TYPES:
         raise PlanError(f"`cache={use.cache}`: unknown KV cache type", f"Known: {', '.join(CACHE_TYPES)}.")
     tokens = sum(min(use.context, window or use.context) for window in g.windows)

@@ -76,5 +76,5 @@ def _row(name: str, nominal: int | None, bits: float, count: int) -> Format:
 
 
 def bits_of(scheme: str) -> float:
-    """Bits per weight of a scheme, of a weight of 4096 x 4096."""
+    """Bits per weight of a scheme, for a 4096 x 4096 weight."""
     return 8 * parse(scheme).nbytes(_SHAPE) / (_SHAPE[0] * _SHAPE[1])

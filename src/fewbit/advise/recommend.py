@@ -127,7 +127,7 @@ def recommend(
     timed: Mapping[str, Timing] | None = None,
     device: str = "cpu",
 ) -> Recommendation:
-    """The recommendation for a model of which all plans were estimated; PlanError where nothing meets all demands.
+    """Recommend a plan from an estimate of all plans. PlanError if none meets all demands.
 
     timed: how fast plans write on this machine, by earlier comparisons; without `measured`, which says that itself.
     """
@@ -281,7 +281,7 @@ def _nothing(
     formats: Any,
     max_kl: float | None,
 ) -> PlanError:
-    """Why no plan meets all demands, and the nearest that there is."""
+    """The error that says why no plan meets all demands, and which one is nearest."""
     readable = [c for c in excluded if formats is None or c.format in formats]
     if not readable:
         others = [
@@ -330,7 +330,7 @@ def _basis(measured: Comparison | None, size_first: bool, rule: Mapping[str, Any
 def _contradictions(
     ranked: list[Candidate], found: list[Candidate], rule: Mapping[str, Any], measured: Comparison | None
 ) -> list[str]:
-    """Sentences where numbers deny the common advice: a plan of no greater size that loses clearly less."""
+    """Sentences for each contradiction of the common advice: a plan no larger, with clearly less loss."""
     advised = [c for c in found if c.plan in rule["guide"] and c.kl is not None]
     lines = []
     best = ranked[0]
@@ -363,7 +363,7 @@ def _notes(
     runtime: str | None,
 ) -> list[str]:
     best, notes = ranked[0], []
-    # A hint at what more memory would buy, where it is there.
+    # Mention a larger plan that also fits and loses far less.
     better = [c for c in ranked[1:] if best.kl and c.kl and c.kl.high < best.kl.low / 2 and c.bits > best.bits + 1]
     if better and purpose in ("quality", "edge", "serving"):
         other = max(better, key=lambda c: -c.weights_bytes)

@@ -18,7 +18,7 @@ from fewbit.system.files import read_json
 
 
 def keep(source: Source, device: str, rows: Sequence[Row]) -> None:
-    """Remember the decoding of these rows, beside those of other plans that were timed before."""
+    """Save the decoding speeds of these rows. Speeds of other plans timed before are kept."""
     timed = {row.plan: row.speed.decode for row in rows if row.done and row.speed is not None}
     place = _place(source, device)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def keep(source: Source, device: str, rows: Sequence[Row]) -> None:
 
 
 def known(source: Source, device: str) -> dict[str, Timing]:
-    """Tokens written a second by plan; empty where nothing of the model was timed here, or the file is damaged."""
+    """Decoding tokens/s by plan. Empty if this model was not timed here, or if the file is damaged."""
     place = _place(source, device)
     try:
         found = read_json(place)

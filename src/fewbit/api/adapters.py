@@ -120,7 +120,7 @@ def finetune(
 
 
 def _padding(tokenizer: Any, rows: int | None) -> int:
-    """The id to pad batches with: the tokenizer's own if the embedding has a row for it. What is padded is masked."""
+    """Token id for padding: the tokenizer's own if the embedding has a row for it. Padding is masked."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None and (rows is None or token < rows):
             return int(token)

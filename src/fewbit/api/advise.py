@@ -39,7 +39,7 @@ def estimate(
     model: as elsewhere, or a config.json, or a folder without weights; of a Hub name only the config is downloaded.
     context: tokens of each of `batch` texts, the model's own up to 4096 by default. cache: the type of keys and values
     (float32, in which activations then are too, bf16, fp8, q8_0 ...). samples, length: of calibration text.
-    PlanError or FormatError where the config describes no causal LM.
+    PlanError or FormatError if the config does not describe a causal LM.
     """
     source = outlined(model)
     wanted = list(plans.PRESETS.values()) if plan is None else [arguments.plan("plan", plan)]
@@ -53,7 +53,7 @@ def estimate(
 
 
 def estimate_size(size: str) -> Precision | None:
-    """What a model of so many parameters (7B, 1.1B, 125M) weighs in each format; None where `size` is no number."""
+    """Weight size in each format for a parameter count (7B, 1.1B, 125M). None if `size` is not a number."""
     count = precision.parameters(size)
     return None if count is None else precision.table(size, count)
 
@@ -77,7 +77,7 @@ def recommend(
     memory: bytes, or text such as 8GB, that weights, cache and activations may take; by default what this machine has
     (of its first GPU for serving and fine-tuning). target: vllm, llama.cpp or transformers must read it. max_kl: the
     most KL divergence allowed. report: of `fewbit compare`, the file, its folder, or a `Comparison`: then its
-    measurements decide. PlanError where nothing meets all demands, with the nearest that there is.
+    measurements decide. PlanError if no plan meets all demands; it names the nearest one.
     """
     if max_kl is not None and not 0 < max_kl < float("inf"):
         raise PlanError(

@@ -1,10 +1,10 @@
-"""What the Python verbs take: an argument means the same in every verb, and is checked before any work.
+"""Checks the arguments of the Python verbs. An argument means the same in every verb; checks run before any work.
 
-`@checked` stands on each verb. It looks up every parameter by its name in `_CHECKS`, so a value of the wrong type or
+`@checked` decorates each verb. It looks up every parameter by its name in `_CHECKS`, so a value of the wrong type or
 size is one PlanError that names the argument. A parameter without a check is an error when the verb is defined: a new
 one cannot be forgotten. Checks that need the model or the machine stay in the verbs.
 
-What other libraries take is taken here too: `torch.device` objects, types by name, path-like objects, NumPy numbers,
+Values of other libraries also work: `torch.device` objects, types by name, path-like objects, NumPy numbers,
 plans as JSON, texts as a list.
 """
 
@@ -45,7 +45,7 @@ _SHORT = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "flo
 
 
 def checked(verb: Callable[P, R]) -> Callable[P, R]:
-    """`verb`, whose arguments are checked by their names, and put in the form it works with, before it is called."""
+    """Decorate `verb`: check each argument by its name and convert it before the call."""
     signature = inspect.signature(verb)
     logger = logging.getLogger(verb.__module__)
     if missing := signature.parameters.keys() - _CHECKS.keys():
@@ -67,30 +67,30 @@ def checked(verb: Callable[P, R]) -> Callable[P, R]:
 
 
 def check(name: str, value: Any) -> None:
-    """ArgumentError or PlanError for a value that the argument of this name cannot have, in whichever verb."""
+    """Raise ArgumentError or PlanError if `value` is invalid for the argument `name`."""
     if name in _CHECKS:
         _CHECKS[name](name, value)
 
 
 def model(name: str, value: Any) -> str | Path:
-    """A model's name, or a folder or file that is there."""
+    """A model's name, or an existing folder or file."""
     given = path(name, value)
     names.check(given)
     return given
 
 
 def calibration(name: str, value: Any) -> Calibration | str | tuple[str, ...]:
-    """A Calibration, or the text of one whose other settings are the verb's own: `calibrated` puts the two together."""
+    """A Calibration, or only its text. `calibrated` adds the verb's default settings to a text."""
     return value if isinstance(value, Calibration) else texts(name, value)
 
 
 def calibrated(given: Calibration | Texts | None, usual: Calibration | None = None) -> Calibration:
-    """What to calibrate on, where a verb was given a text alone, or nothing."""
+    """Complete a Calibration: a text alone, or None, gets the other settings from `usual`."""
     return given if isinstance(given, Calibration) else replace(usual or Calibration(), text=given)
 
 
 def device(name: str, value: Any) -> str | None:
-    """A device by its name. Whether it is here, only the machine knows."""
+    """A device by its name. Whether the machine has it is checked later."""
     if value is None or (isinstance(value, str) and value):
         return value
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
@@ -103,7 +103,7 @@ def device(name: str, value: Any) -> str | None:
 
 
 def dtype(name: str, value: Any) -> torch.dtype | str:
-    """A floating-point type of torch, or "auto"."""
+    """A floating-point torch dtype, or "auto"."""
     if value is None or (isinstance(value, str) and value == "auto"):
         return "auto"
     import torch
@@ -118,7 +118,7 @@ def dtype(name: str, value: Any) -> torch.dtype | str:
 
 
 def plan(name: str, value: Any) -> Plan:
-    """A plan: its name, its file, its JSON, or itself."""
+    """A plan, given as its name, its file, its JSON or a Plan."""
     if isinstance(value, Plan):
         return value
     if isinstance(value, Mapping):
@@ -134,7 +134,7 @@ def plan(name: str, value: Any) -> Plan:
 
 
 def plans(name: str, value: Any) -> tuple[str, ...]:
-    """Plans by their names or files, in a list, or in one text with commas."""
+    """Plans by name or file, as a list or as one comma-separated string."""
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     if not isinstance(value, Sequence) or not all(isinstance(each, (str, os.PathLike)) for each in value):
@@ -174,7 +174,7 @@ def memory(name: str, value: Any) -> str | int:
 
 
 def report(name: str, value: Any) -> Any:
-    """A Comparison, which only recommend knows, or where one was written."""
+    """A Comparison, or the path of a saved one. Only `recommend` uses it."""
     return value if hasattr(value, "rows") else path(name, value)
 
 

@@ -1,11 +1,11 @@
-"""`compare`: the same model by several plans, each made and measured in processes of its own, side by side.
+"""`compare`: quantize one model by several plans and compare the results. Each plan runs in its own processes.
 
-In the place of a plan may stand a model that somebody has made already, which is measured as it is.
+A plan may also be the path of an already quantized model. That model is measured as it is.
 
-What a plan makes, and what was measured of it, is kept in the cache under a fingerprint of all that decides it: the
-model's files, the plan, the calibration tokens, versions; for what was measured also the text, the machine and the
-settings. So a comparison that was interrupted goes on where it stopped, one that is asked for again takes seconds, and
-a plan more costs that plan. A plan that fails costs its row; it is tried again the next time.
+The cache keeps quantized models and measurements under a fingerprint of everything that determines them: the model's
+files, the plan, the calibration tokens and versions; for measurements also the text, the machine and the settings. So
+an interrupted comparison resumes where it stopped, a repeated one takes seconds, and an additional plan costs only that
+plan. If a plan fails, its row gives the reason, and the next run tries it again.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def compare(
     again: bool = False,
     progress: Told | None = None,
 ) -> Comparison:
-    """Quantize `model` by each plan, measure all of them, and write the report into the folder `out`, if given.
+    """Quantize `model` by each plan, measure the results, and write a report into the folder `out` if it is given.
 
     plans: names or plan files, folders or .gguf files of models made from `model`; "bf16" is the original, which may be
     quantized where no plan is to be applied to it. calibration: for the plans that need any. text, samples, length:
@@ -101,7 +101,7 @@ def compare(
     calibration = arguments.calibrated(calibration, CALIBRATION)
     found = find_all(arguments.plans("plans", plans), but=ORIGINAL)
     wanted: dict[str, Wanted] = {name: locate(each) if isinstance(each, Path) else each for name, each in found.items()}
-    folder = None if out is None else claimed(publish.check_writable(out))
+    folder = None if out is None else report_folder(publish.check_writable(out))
     source = locate(model)
     if any(isinstance(each, Plan) for each in wanted.values()):
         source = unquantized(model, False)
@@ -140,8 +140,8 @@ def compare(
     return compared
 
 
-def claimed(out: str | Path) -> Path:
-    """`out` as a folder that a report can be written into: a new or empty one, or one that holds a report of ours."""
+def report_folder(out: str | Path) -> Path:
+    """Return `out` as a path. PlanError unless it is a new or empty folder, or holds an earlier report of fewbit."""
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise PlanError(f"{out} is a file, not a folder", "Give another `out`.")
@@ -151,12 +151,12 @@ def claimed(out: str | Path) -> Path:
         try:
             Comparison.read(out)
         except FormatError as error:
-            raise PlanError(f"{out} is in the way: {error.message}", "Give another `out`.") from None
+            raise PlanError(f"{out} cannot be replaced: {error.message}", "Give another `out`.") from None
     return out
 
 
 def write(compared: Comparison, folder: Path) -> None:
-    """The report's files, each whole or not at all; a warning says which could not be made, and why."""
+    """Write the report's files, each atomically. A warning names each file that cannot be made, and why."""
     folder.mkdir(parents=True, exist_ok=True)
     _put(folder / FILE, compared.to_json())
     for note in page.write(compared, folder):
@@ -165,7 +165,7 @@ def write(compared: Comparison, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Asked:
-    """Texts as tokens, and what a report says of them."""
+    """Tokenized texts, and their descriptions for the report."""
 
     calibration: Calibration
     calibrated: TextUsed | None
@@ -174,7 +174,7 @@ class _Asked:
 
 
 class _Bench:
-    """Where rows come from: the cache, or processes of their own."""
+    """Produces the rows of a comparison: from the cache, or by running worker processes."""
 
     def __init__(
         self, source: Source, asked: _Asked, machine: Machine, settings: Mapping[str, Any], told: Told, again: bool
@@ -193,7 +193,7 @@ class _Bench:
         self.recorded = self.base / f"reference-{_digest([self.model, self.how])}"
 
     def rows(self, wanted: Mapping[str, Wanted]) -> list[Row]:
-        """A row for each plan, in order. What the original said is kept until all have been compared with it."""
+        """One row for each plan, in order. The original's logits are kept until all plans are compared with them."""
         found, held = [], locks.resumable(self.recorded)
         self.reference = held.folder / "logits"
         try:
@@ -242,24 +242,24 @@ class _Bench:
             "reference": str(self.reference),
         }
 
-        def heard(said: Mapping[str, Any]) -> None:
+        def on_message(said: Mapping[str, Any]) -> None:
             for message in said.get("told", ()):  # nobody reads what that process warns of
                 choose.tell_once(message)
             self.told(replace(event, state="measuring", pid=said.get("pid", 0)))
 
-        found = server.run(task, heard)
+        found = server.run(task, on_message)
         row = parsed(Row, {"plan": name, "status": "done", **told, **found}, name)
         place.mkdir(parents=True, exist_ok=True)
         _put(kept, {k: v for k, v in plain(row).items() if k != "reused"})
         return row
 
     def _quantized(self, server: Server, plan: plans.Plan, output: Path, event: Event) -> dict[str, Any]:
-        """Make `output` by the plan, or find it; what making it took."""
+        """Quantize into `output`, or reuse it from the cache. Returns what quantizing took."""
         record = output.parent / "quantizing.json"
         if (before := _read(record)) is not None and output.exists():
             return before
 
-        def heard(said: Mapping[str, Any]) -> None:
+        def on_message(said: Mapping[str, Any]) -> None:
             told = replace(event, state="quantizing", done=said.get("block", 0), of=said.get("of", 0))
             self.told(replace(told, pid=said.get("pid", 0)))
 
@@ -270,13 +270,13 @@ class _Bench:
             "calibration": asdict(self.asked.calibration),
             "out": str(output),
         }
-        found = server.run(task, heard)
+        found = server.run(task, on_message)
         _put(record, found)
         return found
 
 
 def _stats(source: Source) -> list[tuple[str, int, int]]:
-    """What tells whether the files of a model have changed."""
+    """Path, size and modification time of each model file, to detect changes."""
     return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in source.files]
 
 
@@ -335,7 +335,7 @@ def _digest(data: Any) -> str:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """A JSON object of ours; None where there is none, or a damaged one."""
+    """Read a JSON object that fewbit wrote. None if the file is missing or damaged."""
     try:
         found = read_json(file)
     except (OSError, FormatError):

@@ -1,4 +1,4 @@
-"""What the processes of a comparison do, one thing each: make a quantized model, or measure one.
+"""The worker processes of a comparison. Each does one task: quantize a model, or measure one.
 
 `python -m fewbit.api.compare_worker` is their server (`system/processes.py`). They return plain data, in the keys of
 `comparison.Row`. Memory and speed are measured on the model as `fewbit.load` gives it; then the loss, in float32 on a
@@ -60,7 +60,7 @@ def quantize(task: Mapping[str, Any], on_message: OnMessage) -> dict[str, Any]:
 
 
 def measure(task: Mapping[str, Any], on_message: OnMessage) -> dict[str, Any]:
-    """Measure the model `made`, or the original where that is None."""
+    """Measure the quantized model `made`; if it is None, the original."""
     original = locate(task["model"])
     itself = task["made"] is None
     source = original if itself else locate(task["made"])
@@ -124,7 +124,7 @@ def _peak(before: int) -> Peak:
 
 
 def _read_through(source: Source) -> None:
-    """Have the system keep the files at hand, so that what loads first is not the slowest for it."""
+    """Read the files into the page cache, so that the first model to load is not timed slower than the others."""
     for file in source.files:
         with file.open("rb", buffering=0) as stream:
             while stream.read(8 << 20):
@@ -132,7 +132,7 @@ def _read_through(source: Source) -> None:
 
 
 def _reference(task: Mapping[str, Any], source: Source, model: Any | None, windows: Tensor) -> tuple[Any, Tensor]:
-    """What the original says of the windows, and its hidden states on the first of them.
+    """The original's logits on the windows, and its hidden states on the first window.
 
     Logits are recorded once, in a file that is as large as they are and mapped where they are read; where that would be
     too large it is the original itself. `model` is the original if that is loaded already.

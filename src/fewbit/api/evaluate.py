@@ -44,9 +44,9 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Perplexity of `model` and its distance from `reference`, on disjoint windows of a text not calibrated on.
+    """Measure perplexity of `model` and its distance from `reference`, on disjoint windows of a held-out text.
 
-    adapter, reference_adapter: folders of adapters to put on the one and the other.
+    adapter, reference_adapter: adapter folders for `model` and `reference`.
     text: a name or a file; by default tiny's own for what was made from it, pydoc for all others.
     length: tokens of a window, the model's context up to 2048 by default. samples: how many windows, from the start of
     the text; None: all of them.

@@ -70,10 +70,10 @@ def generate(
     trust_remote_code: bool = False,
     stream: bool = False,
 ) -> Continuation:
-    """What `model` continues `prompt` with, and how fast: greedy unless `sampling` says otherwise.
+    """Continue `prompt` with `model`, and measure the speed. Greedy decoding unless `sampling` is given.
 
-    chat: the prompt is a user's message in the model's chat template. adapter: the folder of one to put on it. fuse,
-    compile: as in `load`. stream: print the text as it comes, too.
+    chat: the prompt is a user's message in the model's chat template. adapter: folder of a LoRA adapter. fuse,
+    compile: as in `load`. stream: also print the text as it is generated.
     """
     if max_new_tokens < 1:
         raise PlanError(f"`max_new_tokens={max_new_tokens}`: expected at least 1")

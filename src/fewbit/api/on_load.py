@@ -1,4 +1,4 @@
-"""Quantizing while a model is loaded: what `GPTQConfig` and `AwqConfig` ask of one that is not quantized.
+"""Quantize while a model loads: `GPTQConfig` or `AwqConfig` on a model that is not quantized.
 
 The pipeline of `fewbit quantize` works on the checkpoint, a block at a time, and makes a folder; `models.plugin` then
 lets transformers load that in the place of the checkpoint. So the model is never in memory in 16 bits, and a run that
@@ -41,7 +41,7 @@ _NAMES = {"c4-new": "c4"}  # the two differ in what they evaluate on
 def quantized(
     folder: Path, request: Request, out: Path, *, device: str | None, trust_remote_code: bool, verbose: bool
 ) -> Callable[[], None]:
-    """Make `out`, an empty folder, the quantized model of `folder`; what is returned forgets the run's durable blocks.
+    """Quantize `folder` into the empty folder `out`. The returned function deletes the run's saved blocks.
 
     Warns of what was changed to make the request fit. PlanError before any work where it cannot.
     """
@@ -63,7 +63,7 @@ def quantized(
 
 
 def _check(request: Request, skeleton: Skeleton) -> None:
-    """PlanError where the request names what the model does not have."""
+    """Raise PlanError if the request names something that the model does not have."""
     wrong = []
     where = skeleton.blocks[0].rpartition(".")[0]
     if request.blocks is not None and request.blocks != where:
@@ -158,6 +158,6 @@ def _tokenizer(request: Request, job: Job) -> Any:
 
 
 def device_of(device_map: Any) -> str | None:
-    """Where to quantize a model that goes there: "cpu" if all of it shall, else None, which is the best there is."""
+    """The device to quantize on: "cpu" if the whole model goes there, else None (the best device)."""
     places = device_map.values() if isinstance(device_map, dict) else [device_map]
     return "cpu" if all(str(place) in ("cpu", "disk") or place == torch.device("cpu") for place in places) else None

@@ -229,7 +229,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool) -> str:
-    """Open what was written as any user would, and generate a few tokens from it; FormatError if that fails."""
+    """Load the written model as a user would and generate a few tokens. FormatError if that fails."""
     try:
         source = locate(folder)
         describe(source)

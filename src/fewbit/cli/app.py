@@ -1,4 +1,4 @@
-"""The command line: thin, and quick to answer; what does the work is imported when there is work."""
+"""The command line. Heavy imports happen inside the commands, so that help stays fast."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # drawing the help in boxes takes longer than all else that it does
+    rich_markup_mode=None,  # drawing boxes takes longer than the rest of the help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_SHARED = ("quantize", "imatrix", "evaluate")  # what the processes of torchrun can part among themselves
+_SHARED = ("quantize", "imatrix", "evaluate")  # commands that can share work among torchrun processes
 
 
 @app.command(cls=WithMethodOptions)
@@ -326,17 +326,17 @@ def _root(
         raise typer.Exit
 
 
-for _command in app.registered_commands:  # typer would cut what it takes from docstrings itself
+for _command in app.registered_commands:  # typer would truncate the short help that it derives from docstrings
     _command.short_help = " ".join((_command.callback.__doc__ or "").split("\n\n")[0].split())
 
 
 def _note(message: Warning | str, *where: Any, **more: Any) -> None:
-    """A warning as a user of the command line wants to read it."""
+    """Print a warning as one line, without file and line number."""
     sys.stderr.write(f"note: {message}\n")
 
 
 def _among_others(arguments: list[str]) -> None:
-    """Where torchrun started several processes, one speaks for all; PlanError for what one process does alone."""
+    """Under torchrun, only rank 0 shows warnings. PlanError for a command that runs in one process."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         return
     if os.environ["RANK"] != "0":
@@ -349,13 +349,14 @@ def _among_others(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """The console script: errors of ours in one or two lines, with their exit code."""
+    """The console script. A FewbitError prints as one or two lines and sets the exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Before torch is imported. Its threads wait by spinning, which on a busy machine takes the time from the one waited
-    # for: quantizing tiny beside two busy processes took 72 s, and 40 s so; on an idle machine it is the same.
+    # Set before torch is imported. OpenMP threads wait by spinning. On a busy machine that slows the thread they wait
+    # for: quantizing tiny beside two busy processes took 72 s, and 40 s with this. On an idle
+    # machine it makes no difference.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     warnings.showwarning = _note
-    for stream in (sys.stdout, sys.stderr):  # what the locale's encoding lacks is escaped, not a traceback
+    for stream in (sys.stdout, sys.stderr):  # escape characters that the locale's encoding lacks; do not crash
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv
@@ -367,7 +368,7 @@ def main() -> None:
             command = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
             arguments[1:], options = method_flags(command, arguments[1:])
         code = app(arguments, obj=options, standalone_mode=False)
-        if code == 130:  # how typer ends an interrupted command
+        if code == 130:  # typer returns this for an interrupted command
             resumes = (
                 "; the same command goes on where it stopped" if arguments[:1] in (["quantize"], ["compare"]) else ""
             )
@@ -389,7 +390,7 @@ def main() -> None:
         sys.stderr.write(f"error: {where}{error.strerror or error}\n")
         sys.exit(1)
     except Exception as error:
-        # A command line that typer could not read; its class for that has no public name.
+        # A usage error. Its class in typer has no public name.
         if debug or not hasattr(error, "format_message"):
             raise
         if type(error).__name__ == "NoArgsIsHelpError":

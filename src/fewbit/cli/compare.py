@@ -52,7 +52,7 @@ def compare(
     from fewbit.plans.plan import find_all
     from fewbit.texts import calibration as texts_calibration
 
-    # Under their own names: `samples` and `length` are others here.
+    # Checked here by their own names: in this command `samples` and `length` are those of the measurement.
     checks.integer(1)("calibration_samples", calibration_samples)
     checks.integer(1)("calibration_length", calibration_length)
     wanted = [name.strip() for name in plans.split(",") if name.strip()]

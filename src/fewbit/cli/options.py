@@ -50,7 +50,7 @@ Windows = Annotated[
 
 
 def early(command: F) -> F:
-    """`command`, whose arguments are checked by their names first, so that a mistake costs no import of PyTorch."""
+    """Decorate `command`: check its arguments first, so that a mistake is reported before PyTorch is imported."""
 
     @functools.wraps(command)
     def call(**given: Any) -> None:
@@ -65,17 +65,17 @@ def early(command: F) -> F:
 
 
 def text_of(value: str | None) -> str | tuple[str] | None:
-    """What a text option names; for - the text on stdin, as a list of one."""
+    """The value of a text option. For -, the text on stdin as a tuple of one."""
     return (stdin(),) if value == _STDIN else value
 
 
 def prompt_of(value: str) -> str:
-    """A prompt; for - the text on stdin, without the end of its last line. It is UTF-8 in every locale."""
+    """The prompt. For -, the text on stdin without its final newline. UTF-8 in every locale."""
     if value == _STDIN:
         return stdin().removesuffix("\n")
     try:
         return os.fsencode(value).decode()
-    except UnicodeError:  # it is refused where prompts are checked
+    except UnicodeError:  # the prompt check raises the error later
         return value
 
 
@@ -92,7 +92,7 @@ def stdin() -> str:
 
 
 def printed(data: Any) -> None:
-    """One JSON object on stdout, unless another process speaks for this one."""
+    """Print one JSON object on stdout, unless another rank prints for this process."""
     from fewbit.system import ranks
 
     if not ranks.silent():

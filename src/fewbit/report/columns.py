@@ -29,20 +29,20 @@ class Column:
     interval: Callable[[Row], Interval | None] | None = None
 
     def best(self, rows: Sequence[Row]) -> list[Row]:
-        """The best of the rows; empty where there is no choice, or intervals do not tell it from the others."""
+        """The best rows. Empty if there is no choice, or if intervals do not separate them from the others."""
         if self.interval is None:
             return []
         return [rows[i] for i in winners([self.interval(row) for row in rows], more_is_better=self.more_is_better)]
 
     def first(self, rows: Sequence[Row]) -> list[Row]:
-        """All that may be the best: one alone, or those that cannot be told apart."""
+        """All rows that may be the best: one, or several with overlapping intervals."""
         if self.interval is None:
             return []
         return [rows[i] for i in leaders([self.interval(row) for row in rows], more_is_better=self.more_is_better)]
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns in which at least one of the rows has something."""
+    """The columns for which at least one row has a value."""
     return [column for column in _all() if any(column.value(row) is not None for row in rows)]
 
 

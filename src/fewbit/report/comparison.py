@@ -135,7 +135,7 @@ def comparison(compared: Comparison, folder: str | Path | None) -> None:
 
 
 def _samples(compared: Comparison) -> None:
-    """What each continues the prompt with, those that say the same together."""
+    """Print each model's continuation of the prompt. Models with equal text share an entry."""
     said: dict[str, list[str]] = {}
     for row in compared.rows:
         if row.sample is not None:
@@ -203,7 +203,7 @@ def progress() -> Iterator[Callable[[Event], None]]:
 
 
 def ended(event: Event) -> str:
-    """The line for a plan that is done with; nothing while it is not."""
+    """The line for a finished plan; empty while it is running."""
     told = {"done": f"done in {duration(event.seconds)}", "reused": "measured before", "failed": event.reason}
     if event.state not in told:
         return ""

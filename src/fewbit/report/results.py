@@ -49,7 +49,7 @@ class Measured:
 @brief
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality, and size where the model is quantized."""
+    """Quality; also size if the model is quantized."""
 
     model: str
     reference: str | None

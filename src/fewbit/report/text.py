@@ -103,13 +103,13 @@ def merged(done: Merged) -> None:
         _say(f"note: {note}")
     if done.quantized is not None:
         quantized(done.quantized)
-    onto = f"added to {done.base}" if done.base else "added to the dequantized weights (no base model found)"
+    onto = f"added to {done.base}" if done.base else "added to the dequantized weights (without a base model)"
     _say(f"{done.out}: {size(done.nbytes)} of weights, {onto}; {duration(done.seconds)}.")
     evaluation(done.evaluation)
 
 
 def generated(done: Continuation) -> None:
-    """How fast a text came, on stderr: stdout has the text itself."""
+    """Print generation speed on stderr; the text itself is on stdout."""
     after = f", {done.rate:.1f} tokens/s after the first" if done.rate else ""
     err.print(f"[dim]{done.tokens} tokens: the first after {duration(done.to_first)}{after}[/dim]")
 
@@ -270,7 +270,7 @@ class Lines:
         self.told, self.found = 0, 0
 
     def __call__(self, done: int, total: int, state: str = "", found: bool = False) -> None:
-        """`done` of `total` steps are done; `found`: the last one was not computed but found."""
+        """`done` of `total` steps are done. `found`: the last one was read from a saved result."""
         now, self.found = self.clock(), self.found + found
         due = now - self.told_at >= self.GAP and (done - self.told) * 100 >= total
         if not due and not (self.ends and (not self.told or done >= total)):
