@@ -25,7 +25,7 @@ def test_packed_there_as_here(family: str, tmp_path: Path) -> None:
     there: Any = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", device_map="cuda")
     assert all(parameter.device.type == "cuda" for parameter in there.parameters())
     assert sum(p.numel() * p.element_size() for p in there.parameters()) == GgufFile(path).nbytes
-    assert there.lm_head.weight is there.get_input_embeddings().weight
+    assert there.lm_head.held is there.get_input_embeddings().held
     wanted = models.logits(here, ids)
     torch.testing.assert_close(models.logits(there, ids.cuda()).cpu(), wanted, rtol=1e-3, atol=1e-3)
     back = there.to("cpu")

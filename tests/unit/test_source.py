@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from fewbit import FormatError, PlanError
 from fewbit.formats.containers import safetensors
-from fewbit.models import smollm2, source
+from fewbit.models import scales, smollm2, source
 
 CONFIG = {"model_type": "llama", "hidden_size": 8}
 
@@ -162,6 +163,19 @@ def test_the_hub_is_asked_for_a_pickle_as_a_last_resort(folder: Path, monkeypatc
     monkeypatch.setattr(source, "snapshot_download", download)
     assert source.locate("org/model").files[0].name == "model.safetensors"
     assert len(asked) == 2
+
+
+def test_what_awq_folded_is_downloaded_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, an adapter could not be moved between the model and its original."""
+    asked: list[str] = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    source.locate("org/model")
+    assert any(fnmatch(scales.FILE, pattern) for pattern in asked)
 
 
 def test_a_pickle_that_would_be_refused_is_not_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from fewbit import names
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers import pickle, safetensors
 from fewbit.formats.containers.gguf import GgufFile, is_gguf, is_later_part
-from fewbit.models import foreign, smollm2
+from fewbit.models import foreign, scales, smollm2
 from fewbit.models.gguf import config as gguf_config
 from fewbit.names import EMBEDDED
 from fewbit.system.files import read_json
@@ -25,7 +25,7 @@ from fewbit.system.files import read_json
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 # Everything a causal LM in the Hugging Face layout can need, and no other framework's weights.
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm"]
-_PATTERNS += ["tokenizer.model*", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*"]
+_PATTERNS += ["tokenizer.model*", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*", scales.FILE]
 
 
 @dataclass(frozen=True)
