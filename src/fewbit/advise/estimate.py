@@ -24,7 +24,7 @@ class PlanEstimate:
     """One plan. All in bytes: `file_bytes` and `weights_bytes`, on disk and in memory, are exact; `total` is weights,
     cache and activations; peaks follow the stated model (advise/memory.py). `card`: the smallest that holds `total`.
 
-    `quantization_peak` is what making it takes. `why_not`: why the plan cannot be.
+    `quantization_peak`: peak memory of quantizing. `why_not`: why the plan is impossible for this model.
     """
 
     plan: str
@@ -46,8 +46,8 @@ class PlanEstimate:
 @brief
 @dataclass(frozen=True)
 class Estimate:
-    """What every plan makes of a model, the unquantized one first. `imagined`: no weights were there, the config alone
-    says what they are."""
+    """The estimates of all plans for a model, the unquantized model first. `imagined`: the weights were not on this
+    machine, so their shapes come from the config alone."""
 
     model: str
     architecture: str

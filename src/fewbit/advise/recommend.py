@@ -1,9 +1,9 @@
-"""Which plan to use for a purpose: rules narrow the choice, what fits and what runs narrow it further, numbers decide.
+"""Recommend a plan for a purpose. Rules, memory and kernels narrow the choice; measurements decide.
 
-Rules are data (rules.json): for each purpose tiers of plans, the first being what the purpose asks for, and what the
-common advice names. Within a tier plans are ranked by measurement: of this model where a report of `fewbit compare`
-is given, else by priors, which are measurements of the embedded model (priors.json). Every answer says which. Where
-numbers contradict the common advice, the numbers are followed and the answer says so.
+Rules are data (rules.json): for each purpose, tiers of plans (the preferred tier first) and the plans that the common
+advice names. Within a tier, measurements rank the plans: those of this model if a report of `fewbit compare` is given,
+otherwise priors, which are measurements of the embedded model (priors.json). Every answer says which. If numbers
+contradict the common advice, the recommendation follows the numbers and says so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fewbit.schemes.base import parse
 from fewbit.units import size
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
-_SHAPE = (4096, 4096)  # a shape that no kernel minds
+_SHAPE = (4096, 4096)  # a shape that every kernel supports
 
 
 _Criterion = tuple[Callable[["Candidate"], Interval | None], bool]  # what is compared, and whether more is better
@@ -36,11 +36,11 @@ _Criterion = tuple[Callable[["Candidate"], Interval | None], bool]  # what is co
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan, and why it stands where it does. `tier`: 0 is what the purpose asks for. `total`: bytes in use, as
+    """A plan and the reasons for its rank. `tier`: 0 is the preferred tier of the purpose. `total`: bytes in use, as
     estimated. `kl` comes from `basis`: "measured", "prior" or "none". `decode`: tokens/s of a report, or as timed on
     this machine; `decode_interval`: its 95 % interval. `kernel`: the best here.
 
-    `excluded`: why it is out of the question.
+    `excluded`: why the plan is excluded; None if it is not.
     """
 
     plan: str
@@ -61,7 +61,7 @@ class Candidate:
 @brief
 @dataclass(frozen=True)
 class Recommendation:
-    """The plan to use, `ranked` first, what comes after it, and what cannot be. `rule`, `why` and `source`: the common
+    """The ranked plans (`ranked`, the best first) and the excluded ones. `rule`, `why` and `source`: the common
     advice for the purpose. `ranked_by`: what decided among plans. `contradictions`: where numbers say otherwise.
     `speeds`: where tokens/s come from, or why there are none."""
 
@@ -109,7 +109,7 @@ def nbytes(text: str) -> int:
 class Demands:
     """What a plan must meet: `memory` in bytes, the runtime `target` that must read it, the largest KL divergence.
 
-    speed_first: the fastest plan that meets them, not the one of least loss.
+    speed_first: choose the fastest plan that meets them, not the one with the least loss.
     """
 
     memory: int
@@ -129,7 +129,7 @@ def recommend(
 ) -> Recommendation:
     """Recommend a plan from an estimate of all plans. PlanError if none meets all demands.
 
-    timed: how fast plans write on this machine, by earlier comparisons; without `measured`, which says that itself.
+    timed: decoding speed of plans on this machine, from earlier comparisons. Ignored if `measured` is given.
     """
     memory, target, max_kl, speed_first = demands.memory, demands.target, demands.max_kl, demands.speed_first
     timed = timed if timed and measured is None else {}

@@ -1,4 +1,4 @@
-"""The table that guides end with, from the registry and measurements: method, bits, calibration, quality, best for.
+"""The table of methods, built from the registry and measurements: method, bits, calibration, quality, best for.
 
 A row is a method with a format of its own; plans, bits and needs come from the presets, quality from a report of
 `fewbit compare` or from the priors, the kernel from what serves the scheme, and the purposes from the rules.
@@ -15,7 +15,7 @@ from fewbit.methods.base import make
 from fewbit.plans import mixtures, plan
 from fewbit.stats import Need
 
-_FOUR_BITS = 4.5  # quality is compared at about so many
+_FOUR_BITS = 4.5  # quality is compared at about this many bits per weight
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _title(preset: plan.Plan) -> str:
 
 
 def _scheme(preset: plan.Plan) -> str:
-    """The preset's scheme; of a mixture the one that most weights get."""
+    """The preset's scheme. For a mixture, the scheme of most weights."""
     scheme = str(preset.rules[0].scheme)
     if scheme.startswith(mixtures.PREFIX):
         return mixtures.MIXTURES[scheme.removeprefix(mixtures.PREFIX)].base

@@ -158,10 +158,10 @@ def merge(
     trust_remote_code: bool = False,
     progress: pipeline_progress.Progress | None = None,
 ) -> Merged:
-    """Add an adapter to the weights that `model` was quantized from, into the ordinary model folder `out`.
+    """Merge an adapter into the weights that `model` was quantized from. Writes the model folder `out`.
 
-    base: those weights; by default what `model` itself says it was made from, if that is on this machine, else the
-    values that its packed weights stand for. plan: quantize the result by it. The result is compared with `model` and
+    base: the original model. Default: the one that `model` records, if it is on this machine; otherwise the dequantized
+    weights. plan: quantize the result by this plan. The result is compared with `model` and
     its adapter on `samples` windows of `length` tokens of a text. The merged model is held in memory unquantized.
     """
     elapsed, out = timing.timed(), publish.check_output(out, overwrite=overwrite)

@@ -70,11 +70,11 @@ def quantize(
     trust_remote_code: bool = False,
     progress: pipeline_progress.Progress | None = None,
 ) -> Quantized:
-    """Quantize `model` by `plan` into the folder, or the GGUF file, `out`, which appears whole or not at all.
+    """Quantize `model` by `plan` into `out`, a folder or a GGUF file. `out` is written atomically.
 
-    imatrix: a file of importances as llama.cpp writes them, in place of calibration. The same call after an
-    interruption goes on at the block where it stopped. Where torchrun started several processes, all of them make this
-    call and share the work; the first writes. PlanError before any work if the plan does not fit the model,
+    imatrix: an importance matrix file of llama.cpp, used instead of calibration. After an interruption, the same call
+    resumes at the block where it stopped. Under torchrun, all processes make this call and share the work; rank 0
+    writes the output. PlanError before any work if the plan does not fit the model,
     FormatError for a broken checkpoint, NumericsError (naming the tensor) for NaN or Inf in it.
     """
     elapsed = timing.timed()

@@ -175,8 +175,8 @@ def say(line: str, style: str = "") -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[Event], None]]:
-    """A line on stderr for each plan when it is done, and what is being done: in a terminal in a last line, elsewhere a
-    line now and then."""
+    """Print a line on stderr for each finished plan. The current step is shown too: in a terminal as the last line,
+    elsewhere as an occasional line."""
     if not err.is_terminal:
         lines: dict[int, text.Lines] = {}
 

@@ -36,7 +36,7 @@ _KL = Measure("KL divergence, nats per token", lambda v: f"{v:g}", log=True)
 
 
 def write(comparison: Comparison, folder: str | Path) -> list[str]:
-    """Write index.html, quality-size and quality-speed (.svg, .png) into a folder; says what it could not, and why."""
+    """Write index.html, quality-size and quality-speed (.svg, .png) into a folder. Returns notes on missing images."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _put(folder / "index.html", page(comparison).encode())
@@ -83,8 +83,8 @@ def _lede(c: Comparison) -> str:
 
 
 def _facts(c: Comparison) -> Iterator[str]:
-    """The winners among what is quantized: the original always is the nearest to itself. Where intervals overlap it
-    names all that may have won."""
+    """The best quantized models. The original is left out because its distance to itself is 0. If intervals overlap,
+    all possible winners are named."""
     rows = [row for row in c.rows if row.done and row is not c.original]
     by_name = {column.name: column for column in columns(rows)}
     cards = []
@@ -208,7 +208,7 @@ def _charts(c: Comparison) -> dict[str, tuple[str, Measure, list[Point]]]:
 
 
 def _point(row: Row, x: float, timing: Timing | None = None) -> Point:
-    """A point with the intervals of what was measured. Of a time without an interval nothing is known."""
+    """A chart point with its intervals. A time without an interval may be any value: 0 to infinity."""
     assert row.loss is not None
     kl = row.loss.kl
     across = (x, x)
@@ -225,7 +225,7 @@ def _figures(c: Comparison) -> Iterator[str]:
     yield element(
         "p",
         text="Filled points are on the Pareto front: no other plan is better in one of the two and no worse in the "
-        "other. All that lies beyond the dashed line is beaten by one of them. Bars are 95 % intervals. A point with a "
+        "other. Every point beyond the dashed line is worse than one of them. Bars are 95 % intervals. A point with a "
         "ring of dots may be on the front or not: its intervals overlap with those of a plan that would beat it.",
         class_="note",
     )
@@ -304,7 +304,7 @@ def _samples(c: Comparison) -> Iterator[str]:
 
 
 def _agreed(text: str, other: str) -> int:
-    """How many characters of `text` agree with `other`, back to the beginning of the word that differs."""
+    """Length of the common prefix of `text` and `other`, cut at the start of the first word that differs."""
     same = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
     if not (_in_word(text[same : same + 1]) or _in_word(other[same : same + 1])):
         return same
@@ -314,7 +314,7 @@ def _agreed(text: str, other: str) -> int:
 
 
 def _in_word(character: str) -> bool:
-    """Whether it joins with others to a word: letters do, but in scripts without spaces, as Chinese, each is a word."""
+    """Whether the character is part of a longer word. In scripts without spaces (Chinese), each character is a word."""
     return character != "" and unicodedata.category(character)[0] in "LMN" and unicodedata.category(character) != "Lo"
 
 

@@ -1,8 +1,8 @@
-"""Tables and paragraphs that fit the width of a terminal, whatever it is, without breaking a word.
+"""Tables and paragraphs that fit a terminal of any width without breaking a word.
 
 A table that is too wide is changed step by step until it fits: headings wrap, then texts wrap at spaces, then the
-columns are parted into several tables that all begin with the first column. Where the first column alone takes more
-than half of the width, each of its cells stands on a line of its own above the rest of its row. Numbers never wrap.
+columns are split into several tables that all begin with the first column. If the first column alone takes more
+than half of the width, each of its cells gets its own line above the rest of its row. Numbers never wrap.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Environment(Mapping[str, str]):
 
 
 class Console(rich_console.Console):
-    """A console that cuts nothing off: a word that is longer than a line stays whole, so that it can be copied."""
+    """A console that does not crop: a word longer than a line stays whole, so that it can be copied."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, _environ=_Environment(), **options)
@@ -55,27 +55,27 @@ class Console(rich_console.Console):
 
 
 def say(console: rich_console.Console, line: str, style: str = "") -> None:
-    """Print a paragraph that wraps between words; further lines are indented as the first is."""
+    """Print a paragraph wrapped between words. All lines get the indent of the first."""
     indent = len(line) - len(line.lstrip(" "))
     for part in _wrapped(Text(line.lstrip(" ")), max(1, console.width - indent)):
         console.print(Text(" " * indent + part.plain, style=style), soft_wrap=True)
 
 
 def verbatim(console: rich_console.Console, line: str) -> None:
-    """Print a line as it is, however long: what is meant to be copied, such as a command."""
+    """Print a line without wrapping. For text to copy, such as a command."""
     console.print(Text(line), soft_wrap=True)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A heading, and whether what stands below is a number: flush right, and never wrapped."""
+    """A heading, and whether the cells are numbers: right-aligned and never wrapped."""
 
     heading: str
     number: bool = False
 
 
 class Table:
-    """A table without lines. Cells are shown as they are: a text of a model may look like markup of rich's."""
+    """A table without lines. Cells are printed literally, because model output may look like rich markup."""
 
     def __init__(self, title: str, columns: Sequence[Column]) -> None:
         self.title, self.columns = title, tuple(columns)
@@ -136,7 +136,7 @@ class Table:
                 yield Text(indent).append_text(line)
 
     def _joined(self, cells: Sequence[Sequence[Text]], widths: Mapping[int, int]) -> Iterator[Text]:
-        """The lines of one row, of which each cell has some."""
+        """Join the wrapped lines of a row's cells into the lines of the row."""
         for parts in zip_longest(*cells, fillvalue=Text("")):
             line = Text("")
             for n, (part, (column, width)) in enumerate(zip(parts, widths.items(), strict=True)):
@@ -149,7 +149,7 @@ class Table:
             yield line
 
     def _widths(self, columns: Sequence[int], width: int) -> dict[int, int]:
-        """A width for each of these columns: as much as they would like, less where they share too little."""
+        """A width for each column: its natural width, or less if there is not enough room."""
         room = width - _GAP * (len(columns) - 1)
         found = {i: max(self._natural(i), cell_len(self.columns[i].heading)) for i in columns}
         if sum(found.values()) > room:
@@ -164,7 +164,7 @@ class Table:
         return sum(map(self._floor, columns)) + _GAP * (len(columns) - 1)
 
     def _floor(self, column: int) -> int:
-        """The least width in which no number and no word of a column breaks."""
+        """The smallest width of a column that breaks no number and no word."""
         natural = self._natural(column)
         cells = [row[column] for row in self.rows]
         least = natural if self.columns[column].number else min(natural, _LEAST)
@@ -184,7 +184,7 @@ def _longest_word(text: Text) -> int:
 
 
 def _wrapped(text: Text, width: int) -> list[Text]:
-    """Lines of at most `width` characters, but for words that are longer."""
+    """Wrap into lines of at most `width` characters. Longer words stay whole."""
     glued, cuts = _glued(text.plain), list[int]()
     start = end = 0  # of the line so far
     for word in re.finditer(r"\n|\S+", glued):

@@ -1,4 +1,4 @@
-"""An axis: which numbers it names, and where a number stands on it.
+"""A chart axis: its tick values, and the pixel position of a value.
 
 Ticks are 1, 2, 2.5 or 5 times a power of ten, or, on a logarithmic axis, powers of ten and, where these are few, 2
 and 5 times them. Zero has no place on a logarithmic axis; where it must be shown it stands beyond a gap.
@@ -41,7 +41,7 @@ class Axis:
     ticks: tuple[float, ...]
 
     def place(self, value: float) -> float:
-        """The pixel of a value; what lies outside stands at the end that it is nearer to."""
+        """The pixel of a value. Values outside the axis are clamped to its nearer end."""
         start = self.start
         if self.log:
             if self.zero:
@@ -55,7 +55,7 @@ class Axis:
 
 
 def axis(values: Sequence[float], start: float, end: float, *, log: bool = False, ticks: int = 5) -> Axis:
-    """An axis that holds all `values` (finite, not negative); logarithmic, if it may be, where they range widely."""
+    """An axis that covers all `values` (finite, >= 0). Logarithmic if allowed and the range is wide."""
     positive = [v for v in values if v > 0]
     if log and positive and max(positive) > _WIDE * min(positive):
         low, high = min(positive) / _ROOM, max(positive) * _ROOM

@@ -1,4 +1,4 @@
-"""A number for each linear of each block as a patch of color: where in the model the error sits.
+"""A heat map of one number for each linear of each block: it shows where in the model the error is.
 
 Blocks go from left to right, linears from top to bottom, in the order in which the model has them. Colors are nine
 steps of a logarithmic scale that several maps can share, so that one map can be held against another.

@@ -1,4 +1,4 @@
-"""Where the names of points go, so that they cover neither points nor one another.
+"""Place the labels of points so that they overlap neither points nor each other.
 
 Each name has places around its point, near ones first. One after another takes its cheapest place given all others',
 until none wants to move: with the few points of a chart that is enough, and the same points give the same drawing.
@@ -23,7 +23,7 @@ class Box:
     bottom: float
 
     def shared(self, other: Box, margin: float = 0.0) -> float:
-        """The area that both cover, had this one a margin."""
+        """The overlap area with another box, after adding a margin to this one."""
         wide = min(self.right + margin, other.right) - max(self.left - margin, other.left)
         high = min(self.bottom + margin, other.bottom) - max(self.top - margin, other.top)
         return wide * high if wide > 0 and high > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Points between two measures of which one is gained at the other's cost, and the front that none of them is beyond.
+"""A scatter chart of two measures that trade off against each other, with the Pareto front.
 
 A point is on the Pareto front if no other is at least as good in both measures and better in one. Where intervals
 overlap that is not known: such a point is neither on the front nor beaten, but undecided. The front is drawn as the
@@ -47,12 +47,12 @@ def _or(end: float | None, value: float) -> float:
 
 
 def front(points: Sequence[Point], x: Measure, y: Measure) -> list[Point]:
-    """The points that no other point can beat, whatever their intervals hide, in the order of `x`; of equals all."""
+    """The points that are on the front for any values within the intervals, sorted by `x`. Ties are all included."""
     return _sorted(p for p in points if not any(_beats(q.ends(x, y)[0], p.ends(x, y)[1]) for q in points if q is not p))
 
 
 def undecided(points: Sequence[Point], x: Measure, y: Measure) -> list[Point]:
-    """The points that may be on the front: none beats them for certain."""
+    """The points that may be on the front but are not certain to be: no point beats them for certain."""
     best = front(points, x, y)
     beaten = [p for p in points if any(_beats(q.ends(x, y)[1], p.ends(x, y)[0]) for q in points if q is not p)]
     return _sorted(p for p in points if p not in best and p not in beaten)
@@ -69,7 +69,7 @@ def _sorted(points: Iterable[Point]) -> list[Point]:
 def scatter(
     points: Sequence[Point], x: Measure, y: Measure, *, name: str, title: str, width: int = 580, height: int = 400
 ) -> str:
-    """The drawing. Points whose values are not finite are left out; without any it says so."""
+    """Draw the chart. Points with non-finite values are left out. Without points, the chart says so."""
     points = [p for p in points if math.isfinite(p.x) and math.isfinite(p.y)]
     if not points:
         said = element("text", text="nothing to show", x=width / 2, y=48, text_anchor="middle", class_="tick")
