@@ -53,6 +53,10 @@ def test_a_verb_stays_a_verb_when_everything_has_been_imported() -> None:
     )
 
 
+def test_calibration_is_where_it_was() -> None:
+    run("import fewbit, fewbit.api\nassert fewbit.api.Calibration is fewbit.Calibration")
+
+
 def test_types_that_verbs_take_and_give_are_public() -> None:
     run(
         "import fewbit, inspect, re, typing\n"
