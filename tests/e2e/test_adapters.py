@@ -162,7 +162,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_adapter(
     monkeypatch.setattr(training._Trainer, "compute_loss", poisoned, raising=False)
     with pytest.raises(NumericsError, match=f"the loss is nan in step {steps_before + 2} of 20") as refusal:
         package.finetune(quantized, place, data=str(text), tuning=Tuning(length=32, steps=20, learning_rate=0.01))
-    assert "learning-rate" in refusal.value.hint
+    assert "learning_rate" in refusal.value.hint
     if not steps_before:
         assert not list(place.parent.iterdir())
         return
@@ -396,7 +396,7 @@ def test_merged_and_quantized_again(quantized: Path, adapter: Path, text: Path, 
 def test_a_merge_that_cannot_be(
     model: Path, quantized: Path, adapter: Path, tmp_path: Path, place: Path, fewbit: Fewbit
 ) -> None:
-    check(fewbit("merge", quantized, adapter, "-o", place, "--base", quantized), 2, str(quantized), "quantized itself")
+    check(fewbit("merge", quantized, adapter, "-o", place, "--base", quantized), 2, str(quantized), "itself quantized")
     check(fewbit("merge", quantized, adapter, "-o", place, "--plan", "gptq-5bit"), 2, "gptq-5bit")
     tensors = load_file(adapter / "adapter_model.safetensors")
     broken = shutil.copytree(adapter, tmp_path / "broken")
