@@ -121,7 +121,7 @@ def test_the_guides_cell_fuses(llama: Path, ids: Tensor) -> None:
     cache = model.generate.__self__.cache
     assert {layer.whole[0].shape[2] for layer in cache.layers} == {LENGTH}
     with pytest.raises(
-        PlanError, match=r"a prompt of 9 tokens and what is to come make 49, the model was fused for 48"
+        PlanError, match=r"prompt \(9 tokens\) and new tokens make 49 tokens, but the model was fused for 48"
     ):
         greedy(model, ids, new=40)
     # Whoever brings a cache, or searches with beams, is served as before.

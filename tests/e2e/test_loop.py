@@ -365,7 +365,7 @@ def test_compiling_is_refused_where_there_is_nothing_to_compile(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for fine in ("cuda", "cuda:1", torch.device("cuda", 0), "auto"):
         check_compile(fine, 48)
-    for device, fuse, message in (("cuda", None, "without --fuse"), ("cpu", 48, "needs"), (None, 48, "needs")):
+    for device, fuse, message in (("cuda", None, "without `fuse`"), ("cpu", 48, "needs"), (None, 48, "needs")):
         with pytest.raises(PlanError, match=message):
             check_compile(device, fuse)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -178,7 +178,7 @@ def test_scales_fold_where_sequences_are_not_cut_along(family: str, tmp_path: Pa
 def test_a_block_without_hidden_states_is_refused(returned: object) -> None:
     with pytest.raises(PlanError, match="not hidden states") as raised:
         states_of(returned)
-    assert "--method rtn" in raised.value.hint
+    assert "such as rtn" in raised.value.hint
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "qwen2"])

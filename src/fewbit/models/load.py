@@ -49,15 +49,15 @@ def load_model(
         registry.get("kernels", kernel)
         if source.quantization is None or by_quant_method(source.quantization["quant_method"]) is None:
             raise PlanError(
-                f"{source.name} has no packed weights that fewbit reads, and a kernel multiplies by nothing else",
-                "Leave --kernel out.",
+                f"`kernel={kernel}`: kernels multiply packed weights, and {source.name} has none that fewbit reads",
+                "Leave out `kernel`.",
             )
     if compile:
         check_compile(device, fuse)
     if fuse is not None:
-        decode.checked_length(fuse, source.context, "--max-length")
+        decode.checked_length(fuse, source.context, f"`fuse={fuse!r}`")
         if source.quantization is None:
-            raise PlanError(f"{source.name} is not quantized, and only packed weights are fused", "Leave --fuse out.")
+            raise PlanError(f"{source.name} is not quantized, and only packed weights are fused", "Leave out `fuse`.")
     if source.quantization is not None:
         # transformers would leave such weights out, and make up others.
         method = source.quantization["quant_method"]
@@ -80,12 +80,12 @@ def load_model(
     except FewbitError:
         raise
     except torch.OutOfMemoryError as error:
-        raise KernelError(f"{source.folder} does not fit the memory of {device}", "Use another --device.") from error
+        raise KernelError(f"{source.folder} does not fit the memory of {device}", "Use another `device`.") from error
     except Exception as error:  # whatever transformers meets in a foreign folder
         reason = str(error).strip() or type(error).__name__
         raise FormatError(
             f"{source.folder} could not be loaded: {reason.splitlines()[0][:300]}",
-            "If you trust it: --trust-remote-code." if "trust_remote_code" in reason else "",
+            "If you trust its code, set `trust_remote_code=True`." if "trust_remote_code" in reason else "",
         ) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):

@@ -60,7 +60,7 @@ def states_of(output: Any) -> Tensor:
     return states
 
 
-NO_CALIBRATION = "Use a method that needs no calibration: --method rtn."
+NO_CALIBRATION = "Use a method that needs no calibration, such as rtn."
 # What a block may return to its model. A stand-in that passes its input on has to return the same.
 _SHELLS: tuple[Callable[[Tensor], Any], ...] = (lambda s: s, lambda s: (s,), lambda s: (s, None), lambda s: [s])
 

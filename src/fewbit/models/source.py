@@ -126,7 +126,7 @@ def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
             raise FormatError(f"{folder} has no weights", "Expected model.safetensors or pytorch_model.bin.")
         if safetensors_only:
             raise FormatError(
-                f"{folder} has its weights only as a pickle ({pickles[0].name}), which --safetensors-only refuses"
+                f"{folder} has its weights only as a pickle ({pickles[0].name}), which `safetensors_only` forbids"
             )
         folder = pickle.converted(folder)
         files = safetensors.files_in(folder)

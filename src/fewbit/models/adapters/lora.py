@@ -50,7 +50,7 @@ class QLoraLinear(Linear):
         """PlanError: the sum of a packed weight and an adapter lies on no grid, and would have to be rounded again."""
         raise PlanError(
             "an adapter cannot be merged into packed weights without rounding them again",
-            "Use fewbit merge OUT ADAPTER -o MERGED, or fewbit.merge: into 16 bits, then quantized again if asked.",
+            "Use fewbit merge OUT ADAPTER -o MERGED, or fewbit.merge: both merge in 16 bits, then quantize on request.",
         )
 
 

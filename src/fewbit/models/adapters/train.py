@@ -116,7 +116,7 @@ def _adapted(model: Any, name: str, tuning: Tuning) -> Any:
         with quiet():
             adapted = get_peft_model(model, config)
     except ValueError as error:  # target modules that are not there or are no linears
-        raise PlanError(f"--targets {','.join(tuning.targets)}: {str(error).splitlines()[0][:300]}") from None
+        raise PlanError(f"`targets={','.join(tuning.targets)}`: {str(error).splitlines()[0][:300]}") from None
     adapted.peft_config["default"].base_model_name_or_path = name
     model.config.use_cache = False
     if tuning.checkpointing:

@@ -47,12 +47,12 @@ class Tuning:
                 object.__setattr__(self, name, check(name, value))
         for name in ("alpha", "learning_rate", "epochs"):
             if (value := getattr(self, name)) is not None and value <= 0:
-                raise PlanError(f"{_flag(name)} {value}: it must be above 0")
+                raise PlanError(f"`{name}={value}`: it must be above 0")
         for name in ("dropout", "held_out"):
             if not 0 <= (value := getattr(self, name)) < 1:
-                raise PlanError(f"{_flag(name)} {value}: it is a share, from 0 to below 1")
+                raise PlanError(f"`{name}={value}`: expected a share, from 0 to below 1")
         if self.length < 2:
-            raise PlanError(f"--length {self.length}: an example needs at least 2 tokens")
+            raise PlanError(f"`length={self.length}`: an example needs at least 2 tokens")
 
     @property
     def scale(self) -> float:
@@ -68,7 +68,3 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
         raise arguments.invalid(name, value, "a list of the ends of linears' names")
     return tuple(value)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -40,12 +40,15 @@ _OTHERS = (
 )
 
 
-def checked_length(length: Any, context: int, flag: str) -> int:
-    """The length of the cache; PlanError, naming `flag`, unless a model of that context can fill it."""
+def checked_length(length: Any, context: int, shown: str) -> int:
+    """The length of the cache in tokens. PlanError if it is no integer from 2 to `context`, the model's context.
+
+    shown: argument and value, as the message names them.
+    """
     if isinstance(length, bool) or not isinstance(length, int) or length < 2:
-        raise PlanError(f"{flag} {length!r} is no number of tokens", "Give prompt and answer together, such as 512.")
+        raise PlanError(f"{shown} is no number of tokens", "Count prompt and answer together, such as 512.")
     if length > context:
-        raise PlanError(f"{flag} {length} is beyond the model's context of {context} tokens")
+        raise PlanError(f"{shown} is beyond the model's context of {context} tokens")
     return length
 
 
@@ -120,9 +123,9 @@ class Decoder:
         reached = prompt + new if new is not None else total or prompt + 1
         if max(reached, prompt + 1) > self.length:
             raise PlanError(
-                f"a prompt of {prompt} tokens and what is to come make {max(reached, prompt + 1)}, "
-                f"the model was fused for {self.length}",
-                "Fuse for a greater length, or ask for fewer new tokens.",
+                f"prompt ({prompt} tokens) and new tokens make {max(reached, prompt + 1)} tokens, "
+                f"but the model was fused for {self.length}",
+                "Fuse it for more tokens, or generate fewer.",
             )
 
     def _renew(self, batch: int, copies: int) -> None:
@@ -143,7 +146,7 @@ class Decoder:
         tokens = ids.shape[1] if isinstance(ids, Tensor) else 1
         first, self.used = self.used == 0, self.used + tokens
         if self.used > self.length:
-            raise PlanError(f"the text has grown beyond the {self.length} tokens that the model was fused for")
+            raise PlanError(f"the text is longer than the {self.length} tokens that the model was fused for")
         if first or tokens != 1 or args or not isinstance(self.cache, StaticCache):
             return forward(*args, **kwargs)
         if self.graph is None:

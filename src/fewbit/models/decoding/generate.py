@@ -70,12 +70,12 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tensor:
         raise PlanError(f"the prompt: {reason}", "Give the prompt in UTF-8.")
     if chat:
         if not tokenizer.chat_template:
-            raise PlanError("this model has no chat template", "Leave --chat out.")
+            raise PlanError("this model has no chat template", "Leave out `chat`.")
         message = [{"role": "user", "content": prompt}]
         try:
             prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program of the model's author: it may raise anything
-            raise PlanError(f"the model's chat template refuses the prompt: {error}", "Leave --chat out.") from error
+            raise PlanError(f"the model's chat template refuses the prompt: {error}", "Leave out `chat`.") from error
     ids: Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"].long()
     if not ids.numel():
         raise PlanError("the prompt is empty", "Give some text to continue.")

@@ -49,9 +49,9 @@ class Graph:
 def check_compile(device: Any, fuse: int | None) -> None:
     """PlanError unless a step can be compiled: it is the step of a fused model, on a GPU."""
     if fuse is None:
-        raise PlanError("--compile without --fuse", "What is compiled is a fused model's step: give both.")
+        raise PlanError("`compile` without `fuse`", "Only the step of a fused model is compiled: give both.")
     if str(device).partition(":")[0] not in ("cuda", "auto") or not torch.cuda.is_available():
-        raise PlanError("--compile needs an NVIDIA GPU", "Leave --compile out, or give --device cuda.")
+        raise PlanError("`compile` needs an NVIDIA GPU", "Leave out `compile`, or give `device=cuda`.")
 
 
 class Compiled:

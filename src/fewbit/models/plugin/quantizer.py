@@ -123,7 +123,7 @@ class FewbitQuantizer(HfQuantizer):
         if getattr(self.quantization_config, "do_fuse", False):
             context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
             asked = getattr(self.quantization_config, "fuse_max_seq_len", None)
-            self.length = decode.checked_length(asked, context or sys.maxsize, "fuse_max_seq_len")
+            self.length = decode.checked_length(asked, context or sys.maxsize, f"fuse_max_seq_len {asked!r}")
         if self.scheme is not None:
             self._make_room(model, kwargs.get("device_map"))
             self.validate_environment(kwargs.get("device_map"))
