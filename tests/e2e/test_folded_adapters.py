@@ -164,7 +164,7 @@ def test_a_merge_into_the_values_keeps_the_scales(place: Path, tmp_path: Path, t
             LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
             "modules_to_save replaces weights",
         ),
-        (IA3Config(task_type="CAUSAL_LM"), "only LoRA can be fitted to other scales, not IA3"),
+        (IA3Config(task_type="CAUSAL_LM"), "only LoRA can be rescaled, not IA3"),
     ],
 )
 def test_what_cannot_be_moved_is_refused(config: Any, words: str, place: Path, tmp_path: Path, fewbit: Fewbit) -> None:
@@ -185,7 +185,7 @@ def test_a_copy_without_scales_is_not_taken_for_the_original(place: Path, tmp_pa
     model.save_pretrained(tmp_path / "plain")
     wanted = models.logits(package.load(place / "awq", adapter=place / "adapter-awq"), IDS)
     for name in ("packed", "plain"):
-        with pytest.warns(UserWarning, match="does not say which scales it holds"):
+        with pytest.warns(UserWarning, match="the model does not record its AWQ scales"):
             found = package.load(tmp_path / name, adapter=place / "adapter-awq")
         assert apart(models.logits(found, IDS), wanted) < EXACT
     adapter = shutil.copytree(place / "adapter-awq", tmp_path / "adapter")

@@ -84,7 +84,7 @@ def test_the_text_is_the_same_token_for_token(family: str, ids: Tensor, tmp_path
 def test_a_static_cache_as_for_a_gpu_gives_the_same_text(family: str, ids: Tensor, tmp_path: Path) -> None:
     model = fb.load(quantized(tmp_path, family), dtype=torch.float32)
     expected = greedy(model, ids)
-    assert decode.takes_static(model, model.generate)
+    assert decode.supports_static_cache(model, model.generate)
     cache = decode.static(model, LENGTH)
     mask = torch.ones_like(ids)
     own = {decode.CACHE: cache}

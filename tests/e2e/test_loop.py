@@ -277,11 +277,11 @@ def test_what_the_loop_does_not_know_is_left_to_transformers(ids: Tensor) -> Non
     with torch.inference_mode():
         done = looped.generate(ids, max_new_tokens=3, return_dict_in_generate=True, output_logits=True)
     assert len(done.logits) == 3
-    assert loop.takes(looped, {"synced_gpus": False, "penalty_alpha": None})
+    assert loop.can_serve(looped, {"synced_gpus": False, "penalty_alpha": None})
     for key in ("synced_gpus", "penalty_alpha", "custom_generate", "dola_layers"):  # which need more than is here
-        assert not loop.takes(looped, {key: "asked for"})
+        assert not loop.can_serve(looped, {key: "asked for"})
     looped.register_forward_hook(lambda *_: None)
-    assert not loop.takes(looped, {})
+    assert not loop.can_serve(looped, {})
 
 
 def test_a_streamer_hears_transformers_loop_too(ids: Tensor) -> None:
@@ -333,7 +333,7 @@ def test_a_model_that_asks_for_cache_positions_gets_them(ids: Tensor) -> None:
 
 def test_other_masks_start_again_with_transformers_loop(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, looped = pair("llama")
-    monkeypatch.setattr(loop.Coming, "tables", lambda self: None)
+    monkeypatch.setattr(loop.UpcomingInputs, "tables", lambda self: None)
     for _ in range(2):
         heard = [Heard(), Heard()]
         assert written(looped, ids[:1], streamer=heard[0]) == written(plain, ids[:1], streamer=heard[1])

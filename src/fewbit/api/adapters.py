@@ -90,7 +90,7 @@ def finetune(
         with safetensors_errors():
             done.model.save_pretrained(folder, save_embedding_layers=False)
             if (known := scales.of_model(loaded)) is not None:
-                scales.say(folder, known, source.address)
+                scales.write_record(folder, known, source.address)
 
     try:
         with publish.published(out, overwrite=overwrite) as folder:
@@ -177,7 +177,7 @@ def merge(
 
     source = locate(model)
     origin = locate(base) if base is not None else _recorded_base(source)
-    told = scales.said(Path(adapter).expanduser())
+    told = scales.read_record(Path(adapter).expanduser())
     trained = folded(source) if told is None else told
     if trained is None and base is not None:
         raise PlanError(

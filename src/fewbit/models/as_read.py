@@ -1,7 +1,7 @@
-"""What transformers reads for a model, as a folder that the pipeline can read: its weight files and its config.
+"""Make a folder for the pipeline with exactly the weight files and the config that transformers loads.
 
-`variant`, `use_safetensors` and `config` of from_pretrained choose other files, or another config, than the folder
-alone would give.
+The arguments `variant`, `use_safetensors` and `config` of from_pretrained can select other weight files, or another
+config, than the defaults of the folder.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from fewbit.formats.containers import pickle, safetensors
 from fewbit.models.source import read_config
 from fewbit.system.files import read_json
 
-_OF_A_LOAD = ("quantization_config", "dtype", "torch_dtype", "transformers_version", "name_or_path")
+_LOAD_KEYS = ("quantization_config", "dtype", "torch_dtype", "transformers_version", "name_or_path")
 
 
 @contextmanager
 def folder_of(model: PreTrainedModel, files: list[str], *, trust_remote_code: bool) -> Iterator[Path]:
-    """The folder of `files`, where it means this model; else one with these weights and this model's config."""
+    """The folder of `files` if it describes this model by itself; else a temporary folder with links to these weight
+    files and this model's config. PlanError if no index lists the files."""
     paths = [Path(file).absolute() for file in files]
     folder = paths[0].parent
     changed = _changes(model, folder, trust_remote_code)
@@ -46,18 +47,18 @@ def folder_of(model: PreTrainedModel, files: list[str], *, trust_remote_code: bo
 
 
 def _changes(model: PreTrainedModel, folder: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """What the model's config says other than the config.json of the folder."""
+    """Entries of the model's config that differ from the config.json of the folder."""
     own: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     there, here = own.to_dict(), model.config.to_dict()
     return {
         key: value
         for key, value in here.items()
-        if key not in _OF_A_LOAD and not key.startswith("_") and there.get(key) != value
+        if key not in _LOAD_KEYS and not key.startswith("_") and there.get(key) != value
     }
 
 
 def _link(paths: list[Path], folder: Path, staged: Path) -> None:
-    """The weight files in `staged`, under the names that are looked for; PlanError where no index lists them."""
+    """Link the weight files into `staged` under their standard names. PlanError if no index lists all of them."""
     suffix = paths[0].suffix
     single = {".safetensors": safetensors.SINGLE, ".bin": "pytorch_model.bin"}[suffix]
     if len(paths) == 1:

@@ -56,7 +56,7 @@ def check(found: Any) -> None:
     raise FormatError(f"quantization_config in config.json has no quant_method: {str(dict(found))[:200]}")
 
 
-def understood(found: Mapping[str, Any]) -> dict[str, Any]:
+def normalized(found: Mapping[str, Any]) -> dict[str, Any]:
     """A sound quantization config in the words of fewbit's formats; FormatError where AutoRound packs another way."""
     check(found)
     config = _named(found)

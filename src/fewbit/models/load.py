@@ -1,4 +1,4 @@
-"""Loading a whole model to use it: `from_pretrained`, with fewbit serving every format it knows."""
+"""Load a whole model with `from_pretrained`; fewbit reads every quantization format that it knows."""
 
 from __future__ import annotations
 
@@ -35,13 +35,15 @@ def load_model(
     fuse: int | None = None,
     compile: bool = False,
 ) -> Any:
-    """The model of `source`, quantized weights packed, in evaluation mode.
+    """Load the model of `source` in evaluation mode, with quantized weights packed.
 
-    dtype: of activations and of what is not quantized; "auto" is the checkpoint's own. device: where it goes, or
-    "auto" to spread it over what there is. kernel: the one to use for all, KernelError if it cannot. adapter: the
-    folder of one to put on it; PlanError if it was made for another model. fuse: linears that read the same tensor
-    become one, and texts of up to so many tokens are generated in a static cache; PlanError beyond the model's context.
-    compile: what a step of that runs is compiled first; PlanError without `fuse`, and without a GPU.
+    dtype: of activations and unquantized weights; "auto" takes the checkpoint's. device: a device, or "auto" to spread
+    the model over all devices. kernel: use this one for all packed weights; KernelError if it cannot. adapter: the
+    folder of a PEFT adapter to load onto the model; PlanError if it belongs to another model. fuse: fuse linears that
+    read the same tensor, and generate in a static cache of this many tokens; PlanError beyond the model's context.
+    compile: compile a decoding step with PyTorch; PlanError without `fuse` or without an NVIDIA GPU.
+
+    FormatError if the model's files are malformed or not supported.
     """
     if adapter is not None:
         need_peft()
@@ -59,14 +61,14 @@ def load_model(
         if source.quantization is None:
             raise PlanError(f"{source.name} is not quantized, and only packed weights are fused", "Leave out `fuse`.")
     if source.quantization is not None:
-        # transformers would leave such weights out, and make up others.
+        # transformers would skip such weights and initialize new ones at random.
         method = source.quantization["quant_method"]
         if not AutoHfQuantizer.supports_quant_method(source.quantization):
             raise FormatError(
                 f"{source.folder}: quantization method {method!r} is not one that fewbit or transformers reads"
             )
     if source.quantization is not None and by_quant_method(source.quantization["quant_method"]) is not None:
-        describe(source)  # says more clearly than transformers where config and tensors contradict one another
+        describe(source)  # for clearer errors than those of transformers if config and tensors contradict each other
     try:
         with no_progress_bars(), quantizer.serving(kernel):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -81,7 +83,7 @@ def load_model(
         raise
     except torch.OutOfMemoryError as error:
         raise KernelError(f"{source.folder} does not fit the memory of {device}", "Use another `device`.") from error
-    except Exception as error:  # whatever transformers meets in a foreign folder
+    except Exception as error:  # transformers can raise anything on malformed files
         reason = str(error).strip() or type(error).__name__
         raise FormatError(
             f"{source.folder} could not be loaded: {reason.splitlines()[0][:300]}",
@@ -103,7 +105,7 @@ def load_model(
 
 
 def need_peft() -> None:
-    """PlanError unless the package that adapters need is there, and new enough."""
+    """PlanError unless PEFT is installed in version 0.20 or later."""
     try:
         version = importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:
@@ -113,7 +115,7 @@ def need_peft() -> None:
 
 
 def import_code(source: Source, *, trust_remote_code: bool = False) -> None:
-    """Import all that loading this model would: its architecture is built without weights, and dropped."""
+    """Import all code that loading this model imports: build its architecture without weights, then drop it."""
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **source.options)
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

@@ -28,11 +28,11 @@ def write_merged(
     trained: Scales | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, PartSpec]:
-    """Write the model of `source` with an adapter added to its weights, packed ones unpacked, into `folder`.
+    """Unpack the weights of `source`, add the adapter to them, and write the model into `folder`.
 
-    trained: the scales of the model that the adapter was trained on, where its folder does not say.
-    The whole model is held in memory in its own type. Tensors that it has no place for are carried over, and given
-    back by name. NumericsError if a sum is not finite.
+    trained: the scales of the model that the adapter was trained on, if the adapter's folder does not record them.
+    The whole model is in memory, in its own dtype. Returns checkpoint name -> spec of the tensors that are copied
+    unchanged because the model has no parameter for them. NumericsError if a sum is not finite.
     """
     plain = load_model(source, device="cpu", trust_remote_code=trust_remote_code)
     packed = packed_linears(plain)
@@ -50,7 +50,7 @@ def write_merged(
         with presumed(trained):
             merged = attach(plain, adapter).merge_and_unload(safe_merge=True)
         if source.gguf is None:
-            merged.generation_config = GenerationConfig()  # transformers saves none that its own rules find fault with
+            merged.generation_config = GenerationConfig()  # transformers refuses to save one that breaks its own rules
         with writing():
             merged.save_pretrained(folder)
     except ValueError as error:
@@ -59,7 +59,7 @@ def write_merged(
         if verbose:
             hf_logging.enable_progress_bar()
     scales.write(folder, scales.of_model(plain) or Scales())
-    if source.gguf is not None:  # it has no side files: what it says of its tokenizer becomes one
+    if source.gguf is not None:  # no side files: the tokenizer comes from the file's metadata
         load_tokenizer(source).save_pretrained(folder)
         return {}
     (folder / "generation_config.json").unlink(missing_ok=True)  # the source's own is copied

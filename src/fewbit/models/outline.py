@@ -1,7 +1,7 @@
-"""A model of which nothing but its config need be there: every shape, and no weight.
+"""The shapes of all tensors of a model, from its config alone.
 
-The model is built on the meta device, as for quantizing, and what a checkpoint of it would hold is read off it. So
-plans settle, and sizes come out, before a byte of weights was downloaded.
+The model is built on the meta device, as for quantizing. Its parameters give the names and shapes of the checkpoint. So
+plans can be settled and sizes computed before any weights are downloaded.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ from fewbit.schemes.base import PartSpec
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes that memory follows from. `windows`: for each layer the tokens that its cache keeps at most, 0 for all.
-    `rows`: query heads times their width; `values`: key-value heads times theirs."""
+    """The sizes that determine memory.
+
+    rows: query heads · head width. values: key-value heads · head width. inner: width of the MLP.
+    context: the model's context length in tokens.
+    windows: for each layer, the most tokens that its cache keeps; 0 for no limit.
+    """
 
     layers: int
     hidden: int
@@ -34,7 +38,7 @@ class Geometry:
 
 
 class Outline(Skeleton):
-    """A skeleton whose checkpoint may be imagined: of a source without files, in the type that its config states."""
+    """A skeleton that works without weight files: tensors then have the dtype in the config."""
 
     def __init__(self, source: Source, *, trust_remote_code: bool = False) -> None:
         super().__init__(source, source.dtype, torch.device("cpu"), trust_remote_code=trust_remote_code)
@@ -54,20 +58,21 @@ class Outline(Skeleton):
         self.without_place = {}
 
     def largest_block(self) -> Mapping[str, Any]:
-        """Parameters of the block that has the most, and of it name -> shape of the linears."""
+        """The block with the most parameters: their number ("parameters"), and name -> shape [N, K] of its linears
+        ("linears")."""
         sizes = {b: sum(p.numel() for p in self.model.get_submodule(b).parameters()) for b in self.blocks}
         block = max(sizes, key=lambda name: sizes[name])
         return {"parameters": sizes[block], "linears": self.linears(block)}
 
 
 def geometry(config: Any, context: int) -> Geometry:
-    """The sizes in transformers' `config` object."""
+    """The sizes of a model of transformers' `config`, with this context length in tokens."""
     text = config.get_text_config()
     layers, hidden, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
     width = getattr(text, "head_dim", None) or hidden // heads
     kinds = getattr(text, "layer_types", None)
     window = getattr(text, "sliding_window", None) or 0
-    if kinds is None:  # one kind of layer: all with a window where the config has one in use
+    if kinds is None:  # all layers are alike: all have a window, or none
         window = window if getattr(text, "use_sliding_window", True) else 0
         windows = (window,) * layers
     else:

@@ -10,7 +10,7 @@ from transformers.utils import logging as hf_logging
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Within, transformers shows no progress bars."""
+    """Inside this context, transformers shows no progress bars."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:

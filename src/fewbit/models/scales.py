@@ -100,10 +100,10 @@ def of_folder(folder: Path) -> Scales | None:
         config = read_json(folder / "config.json")
     except (OSError, FormatError):
         return Scales()
-    return _unsaid(config) if isinstance(config, dict) else Scales()
+    return _without_file(config) if isinstance(config, dict) else Scales()
 
 
-def _unsaid(config: Mapping[str, Any]) -> Scales | None:
+def _without_file(config: Mapping[str, Any]) -> Scales | None:
     """Those of a model that has no `fewbit.scales`."""
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -157,10 +157,10 @@ def of_model(model: Any) -> Scales | None:
     if folder.is_dir() and (folder / FILE).is_file():
         return read(folder)
     config: Any = getattr(model, "config", None)
-    return _unsaid(config.to_dict() if hasattr(config, "to_dict") else {})
+    return _without_file(config.to_dict() if hasattr(config, "to_dict") else {})
 
 
-def say(folder: Path, scales: Scales, model: str) -> None:
+def write_record(folder: Path, scales: Scales, model: str) -> None:
     """Write into the folder of an adapter which model it was trained on, and the scales of that model."""
     write_json(folder / RECORD, {"schema_version": 1, "model": model, "scales": scales.to_json()}, indent=1)
     if scales:
@@ -169,7 +169,7 @@ def say(folder: Path, scales: Scales, model: str) -> None:
         (folder / FILE).unlink(missing_ok=True)
 
 
-def said(folder: Path) -> Scales | None:
+def read_record(folder: Path) -> Scales | None:
     """The scales of the model that an adapter was trained on; None where its folder does not say."""
     try:
         record = read_json(folder / RECORD)

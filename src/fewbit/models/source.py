@@ -103,7 +103,7 @@ class Source:
         if (found := self.config.get("quantization_config")) is None:
             return None
         try:
-            return foreign.understood(found)
+            return foreign.normalized(found)
         except FormatError as error:
             raise FormatError(f"{self.folder}: {error.message}", error.hint) from None
 

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's files: put on a model that they fit, and merged into its weights."""
+"""Load PEFT adapters onto a model, after a check that they fit it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def attach(model: PreTrainedModel, adapter: str | Path) -> Any:
-    """`model` with the adapter of a folder, as PEFT loads it, in evaluation mode.
+    """Load the adapter in a folder onto `model` with PEFT, in evaluation mode.
 
-    PlanError if there is none or it was made for another model, with the tensors and shapes that differ; FormatError if
-    its files are broken.
+    PlanError if the folder does not exist, or if the adapter belongs to another model; the message lists the tensors
+    and shapes that differ. FormatError if its files are missing or broken.
     """
     folder = Path(adapter).expanduser().absolute()
     config = _config(folder)
@@ -48,7 +48,8 @@ def attach(model: PreTrainedModel, adapter: str | Path) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within, PEFT says nothing of names that transformers has given newer ones, nor of what it sets right itself."""
+    """Inside this context, PEFT does not warn of renamed arguments of transformers, or of `fan_in_fan_out`, which it
+    corrects itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out")
@@ -56,7 +57,7 @@ def quiet() -> Iterator[None]:
 
 
 def folded(source: Source) -> Scales | None:
-    """The scales that AWQ folded into a model; None where it has some, or may have, and does not say which."""
+    """The scales that AWQ folded into a model. None if it has, or may have, scales that its files do not record."""
     if source.gguf is not None:
         return scales.of_metadata(GgufFile(source.files[0]).metadata)
     return scales.of_folder(source.beside)
@@ -67,15 +68,15 @@ def _config(folder: Path) -> dict[str, Any]:
         raise PlanError(f"adapter {folder}: no such folder", f"Give the folder that holds {_CONFIG}.")
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
-            raise FormatError(f"adapter {folder} has no {name}", "An adapter is a folder as PEFT writes it.")
+            raise FormatError(f"adapter {folder} has no {name}", "An adapter is a folder that PEFT has written.")
     config = read_json(folder / _CONFIG)
     if not isinstance(config, dict) or "peft_type" not in config:
-        raise FormatError(f"{folder / _CONFIG} describes no adapter")
+        raise FormatError(f"{folder / _CONFIG} does not describe an adapter: it has no peft_type")
     return config
 
 
 def _differing(model: PreTrainedModel, folder: Path) -> list[str]:
-    """A line for each LoRA matrix [rank, K] or [N, rank] that has no weight [N, K] in the model to be added to."""
+    """One line for each LoRA matrix, A [rank, K] or B [N, rank], that fits no weight [N, K] of the model."""
     found, lines = dict(model.named_modules()), []
     for key, spec in read_specs(folder / _WEIGHTS).items():
         if (match := re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)\.weight", key)) is None or len(spec.shape) != 2:

@@ -1,8 +1,10 @@
-"""Adapters between a model with folded scales (AWQ) and its original: PEFT fits those it loads, marks those it saves.
+"""Move adapters between a model with folded AWQ scales and its original.
 
-An adapter belongs to the weights that it was trained on. Its folder says which scales those had (`scales.say`), else
-PEFT's own record of the base model does. Where the model that it is put on has others, columns of A and rows of B are
-multiplied by what lies between. Importing this module registers that with PEFT; `fewbit.hook` does so.
+An adapter only fits the weights that it was trained on. Its folder records the scales of those weights
+(`scales.write_record`); without that record, PEFT's `base_model_name_or_path` tells. If the model that loads the
+adapter has other scales, columns of A and rows of B are multiplied by the ratio of the two. Importing this module makes
+PEFT rescale each adapter that it loads, and record the scales beside each that it saves; `fewbit.hook` imports it with
+PEFT.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from fewbit.errors import PlanError
 from fewbit.models import scales
 from fewbit.models.scales import Scales
 
-_presumed: list[Scales] = []  # of the model that an adapter belongs to which does not say so
+_presumed: list[Scales] = []  # stack: the scales to assume for an adapter without a record
 
 
 @contextmanager
 def presumed(known: Scales | None) -> Iterator[None]:
-    """Within, an adapter that does not say what it was trained on is taken as trained on a model with these scales."""
+    """Inside this context, an adapter without a record counts as trained on a model with these scales."""
     if known is None:
         yield
         return
@@ -39,17 +41,18 @@ def presumed(known: Scales | None) -> Iterator[None]:
 
 
 def fit(model: nn.Module, adapter: str, config: Any, folder: Path | None) -> None:
-    """Change the loaded adapter of this name, which comes from `folder`, so that it fits the scales of `model`.
+    """Rescale the loaded adapter named `adapter`, read from `folder`, to the scales of `model`, in place.
 
-    PlanError where its kind cannot be moved. A warning where it may not fit and nothing says so.
+    PlanError if this kind of adapter cannot be rescaled. A warning if the scales of the adapter or of the model are
+    unknown, so that the adapter may not fit.
     """
     here = scales.of_model(model)
     trained = _trained_on(model, here, config, folder)
     if trained is None or here is None:
         if (here is None or here) and (trained is not None or not _named(model, config)):
             warnings.warn(
-                f"the adapter {folder or adapter} is taken as trained on this very model: "
-                + ("it does not say so" if here is not None else "the model does not say which scales it holds")
+                f"the adapter {folder or adapter} is assumed to be trained on this very model: "
+                + ("it does not record its model" if here is not None else "the model does not record its AWQ scales")
                 + ". On a model with other AWQ scales an adapter loses what it learned.",
                 stacklevel=3,
             )
@@ -58,7 +61,7 @@ def fit(model: nn.Module, adapter: str, config: Any, folder: Path | None) -> Non
         return
     if reason := _why_not(config):
         raise PlanError(
-            f"the adapter {folder or adapter} was trained on a model whose AWQ scales differ from those of this one, "
+            f"the adapter {folder or adapter} was trained on a model whose AWQ scales differ from this model's, "
             f"and {reason}",
             "Use it on the model that it was trained on.",
         )
@@ -72,7 +75,7 @@ def fit(model: nn.Module, adapter: str, config: Any, folder: Path | None) -> Non
 
 
 def _scale(layer: Any, adapter: str, columns: tuple[Any, Any], rows: tuple[Any, Any]) -> None:
-    """Divide columns of A, and rows of B, by the first of each pair, and multiply them by the second."""
+    """Divide columns of A, and rows and bias of B, by the first of each pair of factors; multiply by the second."""
     a, b = layer.lora_A[adapter], layer.lora_B[adapter]
     with torch.no_grad():
         for parameter, factors in ((a.weight, columns), (b.weight.T, rows), (b.bias, rows)):
@@ -82,9 +85,9 @@ def _scale(layer: Any, adapter: str, columns: tuple[Any, Any], rows: tuple[Any, 
 
 
 def _trained_on(model: nn.Module, here: Scales | None, config: Any, folder: Path | None) -> Scales | None:
-    """The scales of the model that the adapter was trained on; None where nothing says."""
-    if folder is not None and (told := scales.said(folder)) is not None:
-        return told
+    """The scales of the model that the adapter was trained on; None if unknown."""
+    if folder is not None and (recorded := scales.read_record(folder)) is not None:
+        return recorded
     base = str(config.base_model_name_or_path or "")
     if _named(model, config):
         return here
@@ -104,22 +107,22 @@ def _named(model: Any, config: Any) -> bool:
 
 
 def _why_not(config: Any) -> str | None:
-    """Why an adapter of this kind cannot be moved between scales; None if it can."""
+    """Why this kind of adapter cannot be rescaled; None if it can."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
-        return f"only LoRA can be fitted to other scales, not {kind}"
+        return f"only LoRA can be rescaled, not {kind}"
     if getattr(config, "use_dora", False):
-        return "DoRA's magnitudes hold for the weights that they were trained on"
+        return "DoRA's magnitudes only fit the weights that they were trained on"
     if getattr(config, "bias", "none") != "none":
-        return f"bias={config.bias!r} replaces biases, which are scaled too"
+        return f"bias={config.bias!r} replaces biases, which AWQ scales too"
     for name in ("modules_to_save", "target_parameters", "trainable_token_indices"):
         if getattr(config, name, None):
-            return f"{name} replaces weights, which may be scaled too"
+            return f"{name} replaces weights, which AWQ may scale too"
     return None
 
 
 def register() -> None:
-    """Let `PeftModel` fit each adapter that it loads, and say of each that it saves which scales it belongs to."""
+    """Make `PeftModel` rescale each adapter that it loads, and record the model's scales beside each that it saves."""
     model: Any = peft_model.PeftModel
     load, save = model.load_adapter, model.save_pretrained
 
@@ -139,7 +142,7 @@ def register() -> None:
             for name in kwargs.get("selected_adapters") or list(self.peft_config):
                 folder = Path(save_directory) / ("" if name == "default" else name)
                 if folder.is_dir():
-                    scales.say(folder, known, str(getattr(base, "name_or_path", "")))
+                    scales.write_record(folder, known, str(getattr(base, "name_or_path", "")))
         return result
 
     model.load_adapter, model.save_pretrained = load_adapter, save_pretrained

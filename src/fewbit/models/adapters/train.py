@@ -1,4 +1,4 @@
-"""Training a LoRA through transformers' own `Trainer`: the model stays as it is, packed or not."""
+"""Train a LoRA with transformers' `Trainer`. The base model, packed or not, stays unchanged."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from fewbit.models.adapters.attach import quiet
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.texts.examples import Example
 
-Progress = Callable[[int, int, float], None]  # steps done, of how many, the loss of the last
-_IGNORED = -100  # the label that counts in no loss
+Progress = Callable[[int, int, float], None]  # steps done, steps in total, loss of the last step
+_IGNORED = -100  # the label that the loss ignores
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with its adapter, and losses in nats per learned token: over all steps, and before and after on what was
-    held out (None where nothing was). `stopped` says why training ended early; the adapter is then that of the last
-    good step."""
+    """A model with its trained adapter. Losses are in nats per learned token.
+
+    loss: mean over all training steps. before, after: on the held-out examples, before and after training; None without
+    such examples. stopped: why training ended early, else None; the adapter is then that of the last finite step.
+    """
 
     model: Any
     steps: int
@@ -46,14 +48,18 @@ def train(
     tuning: Tuning,
     progress: Progress,
 ) -> Trained:
-    """Train a LoRA on `training`. The adapter calls its base `name`; `pad` fills short examples up."""
-    torch.manual_seed(tuning.seed)  # of what the adapter begins as
+    """Train a LoRA on the examples of `training`.
+
+    name: the base model's name in the adapter's config. pad: the token id that pads short examples. NumericsError if
+    the held-out loss is not finite before training; PlanError if `tuning.targets` match no linear.
+    """
+    torch.manual_seed(tuning.seed)  # of the adapter's initial values
     adapted = _adapted(model, name, tuning)
     before = held_out_loss(adapted, held_out, tuning.batch, pad)
     if before is not None and not math.isfinite(before):
         raise NumericsError(f"the loss of {name} is {before} before any training", "Its weights may be damaged.")
     steps, watcher, stopped = tuning.steps_for(len(training)), _Watcher(progress), None
-    with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants one; nothing is written to it
+    with tempfile.TemporaryDirectory() as scratch:  # the Trainer requires an output folder, but writes nothing
         trainer = _Trainer(
             adapted,
             _arguments(scratch, tuning, steps, model),
@@ -92,7 +98,7 @@ def held_out_loss(model: Any, examples: Sequence[Example], batch: int, pad: int)
 
 
 def batch_of(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
-    """input_ids, attention_mask and labels [examples, tokens of the longest], filled up on the right."""
+    """input_ids, attention_mask and labels [examples, tokens of the longest], padded on the right."""
     shape = len(examples), max(len(e.ids) for e in examples)
     filled = (pad, 0, _IGNORED)
     ids, mask, labels = (torch.full(shape, value, dtype=torch.int64, device="cpu") for value in filled)
@@ -107,7 +113,7 @@ def batch_of(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
 def _adapted(model: Any, name: str, tuning: Tuning) -> Any:
     config = LoraConfig(
         r=tuning.rank,
-        lora_alpha=tuning.scale,  # type: ignore[arg-type]  # PEFT says int, and takes any number
+        lora_alpha=tuning.scale,  # type: ignore[arg-type]  # PEFT declares int, and accepts any number
         lora_dropout=tuning.dropout,
         target_modules=list(tuning.targets) or "all-linear",
         task_type="CAUSAL_LM",
@@ -115,12 +121,12 @@ def _adapted(model: Any, name: str, tuning: Tuning) -> Any:
     try:
         with quiet():
             adapted = get_peft_model(model, config)
-    except ValueError as error:  # target modules that are not there or are no linears
+    except ValueError as error:  # target modules that do not exist or are not linears
         raise PlanError(f"`targets={','.join(tuning.targets)}`: {str(error).splitlines()[0][:300]}") from None
     adapted.peft_config["default"].base_model_name_or_path = name
     model.config.use_cache = False
     if tuning.checkpointing:
-        # The first is transformers' new name for the second.
+        # transformers renamed the second method to the first.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return adapted
@@ -164,7 +170,7 @@ class _Trainer(Trainer):
 
 
 class _Watcher(TrainerCallback):
-    """Counts finished steps, and remembers the adapter that gave the last finite loss: it is small."""
+    """Counts finished steps, and keeps a copy of the adapter (it is small) from before the last optimizer step."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress, self.done, self.losses = progress, 0, list[float]()
@@ -175,7 +181,7 @@ class _Watcher(TrainerCallback):
         return sum(self.losses) / max(len(self.losses), 1)
 
     def go_back(self, model: Any) -> None:
-        """Give the adapter the values that it last had a finite loss with."""
+        """Restore the values of the adapter that last gave a finite loss."""
         self.done = self.good_after
         with torch.no_grad():
             for name, parameter in model.named_parameters():

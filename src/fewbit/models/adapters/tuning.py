@@ -1,4 +1,4 @@
-"""How a LoRA is trained: what can be asked for, and what cannot."""
+"""The settings of a LoRA training, with their checks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from fewbit.errors import PlanError
 
 @dataclass(frozen=True)
 class Tuning:
-    """A LoRA of `rank` on the linears named by `targets` (ends of their names; all in the model's blocks by default).
+    """Settings of a LoRA training. PlanError for a value out of range.
 
-    What it adds is scaled by alpha / rank; alpha is twice the rank by default. One step takes `batch` x `accumulate`
-    examples of at most `length` tokens; `steps`, where given, replaces `epochs`. `held_out` is the share of the
-    examples that is not trained on. `checkpointing` computes a block again rather than remember what is in it.
+    rank: LoRA rank. alpha: the LoRA update is scaled by alpha / rank; 2 · rank by default. dropout: LoRA dropout.
+    targets: name endings of the linears that get a LoRA; all linears in the model's blocks by default.
+    learning_rate: peak learning rate (linear warm-up over 5 % of the steps, then linear decay to 0).
+    epochs: passes over the training examples. steps: optimizer steps; replaces `epochs`.
+    batch: examples per forward pass. accumulate: gradient accumulation steps; one optimizer step takes
+    `batch` · `accumulate` examples. length: maximum tokens per example. held_out: share of the examples that is held
+    out for evaluation. seed: random seed. checkpointing: gradient checkpointing.
     """
 
     rank: int = 8
@@ -60,11 +64,11 @@ class Tuning:
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
     def steps_for(self, examples: int) -> int:
-        """Optimizer steps that so many examples take."""
+        """Number of optimizer steps for this number of examples."""
         return self.steps or max(1, ceil(self.epochs * ceil(ceil(examples / self.batch) / self.accumulate)))
 
 
 def _names(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
-        raise arguments.invalid(name, value, "a list of the ends of linears' names")
+        raise arguments.invalid(name, value, "a list of name endings of linears")
     return tuple(value)

@@ -1,1 +1,1 @@
-"""Generating text: one token after the other, by steps that are recorded once."""
+"""Generate text token by token. On a GPU, a decoding step is recorded once as a CUDA graph."""

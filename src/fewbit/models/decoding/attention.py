@@ -1,9 +1,9 @@
-"""Attention of one token whose heads share keys and values, without a copy of these for each head.
+"""Grouped-query attention of one token, without repeated keys and values.
 
-Before transformers calls PyTorch's attention with a mask it repeats keys and values for every head of a query; where
-many sequences are written at once that is half of a step. The heads that share them can as well be taken for so many
-tokens: the same sums. (Newer versions of transformers do so themselves.) A step that is compiled is left alone, since
-the compiler makes the copies in passing, and one sequence was slower without.
+Before transformers calls PyTorch's attention with a mask, it repeats keys and values for each query head. With many
+sequences in a batch, this takes half of a decoding step. Instead, the query heads that share keys and values become
+positions of one head, which gives the same sums. (Newer versions of transformers do this too.) A compiled step keeps
+the repeats: the compiler fuses them, and a single sequence was slower without them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 @contextmanager
 def grouped_queries() -> Iterator[None]:
-    """Within, models whose attention is "sdpa" use `attend`."""
-    if "sdpa" in ALL_ATTENTION_FUNCTIONS._local_mapping:  # somebody has put another in its place
+    """Inside this context, models with attention "sdpa" use `attend`."""
+    if "sdpa" in ALL_ATTENTION_FUNCTIONS._local_mapping:  # somebody else has replaced it
         yield
         return
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
@@ -41,8 +41,10 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' own gives: [B, tokens, heads, D] of a query [B, heads, tokens, D], keys and values
-    [B, shared, length, D] and a mask [B, 1, tokens, length]."""
+    """The same result as transformers' function: [B, tokens, heads, D].
+
+    query: [B, heads, tokens, D]. key, value: [B, shared, length, D]. attention_mask: [B, 1, tokens, length].
+    """
     batch, heads, tokens, size = query.shape
     shared = key.shape[1]
     plain = all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache", "s_aux"))

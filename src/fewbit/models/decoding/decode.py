@@ -1,9 +1,9 @@
-"""Generating within a fixed length: one static cache of keys and values and, on a GPU, one CUDA graph for every token.
+"""Generate up to a fixed length, with one static key-value cache and, on a GPU, one CUDA graph for each token.
 
-The cache is allocated once, at its full length. On a CPU attention sees the part of it that is filled, so texts come
-out as with a growing cache, and nothing is copied to grow it. On a GPU it sees the whole and a mask: then each step
-reads and writes the same memory, and the whole step, hundreds of launches, is recorded once and replayed. Where our
-own loop can (`loop.py`) it writes the tokens, else that of the model's `generate`, which does all the rest.
+The cache is allocated once, at its full length. On a CPU, attention reads only the filled part: the result is that of a
+growing cache, without the copies to grow it. On a GPU, attention reads the whole cache with a mask. Then every step
+reads and writes the same memory, so the whole step (hundreds of kernel launches) is recorded once and replayed.
+The model's `generate` prepares everything. The loop in `loop.py` writes the tokens if it can, else transformers' loop.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from fewbit.errors import PlanError
 from fewbit.models.decoding.attention import grouped_queries
 from fewbit.models.decoding.graph import Compiled, Graph
-from fewbit.models.decoding.loop import Loop, takes
+from fewbit.models.decoding.loop import Loop, can_serve
 
 _CLOSE = 0.05  # relative distance of logits in bfloat16, summed over more positions
 # The argument that holds the cache, which transformers renamed in 5.24. A call with the old name warns there.
 _PREPARES = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _PREPARES else "past_key_values"
-# Ways to generate that have, or ask for, a cache of another kind.
+# Arguments of `generate` that bring or need another cache.
 _OTHERS = (
     "cache",
     "past_key_values",
@@ -53,16 +53,16 @@ def checked_length(length: Any, context: int, shown: str) -> int:
 
 
 def within(model: Any, length: int, *, compile: bool = False) -> None:
-    """From now on `model.generate` uses a static cache of `length` tokens, prompt included, for greedy search and
-    sampling; PlanError where a text would grow beyond it. Beams, and callers that bring a cache, generate as before.
+    """Make `model.generate` use a static cache of `length` tokens, prompt included, for greedy search and sampling.
 
-    compile: a step is compiled by PyTorch before it is recorded, which takes long, and again for each size of a batch.
+    `generate` then raises PlanError if a text would become longer. Beam search, and calls with their own cache, work as
+    before. compile: compile the step with PyTorch before it is recorded. This takes long, for each batch size again.
     """
     model.generate = Decoder(model, length, compile=compile).generate
 
 
 class Decoder:
-    """A model's `generate` over one static cache, which is kept from call to call."""
+    """A model's `generate` with one static cache, which later calls use again."""
 
     def __init__(self, model: Any, length: int, *, compile: bool = False) -> None:
         self.model, self.length, self.compile = model, length, compile
@@ -73,31 +73,31 @@ class Decoder:
         self.quick: Callable[..., Any] | None = None  # a step's forward, compiled or not
         self.used = 0
         self.key: tuple[Any, ...] = ()
-        self.static: bool | None = None  # whether the model can be given a static cache, once that has been tried
+        self.static: bool | None = None  # whether the model works with a static cache; None before the test
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.GenerationMixin.generate`."""
         config = kwargs.get("generation_config") or self.model.generation_config
-        asked = {**vars(config), **{key: value for key, value in kwargs.items() if value is not None}}
+        requested = {**vars(config), **{key: value for key, value in kwargs.items() if value is not None}}
         if (
-            any(asked.get(key) is not None for key in _OTHERS)
-            or (asked.get("num_beams") or 1) > 1
-            or asked.get("use_cache") is False
+            any(requested.get(key) is not None for key in _OTHERS)
+            or (requested.get("num_beams") or 1) > 1
+            or requested.get("use_cache") is False
         ):
             return self.plain(*args, **kwargs)
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         prompt = ids.shape[1] if isinstance(ids, Tensor) else 1
-        self._check(prompt, asked.get("max_new_tokens"), asked.get("max_length"))
-        self._renew(ids.shape[0] if isinstance(ids, Tensor) else 1, asked.get("num_return_sequences") or 1)
+        self._check(prompt, requested.get("max_new_tokens"), requested.get("max_length"))
+        self._renew(ids.shape[0] if isinstance(ids, Tensor) else 1, requested.get("num_return_sequences") or 1)
         self.used, forward = 0, self.model.forward
         hooked = "forward" in self.model.__dict__
 
-        @wraps(forward)  # its signature tells `generate` what to prepare
+        @wraps(forward)  # `generate` reads the signature to prepare arguments
         def step(*given: Any, **named: Any) -> Any:
             return self._step(forward, *given, **named)
 
         given = {**kwargs, CACHE: self.cache, "disable_compile": True}
-        if len(args) < 2 and isinstance(self.cache, StaticCache) and takes(self.model, asked):
+        if len(args) < 2 and isinstance(self.cache, StaticCache) and can_serve(self.model, requested):
             self.loop = self.loop or Loop(self._quick(forward), self.cache, self.length)
             given["custom_generate"] = self.loop.writer(kwargs.get("streamer"), self._empty)
         self.model.forward = step
@@ -129,15 +129,15 @@ class Decoder:
             )
 
     def _renew(self, batch: int, copies: int) -> None:
-        """An empty cache: the one that is there, if it was made for such a batch and under such a mode."""
+        """Empty the cache if it fits the batch size, mode, device, dtype and modules; else make a new one."""
         mode = torch.is_inference_mode_enabled()
         key = (batch * copies, mode, self.model.device, self.model.dtype, _wiring(self.model))
         if self.static is None:
-            self.static = self.model.device.type == "cuda" and takes_static(self.model, self.plain)
+            self.static = self.model.device.type == "cuda" and supports_static_cache(self.model, self.plain)
         if self.cache is not None and self.key == key and all(type(x) in _EMPTIED for x in self.cache.layers):
             self.cache.reset()
         else:
-            self.graph = self.loop = self.quick = None  # they write to the cache that they were made with
+            self.graph = self.loop = self.quick = None  # they hold the old cache
             made = static(self.model, self.length) if self.static else None
             self.cache, self.key = made or reserved(self.model, self.length), key
 
@@ -155,14 +155,14 @@ class Decoder:
 
 
 def _wiring(model: Any) -> tuple[Any, ...]:
-    """What a recorded step has frozen besides tensors: which modules there are, and which adapters of theirs serve."""
+    """What a recorded step fixes besides tensors: the modules of the model, and their active adapters."""
     held = [(id(module), vars(module)) for module in model.modules()]
     used = ("_active_adapter", "_disable_adapters", "merged_adapters")  # PEFT's layers
     return tuple((place, *(str(own[name]) for name in used if name in own)) for place, own in held)
 
 
 class ReservedLayer(DynamicLayer):
-    """A cache layer of transformers' that grows, in memory that is there from the start."""
+    """A growing cache layer of transformers, in memory for `length` tokens that is allocated once."""
 
     def __init__(self, length: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -193,15 +193,15 @@ class ReservedLayer(DynamicLayer):
 
 
 def reserved(model: Any, length: int) -> DynamicCache:
-    """A cache of `length` tokens of which attention sees what is filled."""
+    """A cache for `length` tokens. Attention reads only the filled part."""
     cache = DynamicCache(config=model.config)
     cache.layers = [ReservedLayer(length) if type(layer) in _GROWING else layer for layer in cache.layers]
     return cache
 
 
 def static(model: Any, length: int) -> StaticCache | None:
-    """A cache of `length` tokens that attention sees whole, so that a graph can be recorded; None where layers of
-    another kind keep more than keys and values."""
+    """A cache for `length` tokens that attention reads as a whole, so that a graph can be recorded. None if the model
+    has layers that cache more than keys and values."""
     cache = StaticCache(config=model.config, max_cache_len=length)
     if not all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in cache.layers):
         return None
@@ -209,13 +209,13 @@ def static(model: Any, length: int) -> StaticCache | None:
     return cache
 
 
-# Layers of a sliding window are replaced too: the mask knows of the window, and they count in Python's numbers, which a
-# graph would freeze.
+# Sliding-window layers are replaced too. The mask already applies the window, and these layers count tokens in Python
+# integers, which a graph would freeze.
 _GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
-def takes_static(model: Any, generate: Callable[..., Any]) -> bool:
-    """Whether the model's steps are the same in a static cache, tried on a few tokens; if not, a warning says so."""
+def supports_static_cache(model: Any, generate: Callable[..., Any]) -> bool:
+    """Whether the model gives the same logits with a static cache, tested on a few tokens. A warning if it does not."""
     logits, size = [], 8
     for cache in (reserved(model, size), static(model, size)):
         if cache is None:
@@ -232,7 +232,7 @@ def takes_static(model: Any, generate: Callable[..., Any]) -> bool:
                 disable_compile=True,
                 **options,
             )
-        except Exception as error:  # whatever a model's own code meets in a mask or cache it was not written for
+        except Exception as error:  # a model's own code can raise anything with a cache that it was not written for
             warnings.warn(f"no CUDA graph: this model fails with a static cache ({error!r:.200})", stacklevel=2)
             return False
         logits.append(torch.stack(done.logits).float())
@@ -242,11 +242,11 @@ def takes_static(model: Any, generate: Callable[..., Any]) -> bool:
     return distance <= _CLOSE
 
 
-_EMPTIED = (ReservedLayer, StaticLayer)  # by their `reset`
+_EMPTIED = (ReservedLayer, StaticLayer)  # layers that `reset` empties
 
 
 class StepGraph:
-    """One decoding step that transformers prepares, as a graph on copies of what it is given."""
+    """One decoding step with the inputs that transformers prepares, as a graph on copies of these inputs."""
 
     def __init__(self, forward: Callable[..., Any], device: torch.device) -> None:
         self.forward, self.device = forward, device
@@ -267,7 +267,7 @@ class StepGraph:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The tensors among a call's arguments, those in dicts (a mask for each kind of layer) too, in order."""
+    """The tensors among a call's arguments, in order, including those in dicts (one mask for each kind of layer)."""
     if isinstance(value, Tensor):
         return [value]
     return [tensor for inner in value.values() for tensor in _tensors(inner)] if type(value) is dict else []

@@ -1,7 +1,7 @@
-"""Fusing a loaded model's projections: q, k and v into one multiplication, gate and up into one.
+"""Fuse projections of a loaded model: q, k and v into one multiplication, gate and up into another.
 
-Which linears read the same tensor is found by running one token through the model with linears that only note their
-input. Blocks that hold the same linears are taken to be wired alike, so those on other devices are not run.
+One token runs through the model, with linears that only record their input. This shows which linears read the same
+tensor. Blocks with the same linears are assumed to be wired alike, so blocks on other devices do not run.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Groups = list[tuple[str, ...]]
 
 
 class _Elsewhere(Exception):
-    """The next block lies on another device."""
+    """The next block is on another device."""
 
 
 def fuse(model: Any) -> Groups:
-    """Fuse in place what can be; the names of the linears of each group. A warning says which could not, and why."""
+    """Fuse linears in place. Returns the names of each fused group. Warnings name the groups that cannot be fused."""
     fused: Groups = []
     refused: dict[str, list[str]] = {}
     for group in shared_inputs(model):
@@ -48,8 +48,8 @@ def fuse(model: Any) -> Groups:
 
 
 def shared_inputs(model: Any) -> Groups:
-    """Quantized linears of the model's blocks that read one tensor, by name, in the order in which they read it."""
-    alike: dict[tuple[str, ...], Groups] = {}  # the linears of a block -> its groups, by their names in the block
+    """Groups of quantized linears in blocks that read the same tensor: their names, in the order of their calls."""
+    alike: dict[tuple[str, ...], Groups] = {}  # names of a block's linears -> groups of names
     groups: Groups = []
     readers = _readers(model)
     blocks = {block: _linears(model.get_submodule(block)) for block in find_blocks(model)}
@@ -67,8 +67,8 @@ def _linears(block: nn.Module) -> tuple[str, ...]:
 
 
 def _readers(model: Any) -> Groups:
-    """For each tensor that quantized linears read in one step, their names; without linears that are called twice."""
-    seen: dict[int, tuple[Tensor, list[str]]] = {}  # holding the tensors keeps their ids apart
+    """For each tensor that quantized linears read in a step, their names. Linears called twice are left out."""
+    seen: dict[int, tuple[Tensor, list[str]]] = {}  # keeps the tensors alive, so that their ids stay unique
     calls: dict[str, int] = {}
 
     def note(name: str, linear: QLinear) -> Callable[[Tensor], Tensor]:
@@ -87,9 +87,9 @@ def _readers(model: Any) -> Groups:
 
 @contextmanager
 def _noting(model: Any, note: Callable[[str, QLinear], Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Within, the quantized linears only note what they read, and the model stops before a block on another device."""
+    """Inside this context, quantized linears only record their input. The model stops at a block on another device."""
     linears = {n: m for n, m in model.named_modules() if isinstance(m, QLinear) and not isinstance(m, Slice)}
-    before = {name: linear.__dict__.get("forward") for name, linear in linears.items()}  # where a hook put one
+    before = {name: linear.__dict__.get("forward") for name, linear in linears.items()}  # set if a hook has replaced it
     home: set[torch.device] = set()
 
     def stop(block: nn.Module, *_: Any) -> None:

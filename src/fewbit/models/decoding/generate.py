@@ -1,4 +1,4 @@
-"""Continuing a text with a loaded model, through transformers' own `generate`."""
+"""Continue a text with a loaded model, through transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ _GREEDY = Sampling()
 @brief
 @dataclass(frozen=True)
 class Continuation:
-    """What came after a prompt, which `str` gives; how many tokens, and seconds until the first and from it to the
-    last."""
+    """The generated text, which `str` returns.
+
+    tokens: number of new tokens. to_first: seconds until the first token. after_first: seconds from the first token to
+    the last.
+    """
 
     text: str
     tokens: int
@@ -42,19 +45,19 @@ class Continuation:
 
     @property
     def rate(self) -> float | None:
-        """Tokens a second after the first; None where there was only one."""
+        """Tokens per second after the first token; None if there is only one."""
         return (self.tokens - 1) / self.after_first if self.tokens > 1 else None
 
 
 class _Clock(BaseStreamer):
-    """When each token came; passes it on to `shown`."""
+    """Records the time of each token, and passes the token on to `shown`."""
 
     def __init__(self, shown: BaseStreamer | None) -> None:
         self.shown = shown
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        value = value.cpu()  # a GPU's token is there when it has been copied
+        value = value.cpu()  # waits for the GPU
         self.times.append(time.perf_counter())
         if self.shown is not None:
             self.shown.put(value)
@@ -65,7 +68,10 @@ class _Clock(BaseStreamer):
 
 
 def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tensor:
-    """Token ids [1, n] of a prompt, or of a user's message in the model's chat template."""
+    """Token ids [1, n] of a prompt; with `chat`, of a user message in the model's chat template.
+
+    PlanError if the prompt is empty or not valid Unicode, or if the chat template is missing or fails.
+    """
     if reason := unwritable(prompt):
         raise PlanError(f"the prompt: {reason}", "Give the prompt in UTF-8.")
     if chat:
@@ -74,7 +80,7 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tensor:
         message = [{"role": "user", "content": prompt}]
         try:
             prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of the model's author: it may raise anything
+        except Exception as error:  # a template is code of the model's author: it can raise anything
             raise PlanError(f"the model's chat template refuses the prompt: {error}", "Leave out `chat`.") from error
     ids: Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"].long()
     if not ids.numel():
@@ -84,7 +90,7 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tensor:
 
 @contextmanager
 def _one_text(model: Any) -> Iterator[None]:
-    """Within, the model generates by as much of its generation_config as makes sense for one text of a given length."""
+    """Inside this context, the model uses only the settings `_KEPT` of its generation_config."""
     owner = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = owner.generation_config
     kept = {name: value for name in _KEPT if (value := getattr(before, name, None)) is not None}
@@ -104,10 +110,10 @@ def continue_text(
     sampling: Sampling = _GREEDY,
     stream: bool = False,
 ) -> Continuation:
-    """The new text, printed as it comes if `stream`.
+    """Generate up to `max_new_tokens` after `ids` [1, n]. stream: print the text while it is generated.
 
-    Of generation_config.json the tokens that end a text, penalties and limits of sampling count. Beams, several
-    answers, stop strings, forced tokens and lengths do not: one text comes, token by token.
+    From generation_config.json, special tokens, suppressed tokens, penalties and sampling limits apply. Beams, multiple
+    sequences, stop strings, forced tokens and lengths are ignored: the result is one text, token by token.
     """
     ids = ids.to(model.device)
     end = model.generation_config.eos_token_id
@@ -123,7 +129,7 @@ def continue_text(
             streamer=clock,
             **sampling.options(),
         )
-    start, first, *_ = clock.times  # the prompt is passed on before anything is computed
+    start, first, *_ = clock.times  # the streamer gets the prompt before any computation
     return Continuation(
         text=str(tokenizer.decode(out[0][ids.shape[1] :], skip_special_tokens=True)),
         tokens=len(clock.times) - 1,

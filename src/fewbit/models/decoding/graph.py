@@ -1,4 +1,4 @@
-"""Work on fixed memory, faster the second time: recorded as a CUDA graph, and compiled before that on request."""
+"""Record a function on fixed memory as a CUDA graph, and optionally compile it first."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fewbit.errors import PlanError
 
 
 class Graph:
-    """A function without arguments that reads and writes the same memory whenever it is called.
+    """A function without arguments that reads and writes the same memory in every call.
 
-    On a GPU it is run for the first calls, so that all that is made once is made, then recorded as a CUDA graph, and
-    replayed from then on; what it returned in the recording is returned each time. One that cannot be recorded is run,
-    after a warning, and so is everything on a CPU.
+    On a GPU, the `first` calls run normally, so that one-time setup is done. The next call records a CUDA graph, and
+    later calls replay it. Each replay returns the objects that the recording returned. On a CPU, and (after a warning)
+    where recording fails, every call runs normally.
     """
 
     def __init__(self, function: Callable[[], Any], device: torch.device, *, first: int = 1) -> None:
@@ -37,7 +37,7 @@ class Graph:
         try:
             with torch.cuda.graph(graph):
                 self.out = self.function()
-        except RuntimeError as error:  # something in the step waits for the GPU
+        except RuntimeError as error:  # some operation in the step waits for the GPU
             self.possible = False
             reason = str(error).strip().splitlines()[0][:200]
             warnings.warn(f"a step of this model cannot be recorded as a CUDA graph: {reason}", stacklevel=2)
@@ -47,7 +47,7 @@ class Graph:
 
 
 def check_compile(device: Any, fuse: int | None) -> None:
-    """PlanError unless a step can be compiled: it is the step of a fused model, on a GPU."""
+    """PlanError unless a step can be compiled: this needs a fused model on an NVIDIA GPU."""
     if fuse is None:
         raise PlanError("`compile` without `fuse`", "Only the step of a fused model is compiled: give both.")
     if str(device).partition(":")[0] not in ("cuda", "auto") or not torch.cuda.is_available():
@@ -55,10 +55,10 @@ def check_compile(device: Any, fuse: int | None) -> None:
 
 
 class Compiled:
-    """A model's forward, compiled by PyTorch at its first call for the shapes it has there.
+    """A model's forward, compiled by PyTorch at the first call, for the shapes of that call.
 
-    Where operations are fused, values between them are rounded as they are one by one (`emulate_precision_casts`), so
-    that texts stay the same. A model that cannot be compiled runs as before, after a warning.
+    Fused operations round intermediate values as separate operations do (`emulate_precision_casts`), so that generated
+    texts stay the same. A model that cannot be compiled runs uncompiled, after a warning.
     """
 
     def __init__(self, forward: Callable[..., Any], cache: Any) -> None:
@@ -78,10 +78,10 @@ class Compiled:
             out = quick(**kwargs)
             self.quick = quick
             return out
-        except Exception as error:  # whatever a tracer, a code generator and a foreign compiler meet
+        except Exception as error:  # tracer, code generator and C compiler can raise anything
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             warnings.warn(f"this model runs without being compiled: {reason}", stacklevel=2)
-        for layer, length in lengths:  # as they were before a part of the step had been run
+        for layer, length in lengths:  # undo the part of the step that has run
             layer.cumulative_length.copy_(length)
         self.quick = self.forward
         return self.forward(**kwargs)

@@ -1,9 +1,9 @@
-"""Writing one token after another, for greedy search and plain sampling in a static cache.
+"""A decoding loop for greedy search and plain sampling with a static cache.
 
-`transformers.GenerationMixin.generate` prepares everything and hands over where it would start its own loop. Of a step
-of greedy search all is on the GPU, in one CUDA graph: the model, the choice of a token, and what the next step reads.
-The host only says "again", and looks at the tokens some steps late, so that the GPU never waits for it. In sampling the
-graph ends at the logits, and transformers' own warpers follow. What goes beyond that is left to transformers' loop.
+`transformers.GenerationMixin.generate` prepares everything, and calls this loop instead of its own. A step of greedy
+search is one CUDA graph: the model, the choice of the token, and the inputs of the next step. The host only launches
+the graph, and reads the tokens some steps later, so that the GPU never waits for the host. In sampling, the graph ends
+at the logits, and transformers' logits warpers follow. All other requests use transformers' loop.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from fewbit.models.decoding.graph import Graph
 
-AHEAD = 2  # steps that the GPU has been given when the host looks at a token
-ROWS = 128  # steps whose masks are made at once
-# Of each row's logits, and of nothing else, these make a distribution.
+AHEAD = 2  # steps that are launched before the host reads a token
+ROWS = 128  # steps for which masks are prepared at once
+# These depend on a row's logits only, not on its token ids.
 _WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
-# What the loop takes to be transformers' own; a model that has another way to do it has its reasons.
+# Methods that the loop replaces or relies on. A model that overrides one of them keeps transformers' loop.
 _OWN = (
     "prepare_inputs_for_generation",
     "_update_model_kwargs_for_generation",
@@ -37,7 +37,7 @@ _OWN = (
     "_prefill",
     "_sample",
 )
-# Arguments of `generate` that ask for another loop, or that `generate` does not hand on to one.
+# Arguments of `generate` that need another loop, or that `generate` does not pass on to a loop.
 _OTHERS = (
     "assistant_model",
     "constraints",
@@ -53,15 +53,15 @@ _OTHERS = (
 )
 
 
-Tables = dict[tuple[str, ...], Tensor]  # by the name of an argument, and the kind of layer where it has several
+Tables = dict[tuple[str, ...], Tensor]  # key: argument name, and kind of layer if there are several
 
 
-def takes(model: Any, asked: dict[str, Any]) -> bool:
-    """Whether a model's `generate`, called with `asked`, may be given `Loop` to write the tokens."""
+def can_serve(model: Any, requested: dict[str, Any]) -> bool:
+    """Whether `Loop` can write the tokens for a call of the model's `generate` with the arguments `requested`."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return (
         not distributed
-        and all(asked.get(key) is None or asked[key] is False for key in _OTHERS)
+        and all(requested.get(key) is None or requested[key] is False for key in _OTHERS)
         and all(_is_own(model, name) for name in _OWN)
         and not (model._forward_hooks or model._forward_pre_hooks)
         and not model.config.is_encoder_decoder
@@ -74,15 +74,15 @@ def _is_own(model: Any, name: str) -> bool:
 
 
 class Loop:
-    """The loop over one static cache. forward: a step's, compiled or not. The graphs are kept from text to text."""
+    """The loop over one static cache. forward: of one step, compiled or not. Later texts use the same graphs."""
 
     def __init__(self, forward: Callable[..., Any], cache: Any, length: int) -> None:
         self.forward, self.cache, self.length = forward, cache, length
         self.step: Step | None = None
-        self.possible = True  # whether masks are such that they can be made for steps to come
+        self.possible = True  # whether masks can be prepared for later steps
 
     def writer(self, streamer: Any, again: Callable[[], None]) -> Callable[..., Any]:
-        """What `generate` takes as `custom_generate`; it calls `again` where transformers' loop starts from nothing."""
+        """The `custom_generate` argument of `generate`. It calls `again` before transformers' loop starts over."""
 
         def write(
             model: Any,
@@ -123,30 +123,30 @@ class Loop:
     def _write(
         self, model: Any, ids: Tensor, warpers: Any, criteria: Any, config: Any, streamer: Any, kwargs: dict[str, Any]
     ) -> Tensor | None:
-        """The tokens of `ids` and those that follow; None, and nothing streamed, where a step's inputs are unlike any
-        known."""
+        """Token ids [rows, tokens] of the prompt and the generated text. None, with nothing streamed, if the model has
+        inputs that cannot be prepared for later steps."""
         ends = [int(token) for one in criteria[1:] for token in one.eos_token_id.flatten().tolist()]
         inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
         logits = model(**inputs, return_dict=True).logits[:, -1].to(copy=True, dtype=torch.float32)
-        coming = Coming(model, ids, kwargs)
-        if (tables := coming.tables()) is None:
+        upcoming = UpcomingInputs(model, ids, kwargs)
+        if (tables := upcoming.tables()) is None:
             self.possible = False
             return None
-        if self.step is None or not self.step.fits(coming.fixed, tables):
-            self.step = Step(self.forward, coming.fixed, tables, (len(ids), self.length), logits.shape[-1])
+        if self.step is None or not self.step.fits(upcoming.fixed, tables):
+            self.step = Step(self.forward, upcoming.fixed, tables, (len(ids), self.length), logits.shape[-1])
         choose = _sampler(warpers, ids) if config.do_sample else None
         self.step.begin(ends, config.pad_token_id)
         self.step.take(choose(logits) if choose else greatest(logits))
         watch = Watch(criteria.max_length - ids.shape[1], self.step.token[:, 0], ends, streamer)
         with model._optimize_model_for_decode():
-            count = _go_on(self.step, watch, coming, tables, choose)
+            count = _decode(self.step, watch, upcoming, tables, choose)
         if streamer is not None:
             streamer.end()
         return torch.cat([ids, self.step.written[:, :count]], dim=-1)
 
 
 def greatest(logits: Tensor) -> Tensor:
-    """The first greatest of each row [rows, vocabulary], as `argmax`; a GPU does it sooner part by part."""
+    """`argmax` of each row [rows, vocabulary], the first one of equal values. Faster on a GPU, as it works by parts."""
     parts = 64
     if logits.shape[1] % parts:
         return logits.argmax(-1)
@@ -156,39 +156,39 @@ def greatest(logits: Tensor) -> Tensor:
     return found.squeeze(1)
 
 
-Choice = Callable[[Tensor], Tensor]  # of logits [rows, vocabulary], the tokens [rows]
+Choice = Callable[[Tensor], Tensor]  # from logits [rows, vocabulary] to tokens [rows]
 
 
-def _go_on(step: Step, watch: Watch, coming: Coming, tables: Tables, choose: Choice | None) -> int:
-    """Write what follows the first token, until all rows have ended or there is no more room: how many there are."""
+def _decode(step: Step, watch: Watch, upcoming: UpcomingInputs, tables: Tables, choose: Choice | None) -> int:
+    """Write all tokens after the first, until all rows have ended or the limit is reached. Returns the token count."""
     watch.note()
-    count, over = 1, watch.over(0)
-    while count < watch.new and not over:
+    count, finished = 1, watch.finished(0)
+    while count < watch.new and not finished:
         if (count - 1) % ROWS == 0:
-            step.refill(tables if count == 1 else coming.tables())
+            step.refill(tables if count == 1 else upcoming.tables())
         step.run(choose)
         count += 1
         watch.note()
-        over = watch.over(AHEAD)
-    watch.over(0)
+        finished = watch.finished(AHEAD)
+    watch.finished(0)
     return watch.ended or count
 
 
 def _sampler(warpers: LogitsProcessorList, ids: Tensor) -> Choice:
-    """One token for each row of logits, drawn as transformers draws it."""
+    """A function that samples one token for each row of logits, as transformers does."""
 
     def choose(logits: Tensor) -> Tensor:
-        scores: Tensor = warpers(ids, logits)  # type: ignore[arg-type]  # none of `_WARPERS` looks at the ids
+        scores: Tensor = warpers(ids, logits)  # type: ignore[arg-type]  # `_WARPERS` ignore the ids
         return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
 
     return choose
 
 
-class Coming:
-    """What the model is given in the steps that come, ROWS at once, as transformers prepares it.
+class UpcomingInputs:
+    """The inputs of the next ROWS steps, as transformers prepares them.
 
-    `fixed` is the same in each step; `tables` differ: a row of each, in its second last dimension where it is a mask
-    and in its last where it is a position, belongs to a step.
+    `fixed` holds inputs that are the same in each step. `tables` holds masks and positions: each step uses one index of
+    the second last dimension of a mask, and of the last dimension of positions.
     """
 
     def __init__(self, model: Any, ids: Tensor, kwargs: dict[str, Any]) -> None:
@@ -197,7 +197,7 @@ class Coming:
         self.fixed: dict[str, Any] = {}
 
     def tables(self) -> Tables | None:
-        """Of the next ROWS steps; None where there is something that is neither mask nor position."""
+        """The tables of the next ROWS steps. None if an input is neither mask nor position."""
         self.kwargs = self.model._update_model_kwargs_for_generation({}, self.kwargs, num_new_tokens=ROWS)
         inputs = self.model.prepare_inputs_for_generation(self.ids, next_sequence_length=ROWS, **self.kwargs)
         del inputs["input_ids"]
@@ -217,9 +217,9 @@ def _side(key: tuple[str, ...]) -> int:
 
 
 class Step:
-    """One decoding step on memory of its own, which each step leaves as the next one needs it.
+    """One decoding step on its own memory. Each step prepares this memory for the next one.
 
-    token: [rows, 1], the last. written: [rows, length], all of them. done: [rows], which have ended.
+    token: [rows, 1], the last token. written: [rows, length], all new tokens. done: [rows], whether a row has ended.
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class Step:
         self.logits = Graph(self._logits, device, first=2)
 
     def fits(self, fixed: dict[str, Any], tables: Tables) -> bool:
-        """Whether it was made for such inputs."""
+        """Whether the step was made for inputs of these shapes, dtypes and fixed values."""
         same = fixed.keys() == self.fixed.keys() and all(fixed[k] is v or fixed[k] == v for k, v in self.fixed.items())
         return (
             same
@@ -251,7 +251,7 @@ class Step:
         )
 
     def begin(self, ends: list[int], pad: int | None) -> None:
-        """For a new text: rows end with any of `ends`, and go on with `pad`, else with the first of `ends`."""
+        """Start a new text. A row ends at any token of `ends`, and is then padded with `pad`, else with `ends[0]`."""
         for tensor in (self.done, self.at, self.ends):
             tensor.zero_()
         known = [token for token in ends if 0 <= token < len(self.ends)]
@@ -260,14 +260,14 @@ class Step:
             self.pad.fill_(ends[0] if pad is None else pad)
 
     def refill(self, tables: Tables | None) -> None:
-        """Before each ROWS steps."""
+        """Load the tables of the next ROWS steps."""
         assert tables is not None
         self.row.zero_()
         for key, table in tables.items():
             self.tables[key].copy_(table)
 
     def run(self, choose: Choice | None) -> None:
-        """One step more: greedy, or by `choose`, of logits [rows, vocabulary]."""
+        """Run one step. `choose` maps logits [rows, vocabulary] to tokens; None for greedy search."""
         if choose is None:
             self.greedy()
         else:
@@ -286,7 +286,7 @@ class Step:
         return logits[:, -1].to(copy=True, dtype=torch.float32)
 
     def take(self, chosen: Tensor) -> None:
-        """Write the tokens [rows] that were chosen, in rows that have not ended."""
+        """Write the chosen tokens [rows]. Rows that have ended get the padding token."""
         token = torch.where(self.done, self.pad, chosen)
         self.done.logical_or_(self.ends[token])
         self.token.copy_(token[:, None])
@@ -295,26 +295,26 @@ class Step:
 
 
 class Watch:
-    """The host's view of the tokens: whether all rows have ended, and what a streamer is given.
+    """Reads tokens on the host, to detect that all rows have ended and to feed a streamer.
 
-    It copies them without waiting, and looks at those whose copy has been made. Where nothing can end and nobody reads
-    along, it does nothing.
+    Tokens are copied asynchronously, and read after their copy is done. Without end tokens and streamer, it does
+    nothing.
     """
 
     def __init__(self, new: int, token: Tensor, ends: list[int], streamer: Any) -> None:
         self.new, self.token, self.streamer = new, token, streamer
-        self.wanted = bool(ends) or streamer is not None
+        self.active = bool(ends) or streamer is not None
         self.gpu = token.device.type == "cuda"
         self.copies = torch.empty(
-            new if self.wanted else 0, len(token), dtype=torch.long, pin_memory=self.gpu, device="cpu"
+            new if self.active else 0, len(token), dtype=torch.long, pin_memory=self.gpu, device="cpu"
         )
         self.events: deque[Any] = deque()
         self.noted = self.seen = self.ended = 0
         self.ends, self.alive = set(ends), set(range(len(token)))
 
     def note(self) -> None:
-        """Copy the tokens of a step that has been asked for."""
-        if not self.wanted:
+        """Start to copy the tokens of the step that was launched last."""
+        if not self.active:
             return
         self.copies[self.noted].copy_(self.token, non_blocking=True)
         self.noted += 1
@@ -323,9 +323,9 @@ class Watch:
             event.record()
             self.events.append(event)
 
-    def over(self, ahead: int) -> bool:
-        """Look at all but the last `ahead` copies, wait for those; whether all rows have ended, `ended` says when."""
-        while self.seen < self.noted - ahead and not self.ended:
+    def finished(self, lag: int) -> bool:
+        """Read all but the last `lag` copies, waiting for them. True if all rows have ended, after `ended` tokens."""
+        while self.seen < self.noted - lag and not self.ended:
             if self.gpu:
                 self.events.popleft().synchronize()
             row = self.copies[self.seen]

@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""The settings of sampling, with their checks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from fewbit.checks import MAX_SEED, integer, invalid, number
 class Sampling:
     """How `generate` chooses each token: the most likely one at temperature 0, else a random one.
 
-    top_k: choose among the k most likely tokens, 0 for all. top_p: choose among the most likely tokens whose
-    probabilities add up to p, 1 for all. None: as generation_config.json says, else 50 and 1, as in transformers.
+    top_k: choose among the k most likely tokens; 0 for all. top_p: choose among the most likely tokens whose
+    probabilities add up to p; 1 for all. None takes the value in generation_config.json, else transformers' default (50
+    and 1). seed: random seed. ArgumentError for an invalid value.
     """
 
     temperature: float = 0.0
@@ -32,7 +33,7 @@ class Sampling:
             raise invalid("top_p", self.top_p, "a number above 0, up to 1")
         for name in ("top_k", "top_p"):
             if self.temperature == 0 and (value := getattr(self, name)) is not None:
-                raise invalid(name, value, "a temperature above 0 too: at 0 the most likely token always comes")
+                raise invalid(name, value, "a temperature above 0 with it: 0 always chooses the most likely token")
 
     def options(self) -> dict[str, Any]:
         """The arguments of transformers' `generate`."""

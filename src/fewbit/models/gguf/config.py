@@ -93,16 +93,16 @@ def extra_tensors(config: Any) -> dict[str, Tensor]:
 
 def to_config(file: GgufFile) -> dict[str, Any]:
     """What config.json would say for the model in `file`; FormatError where its keys and tensors contradict."""
-    said = _Metadata(file)
-    arch = said.architecture
+    keys = _Metadata(file)
+    arch = keys.architecture
     layers, hidden, heads = (
-        said.count("block_count"),
-        said.count("embedding_length"),
-        said.count("attention.head_count"),
+        keys.count("block_count"),
+        keys.count("embedding_length"),
+        keys.count("attention.head_count"),
     )
-    vocab, columns = said.shape("token_embd.weight")
-    if columns != hidden or said.layers != layers:
-        raise said.wrong(f"it has {said.layers} blocks {columns} wide, its keys say {layers} and {hidden}")
+    vocab, columns = keys.shape("token_embd.weight")
+    if columns != hidden or keys.layers != layers:
+        raise keys.wrong(f"it has {keys.layers} blocks {columns} wide, its keys say {layers} and {hidden}")
     config: dict[str, Any] = {
         "architectures": [arch.classes[0]],
         "model_type": arch.model_types[0],
@@ -110,37 +110,37 @@ def to_config(file: GgufFile) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
-        "max_position_embeddings": said.count("context_length"),
+        "max_position_embeddings": keys.count("context_length"),
         "tie_word_embeddings": "output.weight" not in file.entries,
         "dtype": _dtype(file),
-        **_special(said),
+        **_special(keys),
     }
     if arch.name == "gpt2":
-        return _gpt2(said, config)
-    kv = said.count("attention.head_count_kv", heads)
-    width = said.count("attention.key_length", hidden // heads if heads <= hidden else 1)
-    if said.count("attention.value_length", width) != width or heads % kv:
-        raise said.wrong(f"{heads} heads, {kv} for keys of {width}, are nothing that {arch.name} has")
-    rows = said.shape("blk.0.attn_qkv.weight" if arch.name == "phi3" else "blk.0.attn_q.weight")[0]
+        return _gpt2(keys, config)
+    kv = keys.count("attention.head_count_kv", heads)
+    width = keys.count("attention.key_length", hidden // heads if heads <= hidden else 1)
+    if keys.count("attention.value_length", width) != width or heads % kv:
+        raise keys.wrong(f"{heads} heads, {kv} for keys of {width}, are nothing that {arch.name} has")
+    rows = keys.shape("blk.0.attn_qkv.weight" if arch.name == "phi3" else "blk.0.attn_q.weight")[0]
     wanted = width * (heads + 2 * kv) if arch.name == "phi3" else width * heads
     if rows != wanted:
-        raise said.wrong(f"the queries have {rows} rows, {wanted} by its keys")
+        raise keys.wrong(f"the queries have {rows} rows, {wanted} by its keys")
     config |= {
         "num_key_value_heads": kv,
         "head_dim": width,
-        "intermediate_size": said.count("feed_forward_length"),
-        "rms_norm_eps": said.real("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": _rope(said, width),
+        "intermediate_size": keys.count("feed_forward_length"),
+        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": _rope(keys, width),
     }
     if arch.name in ("llama", "qwen3"):
         config["attention_bias"] = "blk.0.attn_q.bias" in file.entries
     if arch.name == "llama":
         config["mlp_bias"] = "blk.0.ffn_down.bias" in file.entries
     if arch.name == "phi3":
-        config["original_max_position_embeddings"] = said.count(
+        config["original_max_position_embeddings"] = keys.count(
             "rope.scaling.original_context_length", config["max_position_embeddings"]
         )
-    return config | _attention(said, config)
+    return config | _attention(keys, config)
 
 
 class _Metadata:
@@ -271,55 +271,55 @@ def _llama3(rope: Mapping[str, Any], width: int) -> Tensor:
     return factors
 
 
-def _rope(said: _Metadata, width: int) -> dict[str, Any]:
-    arch, entries = said.architecture.name, said.file.entries
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": said.real("rope.freq_base", 10000.0)}
-    turned = said.count("rope.dimension_count", width)
+def _rope(keys: _Metadata, width: int) -> dict[str, Any]:
+    arch, entries = keys.architecture.name, keys.file.entries
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base", 10000.0)}
+    turned = keys.count("rope.dimension_count", width)
     if turned != width:
         if arch != "phi3" or turned > width:
-            raise said.wrong(f"{turned} of {width} columns of a head are rotated, which {arch} does not do")
+            raise keys.wrong(f"{turned} of {width} columns of a head are rotated, which {arch} does not do")
         rope["partial_rotary_factor"] = turned / width
-    kind = said.get("rope.scaling.type")
+    kind = keys.get("rope.scaling.type")
     if "rope_freqs.weight" in entries:
-        rope |= _of_factors(said, rope["rope_theta"], width)
+        rope |= _of_factors(keys, rope["rope_theta"], width)
     elif "rope_factors_long.weight" in entries:
         rope |= {"rope_type": "longrope"}
         for which in ("long", "short"):
-            rope[f"{which}_factor"] = _factors(said, f"rope_factors_{which}.weight", turned // 2)
-        rope["original_max_position_embeddings"] = said.count("rope.scaling.original_context_length")
-        if said.get("rope.scaling.attn_factor") is not None:
-            rope["attention_factor"] = said.real("rope.scaling.attn_factor")
-    elif kind in ("linear", "yarn") or (kind is None and said.get("rope.scaling.factor") is not None):
-        rope |= {"rope_type": kind or "linear", "factor": said.real("rope.scaling.factor")}
+            rope[f"{which}_factor"] = _factors(keys, f"rope_factors_{which}.weight", turned // 2)
+        rope["original_max_position_embeddings"] = keys.count("rope.scaling.original_context_length")
+        if keys.get("rope.scaling.attn_factor") is not None:
+            rope["attention_factor"] = keys.real("rope.scaling.attn_factor")
+    elif kind in ("linear", "yarn") or (kind is None and keys.get("rope.scaling.factor") is not None):
+        rope |= {"rope_type": kind or "linear", "factor": keys.real("rope.scaling.factor")}
         if kind == "yarn":
-            rope["original_max_position_embeddings"] = said.count("rope.scaling.original_context_length")
+            rope["original_max_position_embeddings"] = keys.count("rope.scaling.original_context_length")
             for theirs, ours in (
                 ("yarn_attn_factor", "attention_factor"),
                 ("yarn_beta_fast", "beta_fast"),
                 ("yarn_beta_slow", "beta_slow"),
             ):
-                if said.get(f"rope.scaling.{theirs}") is not None:
-                    rope[ours] = said.real(f"rope.scaling.{theirs}")
+                if keys.get(f"rope.scaling.{theirs}") is not None:
+                    rope[ours] = keys.real(f"rope.scaling.{theirs}")
     elif kind not in (None, "none", "longrope"):
-        raise said.wrong(f"rope scaling of type {str(kind)[:80]!r} is not known")
+        raise keys.wrong(f"rope scaling of type {str(kind)[:80]!r} is not known")
     if arch != "gemma3":
         return rope
-    local = {"rope_type": "default", "rope_theta": said.real("rope.freq_base_swa", _SWA_THETA)}
+    local = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base_swa", _SWA_THETA)}
     return {"full_attention": rope, "sliding_attention": local}
 
 
-def _factors(said: _Metadata, name: str, length: int) -> list[float]:
-    entry = said.file.entries.get(name)
+def _factors(keys: _Metadata, name: str, length: int) -> list[float]:
+    entry = keys.file.entries.get(name)
     if entry is None or entry.shape != (length,) or entry.type != "f32":
-        raise said.wrong(f"{name} is no list of {length} numbers")
-    return [float(str(x)) for x in said.file.get(name).numpy()]
+        raise keys.wrong(f"{name} is no list of {length} numbers")
+    return [float(str(x)) for x in keys.file.get(name).numpy()]
 
 
-def _of_factors(said: _Metadata, theta: float, width: int) -> dict[str, Any]:
+def _of_factors(keys: _Metadata, theta: float, width: int) -> dict[str, Any]:
     """The llama3 scaling that gives these factors; a file has nothing but them."""
-    wanted = torch.tensor(_factors(said, "rope_freqs.weight", width // 2), dtype=torch.float32, device="cpu")
+    wanted = torch.tensor(_factors(keys, "rope_freqs.weight", width // 2), dtype=torch.float32, device="cpu")
     if not torch.isfinite(wanted).all() or (wanted < 1 - 1e-3).any():
-        raise said.wrong("rope_freqs.weight has factors below 1")
+        raise keys.wrong("rope_freqs.weight has factors below 1")
     if bool((wanted == 1).all()):
         return {}
     rope = {"rope_type": "llama3", "rope_theta": theta, "factor": float(str(wanted.max().numpy()))}
@@ -329,68 +329,68 @@ def _of_factors(said: _Metadata, theta: float, width: int) -> dict[str, Any]:
             # No frequency may lie where the factors still rise towards the largest: that then is not in the list.
             if torch.allclose(_llama3(rope, width), wanted, rtol=1e-3):
                 return rope
-    raise said.wrong("rope_freqs.weight holds factors of a scaling that is not llama3's")
+    raise keys.wrong("rope_freqs.weight holds factors of a scaling that is not llama3's")
 
 
-def _attention(said: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+def _attention(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     """Windows, caps and scales of attention."""
-    arch, layers, window = said.architecture.name, config["num_hidden_layers"], said.get("attention.sliding_window")
+    arch, layers, window = keys.architecture.name, config["num_hidden_layers"], keys.get("attention.sliding_window")
     if arch in ("llama", "phi3"):
         if not window:
             return {}
         changed = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]} if arch == "llama" else {}
-        return {"sliding_window": said.count("attention.sliding_window"), **changed}
+        return {"sliding_window": keys.count("attention.sliding_window"), **changed}
     if arch not in _SWA_PERIOD:
         return {}
     sliding = _usual(arch, layers)
-    pattern = said.get("attention.sliding_window_pattern")
+    pattern = keys.get("attention.sliding_window_pattern")
     if isinstance(pattern, np.ndarray):
         if len(pattern) != layers:
-            raise said.wrong(f"the pattern of sliding windows is of {len(pattern)} layers, not {layers}")
+            raise keys.wrong(f"the pattern of sliding windows is of {len(pattern)} layers, not {layers}")
         sliding = [bool(each) for each in pattern]
     elif pattern is not None:
-        period = said.count("attention.sliding_window_pattern")
+        period = keys.count("attention.sliding_window_pattern")
         sliding = [layer % period < period - 1 for layer in range(layers)]
     if arch == "gemma3" and not window:
         sliding = [False] * layers
     by_hidden = (arch, layers) in _SCALED_BY_HIDDEN
     scalar = config["hidden_size"] // config["num_attention_heads"] if by_hidden else config["head_dim"]
     found = {
-        "sliding_window": said.count("attention.sliding_window", 4096),
+        "sliding_window": keys.count("attention.sliding_window", 4096),
         "layer_types": ["sliding_attention" if each else "full_attention" for each in sliding],
         "query_pre_attn_scalar": scalar,
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
     }
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if (value := said.get(cap)) is not None and value != 0:
-            found[cap] = said.real(cap)
+        if (value := keys.get(cap)) is not None and value != 0:
+            found[cap] = keys.real(cap)
     return found
 
 
-def _gpt2(said: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
-    hidden, positions = config["hidden_size"], said.shape("position_embd.weight")
+def _gpt2(keys: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    hidden, positions = config["hidden_size"], keys.shape("position_embd.weight")
     renamed = {"num_hidden_layers": "n_layer", "hidden_size": "n_embd", "num_attention_heads": "n_head"}
     config = {renamed.get(key, key): value for key, value in config.items() if key != "max_position_embeddings"}
     if positions[1] != hidden or hidden % config["n_head"]:
-        raise said.wrong(
+        raise keys.wrong(
             f"{config['n_head']} heads and {positions[1]} columns of positions do not fit a width of {hidden}"
         )
-    inner = said.count("feed_forward_length")
+    inner = keys.count("feed_forward_length")
     return config | {
         "n_positions": positions[0],
         "n_inner": None if inner == 4 * hidden else inner,
-        "layer_norm_epsilon": said.real("attention.layer_norm_epsilon"),
+        "layer_norm_epsilon": keys.real("attention.layer_norm_epsilon"),
         "activation_function": "gelu_new",
     }
 
 
-def _special(said: _Metadata) -> dict[str, Any]:
+def _special(keys: _Metadata) -> dict[str, Any]:
     """Token ids; of those that end a text all."""
-    tokens = said.shape("token_embd.weight")[0]
+    tokens = keys.shape("token_embd.weight")[0]
 
     def found(name: str) -> int | None:
-        value = said.file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        value = keys.file.metadata.get(f"tokenizer.ggml.{name}_token_id")
         return value if isinstance(value, int) and 0 <= value < tokens else None
 
     ends = list(dict.fromkeys(i for i in map(found, ("eos", "eot", "eom")) if i is not None))

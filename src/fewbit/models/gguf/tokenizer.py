@@ -136,8 +136,8 @@ def to_tokenizer(file: GgufFile | Keys, **changes: Any) -> PreTrainedTokenizerFa
 
     changes: arguments of the tokenizer's constructor, in place of what the file says.
     """
-    said = _Vocabulary(file)
-    rstrip = said.rstrip()
+    vocabulary = _Vocabulary(file)
+    rstrip = vocabulary.rstrip()
     made = {
         "version": "1.0",
         "truncation": None,
@@ -145,29 +145,29 @@ def to_tokenizer(file: GgufFile | Keys, **changes: Any) -> PreTrainedTokenizerFa
         "added_tokens": [
             {
                 "id": i,
-                "content": said.tokens[i],
+                "content": vocabulary.tokens[i],
                 "single_word": False,
                 "lstrip": False,
                 "rstrip": i in rstrip,
                 "normalized": False,
-                "special": said.types[i] != USER_DEFINED,
+                "special": vocabulary.types[i] != USER_DEFINED,
             }
-            for i in said.added
+            for i in vocabulary.added
         ],
-        **(said.sentencepiece() if said.model == "llama" else said.byte_level()),
-        "post_processor": said.affixes(),
+        **(vocabulary.sentencepiece() if vocabulary.model == "llama" else vocabulary.byte_level()),
+        "post_processor": vocabulary.affixes(),
     }
     try:
         backend = Tokenizer.from_str(json.dumps(made))
     except Exception as error:  # tokenizers raises nothing more specific
-        raise said.wrong(f"its tokenizer cannot be built: {str(error)[:200]}") from None
-    named = {name: said.tokens[i] for name, i in said.special.items()}
+        raise vocabulary.wrong(f"its tokenizer cannot be built: {str(error)[:200]}") from None
+    named = {name: vocabulary.tokens[i] for name, i in vocabulary.special.items()}
     settings = {
         "clean_up_tokenization_spaces": False,
-        "model_max_length": said.context,
-        "chat_template": said.chat_template(),
+        "model_max_length": vocabulary.context,
+        "chat_template": vocabulary.chat_template(),
         **named,
-        **{key: value for key, value in said.settings.items() if key != "metaspace"},
+        **{key: value for key, value in vocabulary.settings.items() if key != "metaspace"},
     }
     make: Any = PreTrainedTokenizerFast  # whose constructor is not typed
     tokenizer = make(tokenizer_object=backend, **(settings | changes))

@@ -72,7 +72,7 @@ class FewbitQuantizer(HfQuantizer):
         method = str(getattr(quantization_config.quant_method, "value", quantization_config.quant_method))
         said: dict[str, Any] = {**quantization_config.to_dict(), "quant_method": method}
         if method == _AUTO_ROUND:
-            said = foreign.understood(said)
+            said = foreign.normalized(said)
             method = said["quant_method"]
         format = by_quant_method(method)
         if format is None:
@@ -151,7 +151,7 @@ class FewbitQuantizer(HfQuantizer):
         # As the file has it: config classes drop what they do not know, and a reader must not guess.
         stored = read_config(Path(checkpoint_files[0]).parent).get("quantization_config")
         if isinstance(stored, dict):
-            self.config = foreign.understood(stored)
+            self.config = foreign.normalized(stored)
             # So that what is saved says all of it too.
             kept: Any = self.quantization_config
             vars(kept).update({key: value for key, value in stored.items() if key not in vars(kept)})
