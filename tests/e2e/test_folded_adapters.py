@@ -198,7 +198,7 @@ def test_damaged_scales_are_refused(place: Path, tmp_path: Path, fewbit: Fewbit)
     adapter = shutil.copytree(place / "adapter-awq", tmp_path / "adapter")
     (adapter / "fewbit.scales").unlink()
     command = ("generate", place / "awq", "The", "--adapter", adapter)
-    check(fewbit(*command), 3, "does not hold the scales that fewbit.json")
+    check(fewbit(*command), 3, "does not contain the scales that fewbit.json")
     (adapter / "fewbit.scales").write_bytes(b"nothing")
     check(fewbit(*command), 3, "fewbit.scales (7 bytes) is no sound")
 

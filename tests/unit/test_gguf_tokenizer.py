@@ -97,11 +97,11 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "regex": (normalized(normalizers.Replace(Regex(" +"), " ")), "Replace"),
     "prepend": (normalized(normalizers.Prepend("x")), "Prepend"),
     "strip": (normalized(normalizers.Strip()), "Strip"),
-    "bos twice": (around(BOS, BOS, "A"), "puts tokens around a text"),
-    "pad before": (around(PAD, "A"), "puts tokens around a text"),
-    "eos before": (around(EOS, "A"), "puts tokens around a text"),
-    "bos after": (around("A", BOS), "puts tokens around a text"),
-    "tool between": (around(BOS, "<|tool|>", "A"), "puts tokens around a text"),
+    "bos twice": (around(BOS, BOS, "A"), "adds tokens around a text"),
+    "pad before": (around(PAD, "A"), "adds tokens around a text"),
+    "eos before": (around(EOS, "A"), "adds tokens around a text"),
+    "bos after": (around("A", BOS), "adds tokens around a text"),
+    "tool between": (around(BOS, "<|tool|>", "A"), "adds tokens around a text"),
     "lstrip": (flagged(lstrip=True), "the spaces before them .lstrip: <|tool|>"),
     "rstrip": (flagged(rstrip=True), "the spaces after them .rstrip: <|tool|>"),
     "single word": (flagged(single_word=True), "whole words .single_word: <|tool|>"),
@@ -162,7 +162,7 @@ def test_llama_cpp_knows_the_tokens_of_phi3_by_name(name: str) -> None:
     assert read(keys(original, name))("a<think>  b")["input_ids"] == original("a<think>  b")["input_ids"]
     with pytest.raises(PlanError, match="rstrip"):
         check(original, keys(original, "model"))
-    with pytest.raises(PlanError, match="by the name of the model"):
+    with pytest.raises(PlanError, match="because of the model's name"):
         check(tokenizer(), keys(tokenizer(), name))
 
 

@@ -1,4 +1,4 @@
-"""What is in a model's files, read from their headers alone: schemes, shares, sizes, and how it was made."""
+"""Describe a model from the headers of its files: schemes, share of quantized weights, sizes, how it was made."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ _WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 @brief
 @dataclass(frozen=True)
 class Inspection:
-    """Bytes are those of tensors.
+    """The contents of a model's files. Byte counts cover tensors only.
 
-    `weights_bytes` counts quantized weights in their canonical parts and the rest as stored (a kernel may keep a little
-    more, such as scales in a second type); `file_bytes` is what the files hold. Bits per weight are of the quantized
-    weights and of the whole model.
+    schemes: scheme -> number of tensors. weights_bytes: quantized weights in canonical parts, the rest as stored (a
+    kernel may need a little more, such as scales in a second dtype). file_bytes: tensors in the files.
+    bits_per_weight: of the whole model. bits_per_weight_quantized: of the quantized weights, None without any.
+    made: fewbit's record of how it made the model; empty for other models.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Inspection:
 
 
 def describe(source: Source) -> Inspection:
-    """The inspection of a located model; FormatError where its files contradict its config."""
+    """Describe the model of `source`. FormatError if its files contradict its config."""
     if source.gguf is not None:
         return _of_gguf(source)
     config, checkpoint = source.config, Checkpoint(list(source.files))
@@ -91,9 +92,9 @@ def describe(source: Source) -> Inspection:
 
 
 def _of_another(source: Source, checkpoint: Checkpoint, method: str) -> Inspection:
-    """Of a model that another back end of transformers reads: what its config and its tensors' types tell.
+    """Describe a model that another back end of transformers reads, from its config and the dtypes of its tensors.
 
-    A parameter counts as quantized unless the file has it by its name, in its shape, in 16 bits or more.
+    A parameter counts as quantized, unless the file has a tensor of its name and shape with at least 16 bits.
     """
     if method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise FormatError(f"quantization method {method!r} is not one that fewbit or transformers reads")
@@ -102,7 +103,7 @@ def _of_another(source: Source, checkpoint: Checkpoint, method: str) -> Inspecti
         kind = AutoConfig.for_model(**config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(kind)
-    except Exception as error:  # a config can be wrong in as many ways as models read it
+    except Exception as error:  # a model's code can raise anything on a wrong config
         raise FormatError(f"{source.folder / 'config.json'} describes no causal LM: {error}") from None
     parameters = quantized = plain = 0
     count = 0
@@ -154,25 +155,25 @@ def _of_gguf(source: Source) -> Inspection:
 
 
 def _made(source: Source) -> dict[str, Any]:
-    """What fewbit recorded when it made the model; empty for others'."""
+    """The record that fewbit wrote when it made the model; empty for other models."""
     file = source.folder / "fewbit.json"
     try:
         return _checked(read_json(file), str(file))
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise FormatError(f"{file} is no record of how fewbit made a model: {error}") from None
+        raise FormatError(f"{file} is not a valid record of fewbit: {error}") from None
 
 
 def _of_keys(file: GgufFile) -> dict[str, Any]:
-    """The record in the keys of a GGUF file; empty for others'."""
+    """The record in the metadata of a GGUF file; empty for other models."""
     if (text := file.metadata.get(GGUF_RECORD)) is None:
         return {}
     where = f"{file.path}: {GGUF_RECORD}"
     try:
         return _checked(json.loads(text), where)
     except (ValueError, TypeError, RecursionError) as error:
-        raise FormatError(f"{where} is no JSON: {error}") from None
+        raise FormatError(f"{where} is not JSON: {error}") from None
 
 
 def _checked(record: Any, where: str) -> dict[str, Any]:
@@ -189,5 +190,5 @@ def _checked(record: Any, where: str) -> dict[str, Any]:
             if not isinstance(record[key], kind):
                 raise TypeError(f"{key} is {record[key]!r}")
     except (KeyError, TypeError) as error:
-        raise FormatError(f"{where} is no record of how fewbit made a model: {error}") from None
+        raise FormatError(f"{where} is not a valid record of fewbit: {error}") from None
     return dict(record)

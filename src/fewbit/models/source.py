@@ -1,4 +1,4 @@
-"""Where a model comes from: a local folder or GGUF file, a name of ours (tiny, smollm2), or the Hugging Face Hub."""
+"""Find a model: a local folder or GGUF file, a model of fewbit (tiny, smollm2), or one of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from fewbit.names import EMBEDDED
 from fewbit.system.files import read_json
 
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
-# Everything a causal LM in the Hugging Face layout can need, and no other framework's weights.
+# All files that a causal LM in the Hugging Face layout can need, without weights of other frameworks.
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm"]
 _PATTERNS += ["tokenizer.model*", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*", scales.FILE]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model's folder, the name the user gave, and its weight files (safetensors, or one GGUF file with its parts).
+    """A located model. All paths are absolute, because transformers, PEFT and other processes look in the working
+    directory first.
 
-    `name` is for messages. All paths are absolute: transformers, PEFT and other processes look at the working directory
-    first. `origin` is what was named; `folder` is another one, in the cache, where the weights came as a pickle. `gguf`
-    is the file where the model is one, as transformers' `gguf_file`.
+    name: the user's name for it, for messages. folder: the model's folder; for weights in a pickle, a converted copy in
+    the cache. files: the weight files (safetensors, or one GGUF file with its parts). origin: the path that the user
+    named. gguf: the path of the GGUF file, for transformers' `gguf_file`; None for other models.
     """
 
     name: str
@@ -42,48 +43,48 @@ class Source:
     files: tuple[Path, ...]
     origin: Path
     gguf: str | None = None
-    hosted: bool = False  # the name is one of ours or of the Hub, and no path
+    hosted: bool = False  # the name is a model of fewbit or the Hub, not a path
 
     @property
     def address(self) -> str:
-        """What `locate` finds this model by from any working directory."""
+        """A name with which `locate` finds this model from any working directory."""
         return self.name if self.hosted else str(self.origin)
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json as it is, or as it would be for a GGUF file."""
+        """The content of config.json; for a GGUF file, the equivalent from its metadata."""
         return read_config(self.folder) if self.gguf is None else deepcopy(_config_of(self.files[0]))
 
     @property
     def beside(self) -> Path:
-        """The folder of the files that go with the weights. Of weights that came as a pickle it is not `folder`."""
+        """The folder with the tokenizer and other side files. For weights in a pickle, this is not `folder`."""
         return self.origin if self.origin.is_dir() else self.folder
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `from_pretrained` wants to know besides the folder."""
+        """Further arguments of `from_pretrained`, besides the folder."""
         return {} if self.gguf is None else {"gguf_file": self.gguf}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights that config.json states; bfloat16 where it states none, or another."""
+        """The dtype in config.json: float16, float32 or bfloat16. bfloat16 if it is missing or another."""
         config = self.config
         name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
         return {"float16": torch.float16, "float32": torch.float32}.get(name, torch.bfloat16)
 
     @property
     def context(self) -> int:
-        """Tokens that the model can look back on; 2048 where config.json states none."""
+        """The context length in tokens; 2048 if config.json has none."""
         return self._stated("max_position_embeddings", "n_positions", "max_seq_len") or 2048
 
     @property
     def rows(self) -> int | None:
-        """Rows of the token embedding; None where config.json does not say."""
+        """Rows of the token embedding; None if config.json has no vocab_size."""
         return self._stated("vocab_size")
 
     def _stated(self, *keys: str) -> int | None:
-        """The first of the keys that config.json has, for the whole model or for its text; FormatError if that is no
-        number of things."""
+        """The value of the first of `keys` in config.json, or in its text_config. FormatError if it is no integer
+        above 0."""
         config = self.config
         inner = config.get("text_config")
         for stated in (config, inner if isinstance(inner, dict) else {}):
@@ -91,13 +92,13 @@ class Source:
                 if (found := stated.get(key)) is None:
                     continue
                 if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-                    raise FormatError(f"{self.folder / 'config.json'}: {key} is {found!r}, not a number from 1")
+                    raise FormatError(f"{self.folder / 'config.json'}: {key} is {found!r}, not an integer above 0")
                 return found
         return None
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """The quantization_config of config.json; None where the model is not quantized."""
+        """The quantization_config of config.json, with the keys of fewbit's formats; None for unquantized models."""
         if self.gguf is not None:
             return {"quant_method": "gguf"}
         if (found := self.config.get("quantization_config")) is None:
@@ -109,9 +110,11 @@ class Source:
 
 
 def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
-    """The model called `name`, its files found and their headers sound; PlanError or FormatError otherwise.
+    """Find the model `name` and its files, and check their headers.
 
-    A string can be a name of ours, such as tiny; a `Path` never is, so that a folder called tiny is within reach.
+    A string can name a model of fewbit, such as tiny. A `Path` always means a file or folder, even one called tiny.
+    safetensors_only: refuse weights in pickle files. PlanError if there is no such model, FormatError if its files are
+    malformed.
     """
     path = names.path_of(name)
     if path is not None and path.is_file() and is_gguf(path):
@@ -134,15 +137,17 @@ def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
 
 
 def outlined(name: str | Path) -> Source:
-    """The model called `name`, of which no weights need be here: a config.json, a folder that holds one, or a Hub name,
-    of which that file alone is downloaded. Weights that are here are found, unless as pickles; PlanError or FormatError
-    otherwise."""
+    """Find the model `name`, with or without weights: a config.json, a folder with a config.json, or a Hub name.
+
+    From the Hub, only config.json is downloaded. Local weights are found, except pickles. PlanError if there is no such
+    model, FormatError if its files are malformed.
+    """
     path = names.path_of(name)
     if path is None:
         return locate(name)
     if path.is_file() and path.suffix == ".json":
         if path.name != "config.json":
-            raise PlanError(f"model {name}: that is no config.json", "Give the folder, or its config.json.")
+            raise PlanError(f"model {name}: this is not a config.json", "Give the folder, or its config.json.")
         read_config(path.parent)
         return Source(str(name), path.parent, (), path.parent)
     if (
@@ -165,7 +170,7 @@ def _of_gguf(name: str, path: Path, origin: Path) -> Source:
 
 
 def _only_gguf(folder: Path) -> Path | None:
-    """The GGUF file of a folder that has no other, of a split one the first part; FormatError where there are more."""
+    """The only GGUF file of a folder, or the first part of a split one. FormatError if there are several."""
     files = [file for file in sorted(folder.glob("*.gguf")) if not is_later_part(file)]
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:5])
@@ -174,7 +179,7 @@ def _only_gguf(folder: Path) -> Path | None:
 
 
 def _config_of(path: Path) -> dict[str, Any]:
-    """The config of a GGUF file, whose vocabulary is not to be read each time that something asks for a size."""
+    """The config of a GGUF file, cached: to read the file's vocabulary takes long."""
     return _read_config_of(path, path.stat().st_mtime_ns)
 
 
@@ -184,7 +189,7 @@ def _read_config_of(path: Path, changed: int) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder; FormatError where it is missing or is no JSON object."""
+    """The content of a folder's config.json. FormatError if it is missing or not a JSON object."""
     try:
         config = read_json(folder / "config.json")
     except FileNotFoundError:
@@ -192,12 +197,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise FormatError(f"{folder / 'config.json'}: {error}") from None
     if not isinstance(config, dict):
-        raise FormatError(f"{folder / 'config.json'} holds no JSON object")
+        raise FormatError(f"{folder / 'config.json'} does not contain a JSON object")
     return foreign.completed(config, folder)
 
 
 def _weights_name(config: dict[str, Any]) -> str | None:
-    """The name of the weight file, or of its index, where config.json or AutoGPTQ's settings give one."""
+    """The name of the weight file, or of its index, if config.json or AutoGPTQ's settings give one."""
     name = config.get("transformers_weights")
     return name if isinstance(name, str) and Path(name).name == name else None
 
@@ -208,7 +213,7 @@ def _folder(name: str, path: Path | None, safetensors_only: bool) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise PlanError(f"model {name}: that is a file", "Give a .gguf file, or the folder that holds config.json.")
+        raise PlanError(f"model {name}: this is a file", "Give a .gguf file, or the folder that holds config.json.")
     names.check(name)
     return _download(name, safetensors_only)
 
@@ -223,11 +228,11 @@ def _download(name: str, safetensors_only: bool, patterns: list[str] = _PATTERNS
         if isinstance(error, OSError) and error.errno in _NO_PLACE:
             at = f" ({error.filename})" if error.filename else ""
             raise PlanError(
-                f"model {name}: it cannot be saved in the cache of the Hub: {error.strerror}{at}",
-                "Set HF_HOME to a folder that can be written and has room.",
+                f"model {name}: cannot save it in the cache of the Hub: {error.strerror}{at}",
+                "Set HF_HOME to a writable folder with enough free space.",
             ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PlanError(
-            f"model {name}: no such folder here, and the Hub did not give it: {reason}",
+            f"model {name}: no such folder here, and the download from the Hub failed: {reason}",
             f"Check the name and the connection, or use a local folder or the embedded model {EMBEDDED!r}.",
         ) from None

@@ -1,13 +1,14 @@
-"""What feeds which linear in a block, found by looking and not listed by architecture.
+"""Find which norm or linear feeds which linear in a block, by experiment instead of by architecture.
 
-A norm feeds the linears whose input *is* its output tensor. A linear feeds another where doubling some of its rows
-doubles some of the other's columns and leaves the rest: v does that to o (grouped queries included), up to down, and
-fc1 to fc2 where a ReLU lies between. Doubling is exact in floating point, so an answer is yes or no. Which column
-belongs to which row is asked in as many passes as row numbers have bits: in pass b, rows whose number has bit b are
-doubled. Rows of a fused projection that do more than scale (q, k and gate) are set aside by halving; where attention
-mixes them in, the first position is looked at, which attends to itself alone.
+A norm feeds the linears whose input *is* its output tensor. A linear feeds another one if doubling some of its rows
+doubles some of the other's input columns, and leaves the rest unchanged. v feeds o this way (with grouped queries too),
+up feeds down, and fc1 feeds fc2 if a ReLU is between them. Doubling is exact in floating point, so the answer is yes or
+no. To find the row of each column takes as many passes as row numbers have bits: pass b doubles the rows whose number
+has bit b. In a fused projection, some rows do more than scale (q, k and gate); repeated halving excludes them. If
+attention mixes them in, only the first position is compared, which attends to itself alone.
 
-All this is a guess from one batch of random states; whoever folds scales into a link checks the block's output.
+The result is a guess from one batch of random states. Code that folds scales into a link has to check the block's
+output.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-_HALVINGS = 3  # of the rows of a fused projection
-_SAME = 1e-3  # relative distance within which a column counts as doubled, or as it was
+_HALVINGS = 3  # how often the rows of a fused projection are halved
+_SAME = 1e-3  # relative distance up to which a column counts as doubled, or as unchanged
 
 
 @dataclass(frozen=True)
 class Link:
-    """The columns of `readers` are fed by channels of `source`, all named within the block.
+    """Channels of `source` feed the input columns of `readers`. All names are relative to the block.
 
-    channel [K]: the channel (a norm's weight, a linear's row) that feeds each column, -1 for none that may be scaled.
-    offset: a norm multiplies by weight + offset (Gemma's by 1 + w); None where the source is a linear.
+    channel: int64 [K], the channel (index of a norm's weight, or row of a linear) that feeds each column; -1 if no
+    channel can be scaled. offset: a norm multiplies by weight + offset (Gemma's by 1 + w); None if the source is a
+    linear.
     """
 
     source: str
@@ -39,7 +41,7 @@ class Link:
 
 
 def find_links(block: nn.Module, run: Callable[[], object]) -> list[Link]:
-    """The links of a block whose forward pass is `run`, in the order in which their readers run."""
+    """The links of a block, in the order in which their readers run. `run` is the forward pass of the block."""
     linears: dict[str, nn.Module] = {name: m for name, m in block.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     links, order = _fed_by_norms(block, linears, run)
     before = _inputs(linears, run)
@@ -49,7 +51,7 @@ def find_links(block: nn.Module, run: Callable[[], object]) -> list[Link]:
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight [N, K], to be written through; GPT-2's Conv1D keeps it transposed."""
+    """The weight as a writable view [N, K]; GPT-2's Conv1D stores it transposed."""
     assert isinstance(linear.weight, Tensor)
     return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
 
@@ -57,8 +59,8 @@ def weight_of(linear: nn.Module) -> Tensor:
 def _fed_by_norms(
     block: nn.Module, linears: dict[str, nn.Module], run: Callable[[], object]
 ) -> tuple[list[Link], list[str]]:
-    """A link for each norm whose output linears read; and the linears in the order in which they ran."""
-    outputs: dict[int, tuple[str, Tensor]] = {}  # the tensors are kept, so that no two have the same id
+    """One link for each norm whose output linears read, and the names of all linears in the order of their calls."""
+    outputs: dict[int, tuple[str, Tensor]] = {}  # keeps the tensors alive, so that their ids stay unique
     readers: dict[str, list[str]] = {}
     order: list[str] = []
 
@@ -92,13 +94,13 @@ def _fed_by_norms(
 
 
 def _vector(module: nn.Module) -> tuple[int, ...]:
-    """The shape of a module's own weight where that is a vector, else nothing."""
+    """The shape of the module's weight if it is a vector, else ()."""
     weight = getattr(module, "weight", None)
     return tuple(weight.shape) if isinstance(weight, Tensor) and weight.dim() == 1 else ()
 
 
 def _offset(norm: nn.Module) -> float | None:
-    """What a norm adds to its weight before multiplying by it: 0 or 1, told by doubling; None if neither."""
+    """What a norm adds to its weight before the multiplication: 0 or 1, found by doubling; None if neither."""
     weight, bias = norm.weight, getattr(norm, "bias", None)
     assert isinstance(weight, Tensor)
     x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(
@@ -119,7 +121,7 @@ def _offset(norm: nn.Module) -> float | None:
 def _fed_by_rows(
     source: str, order: list[str], linears: dict[str, nn.Module], before: dict[str, Tensor], run: Callable[[], object]
 ) -> Iterator[Link]:
-    """The link from rows of `source` to columns of the first linear that they reach, if there is one."""
+    """The link from rows of `source` to columns of the first linear that they affect, if there is one."""
     later = order[order.index(source) + 1 :]
     weight, bias = weight_of(linears[source]), linears[source].bias
 
@@ -155,7 +157,7 @@ def _fed_by_rows(
 
 
 def _scalable(rows: Tensor, times: Callable[[Tensor], Tensor], halvings: int) -> Tensor:
-    """Those of `rows` that only scale what they reach, found by halving."""
+    """The subset of `rows` that only scale the reader's input, found by halving."""
     if (times(rows) > 0).all():
         return rows
     if not halvings or len(rows) < 2:
@@ -164,7 +166,7 @@ def _scalable(rows: Tensor, times: Callable[[Tensor], Tensor], halvings: int) ->
 
 
 def _channels(rows: Tensor, times: Callable[[Tensor], Tensor]) -> Tensor:
-    """The row that feeds each column, or -1."""
+    """The row that feeds each column, -1 if there is none."""
     linear = times(rows) == 2
     number = torch.zeros(len(linear), dtype=torch.long, device="cpu")
     for bit in range(max(1, (len(rows) - 1).bit_length())):
@@ -176,7 +178,7 @@ def _channels(rows: Tensor, times: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _times(before: Tensor, after: Tensor) -> Tensor:
-    """2 for each column that doubled, 1 for each that stayed, 0 for each that did something else."""
+    """For each column: 2 if it doubled, 1 if it is unchanged, else 0."""
     before, after = before.reshape(-1, before.shape[-1]), after.reshape(-1, after.shape[-1])
     size = _SAME * before.norm(dim=0)
     stayed, twice = ((after - factor * before).norm(dim=0) <= size for factor in (1, 2))
@@ -192,7 +194,7 @@ def _first_position(x: Tensor) -> Tensor:
 
 
 def _inputs(linears: dict[str, nn.Module], run: Callable[[], object]) -> dict[str, Tensor]:
-    """What each linear reads first."""
+    """The input of the first call of each linear."""
     found: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:

@@ -8,14 +8,14 @@
     rms_norm_eps                                      a.attention.layer_norm_rms_epsilon
     rope_parameters: rope_theta                       a.rope.freq_base
       linear, yarn                                    a.rope.scaling.*
-      llama3                                          no key, but the tensor rope_freqs.weight [head_dim / 2]: what each
-                                                      frequency is divided by
+      llama3                                          no key, but the tensor rope_freqs.weight [head_dim / 2]: the
+                                                      divisor of each frequency
       longrope                                        the tensors rope_factors_long.weight and rope_factors_short.weight
     sliding_window, layer_types                       a.attention.sliding_window, ..._pattern
     tie_word_embeddings                               whether there is no tensor output.weight
 
-What a file cannot say is refused when it is written: llama.cpp would compute something else. What it says is compared
-with the shapes of its tensors before a model is built from it.
+Writing raises an error for a config that a file cannot express, because llama.cpp would compute something else. Reading
+compares the keys with the shapes of the tensors before a model is built.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.gguf.names import ARCHITECTURES, Architecture, architecture
 
-_ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh", "gemma3": "gelu_pytorch_tanh", "gpt2": "gelu_new"}  # of others: silu
-_SWA_PERIOD = {"gemma2": 2, "gemma3": 6}  # of so many layers the last attends to all, where no pattern is stated
-_SWA_THETA = 10000.0  # of layers with a window, in gemma3
-_SCALED_BY_HIDDEN = {("gemma2", 46), ("gemma3", 62)}  # sizes whose queries llama.cpp scales by hidden / heads
+_ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh", "gemma3": "gelu_pytorch_tanh", "gpt2": "gelu_new"}  # others: silu
+_SWA_PERIOD = {"gemma2": 2, "gemma3": 6}  # every n-th layer has full attention, if the file has no pattern
+_SWA_THETA = 10000.0  # RoPE base of gemma3's layers with a sliding window
+_SCALED_BY_HIDDEN = {("gemma2", 46), ("gemma3", 62)}  # llama.cpp scales their queries by hidden / heads
 _LONGEST = 1 << 31
 
 
 def to_metadata(config: Any, name: str) -> dict[str, Any]:
-    """Keys and values for a model of transformers' `config` called `name`; PlanError where no file can say it."""
+    """Keys and values for a model of transformers' `config`, named `name`. PlanError if no file can express it."""
     arch = architecture(config.model_type)
     _refuse(config, arch.name)
     heads, rope = config.num_attention_heads, _rope_of(config)
@@ -77,7 +77,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
 
 
 def extra_tensors(config: Any) -> dict[str, Tensor]:
-    """Tensors of the file, float32, that are no weights of the model: factors of the rotary frequencies."""
+    """Tensors of the file, float32, that are not weights of the model: divisors of the rotary frequencies."""
     rope = _rope_of(config)
     kind = rope.get("rope_type", "default")
     if kind == "llama3":
@@ -92,7 +92,7 @@ def extra_tensors(config: Any) -> dict[str, Tensor]:
 
 
 def to_config(file: GgufFile) -> dict[str, Any]:
-    """What config.json would say for the model in `file`; FormatError where its keys and tensors contradict."""
+    """The content of config.json for the model in `file`. FormatError if its keys and tensors contradict each other."""
     keys = _Metadata(file)
     arch = keys.architecture
     layers, hidden, heads = (
@@ -102,7 +102,7 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     )
     vocab, columns = keys.shape("token_embd.weight")
     if columns != hidden or keys.layers != layers:
-        raise keys.wrong(f"it has {keys.layers} blocks {columns} wide, its keys say {layers} and {hidden}")
+        raise keys.wrong(f"it has {keys.layers} blocks of width {columns}, but its keys say {layers} and {hidden}")
     config: dict[str, Any] = {
         "architectures": [arch.classes[0]],
         "model_type": arch.model_types[0],
@@ -120,11 +120,11 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     kv = keys.count("attention.head_count_kv", heads)
     width = keys.count("attention.key_length", hidden // heads if heads <= hidden else 1)
     if keys.count("attention.value_length", width) != width or heads % kv:
-        raise keys.wrong(f"{heads} heads, {kv} for keys of {width}, are nothing that {arch.name} has")
+        raise keys.wrong(f"{arch.name} cannot have {heads} heads with {kv} key-value heads of width {width}")
     rows = keys.shape("blk.0.attn_qkv.weight" if arch.name == "phi3" else "blk.0.attn_q.weight")[0]
     wanted = width * (heads + 2 * kv) if arch.name == "phi3" else width * heads
     if rows != wanted:
-        raise keys.wrong(f"the queries have {rows} rows, {wanted} by its keys")
+        raise keys.wrong(f"the queries have {rows} rows, but its keys require {wanted}")
     config |= {
         "num_key_value_heads": kv,
         "head_dim": width,
@@ -144,7 +144,7 @@ def to_config(file: GgufFile) -> dict[str, Any]:
 
 
 class _Metadata:
-    """The keys of a file under its architecture's name, with the type and range that they must have."""
+    """Typed access to a file's keys under its architecture's name. FormatError for a wrong type or range."""
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
@@ -152,38 +152,38 @@ class _Metadata:
         if not isinstance(name, str) or name not in ARCHITECTURES:
             raise FormatError(
                 f"{file.path}: architecture {str(name)[:80]!r} is not one that fewbit loads",
-                f"Those that are: {', '.join(sorted(ARCHITECTURES))}.",
+                f"Supported architectures: {', '.join(sorted(ARCHITECTURES))}.",
             )
         self.architecture: Architecture = ARCHITECTURES[name]
         blocks = {entry.split(".", 2)[1] for entry in file.entries if entry.startswith("blk.") and entry.count(".") > 1}
         self.layers = len(blocks)
 
     def wrong(self, what: str) -> FormatError:
-        return FormatError(f"{self.file.path}: {what}", "The file is damaged, or of a kind that is not known yet.")
+        return FormatError(f"{self.file.path}: {what}", "The file is damaged, or of an unsupported kind.")
 
     def get(self, key: str) -> Any:
         return self.file.metadata.get(f"{self.architecture.name}.{key}")
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A whole number above 0; one for all layers where there is an array."""
+        """An integer above 0. An array with one equal entry per layer counts as this entry."""
         value = self.get(key)
         if isinstance(value, np.ndarray) and 0 < len(value) == self.layers and (value == value[0]).all():
             value = value[0].item()
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LONGEST:
-            raise self.wrong(f"{self.architecture.name}.{key} is {str(value)[:80]}, no number above 0")
+            raise self.wrong(f"{self.architecture.name}.{key} is {str(value)[:80]}, not an integer above 0")
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
-        """A finite number, in the shortest decimals that are the same float32: 1e-05, not 9.999999747378752e-06."""
+        """A finite number, as the shortest decimal of the same float32: 1e-05, not 9.999999747378752e-06."""
         value = self.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self.wrong(f"{self.architecture.name}.{key} is {str(value)[:80]}, no number")
+            raise self.wrong(f"{self.architecture.name}.{key} is {str(value)[:80]}, not a finite number")
         return float(str(np.float32(value)))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a matrix that must be there."""
+        """The shape of a required matrix."""
         entry = self.file.entries.get(name)
         if entry is None or len(entry.shape) != 2:
             raise self.wrong(f"it has no matrix {name}")
@@ -196,12 +196,12 @@ def _refuse(config: Any, arch: str) -> None:
     if act != wanted:
         raise PlanError(f"llama.cpp runs {arch} with {wanted} in its MLP; this model has {act}")
     if arch == "gpt2" and (config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights):
-        raise PlanError("llama.cpp runs gpt2 with attention scaled as usual; this model has another scale")
+        raise PlanError("llama.cpp runs gpt2 with the usual scale of attention; this model has another scale")
     if (scalar := getattr(config, "query_pre_attn_scalar", None)) is not None:
         by_hidden = (arch, config.num_hidden_layers) in _SCALED_BY_HIDDEN
         wanted = config.hidden_size // config.num_attention_heads if by_hidden else config.head_dim
         if scalar != wanted:
-            raise PlanError(f"llama.cpp scales the queries of {arch} by {wanted}; this model asks for {scalar}")
+            raise PlanError(f"llama.cpp scales the queries of {arch} by {wanted}; this model needs {scalar}")
     if arch == "gemma2" and not config.tie_word_embeddings:
         raise PlanError("llama.cpp runs gemma2 with an output head tied to the embedding; this model has its own")
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
@@ -210,7 +210,7 @@ def _refuse(config: Any, arch: str) -> None:
 
 
 def _rope_of(config: Any) -> dict[str, Any]:
-    """The rotary parameters, those of full attention where there are two kinds of layers."""
+    """The rotary parameters; those of full attention if there are two kinds of layers."""
     found = getattr(config, "rope_parameters", None) or {}
     return dict(found.get("full_attention", found))
 
@@ -228,7 +228,7 @@ def _scaling(config: Any, rope: Mapping[str, Any]) -> dict[str, Any]:
             "rope.scaling.attn_factor": float(rope.get("attention_factor") or stretched),
         }
     if kind not in ("linear", "yarn"):
-        raise PlanError(f"rope scaling of type {kind!r} is nothing that a GGUF file can state")
+        raise PlanError(f"a GGUF file cannot express rope scaling of type {kind!r}")
     found: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     if kind == "yarn":
         found["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
@@ -245,7 +245,7 @@ def _scaling(config: Any, rope: Mapping[str, Any]) -> dict[str, Any]:
 def _window(config: Any, arch: str) -> dict[str, Any]:
     types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if window is None or (types is not None and "sliding_attention" not in types):
-        return {"attention.sliding_window": 0} if arch == "phi3" else {}  # where a missing key means another model
+        return {"attention.sliding_window": 0} if arch == "phi3" else {}  # without it, llama.cpp sees another model
     found: dict[str, Any] = {"attention.sliding_window": window}
     if arch in _SWA_PERIOD:
         sliding = [kind == "sliding_attention" for kind in types or ()]
@@ -262,7 +262,7 @@ def _usual(arch: str, layers: int) -> list[bool]:
 
 
 def _llama3(rope: Mapping[str, Any], width: int) -> Tensor:
-    """What each of the `width` / 2 rotary frequencies is divided by, float32."""
+    """The divisor of each of the `width` / 2 rotary frequencies, float32."""
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     frequencies = 1.0 / (rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width))
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
@@ -277,7 +277,7 @@ def _rope(keys: _Metadata, width: int) -> dict[str, Any]:
     turned = keys.count("rope.dimension_count", width)
     if turned != width:
         if arch != "phi3" or turned > width:
-            raise keys.wrong(f"{turned} of {width} columns of a head are rotated, which {arch} does not do")
+            raise keys.wrong(f"{turned} of {width} columns of a head are rotated, which {arch} does not support")
         rope["partial_rotary_factor"] = turned / width
     kind = keys.get("rope.scaling.type")
     if "rope_freqs.weight" in entries:
@@ -301,7 +301,7 @@ def _rope(keys: _Metadata, width: int) -> dict[str, Any]:
                 if keys.get(f"rope.scaling.{theirs}") is not None:
                     rope[ours] = keys.real(f"rope.scaling.{theirs}")
     elif kind not in (None, "none", "longrope"):
-        raise keys.wrong(f"rope scaling of type {str(kind)[:80]!r} is not known")
+        raise keys.wrong(f"rope scaling of type {str(kind)[:80]!r} is unknown")
     if arch != "gemma3":
         return rope
     local = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base_swa", _SWA_THETA)}
@@ -311,12 +311,12 @@ def _rope(keys: _Metadata, width: int) -> dict[str, Any]:
 def _factors(keys: _Metadata, name: str, length: int) -> list[float]:
     entry = keys.file.entries.get(name)
     if entry is None or entry.shape != (length,) or entry.type != "f32":
-        raise keys.wrong(f"{name} is no list of {length} numbers")
+        raise keys.wrong(f"{name} is not a list of {length} float32 numbers")
     return [float(str(x)) for x in keys.file.get(name).numpy()]
 
 
 def _of_factors(keys: _Metadata, theta: float, width: int) -> dict[str, Any]:
-    """The llama3 scaling that gives these factors; a file has nothing but them."""
+    """The parameters of llama3 scaling that give the file's factors; a file does not store the parameters."""
     wanted = torch.tensor(_factors(keys, "rope_freqs.weight", width // 2), dtype=torch.float32, device="cpu")
     if not torch.isfinite(wanted).all() or (wanted < 1 - 1e-3).any():
         raise keys.wrong("rope_freqs.weight has factors below 1")
@@ -326,14 +326,14 @@ def _of_factors(keys: _Metadata, theta: float, width: int) -> dict[str, Any]:
     for high in (4.0, 2.0, 8.0, 16.0, 32.0):
         for original in (1 << power for power in range(5, 21)):
             rope |= {"low_freq_factor": 1.0, "high_freq_factor": high, "original_max_position_embeddings": original}
-            # No frequency may lie where the factors still rise towards the largest: that then is not in the list.
+            # Fails if no frequency is low enough to reach the full factor: the list then lacks it.
             if torch.allclose(_llama3(rope, width), wanted, rtol=1e-3):
                 return rope
-    raise keys.wrong("rope_freqs.weight holds factors of a scaling that is not llama3's")
+    raise keys.wrong("rope_freqs.weight contains factors of a scaling other than llama3's")
 
 
 def _attention(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Windows, caps and scales of attention."""
+    """Sliding windows, logit softcaps and query scale of attention."""
     arch, layers, window = keys.architecture.name, config["num_hidden_layers"], keys.get("attention.sliding_window")
     if arch in ("llama", "phi3"):
         if not window:
@@ -346,7 +346,7 @@ def _attention(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     pattern = keys.get("attention.sliding_window_pattern")
     if isinstance(pattern, np.ndarray):
         if len(pattern) != layers:
-            raise keys.wrong(f"the pattern of sliding windows is of {len(pattern)} layers, not {layers}")
+            raise keys.wrong(f"the pattern of sliding windows has {len(pattern)} layers, not {layers}")
         sliding = [bool(each) for each in pattern]
     elif pattern is not None:
         period = keys.count("attention.sliding_window_pattern")
@@ -386,7 +386,7 @@ def _gpt2(keys: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _special(keys: _Metadata) -> dict[str, Any]:
-    """Token ids; of those that end a text all."""
+    """Ids of special tokens. eos_token_id is a list if several tokens end a text."""
     tokens = keys.shape("token_embd.weight")[0]
 
     def found(name: str) -> int | None:
@@ -402,7 +402,7 @@ def _special(keys: _Metadata) -> dict[str, Any]:
 
 
 def _dtype(file: GgufFile) -> str:
-    """That of most numbers which are stored as such: matrices in 16 bits, else float32."""
+    """The dtype of the unquantized weights: that of most bytes of matrices if it has 16 bits, else float32."""
     sizes: dict[str, int] = {}
     for entry in file.entries.values():
         if len(entry.shape) == 2:

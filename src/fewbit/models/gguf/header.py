@@ -1,16 +1,16 @@
-"""All that a GGUF file of a model needs besides its weights: what `formats.gguf.GgufWriter` is given first.
+"""Everything that a model's GGUF file contains besides its weights. `GgufWriter` needs it first.
 
-    head = header.of(config, tokenizer, "org/model")          # PlanError where no file can hold them
+    head = header.of(config, tokenizer, "org/model")          # PlanError if no GGUF file can store them
     entries = head.entries({"model.norm.weight": ("f32", (64,)), ...})     # transformers' names: type, shape [N, K]
     with GgufWriter(path, head.metadata | {"general.file_type": 15}, entries) as writer:
         for name, tensor in head.extra.items():
-            writer.add(name, tensor)                          # rotary factors, no weights
+            writer.add(name, tensor)                          # rotary factors, not weights
         route = head.routes["model.layers.0.self_attn.q_proj.weight"]
         writer.add(route.name, blocks if route.rows is None else blocks[route.rows])     # uint8 [N, bytes of a row]
-        writer.add(norm.name, norm.to_file(tensor).float())   # vectors are float32 in every file
+        writer.add(norm.name, norm.to_file(tensor).float())   # vectors are always float32
 
-A linear's weight is [N, K] here as everywhere in fewbit: `Route.transposed` concerns only tensors as Conv1D has them.
-Of tied embeddings only `token_embd.weight` is written.
+A linear's weight is [N, K], as everywhere in fewbit. `Route.transposed` only concerns tensors in Conv1D's layout. Of
+tied embeddings, only `token_embd.weight` is written.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ from fewbit.models.gguf.names import Route
 
 @dataclass(frozen=True)
 class Header:
-    """`metadata`: keys and values. `routes`: transformers' name -> where the tensor goes. `extra`: more tensors, by
-    their names in the file."""
+    """metadata: keys and values. routes: transformers' name -> `Route` of the tensor. extra: name in the file -> tensor
+    that is not a weight."""
 
     metadata: dict[str, Any]
     routes: dict[str, Route]
     extra: dict[str, Tensor]
 
     def entries(self, weights: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[Entry]:
-        """The tensors of the file, in llama.cpp's order: transformers' name -> type and shape as the file has it."""
+        """The tensor entries of the file, in llama.cpp's order. weights: transformers' name -> type and shape in the
+        file."""
         found = [Entry(name, "f32", tuple(tensor.shape)) for name, tensor in self.extra.items()]
         return found + [Entry(self.routes[name].name, kind, shape) for name, (kind, shape) in weights.items()]
 
 
 def of(config: Any, tokenizer: Any, name: str) -> Header:
-    """The header for a config and a tokenizer of transformers; PlanError where a GGUF file cannot hold them."""
+    """The header for a config and a tokenizer of transformers. PlanError if a GGUF file cannot store them."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else []
     metadata = gguf_config.to_metadata(config, Path(name).name or name)
     metadata |= gguf_tokenizer.to_metadata(tokenizer, config.vocab_size, ends)

@@ -1,19 +1,19 @@
-"""What a tensor is called in a GGUF file, and what is done to its numbers on the way, for each architecture.
+"""Names of tensors in a GGUF file, and the conversions of their values, for each architecture.
 
-transformers' names are those of the modules (`Skeleton.name_of`, `named_parameters`). Besides the name three things
-differ, none of which quantization sees:
+transformers' names are those of the modules (`Skeleton.name_of`, `named_parameters`). Besides the name, three things
+can differ. None of them affects quantization:
 
     rows        Llama's q and k: transformers rotates the halves of a head (i with i + d/2), llama.cpp neighbours (2i
-                with 2i + 1), so that row 2i + j of a head in the file is row i + j d/2 of the model's
-    transposed  GPT-2's Conv1D keeps [K, N], a file [N, K] as for every linear
-    shift       Gemma's norms multiply by 1 + w, a file has that sum
+                with 2i + 1). So row 2i + j of a head in the file is row i + j d/2 of the model's weight
+    transposed  GPT-2's Conv1D stores [K, N]; a file stores [N, K], as for every linear
+    shift       Gemma's norms multiply by 1 + w; a file stores this sum
 
-    route = routes(config)["model.layers.0.self_attn.q_proj.weight"]     # or KeyError: it is in no file
+    route = routes(config)["model.layers.0.self_attn.q_proj.weight"]     # KeyError: no file contains it
     route.name, route.rows                                               # "blk.0.attn_q.weight", int64 [N] or None
-    route.to_file(tensor), route.from_file(tensor)                       # either way, for weights that are numbers
-    blocks[route.rows]                                                   # for weights [N, K] quantized already
+    route.to_file(tensor), route.from_file(tensor)                       # both directions, for unquantized weights
+    blocks[route.rows]                                                   # for quantized weights [N, K]
 
-A row of blocks stands for a row of the weight, so permuting rows is exact in any type.
+A row of blocks encodes one row of the weight, so permuting rows is exact for every type.
 Source: gguf-py's name tables and llama.cpp's convert_hf_to_gguf.py.
 """
 
@@ -31,17 +31,17 @@ from fewbit.errors import PlanError
 
 @dataclass(frozen=True)
 class Route:
-    """Where a tensor of the model lies in the file, and how."""
+    """The name of a model's tensor in the file, and its conversion."""
 
     name: str
-    heads: int = 0  # where rows are permuted: how many heads they are
+    heads: int = 0  # number of heads whose rows are permuted, else 0
     transposed: bool = False
     shift: float = 0.0
-    count: int = 0  # rows, where they are permuted
+    count: int = 0  # number of permuted rows
 
     @property
     def rows(self) -> Tensor | None:
-        """Row i of the file is row `rows[i]` of the model's weight [N, K]; None where their order is the same."""
+        """Row i of the file is row `rows[i]` of the model's weight [N, K]; None if the order is the same."""
         if not self.heads:
             return None
         rows = torch.arange(self.count, dtype=torch.int64, device="cpu")
@@ -49,17 +49,17 @@ class Route:
 
     @property
     def rows_back(self) -> Tensor | None:
-        """Row i of the model's weight is row `rows_back[i]` of the file."""
+        """Row i of the model's weight is row `rows_back[i]` of the file; None if the order is the same."""
         return None if self.rows is None else self.rows.argsort()
 
     def to_file(self, tensor: Tensor) -> Tensor:
-        """The model's tensor as the file has it."""
+        """Convert a tensor of the model to the file's layout and values."""
         tensor = tensor.T if self.transposed else tensor
         tensor = tensor if self.rows is None else tensor[self.rows]
         return tensor.float() + self.shift if self.shift else tensor
 
     def from_file(self, tensor: Tensor) -> Tensor:
-        """The file's tensor as the model has it."""
+        """Convert a tensor of the file to the model's layout and values."""
         tensor = tensor if self.rows_back is None else tensor[self.rows_back]
         tensor = tensor.float() - self.shift if self.shift else tensor
         return tensor.T if self.transposed else tensor
@@ -67,9 +67,10 @@ class Route:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One that llama.cpp knows: its name, transformers' names for it, and what its tensors are called.
+    """An architecture of llama.cpp: its name, transformers' names for it, and the names of its tensors.
 
-    `model`: names outside the blocks; `block`: names inside one, without `.weight` and `.bias`.
+    model: module names outside blocks -> names in the file. block: the same for modules in a block. Both without
+    `.weight` and `.bias`.
     """
 
     name: str
@@ -81,7 +82,7 @@ class Architecture:
     permuted: bool = False
     transposed: bool = False
     shift: float = 0.0
-    extra: frozenset[str] = field(default_factory=frozenset)  # tensors of the file that are no weights
+    extra: frozenset[str] = field(default_factory=frozenset)  # tensors of the file that are not weights
 
 
 _MODEL = {
@@ -165,20 +166,20 @@ ARCHITECTURES = {
 
 
 def architecture(model_type: str) -> Architecture:
-    """The architecture by which llama.cpp runs transformers' `model_type`; PlanError for one that is not known here."""
+    """llama.cpp's architecture for transformers' `model_type`. PlanError if fewbit does not know one."""
     for each in ARCHITECTURES.values():
         if model_type in each.model_types:
             return each
     known = sorted(name for each in ARCHITECTURES.values() for name in each.model_types)
     raise PlanError(
-        f"no GGUF file can be made of a model of type {model_type!r}", f"Those that can be: {', '.join(known)}."
+        f"no GGUF file can be made of a model of type {model_type!r}", f"Supported types: {', '.join(known)}."
     )
 
 
 def routes(config: Any) -> dict[str, Route]:
-    """Name in transformers -> its route, of every tensor that a model of this config may have.
+    """transformers' name -> route, for every tensor that a model of this config can have.
 
-    `config` is transformers' config object. Of a tied pair, the embedding is the one to be written.
+    config: transformers' config object. Of a tied pair, write the embedding.
     """
     arch = architecture(config.model_type)
     heads = config.num_attention_heads

@@ -11,9 +11,10 @@
     tokenizer.chat_template, .chat_template.NAME, tokenizer.chat_templates (the names)
     fewbit.tokenizer            JSON of settings that llama.cpp has no key for and does not need: the padding side ...
 
-How text is split is code in llama.cpp; a file has but a name for it. So a tokenizer is told by its pattern, and one
-with a pattern that has no name there is refused. Of SentencePiece models transformers keeps merges and not scores: a
-piece gets minus the rank of its first merge, which orders pairs alike.
+llama.cpp splits text with built-in code; a file only stores the name of the method. So fewbit identifies a tokenizer by
+its pattern, and raises an error if llama.cpp has no name for this pattern. For SentencePiece models, transformers
+stores merges instead of scores. The score of a piece is then minus the rank of its first merge, which gives the same
+order.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from fewbit.formats.containers.gguf import GgufFile
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"
 
-# Pattern -> the names for it. A step is a pattern to split at, or "digits" (each on its own), or "gpt2": split by
-# GPT-2's pattern. The first name of each is the one that is written.
+# Steps -> llama.cpp's names for them. A step is a regular expression to split at, "digits" (split each digit off) or
+# "gpt2" (split by GPT-2's pattern). Files get the first name.
 _GPT2 = "gpt2"
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -63,40 +64,40 @@ _PATTERNS: dict[tuple[str, ...], tuple[str, ...]] = {
     (
         rf"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_SLASHES}",
     ): ("gpt-4o", "llama4"),
-    # What llama.cpp does where a file says nothing, as files did before 2024-05.
+    # llama.cpp's default for files without a name, such as those before 2024-05.
     (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"): ("default",),
 }
 _STEPS_OF = {name: steps for steps, names in _PATTERNS.items() for name in names}
-_WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")  # merges or not
-# Models that normalize text to NFC, which llama.cpp leaves out.
+# A whole word in the vocabulary becomes one token, even if no merges lead to it.
+_WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")
+# Models that normalize text to NFC. llama.cpp does not do this.
 _NORMALIZED = ("qwen2", "deepseek-r1-qwen", "qwen35", "mpt", "olmo", "command-r")
 _SETTINGS = "fewbit.tokenizer"
 _TEMPLATE, _TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
 
 
 class Keys(NamedTuple):
-    """The keys of a file that is not written yet."""
+    """The keys of a file before it is written."""
 
     path: Path
     metadata: Mapping[str, Any]
 
 
 def to_metadata(tokenizer: Any, vocabulary: int, ends: Sequence[int] = ()) -> dict[str, Any]:
-    """Keys and values for a tokenizer of transformers; PlanError where llama.cpp has no such tokenizer.
+    """Keys and values for a tokenizer of transformers. PlanError if llama.cpp has no such tokenizer.
 
-    vocabulary: rows of the embedding, at least as many as there are tokens. ends: ids that end a text, all that the
-    model's generation config names.
+    vocabulary: rows of the embedding, at least the number of tokens. ends: all token ids that end a text.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise PlanError(f"{type(tokenizer).__name__} is no fast tokenizer: it cannot be written to a GGUF file")
+        raise PlanError(f"{type(tokenizer).__name__} is not a fast tokenizer: a GGUF file can only store fast ones")
     made = json.loads(backend.to_str())
     model, added = made["model"], {each["id"]: each for each in made["added_tokens"]}
     if model["type"] != "BPE":
         raise PlanError(f"a tokenizer of kind {model['type']} cannot be written to a GGUF file; BPE can")
     pieces = {i: piece for piece, i in model["vocab"].items()} | {i: each["content"] for i, each in added.items()}
     if (last := max(pieces)) >= vocabulary:
-        raise PlanError(f"the tokenizer has a token {last}, the model's embedding {vocabulary} rows")
+        raise PlanError(f"the tokenizer has a token {last}, but the model's embedding has {vocabulary} rows")
     sentencepiece = bool(model.get("byte_fallback"))
     tokens, types = [], []
     for i in range(vocabulary):
@@ -132,9 +133,9 @@ def to_metadata(tokenizer: Any, vocabulary: int, ends: Sequence[int] = ()) -> di
 
 
 def to_tokenizer(file: GgufFile | Keys, **changes: Any) -> PreTrainedTokenizerFast:
-    """The tokenizer that `file` describes; FormatError where it describes none, or one that is not known.
+    """The tokenizer that `file` describes. FormatError if it describes none, or an unsupported one.
 
-    changes: arguments of the tokenizer's constructor, in place of what the file says.
+    changes: arguments of the tokenizer's constructor; they override those of the file.
     """
     vocabulary = _Vocabulary(file)
     rstrip = vocabulary.rstrip()
@@ -169,14 +170,14 @@ def to_tokenizer(file: GgufFile | Keys, **changes: Any) -> PreTrainedTokenizerFa
         **named,
         **{key: value for key, value in vocabulary.settings.items() if key != "metaspace"},
     }
-    make: Any = PreTrainedTokenizerFast  # whose constructor is not typed
+    make: Any = PreTrainedTokenizerFast  # its constructor is not typed
     tokenizer = make(tokenizer_object=backend, **(settings | changes))
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     return tokenizer
 
 
 class _Vocabulary:
-    """The tokenizer's keys, with types and lengths that agree."""
+    """The tokenizer's keys, checked for types and lengths."""
 
     def __init__(self, file: GgufFile | Keys) -> None:
         self.file = file
@@ -185,8 +186,8 @@ class _Vocabulary:
         if self.model not in ("gpt2", "llama"):
             raise FormatError(
                 f"{file.path}: its tokenizer is {str(self.model)[:40]!r}, which fewbit does not read",
-                "It reads gpt2 (byte-level BPE) and llama (SentencePiece). Load the tokenizer from the folder of the"
-                " original model.",
+                "fewbit reads gpt2 (byte-level BPE) and llama (SentencePiece). Load the tokenizer from the folder"
+                " of the original model.",
             )
         self.tokens: list[str] = self._strings("tokens")
         self.types = self._numbers("token_type", "iu", NORMAL)
@@ -202,17 +203,17 @@ class _Vocabulary:
         self.context = context if isinstance(context, int) and context > 0 else None
 
     def wrong(self, what: str) -> FormatError:
-        return FormatError(f"{self.file.path}: {what}", "The file is damaged, or of a kind that is not known yet.")
+        return FormatError(f"{self.file.path}: {what}", "The file is damaged, or of an unsupported kind.")
 
     def rstrip(self) -> set[int]:
-        """Tokens that take the spaces after them. No key holds them: llama.cpp goes by the model's name."""
+        """Tokens that also match the spaces after them. No key lists them: llama.cpp decides by the model's name."""
         name = str(self.file.metadata.get("general.name", "")).lower()
         if "phi-3" not in name and "phi3" not in name:
             return set()
         return {i for i in self.added if self.tokens[i] not in ("<unk>", "<s>", "<|endoftext|>")}
 
     def chat_template(self) -> str | dict[str, str] | None:
-        """One template, or several by their names."""
+        """One template, several as name -> template, or None."""
         default, names = self.file.metadata.get(_TEMPLATE), self.file.metadata.get(_TEMPLATES)
         found = {"default": default} if isinstance(default, str) else {}
         for name in names if isinstance(names, list) else []:
@@ -227,13 +228,14 @@ class _Vocabulary:
         if name not in _STEPS_OF:
             known = ", ".join(sorted(_STEPS_OF))
             raise FormatError(
-                f"{self.file.path}: text is split by {str(name)[:40]!r}, which fewbit does not know", f"Known: {known}."
+                f"{self.file.path}: text is split by {str(name)[:40]!r}, which fewbit does not know",
+                f"Known: {known}.",
             )
         merges = self._strings("merges", empty=True)
         pairs = [merge.split(" ") for merge in merges]
         for merge, pair in zip(merges, pairs, strict=True):
             if len(pair) != 2 or any(part not in self.index for part in (*pair, "".join(pair))):
-                raise self.wrong(f"the merge {merge[:80]!r} is not of two tokens that give a third")
+                raise self.wrong(f"the merge {merge[:80]!r} does not join two tokens into a third")
         steps: list[dict[str, Any]] = []
         whole: dict[str, Any] = {"add_prefix_space": False, "trim_offsets": True}
         for step in _STEPS_OF[name]:
@@ -279,7 +281,7 @@ class _Vocabulary:
         }
 
     def affixes(self) -> dict[str, Any]:
-        """What is put before and after each text."""
+        """The post-processor that adds tokens before and after each text."""
         sequence = [{"Sequence": {"id": "A", "type_id": 0}}]
         before = after = None
         default = self.model == "llama" or self._get("pre") in ("llama-bpe", "llama3", "llama-v3", "tekken")
@@ -311,7 +313,7 @@ class _Vocabulary:
         except (TypeError, ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
-            raise self.wrong(f"{_SETTINGS} is no JSON object")
+            raise self.wrong(f"{_SETTINGS} is not a JSON object")
         known = {key: found[key] for key in _ALLOWED if key in found}
         for key, value in known.items():
             if value not in _ALLOWED[key]:
@@ -341,16 +343,16 @@ class _Vocabulary:
         if found == [] or (found is None and empty):
             found = []
         if not isinstance(found, list) or not (found or empty):
-            raise self.wrong(f"tokenizer.ggml.{key} is no list of strings")
+            raise self.wrong(f"tokenizer.ggml.{key} is not a list of strings")
         return found
 
     def _numbers(self, key: str, kinds: str, default: float) -> list[Any]:
-        """One number for each token."""
+        """One number for each token; `default` for all if the key is missing."""
         found = self._get(key)
         if found is None:
             return [default] * len(self.tokens)
         if not isinstance(found, np.ndarray) or found.dtype.kind not in kinds or len(found) != len(self.tokens):
-            raise self.wrong(f"tokenizer.ggml.{key} is no list of {len(self.tokens)} numbers, one for each token")
+            raise self.wrong(f"tokenizer.ggml.{key} is not a list of {len(self.tokens)} numbers, one for each token")
         numbers: list[Any] = found.tolist()
         return numbers
 
@@ -365,12 +367,12 @@ class _Vocabulary:
         if found is None:
             return None
         if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < len(self.tokens):
-            raise self.wrong(f"tokenizer.ggml.{key}_token_id is {str(found)[:40]}, of {len(self.tokens)} tokens")
+            raise self.wrong(f"tokenizer.ggml.{key}_token_id is {str(found)[:40]}, not one of {len(self.tokens)} ids")
         return found
 
 
 def _merges(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """The pairs that SentencePiece may merge, best first: all that make up a piece, by that piece's score."""
+    """The pairs that SentencePiece may merge, best first. A pair has the score of the piece that it makes."""
     plain = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
     found = []
     for token, i in plain.items():
@@ -401,7 +403,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 
 
 def _settings(tokenizer: Any, made: Mapping[str, Any]) -> dict[str, Any]:
-    """What `fewbit.tokenizer` holds: settings other than the defaults."""
+    """The settings in the key `fewbit.tokenizer`: those that differ from the defaults."""
     found: dict[str, Any] = {}
     for key, default in (("padding_side", "right"), ("truncation_side", "right")):
         if (value := getattr(tokenizer, key, default)) != default:
@@ -409,7 +411,7 @@ def _settings(tokenizer: Any, made: Mapping[str, Any]) -> dict[str, Any]:
     if getattr(tokenizer, "clean_up_tokenization_spaces", False):
         found["clean_up_tokenization_spaces"] = True
     for step in steps_of(made.get("pre_tokenizer"), "pretokenizers"):
-        # A text that starts with a space gets no second one, and with "first" none follows a special token.
+        # Metaspace adds no space to a text that starts with one; with "first", also none after a special token.
         if step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never":
             found["metaspace"] = step.get("prepend_scheme", "always")
     return found
@@ -433,7 +435,7 @@ def _space_first(made: Mapping[str, Any]) -> bool:
 
 
 def _pattern_name(made: Mapping[str, Any]) -> str:
-    """The name of the way that a byte-level tokenizer splits text; PlanError for one that has none."""
+    """llama.cpp's name for how a byte-level tokenizer splits text. PlanError if there is none."""
     found = []
     for step in steps_of(made["pre_tokenizer"], "pretokenizers"):
         pattern = step.get("pattern", {})
@@ -448,7 +450,7 @@ def _pattern_name(made: Mapping[str, Any]) -> str:
     if tuple(found) not in _PATTERNS:
         raise PlanError(
             "the tokenizer splits text in a way that llama.cpp has no name for: " + " then ".join(found),
-            "A file could be written, but llama.cpp would read text otherwise than the model was trained to.",
+            "llama.cpp would split text in another way than in the training of the model.",
         )
     names = _PATTERNS[tuple(found)]
     nfc = [step["type"] for step in steps_of(made["normalizer"], "normalizers")] == ["NFC"]
@@ -456,7 +458,7 @@ def _pattern_name(made: Mapping[str, Any]) -> str:
 
 
 def steps_of(part: Mapping[str, Any] | None, members: str) -> list[Any]:
-    """The steps of a part of a tokenizer, those of sequences too."""
+    """The steps of a part of a tokenizer, with sequences flattened."""
     if part is None:
         return []
     return [step for each in part[members] for step in steps_of(each, members)] if members in part else [part]
@@ -474,7 +476,7 @@ def _ids_of(tokenizer: Any, ends: Sequence[int]) -> dict[str, int]:
 
 
 def _affixes(tokenizer: Any) -> dict[str, bool]:
-    """Whether a text gets a token put before it, and one after it: seen on a text."""
+    """Whether the tokenizer adds a token before and after a text, tested on one text."""
     ids, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     return {
         "add_bos_token": len(ids) > len(bare) and ids[0] == tokenizer.bos_token_id,

@@ -1,7 +1,7 @@
-"""Whether a tokenizer survives a GGUF file: it is rebuilt from the file's keys and compared with the original.
+"""Check that a GGUF file can store a tokenizer: rebuild it from the file's keys, and compare it with the original.
 
-The parts are compared first, so that an error can name what the format cannot hold. Then both tokenizers read the same
-texts: many scripts, spaces, accents, digits, added tokens inside of text, and pieces of the vocabulary.
+First the parts are compared, so that an error can name the part that the format cannot store. Then both tokenizers
+encode the same texts: many scripts, spaces, accents, digits, added tokens in text, and pieces of the vocabulary.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _TEXTS = (
     "👍🏽 👩‍👩‍👧 \u00a0\u200b\u3000",
     "``quoted'' \"text\" -- a—b",
 )
-_PIECES, _TOKENS = 1000, 100  # of the vocabulary, and of the added tokens, that are tried
+_PIECES, _TOKENS = 1000, 100  # how many pieces of the vocabulary, and added tokens, are tested
 
 
 def check(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
-    """PlanError where the keys of a GGUF file do not hold all that the tokenizer does to a text."""
+    """PlanError if a tokenizer that is rebuilt from the GGUF keys `metadata` treats texts differently."""
     try:
         rebuilt = to_tokenizer(Keys(Path("the GGUF file"), metadata))
         without = {key: value for key, value in metadata.items() if key != "fewbit.tokenizer"}
@@ -44,8 +44,8 @@ def check(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
     pieces = _sample([piece for piece in made["model"]["vocab"] if piece not in set(added)], _PIECES)
     plain = [*_TEXTS, *(piece.replace(SPACE, " ").strip() or "a" for piece in pieces)]
     mixed = [text for each in _sample(added, _TOKENS) for text in (f"a {each} b", f"a{each}b", f"{each}\n  {each} A")]
-    # What llama.cpp makes of the keys: it puts the first space of SentencePiece also after special tokens and before
-    # another space, as every such file has it.
+    # `elsewhere` is llama.cpp's reading of the keys. It also adds SentencePiece's first space after special tokens and
+    # before another space, in every such file. So it is compared on texts without these.
     for other, texts in ((rebuilt, [*plain, " a", "", *mixed]), (elsewhere, plain)):
         if different := _first_difference(tokenizer, other, texts):
             raise _refused([different])
@@ -53,27 +53,27 @@ def check(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
 
 def _refused(reasons: Sequence[str]) -> PlanError:
     return PlanError(
-        f"a GGUF file cannot hold this tokenizer: {'; '.join(reasons)}",
-        "Use a plan that makes a folder, such as gptq-4bit: a folder keeps the tokenizer as it is.",
+        f"a GGUF file cannot store this tokenizer: {'; '.join(reasons)}",
+        "Use a plan that makes a folder, such as gptq-4bit: a folder stores the tokenizer unchanged.",
     )
 
 
 def _lost(tokenizer: Any, rebuilt: Any) -> list[str]:
-    """Sentences on the parts that the rebuilt tokenizer has not, or has besides."""
+    """Reasons why the rebuilt tokenizer differs: parts that it lacks, or has in addition."""
     ours, theirs = (json.loads(each.backend_tokenizer.to_str()) for each in (tokenizer, rebuilt))
     reasons = []
     before, after = (steps_of(each["normalizer"], "normalizers") for each in (ours, theirs))
     if lost := [step for step in before if step not in after]:
         reasons.append(f"it normalizes text ({_named(lost)})")
     elif besides := [step for step in after if step not in before]:
-        reasons.append(f"llama.cpp's name for its pattern means a normalizer that it has not ({_named(besides)})")
+        reasons.append(f"llama.cpp's name for its pattern implies a normalizer that it lacks ({_named(besides)})")
     if ours["model"].get("byte_fallback"):
         steps = steps_of(ours["pre_tokenizer"], "pretokenizers")
         if splits := [step for step in steps if not _without_effect(step)]:
             reasons.append(f"it splits text before merging ({_named(splits)})")
     for key, what in (
         ("dropout", "it drops merges at random"),
-        ("continuing_subword_prefix", "it marks the pieces inside of a word"),
+        ("continuing_subword_prefix", "it marks the pieces inside a word"),
         ("end_of_word_suffix", "it marks the ends of words"),
     ):
         if value := ours["model"].get(key):
@@ -82,7 +82,7 @@ def _lost(tokenizer: Any, rebuilt: Any) -> list[str]:
 
 
 def _without_effect(step: Mapping[str, Any]) -> bool:
-    """Metaspace is in the keys; a split at spaces that the normalizer has replaced finds none."""
+    """True for Metaspace, which the keys store, and for a split at spaces, which the normalizer has replaced before."""
     if step["type"] == "Metaspace":
         return bool(step.get("replacement") == SPACE)
     return bool(step["type"] == "Split" and step["pattern"] == {"String": " "})
@@ -92,31 +92,31 @@ def _lost_flags(ours: Iterable[Mapping[str, Any]], theirs: Iterable[Mapping[str,
     flags = {
         "lstrip": "take the spaces before them",
         "rstrip": "take the spaces after them",
-        "single_word": "count only as whole words",
+        "single_word": "match only whole words",
         "special": "are special",
     }
     found, reasons = {each["id"]: each for each in theirs}, []
     if missing := [each["content"] for each in ours if each["id"] not in found]:
-        reasons.append(f"added tokens are missing in it ({_some(missing)})")
+        reasons.append(f"the file would lack added tokens ({_some(missing)})")
     for flag, what in flags.items():
         pairs = [(each, found[each["id"]]) for each in ours if each["id"] in found]
         if lost := [a["content"] for a, b in pairs if a[flag] and not b[flag]]:
             reasons.append(f"tokens {what} ({flag}: {_some(lost)})")
         if besides := [a["content"] for a, b in pairs if b[flag] and not a[flag]]:
-            why = " by the name of the model" if flag == "rstrip" else ""
-            reasons.append(f"tokens would {what}{why}, which they do not here ({flag}: {_some(besides)})")
+            why = " because of the model's name" if flag == "rstrip" else ""
+            reasons.append(f"in the file, tokens {what}{why}, but not in the original ({flag}: {_some(besides)})")
     return reasons
 
 
 def _lost_affixes(tokenizer: Any, rebuilt: Any) -> list[str]:
-    """What is put around a text, where it is not one token for the beginning and one for the end."""
+    """A reason if the tokenizer adds other tokens around a text than one at the start and one at the end."""
     found = []
     for each in (tokenizer, rebuilt):
         ids, bare = each("a")["input_ids"], each("a", add_special_tokens=False)["input_ids"]
         found.append(tokenizer.convert_ids_to_tokens(ids) if len(ids) != len(bare) or ids != bare else [])
     if found[0] == found[1]:
         return []
-    return [f"it puts tokens around a text that no key stands for ({' '.join(found[0]) or 'none'} for 'a')"]
+    return [f"it adds tokens around a text that no key describes ({' '.join(found[0]) or 'none'} for 'a')"]
 
 
 def _first_difference(tokenizer: Any, other: Any, texts: Sequence[str]) -> str | None:
@@ -124,12 +124,12 @@ def _first_difference(tokenizer: Any, other: Any, texts: Sequence[str]) -> str |
     ours, theirs = (each(batch, verbose=False)["input_ids"] for each in (tokenizer, other))
     for text, a, b in zip(batch, ours, theirs, strict=True):
         if a != b:
-            return f"the text {text[:60]!r} has the tokens {_some(a)}, by the file's keys {_some(b)}"
+            return f"the text {text[:60]!r} has the tokens {_some(a)}, but with the file's keys {_some(b)}"
     for text, ids in zip(batch, ours, strict=True):
         for skip in (True, False):
             a, b = (each.backend_tokenizer.decode(ids, skip_special_tokens=skip) for each in (tokenizer, other))
             if a != b:
-                return f"the tokens of {text[:60]!r} are decoded as {a[:60]!r}, by the file's keys as {b[:60]!r}"
+                return f"the tokens of {text[:60]!r} are decoded as {a[:60]!r}, but with the file's keys as {b[:60]!r}"
     return None
 
 
