@@ -162,7 +162,7 @@ def test_scaled_activations(tmp_path: Path) -> None:
         ({"group_size": 64, "bits": 4}, "MLX"),
         ({"group_size": 64, "bits": 4, "mode": "affine"}, "MLX"),
         ({"anything": 1}, "no quant_method"),
-        ([4], "no object"),
+        ([4], "must be an object"),
         (auto_round("auto_round:llm_compressor"), "AutoRound"),
         (auto_round("auto_round:auto_gptq") | {"data_type": "mx_fp"}, "AutoRound"),
         (auto_round("mlx"), "AutoRound"),

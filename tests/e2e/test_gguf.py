@@ -157,7 +157,7 @@ def test_a_pattern_without_a_name_is_refused(tmp_path: Path) -> None:
     ("family", "changes", "said"),
     [
         ("llama", {"hidden_act": "gelu"}, "with silu in its MLP"),
-        ("gemma2", {"query_pre_attn_scalar": 99}, "this model asks for 99"),
+        ("gemma2", {"query_pre_attn_scalar": 99}, "this model needs 99"),
         ("gemma2", {"tie_word_embeddings": False}, "tied to the embedding"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "another scale"),
         ("opt", {}, "type 'opt'"),

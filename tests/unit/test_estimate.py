@@ -141,13 +141,13 @@ def test_what_cannot_be_estimated(options: dict[str, object], says: str) -> None
 
 def test_a_config_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(FormatError, match="no JSON object"):
+    with pytest.raises(FormatError, match="does not contain a JSON object"):
         fewbit.estimate(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": -3}', encoding="utf-8")
     with pytest.raises(FormatError):
         fewbit.estimate(tmp_path)
     (tmp_path / "other.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(PlanError, match=r"no config\.json"):
+    with pytest.raises(PlanError, match=r"not a config\.json"):
         fewbit.estimate(tmp_path / "other.json")
 
 

@@ -51,7 +51,7 @@ def load_model(
         registry.get("kernels", kernel)
         if source.quantization is None or by_quant_method(source.quantization["quant_method"]) is None:
             raise PlanError(
-                f"`kernel={kernel}`: kernels multiply packed weights, and {source.name} has none that fewbit reads",
+                f"`kernel={kernel}`: {source.name} has no packed weights that fewbit reads, and kernels need them",
                 "Leave out `kernel`.",
             )
     if compile:
