@@ -363,9 +363,9 @@ def test_an_embedding_that_is_not_finite(model: Path, refused: Refused) -> None:
 
 def test_a_group_that_does_not_divide_names_every_tensor(sound: Path, refused: Refused) -> None:
     names = [f"model.layers.0-1.{kind}" for kind in ("self_attn.q_proj", "mlp.down_proj")]
-    words = (*names, "14 of 14", "128", "64 columns", "96 columns", "--scheme int4-g32-sym")
+    words = (*names, "14 of 14", "128", "64 columns", "96 columns", "scheme int4-g32-sym fits")
     refused(2, words, sound, "--scheme", "int4-g128-sym")
-    some = ("2 of 14", "model.layers.0-1.mlp.down_proj", "--scheme int4-g32-sym")
+    some = ("2 of 14", "model.layers.0-1.mlp.down_proj", "scheme int4-g32-sym fits")
     refused(2, some, sound, "--scheme", "int4-g64-sym")
 
 

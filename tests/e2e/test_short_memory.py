@@ -78,7 +78,7 @@ def test_one_window_that_is_too_much_is_an_error_in_a_sentence(
         with pytest.raises(KernelError, match="does not suffice: CUDA") as e:
             fewbit.quantize(model, tmp_path / "out", plan=find("gptq-4bit"), calibration=wanted)
     assert [str(one.message).partition("once: ")[2].split()[0] for one in said] == ["8", "4", "2", "1"]
-    assert "--length" in e.value.hint
+    assert "`length`" in e.value.hint
     assert not list(tmp_path.iterdir())
 
 
@@ -91,4 +91,4 @@ def test_without_calibration_there_is_no_talk_of_it(
     monkeypatch.setattr(blocks, "_quantize_block", full)
     with pytest.raises(KernelError, match="does not suffice") as e:
         fewbit.quantize(model, tmp_path / "out", plan="rtn-4bit")
-    assert e.value.hint == "Give --device cpu."
+    assert e.value.hint == "Give `device=cpu`."

@@ -133,8 +133,8 @@ def test_methods_compose() -> None:
         ("awq+", {}, "unknown method ''"),
         ("awq+gptq", {"gird": "3"}, "unknown option of method awq+gptq 'gird'"),
         ("awq", {"damp": "0.1"}, "unknown option of method awq 'damp'"),
-        ("awq", {"grid": "-1"}, "--grid: '-1'"),
-        ("awq", {"grid": "many"}, "--grid: 'many'"),
+        ("awq", {"grid": "-1"}, "`grid`: '-1'"),
+        ("awq", {"grid": "many"}, "`grid`: 'many'"),
     ],
 )
 def test_what_does_not_compose_is_refused(name: str, options: dict[str, str], told: str) -> None:

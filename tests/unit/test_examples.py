@@ -112,7 +112,7 @@ def test_long_examples_are_cut_and_empty_ones_dropped_with_notes() -> None:
     found, notes = examples(Text("data", documents), tokenizer, 32)
     assert [len(example.ids) for example in found] == [32, 3]
     assert notes == [
-        "2 of 2 examples are cut at 32 tokens (--length)",
+        "2 of 2 examples are cut to a length of 32 tokens",
         "3 of 5 documents hold nothing to learn: left out",
     ]
     with pytest.raises(PlanError, match="nothing to learn"):
@@ -127,7 +127,7 @@ def test_what_is_held_out_is_not_trained_on() -> None:
     assert split(every, 0.1, 0) == (training, held_out) != split(every, 0.1, 1)
     assert split(every, 0, 0) == (every, [])
     assert [len(part) for part in split(every[:2], 0.01, 0)] == [1, 1]
-    with pytest.raises(PlanError, match="--held-out 0"):
+    with pytest.raises(PlanError, match="held_out=0"):
         split(every[:1], 0.1, 0)
 
 

@@ -245,17 +245,17 @@ def test_options_are_read_from_text() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"damp": "much"}, "--damp: 'much'"),
-        ({"damp": ""}, "--damp: ''"),
-        ({"refine": "2.5"}, "--refine: '2.5'"),
-        ({"act_order": "maybe"}, "--act-order: 'maybe'"),
+        ({"damp": "much"}, "`damp`: 'much'"),
+        ({"damp": ""}, "`damp`: ''"),
+        ({"refine": "2.5"}, "`refine`: '2.5'"),
+        ({"act_order": "maybe"}, "`act_order`: 'maybe'"),
         ({"act-order": "true"}, "act_order"),
         ({"dmp": "0.1"}, "Did you mean damp"),
         # A share of the diagonal and a number of sweeps are neither negative nor endless.
-        ({"damp": "-0.1"}, "--damp: '-0.1'"),
-        ({"damp": "nan"}, "--damp: 'nan'"),
-        ({"damp": "inf"}, "--damp: 'inf'"),
-        ({"refine": "-1"}, "--refine: '-1'"),
+        ({"damp": "-0.1"}, "`damp`: '-0.1'"),
+        ({"damp": "nan"}, "`damp`: 'nan'"),
+        ({"damp": "inf"}, "`damp`: 'inf'"),
+        ({"refine": "-1"}, "`refine`: '-1'"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused(options: dict[str, str], told: str) -> None:

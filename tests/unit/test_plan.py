@@ -83,7 +83,7 @@ def test_a_named_scheme_is_not_shrunk_and_misfits_are_listed() -> None:
     for module, shape in SHAPES.items():
         assert (module in raised.value.message) == (shape[1] == 576)
     assert "3 of 4" in raised.value.message
-    assert "--scheme int4-g64-sym" in raised.value.hint
+    assert "scheme int4-g64-sym fits" in raised.value.hint
     assert set(schemes(find("gptq-4bit").changed(scheme="int4-g64-sym"), SHAPES).values()) == {"int4-g64-sym"}
 
 
@@ -141,7 +141,7 @@ def test_five_bits_are_refused_in_words() -> None:
         resolve(plan_of(Rule("*", "int5-g64")), SHAPES)
     assert raised.value.message.count("2, 3, 4 or 8 bits") == 1, "the same reason for all is said once"
     assert "none of 4 tensors" in raised.value.message
-    assert "This fits" not in raised.value.hint
+    assert "fits every tensor" not in raised.value.hint
 
 
 def test_two_schemes_in_a_gptq_file_are_refused_in_words() -> None:
@@ -155,7 +155,7 @@ def test_two_schemes_in_a_gptq_file_are_refused_in_words() -> None:
         (Rule("*", "int4-g64", "gptg"), "gptq"),
         (Rule("*", "int4-g64-symm"), "int4-g64-symm"),
         (Rule("*", "int4-g64", "gptq", {"dmp": "1"}), "damp"),
-        (Rule("*", "int4-g64", "gptq", {"damp": "x"}), "--damp"),
+        (Rule("*", "int4-g64", "gptq", {"damp": "x"}), "`damp`"),
     ],
 )
 def test_a_rule_that_names_nothing_known(rule: Rule, told: str) -> None:

@@ -58,7 +58,7 @@ class AWQ(Method):
 
     def __post_init__(self) -> None:
         if not 0 <= self.grid <= 1000:
-            raise PlanError(f"--grid: '{self.grid}' is not a number of steps", "Use 0 to 1000; the default is 20.")
+            raise PlanError(f"`grid`: '{self.grid}' is not a number of steps", "Use 0 to 1000; the default is 20.")
 
     def rewrite(self, fold: Fold, schemes: Mapping[str, Scheme]) -> Tensor | None:
         weights, size = fold.weights(), fold.mean_abs().double()

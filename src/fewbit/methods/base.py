@@ -175,7 +175,7 @@ def make(name: str, options: Mapping[str, str] | None = None) -> Method:
 
 def _build(cls: Any, options: Mapping[str, str]) -> Method:
     own = {f.name: f.default for f in fields(cls)}
-    values = {key: _parse(text, own[key], f"--{key.replace('_', '-')}") for key, text in options.items() if key in own}
+    values = {key: _parse(text, own[key], key) for key, text in options.items() if key in own}
     method = cls(**values)
     assert isinstance(method, Method)
     return method
@@ -202,16 +202,16 @@ def name_of(method: Method) -> str:
     return next(name for name, cls in registry.entries("methods").items() if cls is type(method))
 
 
-def _parse(text: str, default: Any, flag: str) -> Any:
-    """The value of an option's text, of the type of its default. PlanError that names the flag if it is not one."""
+def _parse(text: str, default: Any, option: str) -> Any:
+    """Parse the text of an option as the type of its default. PlanError that names the option if that fails."""
     if isinstance(default, bool):
         if text.lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
-            raise PlanError(f"{flag}: {text!r} is neither true nor false")
+            raise PlanError(f"`{option}`: {text!r} is neither true nor false")
         return text.lower() in ("true", "1", "yes", "on")
     try:
         return type(default)(text)
     except ValueError:
-        raise PlanError(f"{flag}: {text!r} is no {type(default).__name__}") from None
+        raise PlanError(f"`{option}`: {text!r} is no {type(default).__name__}") from None
 
 
 def in_compute_dtype(w: Tensor) -> Tensor:

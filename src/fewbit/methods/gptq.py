@@ -61,10 +61,10 @@ class GPTQ(Method):
     def __post_init__(self) -> None:
         if not 0 <= self.damp <= 1:
             raise PlanError(
-                f"--damp: '{self.damp:g}' is not a fraction of the diagonal", "Use 0 to 1; the default is 0.01."
+                f"`damp`: '{self.damp:g}' is not a fraction of the diagonal", "Use 0 to 1; the default is 0.01."
             )
         if self.refine < 0:
-            raise PlanError(f"--refine: '{self.refine}' is not a number of sweeps", "Use 0 or more.")
+            raise PlanError(f"`refine`: '{self.refine}' is not a number of sweeps", "Use 0 or more.")
 
     def quantize(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Choice:
         return self.quantize_alike([w], [scheme], stats)[0]

@@ -46,9 +46,9 @@ def quantize_blocks(settled: Settled, inputs: Inputs, run: Run, progress: Progre
             if ranks.size() > 1 or inputs.at_once == 1:
                 raise KernelError(
                     f"the memory of {device} does not suffice: {str(error).strip().splitlines()[0][:200]}",
-                    "Give --device cpu."
+                    "Give `device=cpu`."
                     if inputs.tokens is None
-                    else "Give shorter calibration windows (--length), or --device cpu.",
+                    else "Give shorter calibration windows (`length`), or `device=cpu`.",
                 ) from None
         fewer = inputs.halved()
         warnings.warn(

@@ -84,7 +84,7 @@ def captured(skeleton: Skeleton, inputs: Inputs) -> tuple[list[Tensor], dict[str
     if len(tokens) < ranks.size():
         raise PlanError(
             f"the calibration text has fewer windows ({len(tokens)}) than there are processes ({ranks.size()})",
-            "Give more --samples, or start fewer processes.",
+            "Give more `samples`, or start fewer processes.",
         )
     own = ranks.part(len(tokens))
     return skeleton.capture(list(tokens[own.start : own.stop].split(inputs.at_once)))

@@ -30,8 +30,8 @@ def importance(path: Path, settled: Settled) -> tuple[dict[str, Stats], list[str
         if a.method.needs != Need.MEAN_SQUARE or a.method.rewrites:
             needs = "whole inputs" if a.method.needs > Need.NOTHING else "no importances"
             raise PlanError(
-                f"--imatrix {path}: method {name_of(a.method)} needs {needs}",
-                "Leave --imatrix out, or use --method imatrix.",
+                f"`imatrix={path}`: method {name_of(a.method)} needs {needs}",
+                "Omit `imatrix`, or use the method imatrix.",
             )
     names, matrix = model_of(skeleton).names, imatrix.read(path)
     found, missing = {}, []

@@ -137,7 +137,7 @@ def windows(wanted: Calibration, source: Source, tokenizer: Any) -> tuple[Tensor
     """Calibration tokens [samples, length] and what a record says of them."""
     most = source.context
     if wanted.length > most and wanted.length != Calibration.length:
-        raise PlanError(f"--length {wanted.length} is beyond the model's context of {most} tokens")
+        raise PlanError(f"`length={wanted.length}` is beyond the model's context of {most} tokens")
     text = sources.load_text(wanted.text or sources.own_source(source.config), "calibration")
     length = min(wanted.length, most)
     stream = texts_windows.within(texts_windows.encode(text, tokenizer), source.rows, tokenizer, text.name)
@@ -160,9 +160,9 @@ def evaluated(
     """
     most = min(model.context for model in models)
     if length is not None and length > most:
-        raise PlanError(f"--length {length} is beyond the model's context of {most} tokens")
+        raise PlanError(f"`length={length}` is beyond the model's context of {most} tokens")
     if length is not None and length < 2:
-        raise PlanError(f"--length {length}: a window needs at least 2 tokens")
+        raise PlanError(f"`length={length}`: a window needs at least 2 tokens")
     loaded = sources.load_text(text, "evaluation")
     stream = texts_windows.encode(loaded, tokenizer)
     for model in models:
@@ -175,11 +175,11 @@ def is_file(out: str | Path, plan: plans.Plan) -> bool:
     """Whether the plan makes one file rather than a folder; PlanError where the name of the output says otherwise."""
     suffix = plans.format_of(plan).suffix
     if suffix and Path(out).suffix != suffix:
-        raise PlanError(f"{out}: plan {plan.name} makes one {suffix} file", f"Give an -o that ends in {suffix}.")
+        raise PlanError(f"{out}: plan {plan.name} makes one {suffix} file", f"Give an `out` that ends in {suffix}.")
     if not suffix and Path(out).suffix == ".gguf":
         raise PlanError(
             f"{out} would be a GGUF file, but plan {plan.name} makes a folder of {plan.format} weights",
-            "Use a plan for GGUF, such as --plan q4_k_m, or another -o.",
+            "Use a plan for GGUF, such as `plan=q4_k_m`, or another `out`.",
         )
     return bool(suffix)
 

@@ -78,7 +78,7 @@ class Settled:
             raise PlanError(
                 f"only {self.share:.0%} of the parameters in the model's blocks would be quantized:\n  "
                 + "\n  ".join(why),
-                f"At least {_LOWEST_SHARE:.0%} must be; another --scheme or --format may fit more of them.",
+                f"At least {_LOWEST_SHARE:.0%} must be; another scheme or format may fit more of them.",
             )
         for key, _, _ in self.skeleton.passed_through():
             tensor = self.skeleton.checkpoint.get(key)

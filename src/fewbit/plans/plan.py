@@ -25,7 +25,7 @@ from fewbit.stats import Need
 from fewbit.system.files import read_json
 
 _WITHOUT_INPUTS = "imatrix"  # the method for weights without input statistics; it then weights all columns equally
-_GGUF = "Use --format gguf and an output that ends in .gguf."
+_GGUF = "Use the format gguf and an `out` that ends in .gguf."
 _SMALLEST_GROUP = 32  # the smallest group size that other projects' kernels support
 
 
@@ -232,7 +232,7 @@ def find_all(names: Iterable[str], *, but: str) -> dict[str, Plan | Path | None]
     if unknown:
         raise PlanError(unknown[0], next(iter(hints)))
     if not found:
-        raise PlanError("no plans to compare", f"Give some, such as --plans {but},gptq-4bit.")
+        raise PlanError("no plans to compare", f"Give some, such as `plans={but},gptq-4bit`.")
     return found
 
 
@@ -297,7 +297,7 @@ def resolve(plan: Plan, shapes: Mapping[str, Shape], model: mixtures.Model | Non
     if refused:
         raise PlanError(_listed(refused, wanted, len(wanted)), _what_fits(wanted, format))
     if wanted and (reason := format.why_not_together(list(wanted.values()))):
-        raise PlanError(reason, "Use one scheme for all, or another --format.")
+        raise PlanError(reason, "Use one scheme for all tensors, or another format.")
     if any(scheme is None for schemes in mixed.values() for scheme in schemes.values()):
         notes.append(f"in 16 bits, as no block divides their rows: {in_short(kept)}")
     return Resolved(plan, format, wanted, tuple(kept), tuple(notes))
@@ -383,5 +383,5 @@ def _what_fits(wanted: Mapping[str, Assignment], format: Format) -> str:
         for group in (1024, 512, 256, 128, 64, 32, 16, 0):
             tried = scheme.with_group(group)
             if not any(format.why_not(a.shape, tried) for a in wanted.values()):
-                return f"This fits every tensor: --scheme {tried}."
-    return "No other group size fits: use another --scheme or --format, or exclude tensors with a plan file."
+                return f"The scheme {tried} fits every tensor."
+    return "No other group size fits: use another scheme or format, or exclude tensors with a plan file."

@@ -66,5 +66,5 @@ def device(wanted: str | None) -> str:
     if not torch.cuda.is_available():
         here = ["cpu"]
     if wanted not in here:
-        raise PlanError(f"--device {wanted} is not available", f"Available: {', '.join(here)}.")
+        raise PlanError(f"`device={wanted}` is not available", f"Available: {', '.join(here)}.")
     return wanted

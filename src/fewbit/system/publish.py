@@ -20,8 +20,8 @@ from fewbit.system.cache import cache_folder
 from fewbit.system.files import read_json
 
 RECORD = "fewbit.json"
-ANOTHER = "Give another -o."
-_ROOM = "Free some space, give another -o, or set FEWBIT_CACHE to a folder on another disk."
+ANOTHER = "Give another `out`."
+_ROOM = "Free some space, give another `out`, or set FEWBIT_CACHE to a folder on another disk."
 _UNITS = ((10**9, "GB"), (10**6, "MB"), (1000, "kB"), (1, "bytes"))
 # File names that transformers, PEFT and fewbit write into the folder of a model, an adapter or a report.
 _OURS = re.compile(
@@ -49,7 +49,7 @@ def check_output(out: str | Path, *, overwrite: bool, file: bool = False) -> Pat
     with _as_plan_error(out):
         _check_link(place)
         if place.exists() and not overwrite:
-            raise PlanError(f"{out} exists", "Use --overwrite to replace it, or give another -o.")
+            raise PlanError(f"{out} exists", "Use `overwrite=True` to replace it, or give another `out`.")
         if place.is_dir() if file else place.is_file():
             raise PlanError(f"{out} is a {'folder, not a file' if file else 'file, not a folder'}", ANOTHER)
         real = place.resolve()
@@ -62,7 +62,7 @@ def check_output(out: str | Path, *, overwrite: bool, file: bool = False) -> Pat
 def named(out: str | Path) -> Path:
     """`out` as a path. PlanError if it is empty, or if it is or contains the current folder."""
     if not str(out).strip():
-        raise PlanError("the output has an empty name", "Give the folder or file to create: -o OUT.")
+        raise PlanError("the output has an empty name", "Give the folder or file to create: `out=OUT`.")
     try:
         inside = Path.cwd().is_relative_to(Path(out).resolve())
     except (OSError, RuntimeError, ValueError) as error:  # a loop of symbolic links, a name with a null byte
@@ -75,7 +75,7 @@ def named(out: str | Path) -> Path:
 def check_writable(folder: str | Path) -> Path:
     """`folder` as a path to write files into. It may exist. PlanError if files cannot be created in it."""
     if not str(folder).strip():
-        raise PlanError("the output has an empty name", "Give a folder: -o OUT.")
+        raise PlanError("the output has an empty name", "Give a folder: `out=OUT`.")
     place = Path(folder)
     with _as_plan_error(folder):
         _check_link(place)
@@ -141,7 +141,9 @@ def published(out: Path, *, overwrite: bool = False, file: bool = False, kept: s
                 os.close(handle)
             if real.exists():
                 if not overwrite:
-                    raise PlanError(f"{out} was created by another program meanwhile", "Use --overwrite to replace it.")
+                    raise PlanError(
+                        f"{out} was created by another program meanwhile", "Use `overwrite=True` to replace it."
+                    )
                 _check_replaceable(out, real)
             if file:
                 made.replace(real)
@@ -239,7 +241,7 @@ def _check_creatable(real: Path) -> None:
 def _check_replaceable(out: str | Path, real: Path) -> None:
     """PlanError unless `real` may be replaced: it is writable, with files of fewbit, transformers and PEFT only."""
     if os.path.ismount(real):
-        raise PlanError(f"{out} is a mount point and cannot be replaced", "Give a folder inside it: -o OUT/NAME.")
+        raise PlanError(f"{out} is a mount point and cannot be replaced", "Give a folder inside it: `out=OUT/NAME`.")
     shared = real.parent.stat()
     owners = (0, shared.st_uid, real.stat().st_uid)
     if real.is_dir() and not os.access(real, os.W_OK | os.X_OK):
@@ -248,7 +250,7 @@ def _check_replaceable(out: str | Path, real: Path) -> None:
         raise PlanError(f"{out} cannot be replaced: it belongs to another user", ANOTHER)
     if (foreign := _foreign(real)) is not None:
         what = f"{out} contains {foreign}" if real.is_dir() else f"{out} is not a GGUF file or importance matrix"
-        raise PlanError(f"{what}: --overwrite replaces only what fewbit or transformers wrote", ANOTHER)
+        raise PlanError(f"{what}: `overwrite=True` replaces only what fewbit or transformers wrote", ANOTHER)
 
 
 def _foreign(real: Path) -> str | None:

@@ -119,11 +119,11 @@ def _own(device: str | None) -> str:
     """The GPU of this process: the one with the index of its local rank."""
     local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if device not in (None, "cuda"):
-        raise PlanError(f"--device {device} names one device for {launched()} processes", "Use cuda, cpu, or neither.")
+        raise PlanError(f"`device={device}` names one device for {launched()} processes", "Use cuda, cpu, or neither.")
     if local >= here:
         raise PlanError(
             f"{os.environ['LOCAL_WORLD_SIZE']} processes were started on a machine with {here} GPUs",
-            f"Start torchrun with --nproc-per-node {here}, or use --device cpu.",
+            f"Start torchrun with --nproc-per-node {here}, or use `device=cpu`.",
         )
     torch.cuda.set_device(local)
     return f"cuda:{local}"

@@ -52,9 +52,10 @@ def examples(text: Text, tokenizer: Tokenizer, length: int) -> tuple[list[Exampl
     if not found:
         raise PlanError(
             f"{text.name}: nothing to learn in {len(text.documents)} documents",
-            f"Of chats the assistant's answers are learned, and only the first {length} tokens are seen (--length).",
+            "In chats, only the assistant's answers are trained on. "
+            f"Each example is cut to its first {length} tokens (`length`).",
         )
-    notes = [f"{cut} of {len(found)} examples are cut at {length} tokens (--length)"] if cut else []
+    notes = [f"{cut} of {len(found)} examples are cut to a length of {length} tokens"] if cut else []
     if empty:
         notes.append(f"{empty} of {len(text.documents)} documents hold nothing to learn: left out")
     return found, notes
@@ -63,7 +64,7 @@ def examples(text: Text, tokenizer: Tokenizer, length: int) -> tuple[list[Exampl
 def split(every: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Examples to train on and those held out, drawn by `seed`; at least one of each unless the share is 0."""
     if share and len(every) < 2:
-        raise PlanError("one example cannot be both trained on and held out", "Give more data, or --held-out 0.")
+        raise PlanError("one example cannot be both trained on and held out", "Give more data, or `held_out=0`.")
     order = torch.randperm(
         len(every), generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu"
     ).tolist()
