@@ -1,4 +1,4 @@
-"""How results of the verbs show themselves in Python: `repr` in one short line, and a small table in a notebook."""
+"""How results look in Python: `repr` is one short line; a notebook shows a small table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LINE = 600  # characters of a line
 
 
 def brief(cls: C) -> C:
-    """A dataclass whose values may be thousands: `repr` counts them instead of writing them out."""
+    """Class decorator for dataclasses with long lists or dicts: `repr` shows their lengths instead of their items."""
     cls.__repr__ = _line  # type: ignore[assignment]
     setattr(cls, "_repr_html_", _table)  # noqa: B010 - a name that types do not know
     return cls

@@ -1,10 +1,10 @@
-"""PyTorch, imported when it is first used: its import takes seconds, and a misspelled name must not cost them.
+"""PyTorch, imported at its first use. Its import takes seconds; a misspelled name must fail without that wait.
 
-A module that declares more than it computes (plans, schemes, methods) takes `torch` and `Tensor` from here. `Tensor` is
+Modules that mostly declare things (plans, schemes, methods) import `torch` and `Tensor` from here. `Tensor` is
 for annotations only; at run time it is `torch.Tensor`.
 
-The first use of an attribute imports PyTorch and puts the real module in the place of the stand-in wherever fewbit
-holds it, so that later uses cost nothing more.
+The first use of an attribute imports PyTorch and replaces the placeholder by the real module in all modules of fewbit,
+so that later uses have no overhead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names: what that of a model stands for, told before anything is read or imported; those of many modules in short."""
+"""Model names, checked before anything is read or imported, and short forms of lists of module names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEMO = "smollm2"
 
 
 def path_of(name: str | Path) -> Path | None:
-    """The absolute path that `name` stands for if it is one; None for a name of ours, whatever lies in the folder."""
+    """`name` as an absolute path. None for fewbit's own models, even if a folder of that name exists."""
     if isinstance(name, str) and name in (EMBEDDED, DEMO):
         return None
     return Path(name).expanduser().absolute()
@@ -26,7 +26,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def check(name: str | Path) -> None:
-    """PlanError for a name that is neither ours, nor the Hub's, nor that of something on this disk."""
+    """PlanError unless `name` is one of fewbit's own models, an existing path, or a possible Hub name."""
     path = path_of(name)
     if path is not None and not path.exists() and not is_hub_name(str(name)):
         raise PlanError(
@@ -35,7 +35,7 @@ def check(name: str | Path) -> None:
 
 
 def in_short(modules: Iterable[str]) -> str:
-    """Names of modules, those that differ only in numbers as one: model.layers.0-7.mlp.up_proj."""
+    """Module names as one string. Names that differ only in a number are merged: model.layers.0-7.mlp.up_proj."""
     found = [tuple(name.split(".")) for name in dict.fromkeys(modules)]
     for at in range(max(map(len, found), default=0)):
         alike: dict[tuple[str, ...], list[int]] = {}

@@ -18,10 +18,10 @@ from fewbit.stats import Need, Stats
 
 
 def importance(path: Path, settled: Settled) -> tuple[dict[str, Stats], list[str]]:
-    """What the importance matrix at `path` says of each linear in a block, and sentences on what it does not say.
+    """Read the importance matrix at `path`: statistics of each linear in a block, and notes on missing entries.
 
-    PlanError where the plan's methods need more than that, or nothing at all; FormatError for a damaged file and for
-    one of another model.
+    PlanError if a method of the plan needs whole inputs, or no importances at all. FormatError if the file is damaged
+    or belongs to another model.
     """
     skeleton = settled.skeleton
     besides = {a.module for a in settled.outside}
@@ -55,12 +55,12 @@ def importance(path: Path, settled: Settled) -> tuple[dict[str, Stats], list[str
             f"{path} has importances of {len(matrix)} tensors, none of this model ({missing[0]} is not there)",
             "The file is of another model.",
         )
-    notes = [f"{path} has no importances of {', '.join(missing)}: all columns count alike there"] if missing else []
+    notes = [f"{path} has no importances of {', '.join(missing)}: equal weights there"] if missing else []
     return found, notes
 
 
 def measure(skeleton: Skeleton, tokens: Tensor, progress: Progress) -> dict[str, Stats]:
-    """Mean squares of the inputs of all linears in blocks, all tokens counting alike, nothing being quantized."""
+    """Mean squares of the inputs of all linears in blocks. All tokens have equal weight; nothing is quantized."""
     found: dict[str, Stats] = {}
     hidden, calls = captured(skeleton, Inputs(tokens))
     for index, name in enumerate(skeleton.blocks):

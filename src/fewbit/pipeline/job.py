@@ -134,7 +134,7 @@ def skeleton_of(source: Source, device: str, trust_remote_code: bool) -> Skeleto
 
 
 def windows(wanted: Calibration, source: Source, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
-    """Calibration tokens [samples, length] and what a record says of them."""
+    """Calibration tokens [samples, length] and their entry in the record."""
     most = source.context
     if wanted.length > most and wanted.length != Calibration.length:
         raise PlanError(f"`length={wanted.length}` is beyond the model's context of {most} tokens")
@@ -154,9 +154,9 @@ def windows(wanted: Calibration, source: Source, tokenizer: Any) -> tuple[Tensor
 def evaluated(
     models: Sequence[Source], tokenizer: Any, text: Texts, length: int | None, samples: int | None
 ) -> tuple[str, Tensor, int]:
-    """The name of a text, its first `samples` windows of tokens [windows, length], all if None, and how many it has.
+    """The name of a text, its first `samples` windows [windows, length] (None: all of them), and its number of windows.
 
-    Each of the models has rows for these tokens.
+    FormatError if a token has no row in the embedding of one of the models.
     """
     most = min(model.context for model in models)
     if length is not None and length > most:
@@ -172,7 +172,7 @@ def evaluated(
 
 
 def is_file(out: str | Path, plan: plans.Plan) -> bool:
-    """Whether the plan makes one file rather than a folder; PlanError where the name of the output says otherwise."""
+    """Whether the plan writes one file rather than a folder. PlanError if the suffix of `out` does not match."""
     suffix = plans.format_of(plan).suffix
     if suffix and Path(out).suffix != suffix:
         raise PlanError(f"{out}: plan {plan.name} makes one {suffix} file", f"Give an `out` that ends in {suffix}.")
@@ -185,7 +185,7 @@ def is_file(out: str | Path, plan: plans.Plan) -> bool:
 
 
 def homeless(kind: str, carried: Mapping[str, PartSpec], lost: Mapping[str, PartSpec]) -> list[str]:
-    """Sentences on the tensors of a checkpoint that its class, `kind`, has no place for."""
+    """Notes on the checkpoint tensors that the model class `kind` has no place for."""
     notes = []
     if carried:
         notes.append(f"carried over as is: {_some(carried)} that {kind} has no place for; other readers may use them")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Step:
-    """Progress: `done` of `total` blocks, the last with this mean error; `resumed` if its result was found."""
+    """`done` of `total` blocks are finished. `error`: mean error of the last one. `resumed`: it came from the cache."""
 
     done: int
     total: int
@@ -20,4 +20,4 @@ Progress = Callable[[Step], None]
 
 
 def silent(step: Step) -> None:
-    """Progress that nobody wants to see."""
+    """Discard progress."""

@@ -23,9 +23,9 @@ from fewbit.system.cache import cache_folder
 class TensorReport:
     """What happened to one weight.
 
-    `error`: relative squared error of its outputs on the calibration inputs, tokens weighted as in `gather` (of the
-    weight itself where no Hessian was gathered). `dropped`: input rows left out because they were not finite.
-    `vanished`: groups of weights that became 0, because they are smaller than any scale that the scheme can store.
+    `error`: relative squared error of its outputs on the calibration inputs, tokens weighted as in `gather`; without a
+    Hessian, of the weight itself. `dropped`: input rows left out because they were not finite. `vanished`: groups of
+    weights that became 0, because they are smaller than any scale that the scheme can store.
     """
 
     module: str
@@ -42,8 +42,8 @@ class TensorReport:
 class Run:
     """The durable results of one quantization: a folder in the cache with a file for each finished block.
 
-    It is the first rank's, which tells the others what it finds there. While a process works in the folder, no other
-    one does: another run of the same fingerprint works apart. Leaving the run releases the folder, `forget` deletes it.
+    Only rank 0 reads and writes the folder; it broadcasts what it reads. A lock keeps other processes out: a second
+    run with the same fingerprint uses its own folder. Leaving the context releases the folder; `forget` deletes it.
     """
 
     def __init__(self, fingerprint: str) -> None:
@@ -74,7 +74,7 @@ class Run:
             made.unlink(missing_ok=True)
             raise OutputError(
                 f"the cache {self.folder} cannot be written: {error.strerror or error}",
-                "Free some space; the same command goes on where it stopped. Or set FEWBIT_CACHE to another folder.",
+                "Free some space; the same command resumes where it stopped. Or set FEWBIT_CACHE to another folder.",
             ) from error
 
     def load(self, index: int) -> tuple[dict[str, Tensor], list[TensorReport]] | None:
@@ -86,7 +86,7 @@ class Run:
         try:
             tensors, metadata = read_file(self.file(index))
             reports = [TensorReport(**{**r, "shape": tuple(r["shape"])}) for r in json.loads(metadata["reports"])]
-        except (FormatError, ValueError, KeyError, TypeError):  # damaged: it is made again
+        except (FormatError, ValueError, KeyError, TypeError):  # damaged: the block is computed again
             self.file(index).unlink()
             return None
         return tensors, reports
@@ -95,11 +95,11 @@ class Run:
         return self.folder / f"block-{index:05d}.safetensors"
 
     def files(self) -> list[Path]:
-        """All that were saved."""
+        """The files of all finished blocks, in order."""
         return sorted(self.folder.glob("block-*.safetensors"))
 
     def forget(self) -> None:
-        """Delete what was saved, unless another process has taken it up since this one left the run."""
+        """Delete the saved blocks, unless another process has locked the folder since this one left the run."""
         if self._place is not None and self._held is None and self._place.exists():
             self._held = locks.hold(self._place)
         if self._held is not None:
@@ -115,7 +115,7 @@ def fingerprint(settled: Settled, inputs: Inputs, versions: Mapping[str, str]) -
     digest = hashlib.sha256()
     config = skeleton.source.config
     digest.update(json.dumps([files, config, plan, resolved.format.name, dict(versions)], sort_keys=True).encode())
-    digest.update(f"{skeleton.dtype} {skeleton.device.type} scales".encode())  # blocks hold what was folded
+    digest.update(f"{skeleton.dtype} {skeleton.device.type} scales".encode())  # saved blocks include folded scales
     if tokens is not None:
         digest.update(str(tuple(tokens.shape)).encode() + tokens.numpy().tobytes())
     for module, stats in sorted((inputs.importance or {}).items()):

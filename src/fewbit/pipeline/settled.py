@@ -1,4 +1,4 @@
-"""A plan settled for a model, and the checks that need no work."""
+"""A plan resolved for one model, and the checks that run before quantization."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _LOWEST_SHARE = 0.5  # of the parameters in blocks
 
 @dataclass(frozen=True)
 class Settled:
-    """A plan settled for one model: the model, and what each of its weights becomes."""
+    """A plan resolved for one model: the model, and the scheme and method of each weight."""
 
     skeleton: Skeleton
     resolved: Resolved
 
     @classmethod
     def of(cls, skeleton: Skeleton, plan: plans.Plan) -> Settled:
-        """`plan` resolved over the model's shapes; PlanError where it cannot be."""
+        """Resolve `plan` for the model's shapes. PlanError if the plan does not fit them."""
         shapes: dict[str, Shape] = {n: s for block in skeleton.blocks for n, s in skeleton.linears(block).items()}
         whole = None
         if plans.format_of(plan).suffix:
@@ -40,7 +40,7 @@ class Settled:
 
     @cached_property
     def outside(self) -> list[Assignment]:
-        """What is quantized outside the blocks: embeddings and head, in formats that hold a whole model."""
+        """Quantized weights outside the blocks: embeddings and head, in formats that store the whole model (GGUF)."""
         blocks = tuple(f"{block}." for block in self.skeleton.blocks)
         return [a for a in self.resolved.assignments.values() if not a.module.startswith(blocks)]
 
@@ -53,7 +53,7 @@ class Settled:
 
     @cached_property
     def need(self) -> Need:
-        """The most that a method of the plan needs to know of inputs."""
+        """The most detailed input statistic that a method of the plan needs."""
         return max((a.method.needs for a in self.resolved.assignments.values()), default=Need.NOTHING)
 
     @cached_property
@@ -63,14 +63,14 @@ class Settled:
         skipped = [name for name in self.skeleton.all_linears() if name not in quantized]
         for key, spec in self.skeleton.carried(quantized).items():
             name = key.removesuffix(".weight")
-            # Some readers take a name for the beginning or the end of others too.
+            # Some readers match a name as a prefix or suffix of other names.
             alike = any(module.startswith(name) or module.endswith(name) for module in quantized)
             if len(spec.shape) == 2 and name != key and not alike:
                 skipped.append(name)
         return self.resolved.format.config(list(quantized.values()), skipped, self.skeleton.source.dtype)
 
     def check(self) -> None:
-        """Everything that can be known before any work: PlanError or NumericsError, naming the tensor."""
+        """Run all checks that need no quantization. PlanError; NumericsError that names a tensor with NaN or Inf."""
         if reason := self.skeleton.why_not():
             raise PlanError(reason)
         if self.share < _LOWEST_SHARE:
@@ -91,7 +91,7 @@ class Settled:
 
 
 def model_of(skeleton: Skeleton) -> mixtures.Model:
-    """What a plan must know of the model; PlanError for one that llama.cpp has no name for."""
+    """What a GGUF plan needs to know of the model. PlanError if llama.cpp has no name for one of its weights."""
     config = skeleton.config
     routes = gguf_names.routes(config)
     heads = config.num_attention_heads

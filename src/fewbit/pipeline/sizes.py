@@ -1,7 +1,7 @@
-"""What a plan makes of a model, to the byte, from shapes alone.
+"""Exact sizes of a plan's output, computed from shapes alone.
 
-`tensors` is the one account of an output: `quantize` fails if it wrote another number of bytes. Bytes at rest are those
-of the canonical parts, which is what a loaded model holds: a file may have a little more (levels, JSON, `g_idx`).
+`tensors` lists every tensor of an output; `quantize` fails if it wrote a different number of bytes. Bytes in memory are
+those of the canonical parts, which a loaded model holds. A file may have a little more (levels, JSON, `g_idx`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from fewbit.stats import Need
 
 @dataclass(frozen=True)
 class Sized:
-    """One plan for one model. Bytes are exact: `file_bytes` of all tensors in the files, `weights_bytes` of all in
-    memory, of which `packed_bytes` are those of quantized weights.
+    """The sizes of one plan for one model. All bytes are exact.
 
-    `bits`: bits per quantized weight. `why_not`: why the plan cannot be; then all numbers are 0. `calibrates`: whether
-    it needs text. `schemes`: what the weights get, the commonest first.
+    `file_bytes`: all tensors in the files. `weights_bytes`: all tensors in memory. `packed_bytes`: quantized weights in
+    memory. `bits`: bits per quantized weight. `share`: share of the blocks' parameters that are quantized.
+    `calibrates`: whether the plan needs a calibration text. `schemes`: the schemes used, the one with the most weights
+    first. `why_not`: why the plan does not fit the model; then all numbers are 0.
     """
 
     plan: str
@@ -41,7 +42,7 @@ class Sized:
 
 
 def tensors(settled: Settled) -> tuple[list[tuple[str, str, int]], int]:
-    """Every tensor of the output as (name, what it becomes, bytes), and the bytes of all that the files hold."""
+    """Every tensor of the output as (name, description, bytes), and the total bytes of the files' tensors."""
     skeleton, format, wanted, found = settled.skeleton, settled.resolved.format, settled.resolved.assignments, []
     if format.suffix:
         for each in write_gguf.planned(settled):
@@ -63,7 +64,7 @@ def tensors(settled: Settled) -> tuple[list[tuple[str, str, int]], int]:
 
 
 def sized(skeleton: Skeleton, plan: plans.Plan) -> Sized:
-    """The sizes of `plan` for a model, or why it cannot be."""
+    """The sizes of `plan` for a model, or why the plan does not fit it (`why_not`)."""
     try:
         if reason := skeleton.why_not():
             return Sized(plan.name, plan.format, why_not=reason)
@@ -75,7 +76,7 @@ def sized(skeleton: Skeleton, plan: plans.Plan) -> Sized:
     wanted = resolved.assignments
     packed = {module: a.scheme.nbytes(a.shape) for module, a in wanted.items()}
     if resolved.format.suffix:
-        weights = file_bytes  # blocks in memory are those of the file
+        weights = file_bytes  # GGUF weights have the same bytes in memory as in the file
     else:
         rest = (s for _, n, s in skeleton.passed_through() if n.removesuffix(".weight") not in wanted)
         weights = sum(packed.values()) + sum(spec.nbytes for spec in rest)
@@ -97,10 +98,10 @@ def sized(skeleton: Skeleton, plan: plans.Plan) -> Sized:
 
 
 def original_bytes(skeleton: Skeleton) -> int:
-    """Bytes of the model as it is, ties counted once."""
+    """Bytes of the unquantized model, tied tensors counted once."""
     return sum(spec.nbytes for _, _, spec in skeleton.passed_through())
 
 
 def checkpoint_bytes(skeleton: Skeleton) -> int:
-    """Bytes of the model as it is, and of the tensors of its files that it has no place for."""
+    """Bytes of the unquantized model plus the checkpoint tensors that its class has no place for."""
     return original_bytes(skeleton) + sum(skeleton.checkpoint.specs[key].nbytes for key in skeleton.without_place)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder put together from the blocks of a run: shards, config, side files."""
+"""Writes a Hugging Face folder from the finished blocks of a run: shards, config, side files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write(folder: Path, settled: Settled, run: Run) -> int:
     skeleton, resolved = settled.skeleton, settled.resolved
     blocks = Checkpoint(run.files())
     suffixes = {a.module: list(resolved.format.specs(a.shape, a.scheme)) for a in resolved.assignments.values()}
-    tensors: list[tuple[str, Checkpoint, str]] = []  # model name, where it lies, under which name
+    tensors: list[tuple[str, Checkpoint, str]] = []  # name in the model, checkpoint that has it, key there
     for key, name, _ in skeleton.passed_through():
         module = name.removesuffix(".weight")
         if module in suffixes:
@@ -39,7 +39,7 @@ def write(folder: Path, settled: Settled, run: Run) -> int:
     copy_side_files(skeleton.source.beside, folder)
     config = skeleton.source.config
     if config.get("tie_word_embeddings") and not skeleton.tied:
-        config["tie_word_embeddings"] = False  # the file holds two tensors that differ: readers must not tie them
+        config["tie_word_embeddings"] = False  # the two tensors differ, so readers must not tie them
     config["quantization_config"] = settled.config
     write_json(folder / "config.json", config, indent=2)
     scales.write(folder, folded(skeleton, run))
@@ -47,7 +47,7 @@ def write(folder: Path, settled: Settled, run: Run) -> int:
 
 
 def folded(skeleton: Skeleton, run: Run) -> Scales:
-    """The scales that were folded into the blocks of a finished run, and into its model before."""
+    """The scales folded into the blocks of a finished run, composed with those that its source model already had."""
     blocks = Checkpoint(run.files())
     own = Scales({name: blocks.get(name) for name in scales.of_blocks(blocks.specs)}, skeleton.source.address)
     return own.after(scales.read(skeleton.source.beside)) if own else scales.read(skeleton.source.beside)

@@ -1,4 +1,4 @@
-"""What to calibrate on."""
+"""Settings of the calibration data."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fewbit.checks import Texts
 
 @dataclass(frozen=True)
 class Calibration:
-    """`samples` windows of `length` tokens (at most the model's context), drawn by `seed` from a text.
+    """`samples` windows of `length` tokens (at most the model's context), drawn from a text with `seed`.
 
-    text: a name, a file, or a list of texts; None: tiny's own for the embedded model, pydoc for all others.
+    text: a name, a file, or a list of texts. None: the text "tiny" for the embedded model, "pydoc" for all others.
     """
 
     text: Texts | None = None

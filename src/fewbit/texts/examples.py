@@ -1,9 +1,9 @@
-"""What a model learns from: documents as token ids, with a mark on each token that it is to learn.
+"""Training examples: documents as token ids, with a mask of the tokens that count in the loss.
 
-Of plain text every token is learned, of a completion those after the prompt, of a chat those of the assistant's
-answers, with what the template puts at their end. The ids are those of the whole text; where an answer begins in them
-is found by tokenizing the text up to there as well, which is what the model is given when it is asked, and seeing how
-far the two are the same. So it needs no offsets, which tokenizers disagree about, and no marks in the template.
+In plain text all tokens count. In a completion the tokens after the prompt count. In a chat the assistant's answers
+count, including what the template adds at their end. The ids are those of the whole text. To find where an answer
+begins, the text before it (the model's prompt for that answer) is tokenized too: the answer begins where the two lists
+of ids first differ. This needs neither character offsets, which tokenizers define differently, nor template marks.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from fewbit.texts.windows import begun, render, token_ids
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and for each whether it is to be learned."""
+    """Token ids, and for each whether it counts in the loss (`learned`)."""
 
     ids: list[int]
     learned: list[bool]
 
 
 def examples(text: Text, tokenizer: Tokenizer, length: int) -> tuple[list[Example], list[str]]:
-    """The examples that a text gives, of at most `length` tokens, and sentences on what had to be left out.
+    """The training examples of a text, each of at most `length` tokens, and notes on what was left out.
 
-    Plain text is cut into windows, chats and completions are cut off. PlanError if nothing is left to learn, or if a
-    chat meets a tokenizer without a template or a template that cannot tell its answers from the rest.
+    Plain text is split into windows of `length` tokens. Chats and completions are truncated. PlanError if no example
+    has a token to train on, if the tokenizer has no chat template for a chat, or if the rendered question changes once
+    it is answered, so that the answer cannot be located.
     """
     found, cut, empty = [], 0, 0
     for number, document in enumerate(text.documents):
@@ -46,7 +47,7 @@ def examples(text: Text, tokenizer: Tokenizer, length: int) -> tuple[list[Exampl
             whole = list(_answers(document, text.place(number), tokenizer))
         short = [Example(e.ids[:length], e.learned[:length]) for e in whole]
         cut += sum(len(e.ids) > length for e in whole)
-        kept = [e for e in short if any(e.learned[1:])]  # the first token of all is foretold by nothing
+        kept = [e for e in short if any(e.learned[1:])]  # no logits predict the first token
         empty += not kept
         found += kept
     if not found:
@@ -62,7 +63,7 @@ def examples(text: Text, tokenizer: Tokenizer, length: int) -> tuple[list[Exampl
 
 
 def split(every: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Examples to train on and those held out, drawn by `seed`; at least one of each unless the share is 0."""
+    """(training examples, held-out examples), drawn with `seed`. Each has at least one, unless `share` is 0."""
     if share and len(every) < 2:
         raise PlanError("one example cannot be both trained on and held out", "Give more data, or `held_out=0`.")
     order = torch.randperm(
@@ -82,15 +83,18 @@ def _completion(document: Completion, tokenizer: Tokenizer) -> Example:
 
 
 def _answers(chat: tuple[Message, ...], where: str, tokenizer: Tokenizer) -> Iterator[Example]:
-    """A chat up to its last answer; or, where the template shows earlier turns differently once they are past (some
-    leave out what was thought), each answer with what the model is shown when it is to give it."""
+    """The examples of a chat: normally one, up to the last answer.
+
+    Some templates render earlier turns differently later on (they drop the reasoning, for example). Then a new example
+    begins wherever the rendered history changes, so that each answer follows the prompt that the model really sees.
+    """
     so_far, answers = "", list[tuple[str, str]]()
     for i, message in enumerate(chat):
-        if message["role"] != "assistant" or i == 0:  # what nobody asked for is no answer
+        if message["role"] != "assistant" or i == 0:  # a first message has no question before it
             continue
         answered = render(chat[: i + 1], where, tokenizer)
         asked = render(chat[:i], where, tokenizer, answer_next=True)
-        if not answered.startswith(asked):  # it may open the answer with words that are not kept
+        if not answered.startswith(asked):  # the generation prompt may add words that the finished chat lacks
             asked = render(chat[:i], where, tokenizer)
         if not answered.startswith(asked):
             raise PlanError(
@@ -107,7 +111,8 @@ def _answers(chat: tuple[Message, ...], where: str, tokenizer: Tokenizer) -> Ite
 
 
 def _marked(whole: str, answers: list[tuple[str, str]], tokenizer: Tokenizer) -> Example:
-    """`whole` with what stands between the two beginnings of it in each pair to be learned."""
+    """`whole` as an example. `answers`: pairs of prefixes of `whole`, (before the answer, after it); what lies
+    between the two counts in the loss."""
     ids, *beginnings = token_ids(tokenizer, [whole, *(text for pair in answers for text in pair)])
     learned = [False] * len(ids)
     for before, after in zip(beginnings[::2], beginnings[1::2], strict=True):
@@ -117,7 +122,7 @@ def _marked(whole: str, answers: list[tuple[str, str]], tokenizer: Tokenizer) ->
 
 
 def _alike(a: list[int], b: list[int]) -> int:
-    """How many ids the two begin with in common."""
+    """Length of the common prefix of two lists of ids."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

@@ -16,9 +16,9 @@ from fewbit.texts.sources import Completion, Instruction, Message, Text, Tokeniz
 def encode(text: Text, tokenizer: Tokenizer) -> Tensor:
     """The whole text as one stream of token ids, int64 [tokens].
 
-    Plain documents that follow each other are joined by an empty line; a chat is rendered by the tokenizer's own
-    template, plain text never is. The token for the beginning of a text stands once in front if the tokenizer
-    adds it by itself. PlanError if a chat meets a tokenizer without a template, or a template that refuses it.
+    Consecutive plain documents are joined by an empty line. Chats are rendered by the tokenizer's own template, plain
+    text is not. The BOS token is put in front once, if the tokenizer adds it by default. PlanError if a chat needs a
+    template that the tokenizer lacks, or if the template raises an error.
     """
     pieces: list[str] = []
     shown = [d.shown(tokenizer) if isinstance(d, Instruction) else d for d in text.documents]
@@ -33,7 +33,7 @@ def encode(text: Text, tokenizer: Tokenizer) -> Tensor:
 
 
 def within(ids: Tensor, rows: int | None, tokenizer: Any, where: str) -> Tensor:
-    """`ids` as they are; FormatError for one that has no row in an embedding of so many `rows`, or of None."""
+    """Return `ids` unchanged. FormatError if an id has no row in an embedding of `rows` rows (None: not checked)."""
     if rows is not None and ids.numel() and int(ids.max()) >= rows:
         wrong = int(ids.max())
         name = tokenizer.convert_ids_to_tokens(wrong)
@@ -46,16 +46,16 @@ def within(ids: Tensor, rows: int | None, tokenizer: Any, where: str) -> Tensor:
 
 
 def begun(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """`ids` with the token for the beginning of a text in front, if the tokenizer adds it by itself."""
+    """`ids` with the BOS token in front, if the tokenizer adds it by default."""
     beginning = token_ids(tokenizer, ["a"], special=True)[0][:1]
     return beginning + ids if beginning == [tokenizer.bos_token_id] and ids[:1] != beginning else ids
 
 
 def sample(tokens: Tensor, samples: int, length: int, seed: int) -> Tensor:
-    """Different windows of `tokens`, chosen and ordered by `seed`: int64 [at most `samples`, length].
+    """Distinct windows of `tokens`, chosen and ordered by `seed`: int64 [at most `samples`, length].
 
-    There are fewer than `samples` only if the text has no more; the same seed with more samples begins alike.
-    PlanError if there is not one whole window.
+    There are fewer than `samples` only if the text has fewer windows. With the same seed, a larger `samples` begins
+    with the same windows. PlanError if the text is shorter than one window.
     """
     every = windows(tokens, length)
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu")
@@ -63,9 +63,9 @@ def sample(tokens: Tensor, samples: int, length: int, seed: int) -> Tensor:
 
 
 def windows(tokens: Tensor, length: int, limit: int | None = None) -> Tensor:
-    """The first `limit` windows of `tokens` in order, all if None: int64 [windows, length].
+    """The first `limit` windows of `tokens` in order (None: all): int64 [windows, length].
 
-    PlanError if there is not one whole window.
+    PlanError if the text is shorter than one window.
     """
     count = len(tokens) // _positive("length", length)
     if not count:
@@ -78,7 +78,7 @@ def windows(tokens: Tensor, length: int, limit: int | None = None) -> Tensor:
 
 
 def digest(tokens: Tensor) -> str:
-    """The SHA-256, in hex, of the ids as little-endian int64: equal exactly if the tokens are, on every machine."""
+    """SHA-256, in hex, of the ids as little-endian int64, so that it is the same on every machine."""
     return hashlib.sha256(tokens.to("cpu", torch.int64).numpy().astype("<i8").tobytes()).hexdigest()
 
 
@@ -89,22 +89,22 @@ def _positive(name: str, value: int) -> int:
 
 
 def token_ids(tokenizer: Tokenizer, pieces: list[str], *, special: bool = False) -> list[list[int]]:
-    """The ids of each piece of text, with the tokens that the tokenizer adds by itself where `special`."""
-    # verbose=False: the stream is longer than any context on purpose, which transformers would warn about.
+    """The ids of each piece of text. `special`: with the special tokens that the tokenizer adds by default."""
+    # verbose=False: transformers would warn that the stream is longer than the model's context, which is intended.
     encoded = tokenizer(pieces, add_special_tokens=special, return_attention_mask=False, verbose=False)
     ids: list[list[int]] = encoded["input_ids"]
     return ids
 
 
 def render(chat: tuple[Message, ...], where: str, tokenizer: Tokenizer, *, answer_next: bool = False) -> str:
-    """A chat in the tokenizer's own template, up to where the model would answer if `answer_next`.
+    """A chat rendered by the tokenizer's own template. `answer_next`: with the generation prompt at the end.
 
-    PlanError, with the place `where` the chat stands, if there is no template or it refuses the chat.
+    PlanError, naming the chat's place `where`, if there is no template or the template raises an error.
     """
     if not tokenizer.chat_template:
         raise PlanError(f"{where}: a chat, but the tokenizer has no chat template", "Give a plain text.")
     try:
         return str(tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=answer_next))
-    except Exception as error:  # a template is a program of the model's author: it may raise anything
+    except Exception as error:  # a template is third-party code and may raise anything
         roles = ", ".join(message["role"] for message in chat)
         raise PlanError(f"{where}: the chat template refuses a chat of the roles {roles}: {error}") from error
