@@ -76,7 +76,7 @@ def saved(model: Any, folder: Path) -> dict[str, Any]:
     return config
 
 
-# --- The effects, one for each option that is honoured ---
+# --- The effects, one for each option that works ---
 
 EFFECTS: dict[tuple[str, str], Effect] = {}
 
@@ -376,7 +376,7 @@ REFUSED: dict[tuple[str, str], Any] = {
     ("BitsAndBytesConfig", "llm_int8_has_fp16_weight"): True,
     ("BitsAndBytesConfig", "bnb_4bit_quant_type"): "nf3",
 }
-MOOT: dict[str, Any] = {
+NOT_NEEDED: dict[str, Any] = {
     "module_name_preceding_first_block": ["model.embed_tokens"],
     "pad_token_id": 7,
     "max_input_length": 4096,
@@ -390,15 +390,13 @@ def named(verdict: Callable[[Option], bool]) -> pytest.MarkDecorator:
 
 
 @pytest.mark.parametrize("check", dict.fromkeys(EFFECTS.values()), ids=lambda check: check.__name__)
-def test_what_is_honoured_has_its_effect(
-    check: Effect, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_works_has_its_effect(check: Effect, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with monkeypatch.context() as patch:
         check(make, patch, tmp_path)
 
 
 def test_every_verdict_has_its_test() -> None:
-    assert set(EFFECTS) == {(o.config, o.name) for o in OPTIONS if o.verdict == "honoured"}
+    assert set(EFFECTS) == {(o.config, o.name) for o in OPTIONS if o.verdict == "works"}
     assert set(REFUSED) == {(o.config, o.name) for o in OPTIONS if o.refusal}
     assert all(o.refusal for o in OPTIONS if o.verdict == "refused")
 
@@ -419,9 +417,9 @@ def test_all_that_is_refused_is_said_at_once(make: Make) -> None:
     assert "cache_block_outputs" in refusal.value.message
 
 
-@named(lambda option: option.verdict == "moot")
-def test_what_is_moot_changes_nothing(option: Option, make: Make) -> None:
-    assert same(make(option.config), make(option.config, **{option.name: MOOT[option.name]}))
+@named(lambda option: option.verdict == "not needed")
+def test_what_is_not_needed_changes_nothing(option: Option, make: Make) -> None:
+    assert same(make(option.config), make(option.config, **{option.name: NOT_NEEDED[option.name]}))
 
 
 def test_a_module_that_should_precede_the_blocks_must_be_there(make: Make) -> None:

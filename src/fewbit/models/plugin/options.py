@@ -1,9 +1,9 @@
 """What fewbit does with each option of transformers' config objects, and the request that one makes of a model.
 
-The table is the decision: a value that an option does not allow is refused with the sentence that stands there, and
-docs/reference.md shows the same rows (`tools/options_table.py`). *honoured*: it has its effect. *refused*: only the
-value that asks for nothing is taken. *moot*: what it asks for holds anyway, whatever it says. *dropped*: transformers
-itself drops it, so that nobody after it can know of it.
+`OPTIONS` is the specification: a value that an option does not allow raises an error with the option's `refusal`.
+`tools/options_table.py` writes the same rows into docs/reference.md. *works*: the option has its effect. *refused*: any
+value raises an error, except those named in the row. *not needed*: no valid value changes the result.
+*dropped*: transformers drops the option before fewbit can see it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from fewbit.errors import PlanError
 from fewbit.plans.plan import Plan, Rule
 
-Verdict = Literal["honoured", "refused", "moot", "dropped"]
+Verdict = Literal["works", "refused", "not needed", "dropped"]
 
 FUSING = ("do_fuse", "fuse_max_seq_len", "modules_to_fuse")  # which transformers drops
 _DEFAULT_GROUP = 128  # the configs' own: who has not thought of groups has asked for this
@@ -47,172 +47,188 @@ _NOT_AWQ = "it belongs to GPTQ, AWQ has no such thing"
 
 # What AwqConfig has from GPTQConfig and means the same.
 _SHARED = (
-    ("tokenizer", "honoured", "an object, or where one is; else the model's own"),
+    ("tokenizer", "works", "a tokenizer, or the path of one; default: the model's own"),
     (
         "model_seqlen",
-        "honoured",
-        "tokens of a calibration window (512, or all of a shorter text); beyond the context it is refused",
+        "works",
+        "tokens in a calibration window; default: 512, or the whole text if shorter; an error beyond the context",
     ),
-    ("block_name_to_quantize", "honoured", "where the blocks are, as in `model.layers`; another name is refused"),
-    ("module_name_preceding_first_block", "moot", "what comes before the blocks is found by running the model"),
-    ("batch_size", "honoured", "windows at once, where that is more than 2048 tokens"),
-    ("pad_token_id", "moot", "windows are equally long, nothing is padded"),
-    ("max_input_length", "moot", "the size of a buffer that no kernel here has"),
-    ("meta", "honoured", "kept in the config of what is saved"),
+    (
+        "block_name_to_quantize",
+        "works",
+        "name of the module list that holds the blocks, such as `model.layers`; another name is an error",
+    ),
+    (
+        "module_name_preceding_first_block",
+        "not needed",
+        "fewbit runs the model to find the modules before the blocks; a name that the model lacks is an error",
+    ),
+    ("batch_size", "works", "minimum number of windows in a batch; default: as many as hold about 2048 tokens"),
+    ("pad_token_id", "not needed", "all windows have the same length, so there is no padding"),
+    ("max_input_length", "not needed", "size of a buffer that fewbit's kernels do not have"),
+    ("meta", "works", "kept in the config when the model is saved"),
 )
 
 OPTIONS: tuple[Option, ...] = (
-    Option("GPTQConfig", "bits", "honoured", "2, 3, 4 or 8"),
+    Option("GPTQConfig", "bits", "works", "2, 3, 4 or 8"),
     Option(
         "GPTQConfig",
         "dataset",
-        "honoured",
-        "`c4`, `c4-new` and `wikitext2`: 128 windows of it; a list of texts: all of them; "
-        "none: what `fewbit quantize` takes",
+        "works",
+        "`c4`, `c4-new` and `wikitext2`: 128 windows of that text; a list of texts: all of them; "
+        "not given: the default text of `fewbit quantize`",
         _is_dataset,
         "give its name or a list of texts; token ids are not taken",
     ),
     Option(
         "GPTQConfig",
         "group_size",
-        "honoured",
-        "-1: the whole row; 128, the default, becomes the largest that divides all columns, and a warning says so; "
-        "another that does not divide them is refused",
+        "works",
+        "-1: the whole row; the default, 128, falls back to the largest size that divides all columns, with a warning; "
+        "any other size that does not divide them is an error",
     ),
-    Option("GPTQConfig", "damp_percent", "honoured", "share of the mean diagonal of the Hessian"),
+    Option("GPTQConfig", "damp_percent", "works", "damping, as a share of the mean diagonal of the Hessian"),
     Option(
         "GPTQConfig",
         "desc_act",
-        "honoured",
-        "columns are taken in falling order of their inputs; each keeps the group it lies in, so the file needs no "
-        "order and says false",
+        "works",
+        "quantizes the columns with the largest inputs first; columns stay in their groups, so the file stores no "
+        "order, and its config says false",
     ),
     Option(
-        "GPTQConfig", "act_group_aware", "honoured", "the same; where both are false, columns are taken as they lie"
+        "GPTQConfig",
+        "act_group_aware",
+        "works",
+        "same as `desc_act`; if both are false, columns are quantized in stored order",
     ),
-    Option("GPTQConfig", "sym", "honoured", "false: with zero points, saved as `gptq_v2`"),
+    Option("GPTQConfig", "sym", "works", "false: asymmetric, with zero points, saved as `gptq_v2`"),
     Option(
         "GPTQConfig",
         "true_sequential",
-        "honoured",
-        "linears that read the same tensor are quantized together, those that come later see the result",
+        "works",
+        "linears that read the same tensor are quantized together; later linears get inputs from the quantized ones",
     ),
     Option(
         "GPTQConfig",
         "format",
-        "honoured",
+        "works",
         "`gptq` or `gptq_v2`, also as `checkpoint_format`",
         _one_of("gptq", "gptq_v2"),
         "only gptq and gptq_v2 are written",
     ),
-    Option("GPTQConfig", "backend", "refused", "but `auto` and `auto_trainable`", _AUTO, _KERNELS),
+    Option("GPTQConfig", "backend", "refused", "except `auto` and `auto_trainable`", _AUTO, _KERNELS),
     Option(
         "GPTQConfig",
         "cache_block_outputs",
         "refused",
-        "but true: hidden states are kept, in the memory that calibration takes",
+        "except true: hidden states always stay in memory",
         _one_of(True),
         "hidden states between blocks are always kept; fewer or shorter texts need less memory",
     ),
     Option(
         "GPTQConfig",
         "modules_in_block_to_quantize",
-        "honoured",
-        "those only, list after list; optimum is not needed; a name that no block has, and less than half of the "
-        "blocks' parameters, are refused",
+        "works",
+        "quantizes only these, one list after another, without optimum; a name that no block has is an error, and so "
+        "are lists that cover less than half of the blocks' parameters",
     ),
     *(
-        Option("GPTQConfig", name, "dropped", "an option of older versions")
+        Option("GPTQConfig", name, "dropped", "option of older transformers")
         for name in ("use_exllama", "disable_exllama", "exllama_config", "use_cuda_fp16", "static_groups", "dynamic")
     ),
     *(Option("GPTQConfig", name, verdict, says) for name, verdict, says in _SHARED),  # type: ignore[arg-type]
-    Option("AwqConfig", "bits", "honoured", "4; others are refused", _one_of(4), "AWQ's files hold 4 bits"),
-    Option("AwqConfig", "group_size", "honoured", "as of GPTQConfig"),
-    Option("AwqConfig", "zero_point", "honoured", "false: symmetric weights, saved with zero points of 8"),
+    Option("AwqConfig", "bits", "works", "4; other values are an error", _one_of(4), "AWQ's files hold 4 bits"),
+    Option("AwqConfig", "group_size", "works", "as in `GPTQConfig`"),
+    Option("AwqConfig", "zero_point", "works", "false: symmetric weights, saved with zero points of 8"),
     Option(
         "AwqConfig",
         "format",
-        "honoured",
+        "works",
         "`gemm` or `gemv`, also as `version`",
         _one_of("gemm", "gemv"),
         "only gemm and gemv are written",
     ),
-    Option("AwqConfig", "backend", "refused", "but `auto` and `auto_trainable`", _AUTO, _KERNELS),
+    Option("AwqConfig", "backend", "refused", "except `auto` and `auto_trainable`", _AUTO, _KERNELS),
     Option(
         "AwqConfig",
         "modules_to_not_convert",
-        "honoured",
-        "parts of the names of linears that stay as they are; a name that no linear has is refused",
+        "works",
+        "linears with one of these parts in their names stay unquantized; a part that matches no linear is an error",
     ),
-    Option("AwqConfig", "do_fuse", "honoured", "transformers drops it, `import fewbit` keeps it"),
-    Option("AwqConfig", "fuse_max_seq_len", "honoured", "the same; beyond the context it is refused"),
-    Option("AwqConfig", "modules_to_fuse", "honoured", "the same: it turns fusing on; what can be fused is found"),
+    Option("AwqConfig", "do_fuse", "works", "transformers drops it; after `import fewbit` it works"),
+    Option("AwqConfig", "fuse_max_seq_len", "works", "as `do_fuse`; an error beyond the context"),
+    Option("AwqConfig", "modules_to_fuse", "works", "as `do_fuse`; turns fusing on, and fewbit finds what to fuse"),
     Option(
         "AwqConfig",
         "dataset",
-        "honoured",
-        "as of GPTQConfig: AWQ on a model that is not quantized, which transformers refuses",
+        "works",
+        "as in `GPTQConfig`; quantizes an unquantized model by AWQ, which transformers alone refuses",
         _is_dataset,
         "give its name or a list of texts; token ids are not taken",
     ),
-    Option("AwqConfig", "sym", "moot", "`zero_point` says it"),
+    Option("AwqConfig", "sym", "not needed", "`zero_point` decides"),
     *(Option("AwqConfig", name, verdict, says) for name, verdict, says in _SHARED),  # type: ignore[arg-type]
-    Option("AwqConfig", "damp_percent", "refused", "but the default", _one_of(0.1), _NOT_AWQ),
-    Option("AwqConfig", "desc_act", "refused", "but the default", _one_of(False), _NOT_AWQ),
-    Option("AwqConfig", "act_group_aware", "refused", "but the default", _one_of(True), _NOT_AWQ),
-    Option("AwqConfig", "true_sequential", "refused", "but the default", _one_of(True), _NOT_AWQ),
-    Option("AwqConfig", "cache_block_outputs", "refused", "but the default", _one_of(True), _NOT_AWQ),
+    Option("AwqConfig", "damp_percent", "refused", "except the default", _one_of(0.1), _NOT_AWQ),
+    Option("AwqConfig", "desc_act", "refused", "except the default", _one_of(False), _NOT_AWQ),
+    Option("AwqConfig", "act_group_aware", "refused", "except the default", _one_of(True), _NOT_AWQ),
+    Option("AwqConfig", "true_sequential", "refused", "except the default", _one_of(True), _NOT_AWQ),
+    Option("AwqConfig", "cache_block_outputs", "refused", "except the default", _one_of(True), _NOT_AWQ),
     Option(
         "AwqConfig",
         "modules_in_block_to_quantize",
         "refused",
-        "but none",
+        "except none",
         _one_of(None),
         "AWQ says it the other way round, with modules_to_not_convert",
     ),
-    Option("AwqConfig", "exllama_config", "dropped", "an option of older versions"),
-    Option("BitsAndBytesConfig", "load_in_8bit", "honoured", "LLM.int8()"),
-    Option("BitsAndBytesConfig", "load_in_4bit", "honoured", "NF4 or FP4 in blocks of 64"),
+    Option("AwqConfig", "exllama_config", "dropped", "option of older transformers"),
+    Option("BitsAndBytesConfig", "load_in_8bit", "works", "LLM.int8()"),
+    Option("BitsAndBytesConfig", "load_in_4bit", "works", "NF4 or FP4 in blocks of 64"),
     Option(
         "BitsAndBytesConfig",
         "llm_int8_threshold",
-        "honoured",
-        "what the kernel `llm_int8` leaves exact; the default rounds no activations at all",
+        "works",
+        "outlier threshold of the kernel `llm_int8`, which is opt-in; other kernels do not use it",
     ),
-    Option("BitsAndBytesConfig", "llm_int8_skip_modules", "honoured", "none given: the output head"),
+    Option(
+        "BitsAndBytesConfig",
+        "llm_int8_skip_modules",
+        "works",
+        "modules that stay unquantized; default: the output head",
+    ),
     Option(
         "BitsAndBytesConfig",
         "llm_int8_enable_fp32_cpu_offload",
-        "honoured",
-        "what a device map sends to the CPU or the disk, beside a GPU, is not quantized; where false it is, and runs "
-        "on the CPU",
+        "works",
+        "true: modules that a device map with a GPU places on the CPU or the disk are not quantized; false: they are "
+        "quantized, and run on the CPU",
     ),
     Option(
         "BitsAndBytesConfig",
         "llm_int8_has_fp16_weight",
         "refused",
-        "but false",
+        "except false",
         _one_of(False, None),
         "it keeps weights in 16 bits, which is no quantization",
     ),
     Option(
         "BitsAndBytesConfig",
         "bnb_4bit_compute_dtype",
-        "honoured",
-        "activations are cast to it and back; float32, the default, means their own type",
+        "works",
+        "activations are cast to this type and back; the default, float32, means no cast",
     ),
     Option(
         "BitsAndBytesConfig",
         "bnb_4bit_quant_type",
-        "honoured",
+        "works",
         "`nf4` or `fp4`",
         _one_of("nf4", "fp4"),
         "known are nf4 and fp4",
     ),
-    Option("BitsAndBytesConfig", "bnb_4bit_use_double_quant", "honoured", "scales in 8 bits"),
-    Option("BitsAndBytesConfig", "bnb_4bit_quant_storage", "honoured", "the type that the codes have in files"),
-    Option("GgufConfig", "gguf_file", "honoured", "as `from_pretrained` names it"),
-    Option("GgufConfig", "dequantize", "honoured", "ordinary weights"),
+    Option("BitsAndBytesConfig", "bnb_4bit_use_double_quant", "works", "stores the scales in 8 bits"),
+    Option("BitsAndBytesConfig", "bnb_4bit_quant_storage", "works", "type of the codes in files"),
+    Option("GgufConfig", "gguf_file", "works", "file name, set by the argument of `from_pretrained`"),
+    Option("GgufConfig", "dequantize", "works", "unpacks the weights"),
 )
 
 
