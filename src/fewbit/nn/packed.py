@@ -66,24 +66,12 @@ class Layer(Protocol):
     def values(self) -> Tensor: ...
 
 
-class Values(Tensor):
-    """The weight of a layer as numbers, dequantized for each operation that reads it. Writing to it is a PlanError."""
+class _ReadOnly(Tensor):
+    """Numbers of a packed weight. A PlanError for whatever would write to them."""
 
     layer: Any
 
-    @staticmethod
-    def __new__(cls, layer: Layer) -> Values:
-        assert layer.held is not None
-        made: Values = torch.Tensor._make_wrapper_subclass(
-            cls, layer.values_shape, dtype=layer.dtype, device=layer.held.device, requires_grad=False
-        )
-        made.layer = layer
-        made._is_param = True  # makes isinstance(weight, nn.Parameter) true
-        # transformers initializes weights that a checkpoint lacks, unless this is set
-        made._is_hf_initialized = True  # type: ignore[attr-defined]
-        return made
-
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, *_: Tensor) -> None:
         super().__init__()
 
     @property
@@ -96,6 +84,22 @@ class Values(Tensor):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         refuse(self.layer)
+
+
+class Values(_ReadOnly):
+    """The weight of a layer as numbers, dequantized for each operation that reads it. Writing to it is a PlanError."""
+
+    @staticmethod
+    def __new__(cls, layer: Layer) -> Values:
+        assert layer.held is not None
+        made: Values = torch.Tensor._make_wrapper_subclass(
+            cls, layer.values_shape, dtype=layer.dtype, device=layer.held.device, requires_grad=False
+        )
+        made.layer = layer
+        made._is_param = True  # makes isinstance(weight, nn.Parameter) true
+        # transformers initializes weights that a checkpoint lacks, unless this is set
+        made._is_hf_initialized = True  # type: ignore[attr-defined]
+        return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return nn.Parameter(self.layer.values(), requires_grad=False)
@@ -115,13 +119,12 @@ class Values(Tensor):
         return _run(func, args, kwargs or {})
 
 
-class Part(Tensor):
+class Part(_ReadOnly):
     """A view of a weight (a slice, its transpose) as numbers. PlanError for an operation that writes to it.
 
     The numbers are a copy, so that what is written there would be lost.
     """
 
-    layer: Any
     plain: Tensor
 
     @staticmethod
@@ -129,20 +132,6 @@ class Part(Tensor):
         made: Part = torch.Tensor._make_subclass(cls, plain)
         made.layer, made.plain = layer, plain
         return made
-
-    def __init__(self, layer: Layer, plain: Tensor) -> None:
-        super().__init__()
-
-    @property
-    def data(self) -> Tensor:
-        return self
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        refuse(self.layer)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        refuse(self.layer)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.plain.clone()
