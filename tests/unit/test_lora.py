@@ -83,10 +83,10 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return found
 
 
-def same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def same(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = TOLERANCE[torch.float32]) -> None:
     assert got.keys() == wanted.keys()
     for name, grad in wanted.items():
-        assert (got[name] - grad).norm() <= TOLERANCE[torch.float32] * grad.norm(), name
+        assert (got[name] - grad).norm() <= tolerance * grad.norm(), name
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -111,7 +111,7 @@ def test_checkpointing_changes_no_gradient(reentrant: bool) -> None:
     wanted = gradients(model)
     model.base_model.model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    same(gradients(model), wanted)
+    same(gradients(model), wanted, tolerance=0)  # the same operations, computed again
 
 
 def wide(spec: str) -> list[tuple[int, int]]:
