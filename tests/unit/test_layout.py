@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,3 +119,19 @@ def test_parameter_lists_are_short() -> None:
 def test_files_are_short() -> None:
     long = {str(f.relative_to(SOURCE)): n for f in FILES if (n := len(f.read_text().splitlines())) > MOST_LINES}
     assert not long
+
+
+def test_the_library_does_not_speak_in_flags() -> None:
+    """Errors outside cli/ name arguments, which `errors.in_flags` turns into flags. Commands to copy may have flags."""
+    found = []
+    for file in FILES:
+        if file.relative_to(SOURCE).parts[0] in ("cli", "data") or file.name == "errors.py":
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+        for call in raised:
+            for node in ast.walk(call):
+                text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+                if re.search(r"(?<![\w-])--[a-z]", text) and not re.search(r"fewbit |pip |torchrun", text):
+                    found.append(f"{file.relative_to(SOURCE)}: {text}")
+    assert not found, "\n".join(found)

@@ -39,7 +39,8 @@ def finetune(
     ] = None,
     dropout: Annotated[float, typer.Option(help="LoRA dropout: share of inputs set to 0 in training.")] = 0.0,
     targets: Annotated[
-        str, typer.Option(help="Linears to adapt, by the ends of their names: q_proj,v_proj. Default: all in blocks.")
+        str,
+        typer.Option(help="Linears to adapt, by the ends of their names: q_proj,v_proj. Default: all but the head."),
     ] = "",
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,

@@ -16,7 +16,7 @@ class Tuning:
     """Settings of a LoRA training. PlanError for a value out of range.
 
     rank: LoRA rank. alpha: the LoRA update is scaled by alpha / rank; 2 · rank by default. dropout: LoRA dropout.
-    targets: name endings of the linears that get a LoRA; all linears in the model's blocks by default.
+    targets: name endings of the linears that get a LoRA; all linears but the output head by default.
     learning_rate: peak learning rate (linear warm-up over 5 % of the steps, then linear decay to 0).
     epochs: passes over the training examples. steps: optimizer steps; replaces `epochs`.
     batch: examples per forward pass. accumulate: gradient accumulation steps; one optimizer step takes
