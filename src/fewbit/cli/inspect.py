@@ -1,0 +1,45 @@
+"""Look at a model, at what there is, and at this machine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from fewbit.cli.options import (
+    Json,
+    Model,
+    early,
+    printed,
+)
+
+
+@early
+def inspect(model: Model, as_json: Json = False) -> None:
+    """Tell what is in MODEL: schemes, share of parameters, bits per weight, how it was made."""
+    from fewbit.api import inspect as api
+    from fewbit.report import text as report
+
+    found = api.inspect(model)
+    printed({**asdict(found), "share": found.share}) if as_json else report.inspection(found)
+
+
+def list_(as_json: Json = False) -> None:
+    """List schemes, methods, formats, kernels and plans, and what is unavailable here."""
+    from fewbit.plans.catalogue import catalogue
+    from fewbit.report import text as report
+
+    families = catalogue()
+    printed(
+        {
+            f: [dict(zip(("name", "what", "unavailable"), row, strict=True)) for row in rows]
+            for f, rows in families.items()
+        }
+    ) if as_json else report.listing(families)
+
+
+def doctor(as_json: Json = False) -> None:
+    """Tell what this machine has, which kernels serve it, and what would make it faster."""
+    from fewbit.advise import doctor as hardware
+    from fewbit.report import text as report
+
+    found = hardware.look()
+    printed(asdict(found)) if as_json else report.doctor(found)

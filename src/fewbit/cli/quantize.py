@@ -1,0 +1,130 @@
+"""Quantize a model, and measure importances."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from fewbit.cli.options import (
+    Calibrated,
+    Device,
+    Json,
+    Length,
+    Model,
+    Overwrite,
+    SafetensorsOnly,
+    Samples,
+    Seed,
+    Trust,
+    early,
+    printed,
+    text_of,
+)
+from fewbit.errors import PlanError
+
+
+@early
+def quantize(
+    ctx: typer.Context,
+    model: Model,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="Folder or .gguf file to make. Required unless --dry-run.")
+    ] = None,
+    plan: Annotated[str, typer.Option(help="A plan by name (fewbit list), or a .json file.")] = "gptq-4bit",
+    method: Annotated[
+        str | None, typer.Option(help="Method that chooses the codes (fewbit list), or awq+gptq. Default: the plan's.")
+    ] = None,
+    scheme: Annotated[str | None, typer.Option(help="Scheme, such as int4-g64-sym. Default: the plan's.")] = None,
+    format: Annotated[str | None, typer.Option(help="File format (fewbit list). Default: the plan's.")] = None,
+    calibration: Calibrated = None,
+    samples: Samples = 128,
+    length: Length = 512,
+    seed: Seed = 0,
+    imatrix: Annotated[
+        str | None, typer.Option(help="Importance matrix (.gguf, .dat) to use in place of calibration. Default: none.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what each tensor would become. Write nothing.")
+    ] = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    safetensors_only: SafetensorsOnly = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL into a new folder or .gguf file."""
+    from fewbit.plans.plan import find
+    from fewbit.texts.calibration import Calibration
+
+    chosen = find(plan)
+    options: dict[str, str] = ctx.obj or {}
+    if method or scheme or format or options:
+        chosen = chosen.changed(scheme=scheme, method=method, format=format, options=options)
+    if output is None and not dry_run:
+        raise PlanError("no output folder", "Say where to: -o OUT. Or use --dry-run.")
+    calibrated = Calibration(text_of(calibration), samples, length, seed)
+    from fewbit.api import quantize as api
+    from fewbit.report import text as report
+
+    if dry_run:
+        shown = api.preview(
+            model,
+            plan=chosen,
+            imatrix=imatrix,
+            safetensors_only=safetensors_only,
+            trust_remote_code=trust_remote_code,
+        )
+        printed(asdict(shown)) if as_json else report.preview(shown)
+        return
+    assert output is not None
+    with report.progress() as progress:
+        done = api.quantize(
+            model,
+            output,
+            plan=chosen,
+            calibration=calibrated,
+            imatrix=imatrix,
+            overwrite=overwrite,
+            device=device,
+            safetensors_only=safetensors_only,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    printed(asdict(done)) if as_json else report.quantized(done)
+
+
+@early
+def imatrix(
+    model: Model,
+    output: Annotated[str, typer.Option("-o", "--output", help="The .gguf or .dat file to make.")],
+    calibration: Calibrated = None,
+    samples: Samples = 128,
+    length: Length = 512,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    safetensors_only: SafetensorsOnly = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Measure which columns of MODEL's weights matter, in a file for --imatrix and for llama.cpp."""
+    from fewbit.texts.calibration import Calibration
+
+    calibrated = Calibration(text_of(calibration), samples, length, seed)
+    from fewbit.api import quantize as api
+    from fewbit.report import text as report
+
+    with report.progress() as progress:
+        done = api.imatrix(
+            model,
+            output,
+            calibration=calibrated,
+            overwrite=overwrite,
+            device=device,
+            safetensors_only=safetensors_only,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    printed(asdict(done)) if as_json else report.measured(done)
