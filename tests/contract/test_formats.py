@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import FormatError
-from fewbit.formats.base import Format, Stored
+from fewbit.formats.base import Format, Stored, storing
 from fewbit.schemes.base import PartSpec, QTensor, parse
 from tests.contract.cases import FORMATS, SPECS, hard, is_sentence, ordinary, quantized, same_bytes
 
@@ -43,6 +43,11 @@ ONES = ("int4-g32", "int4-g32-sym", "int3-g128", "int8-row-sym", "nf4-b64", "nf4
 FEW = [case for case in STORABLE if case.values[1] in ONES]
 storable = pytest.mark.parametrize(("name", "spec"), STORABLE)
 few = pytest.mark.parametrize(("name", "spec"), FEW)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_storing_names_the_formats_that_store_a_scheme(spec: str) -> None:
+    assert storing(parse(spec)) == [case.values[0] for case in STORABLE if case.values[1] == spec]
 
 
 def weight_of(spec: str, shape: tuple[int, int] | None = None) -> QTensor:

@@ -16,6 +16,7 @@ from fewbit import __version__, registry
 from fewbit.api import evaluate, quantize
 from fewbit.cli import app
 from fewbit.plans import plan
+from fewbit.schemes.base import parse
 from tests import models
 from tests.e2e.conftest import Fewbit
 
@@ -80,6 +81,18 @@ def test_list_names_everything_there_is(fewbit: Fewbit) -> None:
     gptq = next(row for row in told["methods"] if row["name"] == "gptq")
     assert all(flag in gptq["what"] for flag in ("--damp", "--act-order", "--clip-search", "--refine"))
     assert next(row for row in told["kernels"] if row["name"] == "reference")["unavailable"] is None
+
+
+def test_list_says_what_no_format_stores(fewbit: Fewbit) -> None:
+    (affine,) = (row for row in fewbit("list", "--json").json["schemes"] if row["name"] == "affine")
+    formats = registry.entries("formats")
+    for spec, names in affine["formats"].items():
+        scheme = parse(spec)
+        assert names == [name for name in formats if formats[name]().why_not((4096, 4096), scheme) is None]
+    others = [spec for spec, names in affine["formats"].items() if not names]
+    assert {int(spec[3]) for spec in others} == {5, 6, 7}
+    assert f"No format stores these yet: {', '.join(others)}." in affine["what"]
+    assert all(row["formats"] for row in fewbit("list", "--json").json["schemes"])
 
 
 def test_doctor_tells_what_there_is(fewbit: Fewbit) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fewbit import registry
 from fewbit.errors import PlanError
 from fewbit.methods.base import name_of
 from fewbit.methods.gptq import GPTQ
@@ -136,12 +138,28 @@ def test_changing_a_plan_drops_options_of_another_method() -> None:
     assert plan.changed() == plan
 
 
-def test_five_bits_are_refused_in_words() -> None:
+def test_a_reason_for_all_tensors_is_said_once() -> None:
     with pytest.raises(PlanError) as raised:
-        resolve(plan_of(Rule("*", "int5-g64")), SHAPES)
-    assert raised.value.message.count("2, 3, 4 or 8 bits") == 1, "the same reason for all is said once"
+        resolve(replace(plan_of(Rule("*", "int3-g64")), format="awq"), SHAPES)
+    assert raised.value.message.count("4-bit integers") == 1
     assert "none of 4 tensors" in raised.value.message
     assert "fits every tensor" not in raised.value.hint
+
+
+@pytest.mark.parametrize("spec", ["int5-g64", "int6-row-sym", "int7-g24"])
+@pytest.mark.parametrize("format", registry.entries("formats"))
+def test_a_scheme_that_no_format_stores_is_refused(spec: str, format: str) -> None:
+    rules = [{"match": "*", "scheme": spec}]
+    for attempt in (
+        lambda: resolve(Plan("p", format, (Rule("*", spec),)), SHAPES),
+        lambda: Plan.from_json({"name": "p", "format": format, "rules": rules}),
+        lambda: plan_of(Rule("*", "int4-g64")).changed(scheme=spec, format=format),
+    ):
+        with pytest.raises(PlanError) as raised:
+            attempt()
+        assert f"scheme {spec}: no format stores it yet" in raised.value.message
+        assert "int4-g128" in raised.value.hint
+        assert "int5" not in raised.value.hint
 
 
 def test_two_schemes_in_a_gptq_file_are_refused_in_words() -> None:

@@ -16,6 +16,7 @@ from fewbit.models.describe import Inspection
 from fewbit.pipeline.job import Preview
 from fewbit.pipeline.progress import Step
 from fewbit.pipeline.run import TensorReport
+from fewbit.plans.catalogue import Entry
 from fewbit.report import card as report_card
 from fewbit.report import text as report_text
 from fewbit.report.results import Evaluation, Quantized
@@ -357,7 +358,7 @@ def test_progress_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_listing(shown: io.StringIO) -> None:
-    report_text.listing({"kernels": [("reference", "Dequantizes.", None), ("other", "Faster.", "no GPU is seen")]})
+    report_text.listing({"kernels": [Entry("reference", "Dequantizes."), Entry("other", "Faster.", "no GPU is seen")]})
     lines = {line.split()[0]: line for line in shown.getvalue().splitlines() if line.strip()}
     assert lines["reference"].rstrip().endswith("yes")
     assert lines["other"].rstrip().endswith("no: no GPU is seen")

@@ -27,13 +27,11 @@ def list_(as_json: Json = False) -> None:
     from fewbit.plans.catalogue import catalogue
     from fewbit.report import text as report
 
-    families = catalogue()
-    printed(
-        {
-            f: [dict(zip(("name", "what", "unavailable"), row, strict=True)) for row in rows]
-            for f, rows in families.items()
-        }
-    ) if as_json else report.listing(families)
+    found = catalogue()
+    if as_json:
+        printed({family: [entry.to_json() for entry in entries] for family, entries in found.items()})
+    else:
+        report.listing(found)
 
 
 def doctor(as_json: Json = False) -> None:

@@ -110,6 +110,12 @@ def by_quant_method(name: str) -> Format | None:
     return next((cls() for cls in registry.entries("formats").values() if cls.quant_method == name), None)
 
 
+def storing(scheme: Scheme) -> list[str]:
+    """Names of the formats that can store weights of `scheme`, if the shape is right."""
+    shape = (4096, 4096 * max(1, scheme.group))  # a multiple of everything that schemes and formats need
+    return [name for name, format in registry.entries("formats").items() if format().why_not(shape, scheme) is None]
+
+
 def for_module(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     """`config` with the overrides for one module.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from fewbit import registry
 from fewbit.errors import FormatError, PlanError
-from fewbit.formats.base import Format, Shape, Stored
+from fewbit.formats.base import Format, Shape, Stored, storing
 from fewbit.methods.base import Method, make
 from fewbit.names import in_short
 from fewbit.plans import mixtures
@@ -147,7 +147,17 @@ def _verify(rule: Rule) -> None:
         if name not in mixtures.MIXTURES:
             raise registry.unknown("mixture", name, mixtures.MIXTURES)
     else:
-        parse(rule.scheme)
+        _storable(rule.scheme)
+
+
+def _storable(spec: str) -> Scheme:
+    """The scheme that `spec` names. PlanError if there is none, or if no format stores it."""
+    scheme = parse(spec)
+    if not storing(scheme):
+        others = [example for example in type(scheme).examples if storing(parse(example))]
+        hint = f"Schemes of this kind that a format stores: {', '.join(others)}." if others else ""
+        raise PlanError(f"scheme {spec}: no format stores it yet", hint)
+    return scheme
 
 
 def _object(data: Any, where: str, known: Sequence[str], needed: Sequence[str]) -> Mapping[str, Any]:
@@ -284,7 +294,7 @@ def resolve(plan: Plan, shapes: Mapping[str, Shape], model: mixtures.Model | Non
             method = make(rule.method, dict(rule.options))
             if model is not None and not model.in_block(module) and (method.needs > Need.NOTHING or method.rewrites):
                 method = make(_WITHOUT_INPUTS)
-            wanted[module] = Assignment(module, shape, parse(scheme), method)
+            wanted[module] = Assignment(module, shape, _storable(scheme), method)
     if not wanted:
         raise PlanError(f"plan {plan.name} matches none of the {len(shapes)} linears in the model's blocks")
     if plan.adapt:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fewbit.models.describe import Inspection
     from fewbit.pipeline.job import Preview
     from fewbit.pipeline.progress import Step
+    from fewbit.plans.catalogue import Entry
     from fewbit.report.results import Evaluation, Finetuned, Measured, Merged, Quantized
 
 out = tables.Console(quiet=ranks.silent())
@@ -227,12 +228,12 @@ def inspection(i: Inspection) -> None:
     out.print(table)
 
 
-def listing(families: Mapping[str, Sequence[tuple[str, str, str | None]]]) -> None:
-    """What `fewbit list` prints: for each family (name, what it is, why it is unavailable here)."""
-    for family, rows in families.items():
+def listing(families: Mapping[str, Sequence[Entry]]) -> None:
+    """What `fewbit list` prints."""
+    for family, entries in families.items():
         table = grid(family, "name", "what it is", "here")
-        for name, what, unavailable in rows:
-            table.add_row(name, what, f"no: {unavailable}" if unavailable else "yes")
+        for entry in entries:
+            table.add_row(entry.name, entry.what, f"no: {entry.unavailable}" if entry.unavailable else "yes")
         out.print(table)
         out.print()
 

@@ -109,7 +109,10 @@ class Affine(Scheme):
     symmetric: bool
 
     family: ClassVar[str] = "affine"
-    examples: ClassVar[tuple[str, ...]] = ("int4-g128", "int4-g128-sym", "int3-g64-sym", "int8-row-sym")
+    examples: ClassVar[tuple[str, ...]] = (
+        *("int4-g128", "int4-g128-sym", "int3-g64-sym", "int8-row-sym"),
+        *("int2-g16", "int5-g64", "int6-g32-sym", "int7-row"),
+    )
 
     @classmethod
     def from_spec(cls, spec: str) -> Affine | None:
