@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -20,6 +23,7 @@ from fewbit.api import quantize
 from fewbit.models.adapters import train as training
 from fewbit.models.adapters.attach import quiet
 from fewbit.models.adapters.tuning import Tuning
+from fewbit.report import text as report_text
 from tests import models
 from tests.e2e.conftest import Fewbit
 from tests.e2e.test_bad_input import check
@@ -381,16 +385,54 @@ def test_a_merge_carries_over_what_has_no_place(packed: bool, tmp_path: Path, ad
     assert packed or "draft/" in done.notes[1]
 
 
+MERGING = ["adding", "block", "block", "writing", "window", "window"]  # first words of the lines
+
+
 def test_merged_and_quantized_again(quantized: Path, adapter: Path, text: Path, place: Path, fewbit: Fewbit) -> None:
     flags = ("--plan", "rtn-4bit", "--text", text, "--length", 32, "--json")
     answer = fewbit("merge", quantized, adapter, "-o", place, *flags)
     assert answer.code == 0, answer.err
+    assert [line.split()[0] for line in answer.err.splitlines()] == MERGING
     assert 0 < answer.json["evaluation"]["kl"]["mean"] < 0.1
     assert answer.json["evaluation"]["perplexity"] < 0.4 * fewbit("evaluate", quantized, *flags[2:]).json["perplexity"]
     assert [p.name for p in place.parent.iterdir()] == ["out"]
     made = json.loads((place / "fewbit.json").read_text())["model"]
     assert made.endswith(f" with {adapter}")
     assert fewbit("inspect", place, "--json").json["schemes"] == {"int4-g32-sym": 14}
+
+
+def test_verbs_show_progress_in_a_terminal_only(
+    quantized: Path,
+    adapter: Path,
+    text: Path,
+    place: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A merge runs two other verbs, whose progress is shown with its own."""
+
+    def merge(**progress: Any) -> None:
+        package.merge(quantized, adapter, place, plan="rtn-4bit", text=str(text), length=32, overwrite=True, **progress)
+
+    caplog.set_level(logging.INFO, "fewbit.progress")
+    merge()
+    assert not capfd.readouterr().err
+    said = [record.message for record in caplog.records if record.name == "fewbit.progress"]
+    assert [line.split()[0] for line in said] == MERGING
+    caplog.clear()
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(report_text, "err", Console(file=terminal, width=120, force_terminal=True, _environ={}))
+    merge()
+    assert all(part in terminal.getvalue() for part in ("adding", "2/2", "writing", "8/8"))
+    shown = terminal.getvalue()
+    merge(progress=False)
+    steps = list[Any]()
+    merge(progress=steps.append)
+    assert [step.done for step in steps] == [1, 2]
+    assert terminal.getvalue() == shown
+    assert "fewbit.progress" not in {record.name for record in caplog.records}
 
 
 def test_a_merge_that_cannot_be(

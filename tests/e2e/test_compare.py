@@ -108,6 +108,11 @@ def test_a_killed_process_costs_its_row_and_is_tried_again(tmp_path: Path) -> No
 
     done = fewbit.compare(plans=["nf4", "int8"], progress=kill, **SMALL)
     assert [(row.plan, row.status) for row in done.rows] == [("nf4", "failed"), ("int8", "done")]
+    assert {(event.state, event.unit) for event in seen if event.done} == {
+        ("quantizing", "block"),
+        ("measuring", "run"),
+        ("measuring", "window"),
+    }
     assert done.rows[0].reason == "its process was killed by SIGKILL, most often because memory ran out"
     seen.clear()
     again = fewbit.compare(plans=["nf4", "int8"], progress=seen.append, **SMALL)

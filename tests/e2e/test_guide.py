@@ -59,7 +59,7 @@ def test_it_runs_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def text_of(cell: Any) -> str:
-    return "".join(output.get("text", "") for output in cell.outputs)
+    return "".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs)
 
 
 def test_it_calls_what_the_guide_calls() -> None:

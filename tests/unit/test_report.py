@@ -14,7 +14,6 @@ from fewbit.advise.doctor import Hardware
 from fewbit.measure.quality import Divergence, Estimate, Quality
 from fewbit.models.describe import Inspection
 from fewbit.pipeline.job import Preview
-from fewbit.pipeline.progress import Step
 from fewbit.pipeline.run import TensorReport
 from fewbit.plans.catalogue import Entry
 from fewbit.report import card as report_card
@@ -288,73 +287,6 @@ def test_a_model_card_names_no_local_folder_as_base(name: str) -> None:
     assert "calibrated on" not in card
     assert "# model, quantized" in card
     assert "somebody" not in card
-
-
-def test_progress_is_a_line_a_block_where_there_is_no_terminal(said: io.StringIO) -> None:
-    with report_text.progress() as step:
-        step(Step(1, 2, 0.0123, resumed=True))
-        step(Step(2, 2, 0.0123, resumed=False))
-    first, second = said.getvalue().splitlines()
-    assert first.startswith("block 1/2  found")
-    assert second.startswith("block 2/2  output error 1.23e-02")
-    assert second.endswith("0 s left")
-
-
-@pytest.mark.parametrize("kind", ["windows", "steps", "blocks"])
-def test_off_a_terminal_the_first_and_last_are_lines(kind: str, said: io.StringIO) -> None:
-    if kind == "windows":
-        with report_text.windows_progress() as window:
-            for done in range(1, 201):
-                window(done, 200)
-    elif kind == "steps":
-        with report_text.steps_progress() as step:
-            for done in range(1, 201):
-                step(done, 200, 0.5)
-    else:
-        with report_text.progress() as block:
-            for done in range(1, 201):
-                block(Step(done, 200, 0.5, resumed=False))
-    one = kind.removesuffix("s")
-    assert [" ".join(line.split()[:2]) for line in said.getvalue().splitlines()] == [f"{one} 1/200", f"{one} 200/200"]
-
-
-def lines_of(steps: int, seconds: float, said: io.StringIO) -> list[int]:
-    """The steps that have lines, where each of `steps` takes so many `seconds`."""
-    now = 0.0
-    tell = report_text.Lines("step", lambda: now)
-    for done in range(1, steps + 1):
-        now += seconds
-        tell(done, steps)
-    return [int(line.split()[1].partition("/")[0]) for line in said.getvalue().splitlines()]
-
-
-def test_slow_work_has_a_few_lines_a_minute(said: io.StringIO) -> None:
-    assert lines_of(40, 2.0, said) == [1, 9, 17, 25, 33, 40]
-
-
-def test_very_long_work_has_a_line_a_hundredth(said: io.StringIO) -> None:
-    assert lines_of(1000, 20.0, said) == [*range(1, 1000, 10), 1000]
-
-
-def test_the_time_left_counts_only_what_was_computed(said: io.StringIO) -> None:
-    now = 0.0
-    tell = report_text.Lines("block", lambda: now)
-    tell(1, 4, "found", True)
-    now = 20.0
-    tell(2, 4)
-    first, second = said.getvalue().splitlines()
-    assert "left" not in first
-    assert second == "block 2/4  20 s elapsed, 40 s left"
-
-
-def test_progress_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    buffer = io.StringIO()
-    monkeypatch.setattr(report_text, "err", Console(file=buffer, width=120, force_terminal=True))
-    with report_text.progress() as step:
-        step(Step(1, 2, 0.0123, resumed=False))
-    with report_text.windows_progress() as window:
-        window(1, 2)
-    assert "1/2" in buffer.getvalue()
 
 
 def test_a_listing(shown: io.StringIO) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from fewbit import units
-from fewbit.measure.comparison import Comparison, Event, Interval, Row, Timing
+from fewbit.measure.comparison import Comparison, Interval, Row, Timing
 from fewbit.report import comparison
-from fewbit.report import text as report_text
 
 EXAMPLE = Comparison.read(Path(__file__).parents[1] / "data" / "report.json")
 
@@ -93,28 +92,6 @@ def test_samples_that_agree_stand_together(capsys: pytest.CaptureFixture[str]) -
 )
 def test_an_interval_is_rounded_to_what_it_knows(interval: Interval, text: str) -> None:
     assert comparison.within(interval) == text
-
-
-def test_progress_says_one_line_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    with comparison.progress() as tell:
-        for state in ("quantizing", "measuring", "done"):
-            tell(Event("nf4", 1, 2, state, seconds=3.0))
-        tell(Event("int8", 2, 2, "failed", reason="no [memory]"))
-    assert capsys.readouterr().err.split("\n") == [
-        "1/2  nf4         done in 3 s",
-        "2/2  int8        failed: no [memory]",
-        "",
-    ]
-
-
-def test_slow_plans_have_lines_in_between(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_text.Lines, "GAP", 0.0)
-    with comparison.progress() as tell:
-        for done in (0, 1, 2):
-            tell(Event("nf4", 1, 2, "quantizing", done=done, of=2 if done else 0))
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("1/2  nf4         quantizing block 1/2  ")
-    assert second.startswith("1/2  nf4         quantizing block 2/2  ")
 
 
 def faster(row: Row, median: float, low: float, high: float) -> Row:

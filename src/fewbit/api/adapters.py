@@ -26,6 +26,7 @@ from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline.job import evaluated, homeless, left_behind
 from fewbit.plans.plan import format_of
 from fewbit.report import card
+from fewbit.report import progress as report_progress
 from fewbit.report.results import Finetuned, Merged
 from fewbit.system import ambient, heap, locks, machine, publish, timing
 from fewbit.system.cache import cache_folder
@@ -47,7 +48,7 @@ def finetune(
     device: Device = None,
     dtype: DType = None,
     trust_remote_code: bool = False,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: bool | Callable[[int, int, float], None] | None = None,
 ) -> Finetuned:
     """Train a LoRA on `model`, which stays as it is (QLoRA where it is quantized), into the adapter folder `out`.
 
@@ -75,14 +76,13 @@ def finetune(
     # SmolLM2, 4 x 128 tokens: 1.0 GB at the peak where pieces below 4 MiB are kept, 0.6 GB so.
     heap.return_freed(1 << 18)
     dtype = dtype or (torch.float32 if device == "cpu" else None)
-    loaded = load_model(source, dtype=dtype or "auto", device=device, trust_remote_code=trust_remote_code)
-
-    publish.check_space({out.resolve(): _most_bytes(loaded, tuning)})
-
     from fewbit.models.adapters.train import train  # slow to import, and PEFT is an extra
 
-    pad = _padding(tokenizer, source.rows)
-    done = train(loaded, source.address, pad, training, held_out, tuning, progress or (lambda *_: None))
+    with report_progress.steps(progress) as tell:
+        loaded = load_model(source, dtype=dtype or "auto", device=device, trust_remote_code=trust_remote_code)
+        publish.check_space({out.resolve(): _most_bytes(loaded, tuning)})
+        pad = _padding(tokenizer, source.rows)
+        done = train(loaded, source.address, pad, training, held_out, tuning, tell)
     if done.stopped and not done.steps:
         raise NumericsError(f"{done.stopped}: nothing was learned, and nothing is saved", _LOWER_RATE)
 
@@ -156,7 +156,7 @@ def merge(
     overwrite: bool = False,
     device: Device = None,
     trust_remote_code: bool = False,
-    progress: pipeline_progress.Progress | None = None,
+    progress: bool | pipeline_progress.Progress | None = None,
 ) -> Merged:
     """Merge an adapter into the weights that `model` was quantized from. Writes the model folder `out`.
 
@@ -195,8 +195,9 @@ def merge(
     evaluated([source], tokenizer, text or sources.own_source(source.config), length, samples)
     plain_bytes = 2 * describe(origin or source).parameters
     publish.check_space({out.resolve() if plan is None else cache_folder(): plain_bytes})
+    adding = f"adding {adapter} to {(origin or source).name}"
     if plan is None:
-        with publish.published(out, overwrite=overwrite) as folder:
+        with report_progress.phase(adding, progress), publish.published(out, overwrite=overwrite) as folder:
             carried = write_merged(
                 origin or source, adapter, folder, trained=trained, trust_remote_code=trust_remote_code
             )
@@ -208,7 +209,8 @@ def merge(
         plain = held.folder / "model"
         plain.mkdir()
         try:
-            write_merged(origin or source, adapter, plain, trained=trained, trust_remote_code=trust_remote_code)
+            with report_progress.phase(adding, progress):
+                write_merged(origin or source, adapter, plain, trained=trained, trust_remote_code=trust_remote_code)
             quantized = quantize.quantize(
                 plain,
                 out,
@@ -237,6 +239,7 @@ def merge(
             samples=samples,
             device=device,
             trust_remote_code=trust_remote_code,
+            progress=False if callable(progress) else progress,
         ),
         nbytes=sum(spec.nbytes for file in files_in(out) for spec in read_specs(file).values()),
         seconds=elapsed(),

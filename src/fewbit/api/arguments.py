@@ -155,9 +155,10 @@ def sampling(name: str, value: Any) -> Sampling:
     return value
 
 
-def called(name: str, value: Any) -> Any:
-    if not callable(value):
-        raise invalid(name, value, "a function to call with each step")
+def progress(name: str, value: Any) -> Any:
+    """Whether to show progress, or a function that is called with each step."""
+    if not isinstance(value, bool) and not callable(value):
+        raise invalid(name, value, "True, False, or a function to call with each step")
     return value
 
 
@@ -196,7 +197,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "memory": memory,
     "plan": plan,
     "plans": plans,
-    "progress": called,
+    "progress": progress,
     "report": report,
     "sampling": sampling,
     "seed": integer(0, MAX_SEED),

@@ -51,6 +51,7 @@ from fewbit.pipeline.job import same_vocabulary, unquantized, windows
 from fewbit.plans import plan as plans
 from fewbit.plans.plan import Plan, find_all
 from fewbit.report import page
+from fewbit.report import progress as report_progress
 from fewbit.report import text as report
 from fewbit.stats import Need
 from fewbit.system import locks, publish, timing
@@ -87,7 +88,7 @@ def compare(
     device: Device = None,
     trust_remote_code: bool = False,
     again: bool = False,
-    progress: Told | None = None,
+    progress: bool | Told | None = None,
 ) -> Comparison:
     """Quantize `model` by each plan, measure the results, and write a report into the folder `out` if it is given.
 
@@ -116,8 +117,8 @@ def compare(
         "prompt_tokens": min(PROMPT_TOKENS, source.context // 2),
         "new_tokens": min(NEW_TOKENS, source.context // 4),
     }
-    bench = _Bench(source, asked, machine, settings, progress or (lambda event: None), again)
-    rows = bench.rows(wanted)
+    with report_progress.plans(progress) as told:
+        rows = _Bench(source, asked, machine, settings, told, again).rows(wanted)
     speeds.keep(source, device, rows)
     described = describe(source)
     compared = Comparison(
@@ -245,7 +246,7 @@ class _Bench:
         def on_message(said: Mapping[str, Any]) -> None:
             for message in said.get("told", ()):  # nobody reads what that process warns of
                 choose.tell_once(message)
-            self.told(replace(event, state="measuring", pid=said.get("pid", 0)))
+            self.told(_step(event, "measuring", said))
 
         found = server.run(task, on_message)
         row = parsed(Row, {"plan": name, "status": "done", **told, **found}, name)
@@ -260,8 +261,7 @@ class _Bench:
             return before
 
         def on_message(said: Mapping[str, Any]) -> None:
-            told = replace(event, state="quantizing", done=said.get("block", 0), of=said.get("of", 0))
-            self.told(replace(told, pid=said.get("pid", 0)))
+            self.told(_step(event, "quantizing", said))
 
         task = {
             **{name: self.settings[name] for name in ("model", "device", "trust_remote_code")},
@@ -273,6 +273,12 @@ class _Bench:
         found = server.run(task, on_message)
         _put(record, found)
         return found
+
+
+def _step(event: Event, state: str, said: Mapping[str, Any]) -> Event:
+    """What a worker process says of its progress."""
+    counted = {name: said[name] for name in ("pid", "unit", "done", "of") if name in said}
+    return replace(event, state=state, **counted)
 
 
 def _stats(source: Source) -> list[tuple[str, int, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -47,7 +47,7 @@ def quantize(task: Mapping[str, Any], on_message: OnMessage) -> dict[str, Any]:
         overwrite=True,
         device=task["device"],
         trust_remote_code=task["trust_remote_code"],
-        progress=lambda step: on_message({"block": step.done, "of": step.total}),
+        progress=lambda step: on_message({"unit": "block", "done": step.done, "of": step.total}),
     )
     kinds = Counter(f"{t.scheme} by {t.method}" for t in done.tensors)
     few = Counter(note for t in done.tensors for note in t.notes)
@@ -76,17 +76,20 @@ def measure(task: Mapping[str, Any], on_message: OnMessage) -> dict[str, Any]:
     memory.touch(model)
     weights, resident, loading = memory.at_rest(model), memory.kept(source.files) - alone, _peak(before)
     memory.forget_peak()
-    on_message({"doing": "speed", "told": sorted(choose.told)})
-    rates = speed.prefill(model, prompt), speed.decode(model, prompt, task["new_tokens"])
+    on_message({"told": sorted(choose.told)})
+    rates = (
+        speed.prefill(model, prompt, _runs(on_message)),
+        speed.decode(model, prompt, task["new_tokens"], _runs(on_message)),
+    )
     sample = continue_text(model, tokenizer, prompt_ids(tokenizer, task["prompt"]), max_new_tokens=task["new_tokens"])
     generating = _peak(before)
-    on_message({"doing": "quality"})
     if device == "cpu" and model.dtype != torch.float32:
         del model
         model = load_model(source, device=device, dtype=torch.float32, trust_remote_code=trust)
-    reference = _reference(task, original, model if source is original else None, windows)
+    told = _windows(on_message, len(windows))
+    reference = _reference(task, original, model if source is original else None, windows, told)
     # The original has said already what it says of the windows.
-    found = quality.measure(reference[0] if source is original else model, reference[0], windows)
+    found = quality.measure(reference[0] if source is original else model, reference[0], windows, told)
     assert found.kl is not None
     assert found.same_top is not None
     seen = describe(source)
@@ -131,7 +134,17 @@ def _read_through(source: Source) -> None:
                 pass
 
 
-def _reference(task: Mapping[str, Any], source: Source, model: Any | None, windows: Tensor) -> tuple[Any, Tensor]:
+def _runs(on_message: OnMessage) -> Callable[[int], None]:
+    return lambda done: on_message({"unit": "run", "done": done})
+
+
+def _windows(on_message: OnMessage, total: int) -> Callable[[int], None]:
+    return lambda done: on_message({"unit": "window", "done": done, "of": total})
+
+
+def _reference(
+    task: Mapping[str, Any], source: Source, model: Any | None, windows: Tensor, told: Callable[[int], None]
+) -> tuple[Any, Tensor]:
     """The original's logits on the windows, and its hidden states on the first window.
 
     Logits are recorded once, in a file that is as large as they are and mapped where they are read; where that would be
@@ -164,6 +177,7 @@ def _reference(task: Mapping[str, Any], source: Source, model: Any | None, windo
             with torch.inference_mode():
                 for i, tokens in enumerate(windows):
                     record[i] = quality.logits_of(whole, tokens)
+                    told(i + 1)
             made.rename(place)
         finally:
             made.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from fewbit.pipeline.job import (
     evaluated,
     same_vocabulary,
 )
+from fewbit.report import progress as report_progress
 from fewbit.report.results import Evaluation
 from fewbit.system import ambient, machine, ranks, timing
 from fewbit.texts import sources
@@ -42,7 +43,7 @@ def evaluate(
     dtype: DType = None,
     kernel: str | None = None,
     trust_remote_code: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: bool | Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measure perplexity of `model` and its distance from `reference`, on disjoint windows of a held-out text.
 
@@ -53,7 +54,7 @@ def evaluate(
     dtype of activations: float32 on a CPU, the checkpoint's own on a GPU by default. kernel: for `model`, as in `load`.
     """
     elapsed = timing.timed()
-    with ranks.joined(arguments.device("device", device)) as device:
+    with ranks.joined(arguments.device("device", device)) as device, report_progress.windows(progress) as tell:
         device = machine.device(device)
         source, original = locate(model), locate(reference) if reference is not None else None
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
@@ -72,7 +73,7 @@ def evaluate(
             load_model(source, adapter=adapter, kernel=kernel, **options),
             load_model(original, adapter=reference_adapter, **options) if original is not None else None,
             chosen,
-            (lambda done: progress(done, len(chosen))) if progress else None,
+            lambda done: tell(done, len(chosen)),
         )
         return Evaluation(
             model=_named(model, adapter),

@@ -11,7 +11,6 @@ import json
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,10 @@ from fewbit.models.plugin.modules import FEW
 from fewbit.models.plugin.options import Request
 from fewbit.models.skeleton import Skeleton, load_tokenizer, tokenizer_at
 from fewbit.pipeline import blocks, write_folder
-from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline import run as pipeline_run
 from fewbit.pipeline.capture import Inputs
 from fewbit.pipeline.job import Job, too_small, unquantized
-from fewbit.report import text as report
+from fewbit.report import progress
 from fewbit.system import ambient, machine, publish
 from fewbit.texts import sources, windows
 from fewbit.texts.calibration import Calibration
@@ -54,8 +52,8 @@ def quantized(
         warnings.warn(f"{request.plan.name}: {note}", stacklevel=2)
     versions = {**machine.versions(), "request": json.dumps([request.stages, request.batch])}
     run = pipeline_run.Run(pipeline_run.fingerprint(job.settled, inputs, versions))
-    with run, report.progress() if verbose else nullcontext(pipeline_progress.silent) as progress:
-        tensors = blocks.quantize_blocks(job.settled, inputs, run, progress)
+    with run, progress.blocks(verbose) as tell:
+        tensors = blocks.quantize_blocks(job.settled, inputs, run, tell)
         write_folder.write(out, job.settled, run)
     for note in too_small(tensors):
         warnings.warn(f"{request.plan.name}: {note}", stacklevel=2)

@@ -39,6 +39,7 @@ from fewbit.pipeline.job import (
     windows,
 )
 from fewbit.report import card
+from fewbit.report import progress as report_progress
 from fewbit.report import text as report_text
 from fewbit.report.results import Measured, Quantized
 from fewbit.system import ambient, heap, machine, publish, ranks, timing
@@ -68,7 +69,7 @@ def quantize(
     device: Device = None,
     safetensors_only: bool = False,
     trust_remote_code: bool = False,
-    progress: pipeline_progress.Progress | None = None,
+    progress: bool | pipeline_progress.Progress | None = None,
 ) -> Quantized:
     """Quantize `model` by `plan` into `out`, a folder or a GGUF file. `out` is written atomically.
 
@@ -102,8 +103,8 @@ def quantize(
         versions = machine.versions()
         fingerprint = pipeline_run.fingerprint(job.settled, inputs, versions)
         run = leaving.enter_context(pipeline_run.Run(fingerprint))
-        told = progress or pipeline_progress.silent
-        tensors = blocks.quantize_blocks(job.settled, inputs, run, told)
+        with report_progress.blocks(progress) as tell:
+            tensors = blocks.quantize_blocks(job.settled, inputs, run, tell)
 
         def published() -> Quantized:
             weights = sum(prod(t.shape) for t in tensors)
@@ -158,7 +159,8 @@ def quantize(
                 sample=sample,
             )
 
-        return ranks.run_on_first(published)
+        with report_progress.phase(f"writing {out}", progress):
+            return ranks.run_on_first(published)
 
 
 @checked
@@ -190,7 +192,7 @@ def imatrix(
     device: Device = None,
     safetensors_only: bool = False,
     trust_remote_code: bool = False,
-    progress: pipeline_progress.Progress | None = None,
+    progress: bool | pipeline_progress.Progress | None = None,
 ) -> Measured:
     """Write the importance matrix of `model` on a calibration text to `out`, a .gguf or .dat file as of llama.cpp."""
     elapsed, out, calibration = timing.timed(), publish.named(out), arguments.calibrated(calibration)
@@ -204,7 +206,8 @@ def imatrix(
         names = settled.model_of(skeleton).names
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         tokens, text = windows(calibration, source, tokenizer)
-        found = pipeline_importances.measure(skeleton, tokens, progress or pipeline_progress.silent)
+        with report_progress.blocks(progress) as tell:
+            found = pipeline_importances.measure(skeleton, tokens, tell)
 
         def published() -> Measured:
             matrix = {

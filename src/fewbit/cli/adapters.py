@@ -78,17 +78,16 @@ def finetune(
     from fewbit.api import adapters
     from fewbit.report import text as report
 
-    with report.steps_progress() as progress:
-        done = adapters.finetune(
-            model,
-            output,
-            data=learned,
-            tuning=tuning,
-            overwrite=overwrite,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+    done = adapters.finetune(
+        model,
+        output,
+        data=learned,
+        tuning=tuning,
+        overwrite=overwrite,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        progress=True,
+    )
     printed(asdict(done)) if as_json else report.finetuned(done)
 
 
@@ -117,22 +116,21 @@ def merge(
     from fewbit.api import adapters
     from fewbit.report import text as report
 
-    with report.progress() as progress:
-        done = adapters.merge(
-            model,
-            adapter,
-            output,
-            base=base,
-            plan=plan,
-            calibration=calibrated,
-            text=measured,
-            length=length,
-            samples=samples,
-            overwrite=overwrite,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+    done = adapters.merge(
+        model,
+        adapter,
+        output,
+        base=base,
+        plan=plan,
+        calibration=calibrated,
+        text=measured,
+        length=length,
+        samples=samples,
+        overwrite=overwrite,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        progress=True,
+    )
     if not as_json:
         report.merged(done)
         return

@@ -62,21 +62,20 @@ def compare(
     from fewbit.api import compare as comparing
     from fewbit.report import comparison
 
-    with comparison.progress() as tell:
-        done = comparing.compare(
-            model,
-            plans=wanted,
-            out=output,
-            calibration=calibrated,
-            text=measured,
-            samples=samples,
-            length=length,
-            prompt=asked,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            again=again,
-            progress=tell,
-        )
+    done = comparing.compare(
+        model,
+        plans=wanted,
+        out=output,
+        calibration=calibrated,
+        text=measured,
+        samples=samples,
+        length=length,
+        prompt=asked,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        again=again,
+        progress=True,
+    )
     if as_json:
         printed(done.to_json())
     else:

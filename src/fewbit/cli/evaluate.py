@@ -44,18 +44,17 @@ def evaluate(
     from fewbit.api import evaluate as api
     from fewbit.report import text as report
 
-    with report.windows_progress() as progress:
-        done = api.evaluate(
-            model,
-            reference=reference,
-            adapter=adapter,
-            reference_adapter=reference_adapter,
-            text=measured,
-            length=length,
-            samples=samples,
-            device=device,
-            kernel=kernel,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+    done = api.evaluate(
+        model,
+        reference=reference,
+        adapter=adapter,
+        reference_adapter=reference_adapter,
+        text=measured,
+        length=length,
+        samples=samples,
+        device=device,
+        kernel=kernel,
+        trust_remote_code=trust_remote_code,
+        progress=True,
+    )
     printed(report.evaluation_json(done)) if as_json else report.evaluation(done)

@@ -79,19 +79,18 @@ def quantize(
         printed(asdict(shown)) if as_json else report.preview(shown)
         return
     assert output is not None
-    with report.progress() as progress:
-        done = api.quantize(
-            model,
-            output,
-            plan=chosen,
-            calibration=calibrated,
-            imatrix=imatrix,
-            overwrite=overwrite,
-            device=device,
-            safetensors_only=safetensors_only,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+    done = api.quantize(
+        model,
+        output,
+        plan=chosen,
+        calibration=calibrated,
+        imatrix=imatrix,
+        overwrite=overwrite,
+        device=device,
+        safetensors_only=safetensors_only,
+        trust_remote_code=trust_remote_code,
+        progress=True,
+    )
     printed(asdict(done)) if as_json else report.quantized(done)
 
 
@@ -116,15 +115,14 @@ def imatrix(
     from fewbit.api import quantize as api
     from fewbit.report import text as report
 
-    with report.progress() as progress:
-        done = api.imatrix(
-            model,
-            output,
-            calibration=calibrated,
-            overwrite=overwrite,
-            device=device,
-            safetensors_only=safetensors_only,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+    done = api.imatrix(
+        model,
+        output,
+        calibration=calibrated,
+        overwrite=overwrite,
+        device=device,
+        safetensors_only=safetensors_only,
+        trust_remote_code=trust_remote_code,
+        progress=True,
+    )
     printed(asdict(done)) if as_json else report.measured(done)

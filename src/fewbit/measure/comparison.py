@@ -315,8 +315,9 @@ class Comparison:
 class Event:
     """Progress of one plan, number `number` of `total`.
 
-    state: "quantizing" (with `done` of `of` blocks), "measuring", then "done", "reused" or "failed". pid: the process
-    that works on it.
+    state: "quantizing" or "measuring", then "done", "reused" or "failed". While it runs, `done` of `of` blocks (of the
+    model), runs (of a speed test, `of` is 0: their number depends on their noise) or windows (of text) are finished;
+    `unit` says which. pid: the process that works on it.
     """
 
     plan: str
@@ -328,6 +329,7 @@ class Event:
     of: int = 0
     pid: int = 0
     reason: str = ""
+    unit: str = ""
 
 
 def plain(data: Any) -> dict[str, Any]:

@@ -25,7 +25,10 @@ clock = time.perf_counter
 _FEW = 8  # the fewest tokens that a run generates, unless fewer are requested
 
 
-def prefill(model: Any, ids: Tensor) -> list[float]:
+Finished = Callable[[int], None]  # called after each run, with the number of finished runs
+
+
+def prefill(model: Any, ids: Tensor, finished: Finished | None = None) -> list[float]:
     """Prefill rates: tokens of the prompt `ids` [1, n] per second, up to the logits of the last token. One per run."""
 
     def run() -> float:
@@ -33,10 +36,10 @@ def prefill(model: Any, ids: Tensor) -> list[float]:
 
     with torch.inference_mode():
         run()
-    return _rates(run, ids.shape[1])
+    return _rates(run, ids.shape[1], finished)
 
 
-def decode(model: Any, ids: Tensor, new_tokens: int) -> list[float]:
+def decode(model: Any, ids: Tensor, new_tokens: int, finished: Finished | None = None) -> list[float]:
     """Decoding rates: tokens generated per second after the prompt `ids` [1, n], without its prefill. One per run.
 
     A run generates `new_tokens` tokens, or fewer if the model is slow.
@@ -58,7 +61,7 @@ def decode(model: Any, ids: Tensor, new_tokens: int) -> list[float]:
     with torch.inference_mode():
         run(1)
         tokens = max(few, min(new_tokens, int(_RUN * few / run(few))))
-    return _rates(lambda: run(tokens), tokens)
+    return _rates(lambda: run(tokens), tokens, finished)
 
 
 def _read(model: Any, ids: Tensor) -> Any:
@@ -74,11 +77,13 @@ def _timed(model: Any, work: Callable[[], Any]) -> float:
     return clock() - start
 
 
-def _rates(run: Callable[[], float], tokens: int) -> list[float]:
+def _rates(run: Callable[[], float], tokens: int, finished: Finished | None) -> list[float]:
     with torch.inference_mode():
         start, found = clock(), list[float]()
         while len(found) < FEWEST or not _enough(found, clock() - start):
             found.append(tokens / run())
+            if finished is not None:
+                finished(len(found))
     return found
 
 

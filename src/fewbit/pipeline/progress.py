@@ -17,7 +17,3 @@ class Step:
 
 
 Progress = Callable[[Step], None]
-
-
-def silent(step: Step) -> None:
-    """Discard progress."""

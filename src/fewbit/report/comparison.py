@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
-from fewbit.measure.comparison import ORIGINAL, Comparison, Event, Interval, Row, Timing, winners
+from fewbit.measure.comparison import ORIGINAL, Comparison, Interval, Row, Timing, winners
 from fewbit.report import tables, text
-from fewbit.report.text import err
 from fewbit.units import duration, size
 
 BEST = "*"
@@ -171,41 +169,3 @@ def _of(part: Any) -> Any:
 
 def say(line: str, style: str = "") -> None:
     tables.say(text.out, line, style)
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[Event], None]]:
-    """Print a line on stderr for each finished plan. The current step is shown too: in a terminal as the last line,
-    elsewhere as an occasional line."""
-    if not err.is_terminal:
-        lines: dict[int, text.Lines] = {}
-
-        def line(event: Event) -> None:
-            if ended(event):
-                tables.verbatim(err, ended(event))
-                return
-            what = f"{event.number}/{event.total}  {event.plan:<10}  {event.state} block"
-            within = lines.setdefault(event.number, text.Lines(what, ends=False))
-            if event.of:
-                within(event.done, event.of)
-
-        yield line
-        return
-    with err.status("") as status:
-
-        def tell(event: Event) -> None:
-            if ended(event):
-                tables.say(err, ended(event))
-            blocks = f", block {event.done} of {event.of}" if event.of else ""
-            status.update(Text(f"{event.number}/{event.total}  {event.plan}: {event.state}{blocks}"))
-
-        yield tell
-
-
-def ended(event: Event) -> str:
-    """The line for a finished plan; empty while it is running."""
-    told = {"done": f"done in {duration(event.seconds)}", "reused": "measured before", "failed": event.reason}
-    if event.state not in told:
-        return ""
-    failed = "failed: " if event.state == "failed" else ""
-    return f"{event.number}/{event.total}  {event.plan:<10}  {failed}{told[event.state]}"

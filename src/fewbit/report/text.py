@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fewbit.report import tables
 from fewbit.report.card import calibrated_on
@@ -22,7 +18,6 @@ if TYPE_CHECKING:
     from fewbit.models.decoding.generate import Continuation
     from fewbit.models.describe import Inspection
     from fewbit.pipeline.job import Preview
-    from fewbit.pipeline.progress import Step
     from fewbit.plans.catalogue import Entry
     from fewbit.report.results import Evaluation, Finetuned, Measured, Merged, Quantized
 
@@ -254,73 +249,3 @@ def doctor(found: Hardware) -> None:
     out.print(table)
     for line in found.advice:
         _say(f"- {line}")
-
-
-class Lines:
-    """Progress where there is no terminal: a line for the first step, for the last, and now and then between them.
-
-    Between them a line comes once `GAP` seconds have passed and a hundredth of the work was done since the last line.
-    ends: whether the first and the last step have lines however quick they are.
-    """
-
-    GAP = 15.0
-
-    def __init__(self, what: str, clock: Callable[[], float] = time.perf_counter, ends: bool = True) -> None:
-        self.what, self.clock, self.ends = what, clock, ends
-        self.start = self.told_at = clock()
-        self.told, self.found = 0, 0
-
-    def __call__(self, done: int, total: int, state: str = "", found: bool = False) -> None:
-        """`done` of `total` steps are done. `found`: the last one was read from a saved result."""
-        now, self.found = self.clock(), self.found + found
-        due = now - self.told_at >= self.GAP and (done - self.told) * 100 >= total
-        if not due and not (self.ends and (not self.told or done >= total)):
-            return
-        self.told, self.told_at = done, now
-        # Steps that were found took next to no time and say nothing of those to come.
-        spent, computed = now - self.start, done - self.found
-        left = f", {duration(spent / computed * (total - done))} left" if computed > 0 else ""
-        shown = f"  {state}" if state else ""
-        tables.verbatim(err, f"{self.what} {done}/{total}{shown}  {duration(spent)} elapsed{left}")
-
-
-@contextmanager
-def counted(what: str) -> Iterator[Callable[..., None]]:
-    """How far a verb is, on stderr: a bar in a terminal, `Lines` elsewhere. Both take (done, total, state, found)."""
-    if not err.is_terminal:
-        yield Lines(what)
-        return
-    columns = (TextColumn(f"{what}s"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, transient=True) as bar:
-        task = bar.add_task(what, total=None, state="")
-
-        def update(done: int, total: int, state: str = "", found: bool = False) -> None:
-            bar.update(task, total=total, completed=done, state=state)
-
-        yield update
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[Step], None]]:
-    """Progress over the blocks of a model."""
-    with counted("block") as tell:
-
-        def told(step: Step) -> None:
-            state = "found, from an interrupted run" if step.resumed else f"output error {step.error:.2e}"
-            tell(step.done, step.total, state, step.resumed)
-
-        yield told
-
-
-@contextmanager
-def steps_progress() -> Iterator[Callable[[int, int, float], None]]:
-    """Progress over training steps."""
-    with counted("step") as tell:
-        yield lambda done, total, loss: tell(done, total, f"loss {loss:.4f}")
-
-
-@contextmanager
-def windows_progress() -> Iterator[Callable[[int, int], None]]:
-    """Progress over windows of text."""
-    with counted("window") as tell:
-        yield lambda done, total: tell(done, total)
