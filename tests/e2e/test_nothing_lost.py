@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fewbit.api import evaluate, generate, quantize
 from fewbit.errors import NumericsError, OutputError, PlanError
+from fewbit.models.plugin.quantizer import serving
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import locate
 from fewbit.pipeline import run
@@ -239,6 +242,17 @@ def test_weights_too_small_for_their_scales_are_noted(plan: str, plain: Path, tm
 def test_what_a_scheme_can_hold_is_not_noted(plain: Path, tmp_path: Path) -> None:
     done = quantize.quantize(scaled(plain, 1e-12), tmp_path / "out", plan="nf4")  # whose scales are float32
     assert not [note for note in done.notes if "became 0" in note]
+
+
+@pytest.mark.parametrize(("width", "noted"), [("load_in_8bit", True), ("load_in_4bit", False)])
+def test_a_config_object_notes_them_too(width: str, noted: bool, plain: Path) -> None:
+    config = BitsAndBytesConfig(**{width: True})
+    with warnings.catch_warnings(record=True) as caught, serving():
+        warnings.simplefilter("always")
+        AutoModelForCausalLM.from_pretrained(scaled(plain, 1e-12), quantization_config=config)
+    said = [str(warning.message) for warning in caught if "became 0" in str(warning.message)]
+    sentence = "256 groups of weights became 0, in 1 of 7 tensors: they are too small for the scales of llm.int8. "
+    assert said == ([f"BitsAndBytesConfig: {sentence}{DOWN} has most of them (256)"] if noted else [])
 
 
 @pytest.mark.parametrize("plan", ["rtn-4bit", "int8", "q8_0"])

@@ -25,6 +25,7 @@ from fewbit.pipeline import importances, run, sizes
 from fewbit.pipeline.capture import Importance, Inputs
 from fewbit.pipeline.settled import Settled
 from fewbit.plans import plan as plans
+from fewbit.schemes import base
 from fewbit.schemes.base import PartSpec
 from fewbit.stats import Need
 from fewbit.system import machine
@@ -229,15 +230,8 @@ def fewer(wanted: Calibration, used: dict[str, Any] | None) -> list[str]:
 
 def too_small(tensors: Sequence[run.TensorReport]) -> list[str]:
     """One sentence on the groups of weights that became 0, with the linear that has most of them."""
-    hit = [tensor for tensor in tensors if tensor.vanished]
-    if not hit:
-        return []
-    count, most = sum(tensor.vanished for tensor in hit), max(hit, key=lambda tensor: tensor.vanished)
-    schemes = ", ".join(sorted({tensor.scheme for tensor in hit}))
-    return [
-        f"{count} groups of weights became 0, in {len(hit)} of {len(tensors)} tensors: they are too small for the "
-        f"scales of {schemes}. {most.module} has most of them ({most.vanished})"
-    ]
+    hit = [(tensor.module, tensor.scheme, tensor.vanished) for tensor in tensors if tensor.vanished]
+    return base.too_small(hit, len(tensors))
 
 
 @brief

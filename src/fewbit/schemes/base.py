@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar, Self, TypeAlias
@@ -208,6 +208,21 @@ def vanished(scheme: Scheme, w: Tensor, values: Tensor) -> int:
     group = scheme.group if scheme.group and k % scheme.group == 0 else k
     gone = w.unflatten(1, (-1, group)).any(-1) & ~values.unflatten(1, (-1, group)).any(-1)
     return int(gone.sum())
+
+
+def too_small(vanished: Sequence[tuple[str, str, int]], of: int) -> list[str]:
+    """One sentence on groups of weights that became 0, if there are any.
+
+    vanished: name, scheme and number of such groups of the tensors that have them. of: number of quantized tensors.
+    """
+    if not vanished:
+        return []
+    schemes = ", ".join(sorted({scheme for _, scheme, _ in vanished}))
+    most, _, highest = max(vanished, key=lambda each: each[2])
+    return [
+        f"{sum(count for *_, count in vanished)} groups of weights became 0, in {len(vanished)} of {of} tensors: they "
+        f"are too small for the scales of {schemes}. {most} has most of them ({highest})"
+    ]
 
 
 def chunk_rows(n: int, k: int, budget: int = 1 << 22) -> list[slice]:

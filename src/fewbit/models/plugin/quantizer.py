@@ -48,7 +48,7 @@ from fewbit.models.plugin.modules import asked_for, kernel_asked_for, left_as_th
 from fewbit.models.source import read_config
 from fewbit.nn.fused import packed_linears
 from fewbit.nn.layers import QLinear, slot
-from fewbit.schemes.base import PartSpec, QTensor
+from fewbit.schemes.base import PartSpec, QTensor, chunk_rows, too_small, vanished
 from fewbit.system import heap, locks
 from fewbit.system.cache import cache_folder
 
@@ -84,6 +84,7 @@ class FewbitQuantizer(HfQuantizer):
         self.packed: list[str] = []  # names of the layers that are packed
         self.length: int | None = None  # of the static cache, where the model is to be fused
         self.failure: FewbitError | None = None  # of a weight that was to be quantized as it was read
+        self.vanished: list[tuple[str, str, int]] = []  # name, scheme and number of groups that became 0
         self.waiting: tuple[PreTrainedModel, list[str], Any] | None = None  # what is to be quantized first
         self.request = None if self.pre_quantized else options.request(quantization_config)
         self.scheme = None if self.pre_quantized or self.request else format.scheme(self.config)
@@ -258,11 +259,19 @@ class FewbitQuantizer(HfQuantizer):
             raise NumericsError(f"{module.module}: {error.message}", error.hint) from None
         module.take_tensors()
         packed = QTensor(self.scheme, (weight.shape[0], weight.shape[1]), self.scheme.pack(codes, grids))
+        count = 0
+        for rows in chunk_rows(*packed.shape):
+            values = self.scheme.dequantize(packed.parts, packed.shape, torch.float32, rows)
+            count += vanished(self.scheme, weight[rows], values)
+        if count:
+            self.vanished.append((module.module, str(self.scheme), count))
         module.adopt(packed, self.dtype, kernel_asked_for())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.failure is not None:
             raise self.failure
+        for note in too_small(self.vanished, len(self.packed)):
+            warnings.warn(f"{type(self.quantization_config).__name__}: {note}", stacklevel=2)
         # What was renamed for loading is not to be renamed back in saving: the format gives the names on disk itself.
         if used := getattr(model, "_weight_conversions", None):
             model._weight_conversions = [c for c in used if c not in self.renamings]  # type: ignore[assignment]
