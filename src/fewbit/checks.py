@@ -9,11 +9,16 @@ from collections.abc import Callable, Sequence
 from math import isfinite
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fewbit.errors import ArgumentError
 
+if TYPE_CHECKING:
+    import torch
+
 Texts: TypeAlias = str | os.PathLike[str] | Sequence[str]
+Device: TypeAlias = "str | int | torch.device | None"
+DType: TypeAlias = "str | torch.dtype | None"
 
 
 MAX_COUNT = 2**31 - 1  # upper limit of every count
@@ -84,3 +89,35 @@ def texts(name: str, value: Any) -> str | tuple[str, ...]:
     if not any(each.strip() for each in value):
         raise invalid(name, value, "at least one text that is not empty")
     return tuple(value)
+
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_SHORT = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+
+
+def device(name: str, value: Any) -> str | None:
+    """A device by its name. Whether the machine has it is checked later."""
+    if value is None or (isinstance(value, str) and value):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return f"cuda:{value}"
+    import torch
+
+    if not isinstance(value, torch.device):
+        raise invalid(name, value, 'a device such as "cpu", "cuda:1" or torch.device("cuda", 1)')
+    return str(value)
+
+
+def dtype(name: str, value: Any) -> torch.dtype | str:
+    """A floating-point torch dtype, or "auto"."""
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return "auto"
+    import torch
+
+    known = {kind: getattr(torch, kind) for kind in _DTYPES}
+    if isinstance(value, str):
+        bare = value.removeprefix("torch.")
+        value = known.get(_SHORT.get(bare, bare), value)
+    if not isinstance(value, torch.dtype) or value not in known.values():
+        raise invalid(name, value, f'"auto", or one of {", ".join(_DTYPES)}, as a name or of torch')
+    return value

@@ -106,14 +106,14 @@ def test_a_tuning_checks_its_types(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("check", "value", "wanted"),
     [
-        (arguments.device, torch.device("cpu"), "cpu"),
-        (arguments.device, torch.device("cuda", 1), "cuda:1"),
-        (arguments.device, 1, "cuda:1"),
-        (arguments.dtype, "float16", torch.float16),
-        (arguments.dtype, "torch.bfloat16", torch.bfloat16),
-        (arguments.dtype, torch.float32, torch.float32),
-        (arguments.dtype, "bf16", torch.bfloat16),
-        (arguments.dtype, "auto", "auto"),
+        (checks.device, torch.device("cpu"), "cpu"),
+        (checks.device, torch.device("cuda", 1), "cuda:1"),
+        (checks.device, 1, "cuda:1"),
+        (checks.dtype, "float16", torch.float16),
+        (checks.dtype, "torch.bfloat16", torch.bfloat16),
+        (checks.dtype, torch.float32, torch.float32),
+        (checks.dtype, "bf16", torch.bfloat16),
+        (checks.dtype, "auto", "auto"),
         (checks.path, Path("a"), Path("a")),
         (checks.texts, Path("a.txt"), "a.txt"),
         (checks.texts, ["a", "b"], ("a", "b")),
@@ -133,7 +133,7 @@ def test_what_other_libraries_take(check: Callable[[str, Any], Any], value: obje
 @pytest.mark.parametrize("value", ["int8", "float8", torch.int8, 16, "torch"])
 def test_no_other_type_of_numbers(value: object) -> None:
     with pytest.raises(PlanError, match=r"^dtype=.*float16"):
-        arguments.dtype("dtype", value)
+        checks.dtype("dtype", value)
 
 
 @pytest.mark.parametrize("value", ["", "a\0b", b"a", 3])

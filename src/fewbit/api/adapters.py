@@ -19,6 +19,7 @@ from fewbit.models import scales
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.describe import describe
 from fewbit.models.load import load_model, need_peft
+from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
 from fewbit.names import DEMO, EMBEDDED
@@ -59,7 +60,7 @@ def finetune(
     is not quantized: float32 on a CPU, the checkpoint's own on a GPU by default.
     """
     elapsed, out = timing.timed(), publish.check_output(out, overwrite=overwrite)
-    device = machine.device(arguments.device("device", device))
+    loading = Loading(machine.device(device), dtype, trust_remote_code=trust_remote_code).exact()
     tuning = tuning or Tuning()
     need_peft()
     text = sources.load_text(data)
@@ -75,11 +76,10 @@ def finetune(
     training, held_out = split(every, tuning.held_out, tuning.seed)
     # SmolLM2, 4 x 128 tokens: 1.0 GB at the peak where pieces below 4 MiB are kept, 0.6 GB so.
     heap.return_freed(1 << 18)
-    dtype = dtype or (torch.float32 if device == "cpu" else None)
     from fewbit.models.adapters.train import train  # slow to import, and PEFT is an extra
 
     with report_progress.steps(progress) as tell:
-        loaded = load_model(source, dtype=dtype or "auto", device=device, trust_remote_code=trust_remote_code)
+        loaded = load_model(source, loading)
         publish.check_space({out.resolve(): _most_bytes(loaded, tuning)})
         pad = _padding(tokenizer, source.rows)
         done = train(loaded, source.address, pad, training, held_out, tuning, tell)

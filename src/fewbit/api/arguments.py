@@ -19,29 +19,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
-from fewbit import names, registry
+from fewbit import names
 from fewbit.checks import MAX_SEED, Texts, flag, integer, invalid, number, path, text, texts
+from fewbit.checks import Device as Device
+from fewbit.checks import DType as DType
 from fewbit.errors import FormatError
 from fewbit.models.decoding.sampling import Sampling
+from fewbit.models.loading import Loading
 from fewbit.plans.plan import Plan, find
+from fewbit.settings import checks_of
 from fewbit.system.files import parse_json
 from fewbit.texts.calibration import Calibration
 
 if TYPE_CHECKING:
-    import torch
-
     from fewbit.models.adapters.tuning import Tuning
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-Device: TypeAlias = "str | int | torch.device | None"
-DType: TypeAlias = "str | torch.dtype | None"
 Plans: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Plan
 
 SAMPLES = 16  # windows of a text that quality is measured on, unless a verb is told otherwise
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
-_SHORT = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
 
 def checked(verb: Callable[P, R]) -> Callable[P, R]:
@@ -89,34 +87,6 @@ def calibrated(given: Calibration | Texts | None, usual: Calibration | None = No
     return given if isinstance(given, Calibration) else replace(usual or Calibration(), text=given)
 
 
-def device(name: str, value: Any) -> str | None:
-    """A device by its name. Whether the machine has it is checked later."""
-    if value is None or (isinstance(value, str) and value):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return f"cuda:{value}"
-    import torch
-
-    if not isinstance(value, torch.device):
-        raise invalid(name, value, 'a device such as "cpu", "cuda:1" or torch.device("cuda", 1)')
-    return str(value)
-
-
-def dtype(name: str, value: Any) -> torch.dtype | str:
-    """A floating-point torch dtype, or "auto"."""
-    if value is None or (isinstance(value, str) and value == "auto"):
-        return "auto"
-    import torch
-
-    known = {kind: getattr(torch, kind) for kind in _DTYPES}
-    if isinstance(value, str):
-        bare = value.removeprefix("torch.")
-        value = known.get(_SHORT.get(bare, bare), value)
-    if not isinstance(value, torch.dtype) or value not in known.values():
-        raise invalid(name, value, f'"auto", or one of {", ".join(_DTYPES)}, as a name or of torch')
-    return value
-
-
 def plan(name: str, value: Any) -> Plan:
     """A plan, given as its name, its file, its JSON or a Plan."""
     if isinstance(value, Plan):
@@ -140,13 +110,6 @@ def plans(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, Sequence) or not all(isinstance(each, (str, os.PathLike)) for each in value):
         raise invalid(name, value, "a list of plans, by their names or .json files, or of folders of models")
     return tuple(str(path(name, each)) for each in value)
-
-
-def kernel(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise invalid(name, value, "a kernel by its name (fewbit list)")
-    registry.get("kernels", value)
-    return value
 
 
 def sampling(name: str, value: Any) -> Sampling:
@@ -180,20 +143,15 @@ def report(name: str, value: Any) -> Any:
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    **dict.fromkeys(("out", "adapter", "reference_adapter", "imatrix"), path),
+    **checks_of(Loading),
+    **dict.fromkeys(("out", "reference_adapter", "imatrix"), path),
     **dict.fromkeys(("model", "reference", "base"), model),
     **dict.fromkeys(("text", "data"), texts),
     **dict.fromkeys(("prompt", "purpose", "target", "cache"), text),
-    **dict.fromkeys(("samples", "length", "context", "batch", "fuse", "max_new_tokens"), integer(1)),
+    **dict.fromkeys(("samples", "length", "context", "batch", "max_new_tokens"), integer(1)),
     "max_kl": number,
-    **dict.fromkeys(
-        ("overwrite", "safetensors_only", "trust_remote_code", "chat", "compile", "stream", "speed_first", "again"),
-        flag,
-    ),
+    **dict.fromkeys(("overwrite", "safetensors_only", "chat", "stream", "speed_first", "again"), flag),
     "calibration": calibration,
-    "device": device,
-    "dtype": dtype,
-    "kernel": kernel,
     "memory": memory,
     "plan": plan,
     "plans": plans,

@@ -61,10 +61,10 @@ from fewbit.system.files import read_json
 from fewbit.system.processes import Failed, Server
 from fewbit.texts import sources
 from fewbit.texts import windows as texts_windows
+from fewbit.texts.calibration import COMPARED
 from fewbit.texts.calibration import Calibration as Calibration
 
 PLANS = (ORIGINAL, "int8", "nf4", "gptq-4bit", "awq-4bit", "q4_k_m")
-CALIBRATION = Calibration(samples=32, length=256)
 LENGTH = 512  # tokens in a window of the text that quality is measured on
 PROMPT_TOKENS, NEW_TOKENS = 128, 32  # of what is timed
 _STORY = "Once upon a time"  # what tiny was taught to continue
@@ -80,7 +80,7 @@ def compare(
     *,
     plans: str | Sequence[str | Path] = PLANS,
     out: str | Path | None = None,
-    calibration: Calibration | Texts = CALIBRATION,
+    calibration: Calibration | Texts = COMPARED,
     text: Texts | None = None,
     samples: int | None = SAMPLES,
     length: int = LENGTH,
@@ -98,8 +98,8 @@ def compare(
     any work for what no plan can have; a plan that fails is a row that says why. What was measured before is reused;
     again: it is measured anew, and only quantized models are reused.
     """
-    elapsed, device = timing.timed(), system_machine.device(arguments.device("device", device))
-    calibration = arguments.calibrated(calibration, CALIBRATION)
+    elapsed, device = timing.timed(), system_machine.device(device)
+    calibration = arguments.calibrated(calibration, COMPARED)
     found = find_all(arguments.plans("plans", plans), but=ORIGINAL)
     wanted: dict[str, Wanted] = {name: locate(each) if isinstance(each, Path) else each for name, each in found.items()}
     folder = None if out is None else report_folder(publish.check_writable(out))

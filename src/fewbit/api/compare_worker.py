@@ -24,6 +24,7 @@ from fewbit.measure.comparison import Peak, Timing
 from fewbit.models.decoding.generate import continue_text, prompt_ids
 from fewbit.models.describe import describe
 from fewbit.models.load import import_code, load_model
+from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
 from fewbit.nn import choose
@@ -65,13 +66,14 @@ def measure(task: Mapping[str, Any], on_message: OnMessage) -> dict[str, Any]:
     itself = task["made"] is None
     source = original if itself else locate(task["made"])
     device, trust = task["device"], task["trust_remote_code"]
+    how = Loading(device, trust_remote_code=trust)
     windows = torch.tensor(task["windows"], dtype=torch.int64, device="cpu")
     tokenizer = load_tokenizer(original, trust_remote_code=trust)
     prompt = windows.flatten()[: task["prompt_tokens"]].unsqueeze(0)
     _read_through(source)
     memory.forget_peak()
     before, alone, elapsed = memory.now().resident, memory.kept([]), timing.timed()
-    model = load_model(source, device=device, trust_remote_code=trust)
+    model = load_model(source, how)
     seconds = elapsed()
     memory.touch(model)
     weights, resident, loading = memory.at_rest(model), memory.kept(source.files) - alone, _peak(before)
@@ -85,7 +87,7 @@ def measure(task: Mapping[str, Any], on_message: OnMessage) -> dict[str, Any]:
     generating = _peak(before)
     if device == "cpu" and model.dtype != torch.float32:
         del model
-        model = load_model(source, device=device, dtype=torch.float32, trust_remote_code=trust)
+        model = load_model(source, how.exact())
     told = _windows(on_message, len(windows))
     reference = _reference(task, original, model if source is original else None, windows, told)
     # The original has said already what it says of the windows.
@@ -152,13 +154,8 @@ def _reference(
     """
 
     def loaded() -> Any:
-        dtype = torch.float32 if task["device"] == "cpu" else "auto"
-        trust = task["trust_remote_code"]
-        return (
-            model
-            if model is not None
-            else load_model(source, device=task["device"], dtype=dtype, trust_remote_code=trust)
-        )
+        loading = Loading(task["device"], trust_remote_code=task["trust_remote_code"])
+        return model if model is not None else load_model(source, loading.exact())
 
     config = source.config
     vocabulary = int(config.get("vocab_size") or 0)

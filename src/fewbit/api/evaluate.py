@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from fewbit.api import arguments
 from fewbit.api.arguments import SAMPLES, Device, DType, checked
 from fewbit.checks import Texts
 from fewbit.measure import memory, quality
 from fewbit.models.decoding.sampling import Sampling as Sampling
 from fewbit.models.describe import describe
 from fewbit.models.load import load_model
+from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
 from fewbit.pipeline.job import (
@@ -54,8 +52,8 @@ def evaluate(
     dtype of activations: float32 on a CPU, the checkpoint's own on a GPU by default. kernel: for `model`, as in `load`.
     """
     elapsed = timing.timed()
-    with ranks.joined(arguments.device("device", device)) as device, report_progress.windows(progress) as tell:
-        device = machine.device(device)
+    with ranks.joined(device) as device, report_progress.windows(progress) as tell:
+        loading = Loading(machine.device(device), dtype, kernel, adapter, trust_remote_code=trust_remote_code).exact()
         source, original = locate(model), locate(reference) if reference is not None else None
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         if original is not None:
@@ -64,14 +62,11 @@ def evaluate(
         wanted = text or sources.own_source((original or source).config)
         models = [source] if original is None else [source, original]
         name, chosen, available = evaluated(models, tokenizer, wanted, length, samples)
-        options: dict[str, Any] = {
-            "dtype": dtype or ("auto" if device != "cpu" else torch.float32),
-            "device": device,
-            "trust_remote_code": trust_remote_code,
-        }
         measured = quality.measure(
-            load_model(source, adapter=adapter, kernel=kernel, **options),
-            load_model(original, adapter=reference_adapter, **options) if original is not None else None,
+            load_model(source, loading),
+            None
+            if original is None
+            else load_model(original, replace(loading, adapter=reference_adapter, kernel=None)),
             chosen,
             lambda done: tell(done, len(chosen)),
         )

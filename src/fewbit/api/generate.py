@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fewbit.api import arguments
 from fewbit.api.arguments import Device, DType, checked
 from fewbit.errors import PlanError
 from fewbit.models.decoding.generate import Continuation, continue_text, prompt_ids
 from fewbit.models.decoding.sampling import Sampling as Sampling
 from fewbit.models.load import load_model
+from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
 from fewbit.system import ambient, machine
@@ -40,17 +40,10 @@ def load(
     `compile`: on a GPU, let PyTorch compile what is run for a token, at the first token of a size of batch: many
     seconds, for a step that is shorter; PlanError without `fuse`, and without a GPU.
     """
-    where = arguments.device("device", device)
-    return load_model(
-        locate(model),
-        dtype=arguments.dtype("dtype", dtype),
-        device=where if where in (None, "auto") else machine.device(where),
-        kernel=kernel,
-        adapter=adapter,
-        fuse=fuse,
-        compile=compile,
-        trust_remote_code=trust_remote_code,
-    )
+    loading = Loading(device, dtype, kernel, adapter, fuse, compile, trust_remote_code)
+    if loading.device not in (None, "auto"):
+        machine.device(loading.device)
+    return load_model(locate(model), loading)
 
 
 @checked
@@ -77,7 +70,8 @@ def generate(
     """
     if max_new_tokens < 1:
         raise PlanError(f"`max_new_tokens={max_new_tokens}`: expected at least 1")
-    device, source = machine.device(arguments.device("device", device)), locate(model)
+    loading = Loading(machine.device(device), None, kernel, adapter, fuse, compile, trust_remote_code)
+    source = locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     ids = texts_windows.within(prompt_ids(tokenizer, prompt, chat=chat), source.rows, tokenizer, "the prompt")
     if fuse is not None and ids.shape[1] + max_new_tokens > fuse:
@@ -85,15 +79,11 @@ def generate(
             f"`fuse={fuse}` is too short for {ids.shape[1]} prompt tokens and {max_new_tokens} new tokens",
             "Give a larger value, or a smaller `max_new_tokens`.",
         )
-    loaded = load_model(
-        source,
-        device=device,
-        kernel=kernel,
-        adapter=adapter,
-        fuse=fuse,
-        compile=compile,
-        trust_remote_code=trust_remote_code,
-    )
     return continue_text(
-        loaded, tokenizer, ids, max_new_tokens=max_new_tokens, sampling=sampling or Sampling(), stream=stream
+        load_model(source, loading),
+        tokenizer,
+        ids,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling or Sampling(),
+        stream=stream,
     )

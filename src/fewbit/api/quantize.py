@@ -21,6 +21,7 @@ from fewbit.models.decoding.generate import continue_text
 from fewbit.models.decoding.sampling import Sampling as Sampling
 from fewbit.models.describe import describe
 from fewbit.models.load import load_model
+from fewbit.models.loading import Loading
 from fewbit.models.scales import read as folded_scales
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
@@ -80,7 +81,7 @@ def quantize(
     """
     elapsed = timing.timed()
     wanted, calibration = arguments.plan("plan", plan), arguments.calibrated(calibration)
-    with ranks.joined(arguments.device("device", device)) as device, ExitStack() as leaving:
+    with ranks.joined(device) as device, ExitStack() as leaving:
         out, file = publish.named(out), is_file(out, wanted)
         if ranks.first():
             publish.check_output(out, overwrite=overwrite, file=file)
@@ -198,7 +199,7 @@ def imatrix(
     elapsed, out, calibration = timing.timed(), publish.named(out), arguments.calibrated(calibration)
     if reason := importances.why_not(out):
         raise PlanError(reason, "Give another `out`.")
-    with ranks.joined(arguments.device("device", device)) as device:
+    with ranks.joined(device) as device:
         if ranks.first():
             publish.check_output(out, overwrite=overwrite, file=True)
         source = unquantized(model, safetensors_only)
@@ -236,7 +237,7 @@ def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool
     try:
         source = locate(folder)
         describe(source)
-        model = load_model(source, device=device, trust_remote_code=trust_remote_code)
+        model = load_model(source, Loading(device, trust_remote_code=trust_remote_code))
         ids = tokenizer(report_text.FIRST_WORDS, return_tensors="pt")["input_ids"]
         ids = ids if ids.numel() else torch.zeros(1, 1, dtype=torch.long, device="cpu")
         with torch.inference_mode():

@@ -7,24 +7,26 @@ from typing import Annotated
 
 import typer
 
-from fewbit.cli.options import Json, Length, Samples, Trust, early, printed
+from fewbit.cli.flags import Fields, checked
+from fewbit.cli.options import Json, printed
 from fewbit.errors import PlanError
+from fewbit.models.loading import Loading
+from fewbit.texts.calibration import Calibration
 
 Context = Annotated[int | None, typer.Option(help="Tokens in a text. Default: the model's context, at most 4096.")]
 Batch = Annotated[int, typer.Option(help="Batch size: texts at once.")]
 _MODEL = "A folder, with or without weights, a config.json, a Hub name, tiny"
 
 
-@early
+@checked
 def estimate(
     model: Annotated[str, typer.Argument(help=f"{_MODEL}, or a size such as 7B.")],
     plan: Annotated[str | None, typer.Option(help="One plan, by name or a .json file. Default: all plans.")] = None,
     context: Context = None,
     batch: Batch = 1,
     cache: Annotated[str, typer.Option(help="Type of the KV cache: float32, bf16, fp8, q8_0, q4_0.")] = "bf16",
-    samples: Samples = 128,
-    length: Length = 512,
-    trust_remote_code: Trust = False,
+    calibration: Annotated[Calibration, Fields("samples", "length")] = Calibration(),
+    loading: Annotated[Loading, Fields("trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
     """Tell what every plan would make of MODEL, from its config alone: bytes, memory, and which GPU cards hold it."""
@@ -40,14 +42,14 @@ def estimate(
         context=context,
         batch=batch,
         cache=cache,
-        samples=samples,
-        length=length,
-        trust_remote_code=trust_remote_code,
+        samples=calibration.samples,
+        length=calibration.length,
+        trust_remote_code=loading.trust_remote_code,
     )
     printed(asdict(done)) if as_json else advice.estimate(done)
 
 
-@early
+@checked
 def recommend(
     model: Annotated[str | None, typer.Argument(help=f"{_MODEL}. Required unless --table.")] = None,
     purpose: Annotated[
@@ -70,7 +72,7 @@ def recommend(
     context: Context = None,
     batch: Batch = 1,
     table: Annotated[bool, typer.Option("--table", help="Show only the table of methods.")] = False,
-    trust_remote_code: Trust = False,
+    loading: Annotated[Loading, Fields("trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
     """Tell which plan to use on MODEL for a purpose, why, and what to run."""
@@ -100,6 +102,6 @@ def recommend(
         report=report,
         context=context,
         batch=batch,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=loading.trust_remote_code,
     )
     printed({"plan": done.best.plan, **asdict(done)}) if as_json else advice.recommendation(done)

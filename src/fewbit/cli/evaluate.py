@@ -6,26 +6,16 @@ from typing import Annotated
 
 import typer
 
-from fewbit.cli.options import (
-    Adapter,
-    Device,
-    Json,
-    Kernel,
-    Model,
-    Text,
-    Trust,
-    Windows,
-    early,
-    printed,
-    text_of,
-)
+from fewbit.cli.flags import Fields, checked
+from fewbit.cli.options import Json, Model, Text, Windows, printed
+from fewbit.cli.stdin import text_of
+from fewbit.models.loading import Loading
 
 
-@early
+@checked
 def evaluate(
     model: Model,
     reference: Annotated[str | None, typer.Option(help="Original to compare with. Default: none.")] = None,
-    adapter: Adapter = None,
     reference_adapter: Annotated[
         str | None, typer.Option(help="LoRA adapter for the reference. Default: none.")
     ] = None,
@@ -34,9 +24,7 @@ def evaluate(
         int | None, typer.Option(help="Tokens in a window. Default: the model's context, at most 2048.")
     ] = None,
     samples: Windows = 16,
-    device: Device = None,
-    kernel: Kernel = None,
-    trust_remote_code: Trust = False,
+    loading: Annotated[Loading, Fields("adapter", "device", "kernel", "trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
     """Measure MODEL: perplexity, KL divergence from the reference, same top token, bytes."""
@@ -47,14 +35,14 @@ def evaluate(
     done = api.evaluate(
         model,
         reference=reference,
-        adapter=adapter,
+        adapter=loading.adapter,
         reference_adapter=reference_adapter,
         text=measured,
         length=length,
         samples=samples,
-        device=device,
-        kernel=kernel,
-        trust_remote_code=trust_remote_code,
+        device=loading.device,
+        kernel=loading.kernel,
+        trust_remote_code=loading.trust_remote_code,
         progress=True,
     )
     printed(report.evaluation_json(done)) if as_json else report.evaluation(done)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from fewbit.cli.options import (
-    Json,
-    Model,
-    early,
-    printed,
-)
+from fewbit.cli.flags import checked
+from fewbit.cli.options import Json, Model, printed
 
 
-@early
+@checked
 def inspect(model: Model, as_json: Json = False) -> None:
     """Tell what is in MODEL: schemes, share of parameters, bits per weight, how it was made."""
     from fewbit.api import inspect as api

@@ -1,41 +1,24 @@
-"""What the commands share: options, checks before anything heavy is imported, the text on stdin, and JSON."""
+"""What the commands share: options that belong to no group of settings, options of methods, and JSON."""
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-import sys
-from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 import typer.core
 
 from fewbit.errors import PlanError
 
-F = TypeVar("F", bound=Callable[..., None])
-
-_STDIN = "-"
-_TEXT = "A .txt or .jsonl file, - for stdin, or pydoc, tiny, wikitext2, c4"
-
 Model = Annotated[str, typer.Argument(help="A folder, a Hub name (org/model), or tiny, the embedded model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: a GPU if there is one.")]
-Calibrated = Annotated[
-    str | None, typer.Option(help=f"Text to calibrate on. {_TEXT}. Default: tiny for the embedded model, else pydoc.")
-]
 Text = Annotated[
-    str | None, typer.Option(help=f"Text to measure on. {_TEXT}. Default: tiny for the embedded model, else pydoc.")
+    str | None,
+    typer.Option(
+        help="Text to measure on: a .txt or .jsonl file, - for stdin, or pydoc, tiny, wikitext2, c4. "
+        "Default: tiny for the embedded model, else pydoc."
+    ),
 ]
-Samples = Annotated[int, typer.Option(help="Number of calibration windows.")]
-Length = Annotated[int, typer.Option(help="Tokens in a calibration window.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")]
-Kernel = Annotated[
-    str | None, typer.Option(help="Kernel for all quantized weights (fewbit list). Default: the best for each weight.")
-]
-Seed = Annotated[int, typer.Option(help="Random seed.")]
-Adapter = Annotated[str | None, typer.Option(help="Folder of a LoRA adapter to put on MODEL. Default: none.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 SafetensorsOnly = Annotated[bool, typer.Option("--safetensors-only", help="Refuse weights in pickle files.")]
 
@@ -47,48 +30,6 @@ def _windows(value: str | int) -> int | None:
 Windows = Annotated[
     int | None, typer.Option(parser=_windows, metavar="N|all", help="Number of windows to measure on; all: every one.")
 ]
-
-
-def early(command: F) -> F:
-    """Decorate `command`: check its arguments first, so that a mistake is reported before PyTorch is imported."""
-
-    @functools.wraps(command)
-    def call(**given: Any) -> None:
-        from fewbit.api import arguments
-
-        for name, value in given.items():
-            if value is not None and not isinstance(value, bool):  # typer has read flags
-                arguments.check(name, value)
-        command(**given)
-
-    return call  # type: ignore[return-value]
-
-
-def text_of(value: str | None) -> str | tuple[str] | None:
-    """The value of a text option. For -, the text on stdin as a tuple of one."""
-    return (stdin(),) if value == _STDIN else value
-
-
-def prompt_of(value: str) -> str:
-    """The prompt. For -, the text on stdin without its final newline. UTF-8 in every locale."""
-    if value == _STDIN:
-        return stdin().removesuffix("\n")
-    try:
-        return os.fsencode(value).decode()
-    except UnicodeError:  # the prompt check raises the error later
-        return value
-
-
-def stdin() -> str:
-    """All of stdin; PlanError if another option has read it."""
-    from fewbit.system.files import decoded
-
-    if sys.stdin is None or sys.stdin.closed:
-        raise PlanError("- stands for stdin, which is closed", "Give a file.")
-    data = sys.stdin.buffer.read()
-    if not data:
-        raise PlanError("- stands for stdin, which is empty", "Only one option can read it, and once.")
-    return decoded(data, "stdin")
 
 
 def printed(data: Any) -> None:

@@ -7,25 +7,16 @@ from typing import Annotated
 
 import typer
 
-from fewbit.cli.options import (
-    Calibrated,
-    Device,
-    Json,
-    Length,
-    Model,
-    Overwrite,
-    SafetensorsOnly,
-    Samples,
-    Seed,
-    Trust,
-    early,
-    printed,
-    text_of,
-)
+from fewbit.cli.flags import Fields, checked
+from fewbit.cli.options import Json, Model, Overwrite, SafetensorsOnly, printed
 from fewbit.errors import PlanError
+from fewbit.models.loading import Loading
+from fewbit.texts.calibration import Calibration
+
+Calibrated = Annotated[Calibration, Fields("samples", "length", "seed", text="calibration")]
 
 
-@early
+@checked
 def quantize(
     ctx: typer.Context,
     model: Model,
@@ -38,10 +29,7 @@ def quantize(
     ] = None,
     scheme: Annotated[str | None, typer.Option(help="Scheme, such as int4-g64-sym. Default: the plan's.")] = None,
     format: Annotated[str | None, typer.Option(help="File format (fewbit list). Default: the plan's.")] = None,
-    calibration: Calibrated = None,
-    samples: Samples = 128,
-    length: Length = 512,
-    seed: Seed = 0,
+    calibration: Calibrated = Calibration(),
     imatrix: Annotated[
         str | None, typer.Option(help="Importance matrix (.gguf, .dat) to use in place of calibration. Default: none.")
     ] = None,
@@ -49,14 +37,12 @@ def quantize(
         bool, typer.Option("--dry-run", help="Show what each tensor would become. Write nothing.")
     ] = False,
     overwrite: Overwrite = False,
-    device: Device = None,
     safetensors_only: SafetensorsOnly = False,
-    trust_remote_code: Trust = False,
+    loading: Annotated[Loading, Fields("device", "trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL into a new folder or .gguf file."""
     from fewbit.plans.plan import find
-    from fewbit.texts.calibration import Calibration
 
     chosen = find(plan)
     options: dict[str, str] = ctx.obj or {}
@@ -64,7 +50,6 @@ def quantize(
         chosen = chosen.changed(scheme=scheme, method=method, format=format, options=options)
     if output is None and not dry_run:
         raise PlanError("no output folder", "Say where to: -o OUT. Or use --dry-run.")
-    calibrated = Calibration(text_of(calibration), samples, length, seed)
     from fewbit.api import quantize as api
     from fewbit.report import text as report
 
@@ -74,7 +59,7 @@ def quantize(
             plan=chosen,
             imatrix=imatrix,
             safetensors_only=safetensors_only,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=loading.trust_remote_code,
         )
         printed(asdict(shown)) if as_json else report.preview(shown)
         return
@@ -83,46 +68,39 @@ def quantize(
         model,
         output,
         plan=chosen,
-        calibration=calibrated,
+        calibration=calibration,
         imatrix=imatrix,
         overwrite=overwrite,
-        device=device,
+        device=loading.device,
         safetensors_only=safetensors_only,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=loading.trust_remote_code,
         progress=True,
     )
     printed(asdict(done)) if as_json else report.quantized(done)
 
 
-@early
+@checked
 def imatrix(
     model: Model,
     output: Annotated[str, typer.Option("-o", "--output", help="The .gguf or .dat file to make.")],
-    calibration: Calibrated = None,
-    samples: Samples = 128,
-    length: Length = 512,
-    seed: Seed = 0,
+    calibration: Calibrated = Calibration(),
     overwrite: Overwrite = False,
-    device: Device = None,
     safetensors_only: SafetensorsOnly = False,
-    trust_remote_code: Trust = False,
+    loading: Annotated[Loading, Fields("device", "trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
     """Measure which columns of MODEL's weights matter, in a file for --imatrix and for llama.cpp."""
-    from fewbit.texts.calibration import Calibration
-
-    calibrated = Calibration(text_of(calibration), samples, length, seed)
     from fewbit.api import quantize as api
     from fewbit.report import text as report
 
     done = api.imatrix(
         model,
         output,
-        calibration=calibrated,
+        calibration=calibration,
         overwrite=overwrite,
-        device=device,
+        device=loading.device,
         safetensors_only=safetensors_only,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=loading.trust_remote_code,
         progress=True,
     )
     printed(asdict(done)) if as_json else report.measured(done)

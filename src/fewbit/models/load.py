@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,35 +16,27 @@ from fewbit.models.decoding import decode
 from fewbit.models.decoding import fuse as fusing
 from fewbit.models.decoding.graph import check_compile
 from fewbit.models.describe import describe
+from fewbit.models.loading import Loading
 from fewbit.models.plugin import quantizer
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
 
 _OLDEST_PEFT = (0, 20)
+_DEFAULT = Loading()
 
 
 def load_model(
     source: Source,
-    *,
-    dtype: torch.dtype | str = "auto",
-    device: str | torch.device | None = None,
-    kernel: str | None = None,
-    trust_remote_code: bool = False,
-    adapter: str | Path | None = None,
-    fuse: int | None = None,
-    compile: bool = False,
+    loading: Loading = _DEFAULT,
 ) -> Any:
     """Load the model of `source` in evaluation mode, with quantized weights packed.
 
-    dtype: of activations and unquantized weights; "auto" takes the checkpoint's. device: a device, or "auto" to spread
-    the model over all devices. kernel: use this one for all packed weights; KernelError if it cannot. adapter: the
-    folder of a PEFT adapter to load onto the model; PlanError if it belongs to another model. fuse: fuse linears that
-    read the same tensor, and generate in a static cache of this many tokens; PlanError beyond the model's context.
-    compile: compile a decoding step with PyTorch; PlanError without `fuse` or without an NVIDIA GPU.
-
-    FormatError if the model's files are malformed or not supported.
+    FormatError if the model's files are malformed or not supported. KernelError if `loading.kernel` cannot multiply by
+    one of the packed weights. PlanError if the adapter belongs to another model, if `fuse` is beyond the model's
+    context, and for `compile` without `fuse` or without an NVIDIA GPU.
     """
-    if adapter is not None:
+    device, kernel, fuse = loading.device, loading.kernel, loading.fuse
+    if loading.adapter is not None:
         need_peft()
     if kernel is not None:
         registry.get("kernels", kernel)
@@ -54,7 +45,7 @@ def load_model(
                 f"`kernel={kernel}`: {source.name} has no packed weights that fewbit reads, and kernels need them",
                 "Leave out `kernel`.",
             )
-    if compile:
+    if loading.compile:
         check_compile(device, fuse)
     if fuse is not None:
         decode.checked_length(fuse, source.context, f"`fuse={fuse!r}`")
@@ -73,9 +64,9 @@ def load_model(
         with no_progress_bars(), quantizer.serving(kernel):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
-                dtype=dtype,
+                dtype=loading.torch_dtype,
                 device_map=device,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=loading.trust_remote_code,
                 output_loading_info=True,
                 **source.options,
             )
@@ -96,12 +87,12 @@ def load_model(
     model.eval()
     if fuse is not None:
         fusing.fuse(model)
-        decode.within(model, fuse, compile=compile)
-    if adapter is None:
+        decode.within(model, fuse, compile=loading.compile)
+    if loading.adapter is None:
         return model
     from fewbit.models.adapters.attach import attach  # PEFT is an extra
 
-    return attach(model, adapter)
+    return attach(model, loading.adapter)
 
 
 def need_peft() -> None:

@@ -13,6 +13,7 @@ from fewbit.models import scales
 from fewbit.models.adapters.attach import attach
 from fewbit.models.adapters.refit import presumed
 from fewbit.models.load import load_model
+from fewbit.models.loading import Loading
 from fewbit.models.scales import Scales
 from fewbit.models.skeleton import load_tokenizer, owned, placed
 from fewbit.models.source import Source
@@ -34,7 +35,7 @@ def write_merged(
     The whole model is in memory, in its own dtype. Returns checkpoint name -> spec of the tensors that are copied
     unchanged because the model has no parameter for them. NumericsError if a sum is not finite.
     """
-    plain = load_model(source, device="cpu", trust_remote_code=trust_remote_code)
+    plain = load_model(source, Loading("cpu", trust_remote_code=trust_remote_code))
     packed = packed_linears(plain)
     if source.quantization is not None:
         plain.dequantize()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewbit.brief import brief
-from fewbit.checks import Texts
+from fewbit.checks import Device, Texts
 from fewbit.errors import PlanError
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.containers import pickle
@@ -54,7 +54,7 @@ class Job:
         cls,
         source: Source,
         plan: plans.Plan,
-        device: str | None,
+        device: Device,
         *,
         trust_remote_code: bool = False,
         imatrix: str | Path | None = None,

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from fewbit import checks
+from fewbit.checks import Device
 from fewbit.errors import PlanError
 
 
@@ -55,12 +57,12 @@ def main_memory() -> int:
         return 0
 
 
-def device(wanted: str | None) -> str:
+def device(wanted: Device) -> str:
     """The device to use: the requested one, else a GPU if there is one, else the CPU.
 
     PlanError if the requested device does not exist.
     """
-    if wanted is None:
+    if (wanted := checks.device("device", wanted)) is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     here = ["cpu", "cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if not torch.cuda.is_available():

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
+from fewbit.checks import Device
 from fewbit.errors import FewbitError, PeerError, PlanError
 from fewbit.lazy import Tensor, torch
 from fewbit.lazy import distributed as dist
@@ -69,7 +70,7 @@ def first() -> bool:
 
 
 @contextmanager
-def joined(device: str | None) -> Iterator[str | None]:
+def joined(device: Device) -> Iterator[Device]:
     """Join all processes that `torchrun` started into one run. Yields the device of this process.
 
     PlanError if there are fewer GPUs than processes, or if the program already uses torch.distributed. If another rank
@@ -115,7 +116,7 @@ def _failed_before(store: Any) -> bool:
         return False
 
 
-def _own(device: str | None) -> str:
+def _own(device: Device) -> str:
     """The GPU of this process: the one with the index of its local rank."""
     local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if device not in (None, "cuda"):

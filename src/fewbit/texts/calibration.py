@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from fewbit import checks
 from fewbit.checks import Texts
+from fewbit.settings import Settings, setting
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """`samples` windows of `length` tokens (at most the model's context), drawn from a text with `seed`.
+class Calibration(Settings):
+    """Windows of a text that a model is calibrated on. ArgumentError for an invalid value."""
 
-    text: a name, a file, or a list of texts. None: the text "tiny" for the embedded model, "pydoc" for all others.
-    """
-
-    text: Texts | None = None
-    samples: int = 128
-    length: int = 512
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, check in _CHECKS.items():
-            value = getattr(self, name)
-            if name != "text" or value is not None:
-                object.__setattr__(self, name, check(name, value))
+    text: Texts | None = setting(
+        None,
+        checks.texts,
+        "Text to calibrate on: a .txt or .jsonl file, or pydoc, tiny, wikitext2, c4. "
+        "Default: tiny for the embedded model, else pydoc.",
+    )
+    samples: int = setting(128, checks.integer(1), "Number of calibration windows, drawn at random.")
+    length: int = setting(512, checks.integer(1), "Tokens in a calibration window, at most the model's context.")
+    seed: int = setting(0, checks.integer(0, checks.MAX_SEED), "Random seed.")
 
 
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "text": checks.texts,
-    "samples": checks.integer(1),
-    "length": checks.integer(1),
-    "seed": checks.integer(0, checks.MAX_SEED),
-}
+COMPARED = Calibration(samples=32, length=256)  # what `compare` calibrates on by default: enough to rank the plans

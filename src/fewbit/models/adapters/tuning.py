@@ -2,53 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from fewbit import checks as arguments
+from fewbit.checks import MAX_SEED, flag, integer, invalid, number
 from fewbit.errors import PlanError
+from fewbit.settings import Settings, setting
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
+        raise invalid(name, value, "a list of name endings of linears")
+    return tuple(value)
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """Settings of a LoRA training. PlanError for a value out of range.
+class Tuning(Settings):
+    """Settings of a LoRA training. PlanError for a value out of range."""
 
-    rank: LoRA rank. alpha: the LoRA update is scaled by alpha / rank; 2 · rank by default. dropout: LoRA dropout.
-    targets: name endings of the linears that get a LoRA; all linears but the output head by default.
-    learning_rate: peak learning rate (linear warm-up over 5 % of the steps, then linear decay to 0).
-    epochs: passes over the training examples. steps: optimizer steps; replaces `epochs`.
-    batch: examples per forward pass. accumulate: gradient accumulation steps; one optimizer step takes
-    `batch` · `accumulate` examples. length: maximum tokens per example. held_out: share of the examples that is held
-    out for evaluation. seed: random seed. checkpointing: gradient checkpointing.
-    """
-
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ()
-    learning_rate: float = 2e-4
-    epochs: float = 1.0
-    steps: int | None = None
-    batch: int = 4
-    accumulate: int = 1
-    length: int = 512
-    held_out: float = 0.05
-    seed: int = 0
-    checkpointing: bool = True
+    rank: int = setting(8, integer(1), "LoRA rank.")
+    alpha: float | None = setting(None, number, "LoRA alpha; the scale is alpha / rank. Default: twice the rank.")
+    dropout: float = setting(0.0, number, "LoRA dropout: share of inputs set to 0 in training.")
+    targets: tuple[str, ...] = setting(
+        (), _names, "Linears to adapt, by the ends of their names: q_proj,v_proj. Default: all but the head."
+    )
+    learning_rate: float = setting(
+        2e-4, number, "Peak learning rate (linear warm-up over 5 % of the steps, then linear decay to 0)."
+    )
+    epochs: float = setting(1.0, number, "Passes over the training examples.")
+    steps: int | None = setting(None, integer(1), "Optimizer steps. Default: as `epochs` says.")
+    batch: int = setting(4, integer(1), "Batch size: examples per forward pass.")
+    accumulate: int = setting(1, integer(1), "Gradient accumulation steps: batches per optimizer step.")
+    length: int = setting(512, integer(1), "Maximum tokens of an example.")
+    held_out: float = setting(0.05, number, "Share of the examples kept for evaluation.")
+    seed: int = setting(0, integer(0, MAX_SEED), "Random seed.")
+    checkpointing: bool = setting(True, flag, "Gradient checkpointing: less memory, slower.")
 
     def __post_init__(self) -> None:
-        checks: dict[str, Callable[[str, Any], Any]] = {
-            **dict.fromkeys(("rank", "batch", "accumulate", "steps", "length"), arguments.integer(1)),
-            **dict.fromkeys(("alpha", "dropout", "learning_rate", "epochs", "held_out"), arguments.number),
-            "seed": arguments.integer(0, arguments.MAX_SEED),
-            "checkpointing": arguments.flag,
-            "targets": _names,
-        }
-        for name, check in checks.items():
-            if (value := getattr(self, name)) is not None or name not in ("alpha", "steps"):
-                object.__setattr__(self, name, check(name, value))
+        super().__post_init__()
         for name in ("alpha", "learning_rate", "epochs"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise PlanError(f"`{name}={value}`: it must be above 0")
@@ -66,9 +59,3 @@ class Tuning:
     def steps_for(self, examples: int) -> int:
         """Number of optimizer steps for this number of examples."""
         return self.steps or max(1, ceil(self.epochs * ceil(ceil(examples / self.batch) / self.accumulate)))
-
-
-def _names(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
-        raise arguments.invalid(name, value, "a list of name endings of linears")
-    return tuple(value)

@@ -6,27 +6,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbit.checks import MAX_SEED, integer, invalid, number
+from fewbit.settings import Settings, setting
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How `generate` chooses each token: the most likely one at temperature 0, else a random one.
+class Sampling(Settings):
+    """How `generate` chooses each token. ArgumentError for an invalid value."""
 
-    top_k: choose among the k most likely tokens; 0 for all. top_p: choose among the most likely tokens whose
-    probabilities add up to p; 1 for all. None takes the value in generation_config.json, else transformers' default (50
-    and 1). seed: random seed. ArgumentError for an invalid value.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
+    temperature: float = setting(
+        0.0, number, "0: always take the most likely token. Above 0: sample; higher is more varied."
+    )
+    top_k: int | None = setting(
+        None, integer(0), "Sample from the K most likely tokens; 0: all. Default: generation_config.json, or 50."
+    )
+    top_p: float | None = setting(
+        None,
+        number,
+        "Sample from the most likely tokens whose probabilities sum to P; 1: all. "
+        "Default: generation_config.json, or 1.",
+    )
+    seed: int = setting(0, integer(0, MAX_SEED), "Random seed.")
 
     def __post_init__(self) -> None:
-        checks = {"temperature": number, "top_k": integer(0), "top_p": number, "seed": integer(0, MAX_SEED)}
-        for name, check in checks.items():
-            if (value := getattr(self, name)) is not None or name in ("temperature", "seed"):
-                object.__setattr__(self, name, check(name, value))
+        super().__post_init__()
         if self.temperature < 0:
             raise invalid("temperature", self.temperature, "0 for the most likely token, about 0.7 for some variety")
         if self.top_p is not None and not 0 < self.top_p <= 1:

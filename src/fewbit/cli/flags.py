@@ -1,0 +1,102 @@
+"""Makes the flags of a command from groups of settings, and checks all of them before anything heavy is imported.
+
+A command takes a group as one parameter, such as `tuning: Tuning`. typer sees a flag for each field of the group: its
+default, its help and its check are those of the field. `Annotated[Loading, Fields("device", "kernel")]` makes flags of
+these fields only, and `Fields(text="calibration")` makes the field `text` the flag --calibration.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import Field, dataclass, fields
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+import typer
+
+from fewbit.cli.stdin import text_of
+from fewbit.errors import in_flags
+from fewbit.settings import Settings
+
+C = TypeVar("C", bound=Callable[..., None])
+_TYPES = {"int": int, "float": float, "bool": bool}  # a flag of another type is text
+
+
+class Fields:
+    """The fields of a group that are flags of a command, and the names of those flags that differ from the field's."""
+
+    def __init__(self, *names: str, **renamed: str) -> None:
+        self.flags = {name: name for name in names} | renamed
+
+
+@dataclass(frozen=True)
+class _Flag:
+    name: str  # of the parameter of the command
+    field: Field[Any]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the flag takes a text to calibrate on: a name, a file, or - for stdin."""
+        return str(self.field.type).startswith("Texts")
+
+    def parameter(self, default: Any) -> inspect.Parameter:
+        """The parameter that typer makes the flag from."""
+        kind = _TYPES.get(str(self.field.type).split(" | ")[0], str)
+        help = in_flags(self.field.metadata["help"])
+        if self.is_text:
+            help = help.replace("file, or ", "file, - for stdin, or ")
+        names = (f"--{self.name.replace('_', '-')}",) if default is False else ()  # an off switch needs no --no-
+        return inspect.Parameter(
+            self.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=",".join(default) if isinstance(default, tuple) else default,
+            annotation=Annotated[kind if default is not None else kind | None, typer.Option(*names, help=help)],
+        )
+
+    def value(self, given: Any) -> Any:
+        """The value of the field, checked under the flag's name."""
+        if str(self.field.type).startswith("tuple"):
+            given = tuple(part.strip() for part in given.split(",") if part.strip())
+        if given is not None or self.field.default is not None:
+            self.field.metadata["check"](self.name, given)
+        return given
+
+
+def checked(command: C) -> C:
+    """Decorate `command`: give its groups of settings flags, and check its arguments before PyTorch is imported."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters, groups = list[inspect.Parameter](), dict[str, tuple[Settings, list[_Flag]]]()
+    for name, parameter in inspect.signature(command).parameters.items():
+        group, *chosen = get_args(hints[name]) or (hints[name],)
+        if not (isinstance(group, type) and issubclass(group, Settings)):
+            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        default = group() if parameter.default is inspect.Parameter.empty else parameter.default
+        flags = [
+            _Flag(names, each)
+            for each in fields(group)
+            if (names := chosen[0].flags.get(each.name) if chosen else each.name)
+        ]
+        groups[name] = default, flags
+        parameters += [flag.parameter(getattr(default, flag.field.name)) for flag in flags]
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        from fewbit.api import arguments
+
+        values = {
+            name: {flag.field.name: flag.value(given.pop(flag.name)) for flag in flags}
+            for name, (_, flags) in groups.items()
+        }
+        for name, value in given.items():
+            if value is not None and not isinstance(value, bool):  # typer has read flags
+                arguments.check(name, value)
+        for name, (default, flags) in groups.items():
+            values[name] |= {flag.field.name: text_of(values[name][flag.field.name]) for flag in flags if flag.is_text}
+            given[name] = type(default)(**vars(default) | values[name])
+        command(**given)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {each.name: each.annotation for each in parameters}
+    return call  # type: ignore[return-value]

@@ -1,0 +1,37 @@
+"""The text on stdin, which - stands for."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from fewbit.errors import PlanError
+
+_STDIN = "-"
+
+
+def text_of(value: str | None) -> str | tuple[str] | None:
+    """The value of a text option. For -, the text on stdin as a tuple of one."""
+    return (stdin(),) if value == _STDIN else value
+
+
+def prompt_of(value: str) -> str:
+    """The prompt. For -, the text on stdin without its final newline. UTF-8 in every locale."""
+    if value == _STDIN:
+        return stdin().removesuffix("\n")
+    try:
+        return os.fsencode(value).decode()
+    except UnicodeError:  # the prompt check raises the error later
+        return value
+
+
+def stdin() -> str:
+    """All of stdin; PlanError if another option has read it."""
+    from fewbit.system.files import decoded
+
+    if sys.stdin is None or sys.stdin.closed:
+        raise PlanError("- stands for stdin, which is closed", "Give a file.")
+    data = sys.stdin.buffer.read()
+    if not data:
+        raise PlanError("- stands for stdin, which is empty", "Only one option can read it, and once.")
+    return decoded(data, "stdin")

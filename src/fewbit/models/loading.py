@@ -1,0 +1,47 @@
+"""The settings of loading a model, with their checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewbit import registry
+from fewbit.checks import Device, DType, device, dtype, flag, integer, invalid, path
+from fewbit.settings import Settings, setting
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _kernel(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise invalid(name, value, "a kernel by its name (fewbit list)")
+    registry.get("kernels", value)
+    return value
+
+
+@dataclass(frozen=True)
+class Loading(Settings):
+    """How a model is loaded. ArgumentError or PlanError for an invalid value."""
+
+    device: Device = setting(None, device, "cpu, cuda, cuda:1 ... Default: a GPU if there is one.")
+    dtype: DType = setting(None, dtype, "Type of activations and unquantized weights. Default: the checkpoint's.")
+    kernel: str | None = setting(
+        None, _kernel, "Kernel for all quantized weights (fewbit list). Default: the best for each weight."
+    )
+    adapter: str | Path | None = setting(None, path, "Folder of a LoRA adapter to put on the model. Default: none.")
+    fuse: int | None = setting(
+        None, integer(1), "Fuse linears that share an input, and generate in a static cache of this many tokens."
+    )
+    compile: bool = setting(False, flag, "With `fuse`, on a GPU: compile the decoding step.")
+    trust_remote_code: bool = setting(False, flag, "Run Python code that the model brings.")
+
+    @property
+    def torch_dtype(self) -> torch.dtype | str:
+        """`dtype` as transformers takes it; "auto" is the checkpoint's own."""
+        return dtype("dtype", self.dtype)
+
+    def exact(self) -> Loading:
+        """These settings for a measurement or a training: float32 on a CPU, unless a dtype is set."""
+        return replace(self, dtype="float32") if self.dtype is None and str(self.device) == "cpu" else self
