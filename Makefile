@@ -18,7 +18,7 @@ DEMO_ARGS_smollm2 := --calibration-samples 16 --samples 8
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all bare compat check interop fuzz bench bench-cpu native native-test format clean
+.PHONY: help setup demo test test-all bare compat check interop fuzz notebook bench bench-cpu native native-test format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
@@ -92,6 +92,9 @@ check: setup ## lint, format, types, import direction, documentation
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tools/check_docs.py
+
+notebook: setup ## run the notebooks of examples/ offline, and store their outputs
+	$(BIN)/python tools/run_notebooks.py $(ARGS)
 
 bench: setup ## what quantization costs in quality, measured
 	$(BIN)/python benchmarks/quality.py $(ARGS)

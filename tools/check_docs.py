@@ -1,8 +1,8 @@
 """Documentation in step with the code: fails, one line a fault, where the two say different things.
 
 It checks that docs/reference.md names every command and every registry entry, and says which schemes no format stores;
-that CHANGELOG.md has a section for the current version or [Unreleased]; and that every relative link points at a file
-that exists.
+that CHANGELOG.md has a section for the current version or [Unreleased]; that every relative link points at a file
+that exists; and that the outputs of the notebooks are up to date.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def main() -> int:
         *unstored_in_reference(),
         *changelog_has_section(),
         *links_lead_somewhere(),
+        *notebooks_were_run(),
     ]
     for fault in faults:
         print(fault, file=sys.stderr)
@@ -111,6 +112,15 @@ def links_lead_somewhere() -> Iterator[str]:
                 continue
             if not (page.parent / path).exists():
                 yield f"{page.relative_to(ROOT)}: links to {target}, which does not exist"
+
+
+def notebooks_were_run() -> Iterator[str]:
+    """The outputs of each notebook in examples/ come from its cells as they are, and from this fewbit."""
+    from run_notebooks import outdated
+
+    for file in sorted(ROOT.glob("examples/*.ipynb")):
+        if fault := outdated(file):
+            yield f"{file.relative_to(ROOT)}: {fault}: run make notebook"
 
 
 def mentions(text: str, words: str) -> bool:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import ast
-import os
+import importlib.util
+import json
+import shutil
+import site
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.limits import HANG
+import fewbit
 
-nbformat = pytest.importorskip("nbformat")
-nbclient = pytest.importorskip("nbclient")
-pytest.importorskip("ipykernel")
+for package in ("nbformat", "nbclient", "ipykernel"):
+    pytest.importorskip(package)
 
-PLACE = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "examples" / "quantization_guide.ipynb"
 CALLS = {  # what the guide calls, each with the keywords that it is about
     "GPTQConfig": {"bits", "dataset", "tokenizer"},
     "AwqConfig": {"do_fuse", "fuse_max_seq_len"},
@@ -26,22 +29,29 @@ CALLS = {  # what the guide calls, each with the keywords that it is about
 }
 
 
+def tool() -> Any:
+    spec = importlib.util.spec_from_file_location("run_notebooks", ROOT / "tools" / "run_notebooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def read() -> Any:
-    return nbformat.read(PLACE / "quantization_guide.ipynb", as_version=4)
+    return tool().read(GUIDE)
 
 
 def code(notebook: Any) -> list[Any]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_it_runs_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs_from_start_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = read()
     (names,) = [cell for cell in code(notebook) if "names" in cell.metadata.get("tags", [])]
     assert 'make("tiny")' in names.source
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PLACE), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    nbclient.NotebookClient(notebook, timeout=int(HANG), resources={"metadata": {"path": str(tmp_path)}}).execute()
+    tool().execute(notebook, GUIDE.parent)
     assert all(cell.execution_count for cell in code(notebook))
     table = text_of(code(notebook)[-2])
     print(table)
@@ -54,8 +64,9 @@ def test_it_runs_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "AWQ, fused",
         "GGUF",
     ]
-    # Quantizing while loading shows how far it is.
-    assert "block 8/8" in "".join(text_of(cell) for cell in code(notebook))
+    # Quantizing shows its progress, by a verb and while loading.
+    assert ["block 8/8" in text_of(cell) for cell in code(notebook)].count(True) == 2
+    tool().without_places(notebook)
 
 
 def text_of(cell: Any) -> str:
@@ -77,3 +88,37 @@ def test_what_is_committed_was_run_in_order() -> None:
     table = text_of(code(read())[-2])
     assert table.count("\n") == 8
     assert not any(place in str(read()) for place in ("/tmp", "site-packages"))
+    assert tool().outdated(GUIDE) is None
+
+
+@pytest.mark.parametrize("change", ["cell", "module", "version", "verb", "order"])
+def test_outputs_that_are_older_are_noticed(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / GUIDE.name
+    shutil.copy(GUIDE, file)
+    shutil.copy(GUIDE.parent / "stand_ins.py", tmp_path)
+    assert tool().outdated(file) is None
+    notebook = json.loads(GUIDE.read_text(encoding="utf-8"))
+    first = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
+    if change == "cell":
+        first["source"].append("\nprint(1)")
+    elif change == "order":
+        first["execution_count"] = 99
+    elif change == "module":
+        (tmp_path / "stand_ins.py").write_text("", encoding="utf-8")
+    elif change == "version":
+        monkeypatch.setattr(fewbit, "__version__", "99.0")
+    else:
+        monkeypatch.setattr(fewbit, "__all__", [*fewbit.__all__, "other"])
+    file.write_text(json.dumps(notebook), encoding="utf-8")
+    assert ("in order" if change == "order" else "older than") in tool().outdated(file)
+
+
+def test_folders_of_this_machine_do_not_stay_in_outputs(tmp_path: Path) -> None:
+    notebook = read()
+    (output, *_) = next(cell for cell in code(notebook) if cell.outputs).outputs
+    output["text"] = f"{site.getsitepackages()[0]}/transformers/auto.py:1: UserWarning: ..."
+    tool().without_places(notebook)
+    assert output["text"] == "transformers/auto.py:1: UserWarning: ..."
+    output["text"] = f"written to {tmp_path}"
+    with pytest.raises(SystemExit, match="a folder of this machine"):
+        tool().without_places(notebook)

@@ -195,7 +195,7 @@ def merge(
     evaluated([source], tokenizer, text or sources.own_source(source.config), length, samples)
     plain_bytes = 2 * describe(origin or source).parameters
     publish.check_space({out.resolve() if plan is None else cache_folder(): plain_bytes})
-    adding = f"adding {adapter} to {(origin or source).name}"
+    adding = f"adding {Path(adapter).name} to {Path((origin or source).name).name}"
     if plan is None:
         with report_progress.phase(adding, progress), publish.published(out, overwrite=overwrite) as folder:
             carried = write_merged(

@@ -160,7 +160,7 @@ def quantize(
                 sample=sample,
             )
 
-        with report_progress.phase(f"writing {out}", progress):
+        with report_progress.phase(f"writing {out.name}", progress):
             return ranks.run_on_first(published)
 
 
