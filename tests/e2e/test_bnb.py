@@ -1,4 +1,7 @@
-"""bitsandbytes' checkpoints: theirs load here, ours load there, bytes and logits are equal; and all that without it."""
+"""bitsandbytes' checkpoints: theirs load here, ours load there, bytes and logits are equal; and all that without it.
+
+Only tests that compare with the package need it (`against_theirs`).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import auto
+from transformers.utils.import_utils import is_bitsandbytes_available
 
 from fewbit import hook, prefer
 from fewbit.api.generate import load
@@ -27,9 +31,11 @@ from fewbit.nn.layers import QLinear
 from tests import models
 from tests.e2e.conftest import Fewbit
 
-_theirs = pytest.importorskip("bitsandbytes.nn.modules", reason="the layers to compare with")
-Linear4bit, Linear8bitLt = _theirs.Linear4bit, _theirs.Linear8bitLt
-dequantize_4bit = pytest.importorskip("bitsandbytes.functional").dequantize_4bit
+INSTALLED = is_bitsandbytes_available()
+against_theirs = pytest.mark.skipif(not INSTALLED, reason="bitsandbytes is the package to compare with")
+if INSTALLED:
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
 # bitsandbytes says at every call that LLM.int8() goes through float16.
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
@@ -55,7 +61,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def loaded(folder: Path, **options: Any) -> Any:
-    """By whatever transformers uses: bitsandbytes, outside `plugin.serving`."""
+    """By whatever transformers uses: outside `plugin.serving` bitsandbytes, if it is installed."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
@@ -88,7 +94,7 @@ def by_definition(model: Any) -> Tensor:
     each is held to the tolerance of that type.
     """
     for name, linear in list(model.named_modules()):
-        if isinstance(linear, Linear4bit):
+        if INSTALLED and isinstance(linear, Linear4bit):
             plain = _plain(linear)  # before the first product, which lays the codes out anew in place
             x = torch.randn(8, linear.in_features, generator=torch.Generator().manual_seed(0))
             with torch.no_grad():
@@ -105,6 +111,7 @@ def _plain(linear: Any) -> nn.Linear:
     return made
 
 
+@against_theirs
 @specs
 def test_theirs_loads_here_and_goes_back(spec: str, source: Path, tmp_path: Path) -> None:
     theirs = loaded(source, quantization_config=BitsAndBytesConfig(**CONFIGS[spec]))
@@ -118,6 +125,7 @@ def test_theirs_loads_here_and_goes_back(spec: str, source: Path, tmp_path: Path
     same_logits(loaded(tmp_path / "again"), theirs, spec)
 
 
+@against_theirs
 @specs
 def test_quantizing_in_loading_is_theirs_byte_for_byte(spec: str, source: Path, tmp_path: Path) -> None:
     loaded(source, quantization_config=BitsAndBytesConfig(**CONFIGS[spec])).save_pretrained(tmp_path / "theirs")
@@ -125,18 +133,40 @@ def test_quantizing_in_loading_is_theirs_byte_for_byte(spec: str, source: Path, 
         ours = loaded(source, quantization_config=BitsAndBytesConfig(**CONFIGS[spec]), device_map="auto")
     ours.save_pretrained(tmp_path / "ours")
     same_files(tmp_path / "ours", tmp_path / "theirs")
+
+
+@specs
+def test_what_is_quantized_in_loading_loads_again(spec: str, source: Path, tmp_path: Path) -> None:
+    with quantizer.serving():
+        ours = loaded(source, quantization_config=BitsAndBytesConfig(**CONFIGS[spec]), device_map="auto")
+    ours.save_pretrained(tmp_path / "ours")
     assert inspect(tmp_path / "ours").schemes == {spec: 8 if "gpt2" in str(source) else 14}
     again = load(tmp_path / "ours", dtype=torch.float32)
     assert torch.equal(models.logits(again, ids()), models.logits(ours, ids()))
 
 
-@pytest.mark.parametrize(("plan", "spec"), [("nf4", "nf4-b64-dq"), ("int8", "llm.int8")])
-def test_ours_loads_there(plan: str, spec: str, source: Path, tmp_path: Path, fewbit: Fewbit) -> None:
+plans = pytest.mark.parametrize(("plan", "spec"), [("nf4", "nf4-b64-dq"), ("int8", "llm.int8")])
+
+
+@plans
+def test_a_plan_makes_what_the_config_object_makes(
+    plan: str, spec: str, source: Path, tmp_path: Path, fewbit: Fewbit
+) -> None:
     dry = fewbit("quantize", source, "-o", tmp_path / "ours", "--plan", plan, "--dry-run", "--json")
     done = fewbit("quantize", source, "-o", tmp_path / "ours", "--plan", plan, "--json")
     assert done.code == 0, done.err
     files = sum(tensor.nbytes for tensor in models.tensors_of(tmp_path / "ours").values())
     assert dry.json["output_bytes"] == done.json["output_bytes"] == files
+    with quantizer.serving():
+        ours = loaded(tmp_path / "ours")
+        on_load = loaded(source, quantization_config=BitsAndBytesConfig(**CONFIGS[spec]))
+    assert torch.equal(models.logits(ours, ids()), models.logits(on_load, ids()))
+
+
+@against_theirs
+@plans
+def test_ours_loads_there(plan: str, spec: str, source: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "ours", plan=plan)
     theirs = loaded(tmp_path / "ours")
     linear = Linear8bitLt if spec == "llm.int8" else Linear4bit
     assert sum(isinstance(module, linear) for module in theirs.modules()) == (8 if "gpt2" in str(source) else 14)
@@ -154,8 +184,8 @@ def test_gptq_on_nf4_is_a_file_of_theirs_and_better(tmp_path: Path, text: Path, 
     done = fewbit("quantize", source, "-o", tmp_path / "gptq", "--plan", "nf4", "--method", "gptq", *options)
     assert plain.code == done.code == 0, done.err
     assert plain.json["output_bytes"] == done.json["output_bytes"]
-    theirs, ours = loaded(tmp_path / "gptq"), load(tmp_path / "gptq", dtype=torch.float32)
-    same_logits(theirs, ours, "nf4-b64-dq")
+    readers, ours = loaded(tmp_path / "gptq"), load(tmp_path / "gptq", dtype=torch.float32)
+    same_logits(readers, ours, "nf4-b64-dq")
     original, nearest = models.original(source), loaded(tmp_path / "plain")
     words = models.tokenizer()(models.sentences(4, seed=9), return_tensors="pt")["input_ids"][:, :96]
     wanted = models.logits(original, words)
@@ -170,9 +200,9 @@ def test_what_a_plan_leaves_is_left_by_their_reader_too(tmp_path: Path, fewbit: 
     assert fewbit("quantize", source, "-o", tmp_path / "out", "--plan", plan).code == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert config["llm_int8_skip_modules"] == ["lm_head", "model.layers.0.mlp.down_proj"]
-    theirs = loaded(tmp_path / "out")
-    assert type(theirs.model.layers[0].mlp.down_proj) is torch.nn.Linear
-    same_logits(theirs, load(tmp_path / "out", dtype=torch.float32), "nf4-b64")
+    again = loaded(tmp_path / "out")
+    assert type(again.model.layers[0].mlp.down_proj) is torch.nn.Linear
+    same_logits(again, load(tmp_path / "out", dtype=torch.float32), "nf4-b64")
 
 
 @specs
@@ -231,8 +261,11 @@ def run(code: str, *arguments: object) -> str:
     return done.stdout
 
 
-def test_both_cells_of_the_guide_run_without_bitsandbytes(tmp_path: Path) -> None:
-    source = models.save(tmp_path / "source", "llama", dtype="bfloat16", intermediate_size=128)
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and, in `made-nf4` and `made-int8`, what both cells of the guide make of it."""
+    folder = tmp_path_factory.mktemp("cells")
+    models.save(folder / "source", "llama", dtype="bfloat16", intermediate_size=128)
     run(
         WITHOUT
         + """
@@ -257,17 +290,28 @@ for name, config in (("nf4", nf4), ("int8", BitsAndBytesConfig(load_in_8bit=True
     assert torch.equal(again(ids.to(again.device)).logits, before)
 assert "bitsandbytes" not in sys.modules
 """,
-        source,
-        tmp_path / "made-",
+        folder / "source",
+        folder / "made-",
     )
-    for name, spec in (("nf4", "nf4-b64-dq"), ("int8", "llm.int8")):
-        config = BitsAndBytesConfig(**CONFIGS[spec], bnb_4bit_compute_dtype=torch.bfloat16)
-        theirs = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
-        theirs.save_pretrained(tmp_path / "theirs" / name)
-        same_files(tmp_path / f"made-{name}", tmp_path / "theirs" / name)
-        models.logits(loaded(tmp_path / f"made-{name}"), ids())
+    return folder
 
 
+@plans
+def test_both_cells_of_the_guide_run_without_bitsandbytes(plan: str, spec: str, cells: Path) -> None:
+    assert inspect(cells / f"made-{plan}").schemes == {spec: 14}
+    models.logits(loaded(cells / f"made-{plan}"), ids())
+
+
+@against_theirs
+@plans
+def test_both_cells_make_the_files_that_it_makes(plan: str, spec: str, cells: Path, tmp_path: Path) -> None:
+    config = BitsAndBytesConfig(**CONFIGS[spec], bnb_4bit_compute_dtype=torch.bfloat16)
+    theirs = AutoModelForCausalLM.from_pretrained(cells / "source", quantization_config=config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    same_files(cells / f"made-{plan}", tmp_path / "theirs")
+
+
+@against_theirs
 def test_who_serves_where_both_are_installed_is_the_users_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hook, "preferred", set())
     monkeypatch.setattr(auto, "AUTO_QUANTIZER_MAPPING", dict(auto.AUTO_QUANTIZER_MAPPING))
