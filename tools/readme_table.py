@@ -9,7 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from fewbit.measure.comparison import Comparison, Interval, Row
+from fewbit.measure.comparison import Comparison, Row
+from fewbit.measure.intervals import Interval
 from fewbit.units import size
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fewbit.errors import FormatError
-from fewbit.measure.comparison import KIND, SCHEMA_VERSION, Comparison, Interval, Timing, leaders, winners
+from fewbit.measure.comparison import KIND, SCHEMA_VERSION, Comparison, Timing, leaders, winners
+from fewbit.measure.intervals import Interval
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "report.json"
 

@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fewbit.measure.comparison import Comparison, Interval, Row
+from fewbit.measure.comparison import Comparison, Row
+from fewbit.measure.intervals import Interval
 from fewbit.report import page
 
 REPORT = Path(__file__).parent.parent / "data" / "report.json"

@@ -13,7 +13,8 @@ from fewbit import PlanError
 from fewbit.advise import recommend as recommending
 from fewbit.advise.recommend import Recommendation
 from fewbit.api import advise
-from fewbit.measure.comparison import Comparison, Interval, Loss, Row, Speed, Timing
+from fewbit.measure.comparison import Comparison, Loss, Row, Speed, Timing
+from fewbit.measure.intervals import Interval
 from fewbit.plans import plan
 
 REPORT = Path(__file__).parent.parent / "data" / "report.json"

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from fewbit import units
 from fewbit.advise.doctor import Hardware
-from fewbit.measure.quality import Divergence, Estimate, Quality
+from fewbit.measure.intervals import Interval
+from fewbit.measure.quality import Divergence, Quality
 from fewbit.models.describe import Inspection
 from fewbit.pipeline.job import Preview
 from fewbit.pipeline.run import TensorReport
@@ -41,17 +42,17 @@ QUALITY = Quality(
     tokens=12345,
     windows=8,
     length=512,
-    perplexity=Estimate(33.456, 32.1, 34.8),
-    reference_perplexity=Estimate(29.2, 28.0, 30.5),
-    perplexity_ratio=Estimate(1.1457, 1.13, 1.16),
+    perplexity=Interval(33.456, 32.1, 34.8),
+    reference_perplexity=Interval(29.2, 28.0, 30.5),
+    perplexity_ratio=Interval(1.1457, 1.13, 1.16),
     kl=Divergence(
-        mean=Estimate(0.152, 0.14, 0.16),
-        median=Estimate(0.08, 0.07, 0.09),
-        p99=Estimate(1.1, 1.0, 1.2),
-        p999=Estimate(3.1, 2.5, 4.0),
+        mean=Interval(0.152, 0.14, 0.16),
+        median=Interval(0.08, 0.07, 0.09),
+        p99=Interval(1.1, 1.0, 1.2),
+        p999=Interval(3.1, 2.5, 4.0),
         max=7.25,
     ),
-    same_top=Estimate(0.8123, 0.80, 0.82),
+    same_top=Interval(0.8123, 0.80, 0.82),
 )
 INSPECTION = Inspection(
     name="out",
@@ -130,8 +131,8 @@ def test_durations(seconds: float, words: str) -> None:
 
 
 def test_intervals() -> None:
-    assert report_text.interval(Estimate(0.15249, 0.14, 0.161)) == ("0.152", "0.14 ... 0.161")
-    assert report_text.interval(Estimate(0.8123, 0.8, 0.82), percent=True) == ("81.23%", "80.00% ... 82.00%")
+    assert report_text.interval(Interval(0.15249, 0.14, 0.161)) == ("0.152", "0.14 ... 0.161")
+    assert report_text.interval(Interval(0.8123, 0.8, 0.82), percent=True) == ("81.23%", "80.00% ... 82.00%")
 
 
 def test_an_evaluation_for_people(shown: io.StringIO) -> None:
@@ -164,8 +165,8 @@ def test_an_evaluation_without_reference_compares_nothing(shown: io.StringIO) ->
 
 
 def test_a_loss_of_exactly_nothing_is_still_told(shown: io.StringIO) -> None:
-    none = Estimate(0.0, 0.0, 0.0)
-    same = replace(QUALITY, kl=Divergence(none, none, none, none, 0.0), same_top=Estimate(1.0, 1.0, 1.0))
+    none = Interval(0.0, 0.0, 0.0)
+    same = replace(QUALITY, kl=Divergence(none, none, none, none, 0.0), same_top=Interval(1.0, 1.0, 1.0))
     report_text.evaluation(replace(EVALUATION, quality=same))
     assert "KL divergence" in shown.getvalue()
     assert report_text.evaluation_json(replace(EVALUATION, quality=same))["kl"]["mean"] == 0

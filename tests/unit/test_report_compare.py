@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from fewbit import units
-from fewbit.measure.comparison import Comparison, Interval, Row, Timing
-from fewbit.report import comparison
+from fewbit.measure.comparison import Comparison, Row, Timing
+from fewbit.measure.intervals import Interval
+from fewbit.report import columns, comparison, page
 
 EXAMPLE = Comparison.read(Path(__file__).parents[1] / "data" / "report.json")
 
@@ -52,7 +53,7 @@ def test_the_best_quantized_row_is_marked_not_the_original(capsys: pytest.Captur
     assert "*" not in line_of("bf16", text)
     kl = {row.plan: row.loss.kl.value for row in EXAMPLE.rows if row.loss and row.plan != "bf16"}
     best = min(kl, key=lambda plan: kl[plan])
-    assert f"*{comparison.within(next(r.loss.kl for r in EXAMPLE.rows if r.plan == best and r.loss))}" in line_of(
+    assert f"*{columns.within(next(r.loss.kl for r in EXAMPLE.rows if r.plan == best and r.loss))}" in line_of(
         best, text
     )
     assert text.count("*100.0%") == 0
@@ -82,7 +83,6 @@ def test_samples_that_agree_stand_together(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("interval", "text"),
     [
-        (Interval(0.0, 0.0, 0.0), "0"),
         (Interval(0.0312, 0.0290, 0.0333), ".031±.002"),
         (Interval(0.000254, 0.00024, 0.00027), "2.5e-4±1e-5"),
         (Interval(2.9671, 2.6, 3.3), "3.0±.3"),
@@ -91,7 +91,16 @@ def test_samples_that_agree_stand_together(capsys: pytest.CaptureFixture[str]) -
     ],
 )
 def test_an_interval_is_rounded_to_what_it_knows(interval: Interval, text: str) -> None:
-    assert comparison.within(interval) == text
+    assert columns.within(interval) == text
+
+
+def test_the_page_and_the_terminal_write_the_same_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    def timed(row: Row) -> Row:
+        return replace(row, speed=replace(row.speed, prefill=Timing(1234, 1000, 2000, 3))) if row.speed else row
+
+    compared = replace(EXAMPLE, rows=tuple(map(timed, EXAMPLE.rows)))
+    done = sum(row.speed is not None for row in EXAMPLE.rows)
+    assert shown(compared, capsys).count("1,234") == page.page(compared).count(">1,234<") == done
 
 
 def faster(row: Row, median: float, low: float, high: float) -> Row:
@@ -116,5 +125,5 @@ def test_what_is_measured_once_has_no_best(capsys: pytest.CaptureFixture[str]) -
     text = shown(EXAMPLE, capsys)
     for row in EXAMPLE.rows:
         if row.speed is not None:
-            assert f"*{comparison.short(row.speed.load)}" not in text
-            assert f"*{units.size(comparison.peak(row))}" not in text
+            assert f"*{units.duration(row.speed.load)}" not in text
+            assert f"*{units.size(columns.peak(row) or 0)}" not in text

@@ -23,7 +23,8 @@ from fewbit import registry
 from fewbit.advise.estimate import Estimate, PlanEstimate
 from fewbit.brief import brief
 from fewbit.errors import PlanError
-from fewbit.measure.comparison import Comparison, Interval, Timing, leaders
+from fewbit.measure.comparison import Comparison, Timing, leaders
+from fewbit.measure.intervals import Interval
 from fewbit.schemes.base import parse
 from fewbit.units import size
 

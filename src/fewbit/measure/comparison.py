@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from fewbit.brief import brief
 from fewbit.errors import FormatError
 from fewbit.measure import intervals
+from fewbit.measure.intervals import Interval
 from fewbit.system.files import read_json
 
 T = TypeVar("T")
@@ -28,23 +29,6 @@ SCHEMA_VERSION = 1
 KIND = "fewbit comparison"  # identifies a report.json of fewbit
 FILE = "report.json"
 ORIGINAL = "bf16"  # the plan that changes nothing: the original model in its own dtype, the baseline of all others
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value and the ends of its 95 % confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def overlaps(self, other: Interval) -> bool:
-        """Whether the intervals overlap, so that the difference of the values is not significant."""
-        return self.low <= other.high and other.low <= self.high
-
-    @classmethod
-    def exact(cls, value: float) -> Interval:
-        return cls(value, value, value)
 
 
 @dataclass(frozen=True)

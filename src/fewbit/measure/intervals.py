@@ -1,4 +1,4 @@
-"""95 % confidence intervals of a median, without any assumption about the distribution.
+"""Values with 95 % confidence intervals, and the interval of a median without any assumption about the distribution.
 
 Sort n measurements. The interval from the k-th to the k-th last misses the true median with probability 2 P(B < k),
 where B is binomial (n, 1/2). k is the largest value for which this probability is at most 5 %.
@@ -12,6 +12,7 @@ where B is binomial (n, 1/2). k is the largest value for which this probability 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import comb
 from statistics import median
 
@@ -19,6 +20,23 @@ FEWEST = 6  # the fewest measurements for which an interval exists
 # Both are half the interval's width as a share of the median:
 TIGHT = 0.05  # stop measuring at this or below
 NOISY = 0.10  # above this the median is unreliable, and the report says so
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and the ends of its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def overlaps(self, other: Interval) -> bool:
+        """Whether the intervals overlap, so that the difference of the values is not significant."""
+        return self.low <= other.high and other.low <= self.high
+
+    @classmethod
+    def exact(cls, value: float) -> Interval:
+        return cls(value, value, value)
 
 
 def of_median(values: Sequence[float]) -> tuple[float, float] | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import NumericsError
+from fewbit.measure.intervals import Interval
 from fewbit.system import ranks
 
 _RUN = 128  # tokens that are resampled together: adjacent tokens share a context, so they are not independent
@@ -25,22 +26,13 @@ _ROWS = 256  # rows of logits that are converted to probabilities at a time
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A value and the ends of its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Divergence:
     """Statistics of the KL divergence from the reference over all tokens, in nats."""
 
-    mean: Estimate
-    median: Estimate
-    p99: Estimate
-    p999: Estimate
+    mean: Interval
+    median: Interval
+    p99: Interval
+    p999: Interval
     max: float
 
 
@@ -55,11 +47,11 @@ class Quality:
     tokens: int
     windows: int
     length: int
-    perplexity: Estimate
-    reference_perplexity: Estimate | None
-    perplexity_ratio: Estimate | None
+    perplexity: Interval
+    reference_perplexity: Interval | None
+    perplexity_ratio: Interval | None
     kl: Divergence | None
-    same_top: Estimate | None
+    same_top: Interval | None
 
 
 @dataclass(frozen=True)
@@ -167,11 +159,11 @@ class _Resampler:
         ]
         self.draws = drawn
 
-    def estimate(self, statistic: Callable[[Tensor], Tensor], values: Tensor) -> Estimate:
+    def estimate(self, statistic: Callable[[Tensor], Tensor], values: Tensor) -> Interval:
         pieces = [values[run] for run in self.runs]
         resampled = torch.stack([statistic(torch.cat([pieces[i] for i in draw])) for draw in self.draws.tolist()])
         low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype, device="cpu")).tolist()
-        return Estimate(float(statistic(values)), low, high)
+        return Interval(float(statistic(values)), low, high)
 
 
 def _exp_of_mean(values: Tensor) -> Tensor:

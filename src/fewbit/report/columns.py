@@ -1,22 +1,46 @@
-"""The columns of the report's table: what each says of a row, how that is written, and which end of it is better."""
+"""The columns of a comparison: what each says of a row, how that is written, and which end of it is better.
+
+The report page shows all of them; the table in a terminal shows some.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from fewbit import units
-from fewbit.measure.comparison import Interval, Loss, Peak, Quantizing, Row, Speed, Timing, Weights, leaders, winners
+from fewbit.measure.comparison import Loss, Peak, Quantizing, Row, Speed, Timing, Weights, leaders, winners
+from fewbit.measure.intervals import Interval
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 
+def within(interval: Interval) -> str:
+    """A value and half the width of its interval: .041±.003."""
+    half = float(f"{(interval.high - interval.low) / 2:.1g}")
+    if interval.value < 0.001:
+        return f"{interval.value:.1e}±{half:.0e}".replace("e-0", "e-")
+    digits = max(0, min(4, -math.floor(math.log10(half)))) if half else 4
+    return re.sub(r"(?<!\d)0\.", ".", f"{interval.value:,.{digits}f}±{half:,.{digits}f}")
+
+
+def percent(interval: Interval) -> str:
+    """A share as a percentage, and half the width of its interval: 89.5±.4%."""
+    return f"{within(Interval(*(100 * each for each in (interval.value, interval.low, interval.high))))}%"
+
+
 @dataclass(frozen=True)
 class Column:
-    """`value` is None where a row has none; `under` is a smaller line below it. `interval` is what is compared: without
-    it, as of what is measured once, none is the best."""
+    """A column of the report page, and of the table in a terminal.
+
+    value: None if a row has none. under: the smaller line below it on the page. interval: decides which rows are the
+    best; without it, for values that are measured once, none is. write_interval: the value with its interval, in a
+    terminal.
+    """
 
     group: str
     name: str
@@ -27,6 +51,14 @@ class Column:
     under: Callable[[Row], str | None] = lambda row: None
     more_is_better: bool = False
     interval: Callable[[Row], Interval | None] | None = None
+    write_interval: Callable[[Interval], str] = within
+
+    def cell(self, row: Row) -> str:
+        """The cell in a terminal: the value, with half the width of its interval if it has one."""
+        value, interval = self.value(row), self.interval(row) if self.interval is not None else None
+        if interval is not None and interval.high > interval.low:
+            return self.write_interval(interval)
+        return "" if value is None else self.write(value)
 
     def best(self, rows: Sequence[Row]) -> list[Row]:
         """The best rows. Empty if there is no choice, or if intervals do not separate them from the others."""
@@ -42,8 +74,14 @@ class Column:
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns for which at least one row has a value."""
+    """The columns of the page for which at least one row has a value."""
     return [column for column in _all() if any(column.value(row) is not None for row in rows)]
+
+
+def in_terminal() -> list[Column]:
+    """The columns of the table in a terminal."""
+    found = {column.name: column for column in [*_all(), _PEAK]}
+    return [found[name] for name in _IN_TERMINAL]
 
 
 def rate(value: float) -> str:
@@ -81,13 +119,14 @@ def _all() -> Iterator[Column]:
     yield Column(
         "Quality",
         "same-top",
-        "same token",
+        "same top token",
         "share of tokens where it and the original would choose the same",
         of(_loss, lambda loss: loss.same_top.value),
         units.share,
         of(_loss, lambda loss: _between(loss.same_top, units.share)),
         more,
         of(_loss, lambda loss: loss.same_top),
+        percent,
     )
     disk = _disk
     yield Column("Size", "disk", "on disk", "the weight files", disk, units.size, interval=of(disk, Interval.exact))
@@ -120,9 +159,19 @@ def _all() -> Iterator[Column]:
         value, under = of(timing, lambda t: t.median), of(timing, _spread)
         yield Column("Speed", name, f"{name} tok/s", said, value, rate, under, more, of(timing, lambda t: t.interval))
     said = "time to make it, what was written checked too"
-    yield Column("Quantizing", "seconds", "time", said, of(_quantizing, lambda q: q.seconds), units.duration)
+    yield Column("Quantizing", "seconds", "quantized in", said, of(_quantizing, lambda q: q.seconds), units.duration)
     value, under = of(_quantizing, lambda q: q.peak.process), of(_quantizing, lambda q: _growth(q.peak))
     yield Column("Quantizing", "quantizing", "peak", f"the most memory meanwhile,{rest}", value, units.size, under)
+
+
+def peak(row: Row) -> int | None:
+    """The most memory of loading and generating: of the GPUs where the model was there, else of the process."""
+    peaks = [p for p in (row.loading, row.generating) if p is not None]
+    return max((p.cuda for p in peaks), default=0) or max((p.process for p in peaks), default=None)
+
+
+_PEAK = Column("Memory", "peak", "peak memory", "the most of loading and generating", peak, units.size)
+_IN_TERMINAL = ("disk", "at-rest", "peak", "load", "prefill", "decode", "perplexity", "kl", "same-top", "seconds")
 
 
 def _of(get: Callable[[Row], T | None], read: Callable[[T], U | None]) -> Callable[[Row], U | None]:

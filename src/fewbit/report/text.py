@@ -14,7 +14,7 @@ from fewbit.units import duration, share, size
 
 if TYPE_CHECKING:
     from fewbit.advise.doctor import Hardware
-    from fewbit.measure.quality import Estimate
+    from fewbit.measure.intervals import Interval
     from fewbit.models.decoding.generate import Continuation
     from fewbit.models.describe import Inspection
     from fewbit.pipeline.job import Preview
@@ -32,7 +32,7 @@ def _say(line: str) -> None:
     tables.say(out, line)
 
 
-def interval(estimate: Estimate, digits: int = 3, percent: bool = False) -> tuple[str, str]:
+def interval(estimate: Interval, digits: int = 3, percent: bool = False) -> tuple[str, str]:
     """The value, and its 95 % interval."""
     style = ".2%" if percent else f".{digits}g"
     return f"{estimate.value:{style}}", f"{estimate.low:{style}} ... {estimate.high:{style}}"
