@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Trainer
 import fewbit as package
 from fewbit import NumericsError, PlanError
 from fewbit.api import quantize
+from fewbit.models import merge as merging
 from fewbit.models.adapters import train as training
 from fewbit.models.adapters.attach import quiet
 from fewbit.models.adapters.tuning import Tuning
@@ -446,6 +447,46 @@ def test_a_merge_that_cannot_be(
     save_file(tensors, broken / "adapter_model.safetensors", metadata={"format": "pt"})
     check(fewbit("merge", quantized, broken, "-o", place), 4, str(broken))
     assert not list(place.parent.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["with its base", "alone", "gguf"])
+def test_a_merge_checks_its_plan_before_its_work(
+    kind: str, quantized: Path, adapter: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*args: Any, **options: Any) -> None:
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr(merging, "write_merged", work)
+    source, place = quantized, tmp_path / "out"
+    if kind == "alone":
+        source = shutil.copytree(quantized, tmp_path / "alone")
+        models.edit_json(source / "fewbit.json", origin=None)
+    elif kind == "gguf":
+        source = tmp_path / "model.gguf"
+        quantize.quantize(quantized.parent / "model", source, plan="q8_0")
+    few = {"name": "few", "format": "gptq", "rules": [{"match": "*.q_proj", "scheme": "int4-g32-sym", "method": "rtn"}]}
+    measured: dict[str, Any] = {"text": str(text), "length": 32}
+    short = tmp_path / "short.txt"
+    short.write_text("The cat sat.", encoding="utf-8")
+    for words, wanted in (
+        (r"only \d+% of the parameters", {"plan": few}),
+        ("too few for one window", {"plan": "gptq-4bit", "calibration": str(short)}),
+        ("absent.txt", {"plan": "gptq-4bit", "calibration": "absent.txt"}),
+        ("is not available", {"device": "cuda:99"}),
+    ):
+        with pytest.raises(PlanError, match=words):
+            package.merge(source, adapter, place, **measured, **wanted)
+    with pytest.raises(PlanError, match="would be a GGUF file"):
+        package.merge(source, adapter, tmp_path / "out.gguf", plan="rtn-4bit", **measured)
+    with pytest.raises(AssertionError, match="the work has begun"):
+        package.merge(source, adapter, place, plan="rtn-4bit", **measured)
+    assert not place.exists()
+
+
+def test_a_merge_checks_the_base_before_its_work(quantized: Path, adapter: Path, tmp_path: Path) -> None:
+    other = models.save(tmp_path / "other", "llama", vocab_size=512)
+    with pytest.raises(PlanError, match=r"the vocabulary of .* has 512 entries, and that of"):
+        package.merge(quantized, adapter, tmp_path / "out", base=other)
 
 
 def test_the_verbs_refuse_as_the_commands_do(quantized: Path, adapter: Path, tmp_path: Path) -> None:

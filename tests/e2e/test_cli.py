@@ -250,6 +250,13 @@ def test_evaluate_takes_16_windows_or_all(quantized: Path, text: Path, fewbit: F
     assert evaluate.evaluate(quantized, text=str(text), length=4, samples=None).quality.windows == every.json["windows"]
 
 
+def test_generate_stays_within_the_context(model: Path, fewbit: Fewbit) -> None:
+    answer = fewbit("generate", model, "The cat", "--max-new-tokens", 4096)
+    assert answer.code == 2
+    assert "With 4096 new tokens it exceeds the model's context of" in answer.err
+    assert "a smaller --max-new-tokens" in answer.err
+
+
 def test_evaluate_tells_what_was_promised(model: Path, quantized: Path, text: Path, fewbit: Fewbit) -> None:
     flags = ("--text", text, "--length", 64, "--samples", 3)
     told = fewbit("evaluate", quantized, "--reference", model, *flags, "--json").json

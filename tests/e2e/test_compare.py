@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import fewbit
-from fewbit.errors import PlanError
+from fewbit.api import compare
+from fewbit.errors import FormatError, PlanError
 from fewbit.measure.comparison import Comparison, Event
 from tests import models
 from tests.e2e.conftest import Fewbit
@@ -153,8 +154,9 @@ def test_a_folder_that_is_no_report_of_ours_is_left_alone(
 
 
 def test_what_no_plan_can_have_is_refused_at_once(fewbit: Fewbit, tmp_path: Path) -> None:
-    assert "--length 4096: a window has at least 2 tokens" in fewbit("compare", "--length", 4096).err
-    assert fewbit("compare", "--length", 1).code == 2
+    assert "--length 4096 is beyond the model's context of 512 tokens" in fewbit("compare", "--length", 4096).err
+    assert "--length 1: a window needs at least 2 tokens" in fewbit("compare", "--length", 1).err
+    assert "exceeds the model's context of 512" in fewbit("compare", "--prompt", "a b " * 1024).err
     assert fewbit("compare", "--samples", 0).code == 2
     assert fewbit("compare", tmp_path / "nowhere").code == 2
     assert fewbit("compare", "-o", __file__).code == 2
@@ -186,3 +188,26 @@ def test_a_model_that_is_there_is_measured_as_it_is(tmp_path: Path) -> None:
     (other_words / "tokenizer.json").write_text(json.dumps(found), encoding="utf-8")
     with pytest.raises(PlanError, match="have different tokenizers"):
         fewbit.compare(model, plans=[other_words], **asked)
+
+
+def test_models_that_are_there_are_checked_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*args: Any) -> None:
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr(compare._Bench, "rows", work)
+    model, text = models.save(tmp_path / "model", "llama"), tmp_path / "text.txt"
+    text.write_text(models.sentences(80), encoding="utf-8")
+    more_rows = models.save(tmp_path / "more", "llama", vocab_size=512)
+    short = models.save(tmp_path / "short", "llama", max_position_embeddings=32)
+    for one, other in ((model, more_rows), (more_rows, model)):
+        with pytest.raises(PlanError, match=r"the vocabulary of .* has (288|512) entries, and that of"):
+            fewbit.compare(one, plans=[other], text=str(text))
+        with pytest.raises(PlanError, match=r"the vocabulary of .* has (288|512) entries, and that of"):
+            fewbit.evaluate(one, reference=other, text=str(text))
+    with pytest.raises(PlanError, match="length=64 is beyond the model's context of 32 tokens"):
+        fewbit.compare(model, plans=["bf16", short], text=str(text), length=64)
+    with pytest.raises(PlanError, match=r"the prompt has .* the model's context of 32"):
+        fewbit.compare(model, plans=["bf16", short], text=str(text), prompt="The cat sat. " * 8)
+    few_rows = models.save(tmp_path / "few", "llama", vocab_size=40)
+    with pytest.raises(FormatError, match="the model's embedding has 40 rows"):
+        fewbit.compare(few_rows, plans=["bf16"], text=str(text))

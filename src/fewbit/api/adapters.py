@@ -24,7 +24,7 @@ from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
 from fewbit.names import DEMO, EMBEDDED
 from fewbit.pipeline import progress as pipeline_progress
-from fewbit.pipeline.job import evaluated, homeless, left_behind
+from fewbit.pipeline.job import evaluated, homeless, is_file, left_behind, rehearsed, same_vocabulary
 from fewbit.plans.plan import format_of
 from fewbit.report import card
 from fewbit.report import progress as report_progress
@@ -171,6 +171,8 @@ def merge(
             f"merge makes a folder, plan {plan.name} one {format_of(plan).suffix} file",
             "Omit `plan`. Then quantize the merged folder: fewbit quantize MERGED -o FILE",
         )
+    if plan is not None:
+        is_file(out, plan)
     need_peft()
     from fewbit.models.adapters.attach import folded
     from fewbit.models.merge import write_merged
@@ -190,11 +192,18 @@ def merge(
     publish.check_not_lost(out, source.origin, source.folder, adapter, *base_folders)
     if origin is not None and origin.quantization is not None:
         raise PlanError(f"`base={origin.name}` is itself quantized", "Give the model that it was quantized from.")
-    # What is computed at the end is found out now, if it cannot be.
+    # Quantizing and measuring come last. What they would refuse is found now.
+    machine.device(device)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    evaluated([source], tokenizer, text or sources.own_source(source.config), length, samples)
-    plain_bytes = 2 * describe(origin or source).parameters
-    publish.check_space({out.resolve() if plan is None else cache_folder(): plain_bytes})
+    if origin is not None:
+        same_vocabulary(origin, source, tokenizer, trust_remote_code)
+    evaluated([source, origin or source], tokenizer, text or sources.own_source(source.config), length, samples)
+    needed = {out.resolve() if plan is None else cache_folder(): 2 * describe(origin or source).parameters}
+    if plan is not None:
+        with rehearsed(origin or source, plan, device, trust_remote_code=trust_remote_code) as job:
+            job.inputs(arguments.calibrated(calibration), tokenizer)
+            needed[out.resolve()] = job.preview().output_bytes
+    publish.check_space(needed)
     adding = f"adding {Path(adapter).name} to {Path((origin or source).name).name}"
     if plan is None:
         with report_progress.phase(adding, progress), publish.published(out, overwrite=overwrite) as folder:

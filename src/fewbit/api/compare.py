@@ -43,11 +43,12 @@ from fewbit.measure.comparison import (
     plain,
 )
 from fewbit.methods.base import make
+from fewbit.models.decoding.generate import prompt_ids
 from fewbit.models.describe import describe
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
 from fewbit.nn import choose
-from fewbit.pipeline.job import same_vocabulary, unquantized, windows
+from fewbit.pipeline.job import evaluated, same_vocabulary, unquantized, windows
 from fewbit.plans import plan as plans
 from fewbit.plans.plan import Plan, find_all
 from fewbit.report import page
@@ -106,16 +107,14 @@ def compare(
     source = locate(model)
     if any(isinstance(each, Plan) for each in wanted.values()):
         source = unquantized(model, False)
-    asked = _asked(source, wanted, calibration, text, samples, length, trust_remote_code)
+    asked = _asked(source, wanted, calibration, text, samples, length, prompt, trust_remote_code)
     machine = _machine(device)
     settings = {
         "model": source.address,
         "device": device,
         "trust_remote_code": trust_remote_code,
         "windows": asked.windows.tolist(),
-        "prompt": prompt or (_STORY if sources.own_source(source.config) == "tiny" else report.FIRST_WORDS),
-        "prompt_tokens": min(PROMPT_TOKENS, source.context // 2),
-        "new_tokens": min(NEW_TOKENS, source.context // 4),
+        **asked.continued,
     }
     with report_progress.plans(progress) as told:
         rows = _Bench(source, asked, machine, settings, told, again).rows(wanted)
@@ -130,9 +129,7 @@ def compare(
         versions=system_machine.versions(),
         text=asked.text,
         calibration=asked.calibrated,
-        prompt=str(settings["prompt"]),
-        prompt_tokens=int(str(settings["prompt_tokens"])),
-        new_tokens=int(str(settings["new_tokens"])),
+        **asked.continued,
         seconds=elapsed(),
         rows=tuple(rows),
     )
@@ -172,6 +169,7 @@ class _Asked:
     calibrated: TextUsed | None
     windows: Tensor
     text: TextUsed
+    continued: Mapping[str, Any]  # the prompt, and how many tokens are timed
 
 
 class _Bench:
@@ -293,26 +291,26 @@ def _asked(
     text: Texts | None,
     samples: int | None,
     length: int,
+    prompt: str | None,
     trust_remote_code: bool,
 ) -> _Asked:
-    most = source.context
-    if not 2 <= length <= most and length != LENGTH:
-        raise PlanError(f"`length={length}`: a window has at least 2 tokens, and at most the model's context of {most}")
+    """Everything that all rows share. PlanError or FormatError for what does not fit one of the models."""
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    for made in wanted.values():
-        if isinstance(made, Source):
-            same_vocabulary(made, source, tokenizer, trust_remote_code)
-    loaded = sources.load_text(text or sources.own_source(source.config), "evaluation")
-    chosen = texts_windows.windows(
-        texts_windows.within(texts_windows.encode(loaded, tokenizer), source.rows, tokenizer, loaded.name),
-        min(length, most),
-        samples,
-    )
-    used = TextUsed(loaded.name, len(chosen), chosen.shape[1], texts_windows.digest(chosen))
+    models = [source, *(made for made in wanted.values() if isinstance(made, Source))]
+    for made in models[1:]:
+        same_vocabulary(made, source, tokenizer, trust_remote_code)
+    most = min(each.context for each in models)
+    own, length = sources.own_source(source.config), min(length, most) if length == LENGTH else length
+    name, chosen, _ = evaluated(models, tokenizer, text or own, length, samples)
+    used = TextUsed(name, len(chosen), chosen.shape[1], texts_windows.digest(chosen))
+    prompt = prompt or (_STORY if own == "tiny" else report.FIRST_WORDS)
+    ids, new = prompt_ids(tokenizer, prompt), min(NEW_TOKENS, most // 4)
+    texts_windows.continued(texts_windows.within(ids, source.rows, tokenizer, "the prompt"), new, most)
     calibrated = None
     if any(_calibrated(plan) for plan in wanted.values()):
         calibrated = parsed(TextUsed, windows(calibration, source, tokenizer)[1], "calibration")
-    return _Asked(calibration, calibrated, chosen, used)
+    continued = {"prompt": prompt, "prompt_tokens": min(PROMPT_TOKENS, most // 2), "new_tokens": new}
+    return _Asked(calibration, calibrated, chosen, used, continued)
 
 
 def _calibrated(plan: Wanted) -> bool:

@@ -74,6 +74,7 @@ def generate(
     source = locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     ids = texts_windows.within(prompt_ids(tokenizer, prompt, chat=chat), source.rows, tokenizer, "the prompt")
+    texts_windows.continued(ids, max_new_tokens, source.stated_context)
     if fuse is not None and ids.shape[1] + max_new_tokens > fuse:
         raise PlanError(
             f"`fuse={fuse}` is too short for {ids.shape[1]} prompt tokens and {max_new_tokens} new tokens",

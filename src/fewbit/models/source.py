@@ -75,7 +75,12 @@ class Source:
     @property
     def context(self) -> int:
         """The context length in tokens; 2048 if config.json has none."""
-        return self._stated("max_position_embeddings", "n_positions", "max_seq_len") or 2048
+        return self.stated_context or 2048
+
+    @property
+    def stated_context(self) -> int | None:
+        """The context length in config.json, in tokens. None if it has none, such as a model without positions."""
+        return self._stated("max_position_embeddings", "n_positions", "max_seq_len")
 
     @property
     def rows(self) -> int | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from fewbit.formats.containers import pickle
 from fewbit.formats.containers.safetensors import folders_left_out, other_weights, side_files
 from fewbit.models.gguf import header
 from fewbit.models.gguf.header import Header
+from fewbit.models.outline import Outline
 from fewbit.models.skeleton import Skeleton, load_tokenizer
 from fewbit.models.source import Source, locate
 from fewbit.pipeline import importances, run, sizes
@@ -29,6 +33,7 @@ from fewbit.schemes import base
 from fewbit.schemes.base import PartSpec
 from fewbit.stats import Need
 from fewbit.system import machine
+from fewbit.system.files import write_json
 from fewbit.texts import sources
 from fewbit.texts import windows as texts_windows
 from fewbit.texts.calibration import Calibration as Calibration
@@ -120,8 +125,33 @@ def unquantized(model: str | Path, safetensors_only: bool = False) -> Source:
     return source
 
 
+@contextmanager
+def rehearsed(source: Source, plan: plans.Plan, device: Device, *, trust_remote_code: bool = False) -> Iterator[Job]:
+    """A job for `source` with its weights unpacked, if they are packed. It is for checks before these weights exist.
+
+    PlanError where the plan does not fit.
+    """
+    if source.quantization is None:
+        yield Job.prepare(source, plan, device, trust_remote_code=trust_remote_code)
+        return
+    with tempfile.TemporaryDirectory() as place:
+        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+        write_json(Path(place) / "config.json", config)
+        for code in source.folder.glob("*.py"):
+            shutil.copy(code, place)
+        plain = replace(source, folder=Path(place), files=(), gguf=None)
+        settled = Settled.of(Outline(plain, trust_remote_code=trust_remote_code), plan)
+        settled.check_plan()
+        yield Job(plain, settled, None, list(settled.resolved.notes))
+
+
 def same_vocabulary(one: Source, other: Source, tokenizer: Any, trust_remote_code: bool) -> None:
-    """PlanError unless the tokenizer of `one` has the tokens of `tokenizer`, which belongs to the `other` model."""
+    """PlanError unless `one` has the vocabulary of the `other` model, to which `tokenizer` belongs."""
+    if one.rows is not None and other.rows is not None and one.rows != other.rows:
+        raise PlanError(
+            f"the vocabulary of {one.name} has {one.rows} entries, and that of {other.name} {other.rows}",
+            "Compare models of one vocabulary.",
+        )
     if load_tokenizer(one, trust_remote_code=trust_remote_code).get_vocab() != tokenizer.get_vocab():
         raise PlanError(f"{other.name} and {one.name} have different tokenizers", "Compare models of one vocabulary.")
 

@@ -71,6 +71,11 @@ class Settled:
 
     def check(self) -> None:
         """Run all checks that need no quantization. PlanError; NumericsError that names a tensor with NaN or Inf."""
+        self.check_plan()
+        self._check_values()
+
+    def check_plan(self) -> None:
+        """PlanError unless the model can be quantized, and the plan quantizes enough of it."""
         if reason := self.skeleton.why_not():
             raise PlanError(reason)
         if self.share < _LOWEST_SHARE:
@@ -80,6 +85,9 @@ class Settled:
                 + "\n  ".join(why),
                 f"At least {_LOWEST_SHARE:.0%} must be; another scheme or format may fit more of them.",
             )
+
+    def _check_values(self) -> None:
+        """NumericsError if a tensor that is not quantized has NaN or Inf."""
         for key, _, _ in self.skeleton.passed_through():
             tensor = self.skeleton.checkpoint.get(key)
             rows = tensor.reshape(len(tensor), -1) if tensor.dim() else tensor.reshape(1, 1)

@@ -45,6 +45,16 @@ def within(ids: Tensor, rows: int | None, tokenizer: Any, where: str) -> Tensor:
     return ids
 
 
+def continued(ids: Tensor, new: int, context: int | None) -> Tensor:
+    """Return prompt `ids` [1, n] unchanged. PlanError if they and `new` tokens exceed the context (None: no limit)."""
+    if context is not None and ids.shape[1] + new > context:
+        raise PlanError(
+            f"the prompt has {ids.shape[1]} tokens. With {new} new tokens it exceeds the model's context of {context}",
+            "Give a shorter prompt, or a smaller `max_new_tokens`.",
+        )
+    return ids
+
+
 def begun(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     """`ids` with the BOS token in front, if the tokenizer adds it by default."""
     beginning = token_ids(tokenizer, ["a"], special=True)[0][:1]
