@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from transformers import GenerationConfig
-from transformers.utils import logging as hf_logging
 
 from fewbit.errors import NumericsError
 from fewbit.formats.containers.safetensors import Checkpoint, ShardWriter, copy_side_files, writing
@@ -14,6 +13,7 @@ from fewbit.models.adapters.attach import attach
 from fewbit.models.adapters.refit import presumed
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
+from fewbit.models.quiet import no_progress_bars
 from fewbit.models.scales import Scales
 from fewbit.models.skeleton import load_tokenizer, owned, placed
 from fewbit.models.source import Source
@@ -45,20 +45,15 @@ def write_merged(
         _, without = placed(plain, checkpoint.specs, plain.state_dict())
         prefix = plain.base_model_prefix
         carried = {k: checkpoint.specs[k] for k, name in without.items() if not owned(name, prefix, packed)}
-    verbose = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
     try:
-        with presumed(trained):
+        with no_progress_bars(), presumed(trained):
             merged = attach(plain, adapter).merge_and_unload(safe_merge=True)
         if source.gguf is None:
             merged.generation_config = GenerationConfig()  # transformers refuses to save one that breaks its own rules
-        with writing():
+        with no_progress_bars(), writing():
             merged.save_pretrained(folder)
     except ValueError as error:
         raise NumericsError(f"{adapter} cannot be merged into {source.name}: {error}") from None
-    finally:
-        if verbose:
-            hf_logging.enable_progress_bar()
     scales.write(folder, scales.of_model(plain) or Scales())
     if source.gguf is not None:  # no side files: the tokenizer comes from the file's metadata
         load_tokenizer(source).save_pretrained(folder)

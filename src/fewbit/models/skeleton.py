@@ -26,11 +26,11 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.pytorch_utils import Conv1D
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models.blocks import find_blocks
+from fewbit.models.linears import LINEARS, shape_of, weight_of
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
 from fewbit.schemes.base import PartSpec
@@ -108,15 +108,13 @@ class Skeleton:
         """Name -> shape [N, K] of the linears of a block, in module order."""
         found = {}
         for name, module in self.model.get_submodule(block).named_modules(prefix=block):
-            if isinstance(module, nn.Linear):
-                found[name] = (module.out_features, module.in_features)
-            elif isinstance(module, Conv1D):
-                found[name] = (module.nf, module.nx)
+            if isinstance(module, LINEARS):
+                found[name] = shape_of(module)
         return found
 
     def all_linears(self) -> list[str]:
         """Names of all linears, including those outside the blocks."""
-        return [name for name, module in self.model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+        return [name for name, module in self.model.named_modules() if isinstance(module, LINEARS)]
 
     def why_not(self) -> str | None:
         """None if the blocks' weights can be quantized as 2-D matrices, else the reason."""
@@ -181,10 +179,8 @@ class Skeleton:
         return self.checkpoint.specs[self.key_of(name)].dtype
 
     def weight(self, module: str) -> Tensor:
-        """The weight [N, K] of a materialized linear; GPT-2's Conv1D keeps it transposed."""
-        linear = self.model.get_submodule(module)
-        assert isinstance(linear.weight, Tensor)
-        return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+        """The weight [N, K] of a materialized linear."""
+        return weight_of(self.model.get_submodule(module))
 
     def replace_weight(self, module: str, weight: Tensor) -> None:
         """Overwrite the weight of a materialized linear with `weight` [N, K]."""

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+
+from fewbit.models.linears import LINEARS, weight_of
 
 _HALVINGS = 3  # how often the rows of a fused projection are halved
 _SAME = 1e-3  # relative distance up to which a column counts as doubled, or as unchanged
@@ -42,18 +43,12 @@ class Link:
 
 def find_links(block: nn.Module, run: Callable[[], object]) -> list[Link]:
     """The links of a block, in the order in which their readers run. `run` is the forward pass of the block."""
-    linears: dict[str, nn.Module] = {name: m for name, m in block.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    linears: dict[str, nn.Module] = {name: m for name, m in block.named_modules() if isinstance(m, LINEARS)}
     links, order = _fed_by_norms(block, linears, run)
     before = _inputs(linears, run)
     for source in order:
         links += _fed_by_rows(source, order, linears, before, run)
     return sorted(links, key=lambda link: order.index(link.readers[0]))
-
-
-def weight_of(linear: nn.Module) -> Tensor:
-    """The weight as a writable view [N, K]; GPT-2's Conv1D stores it transposed."""
-    assert isinstance(linear.weight, Tensor)
-    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
 
 
 def _fed_by_norms(

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.methods.base import Fold
+from fewbit.models.linears import weight_of
 from fewbit.models.skeleton import BlockCall, Skeleton, states_of
-from fewbit.models.topology import Link, find_links, weight_of
+from fewbit.models.topology import Link, find_links
 from fewbit.pipeline.capture import Block
 from fewbit.plans.plan import Assignment
 from fewbit.stats import Need, Stats

@@ -11,12 +11,12 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.formats.containers.safetensors import read_specs
 from fewbit.models import scales
+from fewbit.models.linears import LINEARS, shape_of
 from fewbit.models.scales import Scales
 from fewbit.models.source import Source
 from fewbit.system.files import read_json
@@ -83,13 +83,9 @@ def _differing(model: PreTrainedModel, folder: Path) -> list[str]:
             continue
         module, which = match.groups()
         linear = found.get(module)
-        n, k = (linear.nf, linear.nx) if isinstance(linear, Conv1D) else _features(linear)
+        shape = shape_of(linear) if isinstance(linear, LINEARS) else None
         if linear is None:
             lines.append(f"{key} {list(spec.shape)}: the model has no {module}")
-        elif n is not None and spec.shape != ((spec.shape[0], k) if which == "A" else (n, spec.shape[1])):
-            lines.append(f"{key} {list(spec.shape)}: the model's weight there is [{n}, {k}]")
+        elif shape and spec.shape != ((spec.shape[0], shape[1]) if which == "A" else (shape[0], spec.shape[1])):
+            lines.append(f"{key} {list(spec.shape)}: the model's weight there is {list(shape)}")
     return lines
-
-
-def _features(linear: Any) -> tuple[int | None, int | None]:
-    return getattr(linear, "out_features", None), getattr(linear, "in_features", None)

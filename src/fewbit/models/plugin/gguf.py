@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from fewbit.errors import FormatError, KernelError, PlanError
 from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile, GgufWriter
 from fewbit.models import scales
 from fewbit.models.gguf.names import ARCHITECTURES, Route, routes
+from fewbit.models.linears import LINEARS
 from fewbit.models.plugin.modules import kernel_asked_for, put, put_embedding, unpack
 from fewbit.models.plugin.patch_gguf_config import gguf_path
 from fewbit.nn.layers import QEmbedding, QLinear
@@ -72,7 +72,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
                 continue
             module = name.removesuffix(".weight")
             found = model.get_submodule(module) if name.endswith(".weight") else None
-            if isinstance(found, (nn.Linear, Conv1D)):
+            if isinstance(found, LINEARS):
                 put(model, module, {"weight": entry.spec}, has_bias=False)
             elif not isinstance(found, nn.Embedding) or not put_embedding(model, module, entry.spec):
                 continue

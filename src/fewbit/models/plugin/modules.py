@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fewbit.errors import FormatError
+from fewbit.models.linears import LINEARS, shape_of
 from fewbit.nn.fused import packed_linears
 from fewbit.nn.layers import QEmbedding, QLinear
 from fewbit.schemes.base import PartSpec
@@ -31,13 +32,9 @@ def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *,
         linear = model.get_submodule(module)
     except AttributeError:
         raise FormatError(f"the checkpoint has quantized tensors for {module}, which the model does not have") from None
-    if isinstance(linear, Conv1D):
-        k, n = linear.nx, linear.nf
-    elif isinstance(linear, nn.Linear):
-        k, n = linear.in_features, linear.out_features
-    else:
+    if not isinstance(linear, LINEARS):
         raise FormatError(f"the checkpoint has quantized tensors for {module}, which is a {type(linear).__name__}")
-    bias = linear.bias
+    (n, k), bias = shape_of(linear), linear.bias
     if bias is None and has_bias:  # methods that shift weights write one where the model has none
         bias = nn.Parameter(torch.empty(n, dtype=model.dtype, device="meta"))
     parent, _, leaf = module.rpartition(".")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightRenaming, rename_source_key
@@ -43,6 +43,7 @@ from fewbit.formats.containers.safetensors import files_in, read_specs
 from fewbit.models import as_read, foreign, scales
 from fewbit.models.decoding import decode
 from fewbit.models.decoding.fuse import fuse
+from fewbit.models.linears import LINEARS
 from fewbit.models.plugin import options
 from fewbit.models.plugin.modules import asked_for, kernel_asked_for, left_as_they_are, put, put_scales, unpack
 from fewbit.models.source import read_config
@@ -133,7 +134,7 @@ class FewbitQuantizer(HfQuantizer):
             raise FormatError("a quantized model is loaded from its safetensors files, not from a state dict")
         if self.request is not None:
             head = model.get_output_embeddings()
-            linears = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+            linears = [(n, m) for n, m in model.named_modules() if isinstance(m, LINEARS) and m is not head]
             self.packed = [name for name, _ in linears]
             self.validate_environment(kwargs.get("device_map"))
             self.waiting = (model, checkpoint_files, kwargs.get("device_map"))
@@ -204,7 +205,7 @@ class FewbitQuantizer(HfQuantizer):
         if wrong:
             warnings.warn(f"llm_int8_skip_modules: the model has no module {', '.join(wrong)}", stacklevel=2)
         for name, module in list(model.named_modules()):
-            if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, skipped):
+            if type(module) in LINEARS and should_convert_module(name, skipped):
                 assert isinstance(module.weight, Tensor)
                 if isinstance(module, Conv1D):
                     self.transposed.add(name)
