@@ -178,10 +178,14 @@ def test_zeros_stay_zero_and_constants_stay_near(spec: str) -> None:
 @specs
 def test_what_cannot_be_stored_is_refused(spec: str) -> None:
     w = ordinary(*shape_for(spec))
-    for bad in (float("nan"), float("inf"), float("-inf")):
-        w[-1, -1] = bad
-        with pytest.raises(NumericsError):
-            parse(spec).fit(w)
+    for attempt in (parse(spec).fit, parse(spec).nearest):
+        for empty in (w[:0], w[:, :0]):
+            with pytest.raises(NumericsError, match="no elements"):
+                attempt(empty)
+        for bad in (float("nan"), float("inf"), float("-inf")):
+            w[-1, -1] = bad
+            with pytest.raises(NumericsError, match="has NaN or Inf"):
+                attempt(w)
     w[-1, -1] = 1e30
     try:
         grids = parse(spec).fit(w)

@@ -31,37 +31,32 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from math import isfinite
 from typing import ClassVar
 
-from fewbit.errors import NumericsError, PlanError
+from fewbit.errors import PlanError
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes import bits
 from fewbit.schemes.base import (
     ALL,
+    FP16_LARGEST,
+    FP16_SMALLEST,
     Columns,
     Grids,
     Parts,
     PartSpec,
     Scheme,
     Uniform,
+    check_values,
     chunk_rows,
     parse_group,
     refit_scales,
+    search_scales,
+    shares,
+    usable,
 )
 
-_SMALLEST = 2.0**-24  # the smallest positive fp16: a scale never rounds to zero
 _CHUNK = {"cpu": 1 << 20}  # entries searched at a time; elsewhere enough that launches take no part of the time
-_REFINEMENTS = 2  # rounds of: closed-form scale, then new codes
-
-
-@cache
-def _shares() -> list[float]:
-    """Shares of the full range that the search tries."""
-    shares: list[float] = torch.linspace(1.0, 0.4, 13, dtype=torch.float32, device="cpu").tolist()
-    return shares
 
 
 @dataclass(frozen=True)
@@ -153,12 +148,7 @@ class Affine(Scheme):
         dtype = w.dtype if w.dtype == torch.float64 else torch.float32
         n, k = w.shape
         group = self.group or k
-        if not w.numel():
-            raise NumericsError("a weight has no elements")
-        if not isfinite(top := max(map(abs, map(float, w.aminmax())))):  # aminmax passes NaN on
-            raise NumericsError("a weight has NaN or Inf", "Check the checkpoint: it cannot be quantized as it is.")
-        if top > 65504:
-            raise NumericsError("a weight is beyond the range of fp16 scales (65504)")
+        check_values(w, FP16_LARGEST, "fp16 scales")
         h = None if importance is None else importance.to(dtype).reshape(-1, group)
         fitted = [
             self._fit_rows(w[rows].to(dtype).reshape(-1, k // group, group), h)
@@ -172,23 +162,18 @@ class Affine(Scheme):
         low, high = self._range(w)
         if h is None:
             return self._grid(low, high)
-        best = torch.full_like(low, torch.inf)
-        scale, zero = self._grid(low, high)
-        for share in _shares():
-            for sign in (1.0, -1.0) if self.symmetric else (1.0,):
-                tried = self._grid(low * share, high * share)
-                tried = (tried[0] * sign, tried[1])
-                error = self._error(w, h, *tried)
-                better = error < best
-                best = torch.where(better, error, best)
-                scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
-        for _ in range(_REFINEMENTS):
+        signs = (1.0, -1.0) if self.symmetric else (1.0,)
+        grids = (self._grid(low * share, high * share) for share in shares(0.4, 13))
+
+        def solve(grid: Tensor) -> Tensor:
+            scale, zero = grid
             offsets = self._codes(w, scale, zero) - zero.unsqueeze(-1)
             weighted = h * offsets
             solved = (weighted * w).sum(-1) / (weighted * offsets).sum(-1)
-            solved = _stored(torch.where(solved.isfinite() & (solved != 0), solved, scale))
-            error = self._error(w, h, solved, zero)
-            scale, best = torch.where(error < best, solved, scale), torch.minimum(error, best)
+            return torch.stack([_stored(usable(solved, scale)), zero])
+
+        candidates = (torch.stack([scale * sign, zero]) for scale, zero in grids for sign in signs)
+        scale, zero = search_scales(candidates, lambda grid: self._error(w, h, *grid), solve)
         return scale, zero
 
     def _range(self, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,4 +238,4 @@ class Affine(Scheme):
 def _stored(scale: Tensor) -> Tensor:
     """The scale rounded to fp16, in its own dtype. It never becomes zero."""
     sign = torch.where(scale < 0, -1.0, 1.0).to(scale.dtype)
-    return (scale.abs().clamp(min=_SMALLEST) * sign).to(torch.float16).to(scale.dtype)
+    return (scale.abs().clamp(min=FP16_SMALLEST) * sign).to(torch.float16).to(scale.dtype)

@@ -13,19 +13,24 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from functools import cache
+from math import inf, isfinite, prod
 from typing import ClassVar, Self, TypeAlias
 
 from fewbit import registry
-from fewbit.errors import FormatError, PlanError
+from fewbit.errors import FormatError, NumericsError, PlanError
 from fewbit.lazy import Tensor, torch
 
 Columns: TypeAlias = "slice | Tensor | int"
 Rows: TypeAlias = "slice | Tensor"
 ALL = slice(None)
+FP16_LARGEST, FP16_SMALLEST = 65504.0, 2.0**-24  # the range of positive fp16 numbers
 Parts: TypeAlias = "dict[str, Tensor]"
+
+
+_SOLUTIONS = 2  # how often `search_scales` solves for scales and chooses codes again
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,56 @@ class Scheme(Codec):
         return k // self.group if self.group else 1
 
 
+def check_values(w: Tensor, largest: float = inf, stored_as: str = "") -> None:
+    """NumericsError if a weight is empty, or has NaN, Inf or a magnitude above `largest`, the range of `stored_as`.
+
+    `w`: the weight, or the largest magnitudes of its groups.
+    """
+    if not w.numel():
+        raise NumericsError("a weight has no elements")
+    top = max(abs(float(end)) for end in w.aminmax())  # aminmax passes NaN on
+    if not isfinite(top):
+        raise NumericsError("a weight has NaN or Inf", "Check the checkpoint: it cannot be quantized as it is.")
+    if top > largest:
+        raise NumericsError(f"a weight is beyond the range of {stored_as} ({largest:g})")
+
+
+@cache
+def shares(least: float, count: int) -> list[float]:
+    """`count` shares of the full range for a search, from 1 down to `least`."""
+    found: list[float] = torch.linspace(1.0, least, count, dtype=torch.float32, device="cpu").tolist()
+    return found
+
+
+def search_scales(
+    candidates: Iterable[Tensor], error: Callable[[Tensor], Tensor], solve: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The scales of least error: for each group the best candidate, then twice the solution for its codes if better.
+
+    candidates: scales as a file stores them, such as those of shrunken ranges. error: of each group. solve: the best
+    scales, as a file stores them, for the codes that the given scales choose. Tensors of scales may have a leading
+    dimension for what belongs to them, such as zero points.
+    """
+    remaining = iter(candidates)
+    best = next(remaining)
+    least = error(best)
+
+    def better(tried: Tensor) -> tuple[Tensor, Tensor]:
+        found = error(tried)
+        return torch.where(found < least, tried, best), torch.where(found < least, found, least)
+
+    for tried in remaining:
+        best, least = better(tried)
+    for _ in range(_SOLUTIONS):
+        best, least = better(solve(best))
+    return best
+
+
+def usable(solved: Tensor, otherwise: Tensor) -> Tensor:
+    """The solved scales, and others where the equation has no solution: NaN, Inf or 0."""
+    return torch.where(solved.isfinite() & (solved != 0), solved, otherwise)
+
+
 def refit_scales(
     error: Tensor,
     levels: Callable[[slice], Tensor],
@@ -191,7 +246,7 @@ def refit_scales(
         curvature = (level @ hessian[columns, columns]).add_(level, alpha=ridge).mul_(level).sum(1)
         step = (gradient[:, columns] * level).sum(1) / curvature
         solved = scale[:, g] + step
-        solved = stored(torch.where(solved.isfinite() & (solved != 0), solved, scale[:, g]), g)
+        solved = stored(usable(solved, scale[:, g]), g)
         # Rounding to the stored scale can cost more than the step gains. Keep the old scale there.
         moved = solved - scale[:, g]
         moved = torch.where(2 * step * moved > moved * moved, moved, torch.zeros_like(moved))

@@ -31,23 +31,28 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar, Self
 
-from fewbit.errors import NumericsError
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
-from fewbit.schemes.base import ALL, Columns, Grids, Parts, PartSpec, Scheme, chunk_rows, refit_scales
+from fewbit.schemes.base import (
+    ALL,
+    FP16_LARGEST,
+    Columns,
+    Grids,
+    Parts,
+    PartSpec,
+    Scheme,
+    check_values,
+    chunk_rows,
+    refit_scales,
+    search_scales,
+    shares,
+    usable,
+)
 
 THRESHOLD = 6.0
 _STEP = 1 / 127  # rounded to float32 wherever it meets one
-
-
-@cache
-def _shares() -> list[float]:
-    """Shares of the largest magnitude that the search tries."""
-    shares: list[float] = torch.linspace(1.0, 0.9, 21, dtype=torch.float32, device="cpu").tolist()
-    return shares
 
 
 @dataclass(frozen=True)
@@ -100,31 +105,18 @@ class Int8(Scheme):
         return {"codes": PartSpec(shape, torch.int8), "scb": PartSpec(shape[:1], torch.float32)}
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> RowGrids:
-        if not w.numel():
-            raise NumericsError("a weight has no elements")
-        top = w.abs().amax(1)
-        if not torch.isfinite(top).all():
-            raise NumericsError("a weight has NaN or Inf", "Check the checkpoint: it cannot be quantized as it is.")
-        if float(top.max()) > 65504:
-            raise NumericsError("a weight is beyond the range of float16 (65504), to which LLM.int8() casts weights")
-        grids = RowGrids(top.to(torch.float16).float(), w.dtype if w.dtype == torch.float64 else torch.float32)
+        check_values(w, FP16_LARGEST, "float16, to which LLM.int8() casts weights")
+        top = w.abs().amax(1).to(torch.float16).float()
+        grids = RowGrids(top, w.dtype if w.dtype == torch.float64 else torch.float32)
         return grids if importance is None else self._search(w, grids, importance)
 
     def _search(self, w: Tensor, plain: RowGrids, importance: Tensor) -> RowGrids:
         """The best of the candidate scales of each row. It is never worse than the plain one."""
-        chunks = []
         n, k = w.shape
-        for rows in chunk_rows(n, k, 1 << 20):
-            x, h, scb = w[rows].to(plain.dtype), importance.to(plain.dtype), plain.scb[rows]
-            best, top = torch.full_like(scb, torch.inf), scb
-            for share in _shares():
-                scb, best = _better(x, h, top * share, scb, best)
-            for _ in range(2):
-                codes = RowGrids(scb, plain.dtype).encode(x).to(plain.dtype) - 128
-                solved = 127 * (h * codes * x).sum(1) / (h * codes * codes).sum(1)
-                usable = solved.isfinite() & (solved > 0)
-                scb, best = _better(x, h, torch.where(usable, solved.float(), scb), scb, best)
-            chunks.append(scb)
+        chunks = [
+            _search_rows(w[rows].to(plain.dtype), importance.to(plain.dtype), plain.scb[rows])
+            for rows in chunk_rows(n, k, 1 << 20)
+        ]
         return RowGrids(torch.cat(chunks), plain.dtype)
 
     def nearest(self, w: Tensor) -> tuple[Tensor, RowGrids]:
@@ -164,8 +156,15 @@ def _per_row(scb: Tensor, x: Tensor) -> Tensor:
     return scb.view(-1, *[1] * (x.dim() - 1))
 
 
-def _better(x: Tensor, h: Tensor, tried: Tensor, scb: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-    """`scb` [N] and its errors `best` [N], replaced by `tried` and its errors in the rows where those are smaller."""
-    grids = RowGrids(tried, x.dtype)
-    error = ((grids.decode(grids.encode(x)) - x).square_() * h).sum(1).to(best.dtype)
-    return torch.where(error < best, tried, scb), torch.minimum(error, best)
+def _search_rows(x: Tensor, h: Tensor, top: Tensor) -> Tensor:
+    """SCB [N] for the rows `x` with largest magnitudes `top` [N] and column weights `h` [K]."""
+
+    def error(scb: Tensor) -> Tensor:
+        grids = RowGrids(scb, x.dtype)
+        return ((grids.decode(grids.encode(x)) - x).square_() * h).sum(1).to(scb.dtype)
+
+    def solve(scb: Tensor) -> Tensor:
+        codes = RowGrids(scb, x.dtype).encode(x).to(x.dtype) - 128
+        return usable(127 * (h * codes * x).sum(1) / (h * codes * codes).sum(1), scb).float()
+
+    return search_scales((top * share for share in shares(0.9, 21)), error, solve)

@@ -48,12 +48,25 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import ClassVar
 
-from fewbit.errors import NumericsError, PlanError
+from fewbit.errors import PlanError
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
-from fewbit.schemes.base import ALL, Columns, Grids, Parts, PartSpec, Scheme, refit_scales
+from fewbit.schemes.base import (
+    ALL,
+    Columns,
+    Grids,
+    Parts,
+    PartSpec,
+    Scheme,
+    check_values,
+    refit_scales,
+    search_scales,
+    shares,
+    usable,
+)
 from fewbit.system import ambient
 
 NESTED = 256  # scales in a block of double quantization
@@ -76,13 +89,6 @@ LEVELS: dict[str, tuple[float, ...]] = {
     ),
     "fp4": tuple(sign * x / 12 for sign in (1, -1) for x in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
 }
-
-
-@cache
-def _shares() -> list[float]:
-    """Shares of absmax that the search tries."""
-    shares: list[float] = torch.linspace(1.0, 0.7, 13, dtype=torch.float32, device="cpu").tolist()
-    return shares
 
 
 @cache
@@ -343,8 +349,6 @@ class FourBit(Scheme):
 
     def _absmax(self, w: Tensor) -> Tensor:
         """max |w| of each block, [blocks]. NumericsError if `w` is empty or has NaN or Inf."""
-        if not w.numel():
-            raise NumericsError("a weight has no elements")
         flat = w.reshape(-1)
         absmax = torch.empty(self.blocks((w.shape[0], w.shape[1])), dtype=w.dtype, device=w.device)
         for entries, blocks in _chunks(flat, self.group):
@@ -354,8 +358,7 @@ class FourBit(Scheme):
             torch.maximum(rows.amax(1), rows.amin(1).neg(), out=out[:whole])
             if whole < len(out):
                 out[-1] = x[whole * self.group :].abs().max()
-        if not torch.isfinite(absmax).all():
-            raise NumericsError("a weight has NaN or Inf", "Check the checkpoint: it cannot be quantized as it is.")
+        check_values(absmax)  # quicker than a pass over the weight
         absmax = absmax.to(torch.float64 if w.dtype == torch.float64 else torch.float32)
         if w.numel() % self.group:  # bitsandbytes clamps the stored absmax of a short block, not of a whole one
             absmax[-1].clamp_(min=_SMALLEST)
@@ -367,28 +370,24 @@ class FourBit(Scheme):
 
     def _search(self, w: Tensor, plain: BlockGrids, importance: Tensor) -> BlockGrids:
         """The best of the candidate scales of each block. It is never worse than the plain one."""
-        best, scale = self._errors(w, plain, importance)[0], plain.scale
 
-        def consider(scales: Tensor) -> None:
-            nonlocal best, scale
-            grids = BlockGrids.stored(self, plain.shape, scales, plain.nested)
-            error, _ = self._errors(w, grids, importance)
-            better = error < best
-            best, scale = torch.where(better, error, best), torch.where(better, grids.scale, scale)
+        def stored(scale: Tensor) -> BlockGrids:
+            return BlockGrids.stored(self, plain.shape, scale, plain.nested)
 
-        for share in _shares():
-            consider(plain.scale * share)
-        for _ in range(2):
-            solved = self._errors(w, BlockGrids.stored(self, plain.shape, scale, plain.nested), importance)[1]
-            consider(torch.where(solved.isfinite() & (solved != 0), solved, scale))
-        return BlockGrids.stored(self, plain.shape, scale, plain.nested)
+        def solve(scale: Tensor) -> Tensor:
+            solved = self._errors(w, stored(scale).scale, importance)[1]
+            return stored(usable(solved, scale)).scale
 
-    def _errors(self, w: Tensor, grids: BlockGrids, importance: Tensor) -> tuple[Tensor, Tensor]:
-        """For each block, sum h (w - ŵ)² and the best scale for its codes on these grids. Both are [blocks]."""
-        flat, k, table = w.reshape(-1), w.shape[1], levels(self.kind, w.device).to(grids.scale)
-        error, solved = torch.empty_like(grids.scale), torch.empty_like(grids.scale)
+        tried = (stored(plain.scale * share).scale for share in shares(0.7, 13))
+        scale = search_scales(chain([plain.scale], tried), lambda scale: self._errors(w, scale, importance)[0], solve)
+        return stored(scale)
+
+    def _errors(self, w: Tensor, scales: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        """For each block, sum h (w - ŵ)² and the best scale for the codes that `scales` choose. All are [blocks]."""
+        flat, k, table = w.reshape(-1), w.shape[1], levels(self.kind, w.device).to(scales)
+        error, solved = torch.empty_like(scales), torch.empty_like(scales)
         for entries, blocks in _chunks(flat, self.group):
-            x, scale = flat[entries].to(table), grids.scale[blocks]
+            x, scale = flat[entries].to(table), scales[blocks]
             h = importance.to(table).take(
                 torch.arange(entries.start, entries.stop, device=w.device, dtype=torch.int64) % k
             )

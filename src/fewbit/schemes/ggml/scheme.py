@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from fewbit.errors import NumericsError, PlanError
+from fewbit.errors import PlanError
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
-from fewbit.schemes.base import ALL, Grids, Parts, Scheme, chunk_rows
+from fewbit.schemes.base import ALL, FP16_LARGEST, Grids, Parts, Scheme, check_values, chunk_rows
 from fewbit.schemes.ggml import grids as blockwise
 from fewbit.schemes.ggml.codec import Blocks
 from fewbit.schemes.ggml.grids import BlockGrids
 from fewbit.schemes.ggml.layout import LAYOUTS
-from fewbit.schemes.ggml.search import LARGEST, BlockScales, fit
+from fewbit.schemes.ggml.search import BlockScales, fit
 from fewbit.schemes.ggml.table import BLOCK_TYPES
 
 # Entries searched at a time. On a CPU they fit its cache.
@@ -48,12 +48,12 @@ class GGML(Blocks, Scheme):
         return self
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> BlockGrids:
-        _check(w)
+        check_values(w, FP16_LARGEST, "fp16 scales")
         return _concatenated([self._fit_rows(w[rows], importance) for rows in self._chunks(w)])
 
     def nearest(self, w: Tensor) -> tuple[Tensor, BlockGrids]:
         """Codes and grids from a search with equal weights for all columns."""
-        _check(w)
+        check_values(w, FP16_LARGEST, "fp16 scales")
         codes, fitted = torch.empty(w.shape, dtype=torch.uint8, device=w.device), []
         equal = torch.ones(w.shape[1], device=w.device, dtype=torch.float32)
         for rows in self._chunks(w):
@@ -99,16 +99,6 @@ class GGML(Blocks, Scheme):
     ) -> Tensor:
         codes, grids = blockwise.unpack(self.name, parts["blocks"][rows])
         return grids.decode(codes).to(dtype)
-
-
-def _check(w: Tensor) -> None:
-    """NumericsError if `w` is empty, or has NaN, Inf or a value beyond fp16."""
-    if not w.numel():
-        raise NumericsError("a weight has no elements")
-    if not torch.isfinite(w).all():
-        raise NumericsError("a weight has NaN or Inf", "Check the checkpoint: it cannot be quantized as it is.")
-    if float(w.abs().max()) > LARGEST:
-        raise NumericsError("a weight is beyond the range of fp16 scales (65504)")
 
 
 def _concatenated(parts: list[BlockGrids]) -> BlockGrids:

@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from functools import cache
 
 from fewbit.lazy import Tensor, torch
+from fewbit.schemes.base import FP16_LARGEST, FP16_SMALLEST
 from fewbit.schemes.ggml.layout import NONLINEAR, Layout
 from fewbit.system import ambient
 
-SMALLEST = 2.0**-24  # the smallest positive fp16
-LARGEST = 65504.0
 _FLOOR = 1e-4  # added to importances, relative to their mean: columns of importance 0 still get a sensible grid
 _ROUNDS = 3  # rounds of refinement
 # (affine, bits) -> (low, high, count). Step 1 spreads a sub-block's range over the type's number of levels plus low ...
@@ -81,7 +80,7 @@ class BlockScales:
 def half(x: Tensor, unit: Tensor | float = 1.0) -> Tensor:
     """x rounded so that x * unit is a finite fp16 number. A nonzero x stays nonzero."""
     size = (x * unit).abs()
-    kept = size.clamp(SMALLEST, LARGEST).to(torch.float16).to(x.dtype).mul_(size > 0)
+    kept = size.clamp(FP16_SMALLEST, FP16_LARGEST).to(torch.float16).to(x.dtype).mul_(size > 0)
     return torch.copysign(kept, x).div_(unit)
 
 
