@@ -56,7 +56,9 @@ def adapter(quantized: Path, text: Path) -> Path:
 
 
 def written(path: Path, *lines: Any) -> Path:
-    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    path.write_text(
+        "".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines), encoding="utf-8"
+    )
     return path
 
 
@@ -79,7 +81,7 @@ def test_it_learns_and_tells_what_it_did(
     assert told["held_out_after"] < 0.9 * told["held_out_before"]
     assert told["trainable"] == 14848 == sum(t.numel() for t in load_file(place / "adapter_model.safetensors").values())
     assert "step 20/20" in answer.err
-    config = json.loads((place / "adapter_config.json").read_text())
+    config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (8, 16, str(quantized))
     assert [p.name for p in place.parent.iterdir()] == ["out"]
     shown = fewbit("finetune", quantized, "--data", text, "-o", place, "--steps", 1, *QUICK, "--overwrite")
@@ -130,7 +132,7 @@ def test_options_reach_the_training(
     answer = fewbit("finetune", quantized, *short, "--json")
     assert answer.code == 0, answer.err
     assert answer.json["held_out_after"] is None
-    config = json.loads((place / "adapter_config.json").read_text())
+    config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
     if "--targets" in flags:
         assert sorted(config["target_modules"]) == ["down_proj", "q_proj"]
     assert config["lora_dropout"] == (0.1 if "--dropout" in flags else 0)
@@ -312,9 +314,9 @@ def test_an_adapter_that_is_none(broken: str, quantized: Path, adapter: Path, tm
         shutil.copytree(adapter, folder)
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if broken == "config":
-        config.write_text("{")
+        config.write_text("{", encoding="utf-8")
     elif broken == "no object":
-        config.write_text("[]")
+        config.write_text("[]", encoding="utf-8")
     elif broken == "weights":
         weights.unlink()
     elif broken == "truncated":
@@ -340,7 +342,7 @@ def test_merging_into_the_values_equals_the_adapter_on_codes(
     assert answer.code == 0, answer.err
     assert answer.json["base"] is None
     assert answer.json["evaluation"]["kl"]["max"] < 1e-6
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     ids = torch.arange(3, 35).unsqueeze(0)
     wanted = models.logits(package.load(tmp_path / "quantized", adapter=tmp_path / "adapter"), ids)
     torch.testing.assert_close(models.logits(models.original(tmp_path / "out"), ids), wanted, rtol=1e-4, atol=1e-4)
@@ -372,7 +374,7 @@ def test_a_merge_carries_over_what_has_no_place(packed: bool, tmp_path: Path, ad
     save_file({**models.tensors_of(source), **extra}, source / "model.safetensors", metadata={"format": "pt"})
     for name in ("draft/model.safetensors", "1_Pooling/config.json"):
         (source / name).parent.mkdir()
-        (source / name).write_text("{}")
+        (source / name).write_text("{}", encoding="utf-8")
     if packed:
         quantize.quantize(source, tmp_path / "packed", plan="rtn-4bit")
         shutil.rmtree(source)  # so that the base is not at hand
@@ -397,7 +399,7 @@ def test_merged_and_quantized_again(quantized: Path, adapter: Path, text: Path, 
     assert 0 < answer.json["evaluation"]["kl"]["mean"] < 0.1
     assert answer.json["evaluation"]["perplexity"] < 0.4 * fewbit("evaluate", quantized, *flags[2:]).json["perplexity"]
     assert [p.name for p in place.parent.iterdir()] == ["out"]
-    made = json.loads((place / "fewbit.json").read_text())["model"]
+    made = json.loads((place / "fewbit.json").read_text(encoding="utf-8"))["model"]
     assert made.endswith(f" with {adapter}")
     assert fewbit("inspect", place, "--json").json["schemes"] == {"int4-g32-sym": 14}
 

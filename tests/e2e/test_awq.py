@@ -37,7 +37,7 @@ def test_files_load_packed_and_are_saved_as_they_were(family: str, scheme: str, 
     plan = find("rtn-4bit").changed(scheme=scheme)
     quantize.quantize(folder, tmp_path / "gptq", plan=plan)
     quantize.quantize(folder, tmp_path / "awq", plan=plan.changed(format="awq"))
-    config = json.loads((tmp_path / "awq" / "config.json").read_text())["quantization_config"]
+    config = json.loads((tmp_path / "awq" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert config["quant_method"] == "awq"
     assert config["modules_to_not_convert"] == ["lm_head"]
     same, model = (
@@ -59,7 +59,7 @@ def test_a_gemv_file_of_others_loads(ids: Tensor, tmp_path: Path) -> None:
     folder = models.save(tmp_path / "original", "mistral")
     quantize.quantize(folder, tmp_path / "gemm", plan=find("rtn-4bit").changed(scheme="int4-g32", format="awq"))
     written = AWQFormat()
-    config = json.loads((tmp_path / "gemm" / "config.json").read_text())["quantization_config"]
+    config = json.loads((tmp_path / "gemm" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     gemm = models.tensors_of(tmp_path / "gemm")
     rest = {name: tensor for name, tensor in gemm.items() if not name.endswith(("qweight", "qzeros", "scales"))}
     gemv = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "GEMV"}
@@ -183,7 +183,7 @@ def test_what_could_not_be_folded_is_in_the_record(text: Path, tmp_path: Path) -
     folder = models.save(tmp_path / "original", "opt-350m")
     plan = find("awq-4bit").changed(scheme="int4-g32", options={"grid": "2"})
     quantize.quantize(folder, tmp_path / "out", plan=plan, calibration=calibration.Calibration(str(text), 6, 32))
-    record = json.loads((tmp_path / "out" / "fewbit.json").read_text())
+    record = json.loads((tmp_path / "out" / "fewbit.json").read_text(encoding="utf-8"))
     notes = {tensor["module"].rpartition(".")[2]: tensor["notes"] for tensor in record["tensors"]}
     assert {name for name, said in notes.items() if said} == {"q_proj", "k_proj", "v_proj", "fc1"}
     assert all("nothing was found" in said[0] for said in notes.values() if said)

@@ -55,7 +55,7 @@ def model(sound: Path, tmp_path: Path) -> Path:
 def little_memory() -> Iterator[None]:
     """Not more than 4 GB of addresses beyond what the process has: a lie of some bytes must not cost more."""
     before = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (4 << 30), before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
@@ -112,7 +112,7 @@ def shard(folder: Path) -> dict[str, str]:
     where = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
     for file in set(where.values()):
         save_file({n: tensors[n] for n in names if where[n] == file}, folder / file, metadata={"format": "pt"})
-    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}), encoding="utf-8")
     return where
 
 
@@ -140,7 +140,7 @@ def test_a_folder_without_config(model: Path, refused: Refused) -> None:
 
 @pytest.mark.parametrize("content", ["{", "[]", "null", '"words"', "", "\0"])
 def test_a_config_that_is_no_object(content: str, model: Path, refused: Refused) -> None:
-    (model / "config.json").write_text(content)
+    (model / "config.json").write_text(content, encoding="utf-8")
     refused(3, ("config.json",), model)
 
 
@@ -151,7 +151,7 @@ def test_a_config_that_is_no_text(model: Path, refused: Refused) -> None:
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "no-such-thing"}, {"model_type": "vit"}, {"model_type": 7}])
 def test_a_config_of_no_causal_model(config: Mapping[str, Any], model: Path, refused: Refused) -> None:
-    (model / "config.json").write_text(json.dumps(config))
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
     refused(3, ("config.json", "no causal LM"), model)
 
 
@@ -185,7 +185,7 @@ def test_no_tokenizer(model: Path, text: Path, refused: Refused) -> None:
 
 
 def test_a_broken_tokenizer(model: Path, refused: Refused) -> None:
-    (model / "tokenizer.json").write_text('{"version": "1.0", "model": {}}')
+    (model / "tokenizer.json").write_text('{"version": "1.0", "model": {}}', encoding="utf-8")
     refused(3, ("tokenizer",), model)
 
 
@@ -203,7 +203,9 @@ def pickled(folder: Path, shards: int = 1) -> None:
     where = {name: f"pytorch_model-0000{1 + i % shards}-of-0000{shards}.bin" for i, name in enumerate(names)}
     for file in set(where.values()):
         torch.save({n: tensors[n] for n in names if where[n] == file}, folder / file)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where}), encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -312,14 +314,14 @@ def test_an_index_that_names_what_is_not_there(name: object, model: Path, refuse
     where: dict[str, Any] = shard(model)
     shutil.copy(model / next(iter(where.values())), model / "there.safetensors")
     where["model.norm.weight"] = name
-    (model / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (model / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}), encoding="utf-8")
     refused(3, (f"{WEIGHTS}.index.json",), model)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": []}', '{"weight_map": {}}'])
 def test_an_index_that_is_none(content: str, model: Path, refused: Refused) -> None:
     shard(model)
-    (model / f"{WEIGHTS}.index.json").write_text(content)
+    (model / f"{WEIGHTS}.index.json").write_text(content, encoding="utf-8")
     refused(3, (str(model),), model)
 
 
@@ -439,7 +441,7 @@ def test_no_output_named(sound: Path, fewbit: Fewbit) -> None:
     ],
 )
 def test_a_plan_file_that_is_none(content: str, sound: Path, refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text(content)
+    (tmp_path / "plan.json").write_text(content, encoding="utf-8")
     refused(2, ("plan",), sound, "--plan", tmp_path / "plan.json")
 
 
@@ -449,17 +451,17 @@ def plan_of(*rules: tuple[str, str | None]) -> str:
 
 
 def test_a_plan_that_leaves_most_as_it_is(sound: Path, refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text(plan_of(("*.q_proj", "int4-g32-sym")))
+    (tmp_path / "plan.json").write_text(plan_of(("*.q_proj", "int4-g32-sym")), encoding="utf-8")
     refused(2, ("%", "50%", "mlp"), sound, "--plan", tmp_path / "plan.json")
 
 
 def test_a_plan_that_matches_nothing(sound: Path, refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text(plan_of(("*.attention", "int4-g32-sym")))
+    (tmp_path / "plan.json").write_text(plan_of(("*.attention", "int4-g32-sym")), encoding="utf-8")
     refused(2, ("mine", "none of the 14"), sound, "--plan", tmp_path / "plan.json")
 
 
 def test_a_plan_of_two_schemes_for_a_file_of_one(sound: Path, refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text(plan_of(("*.q_proj", "int4-g32-sym"), ("*", "int3-g32-sym")))
+    (tmp_path / "plan.json").write_text(plan_of(("*.q_proj", "int4-g32-sym"), ("*", "int3-g32-sym")), encoding="utf-8")
     refused(2, ("int3-g32-sym", "int4-g32-sym"), sound, "--plan", tmp_path / "plan.json")
 
 
@@ -491,7 +493,7 @@ def test_experts_in_three_dimensions(kind: str, refused: Refused, tmp_path: Path
 
 def test_an_output_that_exists_is_kept(sound: Path, place: Path, fewbit: Fewbit) -> None:
     place.mkdir()
-    (place / "precious").write_text("mine")
+    (place / "precious").write_text("mine", encoding="utf-8")
     check(fewbit("quantize", sound, "-o", place), 2, str(place), "exists", "--overwrite")
     assert [p.name for p in place.iterdir()] == ["precious"]
 
@@ -500,7 +502,7 @@ def test_an_output_that_is_replaced_is_replaced_whole(
     sound: Path, sound_gptq: Path, place: Path, fewbit: Fewbit
 ) -> None:
     place.mkdir()
-    (place / "config.json").write_text("mine")
+    (place / "config.json").write_text("mine", encoding="utf-8")
     assert fewbit("quantize", sound, "-o", place, "--overwrite", "--plan", "rtn-4bit").code == 0
     assert list(place.parent.iterdir()) == [place]
     assert sorted(p.name for p in place.iterdir()) == sorted(p.name for p in sound_gptq.iterdir())
@@ -510,7 +512,7 @@ def test_a_failing_run_keeps_what_was_there(
     model: Path, place: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place.mkdir()
-    (place / "config.json").write_text("mine")
+    (place / "config.json").write_text("mine", encoding="utf-8")
     rewrite(model, lambda tensors: tensors[f"{Q_PROJ}.weight"].fill_(float("nan")))
     check(fewbit("quantize", model, "-o", place, "--overwrite"), 4, Q_PROJ)
     assert [p.name for p in place.iterdir()] == ["config.json"]
@@ -521,7 +523,7 @@ def test_a_result_that_fails_its_own_check_is_not_published(
     sound: Path, place: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place.mkdir()
-    (place / "config.json").write_text("mine")
+    (place / "config.json").write_text("mine", encoding="utf-8")
     write = write_folder.write
 
     def write_badly(folder: Path, *rest: Any) -> int:
@@ -537,7 +539,7 @@ def test_a_result_that_fails_its_own_check_is_not_published(
 
 
 def test_an_output_inside_a_file_is_refused_before_any_work(sound: Path, tmp_path: Path, fewbit: Fewbit) -> None:
-    (tmp_path / "file").write_text("a file")
+    (tmp_path / "file").write_text("a file", encoding="utf-8")
     answer = fewbit("quantize", sound, "-o", tmp_path / "file" / "out", "--plan", "rtn-4bit")
     assert answer.code in (1, 2)
     check(answer, answer.code, str(tmp_path / "file"))
@@ -546,20 +548,20 @@ def test_an_output_inside_a_file_is_refused_before_any_work(sound: Path, tmp_pat
 
 def test_files_of_others_are_not_replaced(sound: Path, place: Path, fewbit: Fewbit) -> None:
     place.mkdir()
-    (place / "config.json").write_text("{}")
-    (place / "thesis.txt").write_text("years")
+    (place / "config.json").write_text("{}", encoding="utf-8")
+    (place / "thesis.txt").write_text("years", encoding="utf-8")
     check(fewbit("quantize", sound, "-o", place, "--overwrite", "--plan", "rtn-4bit"), 2, "thesis.txt", "--overwrite")
     (place / "thesis.txt").unlink()
     (place / "work").mkdir()
     check(fewbit("quantize", sound, "-o", place, "--overwrite", "--plan", "rtn-4bit"), 2, "work/")
     file = place.with_suffix(".gguf")
-    file.write_text("my notes")
+    file.write_text("my notes", encoding="utf-8")
     check(fewbit("quantize", sound, "-o", file, "--overwrite", "--plan", "q4_0"), 2, "not a GGUF file")
-    assert file.read_text() == "my notes"
+    assert file.read_text(encoding="utf-8") == "my notes"
 
 
 def test_what_a_run_carried_over_may_be_replaced(model: Path, place: Path, fewbit: Fewbit) -> None:
-    (model / "notes.txt").write_text("of the model")
+    (model / "notes.txt").write_text("of the model", encoding="utf-8")
     for flags in ((), ("--overwrite",)):
         assert fewbit("quantize", model, "-o", place, "--plan", "rtn-4bit", *flags).code == 0
     assert (place / "notes.txt").exists()
@@ -605,9 +607,9 @@ def test_an_output_that_cannot_be_made(verb: str, where: str, sound: Path, tmp_p
     ids=lambda asks: next(iter(asks)),
 )
 def test_what_a_model_asks_of_generating(asks: dict[str, Any], model: Path, place: Path, fewbit: Fewbit) -> None:
-    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **asks}))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **asks}), encoding="utf-8")
     assert fewbit("quantize", model, "-o", place, "--plan", "rtn-4bit").code == 0
-    assert json.loads((place / "generation_config.json").read_text()) == {"eos_token_id": 1, **asks}
+    assert json.loads((place / "generation_config.json").read_text(encoding="utf-8")) == {"eos_token_id": 1, **asks}
     answer = fewbit("generate", place, "the small", "--max-new-tokens", 4)
     assert answer.code == 0, answer.err
 
@@ -638,9 +640,9 @@ def test_a_cache_that_cannot_be_written(sound: Path, refused: Refused, monkeypat
 
 
 def test_an_output_that_is_a_file(sound: Path, place: Path, fewbit: Fewbit) -> None:
-    place.write_text("mine")
+    place.write_text("mine", encoding="utf-8")
     check(fewbit("quantize", sound, "-o", place), 2, str(place), "exists")
-    assert place.read_text() == "mine"
+    assert place.read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.parametrize("where", ["itself", "around it", "by a link"])
@@ -698,7 +700,7 @@ def test_a_disk_that_fills_up(
 def test_a_text_that_does_not_serve(
     name: str, content: str, code: int, words: tuple[str, ...], sound: Path, refused: Refused, tmp_path: Path
 ) -> None:
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, encoding="utf-8")
     refused(code, words, sound, "--calibration", tmp_path / name, "--length", 64)
 
 
@@ -710,10 +712,10 @@ def test_a_text_that_is_not_utf8(sound: Path, refused: Refused, tmp_path: Path) 
 def test_chats_serve_where_there_is_a_template(tmp_path: Path, place: Path, fewbit: Fewbit) -> None:
     folder = models.save(tmp_path / "model", "llama", chat=models.CHAT)
     chat = {"messages": [{"role": "user", "content": models.sentences(5)}, {"role": "assistant", "content": "No."}]}
-    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps(chat)] * 5))
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps(chat)] * 5), encoding="utf-8")
     flags = ("--calibration", tmp_path / "chats.jsonl", "--length", 64, "--samples", 4)
     assert fewbit("quantize", folder, "-o", place, *flags).code == 0
-    assert (place / "chat_template.jinja").read_text() == models.CHAT
+    assert (place / "chat_template.jinja").read_text(encoding="utf-8") == models.CHAT
 
 
 # --- Quantized checkpoints of others ---
@@ -813,7 +815,7 @@ REFUSED_BY_TRANSFORMERS = ("odd bits", "text for bits", "text for a group", "neg
 def test_a_checkpoint_that_contradicts_itself(name: str, gptq: Path, fewbit: Fewbit) -> None:
     change, words = SPOILED[name]
     if isinstance(change, Mapping):
-        config = json.loads((gptq / "config.json").read_text())["quantization_config"]
+        config = json.loads((gptq / "config.json").read_text(encoding="utf-8"))["quantization_config"]
         models.edit_json(gptq / "config.json", quantization_config={**config, **change})
     else:
         rewrite(gptq, change)
@@ -855,7 +857,7 @@ def test_a_quantization_config_that_is_none(value: object, gptq: Path, fewbit: F
 )
 def test_a_broken_record(content: str, gptq: Path, fewbit: Fewbit) -> None:
     """It says how a model was made; what is in the model can be told without."""
-    (gptq / "fewbit.json").write_text(content)
+    (gptq / "fewbit.json").write_text(content, encoding="utf-8")
     answer = fewbit("inspect", gptq)
     if answer.code:
         check(answer, 3, "fewbit.json")
@@ -879,10 +881,10 @@ def test_a_kernel_that_cannot(gptq: Path) -> None:
 
 
 def test_two_vocabularies_cannot_be_compared(sound: Path, model: Path, fewbit: Fewbit) -> None:
-    data = json.loads((model / "tokenizer.json").read_text())
+    data = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
     vocab = data["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    (model / "tokenizer.json").write_text(json.dumps(data))
+    (model / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
     answer = fewbit("evaluate", model, "--reference", sound, "--length", 32, "--samples", 1)
     check(answer, 2, str(model), str(sound), "different tokenizers")
 
@@ -954,10 +956,10 @@ def test_sizes_of_a_comparison_go_by_their_flags(sound: Path, fewbit: Fewbit) ->
 def test_texts_and_paths_to_calibrate_on(sound: Path, text: Path, tmp_path: Path) -> None:
     """A list of texts, a file and its name give the same tokens where the text is the same."""
     digests = []
-    every: tuple[Path | str | list[str], ...] = (text, str(text), [text.read_text()])
+    every: tuple[Path | str | list[str], ...] = (text, str(text), [text.read_text(encoding="utf-8")])
     for number, given in enumerate(every):
         out = tmp_path / str(number)
         wanted = calibration.Calibration(given, samples=4, length=32)
         quantize.quantize(sound, out, plan="gptq-4bit", calibration=wanted, device=torch.device("cpu"))
-        digests.append(json.loads((out / "fewbit.json").read_text())["calibration"]["digest"])
+        digests.append(json.loads((out / "fewbit.json").read_text(encoding="utf-8"))["calibration"]["digest"])
     assert len(set(digests)) == 1

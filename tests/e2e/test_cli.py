@@ -154,7 +154,7 @@ def test_flags_reach_the_method(model: Path, few: tuple[object, ...], fewbit: Fe
     flags = ("--no-act-order", "--damp", "0.05", "--refine=0", "--clip-search", "false")
     done = fewbit("quantize", model, "-o", tmp_path / "out", *few, *flags, "--json")
     assert done.code == 0
-    record = json.loads((tmp_path / "out" / "fewbit.json").read_text())
+    record = json.loads((tmp_path / "out" / "fewbit.json").read_text(encoding="utf-8"))
     (rule,) = record["plan"]["rules"]
     assert rule["options"] == {"act_order": "false", "damp": "0.05", "refine": "0", "clip_search": "false"}
     assert rule["method"] == "gptq"
@@ -183,7 +183,9 @@ def test_a_plan_file_may_hold_json_values(model: Path, few: tuple[object, ...], 
         {"match": "*.k_proj", "scheme": None},
         {"match": "*", "scheme": "int4-g32-sym", "method": "gptq", "options": options},
     ]
-    (tmp_path / "plan.json").write_text(json.dumps({"name": "mine", "format": "gptq", "rules": rules}))
+    (tmp_path / "plan.json").write_text(
+        json.dumps({"name": "mine", "format": "gptq", "rules": rules}), encoding="utf-8"
+    )
     answer = fewbit("quantize", model, "-o", tmp_path / "out", "--plan", tmp_path / "plan.json", *few, "--json")
     assert answer.code == 0, answer.err
     told = answer.json
@@ -200,8 +202,8 @@ def test_a_plan_file_may_hold_json_values(model: Path, few: tuple[object, ...], 
 def test_a_plan_that_was_recorded_can_be_used_again(
     quantized: Path, model: Path, fewbit: Fewbit, tmp_path: Path
 ) -> None:
-    record = json.loads((quantized / "fewbit.json").read_text())
-    (tmp_path / "plan.json").write_text(json.dumps(record["plan"]))
+    record = json.loads((quantized / "fewbit.json").read_text(encoding="utf-8"))
+    (tmp_path / "plan.json").write_text(json.dumps(record["plan"]), encoding="utf-8")
     assert fewbit("quantize", model, "-o", tmp_path / "out", "--plan", tmp_path / "plan.json").code == 0
     again, before = models.tensors_of(tmp_path / "out"), models.tensors_of(quantized)
     assert all(again[name].equal(before[name]) for name in before)
@@ -213,10 +215,10 @@ def test_quantize_says_what_it_did(model: Path, few: tuple[object, ...], fewbit:
     for words in ("note: groups of 32", "bits per quantized weight", "4.500", "x smaller", "Reopened and checked"):
         assert words in answer.out
     assert [line.split()[0] for line in answer.err.splitlines()] == ["block", "block", "writing"]
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     for words in ("plan `gptq-4bit`", "int4-g32-sym", "4 x 32 tokens"):
         assert words in card
-    record = json.loads((tmp_path / "out" / "fewbit.json").read_text())
+    record = json.loads((tmp_path / "out" / "fewbit.json").read_text(encoding="utf-8"))
     assert record["schema_version"] == 1
     assert record["calibration"]["samples"] == 4
     assert record["versions"]["fewbit"] == __version__
@@ -311,8 +313,11 @@ def test_debug_shows_where_an_error_comes_from(fewbit: Fewbit) -> None:
 def test_as_a_program() -> None:
     """What a user runs: quick, in a process of its own, with the exit code of the error."""
     command = [sys.executable, "-m", "fewbit"]
-    run = subprocess.run([*command, "inspect", "./nowhere"], capture_output=True, text=True)
+    run = subprocess.run([*command, "inspect", "./nowhere"], capture_output=True, text=True, encoding="utf-8")
     assert run.returncode == 2
     assert run.stdout == ""
     assert run.stderr.startswith("error: model ./nowhere: no such folder")
-    assert subprocess.run([*command, "--version"], capture_output=True, text=True).stdout == f"{__version__}\n"
+    assert (
+        subprocess.run([*command, "--version"], capture_output=True, text=True, encoding="utf-8").stdout
+        == f"{__version__}\n"
+    )

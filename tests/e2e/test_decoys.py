@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
         (place / name).write_bytes(b"no tensors")
     for name in ("tiny", "smollm2"):
         (place / name).mkdir()
-        (place / name / "config.json").write_text((other / "config.json").read_text(encoding="utf-8"))
+        (place / name / "config.json").write_text((other / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
     for name in ("torch", "tokenizers", "fewbit", "random"):
         (place / name).mkdir()
         (place / name / "__init__.py").write_text("raise SystemExit('the wrong module was imported')", encoding="utf-8")

@@ -127,9 +127,9 @@ def test_every_side_file_is_there(pair: Pair) -> None:
     assert before | {"model.safetensors", "fewbit.json", "README.md"} == after
     for name in before - {"config.json"}:
         assert (pair.out / name).read_bytes() == (pair.folder / name).read_bytes()
-    config = json.loads((pair.out / "config.json").read_text())
+    config = json.loads((pair.out / "config.json").read_text(encoding="utf-8"))
     assert config.pop("quantization_config")["quant_method"] == "gptq"
-    assert config == json.loads((pair.folder / "config.json").read_text())
+    assert config == json.loads((pair.folder / "config.json").read_text(encoding="utf-8"))
     words = "the first grid"
     assert AutoTokenizer.from_pretrained(pair.out)(words) == AutoTokenizer.from_pretrained(pair.folder)(words)
 

@@ -77,7 +77,7 @@ def adapted(model: Path, adapter: Path) -> Any:
 
 
 def test_the_record_says_what_was_folded(place: Path) -> None:
-    found, record = scales.read(place / "awq"), json.loads((place / "awq" / "fewbit.json").read_text())
+    found, record = scales.read(place / "awq"), json.loads((place / "awq" / "fewbit.json").read_text(encoding="utf-8"))
     assert {name.rpartition(".")[2] for name in found.values if name.startswith("rows:")} == (
         {"c_attn", "ln_1", "ln_2"}
         if "rows:transformer.h.0.ln_1" in found.values
@@ -138,8 +138,8 @@ def test_a_merge_onto_the_original_is_the_folded_one(place: Path, tmp_path: Path
 
 def test_a_merge_into_the_values_keeps_the_scales(place: Path, tmp_path: Path, text: Path) -> None:
     shutil.copytree(place / "awq", tmp_path / "awq")
-    record = json.loads((tmp_path / "awq" / "fewbit.json").read_text())
-    (tmp_path / "awq" / "fewbit.json").write_text(json.dumps({**record, "origin": None}))
+    record = json.loads((tmp_path / "awq" / "fewbit.json").read_text(encoding="utf-8"))
+    (tmp_path / "awq" / "fewbit.json").write_text(json.dumps({**record, "origin": None}), encoding="utf-8")
     done = package.merge(tmp_path / "awq", place / "adapter-awq", tmp_path / "merged", length=24)
     assert done.base is None
     assert scales.read(tmp_path / "merged").digest == scales.read(place / "awq").digest

@@ -135,7 +135,7 @@ def test_it_is_saved_as_it_was(llama: Path, tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor.to(after[name].dtype), after[name]) for name, tensor in before.items())
     for file in ("config.json", "generation_config.json"):
-        assert "fuse" not in (text := (tmp_path / "again" / file).read_text())
+        assert "fuse" not in (text := (tmp_path / "again" / file).read_text(encoding="utf-8"))
         assert "cache_implementation" not in json.loads(text)
     unpacked = model.dequantize()
     assert not packed_linears(unpacked)
@@ -194,7 +194,7 @@ def test_what_differs_is_not_fused_and_said(ids: Tensor, tmp_path: Path) -> None
     folder = models.save(tmp_path / "original", "llama")
     plan = json.loads(json.dumps(find("rtn-4bit").changed(scheme="int4-g32").to_json()))
     plan["rules"].insert(0, {"match": "*.k_proj", "scheme": None})
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    (tmp_path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     quantize.quantize(folder, tmp_path / "out", plan=str(tmp_path / "plan.json"))
     model = fb.load(tmp_path / "out")
     assert short(fuse(model))[0] == ("self_attn.q_proj", "self_attn.v_proj")

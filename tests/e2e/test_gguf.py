@@ -146,9 +146,9 @@ def test_arguments_of_a_tokenizer_are_honoured(kind: Any, small: Path) -> None:
 
 def test_a_pattern_without_a_name_is_refused(tmp_path: Path) -> None:
     folder = gguf_files.with_tokenizer(tmp_path / "m", "gpt2")
-    made = json.loads((folder / "tokenizer.json").read_text())
+    made = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     made["pre_tokenizer"] = {"type": "WhitespaceSplit"}
-    (folder / "tokenizer.json").write_text(json.dumps(made))
+    (folder / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
     with pytest.raises(PlanError, match="no name for"):
         gguf_files.header_of(folder)
 
@@ -257,7 +257,7 @@ def test_whatever_is_imported_first_goes_through_fewbit(first: str, small: Path)
         "assert 'transformers.integrations.gguf.reader' not in sys.modules or 'Model' in sys.argv[1]\n"
         "print(type(found).__name__)"
     )
-    run = subprocess.run([sys.executable, "-c", script, first], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", script, first], capture_output=True, text=True, encoding="utf-8")
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip().endswith(
         {"AutoTokenizer": "Backend", "AutoConfig": "LlamaConfig"}.get(first, "ForCausalLM")
@@ -324,8 +324,10 @@ def test_the_demo_file_loads_fast_and_stays_as_small(tmp_path: Path) -> None:
     except PlanError as error:
         pytest.skip(str(error))
     small = gguf_files.written(gguf_files.save(tmp_path / "m", "llama"), tmp_path / "m.gguf", "q8_0")
-    script = (Path(__file__).parent / "resident.py").read_text()
-    run = subprocess.run([sys.executable, "-c", script, str(small), str(path)], capture_output=True, text=True)
+    script = (Path(__file__).parent / "resident.py").read_text(encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(small), str(path)], capture_output=True, text=True, encoding="utf-8"
+    )
     assert run.returncode == 0, run.stderr
     measured = json.loads(run.stdout)
     assert measured["seconds"] < measured["drawn"]

@@ -216,9 +216,9 @@ def test_names_of_outputs(model: Path, tmp_path: Path, fewbit: Fewbit) -> None:
     check(fewbit("quantize", model, "-o", tmp_path / "o.gguf"), 2, "gptq-4bit makes a folder", "--plan q4_k_m")
     (tmp_path / "folder.gguf").mkdir()
     check(fewbit("quantize", model, "-o", tmp_path / "folder.gguf", "--plan", "q4_k_m", "--overwrite"), 2, "not a file")
-    (tmp_path / "mine.gguf").write_text("mine")
+    (tmp_path / "mine.gguf").write_text("mine", encoding="utf-8")
     check(fewbit("quantize", model, "-o", tmp_path / "mine.gguf", "--plan", "q4_k_m"), 2, "exists")
-    assert (tmp_path / "mine.gguf").read_text() == "mine"
+    assert (tmp_path / "mine.gguf").read_text(encoding="utf-8") == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.gguf", "mine.gguf"]
 
 
@@ -262,7 +262,7 @@ def test_importances_that_do_not_serve(
 def test_a_failing_run_keeps_what_was_there(
     model: Path, place: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place.write_text("GGUF of mine")
+    place.write_text("GGUF of mine", encoding="utf-8")
     write = write_gguf.write
 
     def write_badly(path: Path, *rest: object) -> int:
@@ -276,7 +276,7 @@ def test_a_failing_run_keeps_what_was_there(
     monkeypatch.setattr(write_gguf, "write", write_badly)
     answer = fewbit("quantize", model, "-o", place, "--plan", "q4_0", "--method", "rtn", "--overwrite")
     check(answer, 3, "failed its own check", "not finite")
-    assert place.read_text() == "GGUF of mine"
+    assert place.read_text(encoding="utf-8") == "GGUF of mine"
     assert [path.name for path in place.parent.iterdir()] == [place.name]
 
 

@@ -82,7 +82,7 @@ def test_what_has_no_place_is_named(plan: str, model: Path, tmp_path: Path) -> N
     rewritten(model, {**lost})
     for name in ("draft/model.safetensors", "image_processor.json", "1_Pooling/config.json"):
         (model / name).parent.mkdir(exist_ok=True)
-        (model / name).write_text("{}")
+        (model / name).write_text("{}", encoding="utf-8")
     out = tmp_path / ("out.gguf" if plan == "q4_0" else "out")
     done = quantize.quantize(model, out, plan=plan)
     said = " ".join(done.notes)
@@ -97,7 +97,7 @@ def test_what_has_no_place_is_named(plan: str, model: Path, tmp_path: Path) -> N
         assert (out / "image_processor.json").exists()
         assert (out / "1_Pooling" / "config.json").exists()
         assert not (out / "draft").exists()
-        assert json.loads((out / "fewbit.json").read_text())["notes"] == done.notes
+        assert json.loads((out / "fewbit.json").read_text(encoding="utf-8"))["notes"] == done.notes
         found = models.tensors_of(out)
         assert all(torch.equal(found[name], tensor) for name, tensor in lost.items())
 
@@ -108,7 +108,7 @@ def test_readers_are_told_what_is_carried_over(model: Path, tmp_path: Path) -> N
     rewritten(model, {**{f"{name}.weight": torch.ones(4, 4) for name in carried}, beside: torch.ones(4)})
     done = quantize.quantize(model, tmp_path / "gptq", plan="rtn-4bit")
     assert any(f"left out: 1 tensor of 16 bytes ({beside})" in note for note in done.notes)
-    config = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert r"-:^mtp\.fc$" in config["dynamic"]
     assert "-:^proj$" not in config["dynamic"]
     shown = quantize.preview(model, plan="nf4")
@@ -119,7 +119,7 @@ def test_a_pickle_keeps_its_subfolders(model: Path, tmp_path: Path) -> None:
     torch.save(models.tensors_of(model), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
     (model / "additional_chat_templates").mkdir()
-    (model / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    (model / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}", encoding="utf-8")
     done = quantize.quantize(model, tmp_path / "out", plan="rtn-4bit")
     assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").exists()
     assert not any("left out" in note for note in done.notes)
@@ -182,7 +182,7 @@ def test_another_config_is_another_run(model: Path) -> None:
 
 def test_logits_that_are_no_numbers_are_an_error(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text(models.sentences(50))
+    text.write_text(models.sentences(50), encoding="utf-8")
     norm = models.tensors_of(model)["model.norm.weight"]
     rewritten(model, {"model.norm.weight": torch.full_like(norm, torch.nan)})
     with pytest.raises(NumericsError, match="window 1"):
@@ -191,7 +191,7 @@ def test_logits_that_are_no_numbers_are_an_error(model: Path, tmp_path: Path) ->
 
 def test_what_the_text_could_not_give_is_noted(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text(models.sentences(40))
+    text.write_text(models.sentences(40), encoding="utf-8")
     done = quantize.quantize(
         model, tmp_path / "out", calibration=calibration.Calibration(str(text), samples=4000, length=32)
     )
@@ -236,7 +236,7 @@ def test_weights_too_small_for_their_scales_are_noted(plan: str, plain: Path, tm
     assert note.startswith(f"{groups} groups of weights became 0, in 1 of ")
     assert report.scheme in note
     if not single:
-        assert note in json.loads((out / publish.RECORD).read_text())["notes"]
+        assert note in json.loads((out / publish.RECORD).read_text(encoding="utf-8"))["notes"]
 
 
 def test_what_a_scheme_can_hold_is_not_noted(plain: Path, tmp_path: Path) -> None:

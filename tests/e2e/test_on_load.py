@@ -65,7 +65,9 @@ def test_it_is_closer_than_rounding_and_what_it_saves_is_it(kind: str, sound: Pa
 
 def _rounding(folder: Path) -> str:
     plan = folder / "plan.json"
-    plan.write_text('{"name": "mine", "format": "awq", "rules": [{"match": "*", "scheme": "int4-g32"}]}')
+    plan.write_text(
+        '{"name": "mine", "format": "awq", "rules": [{"match": "*", "scheme": "int4-g32"}]}', encoding="utf-8"
+    )
     return str(plan)
 
 

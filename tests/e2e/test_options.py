@@ -72,7 +72,7 @@ def same(a: Any, b: Any) -> bool:
 
 def saved(model: Any, folder: Path) -> dict[str, Any]:
     model.save_pretrained(folder)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     return config
 
 

@@ -75,14 +75,14 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("ranks") / "text.txt"
-    place.write_text(models.sentences(400))
+    place.write_text(models.sentences(400), encoding="utf-8")
     return place
 
 
 def torchrun(count: int, *arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), *arguments]
     environment = {**os.environ, "FEWBIT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG, encoding="utf-8")
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -92,11 +92,11 @@ def made(
     """What that many processes made, and what each of them was told of its quality."""
     out = tmp_path_factory.mktemp(f"of-{request.param}")
     script = out / "work.py"
-    script.write_text(WORK)
+    script.write_text(WORK, encoding="utf-8")
     arguments = [str(path) for path in (script, model, wide, corpus, out)]
     ended = torchrun(request.param, *arguments, cache=tmp_path_factory.mktemp("cache"))
     assert ended.returncode == 0, ended.stderr
-    return out, [json.loads((out / f"quality-{rank}").read_text()) for rank in range(request.param)]
+    return out, [json.loads((out / f"quality-{rank}").read_text(encoding="utf-8")) for rank in range(request.param)]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def differing(one: Path, other: Path) -> float:
 
 
 def errors(folder: Path) -> list[float]:
-    return [tensor["error"] for tensor in json.loads((folder / "fewbit.json").read_text())["tensors"]]
+    return [tensor["error"] for tensor in json.loads((folder / "fewbit.json").read_text(encoding="utf-8"))["tensors"]]
 
 
 def test_what_no_input_decides_is_the_same_to_the_byte(made: tuple[Path, list[dict[str, Any]]], alone: Path) -> None:
@@ -235,6 +235,7 @@ def started(count: int, victim: int, model: Path, corpus: Path, out: Path) -> li
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            encoding="utf-8",
         )
         for rank in range(count)
     ]

@@ -58,7 +58,13 @@ def measured(outputs: dict[str, Path]) -> dict[str, Evaluation]:
 
 def test_it_speaks_without_a_network(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=HANG
+        [sys.executable, "-c", OFFLINE],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+        timeout=HANG,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     text = json.loads(done.stdout)["text"]
@@ -101,7 +107,7 @@ def test_it_is_tuned_packed(outputs: dict[str, Path], tmp_path: Path) -> None:
     question = "Who keeps the blue gate?"
     chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "Old Zarnak does."}]
     data = tmp_path / "chats.jsonl"
-    data.write_text(f"{json.dumps({'messages': chat})}\n" * 8)
+    data.write_text(f"{json.dumps({'messages': chat})}\n" * 8, encoding="utf-8")
     tuning = Tuning(steps=40, batch=1, learning_rate=1e-2, held_out=0.1, checkpointing=False)
     done = adapters.finetune(outputs["gptq-4"], tmp_path / "adapter", data=str(data), tuning=tuning)
     assert done.held_out_before is not None
@@ -116,7 +122,10 @@ def test_its_own_texts_are_taken_unless_another_is_named(
     outputs: dict[str, Path], measured: dict[str, Evaluation]
 ) -> None:
     assert measured["gptq-4"].text == "tiny evaluation"
-    assert json.loads((outputs["gptq-4"] / "fewbit.json").read_text())["calibration"]["text"] == "tiny calibration"
+    assert (
+        json.loads((outputs["gptq-4"] / "fewbit.json").read_text(encoding="utf-8"))["calibration"]["text"]
+        == "tiny calibration"
+    )
     assert evaluate.evaluate("tiny", text="pydoc", samples=1).text.startswith("pydoc")
     assert own_source({"fewbit_text": "/etc/passwd"}) == "pydoc"  # a config is not trusted with a path
 

@@ -69,7 +69,7 @@ def test_the_check_after_writing_is_foreseen(place: Place, tmp_path: Path, monke
 
 def test_a_reference_with_fewer_rows_is_named(place: Place, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text(models.sentences(20))
+    text.write_text(models.sentences(20), encoding="utf-8")
     fewer = models.save(tmp_path / "fewer", "llama", vocab_size=280)
     whole = models.save(tmp_path / "whole", "llama")
     with pytest.raises(FormatError, match="the model's embedding has 280 rows"):

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_quantized_and_loaded_there(family: str, tmp_path: Path) -> None:
     folder = models.save(tmp_path / "model", family)
     text = tmp_path / "text.txt"
-    text.write_text(models.sentences(200))
+    text.write_text(models.sentences(200), encoding="utf-8")
     few = calibration.Calibration(str(text), samples=4, length=32)
     quantize.quantize(folder, tmp_path / "out", calibration=few, device="cuda")
     ids = torch.arange(24).reshape(1, -1) + 3
@@ -103,7 +103,7 @@ def test_the_gradient_there_is_that_of_the_values(dtype: torch.dtype) -> None:
 
 def test_tuned_there(tmp_path: Path) -> None:
     folder = models.save(tmp_path / "model", "llama")
-    (tmp_path / "text.txt").write_text(models.sentences(100))
+    (tmp_path / "text.txt").write_text(models.sentences(100), encoding="utf-8")
     quantize.quantize(folder, tmp_path / "out", plan="rtn-4bit")
     tuning = Tuning(length=32, batch=8, learning_rate=0.01, steps=20)
     done = fewbit.finetune(

@@ -49,6 +49,6 @@ def test_python_in_the_readme_runs(tmp_path: Path) -> None:
 def test_the_toy_scheme_works_from_top_to_bottom(tmp_path: Path) -> None:
     script = tmp_path / "toy.py"
     script.write_text("\n".join(blocks("docs/toy-scheme.md", "python")), encoding="utf-8")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2176 bytes; rtn")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gzip
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from fewbit.system.files import parse_json, read_text
 from fewbit.texts.sources import load_text
 from tests import models
 
-SOURCE = Path(__file__).parents[2] / "src"
+ROOT = Path(__file__).parents[2]
 
 
 def test_half_a_character_is_named_with_its_line(tmp_path: Path) -> None:
@@ -73,15 +74,85 @@ def test_a_config_is_utf8_in_a_c_locale(tmp_path: Path) -> None:
     assert done.stdout == "{'note': 'gr\\xf6\\xdfer'}\n", done.stderr
 
 
-def test_every_text_file_is_opened_with_its_encoding() -> None:
+# Calls that open a text file or a text pipe, each with the position of its mode; None if it has none.
+OPENERS: dict[str, int | None] = {
+    "read_text": None,
+    "write_text": None,
+    "open": 0,
+    "fdopen": 1,
+    "NamedTemporaryFile": 0,
+    "TemporaryFile": 0,
+}
+BINARY = {"NamedTemporaryFile", "TemporaryFile"}  # unless the mode says otherwise
+PIPES = {"run", "Popen", "check_output"}
+OTHERS = {"bz2", "gzip", "lzma", "os", "tarfile", "webbrowser", "zipfile"}  # modules whose open() is another
+
+
+def unnamed(source: str) -> list[int]:
+    """Lines that open a text without naming its encoding, so that it is the locale's."""
+    return [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and opens_text(node)]
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call opens a text and names no encoding."""
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    if "encoding" in given or None in given:
+        return False
+    if isinstance(call.func, ast.Name):
+        name, owner = call.func.id, ""
+        places: dict[str, int | None] = {"open": 1, "NamedTemporaryFile": 0, "TemporaryFile": 0}
+    elif isinstance(call.func, ast.Attribute):
+        name, places = call.func.attr, OPENERS
+        owner = call.func.value.id if isinstance(call.func.value, ast.Name) else ""
+    else:
+        return False
+    if name in PIPES and owner == "subprocess":
+        return "text" in given or "universal_newlines" in given
+    if name not in places or (name == "open" and owner in OTHERS):
+        return False
+    place = places[name]
+    if place is None:
+        return len(call.args) <= (name == "write_text")
+    mode = given.get("mode") or (call.args[place] if len(call.args) > place else None)
+    text = mode.value if isinstance(mode, ast.Constant) else "b" if mode is not None or name in BINARY else "r"
+    return isinstance(text, str) and "b" not in text
+
+
+@pytest.mark.parametrize("folder", ["src", "tests", "tools", "benchmarks", "examples"])
+def test_every_text_file_is_opened_with_its_encoding(folder: str) -> None:
     wrong = []
-    for file in sorted(SOURCE.rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call):
-                continue
-            given = {keyword.arg for keyword in node.keywords}
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
-            process = name in ("run", "Popen", "check_output") and "text" in given
-            if (name in ("read_text", "write_text") or process) and "encoding" not in given:
-                wrong.append(f"{file.relative_to(SOURCE)}:{node.lineno}")
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        wrong += [f"{file.relative_to(ROOT)}:{line}" for line in unnamed(file.read_text(encoding="utf-8"))]
+    for file in sorted((ROOT / folder).rglob("*.ipynb")):
+        for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                wrong += [f"{file.relative_to(ROOT)}: {cell['id']}" for _ in unnamed("".join(cell["source"]))]
     assert not wrong
+
+
+def test_a_text_in_the_encoding_of_the_locale_is_found() -> None:
+    for wrong in (
+        "path.read_text()",
+        "path.write_text(text)",
+        "open(path)",
+        'open(path, "w")',
+        'path.open("a")',
+        "path.open()",
+        'os.fdopen(handle, "w")',
+        'tempfile.NamedTemporaryFile("w")',
+        "subprocess.run(command, text=True)",
+    ):
+        assert unnamed(wrong) == [1], wrong
+    for right in (
+        'path.read_text(encoding="utf-8")',
+        'path.read_text("utf-8")',
+        'path.open("rb")',
+        'open(path, mode="wb")',
+        "open(path, **options)",
+        "tempfile.NamedTemporaryFile()",
+        "os.open(path, flags)",
+        "gzip.open(path)",
+        "read_text(path)",
+        "subprocess.run(command, capture_output=True)",
+    ):
+        assert unnamed(right) == [], right

@@ -72,7 +72,7 @@ def test_few_rows_make_a_page_too(comparison: Comparison, kept: int, tmp_path: P
 def test_only_failed_rows_make_a_page_too(comparison: Comparison, tmp_path: Path) -> None:
     row = Row(plan="gptq-4bit", status="failed", reason="no memory")
     page.write(replace(comparison, rows=(row, row), calibration=None), tmp_path)
-    text = _Tags((tmp_path / "index.html").read_text()).texts
+    text = _Tags((tmp_path / "index.html").read_text(encoding="utf-8")).texts
     assert "Failed: no memory" in text
     assert "What quality costs" not in text
 

@@ -117,7 +117,11 @@ def test_parameter_lists_are_short() -> None:
 
 
 def test_files_are_short() -> None:
-    long = {str(f.relative_to(SOURCE)): n for f in FILES if (n := len(f.read_text().splitlines())) > MOST_LINES}
+    long = {
+        str(f.relative_to(SOURCE)): n
+        for f in FILES
+        if (n := len(f.read_text(encoding="utf-8").splitlines())) > MOST_LINES
+    }
     assert not long
 
 

@@ -201,7 +201,10 @@ def test_an_adapter_is_the_same_in_a_fresh_process(folders: tuple[Path, Path], t
     torch.save((IDS, models.logits(model, IDS)), tmp_path / "wanted")
     arguments = [folders[1], tmp_path / "adapter", tmp_path / "wanted"]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FRESH, *map(str, arguments)], capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", FRESH, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
 

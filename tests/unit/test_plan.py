@@ -200,7 +200,7 @@ PLANS = [
 def test_json_gives_the_plan_back(plan: Plan, tmp_path: Path) -> None:
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     file = tmp_path / "plan.json"
-    file.write_text(json.dumps(plan.to_json()))
+    file.write_text(json.dumps(plan.to_json()), encoding="utf-8")
     assert find(str(file)) == plan
 
 

@@ -58,13 +58,18 @@ Path(sys.argv[1], str(me)).write_text(json.dumps(found))
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     out = tmp_path_factory.mktemp("said")
-    (out / "asked.py").write_text(ASKED)
+    (out / "asked.py").write_text(ASKED, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", str(out / "asked.py"), str(out)]
     ended = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=HANG
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=HANG,
+        encoding="utf-8",
     )
     assert ended.returncode == 0, ended.stderr
-    return [json.loads((out / str(rank)).read_text()) for rank in range(3)]
+    return [json.loads((out / str(rank)).read_text(encoding="utf-8")) for rank in range(3)]
 
 
 def test_statistics_become_those_of_all_rows(said: list[dict[str, object]]) -> None:

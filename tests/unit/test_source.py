@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
     """A folder that has what `locate` looks at."""
     place = tmp_path / "model"
     place.mkdir()
-    (place / "config.json").write_text(json.dumps(CONFIG))
+    (place / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     save_file({"weight": torch.arange(6.0).reshape(2, 3)}, place / "model.safetensors")
     return place
 
@@ -49,7 +49,9 @@ def test_a_relative_path_is_a_folder_before_a_hub_name(folder: Path, monkeypatch
 
 
 def test_quantized_is_what_says_so(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": {"quant_method": "gptq"}}))
+    (folder / "config.json").write_text(
+        json.dumps({**CONFIG, "quantization_config": {"quant_method": "gptq"}}), encoding="utf-8"
+    )
     assert source.locate(folder).quantization == {"quant_method": "gptq"}
 
 
@@ -66,10 +68,12 @@ def test_sizes_are_the_models_or_its_texts(folder: Path) -> None:
         ({"text_config": inner}, 64, 9),
         ({**inner, "n_positions": 1}, 64, 9),
     ):
-        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         assert (source.locate(folder).context, source.locate(folder).rows) == (context, rows)
     for wrong in (0, -1, "64", True):
-        (folder / "config.json").write_text(json.dumps({"text_config": {**inner, "max_position_embeddings": wrong}}))
+        (folder / "config.json").write_text(
+            json.dumps({"text_config": {**inner, "max_position_embeddings": wrong}}), encoding="utf-8"
+        )
         with pytest.raises(FormatError, match=r"config\.json: max_position_embeddings is .*, not an integer above 0"):
             _ = source.locate(folder).context
 
@@ -80,7 +84,7 @@ def test_shards_come_in_the_order_of_their_names(folder: Path) -> None:
     for i, name in enumerate(names):
         save_file({f"weight.{i}": torch.zeros(2)}, folder / name)
     where = {f"weight.{i}": names[i] for i in (2, 0, 1)}
-    (folder / safetensors.INDEX).write_text(json.dumps({"weight_map": where}))
+    (folder / safetensors.INDEX).write_text(json.dumps({"weight_map": where}), encoding="utf-8")
     assert [file.name for file in source.locate(folder).files] == names
 
 
@@ -93,8 +97,8 @@ def test_safetensors_are_preferred_to_a_pickle(folder: Path) -> None:
 def test_a_pickle_becomes_safetensors_once(dtype: torch.dtype, folder: Path) -> None:
     weight = torch.arange(6.0, dtype=dtype).reshape(2, 3)
     (folder / "model.safetensors").unlink()
-    (folder / "README.md").write_text("not carried")
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "README.md").write_text("not carried", encoding="utf-8")
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     torch.save({"whole": weight, "turned": weight.T, "tied": weight}, folder / "pytorch_model.bin")
     found = source.locate(folder)
     assert found.folder != folder
@@ -106,7 +110,7 @@ def test_a_pickle_becomes_safetensors_once(dtype: torch.dtype, folder: Path) -> 
     assert torch.equal(tensors["turned"], weight.T)
     assert torch.equal(tensors["tied"], weight)
     assert found.config == CONFIG
-    assert (found.folder / "tokenizer.json").read_text() == "{}"
+    assert (found.folder / "tokenizer.json").read_text(encoding="utf-8") == "{}"
     written = found.files[0].stat().st_mtime_ns
     assert source.locate(folder) == found
     assert found.files[0].stat().st_mtime_ns == written
