@@ -19,7 +19,7 @@ from fewbit.kernels.cpu import library
 from fewbit.kernels.reference import Reference
 from fewbit.nn import choose as kernels_choose
 from fewbit.nn import layers
-from fewbit.nn.choose import TOLERANCE, choose
+from fewbit.nn.choose import TOLERANCE, choose, expected
 from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import Codec, QTensor, parse
 from tests.contract.cases import EXAMPLES, KERNELS, ordinary, quantized, same_bytes, several_groups
@@ -344,6 +344,18 @@ def test_when_none_can_every_reason_is_told(
 def test_an_unknown_kernel_gets_the_nearest_names() -> None:
     with pytest.raises(PlanError, match="Did you mean reference"):
         choose(weight_of("int3-g16"), torch.device("cpu"), torch.float32, "refrence")
+
+
+@pytest.mark.parametrize("activations", ["exact", ""])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("spec", EXAMPLES)
+def test_the_expected_kernel_is_the_chosen_one(
+    spec: str, dtype: torch.dtype, activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEWBIT_ACTIVATIONS", activations)
+    scheme, shape, cpu = parse(spec), several_groups(spec, 16), torch.device("cpu")
+    weight = QTensor(scheme, shape, quantized(scheme, ordinary(*shape)))
+    assert expected(scheme, shape, cpu, dtype) == choose(weight, cpu, dtype).name
 
 
 def test_a_kernel_is_checked_once_for_each_scheme_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:

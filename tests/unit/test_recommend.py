@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fewbit
-from fewbit import PlanError
+from fewbit import PlanError, registry
 from fewbit.advise import recommend as recommending
 from fewbit.advise.recommend import Recommendation
 from fewbit.api import advise
@@ -221,3 +221,13 @@ def test_the_reference_has_the_table() -> None:
 def test_rules_are_data_with_sources() -> None:
     raw = json.loads((Path(recommending.__file__).parent / "rules.json").read_text(encoding="utf-8"))
     assert all(each["source"].startswith("https://") for kind in raw.values() for each in kind.values())
+
+
+def test_kernels_that_round_count_only_where_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cpu", "cpu_exact"):
+        monkeypatch.setattr(registry.get("kernels", name), "unavailable", lambda self: None)
+    found = {}
+    for activations in ("exact", ""):
+        monkeypatch.setenv("FEWBIT_ACTIVATIONS", activations)
+        found[activations] = recommending.kernel("int3-g64", "cpu"), recommending.kernel("int3-g64", "cpu", here=False)
+    assert found == {"exact": ("cpu_exact", "cpu"), "": ("cpu", "cpu")}

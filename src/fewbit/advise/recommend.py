@@ -25,6 +25,7 @@ from fewbit.brief import brief
 from fewbit.errors import PlanError
 from fewbit.measure.comparison import Comparison, Timing, leaders
 from fewbit.measure.intervals import Interval
+from fewbit.nn.choose import expected
 from fewbit.schemes.base import parse
 from fewbit.units import size
 
@@ -245,15 +246,7 @@ def _candidate(
 
 def kernel(scheme: str, device: str, *, here: bool = True) -> str:
     """The kernel to multiply by, bfloat16 activations given: of those that run `here`, or of all that there are."""
-    codec, best, rank = parse(scheme), "reference", -1
-    for name, entry in registry.entries("kernels").items():
-        one = entry()
-        reason = (one.unavailable() if here else None) or one.why_not(
-            codec, _SHAPE, torch.device(device), torch.bfloat16
-        )
-        if reason is None and one.priority > rank and one.priority >= 0:
-            best, rank = name, one.priority
-    return str(best)
+    return expected(parse(scheme), _SHAPE, torch.device(device), torch.bfloat16, here=here)
 
 
 def _limited(

@@ -10,7 +10,7 @@ import torch
 from fewbit import registry
 from fewbit.errors import KernelError
 from fewbit.kernels.base import Kernel
-from fewbit.schemes.base import QTensor
+from fewbit.schemes.base import Codec, QTensor
 from fewbit.system import ambient
 
 # Largest relative Frobenius distance allowed between the kernel's and the reference's product, by activation dtype.
@@ -29,28 +29,53 @@ def choose(weight: QTensor, device: torch.device, dtype: torch.dtype, name: str 
     With `name`, only that kernel is tried. KernelError if no kernel qualifies; it gives the reason for each candidate.
     If the environment has FEWBIT_ACTIVATIONS=exact, kernels that round activations are used only if named.
     """
-    kernels: dict[str, Kernel] = {key: kernel() for key, kernel in registry.entries("kernels").items()}
-    candidates: list[Kernel] = (
-        [registry.get("kernels", name)()] if name else sorted(kernels.values(), key=lambda k: -k.priority)
-    )
-    exact, reasons = os.environ.get("FEWBIT_ACTIVATIONS") == "exact", []
-    missed = None
+    candidates = [registry.get("kernels", name)()] if name else _by_priority()
+    reasons, missed = list[str](), None
     for kernel in candidates:
-        reason, misfit = kernel.unavailable(), kernel.why_not(weight.codec, weight.shape, device, dtype)
-        if reason and not misfit and not (exact and kernel.activations != "exact"):
+        unavailable, misfit = kernel.unavailable(), kernel.why_not(weight.codec, weight.shape, device, dtype)
+        if not name:
+            misfit = misfit or _opt_in(kernel, _exact())
+        if unavailable and not misfit:
             missed = missed or kernel.missed()
-        reason = reason or misfit
-        if reason is None and kernel.priority < 0 and not name:
-            reason = "it is used only if requested by name"
-        if reason is None and kernel.activations != "exact" and exact and not name:
-            reason = "it rounds activations, and FEWBIT_ACTIVATIONS=exact excludes that"
-        reason = reason or _disagreement(kernel, kernels["reference"], weight, device, dtype)
+        reason = unavailable or misfit or _disagreement(kernel, weight, device, dtype)
         if reason is None:
             if missed:
                 tell_once(missed)
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
     raise KernelError(f"no kernel for {weight.codec} of shape {list(weight.shape)}", "; ".join(reasons))
+
+
+def expected(
+    codec: Codec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype, *, here: bool = True
+) -> str:
+    """The name of the kernel that `choose` takes for such a weight, unless the check against the reference fails.
+
+    here: of the kernels that this machine and FEWBIT_ACTIVATIONS allow; otherwise of all that fewbit has.
+    """
+    for kernel in _by_priority():
+        refused = kernel.why_not(codec, shape, device, dtype) or _opt_in(kernel, here and _exact())
+        if not refused and not (here and kernel.unavailable()):
+            return kernel.name
+    return "reference"
+
+
+def _by_priority() -> list[Kernel]:
+    kernels: list[Kernel] = [kernel() for kernel in registry.entries("kernels").values()]
+    return sorted(kernels, key=lambda kernel: -kernel.priority)
+
+
+def _exact() -> bool:
+    return os.environ.get("FEWBIT_ACTIVATIONS") == "exact"
+
+
+def _opt_in(kernel: Kernel, exact: bool) -> str | None:
+    """Why the kernel is used only by name; None if it is not. exact: activations must not be rounded."""
+    if kernel.priority < 0:
+        return "it is used only if requested by name"
+    if exact and kernel.activations != "exact":
+        return "it rounds activations, and FEWBIT_ACTIVATIONS=exact excludes that"
+    return None
 
 
 def tell_once(message: str) -> None:
@@ -61,14 +86,13 @@ def tell_once(message: str) -> None:
 
 
 @ambient.defaults()
-def _disagreement(
-    kernel: Kernel, reference: Kernel, weight: QTensor, device: torch.device, dtype: torch.dtype
-) -> str | None:
+def _disagreement(kernel: Kernel, weight: QTensor, device: torch.device, dtype: torch.dtype) -> str | None:
     """None if the kernel's product agrees with the reference's on this real weight, else how it differs.
 
     Checked once per kernel, scheme, shape, device and dtype. Both products use the activations as the kernel rounds
     them: the check is about wrong products, not about rounding.
     """
+    reference: Kernel = registry.get("kernels", "reference")()
     if kernel.name == reference.name:
         return None
     key = (kernel.name, str(weight.codec), weight.shape, device, dtype)

@@ -28,8 +28,6 @@ Rows: TypeAlias = "slice | Tensor"
 ALL = slice(None)
 FP16_LARGEST, FP16_SMALLEST = 65504.0, 2.0**-24  # the range of positive fp16 numbers
 Parts: TypeAlias = "dict[str, Tensor]"
-
-
 _SOLUTIONS = 2  # how often `search_scales` solves for scales and chooses codes again
 
 
