@@ -370,6 +370,7 @@ def test_merged_into_the_base_it_is_peft_merged(
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_merge_carries_over_what_has_no_place(packed: bool, tmp_path: Path, adapter: Path, model: Path) -> None:
     source = shutil.copytree(model, tmp_path / "model")
+    (source / "README.md").write_text("# The original", encoding="utf-8")
     extra = {"mtp.fc.weight": torch.rand(4, 4), "model.layers.9.mlp.up_proj.weight": torch.rand(4, 4)}
     save_file({**models.tensors_of(source), **extra}, source / "model.safetensors", metadata={"format": "pt"})
     for name in ("draft/model.safetensors", "1_Pooling/config.json"):
@@ -385,6 +386,7 @@ def test_a_merge_carries_over_what_has_no_place(packed: bool, tmp_path: Path, ad
     assert not any("qweight" in name for name in found)
     assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()
     assert "carried over as is: 2 tensors of 128 bytes" in done.notes[0]
+    assert (tmp_path / "out" / "README-original.md").read_text(encoding="utf-8") == "# The original"
     assert packed or "draft/" in done.notes[1]
 
 

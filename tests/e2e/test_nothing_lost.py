@@ -127,6 +127,22 @@ def test_a_pickle_keeps_its_subfolders(model: Path, tmp_path: Path) -> None:
     assert locate(model).config["note"] == "edited"
 
 
+def test_the_model_card_of_the_original_is_kept(model: Path, tmp_path: Path) -> None:
+    (model / "README.md").write_text("---\nlicense: mit\n---\n# Gr\u00fc\u00dfe", encoding="utf-8")
+    quantize.quantize(model, tmp_path / "out", plan="rtn-4bit")
+    kept = (tmp_path / "out" / "README-original.md").read_bytes()
+    assert kept == (model / "README.md").read_bytes()
+    assert "[README-original.md](README-original.md)" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "README-original.md" in json.loads((tmp_path / "out" / "fewbit.json").read_text(encoding="utf-8"))["files"]
+    quantize.quantize(model, tmp_path / "out", plan="nf4", overwrite=True)
+    done = quantize.quantize(model, tmp_path / "out.gguf", plan="q8_0")
+    assert any(f"left out: README.md of {model}" in note for note in done.notes)
+    (model / "README.md").unlink()
+    quantize.quantize(model, tmp_path / "out", plan="rtn-4bit", overwrite=True)
+    assert not (tmp_path / "out" / "README-original.md").exists()
+    assert "README-original.md" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_folder_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
     theirs = locks.hold(tmp_path / ".out.fewbit-00")
     assert theirs is not None

@@ -25,7 +25,7 @@ from fewbit.system.files import read_json
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 # All files that a causal LM in the Hugging Face layout can need, without weights of other frameworks.
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm"]
-_PATTERNS += ["tokenizer.model*", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*", scales.FILE]
+_PATTERNS += ["tokenizer.model*", "LICEN[SC]E*", "NOTICE*", safetensors.CARD, "USE_POLICY*", scales.FILE]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fewbit.checks import Device, Texts
 from fewbit.errors import PlanError
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.containers import pickle
-from fewbit.formats.containers.safetensors import folders_left_out, other_weights, side_files
+from fewbit.formats.containers.safetensors import card_of, folders_left_out, other_weights, side_files
 from fewbit.models.gguf import header
 from fewbit.models.gguf.header import Header
 from fewbit.models.outline import Outline
@@ -241,6 +241,8 @@ def left_behind(source: Source, *, single_file: bool) -> list[str]:
     rest = [path.name + "/" for path in folders_left_out(folder)]
     if single_file:
         rest += [str(file) for file in side_files(folder) if not _IN_GGUF.fullmatch(str(file))]
+        if not source.hosted and (card := card_of(folder)) is not None:  # the card of a hosted model is not lost
+            rest.append(card.name)
     rest += [file.name for file in other_weights(folder) if file.name not in used]
     if not rest:
         return []

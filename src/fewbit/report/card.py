@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from fewbit.formats.containers.safetensors import ORIGINAL_CARD
 from fewbit.units import share, size
 
 
@@ -18,7 +19,7 @@ def calibrated_on(calibrated: Mapping[str, Any]) -> str:
 
 def model_card(record: Mapping[str, Any]) -> str:
     """README.md of an output folder."""
-    plan = record["plan"]
+    plan, original = record["plan"], ORIGINAL_CARD in record.get("files", ())
     schemes = Counter(f"{t['scheme']} by {t['method']}" for t in record["tensors"])
     lines = [
         "---",
@@ -45,6 +46,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         "`fewbit.json` holds the plan, versions, the error of each tensor and every fallback.",
         "Load it with `import fewbit` and `AutoModelForCausalLM.from_pretrained`, or with any reader of the format.",
         "The licence is that of the original model.",
+        *([f"The model card of the original is [{ORIGINAL_CARD}]({ORIGINAL_CARD})."] if original else []),
         "",
     ]
     return "\n".join(lines)

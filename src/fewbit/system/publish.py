@@ -33,7 +33,7 @@ _OURS = re.compile(
     | spiece\.model | sentencepiece\.bpe\.model | chat_template\.(json|jinja)
     | (video_|image_)?(pre)?processor_config\.json
     | (configuration|modeling|tokenization|processing|image_processing)_\w+\.py
-    | README\.md | LICENSE[\w.-]* | NOTICE[\w.-]* | \.gitattributes | \.lock
+    | README(-original)?\.md | LICENSE[\w.-]* | NOTICE[\w.-]* | \.gitattributes | \.lock
     | report\.json | index\.html | quality-(size|speed)\.(svg|png)
     """,
     re.VERBOSE,

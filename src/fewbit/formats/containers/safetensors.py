@@ -20,11 +20,13 @@ from fewbit.errors import FormatError
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import PartSpec
 from fewbit.system.files import read_json, write_json
+from fewbit.system.publish import RECORD
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
-_NOT_CARRIED = ("README.md", "fewbit.json", "fewbit.scales")
+CARD, ORIGINAL_CARD = "README.md", "README-original.md"  # a folder's model card, and the one of its original
+_NOT_CARRIED = (CARD, RECORD, "fewbit.scales")
 _DTYPES = {  # what torch calls them
     "F64": "float64",
     "F32": "float32",
@@ -209,12 +211,23 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def copy_side_files(folder: Path, out: Path) -> None:
-    """Copy the side files of one folder into another, but for those that are there already."""
+    """Copy the side files of one folder into another, but for those that are there already.
+
+    The model card is copied as `ORIGINAL_CARD`, because it describes another model than that of `out`.
+    """
     for file in side_files(folder):
         target = out / file
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / file, target)
+    if (card := card_of(folder)) is not None and not (out / ORIGINAL_CARD).exists():
+        shutil.copyfile(card, out / ORIGINAL_CARD)
+
+
+def card_of(folder: Path) -> Path | None:
+    """The model card in a folder; None if there is none, or if fewbit wrote it."""
+    card = folder / CARD
+    return card if card.is_file() and not (folder / RECORD).exists() else None
 
 
 def folders_left_out(folder: Path) -> list[Path]:
