@@ -47,7 +47,8 @@ def written(folder: Path, path: Path, kind: str = "f32", *, norms: str = "f32") 
         else:
             packed = Method().quantize(tensor.float(), parse(plain), None).weight
             weights[name] = Entry(route.name, plain, tuple(tensor.shape)), packed.parts["blocks"]
-    entries = head.entries({name: (entry.type, entry.shape) for name, (entry, _) in weights.items()})
+    entries = [Entry(name, "f32", tuple(tensor.shape)) for name, tensor in head.extra.items()]
+    entries += [entry for entry, _ in weights.values()]
     with GgufWriter(path, head.metadata, entries) as writer:
         for name, tensor in head.extra.items():
             writer.add(name, tensor)

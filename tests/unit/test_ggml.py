@@ -24,7 +24,6 @@ from tests.contract.cases import inputs, is_sentence, ordinary, stats_of
 from tests.unit.test_gptq import check_definition, check_refinement
 
 names = pytest.mark.parametrize("name", LAYOUTS)
-K_QUANTS = [name for name, layout in LAYOUTS.items() if layout.super]
 
 
 def finite_bytes(name: str, n: int, blocks: int) -> Tensor:

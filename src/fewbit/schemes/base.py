@@ -24,7 +24,6 @@ from fewbit.errors import FormatError, NumericsError, PlanError
 from fewbit.lazy import Tensor, torch
 
 Columns: TypeAlias = "slice | Tensor | int"
-Rows: TypeAlias = "slice | Tensor"
 ALL = slice(None)
 FP16_LARGEST, FP16_SMALLEST = 65504.0, 2.0**-24  # the range of positive fp16 numbers
 Parts: TypeAlias = "dict[str, Tensor]"

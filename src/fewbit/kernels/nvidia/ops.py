@@ -27,14 +27,6 @@ def device() -> Any:
     return module
 
 
-@cache
-def interpreted() -> bool:
-    """Whether Triton runs its kernels in its Python interpreter, as in tests."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
-
-
 @torch.library.custom_op("fewbit::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, tensors: list[Tensor], how: list[int], n: int) -> Tensor:
     """x [M, K] times the transpose of a packed weight [n, K]: [M, n] in the dtype of x."""

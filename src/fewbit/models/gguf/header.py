@@ -1,8 +1,7 @@
 """Everything that a model's GGUF file contains besides its weights. `GgufWriter` needs it first.
 
     head = header.of(config, tokenizer, "org/model")          # PlanError if no GGUF file can store them
-    entries = head.entries({"model.norm.weight": ("f32", (64,)), ...})     # transformers' names: type, shape [N, K]
-    with GgufWriter(path, head.metadata | {"general.file_type": 15}, entries) as writer:
+    with GgufWriter(path, head.metadata | {"general.file_type": 15}, entries) as writer:     # of each tensor
         for name, tensor in head.extra.items():
             writer.add(name, tensor)                          # rotary factors, not weights
         route = head.routes["model.layers.0.self_attn.q_proj.weight"]
@@ -15,14 +14,12 @@ tied embeddings, only `token_embd.weight` is written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fewbit.formats.containers.gguf import Entry
 from fewbit.models.gguf import config as gguf_config
 from fewbit.models.gguf import names, tokenizer_check
 from fewbit.models.gguf import tokenizer as gguf_tokenizer
@@ -37,12 +34,6 @@ class Header:
     metadata: dict[str, Any]
     routes: dict[str, Route]
     extra: dict[str, Tensor]
-
-    def entries(self, weights: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[Entry]:
-        """The tensor entries of the file, in llama.cpp's order. weights: transformers' name -> type and shape in the
-        file."""
-        found = [Entry(name, "f32", tuple(tensor.shape)) for name, tensor in self.extra.items()]
-        return found + [Entry(self.routes[name].name, kind, shape) for name, (kind, shape) in weights.items()]
 
 
 def of(config: Any, tokenizer: Any, name: str) -> Header:

@@ -197,7 +197,6 @@ _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "tq2_0": _tq2_0,
     "mxfp4": _mxfp4,
 }
-NAMES = tuple(_DECODERS)
 
 
 def decode(name: str, blocks: Tensor) -> Tensor:
