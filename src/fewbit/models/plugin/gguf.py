@@ -1,11 +1,11 @@
-"""The weights of a GGUF file in a model of transformers, packed as they lie there.
+"""Loads a GGUF file into a transformers model and keeps its weights packed.
 
-`from_pretrained(..., gguf_file=...)` asks an `HfQuantizer` for the tensors. This one gives them under the names of the
-model's own modules: blocks as the integers that `QLinear` and `QEmbedding` wait for, views on the file's pages, and the
-rest as numbers. Rows of Llama's q and k are put in transformers' order; a row of blocks is moved whole. Nothing is
-decoded but what no packed module stands for.
+`from_pretrained(..., gguf_file=...)` takes the tensors from an `HfQuantizer`. This one renames them to the model's
+modules. A quantized weight becomes the bytes of its blocks, a memory-mapped view of the file, for `QLinear` or
+`QEmbedding`. Other tensors become floats. The rows of Llama's q and k are permuted to transformers' order, a whole row
+of blocks at a time. A quantized tensor is decoded only if it belongs to a module that has no packed counterpart.
 
-Saving such a model writes a GGUF file again: same keys, same tensors, same types.
+Saving such a model writes a GGUF file with the same keys, tensors and types.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile, GgufWriter
 from fewbit.models import scales
 from fewbit.models.gguf.names import ARCHITECTURES, Route, routes
 from fewbit.models.linears import LINEARS
-from fewbit.models.plugin.modules import kernel_asked_for, put, put_embedding, unpack
+from fewbit.models.plugin.modules import put, put_embedding, requested_kernel, unpack
 from fewbit.models.plugin.patch_gguf_config import gguf_path
 from fewbit.nn.layers import QEmbedding, QLinear
 from fewbit.schemes.base import QTensor
@@ -37,17 +37,17 @@ SAVED = "model.gguf"
 _HEAD = ("lm_head.weight", "lm_head.bias")
 
 
-_Theirs: Any = GgufHfQuantizer  # which serves the architectures that are not known here, and is not typed
+_Theirs: Any = GgufHfQuantizer  # untyped; it loads the architectures that fewbit does not know
 
 
 class GgufQuantizer(_Theirs):  # type: ignore[misc]
-    """Puts packed modules where a file has blocks, and gives each its own."""
+    """Replaces the modules of quantized tensors by packed modules, and loads the file's tensors into them."""
 
     file: GgufFile | None = None
     dtype: torch.dtype
 
     def read_header(self, gguf_file: str) -> None:
-        """Parse the header, when transformers has found out where the file is."""
+        """Parse the header. transformers calls this once it knows the file's path."""
         file = GgufFile(gguf_file)
         if file.metadata.get("general.architecture") not in ARCHITECTURES:
             super().read_header(gguf_file)
@@ -71,17 +71,17 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
             if entry.type in PLAIN or self.quantization_config.dequantize:
                 continue
             module = name.removesuffix(".weight")
-            found = model.get_submodule(module) if name.endswith(".weight") else None
-            if isinstance(found, LINEARS):
+            original = model.get_submodule(module) if name.endswith(".weight") else None
+            if isinstance(original, LINEARS):
                 put(model, module, {"weight": entry.spec}, has_bias=False)
-            elif not isinstance(found, nn.Embedding) or not put_embedding(model, module, entry.spec):
+            elif not isinstance(original, nn.Embedding) or not put_embedding(model, module, entry.spec):
                 continue
             self.packed[module] = self._qtensor(entry)
         self._pack_ties(model)
         return model
 
     def _pack_ties(self, model: PreTrainedModel) -> None:
-        """The head of a packed embedding that it is tied to."""
+        """Pack each output head that is tied to a packed embedding."""
         for second, first in model.all_tied_weights_keys.items():
             source, target = first.removesuffix(".weight"), second.removesuffix(".weight")
             if source in self.packed and second not in self.entries:
@@ -89,29 +89,29 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
                 self.packed[target] = self.packed[source]
 
     def _qtensor(self, entry: Entry) -> QTensor:
-        """The weight without its data, which comes when it is loaded."""
+        """The weight's scheme and shape. Its data is added when the file is loaded."""
         return QTensor(codec(entry.type), (entry.shape[0], entry.shape[1]), {})
 
     def get_state_dict(self, checkpoint_file: str, model: PreTrainedModel) -> dict[str, Tensor]:
-        """The file's tensors by the names of the model's own."""
+        """The file's tensors, by their names in the model."""
         if self.file is None:
             other: dict[str, Tensor] = super().get_state_dict(checkpoint_file, model)
             return other
-        found = {}
+        state = {}
         for name, entry in self.entries.items():
             route, tensor = self.routes[name], self.file.get(entry.name)
             if name.removesuffix(".weight") in self.packed:
-                found[name] = tensor if route.rows_back is None else tensor[route.rows_back]
+                state[name] = tensor if route.rows_back is None else tensor[route.rows_back]
             else:
                 if entry.type not in PLAIN:
                     tensor = _decoded(entry, tensor, self.dtype)
-                found[name] = route.from_file(tensor).contiguous()
-            if found[name].data_ptr() != tensor.data_ptr():
+                state[name] = route.from_file(tensor).contiguous()
+            if state[name].data_ptr() != tensor.data_ptr():
                 self.file.release(entry.name)
-        return found
+        return state
 
     def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> Any:
-        """None: tensors have the names of the modules already."""
+        """No conversions: `get_state_dict` has renamed the tensors already."""
         return super().update_weight_conversions(weight_conversions, *args) if self.file is None else []
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -126,14 +126,14 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         for second, first in model.all_tied_weights_keys.items():
             source, target = (modules.get(key.removesuffix(".weight")) for key in (first, second))
             if isinstance(source, QEmbedding) and isinstance(target, QLinear) and _same(source, target):
-                target.weight = source.weight  # one parameter, so that it is counted once, and moved once
+                target.weight = source.weight  # shared, so that it is counted and moved once
         model._weight_conversions = None  # type: ignore[assignment]
         if not self.quantization_config.dequantize:
             model.save_pretrained = _Saver(model, self)  # type: ignore[method-assign,assignment]
         return model
 
     def _prepare(self, modules: Mapping[str, Any], done_with: heap.DoneWith) -> None:
-        """Lay out every weight for its kernel, and let go of what was read from the file."""
+        """Convert every weight to its kernel's layout, and release what was read from the file."""
         for name, weight in self.packed.items():
             module = modules[name]
             assert isinstance(module, (QLinear, QEmbedding))
@@ -147,7 +147,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
             if isinstance(module, QEmbedding):
                 module.adopt(full, self.dtype)
             else:
-                module.adopt(full, self.dtype, kernel_asked_for())
+                module.adopt(full, self.dtype, requested_kernel())
                 done_with([blocks], module.prepared)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -168,13 +168,13 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         return self.file is not None
 
     def check_place(self, path: Path) -> None:
-        """PlanError where the model's own file lies at `path`."""
+        """PlanError if `path` is the file that the model was loaded from."""
         assert self.file is not None
         if path.exists() and path.resolve() in {file.resolve() for file in self.file.files}:
-            raise PlanError(f"{path} is the file that the model lies in", "Save to another folder.")
+            raise PlanError(f"{path} is the file that this model was loaded from", "Save to another folder.")
 
     def write(self, model: PreTrainedModel, path: Path) -> None:
-        """The model as a GGUF file with the keys, tensors and types that it was loaded from."""
+        """Write the model as a GGUF file with the keys, tensors and types of the file that it was loaded from."""
         assert self.file is not None
         if new := [name for name, _ in model.named_parameters() if _is_new(name, model, self.routes)]:
             raise PlanError(
@@ -194,7 +194,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
                 module = modules[name.rpartition(".")[0]]
                 if name.removesuffix(".weight") in self.packed:
                     if not isinstance(module, (QLinear, QEmbedding)):
-                        raise PlanError(f"{name} is no longer packed", "Save the model before it is changed so.")
+                        raise PlanError(f"{name} is no longer packed", "Save the model before you replace its modules.")
                     weight = module.qtensor()
                     blocks = weight.parts[weight.codec.payload].cpu()
                     writer.add(entry.name, blocks if route.rows is None else blocks[route.rows])
@@ -206,9 +206,9 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
 
 
 class _Saver:
-    """`save_pretrained` of a model that came from a GGUF file: another such file in the folder.
+    """`save_pretrained` of a model that was loaded from a GGUF file: it writes a GGUF file into the folder.
 
-    A model with an adapter (`add_adapter`) saves the adapter alone, as transformers' models do.
+    If the model has an adapter (`add_adapter`), it saves only the adapter, as transformers does.
     """
 
     def __init__(self, model: PreTrainedModel, quantizer: GgufQuantizer) -> None:
@@ -224,35 +224,35 @@ class _Saver:
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.quantizer.check_place(folder / SAVED)
-        with publish.published(folder / SAVED, overwrite=True, file=True) as made:
-            self.quantizer.write(self.model, made)
+        with publish.published(folder / SAVED, overwrite=True, file=True) as path:
+            self.quantizer.write(self.model, path)
 
 
 def _routes_of(model: PreTrainedModel) -> dict[str, Route]:
-    """The routes by the model's own names: a base model, which has no head, is no part of another there."""
-    found = routes(model.config)
+    """The routes, by names in this model. A base model (without a head) has no prefix in its names."""
+    by_name = routes(model.config)
     if model.base_model is not model:
-        return found
+        return by_name
     prefix = f"{model.base_model_prefix}."
-    return {name.removeprefix(prefix): route for name, route in found.items()}
+    return {name.removeprefix(prefix): route for name, route in by_name.items()}
 
 
 def _is_new(name: str, model: PreTrainedModel, known: Mapping[str, Route]) -> bool:
-    """Whether it belongs to a head that no file has, such as that of a classifier."""
+    """Whether a parameter belongs to a head that GGUF files never have, such as a classifier's."""
     base = model.base_model
     return base is not model and name not in known and not name.startswith(f"{model.base_model_prefix}.")
 
 
 def _matched(file: GgufFile, model: PreTrainedModel, known: dict[str, Route]) -> dict[str, Entry]:
-    """Name in the model -> its tensor in the file; FormatError unless they are all there and of the right shapes.
+    """Name in the model -> its tensor in the file. FormatError if a tensor is missing or has a wrong shape.
 
-    As transformers does with any checkpoint: the output head is left out where the model's class has none, and a head
-    that no file has is initialized, with a warning.
+    As with other checkpoints in transformers, the file's output head is ignored if the model's class has none, and a
+    head that GGUF files never have (such as a classifier's) is initialized with a warning.
     """
     ours = {route.name: name for name, route in known.items()}
     extra = ARCHITECTURES[file.metadata["general.architecture"]].extra
     expected = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
-    found = {}
+    entries = {}
     for entry in file.entries.values():
         if entry.name in extra:
             continue
@@ -264,22 +264,22 @@ def _matched(file: GgufFile, model: PreTrainedModel, known: dict[str, Route]) ->
         shape = tuple(expected[name][::-1] if known[name].transposed else expected[name])
         if entry.shape != shape:
             raise FormatError(
-                f"{file.path}: {entry.name} has shape {list(entry.shape)}, its keys ask for {list(shape)}"
+                f"{file.path}: {entry.name} has shape {list(entry.shape)}, the model expects {list(shape)}"
             )
         if entry.type in PLAIN and entry.type not in _NUMBERS:
-            raise FormatError(f"{file.path}: {entry.name} has type {entry.type}, which is none of a weight")
-        found[name] = entry
+            raise FormatError(f"{file.path}: {entry.name} has type {entry.type}, expected a float type")
+        entries[name] = entry
     tied = model.all_tied_weights_keys
-    missing = [name for name in expected if name not in found and tied.get(name) not in found]
+    missing = [name for name in expected if name not in entries and tied.get(name) not in entries]
     missing = [name for name in missing if not _is_new(name, model, known)]
     if missing:
         named = known[missing[0]].name if missing[0] in known else missing[0]
-        raise FormatError(f"{file.path}: {len(missing)} tensors are missing, the first is {named}")
-    return found
+        raise FormatError(f"{file.path}: {len(missing)} tensors are missing; the first is {named}")
+    return entries
 
 
 def _decoded(entry: Entry, blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers of a tensor that no packed module stands for."""
+    """A quantized tensor as floats, for a module that has no packed counterpart."""
     rows = blocks.reshape(-1, blocks.shape[-1])
     weight = QTensor(codec(entry.type), (rows.shape[0], entry.shape[-1]), {})
     weight.parts[weight.codec.payload] = rows
@@ -294,7 +294,10 @@ def _same(embedding: QEmbedding, head: QLinear) -> bool:
 
 
 def register() -> None:
-    """Have `from_pretrained(folder, gguf_file=...)` read the folder's file, whatever lies in the working directory."""
+    """Patch `from_pretrained(folder, gguf_file=...)` to read the file in `folder`.
+
+    transformers would prefer a file of that name in the working directory.
+    """
     cls: Any = PreTrainedModel
     theirs = cls.from_pretrained
     if hasattr(theirs, "by_fewbit"):

@@ -1,4 +1,4 @@
-"""Exchanging the modules of a model: packed ones in, ordinary ones back."""
+"""Replaces modules of a model by packed ones, and packed ones by ordinary ones."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fewbit.nn.fused import packed_linears
 from fewbit.nn.layers import QEmbedding, QLinear
 from fewbit.schemes.base import PartSpec
 
-FEW = 0.01  # share of a model's parameters below which it matters to nobody that they are not quantized
+FEW = 0.01  # a smaller share of unquantized parameters gives no warning
 
-asked_for: list[str | None] = []  # the kernels that fewbit's own loader asks for
+requested_kernels: list[str | None] = []  # a stack: one entry for each load by fewbit's own loader that is running
 
 
-def kernel_asked_for() -> str | None:
-    """The kernel that what is being loaded shall use; None for the best."""
-    return asked_for[-1] if asked_for else None
+def requested_kernel() -> str | None:
+    """The kernel that the current load must use; None for the best."""
+    return requested_kernels[-1] if requested_kernels else None
 
 
 def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *, has_bias: bool) -> None:
-    """A `QLinear` in place of the linear called `module`, waiting for these tensors."""
+    """Replace the linear called `module` by a `QLinear` with placeholders for `tensors`."""
     try:
         linear = model.get_submodule(module)
     except AttributeError:
@@ -35,7 +35,7 @@ def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *,
     if not isinstance(linear, LINEARS):
         raise FormatError(f"the checkpoint has quantized tensors for {module}, which is a {type(linear).__name__}")
     (n, k), bias = shape_of(linear), linear.bias
-    if bias is None and has_bias:  # methods that shift weights write one where the model has none
+    if bias is None and has_bias:  # methods that shift weights add a bias that the model does not have
         bias = nn.Parameter(torch.empty(n, dtype=model.dtype, device="meta"))
     parent, _, leaf = module.rpartition(".")
     packed = QLinear(k, n, bias, module).await_tensors(tensors)
@@ -44,9 +44,9 @@ def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *,
 
 
 class ScaledActivation(nn.Module):
-    """An activation function whose outputs are divided by `scales`, one for each channel.
+    """An activation function that divides its outputs by `scales`, one for each channel.
 
-    AutoAWQ makes one where no norm or linear lies before a linear whose columns it scaled.
+    AutoAWQ uses it if it scaled a linear's columns and there is no norm or linear before it to fold the scales into.
     """
 
     def __init__(self, act: nn.Module, channels: int, dtype: torch.dtype) -> None:
@@ -60,7 +60,7 @@ class ScaledActivation(nn.Module):
 
 
 def put_scales(model: PreTrainedModel, module: str, spec: PartSpec) -> None:
-    """A `ScaledActivation` in place of the activation function called `module`, waiting for its scales."""
+    """Replace the activation function called `module` by a `ScaledActivation` with a placeholder for its scales."""
     try:
         act = model.get_submodule(module)
     except AttributeError:
@@ -72,9 +72,9 @@ def put_scales(model: PreTrainedModel, module: str, spec: PartSpec) -> None:
 
 
 def left_as_they_are(model: PreTrainedModel, skipped: Iterable[str] = ()) -> str | None:
-    """A sentence about the weights that wait for no quantization and are no small part of the model; None if few.
+    """A sentence about the weights that are not going to be quantized; None if they are less than `FEW` of the model.
 
-    Embeddings, the output head and what is `skipped` are not counted: nobody expects them to be quantized.
+    Embeddings, the output head and the modules in `skipped` are not counted.
     """
     waiting = [module for module in model.modules() if isinstance(module, QLinear)]
     quantized = sum(module.in_features * module.out_features for module in waiting)
@@ -98,24 +98,27 @@ def left_as_they_are(model: PreTrainedModel, skipped: Iterable[str] = ()) -> str
 
 
 def put_embedding(model: PreTrainedModel, module: str, spec: PartSpec) -> bool:
-    """A `QEmbedding` in place of the embedding called `module`, waiting for codes; False if its kind is not known."""
+    """Replace the embedding called `module` by a `QEmbedding` with a placeholder for its codes.
+
+    Returns False, and changes nothing, if fewbit does not know this class of embedding.
+    """
     embedding = model.get_submodule(module)
     scale = getattr(embedding, "scalar_embed_scale", None)
     if not isinstance(embedding, nn.Embedding) or (type(embedding) is not nn.Embedding and scale is None):
         return False
     packed = QEmbedding(embedding.num_embeddings, embedding.embedding_dim, module, scale)
-    packed.stands_for = (embedding,)  # in a tuple, so that it is no submodule
+    packed.stands_for = (embedding,)  # in a tuple, so that PyTorch does not register it as a submodule
     parent, _, leaf = module.rpartition(".")
     setattr(model.get_submodule(parent), leaf, packed.await_tensors({"weight": spec}))
     return True
 
 
 def unpack(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with ordinary modules that hold in `dtype` what the packed ones stand for."""
+    """Replace the packed modules of `model` by ordinary ones with dequantized weights in `dtype`. Returns `model`."""
     if any(isinstance(module, ScaledActivation) for module in model.modules()):
         raise FormatError(
-            "AutoAWQ divides the outputs of this model's activation functions by scales, which no ordinary model has",
-            "Use the model it was made from.",
+            "AutoAWQ divides the outputs of this model's activation functions by scales; an ordinary model cannot",
+            "Use the original model.",
         )
     plain: nn.Linear | Conv1D | nn.Embedding
     packed: dict[str, QLinear | QEmbedding] = dict(packed_linears(model))

@@ -1,4 +1,4 @@
-"""What fewbit does with each option of transformers' config objects, and the request that one makes of a model.
+"""What fewbit does with each option of transformers' config objects, and what a config requests.
 
 `OPTIONS` is the specification: a value that an option does not allow raises an error with the option's `refusal`.
 `tools/options_table.py` writes the same rows into docs/reference.md. *works*: the option has its effect. *refused*: any
@@ -17,13 +17,13 @@ from fewbit.plans.plan import Plan, Rule
 
 Verdict = Literal["works", "refused", "not needed", "dropped"]
 
-FUSING = ("do_fuse", "fuse_max_seq_len", "modules_to_fuse")  # which transformers drops
-_DEFAULT_GROUP = 128  # the configs' own: who has not thought of groups has asked for this
+FUSING = ("do_fuse", "fuse_max_seq_len", "modules_to_fuse")  # transformers drops these
+_DEFAULT_GROUP = 128  # the configs' default; the user may not have chosen it, so the plan may adapt it to the model
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a config: what becomes of it (`verdict`, `says`), which values it may have, and why no others."""
+    """One option of a config: `verdict` and `says` (the docs' row), the values that it `allows`, and the `refusal`."""
 
     config: str
     name: str
@@ -42,10 +42,10 @@ def _is_dataset(value: Any) -> bool:
 
 
 _AUTO = _one_of(None, "auto", "auto_trainable")
-_KERNELS = "it names a kernel of gptqmodel's; fewbit takes the best of its own, so leave it"
-_NOT_AWQ = "it belongs to GPTQ, AWQ has no such thing"
+_KERNELS = "this names a kernel of gptqmodel; fewbit chooses its own, so remove this option"
+_NOT_AWQ = "AWQ does not use this option of GPTQ"
 
-# What AwqConfig has from GPTQConfig and means the same.
+# AwqConfig inherits these from GPTQConfig, with the same meaning.
 _SHARED = (
     ("tokenizer", "works", "a tokenizer, or the path of one; default: the model's own"),
     (
@@ -123,7 +123,7 @@ OPTIONS: tuple[Option, ...] = (
         "refused",
         "except true: hidden states always stay in memory",
         _one_of(True),
-        "hidden states between blocks are always kept; fewer or shorter texts need less memory",
+        "fewbit always keeps the hidden states between blocks; use fewer or shorter texts to save memory",
     ),
     Option(
         "GPTQConfig",
@@ -179,7 +179,7 @@ OPTIONS: tuple[Option, ...] = (
         "refused",
         "except none",
         _one_of(None),
-        "AWQ says it the other way round, with modules_to_not_convert",
+        "for AWQ, name the modules to leave out, with modules_to_not_convert",
     ),
     Option("AwqConfig", "exllama_config", "dropped", "option of older transformers"),
     Option("BitsAndBytesConfig", "load_in_8bit", "works", "LLM.int8()"),
@@ -209,7 +209,7 @@ OPTIONS: tuple[Option, ...] = (
         "refused",
         "except false",
         _one_of(False, None),
-        "it keeps weights in 16 bits, which is no quantization",
+        "it keeps weights in 16 bits and quantizes nothing",
     ),
     Option(
         "BitsAndBytesConfig",
@@ -223,7 +223,7 @@ OPTIONS: tuple[Option, ...] = (
         "works",
         "`nf4` or `fp4`",
         _one_of("nf4", "fp4"),
-        "known are nf4 and fp4",
+        "expected nf4 or fp4",
     ),
     Option("BitsAndBytesConfig", "bnb_4bit_use_double_quant", "works", "stores the scales in 8 bits"),
     Option("BitsAndBytesConfig", "bnb_4bit_quant_storage", "works", "type of the codes in files"),
@@ -233,7 +233,7 @@ OPTIONS: tuple[Option, ...] = (
 
 
 def check(config: Any, *only: str) -> None:
-    """PlanError with a sentence for every option of `config`, or for those named, that cannot be honoured."""
+    """PlanError with a line for each option of `config` (or of `only`) that has a value fewbit does not support."""
     kind = type(config).__name__
     wrong = [
         f"{kind}({option.name}={getattr(value, 'value', value)!r}): {option.refusal}"
@@ -248,11 +248,12 @@ def check(config: Any, *only: str) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """A quantization that a config asks for while a model is loaded.
+    """The quantization that a config requests for an unquantized model.
 
-    dataset, tokenizer: as given. length: tokens of a window, batch: windows at once; None and 1: ours. stages: linears
-    of a block that are quantized one list after another; empty: found; None: all at once. blocks: the name under which
-    the model's blocks should lie. left: parts of names that must be some linear's.
+    dataset, tokenizer: as in the config. length: tokens in a window, None for fewbit's default. batch: windows in a
+    batch, 1 for fewbit's default. stages: lists of linears of a block, quantized one list after another; empty: fewbit
+    finds them; None: all at once. blocks: the name of the module list that holds the blocks. preceding: modules before
+    the first block; each must exist. left: parts of names; each must occur in the name of a linear.
     """
 
     plan: Plan
@@ -267,8 +268,10 @@ class Request:
 
 
 def request(config: Any) -> Request | None:
-    """What `config` asks for of a model that is not quantized; None where it needs no calibration. PlanError for what
-    cannot be honoured."""
+    """The calibrated quantization that `config` requests; None if it needs no calibration.
+
+    PlanError if an option has an unsupported value.
+    """
     check(config)
     kind = type(config).__name__
     if kind not in ("GPTQConfig", "AwqConfig"):
@@ -281,9 +284,9 @@ def request(config: Any) -> Request | None:
     if kind == "GPTQConfig":
         order = bool(config.desc_act or config.act_group_aware)
         options = {"damp": str(config.damp_percent), "act_order": str(order).lower()}
-        asked = config.modules_in_block_to_quantize
-        if asked is not None:
-            stages = tuple((one,) if isinstance(one, str) else tuple(one) for one in asked)
+        names = config.modules_in_block_to_quantize
+        if names is not None:
+            stages = tuple((one,) if isinstance(one, str) else tuple(one) for one in names)
             rules = [Rule(f"*.{name}", scheme, "gptq", options) for stage in stages for name in stage]
             stages = stages if config.true_sequential else None
         else:

@@ -1,8 +1,8 @@
-"""Options that transformers' config objects accept and drop, kept: `AwqConfig(do_fuse=True, fuse_max_seq_len=512)`.
+"""Keeps options that transformers' config objects accept and drop: `AwqConfig(do_fuse=True, fuse_max_seq_len=512)`.
 
-transformers 5 takes them without a word, and does nothing. Here they are checked at once, travel with a model that is
-loaded, and are not written to its config.json: fusing belongs to a load, not to a file. And `GPTQConfig` takes
-`modules_in_block_to_quantize` without optimum, of which it would otherwise ask the version.
+transformers 5 ignores them silently. With this patch they are checked when the config is created and kept on the loaded
+model. They are not written to config.json, because fusing belongs to one load and not to a file. The patch also lets
+`GPTQConfig` take `modules_in_block_to_quantize` if optimum is not installed; transformers alone checks its version.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from fewbit.models.plugin.options import FUSING
 
 
 def register() -> None:
-    """Let `AwqConfig` keep what it is told of fusing, and `GPTQConfig` the modules to quantize."""
+    """Let `AwqConfig` keep its fusing options, and `GPTQConfig` its list of modules to quantize."""
     keep_modules(GPTQConfig)
     config: Any = AwqConfig
     make, loading, to_dict = config.__init__, config.get_loading_attributes, config.to_dict
 
     @wraps(make)
     def with_fusing(self: AwqConfig, *args: Any, **kwargs: Any) -> None:
-        told = {name: kwargs.pop(name, None) for name in FUSING}
+        fusing = {name: kwargs.pop(name, None) for name in FUSING}
         make(self, *args, **kwargs)
-        if told["do_fuse"] is None:
-            told["do_fuse"] = told["modules_to_fuse"] is not None
-        if told["do_fuse"] and told["fuse_max_seq_len"] is None:
+        if fusing["do_fuse"] is None:
+            fusing["do_fuse"] = fusing["modules_to_fuse"] is not None
+        if fusing["do_fuse"] and fusing["fuse_max_seq_len"] is None:
             raise PlanError(
-                "AwqConfig(do_fuse=True) without a length", "Add fuse_max_seq_len=512 or so: prompt and answer, tokens."
+                "AwqConfig(do_fuse=True) without a length",
+                "Add fuse_max_seq_len, the number of tokens of prompt and answer, such as 512.",
             )
-        vars(self).update(told)
+        vars(self).update(fusing)
 
     @wraps(loading)
     def with_them(self: AwqConfig) -> dict[str, Any]:
@@ -46,14 +47,14 @@ def register() -> None:
 
 
 def keep_modules(config: Any) -> None:
-    """Let `GPTQConfig` check all but `modules_in_block_to_quantize`, and keep that."""
+    """Hide `modules_in_block_to_quantize` from `GPTQConfig`'s own check, which would require optimum."""
     check = config.post_init
 
     @wraps(check)
     def without_optimum(self: Any) -> None:
-        asked, self.modules_in_block_to_quantize = self.modules_in_block_to_quantize, None
+        names, self.modules_in_block_to_quantize = self.modules_in_block_to_quantize, None
         check(self)
-        self.modules_in_block_to_quantize = asked
+        self.modules_in_block_to_quantize = names
 
     config.post_init = without_optimum
 

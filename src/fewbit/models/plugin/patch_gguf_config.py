@@ -1,9 +1,8 @@
-"""`AutoConfig.from_pretrained`: of a GGUF file by fewbit's reader, of a folder with all that its files say.
+"""Lets `AutoConfig.from_pretrained` read GGUF files with fewbit's reader, and old AutoGPTQ and AutoAWQ folders.
 
-transformers' own reader would otherwise parse the GGUF file, and it believes what the file says. A folder of old
-AutoGPTQ or AutoAWQ keeps its quantization config beside config.json. Patched is
-`PreTrainedConfig._get_config_dict`, by `fewbit.hook` when transformers' module of configs is imported; this module must
-not import more of transformers than that.
+transformers' own GGUF reader does not validate the file. Folders of old AutoGPTQ and AutoAWQ keep the quantization
+config in a file beside config.json. `fewbit.hook` applies this patch to `PreTrainedConfig._get_config_dict` when
+`transformers.configuration_utils` is imported. This module must not import more of transformers than that.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ if TYPE_CHECKING:
     from fewbit.formats.containers.gguf import GgufFile
 
 _LOCATING = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-_USED = {*_LOCATING, "trust_remote_code", "_from_pipeline", "_from_auto"}  # not handed on as part of a config
+_USED = {*_LOCATING, "trust_remote_code", "_from_pipeline", "_from_auto"}  # not passed on as part of a config
 
 
 def gguf_path(name: Any, file: str, options: Mapping[str, Any]) -> str:
-    """The absolute path of `file` in the folder or Hub repository `name`; OSError where it is not there.
+    """The absolute path of `file` in the folder or Hub repository `name`; OSError if it is not there.
 
-    transformers looks for the weights in the working directory first, and for the config in the folder.
+    transformers looks for weights in the working directory first, but for the config in the folder.
     """
     from transformers.utils.hub import cached_file
 
     local = {key: options[key] for key in _LOCATING if options.get(key) is not None}
-    found = cached_file(str(name), str(file), **local)
-    assert found is not None  # cached_file raises where there is none
-    return os.path.abspath(found)
+    path = cached_file(str(name), str(file), **local)
+    assert path is not None  # cached_file raises an error if there is none
+    return os.path.abspath(path)
 
 
 def gguf_file(name: Any, file: str, options: Mapping[str, Any]) -> GgufFile | None:
@@ -46,7 +45,7 @@ def gguf_file(name: Any, file: str, options: Mapping[str, Any]) -> GgufFile | No
 
 
 def register() -> None:
-    """Put fewbit before the function that reads a config's file."""
+    """Wrap the function of transformers that reads a config file."""
     cls: Any = configuration_utils.PreTrainedConfig
     theirs = getattr(cls, "_get_config_dict", None)
     if theirs is None or hasattr(theirs, "by_fewbit"):
@@ -66,7 +65,7 @@ def register() -> None:
 
             config = completed(config, folder) if folder.is_dir() else config
             if not isinstance(quantized := config.get("quantization_config", {}), (dict, type(None))):
-                check(quantized)  # transformers' configs fail on it without a reason
+                check(quantized)  # transformers' own error does not say why
         return config, rest
 
     ours.by_fewbit = True  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""`AutoTokenizer.from_pretrained(..., gguf_file=...)` by fewbit's reader, for the architectures that it loads.
+"""Lets `AutoTokenizer.from_pretrained(..., gguf_file=...)` use fewbit's reader, for architectures that fewbit knows.
 
-`PreTrainedTokenizerFast`, the class of what it makes, has the same. `fewbit.hook` patches both when the module
-of the first is imported.
+`PreTrainedTokenizerFast`, the class of the result, is patched too. `fewbit.hook` patches both when AutoTokenizer's
+module is imported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers.models.auto import tokenization_auto
 
 from fewbit.models.plugin.patch_gguf_config import gguf_file
 
-# Arguments that say how files are found, and which class reads them. All others are the tokenizer's.
+# Arguments that say where the files are and which class reads them. All others go to the tokenizer.
 _LOADING = {
     "gguf_file",
     "cache_dir",
@@ -48,8 +48,8 @@ def _put_before(cls: Any) -> None:
 
     @wraps(theirs)
     def ours(kind: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        name = pretrained_model_name_or_path  # callers may name this argument
-        # A class below the patched one reads files itself.
+        name = pretrained_model_name_or_path  # the parameter keeps transformers' name: callers may pass it by keyword
+        # Subclasses read files themselves.
         if kind is cls and (file := kwargs.get("gguf_file")) and (found := gguf_file(name, file, kwargs)) is not None:
             from fewbit.models.gguf.tokenizer import to_tokenizer
 
@@ -61,7 +61,7 @@ def _put_before(cls: Any) -> None:
 
 
 def register() -> None:
-    """Put fewbit before the method of both classes."""
+    """Wrap the method of both classes."""
     _put_before(tokenization_auto.AutoTokenizer)
     _put_before(PreTrainedTokenizerFast)
 

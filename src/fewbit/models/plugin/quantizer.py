@@ -1,10 +1,12 @@
-"""fewbit at transformers' own seam: an `HfQuantizer` that loads quantized checkpoints packed.
+"""An `HfQuantizer` that loads quantized checkpoints and keeps their weights packed.
 
-There is one loading path, `from_pretrained`. This file is the only one that touches transformers' registries; it
-stands in for a back end where that is not installed, where the user prefers it (`fewbit.prefer`), and inside `serving`,
-where fewbit's own loader asks for it. Weights in 16 bits are quantized one by one as transformers reads them, where the
-config object asks for something that needs no calibration: no more than one is ever there in 16 bits. Where it asks for
-GPTQ or AWQ, `fewbit.api.on_load` makes a quantized checkpoint first, which is loaded in the place of the other.
+There is one loading path, `from_pretrained`. Only this file changes transformers' registries. Its quantizer replaces a
+back end in three cases: the back end is not installed, the user prefers fewbit (`fewbit.prefer`), or fewbit's own
+loader runs (`serving`).
+
+If a config object requests quantization of an unquantized model, there are two ways. A scheme that needs no calibration
+quantizes each weight as transformers reads it, so at most one weight is in memory in 16 bits. For GPTQ and AWQ,
+`fewbit.api.on_load` makes a quantized checkpoint first, and transformers loads that instead.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from fewbit.models.decoding import decode
 from fewbit.models.decoding.fuse import fuse
 from fewbit.models.linears import LINEARS
 from fewbit.models.plugin import options
-from fewbit.models.plugin.modules import asked_for, kernel_asked_for, left_as_they_are, put, put_scales, unpack
+from fewbit.models.plugin.modules import left_as_they_are, put, put_scales, requested_kernel, requested_kernels, unpack
 from fewbit.models.source import read_config
 from fewbit.nn.fused import packed_linears
 from fewbit.nn.layers import QLinear, slot
@@ -53,40 +55,40 @@ from fewbit.schemes.base import PartSpec, QTensor, chunk_rows, too_small, vanish
 from fewbit.system import heap, locks
 from fewbit.system.cache import cache_folder
 
-# Names that transformers has for a method's back ends, where they are not the method's own.
+# transformers' names of a method's back ends, if they differ from the method's name.
 _BACK_ENDS = {"bitsandbytes": ("bitsandbytes_4bit", "bitsandbytes_8bit")}
 _INSTALLED = {
     "gptq": lambda: is_gptqmodel_available() and is_optimum_available(),
     "awq": is_gptqmodel_available,
     "bitsandbytes": is_bitsandbytes_available,
 }
-_AUTO_ROUND = "auto-round"  # its files are in GPTQ's layout or in AWQ's
+_AUTO_ROUND = "auto-round"  # its files have the layout of GPTQ or AWQ
 
 
 class FewbitQuantizer(HfQuantizer):
-    """Puts `QLinear` where the checkpoint has quantized weights, lets transformers fill it, and prepares its kernel."""
+    """Replaces linears with quantized weights by `QLinear`, lets transformers fill them, and prepares the kernels."""
 
     requires_calibration = False
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         method = str(getattr(quantization_config.quant_method, "value", quantization_config.quant_method))
-        said: dict[str, Any] = {**quantization_config.to_dict(), "quant_method": method}
+        config: dict[str, Any] = {**quantization_config.to_dict(), "quant_method": method}
         if method == _AUTO_ROUND:
-            said = foreign.normalized(said)
-            method = said["quant_method"]
+            config = foreign.normalized(config)
+            method = config["quant_method"]
         format = by_quant_method(method)
         if format is None:
-            raise FormatError(f"quantization method {method!r} is not one that fewbit reads")
+            raise FormatError(f"fewbit cannot read quantization method {method!r}")
         self.format = format
-        self.config = said
+        self.config = config
         self.renamings: list[WeightRenaming] = []
         self.transposed: set[str] = set()
         self.packed: list[str] = []  # names of the layers that are packed
-        self.length: int | None = None  # of the static cache, where the model is to be fused
-        self.failure: FewbitError | None = None  # of a weight that was to be quantized as it was read
+        self.length: int | None = None  # length of the static cache, if the model is to be fused
+        self.failure: FewbitError | None = None  # the first error while quantizing weights as they are read
         self.vanished: list[tuple[str, str, int]] = []  # name, scheme and number of groups that became 0
-        self.waiting: tuple[PreTrainedModel, list[str], Any] | None = None  # what is to be quantized first
+        self.waiting: tuple[PreTrainedModel, list[str], Any] | None = None  # model, files, device map to quantize first
         self.request = None if self.pre_quantized else options.request(quantization_config)
         self.scheme = None if self.pre_quantized or self.request else format.scheme(self.config)
         if not self.pre_quantized and self.scheme is None and self.request is None:
@@ -96,7 +98,7 @@ class FewbitQuantizer(HfQuantizer):
             )
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
-        """KernelError where a packed layer would go to the disk. transformers asks again once the map is settled."""
+        """KernelError if the device map puts a packed layer on the disk. Called again when the map is final."""
         if not isinstance(device_map, dict):
             return
         for name in self.packed:
@@ -108,11 +110,11 @@ class FewbitQuantizer(HfQuantizer):
                 )
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Like bitsandbytes, which it stands in for: to the GPU where nothing is said."""
+        """In place of bitsandbytes, choose its default: the GPU, if the caller gives no device map."""
         if (
             device_map is None
             and self.format.quant_method in _BACK_ENDS
-            and not asked_for
+            and not requested_kernels
             and torch.cuda.is_available()
         ):
             return {"": torch.cuda.current_device()}
@@ -124,8 +126,8 @@ class FewbitQuantizer(HfQuantizer):
         self.dtype = model.dtype
         if getattr(self.quantization_config, "do_fuse", False):
             context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-            asked = getattr(self.quantization_config, "fuse_max_seq_len", None)
-            self.length = decode.checked_length(asked, context or sys.maxsize, f"fuse_max_seq_len {asked!r}")
+            length = getattr(self.quantization_config, "fuse_max_seq_len", None)
+            self.length = decode.checked_length(length, context or sys.maxsize, f"fuse_max_seq_len {length!r}")
         if self.scheme is not None:
             self._make_room(model, kwargs.get("device_map"))
             self.validate_environment(kwargs.get("device_map"))
@@ -149,14 +151,14 @@ class FewbitQuantizer(HfQuantizer):
         return model
 
     def _make_places(self, model: PreTrainedModel, checkpoint_files: list[str]) -> None:
-        """A `QLinear` for each linear that has quantized tensors in these files."""
-        # As the file has it: config classes drop what they do not know, and a reader must not guess.
+        """Replace each linear that has quantized tensors in these files by a `QLinear`."""
+        # Read the config from the file: transformers' config classes drop keys that they do not know.
         stored = read_config(Path(checkpoint_files[0]).parent).get("quantization_config")
         if isinstance(stored, dict):
             self.config = foreign.normalized(stored)
-            # So that what is saved says all of it too.
-            kept: Any = self.quantization_config
-            vars(kept).update({key: value for key, value in stored.items() if key not in vars(kept)})
+            # Keep those keys on the config object too, so that saving the model writes them.
+            config: Any = self.quantization_config
+            vars(config).update({key: value for key, value in stored.items() if key not in vars(config)})
         self.packed = []
         scales.attach(model, scales.of_folder(Path(checkpoint_files[0]).parent))
         specs: dict[str, PartSpec] = {}
@@ -173,10 +175,13 @@ class FewbitQuantizer(HfQuantizer):
         self.renamings = [WeightRenaming(f".{name}", f".{slot(name)}") for name in sorted(suffixes) if "." in name]
 
     def _quantize_first(self, model: PreTrainedModel, files: list[str], device_map: Any) -> None:
-        """Make a quantized checkpoint of `files`, and put its files in their place in that list, the loader's own."""
+        """Make a quantized checkpoint from `files`, and replace their paths by its own in that list.
+
+        The list is the loader's, so transformers then reads the quantized files.
+        """
         on_load, held = hook.on_load(), locks.scratch(cache_folder() / "on-load")
         self.remove, out = weakref.finalize(self, held.remove), held.folder
-        # A model's own code was allowed if it is what is being loaded.
+        # If the model's class is remote code, the user has allowed remote code.
         trusted = type(model).__module__.startswith("transformers_modules.")
         with as_read.folder_of(model, files, trust_remote_code=trusted) as folder:
             self.forget = on_load.quantized(
@@ -192,18 +197,20 @@ class FewbitQuantizer(HfQuantizer):
             self._make_places(model, files)
 
     def _make_room(self, model: PreTrainedModel, device_map: Any) -> None:
-        """A `QLinear` for each linear that is to be quantized as it is loaded."""
-        asked = self.config.get("llm_int8_skip_modules")
-        skipped = self.get_modules_to_not_convert(model, asked, list(model._keep_in_fp32_modules or ()))
+        """Replace each linear that is quantized while it is loaded by a `QLinear`."""
+        requested = self.config.get("llm_int8_skip_modules")
+        skipped = self.get_modules_to_not_convert(model, requested, list(model._keep_in_fp32_modules or ()))
         if self.config.get("llm_int8_enable_fp32_cpu_offload") and isinstance(device_map, dict):
             slow = [name for name, place in device_map.items() if str(place) in ("cpu", "disk")]
             skipped += slow if len(slow) < len(device_map) else []
-        skipped += [name.removesuffix(".weight") for name in model.all_tied_weights_keys]  # they are embeddings
-        wrong = [
-            key for key in asked or () if all(should_convert_module(name, [key]) for name, _ in model.named_modules())
+        skipped += [name.removesuffix(".weight") for name in model.all_tied_weights_keys]  # tied to embeddings
+        unknown = [
+            key
+            for key in requested or ()
+            if all(should_convert_module(name, [key]) for name, _ in model.named_modules())
         ]
-        if wrong:
-            warnings.warn(f"llm_int8_skip_modules: the model has no module {', '.join(wrong)}", stacklevel=2)
+        if unknown:
+            warnings.warn(f"llm_int8_skip_modules: the model has no module {', '.join(unknown)}", stacklevel=2)
         for name, module in list(model.named_modules()):
             if type(module) in LINEARS and should_convert_module(name, skipped):
                 assert isinstance(module.weight, Tensor)
@@ -211,24 +218,24 @@ class FewbitQuantizer(HfQuantizer):
                     self.transposed.add(name)
                 put(model, name, {"weight": PartSpec(tuple(module.weight.shape), model.dtype)}, has_bias=False)
                 self.packed.append(name)
-        if said := left_as_they_are(model, skipped):
-            warnings.warn(f"{type(self.quantization_config).__name__}: {said}", stacklevel=2)
+        if note := left_as_they_are(model, skipped):
+            warnings.warn(f"{type(self.quantization_config).__name__}: {note}", stacklevel=2)
 
     def update_weight_conversions(self, weight_conversions: Any, *rest: Any) -> Any:
-        """PlanError where the caller renames tensors (`key_mapping`) of a checkpoint that is to be quantized first."""
+        """PlanError if the caller renames tensors (`key_mapping`) of a checkpoint that must be quantized first."""
         if self.waiting is not None:
             known = {str(c.source_patterns) for c in get_model_conversion_mapping(self.waiting[0])}
             if other := [str(c.source_patterns) for c in weight_conversions if str(c.source_patterns) not in known]:
                 raise PlanError(
-                    f"{type(self.quantization_config).__name__} with key_mapping ({other[0]}): that is not supported",
+                    f"{type(self.quantization_config).__name__} does not support key_mapping ({other[0]})",
                     "Load the model with key_mapping alone, save it, and quantize that folder.",
                 )
-        theirs: Any = super().update_weight_conversions  # which takes the model too in newer versions
+        theirs: Any = super().update_weight_conversions  # newer versions take the model as a second argument
         return theirs(weight_conversions, *rest)
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
         if self.waiting is not None:
-            # Asked for between building the model, when all tensors that are made have no data, and loading it.
+            # transformers calls this after it built the model on the meta device and before it reads the files.
             waiting, self.waiting = self.waiting, None
             self._quantize_first(*waiting)
         return self.renamings
@@ -238,7 +245,7 @@ class FewbitQuantizer(HfQuantizer):
         return not self.pre_quantized and leaf == "weight" and isinstance(model.get_submodule(module), QLinear)
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
-        """Bytes per element, for device maps: of a weight that waits to be quantized, those it will have."""
+        """Bytes per element, for device maps. For a weight that is still to be quantized, its bytes after that."""
         if self.scheme is not None and self.param_needs_quantization(model, param_name):
             return self.scheme.nbytes((param.shape[0], param.shape[1])) / param.numel()
         return param.element_size()
@@ -247,12 +254,13 @@ class FewbitQuantizer(HfQuantizer):
         return _QuantizeOnLoad(self)
 
     def quantize(self, module: QLinear, weight: Tensor) -> None:
-        """Round `weight` to nearest and give it to a module that waits for it."""
+        """Round `weight` to nearest, and store it in `module`."""
         assert self.scheme is not None
         weight = weight.T if module.module in self.transposed else weight
         if weight.shape != (module.out_features, module.in_features):
             raise FormatError(
-                f"{module.module}.weight has shape {list(weight.shape)}, which config.json does not ask for"
+                f"{module.module}.weight has shape {list(weight.shape)}, "
+                f"config.json says {[module.out_features, module.in_features]}"
             )
         try:
             codes, grids = self.scheme.nearest(weight)
@@ -266,28 +274,28 @@ class FewbitQuantizer(HfQuantizer):
             count += vanished(self.scheme, weight[rows], values)
         if count:
             self.vanished.append((module.module, str(self.scheme), count))
-        module.adopt(packed, self.dtype, kernel_asked_for())
+        module.adopt(packed, self.dtype, requested_kernel())
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.failure is not None:
             raise self.failure
         for note in too_small(self.vanished, len(self.packed)):
             warnings.warn(f"{type(self.quantization_config).__name__}: {note}", stacklevel=2)
-        # What was renamed for loading is not to be renamed back in saving: the format gives the names on disk itself.
+        # Drop the renamings, so that saving does not undo them: the format itself gives the names on disk.
         if used := getattr(model, "_weight_conversions", None):
             model._weight_conversions = [c for c in used if c not in self.renamings]  # type: ignore[assignment]
         with heap.trimmed() as done_with:
             self._prepare(model, done_with)
         if self.request is not None:
-            self._as_made(model)
+            self._describe_result(model)
         if self.length is not None:
             fuse(model)
             decode.within(model, self.length)
         return model
 
     def _prepare(self, model: PreTrainedModel, done_with: heap.DoneWith) -> None:
-        """Lay out every weight for its kernel, and let go of what was read from the files."""
-        kernel, compute = kernel_asked_for(), self._compute_dtype()
+        """Convert every weight to its kernel's layout, and release what was read from the files."""
+        kernel, compute = requested_kernel(), self._compute_dtype()
         for name, module in model.named_modules():
             if isinstance(module, QLinear):
                 module.compute = compute
@@ -304,41 +312,45 @@ class FewbitQuantizer(HfQuantizer):
                 if weight.shape != (module.out_features, module.in_features):
                     raise FormatError(
                         f"{name} holds a weight of shape {list(weight.shape)}, "
-                        f"config.json asks for {[module.out_features, module.in_features]}"
+                        f"config.json says {[module.out_features, module.in_features]}"
                     )
                 module.adopt(weight, self.dtype, kernel)
                 done_with(tensors.values(), module.prepared)
 
     def _compute_dtype(self) -> torch.dtype | None:
-        """The type that bitsandbytes would compute in; None for that of the activations, as in fewbit's own loader."""
-        name = self.config.get("bnb_4bit_compute_dtype") if self.config.get("load_in_4bit") and not asked_for else None
+        """The dtype that bitsandbytes would compute in; None for the activations' dtype, as in fewbit's own loader."""
+        name = (
+            self.config.get("bnb_4bit_compute_dtype")
+            if self.config.get("load_in_4bit") and not requested_kernels
+            else None
+        )
         return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(name).removeprefix("torch."))
 
-    def _as_made(self, model: PreTrainedModel) -> None:
-        """A config that says what was made, in place of what was asked for; what it was made from goes."""
-        asked: Any = self.quantization_config
+    def _describe_result(self, model: PreTrainedModel) -> None:
+        """Replace the requested config by that of the quantized model, and delete the intermediate checkpoint."""
+        original: Any = self.quantization_config
         self.pre_quantized = True
-        # What to_dict of AwqConfig calls version and of GPTQConfig checkpoint_format is the format as asked for. v1 is
-        # not written with zero points.
-        form = str(getattr(asked.format, "value", asked.format))
+        # The requested format is `version` in AwqConfig.to_dict and `checkpoint_format` in GPTQConfig.to_dict. A
+        # request for gptq (v1) is not copied: asymmetric weights are saved as gptq_v2.
+        form = str(getattr(original.format, "value", original.format))
         if form == "gptq_v2":
             self.config |= {"format": form, "checkpoint_format": form}
         elif self.format.quant_method == "awq":
             self.config["version"] = form
-        made: Any = type(asked).from_dict(self.config)
-        vars(made).update({key: value for key, value in self.config.items() if key not in vars(made)})
-        made.meta, made.dataset = asked.meta, asked.dataset if isinstance(asked.dataset, str) else None
+        result: Any = type(original).from_dict(self.config)
+        vars(result).update({key: value for key, value in self.config.items() if key not in vars(result)})
+        result.meta, result.dataset = original.meta, original.dataset if isinstance(original.dataset, str) else None
         for name in ("damp_percent", "true_sequential", "modules_in_block_to_quantize", *options.FUSING):
-            if hasattr(asked, name):
-                setattr(made, name, getattr(asked, name))
-        model.config.quantization_config = self.quantization_config = made
+            if hasattr(original, name):
+                setattr(result, name, getattr(original, name))
+        model.config.quantization_config = self.quantization_config = result
         self.forget()
         self.remove()
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The tensors that `save_pretrained` writes, quantized weights in the layout of their format.
+        """The tensors that `save_pretrained` writes, with quantized weights in the layout of their format.
 
-        Of a model with an adapter (`add_adapter`) transformers writes the adapter alone.
+        If the model has an adapter (`add_adapter`), transformers writes only the adapter.
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return model.state_dict(), {}
@@ -355,7 +367,7 @@ class FewbitQuantizer(HfQuantizer):
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        # A config that was saved holds the type's name.
+        # A saved config holds the dtype's name.
         return unpack(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -367,7 +379,7 @@ class FewbitQuantizer(HfQuantizer):
 
 
 class _QuantizeOnLoad(ConversionOps):
-    """What transformers' loader does to a weight in 16 bits once it is on its device."""
+    """Quantizes a 16-bit weight when transformers' loader has put it on its device."""
 
     def __init__(self, quantizer: FewbitQuantizer) -> None:
         self.quantizer = quantizer
@@ -380,7 +392,7 @@ class _QuantizeOnLoad(ConversionOps):
             weight = value[0] if isinstance(value, list) else value
             module = kwargs["model"].get_submodule(name.rpartition(".")[0])
             if isinstance(module, QLinear) and module.placeholders:
-                # transformers would print what is raised here and raise an error of its own.
+                # transformers would print an error raised here and raise its own instead, so keep it for later.
                 try:
                     if self.quantizer.failure is None:
                         with heap.trimmed():
@@ -393,18 +405,18 @@ class _QuantizeOnLoad(ConversionOps):
 
 
 def _checked(theirs: Any) -> Any:
-    """transformers' question whether it knows a model's quantization, with a sentence where that is none."""
+    """transformers' `supports_quant_method`, which first raises an error that says why a config is not supported."""
 
-    def supports(found: Any) -> bool:
-        foreign.check(getattr(found, "to_dict", lambda: found)())
-        return bool(theirs(found))
+    def supports(config: Any) -> bool:
+        foreign.check(getattr(config, "to_dict", lambda: config)())
+        return bool(theirs(config))
 
     supports.by_fewbit = True  # type: ignore[attr-defined]
     return supports
 
 
 def _fitting(theirs: Any) -> Any:
-    """`load_adapter` of transformers' models, whose adapters then fit the scales of the model, as PEFT's own do."""
+    """transformers' `load_adapter`, which then refits the adapter to the model's scales, as in PEFT's own loader."""
 
     @wraps(theirs)
     def load_adapter(self: Any, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
@@ -421,7 +433,7 @@ def _fitting(theirs: Any) -> Any:
 
 
 def register() -> None:
-    """Stand in for the back ends that are not installed, or that the user does not prefer."""
+    """Register the quantizers, in place of back ends that are not installed or that `fewbit.prefer` replaces."""
     for method in _methods():
         if method in hook.preferred or not _INSTALLED.get(method, lambda: False)():
             auto.AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(_back_ends(method), FewbitQuantizer))
@@ -433,7 +445,7 @@ def register() -> None:
         model.load_adapter = _fitting(model.load_adapter)
     if not is_auto_round_available():
         auto.AUTO_QUANTIZER_MAPPING[_AUTO_ROUND] = FewbitQuantizer
-    with suppress(ImportError):  # where transformers has its own no more, there is nothing to stand in for
+    with suppress(ImportError):  # a version of transformers without its own GGUF quantizer needs no replacement
         from fewbit.models.plugin.gguf import GgufQuantizer
 
         mapping: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
@@ -442,20 +454,20 @@ def register() -> None:
 
 @contextmanager
 def serving(kernel: str | None = None) -> Iterator[None]:
-    """Within, every format that fewbit knows is loaded by fewbit, and by `kernel` where one is named."""
+    """A context in which fewbit loads every format that it knows, with `kernel` if one is named."""
     ours = [_AUTO_ROUND, *(name for method in _methods() for name in _back_ends(method))]
     before = {name: auto.AUTO_QUANTIZER_MAPPING[name] for name in ours if name in auto.AUTO_QUANTIZER_MAPPING}
     auto.AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(ours, FewbitQuantizer))
-    asked_for.append(kernel)
+    requested_kernels.append(kernel)
     try:
         yield
     finally:
-        asked_for.pop()
+        requested_kernels.pop()
         auto.AUTO_QUANTIZER_MAPPING.update(before)
 
 
 def _methods() -> list[str]:
-    """Of the formats that lie in folders; what holds a whole model in one file has a quantizer of its own."""
+    """The quantization methods of formats that are folders. GGUF, a single file, has its own quantizer."""
     return [format.quant_method for format in registry.entries("formats").values() if not format.suffix]
 
 
@@ -464,27 +476,28 @@ def _back_ends(method: str) -> tuple[str, ...]:
 
 
 def _renamed(model: PreTrainedModel, specs: Mapping[str, PartSpec]) -> dict[str, PartSpec]:
-    """The tensors of a checkpoint by the names of the modules that they belong to in `model`."""
+    """The tensors of a checkpoint, by their names in `model`."""
     mapping = get_model_conversion_mapping(model)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     modules = dict(model.named_modules())
-    found = {}
+    renamed = {}
     for key, spec in specs.items():
-        # The loader adds or drops the base model's prefix by looking for the key; here its module is looked for.
+        # transformers adds or drops the base model's prefix if the model has that key. Quantized tensors are no keys of
+        # the model, so look for their module instead.
         name, _ = rename_source_key(key, renamings, [])
         prefix = model.base_model_prefix + "."
         for candidate in (name, prefix + name, name.removeprefix(prefix)):
             if _owner(candidate) in modules:
                 name = candidate
                 break
-        found[name] = spec
-    return found
+        renamed[name] = spec
+    return renamed
 
 
 def _owner(name: str) -> str:
-    """The module that a tensor belongs to; what goes with a weight may be called `weight.something`."""
-    module, found, _ = name.partition(".weight.")
-    return module if found else name.rpartition(".")[0]
+    """The module that a tensor belongs to. Tensors that belong to a weight may be called `weight.something`."""
+    module, separator, _ = name.partition(".weight.")
+    return module if separator else name.rpartition(".")[0]
 
 
 register()
