@@ -202,7 +202,7 @@ def test_the_command(model: Path, text: Path, tmp_path: Path, fewbit: Fewbit) ->
     assert answer.json["tokens"] == 64
     assert len(imatrix.read(tmp_path / "m.dat")) == 21
     check(fewbit("imatrix", model, "-o", tmp_path / "m.dat"), 2, "exists")
-    check(fewbit("imatrix", model, "-o", tmp_path / "m.bin"), 2, "a .gguf or a .dat file")
+    check(fewbit("imatrix", model, "-o", tmp_path / "m.bin"), 2, "a .gguf or .dat file")
     check(fewbit("imatrix", tmp_path / "nothing", "-o", tmp_path / "n.dat"), 2, "no such folder")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.dat"]
 

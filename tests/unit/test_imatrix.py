@@ -103,7 +103,7 @@ def test_an_older_form_that_lies(offset: int, number: int, words: str, tmp_path:
 def test_bytes_after_the_end(tmp_path: Path) -> None:
     path = written(tmp_path / "m.dat")
     path.write_bytes(path.read_bytes() + b"more")
-    with pytest.raises(FormatError, match="4 bytes stand after its end"):
+    with pytest.raises(FormatError, match="4 extra bytes after the last value"):
         imatrix.read(path)
 
 
@@ -129,15 +129,18 @@ def of(*entries: tuple[str, torch.Tensor], kind: str = "imatrix") -> Callable[[P
 @pytest.mark.parametrize(
     ("write", "words"),
     [
-        (of(("w.in_sum2", torch.ones(2))), "w.in_sum2 is there without w.counts"),
-        (of(("w.counts", torch.ones(1))), "w.counts is there without w.in_sum2"),
-        (of(("w.in_sum2", torch.ones(2).half()), ("w.counts", torch.ones(1))), "w.in_sum2 is f16"),
-        (of(("w.in_sum2", torch.ones(2)), ("w.counts", torch.ones(1).half())), "w.counts is f16"),
+        (of(("w.in_sum2", torch.ones(2))), "it has w.in_sum2, but not w.counts"),
+        (of(("w.counts", torch.ones(1))), "it has w.counts, but not w.in_sum2"),
+        (of(("w.in_sum2", torch.ones(2).half()), ("w.counts", torch.ones(1))), "w.in_sum2 has type f16"),
+        (of(("w.in_sum2", torch.ones(2)), ("w.counts", torch.ones(1).half())), "w.counts has type f16"),
         (of(("w.in_sum2", torch.ones(3)), ("w.counts", torch.ones(2))), "3 values for 2 counts"),
-        (of(("w.in_sum2", torch.ones(2)), ("w.counts", -torch.ones(1))), "w.counts is no number of tokens"),
-        (of(("w.in_sum2", torch.ones(2)), ("w.counts", torch.tensor([float("nan")]))), "w.counts is no number"),
+        (of(("w.in_sum2", torch.ones(2)), ("w.counts", -torch.ones(1))), "w.counts is not a valid number of tokens"),
+        (
+            of(("w.in_sum2", torch.ones(2)), ("w.counts", torch.tensor([float("nan")]))),
+            "w.counts is not a valid number",
+        ),
         (of(("w", torch.ones(2))), "holds no importances"),
-        (of(("w.in_sum2", torch.ones(2)), ("w.counts", torch.ones(1)), kind="model"), "no importance matrix"),
+        (of(("w.in_sum2", torch.ones(2)), ("w.counts", torch.ones(1)), kind="model"), "not an importance matrix"),
     ],
 )
 def test_a_newer_form_that_lies(write: Callable[[Path], None], words: str, tmp_path: Path) -> None:
@@ -153,4 +156,4 @@ def test_no_file(tmp_path: Path) -> None:
 
 def test_names_of_files(tmp_path: Path) -> None:
     assert imatrix.why_not(tmp_path / "m.gguf") is imatrix.why_not(tmp_path / "m.dat") is None
-    assert "a .gguf or a .dat file" in str(imatrix.why_not(tmp_path / "m.bin"))
+    assert "a .gguf or .dat file" in str(imatrix.why_not(tmp_path / "m.bin"))

@@ -1,22 +1,23 @@
-"""GGUF: the one file that llama.cpp runs, read with bounds and without trust, written in one pass.
+"""Reads and writes GGUF, the single-file format of llama.cpp. The reader checks bounds; the writer needs one pass.
 
-All numbers are little-endian. Strings are a 64-bit length and UTF-8 without an end mark; the length of an array follows
-the type of its elements.
+All numbers are little-endian. A string is a 64-bit length and UTF-8 bytes without a terminator. An array is the type of
+its elements, a 64-bit length and the elements.
 
-    "GGUF"   version u32 (2 or 3)   number of tensors u64   number of keys u64
-    key        string, type u32, value                                          ... as many as there are keys
-    tensor     string, number of dimensions u32, dimensions u64 (columns first), type u32, offset u64      ...
-    padding    to a multiple of `general.alignment`, 32 where that is not stated
-    data       each tensor at its offset from here, which is such a multiple
+    "GGUF"     version u32 (2 or 3), number of tensors u64, number of keys u64
+    key        string, type u32, value                                                     repeated for each key
+    tensor     string, number of dimensions u32, dimensions u64 (columns first),           repeated for each tensor
+               type u32, offset u64
+    padding    to a multiple of `general.alignment` (default: 32)
+    data       the tensors; each offset counts from the start of the data and is a multiple of the alignment
 
-A tensor of a block type (schemes/ggml) holds the blocks of a row one after the other, row after row: as uint8
-[N, bytes of a row] they are the scheme's part, byte for byte, so that reading is a view on the file's pages.
+A tensor of a block type (schemes/ggml) holds the blocks of each row, row after row. As uint8 [N, bytes of a row] these
+bytes are the scheme's part without conversion, so reading is a memory-mapped view.
 
-A model may be split: `name-00001-of-00003.gguf` has the metadata, all have tensors, and `split.count` counts them.
-Source: docs/gguf.md of ggml (https://github.com/ggml-org/ggml).
+A model may be split over files called `name-00001-of-00003.gguf`. Only the first has the metadata; `split.count` is the
+number of files. Source: docs/gguf.md of ggml (https://github.com/ggml-org/ggml).
 
-A file may lie about every length. None is believed before it was compared with the bytes that are there, so a lie costs
-no more memory than an honest file of that size.
+Every length is compared with the size of the file before it is used, so a file with a false length cannot make the
+reader allocate more memory than a valid file of that size.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ from fewbit.schemes.base import PartSpec
 from fewbit.schemes.ggml.table import BLOCK_TYPES
 
 MAGIC, VERSIONS, VERSION, ALIGNMENT = b"GGUF", (2, 3), 3, 32
-_LONGEST_KEY, _LONGEST_NAME = 65535, 63  # the latter is what ggml has room for
+_LONGEST_KEY, _LONGEST_NAME = 65535, 63  # ggml stores tensor names in 64 bytes with a 0 at the end
 _MOST_KEYS, _MOST_TENSORS, _MOST_STRINGS, _MOST_SPLITS = 1 << 16, 1 << 17, 1 << 22, 99999
 _SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
-# Types of values.
+# Types of metadata values.
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
 _KIND_OF = {np.dtype(dtype): kind for kind, dtype in _NUMBERS.items()} | {np.dtype(bool): _BOOL}
 
-# Types of tensors that hold plain numbers: their number in a file, and what torch calls them.
+# Types of unquantized tensors: the type's number in a file, and torch's name.
 PLAIN = {
     "f32": (0, "float32"),
     "f16": (1, "float16"),
@@ -74,31 +75,31 @@ class Entry(NamedTuple):
 
     @property
     def spec(self) -> PartSpec:
-        """Shape and dtype as which it is read and written: the numbers, or uint8 with the bytes of a row as columns."""
+        """Shape and dtype in memory. For a block type: uint8, with the bytes of a row as columns."""
         if self.type in PLAIN:
             return PartSpec(self.shape, getattr(torch, PLAIN[self.type][1]))
         block = BLOCK_TYPES[self.type]
         return PartSpec((*self.shape[:-1], self.shape[-1] // block.columns * block.nbytes), torch.uint8)
 
     def why_not(self) -> str | None:
-        """None if a file can hold it, else a sentence."""
+        """None if a GGUF file can hold the tensor, else a sentence that says why not."""
         if not 0 < len(self.name.encode()) <= _LONGEST_NAME:
-            return f"the name {self.name[:80]!r} has not 1 to {_LONGEST_NAME} bytes"
+            return f"the name {self.name[:80]!r} must have 1 to {_LONGEST_NAME} bytes"
         if self.type not in _NUMBER_OF:
             return f"{self.name}: there is no type {self.type!r}"
         if not 1 <= len(self.shape) <= 4 or min(self.shape) < 1:
-            return f"{self.name} has shape {list(self.shape)}; one to four dimensions above 0 are possible"
+            return f"{self.name} has shape {list(self.shape)}; expected one to four dimensions above 0"
         if self.type in BLOCK_TYPES and self.shape[-1] % BLOCK_TYPES[self.type].columns:
             columns = BLOCK_TYPES[self.type].columns
-            return f"{self.name} has {self.shape[-1]} columns, which blocks of {columns} ({self.type}) do not divide"
+            return f"{self.name} has {self.shape[-1]} columns, not a multiple of {columns} ({self.type} blocks)"
         return None
 
 
 class GgufFile:
-    """A file, or all of a split one, by its headers; data only when asked for, memory-mapped.
+    """A GGUF file, or all files of a split model. Only headers are read; data is memory-mapped on request.
 
-    `metadata`: key -> number, str, bool, list of str, or array (numpy) of numbers. `entries`: name -> Entry, in the
-    order of the file. FormatError for whatever is wrong, saying where.
+    `metadata`: key -> number, str, bool, list of str, or numpy array of numbers. `entries`: name -> Entry, in the
+    order of the file. FormatError, with the position, if the file is invalid.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -111,13 +112,13 @@ class GgufFile:
         self._place: dict[str, tuple[_Part, int]] = {}
         for number, part in enumerate(parts):
             if part is not first and part.number("split.no", -1) != number:
-                raise FormatError(f"{part.path}: split.no is not {number}, which its name says")
+                raise FormatError(f"{part.path}: split.no must be {number}, according to the file's name")
             for entry, offset in part.tensors:
                 if entry.name in self.entries:
-                    raise FormatError(f"{part.path}: the tensor {entry.name} is there twice")
+                    raise FormatError(f"{part.path}: it has the tensor {entry.name} twice")
                 self.entries[entry.name], self._place[entry.name] = entry, (part, offset)
         if count > 1 and first.number("split.tensors.count", len(self.entries)) != len(self.entries):
-            raise FormatError(f"{first.path}: the splits have {len(self.entries)} tensors, which it does not say")
+            raise FormatError(f"{first.path}: its files have {len(self.entries)} tensors, split.tensors.count differs")
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +126,7 @@ class GgufFile:
         return sum(entry.spec.nbytes for entry in self.entries.values())
 
     def get(self, name: str) -> Tensor:
-        """The tensor as `Entry.spec` says, backed by the file's pages (written to, it changes in memory alone)."""
+        """The tensor, with the shape and dtype of `Entry.spec`. It is memory-mapped; writes do not change the file."""
         (part, offset), spec = self._place[name], self.entries[name].spec
         if offset % spec.dtype.itemsize:
             raw = bytearray(part.pages[offset : offset + spec.nbytes])
@@ -140,12 +141,12 @@ class GgufFile:
         return type(self), (self.path,)
 
     def release(self, name: str) -> None:
-        """Let go of the memory that a tensor's pages take, after it was copied; they are read again when needed."""
+        """Free the memory of a tensor's pages, after it was copied. The next access reads them again."""
         part, offset = self._place[name]
         part.release(offset, offset + self.entries[name].spec.nbytes)
 
     def forget(self) -> None:
-        """Let go of the metadata, of which a vocabulary takes as much memory as the weights of some layers."""
+        """Free the metadata: a vocabulary takes as much memory as the weights of some layers."""
         self.metadata = {}
         for part in {id(part): part for part, _ in self._place.values()}.values():
             part.metadata = {}
@@ -153,7 +154,7 @@ class GgufFile:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is called or begins like one."""
+    """Whether a file's suffix or first bytes are those of GGUF."""
     if path.suffix == ".gguf":
         return True
     try:
@@ -164,9 +165,9 @@ def is_gguf(path: Path) -> bool:
 
 
 def is_later_part(path: Path) -> bool:
-    """Whether its name is that of a part of a split file, other than the first."""
-    named = _SPLIT.fullmatch(path.name)
-    return named is not None and int(named["number"]) != 1
+    """Whether the file's name is that of a part of a split model, other than the first."""
+    match = _SPLIT.fullmatch(path.name)
+    return match is not None and int(match["number"]) != 1
 
 
 class _Part:
@@ -177,7 +178,7 @@ class _Part:
         try:
             with open(path, "rb") as file:
                 self.size = os.fstat(file.fileno()).st_size
-                # Private pages: what writes to a weight must not end the process, nor change the file.
+                # Copy on write: a write to a weight must neither crash the process nor change the file.
                 self.pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
             raise FormatError(f"{path}: {'it is empty' if isinstance(error, ValueError) else error}") from None
@@ -186,30 +187,30 @@ class _Part:
         for number in range(keys):
             key = self._string(f"the name of key {number}", _LONGEST_KEY)
             if key in self.metadata:
-                raise self.wrong(f"the key {key} is there twice")
+                raise self.wrong(f"it has the key {key} twice")
             self.metadata[key] = self._value(key, self._u32(key))
         self.alignment = self.number("general.alignment", ALIGNMENT)
         if self.alignment < 1 or self.alignment & (self.alignment - 1):
-            raise self.wrong(f"general.alignment is {self.alignment}, no power of two")
+            raise self.wrong(f"general.alignment is {self.alignment}, not a power of two")
         infos = [self._info(number) for number in range(tensors)]
         self.tensors = self._placed(infos)
 
     def release(self, start: int, end: int) -> None:
-        """Let go of the pages that lie between, whole."""
+        """Free the memory of the whole pages between two offsets."""
         start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         length = end // mmap.PAGESIZE * mmap.PAGESIZE - start
         if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
             self.pages.madvise(mmap.MADV_DONTNEED, start, length)
 
     def wrong(self, what: str) -> FormatError:
-        return FormatError(f"{self.path}: {what}", "The file is damaged, or no GGUF file. Get it again.")
+        return FormatError(f"{self.path}: {what}", "The file is damaged, or is not a GGUF file. Get it again.")
 
     def number(self, key: str, default: int) -> int:
-        """A whole number of the metadata."""
-        found = self.metadata.get(key, default)
-        if isinstance(found, bool) or not isinstance(found, int):
-            raise self.wrong(f"{key} is {_shown(found)}, no whole number")
-        return found
+        """An integer of the metadata."""
+        value = self.metadata.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.wrong(f"{key} is {_shown(value)}, not an integer")
+        return value
 
     def _preamble(self) -> tuple[int, int]:
         if self.pages[:4] != MAGIC:
@@ -217,22 +218,22 @@ class _Part:
         self.at = 4
         version = self._u32("the version")
         if not version & 0xFFFF:
-            raise FormatError(f"{self.path} is big-endian", "Only little-endian files are read: convert it first.")
+            raise FormatError(f"{self.path} is big-endian", "fewbit reads only little-endian files. Convert it first.")
         if version not in VERSIONS:
             hint = "Convert it again with a llama.cpp of late 2023 or newer." if version == 1 else "Update fewbit."
-            raise FormatError(f"{self.path} has version {version} of GGUF; 2 and 3 are read", hint)
+            raise FormatError(f"{self.path} has version {version} of GGUF; fewbit reads 2 and 3", hint)
         tensors, keys = self._u64("the number of tensors"), self._u64("the number of keys")
         left = self.size - self.at
-        # The shortest of each: a name of one byte, one dimension, a value of one byte.
+        # The minimum: 33 bytes for a tensor with a name of one byte and one dimension, 14 for a key of one byte.
         if tensors > _MOST_TENSORS or keys > _MOST_KEYS or 33 * tensors + 14 * keys > left:
-            raise self.wrong(f"{tensors} tensors and {keys} keys cannot be in {self.size} bytes")
+            raise self.wrong(f"{tensors} tensors and {keys} keys do not fit into {self.size} bytes")
         return tensors, keys
 
     def _take(self, nbytes: int, what: str) -> int:
-        """The place of the next `nbytes`, which are passed over."""
+        """Advance by `nbytes`, and return the position before that."""
         at = self.at
         if nbytes > self.size - at:
-            raise self.wrong(f"it ends in {what} (at byte {at}, {nbytes} bytes of it in a file of {self.size})")
+            raise self.wrong(f"it ends in {what} ({nbytes} bytes at byte {at} of a file of {self.size})")
         self.at = at + nbytes
         return at
 
@@ -250,7 +251,7 @@ class _Part:
         try:
             return self.pages[at : at + length].decode()
         except UnicodeDecodeError:
-            raise self.wrong(f"{what} is no UTF-8") from None
+            raise self.wrong(f"{what} is not valid UTF-8") from None
 
     def _value(self, key: str, kind: int) -> Any:
         if kind == _STRING:
@@ -263,7 +264,7 @@ class _Part:
                 raise self.wrong(f"{key} is {byte}, neither true nor false")
             return bool(byte)
         if kind not in _NUMBERS:
-            raise self.wrong(f"{key} has a value of type {kind}, which there is not")
+            raise self.wrong(f"{key} has a value of unknown type {kind}")
         return self._numbers(key, kind, 1)[0].item()
 
     def _array(self, key: str) -> Any:
@@ -276,12 +277,12 @@ class _Part:
             return self._strings(key, length)
         if kind == _BOOL:
             at = self._take(length, key)
-            found = np.frombuffer(self.pages, np.uint8, length, at)
-            if length and found.max() > 1:
+            values = np.frombuffer(self.pages, np.uint8, length, at)
+            if length and values.max() > 1:
                 raise self.wrong(f"{key} has values that are neither true nor false")
-            return found.astype(bool)
+            return values.astype(bool)
         if kind not in _NUMBERS:
-            raise self.wrong(f"{key} is an array of type {kind}, which there is not")
+            raise self.wrong(f"{key} is an array of unknown type {kind}")
         return self._numbers(key, kind, length)
 
     def _numbers(self, key: str, kind: int, length: int) -> np.ndarray[Any, Any]:
@@ -289,20 +290,20 @@ class _Part:
         return np.frombuffer(self.pages, dtype, length, self._take(length * dtype.itemsize, key))
 
     def _strings(self, key: str, length: int) -> list[str]:
-        """As `_string`, in a loop of its own: a vocabulary and its merges are some hundred thousand of them."""
-        pages, at, size, found = self.pages, self.at, self.size, []
+        """Read `length` strings. A vocabulary has several hundred thousand, so this loop is faster than `_string`."""
+        pages, at, size, strings = self.pages, self.at, self.size, []
         read = struct.Struct("<Q").unpack_from
         try:
             for _ in range(length):
                 start = at + 8
                 if start > size or (end := start + read(pages, at)[0]) > size:
                     raise self.wrong(f"it ends in {key} (at byte {at} of {size})")
-                found.append(pages[start:end].decode())
+                strings.append(pages[start:end].decode())
                 at = end
         except UnicodeDecodeError:
-            raise self.wrong(f"{key}: string {len(found)} is no UTF-8") from None
+            raise self.wrong(f"{key}: string {len(strings)} is not valid UTF-8") from None
         self.at = at
-        return found
+        return strings
 
     def _info(self, number: int) -> tuple[Entry, int]:
         what = f"tensor {number}"
@@ -314,7 +315,7 @@ class _Part:
         shape = tuple(self._u64(what) for _ in range(dimensions))[::-1]
         kind, offset = self._u32(what), self._u64(what)
         if kind not in _TYPE_OF:
-            raise FormatError(f"{self.path}: {what} has type {kind}, which is not known", "Update fewbit.")
+            raise FormatError(f"{self.path}: {what} has unknown type {kind}", "Update fewbit.")
         entry = Entry(name, _TYPE_OF[kind], shape)
         if reason := entry.why_not():
             raise self.wrong(reason)
@@ -323,12 +324,12 @@ class _Part:
         return entry, offset
 
     def _placed(self, infos: list[tuple[Entry, int]]) -> list[tuple[Entry, int]]:
-        """The tensors with their offsets in the file, each inside of it and clear of the others."""
+        """The tensors with their offsets in the file. An error if one is beyond the file's end, or if two overlap."""
         base = _aligned(self.at, self.alignment)
         placed = []
         for entry, offset in infos:
             if offset % self.alignment:
-                raise self.wrong(f"{entry.name} is at {offset}, no multiple of {self.alignment}")
+                raise self.wrong(f"{entry.name} is at offset {offset}, not a multiple of {self.alignment}")
             if base + offset + entry.spec.nbytes > self.size:
                 end = base + offset + entry.spec.nbytes
                 raise self.wrong(f"{entry.name} would end at byte {end} of a file of {self.size}")
@@ -342,31 +343,31 @@ class _Part:
 
 
 def _split_files(first: _Part, count: int) -> Iterator[Path]:
-    """The other files of a split model, found by the name of the first."""
-    named = _SPLIT.fullmatch(first.path.name)
-    if named is None or int(named["count"]) != count or count > _MOST_SPLITS:
-        raise FormatError(f"{first.path} says that it is one of {count} files, its name does not")
-    if int(named["number"]) != 1 or first.number("split.no", 0) != 0:
+    """The other files of a split model. Their names follow from that of the first."""
+    match = _SPLIT.fullmatch(first.path.name)
+    if match is None or int(match["count"]) != count or count > _MOST_SPLITS:
+        raise FormatError(f"{first.path} says that it is one of {count} files, but its name does not")
+    if int(match["number"]) != 1 or first.number("split.no", 0) != 0:
         raise FormatError(
-            f"{first.path} is part {int(named['number'])} of {count}",
-            f"Give the first, {named['stem']}-00001-of-{count:05d}.gguf.",
+            f"{first.path} is part {int(match['number'])} of {count}",
+            f"Give the first part, {match['stem']}-00001-of-{count:05d}.gguf.",
         )
     for number in range(2, count + 1):
-        file = first.path.with_name(f"{named['stem']}-{number:05d}-of-{count:05d}.gguf")
+        file = first.path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
         if not file.is_file():
             raise FormatError(f"{file} is missing", f"{first.path.name} is one of {count} files.")
         yield file
 
 
 class GgufWriter:
-    """Writes a file that appears at `path` whole or not at all, a tensor at a time, in any order.
+    """Writes a GGUF file, one tensor at a time in any order. The file appears at `path` only when it is complete.
 
         with GgufWriter(path, metadata, entries) as writer:
             for entry in entries:
                 writer.add(entry.name, tensor)          # as entry.spec says
 
-    Values of the metadata: str, bool, int (u32 where it fits), float (f32), numpy scalars and arrays of the very type,
-    and lists of one of these (ints as i32). PlanError before anything is written for what no file can hold.
+    Metadata values: str, bool, int (u32 if it fits), float (f32), numpy scalars and arrays (in their own type), and
+    lists of one of these (ints as i32). PlanError, before anything is written, for a tensor that GGUF cannot hold.
     """
 
     def __init__(
@@ -396,7 +397,7 @@ class GgufWriter:
         """Write one tensor; its shape and dtype must be those of its entry's spec."""
         spec = self._missing.pop(name)
         if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, announced as {spec}")
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {spec}")
         self._file.seek(self._place[name])
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         self._file.write(flat.numpy().data)
@@ -412,12 +413,12 @@ class GgufWriter:
                 return
             if self._missing:
                 first = next(iter(self._missing))
-                raise ValueError(f"{len(self._missing)} tensors were never written, the first is {first}")
+                raise ValueError(f"{len(self._missing)} tensors were never written; the first is {first}")
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             if self.path.exists() and not self.overwrite:
-                raise PlanError(f"{self.path} has appeared meanwhile")
+                raise PlanError(f"another process has written {self.path} meanwhile")
             self._hidden.replace(self.path)
         finally:
             self._discard()
@@ -431,11 +432,11 @@ class GgufWriter:
 def layout(
     metadata: Mapping[str, Any], entries: Sequence[Entry], alignment: int = ALIGNMENT
 ) -> tuple[bytes, dict[str, int], int]:
-    """A file's header with its padding, the place of each tensor in the file, and the size of the whole."""
+    """The padded header, the offset of each tensor in the file, and the size of the file."""
     if reasons := [reason for entry in entries if (reason := entry.why_not())]:
         raise PlanError("a GGUF file cannot hold this: " + "; ".join(reasons))
     if len({entry.name for entry in entries}) != len(entries):
-        raise ValueError("two tensors have one name")
+        raise ValueError("two tensors have the same name")
     if alignment != ALIGNMENT:
         metadata = {**metadata, "general.alignment": alignment}
     out = [MAGIC, struct.pack("<IQQ", VERSION, len(entries), len(metadata))]
@@ -454,7 +455,7 @@ def layout(
 
 
 def _encoded(key: str, value: Any) -> bytes:
-    """A value with its type in front."""
+    """A value's type and bytes."""
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _text(value)
     if isinstance(value, Sequence) and value and all(isinstance(each, str) for each in value):
@@ -469,7 +470,7 @@ def _encoded(key: str, value: Any) -> bytes:
         value = np.array(value, np.float32 if floats else np.int32 if whole else None)
     if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype in _KIND_OF:
         return struct.pack("<IIQ", _ARRAY, _KIND_OF[value.dtype], len(value)) + value.tobytes()
-    raise TypeError(f"{key}: {_shown(value)} is nothing that a GGUF file can hold")
+    raise TypeError(f"{key}: a GGUF file cannot hold the value {_shown(value)}")
 
 
 def _scalar(value: bool | int | float) -> np.generic:

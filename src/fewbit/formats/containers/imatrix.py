@@ -1,17 +1,21 @@
-"""An importance matrix in a file, as llama.cpp's tools write and read it: mean x_j² of the input of each weight.
+"""Importance matrix files, as llama.cpp's tools write and read them: mean x_j² of the input of each weight.
 
-The newer form is a GGUF file. For a weight of K columns called `blk.0.attn_q.weight` it holds
+The newer format is a GGUF file. For a weight with K columns called `blk.0.attn_q.weight` it holds
 
     blk.0.attn_q.weight.in_sum2   float32 [K]      sum of x_j² over all tokens
-    blk.0.attn_q.weight.counts    float32 [1]      tokens
+    blk.0.attn_q.weight.counts    float32 [1]      number of tokens
 
-and, for experts, rows of both for each. Its keys name the texts and count the chunks they were cut into. The older
-form, `.dat`, is little-endian and has no header: the number of entries i32; for each the length of its name i32, the
-name, the number of chunks i32, the number of values i32, and those as float32, mean x_j² times chunks; at last, where
-they are not left out, all chunks i32 and the name of the text with its length i32. Source: tools/imatrix and
-imatrix-loader.cpp of llama.cpp as in llama-cpp-python 0.3.36.
+and, for mixture-of-experts weights, one row of both for each expert. Its keys hold the names of the texts and the
+number of chunks that they were split into. The older format, `.dat`, is little-endian and has no header:
 
-Nothing in a file is believed before it was compared with the bytes that are there.
+    number of entries i32
+    for each entry: length of the name i32, name, number of chunks i32, number of values i32,
+                    values float32: mean x_j² times the number of chunks
+    optional: total number of chunks i32, length of the text's name i32, name of the text
+
+Source: tools/imatrix and imatrix-loader.cpp of llama.cpp as in llama-cpp-python 0.3.36.
+
+Every count and length is checked against the size of the file before it is used.
 """
 
 from __future__ import annotations
@@ -27,39 +31,42 @@ from fewbit.lazy import Tensor, torch
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _LONGEST_NAME = 4096
-_HINT = "The file is damaged, or no importance matrix. Make it again: fewbit imatrix MODEL -o FILE."
+_HINT = "The file is damaged, or is not an importance matrix. Make it again: fewbit imatrix MODEL -o FILE."
 
 
 class Importance(NamedTuple):
-    """mean x_j² [K], over so many rows (in the older form: chunks, all that it knows)."""
+    """Mean x_j² [K] over `rows` tokens. The older format stores only the number of chunks, so `rows` is that."""
 
     mean_square: Tensor
     rows: int
 
 
 def read(path: Path) -> dict[str, Importance]:
-    """Name of a weight -> its importance. FormatError, naming the weight, for what cannot be one."""
+    """Name of a weight -> its importance. FormatError, with the name of the weight, if the values are invalid."""
     try:
         with open(path, "rb") as file:
             newer = file.read(4) == MAGIC
     except OSError as error:
         raise PlanError(f"importance matrix {path}: {error.strerror}") from None
-    found = _read_gguf(path) if newer else _read_dat(path)
-    for name, (mean_square, _) in found.items():
+    importances = _read_gguf(path) if newer else _read_dat(path)
+    for name, (mean_square, _) in importances.items():
         if not torch.isfinite(mean_square).all() or bool((mean_square < 0).any()):
-            raise FormatError(f"{path}: the importances of {name} are not all finite and above 0", _HINT)
-    if not found:
+            raise FormatError(f"{path}: the importances of {name} are negative or not finite", _HINT)
+    if not importances:
         raise FormatError(f"{path} holds no importances", _HINT)
-    return found
+    return importances
 
 
 def why_not(path: Path) -> str | None:
-    """None if a matrix can be written under this name, else a sentence."""
-    return None if path.suffix in (".gguf", ".dat") else f"{path}: an importance matrix is a .gguf or a .dat file"
+    """None if `path` has a suffix of importance matrices, else a sentence that says why not."""
+    return None if path.suffix in (".gguf", ".dat") else f"{path}: an importance matrix must be a .gguf or .dat file"
 
 
 def write(path: Path, matrix: Mapping[str, Importance], *, chunks: int, length: int, text: str) -> None:
-    """Write `matrix`, measured over `chunks` of `length` tokens of `text`; in the older form if `path` ends in .dat."""
+    """Write `matrix`, measured over `chunks` chunks of `length` tokens of `text`.
+
+    The format is GGUF, or the older one if `path` ends in .dat.
+    """
     if path.suffix == ".dat":
         path.write_bytes(_dat(matrix, chunks, length, text))
         return
@@ -82,32 +89,32 @@ def write(path: Path, matrix: Mapping[str, Importance], *, chunks: int, length: 
 def _read_gguf(path: Path) -> dict[str, Importance]:
     file = GgufFile(path)
     if file.metadata.get("general.type", "imatrix") != "imatrix":
-        raise FormatError(f"{path} is a GGUF file, but no importance matrix", _HINT)
-    found = {}
+        raise FormatError(f"{path} is a GGUF file, but not an importance matrix", _HINT)
+    importances = {}
     for name, entry in file.entries.items():
         weight = name.removesuffix(_SUMS).removesuffix(_COUNTS)
         if weight == name:
             continue
         other = weight + (_COUNTS if name.endswith(_SUMS) else _SUMS)
         if other not in file.entries:
-            raise FormatError(f"{path}: {name} is there without {other}", _HINT)
+            raise FormatError(f"{path}: it has {name}, but not {other}", _HINT)
         if entry.type != "f32":
-            raise FormatError(f"{path}: {name} is {entry.type}; f32 expected", _HINT)
+            raise FormatError(f"{path}: {name} has type {entry.type}, expected f32", _HINT)
         if name.endswith(_SUMS) and file.entries[other].type == "f32":
             sums, counts = file.get(name).reshape(-1), file.get(other).reshape(-1)
             if len(sums) % len(counts):
                 raise FormatError(f"{path}: {name} has {len(sums)} values for {len(counts)} counts", _HINT)
             if not torch.isfinite(counts).all() or bool((counts < 0).any()):
-                raise FormatError(f"{path}: {other} is no number of tokens", _HINT)
+                raise FormatError(f"{path}: {other} is not a valid number of tokens", _HINT)
             sums, counts = sums.reshape(len(counts), -1), counts[:, None]
-            # What no token reached (an expert) counts as all alike, as in llama.cpp.
+            # An expert that no token reached gets equal importances, as in llama.cpp.
             means = torch.where(counts > 0, sums / counts.clamp(min=1), torch.ones_like(sums))
-            found[weight] = Importance(means.flatten(), max(1, int(counts.max())))
-    return found
+            importances[weight] = Importance(means.flatten(), max(1, int(counts.max())))
+    return importances
 
 
 class _Bytes:
-    """What is left of a file in the older form."""
+    """A reader of a file in the older format. `at`: the position of the next byte."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.raw, self.at = path, path.read_bytes(), 0
@@ -129,7 +136,7 @@ class _Bytes:
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            raise FormatError(f"{self.path}: {what} is no UTF-8", _HINT) from None
+            raise FormatError(f"{self.path}: {what} is not valid UTF-8", _HINT) from None
 
     @property
     def left(self) -> int:
@@ -137,22 +144,22 @@ class _Bytes:
 
 
 def _read_dat(path: Path) -> dict[str, Importance]:
-    file, found = _Bytes(path), {}
+    file, matrix = _Bytes(path), {}
     entries = file.number("the number of entries", 1, 1 << 20)
     for entry in range(entries):
         name = file.text(f"the name of entry {entry}")
         chunks = file.number(f"the number of chunks of {name}", 0, (1 << 31) - 1)
         count = file.number(f"the number of values of {name}", 1, max(1, file.left // 4))
         values = torch.frombuffer(bytearray(file.take(4 * count, name)), dtype=torch.float32)
-        if name in found:
-            raise FormatError(f"{path}: {name} is there twice", _HINT)
-        found[name] = Importance(values / chunks if chunks else values, max(1, chunks))
+        if name in matrix:
+            raise FormatError(f"{path}: it has {name} twice", _HINT)
+        matrix[name] = Importance(values / chunks if chunks else values, max(1, chunks))
     if file.left:
-        file.number("the number of all chunks", 0, (1 << 31) - 1)
+        file.number("the total number of chunks", 0, (1 << 31) - 1)
         file.text("the name of the text")
         if file.left:
-            raise FormatError(f"{path}: {file.left} bytes stand after its end", _HINT)
-    return found
+            raise FormatError(f"{path}: {file.left} extra bytes after the last value", _HINT)
+    return matrix
 
 
 def _dat(matrix: Mapping[str, Importance], chunks: int, length: int, text: str) -> bytes:

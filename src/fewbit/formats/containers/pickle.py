@@ -1,8 +1,8 @@
-"""Checkpoints that exist only as `pytorch_model.bin`: turned into safetensors by a process of its own.
+"""Converts `pytorch_model.bin` checkpoints to safetensors in a separate process.
 
-torch.load with `weights_only=True` builds tensors and refuses anything else a pickle may ask for; no plain pickle is
-ever executed. The process is separate so that a hostile file meets nothing but an interpreter about to exit, and so
-that the whole model is never in this one's memory.
+`torch.load(weights_only=True)` builds only tensors and rejects any other object in the pickle, so no code of the file
+runs. The separate process limits the damage if that protection fails, and keeps the whole model out of this process's
+memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def files_in(folder: Path) -> list[Path]:
         try:
             names = sorted(set(read_json(folder / _INDEX)["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FormatError(f"{folder / _INDEX} is no index of shards: {error!r}") from None
+            raise FormatError(f"{folder / _INDEX} is not a valid index of shards: {error!r}") from None
         missing = [name for name in names if Path(str(name)).name != name or not (folder / str(name)).is_file()]
         if missing:
             raise FormatError(f"{folder / _INDEX} names {missing[0]!r}, which is not in {folder}")
@@ -38,7 +38,10 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def converted(folder: Path) -> Path:
-    """A cached folder with the same model in safetensors, made on first use; FormatError if a pickle asks for more."""
+    """A cached folder with the same model in safetensors, made on first use.
+
+    FormatError if a pickle contains anything but tensors.
+    """
     files = files_in(folder)
     beside = [folder / path for path in safetensors.side_files(folder) if path.parent == Path()]
     stats = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in (*files, *beside)]
@@ -54,7 +57,7 @@ def converted(folder: Path) -> Path:
             if run.returncode != 0:
                 raise FormatError(
                     f"{file} could not be read as plain tensors: {_last_line(run.stderr)}",
-                    "Only tensors are taken from a pickle. Ask its author for safetensors.",
+                    "fewbit loads only tensors from a pickle. Ask its author for safetensors.",
                 )
         if len(files) > 1:
             shards = sorted(target.iterdir())
@@ -76,14 +79,14 @@ def _convert(source: Path, target: Path) -> None:
 
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # files older than torch 1.6 cannot be mapped
+    except RuntimeError:  # files older than torch 1.6 cannot be memory-mapped
         loaded = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch's message runs over many lines; its first names what was asked for.
+        # torch's message is long; its beginning names the rejected object.
         sys.exit(str(error).replace("\n", " ")[:300])
     if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
-        sys.exit("it holds something else than a dictionary of tensors")
-    # Tensors that share storage (tied weights) are written twice: safetensors keeps no aliases.
+        sys.exit("it is not a dictionary of tensors")
+    # Tensors that share storage (tied weights) are written twice: safetensors cannot store aliases.
     safetensors.write_file(target, {str(name): tensor.detach().clone() for name, tensor in loaded.items()})
 
 

@@ -1,7 +1,7 @@
-"""Folders of safetensors: opened by their headers alone, written shard by shard.
+"""Folders of safetensors files, the container of Hugging Face checkpoints: reads headers, writes shard by shard.
 
-The container that Hugging Face checkpoints share. `safetensors` itself checks header length, offsets and overlaps; what
-is added here is which file was wrong, and that an index and its shards agree.
+The package `safetensors` checks header length, offsets and overlaps. This file adds the name of the faulty file to
+errors, and checks that an index and its shards agree.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SINGLE = "model.safetensors"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 CARD, ORIGINAL_CARD = "README.md", "README-original.md"  # a folder's model card, and the one of its original
 _NOT_CARRIED = (CARD, RECORD, "fewbit.scales")
-_DTYPES = {  # what torch calls them
+_DTYPES = {  # safetensors' name -> torch's name
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -48,7 +48,7 @@ _DTYPES = {  # what torch calls them
 
 
 class Checkpoint:
-    """The tensors of some safetensors files: `specs` from the headers, data only when asked for, memory-mapped."""
+    """The tensors of some safetensors files. `specs` come from the headers; data is memory-mapped on request."""
 
     def __init__(self, files: list[Path]) -> None:
         self.specs: dict[str, PartSpec] = {}
@@ -61,11 +61,11 @@ class Checkpoint:
                 self.specs[name], self._file_of[name] = spec, file
 
     def slice(self, name: str) -> Any:
-        """A lazy handle, as transformers' loader takes them."""
+        """A lazy handle, as transformers' loader expects."""
         return self._handle(name).get_slice(name)
 
     def get(self, name: str) -> Tensor:
-        """The tensor, backed by the file's pages."""
+        """The tensor, memory-mapped."""
         tensor: Tensor = self._handle(name).get_tensor(name)
         return tensor
 
@@ -77,25 +77,25 @@ class Checkpoint:
 
 
 def read_specs(file: Path) -> dict[str, PartSpec]:
-    """Shapes and dtypes of the tensors in one file, from its header; FormatError if it is no sound safetensors file."""
+    """Shapes and dtypes of the tensors in one file, from its header. FormatError if it is not valid safetensors."""
     try:
         with safe_open(file, framework="pt") as handle:
-            found = {}
+            specs = {}
             for name in handle.keys():  # noqa: SIM118 - a handle is not a mapping
                 view = handle.get_slice(name)
                 if view.get_dtype() not in _DTYPES:
-                    raise FormatError(f"{file}: {name} has dtype {view.get_dtype()}, which is not known")
-                found[name] = PartSpec(tuple(view.get_shape()), getattr(torch, _DTYPES[view.get_dtype()]))
-            return found
+                    raise FormatError(f"{file}: {name} has unknown dtype {view.get_dtype()}")
+                specs[name] = PartSpec(tuple(view.get_shape()), getattr(torch, _DTYPES[view.get_dtype()]))
+            return specs
     except (SafetensorError, OSError) as error:
         size = file.stat().st_size if file.exists() else 0
-        raise FormatError(f"{file} ({size:,} bytes) is no sound safetensors file: {error}") from None
+        raise FormatError(f"{file} ({size:,} bytes) is not a valid safetensors file: {error}") from None
 
 
 def files_in(folder: Path, name: str | None = None) -> list[Path]:
-    """The weight files of a Hugging Face folder, all there; an empty list if it has none in safetensors.
+    """The safetensors files of a Hugging Face folder; empty if there are none. FormatError if a shard is missing.
 
-    name: of the one file, or of the index, where they have another name than the usual.
+    name: the name of the file or index, if it is not the usual one.
     """
     if name is not None and not name.endswith(".index.json"):
         return [folder / name]
@@ -105,7 +105,7 @@ def files_in(folder: Path, name: str | None = None) -> list[Path]:
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{index} is no index of shards: {error!r}") from None
+        raise FormatError(f"{index} is not a valid index of shards: {error!r}") from None
     files = [folder / str(name) for name in names]
     for name, file in zip(names, files, strict=True):
         if Path(str(name)).name != name or not file.is_file():
@@ -114,7 +114,7 @@ def files_in(folder: Path, name: str | None = None) -> list[Path]:
 
 
 class ShardWriter:
-    """Writes tensors to `folder` as they come, a shard of at most `limit` bytes at a time, then the index."""
+    """Writes tensors to `folder` in the order of `add`, in shards of at most `limit` bytes, and then the index."""
 
     def __init__(self, folder: Path, limit: int = 2 << 30) -> None:
         self.folder, self.limit = folder, limit
@@ -123,7 +123,7 @@ class ShardWriter:
         self.nbytes = 0
 
     def adopt(self) -> None:
-        """Take the files that the folder holds already as the first shards."""
+        """Use the files that are already in the folder as the first shards."""
         for file in files_in(self.folder):
             specs = read_specs(file)
             self._shards.append(list(specs))
@@ -132,7 +132,7 @@ class ShardWriter:
         (self.folder / INDEX).unlink(missing_ok=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; it may be written now or later."""
+        """Add one tensor. It is written when its shard is full."""
         size = sum(t.nbytes for t in self._pending.values())
         if self._pending and size + tensor.nbytes > self.limit:
             self._flush()
@@ -140,7 +140,7 @@ class ShardWriter:
         self.nbytes += tensor.nbytes
 
     def close(self) -> None:
-        """Write what is left, give the shards their final names, and the index where there are several."""
+        """Write the last shard, give the shards their final names, and write the index if there are several."""
         self._flush()
         if len(self._shards) == 1:
             (self.folder / "shard-1").rename(self.folder / SINGLE)
@@ -161,13 +161,13 @@ class ShardWriter:
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """One safetensors file, on disk when this returns."""
-    from safetensors.torch import save_file  # which imports torch
+    """Write one safetensors file and flush it to disk."""
+    from safetensors.torch import save_file  # imports torch
 
     whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     with writing():
         save_file(whole, path, metadata={"format": "pt", **(metadata or {})})
-    # safetensors makes files that their owner alone can read; a server is often another user.
+    # safetensors creates files that only their owner can read, but a server often runs as another user.
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
@@ -177,12 +177,12 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """Within, a file that safetensors cannot write is an OSError, as it is for everything else that writes."""
+    """A context that turns safetensors' error for a failed write into OSError, as other writers raise it."""
     try:
         yield
     except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        raise (OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(error))) from error
+        code = re.search(r"os error (\d+)", str(error))
+        raise (OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))) from error
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -193,27 +193,30 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def other_weights(folder: Path) -> list[Path]:
-    """Files of weights beside the safetensors that are read: of adapters, drafts, heads and other frameworks."""
-    named = {file.name for file in files_in(folder)}
-    found = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in _WEIGHT_SUFFIXES]
-    return [file for file in found if file.name not in named and not file.name.startswith(".")]
+    """Weight files that are not part of the model: adapters, draft models, extra heads, other frameworks' weights."""
+    own = {file.name for file in files_in(folder)}
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in _WEIGHT_SUFFIXES]
+    return [file for file in files if file.name not in own and not file.name.startswith(".")]
 
 
 def side_files(folder: Path) -> list[Path]:
-    """What belongs to a model besides its weights, as paths in `folder`: tokenizer, configs, templates, code, licence,
-    and subfolders that hold no weights, such as those of further chat templates. Not its model card."""
-    found = [file for file in _visible(folder) if file.is_file() and not _is_weights(file)]
-    found = [file for file in found if file.name not in _NOT_CARRIED]
+    """The files of a model besides its weights, as paths relative to `folder`.
+
+    These are tokenizer, configs, templates, code, licence, and subfolders without weights, such as one with further
+    chat templates. The model card is not included.
+    """
+    paths = [file for file in _visible(folder) if file.is_file() and not _is_weights(file)]
+    paths = [file for file in paths if file.name not in _NOT_CARRIED]
     for inner in _visible(folder):
         if inner.is_dir() and not _holds_weights(inner):
-            found += [file for file in sorted(inner.rglob("*")) if file.is_file()]
-    return [file.relative_to(folder) for file in found]
+            paths += [file for file in sorted(inner.rglob("*")) if file.is_file()]
+    return [file.relative_to(folder) for file in paths]
 
 
 def copy_side_files(folder: Path, out: Path) -> None:
-    """Copy the side files of one folder into another, but for those that are there already.
+    """Copy the side files of `folder` into `out`. Files that exist there are kept.
 
-    The model card is copied as `ORIGINAL_CARD`, because it describes another model than that of `out`.
+    The model card is copied as `ORIGINAL_CARD`, because it does not describe the model in `out`.
     """
     for file in side_files(folder):
         target = out / file
@@ -231,7 +234,7 @@ def card_of(folder: Path) -> Path | None:
 
 
 def folders_left_out(folder: Path) -> list[Path]:
-    """Subfolders that hold weights, which are no side files."""
+    """Subfolders that contain weights. They are not copied with the side files."""
     return [inner for inner in _visible(folder) if inner.is_dir() and _holds_weights(inner)]
 
 
