@@ -136,7 +136,7 @@ def test_a_dry_run_foresees_every_byte_and_writes_none(
             assert what.startswith(quantized[module]["scheme"])
             assert nbytes == sum(t.nbytes for t in parts)
         else:
-            assert what.startswith("as it is")
+            assert what.startswith("unquantized")
             assert nbytes == written[name].nbytes
         assert f"{nbytes:,}" in shown.out
     assert {name.removesuffix(".weight") for name, *_ in told["tensors"]} >= quantized.keys()

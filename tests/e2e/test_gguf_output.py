@@ -254,7 +254,7 @@ def test_importances_that_do_not_serve(
     found["blk.0.ffn_up.weight"] = Importance(torch.ones(5), 1)
     foreign.unlink()
     imatrix.write(foreign, found, chunks=1, length=8, text="")
-    refused(3, foreign, "blk.0.ffn_up.weight has 5 importances, the weight 256 columns")
+    refused(3, foreign, "blk.0.ffn_up.weight has 5 importances, but the weight has 256 columns")
     foreign.write_bytes(matrix.read_bytes()[:-40])
     refused(3, foreign, "blk.2.ffn_up.weight")
 

@@ -112,7 +112,7 @@ def test_readers_are_told_what_is_carried_over(model: Path, tmp_path: Path) -> N
     assert r"-:^mtp\.fc$" in config["dynamic"]
     assert "-:^proj$" not in config["dynamic"]
     shown = quantize.preview(model, plan="nf4")
-    assert ("mtp.fc.weight", "as it is, no part of the model (float32)", 64) in shown.tensors
+    assert ("mtp.fc.weight", "copied, not part of the model (float32)", 64) in shown.tensors
 
 
 def test_a_pickle_keeps_its_subfolders(model: Path, tmp_path: Path) -> None:

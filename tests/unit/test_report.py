@@ -215,14 +215,14 @@ def test_a_folder_with_brackets_is_shown_as_it_is(shown: io.StringIO) -> None:
 
 
 def test_a_preview(shown: io.StringIO) -> None:
-    tensors = [("model.q.weight", "int4-g32-sym, GPTQ", 1_234_567), ("model.norm.weight", "as it is (bfloat16)", 128)]
+    tensors = [("model.q.weight", "int4-g32-sym, GPTQ", 1_234_567), ("model.norm.weight", "unquantized (bfloat16)", 128)]
     report_text.preview(Preview("gptq-4bit", "gptq", ["a note"], tensors, 5_000_000, 1_234_695, 0.99))
     text = shown.getvalue()
     for words in (
         "gptq-4bit",
         "model.q.weight",
         "1,234,567",
-        "as it is",
+        "unquantized",
         "note: a note",
         "5,000,000 bytes become 1,234,695",
     ):

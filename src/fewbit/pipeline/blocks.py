@@ -1,8 +1,8 @@
-"""Block by block: capture what enters a block, quantize its weights, replay with the quantized ones, keep the result.
+"""Quantizes a model block by block: captures a block's inputs, quantizes its weights, and replays it with them.
 
-Memory holds one block in float, its statistics and the calibration activations, never the model. Each finished block
-is a file in the run's cache folder, under a fingerprint of all that determines it, so a run that was killed goes on
-where it stopped; the output is put together from those files at the end (write_folder.py, write_gguf.py).
+Memory holds one block in float, its statistics and the calibration activations, but never the whole model. Each
+finished block is a file in the run's cache folder, under a fingerprint of everything that determines it. So a killed
+run resumes where it stopped. At the end write_folder.py or write_gguf.py writes the output from these files.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from fewbit.schemes.base import QTensor, Scheme, chunk_rows, vanished
 from fewbit.stats import Need, Stats
 from fewbit.system import ranks
 
-_ROWS_OUTSIDE = {"cpu": 1 << 22}  # entries of embeddings or head worked on at a time
+_ROWS_OUTSIDE = {"cpu": 1 << 22}  # entries of embeddings or head that are quantized at a time
 
 
 def quantize_blocks(settled: Settled, inputs: Inputs, run: Run, progress: Progress) -> list[TensorReport]:
-    """Fill `run` with every block, quantized, and with what is quantized outside the blocks.
+    """Quantize all blocks, and the weights outside the blocks, and save them in `run`.
 
-    Where a GPU's memory does not suffice, half as many windows are computed at once, after a warning. KernelError if
-    one window is too many.
+    If a GPU runs out of memory, start again with half as many windows in a batch, after a warning. KernelError if one
+    window does not fit.
     """
     device = settled.skeleton.device
     while True:
@@ -45,15 +45,15 @@ def quantize_blocks(settled: Settled, inputs: Inputs, run: Run, progress: Progre
         except torch.OutOfMemoryError as error:
             if ranks.size() > 1 or inputs.at_once == 1:
                 raise KernelError(
-                    f"the memory of {device} does not suffice: {str(error).strip().splitlines()[0][:200]}",
+                    f"{device} is out of memory: {str(error).strip().splitlines()[0][:200]}",
                     "Give `device=cpu`."
                     if inputs.tokens is None
                     else "Give shorter calibration windows (`length`), or `device=cpu`.",
                 ) from None
         fewer = inputs.halved()
         warnings.warn(
-            f"the memory of {device} does not suffice for {inputs.at_once} calibration windows at once: "
-            f"{fewer.at_once} from here on",
+            f"{device} is out of memory with {inputs.at_once} calibration windows in a batch: "
+            f"continuing with {fewer.at_once}",
             stacklevel=2,
         )
         inputs = fewer
@@ -70,32 +70,32 @@ def _all_blocks(settled: Settled, inputs: Inputs, run: Run, progress: Progress) 
     if replayed:
         hidden, calls = captured(skeleton, inputs)
 
-    def add(made: list[TensorReport], found: object) -> None:
-        reports.extend(made)
-        progress(Step(index + 1, total, _mean_error(made), found is not None))
+    def add(new: list[TensorReport], saved: object) -> None:
+        reports.extend(new)
+        progress(Step(index + 1, total, _mean_error(new), saved is not None))
 
     for index, name in enumerate(skeleton.blocks):
-        found = run.load(index)
-        if found is not None and not replayed:
-            add(found[1], found)
+        saved = run.load(index)
+        if saved is not None and not replayed:
+            add(saved[1], saved)
             continue
         with skeleton.materialized(name) as module:
             block = Block(skeleton, name, module, calls[name], hidden)
-            if found is None:
-                tensors, made = _quantize_block(settled, block, inputs)
-                run.save(index, tensors, made)
+            if saved is None:
+                tensors, new = _quantize_block(settled, block, inputs)
+                run.save(index, tensors, new)
             else:
-                made = found[1]
-                _restore_block(settled, block, found[0])
+                new = saved[1]
+                _restore_block(settled, block, saved[0])
             if name != skeleton.blocks[-1]:
                 block.replay()
-        add(made, found)
+        add(new, saved)
     for index, assignment in enumerate(settled.outside, len(skeleton.blocks)):
-        found = run.load(index)
-        if found is None:
-            tensors, made = _quantize_outside(settled, assignment)
-            run.save(index, tensors, made)
-        add(made if found is None else found[1], found)
+        saved = run.load(index)
+        if saved is None:
+            tensors, new = _quantize_outside(settled, assignment)
+            run.save(index, tensors, new)
+        add(new if saved is None else saved[1], saved)
     return reports
 
 
@@ -103,63 +103,63 @@ Tensors = dict[str, Tensor]  # by their names in the output
 
 
 def _quantize_block(settled: Settled, block: Block, inputs: Inputs) -> tuple[Tensors, list[TensorReport]]:
-    """Quantize the linears of a materialized block in place; what is stored of them, and what happened."""
+    """Quantize the linears of a materialized block in place. Returns their tensors in the output, and their reports."""
     own = block.skeleton.linears(block.name)
-    wanted = {name: settled.resolved.assignments[name] for name in own if name in settled.resolved.assignments}
-    rewritten = rewrite(block, wanted)
+    assignments = {name: settled.resolved.assignments[name] for name in own if name in settled.resolved.assignments}
+    rewritten = rewrite(block, assignments)
     tensors, reports = rewritten.tensors | rewritten.scales, dict[str, TensorReport]()
     steps: Iterable[dict[str, Stats] | None] = (
-        staged(block, needs_of(wanted), inputs.stages) if inputs.importance is None else [dict(inputs.importance)]
+        staged(block, needs_of(assignments), inputs.stages) if inputs.importance is None else [dict(inputs.importance)]
     )
-    left = dict(wanted)
+    left = dict(assignments)
     for stats in itertools.chain(steps, [None]):  # finally, linears without statistics
         now = {name: left.pop(name) for name in list(left) if stats is None or name in stats}
         for name, (stored, report) in _quantize_together(settled, block, now, stats).items():
             tensors |= stored
             reports[name] = replace(report, notes=[*rewritten.notes.get(name, []), *report.notes])
-    return tensors, [reports[name] for name in wanted if name in reports]
+    return tensors, [reports[name] for name in assignments if name in reports]
 
 
 def _quantize_together(
-    settled: Settled, block: Block, wanted: Mapping[str, Assignment], stats: dict[str, Stats] | None
+    settled: Settled, block: Block, assignments: Mapping[str, Assignment], stats: dict[str, Stats] | None
 ) -> dict[str, tuple[Tensors, TensorReport]]:
-    """Quantize linears of a block, each on one rank; linear -> what is stored of it, and what happened.
+    """Quantize linears of a block, each on one rank. Returns linear -> its tensors in the output, and its report.
 
-    All linears on the first rank only. On every rank the block's weights have their new values, if it is replayed.
+    Only the first rank gets the results of all linears. If the block is replayed, every rank gets the new weights.
     """
     skeleton = block.skeleton
-    groups = _alike(wanted, stats or {})
-    owners = ranks.owners([_cost([wanted[name] for name in names]) for names in groups])
+    groups = _alike(assignments, stats or {})
+    owners = ranks.owners([_cost([assignments[name] for name in names]) for names in groups])
     done: dict[str, tuple[Tensors, TensorReport]] = {}
     for names, owner in zip(groups, owners, strict=True):
         own = None if stats is None else [stats.pop(name) for name in names].pop()
         if owner != ranks.rank():
             continue
         weights = [skeleton.weight(name).float() for name in names]
-        choices = _choose([wanted[name] for name in names], weights, own)
+        choices = _choose([assignments[name] for name in names], weights, own)
         for name in names:
             weight, choice = weights.pop(0), choices.pop(0)
-            done[name] = _stored(settled, wanted[name], weight, choice, own)
+            done[name] = _stored(settled, assignments[name], weight, choice, own)
             if block.calls:  # the block will be replayed
                 skeleton.replace_weight(name, choice.weight.dequantize())
     if block.calls:
         for names, owner in zip(groups, owners, strict=True):
             for name in names:
                 ranks.broadcast(skeleton.weight(name), owner)
-    return {name: each for found in ranks.gather_to_first(done) for name, each in found.items()}
+    return {name: result for own in ranks.gather_to_first(done) for name, result in own.items()}
 
 
 def _cost(assignments: Sequence[Assignment]) -> float:
-    """How long some linears that are quantized together may take, beside others: a Hessian's are inverted first."""
+    """The relative time to quantize linears that share an input. A method that needs the Hessian also inverts it."""
     (_, columns), rows = assignments[0].shape, sum(a.shape[0] for a in assignments)
-    whole = assignments[0].method.needs >= Need.HESSIAN
-    return float(rows * columns * columns + columns**3 if whole else rows * columns)
+    hessian = assignments[0].method.needs >= Need.HESSIAN
+    return float(rows * columns * columns + columns**3 if hessian else rows * columns)
 
 
-def _alike(wanted: Mapping[str, Assignment], stats: Mapping[str, Stats]) -> list[list[str]]:
-    """The linears, those together that read the same tensor and get their codes by the same method."""
+def _alike(assignments: Mapping[str, Assignment], stats: Mapping[str, Stats]) -> list[list[str]]:
+    """The linears in groups: those that read the same tensor and have the same method are quantized together."""
     groups: dict[tuple[object, ...], list[str]] = {}
-    for name, assignment in wanted.items():
+    for name, assignment in assignments.items():
         key = (id(stats[name]), assignment.method) if name in stats else (name,)
         groups.setdefault(key, []).append(name)
     return list(groups.values())
@@ -168,7 +168,7 @@ def _alike(wanted: Mapping[str, Assignment], stats: Mapping[str, Stats]) -> list
 def _stored(
     settled: Settled, assignment: Assignment, weight: Tensor, choice: Choice, stats: Stats | None
 ) -> tuple[Tensors, TensorReport]:
-    """A linear's tensors on the CPU, and what happened."""
+    """A linear's tensors in the output, on the CPU, and its report."""
     lost = _lost(assignment.scheme, weight, choice.weight, stats)
     report = _report(assignment, choice.weight, lost, stats, choice.notes)
     return _laid_out(settled, assignment, choice.weight), report
@@ -180,25 +180,25 @@ def _laid_out(settled: Settled, assignment: Assignment, weight: QTensor) -> Tens
 
 
 def _quantize_outside(settled: Settled, assignment: Assignment) -> tuple[Tensors, list[TensorReport]]:
-    """Quantize embeddings or head, whose input is not measured, some rows at a time in turn of ranks."""
+    """Quantize embeddings or head, without input statistics. Ranks take turns at chunks of rows."""
     skeleton = settled.skeleton
     stored = skeleton.checkpoint.get(skeleton.key_of(f"{assignment.module}.weight"))
     alike = Stats.from_mean_square(torch.ones(assignment.shape[1], device=skeleton.device, dtype=torch.float32), 1)
-    made: dict[int, tuple[QTensor, Lost, list[str]]] = {}
+    own: dict[int, tuple[QTensor, Lost, list[str]]] = {}
     for number, rows in enumerate(chunk_rows(*assignment.shape, _ROWS_OUTSIDE.get(skeleton.device.type, 1 << 24))):
         if number % ranks.size() != ranks.rank():
             continue
         weight = stored[rows].to(skeleton.device).float()
         (choice,) = _choose([assignment], [weight], alike)
         lost = _lost(assignment.scheme, weight, choice.weight, None)
-        made[number] = choice.weight.map(lambda t: t.cpu()), lost, choice.notes
-    together = {number: piece for each in ranks.gather_to_first(made) for number, piece in each.items()}
+        own[number] = choice.weight.map(lambda t: t.cpu()), lost, choice.notes
+    together = {number: piece for each in ranks.gather_to_first(own) for number, piece in each.items()}
     if not ranks.first():
         return {}, []
     pieces = [together[number] for number in sorted(together)]
     parts = {name: torch.cat([piece.parts[name] for piece, _, _ in pieces]) for name in pieces[0][0].parts}
-    total = sum((own for _, own, _ in pieces), Lost())
-    notes = list(dict.fromkeys(note for _, _, own in pieces for note in own))
+    total = sum((lost for _, lost, _ in pieces), Lost())
+    notes = list(dict.fromkeys(note for _, _, notes in pieces for note in notes))
     quantized = QTensor(assignment.scheme, assignment.shape, parts)
     return _laid_out(settled, assignment, quantized), [_report(assignment, quantized, total, None, notes)]
 
@@ -218,7 +218,7 @@ def _report(assignment: Assignment, weight: QTensor, lost: Lost, stats: Stats | 
 
 
 def _restore_block(settled: Settled, block: Block, tensors: Tensors) -> None:
-    """Give a materialized block the values of a result that was found."""
+    """Give a materialized block the weights of a result that was saved earlier."""
     assignments = settled.resolved.assignments
     for name in block.skeleton.linears(block.name):
         if name in assignments:
@@ -226,27 +226,28 @@ def _restore_block(settled: Settled, block: Block, tensors: Tensors) -> None:
             weight = settled.resolved.format.read(own, settled.config, name)
             block.skeleton.replace_weight(name, weight.dequantize())
     for name, parameter in block.module.named_parameters(prefix=block.name):
-        if name in tensors and name.removesuffix(".weight") not in assignments:  # a norm or bias, rewritten
+        if name in tensors and name.removesuffix(".weight") not in assignments:  # a norm or bias that was rewritten
             parameter.data.copy_(tensors[name])
 
 
 def _choose(assignments: Sequence[Assignment], weights: Sequence[Tensor], stats: Stats | None) -> list[Choice]:
-    """Codes for weights that read the same input and have one method; NumericsError naming the one that has none."""
+    """Codes for weights with the same input and method. NumericsError names the weight that cannot be quantized."""
     method, schemes = assignments[0].method, [assignment.scheme for assignment in assignments]
     if method.needs > Need.NOTHING and (stats is None or not stats.rows):
         nearest = [Method.quantize(method, w, scheme, None).weight for w, scheme in zip(weights, schemes, strict=True)]
-        return [Choice(weight, ["no calibration input reached it: rounded to nearest"]) for weight in nearest]
+        return [Choice(weight, ["no calibration input reached this linear: rounded to nearest"]) for weight in nearest]
     try:
         return method.quantize_alike(weights, schemes, stats)
     except NumericsError as error:
-        if len(weights) > 1:  # which of them?
+        if len(weights) > 1:  # find the one that failed
             return [_choose([a], [w], stats)[0] for a, w in zip(assignments, weights, strict=True)]
         raise NumericsError(f"{assignments[0].module}: {error.message}", error.hint) from None
 
 
 @dataclass(frozen=True)
 class Lost:
-    """Squared error, of a weight's outputs or of itself, the squares it is a share of, and groups that became 0."""
+    """The loss of one weight. `error`: squared error, of its outputs or of itself. `whole`: the sum of squares that
+    `error` is relative to. `vanished`: number of groups that became 0."""
 
     error: float = 0.0
     whole: float = 0.0
@@ -261,11 +262,11 @@ class Lost:
 
 
 def _lost(scheme: Scheme, weight: Tensor, quantized: QTensor, stats: Stats | None) -> Lost:
-    """What the outputs lost; the weights, where there are no statistics of inputs."""
+    """The error of the weight's outputs, or of the weight itself if there is no Hessian of its inputs."""
     hessian = None if stats is None or stats.need < Need.HESSIAN or not stats.rows else stats.hessian
     lost = Lost()
-    # A few rows at a time: what is decoded is still in a core's cache when it is compared, and steps this small are not
-    # shared among threads, which costs more than it gains where the others are busy. A GPU wants few launches.
+    # Chunks on the CPU are small: decoded values stay in a core's cache until they are compared, and PyTorch does not
+    # split such small operations over threads, which is slower if other cores are busy. A GPU needs few launches.
     entries = 7 << 12 if hessian is None and weight.device.type == "cpu" else 1 << 22
     for rows in chunk_rows(*quantized.shape, entries):
         part = weight[rows].float()

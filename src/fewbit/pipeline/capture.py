@@ -1,7 +1,7 @@
-"""What reaches the linears of a block: statistics of their inputs over the calibration batches of all ranks.
+"""Statistics of the inputs of a block's linears, over the calibration batches of all ranks.
 
-A linear's input is looked at where it is called, so whatever a block computes is what is measured; linears that read
-the same tensor share one object.
+Hooks record the input of each linear when the block runs, so this works for any architecture. Linears that read the
+same tensor share one object.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ Stages = Sequence[Sequence[str]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known of the inputs of linears, and how it is gathered.
+    """The calibration inputs, and how statistics are gathered.
 
-    tokens: int64 [samples, length], which calibrate where a method needs it, unless `importance` (linear -> statistics)
-    replaces them. stages: linears of a block, by their names in it; each stage sees the quantized values of the stages
-    before it. An empty list: one stage for each tensor that linears read. None: all linears see the block as it was.
-    least, most: bounds of how many windows are computed at once; by default as many as hold about 2048 tokens.
+    tokens: int64 [samples, length], the calibration windows, if a method needs them. importance: linear -> statistics
+    that replace them. stages: lists of linears, by their names in the block; the statistics of each stage are measured
+    with the quantized weights of the stages before. An empty list: one stage for each tensor that linears read. None:
+    all statistics are measured with the unquantized block. least, most: bounds of the number of windows in a batch; by
+    default a batch has about 2048 tokens.
     """
 
     tokens: Tensor | None = None
@@ -45,14 +46,14 @@ class Inputs:
 
     @property
     def at_once(self) -> int:
-        """Windows that are computed at once."""
+        """Number of windows in a batch."""
         if self.tokens is None:
             return 1
         count, length = self.tokens.shape
         return max(1, min(count, self.most or count, max(self.least, _TOKENS_AT_ONCE // length)))
 
     def halved(self) -> Inputs:
-        """The same with half as many windows at once."""
+        """A copy with half as many windows in a batch."""
         assert self.tokens is not None
         most = max(self.least, _TOKENS_AT_ONCE // self.tokens.shape[1])
         while most >= self.at_once:
@@ -62,7 +63,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Block:
-    """A materialized block, and what enters it: for each of `calls`, hidden states [sequences, tokens, width]."""
+    """A materialized block and its inputs: `hidden` has, for each of `calls`, states [sequences, tokens, width]."""
 
     skeleton: Skeleton
     name: str
@@ -71,14 +72,14 @@ class Block:
     hidden: list[Tensor]
 
     def replay(self) -> None:
-        """Replace the hidden states by what the block makes of them."""
+        """Replace the hidden states by the block's outputs."""
         with torch.no_grad():
             for i, call in enumerate(self.calls):
                 self.hidden[i] = call.run(self.module, self.hidden[i])
 
 
 def captured(skeleton: Skeleton, inputs: Inputs) -> tuple[list[Tensor], dict[str, list[BlockCall]]]:
-    """As `Skeleton.capture`, of this rank's part of the windows, `inputs.at_once` of them at a time."""
+    """`Skeleton.capture` for this rank's share of the windows, in batches of `inputs.at_once`."""
     tokens = inputs.tokens
     assert tokens is not None
     if len(tokens) < ranks.size():
@@ -91,7 +92,7 @@ def captured(skeleton: Skeleton, inputs: Inputs) -> tuple[list[Tensor], dict[str
 
 
 def staged(block: Block, needs: Mapping[str, Need], stages: Stages | None) -> Iterator[dict[str, Stats]]:
-    """Statistics of the linears of a block, those of each stage gathered when it comes to them."""
+    """Statistics of a block's linears, stage by stage. The caller quantizes each stage before it takes the next."""
     first = gather(block, needs)
     if stages is None:
         yield first
@@ -109,22 +110,22 @@ def staged(block: Block, needs: Mapping[str, Need], stages: Stages | None) -> It
         yield gather(block, {name: needs[name] for name in group})
 
 
-def needs_of(wanted: Mapping[str, Assignment]) -> dict[str, Need]:
-    """What the methods of these linears need to know of their inputs."""
-    return {name: a.method.needs for name, a in wanted.items() if a.method.needs > Need.NOTHING}
+def needs_of(assignments: Mapping[str, Assignment]) -> dict[str, Need]:
+    """The input statistics that the methods of these linears need. Linears that need none are left out."""
+    return {name: a.method.needs for name, a in assignments.items() if a.method.needs > Need.NOTHING}
 
 
 class _AllFed(Exception):
-    """The last linear of a block has its input: what the block would make of it is not needed (a tenth of the time)."""
+    """Raised when the last linear of a block has its input, to skip the rest of the block (a tenth of the time)."""
 
 
 def gather(block: Block, needs: Mapping[str, Need], *, alike: bool = False) -> dict[str, Stats]:
-    """Statistics of each linear's input over all batches, one object for all linears that read the same tensor.
+    """Statistics of each linear's input over all batches. Linears that read the same tensor share one object.
 
-    Unless all tokens are to count `alike`, a token counts in proportion to the norm of the hidden state that enters the
-    block. The few tokens of giant norm that models use as attention sinks are attended to by all others, so an error in
-    them spreads: on the demo model at 4 bits this takes 13 % off the KL divergence (0.184 to 0.160; by the square of
-    the norm it is 0.181).
+    A token is weighted by the norm of its hidden state at the block's input; with `alike`, all weights are equal.
+    Models use a few tokens of very large norm as attention sinks. All other tokens attend to these, so an error in them
+    spreads. On the demo model at 4 bits the weighting lowers the KL divergence by 13 % (0.184 to 0.160); with the
+    squared norm as weight it is 0.181.
     """
     stats: dict[str, Stats] = {}
     seen: dict[int, tuple[weakref.ref[Tensor], str]] = {}
@@ -148,7 +149,7 @@ def gather(block: Block, needs: Mapping[str, Need], *, alike: bool = False) -> d
                     readers = max(needs.values())
                     stats[name] = Stats(shapes[name][1], readers, skeleton.device)
             if reads[name] == name:
-                # Some models flatten [batch, tokens]; where rows are not tokens (routed experts), all count alike.
+                # Some models flatten [batch, tokens]. If rows are not tokens (routed experts), all weights are equal.
                 tokens = weight is not None and weight.numel() == x.numel() // x.shape[-1]
                 stats[name].add(x, weight if tokens else None)
             fed.append(name)
@@ -164,7 +165,7 @@ def gather(block: Block, needs: Mapping[str, Need], *, alike: bool = False) -> d
                 weight = None if alike else states.float().norm(dim=-1).clamp(min=1e-6)
                 with suppress(_AllFed):
                     call.run(block.module, states)
-                if last is None and sorted(fed) == sorted(needs):  # each once: after this one nothing is left to see
+                if last is None and sorted(fed) == sorted(needs):  # each was called once, so this is the last
                     last = fed[-1]
                 fed.clear()
     finally:
@@ -176,13 +177,16 @@ def gather(block: Block, needs: Mapping[str, Need], *, alike: bool = False) -> d
 def _of_all_ranks(
     skeleton: Skeleton, reads: Mapping[str, str], stats: dict[str, Stats], shapes: Mapping[str, Shape], need: Need
 ) -> dict[str, Stats]:
-    """The statistics of every linear that any rank's batches reached; `reads`: linear -> the one whose they are."""
+    """The statistics over all ranks, for each linear that any rank's batches reached.
+
+    `reads`: linear -> the first linear that reads the same tensor; `stats` has the statistics under that name.
+    """
     leaders: dict[str, str] = {}
     for own in ranks.all_gather(dict(reads)):
         for name, leader in own.items():
             leaders.setdefault(name, leader)
     for leader in dict.fromkeys(leaders.values()):
-        if leader not in stats:  # a routed expert that none of this rank's tokens went to
+        if leader not in stats:  # a routed expert that no token of this rank reached
             stats[leader] = Stats(shapes[leader][1], need, skeleton.device)
         stats[leader].all_reduce()
     return {name: stats[leader] for name, leader in leaders.items()}

@@ -1,4 +1,4 @@
-"""Importances of inputs: measured on a text, or read from a file."""
+"""Importance matrices (mean squares of linears' inputs): measured on a text, or read from a file."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def importance(path: Path, settled: Settled) -> tuple[dict[str, Stats], list[str
     or belongs to another model.
     """
     skeleton = settled.skeleton
-    besides = {a.module for a in settled.outside}
-    wanted = {module: a for module, a in settled.resolved.assignments.items() if module not in besides}
-    for a in wanted.values():
+    outside = {a.module for a in settled.outside}
+    assignments = {module: a for module, a in settled.resolved.assignments.items() if module not in outside}
+    for a in assignments.values():
         if a.method.needs != Need.MEAN_SQUARE or a.method.rewrites:
             needs = "whole inputs" if a.method.needs > Need.NOTHING else "no importances"
             raise PlanError(
@@ -34,40 +34,40 @@ def importance(path: Path, settled: Settled) -> tuple[dict[str, Stats], list[str
                 "Omit `imatrix`, or use the method imatrix.",
             )
     names, matrix = model_of(skeleton).names, imatrix.read(path)
-    found, missing = {}, []
-    for module, a in wanted.items():
+    stats, missing = {}, []
+    for module, a in assignments.items():
         name = f"{names[module]}.weight"
         if name not in matrix:
             missing.append(name)
-            found[module] = Stats.from_mean_square(
+            stats[module] = Stats.from_mean_square(
                 torch.ones(a.shape[1], device=skeleton.device, dtype=torch.float32), 1
             )
             continue
         mean_square, rows = matrix[name]
         if len(mean_square) != a.shape[1]:
             raise FormatError(
-                f"{path}: {name} has {len(mean_square)} importances, the weight {a.shape[1]} columns",
-                "The file is of another model.",
+                f"{path}: {name} has {len(mean_square)} importances, but the weight has {a.shape[1]} columns",
+                "The file belongs to another model.",
             )
-        found[module] = Stats.from_mean_square(mean_square.to(skeleton.device), rows)
-    if len(missing) == len(wanted):
+        stats[module] = Stats.from_mean_square(mean_square.to(skeleton.device), rows)
+    if len(missing) == len(assignments):
         raise FormatError(
-            f"{path} has importances of {len(matrix)} tensors, none of this model ({missing[0]} is not there)",
-            "The file is of another model.",
+            f"{path} has importances of {len(matrix)} tensors, but none of this model ({missing[0]} is missing)",
+            "The file belongs to another model.",
         )
-    notes = [f"{path} has no importances of {', '.join(missing)}: equal weights there"] if missing else []
-    return found, notes
+    notes = [f"{path} has no importances of {', '.join(missing)}: weighted equally"] if missing else []
+    return stats, notes
 
 
 def measure(skeleton: Skeleton, tokens: Tensor, progress: Progress) -> dict[str, Stats]:
     """Mean squares of the inputs of all linears in blocks. All tokens have equal weight; nothing is quantized."""
-    found: dict[str, Stats] = {}
+    stats: dict[str, Stats] = {}
     hidden, calls = captured(skeleton, Inputs(tokens))
     for index, name in enumerate(skeleton.blocks):
         with skeleton.materialized(name) as module:
             block = Block(skeleton, name, module, calls[name], hidden)
-            found |= gather(block, dict.fromkeys(skeleton.linears(name), Need.MEAN_SQUARE), alike=True)
+            stats |= gather(block, dict.fromkeys(skeleton.linears(name), Need.MEAN_SQUARE), alike=True)
             if name != skeleton.blocks[-1]:
                 block.replay()
         progress(Step(index + 1, len(skeleton.blocks), 0.0, False))
-    return found
+    return stats

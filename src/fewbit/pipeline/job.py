@@ -1,4 +1,4 @@
-"""What is to be quantized, settled and checked before any work: a model, a plan, importances, calibration tokens."""
+"""A quantization job: model, plan, importances and calibration tokens, all checked before any work."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from fewbit.texts import sources
 from fewbit.texts import windows as texts_windows
 from fewbit.texts.calibration import Calibration as Calibration
 
-# Files whose content a GGUF file holds in its keys.
+# Files that a GGUF output does not need: it stores their content in its keys.
 _IN_GGUF = re.compile(
     r"(config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|.*\.model|.*\.jinja"
     r"|LICENSE.*|generation_config\.json"
@@ -47,7 +47,7 @@ _IN_GGUF = re.compile(
 
 @dataclass
 class Job:
-    """A model and a plan settled for it, checked, before any work."""
+    """A model, and a plan that is resolved for it and checked."""
 
     source: Source
     settled: Settled
@@ -64,7 +64,7 @@ class Job:
         trust_remote_code: bool = False,
         imatrix: str | Path | None = None,
     ) -> Job:
-        """Settle `plan` for a source that is not quantized; PlanError where it does not fit."""
+        """Resolve `plan` for an unquantized source. PlanError if it does not fit."""
         skeleton = skeleton_of(source, machine.device(device), trust_remote_code)
         settled, notes = Settled.of(skeleton, plan), list[str]()
         settled.check()
@@ -78,18 +78,18 @@ class Job:
         return bool(self.settled.resolved.format.suffix)
 
     def header(self, tokenizer: Any) -> Header | None:
-        """What a GGUF file says besides its weights; PlanError where it cannot say it. None for a folder."""
+        """The header of the GGUF file, None for a folder. PlanError if GGUF cannot express the config or tokenizer."""
         return header.of(self.settled.skeleton.config, tokenizer, self.source.name) if self.single_file else None
 
     def inputs(self, wanted: Calibration, tokenizer: Any) -> tuple[Inputs, dict[str, Any] | None]:
-        """What is known of inputs, and what the record says of calibration tokens; None where no method needs them."""
+        """The calibration inputs, and the record's entry on calibration tokens (None if no method needs them)."""
         if self.importance is not None or self.settled.need == Need.NOTHING:
             return Inputs(importance=self.importance), None
         tokens, text = windows(wanted, self.source, tokenizer)
         return Inputs(tokens), text
 
     def left_out(self) -> list[str]:
-        """Sentences on what the model's folder has and an output holds as it is, or not at all."""
+        """Notes on tensors and files of the model's folder that the output copies unchanged or leaves out."""
         skeleton = self.settled.skeleton
         carried = {} if self.single_file else skeleton.carried(self.settled.resolved.assignments)
         specs = skeleton.checkpoint.specs
@@ -116,10 +116,10 @@ def unquantized(model: str | Path, safetensors_only: bool = False) -> Source:
     if source.quantization is not None:
         method = source.quantization["quant_method"]
         if by_quant_method(method) is not None:
-            raise PlanError(f"{model} is quantized already", "Quantize the original: a second rounding only adds loss.")
+            raise PlanError(f"{model} is quantized already", "Use the original: quantizing twice only adds error.")
         raise PlanError(
-            f"{model} holds weights in the form {method!r}, which fewbit does not quantize",
-            "Use a copy with ordinary weights. Where none is published, transformers can often make it: load the model "
+            f"{model} has weights quantized by {method!r}, which fewbit does not quantize again",
+            "Use a copy with ordinary weights. If none is published, transformers can often make one: load the model "
             "with dequantize=True in its quantization config, and save it.",
         )
     return source
@@ -153,7 +153,9 @@ def same_vocabulary(one: Source, other: Source, tokenizer: Any, trust_remote_cod
             "Compare models of one vocabulary.",
         )
     if load_tokenizer(one, trust_remote_code=trust_remote_code).get_vocab() != tokenizer.get_vocab():
-        raise PlanError(f"{other.name} and {one.name} have different tokenizers", "Compare models of one vocabulary.")
+        raise PlanError(
+            f"{other.name} and {one.name} have different tokenizers", "Compare models with the same vocabulary."
+        )
 
 
 def skeleton_of(source: Source, device: str, trust_remote_code: bool) -> Skeleton:
@@ -233,35 +235,35 @@ def _some(specs: Mapping[str, PartSpec]) -> str:
 
 
 def left_behind(source: Source, *, single_file: bool) -> list[str]:
-    """Sentences on the files of the model's folder that the output will not hold."""
+    """Notes on the files of the model's folder that the output will not contain."""
     if source.gguf is not None:
         return []
     folder = source.beside
     used = {file.name for file in (*source.files, *pickle.files_in(folder))}
-    rest = [path.name + "/" for path in folders_left_out(folder)]
+    names = [path.name + "/" for path in folders_left_out(folder)]
     if single_file:
-        rest += [str(file) for file in side_files(folder) if not _IN_GGUF.fullmatch(str(file))]
+        names += [str(file) for file in side_files(folder) if not _IN_GGUF.fullmatch(str(file))]
         if not source.hosted and (card := card_of(folder)) is not None:  # the card of a hosted model is not lost
-            rest.append(card.name)
-    rest += [file.name for file in other_weights(folder) if file.name not in used]
-    if not rest:
+            names.append(card.name)
+    names += [file.name for file in other_weights(folder) if file.name not in used]
+    if not names:
         return []
-    return [f"left out: {', '.join(rest[:8])}{f' and {len(rest) - 8} more' if len(rest) > 8 else ''} of {folder}"]
+    return [f"left out: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''} of {folder}"]
 
 
 def fewer(wanted: Calibration, used: dict[str, Any] | None) -> list[str]:
-    """Sentences on what was asked of the calibration text and not to be had."""
+    """Notes on calibration settings that the text or the model's context could not satisfy."""
     notes = []
-    asked = wanted.text is not None or wanted.samples != Calibration.samples
-    if used is not None and asked and used["samples"] < wanted.samples:
+    requested = wanted.text is not None or wanted.samples != Calibration.samples
+    if used is not None and requested and used["samples"] < wanted.samples:
         notes.append(f"{used['text']} has {used['samples']} windows of {used['length']}, not {wanted.samples}")
     if used is not None and used["length"] < wanted.length:
-        notes.append(f"windows of {used['length']} tokens, not {wanted.length}: the model's context is no longer")
+        notes.append(f"windows of {used['length']} tokens, not {wanted.length}: that is the model's context")
     return notes
 
 
 def too_small(tensors: Sequence[run.TensorReport]) -> list[str]:
-    """One sentence on the groups of weights that became 0, with the linear that has most of them."""
+    """One note on the groups of weights that became 0. It names the linear that has the most."""
     hit = [(tensor.module, tensor.scheme, tensor.vanished) for tensor in tensors if tensor.vanished]
     return base.too_small(hit, len(tensors))
 

@@ -1,7 +1,7 @@
-"""A block rewritten to an equal one that rounds better: a method's scales folded in where the topology allows it.
+"""Rewrites a block to an equivalent one that quantizes better, by folding in the scales that a method (AWQ) chooses.
 
-Each fold is checked: in float32, with what is stored (norms, biases) as it will be stored, every token's output must
-agree with that before to 1e-4, or the fold is undone and the report says so.
+Each fold is checked in float32, with norms and biases already rounded to the dtype of their files: every token's output
+must stay within a relative distance of 1e-4. Otherwise the fold is undone, and the report says so.
 """
 
 from __future__ import annotations
@@ -23,24 +23,27 @@ from fewbit.plans.plan import Assignment
 from fewbit.stats import Need, Stats
 from fewbit.system import ranks
 
-_TOKENS = 2048  # of the calibration text, on which scales are searched and folds are checked
+_TOKENS = 2048  # number of calibration tokens for the search of scales and the check of folds
 _CLOSE = 1e-4
 
 
 @dataclass
 class Rewritten:
-    """`tensors`: what changed besides weights to be quantized, by model name, as it is to be stored. `scales`: what was
-    folded, as in `Scales.values`. `notes`: linear -> what a user should know."""
+    """The result of rewriting a block.
+
+    `tensors`: changed tensors that are not quantized (norms, biases), by model name, in the dtype of the file.
+    `scales`: the folded scales, as in `Scales.values`. `notes`: linear -> notes for the user.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
 
 
-def rewrite(block: Block, wanted: Mapping[str, Assignment]) -> Rewritten:
-    """Rewrite the materialized `block` in place, as the methods of its linears ask."""
+def rewrite(block: Block, assignments: Mapping[str, Assignment]) -> Rewritten:
+    """Rewrite the materialized `block` in place, for those of its linears whose methods choose scales."""
     done = Rewritten()
-    asking = {name for name, assignment in wanted.items() if assignment.method.rewrites}
+    asking = {name for name, assignment in assignments.items() if assignment.method.rewrites}
     if not asking:
         return done
     skeleton, module = block.skeleton, block.module
@@ -52,13 +55,17 @@ def rewrite(block: Block, wanted: Mapping[str, Assignment]) -> Rewritten:
             if not asking.intersection(readers):
                 continue
             served.update(readers)
-            methods = {wanted[name].method for name in readers if name in asking}
-            if not asking.issuperset(readers) or len(methods) > 1 or (link.offset is None and source not in wanted):
-                why = f"not scaled: {link.source} and what reads it are not all quantized alike"
+            methods = {assignments[name].method for name in readers if name in asking}
+            if (
+                not asking.issuperset(readers)
+                or len(methods) > 1
+                or (link.offset is None and source not in assignments)
+            ):
+                why = f"not scaled: {link.source} and the linears that read it are not all quantized by one method"
                 _note(done, asking.intersection(readers), why)
                 continue
             fold = BlockFold(skeleton, block.name, link, batches)
-            scales = methods.pop().rewrite(fold, {name: wanted[name].scheme for name in readers})
+            scales = methods.pop().rewrite(fold, {name: assignments[name].scheme for name in readers})
             if scales is None:
                 continue
             if (apart := ranks.agreed(fold.apply(scales))) <= _CLOSE:
@@ -68,12 +75,12 @@ def rewrite(block: Block, wanted: Mapping[str, Assignment]) -> Rewritten:
                 fold.undo()
                 why = f"not scaled: folding into {link.source} would change the block's output by {apart:.1e}"
                 _note(done, readers, why)
-        _note(done, asking - served, "not scaled: nothing was found that its input's scales could be folded into")
+        _note(done, asking - served, "not scaled: no norm or linear before it can take the scales of its input")
     return done
 
 
 def _some(block: Block) -> list[tuple[BlockCall, Tensor]]:
-    """About `_TOKENS` tokens of what calls the block in all ranks, the same for each of them."""
+    """Some of the block's calls on all ranks, about `_TOKENS` tokens together. Every rank gets the same ones."""
     tokens = ranks.all_gather([states[..., 0].numel() for states in block.hidden])
     count = sum(len(own) for own in tokens)
     stride = max(1, min(round(sum(map(sum, tokens)) / _TOKENS), count))
@@ -91,7 +98,7 @@ def _to(device: torch.device | str) -> Callable[[Any], Any]:
 
 
 class BlockFold(Fold):
-    """One link of a materialized block in float32, with what its readers serve recorded on `batches`."""
+    """One link of a materialized block in float32. It records the outputs that depend on its readers, on `batches`."""
 
     def __init__(self, skeleton: Skeleton, block: str, link: Link, batches: list[tuple[BlockCall, Tensor]]) -> None:
         self.readers = tuple(f"{block}.{name}" for name in link.readers)
@@ -114,19 +121,19 @@ class BlockFold(Fold):
         for name, weight in weights.items():
             self.skeleton.replace_weight(name, weight)
         error = 0.0
-        for (args, kwargs), wanted, sound, counts in zip(
-            self.inputs, self.outputs, self.sound, self.counts, strict=True
+        for (args, kwargs), expected, finite, counts in zip(
+            self.inputs, self.outputs, self.finite, self.counts, strict=True
         ):
-            each = (states_of(self.scope(*args, **kwargs)) - wanted).square_().sum(-1).flatten()
-            error += float(each[sound] @ counts)
+            each = (states_of(self.scope(*args, **kwargs)) - expected).square_().sum(-1).flatten()
+            error += float(each[finite] @ counts)
         for name in weights:
             self.skeleton.replace_weight(name, self.kept[f"{name}.weight"])
         return error
 
     def errors(self, candidates: Sequence[Tensor], error: Callable[[Tensor], float]) -> list[float]:
         own = {i: error(candidates[i]) for i in range(ranks.rank(), len(candidates), ranks.size())}
-        found = {i: value for each in ranks.all_gather(own) for i, value in each.items()}
-        return [found[i] for i in range(len(candidates))]
+        every = {i: value for each in ranks.all_gather(own) for i, value in each.items()}
+        return [every[i] for i in range(len(candidates))]
 
     def stats(self, scales: Tensor) -> Stats:
         if self._stats is None:
@@ -142,19 +149,20 @@ class BlockFold(Fold):
 
     def stored(self, scales: Tensor) -> Tensor:
         per_channel = self._per_channel(self._alike(scales.log())).exp()
-        got = per_channel
-        # One stored tensor rounds; what it then divides by is the scale. A second one has to follow.
+        exact = per_channel
+        # The file's dtype rounds the folded norm or bias. So the scale that takes effect is the ratio of its values
+        # before and after; the columns of the readers are multiplied by that.
         name = "bias" if self.link.offset is None else "weight"
         if (before := self.kept.get(f"{self.source}.{name}")) is not None and before.dim() == 1:
             offset = self.link.offset or 0.0
             after = self._as_stored(name, (before + offset) / per_channel - offset)
-            got = torch.where(before + offset == 0, per_channel, (before + offset) / (after + offset))
-            got = torch.where(got.isfinite() & (got > 0), got, 1.0)
+            exact = torch.where(before + offset == 0, per_channel, (before + offset) / (after + offset))
+            exact = torch.where(exact.isfinite() & (exact > 0), exact, 1.0)
         channel = self.link.channel.to(scales.device)
-        return torch.where(channel >= 0, got[channel.clamp(min=0)], 1.0)
+        return torch.where(channel >= 0, exact[channel.clamp(min=0)], 1.0)
 
     def apply(self, scales: Tensor) -> float:
-        """Fold `scales`; the largest relative distance of a token's output from what it was."""
+        """Fold `scales` in. Returns the largest relative change of a token's output."""
         per_channel = self._per_channel(scales, outside=1.0)
         offset = self.link.offset
         for name in self.readers:
@@ -175,24 +183,24 @@ class BlockFold(Fold):
         return apart
 
     def undo(self) -> None:
-        """The block as it was."""
+        """Restore the block's parameters."""
         for name, parameter in self._touched().items():
             parameter.copy_(self.kept[name])
 
     def changed(self) -> dict[str, Tensor]:
-        """What is stored beside the quantized weights and has changed, by model name, in the type of its file."""
+        """The changed tensors that are not quantized (norm, bias), by model name, in the dtype of the file."""
         names = [f"{self.source}.bias"] + ([f"{self.source}.weight"] if self.link.offset is not None else [])
         touched = self._touched()
         return {n: touched[n].to(self._dtype(n)).cpu() for n in names if n in touched}
 
     def folded(self, scales: Tensor) -> dict[str, Tensor]:
-        """What `apply` multiplied columns by and divided rows by, as in `Scales.values`."""
-        found = {f"columns:{name}": scales for name in self.readers}
-        found[f"rows:{self.source}"] = self._per_channel(scales, outside=1.0)
-        return {name: tensor.float().cpu().clone() for name, tensor in found.items()}
+        """The factors by which `apply` multiplied columns and divided rows, as in `Scales.values`."""
+        factors = {f"columns:{name}": scales for name in self.readers}
+        factors[f"rows:{self.source}"] = self._per_channel(scales, outside=1.0)
+        return {name: tensor.float().cpu().clone() for name, tensor in factors.items()}
 
     def _touched(self) -> dict[str, Tensor]:
-        """The parameters that folding writes to; weights of linears as [N, K]."""
+        """The parameters that folding changes. Weights of linears are [N, K]."""
         own = {f"{name}.weight": self.skeleton.weight(name) for name in self.readers}
         own[f"{self.source}.weight"] = weight_of(self.feeder)
         if isinstance(bias := getattr(self.feeder, "bias", None), Tensor):
@@ -224,18 +232,18 @@ class BlockFold(Fold):
             for handle in handles:
                 handle.remove()
         self.size = torch.stack(sizes).sum(0) / max(sum(rows), 1)
-        self.sound = [wanted.isfinite().all(-1).flatten() for wanted in self.outputs]
+        self.finite = [output.isfinite().all(-1).flatten() for output in self.outputs]
         self.counts = [
-            _counts(states, len(sound))[sound] for (_, states), sound in zip(self.batches, self.sound, strict=True)
+            _counts(states, len(finite))[finite] for (_, states), finite in zip(self.batches, self.finite, strict=True)
         ]
 
     def _alike(self, values: Tensor) -> Tensor:
-        """The mean over the columns that one channel feeds, [K]; those of no channel keep their own."""
+        """`values` [K], replaced by the mean over all columns that the same channel feeds. Other columns are kept."""
         channel = self.link.channel.to(values.device)
         return torch.where(channel >= 0, self._per_channel(values)[channel.clamp(min=0)], values)
 
     def _per_channel(self, values: Tensor, outside: float = 0.0) -> Tensor:
-        """The mean of `values` [K] over the columns that each channel feeds; `outside` where it feeds none."""
+        """For each channel, the mean of `values` [K] over the columns that it feeds; `outside` if it feeds none."""
         channel, count = self.link.channel.to(values.device), len(self.kept[f"{self.source}.weight"])
         fed = channel >= 0
         total = torch.zeros(count, device=values.device, dtype=torch.float32).index_add_(
@@ -252,9 +260,9 @@ class BlockFold(Fold):
 
 
 def _scope(link: Link) -> str:
-    """The module whose output counts: what holds all readers; for one that a norm feeds alone, what holds that one.
+    """The module whose output error is minimized: the innermost module that contains all readers.
 
-    For a reader fed by a linear's rows (o, down) it is the reader itself.
+    For a reader that is fed by the rows of a linear (o, down), it is the reader itself.
     """
     if link.offset is None:
         return link.readers[0]
@@ -265,7 +273,7 @@ def _scope(link: Link) -> str:
     return ".".join(paths[0][:shared])
 
 
-_known: dict[tuple[object, ...], list[Link]] = {}  # by what a block is made of: its twins need not be looked at again
+_known: dict[tuple[object, ...], list[Link]] = {}  # a cache: blocks with equal modules and shapes have equal links
 
 
 def _links(skeleton: Skeleton, module: nn.Module, batch: tuple[BlockCall, Tensor]) -> list[Link]:
@@ -284,10 +292,10 @@ def _links(skeleton: Skeleton, module: nn.Module, batch: tuple[BlockCall, Tensor
 
 
 def _two_sequences(module: nn.Module, call: BlockCall, states: Tensor) -> tuple[BlockCall, Tensor]:
-    """The call and states of the first two sequences of a batch; the whole batch where that cannot be cut.
+    """The call and states of the first two sequences of a batch, or the whole batch if it cannot be cut.
 
-    Which arguments have a part for each sequence is tried: some have one for each head of each (Bloom), and what is
-    first in the states need not be sequences (Gemma 3n). A cut is taken if the block's output is the same.
+    Which arguments to cut is found by trial: some have a row for each head of each sequence (Bloom), and the first
+    dimension of the states need not be sequences (Gemma 3n). A cut is accepted if the block's output stays the same.
     """
     size = len(states)
     if size <= 2:
@@ -302,10 +310,10 @@ def _two_sequences(module: nn.Module, call: BlockCall, states: Tensor) -> tuple[
 
         smaller = _mapped(call, cut)
         try:
-            found = smaller.run(module, states[:2])
+            output = smaller.run(module, states[:2])
         except (RuntimeError, ValueError, IndexError):  # sizes that do not fit
             continue
-        if found.shape == whole.shape and (found - whole).norm() <= _CLOSE * whole.norm():
+        if output.shape == whole.shape and (output - whole).norm() <= _CLOSE * whole.norm():
             return smaller, states[:2]
     return call, states
 
@@ -327,7 +335,7 @@ def _to_float32(call: BlockCall) -> BlockCall:
 
 @contextmanager
 def _in_float32(module: nn.Module) -> Iterator[None]:
-    """Within, the module's parameters are float32; after, what they were, with their new values."""
+    """A context in which the module's parameters are float32. At its end they are cast back to their dtypes."""
     before = {name: p.dtype for name, p in module.named_parameters()}
     module.float()
     try:
@@ -339,7 +347,7 @@ def _in_float32(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _reading(reader: nn.Module) -> Iterator[list[Tensor]]:
-    """What the module is given, within."""
+    """A context that records the inputs of `reader`."""
     read: list[Tensor] = []
     handle = reader.register_forward_pre_hook(lambda _, args: read.append(args[0]))
     try:
@@ -349,7 +357,7 @@ def _reading(reader: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _counts(states: Tensor, rows: int) -> Tensor:
-    """How much each row counts: a token in proportion to the norm of what enters the block, as in statistics."""
+    """The weight of each row: for tokens, the norm of the hidden state at the block's input, as in `gather`."""
     counts = states.norm(dim=-1).flatten()
     return counts if len(counts) == rows else torch.ones(rows, device=states.device, dtype=torch.float32)
 

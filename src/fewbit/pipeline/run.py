@@ -1,4 +1,4 @@
-"""The durable results of one quantization, a file for each finished block."""
+"""The saved results of one quantization: a file for each finished block."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from fewbit.system.cache import cache_folder
 class TensorReport:
     """What happened to one weight.
 
-    `error`: relative squared error of its outputs on the calibration inputs, tokens weighted as in `gather`; without a
-    Hessian, of the weight itself. `dropped`: input rows left out because they were not finite. `vanished`: groups of
-    weights that became 0, because they are smaller than any scale that the scheme can store.
+    `error`: relative squared error of its outputs on the calibration inputs, with tokens weighted as in `gather`;
+    without a Hessian, of the weight itself. `dropped`: number of input rows that were left out because they were not
+    finite. `vanished`: number of groups of weights that became 0, because they are smaller than any scale that the
+    scheme can store.
     """
 
     module: str
@@ -40,10 +41,10 @@ class TensorReport:
 
 
 class Run:
-    """The durable results of one quantization: a folder in the cache with a file for each finished block.
+    """The saved results of one quantization: a folder in the cache with a file for each finished block.
 
-    Only rank 0 reads and writes the folder; it broadcasts what it reads. A lock keeps other processes out: a second
-    run with the same fingerprint uses its own folder. Leaving the context releases the folder; `forget` deletes it.
+    Only rank 0 reads and writes the folder, and broadcasts what it reads. The folder is locked: a second run with the
+    same fingerprint uses another folder. Leaving the context releases the lock; `forget` deletes the folder.
     """
 
     def __init__(self, fingerprint: str) -> None:
@@ -66,14 +67,14 @@ class Run:
     def save(self, index: int, tensors: Mapping[str, Tensor], reports: Sequence[TensorReport]) -> None:
         if not ranks.first():
             return
-        made = self.folder / f".block-{index:05d}"
+        hidden = self.folder / f".block-{index:05d}"
         try:
-            write_file(made, tensors, {"reports": json.dumps([asdict(report) for report in reports])})
-            made.rename(self.file(index))
+            write_file(hidden, tensors, {"reports": json.dumps([asdict(report) for report in reports])})
+            hidden.rename(self.file(index))
         except OSError as error:
-            made.unlink(missing_ok=True)
+            hidden.unlink(missing_ok=True)
             raise OutputError(
-                f"the cache {self.folder} cannot be written: {error.strerror or error}",
+                f"cannot write to the cache {self.folder}: {error.strerror or error}",
                 "Free some space; the same command resumes where it stopped. Or set FEWBIT_CACHE to another folder.",
             ) from error
 
@@ -99,7 +100,7 @@ class Run:
         return sorted(self.folder.glob("block-*.safetensors"))
 
     def forget(self) -> None:
-        """Delete the saved blocks, unless another process has locked the folder since this one left the run."""
+        """Delete the saved blocks, unless another process has locked the folder meanwhile."""
         if self._place is not None and self._held is None and self._place.exists():
             self._held = locks.hold(self._place)
         if self._held is not None:
@@ -108,7 +109,7 @@ class Run:
 
 
 def fingerprint(settled: Settled, inputs: Inputs, versions: Mapping[str, str]) -> str:
-    """A digest of all that determines the result: weights, plan, calibration tokens, versions, arithmetic."""
+    """A digest of everything that determines the result: weights, plan, calibration tokens, versions, dtype, device."""
     skeleton, resolved, tokens = settled.skeleton, settled.resolved, inputs.tokens
     files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in skeleton.source.files]
     plan = [(a.module, str(a.scheme), repr(a.method)) for a in resolved.assignments.values()]

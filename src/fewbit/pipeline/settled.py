@@ -79,11 +79,11 @@ class Settled:
         if reason := self.skeleton.why_not():
             raise PlanError(reason)
         if self.share < _LOWEST_SHARE:
-            why = [*self.resolved.notes, f"left as they are: {', '.join(self.resolved.kept) or 'no linears'}"]
+            why = [*self.resolved.notes, f"not quantized: {', '.join(self.resolved.kept) or 'no linears'}"]
             raise PlanError(
                 f"only {self.share:.0%} of the parameters in the model's blocks would be quantized:\n  "
                 + "\n  ".join(why),
-                f"At least {_LOWEST_SHARE:.0%} must be; another scheme or format may fit more of them.",
+                f"At least {_LOWEST_SHARE:.0%} is required. Another scheme or format may fit more of them.",
             )
 
     def _check_values(self) -> None:
@@ -91,7 +91,7 @@ class Settled:
         for key, _, _ in self.skeleton.passed_through():
             tensor = self.skeleton.checkpoint.get(key)
             rows = tensor.reshape(len(tensor), -1) if tensor.dim() else tensor.reshape(1, 1)
-            # PyTorch has no isfinite of all 8-bit floats.
+            # PyTorch has no isfinite for some 8-bit floats, so cast first.
             if not all(torch.isfinite(rows[part].float()).all() for part in chunk_rows(*rows.shape)):
                 raise NumericsError(
                     f"{key} has NaN or Inf", f"The checkpoint {self.skeleton.source.folder} is damaged."

@@ -1,7 +1,7 @@
 """Exact sizes of a plan's output, computed from shapes alone.
 
 `tensors` lists every tensor of an output; `quantize` fails if it wrote a different number of bytes. Bytes in memory are
-those of the canonical parts, which a loaded model holds. A file may have a little more (levels, JSON, `g_idx`).
+those of the canonical parts of a loaded model. A file may hold slightly more (levels, JSON, `g_idx`).
 """
 
 from __future__ import annotations
@@ -43,24 +43,25 @@ class Sized:
 
 def tensors(settled: Settled) -> tuple[list[tuple[str, str, int]], int]:
     """Every tensor of the output as (name, description, bytes), and the total bytes of the files' tensors."""
-    skeleton, format, wanted, found = settled.skeleton, settled.resolved.format, settled.resolved.assignments, []
+    skeleton, format, assignments = settled.skeleton, settled.resolved.format, settled.resolved.assignments
+    rows: list[tuple[str, str, int]] = []
     if format.suffix:
         for each in write_gguf.planned(settled):
-            method = f", {name_of(wanted[each.module].method)}" if each.module else ""
-            found.append((each.entry.name, each.entry.type + method, each.entry.spec.nbytes))
-        return found, write_gguf.nbytes(settled)
+            method = f", {name_of(assignments[each.module].method)}" if each.module else ""
+            rows.append((each.entry.name, each.entry.type + method, each.entry.spec.nbytes))
+        return rows, write_gguf.nbytes(settled)
     for _, name, spec in skeleton.passed_through():
-        assignment = wanted.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        assignment = assignments.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if assignment is not None:
             what = f"{assignment.scheme}, {name_of(assignment.method)}"
             size = sum(s.nbytes for s in format.specs(assignment.shape, assignment.scheme).values())
         else:
-            what, size = f"as it is ({str(spec.dtype).removeprefix('torch.')})", spec.nbytes
-        found.append((name, what, size))
-    for key, spec in skeleton.carried(wanted).items():
-        what = f"as it is, no part of the model ({str(spec.dtype).removeprefix('torch.')})"
-        found.append((key, what, spec.nbytes))
-    return found, sum(size for _, _, size in found)
+            what, size = f"unquantized ({str(spec.dtype).removeprefix('torch.')})", spec.nbytes
+        rows.append((name, what, size))
+    for key, spec in skeleton.carried(assignments).items():
+        what = f"copied, not part of the model ({str(spec.dtype).removeprefix('torch.')})"
+        rows.append((key, what, spec.nbytes))
+    return rows, sum(size for _, _, size in rows)
 
 
 def sized(skeleton: Skeleton, plan: plans.Plan) -> Sized:
@@ -73,15 +74,15 @@ def sized(skeleton: Skeleton, plan: plans.Plan) -> Sized:
     except FewbitError as error:
         return Sized(plan.name, plan.format, why_not=error.message)
     resolved = settled.resolved
-    wanted = resolved.assignments
-    packed = {module: a.scheme.nbytes(a.shape) for module, a in wanted.items()}
+    assignments = resolved.assignments
+    packed = {module: a.scheme.nbytes(a.shape) for module, a in assignments.items()}
     if resolved.format.suffix:
         weights = file_bytes  # GGUF weights have the same bytes in memory as in the file
     else:
-        rest = (s for _, n, s in skeleton.passed_through() if n.removesuffix(".weight") not in wanted)
+        rest = (s for _, n, s in skeleton.passed_through() if n.removesuffix(".weight") not in assignments)
         weights = sum(packed.values()) + sum(spec.nbytes for spec in rest)
     counts: dict[str, int] = {}
-    for a in wanted.values():
+    for a in assignments.values():
         counts[str(a.scheme)] = counts.get(str(a.scheme), 0) + prod(a.shape)
     return Sized(
         plan=plan.name,

@@ -1,8 +1,8 @@
-"""One GGUF file put together from the blocks of a run: what `pipeline/write_folder.py` does for folders.
+"""Writes a GGUF file from the finished blocks of a run.
 
-Weights that were quantized are written as their blocks, whose rows are put in the file's order; all other tensors as
-numbers: float32 where they are vectors or positions, as llama.cpp wants them, and float16 where they are matrices that
-no block type fits or that the plan leaves out. Tensors come in the order in which llama.cpp's quantizer writes them.
+A quantized weight is written as its blocks, with rows permuted to GGUF's order. Vectors and position embeddings are
+float32, as llama.cpp requires. Other unquantized matrices are float16. Tensors are in the order of llama.cpp's
+quantizer.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from fewbit.pipeline.write_folder import folded
 from fewbit.plans import mixtures
 from fewbit.plans.plan import Resolved
 
-_QUANTIZATION_VERSION = 2  # of the block types: ggml's GGML_QNT_VERSION
+_QUANTIZATION_VERSION = 2  # version of the block types: ggml's GGML_QNT_VERSION
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor of the file: its entry, the model's name for it and what the checkpoint calls it; its module's
-    name where it was quantized."""
+    """A tensor of the file. `name`: its name in the model. `key`: its name in the checkpoint. `module`: the name of its
+    module if it is quantized, else None."""
 
     entry: Entry
     name: str
@@ -44,9 +44,9 @@ class Planned:
 
 
 def planned(settled: Settled) -> list[Planned]:
-    """All tensors of the model that the file will hold, in its order."""
+    """The model's tensors in the file, in the file's order."""
     skeleton, resolved = settled.skeleton, settled.resolved
-    routes, found = gguf_names.routes(skeleton.config), []
+    routes, tensors = gguf_names.routes(skeleton.config), []
     for key, name, spec in skeleton.passed_through():
         if name not in routes:
             raise PlanError(f"GGUF has no name for {name} of a model of type {skeleton.config.model_type!r}")
@@ -58,12 +58,12 @@ def planned(settled: Settled) -> list[Planned]:
             shape = spec.shape[::-1] if route.transposed else spec.shape
             plain = len(shape) < 2 or route.name == "position_embd.weight" or spec.dtype == torch.float32
             entry = Entry(route.name, "f32" if plain else "f16", shape)
-        found.append(Planned(entry, name, key, module if assignment is not None else None))
-    return sorted(found, key=lambda each: mixtures.order(each.entry.name))
+        tensors.append(Planned(entry, name, key, module if assignment is not None else None))
+    return sorted(tensors, key=lambda each: mixtures.order(each.entry.name))
 
 
 def metadata(header: Header, resolved: Resolved, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's keys: what the model is, how it was made, its tokenizer."""
+    """The file's keys: the model's config, its tokenizer, and the `record` of how the file was made."""
     return {
         **header.metadata,
         "general.quantization_version": _QUANTIZATION_VERSION,
@@ -73,7 +73,7 @@ def metadata(header: Header, resolved: Resolved, record: Mapping[str, Any]) -> d
 
 
 def file_type(resolved: Resolved) -> int:
-    """llama.cpp's number for the plan's mixture, or for the scheme that most weights have."""
+    """llama.cpp's file type number of the plan's mixture, or of the scheme that has the most weights."""
     for rule in resolved.plan.rules:
         if rule.scheme is not None and rule.scheme.startswith(mixtures.PREFIX):
             return mixtures.MIXTURES[rule.scheme.removeprefix(mixtures.PREFIX)].file_type
@@ -86,7 +86,7 @@ def file_type(resolved: Resolved) -> int:
 
 
 def nbytes(settled: Settled) -> int:
-    """Bytes of all tensors that the file will hold."""
+    """Bytes of all tensors of the file."""
     extra = sum(4 * tensor.numel() for tensor in gguf_config.extra_tensors(settled.skeleton.config).values())
     return extra + sum(each.entry.spec.nbytes for each in planned(settled))
 
@@ -115,7 +115,7 @@ def write(path: Path, settled: Settled, run: Run, header: Header, record: Mappin
 
 
 def _plain(tensor: Tensor, each: Planned) -> Tensor:
-    made = tensor.to(each.entry.spec.dtype)
-    if not torch.isfinite(made).all():
+    values = tensor.to(each.entry.spec.dtype)
+    if not torch.isfinite(values).all():
         raise NumericsError(f"{each.name} has values beyond the range of {each.entry.type}")
-    return made
+    return values

@@ -1,4 +1,4 @@
-"""What there is: schemes, methods, formats, kernels and plans, each with what it is for."""
+"""The rows of `fewbit list`: all schemes, methods, formats, kernels and plans, with a description of each."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fewbit.schemes.base import parse
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of `fewbit list`. unavailable: why it cannot be used here; None if it can.
+    """A row of `fewbit list`. unavailable: why this machine cannot use it; None if it can.
 
-    formats: for a scheme, each example and the formats that store it.
+    formats: for a scheme, its examples and the formats that store each; else None.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Entry:
 
 def catalogue() -> dict[str, list[Entry]]:
     """The entries of each family: schemes, methods, formats, kernels, plans."""
-    found: dict[str, list[Entry]] = {}
+    families: dict[str, list[Entry]] = {}
     for family in registry.FAMILIES:
         rows = []
         for name, entry in registry.entries(family).items():
@@ -43,18 +43,18 @@ def catalogue() -> dict[str, list[Entry]]:
             if family == "methods" and (own := [each for each in options() if name in each.methods]):
                 what += f" Options: {', '.join(f'{each.flag} ({each.shown})' for each in own)}."
             rows.append(Entry(name, what, entry().unavailable() if family == "kernels" else None))
-        found[family] = rows
-    found["plans"] = [
+        families[family] = rows
+    families["plans"] = [
         Entry(name, "; ".join(f"{r.match}: {r.scheme} by {r.method}" for r in plan.rules) + f"; {plan.format} files")
         for name, plan in plans.PRESETS.items()
     ]
-    return found
+    return families
 
 
 def _scheme(name: str, what: str, examples: tuple[str, ...]) -> Entry:
     formats = {spec: storing(parse(spec)) for spec in examples}
     stored, others = [s for s in examples if formats[s]], [s for s in examples if not formats[s]]
-    what += f" Such as {', '.join(stored or others)}."
+    what += f" For example {', '.join(stored or others)}."
     if stored and others:
         what += f" No format stores these yet: {', '.join(others)}."
     return Entry(name, what, None if stored else "no format stores it yet", formats)

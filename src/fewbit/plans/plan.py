@@ -60,7 +60,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Any) -> Plan:
-        """The plan that a JSON object describes; PlanError, naming the rule and the key, where it does not."""
+        """The plan that a JSON object describes. PlanError, with the rule and the key, if the object is invalid."""
         data = _object(data, "this is not a plan", _KEYS, ("name", "format", "rules"))
         name, format = (_text(data[key], f"this is not a plan: {key}") for key in ("name", "format"))
         if not isinstance(data["rules"], (list, tuple)):
