@@ -278,7 +278,7 @@ def test_a_dataset_that_cannot_be_had_is_replaced(sound: Path, monkeypatch: pyte
         made = AutoModelForCausalLM.from_pretrained(sound, quantization_config=config)
     assert sum(isinstance(module, QLinear) for module in made.modules()) == 14
     monkeypatch.setenv("FEWBIT_STRICT_DATASET", "1")
-    with quantizer.serving(), pytest.raises(PlanError, match=r"c4 cannot be had here: HF_HUB_OFFLINE is set") as error:
+    with quantizer.serving(), pytest.raises(PlanError, match=r"cannot load c4: HF_HUB_OFFLINE is set") as error:
         AutoModelForCausalLM.from_pretrained(sound, quantization_config=config)
     assert "pydoc" not in str(error.value)
     assert "dataset=[...]" in str(error.value)

@@ -85,13 +85,13 @@ def test_a_jsonl_file_is_a_document_a_line(tmp_path: Path) -> None:
     ("line", "complaint"),
     [
         ("{", "not JSON"),
-        ("3", "neither a text nor"),
-        ('{"prompt": "x"}', "neither a text nor"),
-        ('{"text": ["x"]}', "neither a text nor"),
+        ("3", "not a document"),
+        ('{"prompt": "x"}', "not a document"),
+        ('{"text": ["x"]}', "not a document"),
         ('{"messages": []}', "'messages' is not a list"),
         ('{"messages": "x", "text": "x"}', "'messages' is not a list"),
-        ('{"messages": [{"role": "user"}]}', "a message without"),
-        ('{"messages": ["x"]}', "a message without"),
+        ('{"messages": [{"role": "user"}]}', "a message needs"),
+        ('{"messages": ["x"]}', "a message needs"),
     ],
 )
 def test_a_malformed_line_is_named_with_its_file_and_number(tmp_path: Path, line: str, complaint: str) -> None:
@@ -101,9 +101,9 @@ def test_a_malformed_line_is_named_with_its_file_and_number(tmp_path: Path, line
 
 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"unknown text 'pydocs', and no file .*\nDid you mean pydoc\?"):
+    with pytest.raises(PlanError, match=r"unknown text 'pydocs', and there is no file .*\nDid you mean pydoc\?"):
         load_text("pydocs")
-    with pytest.raises(PlanError, match=r"a \.jsonl or a \.json file, not \.md"):
+    with pytest.raises(PlanError, match=r"\.jsonl or \.json file, not \.md"):
         load_text(write(tmp_path / "a.md", "x"))
     for name in ("empty.txt", "empty.jsonl"):
         with pytest.raises(PlanError, match="is empty"):
@@ -128,7 +128,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(source: str, hangs: bool, monk
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
     monkeypatch.setattr(sources, "_HUB_SECONDS", 0.02)
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *a, **k: loaded.append("x")))
-    with pytest.raises(PlanError, match=rf"(?s){source} cannot be had here: waited 0.02 s .*'pydoc'"):
+    with pytest.raises(PlanError, match=rf"(?s)cannot load {source}: the Hub did not answer within 0.02 s .*'pydoc'"):
         load_text(source)
     released.set()
     assert asked == [0.02]
@@ -227,7 +227,7 @@ def test_a_list_of_documents_is_read_from_json(tmp_path: Path) -> None:
     assert found.place(2) == f"{tmp_path / 'a.json'}, document 3"
     lines = load_text(write(tmp_path / "b.json", "\n".join(map(json.dumps, listed[:2]))))
     assert lines.documents == ("one", "two")
-    with pytest.raises(FormatError, match=r"a\.json, document 2: neither a text nor messages"):
+    with pytest.raises(FormatError, match=r"a\.json, document 2: not a document"):
         load_text(write(tmp_path / "a.json", json.dumps(["one", {"other": 1}])))
 
 
@@ -241,7 +241,7 @@ def test_a_system_prompt_is_part_of_the_chat(tmp_path: Path) -> None:
     tokenizer.chat_template = None
     plain = str(tokenizer.decode(encode(Text("x", text.documents[1:]), tokenizer)))
     assert plain.startswith("Be brief.\n\n### Instruction")
-    with pytest.raises(FormatError, match="line 1: 'history' is not read"):
+    with pytest.raises(FormatError, match="line 1: 'history' is not supported"):
         load_text(write(tmp_path / "b.jsonl", json.dumps({**asked, "history": [["a", "b"]]})))
     with pytest.raises(FormatError, match="line 1: 'system' is not a string"):
         load_text(write(tmp_path / "b.jsonl", json.dumps({**asked, "system": ["a"]})))

@@ -136,10 +136,10 @@ def timed(comparison: Comparison, plan: str, interval: Interval | None) -> Compa
 
 
 def test_the_fastest_is_named_where_intervals_part(comparison: Comparison) -> None:
-    assert "Fastest to writegptq-4bit88 tokens/s" in _Tags(page.page(comparison)).texts
+    assert "Fastest decodinggptq-4bit88 tokens/s" in _Tags(page.page(comparison)).texts
     for interval in (Interval(61, 11.8, 87.0), None):
         text = _Tags(page.page(timed(comparison, "int8", interval))).texts
-        assert "Fastest to writeno clear winner95 % intervals do not tell apart int8, gptq-4bit" in text
+        assert "Fastest decodingno clear winner95 % intervals do not separate int8, gptq-4bit" in text
 
 
 def test_noise_is_said_on_the_page(comparison: Comparison) -> None:

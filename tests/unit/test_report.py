@@ -197,7 +197,7 @@ def test_a_quantization_for_people(shown: io.StringIO) -> None:
         "2.00e-03",
         "worst 3.00e-03 in model.layers.1.q",
         "2 min 05 s",
-        'continues with "cat sat"',
+        'with "cat sat"',
     ):
         assert words in text
 
@@ -215,7 +215,10 @@ def test_a_folder_with_brackets_is_shown_as_it_is(shown: io.StringIO) -> None:
 
 
 def test_a_preview(shown: io.StringIO) -> None:
-    tensors = [("model.q.weight", "int4-g32-sym, GPTQ", 1_234_567), ("model.norm.weight", "unquantized (bfloat16)", 128)]
+    tensors = [
+        ("model.q.weight", "int4-g32-sym, GPTQ", 1_234_567),
+        ("model.norm.weight", "unquantized (bfloat16)", 128),
+    ]
     report_text.preview(Preview("gptq-4bit", "gptq", ["a note"], tensors, 5_000_000, 1_234_695, 0.99))
     text = shown.getvalue()
     for words in (

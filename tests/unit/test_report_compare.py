@@ -69,7 +69,7 @@ def test_it_says_what_was_reused_and_where_the_report_is(capsys: pytest.CaptureF
     fresh = replace(EXAMPLE, rows=tuple(replace(row, reused=False) for row in EXAMPLE.rows))
     assert "reused" not in shown(fresh, capsys)
     text = shown(replace(fresh, rows=tuple(replace(row, reused=True) for row in fresh.rows)), capsys)
-    assert f"{len(fresh.rows)} of {len(fresh.rows)} rows were measured before and are reused." in text
+    assert f"{len(fresh.rows)} of {len(fresh.rows)} rows are reused from an earlier comparison." in text
     assert "the report is in there" in text
     assert "the report is in" not in shown(fresh, capsys, None)
 

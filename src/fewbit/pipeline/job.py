@@ -150,7 +150,7 @@ def same_vocabulary(one: Source, other: Source, tokenizer: Any, trust_remote_cod
     if one.rows is not None and other.rows is not None and one.rows != other.rows:
         raise PlanError(
             f"the vocabulary of {one.name} has {one.rows} entries, and that of {other.name} {other.rows}",
-            "Compare models of one vocabulary.",
+            "Compare models with the same vocabulary.",
         )
     if load_tokenizer(one, trust_remote_code=trust_remote_code).get_vocab() != tokenizer.get_vocab():
         raise PlanError(

@@ -1,4 +1,4 @@
-"""Advice for a person: estimates, recommendations, the table of methods."""
+"""Prints estimates, recommendations and the table of methods."""
 
 from __future__ import annotations
 
@@ -33,16 +33,15 @@ def estimate(done: Estimate) -> None:
         )
     text.out.print(table)
     _say(
-        f"Bits are those of the quantized weights. In use: weights, keys and values ({size(done.cache_bytes)} in "
-        f"{done.cache}) and activations in {done.activation}. Making it: the peak of quantizing. Weights and files "
-        "are exact; peaks come from a model that was within 25 % of measurements where freed memory goes back to the "
-        "system: an allocator that keeps it took half as much again. Python and its imports (0.4 GB) or a CUDA context "
-        "come on top."
+        f"Bits: per quantized weight. In use: weights, KV cache ({size(done.cache_bytes)} in {done.cache}) and "
+        f"activations in {done.activation}. Making it: peak memory of quantizing. Weights and files are exact. Peaks "
+        "are estimates, within 25 % of measurements if freed memory returns to the system; an allocator that keeps it "
+        "needed half as much again. Add 0.4 GB for Python and its imports, or a CUDA context."
     )
     for row in refused:
         _say(f"{row.plan}: {row.why_not}")
     if done.imagined:
-        _say("No weights are here: everything follows from config.json.")
+        _say("The weights are not here: all numbers follow from config.json.")
 
 
 def precision(done: Precision) -> None:
@@ -56,13 +55,14 @@ def precision(done: Precision) -> None:
         table.add_row(row.name, f"{row.bits:g}", size(row.nbytes), row.card or "none of the table")
     text.out.print(table)
     text.out.print()
-    table = text.grid("what formats really take", "format", "bits", "weights", "smallest card", numbers=(1, 2))
+    table = text.grid("size in real formats", "format", "bits", "weights", "smallest card", numbers=(1, 2))
     for row in done.formats:
         table.add_row(row.name, f"{row.bits:.4g}", size(row.nbytes), row.card or "none of the table")
     text.out.print(table)
     _say(
-        "Scales are what the difference is. All parameters are taken as quantized; folders keep embeddings in 16 bits, "
-        "and mixtures such as q4_k_m give some tensors more: fewbit estimate MODEL counts them."
+        "The difference from the rule is the scales. This table counts all parameters as quantized. Folders keep "
+        "embeddings in 16 bits, and mixtures such as q4_k_m give some tensors more bits: fewbit estimate MODEL counts "
+        "them."
     )
 
 
@@ -75,7 +75,7 @@ def recommendation(done: Recommendation) -> None:
         _say(f"  Against the rule: {line}")
     _say(f"  Ranked by {done.ranked_by}.")
     table = text.grid(
-        f"what fits {size(done.memory)}, the first choice first",
+        f"plans that fit {size(done.memory)}, best first",
         *("plan", "bits", "weights", "in use", "KL divergence", "tokens/s", "kernel here"),
         numbers=(1, 2, 3, 4, 5),
     )
@@ -91,7 +91,7 @@ def recommendation(done: Recommendation) -> None:
         )
     text.out.print(table)
     if any(c.kl is not None and c.basis == "prior" for c in done.ranked):
-        _say("* a prior: of the embedded model, not of this one. In use: weights, keys and values, activations.")
+        _say("* a prior: measured on the embedded model, not on this one. In use: weights, KV cache, activations.")
     _say(f"{done.speeds}.")
     for c in done.excluded:
         _say(f"not {c.plan}: {c.excluded}")
@@ -105,11 +105,11 @@ def recommendation(done: Recommendation) -> None:
 def methods(rows: Sequence[MethodRow]) -> None:
     """What `fewbit recommend --table` prints."""
     timed = any(row.decode is not None for row in rows)
-    table = text.grid("which method for what, the least loss first", *COLUMNS, *(["tokens/s"] if timed else []))
+    table = text.grid("methods by purpose, lowest loss first", *COLUMNS, *(["tokens/s"] if timed else []))
     for row in rows:
         table.add_row(*cells(row), *([f"{row.decode:.3g}" if row.decode else ""] if timed else []))
     text.out.print(table)
-    _say("Quality: KL divergence of the plan in brackets, nats per token; 0 is no loss.")
+    _say("Quality: KL divergence in nats per token, of the plan in brackets; 0 is no loss.")
 
 
 def cells(row: MethodRow) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a person sees of a comparison: its table, its failures and its samples."""
+"""Prints a comparison: its table, failures and samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SAMPLE = 400  # characters of a sample that are shown
 
 
 def table(compared: Comparison) -> tables.Table:
-    """The rows that were measured, `BEST` before what is best of the quantized ones."""
+    """The measured rows, with `BEST` before the best number of the quantized ones."""
     shown = [row for row in compared.rows if row.done]
     made = [row for row in shown if row.plan != ORIGINAL]
     shown_columns = columns.in_terminal()
@@ -38,8 +38,10 @@ def comparison(compared: Comparison, folder: str | Path | None) -> None:
     text.out.print(table(c))
     if sum(row.done for row in c.rows if row.plan != ORIGINAL) > 1:
         on_gpu = any(p.cuda for row in c.rows for p in (row.loading, row.generating) if p is not None)
-        peak = "what torch held on the GPU" if on_gpu else "of a process that loads and generates, imports included"
-        say(f"{BEST} the best of the quantized, where 95 % intervals (±) tell it from all the others.")
+        peak = (
+            "what torch allocated on the GPU" if on_gpu else "of a process that loads and generates, imports included"
+        )
+        say(f"{BEST} the best quantized plan, if 95 % intervals (±) separate it from all others.")
         say(f"Peak memory is {peak}. It, load and quantized in are measured once.")
     if c.noise is not None:
         say(f"note: {c.noise}")
@@ -52,7 +54,7 @@ def comparison(compared: Comparison, folder: str | Path | None) -> None:
     say(f"Measured on {c.text.samples} x {c.text.length} tokens of {c.text.text}{_calibrated(c)}.")
     _samples(c)
     if c.reused:
-        say(f"{c.reused} of {len(c.rows)} rows were measured before and are reused.")
+        say(f"{c.reused} of {len(c.rows)} rows are reused from an earlier comparison.")
     say(f"{duration(c.seconds)}{f'; the report is in {folder}' if folder is not None else ''}.")
 
 

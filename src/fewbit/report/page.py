@@ -1,7 +1,7 @@
-"""The report of a comparison as one page that opens anywhere: no request, no library, nothing to install.
+"""The report of a comparison as one HTML page that works offline, without libraries.
 
-`write` puts index.html into a folder, and the charts as files of their own. All texts, first those that models wrote,
-are escaped; a content security policy forbids every request and every script but the page's own, in case one was not.
+`write` writes index.html and the charts into a folder. All texts are escaped, because models may write anything. As a
+second protection, a content security policy forbids all requests, and all scripts except the page's own.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from fewbit.report.charts.svg import DARK, FONT, LIGHT, element, escaped, rules,
 from fewbit.report.columns import Column, columns
 
 _DATA = Path(__file__).parents[1] / "data" / "report"
-_UNIT = re.compile(r"(?<=\d) (?=[kMGT]?B)|(?<=[+−]) (?=\d)")  # a space where no line may break
+_UNIT = re.compile(r"(?<=\d) (?=[kMGT]?B)|(?<=[+−]) (?=\d)")  # where no line may break
 _HIDDEN_STATE = "after the block"
 
 _SIZE = Measure("bytes on disk", units.size)
-_SPEED = Measure("tokens written a second", lambda v: f"{v:,g}", more_is_better=True)
+_SPEED = Measure("decoded tokens per second", lambda v: f"{v:,g}", more_is_better=True)
 _KL = Measure("KL divergence, nats per token", lambda v: f"{v:g}", log=True)
 
 
@@ -44,10 +44,10 @@ def write(comparison: Comparison, folder: str | Path) -> list[str]:
     for name, (title, x, points) in _charts(comparison).items():
         image = scatter(points, x, _KL, name=name, title=title)
         _put(folder / f"{name}.svg", standalone(image).encode())
-        made = png(standalone(image, dark=False))
-        if isinstance(made, bytes):
-            _put(folder / f"{name}.png", made)
-        elif (note := f"no .png of the charts was written: {made}") not in notes:
+        rendered = png(standalone(image, dark=False))
+        if isinstance(rendered, bytes):
+            _put(folder / f"{name}.png", rendered)
+        elif (note := f"no .png of the charts was written: {rendered}") not in notes:
             notes.append(note)
     return notes
 
@@ -66,7 +66,7 @@ def page(comparison: Comparison) -> str:
         model=escaped(comparison.model),
         lede=escaped(_lede(comparison)),
         body="\n".join(part for section in sections for part in section(comparison)),
-        footer=escaped(f"Made by fewbit {__version__}. The numbers as data are in report.json, beside this page."),
+        footer=escaped(f"Made by fewbit {__version__}. The numbers are also in report.json, beside this page."),
         script=script,
     )
 
@@ -75,9 +75,9 @@ def _lede(c: Comparison) -> str:
     done = sum(row.done for row in c.rows)
     failed = len(c.rows) - done
     count = f"{done} {'plan' if done == 1 else 'plans'}" + (f" ({failed} more failed)" if failed else "")
-    reused = f" Numbers of {c.reused} are of an earlier comparison." if c.reused else ""
+    reused = f" The numbers of {c.reused} come from an earlier comparison." if c.reused else ""
     return (
-        f"{count} for {c.architecture} with {c.parameters:,} parameters, each measured in a process of its own, in "
+        f"{count} for {c.architecture} with {c.parameters:,} parameters, each measured in its own process, in "
         f"{units.duration(c.seconds)} on {_day(c.date)}.{reused}"
     )
 
@@ -88,7 +88,7 @@ def _facts(c: Comparison) -> Iterator[str]:
     rows = [row for row in c.rows if row.done and row is not c.original]
     by_name = {column.name: column for column in columns(rows)}
     cards = []
-    for name, what in (("kl", "Closest to the original"), ("disk", "Smallest"), ("decode", "Fastest to write")):
+    for name, what in (("kl", "Closest to the original"), ("disk", "Smallest"), ("decode", "Fastest decoding")):
         column = by_name.get(name)
         first = column.first(rows) if column else []
         if column is None or not first:
@@ -98,7 +98,7 @@ def _facts(c: Comparison) -> Iterator[str]:
             cards.append((what, ", ".join(row.plan for row in first), _said(column, best[0])))
         else:
             plans = ", ".join(row.plan for row in first)
-            cards.append((what, "no clear winner", f"95 % intervals do not tell apart {plans}"))
+            cards.append((what, "no clear winner", f"95 % intervals do not separate {plans}"))
     if cards:
         items = (
             element(
@@ -127,15 +127,15 @@ def _table(c: Comparison) -> Iterator[str]:
     shown = columns(c.rows)
     yield element(
         "p",
-        text="A header sorts. Bold is the best of a column but for the original, where 95 % intervals tell it from all "
-        "the others. Below a number: its 95 % interval, what came on top of what the process held (+), or what a sum "
-        "over parameters gives. Load, memory and quantizing are measured once.",
+        text="Click a header to sort. Bold: the best quantized plan of a column, if 95 % intervals separate it "
+        "from all others. Below a number: its 95 % interval, the memory added to what the process already held (+), or "
+        "the sum over parameters. Load, memory and quantizing are measured once.",
         class_="note",
     )
     groups = [(group, len(list(members))) for group, members in groupby(shown, key=lambda column: column.group)]
     begins = {shown[sum(n for _, n in groups[:i])].name for i in range(len(groups))}
     over = [element("th", text=group, colspan=n, scope="colgroup", class_="first") for group, n in groups]
-    heads = [_head("plan", "plan", "what was asked for", "ascending", "text", "plan")]
+    heads = [_head("plan", "plan", "the requested plan", "ascending", "text", "plan")]
     heads += [
         _head(
             column.name,
@@ -154,9 +154,9 @@ def _table(c: Comparison) -> Iterator[str]:
     caption = element("caption", text=f"Plans for {c.model}", class_="unseen")
     table = element("table", caption, head, body, class_="sortable")
     yield element("div", table, class_="scroll", tabindex=0, role="region", aria_labelledby="numbers")
-    yield element("p", text="The table goes on to the right: scroll →", class_="more")
+    yield element("p", text="Scroll right for more columns →", class_="more")
     terms = (element("dt", text=column.title) + element("dd", text=column.explained) for column in shown)
-    yield element("details", element("summary", text="What the columns say"), element("dl", *terms))
+    yield element("details", element("summary", text="What the columns mean"), element("dl", *terms))
 
 
 def _head(name: str, title: str, explained: str, begin: str, kind: str, look: str | None) -> str:
@@ -224,9 +224,9 @@ def _figures(c: Comparison) -> Iterator[str]:
     yield element("h2", text="What quality costs")
     yield element(
         "p",
-        text="Filled points are on the Pareto front: no other plan is better in one of the two and no worse in the "
-        "other. Every point beyond the dashed line is worse than one of them. Bars are 95 % intervals. A point with a "
-        "ring of dots may be on the front or not: its intervals overlap with those of a plan that would beat it.",
+        text="Filled points are on the Pareto front: no other plan is better in one measure and at least as good "
+        "in the other. A point beyond the dashed line is worse than a point on the front. Bars are 95 % intervals. A "
+        "dotted ring marks a point that may be on the front: its intervals overlap those of a plan that might beat it.",
         class_="note",
     )
     figures = []
@@ -237,7 +237,7 @@ def _figures(c: Comparison) -> Iterator[str]:
             )
             for look, width, height in (("wide", 580, 400), ("narrow", 340, 360))
         )
-        best = ", ".join(p.name for p in front(points, x, _KL)) or "nothing for certain"
+        best = ", ".join(p.name for p in front(points, x, _KL)) or "none for certain"
         open_ = ", ".join(p.name for p in undecided(points, x, _KL))
         caption = element("figcaption", text=f"On the front: {best}." + (f" Undecided: {open_}." if open_ else ""))
         figures.append(element("figure", element("h3", text=title), *drawn, caption))
@@ -256,12 +256,12 @@ def _errors(c: Comparison) -> Iterator[str]:
     if not maps:
         return
     scale = shades(v for _, cells, _ in maps for v in cells.values())
-    yield element("h2", text="Where the error sits")
+    yield element("h2", text="Where the error is")
     yield element(
         "p",
-        text="The relative squared error of what each linear computes, by block from left to right (of its weight, "
-        f"where a method needs no calibration); in the last line that of the hidden state {_HIDDEN_STATE}, where "
-        "errors add up. All maps have the same colors.",
+        text="The relative squared error of each linear's output (of its weight, if the method needs no calibration), "
+        f"by block from left to right. The last line is the hidden state {_HIDDEN_STATE}, where errors add up. All "
+        "maps share one color scale.",
         class_="note",
     )
     yield legend(scale, name="legend")
@@ -272,12 +272,12 @@ def _errors(c: Comparison) -> Iterator[str]:
 def _map(i: int, plan: str, cells: Mapping[tuple[str, int], float], rest: Mapping[str, float], scale: Shades) -> str:
     drawn = heat(cells, scale, name=f"heat-{i}", title=f"Error per layer of {plan}")
     linears = {key: value for key, value in cells.items() if key[0] != _HIDDEN_STATE}
-    said = []
+    notes = []
     if linears:
         (linear, block), worst = max(linears.items(), key=lambda item: item[1])
-        said.append(f"worst: {linear} of block {block}, {worst:.1e}")
-    said += [f"{module}: {value:.1e}" for module, value in rest.items()]
-    return element("figure", element("h3", text=plan), drawn, element("figcaption", text="; ".join(said)))
+        notes.append(f"worst: {linear} of block {block}, {worst:.1e}")
+    notes += [f"{module}: {value:.1e}" for module, value in rest.items()]
+    return element("figure", element("h3", text=plan), drawn, element("figcaption", text="; ".join(notes)))
 
 
 def _samples(c: Comparison) -> Iterator[str]:
@@ -285,11 +285,11 @@ def _samples(c: Comparison) -> Iterator[str]:
     if not rows:
         return
     original = (c.original.sample or "").strip() if c.original else None
-    yield element("h2", text="What they write")
-    yield element("p", text="Each continues this:", class_="note")
+    yield element("h2", text="Samples")
+    yield element("p", text="Each model continues this prompt:", class_="note")
     yield element("p", text=c.prompt, class_="prompt", dir="auto")
     if original is not None and len(rows) > 1:
-        yield element("p", text="Underlined is what follows the first difference from the original.", class_="note")
+        yield element("p", text="Text after the first difference from the original is underlined.", class_="note")
     cards = []
     for row in rows:
         sample = (row.sample or "").strip()
@@ -297,7 +297,7 @@ def _samples(c: Comparison) -> Iterator[str]:
         words = element("span", text=sample[:same], class_=None if same == len(sample) else "same")
         rest = element("mark", text=sample[same:]) if same < len(sample) else ""
         equal = row is not c.original and sample == original
-        note = element("p", text="the same as the original's", class_="note") if equal else ""
+        note = element("p", text="same as the original", class_="note") if equal else ""
         text = element("p", words, rest, dir="auto") if sample else element("p", text="(nothing)", class_="note")
         cards.append(element("article", element("h3", text=row.plan), text, note, class_="sample"))
     yield element("div", *cards, class_="samples")
@@ -324,8 +324,8 @@ def _made(c: Comparison) -> Iterator[str]:
     pairs = [
         ("date", _day(c.date)),
         ("quality on", _text(c.text)),
-        ("calibrated on", _text(c.calibration) if c.calibration else "nothing: no plan needed it"),
-        ("speed on", f"a prompt of {c.prompt_tokens:,} tokens, then {c.new_tokens:,} new ones, one at a time"),
+        ("calibrated on", _text(c.calibration) if c.calibration else "nothing: no plan needs calibration"),
+        ("speed on", f"a prompt of {c.prompt_tokens:,} tokens, then {c.new_tokens:,} new ones"),
         ("model on", m.device),
         ("CPU", f"{m.cpu}, {m.threads} {'thread' if m.threads == 1 else 'threads'}"),
         ("instructions", ", ".join(m.instructions)),

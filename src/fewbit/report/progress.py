@@ -3,7 +3,7 @@
 The argument `progress` of a verb is one of:
 
 - None, the default: show progress in a terminal and in a notebook. Elsewhere log it (logger `fewbit.progress`, INFO).
-- True, as the command line has it: show progress. Elsewhere print lines on stderr.
+- True, the command line's default: show progress. Elsewhere print lines on stderr.
 - False: show nothing.
 - a function: call it with each step, and show nothing.
 
@@ -72,7 +72,7 @@ class Lines:
         if not due and not (self.ends and (not self.told or done >= total)):
             return
         self.told, self.told_at = done, now
-        # Steps that were found took next to no time and say nothing of those to come.
+        # Steps that were read from saved results take no time, so they do not count in the estimate.
         spent, computed = now - self.start, done - self.found
         left = f", {duration(spent / computed * (total - done))} left" if computed > 0 and total else ""
         counted = f"{self.what} {_count(done, total)}".rstrip()

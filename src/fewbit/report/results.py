@@ -1,4 +1,4 @@
-"""What the verbs return."""
+"""The results of the verbs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @brief
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize` did. Bytes of tensors; `peak` is the most memory this process ever had resident."""
+    """The result of `quantize`. Bytes are those of tensors. `peak`: peak resident memory of this process."""
 
     out: str
     plan: str
@@ -36,7 +36,7 @@ class Quantized:
 @brief
 @dataclass(frozen=True)
 class Measured:
-    """What `imatrix` wrote: importances of `entries` tensors, over so many tokens of a text."""
+    """The result of `imatrix`: importances of `entries` tensors, measured over `tokens` tokens of `text`."""
 
     out: str
     entries: int
@@ -49,7 +49,7 @@ class Measured:
 @brief
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality; also size if the model is quantized."""
+    """The result of `evaluate`: quality, and size if the model is quantized."""
 
     model: str
     reference: str | None
@@ -59,14 +59,17 @@ class Evaluation:
     peak: int
     gpu_peak: int
     seconds: float
-    available: int  # windows of the text, of which quality.windows were measured
+    available: int  # number of windows in the text; quality.windows of them were measured
 
 
 @brief
 @dataclass(frozen=True)
 class Finetuned:
-    """What `finetune` did. Losses are nats per learned token: over the whole training, and on what was held out before
-    and after it. `tokens` are those learned in one epoch; `peak` is the most memory this process ever had resident."""
+    """The result of `finetune`.
+
+    Losses are in nats per trained token. `loss`: mean over the whole training. `held_out_before`, `held_out_after`: on
+    the held-out examples. `tokens`: trained tokens in one epoch. `peak`: peak resident memory of this process.
+    """
 
     out: str
     model: str
@@ -88,9 +91,11 @@ class Finetuned:
 @brief
 @dataclass(frozen=True)
 class Merged:
-    """What `merge` made: an ordinary model, or a quantized one. `base`: the weights that the adapter was added to, None
-    for the values of the packed ones. `notes`: what was carried over beside the model, and what was left out.
-    `evaluation` compares with the adapter on the model it was trained on."""
+    """The result of `merge`: an ordinary model, or a quantized one.
+
+    `base`: the model whose weights the adapter was added to; None: the dequantized weights. `notes`: files that were
+    copied or left out. `evaluation`: comparison with the adapter on the model that it was trained on.
+    """
 
     out: str
     base: str | None

@@ -1,4 +1,4 @@
-"""What a person sees: tables, progress, the model card. The only place that formats numbers."""
+"""Prints the results of the verbs as text for people."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from fewbit.report.results import Evaluation, Finetuned, Measured, Merged, Quantized
 
 out = tables.Console(quiet=ranks.silent())
-# A notebook's kernel calls its output a terminal, where nothing that moves the cursor is understood: plain lines there.
+# A notebook's kernel reports its output as a terminal but cannot move the cursor, so it gets plain lines.
 _TERMINAL = False if "ipykernel" in sys.modules else None
 err = tables.Console(stderr=True, force_jupyter=False, force_terminal=_TERMINAL, quiet=ranks.silent())
-FIRST_WORDS = "The capital of France is"  # what a new output is first asked to continue
+FIRST_WORDS = "The capital of France is"  # the prompt for the check of a new output
 
 
 def _say(line: str) -> None:
@@ -39,7 +39,7 @@ def interval(estimate: Interval, digits: int = 3, percent: bool = False) -> tupl
 
 
 def grid(title: str, *columns: str, numbers: Sequence[int] = ()) -> tables.Table:
-    """A table without lines; the columns `numbers` are set flush right."""
+    """A table without lines. The columns `numbers` are right-aligned."""
     return tables.Table(title, [tables.Column(heading, i in numbers) for i, heading in enumerate(columns)])
 
 
@@ -65,7 +65,7 @@ def quantized(done: Quantized) -> None:
     if done.gpu_peak:
         table.add_row("  on the GPU", "", size(done.gpu_peak), "")
     out.print(table)
-    _say(f'Reopened and checked. "{FIRST_WORDS}" it continues with "{done.sample.strip()}".')
+    _say(f'Reopened and checked. It continues "{FIRST_WORDS}" with "{done.sample.strip()}".')
 
 
 def measured(done: Measured) -> None:
@@ -80,7 +80,7 @@ def finetuned(done: Finetuned) -> None:
     for note in done.notes:
         _say(f"note: {note}")
     table = grid(f"{done.out}, an adapter for {done.model}", "", "", "", numbers=(1,))
-    table.add_row("trained on", f"{done.examples:,}", f"examples with {done.tokens:,} tokens to learn")
+    table.add_row("trained on", f"{done.examples:,}", f"examples with {done.tokens:,} trained tokens")
     table.add_row("steps", f"{done.steps:,}", f"{duration(done.seconds)}, loading included")
     table.add_row("loss", f"{done.loss:.4f}", "nats per token, mean of all steps")
     if done.held_out_before is not None and done.held_out_after is not None:
@@ -132,8 +132,8 @@ def evaluation(done: Evaluation) -> None:
         f"{done.model}{against}, on {q.tokens:,} tokens of {done.text} "
         f"in {q.windows:,} of {done.available:,} windows of {q.length}"
     )
-    table = grid(title, "", "value", "95 % interval", "what it says", numbers=(1,))
-    table.add_row("perplexity", *interval(q.perplexity, 4), "how surprised it is by the text; lower is better")
+    table = grid(title, "", "value", "95 % interval", "meaning", numbers=(1,))
+    table.add_row("perplexity", *interval(q.perplexity, 4), "how well it predicts the text; lower is better")
     if q.reference_perplexity and q.perplexity_ratio and q.kl and q.same_top:
         table.add_row("  of the reference", *interval(q.reference_perplexity, 4), "")
         table.add_row("  ratio", *interval(q.perplexity_ratio, 4), "1 is no loss")

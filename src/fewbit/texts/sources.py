@@ -1,7 +1,8 @@
-"""Text for calibrating and for measuring: where it comes from, and how it becomes windows of token ids.
+"""Loads texts for calibration, evaluation and training from files, the Hub, or the texts that come with fewbit.
 
-A text is a sequence of documents; its tokens are one long stream; a window is a run of `length` tokens of that stream,
-and windows never overlap. Calibration takes windows chosen by a seed, evaluation takes the first ones in order.
+A text is a sequence of documents. `fewbit.texts.windows` turns it into one stream of token ids and cuts that into
+windows of `length` tokens that do not overlap. Calibration draws windows with a random seed; evaluation takes the first
+ones in order.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ Part: TypeAlias = Literal["calibration", "evaluation"]
 
 SOURCES = ("c4", "pydoc", "tiny", "wikitext2")
 EMBEDDED = Path(__file__).parents[1] / "data" / "texts"
-_HERE = "What is always here: 'pydoc'; or give the path of a .txt, .jsonl or .json file."
+_HERE = "Use 'pydoc', which is always available, or the path of a .txt, .jsonl or .json file."
 _FORMS = (
     'A document is a JSON string, {"text": ...}, {"messages": [{"role": ..., "content": ...}, ...]}, '
     '{"prompt": ..., "completion": ...} or {"instruction": ..., "input": ..., "output": ...}.'
 )
-# Of the ShareGPT layout: {"from": "human", "value": ...}
+# Roles of the ShareGPT layout, {"from": "human", "value": ...}, and their usual names.
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 _HUB_SECONDS = 4.0
 _C4 = "allenai/c4"
@@ -46,7 +47,7 @@ _C4_DOCUMENTS = {"calibration": 4000, "evaluation": 1100}  # 1100: as in GPTQ's 
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and how it goes on, both plain text."""
+    """A prompt and its completion, both plain text."""
 
     prompt: str
     completion: str
@@ -54,14 +55,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A question and its answer, in the form that most instruction data has."""
+    """A question and its answer, and an optional system prompt."""
 
     question: str
     answer: str
     system: str = ""
 
     def shown(self, tokenizer: Tokenizer) -> tuple[Message, ...] | Completion:
-        """A chat where the tokenizer has a template, else a completion in the layout of Stanford Alpaca."""
+        """A chat if the tokenizer has a chat template, else a completion in the layout of Stanford Alpaca."""
         if tokenizer.chat_template:
             turns = ("system", self.system), ("user", self.question), ("assistant", self.answer)
             return tuple({"role": role, "content": content} for role, content in turns if role != "system" or content)
@@ -73,26 +74,27 @@ Document: TypeAlias = str | tuple[Message, ...] | Completion | Instruction
 
 
 class SourceUnavailable(PlanError):
-    """A text of the Hub cannot be had: no connection, or a package that it needs is missing."""
+    """A text of the Hub cannot be loaded: there is no connection, or a package that it needs is missing."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Documents under a name; a document is plain text, the messages (role, content) of one chat, or a completion.
+    """A name and documents: plain texts, chats (messages with role and content), completions or instructions.
 
-    places: where each document stands, if it has a place of its own."""
+    places: for error messages, the file and line of each document, if known.
+    """
 
     name: str
     documents: tuple[Document, ...]
     places: tuple[str, ...] = ()
 
     def place(self, index: int) -> str:
-        """Where the document stands, for messages."""
+        """The document's position, for error messages."""
         return self.places[index] if self.places else f"{self.name}, document {index + 1}"
 
 
 class Tokenizer(Protocol):
-    """What of a Hugging Face tokenizer is used here."""
+    """The part of a Hugging Face tokenizer that fewbit's texts use."""
 
     @property
     def bos_token_id(self) -> int | None: ...
@@ -109,15 +111,22 @@ class Tokenizer(Protocol):
 
 
 def load_text(source: str | os.PathLike[str] | Sequence[str] = "pydoc", part: Part = "calibration") -> Text:
-    """The text that `source` names, never empty.
+    """The text that `source` names.
 
-    `source` is "pydoc" (the reference manual that comes with Python), "tiny" (what was kept from the training of the
-    embedded model), "wikitext2" (through the optional package `datasets`) or "c4" (of the Hub); or the path of a .txt
-    file (one document), or of a .jsonl or .json file (a document a line, or a list of documents: a string, or an object
-    with "messages", "conversations", "text", "prompt" and "completion", or "instruction"); or a list of texts, each a
-    document. The two parts of a named source have no text in common; a file or a list is the same for both.
-    PlanError if there is no such text here or it is empty; FormatError, with file and line, if the file cannot be read
-    as what it is.
+    `source` is one of
+
+    - "pydoc", the reference manual that comes with Python;
+    - "tiny", text that the embedded model was not trained on;
+    - "wikitext2", which needs the optional package `datasets`, or "c4", both from the Hub;
+    - the path of a .txt file, which is one document;
+    - the path of a .jsonl file (one document in a line) or .json file (a list of documents, or one in a line). A
+      document is a string, or an object with "messages", "conversations", "text", "prompt" and "completion", or
+      "instruction";
+    - a list of strings, each a document.
+
+    The calibration part and the evaluation part of a named source have no text in common. For a file or a list, both
+    parts are the same. PlanError if the text does not exist, cannot be loaded, or is empty. FormatError, with file and
+    line, if a file is malformed.
     """
     if not isinstance(source, (str, os.PathLike)):
         text = Text(f"a list of {len(source)} texts", tuple(source))
@@ -131,19 +140,19 @@ def load_text(source: str | os.PathLike[str] | Sequence[str] = "pydoc", part: Pa
         text = _from_file(path, str(path))
     else:
         error = unknown("text", str(source), SOURCES)
-        raise PlanError(f"{error.message}, and no file was found at that path", error.hint)
+        raise PlanError(f"{error.message}, and there is no file at that path", error.hint)
     if not any(document.strip() if isinstance(document, str) else document for document in text.documents):
         raise PlanError(f"the text {text.name} is empty", _HERE)
     return text
 
 
 def own_source(config: Mapping[str, Any]) -> str:
-    """The text to calibrate and measure a model on where none is named: its own, if its config.json has one of ours."""
+    """The default text for a model: "tiny" for the embedded model and models made from it, else "pydoc"."""
     return "tiny" if config.get("fewbit_text") == "tiny" else "pydoc"
 
 
 def _pydoc(part: Part) -> tuple[str, ...]:
-    """A topic a document. Large topics quote small ones whole, so a paragraph is kept only where it is met first."""
+    """One document for each topic. Large topics contain whole small ones, so repeated paragraphs are dropped."""
     from pydoc_data.topics import topics
 
     seen: set[str] = set()
@@ -163,12 +172,12 @@ def _pydoc(part: Part) -> tuple[str, ...]:
 
 def _from_file(path: Path, name: str) -> Text:
     if path.suffix not in (".txt", ".jsonl", ".json"):
-        kind = path.suffix or "one without suffix"
-        raise PlanError(f"{path}: a text is a .txt, a .jsonl or a .json file, not {kind}", _HERE)
+        kind = path.suffix or "a file without suffix"
+        raise PlanError(f"{path}: a text must be a .txt, .jsonl or .json file, not {kind}", _HERE)
     content = read_text(path)
     if path.suffix == ".txt":
         return Text(name, (content,))
-    if path.suffix == ".json" and content.lstrip()[:1] == "[":  # others with this name hold a document a line
+    if path.suffix == ".json" and content.lstrip()[:1] == "[":  # other .json files hold one document in a line
         listed = parse_json(content, str(path))
         values = {f"{path}, document {number}": value for number, value in enumerate(listed, start=1)}
     else:
@@ -185,7 +194,7 @@ def _document(value: Any, where: str) -> Document:
         if not isinstance(system, str):
             raise FormatError(f"{where}: 'system' is not a string", _FORMS)
         if value.get("history"):
-            raise FormatError(f"{where}: 'history' is not read", "Give all turns of a chat as messages.")
+            raise FormatError(f"{where}: 'history' is not supported", "Give all turns of a chat as messages.")
         for key in ("messages", "conversations"):
             if key in value:
                 if not isinstance(value[key], list) or not value[key]:
@@ -204,7 +213,7 @@ def _document(value: Any, where: str) -> Document:
             return Instruction("\n\n".join(filter(None, parts[:2])), parts[2], system)
         value = value.get("text")
     if not isinstance(value, str):
-        raise FormatError(f"{where}: neither a text nor messages", _FORMS)
+        raise FormatError(f"{where}: not a document", _FORMS)
     return value
 
 
@@ -213,14 +222,14 @@ def _message(value: object, where: str) -> Message:
         role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
         if isinstance(role, str) and isinstance(content, str):
             return {"role": _ROLES.get(role, role), "content": content}
-    raise FormatError(f"{where}: a message without a role and a content that are strings", _FORMS)
+    raise FormatError(f"{where}: a message needs a role and a content, both strings", _FORMS)
 
 
 def _from_hub(source: str, part: Part) -> tuple[str, ...]:
     try:
         if not os.environ.get("HF_HUB_OFFLINE") and not _hub_answers():
             raise ConnectionError(
-                f"waited {_HUB_SECONDS} s for the Hub, which does not answer (HF_HUB_OFFLINE=1 uses what is cached)"
+                f"the Hub did not answer within {_HUB_SECONDS} s (with HF_HUB_OFFLINE=1, cached data sets are used)"
             )
         try:
             datasets = importlib.import_module("datasets")
@@ -233,8 +242,8 @@ def _from_hub(source: str, part: Part) -> tuple[str, ...]:
         raise SourceUnavailable(
             f"{source} needs the package datasets: {error}", f"pip install datasets. {_HERE}"
         ) from error
-    except Exception as error:  # whatever goes wrong in there, the answer to the user is the same
-        raise SourceUnavailable(f"{source} cannot be had here: {error}", _HERE) from error
+    except Exception as error:  # `datasets` and its dependencies raise many different types
+        raise SourceUnavailable(f"cannot load {source}: {error}", _HERE) from error
 
 
 def _rows(datasets: Any, source: str, part: Part) -> tuple[str, ...]:
@@ -247,9 +256,9 @@ def _rows(datasets: Any, source: str, part: Part) -> tuple[str, ...]:
 
 
 def _c4_of_hub(part: Part) -> tuple[str, ...]:
-    """The first documents of a file of C4, of which no more is downloaded than they need."""
+    """The first documents of a file of C4. Only that part of the file is downloaded."""
     if os.environ.get("HF_HUB_OFFLINE"):
-        raise ConnectionError("HF_HUB_OFFLINE is set, and c4 is not kept in the cache")
+        raise ConnectionError("HF_HUB_OFFLINE is set, and fewbit does not cache c4 without the package datasets")
     from huggingface_hub import HfFileSystem  # slow to import
 
     where = f"datasets/{_C4}/{_C4_FILES[part]}"
@@ -264,7 +273,7 @@ def _endpoint() -> str:
 
 
 def _hub_answers() -> bool:
-    """Whether the hub can be reached; asked first because `datasets` itself retries for 23 s before it gives up."""
+    """Whether the Hub can be reached. Without this check, `datasets` would retry for 23 s before it fails."""
     answers: list[bool] = []
 
     def ask() -> None:
@@ -276,7 +285,7 @@ def _hub_answers() -> bool:
         except (OSError, ValueError):
             answers.append(False)
 
-    # In a thread, because the timeout does not bound the look-up of the name.
+    # In a thread, because the timeout does not limit the DNS lookup.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_HUB_SECONDS)

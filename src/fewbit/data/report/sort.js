@@ -1,5 +1,5 @@
-// Clicking a header sorts by it, first the better end up; clicking again turns the order around. Rows without a number
-// (plans that failed) stay last. A header is a button, so the keyboard does the same.
+// Clicking a header sorts by that column, best first; clicking again reverses the order. Rows without a number (failed
+// plans) stay last. A header is a button, so it also works with the keyboard.
 "use strict";
 for (const table of document.querySelectorAll("table.sortable")) {
   const headers = [...table.tHead.querySelectorAll("th[data-column]")];
@@ -24,7 +24,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   };
   for (const header of headers) header.querySelector("button").addEventListener("click", () => sort(header));
 }
-// A table that is wider than its place says so, as long as there is more to the right.
+// A table that is too wide shows a hint as long as there are more columns to the right.
 for (const place of document.querySelectorAll(".scroll")) {
   const look = () => place.classList.toggle("cut", place.scrollLeft + place.clientWidth < place.scrollWidth - 1);
   place.addEventListener("scroll", look);

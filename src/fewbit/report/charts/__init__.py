@@ -1,1 +1,1 @@
-"""Drawings as SVG text, made without a library: what they show, a caller says in plain numbers and names."""
+"""Charts as SVG text, drawn without a library from plain numbers and names."""

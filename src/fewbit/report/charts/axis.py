@@ -1,7 +1,7 @@
 """A chart axis: its tick values, and the pixel position of a value.
 
-Ticks are 1, 2, 2.5 or 5 times a power of ten, or, on a logarithmic axis, powers of ten and, where these are few, 2
-and 5 times them. Zero has no place on a logarithmic axis; where it must be shown it stands beyond a gap.
+Ticks of a linear axis are 1, 2, 2.5 or 5 times a power of ten. Ticks of a logarithmic axis are powers of ten and, if
+these are few, 2 and 5 times them. A logarithmic axis shows zero, which has no logarithm, beyond a gap at its start.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 _GAP = 34.0  # pixels between zero and the least number of a logarithmic axis
-_ROOM = 1.6  # factor that a logarithmic axis goes on beyond its values
-_WIDE = 12.0  # the ratio of greatest to least from which on a linear axis would crowd the small ones
+_ROOM = 1.6  # factor by which a logarithmic axis extends beyond its values
+_WIDE = 12.0  # largest ratio of greatest to smallest value for a linear axis; beyond it the small values would crowd
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What an axis shows: a title, how its numbers are written, and whether more of it is better.
+    """The quantity on an axis: its title, the format of its numbers, and whether more is better.
 
-    `log` allows a logarithmic axis; one is taken where the numbers span more than a factor of 12.
+    `log` allows a logarithmic axis, which is used if the numbers span more than a factor of 12.
     """
 
     title: str
@@ -30,14 +30,14 @@ class Measure:
 
 @dataclass(frozen=True)
 class Axis:
-    """Values from `low` to `high` on pixels from `start` to `end`, either of which may be the greater."""
+    """Maps values from `low` to `high` to pixels from `start` to `end`. `start` may be greater than `end`."""
 
     low: float
     high: float
     start: float
     end: float
     log: bool
-    zero: bool  # on a logarithmic axis: zero stands at `start`, the rest begins after a gap
+    zero: bool  # on a logarithmic axis: zero is at `start`, the other values begin after a gap
     ticks: tuple[float, ...]
 
     def place(self, value: float) -> float:
@@ -64,7 +64,7 @@ def axis(values: Sequence[float], start: float, end: float, *, log: bool = False
         return Axis(low, high, start, end, True, zero, ((0.0, *named) if zero else named))
     low, high = min(values, default=0.0), max(values, default=1.0)
     if low < high / 2 or high == low:
-        low = 0.0  # an axis that could begin at zero does
+        low = 0.0  # begin at zero if possible
     if high == low:
         high = 1.0
     named = linear_ticks(low, high, ticks)
@@ -83,12 +83,12 @@ def linear_ticks(low: float, high: float, count: int = 5) -> tuple[float, ...]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.85)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    # A product such as 3 * 0.1 is not 0.3; twelve digits are.
+    # 3 * 0.1 is not 0.3 in floating point, but it is after rounding to twelve digits.
     return tuple(float(f"{i * step:.12g}") for i in range(first, last + 1))
 
 
 def log_ticks(low: float, high: float, count: int = 5) -> tuple[float, ...]:
-    """Round numbers between `low` and `high`: powers of ten, with 3 or with 2 and 5 times these where they are few.
+    """Round numbers between `low` and `high`: powers of ten; if these are few, also 3 times or 2 and 5 times them.
 
     >>> log_ticks(0.008, 460)
     (0.01, 0.1, 1.0, 10.0, 100.0)

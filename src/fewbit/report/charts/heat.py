@@ -1,7 +1,7 @@
-"""A heat map of one number for each linear of each block: it shows where in the model the error is.
+"""A heat map of one number for each linear of each block. It shows where in the model the error is.
 
-Blocks go from left to right, linears from top to bottom, in the order in which the model has them. Colors are nine
-steps of a logarithmic scale that several maps can share, so that one map can be held against another.
+Blocks go from left to right, linears from top to bottom, in the model's order. Colors are nine steps of a logarithmic
+scale. Several maps can share the scale, so that they can be compared.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Shades:
 
 
 def shades(values: Iterable[float]) -> Shades:
-    """The scale that holds all of `values` that are above zero."""
+    """The scale from the smallest to the largest of `values`, ignoring zeros."""
     positive = [v for v in values if v > 0 and math.isfinite(v)]
     return Shades(min(positive), max(positive)) if positive else Shades(1.0, 1.0)
 
 
 def in_blocks(errors: Mapping[str, float]) -> tuple[dict[tuple[str, int], float], dict[str, float]]:
-    """Values by (linear, block), and those of modules that are in no block.
+    """Values by (linear, block), and the values of modules outside the blocks.
 
     >>> in_blocks({"model.layers.0.self_attn.q_proj": 0.1, "lm_head": 0.2})
     ({('self_attn.q_proj', 0): 0.1}, {'lm_head': 0.2})
@@ -54,7 +54,7 @@ def in_blocks(errors: Mapping[str, float]) -> tuple[dict[tuple[str, int], float]
 
 
 def heat(cells: Mapping[tuple[str, int], float], scale: Shades, *, name: str, title: str, width: int = 340) -> str:
-    """The drawing of what `in_blocks` gave."""
+    """The chart of `cells`, the first result of `in_blocks`."""
     linears = list(dict.fromkeys(linear for linear, _ in cells))
     blocks = sorted({block for _, block in cells})
     short = _short(linears)
@@ -87,7 +87,7 @@ def heat(cells: Mapping[tuple[str, int], float], scale: Shades, *, name: str, ti
 
 
 def legend(scale: Shades, *, name: str, width: int = 340) -> str:
-    """The colors, with the numbers at which they begin and end."""
+    """The colors, with the smallest and the largest number."""
     low, high = f"{scale.low:.1e}", f"{scale.high:.1e}"
     begin, end = extent(low) + 8, width - extent(high) - 8
     step = (end - begin) / STEPS
@@ -102,12 +102,12 @@ def legend(scale: Shades, *, name: str, width: int = 340) -> str:
 
 
 def _short(linears: Sequence[str]) -> dict[str, str]:
-    """The last part of each name, where that tells them apart."""
+    """The last part of each name if these are distinct, else the whole names."""
     last = [linear.rsplit(".", 1)[-1] for linear in linears]
     return {full: cut(part if last.count(part) == 1 else full, _NAME) for full, part in zip(linears, last, strict=True)}
 
 
 def _named(blocks: int, column: float) -> range:
-    """The blocks whose number has room under its column."""
+    """The blocks that get their number under their column, so that the numbers do not overlap."""
     every = next((step for step in (1, 2, 5, 10, 20, 50, 100) if step * column >= 20), 1000)
     return range(0, blocks, every)

@@ -1,7 +1,7 @@
 """Place the labels of points so that they overlap neither points nor each other.
 
-Each name has places around its point, near ones first. One after another takes its cheapest place given all others',
-until none wants to move: with the few points of a chart that is enough, and the same points give the same drawing.
+Each label has candidate places around its point, near ones first. In turn, each label moves to its cheapest place given
+the places of all others, until none moves. That is enough for the few points of a chart, and it is deterministic.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def placed(
     radius: float,
     lines: Sequence[Box] = (),
 ) -> list[Box]:
-    """A box of its size for each point's name, inside `room` if that is large enough, off the `lines` where it can."""
+    """A box for each point's label: inside `room` if that is large enough, and if possible not on the `lines`."""
     dots = [Box(x - radius, y - radius, x + radius, y + radius) for x, y in points]
     choices = [list(_around(x, y, *size, radius + 3)) for (x, y), size in zip(points, sizes, strict=True)]
     taken = [choice[0] for choice in choices]

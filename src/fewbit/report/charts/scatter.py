@@ -1,8 +1,8 @@
 """A scatter chart of two measures that trade off against each other, with the Pareto front.
 
-A point is on the Pareto front if no other is at least as good in both measures and better in one. Where intervals
-overlap that is not known: such a point is neither on the front nor beaten, but undecided. The front is drawn as the
-stair that bounds what is beaten: a straight line between two points would promise what was never measured.
+A point is on the Pareto front if no other is at least as good in both measures and better in one. If intervals overlap,
+this may be unknown: such a point is undecided. The front is drawn as a staircase around the region that its points
+beat, because a straight line between two points would show values that were never measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAME = 24  # characters of a point's name that are shown
 
 @dataclass(frozen=True)
 class Point:
-    """A name at two values; `low` and `high` are the ends of an interval of `y`, `left` and `right` of one of `x`."""
+    """A named point. `low` and `high`: the interval of `y`. `left` and `right`: the interval of `x`."""
 
     name: str
     x: float
@@ -33,7 +33,7 @@ class Point:
     right: float | None = None
 
     def ends(self, x: Measure, y: Measure) -> tuple[tuple[float, float], tuple[float, float]]:
-        """(x, y) at its best and at its worst, as costs: less is better."""
+        """The best and the worst (x, y) within the intervals, as costs: less is better."""
         across = (_or(self.left, self.x), _or(self.right, self.x))
         up = (_or(self.low, self.y), _or(self.high, self.y))
         (bx, wx), (by, wy) = (
@@ -75,7 +75,7 @@ def scatter(
         said = element("text", text="nothing to show", x=width / 2, y=48, text_anchor="middle", class_="tick")
         return drawing(width, 96, said, name=name, title=title, description="There is nothing to show.")
     ends = [v for p in points for v in (p.low, p.high) if v is not None and math.isfinite(v)]
-    # Ends at zero would ask a logarithmic axis for a place that no point needs.
+    # Leave out interval ends at zero: a logarithmic axis would reserve a gap for them.
     ends = [v for v in ends if v > 0 or not y.log]
     vertical = axis([*(p.y for p in points), *ends], height - 52, 34, log=y.log)
     named = [_written(y, v) for v in vertical.ticks]
@@ -119,7 +119,7 @@ def _frame(
         at, text = horizontal.place(value), _written(x, value)
         parts.append(element("line", x1=at, x2=at, y1=base, y2=base + 5, class_="axis"))
         half = extent(text) / 2
-        middle = min(at, width - half - 1)  # the last one must not be cut off
+        middle = min(at, width - half - 1)  # the last label must not be cut off
         if middle - half > free:
             parts.append(element("text", text=text, x=middle, y=base + 19, text_anchor="middle", class_="tick"))
             free = middle + half + 8
@@ -132,7 +132,7 @@ def _frame(
 
 
 def _stair(best: Sequence[Point], horizontal: Axis, vertical: Axis, x: Measure) -> list[tuple[float, float]]:
-    """The corners of the front, its points included."""
+    """The corners of the staircase, including the front's points."""
     corners: list[tuple[float, float]] = []
     for p in best:
         at, height = horizontal.place(p.x), vertical.place(p.y)
@@ -152,7 +152,7 @@ def _marks(
 ) -> list[str]:
     bars, dots, names, leads = [], [], [], []
     best, open_ = ranks
-    points = sorted(points, key=lambda p: p in best)  # those on the front lie on top
+    points = sorted(points, key=lambda p: p in best)  # points on the front are drawn last, on top
     places = [(horizontal.place(p.x), vertical.place(p.y)) for p in points]
     for p, (cx, cy) in zip(points, places, strict=True):
         if p.low is not None and p.high is not None and math.isfinite(p.low) and math.isfinite(p.high):

@@ -1,7 +1,7 @@
-"""Elements of an SVG drawing as text, everything in them escaped; and what a drawing needs to be a file of its own.
+"""Builds SVG as text, with all content escaped.
 
-Colors are classes. A page that holds a drawing brings rules in terms of its own custom properties (`rules(None)`); a
-file brings the same rules with colors in their place, so that viewers without custom properties show it too.
+Colors are CSS classes. A page that embeds a drawing has rules in terms of its custom properties (`rules(None)`). A
+standalone file has the same rules with the colors filled in, for viewers that do not support custom properties.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from html import escape
 
-# What XML 1.0 has no way to write, and halves of surrogate pairs, which UTF-8 has none for.
+# Characters that XML 1.0 does not allow, and lone surrogates, which UTF-8 cannot encode.
 _UNWRITABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 LIGHT = {
@@ -51,9 +51,7 @@ DARK = {
     "h7": "#f8b352",
     "h8": "#fde59a",
 }
-STEPS = (
-    9  # colors of a heat map, h0 to h8: light to dark on paper, dark to light on a dark page, so that more stands out
-)
+STEPS = 9  # colors of a heat map, h0 to h8: light to dark, reversed on a dark page, so that large values stand out
 
 FONT = "ui-sans-serif,system-ui,'Segoe UI','Helvetica Neue',Arial,'Liberation Sans','DejaVu Sans',sans-serif"
 
@@ -78,13 +76,13 @@ _RULES = """
 
 
 def escaped(text: object) -> str:
-    """Any text as it may stand in HTML or XML, in an attribute too: what a model wrote is not to be trusted."""
+    """`text` escaped for HTML and XML, also inside attributes. Text that a model wrote is untrusted."""
     return escape(_UNWRITABLE.sub("\ufffd", str(text)))
 
 
 def element(name: str, *content: str, text: object = None, **attributes: object) -> str:
-    """`<name ...>content</name>`: `content` is markup, `text` is not. `class_` is class, other `_` are `-`, None is
-    left out."""
+    """`<name ...>content</name>`. `content` is markup; `text` is escaped. An attribute `class_` becomes class, other
+    `_` become `-`, and attributes with the value None are left out."""
     said = "".join(
         f' {key.rstrip("_").replace("_", "-") if key != "viewBox" else key}="{_number(value)}"'
         for key, value in attributes.items()
@@ -95,7 +93,7 @@ def element(name: str, *content: str, text: object = None, **attributes: object)
 
 
 def drawing(width: float, height: float, *content: str, name: str, title: str, description: str) -> str:
-    """An image with a title and a description for whoever does not see it. `name` makes their ids unique in a page."""
+    """An image with a title and a description for screen readers. `name` makes their ids unique in a page."""
     return element(
         "svg",
         element("title", text=title, id=f"{name}-title"),
@@ -112,14 +110,14 @@ def drawing(width: float, height: float, *content: str, name: str, title: str, d
 
 
 def rules(colors: Mapping[str, str] | None) -> str:
-    """The style of all drawings, in these colors; with None, in the custom properties --ink, --soft, ... of a page."""
+    """The CSS rules of all drawings, with these colors. None: with the page's custom properties --ink, --soft, ..."""
     given = {"font": FONT, **(colors or {name: f"var(--{name})" for name in LIGHT})}
     written = _RULES + "".join(f".chart .h{i}{{fill:@h{i}}}\n" for i in range(STEPS))
     return re.sub(r"@(\w+)", lambda found: given[found[1]], written)
 
 
 def standalone(image: str, *, dark: bool = True) -> str:
-    """A drawing as a file: with paper and style, and with the colors of a dark page where the viewer asks for them."""
+    """A drawing as a standalone file, with background and style. `dark`: with dark colors for viewers in dark mode."""
     style = rules(LIGHT) + (f"@media (prefers-color-scheme:dark){{{rules(DARK)}}}" if dark else "")
     head, rest = image.split(">", 1)
     paper = element("rect", class_="paper", width="100%", height="100%")
@@ -127,13 +125,13 @@ def standalone(image: str, *, dark: bool = True) -> str:
 
 
 def extent(text: str, size: float = 12) -> float:
-    """About how wide a text is, in pixels; rather too wide than too narrow."""
+    """The estimated width of a text in pixels. It errs on the wide side."""
     narrow, wide = "iljtfrI.,:;'|!()[] -", "mwMW@%&"
     return size * sum(0.36 if c in narrow else 0.88 if c in wide else 0.66 if c.isupper() else 0.59 for c in text)
 
 
 def cut(text: str, most: int) -> str:
-    """A name that has room: the beginning and the end of one that has more characters."""
+    """`text`, shortened to `most` characters in the middle if it is longer."""
     return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) - (most - 1) // 2 :]}"
 
 
