@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from fewbit.methods.base import Method
 from fewbit.schemes import nf4
 from fewbit.schemes.base import parse
 from fewbit.stats import Stats
+from fewbit.system import ambient
 from tests.contract.cases import EXAMPLES, KERNELS, METHODS, inputs, ordinary, quantized, several_groups, stats_of
 
 SOURCE = Path(fewbit.__file__).parent
@@ -163,3 +165,17 @@ def test_a_buffer_of_another_dtype_or_size_is_refused() -> None:
     for tensor in wrong:
         with pytest.raises(KernelError, match="float32"):
             cpu._start(tensor, torch.float32, 4)
+
+
+def test_the_last_thread_out_restores_the_defaults() -> None:
+    first, second = ambient.defaults(), ambient.defaults()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with ThreadPoolExecutor(1) as other:
+            other.submit(first.__enter__).result()
+            with second:
+                other.submit(first.__exit__, None, None, None).result()
+                assert torch.get_default_dtype() == torch.float32
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,10 +49,37 @@ def test_a_mask_of_each_head_is_left_to_transformers(monkeypatch: pytest.MonkeyP
     assert len(called) == 3
 
 
-def test_transformers_has_its_own_again_afterwards() -> None:
+def run(groups: int = 4) -> torch.Tensor:
+    """One token through the function that models use now."""
+    module, query, key, value, mask = given(1, groups)
+    out: torch.Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask)[0]
+    return out
+
+
+def test_transformers_has_its_own_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "attend", lambda *_: (torch.zeros(1), None))
     with grouped_queries():
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attend
+        assert len(run()) == 1
         with grouped_queries():
             pass
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attend
+        assert len(run()) == 1
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
+def test_a_function_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", lambda *_: (torch.zeros(2), None))
+    with grouped_queries():
+        assert len(run()) == 2
+
+
+def test_other_threads_keep_transformers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "attend", lambda *_: (torch.zeros(1), None))
+    context = grouped_queries()
+    with ThreadPoolExecutor(1) as other:
+        with grouped_queries():
+            assert len(other.submit(run).result()) == 2
+            other.submit(context.__enter__).result()
+        assert len(other.submit(run).result()) == 1  # the first to leave does not end it for the others
+        assert len(run()) == 2
+        other.submit(context.__exit__, None, None, None).result()
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward

@@ -17,6 +17,7 @@ from fewbit.errors import FormatError
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.containers.gguf import PLAIN, GgufFile
 from fewbit.formats.containers.safetensors import Checkpoint
+from fewbit.models.building import building
 from fewbit.models.scales import GGUF_RECORD
 from fewbit.models.source import Source
 from fewbit.system.files import read_json
@@ -101,7 +102,7 @@ def _of_another(source: Source, checkpoint: Checkpoint, method: str) -> Inspecti
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     try:
         kind = AutoConfig.for_model(**config)
-        with torch.device("meta"):
+        with building(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(kind)
     except Exception as error:  # a model's code can raise anything on a wrong config
         raise FormatError(f"{source.folder / 'config.json'} describes no causal LM: {error}") from None

@@ -12,6 +12,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from fewbit import registry
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
 from fewbit.formats.base import by_quant_method
+from fewbit.models.building import building
 from fewbit.models.decoding import decode
 from fewbit.models.decoding import fuse as fusing
 from fewbit.models.decoding.graph import check_compile
@@ -61,7 +62,7 @@ def load_model(
     if source.quantization is not None and by_quant_method(source.quantization["quant_method"]) is not None:
         describe(source)  # for clearer errors than those of transformers if config and tensors contradict each other
     try:
-        with no_progress_bars(), quantizer.serving(kernel):
+        with building(), no_progress_bars(), quantizer.serving(kernel):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=loading.torch_dtype,
@@ -108,5 +109,5 @@ def need_peft() -> None:
 def import_code(source: Source, *, trust_remote_code: bool = False) -> None:
     """Import all code that loading this model imports: build its architecture without weights, then drop it."""
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **source.options)
-    with torch.device("meta"):
+    with building(), torch.device("meta"):
         AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -30,6 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models.blocks import find_blocks
+from fewbit.models.building import building, empty_parameters
 from fewbit.models.linears import LINEARS, shape_of, weight_of
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
@@ -82,7 +82,7 @@ class Skeleton:
         self.source, self.dtype, self.device = source, dtype, device
         try:
             self.config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-            with init_empty_weights():
+            with building(), empty_parameters():
                 self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                     self.config, dtype=dtype, trust_remote_code=trust_remote_code
                 )

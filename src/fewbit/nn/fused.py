@@ -20,22 +20,24 @@ from fewbit.schemes.stacked import stack, unstack
 
 
 class Product:
-    """x Wᵀ for the stacked W, kept until all slices have taken their part."""
+    """x Wᵀ for the stacked W, kept until all slices have taken their part.
+
+    Threads may share it. A product is kept with its input and the slices that have taken their part, as one value: a
+    thread that finds the product of another thread's input multiplies again.
+    """
 
     def __init__(self, linear: QLinear, rows: Sequence[int]) -> None:
         self.linear, self.rows = linear, list(rows)
         self.starts = [sum(rows[:index]) for index in range(len(rows))]
-        self.taken: set[int] = set()
-        self.kept: tuple[Tensor, Tensor] | None = None
+        self.kept: tuple[Tensor, Tensor, set[int]] | None = None
 
     def rows_of(self, index: int, x: Tensor) -> Tensor:
         """The columns of x Wᵀ that belong to slice `index`, [..., rows of the slice]."""
         kept = self.kept
-        if kept is None or kept[0] is not x or index in self.taken:
-            kept = self.kept = (x, self.linear(x))
-            self.taken = set()
-        self.taken.add(index)
-        if len(self.taken) == len(self.rows):
+        if kept is None or kept[0] is not x or index in kept[2]:
+            kept = self.kept = (x, self.linear(x), set())
+        kept[2].add(index)
+        if len(kept[2]) == len(self.rows):
             self.kept = None
         return kept[1].narrow(-1, self.starts[index], self.rows[index])
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from threading import RLock
 from typing import Any, Self
 
 import torch
@@ -20,6 +21,8 @@ from fewbit.kernels.base import Kernel
 from fewbit.nn.choose import TOLERANCE, choose
 from fewbit.nn.packed import Codes, Values, refuse
 from fewbit.schemes.base import Codec, PartSpec, QTensor, chunk_rows
+
+_adopting = RLock()  # of all layers: one with a lock could not be copied or pickled
 
 
 def slot(name: str) -> str:
@@ -125,7 +128,7 @@ class QLinear(_Placeholder, nn.Linear):
         KernelError if no kernel supports it.
         """
         device = weight.parts[weight.codec.payload].device
-        self.codec, self.shape, self.dtype, self.forced = weight.codec, weight.shape, dtype, kernel
+        self.codec, self.shape, self.forced = weight.codec, weight.shape, kernel
         self.kernel = choose(weight, device, dtype, kernel)
         prepared = self.kernel.prepare(weight.codec, weight.parts, weight.shape)
         for name in self.kept:  # buffers of the previous kernel, which may have had more
@@ -135,6 +138,7 @@ class QLinear(_Placeholder, nn.Linear):
         for name, tensor in zip(self.kept, prepared[1:], strict=True):
             self.register_buffer(name, tensor)
         self.permutation = weight.permutation
+        self.dtype = dtype  # last: `forward` in another thread takes it as the sign that the rest is there
         return self
 
     @property
@@ -166,7 +170,9 @@ class QLinear(_Placeholder, nn.Linear):
             y: Tensor = self(x.to(self.compute))
             return y.to(x.dtype)
         if x.dtype != self.dtype and x.dtype in TOLERANCE:
-            self.adopt(self.qtensor(), x.dtype, self.forced)
+            with _adopting:
+                if x.dtype != self.dtype:
+                    self.adopt(self.qtensor(), x.dtype, self.forced)
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         if torch.is_grad_enabled() and x.requires_grad:
             y = _Multiply.apply(rows, self)  # type: ignore[no-untyped-call]

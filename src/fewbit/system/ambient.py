@@ -8,16 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from threading import Lock
+from typing import Any
 
 from fewbit.lazy import torch
 
 _DEVICES = ("cpu", "cuda")
+# PyTorch's settings of the process, which all threads share: the first one inside resets them, the last one out
+# restores them.
+_lock = Lock()
+_inside = [0]
+_callers: list[Any] = []  # their values outside
 
 
 @contextmanager
 def defaults() -> Iterator[None]:
     """Use PyTorch's default settings inside the block, then restore the caller's. Also works as a decorator."""
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -26,10 +32,29 @@ def defaults() -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        if dtype != torch.float32:
-            stack.callback(torch.set_default_dtype, dtype)
-            torch.set_default_dtype(torch.float32)
-        if precision != "highest":
-            stack.callback(torch.set_float32_matmul_precision, precision)
-            torch.set_float32_matmul_precision("highest")
+        _reset()
+        stack.callback(_restore)
         yield
+
+
+def _reset() -> None:
+    with _lock:
+        _inside[0] += 1
+        if _inside[0] > 1:
+            return
+        _callers[:] = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+        _set(torch.float32, "highest")
+
+
+def _restore() -> None:
+    with _lock:
+        _inside[0] -= 1
+        if not _inside[0]:
+            _set(*_callers)
+
+
+def _set(dtype: torch.dtype, precision: str) -> None:
+    if torch.get_default_dtype() != dtype:
+        torch.set_default_dtype(dtype)
+    if torch.get_float32_matmul_precision() != precision:
+        torch.set_float32_matmul_precision(precision)

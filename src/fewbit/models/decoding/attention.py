@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock
 from typing import Any
 
 import torch
@@ -17,18 +19,39 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+_grouped: ContextVar[bool] = ContextVar("fewbit_grouped_queries", default=False)
+_lock, _users = Lock(), [0]
+# The table of all models. An entry of it is replaced and put back, never removed: other threads look it up meanwhile.
+_FUNCTIONS: Any = type(ALL_ATTENTION_FUNCTIONS)._global_mapping
+
 
 @contextmanager
 def grouped_queries() -> Iterator[None]:
-    """Inside this context, models with attention "sdpa" use `attend`."""
-    if "sdpa" in ALL_ATTENTION_FUNCTIONS._local_mapping:  # somebody else has replaced it
-        yield
-        return
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    """Inside this context, models that this thread runs with attention "sdpa" use `attend`.
+
+    While any thread is inside, the function in the table is `_of_thread`, which calls transformers' function for the
+    other threads. If a user has replaced that function, nothing changes.
+    """
+    token = _grouped.set(True)
+    with _lock:
+        _users[0] += 1
+        if _FUNCTIONS["sdpa"] is sdpa_attention_forward:
+            _FUNCTIONS["sdpa"] = _of_thread
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS._local_mapping.pop("sdpa", None)
+        with _lock:
+            _users[0] -= 1
+            if not _users[0] and _FUNCTIONS["sdpa"] is _of_thread:
+                _FUNCTIONS["sdpa"] = sdpa_attention_forward
+        _grouped.reset(token)
+
+
+def _of_thread(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    # A compiler does not trace context variables, and `attend` does nothing of its own while one traces.
+    grouped = not torch.compiler.is_compiling() and _grouped.get()
+    out: tuple[Tensor, None] = (attend if grouped else sdpa_attention_forward)(*args, **kwargs)
+    return out
 
 
 def attend(

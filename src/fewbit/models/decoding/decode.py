@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 from fewbit.errors import PlanError
 from fewbit.models.decoding.attention import grouped_queries
+from fewbit.models.decoding.exclusive import exclusive
 from fewbit.models.decoding.graph import Compiled, Graph
 from fewbit.models.decoding.loop import Loop, can_serve
 
@@ -76,7 +77,11 @@ class Decoder:
         self.static: bool | None = None  # whether the model works with a static cache; None before the test
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.GenerationMixin.generate`."""
+        """As `transformers.GenerationMixin.generate`. A call from another thread waits: there is one cache."""
+        with exclusive(self.model):
+            return self._generate(*args, **kwargs)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("generation_config") or self.model.generation_config
         requested = {**vars(config), **{key: value for key, value in kwargs.items() if value is not None}}
         if (
@@ -142,6 +147,8 @@ class Decoder:
             self.cache, self.key = made or reserved(self.model, self.length), key
 
     def _step(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not any(value is self.cache for value in kwargs.values()):
+            return forward(*args, **kwargs)  # another thread runs the model without `generate`
         ids = kwargs.get("input_ids")
         tokens = ids.shape[1] if isinstance(ids, Tensor) else 1
         first, self.used = self.used == 0, self.used + tokens

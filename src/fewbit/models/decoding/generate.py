@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from fewbit.brief import brief
 from fewbit.errors import PlanError
+from fewbit.models.decoding.exclusive import exclusive
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.system.files import unwritable
 
@@ -24,6 +26,7 @@ _KEPT = (
 )
 
 _GREEDY = Sampling()
+_random = Lock()
 
 
 @brief
@@ -92,13 +95,28 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tensor:
 def _one_text(model: Any) -> Iterator[None]:
     """Inside this context, the model uses only the settings `_KEPT` of its generation_config."""
     owner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = owner.generation_config
-    kept = {name: value for name in _KEPT if (value := getattr(before, name, None)) is not None}
-    owner.generation_config = GenerationConfig(**kept)
-    try:
+    with exclusive(owner):
+        before = owner.generation_config
+        kept = {name: value for name in _KEPT if (value := getattr(before, name, None)) is not None}
+        owner.generation_config = GenerationConfig(**kept)
+        try:
+            yield
+        finally:
+            owner.generation_config = before
+
+
+@contextmanager
+def _seeded(sampling: Sampling) -> Iterator[None]:
+    """Inside this context, sampling uses the random seed. One thread at a time: PyTorch has one generator for all.
+
+    Greedy decoding neither waits nor sets the seed.
+    """
+    if sampling.temperature == 0:
         yield
-    finally:
-        owner.generation_config = before
+        return
+    with _random:
+        torch.manual_seed(sampling.seed)
+        yield
 
 
 def continue_text(
@@ -118,9 +136,8 @@ def continue_text(
     ids = ids.to(model.device)
     end = model.generation_config.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    torch.manual_seed(sampling.seed)
     clock = _Clock(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None)
-    with torch.inference_mode(), _one_text(model):
+    with _seeded(sampling), torch.inference_mode(), _one_text(model):
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

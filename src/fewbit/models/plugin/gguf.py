@@ -23,10 +23,12 @@ from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 from fewbit.errors import FormatError, KernelError, PlanError
 from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile, GgufWriter
 from fewbit.models import scales
+from fewbit.models.building import building
 from fewbit.models.gguf.names import ARCHITECTURES, Route, routes
 from fewbit.models.linears import LINEARS
-from fewbit.models.plugin.modules import put, put_embedding, requested_kernel, unpack
+from fewbit.models.plugin.modules import put, put_embedding, unpack
 from fewbit.models.plugin.patch_gguf_config import gguf_path
+from fewbit.models.plugin.serving import requested_kernel
 from fewbit.nn.layers import QEmbedding, QLinear
 from fewbit.schemes.base import QTensor
 from fewbit.schemes.ggml import codec
@@ -45,6 +47,10 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
 
     file: GgufFile | None = None
     dtype: torch.dtype
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.kernel = requested_kernel()
 
     def read_header(self, gguf_file: str) -> None:
         """Parse the header. transformers calls this once it knows the file's path."""
@@ -147,7 +153,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
             if isinstance(module, QEmbedding):
                 module.adopt(full, self.dtype)
             else:
-                module.adopt(full, self.dtype, requested_kernel())
+                module.adopt(full, self.dtype, self.kernel)
                 done_with([blocks], module.prepared)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -294,9 +300,11 @@ def _same(embedding: QEmbedding, head: QLinear) -> bool:
 
 
 def register() -> None:
-    """Patch `from_pretrained(folder, gguf_file=...)` to read the file in `folder`.
+    """Patch `from_pretrained` of all models.
 
-    transformers would prefer a file of that name in the working directory.
+    `from_pretrained(folder, gguf_file=...)` reads the file in `folder`: transformers would prefer a file of that name
+    in the working directory. And threads take turns: transformers changes settings of the process while it builds a
+    model, such as whether weights are tied.
     """
     cls: Any = PreTrainedModel
     theirs = cls.from_pretrained
@@ -308,7 +316,8 @@ def register() -> None:
     def ours(kind: Any, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         if pretrained_model_name_or_path is not None and (file := kwargs.get("gguf_file")):
             kwargs["gguf_file"] = gguf_path(pretrained_model_name_or_path, file, kwargs)
-        return inner(kind, pretrained_model_name_or_path, *args, **kwargs)
+        with building():
+            return inner(kind, pretrained_model_name_or_path, *args, **kwargs)
 
     ours.by_fewbit = True  # type: ignore[attr-defined]
     patched: Any = ours

@@ -18,13 +18,6 @@ from fewbit.schemes.base import PartSpec
 
 FEW = 0.01  # a smaller share of unquantized parameters gives no warning
 
-requested_kernels: list[str | None] = []  # a stack: one entry for each load by fewbit's own loader that is running
-
-
-def requested_kernel() -> str | None:
-    """The kernel that the current load must use; None for the best."""
-    return requested_kernels[-1] if requested_kernels else None
-
 
 def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *, has_bias: bool) -> None:
     """Replace the linear called `module` by a `QLinear` with placeholders for `tensors`."""

@@ -14,8 +14,8 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,9 @@ from fewbit.models.decoding import decode
 from fewbit.models.decoding.fuse import fuse
 from fewbit.models.linears import LINEARS
 from fewbit.models.plugin import options
-from fewbit.models.plugin.modules import left_as_they_are, put, put_scales, requested_kernel, requested_kernels, unpack
+from fewbit.models.plugin.modules import left_as_they_are, put, put_scales, unpack
+from fewbit.models.plugin.serving import dispatched, own_loader, requested_kernel
+from fewbit.models.plugin.serving import serving as serving
 from fewbit.models.source import read_config
 from fewbit.nn.fused import packed_linears
 from fewbit.nn.layers import QLinear, slot
@@ -82,6 +84,7 @@ class FewbitQuantizer(HfQuantizer):
             raise FormatError(f"fewbit cannot read quantization method {method!r}")
         self.format = format
         self.config = config
+        self.own_loader, self.kernel = own_loader(), requested_kernel()
         self.renamings: list[WeightRenaming] = []
         self.transposed: set[str] = set()
         self.packed: list[str] = []  # names of the layers that are packed
@@ -114,7 +117,7 @@ class FewbitQuantizer(HfQuantizer):
         if (
             device_map is None
             and self.format.quant_method in _BACK_ENDS
-            and not requested_kernels
+            and not self.own_loader
             and torch.cuda.is_available()
         ):
             return {"": torch.cuda.current_device()}
@@ -274,7 +277,7 @@ class FewbitQuantizer(HfQuantizer):
             count += vanished(self.scheme, weight[rows], values)
         if count:
             self.vanished.append((module.module, str(self.scheme), count))
-        module.adopt(packed, self.dtype, requested_kernel())
+        module.adopt(packed, self.dtype, self.kernel)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.failure is not None:
@@ -295,7 +298,7 @@ class FewbitQuantizer(HfQuantizer):
 
     def _prepare(self, model: PreTrainedModel, done_with: heap.DoneWith) -> None:
         """Convert every weight to its kernel's layout, and release what was read from the files."""
-        kernel, compute = requested_kernel(), self._compute_dtype()
+        compute = self._compute_dtype()
         for name, module in model.named_modules():
             if isinstance(module, QLinear):
                 module.compute = compute
@@ -314,16 +317,13 @@ class FewbitQuantizer(HfQuantizer):
                         f"{name} holds a weight of shape {list(weight.shape)}, "
                         f"config.json says {[module.out_features, module.in_features]}"
                     )
-                module.adopt(weight, self.dtype, kernel)
+                module.adopt(weight, self.dtype, self.kernel)
                 done_with(tensors.values(), module.prepared)
 
     def _compute_dtype(self) -> torch.dtype | None:
         """The dtype that bitsandbytes would compute in; None for the activations' dtype, as in fewbit's own loader."""
-        name = (
-            self.config.get("bnb_4bit_compute_dtype")
-            if self.config.get("load_in_4bit") and not requested_kernels
-            else None
-        )
+        cast = self.config.get("load_in_4bit") and not self.own_loader
+        name = self.config.get("bnb_4bit_compute_dtype") if cast else None
         return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(name).removeprefix("torch."))
 
     def _describe_result(self, model: PreTrainedModel) -> None:
@@ -440,6 +440,8 @@ def register() -> None:
     quantizers: Any = auto.AutoHfQuantizer
     if not hasattr(quantizers.supports_quant_method, "by_fewbit"):
         quantizers.supports_quant_method = staticmethod(_checked(quantizers.supports_quant_method))
+    if not hasattr(quantizers.from_config, "by_fewbit"):
+        quantizers.from_config = dispatched(quantizers.from_config, FewbitQuantizer, (_AUTO_ROUND, *_methods()))
     model: Any = PreTrainedModel
     if not hasattr(model.load_adapter, "by_fewbit"):
         model.load_adapter = _fitting(model.load_adapter)
@@ -450,20 +452,6 @@ def register() -> None:
 
         mapping: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
         mapping["gguf"] = GgufQuantizer
-
-
-@contextmanager
-def serving(kernel: str | None = None) -> Iterator[None]:
-    """A context in which fewbit loads every format that it knows, with `kernel` if one is named."""
-    ours = [_AUTO_ROUND, *(name for method in _methods() for name in _back_ends(method))]
-    before = {name: auto.AUTO_QUANTIZER_MAPPING[name] for name in ours if name in auto.AUTO_QUANTIZER_MAPPING}
-    auto.AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(ours, FewbitQuantizer))
-    requested_kernels.append(kernel)
-    try:
-        yield
-    finally:
-        requested_kernels.pop()
-        auto.AUTO_QUANTIZER_MAPPING.update(before)
 
 
 def _methods() -> list[str]:

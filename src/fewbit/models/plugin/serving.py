@@ -1,0 +1,62 @@
+"""Who loads a model in this thread: fewbit's own loader, or a user's `from_pretrained`; and with which kernel.
+
+Both are context variables, so that loads in other threads are not affected. A quantizer reads them once, when it is
+made: transformers may call it from threads of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any
+
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+_own: ContextVar[bool] = ContextVar("fewbit_own_loader", default=False)
+_kernel: ContextVar[str | None] = ContextVar("fewbit_kernel", default=None)
+
+
+@contextmanager
+def serving(kernel: str | None = None) -> Iterator[None]:
+    """Inside this context, fewbit loads every format that it knows. With `kernel`, packed weights use that kernel.
+
+    It applies to this thread, even if another back end for the format is installed.
+    """
+    own, named = _own.set(True), _kernel.set(kernel)
+    try:
+        yield
+    finally:
+        _kernel.reset(named)
+        _own.reset(own)
+
+
+def own_loader() -> bool:
+    """Whether fewbit's own loader loads the model."""
+    return _own.get()
+
+
+def requested_kernel() -> str | None:
+    """The kernel for packed weights; None for the best one for each weight."""
+    return _kernel.get()
+
+
+def dispatched(theirs: Any, ours: Callable[..., Any], methods: Container[str]) -> Any:
+    """`AutoHfQuantizer.from_config`, `theirs`, with a check first: inside `serving`, `ours` makes the quantizers for
+    the quantization methods `methods`."""
+    inner = theirs.__func__
+
+    @wraps(inner)
+    def from_config(cls: Any, quantization_config: Any, **kwargs: Any) -> Any:
+        if own_loader():
+            if isinstance(quantization_config, dict):
+                quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+            method = quantization_config.quant_method
+            if str(getattr(method, "value", method)) in methods:
+                return ours(quantization_config, **kwargs)
+        return inner(cls, quantization_config, **kwargs)
+
+    patched: Any = from_config
+    patched.by_fewbit = True
+    return classmethod(patched)
