@@ -284,3 +284,11 @@ def test_a_dataset_that_cannot_be_had_is_replaced(sound: Path, monkeypatch: pyte
     assert "dataset=[...]" in str(error.value)
     with quantizer.serving(), pytest.raises(PlanError, match=r"(?s)dataset='ptb': unknown.*'c4-new' or 'wikitext2'"):
         AutoModelForCausalLM.from_pretrained(sound, quantization_config=AwqConfig(bits=4, dataset="ptb"))
+
+
+def test_reading_the_conversions_starts_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = quantizer.FewbitQuantizer(GPTQConfig(bits=4, dataset=["a text"]), pre_quantized=False)
+    monkeypatch.setattr(made, "_make_checkpoint", lambda *_: pytest.fail("it quantizes"))
+    made.waiting = (models.build("llama"), [], None)
+    assert made.get_weight_conversions() == []
+    assert made.waiting is not None

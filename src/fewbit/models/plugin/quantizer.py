@@ -177,7 +177,7 @@ class FewbitQuantizer(HfQuantizer):
             put_scales(model, module, spec)
         self.renamings = [WeightRenaming(f".{name}", f".{slot(name)}") for name in sorted(suffixes) if "." in name]
 
-    def _quantize_first(self, model: PreTrainedModel, files: list[str], device_map: Any) -> None:
+    def _make_checkpoint(self, model: PreTrainedModel, files: list[str], device_map: Any) -> None:
         """Make a quantized checkpoint from `files`, and replace their paths by its own in that list.
 
         The list is the loader's, so transformers then reads the quantized files.
@@ -225,23 +225,34 @@ class FewbitQuantizer(HfQuantizer):
             warnings.warn(f"{type(self.quantization_config).__name__}: {note}", stacklevel=2)
 
     def update_weight_conversions(self, weight_conversions: Any, *rest: Any) -> Any:
-        """PlanError if the caller renames tensors (`key_mapping`) of a checkpoint that must be quantized first."""
-        if self.waiting is not None:
-            known = {str(c.source_patterns) for c in get_model_conversion_mapping(self.waiting[0])}
-            if other := [str(c.source_patterns) for c in weight_conversions if str(c.source_patterns) not in known]:
-                raise PlanError(
-                    f"{type(self.quantization_config).__name__} does not support key_mapping ({other[0]})",
-                    "Load the model with key_mapping alone, save it, and quantize that folder.",
-                )
-        theirs: Any = super().update_weight_conversions  # newer versions take the model as a second argument
+        """Transformers calls this once per load: after it has built the model, and before it reads the files.
+
+        So this is where a checkpoint that needs calibration is quantized: earlier, all new tensors would be on the
+        meta device. The rules for renaming then belong to the files that this has made.
+        """
+        self._quantize_checkpoint(weight_conversions)
+        theirs: Any = super().update_weight_conversions  # newer versions also pass the model
         return theirs(weight_conversions, *rest)
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
-        if self.waiting is not None:
-            # transformers calls this after it built the model on the meta device and before it reads the files.
-            waiting, self.waiting = self.waiting, None
-            self._quantize_first(*waiting)
+        """The rules for renaming the tensors of the format. Transformers adds them to those of the model."""
         return self.renamings
+
+    def _quantize_checkpoint(self, weight_conversions: Any) -> None:
+        """Quantize the checkpoint first, if the config requests that; else do nothing.
+
+        PlanError if the caller renames tensors (`key_mapping`): the pipeline would not find them.
+        """
+        if self.waiting is None:
+            return
+        (model, files, device_map), self.waiting = self.waiting, None
+        known = {str(c.source_patterns) for c in get_model_conversion_mapping(model)}
+        if other := [str(c.source_patterns) for c in weight_conversions if str(c.source_patterns) not in known]:
+            raise PlanError(
+                f"{type(self.quantization_config).__name__} does not support key_mapping ({other[0]})",
+                "Load the model with key_mapping alone, save it, and quantize that folder.",
+            )
+        self._make_checkpoint(model, files, device_map)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, _, leaf = param_name.rpartition(".")
