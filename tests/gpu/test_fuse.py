@@ -159,3 +159,5 @@ def test_a_step_that_waits_for_the_gpu_is_said_and_run(tmp_path: Path) -> None:
         got = greedy(fused, ids)
     assert got == expected
     assert greedy(fused, ids) == expected  # and without a word the second time
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.randn(2, device="cuda").isfinite().all()  # the random generator does not count as recording

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from threading import Lock
 from typing import Any
 
 import torch
 
 from fewbit.errors import PlanError
+
+_recording = Lock()
+_failed: list[Any] = []  # graphs whose recording failed: PyTorch's allocator refers to them without keeping them
 
 
 class Graph:
@@ -21,7 +26,7 @@ class Graph:
 
     def __init__(self, function: Callable[[], Any], device: torch.device, *, first: int = 1) -> None:
         self.function, self.left = function, first
-        self.possible = device.type == "cuda"
+        self.device, self.possible = device, device.type == "cuda"
         self.recorded: Any = None
         self.out: Any = None
 
@@ -33,17 +38,32 @@ class Graph:
         return self.out
 
     def _record(self) -> bool:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self.out = self.function()
-        except RuntimeError as error:  # some operation in the step waits for the GPU
-            self.possible = False
-            reason = str(error).strip().splitlines()[0][:200]
-            warnings.warn(f"a step of this model cannot be recorded as a CUDA graph: {reason}", stacklevel=2)
-            return False
-        self.recorded = graph
-        return True
+        with _recording:
+            stream, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
+            try:
+                # In this mode, other threads may use the GPU meanwhile.
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self.out = self.function()
+            except RuntimeError as error:  # some operation in the step waits for the GPU
+                self.possible = False
+                _recover(stream, graph)
+                reason = str(error).strip().splitlines()[0][:200]
+                warnings.warn(f"a step of this model cannot be recorded as a CUDA graph: {reason}", stacklevel=2)
+                return False
+            self.recorded = graph
+            return True
+
+
+def _recover(stream: Any, graph: Any) -> None:
+    """Undo what PyTorch leaves after a recording that failed: `torch.cuda.graph` does not reach its own clean-up.
+
+    The stream of the recording stays the current one. The random generator counts as recording, and fails in the next
+    operation that draws numbers ("Offset increment outside graph capture"). The next recording that succeeds ends that.
+    """
+    torch.cuda.set_stream(stream)
+    _failed.append(graph)
+    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        torch.zeros(1, dtype=torch.float32, device=stream.device)
 
 
 def check_compile(device: Any, fuse: int | None) -> None:

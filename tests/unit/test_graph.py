@@ -1,0 +1,61 @@
+"""What a recording that fails leaves behind, on a stand-in for PyTorch's CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fewbit.models.decoding.graph import Graph
+
+
+class Cuda:
+    """PyTorch's state: the current stream, and whether the random generator counts as recording."""
+
+    def __init__(self) -> None:
+        self.stream, self.drawing = SimpleNamespace(device="cpu", name="default"), False
+
+    @contextmanager
+    def graph(self, graph: Any, **_: Any) -> Iterator[None]:
+        before, self.stream, self.drawing = self.stream, SimpleNamespace(device="cpu", name="side"), True
+        yield  # an exception skips the rest, as the end of a recording that failed raises
+        self.stream, self.drawing = before, False
+
+    def set_stream(self, stream: Any) -> None:
+        self.stream = stream
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    made = Cuda()
+    monkeypatch.setattr(torch.cuda, "graph", made.graph)
+    monkeypatch.setattr(torch.cuda, "set_stream", made.set_stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: made.stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    return made
+
+
+def test_a_failed_recording_leaves_pytorch_as_it_was(cuda: Cuda) -> None:
+    def step() -> str:
+        if cuda.drawing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return "done"
+
+    graph = Graph(step, torch.device("cuda"), first=0)
+    with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph: operation not permitted"):
+        assert graph() == "done"
+    assert cuda.stream.name == "default"
+    assert not cuda.drawing
+    assert graph() == "done"
+
+
+def test_a_recording_is_replayed(cuda: Cuda) -> None:
+    calls: list[bool] = []
+    graph = Graph(lambda: calls.append(cuda.drawing), torch.device("cuda"), first=1)
+    for _ in range(4):
+        graph()
+    assert calls == [False, True]
