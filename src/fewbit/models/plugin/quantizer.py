@@ -48,7 +48,7 @@ from fewbit.models.decoding.fuse import fuse
 from fewbit.models.linears import LINEARS
 from fewbit.models.plugin import options
 from fewbit.models.plugin.modules import left_as_they_are, put, put_scales, unpack
-from fewbit.models.plugin.serving import dispatched, own_loader, requested_kernel
+from fewbit.models.plugin.serving import checked, dispatched, own_loader, requested_kernel
 from fewbit.models.plugin.serving import serving as serving
 from fewbit.models.source import read_config
 from fewbit.nn.fused import packed_linears
@@ -415,17 +415,6 @@ class _QuantizeOnLoad(ConversionOps):
         return done
 
 
-def _checked(theirs: Any) -> Any:
-    """transformers' `supports_quant_method`, which first raises an error that says why a config is not supported."""
-
-    def supports(config: Any) -> bool:
-        foreign.check(getattr(config, "to_dict", lambda: config)())
-        return bool(theirs(config))
-
-    supports.by_fewbit = True  # type: ignore[attr-defined]
-    return supports
-
-
 def _fitting(theirs: Any) -> Any:
     """transformers' `load_adapter`, which then refits the adapter to the model's scales, as in PEFT's own loader."""
 
@@ -450,7 +439,7 @@ def register() -> None:
             auto.AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(_back_ends(method), FewbitQuantizer))
     quantizers: Any = auto.AutoHfQuantizer
     if not hasattr(quantizers.supports_quant_method, "by_fewbit"):
-        quantizers.supports_quant_method = staticmethod(_checked(quantizers.supports_quant_method))
+        quantizers.supports_quant_method = staticmethod(checked(quantizers.supports_quant_method))
     if not hasattr(quantizers.from_config, "by_fewbit"):
         quantizers.from_config = dispatched(quantizers.from_config, FewbitQuantizer, (_AUTO_ROUND, *_methods()))
     model: Any = PreTrainedModel

@@ -14,6 +14,8 @@ from typing import Any
 
 from transformers.quantizers.auto import AutoQuantizationConfig
 
+from fewbit.models import foreign
+
 _own: ContextVar[bool] = ContextVar("fewbit_own_loader", default=False)
 _kernel: ContextVar[str | None] = ContextVar("fewbit_kernel", default=None)
 
@@ -60,3 +62,14 @@ def dispatched(theirs: Any, ours: Callable[..., Any], methods: Container[str]) -
     patched: Any = from_config
     patched.by_fewbit = True
     return classmethod(patched)
+
+
+def checked(theirs: Any) -> Any:
+    """transformers' `supports_quant_method`, which first raises an error that says why a config is not supported."""
+
+    def supports(config: Any) -> bool:
+        foreign.check(getattr(config, "to_dict", lambda: config)())
+        return bool(theirs(config))
+
+    supports.by_fewbit = True  # type: ignore[attr-defined]
+    return supports
