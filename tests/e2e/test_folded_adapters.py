@@ -229,6 +229,55 @@ def test_transformers_own_load_adapter_fits_too(
     assert apart(models.logits(model.eval(), IDS), wanted) < EXACT
 
 
+def test_transformers_own_save_says_where_it_fits(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base's name is relative, and means nothing in another folder."""
+    import transformers.integrations.peft as theirs
+
+    monkeypatch.setattr(theirs, "check_peft_version", lambda **_: None)
+    monkeypatch.chdir(place)
+    model: Any = AutoModelForCausalLM.from_pretrained("awq")
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    with quiet():
+        model.add_adapter(config)
+        model.save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    wanted = models.logits(model.eval(), IDS)
+    assert apart(models.logits(adapted(place / "unfolded", tmp_path / "adapter"), IDS), wanted) < EXACT
+
+
+def test_a_relative_base_counts_from_the_current_folder(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for trained, other in (("awq", "unfolded"), ("unfolded", "awq")):
+        adapter = shutil.copytree(place / f"adapter-{trained}", tmp_path / trained)
+        (adapter / "fewbit.json").unlink()
+        models.edit_json(adapter / "adapter_config.json", base_model_name_or_path=trained)
+        monkeypatch.chdir(place)
+        wanted = models.logits(package.load(place / trained, adapter=adapter), IDS)
+        with pytest.warns(UserWarning, match=f"names its model '{trained}', which is taken to be {place / trained}"):
+            found = adapted(place / other, adapter)
+        assert apart(models.logits(found, IDS), wanted) < EXACT
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="it does not record its model"):
+        adapted(place / "awq", adapter)
+
+
+def test_a_base_without_its_scales_is_said(place: Path, tmp_path: Path) -> None:
+    """As other makers' AWQ folders: their scales are unknown, so that their adapters do not fit the original."""
+    foreign = shutil.copytree(place / "awq", tmp_path / "foreign")
+    for name in ("fewbit.json", "fewbit.scales"):
+        (foreign / name).unlink()
+    adapter = shutil.copytree(place / "adapter-awq", tmp_path / "adapter")
+    (adapter / "fewbit.json").unlink()
+    models.edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(foreign))
+    with pytest.warns(UserWarning, match=f"{foreign} does not record its AWQ scales"):
+        adapted(place / "unfolded", adapter)
+    adapted(foreign, adapter)  # this very model: nothing to say
+    models.edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "x" / ".." / "foreign"))
+    (tmp_path / "x").mkdir()
+    adapted(foreign, adapter)
+
+
 def test_a_gguf_file_carries_its_scales(place: Path, text: Path, tmp_path: Path) -> None:
     plan = find("q4_0").changed(method="awq")
     quantize.quantize(place / "model", tmp_path / "model.gguf", plan=plan, calibration=str(text))

@@ -156,9 +156,9 @@ def of_model(model: Any) -> Scales | None:
     if hasattr(model, _ATTRIBUTE):
         known: Scales | None = getattr(model, _ATTRIBUTE)
         return known
-    folder = Path(str(getattr(model, "name_or_path", "") or "."))
-    if folder.is_dir() and (folder / FILE).is_file():
-        return read(folder)
+    name = str(getattr(model, "name_or_path", "") or "")
+    if name and (Path(name) / FILE).is_file():
+        return read(Path(name))
     config: Any = getattr(model, "config", None)
     return _without_file(config.to_dict() if hasattr(config, "to_dict") else {})
 

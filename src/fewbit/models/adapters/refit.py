@@ -46,19 +46,26 @@ def fit(model: nn.Module, adapter: str, config: Any, folder: Path | None) -> Non
     PlanError if this kind of adapter cannot be rescaled. A warning if the scales of the adapter or of the model are
     unknown, so that the adapter may not fit.
     """
-    here = scales.of_model(model)
+    here, base = scales.of_model(model), _base(config)
     trained = _trained_on(model, here, config, folder)
     if trained is None or here is None:
-        if (here is None or here) and (trained is not None or not _named(model, config)):
+        if trained is not None or not _named(model, config):
+            unknown = "it does not record its model" if base is None else f"{base} does not record its AWQ scales"
             warnings.warn(
                 f"the adapter {folder or adapter} is assumed to be trained on this very model: "
-                + ("it does not record its model" if here is not None else "the model does not record its AWQ scales")
+                + (unknown if here is not None else "the model does not record its AWQ scales")
                 + ". On a model with other AWQ scales an adapter loses what it learned.",
                 stacklevel=3,
             )
         return
     if trained.digest == here.digest:
         return
+    if base is not None and str(base) != config.base_model_name_or_path and not _recorded(folder):
+        warnings.warn(
+            f"the adapter {folder or adapter} names its model {config.base_model_name_or_path!r}, which is taken to be "
+            f"{base}: the adapter is fitted to the AWQ scales there",
+            stacklevel=3,
+        )
     if reason := _why_not(config):
         raise PlanError(
             f"the adapter {folder or adapter} was trained on a model whose AWQ scales differ from this model's, "
@@ -86,24 +93,41 @@ def _scale(layer: Any, adapter: str, columns: tuple[Any, Any], rows: tuple[Any, 
 
 def _trained_on(model: nn.Module, here: Scales | None, config: Any, folder: Path | None) -> Scales | None:
     """The scales of the model that the adapter was trained on; None if unknown."""
-    if folder is not None and (recorded := scales.read_record(folder)) is not None:
+    if (recorded := _recorded(folder)) is not None:
         return recorded
-    base = str(config.base_model_name_or_path or "")
     if _named(model, config):
         return here
-    if base and Path(base).is_absolute() and Path(base).is_dir():
-        return scales.of_folder(Path(base))
-    if here and base and base == here.origin:
+    name, base = config.base_model_name_or_path, _base(config)
+    if base is not None and Path(name).is_absolute():
+        return scales.of_folder(base)
+    if here and name and name == here.origin:
         return Scales()
     if _presumed:
         return _presumed[-1]
+    if base is not None:
+        return scales.of_folder(base)
     return here if here is not None and not here else None
+
+
+def _recorded(folder: Path | None) -> Scales | None:
+    return None if folder is None else scales.read_record(folder)
+
+
+def _base(config: Any) -> Path | None:
+    """The folder of the model that the adapter was trained on, if it is on this machine. As in PEFT, a relative name
+    counts from the current folder."""
+    if not config.base_model_name_or_path:
+        return None
+    folder = Path(config.base_model_name_or_path).absolute()
+    return folder if (folder / "config.json").is_file() or any(folder.glob("*.gguf")) else None
 
 
 def _named(model: Any, config: Any) -> bool:
     """Whether the adapter's config names this very model."""
-    name = getattr(model, "name_or_path", None)
-    return bool(name) and name == config.base_model_name_or_path
+    name, base = getattr(model, "name_or_path", None), _base(config)
+    if not name:
+        return False
+    return bool(name == config.base_model_name_or_path or (base and Path(name).is_dir() and base.samefile(name)))
 
 
 def _why_not(config: Any) -> str | None:

@@ -16,7 +16,6 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ from fewbit.models import as_read, foreign, scales
 from fewbit.models.decoding import decode
 from fewbit.models.decoding.fuse import fuse
 from fewbit.models.linears import LINEARS
-from fewbit.models.plugin import options
+from fewbit.models.plugin import options, patch_adapters
 from fewbit.models.plugin.modules import left_as_they_are, put, put_scales, unpack
 from fewbit.models.plugin.serving import checked, dispatched, own_loader, requested_kernel
 from fewbit.models.plugin.serving import serving as serving
@@ -415,23 +414,6 @@ class _QuantizeOnLoad(ConversionOps):
         return done
 
 
-def _fitting(theirs: Any) -> Any:
-    """transformers' `load_adapter`, which then refits the adapter to the model's scales, as in PEFT's own loader."""
-
-    @wraps(theirs)
-    def load_adapter(self: Any, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
-        result = theirs(self, peft_model_id, adapter_name, **kwargs)
-        if peft_model_id is not None:
-            from fewbit.models.adapters.refit import fit  # PEFT is an extra
-
-            name, folder = adapter_name or "default", Path(peft_model_id).absolute()
-            fit(self, name, self.peft_config[name], folder if folder.is_dir() else None)
-        return result
-
-    load_adapter.by_fewbit = True  # type: ignore[attr-defined]
-    return load_adapter
-
-
 def register() -> None:
     """Register the quantizers, in place of back ends that are not installed or that `fewbit.prefer` replaces."""
     for method in _methods():
@@ -442,9 +424,7 @@ def register() -> None:
         quantizers.supports_quant_method = staticmethod(checked(quantizers.supports_quant_method))
     if not hasattr(quantizers.from_config, "by_fewbit"):
         quantizers.from_config = dispatched(quantizers.from_config, FewbitQuantizer, (_AUTO_ROUND, *_methods()))
-    model: Any = PreTrainedModel
-    if not hasattr(model.load_adapter, "by_fewbit"):
-        model.load_adapter = _fitting(model.load_adapter)
+    patch_adapters.register()
     if not is_auto_round_available():
         auto.AUTO_QUANTIZER_MAPPING[_AUTO_ROUND] = FewbitQuantizer
     with suppress(ImportError):  # a version of transformers without its own GGUF quantizer needs no replacement

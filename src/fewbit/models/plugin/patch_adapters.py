@@ -1,0 +1,54 @@
+"""Adapters of transformers' own models (`add_adapter`, `load_adapter`, `save_pretrained`) and the scales of AWQ.
+
+They are fitted and recorded as those of PEFT's `PeftModel` (`models/adapters/refit.py`).
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from fewbit.models import scales
+
+
+def _fitting(theirs: Any) -> Any:
+    """transformers' `load_adapter`, which then refits the adapter to the model's scales, as in PEFT's own loader."""
+
+    @wraps(theirs)
+    def load_adapter(self: Any, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
+        result = theirs(self, peft_model_id, adapter_name, **kwargs)
+        if peft_model_id is not None:
+            from fewbit.models.adapters.refit import fit  # PEFT is an extra
+
+            name, folder = adapter_name or "default", Path(peft_model_id).absolute()
+            fit(self, name, self.peft_config[name], folder if folder.is_dir() else None)
+        return result
+
+    load_adapter.by_fewbit = True  # type: ignore[attr-defined]
+    return load_adapter
+
+
+def _recording(theirs: Any) -> Any:
+    """transformers' `save_pretrained`, which then records the model's scales beside an adapter, as in PEFT's own."""
+
+    @wraps(theirs)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        result = theirs(self, save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        if getattr(self, "_hf_peft_config_loaded", False) and folder.is_dir() and (known := scales.of_model(self)):
+            scales.write_record(folder, known, str(self.name_or_path))
+        return result
+
+    save_pretrained.by_fewbit = True  # type: ignore[attr-defined]
+    return save_pretrained
+
+
+def register() -> None:
+    """Patch `PreTrainedModel`, once."""
+    model: Any = PreTrainedModel
+    if not hasattr(model.load_adapter, "by_fewbit"):
+        model.load_adapter = _fitting(model.load_adapter)
+        model.save_pretrained = _recording(model.save_pretrained)
