@@ -200,7 +200,7 @@ def test_damaged_scales_are_refused(place: Path, tmp_path: Path, fewbit: Fewbit)
     command = ("generate", place / "awq", "The", "--adapter", adapter)
     check(fewbit(*command), 3, "does not contain the scales that fewbit.json")
     (adapter / "fewbit.scales").write_bytes(b"nothing")
-    check(fewbit(*command), 3, "fewbit.scales (7 bytes) is no sound")
+    check(fewbit(*command), 3, "fewbit.scales (7 bytes) is not a valid safetensors file")
 
 
 def test_quantized_on_load_it_knows_its_scales(place: Path, tmp_path: Path) -> None:
