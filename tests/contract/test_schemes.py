@@ -186,12 +186,22 @@ def test_what_cannot_be_stored_is_refused(spec: str) -> None:
             w[-1, -1] = bad
             with pytest.raises(NumericsError, match="has NaN or Inf"):
                 attempt(w)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.startswith(("nf4", "fp4"))])
+def test_float32_scales_store_large_values(spec: str) -> None:
+    w = ordinary(*shape_for(spec))
     w[-1, -1] = 1e30
-    try:
-        grids = parse(spec).fit(w)
-    except NumericsError:
-        return
+    grids = parse(spec).fit(w)
     assert grids.decode(grids.encode(w))[-1, -1] == pytest.approx(1e30, rel=0.01)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.startswith(("nf4", "fp4"))])
+def test_values_beyond_16_bit_scales_are_refused(spec: str) -> None:
+    w = ordinary(*shape_for(spec))
+    w[-1, -1] = 1e30
+    with pytest.raises(NumericsError, match="beyond the range of"):
+        parse(spec).fit(w)
 
 
 @specs

@@ -124,9 +124,10 @@ def test_a_merge_onto_the_original_is_the_folded_one(place: Path, tmp_path: Path
     assert done.base == str(place / "model")
     before, after = models.original(place / "model"), models.original(tmp_path / "onto")
     found, weights = scales.read(place / "awq"), load_file(place / "adapter-awq" / "adapter_model.safetensors")
-    for key, a in weights.items():
-        if not key.endswith("lora_A.weight"):
-            continue
+    keys = [key for key in weights if key.endswith("lora_A.weight")]
+    assert keys
+    for key in keys:
+        a = weights[key]
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         b = weights[key.replace("lora_A", "lora_B")]
         columns, rows = found.columns([name]), found.rows([name])

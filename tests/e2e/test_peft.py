@@ -104,6 +104,7 @@ def test_every_tuner_reads_the_values(kind: str, spec: str) -> None:
 def _refuses_or_keeps(adapted: Any, logits: Tensor) -> None:
     """Merging is refused before a weight changes; it may work where no packed weight is merged into."""
     layers = [module for module in adapted.modules() if isinstance(module, QLinear)]
+    assert layers
     before = [[part.clone() for part in layer.prepared] for layer in layers]
     with suppress(PlanError, AttributeError, NotImplementedError, ValueError):
         adapted.merge_adapter()

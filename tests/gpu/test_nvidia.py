@@ -12,6 +12,7 @@ from fewbit.nn.choose import TOLERANCE, choose
 from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import QTensor, parse
 from tests.contract.cases import SPECS, ordinary
+from tests.unit.test_nvidia import shapes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 SERVED = [spec for spec in SPECS if isinstance(layout.recipe(parse(spec), 1024), Recipe)]
@@ -22,12 +23,10 @@ def packed(spec: str, n: int, k: int) -> QTensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize("spec", SERVED)
+@pytest.mark.parametrize("spec", [spec for spec in SERVED if shapes(spec)])
 def test_products(spec: str, dtype: torch.dtype) -> None:
-    for n, k in ((33, 512), (20, 288)):
-        scheme = parse(spec)
-        if scheme.why_not((n, k)) is not None or not isinstance(layout.recipe(scheme, k), Recipe):
-            continue
+    scheme = parse(spec)
+    for n, k in shapes(spec):
         weight = packed(spec, n, k)
         w, prepared = weight.dequantize(), Nvidia().prepare(scheme, weight.parts, (n, k))
         for m in (0, 1, 9, 33, 65):

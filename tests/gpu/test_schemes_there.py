@@ -60,8 +60,9 @@ def test_every_kernel_that_serves_there_agrees(name: str, dtype: torch.dtype) ->
             assert float((got - exact).norm() / exact.norm()) <= TOLERANCE[dtype], (spec, rows)
         restored = kernel.restore(scheme, prepared, shape)
         assert all(torch.equal(restored[part], tensor) for part, tensor in weight.parts.items()), spec
-    if name == "reference":
-        assert served == len(SPECS)
+    if not served:
+        pytest.skip(f"{name} multiplies no weight by such activations")
+    assert served == len(SPECS) or name != "reference"
 
 
 @pytest.mark.parametrize(

@@ -140,9 +140,10 @@ def test_recorded_logits_are_as_good_as_the_model_they_are_of() -> None:
 
 
 def test_a_gpu_that_was_not_used_yet_has_no_peak_to_forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(device: int) -> None:
-        raise RuntimeError("Invalid device argument")
-
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", refuse)
-    memory.forget_peak()
+    forgotten: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgotten.append)
+    for used, expected in ((False, []), (True, [0, 1])):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
+        memory.forget_peak()
+        assert forgotten == expected

@@ -17,6 +17,14 @@ from tests.contract.cases import SPECS, hard, is_sentence, ordinary, quantized, 
 
 CUDA = torch.device("cuda")
 SERVED = [spec for spec in SPECS if isinstance(layout.recipe(parse(spec), 1024), Recipe)]
+
+
+def shapes(spec: str) -> list[tuple[int, int]]:
+    """Shapes in which the scheme is stored and multiplied."""
+    scheme, found = parse(spec), [(33, 512), (20, 288)]
+    return [s for s in found if scheme.why_not(s) is None and isinstance(layout.recipe(scheme, s[1]), Recipe)]
+
+
 TOLD = (
     *("int4-g128", "int4-g32-sym", "int4-row", "int3-g64", "int2-g16", "int5-g32", "int8-g32", "nf4-b64-dq"),
     *("fp4-b32", "llm.int8", "q4_1", "q5_0", "q3_k", "q4_k", "q6_k", "iq4_nl", "iq4_xs"),
@@ -115,10 +123,10 @@ def test_the_kernels_products_and_values(spec: str, monkeypatch: pytest.MonkeyPa
     from fewbit.kernels.nvidia import ops
 
     scheme = parse(spec)
-    for n, k in ((33, 512), (20, 288)):
+    assert shapes(spec)
+    for n, k in shapes(spec):
         how = layout.recipe(scheme, k)
-        if scheme.why_not((n, k)) is not None or not isinstance(how, Recipe):
-            continue
+        assert isinstance(how, Recipe)
         parts = quantized(scheme, ordinary(n, k) + 0.02)
         prepared = list(Nvidia().prepare(scheme, parts, (n, k)))
         w = scheme.dequantize(parts, (n, k), torch.float32)

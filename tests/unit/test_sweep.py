@@ -66,14 +66,21 @@ def test_the_fused_panel_is_the_definition_in_the_interpreter() -> None:
     assert all(share <= DIFFERENT for both in found.values() for share in both), found
 
 
-@pytest.mark.parametrize("spec", SPECS)
+UNEVEN = [spec for spec in SPECS if any(part in spec for part in ("nf4", "fp4", "iq4", "llm.int8"))]
+
+
+@pytest.mark.parametrize("spec", UNEVEN)
+def test_other_grids_are_not_uniform(spec: str) -> None:
+    assert parse(spec).fit(ordinary(*several_groups(spec))).uniform() is None
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec not in UNEVEN])
 def test_uniform_grids_are_what_they_say(spec: str) -> None:
     shape = several_groups(spec)
     w = ordinary(*shape)
     grids = parse(spec).fit(w)
-    if (uniform := grids.uniform()) is None:
-        assert any(part in spec for part in ("nf4", "fp4", "iq4", "llm.int8"))
-        return
+    uniform = grids.uniform()
+    assert uniform is not None
     group = torch.arange(shape[1]) // uniform.group
     scale = uniform.scale[:, group]
     offset = 0 if uniform.offset is None else uniform.offset[:, group]
