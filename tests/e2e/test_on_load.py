@@ -218,7 +218,7 @@ def test_fp8_with_scales_names_what_helps(model: Path, tmp_path: Path) -> None:
     models.edit_json(
         model / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}
     )
-    with pytest.raises(PlanError, match="in the form 'fp8'") as refusal:
+    with pytest.raises(PlanError, match="quantized by 'fp8'") as refusal:
         quantize.quantize(model, tmp_path / "q", plan="nf4")
     assert "dequantize=True" in refusal.value.hint
 
