@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import fewbit
+from fewbit.models.gguf.names import ARCHITECTURES
 
 SOURCE = Path(fewbit.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -139,3 +140,29 @@ def test_the_library_does_not_speak_in_flags() -> None:
                 if re.search(r"(?<![\w-])--[a-z]", text) and not re.search(r"fewbit |pip |torchrun", text):
                     found.append(f"{file.relative_to(SOURCE)}: {text}")
     assert not found, "\n".join(found)
+
+
+def branches(code: str, names: set[str]) -> list[int]:
+    """Lines of `code` that compare something with one of `names`, or look it up in a table of them."""
+    lines = []
+    for node in ast.walk(ast.parse(code)):
+        if not isinstance(node, ast.Compare | ast.Dict):
+            continue
+        sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+        sides += [key for key in node.keys if key is not None] if isinstance(node, ast.Dict) else []
+        words = [word.value for side in sides for word in ast.walk(side) if isinstance(word, ast.Constant)]
+        lines += [node.lineno] if names & {word for word in words if isinstance(word, str)} else []
+    return sorted(lines)
+
+
+def test_an_architecture_of_gguf_files_is_one_row() -> None:
+    # "gpt2" and "llama" are also the kinds of tokenizers in a file. llama.cpp's rules of mixtures know one model.
+    others = {SOURCE / "models/gguf/names.py", SOURCE / "models/gguf/tokenizer.py", SOURCE / "plans/mixtures.py"}
+    found = {str(file): branches(file.read_text("utf-8"), set(ARCHITECTURES)) for file in FILES if file not in others}
+    assert {file: lines for file, lines in found.items() if lines} == {}
+
+
+def test_a_branch_on_an_architecture_is_found() -> None:
+    assert branches(
+        'if arch.name == "phi3":\n    x = {"gemma2": 2}\nelif arch in ("llama", "qwen3"): ...', set(ARCHITECTURES)
+    ) == [1, 2, 3]

@@ -32,20 +32,15 @@ from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.gguf.names import ARCHITECTURES, Architecture, architecture
 
-_ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh", "gemma3": "gelu_pytorch_tanh", "gpt2": "gelu_new"}  # others: silu
-_SWA_PERIOD = {"gemma2": 2, "gemma3": 6}  # every n-th layer has full attention, if the file has no pattern
-_SWA_THETA = 10000.0  # RoPE base of gemma3's layers with a sliding window
-_SCALED_BY_HIDDEN = {("gemma2", 46), ("gemma3", 62)}  # llama.cpp scales their queries by hidden / heads
 _LONGEST = 1 << 31
 
 
 def to_metadata(config: Any, name: str) -> dict[str, Any]:
     """Keys and values for a model of transformers' `config`, named `name`. PlanError if no file can express it."""
     arch = architecture(config.model_type)
-    _refuse(config, arch.name)
+    _refuse(config, arch)
     heads, rope = config.num_attention_heads, _rope_of(config)
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    gpt2 = arch.name == "gpt2"
     found: dict[str, Any] = {
         "general.architecture": arch.name,
         "general.type": "model",
@@ -53,18 +48,19 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": (config.n_inner or 4 * config.n_embd) if gpt2 else config.intermediate_size,
+        "feed_forward_length": _of(config, arch, "intermediate_size") or 4 * config.hidden_size,
         "attention.head_count": heads,
         "vocab_size": config.vocab_size,
     }
-    if gpt2:
-        found["attention.layer_norm_epsilon"] = float(config.layer_norm_epsilon)
-    else:
+    if arch.rotary:
         found |= {
             "attention.head_count_kv": config.num_key_value_heads,
             "attention.key_length": width,
             "attention.value_length": width,
-            "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        }
+    found[arch.epsilon] = float(_of(config, arch, "rms_norm_eps"))
+    if arch.rotary:
+        found |= {
             "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1.0)),
             "rope.freq_base": float(rope["rope_theta"]),
             **_scaling(config, rope),
@@ -72,8 +68,13 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
     for theirs, ours in (("attn_logit_softcapping",) * 2, ("final_logit_softcapping",) * 2):
         if (cap := getattr(config, theirs, None)) is not None:
             found[ours] = float(cap)
-    found |= _window(config, arch.name)
+    found |= _window(config, arch)
     return {key if key.startswith("general.") else f"{arch.name}.{key}": value for key, value in found.items()}
+
+
+def _of(config: Any, arch: Architecture, key: str) -> Any:
+    """An entry of a config by Llama's name for it."""
+    return getattr(config, arch.keys.get(key, key))
 
 
 def extra_tensors(config: Any) -> dict[str, Tensor]:
@@ -115,32 +116,48 @@ def to_config(file: GgufFile) -> dict[str, Any]:
         "dtype": _dtype(file),
         **_special(keys),
     }
-    if arch.name == "gpt2":
-        return _gpt2(keys, config)
+    config |= arch.fixed
+    config |= _rotary(keys, config) if arch.rotary else _learned(keys, config)
+    config["rms_norm_eps"] = keys.real(arch.epsilon)
+    config |= {key: tensor in file.entries for key, tensor in arch.biases.items()}
+    config |= _windows(keys, config)
+    return {arch.keys.get(key, key): value for key, value in config.items()}
+
+
+def _rotary(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Heads, MLP and positions of a model with RoPE."""
+    arch, hidden, heads = keys.architecture, config["hidden_size"], config["num_attention_heads"]
     kv = keys.count("attention.head_count_kv", heads)
     width = keys.count("attention.key_length", hidden // heads if heads <= hidden else 1)
     if keys.count("attention.value_length", width) != width or heads % kv:
         raise keys.wrong(f"{arch.name} cannot have {heads} heads with {kv} key-value heads of width {width}")
-    rows = keys.shape("blk.0.attn_qkv.weight" if arch.name == "phi3" else "blk.0.attn_q.weight")[0]
-    wanted = width * (heads + 2 * kv) if arch.name == "phi3" else width * heads
+    rows = keys.shape("blk.0.attn_qkv.weight" if arch.joined else "blk.0.attn_q.weight")[0]
+    wanted = width * (heads + 2 * kv) if arch.joined else width * heads
     if rows != wanted:
         raise keys.wrong(f"the queries have {rows} rows, but its keys require {wanted}")
-    config |= {
+    found = {
         "num_key_value_heads": kv,
         "head_dim": width,
         "intermediate_size": keys.count("feed_forward_length"),
-        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
         "rope_parameters": _rope(keys, width),
     }
-    if arch.name in ("llama", "qwen3"):
-        config["attention_bias"] = "blk.0.attn_q.bias" in file.entries
-    if arch.name == "llama":
-        config["mlp_bias"] = "blk.0.ffn_down.bias" in file.entries
-    if arch.name == "phi3":
-        config["original_max_position_embeddings"] = keys.count(
+    if arch.original_context:
+        found["original_max_position_embeddings"] = keys.count(
             "rope.scaling.original_context_length", config["max_position_embeddings"]
         )
-    return config | _attention(keys, config)
+    return found
+
+
+def _learned(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    """MLP and positions of a model with a table of positions."""
+    hidden, heads, positions = config["hidden_size"], config["num_attention_heads"], keys.shape("position_embd.weight")
+    if positions[1] != hidden or hidden % heads:
+        raise keys.wrong(f"{heads} heads and {positions[1]} columns of positions do not fit a width of {hidden}")
+    inner = keys.count("feed_forward_length")
+    return {
+        "max_position_embeddings": positions[0],
+        "intermediate_size": None if inner == 4 * hidden else inner,
+    }
 
 
 class _Metadata:
@@ -190,23 +207,26 @@ class _Metadata:
         return entry.shape
 
 
-def _refuse(config: Any, arch: str) -> None:
+def _refuse(config: Any, arch: Architecture) -> None:
     act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
-    act, wanted = getattr(config, "activation_function", act), _ACTIVATIONS.get(arch, "silu")
-    if act != wanted:
-        raise PlanError(f"llama.cpp runs {arch} with {wanted} in its MLP; this model has {act}")
-    if arch == "gpt2" and (config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights):
-        raise PlanError("llama.cpp runs gpt2 with the usual scale of attention; this model has another scale")
+    act = getattr(config, "activation_function", act)
+    if act != arch.activation:
+        raise PlanError(f"llama.cpp runs {arch.name} with {arch.activation} in its MLP; this model has {act}")
+    usual = getattr(config, "scale_attn_weights", True)
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False) or not usual:
+        raise PlanError(f"llama.cpp runs {arch.name} with the usual scale of attention; this model has another scale")
     if (scalar := getattr(config, "query_pre_attn_scalar", None)) is not None:
-        by_hidden = (arch, config.num_hidden_layers) in _SCALED_BY_HIDDEN
+        by_hidden = config.num_hidden_layers == arch.scaled_by_hidden
         wanted = config.hidden_size // config.num_attention_heads if by_hidden else config.head_dim
         if scalar != wanted:
-            raise PlanError(f"llama.cpp scales the queries of {arch} by {wanted}; this model needs {scalar}")
-    if arch == "gemma2" and not config.tie_word_embeddings:
-        raise PlanError("llama.cpp runs gemma2 with an output head tied to the embedding; this model has its own")
+            raise PlanError(f"llama.cpp scales the queries of {arch.name} by {wanted}; this model needs {scalar}")
+    if arch.tied and not config.tie_word_embeddings:
+        raise PlanError(f"llama.cpp runs {arch.name} with an output head tied to the embedding; this model has its own")
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    if windowed and arch not in _SWA_PERIOD and "full_attention" in config.layer_types:
-        raise PlanError(f"llama.cpp runs {arch} with full attention in all layers; here some have a sliding window")
+    if windowed and not arch.period and "full_attention" in config.layer_types:
+        raise PlanError(
+            f"llama.cpp runs {arch.name} with full attention in all layers; here some have a sliding window"
+        )
 
 
 def _rope_of(config: Any) -> dict[str, Any]:
@@ -242,23 +262,25 @@ def _scaling(config: Any, rope: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _window(config: Any, arch: str) -> dict[str, Any]:
+def _window(config: Any, arch: Architecture) -> dict[str, Any]:
     types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if window is None or (types is not None and "sliding_attention" not in types):
-        return {"attention.sliding_window": 0} if arch == "phi3" else {}  # without it, llama.cpp sees another model
+        return {"attention.sliding_window": 0} if arch.no_window else {}  # without it, llama.cpp sees another model
     found: dict[str, Any] = {"attention.sliding_window": window}
-    if arch in _SWA_PERIOD:
+    if arch.period:
         sliding = [kind == "sliding_attention" for kind in types or ()]
-        if sliding != _usual(arch, len(sliding)):
+        if sliding != _usual(arch.period, len(sliding)):
             found["attention.sliding_window_pattern"] = np.array(sliding)
+    if arch.local_theta is not None:
         theta = (config.rope_parameters.get("sliding_attention") or {}).get("rope_theta")
-        if theta is not None and theta != _SWA_THETA:
+        if theta is not None and theta != arch.local_theta:
             found["rope.freq_base_swa"] = float(theta)
     return found
 
 
-def _usual(arch: str, layers: int) -> list[bool]:
-    return [layer % _SWA_PERIOD[arch] < _SWA_PERIOD[arch] - 1 for layer in range(layers)]
+def _usual(period: int, layers: int) -> list[bool]:
+    """Which layers have a sliding window if every `period`-th has none."""
+    return [layer % period < period - 1 for layer in range(layers)]
 
 
 def _llama3(rope: Mapping[str, Any], width: int) -> Tensor:
@@ -272,12 +294,12 @@ def _llama3(rope: Mapping[str, Any], width: int) -> Tensor:
 
 
 def _rope(keys: _Metadata, width: int) -> dict[str, Any]:
-    arch, entries = keys.architecture.name, keys.file.entries
+    arch, entries = keys.architecture, keys.file.entries
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base", 10000.0)}
     turned = keys.count("rope.dimension_count", width)
     if turned != width:
-        if arch != "phi3" or turned > width:
-            raise keys.wrong(f"{turned} of {width} columns of a head are rotated, which {arch} does not support")
+        if not arch.partial_rotary or turned > width:
+            raise keys.wrong(f"{turned} of {width} columns of a head are rotated, which {arch.name} does not support")
         rope["partial_rotary_factor"] = turned / width
     kind = keys.get("rope.scaling.type")
     if "rope_freqs.weight" in entries:
@@ -302,9 +324,9 @@ def _rope(keys: _Metadata, width: int) -> dict[str, Any]:
                     rope[ours] = keys.real(f"rope.scaling.{theirs}")
     elif kind not in (None, "none", "longrope"):
         raise keys.wrong(f"rope scaling of type {str(kind)[:80]!r} is unknown")
-    if arch != "gemma3":
+    if arch.local_theta is None:
         return rope
-    local = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base_swa", _SWA_THETA)}
+    local = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base_swa", arch.local_theta)}
     return {"full_attention": rope, "sliding_attention": local}
 
 
@@ -332,17 +354,15 @@ def _of_factors(keys: _Metadata, theta: float, width: int) -> dict[str, Any]:
     raise keys.wrong("rope_freqs.weight contains factors of a scaling other than llama3's")
 
 
-def _attention(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Sliding windows, logit softcaps and query scale of attention."""
-    arch, layers, window = keys.architecture.name, config["num_hidden_layers"], keys.get("attention.sliding_window")
-    if arch in ("llama", "phi3"):
-        if not window:
+def _windows(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sliding windows. Where some layers have full attention, also logit softcaps and the scale of queries."""
+    arch, layers, window = keys.architecture, config["num_hidden_layers"], keys.get("attention.sliding_window")
+    if not arch.period:
+        if not (arch.window and window):
             return {}
-        changed = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]} if arch == "llama" else {}
+        changed = {"model_type": arch.model_types[-1], "architectures": [arch.classes[-1]]}
         return {"sliding_window": keys.count("attention.sliding_window"), **changed}
-    if arch not in _SWA_PERIOD:
-        return {}
-    sliding = _usual(arch, layers)
+    sliding = _usual(arch.period, layers)
     pattern = keys.get("attention.sliding_window_pattern")
     if isinstance(pattern, np.ndarray):
         if len(pattern) != layers:
@@ -350,10 +370,10 @@ def _attention(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
         sliding = [bool(each) for each in pattern]
     elif pattern is not None:
         period = keys.count("attention.sliding_window_pattern")
-        sliding = [layer % period < period - 1 for layer in range(layers)]
-    if arch == "gemma3" and not window:
+        sliding = _usual(period, layers)
+    if not window and not arch.default_window:
         sliding = [False] * layers
-    by_hidden = (arch, layers) in _SCALED_BY_HIDDEN
+    by_hidden = layers == arch.scaled_by_hidden
     scalar = config["hidden_size"] // config["num_attention_heads"] if by_hidden else config["head_dim"]
     found = {
         "sliding_window": keys.count("attention.sliding_window", 4096),
@@ -366,23 +386,6 @@ def _attention(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
         if (value := keys.get(cap)) is not None and value != 0:
             found[cap] = keys.real(cap)
     return found
-
-
-def _gpt2(keys: _Metadata, config: dict[str, Any]) -> dict[str, Any]:
-    hidden, positions = config["hidden_size"], keys.shape("position_embd.weight")
-    renamed = {"num_hidden_layers": "n_layer", "hidden_size": "n_embd", "num_attention_heads": "n_head"}
-    config = {renamed.get(key, key): value for key, value in config.items() if key != "max_position_embeddings"}
-    if positions[1] != hidden or hidden % config["n_head"]:
-        raise keys.wrong(
-            f"{config['n_head']} heads and {positions[1]} columns of positions do not fit a width of {hidden}"
-        )
-    inner = keys.count("feed_forward_length")
-    return config | {
-        "n_positions": positions[0],
-        "n_inner": None if inner == 4 * hidden else inner,
-        "layer_norm_epsilon": keys.real("attention.layer_norm_epsilon"),
-        "activation_function": "gelu_new",
-    }
 
 
 def _special(keys: _Metadata) -> dict[str, Any]:

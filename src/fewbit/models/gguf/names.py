@@ -67,22 +67,51 @@ class Route:
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture of llama.cpp: its name, transformers' names for it, and the names of its tensors.
+    """An architecture of llama.cpp: all that fewbit knows of it, as one row of `ARCHITECTURES`.
 
-    model: module names outside blocks -> names in the file. block: the same for modules in a block. Both without
-    `.weight` and `.bias`.
+    The defaults are the common case. Code reads these fields and never compares the name.
     """
 
     name: str
-    model_types: tuple[str, ...]
-    classes: tuple[str, ...]
-    model: Mapping[str, str]
-    block: Mapping[str, str]
+    model_types: tuple[str, ...]  # transformers' types; the last one is for a sliding window in all layers
+    classes: tuple[str, ...]  # transformers' classes of these types
+    # Names of the tensors, without `.weight` and `.bias`
+    model: Mapping[str, str]  # module names outside blocks -> names in the file
+    block: Mapping[str, str]  # the same for modules in a block
     layers: str = "model.layers"
-    permuted: bool = False
-    transposed: bool = False
-    shift: float = 0.0
     extra: frozenset[str] = field(default_factory=frozenset)  # tensors of the file that are not weights
+    # Values of the tensors
+    permuted: bool = False  # rows of q and k are in llama.cpp's order
+    transposed: bool = False  # the model's linears are Conv1D
+    shift: float = 0.0  # added to the weights of norms
+    # Config
+    activation: str = "silu"  # of the MLP
+    keys: Mapping[str, str] = field(default_factory=dict)  # names in config.json that differ from Llama's
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # further entries of config.json
+    epsilon: str = "attention.layer_norm_rms_epsilon"  # the file's key
+    biases: Mapping[str, str] = field(default_factory=dict)  # entry of config.json -> the tensor whose presence it says
+    tied: bool = False  # the output head is always the embedding
+    # Positions
+    partial_rotary: bool = False  # RoPE may rotate only the first columns of a head
+    local_theta: float | None = None  # RoPE base of layers with a sliding window, if they have their own
+    original_context: bool = False  # config.json has the length before RoPE was scaled
+    # Sliding windows
+    window: bool = False  # all layers may have one
+    no_window: bool = False  # the file says that there is none
+    period: int = 0  # every n-th layer has full attention and the others have a window; 0 without such layers
+    default_window: bool = False  # a file without a key for the window has one
+    # Number of layers of the model whose queries are scaled by hidden / heads instead of the width of a head
+    scaled_by_hidden: int = 0
+
+    @property
+    def rotary(self) -> bool:
+        """Whether positions are rotations of queries and keys (RoPE); else the model has a table of positions."""
+        return "position_embd" not in self.model.values()
+
+    @property
+    def joined(self) -> bool:
+        """Whether q, k and v are one linear."""
+        return "attn_qkv" in self.block.values()
 
 
 _MODEL = {
@@ -109,6 +138,9 @@ _GEMMA2 = {
 }
 _ROPE = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 
+_BIAS = {"attention_bias": "blk.0.attn_q.bias"}
+_GELU = "gelu_pytorch_tanh"
+
 ARCHITECTURES = {
     each.name: each
     for each in (
@@ -118,13 +150,40 @@ ARCHITECTURES = {
             ("LlamaForCausalLM", "MistralForCausalLM"),
             _MODEL,
             _LLAMA,
-            permuted=True,
             extra=_ROPE,
+            permuted=True,
+            biases={**_BIAS, "mlp_bias": "blk.0.ffn_down.bias"},
+            window=True,
         ),
         Architecture("qwen2", ("qwen2",), ("Qwen2ForCausalLM",), _MODEL, _LLAMA, extra=_ROPE),
-        Architecture("qwen3", ("qwen3",), ("Qwen3ForCausalLM",), _MODEL, _LLAMA | _HEAD_NORMS, extra=_ROPE),
-        Architecture("gemma2", ("gemma2",), ("Gemma2ForCausalLM",), _MODEL, _GEMMA2, shift=1.0),
-        Architecture("gemma3", ("gemma3_text",), ("Gemma3ForCausalLM",), _MODEL, _GEMMA2 | _HEAD_NORMS, shift=1.0),
+        Architecture(
+            "qwen3", ("qwen3",), ("Qwen3ForCausalLM",), _MODEL, _LLAMA | _HEAD_NORMS, extra=_ROPE, biases=_BIAS
+        ),
+        Architecture(
+            "gemma2",
+            ("gemma2",),
+            ("Gemma2ForCausalLM",),
+            _MODEL,
+            _GEMMA2,
+            shift=1.0,
+            activation=_GELU,
+            tied=True,
+            period=2,
+            default_window=True,
+            scaled_by_hidden=46,
+        ),
+        Architecture(
+            "gemma3",
+            ("gemma3_text",),
+            ("Gemma3ForCausalLM",),
+            _MODEL,
+            _GEMMA2 | _HEAD_NORMS,
+            shift=1.0,
+            activation=_GELU,
+            local_theta=10000.0,
+            period=6,
+            scaled_by_hidden=62,
+        ),
         Architecture(
             "phi3",
             ("phi3",),
@@ -139,6 +198,10 @@ ARCHITECTURES = {
                 "mlp.down_proj": "ffn_down",
             },
             extra=_ROPE,
+            partial_rotary=True,
+            original_context=True,
+            window=True,
+            no_window=True,
         ),
         Architecture(
             "gpt2",
@@ -160,6 +223,17 @@ ARCHITECTURES = {
             },
             layers="transformer.h",
             transposed=True,
+            activation="gelu_new",
+            keys={
+                "num_hidden_layers": "n_layer",
+                "hidden_size": "n_embd",
+                "num_attention_heads": "n_head",
+                "max_position_embeddings": "n_positions",
+                "intermediate_size": "n_inner",
+                "rms_norm_eps": "layer_norm_epsilon",
+            },
+            fixed={"activation_function": "gelu_new"},
+            epsilon="attention.layer_norm_epsilon",
         ),
     )
 }
