@@ -29,7 +29,7 @@ class Kernel(ABC):
         return None
 
     def missed(self) -> str | None:
-        """What to tell a user whose weights it would serve if it were available; None: nothing."""
+        """A warning for users whose weights this kernel would support if it were available; None: no warning."""
         return None
 
     @abstractmethod

@@ -48,7 +48,7 @@ _TINY = 1e-4  # smallest m_j, relative to their mean: limits the scales of chann
 @register("methods", "awq")
 @dataclass(frozen=True)
 class AWQ(Method):
-    """Columns scaled before they are rounded."""
+    """Scales columns before they are rounded."""
 
     grid: int = option(20, "Steps in the search for the exponent of the column scales; 0: no scaling.")
     clip_search: bool = option(True, "Search scales that clip the largest weights where that lowers the error.")

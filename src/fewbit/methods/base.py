@@ -64,13 +64,13 @@ class Fold(ABC):
 
 
 def option(default: bool | int | float, help: str) -> Any:
-    """A field of a method that is an option of it: a flag of `fewbit quantize`, and a key of a plan's rule."""
+    """A dataclass field that is an option of a method: a flag of `fewbit quantize`, and a key of a plan's rule."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option: the methods that have it under this name with this meaning, its default, its help."""
+    """An option, the methods that have it with this meaning, its default and its help."""
 
     name: str
     methods: tuple[str, ...]
@@ -182,7 +182,7 @@ def _build(cls: Any, options: Mapping[str, str]) -> Method:
 
 
 def options() -> list[Option]:
-    """The options of all methods. Methods that mean the same by one, with the same default, share it."""
+    """The options of all methods. Methods with an option of the same meaning and default share it."""
     found: dict[tuple[str, Any, str], list[str]] = {}
     for method, cls in registry.entries("methods").items():
         for f in fields(cls):
@@ -211,7 +211,7 @@ def _parse(text: str, default: Any, option: str) -> Any:
     try:
         return type(default)(text)
     except ValueError:
-        raise PlanError(f"`{option}`: {text!r} is no {type(default).__name__}") from None
+        raise PlanError(f"`{option}`: {text!r} is not a valid {type(default).__name__}") from None
 
 
 def in_compute_dtype(w: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ _WIDE = 512  # columns of a triangular matrix that are inverted at once
 @register("methods", "gptq")
 @dataclass(frozen=True)
 class GPTQ(Method):
-    """Codes column by column, each error made good by the columns that remain."""
+    """Quantizes column by column; the remaining columns compensate for each error."""
 
     damp: float = option(0.01, "Add this share of the Hessian's mean diagonal to its diagonal.")
     act_order: bool = option(True, "Quantize the columns with the largest inputs first.")

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @register("methods", "imatrix")
 @dataclass(frozen=True)
 class ImportanceMatrix(Method):
-    """It has no options."""
+    """Rounds to nearest on grids fitted under the importances. No options."""
 
     needs = Need.MEAN_SQUARE
 

@@ -17,7 +17,7 @@ from fewbit.system import ambient
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-told = set[str]()  # what this process has said of kernels that are missing
+told = set[str]()  # warnings that this process has already given
 
 
 _verdicts: dict[tuple[str, str, tuple[int, int], torch.device, torch.dtype], str | None] = {}
@@ -79,7 +79,7 @@ def _opt_in(kernel: Kernel, exact: bool) -> str | None:
 
 
 def tell_once(message: str) -> None:
-    """A warning, the first time that this process has it."""
+    """Give a warning, but only once in this process."""
     if message not in told:
         told.add(message)
         warnings.warn(message, stacklevel=2)

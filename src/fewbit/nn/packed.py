@@ -1,10 +1,10 @@
-"""How packed weights look to other code: a parameter with the right sizes, and a readable `weight`.
+"""What other code sees of packed weights: a parameter that reports the right sizes, and a readable `weight`.
 
-A layer registers its codes as `Codes`, so that whoever sums `numel()` over parameters gets the number of weights, and
-whoever sums `numel() * element_size()` gets bytes. Its attribute `weight` is a `Values`: shape, type and device of the
-weight, without data. An operation that reads it gets the dequantized numbers; one that writes to it, or to a view of
-it (`Part`), is refused, since new numbers lie on no grid. So an adapter method, a loss or a model's own code may read
-`layer.weight`.
+A layer registers its codes as `Codes`. The sum of `numel()` over parameters is then the number of weights, and the sum
+of `numel() * element_size()` is the number of bytes. The layer's attribute `weight` is a `Values`: it has the weight's
+shape, dtype and device, but no data. An operation that reads it gets the dequantized numbers. An operation that writes
+to it, or to a view of it (`Part`), raises PlanError, because new numbers would not be on the grid. So an adapter
+method, a loss or a model's own code can read `layer.weight`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Layer(Protocol):
 
 
 class _ReadOnly(Tensor):
-    """Numbers of a packed weight. A PlanError for whatever would write to them."""
+    """Numbers of a packed weight. An operation that would write to them raises PlanError."""
 
     layer: Any
 
@@ -87,7 +87,7 @@ class _ReadOnly(Tensor):
 
 
 class Values(_ReadOnly):
-    """The weight of a layer as numbers, dequantized for each operation that reads it. Writing to it is a PlanError."""
+    """The weight of a layer as numbers, dequantized for each operation that reads it. Writing raises PlanError."""
 
     @staticmethod
     def __new__(cls, layer: Layer) -> Values:
@@ -122,7 +122,7 @@ class Values(_ReadOnly):
 class Part(_ReadOnly):
     """A view of a weight (a slice, its transpose) as numbers. PlanError for an operation that writes to it.
 
-    The numbers are a copy, so that what is written there would be lost.
+    The numbers are a copy, so writes to them would be lost.
     """
 
     plain: Tensor
@@ -143,7 +143,7 @@ class Part(_ReadOnly):
         return repr(self.plain)
 
     def numpy(self, *, force: bool = False) -> Any:
-        """The numbers, which cannot be written either."""
+        """The numbers as a read-only array."""
         found = self.plain.numpy(force=force)
         found.flags.writeable = False
         return found
@@ -156,7 +156,7 @@ class Part(_ReadOnly):
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The operation on numbers; refused if it writes to a weight. A view of a weight refuses to be written too."""
+    """Run the operation on dequantized numbers. PlanError if it writes to a weight or to a view of one."""
     given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs)
     viewed: Layer | None = None
     for argument in func._schema.arguments:

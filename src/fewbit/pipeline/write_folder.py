@@ -25,7 +25,7 @@ def write(folder: Path, settled: Settled, run: Run) -> int:
         module = name.removesuffix(".weight")
         if module in suffixes:
             tensors += [(f"{module}.{suffix}", blocks, f"{module}.{suffix}") for suffix in suffixes[module]]
-        elif name in blocks.specs:  # a norm or bias that was rewritten
+        elif name in blocks.specs:  # a rewritten norm or bias
             tensors.append((name, blocks, name))
         else:
             tensors.append((name, skeleton.checkpoint, key))

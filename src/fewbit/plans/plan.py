@@ -161,9 +161,9 @@ def _storable(spec: str) -> Scheme:
 
 
 def _object(data: Any, where: str, known: Sequence[str], needed: Sequence[str]) -> Mapping[str, Any]:
-    """`data`, which is an object of these keys, if it is; else PlanError with the key, and the nearest right one."""
+    """Return `data` if it is an object with these keys. PlanError otherwise; it suggests the nearest known key."""
     if not isinstance(data, Mapping):
-        raise PlanError(f"{where}: {reprlib.repr(data)} is no object", _SHOWN)
+        raise PlanError(f"{where}: {reprlib.repr(data)} is not an object", _SHOWN)
     for key in data:
         if key not in known:
             unknown = registry.unknown("key", str(key), known)
@@ -203,7 +203,7 @@ PRESETS: dict[str, Plan] = {
 
 
 def find(name: str) -> Plan:
-    """The preset with that name, or the plan in that JSON file; PlanError if there is neither."""
+    """The preset called `name`, or the plan in the JSON file `name`. PlanError if there is neither."""
     if name in PRESETS:
         return PRESETS[name]
     if name.endswith(".json"):
@@ -219,9 +219,9 @@ def find(name: str) -> Plan:
 
 
 def find_all(names: Iterable[str], *, but: str) -> dict[str, Plan | Path | None]:
-    """The plans by their names, each once, None for the name `but`, and paths of what else is there, such as models.
+    """Name -> plan; or None for the name `but`; or the path, if the name is an existing path such as a model's.
 
-    PlanError that tells of all that do not exist.
+    One PlanError lists all names that do not exist.
     """
     found: dict[str, Plan | Path | None] = {}
     unknown, hints = [], dict[str, None]()

@@ -1,4 +1,4 @@
-"""The columns of a comparison: what each says of a row, how that is written, and which end of it is better.
+"""The columns of a comparison: the value that each shows, its format, and whether more is better.
 
 The report page shows all of them; the table in a terminal shows some.
 """
@@ -80,22 +80,22 @@ def columns(rows: Sequence[Row]) -> list[Column]:
 
 def in_terminal() -> list[Column]:
     """The columns of the table in a terminal."""
-    found = {column.name: column for column in [*_all(), _PEAK]}
-    return [found[name] for name in _IN_TERMINAL]
+    by_name = {column.name: column for column in [*_all(), _PEAK]}
+    return [by_name[name] for name in _IN_TERMINAL]
 
 
 def rate(value: float) -> str:
-    """Tokens a second: three digits where there are more before the point than after it."""
+    """Tokens per second: whole numbers from 100, three significant digits below."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def nats(value: float) -> str:
-    """Four decimals, so that a column can be compared at a glance; more where they would hide what there is."""
+    """Four decimals, so that a column is easy to compare; three significant digits for values below 0.01."""
     return f"{value:.4f}" if value >= 0.01 else f"{value:.3g}"
 
 
 def _all() -> Iterator[Column]:
-    of, rest, more = _of, " interpreter included; below, what came on top", True
+    of, rest, more = _of, " Python included; below, the growth during this step", True
     yield Column(
         "Quality",
         "kl",
@@ -110,7 +110,7 @@ def _all() -> Iterator[Column]:
         "Quality",
         "perplexity",
         "perplexity",
-        "how surprised it is by the text; lower is better",
+        "how well it predicts the text; lower is better",
         of(_loss, lambda loss: loss.perplexity.value),
         "{:.2f}".format,
         of(_loss, lambda loss: _between(loss.perplexity, "{:.2f}".format)),
@@ -120,7 +120,7 @@ def _all() -> Iterator[Column]:
         "Quality",
         "same-top",
         "same top token",
-        "share of tokens where it and the original would choose the same",
+        "share of tokens where the model and the original have the same most likely token",
         of(_loss, lambda loss: loss.same_top.value),
         units.share,
         of(_loss, lambda loss: _between(loss.same_top, units.share)),
@@ -132,50 +132,54 @@ def _all() -> Iterator[Column]:
     yield Column("Size", "disk", "on disk", "the weight files", disk, units.size, interval=of(disk, Interval.exact))
     whole, bits = "bits per weight over the whole model", _bits
     yield Column("Size", "bits", "bits/weight", whole, bits, "{:.2f}".format, interval=of(bits, Interval.exact))
-    said = "every parameter and buffer of the loaded model, tied ones once; below, what summing over parameters gives"
+    explained = "every parameter and buffer of the loaded model, tied ones once; below, the sum over parameters"
     rest_bytes = of(_weights, lambda w: w.at_rest)
     exact = of(rest_bytes, Interval.exact)
-    yield Column("Size", "at-rest", "at rest", said, rest_bytes, units.size, _parameters, interval=exact)
+    yield Column("Size", "at-rest", "at rest", explained, rest_bytes, units.size, _parameters, interval=exact)
     for name, what, peak in (
-        ("loading", "while it was loaded", _loading),
-        ("generating", "while it wrote", _generating),
+        ("loading", "while the model was loaded", _loading),
+        ("generating", "while it generated", _generating),
     ):
-        title, said = f"peak {name}", f"the most memory {what},{rest}"
-        yield Column("Memory", name, title, said, of(peak, lambda p: p.process), units.size, of(peak, _growth))
-        said = f"the most that torch held on GPUs {what}; below, what their driver counts, of every process"
+        title, explained = f"peak {name}", f"peak memory {what},{rest}"
+        yield Column("Memory", name, title, explained, of(peak, lambda p: p.process), units.size, of(peak, _growth))
+        explained = f"peak memory of torch on GPUs {what}; below, by the driver's count, all processes included"
         in_torch, in_all = of(peak, lambda p: p.cuda or None), of(peak, _on_device)
-        yield Column("Memory", f"gpu-{name}", f"GPU {name}", said, in_torch, units.size, in_all)
-    said = (
-        "what loading added to the process, on a CPU; below, what that is beside the tensors at rest: code, buffers of "
-        "kernels, and what the allocator keeps"
+        yield Column("Memory", f"gpu-{name}", f"GPU {name}", explained, in_torch, units.size, in_all)
+    explained = (
+        "memory that loading added to the process, on a CPU; below, its difference from the tensors at rest: code, "
+        "buffers of kernels, and memory that the allocator keeps"
     )
-    yield Column("Memory", "resident", "added by loading", said, _resident, units.size, _resident_more)
-    yield Column("Speed", "load", "load", "time until it is ready", of(_speed, lambda s: s.load), units.duration)
+    yield Column("Memory", "resident", "added by loading", explained, _resident, units.size, _resident_more)
+    yield Column("Speed", "load", "load", "time until the model is ready", of(_speed, lambda s: s.load), units.duration)
     for name, what, timing in (
-        ("prefill", "tokens of a prompt read a second", of(_speed, lambda s: s.prefill)),
-        ("decode", "tokens written a second", of(_speed, lambda s: s.decode)),
+        ("prefill", "prompt tokens read per second", of(_speed, lambda s: s.prefill)),
+        ("decode", "tokens generated per second", of(_speed, lambda s: s.decode)),
     ):
-        said = f"{what}, median of all runs; below, its 95 % interval, or the range of the runs where they are few"
+        explained = f"{what}, median of all runs; below, its 95 % interval, or the range of the runs if there are few"
         value, under = of(timing, lambda t: t.median), of(timing, _spread)
-        yield Column("Speed", name, f"{name} tok/s", said, value, rate, under, more, of(timing, lambda t: t.interval))
-    said = "time to make it, what was written checked too"
-    yield Column("Quantizing", "seconds", "quantized in", said, of(_quantizing, lambda q: q.seconds), units.duration)
+        yield Column(
+            "Speed", name, f"{name} tok/s", explained, value, rate, under, more, of(timing, lambda t: t.interval)
+        )
+    explained = "time to quantize, including the check of the output"
+    yield Column(
+        "Quantizing", "seconds", "quantized in", explained, of(_quantizing, lambda q: q.seconds), units.duration
+    )
     value, under = of(_quantizing, lambda q: q.peak.process), of(_quantizing, lambda q: _growth(q.peak))
-    yield Column("Quantizing", "quantizing", "peak", f"the most memory meanwhile,{rest}", value, units.size, under)
+    yield Column("Quantizing", "quantizing", "peak", f"peak memory of quantizing,{rest}", value, units.size, under)
 
 
 def peak(row: Row) -> int | None:
-    """The most memory of loading and generating: of the GPUs where the model was there, else of the process."""
+    """Peak memory of loading and generating: on the GPUs if the model was there, else of the process."""
     peaks = [p for p in (row.loading, row.generating) if p is not None]
     return max((p.cuda for p in peaks), default=0) or max((p.process for p in peaks), default=None)
 
 
-_PEAK = Column("Memory", "peak", "peak memory", "the most of loading and generating", peak, units.size)
+_PEAK = Column("Memory", "peak", "peak memory", "the peak of loading and generating", peak, units.size)
 _IN_TERMINAL = ("disk", "at-rest", "peak", "load", "prefill", "decode", "perplexity", "kl", "same-top", "seconds")
 
 
 def _of(get: Callable[[Row], T | None], read: Callable[[T], U | None]) -> Callable[[Row], U | None]:
-    """What `read` finds in a part of a row; None where the row lacks that part."""
+    """A function that applies `read` to a part of a row. It returns None if the row does not have that part."""
     return lambda row: None if (part := get(row)) is None else read(part)
 
 

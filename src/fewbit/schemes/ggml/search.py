@@ -251,7 +251,7 @@ class Search:
 
 
 def fit(kind: Layout, x: Tensor, h: Tensor | None) -> BlockScales:
-    """The stored scales of blocks x [B, columns]: without h those of the plain grid, else the best of a search.
+    """The stored scales of blocks x [B, columns]: the plain grid without h, else the best of a search.
 
     h [B, columns] are importances. Under them the result is never worse than the plain grid, even if most are 0.
     """
