@@ -1,7 +1,7 @@
 """Local stand-ins for the repositories of the guide: the same layouts, made from a model that is here.
 
 They have the layouts of AutoGPTQ (v1, symmetric), AutoAWQ (gemm) and llama.cpp (Q4_K_M): the same tensors, of the same
-names, types and shapes.
+names, types and shapes. The texts are samples of the model itself.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import NamedTuple
 
+import torch
+from transformers import AutoTokenizer
+
 import fewbit
-from fewbit.models.source import locate
-from fewbit.texts.calibration import Calibration
-from fewbit.texts.sources import load_text, own_source
 
 GGUF_FILE = "model.Q4_K_M.gguf"
+TEXTS, TOKENS = 16, 400
 
 
 class Names(NamedTuple):
@@ -32,20 +33,29 @@ class Names(NamedTuple):
 
 def make(model: str) -> Names:
     """Stand-ins for `model`, "tiny" or "smollm2", in a folder of their own."""
-    source, place = locate(model), Path(mkdtemp(prefix="fewbit-guide-"))
-    some = Calibration(samples=8, length=256)
+    place = Path(mkdtemp(prefix="fewbit-guide-"))
+    some = fewbit.Calibration(samples=8, length=256)
     fewbit.quantize(model, place / "gptq", plan="gptq-4bit", calibration=some)
     fewbit.quantize(model, place / "awq", plan="awq-4bit", calibration=some)
     (place / "gguf").mkdir()
     fewbit.quantize(model, place / "gguf" / GGUF_FILE, plan="q4_k_m", calibration=some)
-    own = own_source(source.config)
-    text, other = (load_text(own, part).documents for part in ("calibration", "evaluation"))
+    original = fewbit.load(model)
+    texts = samples(original)
     return Names(
-        original=str(source.folder),
+        original=original.name_or_path,
         gptq=str(place / "gptq"),
         awq=str(place / "awq"),
         gguf=str(place / "gguf"),
         gguf_file=GGUF_FILE,
-        text=[str(document)[:4000] for document in text[:6]],
-        other="\n\n".join(map(str, other))[:6000],
+        text=texts[4:],
+        other="\n\n".join(texts[:4]),
     )
+
+
+def samples(model) -> list[str]:
+    """Texts that the model writes, the same ones each time."""
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    start = tokenizer(["The"] * TEXTS, return_tensors="pt").to(model.device)
+    torch.manual_seed(0)
+    written = model.generate(**start, do_sample=True, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+    return tokenizer.batch_decode(written, skip_special_tokens=True)

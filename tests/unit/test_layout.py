@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import fewbit
 from fewbit.models.gguf.names import ARCHITECTURES
 
 SOURCE = Path(fewbit.__file__).parent
+EXAMPLES = sorted(file for file in (SOURCE.parents[1] / "examples").iterdir() if file.suffix in (".py", ".ipynb"))
 FILES = sorted(SOURCE.rglob("*.py"))
 MOST_LINES = 520
 # Verbs and the command line take what users give them as keywords.
@@ -166,3 +168,44 @@ def test_a_branch_on_an_architecture_is_found() -> None:
     assert branches(
         'if arch.name == "phi3":\n    x = {"gemma2": 2}\nelif arch in ("llama", "qwen3"): ...', set(ARCHITECTURES)
     ) == [1, 2, 3]
+
+
+def code_of(example: Path) -> str:
+    text = example.read_text(encoding="utf-8")
+    if example.suffix == ".py":
+        return text
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    return "\n".join("".join(cell["source"]) for cell in cells)
+
+
+def private(code: str) -> list[str]:
+    """What `code` uses of fewbit that is not a public name."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module == "fewbit":
+            found += [alias.name for alias in node.names if alias.name not in fewbit.__all__]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fewbit."):
+            found.append(node.module)
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.startswith("fewbit.")]
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "fewbit":
+            found += [node.attr] if node.attr not in fewbit.__all__ else []
+    return found
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.name)
+def test_examples_use_only_public_names(example: Path) -> None:
+    assert private(code_of(example)) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import fewbit.models.source",
+        "from fewbit.texts.calibration import Calibration",
+        "from fewbit import hook",
+        "import fewbit\nfewbit.hook.prefer(set())",
+    ],
+)
+def test_private_names_in_examples_are_found(code: str) -> None:
+    assert private(code)
