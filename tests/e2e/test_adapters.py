@@ -308,7 +308,14 @@ def test_an_adapter_for_another_model_names_what_differs(
 
 
 @pytest.mark.parametrize("broken", ["absent", "config", "no object", "weights", "truncated"])
-def test_an_adapter_that_is_none(broken: str, quantized: Path, adapter: Path, tmp_path: Path, fewbit: Fewbit) -> None:
+def test_an_adapter_that_is_none(
+    broken: str, quantized: Path, adapter: Path, tmp_path: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is found before a model is loaded."""
+
+    def work(*args: Any, **options: Any) -> None:
+        raise AssertionError("the model is loaded")
+
     folder = tmp_path / "broken"
     if broken != "absent":
         shutil.copytree(adapter, folder)
@@ -322,7 +329,16 @@ def test_an_adapter_that_is_none(broken: str, quantized: Path, adapter: Path, tm
     elif broken == "truncated":
         weights.write_bytes(weights.read_bytes()[:-9])
     code = 2 if broken == "absent" else 3
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", work)
     check(fewbit("generate", quantized, "The", "--adapter", folder), code, str(folder))
+    check(fewbit("merge", quantized, folder, "-o", tmp_path / "out", "--length", 32), code, str(folder))
+    for flags in (("--adapter", folder), ("--reference", quantized, "--reference-adapter", folder)):
+        check(fewbit("evaluate", quantized, "--length", 32, *flags), code, str(folder))
+
+
+def test_an_adapter_for_no_reference_is_refused(quantized: Path, adapter: Path, fewbit: Fewbit) -> None:
+    answer = fewbit("evaluate", quantized, "--length", 32, "--reference-adapter", adapter)
+    check(answer, 2, "--reference-adapter is for a reference, and there is none", "Give --reference too.")
 
 
 # --- merge ---

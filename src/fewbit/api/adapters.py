@@ -18,7 +18,7 @@ from fewbit.measure import memory
 from fewbit.models import scales
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.describe import describe
-from fewbit.models.load import load_model, need_peft
+from fewbit.models.load import check_adapter, load_model, need_peft
 from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
@@ -173,7 +173,7 @@ def merge(
         )
     if plan is not None:
         is_file(out, plan)
-    need_peft()
+    check_adapter(adapter)
     from fewbit.models.adapters.attach import folded
     from fewbit.models.merge import write_merged
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from fewbit.api.arguments import SAMPLES, Device, DType, checked
 from fewbit.checks import Texts
+from fewbit.errors import PlanError
 from fewbit.measure import memory, quality
 from fewbit.models.decoding.sampling import Sampling as Sampling
 from fewbit.models.describe import describe
-from fewbit.models.load import load_model
+from fewbit.models.load import check_adapter, load_model
 from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
@@ -54,6 +55,10 @@ def evaluate(
     elapsed = timing.timed()
     with ranks.joined(device) as device, report_progress.windows(progress) as tell:
         loading = Loading(machine.device(device), dtype, kernel, adapter, trust_remote_code=trust_remote_code).exact()
+        if reference_adapter is not None:
+            if reference is None:
+                raise PlanError("`reference_adapter` is for a reference, and there is none", "Give `reference` too.")
+            check_adapter(reference_adapter)
         source, original = locate(model), locate(reference) if reference is not None else None
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         if original is not None:

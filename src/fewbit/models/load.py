@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def load_model(
     """
     device, kernel, fuse = loading.device, loading.kernel, loading.fuse
     if loading.adapter is not None:
-        need_peft()
+        check_adapter(loading.adapter)
     if kernel is not None:
         registry.get("kernels", kernel)
         if source.quantization is None or by_quant_method(source.quantization["quant_method"]) is None:
@@ -94,6 +95,14 @@ def load_model(
     from fewbit.models.adapters.attach import attach  # PEFT is an extra
 
     return attach(model, loading.adapter)
+
+
+def check_adapter(adapter: str | Path) -> None:
+    """Check an adapter as far as possible without its model. PlanError without PEFT or the folder; FormatError."""
+    need_peft()
+    from fewbit.models.adapters.attach import read_config  # PEFT is an extra
+
+    read_config(Path(adapter).expanduser().absolute())
 
 
 def need_peft() -> None:

@@ -31,7 +31,7 @@ def attach(model: PreTrainedModel, adapter: str | Path) -> Any:
     and shapes that differ. FormatError if its files are missing or broken.
     """
     folder = Path(adapter).expanduser().absolute()
-    config = _config(folder)
+    config = read_config(folder)
     if differing := _differing(model, folder):
         more = f"\n  and {len(differing) - 8} more" if len(differing) > 8 else ""
         raise PlanError(
@@ -63,7 +63,8 @@ def folded(source: Source) -> Scales | None:
     return scales.of_folder(source.beside)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of the adapter in a folder. PlanError if there is no folder; FormatError if its files are broken."""
     if not folder.is_dir():
         raise PlanError(f"adapter {folder}: no such folder", f"Give the folder that holds {_CONFIG}.")
     for name in (_CONFIG, _WEIGHTS):
@@ -72,6 +73,7 @@ def _config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / _CONFIG)
     if not isinstance(config, dict) or "peft_type" not in config:
         raise FormatError(f"{folder / _CONFIG} does not describe an adapter: it has no peft_type")
+    read_specs(folder / _WEIGHTS)
     return config
 
 
