@@ -178,9 +178,8 @@ def test_a_saved_model_is_the_same(load: Callable[..., Any], tmp_path: Path) -> 
     assert torch.equal(models.logits(load(tmp_path / "out", dtype=torch.float32), IDS), wanted)
 
 
-@pytest.mark.parametrize(
-    "kind", [kind for kind in KINDS if kind != "gguf"]
-)  # of a GGUF file, the saved folder is pushed
+# Of a GGUF file, users push the folder that save_pretrained made.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gguf"])
 def test_a_pushed_model_is_the_same(
     kind: str, load: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
