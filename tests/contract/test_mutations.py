@@ -148,8 +148,8 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         [Mutation(bits, "packed_bytes", "n * bits + 7", "n * bits")],
         lambda: check_parts(parse("int3-row"), hard(6, 37)),
     ),
-    "the last candidate kept, not the best": (
-        [Mutation(affine.Affine, "_fit_rows", "better = error < best", "better = error > -1")],
+    "the worst candidate kept, not the best": (
+        [Mutation(affine.Affine, "_fit_rows", "grid: self._error(", "grid: -self._error(")],
         lambda: check_weighted_fit(parse("int4-g16"), ordinary(6, 96), torch.linspace(0, 1, 96)),
     ),
     "nibbles of the 4-bit levels swapped": (

@@ -195,11 +195,12 @@ def shares(least: float, count: int) -> list[float]:
 def search_scales(
     candidates: Iterable[Tensor], error: Callable[[Tensor], Tensor], solve: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The scales of least error: for each group the best candidate, then twice the solution for its codes if better.
+    """The scales with the smallest error in each group.
 
-    candidates: scales as a file stores them, such as those of shrunken ranges. error: of each group. solve: the best
-    scales, as a file stores them, for the codes that the given scales choose. Tensors of scales may have a leading
-    dimension for what belongs to them, such as zero points.
+    Takes the best candidate of each group. Then, twice, it solves the scales for the codes that they choose, and keeps
+    the solution in the groups where it lowers the error. candidates: scales as a file stores them, such as those of
+    narrower ranges. error: the error of each group. solve: the best scales, as a file stores them, for the codes that
+    the given scales choose. Tensors of scales may have a leading dimension to include zero points.
     """
     remaining = iter(candidates)
     best = next(remaining)
@@ -217,7 +218,7 @@ def search_scales(
 
 
 def usable(solved: Tensor, otherwise: Tensor) -> Tensor:
-    """The solved scales, and others where the equation has no solution: NaN, Inf or 0."""
+    """`solved`, replaced by `otherwise` where the equation has no solution (NaN, Inf or 0)."""
     return torch.where(solved.isfinite() & (solved != 0), solved, otherwise)
 
 
