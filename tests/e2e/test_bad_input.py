@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import transformers
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,7 +25,7 @@ from fewbit.api import generate, quantize
 from fewbit.formats.containers import safetensors
 from fewbit.pipeline import run, write_folder
 from fewbit.texts import calibration
-from tests import models
+from tests import architectures, models
 from tests.e2e.conftest import Answer, Fewbit
 
 WEIGHTS = "model.safetensors"
@@ -469,23 +468,10 @@ def test_a_model_that_is_quantized_already(gptq: Path, refused: Refused) -> None
     refused(2, (str(gptq), "quantized already"), gptq)
 
 
-@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
-def test_experts_in_three_dimensions(kind: str, refused: Refused, tmp_path: Path) -> None:
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=models.VOCAB,
-        hidden_size=64,
-        intermediate_size=64,
-        moe_intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts=4,
-        max_position_embeddings=models.CONTEXT,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "experts")
-    models.tokenizer().save_pretrained(tmp_path / "experts")
-    refused(2, ("experts", "cannot be quantized yet"), tmp_path / "experts")
+@pytest.mark.parametrize("kind", ["longcat_flash", "jetmoe"])
+def test_experts_of_an_unknown_layout(kind: str, refused: Refused, tmp_path: Path) -> None:
+    folder = architectures.save(tmp_path / "experts", kind)
+    refused(2, ("fused experts", "cannot be quantized yet"), folder)
 
 
 # --- The output ---

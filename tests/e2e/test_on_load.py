@@ -20,7 +20,7 @@ from fewbit.models.plugin import quantizer
 from fewbit.nn.layers import QLinear
 from fewbit.pipeline import blocks
 from fewbit.pipeline import run as pipeline_run
-from tests import models
+from tests import architectures, models
 
 TEXTS: dict[str, Any] = {"dataset": [models.sentences(20)], "group_size": 32}
 UP = "model.layers.1.mlp.up_proj"
@@ -163,20 +163,36 @@ def test_what_is_quantized_already_is_not_quantized_again(sound: Path, tmp_path:
         AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=GPTQConfig(bits=4, backend="marlin"))
 
 
-@pytest.mark.parametrize("kind", ["Mixtral", "Falcon"])
-def test_what_stays_in_16_bits_is_said(tmp_path: Path, kind: str) -> None:
-    """Fused experts are no linears, and Falcon's linears are of a class of their own."""
-    sizes = {"num_key_value_heads": 2, "intermediate_size": 64, "num_local_experts": 4} if kind == "Mixtral" else {}
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=models.VOCAB, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, **sizes
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+def test_what_stays_in_16_bits_is_said(tmp_path: Path) -> None:
+    """Experts that are fused in the checkpoint are no linears."""
+    folder = architectures.save(tmp_path / "m", "gpt_oss")
     wanted = BitsAndBytesConfig(load_in_4bit=True)
     with (
         quantizer.serving(),
         pytest.warns(UserWarning, match=r"parameters, \d+% of those in the model's layers, stay in"),
     ):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=wanted)
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=wanted)
+
+
+@pytest.mark.filterwarnings("ignore:BitsAndBytesConfig.*stay in")  # convolutions, a large part of a tiny model
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_next", "falcon"])
+def test_a_config_quantizes_what_the_plan_does(tmp_path: Path, kind: str) -> None:
+    """Experts, too, and linears of Falcon's own class. Saved and loaded again, all is as before."""
+    folder = architectures.save(tmp_path / "m", kind)
+    quantize.quantize(folder, tmp_path / "out", plan="nf4", device="cpu")
+    expected = generate.load(tmp_path / "out", dtype=torch.float32)
+    wanted = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    with quantizer.serving():
+        made = AutoModelForCausalLM.from_pretrained(folder, quantization_config=wanted, dtype=torch.float32)
+    made.save_pretrained(tmp_path / "saved")
+    again = generate.load(tmp_path / "saved", dtype=torch.float32)
+    names = {name for name, module in expected.named_modules() if isinstance(module, QLinear)}
+    assert names
+    for model in (made, again):
+        own = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
+        assert own.keys() == names
+        for name, module in own.items():
+            assert torch.equal(module.qtensor().dequantize(), expected.get_submodule(name).qtensor().dequantize()), name
 
 
 def test_a_module_to_skip_that_is_not_there(tmp_path: Path) -> None:

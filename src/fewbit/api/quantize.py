@@ -23,7 +23,7 @@ from fewbit.models.describe import describe
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
 from fewbit.models.scales import read as folded_scales
-from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.skeleton import first_line, load_tokenizer
 from fewbit.models.source import locate
 from fewbit.pipeline import blocks, settled, write_folder, write_gguf
 from fewbit.pipeline import importances as pipeline_importances
@@ -146,9 +146,9 @@ def quantize(
                 if written != preview.output_bytes:
                     raise FormatError(f"{written} bytes were written where {preview.output_bytes} were foreseen")
                 try:
-                    sample = _reopened(made, tokenizer, machine.device(device), trust_remote_code)
+                    sample, notes = _reopened(made, tokenizer, machine.device(device), trust_remote_code)
                 except KernelError:  # quantizing took a block at a time, the whole model may not fit the device
-                    sample = _reopened(made, tokenizer, "cpu", trust_remote_code)
+                    sample, notes = _reopened(made, tokenizer, "cpu", trust_remote_code)
             run.forget()
             held = memory.now()
             return replace(
@@ -158,6 +158,7 @@ def quantize(
                 gpu_peak=memory.on_gpus(),
                 anonymous=held.anonymous,
                 sample=sample,
+                notes=[*done.notes, *notes],
             )
 
         with report_progress.phase(f"writing {out.name}", progress):
@@ -232,8 +233,11 @@ def _files(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
-def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool) -> str:
-    """Load the written model as a user would and generate a few tokens. FormatError if that fails."""
+def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool) -> tuple[str, list[str]]:
+    """Load the written model as a user would and generate a few tokens. FormatError if that fails.
+
+    Also returns a note if the model runs, but transformers cannot generate with this model type.
+    """
     try:
         source = locate(folder)
         describe(source)
@@ -243,8 +247,17 @@ def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool
         with torch.inference_mode():
             if not torch.isfinite(model(input_ids=ids.to(model.device)).logits).all():
                 raise FormatError("the quantized model's logits are not finite")
-        return continue_text(model, tokenizer, ids, max_new_tokens=8).text
+        try:
+            return continue_text(model, tokenizer, ids, max_new_tokens=8).text, []
+        except FewbitError:
+            raise
+        except Exception as error:
+            return "", [f"checked by a forward pass only, as transformers' generate fails on it: {first_line(error)}"]
     except KernelError:
         raise
     except FewbitError as error:
         raise FormatError(f"the output failed its own check: {error.message}", error.hint) from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model's code can raise anything
+        raise FormatError(f"the output failed its own check: running it raises {first_line(error)}") from error

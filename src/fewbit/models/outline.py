@@ -55,6 +55,7 @@ class Outline(Skeleton):
             if name not in self.tied
         }
         self.name_of = {name: name for name in self.checkpoint.specs}
+        self.merged = set()
         self.without_place = {}
 
     def largest_block(self) -> Mapping[str, Any]:

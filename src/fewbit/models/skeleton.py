@@ -7,9 +7,11 @@ prefixes and merged tensors work as in `from_pretrained`.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.safetensors import Checkpoint
+from fewbit.models import experts
 from fewbit.models.blocks import find_blocks
 from fewbit.models.building import building, empty_parameters
-from fewbit.models.linears import LINEARS, shape_of, weight_of
+from fewbit.models.linears import is_linear, shape_of, weight_of
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
 from fewbit.schemes.base import PartSpec
@@ -87,8 +90,9 @@ class Skeleton:
                     self.config, dtype=dtype, trust_remote_code=trust_remote_code
                 )
         except Exception as error:  # a model's code can raise anything on a wrong config
-            raise FormatError(f"{source.folder / 'config.json'} describes no causal LM: {_first_line(error)}") from None
+            raise FormatError(f"{source.folder / 'config.json'} describes no causal LM: {first_line(error)}") from None
         self.model.eval().requires_grad_(False)
+        experts.separate(self.model)
         for module in self.model.modules():  # buffers are computed on the CPU
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
@@ -101,6 +105,7 @@ class Skeleton:
         """Find the checkpoint's tensors, and check that they match the model's parameters."""
         self.checkpoint = Checkpoint(list(self.source.files))
         self.name_of = self._names()
+        self.merged = {name for name, count in Counter(self.name_of.values()).items() if count > 1}
         self.tied = self._ties()
         self._check()
 
@@ -108,13 +113,13 @@ class Skeleton:
         """Name -> shape [N, K] of the linears of a block, in module order."""
         found = {}
         for name, module in self.model.get_submodule(block).named_modules(prefix=block):
-            if isinstance(module, LINEARS):
+            if is_linear(module):
                 found[name] = shape_of(module)
         return found
 
     def all_linears(self) -> list[str]:
         """Names of all linears, including those outside the blocks."""
-        return [name for name, module in self.model.named_modules() if isinstance(module, LINEARS)]
+        return [name for name, module in self.model.named_modules() if is_linear(module)]
 
     def why_not(self) -> str | None:
         """None if the blocks' weights can be quantized as 2-D matrices, else the reason."""
@@ -122,7 +127,7 @@ class Skeleton:
             name: parameter
             for block in self.blocks
             for name, parameter in self.model.get_submodule(block).named_parameters(prefix=block)
-            if parameter.dim() > 2
+            if parameter.dim() > 2 and "expert" in name
         }
         if found:
             name, first = next(iter(found.items()))
@@ -137,11 +142,18 @@ class Skeleton:
     def parameters_in_blocks(self) -> int:
         return sum(p.numel() for block in self.blocks for p in self.model.get_submodule(block).parameters())
 
-    def passed_through(self) -> Iterator[tuple[str, str, PartSpec]]:
-        """(checkpoint name, model name, spec) of every tensor of an output. Tied tensors appear once."""
+    def passed_through(self, whole: Container[str] = ()) -> Iterator[tuple[str, str, PartSpec]]:
+        """(checkpoint name, model name, spec) of every tensor of an output. Tied tensors appear once.
+
+        A tensor that transformers merges from several of the checkpoint's stays apart under their names, unless `whole`
+        contains its model name.
+        """
+        seen = set()
         for key, name in self.name_of.items():
-            if name not in self.tied:
-                yield key, name, self.checkpoint.specs[key]
+            apart = name in self.merged and name not in whole
+            if name not in self.tied and (apart or name not in seen):
+                yield key, key if apart else name, self.checkpoint.specs[key]
+            seen.add(name)
 
     def carried(self, quantized: Container[str]) -> dict[str, PartSpec]:
         """Checkpoint name -> spec of tensors that this model has no parameter for, and that an output copies unchanged.
@@ -153,10 +165,14 @@ class Skeleton:
         return {k: specs[k] for k, name in self.without_place.items() if not owned(name, prefix, quantized)}
 
     def stored_names(self, names: list[str]) -> dict[str, str]:
-        """Model name -> the standard name, which transformers' `save_pretrained` writes."""
-        marked = {name: torch.empty(0, dtype=torch.float32, device="cpu") for name in names}
+        """Name -> the standard name, which transformers' `save_pretrained` writes.
+
+        Parts of merged tensors, which have the checkpoint's names, keep them.
+        """
+        parts = {key for key, name in self.name_of.items() if name in self.merged}
+        marked = {name: torch.empty(0, dtype=torch.float32, device="cpu") for name in names if name not in parts}
         written = {id(tensor): name for name, tensor in revert_weight_conversion(self.model, marked).items()}
-        return {name: written.get(id(tensor), name) for name, tensor in marked.items()}
+        return {name: written.get(id(marked.get(name)), name) for name in names}
 
     def key_of(self, name: str) -> str:
         """The checkpoint's name of the tensor with the model name `name`."""
@@ -215,7 +231,7 @@ class Skeleton:
                     first = first or error
         assert first is not None
         kind = type(self.model).__name__
-        raise PlanError(f"the blocks of {kind} cannot be run one by one: {_first_line(first)}", NO_CALIBRATION)
+        raise PlanError(f"the blocks of {kind} cannot be run one by one: {first_line(first)}", NO_CALIBRATION)
 
     def _captured(
         self, batches: list[Tensor], shell: Callable[[Tensor], Any]
@@ -264,6 +280,11 @@ class Skeleton:
     def _names(self) -> dict[str, str]:
         """Checkpoint name -> model name, of the tensors that belong to the model."""
         found, self.without_place = placed(self.model, self.checkpoint.specs, self._expected)
+        for key, fused in list(self.without_place.items()):  # experts that are fused in the checkpoint
+            for name, expert, piece in experts.split(self.model, fused):
+                self.checkpoint.add_view(name, key, partial(piece.of, expert=expert))
+                found[name] = name
+                self.without_place.pop(key, None)
         # A tied tensor may be stored under either name.
         for second, first in self.model.all_tied_weights_keys.items():
             if first not in found.values() and second in found.values():
@@ -285,6 +306,12 @@ class Skeleton:
         have = set(self.name_of.values())
         names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         missing = [name for name in names if name not in have and self.tied.get(name) not in have]
+        splitting = [m for m in self._mapping if isinstance(m, WeightConverter) and len(m.target_patterns) > 1]
+        if missing and splitting:
+            raise PlanError(
+                f"transformers splits the tensor {splitting[0].source_patterns[0]} of a {self.config.model_type} model "
+                "into several in loading, which fewbit does not support yet"
+            )
         if missing:
             raise FormatError(
                 f"{self.source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}",
@@ -334,6 +361,8 @@ def placed(
     found, without, computed = dict[str, str](), dict[str, str](), {name for name, _ in model.named_buffers()}
     for key in keys:
         name, _ = rename_source_key(key, renamings, converters, prefix, expected)
+        if name not in expected and key in expected:  # transformers does not rename such a key either
+            name, _ = rename_source_key(key, [], [], prefix, expected)
         if name in expected:
             found[key] = name
         elif not {name, f"{prefix}.{name}"} & computed and not name.endswith(_COMPUTED):
@@ -350,7 +379,8 @@ def owned(name: str, prefix: str, modules: Container[str]) -> bool:
 
 def conversions(model: PreTrainedModel) -> list[WeightRenaming | WeightConverter]:
     """How transformers renames and merges a checkpoint's tensors for this model."""
-    return [m for m in get_model_conversion_mapping(model) if isinstance(m, (WeightRenaming, WeightConverter))]
+    known = [m for m in get_model_conversion_mapping(model) if isinstance(m, (WeightRenaming, WeightConverter))]
+    return experts.unmerged(known) if experts.are_separate(model) else known
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
@@ -365,7 +395,7 @@ def tokenizer_at(place: str | Path, *, trust_remote_code: bool = False, **option
     except FormatError:
         raise
     except Exception as error:  # tokenizers raises bare Exception on a malformed file
-        raise FormatError(f"{place} has no usable tokenizer: {_first_line(error)}") from None
+        raise FormatError(f"{place} has no usable tokenizer: {first_line(error)}") from None
 
 
 def _shared(call: BlockCall, before: list[BlockCall]) -> BlockCall:
@@ -385,5 +415,6 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a is b or a == b)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class."""
     return re.split(r"\n", str(error).strip() or type(error).__name__)[0][:300]

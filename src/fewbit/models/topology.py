@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fewbit.models.linears import LINEARS, weight_of
+from fewbit.models.linears import is_linear, weight_of
 
 _HALVINGS = 3  # how often the rows of a fused projection are halved
 _SAME = 1e-3  # relative distance up to which a column counts as doubled, or as unchanged
@@ -43,7 +43,7 @@ class Link:
 
 def find_links(block: nn.Module, run: Callable[[], object]) -> list[Link]:
     """The links of a block, in the order in which their readers run. `run` is the forward pass of the block."""
-    linears: dict[str, nn.Module] = {name: m for name, m in block.named_modules() if isinstance(m, LINEARS)}
+    linears: dict[str, nn.Module] = {name: m for name, m in block.named_modules() if is_linear(m)}
     links, order = _fed_by_norms(block, linears, run)
     before = _inputs(linears, run)
     for source in order:

@@ -50,7 +50,7 @@ def tensors(settled: Settled) -> tuple[list[tuple[str, str, int]], int]:
             method = f", {name_of(assignments[each.module].method)}" if each.module else ""
             rows.append((each.entry.name, each.entry.type + method, each.entry.spec.nbytes))
         return rows, write_gguf.nbytes(settled)
-    for _, name, spec in skeleton.passed_through():
+    for _, name, spec in skeleton.passed_through({f"{module}.weight" for module in assignments}):
         assignment = assignments.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if assignment is not None:
             what = f"{assignment.scheme}, {name_of(assignment.method)}"

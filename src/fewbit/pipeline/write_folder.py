@@ -21,7 +21,7 @@ def write(folder: Path, settled: Settled, run: Run) -> int:
     blocks = Checkpoint(run.files())
     suffixes = {a.module: list(resolved.format.specs(a.shape, a.scheme)) for a in resolved.assignments.values()}
     tensors: list[tuple[str, Checkpoint, str]] = []  # name in the model, checkpoint that has it, key there
-    for key, name, _ in skeleton.passed_through():
+    for key, name, _ in skeleton.passed_through({f"{module}.weight" for module in suffixes} | blocks.specs.keys()):
         module = name.removesuffix(".weight")
         if module in suffixes:
             tensors += [(f"{module}.{suffix}", blocks, f"{module}.{suffix}") for suffix in suffixes[module]]

@@ -284,9 +284,12 @@ def resolve(plan: Plan, shapes: Mapping[str, Shape], model: mixtures.Model | Non
         for number, rule in enumerate(plan.rules, 1)
         if not any(fnmatchcase(module, rule.match) for module in shapes)
     ]
-    mixed = _mixed(plan, format, shapes, model)
+    mixed, gates = _mixed(plan, format, shapes, model), list[str]()
     for module, shape in shapes.items():
         rule = next((rule for rule in plan.rules if fnmatchcase(module, rule.match)), None)
+        if rule is not None and rule.match == "*" and is_gate(module, shape):
+            gates.append(module)
+            rule = None
         scheme = None if rule is None or rule.scheme is None else mixed.get(rule.scheme, {}).get(module, rule.scheme)
         if rule is None or scheme is None:
             kept.append(module)
@@ -297,6 +300,8 @@ def resolve(plan: Plan, shapes: Mapping[str, Shape], model: mixtures.Model | Non
             wanted[module] = Assignment(module, shape, _storable(scheme), method)
     if not wanted:
         raise PlanError(f"plan {plan.name} matches none of the {len(shapes)} linears in the model's blocks")
+    if gates:
+        notes.append(f"in 16 bits, as they choose experts or set how fast a state decays: {in_short(gates)}")
     if plan.adapt:
         wanted, adapted = _adapt(wanted, format)
         notes += adapted
@@ -311,6 +316,19 @@ def resolve(plan: Plan, shapes: Mapping[str, Shape], model: mixtures.Model | Non
     if any(scheme is None for schemes in mixed.values() for scheme in schemes.values()):
         notes.append(f"in 16 bits, as no block divides their rows: {in_short(kept)}")
     return Resolved(plan, format, wanted, tuple(kept), tuple(notes))
+
+
+# The last part of the names of small linears that steer a model: routers, gates of shared experts, decay rates of gated
+# delta nets. They are below 1 % of the parameters, and a router in 4 bits sends tokens to other experts.
+_GATES = {
+    *("gate", "router", "wg", "shared_expert_gate", "modality_router"),
+    *("in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj", "igate_preact", "fgate_preact"),
+}
+
+
+def is_gate(module: str, shape: Shape) -> bool:
+    """Whether a linear of this name and shape [N, K] stays in 16 bits unless a rule of the plan names it."""
+    return module.rpartition(".")[2] in _GATES and 2 * shape[0] <= shape[1]
 
 
 def _mixed(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +55,28 @@ class Checkpoint:
         self.specs: dict[str, PartSpec] = {}
         self._file_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
+        self._views: dict[str, tuple[str, Callable[[Any], Tensor]]] = {}
         for file in files:
             for name, spec in read_specs(file).items():
                 if name in self.specs:
                     raise FormatError(f"{name} is both in {self._file_of[name].name} and in {file.name}")
                 self.specs[name], self._file_of[name] = spec, file
 
+    def add_view(self, name: str, stored: str, view: Callable[[Any], Tensor]) -> None:
+        """Add a tensor `name` that is a part of the tensor `stored`: `view` takes a lazy handle of `stored`."""
+        self._views[name] = stored, view
+        part = view(torch.empty(self.specs[stored].shape, dtype=self.specs[stored].dtype, device="meta"))
+        self.specs[name] = PartSpec(tuple(part.shape), part.dtype)
+
     def slice(self, name: str) -> Any:
         """A lazy handle, as transformers' loader expects."""
-        return self._handle(name).get_slice(name)
+        return _View(self, name) if name in self._views else self._handle(name).get_slice(name)
 
     def get(self, name: str) -> Tensor:
         """The tensor, memory-mapped."""
+        if name in self._views:
+            stored, view = self._views[name]
+            return view(self._handle(stored).get_slice(stored))
         tensor: Tensor = self._handle(name).get_tensor(name)
         return tensor
 
@@ -74,6 +85,20 @@ class Checkpoint:
         if file not in self._open:
             self._open[file] = safe_open(file, framework="pt")
         return self._open[file]
+
+
+@dataclass(frozen=True)
+class _View:
+    """A lazy handle of a tensor that is a part of another one."""
+
+    checkpoint: Checkpoint
+    name: str
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.checkpoint.get(self.name)[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self.checkpoint.specs[self.name].shape)
 
 
 def read_specs(file: Path) -> dict[str, PartSpec]:

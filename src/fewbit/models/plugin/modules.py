@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fewbit.errors import FormatError
+from fewbit.formats.containers.safetensors import read_specs
+from fewbit.models.experts import is_of_expert, separate
 from fewbit.models.linears import LINEARS, shape_of
 from fewbit.nn.fused import packed_linears
 from fewbit.nn.layers import QEmbedding, QLinear
@@ -34,6 +37,15 @@ def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *,
     packed = QLinear(k, n, bias, module).await_tensors(tensors)
     packed.transposed = isinstance(linear, Conv1D)
     setattr(model.get_submodule(parent), leaf, packed)
+
+
+def separate_experts(model: PreTrainedModel, files: Sequence[str]) -> bool:
+    """Give experts linears of their own, if these files name the weights of each expert. Whether they do."""
+    specs = [read_specs(Path(file)) for file in files if file.endswith(".safetensors")]
+    found = any(is_of_expert(name) for names in specs for name in names)
+    if found:
+        separate(model)
+    return found
 
 
 class ScaledActivation(nn.Module):

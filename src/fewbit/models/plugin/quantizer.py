@@ -44,14 +44,16 @@ from fewbit.formats.containers.safetensors import files_in, read_specs
 from fewbit.models import as_read, foreign, scales
 from fewbit.models.decoding import decode
 from fewbit.models.decoding.fuse import fuse
-from fewbit.models.linears import LINEARS
-from fewbit.models.plugin import options, patch_adapters
+from fewbit.models.experts import is_of_expert, separate, unmerged
+from fewbit.models.linears import is_linear, shape_of
+from fewbit.models.plugin import modules, options, patch_adapters
 from fewbit.models.plugin.modules import left_as_they_are, put, put_scales, unpack
 from fewbit.models.plugin.serving import checked, dispatched, own_loader, requested_kernel
 from fewbit.models.plugin.serving import serving as serving
 from fewbit.models.source import read_config
 from fewbit.nn.fused import packed_linears
 from fewbit.nn.layers import QLinear, slot
+from fewbit.plans.plan import is_gate
 from fewbit.schemes.base import PartSpec, QTensor, chunk_rows, too_small, vanished
 from fewbit.system import heap, locks
 from fewbit.system.cache import cache_folder
@@ -87,6 +89,7 @@ class FewbitQuantizer(HfQuantizer):
         self.renamings: list[WeightRenaming] = []
         self.transposed: set[str] = set()
         self.packed: list[str] = []  # names of the layers that are packed
+        self.separated = False  # whether the experts of the model have linears of their own
         self.length: int | None = None  # length of the static cache, if the model is to be fused
         self.failure: FewbitError | None = None  # the first error while quantizing weights as they are read
         self.vanished: list[tuple[str, str, int]] = []  # name, scheme and number of groups that became 0
@@ -131,6 +134,7 @@ class FewbitQuantizer(HfQuantizer):
             length = getattr(self.quantization_config, "fuse_max_seq_len", None)
             self.length = decode.checked_length(length, context or sys.maxsize, f"fuse_max_seq_len {length!r}")
         if self.scheme is not None:
+            self.separated = modules.separate_experts(model, checkpoint_files or [])
             self._make_room(model, kwargs.get("device_map"))
             self.validate_environment(kwargs.get("device_map"))
             return model
@@ -138,7 +142,7 @@ class FewbitQuantizer(HfQuantizer):
             raise FormatError("a quantized model is loaded from its safetensors files, not from a state dict")
         if self.request is not None:
             head = model.get_output_embeddings()
-            linears = [(n, m) for n, m in model.named_modules() if isinstance(m, LINEARS) and m is not head]
+            linears = [(n, m) for n, m in model.named_modules() if is_linear(m) and m is not head]
             self.packed = [name for name, _ in linears]
             self.validate_environment(kwargs.get("device_map"))
             self.waiting = (model, checkpoint_files, kwargs.get("device_map"))
@@ -167,6 +171,10 @@ class FewbitQuantizer(HfQuantizer):
         for file in checkpoint_files:
             specs |= read_specs(Path(file))
         named = _renamed(model, specs)
+        if any(is_of_expert(name) for name in self.format.find(self.config, named)):
+            separate(model)
+            self.separated = True
+            named = _renamed(model, specs)
         suffixes: set[str] = set()
         for module, tensors in self.format.find(self.config, named).items():
             put(model, module, tensors, has_bias=f"{module}.bias" in named)
@@ -214,7 +222,7 @@ class FewbitQuantizer(HfQuantizer):
         if unknown:
             warnings.warn(f"llm_int8_skip_modules: the model has no module {', '.join(unknown)}", stacklevel=2)
         for name, module in list(model.named_modules()):
-            if type(module) in LINEARS and should_convert_module(name, skipped):
+            if is_linear(module) and should_convert_module(name, skipped) and not is_gate(name, shape_of(module)):
                 assert isinstance(module.weight, Tensor)
                 if isinstance(module, Conv1D):
                     self.transposed.add(name)
@@ -231,7 +239,8 @@ class FewbitQuantizer(HfQuantizer):
         """
         self._quantize_checkpoint(weight_conversions)
         theirs: Any = super().update_weight_conversions  # newer versions also pass the model
-        return theirs(weight_conversions, *rest)
+        rules = theirs(weight_conversions, *rest)
+        return unmerged(rules) if self.separated else rules
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
         """The rules for renaming the tensors of the format. Transformers adds them to those of the model."""

@@ -1,0 +1,205 @@
+"""Gives each expert of a mixture-of-experts layer linears of its own, so that they are quantized like all others.
+
+transformers keeps the experts of a layer as fused parameters. Checkpoints, plans and servers name one weight for each
+expert. With E experts, hidden size H and intermediate size I:
+
+    gate_up_proj [E, 2·I, H]   ->   experts.e.gate_proj.weight [I, H], experts.e.up_proj.weight [I, H]
+    up_proj [E, I, H]          ->   experts.e.up_proj.weight [I, H]       where experts have no gate
+    down_proj [E, H, I]        ->   experts.e.down_proj.weight [H, I]
+
+gpt-oss keeps the transposes, and its rows of gate and up alternate. The names of the linears are those that the model
+type has in checkpoints (Mixtral: w1, w3, w2), which transformers' conversion mapping knows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+
+_OWN = re.compile(r"experts\.\d+\.")  # in the name of a weight of one expert
+_SOURCE = re.compile(r"experts\.\*\.(\w+)\.weight$")  # in the conversion mapping
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The weight or bias of one linear of an expert, inside of a fused tensor whose first dimension is the expert."""
+
+    leaf: str  # "gate_proj"
+    kind: str  # "weight" or "bias"
+    fused: str  # "gate_up_proj"
+    rows: slice
+    transposed: bool
+
+    def of(self, fused: Any, expert: int) -> Tensor:
+        """The piece of one expert. `fused` is a tensor, or a handle of a file that reads only that expert."""
+        own: Tensor = fused[expert]
+        return (own.T if self.transposed else own)[self.rows]
+
+
+class SeparateExperts(nn.Module):
+    """Mixed into a class of fused experts whose parameters `separate` has moved into one module for each expert."""
+
+    pieces: tuple[Piece, ...]
+    leaves: tuple[str, ...]  # names of the gate, up and down linears; without a gate, of up and down
+    count: int  # of experts
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts' outputs.
+
+        hidden_states: [tokens, H]. top_k_index: int64 [tokens, k]; entries from `count` on choose no expert.
+        top_k_weights: [tokens, k].
+        """
+        tokens, k = top_k_index.shape
+        chosen = top_k_index.reshape(-1)
+        order = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=self.count)[: self.count].tolist()
+        outputs, start = [], 0
+        for expert, rows in enumerate(counts):
+            if rows:
+                own = order[start : start + rows]
+                outputs.append(self.run(expert, hidden_states[torch.div(own, k, rounding_mode="floor")]))
+                start += rows
+        out = hidden_states.new_zeros(tokens * k, hidden_states.shape[-1])
+        if outputs:
+            out = out.index_copy(0, order[:start], torch.cat(outputs).to(out.dtype))
+        weighted = (out * top_k_weights.reshape(-1, 1)).view(tokens, k, -1).sum(dim=1)
+        return weighted.to(hidden_states.dtype)
+
+    def run(self, expert: int, x: Tensor) -> Tensor:
+        """The output [n, H] of one expert for its tokens [n, H]."""
+        fused: Any = self  # the attributes of the class of the fused experts
+        *into, down = (getattr(self.get_submodule(str(expert)), leaf) for leaf in self.leaves)
+        if fused.has_gate:
+            gate, up = (linear(x) for linear in into)
+            both = torch.cat((gate, up), -1) if fused.is_concatenated else torch.stack((gate, up), -1).flatten(-2)
+            inner = fused._apply_gate(both)
+        else:
+            inner = fused.act_fn(into[0](x))
+        out: Tensor = down(inner)
+        return fused.post_expert_norm(out) if fused.has_post_expert_norm else out
+
+
+class SeparateBatchedExperts(SeparateExperts):
+    """Llama 4's: every expert gets a row for every token, scaled by its weight, which is 0 where it is not chosen."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """The experts' outputs [E · tokens, H] for their rows [E · tokens, H]."""
+        rows = hidden_states.view(self.count, -1, hidden_states.shape[-1])
+        return torch.cat([self.run(expert, x) for expert, x in enumerate(rows)])
+
+
+# Classes of fused experts without transformers' decorator, which tells how the parameters are laid out.
+_UNDECORATED: dict[str, tuple[type[SeparateExperts], dict[str, Any]]] = {
+    "Llama4TextExperts": (
+        SeparateBatchedExperts,
+        {
+            **dict.fromkeys(("has_gate", "is_transposed", "is_concatenated"), True),
+            **dict.fromkeys(("has_bias", "has_post_expert_norm"), False),
+            "_apply_gate": lambda self, both: _gated(self.act_fn, both),
+        },
+    ),
+}
+
+
+def _gated(act: nn.Module, both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, dim=-1)
+    out: Tensor = up * act(gate)
+    return out
+
+
+def fused_in(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and module of the fused experts of each layer, where `separate` knows how they are laid out."""
+    for name, module in model.named_modules():
+        decorated = hasattr(module, "_is_expert_parallel") or type(module).__name__ in _UNDECORATED
+        if decorated and not isinstance(module, SeparateExperts):
+            yield name, module
+
+
+def separate(model: PreTrainedModel) -> None:
+    """Give the experts of every layer linears of their own, in place. Their values are copied."""
+    mapping = get_model_conversion_mapping(model)
+    for name, module in list(fused_in(model)):
+        base, known = _UNDECORATED.get(type(module).__name__, (SeparateExperts, {}))
+        cls: type[nn.Module] = type(module)
+        module.__class__ = type(f"Separate{cls.__name__}", (base, cls), known)
+        leaves = _leaves(name, mapping, gated=module.has_gate)
+        pieces = tuple(_pieces(module, leaves))
+        fused: dict[str, Tensor] = {each.fused: getattr(module, each.fused) for each in pieces}
+        for each in fused:
+            delattr(module, each)
+        for expert in range(len(fused["down_proj"])):
+            own = nn.Module()
+            for leaf in leaves:
+                values = {p.kind: p.of(fused[p.fused], expert).contiguous() for p in pieces if p.leaf == leaf}
+                rows, columns = values["weight"].shape
+                linear = nn.Linear(columns, rows, bias="bias" in values, device="meta")
+                for kind, value in values.items():
+                    setattr(linear, kind, nn.Parameter(value.detach(), requires_grad=fused["down_proj"].requires_grad))
+                own.add_module(leaf, linear)
+            module.add_module(str(expert), own)
+        module.leaves, module.pieces, module.count = leaves, pieces, len(fused["down_proj"])
+        module._is_hf_initialized = True  # else transformers would draw the fused parameters, which are gone
+
+
+def is_of_expert(name: str) -> bool:
+    """Whether `name` is of a module or tensor of one expert."""
+    return _OWN.search(name) is not None
+
+
+def are_separate(model: nn.Module) -> bool:
+    return any(isinstance(module, SeparateExperts) for module in model.modules())
+
+
+def unmerged(conversions: Sequence[Any]) -> list[Any]:
+    """`conversions` without those that merge experts."""
+    return [each for each in conversions if not any(_SOURCE.search(source) for source in _sources(each))]
+
+
+def split(model: nn.Module, name: str) -> Iterator[tuple[str, int, Piece]]:
+    """The tensors of single experts that the fused tensor `name` of a checkpoint holds: name, expert, piece."""
+    module, _, tensor = name.rpartition(".")
+    experts = dict(model.named_modules()).get(module)
+    if isinstance(experts, SeparateExperts):
+        for piece in experts.pieces:
+            if piece.fused == tensor:
+                for expert in range(experts.count):
+                    yield f"{module}.{expert}.{piece.leaf}.{piece.kind}", expert, piece
+
+
+def _sources(conversion: Any) -> list[str]:
+    return list(conversion.source_patterns) if isinstance(conversion, WeightConverter) else []
+
+
+def _leaves(name: str, mapping: Sequence[Any], *, gated: bool) -> tuple[str, ...]:
+    """The names of an expert's linears in checkpoints: gate, up, down."""
+    found: dict[str, list[str]] = {}
+    for each in mapping:
+        leaves = [match[1] for source in _sources(each) if (match := _SOURCE.search(source))]
+        for target in each.target_patterns if leaves else ():
+            if f"{name}.{target.rpartition('.')[2]}".endswith(target):
+                found.setdefault(target.rpartition(".")[2], leaves)
+    first = "gate_up_proj" if gated else "up_proj"
+    usual = ["gate_proj", "up_proj"] if gated else ["up_proj"]
+    return (*found.get(first, usual), *found.get("down_proj", ["down_proj"]))
+
+
+def _pieces(module: Any, leaves: tuple[str, ...]) -> Iterator[Piece]:
+    """Where the weights and biases of an expert lie in the fused tensors of `module`."""
+    kinds = [("weight", "", module.is_transposed), *([("bias", "_bias", False)] if module.has_bias else [])]
+    for kind, ending, transposed in kinds:
+        if module.has_gate:
+            width = module.gate_up_proj.shape[2 if module.is_transposed else 1] // 2
+            blocks, alternating = (slice(width), slice(width, None)), (slice(0, None, 2), slice(1, None, 2))
+            for leaf, rows in zip(leaves[:2], blocks if module.is_concatenated else alternating, strict=True):
+                yield Piece(leaf, kind, f"gate_up_proj{ending}", rows, transposed)
+        else:
+            yield Piece(leaves[0], kind, f"up_proj{ending}", slice(None), transposed)
+        yield Piece(leaves[-1], kind, f"down_proj{ending}", slice(None), transposed)

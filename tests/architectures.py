@@ -1,0 +1,209 @@
+"""Every type of model that transformers builds as a causal LM: how to make a tiny one, and which are not served yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests import models
+
+TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+
+# A config of any type is called with those of these that it has.
+_HALF = ["linear_attention", "full_attention"]
+_SIZES: dict[str, Any] = {
+    "vocab_size": models.VOCAB,
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"), 96),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "linear_num_key_heads", "num_experts_per_tok", "num_experts_per_token"), 2),
+    **dict.fromkeys(("head_dim", "v_head_dim", "linear_key_head_dim", "linear_value_head_dim", "mamba_d_head"), 16),
+    **dict.fromkeys(("linear_head_dim", "index_head_dim", "q_lora_rank", "kv_lora_rank", "sliding_window"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "mamba_d_state", "state_size", "time_step_rank"), 8),
+    **dict.fromkeys(("mamba_n_heads", "index_topk"), 8),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), models.CONTEXT),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("linear_num_heads", "conv_kernel", "ssm_state_size"), 4),
+    **dict.fromkeys(("mamba_expand", "expand", "index_n_heads"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+_MLA = {"head_dim": 8}  # the width that is turned
+_HYBRID = {"layer_types": _HALF}
+# What a type needs besides or in place of these.
+_MORE: dict[str, dict[str, Any]] = {
+    "axk1": _MLA,
+    "axk2": {**_MLA, "num_key_value_heads": 4},
+    "bailing_hybrid": {**_HYBRID, "mlp_layer_types": ["dense", "sparse"]},
+    "bamba": {"attn_layer_indices": [1]},
+    "codegen": {"rotary_dim": 8},
+    "cohere_compass_text": {"layer_types": ["full_attention"] * 2},
+    "deepseek_v3": _MLA,
+    "deepseek_v32": {**_MLA, "num_key_value_heads": 4},
+    "dory": {"num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2},
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": models.UNLIKE["gemma3n"] | {"altup_num_inputs": 4},
+    "gemma4_text": {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": models.VOCAB},
+    "glm4_moe_lite": _MLA,
+    "glm_moe_dsa": {**_MLA, "num_key_value_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 8},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "kimi_linear": {**_HYBRID, "mlp_layer_types": ["dense", "sparse"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {
+        "num_heads": 16,
+        "head_dim": 8,
+        "n_groups": 1,
+    },
+    "nemotron_h": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "moe", "attention", "mlp"],
+        "mamba_num_heads": 16,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+        "moe_shared_expert_intermediate_size": 32,
+    },
+    "qwen3_5_moe_text": _HYBRID,
+    "qwen3_5_text": _HYBRID,
+    "qwen3_next": _HYBRID,
+    "qwen4_exp_text": _HYBRID,
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_shape": [8, 16],
+        "axial_pos_embds_dim": [32, 32],
+        "attn_layers": ["local", "lsh"],
+        "attention_head_size": 16,
+        "feed_forward_size": 96,
+        "num_buckets": 4,
+    },
+    "xlstm": {"qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
+    "youtu": _MLA,
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+# Types that no tiny model is made of here, and what happens instead.
+NOT_BUILT: dict[str, str] = {
+    "blt": "too large",
+    "cohere_compass_text": "full_attention",
+    "dbrx": "rope_theta",
+    "dots3_note": "per_layer_config",
+    "gemma3n": "PIL|timm",
+    "gemma4_assistant": "hidden_size_per_layer_input must be 0",
+    "inkling2_loop_text": "negative dimension",
+    "inkling2_text": "negative dimension",
+    "musicgen": "no attribute 'dropout'",
+    "musicgen_melody": "no attribute 'dropout'",
+    "qwen4_exp": "NoneType",
+    "qwen4_exp_text": "NoneType",
+}
+_FUSED = "fused experts .* cannot be quantized yet"
+_SPLIT = "into several in loading, which fewbit does not support yet"
+# Types that fewbit refuses, and with what words.
+REFUSED: dict[str, str] = {
+    "emu3": "describes no causal LM",
+    "gemma4_unified_assistant": "shared_kv_states cannot be None",
+    "hrm_text": _SPLIT,
+    "inkling_text": _FUSED,
+    "jetmoe": _FUSED,
+    "lara_mini": _SPLIT,
+    "longcat_flash": _FUSED,
+    "mllama": "describes no causal LM",
+    "phi4_multimodal": "of the parameters in the model's blocks would be quantized",
+    "rwkv": "is packed, and cannot be changed",
+    "sarvam_moe": _SPLIT,
+}
+# The same for single plans.
+REFUSED_BY: dict[tuple[str, str], str] = {}
+_LARGEST = 20_000_000  # parameters
+
+
+def refusal(kind: str, plan: str) -> str | None:
+    """A pattern of the error by which `fewbit.quantize` refuses that type; None if it serves it."""
+    return REFUSED.get(kind) or REFUSED_BY.get((kind, plan))
+
+
+def check_small(kind: str) -> None:
+    """Build the model without weights. ValueError if it is too large to be made in a test."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config(kind))
+    if sum(p.numel() for p in model.parameters()) > _LARGEST:
+        raise ValueError("too large")
+
+
+def config(kind: str) -> Any:
+    """A config of that type with small sizes."""
+    return _small(CONFIG_MAPPING[kind])
+
+
+def _small(make: Any) -> Any:
+    plain = make()
+    known = set(plain.to_dict()) | set(getattr(make, "attribute_map", {}))
+    more = {name: value for name, value in _MORE.get(make.model_type, {}).items() if name != "kind"}
+    inner = {
+        name: _small(type(own))
+        for name in getattr(make, "sub_configs", {})
+        if (own := getattr(plain, name, None)) is not None
+    }
+    return make(**{name: value for name, value in _SIZES.items() if name in known} | inner | more)
+
+
+def save(folder: Path, kind: str) -> Path:
+    """A random model of that type and a tokenizer, in the Hugging Face layout."""
+    check_small(kind)
+    model = AutoModelForCausalLM.from_config(config(kind), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(len(kind))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            fresh = torch.randn(weight.shape, generator=generator)
+            if weight.dim() > 1:
+                weight.copy_(fresh * weight.shape[-1] ** -0.5)
+            elif "norm" in name or "bias" in name:
+                weight.add_(0.05 * fresh)
+    model.eval().save_pretrained(folder)
+    models.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def put(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Give the linear `name` of transformers' own model this weight [N, K]; experts are fused there."""
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        if name in modules:
+            models.linear_weight(modules[name]).copy_(weight)
+            return
+        parent, expert, leaf = name.rsplit(".", 2)
+        experts: Any = modules[parent]
+        transposed = getattr(experts, "is_transposed", True)  # Llama 4's do not say that they are
+        if leaf in ("down_proj", "w2"):
+            place = experts.down_proj[int(expert)]
+        elif not hasattr(experts, "gate_up_proj"):
+            place = experts.up_proj[int(expert)]
+        else:
+            both = experts.gate_up_proj[int(expert)]
+            both = both.T if transposed else both
+            up, half = leaf in ("up_proj", "w3"), len(both) // 2
+            concatenated = getattr(experts, "is_concatenated", True)
+            place = both[up * half : (up + 1) * half] if concatenated else both[int(up) :: 2]
+            place = place.T if transposed else place
+        place.copy_(weight.T if transposed else weight)

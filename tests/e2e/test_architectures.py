@@ -1,0 +1,77 @@
+"""Every type of causal LM: quantized and loaded, it is the model with those weights; or an error says why not."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+
+import fewbit
+from fewbit.errors import FewbitError
+from fewbit.nn.layers import QLinear
+from tests import architectures, models
+
+PLANS = ("gptq-4bit", "nf4", "int8", "awq-4bit")
+# What people run and no other test covers: experts, hybrids, latent attention. Always tested.
+POPULAR = (
+    "deepseek_v3",
+    "falcon_h1",
+    "glm4_moe",
+    "gpt_oss",
+    "granitemoehybrid",
+    "lfm2",
+    "mamba2",
+    "mixtral",
+    "nemotron_h",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "qwen3_next",
+)
+# Another tenth of all types each day, by the first plan; all of them by all plans in `make test-all`.
+TODAY = architectures.TYPES[datetime.now(UTC).toordinal() % 10 :: 10]
+
+
+def cases() -> list[object]:
+    return [
+        pytest.param(
+            kind,
+            plan,
+            id=f"{kind}-{plan}",
+            marks=()
+            if (plan in PLANS[:2] and kind in POPULAR) or (plan == PLANS[0] and kind in TODAY)
+            else pytest.mark.slow,
+        )
+        for kind in architectures.TYPES
+        for plan in PLANS
+    ]
+
+
+@pytest.mark.filterwarnings("default")  # models warn about their own tiny configs
+@pytest.mark.parametrize(("kind", "plan"), cases())
+def test_every_type_is_served_or_says_why_not(kind: str, plan: str, tmp_path: Path) -> None:
+    if kind in architectures.NOT_BUILT:
+        with pytest.raises(Exception, match=architectures.NOT_BUILT[kind]):
+            architectures.save(tmp_path, kind)
+        return
+    folder = architectures.save(tmp_path / "model", kind)
+    calibration = fewbit.Calibration([models.sentences(60)], samples=4, length=32)
+
+    def quantize() -> None:
+        fewbit.quantize(folder, tmp_path / "out", plan=plan, calibration=calibration, device="cpu")
+
+    if reason := architectures.refusal(kind, plan):
+        with pytest.raises(FewbitError, match=reason):
+            quantize()
+        return
+    quantize()
+    model = fewbit.load(tmp_path / "out", dtype=torch.float32, kernel="reference")
+    expected = models.original(folder)
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
+    assert packed
+    for name, module in packed.items():
+        architectures.put(expected, name, module.qtensor().dequantize())
+    ids = torch.randint(3, models.VOCAB, (1, 24), generator=torch.Generator().manual_seed(1))
+    wanted = models.logits(expected, ids)
+    assert (models.logits(model, ids) - wanted).norm() <= 1e-4 * wanted.norm()

@@ -1,0 +1,120 @@
+"""Experts with linears of their own compute what transformers' fused experts compute."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from fewbit.models import experts
+from fewbit.models.linears import is_linear
+from tests import architectures
+
+# Gate and up one after the other; transposed, alternating, with biases; no gate; transposed; names of Mixtral.
+LAYOUTS = ("qwen3_moe", "gpt_oss", "nemotron_h", "aria_text", "mixtral")
+
+
+def fused_experts(kind: str) -> Any:
+    """The first fused experts of a random model of that type."""
+    model = AutoModelForCausalLM.from_config(architectures.config(kind), dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
+    return model
+
+
+def routed(module: Any, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, chosen experts and their weights. No token chooses expert 1, one token chooses expert 2."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(tokens, 64, generator=generator)
+    chosen = torch.tensor([[0, 3]] * (tokens - 1) + [[2, 3]])
+    return hidden, chosen, torch.rand(tokens, 2, generator=generator)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_separate_experts_compute_what_fused_ones_do(kind: str) -> None:
+    model = fused_experts(kind)
+    apart = copy.deepcopy(model)
+    experts.separate(apart)
+    found = list(experts.fused_in(model))
+    assert found
+    assert not list(experts.fused_in(apart))
+    for name, module in found:
+        given = routed(module, 7)
+        module.config._experts_implementation = "eager"
+        with torch.no_grad():
+            torch.testing.assert_close(apart.get_submodule(name)(*given), module(*given))
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_each_weight_of_an_expert_is_a_linear_of_its_own(kind: str) -> None:
+    model = fused_experts(kind)
+    before = sum(p.numel() for p in model.parameters())
+    experts.separate(model)
+    assert sum(p.numel() for p in model.parameters()) == before
+    name = next(name for name, m in model.named_modules() if isinstance(m, experts.SeparateExperts))
+    linears = {n.removeprefix(f"{name}.") for n, m in model.named_modules() if n.startswith(name) and is_linear(m)}
+    leaves = {"nemotron_h": ("up_proj", "down_proj"), "mixtral": ("w1", "w2", "w3")}
+    wanted = leaves.get(kind, ("gate_proj", "up_proj", "down_proj"))
+    count = 8 if kind == "aria_text" else 4
+    assert linears == {f"{expert}.{leaf}" for expert in range(count) for leaf in wanted}
+
+
+def test_tokens_that_choose_no_expert_count_nothing() -> None:
+    model = fused_experts("qwen3_moe")
+    experts.separate(model)
+    module = next(m for m in model.modules() if isinstance(m, experts.SeparateExperts))
+    hidden, _, weights = routed(module, 3)
+    with torch.no_grad():
+        assert not module(hidden, torch.full((3, 2), module.count), weights).any()
+        both = module(hidden, torch.tensor([[0, 4], [4, 0], [4, 4]]), weights)
+        alone = module.run(0, hidden)
+    torch.testing.assert_close(both[0], alone[0] * weights[0, 0])
+    torch.testing.assert_close(both[1], alone[1] * weights[1, 1])
+    assert not both[2].any()
+
+
+def test_gradients_reach_each_expert_that_was_chosen() -> None:
+    model = fused_experts("qwen3_moe")
+    experts.separate(model)
+    module: Any = next(m for m in model.modules() if isinstance(m, experts.SeparateExperts))
+    hidden, chosen, weights = routed(module, 5)
+    module(hidden, chosen, weights).sum().backward()
+    reached = [expert for expert in range(4) if module.get_submodule(str(expert)).up_proj.weight.grad is not None]
+    assert reached == [0, 2, 3]
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1.5
+
+
+class Written(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        bias: Tensor | None = self.bias
+        return x @ self.weight.T if bias is None else x @ self.weight.T + bias
+
+
+class Grouped(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.unflatten(-1, (3, -1)), self.weight)
+
+
+@pytest.mark.parametrize(
+    ("module", "linear"),
+    [
+        (nn.Linear(8, 4), True),
+        (Written(8, 4), True),
+        (Written(8, 4, bias=False, device="meta"), True),
+        (Scaled(8, 4), False),
+        (Grouped(8, 4), False),
+        (nn.Embedding(8, 4), False),
+    ],
+)
+def test_a_subclass_is_a_linear_if_it_computes_like_one(module: nn.Module, linear: bool) -> None:
+    assert is_linear(module) is linear
