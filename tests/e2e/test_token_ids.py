@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 
 import fewbit
-from fewbit.errors import FormatError
+from fewbit.errors import FormatError, PlanError
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.plugin import quantizer
 from fewbit.pipeline import blocks
@@ -28,7 +30,7 @@ VERBS: dict[str, Callable[[Path, Path, Path], Any]] = {
     "generate": lambda m, data, out: fewbit.generate(m, "the", chat=True, max_new_tokens=1),
     "evaluate": lambda m, data, out: fewbit.evaluate(m, text=str(data), length=16),
     "compare": lambda m, data, out: fewbit.compare(m, plans=["nf4"], text=str(data), length=16),
-    "merge": lambda m, data, out: fewbit.merge(m, m / "no-adapter", out, text=str(data), length=16),
+    "merge": lambda m, data, out: fewbit.merge(m, m.parent / "adapter", out, text=str(data), length=16),
     "finetune": lambda m, data, out: fewbit.finetune(m, out, data=str(data), tuning=Tuning(steps=1, length=128)),
 }
 
@@ -48,6 +50,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         {"role": "assistant", "content": "a"},
     ]
     data.write_text("\n".join(json.dumps({"messages": chat}) for _ in range(8)), encoding="utf-8")
+    adapter = folder.parent / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+    save_file({"a": torch.zeros(1)}, adapter / "adapter_model.safetensors")
     return folder, data
 
 
@@ -72,7 +78,7 @@ def test_a_reference_with_fewer_rows_is_named(place: Place, tmp_path: Path) -> N
     text.write_text(models.sentences(20), encoding="utf-8")
     fewer = models.save(tmp_path / "fewer", "llama", vocab_size=280)
     whole = models.save(tmp_path / "whole", "llama")
-    with pytest.raises(FormatError, match="the model's embedding has 280 rows"):
+    with pytest.raises(PlanError, match=r"fewer has 280 entries, and that of .*whole 288"):
         fewbit.evaluate(whole, reference=fewer, text=str(text), length=16)
 
 
