@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from math import isfinite
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 from fewbit.errors import ArgumentError
 
@@ -53,9 +53,17 @@ def integer(low: int, high: int = MAX_COUNT) -> Callable[[str, Any], int]:
     return check
 
 
+def is_finite(value: Any) -> TypeGuard[float]:
+    """Whether the value is a finite number, of any library, that a float can hold. A boolean is not a number."""
+    try:
+        return not isinstance(value, bool) and isinstance(value, Real) and isfinite(float(value))
+    except OverflowError:
+        return False
+
+
 def number(name: str, value: Any) -> float:
     """A finite number. Each verb checks the range itself."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(float(value)):
+    if not is_finite(value):
         raise invalid(name, value, "a finite number")
     return float(value)
 

@@ -432,7 +432,9 @@ def test_a_file_that_lies_is_refused_by_the_tensors_name(
     assert told in str(raised.value)
 
 
-@pytest.mark.parametrize("threshold", [-1.0, float("inf"), "six", None, True])
+@pytest.mark.parametrize(
+    "threshold", [-1.0, float("inf"), 10**400, "six", None, True], ids=lambda value: f"{value!s:.9}"
+)
 def test_a_threshold_that_cannot_be_is_refused(threshold: object, good: Path, tmp_path: Path) -> None:
     folder = spoiled(good, tmp_path, {}, llm_int8_threshold=threshold)
     with pytest.raises(FormatError, match="llm_int8_threshold"):

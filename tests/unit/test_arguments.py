@@ -70,11 +70,12 @@ def test_a_wrong_number_is_named_by_every_verb(value: object) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("temperature", value) for value in (-1, float("nan"), "7", None, True)),
+        *(("temperature", value) for value in (-1, float("nan"), 10**400, "7", None, True)),
         *(("top_k", value) for value in (-1, 0.5, 2**70, "7", True)),
         *(("top_p", value) for value in (0, -0.1, 1.1, float("nan"), "1", True)),
         *(("seed", value) for value in (-1, 2**32, None)),
     ],
+    ids=lambda value: f"{value!s:.20}",
 )
 def test_a_sampling_checks_its_numbers(name: str, value: Any) -> None:
     with pytest.raises(PlanError, match=f"^{name}="):
@@ -96,7 +97,16 @@ def test_a_calibration_checks_its_numbers(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("rank", "8"), ("steps", 1.5), ("seed", 2**70), ("alpha", float("nan")), ("dropout", "0"), ("targets", "q_proj")],
+    [
+        ("rank", "8"),
+        ("steps", 1.5),
+        ("seed", 2**70),
+        ("alpha", float("nan")),
+        ("learning_rate", 10**400),
+        ("dropout", "0"),
+        ("targets", "q_proj"),
+    ],
+    ids=lambda value: f"{value!s:.20}",
 )
 def test_a_tuning_checks_its_types(name: str, value: Any) -> None:
     with pytest.raises(PlanError, match=f"^{name}="):

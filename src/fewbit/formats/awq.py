@@ -76,19 +76,19 @@ class AWQFormat(Format):
             padding = (0, _PER_WORD * _zero_words(k, groups) - groups)
             packed = bits.pack(torch.nn.functional.pad(zero, padding), _BITS)
             return {
-                "qweight": _words(weight.parts["codes"]),
-                "qzeros": _words(packed),
+                "qweight": bits.words(weight.parts["codes"]),
+                "qzeros": bits.words(packed),
                 "scales": torch.nn.functional.pad(scale, padding).contiguous(),
             }
         codes = bits.unpack(weight.parts["codes"], _BITS, k)
         return {
-            "qweight": _words(bits.pack(_interleaved(codes.T), _BITS)),
-            "qzeros": _words(bits.pack(_interleaved(zero.T), _BITS)),
+            "qweight": bits.words(bits.pack(_interleaved(codes.T), _BITS)),
+            "qzeros": bits.words(bits.pack(_interleaved(zero.T), _BITS)),
             "scales": scale.T.contiguous(),
         }
 
     def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:
-        specs = {suffix: PartSpec(tuple(t.shape), t.dtype) for suffix, t in tensors.items()}
+        specs = {suffix: PartSpec.of(t) for suffix, t in tensors.items()}
         config = for_module(config, module)
         _check(module, specs, config)
         scheme, (n, k) = self.describe(specs, config, module, {})
@@ -172,12 +172,6 @@ def _plain(codes: Tensor) -> Tensor:
     """The inverse of `_interleaved`."""
     eights: Tensor = codes.unflatten(1, (-1, _PER_WORD))
     return eights[..., [_ORDER.index(i) for i in range(_PER_WORD)]].flatten(1)
-
-
-def _words(packed: Tensor) -> Tensor:
-    """Rows of bytes uint8 [R, 4 C] viewed as little-endian words int32 [R, C]."""
-    words: Tensor = packed.flatten().view(torch.int32).unflatten(0, (packed.shape[0], -1))
-    return words
 
 
 def _zero_words(k: int, groups: int) -> int:

@@ -28,11 +28,11 @@ dtype. fewbit only writes it: it computes in the dtype of the activations. Sourc
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from fewbit.checks import is_finite
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.base import Format, Shape, Stored
 from fewbit.lazy import Tensor, torch
@@ -99,7 +99,7 @@ class BnbFormat(Format):
         }
 
     def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:
-        specs = {suffix: PartSpec(tuple(t.shape), t.dtype) for suffix, t in tensors.items()}
+        specs = {suffix: PartSpec.of(t) for suffix, t in tensors.items()}
         scheme, shape = self.describe(specs, config, module, tensors)
         for suffix, tensor in tensors.items():
             if suffix != "weight" and tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -145,7 +145,7 @@ class BnbFormat(Format):
                 f"{module}.weight.absmax has shape {list(tensors['weight.absmax'].shape)}; "
                 f"{_state_suffix(metadata)} says {n} x {k} entries in blocks of {block}"
             )
-        if scheme.double and (state.get("nested_blocksize") != NESTED or not _is_finite(state.get("nested_offset"))):
+        if scheme.double and (state.get("nested_blocksize") != NESTED or not is_finite(state.get("nested_offset"))):
             raise FormatError(
                 f"{module}.{_state_suffix(metadata)}: nested_blocksize {state.get('nested_blocksize')!r} and "
                 f"nested_offset {state.get('nested_offset')!r}; {NESTED} and a number expected"
@@ -315,12 +315,8 @@ def _read_state(metadata: Mapping[str, Tensor], module: str) -> dict[str, Any]:
 
 def _threshold(config: Mapping[str, Any]) -> float:
     threshold = config.get("llm_int8_threshold", THRESHOLD)
-    if not _is_finite(threshold) or threshold < 0:
+    if not is_finite(threshold) or threshold < 0:
         raise FormatError(
             f"bnb: llm_int8_threshold = {threshold!r} in the quantization config", "It must be 0 or more."
         )
     return float(threshold)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

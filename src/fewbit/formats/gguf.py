@@ -48,7 +48,7 @@ class GGUFFormat(Format):
         return dict(weight.parts)
 
     def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:
-        specs = {suffix: PartSpec(tuple(t.shape), t.dtype) for suffix, t in tensors.items()}
+        specs = {suffix: PartSpec.of(t) for suffix, t in tensors.items()}
         scheme, shape = self.describe(specs, config, module, {})
         return QTensor(scheme, shape, {_SUFFIX: tensors[_SUFFIX]})
 

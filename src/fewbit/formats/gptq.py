@@ -81,15 +81,15 @@ class GPTQFormat(Format):
             codes = bits.unpack(codes, scheme.bits, k)
             codes = bits.pack(torch.empty_like(codes).index_copy_(1, weight.permutation, codes), scheme.bits)
         return {
-            "qweight": _words(codes).T.contiguous(),
-            "qzeros": _words(bits.pack(zero.contiguous(), scheme.bits)),
+            "qweight": bits.words(codes).T.contiguous(),
+            "qzeros": bits.words(bits.pack(zero.contiguous(), scheme.bits)),
             "scales": weight.parts["scale"].T.contiguous(),
             "g_idx": group_of,
         }
 
     def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:
         config = for_module(config, module)
-        specs = {suffix: PartSpec(tuple(t.shape), t.dtype) for suffix, t in tensors.items()}
+        specs = {suffix: PartSpec.of(t) for suffix, t in tensors.items()}
         scheme, (n, k) = self.describe(specs, config, module, {})
         assert isinstance(scheme, Affine)
         width, groups = scheme.bits, scheme.groups(k)
@@ -153,12 +153,6 @@ class GPTQFormat(Format):
         if not weights:
             raise FormatError("the config says gptq, but no tensor is named *.qweight")
         return weights
-
-
-def _words(packed: Tensor) -> Tensor:
-    """Rows of bytes uint8 [R, 4 C] viewed as little-endian words int32 [R, C]."""
-    words: Tensor = packed.flatten().view(torch.int32).unflatten(0, (packed.shape[0], -1))
-    return words
 
 
 def _width(config: Mapping[str, Any]) -> int:

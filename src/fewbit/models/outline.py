@@ -50,9 +50,7 @@ class Outline(Skeleton):
         self.tied = dict(self.model.all_tied_weights_keys)
         self.checkpoint = Checkpoint([])
         self.checkpoint.specs |= {
-            name: PartSpec(tuple(tensor.shape), tensor.dtype)
-            for name, tensor in self._expected.items()
-            if name not in self.tied
+            name: PartSpec.of(tensor) for name, tensor in self._expected.items() if name not in self.tied
         }
         self.name_of = {name: name for name in self.checkpoint.specs}
         self.merged = set()

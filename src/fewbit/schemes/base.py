@@ -37,6 +37,10 @@ class PartSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> PartSpec:
+        return cls(tuple(tensor.shape), tensor.dtype)
+
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize

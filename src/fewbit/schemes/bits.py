@@ -57,5 +57,11 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     return torch.stack(lanes, dim=-1).flatten(-2)[..., :n]
 
 
+def words(packed: Tensor) -> Tensor:
+    """Rows of bytes uint8 [R, 4 C] viewed as little-endian words int32 [R, C]."""
+    viewed: Tensor = packed.flatten().view(torch.int32).unflatten(0, (packed.shape[0], -1))
+    return viewed
+
+
 def _word(bits: int) -> torch.dtype:
     return torch.int32 if bits <= 3 else torch.int64

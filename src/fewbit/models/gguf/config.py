@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewbit.checks import is_finite
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.gguf.names import ARCHITECTURES, Architecture, architecture
@@ -195,7 +196,7 @@ class _Metadata:
         """A finite number, as the shortest decimal of the same float32: 1e-05, not 9.999999747378752e-06."""
         value = self.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not is_finite(value):
             raise self.wrong(f"{self.architecture.name}.{key} is {str(value)[:80]}, not a finite number")
         return float(str(np.float32(value)))
 
