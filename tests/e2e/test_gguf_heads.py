@@ -69,3 +69,15 @@ def test_a_base_model_needs_all_of_its_tensors(file: Path, tmp_path: Path) -> No
     for kind in (AutoModel, AutoModelForSequenceClassification):
         with pytest.raises(FormatError, match=r"1 tensors are missing; the first is blk\.1\.ffn_down\.weight"):
             load(kind, tmp_path / "m.gguf")
+
+
+def test_packed_embeddings_are_not_resized(file: Path) -> None:
+    model = load(AutoModelForCausalLM, file)
+    size = model.get_input_embeddings().num_embeddings
+    assert model.resize_token_embeddings(size) is model.get_input_embeddings()
+    with pytest.raises(PlanError, match=r"packed embeddings \(q8_0\) cannot be resized") as raised:
+        model.resize_token_embeddings(size + 8)
+    assert "model.dequantize()" in raised.value.hint
+    plain = model.dequantize()
+    plain.resize_token_embeddings(size + 8)
+    assert plain(gguf_files.ids()).logits.shape[-1] == size + 8

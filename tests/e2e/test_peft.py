@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from peft import get_peft_model
+from peft.tuners.lora import config as lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.integrations import peft as integration
@@ -65,20 +66,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def config(kind: str) -> Any:
+def config(kind: str, **changes: Any) -> Any:
     known: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING
-    return known[kind](task_type="CAUSAL_LM", **(NEEDS.get(kind, _LINEARS) or {}))
+    return known[kind](task_type="CAUSAL_LM", **{**(NEEDS.get(kind, _LINEARS) or {}), **changes})
 
 
-def trained(model: Any, kind: str) -> tuple[Any, Tensor, dict[str, Tensor]]:
+def trained(model: Any, kind: str, **changes: Any) -> tuple[Any, Tensor, dict[str, Tensor]]:
     """The model with an adapter that does something, its logits, and the gradients of the adapter."""
     torch.manual_seed(0)
-    adapted = get_peft_model(model, config(kind))
+    adapted = get_peft_model(model, config(kind, **changes))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn(parameter.shape))
+    torch.manual_seed(2)  # some variants of LoRA draw noise
     out: Any = adapted(input_ids=IDS, labels=IDS)
     out.loss.backward()
     return adapted, out.logits.detach(), {n: p.grad for n, p in adapted.named_parameters() if p.grad is not None}
@@ -99,6 +101,65 @@ def test_every_tuner_reads_the_values(kind: str, spec: str) -> None:
     apart = sum(float((gradients[name] - grad).norm() ** 2) for name, grad in right.items()) ** 0.5
     assert apart <= 1e-4 * sum(float(grad.norm() ** 2) for grad in right.values()) ** 0.5
     _refuses_or_keeps(adapted, logits)
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "miss bat": ("MISS", {"init_weights": "bat"}),
+    "miss mini": ("MISS", {"init_weights": "mini"}),
+    "miss random": ("MISS", {"init_weights": False}),
+    "mica": ("LORA", {"init_lora_weights": "mica"}),
+    "alora": ("LORA", {"alora_invocation_tokens": [3]}),
+    "velora": ("LORA", {"velora_config": lora.VeloraConfig()}),
+    "monteclora": ("LORA", {"monteclora_config": lora.MontecloraConfig()}),
+    "bd-lora": (
+        "LORA",
+        {"use_bdlora": lora.BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["v_proj"], nblocks=2)},
+    ),
+    "dora": ("LORA", {"use_dora": True}),
+    "bias": ("LORA", {"lora_bias": True}),
+    "parameters": ("LORA", {"target_modules": [], "target_parameters": ["q_proj.weight"]}),
+    "rows": ("LORA", {"trainable_token_indices": [3, 4]}),
+    "saved head": ("LORA", {"modules_to_save": ["lm_head"]}),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_tuners_read_the_values(variant: str, spec: str) -> None:
+    kind, changes = VARIANTS[variant]
+    model, twin = packed(spec)
+    adapted, logits, _ = trained(model, kind, **changes)
+    expected = trained(twin, kind, **changes)[1]
+    assert (logits - expected).norm() <= 1e-5 * expected.norm()
+    _refuses_or_keeps(adapted, logits)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "corda", "lora_ga"])
+def test_an_init_that_changes_weights_is_refused(init: str) -> None:
+    with pytest.raises(PlanError, match=f"init_lora_weights='{init}' changes the weights"):
+        trained(packed("nf4")[0], "LORA", init_lora_weights=init)
+
+
+def test_a_variant_that_changes_weights_is_refused() -> None:
+    with pytest.raises(PlanError, match="q_proj is packed, and cannot be changed"):
+        trained(packed("nf4")[0], "LORA", kasa_config=lora.KasaConfig())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_packed_weights_cannot_be_trained(spec: str) -> None:
+    model = packed(spec)[0]
+    said = "packed weights cannot be trained"
+    with pytest.raises(PlanError, match=said) as raised:
+        get_peft_model(copy.deepcopy(model), config("LORA", modules_to_save=["o_proj"]))
+    assert "`modules_to_save`" in raised.value.hint
+    with pytest.raises(PlanError, match=said):
+        model.requires_grad_(True)
+    layer = model.model.layers[0].self_attn.q_proj
+    with pytest.raises(PlanError, match=said):
+        layer.held.requires_grad = True
+    layer.requires_grad_(False)
+    layer.held.requires_grad = False
+    assert not layer.held.requires_grad
 
 
 def _refuses_or_keeps(adapted: Any, logits: Tensor) -> None:

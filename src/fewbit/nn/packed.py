@@ -41,6 +41,22 @@ class Codes(nn.Parameter):
         """Bytes of codes per weight; may be a fraction."""
         return self.nbytes / self.weights if self.weights else 0
 
+    def requires_grad_(self, requires_grad: bool = True) -> Codes:
+        """PlanError if `requires_grad`: codes are integers, which have no gradient."""
+        if requires_grad:
+            raise PlanError(
+                "packed weights cannot be trained: their codes are integers",
+                "Train an adapter beside them; `modules_to_save` may name unquantized modules only. "
+                "Or unpack the model first: model.dequantize().",
+            )
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "requires_grad":
+            self.requires_grad_(value)
+        else:
+            super().__setattr__(name, value)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Codes:
         if id(self) not in memo:
             memo[id(self)] = Codes(self.data.clone(), self.weights)

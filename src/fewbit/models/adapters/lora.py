@@ -21,7 +21,7 @@ from torch import nn
 from fewbit.errors import PlanError
 from fewbit.nn.layers import QEmbedding, QLinear
 
-_INITS = (True, False, "gaussian", "orthogonal", "eva")  # initializations that leave the weight unchanged
+_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")  # initializations that leave the weight unchanged
 
 
 class QLoraLinear(Linear):
@@ -32,11 +32,6 @@ class QLoraLinear(Linear):
         config.fan_in_fan_out = False  # packed weights are always [N, K], also where GPT-2's Conv1D has [K, N]
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.fan_in_fan_out = False
-
-    @property
-    def lora_variants(self) -> dict[tuple[str, ...], Any]:
-        known = super().lora_variants
-        return {key: known[key] for key in ((), ("use_dora",))}
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter. PlanError if its initialization would change the packed weight."""

@@ -46,7 +46,7 @@ from fewbit.models.decoding import decode
 from fewbit.models.decoding.fuse import fuse
 from fewbit.models.experts import is_of_expert, separate, unmerged
 from fewbit.models.linears import is_linear, shape_of
-from fewbit.models.plugin import modules, options, patch_adapters
+from fewbit.models.plugin import modules, options, patch_adapters, patch_resizing
 from fewbit.models.plugin.modules import left_as_they_are, put, put_scales, unpack
 from fewbit.models.plugin.serving import checked, dispatched, own_loader, requested_kernel
 from fewbit.models.plugin.serving import serving as serving
@@ -434,6 +434,7 @@ def register() -> None:
     if not hasattr(quantizers.from_config, "by_fewbit"):
         quantizers.from_config = dispatched(quantizers.from_config, FewbitQuantizer, (_AUTO_ROUND, *_methods()))
     patch_adapters.register()
+    patch_resizing.register()
     if not is_auto_round_available():
         auto.AUTO_QUANTIZER_MAPPING[_AUTO_ROUND] = FewbitQuantizer
     with suppress(ImportError):  # a version of transformers without its own GGUF quantizer needs no replacement
