@@ -406,14 +406,14 @@ def test_a_merge_carries_over_what_has_no_place(packed: bool, tmp_path: Path, ad
     assert packed or "draft/" in done.notes[1]
 
 
-MERGING = ["adding", "block", "block", "writing", "window", "window"]  # first words of the lines
+MERGING = ["adding", "block", "writing", "window"]  # first words of the lines; slow work has more lines
 
 
 def test_merged_and_quantized_again(quantized: Path, adapter: Path, text: Path, place: Path, fewbit: Fewbit) -> None:
     flags = ("--plan", "rtn-4bit", "--text", text, "--length", 32, "--json")
     answer = fewbit("merge", quantized, adapter, "-o", place, *flags)
     assert answer.code == 0, answer.err
-    assert [line.split()[0] for line in answer.err.splitlines()] == MERGING
+    assert [*dict.fromkeys(line.split()[0] for line in answer.err.splitlines())] == MERGING
     assert 0 < answer.json["evaluation"]["kl"]["mean"] < 0.1
     assert answer.json["evaluation"]["perplexity"] < 0.4 * fewbit("evaluate", quantized, *flags[2:]).json["perplexity"]
     assert [p.name for p in place.parent.iterdir()] == ["out"]
@@ -440,7 +440,7 @@ def test_verbs_show_progress_in_a_terminal_only(
     merge()
     assert not capfd.readouterr().err
     said = [record.message for record in caplog.records if record.name == "fewbit.progress"]
-    assert [line.split()[0] for line in said] == MERGING
+    assert [*dict.fromkeys(line.split()[0] for line in said)] == MERGING
     caplog.clear()
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
