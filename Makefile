@@ -76,10 +76,15 @@ $(COMPAT)/%/.ready: pyproject.toml Makefile
 		'$(if $(filter oldest,$*),$(OLDEST),$(NEWEST))'
 	@touch $@
 
+# Source distributions whose tests run over fewbit's layers.
+PEERS := build/peers
+
 # llama.cpp comes as source: with a C++ compiler it is built once, in some minutes, and pip keeps the wheel.
 interop: setup ## the tests against other libraries, which it installs; needs a C++ compiler
 	@CMAKE_ARGS=-DLLAVA_BUILD=OFF $(INSTALL) --no-binary llama-cpp-python -e '.[dev,interop]'
 	@$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --no-deps --no-build-isolation autoawq==0.2.9
+	@$(BIN)/python -m pip download $(QUIET) --disable-pip-version-check --no-deps --no-build-isolation --no-binary :all: \
+		-c constraints.txt -d $(PEERS) peft
 	$(BIN)/python -m pytest -m interop $(ARGS)
 
 fuzz: setup ## five minutes of random changes to GGUF files; nothing but FormatError may come of them
