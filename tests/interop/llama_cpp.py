@@ -132,6 +132,8 @@ class Loaded:
         self._llama = llama = _library()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = 0
+        # Its layouts for one kind of processor: that for AMX ends the process where the system does not grant AMX.
+        params.use_extra_bufts = False
         self._model = llama.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise RuntimeError(f"{path} did not load: {''.join(_said[-5:])}")
