@@ -28,7 +28,16 @@ pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 
 
 def opened(path: Path, **options: Any) -> Any:
-    return llama_cpp.Llama(str(path), n_gpu_layers=0, n_threads=1, verbose=False, **options)
+    defaults = llama_cpp.llama_model_default_params
+
+    def plain() -> Any:  # without layouts for one kind of processor, as in tests.interop.llama_cpp
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", plain)
+        return llama_cpp.Llama(str(path), n_gpu_layers=0, n_threads=1, verbose=False, **options)
 
 
 def tokens(llama: Any, text: str) -> list[int]:
