@@ -118,7 +118,7 @@ NOT_BUILT: dict[str, str] = {
     "qwen4_exp_text": "NoneType",
 }
 _FUSED = "fused experts .* cannot be quantized yet"
-_SPLIT = "into several in loading, which fewbit does not support yet"
+_SPLIT = "into several while loading, which fewbit does not support yet"
 # Types that fewbit refuses, and with what words.
 REFUSED: dict[str, str] = {
     "emu3": "describes no causal LM",

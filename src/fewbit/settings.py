@@ -1,7 +1,7 @@
 """Groups of settings: frozen dataclasses whose fields carry their default, their check and their help.
 
-A group is written once. The Python verbs check by it, its docstring lists its fields, and the command line makes its
-flags from it (`cli/flags.py`).
+Each group is defined once. The checks of the Python verbs, the group's docstring and the flags of the command line
+(`cli/flags.py`) are all made from it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def setting(default: Any, check: Check, help: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """Base class of the groups. Its constructor checks each field; None passes where None is the default."""
+    """Base class of the groups. Its constructor checks each field. If a field's default is None, None is valid."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

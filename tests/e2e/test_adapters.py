@@ -338,7 +338,7 @@ def test_an_adapter_that_is_none(
 
 def test_an_adapter_for_no_reference_is_refused(quantized: Path, adapter: Path, fewbit: Fewbit) -> None:
     answer = fewbit("evaluate", quantized, "--length", 32, "--reference-adapter", adapter)
-    check(answer, 2, "--reference-adapter is for a reference, and there is none", "Give --reference too.")
+    check(answer, 2, "--reference-adapter without --reference", "Give --reference too.")
 
 
 # --- merge ---

@@ -1,4 +1,4 @@
 """The verbs, one file for each file of the command line."""
 
-# Its place before the package exported it.
+# For programs that import it from here: it was public here before `fewbit` exported it.
 from fewbit.texts.calibration import Calibration as Calibration

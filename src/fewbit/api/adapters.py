@@ -51,13 +51,13 @@ def finetune(
     trust_remote_code: bool = False,
     progress: bool | Callable[[int, int, float], None] | None = None,
 ) -> Finetuned:
-    """Train a LoRA on `model`, which stays as it is (QLoRA where it is quantized), into the adapter folder `out`.
+    """Train a LoRA on `model` and write it to the adapter folder `out`, in PEFT's layout. `model` does not change.
 
-    data: a .txt file, or a .jsonl file of {"text"}, {"messages"} or {"prompt", "completion"} lines; of chats the
-    assistant's answers are learned. `out` appears whole or not at all, as PEFT writes it. PlanError before any work for
-    what cannot be, FormatError with file and line for broken data. NumericsError where a loss or gradient is not
-    finite: `out` then holds the adapter as of the last good step, if there was one. dtype of activations and of what
-    is not quantized: float32 on a CPU, the checkpoint's own on a GPU by default.
+    If `model` is quantized, this is QLoRA. data: a .txt file, or a .jsonl file of {"text"}, {"messages"} or
+    {"prompt", "completion"} lines; in chats, only the assistant's answers count in the loss. dtype: of activations and
+    unquantized weights; by default float32 on a CPU, the checkpoint's own on a GPU. `out` is written atomically.
+    PlanError, before any work, for an invalid request; FormatError, with file and line, for broken data; NumericsError
+    if a loss or gradient is not finite: `out` then holds the adapter of the last good step, if there was one.
     """
     elapsed, out = timing.timed(), publish.check_output(out, overwrite=overwrite)
     loading = Loading(machine.device(device), dtype, trust_remote_code=trust_remote_code).exact()
@@ -74,7 +74,7 @@ def finetune(
     for example in every:
         windows.within(torch.tensor(example.ids, dtype=torch.int64, device="cpu"), source.rows, tokenizer, text.name)
     training, held_out = split(every, tuning.held_out, tuning.seed)
-    # SmolLM2, 4 x 128 tokens: 1.0 GB at the peak where pieces below 4 MiB are kept, 0.6 GB so.
+    # Peak for SmolLM2 with 4 x 128 tokens: 0.6 GB; with the default threshold of 4 MiB it is 1.0 GB.
     heap.return_freed(1 << 18)
     from fewbit.models.adapters.train import train  # slow to import, and PEFT is an extra
 
@@ -183,7 +183,7 @@ def merge(
     trained = folded(source) if told is None else told
     if trained is None and base is not None:
         raise PlanError(
-            f"{model} does not say which scales AWQ folded into it, so that its adapters do not fit {base}",
+            f"{model} does not record which scales AWQ folded into it, so its adapters do not fit {base}",
             "Omit `base`: the adapter is then added to the dequantized weights.",
         )
     if trained is None:
@@ -192,7 +192,7 @@ def merge(
     publish.check_not_lost(out, source.origin, source.folder, adapter, *base_folders)
     if origin is not None and origin.quantization is not None:
         raise PlanError(f"`base={origin.name}` is itself quantized", "Give the model that it was quantized from.")
-    # Quantizing and measuring come last. What they would refuse is found now.
+    # Quantizing and measuring come last. Find their errors now, before the work.
     machine.device(device)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if origin is not None:
@@ -232,7 +232,7 @@ def merge(
             )
         finally:
             held.remove()
-        notes = left_behind(origin or source, single_file=False)  # of the rest, `quantize` says what becomes of it
+        notes = left_behind(origin or source, single_file=False)  # `quantize` returns the other notes
         _rename_origin(out, f"{(origin or source).name} with {adapter}")
     return Merged(
         out=str(out),
@@ -256,14 +256,14 @@ def merge(
 
 
 def _recorded_base(source: Source) -> Source | None:
-    """What a quantized model says it was made from, if that is here (a folder, or a model of ours).
+    """The original that a quantized model records, if it is on this machine (a folder) or embedded, else None.
 
     A model that is not quantized is its own base.
     """
     if source.quantization is None and source.gguf is None:
         return source
     name = describe(source).made.get("origin")
-    # A relative name would be another model's in another working directory.
+    # A relative name is ignored: in another working directory it could be another model.
     if not isinstance(name, str) or not (
         name in (DEMO, EMBEDDED) or (Path(name).is_absolute() and Path(name).is_dir())
     ):
@@ -275,7 +275,7 @@ def _recorded_base(source: Source) -> Source | None:
 
 
 def _rename_origin(out: Path, name: str) -> None:
-    """Say in the record and on the card of a quantized model what it was made from: not a folder that is gone."""
+    """Name the real origin in the record and the card of a quantized model, instead of a deleted temporary folder."""
     record: dict[str, Any] = {**read_json(out / "fewbit.json"), "model": name, "origin": None}
     write_json(out / "fewbit.json", record)
     write_text(out / "README.md", card.model_card(record))

@@ -1,4 +1,4 @@
-"""The verbs for choosing a plan: what each would take, and which one to use."""
+"""The verbs for choosing a plan: what each plan costs, and which one to use."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def estimate(
     length: int = Calibration.length,
     trust_remote_code: bool = False,
 ) -> Estimate:
-    """What each plan, or one, makes of `model`: exact bytes, and stated peaks, from its config alone.
+    """Compute the exact bytes and the estimated peak memory of every plan (or of `plan`) from the model's config.
 
-    model: as elsewhere, or a config.json, or a folder without weights; of a Hub name only the config is downloaded.
-    context: tokens of each of `batch` texts, the model's own up to 4096 by default. cache: the type of keys and values
-    (float32, in which activations then are too, bf16, fp8, q8_0 ...). samples, length: of calibration text.
-    PlanError or FormatError if the config does not describe a causal LM.
+    model: as in other verbs; also a config.json, or a folder without weights. For a Hub name, only the config is
+    downloaded. context: tokens of each of `batch` texts; by default the model's context, at most 4096. cache: dtype of
+    the KV cache (bf16, fp8, q8_0 ...; float32: activations are float32 too). samples, length: calibration windows, and
+    tokens in each. PlanError or FormatError if the config does not describe a causal LM.
     """
     source = outlined(model)
     wanted = list(plans.PRESETS.values()) if plan is None else [arguments.plan("plan", plan)]
@@ -72,12 +72,13 @@ def recommend(
     batch: int = 1,
     trust_remote_code: bool = False,
 ) -> Recommendation:
-    """Which plan to use on `model` for a purpose: serving, edge, finetuning, experiment or quality.
+    """Recommend a plan for `model` and a purpose: serving, edge, finetuning, experiment or quality.
 
-    memory: bytes, or text such as 8GB, that weights, cache and activations may take; by default what this machine has
-    (of its first GPU for serving and fine-tuning). target: vllm, llama.cpp or transformers must read it. max_kl: the
-    most KL divergence allowed. report: of `fewbit compare`, the file, its folder, or a `Comparison`: then its
-    measurements decide. PlanError if no plan meets all demands; it names the nearest one.
+    memory: limit for weights, cache and activations, in bytes or as text such as 8GB; by default this machine's memory
+    (for serving, fine-tuning and experiments that of its first GPU, if there is one). target: the program that must
+    read the result: vllm, llama.cpp or transformers. max_kl: largest KL divergence allowed. report: a report of
+    `fewbit compare` to rank by: its file, its folder, or a `Comparison`. PlanError if no plan meets all demands; it
+    names the nearest one.
     """
     if max_kl is not None and not 0 < max_kl < float("inf"):
         raise PlanError(
@@ -106,6 +107,9 @@ def recommend(
 
 
 def methods(report: str | Path | Comparison | None = None) -> tuple[MethodRow, ...]:
-    """The table of all methods: bits, calibration, kernel here, quality (of `report`, else of the priors), best for."""
+    """The table of all methods: bits, calibration, kernel on this machine, quality, best use.
+
+    Quality comes from `report`, or else from the priors in the package.
+    """
     measured = report if isinstance(report, Comparison) or report is None else Comparison.read(report)
     return tables.table(measured, machine.device(None))

@@ -1,8 +1,8 @@
 """Checks the arguments of the Python verbs. An argument means the same in every verb; checks run before any work.
 
-`@checked` decorates each verb. It looks up every parameter by its name in `_CHECKS`, so a value of the wrong type or
-size is one PlanError that names the argument. A parameter without a check is an error when the verb is defined: a new
-one cannot be forgotten. Checks that need the model or the machine stay in the verbs.
+`@checked` decorates each verb. It looks up every parameter by its name in `_CHECKS`. If a value has the wrong type or
+size, it raises one PlanError that names the argument. A parameter without a check is an error when the verb is defined,
+so no check can be forgotten. Checks that need the model or the machine stay in the verbs.
 
 Values of other libraries also work: `torch.device` objects, types by name, path-like objects, NumPy numbers,
 plans as JSON, texts as a list.
@@ -39,7 +39,7 @@ R = TypeVar("R")
 
 Plans: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Plan
 
-SAMPLES = 16  # windows of a text that quality is measured on, unless a verb is told otherwise
+SAMPLES = 16  # default number of windows of a text to measure quality on
 
 
 def checked(verb: Callable[P, R]) -> Callable[P, R]:
@@ -99,7 +99,7 @@ def plan(name: str, value: Any) -> Plan:
         except FormatError as error:
             raise invalid(name, value, f"a plan's JSON: {error.message.removeprefix(f'{name}: ')}") from None
     if not isinstance(value, (str, os.PathLike)):
-        raise invalid(name, value, "a plan by its name, a .json file, a dictionary as of Plan.to_json(), or a Plan")
+        raise invalid(name, value, "a plan's name, a .json file, a dictionary as Plan.to_json() returns, or a Plan")
     return find(str(path(name, value)))
 
 
@@ -108,7 +108,7 @@ def plans(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     if not isinstance(value, Sequence) or not all(isinstance(each, (str, os.PathLike)) for each in value):
-        raise invalid(name, value, "a list of plans, by their names or .json files, or of folders of models")
+        raise invalid(name, value, "a list of plan names, .json files or folders of models")
     return tuple(str(path(name, each)) for each in value)
 
 

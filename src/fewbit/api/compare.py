@@ -68,11 +68,11 @@ from fewbit.texts.calibration import Calibration as Calibration
 PLANS = (ORIGINAL, "int8", "nf4", "gptq-4bit", "awq-4bit", "q4_k_m")
 LENGTH = 512  # tokens in a window of the text that quality is measured on
 PROMPT_TOKENS, NEW_TOKENS = 128, 32  # of what is timed
-_STORY = "Once upon a time"  # what tiny was taught to continue
+_STORY = "Once upon a time"  # a beginning as in the texts that tiny was trained on
 
 
 Told = Callable[[Event], None]
-Wanted: TypeAlias = plans.Plan | Source | None  # a plan, a model that is there already, or the original
+Wanted: TypeAlias = plans.Plan | Source | None  # a plan, an existing model, or (None) the original
 
 
 @checked
@@ -93,11 +93,11 @@ def compare(
 ) -> Comparison:
     """Quantize `model` by each plan, measure the results, and write a report into the folder `out` if it is given.
 
-    plans: names or plan files, folders or .gguf files of models made from `model`; "bf16" is the original, which may be
-    quantized where no plan is to be applied to it. calibration: for the plans that need any. text, samples, length:
-    what quality is measured on, as in `evaluate`. prompt: what each of them continues, as a sample. PlanError before
-    any work for what no plan can have; a plan that fails is a row that says why. What was measured before is reused;
-    again: it is measured anew, and only quantized models are reused.
+    plans: names or plan files, or folders or .gguf files of models made from `model`; "bf16" is the original. `model`
+    itself may be quantized if no plan has to quantize it. calibration: for the plans that need it. text, samples,
+    length: the text to measure quality on, as in `evaluate`. prompt: the text that every model continues, as a sample.
+    Earlier results are reused. again: measure again, and reuse only quantized models. PlanError, before any work, for
+    an invalid argument; if one plan fails, its row says why.
     """
     elapsed, device = timing.timed(), system_machine.device(device)
     calibration = arguments.calibrated(calibration, COMPARED)
@@ -216,7 +216,7 @@ class _Bench:
         text = self.asked.calibrated if _calibrated(plan) else None
         by: Any = [_stats(plan), plan.config] if isinstance(plan, Source) else plan and plan.to_json()
         place = self.base / _digest([self.model, by, text and asdict(text)])
-        with locks.alone(place):  # another comparison may be at the same row, which is then found here
+        with locks.alone(place):  # if another process computes this row, wait for it and reuse its result
             return self._found_or_made(place, server, name, plan, event)
 
     def _found_or_made(self, place: Path, server: Server, name: str, plan: Wanted, event: Event) -> Row:
@@ -224,7 +224,7 @@ class _Bench:
         if not self.again and (before := _read(kept)) is not None:
             try:
                 return replace(parsed(Row, before, str(kept)), plan=name, reused=True)
-            except FormatError:  # damaged: it is measured again
+            except FormatError:  # damaged: measure again
                 kept.unlink()
         told: dict[str, Any] = {}
         output: Path | str | None = None
@@ -242,7 +242,7 @@ class _Bench:
         }
 
         def on_message(said: Mapping[str, Any]) -> None:
-            for message in said.get("told", ()):  # nobody reads what that process warns of
+            for message in said.get("told", ()):  # nobody sees the worker's warnings
                 choose.tell_once(message)
             self.told(_step(event, "measuring", said))
 
@@ -253,7 +253,7 @@ class _Bench:
         return row
 
     def _quantized(self, server: Server, plan: plans.Plan, output: Path, event: Event) -> dict[str, Any]:
-        """Quantize into `output`, or reuse it from the cache. Returns what quantizing took."""
+        """Quantize into `output`, or reuse it from the cache. Returns the row's entries on quantizing."""
         record = output.parent / "quantizing.json"
         if (before := _read(record)) is not None and output.exists():
             return before
@@ -274,7 +274,7 @@ class _Bench:
 
 
 def _step(event: Event, state: str, said: Mapping[str, Any]) -> Event:
-    """What a worker process says of its progress."""
+    """The event for a progress message of a worker process."""
     counted = {name: said[name] for name in ("pid", "unit", "done", "of") if name in said}
     return replace(event, state=state, **counted)
 
@@ -294,7 +294,7 @@ def _asked(
     prompt: str | None,
     trust_remote_code: bool,
 ) -> _Asked:
-    """Everything that all rows share. PlanError or FormatError for what does not fit one of the models."""
+    """Everything that all rows share. PlanError or FormatError if it does not fit one of the models."""
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     models = [source, *(made for made in wanted.values() if isinstance(made, Source))]
     for made in models[1:]:

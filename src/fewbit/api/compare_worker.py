@@ -1,8 +1,8 @@
 """The worker processes of a comparison. Each does one task: quantize a model, or measure one.
 
 `python -m fewbit.api.compare_worker` is their server (`system/processes.py`). They return plain data, in the keys of
-`comparison.Row`. Memory and speed are measured on the model as `fewbit.load` gives it; then the loss, in float32 on a
-CPU as `fewbit evaluate` does, so that it is of the weights and not of how activations are rounded there.
+`comparison.Row`. Memory and speed are those of the model as `fewbit.load` returns it. The loss is measured last, in
+float32 on a CPU as in `fewbit evaluate`: it then shows the error of the weights, not that of rounded activations.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fewbit.system import timing
 from fewbit.system.processes import OnMessage, serve
 from fewbit.texts import calibration
 
-_MOST_RECORDED = 2 << 30  # bytes of logits of the original that are kept on disk; beyond, each row computes them anew
+_MOST_RECORDED = 2 << 30  # bytes of the original's logits to keep on disk; if there are more, each row computes them
 
 
 def quantize(task: Mapping[str, Any], on_message: OnMessage) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def measure(task: Mapping[str, Any], on_message: OnMessage) -> dict[str, Any]:
         model = load_model(source, how.exact())
     told = _windows(on_message, len(windows))
     reference = _reference(task, original, model if source is original else None, windows, told)
-    # The original has said already what it says of the windows.
+    # For the original itself, use the recorded logits: they are already computed.
     found = quality.measure(reference[0] if source is original else model, reference[0], windows, told)
     assert found.kl is not None
     assert found.same_top is not None
@@ -118,7 +118,7 @@ def measure(task: Mapping[str, Any], on_message: OnMessage) -> dict[str, Any]:
 
 
 def prepare(task: Mapping[str, Any]) -> None:
-    """Import what every task needs, and compute nothing: a process that has threads cannot fork."""
+    """Import what every task needs, but compute nothing: computing starts threads, and then forking is not safe."""
     import_code(locate(task["model"]), trust_remote_code=task["trust_remote_code"])
 
 
@@ -149,8 +149,8 @@ def _reference(
 ) -> tuple[Any, Tensor]:
     """The original's logits on the windows, and its hidden states on the first window.
 
-    Logits are recorded once, in a file that is as large as they are and mapped where they are read; where that would be
-    too large it is the original itself. `model` is the original if that is loaded already.
+    Logits are computed once and stored in a file, which is memory-mapped for reading. If the file would be too large,
+    the original itself is returned instead. model: the original, if it is loaded already.
     """
 
     def loaded() -> Any:
@@ -183,7 +183,7 @@ def _reference(
 
 
 def _states(model: Any, windows: Tensor) -> Tensor:
-    """Hidden states [blocks, length, width] that leave each block on the first window; of the last, after the norm."""
+    """Each block's output hidden states on the first window, [blocks, length, width]; the last ones after the norm."""
     with torch.inference_mode():
         out = model(input_ids=windows[:1].to(model.device), use_cache=False, output_hidden_states=True)
     return torch.stack([states[0].float().cpu() for states in out.hidden_states[1:]])

@@ -47,23 +47,23 @@ def evaluate(
     """Measure perplexity of `model` and its distance from `reference`, on disjoint windows of a held-out text.
 
     adapter, reference_adapter: adapter folders for `model` and `reference`.
-    text: a name or a file; by default tiny's own for what was made from it, pydoc for all others.
-    length: tokens of a window, the model's context up to 2048 by default. samples: how many windows, from the start of
-    the text; None: all of them.
-    dtype of activations: float32 on a CPU, the checkpoint's own on a GPU by default. kernel: for `model`, as in `load`.
+    text: a name or a file; default: tiny's own text for models made from tiny, pydoc for all others.
+    length: tokens in a window; default: the model's context, at most 2048. samples: number of windows from the start of
+    the text; None: all.
+    dtype: of activations; default: float32 on a CPU, the checkpoint's own on a GPU. kernel: for `model`, as in `load`.
     """
     elapsed = timing.timed()
     with ranks.joined(device) as device, report_progress.windows(progress) as tell:
         loading = Loading(machine.device(device), dtype, kernel, adapter, trust_remote_code=trust_remote_code).exact()
         if reference_adapter is not None:
             if reference is None:
-                raise PlanError("`reference_adapter` is for a reference, and there is none", "Give `reference` too.")
+                raise PlanError("`reference_adapter` without `reference`", "Give `reference` too.")
             check_adapter(reference_adapter)
         source, original = locate(model), locate(reference) if reference is not None else None
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         if original is not None:
             same_vocabulary(original, source, tokenizer, trust_remote_code)
-        # The original may know a text that a GGUF file made from it has no word for.
+        # Use the original's default text: the metadata of a GGUF file made from it may not name that text.
         wanted = text or sources.own_source((original or source).config)
         models = [source] if original is None else [source, original]
         name, chosen, available = evaluated(models, tokenizer, wanted, length, samples)

@@ -31,14 +31,14 @@ def load(
     compile: bool = False,
     trust_remote_code: bool = False,
 ) -> Any:
-    """The model, its quantized weights packed: what `AutoModelForCausalLM.from_pretrained` gives after `import fewbit`.
+    """Load a model with packed weights. `AutoModelForCausalLM.from_pretrained` does the same after `import fewbit`.
 
-    `kernel` names the one to use throughout (`fewbit list`); KernelError if it cannot serve a weight. `adapter` is the
-    folder of one to put on it, as `peft.PeftModel.from_pretrained` does; PlanError if it was made for another model.
-    `fuse`: multiply once by all weights that read the same tensor, and generate texts of up to so many tokens, prompt
-    included, in a static cache (on a GPU, a CUDA graph for each token); PlanError beyond the model's context.
-    `compile`: on a GPU, let PyTorch compile what is run for a token, at the first token of a size of batch: many
-    seconds, for a step that is shorter; PlanError without `fuse`, and without a GPU.
+    kernel: one kernel for all quantized weights (`fewbit list`); KernelError if it does not support one of them.
+    adapter: folder of a LoRA adapter to attach, as `peft.PeftModel.from_pretrained` does; PlanError if it belongs to
+    another model. fuse: fuse linears that read the same tensor, and generate in a static cache of this many tokens,
+    prompt included (on a GPU, one CUDA graph per token); PlanError beyond the model's context. compile: let PyTorch
+    compile the decoding step at the first use of each batch size; this takes many seconds and makes steps faster.
+    PlanError without `fuse`, or without a GPU.
     """
     loading = Loading(device, dtype, kernel, adapter, fuse, compile, trust_remote_code)
     if loading.device not in (None, "auto"):

@@ -1,4 +1,4 @@
-"""The verbs. Each is short and does its work by asking the parts below it."""
+"""Inspect a model's files."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ from fewbit.texts.calibration import Calibration as Calibration
 
 @checked
 def inspect(model: str | Path) -> Inspection:
-    """What is in a model's files, from their headers alone."""
+    """Describe a model from the headers of its files: schemes, sizes, and how it was made."""
     return describe(locate(model))

@@ -1,8 +1,8 @@
 """Quantize while a model loads: `GPTQConfig` or `AwqConfig` on a model that is not quantized.
 
-The pipeline of `fewbit quantize` works on the checkpoint, a block at a time, and makes a folder; `models.plugin` then
-lets transformers load that in the place of the checkpoint. So the model is never in memory in 16 bits, and a run that
-was killed goes on where it stopped.
+The pipeline of `fewbit quantize` quantizes the checkpoint block by block into a folder. `models.plugin` then makes
+transformers load that folder instead of the checkpoint. So the model is never in memory in 16 bits, and a run that was
+killed resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from fewbit.system import ambient, machine, publish
 from fewbit.texts import sources, windows
 from fewbit.texts.calibration import Calibration
 
-_STRICT = "FEWBIT_STRICT_DATASET"  # in the environment: a text that cannot be had is an error
+_STRICT = "FEWBIT_STRICT_DATASET"  # environment variable: an unavailable text is an error
 _TAKES = "A config takes dataset='c4', 'c4-new' or 'wikitext2', or a list of texts: dataset=[...]."
-_NAMES = {"c4-new": "c4"}  # the two differ in what they evaluate on
+_NAMES = {"c4-new": "c4"}  # they differ only in their evaluation text
 
 
 @ambient.defaults()
@@ -41,7 +41,7 @@ def quantized(
 ) -> Callable[[], None]:
     """Quantize `folder` into the empty folder `out`. The returned function deletes the run's saved blocks.
 
-    Warns of what was changed to make the request fit. PlanError before any work where it cannot.
+    A warning says what was changed to make the request fit the model. PlanError, before any work, if it cannot fit.
     """
     job = Job.prepare(unquantized(folder), request.plan, device, trust_remote_code=trust_remote_code)
     _check(request, job.settled.skeleton)
@@ -89,7 +89,7 @@ def _check(request: Request, skeleton: Skeleton) -> None:
 
 
 def _left(job: Job) -> list[str]:
-    """A sentence about the weights in blocks that the request does not reach; none where they are few."""
+    """At most one warning: how many weights in blocks the request leaves unquantized. Empty if they are few."""
     left: dict[str, int] = {}
     names = dict[str, None]()
     for block in job.settled.skeleton.blocks:
@@ -108,7 +108,7 @@ def _left(job: Job) -> list[str]:
 
 
 def _tokens(request: Request, job: Job) -> Tensor:
-    """Calibration tokens [samples, length]: all of a list of texts, as many windows as usual of a named one."""
+    """Calibration tokens [samples, length]: all windows of a list of texts, the default number of a named text."""
     tokenizer = _tokenizer(request, job)
     context = job.source.context
     if request.length is not None and not 1 < request.length <= context:
@@ -126,7 +126,7 @@ def _tokens(request: Request, job: Job) -> Tensor:
 
 
 def _named_text(name: str, fallback: str) -> sources.Text:
-    """The text called `name`; if the Hub does not give it, `fallback` after a warning, or PlanError if that is set."""
+    """The text called `name`. If it is unavailable, the text `fallback` after a warning; PlanError in strict mode."""
     try:
         return sources.load_text(name, "calibration")
     except sources.SourceUnavailable as error:

@@ -51,10 +51,10 @@ from fewbit.texts.calibration import Calibration as Calibration
 SCHEMA = 1
 
 
-_KEPT = "The quantized blocks are kept in the cache: the same command goes on from there."
+_KEPT = "The quantized blocks are kept in the cache: the same command resumes from there."
 
 
-_NOT_KEPT = ("out", "plan", "peak", "gpu_peak", "anonymous", "sample")  # of a result, in the record beside it
+_NOT_KEPT = ("out", "plan", "peak", "gpu_peak", "anonymous", "sample")  # fields of `Quantized` not in fewbit.json
 
 
 @checked
@@ -92,13 +92,13 @@ def quantize(
         preview = job.preview()
         if ranks.first():
             publish.check_not_lost(out, job.source.origin, job.source.folder, *job.source.files)
-            # Block results, then what is put together from them.
+            # The cache holds the finished blocks, and `out` the output that is made from them.
             publish.check_space({cache_folder(): preview.output_bytes, out.resolve(): preview.output_bytes})
         tokenizer = load_tokenizer(job.source, trust_remote_code=trust_remote_code)
-        # What no file can say of the model is found before any work.
+        # For a GGUF file, this raises the error if GGUF cannot express the model: before any work.
         header = job.header(tokenizer)
         inputs, calibrated = job.inputs(calibration, tokenizer)
-        # What the check after writing asks of the model.
+        # The check after writing generates from these words: check their token ids now.
         words = tokenizer(report_text.FIRST_WORDS, return_tensors="pt")["input_ids"]
         texts_windows.within(words, job.source.rows, tokenizer, repr(report_text.FIRST_WORDS))
         versions = machine.versions()
@@ -144,10 +144,10 @@ def quantize(
                     (made / publish.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
                     (made / "README.md").write_text(card.model_card(record), encoding="utf-8")
                 if written != preview.output_bytes:
-                    raise FormatError(f"{written} bytes were written where {preview.output_bytes} were foreseen")
+                    raise FormatError(f"{written} bytes were written, expected {preview.output_bytes}")
                 try:
                     sample, notes = _reopened(made, tokenizer, machine.device(device), trust_remote_code)
-                except KernelError:  # quantizing took a block at a time, the whole model may not fit the device
+                except KernelError:  # the whole model may not fit the device; one block did
                     sample, notes = _reopened(made, tokenizer, "cpu", trust_remote_code)
             run.forget()
             held = memory.now()
@@ -196,7 +196,7 @@ def imatrix(
     trust_remote_code: bool = False,
     progress: bool | pipeline_progress.Progress | None = None,
 ) -> Measured:
-    """Write the importance matrix of `model` on a calibration text to `out`, a .gguf or .dat file as of llama.cpp."""
+    """Measure the importance matrix of `model` on a calibration text. Writes `out`, llama.cpp's .gguf or .dat file."""
     elapsed, out, calibration = timing.timed(), publish.named(out), arguments.calibrated(calibration)
     if reason := importances.why_not(out):
         raise PlanError(reason, "Give another `out`.")

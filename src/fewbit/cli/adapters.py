@@ -30,7 +30,7 @@ def finetune(
     loading: Annotated[Loading, Fields("device", "trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
-    """Train an adapter (LoRA) on MODEL, quantized or not, which itself stays as it is."""
+    """Train a LoRA adapter on MODEL, quantized or not. MODEL itself does not change."""
     learned = text_of(data) or data
     from fewbit.api import adapters
     from fewbit.report import text as report
@@ -65,7 +65,7 @@ def merge(
     loading: Annotated[Loading, Fields("device", "trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
-    """Add ADAPTER to the weights of MODEL in 16 bits, quantize them again if asked, and compare."""
+    """Add ADAPTER to MODEL's weights in 16 bits, quantize the result if --plan is given, and compare."""
     measured = text_of(text)
     from fewbit.api import adapters
     from fewbit.report import text as report

@@ -29,7 +29,7 @@ def estimate(
     loading: Annotated[Loading, Fields("trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
-    """Tell what every plan would make of MODEL, from its config alone: bytes, memory, and which GPU cards hold it."""
+    """Compute the bytes and memory of every plan for MODEL, and which GPUs hold it, from its config alone."""
     from fewbit.api import advise
     from fewbit.report import advice
 
@@ -75,7 +75,7 @@ def recommend(
     loading: Annotated[Loading, Fields("trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
-    """Tell which plan to use on MODEL for a purpose, why, and what to run."""
+    """Recommend a plan for MODEL and a purpose; say why, and which commands to run."""
     if not table:
         if model is None or purpose is None:
             raise PlanError(
@@ -84,7 +84,7 @@ def recommend(
                 "Purposes: serving, edge, finetuning, experiment, quality.",
             )
         if speed not in (None, "first"):
-            raise PlanError(f"--speed {speed}", "Only --speed first is known.")
+            raise PlanError(f"--speed {speed}", "Only --speed first is valid.")
     from fewbit.api import advise
     from fewbit.report import advice
 

@@ -77,9 +77,9 @@ def _among_others(arguments: list[str]) -> None:
 def main() -> None:
     """The console script. A FewbitError prints as one or two lines and sets the exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Set before torch is imported. OpenMP threads wait by spinning. On a busy machine that slows the thread they wait
-    # for: quantizing tiny beside two busy processes took 72 s, and 40 s with this. On an idle
-    # machine it makes no difference.
+    # Set before torch is imported. Idle OpenMP threads spin, and on a busy machine they take the cores from the thread
+    # that they wait for: quantizing tiny beside two busy processes took 72 s without this limit and 40 s with it. On an
+    # idle machine it makes no difference.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     warnings.showwarning = _note
     for stream in (sys.stdout, sys.stderr):  # escape characters that the locale's encoding lacks; do not crash
@@ -96,7 +96,7 @@ def main() -> None:
         code = app(arguments, obj=options, standalone_mode=False)
         if code == 130:  # typer returns this for an interrupted command
             resumes = (
-                "; the same command goes on where it stopped" if arguments[:1] in (["quantize"], ["compare"]) else ""
+                "; the same command resumes where it stopped" if arguments[:1] in (["quantize"], ["compare"]) else ""
             )
             sys.stderr.write(f"interrupted{resumes}\n")
         sys.exit(code if isinstance(code, int) else 0)
@@ -122,7 +122,7 @@ def main() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             sys.stdout.write(f"{error.format_message()}\n")
         else:
-            sys.stderr.write(f"error: {error.format_message()}\n  fewbit --help tells what there is.\n")
+            sys.stderr.write(f"error: {error.format_message()}\n  fewbit --help lists all commands.\n")
         sys.exit(2)
 
 

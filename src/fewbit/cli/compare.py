@@ -17,7 +17,7 @@ from fewbit.texts.calibration import COMPARED, Calibration
 def compare(
     model: Model = "tiny",
     plans: Annotated[
-        str, typer.Option(help="Plans (fewbit list), .json files or made models, with commas; bf16 is the original.")
+        str, typer.Option(help="Plans (fewbit list), .json files or models, separated by commas; bf16: the original.")
     ] = "bf16,int8,nf4,gptq-4bit,awq-4bit,q4_k_m",
     output: Annotated[
         str | None, typer.Option("-o", "--output", help="Folder to make for the report. Default: none, print only.")

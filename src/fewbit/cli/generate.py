@@ -27,7 +27,7 @@ def generate(
         typer.Option("--fuse", help="Fuse linears that share an input; needs --max-length."),
     ] = False,
     max_length: Annotated[
-        int | None, typer.Option(help="With --fuse: most tokens of prompt and answer. No default.")
+        int | None, typer.Option(help="With --fuse: maximum tokens of prompt and answer. No default.")
     ] = None,
     loading: Annotated[Loading, Fields("compile", "adapter", "device", "kernel", "trust_remote_code")] = Loading(),
     as_json: Json = False,

@@ -10,7 +10,7 @@ from fewbit.cli.options import Json, Model, printed
 
 @checked
 def inspect(model: Model, as_json: Json = False) -> None:
-    """Tell what is in MODEL: schemes, share of parameters, bits per weight, how it was made."""
+    """Show what is in MODEL: schemes, share of parameters, bits per weight, how it was made."""
     from fewbit.api import inspect as api
     from fewbit.report import text as report
 
@@ -31,7 +31,7 @@ def list_(as_json: Json = False) -> None:
 
 
 def doctor(as_json: Json = False) -> None:
-    """Tell what this machine has, which kernels serve it, and what would make it faster."""
+    """Show what this machine has, which kernels work on it, and what would make it faster."""
     from fewbit.advise import doctor as hardware
     from fewbit.report import text as report
 

@@ -33,5 +33,5 @@ def stdin() -> str:
         raise PlanError("- stands for stdin, which is closed", "Give a file.")
     data = sys.stdin.buffer.read()
     if not data:
-        raise PlanError("- stands for stdin, which is empty", "Only one option can read it, and once.")
+        raise PlanError("- stands for stdin, which is empty", "Only one option can read stdin, and only once.")
     return decoded(data, "stdin")

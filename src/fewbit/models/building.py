@@ -47,4 +47,4 @@ def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn
     return empty
 
 
-register_module_parameter_registration_hook(_on_meta)  # type: ignore[arg-type]  # declared without a result
+register_module_parameter_registration_hook(_on_meta)  # type: ignore[arg-type]  # its type stub says that hooks return None

@@ -45,7 +45,7 @@ class Piece:
 
 
 class SeparateExperts(nn.Module):
-    """Mixed into a class of fused experts whose parameters `separate` has moved into one module for each expert."""
+    """Mixin for a class of fused experts, after `separate` has moved its parameters into one module per expert."""
 
     pieces: tuple[Piece, ...]
     leaves: tuple[str, ...]  # names of the gate, up and down linears; without a gate, of up and down
@@ -54,7 +54,7 @@ class SeparateExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' outputs.
 
-        hidden_states: [tokens, H]. top_k_index: int64 [tokens, k]; entries from `count` on choose no expert.
+        hidden_states: [tokens, H]. top_k_index: int64 [tokens, k]; an entry >= `count` selects no expert.
         top_k_weights: [tokens, k].
         """
         tokens, k = top_k_index.shape
@@ -75,7 +75,7 @@ class SeparateExperts(nn.Module):
 
     def run(self, expert: int, x: Tensor) -> Tensor:
         """The output [n, H] of one expert for its tokens [n, H]."""
-        fused: Any = self  # the attributes of the class of the fused experts
+        fused: Any = self  # for mypy: `has_gate`, `act_fn` and so on come from the class of fused experts
         *into, down = (getattr(self.get_submodule(str(expert)), leaf) for leaf in self.leaves)
         if fused.has_gate:
             gate, up = (linear(x) for linear in into)
@@ -88,7 +88,7 @@ class SeparateExperts(nn.Module):
 
 
 class SeparateBatchedExperts(SeparateExperts):
-    """Llama 4's: every expert gets a row for every token, scaled by its weight, which is 0 where it is not chosen."""
+    """For Llama 4: every expert gets every token, scaled by its router weight, which is 0 if it is not chosen."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """The experts' outputs [E · tokens, H] for their rows [E · tokens, H]."""
@@ -96,7 +96,7 @@ class SeparateBatchedExperts(SeparateExperts):
         return torch.cat([self.run(expert, x) for expert, x in enumerate(rows)])
 
 
-# Classes of fused experts without transformers' decorator, which tells how the parameters are laid out.
+# transformers' decorator for fused experts sets attributes that describe their layout. These classes lack it.
 _UNDECORATED: dict[str, tuple[type[SeparateExperts], dict[str, Any]]] = {
     "Llama4TextExperts": (
         SeparateBatchedExperts,
@@ -146,7 +146,7 @@ def separate(model: PreTrainedModel) -> None:
                 own.add_module(leaf, linear)
             module.add_module(str(expert), own)
         module.leaves, module.pieces, module.count = leaves, pieces, len(fused["down_proj"])
-        module._is_hf_initialized = True  # else transformers would draw the fused parameters, which are gone
+        module._is_hf_initialized = True  # else transformers would initialize the removed fused parameters
 
 
 def is_of_expert(name: str) -> bool:
@@ -164,7 +164,7 @@ def unmerged(conversions: Sequence[Any]) -> list[Any]:
 
 
 def split(model: nn.Module, name: str) -> Iterator[tuple[str, int, Piece]]:
-    """The tensors of single experts that the fused tensor `name` of a checkpoint holds: name, expert, piece."""
+    """(name, expert, piece) for each single-expert tensor inside of the fused tensor `name` of a checkpoint."""
     module, _, tensor = name.rpartition(".")
     experts = dict(model.named_modules()).get(module)
     if isinstance(experts, SeparateExperts):

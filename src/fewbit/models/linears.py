@@ -53,5 +53,5 @@ def _computes_product(module: nn.Linear | Conv1D) -> bool:
     try:
         with torch.no_grad():
             return torch.allclose(own(x), expected, rtol=1e-3, atol=1e-3 * k**0.5)
-    except Exception:  # it takes something else than rows of K numbers
+    except Exception:  # its `forward` does not take rows of K numbers
         return False

@@ -147,7 +147,7 @@ def of_metadata(metadata: Mapping[str, Any]) -> Scales:
 def attach(model: Any, scales: Scales | None) -> None:
     """Store the scales on a model that is being loaded; None if they are unknown."""
     setattr(model, _ATTRIBUTE, scales)
-    if scales:  # so that a copy that transformers saves does not pass for the original
+    if scales:  # so that a copy saved by transformers is not taken for the original
         setattr(model.config, _ATTRIBUTE, scales.digest)
 
 

@@ -145,8 +145,8 @@ class Skeleton:
     def passed_through(self, whole: Container[str] = ()) -> Iterator[tuple[str, str, PartSpec]]:
         """(checkpoint name, model name, spec) of every tensor of an output. Tied tensors appear once.
 
-        A tensor that transformers merges from several of the checkpoint's stays apart under their names, unless `whole`
-        contains its model name.
+        If transformers merges several checkpoint tensors into one, they stay separate under their checkpoint names,
+        unless `whole` contains the model name.
         """
         seen = set()
         for key, name in self.name_of.items():
@@ -167,7 +167,7 @@ class Skeleton:
     def stored_names(self, names: list[str]) -> dict[str, str]:
         """Name -> the standard name, which transformers' `save_pretrained` writes.
 
-        Parts of merged tensors, which have the checkpoint's names, keep them.
+        Parts of merged tensors keep their checkpoint names.
         """
         parts = {key for key, name in self.name_of.items() if name in self.merged}
         marked = {name: torch.empty(0, dtype=torch.float32, device="cpu") for name in names if name not in parts}
@@ -310,7 +310,7 @@ class Skeleton:
         if missing and splitting:
             raise PlanError(
                 f"transformers splits the tensor {splitting[0].source_patterns[0]} of a {self.config.model_type} model "
-                "into several in loading, which fewbit does not support yet"
+                "into several while loading, which fewbit does not support yet"
             )
         if missing:
             raise FormatError(
@@ -321,7 +321,9 @@ class Skeleton:
         for key, name in self.name_of.items():
             found, wanted = self.checkpoint.specs[key].shape, tuple(self._expected[name].shape)
             if self._expected[name].is_floating_point() and not self.checkpoint.specs[key].dtype.is_floating_point:
-                raise FormatError(f"{self.source.folder}: {key} has dtype {self.checkpoint.specs[key].dtype}, no float")
+                raise FormatError(
+                    f"{self.source.folder}: {key} has dtype {self.checkpoint.specs[key].dtype}, not a float"
+                )
             if found != wanted and not merged:
                 raise FormatError(
                     f"{self.source.folder}: {key} has shape {list(found)}, config.json requires {list(wanted)}"

@@ -88,8 +88,8 @@ class Source:
         return self._stated("vocab_size")
 
     def _stated(self, *keys: str) -> int | None:
-        """The value of the first of `keys` in config.json, or in its text_config. FormatError if it is no integer
-        above 0."""
+        """The value of the first of `keys` in config.json, or in its text_config. FormatError if it is not an
+        integer above 0."""
         config = self.config
         inner = config.get("text_config")
         for stated in (config, inner if isinstance(inner, dict) else {}):
@@ -184,7 +184,7 @@ def _only_gguf(folder: Path) -> Path | None:
 
 
 def _config_of(path: Path) -> dict[str, Any]:
-    """The config of a GGUF file, cached: to read the file's vocabulary takes long."""
+    """The config of a GGUF file, cached, because reading the file's vocabulary takes long."""
     return _read_config_of(path, path.stat().st_mtime_ns)
 
 

@@ -175,13 +175,13 @@ def _object(data: Any, where: str, known: Sequence[str], needed: Sequence[str]) 
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise PlanError(f"{where} is {reprlib.repr(value)}", "Give a text.")
+        raise PlanError(f"{where} is {reprlib.repr(value)}", "Give a string.")
     return value
 
 
 def _option(value: Any, where: str) -> str:
     if not isinstance(value, (str, int, float)):
-        raise PlanError(f"{where} is {reprlib.repr(value)}", "Give a number, a text, true or false.")
+        raise PlanError(f"{where} is {reprlib.repr(value)}", "Give a number, a string, true or false.")
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -219,7 +219,7 @@ def find(name: str) -> Plan:
 
 
 def find_all(names: Iterable[str], *, but: str) -> dict[str, Plan | Path | None]:
-    """Name -> plan; or None for the name `but`; or the path, if the name is an existing path such as a model's.
+    """Name -> its plan. The name `but` maps to None. An existing path, such as a model's, maps to that path.
 
     One PlanError lists all names that do not exist.
     """
@@ -232,7 +232,7 @@ def find_all(names: Iterable[str], *, but: str) -> dict[str, Plan | Path | None]
             continue
         try:
             plan = None if name == but else find(name)
-            # A file's plan goes by the name that it gives itself, unless another has it.
+            # A plan from a file is listed under the name in the file, unless that name is taken.
             found[name if plan is None or plan.name in found else plan.name] = plan
         except PlanError as error:
             unknown.append(error.message)

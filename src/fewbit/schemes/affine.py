@@ -56,7 +56,7 @@ from fewbit.schemes.base import (
     usable,
 )
 
-_CHUNK = {"cpu": 1 << 20}  # entries searched at a time; elsewhere enough that launches take no part of the time
+_CHUNK = {"cpu": 1 << 20}  # entries searched at a time; on a GPU more, so that kernel launches cost little
 
 
 @dataclass(frozen=True)

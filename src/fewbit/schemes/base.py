@@ -260,7 +260,7 @@ def refit_scales(
 
 
 def vanished(scheme: Scheme, w: Tensor, values: Tensor) -> int:
-    """Groups of `w` [rows, K] that are not zero and whose stored `values` all are: smaller than any scale can say."""
+    """Number of groups of `w` [rows, K] that became 0: too small for any scale, so all of their `values` are 0."""
     k = w.shape[1]
     group = scheme.group if scheme.group and k % scheme.group == 0 else k
     gone = w.unflatten(1, (-1, group)).any(-1) & ~values.unflatten(1, (-1, group)).any(-1)

@@ -71,10 +71,10 @@ from fewbit.system import ambient
 
 NESTED = 256  # scales in a block of double quantization
 BLOCKS = tuple(2**p for p in range(5, 13))
-_SMALLEST = 1e-38  # what bitsandbytes puts in place of a smaller absmax before it divides
-# Entries worked on at a time. They stay in a core's cache, and steps on fewer than 32768 are not shared among threads:
-# where another process has the second core, waiting for it after each small step took ten times as long as the work.
-# A GPU gets so many that launches take no part of the time.
+_SMALLEST = 1e-38  # bitsandbytes raises a smaller absmax to this before it divides
+# Entries processed at a time. On a CPU they stay in a core's cache, and PyTorch does not split operations on fewer than
+# 32768 entries over threads. That is faster here: with another process on the second core, waiting for that core's
+# thread took ten times as long as the work. A GPU gets more entries, so that kernel launches cost little.
 _CHUNK = {"cpu": 7 << 12}
 _BINS = 4096  # of the lookup that finds the nearest level; no bin holds two midpoints
 

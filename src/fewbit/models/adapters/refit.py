@@ -63,7 +63,7 @@ def fit(model: nn.Module, adapter: str, config: Any, folder: Path | None) -> Non
     if base is not None and str(base) != config.base_model_name_or_path and not _recorded(folder):
         warnings.warn(
             f"the adapter {folder or adapter} names its model {config.base_model_name_or_path!r}, which is taken to be "
-            f"{base}: the adapter is fitted to the AWQ scales there",
+            f"{base}: the adapter is rescaled from that model's AWQ scales",
             stacklevel=3,
         )
     if reason := _why_not(config):

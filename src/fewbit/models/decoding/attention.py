@@ -48,7 +48,7 @@ def grouped_queries() -> Iterator[None]:
 
 
 def _of_thread(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    # A compiler does not trace context variables, and `attend` does nothing of its own while one traces.
+    # A compiler cannot trace context variables. It does not need this one: `attend` differs only outside of tracing.
     grouped = not torch.compiler.is_compiling() and _grouped.get()
     out: tuple[Tensor, None] = (attend if grouped else sdpa_attention_forward)(*args, **kwargs)
     return out

@@ -25,7 +25,7 @@ from fewbit.models.decoding.exclusive import exclusive
 from fewbit.models.decoding.graph import Compiled, Graph
 from fewbit.models.decoding.loop import Loop, can_serve
 
-_CLOSE = 0.05  # relative distance of logits in bfloat16, summed over more positions
+_CLOSE = 0.05  # relative distance of logits at which they count as equal: in bfloat16, longer sums round differently
 # The argument that holds the cache, which transformers renamed in 5.24. A call with the old name warns there.
 _PREPARES = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _PREPARES else "past_key_values"

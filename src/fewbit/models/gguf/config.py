@@ -266,7 +266,9 @@ def _scaling(config: Any, rope: Mapping[str, Any]) -> dict[str, Any]:
 def _window(config: Any, arch: Architecture) -> dict[str, Any]:
     types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if window is None or (types is not None and "sliding_attention" not in types):
-        return {"attention.sliding_window": 0} if arch.no_window else {}  # without it, llama.cpp sees another model
+        return (
+            {"attention.sliding_window": 0} if arch.no_window else {}
+        )  # without the key, llama.cpp may assume a window
     found: dict[str, Any] = {"attention.sliding_window": window}
     if arch.period:
         sliding = [kind == "sliding_attention" for kind in types or ()]
@@ -349,7 +351,7 @@ def _of_factors(keys: _Metadata, theta: float, width: int) -> dict[str, Any]:
     for high in (4.0, 2.0, 8.0, 16.0, 32.0):
         for original in (1 << power for power in range(5, 21)):
             rope |= {"low_freq_factor": 1.0, "high_freq_factor": high, "original_max_position_embeddings": original}
-            # Fails if no frequency is low enough to reach the full factor: the list then lacks it.
+            # No match if no frequency is low enough to be divided by the full factor: the file then lacks that factor.
             if torch.allclose(_llama3(rope, width), wanted, rtol=1e-3):
                 return rope
     raise keys.wrong("rope_freqs.weight contains factors of a scaling other than llama3's")

@@ -89,7 +89,8 @@ class Architecture:
     keys: Mapping[str, str] = field(default_factory=dict)  # names in config.json that differ from Llama's
     fixed: Mapping[str, Any] = field(default_factory=dict)  # further entries of config.json
     epsilon: str = "attention.layer_norm_rms_epsilon"  # the file's key
-    biases: Mapping[str, str] = field(default_factory=dict)  # entry of config.json -> the tensor whose presence it says
+    # entry of config.json -> tensor of the file; the entry is true if the file has the tensor
+    biases: Mapping[str, str] = field(default_factory=dict)
     tied: bool = False  # the output head is always the embedding
     # Positions
     partial_rotary: bool = False  # RoPE may rotate only the first columns of a head
@@ -97,7 +98,7 @@ class Architecture:
     original_context: bool = False  # config.json has the length before RoPE was scaled
     # Sliding windows
     window: bool = False  # all layers may have one
-    no_window: bool = False  # the file says that there is none
+    no_window: bool = False  # a file needs a key to say that there is no window
     period: int = 0  # every n-th layer has full attention and the others have a window; 0 without such layers
     default_window: bool = False  # a file without a key for the window has one
     # Number of layers of the model whose queries are scaled by hidden / heads instead of the width of a head

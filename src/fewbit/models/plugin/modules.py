@@ -40,7 +40,7 @@ def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *,
 
 
 def separate_experts(model: PreTrainedModel, files: Sequence[str]) -> bool:
-    """Give experts linears of their own, if these files name the weights of each expert. Whether they do."""
+    """Give experts linears of their own, if these files name the weights of each expert. True if they do."""
     specs = [read_specs(Path(file)) for file in files if file.endswith(".safetensors")]
     found = any(is_of_expert(name) for names in specs for name in names)
     if found:

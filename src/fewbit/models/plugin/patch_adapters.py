@@ -1,6 +1,7 @@
-"""Adapters of transformers' own models (`add_adapter`, `load_adapter`, `save_pretrained`) and the scales of AWQ.
+"""Makes transformers' own `load_adapter` and `save_pretrained` handle the scales of AWQ.
 
-They are fitted and recorded as those of PEFT's `PeftModel` (`models/adapters/refit.py`).
+They rescale an adapter when it is loaded, and record the scales when it is saved. `models/adapters/refit.py` does the
+same for PEFT's `PeftModel`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fewbit.models import scales
 
 
 def _fitting(theirs: Any) -> Any:
-    """transformers' `load_adapter`, which then refits the adapter to the model's scales, as in PEFT's own loader."""
+    """Wrap transformers' `load_adapter` (`theirs`): after loading, rescale the adapter to the model's scales."""
 
     @wraps(theirs)
     def load_adapter(self: Any, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any) -> Any:
@@ -32,7 +33,7 @@ def _fitting(theirs: Any) -> Any:
 
 
 def _recording(theirs: Any) -> Any:
-    """transformers' `save_pretrained`, which then records the model's scales beside an adapter, as in PEFT's own."""
+    """Wrap transformers' `save_pretrained` (`theirs`): after saving an adapter, record the model's scales beside it."""
 
     @wraps(theirs)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:

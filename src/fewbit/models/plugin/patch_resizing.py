@@ -1,4 +1,4 @@
-"""`resize_token_embeddings` of transformers' models, which cannot resize packed embeddings: a sentence says so."""
+"""Makes transformers' `resize_token_embeddings` raise a clear error for packed embeddings, which cannot be resized."""
 
 from __future__ import annotations
 

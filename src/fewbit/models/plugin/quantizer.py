@@ -234,8 +234,8 @@ class FewbitQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: Any, *rest: Any) -> Any:
         """Transformers calls this once per load: after it has built the model, and before it reads the files.
 
-        So this is where a checkpoint that needs calibration is quantized: earlier, all new tensors would be on the
-        meta device. The rules for renaming then belong to the files that this has made.
+        So a checkpoint that needs calibration is quantized here. Earlier, all new tensors would be on the meta device.
+        The returned rules are for renaming the tensors of the quantized files.
         """
         self._quantize_checkpoint(weight_conversions)
         theirs: Any = super().update_weight_conversions  # newer versions also pass the model

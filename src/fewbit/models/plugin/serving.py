@@ -45,8 +45,8 @@ def requested_kernel() -> str | None:
 
 
 def dispatched(theirs: Any, ours: Callable[..., Any], methods: Container[str]) -> Any:
-    """`AutoHfQuantizer.from_config`, `theirs`, with a check first: inside `serving`, `ours` makes the quantizers for
-    the quantization methods `methods`."""
+    """Wrap `AutoHfQuantizer.from_config` (`theirs`). Inside `serving`, `ours` makes the quantizer instead if the
+    quantization method is in `methods`."""
     inner = theirs.__func__
 
     @wraps(inner)
@@ -65,7 +65,7 @@ def dispatched(theirs: Any, ours: Callable[..., Any], methods: Container[str]) -
 
 
 def checked(theirs: Any) -> Any:
-    """transformers' `supports_quant_method`, which first raises an error that says why a config is not supported."""
+    """Wrap transformers' `supports_quant_method` (`theirs`): first raise an error for a config fewbit cannot read."""
 
     def supports(config: Any) -> bool:
         foreign.check(getattr(config, "to_dict", lambda: config)())
