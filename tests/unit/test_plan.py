@@ -290,7 +290,7 @@ def test_one_cause_in_many_tensors_is_one_line() -> None:
     with pytest.raises(PlanError) as error:
         resolve(find("gptq-4bit").changed(scheme="int4-g128-sym"), shapes)
     first, alike, alone = error.value.message.split("\n")
-    assert first == "25 of 26 tensors cannot be stored as asked:"
+    assert first == "25 of 26 tensors cannot be stored as requested:"
     assert alike.startswith("  24 tensors, model.layers.0-7.self_attn.q_proj, model.layers.0-7.self_attn.k_proj")
     assert "[576 x 576, 192 x 576, 1536 x 576]: " in alike
     assert alone.startswith("  model.layers.3.mlp.down_proj [576 x 1500]: ")

@@ -126,7 +126,7 @@ def progress(name: str, value: Any) -> Any:
 
 
 def tuning(name: str, value: Any) -> Tuning:
-    from fewbit.models.adapters.tuning import Tuning  # which checks its own fields by this module
+    from fewbit.models.adapters.tuning import Tuning  # its constructor has checked the fields
 
     if not isinstance(value, Tuning):
         raise invalid(name, value, "a fewbit.Tuning")

@@ -215,5 +215,5 @@ def _parse(text: str, default: Any, option: str) -> Any:
 
 
 def in_compute_dtype(w: Tensor) -> Tensor:
-    """`w` in the dtype for computation: float64 stays, all else becomes float32. It may be `w` itself: do not write."""
+    """`w` in the dtype for computation: float64 stays, other dtypes become float32. May return `w` itself."""
     return w.to(torch.float64 if w.dtype == torch.float64 else torch.float32)

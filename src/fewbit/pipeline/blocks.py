@@ -266,7 +266,7 @@ def _lost(scheme: Scheme, weight: Tensor, quantized: QTensor, stats: Stats | Non
     hessian = None if stats is None or stats.need < Need.HESSIAN or not stats.rows else stats.hessian
     lost = Lost()
     # Chunks on the CPU are small: decoded values stay in a core's cache until they are compared, and PyTorch does not
-    # split such small operations over threads, which is slower if other cores are busy. A GPU needs few launches.
+    # split the operations over threads. Splitting is slower if other cores are busy. A GPU needs few launches.
     entries = 7 << 12 if hessian is None and weight.device.type == "cpu" else 1 << 22
     for rows in chunk_rows(*quantized.shape, entries):
         part = weight[rows].float()

@@ -127,9 +127,9 @@ def unquantized(model: str | Path, safetensors_only: bool = False) -> Source:
 
 @contextmanager
 def rehearsed(source: Source, plan: plans.Plan, device: Device, *, trust_remote_code: bool = False) -> Iterator[Job]:
-    """A job for `source` with its weights unpacked, if they are packed. It is for checks before these weights exist.
+    """A job for checks of a plan, before `source` is unpacked: if its weights are packed, as if they were unpacked.
 
-    PlanError where the plan does not fit.
+    PlanError if the plan does not fit.
     """
     if source.quantization is None:
         yield Job.prepare(source, plan, device, trust_remote_code=trust_remote_code)
@@ -243,7 +243,7 @@ def left_behind(source: Source, *, single_file: bool) -> list[str]:
     names = [path.name + "/" for path in folders_left_out(folder)]
     if single_file:
         names += [str(file) for file in side_files(folder) if not _IN_GGUF.fullmatch(str(file))]
-        if not source.hosted and (card := card_of(folder)) is not None:  # the card of a hosted model is not lost
+        if not source.hosted and (card := card_of(folder)) is not None:  # the Hub, or fewbit, still has the card
             names.append(card.name)
     names += [file.name for file in other_weights(folder) if file.name not in used]
     if not names:

@@ -98,7 +98,7 @@ def _to(device: torch.device | str) -> Callable[[Any], Any]:
 
 
 class BlockFold(Fold):
-    """One link of a materialized block in float32. It records the outputs that depend on its readers, on `batches`."""
+    """One link of a materialized block in float32. On `batches`, it records the outputs that its readers affect."""
 
     def __init__(self, skeleton: Skeleton, block: str, link: Link, batches: list[tuple[BlockCall, Tensor]]) -> None:
         self.readers = tuple(f"{block}.{name}" for name in link.readers)

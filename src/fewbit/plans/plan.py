@@ -211,7 +211,7 @@ def find(name: str) -> Plan:
             return Plan.from_json(read_json(Path(name)))
         except OSError as error:
             raise PlanError(f"plan file {name}: {error.strerror}") from None
-        except FormatError as error:  # the file is the request
+        except FormatError as error:  # the user wrote the plan file: a PlanError, as for an invalid argument
             raise PlanError(f"plan file {error.message}", error.hint) from None
         except PlanError as error:
             raise PlanError(f"plan file {name}: {error.message}", error.hint) from None
@@ -396,13 +396,13 @@ def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
 def _listed(refused: Mapping[str, str], wanted: Mapping[str, Assignment], total: int) -> str:
     groups = _by_reason(refused)
     if len(refused) == total > 1 and len(groups) == 1:
-        return f"none of {total} tensors can be stored as asked: {next(iter(groups))}"
+        return f"none of {total} tensors can be stored as requested: {next(iter(groups))}"
     lines = []
     for why, modules in groups.items():
         shapes = dict.fromkeys("{} x {}".format(*wanted[module].shape) for module in modules)
         count = f"{len(modules)} tensors, " if len(modules) > 1 else ""
         lines.append(f"  {count}{in_short(modules)} [{', '.join(shapes)}]: {why}")
-    return "\n".join([f"{len(refused)} of {total} tensors cannot be stored as asked:", *lines])
+    return "\n".join([f"{len(refused)} of {total} tensors cannot be stored as requested:", *lines])
 
 
 def _what_fits(wanted: Mapping[str, Assignment], format: Format) -> str:

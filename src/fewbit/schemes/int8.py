@@ -52,7 +52,7 @@ from fewbit.schemes.base import (
 )
 
 THRESHOLD = 6.0
-_STEP = 1 / 127  # rounded to float32 wherever it meets one
+_STEP = 1 / 127  # float64; rounded to float32 in products with float32 tensors
 
 
 @dataclass(frozen=True)

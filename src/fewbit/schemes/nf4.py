@@ -158,7 +158,7 @@ def _pairs(kind: str, device: torch.device) -> Tensor:
 def _scale_blocks(flat: Tensor, first: int, block: int, scale: Tensor, *, divide: bool = False) -> Tensor:
     """Multiply (or divide) entries by the `scale` of their block, in place.
 
-    flat: entries `first` and following of a flattened tensor that is cut into blocks. scale: one for each block that
+    flat: the entries from `first` on of a flattened tensor that is cut into blocks. scale: one for each block that
     they touch. Division by a scale of 0 gives 0.
     """
     if divide:
@@ -211,7 +211,7 @@ class Nested:
         return codes.masked_fill_(top == 0, 0)
 
     def decode(self, codes: Tensor, first: int = 0) -> Tensor:
-        """Scales of the block `first` and following from their codes."""
+        """Scales of the blocks from `first` on, from their codes."""
         maxima = self.maxima[first // NESTED :]
         return _scale_blocks(self.map.index_select(0, codes.int()), first, NESTED, maxima).add_(self.offset)
 
