@@ -191,7 +191,7 @@ def test_a_copy_without_scales_is_not_taken_for_the_original(place: Path, tmp_pa
         assert apart(models.logits(found, IDS), wanted) < EXACT
     adapter = shutil.copytree(place / "adapter-awq", tmp_path / "adapter")
     (adapter / "fewbit.json").unlink()
-    with pytest.raises(PlanError, match="does not say which scales AWQ folded"):
+    with pytest.raises(PlanError, match="does not record which scales AWQ folded"):
         package.merge(tmp_path / "packed", adapter, tmp_path / "out", base=place / "model")
 
 
