@@ -1,4 +1,4 @@
-"""A run that is killed leaves nothing beside the output, and the same command goes on where it stopped."""
+"""A run that is killed leaves nothing beside the output, and the same command resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_it_goes_on_where_it_stopped(
     if how == signal.SIGINT:
         assert code == 130
         assert "Traceback" not in said
-        assert "the same command goes on" in said
+        assert "the same command resumes" in said
     assert quantized(model, place, wanted) == ([True, True, False, False] if where == "blocks" else [True] * BLOCKS)
     assert list(place.parent.iterdir()) == [place]
     assert not list(own_cache.glob("runs/*"))

@@ -53,7 +53,9 @@ def merge(
     model: Model,
     adapter: Annotated[str, typer.Argument(help="Folder of the adapter.")],
     output: Annotated[str, typer.Option("-o", "--output", help="Folder to make.")],
-    base: Annotated[str | None, typer.Option(help="Original of MODEL. Default: the one that its fewbit.json names.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Original of MODEL. Default: the one that its fewbit.json names.")
+    ] = None,
     plan: Annotated[str | None, typer.Option(help="Plan for quantizing the result. Default: not quantized.")] = None,
     calibration: Annotated[Calibration, Fields(text="calibration")] = Calibration(),
     text: Text = None,
