@@ -215,5 +215,5 @@ def _parse(text: str, default: Any, option: str) -> Any:
 
 
 def in_compute_dtype(w: Tensor) -> Tensor:
-    """`w` in the dtype for computation: float64 stays, other dtypes become float32. May return `w` itself."""
+    """`w` in the dtype for computation: float64 stays, other dtypes become float32. Read-only: may be `w` itself."""
     return w.to(torch.float64 if w.dtype == torch.float64 else torch.float32)

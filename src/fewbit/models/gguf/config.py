@@ -266,9 +266,8 @@ def _scaling(config: Any, rope: Mapping[str, Any]) -> dict[str, Any]:
 def _window(config: Any, arch: Architecture) -> dict[str, Any]:
     types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if window is None or (types is not None and "sliding_attention" not in types):
-        return (
-            {"attention.sliding_window": 0} if arch.no_window else {}
-        )  # without the key, llama.cpp may assume a window
+        # Without the key, llama.cpp may assume a window.
+        return {"attention.sliding_window": 0} if arch.no_window else {}
     found: dict[str, Any] = {"attention.sliding_window": window}
     if arch.period:
         sliding = [kind == "sliding_attention" for kind in types or ()]
