@@ -258,12 +258,15 @@ def test_a_training_that_cannot_be(
     assert not list(place.parent.iterdir())
 
 
-def test_an_output_that_is_in_the_way(model: Path, text: Path, place: Path, fewbit: Fewbit) -> None:
+def test_an_output_that_is_in_the_way(
+    model: Path, text: Path, place: Path, quantized: Path, adapter: Path, fewbit: Fewbit
+) -> None:
     check(fewbit("finetune", model, "--data", "absent.txt", "-o", place), 2, "absent.txt")
     place.mkdir()
     check(fewbit("finetune", model, "--data", text, "-o", place), 2, str(place), "--overwrite")
     check(fewbit("finetune", model, "--data", text, "-o", model, "--overwrite"), 2, str(model), "lost")
-    check(fewbit("merge", model, place, "-o", place, "--overwrite"), 2, str(place), "lost")
+    check(fewbit("merge", model, place, "-o", place, "--overwrite"), 3, str(place), "adapter_config.json")
+    check(fewbit("merge", quantized, adapter, "-o", adapter, "--overwrite"), 2, str(adapter), "lost")
 
 
 def test_without_peft_it_says_what_to_install(

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import fewbit
-from fewbit.errors import FormatError, PlanError
+from fewbit.errors import FormatError
 from fewbit.plans.plan import Plan, Rule
-from tests import models
+from tests import architectures, models
 
 
 @pytest.fixture(scope="module")
@@ -205,11 +204,11 @@ def test_another_back_end_of_transformers(tmp_path: Path, text: Path) -> None:
     assert measured.inspection.format == "fp8"
 
 
-def test_a_hybrid_is_refused_for_a_true_reason(tmp_path: Path) -> None:
-    config = transformers.Lfm2Config(
-        vocab_size=models.VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, layer_types=["conv", "full_attention"],
-    )  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
-    with pytest.raises(PlanError, match=r"\.conv\.conv\.weight has shape .* \(0\.\d% of the blocks' parameters\)"):
-        fewbit.quantize(tmp_path / "m", tmp_path / "q", plan="nf4")
+def test_convolutions_of_a_hybrid_stay_as_they_are(tmp_path: Path) -> None:
+    folder = architectures.save(tmp_path / "m", "lfm2_moe")
+    fewbit.quantize(folder, tmp_path / "q", plan="nf4", device="cpu")
+    before, after = models.tensors_of(folder), models.tensors_of(tmp_path / "q")
+    convolutions = [name for name in before if name.endswith(".conv.conv.weight")]
+    assert convolutions
+    for name in convolutions:
+        assert torch.equal(after[name], before[name])

@@ -152,7 +152,7 @@ def test_autocast_is_obeyed_as_by_any_linear() -> None:
 
 def test_what_would_change_the_weights_is_refused() -> None:
     model = packed(SPECS[0])[0]
-    for init in ("pissa", "olora", "mica"):
+    for init in ("pissa", "olora"):
         with pytest.raises(PlanError, match=init):
             get_peft_model(copy.deepcopy(model), LoraConfig(target_modules="all-linear", init_lora_weights=init))
     with pytest.raises(PlanError) as refusal:
