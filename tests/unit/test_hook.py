@@ -113,6 +113,7 @@ def test_help_draws_nothing() -> None:
         "import fewbit; from transformers import AutoModelForCausalLM",
         "from transformers import PreTrainedModel; import fewbit",
         "import fewbit.models.plugin.quantizer",
+        "import fewbit.models.experts",
     ],
 )
 def test_either_may_come_first(first: str) -> None:

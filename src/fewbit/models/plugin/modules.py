@@ -13,7 +13,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fewbit.errors import FormatError
 from fewbit.formats.containers.safetensors import read_specs
-from fewbit.models.experts import is_of_expert, separate
+from fewbit.models import experts
 from fewbit.models.linears import LINEARS, shape_of
 from fewbit.nn.fused import packed_linears
 from fewbit.nn.layers import QEmbedding, QLinear
@@ -42,9 +42,9 @@ def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *,
 def separate_experts(model: PreTrainedModel, files: Sequence[str]) -> bool:
     """Give experts linears of their own, if these files name the weights of each expert. True if they do."""
     specs = [read_specs(Path(file)) for file in files if file.endswith(".safetensors")]
-    found = any(is_of_expert(name) for names in specs for name in names)
+    found = any(experts.is_of_expert(name) for names in specs for name in names)
     if found:
-        separate(model)
+        experts.separate(model)
     return found
 
 

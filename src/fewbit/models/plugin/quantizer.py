@@ -41,10 +41,9 @@ from fewbit.errors import FewbitError, FormatError, KernelError, NumericsError, 
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.containers import pickle
 from fewbit.formats.containers.safetensors import files_in, read_specs
-from fewbit.models import as_read, foreign, scales
+from fewbit.models import as_read, experts, foreign, scales
 from fewbit.models.decoding import decode
 from fewbit.models.decoding.fuse import fuse
-from fewbit.models.experts import is_of_expert, separate, unmerged
 from fewbit.models.linears import is_linear, shape_of
 from fewbit.models.plugin import modules, options, patch_adapters, patch_resizing
 from fewbit.models.plugin.modules import left_as_they_are, put, put_scales, unpack
@@ -171,8 +170,8 @@ class FewbitQuantizer(HfQuantizer):
         for file in checkpoint_files:
             specs |= read_specs(Path(file))
         named = _renamed(model, specs)
-        if any(is_of_expert(name) for name in self.format.find(self.config, named)):
-            separate(model)
+        if any(experts.is_of_expert(name) for name in self.format.find(self.config, named)):
+            experts.separate(model)
             self.separated = True
             named = _renamed(model, specs)
         suffixes: set[str] = set()
@@ -240,7 +239,7 @@ class FewbitQuantizer(HfQuantizer):
         self._quantize_checkpoint(weight_conversions)
         theirs: Any = super().update_weight_conversions  # newer versions also pass the model
         rules = theirs(weight_conversions, *rest)
-        return unmerged(rules) if self.separated else rules
+        return experts.unmerged(rules) if self.separated else rules
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
         """The rules for renaming the tensors of the format. Transformers adds them to those of the model."""
