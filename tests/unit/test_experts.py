@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import fewbit
+from fewbit.errors import FormatError
 from fewbit.models import experts
 from fewbit.models.linears import is_linear
-from tests import architectures
+from tests import architectures, models
 
 # Gate and up one after the other; transposed, alternating, with biases; no gate; transposed; names of Mixtral.
 LAYOUTS = ("qwen3_moe", "gpt_oss", "nemotron_h", "aria_text", "mixtral")
@@ -118,3 +123,32 @@ class Grouped(nn.Linear):
 )
 def test_a_subclass_is_a_linear_if_it_computes_like_one(module: nn.Module, linear: bool) -> None:
     assert is_linear(module) is linear
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_a_fused_tensor_with_another_number_of_experts(count: int, tmp_path: Path) -> None:
+    folder = architectures.save(tmp_path, "gpt_oss")
+    file, key = folder / "model.safetensors", "model.layers.0.mlp.experts.down_proj"
+    tensors = load_file(file)
+    own = tensors[key]
+    save_file({**tensors, key: own.repeat(2, 1, 1)[:count].contiguous()}, file, metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=rf"{key} has shape \[{count}, .*must be 4, the number of experts"):
+        fewbit.quantize(folder, tmp_path / "out", plan="nf4", device="cpu")
+
+
+def test_awq_scales_an_expert_that_some_windows_reach(tmp_path: Path) -> None:
+    folder = architectures.save(tmp_path / "model", "qwen3_moe")
+    calibration = fewbit.Calibration([models.sentences(60)], samples=16, length=1)
+    fewbit.quantize(folder, tmp_path / "out", plan="awq-4bit", calibration=calibration, device="cpu")
+    record = json.loads((tmp_path / "out" / "fewbit.json").read_text("utf-8"))
+    assert not any("calibration input reached" in note for tensor in record["tensors"] for note in tensor["notes"])
+
+
+def test_awq_rounds_an_expert_that_no_token_reached(tmp_path: Path) -> None:
+    folder = architectures.save(tmp_path / "model", "qwen3_moe")
+    calibration = fewbit.Calibration([models.sentences(60)], samples=1, length=1)
+    fewbit.quantize(folder, tmp_path / "out", plan="awq-4bit", calibration=calibration, device="cpu")
+    record = json.loads((tmp_path / "out" / "fewbit.json").read_text("utf-8"))
+    unreached = [t["module"] for t in record["tensors"] if any("no calibration" in n for n in t["notes"])]
+    assert len(unreached) >= 2 * 2 * 3  # one token chooses 2 of 4 experts in each of 2 layers
+    assert all(experts.is_of_expert(name) for name in unreached)

@@ -163,6 +163,14 @@ def unmerged(conversions: Sequence[Any]) -> list[Any]:
     return [each for each in conversions if not any(_SOURCE.search(source) for source in _sources(each))]
 
 
+def fused_count(model: nn.Module, name: str) -> int | None:
+    """How many experts the fused tensor `name` of a checkpoint must hold; None if it holds none."""
+    module, _, tensor = name.rpartition(".")
+    experts = dict(model.named_modules()).get(module)
+    holds = isinstance(experts, SeparateExperts) and any(piece.fused == tensor for piece in experts.pieces)
+    return experts.count if holds and isinstance(experts, SeparateExperts) else None
+
+
 def split(model: nn.Module, name: str) -> Iterator[tuple[str, int, Piece]]:
     """(name, expert, piece) for each single-expert tensor inside of the fused tensor `name` of a checkpoint."""
     module, _, tensor = name.rpartition(".")

@@ -281,6 +281,7 @@ class Skeleton:
         """Checkpoint name -> model name, of the tensors that belong to the model."""
         found, self.without_place = placed(self.model, self.checkpoint.specs, self._expected)
         for key, fused in list(self.without_place.items()):  # experts that are fused in the checkpoint
+            self._check_experts(key, fused)
             for name, expert, piece in experts.split(self.model, fused):
                 self.checkpoint.add_view(name, key, partial(piece.of, expert=expert))
                 found[name] = name
@@ -290,6 +291,15 @@ class Skeleton:
             if first not in found.values() and second in found.values():
                 found = {key: first if name == second else name for key, name in found.items()}
         return found
+
+    def _check_experts(self, key: str, fused: str) -> None:
+        """FormatError unless the fused tensor `key` of the checkpoint holds as many experts as the model has."""
+        found, wanted = self.checkpoint.specs[key].shape, experts.fused_count(self.model, fused)
+        if wanted is not None and found[:1] != (wanted,):
+            raise FormatError(
+                f"{self.source.folder}: {key} has shape {list(found)}, "
+                f"but its first dimension must be {wanted}, the number of experts in config.json"
+            )
 
     def _ties(self) -> dict[str, str]:
         """Model name -> name of the tensor that it is tied to. Stored tensors with different values are not tied."""

@@ -65,6 +65,9 @@ def rewrite(block: Block, assignments: Mapping[str, Assignment]) -> Rewritten:
                 _note(done, asking.intersection(readers), why)
                 continue
             fold = BlockFold(skeleton, block.name, link, batches)
+            if not fold.reached:
+                _note(done, asking.intersection(readers), "not scaled: no finite calibration input reached this linear")
+                continue
             scales = methods.pop().rewrite(fold, {name: assignments[name].scheme for name in readers})
             if scales is None:
                 continue
@@ -226,16 +229,20 @@ class BlockFold(Fold):
             self.scope.register_forward_hook(serve, with_kwargs=True),
             self.skeleton.model.get_submodule(self.readers[0]).register_forward_pre_hook(read),
         ]
+        self.block_outputs: list[Tensor] = []
+        served: list[Tensor] = []  # for each output: the hidden states at the block's input
         try:
-            self.block_outputs = [call.run(self.module, states) for call, states in self.batches]
+            for call, states in self.batches:
+                self.block_outputs.append(call.run(self.module, states))
+                served += [states] * (len(self.outputs) - len(served))  # none, if no token reaches a routed expert
         finally:
             for handle in handles:
                 handle.remove()
-        self.size = torch.stack(sizes).sum(0) / max(sum(rows), 1)
+        self.reached = sum(rows) > 0
+        if self.reached:
+            self.size = torch.stack(sizes).sum(0) / sum(rows)
         self.finite = [output.isfinite().all(-1).flatten() for output in self.outputs]
-        self.counts = [
-            _counts(states, len(finite))[finite] for (_, states), finite in zip(self.batches, self.finite, strict=True)
-        ]
+        self.counts = [_counts(states, len(finite))[finite] for states, finite in zip(served, self.finite, strict=True)]
 
     def _alike(self, values: Tensor) -> Tensor:
         """`values` [K], replaced by the mean over all columns that the same channel feeds. Other columns are kept."""
