@@ -25,7 +25,7 @@ from fewbit.models.adapters import train as training
 from fewbit.models.adapters.attach import quiet
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.report import text as report_text
-from tests import models
+from tests import architectures, models
 from tests.e2e.conftest import Fewbit
 from tests.e2e.test_bad_input import check
 
@@ -103,6 +103,17 @@ def test_the_losses_it_tells_are_those_of_the_files(quantized: Path, text: Path,
         nats = [-row.gather(1, torch.tensor(e.ids[1:])[:, None]) for row, e in zip(loss, held_out, strict=True)]
         losses.append(float(torch.cat(nats).mean()))
     assert losses == pytest.approx([done.held_out_before, done.held_out_after], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("default")  # models warn about their own tiny configs
+@pytest.mark.parametrize("kind", ["llama4_text", "mamba2", "nemotron_h"])
+def test_all_linears_that_take_a_lora_are_trained(kind: str, text: Path, tmp_path: Path) -> None:
+    model = architectures.save(tmp_path / "model", kind)
+    package.finetune(model, tmp_path / "out", data=str(text), tuning=Tuning(steps=1, length=16, batch=1))
+    leaves = {key.rsplit(".", 3)[1] for key in load_file(tmp_path / "out" / "adapter_model.safetensors")}
+    wanted = {"llama4_text": {"q_proj", "down_proj"}, "mamba2": {"in_proj"}, "nemotron_h": {"in_proj", "q_proj"}}
+    assert wanted[kind] <= leaves
+    assert not leaves & {"router", "out_proj"}
 
 
 def test_of_chats_only_answers_are_learned(model: Path, fewbit: Fewbit, tmp_path: Path, place: Path) -> None:

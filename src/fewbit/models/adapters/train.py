@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners import tuners_utils
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fewbit.errors import NumericsError, PlanError
 from fewbit.models.adapters.attach import quiet
 from fewbit.models.adapters.tuning import Tuning
+from fewbit.models.linears import LINEARS, is_linear
+from fewbit.nn.layers import QLinear
 from fewbit.texts.examples import Example
 
 Progress = Callable[[int, int, float], None]  # steps done, steps in total, loss of the last step
@@ -118,6 +121,8 @@ def _adapted(model: Any, name: str, tuning: Tuning) -> Any:
         target_modules=list(tuning.targets) or "all-linear",
         task_type="CAUSAL_LM",
     )
+    if not tuning.targets and (unsuited := _unsuited(model, config)):
+        config.exclude_modules = unsuited
     try:
         with quiet():
             adapted = get_peft_model(model, config)
@@ -130,6 +135,26 @@ def _adapted(model: Any, name: str, tuning: Tuning) -> Any:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return adapted
+
+
+def _unsuited(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Names of linears that take no LoRA: routers that return more than a product, and what PEFT refuses.
+
+    PEFT refuses some linears of Mamba models, whose code reads their weights without calling them.
+    """
+    check = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
+
+    def refused(name: str) -> bool:
+        try:
+            return check is not None and check(config, model, name.rpartition(".")[2]) is not None
+        except ValueError:
+            return True
+
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LINEARS) and (not (isinstance(module, QLinear) or is_linear(module)) or refused(name))
+    ]
 
 
 def _arguments(scratch: str, tuning: Tuning, steps: int, model: Any) -> TrainingArguments:
