@@ -13,11 +13,11 @@ from fewbit import FormatError, PlanError
 from fewbit.advise import cards, memory
 from fewbit.api import advise
 from fewbit.models import source
-from fewbit.models.outline import Geometry
+from fewbit.models.outline import Geometry, geometry
 from fewbit.models.source import locate
 from fewbit.plans import plan
 from fewbit.stats import Need
-from tests import models
+from tests import architectures, models
 
 SMALL = Geometry(
     layers=2, hidden=64, rows=64, values=32, inner=128, vocab=1000, context=256, windows=(0, 16)
@@ -51,6 +51,16 @@ def test_of_a_hub_name_the_config_alone_is_downloaded(bare: Path, monkeypatch: p
     monkeypatch.setattr(source, "snapshot_download", download)
     assert fewbit.estimate("org/model", plan="nf4").imagined
     assert asked == [["config.json"]]
+
+
+@pytest.mark.filterwarnings("default")  # models warn about their own tiny configs
+@pytest.mark.parametrize("kind", ["mamba2", "gemma4_text", "qwen3_moe", "nemotron_h"])
+def test_hybrids_and_models_without_attention(kind: str, tmp_path: Path) -> None:
+    config = architectures.config(kind)
+    config.save_pretrained(tmp_path)
+    sizes = fewbit.estimate(tmp_path, plan="nf4")
+    assert sizes.imagined
+    assert (geometry(config, 128).rows == 0) is (kind == "mamba2")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2-bare", "opt"])

@@ -67,8 +67,9 @@ class Outline(Skeleton):
 def geometry(config: Any, context: int) -> Geometry:
     """The sizes of a model of transformers' `config`, with this context length in tokens."""
     text = config.get_text_config()
-    layers, hidden, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
-    width = getattr(text, "head_dim", None) or hidden // heads
+    layers, hidden = text.num_hidden_layers, text.hidden_size
+    heads = getattr(text, "num_attention_heads", None) or 0  # a model without attention has no KV cache
+    width = _largest(text, "head_dim") or hidden // max(heads, 1)
     kinds = getattr(text, "layer_types", None)
     window = getattr(text, "sliding_window", None) or 0
     if kinds is None:  # all layers are alike: all have a window, or none
@@ -84,9 +85,15 @@ def geometry(config: Any, context: int) -> Geometry:
         layers=layers,
         hidden=hidden,
         rows=heads * width,
-        values=(getattr(text, "num_key_value_heads", None) or heads) * width,
+        values=(_largest(text, "num_key_value_heads") or heads) * width,
         inner=inner,
         vocab=text.vocab_size,
         context=context,
         windows=windows,
     )
+
+
+def _largest(config: Any, key: str) -> int:
+    """The largest number that a layer has for `key`, which a config may set for each layer; 0 if none has one."""
+    layers = getattr(config, "per_layer_config", None) or [config]
+    return max(getattr(each, key, None) or 0 for each in layers)
