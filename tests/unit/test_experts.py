@@ -17,6 +17,7 @@ import fewbit
 from fewbit.errors import FormatError
 from fewbit.models import experts
 from fewbit.models.linears import is_linear
+from fewbit.pipeline import capture
 from tests import architectures, models
 
 # Gate and up one after the other; transposed, alternating, with biases; no gate; transposed; names of Mixtral.
@@ -136,7 +137,8 @@ def test_a_fused_tensor_with_another_number_of_experts(count: int, tmp_path: Pat
         fewbit.quantize(folder, tmp_path / "out", plan="nf4", device="cpu")
 
 
-def test_awq_scales_an_expert_that_some_windows_reach(tmp_path: Path) -> None:
+def test_awq_scales_an_expert_that_some_windows_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "_TOKENS_AT_ONCE", 1)  # one window in a batch
     folder = architectures.save(tmp_path / "model", "qwen3_moe")
     calibration = fewbit.Calibration([models.sentences(60)], samples=16, length=1)
     fewbit.quantize(folder, tmp_path / "out", plan="awq-4bit", calibration=calibration, device="cpu")
