@@ -280,7 +280,8 @@ def resolve(plan: Plan, shapes: Mapping[str, Shape], model: mixtures.Model | Non
     format = format_of(plan)
     wanted, kept = {}, []
     notes = [
-        f"rule {number} of the plan, {rule.match!r}, matches nothing in this model"
+        f"rule {number} of the plan, {rule.match!r}, matches nothing in this model: no linear has such a name. "
+        "Modules that are not linears, such as most routers, stay in 16 bits"
         for number, rule in enumerate(plan.rules, 1)
         if not any(fnmatchcase(module, rule.match) for module in shapes)
     ]
