@@ -84,7 +84,8 @@ class SeparateExperts(nn.Module):
         else:
             inner = fused.act_fn(into[0](x))
         out: Tensor = down(inner)
-        return fused.post_expert_norm(out) if fused.has_post_expert_norm else out
+        # The oldest supported transformers has no experts with such a norm.
+        return fused.post_expert_norm(out) if getattr(fused, "has_post_expert_norm", False) else out
 
 
 class SeparateBatchedExperts(SeparateExperts):
@@ -96,13 +97,15 @@ class SeparateBatchedExperts(SeparateExperts):
         return torch.cat([self.run(expert, x) for expert, x in enumerate(rows)])
 
 
-# transformers' decorator for fused experts sets attributes that describe their layout. These classes lack it.
+# What transformers' decorator for fused experts sets, to describe their layout.
+_LAYOUT = {"has_gate", "has_bias", "is_transposed", "is_concatenated"}
+# Classes that lack the decorator.
 _UNDECORATED: dict[str, tuple[type[SeparateExperts], dict[str, Any]]] = {
     "Llama4TextExperts": (
         SeparateBatchedExperts,
         {
             **dict.fromkeys(("has_gate", "is_transposed", "is_concatenated"), True),
-            **dict.fromkeys(("has_bias", "has_post_expert_norm"), False),
+            "has_bias": False,
             "_apply_gate": lambda self, both: _gated(self.act_fn, both),
         },
     ),
@@ -118,8 +121,8 @@ def _gated(act: nn.Module, both: Tensor) -> Tensor:
 def fused_in(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Name and module of the fused experts of each layer, where `separate` knows how they are laid out."""
     for name, module in model.named_modules():
-        decorated = hasattr(module, "_is_expert_parallel") or type(module).__name__ in _UNDECORATED
-        if decorated and not isinstance(module, SeparateExperts):
+        known = vars(module).keys() >= _LAYOUT or type(module).__name__ in _UNDECORATED
+        if known and not isinstance(module, SeparateExperts):
             yield name, module
 
 
