@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -209,3 +211,19 @@ def test_examples_use_only_public_names(example: Path) -> None:
 )
 def test_private_names_in_examples_are_found(code: str) -> None:
     assert private(code)
+
+
+def test_a_test_file_that_cannot_be_imported_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "test_broken.py").write_text("import no_such_module\n", encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        str(SOURCE.parents[1] / "pyproject.toml"),
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, encoding="utf-8", cwd=tmp_path)
+    assert done.returncode == 2, done.stdout
+    assert "No module named 'no_such_module'" in done.stdout
