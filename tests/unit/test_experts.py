@@ -25,8 +25,10 @@ LAYOUTS = ("qwen3_moe", "gpt_oss", "nemotron_h", "aria_text", "mixtral")
 
 
 def fused_experts(kind: str) -> Any:
-    """The first fused experts of a random model of that type."""
+    """A random model of that type, whose experts are fused."""
     model = AutoModelForCausalLM.from_config(architectures.config(kind), dtype=torch.float32).eval()
+    if kind == "aria_text" and not list(experts.fused_in(model)):
+        pytest.skip("this version of transformers has another class of experts for Aria")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
