@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Trainer
 import fewbit as package
 from fewbit import NumericsError, PlanError
 from fewbit.api import quantize
+from fewbit.errors import FormatError
 from fewbit.models import merge as merging
 from fewbit.models.adapters import train as training
 from fewbit.models.adapters.attach import quiet
@@ -291,6 +292,34 @@ def test_without_peft_it_says_what_to_install(
     check(fewbit("generate", model, "The", "--adapter", place), 2, "peft", "pip install 'fewbit[finetune]'")
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.17.1")
     check(fewbit("merge", model, place, "-o", place), 2, "peft 0.17.1 is too old")
+
+
+# --- experts ---
+
+
+def test_an_adapter_of_experts_is_merged(tmp_path: Path) -> None:
+    folder = architectures.save(tmp_path / "original", "gpt_oss")
+    package.quantize(folder, tmp_path / "nf4", plan="nf4", device="cpu")
+    tuning = Tuning(rank=2, steps=2, length=32, learning_rate=0.01, held_out=0.0)
+    package.finetune(tmp_path / "nf4", tmp_path / "adapter", data=[models.sentences(40)], tuning=tuning)
+    assert any("experts.0." in name for name in models.tensors_of(tmp_path / "adapter"))
+    package.merge(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "merged", text=[models.sentences(60)], samples=1)
+    merged = models.original(tmp_path / "merged")
+    assert type(merged).__mro__ == type(models.original(folder)).__mro__
+    ids = torch.randint(3, models.VOCAB, (1, 24), generator=torch.Generator().manual_seed(1))
+    with_adapter = package.load(folder, adapter=tmp_path / "adapter", dtype=torch.float32)
+    torch.testing.assert_close(models.logits(merged, ids), models.logits(with_adapter, ids), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(models.logits(merged, ids), models.logits(models.original(folder), ids), atol=1e-2)
+
+
+def test_an_adapter_that_peft_loses_a_part_of_is_refused(tmp_path: Path) -> None:
+    """PEFT renames the experts of this model type in loading, as if they were fused."""
+    folder = architectures.save(tmp_path / "original", "lfm2_moe")
+    tuning = Tuning(rank=2, steps=1, length=32, held_out=0.0)
+    package.quantize(folder, tmp_path / "nf4", plan="nf4", device="cpu")
+    package.finetune(tmp_path / "nf4", tmp_path / "adapter", data=[models.sentences(40)], tuning=tuning)
+    with pytest.raises(FormatError, match="Found missing adapter keys"):
+        package.load(tmp_path / "nf4", adapter=tmp_path / "adapter")
 
 
 # --- an adapter in use ---

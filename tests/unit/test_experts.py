@@ -60,6 +60,18 @@ def test_separate_experts_compute_what_fused_ones_do(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
+def test_experts_that_are_joined_again_are_as_before(kind: str) -> None:
+    model = fused_experts(kind)
+    again = copy.deepcopy(model)
+    experts.separate(again)
+    experts.join(again)
+    assert [type(module) for module in again.modules()] == [type(module) for module in model.modules()]
+    before, after = model.state_dict(), again.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
 def test_each_weight_of_an_expert_is_a_linear_of_its_own(kind: str) -> None:
     model = fused_experts(kind)
     before = sum(p.numel() for p in model.parameters())

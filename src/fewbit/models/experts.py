@@ -50,6 +50,7 @@ class SeparateExperts(nn.Module):
     pieces: tuple[Piece, ...]
     leaves: tuple[str, ...]  # names of the gate, up and down linears; without a gate, of up and down
     count: int  # of experts
+    shapes: dict[str, tuple[int, ...]]  # of the fused parameters
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' outputs.
@@ -149,7 +150,26 @@ def separate(model: PreTrainedModel) -> None:
                 own.add_module(leaf, linear)
             module.add_module(str(expert), own)
         module.leaves, module.pieces, module.count = leaves, pieces, len(fused["down_proj"])
+        module.shapes = {each: tuple(tensor.shape) for each, tensor in fused.items()}
         module._is_hf_initialized = True  # else transformers would initialize the removed fused parameters
+
+
+def join(model: nn.Module) -> None:
+    """Undo `separate`, in place: fuse the experts of every layer again. Their linears must not be packed."""
+    for module in [each for each in model.modules() if isinstance(each, SeparateExperts)]:
+        experts = [module.get_submodule(str(expert)) for expert in range(module.count)]
+        like = experts[0].get_submodule(module.leaves[-1]).get_parameter("weight")
+        for name, shape in module.shapes.items():
+            fused = torch.empty(shape, dtype=like.dtype, device=like.device)
+            for piece in module.pieces:
+                for number, expert in enumerate(experts if piece.fused == name else []):
+                    own = expert.get_submodule(piece.leaf).get_parameter(piece.kind)
+                    piece.of(fused, number).copy_(own.detach())
+            module.register_parameter(name, nn.Parameter(fused, requires_grad=like.requires_grad))
+        for number in range(module.count):
+            delattr(module, str(number))
+        module.__class__ = type(module).__bases__[1]
+    vars(model).pop("_weight_conversions", None)  # those of loading, where experts were separate
 
 
 def is_of_expert(name: str) -> bool:

@@ -11,6 +11,7 @@ from fewbit.formats.containers.safetensors import Checkpoint, ShardWriter, copy_
 from fewbit.models import scales
 from fewbit.models.adapters.attach import attach
 from fewbit.models.adapters.refit import presumed
+from fewbit.models.experts import join
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
 from fewbit.models.quiet import no_progress_bars
@@ -50,6 +51,7 @@ def write_merged(
             merged = attach(plain, adapter).merge_and_unload(safe_merge=True)
         if source.gguf is None:
             merged.generation_config = GenerationConfig()  # transformers refuses to save one that breaks its own rules
+        join(merged)
         with no_progress_bars(), writing():
             merged.save_pretrained(folder)
     except ValueError as error:

@@ -16,6 +16,7 @@ from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.formats.containers.safetensors import read_specs
 from fewbit.models import scales
+from fewbit.models.experts import is_of_expert, separate
 from fewbit.models.linears import LINEARS, shape_of
 from fewbit.models.scales import Scales
 from fewbit.models.source import Source
@@ -27,11 +28,14 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def attach(model: PreTrainedModel, adapter: str | Path) -> Any:
     """Load the adapter in a folder onto `model` with PEFT, in evaluation mode.
 
-    PlanError if the folder does not exist, or if the adapter belongs to another model; the message lists the tensors
-    and shapes that differ. FormatError if its files are missing or broken.
+    If the adapter has weights for single experts, the experts of `model` get linears of their own first. PlanError if
+    the folder does not exist, or if the adapter belongs to another model; the message lists the tensors and shapes that
+    differ. FormatError if its files are missing or broken, or if PEFT does not find all of its weights.
     """
     folder = Path(adapter).expanduser().absolute()
     config = read_config(folder)
+    if any(is_of_expert(key) for key in read_specs(folder / _WEIGHTS)):
+        separate(model)
     if differing := _differing(model, folder):
         more = f"\n  and {len(differing) - 8} more" if len(differing) > 8 else ""
         raise PlanError(
@@ -41,8 +45,10 @@ def attach(model: PreTrainedModel, adapter: str | Path) -> Any:
         )
     try:
         with quiet():
+            # PEFT renames the experts of some model types in loading, as if they were fused. It must not lose them.
+            warnings.filterwarnings("error", "Found missing adapter keys")
             return PeftModel.from_pretrained(model, folder, torch_device=str(model.device)).eval()
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+    except (ValueError, TypeError, RuntimeError, KeyError, UserWarning) as error:
         raise FormatError(f"{folder} could not be loaded: {str(error).strip().splitlines()[0][:300]}") from error
 
 
