@@ -118,6 +118,7 @@ NOT_BUILT: dict[str, str] = {
     "qwen4_exp_text": "NoneType",
 }
 _FUSED = "fused experts .* cannot be quantized yet"
+_SHARED = "blocks that share weights cannot be quantized yet"
 _SPLIT = "into several while loading, which fewbit does not support yet"
 # Types that fewbit refuses, and with what words.
 REFUSED: dict[str, str] = {
@@ -132,6 +133,8 @@ REFUSED: dict[str, str] = {
     "phi4_multimodal": "of the parameters in the model's blocks would be quantized",
     "rwkv": "is packed, and cannot be changed",
     "sarvam_moe": _SPLIT,
+    "zamba": _SHARED,
+    "zamba2": _SHARED,
 }
 # The same for single plans.
 REFUSED_BY: dict[tuple[str, str], str] = {}

@@ -123,6 +123,10 @@ class Skeleton:
 
     def why_not(self) -> str | None:
         """None if the blocks' weights can be quantized as 2-D matrices, else the reason."""
+        inside = tuple(f"{block}." for block in self.blocks)
+        shared = next((name for name in self.tied if name.startswith(inside)), None)
+        if shared is not None:
+            return f"{shared} is tied to {self.tied[shared]}: blocks that share weights cannot be quantized yet"
         found = {
             name: parameter
             for block in self.blocks
@@ -131,11 +135,10 @@ class Skeleton:
         }
         if found:
             name, first = next(iter(found.items()))
-            experts = " of fused experts (mixture of experts)" if "expert" in name else ""
             share = sum(parameter.numel() for parameter in found.values()) / self.parameters_in_blocks()
             return (
-                f"{name} has shape {list(first.shape)}: blocks with weights{experts} of {first.dim()} dimensions "
-                f"cannot be quantized yet, even if they stay unquantized ({share:.1%} of the blocks' parameters)"
+                f"{name} has shape {list(first.shape)}: fused experts (mixture of experts) of this layout cannot be "
+                f"quantized yet, even if they stay unquantized ({share:.1%} of the blocks' parameters)"
             )
         return None
 
