@@ -137,13 +137,21 @@ REFUSED: dict[str, str] = {
     "zamba2": _SHARED,
 }
 # The same for single plans.
-REFUSED_BY: dict[tuple[str, str], str] = {}
+_CALIBRATED: dict[str, str] = {
+    "dory": r"runs model.layers.\d+ \d+ times",
+    "git": "cannot be run one by one",
+    "prophetnet": "cannot be run one by one",
+    "reformer": "gives its blocks no hidden states",
+    "rwkv": "cannot be run one by one",
+    "xlstm": "tuple index out of range",  # its initializer expects a matrix where the packed weight waits
+}
+REFUSED_BY = {(kind, plan): words for kind, words in _CALIBRATED.items() for plan in ("gptq-4bit", "awq-4bit")}
 _LARGEST = 20_000_000  # parameters
 
 
 def refusal(kind: str, plan: str) -> str | None:
     """A pattern of the error by which `fewbit.quantize` refuses that type; None if it serves it."""
-    return REFUSED.get(kind) or REFUSED_BY.get((kind, plan))
+    return REFUSED_BY.get((kind, plan)) or REFUSED.get(kind)
 
 
 def check_small(kind: str) -> None:

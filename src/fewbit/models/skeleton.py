@@ -271,6 +271,10 @@ class Skeleton:
         finally:
             for module in modules.values():
                 del module.forward
+        for block, own in calls.items():
+            if len(own) != len(hidden):
+                kind = type(self.model).__name__
+                raise PlanError(f"{kind} runs {block} {len(own)} times in {len(hidden)} forward passes", NO_CALIBRATION)
         return hidden, calls
 
     def _belongs(self, name: str, prefix: str | None) -> bool:
