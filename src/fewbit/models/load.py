@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fewbit.models.loading import Loading
 from fewbit.models.plugin import quantizer
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
+from fewbit.nn import choose
 
 _OLDEST_PEFT = (0, 20)
 _DEFAULT = Loading()
@@ -63,7 +65,8 @@ def load_model(
     if source.quantization is not None and by_quant_method(source.quantization["quant_method"]) is not None:
         describe(source)  # for clearer errors than those of transformers if config and tensors contradict each other
     try:
-        with building(), no_progress_bars(), quantizer.serving(kernel):
+        exact = choose.exact_activations() if loading.exact_activations else nullcontext()
+        with building(), no_progress_bars(), quantizer.serving(kernel), exact:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=loading.torch_dtype,

@@ -36,6 +36,7 @@ class Loading(Settings):
     )
     compile: bool = setting(False, flag, "With `fuse`, on a GPU: compile the decoding step.")
     trust_remote_code: bool = setting(False, flag, "Run Python code that the model brings.")
+    exact_activations: bool = setting(False, flag, "Use kernels that round activations only if named.")
 
     @property
     def torch_dtype(self) -> torch.dtype | str:
@@ -43,5 +44,11 @@ class Loading(Settings):
         return dtype("dtype", self.dtype)
 
     def exact(self) -> Loading:
-        """These settings for a measurement or a training: float32 on a CPU, unless a dtype is set."""
-        return replace(self, dtype="float32") if self.dtype is None and str(self.device) == "cpu" else self
+        """These settings for a measurement of the weights, or a training.
+
+        On a CPU: float32, unless a dtype is set, and no rounded activations. A kernel rounds them for few rows, which
+        is what an expert often gets.
+        """
+        if str(self.device) != "cpu":
+            return self
+        return replace(self, dtype=self.dtype or "float32", exact_activations=True)

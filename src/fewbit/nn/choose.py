@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -65,8 +68,21 @@ def _by_priority() -> list[Kernel]:
     return sorted(kernels, key=lambda kernel: -kernel.priority)
 
 
+_exact_here: ContextVar[bool] = ContextVar("fewbit_exact_activations", default=False)
+
+
+@contextmanager
+def exact_activations() -> Iterator[None]:
+    """Inside this context, kernels that round activations are used only if named."""
+    token = _exact_here.set(True)
+    try:
+        yield
+    finally:
+        _exact_here.reset(token)
+
+
 def _exact() -> bool:
-    return os.environ.get("FEWBIT_ACTIVATIONS") == "exact"
+    return _exact_here.get() or os.environ.get("FEWBIT_ACTIVATIONS") == "exact"
 
 
 def _opt_in(kernel: Kernel, exact: bool) -> str | None:
@@ -74,7 +90,7 @@ def _opt_in(kernel: Kernel, exact: bool) -> str | None:
     if kernel.priority < 0:
         return "it is used only if requested by name"
     if exact and kernel.activations != "exact":
-        return "it rounds activations, and FEWBIT_ACTIVATIONS=exact excludes that"
+        return "it rounds activations, which is excluded here (FEWBIT_ACTIVATIONS=exact, or a measurement)"
     return None
 
 
