@@ -27,6 +27,7 @@ _WATCHED = {
     "transformers.models.auto.tokenization_auto": "fewbit.models.plugin.patch_gguf_tokenizer",
     "peft.tuners.lora.model": "fewbit.models.adapters.lora",
     "peft.peft_model": "fewbit.models.adapters.refit",
+    "peft.utils.transformers_weight_conversion": "fewbit.models.adapters.patch_experts",
 }
 
 preferred: set[str] = set()  # quantization methods that fewbit handles even if their own back end is installed

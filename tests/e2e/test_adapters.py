@@ -297,29 +297,41 @@ def test_without_peft_it_says_what_to_install(
 # --- experts ---
 
 
-def test_an_adapter_of_experts_is_merged(tmp_path: Path) -> None:
-    folder = architectures.save(tmp_path / "original", "gpt_oss")
+@pytest.mark.parametrize("kind", ["gpt_oss", "lfm2_moe", "mixtral", "qwen3_moe"])
+def test_an_adapter_of_experts_is_merged(kind: str, tmp_path: Path) -> None:
+    folder = architectures.save(tmp_path / "original", kind)
     package.quantize(folder, tmp_path / "nf4", plan="nf4", device="cpu")
     tuning = Tuning(rank=2, steps=2, length=32, learning_rate=0.01, held_out=0.0)
     package.finetune(tmp_path / "nf4", tmp_path / "adapter", data=[models.sentences(40)], tuning=tuning)
     assert any("experts.0." in name for name in models.tensors_of(tmp_path / "adapter"))
     package.merge(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "merged", text=[models.sentences(60)], samples=1)
-    merged = models.original(tmp_path / "merged")
-    assert type(merged).__mro__ == type(models.original(folder)).__mro__
+    assert models.tensors_of(tmp_path / "merged").keys() == models.tensors_of(folder).keys()
+    merged, original = models.original(tmp_path / "merged"), models.original(folder)
     ids = torch.randint(3, models.VOCAB, (1, 24), generator=torch.Generator().manual_seed(1))
     with_adapter = package.load(folder, adapter=tmp_path / "adapter", dtype=torch.float32)
     torch.testing.assert_close(models.logits(merged, ids), models.logits(with_adapter, ids), rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(models.logits(merged, ids), models.logits(models.original(folder), ids), atol=1e-2)
+    assert not torch.allclose(models.logits(merged, ids), models.logits(original, ids), atol=1e-2)
 
 
-def test_an_adapter_that_peft_loses_a_part_of_is_refused(tmp_path: Path) -> None:
-    """PEFT renames the experts of this model type in loading, as if they were fused."""
-    folder = architectures.save(tmp_path / "original", "lfm2_moe")
-    tuning = Tuning(rank=2, steps=1, length=32, held_out=0.0)
+def test_a_packed_model_of_experts_is_merged_under_its_names(tmp_path: Path) -> None:
+    """Without its original, the unpacked model is what the adapter is added to. It was loaded with separate experts."""
+    folder = architectures.save(tmp_path / "original", "mixtral")
     package.quantize(folder, tmp_path / "nf4", plan="nf4", device="cpu")
+    tuning = Tuning(rank=2, steps=1, length=32, held_out=0.0)
     package.finetune(tmp_path / "nf4", tmp_path / "adapter", data=[models.sentences(40)], tuning=tuning)
+    names = models.tensors_of(folder).keys()
+    shutil.rmtree(folder)
+    package.merge(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "merged", text=[models.sentences(60)], samples=1)
+    assert models.tensors_of(tmp_path / "merged").keys() == names
+
+
+def test_an_adapter_that_lacks_a_weight_is_refused(quantized: Path, adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "adapter")
+    tensors = models.tensors_of(adapter)
+    tensors.pop(next(name for name in tensors if "lora_B" in name))
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(FormatError, match="Found missing adapter keys"):
-        package.load(tmp_path / "nf4", adapter=tmp_path / "adapter")
+        package.load(quantized, adapter=tmp_path / "adapter")
 
 
 # --- an adapter in use ---

@@ -19,6 +19,8 @@ from peft import LoraConfig, get_peft_model
 from fewbit.models.adapters.lora import QLoraLinear
 from fewbit.nn.layers import QLinear
 assert LoraConfig()._custom_modules == {QLinear: QLoraLinear}
+from peft.utils import transformers_weight_conversion  # PEFT imports it when it first adapts a model
+assert hasattr(transformers_weight_conversion.convert_peft_config_for_transformers, "__wrapped__")
 assert not [f for f in sys.meta_path if type(f).__module__ == "fewbit.hook"]
 """
 

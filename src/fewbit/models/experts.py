@@ -154,9 +154,10 @@ def separate(model: PreTrainedModel) -> None:
         module._is_hf_initialized = True  # else transformers would initialize the removed fused parameters
 
 
-def join(model: nn.Module) -> None:
+def join(model: PreTrainedModel) -> None:
     """Undo `separate`, in place: fuse the experts of every layer again. Their linears must not be packed."""
-    for module in [each for each in model.modules() if isinstance(each, SeparateExperts)]:
+    apart = [each for each in model.modules() if isinstance(each, SeparateExperts)]
+    for module in apart:
         experts = [module.get_submodule(str(expert)) for expert in range(module.count)]
         like = experts[0].get_submodule(module.leaves[-1]).get_parameter("weight")
         for name, shape in module.shapes.items():
@@ -169,7 +170,11 @@ def join(model: nn.Module) -> None:
         for number in range(module.count):
             delattr(module, str(number))
         module.__class__ = type(module).__bases__[1]
-    vars(model).pop("_weight_conversions", None)  # those of loading, where experts were separate
+    # Saving undoes the conversions of loading. A model that was loaded with separate experts did not merge them.
+    used = getattr(model, "_weight_conversions", None)
+    if apart and used is not None and len(unmerged(used)) == len(used):
+        merging = [each for each in get_model_conversion_mapping(model) if not unmerged([each])]
+        model._weight_conversions = [*used, *merging]  # type: ignore[assignment]
 
 
 def is_of_expert(name: str) -> bool:
@@ -188,21 +193,21 @@ def unmerged(conversions: Sequence[Any]) -> list[Any]:
 
 def fused_count(model: nn.Module, name: str) -> int | None:
     """How many experts the fused tensor `name` of a checkpoint must hold; None if it holds none."""
-    module, _, tensor = name.rpartition(".")
-    experts = dict(model.named_modules()).get(module)
-    holds = isinstance(experts, SeparateExperts) and any(piece.fused == tensor for piece in experts.pieces)
-    return experts.count if holds and isinstance(experts, SeparateExperts) else None
+    return len({expert for _, expert, _ in split(model, name)}) or None
 
 
 def split(model: nn.Module, name: str) -> Iterator[tuple[str, int, Piece]]:
     """(name, expert, piece) for each single-expert tensor inside of the fused tensor `name` of a checkpoint."""
-    module, _, tensor = name.rpartition(".")
-    experts = dict(model.named_modules()).get(module)
+    path, _, tensor = name.rpartition(".")
+    try:
+        experts = model.get_submodule(path)
+    except AttributeError:
+        return
     if isinstance(experts, SeparateExperts):
         for piece in experts.pieces:
             if piece.fused == tensor:
                 for expert in range(experts.count):
-                    yield f"{module}.{expert}.{piece.leaf}.{piece.kind}", expert, piece
+                    yield f"{path}.{expert}.{piece.leaf}.{piece.kind}", expert, piece
 
 
 def _sources(conversion: Any) -> list[str]:
