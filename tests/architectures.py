@@ -143,7 +143,6 @@ _CALIBRATED: dict[str, str] = {
     "prophetnet": "cannot be run one by one",
     "reformer": "gives its blocks no hidden states",
     "rwkv": "cannot be run one by one",
-    "xlstm": "tuple index out of range",  # its initializer expects a matrix where the packed weight waits
 }
 REFUSED_BY = {(kind, plan): words for kind, words in _CALIBRATED.items() for plan in ("gptq-4bit", "awq-4bit")}
 _LARGEST = 20_000_000  # parameters

@@ -36,6 +36,7 @@ def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *,
     parent, _, leaf = module.rpartition(".")
     packed = QLinear(k, n, bias, module).await_tensors(tensors)
     packed.transposed = isinstance(linear, Conv1D)
+    packed._is_hf_initialized = True  # else the code of some models draws numbers of the shape of a plain weight
     setattr(model.get_submodule(parent), leaf, packed)
 
 
