@@ -249,7 +249,7 @@ def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool
                 raise FormatError("the quantized model's logits are not finite")
         try:
             return continue_text(model, tokenizer, ids, max_new_tokens=8).text, []
-        except FewbitError:
+        except (FewbitError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             return "", [f"checked by a forward pass only, as transformers' generate fails on it: {first_line(error)}"]

@@ -65,7 +65,8 @@ def quantized(done: Quantized) -> None:
     if done.gpu_peak:
         table.add_row("  on the GPU", "", size(done.gpu_peak), "")
     out.print(table)
-    _say(f'Reopened and checked. It continues "{FIRST_WORDS}" with "{done.sample.strip()}".')
+    sample = f' It continues "{FIRST_WORDS}" with "{done.sample.strip()}".' if done.sample else ""
+    _say(f"Reopened and checked.{sample}")
 
 
 def measured(done: Measured) -> None:
