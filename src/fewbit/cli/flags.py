@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
+from fewbit import checks
 from fewbit.cli.stdin import text_of
 from fewbit.errors import in_flags
 from fewbit.settings import Settings
@@ -38,7 +39,7 @@ class _Flag:
     @property
     def is_text(self) -> bool:
         """Whether the flag takes a text to calibrate on: a name, a file, or - for stdin."""
-        return str(self.field.type).startswith("Texts")
+        return self.field.metadata["check"] is checks.texts
 
     def parameter(self, default: Any) -> inspect.Parameter:
         """The parameter that typer makes the flag from."""
