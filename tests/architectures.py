@@ -17,7 +17,7 @@ TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 # A config of any type is called with those of these that it has.
 _HALF = ["linear_attention", "full_attention"]
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": models.VOCAB,
     **dict.fromkeys(("hidden_size", "d_model", "n_embd"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim"), 96),
@@ -42,7 +42,7 @@ _SIZES: dict[str, Any] = {
 _MLA = {"head_dim": 8}  # the width that is turned
 _HYBRID = {"layer_types": _HALF}
 # What a type needs besides or in place of these.
-_MORE: dict[str, dict[str, Any]] = {
+MORE: dict[str, dict[str, Any]] = {
     "axk1": _MLA,
     "axk2": {**_MLA, "num_key_value_heads": 4},
     "bailing_hybrid": {**_HYBRID, "mlp_layer_types": ["dense", "sparse"]},
@@ -122,15 +122,12 @@ _SHARED = "blocks that share weights cannot be quantized yet"
 _SPLIT = "into several while loading, which fewbit does not support yet"
 # Types that fewbit refuses, and with what words.
 REFUSED: dict[str, str] = {
-    "emu3": "describes no causal LM",
     "gemma4_unified_assistant": "shared_kv_states cannot be None",
     "hrm_text": _SPLIT,
     "inkling_text": _FUSED,
     "jetmoe": _FUSED,
     "lara_mini": _SPLIT,
     "longcat_flash": _FUSED,
-    "mllama": "describes no causal LM",
-    "phi4_multimodal": "of the parameters in the model's blocks would be quantized",
     "rwkv": "is packed, and cannot be changed",
     "sarvam_moe": _SPLIT,
     "zamba": _SHARED,
@@ -139,7 +136,6 @@ REFUSED: dict[str, str] = {
 # The same for single plans.
 _CALIBRATED: dict[str, str] = {
     "dory": r"runs model.layers.\d+ \d+ times",
-    "git": "cannot be run one by one",
     "prophetnet": "cannot be run one by one",
     "reformer": "gives its blocks no hidden states",
     "rwkv": "cannot be run one by one",
@@ -163,26 +159,35 @@ def check_small(kind: str) -> None:
 
 def config(kind: str) -> Any:
     """A config of that type with small sizes."""
-    return _small(CONFIG_MAPPING[kind])
+    return small(CONFIG_MAPPING[kind], SIZES, MORE)
 
 
-def _small(make: Any) -> Any:
+def small(make: Any, sizes: dict[str, Any], special: dict[str, dict[str, Any]]) -> Any:
+    """A config of the class `make` with those of `sizes` that it has, and what `special` holds for its type."""
     plain = make()
     known = set(plain.to_dict()) | set(getattr(make, "attribute_map", {}))
-    more = {name: value for name, value in _MORE.get(make.model_type, {}).items() if name != "kind"}
+    more = {name: value for name, value in special.get(make.model_type, {}).items() if name != "kind"}
     inner = {
-        name: _small(type(own))
+        name: small(type(own), sizes, special)
         for name in getattr(make, "sub_configs", {})
         if (own := getattr(plain, name, None)) is not None
     }
-    return make(**{name: value for name, value in _SIZES.items() if name in known} | inner | more)
+    return make(**{name: value for name, value in sizes.items() if name in known} | inner | more)
 
 
 def save(folder: Path, kind: str) -> Path:
     """A random model of that type and a tokenizer, in the Hugging Face layout."""
     check_small(kind)
     model = AutoModelForCausalLM.from_config(config(kind), dtype=torch.float32)
-    generator = torch.Generator().manual_seed(len(kind))
+    draw(model, len(kind))
+    model.eval().save_pretrained(folder)
+    models.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def draw(model: nn.Module, seed: int) -> None:
+    """Draw all matrices anew, and move norms and biases a little, so that no part of the model does nothing."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             fresh = torch.randn(weight.shape, generator=generator)
@@ -190,9 +195,6 @@ def save(folder: Path, kind: str) -> Path:
                 weight.copy_(fresh * weight.shape[-1] ** -0.5)
             elif "norm" in name or "bias" in name:
                 weight.add_(0.05 * fresh)
-    model.eval().save_pretrained(folder)
-    models.tokenizer().save_pretrained(folder)
-    return folder
 
 
 def put(model: nn.Module, name: str, weight: Tensor) -> None:

@@ -164,8 +164,9 @@ def save(folder: Path, family: str, *, chat: str | None = None, **changes: Any) 
 
 
 def original(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model of a folder as transformers alone gives it."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+    """The model of a folder as transformers alone gives it, through the class that config.json names."""
+    named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    return getattr(transformers, named).from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
 
 
 def linear_weight(module: nn.Module) -> Tensor:

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
+from transformers import PreTrainedModel
 
 from fewbit.errors import PlanError
 
 
-def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the decoder layers: the members of the largest `nn.ModuleList`. PlanError without one."""
-    best, size = "", 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and (held := sum(p.numel() for p in module.parameters())) > size:
-            best, size = name, held
+def find_blocks(model: PreTrainedModel) -> list[str]:
+    """Names of the decoder layers: the members of the language model's largest `nn.ModuleList`. PlanError without one.
+
+    A vision or audio tower may have a larger list. So a list outside the decoder, in a model without token embedding,
+    inside another list, or of another length than config.json says, counts only if there is no better one.
+    """
+    decoder: Any = model.get_decoder()
+    inside = next((name for name, module in model.named_modules() if module is decoder), "")
+    towers, count = _towers(model), getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    best, rank = "", (False, False, False, False, 0)
+    for name, module in lists.items():
+        own = (
+            f"{name}.".startswith(f"{inside}." if inside else ""),
+            not f"{name}.".startswith(towers),
+            not any(name.startswith(f"{outer}.") for outer in lists),
+            len(module) == count,
+            sum(p.numel() for p in module.parameters()),
+        )
+        if own[-1] and own > rank:
+            best, rank = name, own
     if not best:
         raise PlanError(f"{type(model).__name__} has no list of blocks (decoder layers), so it cannot be quantized")
     return [f"{best}.{i}" for i in range(len(model.get_submodule(best)))]  # type: ignore[arg-type]
+
+
+def _towers(model: PreTrainedModel) -> tuple[str, ...]:
+    """Name prefixes of the models inside of `model` that do not contain its token embedding."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        return ()
+    return tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and all(inner is not embedding for inner in module.modules())
+    )

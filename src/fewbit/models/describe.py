@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.quantizers import auto
 
 from fewbit.brief import brief
@@ -17,6 +17,7 @@ from fewbit.errors import FormatError
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.containers.gguf import PLAIN, GgufFile
 from fewbit.formats.containers.safetensors import Checkpoint
+from fewbit.models import classes
 from fewbit.models.building import building
 from fewbit.models.scales import GGUF_RECORD
 from fewbit.models.source import Source
@@ -103,9 +104,11 @@ def _of_another(source: Source, checkpoint: Checkpoint, method: str) -> Inspecti
     try:
         kind = AutoConfig.for_model(**config)
         with building(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(kind)
+            model = classes.build(kind)
     except Exception as error:  # a model's code can raise anything on a wrong config
-        raise FormatError(f"{source.folder / 'config.json'} describes no causal LM: {error}") from None
+        raise FormatError(
+            f"{source.folder / 'config.json'} describes no causal LM and no multimodal LM: {error}"
+        ) from None
     parameters = quantized = plain = 0
     count = 0
     for name, parameter in model.named_parameters():

@@ -14,6 +14,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from fewbit import registry
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
 from fewbit.formats.base import by_quant_method
+from fewbit.models import classes
 from fewbit.models.building import building
 from fewbit.models.decoding import decode
 from fewbit.models.decoding import fuse as fusing
@@ -67,7 +68,7 @@ def load_model(
     try:
         exact = choose.exact_activations() if loading.exact_activations else nullcontext()
         with building(), no_progress_bars(), quantizer.serving(kernel), exact:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = _class_of(source, loading).from_pretrained(
                 source.folder,
                 dtype=loading.torch_dtype,
                 device_map=device,
@@ -100,6 +101,13 @@ def load_model(
     return attach(model, loading.adapter)
 
 
+def _class_of(source: Source, loading: Loading) -> Any:
+    """The class that loads the model of `source`. PlanError for an encoder-decoder model."""
+    if source.gguf is not None:  # a GGUF file holds a causal LM, and its config takes long to read
+        return AutoModelForCausalLM
+    return classes.class_for(AutoConfig.from_pretrained(source.folder, trust_remote_code=loading.trust_remote_code))
+
+
 def check_adapter(adapter: str | Path) -> None:
     """Check an adapter as far as possible without its model. PlanError without PEFT or the folder; FormatError."""
     need_peft()
@@ -122,4 +130,4 @@ def import_code(source: Source, *, trust_remote_code: bool = False) -> None:
     """Import all code that loading this model imports: build its architecture without weights, then drop it."""
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **source.options)
     with building(), torch.device("meta"):
-        AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        classes.build(config, trust_remote_code=trust_remote_code)

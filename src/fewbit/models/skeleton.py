@@ -1,4 +1,4 @@
-"""A causal LM on the meta device. Weights are loaded for one block at a time, and freed after it.
+"""A language model on the meta device. Weights are loaded for one block at a time, and freed after it.
 
 transformers' own loader, with its conversion mapping, loads the tensors of each block. So renamed tensors, missing
 prefixes and merged tensors work as in `from_pretrained`.
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -30,7 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.safetensors import Checkpoint
-from fewbit.models import experts
+from fewbit.models import classes, experts
 from fewbit.models.blocks import find_blocks
 from fewbit.models.building import building, empty_parameters
 from fewbit.models.linears import is_linear, shape_of, weight_of
@@ -86,11 +86,15 @@ class Skeleton:
         try:
             self.config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
             with building(), empty_parameters():
-                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                self.model: PreTrainedModel = classes.build(
                     self.config, dtype=dtype, trust_remote_code=trust_remote_code
                 )
+        except PlanError as error:
+            raise PlanError(f"{source.name}: {error.message}", error.hint) from None
         except Exception as error:  # a model's code can raise anything on a wrong config
-            raise FormatError(f"{source.folder / 'config.json'} describes no causal LM: {first_line(error)}") from None
+            raise FormatError(
+                f"{source.folder / 'config.json'} describes no causal LM and no multimodal LM: {first_line(error)}"
+            ) from None
         self.model.eval().requires_grad_(False)
         experts.separate(self.model)
         for module in self.model.modules():  # buffers are computed on the CPU
@@ -122,7 +126,9 @@ class Skeleton:
         return [name for name, module in self.model.named_modules() if is_linear(module)]
 
     def why_not(self) -> str | None:
-        """None if the blocks' weights can be quantized as 2-D matrices, else the reason."""
+        """None if the model runs on text and its blocks' weights can be quantized as 2-D matrices, else the reason."""
+        if reason := classes.why_not_text(self.model):
+            return reason
         inside = tuple(f"{block}." for block in self.blocks)
         shared = next((name for name in self.tied if name.startswith(inside)), None)
         if shared is not None:
@@ -217,6 +223,27 @@ class Skeleton:
             for name, _ in list(self.model.named_parameters()):
                 if self._belongs(name, prefix):
                     self._set(name, self._expected[name])
+
+    def check_text(self) -> None:
+        """PlanError if token ids alone do not reach the first block. Only models with towers may need more."""
+        if not self.model.config.sub_configs:
+            return
+
+        def reached(*args: Any, **kwargs: Any) -> Any:
+            raise _Stop
+
+        with self.materialized(None), torch.no_grad():
+            block: Any = self.model.get_submodule(self.blocks[0])
+            block.forward = reached
+            try:
+                self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
+            except (_Stop, torch.OutOfMemoryError):
+                return
+            except Exception as error:  # the model's code can raise anything
+                kind = type(self.model).__name__
+                raise PlanError(f"{kind} does not run on text alone: {first_line(error)}") from None
+            finally:
+                del block.forward
 
     def capture(self, batches: list[Tensor]) -> tuple[list[Tensor], dict[str, list[BlockCall]]]:
         """For each batch of token ids: the hidden states that enter the first block, and the calls of each block.

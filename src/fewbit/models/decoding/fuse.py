@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit.models.blocks import find_blocks
+from fewbit.models import blocks
 from fewbit.nn.fused import Slice, slices
 from fewbit.nn.layers import QLinear
 
@@ -52,12 +52,12 @@ def shared_inputs(model: Any) -> Groups:
     alike: dict[tuple[str, ...], Groups] = {}  # names of a block's linears -> groups of names
     groups: Groups = []
     readers = _readers(model)
-    blocks = {block: _linears(model.get_submodule(block)) for block in find_blocks(model)}
-    for block, names in blocks.items():
+    linears = {block: _linears(model.get_submodule(block)) for block in blocks.find_blocks(model)}
+    for block, names in linears.items():
         inside = [tuple(n.removeprefix(block + ".") for n in group if n.startswith(block + ".")) for group in readers]
         if any(inside):
             alike.setdefault(names, [group for group in inside if len(group) > 1])
-    for block, names in blocks.items():
+    for block, names in linears.items():
         groups += [tuple(f"{block}.{name}" for name in group) for group in alike.get(names, [])]
     return groups
 
@@ -97,7 +97,7 @@ def _noting(model: Any, note: Callable[[str, QLinear], Callable[[Tensor], Tensor
         if len(home) > 1:
             raise _Elsewhere
 
-    handles = [model.get_submodule(block).register_forward_pre_hook(stop) for block in find_blocks(model)]
+    handles = [model.get_submodule(block).register_forward_pre_hook(stop) for block in blocks.find_blocks(model)]
     for name, linear in linears.items():
         linear.forward = note(name, linear)  # type: ignore[method-assign,assignment]
     try:

@@ -1,0 +1,125 @@
+"""Models with vision or audio towers: the language model is quantized, everything else stays as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+import fewbit as package
+from fewbit.errors import FormatError, PlanError
+from fewbit.nn.layers import QLinear
+from tests import architectures, models, multimodal
+from tests.e2e.conftest import Fewbit
+
+TOWER = "model.visual."
+MTP = {"mtp.fc.weight": torch.rand(8, 8), "mtp.layers.0.self_attn.q_proj.weight": torch.rand(8, 8).bfloat16()}
+
+
+@pytest.fixture
+def qwen(tmp_path: Path) -> Path:
+    """A tiny Qwen3.5 with vision tower, layers of both kinds, MTP tensors, and a file of its processor."""
+    folder = multimodal.save(tmp_path / "model", "qwen3_5")
+    save_file({**models.tensors_of(folder), **MTP}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 64}}', encoding="utf-8")
+    return folder
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("plan", ["gptq-4bit", "nf4"])
+def test_the_command_quantizes_the_language_model_alone(
+    plan: str, qwen: Path, tmp_path: Path, text: Path, fewbit: Fewbit
+) -> None:
+    out = tmp_path / "out"
+    calibration = [] if plan == "nf4" else ["--calibration", text, "--samples", 4, "--length", 32]
+    done = fewbit("quantize", qwen, "-o", out, "--plan", plan, "--device", "cpu", *calibration)
+    assert done.code == 0, done.err
+    assert "carried over as is: 2 tensors" in done.out + done.err
+    before, after = models.tensors_of(qwen), models.tensors_of(out)
+    kept = [name for name in before if name.startswith((TOWER, "mtp.")) or "norm" in name or "embed" in name]
+    assert any(name.startswith(TOWER) for name in kept)
+    assert all(same(after[name], before[name]) for name in kept)
+    was, now = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (qwen, out))
+    assert now.pop("quantization_config")
+    assert now == was
+    assert (out / "preprocessor_config.json").read_bytes() == (qwen / "preprocessor_config.json").read_bytes()
+    model = package.load(out, dtype="float32", kernel="reference")
+    assert type(model) is transformers.Qwen3_5ForConditionalGeneration
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
+    assert {name.split(".")[3] for name in linears} == {"0", "1"}
+    expected = models.with_weights(
+        models.original(qwen), {name: module.qtensor().dequantize() for name, module in linears.items()}
+    )
+    inputs = multimodal.inputs("qwen3_5", expected)
+    with torch.inference_mode():
+        wanted, got = expected(**inputs).logits, model(**inputs).logits
+    assert (got - wanted).norm() <= 1e-4 * wanted.norm()
+    again = fewbit("generate", out, "The weight", "--max-new-tokens", 4)
+    assert again.code == 0, again.err
+
+
+def test_transformers_loads_it_through_the_same_class(qwen: Path, tmp_path: Path) -> None:
+    package.quantize(qwen, tmp_path / "out", plan="nf4", device="cpu")
+    model: Any = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", device_map="cpu")
+    assert type(model) is transformers.Qwen3_5ForConditionalGeneration
+    assert not any(isinstance(module, QLinear) for module in model.model.visual.modules())
+    assert any(type(module).__name__ in ("QLinear", "Linear4bit") for module in model.model.language_model.modules())
+
+
+def test_the_named_class_decides_what_is_built(qwen: Path, tmp_path: Path) -> None:
+    transformers.Qwen3_5ForCausalLM.from_pretrained(qwen).save_pretrained(tmp_path / "text")
+    models.tokenizer().save_pretrained(tmp_path / "text")
+    package.quantize(tmp_path / "text", tmp_path / "out", plan="nf4", device="cpu")
+    assert type(package.load(tmp_path / "out")) is transformers.Qwen3_5ForCausalLM
+    config = json.loads((qwen / "config.json").read_text(encoding="utf-8"))
+    del config["architectures"]
+    (qwen / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert type(package.load(qwen)) is transformers.Qwen3_5ForConditionalGeneration
+
+
+def test_a_tower_larger_than_the_language_model_stays(tmp_path: Path) -> None:
+    folder = multimodal.save(tmp_path / "model", "got_ocr2")  # its tower has more parameters
+    package.quantize(folder, tmp_path / "out", plan="nf4", device="cpu")
+    before, after = models.tensors_of(folder), models.tensors_of(tmp_path / "out")
+    tower = [name for name in before if "vision_tower" in name]
+    assert tower
+    assert all(same(after[name], before[name]) for name in tower)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("blip-2", "needs pixel_values"),
+        ("kosmos-2", "does not run on text alone"),
+        ("t5gemma2", "is an encoder-decoder model"),
+    ],
+)
+def test_models_without_a_text_only_pass_are_refused(kind: str, words: str, tmp_path: Path) -> None:
+    folder = multimodal.save(tmp_path / "model", kind)
+    with pytest.raises(PlanError, match=words):
+        package.quantize(folder, tmp_path / "out", plan="nf4", device="cpu")
+
+
+def test_an_encoder_decoder_model_keeps_its_encoder(tmp_path: Path) -> None:
+    make = transformers.BartConfig
+    config = architectures.small(make, architectures.SIZES, architectures.MORE)
+    transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    models.tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(PlanError, match="BartForConditionalGeneration is an encoder-decoder model"):
+        package.quantize(tmp_path / "model", tmp_path / "out", plan="nf4", device="cpu")
+
+
+def test_a_config_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
+    folder = models.save(tmp_path / "model", "llama")
+    models.edit_json(folder / "config.json", model_type="vit", architectures=["ViTModel"])
+    with pytest.raises(FormatError, match="describes no causal LM and no multimodal LM"):
+        package.quantize(folder, tmp_path / "out", plan="nf4", device="cpu")
