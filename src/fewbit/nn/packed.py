@@ -27,6 +27,8 @@ class Codes(nn.Parameter):
     def __new__(cls, codes: Tensor, weights: int) -> Codes:
         made: Codes = super().__new__(cls, codes.detach(), False)
         made.weights = weights
+        # transformers initializes parameters that a checkpoint lacks, unless this is set
+        made._is_hf_initialized = True
         return made
 
     def numel(self) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,6 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fewbit.errors import FormatError
-from fewbit.formats.containers.safetensors import read_specs
-from fewbit.models import experts
 from fewbit.models.linears import LINEARS, shape_of
 from fewbit.nn.fused import packed_linears
 from fewbit.nn.layers import QEmbedding, QLinear
@@ -38,15 +35,6 @@ def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *,
     packed.transposed = isinstance(linear, Conv1D)
     packed._is_hf_initialized = True  # else the code of some models draws numbers of the shape of a plain weight
     setattr(model.get_submodule(parent), leaf, packed)
-
-
-def separate_experts(model: PreTrainedModel, files: Sequence[str]) -> bool:
-    """Give experts linears of their own, if these files name the weights of each expert. True if they do."""
-    specs = [read_specs(Path(file)) for file in files if file.endswith(".safetensors")]
-    found = any(experts.is_of_expert(name) for names in specs for name in names)
-    if found:
-        experts.separate(model)
-    return found
 
 
 class ScaledActivation(nn.Module):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightRenaming, rename_source_key
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -45,7 +45,7 @@ from fewbit.models import as_read, experts, foreign, scales
 from fewbit.models.decoding import decode
 from fewbit.models.decoding.fuse import fuse
 from fewbit.models.linears import is_linear, shape_of
-from fewbit.models.plugin import modules, options, patch_adapters, patch_resizing
+from fewbit.models.plugin import apart, options, patch_adapters, patch_resizing
 from fewbit.models.plugin.modules import left_as_they_are, put, put_scales, unpack
 from fewbit.models.plugin.serving import checked, dispatched, own_loader, requested_kernel
 from fewbit.models.plugin.serving import serving as serving
@@ -89,6 +89,7 @@ class FewbitQuantizer(HfQuantizer):
         self.transposed: set[str] = set()
         self.packed: list[str] = []  # names of the layers that are packed
         self.separated = False  # whether the experts of the model have linears of their own
+        self.splitting: list[WeightConverter] = []  # for fused experts in the checkpoint, if `separated`
         self.length: int | None = None  # length of the static cache, if the model is to be fused
         self.failure: FewbitError | None = None  # the first error while quantizing weights as they are read
         self.vanished: list[tuple[str, str, int]] = []  # name, scheme and number of groups that became 0
@@ -133,8 +134,12 @@ class FewbitQuantizer(HfQuantizer):
             length = getattr(self.quantization_config, "fuse_max_seq_len", None)
             self.length = decode.checked_length(length, context or sys.maxsize, f"fuse_max_seq_len {length!r}")
         if self.scheme is not None:
-            self.separated = modules.separate_experts(model, checkpoint_files or [])
+            experts.separate(model)
             self._make_room(model, kwargs.get("device_map"))
+            self.separated = any(experts.is_of_expert(name) for name in self.packed)
+            if not self.separated:  # the config leaves them unquantized
+                experts.join(model)
+            self.splitting = apart.splitting(model, self.get_quantize_ops(), self._fail)
             self.validate_environment(kwargs.get("device_map"))
             return model
         if not checkpoint_files:
@@ -154,6 +159,9 @@ class FewbitQuantizer(HfQuantizer):
         if self.config.get("backend") != getattr(self.quantization_config, "backend", None):
             options.check(self.quantization_config, "backend")
         return model
+
+    def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
+        """Do nothing. transformers would replace Llama 4's fused experts even if the checkpoint has them fused."""
 
     def _make_places(self, model: PreTrainedModel, checkpoint_files: list[str]) -> None:
         """Replace each linear that has quantized tensors in these files by a `QLinear`."""
@@ -239,7 +247,7 @@ class FewbitQuantizer(HfQuantizer):
         self._quantize_checkpoint(weight_conversions)
         theirs: Any = super().update_weight_conversions  # newer versions also pass the model
         rules = theirs(weight_conversions, *rest)
-        return experts.unmerged(rules) if self.separated else rules
+        return [*(experts.unmerged(rules) if self.separated else rules), *self.splitting]
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
         """The rules for renaming the tensors of the format. Transformers adds them to those of the model."""
@@ -270,6 +278,10 @@ class FewbitQuantizer(HfQuantizer):
         if self.scheme is not None and self.param_needs_quantization(model, param_name):
             return self.scheme.nbytes((param.shape[0], param.shape[1])) / param.numel()
         return param.element_size()
+
+    def _fail(self, error: FewbitError) -> None:
+        """Keep the first error: transformers would print it and raise its own instead."""
+        self.failure = self.failure or error
 
     def get_quantize_ops(self) -> ConversionOps:
         return _QuantizeOnLoad(self)
@@ -302,9 +314,10 @@ class FewbitQuantizer(HfQuantizer):
             raise self.failure
         for note in too_small(self.vanished, len(self.packed)):
             warnings.warn(f"{type(self.quantization_config).__name__}: {note}", stacklevel=2)
-        # Drop the renamings, so that saving does not undo them: the format itself gives the names on disk.
+        # Saving must not undo the renamings either: the format itself gives the names on disk.
         if used := getattr(model, "_weight_conversions", None):
-            model._weight_conversions = [c for c in used if c not in self.renamings]  # type: ignore[assignment]
+            used = apart.kept((c for c in used if c not in self.renamings), self.packed)
+            model._weight_conversions = used  # type: ignore[assignment]
         with heap.trimmed() as done_with:
             self._prepare(model, done_with)
         if self.request is not None:
@@ -402,21 +415,24 @@ class _QuantizeOnLoad(ConversionOps):
     def __init__(self, quantizer: FewbitQuantizer) -> None:
         self.quantizer = quantizer
 
+    def __deepcopy__(self, memo: object) -> _QuantizeOnLoad:
+        return self  # transformers copies conversions; all copies report to one quantizer
+
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Any]:
         done = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            module = kwargs["model"].get_submodule(name.rpartition(".")[0])
-            if isinstance(module, QLinear) and module.placeholders:
-                # transformers would print an error raised here and raise its own instead, so keep it for later.
+            path, _, leaf = name.rpartition(".")
+            module = kwargs["model"].get_submodule(path)
+            if leaf == "weight" and isinstance(module, QLinear) and module.placeholders:
                 try:
                     if self.quantizer.failure is None:
                         with heap.trimmed():
                             self.quantizer.quantize(module, weight)
                 except FewbitError as error:
-                    self.quantizer.failure = error
+                    self.quantizer._fail(error)
                 weight = module.weight
             done[name] = weight
         return done

@@ -1,0 +1,82 @@
+"""Conversions of names and tensors for a model that has linears where checkpoints have a fused tensor.
+
+transformers converts a checkpoint's tensors while it loads them, and back while it saves. Two things differ for a
+model with packed weights. A fused tensor of experts must become the weights of their linears. And a packed weight keeps
+its own name in files, so what joined or split it in loading must not be undone in saving.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+from fewbit.errors import FewbitError, FormatError
+from fewbit.models import experts
+
+Refuse = Callable[[FewbitError], None]
+
+
+def splitting(model: PreTrainedModel, quantize: ConversionOps, refuse: Refuse) -> list[WeightConverter]:
+    """A conversion for each fused tensor of experts that a checkpoint of `model` may have: into the experts' tensors.
+
+    `quantize` packs those that are to be packed. `refuse` gets the error for a fused tensor of another shape.
+    """
+    found = []
+    for path, module in model.named_modules():
+        for fused in module.shapes if isinstance(module, experts.SeparateExperts) else ():
+            prefix = model.base_model_prefix
+            inner = re.escape(f"{path.removeprefix(f'{prefix}.')}.{fused}")
+            found.append(
+                WeightConverter(
+                    source_patterns=[rf"^(?:{re.escape(prefix)}\.)?{inner}"],
+                    target_patterns=[name for name, _, _ in experts.split(model, f"{path}.{fused}")],
+                    operations=[_SplitExperts(f"{path}.{fused}", refuse), quantize],
+                )
+            )
+    return found
+
+
+class _SplitExperts(ConversionOps):
+    """Splits a fused tensor of experts into the weights or biases of their linears."""
+
+    def __init__(self, fused: str, refuse: Refuse) -> None:
+        self.fused, self.refuse = fused, refuse
+
+    def __deepcopy__(self, memo: object) -> _SplitExperts:
+        return self  # transformers copies a conversion for each tensor; `refuse` belongs to a whole model
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        (given,) = input_dict.values()
+        fused: Tensor = given[0] if isinstance(given, list) else given
+        model = kwargs["model"]
+        path, _, tensor = self.fused.rpartition(".")
+        wanted = model.get_submodule(path).shapes[tensor]
+        if tuple(fused.shape) != wanted:
+            self.refuse(FormatError(f"{self.fused} has shape {list(fused.shape)}, config.json requires {list(wanted)}"))
+            return {}
+        return {name: piece.of(fused, expert).contiguous() for name, expert, piece in experts.split(model, self.fused)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise NotImplementedError("packed experts stay separate in files")
+
+
+def kept(conversions: Iterable[Any], packed: Collection[str]) -> list[Any]:
+    """`conversions` without those that saving must not undo, as they made tensors of `packed` layers."""
+    return [each for each in conversions if not _makes(each, packed)]
+
+
+def _makes(conversion: Any, packed: Collection[str]) -> bool:
+    if not isinstance(conversion, WeightConverter):
+        return False
+    if any(isinstance(operation, _SplitExperts) for operation in conversion.operations):
+        return True
+    back = conversion.reverse_transform()
+    return any(back.rename_source_key(f"{name}.weight")[1] is not None for name in packed)
