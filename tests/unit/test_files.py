@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers.safetensors import ShardWriter
 from fewbit.models.decoding.generate import prompt_ids
 from fewbit.models.source import read_config
 from fewbit.system.files import parse_json, read_text
@@ -156,3 +157,23 @@ def test_a_text_in_the_encoding_of_the_locale_is_found() -> None:
         "subprocess.run(command, capture_output=True)",
     ):
         assert unnamed(right) == [], right
+
+
+class Sized:
+    """A tensor to `ShardWriter.add`, that counts how often its size is asked for."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    @property
+    def nbytes(self) -> int:
+        self.asked += 1
+        return 8
+
+
+def test_adding_a_tensor_to_a_shard_reads_no_other_tensors(tmp_path: Path) -> None:
+    writer, tensors = ShardWriter(tmp_path), [Sized() for _ in range(50)]
+    for number, tensor in enumerate(tensors):
+        writer.add(str(number), tensor)  # type: ignore[arg-type]
+    assert writer.nbytes == 400
+    assert max(tensor.asked for tensor in tensors) <= 3

@@ -144,6 +144,7 @@ class ShardWriter:
     def __init__(self, folder: Path, limit: int = 2 << 30) -> None:
         self.folder, self.limit = folder, limit
         self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self.nbytes = 0
 
@@ -158,10 +159,10 @@ class ShardWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Add one tensor. It is written when its shard is full."""
-        size = sum(t.nbytes for t in self._pending.values())
-        if self._pending and size + tensor.nbytes > self.limit:
+        if self._pending and self._pending_bytes + tensor.nbytes > self.limit:
             self._flush()
         self._pending[name] = tensor
+        self._pending_bytes += tensor.nbytes
         self.nbytes += tensor.nbytes
 
     def close(self) -> None:
@@ -182,7 +183,7 @@ class ShardWriter:
         if self._pending:
             self._shards.append(list(self._pending))
             write_file(self.folder / f"shard-{len(self._shards)}", self._pending)
-            self._pending = {}
+            self._pending, self._pending_bytes = {}, 0
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
