@@ -14,7 +14,8 @@ type has in checkpoints (Mixtral: w1, w3, w2), which transformers' conversion ma
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,7 @@ class SeparateExperts(nn.Module):
     leaves: tuple[str, ...]  # names of the gate, up and down linears; without a gate, of up and down
     count: int  # of experts
     shapes: dict[str, tuple[int, ...]]  # of the fused parameters
+    running: frozenset[int] | None = None  # the experts that compute, None for all; see `only_of`
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' outputs.
@@ -76,6 +78,8 @@ class SeparateExperts(nn.Module):
 
     def run(self, expert: int, x: Tensor) -> Tensor:
         """The output [n, H] of one expert for its tokens [n, H]."""
+        if self.running is not None and expert not in self.running:
+            return torch.zeros_like(x)
         fused: Any = self  # for mypy: `has_gate`, `act_fn` and so on come from the class of fused experts
         *into, down = (getattr(self.get_submodule(str(expert)), leaf) for leaf in self.leaves)
         if fused.has_gate:
@@ -175,6 +179,33 @@ def join(model: PreTrainedModel) -> None:
     if apart and used is not None and len(unmerged(used)) == len(used):
         merging = [each for each in get_model_conversion_mapping(model) if not unmerged([each])]
         model._weight_conversions = [*used, *merging]  # type: ignore[assignment]
+
+
+@contextmanager
+def only_of(prefix: str, block: nn.Module, linears: Iterable[str]) -> Iterator[None]:
+    """A context in which the block `prefix` runs only the experts that have one of `linears`, by their names.
+
+    The other experts return 0. That is right for the inputs of `linears` only if they all are in one module of experts:
+    otherwise a linear may read what experts computed, and all experts run.
+    """
+    names = list(linears)
+    limited = [
+        (path, module)
+        for path, module in block.named_modules(prefix=prefix)
+        if isinstance(module, SeparateExperts) and all(name.startswith(f"{path}.") for name in names)
+    ]
+    for path, module in limited:
+        module.running = frozenset(int(name.removeprefix(f"{path}.").partition(".")[0]) for name in names)
+    try:
+        yield
+    finally:
+        for _, module in limited:
+            module.running = None
+
+
+def of_any(name: str) -> str:
+    """The name of a linear, with a star for the number of its expert."""
+    return _OWN.sub("experts.*.", name)
 
 
 def is_of_expert(name: str) -> bool:

@@ -108,26 +108,35 @@ def _quantize_block(settled: Settled, block: Block, inputs: Inputs) -> tuple[Ten
     assignments = {name: settled.resolved.assignments[name] for name in own if name in settled.resolved.assignments}
     rewritten = rewrite(block, assignments)
     tensors, reports = rewritten.tensors | rewritten.scales, dict[str, TensorReport]()
-    steps: Iterable[dict[str, Stats] | None] = (
-        staged(block, needs_of(assignments), inputs.stages) if inputs.importance is None else [dict(inputs.importance)]
+    stages: Iterable[Iterable[dict[str, Stats] | None]] = (
+        staged(block, needs_of(assignments), inputs.stages)
+        if inputs.importance is None
+        else [[dict(inputs.importance)]]
     )
     left = dict(assignments)
-    for stats in itertools.chain(steps, [None]):  # finally, linears without statistics
-        now = {name: left.pop(name) for name in list(left) if stats is None or name in stats}
-        for name, (stored, report) in _quantize_together(settled, block, now, stats).items():
-            tensors |= stored
-            reports[name] = replace(report, notes=[*rewritten.notes.get(name, []), *report.notes])
+    for stage in itertools.chain(stages, [[None]]):  # finally, linears without statistics
+        done, owners = dict[str, tuple[Tensors, TensorReport]](), dict[str, int]()
+        for stats in stage:
+            now = {name: left.pop(name) for name in list(left) if stats is None or name in stats}
+            ranks_of, on_this_rank = _quantize_together(settled, block, now, stats)
+            owners |= ranks_of
+            done |= on_this_rank
+        if block.calls:  # the block will be replayed
+            _replace_weights(settled, block, done, owners)
+        for results in ranks.gather_to_first(done):
+            for name, (stored, report) in results.items():
+                tensors |= stored
+                reports[name] = replace(report, notes=[*rewritten.notes.get(name, []), *report.notes])
     return tensors, [reports[name] for name in assignments if name in reports]
 
 
 def _quantize_together(
     settled: Settled, block: Block, assignments: Mapping[str, Assignment], stats: dict[str, Stats] | None
-) -> dict[str, tuple[Tensors, TensorReport]]:
-    """Quantize linears of a block, each on one rank. Returns linear -> its tensors in the output, and its report.
+) -> tuple[dict[str, int], dict[str, tuple[Tensors, TensorReport]]]:
+    """Quantize linears of a block, each on one rank. The block keeps its weights.
 
-    Only the first rank gets the results of all linears. If the block is replayed, every rank gets the new weights.
+    Returns linear -> its rank, and for the linears of this rank: linear -> its tensors in the output, and its report.
     """
-    skeleton = block.skeleton
     groups = _alike(assignments, stats or {})
     owners = ranks.owners([_cost([assignments[name] for name in names]) for names in groups])
     done: dict[str, tuple[Tensors, TensorReport]] = {}
@@ -135,18 +144,33 @@ def _quantize_together(
         own = None if stats is None else [stats.pop(name) for name in names].pop()
         if owner != ranks.rank():
             continue
-        weights = [skeleton.weight(name).float() for name in names]
+        weights = [block.skeleton.weight(name).float() for name in names]
         choices = _choose([assignments[name] for name in names], weights, own)
         for name in names:
-            weight, choice = weights.pop(0), choices.pop(0)
-            done[name] = _stored(settled, assignments[name], weight, choice, own)
-            if block.calls:  # the block will be replayed
-                skeleton.replace_weight(name, choice.weight.dequantize())
-    if block.calls:
-        for names, owner in zip(groups, owners, strict=True):
-            for name in names:
-                ranks.broadcast(skeleton.weight(name), owner)
-    return {name: result for own in ranks.gather_to_first(done) for name, result in own.items()}
+            done[name] = _stored(settled, assignments[name], weights.pop(0), choices.pop(0), own)
+    return {name: owner for names, owner in zip(groups, owners, strict=True) for name in names}, done
+
+
+def _replace_weights(
+    settled: Settled,
+    block: Block,
+    done: Mapping[str, tuple[Tensors, TensorReport]],
+    owners: Mapping[str, int],
+) -> None:
+    """Give a materialized block, on all ranks, the quantized weights of the linears `owners`."""
+    for name, owner in owners.items():
+        if name in done:
+            _dequantize_into(settled, block, name, done[name][0])
+        ranks.broadcast(block.skeleton.weight(name), owner)
+
+
+def _dequantize_into(settled: Settled, block: Block, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Overwrite the weight of a linear of a materialized block with that of its `tensors` in the output."""
+    assignment = settled.resolved.assignments[name]
+    suffixes = settled.resolved.format.specs(assignment.shape, assignment.scheme)
+    own = {suffix: tensors[f"{name}.{suffix}"] for suffix in suffixes}
+    weight = settled.resolved.format.read(own, settled.config, name)
+    block.skeleton.replace_weight(name, weight.map(lambda part: part.to(block.skeleton.device)).dequantize())
 
 
 def _cost(assignments: Sequence[Assignment]) -> float:
@@ -222,9 +246,7 @@ def _restore_block(settled: Settled, block: Block, tensors: Tensors) -> None:
     assignments = settled.resolved.assignments
     for name in block.skeleton.linears(block.name):
         if name in assignments:
-            own = {key.removeprefix(name + "."): t for key, t in tensors.items() if key.startswith(name + ".")}
-            weight = settled.resolved.format.read(own, settled.config, name)
-            block.skeleton.replace_weight(name, weight.dequantize())
+            _dequantize_into(settled, block, name, tensors)
     for name, parameter in block.module.named_parameters(prefix=block.name):
         if name in tensors and name.removesuffix(".weight") not in assignments:  # a norm or bias that was rewritten
             parameter.data.copy_(tensors[name])

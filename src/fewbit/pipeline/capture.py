@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import PlanError
+from fewbit.models import experts
 from fewbit.models.skeleton import BlockCall, Shape, Skeleton
+from fewbit.pipeline.groups import groups_of, room_for_statistics
 from fewbit.plans.plan import Assignment
 from fewbit.stats import Need, Stats
-from fewbit.system import ranks
+from fewbit.system import machine, ranks
 
 _TOKENS_AT_ONCE = 2048  # enough to keep two cores or a GPU busy, small beside the statistics
 
@@ -91,23 +93,38 @@ def captured(skeleton: Skeleton, inputs: Inputs) -> tuple[list[Tensor], dict[str
     return skeleton.capture(list(tokens[own.start : own.stop].split(inputs.at_once)))
 
 
-def staged(block: Block, needs: Mapping[str, Need], stages: Stages | None) -> Iterator[dict[str, Stats]]:
-    """Statistics of a block's linears, stage by stage. The caller quantizes each stage before it takes the next."""
-    first = gather(block, needs)
+def staged(block: Block, needs: Mapping[str, Need], stages: Stages | None) -> Iterator[Iterator[dict[str, Stats]]]:
+    """Statistics of a block's linears: for each stage, those of one group of its linears after another.
+
+    The caller replaces the weights of a stage before it takes the next stage, and not within a stage. So the groups
+    limit the memory of the statistics and do not change the result.
+    """
+    need = max(needs.values(), default=Need.NOTHING)
+    for names in _stages(block, needs, stages):
+        yield (gather(block, dict.fromkeys(group, need)) for group in _grouped(block, names, need))
+
+
+def _stages(block: Block, needs: Mapping[str, Need], stages: Stages | None) -> list[list[str]]:
+    """The linears of each stage."""
     if stages is None:
-        yield first
-        return
-    groups = [[name for name in needs if name.removeprefix(f"{block.name}.") in stage] for stage in stages]
-    if not stages:
-        leaders: dict[int, list[str]] = {}
-        for name, stats in first.items():
-            leaders.setdefault(id(stats), []).append(name)
-        groups = list(leaders.values())
-    start = {name: first[name] for name in groups[0] if name in first}
-    first.clear()
-    yield start
-    for group in groups[1:]:
-        yield gather(block, {name: needs[name] for name in group})
+        return [list(needs)]
+    if stages:
+        return [[name for name in needs if name.removeprefix(f"{block.name}.") in stage] for stage in stages]
+    leaders: dict[int, str] = {}
+    found: dict[str, list[str]] = {}
+    for name, stats in gather(block, dict.fromkeys(needs, Need.MEAN_ABS)).items():
+        # Experts do not read what other experts compute, so the same linears of all experts are one stage.
+        found.setdefault(leaders.setdefault(id(stats), experts.of_any(name)), []).append(name)
+    return list(found.values())
+
+
+def _grouped(block: Block, names: Sequence[str], need: Need) -> list[list[str]]:
+    """`names` in groups whose statistics take at most `room_for_statistics` bytes, or that hold one module's linears.
+
+    Each group costs one more run of the block over the calibration tokens.
+    """
+    every, room = block.skeleton.linears(block.name), room_for_statistics(machine.memory_of(block.skeleton.device))
+    return groups_of({name: every[name] for name in names}, need, room)
 
 
 def needs_of(assignments: Mapping[str, Assignment]) -> dict[str, Need]:
@@ -160,7 +177,7 @@ def gather(block: Block, needs: Mapping[str, Need], *, alike: bool = False) -> d
 
     handles = [skeleton.model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in needs]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), experts.only_of(block.name, block.module, needs):
             for call, states in zip(block.calls, block.hidden, strict=True):
                 weight = None if alike else states.float().norm(dim=-1).clamp(min=1e-6)
                 with suppress(_AllFed):

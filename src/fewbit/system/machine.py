@@ -57,6 +57,11 @@ def main_memory() -> int:
         return 0
 
 
+def memory_of(device: torch.device) -> int:
+    """Memory of a device in bytes: of that GPU, or the main memory."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else main_memory()
+
+
 def device(wanted: Device) -> str:
     """The device to use: the requested one, else a GPU if there is one, else the CPU.
 
