@@ -133,13 +133,10 @@ _SPLIT = "into several while loading, which fewbit does not support yet"
 # Types that fewbit refuses, and with what words.
 REFUSED: dict[str, str] = {
     "gemma4_unified_assistant": "shared_kv_states cannot be None",
-    "hrm_text": _SPLIT,
     "inkling_text": _FUSED,
     "jetmoe": _FUSED,
-    "lara_mini": _SPLIT,
     "longcat_flash": _FUSED,
     "rwkv": "is packed, and cannot be changed",
-    "sarvam_moe": _SPLIT,
     "zamba": _SHARED,
     "zamba2": _SHARED,
 }

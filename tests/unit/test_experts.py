@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import fewbit
-from fewbit.errors import FormatError
+from fewbit.errors import FormatError, NumericsError
 from fewbit.models import experts
 from fewbit.models.linears import is_linear
 from fewbit.pipeline import capture
@@ -149,6 +149,61 @@ def test_a_fused_tensor_with_another_number_of_experts(count: int, tmp_path: Pat
     save_file({**tensors, key: own.repeat(2, 1, 1)[:count].contiguous()}, file, metadata={"format": "pt"})
     with pytest.raises(FormatError, match=rf"{key} has shape \[{count}, .*must be 4, the number of experts"):
         fewbit.quantize(folder, tmp_path / "out", plan="nf4", device="cpu")
+
+
+DOWN = "model.layers.1.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "change", "words"),
+    [
+        (
+            "gpt_oss",
+            f"{DOWN}.down_proj",
+            None,
+            rf"4 tensors are missing, the first is {DOWN}.0.down_proj.weight \({DOWN}.down_proj, which could hold it",
+        ),
+        ("qwen3_moe", f"{DOWN}.2.down_proj.weight", None, rf"1 tensors are missing, the first is {DOWN}.2.down_proj"),
+        (
+            "gpt_oss",
+            f"{DOWN}.down_proj",
+            lambda fused: fused[:, :5],
+            rf"{DOWN}.0.down_proj.weight \(a part of {DOWN}.down_proj\) has shape \[64, 5\], config.json requires",
+        ),
+        (
+            "qwen3_moe",
+            f"{DOWN}.2.down_proj.weight",
+            lambda own: own[:3],
+            rf"{DOWN}.2.down_proj.weight has shape \[3, 32\], config.json requires \[64, 32\]",
+        ),
+        # transformers converts other tensors of these types, which does not make this one's shape right.
+        ("sarvam_moe", f"{DOWN}.2.down_proj.weight", lambda own: own[:3], r"has shape \[3, 32\], config.json requires"),
+        ("sarvam_moe", "model.layers.0.attention.query_key_value.weight", lambda own: own[:3], "cannot be split"),
+    ],
+)
+def test_a_missing_or_misshapen_expert_is_named(kind: str, key: str, change: Any, words: str, tmp_path: Path) -> None:
+    folder = architectures.save(tmp_path, kind)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    own = tensors.pop(key)
+    tensors |= {key: change(own).contiguous()} if change else {}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=words):
+        fewbit.preview(folder, plan="nf4")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [("gpt_oss", f"{DOWN}.down_proj"), ("qwen3_moe", "model.layers.1.mlp.gate.weight")]
+)
+def test_nan_in_an_expert_or_a_router_is_named(kind: str, key: str, tmp_path: Path) -> None:
+    folder = architectures.save(tmp_path, kind)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[key][2, 3] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    named = rf"{DOWN}.2.down_proj.weight \(a part of {key}\)" if kind == "gpt_oss" else key
+    with pytest.raises(NumericsError, match=rf"^{named} has NaN or Inf"):
+        fewbit.preview(folder, plan="nf4")
 
 
 def test_awq_scales_an_expert_that_some_windows_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,6 +227,15 @@ def fused_count(model: nn.Module, name: str) -> int | None:
     return len({expert for _, expert, _ in split(model, name)}) or None
 
 
+def fused_name(model: nn.Module, name: str) -> str | None:
+    """The fused tensor that the tensor `name` of a single expert may be a part of; None if it is not of an expert."""
+    if not is_of_expert(name):
+        return None
+    path, _, leaf, kind = name.rsplit(".", 3)
+    module: Any = model.get_submodule(path)
+    return next(f"{path}.{piece.fused}" for piece in module.pieces if (piece.leaf, piece.kind) == (leaf, kind))
+
+
 def split(model: nn.Module, name: str) -> Iterator[tuple[str, int, Piece]]:
     """(name, expert, piece) for each single-expert tensor inside of the fused tensor `name` of a checkpoint."""
     path, _, tensor = name.rpartition(".")

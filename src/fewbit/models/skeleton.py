@@ -30,7 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.safetensors import Checkpoint
-from fewbit.models import classes, experts
+from fewbit.models import classes, experts, splits
 from fewbit.models.blocks import find_blocks
 from fewbit.models.building import building, empty_parameters
 from fewbit.models.linears import is_linear, shape_of, weight_of
@@ -320,6 +320,12 @@ class Skeleton:
                 self.checkpoint.add_view(name, key, partial(piece.of, expert=expert))
                 found[name] = name
                 self.without_place.pop(key, None)
+        for key, first in list(found.items()):
+            spec = self.checkpoint.specs[key]
+            for name, view in splits.parts_of(self.model, self._mapping, key, first, spec):
+                self.checkpoint.add_view(name, key, view)
+                found[name] = name
+                found.pop(key, None)
         # A tied tensor may be stored under either name.
         for second, first in self.model.all_tied_weights_keys.items():
             if first not in found.values() and second in found.values():
@@ -350,27 +356,29 @@ class Skeleton:
         have = set(self.name_of.values())
         names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         missing = [name for name in names if name not in have and self.tied.get(name) not in have]
-        splitting = [m for m in self._mapping if isinstance(m, WeightConverter) and len(m.target_patterns) > 1]
-        if missing and splitting:
+        many = [m for m in self._mapping if len(m.source_patterns) > 1 and len(m.target_patterns) > 1]
+        if missing and many:
             raise PlanError(
-                f"transformers splits the tensor {splitting[0].source_patterns[0]} of a {self.config.model_type} model "
-                "into several while loading, which fewbit does not support yet"
+                f"transformers makes several tensors of {', '.join(many[0].source_patterns)} of a "
+                f"{self.config.model_type} model while loading, which fewbit does not support yet"
             )
         if missing:
+            fused = experts.fused_name(self.model, missing[0])
             raise FormatError(
-                f"{self.source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}",
+                f"{self.source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}"
+                f"{'' if fused is None else f' ({fused}, which could hold it, is missing too)'}",
                 "The weights belong to another config.json, or the download is incomplete.",
             )
-        merged = {m for m in self._mapping if not isinstance(m, WeightRenaming)}
         for key, name in self.name_of.items():
             found, wanted = self.checkpoint.specs[key].shape, tuple(self._expected[name].shape)
             if self._expected[name].is_floating_point() and not self.checkpoint.specs[key].dtype.is_floating_point:
                 raise FormatError(
                     f"{self.source.folder}: {key} has dtype {self.checkpoint.specs[key].dtype}, not a float"
                 )
-            if found != wanted and not merged:
+            if found != wanted and splits.converter_of(self._mapping, key) is None:
                 raise FormatError(
-                    f"{self.source.folder}: {key} has shape {list(found)}, config.json requires {list(wanted)}"
+                    f"{self.source.folder}: {self.checkpoint.called(key)} has shape {list(found)}, "
+                    f"config.json requires {list(wanted)}"
                 )
 
     def _load(self, keys: list[str]) -> None:

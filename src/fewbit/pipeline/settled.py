@@ -95,7 +95,8 @@ class Settled:
             # PyTorch has no isfinite for some 8-bit floats, so cast first.
             if not all(torch.isfinite(rows[part].float()).all() for part in chunk_rows(*rows.shape)):
                 raise NumericsError(
-                    f"{key} has NaN or Inf", f"The checkpoint {self.skeleton.source.folder} is damaged."
+                    f"{self.skeleton.checkpoint.called(key)} has NaN or Inf",
+                    f"The checkpoint {self.skeleton.source.folder} is damaged.",
                 )
 
 

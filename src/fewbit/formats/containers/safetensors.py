@@ -68,6 +68,10 @@ class Checkpoint:
         part = view(torch.empty(self.specs[stored].shape, dtype=self.specs[stored].dtype, device="meta"))
         self.specs[name] = PartSpec(tuple(part.shape), part.dtype)
 
+    def called(self, name: str) -> str:
+        """The tensor's name for an error. For a part, also the name of the stored tensor."""
+        return f"{name} (a part of {self._views[name][0]})" if name in self._views else name
+
     def slice(self, name: str) -> Any:
         """A lazy handle, as transformers' loader expects."""
         return _View(self, name) if name in self._views else self._handle(name).get_slice(name)
