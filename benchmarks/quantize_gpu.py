@@ -32,12 +32,13 @@ from fewbit.models.gguf import config as gguf_config
 from fewbit.models.gguf import names
 from fewbit.models.gguf.header import Header
 from fewbit.models.skeleton import BlockCall, Skeleton
+from fewbit.models.source import locate
 from fewbit.pipeline import blocks as pipeline_blocks
 from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline import run as pipeline_run
 from fewbit.pipeline import write_folder, write_gguf
 from fewbit.pipeline.capture import Inputs
-from fewbit.pipeline.job import Job, unquantized
+from fewbit.pipeline.job import Job
 from fewbit.plans import plan as plans
 from fewbit.schemes.affine import Affine
 from fewbit.schemes.base import QTensor
@@ -195,7 +196,7 @@ def measure(folder: Path, name: str, args: argparse.Namespace, clock: Clock | No
     device = Watch()
     device.start()
     start = time.perf_counter()
-    job = Job.prepare(unquantized(folder), plan_of(name), "cuda")
+    job = Job.prepare(locate(folder), plan_of(name), "cuda")
     tokens = torch.randint(
         0, CONFIG["vocab_size"], (args.samples, args.length), generator=torch.Generator().manual_seed(0)
     )

@@ -464,10 +464,6 @@ def test_a_plan_of_two_schemes_for_a_file_of_one(sound: Path, refused: Refused, 
     refused(2, ("int3-g32-sym", "int4-g32-sym"), sound, "--plan", tmp_path / "plan.json")
 
 
-def test_a_model_that_is_quantized_already(gptq: Path, refused: Refused) -> None:
-    refused(2, (str(gptq), "quantized already"), gptq)
-
-
 @pytest.mark.parametrize("kind", ["longcat_flash", "jetmoe"])
 def test_experts_of_an_unknown_layout(kind: str, refused: Refused, tmp_path: Path) -> None:
     folder = architectures.save(tmp_path / "experts", kind)

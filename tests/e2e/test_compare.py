@@ -167,12 +167,6 @@ def test_what_no_plan_can_have_is_refused_at_once(fewbit: Fewbit, tmp_path: Path
     assert fewbit("compare", "-o", __file__).code == 2
 
 
-def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
-    fewbit.quantize("tiny", tmp_path / "out", plan="nf4")
-    with pytest.raises(PlanError, match="is quantized already"):
-        fewbit.compare(tmp_path / "out")
-
-
 def test_a_model_that_is_there_is_measured_as_it_is(tmp_path: Path) -> None:
     model, made, text = models.save(tmp_path / "model", "llama"), tmp_path / "made", tmp_path / "text.txt"
     text.write_text(models.sentences(80), encoding="utf-8")
@@ -185,6 +179,9 @@ def test_a_model_that_is_there_is_measured_as_it_is(tmp_path: Path) -> None:
     assert (original.what, other.plan, other.what) == ("the original, bnb", "model", "as it is: not quantized")
     assert other.loss is not None
     assert other.loss.kl.value > 0
+    (again,) = fewbit.compare(made, plans=["int8"], **asked).rows
+    assert again.loss is not None
+    assert again.loss.kl.value > 0
     models.edit_json(made / "config.json", note="changed")
     assert [row.reused for row in fewbit.compare(model, plans=["nf4", made], **asked).rows] == [True, False]
     other_words = models.save(tmp_path / "other", "llama")

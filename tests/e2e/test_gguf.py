@@ -186,9 +186,6 @@ def test_the_command_line_takes_a_file(fewbit: Fewbit, small: Path, text: Path) 
     assert fewbit("generate", small, "the model", "--chat", "--max-new-tokens", 3).code == 0
     answer = fewbit("evaluate", small, "--reference", small.parent / "m", "--text", text, "--length", 32, "--json")
     assert 0 < answer.json["kl"]["mean"] < 0.01
-    refused = fewbit("quantize", small, "-o", small.parent / "out")
-    assert refused.code == 2
-    assert "quantized already" in refused.err
 
 
 def test_a_damaged_file_is_one_sentence(fewbit: Fewbit, small: Path, tmp_path: Path) -> None:

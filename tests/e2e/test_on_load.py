@@ -230,15 +230,6 @@ def test_plain_8_bit_floats_are_quantized(model: Path, tmp_path: Path, dtype: to
         assert torch.equal(tensor, models.tensors_of(tmp_path / "w")[name]), name
 
 
-def test_fp8_with_scales_names_what_helps(model: Path, tmp_path: Path) -> None:
-    models.edit_json(
-        model / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}
-    )
-    with pytest.raises(PlanError, match="quantized by 'fp8'") as refusal:
-        quantize.quantize(model, tmp_path / "q", plan="nf4")
-    assert "dequantize=True" in refusal.value.hint
-
-
 @pytest.mark.parametrize("kind", ["gptq", "awq"])
 def test_what_transformers_reads_is_quantized(model: Path, tmp_path: Path, kind: str) -> None:
     """Another variant, a pickle or fewer layers than the folder alone would mean."""

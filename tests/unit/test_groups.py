@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 import fewbit
 from fewbit.models import experts
+from fewbit.models.source import locate
 from fewbit.pipeline import capture, groups
 from fewbit.pipeline.blocks import quantize_blocks
 from fewbit.pipeline.capture import Inputs
-from fewbit.pipeline.job import Job, unquantized
+from fewbit.pipeline.job import Job
 from fewbit.pipeline.run import Run
 from fewbit.plans.plan import Plan, Rule, find
 from fewbit.stats import Need, Stats
@@ -102,7 +103,7 @@ def test_the_same_linears_of_all_experts_are_one_stage(tmp_path: Path, monkeypat
         return gather(block, needs, **rest)
 
     monkeypatch.setattr(capture, "gather", seen)
-    job = Job.prepare(unquantized(architectures.save(tmp_path / "model", "qwen3_moe")), find("gptq-4bit"), "cpu")
+    job = Job.prepare(locate(architectures.save(tmp_path / "model", "qwen3_moe")), find("gptq-4bit"), "cpu")
     tokens = torch.arange(256).view(8, 32)
     with Run("stages") as run:
         quantize_blocks(job.settled, Inputs(tokens, stages=()), run, lambda step: None)

@@ -48,7 +48,7 @@ from fewbit.models.describe import describe
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
 from fewbit.nn import choose
-from fewbit.pipeline.job import evaluated, same_vocabulary, unquantized, windows
+from fewbit.pipeline.job import evaluated, same_vocabulary, windows
 from fewbit.plans import plan as plans
 from fewbit.plans.plan import Plan, find_all
 from fewbit.report import page
@@ -94,10 +94,10 @@ def compare(
     """Quantize `model` by each plan, measure the results, and write a report into the folder `out` if it is given.
 
     plans: names or plan files, or folders or .gguf files of models made from `model`; "bf16" is the original. `model`
-    itself may be quantized if no plan has to quantize it. calibration: for the plans that need it. text, samples,
-    length: the text to measure quality on, as in `evaluate`. prompt: the text that every model continues, as a sample.
-    Earlier results are reused. again: measure again, and reuse only quantized models. PlanError, before any work, for
-    an invalid argument; if one plan fails, its row says why.
+    itself may be quantized: the plans then quantize its dequantized weights. calibration: for the plans that need it.
+    text, samples, length: the text to measure quality on, as in `evaluate`. prompt: the text that every model
+    continues, as a sample. Earlier results are reused. again: measure again, and reuse only quantized models.
+    PlanError, before any work, for an invalid argument; if one plan fails, its row says why.
     """
     elapsed, device = timing.timed(), system_machine.device(device)
     calibration = arguments.calibrated(calibration, COMPARED)
@@ -105,8 +105,6 @@ def compare(
     wanted: dict[str, Wanted] = {name: locate(each) if isinstance(each, Path) else each for name, each in found.items()}
     folder = None if out is None else report_folder(publish.check_writable(out))
     source = locate(model)
-    if any(isinstance(each, Plan) for each in wanted.values()):
-        source = unquantized(model, False)
     asked = _asked(source, wanted, calibration, text, samples, length, prompt, trust_remote_code)
     machine = _machine(device)
     settings = {

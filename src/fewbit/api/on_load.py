@@ -21,10 +21,11 @@ from fewbit.errors import FewbitError, PlanError
 from fewbit.models.plugin.modules import FEW
 from fewbit.models.plugin.options import Request
 from fewbit.models.skeleton import Skeleton, load_tokenizer, tokenizer_at
+from fewbit.models.source import locate
 from fewbit.pipeline import blocks, write_folder
 from fewbit.pipeline import run as pipeline_run
 from fewbit.pipeline.capture import Inputs
-from fewbit.pipeline.job import Job, too_small, unquantized
+from fewbit.pipeline.job import Job, too_small
 from fewbit.report import progress
 from fewbit.system import ambient, machine, publish
 from fewbit.texts import sources, windows
@@ -43,7 +44,7 @@ def quantized(
 
     A warning says what was changed to make the request fit the model. PlanError, before any work, if it cannot fit.
     """
-    job = Job.prepare(unquantized(folder), request.plan, device, trust_remote_code=trust_remote_code)
+    job = Job.prepare(locate(folder), request.plan, device, trust_remote_code=trust_remote_code)
     _check(request, job.settled.skeleton)
     size = job.preview().output_bytes
     publish.check_space({out: 2 * size}, "Free some space, or set FEWBIT_CACHE to a folder on another disk.")

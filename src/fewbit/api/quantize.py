@@ -36,7 +36,6 @@ from fewbit.pipeline.job import (
     is_file,
     skeleton_of,
     too_small,
-    unquantized,
     windows,
 )
 from fewbit.report import card
@@ -87,7 +86,11 @@ def quantize(
             publish.check_output(out, overwrite=overwrite, file=file)
         heap.return_freed()
         job = Job.prepare(
-            unquantized(model, safetensors_only), wanted, device, trust_remote_code=trust_remote_code, imatrix=imatrix
+            locate(model, safetensors_only=safetensors_only),
+            wanted,
+            device,
+            trust_remote_code=trust_remote_code,
+            imatrix=imatrix,
         )
         preview = job.preview()
         if ranks.first():
@@ -130,6 +133,7 @@ def quantize(
                 "versions": versions,
                 "model": job.source.name,
                 "origin": job.source.address,
+                "source": None if (packing := job.settled.skeleton.packing) is None else packing.to_json(),
                 "calibration": calibrated,
                 "plan": job.settled.resolved.plan.to_json(),
                 **kept,
@@ -176,7 +180,7 @@ def preview(
 ) -> Preview:
     """Return what `quantize` would do to each tensor, with exact output bytes. Writes nothing (`--dry-run`)."""
     wanted = arguments.plan("plan", plan)
-    source = unquantized(model, safetensors_only)
+    source = locate(model, safetensors_only=safetensors_only)
     job = Job.prepare(source, wanted, "cpu", trust_remote_code=trust_remote_code, imatrix=imatrix)
     if job.single_file:
         job.header(load_tokenizer(source, trust_remote_code=trust_remote_code))
@@ -203,7 +207,7 @@ def imatrix(
     with ranks.joined(device) as device:
         if ranks.first():
             publish.check_output(out, overwrite=overwrite, file=True)
-        source = unquantized(model, safetensors_only)
+        source = locate(model, safetensors_only=safetensors_only)
         skeleton = skeleton_of(source, machine.device(device), trust_remote_code)
         names = settled.model_of(skeleton).names
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)

@@ -17,7 +17,7 @@ from fewbit.errors import FormatError
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.containers.gguf import PLAIN, GgufFile
 from fewbit.formats.containers.safetensors import Checkpoint
-from fewbit.models import classes
+from fewbit.models import classes, decoded
 from fewbit.models.building import building
 from fewbit.models.scales import GGUF_RECORD
 from fewbit.models.source import Source
@@ -64,6 +64,8 @@ def describe(source: Source) -> Inspection:
     schemes: Counter[str] = Counter()
     quantized, packed, plain = 0, 0, set(checkpoint.specs)
     format = by_quant_method(quantization["quant_method"]) if quantization else None
+    if quantization and quantization["quant_method"] in decoded.LAYOUTS:
+        return _of_layout(source, checkpoint, quantization["quant_method"])
     if quantization and format is None:
         return _of_another(source, checkpoint, quantization["quant_method"])
     if format is not None and quantization is not None:
@@ -90,6 +92,29 @@ def describe(source: Source) -> Inspection:
         bits_per_weight=8 * (packed + rest) / max(parameters, 1),
         bits_per_weight_quantized=8 * packed / quantized if quantized else None,
         made=_made(source),
+    )
+
+
+def _of_layout(source: Source, checkpoint: Checkpoint, method: str) -> Inspection:
+    """Describe a model in a layout that fewbit decodes as it reads it."""
+    config, stored = source.config, dict(checkpoint.specs)
+    packed = decoded.found_in(source, checkpoint)
+    parts = {part for each in packed.values() for part in each.parts.values()}
+    unused = {name for each in packed.values() for name in each.unused}
+    whole = sum(spec.nbytes for spec in stored.values())
+    quantized = sum(each.numel for each in packed.values())
+    parameters = quantized + sum(prod(spec.shape) for name, spec in stored.items() if name not in parts | unused)
+    return Inspection(
+        name=source.name,
+        architecture=str((config.get("architectures") or [config.get("model_type", "?")])[0]),
+        format=method,
+        schemes=dict(Counter(each.kind for each in packed.values())),
+        parameters=parameters,
+        quantized_parameters=quantized,
+        weights_bytes=whole,
+        file_bytes=whole,
+        bits_per_weight=8 * whole / max(parameters, 1),
+        bits_per_weight_quantized=8 * sum(stored[part].nbytes for part in parts) / quantized if quantized else None,
     )
 
 

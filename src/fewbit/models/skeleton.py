@@ -29,8 +29,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from fewbit.errors import FormatError, PlanError
-from fewbit.formats.containers.safetensors import Checkpoint
-from fewbit.models import classes, experts, splits
+from fewbit.models import classes, decoded, experts, splits
 from fewbit.models.blocks import find_blocks
 from fewbit.models.building import building, empty_parameters
 from fewbit.models.linears import is_linear, shape_of, weight_of
@@ -77,14 +76,21 @@ class _OtherShell(Exception):
 
 
 class Skeleton:
-    """`model` on the meta device, the names of its `blocks`, and the checkpoint that fills them."""
+    """`model` on the meta device, the names of its `blocks`, and the checkpoint that fills them.
+
+    packing: how the weights of a quantized source are stored, None for others. `checkpoint` decodes them.
+    """
+
+    packing: decoded.Packing | None = None
 
     def __init__(
         self, source: Source, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
     ) -> None:
         self.source, self.dtype, self.device = source, dtype, device
         try:
-            self.config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+            self.config = AutoConfig.from_pretrained(
+                source.folder, trust_remote_code=trust_remote_code, **source.options
+            )
             with building(), empty_parameters():
                 self.model: PreTrainedModel = classes.build(
                     self.config, dtype=dtype, trust_remote_code=trust_remote_code
@@ -107,7 +113,7 @@ class Skeleton:
 
     def _open(self) -> None:
         """Find the checkpoint's tensors, and check that they match the model's parameters."""
-        self.checkpoint = Checkpoint(list(self.source.files))
+        self.checkpoint, self.packing = decoded.opened(self.source, self.config)
         self.name_of = self._names()
         self.merged = {name for name, count in Counter(self.name_of.values()).items() if count > 1}
         self.tied = self._ties()
@@ -198,6 +204,11 @@ class Skeleton:
                 rows, columns = self._expected[f"{name}.weight"].shape
                 found[name] = (rows, columns)
         return found
+
+    @property
+    def dtype_of_source(self) -> torch.dtype:
+        """The dtype of the checkpoint's weights; of a quantized source, the one that they are decoded to."""
+        return self.packing.dtype if self.packing is not None else self.source.dtype
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The checkpoint's dtype of the tensor with the model name `name`."""

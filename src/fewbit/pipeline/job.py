@@ -17,14 +17,13 @@ from torch import Tensor
 from fewbit.brief import brief
 from fewbit.checks import Device, Texts
 from fewbit.errors import PlanError
-from fewbit.formats.base import by_quant_method
 from fewbit.formats.containers import pickle
 from fewbit.formats.containers.safetensors import card_of, folders_left_out, other_weights, side_files
 from fewbit.models.gguf import header
 from fewbit.models.gguf.header import Header
 from fewbit.models.outline import Outline
 from fewbit.models.skeleton import Skeleton, load_tokenizer
-from fewbit.models.source import Source, locate
+from fewbit.models.source import Source
 from fewbit.pipeline import importances, run, sizes
 from fewbit.pipeline.capture import Importance, Inputs
 from fewbit.pipeline.settled import Settled
@@ -64,14 +63,14 @@ class Job:
         trust_remote_code: bool = False,
         imatrix: str | Path | None = None,
     ) -> Job:
-        """Resolve `plan` for an unquantized source. PlanError if it does not fit."""
+        """Resolve `plan` for a source. PlanError if it does not fit."""
         skeleton = skeleton_of(source, machine.device(device), trust_remote_code)
         settled, notes = Settled.of(skeleton, plan), list[str]()
         settled.check()
         importance: Importance | None = None
         if imatrix is not None:
             importance, notes = importances.importance(Path(imatrix), settled)
-        return cls(source, settled, importance, [*settled.resolved.notes, *notes])
+        return cls(source, settled, importance, [*settled.on_the_source(), *settled.resolved.notes, *notes])
 
     @property
     def single_file(self) -> bool:
@@ -108,21 +107,6 @@ class Job:
             output_bytes=output_bytes,
             share=self.settled.share,
         )
-
-
-def unquantized(model: str | Path, safetensors_only: bool = False) -> Source:
-    """The located model; PlanError if its weights are quantized already."""
-    source = locate(model, safetensors_only=safetensors_only)
-    if source.quantization is not None:
-        method = source.quantization["quant_method"]
-        if by_quant_method(method) is not None:
-            raise PlanError(f"{model} is quantized already", "Use the original: quantizing twice only adds error.")
-        raise PlanError(
-            f"{model} has weights quantized by {method!r}, which fewbit does not quantize again",
-            "Use a copy with ordinary weights. If none is published, transformers can often make one: load the model "
-            "with dequantize=True in its quantization config, and save it.",
-        )
-    return source
 
 
 @contextmanager

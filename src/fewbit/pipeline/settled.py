@@ -19,6 +19,7 @@ from fewbit.schemes.base import chunk_rows
 from fewbit.stats import Need
 
 _LOWEST_SHARE = 0.5  # of the parameters in blocks
+_SAVES = 0.98  # of the source's bits per weight; quantizing to fewer bits saves something
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,24 @@ class Settled:
         """The most detailed input statistic that a method of the plan needs."""
         return max((a.method.needs for a in self.resolved.assignments.values()), default=Need.NOTHING)
 
+    def on_the_source(self) -> list[str]:
+        """Notes on a source that is already quantized; none for others."""
+        packing, assignments = self.skeleton.packing, self.resolved.assignments.values()
+        if packing is None:
+            return []
+        notes = [
+            f"the source is already quantized ({packing.said}); errors are measured against its dequantized weights"
+        ]
+        bits = (
+            8 * sum(a.scheme.nbytes(a.shape) for a in assignments) / sum(a.shape[0] * a.shape[1] for a in assignments)
+        )
+        if bits >= _SAVES * packing.bits:
+            notes.append(
+                f"the plan takes {bits:.3g} bits per weight and the source {packing.bits:.3g}: "
+                "quantizing it again adds error and saves nothing"
+            )
+        return notes
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """The quantization_config of config.json. It names every linear that is not quantized."""
@@ -67,7 +86,7 @@ class Settled:
             alike = any(module.startswith(name) or module.endswith(name) for module in quantized)
             if len(spec.shape) == 2 and name != key and not alike:
                 skipped.append(name)
-        return self.resolved.format.config(list(quantized.values()), skipped, self.skeleton.source.dtype)
+        return self.resolved.format.config(list(quantized.values()), skipped, self.skeleton.dtype_of_source)
 
     def check(self) -> None:
         """Run all checks that need no quantization. PlanError; NumericsError that names a tensor with NaN or Inf."""

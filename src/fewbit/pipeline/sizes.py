@@ -104,5 +104,7 @@ def original_bytes(skeleton: Skeleton) -> int:
 
 
 def checkpoint_bytes(skeleton: Skeleton) -> int:
-    """Bytes of the unquantized model plus the checkpoint tensors that its class has no place for."""
+    """Bytes of the model in its files, with the checkpoint tensors that its class has no place for."""
+    if skeleton.packing is not None:
+        return skeleton.packing.file_bytes
     return original_bytes(skeleton) + sum(skeleton.checkpoint.specs[key].nbytes for key in skeleton.without_place)

@@ -7,7 +7,7 @@ from pathlib import Path
 from fewbit.formats.containers.safetensors import Checkpoint, ShardWriter, copy_side_files
 from fewbit.models import scales
 from fewbit.models.scales import Scales
-from fewbit.models.skeleton import Skeleton
+from fewbit.models.skeleton import Skeleton, load_tokenizer
 from fewbit.pipeline.run import Run
 from fewbit.pipeline.settled import Settled
 from fewbit.system.files import write_json
@@ -36,8 +36,13 @@ def write(folder: Path, settled: Settled, run: Run) -> int:
     for key in skeleton.carried(resolved.assignments):
         writer.add(key, skeleton.checkpoint.get(key))
     writer.close()
-    copy_side_files(skeleton.source.beside, folder)
     config = skeleton.source.config
+    if skeleton.source.gguf is None:
+        copy_side_files(skeleton.source.beside, folder)
+    else:  # the tokenizer comes from the file's metadata, which names no dtype
+        load_tokenizer(skeleton.source).save_pretrained(folder)
+        config["dtype"] = str(skeleton.dtype_of_source).removeprefix("torch.")
+    config.pop("transformers_weights", None)  # the name of the source's weight file
     if config.get("tie_word_embeddings") and not skeleton.tied:
         config["tie_word_embeddings"] = False  # the two tensors differ, so readers must not tie them
     config["quantization_config"] = settled.config

@@ -17,6 +17,13 @@ def calibrated_on(calibrated: Mapping[str, Any]) -> str:
     )
 
 
+def _source(source: Mapping[str, Any]) -> str:
+    return (
+        f"already quantized ({' and '.join(source['kinds'])}, {share(source['share'])} of its parameters); errors are "
+        "measured against its dequantized weights"
+    )
+
+
 def model_card(record: Mapping[str, Any]) -> str:
     """README.md of an output folder."""
     plan, original = record["plan"], ORIGINAL_CARD in record.get("files", ())
@@ -40,6 +47,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         *(f"| {count} tensors | {what} |" for what, count in schemes.items()),
         f"| bits per quantized weight | {record['bits_per_weight']:.3f} |",
         f"| share of the blocks' parameters | {share(record['share'])} |",
+        *([f"| source | {_source(record['source'])} |"] if record.get("source") else []),
         f"| weights | {size(record['original_bytes'])} before, {size(record['output_bytes'])} now |",
         *([f"| calibrated on | {calibrated_on(record['calibration'])} |"] if record["calibration"] else []),
         "",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ SINGLE = "model.safetensors"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
 CARD, ORIGINAL_CARD = "README.md", "README-original.md"  # a folder's model card, and the one of its original
 _NOT_CARRIED = (CARD, RECORD, "fewbit.scales")
+# Quantization configs of other tools. An output has its own in config.json, and some readers prefer these files.
+_QUANTIZATION = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _DTYPES = {  # safetensors' name -> torch's name
     "F64": "float64",
     "F32": "float32",
@@ -49,39 +51,52 @@ _DTYPES = {  # safetensors' name -> torch's name
 
 
 class Checkpoint:
-    """The tensors of some safetensors files. `specs` come from the headers; data is memory-mapped on request."""
+    """The tensors of some safetensors files. `specs` come from the headers; data is memory-mapped on request.
+
+    Tensors that are computed from those of the files can be added, and tensors can be hidden.
+    """
 
     def __init__(self, files: list[Path]) -> None:
         self.specs: dict[str, PartSpec] = {}
         self._file_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
-        self._views: dict[str, tuple[str, Callable[[Any], Tensor]]] = {}
+        self._added: dict[str, Any] = {}
         for file in files:
             for name, spec in read_specs(file).items():
                 if name in self.specs:
                     raise FormatError(f"{name} is both in {self._file_of[name].name} and in {file.name}")
                 self.specs[name], self._file_of[name] = spec, file
 
+    def add(self, name: str, spec: PartSpec, handle: Any) -> None:
+        """Add a tensor, or replace one of the files. `handle[index]` gives its data, `handle.get_shape()` its shape."""
+        self.specs[name], self._added[name] = spec, handle
+
+    def hide(self, names: Iterable[str]) -> None:
+        """Remove tensors from `specs`. `stored` still reads them."""
+        for name in names:
+            self.specs.pop(name, None)
+
     def add_view(self, name: str, stored: str, view: Callable[[Any], Tensor]) -> None:
         """Add a tensor `name` that is a part of the tensor `stored`: `view` takes a lazy handle of `stored`."""
-        self._views[name] = stored, view
         part = view(torch.empty(self.specs[stored].shape, dtype=self.specs[stored].dtype, device="meta"))
-        self.specs[name] = PartSpec(tuple(part.shape), part.dtype)
+        self.add(name, PartSpec.of(part), _View(stored, self.slice(stored), view, tuple(part.shape)))
+
+    def stored(self, name: str) -> Any:
+        """A lazy handle of a tensor as the files hold it."""
+        return self._handle(name).get_slice(name)
 
     def called(self, name: str) -> str:
         """The tensor's name for an error. For a part, also the name of the stored tensor."""
-        return f"{name} (a part of {self._views[name][0]})" if name in self._views else name
+        added = self._added.get(name)
+        return f"{name} (a part of {added.name})" if isinstance(added, _View) else name
 
     def slice(self, name: str) -> Any:
         """A lazy handle, as transformers' loader expects."""
-        return _View(self, name) if name in self._views else self._handle(name).get_slice(name)
+        return self._added[name] if name in self._added else self.stored(name)
 
     def get(self, name: str) -> Tensor:
-        """The tensor, memory-mapped."""
-        if name in self._views:
-            stored, view = self._views[name]
-            return view(self._handle(stored).get_slice(stored))
-        tensor: Tensor = self._handle(name).get_tensor(name)
+        """The tensor, memory-mapped unless it is computed."""
+        tensor: Tensor = self._added[name][...] if name in self._added else self._handle(name).get_tensor(name)
         return tensor
 
     def _handle(self, name: str) -> Any:
@@ -95,14 +110,16 @@ class Checkpoint:
 class _View:
     """A lazy handle of a tensor that is a part of another one."""
 
-    checkpoint: Checkpoint
-    name: str
+    name: str  # of that one
+    whole: Any
+    view: Callable[[Any], Tensor]
+    shape: tuple[int, ...]
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.checkpoint.get(self.name)[index]
+        return self.view(self.whole)[index]
 
     def get_shape(self) -> list[int]:
-        return list(self.checkpoint.specs[self.name].shape)
+        return list(self.shape)
 
 
 def read_specs(file: Path) -> dict[str, PartSpec]:
@@ -244,13 +261,13 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def copy_side_files(folder: Path, out: Path) -> None:
-    """Copy the side files of `folder` into `out`. Files that exist there are kept.
+    """Copy the side files of `folder` into `out`, except quantization configs. Files that exist there are kept.
 
     The model card is copied as `ORIGINAL_CARD`, because it does not describe the model in `out`.
     """
     for file in side_files(folder):
         target = out / file
-        if not target.exists():
+        if not target.exists() and file.name not in _QUANTIZATION:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / file, target)
     if (card := card_of(folder)) is not None and not (out / ORIGINAL_CARD).exists():

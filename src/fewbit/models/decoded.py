@@ -1,0 +1,248 @@
+"""The tensors of a quantized model as floats, decoded when they are read.
+
+So a model in FP8, MXFP4, compressed-tensors, one of fewbit's formats or GGUF can be quantized like any other: its
+checkpoint has ordinary tensors `X.weight`, and only the one that is read exists in 16 bits. They have the dtype in
+config.json (bfloat16 for a GGUF file without unquantized matrices), as if the model had been dequantized and saved.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import FormatError
+from fewbit.formats.base import Format, by_quant_method
+from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile
+from fewbit.formats.containers.safetensors import Checkpoint
+from fewbit.formats.layouts.base import Handles, Layout, Packed
+from fewbit.formats.layouts.compressed_tensors import CompressedTensors
+from fewbit.formats.layouts.fp8 import FP8, FbgemmFP8
+from fewbit.formats.layouts.mxfp4 import MXFP4
+from fewbit.models.gguf import names
+from fewbit.models.gguf.names import Route
+from fewbit.models.source import Source
+from fewbit.schemes.base import PartSpec, QTensor, chunk_rows
+from fewbit.schemes.ggml import codec
+
+LAYOUTS: dict[str, Layout] = {each.quant_method: each for each in (FP8(), FbgemmFP8(), MXFP4(), CompressedTensors())}
+_INSTEAD = "Use a copy of the model with ordinary weights."
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the weights of a quantized model are stored. Counts are of parameters, and of bytes of tensors.
+
+    method: the name of the format. kinds: kind -> number of parameters, the most frequent first. dtype: of the decoded
+    tensors. share: of all parameters that are quantized.
+    """
+
+    method: str
+    kinds: Mapping[str, int]
+    dtype: torch.dtype
+    parameters: int
+    nbytes: int
+    file_bytes: int
+    share: float
+
+    def to_json(self) -> dict[str, Any]:
+        """For the record of an output."""
+        return {"format": self.method, "kinds": dict(self.kinds), "share": self.share, "bits": self.bits}
+
+    @property
+    def bits(self) -> float:
+        """Bits per quantized weight."""
+        return 8 * self.nbytes / max(self.parameters, 1)
+
+    @property
+    def said(self) -> str:
+        """The kinds, for people."""
+        return " and ".join(self.kinds)
+
+
+def opened(source: Source, config: Any = None) -> tuple[Checkpoint, Packing | None]:
+    """The tensors of `source` as floats, and how its weights are stored; None if they are not quantized.
+
+    config: transformers' config object, for a GGUF file. FormatError that names the tensor if one is missing, has a
+    wrong shape or dtype, or is a scale with NaN or Inf. FormatError for an unknown quantization method.
+    """
+    if source.gguf is not None:
+        return _of_gguf(source, names.routes(config))
+    checkpoint = Checkpoint(list(source.files))
+    if source.quantization is None:
+        return checkpoint, None
+    file_bytes = sum(spec.nbytes for spec in checkpoint.specs.values())
+    packed = found_in(source, checkpoint)
+    _check_scales(source, packed, checkpoint)
+    stored = dict(checkpoint.specs)
+    for each in packed.values():
+        checkpoint.hide([*each.parts.values(), *each.unused])
+    for name, each in packed.items():
+        handles = {role: checkpoint.stored(part) for role, part in each.parts.items()}
+        checkpoint.add(name, PartSpec(each.shape, source.dtype), _Decoded(each, handles, source.dtype))
+    parts = {part for each in packed.values() for part in each.parts.values()}
+    nbytes = sum(stored[part].nbytes for part in parts)
+    method = str(source.quantization["quant_method"])
+    return checkpoint, _packing(method, packed.values(), checkpoint, source.dtype, (nbytes, file_bytes))
+
+
+def _packing(
+    method: str, packed: Iterable[Packed], checkpoint: Checkpoint, dtype: torch.dtype, nbytes: tuple[int, int]
+) -> Packing:
+    kinds = Counter[str]()
+    for each in packed:
+        kinds[each.kind] += each.numel
+    share = kinds.total() / max(sum(prod(spec.shape) for spec in checkpoint.specs.values()), 1)
+    return Packing(method, dict(kinds.most_common()), dtype, kinds.total(), *nbytes, share)
+
+
+def found_in(source: Source, checkpoint: Checkpoint) -> dict[str, Packed]:
+    """Name -> packed tensor, of every quantized tensor of a folder. FormatError if a header is not as expected."""
+    try:
+        return _found_in(source.quantization or {}, checkpoint)
+    except FormatError as error:
+        raise FormatError(f"{source.folder}: {error.message}", error.hint) from None
+
+
+def _found_in(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Packed]:
+    method = str(config["quant_method"])
+    if method in LAYOUTS:
+        return LAYOUTS[method].find(config, checkpoint.specs, checkpoint.get)
+    format = by_quant_method(method)
+    if format is None:
+        known = ", ".join(sorted({*LAYOUTS, "gptq", "awq", "bitsandbytes"}))
+        raise FormatError(
+            f"fewbit cannot read weights that are quantized by {method!r}", f"It reads {known}. {_INSTEAD}"
+        )
+    if scaled := format.activations(checkpoint.specs):
+        raise FormatError(
+            f"{next(iter(scaled))} has scales of activations, and fewbit cannot fold them into weights", _INSTEAD
+        )
+    return dict(_of_format(format, config, checkpoint))
+
+
+def _of_format(format: Format, config: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[tuple[str, Packed]]:
+    """The weights of one of fewbit's own formats."""
+    for module, tensors in format.find(config, checkpoint.specs).items():
+        metadata = {s: checkpoint.get(f"{module}.{s}") for s in format.metadata_suffixes if s in tensors}
+        scheme, shape = format.describe(tensors, config, module, metadata)
+        floats = tuple(suffix for suffix, spec in tensors.items() if spec.dtype.is_floating_point)
+        yield (
+            f"{module}.weight",
+            Packed(
+                shape=shape,
+                kind=f"{format.name} {scheme}",
+                parts={suffix: f"{module}.{suffix}" for suffix in tensors},
+                decode=partial(_read, format=format, config=config, module=module),
+                scales=floats,
+                by_rows=False,
+            ),
+        )
+
+
+def _read(parts: Handles, rows: slice, *, format: Format, config: Mapping[str, Any], module: str) -> Tensor:
+    weight = format.read({suffix: handle[...] for suffix, handle in parts.items()}, config, module)
+    return weight.dequantize()[rows]
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """A lazy handle of a packed tensor: it decodes the entries of the first dimension that an index selects."""
+
+    packed: Packed
+    parts: Handles
+    dtype: torch.dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        if first is Ellipsis:
+            return self._rows(0, self.packed.shape[0])[index]
+        if isinstance(first, int):
+            start = first % self.packed.shape[0]
+            return self._rows(start, start + 1)[(0, *rest)]
+        if isinstance(first, slice) and first.step in (None, 1):
+            start, stop, _ = first.indices(self.packed.shape[0])
+            return self._rows(start, max(start, stop))[(slice(None), *rest)]
+        return self._rows(0, self.packed.shape[0])[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self.packed.shape)
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        count, columns = stop - start, self.packed.numel // self.packed.shape[0]
+        if not self.packed.by_rows:
+            return self.packed.decode(self.parts, slice(start, stop)).to(self.dtype)
+        out = torch.empty((count, *self.packed.shape[1:]), dtype=self.dtype, device="cpu")
+        for rows in chunk_rows(count, columns, 1 << 24):
+            out[rows] = self.packed.decode(self.parts, slice(start + rows.start, start + rows.stop)).to(self.dtype)
+        return out
+
+
+def _check_scales(source: Source, packed: Mapping[str, Packed], checkpoint: Checkpoint) -> None:
+    """FormatError that names the tensor if a scale is NaN or infinite."""
+    for each in packed.values():
+        for role in each.scales:
+            values = checkpoint.stored(each.parts[role])[...]
+            if values.dtype == torch.uint8:  # E8M0
+                values = values.view(torch.float8_e8m0fnu)
+            if not torch.isfinite(values.float()).all():
+                raise FormatError(
+                    f"{source.folder}: {each.parts[role]} has NaN or Inf, and a scale must be finite",
+                    "The checkpoint is damaged.",
+                )
+
+
+def _of_gguf(source: Source, routes: Mapping[str, Route]) -> tuple[Checkpoint, Packing]:
+    """The tensors of a GGUF file under transformers' names."""
+    file, checkpoint = GgufFile(source.files[0]), Checkpoint([])
+    ours = {route.name: name for name, route in routes.items()}
+    extra = names.ARCHITECTURES[file.metadata["general.architecture"]].extra
+    plain = any(entry.type in PLAIN and len(entry.shape) > 1 for entry in file.entries.values())
+    dtype, found, nbytes = source.dtype if plain else torch.bfloat16, list[Packed](), 0
+    for entry in file.entries.values():
+        if entry.name in extra:
+            continue
+        if entry.name not in ours:
+            raise FormatError(f"{file.path}: fewbit does not know the tensor {entry.name}", _INSTEAD)
+        route = routes[ours[entry.name]]
+        shape = entry.shape[::-1] if route.transposed else entry.shape
+        packed = entry.type not in PLAIN
+        kind = f"GGUF {entry.type}"
+        decode = partial(_of_entry, entry=entry, route=route)
+        handle = Packed(shape, kind, {"data": entry.name}, decode, by_rows=not route.transposed)
+        own = dtype if packed else torch.float32 if route.shift else entry.spec.dtype
+        checkpoint.add(ours[entry.name], PartSpec(shape, own), _Decoded(handle, {"data": _Mapped(file, entry)}, own))
+        if packed:
+            found.append(handle)
+            nbytes += entry.spec.nbytes
+    return checkpoint, _packing("gguf", found, checkpoint, dtype, (nbytes, file.nbytes))
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """A lazy handle of a tensor of a GGUF file."""
+
+    file: GgufFile
+    entry: Entry
+
+    def __getitem__(self, index: Any) -> Tensor:
+        own = self.file.get(self.entry.name)[index].clone()
+        self.file.release(self.entry.name)
+        return own
+
+
+def _of_entry(parts: Handles, rows: slice, *, entry: Entry, route: Route) -> Tensor:
+    """The values of a slice of a GGUF tensor, in the model's layout."""
+    order = route.rows_back
+    stored: Tensor = parts["data"][... if route.transposed else rows if order is None else order[rows]]
+    if entry.type not in PLAIN:
+        blocks = codec(entry.type)
+        stored = QTensor(blocks, (len(stored), entry.shape[-1]), {blocks.payload: stored}).dequantize()
+    stored = stored.float() - route.shift if route.shift else stored
+    return stored.T[rows] if route.transposed else stored

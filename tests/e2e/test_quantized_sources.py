@@ -1,0 +1,193 @@
+"""Models that are already quantized are quantized as if they had been dequantized and saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fewbit
+from fewbit.errors import FormatError
+from fewbit.models.source import locate
+from fewbit.pipeline import run
+from fewbit.pipeline.capture import Inputs
+from fewbit.pipeline.job import Job
+from fewbit.plans import plan as plans
+from tests import architectures, gguf_files, models, packed_models
+from tests.e2e.conftest import Fewbit
+from tests.packed_models import LAYOUTS, edit, record
+
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def same_tensors(one: Path, other: Path) -> None:
+    a, b = models.tensors_of(one), models.tensors_of(other)
+    assert a.keys() == b.keys()
+    assert not [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])]
+
+
+def quantized(model: Path, plan: str = "nf4", **given: Any) -> tuple[Path, Any]:
+    """The output of a plan beside the model, and the result."""
+    out = model.with_name(f"{model.name}-{plan}")
+    return out, fewbit.quantize(model, out, plan=plan, progress=False, **given)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    file = tmp_path / "text.txt"
+    file.write_text(models.sentences(80), encoding="utf-8")
+    return str(file)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_packed_source_gives_the_bytes_of_its_floats(layout: str, tmp_path: Path) -> None:
+    plain = models.save(tmp_path / "plain", "llama")
+    packed = packed_models.pack(plain, tmp_path / "packed", layout)
+    out, done = quantized(packed)
+    same_tensors(quantized(plain)[0], out)
+    kind = LAYOUTS[layout][2]
+    assert done.notes[0] == (
+        f"the source is already quantized ({kind}); errors are measured against its dequantized weights"
+    )
+    assert record(out)["source"]["kinds"] == {kind: 61440}
+    assert f"already quantized ({kind}, 76.6% of its parameters)" in (out / "README.md").read_text(encoding="utf-8")
+    seen = fewbit.inspect(packed)
+    assert (seen.schemes, seen.quantized_parameters) == ({kind: 14}, 61440)
+    assert seen.format == LAYOUTS[layout][1]["quant_method"]
+
+
+@pytest.mark.parametrize("layout", ["fp8-block", "ct-int4"])
+def test_a_packed_source_can_be_calibrated_on(layout: str, tmp_path: Path, text: str) -> None:
+    plain = models.save(tmp_path / "plain", "qwen2")
+    packed = packed_models.pack(plain, tmp_path / "packed", layout)
+    calibration = fewbit.Calibration(text, samples=4, length=32)
+    out, _ = quantized(packed, "gptq-3bit", calibration=calibration)
+    same_tensors(quantized(plain, "gptq-3bit", calibration=calibration)[0], out)
+
+
+@pytest.mark.parametrize("plan", ["nf4", "gptq-4bit"])
+def test_fused_fp4_experts_are_quantized(fewbit: Fewbit, plan: str, tmp_path: Path, text: str) -> None:
+    plain = architectures.save(tmp_path / "plain", "gpt_oss")
+    packed = packed_models.pack_gpt_oss(plain, tmp_path / "packed")
+    for model in (plain, packed):
+        out = model.with_name(f"{model.name}-out")
+        flags = ["--calibration", text, "--samples", 4, "--length", 32] if plan != "nf4" else []
+        answer = fewbit("quantize", model, "-o", out, "--plan", plan, *flags)
+        assert answer.code == 0, answer.err
+    assert "already quantized (MXFP4)" in answer.out
+    same_tensors(tmp_path / "plain-out", tmp_path / "packed-out")
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_moe"])
+def test_separate_fp8_experts_are_quantized(kind: str, tmp_path: Path) -> None:
+    plain = architectures.save(tmp_path / "plain", kind)
+    packed = packed_models.pack(plain, tmp_path / "packed", "fp8-block")
+    assert any("experts.3." in name for name in models.tensors_of(packed))
+    same_tensors(quantized(plain)[0], quantized(packed)[0])
+
+
+@pytest.mark.parametrize("source", ["gptq-4bit", "awq-4bit", "nf4", "int8"])
+def test_own_formats_are_sources(source: str, tmp_path: Path, text: str) -> None:
+    model = models.save(tmp_path / "model", "llama")
+    given = {"calibration": fewbit.Calibration(text, samples=4, length=32)} if "-" in source else {}
+    packed, _ = quantized(model, source, **given)
+    plain = tmp_path / "plain"
+    fewbit.load(packed).dequantize().save_pretrained(plain)
+    models.tokenizer().save_pretrained(plain)
+    out, done = quantized(packed, "gptq-3bit", calibration=fewbit.Calibration(text, samples=4, length=32))
+    same_tensors(quantized(plain, "gptq-3bit", calibration=fewbit.Calibration(text, samples=4, length=32))[0], out)
+    assert "the source is already quantized" in done.notes[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_gguf_file_is_a_source(family: str, tmp_path: Path, text: str) -> None:
+    plain = gguf_files.save(tmp_path / "plain", family)
+    file = gguf_files.written(plain, tmp_path / "model.gguf", "q8_0")
+    loaded = fewbit.load(file).dequantize().state_dict()
+    own = {name: loaded[name] for name in models.tensors_of(plain)}
+    edit(plain, {name: tensor.bfloat16() if tensor.dim() == 2 else tensor for name, tensor in own.items()})
+    models.edit_json(plain / "config.json", dtype="bfloat16")
+    out, done = quantized(file, "int8")
+    same_tensors(quantized(plain, "int8")[0], out)
+    assert "already quantized (GGUF q8_0)" in done.notes[0]
+    close = fewbit.evaluate(out, reference=file, text=text, length=32, samples=2)
+    assert close.quality.kl is not None
+    assert close.quality.kl.mean.value < 0.1
+    assert fewbit.quantize(file, tmp_path / "again.gguf", plan="q4_0", progress=False).tensors
+
+
+def test_what_saves_nothing_is_noted(tmp_path: Path) -> None:
+    packed = packed_models.pack(models.save(tmp_path / "plain", "llama"), tmp_path / "packed", "fp8-tensor")
+    _, done = quantized(packed, "int8")
+    assert "adds error and saves nothing" in done.notes[1]
+    _, done = quantized(packed, "nf4")
+    assert not [note for note in done.notes if "saves nothing" in note]
+
+
+def test_the_same_source_again_resumes_only_if_unchanged(tmp_path: Path) -> None:
+    """The fingerprint of a run covers the packed files."""
+    packed = packed_models.pack(models.save(tmp_path / "plain", "llama"), tmp_path / "packed", "fp8-tensor")
+
+    def fingerprint() -> str:
+        job = Job.prepare(locate(packed), plans.find("nf4"), "cpu")
+        return run.fingerprint(job.settled, Inputs(), {})
+
+    first = fingerprint()
+    assert fingerprint() == first
+    scale = models.tensors_of(packed)[f"{DOWN}.weight_scale_inv"]
+    edit(packed, {f"{DOWN}.weight_scale_inv": scale * 2})
+    assert fingerprint() != first
+
+
+BROKEN: dict[str, tuple[str, str, Tensor | None, str]] = {
+    "no scale": ("fp8-block", "weight_scale_inv", None, "weight_scale_inv is missing"),
+    "no weight": ("fp8-block", "weight", None, "weight is missing"),
+    "shape of scales": ("fp8-block", "weight_scale_inv", torch.ones(3, 3), "[2, 3] or [64, 1] or [1, 1]"),
+    "type of scales": ("fp8-block", "weight_scale_inv", torch.ones(2, 3, dtype=torch.int32), "a float"),
+    "NaN": ("fp8-block", "weight_scale_inv", torch.full((2, 3), torch.nan), "weight_scale_inv has NaN or Inf"),
+    "NaN exponent": ("ct-mxfp4", "weight_scale", torch.full((64, 3), 255, dtype=torch.uint8), "has NaN or Inf"),
+    "no float": ("fp8-block", "weight", torch.ones(64, 96, dtype=torch.bfloat16), "float8_e4m3fn"),
+    "no words": ("ct-int4", "weight_packed", None, "weight_packed is missing"),
+    "width": ("ct-int4", "weight_packed", torch.zeros(64, 7, dtype=torch.int32), "[64, 12]"),
+    "stated shape": ("ct-int4", "weight_shape", torch.tensor([64, 100]), "weight_shape is [64, 100]"),
+    "no shape": ("ct-int4", "weight_shape", None, "weight_shape is missing"),
+    "zero points": ("ct-int3-asym", "weight_zero_point", torch.zeros(1, 3, dtype=torch.int32), "int32 [6, 3]"),
+    "no global scale": ("ct-nvfp4", "weight_global_scale", None, "weight_global_scale is missing"),
+    "scales of integers": ("ct-int8", "weight_scale", torch.ones(5, 1), "[64, 1]"),
+    "scales of a tensor": ("ct-fp8", "weight_scale", None, "weight_scale is missing"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_source_names_its_tensor(case: str, fewbit: Fewbit, tmp_path: Path) -> None:
+    layout, part, tensor, words = BROKEN[case]
+    packed = packed_models.pack(models.save(tmp_path / "plain", "llama"), tmp_path / "packed", layout)
+    edit(packed, {f"{DOWN}.{part}": tensor})
+    answer = fewbit("quantize", packed, "-o", tmp_path / "out", "--plan", "nf4", "--dry-run")
+    assert answer.code == 3, answer.out
+    assert DOWN in answer.err
+    assert words in answer.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["_scales", "_blocks"])
+def test_broken_fp4_experts_name_their_tensor(part: str, tmp_path: Path) -> None:
+    packed = packed_models.pack_gpt_oss(architectures.save(tmp_path / "plain", "gpt_oss"), tmp_path / "packed")
+    name = f"model.layers.0.mlp.experts.down_proj{part}"
+    stored = models.tensors_of(packed)[name]
+    for wrong in (None, stored[:, :-1], stored.to(torch.int8)):
+        edit(packed, {name: wrong})
+        with pytest.raises(FormatError, match="down_proj"):
+            fewbit.quantize(packed, tmp_path / "out", plan="nf4")
+
+
+def test_an_unknown_method_is_named(fewbit: Fewbit, tmp_path: Path) -> None:
+    model = models.save(tmp_path / "model", "llama")
+    models.edit_json(model / "config.json", quantization_config={"quant_method": "seven"})
+    answer = fewbit("quantize", model, "-o", tmp_path / "out")
+    assert answer.code == 3
+    assert "'seven'" in answer.err
+    assert "compressed-tensors" in answer.err
