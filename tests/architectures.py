@@ -173,7 +173,7 @@ def small(make: Any, sizes: dict[str, Any], special: dict[str, dict[str, Any]]) 
     """A config of the class `make` with those of `sizes` that it has, and what `special` holds for its type."""
     plain = make()
     known = set(plain.to_dict()) | set(getattr(make, "attribute_map", {}))
-    more = {name: value for name, value in special.get(make.model_type, {}).items() if name != "kind"}
+    more = {name: value for name, value in special.get(make.model_type or make.__name__, {}).items() if name != "kind"}
     inner = {
         name: small(type(own), sizes, special)
         for name in getattr(make, "sub_configs", {})

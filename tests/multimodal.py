@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ _TOWER = {
     **dict.fromkeys(("intermediate_size_mlp", "mlp_dim", "alignment_intermediate_size"), 96),
     **dict.fromkeys(("dense_intermediate_size", "shared_intermediate_size", "projection_intermediate_size"), 96),
     "num_position_embeddings": 16,
+    "max_image_size": 64,
     "deepstack_visual_indexes": [0],
     "fullatt_block_indexes": [1],
     "global_attn_indexes": [1],
@@ -45,20 +47,69 @@ _TOWER = {
 }
 _SIZES = architectures.SIZES | _TOKENS | _TOWER
 _TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+_HALF_TURNED = {  # half of each head's columns
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [1, 1, 2],
+        "partial_rotary_factor": 0.5,
+    }
+}
 _MORE: dict[str, dict[str, Any]] = architectures.MORE | {
+    "apertus1p5": {"image_token_offset": 256, "audio_token_offset": 272},
+    "apertus1p5_vision_tokenizer": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 16},
+    "chameleon": {"vocabulary_map": {"<image>": 251}},
+    "chameleon_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 16},
     "cosmos3_edge_text": _TURNED,
     "cosmos3_omni_text": _TURNED,
-    "glm4v_text": _TURNED,
-    "glm4v_moe_text": _TURNED,
-    "glm_ocr_text": _TURNED,
-    "qwen2_vl_text": _TURNED,
-    "qwen2_5_vl_text": _TURNED,
-    "qwen2_5_omni_text": _TURNED,
-    "paddleocr_vl_text": _TURNED,
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "emu3": {"vocabulary_map": {"<image>": 251, "<|extra_200|>": 252}},
+    "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": 16},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32], "moe_num_experts": 4, "moe_k": 2} | _TURNED,
+    "florence_vision": {"patch_size": [7, 3, 3, 3], "embed_dim": [32] * 4, "num_heads": [4] * 4},
+    "FunAsrNanoAdaptorConfig": {"intermediate_size": 16},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "glm4v_moe_text": _HALF_TURNED,
+    "glm4v_text": _TURNED,
+    "glm5_next_text": {"num_key_value_heads": 4, "index_topk": 16, "qk_rope_head_dim": 0},
+    "glm_ocr_text": _TURNED,
+    "glm46v_text": _TURNED,
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1], "downsample_rate": "2/4"},
+    "hunyuan_vl_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}
+    },
+    "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+    "janus_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 16},
+    "kyutai_speech_to_text": {"audio_pad_token_id": 253},
+    "mistral_large4_text": {"num_key_value_heads": 4},
+    **dict.fromkeys(("llava_next", "llava_next_video"), {"image_grid_pinpoints": [[32, 32]]}),
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "molmo2_vision": {"image_size": [32, 32]},
-    "chameleon": {},
+    "mimi": {"upsample_groups": 64},
+    "Nemotron3DiarizationHeadConfig": {"hidden_size": 192, "audio_hidden_size": 64},
+    "muse_spark_audio": {"patch_sizes": [16, 6], "hidden_sizes": [32, 64], "depths": [1, 1]},
+    "omniasr_audio": {"conv_dim": [32, 32], "conv_kernel": [10, 3], "conv_stride": [5, 2]},
+    "paddleocr_vl_text": _TURNED,
+    "qwen2_5_omni_text": _TURNED,
+    "qwen2_5_vl_text": _TURNED,
+    "qwen2_vl_text": _TURNED,
+    "radio": {"video_temporal_patch_size": 2},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]},
+    "wavtokenizer_encoder": {"codebook_dim": 64, "codebook_size": 16},
 }
+
+# Leading sizes of `pixel_values`, before channels, height and width, if they are not just [1].
+_BATCHES = {
+    **dict.fromkeys(("idefics3", "smolvlm"), (1, 1)),
+    **dict.fromkeys(("llava_next", "llava_next_video"), (1, 2)),
+}
+# Types that are run with an image too. The others are compared on text; no tiny input with an image is made for them.
+WITH_IMAGE = frozenset(
+    "aya_vision cohere2_vision cosmos3_edge cosmos3_omni exaone4_5 gemma3 glm46v glm4v glm4v_moe glm5_next glm_ocr glmga "
+    "got_ocr2 hyperclovax_vision_v2 idefics3 internvl lfm3_vl lighton_ocr llava llava_next llava_next_video "
+    "minimax_m3_vl mistral3 mistral_large4 ovis2 paligemma pp_chart2table qianfan_ocr qwen2_5_omni_thinker qwen2_5_vl "
+    "qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe smolvlm step3p7 video_llava".split()
+)
 
 
 def config(kind: str) -> Any:
@@ -82,20 +133,39 @@ def save(folder: Path, kind: str) -> Path:
     return folder
 
 
+
 def inputs(kind: str, model: Any) -> dict[str, Tensor]:
-    """Token ids with an image in between, and the pixels of the image, as `model` takes them."""
-    return _qwen(model)
-
-
-def _qwen(model: Any) -> dict[str, Tensor]:
-    """For models that take patches of images of any size. Their grid is given in time, height and width."""
-    vision = model.config.vision_config
-    width, merge = vision.patch_size, vision.spatial_merge_size
-    grid = torch.tensor([[1, 2 * merge, 2 * merge]])
-    numbers = getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 1) * width**2
+    """Token ids, and for a type in WITH_IMAGE an image among them, as `model` takes it."""
     generator = torch.Generator().manual_seed(3)
-    pixels = torch.randn(int(grid.prod()), numbers, generator=generator)
-    ids = torch.randint(3, 200, (1, 16), generator=generator)
-    ids[0, 3], ids[0, 4:8], ids[0, 8] = START_TOKEN, IMAGE_TOKEN, END_TOKEN
-    given = {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid}
-    return given | {"mm_token_type_ids": (ids == IMAGE_TOKEN).long()}
+    ids = torch.randint(3, 200, (1, 72), generator=generator)
+    if kind not in WITH_IMAGE:
+        return {"input_ids": ids}
+    vision = model.config.vision_config
+    takes = inspect.signature(type(model).forward).parameters
+    given: dict[str, Tensor] = {}
+    if grid := next((name for name in ("image_grid_thw", "grid_thws") if name in takes), None):
+        merge = getattr(vision, "spatial_merge_size", 1)
+        given[grid] = torch.tensor([[1, 2 * merge, 2 * merge]])
+        numbers = (getattr(vision, "in_channels", 3), getattr(vision, "temporal_patch_size", 1), vision.patch_size)
+        pixels, count = (4 * merge**2, numbers[0] * numbers[1] * numbers[2] ** 2), 4
+    else:
+        size = vision.image_size if isinstance(getattr(vision, "image_size", 32), int) else 32
+        pixels, count = (*_BATCHES.get(kind, (1,)), 3, size, size), 0
+    given["pixel_values"] = torch.randn(pixels, generator=generator)
+    if "image_sizes" in takes and kind != "llava":
+        given["image_sizes"] = torch.tensor([[32, 32]])
+    if not count:
+        with torch.inference_mode():
+            count = _width_of(model.get_image_features(**given))
+    ids[0, 1], ids[0, 2 : count + 2], ids[0, count + 2] = START_TOKEN, IMAGE_TOKEN, END_TOKEN
+    given["input_ids"] = ids
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in takes:
+            given[name] = (ids == IMAGE_TOKEN).long()
+    return given
+
+
+def _width_of(features: Any) -> int:
+    """Number of rows in what a model's `get_image_features` returns."""
+    found = getattr(features, "pooler_output", features)
+    return sum(each[..., 0].numel() for each in (found if isinstance(found, (tuple, list)) else [found]))

@@ -109,10 +109,16 @@ class BlockFold(Fold):
         self.link, self.skeleton, self.batches = link, skeleton, batches
         self.module = skeleton.model.get_submodule(block)
         self.feeder = skeleton.model.get_submodule(self.source)
-        self.scope = self.module.get_submodule(_scope(link))
+        scope = _scope(link)
+        self.scope = self.module.get_submodule(scope)
         self.kept = {name: p.clone() for name, p in self._touched().items()}
         self._stats: Stats | None = None
         self._record()
+        # An indexer returns which tokens to attend to. Its error shows only in the output of the attention around it.
+        while scope and not all(output.is_floating_point() for output in self.outputs):
+            scope = scope.rpartition(".")[0]
+            self.scope = self.module.get_submodule(scope)
+            self._record()
 
     def weights(self) -> dict[str, Tensor]:
         return {name: self.kept[f"{name}.weight"] for name in self.readers}
