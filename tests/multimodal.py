@@ -71,18 +71,18 @@ _MORE: dict[str, dict[str, Any]] = architectures.MORE | {
     "gemma3": {"mm_tokens_per_image": 4},
     "glm4v_moe_text": _HALF_TURNED,
     "glm4v_text": _TURNED,
-    "glm5_next_text": {"num_key_value_heads": 4, "index_topk": 16, "qk_rope_head_dim": 0},
+    "glm5_next_text": {"layer_types": ["linear_attention", "full_attention"]}
+    | {"num_key_value_heads": 4, "index_topk": 16, "qk_rope_head_dim": 0},
     "glm_ocr_text": _TURNED,
     "glm46v_text": _TURNED,
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1], "downsample_rate": "2/4"},
-    "hunyuan_vl_text": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}
-    },
+    "hunyuan_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}},
     "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
     "janus_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 16},
     "kyutai_speech_to_text": {"audio_pad_token_id": 253},
     "mistral_large4_text": {"num_key_value_heads": 4},
-    **dict.fromkeys(("llava_next", "llava_next_video"), {"image_grid_pinpoints": [[32, 32]]}),
+    "llava_next": {"image_grid_pinpoints": [[32, 32]]},
+    "llava_next_video": {"image_grid_pinpoints": [[32, 32]]},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "molmo2_vision": {"image_size": [32, 32]},
     "mimi": {"upsample_groups": 64},
@@ -104,12 +104,49 @@ _BATCHES = {
     **dict.fromkeys(("llava_next", "llava_next_video"), (1, 2)),
 }
 # Types that are run with an image too. The others are compared on text; no tiny input with an image is made for them.
-WITH_IMAGE = frozenset(
-    "aya_vision cohere2_vision cosmos3_edge cosmos3_omni exaone4_5 gemma3 glm46v glm4v glm4v_moe glm5_next glm_ocr glmga "
-    "got_ocr2 hyperclovax_vision_v2 idefics3 internvl lfm3_vl lighton_ocr llava llava_next llava_next_video "
-    "minimax_m3_vl mistral3 mistral_large4 ovis2 paligemma pp_chart2table qianfan_ocr qwen2_5_omni_thinker qwen2_5_vl "
-    "qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe smolvlm step3p7 video_llava".split()
-)
+_IMAGES = """
+aya_vision cohere2_vision cosmos3_edge cosmos3_omni exaone4_5 gemma3 glm46v glm4v glm4v_moe glm5_next glm_ocr
+glmga got_ocr2 hyperclovax_vision_v2 idefics3 internvl lfm3_vl lighton_ocr llava llava_next llava_next_video
+minimax_m3_vl mistral3 mistral_large4 ovis2 paligemma pp_chart2table qianfan_ocr qwen2_5_omni_thinker
+qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe smolvlm step3p7
+video_llava
+"""
+WITH_IMAGE = frozenset(_IMAGES.split())
+
+# Types that no tiny model is made of here, and what happens instead.
+NOT_BUILT: dict[str, str] = {
+    "cohere_compass": "full_attention",
+    "dots3_note": "per_layer_config",
+    "fast_vlm": "timm",
+    "gemma3n": "timm",
+    "inkling2": "negative dimension",
+    "inkling2_loop": "negative dimension",
+    "inkling_mm_model": "scipy",
+    "kyutai_speech_to_text": "too large",
+    "nemo_speechlm": "blank_token_id",
+    "perception_lm": "timm",
+    "qwen2_5_omni": "too large",
+    "qwen3_omni_moe": "shared_expert_intermediate_size",
+    "qwen4_exp": "NoneType",
+}
+_SPLIT = "into several while loading, which fewbit does not support yet"
+_ENCODER = "is an encoder-decoder model"
+_NEEDS = "does not run on text alone"
+# Types that fewbit refuses, and with what words.
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(
+        ("blip", "blip-2", "instructblip", "instructblipvideo", "pi0"), f"{_NEEDS}: each forward pass needs"
+    ),
+    **dict.fromkeys(("idefics", "kosmos-2", "voxtral_realtime"), _NEEDS),
+    **dict.fromkeys(
+        ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"), _ENCODER
+    ),
+    "diffusion_gemma": "blocks that share weights cannot be quantized yet",
+    **dict.fromkeys(("ernie4_5_vl_moe", "kimi_k25", "molmo2", "nemotron_h_omni"), _SPLIT),
+    **dict.fromkeys(("qianfan_ocr", "step3p7", "unlimited_ocr"), _SPLIT),
+    "llama4": "no attribute 'image_outputs'",  # the forward pass of transformers 5.24 fails
+    "shieldgemma2": "tensors are missing",  # a classifier; transformers maps its config to Gemma 3's class all the same
+}
 
 
 def config(kind: str) -> Any:
@@ -131,7 +168,6 @@ def save(folder: Path, kind: str) -> Path:
     model.eval().save_pretrained(folder)
     models.tokenizer().save_pretrained(folder)
     return folder
-
 
 
 def inputs(kind: str, model: Any) -> dict[str, Tensor]:

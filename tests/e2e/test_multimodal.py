@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,73 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fewbit as package
-from fewbit.errors import FormatError, PlanError
+from fewbit.errors import FewbitError, FormatError, PlanError
 from fewbit.nn.layers import QLinear
 from tests import architectures, models, multimodal
 from tests.e2e.conftest import Fewbit
 
 TOWER = "model.visual."
 MTP = {"mtp.fc.weight": torch.rand(8, 8), "mtp.layers.0.self_attn.q_proj.weight": torch.rand(8, 8).bfloat16()}
+
+
+PLANS = ("gptq-4bit", "nf4", "int8", "awq-4bit")
+POPULAR = ("gemma3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe", "smolvlm", "voxtral")
+TODAY = multimodal.TYPES[datetime.now(UTC).toordinal() % 10 :: 10]
+
+
+def cases() -> list[object]:
+    """Popular types and another tenth of all each day by one plan; all types by all plans in `make test-all`."""
+    today = {(kind, PLANS[n % 2]) for n, kind in enumerate(sorted({*POPULAR, *TODAY}))}
+    return [
+        pytest.param(kind, plan, id=f"{kind}-{plan}", marks=() if (kind, plan) in today else pytest.mark.slow)
+        for kind in multimodal.TYPES
+        for plan in PLANS
+    ]
+
+
+@pytest.mark.filterwarnings("default")  # models warn about their own tiny configs
+@pytest.mark.parametrize(("kind", "plan"), cases())
+def test_every_type_is_served_or_says_why_not(kind: str, plan: str, tmp_path: Path) -> None:
+    if kind in multimodal.NOT_BUILT:
+        with pytest.raises(Exception, match=multimodal.NOT_BUILT[kind]):
+            multimodal.save(tmp_path, kind)
+        return
+    folder = multimodal.save(tmp_path / "model", kind)
+    calibration = package.Calibration([models.sentences(60)], samples=4, length=32)
+
+    def quantize() -> None:
+        package.quantize(folder, tmp_path / "out", plan=plan, calibration=calibration, device="cpu")
+
+    if kind in multimodal.REFUSED:
+        with pytest.raises(FewbitError, match=multimodal.REFUSED[kind]):
+            quantize()
+        return
+    quantize()
+    model = package.load(tmp_path / "out", dtype=torch.float32, kernel="reference")
+    expected = models.original(folder)
+    assert type(model) is type(expected)
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
+    before, after = expected.state_dict(), model.state_dict()
+    towers = {name for name in before if not name.startswith(blocks_of(packed))}
+    assert packed
+    assert any("norm" in name or "embed" in name for name in towers)
+    assert [name for name in sorted(towers) if not same(after[name], before[name])] == []
+    if plan.startswith("awq"):  # it scales norms and biases too
+        expected.load_state_dict(
+            {n: t for n, t in after.items() if n in before and t.is_floating_point()}, strict=False
+        )
+    for name, module in packed.items():
+        architectures.put(expected, name, module.qtensor().dequantize())
+    inputs = multimodal.inputs(kind, expected)
+    with torch.inference_mode():
+        wanted, got = expected(**inputs).logits, model(**inputs).logits
+    assert (got - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+def blocks_of(packed: Iterable[str]) -> tuple[str, ...]:
+    """The prefix of the list of blocks that these linears belong to."""
+    (found,) = {re.split(r"\.\d+\.", name)[0] for name in packed}
+    return (f"{found}.",)
 
 
 @pytest.fixture

@@ -155,7 +155,22 @@ def separate(model: PreTrainedModel) -> None:
             module.add_module(str(expert), own)
         module.leaves, module.pieces, module.count = leaves, pieces, len(fused["down_proj"])
         module.shapes = {each: tuple(tensor.shape) for each, tensor in fused.items()}
-        module._is_hf_initialized = True  # else transformers would initialize the removed fused parameters
+        # Else transformers would initialize the removed fused parameters; some models do so in the layer around them.
+        module._is_hf_initialized = True
+        around: Any = model.get_submodule(name.rpartition(".")[0])
+        around._is_hf_initialized = not around._parameters or getattr(around, "_is_hf_initialized", False)
+    _tie_apart(model)
+
+
+def _tie_apart(model: PreTrainedModel) -> None:
+    """Replace the ties between fused tensors by ties between the tensors of their experts."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    for second, first in list(ties.items()):
+        own, other = second.rpartition(".")[0], first.rpartition(".")[0]
+        apart = {name: f"{other}{name.removeprefix(own)}" for name, _, _ in split(model, second)}
+        if apart:
+            del ties[second]
+            ties.update(apart)
 
 
 def join(model: PreTrainedModel) -> None:

@@ -116,6 +116,7 @@ class Skeleton:
         self.checkpoint, self.packing = decoded.opened(self.source, self.config)
         self.name_of = self._names()
         self.merged = {name for name, count in Counter(self.name_of.values()).items() if count > 1}
+        self.merged |= {name for key, name in self.name_of.items() if self._converts(key)}
         self.tied = self._ties()
         self._check()
 
@@ -136,7 +137,7 @@ class Skeleton:
         if reason := classes.why_not_text(self.model):
             return reason
         inside = tuple(f"{block}." for block in self.blocks)
-        shared = next((name for name in self.tied if name.startswith(inside)), None)
+        shared = next((pair[0] for pair in self.tied.items() if any(name.startswith(inside) for name in pair)), None)
         if shared is not None:
             return f"{shared} is tied to {self.tied[shared]}: blocks that share weights cannot be quantized yet"
         found = {
@@ -160,8 +161,8 @@ class Skeleton:
     def passed_through(self, whole: Container[str] = ()) -> Iterator[tuple[str, str, PartSpec]]:
         """(checkpoint name, model name, spec) of every tensor of an output. Tied tensors appear once.
 
-        If transformers merges several checkpoint tensors into one, they stay separate under their checkpoint names,
-        unless `whole` contains the model name.
+        If transformers merges several checkpoint tensors into one, or changes their values otherwise, they keep their
+        checkpoint names, unless `whole` contains the model name.
         """
         seen = set()
         for key, name in self.name_of.items():
@@ -182,7 +183,7 @@ class Skeleton:
     def stored_names(self, names: list[str]) -> dict[str, str]:
         """Name -> the standard name, which transformers' `save_pretrained` writes.
 
-        Parts of merged tensors keep their checkpoint names.
+        Tensors in `merged` keep their checkpoint names.
         """
         parts = {key for key, name in self.name_of.items() if name in self.merged}
         marked = {name: torch.empty(0, dtype=torch.float32, device="cpu") for name in names if name not in parts}
@@ -351,6 +352,12 @@ class Skeleton:
                 f"{self.source.folder}: {key} has shape {list(found)}, "
                 f"but its first dimension must be {wanted}, the number of experts in config.json"
             )
+
+    def _converts(self, key: str) -> bool:
+        """Whether transformers changes the values of the checkpoint's tensor `key` while loading it."""
+        renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
+        return rename_source_key(key, renamings, converters)[1] is not None
 
     def _ties(self) -> dict[str, str]:
         """Model name -> name of the tensor that it is tied to. Stored tensors with different values are not tied."""

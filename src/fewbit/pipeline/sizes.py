@@ -79,7 +79,8 @@ def sized(skeleton: Skeleton, plan: plans.Plan) -> Sized:
     if resolved.format.suffix:
         weights = file_bytes  # GGUF weights have the same bytes in memory as in the file
     else:
-        rest = (s for _, n, s in skeleton.passed_through() if n.removesuffix(".weight") not in assignments)
+        whole = {f"{module}.weight" for module in assignments}
+        rest = (s for _, n, s in skeleton.passed_through(whole) if n.removesuffix(".weight") not in assignments)
         weights = sum(packed.values()) + sum(spec.nbytes for spec in rest)
     counts: dict[str, int] = {}
     for a in assignments.values():
