@@ -18,7 +18,7 @@ DEMO_ARGS_smollm2 := --calibration-samples 16 --samples 8
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all bare compat check interop fuzz notebook bench bench-cpu native native-test format clean
+.PHONY: help setup demo test test-all bare compat check interop fuzz notebook bench bench-cpu tiny-moe native native-test format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
@@ -106,6 +106,10 @@ bench: setup ## what quantization costs in quality, measured
 
 bench-cpu: setup ## what the CPU library reaches of the memory's speed; writes nothing
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
+
+tiny-moe: setup ## train build/tiny-moe, on which the quantization of experts is measured; needs a GPU and 20 minutes
+	test -e build/tiny/corpus.jsonl || $(BIN)/python tools/train_tiny.py corpus --rows 6144 --rounds 40
+	$(BIN)/python tools/train_tiny.py train --model tiny-moe --batch 128 --epochs 6 $(ARGS)
 
 native: setup ## build the CPU library again, after a change to csrc/
 	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release -DFEWBIT_NATIVE_REQUIRED=ON
