@@ -16,8 +16,9 @@ from fewbit.models.source import locate
 from fewbit.pipeline import capture, groups
 from fewbit.pipeline.blocks import quantize_blocks
 from fewbit.pipeline.capture import Inputs
-from fewbit.pipeline.job import Job
+from fewbit.pipeline.job import Job, skeleton_of
 from fewbit.pipeline.run import Run
+from fewbit.pipeline.settled import Settled
 from fewbit.plans.plan import Plan, Rule, find
 from fewbit.stats import Need, Stats
 from fewbit.texts.calibration import Calibration
@@ -135,3 +136,16 @@ def test_a_group_of_experts_runs_these_experts_only() -> None:
         f"{path}.2.up_proj",
     }
     assert run_for("model.layers.0.self_attn.q_proj") == everything  # what follows may read what experts compute
+
+
+@pytest.mark.filterwarnings("default")
+def test_experts_on_a_gpu_get_many_tokens_at_once(tmp_path: Path) -> None:
+    model = skeleton_of(locate(architectures.save(tmp_path / "model", "qwen3_moe")), "cpu", False)
+    plain, rewritten = (Settled.of(model, find(p)).resolved.assignments.values() for p in ("gptq-4bit", "awq-4bit"))
+    assert capture.tokens_at_once(model, plain) == 2048
+    model.device = torch.device("cuda")
+    assert capture.tokens_at_once(model, plain) == 16384
+    assert capture.tokens_at_once(model, rewritten) == 2048
+    tokens = torch.zeros(128, 2048, dtype=torch.int64)
+    assert Inputs(tokens, tokens_at_once=16384).at_once == 8
+    assert Inputs(tokens, tokens_at_once=16384).halved().at_once == 4

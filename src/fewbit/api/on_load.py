@@ -24,7 +24,7 @@ from fewbit.models.skeleton import Skeleton, load_tokenizer, tokenizer_at
 from fewbit.models.source import locate
 from fewbit.pipeline import blocks, write_folder
 from fewbit.pipeline import run as pipeline_run
-from fewbit.pipeline.capture import Inputs
+from fewbit.pipeline.capture import Inputs, tokens_at_once
 from fewbit.pipeline.job import Job, too_small
 from fewbit.report import progress
 from fewbit.system import ambient, machine, publish
@@ -48,7 +48,8 @@ def quantized(
     _check(request, job.settled.skeleton)
     size = job.preview().output_bytes
     publish.check_space({out: 2 * size}, "Free some space, or set FEWBIT_CACHE to a folder on another disk.")
-    inputs = Inputs(_tokens(request, job), stages=request.stages, least=request.batch)
+    at_once = tokens_at_once(job.settled.skeleton, job.settled.resolved.assignments.values())
+    inputs = Inputs(_tokens(request, job), stages=request.stages, least=request.batch, tokens_at_once=at_once)
     for note in (*job.notes, *_left(job)):
         warnings.warn(f"{request.plan.name}: {note}", stacklevel=2)
     versions = {**machine.versions(), "request": json.dumps([request.stages, request.batch])}

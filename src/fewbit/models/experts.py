@@ -64,22 +64,22 @@ class SeparateExperts(nn.Module):
         chosen = top_k_index.reshape(-1)
         order = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=self.count)[: self.count].tolist()
-        outputs, start = [], 0
+        shape, dtype = (tokens, hidden_states.shape[-1]), torch.promote_types(hidden_states.dtype, torch.float32)
+        out = torch.zeros(shape, dtype=dtype, device=hidden_states.device)
+        weights, start = top_k_weights.reshape(-1, 1), 0
         for expert, rows in enumerate(counts):
-            if rows:
-                own = order[start : start + rows]
-                outputs.append(self.run(expert, hidden_states[torch.div(own, k, rounding_mode="floor")]))
-                start += rows
-        out = hidden_states.new_zeros(tokens * k, hidden_states.shape[-1])
-        if outputs:
-            out = out.index_copy(0, order[:start], torch.cat(outputs).to(out.dtype))
-        weighted = (out * top_k_weights.reshape(-1, 1)).view(tokens, k, -1).sum(dim=1)
-        return weighted.to(hidden_states.dtype)
+            own = order[start : start + rows]
+            start += rows
+            if rows and self._runs(expert):
+                token = torch.div(own, k, rounding_mode="floor")
+                out.index_add_(0, token, (self.run(expert, hidden_states[token]) * weights[own]).to(dtype))
+        return out.to(hidden_states.dtype)
+
+    def _runs(self, expert: int) -> bool:
+        return self.running is None or expert in self.running
 
     def run(self, expert: int, x: Tensor) -> Tensor:
         """The output [n, H] of one expert for its tokens [n, H]."""
-        if self.running is not None and expert not in self.running:
-            return torch.zeros_like(x)
         fused: Any = self  # for mypy: `has_gate`, `act_fn` and so on come from the class of fused experts
         *into, down = (getattr(self.get_submodule(str(expert)), leaf) for leaf in self.leaves)
         if fused.has_gate:
@@ -99,7 +99,8 @@ class SeparateBatchedExperts(SeparateExperts):
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """The experts' outputs [E · tokens, H] for their rows [E · tokens, H]."""
         rows = hidden_states.view(self.count, -1, hidden_states.shape[-1])
-        return torch.cat([self.run(expert, x) for expert, x in enumerate(rows)])
+        outputs = [self.run(e, x) if self._runs(e) else torch.zeros_like(x) for e, x in enumerate(rows)]
+        return torch.cat(outputs)
 
 
 # What transformers' decorator for fused experts sets, to describe their layout.

@@ -7,7 +7,7 @@ same tensor share one object.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +24,9 @@ from fewbit.stats import Need, Stats
 from fewbit.system import machine, ranks
 
 _TOKENS_AT_ONCE = 2048  # enough to keep two cores or a GPU busy, small beside the statistics
+# On a GPU, launches take most of the time if an expert gets few tokens: statistics of a layer of Qwen3-30B-A3B's shape
+# took 11.5 s with 2048 tokens at once (benchmarks/experts.py, 128 x 2048 tokens).
+_TOKENS_FOR_EXPERTS = 16384
 
 Importance = Mapping[str, Stats]
 Stages = Sequence[Sequence[str]]
@@ -36,8 +39,8 @@ class Inputs:
     tokens: int64 [samples, length], the calibration windows, if a method needs them. importance: linear -> statistics
     that replace them. stages: lists of linears, by their names in the block; the statistics of each stage are measured
     with the quantized weights of the stages before. An empty list: one stage for each tensor that linears read. None:
-    all statistics are measured with the unquantized block. least, most: bounds of the number of windows in a batch; by
-    default a batch has about 2048 tokens.
+    all statistics are measured with the unquantized block. least, most: bounds of the number of windows in a batch,
+    which has about `tokens_at_once` tokens.
     """
 
     tokens: Tensor | None = None
@@ -45,6 +48,7 @@ class Inputs:
     stages: Stages | None = None
     least: int = 1
     most: int | None = None
+    tokens_at_once: int = _TOKENS_AT_ONCE
 
     @property
     def at_once(self) -> int:
@@ -52,12 +56,12 @@ class Inputs:
         if self.tokens is None:
             return 1
         count, length = self.tokens.shape
-        return max(1, min(count, self.most or count, max(self.least, _TOKENS_AT_ONCE // length)))
+        return max(1, min(count, self.most or count, max(self.least, self.tokens_at_once // length)))
 
     def halved(self) -> Inputs:
         """A copy with half as many windows in a batch."""
         assert self.tokens is not None
-        most = max(self.least, _TOKENS_AT_ONCE // self.tokens.shape[1])
+        most = max(self.least, self.tokens_at_once // self.tokens.shape[1])
         while most >= self.at_once:
             most //= 2
         return replace(self, most=max(1, most))
@@ -78,6 +82,12 @@ class Block:
         with torch.no_grad():
             for i, call in enumerate(self.calls):
                 self.hidden[i] = call.run(self.module, self.hidden[i])
+
+
+def tokens_at_once(skeleton: Skeleton, assignments: Iterable[Assignment] = ()) -> int:
+    """The number of tokens in a batch. A rewrite (AWQ) searches on one batch at least, which must be small."""
+    many = skeleton.device.type == "cuda" and experts.are_separate(skeleton.model)
+    return _TOKENS_FOR_EXPERTS if many and not any(a.method.rewrites for a in assignments) else _TOKENS_AT_ONCE
 
 
 def captured(skeleton: Skeleton, inputs: Inputs) -> tuple[list[Tensor], dict[str, list[BlockCall]]]:

@@ -11,7 +11,7 @@ from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers import imatrix
 from fewbit.methods.base import name_of
 from fewbit.models.skeleton import Skeleton
-from fewbit.pipeline.capture import Block, Inputs, captured, gather
+from fewbit.pipeline.capture import Block, Inputs, captured, gather, tokens_at_once
 from fewbit.pipeline.progress import Progress, Step
 from fewbit.pipeline.settled import Settled, model_of
 from fewbit.stats import Need, Stats
@@ -62,7 +62,7 @@ def importance(path: Path, settled: Settled) -> tuple[dict[str, Stats], list[str
 def measure(skeleton: Skeleton, tokens: Tensor, progress: Progress) -> dict[str, Stats]:
     """Mean squares of the inputs of all linears in blocks. All tokens have equal weight; nothing is quantized."""
     stats: dict[str, Stats] = {}
-    hidden, calls = captured(skeleton, Inputs(tokens))
+    hidden, calls = captured(skeleton, Inputs(tokens, tokens_at_once=tokens_at_once(skeleton)))
     for index, name in enumerate(skeleton.blocks):
         with skeleton.materialized(name) as module:
             block = Block(skeleton, name, module, calls[name], hidden)

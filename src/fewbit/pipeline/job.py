@@ -25,7 +25,7 @@ from fewbit.models.outline import Outline
 from fewbit.models.skeleton import Skeleton, load_tokenizer
 from fewbit.models.source import Source
 from fewbit.pipeline import importances, run, sizes
-from fewbit.pipeline.capture import Importance, Inputs
+from fewbit.pipeline.capture import Importance, Inputs, tokens_at_once
 from fewbit.pipeline.settled import Settled
 from fewbit.plans import plan as plans
 from fewbit.schemes import base
@@ -85,7 +85,8 @@ class Job:
         if self.importance is not None or self.settled.need == Need.NOTHING:
             return Inputs(importance=self.importance), None
         tokens, text = windows(wanted, self.source, tokenizer)
-        return Inputs(tokens), text
+        at_once = tokens_at_once(self.settled.skeleton, self.settled.resolved.assignments.values())
+        return Inputs(tokens, tokens_at_once=at_once), text
 
     def left_out(self) -> list[str]:
         """Notes on tensors and files of the model's folder that the output copies unchanged or leaves out."""
