@@ -117,14 +117,14 @@ WITH_IMAGE = frozenset(_IMAGES.split())
 NOT_BUILT: dict[str, str] = {
     "cohere_compass": "full_attention",
     "dots3_note": "per_layer_config",
-    "fast_vlm": "timm",
-    "gemma3n": "timm",
+    "fast_vlm": "PIL|timm",
+    "gemma3n": "PIL|timm",
     "inkling2": "negative dimension",
     "inkling2_loop": "negative dimension",
     "inkling_mm_model": "scipy",
     "kyutai_speech_to_text": "too large",
     "nemo_speechlm": "blank_token_id",
-    "perception_lm": "timm",
+    "perception_lm": "PIL|timm",
     "qwen2_5_omni": "too large",
     "qwen3_omni_moe": "shared_expert_intermediate_size",
     "qwen4_exp": "NoneType",
@@ -156,9 +156,9 @@ def config(kind: str) -> Any:
     return made
 
 
-def save(folder: Path, kind: str) -> Path:
-    """A random model of that type and a tokenizer, in the Hugging Face layout."""
-    cls, made = getattr(transformers, CLASSES[kind]), config(kind)
+def save(folder: Path, kind: str, made: Any = None) -> Path:
+    """A random model of that type and a tokenizer, in the Hugging Face layout. made: its config."""
+    cls, made = getattr(transformers, CLASSES[kind]), made or config(kind)
     with torch.device("meta"):
         model = cls._from_config(made)
     if sum(p.numel() for p in model.parameters()) > 20_000_000:

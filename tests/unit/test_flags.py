@@ -24,7 +24,7 @@ COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[
 VERBS = ("quantize", "imatrix", "generate", "evaluate", "compare", "finetune", "merge", "estimate", "recommend")
 GROUPS: dict[str, type[Settings]] = {"calibration": Calibration, "sampling": Sampling, "tuning": Tuning}
 # An argument of Python that a command calls otherwise, or does without.
-OTHER_NAMES = {"out": "output", "fuse": "max_length", "speed_first": "speed"}
+OTHER_NAMES = {"out": "output", "fuse": "max_length", "speed_first": "speed", "images": "image"}
 PYTHON_ONLY = {"progress", "stream", "dtype"}  # what a command shows, and how; the type of activations
 # Flags that are no argument of the verb: JSON, plans by parts, what --dry-run and --table show in place of the verb.
 COMMAND_ONLY = {"as_json", "method", "scheme", "format", "dry_run", "table"}

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+Images: TypeAlias = str | os.PathLike[str] | Sequence[Any]
 Plans: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Plan
 
 SAMPLES = 16  # default number of windows of a text to measure quality on
@@ -112,6 +113,12 @@ def plans(name: str, value: Any) -> tuple[str, ...]:
     return tuple(str(path(name, each)) for each in value)
 
 
+def images(name: str, value: Any) -> tuple[Any, ...]:
+    """One image or several: files, or images of pillow."""
+    each = list(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value]
+    return tuple(one if hasattr(one, "convert") else path(name, one) for one in each)
+
+
 def sampling(name: str, value: Any) -> Sampling:
     if not isinstance(value, Sampling):
         raise invalid(name, value, "a fewbit.Sampling")
@@ -149,6 +156,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("text", "data"), texts),
     **dict.fromkeys(("prompt", "purpose", "target", "cache"), text),
     **dict.fromkeys(("samples", "length", "context", "batch", "max_new_tokens"), integer(1)),
+    "images": images,
     "max_kl": number,
     **dict.fromkeys(("overwrite", "safetensors_only", "chat", "stream", "speed_first", "again"), flag),
     "calibration": calibration,

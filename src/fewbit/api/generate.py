@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fewbit.api.arguments import Device, DType, checked
+from fewbit.api import arguments
+from fewbit.api.arguments import Device, DType, Images, checked
 from fewbit.errors import PlanError
+from fewbit.models import images as pixels
 from fewbit.models.decoding.generate import Continuation, continue_text, prompt_ids
 from fewbit.models.decoding.sampling import Sampling as Sampling
 from fewbit.models.load import load_model
@@ -52,6 +54,7 @@ def generate(
     model: str | Path,
     prompt: str,
     *,
+    images: Images | None = None,
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
     chat: bool = False,
@@ -65,6 +68,8 @@ def generate(
 ) -> Continuation:
     """Continue `prompt` with `model`, and measure the speed. Greedy decoding unless `sampling` is given.
 
+    images: image files, or images of pillow, for a model with a vision tower. With `chat` they come before the prompt;
+    else they are where the prompt has the model's image token, or before it. PlanError for a model that takes none.
     chat: the prompt is a user's message in the model's chat template. adapter: folder of a LoRA adapter. fuse,
     compile: as in `load`. stream: also print the text as it is generated.
     """
@@ -73,18 +78,26 @@ def generate(
     loading = Loading(machine.device(device), None, kernel, adapter, fuse, compile, trust_remote_code)
     source = locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    ids = texts_windows.within(prompt_ids(tokenizer, prompt, chat=chat), source.rows, tokenizer, "the prompt")
+    if files := arguments.images("images", images or ()):
+        pictures, processor = pixels.read(files), pixels.load_processor(source, trust_remote_code=trust_remote_code)
+        beside = pixels.inputs(processor, prompt, pictures, chat=chat)
+        ids = beside["input_ids"].long()
+    else:
+        beside, ids = {}, prompt_ids(tokenizer, prompt, chat=chat)
+    texts_windows.within(ids, source.rows, tokenizer, "the prompt")
     texts_windows.continued(ids, max_new_tokens, source.stated_context)
     if fuse is not None and ids.shape[1] + max_new_tokens > fuse:
         raise PlanError(
             f"`fuse={fuse}` is too short for {ids.shape[1]} prompt tokens and {max_new_tokens} new tokens",
             "Give a larger value, or a smaller `max_new_tokens`.",
         )
+    loaded = load_model(source, loading)
     return continue_text(
-        load_model(source, loading),
+        loaded,
         tokenizer,
         ids,
         max_new_tokens=max_new_tokens,
         sampling=sampling or Sampling(),
         stream=stream,
+        beside=pixels.on(loaded, beside),
     )

@@ -19,6 +19,9 @@ from fewbit.models.loading import Loading
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue; with --chat the user's message. -: from stdin.")],
+    image: Annotated[
+        list[str] | None, typer.Option(help="Image file for a model with a vision tower. Repeat it for more.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 64,
     sampling: Sampling = Sampling(),
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")] = False,
@@ -45,6 +48,7 @@ def generate(
     done = api.generate(
         model,
         prompt,
+        images=image,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         chat=chat,

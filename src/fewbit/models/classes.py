@@ -61,6 +61,17 @@ def build(config: Any, **options: Any) -> PreTrainedModel:
     return made
 
 
+def model_class(config: Any) -> type[PreTrainedModel] | None:
+    """The class of the model that `config` describes; None if it is remote code."""
+    maker = class_for(config)
+    if not hasattr(maker, "from_config"):
+        return maker  # type: ignore[no-any-return]
+    if (getattr(config, "auto_map", None) or {}).get(maker.__name__) or type(config) not in maker._model_mapping:
+        return None
+    known = maker._model_mapping[type(config)]
+    return known[0] if isinstance(known, tuple) else known  # type: ignore[no-any-return]
+
+
 def why_not_text(model: PreTrainedModel) -> str | None:
     """Why a forward pass over token ids alone is impossible; None if its signature does not forbid it."""
     kind, forward = type(model).__name__, type(model).forward

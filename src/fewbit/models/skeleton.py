@@ -36,6 +36,7 @@ from fewbit.models.linears import is_linear, shape_of, weight_of
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
 from fewbit.schemes.base import PartSpec
+from fewbit.system.files import read_json
 
 Shape = tuple[int, int]
 # Name endings of tensors that only older checkpoints have: models now compute these values.
@@ -457,7 +458,12 @@ def conversions(model: PreTrainedModel) -> list[WeightRenaming | WeightConverter
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of the model. FormatError if it is missing or cannot be read."""
-    return tokenizer_at(source.folder, trust_remote_code=trust_remote_code, **source.options)
+    made = tokenizer_at(source.folder, trust_remote_code=trust_remote_code, **source.options)
+    older = source.folder / "chat_template.json"  # older processors have their chat template there
+    if getattr(made, "chat_template", None) is None and older.is_file():
+        found = read_json(older)
+        made.chat_template = found.get("chat_template") if isinstance(found, dict) else None
+    return made
 
 
 def tokenizer_at(place: str | Path, *, trust_remote_code: bool = False, **options: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
@@ -80,15 +80,29 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tensor:
     if chat:
         if not tokenizer.chat_template:
             raise PlanError("this model has no chat template", "Leave out `chat`.")
-        message = [{"role": "user", "content": prompt}]
-        try:
-            prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is code of the model's author: it can raise anything
-            raise PlanError(f"the model's chat template refuses the prompt: {error}", "Leave out `chat`.") from error
+        prompt = _in_template(tokenizer, prompt)
     ids: Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"].long()
     if not ids.numel():
         raise PlanError("the prompt is empty", "Give some text to continue.")
     return ids
+
+
+def _in_template(tokenizer: Any, prompt: str) -> str:
+    """The prompt as a user's message in the chat template. PlanError if the template fails."""
+    # Templates of models with images may take a list of parts only, and leave out a string without an error.
+    written, failed = list[str](), None
+    for content in (prompt, [{"type": "text", "text": prompt}]):
+        try:
+            message = [{"role": "user", "content": content}]
+            written.append(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template is code of the model's author: it can raise anything
+            failed = failed or error
+        else:
+            if prompt.strip() in written[-1]:
+                return written[-1]
+    if written:
+        return written[0]
+    raise PlanError(f"the model's chat template refuses the prompt: {failed}", "Leave out `chat`.") from failed
 
 
 @contextmanager
@@ -127,8 +141,11 @@ def continue_text(
     max_new_tokens: int,
     sampling: Sampling = _GREEDY,
     stream: bool = False,
+    beside: Mapping[str, Tensor] | None = None,
 ) -> Continuation:
     """Generate up to `max_new_tokens` after `ids` [1, n]. stream: print the text while it is generated.
+
+    beside: what the model takes besides token ids, such as pixels.
 
     From generation_config.json, special tokens, suppressed tokens, penalties and sampling limits apply. Beams, multiple
     sequences, stop strings, forced tokens and lengths are ignored: the result is one text, token by token.
@@ -140,7 +157,7 @@ def continue_text(
     with _seeded(sampling), torch.inference_mode(), _one_text(model):
         out = model.generate(
             ids,
-            attention_mask=torch.ones_like(ids),
+            **{"attention_mask": torch.ones_like(ids), **(beside or {})},
             max_new_tokens=max_new_tokens,
             pad_token_id=pad[0] if isinstance(pad, list) else pad,
             streamer=clock,

@@ -1,0 +1,134 @@
+"""Images in a prompt: the model's processor makes token ids and pixels of text and image files."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor
+from transformers.models.auto import processing_auto
+
+from fewbit.errors import FormatError, PlanError
+from fewbit.models import classes
+from fewbit.models.source import Source
+from fewbit.system.files import read_json, unwritable
+
+_COPY = "Copy preprocessor_config.json and processor_config.json of the original model into it."
+_NAMED_IN = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+
+
+def read(files: Sequence[Any]) -> list[Any]:
+    """The images in these files as RGB; objects of pillow stay. PlanError without pillow, or for a file that it cannot
+    read."""
+    if find_spec("PIL") is None:
+        raise PlanError("images need the package pillow", "pip install pillow")
+    from PIL import Image  # an extra
+
+    found = []
+    for file in files:
+        if isinstance(file, Image.Image):
+            found.append(file.convert("RGB"))
+            continue
+        try:
+            with Image.open(Path(file).expanduser()) as image:
+                found.append(image.convert("RGB"))
+        except FileNotFoundError:
+            raise PlanError(f"`images={file}`: there is no such file") from None
+        except Exception as error:  # decoders of image formats raise anything on a damaged file
+            raise PlanError(f"`images={file}`: pillow cannot read this file as an image: {_brief(error)}") from None
+    return found
+
+
+def load_processor(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """The model's processor. PlanError if the model takes no images, or if a package is missing; FormatError if the
+    processor is missing or cannot be read."""
+    if source.gguf is not None:
+        raise PlanError(f"{source.name} is a GGUF file, which holds no vision tower", "Leave out `images`.")
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    if (cls := classes.model_class(config)) is not None and not _takes_images(cls):
+        raise PlanError(f"{source.name} is a {cls.__name__}, which takes no images", "Leave out `images`.")
+    try:
+        made: Any = AutoProcessor.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a processor is code of the model's author
+        if "torchvision" not in str(error).lower():
+            raise FormatError(f"{source.folder} has no usable processor: {_brief(error)}", _COPY) from None
+        made = _without_videos(source, error)
+    if not hasattr(made, "image_processor"):  # without a processor, transformers gives the tokenizer
+        raise FormatError(f"{source.folder} has no image processor", _COPY)
+    return made
+
+
+def inputs(processor: Any, prompt: str, images: Sequence[Any], *, chat: bool) -> dict[str, Tensor]:
+    """The model's inputs for a prompt with images: `input_ids` [1, n], pixels, and what else the model needs.
+
+    With `chat`, the images come before the prompt in the user's message. Else they are where the prompt has the image
+    token, or before it. PlanError if the prompt is not valid Unicode, or if the processor refuses it.
+    """
+    if reason := unwritable(prompt):
+        raise PlanError(f"the prompt: {reason}", "Give the prompt in UTF-8.")
+    try:
+        if chat:
+            if not processor.chat_template:
+                raise PlanError("this model's processor has no chat template", "Leave out `chat`.")
+            parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
+            made = processor.apply_chat_template(
+                [{"role": "user", "content": parts}],
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        else:
+            token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+            if token and str(token) not in prompt:
+                prompt = str(token) * len(images) + prompt
+            made = processor(text=[prompt], images=list(images), return_tensors="pt")
+    except PlanError:
+        raise
+    except Exception as error:  # a processor is code of the model's author
+        raise PlanError(
+            f"the model's processor refuses the prompt with {len(images)} images: {_brief(error)}",
+            "Leave out `chat`."
+            if chat
+            else "Use `chat=True`, or write the model's image token where an image belongs.",
+        ) from None
+    return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+
+
+def _takes_images(cls: type) -> bool:
+    return any("image" in name or "pixel" in name for name in inspect.signature(cls.forward).parameters)  # type: ignore[attr-defined]
+
+
+def _without_videos(source: Source, error: Exception) -> Any:
+    """The processor without its part for videos, which alone needs torchvision. PlanError if its images need it too."""
+    needs = PlanError(
+        f"the processor of {source.name} needs the package torchvision: {_brief(error)}", "pip install torchvision"
+    )
+    named = [read_json(source.folder / file) for file in _NAMED_IN if (source.folder / file).is_file()]
+    name = next(
+        (each["processor_class"] for each in named if isinstance(each, dict) and "processor_class" in each), None
+    )
+    name = name or vars(processing_auto)["PROCESSOR_MAPPING_NAMES"].get(source.config.get("model_type", ""))
+    own: Any = getattr(transformers, str(name), None)
+    try:
+        parts = [part for part in own.get_attributes() if part != "video_processor"]
+        cls: Any = type(own.__name__, (own,), {"get_attributes": classmethod(lambda _: parts)})
+        return cls.from_pretrained(source.folder)
+    except Exception:  # the class itself may need torchvision
+        raise needs from None
+
+
+def _brief(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def on(model: Any, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`given` without the token ids, on the model's device; floats in its dtype."""
+    moved = {name: value.to(model.device) for name, value in given.items() if name != "input_ids"}
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in moved.items()}
