@@ -176,6 +176,9 @@ void narrowed(const float* from, uint16_t* to, int64_t count) {
   }
 }
 
+// What a row of W costs in a product with m rows of x: the first ones hide behind reading it from memory.
+int64_t cost(int64_t m) { return m <= 2 ? 2 : m; }
+
 // 64-byte aligned memory that a thread reuses between calls.
 struct Memory {
   char* begin = nullptr;
@@ -238,6 +241,62 @@ int fewbit_linear(const fewbit_weight* w, const void* x, int64_t m, void* y, int
   const int64_t least = 1 + (1 << 16) / w->k;
   share(w->n, least, threads, [&](int64_t begin, int64_t end) { with.linear(*w, held, m, sums, begin, end); });
   if (narrow) narrowed(sums, static_cast<uint16_t*>(y), m * w->n);
+  return FEWBIT_OK;
+}
+
+int fewbit_grouped(const fewbit_weight* w, int64_t count, const int64_t* begin, const int64_t* end, const void* x,
+                   int64_t m, void* y, int type, int threads) {
+  if (type != FEWBIT_FLOAT32 && type != FEWBIT_BFLOAT16) return FEWBIT_UNKNOWN;
+  if (m <= 0 || count <= 0) return FEWBIT_OK;
+  if (!w || !begin || !end) return FEWBIT_SHORT;
+  int64_t rows = 0, units = 0;  // rows of x that have a weight; what all threads have to do
+  for (int64_t e = 0; e < count; e++) {
+    if (begin[e] == end[e]) continue;
+    if (begin[e] < 0 || begin[e] > end[e] || end[e] > m) return FEWBIT_SHAPE;
+    if (const int wrong = check(w + e)) return wrong;
+    const fewbit_weight &own = w[e], &first = w[0];
+    if (own.kind != first.kind || own.bits != first.bits || own.group != first.group || own.n != first.n ||
+        own.k != first.k)
+      return FEWBIT_SHAPE;
+    rows += end[e] - begin[e];
+    units += own.n * cost(end[e] - begin[e]);
+  }
+  if (!rows || w->n == 0) return FEWBIT_OK;
+  const Isa& with = isa();
+  const bool narrow = type == FEWBIT_BFLOAT16;
+  const int64_t n = w->n, k = w->k;
+  const int64_t row = with.rounded_bytes(*w), padded = (with.columns(*w) + 255) / 256 * 256;
+  const int64_t shares = threads < 1 ? 1 : threads;
+  const int64_t scratch = (padded + padded / 8 + (narrow ? 4 * k : 0) + 63) / 64 * 64;  // of a thread
+  char* held = memory.take(size_t(row * m + scratch * shares + (narrow ? 4 * m * n : 0)));
+  if (!held) return FEWBIT_MEMORY;
+  float* sums = narrow ? reinterpret_cast<float*>(held + row * m + scratch * shares) : static_cast<float*>(y);
+  std::atomic<int> next{0};
+  share(m, 1 + (1 << 15) / k, threads, [&](int64_t from, int64_t to) {
+    char* own = held + row * m + scratch * next.fetch_add(1);
+    float* scales = reinterpret_cast<float*>(own + padded);
+    float* one = reinterpret_cast<float*>(own + padded + padded / 8);
+    for (int64_t i = from; i < to; i++) {
+      const float* values = static_cast<const float*>(x) + i * k;
+      if (narrow) widen(static_cast<const uint16_t*>(x) + i * k, one, k), values = one;
+      with.round(*w, values, reinterpret_cast<int8_t*>(own), scales, held + i * row);
+    }
+  });
+  // Threads get equal shares of the units, and each starts where the one before it ends, inside of a weight or not.
+  share(units, 2 * (1 + (1 << 16) / k), threads, [&](int64_t from, int64_t to) {
+    int64_t base = 0;
+    for (int64_t e = 0; e < count && base < to; e++) {
+      const int64_t own = end[e] - begin[e];
+      if (!own) continue;
+      const int64_t each = cost(own), first = (from - base + each - 1) / each, last = (to - base + each - 1) / each;
+      const int64_t top = from > base ? first : 0, bottom = last < n ? last : n;
+      if (top < bottom) with.linear(w[e], held + begin[e] * row, own, sums + begin[e] * n, top, bottom);
+      base += n * each;
+    }
+  });
+  if (narrow)
+    for (int64_t e = 0; e < count; e++)
+      narrowed(sums + begin[e] * n, static_cast<uint16_t*>(y) + begin[e] * n, (end[e] - begin[e]) * n);
   return FEWBIT_OK;
 }
 

@@ -62,6 +62,10 @@ FEWBIT_API void fewbit_use_openmp(fewbit_parallel parallel);
 FEWBIT_API int64_t fewbit_columns(const struct fewbit_weight* w);
 // y [m, n] = x [m, k] Wᵀ, both of type `type`. x is rounded to 8 bits in groups of 32 columns (except for levels).
 FEWBIT_API int fewbit_linear(const struct fewbit_weight* w, const void* x, int64_t m, void* y, int type, int threads);
+// The same for many weights of one layout and shape, in one call: rows [begin[e], end[e]) of x times the transpose of
+// w[e], for each of `count` weights. These ranges must not overlap; other rows of y are not written. x has m rows.
+FEWBIT_API int fewbit_grouped(const struct fewbit_weight* w, int64_t count, const int64_t* begin, const int64_t* end,
+                              const void* x, int64_t m, void* y, int type, int threads);
 // Rows [begin, end) of W decoded to float32 [end - begin, columns], in the kernel's column order.
 FEWBIT_API int fewbit_decode(const struct fewbit_weight* w, int64_t begin, int64_t end, float* out, int threads);
 // x [m, k] as [m, columns] in the kernel's column order, padded with zeros. Its product with decoded rows is x Wᵀ.

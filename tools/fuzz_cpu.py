@@ -11,14 +11,29 @@ import random
 import torch
 
 from fewbit import registry
+from fewbit.kernels.base import Kernel
 from fewbit.kernels.cpu import library as native
-from fewbit.schemes.base import parse
+from fewbit.schemes.base import QTensor, Scheme, parse
+from fewbit.schemes.stacked import concatenated
 
 SPECS = (
     *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"),
     *(f"int{bits}-{group}{sym}" for bits in range(2, 9) for group in ("g32", "g128", "row") for sym in ("", "-sym")),
     *("int4-g16", "int2-g16", "int8-g16", "nf4-b64", "nf4-b32-dq", "fp4-b128", "llm.int8"),
 )
+
+
+def grouped(kernel: Kernel, scheme: Scheme, shape: tuple[int, int], isa: str) -> None:
+    """Several experts in one call give what one call for each gives, bit for bit."""
+    counts = [random.choice((0, 0, 1, 2, 5, 9)) for _ in range(random.randint(1, 6))]
+    weights = [QTensor(scheme, shape, scheme.pack(*scheme.nearest(torch.randn(*shape)))) for _ in counts]
+    whole = concatenated(weights)
+    prepared = kernel.prepare(scheme, {key: part.clone() for key, part in whole.parts.items()}, whole.shape)
+    x = torch.randn(sum(counts), shape[1]).to(random.choice((torch.float32, torch.bfloat16)))
+    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    y = kernel.grouped(x, scheme, prepared, (len(counts), *shape), ends)
+    if not torch.equal(y, Kernel.grouped(kernel, x, scheme, prepared, (len(counts), *shape), ends)):
+        raise SystemExit(f"{scheme}, {len(counts)} x {shape}, rows {counts}, {isa}: not what each gives alone")
 
 
 def main() -> None:
@@ -55,6 +70,7 @@ def main() -> None:
             y, wide = (kernel.linear(rows, scheme, held, (n, k)) for rows in (narrow, narrow.float()))
             if not torch.equal(y, wide.bfloat16()):
                 raise SystemExit(f"{scheme} {n} x {k}, {len(narrow)} rows in bfloat16, {isa}: not float32's, rounded")
+            grouped(kernel, scheme, (n, k), isa)
             tried += 1
     print(f"{tried} products on {', '.join(sets)}: all agree")
 

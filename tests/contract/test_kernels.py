@@ -7,7 +7,8 @@ import torch
 
 from fewbit.kernels.base import Kernel
 from fewbit.nn.choose import TOLERANCE
-from fewbit.schemes.base import parse
+from fewbit.schemes.base import QTensor, parse
+from fewbit.schemes.stacked import concatenated
 from tests.contract.cases import (
     CPU,
     EXAMPLES,
@@ -76,6 +77,56 @@ def check_restored(kernel: Kernel, spec: str, dtype: torch.dtype) -> None:
 @served(shapes, specs=ALL_SPECS)
 def test_product(name: str, spec: str, dtype: torch.dtype) -> None:
     check_product(KERNELS[name], spec, dtype)
+
+
+# How many rows each expert has, and how many rows after them have none.
+ROUTED = (
+    ((1,), 0),
+    ((5,), 2),
+    ((0, 1, 20, 3), 0),
+    ((0, 0, 12, 0), 1),
+    ((1, 1, 1, 1), 0),
+    ((9, 8, 7, 0), 3),
+    ((0, 0), 2),
+)
+
+
+def check_grouped(kernel: Kernel, spec: str, dtype: torch.dtype, shape: tuple[int, int], device: torch.device) -> None:
+    """Each row is the exact float32 product with the weight of its expert, and rows without an expert are 0."""
+    (n, k), scheme = shape, parse(spec)
+    for counts, more in ROUTED:
+        m, e = sum(counts) + more, len(counts)
+        weights = [quantized(scheme, ordinary(n, k, seed=i) + 0.02) for i in range(e)]
+        whole = concatenated([QTensor(scheme, (n, k), parts) for parts in weights]).map(lambda part: part.to(device))
+        prepared = kernel.prepare(scheme, whole.parts, whole.shape)
+        x = (torch.randn(m, k, generator=torch.Generator().manual_seed(m)) + 0.1).to(device, dtype)
+        ends = torch.tensor(counts).cumsum(0, dtype=torch.int32).to(device)
+        y = kernel.grouped(x, scheme, prepared, (e, n, k), ends)
+        assert y.dtype == dtype
+        assert y.shape == (m, n)
+        assert not y[m - more :].any()
+        start = 0
+        for expert, count in enumerate(counts):
+            own = x[start : start + count]
+            w = scheme.dequantize(weights[expert], (n, k), torch.float32).to(device)
+            exact = kernel.rounded(own, scheme).float() @ w.T if count else own.float() @ w.T
+            assert (y[start : start + count].float() - exact).norm() <= TOLERANCE[dtype] * exact.norm(), (
+                counts,
+                expert,
+            )
+            start += count
+        last = kernel.of_expert(scheme, prepared, (e, n, k), e - 1)
+        parts = {name: part.cpu() for name, part in kernel.restore(scheme, last, (n, k)).items()}
+        assert same_bytes(parts, weights[-1])
+
+
+@served(lambda spec: [(48, shapes(spec)[-1][1])], specs=ALL_SPECS)
+def test_each_row_meets_the_weight_of_its_expert(name: str, spec: str, dtype: torch.dtype) -> None:
+    kernel, shape = KERNELS[name], (48, shapes(spec)[-1][1])
+    if why := kernel.why_not_grouped(parse(spec), (4, *shape)):
+        assert is_sentence(why)
+    else:
+        check_grouped(kernel, spec, dtype, shape, CPU)
 
 
 @served(shapes, specs=ALL_SPECS)

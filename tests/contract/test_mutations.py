@@ -429,7 +429,7 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         lambda: check_product(KERNELS["reference"], "int4-g32", torch.bfloat16),
     ),
     "the gradient not permuted back": (
-        [Mutation(quantized_nn._Multiply, "backward", "weight.permutation is not None", "False")],
+        [Mutation(quantized_nn, "input_gradient", "weight.permutation is not None", "False")],
         lambda: check_gradient("int3-g16", True),
     ),
 }

@@ -58,13 +58,17 @@ def test_a_stack_is_its_weights_and_gives_them_back(spec: str, permuted: bool) -
 
 
 def test_what_refers_to_rows_alone_stays_an_ordinary_weight() -> None:
-    assert [isinstance(stack(weights(spec)).codec, Stacked) for spec in ("int4-g32", "llm.int8", "nf4-b64-dq")] == [
-        False,
-        False,
-        True,
-    ]
-    assert str(stack(weights("nf4-b64")[:2]).codec) == "nf4-b64 x 16 over nf4-b64 x 48"
-    assert stack(weights("nf4-b64")).codec.why_not((7, 64)) == "its segments have 96 rows, not 7"
+    kinds = {spec: type(stack(weights(spec)).codec) for spec in ("int4-g32", "llm.int8", "nf4-b64", "nf4-b64-dq")}
+    assert [spec for spec, kind in kinds.items() if kind is Stacked] == ["nf4-b64-dq"]
+    assert str(stack(weights("nf4-b64-dq")[:2]).codec) == "nf4-b64-dq x 16 over nf4-b64-dq x 48"
+    assert stack(weights("nf4-b64-dq")).codec.why_not((7, 64)) == "its segments have 96 rows, not 7"
+
+
+def test_blocks_that_cross_rows_stay_with_their_weight() -> None:
+    scheme = parse("nf4-b64")
+    each = [QTensor(scheme, (n, 96), quantized(scheme, ordinary(n, 96))) for n in (3, 5)]
+    assert isinstance(stack(each).codec, Stacked)
+    assert torch.equal(stack(each).dequantize(), torch.cat([w.dequantize() for w in each]))
 
 
 @specs

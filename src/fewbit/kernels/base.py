@@ -14,6 +14,7 @@ from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import Codec, Parts
 
 Prepared: TypeAlias = "tuple[Tensor, ...]"
+Shapes = tuple[int, int, int]  # E weights [N, K]
 
 
 class Kernel(ABC):
@@ -47,6 +48,32 @@ class Kernel(ABC):
         """The inverse of `prepare`: the canonical parts, byte for byte."""
         return dict(zip(part_order(codec, shape), prepared, strict=True))
 
+    def why_not_grouped(self, codec: Codec, shape: Shapes) -> str | None:
+        """None if `grouped` can multiply by E weights [N, K] that `why_not` accepts one by one.
+
+        Otherwise a sentence that says why not. shape: (E, N, K).
+        """
+        if type(self).prepare is not Kernel.prepare:
+            return "its layout of several weights cannot be cut into those of each"
+        return None
+
+    def grouped(self, x: Tensor, codec: Codec, prepared: Prepared, shape: Shapes, offsets: Tensor) -> Tensor:
+        """Multiply each row of x [M, K] by the weight of its expert: [M, N] in the dtype of x.
+
+        prepared: of the weights [N, K] of E experts, concatenated to [E·N, K]. shape: (E, N, K). Rows are sorted by
+        expert. offsets: int32 [E] on the device of x, the end of each expert's rows. Rows after the last end belong to
+        no expert, and their result is 0. By default, a loop over the experts that have rows.
+        """
+        y = x.new_zeros(x.shape[0], shape[1])
+        for expert, start, end in runs(offsets):
+            own = self.of_expert(codec, prepared, shape, expert)
+            y[start:end] = self.linear(x[start:end], codec, own, shape[1:])
+        return y
+
+    def of_expert(self, codec: Codec, prepared: Prepared, shape: Shapes, expert: int) -> Prepared:
+        """The device tensors of one expert's weight, as views of those of the stacked weight."""
+        return tuple(cut(tensor, shape[0], expert) for tensor in prepared)
+
     def rounded(self, x: Tensor, codec: Codec) -> Tensor:
         """The activations [M, K] as `linear` uses them: x itself, or x rounded as `activations` describes.
 
@@ -58,6 +85,18 @@ class Kernel(ABC):
     @abstractmethod
     def linear(self, x: Tensor, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Tensor:
         """x Wᵀ, [M, N] in the dtype of `x` [M, K], accumulated in float32 or better."""
+
+
+def runs(offsets: Tensor) -> list[tuple[int, int, int]]:
+    """(expert, start, end) for each expert that has rows."""
+    ends = offsets.tolist()
+    return [(e, start, end) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if start < end]
+
+
+def cut(tensor: Tensor, pieces: int, index: int) -> Tensor:
+    """One of several equal pieces of a tensor's first dimension."""
+    size = tensor.shape[0] // pieces
+    return tensor.narrow(0, index * size, size)
 
 
 def part_order(codec: Codec, shape: tuple[int, int]) -> list[str]:

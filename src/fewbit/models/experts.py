@@ -25,6 +25,9 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
+from fewbit.nn.experts import ExpertSlice, expert_of
+
+Groups = tuple[tuple[str, ...], ...]
 _OWN = re.compile(r"experts\.\d+\.")  # in the name of a weight of one expert
 _SOURCE = re.compile(r"experts\.\*\.(\w+)\.weight$")  # in the conversion mapping
 
@@ -45,14 +48,32 @@ class Piece:
         return (own.T if self.transposed else own)[self.rows]
 
 
+class Expert(nn.Module):
+    """The linears of one expert. `state` is what its layer has found out about them; a new linear resets it."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        super().__init__()
+        self.state = state
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            self.state.clear()
+
+
 class SeparateExperts(nn.Module):
-    """Mixin for a class of fused experts, after `separate` has moved its parameters into one module per expert."""
+    """Mixin for a class of fused experts, after `separate` has moved its parameters into one module per expert.
+
+    Packed linears of all experts are stacked (`models/stacking.py`) and then multiplied at once. Otherwise, and also if
+    one of them is wrapped by an adapter or has hooks, the experts that have tokens are computed one after the other.
+    """
 
     pieces: tuple[Piece, ...]
     leaves: tuple[str, ...]  # names of the gate, up and down linears; without a gate, of up and down
     count: int  # of experts
     shapes: dict[str, tuple[int, ...]]  # of the fused parameters
     running: frozenset[int] | None = None  # the experts that compute, None for all; see `only_of`
+    state: dict[str, Any]  # shared with the experts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' outputs.
@@ -62,6 +83,15 @@ class SeparateExperts(nn.Module):
         """
         tokens, k = top_k_index.shape
         chosen = top_k_index.reshape(-1)
+        if (groups := self._stacks()) is not None:
+            chosen, order = chosen.sort(stable=True)
+            numbers = torch.arange(self.count, device=chosen.device, dtype=chosen.dtype)
+            ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
+            rows = hidden_states[torch.div(order, k, rounding_mode="floor")]
+            out = self._run_all(groups, rows, ends)
+            out = torch.zeros_like(out).index_copy(0, order, out)
+            weights = top_k_weights.masked_fill(top_k_index >= self.count, 0)
+            return (out * weights.reshape(-1, 1)).view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
         order = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=self.count)[: self.count].tolist()
         shape, dtype = (tokens, hidden_states.shape[-1]), torch.promote_types(hidden_states.dtype, torch.float32)
@@ -80,17 +110,69 @@ class SeparateExperts(nn.Module):
 
     def run(self, expert: int, x: Tensor) -> Tensor:
         """The output [n, H] of one expert for its tokens [n, H]."""
-        fused: Any = self  # for mypy: `has_gate`, `act_fn` and so on come from the class of fused experts
         *into, down = (getattr(self.get_submodule(str(expert)), leaf) for leaf in self.leaves)
-        if fused.has_gate:
-            gate, up = (linear(x) for linear in into)
-            both = torch.cat((gate, up), -1) if fused.is_concatenated else torch.stack((gate, up), -1).flatten(-2)
-            inner = fused._apply_gate(both)
+        return self._normed(down(self._gated([linear(x) for linear in into])))
+
+    def _gated(self, into: Sequence[Tensor]) -> Tensor:
+        """What the down linear reads. into: outputs of gate and up, which may be one tensor; without a gate, of up."""
+        fused: Any = self  # for mypy: `has_gate`, `act_fn` and so on come from the class of fused experts
+        both = torch.cat(tuple(into), -1) if len(into) > 1 else into[0]
+        out: Tensor
+        if not fused.has_gate:
+            out = fused.act_fn(both)
         else:
-            inner = fused.act_fn(into[0](x))
-        out: Tensor = down(inner)
+            # The class of fused experts expects gate and up one after the other, or alternating.
+            alternating = both.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+            out = fused._apply_gate(both if fused.is_concatenated else alternating)
+        return out
+
+    def _normed(self, out: Tensor) -> Tensor:
         # The oldest supported transformers has no experts with such a norm.
+        fused: Any = self
         return fused.post_expert_norm(out) if getattr(fused, "has_post_expert_norm", False) else out
+
+    def _run_all(self, groups: Groups, rows: Tensor, ends: Tensor) -> Tensor:
+        """The outputs [n, H] of rows [n, H] that are sorted by expert. ends: int32 [experts], where their rows end."""
+        *into, down = groups
+        inner = self._gated([self._multiply(each, rows, ends) for each in into])
+        return self._normed(self._multiply(down, inner, ends))
+
+    def _multiply(self, group: tuple[str, ...], x: Tensor, ends: Tensor) -> Tensor:
+        """The outputs of the linears of these names, side by side, of all experts for their rows of x."""
+        firsts = [getattr(self.get_submodule("0"), leaf) for leaf in group]
+        y: Tensor = firsts[0].stacked(x, ends)
+        if all(linear.bias is None for linear in firsts):
+            return y
+        experts = [self.get_submodule(str(expert)) for expert in range(self.count)]
+        each = [torch.stack([getattr(expert, leaf).bias for expert in experts]) for leaf in group]
+        bias = torch.cat(each, -1)
+        return y + bias.to(y.dtype)[expert_of(ends, len(x))]
+
+    def _stacks(self) -> Groups | None:
+        """Names of the linears, grouped as they are stacked, the down linear last. None if they are not stacked."""
+        if "groups" not in self.state:
+            self.state["groups"], self.state["hooks"] = self._find_stacks()
+        if self.running is not None or any(self.state["hooks"]):
+            return None
+        groups: Groups | None = self.state["groups"]
+        return groups
+
+    def _find_stacks(self) -> tuple[Groups | None, list[Any]]:
+        """The groups, and the dictionaries of the linears' hooks."""
+        every = [
+            [getattr(self.get_submodule(str(expert)), leaf) for leaf in self.leaves] for expert in range(self.count)
+        ]
+        if not all(isinstance(linear, ExpertSlice) for own in every for linear in own):
+            return None, []
+        groups: dict[int, list[str]] = {}
+        for leaf, linear in zip(self.leaves, every[0], strict=True):
+            groups.setdefault(id(linear.product), []).append(leaf)
+        for expert, own in enumerate(every):
+            for linear, like in zip(own, every[0], strict=True):
+                if linear.product is not like.product or linear.index != like.index + expert * len(like.product.rows):
+                    return None, []
+        hooks = [h for own in every for m in own for h in (m._forward_hooks, m._forward_pre_hooks)]
+        return tuple(map(tuple, groups.values())), hooks
 
 
 class SeparateBatchedExperts(SeparateExperts):
@@ -99,6 +181,9 @@ class SeparateBatchedExperts(SeparateExperts):
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """The experts' outputs [E · tokens, H] for their rows [E · tokens, H]."""
         rows = hidden_states.view(self.count, -1, hidden_states.shape[-1])
+        if (groups := self._stacks()) is not None:
+            numbers = torch.arange(1, self.count + 1, device=rows.device, dtype=torch.int32)
+            return self._run_all(groups, hidden_states, numbers * rows.shape[1])
         outputs = [self.run(e, x) if self._runs(e) else torch.zeros_like(x) for e, x in enumerate(rows)]
         return torch.cat(outputs)
 
@@ -144,8 +229,10 @@ def separate(model: PreTrainedModel) -> None:
         fused: dict[str, Tensor] = {each.fused: getattr(module, each.fused) for each in pieces}
         for each in fused:
             delattr(module, each)
+        state: dict[str, Any] = {}
+        module.state = state
         for expert in range(len(fused["down_proj"])):
-            own = nn.Module()
+            own = Expert(state)
             for leaf in leaves:
                 values = {p.kind: p.of(fused[p.fused], expert).contiguous() for p in pieces if p.leaf == leaf}
                 rows, columns = values["weight"].shape

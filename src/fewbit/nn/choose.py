@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
 
 from fewbit import registry
 from fewbit.errors import KernelError
-from fewbit.kernels.base import Kernel
+from fewbit.kernels.base import Kernel, cut
 from fewbit.schemes.base import Codec, QTensor
+from fewbit.schemes.stacked import concatenated
 from fewbit.system import ambient
 
 # Largest relative Frobenius distance allowed between the kernel's and the reference's product, by activation dtype.
@@ -23,15 +25,21 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 told = set[str]()  # warnings that this process has already given
 
 
-_verdicts: dict[tuple[str, str, tuple[int, int], torch.device, torch.dtype], str | None] = {}
+_verdicts: dict[tuple[str, str, tuple[int, int], torch.device, torch.dtype, bool], str | None] = {}
+_SOME = 4  # experts with which `grouped` is checked
 
 
-def choose(weight: QTensor, device: torch.device, dtype: torch.dtype, name: str | None = None) -> Kernel:
+def choose(
+    weight: QTensor, device: torch.device, dtype: torch.dtype, name: str | None = None, experts: int = 0
+) -> Kernel:
     """The kernel with the highest priority that supports `weight` on `device` and agrees with the reference on it.
 
     With `name`, only that kernel is tried. KernelError if no kernel qualifies; it gives the reason for each candidate.
     If the environment has FEWBIT_ACTIVATIONS=exact, kernels that round activations are used only if named.
+    experts: if not 0, `weight` stacks the weights of that many experts, and the kernel must support `grouped`.
     """
+    some = [_of_expert(weight, experts, e) for e in range(min(experts, _SOME))]
+    whole, weight = weight, some[0] if some else weight
     candidates = [registry.get("kernels", name)()] if name else _by_priority()
     reasons, missed = list[str](), None
     for kernel in candidates:
@@ -40,7 +48,11 @@ def choose(weight: QTensor, device: torch.device, dtype: torch.dtype, name: str 
             misfit = misfit or _opt_in(kernel, _exact())
         if unavailable and not misfit:
             missed = missed or kernel.missed()
+        if some:
+            misfit = misfit or kernel.why_not_grouped(whole.codec, (experts, *weight.shape))
         reason = unavailable or misfit or _disagreement(kernel, weight, device, dtype)
+        if some:
+            reason = reason or _grouped_disagreement(kernel, some, device, dtype)
         if reason is None:
             if missed:
                 tell_once(missed)
@@ -108,37 +120,94 @@ def _disagreement(kernel: Kernel, weight: QTensor, device: torch.device, dtype: 
     Checked once per kernel, scheme, shape, device and dtype. Both products use the activations as the kernel rounds
     them: the check is about wrong products, not about rounding.
     """
-    reference: Kernel = registry.get("kernels", "reference")()
-    if kernel.name == reference.name:
+
+    def found() -> list[Tensor]:
+        x, codec, shape = _activations(max(kernel.checked), weight, device, dtype), weight.codec, weight.shape
+        prepared = kernel.prepare(codec, weight.parts, shape)
+        return [kernel.linear(x[:m], codec, prepared, shape) for m in kernel.checked]
+
+    def expected() -> list[Tensor]:
+        x = _activations(max(kernel.checked), weight, device, dtype)
+        exact = _reference(kernel.rounded(x, weight.codec), weight)
+        return [exact[:m] for m in kernel.checked]
+
+    return _verdict(kernel, weight, (device, dtype, False), found, expected)
+
+
+@ambient.defaults()
+def _grouped_disagreement(
+    kernel: Kernel, weights: list[QTensor], device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """The same for `grouped` with the weights of a few experts. One of them gets no rows, one gets a single row."""
+    first = weights[0]
+    counts = [([rows, 0, 1, rows + 3] * len(weights))[: len(weights)] for rows in kernel.checked]
+
+    def found() -> list[Tensor]:
+        whole, shape, products = concatenated(weights), (len(weights), *first.shape), []
+        prepared = kernel.prepare(whole.codec, whole.parts, whole.shape)
+        for each in counts:
+            ends = torch.tensor(each, dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32).to(device)
+            x = _activations(sum(each), first, device, dtype)
+            products.append(kernel.grouped(x, whole.codec, prepared, shape, ends))
+        return products
+
+    def expected() -> list[Tensor]:
+        products = []
+        for each in counts:
+            xs = _activations(sum(each), first, device, dtype).split(each)
+            own = [_reference(kernel.rounded(x, first.codec), w) for x, w in zip(xs, weights, strict=True) if len(x)]
+            products.append(torch.cat(own))
+        return products
+
+    return _verdict(kernel, first, (device, dtype, True), found, expected)
+
+
+def _verdict(
+    kernel: Kernel,
+    weight: QTensor,
+    where: tuple[torch.device, torch.dtype, bool],
+    found: Callable[[], list[Tensor]],
+    expected: Callable[[], list[Tensor]],
+) -> str | None:
+    if kernel.name == "reference":
         return None
-    key = (kernel.name, str(weight.codec), weight.shape, device, dtype)
+    key = (kernel.name, str(weight.codec), weight.shape, *where)
     if key not in _verdicts:
-        # The input has a mean of 0.5: with a mean of 0, errors in zero points would cancel in the sums.
-        rows, gen = max(kernel.checked), torch.Generator().manual_seed(0)
-        x = (
-            torch.randn(rows, weight.shape[1], generator=gen, dtype=torch.float32, device="cpu")
-            .add_(0.5)
-            .to(device, dtype)
-        )
-        read = kernel.rounded(x, weight.codec)
-        exact = reference.linear(
-            read, weight.codec, reference.prepare(weight.codec, weight.parts, weight.shape), weight.shape
-        )
+        exact = expected()
         try:
-            prepared = kernel.prepare(weight.codec, weight.parts, weight.shape)
-            found = [kernel.linear(x[:m], weight.codec, prepared, weight.shape) for m in kernel.checked]
+            products = found()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers, drivers and libraries raise many different types
             _verdicts[key] = f"fails ({type(error).__name__}: {error!s:.200})"
         else:
-            expected = [exact[:m].float() for m in kernel.checked]
             distances = [
-                float((got.float() - right).norm() / right.norm().clamp(min=1e-30))
-                for got, right in zip(found, expected, strict=True)
+                float((got.float() - right.float()).norm() / right.float().norm().clamp(min=1e-30))
+                for got, right in zip(products, exact, strict=True)
             ]
-            wrong = [distance for distance in distances if not distance <= TOLERANCE[dtype]]
+            wrong = [distance for distance in distances if not distance <= TOLERANCE[where[1]]]
             _verdicts[key] = f"differs from the reference by {wrong[0]:.1e}" if wrong else None
         if _verdicts[key]:
             warnings.warn(f"kernel {kernel.name} {_verdicts[key]} on {weight.codec}: not used", stacklevel=2)
     return _verdicts[key]
+
+
+def _activations(rows: int, weight: QTensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Random rows with a mean of 0.5: with a mean of 0, errors in zero points would cancel in the sums."""
+    made = torch.randn(
+        rows, weight.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+    )
+    return made.add_(0.5).to(device, dtype)
+
+
+def _reference(x: Tensor, weight: QTensor) -> Tensor:
+    reference: Kernel = registry.get("kernels", "reference")()
+    prepared = reference.prepare(weight.codec, weight.parts, weight.shape)
+    return reference.linear(x, weight.codec, prepared, weight.shape)
+
+
+def _of_expert(weight: QTensor, experts: int, expert: int) -> QTensor:
+    """The weight of one expert, without its permutation."""
+    rows = weight.shape[0] // experts
+    parts = {name: cut(part, experts, expert) for name, part in weight.parts.items()}
+    return QTensor(weight.codec, (rows, weight.shape[1]), parts)

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fewbit.nn.layers import QLinear
+from fewbit.nn.layers import Packed, QLinear
 from fewbit.schemes.base import QTensor
 from fewbit.schemes.stacked import stack, unstack
 
@@ -26,20 +26,26 @@ class Product:
     thread that finds the product of another thread's input multiplies again.
     """
 
-    def __init__(self, linear: QLinear, rows: Sequence[int]) -> None:
+    def __init__(self, linear: Packed, rows: Sequence[int]) -> None:
         self.linear, self.rows = linear, list(rows)
         self.starts = [sum(rows[:index]) for index in range(len(rows))]
-        self.kept: tuple[Tensor, Tensor, set[int]] | None = None
+        self.kept: tuple[Tensor, Tensor, set[int], int] | None = None
+
+    def multiply(self, x: Tensor, which: int) -> Tensor:
+        """x Wᵀ. which: of several stacked weights with the same slices; here there is one."""
+        product: Tensor = self.linear(x)
+        return product
 
     def rows_of(self, index: int, x: Tensor) -> Tensor:
         """The columns of x Wᵀ that belong to slice `index`, [..., rows of the slice]."""
+        which, part = divmod(index, len(self.rows))
         kept = self.kept
-        if kept is None or kept[0] is not x or index in kept[2]:
-            kept = self.kept = (x, self.linear(x), set())
-        kept[2].add(index)
+        if kept is None or kept[0] is not x or kept[3] != which or part in kept[2]:
+            kept = self.kept = (x, self.multiply(x, which), set(), which)
+        kept[2].add(part)
         if len(kept[2]) == len(self.rows):
             self.kept = None
-        return kept[1].narrow(-1, self.starts[index], self.rows[index])
+        return kept[1].narrow(-1, self.starts[part], self.rows[part])
 
 
 class Slice(QLinear):

@@ -103,19 +103,13 @@ class _Placeholder(nn.Module):
         return loaded
 
 
-class QLinear(_Placeholder, nn.Linear):
-    """y = x Wᵀ + bias with packed W; `in_features`, `out_features` and `bias` as in `nn.Linear`.
+class Packed(_Placeholder):
+    """A module with a packed weight in the device layout of a kernel: `QLinear`, and the stacked weights of experts."""
 
-    It is a subclass of `nn.Linear`, so that code that looks for linears finds it, such as PEFT's "all-linear".
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, module: str = "") -> None:
+    def __init__(self, in_features: int, out_features: int, module: str = "") -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.module = in_features, out_features, module
-        self.bias: nn.Parameter | None  # type: ignore[assignment]
-        self.register_parameter("bias", bias)
         self.placeholders = {}
-        self.transposed = False  # whether the layer that it replaces stores its weight as [K, N]
         self.kernel: Kernel | None = None
         self.compute: torch.dtype | None = None  # if set, x is cast to this dtype and y back
         self.kept: tuple[str, ...] = ()
@@ -129,7 +123,7 @@ class QLinear(_Placeholder, nn.Linear):
         """
         device = weight.parts[weight.codec.payload].device
         self.codec, self.shape, self.forced = weight.codec, weight.shape, kernel
-        self.kernel = choose(weight, device, dtype, kernel)
+        self.kernel = self._choose(weight, device, dtype)
         prepared = self.kernel.prepare(weight.codec, weight.parts, weight.shape)
         for name in self.kept:  # buffers of the previous kernel, which may have had more
             delattr(self, name)
@@ -140,6 +134,9 @@ class QLinear(_Placeholder, nn.Linear):
         self.permutation = weight.permutation
         self.dtype = dtype  # last: `forward` in another thread takes it as the sign that the rest is there
         return self
+
+    def _choose(self, weight: QTensor, device: torch.device, dtype: torch.dtype) -> Kernel:
+        return choose(weight, device, dtype, self.forced)
 
     @property
     def prepared(self) -> tuple[Tensor, ...]:
@@ -158,30 +155,39 @@ class QLinear(_Placeholder, nn.Linear):
     def values_shape(self) -> tuple[int, int]:
         return (self.out_features, self.in_features)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiplied(self, x: Tensor, where: Any = None) -> Tensor:
+        """x times the transpose of the weight, in the dtype of x or of autocast. where: see `kernel_product`."""
         assert self.kernel is not None, f"{self.module} was never given a weight"
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype in TOLERANCE:
             # Autocast sets the dtype of x and y only. Inside a kernel it would also round the decoded weight.
             x = x.to(torch.get_autocast_dtype(kind))
             with torch.autocast(kind, enabled=False):
-                return self(x)  # type: ignore[no-any-return]
+                return self.multiplied(x, where)
         if self.compute is not None and x.dtype != self.compute and x.dtype in TOLERANCE:
-            y: Tensor = self(x.to(self.compute))
-            return y.to(x.dtype)
+            return self.multiplied(x.to(self.compute), where).to(x.dtype)
         if x.dtype != self.dtype and x.dtype in TOLERANCE:
             with _adopting:
                 if x.dtype != self.dtype:
                     self.adopt(self.qtensor(), x.dtype, self.forced)
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        y: Tensor
         if torch.is_grad_enabled() and x.requires_grad:
-            y = _Multiply.apply(rows, self)  # type: ignore[no-untyped-call]
+            y = _Multiply.apply(rows, self, where)  # type: ignore[no-untyped-call]
         else:  # recording an unused autograd graph would take as long as a small product
-            y = _multiply(rows, self)
-        if x.dim() != 2:
-            y = y.view(*x.shape[:-1], self.out_features)
-        bias = self._parameters["bias"]
-        return y if bias is None else y + bias.to(y.dtype)
+            y = self.kernel_product(rows, where)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+    def kernel_product(self, x: Tensor, where: Any) -> Tensor:
+        """The product of x [M, K] that the kernel computes. where: which rows of x meet which weight, if several."""
+        assert self.kernel is not None
+        if (order := self._buffers["permutation"]) is not None:
+            x = x[:, order]
+        return self.kernel.linear(x, self.codec, self.prepared, self.shape)
+
+    def gradient(self, grad: Tensor, where: Any) -> Tensor:
+        """The gradient of x [M, K] from that of the product."""
+        return input_gradient(grad, self.qtensor())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Apply moves to packed tensors but not casts: `model.half()` must not round packed weights or their scales.
@@ -207,6 +213,24 @@ class QLinear(_Placeholder, nn.Linear):
         }
         super()._apply(lambda t: move_only(t) if id(t) in frozen else fn(t), recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+class QLinear(Packed, nn.Linear):
+    """y = x Wᵀ + bias with packed W; `in_features`, `out_features` and `bias` as in `nn.Linear`.
+
+    It is a subclass of `nn.Linear`, so that code that looks for linears finds it, such as PEFT's "all-linear".
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, module: str = "") -> None:
+        Packed.__init__(self, in_features, out_features, module)
+        self.bias: nn.Parameter | None  # type: ignore[assignment]
+        self.register_parameter("bias", bias)
+        self.transposed = False  # whether the layer that it replaces stores its weight as [K, N]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.multiplied(x)
+        bias = self._parameters["bias"]
+        return y if bias is None else y + bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         kind = f"{self.codec}, kernel={self.kernel.name}" if self.kernel is not None else "empty"
@@ -267,32 +291,28 @@ class QEmbedding(_Placeholder):
 
 
 class _Multiply(torch.autograd.Function):
-    """Forward uses the kernel. Backward computes grad_x = grad_y W, with W dequantized a chunk of rows at a time.
+    """Forward uses the kernel. Backward computes grad_x = grad_y W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Packed, where: Any) -> Tensor:
+        ctx.layer, ctx.where = layer, where
+        return layer.kernel_product(x, where)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.layer.gradient(grads[0], ctx.where), None, None
+
+
+def input_gradient(grad: Tensor, weight: QTensor) -> Tensor:
+    """grad_x [M, K] = grad_y W, in the dtype of grad_y [M, N]. W is dequantized a chunk of rows at a time.
 
     The chunks' contributions are summed in float32. On a CPU, where half precision is slow, everything is float32.
     """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QLinear) -> Tensor:
-        ctx.layer = layer
-        return _multiply(x, layer)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        weight = ctx.layer.qtensor()
-        work = torch.float32 if grad.device.type == "cpu" else grad.dtype
-        out = torch.zeros(grad.shape[0], weight.shape[1], dtype=torch.float32, device=grad.device)
-        for rows in chunk_rows(*weight.shape):
-            with torch.autocast(grad.device.type, enabled=False):  # backward may be called inside an autocast block
-                out += grad[:, rows].to(work) @ weight.codec.dequantize(weight.parts, weight.shape, work, rows)
-        if weight.permutation is not None:
-            out = torch.empty_like(out).index_copy_(1, weight.permutation, out)
-        return out.to(grad.dtype), None
-
-
-def _multiply(x: Tensor, layer: QLinear) -> Tensor:
-    assert layer.kernel is not None
-    if (order := layer._buffers["permutation"]) is not None:
-        x = x[:, order]
-    return layer.kernel.linear(x, layer.codec, layer.prepared, layer.shape)
+    work = torch.float32 if grad.device.type == "cpu" else grad.dtype
+    out = torch.zeros(grad.shape[0], weight.shape[1], dtype=torch.float32, device=grad.device)
+    for rows in chunk_rows(*weight.shape):
+        with torch.autocast(grad.device.type, enabled=False):  # backward may be called inside an autocast block
+            out += grad[:, rows].to(work) @ weight.codec.dequantize(weight.parts, weight.shape, work, rows)
+    if weight.permutation is not None:
+        out = torch.empty_like(out).index_copy_(1, weight.permutation, out)
+    return out.to(grad.dtype)

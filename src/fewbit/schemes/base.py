@@ -103,6 +103,13 @@ class Codec(ABC):
     def why_not(self, shape: tuple[int, int]) -> str | None:
         """None if a weight of this shape can be stored, else the reason why not."""
 
+    def by_rows(self, shape: tuple[int, int]) -> bool:
+        """Whether every part consists of one piece per row, in the order of the rows.
+
+        Then the concatenated parts of weights with K columns are the parts of these weights, one above the other.
+        """
+        return all(spec.shape[:1] == shape[:1] for spec in self.part_specs(shape).values())
+
     def check(self, parts: Mapping[str, Tensor], shape: tuple[int, int], name: str = "weight") -> None:
         """Raise FormatError unless the parts have the names, shapes and dtypes of `part_specs`. It names the tensor."""
         specs = self.part_specs(shape)

@@ -318,6 +318,10 @@ class FourBit(Scheme):
         """The number of blocks in a weight, a short last one included."""
         return -(-shape[0] * shape[1] // self.group)
 
+    def by_rows(self, shape: tuple[int, int]) -> bool:
+        """True if rows are whole blocks. With double quantization the scales belong to the whole weight: False."""
+        return not self.double and shape[1] % self.group == 0
+
     def part_specs(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
         codes, blocks = PartSpec((-(-shape[0] * shape[1] // 2),), torch.uint8), self.blocks(shape)
         if not self.double:

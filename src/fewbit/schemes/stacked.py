@@ -5,9 +5,9 @@ There are two ways:
     [W_0; W_1; ...] : codes [N_0, ...], [N_1, ...] -> codes [N_0 + N_1, ...]          by rows
                                                    -> 0.codes, 1.codes, ...           as segments
 
-By rows, if every part has one row per row of the weight: the parts are concatenated. The result is an ordinary weight
-of the same codec, and all its kernels support it. As segments otherwise: NF4's blocks cross rows, and its
-double-quantized scales belong to the whole tensor. Each weight then keeps its parts and is decoded on its own.
+By rows, if every part consists of one piece per row of the weight: the parts are concatenated. The result is an
+ordinary weight of the same codec, and all its kernels support it. As segments otherwise: NF4's blocks may cross rows,
+and its double-quantized scales belong to the whole tensor. Each weight then keeps its parts and is decoded on its own.
 In both cases the values stay the same, and `unstack` returns every part byte for byte.
 
 >>> from fewbit.schemes.base import parse
@@ -17,14 +17,14 @@ In both cases the values stay the same, and `unstack` returns every part byte fo
 >>> whole = stack([packed("int4-g32-sym", 3), packed("int4-g32-sym", 2)])
 >>> str(whole.codec), whole.shape, tuple(whole.parts["scale"].shape)
 ('int4-g32-sym', (5, 64), (5, 2))
->>> sorted(stack([packed("nf4-b64", 3), packed("nf4-b64", 2)]).parts)
+>>> sorted(stack([packed("nf4-b128", 4), packed("nf4-b128", 2)]).parts)
 ['0.absmax', '0.codes', '1.absmax', '1.codes']
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import ALL, Codec, PartSpec, QTensor
@@ -72,11 +72,21 @@ def stack(weights: Sequence[QTensor]) -> QTensor:
     """The weights stacked in this order. They must have the same K and the same column permutation."""
     codecs, rows = {w.codec for w in weights}, sum(w.shape[0] for w in weights)
     first, shape = weights[0], (rows, weights[0].shape[1])
-    if len(codecs) == 1 and all(_by_rows(w.codec, w.shape) for w in weights):
-        parts = {name: torch.cat([w.parts[name] for w in weights]) for name in first.parts}
-        return QTensor(first.codec, shape, parts, first.permutation)
+    if len(codecs) == 1 and all(w.codec.by_rows(w.shape) for w in weights):
+        return replace(concatenated(weights), permutation=first.permutation)
     parts = {f"{i}.{name}": part for i, w in enumerate(weights) for name, part in w.parts.items()}
     return QTensor(Stacked(tuple((w.codec, w.shape[0]) for w in weights)), shape, parts, first.permutation)
+
+
+def concatenated(weights: Sequence[QTensor]) -> QTensor:
+    """Weights of one codec and shape with their parts concatenated, without a permutation.
+
+    Each weight is the same share of every part, also where parts do not consist of rows. Only then the result is not
+    one weight of this codec, but a list of weights.
+    """
+    first = weights[0]
+    parts = {name: torch.cat([w.parts[name] for w in weights]) for name in first.parts}
+    return QTensor(first.codec, (sum(w.shape[0] for w in weights), first.shape[1]), parts)
 
 
 def unstack(weight: QTensor, rows: Sequence[int]) -> list[QTensor]:
@@ -86,15 +96,11 @@ def unstack(weight: QTensor, rows: Sequence[int]) -> list[QTensor]:
             QTensor(codec, (n, weight.shape[1]), _own(weight.parts, i), weight.permutation)
             for i, (codec, n) in enumerate(weight.codec.segments)
         ]
-    cut = {name: part.split(list(rows)) for name, part in weight.parts.items()}
+    cut = {name: part.split([len(part) * n // weight.shape[0] for n in rows]) for name, part in weight.parts.items()}
     return [
         QTensor(weight.codec, (n, weight.shape[1]), {name: part[i] for name, part in cut.items()}, weight.permutation)
         for i, n in enumerate(rows)
     ]
-
-
-def _by_rows(codec: Codec, shape: tuple[int, int]) -> bool:
-    return all(spec.shape[:1] == shape[:1] for spec in codec.part_specs(shape).values())
 
 
 def _own(parts: Mapping[str, Tensor], segment: int) -> dict[str, Tensor]:

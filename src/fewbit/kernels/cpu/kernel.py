@@ -23,7 +23,7 @@ from functools import cache, lru_cache
 from typing import ClassVar
 
 from fewbit.errors import KernelError
-from fewbit.kernels.base import Kernel, Prepared
+from fewbit.kernels.base import Kernel, Prepared, Shapes, runs
 from fewbit.kernels.cpu import library
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
@@ -43,6 +43,7 @@ _TILE = 1 << 19  # weights decoded at a time: 2 MB of float32 stay in a core's s
 _AFFINE, _INT8, _LEVELS, _LEVELS_DOUBLE = 0, 1, 2, 3
 _BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
 _KINDS = {name: 16 + i for i, name in enumerate(_BLOCKS)}
+_UNROUNDED = (_LEVELS, _LEVELS_DOUBLE)  # activations are not rounded, also for few rows
 _OP = "fewbit::cpu_linear"
 _ERRORS = {
     1: "the layout is unknown",
@@ -78,6 +79,31 @@ class _Native(Kernel):
     def prepare(self, codec: Codec, parts: Parts, shape: tuple[int, int]) -> Prepared:
         _define()
         return super().prepare(codec, parts, shape)
+
+    def why_not_grouped(self, codec: Codec, shape: Shapes) -> str | None:
+        return None
+
+    def grouped(self, x: Tensor, codec: Codec, prepared: Prepared, shape: Shapes, offsets: Tensor) -> Tensor:
+        """Experts with up to `FEW` rows share one call of the library; the others are multiplied one at a time."""
+        experts, n, k = shape
+        layout = _layout(codec, (n, k))
+        assert not isinstance(layout, str)
+        plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
+        if not (plain and (layout[0] in _UNROUNDED or not self.exact)):
+            return super().grouped(x, codec, prepared, shape, offsets)
+        groups = runs(offsets)
+        if x.dtype not in _read():
+            return self.grouped(x.float(), codec, prepared, shape, offsets).to(x.dtype)
+        y = torch.empty(x.shape[0], n, dtype=x.dtype, device="cpu")
+        y[groups[-1][2] if groups else 0 :] = 0
+        few = [group for group in groups if group[2] - group[1] <= FEW]
+        if few and not _grouped(x.contiguous(), y, prepared, (*layout, experts, n, k), few):
+            return super().grouped(x, codec, prepared, shape, offsets)
+        for expert, start, end in groups:
+            if end - start > FEW:
+                own = self.of_expert(codec, prepared, shape, expert)
+                y[start:end] = self.linear(x[start:end], codec, own, (n, k))
+        return y
 
     def linear(self, x: Tensor, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Tensor:
         # The dispatcher takes as long as 200 rows of 576 columns; only those who look at the graph need it.
@@ -217,7 +243,7 @@ def _linear(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int
     m, k = x.shape
     weight = _weight(kind, bits, group, n, k, tuple(map(_buffer, parts)))
     threads = torch.get_num_threads()
-    if m <= FEW and (not exact or kind in (_LEVELS, _LEVELS_DOUBLE)):
+    if m <= FEW and (not exact or kind in _UNROUNDED):
         if (of := _read().get(x.dtype)) is None:
             return _linear(x.float(), parts, kind, bits, group, n, exact).to(x.dtype)
         x = x.contiguous()
@@ -240,6 +266,35 @@ def _linear(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int
         _check(lib.fewbit_decode(weight, start, end, decoded, threads), n, k)
         y[:, start:end] = arranged @ tile[: end - start].T
     return y
+
+
+def _grouped(
+    x: Tensor,
+    y: Tensor,
+    parts: Sequence[Tensor],
+    layout: tuple[int, int, int, int, int, int],
+    groups: Sequence[tuple[int, int, int]],
+) -> bool:
+    """Write the rows of `groups` (expert, start, end) of y. False if the library is too old for that.
+
+    parts: of the stacked weights. layout: kind, bits, group, E, N, K.
+    """
+    lib = library.library()
+    if isinstance(lib, str):
+        raise KernelError(lib, library.HINT)
+    if not hasattr(lib, "fewbit_grouped"):
+        return False
+    experts, n, k = layout[3:]
+    (m, columns), of = x.shape, _read()[x.dtype]
+    if not x.is_cpu or columns != k:
+        raise KernelError(f"activations of {columns} columns on {x.device}; the packed weights have {k}, on the CPU")
+    weights = _weights(layout, tuple(map(_buffer, parts)))
+    begin, end = (ctypes.c_int64 * experts)(), (ctypes.c_int64 * experts)()
+    for expert, first, last in groups:
+        begin[expert], end[expert] = first, last
+    read, written = _start(x, x.dtype, m * k), _start(y, x.dtype, m * n)
+    _check(lib.fewbit_grouped(weights, experts, begin, end, read, m, written, of, torch.get_num_threads()), n, k)
+    return True
 
 
 def _start(tensor: Tensor, dtype: torch.dtype, count: int) -> int:
@@ -268,7 +323,7 @@ def _weight(
     kind: int, bits: int, group: int, n: int, k: int, buffers: tuple[tuple[int, int], ...]
 ) -> ctypes.Array[library.Weight]:
     """The C description of a weight. It owns no memory, so it can be cached by the addresses of the parts."""
-    if kind in (_LEVELS, _LEVELS_DOUBLE):
+    if kind in _UNROUNDED:
         table = _levels(bits)
         buffers = (*buffers, (ctypes.addressof(table), ctypes.sizeof(table)))
     weight = (library.Weight * 1)()
@@ -277,6 +332,21 @@ def _weight(
     for i, (start, size) in enumerate(buffers):
         held.part[i], held.bytes[i] = start, size
     return weight
+
+
+@lru_cache(maxsize=1 << 10)
+def _weights(
+    layout: tuple[int, int, int, int, int, int], buffers: tuple[tuple[int, int], ...]
+) -> ctypes.Array[library.Weight]:
+    """The C descriptions of stacked weights, each of an equal piece of every part. `layout` as in `_grouped`."""
+    kind, bits, group, experts, n, k = layout
+    weights = (library.Weight * experts)()
+    for e in range(experts):
+        own = tuple((start + e * (size // experts), size // experts) for start, size in buffers)
+        ctypes.memmove(
+            ctypes.byref(weights[e]), _weight.__wrapped__(kind, bits, group, n, k, own), ctypes.sizeof(weights[e])
+        )
+    return weights
 
 
 @cache

@@ -65,11 +65,17 @@ def library() -> ctypes.CDLL | str:
         "fewbit_use_openmp": (None, [pointer]),
         "fewbit_columns": (number, [weight]),
         "fewbit_linear": (ctypes.c_int, [weight, pointer, number, pointer, ctypes.c_int, ctypes.c_int]),
+        "fewbit_grouped": (
+            ctypes.c_int,
+            [weight, number, pointer, pointer, pointer, number, pointer, ctypes.c_int, ctypes.c_int],
+        ),
         "fewbit_decode": (ctypes.c_int, [weight, number, number, pointer, ctypes.c_int]),
         "fewbit_arrange": (ctypes.c_int, [weight, pointer, number, pointer, ctypes.c_int]),
     }
     for name, (result, arguments) in signatures.items():
-        function = getattr(found, name)
+        function = getattr(found, name, None)
+        if function is None:  # added later to the same interface: see `hasattr` in kernel.py
+            continue
         function.restype, function.argtypes = result, arguments
     # torch loads its OpenMP runtime with global symbols. Without one, the library uses threads of its own.
     with contextlib.suppress(AttributeError, TypeError, OSError):

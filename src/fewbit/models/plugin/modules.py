@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -17,6 +19,31 @@ from fewbit.nn.layers import QEmbedding, QLinear
 from fewbit.schemes.base import PartSpec
 
 FEW = 0.01  # a smaller share of unquantized parameters gives no warning
+
+
+def renamed(model: PreTrainedModel, specs: Mapping[str, PartSpec]) -> dict[str, PartSpec]:
+    """The tensors of a checkpoint, by their names in `model`."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    modules = dict(model.named_modules())
+    found = {}
+    for key, spec in specs.items():
+        # transformers adds or drops the base model's prefix if the model has that key. Quantized tensors are no keys of
+        # the model, so look for their module instead.
+        name, _ = rename_source_key(key, renamings, [])
+        prefix = model.base_model_prefix + "."
+        for candidate in (name, prefix + name, name.removeprefix(prefix)):
+            if _owner(candidate) in modules:
+                name = candidate
+                break
+        found[name] = spec
+    return found
+
+
+def _owner(name: str) -> str:
+    """The module that a tensor belongs to. Tensors that belong to a weight may be called `weight.something`."""
+    module, separator, _ = name.partition(".weight.")
+    return module if separator else name.rpartition(".")[0]
 
 
 def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *, has_bias: bool) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -46,12 +45,13 @@ from fewbit.models.decoding import decode
 from fewbit.models.decoding.fuse import fuse
 from fewbit.models.linears import is_linear, shape_of
 from fewbit.models.plugin import apart, options, patch_adapters, patch_resizing
-from fewbit.models.plugin.modules import left_as_they_are, put, put_scales, unpack
+from fewbit.models.plugin.modules import left_as_they_are, put, put_scales, renamed, unpack
 from fewbit.models.plugin.serving import checked, dispatched, own_loader, requested_kernel
 from fewbit.models.plugin.serving import serving as serving
 from fewbit.models.source import read_config
+from fewbit.models.stacking import pack
 from fewbit.nn.fused import packed_linears
-from fewbit.nn.layers import QLinear, slot
+from fewbit.nn.layers import Packed, QLinear, slot
 from fewbit.plans.plan import is_gate
 from fewbit.schemes.base import PartSpec, QTensor, chunk_rows, too_small, vanished
 from fewbit.system import heap, locks
@@ -177,11 +177,11 @@ class FewbitQuantizer(HfQuantizer):
         specs: dict[str, PartSpec] = {}
         for file in checkpoint_files:
             specs |= read_specs(Path(file))
-        named = _renamed(model, specs)
+        named = renamed(model, specs)
         if any(experts.is_of_expert(name) for name in self.format.find(self.config, named)):
             experts.separate(model)
             self.separated = True
-            named = _renamed(model, specs)
+            named = renamed(model, specs)
         suffixes: set[str] = set()
         for module, tensors in self.format.find(self.config, named).items():
             put(model, module, tensors, has_bias=f"{module}.bias" in named)
@@ -329,27 +329,36 @@ class FewbitQuantizer(HfQuantizer):
 
     def _prepare(self, model: PreTrainedModel, done_with: heap.DoneWith) -> None:
         """Convert every weight to its kernel's layout, and release what was read from the files."""
-        compute = self._compute_dtype()
-        for name, module in model.named_modules():
+        compute, read = self._compute_dtype(), list[Tensor]()
+        for module in model.modules():
             if isinstance(module, QLinear):
                 module.compute = compute
-            if isinstance(module, QLinear) and module.placeholders:
-                if self.scheme is not None:
-                    raise FormatError(f"{name}.weight is missing, or could not be quantized")
-                tensors = module.take_tensors()
-                if any(tensor.is_meta for tensor in tensors.values()):
-                    raise KernelError(
-                        f"{name}: packed weights cannot be offloaded to the disk yet",
-                        "Give a device map that keeps the whole model in memory, such as device_map='cpu'.",
-                    )
-                weight = self.format.read(tensors, self.config, name)
-                if weight.shape != (module.out_features, module.in_features):
-                    raise FormatError(
-                        f"{name} holds a weight of shape {list(weight.shape)}, "
-                        f"config.json says {[module.out_features, module.in_features]}"
-                    )
-                module.adopt(weight, self.dtype, self.kernel)
-                done_with(tensors.values(), module.prepared)
+
+        def weight_of(name: str, module: QLinear) -> QTensor:
+            if not module.placeholders:
+                return module.qtensor()  # quantized while it was read
+            if self.scheme is not None:
+                raise FormatError(f"{name}.weight is missing, or could not be quantized")
+            tensors = module.take_tensors()
+            if any(tensor.is_meta for tensor in tensors.values()):
+                raise KernelError(
+                    f"{name}: packed weights cannot be offloaded to the disk yet",
+                    "Give a device map that keeps the whole model in memory, such as device_map='cpu'.",
+                )
+            weight = self.format.read(tensors, self.config, name)
+            if weight.shape != (module.out_features, module.in_features):
+                raise FormatError(
+                    f"{name} holds a weight of shape {list(weight.shape)}, "
+                    f"config.json says {[module.out_features, module.in_features]}"
+                )
+            read.extend(tensors.values())
+            return weight
+
+        def done(layers: list[Packed]) -> None:
+            done_with(read, [tensor for layer in layers for tensor in layer.prepared])
+            read.clear()
+
+        pack(model, weight_of, done, self.dtype, self.kernel)
 
     def _compute_dtype(self) -> torch.dtype | None:
         """The dtype that bitsandbytes would compute in; None for the activations' dtype, as in fewbit's own loader."""
@@ -386,7 +395,7 @@ class FewbitQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return model.state_dict(), {}
         quantized = packed_linears(model)
-        held = {name for name, m in model.named_modules() if isinstance(m, QLinear)}
+        held = {name for name, m in model.named_modules() if isinstance(m, Packed)}
         state = {}
         for name, tensor in model.state_dict().items():
             module, _, leaf = name.rpartition(".")
@@ -466,31 +475,6 @@ def _methods() -> list[str]:
 
 def _back_ends(method: str) -> tuple[str, ...]:
     return _BACK_ENDS.get(method, (method,))
-
-
-def _renamed(model: PreTrainedModel, specs: Mapping[str, PartSpec]) -> dict[str, PartSpec]:
-    """The tensors of a checkpoint, by their names in `model`."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    modules = dict(model.named_modules())
-    renamed = {}
-    for key, spec in specs.items():
-        # transformers adds or drops the base model's prefix if the model has that key. Quantized tensors are no keys of
-        # the model, so look for their module instead.
-        name, _ = rename_source_key(key, renamings, [])
-        prefix = model.base_model_prefix + "."
-        for candidate in (name, prefix + name, name.removeprefix(prefix)):
-            if _owner(candidate) in modules:
-                name = candidate
-                break
-        renamed[name] = spec
-    return renamed
-
-
-def _owner(name: str) -> str:
-    """The module that a tensor belongs to. Tensors that belong to a weight may be called `weight.something`."""
-    module, separator, _ = name.partition(".weight.")
-    return module if separator else name.rpartition(".")[0]
 
 
 register()
