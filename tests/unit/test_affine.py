@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fewbit.schemes import affine
 from fewbit.schemes.affine import AffineGrids
 from fewbit.schemes.base import parse
 from tests.contract.cases import hard, inputs, ordinary, stats_of
@@ -121,3 +122,20 @@ def test_refit_leaves_what_has_no_curvature(symmetric: bool) -> None:
     assert torch.equal(again.scale[:, 1:], grids.scale[:, 1:])
     assert not torch.equal(again.scale[:, :1], grids.scale[:, :1])
     assert torch.equal(again.scale.half().float(), again.scale)
+
+
+@pytest.mark.parametrize("spec", ["int4-g32", "int4-g32-sym", "int3-row-sym"])
+@pytest.mark.parametrize("at_once", [1 << 26, 3 * 48 * 64])
+def test_candidates_tried_together_give_the_same_scales(
+    spec: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w, importance = torch.randn(48, 64, generator=generator), torch.rand(64, generator=generator)
+    w[3, :32] = 0
+    one_by_one = parse(spec).fit(w, importance)
+    monkeypatch.setattr(affine, "_AT_ONCE", {"cpu": at_once})
+    together = parse(spec).fit(w, importance)
+    assert isinstance(one_by_one, AffineGrids)
+    assert isinstance(together, AffineGrids)
+    assert torch.equal(together.scale, one_by_one.scale)
+    assert torch.equal(together.zero, one_by_one.zero)

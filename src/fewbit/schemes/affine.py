@@ -56,6 +56,9 @@ from fewbit.schemes.base import (
     usable,
 )
 
+# Entries of a weight times candidates for its scales that are tried at a time. On a GPU, a small weight needs few
+# launches then. On a CPU, one candidate at a time stays in the cache.
+_AT_ONCE = {"cpu": 1}
 _CHUNK = {"cpu": 1 << 20}  # entries searched at a time; on a GPU more, so that kernel launches cost little
 
 
@@ -162,8 +165,12 @@ class Affine(Scheme):
         low, high = self._range(w)
         if h is None:
             return self._grid(low, high)
-        signs = (1.0, -1.0) if self.symmetric else (1.0,)
-        grids = (self._grid(low * share, high * share) for share in shares(0.4, 13))
+        share = torch.tensor(shares(0.4, 13), dtype=w.dtype, device=w.device)[:, None, None]
+        scale, zero = self._grid(low * share, high * share)
+        if self.symmetric:  # codes reach one step further below zero than above
+            scale, zero = torch.stack([scale, -scale], 1).flatten(0, 1), zero.repeat_interleave(2, 0)
+        tried = torch.stack([scale, zero])  # [2, candidates, rows, groups]
+        at_once = max(1, _AT_ONCE.get(w.device.type, 1 << 26) // max(1, w.numel()))
 
         def solve(grid: Tensor) -> Tensor:
             scale, zero = grid
@@ -172,9 +179,16 @@ class Affine(Scheme):
             solved = (weighted * w).sum(-1) / (weighted * offsets).sum(-1)
             return torch.stack([_stored(usable(solved, scale)), zero])
 
-        candidates = (torch.stack([scale * sign, zero]) for scale, zero in grids for sign in signs)
+        candidates = (self._best(w, h, some) for some in tried.split(at_once, 1))
         scale, zero = search_scales(candidates, lambda grid: self._error(w, h, *grid), solve)
         return scale, zero
+
+    def _best(self, w: Tensor, h: Tensor, grids: Tensor) -> Tensor:
+        """Of `grids` [2, candidates, rows, groups], the one with the smallest error for each group."""
+        if grids.shape[1] == 1:
+            return grids[:, 0]
+        best = self._error(w, h, *grids).argmin(0)
+        return grids.gather(1, best.expand(2, 1, *best.shape)).squeeze(1)
 
     def _range(self, w: Tensor) -> tuple[Tensor, Tensor]:
         if self.symmetric:
