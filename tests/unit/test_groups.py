@@ -144,8 +144,8 @@ def test_experts_on_a_gpu_get_many_tokens_at_once(tmp_path: Path) -> None:
     plain, rewritten = (Settled.of(model, find(p)).resolved.assignments.values() for p in ("gptq-4bit", "awq-4bit"))
     assert capture.tokens_at_once(model, plain) == 2048
     model.device = torch.device("cuda")
-    assert capture.tokens_at_once(model, plain) == 16384
+    assert capture.tokens_at_once(model, plain) == 32768
     assert capture.tokens_at_once(model, rewritten) == 2048
     tokens = torch.zeros(128, 2048, dtype=torch.int64)
-    assert Inputs(tokens, tokens_at_once=16384).at_once == 8
-    assert Inputs(tokens, tokens_at_once=16384).halved().at_once == 4
+    assert Inputs(tokens, tokens_at_once=32768).at_once == 16
+    assert Inputs(tokens, tokens_at_once=32768).halved().at_once == 8

@@ -25,8 +25,8 @@ from fewbit.system import machine, ranks
 
 _TOKENS_AT_ONCE = 2048  # enough to keep two cores or a GPU busy, small beside the statistics
 # On a GPU, launches take most of the time if an expert gets few tokens: statistics of a layer of Qwen3-30B-A3B's shape
-# took 11.5 s with 2048 tokens at once (benchmarks/experts.py, 128 x 2048 tokens).
-_TOKENS_FOR_EXPERTS = 16384
+# took 11.5 s with 2048 tokens at once, 2.8 s with 16384 (benchmarks/experts.py, 128 x 2048 tokens).
+_TOKENS_FOR_EXPERTS = 32768
 
 Importance = Mapping[str, Stats]
 Stages = Sequence[Sequence[str]]

@@ -251,5 +251,4 @@ class Affine(Scheme):
 
 def _stored(scale: Tensor) -> Tensor:
     """The scale rounded to fp16, in its own dtype. It never becomes zero."""
-    sign = torch.where(scale < 0, -1.0, 1.0).to(scale.dtype)
-    return (scale.abs().clamp(min=FP16_SMALLEST) * sign).to(torch.float16).to(scale.dtype)
+    return torch.copysign(scale.abs().clamp_(min=FP16_SMALLEST), scale).to(torch.float16).to(scale.dtype)

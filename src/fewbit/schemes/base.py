@@ -230,7 +230,8 @@ def search_scales(
 
 def usable(solved: Tensor, otherwise: Tensor) -> Tensor:
     """`solved`, replaced by `otherwise` where the equation has no solution (NaN, Inf or 0)."""
-    return torch.where(solved.isfinite() & (solved != 0), solved, otherwise)
+    solved = solved.nan_to_num(0.0, 0.0, 0.0)  # on a GPU this function runs once a group, so launches count
+    return torch.where(solved != 0, solved, otherwise)
 
 
 def refit_scales(
@@ -258,8 +259,8 @@ def refit_scales(
         solved = stored(usable(solved, scale[:, g]), g)
         # Rounding to the stored scale can cost more than the step gains. Keep the old scale there.
         moved = solved - scale[:, g]
-        moved = torch.where(2 * step * moved > moved * moved, moved, torch.zeros_like(moved))
-        scale[:, g] += moved
+        moved = torch.where(2 * step * moved > moved * moved, moved, 0.0)
+        scale[:, g].add_(moved)
         level *= moved.unsqueeze(1)
         # The gradient of earlier groups is no longer needed.
         gradient[:, columns.stop :].addmm_(level, hessian[columns, columns.stop :], alpha=-1)
