@@ -129,7 +129,6 @@ NOT_BUILT: dict[str, str] = {
     "qwen3_omni_moe": "shared_expert_intermediate_size",
     "qwen4_exp": "NoneType",
 }
-_SPLIT = "into several while loading, which fewbit does not support yet"
 _ENCODER = "is an encoder-decoder model"
 _NEEDS = "does not run on text alone"
 # Types that fewbit refuses, and with what words.
@@ -142,8 +141,7 @@ REFUSED: dict[str, str] = {
         ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"), _ENCODER
     ),
     "diffusion_gemma": "blocks that share weights cannot be quantized yet",
-    **dict.fromkeys(("ernie4_5_vl_moe", "kimi_k25", "molmo2", "nemotron_h_omni"), _SPLIT),
-    **dict.fromkeys(("qianfan_ocr", "step3p7", "unlimited_ocr"), _SPLIT),
+    "ernie4_5_vl_moe": "makes several tensors of",  # experts for text and for images of one list
     "llama4": "no attribute 'image_outputs'",  # the forward pass of transformers 5.24 fails
     "shieldgemma2": "tensors are missing",  # a classifier; transformers maps its config to Gemma 3's class all the same
 }

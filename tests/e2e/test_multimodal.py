@@ -186,3 +186,32 @@ def test_a_config_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
     models.edit_json(folder / "config.json", model_type="vit", architectures=["ViTModel"])
     with pytest.raises(FormatError, match="describes no causal LM and no multimodal LM"):
         package.quantize(folder, tmp_path / "out", plan="nf4", device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "kimi_k25", "mistral_large4"])
+def test_towers_keep_their_names_on_disk(kind: str, tmp_path: Path) -> None:
+    folder = multimodal.save(tmp_path / "model", kind)
+    package.quantize(folder, tmp_path / "out", plan="nf4", device="cpu")
+    before, after = models.tensors_of(folder), models.tensors_of(tmp_path / "out")
+    towers = [name for name in before if name.startswith("vision")]
+    assert towers
+    assert all(same(after[name], before[name]) for name in towers)
+
+
+def test_names_of_an_older_checkpoint_are_kept(tmp_path: Path) -> None:
+    folder = multimodal.save(tmp_path / "model", "llava")
+    older = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): tensor
+        for name, tensor in models.tensors_of(folder).items()
+    }
+    save_file(older, folder / "model.safetensors", metadata={"format": "pt"})
+    package.quantize(folder, tmp_path / "out", plan="rtn-4bit", device="cpu")
+    after = models.tensors_of(tmp_path / "out")
+    kept = [name for name in older if not name.startswith("language_model.model.layers")]
+    assert all(same(after[name], older[name]) for name in kept)
+    assert "language_model.model.layers.0.mlp.up_proj.qweight" in after
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    named = "vision_tower.vision_model.encoder.layers.0.mlp.fc1"
+    assert f"-:^{re.escape(named)}$" in config["dynamic"]
+    assert f"-:^{re.escape(named.replace('vision_tower.vision_model.', 'model.vision_tower.'))}$" in config["dynamic"]
+    package.load(tmp_path / "out")

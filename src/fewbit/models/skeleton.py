@@ -24,7 +24,6 @@ from transformers.core_model_loading import (
     WeightRenaming,
     convert_and_load_state_dict_in_model,
     rename_source_key,
-    revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
@@ -162,13 +161,17 @@ class Skeleton:
     def passed_through(self, whole: Container[str] = ()) -> Iterator[tuple[str, str, PartSpec]]:
         """(checkpoint name, model name, spec) of every tensor of an output. Tied tensors appear once.
 
-        If transformers merges several checkpoint tensors into one, or changes their values otherwise, they keep their
-        checkpoint names, unless `whole` contains the model name.
+        If transformers merges several checkpoint tensors into one, splits one, or changes their values otherwise, they
+        keep their checkpoint names, unless `whole` contains the model name of one.
         """
-        seen = set()
+        seen, split = set(), {key for name, key in self.splits.items() if name in whole}
         for key, name in self.name_of.items():
             apart = name in self.merged and name not in whole
-            if name not in self.tied and (apart or name not in seen):
+            if (source := self.splits.get(key, "")) and source not in split:
+                if source not in seen:
+                    yield source, source, self.checkpoint.specs[source]
+                seen.add(source)
+            elif name not in self.tied and (apart or name not in seen):
                 yield key, key if apart else name, self.checkpoint.specs[key]
             seen.add(name)
 
@@ -180,16 +183,6 @@ class Skeleton:
         """
         prefix, specs = self.model.base_model_prefix, self.checkpoint.specs
         return {k: specs[k] for k, name in self.without_place.items() if not owned(name, prefix, quantized)}
-
-    def stored_names(self, names: list[str]) -> dict[str, str]:
-        """Name -> the standard name, which transformers' `save_pretrained` writes.
-
-        Tensors in `merged` keep their checkpoint names.
-        """
-        parts = {key for key, name in self.name_of.items() if name in self.merged}
-        marked = {name: torch.empty(0, dtype=torch.float32, device="cpu") for name in names if name not in parts}
-        written = {id(tensor): name for name, tensor in revert_weight_conversion(self.model, marked).items()}
-        return {name: written.get(id(marked.get(name)), name) for name in names}
 
     def key_of(self, name: str) -> str:
         """The checkpoint's name of the tensor with the model name `name`."""
@@ -333,11 +326,12 @@ class Skeleton:
                 self.checkpoint.add_view(name, key, partial(piece.of, expert=expert))
                 found[name] = name
                 self.without_place.pop(key, None)
+        self.splits = dict[str, str]()  # name of a part -> the checkpoint's tensor that transformers splits
         for key, first in list(found.items()):
             spec = self.checkpoint.specs[key]
             for name, view in splits.parts_of(self.model, self._mapping, key, first, spec):
                 self.checkpoint.add_view(name, key, view)
-                found[name] = name
+                found[name], self.splits[name] = name, key
                 found.pop(key, None)
         # A tied tensor may be stored under either name.
         for second, first in self.model.all_tied_weights_keys.items():
@@ -375,7 +369,8 @@ class Skeleton:
         have = set(self.name_of.values())
         names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         missing = [name for name in names if name not in have and self.tied.get(name) not in have]
-        many = [m for m in self._mapping if len(m.source_patterns) > 1 and len(m.target_patterns) > 1]
+        several = [m for m in get_model_conversion_mapping(self.model) if len(m.target_patterns) > 1]
+        many = [m for m in several if len(m.source_patterns) > 1 or not experts.unmerged([m])]
         if missing and many:
             raise PlanError(
                 f"transformers makes several tensors of {', '.join(many[0].source_patterns)} of a "

@@ -10,6 +10,7 @@ import torch
 
 from fewbit.errors import NumericsError, PlanError
 from fewbit.formats.base import Shape
+from fewbit.models import stored
 from fewbit.models.gguf import names as gguf_names
 from fewbit.models.skeleton import Skeleton
 from fewbit.plans import mixtures
@@ -79,7 +80,7 @@ class Settled:
     def config(self) -> dict[str, Any]:
         """The quantization_config of config.json. It names every linear that is not quantized."""
         quantized = self.resolved.assignments
-        skipped = [name for name in self.skeleton.all_linears() if name not in quantized]
+        skipped = stored.skipped(self.skeleton, quantized)
         for key, spec in self.skeleton.carried(quantized).items():
             name = key.removesuffix(".weight")
             # Some readers match a name as a prefix or suffix of other names.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fewbit.formats.containers.safetensors import Checkpoint, ShardWriter, copy_side_files
-from fewbit.models import scales
+from fewbit.models import scales, stored
 from fewbit.models.scales import Scales
 from fewbit.models.skeleton import Skeleton, load_tokenizer
 from fewbit.pipeline.run import Run
@@ -21,18 +21,20 @@ def write(folder: Path, settled: Settled, run: Run) -> int:
     blocks = Checkpoint(run.files())
     suffixes = {a.module: list(resolved.format.specs(a.shape, a.scheme)) for a in resolved.assignments.values()}
     tensors: list[tuple[str, Checkpoint, str]] = []  # name in the model, checkpoint that has it, key there
+    originals: dict[str, str | None] = {}  # name in the model -> name in the source
     for key, name, _ in skeleton.passed_through({f"{module}.weight" for module in suffixes} | blocks.specs.keys()):
         module = name.removesuffix(".weight")
         if module in suffixes:
             tensors += [(f"{module}.{suffix}", blocks, f"{module}.{suffix}") for suffix in suffixes[module]]
-        elif name in blocks.specs:  # a rewritten norm or bias
-            tensors.append((name, blocks, name))
-        else:
-            tensors.append((name, skeleton.checkpoint, key))
-    stored = skeleton.stored_names([name for name, _, _ in tensors])
+            originals |= {f"{module}.{end}": stored.original(skeleton, key, name, end) for end in suffixes[module]}
+            continue
+        originals[name] = stored.original(skeleton, key, name)
+        rewritten = name in blocks.specs  # a norm or bias
+        tensors.append((name, blocks, name) if rewritten else (name, skeleton.checkpoint, key))
+    names = stored.names(skeleton, originals)
     writer = ShardWriter(folder, SHARD_BYTES)
     for name, place, key in tensors:
-        writer.add(stored[name], place.get(key))
+        writer.add(names[name], place.get(key))
     for key in skeleton.carried(resolved.assignments):
         writer.add(key, skeleton.checkpoint.get(key))
     writer.close()

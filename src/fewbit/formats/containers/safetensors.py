@@ -81,6 +81,10 @@ class Checkpoint:
         part = view(torch.empty(self.specs[stored].shape, dtype=self.specs[stored].dtype, device="meta"))
         self.add(name, PartSpec.of(part), _View(stored, self.slice(stored), view, tuple(part.shape)))
 
+    def is_part(self, name: str) -> bool:
+        """Whether the tensor is a part of another one."""
+        return isinstance(self._added.get(name), _View)
+
     def stored(self, name: str) -> Any:
         """A lazy handle of a tensor as the files hold it."""
         return self._handle(name).get_slice(name)

@@ -1,0 +1,55 @@
+"""The names of an output's tensors: those of the original, so that every reader of the original finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from transformers.core_model_loading import revert_weight_conversion
+
+from fewbit.models.skeleton import Skeleton
+
+
+def original(skeleton: Skeleton, key: str, name: str, suffix: str | None = None) -> str | None:
+    """The checkpoint's name of the tensor with the model name `name`, which `Skeleton.passed_through` gives with `key`.
+
+    suffix: of a part of a packed weight, in place of "weight". None if the checkpoint has no such tensor, because
+    transformers computes it from others.
+    """
+    if skeleton.checkpoint.is_part(key) or (name in skeleton.merged and name != key):
+        return None
+    if suffix is None:
+        return key
+    return f"{key.removesuffix('.weight')}.{suffix}" if key.endswith(".weight") else None
+
+
+def names(skeleton: Skeleton, originals: Mapping[str, str | None]) -> dict[str, str]:
+    """Model name -> name in an output. originals: model name -> name in the checkpoint, or None.
+
+    A tensor without original has the name that transformers' `save_pretrained` writes. So has one whose name in the
+    checkpoint lacks only the base model's prefix, which some readers expect.
+    """
+    marked = {name: torch.empty(0, dtype=torch.float32, device="cpu") for name, key in originals.items() if key != name}
+    written = {id(tensor): name for name, tensor in revert_weight_conversion(skeleton.model, marked).items()}
+    prefix, found = f"{skeleton.model.base_model_prefix}.", dict[str, str]()
+    for name, key in originals.items():
+        standard = written.get(id(marked.get(name)), name)
+        bare = key is not None and standard in (f"{prefix}{key}", key.removeprefix(prefix))
+        found[name] = standard if key is None or (bare and name in marked) else key
+    return found
+
+
+def skipped(skeleton: Skeleton, quantized: Iterable[str]) -> list[str]:
+    """The linears that are not among `quantized`, by their names in the model, and in the output if these differ."""
+    packed, linears = set(quantized), skeleton.all_linears()
+    found = dict.fromkeys(name for name in linears if name not in packed)
+    keys = {name: key for key, name, _ in skeleton.passed_through({f"{module}.weight" for module in packed})}
+    stored = names(skeleton, {n: original(skeleton, k, n) for n, k in keys.items() if n.endswith(".weight")})
+    others = {n.removesuffix(".weight"): s.removesuffix(".weight") for n, s in stored.items()}
+    names_of_packed = packed | {others.get(module, module) for module in packed}
+    split = {key for name, key in skeleton.splits.items() if key in keys.values()}
+    for other in (*(others.get(name, name) for name in found.copy()), *(key.removesuffix(".weight") for key in split)):
+        # Some readers match a name as a prefix or suffix of other names.
+        if not any(module.startswith(other) or module.endswith(other) for module in names_of_packed):
+            found[other] = None
+    return list(found)
