@@ -514,7 +514,12 @@ def test_verbs_show_progress_in_a_terminal_only(
 def test_a_merge_that_cannot_be(
     model: Path, quantized: Path, adapter: Path, tmp_path: Path, place: Path, fewbit: Fewbit
 ) -> None:
-    check(fewbit("merge", quantized, adapter, "-o", place, "--base", quantized), 2, str(quantized), "itself quantized")
+    check(
+        fewbit("merge", quantized, adapter, "-o", place, "--base", quantized),
+        2,
+        str(quantized),
+        "is the quantized model itself",
+    )
     check(fewbit("merge", quantized, adapter, "-o", place, "--plan", "gptq-5bit"), 2, "gptq-5bit")
     tensors = load_file(adapter / "adapter_model.safetensors")
     broken = shutil.copytree(adapter, tmp_path / "broken")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fewbit
-from fewbit.errors import FormatError
+from fewbit.errors import FormatError, PlanError
 from fewbit.models.source import locate
 from fewbit.pipeline import run
 from fewbit.pipeline.capture import Inputs
@@ -191,3 +191,41 @@ def test_an_unknown_method_is_named(fewbit: Fewbit, tmp_path: Path) -> None:
     assert answer.code == 3
     assert "'seven'" in answer.err
     assert "compressed-tensors" in answer.err
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_packed_model_loads_as_its_floats(layout: str, tmp_path: Path, text: str) -> None:
+    plain = models.save(tmp_path / "plain", "llama")
+    packed = packed_models.pack(plain, tmp_path / "packed", layout)
+    measured = fewbit.evaluate(packed, reference=plain, text=text, length=32, samples=2, device="cpu")
+    assert measured.quality.kl is not None
+    assert measured.quality.kl.max == 0
+    assert fewbit.generate(packed, "the", max_new_tokens=2, device="cpu").tokens == 2
+
+
+def test_fused_fp4_experts_load_as_their_floats(tmp_path: Path, text: str) -> None:
+    plain = architectures.save(tmp_path / "plain", "gpt_oss")
+    packed = packed_models.pack_gpt_oss(plain, tmp_path / "packed")
+    measured = fewbit.evaluate(packed, reference=plain, text=text, length=32, samples=2, device="cpu")
+    assert measured.quality.kl is not None
+    assert measured.quality.kl.max == 0
+
+
+@pytest.mark.parametrize("given", [{"fuse": 32}, {"kernel": "reference"}])
+def test_what_needs_packed_weights_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
+    packed = packed_models.pack(models.save(tmp_path / "plain", "llama"), tmp_path / "packed", "fp8-tensor")
+    with pytest.raises(PlanError, match="has no packed weights that fewbit reads"):
+        fewbit.load(packed, **given)
+
+
+def test_an_adapter_is_merged_into_the_floats(tmp_path: Path, text: str) -> None:
+    plain = models.save(tmp_path / "plain", "llama")
+    packed = packed_models.pack(plain, tmp_path / "packed", "fp8-block")
+    made, _ = quantized(packed)
+    tuning = fewbit.Tuning(length=32, batch=8, epochs=1)
+    fewbit.finetune(made, tmp_path / "adapter", data=text, tuning=tuning)
+    for base, out in ((packed, "by-packed"), (plain, "by-plain"), (None, "by-record")):
+        fewbit.merge(made, tmp_path / "adapter", tmp_path / out, base=base, text=text, length=32, samples=2)
+    same_tensors(tmp_path / "by-plain", tmp_path / "by-packed")
+    same_tensors(tmp_path / "by-plain", tmp_path / "by-record")
+    assert "quantization_config" not in (tmp_path / "by-packed" / "config.json").read_text(encoding="utf-8")

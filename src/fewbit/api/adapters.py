@@ -190,8 +190,10 @@ def merge(
         origin = None
     base_folders = [origin.origin, origin.folder] if origin else []
     publish.check_not_lost(out, source.origin, source.folder, adapter, *base_folders)
-    if origin is not None and origin.quantization is not None:
-        raise PlanError(f"`base={origin.name}` is itself quantized", "Give the model that it was quantized from.")
+    if origin is not None and origin.quantization is not None and origin.origin == source.origin:
+        raise PlanError(
+            f"`base={origin.name}` is the quantized model itself", "Give the model that it was quantized from."
+        )
     # Quantizing and measuring come last. Find their errors now, before the work.
     machine.device(device)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)

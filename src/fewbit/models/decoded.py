@@ -102,6 +102,24 @@ def _packing(
     return Packing(method, dict(kinds.most_common()), dtype, kinds.total(), *nbytes, share)
 
 
+def is_read_here(source: Source, device: str) -> bool:
+    """Whether a whole model is loaded through `opened`, dequantized, because transformers would not keep it packed.
+
+    transformers dequantizes FP8 and MXFP4 on CPUs and older GPUs. It then takes ragged blocks for even ones, and it
+    ignores scales whose names it does not know. compressed-tensors needs another package, and dequantizes too.
+    """
+    method = None if source.gguf is not None or source.quantization is None else source.quantization["quant_method"]
+    if method not in LAYOUTS:
+        return False
+    if method not in ("fp8", "mxfp4") or not device.startswith("cuda"):
+        return True
+    if method == "mxfp4":
+        return False
+    scales = [each.parts["scale"] for each in found_in(source, Checkpoint(list(source.files))).values()]
+    known = all(name.endswith(("_scale_inv", ".scale", ".qscale_weight")) for name in scales)
+    return not known or torch.cuda.get_device_capability(device) < (8, 9)
+
+
 def found_in(source: Source, checkpoint: Checkpoint) -> dict[str, Packed]:
     """Name -> packed tensor, of every quantized tensor of a folder. FormatError if a header is not as expected."""
     try:

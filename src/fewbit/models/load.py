@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from fewbit import registry
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
 from fewbit.formats.base import by_quant_method
-from fewbit.models import classes
+from fewbit.models import classes, decoded
 from fewbit.models.building import building
 from fewbit.models.decoding import decode
 from fewbit.models.decoding import fuse as fusing
@@ -34,18 +34,19 @@ def load_model(
     source: Source,
     loading: Loading = _DEFAULT,
 ) -> Any:
-    """Load the model of `source` in evaluation mode, with quantized weights packed.
+    """Load the model of `source` in evaluation mode, with weights of fewbit's formats packed.
 
     FormatError if the model's files are malformed or not supported. KernelError if `loading.kernel` cannot multiply by
     one of the packed weights. PlanError if the adapter belongs to another model, if `fuse` is beyond the model's
     context, and for `compile` without `fuse` or without an NVIDIA GPU.
     """
     device, kernel, fuse = loading.device, loading.kernel, loading.fuse
+    packed = source.quantization is not None and by_quant_method(source.quantization["quant_method"]) is not None
     if loading.adapter is not None:
         check_adapter(loading.adapter)
     if kernel is not None:
         registry.get("kernels", kernel)
-        if source.quantization is None or by_quant_method(source.quantization["quant_method"]) is None:
+        if not packed:
             raise PlanError(
                 f"`kernel={kernel}`: {source.name} has no packed weights that fewbit reads, and kernels need them",
                 "Leave out `kernel`.",
@@ -54,28 +55,23 @@ def load_model(
         check_compile(device, fuse)
     if fuse is not None:
         decode.checked_length(fuse, source.context, f"`fuse={fuse!r}`")
-        if source.quantization is None:
-            raise PlanError(f"{source.name} is not quantized, and only packed weights are fused", "Leave out `fuse`.")
+        if not packed:
+            raise PlanError(
+                f"{source.name} has no packed weights that fewbit reads, and only these are fused", "Leave out `fuse`."
+            )
     if source.quantization is not None:
         # transformers would skip such weights and initialize new ones at random.
         method = source.quantization["quant_method"]
-        if not AutoHfQuantizer.supports_quant_method(source.quantization):
+        if method not in decoded.LAYOUTS and not AutoHfQuantizer.supports_quant_method(source.quantization):
             raise FormatError(
                 f"{source.folder}: quantization method {method!r} is not one that fewbit or transformers reads"
             )
-    if source.quantization is not None and by_quant_method(source.quantization["quant_method"]) is not None:
+    if packed:
         describe(source)  # for clearer errors than those of transformers if config and tensors contradict each other
     try:
         exact = choose.exact_activations() if loading.exact_activations else nullcontext()
         with building(), no_progress_bars(), quantizer.serving(kernel), exact:
-            loaded: Any = _class_of(source, loading).from_pretrained(
-                source.folder,
-                dtype=loading.torch_dtype,
-                device_map=device,
-                trust_remote_code=loading.trust_remote_code,
-                output_loading_info=True,
-                **source.options,
-            )
+            model, info = _loaded(source, loading)
     except FewbitError:
         raise
     except torch.OutOfMemoryError as error:
@@ -86,7 +82,6 @@ def load_model(
             f"{source.folder} could not be loaded: {reason.splitlines()[0][:300]}",
             "If you trust its code, set `trust_remote_code=True`." if "trust_remote_code" in reason else "",
         ) from error
-    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise FormatError(f"{source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
     assert isinstance(model, PreTrainedModel)
@@ -99,6 +94,28 @@ def load_model(
     from fewbit.models.adapters.attach import attach  # PEFT is an extra
 
     return attach(model, loading.adapter)
+
+
+def _loaded(source: Source, loading: Loading) -> Any:
+    """What `from_pretrained` returns for a model: the model and the loading info."""
+    options: dict[str, Any] = {"device_map": loading.device, "output_loading_info": True}
+    trusted: dict[str, Any] = {"trust_remote_code": loading.trust_remote_code}
+    if not decoded.is_read_here(source, str(loading.device)):
+        kind = _class_of(source, loading)
+        return kind.from_pretrained(source.folder, dtype=loading.torch_dtype, **options, **trusted, **source.options)
+    config: Any = AutoConfig.from_pretrained(source.folder, **trusted)
+    del config.quantization_config
+    with torch.device("meta"):  # an auto class takes only a folder
+        kind = type(classes.build(config, **trusted))
+    checkpoint, packing = decoded.opened(source)
+    state = {name: checkpoint.slice(name) for name in checkpoint.specs}
+    dtype = packing.dtype if packing is not None and loading.torch_dtype == "auto" else loading.torch_dtype
+    made: Any = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
+    model, info = made
+    model.config.name_or_path = str(source.folder)
+    if (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    return model, info
 
 
 def _class_of(source: Source, loading: Loading) -> Any:

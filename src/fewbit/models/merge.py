@@ -7,8 +7,8 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from fewbit.errors import NumericsError
-from fewbit.formats.containers.safetensors import Checkpoint, ShardWriter, copy_side_files, writing
-from fewbit.models import scales
+from fewbit.formats.containers.safetensors import ShardWriter, copy_side_files, writing
+from fewbit.models import decoded, scales
 from fewbit.models.adapters.attach import attach
 from fewbit.models.adapters.refit import presumed
 from fewbit.models.experts import join
@@ -38,11 +38,11 @@ def write_merged(
     """
     plain = load_model(source, Loading("cpu", trust_remote_code=trust_remote_code))
     packed = packed_linears(plain)
-    if source.quantization is not None:
+    if getattr(plain, "hf_quantizer", None) is not None:  # other models are floats already
         plain.dequantize()
     carried = dict[str, PartSpec]()
     if source.gguf is None:
-        checkpoint = Checkpoint(list(source.files))
+        checkpoint, _ = decoded.opened(source)
         _, without = placed(plain, checkpoint.specs, plain.state_dict())
         prefix = plain.base_model_prefix
         carried = {k: checkpoint.specs[k] for k, name in without.items() if not owned(name, prefix, packed)}

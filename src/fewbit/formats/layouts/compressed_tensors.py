@@ -7,6 +7,7 @@ The tensors of a linear `P` say how it is stored. N: rows, K: columns, g: column
                       P.weight_zero_point int32 [N b / 32, K / g], packed along the rows (only if asymmetric)
     int-quantized     P.weight int8 [N, K], P.weight_scale [N, 1], [N, K / g] or [1], P.weight_zero_point int8
     float-quantized   P.weight float8_e4m3fn [N, K], P.weight_scale for blocks, channels or the tensor
+    mxfp8             the same, with P.weight_scale uint8 [N, K / 32], E8M0
     nvfp4             P.weight_packed uint8 [N, K / 2], P.weight_scale float8_e4m3fn [N, K / 16],
                       P.weight_global_scale float32 [1], which divides
     mxfp4             P.weight_packed uint8 [N, K / 2], P.weight_scale uint8 [N, K / 32], E8M0
@@ -252,6 +253,10 @@ def _names(target: str, module: str) -> bool:
 
 
 def _block(config: Mapping[str, Any], module: str) -> tuple[int, int] | None:
+    """The rows and columns that share a scale of an FP8 weight; None if the config gives no such block."""
+    group = _setting(config, module, "group_size")
+    if type(group) is int and group > 0:
+        return 1, group
     size = _setting(config, module, "block_structure")
     valid = isinstance(size, list) and len(size) == 2 and all(type(each) is int and each > 0 for each in size)
     return (size[0], size[1]) if valid else None
