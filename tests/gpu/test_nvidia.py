@@ -11,8 +11,10 @@ from fewbit.methods.base import Method
 from fewbit.nn.choose import TOLERANCE, choose
 from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import QTensor, parse
+from fewbit.schemes.stacked import concatenated
 from tests.contract.cases import SPECS, ordinary
-from tests.unit.test_nvidia import shapes
+from tests.contract.test_kernels import check_grouped
+from tests.unit.test_nvidia import TOLD, shapes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 SERVED = [spec for spec in SPECS if isinstance(layout.recipe(parse(spec), 1024), Recipe)]
@@ -33,6 +35,78 @@ def test_products(spec: str, dtype: torch.dtype) -> None:
             x = (torch.randn(m, k, device="cuda") + 0.5).to(dtype)
             got, exact = Nvidia().linear(x, scheme, prepared, (n, k)).float(), x.float() @ w.T
             assert (got - exact).norm() <= TOLERANCE[dtype] * exact.norm(), (n, k, m)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("spec", [*TOLD, "nf4-b64"])
+def test_each_row_meets_the_weight_of_its_expert(spec: str, dtype: torch.dtype) -> None:
+    for n, k in ((48, 512), (32, 1024)):
+        if parse(spec).why_not((n, k)) is None:
+            assert Nvidia().why_not_grouped(parse(spec), (4, n, k)) is None or spec.endswith("dq")
+            if Nvidia().why_not_grouped(parse(spec), (4, n, k)) is None:
+                check_grouped(Nvidia(), spec, dtype, (n, k), torch.device("cuda"))
+
+
+def rolled(count: int, n: int, k: int) -> list[QTensor]:
+    """Different weights in int4-g128, quickly made."""
+    one = packed("int4-g128", n, k)
+    return [QTensor(one.codec, one.shape, {name: t.roll(i, 0) for name, t in one.parts.items()}) for i in range(count)]
+
+
+@pytest.mark.parametrize("path", ["few", "wide", "values", "loop"])
+def test_every_way_of_multiplying_experts(path: str) -> None:
+    """With more experts than a warp has lanes, and ragged numbers of rows."""
+    from fewbit.kernels.nvidia import in_cuda, ops
+
+    e, n, k = 70, 64, 512
+    scheme = parse("int4-g128")
+    weights = rolled(e, n, k)
+    whole = concatenated(weights)
+    prepared = list(Nvidia().prepare(scheme, whole.parts, whole.shape))
+    how = layout.recipe(scheme, k)
+    assert isinstance(how, Recipe)
+    counts = [(i * i) % 23 if i % 3 else 0 for i in range(e)]
+    m = sum(counts) + 2
+    ends = torch.tensor(counts, device="cuda").cumsum(0, dtype=torch.int32)
+    x = (torch.randn(m, k, device="cuda") + 0.5).bfloat16()
+    sizes = {"few": (4, 1, 1, 2), "wide": (4, 2, 4, 1)}.get(path)
+    config = (ops.CUDA, *in_cuda.Sizes(*sizes)) if sizes else ({"values": ops.VALUES, "loop": ops.LOOP}[path],)
+    y = ops.grouped(x, prepared, how, ends, n, config)
+    assert not y[m - 2 :].any()
+    start = 0
+    for weight, count in zip(weights, counts, strict=True):
+        exact = x[start : start + count].float() @ weight.dequantize().T
+        got = y[start : start + count].float()
+        assert (got - exact).norm() <= TOLERANCE[torch.bfloat16] * exact.norm()
+        start += count
+
+
+def test_offsets_may_change_between_replays_of_a_graph() -> None:
+    scheme, (e, n, k) = parse("int4-g128"), (16, 128, 512)
+    weights = rolled(e, n, k)
+    whole = concatenated(weights)
+    prepared = Nvidia().prepare(scheme, whole.parts, whole.shape)
+    x = torch.randn(8, k, device="cuda", dtype=torch.bfloat16)
+    chosen = torch.zeros(8, dtype=torch.int64, device="cuda")
+    numbers = torch.arange(e, device="cuda")
+
+    def product() -> torch.Tensor:
+        ends = torch.searchsorted(chosen.sort()[0], numbers, right=True, out_int32=True)
+        return Nvidia().grouped(x, scheme, prepared, (e, n, k), ends)
+
+    product()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = product()
+    for seed in range(20):
+        x.normal_()
+        chosen.copy_(torch.randint(0, e, (8,), generator=torch.Generator().manual_seed(seed)))
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, product())
+        rows = [x[i : i + 1].float() @ weights[c].dequantize().T for i, c in enumerate(chosen.sort()[0].tolist())]
+        exact = torch.cat(rows)
+        assert (got.float() - exact).norm() <= TOLERANCE[torch.bfloat16] * exact.norm()
 
 
 @pytest.mark.parametrize("spec", ["int4-g128", "nf4-b64-dq", "q6_k", "int3-g128", "llm.int8"])

@@ -12,7 +12,8 @@ from fewbit.kernels.nvidia import Nvidia, in_cuda, layout
 from fewbit.kernels.nvidia.in_cuda import Sizes
 from fewbit.kernels.nvidia.layout import Recipe
 from fewbit.nn.choose import TOLERANCE
-from fewbit.schemes.base import parse
+from fewbit.schemes.base import QTensor, parse
+from fewbit.schemes.stacked import concatenated
 from tests.contract.cases import SPECS, hard, is_sentence, ordinary, quantized, same_bytes
 
 CUDA = torch.device("cuda")
@@ -85,7 +86,7 @@ def test_the_macros_of_the_cuda_kernel_are_all_defined() -> None:
     how = layout.recipe(parse("int4-g128"), 256)
     assert isinstance(how, Recipe)
     for many, mark in ((0, "defines:"), (1, "on Hopper:")):
-        text = in_cuda.defined(how, 256, 32, (0, False), Sizes(8, 1, 1, 1, many), True, True)
+        text = in_cuda.defined(how, (256, 32, 0), (0, False), Sizes(8, 1, 1, 1, many), True, True)
         defined = {line.split()[1].split("(")[0] for line in text.splitlines() if line.startswith("#define")}
         for named_after in {"defines:", mark}:
             named = re.findall(r"\b[A-Z_]{2,}\b", text.split(named_after)[1].split(".")[0])
@@ -114,6 +115,44 @@ def test_sizes_are_such_that_blocks_fill_the_gpu(monkeypatch: pytest.MonkeyPatch
         assert ops.choose(1, n, 4096, how, CUDA) == (ops.CUDA, *sizes, 0)
     assert ops.choose(64, 4096, 4096, how, CUDA) == (ops.CUDA, 16, 1, 8, 1, 1)
     assert ops.choose(257, 4096, 4096, how, CUDA) == (ops.VALUES,)
+
+
+def test_experts_get_sizes_by_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewbit.kernels.nvidia import ops
+
+    monkeypatch.setattr(in_cuda, "unusable", lambda device: None)
+    up, down, double = (
+        layout.recipe(parse(s), k) for s, k in (("int4-g128", 2048), ("int4-g128", 768), ("nf4-b64-dq", 768))
+    )
+    assert isinstance(up, Recipe)
+    assert isinstance(down, Recipe)
+    assert isinstance(double, Recipe)
+    for tokens, sizes in ((1, (4, 2, 1, 3)), (64, (4, 2, 1, 3)), (512, (4, 2, 2, 3))):
+        assert ops.choose_grouped(8 * tokens, 1536, 2048, 128, up, CUDA) == (ops.CUDA, *sizes, 0)
+    assert ops.choose_grouped(8, 2048, 768, 128, down, CUDA) == (ops.CUDA, 6, 2, 1, 2, 0)
+    assert ops.choose_grouped(1 << 16, 2048, 768, 128, down, CUDA) == (ops.VALUES,)
+    assert ops.choose_grouped(1 << 16, 2048, 768, 128, double, CUDA) == (ops.LOOP,)
+    assert ops.choose_grouped(1 << 16, 2048, 7168, 256, up, CUDA) == (ops.LOOP,)  # too much to dequantize at once
+
+
+def test_weights_of_experts_are_cut_from_the_layout() -> None:
+    for spec, k in (("int4-g128", 512), ("int3-g64", 512), ("nf4-b64", 512), ("nf4-b64-dq", 1024), ("q4_k", 512)):
+        kernel, scheme, shape = Nvidia(), parse(spec), (3, 32, k)
+        if kernel.why_not_grouped(scheme, shape) is not None:
+            shape = (3, 16 * 16, k)  # whole blocks of nested scales
+        each = [QTensor(scheme, shape[1:], quantized(scheme, hard(*shape[1:]).roll(i, 0))) for i in range(3)]
+        whole = concatenated(each)
+        prepared = kernel.prepare(scheme, whole.parts, whole.shape)
+        for expert, weight in enumerate(each):
+            own = kernel.of_expert(scheme, prepared, shape, expert)
+            assert same_bytes(kernel.restore(scheme, own, shape[1:]), weight.parts)
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape"), [("int4-g128", (4, 24, 256)), ("nf4-b64-dq", (4, 32, 64)), ("int4-g128", (1 << 14, 4096, 4096))]
+)
+def test_experts_that_it_cannot_serve_are_a_sentence(spec: str, shape: tuple[int, int, int]) -> None:
+    assert is_sentence(Nvidia().why_not_grouped(parse(spec), shape))
 
 
 @interpreted

@@ -6,12 +6,13 @@ from functools import cache
 from importlib.util import find_spec
 from typing import ClassVar
 
-from fewbit.kernels.base import Kernel, Prepared
+from fewbit.kernels.base import Kernel, Prepared, Shapes
 from fewbit.kernels.nvidia import layout
 from fewbit.kernels.nvidia.layout import Recipe
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes.base import Codec, Parts
+from fewbit.schemes.nf4 import NESTED
 
 _CAPABILITY = (8, 0)  # the first compute capability with bfloat16 tensor cores
 
@@ -45,6 +46,31 @@ class Nvidia(Kernel):
 
     def restore(self, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Parts:
         return layout.restored(codec, prepared, shape)
+
+    def why_not_grouped(self, codec: Codec, shape: Shapes) -> str | None:
+        experts, n, k = shape
+        how = layout.recipe(codec, k)
+        assert isinstance(how, Recipe)
+        if n % 16:
+            return f"weights of experts with rows in multiples of 16 only, not {n}"
+        if how.scale == layout.MAPPED and n * (k // how.group) % NESTED:
+            return f"double-quantized weights of experts with multiples of {NESTED} blocks only"
+        if experts * n * -(-k // how.tile) * layout.WORDS >= 1 << 31:
+            return f"all experts together with fewer than 2^31 words only, not {experts} x {n} x {k}"
+        return None
+
+    def grouped(self, x: Tensor, codec: Codec, prepared: Prepared, shape: Shapes, offsets: Tensor) -> Tensor:
+        from fewbit.kernels.nvidia import ops
+
+        how = layout.recipe(codec, shape[2])
+        assert isinstance(how, Recipe)
+        y: Tensor = ops.packed_grouped(x, list(prepared), list(how), offsets, shape[1])
+        return y
+
+    def of_expert(self, codec: Codec, prepared: Prepared, shape: Shapes, expert: int) -> Prepared:
+        how = layout.recipe(codec, shape[2])
+        assert isinstance(how, Recipe)
+        return layout.of_expert(how, prepared, shape[0], expert)
 
     def linear(self, x: Tensor, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Tensor:
         from fewbit.kernels.nvidia import ops

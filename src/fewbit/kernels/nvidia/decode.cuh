@@ -10,7 +10,7 @@
 // digits, because 1024 is large and tensor cores truncate sums, so they are subtracted from each code.
 // Sums of a group are scaled in float32.
 // The caller defines: BITS LOW GROUP BLOCK SCALE OFFSET ZERO_POINT TABLE DIVISOR SUB K ROW_WORDS GROUPS BLOCKS
-// SIGNED BFLOAT WARPS MT NT RESIDENT MANY.
+// SIGNED BFLOAT WARPS MT NT RESIDENT MANY EXPERTS.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -113,6 +113,53 @@ __device__ __forceinline__ int turn() {
 #endif
   return nought;
 }
+
+// ---- rows of several experts ----------------------------------------------------------------------------------------
+
+#if EXPERTS
+// Rows of x are sorted by expert. They are divided into runs of at most COLUMNS rows of one expert. A warp holds where
+// the rows of all experts end: lane l has those of experts l * EACH ... l * EACH + EACH - 1.
+#define EACH ((EXPERTS + 31) / 32)
+#define COLUMNS (8 * NT)
+
+struct Run { int expert, first, last; };  // rows [first, last) of x, at most COLUMNS of which belong to the run
+
+struct Routes {
+  int start, ends[EACH], runs;  // of this lane's experts; `runs` of all experts up to this lane's last
+  __device__ __forceinline__ static int count(int rows) { return (rows + COLUMNS - 1) / COLUMNS; }
+  __device__ __forceinline__ Routes(const int* from, int lane) {
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) ends[i] = __ldcg(from + min(lane * EACH + i, EXPERTS - 1));
+    const int before = __shfl_up_sync(~0u, ends[EACH - 1], 1);
+    start = lane ? before : 0;
+    runs = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) runs += count(ends[i] - (i ? ends[i - 1] : start));
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(~0u, runs, step);
+      if (lane >= step) runs += other;
+    }
+  }
+  __device__ __forceinline__ int total() const { return __shfl_sync(~0u, runs, 31); }
+  __device__ __forceinline__ int rows() const { return __shfl_sync(~0u, ends[EACH - 1], 31); }
+  __device__ __forceinline__ Run at(int index, int lane) const {  // index < total()
+    const int owner = __ffs(__ballot_sync(~0u, runs > index)) - 1;
+    int left = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) left += count(ends[i] - (i ? ends[i - 1] : start));
+    left = index - (runs - left);
+    Run run = {0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int first = i ? ends[i - 1] : start, own = count(ends[i] - first);
+      if (left >= 0 && left < own) run = {lane * EACH + i, first + left * COLUMNS, ends[i]};
+      left -= own;
+    }
+    return {__shfl_sync(~0u, run.expert, owner), __shfl_sync(~0u, run.first, owner), __shfl_sync(~0u, run.last, owner)};
+  }
+};
+#endif
 
 // ---- loads, one tile ahead ------------------------------------------------------------------------------------------
 

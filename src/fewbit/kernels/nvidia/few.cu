@@ -3,20 +3,29 @@
 // A block takes 16 * MT rows of W at a time. Its warps share the tiles of K, and add up their sums in shared memory. There
 // are as many blocks as the GPU can run at once. Each block requests the first tiles of its next rows before it adds up
 // the current sums, so memory is idle only at the start and at the end.
+//
+// If EXPERTS, W holds the weights [N, K] of that many experts, N a multiple of 16, and `ends` says where the rows of each
+// expert end. What a block takes at a time is then rows of one expert's weight, for a run of its rows of x. The list of
+// these items goes through the rows of the weight first. Rows of x after the last end get zeros.
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
     const u16* __restrict__ x, u16* __restrict__ y, const u32* __restrict__ words, const void* __restrict__ high,
     const void* __restrict__ a0, const void* __restrict__ a1, const float* __restrict__ a2,
     const float* __restrict__ a3, const void* __restrict__ b0, const void* __restrict__ b1,
-    const float* __restrict__ table, int M, int N) {
+    const float* __restrict__ table, int M, int N
+#if EXPERTS
+    , const int* __restrict__ ends
+#endif
+    ) {
   extern __shared__ float shared[];
-  const Weight weight = {words, high, a0, a1, a2, a3, b0, b1, table, N - 1};
+  const int all = EXPERTS ? EXPERTS * N : N;
+  Weight weight = {words, high, a0, a1, a2, a3, b0, b1, table, all - 1};
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int x_top = blockIdx.y * 8 * NT, rows = 16 * MT, cols = 8 * NT, stride = gridDim.x * rows;
+  const int rows = 16 * MT, cols = 8 * NT;
   const unsigned long long policy = evict_first();
   const auto row = [&](int top, int mt, int r) {
-    const int n = min(top + mt * 16 + r * 8 + g, N - 1);
-    return NT == 1 ? Row{min(top / 16 + mt, (N - 1) >> 4), r * 8 + g} : Row{n >> 4, n & 15};  // a cheaper form, to save registers
+    const int n = min(top + mt * 16 + r * 8 + g, all - 1);
+    return NT == 1 ? Row{min(top / 16 + mt, (all - 1) >> 4), r * 8 + g} : Row{n >> 4, n & 15};  // a cheaper form, to save registers
   };
   Step next[MT][2];
   const auto ahead = [&](int tile, int top) {
@@ -25,20 +34,50 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
 #pragma unroll
       for (int r = 0; r < 2; ++r) ask(next[mt][r], weight, tile, row(top, mt, r), t, policy);
   };
+#if !EXPERTS  // which weights are needed first is not known before `ends` is
 #pragma unroll
   for (int i = 0; i < 2; ++i)
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
       announce(to_announce(weight, min(warp + i * WARPS, TILES - 1), row(blockIdx.x * rows, mt, 0).lot, lane), lane);
+#endif
   u32* pairs = nullptr;
   float* map = nullptr;
   float* sums = tables(shared, weight, pairs, map);
-  x += turn();
-  ahead(min(warp, TILES - 1), blockIdx.x * rows);
+  const int nought = turn();
+  x += nought;
+  // Item i is rows [top, top + rows) of W, of which those below `bottom` count, and rows [first, last) of x.
+  struct Item { int top, bottom, first, last; };
+#if EXPERTS
+  const Routes routes(ends + nought, lane);
+  const int parts = (N + rows - 1) / rows, items = routes.total() * parts;
+  const auto item = [&](int i) {
+    const Run run = routes.at(i / parts, lane);
+    return Item{run.expert * N + i % parts * rows, (run.expert + 1) * N, run.first, run.last};
+  };
+#else
+  const int items = (N + rows - 1) / rows;
+  const auto item = [&](int i) { return Item{i * rows, N, (int)blockIdx.y * cols, M}; };
+#endif
+  Item coming = item(blockIdx.x);
+  ahead(min(warp, TILES - 1), coming.top);
   const u16* from[NT];  // rows after the last one read the last one; their results are not used
+  const auto aim = [&](const Item& item) {
 #pragma unroll
-  for (int nt = 0; nt < NT; ++nt) from[nt] = x + (long)min(x_top + nt * 8 + g, M - 1) * K;
-  for (int top = blockIdx.x * rows; top < N; top += stride) {
+    for (int nt = 0; nt < NT; ++nt) from[nt] = x + (long)min(item.first + nt * 8 + g, item.last - 1) * K;
+  };
+  if (!EXPERTS) aim(coming);
+  for (int i = blockIdx.x; i < items; i += gridDim.x) {
+    const Item now = coming;
+    const int top = now.top;
+    if (i + gridDim.x < items) coming = item(i + gridDim.x);
+    else coming.top = all;  // `ahead` then loads the last rows, as in all other blocks
+    if (EXPERTS) aim(now);
+#if EXPERTS && SCALE == 2
+    weight.a2 = a2 + top / N;
+    for (int j = threadIdx.x; j < 256; j += WARPS * 32) map[j] = __ldg(a3 + top / N * 256 + j);
+    __syncthreads();
+#endif
     float acc[MT][NT][4] = {};
 #pragma unroll 1
     for (int tile = warp; tile < TILES; tile += WARPS) {
@@ -48,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
 #pragma unroll
         for (int r = 0; r < 2; ++r) s[mt][r] = next[mt][r];
       const bool last = tile + WARPS >= TILES;
-      ahead(last ? warp : tile + WARPS, last ? top + stride : top);  // also past the end, to avoid a branch
+      ahead(last ? warp : tile + WARPS, last ? coming.top : top);  // also past the end, to avoid a branch
 #pragma unroll
       for (int sub = 0; sub < SUBS; ++sub) {
         if (K % TILE && tile * TILE + sub * SUB >= K) break;
@@ -118,8 +157,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
       float sum = 0;
 #pragma unroll
       for (int other = 0; other < WARPS; ++other) sum += sums[(other * cols + c) * (rows + 1) + r];
-      if (top + r < N && x_top + c < M) y[(long)(x_top + c) * N + top + r] = (u16)two(sum, 0.0f);
+      if (top + r < now.bottom && now.first + c < now.last)
+        y[(long)(now.first + c) * N + top + r - (now.bottom - N)] = (u16)two(sum, 0.0f);
     }
     __syncthreads();
   }
+#if EXPERTS
+  for (long i = (long)routes.rows() * N + blockIdx.x * WARPS * 32 + threadIdx.x; i < (long)M * N; i += gridDim.x * WARPS * 32)
+    y[i] = 0;
+#endif
 }

@@ -38,9 +38,8 @@ def linear(x: Tensor, y: Tensor, tensors: list[Tensor], how: Recipe, sizes: Size
     """Write y [M, N] = x [M, K] Wᵀ for packed W [N, K]."""
     (m, k), n = x.shape, y.shape[1]
     places = operands(how, tensors)
-    kernel = _compiled(
-        how, k, tensors[0].shape[1] * WORDS, _stored(how, places), sizes, x.dtype, x.device, hopper(x.device)
-    )
+    shape = (k, tensors[0].shape[1] * WORDS, 0)
+    kernel = _compiled(how, shape, _stored(how, places), sizes, x.dtype, x.device, hopper(x.device))
     rows, over = 16 * sizes.of_w, -(-m // (8 * sizes.of_x))
     room, more = _multiprocessors(x.device) * sizes.resident, list[Tensor | int]()
     if sizes.many:
@@ -56,6 +55,21 @@ def linear(x: Tensor, y: Tensor, tensors: list[Tensor], how: Recipe, sizes: Size
     else:
         grid = (min(-(-n // rows), room), over, 1)
     _launch(kernel, grid, 32 * sizes.warps, [x, y, *places, m, n, *more], _shared(how, sizes))
+
+
+def grouped(x: Tensor, y: Tensor, tensors: list[Tensor], how: Recipe, sizes: Sizes, experts: int, ends: Tensor) -> None:
+    """Write y [M, N]: rows of x [M, K] times the transposes of their experts' packed weights, [experts · N, K].
+
+    ends: int32 [experts], where the rows of each expert end.
+    """
+    (m, k), n = x.shape, y.shape[1]
+    places = operands(how, tensors)
+    shape = (k, tensors[0].shape[1] * WORDS, experts)
+    kernel = _compiled(how, shape, _stored(how, places), sizes, x.dtype, x.device, hopper(x.device))
+    runs = min(m, experts) + m // (8 * sizes.of_x)  # the most that there can be
+    room = _multiprocessors(x.device) * sizes.resident
+    grid = (min(-(-n // (16 * sizes.of_w)) * runs, room), 1, 1)
+    _launch(kernel, grid, 32 * sizes.warps, [x, y, *places, m, n, ends], _shared(how, sizes))
 
 
 class _Attribute(ctypes.Structure):
@@ -181,9 +195,10 @@ def source(name: str) -> str:
 
 
 def defined(
-    how: Recipe, k: int, row_words: int, stored: tuple[int, bool], sizes: Sizes, bfloat: bool, wgmma: bool
+    how: Recipe, shape: tuple[int, int, int], stored: tuple[int, bool], sizes: Sizes, bfloat: bool, wgmma: bool
 ) -> str:
-    """The source of a kernel with the macros that specialize it."""
+    """The source of a kernel with the macros that specialize it. shape: K, words of a row, and experts or 0."""
+    k, row_words, experts = shape
     macros: dict[str, int | str] = {
         "BITS": how.bits,
         "LOW": how.low,
@@ -206,6 +221,7 @@ def defined(
         "NT": sizes.of_x,
         "RESIDENT": sizes.resident,
         "MANY": sizes.many,
+        "EXPERTS": experts,
     }
     if sizes.many and wgmma:
         macros["WGMMA(d, a, x)"] = _wgmma(8 * sizes.of_x, "bf16" if bfloat else "f16")
@@ -231,15 +247,14 @@ def _wgmma(n: int, dtype: str) -> str:
 @cache
 def _compiled(
     how: Recipe,
-    k: int,
-    row_words: int,
+    shape: tuple[int, int, int],
     stored: tuple[int, bool],
     sizes: Sizes,
     dtype: torch.dtype,
     device: torch.device,
     wgmma: bool,
 ) -> Any:
-    text = defined(how, k, row_words, stored, sizes, dtype == torch.bfloat16, wgmma)
+    text = defined(how, shape, stored, sizes, dtype == torch.bfloat16, wgmma)
     with torch.cuda.device(device):
         name = "many" if sizes.many else "few"
         kernel: Any = torch.cuda._compile_kernel(  # type: ignore[attr-defined,unused-ignore]

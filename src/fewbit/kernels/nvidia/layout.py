@@ -18,10 +18,11 @@ loads them all at once. If N is not a multiple of 16, the last rows are padded w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import gcd
 from typing import NamedTuple
 
+from fewbit.kernels.base import cut
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes import bits as streams
 from fewbit.schemes.affine import Affine
@@ -236,6 +237,12 @@ def _blocks(codec: GGML, codes: Tensor, kept: tuple[Tensor, ...], how: Recipe) -
         dmin = -dmin
     blocks = pack_blocks(codec.name, Fields(codes.view(-1, kind.columns), d, dmin, sc, m))
     return blocks.view(len(codes), -1)
+
+
+def of_expert(how: Recipe, tensors: Sequence[Tensor], experts: int, expert: int) -> tuple[Tensor, ...]:
+    """The tensors of one expert's weight [N, K], as views of those of [experts · N, K]. N is a multiple of 16."""
+    own = [cut(tensor, experts, expert) for tensor in (tensors[:-1] if how.table else tensors)]
+    return (*own, tensors[-1]) if how.table else tuple(own)
 
 
 def operands(how: Recipe, tensors: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:

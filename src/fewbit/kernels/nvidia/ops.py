@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.kernels.base import runs
 from fewbit.kernels.nvidia import in_cuda
 from fewbit.kernels.nvidia.in_cuda import Sizes
-from fewbit.kernels.nvidia.layout import WORDS, Recipe, operands
+from fewbit.kernels.nvidia.layout import MAPPED, WORDS, Recipe, of_expert, operands
 
 Config = tuple[int, ...]
 
@@ -76,6 +77,63 @@ def linear(x: Tensor, tensors: list[Tensor], how: Recipe, n: int, config: Config
     return y
 
 
+@torch.library.custom_op("fewbit::packed_grouped", mutates_args=())
+def packed_grouped(x: Tensor, tensors: list[Tensor], how: list[int], ends: Tensor, n: int) -> Tensor:
+    """Rows of x [M, K] times the transposes of their experts' packed weights [n, K]: [M, n] in the dtype of x.
+
+    ends: int32 [experts], where the rows of each expert end. Rows after the last end get zeros.
+    """
+    return grouped(x, tensors, Recipe(*how), ends, n)
+
+
+@packed_grouped.register_fake
+def _(x: Tensor, tensors: list[Tensor], how: list[int], ends: Tensor, n: int) -> Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+def grouped(
+    x: Tensor, tensors: list[Tensor], how: Recipe, ends: Tensor, n: int, config: Config | None = None
+) -> Tensor:
+    """The implementation of the operator. `config` overrides the choice of kernel, for benchmarks."""
+    (m, k), experts = x.shape, len(ends)
+    x = x.contiguous()
+    if not m:
+        return x.new_empty(0, n)
+    path, *sizes = config or choose_grouped(m, n, k, experts, how, x.device)
+    if path == CUDA:
+        y = x.new_empty(m, n)
+        in_cuda.grouped(x, y, tensors, how, Sizes(*sizes), experts, ends)
+        return y
+    if path == VALUES:
+        weights = values(tensors, how, experts * n, k, x.dtype).view(experts, n, k)
+        y = torch._grouped_mm(x, weights.transpose(1, 2), offs=ends)
+        numbers = torch.arange(m, dtype=ends.dtype, device=ends.device)
+        return y.masked_fill_((numbers >= ends[-1])[:, None], 0)
+    y = x.new_zeros(m, n)
+    for expert, start, end in runs(ends):
+        y[start:end] = linear(x[start:end], list(of_expert(how, tensors, experts, expert)), how, n)
+    return y
+
+
+def choose_grouped(m: int, n: int, k: int, experts: int, how: Recipe, device: torch.device) -> Config:
+    """The kernel (CUDA, VALUES or LOOP) and its sizes for m rows of x, which belong to `experts` weights [n, k]."""
+    average = m / experts
+    if in_cuda.unusable(device) is None and average <= _MOST:
+        tiles = -(-k // how.tile)
+        warps, resident = next((sizes for sizes in _WARPS if tiles % sizes[0] == 0), (8, 2))
+        return (CUDA, *in_cuda.Sizes(warps, 2, 1 if average <= _FEW else 2, resident))
+    if how.scale != MAPPED and experts * n * k <= _AT_ONCE and k % 8 == n % 8 == 0 and hasattr(torch, "_grouped_mm"):
+        return (VALUES,)
+    return (LOOP,)
+
+
+# Measured on an H100: see benchmarks/results/2026-11-packed-experts.md.
+_WARPS = ((4, 3), (6, 2), (3, 3), (5, 2), (7, 2))  # warps of a block that divide the tiles of a row, resident blocks
+_FEW = 6  # average number of rows of an expert up to which a block multiplies 8 rows of x at a time; above, 16
+_MOST = 128  # average above which weights are dequantized for PyTorch's grouped product
+_AT_ONCE = 1 << 30  # weights that are dequantized at once: 2 GiB of 16-bit values
+
+
 def values(
     tensors: list[Tensor], how: Recipe, n: int, k: int, dtype: torch.dtype, top: int = 0, bottom: int | None = None
 ) -> Tensor:
@@ -102,7 +160,7 @@ def values(
     return y
 
 
-GEMV, VALUES, CUDA = 0, 2, 3
+GEMV, VALUES, CUDA, LOOP = 0, 2, 3, 4
 ONE = 0x3F800000  # the bits of 1.0
 
 
