@@ -67,6 +67,7 @@ MORE: dict[str, dict[str, Any]] = {
     "kimi_linear": {**_HYBRID, "mlp_layer_types": ["dense", "sparse"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {**_MLA, "zero_expert_num": 2},
     "mamba2": {
         "num_heads": 16,
         "head_dim": 8,
@@ -123,7 +124,6 @@ NOT_BUILT: dict[str, str] = {
 NOT_ON_LOAD: dict[str, str] = {
     "emu3": "Unrecognized configuration class",
     "gemma4_unified_assistant": "shared_kv_states cannot be None",
-    "longcat_flash": "must match the size of tensor",
     "mllama": "Unrecognized configuration class",
     "rwkv": "is packed, and cannot be changed",  # it divides weights before the first token
 }
@@ -133,9 +133,6 @@ _SPLIT = "into several while loading, which fewbit does not support yet"
 # Types that fewbit refuses, and with what words.
 REFUSED: dict[str, str] = {
     "gemma4_unified_assistant": "shared_kv_states cannot be None",
-    "inkling_text": _FUSED,
-    "jetmoe": _FUSED,
-    "longcat_flash": _FUSED,
     "rwkv": "is packed, and cannot be changed",
     "zamba": _SHARED,
     "zamba2": _SHARED,
@@ -221,8 +218,10 @@ def put(model: nn.Module, name: str, weight: Tensor) -> None:
             return
         parent, expert, leaf = name.rsplit(".", 2)
         experts: Any = modules[parent]
-        transposed = getattr(experts, "is_transposed", True)  # Llama 4's do not say that they are
-        if leaf in ("down_proj", "w2"):
+        transposed = getattr(experts, "is_transposed", type(experts).__name__ == "Llama4TextExperts")
+        if leaf == "linear" or hasattr(experts, "gate_proj"):  # JetMoe; Inkling's shared experts
+            place = getattr(experts, "weight" if leaf == "linear" else leaf)[int(expert)]
+        elif leaf in ("down_proj", "w2"):
             place = experts.down_proj[int(expert)]
         elif not hasattr(experts, "gate_up_proj"):
             place = experts.up_proj[int(expert)]

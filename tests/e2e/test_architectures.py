@@ -14,20 +14,25 @@ from fewbit.nn.layers import QLinear
 from tests import architectures, models
 
 PLANS = ("gptq-4bit", "nf4", "int8", "awq-4bit")
-# What people run and no other test covers: experts, hybrids, latent attention. Always tested.
+# What people run and no other test covers: experts, hybrids, latent attention; and experts or tensors of a form that few
+# types have (Inkling, JetMoe, LongCat, Sarvam). Always tested.
 POPULAR = (
     "deepseek_v3",
     "falcon_h1",
     "glm4_moe",
     "gpt_oss",
     "granitemoehybrid",
+    "inkling_text",
+    "jetmoe",
     "lfm2",
+    "longcat_flash",
     "mamba2",
     "mixtral",
     "nemotron_h",
     "qwen3_5_moe_text",
     "qwen3_moe",
     "qwen3_next",
+    "sarvam_moe",
 )
 # Another tenth of all types each day, by the first plan; all of them by all plans in `make test-all`.
 TODAY = architectures.TYPES[datetime.now(UTC).toordinal() % 10 :: 10]

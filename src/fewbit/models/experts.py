@@ -75,6 +75,12 @@ class SeparateExperts(nn.Module):
     running: frozenset[int] | None = None  # the experts that compute, None for all; see `only_of`
     state: dict[str, Any]  # shared with the experts
 
+    def laid_out(self, name: str, mapping: Sequence[Any]) -> tuple[tuple[str, ...], tuple[Piece, ...]]:
+        """The names of the linears, and where they lie in the fused tensors of this module, which is called `name`."""
+        fused: Any = self
+        leaves = _leaves(name, mapping, gated=fused.has_gate)
+        return leaves, tuple(_pieces(fused, leaves))
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' outputs.
 
@@ -188,18 +194,64 @@ class SeparateBatchedExperts(SeparateExperts):
         return torch.cat(outputs)
 
 
+class SeparateExpertsBesideIdle(SeparateExperts):
+    """For LongCat: an entry of `top_k_index` >= `count` selects an expert that returns its input."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        own = super().forward(hidden_states, top_k_index, top_k_weights)
+        idle = (top_k_weights * (top_k_index >= self.count)).sum(dim=-1, keepdim=True)
+        return own + (hidden_states * idle).to(own.dtype)
+
+
+class SeparateSharedExperts(SeparateExperts):
+    """For Inkling: every expert gets every token. Gate, up and down are three fused tensors."""
+
+    def laid_out(self, name: str, mapping: Sequence[Any]) -> tuple[tuple[str, ...], tuple[Piece, ...]]:
+        leaves = ("gate_proj", "up_proj", "down_proj")
+        return leaves, tuple(Piece(leaf, "weight", leaf, slice(None), False) for leaf in leaves)
+
+    def forward(self, hidden_states: Tensor, gammas: Tensor) -> Tensor:  # type: ignore[override]
+        """The sum of the experts' outputs. gammas: factors of what the down linears read, one per token and expert."""
+        fused: Any = self
+        gammas = gammas.view(*hidden_states.shape[:-1], self.count)
+        outputs = [torch.zeros_like(hidden_states, dtype=torch.float32)]
+        for expert in filter(self._runs, range(self.count)):
+            gate, up, down = (getattr(self.get_submodule(str(expert)), leaf) for leaf in self.leaves)
+            inner = fused.act_fn(gate(hidden_states)) * up(hidden_states) * gammas[..., expert, None]
+            outputs.append(down(inner).float())
+        return torch.stack(outputs).sum(dim=0).to(hidden_states.dtype)
+
+
+class SeparateProducts(SeparateExperts):
+    """For JetMoe: one linear for each expert. The rows are sorted by expert."""
+
+    def laid_out(self, name: str, mapping: Sequence[Any]) -> tuple[tuple[str, ...], tuple[Piece, ...]]:
+        return ("linear",), (Piece("linear", "weight", "weight", slice(None), False),)
+
+    def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:  # type: ignore[override]
+        """The experts' outputs [rows, N]. expert_size: the number of rows of each expert."""
+        width, outputs = self.shapes["weight"][1], []
+        for expert, rows in enumerate(inputs.split(expert_size, dim=0)):
+            runs = len(rows) and self._runs(expert)
+            linear = self.get_submodule(f"{expert}.linear")
+            outputs.append(linear(rows) if runs else rows.new_zeros(len(rows), width))
+        return torch.cat(outputs)
+
+
 # What transformers' decorator for fused experts sets, to describe their layout.
 _LAYOUT = {"has_gate", "has_bias", "is_transposed", "is_concatenated"}
 # Classes that lack the decorator.
+_USUAL = {
+    **dict.fromkeys(("has_gate", "is_concatenated"), True),
+    **dict.fromkeys(("has_bias", "is_transposed"), False),
+    "_apply_gate": lambda self, both: _gated(self.act_fn, both),
+}
 _UNDECORATED: dict[str, tuple[type[SeparateExperts], dict[str, Any]]] = {
-    "Llama4TextExperts": (
-        SeparateBatchedExperts,
-        {
-            **dict.fromkeys(("has_gate", "is_transposed", "is_concatenated"), True),
-            "has_bias": False,
-            "_apply_gate": lambda self, both: _gated(self.act_fn, both),
-        },
-    ),
+    "Llama4TextExperts": (SeparateBatchedExperts, {**_USUAL, "is_transposed": True}),
+    "InklingExperts": (SeparateExperts, _USUAL),
+    "InklingSharedExperts": (SeparateSharedExperts, {}),
+    "JetMoeParallelExperts": (SeparateProducts, {}),
+    "LongcatFlashExperts": (SeparateExpertsBesideIdle, _USUAL),
 }
 
 
@@ -224,24 +276,25 @@ def separate(model: PreTrainedModel) -> None:
         base, known = _UNDECORATED.get(type(module).__name__, (SeparateExperts, {}))
         cls: type[nn.Module] = type(module)
         module.__class__ = type(f"Separate{cls.__name__}", (base, cls), known)
-        leaves = _leaves(name, mapping, gated=module.has_gate)
-        pieces = tuple(_pieces(module, leaves))
+        leaves, pieces = module.laid_out(name, mapping)
         fused: dict[str, Tensor] = {each.fused: getattr(module, each.fused) for each in pieces}
         for each in fused:
             delattr(module, each)
+        count = min(map(len, fused.values()))  # LongCat's gates have rows for experts that do nothing
+        trained = any(tensor.requires_grad for tensor in fused.values())
         state: dict[str, Any] = {}
         module.state = state
-        for expert in range(len(fused["down_proj"])):
+        for expert in range(count):
             own = Expert(state)
             for leaf in leaves:
                 values = {p.kind: p.of(fused[p.fused], expert).contiguous() for p in pieces if p.leaf == leaf}
                 rows, columns = values["weight"].shape
                 linear = nn.Linear(columns, rows, bias="bias" in values, device="meta")
                 for kind, value in values.items():
-                    setattr(linear, kind, nn.Parameter(value.detach(), requires_grad=fused["down_proj"].requires_grad))
+                    setattr(linear, kind, nn.Parameter(value.detach(), requires_grad=trained))
                 own.add_module(leaf, linear)
             module.add_module(str(expert), own)
-        module.leaves, module.pieces, module.count = leaves, pieces, len(fused["down_proj"])
+        module.leaves, module.pieces, module.count = leaves, pieces, count
         module.shapes = {each: tuple(tensor.shape) for each, tensor in fused.items()}
         # Else transformers would initialize the removed fused parameters; some models do so in the layer around them.
         module._is_hf_initialized = True
@@ -268,7 +321,7 @@ def join(model: PreTrainedModel) -> None:
         experts = [module.get_submodule(str(expert)) for expert in range(module.count)]
         like = experts[0].get_submodule(module.leaves[-1]).get_parameter("weight")
         for name, shape in module.shapes.items():
-            fused = torch.empty(shape, dtype=like.dtype, device=like.device)
+            fused = torch.zeros(shape, dtype=like.dtype, device=like.device)
             for piece in module.pieces:
                 for number, expert in enumerate(experts if piece.fused == name else []):
                     own = expert.get_submodule(piece.leaf).get_parameter(piece.kind)
@@ -316,6 +369,14 @@ def is_of_expert(name: str) -> bool:
     return _OWN.search(name) is not None
 
 
+def names_one(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether one of `names` is of a module or tensor of one expert of `model`, whose experts may be fused."""
+    apart = [name for name, module in model.named_modules() if isinstance(module, SeparateExperts)]
+    paths = [re.escape(name) for name in (*apart, *(name for name, _ in fused_in(model)))]
+    own = re.compile(rf"(?:{'|'.join(paths)})\.\d+\.")
+    return bool(paths) and any(own.match(name) for name in names)
+
+
 def are_separate(model: nn.Module) -> bool:
     return any(isinstance(module, SeparateExperts) for module in model.modules())
 
@@ -327,12 +388,14 @@ def unmerged(conversions: Sequence[Any]) -> list[Any]:
 
 def fused_count(model: nn.Module, name: str) -> int | None:
     """How many experts the fused tensor `name` of a checkpoint must hold; None if it holds none."""
-    return len({expert for _, expert, _ in split(model, name)}) or None
+    path, _, tensor = name.rpartition(".")
+    shapes = getattr(dict(model.named_modules()).get(path), "shapes", {})
+    return shapes[tensor][0] if tensor in shapes else None
 
 
 def fused_name(model: nn.Module, name: str) -> str | None:
     """The fused tensor that the tensor `name` of a single expert may be a part of; None if it is not of an expert."""
-    if not is_of_expert(name):
+    if not names_one(model, [name]):
         return None
     path, _, leaf, kind = name.rsplit(".", 3)
     module: Any = model.get_submodule(path)

@@ -323,7 +323,9 @@ class Skeleton:
         for key, fused in list(self.without_place.items()):  # experts that are fused in the checkpoint
             self._check_experts(key, fused)
             for name, expert, piece in experts.split(self.model, fused):
-                self.checkpoint.add_view(name, key, partial(piece.of, expert=expert))
+                own = partial(piece.of, expert=expert)
+                view = splits.after_conversion(self.model, self._mapping, key, fused, own)
+                self.checkpoint.add_view(name, key, view)
                 found[name] = name
                 self.without_place.pop(key, None)
         self.splits = dict[str, str]()  # name of a part -> the checkpoint's tensor that transformers splits

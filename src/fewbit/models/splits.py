@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from fewbit.errors import FormatError
+from fewbit.errors import FormatError, PlanError
 from fewbit.schemes.base import PartSpec
 
 Mapping = Sequence[WeightRenaming | WeightConverter]
@@ -41,7 +41,7 @@ def parts_of(
     converter = converter_of(mapping, key)
     if converter is None or len(converter.target_patterns) < 2 or len(converter.source_patterns) > 1:
         return
-    split = partial(_split, model, converter, key, first)
+    split = partial(converted, model, converter, first)
     try:
         names = list(split(torch.empty(spec.shape, dtype=spec.dtype, device="meta")))
     except Exception as error:  # transformers' operations raise anything on a wrong shape
@@ -54,11 +54,32 @@ def _part(split: Callable[[Tensor], dict[str, Tensor]], name: str, handle: Any) 
     return split(handle[...])[name]
 
 
-def _split(
-    model: PreTrainedModel, converter: WeightConverter, key: str, first: str, tensor: Tensor
-) -> dict[str, Tensor]:
-    """The parameters that transformers makes of a checkpoint's tensor, by their names."""
+def after_conversion(
+    model: PreTrainedModel, mapping: Mapping, key: str, name: str, view: Callable[[Any], Tensor]
+) -> Callable[[Any], Tensor]:
+    """`view`, a part of the parameter `name`, as a part of the checkpoint's tensor `key`, which may be converted first.
+
+    Views take a lazy handle of the tensor, as `Checkpoint.add_view` does.
+    """
+    converter = converter_of(mapping, key)
+    if converter is None:
+        return view
+    if len(converter.source_patterns) > 1 or len(converter.target_patterns) > 1:
+        raise PlanError(
+            f"transformers makes {name} of {' and '.join(converter.source_patterns)} while loading, which fewbit does "
+            "not support yet"
+        )
+    return partial(_part_after, partial(converted, model, converter, name), view)
+
+
+def _part_after(convert: Callable[[Tensor], dict[str, Tensor]], view: Callable[[Any], Tensor], handle: Any) -> Tensor:
+    (tensor,) = convert(handle[...]).values()
+    return view(tensor)
+
+
+def converted(model: PreTrainedModel, converter: WeightConverter, first: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What transformers makes of a checkpoint's tensor, by the names of parameters. `first`: the first of them."""
     own: Any = deepcopy(converter)
-    own.add_tensor(first, key, own.source_patterns[0], lambda: tensor)
+    own.add_tensor(first, first, own.source_patterns[0], lambda: tensor)
     found = own.convert(first, model=model, config=model.config)
     return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}

@@ -54,7 +54,7 @@ class _Layer:
             return None
         if not all(isinstance(linear, QLinear) for linears in found for linear in linears):
             return "not all of them are packed"
-        for group in (into, [down]):
+        for group in filter(None, (into, [down])):  # JetMoe's have one linear each
             self.weights = {leaf: self._read(leaf) for leaf in group}
             why = self._stack(group, dtype, kernel)
             if why and len(group) > 1:  # gate and up may differ from each other

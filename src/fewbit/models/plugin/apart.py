@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from fewbit.errors import FewbitError, FormatError
-from fewbit.models import experts
+from fewbit.models import experts, splits
 
 Refuse = Callable[[FewbitError], None]
 
@@ -27,25 +28,36 @@ def splitting(model: PreTrainedModel, quantize: ConversionOps, refuse: Refuse) -
     `quantize` packs those that are to be packed. `refuse` gets the error for a fused tensor of another shape.
     """
     found = []
+    mapping = experts.unmerged(get_model_conversion_mapping(model))
+    single = [
+        m for m in mapping if isinstance(m, WeightConverter) and len(m.source_patterns) == len(m.target_patterns) == 1
+    ]
     for path, module in model.named_modules():
-        for fused in module.shapes if isinstance(module, experts.SeparateExperts) else ():
-            prefix = model.base_model_prefix
-            inner = re.escape(f"{path.removeprefix(f'{prefix}.')}.{fused}")
-            found.append(
-                WeightConverter(
-                    source_patterns=[rf"^(?:{re.escape(prefix)}\.)?{inner}"],
-                    target_patterns=[name for name, _, _ in experts.split(model, f"{path}.{fused}")],
-                    operations=[_SplitExperts(f"{path}.{fused}", refuse), quantize],
-                )
-            )
+        for tensor in module.shapes if isinstance(module, experts.SeparateExperts) else ():
+            fused = f"{path}.{tensor}"
+            # Of checkpoints with the parameter itself, and of those that have it in another form.
+            found.append(_into_experts(model, fused, re.escape(fused), _SplitExperts(fused, refuse), quantize))
+            for each in single:
+                target = each.target_patterns[0].replace("\\.", ".")
+                if fused.endswith(target):
+                    source = re.escape(fused.removesuffix(target)) + each.source_patterns[0]
+                    operation = _SplitExperts(fused, refuse, each)
+                    found.insert(0, _into_experts(model, fused, source, operation, quantize))
     return found
 
 
-class _SplitExperts(ConversionOps):
-    """Splits a fused tensor of experts into the weights or biases of their linears."""
+def _into_experts(model: PreTrainedModel, fused: str, source: str, *operations: ConversionOps) -> WeightConverter:
+    """A conversion from a tensor that `source` matches to the experts' tensors. It may lack the base model's prefix."""
+    prefix = re.escape(f"{model.base_model_prefix}.")
+    names = [name for name, _, _ in experts.split(model, fused)]
+    return WeightConverter([rf"^(?:{prefix})?{source.removeprefix(prefix)}"], names, list(operations))
 
-    def __init__(self, fused: str, refuse: Refuse) -> None:
-        self.fused, self.refuse = fused, refuse
+
+class _SplitExperts(ConversionOps):
+    """Splits a fused tensor of experts into the weights or biases of their linears, after conversion by `before`."""
+
+    def __init__(self, fused: str, refuse: Refuse, before: WeightConverter | None = None) -> None:
+        self.fused, self.refuse, self.before = fused, refuse, before
 
     def __deepcopy__(self, memo: object) -> _SplitExperts:
         return self  # transformers copies a conversion for each tensor; `refuse` belongs to a whole model
@@ -56,6 +68,8 @@ class _SplitExperts(ConversionOps):
         (given,) = input_dict.values()
         fused: Tensor = given[0] if isinstance(given, list) else given
         model = kwargs["model"]
+        if self.before is not None:
+            (fused,) = splits.converted(model, self.before, self.fused, fused).values()
         path, _, tensor = self.fused.rpartition(".")
         wanted = model.get_submodule(path).shapes[tensor]
         if tuple(fused.shape) != wanted:

@@ -136,7 +136,7 @@ class FewbitQuantizer(HfQuantizer):
         if self.scheme is not None:
             experts.separate(model)
             self._make_room(model, kwargs.get("device_map"))
-            self.separated = any(experts.is_of_expert(name) for name in self.packed)
+            self.separated = experts.names_one(model, self.packed)
             if not self.separated:  # the config leaves them unquantized
                 experts.join(model)
             self.splitting = apart.splitting(model, self.get_quantize_ops(), self._fail)
@@ -178,7 +178,7 @@ class FewbitQuantizer(HfQuantizer):
         for file in checkpoint_files:
             specs |= read_specs(Path(file))
         named = renamed(model, specs)
-        if any(experts.is_of_expert(name) for name in self.format.find(self.config, named)):
+        if experts.names_one(model, self.format.find(self.config, named)):
             experts.separate(model)
             self.separated = True
             named = renamed(model, specs)
@@ -247,7 +247,7 @@ class FewbitQuantizer(HfQuantizer):
         self._quantize_checkpoint(weight_conversions)
         theirs: Any = super().update_weight_conversions  # newer versions also pass the model
         rules = theirs(weight_conversions, *rest)
-        return [*(experts.unmerged(rules) if self.separated else rules), *self.splitting]
+        return [*self.splitting, *(experts.unmerged(rules) if self.separated else rules)]
 
     def get_weight_conversions(self) -> list[WeightRenaming]:
         """The rules for renaming the tensors of the format. Transformers adds them to those of the model."""
