@@ -129,7 +129,6 @@ NOT_ON_LOAD: dict[str, str] = {
 }
 _FUSED = "fused experts .* cannot be quantized yet"
 _SHARED = "blocks that share weights cannot be quantized yet"
-_SPLIT = "into several while loading, which fewbit does not support yet"
 # Types that fewbit refuses, and with what words.
 REFUSED: dict[str, str] = {
     "gemma4_unified_assistant": "shared_kv_states cannot be None",

@@ -14,8 +14,8 @@ from fewbit.nn.layers import QLinear
 from tests import architectures, models
 
 PLANS = ("gptq-4bit", "nf4", "int8", "awq-4bit")
-# What people run and no other test covers: experts, hybrids, latent attention; and experts or tensors of a form that few
-# types have (Inkling, JetMoe, LongCat, Sarvam). Always tested.
+# What people run and no other test covers: experts, hybrids, latent attention; and experts or tensors of a form that
+# few types have (Inkling, JetMoe, LongCat, Sarvam). Always tested.
 POPULAR = (
     "deepseek_v3",
     "falcon_h1",

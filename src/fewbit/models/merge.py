@@ -11,12 +11,13 @@ from fewbit.formats.containers.safetensors import ShardWriter, copy_side_files, 
 from fewbit.models import decoded, scales
 from fewbit.models.adapters.attach import attach
 from fewbit.models.adapters.refit import presumed
+from fewbit.models.conversions import owned, placed
 from fewbit.models.experts import join
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.scales import Scales
-from fewbit.models.skeleton import load_tokenizer, owned, placed
+from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source
 from fewbit.nn.fused import packed_linears
 from fewbit.schemes.base import PartSpec

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,15 +20,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
     convert_and_load_state_dict_in_model,
-    rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
 from fewbit.errors import FormatError, PlanError
-from fewbit.models import classes, decoded, experts, splits
+from fewbit.models import classes, conversions, decoded, experts
 from fewbit.models.blocks import find_blocks
 from fewbit.models.building import building, empty_parameters
 from fewbit.models.linears import is_linear, shape_of, weight_of
@@ -38,8 +35,6 @@ from fewbit.schemes.base import PartSpec
 from fewbit.system.files import read_json
 
 Shape = tuple[int, int]
-# Name endings of tensors that only older checkpoints have: models now compute these values.
-_COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "attention.bias", "attention.masked_bias")
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ class Skeleton:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
         self.blocks = find_blocks(self.model)
-        self._mapping = conversions(self.model)
+        self._mapping = conversions.mapping_of(self.model)
         self._expected = self.model.state_dict()
         self._open()
 
@@ -116,7 +111,7 @@ class Skeleton:
         self.checkpoint, self.packing = decoded.opened(self.source, self.config)
         self.name_of = self._names()
         self.merged = {name for name, count in Counter(self.name_of.values()).items() if count > 1}
-        self.merged |= {name for key, name in self.name_of.items() if self._converts(key)}
+        self.merged |= {name for key, name in self.name_of.items() if conversions.converter_of(self._mapping, key)}
         self.tied = self._ties()
         self._check()
 
@@ -182,7 +177,7 @@ class Skeleton:
         are left out: next to its packed tensors, they would have another meaning.
         """
         prefix, specs = self.model.base_model_prefix, self.checkpoint.specs
-        return {k: specs[k] for k, name in self.without_place.items() if not owned(name, prefix, quantized)}
+        return {k: specs[k] for k, name in self.without_place.items() if not conversions.owned(name, prefix, quantized)}
 
     def key_of(self, name: str) -> str:
         """The checkpoint's name of the tensor with the model name `name`."""
@@ -319,19 +314,19 @@ class Skeleton:
 
     def _names(self) -> dict[str, str]:
         """Checkpoint name -> model name, of the tensors that belong to the model."""
-        found, self.without_place = placed(self.model, self.checkpoint.specs, self._expected)
+        found, self.without_place = conversions.placed(self.model, self.checkpoint.specs, self._expected)
         for key, fused in list(self.without_place.items()):  # experts that are fused in the checkpoint
             self._check_experts(key, fused)
             for name, expert, piece in experts.split(self.model, fused):
                 own = partial(piece.of, expert=expert)
-                view = splits.after_conversion(self.model, self._mapping, key, fused, own)
+                view = conversions.after_conversion(self.model, self._mapping, key, fused, own)
                 self.checkpoint.add_view(name, key, view)
                 found[name] = name
                 self.without_place.pop(key, None)
         self.splits = dict[str, str]()  # name of a part -> the checkpoint's tensor that transformers splits
         for key, first in list(found.items()):
             spec = self.checkpoint.specs[key]
-            for name, view in splits.parts_of(self.model, self._mapping, key, first, spec):
+            for name, view in conversions.parts_of(self.model, self._mapping, key, first, spec):
                 self.checkpoint.add_view(name, key, view)
                 found[name], self.splits[name] = name, key
                 found.pop(key, None)
@@ -349,12 +344,6 @@ class Skeleton:
                 f"{self.source.folder}: {key} has shape {list(found)}, "
                 f"but its first dimension must be {wanted}, the number of experts in config.json"
             )
-
-    def _converts(self, key: str) -> bool:
-        """Whether transformers changes the values of the checkpoint's tensor `key` while loading it."""
-        renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
-        converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
-        return rename_source_key(key, renamings, converters)[1] is not None
 
     def _ties(self) -> dict[str, str]:
         """Model name -> name of the tensor that it is tied to. Stored tensors with different values are not tied."""
@@ -391,7 +380,7 @@ class Skeleton:
                 raise FormatError(
                     f"{self.source.folder}: {key} has dtype {self.checkpoint.specs[key].dtype}, not a float"
                 )
-            if found != wanted and splits.converter_of(self._mapping, key) is None:
+            if found != wanted and conversions.converter_of(self._mapping, key) is None:
                 raise FormatError(
                     f"{self.source.folder}: {self.checkpoint.called(key)} has shape {list(found)}, "
                     f"config.json requires {list(wanted)}"
@@ -399,7 +388,7 @@ class Skeleton:
 
     def _load(self, keys: list[str]) -> None:
         config = LoadStateDictConfig(
-            dtype=self.dtype, device_map={"": self.device}, weight_mapping=conversions(self.model)
+            dtype=self.dtype, device_map={"": self.device}, weight_mapping=conversions.mapping_of(self.model)
         )
         # A tied tensor may be stored under its other name; load it under the name that owns it.
         tied = self.model.all_tied_weights_keys.values()
@@ -416,41 +405,6 @@ class Skeleton:
     def _set(self, name: str, tensor: Tensor) -> None:
         module, _, leaf = name.rpartition(".")
         self.model.get_submodule(module).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-
-
-def placed(
-    model: PreTrainedModel, keys: Iterable[str], expected: dict[str, Any]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Two maps, checkpoint name -> model name: of the tensors that `expected` contains, and of all others.
-
-    Tensors of older checkpoints that models now compute are in neither.
-    """
-    mapping, prefix = conversions(model), model.base_model_prefix
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    found, without, computed = dict[str, str](), dict[str, str](), {name for name, _ in model.named_buffers()}
-    for key in keys:
-        name, _ = rename_source_key(key, renamings, converters, prefix, expected)
-        if name not in expected and key in expected:  # transformers does not rename such a key either
-            name, _ = rename_source_key(key, [], [], prefix, expected)
-        if name in expected:
-            found[key] = name
-        elif not {name, f"{prefix}.{name}"} & computed and not name.endswith(_COMPUTED):
-            without[key] = name
-    return found, without
-
-
-def owned(name: str, prefix: str, modules: Container[str]) -> bool:
-    """Whether the tensor `name` belongs to one of `modules`. Their names may start with the base model's `prefix`."""
-    module, inside, _ = name.partition(".weight.")  # parts of a packed weight may be named `weight.PART`
-    module = module if inside else name.rpartition(".")[0]
-    return module in modules or f"{prefix}.{module}" in modules
-
-
-def conversions(model: PreTrainedModel) -> list[WeightRenaming | WeightConverter]:
-    """How transformers renames and merges a checkpoint's tensors for this model."""
-    known = [m for m in get_model_conversion_mapping(model) if isinstance(m, (WeightRenaming, WeightConverter))]
-    return experts.unmerged(known) if experts.are_separate(model) else known
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:

@@ -17,7 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from fewbit.errors import FewbitError, FormatError
-from fewbit.models import experts, splits
+from fewbit.models import conversions, experts
 
 Refuse = Callable[[FewbitError], None]
 
@@ -69,7 +69,7 @@ class _SplitExperts(ConversionOps):
         fused: Tensor = given[0] if isinstance(given, list) else given
         model = kwargs["model"]
         if self.before is not None:
-            (fused,) = splits.converted(model, self.before, self.fused, fused).values()
+            (fused,) = conversions.converted(model, self.before, self.fused, fused).values()
         path, _, tensor = self.fused.rpartition(".")
         wanted = model.get_submodule(path).shapes[tensor]
         if tuple(fused.shape) != wanted:
@@ -82,9 +82,9 @@ class _SplitExperts(ConversionOps):
         raise NotImplementedError("packed experts stay separate in files")
 
 
-def kept(conversions: Iterable[Any], packed: Collection[str]) -> list[Any]:
-    """`conversions` without those that saving must not undo, as they made tensors of `packed` layers."""
-    return [each for each in conversions if not _makes(each, packed)]
+def kept(rules: Iterable[Any], packed: Collection[str]) -> list[Any]:
+    """`rules` without those that saving must not undo, as they made tensors of `packed` layers."""
+    return [each for each in rules if not _makes(each, packed)]
 
 
 def _makes(conversion: Any, packed: Collection[str]) -> bool:

@@ -1,12 +1,13 @@
-"""Checkpoint tensors that transformers splits into several parameters while it loads a model, such as fused q, k and v.
+"""How transformers renames, merges and splits a checkpoint's tensors while it loads a model.
 
-Each part becomes a view of the checkpoint's tensor under the parameter's name. So it can be quantized by itself, and an
-output has it under that name, which transformers loads without splitting.
+If it splits a tensor into several parameters, such as fused q, k and v, each part becomes a view of the tensor under
+the parameter's name. So it can be quantized by itself, and an output has it under that name, which transformers loads
+without splitting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -14,12 +15,55 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from fewbit.errors import FormatError, PlanError
+from fewbit.models import experts
 from fewbit.schemes.base import PartSpec
 
 Mapping = Sequence[WeightRenaming | WeightConverter]
+# Name endings of tensors that only older checkpoints have: models now compute these values.
+_COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "attention.bias", "attention.masked_bias")
+
+
+def placed(
+    model: PreTrainedModel, keys: Iterable[str], expected: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Two maps, checkpoint name -> model name: of the tensors that `expected` contains, and of all others.
+
+    Tensors of older checkpoints that models now compute are in neither.
+    """
+    mapping, prefix = mapping_of(model), model.base_model_prefix
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    found, without, computed = dict[str, str](), dict[str, str](), {name for name, _ in model.named_buffers()}
+    for key in keys:
+        name, _ = rename_source_key(key, renamings, converters, prefix, expected)
+        if name not in expected and key in expected:  # transformers does not rename such a key either
+            name, _ = rename_source_key(key, [], [], prefix, expected)
+        if name in expected:
+            found[key] = name
+        elif not {name, f"{prefix}.{name}"} & computed and not name.endswith(_COMPUTED):
+            without[key] = name
+    return found, without
+
+
+def owned(name: str, prefix: str, modules: Container[str]) -> bool:
+    """Whether the tensor `name` belongs to one of `modules`. Their names may start with the base model's `prefix`."""
+    return owner(name) in modules or f"{prefix}.{owner(name)}" in modules
+
+
+def owner(name: str) -> str:
+    """The module that the tensor `name` belongs to."""
+    module, inside, _ = name.partition(".weight.")  # parts of a packed weight may be named `weight.PART`
+    return module if inside else name.rpartition(".")[0]
+
+
+def mapping_of(model: PreTrainedModel) -> list[WeightRenaming | WeightConverter]:
+    """How transformers renames and merges a checkpoint's tensors for this model."""
+    known = [m for m in get_model_conversion_mapping(model) if isinstance(m, (WeightRenaming, WeightConverter))]
+    return experts.unmerged(known) if experts.are_separate(model) else known
 
 
 def converter_of(mapping: Mapping, key: str) -> WeightConverter | None:
@@ -81,5 +125,22 @@ def converted(model: PreTrainedModel, converter: WeightConverter, first: str, te
     """What transformers makes of a checkpoint's tensor, by the names of parameters. `first`: the first of them."""
     own: Any = deepcopy(converter)
     own.add_tensor(first, first, own.source_patterns[0], lambda: tensor)
-    found = own.convert(first, model=model, config=model.config)
+    found = own.convert(first, model=_WithFused(model), config=model.config)
     return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+
+
+class _WithFused:
+    """A model for transformers' conversions, which read the shapes of parameters. Fused experts have theirs."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def get_parameter(self, name: str) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        shapes = getattr(self.model.get_submodule(path), "shapes", {})
+        if leaf not in shapes:
+            return self.model.get_parameter(name)
+        return torch.empty(shapes[leaf], dtype=torch.float32, device="meta")
