@@ -34,12 +34,14 @@ class Need(IntEnum):
 class Stats:
     """Statistics of one input of K columns. Linears that read the same tensor share them.
 
-    need: the statistic to gather. rows, dropped: how many rows were counted, and how many had NaN or Inf.
+    need: the statistic to gather. rows, dropped: how many rows were counted, and how many had NaN or Inf. borrowed: how
+    many rows of other inputs `shrink` added to them.
     """
 
     def __init__(self, k: int, need: Need, device: torch.device | str = "cpu") -> None:
         self.need = need
         self.rows = 0
+        self.borrowed = 0
         self._weight_sum = 0.0
         self.dropped = 0
         self._abs = torch.zeros(k, device=device, dtype=torch.float32) if need >= Need.MEAN_ABS else None
@@ -83,6 +85,24 @@ class Stats:
             with _tf32() if narrow and x.is_cuda else nullcontext():
                 self._hessian.addmm_(x.T, x, beta=keep, alpha=share)
 
+    def shrink(self, pool: Stats, strength: float) -> None:
+        """Shrink the means, in place, towards those of `pool`, which count as `strength` rows.
+
+        With n rows of its own and n0 = strength, H becomes (n H + n0 H_pool) / (n + n0). Without rows it is H_pool.
+        """
+        share = strength / (self.rows + strength) if self.rows else 1.0
+        if not pool.rows or not share:
+            return
+        for own, other in ((self._abs, pool._abs), (self._square, pool._square), (self._hessian, pool._hessian)):
+            if own is not None and other is not None:
+                own.lerp_(other, share)
+        self.borrowed = pool.rows
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the means are of no row at all."""
+        return not self.rows and not self.borrowed
+
     def all_reduce(self) -> None:
         """Combine the statistics of all ranks, in place: afterwards each rank has those of all rows."""
         if ranks.size() == 1:
@@ -121,7 +141,7 @@ class Stats:
     def _checked(self, mean: Tensor | None) -> Tensor:
         if mean is None:
             raise NumericsError(f"this statistic was not gathered (only {self.need.name} was)")
-        if not self.rows:
+        if self.is_empty:
             raise NumericsError("no finite row reached this input during calibration")
         return mean
 

@@ -215,11 +215,11 @@ def test_awq_scales_an_expert_that_some_windows_reach(tmp_path: Path, monkeypatc
     assert not any("calibration input reached" in note for tensor in record["tensors"] for note in tensor["notes"])
 
 
-def test_awq_rounds_an_expert_that_no_token_reached(tmp_path: Path) -> None:
+def test_awq_does_not_scale_an_expert_without_tokens(tmp_path: Path) -> None:
     folder = architectures.save(tmp_path / "model", "qwen3_moe")
     calibration = fewbit.Calibration([models.sentences(60)], samples=1, length=1)
     fewbit.quantize(folder, tmp_path / "out", plan="awq-4bit", calibration=calibration, device="cpu")
     record = json.loads((tmp_path / "out" / "fewbit.json").read_text("utf-8"))
-    unreached = [t["module"] for t in record["tensors"] if any("no calibration" in n for n in t["notes"])]
-    assert len(unreached) >= 2 * 2 * 3  # one token chooses 2 of 4 experts in each of 2 layers
-    assert all(experts.is_of_expert(name) for name in unreached)
+    unreached = [t["module"] for t in record["tensors"] if any("no finite calibration" in n for n in t["notes"])]
+    assert unreached
+    assert all(experts.is_of_expert(name) and name.endswith("down_proj") for name in unreached)

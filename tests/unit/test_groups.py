@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_groups_do_not_change_the_result(
     runs: list[int] = []
     gather = capture.gather
 
-    def counted(block: capture.Block, needs: Mapping[str, Need], **rest: bool) -> dict[str, Stats]:
+    def counted(block: capture.Block, needs: Mapping[str, Need], **rest: Any) -> dict[str, Stats]:
         runs[-1] += 1
         return gather(block, needs, **rest)
 
@@ -99,7 +100,7 @@ def test_the_same_linears_of_all_experts_are_one_stage(tmp_path: Path, monkeypat
     runs: list[set[str]] = []
     gather = capture.gather
 
-    def seen(block: capture.Block, needs: Mapping[str, Need], **rest: bool) -> dict[str, Stats]:
+    def seen(block: capture.Block, needs: Mapping[str, Need], **rest: Any) -> dict[str, Stats]:
         runs.append({name.rpartition(".")[2] for name in needs})
         return gather(block, needs, **rest)
 

@@ -34,6 +34,7 @@ from fewbit.pipeline.job import (
     Preview,
     fewer,
     is_file,
+    rarely_used,
     skeleton_of,
     too_small,
     windows,
@@ -115,7 +116,13 @@ def quantize(
             done = Quantized(
                 out=str(out),
                 plan=job.settled.resolved.plan.name,
-                notes=[*job.notes, *job.left_out(), *fewer(calibration, calibrated), *too_small(tensors)],
+                notes=[
+                    *job.notes,
+                    *job.left_out(),
+                    *fewer(calibration, calibrated),
+                    *rarely_used(tensors),
+                    *too_small(tensors),
+                ],
                 tensors=tensors,
                 original_bytes=preview.original_bytes,
                 output_bytes=preview.output_bytes,

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
+from fewbit.errors import NumericsError
 from fewbit.nn.experts import ExpertSlice, expert_of
 
 Groups = tuple[tuple[str, ...], ...]
@@ -46,6 +47,16 @@ class Piece:
         """The piece of one expert. `fused` is a tensor, or a handle of a file that reads only that expert."""
         own: Tensor = fused[expert]
         return (own.T if self.transposed else own)[self.rows]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The rows that one expert reads. tokens: int64 [n], their places among the tokens of the layer. shares: [n], the
+    router's weights, by which the expert's outputs are multiplied. of: the number of tokens of the layer."""
+
+    tokens: Tensor
+    shares: Tensor
+    of: int
 
 
 class Expert(nn.Module):
@@ -74,6 +85,8 @@ class SeparateExperts(nn.Module):
     shapes: dict[str, tuple[int, ...]]  # of the fused parameters
     running: frozenset[int] | None = None  # the experts that compute, None for all; see `only_of`
     state: dict[str, Any]  # shared with the experts
+    watched: str | None = None  # the module's name, if `routed` is kept up to date; see `watched`
+    routed: Routed | None = None  # the rows of the expert that computes now
 
     def laid_out(self, name: str, mapping: Sequence[Any]) -> tuple[tuple[str, ...], tuple[Piece, ...]]:
         """The names of the linears, and where they lie in the fused tensors of this module, which is called `name`."""
@@ -98,6 +111,7 @@ class SeparateExperts(nn.Module):
             out = torch.zeros_like(out).index_copy(0, order, out)
             weights = top_k_weights.masked_fill(top_k_index >= self.count, 0)
             return (out * weights.reshape(-1, 1)).view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+        self._check_router(hidden_states.isfinite().all(-1), top_k_weights.isfinite().all(-1))
         order = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=self.count)[: self.count].tolist()
         shape, dtype = (tokens, hidden_states.shape[-1]), torch.promote_types(hidden_states.dtype, torch.float32)
@@ -108,8 +122,21 @@ class SeparateExperts(nn.Module):
             start += rows
             if rows and self._runs(expert):
                 token = torch.div(own, k, rounding_mode="floor")
+                self._say(token, weights[own].flatten(), tokens)
                 out.index_add_(0, token, (self.run(expert, hidden_states[token]) * weights[own]).to(dtype))
         return out.to(hidden_states.dtype)
+
+    def _say(self, tokens: Tensor, shares: Tensor, of: int) -> None:
+        if self.watched is not None:
+            self.routed = Routed(tokens, shares, of)
+
+    def _check_router(self, tokens: Tensor, weights: Tensor) -> None:
+        """tokens, weights: bool [tokens], whether a token and the weights of its experts are finite."""
+        if self.watched is not None and (wrong := int((tokens & ~weights).sum())):
+            raise NumericsError(
+                f"{self.watched}: the router gives {wrong} of {len(tokens)} calibration tokens weights with NaN or Inf",
+                "The router's weight, or its arithmetic in this dtype, is broken. Check the original model.",
+            )
 
     def _runs(self, expert: int) -> bool:
         return self.running is None or expert in self.running
@@ -187,11 +214,18 @@ class SeparateBatchedExperts(SeparateExperts):
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """The experts' outputs [E · tokens, H] for their rows [E · tokens, H]."""
         rows = hidden_states.view(self.count, -1, hidden_states.shape[-1])
+        if self.watched is not None:
+            finite = rows.isfinite().all(-1)  # a token that is not finite is so for all experts
+            self._check_router(finite.any(0), finite.all(0))
         if (groups := self._stacks()) is not None:
             numbers = torch.arange(1, self.count + 1, device=rows.device, dtype=torch.int32)
             return self._run_all(groups, hidden_states, numbers * rows.shape[1])
-        outputs = [self.run(e, x) if self._runs(e) else torch.zeros_like(x) for e, x in enumerate(rows)]
-        return torch.cat(outputs)
+        return torch.cat([self._run_scaled(e, x) if self._runs(e) else torch.zeros_like(x) for e, x in enumerate(rows)])
+
+    def _run_scaled(self, expert: int, x: Tensor) -> Tensor:
+        # The rows are scaled already, so the weight of an output is 1, or 0 if the token did not choose the expert.
+        self._say(torch.arange(len(x), device=x.device), (x != 0).any(1).to(x.dtype), len(x))
+        return self.run(expert, x)
 
 
 class SeparateExpertsBesideIdle(SeparateExperts):
@@ -357,6 +391,48 @@ def only_of(prefix: str, block: nn.Module, linears: Iterable[str]) -> Iterator[N
     finally:
         for _, module in limited:
             module.running = None
+
+
+@contextmanager
+def watched(prefix: str, block: nn.Module) -> Iterator[None]:
+    """A context in which the experts of the block `prefix` say which rows they read, in `SeparateExperts.routed`.
+
+    NumericsError that names the experts' module if its router gives weights that are not finite.
+    """
+    modules = {path: m for path, m in block.named_modules(prefix=prefix) if isinstance(m, SeparateExperts)}
+    for path, module in modules.items():
+        module.watched = path
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            module.watched = module.routed = None
+
+
+@dataclass(frozen=True)
+class ExpertInput:
+    """An input of one expert: of its gate and up linears, or of its down linear."""
+
+    module: SeparateExperts
+    path: str  # "model.layers.0.mlp.experts"
+    expert: int
+    is_inner: bool  # what the gate and up linears computed
+
+    @property
+    def pool(self) -> tuple[str, bool]:
+        """The same for this input of all experts of the layer."""
+        return self.path, self.is_inner
+
+
+def inputs_of(prefix: str, block: nn.Module) -> dict[str, ExpertInput]:
+    """Linear -> its input, for all linears of experts in the block `prefix`."""
+    return {
+        f"{path}.{expert}.{leaf}": ExpertInput(module, path, expert, leaf == module.leaves[-1])
+        for path, module in block.named_modules(prefix=prefix)
+        if isinstance(module, SeparateExperts)
+        for expert in range(module.count)
+        for leaf in module.leaves
+    }
 
 
 def of_any(name: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fewbit.errors import KernelError, NumericsError
 from fewbit.methods.base import Choice, Method, name_of
+from fewbit.models.experts import is_of_expert
 from fewbit.models.skeleton import BlockCall
 from fewbit.pipeline.capture import Block, Inputs, captured, needs_of, staged
 from fewbit.pipeline.progress import Progress, Step
@@ -238,6 +239,7 @@ def _report(assignment: Assignment, weight: QTensor, lost: Lost, stats: Stats | 
         dropped=stats.dropped if stats else 0,
         notes=notes,
         vanished=lost.vanished,
+        rows=stats.rows if stats and is_of_expert(assignment.module) else None,
     )
 
 
@@ -255,7 +257,7 @@ def _restore_block(settled: Settled, block: Block, tensors: Tensors) -> None:
 def _choose(assignments: Sequence[Assignment], weights: Sequence[Tensor], stats: Stats | None) -> list[Choice]:
     """Codes for weights with the same input and method. NumericsError names the weight that cannot be quantized."""
     method, schemes = assignments[0].method, [assignment.scheme for assignment in assignments]
-    if method.needs > Need.NOTHING and (stats is None or not stats.rows):
+    if method.needs > Need.NOTHING and (stats is None or stats.is_empty):
         nearest = [Method.quantize(method, w, scheme, None).weight for w, scheme in zip(weights, schemes, strict=True)]
         return [Choice(weight, ["no calibration input reached this linear: rounded to nearest"]) for weight in nearest]
     try:
@@ -285,7 +287,7 @@ class Lost:
 
 def _lost(scheme: Scheme, weight: Tensor, quantized: QTensor, stats: Stats | None) -> Lost:
     """The error of the weight's outputs, or of the weight itself if there is no Hessian of its inputs."""
-    hessian = None if stats is None or stats.need < Need.HESSIAN or not stats.rows else stats.hessian
+    hessian = None if stats is None or stats.need < Need.HESSIAN or stats.is_empty else stats.hessian
     lost = Lost()
     # Chunks on the CPU are small: decoded values stay in a core's cache until they are compared, and PyTorch does not
     # split the operations over threads. Splitting is slower if other cores are busy. A GPU needs few launches.

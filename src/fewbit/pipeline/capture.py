@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from fewbit.errors import PlanError
 from fewbit.models import experts
+from fewbit.models.experts import ExpertInput, inputs_of
 from fewbit.models.skeleton import BlockCall, Shape, Skeleton
 from fewbit.pipeline.groups import groups_of, room_for_statistics
 from fewbit.plans.plan import Assignment
 from fewbit.stats import Need, Stats
 from fewbit.system import machine, ranks
 
+FEW_TOKENS = 64  # n0 of `Pools`: with fewer tokens, an expert's statistics are mostly those of its layer
 _TOKENS_AT_ONCE = 2048  # enough to keep two cores or a GPU busy, small beside the statistics
 # On a GPU, launches take most of the time if an expert gets few tokens: statistics of a layer of Qwen3-30B-A3B's shape
 # took 11.5 s with 2048 tokens at once, 2.8 s with 16384 (benchmarks/experts.py, 128 x 2048 tokens).
@@ -111,7 +113,9 @@ def staged(block: Block, needs: Mapping[str, Need], stages: Stages | None) -> It
     """
     need = max(needs.values(), default=Need.NOTHING)
     for names in _stages(block, needs, stages):
-        yield (gather(block, dict.fromkeys(group, need)) for group in _grouped(block, names, need))
+        groups = _grouped(block, names, need)
+        pools = gather_pools(block, names, need) if len(groups) > 1 else None
+        yield (gather(block, dict.fromkeys(group, need), pools=pools) for group in groups)
 
 
 def _stages(block: Block, needs: Mapping[str, Need], stages: Stages | None) -> list[list[str]]:
@@ -146,59 +150,161 @@ class _AllFed(Exception):
     """Raised when the last linear of a block has its input, to skip the rest of the block (a tenth of the time)."""
 
 
-def gather(block: Block, needs: Mapping[str, Need], *, alike: bool = False) -> dict[str, Stats]:
+def gather(
+    block: Block, needs: Mapping[str, Need], *, alike: bool = False, pools: Pools | None = None
+) -> dict[str, Stats]:
     """Statistics of each linear's input over all batches. Linears that read the same tensor share one object.
 
     A token is weighted by the norm of its hidden state at the block's input; with `alike`, all weights are equal.
     Models use a few tokens of very large norm as attention sinks. All other tokens attend to these, so an error in them
     spreads. On the demo model at 4 bits the weighting lowers the KL divergence by 13 % (0.184 to 0.160); with the
     squared norm as weight it is 0.181.
-    """
-    stats: dict[str, Stats] = {}
-    seen: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-    reads: dict[str, str] = {}  # linear -> the first linear that reads the same tensor
-    fed: list[str] = []  # linears, in the order in which the first batch reached them
-    last: str | None = None
-    weight: Tensor | None = None
-    skeleton = block.skeleton
-    shapes = skeleton.linears(block.name)
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def record(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            if name not in reads:
-                before = seen.get(id(x))
-                reads[name] = before[1] if before and before[0]() is x else name
-                seen.setdefault(id(x), (weakref.ref(x), name))
-                if before and before[0]() is not x:
-                    seen[id(x)] = (weakref.ref(x), name)
-                if reads[name] == name:
-                    readers = max(needs.values())
-                    stats[name] = Stats(shapes[name][1], readers, skeleton.device)
-            if reads[name] == name:
-                # Some models flatten [batch, tokens]. If rows are not tokens (routed experts), all weights are equal.
-                tokens = weight is not None and weight.numel() == x.numel() // x.shape[-1]
-                stats[name].add(x, weight if tokens else None)
-            fed.append(name)
-            if name == last:
+    Experts: see `Pools`. `pools` are those of the whole stage, if `needs` holds only a group of its experts.
+    """
+    need = max(needs.values(), default=Need.NOTHING)
+    gathering = _Gathering(block, need, needs, alike=alike, pooling=not alike and pools is None)
+    gathering.run()
+    stats = gathering.of_all_ranks()
+    if not alike:
+        (gathering.pools() if pools is None else pools).complete(stats, gathering.expert_inputs)
+    return stats
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Statistics of an input of all experts of a layer together: that of gate and up, or that of down.
+
+    The router's weight p multiplies the output of an expert. So a row of an expert counts p² times the weight of its
+    token: Σ p² x xᵀ is the exact weight of an error in the expert's output. An expert has n rows and statistics H. They
+    are shrunk towards those of its layer, (n H + n0 H_pool) / (n + n0). An expert that no token reached uses H_pool.
+    """
+
+    of: Mapping[tuple[str, bool], Stats]
+
+    def complete(self, stats: Mapping[str, Stats], inputs: Mapping[str, ExpertInput]) -> None:
+        """Shrink the statistics of experts, in place."""
+        done = set[int]()
+        for name, own in stats.items():
+            if name in inputs and id(own) not in done:
+                done.add(id(own))
+                own.shrink(self.of[inputs[name].pool], FEW_TOKENS)
+
+
+def gather_pools(block: Block, names: Sequence[str], need: Need) -> Pools:
+    """The statistics that the experts with the linears `names` share. The statistics of single experts are not kept."""
+    gathering = _Gathering(block, need, names, pooling=True, own=False)
+    gathering.run()
+    return gathering.pools()
+
+
+class _Gathering:
+    """Runs a block over its calibration inputs, and adds what the linears `names` read to statistics.
+
+    pooling: whether to add the inputs of experts to the statistics of their layers. own: whether to gather statistics
+    of each linear.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        need: Need,
+        names: Iterable[str],
+        *,
+        alike: bool = False,
+        pooling: bool = False,
+        own: bool = True,
+    ) -> None:
+        self.block, self.need, self.alike, self.own = block, need, alike, own
+        self.shapes, self.names = block.skeleton.linears(block.name), list(names)
+        self.stats: dict[str, Stats] = {}
+        self.reads: dict[str, str] = {}  # linear -> the first linear that reads the same tensor
+        every = inputs_of(block.name, block.module)
+        self.expert_inputs = {name: every[name] for name in self.names if name in every}
+        self._pools: dict[tuple[str, bool], Stats] = {}
+        first: dict[ExpertInput, str] = {}
+        self._leaders = {name: first.setdefault(each, name) for name, each in self.expert_inputs.items()}
+        for name in first.values():
+            pool = self.expert_inputs[name].pool
+            if pooling and pool not in self._pools:
+                self._pools[pool] = self._empty(name)
+            if own:
+                self.stats[name] = self._empty(name)
+        self._seen: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self._weight: Tensor | None = None
+        self._fed: list[str] = []  # linears, in the order in which the batch reached them
+        self._last: str | None = None
+
+    def run(self) -> None:
+        block = self.block
+        modules = {name: block.skeleton.model.get_submodule(name) for name in self.names}
+        handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
+        try:
+            with (
+                torch.no_grad(),
+                experts.only_of(block.name, block.module, self.names),
+                experts.watched(block.name, block.module),
+            ):
+                for call, states in zip(block.calls, block.hidden, strict=True):
+                    self._weight = None if self.alike else states.float().norm(dim=-1).clamp(min=1e-6).flatten()
+                    with suppress(_AllFed):
+                        call.run(block.module, states)
+                    if self._last is None and sorted(self._fed) == sorted(self.names):
+                        self._last = self._fed[-1]  # each was called once, so this is the last
+                    self._fed.clear()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def pools(self) -> Pools:
+        for stats in self._pools.values():
+            stats.all_reduce()
+        return Pools(self._pools)
+
+    def of_all_ranks(self) -> dict[str, Stats]:
+        """The statistics over all ranks, for each linear that any rank's batches reached, and for all experts."""
+        for name, leader in self._leaders.items():  # those that no token reached come last
+            self.reads.setdefault(name, leader)
+        return _of_all_ranks(self.block.skeleton, self.reads, self.stats, self.shapes, self.need)
+
+    def _empty(self, name: str) -> Stats:
+        return Stats(self.shapes[name][1], self.need, self.block.skeleton.device)
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        record = self._record_expert if name in self.expert_inputs else self._record
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            record(name, args[0])
+            self._fed.append(name)
+            if name == self._last:
                 raise _AllFed
 
-        return record
+        return hook
 
-    handles = [skeleton.model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in needs]
-    try:
-        with torch.no_grad(), experts.only_of(block.name, block.module, needs):
-            for call, states in zip(block.calls, block.hidden, strict=True):
-                weight = None if alike else states.float().norm(dim=-1).clamp(min=1e-6)
-                with suppress(_AllFed):
-                    call.run(block.module, states)
-                if last is None and sorted(fed) == sorted(needs):  # each was called once, so this is the last
-                    last = fed[-1]
-                fed.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _of_all_ranks(skeleton, reads, stats, shapes, max(needs.values(), default=Need.NOTHING))
+    def _record(self, name: str, x: Tensor) -> None:
+        if name not in self.reads:
+            before = self._seen.get(id(x))
+            same = before is not None and before[0]() is x
+            self.reads[name] = before[1] if before is not None and same else name
+            if not same:
+                self._seen[id(x)] = (weakref.ref(x), name)
+            if self.reads[name] == name:
+                self.stats[name] = self._empty(name)
+        if self.reads[name] == name:
+            # Some models flatten [batch, tokens]. If rows are not tokens, all weights are equal.
+            tokens = self._weight is not None and self._weight.numel() == x.numel() // x.shape[-1]
+            self.stats[name].add(x, self._weight if tokens else None)
+
+    def _record_expert(self, name: str, x: Tensor) -> None:
+        self.reads[name] = self._leaders[name]
+        if self.reads[name] != name:
+            return
+        each = self.expert_inputs[name]
+        x, weight = _routed(each, x, self._weight, alike=self.alike)
+        if each.pool in self._pools:
+            self._pools[each.pool].add(x, weight)
+        if self.own:
+            self.stats[name].add(x, weight)
 
 
 def _of_all_ranks(
@@ -213,7 +319,26 @@ def _of_all_ranks(
         for name, leader in own.items():
             leaders.setdefault(name, leader)
     for leader in dict.fromkeys(leaders.values()):
-        if leader not in stats:  # a routed expert that no token of this rank reached
+        if leader not in stats:  # no batch of this rank reached it
             stats[leader] = Stats(shapes[leader][1], need, skeleton.device)
         stats[leader].all_reduce()
     return {name: stats[leader] for name, leader in leaders.items()}
+
+
+def _routed(each: ExpertInput, x: Tensor, weight: Tensor | None, *, alike: bool) -> tuple[Tensor, Tensor | None]:
+    """The rows of x [n, K] that count for an expert, and their weights [n].
+
+    weight: those of the layer's tokens, if the expert's rows are to be weighted by them.
+    """
+    routed = each.module.routed
+    assert routed is not None
+    shares = routed.shares.float()
+    chosen = shares != 0
+    if not chosen.all():
+        x, shares = x[chosen], shares[chosen]
+    if alike:
+        return x, None
+    shares = shares.square()
+    if weight is not None and len(weight) == routed.of:
+        shares = shares * weight[routed.tokens[chosen]]
+    return x, shares

@@ -26,7 +26,7 @@ class TensorReport:
     `error`: relative squared error of its outputs on the calibration inputs, with tokens weighted as in `gather`;
     without a Hessian, of the weight itself. `dropped`: number of input rows that were left out because they were not
     finite. `vanished`: number of groups of weights that became 0, because they are smaller than any scale that the
-    scheme can store.
+    scheme can store. `rows`: for an expert, the number of calibration tokens that it served; else None.
     """
 
     module: str
@@ -38,6 +38,7 @@ class TensorReport:
     dropped: int = 0
     notes: list[str] = field(default_factory=list)
     vanished: int = 0
+    rows: int | None = None
 
 
 class Run:
