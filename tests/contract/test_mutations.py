@@ -21,6 +21,7 @@ import torch
 from fewbit.formats import awq as awq_format
 from fewbit.formats.awq import AWQFormat
 from fewbit.formats.gptq import GPTQFormat
+from fewbit.kernels.base import Kernel
 from fewbit.kernels.reference import Reference
 from fewbit.kernels.torch_int4 import TorchInt4
 from fewbit.methods import gptq
@@ -34,9 +35,9 @@ from fewbit.schemes import affine, bits, int8, nf4
 from fewbit.schemes.base import parse
 from fewbit.schemes.ggml import codebook, layout, search
 from fewbit.schemes.ggml import grids as blockwise
-from tests.contract.cases import FORMATS, KERNELS, hard, ordinary
+from tests.contract.cases import CPU, FORMATS, KERNELS, hard, ordinary
 from tests.contract.test_formats import check_round_trip
-from tests.contract.test_kernels import check_product, check_restored
+from tests.contract.test_kernels import check_grouped, check_product, check_restored
 from tests.contract.test_methods import check_choice
 from tests.contract.test_schemes import check_grids, check_parts, check_weighted_fit
 from tests.golden import test_awq_layout as awq_layout
@@ -427,6 +428,10 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
     "only the first rows multiplied": (
         [Mutation(Reference, "linear", "x.to(work)", "x.to(work).where(torch.arange(len(x))[:, None] < 16, 0)")],
         lambda: check_product(KERNELS["reference"], "int4-g32", torch.bfloat16),
+    ),
+    "every expert multiplied by the first one's weight": (
+        [Mutation(Kernel, "of_expert", "shape[0], expert", "shape[0], 0")],
+        lambda: check_grouped(KERNELS["reference"], "int4-g32", torch.float32, (48, 96), CPU),
     ),
     "the gradient not permuted back": (
         [Mutation(quantized_nn, "input_gradient", "weight.permutation is not None", "False")],

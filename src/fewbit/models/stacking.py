@@ -89,5 +89,10 @@ class _Layer:
                 setattr(self.module.get_submodule(str(expert)), leaf, own)
         for leaf in group:
             del self.weights[leaf]
-        self.done([made[0][0].product.linear])
+        whole = made[0][0].product.linear
+        self.done([whole])
+        del linears
+        if whole.prepared[0].is_cuda:
+            # PyTorch keeps the small pieces that were freed, and the next stacked weight does not fit into them.
+            torch.cuda.empty_cache()
         return None
