@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
   float* sums = tables(shared, weight, pairs, map);
   const int nought = turn();
   x += nought;
-  // Item i is rows [top, top + rows) of W, of which those below `bottom` count, and rows [first, last) of x.
+  // An item is rows [top, top + rows) of W, of which those below `bottom` count, and rows [first, last) of x.
   struct Item { int top, bottom, first, last; };
 #if EXPERTS
   const Routes routes(ends + nought, lane);
@@ -55,11 +55,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
     const Run run = routes.at(i / parts, lane);
     return Item{run.expert * N + i % parts * rows, (run.expert + 1) * N, run.first, run.last};
   };
-#else
-  const int items = (N + rows - 1) / rows;
-  const auto item = [&](int i) { return Item{i * rows, N, (int)blockIdx.y * cols, M}; };
-#endif
   Item coming = item(blockIdx.x);
+#else
+  Item coming = {(int)blockIdx.x * rows, N, (int)blockIdx.y * cols, M};
+#endif
   ahead(min(warp, TILES - 1), coming.top);
   const u16* from[NT];  // rows after the last one read the last one; their results are not used
   const auto aim = [&](const Item& item) {
@@ -67,12 +66,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
     for (int nt = 0; nt < NT; ++nt) from[nt] = x + (long)min(item.first + nt * 8 + g, item.last - 1) * K;
   };
   if (!EXPERTS) aim(coming);
+#if EXPERTS
   for (int i = blockIdx.x; i < items; i += gridDim.x) {
     const Item now = coming;
     const int top = now.top;
     if (i + gridDim.x < items) coming = item(i + gridDim.x);
     else coming.top = all;  // `ahead` then loads the last rows, as in all other blocks
-    if (EXPERTS) aim(now);
+    aim(now);
+#else
+  for (int top = coming.top; top < N; top += gridDim.x * rows) {
+    const Item now = coming;
+    coming.top = top + gridDim.x * rows;  // may be past the end: `ahead` then loads the last rows
+#endif
 #if EXPERTS && SCALE == 2
     weight.a2 = a2 + top / N;
     for (int j = threadIdx.x; j < 256; j += WARPS * 32) map[j] = __ldg(a3 + top / N * 256 + j);
