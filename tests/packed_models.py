@@ -135,6 +135,13 @@ def nvfp4(w: Tensor) -> tuple[Parts, Tensor]:
     return {**parts, "input_global_scale": torch.ones(1)}, values * every
 
 
+def modelopt_nvfp4(w: Tensor) -> tuple[Parts, Tensor]:
+    parts, values = nvfp4(w)
+    whole = parts["weight_global_scale"][0]
+    own = {"weight": parts["weight_packed"], "weight_scale": parts["weight_scale"], "weight_scale_2": 1 / whole}
+    return {**own, "input_scale": torch.ones(())}, values
+
+
 def mxfp4(w: Tensor) -> tuple[Parts, Tensor]:
     exponents = w.reshape(len(w), -1, 32).abs().amax(-1).log2().floor() - 2
     every = exponents.exp2().repeat_interleave(32, 1)
@@ -150,7 +157,7 @@ def fp4_experts(fused: Tensor) -> tuple[Parts, Tensor]:
     return parts, (values * exponents.exp2().unsqueeze(-1)).flatten(-2).mT
 
 
-def _groups(**weights: Any) -> dict[str, Any]:
+def groups(**weights: Any) -> dict[str, Any]:
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -160,24 +167,26 @@ def _groups(**weights: Any) -> dict[str, Any]:
 
 
 _FP8: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": ["lm_head"]}
-_INT4 = _groups(num_bits=4, type="int", group_size=32, symmetric=True)
+_INT4 = groups(num_bits=4, type="int", group_size=32, symmetric=True)
 # Name -> how a weight is packed, the quantization_config, and what fewbit calls it.
 LAYOUTS: dict[str, tuple[Packer, dict[str, Any], str]] = {
     "fp8-block": (fp8_block, {**_FP8, "weight_block_size": [40, 40]}, "FP8, block 40x40"),
     "fp8-power": (fp8_power, {**_FP8, "weight_block_size": [32, 32], "scale_fmt": "ue8m0"}, "FP8, block 32x32"),
     "fp8-tensor": (fp8_tensor, _FP8, "FP8, per tensor"),
     "fp8-autofp8": (fp8_channel, _FP8, "FP8, per channel"),
-    "ct-fp8": (fp8_channel, _groups(num_bits=8, type="float", strategy="channel"), "FP8, per channel"),
+    "ct-fp8": (fp8_channel, groups(num_bits=8, type="float", strategy="channel"), "FP8, per channel"),
     "ct-int4": (integers, _INT4, "int4, group 32"),
     "ct-int4-order": (integers_in_order, _INT4, "int4, group 32"),
     "ct-int3-asym": (
         lambda w: integers(w, 3, symmetric=False),
-        _groups(num_bits=3, type="int", group_size=32, symmetric=False),
+        groups(num_bits=3, type="int", group_size=32, symmetric=False),
         "int3, group 32, asymmetric",
     ),
-    "ct-int8": (int8_channel, _groups(num_bits=8, type="int", strategy="channel"), "int8, per channel"),
-    "ct-nvfp4": (nvfp4, _groups(num_bits=4, type="float", strategy="tensor_group", group_size=16), "NVFP4"),
-    "ct-mxfp4": (mxfp4, _groups(num_bits=4, type="float", strategy="group", group_size=32), "MXFP4"),
+    "ct-int8": (int8_channel, groups(num_bits=8, type="int", strategy="channel"), "int8, per channel"),
+    "ct-nvfp4": (nvfp4, groups(num_bits=4, type="float", strategy="tensor_group", group_size=16), "NVFP4"),
+    "modelopt-fp8": (fp8_channel, {"quant_method": "modelopt", "quant_algo": "FP8"}, "FP8, per channel"),
+    "modelopt-nvfp4": (modelopt_nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "NVFP4"),
+    "ct-mxfp4": (mxfp4, groups(num_bits=4, type="float", strategy="group", group_size=32), "MXFP4"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,8 @@ BROKEN: dict[str, tuple[str, str, Tensor | None, str]] = {
     "no shape": ("ct-int4", "weight_shape", None, "weight_shape is missing"),
     "zero points": ("ct-int3-asym", "weight_zero_point", torch.zeros(1, 3, dtype=torch.int32), "int32 [6, 3]"),
     "no global scale": ("ct-nvfp4", "weight_global_scale", None, "weight_global_scale is missing"),
+    "no second scale": ("modelopt-nvfp4", "weight_scale_2", None, "weight_scale_2 is missing"),
+    "AWQ of ModelOpt": ("modelopt-nvfp4", "pre_quant_scale", torch.ones(96), "pre_quant_scale changes what"),
     "scales of integers": ("ct-int8", "weight_scale", torch.ones(5, 1), "[64, 1]"),
     "scales of a tensor": ("ct-fp8", "weight_scale", None, "weight_scale is missing"),
 }
@@ -182,6 +185,21 @@ def test_broken_fp4_experts_name_their_tensor(part: str, tmp_path: Path) -> None
         edit(packed, {name: wrong})
         with pytest.raises(FormatError, match="down_proj"):
             fewbit.quantize(packed, tmp_path / "out", plan="nf4")
+
+
+def test_settings_in_a_file_of_modelopt_are_read(tmp_path: Path) -> None:
+    """Older ModelOpt folders say nothing in config.json."""
+    packed = packed_models.pack(models.save(tmp_path / "plain", "llama"), tmp_path / "packed", "modelopt-fp8")
+    wanted = models.tensors_of(quantized(packed)[0])
+    config = json.loads((packed / "config.json").read_text(encoding="utf-8"))
+    settings = config.pop("quantization_config")
+    (packed / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (packed / "hf_quant_config.json").write_text(json.dumps({"quantization": settings}), encoding="utf-8")
+    out = tmp_path / "again"
+    fewbit.quantize(packed, out, plan="nf4", progress=False)
+    found = models.tensors_of(out)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert not (out / "hf_quant_config.json").exists()
 
 
 def test_an_unknown_method_is_named(fewbit: Fewbit, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.formats.layouts.base import Handles, Layout, Packed
 from fewbit.formats.layouts.compressed_tensors import CompressedTensors
 from fewbit.formats.layouts.fp8 import FP8, FbgemmFP8
+from fewbit.formats.layouts.modelopt import ModelOpt
 from fewbit.formats.layouts.mxfp4 import MXFP4
 from fewbit.models.gguf import names
 from fewbit.models.gguf.names import Route
@@ -31,7 +32,8 @@ from fewbit.models.source import Source
 from fewbit.schemes.base import PartSpec, QTensor, chunk_rows
 from fewbit.schemes.ggml import codec
 
-LAYOUTS: dict[str, Layout] = {each.quant_method: each for each in (FP8(), FbgemmFP8(), MXFP4(), CompressedTensors())}
+_ALL: tuple[Layout, ...] = (FP8(), FbgemmFP8(), MXFP4(), CompressedTensors(), ModelOpt())
+LAYOUTS = {each.quant_method: each for each in _ALL}
 _INSTEAD = "Use a copy of the model with ordinary weights."
 
 

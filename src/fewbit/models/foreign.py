@@ -1,6 +1,7 @@
 """Translate quantization configs of other tools into those of the formats that fewbit reads.
 
 Old versions of AutoGPTQ and AutoAWQ wrote the config to a separate file, and named the weight file after the settings.
+ModelOpt writes a separate file too.
 AutoRound has its own names for the layouts of GPTQ and AWQ. Its native packing is GPTQ's with unshifted zero points
 (v2).
 Source: AutoRound 0.16 (`convert_model.py`, `backend.py`), AutoAWQ 0.2 (`_config.py`).
@@ -17,7 +18,8 @@ from fewbit.errors import FormatError
 from fewbit.formats.containers.safetensors import INDEX, SINGLE
 from fewbit.system.files import read_json
 
-_SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # -> method if the file names none
+# -> method if the file names none
+_SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 _AUTO_ROUND = ("auto-round", "intel/auto-round")
 _OLD_NAMES = {"w_bit": "bits", "q_group_size": "group_size"}
 _GPTQ_KEYS = ("desc_act", "sym", "checkpoint_format", "damp_percent")

@@ -104,7 +104,7 @@ def _loaded(source: Source, loading: Loading) -> Any:
         kind = _class_of(source, loading)
         return kind.from_pretrained(source.folder, dtype=loading.torch_dtype, **options, **trusted, **source.options)
     config: Any = AutoConfig.from_pretrained(source.folder, **trusted)
-    del config.quantization_config
+    vars(config).pop("quantization_config", None)  # it may be in another file
     with torch.device("meta"):  # an auto class takes only a folder
         kind = type(classes.build(config, **trusted))
     checkpoint, packing = decoded.opened(source)
