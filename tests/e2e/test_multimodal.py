@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fewbit as package
@@ -215,3 +215,39 @@ def test_names_of_an_older_checkpoint_are_kept(tmp_path: Path) -> None:
     assert f"-:^{re.escape(named)}$" in config["dynamic"]
     assert f"-:^{re.escape(named.replace('vision_tower.vision_model.', 'model.vision_tower.'))}$" in config["dynamic"]
     package.load(tmp_path / "out")
+
+
+def test_gguf_holds_no_tower(qwen: Path, tmp_path: Path, fewbit: Fewbit) -> None:
+    done = fewbit("quantize", qwen, "-o", tmp_path / "out.gguf", "--plan", "q4_0")
+    assert done.code == 2
+    assert "Qwen3_5ForConditionalGeneration has a vision or audio tower, and a GGUF file holds" in done.err
+
+
+def test_an_adapter_leaves_the_towers_alone(qwen: Path, tmp_path: Path) -> None:
+    package.quantize(qwen, tmp_path / "out", plan="nf4", device="cpu")
+    tuning, data = package.Tuning(steps=1, length=16, rank=2), [models.sentences(30)]
+    package.finetune(tmp_path / "out", tmp_path / "adapter", data=data, tuning=tuning, device="cpu")
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert names
+    assert all(".language_model.layers." in name for name in names)
+    package.merge(qwen, tmp_path / "adapter", tmp_path / "merged")
+    before, after = models.tensors_of(qwen), models.tensors_of(tmp_path / "merged")
+    assert before.keys() == after.keys()
+    assert all(same(after[name], before[name]) for name in before if name.startswith((TOWER, "mtp.")))
+    assert type(package.load(tmp_path / "merged")) is transformers.Qwen3_5ForConditionalGeneration
+
+
+@pytest.mark.filterwarnings("default")  # some gates stay in 16 bits, and a warning says so
+@pytest.mark.parametrize(
+    ("auto", "kind"),
+    [("AutoModelForImageTextToText", "ForConditionalGeneration"), ("AutoModelForCausalLM", "ForCausalLM")],
+)
+def test_loading_quantizes_the_class_that_is_loaded(auto: str, kind: str, qwen: Path) -> None:
+    config = transformers.GPTQConfig(
+        bits=4, group_size=32, dataset=[models.sentences(60)], tokenizer=models.tokenizer()
+    )
+    model = getattr(transformers, auto).from_pretrained(qwen, quantization_config=config, device_map="cpu")
+    assert type(model).__name__ == f"Qwen3_5{kind}"
+    packed = [name for name, module in model.named_modules() if isinstance(module, QLinear)]
+    assert packed
+    assert all(".layers." in name for name in packed)

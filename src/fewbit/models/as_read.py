@@ -29,8 +29,8 @@ def folder_of(model: PreTrainedModel, files: list[str], *, trust_remote_code: bo
     files and this model's config. PlanError if no index lists the files."""
     paths = [Path(file).absolute() for file in files]
     folder = paths[0].parent
-    changed = _changes(model, folder, trust_remote_code)
-    if not changed and set(paths) == {
+    config = _config(model, folder, trust_remote_code)
+    if config is None and set(paths) == {
         file.absolute() for file in safetensors.files_in(folder) or pickle.files_in(folder)
     }:
         yield folder
@@ -41,20 +41,20 @@ def folder_of(model: PreTrainedModel, files: list[str], *, trust_remote_code: bo
             if str(file) != "config.json":
                 (staged / file).parent.mkdir(parents=True, exist_ok=True)
                 (staged / file).symlink_to((folder / file).absolute())
-        (staged / "config.json").write_text(json.dumps({**read_config(folder), **changed}), encoding="utf-8")
+        (staged / "config.json").write_text(json.dumps(config or read_config(folder)), encoding="utf-8")
         _link(paths, folder, staged)
         yield staged
 
 
-def _changes(model: PreTrainedModel, folder: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """Entries of the model's config that differ from the config.json of the folder."""
+def _config(model: PreTrainedModel, folder: Path, trust_remote_code: bool) -> dict[str, Any] | None:
+    """The content of config.json that describes this model; None if that of the folder does."""
     own: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    there, here = own.to_dict(), model.config.to_dict()
-    return {
-        key: value
-        for key, value in here.items()
-        if key not in _LOAD_KEYS and not key.startswith("_") and there.get(key) != value
-    }
+    there, here = own.to_dict(), {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    here = {key: value for key, value in here.items() if key not in _LOAD_KEYS and not key.startswith("_")}
+    if type(own) is not type(model.config):  # the text-only class of a model with towers has the config of the text
+        return {**here, "dtype": str(model.dtype).removeprefix("torch.")}
+    changed = {key: value for key, value in here.items() if there.get(key) != value}
+    return {**read_config(folder), **changed} if changed else None
 
 
 def _link(paths: list[Path], folder: Path, staged: Path) -> None:

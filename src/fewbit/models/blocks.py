@@ -18,13 +18,13 @@ def find_blocks(model: PreTrainedModel) -> list[str]:
     """
     decoder: Any = model.get_decoder()
     inside = next((name for name, module in model.named_modules() if module is decoder), "")
-    towers, count = _towers(model), getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    apart, count = towers(model), getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     best, rank = "", (False, False, False, False, 0)
     for name, module in lists.items():
         own = (
             f"{name}.".startswith(f"{inside}." if inside else ""),
-            not f"{name}.".startswith(towers),
+            not f"{name}.".startswith(apart),
             not any(name.startswith(f"{outer}.") for outer in lists),
             len(module) == count,
             sum(p.numel() for p in module.parameters()),
@@ -36,7 +36,7 @@ def find_blocks(model: PreTrainedModel) -> list[str]:
     return [f"{best}.{i}" for i in range(len(model.get_submodule(best)))]  # type: ignore[arg-type]
 
 
-def _towers(model: PreTrainedModel) -> tuple[str, ...]:
+def towers(model: PreTrainedModel) -> tuple[str, ...]:
     """Name prefixes of the models inside of `model` that do not contain its token embedding."""
     try:
         embedding = model.get_input_embeddings()

@@ -10,7 +10,7 @@ import torch
 
 from fewbit.errors import NumericsError, PlanError
 from fewbit.formats.base import Shape
-from fewbit.models import stored
+from fewbit.models import blocks, stored
 from fewbit.models.gguf import names as gguf_names
 from fewbit.models.skeleton import Skeleton
 from fewbit.plans import mixtures
@@ -123,6 +123,12 @@ class Settled:
 def model_of(skeleton: Skeleton) -> mixtures.Model:
     """What a GGUF plan needs to know of the model. PlanError if llama.cpp has no name for one of its weights."""
     config = skeleton.config
+    if blocks.towers(skeleton.model):
+        kind = type(skeleton.model).__name__
+        raise PlanError(
+            f"{kind} has a vision or audio tower, and a GGUF file holds a language model alone",
+            "Use a plan for another format.",
+        )
     routes = gguf_names.routes(config)
     heads = config.num_attention_heads
     outside = skeleton.outside()

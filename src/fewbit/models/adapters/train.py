@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fewbit.errors import NumericsError, PlanError
+from fewbit.models import blocks
 from fewbit.models.adapters.attach import quiet
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.linears import LINEARS, is_linear
@@ -121,7 +122,8 @@ def _adapted(model: Any, name: str, tuning: Tuning) -> Any:
         target_modules=list(tuning.targets) or "all-linear",
         task_type="CAUSAL_LM",
     )
-    if not tuning.targets and (unsuited := _unsuited(model, config)):
+    unsuited = _outside(model) if tuning.targets else _outside(model) + _unsuited(model, config)
+    if unsuited:
         config.exclude_modules = unsuited
     try:
         with quiet():
@@ -135,6 +137,14 @@ def _adapted(model: Any, name: str, tuning: Tuning) -> Any:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return adapted
+
+
+def _outside(model: Any) -> list[str]:
+    """Names of the linears outside the language model's blocks, if the model has towers: text does not train them."""
+    if not blocks.towers(model):
+        return []
+    inside = tuple(f"{block}." for block in blocks.find_blocks(model))
+    return [name for name, m in model.named_modules() if isinstance(m, LINEARS) and not name.startswith(inside)]
 
 
 def _unsuited(model: nn.Module, config: LoraConfig) -> list[str]:
