@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import fewbit
 from fewbit.api import evaluate, generate, quantize
 from fewbit.errors import NumericsError, OutputError, PlanError
 from fewbit.models.plugin.quantizer import serving
@@ -24,7 +25,7 @@ from fewbit.plans.plan import find
 from fewbit.schemes.base import parse
 from fewbit.system import locks, publish
 from fewbit.texts import calibration
-from tests import models
+from tests import architectures, models
 
 
 @pytest.fixture
@@ -100,6 +101,21 @@ def test_what_has_no_place_is_named(plan: str, model: Path, tmp_path: Path) -> N
         assert json.loads((out / "fewbit.json").read_text(encoding="utf-8"))["notes"] == done.notes
         found = models.tensors_of(out)
         assert all(torch.equal(found[name], tensor) for name, tensor in lost.items())
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
+def test_a_layer_for_multi_token_prediction_is_carried_over(kind: str, tmp_path: Path) -> None:
+    folder = architectures.save(tmp_path / "model", kind)
+    layers = models.tensors_of(folder)
+    extra = {n.replace("layers.1.", "layers.2."): t.bfloat16() for n, t in layers.items() if "layers.1." in n}
+    extra["model.layers.2.eh_proj.weight"] = torch.rand(8, 16).bfloat16()
+    assert any("experts.3" in name for name in extra)
+    rewritten(folder, {**extra})
+    done = quantize.quantize(folder, tmp_path / "out", plan="nf4", device="cpu")
+    assert f"carried over as is: {len(extra)} tensors" in " ".join(done.notes)
+    found = models.tensors_of(tmp_path / "out")
+    assert all(found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in extra.items())
+    fewbit.load(tmp_path / "out")
 
 
 def test_readers_are_told_what_is_carried_over(model: Path, tmp_path: Path) -> None:

@@ -78,6 +78,21 @@ def test_sizes_are_the_models_or_its_texts(folder: Path) -> None:
             _ = source.locate(folder).context
 
 
+def test_sizes_of_a_language_model_inside_are_found(folder: Path) -> None:
+    text = {"vocab_size": 300, "max_position_embeddings": 256}
+    for config in (
+        {"llm_config": text},
+        {"thinker_config": {"text_config": text}},
+        {"text_config": text, "vocab_size": 9},
+    ):
+        (folder / "config.json").write_text(json.dumps({"model_type": "x", **config}), encoding="utf-8")
+        assert (source.locate(folder).context, source.locate(folder).rows) == (256, 300)
+    (folder / "config.json").write_text(
+        '{"model_type": "gemma3", "text_config": {"vocab_size": 300}}', encoding="utf-8"
+    )
+    assert (source.locate(folder).stated_context, source.locate(folder).rows) == (131072, 300)
+
+
 def test_shards_come_in_the_order_of_their_names(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]

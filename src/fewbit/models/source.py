@@ -27,6 +27,8 @@ _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm"]
 _PATTERNS += ["tokenizer.model*", "LICEN[SC]E*", "NOTICE*", safetensors.CARD, "USE_POLICY*", scales.FILE]
 
+_LANGUAGE = ("text_config", "llm_config", "language_config", "thinker_config")  # configs inside of a config
+
 
 @dataclass(frozen=True)
 class Source:
@@ -88,18 +90,28 @@ class Source:
         return self._stated("vocab_size")
 
     def _stated(self, *keys: str) -> int | None:
-        """The value of the first of `keys` in config.json, or in its text_config. FormatError if it is not an
-        integer above 0."""
+        """The value of the first of `keys` in the config of the language model inside config.json, or in config.json
+        itself. FormatError if it is not an integer above 0."""
         config = self.config
-        inner = config.get("text_config")
-        for stated in (config, inner if isinstance(inner, dict) else {}):
+        inner = _language(config)
+        for stated in (inner, config) if inner else (config,):
             for key in keys:
                 if (found := stated.get(key)) is None:
                     continue
                 if not isinstance(found, int) or isinstance(found, bool) or found < 1:
                     raise FormatError(f"{self.folder / 'config.json'}: {key} is {found!r}, not an integer above 0")
                 return found
-        return None
+        return self._default(keys) if inner else None
+
+    def _default(self, keys: tuple[str, ...]) -> int | None:
+        """The default of transformers for the first of `keys`: configs of models with towers often leave it out."""
+        from transformers import AutoConfig  # slow to import
+
+        try:
+            own = AutoConfig.for_model(**self.config).get_text_config(decoder=True)
+        except Exception:  # remote code, or a wrong config: loading it gives the error
+            return None
+        return next((found for key in keys if isinstance(found := getattr(own, key, None), int) and found > 0), None)
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -112,6 +124,12 @@ class Source:
             return foreign.normalized(found)
         except FormatError as error:
             raise FormatError(f"{self.folder}: {error.message}", error.hint) from None
+
+
+def _language(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of the language model inside a config of a model with towers; empty if there is none."""
+    found = next((inner for key in _LANGUAGE if isinstance(inner := config.get(key), dict)), {})
+    return (_language(found) or found) if found else {}
 
 
 def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
