@@ -39,7 +39,7 @@ class Stats:
     """
 
     def __init__(self, k: int, need: Need, device: torch.device | str = "cpu") -> None:
-        self.need = need
+        self.columns, self.need = k, need
         self.rows = 0
         self.borrowed = 0
         self._weight_sum = 0.0

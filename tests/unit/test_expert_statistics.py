@@ -1,4 +1,4 @@
-"""Calibration statistics of experts: rows weighted by the router, and shrunk towards those of the layer."""
+"""Calibration statistics of experts: rows weighted as their tokens, and shrunk towards those of the layer."""
 
 from __future__ import annotations
 
@@ -67,17 +67,19 @@ def mean_outer(x: Tensor, weights: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
-def test_the_router_weights_the_rows_of_experts(kind: str, tmp_path: Path) -> None:
+def test_the_rows_of_experts_weigh_as_their_tokens(kind: str, tmp_path: Path) -> None:
     with first_block(tmp_path, kind) as block:
         x, shares, weights = routing(block, path := EXPERTS[kind])
         stats = gather(block, needs_of(block))
-    pool = mean_outer(x.flatten(0, 1), (shares.T.square() * weights).flatten())
+    chosen = (shares > 0).float()
+    pool = mean_outer(x.flatten(0, 1), (chosen.T * weights).flatten())
     for expert in range(len(x)):
         gate, up = (stats[f"{path}.{expert}.{leaf}"] for leaf in ("gate_proj", "up_proj"))
         assert gate is up
         rows = int((shares[:, expert] > 0).sum())
-        own = mean_outer(x[expert], shares[:, expert].square() * weights).nan_to_num()
-        wanted = (rows * own + capture.FEW_TOKENS * pool) / (rows + capture.FEW_TOKENS)
+        own = mean_outer(x[expert], chosen[:, expert] * weights).nan_to_num()
+        borrowed = capture.STRENGTH * x.shape[-1]
+        wanted = (rows * own + borrowed * pool) / (rows + borrowed)
         assert gate.rows == stats[f"{path}.{expert}.down_proj"].rows == rows
         torch.testing.assert_close(gate.hessian, wanted, rtol=1e-4, atol=1e-6)
 
@@ -142,5 +144,5 @@ def test_the_record_counts_the_tokens_of_experts(tmp_path: Path) -> None:
     rows = {tensor["module"]: tensor["rows"] for tensor in record["tensors"]}
     assert rows[f"{LAYER}.self_attn.q_proj"] is None
     assert sorted(rows[f"{LAYER}.mlp.experts.{expert}.up_proj"] for expert in range(4)) == [0, 0, 1, 1]
-    assert [note for note in done.notes if note.startswith("8 of 8 experts served fewer than 64 calibration tokens")]
+    assert [note for note in done.notes if note.startswith("8 of 8 experts served fewer calibration tokens than")]
     assert not any("rounded to nearest" in note for tensor in done.tensors for note in tensor.notes)

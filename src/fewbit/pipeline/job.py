@@ -25,7 +25,7 @@ from fewbit.models.outline import Outline
 from fewbit.models.skeleton import Skeleton, load_tokenizer
 from fewbit.models.source import Source
 from fewbit.pipeline import importances, run, sizes
-from fewbit.pipeline.capture import FEW_TOKENS, Importance, Inputs, tokens_at_once
+from fewbit.pipeline.capture import Importance, Inputs, tokens_at_once
 from fewbit.pipeline.settled import Settled
 from fewbit.plans import plan as plans
 from fewbit.schemes import base
@@ -248,17 +248,20 @@ def fewer(wanted: Calibration, used: dict[str, Any] | None) -> list[str]:
 
 
 def rarely_used(tensors: Sequence[run.TensorReport]) -> list[str]:
-    """One note on the experts that served few calibration tokens. Their statistics are mostly those of their layer."""
-    rows = {t.module.rpartition(".")[0]: t.rows for t in tensors if t.rows is not None and t.rows < FEW_TOKENS}
+    """One note on the experts that served fewer calibration tokens than their inputs have columns.
+
+    So few rows leave a Hessian singular, and `Pools` takes most of it from the layer.
+    """
+    every = {t.module.rpartition(".")[0] for t in tensors if t.rows is not None}
+    rows = {t.module.rpartition(".")[0]: t.rows for t in tensors if t.rows is not None and t.rows < t.shape[1]}
     if not rows:
         return []
-    every = {t.module.rpartition(".")[0] for t in tensors if t.rows is not None}
     shown = sorted(rows.items(), key=lambda item: item[1])[:4]
     named = ", ".join(f"{name} ({count})" for name, count in shown)
     more = f" and {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
     return [
-        f"{len(rows)} of {len(every)} experts served fewer than {FEW_TOKENS} calibration tokens: {named}{more}. Their "
-        "statistics are mostly those of all experts of their layer; more `samples` help"
+        f"{len(rows)} of {len(every)} experts served fewer calibration tokens than their inputs have columns: {named}"
+        f"{more}. Their statistics are mostly those of all experts of their layer; more `samples` help"
     ]
 
 
