@@ -15,6 +15,7 @@ from torch import Tensor
 import fewbit
 from fewbit.errors import NumericsError
 from fewbit.models.source import locate
+from fewbit.models.topology import find_links
 from fewbit.pipeline import capture
 from fewbit.pipeline.capture import Block, Inputs, gather
 from fewbit.pipeline.job import Job
@@ -146,3 +147,16 @@ def test_the_record_counts_the_tokens_of_experts(tmp_path: Path) -> None:
     assert sorted(rows[f"{LAYER}.mlp.experts.{expert}.up_proj"] for expert in range(4)) == [0, 0, 1, 1]
     assert [note for note in done.notes if note.startswith("8 of 8 experts served fewer calibration tokens than")]
     assert not any("rounded to nearest" in note for tensor in done.tensors for note in tensor.notes)
+
+
+def test_experts_that_no_state_reaches_have_the_links_of_others(tmp_path: Path) -> None:
+    with first_block(tmp_path, "qwen3_moe") as block:
+        call, states = block.calls[0], block.hidden[0]
+        every = find_links(block.module, lambda: call.run(block.module, states))
+        experts: Any = block.skeleton.model.get_submodule(EXPERTS["qwen3_moe"])
+        experts.running = frozenset({1})
+        with torch.no_grad():
+            found = find_links(block.module, lambda: call.run(block.module, states))
+    down = {f"mlp.experts.{expert}.up_proj": (f"mlp.experts.{expert}.down_proj",) for expert in range(4)}
+    for links in (every, found):
+        assert {link.source: link.readers for link in links if "experts" in link.source} == down

@@ -440,6 +440,13 @@ def of_any(name: str) -> str:
     return _OWN.sub("experts.*.", name)
 
 
+def experts_own(name: str) -> str:
+    """The part of the name of an expert's tensor or module that says which expert it is of: "experts.17."."""
+    found = _OWN.search(name)
+    assert found is not None
+    return found[0]
+
+
 def is_of_expert(name: str) -> bool:
     """Whether `name` is of a module or tensor of one expert."""
     return _OWN.search(name) is not None

@@ -13,13 +13,14 @@ output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from fewbit.models.experts import experts_own, is_of_expert, of_any
 from fewbit.models.linears import is_linear, weight_of
 
 _HALVINGS = 3  # how often the rows of a fused projection are halved
@@ -48,7 +49,25 @@ def find_links(block: nn.Module, run: Callable[[], object]) -> list[Link]:
     before = _inputs(linears, run)
     for source in order:
         links += _fed_by_rows(source, order, linears, before, run)
-    return sorted(links, key=lambda link: order.index(link.readers[0]))
+    return _of_all_experts(sorted(links, key=lambda link: order.index(link.readers[0])), linears)
+
+
+def _of_all_experts(links: list[Link], linears: Mapping[str, nn.Module]) -> list[Link]:
+    """`links`, and those of other experts for each expert that no token of `run` chose."""
+    known: dict[str, Link] = {}
+    for link in links:
+        if all(is_of_expert(name) for name in (link.source, *link.readers)):
+            known.setdefault(of_any(link.source), link)
+    sources, more = {link.source for link in links}, list[Link]()
+    for source in linears:
+        alike = known.get(of_any(source))
+        if alike is not None and source not in sources:
+            expert = experts_own(source)
+            readers = tuple(of_any(name).replace("experts.*.", expert) for name in alike.readers)
+            pairs = zip((source, *readers), (alike.source, *alike.readers), strict=True)
+            if all(weight_of(linears[own]).shape == weight_of(linears[other]).shape for own, other in pairs):
+                more.append(replace(alike, source=source, readers=readers))
+    return links + more
 
 
 def _fed_by_norms(
