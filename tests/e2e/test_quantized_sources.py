@@ -17,7 +17,7 @@ from fewbit.pipeline import run
 from fewbit.pipeline.capture import Inputs
 from fewbit.pipeline.job import Job
 from fewbit.plans import plan as plans
-from tests import architectures, gguf_files, models, packed_models
+from tests import architectures, gguf_files, models, multimodal, packed_models
 from tests.e2e.conftest import Fewbit
 from tests.packed_models import LAYOUTS, edit, record
 
@@ -247,3 +247,27 @@ def test_an_adapter_is_merged_into_the_floats(tmp_path: Path, text: str) -> None
     same_tensors(tmp_path / "by-plain", tmp_path / "by-packed")
     same_tensors(tmp_path / "by-plain", tmp_path / "by-record")
     assert "quantization_config" not in (tmp_path / "by-packed" / "config.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("default")  # models warn about their own tiny configs
+def test_a_packed_model_with_a_vision_tower_is_a_source(tmp_path: Path) -> None:
+    plain = multimodal.save(tmp_path / "plain", "gemma3")
+    packed = packed_models.pack(plain, tmp_path / "packed", "fp8-block")
+    same_tensors(quantized(plain)[0], quantized(packed)[0])
+    assert type(fewbit.load(packed, device="cpu")).__name__ == "Gemma3ForConditionalGeneration"
+
+
+@pytest.mark.parametrize("file", ["quantize_config.json", "quant_config.json"])
+def test_settings_of_another_tool_are_not_copied(file: str, tmp_path: Path) -> None:
+    """AutoGPTQ's settings beside the weights would make readers take the new weights for AutoGPTQ's."""
+    model = models.save(tmp_path / "model", "llama")
+    packed, _ = quantized(model, "rtn-4bit")
+    config = json.loads((packed / "config.json").read_text(encoding="utf-8"))
+    (packed / file).write_text(json.dumps(config.pop("quantization_config")), encoding="utf-8")
+    (packed / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (packed / "model.safetensors").rename(packed / "gptq_model-4bit-32g.safetensors")
+    out, done = quantized(packed)
+    assert "already quantized (gptq int4" in done.notes[0]
+    assert not (out / file).exists()
+    assert "transformers_weights" not in json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert fewbit.inspect(out).format == "bnb"
