@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -264,3 +266,8 @@ def test_a_loaded_model_is_stacked_and_saved_as_it_was(plan: str, tmp_path: Path
             module.state["groups"] = None
         torch.testing.assert_close(model(input_ids=ids).logits, logits)
         torch.testing.assert_close(model.dequantize()(input_ids=ids).logits, logits, rtol=1e-3, atol=1e-3)
+
+
+def test_the_module_can_be_imported_first() -> None:
+    """It imports transformers, and that imports fewbit's quantizer, which uses the module."""
+    subprocess.run([sys.executable, "-c", "import fewbit.models.stacking"], check=True)

@@ -40,7 +40,7 @@ from fewbit.errors import FewbitError, FormatError, KernelError, NumericsError, 
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.containers import pickle
 from fewbit.formats.containers.safetensors import files_in, read_specs
-from fewbit.models import as_read, experts, foreign, scales
+from fewbit.models import as_read, experts, foreign, scales, stacking
 from fewbit.models.decoding import decode
 from fewbit.models.decoding.fuse import fuse
 from fewbit.models.linears import is_linear, shape_of
@@ -49,7 +49,6 @@ from fewbit.models.plugin.modules import left_as_they_are, put, put_scales, rena
 from fewbit.models.plugin.serving import checked, dispatched, own_loader, requested_kernel
 from fewbit.models.plugin.serving import serving as serving
 from fewbit.models.source import read_config
-from fewbit.models.stacking import pack
 from fewbit.nn.fused import packed_linears
 from fewbit.nn.layers import Packed, QLinear, slot
 from fewbit.plans.plan import is_gate
@@ -358,7 +357,7 @@ class FewbitQuantizer(HfQuantizer):
             done_with(read, [tensor for layer in layers for tensor in layer.prepared])
             read.clear()
 
-        pack(model, weight_of, done, self.dtype, self.kernel)
+        stacking.pack(model, weight_of, done, self.dtype, self.kernel)
 
     def _compute_dtype(self) -> torch.dtype | None:
         """The dtype that bitsandbytes would compute in; None for the activations' dtype, as in fewbit's own loader."""
