@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import transformers
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -52,3 +55,13 @@ def test_the_toy_scheme_works_from_top_to_bottom(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2176 bytes; rtn")
+
+
+def test_the_page_of_models_is_up_to_date() -> None:
+    """Its types are those of the pinned version of transformers."""
+    from models_table import PAGE, page
+
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    if f"transformers=={transformers.__version__}" not in pinned:
+        pytest.skip("another version of transformers has other types")
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python tools/models_table.py"
