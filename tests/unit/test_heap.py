@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fewbit.measure import memory
+from fewbit.pipeline.settled import finite
 from fewbit.system import heap
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is resident")
@@ -43,3 +44,16 @@ def test_memory_that_belongs_to_no_file_is_left_alone() -> None:
     with heap.trimmed() as done_with:
         done_with([x], [])
     assert int(x.sum()) == 8 * MIB
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "float8_e5m2"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_is_found_anywhere(dtype: str, bad: float) -> None:
+    values = torch.randn(33, 65, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    assert finite(values)
+    for place in (0, 1000, 33 * 65 - 1):
+        damaged = values.float().flatten()
+        damaged[place] = bad
+        assert not finite(damaged.view(33, 65).to(values.dtype))
+    assert finite(torch.zeros(0, 3))
+    assert finite(torch.ones(3, dtype=torch.bool))

@@ -224,6 +224,7 @@ class Skeleton:
             for name, _ in list(self.model.named_parameters()):
                 if self._belongs(name, prefix):
                     self._set(name, self._expected[name])
+            self.checkpoint.drop_pages()
 
     def check_text(self) -> None:
         """PlanError if token ids alone do not reach the first block. Only models with towers may need more."""

@@ -33,8 +33,13 @@ def write(folder: Path, settled: Settled, run: Run) -> int:
         tensors.append((name, blocks, name) if rewritten else (name, skeleton.checkpoint, key))
     names = stored.names(skeleton, originals)
     writer = ShardWriter(folder, SHARD_BYTES)
+    read = 0
     for name, place, key in tensors:
         writer.add(names[name], place.get(key))
+        if (read := read + place.specs[key].nbytes) > SHARD_BYTES:
+            blocks.drop_pages()
+            skeleton.checkpoint.drop_pages()
+            read = 0
     for key in skeleton.carried(resolved.assignments):
         writer.add(key, skeleton.checkpoint.get(key))
     writer.close()

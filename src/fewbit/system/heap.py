@@ -66,6 +66,12 @@ def trimmed() -> Iterator[DoneWith]:
         _set(_threshold[0], top_pad=2 * _threshold[0])
 
 
+def drop_mapped(places: Iterable[tuple[int, int]]) -> None:
+    """Drop the pages in these address ranges. Ranges outside of mapped files are left alone."""
+    files = _mapped()
+    _give_back([(start, stop) for start, stop in places if any(a <= start and stop <= b for a, b in files)])
+
+
 def _places(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     return [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors]
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from fewbit.errors import FormatError
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import PartSpec
+from fewbit.system import heap
 from fewbit.system.files import read_json, write_json
 from fewbit.system.publish import RECORD
 
@@ -61,6 +62,7 @@ class Checkpoint:
         self._file_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         self._added: dict[str, Any] = {}
+        self._places: dict[Path, tuple[int, int]] = {}  # the addresses where files are mapped
         for file in files:
             for name, spec in read_specs(file).items():
                 if name in self.specs:
@@ -102,6 +104,18 @@ class Checkpoint:
         """The tensor, memory-mapped unless it is computed."""
         tensor: Tensor = self._added[name][...] if name in self._added else self._handle(name).get_tensor(name)
         return tensor
+
+    def drop_pages(self) -> None:
+        """Remove what was read of the files from this process's memory. It comes back when it is read again.
+
+        Mapped pages count as resident memory until the system needs them, so a process would appear to hold the whole
+        checkpoint. Values that a caller wrote into a tensor of `get` are lost.
+        """
+        for file, handle in self._open.items():
+            if file not in self._places:
+                whole = [handle.get_tensor(name) for name in handle.keys()]  # noqa: SIM118 - a handle is not a mapping
+                self._places[file] = min(t.data_ptr() for t in whole), max(t.data_ptr() + t.nbytes for t in whole)
+        heap.drop_mapped(self._places.values())
 
     def _handle(self, name: str) -> Any:
         file = self._file_of[name]

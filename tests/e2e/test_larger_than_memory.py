@@ -1,0 +1,73 @@
+"""Quantizing needs the memory of one block: what was read of the checkpoint does not stay in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+from tests import models
+from tests.limits import HANG
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is resident")
+
+# Resident memory at the start, after each block and after writing, but before the output is opened.
+MEASURED = """
+import json, sys
+import fewbit.api.quantize as verb
+from fewbit.measure import memory
+from fewbit.pipeline import settled, write_folder
+from fewbit.plans.catalogue import catalogue
+from fewbit.system import heap
+catalogue()
+heap.return_freed(1 << 16)
+settled._PAGES = write_folder.SHARD_BYTES = 4 << 20
+measured = []
+sample = lambda *_: measured.append(memory.now().resident)
+def unopened(*_):
+    sample()
+    return "", []
+verb._reopened = unopened
+model, out, small = sys.argv[1:]
+verb.quantize(small, out + "-small", plan="nf4", progress=False)  # loads code, which counts as mapped too
+measured.clear()
+sample()
+verb.quantize(model, out, plan="nf4", progress=sample)
+print(json.dumps(measured))
+"""
+
+
+def made(folder: Path, layers: int) -> Path:
+    """A mixture of experts of 8 MB a layer."""
+    config = Qwen3MoeConfig(
+        vocab_size=models.VOCAB,
+        hidden_size=512,
+        moe_intermediate_size=256,
+        num_experts=8,
+        num_experts_per_tok=2,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="16MB")
+    models.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    model, small = made(tmp_path / "model", 12), made(tmp_path / "small", 1)
+    command = [sys.executable, "-W", "ignore", "-c", MEASURED, str(model), str(tmp_path / "out"), str(small)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8", timeout=HANG)
+    before, *after = json.loads(done.stdout.splitlines()[-1])
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    assert len(after) == 13
+    assert size > 75e6
+    assert max(after) - before < 0.4 * size, (before, after)
