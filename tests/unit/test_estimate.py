@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,11 +100,68 @@ def test_peaks_follow_the_stated_formulas() -> None:
     assert memory.activation_peak(SMALL, use, packed=False) == 100 * 4 * (3 * 64 + 3 * 128) + 1000 * 8
     linears = {"b.q": (64, 64), "b.k": (32, 64), "b.o": (64, 64), "m.up": (128, 64), "m.down": (64, 128)}
     block = memory.Block(50_000, linears)
-    peak = memory.quantization_peak(SMALL, block, Need.HESSIAN, 8, 100, 0)
+    work, device = memory.Work(Need.HESSIAN, 8, 100, 4.125, 0), memory.Device(4, 0)
     hessians = 4 * (3 * 64 * 64 + 128 * 128)
     replay = 2 * 800 * 4 * (3 * 64 + 3 * 128)
-    assert peak == 4 * 50_000 + 4 * 800 * 64 + hessians + replay + 24_000_000
-    assert memory.quantization_peak(SMALL, block, Need.NOTHING, 8, 100, 0) < peak
+    packed = round(4.125 / 8 * sum(n * k for n, k in linears.values()))
+    peak = 4 * 50_000 + packed + 4 * 800 * 64 + hessians + replay + 24_000_000
+    assert memory.quantization_peak(SMALL, block, work, device) == peak
+    on_gpu = 2 * 50_000 + 2 * 800 * 64 + hessians + replay // 2 + 24_000_000
+    assert memory.quantization_peak(SMALL, block, work, memory.Device(2, 0, gpu=True)) == on_gpu
+    assert memory.host_peak(block, work) == packed + 1_100_000_000
+    assert memory.quantization_peak(SMALL, block, replace(work, need=Need.NOTHING), device) < peak
+
+
+# Layers of Qwen3-30B-A3B's and DeepSeek-V3's shapes: benchmarks/results/2026-11-experts.md
+def layer(attention: dict[str, tuple[int, int]], experts: int, hidden: int, inner: int) -> memory.Block:
+    linears = {f"l.self_attn.{name}": shape for name, shape in attention.items()}
+    for expert in range(experts):
+        linears |= {f"l.mlp.experts.{expert}.{leaf}": (inner, hidden) for leaf in ("gate_proj", "up_proj")}
+        linears[f"l.mlp.experts.{expert}.down_proj"] = (hidden, inner)
+    return memory.Block(sum(n * k for n, k in linears.values()), linears, experts=True)
+
+
+CPU, H100 = memory.Device(4, 23 << 30), memory.Device(2, 79 << 30, gpu=True)
+QWEN_LAYER = layer({"q": (4096, 2048), "k": (512, 2048), "v": (512, 2048), "o": (2048, 4096)}, 128, 2048, 768)
+MLA = {"q_a": (1536, 7168), "q_b": (24576, 1536), "kv_a": (576, 7168), "kv_b": (32768, 512), "o": (7168, 16384)}
+DEEPSEEK_LAYER = layer(MLA, 257, 7168, 2048)  # the shared expert has the shape of another one
+QWEN = Geometry(1, 2048, 4096, 512, 6144, 4096, 4096, (0,)), QWEN_LAYER
+DEEPSEEK = Geometry(1, 7168, 8192, 8192, 18432, 4096, 4096, (0,)), DEEPSEEK_LAYER
+
+
+@pytest.mark.parametrize(
+    ("model", "work", "device", "measured"),
+    [
+        (QWEN, (Need.NOTHING, 8, 512, 4.127), CPU, 2_899_877_888),
+        (QWEN, (Need.HESSIAN, 8, 512, 4.125), CPU, 5_330_522_112),
+        (QWEN, (Need.HESSIAN, 128, 2048, 4.125), H100, 5_843_460_096),
+        (DEEPSEEK, (Need.NOTHING, 16, 2048, 4.127), H100, 23_846_936_576),
+        (DEEPSEEK, (Need.HESSIAN, 16, 2048, 4.125), H100, 35_083_675_648),
+    ],
+)
+def test_peaks_of_layers_of_experts_as_measured(
+    model: tuple[Geometry, memory.Block],
+    work: tuple[Need, int, int, float],
+    device: memory.Device,
+    measured: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "_BATCH_OF_EXPERTS", 16384)  # the batch of the measurement
+    estimated = memory.quantization_peak(*model, memory.Work(*work, packed_bytes=0), device)
+    assert estimated == pytest.approx(measured, rel=0.25), f"{estimated / measured - 1:+.1%}"
+
+
+@pytest.mark.parametrize(
+    ("block", "bits", "measured"),
+    [
+        (QWEN_LAYER, 4.125, 1_693_597_696),
+        (DEEPSEEK_LAYER, 4.127, 6_480_203_776),
+        (DEEPSEEK_LAYER, 4.125, 7_038_054_400),
+    ],
+)
+def test_main_memory_beside_a_gpu_as_measured(block: memory.Block, bits: float, measured: int) -> None:
+    estimated = memory.host_peak(block, memory.Work(Need.HESSIAN, 16, 2048, bits, 0))
+    assert estimated == pytest.approx(measured, rel=0.25)
 
 
 @pytest.mark.parametrize(("size", "gigabytes"), [("7B", 28), ("13B", 52), ("70B", 280), ("1.1b", 4.4), ("125M", 0.5)])

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import fewbit
 from fewbit.models import experts
 from fewbit.models.source import locate
+from fewbit.models.topology import find_links
 from fewbit.pipeline import capture, groups
 from fewbit.pipeline.blocks import quantize_blocks
 from fewbit.pipeline.capture import Inputs
@@ -150,3 +151,20 @@ def test_experts_on_a_gpu_get_many_tokens_at_once(tmp_path: Path) -> None:
     tokens = torch.zeros(128, 2048, dtype=torch.int64)
     assert Inputs(tokens, tokens_at_once=32768).at_once == 16
     assert Inputs(tokens, tokens_at_once=32768).halved().at_once == 8
+
+
+def test_one_expert_tells_what_feeds_what_in_all() -> None:
+    model = AutoModelForCausalLM.from_config(architectures.config("qwen3_moe"), dtype=torch.float32).eval()
+    experts.separate(model.requires_grad_(False))
+    runs: list[int] = []
+
+    def run() -> None:
+        runs.append(1)
+        model(input_ids=torch.arange(64).view(2, 32))
+
+    with torch.no_grad():
+        links = find_links(model.get_submodule("model.layers.1"), run)
+    found = {link.source: link.readers for link in links if "experts" in link.source}
+    assert found == {f"mlp.experts.{e}.up_proj": (f"mlp.experts.{e}.down_proj",) for e in range(len(found))}
+    assert len(found) == model.config.num_experts
+    assert len(runs) < 70  # 81 with 4 experts if each is tried, and 27 more for each expert more

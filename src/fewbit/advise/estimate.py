@@ -17,6 +17,7 @@ from fewbit.models.source import Source
 from fewbit.pipeline import sizes
 from fewbit.plans import plan as plans
 from fewbit.stats import Need
+from fewbit.system import machine
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class PlanEstimate:
     """One plan. All in bytes: `file_bytes` and `weights_bytes`, on disk and in memory, are exact; `total` is weights,
     cache and activations; peaks follow the stated model (advise/memory.py). `card`: the smallest that holds `total`.
 
-    `quantization_peak`: peak memory of quantizing. `why_not`: why the plan is impossible for this model.
+    `quantization_peak`: peak memory of quantizing on a CPU. `quantization_gpu`, `quantization_host`: on a GPU, the peak
+    of its memory, and of main memory. `why_not`: why the plan is impossible for this model.
     """
 
     plan: str
@@ -36,6 +38,8 @@ class PlanEstimate:
     activation_peak: int
     total: int
     quantization_peak: int
+    quantization_gpu: int
+    quantization_host: int
     calibrates: bool
     schemes: tuple[str, ...]
     card: str | None
@@ -85,10 +89,13 @@ def estimate(
     for plan in wanted:
         need = max((make(r.method, dict(r.options)).needs for r in plan.rules if r.scheme), default=Need.NOTHING)
         sized = sizes.sized(outline, plan)
-        peak = 0
+        peaks = (0, 0, 0)
         if sized.why_not is None:
-            peak = memory.quantization_peak(g, block, need, samples, min(length, source.context), sized.packed_bytes)
-        rows.append(_row(sized, g, use, cache, "+".join(sorted({r.method for r in plan.rules if r.scheme})), peak))
+            work = memory.Work(need, samples, min(length, source.context), sized.bits, sized.packed_bytes)
+            cpu, gpu = memory.Device(4, machine.main_memory()), memory.Device(2, machine.gpu_memory(), gpu=True)
+            on_cpu, on_gpu = (memory.quantization_peak(g, block, work, device) for device in (cpu, gpu))
+            peaks = on_cpu, on_gpu, memory.host_peak(block, work)
+        rows.append(_row(sized, g, use, cache, "+".join(sorted({r.method for r in plan.rules if r.scheme})), peaks))
     return Estimate(
         model=source.name,
         architecture=type(outline.model).__name__,
@@ -162,7 +169,9 @@ def _check(outline: Outline, use: memory.Use) -> None:
         raise PlanError(f"`context={use.context}` is beyond the model's context of {outline.source.context} tokens")
 
 
-def _row(sized: sizes.Sized, g: Any, use: memory.Use, cache: int, method: str = "", peak: int = 0) -> PlanEstimate:
+def _row(
+    sized: sizes.Sized, g: Any, use: memory.Use, cache: int, method: str = "", peaks: tuple[int, int, int] = (0, 0, 0)
+) -> PlanEstimate:
     packed = sized.plan != ORIGINAL
     activations = memory.activation_peak(g, use, packed=packed) if sized.why_not is None else 0
     total = sized.weights_bytes + cache + activations if sized.why_not is None else 0
@@ -175,7 +184,9 @@ def _row(sized: sizes.Sized, g: Any, use: memory.Use, cache: int, method: str = 
         weights_bytes=sized.weights_bytes,
         activation_peak=activations,
         total=total,
-        quantization_peak=peak,
+        quantization_peak=peaks[0],
+        quantization_gpu=peaks[1],
+        quantization_host=peaks[2],
         calibrates=sized.calibrates,
         schemes=sized.schemes,
         card=cards.smallest(total) if sized.why_not is None else None,

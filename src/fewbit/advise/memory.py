@@ -10,11 +10,13 @@ MLP, r query rows (heads x width), v key-value rows, V vocabulary, L layers, a b
                    norm       a 3 h + 8 h          the same three; a float32 copy and its square
                  + batch x V (a + 4) + a table of positions; and, over packed weights, one decoded piece of a weight,
                  at most 4 Mi values in float32 twice (`chunk_rows`)
-    quantizing   the block with the most parameters in float32, and
-                   needs text  4 h samples x length, the hidden states; of each distinct input of K columns 4 K² (GPTQ)
-                               or 4 K; and the most of
-                                 twice 2048 tokens through that block, as above, in float32: what they take, and what
-                                 statistics and the allocator keep of them
+    quantizing   the block with the most parameters in float32 (on a GPU in 16 bits), and
+                   its packed weights, which wait in main memory until the block is finished
+                   needs text  4 h samples x length, the hidden states (on a GPU 2 h); of each distinct input of K
+                               columns 4 K² (GPTQ) or 4 K, but only of one group of linears (pipeline/groups.py); and
+                               the most of
+                                 twice 2048 tokens (experts on a GPU: 32768) through that block, in float32 (16 bits):
+                                 what they take, and what statistics and the allocator keep of them
                                  4 K² + 16 N K of a linear (GPTQ: a factor of the Hessian, four copies of the weight)
                    else        two copies of the largest linear and its codes, 9 N K, at most 16 Mi values at once
                  or the packed weights as the output is opened again and a piece of one is decoded, whichever is more;
@@ -31,12 +33,15 @@ from dataclasses import dataclass
 
 from fewbit.errors import PlanError
 from fewbit.formats.base import Shape
+from fewbit.models.experts import is_of_expert
 from fewbit.models.outline import Geometry
+from fewbit.pipeline.groups import by_module, groups_of, room_for_statistics, statistics_bytes
 from fewbit.stats import Need
 
 CACHE_TYPES = {"float32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 _PIECE = 1 << 22  # values that are decoded at once: schemes.base.chunk_rows
-_BATCH = 2048  # tokens of calibration text computed at once: pipeline/blocks.py
+_BATCH, _BATCH_OF_EXPERTS = 2048, 32768  # tokens of calibration text computed at once: pipeline/capture.py
+_CUDA_LIBRARIES = 1_100_000_000  # in main memory; measured on an H100 with torch 2.11
 _ON_THE_WAY = 24_000_000
 
 
@@ -75,42 +80,72 @@ def _widest(g: Geometry, a: int) -> int:
 
 @dataclass(frozen=True)
 class Block:
-    """The block with the most parameters, and the shapes of its linears by name."""
+    """The block with the most parameters, the shapes of its linears by name, and whether it has experts."""
 
     parameters: int
     linears: Mapping[str, Shape]
+    experts: bool = False
+
+    def widest(self, hidden: int, a: int) -> int:
+        """Bytes for each token at the widest moment of an MLP or attention; experts get few tokens each."""
+        widths = [0]
+        for names in by_module(name for name in self.linears if not is_of_expert(name)):
+            *into, last = (self.linears[name] for name in names)
+            mlp = len(into) <= 2 and all(n in (last[1], 2 * last[1]) for n, _ in into)
+            rows = sum(n for n, _ in into)
+            widths.append(a * (3 * hidden + (rows + last[1] if mlp else 2 * (rows + last[0]))))
+        return max(widths)
 
 
-def quantization_peak(g: Geometry, block: Block, need: Need, samples: int, length: int, packed_bytes: int) -> int:
-    """The most that quantizing takes on the device that computes, beyond Python and its imports.
+@dataclass(frozen=True)
+class Work:
+    """How a plan quantizes: the statistics it needs, the calibration windows and tokens in each, the bits per weight,
+    and the bytes of all packed weights in memory; unquantized ones are read in place from a mapped file."""
 
-    `packed_bytes`: of the quantized weights in memory; unquantized ones are read in place from a mapped file.
-    """
-    within = 4 * block.parameters
+    need: Need
+    samples: int
+    length: int
+    bits: float
+    packed_bytes: int
+
+
+@dataclass(frozen=True)
+class Device:
+    """What computes: the bytes of a weight and of an activation, its memory, and whether it is a GPU."""
+
+    activation: int
+    memory: int
+    gpu: bool = False
+
+
+def quantization_peak(g: Geometry, block: Block, work: Work, device: Device) -> int:
+    """The most that quantizing takes on the device that computes, beyond Python and its imports."""
+    a = device.activation
+    within = a * block.parameters + (0 if device.gpu else packed_block(block, work))
     largest = max(n * k for n, k in block.linears.values())
-    if need > Need.NOTHING:
-        tokens, columns = samples * length, _inputs(block.linears)
-        hessian = need >= Need.HESSIAN
-        kept = sum(4 * k * k if hessian else 4 * k for k in columns)
-        replay = 2 * min(_BATCH, tokens) * _widest(g, 4)
+    if work.need > Need.NOTHING:
+        tokens, hessian = work.samples * work.length, work.need >= Need.HESSIAN
+        room = room_for_statistics(device.memory)
+        groups = groups_of(block.linears, work.need, room)
+        kept = max(statistics_bytes({name: block.linears[name] for name in names}, work.need) for names in groups)
+        at_once = min(_BATCH_OF_EXPERTS if device.gpu and block.experts else _BATCH, tokens)
+        replay = 2 * at_once * max(_widest(g, a), block.widest(g.hidden, a))
         working = max((4 * k * k if hessian else 0) + 16 * n * k for n, k in block.linears.values())
-        within += 4 * tokens * g.hidden + kept + max(replay, working)
+        within += a * tokens * g.hidden + kept + max(replay, working)
     else:
         within += 9 * min(largest, 1 << 24)
-    return max(within, packed_bytes + _decoded(g)) + _ON_THE_WAY
+    return max(within, work.packed_bytes + _decoded(g)) + _ON_THE_WAY
+
+
+def packed_block(block: Block, work: Work) -> int:
+    """Bytes of the packed weights of the block."""
+    return round(work.bits / 8 * sum(n * k for n, k in block.linears.values()))
+
+
+def host_peak(block: Block, work: Work) -> int:
+    """The most main memory that quantizing on a GPU takes: packed weights of a block, and CUDA's libraries."""
+    return packed_block(block, work) + _CUDA_LIBRARIES
 
 
 def _decoded(g: Geometry) -> int:
     return 2 * 4 * min(_PIECE, g.hidden * g.inner)
-
-
-def _inputs(linears: Mapping[str, Shape]) -> list[int]:
-    """Columns of each distinct input: linears of a module share one, but for its last, which reads what they made."""
-    members: dict[str, list[str]] = {}
-    for name in linears:
-        members.setdefault(name.rpartition(".")[0], []).append(name)
-    found = set()
-    for parent, names in members.items():
-        for name in names:
-            found.add((parent, linears[name][1], name == names[-1]))
-    return [columns for _, columns, _ in found]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fewbit.formats.containers.safetensors import Checkpoint
+from fewbit.models import experts
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import Source
 from fewbit.schemes.base import PartSpec
@@ -57,11 +58,12 @@ class Outline(Skeleton):
         self.without_place = {}
 
     def largest_block(self) -> Mapping[str, Any]:
-        """The block with the most parameters: their number ("parameters"), and name -> shape [N, K] of its linears
-        ("linears")."""
+        """The block with the most parameters: their number ("parameters"), name -> shape [N, K] of its linears
+        ("linears"), and whether it has experts ("experts")."""
         sizes = {b: sum(p.numel() for p in self.model.get_submodule(b).parameters()) for b in self.blocks}
         block = max(sizes, key=lambda name: sizes[name])
-        return {"parameters": sizes[block], "linears": self.linears(block)}
+        linears = self.linears(block)
+        return {"parameters": sizes[block], "linears": linears, "experts": any(map(experts.is_of_expert, linears))}
 
 
 def geometry(config: Any, context: int) -> Geometry:

@@ -47,13 +47,16 @@ def find_links(block: nn.Module, run: Callable[[], object]) -> list[Link]:
     linears: dict[str, nn.Module] = {name: m for name, m in block.named_modules() if is_linear(m)}
     links, order = _fed_by_norms(block, linears, run)
     before = _inputs(linears, run)
+    tried: set[str] = set()  # experts are alike, so one of them is tried: each try runs the block a dozen times
     for source in order:
-        links += _fed_by_rows(source, order, linears, before, run)
+        if of_any(source) not in tried:
+            tried.add(of_any(source))
+            links += _fed_by_rows(source, order, linears, before, run)
     return _of_all_experts(sorted(links, key=lambda link: order.index(link.readers[0])), linears)
 
 
 def _of_all_experts(links: list[Link], linears: Mapping[str, nn.Module]) -> list[Link]:
-    """`links`, and those of other experts for each expert that no token of `run` chose."""
+    """`links`, and those of one expert for each other expert, also for one that no token of `run` chose."""
     known: dict[str, Link] = {}
     for link in links:
         if all(is_of_expert(name) for name in (link.source, *link.readers)):

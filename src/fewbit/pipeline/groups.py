@@ -30,7 +30,7 @@ def groups_of(shapes: Mapping[str, Shape], need: Need, room: int) -> list[list[s
     """
     groups: list[list[str]] = []
     free = 0
-    for names in _by_module(shapes):
+    for names in by_module(shapes):
         size = statistics_bytes({name: shapes[name] for name in names}, need)
         if not groups or size > free:
             groups.append([])
@@ -44,14 +44,13 @@ def statistics_bytes(shapes: Mapping[str, Shape], need: Need) -> int:
     """Bytes of the statistics of these linears. The linears of a module are taken to read one tensor of each width,
     except the last, which reads what they computed."""
     inputs = {
-        (number, shapes[name][1], name == names[-1])
-        for number, names in enumerate(_by_module(shapes))
-        for name in names
+        (number, shapes[name][1], name == names[-1]) for number, names in enumerate(by_module(shapes)) for name in names
     }
     return sum(4 * k * k if need >= Need.HESSIAN else 4 * k for _, k, _ in inputs)
 
 
-def _by_module(names: Iterable[str]) -> list[list[str]]:
+def by_module(names: Iterable[str]) -> list[list[str]]:
+    """The names of linears, those of one module together."""
     members: dict[str, list[str]] = {}
     for name in names:
         members.setdefault(name.rpartition(".")[0], []).append(name)

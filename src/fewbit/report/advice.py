@@ -19,7 +19,16 @@ def estimate(done: Estimate) -> None:
     """What `fewbit estimate MODEL` prints."""
     title = f"{done.model}: {done.architecture}, {done.parameters:,} parameters, {done.batch} x {done.context:,} tokens"
     table = text.grid(
-        title, "plan", "bits", "weights", "in files", "in use", "making it", "smallest card", numbers=(1, 2, 3, 4, 5)
+        title,
+        "plan",
+        "bits",
+        "weights",
+        "in files",
+        "in use",
+        "making it",
+        "on a GPU",
+        "smallest card",
+        numbers=(1, 2, 3, 4, 5, 6),
     )
     refused = []
     for row in done.plans:
@@ -27,14 +36,23 @@ def estimate(done: Estimate) -> None:
             refused.append(row)
             continue
         making = size(row.quantization_peak) if row.quantization_peak else ""
+        on_gpu = size(row.quantization_gpu) if row.quantization_gpu else ""
         card = row.card or "none of the table"
         table.add_row(
-            row.plan, f"{row.bits:.2f}", size(row.weights_bytes), size(row.file_bytes), size(row.total), making, card
+            row.plan,
+            f"{row.bits:.2f}",
+            size(row.weights_bytes),
+            size(row.file_bytes),
+            size(row.total),
+            making,
+            on_gpu,
+            card,
         )
     text.out.print(table)
     _say(
         f"Bits: per quantized weight. In use: weights, KV cache ({size(done.cache_bytes)} in {done.cache}) and "
-        f"activations in {done.activation}. Making it: peak memory of quantizing. Weights and files are exact. Peaks "
+        f"activations in {done.activation}. Making it: peak memory of quantizing, in main memory on a CPU, "
+        "or in the memory of a GPU. Weights and files are exact. Peaks "
         "are estimates, within 25 % of measurements if freed memory returns to the system; an allocator that keeps it "
         "needed half as much again. Add 0.4 GB for Python and its imports, or a CUDA context."
     )
