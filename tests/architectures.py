@@ -40,18 +40,19 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
-_MLA = {"head_dim": 8}  # the width that is turned
+# The width that is turned. Latents are expanded to keys and values of every head.
+_MLA = {"head_dim": 8, "num_key_value_heads": 4}
 _HYBRID = {"layer_types": _HALF}
 # What a type needs besides or in place of these.
 MORE: dict[str, dict[str, Any]] = {
     "axk1": _MLA,
-    "axk2": {**_MLA, "num_key_value_heads": 4},
+    "axk2": _MLA,
     "bailing_hybrid": {**_HYBRID, "mlp_layer_types": ["dense", "sparse"]},
     "bamba": {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"layer_types": ["full_attention"] * 2},
     "deepseek_v3": {**_MLA, "first_k_dense_replace": 1},
-    "deepseek_v32": {**_MLA, "num_key_value_heads": 4, "first_k_dense_replace": 1},
+    "deepseek_v32": {**_MLA, "first_k_dense_replace": 1},
     "dory": {"num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2},
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
@@ -59,7 +60,7 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma3n_text": models.UNLIKE["gemma3n"] | {"altup_num_inputs": 4},
     "gemma4_text": {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": models.VOCAB},
     "glm4_moe_lite": _MLA,
-    "glm_moe_dsa": {**_MLA, "num_key_value_heads": 4},
+    "glm_moe_dsa": _MLA,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},

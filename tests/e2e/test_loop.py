@@ -5,6 +5,7 @@ Here, on a CPU, its steps are run one by one; tests/gpu/test_fuse.py has them re
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import GenerationConfig, GenerationMixin, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -26,7 +34,7 @@ from fewbit.models.decoding import decode, loop
 from fewbit.models.decoding.generate import continue_text
 from fewbit.models.decoding.graph import Compiled, check_compile
 from fewbit.models.decoding.sampling import Sampling
-from tests import models
+from tests import architectures, models
 
 LENGTH, NEW = 48, 24
 OVERRIDDEN = ("phi3",)  # which prepares its inputs itself
@@ -377,3 +385,37 @@ def test_the_greatest_is_the_first_of_them() -> None:
     logits = torch.randint(0, 3, (50, 640), generator=torch.Generator().manual_seed(0)).float()
     assert torch.equal(loop.greatest(logits), logits.argmax(-1))
     assert torch.equal(loop.greatest(logits[:, :637]), logits[:, :637].argmax(-1))
+
+
+# Latent attention, sliding windows and chunks, experts, and a short convolution beside keys and values.
+STATIC = ("deepseek_v3", "gpt_oss", "llama4_text", "lfm2", "minimax_m2")
+# Layers that keep a state, or for which transformers has no static cache.
+GROWING = ("deepseek_v4", "qwen3_next", "mamba2")
+
+
+def table_pair(kind: str) -> tuple[Any, Any]:
+    """Two equal models of a type of the table, the second within a cache of `LENGTH` tokens."""
+    plain = AutoModelForCausalLM.from_config(architectures.config(kind), dtype=torch.float32).eval()
+    architectures.draw(plain, len(kind))
+    looped = copy.deepcopy(plain)
+    decode.within(looped, LENGTH)
+    return plain, looped
+
+
+@pytest.mark.parametrize("kind", STATIC)
+def test_the_loop_writes_the_same_for_types_of_the_table(kind: str, ids: Tensor) -> None:
+    plain, looped = table_pair(kind)
+    decoder = looped.generate.__self__
+    assert decode.supports_static_cache(looped, decoder.plain)
+    decoder.static = True
+    for prompt in (ids[:1], ids):
+        assert written(looped, prompt) == written(plain, prompt)
+        assert steps(looped) == NEW
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_what_has_no_static_cache_keeps_a_growing_one(kind: str, ids: Tensor) -> None:
+    plain, looped = table_pair(kind)
+    with pytest.warns(UserWarning, match="no CUDA graph: this model's layers keep more than keys and values"):
+        assert not decode.supports_static_cache(looped, looped.generate.__self__.plain)
+    assert written(looped, ids) == written(plain, ids)

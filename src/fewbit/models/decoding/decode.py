@@ -209,7 +209,10 @@ def reserved(model: Any, length: int) -> DynamicCache:
 def static(model: Any, length: int) -> StaticCache | None:
     """A cache for `length` tokens that attention reads as a whole, so that a graph can be recorded. None if the model
     has layers that cache more than keys and values."""
-    cache = StaticCache(config=model.config, max_cache_len=length)
+    try:
+        cache = StaticCache(config=model.config, max_cache_len=length)
+    except Exception:  # transformers looks up the class of a layer, and has no static one for some
+        return None
     if not all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in cache.layers):
         return None
     cache.layers = [StaticLayer(max_cache_len=length) for _ in cache.layers]
@@ -226,6 +229,7 @@ def supports_static_cache(model: Any, generate: Callable[..., Any]) -> bool:
     logits, size = [], 8
     for cache in (reserved(model, size), static(model, size)):
         if cache is None:
+            warnings.warn("no CUDA graph: this model's layers keep more than keys and values", stacklevel=2)
             return False
         ids = torch.arange(3, device=model.device, dtype=torch.int64)[None]
         options: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True, "eos_token_id": None}
