@@ -185,7 +185,8 @@ def inputs(kind: str, model: Any) -> dict[str, Tensor]:
     else:
         size = vision.image_size if isinstance(getattr(vision, "image_size", 32), int) else 32
         pixels, count = (*_BATCHES.get(kind, (1,)), 3, size, size), 0
-    given["pixel_values"] = torch.randn(pixels, generator=generator)
+    name = "pixel_values" if "pixel_values" in takes else "pixel_values_images"
+    given[name] = torch.randn(pixels, generator=generator)
     if "image_sizes" in takes and kind != "llava":
         given["image_sizes"] = torch.tensor([[32, 32]])
     if not count:

@@ -188,7 +188,7 @@ def test_a_config_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
         package.quantize(folder, tmp_path / "out", plan="nf4", device="cpu")
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "kimi_k25", "mistral_large4"])
+@pytest.mark.parametrize("kind", sorted({"gemma3", "kimi_k25", "mistral_large4"} & {*multimodal.TYPES}))
 def test_towers_keep_their_names_on_disk(kind: str, tmp_path: Path) -> None:
     folder = multimodal.save(tmp_path / "model", kind)
     package.quantize(folder, tmp_path / "out", plan="nf4", device="cpu")

@@ -85,8 +85,8 @@ def inputs(processor: Any, prompt: str, images: Sequence[Any], *, chat: bool) ->
             )
         else:
             token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
-            if token and str(token) not in prompt:
-                prompt = str(token) * len(images) + prompt
+            if token:
+                prompt = _with_places(prompt, str(token), len(images))
             made = processor(text=[prompt], images=list(images), return_tensors="pt")
     except PlanError:
         raise
@@ -98,6 +98,17 @@ def inputs(processor: Any, prompt: str, images: Sequence[Any], *, chat: bool) ->
             else "Use `chat=True`, or write the model's image token where an image belongs.",
         ) from None
     return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+
+
+def _with_places(prompt: str, token: str, count: int) -> str:
+    """The prompt with one image token for each image: its own, or all before it. PlanError if it has another number."""
+    found = prompt.count(token)
+    if found not in (0, count):
+        raise PlanError(
+            f"the prompt has {found} image tokens ({token}) for {count} images",
+            f"Write {token} once for each image, or not at all.",
+        )
+    return prompt if found else token * count + prompt
 
 
 def _takes_images(cls: type) -> bool:
