@@ -202,6 +202,13 @@ def test_settings_in_a_file_of_modelopt_are_read(tmp_path: Path) -> None:
     assert not (out / "hf_quant_config.json").exists()
 
 
+def test_fp8_scales_without_a_config_are_named(tmp_path: Path) -> None:
+    packed = packed_models.pack(models.save(tmp_path / "plain", "llama"), tmp_path / "packed", "fp8-block")
+    models.edit_json(packed / "config.json", quantization_config=None)
+    with pytest.raises(FormatError, match="_scale_inv, but config"):
+        fewbit.quantize(packed, tmp_path / "out", plan="nf4")
+
+
 def test_an_unknown_method_is_named(fewbit: Fewbit, tmp_path: Path) -> None:
     model = models.save(tmp_path / "model", "llama")
     models.edit_json(model / "config.json", quantization_config={"quant_method": "seven"})

@@ -21,9 +21,9 @@ from fewbit.errors import FormatError
 from fewbit.formats.base import Format, by_quant_method
 from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile
 from fewbit.formats.containers.safetensors import Checkpoint
-from fewbit.formats.layouts.base import Handles, Layout, Packed
+from fewbit.formats.layouts.base import Handles, Layout, Packed, is_fp8
 from fewbit.formats.layouts.compressed_tensors import CompressedTensors
-from fewbit.formats.layouts.fp8 import FP8, FbgemmFP8
+from fewbit.formats.layouts.fp8 import FP8, FbgemmFP8, scale_names
 from fewbit.formats.layouts.modelopt import ModelOpt
 from fewbit.formats.layouts.mxfp4 import MXFP4
 from fewbit.models.gguf import names
@@ -78,6 +78,14 @@ def opened(source: Source, config: Any = None) -> tuple[Checkpoint, Packing | No
         return _of_gguf(source, names.routes(config))
     checkpoint = Checkpoint(list(source.files))
     if source.quantization is None:
+        for name, spec in checkpoint.specs.items():
+            scale = next((each for each in scale_names(name) if each in checkpoint.specs), None)
+            if is_fp8(spec) and scale is not None:
+                raise FormatError(
+                    f"{source.folder}: {name} is FP8 with the scales {scale}, but config.json has no "
+                    "quantization_config, so their meaning is unknown",
+                    'For DeepSeek\'s layout it is {"quant_method": "fp8", "weight_block_size": [128, 128]}.',
+                )
         return checkpoint, None
     file_bytes = sum(spec.nbytes for spec in checkpoint.specs.values())
     packed = found_in(source, checkpoint)

@@ -33,10 +33,10 @@ class FP8(Layout):
         block = _block_size(config)
         found, owners = {}, set()
         for name, spec in names.items():
-            scale = next((each for each in _scale_names(name) if each in names), None)
+            scale = next((each for each in scale_names(name) if each in names), None)
             if is_fp8(spec) and not _is_scale(name, names):
                 if scale is None:
-                    raise missing(_scale_names(name)[0], f"{name}, which is {_called(spec.dtype)},")
+                    raise missing(scale_names(name)[0], f"{name}, which is {_called(spec.dtype)},")
                 found[name] = packed_fp8(name, spec, scale, names[scale], block)
             elif scale is not None and spec.dtype in (torch.int8, torch.uint8):
                 found[name] = _packed_fp4(name, spec, scale, names[scale])
@@ -132,7 +132,7 @@ def _block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return size[0], size[1]
 
 
-def _scale_names(name: str) -> list[str]:
+def scale_names(name: str) -> list[str]:
     """The names that the scales of the tensor `name` may have."""
     module, _, leaf = name.rpartition(".")
     others = [f"{module}.scale", f"{module}.qscale_weight"] if leaf == "weight" else []
