@@ -195,11 +195,21 @@ def test_a_quantization_for_people(shown: io.StringIO) -> None:
         "4.500",
         "99.6%",
         "2.00e-03",
-        "worst 3.00e-03 in model.layers.1.q",
+        "The largest error is 3.00e-03 in model.layers.1.q.",
         "2 min 05 s",
         'with "cat sat"',
     ):
         assert words in text
+
+
+def test_the_name_of_an_expert_breaks_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.StringIO()
+    monkeypatch.setattr(report_text, "out", Console(file=buffer, width=80, highlight=False))
+    name = "model.language_model.layers.47.mlp.experts.127.gate_proj"
+    report_text.quantized(replace(QUANTIZED, tensors=[replace(QUANTIZED.tensors[0], module=name, error=0.25)]))
+    lines = buffer.getvalue().splitlines()
+    for row in ("weights in files", "bits per quantized weight", "relative output error", "time", "peak memory"):
+        assert sum(line.startswith(row) for line in lines) == 1
 
 
 @pytest.mark.parametrize("said_by_model", ["[/b] [red]", "[bold", "\\[x]", "[/]"])

@@ -59,12 +59,13 @@ def quantized(done: Quantized) -> None:
     )
     worst = max(done.tensors, key=lambda t: t.error)
     mean = sum(t.error for t in done.tensors) / len(done.tensors)
-    table.add_row("relative output error", "", f"{mean:.2e}", f"worst {worst.error:.2e} in {worst.module}")
+    table.add_row("relative output error", "", f"{mean:.2e}", "mean of all linears")
     table.add_row("time", "", duration(done.seconds), "")
     table.add_row("peak memory", "", size(done.peak), "of this process, mapped files included")
     if done.gpu_peak:
         table.add_row("  on the GPU", "", size(done.gpu_peak), "")
     out.print(table)
+    _say(f"The largest error is {worst.error:.2e} in {worst.module}.")  # an expert's name is too long for the table
     sample = f' It continues "{FIRST_WORDS}" with "{done.sample.strip()}".' if done.sample else ""
     _say(f"Reopened and checked.{sample}")
 
