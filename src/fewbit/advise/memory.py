@@ -129,7 +129,9 @@ def quantization_peak(g: Geometry, block: Block, work: Work, device: Device) -> 
         groups = groups_of(block.linears, work.need, room)
         kept = max(statistics_bytes({name: block.linears[name] for name in names}, work.need) for names in groups)
         at_once = min(_BATCH_OF_EXPERTS if device.gpu and block.experts else _BATCH, tokens)
-        replay = 2 * at_once * max(_widest(g, a), block.widest(g.hidden, a))
+        # A config's inner size is that of dense blocks.
+        widest = block.widest(g.hidden, a) if block.experts else max(_widest(g, a), block.widest(g.hidden, a))
+        replay = 2 * at_once * widest
         working = max((4 * k * k if hessian else 0) + 16 * n * k for n, k in block.linears.values())
         within += a * tokens * g.hidden + kept + max(replay, working)
     else:
