@@ -182,7 +182,8 @@ class Pools:
     round to nearest: 0.01630; tiny-moe has K = 256 and 16 experts, of which 2 serve a token):
 
         calibration tokens               8192       32768
-        expert's own H                   0.00932
+        own H, all rows alike            0.00919    0.00742
+        own H                            0.00932
         n0 = 4 K                         0.00809    0.00737
         n0 = 4 K, rows weighted by p     .          0.00733
         n0 = 4 K, rows weighted by p²    0.00826    0.00751
