@@ -14,6 +14,7 @@ from fewbit.formats.base import Shape
 from fewbit.models import blocks, stored
 from fewbit.models.gguf import names as gguf_names
 from fewbit.models.skeleton import Skeleton
+from fewbit.names import in_short
 from fewbit.plans import mixtures
 from fewbit.plans import plan as plans
 from fewbit.plans.plan import Assignment, Resolved
@@ -102,7 +103,7 @@ class Settled:
         if reason := self.skeleton.why_not():
             raise PlanError(reason)
         if self.share < _LOWEST_SHARE:
-            why = [*self.resolved.notes, f"not quantized: {', '.join(self.resolved.kept) or 'no linears'}"]
+            why = [*self.resolved.notes, f"not quantized: {in_short(self.resolved.kept) or 'no linears'}"]
             raise PlanError(
                 f"only {self.share:.0%} of the parameters in the model's blocks would be quantized:\n  "
                 + "\n  ".join(why),
