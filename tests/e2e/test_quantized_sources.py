@@ -207,6 +207,8 @@ def test_fp8_scales_without_a_config_are_named(tmp_path: Path) -> None:
     models.edit_json(packed / "config.json", quantization_config=None)
     with pytest.raises(FormatError, match="_scale_inv, but config"):
         fewbit.quantize(packed, tmp_path / "out", plan="nf4")
+    with pytest.raises(FormatError, match="_scale_inv, but config"):
+        fewbit.load(packed)
 
 
 def test_an_unknown_method_is_named(fewbit: Fewbit, tmp_path: Path) -> None:

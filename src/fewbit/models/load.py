@@ -66,6 +66,8 @@ def load_model(
             raise FormatError(
                 f"{source.folder}: quantization method {method!r} is not one that fewbit or transformers reads"
             )
+    if source.quantization is None:
+        decoded.opened(source)  # refuses FP8 weights whose scales have no config; transformers would ignore the scales
     if packed:
         describe(source)  # for clearer errors than those of transformers if config and tensors contradict each other
     try:
