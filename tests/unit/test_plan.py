@@ -412,3 +412,21 @@ def test_a_scheme_in_place_of_a_mixture_is_taken_at_its_word() -> None:
 def test_gguf_holds_block_types_alone() -> None:
     with pytest.raises(PlanError, match="block types such as q4_k, not int4-g128"):
         resolve(Plan("test", "gguf", (Rule("*", "int4-g128"),)), WHOLE, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "gate"),
+    [
+        ("model.layers.0.mlp.gate", (8, 64), True),
+        ("model.layers.0.mlp.router.classifier", (6, 64), True),  # LongCat
+        ("model.layers.0.mlp.router.layer", (64, 64), True),
+        ("model.layers.0.mlp.gate_proj", (96, 64), False),
+        ("model.layers.0.mlp.gate", (96, 64), False),  # of a gated MLP
+    ],
+)
+def test_linears_of_a_router_stay_unless_a_rule_names_them(module: str, shape: tuple[int, int], gate: bool) -> None:
+    up = "model.layers.0.mlp.up_proj"
+    found = resolve(find("nf4"), {module: shape, up: (96, 64)})
+    assert (module in found.kept) is gate
+    named = Plan("mine", "bnb", (Rule(module, "nf4-b64-dq"), Rule("*", "nf4-b64-dq")))
+    assert module in resolve(named, {module: shape, up: (96, 64)}).assignments

@@ -329,7 +329,8 @@ _GATES = {
 
 def is_gate(module: str, shape: Shape) -> bool:
     """Whether a linear of this name and shape [N, K] stays in 16 bits unless a rule of the plan names it."""
-    return module.rpartition(".")[2] in _GATES and 2 * shape[0] <= shape[1]
+    *inside, leaf = module.split(".")
+    return "router" in inside or (leaf in _GATES and 2 * shape[0] <= shape[1])
 
 
 def _mixed(
