@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import Interleave, WeightConverter
 
 import fewbit
 from fewbit.errors import FormatError, NumericsError
-from fewbit.models import experts
+from fewbit.models import conversions, experts
 from fewbit.models.linears import is_linear
 from fewbit.pipeline import capture
 from tests import architectures, models
@@ -149,6 +150,42 @@ def test_a_fused_tensor_with_another_number_of_experts(count: int, tmp_path: Pat
     save_file({**tensors, key: own.repeat(2, 1, 1)[:count].contiguous()}, file, metadata={"format": "pt"})
     with pytest.raises(FormatError, match=rf"{key} has shape \[{count}, .*must be 4, the number of experts"):
         fewbit.quantize(folder, tmp_path / "out", plan="nf4", device="cpu")
+
+
+# Experts that get every token, one linear each, and experts that do nothing.
+@pytest.mark.parametrize("kind", ["inkling_text", "jetmoe", "llama4_text", "longcat_flash"])
+def test_layers_that_call_experts_otherwise_compute_the_same(kind: str) -> None:
+    model = fused_experts(kind)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.arange(3, 40)[None]
+    wanted = models.logits(model, ids)
+    assert list(experts.fused_in(model))
+    experts.separate(model)
+    assert not list(experts.fused_in(model))
+    torch.testing.assert_close(models.logits(model, ids), wanted, rtol=1e-4, atol=1e-4)
+    experts.join(model)
+    torch.testing.assert_close(models.logits(model, ids), wanted)
+    assert model.state_dict().keys() == before.keys()
+
+
+def test_fused_experts_that_transformers_converts_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of Inkling's have rows of gate and up in turn."""
+    folder = architectures.save(tmp_path / "model", "inkling_text")
+    fewbit.quantize(folder, tmp_path / "plain", plan="nf4", device="cpu")
+    conversion = WeightConverter(["mlp.experts.w13"], ["mlp.experts.gate_up_proj"], [Interleave(dim=1)])
+    file = folder / "model.safetensors"
+    stored = {
+        name.replace("gate_up_proj", "w13"): Interleave(dim=1, inverse=True).convert({name: own}, [name], [name])[name]
+        if name.endswith("mlp.experts.gate_up_proj")
+        else own
+        for name, own in load_file(file).items()
+    }
+    save_file(stored, file, metadata={"format": "pt"})
+    monkeypatch.setattr(conversions, "get_model_conversion_mapping", lambda model: [conversion])
+    fewbit.quantize(folder, tmp_path / "converted", plan="nf4", device="cpu")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "converted"))
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 DOWN = "model.layers.1.mlp.experts"
