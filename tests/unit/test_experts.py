@@ -162,7 +162,8 @@ def test_layers_that_call_experts_otherwise_compute_the_same(kind: str) -> None:
     assert list(experts.fused_in(model))
     experts.separate(model)
     assert not list(experts.fused_in(model))
-    torch.testing.assert_close(models.logits(model, ids), wanted, rtol=1e-4, atol=1e-4)
+    # Inkling's shared experts make 0.2 % of these logits.
+    assert (models.logits(model, ids) - wanted).norm() <= 1e-5 * wanted.norm()
     experts.join(model)
     torch.testing.assert_close(models.logits(model, ids), wanted)
     assert model.state_dict().keys() == before.keys()
