@@ -200,7 +200,7 @@ thread_local Memory memory;
 
 extern "C" {
 
-int fewbit_abi(void) { return 3; }
+int fewbit_abi(void) { return 4; }
 
 const char* fewbit_isa(void) { return isa().name; }
 

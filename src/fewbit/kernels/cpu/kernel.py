@@ -97,8 +97,8 @@ class _Native(Kernel):
         y = torch.empty(x.shape[0], n, dtype=x.dtype, device="cpu")
         y[groups[-1][2] if groups else 0 :] = 0
         few = [group for group in groups if group[2] - group[1] <= FEW]
-        if few and not _grouped(x.contiguous(), y, prepared, (*layout, experts, n, k), few):
-            return super().grouped(x, codec, prepared, shape, offsets)
+        if few:
+            _grouped(x.contiguous(), y, prepared, (*layout, experts, n, k), few)
         for expert, start, end in groups:
             if end - start > FEW:
                 own = self.of_expert(codec, prepared, shape, expert)
@@ -274,16 +274,14 @@ def _grouped(
     parts: Sequence[Tensor],
     layout: tuple[int, int, int, int, int, int],
     groups: Sequence[tuple[int, int, int]],
-) -> bool:
-    """Write the rows of `groups` (expert, start, end) of y. False if the library is too old for that.
+) -> None:
+    """Write the rows of `groups` (expert, start, end) of y.
 
     parts: of the stacked weights. layout: kind, bits, group, E, N, K.
     """
     lib = library.library()
     if isinstance(lib, str):
         raise KernelError(lib, library.HINT)
-    if not hasattr(lib, "fewbit_grouped"):
-        return False
     experts, n, k = layout[3:]
     (m, columns), of = x.shape, _read()[x.dtype]
     if not x.is_cpu or columns != k:
@@ -294,7 +292,6 @@ def _grouped(
         begin[expert], end[expert] = first, last
     read, written = _start(x, x.dtype, m * k), _start(y, x.dtype, m * n)
     _check(lib.fewbit_grouped(weights, experts, begin, end, read, m, written, of, torch.get_num_threads()), n, k)
-    return True
 
 
 def _start(tensor: Tensor, dtype: torch.dtype, count: int) -> int:

@@ -16,7 +16,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-_ABI = 3
+_ABI = 4
 _FILE = "fewbit_cpu.so"
 HINT = "Install fewbit from source with a C++ compiler (gcc 9, clang 10 or later), or from a wheel with the library."
 
@@ -73,9 +73,7 @@ def library() -> ctypes.CDLL | str:
         "fewbit_arrange": (ctypes.c_int, [weight, pointer, number, pointer, ctypes.c_int]),
     }
     for name, (result, arguments) in signatures.items():
-        function = getattr(found, name, None)
-        if function is None:  # added later to the same interface: see `hasattr` in kernel.py
-            continue
+        function = getattr(found, name)
         function.restype, function.argtypes = result, arguments
     # torch loads its OpenMP runtime with global symbols. Without one, the library uses threads of its own.
     with contextlib.suppress(AttributeError, TypeError, OSError):
