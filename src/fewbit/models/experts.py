@@ -224,7 +224,7 @@ class SeparateBatchedExperts(SeparateExperts):
 
     def _run_scaled(self, expert: int, x: Tensor) -> Tensor:
         # The rows are scaled already, so the weight of an output is 1, or 0 if the token did not choose the expert.
-        self._say(torch.arange(len(x), device=x.device), (x != 0).any(1).to(x.dtype), len(x))
+        self._say(torch.arange(len(x), device=x.device, dtype=torch.int64), (x != 0).any(1).to(x.dtype), len(x))
         return self.run(expert, x)
 
 
