@@ -163,7 +163,7 @@ def gather(
     Experts: see `Pools`. `pools` are those of the whole stage, if `needs` holds only a group of its experts.
     """
     need = max(needs.values(), default=Need.NOTHING)
-    gathering = _Gathering(block, need, needs, alike=alike, pooling=not alike and pools is None)
+    gathering = _Gathering(block, need, needs, alike=alike, kinds=(True, not alike and pools is None))
     gathering.run()
     stats = gathering.of_all_ranks()
     if not alike:
@@ -210,7 +210,7 @@ class Pools:
 
 def gather_pools(block: Block, names: Sequence[str], need: Need) -> Pools:
     """The statistics that the experts with the linears `names` share. The statistics of single experts are not kept."""
-    gathering = _Gathering(block, need, names, pooling=True, own=False)
+    gathering = _Gathering(block, need, names, kinds=(False, True))
     gathering.run()
     return gathering.pools()
 
@@ -218,8 +218,7 @@ def gather_pools(block: Block, names: Sequence[str], need: Need) -> Pools:
 class _Gathering:
     """Runs a block over its calibration inputs, and adds what the linears `names` read to statistics.
 
-    pooling: whether to add the inputs of experts to the statistics of their layers. own: whether to gather statistics
-    of each linear.
+    kinds: whether to gather statistics of each linear, and whether to add the inputs of experts to those of layers.
     """
 
     def __init__(
@@ -229,10 +228,10 @@ class _Gathering:
         names: Iterable[str],
         *,
         alike: bool = False,
-        pooling: bool = False,
-        own: bool = True,
+        kinds: tuple[bool, bool] = (True, False),
     ) -> None:
-        self.block, self.need, self.alike, self.own = block, need, alike, own
+        self.block, self.need, self.alike = block, need, alike
+        self.own, pooling = kinds
         self.shapes, self.names = block.skeleton.linears(block.name), list(names)
         self.stats: dict[str, Stats] = {}
         self.reads: dict[str, str] = {}  # linear -> the first linear that reads the same tensor
@@ -245,7 +244,7 @@ class _Gathering:
             pool = self.expert_inputs[name].pool
             if pooling and pool not in self._pools:
                 self._pools[pool] = self._empty(name)
-            if own:
+            if self.own:
                 self.stats[name] = self._empty(name)
         self._seen: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._weight: Tensor | None = None
@@ -311,9 +310,7 @@ class _Gathering:
             if self.reads[name] == name:
                 self.stats[name] = self._empty(name)
         if self.reads[name] == name:
-            # Some models flatten [batch, tokens]. If rows are not tokens, all weights are equal.
-            tokens = self._weight is not None and self._weight.numel() == x.numel() // x.shape[-1]
-            self.stats[name].add(x, self._weight if tokens else None)
+            self.stats[name].add(x, _of_tokens(x, self._weight))
 
     def _record_expert(self, name: str, x: Tensor) -> None:
         self.reads[name] = self._leaders[name]
@@ -345,9 +342,18 @@ def _of_all_ranks(
     return {name: stats[leader] for name, leader in leaders.items()}
 
 
+def _of_tokens(x: Tensor, weight: Tensor | None) -> Tensor | None:
+    """The weights of tokens, if the rows of x are all tokens. Some models flatten [batch, tokens]."""
+    return weight if weight is not None and weight.numel() == x.numel() // x.shape[-1] else None
+
+
 def _routed(routed: Routed | None, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The rows of x [n, K] that count for an expert, and their weights [n], taken from those of the layer's tokens."""
-    assert routed is not None
+    """The rows of x [n, K] that count for an expert, and their weights [n], taken from those of the layer's tokens.
+
+    routed: None for a layer that does not say which tokens its experts read: see `_of_tokens`.
+    """
+    if routed is None:
+        return x, _of_tokens(x, weight)
     chosen = routed.shares != 0
     tokens = routed.tokens
     if not chosen.all():
