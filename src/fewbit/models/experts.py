@@ -23,30 +23,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 
 from fewbit.errors import NumericsError
+from fewbit.models.pieces import SOURCE, Piece, leaves_of, pieces_of, sources
 from fewbit.nn.experts import ExpertSlice, expert_of
 
 Groups = tuple[tuple[str, ...], ...]
 _OWN = re.compile(r"experts\.\d+\.")  # in the name of a weight of one expert
-_SOURCE = re.compile(r"experts\.\*\.(\w+)\.weight$")  # in the conversion mapping
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The weight or bias of one linear of an expert, inside of a fused tensor whose first dimension is the expert."""
-
-    leaf: str  # "gate_proj"
-    kind: str  # "weight" or "bias"
-    fused: str  # "gate_up_proj"
-    rows: slice
-    transposed: bool
-
-    def of(self, fused: Any, expert: int) -> Tensor:
-        """The piece of one expert. `fused` is a tensor, or a handle of a file that reads only that expert."""
-        own: Tensor = fused[expert]
-        return (own.T if self.transposed else own)[self.rows]
 
 
 @dataclass(frozen=True)
@@ -91,8 +74,8 @@ class SeparateExperts(nn.Module):
     def laid_out(self, name: str, mapping: Sequence[Any]) -> tuple[tuple[str, ...], tuple[Piece, ...]]:
         """The names of the linears, and where they lie in the fused tensors of this module, which is called `name`."""
         fused: Any = self
-        leaves = _leaves(name, mapping, gated=fused.has_gate)
-        return leaves, tuple(_pieces(fused, leaves))
+        leaves = leaves_of(name, mapping, gated=fused.has_gate)
+        return leaves, tuple(pieces_of(fused, leaves))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' outputs.
@@ -280,7 +263,7 @@ _USUAL = {
     **dict.fromkeys(("has_bias", "is_transposed"), False),
     "_apply_gate": lambda self, both: _gated(self.act_fn, both),
 }
-_UNDECORATED: dict[str, tuple[type[SeparateExperts], dict[str, Any]]] = {
+UNDECORATED: dict[str, tuple[type[SeparateExperts], dict[str, Any]]] = {
     "Llama4TextExperts": (SeparateBatchedExperts, {**_USUAL, "is_transposed": True}),
     "InklingExperts": (SeparateExperts, _USUAL),
     "InklingSharedExperts": (SeparateSharedExperts, {}),
@@ -298,7 +281,7 @@ def _gated(act: nn.Module, both: Tensor) -> Tensor:
 def fused_in(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Name and module of the fused experts of each layer, where `separate` knows how they are laid out."""
     for name, module in model.named_modules():
-        known = vars(module).keys() >= _LAYOUT or type(module).__name__ in _UNDECORATED
+        known = vars(module).keys() >= _LAYOUT or type(module).__name__ in UNDECORATED
         if known and not isinstance(module, SeparateExperts):
             yield name, module
 
@@ -307,7 +290,7 @@ def separate(model: PreTrainedModel) -> None:
     """Give the experts of every layer linears of their own, in place. Their values are copied."""
     mapping = get_model_conversion_mapping(model)
     for name, module in list(fused_in(model)):
-        base, known = _UNDECORATED.get(type(module).__name__, (SeparateExperts, {}))
+        base, known = UNDECORATED.get(type(module).__name__, (SeparateExperts, {}))
         cls: type[nn.Module] = type(module)
         module.__class__ = type(f"Separate{cls.__name__}", (base, cls), known)
         leaves, pieces = module.laid_out(name, mapping)
@@ -466,7 +449,7 @@ def are_separate(model: nn.Module) -> bool:
 
 def unmerged(conversions: Sequence[Any]) -> list[Any]:
     """`conversions` without those that merge experts."""
-    return [each for each in conversions if not any(_SOURCE.search(source) for source in _sources(each))]
+    return [each for each in conversions if not any(SOURCE.search(source) for source in sources(each))]
 
 
 def fused_count(model: nn.Module, name: str) -> int | None:
@@ -497,34 +480,3 @@ def split(model: nn.Module, name: str) -> Iterator[tuple[str, int, Piece]]:
             if piece.fused == tensor:
                 for expert in range(experts.count):
                     yield f"{path}.{expert}.{piece.leaf}.{piece.kind}", expert, piece
-
-
-def _sources(conversion: Any) -> list[str]:
-    return list(conversion.source_patterns) if isinstance(conversion, WeightConverter) else []
-
-
-def _leaves(name: str, mapping: Sequence[Any], *, gated: bool) -> tuple[str, ...]:
-    """The names of an expert's linears in checkpoints: gate, up, down."""
-    found: dict[str, list[str]] = {}
-    for each in mapping:
-        leaves = [match[1] for source in _sources(each) if (match := _SOURCE.search(source))]
-        for target in each.target_patterns if leaves else ():
-            if f"{name}.{target.rpartition('.')[2]}".endswith(target):
-                found.setdefault(target.rpartition(".")[2], leaves)
-    first = "gate_up_proj" if gated else "up_proj"
-    usual = ["gate_proj", "up_proj"] if gated else ["up_proj"]
-    return (*found.get(first, usual), *found.get("down_proj", ["down_proj"]))
-
-
-def _pieces(module: Any, leaves: tuple[str, ...]) -> Iterator[Piece]:
-    """Where the weights and biases of an expert lie in the fused tensors of `module`."""
-    kinds = [("weight", "", module.is_transposed), *([("bias", "_bias", False)] if module.has_bias else [])]
-    for kind, ending, transposed in kinds:
-        if module.has_gate:
-            width = module.gate_up_proj.shape[2 if module.is_transposed else 1] // 2
-            blocks, alternating = (slice(width), slice(width, None)), (slice(0, None, 2), slice(1, None, 2))
-            for leaf, rows in zip(leaves[:2], blocks if module.is_concatenated else alternating, strict=True):
-                yield Piece(leaf, kind, f"gate_up_proj{ending}", rows, transposed)
-        else:
-            yield Piece(leaves[0], kind, f"up_proj{ending}", slice(None), transposed)
-        yield Piece(leaves[-1], kind, f"down_proj{ending}", slice(None), transposed)
