@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import Tensor
+from fewbit.lazy import Tensor
 
 DoneWith = Callable[[Iterable[Tensor], Iterable[Tensor]], None]
 
