@@ -20,7 +20,8 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue; with --chat the user's message. -: from stdin.")],
     image: Annotated[
-        list[str] | None, typer.Option(help="Image file for a model with a vision tower. Repeat it for more.")
+        list[str] | None,
+        typer.Option(help="Image file for a vision model. Repeat it for more. No default."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 64,
     sampling: Sampling = Sampling(),
