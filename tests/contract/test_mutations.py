@@ -322,7 +322,7 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         lambda: check_refinement("int3-g16", 160, False),
     ),
     "refit in the wrong direction": (
-        [Mutation(affine, "refit_scales", "scale[:, g] += moved", "scale[:, g] -= moved")],
+        [Mutation(affine, "refit_scales", "scale[:, g].add_(moved)", "scale[:, g].sub_(moved)")],
         lambda: check_refinement("int3-g16", 48, True),
     ),
     "refit blind to other groups": (

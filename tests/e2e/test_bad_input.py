@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from fewbit import FormatError, KernelError, PlanError
 from fewbit.api import generate, quantize
 from fewbit.formats.containers import safetensors
+from fewbit.models.experts import UNDECORATED
 from fewbit.pipeline import run, write_folder
 from fewbit.texts import calibration
 from tests import architectures, models
@@ -464,9 +465,14 @@ def test_a_plan_of_two_schemes_for_a_file_of_one(sound: Path, refused: Refused, 
     refused(2, ("int3-g32-sym", "int4-g32-sym"), sound, "--plan", tmp_path / "plan.json")
 
 
-@pytest.mark.parametrize("kind", ["longcat_flash", "jetmoe"])
-def test_experts_of_an_unknown_layout(kind: str, refused: Refused, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "experts"), [("longcat_flash", "LongcatFlashExperts"), ("jetmoe", "JetMoeParallelExperts")]
+)
+def test_experts_of_an_unknown_layout(
+    kind: str, experts: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = architectures.save(tmp_path / "experts", kind)
+    monkeypatch.delitem(UNDECORATED, experts)
     refused(2, ("fused experts", "cannot be quantized yet"), folder)
 
 
