@@ -167,3 +167,22 @@ def test_experts_that_no_state_reaches_have_the_links_of_others(tmp_path: Path) 
     down = {f"mlp.experts.{expert}.up_proj": (f"mlp.experts.{expert}.down_proj",) for expert in range(4)}
     for links in (every, found):
         assert {link.source: link.readers for link in links if "experts" in link.source} == down
+
+
+def test_pools_watch_experts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Stats] = []
+    empty = capture._Gathering._empty
+
+    def counted(gathering: Any, name: str) -> Stats:
+        made.append(empty(gathering, name))
+        return made[-1]
+
+    monkeypatch.setattr(capture._Gathering, "_empty", counted)
+    with first_block(tmp_path, "qwen3_moe") as block:
+        attention = [name for name in needs_of(block) if "self_attn" in name]
+        assert attention
+        pools = capture.gather_pools(block, list(needs_of(block)), Need.HESSIAN)
+        assert set(map(id, made)) == {id(each) for each in pools.of.values()}
+        block.calls.clear()
+        block.calls.append(None)  # type: ignore[arg-type]  # a run of the block would fail
+        assert not capture.gather_pools(block, attention, Need.HESSIAN).of

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from enum import Flag, auto
 from typing import Any
 
 import torch
@@ -163,7 +164,8 @@ def gather(
     Experts: see `Pools`. `pools` are those of the whole stage, if `needs` holds only a group of its experts.
     """
     need = max(needs.values(), default=Need.NOTHING)
-    gathering = _Gathering(block, need, needs, alike=alike, kinds=(True, not alike and pools is None))
+    into = _Into.LINEARS if alike or pools is not None else _Into.LINEARS | _Into.LAYERS
+    gathering = _Gathering(block, need, needs, alike=alike, into=into)
     gathering.run()
     stats = gathering.of_all_ranks()
     if not alike:
@@ -210,15 +212,23 @@ class Pools:
 
 def gather_pools(block: Block, names: Sequence[str], need: Need) -> Pools:
     """The statistics that the experts with the linears `names` share. The statistics of single experts are not kept."""
-    gathering = _Gathering(block, need, names, kinds=(False, True))
-    gathering.run()
+    gathering = _Gathering(block, need, filter(experts.is_of_expert, names), into=_Into.LAYERS)
+    if gathering.names:  # else the block has no experts, or this stage none of them
+        gathering.run()
     return gathering.pools()
+
+
+class _Into(Flag):
+    """Statistics that the inputs of experts are added to: those of each linear, and the pools of each layer."""
+
+    LINEARS = auto()
+    LAYERS = auto()
 
 
 class _Gathering:
     """Runs a block over its calibration inputs, and adds what the linears `names` read to statistics.
 
-    kinds: whether to gather statistics of each linear, and whether to add the inputs of experts to those of layers.
+    into: the statistics that an input is added to.
     """
 
     def __init__(
@@ -227,11 +237,10 @@ class _Gathering:
         need: Need,
         names: Iterable[str],
         *,
+        into: _Into,
         alike: bool = False,
-        kinds: tuple[bool, bool] = (True, False),
     ) -> None:
-        self.block, self.need, self.alike = block, need, alike
-        self.own, pooling = kinds
+        self.block, self.need, self.alike, self.into = block, need, alike, into
         self.shapes, self.names = block.skeleton.linears(block.name), list(names)
         self.stats: dict[str, Stats] = {}
         self.reads: dict[str, str] = {}  # linear -> the first linear that reads the same tensor
@@ -242,9 +251,9 @@ class _Gathering:
         self._leaders = {name: first.setdefault(each, name) for name, each in self.expert_inputs.items()}
         for name in first.values():
             pool = self.expert_inputs[name].pool
-            if pooling and pool not in self._pools:
+            if _Into.LAYERS in into and pool not in self._pools:
                 self._pools[pool] = self._empty(name)
-            if self.own:
+            if _Into.LINEARS in into:
                 self.stats[name] = self._empty(name)
         self._seen: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._weight: Tensor | None = None
@@ -320,7 +329,7 @@ class _Gathering:
         x, weight = _routed(each.module.routed, x, self._weight)
         if each.pool in self._pools:
             self._pools[each.pool].add(x, weight)
-        if self.own:
+        if _Into.LINEARS in self.into:
             self.stats[name].add(x, weight)
 
 
