@@ -22,7 +22,7 @@ from fewbit.errors import FormatError, PlanError
 from fewbit.models import experts
 from fewbit.schemes.base import PartSpec
 
-Mapping = Sequence[WeightRenaming | WeightConverter]
+Conversions = Sequence[WeightRenaming | WeightConverter]
 # Name endings of tensors that only older checkpoints have: models now compute these values.
 _COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias", "attention.bias", "attention.masked_bias")
 
@@ -66,7 +66,7 @@ def mapping_of(model: PreTrainedModel) -> list[WeightRenaming | WeightConverter]
     return experts.unmerged(known) if experts.are_separate(model) else known
 
 
-def converter_of(mapping: Mapping, key: str) -> WeightConverter | None:
+def converter_of(mapping: Conversions, key: str) -> WeightConverter | None:
     """The entry of transformers' conversion mapping that computes a parameter from the checkpoint's tensor `key`."""
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     if not converters:
@@ -76,7 +76,7 @@ def converter_of(mapping: Mapping, key: str) -> WeightConverter | None:
 
 
 def parts_of(
-    model: PreTrainedModel, mapping: Mapping, key: str, first: str, spec: PartSpec
+    model: PreTrainedModel, mapping: Conversions, key: str, first: str, spec: PartSpec
 ) -> Iterator[tuple[str, Callable[[Any], Tensor]]]:
     """Name and view of each parameter that the checkpoint's tensor `key` is split into; nothing if it is not split.
 
@@ -99,7 +99,7 @@ def _part(split: Callable[[Tensor], dict[str, Tensor]], name: str, handle: Any) 
 
 
 def after_conversion(
-    model: PreTrainedModel, mapping: Mapping, key: str, name: str, view: Callable[[Any], Tensor]
+    model: PreTrainedModel, mapping: Conversions, key: str, name: str, view: Callable[[Any], Tensor]
 ) -> Callable[[Any], Tensor]:
     """`view`, a part of the parameter `name`, as a part of the checkpoint's tensor `key`, which may be converted first.
 

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fewbit.errors import FormatError
+from fewbit.models.conversions import owner
 from fewbit.models.linears import LINEARS, shape_of
 from fewbit.nn.fused import packed_linears
 from fewbit.nn.layers import QEmbedding, QLinear
@@ -33,17 +34,11 @@ def renamed(model: PreTrainedModel, specs: Mapping[str, PartSpec]) -> dict[str, 
         name, _ = rename_source_key(key, renamings, [])
         prefix = model.base_model_prefix + "."
         for candidate in (name, prefix + name, name.removeprefix(prefix)):
-            if _owner(candidate) in modules:
+            if owner(candidate) in modules:
                 name = candidate
                 break
         found[name] = spec
     return found
-
-
-def _owner(name: str) -> str:
-    """The module that a tensor belongs to. Tensors that belong to a weight may be called `weight.something`."""
-    module, separator, _ = name.partition(".weight.")
-    return module if separator else name.rpartition(".")[0]
 
 
 def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *, has_bias: bool) -> None:
