@@ -1,11 +1,11 @@
 """Time and peak memory of quantizing a mixture of experts with random weights.
 
-    python benchmarks/experts.py qwen3-30b-a3b --layers 1 --plans gptq-4bit [--samples 128 --length 2048]
-    python benchmarks/experts.py deepseek-v2 --layers 12 --plans nf4 --kill      # larger than memory
+    python -m benchmarks.experts qwen3-30b-a3b --layers 1 --plans gptq-4bit [--samples 128 --length 2048]
+    python -m benchmarks.experts deepseek-v2-lite --layers 11 --plans nf4 --kill      # larger than memory
 
 Each model has the shapes of a published one, fewer layers and the tokenizer of the embedded model; its weights are
 normal with standard deviation 0.02. It is written in shards, a block at a time. A row of the result is one process:
-seconds, the growth of anonymous resident memory over that after imports, sampled every 10 ms, and the peak of PyTorch's
+seconds, the growth of anonymous resident memory over that after imports, sampled every 5 ms, and the peak of PyTorch's
 allocator on the GPU, beside what `fewbit estimate` says. With `--kill` the process is killed by SIGKILL when half of
 the blocks are finished, and started again.
 """
@@ -13,7 +13,6 @@ the blocks are finished, and started again.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import random
@@ -22,10 +21,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.estimate import growth
 
 # Layer shapes as published: Qwen/Qwen3-30B-A3B, deepseek-ai/DeepSeek-V3 and -V2-Lite, and small ones of their kind.
 _DEEPSEEK: dict[str, Any] = {
@@ -132,16 +132,7 @@ def quantize(model: str, out: str, plan: str, samples: int, length: int, device:
     heap.return_freed(1 << 16)
     if torch.cuda.is_available():
         torch.zeros(1, device="cuda")
-    before, peak, running, steps = memory.now().anonymous, 0, True, list[float]()
-
-    def watch() -> None:
-        nonlocal peak
-        while running:
-            peak = max(peak, memory.now().anonymous)
-            time.sleep(0.01)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    steps = list[float]()
     start = time.perf_counter()
 
     def progress(_: Any) -> None:
@@ -150,19 +141,20 @@ def quantize(model: str, out: str, plan: str, samples: int, length: int, device:
 
     clock: Any = None
     if stages:
-        quantize_gpu: Any = importlib.import_module("quantize_gpu")  # beside this file
+        from benchmarks import quantize_gpu
+
         clock = quantize_gpu.Clock()
         quantize_gpu.watch(clock)
-    try:
-        calibration = fewbit.Calibration(samples=samples, length=length, text=str(Path(model) / "words.txt"))
-        done = fewbit.quantize(model, out, plan=plan, calibration=calibration, device=device or None, progress=progress)
-    finally:
-        running = False
-        watcher.join()
+    calibration = fewbit.Calibration(samples=samples, length=length, text=str(Path(model) / "words.txt"))
+    done, host, _ = growth(
+        lambda: fewbit.quantize(
+            model, out, plan=plan, calibration=calibration, device=device or None, progress=progress
+        )
+    )
     return {
         "seconds": time.perf_counter() - start,
         "steps": steps,
-        "host": peak - before,
+        "host": host,
         "resident": memory.now().peak,
         "gpu": memory.on_gpus(),
         "stages": {k: round(v, 3) for k, v in sorted(clock.lap().items(), key=lambda i: -i[1])} if clock else {},
@@ -172,7 +164,7 @@ def quantize(model: str, out: str, plan: str, samples: int, length: int, device:
 
 def child(*arguments: str, kill_after: int = 0) -> dict[str, Any] | None:
     """Quantize in a process of its own. With `kill_after`, kill it after so many blocks, and return nothing."""
-    command = [sys.executable, __file__, "--child", *arguments]
+    command = [sys.executable, "-m", "benchmarks.experts", "--child", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as process:
         assert process.stderr is not None
         assert process.stdout is not None

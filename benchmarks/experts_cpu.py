@@ -6,7 +6,7 @@ reached, and the whole layer with routing and activation. They take turns, so th
 all of them. Layers rotate, so that weights come from memory. Times are medians; shares are those of the plain read, by
 medians and by the fastest of all repetitions.
 
-    python benchmarks/experts_cpu.py --threads 1 2
+    python -m benchmarks.experts_cpu --threads 1 2
 """
 
 from __future__ import annotations
@@ -14,26 +14,17 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from benchmarks.cpu import in_turns, random_parts
 from fewbit.kernels.base import Kernel
 from fewbit.kernels.cpu import library
 from fewbit.nn.experts import QExperts
-from fewbit.schemes.base import Parts, QTensor, Scheme, parse
+from fewbit.schemes.base import QTensor, Scheme, parse
 from fewbit.system.machine import processor
-
-
-def random_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:
-    return {
-        name: torch.rand(spec.shape).mul_(0.01).to(spec.dtype)
-        if spec.dtype.is_floating_point
-        else torch.randint(0, 60, spec.shape, dtype=torch.uint8).to(spec.dtype)
-        for name, spec in scheme.part_specs(shape).items()
-    }
 
 
 def experts(scheme: Scheme, count: int, n: int, k: int) -> QExperts:
@@ -75,17 +66,6 @@ class Layer:
         y = self.down(torch.nn.functional.silu(gate) * up, ends)
         y = torch.zeros_like(y).index_copy(0, order, y)
         return (y * weights.reshape(-1, 1)).view(tokens, k, -1).sum(1)
-
-
-def in_turns(repeats: int, runs: Sequence[Callable[[int], object]]) -> list[tuple[float, float]]:
-    """Median and fastest seconds of each run."""
-    taken: list[list[float]] = [[] for _ in runs]
-    for i in range(repeats):
-        for run, seconds in zip(runs, taken, strict=True):
-            begin = time.perf_counter()
-            run(i)
-            seconds.append(time.perf_counter() - begin)
-    return [(statistics.median(seconds), min(seconds)) for seconds in taken]
 
 
 def main() -> None:
@@ -135,7 +115,7 @@ def row(spec: str, layers: list[Layer], threads: int, tokens: int, args: argpars
     ]
     for run in runs:
         run(0)
-    (one, best), (loop, _), (read, quickest), (whole, least) = in_turns(args.repeats, runs)
+    (best, one), (_, loop), (quickest, read), (least, whole) = in_turns(args.repeats, *runs)
     size = sum(layers[0].sizes) * statistics.mean(len(each[2]) for each in routed) / 1e6
     cells = [threads, spec, tokens, f"{size:.1f}", f"{one * 1e3:.2f}", f"{size / one / 1e3:.1f}", f"{loop * 1e3:.2f}"]
     cells += [f"{read * 1e3:.2f}", f"{read / one:.0%}", f"{quickest / best:.0%}"]
