@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -146,6 +149,20 @@ _CALIBRATED: dict[str, str] = {
 }
 REFUSED_BY = {(kind, plan): words for kind, words in _CALIBRATED.items() for plan in ("gptq-4bit", "awq-4bit")}
 _LARGEST = 20_000_000  # parameters
+
+
+def cases(types: Sequence[str], plans: Sequence[str], quick: Callable[[str, str], bool]) -> list[object]:
+    """Every type by every plan, as parameters of a test. Those that are not `quick` run in `make test-all` alone."""
+    return [
+        pytest.param(kind, plan, id=f"{kind}-{plan}", marks=() if quick(kind, plan) else pytest.mark.slow)
+        for kind in types
+        for plan in plans
+    ]
+
+
+def today(types: Sequence[str]) -> Sequence[str]:
+    """A tenth of all types: another one each day."""
+    return types[datetime.now(UTC).toordinal() % 10 :: 10]
 
 
 def refusal(kind: str, plan: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 import fewbit
 from fewbit.errors import FewbitError
-from fewbit.nn.layers import QLinear
+from fewbit.nn.fused import packed_linears
 from tests import architectures, models
 
 PLANS = ("gptq-4bit", "nf4", "int8", "awq-4bit")
@@ -34,27 +33,16 @@ POPULAR = (
     "qwen3_next",
     "sarvam_moe",
 )
-# Another tenth of all types each day, by the first plan; all of them by all plans in `make test-all`.
-TODAY = architectures.TYPES[datetime.now(UTC).toordinal() % 10 :: 10]
+# Others run by the first plan on one day of ten.
+TODAY = architectures.today(architectures.TYPES)
 
 
-def cases() -> list[object]:
-    return [
-        pytest.param(
-            kind,
-            plan,
-            id=f"{kind}-{plan}",
-            marks=()
-            if (plan in PLANS[:2] and kind in POPULAR) or (plan == PLANS[0] and kind in TODAY)
-            else pytest.mark.slow,
-        )
-        for kind in architectures.TYPES
-        for plan in PLANS
-    ]
+def is_quick(kind: str, plan: str) -> bool:
+    return (plan in PLANS[:2] and kind in POPULAR) or (plan == PLANS[0] and kind in TODAY)
 
 
 @pytest.mark.filterwarnings("default")  # models warn about their own tiny configs
-@pytest.mark.parametrize(("kind", "plan"), cases())
+@pytest.mark.parametrize(("kind", "plan"), architectures.cases(architectures.TYPES, PLANS, is_quick))
 def test_every_type_is_served_or_says_why_not(kind: str, plan: str, tmp_path: Path) -> None:
     if kind in architectures.NOT_BUILT:
         with pytest.raises(Exception, match=architectures.NOT_BUILT[kind]):
@@ -73,7 +61,7 @@ def test_every_type_is_served_or_says_why_not(kind: str, plan: str, tmp_path: Pa
     quantize()
     model = fewbit.load(tmp_path / "out", dtype=torch.float32, kernel="reference")
     expected = models.original(folder)
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
+    packed = packed_linears(model)
     assert packed
     for name, module in packed.items():
         architectures.put(expected, name, module.qtensor().dequantize())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 import fewbit as package
 from fewbit.errors import FewbitError, FormatError, PlanError
+from fewbit.nn.fused import packed_linears
 from fewbit.nn.layers import QLinear
 from tests import architectures, models, multimodal
 from tests.e2e.conftest import Fewbit
@@ -27,21 +27,16 @@ MTP = {"mtp.fc.weight": torch.rand(8, 8), "mtp.layers.0.self_attn.q_proj.weight"
 
 PLANS = ("gptq-4bit", "nf4", "int8", "awq-4bit")
 POPULAR = ("gemma3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe", "smolvlm", "voxtral")
-TODAY = multimodal.TYPES[datetime.now(UTC).toordinal() % 10 :: 10]
+# Popular types and another tenth of all each day by one plan; all types by all plans in `make test-all`.
+TODAY = {(k, PLANS[n % 2]) for n, k in enumerate(sorted({*POPULAR, *architectures.today(multimodal.TYPES)}))}
 
 
-def cases() -> list[object]:
-    """Popular types and another tenth of all each day by one plan; all types by all plans in `make test-all`."""
-    today = {(kind, PLANS[n % 2]) for n, kind in enumerate(sorted({*POPULAR, *TODAY}))}
-    return [
-        pytest.param(kind, plan, id=f"{kind}-{plan}", marks=() if (kind, plan) in today else pytest.mark.slow)
-        for kind in multimodal.TYPES
-        for plan in PLANS
-    ]
+def is_quick(kind: str, plan: str) -> bool:
+    return (kind, plan) in TODAY
 
 
 @pytest.mark.filterwarnings("default")  # models warn about their own tiny configs
-@pytest.mark.parametrize(("kind", "plan"), cases())
+@pytest.mark.parametrize(("kind", "plan"), architectures.cases(multimodal.TYPES, PLANS, is_quick))
 def test_every_type_is_served_or_says_why_not(kind: str, plan: str, tmp_path: Path) -> None:
     if kind in multimodal.NOT_BUILT:
         with pytest.raises(Exception, match=multimodal.NOT_BUILT[kind]):
@@ -61,7 +56,7 @@ def test_every_type_is_served_or_says_why_not(kind: str, plan: str, tmp_path: Pa
     model = package.load(tmp_path / "out", dtype=torch.float32, kernel="reference")
     expected = models.original(folder)
     assert type(model) is type(expected)
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
+    packed = packed_linears(model)
     before, after = expected.state_dict(), model.state_dict()
     towers = {name for name in before if not name.startswith(blocks_of(packed))}
     assert packed
@@ -117,7 +112,7 @@ def test_the_command_quantizes_the_language_model_alone(
     assert (out / "preprocessor_config.json").read_bytes() == (qwen / "preprocessor_config.json").read_bytes()
     model = package.load(out, dtype="float32", kernel="reference")
     assert type(model) is transformers.Qwen3_5ForConditionalGeneration
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
+    linears = packed_linears(model)
     assert {name.split(".")[3] for name in linears} == {"0", "1"}
     expected = models.with_weights(
         models.original(qwen), {name: module.qtensor().dequantize() for name, module in linears.items()}

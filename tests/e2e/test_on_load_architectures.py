@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from fewbit.errors import FormatError, NumericsError
 from fewbit.models import experts
 from fewbit.models.plugin import quantizer
+from fewbit.nn.fused import packed_linears
 from fewbit.nn.layers import QLinear
 from tests import architectures, models
 
@@ -23,21 +23,13 @@ CONFIGS: dict[str, Any] = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": 
 LEFT = "of those in the model's layers, stay in"  # in the warning about parameters that are not packed
 # What people run and fewbit quantizes in a way of its own. Always tested.
 POPULAR = ("deepseek_v3", "gpt_oss", "llama4_text", "mamba2", "nemotron_h", "qwen3_5_moe_text", "qwen3_moe")
-# Another tenth of all types each day by NF4; all of them by both configs in `make test-all`.
-TODAY = architectures.TYPES[datetime.now(UTC).toordinal() % 10 :: 10]
+# Others run by NF4 on one day of ten. tests/e2e/test_architectures.py checks why some types are not built.
+TYPES = [kind for kind in architectures.TYPES if kind not in architectures.NOT_BUILT]
+TODAY = architectures.today(TYPES)
 
 
-def cases() -> list[object]:
-    return [
-        pytest.param(
-            kind,
-            plan,
-            id=f"{kind}-{plan}",
-            marks=() if plan == "nf4" and kind in (*POPULAR, *TODAY) else pytest.mark.slow,
-        )
-        for kind in architectures.TYPES
-        for plan in CONFIGS
-    ]
+def is_quick(kind: str, plan: str) -> bool:
+    return plan == "nf4" and kind in (*POPULAR, *TODAY)
 
 
 def loaded(folder: Path, **options: Any) -> Any:
@@ -45,15 +37,9 @@ def loaded(folder: Path, **options: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
-def packed(model: Any) -> dict[str, QLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QLinear)}
-
-
 @pytest.mark.filterwarnings("default")  # models warn about their own tiny configs
-@pytest.mark.parametrize(("kind", "plan"), cases())
+@pytest.mark.parametrize(("kind", "plan"), architectures.cases(TYPES, list(CONFIGS), is_quick))
 def test_quantized_on_load_saved_and_loaded_again(kind: str, plan: str, tmp_path: Path) -> None:
-    if kind in architectures.NOT_BUILT:
-        return  # tests/e2e/test_architectures.py checks the reason
     folder = architectures.save(tmp_path / "model", kind)
     config = BitsAndBytesConfig(**CONFIGS[plan])
     if reason := architectures.NOT_ON_LOAD.get(kind):
@@ -67,7 +53,7 @@ def test_quantized_on_load_saved_and_loaded_again(kind: str, plan: str, tmp_path
     expected = architectures.with_values(models.original(folder), made)
     wanted, found = models.logits(expected, _ids()), models.logits(made, _ids())
     assert (found - wanted).norm() <= 1e-4 * wanted.norm()
-    assert said or _share(expected, packed(made)) > 0.9
+    assert said or _share(expected, packed_linears(made)) > 0.9
     made.save_pretrained(tmp_path / "out")
     assert torch.equal(models.logits(loaded(tmp_path / "out"), _ids()), found)
 
@@ -91,7 +77,7 @@ def test_experts_that_a_config_skips_stay_fused(kind: str, tmp_path: Path) -> No
     folder = architectures.save(tmp_path / "model", kind)
     made = loaded(folder, quantization_config=_nf4(skip=["lm_head", r".*\.experts"]))
     assert list(experts.fused_in(made))
-    assert packed(made)
+    assert packed_linears(made)
     made.save_pretrained(tmp_path / "out")
     again = loaded(tmp_path / "out")
     assert torch.equal(models.logits(again, _ids()), models.logits(made, _ids()))
@@ -103,8 +89,8 @@ def test_one_expert_that_a_config_skips_is_read(tmp_path: Path) -> None:
     skipped = "model.layers.0.mlp.experts.0"
     with pytest.warns(UserWarning, match="one expert at a time, which is slow: not all of them are packed"):
         made = loaded(folder, quantization_config=_nf4(skip=["lm_head", skipped]))
-    assert skipped + ".up_proj" not in packed(made)
-    assert skipped.replace("experts.0", "experts.1") + ".up_proj" in packed(made)
+    assert skipped + ".up_proj" not in packed_linears(made)
+    assert skipped.replace("experts.0", "experts.1") + ".up_proj" in packed_linears(made)
     expected = architectures.with_values(models.original(folder), made)
     wanted = models.logits(expected, _ids())
     assert (models.logits(made, _ids()) - wanted).norm() <= 1e-4 * wanted.norm()
@@ -117,7 +103,7 @@ def test_a_checkpoint_of_the_base_model_has_no_prefix(tmp_path: Path) -> None:
     made = loaded(folder, quantization_config=_nf4())
     save_file(bare, file, metadata={"format": "pt"})
     again = loaded(folder, quantization_config=_nf4())
-    assert packed(again).keys() == packed(made).keys()
+    assert packed_linears(again).keys() == packed_linears(made).keys()
     assert torch.equal(models.logits(again, _ids()), models.logits(made, _ids()))
 
 
