@@ -105,13 +105,13 @@ __device__ __forceinline__ float number(u32 word, int byte, float less) {  // a 
 // If this kernel was launched while earlier ones run (see in_cuda.py): waits for all that they write, and then lets the
 // next kernel start. Returns 0 in a way that the compiler cannot see: an address to which it is added is not read before.
 __device__ __forceinline__ int turn() {
-  int nought = 0;
+  int zero = 0;
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("mov.u32 %0, 0;" : "=r"(nought) :: "memory");
+  asm volatile("mov.u32 %0, 0;" : "=r"(zero) :: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
-  return nought;
+  return zero;
 }
 
 // ---- rows of several experts ----------------------------------------------------------------------------------------

@@ -44,12 +44,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
   u32* pairs = nullptr;
   float* map = nullptr;
   float* sums = tables(shared, weight, pairs, map);
-  const int nought = turn();
-  x += nought;
+  const int zero = turn();
+  x += zero;
   // An item is rows [top, top + rows) of W, of which those below `bottom` count, and rows [first, last) of x.
   struct Item { int top, bottom, first, last; };
 #if EXPERTS
-  const Routes routes(ends + nought, lane);
+  const Routes routes(ends + zero, lane);
   const int parts = (N + rows - 1) / rows, items = routes.total() * parts;
   const auto item = [&](int i) {
     const Run run = routes.at(i / parts, lane);
