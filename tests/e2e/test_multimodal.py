@@ -193,6 +193,17 @@ def test_towers_keep_their_names_on_disk(kind: str, tmp_path: Path) -> None:
     assert all(same(after[name], before[name]) for name in towers)
 
 
+@pytest.mark.parametrize(
+    "kind", sorted({"minimax_m3_vl", "molmo2"} & {*multimodal.TYPES})
+)  # gate and up: merged, split
+def test_tensors_of_a_packed_weight_have_one_prefix(kind: str, tmp_path: Path) -> None:
+    package.quantize(multimodal.save(tmp_path / "model", kind), tmp_path / "out", plan="int8", device="cpu")
+    names = {*models.tensors_of(tmp_path / "out")}
+    packed = [name.removesuffix("SCB") for name in names if name.endswith("SCB")]
+    assert any("gate" in name for name in packed)
+    assert {f"{name}{end}" for name in packed for end in ("weight", "weight_format")} <= names
+
+
 def test_names_of_an_older_checkpoint_are_kept(tmp_path: Path) -> None:
     folder = multimodal.save(tmp_path / "model", "llava")
     older = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
+from fewbit.models.conversions import owner
 from fewbit.models.skeleton import Skeleton
 
 
@@ -23,17 +24,24 @@ def original(skeleton: Skeleton, key: str, name: str, suffix: str | None = None)
     return f"{key.removesuffix('.weight')}.{suffix}" if key.endswith(".weight") else None
 
 
-def names(skeleton: Skeleton, originals: Mapping[str, str | None]) -> dict[str, str]:
+def names(skeleton: Skeleton, originals: Mapping[str, str | None], packed: Container[str]) -> dict[str, str]:
     """Model name -> name in an output. originals: model name -> name in the checkpoint, or None.
 
     A tensor without original has the name that transformers' `save_pretrained` writes. So has one whose name in the
-    checkpoint lacks only the base model's prefix, which some readers expect.
+    checkpoint lacks only the base model's prefix, which some readers expect. All tensors of a module in `packed` have
+    the same prefix: that of the model where `save_pretrained` would merge or split the weight, because it does not
+    merge or split the scales.
     """
     marked = {name: torch.empty(0, dtype=torch.float32, device="cpu") for name, key in originals.items() if key != name}
     written = {id(tensor): name for name, tensor in revert_weight_conversion(skeleton.model, marked).items()}
     prefix, found = f"{skeleton.model.base_model_prefix}.", dict[str, str]()
+    standards = {name: written.get(id(marked.get(name)), name) for name in originals}
+    modules: dict[str, set[str]] = {}  # packed module -> the prefixes of its tensors in the output
+    for name, standard in standards.items():
+        if (module := owner(name)) in packed:
+            modules.setdefault(module, set()).add(standard.removesuffix(name.removeprefix(module)))
     for name, key in originals.items():
-        standard = written.get(id(marked.get(name)), name)
+        standard = standards[name] if len(modules.get(owner(name), ())) < 2 else name
         bare = key is not None and standard in (f"{prefix}{key}", key.removeprefix(prefix))
         found[name] = standard if key is None or (bare and name in marked) else key
     return found
@@ -44,7 +52,7 @@ def skipped(skeleton: Skeleton, quantized: Iterable[str]) -> list[str]:
     packed, linears = set(quantized), skeleton.all_linears()
     found = dict.fromkeys(name for name in linears if name not in packed)
     keys = {name: key for key, name, _ in skeleton.passed_through({f"{module}.weight" for module in packed})}
-    stored = names(skeleton, {n: original(skeleton, k, n) for n, k in keys.items() if n.endswith(".weight")})
+    stored = names(skeleton, {n: original(skeleton, k, n) for n, k in keys.items() if n.endswith(".weight")}, packed)
     others = {n.removesuffix(".weight"): s.removesuffix(".weight") for n, s in stored.items()}
     names_of_packed = packed | {others.get(module, module) for module in packed}
     split = {key for name, key in skeleton.splits.items() if key in keys.values()}

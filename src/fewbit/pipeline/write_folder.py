@@ -31,7 +31,7 @@ def write(folder: Path, settled: Settled, run: Run) -> int:
         originals[name] = stored.original(skeleton, key, name)
         rewritten = name in blocks.specs  # a norm or bias
         tensors.append((name, blocks, name) if rewritten else (name, skeleton.checkpoint, key))
-    names = stored.names(skeleton, originals)
+    names = stored.names(skeleton, originals, suffixes)
     writer = ShardWriter(folder, SHARD_BYTES)
     read = 0
     for name, place, key in tensors:
