@@ -174,6 +174,49 @@ def test_a_maker_that_is_not_read(made: dict[str, Path], tmp_path: Path, config:
             verb(folder)
 
 
+@pytest.mark.parametrize(
+    ("method", "tool"),
+    [
+        ("exl3", "EXL3"),
+        ("exl2", "EXL2"),
+        ("quip", "QuIP#"),
+        ("mlx", "MLX"),
+        ("marlin", "Marlin"),
+        ("deepspeedfp", "DeepSpeed"),
+    ],
+)
+def test_a_tool_that_nobody_here_reads(made: dict[str, Path], tmp_path: Path, method: str, tool: str) -> None:
+    """transformers alone warns, skips the quantized weights, and makes new ones at random."""
+    folder = copied(made["4"], tmp_path / "f", {"quant_method": method, "bits": 4.0})
+    for verb in (fewbit.inspect, fewbit.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(FormatError, match=f"quantized by {tool}.*does not read"):
+            verb(folder)
+    with pytest.raises(FormatError, match=f"quantized by {tool}.*does not read"):
+        fewbit.quantize(folder, tmp_path / "out", plan="nf4")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "tool"),
+    [
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}}, "torchao"),
+        ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 64}}}, "HQQ"),
+        ({"quant_method": "quanto", "weights": "int4"}, "Quanto"),
+        ({"quant_method": "aqlm"}, "AQLM"),
+        ({"quant_method": "vptq", "config_for_layers": {}}, "VPTQ"),
+        ({"quant_method": "bitnet"}, "BitNet"),
+    ],
+)
+def test_a_tool_left_to_transformers(made: dict[str, Path], tmp_path: Path, config: Any, tool: str) -> None:
+    """Its package is not installed, or its weights are missing: the error names the tool and what to use instead."""
+    folder = copied(made["4"], tmp_path / "f", config)
+    with pytest.raises(FormatError) as raised:
+        fewbit.load(folder)
+    assert f"quantized by {tool}" in raised.value.hint
+    with pytest.raises(FormatError, match=f"quantized by {tool}.*does not read"):
+        fewbit.quantize(folder, tmp_path / "out", plan="nf4")
+
+
 def test_a_pattern_that_is_none(made: dict[str, Path], tmp_path: Path) -> None:
     config = quantization(made["4"]) | {"dynamic": {"+:(": {"bits": 8}}}
     with pytest.raises(FormatError, match="is not a regular expression"):

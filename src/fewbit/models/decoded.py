@@ -26,6 +26,7 @@ from fewbit.formats.layouts.compressed_tensors import CompressedTensors
 from fewbit.formats.layouts.fp8 import FP8, FbgemmFP8, scale_names
 from fewbit.formats.layouts.modelopt import ModelOpt
 from fewbit.formats.layouts.mxfp4 import MXFP4
+from fewbit.models import foreign
 from fewbit.models.gguf import names
 from fewbit.models.gguf.names import Route
 from fewbit.models.source import Source
@@ -144,10 +145,7 @@ def _found_in(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Pa
         return LAYOUTS[method].find(config, checkpoint.specs, checkpoint.get)
     format = by_quant_method(method)
     if format is None:
-        known = ", ".join(sorted({*LAYOUTS, "gptq", "awq", "bitsandbytes"}))
-        raise FormatError(
-            f"fewbit cannot read weights that are quantized by {method!r}", f"It reads {known}. {_INSTEAD}"
-        )
+        raise foreign.unread(method)
     if scaled := format.activations(checkpoint.specs):
         raise FormatError(
             f"{next(iter(scaled))} has scales of activations, and fewbit cannot fold them into weights", _INSTEAD

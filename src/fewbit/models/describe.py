@@ -17,7 +17,7 @@ from fewbit.errors import FormatError
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.containers.gguf import PLAIN, GgufFile
 from fewbit.formats.containers.safetensors import Checkpoint
-from fewbit.models import classes, decoded
+from fewbit.models import classes, decoded, foreign
 from fewbit.models.building import building
 from fewbit.models.scales import GGUF_RECORD
 from fewbit.models.source import Source
@@ -124,7 +124,8 @@ def _of_another(source: Source, checkpoint: Checkpoint, method: str) -> Inspecti
     A parameter counts as quantized, unless the file has a tensor of its name and shape with at least 16 bits.
     """
     if method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        raise FormatError(f"quantization method {method!r} is not one that fewbit or transformers reads")
+        error = foreign.unread(method)
+        raise FormatError(f"{source.folder}: {error.message}", error.hint)
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     try:
         kind = AutoConfig.for_model(**config)

@@ -24,7 +24,30 @@ _AUTO_ROUND = ("auto-round", "intel/auto-round")
 _OLD_NAMES = {"w_bit": "bits", "q_group_size": "group_size"}
 _GPTQ_KEYS = ("desc_act", "sym", "checkpoint_format", "damp_percent")
 _AWQ_KEYS = ("w_bit", "zero_point", "version")
-_INSTEAD = "Use the original model, or a copy in GPTQ, AWQ, bitsandbytes or GGUF format."
+_INSTEAD = "Use the original model, or a copy in GPTQ, AWQ, bitsandbytes, compressed-tensors or GGUF format."
+# Methods that fewbit does not read: quant_method -> what people call it.
+_TOOLS = {
+    "aqlm": "AQLM",
+    "bitnet": "BitNet",
+    "deepspeedfp": "DeepSpeed FP6 or FP8",
+    "eetq": "EETQ",
+    "exl2": "EXL2 (ExLlamaV2)",
+    "exl3": "EXL3 (ExLlamaV3)",
+    "fouroversix": "Four Over Six",
+    "fp_quant": "FP-Quant",
+    "higgs": "HIGGS",
+    "hqq": "HQQ",
+    "marlin": "Marlin, the old format of AutoGPTQ",
+    "mlx": "MLX (mlx-lm)",
+    "quanto": "Quanto (optimum-quanto)",
+    "quark": "Quark (AMD)",
+    "quip": "QuIP#",
+    "quip_sharp": "QuIP#",
+    "sinq": "SINQ",
+    "spqr": "SpQR",
+    "torchao": "torchao",
+    "vptq": "VPTQ",
+}
 
 
 def completed(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -55,8 +78,22 @@ def check(found: Any) -> None:
     if found.get("load_in_4bit") or found.get("load_in_8bit") or isinstance(found.get("quant_method"), str):
         return
     if {"bits", "group_size"} <= set(found):
-        raise FormatError("the weights are quantized by MLX (mlx-lm), and fewbit does not read its layout", _INSTEAD)
+        raise unread("mlx")
     raise FormatError(f"quantization_config in config.json has no quant_method: {str(dict(found))[:200]}")
+
+
+def unread(method: str) -> FormatError:
+    """The error for a checkpoint of a quantization method that fewbit does not read. It names the tool if known."""
+    tool = _TOOLS.get(method)
+    if tool is None:
+        return FormatError(f"quantization method {method!r} in config.json is unknown to fewbit", _INSTEAD)
+    return FormatError(f"the weights are quantized by {tool}, and fewbit does not read this format", _INSTEAD)
+
+
+def by_transformers(method: str) -> str:
+    """A hint for a checkpoint that transformers could not load, if its method is one that fewbit does not read."""
+    tool = _TOOLS.get(method)
+    return f"It is quantized by {tool}, which fewbit leaves to transformers. {_INSTEAD}" if tool else ""
 
 
 def normalized(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from fewbit import registry
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
 from fewbit.formats.base import by_quant_method
-from fewbit.models import classes, decoded
+from fewbit.models import classes, decoded, foreign
 from fewbit.models.building import building
 from fewbit.models.decoding import decode
 from fewbit.models.decoding import fuse as fusing
@@ -41,7 +41,8 @@ def load_model(
     context, and for `compile` without `fuse` or without an NVIDIA GPU.
     """
     device, kernel, fuse = loading.device, loading.kernel, loading.fuse
-    packed = source.quantization is not None and by_quant_method(source.quantization["quant_method"]) is not None
+    method = str((source.quantization or {}).get("quant_method"))
+    packed = by_quant_method(method) is not None
     if loading.adapter is not None:
         check_adapter(loading.adapter)
     if kernel is not None:
@@ -59,15 +60,12 @@ def load_model(
             raise PlanError(
                 f"{source.name} has no packed weights that fewbit reads, and only these are fused", "Leave out `fuse`."
             )
-    if source.quantization is not None:
-        # transformers would skip such weights and initialize new ones at random.
-        method = source.quantization["quant_method"]
-        if method not in decoded.LAYOUTS and not AutoHfQuantizer.supports_quant_method(source.quantization):
-            raise FormatError(
-                f"{source.folder}: quantization method {method!r} is not one that fewbit or transformers reads"
-            )
     if source.quantization is None:
         decoded.opened(source)  # refuses FP8 weights whose scales have no config; transformers would ignore the scales
+    elif method not in decoded.LAYOUTS and not AutoHfQuantizer.supports_quant_method(source.quantization):
+        # transformers would skip such weights and initialize new ones at random.
+        error = foreign.unread(method)
+        raise FormatError(f"{source.folder}: {error.message}", error.hint)
     if packed:
         describe(source)  # for clearer errors than those of transformers if config and tensors contradict each other
     try:
@@ -82,10 +80,15 @@ def load_model(
         reason = str(error).strip() or type(error).__name__
         raise FormatError(
             f"{source.folder} could not be loaded: {reason.splitlines()[0][:300]}",
-            "If you trust its code, set `trust_remote_code=True`." if "trust_remote_code" in reason else "",
+            "If you trust its code, set `trust_remote_code=True`."
+            if "trust_remote_code" in reason
+            else foreign.by_transformers(method),
         ) from error
     if missing := sorted(info["missing_keys"]):
-        raise FormatError(f"{source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        raise FormatError(
+            f"{source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}",
+            foreign.by_transformers(method),
+        )
     assert isinstance(model, PreTrainedModel)
     model.eval()
     if fuse is not None:

@@ -80,7 +80,7 @@ class FewbitQuantizer(HfQuantizer):
             method = config["quant_method"]
         format = by_quant_method(method)
         if format is None:
-            raise FormatError(f"fewbit cannot read quantization method {method!r}")
+            raise foreign.unread(method)
         self.format = format
         self.config = config
         self.own_loader, self.kernel = own_loader(), requested_kernel()

@@ -68,8 +68,13 @@ def checked(theirs: Any) -> Any:
     """Wrap transformers' `supports_quant_method` (`theirs`): first raise an error for a config fewbit cannot read."""
 
     def supports(config: Any) -> bool:
-        foreign.check(getattr(config, "to_dict", lambda: config)())
-        return bool(theirs(config))
+        found = getattr(config, "to_dict", lambda: config)()
+        foreign.check(found)
+        supported = bool(theirs(config))
+        method = found.get("quant_method")
+        if not supported and foreign.by_transformers(str(method)):
+            raise foreign.unread(str(method))  # transformers would load the model without its quantized weights
+        return supported
 
     supports.by_fewbit = True  # type: ignore[attr-defined]
     return supports
