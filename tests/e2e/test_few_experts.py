@@ -15,7 +15,7 @@ from fewbit.errors import PlanError
 from fewbit.models.plugin import quantizer
 from fewbit.nn.layers import QLinear
 from tests import architectures, models
-from tests.e2e.test_ranks import torchrun
+from tests.e2e.test_ranks import differing, torchrun
 
 ONE: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 1, "num_experts_per_tok": 1},
@@ -70,30 +70,60 @@ def test_experts_that_no_group_divides_are_named_in_short(tmp_path: Path) -> Non
     check(fewbit.load(tmp_path / "out", dtype=torch.float32, kernel="reference"), folder)
 
 
-@pytest.mark.slow
-def test_two_processes_quantize_experts_as_one_does(tmp_path: Path) -> None:
-    folder = architectures.save(tmp_path / "model", "qwen3_moe")
-    text = tmp_path / "text.txt"
+# What each process does. It stores the rows of each of its statistics, own and of all processes.
+WORK = """
+import json, os, sys
+from pathlib import Path
+import fewbit
+from fewbit.stats import Stats
+model, text, out = map(Path, sys.argv[1:])
+all_reduce, rows = Stats.all_reduce, []
+def counted(stats):
+    own = stats.rows
+    all_reduce(stats)
+    rows.append((own, stats.rows))
+Stats.all_reduce = counted
+calibration = fewbit.Calibration(str(text), samples=7, length=32)
+fewbit.quantize(model, out / "two", plan="gptq-4bit", calibration=calibration, device="cpu")
+(out / ("rows-" + os.environ["RANK"])).write_text(json.dumps(rows))
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of many experts, and what one and two processes make of it."""
+    folder = tmp_path_factory.mktemp("of-two")
+    model = save(folder / "model", "qwen3_moe", {"num_experts": 64})  # 7 rows for each, if they were spread evenly
+    text, script = folder / "text.txt", folder / "work.py"
     text.write_text(models.sentences(200), encoding="utf-8")
-    settings = [
-        "--plan",
-        "gptq-4bit",
-        "--calibration",
-        str(text),
-        "--samples",
-        "7",
-        "--length",
-        "32",
-        "--device",
-        "cpu",
-    ]
-    ended = torchrun(
-        2, "-m", "fewbit", "quantize", str(folder), "-o", str(tmp_path / "two"), *settings, cache=tmp_path / "cache"
-    )
+    script.write_text(WORK, encoding="utf-8")
+    ended = torchrun(2, *map(str, (script, model, text, folder)), cache=folder / "cache")
     assert ended.returncode == 0, ended.stderr
     calibration = fewbit.Calibration(str(text), samples=7, length=32)
-    fewbit.quantize(folder, tmp_path / "one", plan="gptq-4bit", calibration=calibration, device="cpu")
-    one, two = (json.loads((tmp_path / name / "fewbit.json").read_text("utf-8"))["tensors"] for name in ("one", "two"))
-    assert [tensor["module"] for tensor in two] == [tensor["module"] for tensor in one]
-    assert [tensor["error"] for tensor in two] == pytest.approx([tensor["error"] for tensor in one], rel=0.03)
-    check(fewbit.load(tmp_path / "two", dtype=torch.float32, kernel="reference"), folder)
+    fewbit.quantize(model, folder / "one", plan="gptq-4bit", calibration=calibration, device="cpu")
+    return folder
+
+
+def recorded(folder: Path, key: str) -> dict[str, Any]:
+    """Of each quantized tensor, what the record of the output has under `key`."""
+    tensors = json.loads((folder / "fewbit.json").read_text("utf-8"))["tensors"]
+    return {tensor["module"]: tensor[key] for tensor in tensors}
+
+
+def test_two_processes_quantize_experts_as_one_does(made: Path) -> None:
+    one, two = made / "one", made / "two"
+    assert differing(one, two) < 0.02  # as of a dense model: tests/e2e/test_ranks.py
+    assert recorded(two, "rows") == recorded(one, "rows")
+    alone, together = recorded(one, "error"), recorded(two, "error")
+    assert sum(together.values()) == pytest.approx(sum(alone.values()), rel=2e-3)
+    assert together == pytest.approx(alone, rel=0.03)
+    check(fewbit.load(two, dtype=torch.float32, kernel="reference"), made / "model")
+
+
+def test_experts_reached_in_one_process_only_count(made: Path) -> None:
+    first, second = (json.loads((made / f"rows-{rank}").read_text("utf-8")) for rank in range(2))
+    owns = [(own, other) for (own, _), (other, _) in zip(first, second, strict=True)]
+    assert any(own and not other for own, other in owns)
+    assert any(other and not own for own, other in owns)
+    assert [rows for _, rows in first] == [rows for _, rows in second] == [own + other for own, other in owns]
+    assert 0 in recorded(made / "two", "rows").values()
