@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from fewbit.errors import PlanError
 from fewbit.methods.awq import AWQ
@@ -25,7 +26,7 @@ from fewbit.pipeline.rewrite import Rewritten
 from fewbit.plans.plan import Assignment
 from fewbit.schemes.base import Scheme, parse
 from fewbit.stats import Need
-from tests import models
+from tests import architectures, models
 
 QKV, GATED = "q_proj k_proj v_proj", "gate_proj up_proj"
 LLAMA = {"input_layernorm": QKV, "v_proj": "o_proj", "post_attention_layernorm": GATED, "up_proj": "down_proj"}
@@ -266,3 +267,52 @@ def test_tokens_that_are_not_finite_are_passed_over(tmp_path: Path) -> None:
         done = at.rewritten(at.wanted(AWQ(grid=3)))
         assert len(done.tensors) == 2
         assert not done.notes
+
+
+@pytest.mark.filterwarnings("default")  # the model warns about its own tiny config
+def test_folds_in_experts_run_no_other_part_of_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, runs = BlockCall.run, list[BlockCall]()
+
+    def counted(call: BlockCall, module: nn.Module, states: Tensor) -> Tensor:
+        runs.append(call)
+        return run(call, module, states)
+
+    monkeypatch.setattr(BlockCall, "run", counted)
+    counts = []
+    for experts in (4, 16):
+        folder = tmp_path / str(experts)
+        config = architectures.config("qwen3_moe")
+        config.num_experts = experts
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        models.tokenizer().save_pretrained(folder)
+        with opened(folder, "qwen3_moe") as at:
+            before, parameters = at.outputs(), at.parameters()
+            runs.clear()
+            done = at.rewritten(at.wanted(Wild()))
+            counts.append(len(runs))
+            assert apart(at.outputs(), before) < 1e-5
+            moved = [name for name, p in at.parameters().items() if not torch.equal(p, parameters[name])]
+            assert sum(name.endswith("down_proj.weight") for name in moved) == experts
+            assert not [notes for name, notes in done.notes.items() if name.endswith("down_proj")]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_fold_in_an_expert_is_searched_on_what_it_reads_now(tmp_path: Path) -> None:
+    """The fold of the norm before all linears changes what experts read."""
+    folder = architectures.save(tmp_path / "model", "qwen3_moe")
+    with opened(folder, "qwen3_moe") as at:
+        block = Block(at.skeleton, at.block, at.module, at.calls, at.hidden)
+        passes = rewriting._Passes(block, list(zip(at.calls, at.hidden, strict=True)))
+        down = f"{at.block}.mlp.experts.0.down_proj"
+        ends = (f"{at.block}.mlp.experts.0.up_proj", [down])
+        first = passes.of(*ends)
+        before = torch.cat([each.run() for each in first])
+        passes.forget(ends[0])
+        assert passes.of(*ends)[0].norms is first[0].norms
+        norm: Any = at.skeleton.model.get_submodule(f"{at.block}.post_attention_layernorm")
+        norm.weight.mul_(2)
+        passes.forget(f"{at.block}.post_attention_layernorm")
+        after = torch.cat([each.run() for each in passes.of(*ends)])
+        assert (after - before).norm() > 0.1 * before.norm()

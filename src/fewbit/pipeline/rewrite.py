@@ -1,7 +1,8 @@
 """Rewrites a block to an equivalent one that quantizes better, by folding in the scales that a method (AWQ) chooses.
 
 Each fold is checked in float32, with norms and biases already rounded to the dtype of their files: every token's output
-must stay within a relative distance of 1e-4. Otherwise the fold is undone, and the report says so.
+must stay within a relative distance of 1e-4. For a fold inside of one expert it is the output of the layer's experts,
+else that of the block. Otherwise the fold is undone, and the report says so.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewbit.methods.base import Fold
+from fewbit.models.experts import ExpertInput, inputs_of, only_of
 from fewbit.models.linears import weight_of
 from fewbit.models.skeleton import BlockCall, Skeleton, states_of
 from fewbit.models.topology import Link, find_links
@@ -50,6 +53,7 @@ def rewrite(block: Block, assignments: Mapping[str, Assignment]) -> Rewritten:
     with _in_float32(module), torch.no_grad():
         batches = [(_to_float32(call), states.float()) for call, states in _some(block)]
         served: set[str] = set()
+        passes = _Passes(block, batches)
         for link in _links(skeleton, module, batches[0]):
             source, readers = f"{block.name}.{link.source}", tuple(f"{block.name}.{name}" for name in link.readers)
             if not asking.intersection(readers):
@@ -64,19 +68,21 @@ def rewrite(block: Block, assignments: Mapping[str, Assignment]) -> Rewritten:
                 why = f"not scaled: {link.source} and the linears that read it are not all quantized by one method"
                 _note(done, asking.intersection(readers), why)
                 continue
-            fold = BlockFold(skeleton, block.name, link, batches)
+            fold = BlockFold(skeleton, block.name, link, passes.of(source, readers))
             if not fold.reached:
                 _note(done, asking.intersection(readers), "not scaled: no finite calibration input reached this linear")
                 continue
             scales = methods.pop().rewrite(fold, {name: assignments[name].scheme for name in readers})
             if scales is None:
                 continue
+            passes.forget(source)
             if (apart := ranks.agreed(fold.apply(scales))) <= _CLOSE:
                 done.tensors |= fold.changed()
                 done.scales |= fold.folded(scales)
             else:
                 fold.undo()
-                why = f"not scaled: folding into {link.source} would change the block's output by {apart:.1e}"
+                where = "block's" if fold.passes[0].norms is None else "experts'"
+                why = f"not scaled: folding into {link.source} would change the {where} output by {apart:.1e}"
                 _note(done, readers, why)
         _note(done, asking - served, "not scaled: no norm or linear before it can take the scales of its input")
     return done
@@ -100,13 +106,77 @@ def _to(device: torch.device | str) -> Callable[[Any], Any]:
     return lambda value: value.to(device) if isinstance(value, Tensor) else value
 
 
-class BlockFold(Fold):
-    """One link of a materialized block in float32. On `batches`, it records the outputs that its readers affect."""
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass of a block, or of one of its experts, over a batch.
 
-    def __init__(self, skeleton: Skeleton, block: str, link: Link, batches: list[tuple[BlockCall, Tensor]]) -> None:
+    states: the hidden states at the block's input. norms: the norm of each token's output, to which a change of the
+    output is relative; None: that of the output of `run`.
+    """
+
+    run: Callable[[], Tensor]
+    states: Tensor
+    norms: Tensor | None = None
+
+
+class _Passes:
+    """The forward passes of a block over `batches` that a fold needs.
+
+    A fold inside of one expert changes nothing else, and a layer may have hundreds of experts. So it runs this expert
+    alone, on what the experts of the layer read when the whole block ran.
+    """
+
+    def __init__(self, block: Block, batches: list[tuple[BlockCall, Tensor]]) -> None:
+        self.block, self.batches = block, batches
+        self.inputs = inputs_of(block.name, block.module)
+        self._of_experts: dict[str, list[tuple[Callable[[], Tensor], Tensor, Tensor]]] = {}
+
+    def of(self, source: str, readers: Sequence[str]) -> list[Pass]:
+        """The passes for a fold of the linear or norm `source` and the linears that read it."""
+        ends = [self.inputs.get(name) for name in (source, *readers)]
+        inside = {(each.path, each.expert) if each else None for each in ends}
+        if len(inside) > 1 or ends[0] is None:
+            return [Pass(partial(call.run, self.block.module, states), states) for call, states in self.batches]
+        if (path := ends[0].path) not in self._of_experts:
+            self._of_experts[path] = list(self._recorded(ends[0]))
+        return [
+            Pass(partial(self._run_expert, readers, run), states, norms)
+            for run, states, norms in self._of_experts[path]
+        ]
+
+    def forget(self, source: str) -> None:
+        """Note that a fold changes `source`: unless it is in an expert, the experts read something else from now on."""
+        if source not in self.inputs:
+            self._of_experts.clear()
+
+    def _recorded(self, of: ExpertInput) -> Iterator[tuple[Callable[[], Tensor], Tensor, Tensor]]:
+        """For each call of the experts' module, over all batches: the call, the block's input, the norms of outputs."""
+        calls: list[tuple[Callable[[], Tensor], Tensor]] = []
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            calls.append((partial(module, *args, **kwargs), output.norm(dim=-1)))
+
+        handle = of.module.register_forward_hook(record, with_kwargs=True)
+        try:
+            for call, states in self.batches:
+                call.run(self.block.module, states)
+                yield from ((run, states, norms) for run, norms in calls)
+                calls.clear()
+        finally:
+            handle.remove()
+
+    def _run_expert(self, linears: Sequence[str], run: Callable[[], Tensor]) -> Tensor:
+        with only_of(self.block.name, self.block.module, linears):
+            return run()
+
+
+class BlockFold(Fold):
+    """One link of a materialized block in float32. In `passes`, it records the outputs that its readers affect."""
+
+    def __init__(self, skeleton: Skeleton, block: str, link: Link, passes: list[Pass]) -> None:
         self.readers = tuple(f"{block}.{name}" for name in link.readers)
         self.source = f"{block}.{link.source}"
-        self.link, self.skeleton, self.batches = link, skeleton, batches
+        self.link, self.skeleton, self.passes = link, skeleton, passes
         self.module = skeleton.model.get_submodule(block)
         self.feeder = skeleton.model.get_submodule(self.source)
         scope = _scope(link)
@@ -148,11 +218,11 @@ class BlockFold(Fold):
         if self._stats is None:
             self._stats = Stats(len(scales), Need.HESSIAN, scales.device)
             reader = self.skeleton.model.get_submodule(self.readers[0])
-            for call, states in self.batches:
+            for each in self.passes:
                 with _reading(reader) as read:
-                    call.run(self.module, states)
+                    each.run()
                 for x in read:
-                    counts = _counts(states, x[..., 0].numel())
+                    counts = _counts(each.states, x[..., 0].numel())
                     self._stats.add(x, counts)
         return self._stats.divided(scales)
 
@@ -185,8 +255,9 @@ class BlockFold(Fold):
         if (bias := self.kept.get(f"{self.source}.bias")) is not None:
             self._touched()[f"{self.source}.bias"].copy_(self._as_stored("bias", bias / per_channel))
         apart = 0.0
-        for (call, states), before in zip(self.batches, self.block_outputs, strict=True):
-            moved = (call.run(self.module, states) - before).norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-30)
+        for each, before in zip(self.passes, self.before, strict=True):
+            norms = before.norm(dim=-1) if each.norms is None else each.norms
+            moved = (each.run() - before).norm(dim=-1) / norms.clamp(min=1e-30)
             moved = moved[before.isfinite().all(-1)].nan_to_num(torch.inf)
             apart = max(apart, float(moved.max()) if moved.numel() else torch.inf)
         return apart
@@ -235,12 +306,12 @@ class BlockFold(Fold):
             self.scope.register_forward_hook(serve, with_kwargs=True),
             self.skeleton.model.get_submodule(self.readers[0]).register_forward_pre_hook(read),
         ]
-        self.block_outputs: list[Tensor] = []
+        self.before: list[Tensor] = []  # the outputs of the passes
         served: list[Tensor] = []  # for each output: the hidden states at the block's input
         try:
-            for call, states in self.batches:
-                self.block_outputs.append(call.run(self.module, states))
-                served += [states] * (len(self.outputs) - len(served))  # none, if no token reaches a routed expert
+            for each in self.passes:
+                self.before.append(each.run())
+                served += [each.states] * (len(self.outputs) - len(served))  # none, if no token reaches a routed expert
         finally:
             for handle in handles:
                 handle.remove()
