@@ -27,7 +27,7 @@ SPECS = list(
             for group, sym in (("g16", ""), ("g32", "-sym"), ("row", ""))
         ]
         + [f"int4-{group}{sym}" for group in GROUPS for sym in ("", "-sym")]
-        + ["nf4-b32", "nf4-b128-dq", "fp4-b4096", "fp4-b32-dq", "llm.int8-t0"]
+        + ["nf4-b32", "nf4-b128-dq", "fp4-b4096", "fp4-b32-dq", "llm.int8-t0", "nvfp4-mul"]
     )
 )
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewbit import registry
 from fewbit.errors import FewbitError, FormatError, NumericsError, PlanError
-from fewbit.schemes.base import Grids, Scheme, parse
+from fewbit.schemes.base import Grids, Scheme, chunk_rows, parse
 from tests.contract.cases import (
     EXAMPLES,
     SPECS,
@@ -83,10 +83,14 @@ def check_parts(scheme: Scheme, w: Tensor) -> None:
 
 
 def check_weighted_fit(scheme: Scheme, w: Tensor, importance: Tensor) -> None:
-    """A fit that knows which columns matter is, row by row, at least as good for them as one that does not."""
+    """A fit that knows which columns matter is at least as good for them as one that does not.
+
+    This holds for each row, or for rows together that share a fit.
+    """
 
     def error(grids: Grids) -> Tensor:
-        return ((grids.decode(grids.encode(w)) - w).double().square() * importance.double()).sum(1)
+        lost = ((grids.decode(grids.encode(w)) - w).double().square() * importance.double()).sum(1)
+        return torch.stack([rows.sum() for rows in lost.split(scheme.rows or len(w))])
 
     plain, weighted = error(scheme.fit(w)), error(scheme.fit(w, importance))
     assert (weighted <= plain * (1 + 1e-6)).all()
@@ -188,7 +192,10 @@ def test_what_cannot_be_stored_is_refused(spec: str) -> None:
                 attempt(w)
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.startswith(("nf4", "fp4"))])
+WIDE = ("nf4", "fp4", "fp8", "mxfp4", "nvfp4")  # families whose scales have the range of float32
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.startswith(("nf4", "fp4", "fp8"))])
 def test_float32_scales_store_large_values(spec: str) -> None:
     w = ordinary(*shape_for(spec))
     w[-1, -1] = 1e30
@@ -196,7 +203,7 @@ def test_float32_scales_store_large_values(spec: str) -> None:
     assert grids.decode(grids.encode(w))[-1, -1] == pytest.approx(1e30, rel=0.01)
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.startswith(("nf4", "fp4"))])
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if not spec.startswith(WIDE)])
 def test_values_beyond_16_bit_scales_are_refused(spec: str) -> None:
     w = ordinary(*shape_for(spec))
     w[-1, -1] = 1e30
@@ -214,6 +221,18 @@ def test_float64_in_float64_out(spec: str) -> None:
     # The grids are the stored ones: float64 adds no digit that a file would lose.
     parts, shape = parse(spec).pack(codes, grids), (w.shape[0], w.shape[1])
     assert torch.equal(parse(spec).dequantize(parts, shape, torch.float32), grids.decode(codes).float())
+
+
+@specs
+def test_pieces_make_the_whole(spec: str) -> None:
+    """The head of a model is quantized in pieces of rows, where the parts consist of rows."""
+    scheme, (n, k) = parse(spec), several_groups(spec, 2 * (parse(spec).rows or 3))
+    w = ordinary(n, k)
+    pieces = [w[rows] for rows in chunk_rows(n, k, 1, scheme.rows or 1)]
+    agreed = scheme.for_all(pieces)
+    if scheme.by_rows((n, k)):
+        parts = [quantized(agreed, piece) for piece in pieces]
+        assert same_bytes({name: torch.cat([own[name] for own in parts]) for name in parts[0]}, quantized(scheme, w))
 
 
 @specs

@@ -18,6 +18,7 @@ from fewbit.formats.base import Format, Shape, Stored
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes.base import PartSpec, QTensor, Scheme, parse
+from fewbit.schemes.ggml.scheme import GGML
 from fewbit.schemes.ggml.table import BLOCK_TYPES
 
 _SUFFIX = "blocks"
@@ -32,7 +33,7 @@ class GGUFFormat(Format):
     suffix: ClassVar[str] = ".gguf"
 
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
-        if str(scheme) not in BLOCK_TYPES:
+        if not isinstance(scheme, GGML):
             return f"gguf files store block types such as q4_k, not {scheme}"
         return scheme.why_not(shape)
 
@@ -94,6 +95,7 @@ def _types(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _scheme(config: Mapping[str, Any], module: str) -> Scheme:
     name = _types(config).get(module)
-    if not isinstance(name, str) or name not in BLOCK_TYPES:
+    scheme = parse(name) if isinstance(name, str) and name in BLOCK_TYPES else None
+    if not isinstance(scheme, GGML):
         raise FormatError(f"gguf: {module} has the type {name!r}", "It must be a block type such as q4_k.")
-    return parse(name)
+    return scheme

@@ -20,6 +20,7 @@ from fewbit.errors import KernelError, NumericsError
 from fewbit.methods.base import Choice, Method, name_of
 from fewbit.models.experts import is_of_expert
 from fewbit.models.skeleton import BlockCall
+from fewbit.pipeline.agreed import agreed
 from fewbit.pipeline.capture import Block, Inputs, captured, needs_of, staged
 from fewbit.pipeline.progress import Progress, Step
 from fewbit.pipeline.rewrite import rewrite
@@ -108,6 +109,7 @@ def _quantize_block(settled: Settled, block: Block, inputs: Inputs) -> tuple[Ten
     own = block.skeleton.linears(block.name)
     assignments = {name: settled.resolved.assignments[name] for name in own if name in settled.resolved.assignments}
     rewritten = rewrite(block, assignments)
+    assignments = agreed(assignments, block.skeleton.weight)
     tensors, reports = rewritten.tensors | rewritten.scales, dict[str, TensorReport]()
     stages: Iterable[Iterable[dict[str, Stats] | None]] = (
         staged(block, needs_of(assignments), inputs.stages)
@@ -210,7 +212,10 @@ def _quantize_outside(settled: Settled, assignment: Assignment) -> tuple[Tensors
     stored = skeleton.checkpoint.get(skeleton.key_of(f"{assignment.module}.weight"))
     alike = Stats.from_mean_square(torch.ones(assignment.shape[1], device=skeleton.device, dtype=torch.float32), 1)
     own: dict[int, tuple[QTensor, Lost, list[str]]] = {}
-    for number, rows in enumerate(chunk_rows(*assignment.shape, _ROWS_OUTSIDE.get(skeleton.device.type, 1 << 24))):
+    entries = _ROWS_OUTSIDE.get(skeleton.device.type, 1 << 24)
+    pieces = chunk_rows(*assignment.shape, entries, assignment.scheme.rows or 1)
+    assignment = replace(assignment, scheme=assignment.scheme.for_all(stored[rows] for rows in pieces))
+    for number, rows in enumerate(pieces):
         if number % ranks.size() != ranks.rank():
             continue
         weight = stored[rows].to(skeleton.device).float()
@@ -220,10 +225,10 @@ def _quantize_outside(settled: Settled, assignment: Assignment) -> tuple[Tensors
     together = {number: piece for each in ranks.gather_to_first(own) for number, piece in each.items()}
     if not ranks.first():
         return {}, []
-    pieces = [together[number] for number in sorted(together)]
-    parts = {name: torch.cat([piece.parts[name] for piece, _, _ in pieces]) for name in pieces[0][0].parts}
-    total = sum((lost for _, lost, _ in pieces), Lost())
-    notes = list(dict.fromkeys(note for _, _, notes in pieces for note in notes))
+    found = [together[number] for number in sorted(together)]
+    parts = {name: torch.cat([piece.parts[name] for piece, _, _ in found]) for name in found[0][0].parts}
+    total = sum((lost for _, lost, _ in found), Lost())
+    notes = list(dict.fromkeys(note for _, _, notes in found for note in notes))
     quantized = QTensor(assignment.scheme, assignment.shape, parts)
     return _laid_out(settled, assignment, quantized), [_report(assignment, quantized, total, None, notes)]
 

@@ -123,6 +123,13 @@ class Codec(ABC):
                     f"{spec.dtype} {list(spec.shape)} expected for {self} of shape {list(shape)}"
                 )
 
+    def flaw(self, parts: Mapping[str, Tensor]) -> tuple[str, str] | None:
+        """A part that holds numbers which no weight has, such as a scale of NaN, and what is wrong with it; else None.
+
+        Formats call it for what they read from files. The second entry follows the tensor's name in a sentence.
+        """
+        return None
+
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Bytes of all parts of a weight of this shape."""
         return sum(spec.nbytes for spec in self.part_specs(shape).values())
@@ -148,6 +155,23 @@ class Scheme(Codec):
         With `importance` [K] the scales are searched: it weighs the squared error of each column. Without it the
         grids span the range of each group. NumericsError if `w` is empty or has NaN, Inf or a value out of range.
         """
+
+    @property
+    def rows(self) -> int:
+        """Rows that share one fit; 0: all of them.
+
+        A weight may be quantized in pieces of a multiple of so many rows; if all share a fit, with the scheme `for_all`
+        of the pieces.
+        """
+        return 1
+
+    def for_all(self, weights: Iterable[Tensor]) -> Self:
+        """The scheme with which to quantize weights that must agree in a number that belongs to a whole weight.
+
+        Servers compute q, k and v (or gate and up) as one matrix, and then only have one place for such a number. A
+        scheme without one returns itself. The result equals this scheme, and makes parts of the same layout.
+        """
+        return self
 
     def nearest(self, w: Tensor) -> tuple[Tensor, Grids]:
         """Codes and grids of `w` rounded to nearest, the baseline of all methods.
@@ -241,26 +265,34 @@ def refit_scales(
     hessian: Tensor,
     ridge: float,
     stored: Callable[[Tensor, int], Tensor],
+    block: tuple[int, int] | None = None,
 ) -> Tensor:
     """Scales [N, G] re-solved for fixed codes, one group at a time: s += (E H l) / (l H_gg l), rounded as stored.
 
     error: E = w - ŵ, [N, K]. levels: gives l = ŵ / s for a slice of columns. stored: rounds scales [N] of one group to
-    the nearest ones that a file can hold. tr(E (H + ridge I) Eᵀ) does not rise in any row.
+    the nearest ones that a file can hold. block: the rows and columns that share a scale; by default those of a group
+    in one row. tr(E (H + ridge I) Eᵀ) does not rise in any row, or in any block's rows together.
     """
-    scale, group = scale.clone(), error.shape[1] // scale.shape[1]
+    scale, (n, k) = scale.clone(), error.shape
+    rows, group = block or (1, k // scale.shape[1])
+
+    def summed(x: Tensor) -> Tensor:  # over the rows that share a scale
+        return x if rows == 1 else torch.nn.functional.pad(x, (0, -n % rows)).view(-1, rows).sum(1)
+
     gradient = (error @ hessian).add_(error, alpha=ridge)
     del error
     for g in range(scale.shape[1]):
         columns = slice(g * group, (g + 1) * group)
         level = levels(columns)
         curvature = (level @ hessian[columns, columns]).add_(level, alpha=ridge).mul_(level).sum(1)
-        step = (gradient[:, columns] * level).sum(1) / curvature
+        step = summed((gradient[:, columns] * level).sum(1)) / summed(curvature)
         solved = scale[:, g] + step
         solved = stored(usable(solved, scale[:, g]), g)
         # Rounding to the stored scale can cost more than the step gains. Keep the old scale there.
         moved = solved - scale[:, g]
         moved = torch.where(2 * step * moved > moved * moved, moved, 0.0)
         scale[:, g].add_(moved)
+        moved = moved if rows == 1 else moved.repeat_interleave(rows)[:n]
         level *= moved.unsqueeze(1)
         # The gradient of earlier groups is no longer needed.
         gradient[:, columns.stop :].addmm_(level, hessian[columns, columns.stop :], alpha=-1)
@@ -290,9 +322,12 @@ def too_small(vanished: Sequence[tuple[str, str, int]], of: int) -> list[str]:
     ]
 
 
-def chunk_rows(n: int, k: int, budget: int = 1 << 22) -> list[slice]:
-    """Slices of the rows of an [n, k] matrix, of at most `budget` elements each, to keep temporaries small."""
-    step = max(1, budget // max(k, 1))
+def chunk_rows(n: int, k: int, budget: int = 1 << 22, multiple: int = 1) -> list[slice]:
+    """Slices of the rows of an [n, k] matrix, to keep temporaries small.
+
+    Each starts at a multiple of `multiple` and has at most `budget` elements, but at least `multiple` rows.
+    """
+    step = max(1, budget // (max(k, 1) * multiple)) * multiple
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
@@ -335,12 +370,18 @@ class QTensor:
 
 def parse(spec: str) -> Scheme:
     """The scheme that `spec` names, such as `int4-g128-sym`. PlanError with the known ones if there is none."""
-    families = registry.entries("schemes")
+    families, refusal = registry.entries("schemes"), None
     for family in families.values():
-        scheme = family.from_spec(spec)
+        try:
+            scheme = family.from_spec(spec)
+        except PlanError as error:  # another family may have a scheme of this name: GGUF files have an `mxfp4` too
+            refusal = error
+            continue
         if scheme is not None:
             assert isinstance(scheme, Scheme)
             return scheme
+    if refusal is not None:
+        raise refusal
     examples = [example for family in families.values() for example in family.examples]
     raise registry.unknown("scheme", spec, examples)
 
