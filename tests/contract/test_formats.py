@@ -39,7 +39,18 @@ REFUSED = [
     if format.why_not(shape_of(spec), parse(spec)) is not None
 ]
 # One scheme of each format and kind is enough for what depends on the layout alone.
-ONES = ("int4-g32", "int4-g32-sym", "int3-g128", "int8-row-sym", "nf4-b64", "nf4-b64-dq", "fp4-b64", "llm.int8")
+ONES = (
+    "int4-g32",
+    "int4-g32-sym",
+    "int3-g128",
+    "int5-g64",
+    "int8-row-sym",
+    "int4-g128-sym-bf16",
+    "nf4-b64",
+    "nf4-b64-dq",
+    "fp4-b64",
+    "llm.int8",
+)
 FEW = [case for case in STORABLE if case.values[1] in ONES]
 storable = pytest.mark.parametrize(("name", "spec"), STORABLE)
 few = pytest.mark.parametrize(("name", "spec"), FEW)

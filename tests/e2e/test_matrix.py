@@ -23,8 +23,8 @@ from fewbit.nn.layers import QLinear
 from fewbit.plans.plan import find
 from tests import models
 
-KINDS = ("gptq", "awq", "nf4", "int8", "gguf")
-PLANS = {"gptq": "rtn-4bit", "nf4": "nf4", "int8": "int8", "gguf": "q8_0"}
+KINDS = ("gptq", "awq", "nf4", "int8", "gguf", "ct")
+PLANS = {"gptq": "rtn-4bit", "ct": "w4a16", "nf4": "nf4", "int8": "int8", "gguf": "q8_0"}
 GGUF = "model.gguf"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fewbit
 from fewbit.errors import FormatError, PlanError
+from fewbit.models import decoded
 from fewbit.models.source import locate
 from fewbit.pipeline import run
 from fewbit.pipeline.capture import Inputs
@@ -56,7 +57,8 @@ def test_a_packed_source_gives_the_bytes_of_its_floats(layout: str, tmp_path: Pa
     assert record(out)["source"]["kinds"] == {kind: 61440}
     assert f"already quantized ({kind}, 76.6% of its parameters)" in (out / "README.md").read_text(encoding="utf-8")
     seen = fewbit.inspect(packed)
-    assert (seen.schemes, seen.quantized_parameters) == ({kind: 14}, 61440)
+    scheme = kind.removeprefix("compressed-tensors ")
+    assert (seen.schemes, seen.quantized_parameters) == ({scheme: 14}, 61440)
     assert seen.format == LAYOUTS[layout][1]["quant_method"]
 
 
@@ -159,7 +161,7 @@ BROKEN: dict[str, tuple[str, str, Tensor | None, str]] = {
     "no global scale": ("ct-nvfp4", "weight_global_scale", None, "weight_global_scale is missing"),
     "no second scale": ("modelopt-nvfp4", "weight_scale_2", None, "weight_scale_2 is missing"),
     "AWQ of ModelOpt": ("modelopt-nvfp4", "pre_quant_scale", torch.ones(96), "pre_quant_scale changes what"),
-    "scales of integers": ("ct-int8", "weight_scale", torch.ones(5, 1), "[64, 1]"),
+    "scales of integers": ("ct-int8", "weight_scale", torch.ones(5, 1), "[64, groups]"),
     "scales of a tensor": ("ct-fp8", "weight_scale", None, "weight_scale is missing"),
 }
 
@@ -226,7 +228,12 @@ def test_a_packed_model_loads_as_its_floats(layout: str, tmp_path: Path, text: s
     packed = packed_models.pack(plain, tmp_path / "packed", layout)
     measured = fewbit.evaluate(packed, reference=plain, text=text, length=32, samples=2, device="cpu")
     assert measured.quality.kl is not None
-    assert measured.quality.kl.max == 0
+    if decoded.is_packed(locate(packed)):  # products with packed weights round otherwise
+        assert measured.quality.kl.max < 0.01
+        own, wanted = fewbit.load(packed, device="cpu").dequantize().state_dict(), models.tensors_of(plain)
+        assert all(torch.equal(own[name], wanted[name]) for name in wanted)
+    else:
+        assert measured.quality.kl.max == 0
     assert fewbit.generate(packed, "the", max_new_tokens=2, device="cpu").tokens == 2
 
 

@@ -109,6 +109,22 @@ def test_refit(spec: str) -> None:
     check_refit(spec)
 
 
+@pytest.mark.parametrize("spec", ["int4-g32-sym-bf16", "int4-g32-bf16", "int8-row-sym-bf16"])
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 6e4])
+def test_bf16_scales_are_exact_in_both_16_bit_types(spec: str, size: float) -> None:
+    w, importance = ordinary(16, 64), torch.linspace(0.1, 1, 64)
+    w *= size / w.abs().max()
+    scheme, hessian = parse(spec), stats_of(inputs(200, 64)).hessian
+    grids = scheme.fit(w, importance)
+    for fitted in (scheme.fit(w), grids, scheme.refit(w, grids.encode(w), grids, hessian)):
+        scale = scheme.pack(fitted.encode(w), fitted)["scale"]
+        assert scale.dtype == torch.float16
+        assert torch.equal(scale.bfloat16().half(), scale)
+        assert isinstance(fitted, AffineGrids)
+        assert torch.equal(fitted.scale.bfloat16().float(), fitted.scale)
+        assert float(scale.abs().min()) >= 2.0**-17
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_refit_leaves_what_has_no_curvature(symmetric: bool) -> None:
     scheme = parse(f"int4-g16{'-sym' if symmetric else ''}")

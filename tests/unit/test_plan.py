@@ -11,6 +11,7 @@ import pytest
 
 from fewbit import registry
 from fewbit.errors import PlanError
+from fewbit.formats.base import storing
 from fewbit.methods.base import name_of
 from fewbit.methods.gptq import GPTQ
 from fewbit.methods.rtn import RoundToNearest
@@ -148,7 +149,11 @@ def test_a_reason_for_all_tensors_is_said_once() -> None:
 
 @pytest.mark.parametrize("spec", ["int5-g64", "int6-row-sym", "int7-g24"])
 @pytest.mark.parametrize("format", registry.entries("formats"))
-def test_a_scheme_that_no_format_stores_is_refused(spec: str, format: str) -> None:
+def test_a_scheme_that_no_format_stores_is_refused(spec: str, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every scheme has a format today; a new one may not yet have one."""
+    monkeypatch.setattr(
+        "fewbit.plans.plan.storing", lambda scheme: [] if str(scheme).startswith(spec[:4]) else storing(scheme)
+    )
     rules = [{"match": "*", "scheme": spec}]
     for attempt in (
         lambda: resolve(Plan("p", format, (Rule("*", spec),)), SHAPES),
@@ -159,7 +164,7 @@ def test_a_scheme_that_no_format_stores_is_refused(spec: str, format: str) -> No
             attempt()
         assert f"scheme {spec}: no format stores it yet" in raised.value.message
         assert "int4-g128" in raised.value.hint
-        assert "int5" not in raised.value.hint
+        assert spec[:4] not in raised.value.hint
 
 
 def test_two_schemes_in_a_gptq_file_are_refused_in_words() -> None:

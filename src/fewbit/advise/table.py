@@ -56,6 +56,8 @@ def _title(preset: plan.Plan) -> str:
         return "GGUF block types"
     if preset.format == "bnb":
         return "bitsandbytes NF4" if preset.name == "nf4" else "bitsandbytes LLM.int8()"
+    if preset.format == "compressed-tensors":
+        return "compressed-tensors integers"
     return {"rtn": "round to nearest"}.get(rule.method, rule.method.upper())
 
 

@@ -48,6 +48,8 @@ class AWQFormat(Format):
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
         if not isinstance(scheme, Affine) or scheme.bits != _BITS:
             return f"awq files store 4-bit integers with scales, not {scheme}"
+        if scheme.bf16:
+            return f"awq files store float16 scales: use {replace(scheme, bf16=False)}"
         if reason := scheme.why_not(shape):
             return reason
         if shape[0] % _PER_WORD or shape[1] % _PER_WORD:
@@ -62,7 +64,7 @@ class AWQFormat(Format):
             "scales": PartSpec((groups, n), torch.float16),
         }
 
-    def lay_out(self, weight: QTensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    def lay_out(self, weight: QTensor, config: Mapping[str, Any], module: str = "") -> dict[str, Tensor]:
         scheme, (n, k) = weight.codec, weight.shape
         assert isinstance(scheme, Affine)
         if weight.permutation is not None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fewbit import registry
-from fewbit.errors import FormatError
+from fewbit.errors import FormatError, PlanError
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import PartSpec, QTensor, Scheme
 
@@ -45,13 +45,29 @@ class Format(ABC):
     suffix: ClassVar[str] = ""
     # Suffixes of small tensors that `describe` reads, because they hold what headers do not, such as the shape.
     metadata_suffixes: ClassVar[tuple[str, ...]] = ()
+    # Whether the config must name every module that keeps a weight matrix, exactly. Else it names linears, and no name
+    # that is the start or end of a quantized one, because some readers match such parts.
+    ignores_all: ClassVar[bool] = False
 
     @abstractmethod
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
         """None if a weight of this shape and scheme can be stored, else the reason why not."""
 
-    def why_not_together(self, weights: Sequence[Stored]) -> str | None:
-        """None if one checkpoint can store all these weights, else the reason. By default all need the same scheme."""
+    def with_activations(self, activations: str | None) -> Format:
+        """This format for files that declare how a server rounds activations ("dynamic"). PlanError if it cannot."""
+        if activations is None:
+            return self
+        raise PlanError(f"{self.name} files cannot declare that activations are rounded", "Leave out `activations`.")
+
+    def suited(self, scheme: Scheme, dtype: torch.dtype) -> Scheme:
+        """The variant of `scheme` for a model of this dtype; by default `scheme` itself."""
+        return scheme
+
+    def why_not_together(self, weights: Sequence[Stored], kept: Sequence[str] = ()) -> str | None:
+        """None if one checkpoint can store all these weights, else the reason. By default all need the same scheme.
+
+        kept: modules that stay unquantized.
+        """
         schemes = sorted({str(weight.scheme) for weight in weights})
         return f"{self.name} files store one scheme for all tensors, not {', '.join(schemes)}" if schemes[1:] else None
 
@@ -60,8 +76,11 @@ class Format(ABC):
         """Suffix -> shape and dtype of each tensor that stores a weight of this shape and scheme."""
 
     @abstractmethod
-    def lay_out(self, weight: QTensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Suffix -> tensor, with the shapes and dtypes of `specs`, in the variant of the format that `config` names."""
+    def lay_out(self, weight: QTensor, config: Mapping[str, Any], module: str = "") -> dict[str, Tensor]:
+        """Suffix -> tensor, with the shapes and dtypes of `specs`, in the variant of the format that `config` names.
+
+        module: the weight's module in the checkpoint, for configs with settings for each module.
+        """
 
     @abstractmethod
     def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:
@@ -73,7 +92,8 @@ class Format(ABC):
     ) -> dict[str, Any]:
         """The `quantization_config` of a checkpoint with these weights.
 
-        dtype: that of the original weights, and so of activations; bfloat16 by default.
+        weights, skipped: with the names of modules in the checkpoint. dtype: that of the original weights, and so of
+        activations; bfloat16 by default.
         """
 
     @abstractmethod
@@ -96,6 +116,13 @@ class Format(ABC):
         names: the name and header of each tensor of the checkpoint.
         """
         return {}
+
+    def why_unpacked(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> str | None:
+        """None if the format reads every quantized weight of a checkpoint, else the reason why it is decoded instead.
+
+        names: the name and header of each tensor.
+        """
+        return None
 
     @abstractmethod
     def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
@@ -140,3 +167,19 @@ def for_module(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
                 )
             return {**config, **{key: value for key, value in overrides.items() if value is not None}}
     return config
+
+
+def stored_order(group_of: Tensor | None, k: int, groups: int, name: str) -> Tensor | None:
+    """The permutation [K] that sorts the columns by group. None if they are sorted already.
+
+    group_of: the group of each of the `k` columns, the tensor `name` of a file. FormatError if it is out of range, or
+    if the groups differ in size.
+    """
+    if group_of is None:
+        return None
+    sound = int(group_of.min()) >= 0 and int(group_of.max()) < groups
+    if not sound or not (torch.bincount(group_of.long(), minlength=groups) == k // groups).all():
+        raise FormatError(f"{name} does not put {k // groups} columns in each of {groups} groups")
+    if (group_of.diff() >= 0).all():
+        return None
+    return torch.argsort(group_of.long(), stable=True)

@@ -77,7 +77,7 @@ class BnbFormat(Format):
             _STATE + scheme.kind: PartSpec((_state_length(scheme, shape),), torch.uint8),
         }
 
-    def lay_out(self, weight: QTensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    def lay_out(self, weight: QTensor, config: Mapping[str, Any], module: str = "") -> dict[str, Tensor]:
         scheme, parts = weight.codec, weight.parts
         if weight.permutation is not None:
             raise FormatError("bnb files have no act-order, but the columns of this weight are permuted")

@@ -37,13 +37,13 @@ class GGUFFormat(Format):
             return f"gguf files store block types such as q4_k, not {scheme}"
         return scheme.why_not(shape)
 
-    def why_not_together(self, weights: Sequence[Stored]) -> str | None:
+    def why_not_together(self, weights: Sequence[Stored], kept: Sequence[str] = ()) -> str | None:
         return None
 
     def specs(self, shape: Shape, scheme: Scheme) -> Mapping[str, PartSpec]:
         return scheme.part_specs(shape)
 
-    def lay_out(self, weight: QTensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    def lay_out(self, weight: QTensor, config: Mapping[str, Any], module: str = "") -> dict[str, Tensor]:
         if weight.permutation is not None:
             raise FormatError("gguf files have no act-order, but the columns of this weight are permuted")
         return dict(weight.parts)

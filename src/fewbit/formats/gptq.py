@@ -24,7 +24,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from fewbit.errors import FormatError
-from fewbit.formats.base import Format, Shape, Stored, for_module
+from fewbit.formats.base import Format, Shape, Stored, for_module, stored_order
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes import bits
@@ -45,6 +45,8 @@ class GPTQFormat(Format):
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
         if not isinstance(scheme, Affine):
             return f"gptq files store integers with scales, not {scheme}"
+        if scheme.bf16:
+            return f"gptq files store float16 scales: use {replace(scheme, bf16=False)}"
         if scheme.bits not in _WIDTHS:
             return f"gptq files store 2, 3, 4 or 8 bits: there is no common layout for {scheme.bits} bits"
         if reason := scheme.why_not(shape):
@@ -63,7 +65,7 @@ class GPTQFormat(Format):
             "g_idx": PartSpec((k,), torch.int32),
         }
 
-    def lay_out(self, weight: QTensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    def lay_out(self, weight: QTensor, config: Mapping[str, Any], module: str = "") -> dict[str, Tensor]:
         scheme, (n, k) = weight.codec, weight.shape
         assert isinstance(scheme, Affine)
         groups = scheme.groups(k)
@@ -97,7 +99,7 @@ class GPTQFormat(Format):
         zero = bits.unpack(tensors["qzeros"].contiguous().view(torch.uint8), width, n).T
         if not _is_v2(config):
             zero = (zero + 1) & (2**width - 1)
-        order = _stored_order(tensors.get("g_idx"), k, groups, module)
+        order = stored_order(tensors.get("g_idx"), k, groups, f"{module}.g_idx")
         if order is not None:
             codes = bits.pack(bits.unpack(codes, width, k)[:, order], width)
         # The config may say `sym` while the file has other zero points. The stored zero points decide.
@@ -209,15 +211,3 @@ def _check(module: str, specs: Mapping[str, PartSpec], width: int, config: Mappi
                 f"{module}.{suffix} is {spec.dtype} {list(spec.shape)}; "
                 f"{expected[suffix].dtype} {list(expected[suffix].shape)} expected"
             )
-
-
-def _stored_order(g_idx: Tensor | None, k: int, groups: int, module: str) -> Tensor | None:
-    """The permutation [K] that sorts the columns by group. None if they are sorted already."""
-    if g_idx is None:
-        return None
-    sound = int(g_idx.min()) >= 0 and int(g_idx.max()) < groups
-    if not sound or not (torch.bincount(g_idx.long(), minlength=groups) == k // groups).all():
-        raise FormatError(f"{module}.g_idx does not put {k // groups} columns in each of {groups} groups")
-    if (g_idx.diff() >= 0).all():
-        return None
-    return torch.argsort(g_idx.long(), stable=True)

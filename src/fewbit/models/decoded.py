@@ -113,6 +113,20 @@ def _packing(
     return Packing(method, dict(kinds.most_common()), dtype, kinds.total(), *nbytes, share)
 
 
+def layout_of(config: Mapping[str, Any], specs: Mapping[str, PartSpec]) -> Layout | None:
+    """The layout by which a checkpoint with these headers is decoded. None if fewbit's own format reads it packed."""
+    method = str(config["quant_method"])
+    layout, format = LAYOUTS.get(method), by_quant_method(method)
+    return layout if format is None or format.why_unpacked(config, specs) is not None else None
+
+
+def is_packed(source: Source) -> bool:
+    """Whether one of fewbit's formats reads the quantized weights of `source`, and keeps them packed."""
+    if source.quantization is None or by_quant_method(str(source.quantization["quant_method"])) is None:
+        return False
+    return source.gguf is not None or layout_of(source.quantization, Checkpoint(list(source.files)).specs) is None
+
+
 def is_read_here(source: Source, device: str) -> bool:
     """Whether a whole model is loaded through `opened`, dequantized, because transformers would not keep it packed.
 
@@ -120,7 +134,7 @@ def is_read_here(source: Source, device: str) -> bool:
     ignores scales whose names it does not know. compressed-tensors needs another package, and dequantizes too.
     """
     method = None if source.gguf is not None or source.quantization is None else source.quantization["quant_method"]
-    if method not in LAYOUTS:
+    if method not in LAYOUTS or is_packed(source):
         return False
     if method not in ("fp8", "mxfp4") or not device.startswith("cuda"):
         return True
@@ -141,8 +155,8 @@ def found_in(source: Source, checkpoint: Checkpoint) -> dict[str, Packed]:
 
 def _found_in(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Packed]:
     method = str(config["quant_method"])
-    if method in LAYOUTS:
-        return LAYOUTS[method].find(config, checkpoint.specs, checkpoint.get)
+    if (layout := layout_of(config, checkpoint.specs)) is not None:
+        return layout.find(config, checkpoint.specs, checkpoint.get)
     format = by_quant_method(method)
     if format is None:
         raise foreign.unread(method)

@@ -64,7 +64,7 @@ def describe(source: Source) -> Inspection:
     schemes: Counter[str] = Counter()
     quantized, packed, plain = 0, 0, set(checkpoint.specs)
     format = by_quant_method(quantization["quant_method"]) if quantization else None
-    if quantization and quantization["quant_method"] in decoded.LAYOUTS:
+    if quantization and decoded.layout_of(quantization, checkpoint.specs) is not None:
         return _of_layout(source, checkpoint, quantization["quant_method"])
     if quantization and format is None:
         return _of_another(source, checkpoint, quantization["quant_method"])

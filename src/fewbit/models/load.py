@@ -13,7 +13,6 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from fewbit import registry
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
-from fewbit.formats.base import by_quant_method
 from fewbit.models import classes, decoded, foreign
 from fewbit.models.building import building
 from fewbit.models.decoding import decode
@@ -42,7 +41,7 @@ def load_model(
     """
     device, kernel, fuse = loading.device, loading.kernel, loading.fuse
     method = str((source.quantization or {}).get("quant_method"))
-    packed = by_quant_method(method) is not None
+    packed = decoded.is_packed(source)
     if loading.adapter is not None:
         check_adapter(loading.adapter)
     if kernel is not None:

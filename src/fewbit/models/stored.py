@@ -47,6 +47,32 @@ def names(skeleton: Skeleton, originals: Mapping[str, str | None], packed: Conta
     return found
 
 
+def modules(skeleton: Skeleton, quantized: Iterable[str]) -> dict[str, str]:
+    """Module -> its name in an output, of the modules `quantized`, whose weights are packed."""
+    packed = {f"{module}.weight": module for module in quantized}
+    originals = {
+        f"{packed[name]}.{part}": original(skeleton, key, name, part)
+        for key, name, _ in skeleton.passed_through(packed)
+        if name in packed
+        for part in ("weight", "scale")  # a weight that is merged or split by its name, and a part that is not
+    }
+    found = names(skeleton, originals, set(packed.values()))
+    return {module: found.get(f"{module}.scale", module).removesuffix(".scale") for module in packed.values()}
+
+
+def matrices(skeleton: Skeleton, quantized: Iterable[str]) -> list[str]:
+    """The modules of an output, linear or not, that keep a weight matrix: routers, the head, no embeddings."""
+    packed = {f"{module}.weight" for module in quantized}
+    keys = {name: (key, spec) for key, name, spec in skeleton.passed_through(packed) if name not in packed}
+    found = names(skeleton, {name: original(skeleton, key, name) for name, (key, _) in keys.items()}, ())
+    embeddings = {n for n, module in skeleton.model.named_modules() if isinstance(module, torch.nn.Embedding)}
+    return [
+        found[name].removesuffix(".weight")
+        for name, (_, spec) in keys.items()
+        if name.endswith(".weight") and len(spec.shape) == 2 and name.removesuffix(".weight") not in embeddings
+    ]
+
+
 def skipped(skeleton: Skeleton, quantized: Iterable[str]) -> list[str]:
     """The linears that are not among `quantized`, by their names in the model, and in the output if these differ."""
     packed, linears = set(quantized), skeleton.all_linears()

@@ -172,7 +172,7 @@ def _dequantize_into(settled: Settled, block: Block, name: str, tensors: Mapping
     assignment = settled.resolved.assignments[name]
     suffixes = settled.resolved.format.specs(assignment.shape, assignment.scheme)
     own = {suffix: tensors[f"{name}.{suffix}"] for suffix in suffixes}
-    weight = settled.resolved.format.read(own, settled.config, name)
+    weight = settled.resolved.format.read(own, settled.config, settled.stored_as[name])
     block.skeleton.replace_weight(name, weight.map(lambda part: part.to(block.skeleton.device)).dequantize())
 
 
@@ -202,7 +202,8 @@ def _stored(
 
 
 def _laid_out(settled: Settled, assignment: Assignment, weight: QTensor) -> Tensors:
-    laid_out = settled.resolved.format.lay_out(weight, settled.config)
+    module = settled.stored_as[assignment.module]
+    laid_out = settled.resolved.format.lay_out(weight, settled.config, module)
     return {f"{assignment.module}.{suffix}": tensor.cpu() for suffix, tensor in laid_out.items()}
 
 

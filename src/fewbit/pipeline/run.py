@@ -116,7 +116,8 @@ def fingerprint(settled: Settled, inputs: Inputs, versions: Mapping[str, str]) -
     plan = [(a.module, str(a.scheme), repr(a.method)) for a in resolved.assignments.values()]
     digest = hashlib.sha256()
     config = skeleton.source.config
-    digest.update(json.dumps([files, config, plan, resolved.format.name, dict(versions)], sort_keys=True).encode())
+    layout = [resolved.format.name, resolved.plan.activations]
+    digest.update(json.dumps([files, config, plan, layout, dict(versions)], sort_keys=True).encode())
     digest.update(f"{skeleton.dtype} {skeleton.device.type} scales".encode())  # saved blocks include folded scales
     if tokens is not None:
         digest.update(str(tuple(tokens.shape)).encode() + tokens.numpy().tobytes())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
 from typing import Any
@@ -41,7 +41,12 @@ class Settled:
         if plans.format_of(plan).suffix:
             whole = model_of(skeleton)
             shapes |= skeleton.outside()
-        return cls(skeleton, plans.resolve(plan, shapes, whole))
+        return cls(skeleton, plans.resolve(plan, shapes, whole, skeleton.dtype_of_source))
+
+    @cached_property
+    def stored_as(self) -> dict[str, str]:
+        """Module -> its name in the output, of each quantized weight."""
+        return stored.modules(self.skeleton, self.resolved.assignments)
 
     @cached_property
     def outside(self) -> list[Assignment]:
@@ -88,9 +93,12 @@ class Settled:
             name = key.removesuffix(".weight")
             # Some readers match a name as a prefix or suffix of other names.
             alike = any(module.startswith(name) or module.endswith(name) for module in quantized)
-            if len(spec.shape) == 2 and name != key and not alike:
+            if len(spec.shape) == 2 and name != key and (not alike or self.resolved.format.ignores_all):
                 skipped.append(name)
-        return self.resolved.format.config(list(quantized.values()), skipped, self.skeleton.dtype_of_source)
+        if self.resolved.format.ignores_all:
+            skipped = list(dict.fromkeys([*skipped, *stored.matrices(self.skeleton, quantized)]))
+        own = [replace(a, module=self.stored_as[module]) for module, a in quantized.items()]
+        return self.resolved.format.config(own, skipped, self.skeleton.dtype_of_source)
 
     def check(self) -> None:
         """Run all checks that need no quantization. PlanError; NumericsError that names a tensor with NaN or Inf."""

@@ -17,6 +17,7 @@ from typing import Any
 from fewbit import registry
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.base import Format, Shape, Stored, storing
+from fewbit.lazy import torch
 from fewbit.methods.base import Method, make
 from fewbit.names import in_short
 from fewbit.plans import mixtures
@@ -47,12 +48,15 @@ class Plan:
     """An ordered list of rules and an output format.
 
     `adapt`: reduce the group size to the largest that divides every tensor; tensors that none divides stay unquantized.
+    `activations`: "dynamic" if the files declare that a server rounds activations too, with scales that it computes
+    from them (W8A8). fewbit itself never rounds them for that. None: they stay in 16 bits.
     """
 
     name: str
     format: str
     rules: tuple[Rule, ...]
     adapt: bool = False
+    activations: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The plan as a JSON object, for `from_json`."""
@@ -67,8 +71,12 @@ class Plan:
             raise PlanError(f"this is not a plan: rules is {data['rules']!r}", f"Give a list of rules. {_SHOWN}")
         if not isinstance(adapt := data.get("adapt", False), bool):
             raise PlanError(f"this is not a plan: adapt is {adapt!r}", "Give true or false.")
-        registry.get("formats", format)
-        return cls(name, format, tuple(_rule(rule, number) for number, rule in enumerate(data["rules"], 1)), adapt)
+        if (activations := data.get("activations")) not in (None, *_ACTIVATIONS):
+            raise PlanError(f"this is not a plan: activations is {activations!r}", 'Give "dynamic" or null.')
+        rules = tuple(_rule(rule, number) for number, rule in enumerate(data["rules"], 1))
+        made = cls(name, format, rules, adapt, activations)
+        format_of(made)
+        return made
 
     def changed(
         self,
@@ -109,7 +117,8 @@ class Plan:
         )
 
 
-_KEYS = ("name", "format", "rules", "adapt")
+_ACTIVATIONS = ("dynamic",)
+_KEYS = ("name", "format", "rules", "adapt", "activations")
 _RULE_KEYS = ("match", "scheme", "method", "options")
 _SHOWN = 'A plan is {"name", "format", "rules": [{"match", "scheme", "method", "options"}]}.'
 
@@ -189,6 +198,7 @@ def _preset(name: str, method: str, bits: int) -> Plan:
     return Plan(name, "gptq", (Rule("*", f"int{bits}-g128-sym", method),), adapt=True)
 
 
+_CT = "compressed-tensors"
 PRESETS: dict[str, Plan] = {
     plan.name: plan
     for plan in (
@@ -197,6 +207,8 @@ PRESETS: dict[str, Plan] = {
         Plan("awq-4bit", "awq", (Rule("*", "int4-g128", "awq"),), adapt=True),
         Plan("nf4", "bnb", (Rule("*", "nf4-b64-dq"),)),
         Plan("int8", "bnb", (Rule("*", "llm.int8"),)),
+        Plan("w4a16", _CT, (Rule("*", "int4-g128-sym", "gptq"),), adapt=True),
+        Plan("w8a16", _CT, (Rule("*", "int8-row-sym"),)),
         *(Plan(name, "gguf", (Rule("*", mixtures.PREFIX + name, "imatrix"),)) for name in mixtures.MIXTURES),
     )
 }
@@ -247,10 +259,10 @@ def find_all(names: Iterable[str], *, but: str) -> dict[str, Plan | Path | None]
 
 
 def format_of(plan: Plan) -> Format:
-    """The plan's format; PlanError if it does not exist."""
+    """The plan's format; PlanError if it does not exist, or cannot declare the plan's `activations`."""
     format = registry.get("formats", plan.format)()
     assert isinstance(format, Format)
-    return format
+    return format.with_activations(plan.activations)
 
 
 @dataclass(frozen=True)
@@ -271,8 +283,12 @@ class Resolved:
     notes: tuple[str, ...]
 
 
-def resolve(plan: Plan, shapes: Mapping[str, Shape], model: mixtures.Model | None = None) -> Resolved:
+def resolve(
+    plan: Plan, shapes: Mapping[str, Shape], model: mixtures.Model | None = None, dtype: torch.dtype | None = None
+) -> Resolved:
     """Apply `plan` to modules with these shapes [N, K]. PlanError lists every module that it does not fit.
+
+    dtype: of the model; some formats store scales in it. None: the schemes stay as the plan names them.
 
     `model` is required for formats that store whole models, such as GGUF. Its embeddings and head get the plan's method
     if that needs only weights, else the method `imatrix` with equal weights, which searches scales.
@@ -312,7 +328,10 @@ def resolve(plan: Plan, shapes: Mapping[str, Shape], model: mixtures.Model | Non
     refused = {m: reason for m, a in wanted.items() if (reason := format.why_not(a.shape, a.scheme))}
     if refused:
         raise PlanError(_listed(refused, wanted, len(wanted)), _what_fits(wanted, format))
-    if wanted and (reason := format.why_not_together(list(wanted.values()))):
+    if dtype is not None:
+        wanted, suited = _suit(wanted, format, dtype)
+        notes += suited
+    if wanted and (reason := format.why_not_together(list(wanted.values()), kept)):
         raise PlanError(reason, "Use one scheme for all tensors, or another format.")
     if any(scheme is None for schemes in mixed.values() for scheme in schemes.values()):
         notes.append(f"in 16 bits, as no block divides their rows: {in_short(kept)}")
@@ -352,6 +371,20 @@ def _mixed(
         schemes = mixtures.schemes(name, tensors, model, weighed=weighed)
         found[spec] = {module: schemes[model.names[module]] for module in shapes}
     return found
+
+
+def _suit(
+    wanted: Mapping[str, Assignment], format: Format, dtype: torch.dtype
+) -> tuple[dict[str, Assignment], list[str]]:
+    """The assignments with the variant of each scheme for a model of `dtype`, and a note on what changed."""
+    found = {m: replace(a, scheme=format.suited(a.scheme, dtype)) for m, a in wanted.items()}
+    changed = {str(wanted[m].scheme): str(a.scheme) for m, a in found.items() if a.scheme != wanted[m].scheme}
+    called = str(dtype).removeprefix("torch.")
+    notes = [
+        f"{after} instead of {before}: servers load the scales of {format.name} files in the model's {called}"
+        for before, after in changed.items()
+    ]
+    return found, notes
 
 
 def _adapt(wanted: Mapping[str, Assignment], format: Format) -> tuple[dict[str, Assignment], list[str]]:

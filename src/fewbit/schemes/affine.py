@@ -13,10 +13,14 @@ if symmetric, both signs of s), keep the one of least sum h (w - ŵ)², then sol
 s = sum h w (c - z) / sum h (c - z)². Scales are rounded to fp16 before any code is chosen. Codes are rounded to
 nearest, ties to even.
 
+With the suffix `-bf16`, scales are rounded to bfloat16 instead, and stay between 2^-17 and 65280, where fp16 holds
+every bfloat16 number exactly. They are stored as fp16 all the same, so kernels see no difference. A server that loads
+scales in the dtype of a bfloat16 model (vLLM) then rounds nothing.
+
 Layout:
 
     codes   uint8   [N, ceil(K b / 8)]             one bit stream per row (see `bits`)
-    scale   float16 [N, K / group]
+    scale   float16 [N, K / group]         also with `-bf16`
     zero    uint8   [N, ceil(K / group * b / 8)]   one bit stream per row; asymmetric only
 
 >>> w = torch.tensor([[-3.5, -1.0, 0.2, 3.0] * 4])
@@ -56,6 +60,8 @@ from fewbit.schemes.base import (
     usable,
 )
 
+BF16_SMALLEST, BF16_LARGEST = 2.0**-17, 65280.0  # between them fp16 holds every bfloat16 number exactly
+
 # Entries of a weight times candidates for its scales that are tried at a time. On a GPU, a small weight needs few
 # launches then. On a CPU, one candidate at a time stays in the cache.
 _AT_ONCE = {"cpu": 1}
@@ -64,7 +70,7 @@ _CHUNK = {"cpu": 1 << 20}  # entries searched at a time; on a GPU more, so that 
 
 @dataclass(frozen=True)
 class AffineGrids(Grids):
-    """Scales [N, groups], rounded to fp16 but held as float32 or float64, and zero points [N, groups]."""
+    """Scales [N, groups], rounded as stored but held as float32 or float64, and zero points [N, groups]."""
 
     bits: int
     group: int
@@ -100,21 +106,25 @@ class AffineGrids(Grids):
 @register("schemes", "affine")
 @dataclass(frozen=True)
 class Affine(Scheme):
-    """`int4-g128-sym`: 4 bits, groups of 128 columns, symmetric. `int3-row`: 3 bits, one group a row, asymmetric."""
+    """`int4-g128-sym`: 4 bits, groups of 128 columns, symmetric. `int3-row`: 3 bits, one group a row, asymmetric.
+
+    `int4-g128-sym-bf16`: the same, with scales that are bfloat16 numbers.
+    """
 
     group: int
     bits: int
     symmetric: bool
+    bf16: bool = False
 
     family: ClassVar[str] = "affine"
     examples: ClassVar[tuple[str, ...]] = (
         *("int4-g128", "int4-g128-sym", "int3-g64-sym", "int8-row-sym"),
-        *("int2-g16", "int5-g64", "int6-g32-sym", "int7-row"),
+        *("int2-g16", "int5-g64", "int6-g32-sym", "int7-row", "int4-g128-sym-bf16"),
     )
 
     @classmethod
     def from_spec(cls, spec: str) -> Affine | None:
-        match = re.fullmatch(r"int(\d+)-(g\d+|row)(-sym)?", spec)
+        match = re.fullmatch(r"int(\d+)-(g\d+|row)(-sym)?(-bf16)?", spec)
         if match is None:
             return None
         width, group = int(match[1]), parse_group(match[2], spec)
@@ -122,11 +132,11 @@ class Affine(Scheme):
             raise PlanError(f"scheme {spec!r}: {width} bits", "Integers of 2 to 8 bits exist: int2 ... int8.")
         if group and not 16 <= group <= 1024:
             raise PlanError(f"scheme {spec!r}: groups of {group}", "Groups of 16 to 1024 columns exist, or row.")
-        return cls(group=group, bits=width, symmetric=match[3] is not None)
+        return cls(group=group, bits=width, symmetric=match[3] is not None, bf16=match[4] is not None)
 
     def __str__(self) -> str:
         group = f"g{self.group}" if self.group else "row"
-        return f"int{self.bits}-{group}" + ("-sym" if self.symmetric else "")
+        return f"int{self.bits}-{group}" + ("-sym" if self.symmetric else "") + ("-bf16" if self.bf16 else "")
 
     @property
     def payload(self) -> str:
@@ -177,7 +187,7 @@ class Affine(Scheme):
             offsets = self._codes(w, scale, zero) - zero.unsqueeze(-1)
             weighted = h * offsets
             solved = (weighted * w).sum(-1) / (weighted * offsets).sum(-1)
-            return torch.stack([_stored(usable(solved, scale)), zero])
+            return torch.stack([self._stored(usable(solved, scale)), zero])
 
         candidates = (self._best(w, h, some) for some in tried.split(at_once, 1))
         scale, zero = search_scales(candidates, lambda grid: self._error(w, h, *grid), solve)
@@ -199,7 +209,7 @@ class Affine(Scheme):
     def _grid(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale, rounded as stored, and zero point of the grid that spans [low, high]."""
         top = 2**self.bits - 1
-        scale = _stored((high - low) / top)
+        scale = self._stored((high - low) / top)
         if self.symmetric:
             return scale, torch.full_like(scale, 2 ** (self.bits - 1))
         return scale, (-low / scale).round_().clamp_(0, top)
@@ -212,15 +222,23 @@ class Affine(Scheme):
         return values.sub_(w).square_().mul_(h).sum(-1)
 
     def refit(self, w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, ridge: float = 0.0) -> AffineGrids:
-        """Re-solve the scales one group at a time (`refit_scales`), each rounded to fp16. Zero points stay."""
+        """Re-solve the scales one group at a time (`refit_scales`), each rounded as stored. Zero points stay."""
         assert isinstance(grids, AffineGrids)
 
         def levels(columns: slice) -> Tensor:
             return codes[:, columns] - grids.zero[:, columns.start // grids.group].unsqueeze(1)
 
         error = w - grids.decode(codes)
-        scale = refit_scales(error, levels, grids.scale, hessian, ridge, lambda scale, _: _stored(scale))
+        scale = refit_scales(error, levels, grids.scale, hessian, ridge, lambda scale, _: self._stored(scale))
         return AffineGrids(grids.bits, grids.group, scale, grids.zero)
+
+    def _stored(self, scale: Tensor) -> Tensor:
+        """The scale rounded as a file stores it, in its own dtype. It never becomes zero."""
+        if self.bf16:
+            rounded = scale.abs().clamp_(BF16_SMALLEST, BF16_LARGEST).to(torch.bfloat16)
+        else:
+            rounded = scale.abs().clamp_(min=FP16_SMALLEST).to(torch.float16)
+        return torch.copysign(rounded.to(scale.dtype), scale)
 
     def pack(self, codes: Tensor, grids: Grids) -> Parts:
         assert isinstance(grids, AffineGrids)
@@ -247,8 +265,3 @@ class Affine(Scheme):
         else:
             zero = bits.unpack(parts["zero"][rows], self.bits, self.groups(shape[1])).float()
         return AffineGrids(self.bits, self.group or shape[1], scale, zero)
-
-
-def _stored(scale: Tensor) -> Tensor:
-    """The scale rounded to fp16, in its own dtype. It never becomes zero."""
-    return torch.copysign(scale.abs().clamp_(min=FP16_SMALLEST), scale).to(torch.float16).to(scale.dtype)

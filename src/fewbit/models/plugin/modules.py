@@ -22,13 +22,13 @@ from fewbit.schemes.base import PartSpec
 FEW = 0.01  # a smaller share of unquantized parameters gives no warning
 
 
-def renamed(model: PreTrainedModel, specs: Mapping[str, PartSpec]) -> dict[str, PartSpec]:
-    """The tensors of a checkpoint, by their names in `model`."""
+def renamed(model: PreTrainedModel, specs: Iterable[str]) -> dict[str, str]:
+    """The name in `model` of each tensor of a checkpoint."""
     mapping = get_model_conversion_mapping(model)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     modules = dict(model.named_modules())
     found = {}
-    for key, spec in specs.items():
+    for key in specs:
         # transformers adds or drops the base model's prefix if the model has that key. Quantized tensors are no keys of
         # the model, so look for their module instead.
         name, _ = rename_source_key(key, renamings, [])
@@ -37,7 +37,7 @@ def renamed(model: PreTrainedModel, specs: Mapping[str, PartSpec]) -> dict[str, 
             if owner(candidate) in modules:
                 name = candidate
                 break
-        found[name] = spec
+        found[key] = name
     return found
 
 

@@ -44,7 +44,7 @@ from fewbit.models import as_read, experts, foreign, scales, stacking
 from fewbit.models.decoding import decode
 from fewbit.models.decoding.fuse import fuse
 from fewbit.models.linears import is_linear, shape_of
-from fewbit.models.plugin import apart, options, patch_adapters, patch_resizing
+from fewbit.models.plugin import apart, compressed_tensors, options, patch_adapters, patch_resizing
 from fewbit.models.plugin.modules import left_as_they_are, put, put_scales, renamed, unpack
 from fewbit.models.plugin.serving import checked, dispatched, own_loader, requested_kernel
 from fewbit.models.plugin.serving import serving as serving
@@ -87,6 +87,7 @@ class FewbitQuantizer(HfQuantizer):
         self.renamings: list[WeightRenaming] = []
         self.transposed: set[str] = set()
         self.packed: list[str] = []  # names of the layers that are packed
+        self.stored_as: dict[str, str] = {}  # their names in the checkpoint
         self.separated = False  # whether the experts of the model have linears of their own
         self.splitting: list[WeightConverter] = []  # for fused experts in the checkpoint, if `separated`
         self.length: int | None = None  # length of the static cache, if the model is to be fused
@@ -176,17 +177,21 @@ class FewbitQuantizer(HfQuantizer):
         specs: dict[str, PartSpec] = {}
         for file in checkpoint_files:
             specs |= read_specs(Path(file))
-        named = renamed(model, specs)
-        if experts.names_one(model, self.format.find(self.config, named)):
+        # The config has the names of the checkpoint, so weights are found by these.
+        found, named = self.format.find(self.config, specs), renamed(model, specs)
+        if experts.names_one(model, (named[f"{m}.{next(iter(tensors))}"] for m, tensors in found.items())):
             experts.separate(model)
             self.separated = True
             named = renamed(model, specs)
-        suffixes: set[str] = set()
-        for module, tensors in self.format.find(self.config, named).items():
-            put(model, module, tensors, has_bias=f"{module}.bias" in named)
+        suffixes, biased = set[str](), set(named.values())
+        for stored, tensors in found.items():
+            suffix = next(iter(tensors))
+            module = named[f"{stored}.{suffix}"].removesuffix(f".{suffix}")
+            put(model, module, tensors, has_bias=f"{module}.bias" in biased)
             self.packed.append(module)
+            self.stored_as[module] = stored
             suffixes |= set(tensors)
-        for module, spec in self.format.activations(named).items():
+        for module, spec in self.format.activations({named[key]: spec for key, spec in specs.items()}).items():
             put_scales(model, module, spec)
         self.renamings = [WeightRenaming(f".{name}", f".{slot(name)}") for name in sorted(suffixes) if "." in name]
 
@@ -344,7 +349,7 @@ class FewbitQuantizer(HfQuantizer):
                     f"{name}: packed weights cannot be offloaded to the disk yet",
                     "Give a device map that keeps the whole model in memory, such as device_map='cpu'.",
                 )
-            weight = self.format.read(tensors, self.config, name)
+            weight = self.format.read(tensors, self.config, self.stored_as.get(name, name))
             if weight.shape != (module.out_features, module.in_features):
                 raise FormatError(
                     f"{name} holds a weight of shape {list(weight.shape)}, "
@@ -401,7 +406,8 @@ class FewbitQuantizer(HfQuantizer):
             if module not in held or leaf == "bias":
                 state[name] = tensor
         for name, linear in quantized.items():
-            for suffix, tensor in self.format.lay_out(linear.qtensor().map(lambda t: t.cpu()), self.config).items():
+            weight, stored = linear.qtensor().map(lambda t: t.cpu()), self.stored_as.get(name, name)
+            for suffix, tensor in self.format.lay_out(weight, self.config, stored).items():
                 state[f"{name}.{suffix}"] = tensor
         return state, {}
 
@@ -458,6 +464,7 @@ def register() -> None:
         quantizers.from_config = dispatched(quantizers.from_config, FewbitQuantizer, (_AUTO_ROUND, *_methods()))
     patch_adapters.register()
     patch_resizing.register()
+    compressed_tensors.register()
     if not is_auto_round_available():
         auto.AUTO_QUANTIZER_MAPPING[_AUTO_ROUND] = FewbitQuantizer
     with suppress(ImportError):  # a version of transformers without its own GGUF quantizer needs no replacement

@@ -1,0 +1,128 @@
+"""compressed-tensors models as users have them: written, loaded packed, trained over, saved again, or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import fewbit
+from fewbit.errors import FormatError
+from fewbit.nn.fused import packed_linears
+from fewbit.plans.plan import Plan, Rule, find
+from tests import architectures, models, packed_models
+
+IDS = torch.arange(24)[None] + 3
+CT = "compressed-tensors"
+PLANS = {
+    "w4a16": find("w4a16").changed(method="rtn"),
+    "w8a16": find("w8a16"),
+    "w8a8": Plan("w8a8", CT, (Rule("*", "int8-row-sym"),), activations="dynamic"),
+    "mixed": Plan("mixed", CT, (Rule("*.mlp.*", "int3-g32"), Rule("*.o_proj", None), Rule("*", "int5-row-sym"))),
+}
+
+
+def config_of(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+
+
+def written(tmp_path: Path, plan: str, kind: str = "llama", **changes: Any) -> Path:
+    save = models.save if kind in models.FAMILIES else architectures.save
+    model, out = save(tmp_path / "model", kind, **changes), tmp_path / plan
+    fewbit.quantize(model, out, plan=PLANS[plan], progress=False, device="cpu")
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_from_pretrained_keeps_it_packed_and_saves_it_again(plan: str, dtype: str, tmp_path: Path) -> None:
+    out = written(tmp_path, plan, dtype=dtype)
+    stored = models.tensors_of(out)
+    assert {str(t.dtype).removeprefix("torch.") for n, t in stored.items() if n.endswith("weight_scale")} == {dtype}
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
+    assert len(packed_linears(model)) == (12 if plan == "mixed" else 14)
+    assert model.dtype == getattr(torch, dtype)
+    again = tmp_path / "again"
+    model.save_pretrained(again)
+    found = models.tensors_of(again)
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[name], stored[name]) for name in stored)
+    assert config_of(again) == config_of(out)
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(again)(IDS).logits, model(IDS).logits)
+
+
+def test_routers_and_the_head_are_ignored(tmp_path: Path) -> None:
+    out = written(tmp_path, "w4a16", "qwen3_moe")
+    config, stored = config_of(out), models.tensors_of(out)
+    routers = [name.removesuffix(".weight") for name in stored if name.endswith("mlp.gate.weight")]
+    assert routers
+    assert {*routers, "lm_head"} <= set(config["ignore"])
+    quantized = {name.removesuffix(".weight_packed") for name in stored if name.endswith("weight_packed")}
+    assert any(".experts.1." in name for name in quantized)
+    assert not quantized & set(config["ignore"])
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
+    assert set(packed_linears(model)) == quantized
+    assert len(fewbit.generate(out, "the", max_new_tokens=3, device="cpu").text)
+
+
+def test_a_forgotten_router_is_named_by_every_reader(tmp_path: Path) -> None:
+    out = written(tmp_path, "w4a16", "qwen3_moe")
+    config = config_of(out)
+    config["ignore"] = [name for name in config["ignore"] if not name.endswith("layers.0.mlp.gate")]
+    models.edit_json(out / "config.json", quantization_config=config)
+    for attempt in (fewbit.inspect, fewbit.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(FormatError, match=r"layers\.0\.mlp\.gate\.weight is not quantized.*ignore"):
+            attempt(out)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_lora_trains_over_it(tmp_path: Path) -> None:
+    out = written(tmp_path, "mixed", dtype="float32")
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
+    plain = fewbit.load(out, device="cpu").dequantize()
+    torch.manual_seed(0)
+    gradients = []
+    for base in (model, plain):
+        torch.manual_seed(0)
+        adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+        adapted(IDS, labels=IDS).loss.backward()
+        gradients.append({n: p.grad for n, p in adapted.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert len(gradients[0]) == 8
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-5), name
+
+
+def test_a_user_can_ask_for_dense_weights(tmp_path: Path) -> None:
+    out = written(tmp_path, "w8a16")
+    packed: Any = AutoModelForCausalLM.from_pretrained(out)
+    wanted = fewbit.load(out, device="cpu").dequantize().state_dict()
+    dense = packed.dequantize()
+    assert not packed_linears(dense)
+    assert all(torch.equal(dense.state_dict()[name], tensor) for name, tensor in wanted.items())
+
+
+def test_act_order_of_older_files_survives_saving(tmp_path: Path) -> None:
+    plain = models.save(tmp_path / "plain", "llama")
+    packed = packed_models.pack(plain, tmp_path / "packed", "ct-int4-order")
+    config = config_of(packed)
+    config["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    models.edit_json(packed / "config.json", quantization_config=config)
+    model: Any = AutoModelForCausalLM.from_pretrained(packed)
+    model.save_pretrained(tmp_path / "again")
+    found, stored = models.tensors_of(tmp_path / "again"), models.tensors_of(packed)
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[name], stored[name]) for name in stored)
+
+
+def test_it_is_described_by_its_schemes(tmp_path: Path) -> None:
+    seen = fewbit.inspect(written(tmp_path, "mixed", dtype="bfloat16"))
+    assert (seen.format, seen.schemes) == (CT, {"int3-g32-bf16": 6, "int5-row-sym-bf16": 6})
+    assert any("int3-g32-bf16 instead of int3-g32" in note for note in seen.made["notes"])
