@@ -26,7 +26,7 @@ SHAPE = (4096, 14336)
 SPECS = (
     *("int4-g128", "int4-g128-sym", "int4-g128-sym@torch_int4", "int4-g32", "q4_k", "q6_k", "q8_0", "q4_0", "q4_1"),
     *("q5_0", "q5_1", "q5_k", "q3_k", "q2_k", "iq4_nl", "iq4_xs", "int2-g64", "int3-g64", "int8-g128", "llm.int8"),
-    *("nf4-b64", "nf4-b64-dq"),
+    *("nf4-b64", "nf4-b64-dq", "fp8-row", "fp8-b128", "mxfp4", "nvfp4"),
 )
 
 
@@ -46,7 +46,7 @@ def random_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:
     return {
         name: torch.rand(spec.shape).to(spec.dtype)
         if spec.dtype.is_floating_point
-        else torch.randint(0, 60, spec.shape, dtype=torch.uint8).to(spec.dtype)
+        else torch.randint(64, 120, spec.shape, dtype=torch.uint8).to(spec.dtype)
         for name, spec in scheme.part_specs(shape).items()
     }
 

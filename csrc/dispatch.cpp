@@ -138,6 +138,19 @@ int check(const fewbit_weight* given) {
                  ? FEWBIT_OK
                  : FEWBIT_SHORT;
     }
+    case FEWBIT_FP8: {
+      if (w.bits < 1 || w.group < 1 || (w.group < w.k && w.group % 64)) return FEWBIT_SHAPE;
+      const int64_t scales = ((w.n + w.bits - 1) / w.bits) * ((w.k + w.group - 1) / w.group);
+      return holds(w, 0, w.n * w.k) && holds(w, 1, 4 * scales) ? FEWBIT_OK : FEWBIT_SHORT;
+    }
+    case FEWBIT_MXFP4:
+    case FEWBIT_NVFP4: {
+      const bool nv = w.kind == FEWBIT_NVFP4;
+      const int64_t group = nv ? 16 : 32;
+      if (w.k % group) return FEWBIT_SHAPE;
+      if (!holds(w, 0, w.n * w.k / 2) || !holds(w, 1, w.n * (w.k / group))) return FEWBIT_SHORT;
+      return !nv || holds(w, 2, 4 * w.n) ? FEWBIT_OK : FEWBIT_SHORT;
+    }
     default: return FEWBIT_UNKNOWN;
   }
 }
@@ -200,7 +213,7 @@ thread_local Memory memory;
 
 extern "C" {
 
-int fewbit_abi(void) { return 4; }
+int fewbit_abi(void) { return 5; }
 
 const char* fewbit_isa(void) { return isa().name; }
 

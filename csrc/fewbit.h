@@ -18,6 +18,9 @@ enum fewbit_kind {
   FEWBIT_INT8 = 1,    // codes int8 [N, K], scb float32 [N]; w = q * scb / 127
   FEWBIT_LEVELS = 2,  // codes (two to a byte, high nibble first), scale float32 [N K / group], levels float32 [16]
   FEWBIT_LEVELS_DOUBLE = 3,  // codes, absmax uint8, nested float32, offset float32 [1], map float32 [256], levels
+  FEWBIT_FP8 = 4,    // codes e4m3 [N, K], scale float32 [ceil(N / bits), ceil(K / group)]
+  FEWBIT_MXFP4 = 5,  // codes (two to a byte, low nibble first), scale e8m0 [N, K / 32]
+  FEWBIT_NVFP4 = 6,  // codes as MXFP4, scale e4m3 [N, K / 16], global float32 [N]
   FEWBIT_Q4_0 = 16,
   FEWBIT_Q4_1,
   FEWBIT_Q5_0,
@@ -35,8 +38,8 @@ enum fewbit_kind {
 // A packed weight [n, k]. `part` points to its parts in the order above; `bytes` has their sizes.
 struct fewbit_weight {
   int32_t kind;
-  int32_t bits;   // bits per code, affine only
-  int64_t group;  // columns that share a scale, affine and levels only; k if the whole row shares one
+  int32_t bits;   // affine: bits per code. FP8: rows that share a scale. NVFP4: 1 if the global scale divides, else 0
+  int64_t group;  // columns that share a scale, affine, levels and FP8 only; k if the whole row shares one
   int64_t n, k;
   const void* part[6];
   int64_t bytes[6];
@@ -60,7 +63,7 @@ FEWBIT_API int fewbit_force(const char* name);
 FEWBIT_API void fewbit_use_openmp(fewbit_parallel parallel);
 // Number of columns of an arranged row, padding included; if negative, -fewbit_status.
 FEWBIT_API int64_t fewbit_columns(const struct fewbit_weight* w);
-// y [m, n] = x [m, k] Wᵀ, both of type `type`. x is rounded to 8 bits in groups of 32 columns (except for levels).
+// y [m, n] = x [m, k] Wᵀ, both of type `type`. x is rounded to 8 bits in groups of 32 columns (not for levels, FP8).
 FEWBIT_API int fewbit_linear(const struct fewbit_weight* w, const void* x, int64_t m, void* y, int type, int threads);
 // The same for many weights of one layout and shape, in one call: rows [begin[e], end[e]) of x times the transpose of
 // w[e], for each of `count` weights. These ranges must not overlap; other rows of y are not written. x has m rows.

@@ -374,4 +374,50 @@ struct Int8 {
   }
 };
 
+// ---- FP4 (E2M1) with a scale for 32 columns (E8M0) or 16 columns (E4M3 times a global scale) -------------------------
+
+// Twice the values are integers. Plus 12 they are codes for a dot product: w = scale / 2 * code - 6 scale.
+alignas(16) constexpr uint8_t FP4[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+// Scales of a chunk: four of MXFP4, eight of NVFP4. At the end of a row those that are missing are 0.
+template <bool nv> struct Fp4 {
+  static constexpr int P = 2, C = 128, STEPS = 1, BYTES = 64, GROUPS = nv ? 8 : 4;
+  static constexpr bool WIDE = false;
+  static constexpr int column(int, int p, int b) { return 2 * b + p; }
+  struct Row {
+    const uint8_t *first, *end, *codes, *first_scale, *scale;
+    const float* global = nullptr;
+    int64_t bytes, groups;
+    bool divides;
+    float unit = 0.5f;
+    explicit Row(const fewbit_weight& w) : first((const uint8_t*)w.part[0]), codes(first) {
+      bytes = w.k / 2;
+      groups = w.k / (nv ? 16 : 32);
+      end = first + w.n * bytes;
+      scale = first_scale = (const uint8_t*)w.part[1];
+      if (nv) global = (const float*)w.part[2];
+      divides = w.bits == 1;
+    }
+    void to(int64_t n) {
+      codes = first + n * bytes;
+      scale = first_scale + n * groups;
+      if (nv) unit = 128.0f * (divides ? 1.0f / global[n] : global[n]);  // E4M3 is read as a 256th
+    }
+  };
+  template <class Fn> static INLINE void decode(const Row& r, int64_t c, Fn&& fn) {
+    const uint8_t *p = r.codes + c * BYTES, *at = r.scale + c * GROUPS;
+    const int64_t left = r.end - p, there = r.groups - c * GROUPS;
+    __builtin_prefetch(p + 2048);
+    uint64_t held = 0;
+    if (there >= GROUPS) held = nv ? word64(at) : word32(at);
+    else memcpy(&held, at, size_t(there));
+    F s = nv ? Vec::fp8_u64(held) : Vec::e8m0_u32(uint32_t(held));
+    alignas(64) static constexpr Lanes LANES = by(8, nv ? 16 : 32);
+    s = Vec::pick(times(s, r.unit), LANES.at);
+    const U q = left < BYTES ? Vec::load_part(p, left) : Vec::load(p);
+    U codes[2] = {Vec::lookup(Vec::field<0, 15>(q), FP4), Vec::lookup(Vec::field<4, 15>(q), FP4)};
+    fn(0, codes, s, times(s, -12));
+  }
+};
+
 }  // namespace

@@ -204,11 +204,95 @@ template <bool twofold> struct Levels {
   }
 };
 
+// 8-bit floats (E4M3). Activations are not rounded, since the values are not integers. Columns keep their order; a row of
+// activations is padded with zeros to a multiple of 64. At the end of a row of W this may also read codes of the next row.
+struct Fp8 {
+  static constexpr int C = 64;
+  static int64_t columns(const fewbit_weight& w) { return (w.k + C - 1) / C * C; }
+  static int64_t rounded_bytes(const fewbit_weight& w) { return columns(w) * 4; }
+  static void arrange(const fewbit_weight& w, const float* x, float* out) {
+    memcpy(out, x, size_t(w.k) * 4);
+    memset(out + w.k, 0, size_t(columns(w) - w.k) * 4);
+  }
+  static void round(const fewbit_weight& w, const float* x, int8_t*, float*, char* out) { arrange(w, x, (float*)out); }
+
+  // Sixty-four codes from p on; zeros beyond the end of the weight.
+  static INLINE const uint8_t* codes(const uint8_t* p, const uint8_t* end, uint8_t* copy) {
+    if (p + C <= end) return p;
+    memset(copy, 0, C);
+    memcpy(copy, p, size_t(end - p));
+    return copy;
+  }
+  // `fn(column, codes)` for each step of columns [from, to) of row n.
+  template <class Fn>
+  static INLINE void steps(const fewbit_weight& w, int64_t n, int64_t from, int64_t to, Fn&& fn) {
+    const uint8_t *first = (const uint8_t*)w.part[0], *p = first + n * w.k, *end = first + w.n * w.k;
+    uint8_t copy[C];
+    for (int64_t c = from; c < to; c += C) {
+      __builtin_prefetch(p + c + 2048);
+      fn(c, codes(p + c, end, copy));
+    }
+  }
+  // `fn(from, to, scale)` for each block of columns of row n. Vec::fp8 gives a 256th of each number.
+  template <class Fn> static INLINE void blocks(const fewbit_weight& w, int64_t n, Fn&& fn) {
+    const float* scale = (const float*)w.part[1] + n / w.bits * ((w.k + w.group - 1) / w.group);
+    for (int64_t from = 0; from < w.k; from += w.group, scale++)
+      fn(from, from + w.group < w.k ? from + w.group : w.k, Vec::set1(256.0f * *scale));
+  }
+
+  template <int M> static void product(const fewbit_weight& w, const float* x, float* y, int64_t begin, int64_t end) {
+    const int64_t padded = columns(w);
+    for (int64_t n = begin; n < end; n++) {
+      F sums[M];
+      for (int m = 0; m < M; m++) sums[m] = Vec::set1(0);
+      blocks(w, n, [&](int64_t from, int64_t to, F s) INLINE_LAMBDA {
+        F even[M], odd[M];
+        for (int m = 0; m < M; m++) even[m] = odd[m] = Vec::set1(0);
+        steps(w, n, from, to, [&](int64_t c, const uint8_t* p) INLINE_LAMBDA {
+          const F a = Vec::fp8(p), b = Vec::fp8(p + 16), d = Vec::fp8(p + 32), e = Vec::fp8(p + 48);
+          for (int m = 0; m < M; m++) {
+            const float* at = x + m * padded + c;
+            even[m] = Vec::fma(a, Vec::loadf(at), even[m]);
+            odd[m] = Vec::fma(b, Vec::loadf(at + 16), odd[m]);
+            even[m] = Vec::fma(d, Vec::loadf(at + 32), even[m]);
+            odd[m] = Vec::fma(e, Vec::loadf(at + 48), odd[m]);
+          }
+        });
+        for (int m = 0; m < M; m++) sums[m] = Vec::fma(s, Vec::add(even[m], odd[m]), sums[m]);
+      });
+      for (int m = 0; m < M; m++) y[m * w.n + n] = Vec::sum(sums[m]);
+    }
+  }
+  static void linear(const fewbit_weight& w, const char* rounded, int64_t m, float* y, int64_t begin, int64_t end) {
+    const float* x = (const float*)rounded;
+    const int64_t span = m > 4 ? 8 : end - begin, padded = columns(w);
+    for (int64_t n = begin; n < end; n += span) {
+      const int64_t last = n + span < end ? n + span : end;
+      int64_t i = 0;
+      for (; i + 4 <= m; i += 4) product<4>(w, x + i * padded, y + i * w.n, n, last);
+      if (m - i == 3) product<3>(w, x + i * padded, y + i * w.n, n, last);
+      if (m - i == 2) product<2>(w, x + i * padded, y + i * w.n, n, last);
+      if (m - i == 1) product<1>(w, x + i * padded, y + i * w.n, n, last);
+    }
+  }
+  static void decode(const fewbit_weight& w, int64_t begin, int64_t end, float* out) {
+    for (int64_t n = begin; n < end; n++, out += columns(w))
+      blocks(w, n, [&](int64_t from, int64_t to, F s) INLINE_LAMBDA {
+        steps(w, n, from, to, [&](int64_t c, const uint8_t* p) INLINE_LAMBDA {
+          for (int i = 0; i < C; i += 16) Vec::storef(out + c + i, Vec::mul(Vec::fp8(p + i), s));
+        });
+      });
+  }
+};
+
 template <class Fn> auto with_format(const fewbit_weight& w, Fn&& fn) {
   switch (w.kind) {
     case FEWBIT_INT8: return fn(Kernels<Int8>{});
     case FEWBIT_LEVELS: return fn(Levels<false>{});
     case FEWBIT_LEVELS_DOUBLE: return fn(Levels<true>{});
+    case FEWBIT_FP8: return fn(Fp8{});
+    case FEWBIT_MXFP4: return fn(Kernels<Fp4<false>>{});
+    case FEWBIT_NVFP4: return fn(Kernels<Fp4<true>>{});
     case FEWBIT_Q4_0: return fn(Kernels<Q45<Q40>>{});
     case FEWBIT_Q4_1: return fn(Kernels<Q45<Q41>>{});
     case FEWBIT_Q5_0: return fn(Kernels<Q45<Q50>>{});

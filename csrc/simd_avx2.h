@@ -137,6 +137,19 @@ struct Vec {
     I index = widen(x);
     return {pick8(table, index.lo), pick8(table, index.hi)};
   }
+  static __m256 halves_of(__m128i codes) {  // of eight E4M3 codes: their bits move up, and the copied sign is cleared
+    const __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(codes), 7);
+    return _mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16((short)0xbfff)));
+  }
+  static F fp8(const uint8_t* p) {
+    const __m128i x = part16(p);
+    return {halves_of(x), halves_of(_mm_srli_si128(x, 8))};
+  }
+  static F fp8_u64(uint64_t x) { return {halves_of(_mm_cvtsi64_si128((long long)x)), _mm256_setzero_ps()}; }
+  static F e8m0_u32(uint32_t x) {
+    const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_cvtsi32_si128((int)x)), 23);
+    return {_mm256_castsi256_ps(bits), _mm256_setzero_ps()};
+  }
   static float sum(F a) {
     __m256 x = _mm256_add_ps(a.lo, a.hi);
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

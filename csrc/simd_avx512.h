@@ -90,6 +90,15 @@ struct Vec {
   template <int shift> static F levels(const uint8_t* p, F table) {
     return _mm512_permutexvar_ps(_mm512_srli_epi32(_mm512_cvtepu8_epi32(part16(p)), shift), table);
   }
+  static F halves_of(__m128i codes) {  // of E4M3 codes: sign and exponent move up, and the copied sign is cleared
+    const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
+    return _mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16((short)0xbfff)));
+  }
+  static F fp8(const uint8_t* p) { return halves_of(part16(p)); }
+  static F fp8_u64(uint64_t x) { return halves_of(_mm_cvtsi64_si128((long long)x)); }
+  static F e8m0_u32(uint32_t x) {
+    return _mm512_castsi512_ps(_mm512_castsi128_si512(_mm_slli_epi32(_mm_cvtepu8_epi32(_mm_cvtsi32_si128((int)x)), 23)));
+  }
   static float sum(F a) {
     __m256 x = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

@@ -126,6 +126,22 @@ struct Vec {
     for (int i = 0; i < 16; i++) to[i] = from[(p[i] >> shift) & 15];
     return loadf(to);
   }
+  static F fp8(const uint8_t* p) {  // the bits of E4M3 codes move up, and the copied sign is cleared
+    const int8x16_t x = vreinterpretq_s8_u8(vld1q_u8(p));
+    const uint16x8_t mask = vdupq_n_u16(0xbfff);
+    const uint16x8_t lo = vandq_u16(vreinterpretq_u16_s16(vshlq_n_s16(vmovl_s8(vget_low_s8(x)), 7)), mask);
+    const uint16x8_t hi = vandq_u16(vreinterpretq_u16_s16(vshlq_n_s16(vmovl_s8(vget_high_s8(x)), 7)), mask);
+    const float16x8_t a = vreinterpretq_f16_u16(lo), b = vreinterpretq_f16_u16(hi);
+    return {{vcvt_f32_f16(vget_low_f16(a)), vcvt_f32_f16(vget_high_f16(a)), vcvt_f32_f16(vget_low_f16(b)),
+             vcvt_f32_f16(vget_high_f16(b))}};
+  }
+  static F fp8_u64(uint64_t x) { uint64_t both[2] = {x, 0}; return fp8((const uint8_t*)both); }
+  static F e8m0_u32(uint32_t x) {
+    const uint8x8_t codes = vreinterpret_u8_u32(vdup_n_u32(x));
+    const uint32x4_t bits = vshlq_n_u32(vmovl_u16(vget_low_u16(vmovl_u8(codes))), 23);
+    const float32x4_t z = vdupq_n_f32(0);
+    return {{vreinterpretq_f32_u32(bits), z, z, z}};
+  }
   static float sum(F a) {
     return vaddvq_f32(vaddq_f32(vaddq_f32(a.x[0], a.x[1]), vaddq_f32(a.x[2], a.x[3])));
   }

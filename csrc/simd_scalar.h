@@ -121,6 +121,25 @@ struct Vec {
     for (int i = 0; i < 16; i++) f.x[i] = table.x[(p[i] >> shift) & 15];
     return f;
   }
+  // The numbers of sixteen E4M3 codes, times 2^-8: their bits, moved, are halves.
+  static F fp8(const uint8_t* p) {
+    F f;
+    for (int i = 0; i < 16; i++) {
+      const uint16_t h = uint16_t((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7);
+      f.x[i] = half((const uint8_t*)&h);
+    }
+    return f;
+  }
+  static F fp8_u64(uint64_t x) { uint64_t both[2] = {x, 0}; return fp8((const uint8_t*)both); }
+  // Powers of two from four E8M0 codes, 0 for code 0. The other lanes are not used.
+  static F e8m0_u32(uint32_t x) {
+    F f{};
+    for (int i = 0; i < 4; i++) {
+      const uint32_t bits = (x >> (8 * i) & 255) << 23;
+      memcpy(&f.x[i], &bits, 4);
+    }
+    return f;
+  }
   static float sum(F a) {
     for (int n = 8; n; n /= 2)
       for (int i = 0; i < n; i++) a.x[i] += a.x[i + n];

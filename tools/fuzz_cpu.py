@@ -20,6 +20,7 @@ SPECS = (
     *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"),
     *(f"int{bits}-{group}{sym}" for bits in range(2, 9) for group in ("g32", "g128", "row") for sym in ("", "-sym")),
     *("int4-g16", "int2-g16", "int8-g16", "nf4-b64", "nf4-b32-dq", "fp4-b128", "llm.int8"),
+    *("fp8-row", "fp8-tensor", "fp8-b128", "mxfp4", "nvfp4", "nvfp4-mul"),
 )
 
 
@@ -52,7 +53,10 @@ def main() -> None:
         scheme, isa = parse(SPECS[case % len(SPECS)]), random.choice(sets)
         library.fewbit_force(isa.encode())
         torch.set_num_threads(random.randint(1, 4))
-        n, k = random.randint(1, 70), random.choice((1, 31, 32, 37, 96, 128, 160, 256, 384, 576, 768, 1024))
+        n, k = (
+            random.choice((random.randint(1, 70), random.randint(71, 300))),
+            random.choice((1, 31, 32, 37, 96, 128, 160, 256, 384, 576, 768, 1024)),
+        )
         for name in ("cpu", "cpu_exact"):
             kernel = registry.get("kernels", name)()
             if scheme.why_not((n, k)) or kernel.why_not(scheme, (n, k), torch.device("cpu"), torch.float32):

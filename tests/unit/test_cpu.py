@@ -185,7 +185,42 @@ def test_a_kernel_that_rounds_serves_unless_exact_is_set(library: ctypes.CDLL, m
     assert choose(weight, cpu, torch.float32, "cpu_exact").name == "cpu_exact"
 
 
-@pytest.mark.parametrize("spec", ["q4_k", "nf4-b64-dq"])
+@pytest.mark.parametrize("k", [64, 100, 200, 384])
+def test_blocks_of_fp8_end_where_they_must(instructions: str, k: int) -> None:
+    scheme = parse("fp8-b128")
+    w = (
+        ordinary(300, k)
+        * 10.0
+        ** torch.randint(-2, 3, (3, 3), generator=torch.Generator().manual_seed(0))
+        .repeat_interleave(128, 0)
+        .repeat_interleave(128, 1)[:300, :k]
+    )
+    parts = quantized(scheme, w)
+    for name in ("cpu", "cpu_exact"):
+        for m in (1, 3, 9):
+            x = x_of(m, k)
+            exact = x @ scheme.dequantize(parts, (300, k), torch.float32).T
+            y = kernel_of(name).linear(x, scheme, kernel_of(name).prepare(scheme, parts, (300, k)), (300, k))
+            assert (y - exact).norm(dim=0).le(1e-5 * exact.norm(dim=0) + 1e-5 * x.norm() * w.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("spec", ["nvfp4", "nvfp4-mul"])
+def test_each_row_has_its_global_scale(instructions: str, spec: str) -> None:
+    """Weights of other makers have any global scale, and each keeps its own when they are fused."""
+    weight = weight_of(spec, 8, 160)
+    weight.parts["global"] = torch.logspace(-2, 3, 8)[:, None] * 1.7
+    exact = x_of(3, 160) @ weight.dequantize().T
+    kernel = kernel_of("cpu_exact")
+    y = kernel.linear(x_of(3, 160), weight.codec, kernel.prepare(weight.codec, weight.parts, (8, 160)), (8, 160))
+    assert ((y - exact).norm(dim=0) <= 1e-5 * exact.norm(dim=0)).all()
+    rounded = kernel_of("cpu").rounded(x_of(3, 160), weight.codec) @ weight.dequantize().T
+    y = kernel_of("cpu").linear(
+        x_of(3, 160), weight.codec, kernel.prepare(weight.codec, weight.parts, (8, 160)), (8, 160)
+    )
+    assert ((y - rounded).norm(dim=0) <= 1e-5 * rounded.norm(dim=0)).all()
+
+
+@pytest.mark.parametrize("spec", ["q4_k", "nf4-b64-dq", "fp8-b128", "fp8-row", "mxfp4", "nvfp4"])
 def test_fused_weights_are_served_too(library: ctypes.CDLL, spec: str) -> None:
     weights = [weight_of(spec, n, 512) for n in (8, 24)]
     linears = [QLinear(512, w.shape[0], None).adopt(w, torch.float32) for w in weights]

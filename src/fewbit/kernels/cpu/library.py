@@ -16,7 +16,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-_ABI = 4
+_ABI = 5
 _FILE = "fewbit_cpu.so"
 HINT = "Install fewbit from source with a C++ compiler (gcc 9, clang 10 or later), or from a wheel with the library."
 
