@@ -303,8 +303,9 @@ def vanished(scheme: Scheme, w: Tensor, values: Tensor) -> int:
     """Number of groups of `w` [rows, K] that became 0: too small for any scale, so all of their `values` are 0."""
     k = w.shape[1]
     group = scheme.group if scheme.group and k % scheme.group == 0 else k
-    gone = w.unflatten(1, (-1, group)).any(-1) & ~values.unflatten(1, (-1, group)).any(-1)
-    return int(gone.sum())
+    parts = values.unflatten(1, (-1, group))
+    zero = (parts.amax(-1) == 0) & (parts.amin(-1) == 0)  # `any` takes three times as long
+    return int((zero & w.unflatten(1, (-1, group)).any(-1)).sum()) if bool(zero.any()) else 0
 
 
 def too_small(vanished: Sequence[tuple[str, str, int]], of: int) -> list[str]:
