@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import fewbit
 from fewbit.errors import FormatError, PlanError
@@ -211,6 +212,34 @@ def test_fp8_scales_without_a_config_are_named(tmp_path: Path) -> None:
         fewbit.quantize(packed, tmp_path / "out", plan="nf4")
     with pytest.raises(FormatError, match="_scale_inv, but config"):
         fewbit.load(packed)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ("fp8-block", r"would load model\..*: \[40, 40\], the block of .*_scale_inv, does not divide \[64, 96\]"),
+        ("fp8-autofp8", r"would load model\..*: it ignores the scales .*proj\.weight_scale\n"),
+        ("modelopt-fp8", "transformers does not read the quantization method 'modelopt'"),
+    ],
+)
+def test_what_transformers_would_load_wrong_is_an_error(layout: str, words: str, tmp_path: Path) -> None:
+    plain = models.save(tmp_path / "plain", "llama")
+    packed = packed_models.pack(plain, tmp_path / "packed", layout)
+    with pytest.raises(FormatError, match=words) as refused:
+        AutoModelForCausalLM.from_pretrained(packed)
+    assert "fewbit.load" in refused.value.hint
+    own, wanted = fewbit.load(packed, device="cpu").state_dict(), models.tensors_of(plain)
+    assert all(torch.equal(own[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("layout", ["fp8-power", "fp8-tensor"])
+def test_what_transformers_loads_right_is_left_to_it(layout: str, tmp_path: Path) -> None:
+    plain = models.save(tmp_path / "plain", "llama")
+    packed = packed_models.pack(plain, tmp_path / "packed", layout)
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
+    ids = torch.arange(20)[None]
+    wanted = models.logits(models.original(plain), ids)
+    assert (models.logits(model, ids) - wanted).norm() < 0.02 * wanted.norm()
 
 
 def test_an_unknown_method_is_named(fewbit: Fewbit, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ from fewbit.models import as_read, experts, foreign, scales, stacking
 from fewbit.models.decoding import decode
 from fewbit.models.decoding.fuse import fuse
 from fewbit.models.linears import is_linear, shape_of
-from fewbit.models.plugin import apart, compressed_tensors, options, patch_adapters, patch_resizing
+from fewbit.models.plugin import apart, compressed_tensors, options, patch_adapters, patch_fp8, patch_resizing
 from fewbit.models.plugin.modules import left_as_they_are, put, put_scales, renamed, unpack
 from fewbit.models.plugin.serving import checked, dispatched, own_loader, requested_kernel
 from fewbit.models.plugin.serving import serving as serving
@@ -463,6 +463,7 @@ def register() -> None:
     if not hasattr(quantizers.from_config, "by_fewbit"):
         quantizers.from_config = dispatched(quantizers.from_config, FewbitQuantizer, (_AUTO_ROUND, *_methods()))
     patch_adapters.register()
+    patch_fp8.register()
     patch_resizing.register()
     compressed_tensors.register()
     if not is_auto_round_available():
