@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import fewbit
 from fewbit.errors import FormatError, PlanError
+from fewbit.measure import memory
 from fewbit.models import decoded
 from fewbit.models.source import locate
 from fewbit.pipeline import run
@@ -212,6 +213,20 @@ def test_fp8_scales_without_a_config_are_named(tmp_path: Path) -> None:
         fewbit.quantize(packed, tmp_path / "out", plan="nf4")
     with pytest.raises(FormatError, match="_scale_inv, but config"):
         fewbit.load(packed)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_decoded_counts_as_decoded_at_rest(layout: str, tmp_path: Path) -> None:
+    plain = models.save(tmp_path / "plain", "llama")
+    packed = packed_models.pack(plain, tmp_path / "packed", layout)
+    found = fewbit.inspect(packed)
+    if decoded.is_packed(locate(packed)):
+        assert found.weights_bytes < 1.01 * found.file_bytes
+    else:
+        model = fewbit.load(packed, device="cpu")
+        assert found.weights_bytes == memory.at_rest(model).parameters
+        assert found.file_bytes < 0.7 * found.weights_bytes
+        assert found.bits_per_weight == 8 * found.file_bytes / found.parameters
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,9 @@ class Inspection:
     """The contents of a model's files. Byte counts cover tensors only.
 
     schemes: scheme -> number of tensors. weights_bytes: quantized weights in canonical parts, the rest as stored (a
-    kernel may need a little more, such as scales in a second dtype). file_bytes: tensors in the files.
-    bits_per_weight: of the whole model. bits_per_weight_quantized: of the quantized weights, None without any.
+    kernel may need a little more, such as scales in a second dtype); weights that fewbit decodes while it loads the
+    model count as decoded. file_bytes: tensors in the files. bits_per_weight: of the whole model, as stored.
+    bits_per_weight_quantized: of the quantized weights, None without any.
     made: fewbit's record of how it made the model; empty for other models.
     """
 
@@ -103,7 +104,8 @@ def _of_layout(source: Source, checkpoint: Checkpoint, method: str) -> Inspectio
     unused = {name for each in packed.values() for name in each.unused}
     whole = sum(spec.nbytes for spec in stored.values())
     quantized = sum(each.numel for each in packed.values())
-    parameters = quantized + sum(prod(spec.shape) for name, spec in stored.items() if name not in parts | unused)
+    others = [spec for name, spec in stored.items() if name not in parts | unused]
+    parameters = quantized + sum(prod(spec.shape) for spec in others)
     return Inspection(
         name=source.name,
         architecture=str((config.get("architectures") or [config.get("model_type", "?")])[0]),
@@ -111,7 +113,7 @@ def _of_layout(source: Source, checkpoint: Checkpoint, method: str) -> Inspectio
         schemes=dict(Counter(each.kind for each in packed.values())),
         parameters=parameters,
         quantized_parameters=quantized,
-        weights_bytes=whole,
+        weights_bytes=quantized * source.dtype.itemsize + sum(spec.nbytes for spec in others),  # decoded
         file_bytes=whole,
         bits_per_weight=8 * whole / max(parameters, 1),
         bits_per_weight_quantized=8 * sum(stored[part].nbytes for part in parts) / quantized if quantized else None,
