@@ -63,6 +63,12 @@ def fp8_channel(w: Tensor) -> tuple[Parts, Tensor]:
     return {"weight": codes, "weight_scale": scale, "input_scale": torch.ones(1)}, values
 
 
+def fp8_blocks(w: Tensor) -> tuple[Parts, Tensor]:
+    """Blocks for which fewbit has no scheme."""
+    codes, scale, values = _fp8(w, (40, 40))
+    return {"weight": codes, "weight_scale": scale}, values
+
+
 def _bits(codes: Tensor, width: int) -> Tensor:
     """Rows of codes as one stream of bits each, the lowest bit first, in words."""
     array = codes.numpy().astype(np.uint8)
@@ -174,7 +180,12 @@ LAYOUTS: dict[str, tuple[Packer, dict[str, Any], str]] = {
     "fp8-power": (fp8_power, {**_FP8, "weight_block_size": [32, 32], "scale_fmt": "ue8m0"}, "FP8, block 32x32"),
     "fp8-tensor": (fp8_tensor, _FP8, "FP8, per tensor"),
     "fp8-autofp8": (fp8_channel, _FP8, "FP8, per channel"),
-    "ct-fp8": (fp8_channel, groups(num_bits=8, type="float", strategy="channel"), "FP8, per channel"),
+    "ct-fp8": (fp8_channel, groups(num_bits=8, type="float", strategy="channel"), "compressed-tensors fp8-row"),
+    "ct-fp8-blocks": (
+        fp8_blocks,
+        groups(num_bits=8, type="float", strategy="block", block_structure=[40, 40]),
+        "FP8, block 40x40",
+    ),
     "ct-int4": (integers, _INT4, "compressed-tensors int4-g32-sym-bf16"),
     "ct-int4-order": (integers_in_order, _INT4, "compressed-tensors int4-g32-sym-bf16"),
     "ct-int3-asym": (
@@ -187,10 +198,14 @@ LAYOUTS: dict[str, tuple[Packer, dict[str, Any], str]] = {
         groups(num_bits=8, type="int", strategy="channel", symmetric=False),
         "compressed-tensors int8-row-bf16",
     ),
-    "ct-nvfp4": (nvfp4, groups(num_bits=4, type="float", strategy="tensor_group", group_size=16), "NVFP4"),
+    "ct-nvfp4": (
+        nvfp4,
+        groups(num_bits=4, type="float", strategy="tensor_group", group_size=16),
+        "compressed-tensors nvfp4",
+    ),
     "modelopt-fp8": (fp8_channel, {"quant_method": "modelopt", "quant_algo": "FP8"}, "FP8, per channel"),
     "modelopt-nvfp4": (modelopt_nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "NVFP4"),
-    "ct-mxfp4": (mxfp4, groups(num_bits=4, type="float", strategy="group", group_size=32), "MXFP4"),
+    "ct-mxfp4": (mxfp4, groups(num_bits=4, type="float", strategy="group", group_size=32), "compressed-tensors mxfp4"),
 }
 
 

@@ -38,6 +38,51 @@ def written(tmp_path: Path, plan: str, kind: str = "llama", **changes: Any) -> P
     return out
 
 
+@pytest.mark.parametrize("plan", ["fp8", "fp8-block", "mxfp4", "nvfp4"])
+def test_floats_stay_packed_and_are_saved_again(plan: str, tmp_path: Path) -> None:
+    out = tmp_path / plan
+    model = models.save(tmp_path / "model", "llama", dtype="bfloat16")
+    fewbit.quantize(model, out, plan=find(plan).changed(method="rtn"), progress=False, device="cpu")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out)
+    assert len(packed_linears(loaded)) == 14
+    assert len(fewbit.generate(out, "the", max_new_tokens=2, device="cpu").text)
+    loaded.save_pretrained(tmp_path / "again")
+    found, stored = models.tensors_of(tmp_path / "again"), models.tensors_of(out)
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[name].view(torch.uint8), stored[name].view(torch.uint8)) for name in stored)
+    assert config_of(tmp_path / "again") == config_of(out)
+
+
+def test_global_scales_of_what_is_fused_are_equal(tmp_path: Path) -> None:
+    model, out = models.save(tmp_path / "model", "llama"), tmp_path / "out"
+    fewbit.quantize(model, out, plan=find("nvfp4").changed(method="rtn"), progress=False, device="cpu")
+    stored = models.tensors_of(out)
+    for fused in (("q", "k", "v"), ("gate", "up")):
+        block = "self_attn" if "q" in fused else "mlp"
+        scales = {stored[f"model.layers.0.{block}.{x}_proj.weight_global_scale"].item() for x in fused}
+        assert len(scales) == 1
+
+
+def test_scales_of_activations_are_saved_again(tmp_path: Path) -> None:
+    packed = packed_models.pack(models.save(tmp_path / "plain", "llama"), tmp_path / "packed", "ct-nvfp4")
+    model: Any = AutoModelForCausalLM.from_pretrained(packed)
+    model.save_pretrained(tmp_path / "again")
+    found, stored = models.tensors_of(tmp_path / "again"), models.tensors_of(packed)
+    assert found.keys() == stored.keys()
+    assert any(name.endswith("input_global_scale") for name in stored)
+
+
+def test_fp8_of_another_kind_is_dequantized_and_said(tmp_path: Path) -> None:
+    plain = models.save(tmp_path / "plain", "llama")
+    packed = packed_models.pack(plain, tmp_path / "packed", "ct-fp8-blocks")
+    with pytest.warns(UserWarning, match="is dequantized in memory: .* blocks of"):
+        loaded = fewbit.load(packed, device="cpu")
+    wanted = models.tensors_of(plain)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.state_dict().items() if name in wanted)
+    with pytest.raises(FormatError, match="does not keep such weights packed"):
+        AutoModelForCausalLM.from_pretrained(packed)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_from_pretrained_keeps_it_packed_and_saves_it_again(plan: str, dtype: str, tmp_path: Path) -> None:

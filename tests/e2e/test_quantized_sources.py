@@ -154,6 +154,14 @@ BROKEN: dict[str, tuple[str, str, Tensor | None, str]] = {
     "type of scales": ("fp8-block", "weight_scale_inv", torch.ones(2, 3, dtype=torch.int32), "a float"),
     "NaN": ("fp8-block", "weight_scale_inv", torch.full((2, 3), torch.nan), "weight_scale_inv has NaN or Inf"),
     "NaN exponent": ("ct-mxfp4", "weight_scale", torch.full((64, 3), 255, dtype=torch.uint8), "has NaN or Inf"),
+    "negative FP8 scale": (
+        "ct-fp8",
+        "weight_scale",
+        -torch.ones(64, 1),
+        "weight_scale has a scale that is not above 0",
+    ),
+    "FP8 scale of 0": ("ct-fp8", "weight_scale", torch.zeros(64, 1), "weight_scale has a scale that is not above 0"),
+    "global scale of 0": ("ct-nvfp4", "weight_global_scale", torch.zeros(1), "weight_global_scale has a scale that is"),
     "no float": ("fp8-block", "weight", torch.ones(64, 96, dtype=torch.bfloat16), "float8_e4m3fn"),
     "no words": ("ct-int4", "weight_packed", None, "weight_packed is missing"),
     "width": ("ct-int4", "weight_packed", torch.zeros(64, 7, dtype=torch.int32), "[64, 12]"),
@@ -266,6 +274,7 @@ def test_an_unknown_method_is_named(fewbit: Fewbit, tmp_path: Path) -> None:
     assert "compressed-tensors" in answer.err
 
 
+@pytest.mark.filterwarnings("ignore:.*is dequantized in memory")  # of blocks that fewbit has no scheme for
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_packed_model_loads_as_its_floats(layout: str, tmp_path: Path, text: str) -> None:
     plain = models.save(tmp_path / "plain", "llama")

@@ -358,6 +358,113 @@ def test_codes_beyond_their_bits_are_named() -> None:
         FORMAT.read(tensors, config, P)
 
 
+def of_floats(spec: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    scheme = parse(spec)
+    weight = QTensor(scheme, (N, K), quantized(scheme, ordinary(N, K)))
+    config = FORMAT.config([Stored(P, (N, K), scheme)], ["lm_head"])
+    return FORMAT.lay_out(weight, config, P), config
+
+
+FLAWS: dict[str, tuple[str, str, Callable[[Tensor], Tensor], str]] = {
+    "code of NaN": ("fp8-row", "weight", lambda t: t.view(torch.uint8).fill_(0x7F).view(t.dtype), "weight has NaN"),
+    "scale of NaN": ("fp8-b128", "weight_scale", lambda t: t * torch.nan, "weight_scale has NaN"),
+    "scale of 0": ("fp8-tensor", "weight_scale", lambda t: t * 0, "weight_scale"),
+    "negative scale": ("fp8-row", "weight_scale", lambda t: -t, "weight_scale"),
+    "E8M0 of 255": ("mxfp4", "weight_scale", lambda t: t.fill_(255), r"weight_scale has NaN \(the E8M0 code 255\)"),
+    "negative E4M3": ("nvfp4", "weight_scale", lambda t: (-t.float()).to(t.dtype), "weight_scale has negative"),
+    "global scale of 0": ("nvfp4", "weight_global_scale", lambda t: t * 0, "weight_global_scale"),
+    "global scale of NaN": ("nvfp4", "weight_global_scale", lambda t: t * torch.nan, "weight_global_scale has NaN"),
+}
+
+
+@pytest.mark.parametrize("case", FLAWS)
+def test_numbers_that_no_weight_has_are_named(case: str) -> None:
+    spec, suffix, change, words = FLAWS[case]
+    tensors, config = of_floats(spec)
+    tensors[suffix] = change(tensors[suffix].clone())
+    with pytest.raises(FormatError, match=rf"{re.escape(P)}\.{words}"):
+        FORMAT.read(tensors, config, P)
+
+
+FLOAT_CONFIGS: dict[str, tuple[str, Callable[[dict[str, Any]], None], str]] = {
+    "integers": ("fp8-row", changed(f"{W}/type", "int"), f"{P}.weight is float8_e4m3fn"),
+    "bits": ("fp8-row", changed(f"{W}/num_bits", 4), f"{P}.weight is float8_e4m3fn"),
+    "bits of FP4": ("nvfp4", changed(f"{W}/num_bits", 8), f"{P}.weight_packed is uint8"),
+    "strategy": ("fp8-row", changed(f"{W}/strategy", "tensor"), f"{P}.weight_scale is float32 [64, 1]"),
+    "group of NVFP4": ("nvfp4", changed(f"{W}/group_size", 32), "group_size = 32"),
+    "NVFP4 as MXFP4": ("nvfp4", changed(f"{W}/strategy", "group"), "group_size = 16"),
+    "MXFP4 as NVFP4": ("mxfp4", changed(f"{W}/strategy", "tensor_group"), "group_size = 32"),
+}
+
+
+@pytest.mark.parametrize("case", FLOAT_CONFIGS)
+def test_a_config_that_does_not_fit_its_floats_is_refused(case: str) -> None:
+    spec, change, words = FLOAT_CONFIGS[case]
+    tensors, config = of_floats(spec)
+    change(config)
+    with pytest.raises(FormatError) as raised:
+        FORMAT.find(config, headers(tensors))
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fp8_scales_of_any_float_are_exact(dtype: torch.dtype) -> None:
+    tensors, config = of_floats("fp8-row")
+    tensors["weight_scale"] = tensors["weight_scale"].to(dtype)
+    wanted = tensors["weight"].float() * tensors["weight_scale"].float()
+    assert torch.equal(opened(tensors, config).dequantize(), wanted)
+
+
+def test_static_scales_of_activations_are_part_of_a_weight() -> None:
+    tensors, config = of_floats("fp8-tensor")
+    found = FORMAT.find(config, headers({**tensors, "input_scale": torch.ones(1)}))
+    assert set(found[P]) == {"weight", "weight_scale", "input_scale"}
+    FORMAT.read({**tensors, "input_scale": torch.ones(1)}, config, P)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (changed(f"{W}/block_structure", [64, 64]), "blocks of"),
+        (changed(f"{W}", {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32}), "strategy 'group'"),
+    ],
+)
+def test_fp8_of_other_blocks_is_not_packed(change: Callable[[dict[str, Any]], None], words: str) -> None:
+    tensors, config = of_floats("fp8-b128")
+    assert FORMAT.why_unpacked(config, headers(tensors)) is None
+    change(config)
+    reason = FORMAT.why_unpacked(config, headers(tensors))
+    assert reason is not None
+    assert P in reason
+    assert words in reason
+
+
+@pytest.mark.parametrize(
+    ("spec", "activations", "form", "strategy"),
+    [
+        ("fp8-row", None, "naive-quantized", None),
+        ("fp8-row", "dynamic", "float-quantized", "token"),
+        ("fp8-tensor", "dynamic", "float-quantized", "token"),
+        ("fp8-b128", "dynamic", "float-quantized", "group"),
+        ("mxfp4", "dynamic", "mxfp4-pack-quantized", "group"),
+        ("nvfp4", None, "nvfp4-pack-quantized", None),
+    ],
+)
+def test_layouts_of_floats(spec: str, activations: str | None, form: str, strategy: str | None) -> None:
+    settled = resolve(plan_of(("*", spec), activations=activations), SHAPES, dtype=torch.bfloat16)
+    config = settled.format.config(list(settled.assignments.values()), [])
+    (group,) = config["config_groups"].values()
+    acts = group["input_activations"]
+    assert (config["format"], acts and acts["strategy"]) == (form, strategy)
+    assert not settled.notes
+
+
+def test_nvfp4_activations_need_what_fewbit_does_not_measure() -> None:
+    with pytest.raises(PlanError, match="calibrated scale"):
+        resolve(plan_of(("*", "nvfp4"), activations="dynamic"), SHAPES)
+    assert "use nvfp4" in str(FORMAT.why_not((N, K), parse("nvfp4-mul")))
+
+
 def test_a_scheme_fits_what_was_packed() -> None:
     """The canonical codes are those of the file, so no other rounding lies between."""
     scheme = parse("int3-g32-bf16")

@@ -51,6 +51,29 @@ def test_the_common_rules_come_out(purpose: str, plans: set[str]) -> None:
     assert any(command.startswith(f"fewbit quantize tiny -o tiny-{found.best.plan}") for command in found.commands)
 
 
+@pytest.mark.parametrize(
+    ("capability", "plan", "words"),
+    [
+        ((12, 0), "nvfp4", "Blackwell"),
+        ((10, 0), "nvfp4", "Blackwell"),
+        ((9, 0), "fp8", "Hopper"),
+        ((8, 9), "fp8", "Ada"),
+        ((8, 0), "w4a16", "4-bit integers"),
+        (None, "gptq-4bit", None),
+    ],
+)
+def test_vllm_gets_what_the_card_multiplies_fastest(
+    capability: tuple[int, int] | None, plan: str, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewbit.system.machine.gpu_capability", lambda: capability)
+    report = measured(nvfp4=0.05, fp8=0.01, w4a16=0.02, gptq__4bit=0.019 if capability is None else 0.03)
+    found = asked("serving", target="vllm", report=report)
+    assert found.best.plan == plan
+    assert any(words in note for note in found.notes) if words else not any("card" in note for note in found.notes)
+    assert "vllm serve" in found.commands[-1]
+    assert asked("serving", report=report).best.plan in ("w4a16", "gptq-4bit")
+
+
 def test_quality_is_awq_unless_numbers_say_better() -> None:
     assert asked("quality", report=measured(awq__4bit=0.03, gptq__4bit=0.05)).best.plan == "awq-4bit"
     better = asked("quality", report=measured(awq__4bit=0.05, gptq__4bit=0.03))

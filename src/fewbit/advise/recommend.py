@@ -111,13 +111,15 @@ def nbytes(text: str) -> int:
 class Demands:
     """What a plan must meet: `memory` in bytes, the runtime `target` that must read it, the largest KL divergence.
 
-    speed_first: choose the fastest plan that meets them, not the one with the least loss.
+    speed_first: choose the fastest plan that meets them, not the one with the least loss. capability: the compute
+    capability of the card that serves; None without one.
     """
 
     memory: int
     target: str | None = None
     max_kl: float | None = None
     speed_first: bool = False
+    capability: tuple[int, int] | None = None
 
 
 def recommend(
@@ -142,6 +144,7 @@ def recommend(
     rule = rules()["purposes"][purpose]
     runtime = target or rule.get("target")
     formats = rules()["targets"][runtime]["formats"] if runtime else None
+    card = _of_card(purpose, runtime, demands.capability)
     found = [
         _limited(
             _candidate(row, tier, measured, timed, device),
@@ -151,7 +154,7 @@ def recommend(
             runtime=runtime,
             max_kl=max_kl,
         )
-        for tier, plans in enumerate(rule["tiers"])
+        for tier, plans in enumerate(_tiers(rule, card))
         for row in estimated.plans
         if row.plan in plans
     ]
@@ -187,10 +190,26 @@ def recommend(
         source=rule["source"],
         ranked_by=_basis(measured, size_first, rule, here, any(c.decode is not None for c in ranked)),
         contradictions=tuple(_contradictions(ranked, found, rule, measured)),
-        notes=tuple(_notes(ranked, estimated, purpose, max_kl, measured, runtime)),
+        notes=(
+            *([card["says"]] if card and ranked[0].plan in card["plans"] else []),
+            *_notes(ranked, estimated, purpose, max_kl, measured, runtime),
+        ),
         commands=tuple(_commands(ranked, estimated, purpose, runtime, measured)),
         speeds=_speeds(ranked, measured, estimated.model),
     )
+
+
+def _of_card(purpose: str, runtime: str | None, capability: tuple[int, int] | None) -> dict[str, Any] | None:
+    """The rule for serving with `runtime` on a card of this compute capability; None if there is none."""
+    cards = rules()["targets"][runtime].get("cards", []) if runtime and purpose == "serving" else []
+    return next((dict(card) for card in cards if capability and capability >= tuple(card["from"])), None)
+
+
+def _tiers(rule: Mapping[str, Any], card: Mapping[str, Any] | None) -> list[list[str]]:
+    """The tiers of a purpose, after the plans that are fastest on the card."""
+    if card is None:
+        return list(rule["tiers"])
+    return [card["plans"], *([p for p in tier if p not in card["plans"]] for tier in rule["tiers"])]
 
 
 def _ordered(found: list[Candidate], order: Sequence[_Criterion]) -> list[Candidate]:

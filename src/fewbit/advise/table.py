@@ -13,6 +13,7 @@ from fewbit.advise.recommend import kernel, priors, rules
 from fewbit.measure.comparison import Comparison
 from fewbit.methods.base import make
 from fewbit.plans import mixtures, plan
+from fewbit.schemes.base import parse
 from fewbit.stats import Need
 
 _FOUR_BITS = 4.5  # quality is compared at about this many bits per weight
@@ -37,7 +38,8 @@ class MethodRow:
 
 
 def table(measured: Comparison | None = None, device: str = "cpu", *, here: bool = True) -> tuple[MethodRow, ...]:
-    """One row for each method and format that a preset combines, bitsandbytes' two schemes apart, the least loss first.
+    """One row for each method and format that a preset combines, the least loss first. Schemes of bitsandbytes and of
+    compressed-tensors have rows of their own.
 
     Its kernels are those that run `here`, or would with all that fewbit can use.
     """
@@ -57,7 +59,8 @@ def _title(preset: plan.Plan) -> str:
     if preset.format == "bnb":
         return "bitsandbytes NF4" if preset.name == "nf4" else "bitsandbytes LLM.int8()"
     if preset.format == "compressed-tensors":
-        return "compressed-tensors integers"
+        family = parse(str(rule.scheme)).family
+        return "compressed-tensors integers" if family == "affine" else family.upper()
     return {"rtn": "round to nearest"}.get(rule.method, rule.method.upper())
 
 

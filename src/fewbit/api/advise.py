@@ -76,7 +76,8 @@ def recommend(
 
     memory: limit for weights, cache and activations, in bytes or as text such as 8GB; by default this machine's memory
     (for serving, fine-tuning and experiments that of its first GPU, if there is one). target: the program that must
-    read the result: vllm, llama.cpp or transformers. max_kl: largest KL divergence allowed. report: a report of
+    read the result: vllm, llama.cpp or transformers; with vllm, serving prefers what it computes fastest on the first
+    GPU of this machine. max_kl: largest KL divergence allowed. report: a report of
     `fewbit compare` to rank by: its file, its folder, or a `Comparison`. PlanError if no plan meets all demands; it
     names the nearest one.
     """
@@ -99,7 +100,7 @@ def recommend(
     return recommending.recommend(
         estimate(model, context=context, batch=batch, trust_remote_code=trust_remote_code),
         purpose,
-        recommending.Demands(room, target, max_kl, speed_first),
+        recommending.Demands(room, target, max_kl, speed_first, machine.gpu_capability()),
         measured=measured,
         timed=speeds.known(source, machine.device(None)),
         device=machine.device(None),

@@ -45,6 +45,8 @@ class Format(ABC):
     suffix: ClassVar[str] = ""
     # Suffixes of small tensors that `describe` reads, because they hold what headers do not, such as the shape.
     metadata_suffixes: ClassVar[tuple[str, ...]] = ()
+    # Suffixes of tensors that have no meaning for fewbit, such as scales of activations. Saving a model keeps them.
+    carried_suffixes: ClassVar[tuple[str, ...]] = ()
     # Whether the config must name every module that keeps a weight matrix, exactly. Else it names linears, and no name
     # that is the start or end of a quantized one, because some readers match such parts.
     ignores_all: ClassVar[bool] = False

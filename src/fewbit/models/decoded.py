@@ -31,7 +31,9 @@ from fewbit.models.gguf import names
 from fewbit.models.gguf.names import Route
 from fewbit.models.source import Source
 from fewbit.schemes.base import PartSpec, QTensor, chunk_rows
+from fewbit.schemes.fp8 import FP8 as FP8Scheme
 from fewbit.schemes.ggml import codec
+from fewbit.schemes.nvfp4 import NVFP4
 
 _ALL: tuple[Layout, ...] = (FP8(), FbgemmFP8(), MXFP4(), CompressedTensors(), ModelOpt())
 LAYOUTS = {each.quant_method: each for each in _ALL}
@@ -131,7 +133,7 @@ def is_read_here(source: Source, device: str) -> bool:
     """Whether a whole model is loaded through `opened`, dequantized, because transformers would not keep it packed.
 
     transformers dequantizes FP8 and MXFP4 on CPUs and older GPUs. It then takes ragged blocks for even ones, and it
-    ignores scales whose names it does not know. compressed-tensors needs another package, and dequantizes too.
+    ignores scales whose names it does not know.
     """
     method = None if source.gguf is not None or source.quantization is None else source.quantization["quant_method"]
     if method not in LAYOUTS or is_packed(source):
@@ -172,7 +174,12 @@ def _of_format(format: Format, config: Mapping[str, Any], checkpoint: Checkpoint
     for module, tensors in format.find(config, checkpoint.specs).items():
         metadata = {s: checkpoint.get(f"{module}.{s}") for s in format.metadata_suffixes if s in tensors}
         scheme, shape = format.describe(tensors, config, module, metadata)
-        floats = tuple(suffix for suffix, spec in tensors.items() if spec.dtype.is_floating_point)
+        # Not FP8 weights themselves, which are as large as the model. Their flaws are found when they are read.
+        scales = tuple(
+            s for s, spec in tensors.items() if (spec.dtype.is_floating_point and s != "weight") or s.endswith("_scale")
+        )
+        scales = tuple(s for s in scales if s not in format.carried_suffixes)
+        float_scheme = isinstance(scheme, (FP8Scheme, NVFP4))
         yield (
             f"{module}.weight",
             Packed(
@@ -180,7 +187,8 @@ def _of_format(format: Format, config: Mapping[str, Any], checkpoint: Checkpoint
                 kind=f"{format.name} {scheme}",
                 parts={suffix: f"{module}.{suffix}" for suffix in tensors},
                 decode=partial(_read, format=format, config=config, module=module),
-                scales=floats,
+                scales=scales,
+                positive=scales if float_scheme else (),
                 by_rows=False,
             ),
         )
@@ -231,10 +239,16 @@ def _check_scales(source: Source, packed: Mapping[str, Packed], checkpoint: Chec
             values = checkpoint.stored(each.parts[role])[...]
             if values.dtype == torch.uint8:  # E8M0
                 values = values.view(torch.float8_e8m0fnu)
-            if not torch.isfinite(values.float()).all():
+            byte, values = values.element_size() == 1, values.float()
+            if not torch.isfinite(values).all():
                 raise FormatError(
                     f"{source.folder}: {each.parts[role]} has NaN or Inf, and a scale must be finite",
                     "The checkpoint is damaged.",
+                )
+            # The scales of NVFP4's groups, of 1 byte, may be 0.
+            if role in each.positive and bool(((values < 0) if byte else (values <= 0)).any()):
+                raise FormatError(
+                    f"{source.folder}: {each.parts[role]} has a scale that is not above 0", "The checkpoint is damaged."
                 )
 
 

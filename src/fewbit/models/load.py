@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from fewbit import registry
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
+from fewbit.formats.base import by_quant_method
+from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models import classes, decoded, foreign
 from fewbit.models.building import building
 from fewbit.models.decoding import decode
@@ -42,6 +45,9 @@ def load_model(
     device, kernel, fuse = loading.device, loading.kernel, loading.fuse
     method = str((source.quantization or {}).get("quant_method"))
     packed = decoded.is_packed(source)
+    if (format := by_quant_method(method)) is not None and not packed:
+        reason = format.why_unpacked(source.quantization or {}, Checkpoint(list(source.files)).specs)
+        warnings.warn(f"{source.name} is dequantized in memory: {reason}", stacklevel=2)
     if loading.adapter is not None:
         check_adapter(loading.adapter)
     if kernel is not None:

@@ -208,6 +208,10 @@ PRESETS: dict[str, Plan] = {
         Plan("nf4", "bnb", (Rule("*", "nf4-b64-dq"),)),
         Plan("int8", "bnb", (Rule("*", "llm.int8"),)),
         Plan("w4a16", _CT, (Rule("*", "int4-g128-sym", "gptq"),), adapt=True),
+        Plan("fp8", _CT, (Rule("*", "fp8-row"),), activations="dynamic"),
+        Plan("fp8-block", _CT, (Rule("*", "fp8-b128"),), activations="dynamic"),
+        Plan("mxfp4", _CT, (Rule("*", "mxfp4", "gptq"),)),
+        Plan("nvfp4", _CT, (Rule("*", "nvfp4", "gptq"),)),
         Plan("w8a16", _CT, (Rule("*", "int8-row-sym"),)),
         *(Plan(name, "gguf", (Rule("*", mixtures.PREFIX + name, "imatrix"),)) for name in mixtures.MIXTURES),
     )

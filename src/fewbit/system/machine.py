@@ -49,6 +49,13 @@ def gpu_memory() -> int:
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
 
 
+def gpu_capability() -> tuple[int, int] | None:
+    """The compute capability of the first GPU, such as (9, 0); None without an NVIDIA GPU."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(0)
+
+
 def main_memory() -> int:
     """Main memory in bytes; 0 if the system does not report it."""
     try:

@@ -11,6 +11,14 @@ A linear `P` has N rows and K columns, b bits and groups of g columns. There is 
                      P.weight_scale       bf16|fp16 [N, K / g]              [N, 1] for a row, [1] for the tensor
                      P.weight_zero_point  int8      [N, K / g]              asymmetric only
 
+    float-quantized, naive-quantized
+                     P.weight             e4m3      [N, K]
+                     P.weight_scale       float     [1], [N, 1] or [ceil(N / 128), ceil(K / 128)]
+    nvfp4-pack-quantized, mxfp4-pack-quantized
+                     P.weight_packed      uint8     [N, K / 2]              column 2j in the low half of byte j
+                     P.weight_scale       e4m3|E8M0 [N, K / 16]             E8M0 (MXFP4): uint8 [N, K / 32]
+                     P.weight_global_scale float32  [1]                     NVFP4 only; it divides
+
     word 0 of a row, b = 4      bits 31 ..  28 ........ 8 7 .. 4 3 .. 0
                                    | c7  |   ...   | c1     | c0     |
 
@@ -18,9 +26,10 @@ Codes are signed, q = -2^(b-1) ... 2^(b-1) - 1, and w = (q - z) scale. pack-quan
 the code of the scheme `affine`; so are the zero points. A code may cross two words where b does not divide 32. Older
 files of 3, 5, 6 and 7 bits put floor(32 / b) codes in each word; the width of `weight_packed` tells them apart.
 
-Weights alone are pack-quantized. A plan with `"activations": "dynamic"` writes int-quantized weights of 8 bits, and
-declares that a server may round activations to 8 bits (W8A8). fewbit computes with activations in 16 bits.
-vLLM loads scales in the dtype of the model. So a bfloat16 model gets scales that are bfloat16 numbers (`-bf16`).
+A plan with `"activations": "dynamic"` declares that a server may round activations: int-quantized and float-quantized
+with 8-bit activations, MXFP4 with 4-bit ones. Without it, integers are pack-quantized and FP8 is naive-quantized.
+fewbit computes with activations in 16 bits. vLLM loads scales of integers in the dtype of the model, so a bfloat16
+model gets scales that are bfloat16 numbers (`-bf16`); it loads those of FP8 as float32, which fewbit writes.
 Source: compressed-tensors 0.20, `compressors/`, and vLLM 0.33, `compressed_tensors_wNa16.py`.
 """
 
@@ -33,27 +42,29 @@ from typing import Any, ClassVar
 
 from fewbit.errors import FormatError
 from fewbit.formats.base import Format, Shape, Stored
-from fewbit.formats.compressed_tensors import integers
+from fewbit.formats.compressed_tensors import floats, integers
 from fewbit.formats.compressed_tensors.config import MIXED, Group, Groups, patterns
 from fewbit.lazy import Tensor, torch
 from fewbit.names import in_short
 from fewbit.registry import register
 from fewbit.schemes.affine import Affine
 from fewbit.schemes.base import PartSpec, QTensor, Scheme
+from fewbit.schemes.nvfp4 import NVFP4
 
 _PART = re.compile(r"(.+)\.(weight_(?:packed|scale|shape|zero_point|g_idx|global_scale))")
 # Linears that servers fuse into one: they need one scheme.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("gate", "up"))
-_FP8 = ("float8_e4m3fn", "float8_e5m2")
+# Tensors beside a weight that fewbit keeps for other readers: static scales of activations.
+_CARRIED = tuple(f"{which}_{what}" for which in ("input", "output") for what in ("scale", "zero_point", "global_scale"))
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\..+")
 
 
 @register("formats", "compressed-tensors")
 @dataclass(frozen=True)
 class CompressedTensors(Format):
-    """Reads and writes pack-quantized weights of 2 to 8 bits, and int-quantized ones of 8 bits.
+    """Reads and writes integers of 2 to 8 bits, FP8, MXFP4 and NVFP4.
 
-    input_activations: "dynamic" if files declare that a server rounds activations to 8 bits; None if it must not.
+    input_activations: "dynamic" if files declare that a server rounds activations; None if it must not.
     """
 
     input_activations: str | None = None
@@ -61,6 +72,7 @@ class CompressedTensors(Format):
     name: ClassVar[str] = "compressed-tensors"
     quant_method: ClassVar[str] = "compressed-tensors"
     metadata_suffixes: ClassVar[tuple[str, ...]] = ("weight_shape",)
+    carried_suffixes: ClassVar[tuple[str, ...]] = _CARRIED
     ignores_all: ClassVar[bool] = True
 
     def with_activations(self, activations: str | None) -> CompressedTensors:
@@ -72,10 +84,15 @@ class CompressedTensors(Format):
         return scheme
 
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
-        if not isinstance(scheme, Affine):
-            return f"compressed-tensors files store integers with scales, not {scheme}"
-        if self.input_activations and (scheme.bits != 8 or scheme.group or not scheme.symmetric):
-            return f"servers round activations for int8-row-sym weights, not for {scheme}"
+        if isinstance(scheme, NVFP4) and not scheme.divides:
+            return "the global scale of compressed-tensors' NVFP4 divides: use nvfp4"
+        if isinstance(scheme, Affine):
+            if self.input_activations and (scheme.bits != 8 or scheme.group or not scheme.symmetric):
+                return f"servers round activations for int8-row-sym weights, not for {scheme}"
+        elif not isinstance(scheme, floats.Float):
+            return f"compressed-tensors files store integers with scales, fp8, mxfp4 and nvfp4, not {scheme}"
+        if self.input_activations and isinstance(scheme, NVFP4):
+            return "servers need a calibrated scale to round activations to NVFP4, and fewbit measures none"
         return scheme.why_not(shape)
 
     def why_not_together(self, weights: Sequence[Stored], kept: Sequence[str] = ()) -> str | None:
@@ -97,15 +114,21 @@ class CompressedTensors(Format):
         return None
 
     def specs(self, shape: Shape, scheme: Scheme) -> Mapping[str, PartSpec]:
-        assert isinstance(scheme, Affine)
-        return integers.specs(shape, scheme, self._layout(scheme))
+        if isinstance(scheme, Affine):
+            return integers.specs(shape, scheme, self._layout(scheme))
+        assert isinstance(scheme, floats.Float)
+        return floats.specs(shape, scheme)
 
     def lay_out(self, weight: QTensor, config: Mapping[str, Any], module: str = "") -> dict[str, Tensor]:
+        if not isinstance(weight.codec, Affine):
+            return floats.lay_out(weight)
         group = _group_of(Groups.of(config), weight, module)
         return integers.lay_out(weight, group.format or integers.PACKED, group.args)
 
     def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:
-        return integers.read(tensors, Groups.of(config).for_module(module), module)
+        group = Groups.of(config).for_module(module)
+        holds_integers = _holds_integers({suffix: PartSpec.of(tensor) for suffix, tensor in tensors.items()})
+        return integers.read(tensors, group, module) if holds_integers else floats.read(tensors, group, module)
 
     def config(
         self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype | None = None
@@ -130,15 +153,15 @@ class CompressedTensors(Format):
     def describe(
         self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, metadata: Mapping[str, Tensor]
     ) -> tuple[Scheme, Shape]:
-        group = Groups.of(config).for_module(module)
-        return integers.describe(tensors, group, module, metadata.get("weight_shape"))
+        return _described(tensors, Groups.of(config).for_module(module), module, metadata.get("weight_shape"))
 
     def why_unpacked(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> str | None:
-        for name, spec in names.items():
-            if name.endswith(".weight") and str(spec.dtype).removeprefix("torch.") in _FP8:
-                return f"{name} is FP8"
-            if name.endswith(".weight_packed") and spec.dtype == torch.uint8:
-                return f"{name} is FP4"
+        groups = Groups.of(config)
+        for module, parts in _weights(names).items():
+            if claims := groups.claiming(module) or groups.groups[:1]:
+                reason = floats.why_unpacked(claims[0].args, parts)
+                if reason is not None:
+                    return f"{module}: {reason}"
         return None
 
     def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
@@ -153,7 +176,7 @@ class CompressedTensors(Format):
             if "weight_packed" in parts and "weight" in parts:
                 raise FormatError(f"{module} has both weight and weight_packed")
             _check(module, parts)
-            integers.describe(parts, groups.for_module(module), module, None)
+            _described(parts, groups.for_module(module), module, None)
         plain = [
             name.removesuffix(".weight")
             for name, spec in names.items()
@@ -162,20 +185,38 @@ class CompressedTensors(Format):
         groups.check(weights, plain)
         return weights
 
-    def _layout(self, scheme: Affine) -> str:
-        return integers.UNPACKED if self.input_activations else integers.PACKED
+    def _layout(self, scheme: Scheme) -> str:
+        if isinstance(scheme, Affine):
+            return integers.UNPACKED if self.input_activations else integers.PACKED
+        assert isinstance(scheme, floats.Float)
+        return floats.layout(scheme, activations=self.input_activations is not None)
 
     def _group(self, scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         """An entry of `config_groups`."""
-        assert isinstance(scheme, Affine)
-        token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        if isinstance(scheme, Affine):
+            weights, rounded = integers.scheme_args(scheme), integers.ACTIVATIONS
+        else:
+            assert isinstance(scheme, floats.Float)
+            weights, rounded = floats.scheme_args(scheme), floats.activation_args(scheme)
         return {
             "targets": targets,
-            "weights": integers.scheme_args(scheme),
-            "input_activations": token if self.input_activations else None,
+            "weights": weights,
+            "input_activations": dict(rounded) if self.input_activations else None,
             "output_activations": None,
             "format": self._layout(scheme),
         }
+
+
+def _holds_integers(tensors: Mapping[str, PartSpec]) -> bool:
+    return tensors["weight_packed" if "weight_packed" in tensors else "weight"].dtype in (torch.int32, torch.int8)
+
+
+def _described(
+    tensors: Mapping[str, PartSpec], group: Group, module: str, shape: Tensor | None
+) -> tuple[Scheme, Shape]:
+    if _holds_integers(tensors):
+        return integers.describe(tensors, group, module, shape)
+    return floats.describe(tensors, group, module)
 
 
 def _weights(names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
@@ -184,33 +225,38 @@ def _weights(names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
     for name, spec in names.items():
         if match := _PART.fullmatch(name):
             found.setdefault(match[1], {})[match[2]] = spec
-        elif name.endswith(".weight") and spec.dtype == torch.int8:
+        elif name.endswith(".weight") and spec.dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2):
             found.setdefault(name.removesuffix(".weight"), {})
     for module, parts in found.items():
-        if f"{module}.weight" in names:
-            parts["weight"] = names[f"{module}.weight"]
+        for suffix in ("weight", *_CARRIED):
+            if f"{module}.{suffix}" in names:
+                parts[suffix] = names[f"{module}.{suffix}"]
     return found
 
 
 def _check(module: str, parts: Mapping[str, PartSpec]) -> None:
     """FormatError unless the tensors that need no config are as expected."""
-    packed = "weight_packed" in parts
-    for suffix in ("weight_scale", "weight_shape") if packed else ("weight_scale",):
+    packed, words = "weight_packed" in parts, "weight_packed" in parts and parts["weight_packed"].dtype == torch.int32
+    own = "weight_packed" if packed else "weight"
+    for suffix in ("weight_scale", *(["weight_shape"] if words else [])):
         if suffix not in parts:
-            raise FormatError(
-                f"{module}.{suffix} is missing; {module}.{'weight_packed' if packed else 'weight'} needs it"
-            )
-    expected = {"weight_packed": torch.int32, "weight_shape": torch.int64, "weight": torch.int8}
-    for suffix, dtype in expected.items():
-        spec = parts.get(suffix)
-        if spec is not None and (spec.dtype != dtype or (suffix == "weight_shape" and spec.shape != (2,))):
-            name = str(dtype).removeprefix("torch.")
-            raise FormatError(
-                f"{module}.{suffix} is {str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}; "
-                f"{name}{' [2]' if suffix == 'weight_shape' else ''} expected"
-            )
+            raise FormatError(f"{module}.{suffix} is missing; {module}.{own} needs it")
     if not packed and "weight_shape" in parts:
         raise FormatError(f"{module}.weight_packed is missing; {module}.weight_shape needs it")
+    expected = {
+        "weight_packed": (torch.int32, torch.uint8),
+        "weight": (torch.int8, torch.float8_e4m3fn),
+        "weight_shape": (torch.int64,),
+    }
+    for suffix, dtypes in expected.items():
+        spec = parts.get(suffix)
+        if spec is None or (spec.dtype in dtypes and (suffix != "weight_shape" or spec.shape == (2,))):
+            continue
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise FormatError(
+            f"{module}.{suffix} is {str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}; "
+            f"{names}{' [2]' if suffix == 'weight_shape' else ''} expected"
+        )
 
 
 def _group_of(groups: Groups, weight: QTensor, module: str) -> Group:

@@ -15,6 +15,8 @@ from fewbit.schemes.affine import Affine
 from fewbit.schemes.base import PartSpec, QTensor, Scheme
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+# The entry `input_activations` of a group, for activations that a server rounds.
+ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 PACKED, UNPACKED = "pack-quantized", "int-quantized"
 
 

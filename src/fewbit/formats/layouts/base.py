@@ -26,9 +26,9 @@ class Packed:
     """A float tensor that a checkpoint stores quantized.
 
     shape: of the float tensor. kind: what its numbers are, for people: "FP8, block 128x128". parts: role -> name of
-    the stored tensor. scales: roles whose values must be finite. unused: names of stored tensors that have no meaning
-    without the quantized weight, such as scales of activations. decode: the values, float32, of a slice of the first
-    dimension. by_rows: whether `decode` reads only what a slice needs.
+    the stored tensor. scales: roles whose values must be finite. positive: roles whose values must be above 0. unused:
+    names of stored tensors that have no meaning without the quantized weight, such as scales of activations. decode:
+    the values, float32, of a slice of the first dimension. by_rows: whether `decode` reads only what a slice needs.
     """
 
     shape: tuple[int, ...]
@@ -36,6 +36,7 @@ class Packed:
     parts: Mapping[str, str]
     decode: Callable[[Handles, slice], Tensor]
     scales: tuple[str, ...] = ()
+    positive: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     by_rows: bool = True
 

@@ -88,6 +88,7 @@ class FewbitQuantizer(HfQuantizer):
         self.transposed: set[str] = set()
         self.packed: list[str] = []  # names of the layers that are packed
         self.stored_as: dict[str, str] = {}  # their names in the checkpoint
+        self.carried: dict[str, dict[str, Tensor]] = {}  # tensors of these layers that only other readers need
         self.separated = False  # whether the experts of the model have linears of their own
         self.splitting: list[WeightConverter] = []  # for fused experts in the checkpoint, if `separated`
         self.length: int | None = None  # length of the static cache, if the model is to be fused
@@ -177,6 +178,11 @@ class FewbitQuantizer(HfQuantizer):
         specs: dict[str, PartSpec] = {}
         for file in checkpoint_files:
             specs |= read_specs(Path(file))
+        if reason := self.format.why_unpacked(self.config, specs):
+            raise FormatError(
+                f"{reason}, and fewbit does not keep such weights packed",
+                "fewbit.load(...) dequantizes them in memory.",
+            )
         # The config has the names of the checkpoint, so weights are found by these.
         found, named = self.format.find(self.config, specs), renamed(model, specs)
         if experts.names_one(model, (named[f"{m}.{next(iter(tensors))}"] for m, tensors in found.items())):
@@ -349,6 +355,8 @@ class FewbitQuantizer(HfQuantizer):
                     f"{name}: packed weights cannot be offloaded to the disk yet",
                     "Give a device map that keeps the whole model in memory, such as device_map='cpu'.",
                 )
+            own = {suffix: tensor for suffix, tensor in tensors.items() if suffix in self.format.carried_suffixes}
+            self.carried[name] = {suffix: tensor.cpu().clone() for suffix, tensor in own.items()}
             weight = self.format.read(tensors, self.config, self.stored_as.get(name, name))
             if weight.shape != (module.out_features, module.in_features):
                 raise FormatError(
@@ -409,6 +417,7 @@ class FewbitQuantizer(HfQuantizer):
             weight, stored = linear.qtensor().map(lambda t: t.cpu()), self.stored_as.get(name, name)
             for suffix, tensor in self.format.lay_out(weight, self.config, stored).items():
                 state[f"{name}.{suffix}"] = tensor
+            state |= {f"{name}.{suffix}": tensor for suffix, tensor in self.carried.get(name, {}).items()}
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
