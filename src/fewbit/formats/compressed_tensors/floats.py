@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from fewbit.errors import FormatError
@@ -133,11 +134,12 @@ def describe(tensors: Mapping[str, PartSpec], group: Group, module: str) -> tupl
     n, k = stored.shape
     made = FP8.from_spec(f"fp8-{_FP8[args.strategy]}")
     assert made is not None
-    shapes = {"tensor": [(1,), (), (1, 1)], "row": [(n, 1), (n,)]}.get(made.kind) or [
-        made.part_specs((n, k))["scale"].shape
-    ]
+    needed: tuple[int, ...] = (1,) if made.kind == "tensor" else made.part_specs((n, k))["scale"].shape
+    shapes: list[tuple[int, ...]] = [needed, needed[:1]] if made.kind == "row" else [needed]
+    if prod(needed) == 1:
+        shapes += [(), (1,), (1, 1)]
     if scale.shape not in shapes or not scale.dtype.is_floating_point or scale.dtype.itemsize < 2:
-        raise _wrong(f"{module}.weight_scale", scale, f"a float {list(shapes[0])}")
+        raise _wrong(f"{module}.weight_scale", scale, f"a float {list(needed)}")
     return made, (n, k)
 
 
