@@ -22,7 +22,7 @@ from fewbit.models.decoding.fuse import fuse, shared_inputs
 from fewbit.models.plugin import quantizer
 from fewbit.nn.fused import Slice, packed_linears
 from fewbit.plans.plan import find
-from tests import models
+from tests import architectures, models
 from tests.e2e.conftest import Fewbit
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -90,6 +90,25 @@ def test_a_static_cache_as_for_a_gpu_gives_the_same_text(family: str, ids: Tenso
     own = {decode.CACHE: cache}
     got = model.generate(ids, attention_mask=mask, max_new_tokens=24, eos_token_id=None, **own)
     assert got.tolist() == expected
+
+
+LATENT = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
+
+
+@pytest.mark.filterwarnings("default")  # the model warns about its own tiny config
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe_lite"])
+def test_latent_attention_is_fused_and_loops_in_a_static_cache(kind: str, ids: Tensor, tmp_path: Path) -> None:
+    quantize.quantize(architectures.save(tmp_path / "model", kind), tmp_path / "out", plan="nf4", device="cpu")
+    plain = fb.load(tmp_path / "out", dtype=torch.float32)
+    fused = fb.load(tmp_path / "out", dtype=torch.float32, fuse=LENGTH)
+    slices = {name for name, module in fused.named_modules() if isinstance(module, Slice)}
+    assert {f"model.layers.{layer}.{name}" for layer in range(2) for name in LATENT} <= slices
+    decoder = fused.generate.__self__
+    assert decode.supports_static_cache(fused, decoder.plain)
+    decoder.static = True
+    for prompt in (ids, ids.flip(1), ids[:1]):
+        assert greedy(fused, prompt) == greedy(plain, prompt)
+        assert int(decoder.loop.step.at) == 24
 
 
 def test_measuring_the_speed_brings_no_warning(llama: Path, ids: Tensor) -> None:
