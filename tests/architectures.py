@@ -136,7 +136,7 @@ _SHARED = "blocks that share weights cannot be quantized yet"
 # Types that fewbit refuses, and with what words.
 REFUSED: dict[str, str] = {
     "gemma4_unified_assistant": "shared_kv_states cannot be None",
-    "rwkv": "is packed, and cannot be changed",
+    "rwkv": "changes rwkv.blocks.0.attention.output.weight in its forward pass",
     "zamba": _SHARED,
     "zamba2": _SHARED,
 }
@@ -145,7 +145,6 @@ _CALIBRATED: dict[str, str] = {
     "dory": r"runs model.layers.\d+ \d+ times",
     "prophetnet": "cannot be run one by one",
     "reformer": "gives its blocks no hidden states",
-    "rwkv": "cannot be run one by one",
 }
 REFUSED_BY = {(kind, plan): words for kind, words in _CALIBRATED.items() for plan in ("gptq-4bit", "awq-4bit")}
 _LARGEST = 20_000_000  # parameters

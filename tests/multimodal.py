@@ -18,6 +18,7 @@ _MAPPINGS = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL
 CLASSES: dict[str, str] = {}  # type -> class
 for _name in reversed(_MAPPINGS):
     CLASSES |= getattr(modeling_auto, _name, {})
+CLASSES["shieldgemma2"] = "ShieldGemma2ForImageClassification"  # as in its checkpoints; a classifier
 TYPES = tuple(sorted(CLASSES))
 
 IMAGE_TOKEN, START_TOKEN, END_TOKEN = 251, 254, 255  # bytes that no text of a test has
@@ -143,7 +144,7 @@ REFUSED: dict[str, str] = {
     "diffusion_gemma": "blocks that share weights cannot be quantized yet",
     "ernie4_5_vl_moe": "makes several tensors of",  # experts for text and for images of one list
     "llama4": "no attribute 'image_outputs'",  # the forward pass of transformers 5.24 fails
-    "shieldgemma2": "tensors are missing",  # a classifier; transformers maps its config to Gemma 3's class all the same
+    "shieldgemma2": "the weights are of ShieldGemma2ForImageClassification",
 }
 
 

@@ -33,7 +33,7 @@ _SAYS = {
     "PIL|timm": "not tested: its vision tower needs the package timm",
     "scipy": "not tested: its audio tower needs the package scipy",
     "shared_kv_states cannot be None": "drafts for another model, and does not run by itself",
-    "is packed, and cannot be changed": "changes its weights before it runs",
+    "changes rwkv.blocks.0.attention.output.weight in its forward pass": "changes its weights before it runs",
     "blocks that share weights cannot be quantized yet": "its blocks share weights",
     r"runs model.layers.\d+ \d+ times": "runs its blocks more than once",
     "cannot be run one by one": "its blocks cannot be run one by one",
@@ -43,7 +43,7 @@ _SAYS = {
     "is an encoder-decoder model": "is an encoder-decoder model",
     "makes several tensors of": "transformers makes several tensors of several of the checkpoint",
     "no attribute 'image_outputs'": "the class in transformers 5.24 does not run",
-    "tensors are missing": "is a classifier",
+    "the weights are of ShieldGemma2ForImageClassification": "is a classifier",
 }
 _UNTESTED = "not tested: the tests have no small config for it"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fewbit
-from fewbit.errors import FewbitError
+from fewbit.errors import FewbitError, PlanError
 from fewbit.nn.fused import packed_linears
 from tests import architectures, models
 
@@ -73,3 +73,10 @@ def test_every_type_is_served_or_says_why_not(kind: str, plan: str, tmp_path: Pa
     ids = torch.randint(3, models.VOCAB, (1, 24), generator=torch.Generator().manual_seed(1))
     wanted = models.logits(expected, ids)
     assert (models.logits(model, ids) - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("plan", ["gptq-4bit", "nf4"])
+def test_a_model_that_changes_its_weights_is_refused_at_once(plan: str, tmp_path: Path) -> None:
+    folder = architectures.save(tmp_path / "model", "rwkv")
+    with pytest.raises(PlanError, match=architectures.REFUSED["rwkv"]):
+        fewbit.preview(folder, plan=plan)

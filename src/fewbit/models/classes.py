@@ -72,6 +72,15 @@ def model_class(config: Any) -> type[PreTrainedModel] | None:
     return known[0] if isinstance(known, tuple) else known  # type: ignore[no-any-return]
 
 
+def other_class(config: Any, model: PreTrainedModel) -> str | None:
+    """The class that `config` names, if it is not that of `model`; None otherwise.
+
+    A model without a language model's head, such as a classifier, is built as the language model of its type.
+    """
+    named = next(iter(getattr(config, "architectures", None) or ()), None)
+    return None if named in (None, type(model).__name__) else str(named)
+
+
 def why_not_text(model: PreTrainedModel) -> str | None:
     """Why a forward pass over token ids alone is impossible; None if its signature does not forbid it."""
     kind, forward = type(model).__name__, type(model).forward

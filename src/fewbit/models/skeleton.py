@@ -7,11 +7,12 @@ prefixes and merged tensors work as in `from_pretrained`.
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,11 @@ class Skeleton:
         """None if the model runs on text and its blocks' weights can be quantized as 2-D matrices, else the reason."""
         if reason := classes.why_not_text(self.model):
             return reason
+        if self.changed is not None:
+            return (
+                f"{type(self.model).__name__} changes {self.changed} in its forward pass, and packed weights cannot be "
+                "changed"
+            )
         inside = tuple(f"{block}." for block in self.blocks)
         shared = next((pair[0] for pair in self.tied.items() if any(name.startswith(inside) for name in pair)), None)
         if shared is not None:
@@ -149,6 +155,33 @@ class Skeleton:
                 f"quantized yet, even if they stay unquantized ({share:.1%} of the blocks' parameters)"
             )
         return None
+
+    @cached_property
+    def changed(self) -> str | None:
+        """A parameter of a block that the model writes to before its first block runs, such as RWKV's; else None.
+
+        No parameter has values yet, so the token embedding gives zeros.
+        """
+        inside = [p for block in self.blocks for p in self.model.get_submodule(block).named_parameters(prefix=block)]
+        before = [parameter._version for _, parameter in inside]
+        embedding: Any = self.model.get_input_embeddings()
+        first: Any = self.model.get_submodule(self.blocks[0])
+
+        def embedded(ids: Tensor) -> Tensor:
+            return torch.zeros(*ids.shape, embedding.weight.shape[1], dtype=self.dtype, device=self.device)
+
+        def reached(*args: Any, **kwargs: Any) -> Any:
+            raise _Stop
+
+        embedding.forward, first.forward = embedded, reached
+        try:
+            with torch.no_grad(), warnings.catch_warnings(), suppress(Exception):  # a model's code can raise anything
+                warnings.simplefilter("ignore")
+                self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
+        finally:
+            del embedding.forward, first.forward
+        changed = (name for (name, p), version in zip(inside, before, strict=True) if p._version != version)
+        return next(changed, None)
 
     def parameters_in_blocks(self) -> int:
         return sum(p.numel() for block in self.blocks for p in self.model.get_submodule(block).parameters())
@@ -373,7 +406,10 @@ class Skeleton:
             raise FormatError(
                 f"{self.source.folder}: {len(missing)} tensors are missing, the first is {missing[0]}"
                 f"{'' if fused is None else f' ({fused}, which could hold it, is missing too)'}",
-                "The weights belong to another config.json, or the download is incomplete.",
+                "The weights belong to another config.json, or the download is incomplete."
+                if (named := classes.other_class(self.config, self.model)) is None
+                else f"config.json says that the weights are of {named}. fewbit quantizes models that generate text, "
+                f"and builds {type(self.model).__name__} for this config.",
             )
         for key, name in self.name_of.items():
             found, wanted = self.checkpoint.specs[key].shape, tuple(self._expected[name].shape)
