@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import fewbit
 from fewbit.errors import FormatError
+from fewbit.models.plugin.compressed_tensors import CompressedTensorsConfig
 from fewbit.nn.fused import packed_linears
 from fewbit.plans.plan import Plan, Rule, find
 from tests import architectures, models, packed_models
@@ -149,9 +150,14 @@ def test_a_user_can_ask_for_dense_weights(tmp_path: Path) -> None:
     out = written(tmp_path, "w8a16")
     packed: Any = AutoModelForCausalLM.from_pretrained(out)
     wanted = fewbit.load(out, device="cpu").dequantize().state_dict()
-    dense = packed.dequantize()
-    assert not packed_linears(dense)
-    assert all(torch.equal(dense.state_dict()[name], tensor) for name, tensor in wanted.items())
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            out, quantization_config=CompressedTensorsConfig(dequantize=True)
+        )
+    for dense in (packed.dequantize(), loaded):
+        assert not packed_linears(dense)
+        assert not hasattr(dense.config, "quantization_config")
+        assert all(torch.equal(dense.state_dict()[name], tensor) for name, tensor in wanted.items())
 
 
 def test_act_order_of_older_files_survives_saving(tmp_path: Path) -> None:

@@ -53,7 +53,10 @@ from fewbit.schemes.nvfp4 import NVFP4
 
 _PART = re.compile(r"(.+)\.(weight_(?:packed|scale|shape|zero_point|g_idx|global_scale))")
 # Linears that servers fuse into one: they need one scheme.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("gate", "up"))
+_FUSED = (
+    *(("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("in_proj_qkv", "in_proj_z")),
+    *(("gate_proj", "up_proj"), ("w1", "w3"), ("gate", "up")),
+)
 # Tensors beside a weight that fewbit keeps for other readers: static scales of activations.
 _CARRIED = tuple(f"{which}_{what}" for which in ("input", "output") for what in ("scale", "zero_point", "global_scale"))
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\..+")

@@ -330,6 +330,8 @@ class FewbitQuantizer(HfQuantizer):
             model._weight_conversions = used  # type: ignore[assignment]
         with heap.trimmed() as done_with:
             self._prepare(model, done_with)
+        if self.pre_quantized and getattr(self.quantization_config, "dequantize", False):
+            unpack(model, self.dtype)
         if self.request is not None:
             self._describe_result(model)
         if self.length is not None:
