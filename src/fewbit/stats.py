@@ -6,7 +6,8 @@ There are three kinds, in rising order of cost:
     mean x_j²            [K]
     H = mean x xᵀ        [K, K], the Hessian: an error e [K] in a row of the weight costs e H eᵀ
 
-The Hessian's diagonal is mean x_j². Rows may have weights. All statistics are float32. Rows with NaN or Inf are
+and besides max |x_j| [K], which servers need that round inputs with a fixed scale. The Hessian's diagonal is
+mean x_j². Rows may have weights. All statistics are float32. Rows with NaN or Inf are
 dropped and counted.
 """
 
@@ -44,6 +45,7 @@ class Stats:
         self.borrowed = 0
         self._weight_sum = 0.0
         self.dropped = 0
+        self._top = torch.zeros(k, device=device, dtype=torch.float32) if need > Need.NOTHING else None
         self._abs = torch.zeros(k, device=device, dtype=torch.float32) if need >= Need.MEAN_ABS else None
         self._square = torch.zeros(k, device=device, dtype=torch.float32) if need == Need.MEAN_SQUARE else None
         self._hessian = torch.zeros(k, k, device=device, dtype=torch.float32) if need == Need.HESSIAN else None
@@ -76,6 +78,8 @@ class Stats:
         self.rows += len(x)
         self._weight_sum += float(weight.sum())
         keep, share = before / self._weight_sum, 1 / self._weight_sum
+        if self._top is not None:
+            torch.maximum(self._top, x.abs().amax(0), out=self._top)
         if self._abs is not None:
             self._abs.mul_(keep).add_(weight @ x.abs(), alpha=share)
         if self._square is not None:
@@ -96,6 +100,8 @@ class Stats:
         for own, other in ((self._abs, pool._abs), (self._square, pool._square), (self._hessian, pool._hessian)):
             if own is not None and other is not None:
                 own.lerp_(other, share)
+        if self._top is not None and pool._top is not None:
+            torch.maximum(self._top, pool._top, out=self._top)
         self.borrowed = pool.rows
 
     @property
@@ -111,6 +117,10 @@ class Stats:
         own = self._weight_sum
         self._weight_sum, rows, dropped = ranks.all_reduce(counts).tolist()
         self.rows, self.dropped = int(rows), int(dropped)
+        if self._top is not None:
+            self._top.copy_(
+                torch.stack([top.to(self._top.device) for top in ranks.all_gather(self._top.cpu())]).amax(0)
+            )
         for mean in (self._abs, self._square, self._hessian):
             if mean is not None:
                 ranks.all_reduce(mean.mul_(own / self._weight_sum if self._weight_sum else 0.0))
@@ -118,6 +128,7 @@ class Stats:
     def divided(self, scales: Tensor) -> Stats:
         """The statistics of the same input with its columns divided by `scales` [K]."""
         stats = copy(self)
+        stats._top = None if self._top is None else self._top / scales
         stats._abs = None if self._abs is None else self._abs / scales
         stats._square = None if self._square is None else self._square / scales.square()
         stats._hessian = None if self._hessian is None else self._hessian / scales / scales.unsqueeze(1)
@@ -137,6 +148,11 @@ class Stats:
     def hessian(self) -> Tensor:
         """H = mean x xᵀ, [K, K]. It is not a copy: do not write to it."""
         return self._checked(self._hessian)
+
+    @property
+    def largest(self) -> float:
+        """max |x|. NumericsError as for the others, and for statistics that another program measured."""
+        return float(self._checked(self._top).max())
 
     def _checked(self, mean: Tensor | None) -> Tensor:
         if mean is None:

@@ -54,6 +54,29 @@ def test_floats_stay_packed_and_are_saved_again(plan: str, tmp_path: Path) -> No
     assert config_of(tmp_path / "again") == config_of(out)
 
 
+@pytest.mark.parametrize(("kind", "method"), [("llama", "gptq"), ("llama", "imatrix"), ("qwen3_moe", "gptq")])
+def test_nvfp4_has_the_scales_of_its_inputs(kind: str, method: str, tmp_path: Path) -> None:
+    save = models.save if kind in models.FAMILIES else architectures.save
+    model, out, text = save(tmp_path / "model", kind), tmp_path / "out", tmp_path / "text.txt"
+    text.write_text(models.sentences(40), encoding="utf-8")
+    calibration = fewbit.Calibration(str(text), samples=4, length=32)
+    chosen = find("nvfp4").changed(method=method)
+    fewbit.quantize(model, out, plan=chosen, calibration=calibration, progress=False, device="cpu")
+    stored, config = models.tensors_of(out), config_of(out)
+    assert config["config_groups"]["group_0"]["input_activations"]["dynamic"] == "local"
+    weights = {name.removesuffix("weight_packed") for name in stored if name.endswith("weight_packed")}
+    scales = {name: stored[f"{name}input_global_scale"] for name in weights}
+    assert all(scale.dtype == torch.float32 and scale.shape == (1,) for scale in scales.values())
+    block = "model.layers.0.self_attn."
+    assert scales[f"{block}q_proj."] == scales[f"{block}k_proj."] == scales[f"{block}v_proj."]
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out)
+    assert len(packed_linears(loaded)) == len(weights)
+    loaded.save_pretrained(tmp_path / "again")
+    again = models.tensors_of(tmp_path / "again")
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[f"{name}input_global_scale"], scale) for name, scale in scales.items())
+
+
 def test_global_scales_of_what_is_fused_are_equal(tmp_path: Path) -> None:
     model, out = models.save(tmp_path / "model", "llama"), tmp_path / "out"
     fewbit.quantize(model, out, plan=find("nvfp4").changed(method="rtn"), progress=False, device="cpu")

@@ -459,9 +459,21 @@ def test_layouts_of_floats(spec: str, activations: str | None, form: str, strate
     assert not settled.notes
 
 
-def test_nvfp4_activations_need_what_fewbit_does_not_measure() -> None:
-    with pytest.raises(PlanError, match="calibrated scale"):
-        resolve(plan_of(("*", "nvfp4"), activations="dynamic"), SHAPES)
+def test_nvfp4_activations_need_a_method_that_measures() -> None:
+    rule = Rule("*", "nvfp4", "imatrix")
+    measured = resolve(Plan("test", "compressed-tensors", (rule,), activations="dynamic"), SHAPES)
+    assert not measured.notes
+    config = measured.format.config(list(measured.assignments.values()), [])
+    (group,) = config["config_groups"].values()
+    assert (group["input_activations"]["dynamic"], group["input_activations"]["group_size"]) == ("local", 16)
+    assert "input_global_scale" in measured.format.specs((N, K), parse("nvfp4"))
+    (scale,) = measured.format.scales_of_inputs(parse("nvfp4"), 3.0).values()
+    assert scale.tolist() == [448 * 6 / 3]
+    blind = resolve(plan_of(("*", "nvfp4"), activations="dynamic"), SHAPES)
+    assert "activations stay in 16 bits" in blind.notes[0]
+    assert blind.plan.activations is None
+    config = blind.format.config(list(blind.assignments.values()), [])
+    assert config["config_groups"]["group_0"]["input_activations"] is None
     assert "use nvfp4" in str(FORMAT.why_not((N, K), parse("nvfp4-mul")))
 
 

@@ -122,3 +122,16 @@ def test_a_row_counts_as_much_as_its_weight_says() -> None:
     torch.testing.assert_close(stats.hessian, (rows * shares).T @ rows)
     torch.testing.assert_close(stats.mean_abs, (rows.abs() * shares).sum(0))
     assert stats.rows == 40
+
+
+def test_the_largest_input_is_kept() -> None:
+    stats, other = Stats(4, Need.MEAN_SQUARE), Stats(4, Need.MEAN_SQUARE)
+    stats.add(torch.tensor([[1.0, -5.0, 2.0, 0.0], [3.0, 1.0, 1.0, 1.0]]))
+    assert stats.largest == 5
+    assert stats.divided(torch.tensor([1.0, 5.0, 0.5, 1.0])).largest == 4
+    stats.add(torch.tensor([[torch.inf, 9.0, 9.0, 9.0]]))  # dropped
+    assert stats.largest == 5
+    other.shrink(stats, 4.0)
+    assert other.largest == 5
+    with pytest.raises(NumericsError, match="not gathered"):
+        _ = Stats.from_mean_square(torch.ones(4), 1).largest

@@ -61,6 +61,14 @@ class Format(ABC):
             return self
         raise PlanError(f"{self.name} files cannot declare that activations are rounded", "Leave out `activations`.")
 
+    def measures_inputs(self, scheme: Scheme) -> bool:
+        """Whether a weight needs scales of its inputs beside it (`scales_of_inputs`), which calibration measures."""
+        return False
+
+    def scales_of_inputs(self, scheme: Scheme, largest: float) -> dict[str, Tensor]:
+        """Suffix -> tensor of the scales of a linear's inputs. largest: the largest magnitude of an input; 0: none."""
+        return {}
+
     def suited(self, scheme: Scheme, dtype: torch.dtype) -> Scheme:
         """The variant of `scheme` for a model of this dtype; by default `scheme` itself."""
         return scheme

@@ -197,8 +197,15 @@ def _stored(
 ) -> tuple[Tensors, TensorReport]:
     """A linear's tensors in the output, on the CPU, and its report."""
     lost = _lost(assignment.scheme, weight, choice.weight, stats)
-    report = _report(assignment, choice.weight, lost, stats, choice.notes)
-    return _laid_out(settled, assignment, choice.weight), report
+    format, notes = settled.resolved.format, list(choice.notes)
+    tensors = _laid_out(settled, assignment, choice.weight)
+    if format.measures_inputs(assignment.scheme):
+        unseen = stats is None or stats.is_empty
+        if unseen:
+            notes.append("no input reached it, so the scale of its inputs is 1")
+        scales = format.scales_of_inputs(assignment.scheme, 0.0 if stats is None or unseen else stats.largest)
+        tensors |= {f"{assignment.module}.{suffix}": tensor for suffix, tensor in scales.items()}
+    return tensors, _report(assignment, choice.weight, lost, stats, notes)
 
 
 def _laid_out(settled: Settled, assignment: Assignment, weight: QTensor) -> Tensors:

@@ -33,6 +33,12 @@ def importance(path: Path, settled: Settled) -> tuple[dict[str, Stats], list[str
                 f"`imatrix={path}`: method {name_of(a.method)} needs {needs}",
                 "Omit `imatrix`, or use the method imatrix.",
             )
+        if settled.resolved.format.measures_inputs(a.scheme):
+            raise PlanError(
+                f"`imatrix={path}`: {a.module} needs its largest input, so that servers can round activations, and an "
+                "importance matrix does not have it",
+                "Omit `imatrix`, or use a plan without activations.",
+            )
     names, matrix = model_of(skeleton).names, imatrix.read(path)
     stats, missing = {}, []
     for module, a in assignments.items():

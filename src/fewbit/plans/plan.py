@@ -18,7 +18,7 @@ from fewbit import registry
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.base import Format, Shape, Stored, storing
 from fewbit.lazy import torch
-from fewbit.methods.base import Method, make
+from fewbit.methods.base import Method, make, name_of
 from fewbit.names import in_short
 from fewbit.plans import mixtures
 from fewbit.schemes.base import Scheme, parse
@@ -211,7 +211,7 @@ PRESETS: dict[str, Plan] = {
         Plan("fp8", _CT, (Rule("*", "fp8-row"),), activations="dynamic"),
         Plan("fp8-block", _CT, (Rule("*", "fp8-b128"),), activations="dynamic"),
         Plan("mxfp4", _CT, (Rule("*", "mxfp4", "gptq"),)),
-        Plan("nvfp4", _CT, (Rule("*", "nvfp4", "gptq"),)),
+        Plan("nvfp4", _CT, (Rule("*", "nvfp4", "gptq"),), activations="dynamic"),
         Plan("w8a16", _CT, (Rule("*", "int8-row-sym"),)),
         *(Plan(name, "gguf", (Rule("*", mixtures.PREFIX + name, "imatrix"),)) for name in mixtures.MIXTURES),
     )
@@ -323,6 +323,13 @@ def resolve(
         raise PlanError(f"plan {plan.name} matches none of the {len(shapes)} linears in the model's blocks")
     if gates:
         notes.append(f"in 16 bits, as they choose experts or set how fast a state decays: {in_short(gates)}")
+    blind = [m for m, a in wanted.items() if format.measures_inputs(a.scheme) and a.method.needs == Need.NOTHING]
+    if blind:
+        plan, format = replace(plan, activations=None), format.with_activations(None)
+        notes.append(
+            f"activations stay in 16 bits: to round them, servers need the largest inputs of {in_short(blind)}, which "
+            f"the method {name_of(wanted[blind[0]].method)} does not measure; imatrix and gptq do"
+        )
     if plan.adapt:
         wanted, adapted = _adapt(wanted, format)
         notes += adapted

@@ -16,6 +16,7 @@ from fewbit.schemes.mxfp4 import MXFP4
 from fewbit.schemes.nvfp4 import NVFP4
 
 Float = FP8 | MXFP4 | NVFP4
+OF_INPUTS, LARGEST = "input_global_scale", 448.0 * 6.0  # the largest scale times the largest FP4 number
 _FP8, _BLOCK = {"tensor": "tensor", "channel": "row", "block": "b128"}, (128, 128)
 # Part -> suffix.
 _FP8_PARTS = {"codes": "weight", "scale": "weight_scale"}
@@ -46,6 +47,8 @@ def activation_args(scheme: Float) -> dict[str, Any]:
     own = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True}
     if isinstance(scheme, FP8):
         return {**own, "strategy": "group", "group_size": 128} if scheme.group else {**own, "strategy": "token"}
+    if isinstance(scheme, NVFP4):
+        return {**scheme_args(scheme), "dynamic": "local"}  # the group's scales are computed, the global one is stored
     return {**own, "num_bits": 4, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
 
 

@@ -27,7 +27,8 @@ the code of the scheme `affine`; so are the zero points. A code may cross two wo
 files of 3, 5, 6 and 7 bits put floor(32 / b) codes in each word; the width of `weight_packed` tells them apart.
 
 A plan with `"activations": "dynamic"` declares that a server may round activations: int-quantized and float-quantized
-with 8-bit activations, MXFP4 with 4-bit ones. Without it, integers are pack-quantized and FP8 is naive-quantized.
+with 8-bit activations, MXFP4 and NVFP4 with 4-bit ones. NVFP4 then has P.input_global_scale [1], 448 * 6 / max|x|, from
+calibration. Without it, integers are pack-quantized and FP8 is naive-quantized.
 fewbit computes with activations in 16 bits. vLLM loads scales of integers in the dtype of the model, so a bfloat16
 model gets scales that are bfloat16 numbers (`-bf16`); it loads those of FP8 as float32, which fewbit writes.
 Source: compressed-tensors 0.20, `compressors/`, and vLLM 0.33, `compressed_tensors_wNa16.py`.
@@ -81,6 +82,13 @@ class CompressedTensors(Format):
     def with_activations(self, activations: str | None) -> CompressedTensors:
         return replace(self, input_activations=activations)
 
+    def measures_inputs(self, scheme: Scheme) -> bool:
+        return self.input_activations is not None and isinstance(scheme, NVFP4)
+
+    def scales_of_inputs(self, scheme: Scheme, largest: float) -> dict[str, Tensor]:
+        whole = floats.LARGEST / largest if largest else 1.0
+        return {floats.OF_INPUTS: torch.tensor([whole], dtype=torch.float32, device="cpu")}
+
     def suited(self, scheme: Scheme, dtype: torch.dtype) -> Scheme:
         if isinstance(scheme, Affine) and dtype == torch.bfloat16:
             return replace(scheme, bf16=True)
@@ -94,8 +102,6 @@ class CompressedTensors(Format):
                 return f"servers round activations for int8-row-sym weights, not for {scheme}"
         elif not isinstance(scheme, floats.Float):
             return f"compressed-tensors files store integers with scales, fp8, mxfp4 and nvfp4, not {scheme}"
-        if self.input_activations and isinstance(scheme, NVFP4):
-            return "servers need a calibrated scale to round activations to NVFP4, and fewbit measures none"
         return scheme.why_not(shape)
 
     def why_not_together(self, weights: Sequence[Stored], kept: Sequence[str] = ()) -> str | None:
@@ -120,7 +126,8 @@ class CompressedTensors(Format):
         if isinstance(scheme, Affine):
             return integers.specs(shape, scheme, self._layout(scheme))
         assert isinstance(scheme, floats.Float)
-        return floats.specs(shape, scheme)
+        inputs = {floats.OF_INPUTS: PartSpec((1,), torch.float32)} if self.measures_inputs(scheme) else {}
+        return {**floats.specs(shape, scheme), **inputs}
 
     def lay_out(self, weight: QTensor, config: Mapping[str, Any], module: str = "") -> dict[str, Tensor]:
         if not isinstance(weight.codec, Affine):
