@@ -60,7 +60,7 @@ def e2m1(packed: Tensor) -> Tensor:
 
 
 def to_e2m1(x: Tensor) -> Tensor:
-    """Codes (uint8) of the FP4 values nearest to x.
+    """Codes (uint8) of the FP4 values nearest to x, float32 or float64.
 
     The magnitudes of the codes lie on three lines: code = 2 a up to 2, a + 2 up to 4, and a / 2 + 4 up to 6, and the
     lowest line holds. Each is rounded before anything is added, so the sums are exact, and even codes get the ties.
@@ -69,7 +69,9 @@ def to_e2m1(x: Tensor) -> Tensor:
     code = (a + a).round_()
     code = torch.minimum(code, a.round().add_(2), out=code)
     code = torch.minimum(code, a.mul_(0.5).round_().add_(4), out=code)
-    return code.to(torch.uint8).bitwise_or_(x.signbit().to(torch.uint8).bitwise_left_shift_(3))
+    # The sign bit, moved to bit 3; `signbit`, or a conversion from float to uint8, takes three times as long.
+    sign = x.view(torch.int32) >> 28 if x.dtype == torch.float32 else (x.view(torch.int64) >> 60).to(torch.int32)
+    return code.to(torch.int32).bitwise_or_(sign.bitwise_and_(8)).to(torch.uint8)
 
 
 def pack_pairs(codes: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes import floats
 from fewbit.schemes.base import ALL, Grids, Parts, PartSpec, Scheme, search_scales, usable
-from fewbit.schemes.scaled import E4M3, Block, ScaledGrids, chunks, spans
+from fewbit.schemes.scaled import E4M3, Block, ScaledGrids, check_spans, chunks, spans, spans_of
 
 _SIDE = 128  # of a block
 _SMALLEST = 2.0**-126
@@ -138,12 +138,14 @@ class FP8(Scheme):
         if self.kind == "tensor" or not w.numel():
             return super().nearest(w)  # type: ignore[return-value]
         # The scale of a few rows and then their codes, while these rows are in the cache.
-        shape, codes, scales = (w.shape[0], w.shape[1]), torch.empty(w.shape, dtype=torch.uint8, device=w.device), []
-        for rows in chunks(w, self.block(shape)):
+        shape, block, tops, scales = (w.shape[0], w.shape[1]), self.block((w.shape[0], w.shape[1])), [], []
+        codes = torch.empty(shape, dtype=torch.uint8, device=w.device)
+        for rows in chunks(w, block):
             x = w[rows].to(w.dtype if w.dtype == torch.float64 else torch.float32)
-            grids = self.fit(x)
-            codes[rows] = grids.encode(x)
-            scales.append(grids.scale)
+            tops.append(spans_of(x, block))
+            scales.append(_stored(tops[-1] / floats.E4M3_LARGEST))
+            codes[rows] = E4M3.nearest(floats.unscaled(x.clone() if x.dtype == w.dtype else x, scales[-1], block))
+        check_spans(torch.cat(tops))
         return codes, self._grids(shape, torch.cat(scales))
 
     def _grids(self, shape: tuple[int, int], scale: Tensor) -> ScaledGrids:
