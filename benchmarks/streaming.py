@@ -37,14 +37,14 @@ if what == "copy":
         writer.add(name, checkpoint.get(name))
     writer.close()
 else:
-    for name in ("quantize_blocks", "assemble"):
-        def timed(*args, run=getattr(blocks, name), name=name):
+    for module, name in ((blocks, "quantize_blocks"), (write_folder, "write")):
+        def timed(*args, run=getattr(module, name), name=name):
             before = time.perf_counter()
             result = run(*args)
             found[name] = time.perf_counter() - before
             found["anonymous"] = memory.now().anonymous - base
             return result
-        setattr(blocks, name, timed)
+        setattr(module, name, timed)
     quantize.quantize(model, out, plan=plan, device="cpu", overwrite=True)
 print(json.dumps(found | {"seconds": time.perf_counter() - started}))
 """
@@ -62,11 +62,11 @@ def main() -> None:
         print(f"{size / 1e9:.2f} GB in bf16")
         copied = worker("copy", model, Path(place), options.plan)["seconds"]
         done = worker("quantize", model, Path(place), options.plan)
-        streamed = done["quantize_blocks"] + done["assemble"]
+        streamed = done["quantize_blocks"] + done["write"]
         for what, seconds in (
             ("copied", copied),
             ("blocks quantized", done["quantize_blocks"]),
-            ("output put together", done["assemble"]),
+            ("output put together", done["write"]),
             ("all of fewbit quantize", done["seconds"]),
         ):
             print(f"{what:24} {seconds:7.1f} s  {size / 1e9 / seconds:6.2f} GB/s of bf16")

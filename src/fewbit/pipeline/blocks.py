@@ -12,6 +12,7 @@ import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from fewbit.pipeline.settled import Settled
 from fewbit.plans.plan import Assignment
 from fewbit.schemes.base import QTensor, Scheme, chunk_rows, vanished
 from fewbit.stats import Need, Stats
-from fewbit.system import ranks
+from fewbit.system import ranks, threads
 
 _ROWS_OUTSIDE = {"cpu": 1 << 22}  # entries of embeddings or head that are quantized at a time
 
@@ -142,15 +143,22 @@ def _quantize_together(
     """
     groups = _alike(assignments, stats or {})
     owners = ranks.owners([_cost([assignments[name] for name in names]) for names in groups])
-    done: dict[str, tuple[Tensors, TensorReport]] = {}
-    for names, owner in zip(groups, owners, strict=True):
-        own = None if stats is None else [stats.pop(name) for name in names].pop()
-        if owner != ranks.rank():
-            continue
+    here = [names for names, owner in zip(groups, owners, strict=True) if owner == ranks.rank()]
+
+    def quantized(names: list[str], own: Stats | None) -> dict[str, tuple[Tensors, TensorReport]]:
         weights = [block.skeleton.weight(name).float() for name in names]
         choices = _choose([assignments[name] for name in names], weights, own)
-        for name in names:
-            done[name] = _stored(settled, assignments[name], weights.pop(0), choices.pop(0), own)
+        return {name: _stored(settled, assignments[name], weights.pop(0), choices.pop(0), own) for name in names}
+
+    done: dict[str, tuple[Tensors, TensorReport]] = {}
+    if stats is None and block.skeleton.device.type == "cpu":
+        for made in threads.each([partial(quantized, names, None) for names in here]):
+            done |= made
+    else:  # one after the other, so that the statistics of each are freed before the next
+        for names in groups:
+            own = None if stats is None else [stats.pop(name) for name in names].pop()
+            if names in here:
+                done |= quantized(names, own)
     return {name: owner for names, owner in zip(groups, owners, strict=True) for name in names}, done
 
 
@@ -302,9 +310,8 @@ def _lost(scheme: Scheme, weight: Tensor, quantized: QTensor, stats: Stats | Non
     """The error of the weight's outputs, or of the weight itself if there is no Hessian of its inputs."""
     hessian = None if stats is None or stats.need < Need.HESSIAN or stats.is_empty else stats.hessian
     lost = Lost()
-    # Chunks on the CPU are small: decoded values stay in a core's cache until they are compared, and PyTorch does not
-    # split the operations over threads. Splitting is slower if other cores are busy. A GPU needs few launches.
-    entries = 7 << 12 if hessian is None and weight.device.type == "cpu" else 1 << 22
+    # Decoded values stay in a core's cache until they are compared. A GPU needs few launches.
+    entries = threads.entries() if hessian is None and weight.device.type == "cpu" else 1 << 22
     for rows in chunk_rows(*quantized.shape, entries):
         part = weight[rows].float()
         values = quantized.codec.dequantize(quantized.parts, quantized.shape, torch.float32, rows)

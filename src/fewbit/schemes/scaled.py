@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes import floats
 from fewbit.schemes.base import ALL, Columns, Grids, check_values, chunk_rows, refit_scales
-
-# Entries processed at a time. On a CPU they stay in a core's cache, and PyTorch does not split operations on fewer than
-# 32768 entries over threads, which costs more than it saves. A GPU gets more entries.
-_CHUNK = {"cpu": 7 << 12}
+from fewbit.system import threads
 
 Block = tuple[int, int]
 
@@ -114,7 +111,7 @@ class ScaledGrids(Grids):
 
 def chunks(w: Tensor, block: Block) -> list[slice]:
     """Slices of rows of `w`, each of whole blocks, to keep temporaries small."""
-    return chunk_rows(w.shape[0], w.shape[1], _CHUNK.get(w.device.type, 1 << 24), block[0])
+    return chunk_rows(w.shape[0], w.shape[1], threads.entries() if w.device.type == "cpu" else 1 << 24, block[0])
 
 
 def by_blocks(x: Tensor, block: Block) -> Tensor:
