@@ -1,0 +1,135 @@
+"""The same values in another scheme: equal in float64, and back to the same bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewbit import registry
+from fewbit.methods.base import Method
+from fewbit.schemes import bits, exact
+from fewbit.schemes.affine import Affine
+from fewbit.schemes.base import QTensor, parse
+from fewbit.schemes.exact import Form
+from fewbit.schemes.ggml import codec
+
+SHAPE = (64, 128)
+EXAMPLES = [spec for family in registry.entries("schemes").values() for spec in family.examples]
+PAIRS = [
+    ("int4-g32-sym", "int4-g32"),
+    ("int8-row-sym", "int8-row"),
+    ("int4-row", "int4-g128"),
+    ("int4-g128-sym", "int4-row-sym"),
+    ("int4-g128-sym", "int4-row"),
+    ("int4-g32-sym", "q4_0"),
+    ("int5-g32-sym", "q5_0"),
+    ("int8-g32-sym", "q8_0"),
+    ("q4_0", "int4-g32-sym"),
+    ("q8_0", "int8-g32"),
+    ("q5_0", "int5-g32-sym"),
+]
+
+
+def packed(spec: str, seed: int = 0) -> QTensor:
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+    return Method().quantize(weight, parse(spec), None).weight
+
+
+def form_of(weight: QTensor, spec: str) -> Form:
+    return next(form for form in exact.forms(weight.codec, weight.shape) if str(form.scheme) == spec)
+
+
+def moved(weight: QTensor, spec: str) -> QTensor:
+    found = form_of(weight, spec).of(weight)
+    assert isinstance(found, QTensor), found
+    found.codec.check(found.parts, found.shape)
+    return found
+
+
+def values(weight: QTensor) -> Tensor:
+    return weight.codec.dequantize(weight.parts, weight.shape, torch.float64)
+
+
+@pytest.mark.parametrize(("spec", "to"), PAIRS)
+def test_values_are_equal_and_the_way_back_gives_the_bytes(spec: str, to: str) -> None:
+    weight = packed(spec)
+    there = moved(weight, to)
+    assert torch.equal(values(there), values(weight))
+    back = moved(there, spec)
+    assert all(torch.equal(back.parts[name], part) for name, part in weight.parts.items())
+
+
+@pytest.mark.parametrize("spec", EXAMPLES)
+def test_every_form_of_every_scheme_has_the_values(spec: str) -> None:
+    shape = (32, 512)
+    scheme = parse(spec)
+    if scheme.why_not(shape):
+        pytest.skip("the shape does not fit")
+    weight = Method().quantize(torch.randn(shape, generator=torch.Generator().manual_seed(1)), scheme, None).weight
+    found = exact.forms(scheme, shape)
+    assert found[0].scheme == scheme
+    for form in found:
+        there = form.of(weight)
+        if form.checked and isinstance(there, str):
+            continue
+        assert isinstance(there, QTensor), (form.scheme, there)
+        assert torch.equal(values(there), values(weight)), form.scheme
+
+
+def affine(zero: int, scale: float) -> QTensor:
+    """A 4-bit weight in groups of 32 with one scale and one zero point."""
+    codes = torch.randint(0, 16, SHAPE, generator=torch.Generator().manual_seed(2)).to(torch.uint8)
+    groups = SHAPE[0], SHAPE[1] // 32
+    parts = {
+        "codes": bits.pack(codes, 4),
+        "scale": torch.full(groups, scale, dtype=torch.float16),
+        "zero": bits.pack(torch.full(groups, zero, dtype=torch.uint8), 4),
+    }
+    return QTensor(Affine(group=32, bits=4, symmetric=False), SHAPE, parts)
+
+
+def test_zero_points_in_the_middle_become_symmetric() -> None:
+    weight = affine(8, 0.3)
+    assert moved(moved(weight, "int4-g32-sym"), "int4-g32").parts["zero"].equal(weight.parts["zero"])
+    assert torch.equal(values(moved(weight, "q4_0")), values(weight))
+    assert form_of(affine(7, 0.3), "q4_0").of(affine(7, 0.3)) == "not all of its zero points are 8"
+
+
+def test_minima_are_stored_only_if_fp16_holds_them() -> None:
+    weight = affine(5, 0.25)
+    there = moved(weight, "q4_1")
+    assert torch.equal(values(there), values(weight))
+    assert all(torch.equal(part, weight.parts[name]) for name, part in moved(there, "int4-g32").parts.items())
+    odd = affine(5, 0.3)
+    assert "fp16 cannot hold" in str(form_of(odd, "q4_1").of(odd))
+
+
+def test_a_minimum_between_two_levels_is_no_zero_point() -> None:
+    weight = packed("q4_1")
+    assert form_of(weight, "int4-g32").of(weight) == "not every minimum is a whole multiple of its scale"
+
+
+def test_scales_that_are_not_finite_are_refused() -> None:
+    weight = packed("q4_0")
+    weight.parts["blocks"][3, :2] = torch.tensor([float("inf")], dtype=torch.float16).view(torch.uint8)
+    assert form_of(weight, "int4-g32-sym").of(weight) == "it has a scale that is NaN or Inf"
+
+
+@pytest.mark.parametrize(
+    ("spec", "near", "reason"),
+    [
+        ("int4-g128-sym", "q4_0", "groups have 128 columns"),
+        ("q4_k", "int4-g32", "products"),
+        ("iq4_nl", "int4-g32-sym", "not evenly spaced"),
+        ("nf4-b64", "int4-g64-sym", "not evenly spaced"),
+        ("llm.int8", "int8-row-sym", "fp16 does not hold"),
+    ],
+)
+def test_a_near_miss_says_what_differs(spec: str, near: str, reason: str) -> None:
+    found = {str(form.scheme): form.why_not for form in exact.misses(parse(spec), (64, 512))}
+    assert reason in str(found[near])
+
+
+def test_a_type_that_is_only_decoded_has_no_form() -> None:
+    assert exact.forms(codec("iq2_xs"), (32, 256)) == []
