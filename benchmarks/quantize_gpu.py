@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from fewbit.formats.awq import AWQFormat
+from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.formats.gptq import GPTQFormat
 from fewbit.methods import gptq
 from fewbit.models.gguf import config as gguf_config
@@ -220,10 +221,10 @@ def measure(folder: Path, name: str, args: argparse.Namespace, clock: Clock | No
     if job.single_file:
         config = job.settled.skeleton.config
         header = Header({"general.architecture": "llama"}, names.routes(config), gguf_config.extra_tensors(config))
-        write_gguf.write(out, job.settled, run, header, {})
+        write_gguf.write(out, job.settled, Checkpoint(run.files()), header, {})
     else:
         out.mkdir()
-        write_folder.write(out, job.settled, run)
+        write_folder.write(out, job.settled, Checkpoint(run.files()))
     written = time.perf_counter()
     shutil.rmtree(out.parent)
     run.forget()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fewbit.api.adapters import finetune, merge
     from fewbit.api.advise import estimate, recommend
     from fewbit.api.compare import compare
+    from fewbit.api.convert import convert
     from fewbit.api.evaluate import evaluate
     from fewbit.api.generate import generate, load
     from fewbit.api.inspect import inspect
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from fewbit.models.describe import Inspection
     from fewbit.pipeline.job import Preview
     from fewbit.plans.plan import Plan
-    from fewbit.report.results import Evaluation, Finetuned, Measured, Merged, Quantized
+    from fewbit.report.results import Converted, Evaluation, Finetuned, Measured, Merged, Quantized
     from fewbit.texts.calibration import Calibration
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ __all__ = [
     "Calibration",
     "Comparison",
     "Continuation",
+    "Converted",
     "Estimate",
     "Evaluation",
     "FewbitError",
@@ -68,6 +70,7 @@ __all__ = [
     "Sampling",
     "Tuning",
     "compare",
+    "convert",
     "estimate",
     "evaluate",
     "finetune",
@@ -89,6 +92,7 @@ _LAZY = {
     "api.adapters": ("finetune", "merge"),
     "api.advise": ("estimate", "recommend"),
     "api.compare": ("compare",),
+    "api.convert": ("convert",),
     "api.evaluate": ("evaluate",),
     "api.generate": ("generate", "load"),
     "api.inspect": ("inspect",),
@@ -100,7 +104,7 @@ _LAZY = {
     "models.describe": ("Inspection",),
     "pipeline.job": ("Preview",),
     "plans.plan": ("Plan",),
-    "report.results": ("Evaluation", "Finetuned", "Measured", "Merged", "Quantized"),
+    "report.results": ("Converted", "Evaluation", "Finetuned", "Measured", "Merged", "Quantized"),
     "texts.calibration": ("Calibration",),
 }
 

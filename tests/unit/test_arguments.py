@@ -28,6 +28,7 @@ GIVEN: dict[str, Any] = {
     "data": "pydoc",
     "adapter": "a",
     "purpose": "edge",
+    "to": "awq",
 }
 NUMBERS = ("samples", "length", "context", "batch", "fuse", "max_new_tokens", "seed", "max_kl")
 

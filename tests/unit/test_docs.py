@@ -57,6 +57,12 @@ def test_the_toy_scheme_works_from_top_to_bottom(tmp_path: Path) -> None:
     assert done.stdout.startswith("2176 bytes; rtn")
 
 
+def test_the_table_of_conversions_is_up_to_date() -> None:
+    from conversions_table import PAGE, table
+
+    assert table() in PAGE.read_text(encoding="utf-8"), "run python tools/conversions_table.py"
+
+
 def test_the_page_of_models_is_up_to_date() -> None:
     """Its types are those of the pinned version of transformers."""
     from models_table import PAGE, page

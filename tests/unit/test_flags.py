@@ -21,7 +21,10 @@ from fewbit.settings import Settings
 from fewbit.texts.calibration import Calibration
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-VERBS = ("quantize", "imatrix", "generate", "evaluate", "compare", "finetune", "merge", "estimate", "recommend")
+VERBS = (
+    *("quantize", "convert", "imatrix", "generate", "evaluate", "compare", "finetune", "merge", "estimate"),
+    "recommend",
+)
 GROUPS: dict[str, type[Settings]] = {"calibration": Calibration, "sampling": Sampling, "tuning": Tuning}
 # An argument of Python that a command calls otherwise, or does without.
 OTHER_NAMES = {"out": "output", "fuse": "max_length", "speed_first": "speed", "images": "image"}
@@ -48,7 +51,7 @@ def expected(verb: str) -> dict[str, Any]:
         for each in fields(default):
             flag = each.name
             if name == "calibration":
-                flag = GROUP_NAMES.get(flag, flag) if flag == "text" or verb == "compare" else flag
+                flag = GROUP_NAMES.get(flag, flag) if flag == "text" or verb in ("compare", "convert") else flag
             found.setdefault(flag, getattr(default, each.name))
     return found
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import FewbitError, PlanError
+from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models.plugin.modules import FEW
 from fewbit.models.plugin.options import Request
 from fewbit.models.skeleton import Skeleton, load_tokenizer, tokenizer_at
@@ -56,7 +57,7 @@ def quantized(
     run = pipeline_run.Run(pipeline_run.fingerprint(job.settled, inputs, versions))
     with run, progress.blocks(verbose) as tell:
         tensors = blocks.quantize_blocks(job.settled, inputs, run, tell)
-        write_folder.write(out, job.settled, run)
+        write_folder.write(out, job.settled, Checkpoint(run.files()))
     for note in too_small(tensors):
         warnings.warn(f"{request.plan.name}: {note}", stacklevel=2)
     return run.forget

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from fewbit.api.arguments import Device, Plans, checked
 from fewbit.checks import Texts
 from fewbit.errors import FewbitError, FormatError, KernelError, OutputError, PlanError
 from fewbit.formats.containers import imatrix as importances
+from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.measure import memory
 from fewbit.models.decoding.generate import continue_text
 from fewbit.models.decoding.sampling import Sampling as Sampling
 from fewbit.models.describe import describe
+from fewbit.models.gguf.header import Header
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
 from fewbit.models.scales import read as folded_scales
@@ -39,6 +42,7 @@ from fewbit.pipeline.job import (
     too_small,
     windows,
 )
+from fewbit.plans.plan import Plan
 from fewbit.report import card
 from fewbit.report import progress as report_progress
 from fewbit.report import text as report_text
@@ -79,26 +83,55 @@ def quantize(
     writes the output. PlanError before any work if the plan does not fit the model,
     FormatError for a broken checkpoint, NumericsError (naming the tensor) for NaN or Inf in it.
     """
-    elapsed = timing.timed()
-    wanted, calibration = arguments.plan("plan", plan), arguments.calibrated(calibration)
-    with ranks.joined(device) as device, ExitStack() as leaving:
-        out, file = publish.named(out), is_file(out, wanted)
+    wanted = Request(
+        plan=arguments.plan("plan", plan),
+        calibration=arguments.calibrated(calibration),
+        imatrix=imatrix,
+        device=device,
+        progress=progress,
+        overwrite=overwrite,
+        safetensors_only=safetensors_only,
+        trust_remote_code=trust_remote_code,
+    )
+    return made(model, out, wanted)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `quantize` is to do. measured: measures the written output, before it is published, for its record."""
+
+    plan: Plan
+    calibration: Calibration
+    imatrix: str | Path | None
+    device: Device
+    progress: bool | pipeline_progress.Progress | None
+    measured: Callable[[Path], dict[str, Any]] | None = None
+    overwrite: bool = False
+    safetensors_only: bool = False
+    trust_remote_code: bool = False
+
+
+def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
+    """Quantize `model` into `out`. See `quantize`."""
+    elapsed, calibration, progress = timing.timed(), wanted.calibration, wanted.progress
+    with ranks.joined(wanted.device) as device, ExitStack() as leaving:
+        out, file = publish.named(out), is_file(out, wanted.plan)
         if ranks.first():
-            publish.check_output(out, overwrite=overwrite, file=file)
+            publish.check_output(out, overwrite=wanted.overwrite, file=file)
         heap.return_freed()
         job = Job.prepare(
-            locate(model, safetensors_only=safetensors_only),
-            wanted,
+            locate(model, safetensors_only=wanted.safetensors_only),
+            wanted.plan,
             device,
-            trust_remote_code=trust_remote_code,
-            imatrix=imatrix,
+            trust_remote_code=wanted.trust_remote_code,
+            imatrix=wanted.imatrix,
         )
         preview = job.preview()
         if ranks.first():
             publish.check_not_lost(out, job.source.origin, job.source.folder, *job.source.files)
             # The cache holds the finished blocks, and `out` the output that is made from them.
             publish.check_space({cache_folder(): preview.output_bytes, out.resolve(): preview.output_bytes})
-        tokenizer = load_tokenizer(job.source, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(job.source, trust_remote_code=wanted.trust_remote_code)
         # For a GGUF file, this raises the error if GGUF cannot express the model: before any work.
         header = job.header(tokenizer)
         inputs, calibrated = job.inputs(calibration, tokenizer)
@@ -145,21 +178,21 @@ def quantize(
                 "plan": job.settled.resolved.plan.to_json(),
                 **kept,
             }
-            with publish.published(out, overwrite=overwrite, file=file, kept=_KEPT) as made:
-                if header is not None:
-                    written = write_gguf.write(made, job.settled, run, header, record)
-                else:
-                    written = write_folder.write(made, job.settled, run)
-                    record["scales"] = folded_scales(made).to_json()
-                    record["files"] = sorted({*_files(made), "README.md", publish.RECORD})
-                    (made / publish.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-                    (made / "README.md").write_text(card.model_card(record), encoding="utf-8")
+            with publish.published(out, overwrite=wanted.overwrite, file=file, kept=_KEPT) as place:
+                written = _write(place, job, run, header, record)
                 if written != preview.output_bytes:
                     raise FormatError(f"{written} bytes were written, expected {preview.output_bytes}")
                 try:
-                    sample, notes = _reopened(made, tokenizer, machine.device(device), trust_remote_code)
+                    sample, notes = _reopened(place, tokenizer, machine.device(device), wanted.trust_remote_code)
                 except KernelError:  # the whole model may not fit the device; one block did
-                    sample, notes = _reopened(made, tokenizer, "cpu", trust_remote_code)
+                    sample, notes = _reopened(place, tokenizer, "cpu", wanted.trust_remote_code)
+                if wanted.measured is not None:
+                    record |= wanted.measured(place)
+                    if header is None:
+                        write_record(place, record, card.model_card)
+                    else:  # the file holds its record, so it is written again
+                        place.unlink()
+                        _write(place, job, run, header, record)
             run.forget()
             held = memory.now()
             return replace(
@@ -238,6 +271,24 @@ def imatrix(
             return Measured(str(out), len(matrix), tokens.numel(), text["text"], fewer(calibration, text), elapsed())
 
         return ranks.run_on_first(published)
+
+
+def _write(place: Path, job: Job, run: pipeline_run.Run, header: Header | None, record: dict[str, Any]) -> int:
+    """Write the output and its record at `place`. Returns the bytes of all tensors."""
+    tensors = Checkpoint(run.files())
+    if header is not None:
+        return write_gguf.write(place, job.settled, tensors, header, record)
+    written = write_folder.write(place, job.settled, tensors)
+    write_record(place, record, card.model_card)
+    return written
+
+
+def write_record(folder: Path, record: dict[str, Any], card: Callable[[Mapping[str, Any]], str]) -> None:
+    """Write the record of a folder that is complete otherwise, and its model card."""
+    record["scales"] = folded_scales(folder).to_json()
+    record["files"] = sorted({*_files(folder), "README.md", publish.RECORD})
+    (folder / publish.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card(record), encoding="utf-8")
 
 
 def _files(folder: Path) -> list[str]:

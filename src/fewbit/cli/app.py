@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbit.cli import adapters, advise, compare, evaluate, generate, inspect, quantize
+from fewbit.cli import adapters, advise, compare, convert, evaluate, generate, inspect, quantize
 from fewbit.cli.options import WithMethodOptions, method_flags
 from fewbit.errors import FewbitError, PeerError, PlanError, in_flags
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 _SHARED = ("quantize", "imatrix", "evaluate")  # commands that can share work among torchrun processes
 
 app.command(cls=WithMethodOptions)(quantize.quantize)
+app.command()(convert.convert)
 app.command()(quantize.imatrix)
 app.command()(generate.generate)
 app.command()(evaluate.evaluate)

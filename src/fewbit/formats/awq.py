@@ -44,6 +44,7 @@ class AWQFormat(Format):
 
     name: ClassVar[str] = "awq"
     quant_method: ClassVar[str] = "awq"
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"gemm": {"version": "gemm"}}
 
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
         if not isinstance(scheme, Affine) or scheme.bits != _BITS:
@@ -96,21 +97,21 @@ class AWQFormat(Format):
         scheme, (n, k) = self.describe(specs, config, module, {})
         assert isinstance(scheme, Affine)
         groups = scheme.groups(k)
-        packed, zeros = (tensors[name].contiguous().view(torch.uint8) for name in ("qweight", "qzeros"))
+        packed = tensors["qweight"].contiguous().view(torch.uint8)
+        zero = _zero_points(tensors["qzeros"], (n, groups), config)
         if _version(config) == "gemv":
-            codes, zero = packed, bits.unpack(zeros, _BITS, groups)
-            scale = tensors["scales"][:, :groups]
+            codes, scale = packed, tensors["scales"][:, :groups]
         else:
             codes = bits.pack(_plain(bits.unpack(packed, _BITS, n)).T.contiguous(), _BITS)
-            zero, scale = _plain(bits.unpack(zeros, _BITS, n)).T, tensors["scales"].T
+            scale = tensors["scales"].T
         # The config may say `sym` while the file has other zero points. The stored zero points decide.
-        symmetric = scheme.symmetric and bool((zero == 2 ** (_BITS - 1)).all())
+        scheme = _as_stored(scheme, zero)
         parts = {"codes": codes, "scale": scale.to(torch.float16).contiguous()}
-        if not symmetric:
+        if not scheme.symmetric:
             parts["zero"] = bits.pack(zero.contiguous(), _BITS)
         if not torch.isfinite(parts["scale"]).all():
             raise FormatError(f"{module}.scales has NaN or Inf, or is beyond the range of fp16")
-        return QTensor(replace(scheme, symmetric=symmetric), (n, k), parts)
+        return QTensor(scheme, (n, k), parts)
 
     def describe(
         self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, metadata: Mapping[str, Tensor]
@@ -123,6 +124,17 @@ class AWQFormat(Format):
             n, k = columns * _PER_WORD, rows
         group = _group(config)
         return Affine(group=0 if group == k else group, bits=_BITS, symmetric=config.get("sym") is True), (n, k)
+
+    def variant(self, config: Mapping[str, Any]) -> str:
+        return _version(config)
+
+    def as_stored(
+        self, scheme: Scheme, shape: Shape, tensors: Mapping[str, Any], config: Mapping[str, Any], module: str
+    ) -> tuple[Scheme, bool]:
+        assert isinstance(scheme, Affine)
+        groups = scheme.groups(shape[1])
+        zero = _zero_points(tensors["qzeros"][...], (shape[0], groups), for_module(config, module))
+        return _as_stored(scheme, zero), False
 
     def config(
         self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype | None = None
@@ -162,6 +174,19 @@ class AWQFormat(Format):
             and spec.dtype.is_floating_point
             and not any(f"{name.removesuffix('scales')}{other}" in names for other in ("qweight", "qzeros"))
         }
+
+
+def _zero_points(qzeros: Tensor, shape: Shape, config: Mapping[str, Any]) -> Tensor:
+    """The zero points uint8 [N, groups], of this `shape`, of a file's `qzeros`."""
+    (n, groups), packed = shape, qzeros.contiguous().view(torch.uint8)
+    if _version(config) == "gemv":
+        return bits.unpack(packed, _BITS, groups)
+    return _plain(bits.unpack(packed, _BITS, n)).T
+
+
+def _as_stored(scheme: Affine, zero: Tensor) -> Affine:
+    """The scheme, asymmetric if a zero point is not the middle, whatever the config says."""
+    return replace(scheme, symmetric=scheme.symmetric and bool((zero == 2 ** (_BITS - 1)).all()))
 
 
 def _interleaved(codes: Tensor) -> Tensor:

@@ -50,6 +50,10 @@ class Format(ABC):
     # Whether the config must name every module that keeps a weight matrix, exactly. Else it names linears, and no name
     # that is the start or end of a quantized one, because some readers match such parts.
     ignores_all: ClassVar[bool] = False
+    # Variants of the layout that hold the same weights: name -> the keys of the config that choose it.
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    # Keys of the config of files with permuted columns (act-order). None: the format has no place for an order.
+    permuted: ClassVar[Mapping[str, Any] | None] = None
 
     @abstractmethod
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
@@ -115,6 +119,20 @@ class Format(ABC):
         tensors: suffix -> header. metadata: suffix -> data, of the tensors in `metadata_suffixes`. FormatError that
         names the tensor if they contradict each other.
         """
+
+    def variant(self, config: Mapping[str, Any]) -> str:
+        """The variant of the layout that `config` names; "" for a format with only one."""
+        return ""
+
+    def as_stored(
+        self, scheme: Scheme, shape: Shape, tensors: Mapping[str, Any], config: Mapping[str, Any], module: str
+    ) -> tuple[Scheme, bool]:
+        """The scheme of a weight as its data decides, and whether its columns are permuted (act-order).
+
+        scheme: that of the headers, from `describe`. tensors: suffix -> lazy handle; `handle[...]` is the data. It
+        reads small tensors only, never the codes.
+        """
+        return scheme, False
 
     def scheme(self, config: Mapping[str, Any]) -> Scheme | None:
         """The scheme that `config` requests for quantization at load time. None if the format does not support that."""

@@ -41,6 +41,11 @@ class GPTQFormat(Format):
 
     name: ClassVar[str] = "gptq"
     quant_method: ClassVar[str] = "gptq"
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "v1": {"format": "gptq", "checkpoint_format": "gptq"},
+        "v2": {"format": "gptq_v2", "checkpoint_format": "gptq_v2"},
+    }
+    permuted: ClassVar[Mapping[str, Any] | None] = {"desc_act": True, "static_groups": False}
 
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
         if not isinstance(scheme, Affine):
@@ -96,17 +101,14 @@ class GPTQFormat(Format):
         assert isinstance(scheme, Affine)
         width, groups = scheme.bits, scheme.groups(k)
         codes = tensors["qweight"].T.contiguous().view(torch.uint8)
-        zero = bits.unpack(tensors["qzeros"].contiguous().view(torch.uint8), width, n).T
-        if not _is_v2(config):
-            zero = (zero + 1) & (2**width - 1)
+        zero = _zero_points(tensors["qzeros"], width, config)
         order = stored_order(tensors.get("g_idx"), k, groups, f"{module}.g_idx")
         if order is not None:
             codes = bits.pack(bits.unpack(codes, width, k)[:, order], width)
         # The config may say `sym` while the file has other zero points. The stored zero points decide.
-        symmetric = scheme.symmetric and bool((zero == 2 ** (width - 1)).all())
-        scheme = replace(scheme, symmetric=symmetric)
+        scheme = _as_stored(scheme, zero)
         parts = {"codes": codes, "scale": tensors["scales"].T.to(torch.float16).contiguous()}
-        if not symmetric:
+        if not scheme.symmetric:
             parts["zero"] = bits.pack(zero.contiguous(), width)
         if not torch.isfinite(parts["scale"]).all():
             raise FormatError(f"{module}.scales has NaN or Inf")
@@ -120,6 +122,18 @@ class GPTQFormat(Format):
         k = words * 32 // width
         group = 0 if groups == 1 else k // groups
         return Affine(group=group, bits=width, symmetric=bool(config.get("sym", True))), (n, k)
+
+    def variant(self, config: Mapping[str, Any]) -> str:
+        return "v2" if _is_v2(config) else "v1"
+
+    def as_stored(
+        self, scheme: Scheme, shape: Shape, tensors: Mapping[str, Any], config: Mapping[str, Any], module: str
+    ) -> tuple[Scheme, bool]:
+        assert isinstance(scheme, Affine)
+        config, groups = for_module(config, module), scheme.groups(shape[1])
+        group_of = tensors["g_idx"][...] if "g_idx" in tensors else None
+        scheme = _as_stored(scheme, _zero_points(tensors["qzeros"][...], scheme.bits, config))
+        return scheme, stored_order(group_of, shape[1], groups, f"{module}.g_idx") is not None
 
     def config(
         self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype | None = None
@@ -155,6 +169,17 @@ class GPTQFormat(Format):
         if not weights:
             raise FormatError("the config says gptq, but no tensor is named *.qweight")
         return weights
+
+
+def _zero_points(qzeros: Tensor, width: int, config: Mapping[str, Any]) -> Tensor:
+    """The zero points uint8 [N, groups] of a file's `qzeros`."""
+    zero = bits.unpack(qzeros.contiguous().view(torch.uint8), width, qzeros.shape[1] * 32 // width).T
+    return zero if _is_v2(config) else (zero + 1) & (2**width - 1)
+
+
+def _as_stored(scheme: Affine, zero: Tensor) -> Affine:
+    """The scheme, asymmetric if a zero point is not the middle, whatever the config says."""
+    return replace(scheme, symmetric=scheme.symmetric and bool((zero == 2 ** (scheme.bits - 1)).all()))
 
 
 def _width(config: Mapping[str, Any]) -> int:

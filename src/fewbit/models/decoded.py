@@ -2,14 +2,15 @@
 
 So a model in FP8, MXFP4, compressed-tensors, one of fewbit's formats or GGUF can be quantized like any other: its
 checkpoint has ordinary tensors `X.weight`, and only the one that is read exists in 16 bits. They have the dtype in
-config.json (bfloat16 for a GGUF file without unquantized matrices), as if the model had been dequantized and saved.
+config.json (for a GGUF file, that of its unquantized matrices, or bfloat16), as if the model had been dequantized and
+saved.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -21,7 +22,7 @@ from fewbit.errors import FormatError
 from fewbit.formats.base import Format, by_quant_method
 from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile
 from fewbit.formats.containers.safetensors import Checkpoint
-from fewbit.formats.layouts.base import Handles, Layout, Packed, is_fp8
+from fewbit.formats.layouts.base import Handles, Held, Layout, Packed, is_fp8
 from fewbit.formats.layouts.compressed_tensors import CompressedTensors
 from fewbit.formats.layouts.fp8 import FP8, FbgemmFP8, scale_names
 from fewbit.formats.layouts.modelopt import ModelOpt
@@ -30,7 +31,7 @@ from fewbit.models import foreign
 from fewbit.models.gguf import names
 from fewbit.models.gguf.names import Route
 from fewbit.models.source import Source
-from fewbit.schemes.base import PartSpec, QTensor, chunk_rows
+from fewbit.schemes.base import Codec, PartSpec, QTensor, Scheme, chunk_rows
 from fewbit.schemes.fp8 import FP8 as FP8Scheme
 from fewbit.schemes.ggml import codec
 from fewbit.schemes.nvfp4 import NVFP4
@@ -41,11 +42,35 @@ _INSTEAD = "Use a copy of the model with ordinary weights."
 
 
 @dataclass(frozen=True)
+class Weight:
+    """A quantized weight of a source, and the lazy handles of its tensors."""
+
+    held: Held
+    handles: Handles
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.held.shape
+
+    def read(self) -> QTensor:
+        """The weight with its codes and scales as they are in the file."""
+        return self.held.read(self.handles)
+
+    def as_stored(self) -> tuple[Codec, bool]:
+        """Its codec, and whether its columns are permuted. It reads zero points, scales and orders, never the codes.
+
+        FormatError if reading the weight rounds its scales.
+        """
+        return self.held.as_stored(self.handles)
+
+
+@dataclass(frozen=True)
 class Packing:
     """How the weights of a quantized model are stored. Counts are of parameters, and of bytes of tensors.
 
     method: the name of the format. kinds: kind -> number of parameters, the most frequent first. dtype: of the decoded
-    tensors. share: of all parameters that are quantized.
+    tensors. share: of all parameters that are quantized. weights: name of a decoded tensor -> the quantized weight that
+    it comes from, where fewbit can keep it packed.
     """
 
     method: str
@@ -55,6 +80,7 @@ class Packing:
     nbytes: int
     file_bytes: int
     share: float
+    weights: Mapping[str, Weight] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """For the record of an output."""
@@ -96,13 +122,17 @@ def opened(source: Source, config: Any = None) -> tuple[Checkpoint, Packing | No
     stored = dict(checkpoint.specs)
     for each in packed.values():
         checkpoint.hide([*each.parts.values(), *each.unused])
+    weights = dict[str, Weight]()
     for name, each in packed.items():
         handles = {role: checkpoint.stored(part) for role, part in each.parts.items()}
+        if each.weight is not None:
+            weights[name] = Weight(each.weight, handles)
         checkpoint.add(name, PartSpec(each.shape, source.dtype), _Decoded(each, handles, source.dtype))
     parts = {part for each in packed.values() for part in each.parts.values()}
     nbytes = sum(stored[part].nbytes for part in parts)
     method = str(source.quantization["quant_method"])
-    return checkpoint, _packing(method, packed.values(), checkpoint, source.dtype, (nbytes, file_bytes))
+    found = _packing(method, packed.values(), checkpoint, source.dtype, (nbytes, file_bytes))
+    return checkpoint, replace(found, weights=weights)
 
 
 def _packing(
@@ -190,13 +220,40 @@ def _of_format(format: Format, config: Mapping[str, Any], checkpoint: Checkpoint
                 scales=scales,
                 positive=scales if float_scheme else (),
                 by_rows=False,
+                weight=Held(
+                    scheme,
+                    shape,
+                    partial(_weight, format=format, config=config, module=module),
+                    partial(_as_stored, format=format, config=config, module=module, headers=(scheme, shape, tensors)),
+                ),
             ),
         )
 
 
+def _weight(parts: Handles, *, format: Format, config: Mapping[str, Any], module: str) -> QTensor:
+    return format.read({suffix: handle[...] for suffix, handle in parts.items()}, config, module)
+
+
 def _read(parts: Handles, rows: slice, *, format: Format, config: Mapping[str, Any], module: str) -> Tensor:
-    weight = format.read({suffix: handle[...] for suffix, handle in parts.items()}, config, module)
-    return weight.dequantize()[rows]
+    return _weight(parts, format=format, config=config, module=module).dequantize()[rows]
+
+
+def _as_stored(
+    parts: Handles,
+    *,
+    format: Format,
+    config: Mapping[str, Any],
+    module: str,
+    headers: tuple[Scheme, tuple[int, int], Mapping[str, PartSpec]],
+) -> tuple[Codec, bool]:
+    scheme, shape, found = headers
+    for suffix, spec in format.specs(shape, scheme).items():
+        if spec.dtype.is_floating_point and suffix in found and found[suffix].dtype != spec.dtype:
+            stored = parts[suffix][...]
+            if not torch.equal(stored.to(spec.dtype).to(stored.dtype), stored):
+                kinds = [str(dtype).removeprefix("torch.") for dtype in (stored.dtype, spec.dtype)]
+                raise FormatError(f"{module}.{suffix} is {kinds[0]}, and {kinds[1]} cannot hold all of its values")
+    return format.as_stored(scheme, shape, parts, config, module)
 
 
 @dataclass(frozen=True)
@@ -232,6 +289,21 @@ class _Decoded:
         return out
 
 
+@dataclass(frozen=True)
+class Transposed:
+    """A lazy handle of the transpose of a matrix."""
+
+    handle: Any
+
+    def __getitem__(self, index: Any) -> Tensor:
+        whole: Tensor = self.handle[...].T.contiguous()
+        return whole[index]
+
+    def get_shape(self) -> list[int]:
+        rows, columns = self.handle.get_shape()
+        return [columns, rows]
+
+
 def _check_scales(source: Source, packed: Mapping[str, Packed], checkpoint: Checkpoint) -> None:
     """FormatError that names the tensor if a scale is NaN or infinite."""
     for each in packed.values():
@@ -257,8 +329,8 @@ def _of_gguf(source: Source, routes: Mapping[str, Route]) -> tuple[Checkpoint, P
     file, checkpoint = GgufFile(source.files[0]), Checkpoint([])
     ours = {route.name: name for name, route in routes.items()}
     extra = names.ARCHITECTURES[file.metadata["general.architecture"]].extra
-    plain = any(entry.type in PLAIN and len(entry.shape) > 1 for entry in file.entries.values())
-    dtype, found, nbytes = source.dtype if plain else torch.bfloat16, list[Packed](), 0
+    dtype, found, nbytes = _dtype_of(file), list[Packed](), 0
+    weights = dict[str, Weight]()
     for entry in file.entries.values():
         if entry.name in extra:
             continue
@@ -270,12 +342,33 @@ def _of_gguf(source: Source, routes: Mapping[str, Route]) -> tuple[Checkpoint, P
         kind = f"GGUF {entry.type}"
         decode = partial(_of_entry, entry=entry, route=route)
         handle = Packed(shape, kind, {"data": entry.name}, decode, by_rows=not route.transposed)
+        mapped = _Mapped(file, entry)
         own = dtype if packed else torch.float32 if route.shift else entry.spec.dtype
-        checkpoint.add(ours[entry.name], PartSpec(shape, own), _Decoded(handle, {"data": _Mapped(file, entry)}, own))
+        checkpoint.add(ours[entry.name], PartSpec(shape, own), _Decoded(handle, {"data": mapped}, own))
         if packed:
             found.append(handle)
+            weights[ours[entry.name]] = Weight(_blocks(entry, route), {"data": mapped})
             nbytes += entry.spec.nbytes
-    return checkpoint, _packing("gguf", found, checkpoint, dtype, (nbytes, file.nbytes))
+    return checkpoint, replace(_packing("gguf", found, checkpoint, dtype, (nbytes, file.nbytes)), weights=weights)
+
+
+def _blocks(entry: Entry, route: Route) -> Held:
+    """The weight of a GGUF tensor, its rows in the model's order."""
+    blocks, (n, k) = codec(entry.type), entry.shape
+
+    def read(parts: Handles) -> QTensor:
+        return QTensor(blocks, (n, k), {blocks.payload: parts["data"][... if route.rows is None else route.rows_back]})
+
+    return Held(blocks, (n, k), read, lambda _: (blocks, False))
+
+
+def _dtype_of(file: GgufFile) -> torch.dtype:
+    """The dtype of most bytes of unquantized matrices: float32, float16 or bfloat16. bfloat16 if there are none."""
+    sizes = Counter[torch.dtype]()
+    for entry in file.entries.values():
+        if entry.type in ("f32", "f16", "bf16") and len(entry.shape) > 1:
+            sizes[entry.spec.dtype] += entry.spec.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.bfloat16)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,11 @@ def weight_of(linear: nn.Module) -> Tensor:
     return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module stores the weight of a linear as [K, N]."""
+    return isinstance(module, Conv1D)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` computes x · Wᵀ + b. A subclass with a `forward` of its own is tried with random numbers."""
     if not isinstance(module, LINEARS):

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from fewbit.errors import FormatError, PlanError
 from fewbit.models import classes, conversions, decoded, experts
 from fewbit.models.blocks import find_blocks
 from fewbit.models.building import building, empty_parameters
-from fewbit.models.linears import is_linear, shape_of, weight_of
+from fewbit.models.linears import is_linear, is_transposed, shape_of, weight_of
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
 from fewbit.schemes.base import PartSpec
@@ -111,6 +111,7 @@ class Skeleton:
         """Find the checkpoint's tensors, and check that they match the model's parameters."""
         self.checkpoint, self.packing = decoded.opened(self.source, self.config)
         self.name_of = self._names()
+        self._transpose()
         self.merged = {name for name, count in Counter(self.name_of.values()).items() if count > 1}
         self.merged |= {name for key, name in self.name_of.items() if conversions.converter_of(self._mapping, key)}
         self.tied = self._ties()
@@ -369,6 +370,16 @@ class Skeleton:
             if first not in found.values() and second in found.values():
                 found = {key: first if name == second else name for key, name in found.items()}
         return found
+
+    def _transpose(self) -> None:
+        """Give the decoded weights of a folder the layout of the model: files hold all packed weights as [N, K]."""
+        if self.packing is None or self.source.gguf is not None:
+            return
+        for key, name in self.name_of.items():
+            module = self.model.get_submodule(name.removesuffix(".weight")) if key in self.packing.weights else None
+            if module is not None and is_transposed(module):
+                spec, handle = self.checkpoint.specs[key], self.checkpoint.slice(key)
+                self.checkpoint.add(key, replace(spec, shape=spec.shape[::-1]), decoded.Transposed(handle))
 
     def _check_experts(self, key: str, fused: str) -> None:
         """FormatError unless the fused tensor `key` of the checkpoint holds as many experts as the model has."""

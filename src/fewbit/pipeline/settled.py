@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite
 from typing import Any
@@ -28,10 +29,16 @@ _SAVES = 0.98  # of the source's bits per weight; quantizing to fewer bits saves
 
 @dataclass(frozen=True)
 class Settled:
-    """A plan resolved for one model: the model, and the scheme and method of each weight."""
+    """A plan resolved for one model: the model, and the scheme and method of each weight.
+
+    variant: keys of the quantization config that differ from those that the format writes by default. exact: no value
+    may change, not even of a weight that stays unquantized.
+    """
 
     skeleton: Skeleton
     resolved: Resolved
+    variant: Mapping[str, Any] = field(default_factory=dict)
+    exact: bool = False
 
     @classmethod
     def of(cls, skeleton: Skeleton, plan: plans.Plan) -> Settled:
@@ -86,8 +93,10 @@ class Settled:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The quantization_config of config.json. It names every linear that is not quantized."""
+        """The quantization_config of config.json, empty if nothing is quantized. It names every other linear."""
         quantized = self.resolved.assignments
+        if not quantized:
+            return {}
         skipped = stored.skipped(self.skeleton, quantized)
         for key, spec in self.skeleton.carried(quantized).items():
             name = key.removesuffix(".weight")
@@ -98,7 +107,8 @@ class Settled:
         if self.resolved.format.ignores_all:
             skipped = list(dict.fromkeys([*skipped, *stored.matrices(self.skeleton, quantized)]))
         own = [replace(a, module=self.stored_as[module]) for module, a in quantized.items()]
-        return self.resolved.format.config(own, skipped, self.skeleton.dtype_of_source)
+        config = self.resolved.format.config(own, skipped, self.skeleton.dtype_of_source)
+        return {**config, **self.variant}
 
     def check(self) -> None:
         """Run all checks that need no quantization. PlanError; NumericsError that names a tensor with NaN or Inf."""

@@ -6,6 +6,7 @@ those of the canonical parts of a loaded model. A file may hold slightly more (l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -15,6 +16,7 @@ from fewbit.models.skeleton import Skeleton
 from fewbit.pipeline import write_gguf
 from fewbit.pipeline.settled import Settled
 from fewbit.plans import plan as plans
+from fewbit.plans.plan import Assignment
 from fewbit.stats import Need
 
 
@@ -41,19 +43,28 @@ class Sized:
     why_not: str | None = None
 
 
-def tensors(settled: Settled) -> tuple[list[tuple[str, str, int]], int]:
-    """Every tensor of the output as (name, description, bytes), and the total bytes of the files' tensors."""
+def _by_method(assignment: Assignment) -> str:
+    return f"{assignment.scheme}, {name_of(assignment.method)}"
+
+
+def tensors(
+    settled: Settled, described: Callable[[Assignment], str] = _by_method
+) -> tuple[list[tuple[str, str, int]], int]:
+    """Every tensor of the output as (name, description, bytes), and the total bytes of the files' tensors.
+
+    described: the description of a quantized weight.
+    """
     skeleton, format, assignments = settled.skeleton, settled.resolved.format, settled.resolved.assignments
     rows: list[tuple[str, str, int]] = []
     if format.suffix:
         for each in write_gguf.planned(settled):
-            method = f", {name_of(assignments[each.module].method)}" if each.module else ""
-            rows.append((each.entry.name, each.entry.type + method, each.entry.spec.nbytes))
+            what = described(assignments[each.module]) if each.module else each.entry.type
+            rows.append((each.entry.name, what, each.entry.spec.nbytes))
         return rows, write_gguf.nbytes(settled)
     for _, name, spec in skeleton.passed_through({f"{module}.weight" for module in assignments}):
         assignment = assignments.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if assignment is not None:
-            what = f"{assignment.scheme}, {name_of(assignment.method)}"
+            what = described(assignment)
             size = sum(s.nbytes for s in format.specs(assignment.shape, assignment.scheme).values())
         else:
             what, size = f"unquantized ({str(spec.dtype).removeprefix('torch.')})", spec.nbytes

@@ -1,24 +1,26 @@
-"""Writes a Hugging Face folder from the finished blocks of a run: shards, config, side files."""
+"""Writes a Hugging Face folder from the finished tensors of a run or conversion: shards, config, side files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from fewbit.formats.containers.gguf import GgufFile
 from fewbit.formats.containers.safetensors import Checkpoint, ShardWriter, copy_side_files
 from fewbit.models import scales, stored
 from fewbit.models.scales import Scales
 from fewbit.models.skeleton import Skeleton, load_tokenizer
-from fewbit.pipeline.run import Run
 from fewbit.pipeline.settled import Settled
 from fewbit.system.files import write_json
 
 SHARD_BYTES = 512 << 20
 
 
-def write(folder: Path, settled: Settled, run: Run) -> int:
-    """Write the model's files into `folder`: shards, config, scales, side files. Returns the bytes of all tensors."""
+def write(folder: Path, settled: Settled, blocks: Checkpoint) -> int:
+    """Write the model's files into `folder`: shards, config, scales, side files. Returns the bytes of all tensors.
+
+    blocks: the tensors that differ from the source's, by their names in the model. Each is read once.
+    """
     skeleton, resolved = settled.skeleton, settled.resolved
-    blocks = Checkpoint(run.files())
     suffixes = {a.module: list(resolved.format.specs(a.shape, a.scheme)) for a in resolved.assignments.values()}
     tensors: list[tuple[str, Checkpoint, str]] = []  # name in the model, checkpoint that has it, key there
     originals: dict[str, str | None] = {}  # name in the model -> name in the source
@@ -52,14 +54,19 @@ def write(folder: Path, settled: Settled, run: Run) -> int:
     config.pop("transformers_weights", None)  # the name of the source's weight file
     if config.get("tie_word_embeddings") and not skeleton.tied:
         config["tie_word_embeddings"] = False  # the two tensors differ, so readers must not tie them
-    config["quantization_config"] = settled.config
+    if settled.config:
+        config["quantization_config"] = settled.config
+    else:
+        config.pop("quantization_config", None)
+        config["dtype"] = str(skeleton.dtype_of_source).removeprefix("torch.")
     write_json(folder / "config.json", config, indent=2)
-    scales.write(folder, folded(skeleton, run))
+    scales.write(folder, folded(skeleton, blocks))
     return writer.nbytes
 
 
-def folded(skeleton: Skeleton, run: Run) -> Scales:
-    """The scales folded into the blocks of a finished run, composed with those that its source model already had."""
-    blocks = Checkpoint(run.files())
+def folded(skeleton: Skeleton, blocks: Checkpoint) -> Scales:
+    """The scales that `blocks` holds, composed with those that were already folded into the source."""
+    source = skeleton.source
+    before = scales.of_metadata(GgufFile(source.files[0]).metadata) if source.gguf else scales.read(source.beside)
     own = Scales({name: blocks.get(name) for name in scales.of_blocks(blocks.specs)}, skeleton.source.address)
-    return own.after(scales.read(skeleton.source.beside)) if own else scales.read(skeleton.source.beside)
+    return own.after(before) if own else before

@@ -1,8 +1,8 @@
-"""Writes a GGUF file from the finished blocks of a run.
+"""Writes a GGUF file from the finished tensors of a run or conversion.
 
 A quantized weight is written as its blocks, with rows permuted to GGUF's order. Vectors and position embeddings are
-float32, as llama.cpp requires. Other unquantized matrices are float16. Tensors are in the order of llama.cpp's
-quantizer.
+float32, as llama.cpp requires. Other unquantized matrices are float32, or float16 as llama.cpp's quantizer writes them;
+a conversion keeps bfloat16. Tensors are in the order of llama.cpp's quantizer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from fewbit.models import scales
 from fewbit.models.gguf import config as gguf_config
 from fewbit.models.gguf import names as gguf_names
 from fewbit.models.gguf.header import Header
-from fewbit.pipeline.run import Run
 from fewbit.pipeline.settled import Settled
 from fewbit.pipeline.write_folder import folded
 from fewbit.plans import mixtures
@@ -56,8 +55,9 @@ def planned(settled: Settled) -> list[Planned]:
             entry = Entry(route.name, str(assignment.scheme), assignment.shape)
         else:
             shape = spec.shape[::-1] if route.transposed else spec.shape
-            plain = len(shape) < 2 or route.name == "position_embd.weight" or spec.dtype == torch.float32
-            entry = Entry(route.name, "f32" if plain else "f16", shape)
+            vector = len(shape) < 2 or route.name == "position_embd.weight"
+            own = {torch.float32: "f32", torch.bfloat16: "bf16" if settled.exact else "f16"}.get(spec.dtype, "f16")
+            entry = Entry(route.name, "f32" if vector else own, shape)
         tensors.append(Planned(entry, name, key, module if assignment is not None else None))
     return sorted(tensors, key=lambda each: mixtures.order(each.entry.name))
 
@@ -91,13 +91,16 @@ def nbytes(settled: Settled) -> int:
     return extra + sum(each.entry.spec.nbytes for each in planned(settled))
 
 
-def write(path: Path, settled: Settled, run: Run, header: Header, record: Mapping[str, Any]) -> int:
-    """Write the file at `path`, with a `record` of how it was made. Returns the bytes of all tensors."""
+def write(path: Path, settled: Settled, blocks: Checkpoint, header: Header, record: Mapping[str, Any]) -> int:
+    """Write the file at `path`, with a `record` of how it was made. Returns the bytes of all tensors.
+
+    blocks: the tensors that differ from the source's, by their names in the model. Each is read once.
+    """
     skeleton, resolved = settled.skeleton, settled.resolved
     routes, tensors, extra = header.routes, planned(settled), header.extra
     entries = [Entry(name, "f32", tuple(tensor.shape)) for name, tensor in extra.items()]
     entries += [each.entry for each in tensors]
-    blocks, own = Checkpoint(run.files()), folded(skeleton, run)
+    own = folded(skeleton, blocks)
     keys = metadata(header, resolved, {**record, "scales": scales.to_record(own)}) | scales.to_metadata(own)
     with GgufWriter(path, keys, entries) as writer:
         for name, tensor in extra.items():

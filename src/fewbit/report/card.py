@@ -24,6 +24,30 @@ def _source(source: Mapping[str, Any]) -> str:
     )
 
 
+def conversion_card(record: Mapping[str, Any]) -> str:
+    """README.md of a folder that `convert` has made."""
+    done, original = record["converted"], ORIGINAL_CARD in record.get("files", ())
+    name = str(done["from"]).rstrip("/").rpartition("/")[2]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [fewbit]",
+        "---",
+        f"# {name}, as {done['to']}",
+        "",
+        f"Converted by fewbit {record['versions']['fewbit']} from {done['from']}.",
+        "",
+        *(f"- {count} weights as {scheme}, codes and scales unchanged" for scheme, count in done["schemes"].items()),
+        *(f"- {note}" for note in record["notes"]),
+        "",
+        "`fewbit.json` records the conversion and how the quantized model was made, if that is known.",
+        "The licence is that of the original model.",
+        *([f"The model card of the original is [{ORIGINAL_CARD}]({ORIGINAL_CARD})."] if original else []),
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def model_card(record: Mapping[str, Any]) -> str:
     """README.md of an output folder."""
     plan, original = record["plan"], ORIGINAL_CARD in record.get("files", ())

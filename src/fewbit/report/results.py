@@ -35,6 +35,29 @@ class Quantized:
 
 @brief
 @dataclass(frozen=True)
+class Converted:
+    """The result of `convert`. Bytes are those of tensors.
+
+    schemes: scheme in the output -> number of weights. decoded: quantized weights that became ordinary tensors.
+    quantized, evaluation: with `requantize`, how the model was quantized, and its comparison with the input.
+    """
+
+    out: str
+    to: str
+    exact: bool
+    schemes: dict[str, int]
+    decoded: list[str]
+    notes: list[str]
+    original_bytes: int
+    output_bytes: int
+    seconds: float
+    peak: int
+    quantized: Quantized | None = None
+    evaluation: Evaluation | None = None
+
+
+@brief
+@dataclass(frozen=True)
 class Measured:
     """The result of `imatrix`: importances of `entries` tensors, measured over `tokens` tokens of `text`."""
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fewbit.models.describe import Inspection
     from fewbit.pipeline.job import Preview
     from fewbit.plans.catalogue import Entry
-    from fewbit.report.results import Evaluation, Finetuned, Measured, Merged, Quantized
+    from fewbit.report.results import Converted, Evaluation, Finetuned, Measured, Merged, Quantized
 
 out = tables.Console(quiet=ranks.silent())
 # A notebook's kernel reports its output as a terminal but cannot move the cursor, so it gets plain lines.
@@ -68,6 +68,23 @@ def quantized(done: Quantized) -> None:
     _say(f"The largest error is {worst.error:.2e} in {worst.module}.")  # an expert's name is too long for the table
     sample = f' It continues "{FIRST_WORDS}" with "{done.sample.strip()}".' if done.sample else ""
     _say(f"Reopened and checked.{sample}")
+
+
+def converted(done: Converted) -> None:
+    """What `fewbit convert` prints when it is finished."""
+    if done.quantized is not None and done.evaluation is not None:
+        quantized(done.quantized)
+        _say("Quantized again. The loss below is measured against the input, which was quantized already.")
+        evaluation(done.evaluation)
+        return
+    for note in done.notes:
+        _say(f"note: {note}")
+    count, kinds = sum(done.schemes.values()), " and ".join(done.schemes)
+    unchanged = f"{count} weights as {kinds} with their codes and scales unchanged" if count else "no packed weights"
+    _say(
+        f"{done.out}: {done.to}, {unchanged}; {size(done.original_bytes)} became {size(done.output_bytes)}; "
+        f"{duration(done.seconds)}, peak memory {size(done.peak)}."
+    )
 
 
 def measured(done: Measured) -> None:

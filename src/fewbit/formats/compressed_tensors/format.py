@@ -165,6 +165,11 @@ class CompressedTensors(Format):
     ) -> tuple[Scheme, Shape]:
         return _described(tensors, Groups.of(config).for_module(module), module, metadata.get("weight_shape"))
 
+    def as_stored(
+        self, scheme: Scheme, shape: Shape, tensors: Mapping[str, Any], config: Mapping[str, Any], module: str
+    ) -> tuple[Scheme, bool]:
+        return integers.as_stored(scheme, shape, tensors, module) if isinstance(scheme, Affine) else (scheme, False)
+
     def why_unpacked(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> str | None:
         groups = Groups.of(config)
         for module, parts in _weights(names).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fewbit.errors import FormatError
@@ -135,30 +136,58 @@ def read(tensors: Mapping[str, Tensor], group: Group, module: str) -> QTensor:
     width, groups = scheme.bits, scheme.groups(k)
     scale = _half(tensors["weight_scale"], f"{module}.weight_scale").reshape(-1, groups)
     scale = scale.expand(n, groups).contiguous()
-    zero = None
     if "weight_packed" in tensors:
         codes = _codes(tensors["weight_packed"], width, k)
-        if "weight_zero_point" in tensors:
-            stored = tensors["weight_zero_point"].T.contiguous()
-            zero = bits.unpack(_codes(stored, width, n), width, n).T.contiguous()
     else:
         codes = bits.pack(_unsigned(tensors["weight"], width, f"{module}.weight"), width)
-        if "weight_zero_point" in tensors:
-            stored = tensors["weight_zero_point"].reshape(-1, groups)
-            zero = _unsigned(stored, width, f"{module}.weight_zero_point").expand(n, groups).contiguous()
-    order = tensors.get("weight_g_idx")
-    if order is not None and int(order.max()) < 0:
-        order = None  # compressed-tensors fills it with -1 where there is no act-order
-    permutation = stored_order(order, k, groups, f"{module}.weight_g_idx")
+    zero = _zero_points(tensors.get("weight_zero_point"), scheme, (n, k), module)
+    permutation = _permutation(tensors.get("weight_g_idx"), k, groups, module)
     if permutation is not None:
         codes = bits.pack(bits.unpack(codes, width, k)[:, permutation], width)
     parts = {"codes": codes, "scale": scale}
-    symmetric = scheme.symmetric and (zero is None or bool((zero == 2 ** (width - 1)).all()))
-    if not symmetric:
+    scheme = _as_symmetric(scheme, zero)
+    if not scheme.symmetric:
         assert zero is not None
         parts["zero"] = bits.pack(zero, width)
-    scheme = Affine(scheme.group, width, symmetric, scheme.bf16)
     return QTensor(scheme, (n, k), parts, permutation)
+
+
+def as_stored(scheme: Affine, shape: Shape, tensors: Mapping[str, Any], module: str) -> tuple[Affine, bool]:
+    """The scheme as the zero points decide, and whether the columns are permuted. tensors: suffix -> lazy handle.
+
+    FormatError if float16 cannot hold the scales.
+    """
+    found = {s: tensors[s][...] for s in ("weight_scale", "weight_zero_point", "weight_g_idx") if s in tensors}
+    scale = found["weight_scale"]
+    if not torch.equal(scale.to(torch.float16).to(scale.dtype), scale):
+        raise FormatError(f"{module}.weight_scale has values that float16 cannot hold exactly")
+    zero = _zero_points(found.get("weight_zero_point"), scheme, shape, module)
+    order = _permutation(found.get("weight_g_idx"), shape[1], scheme.groups(shape[1]), module)
+    return _as_symmetric(scheme, zero), order is not None
+
+
+def _zero_points(stored: Tensor | None, scheme: Affine, shape: Shape, module: str) -> Tensor | None:
+    """Zero points uint8 [N, groups] of `weight_zero_point`: int32 words packed along N, or int8."""
+    (n, k), width = shape, scheme.bits
+    if stored is None:
+        return None
+    if stored.dtype == torch.int32:
+        return bits.unpack(_codes(stored.T.contiguous(), width, n), width, n).T.contiguous()
+    groups = scheme.groups(k)
+    zero = _unsigned(stored.reshape(-1, groups), width, f"{module}.weight_zero_point")
+    return zero.expand(n, groups).contiguous()
+
+
+def _as_symmetric(scheme: Affine, zero: Tensor | None) -> Affine:
+    """The scheme, asymmetric if a zero point is not the middle, whatever the config says."""
+    middle = zero is None or bool((zero == 2 ** (scheme.bits - 1)).all())
+    return replace(scheme, symmetric=scheme.symmetric and middle)
+
+
+def _permutation(order: Tensor | None, k: int, groups: int, module: str) -> Tensor | None:
+    if order is not None and int(order.max()) < 0:
+        order = None  # compressed-tensors fills it with -1 where there is no act-order
+    return stored_order(order, k, groups, f"{module}.weight_g_idx")
 
 
 def scheme_args(scheme: Affine) -> dict[str, Any]:

@@ -14,11 +14,25 @@ from typing import Any, ClassVar
 
 from fewbit.errors import FormatError
 from fewbit.lazy import Tensor, torch
-from fewbit.schemes.base import PartSpec
+from fewbit.schemes.base import Codec, PartSpec, QTensor
 
 # Lazy handles, by role. A handle has `handle[index]`, and reads only what the index selects.
 Handles = Mapping[str, Any]
 Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A quantized weight in a file. codec, shape [N, K]: as the headers say.
+
+    read: the weight. as_stored: the codec as the data decides, and whether the columns are permuted; FormatError if
+    fewbit would round its scales.
+    """
+
+    codec: Codec
+    shape: tuple[int, int]
+    read: Callable[[Handles], QTensor]
+    as_stored: Callable[[Handles], tuple[Codec, bool]]
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,7 @@ class Packed:
     the stored tensor. scales: roles whose values must be finite. positive: roles whose values must be above 0. unused:
     names of stored tensors that have no meaning without the quantized weight, such as scales of activations. decode:
     the values, float32, of a slice of the first dimension. by_rows: whether `decode` reads only what a slice needs.
+    weight: the quantized weight that it is decoded from, where fewbit can keep it packed.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +54,7 @@ class Packed:
     positive: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     by_rows: bool = True
+    weight: Held | None = None
 
     @property
     def numel(self) -> int:

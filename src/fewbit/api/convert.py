@@ -1,0 +1,254 @@
+"""Convert a quantized model to another format: exactly, or with `requantize` by quantizing it again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from fewbit import registry
+from fewbit.api import arguments, evaluate, quantize
+from fewbit.api.arguments import SAMPLES, Device, Plans, checked
+from fewbit.checks import Texts
+from fewbit.errors import FormatError, PlanError
+from fewbit.measure import memory
+from fewbit.models.describe import describe
+from fewbit.models.gguf import header as gguf_header
+from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import Source, locate
+from fewbit.pipeline import conversion, sizes, write_folder, write_gguf
+from fewbit.pipeline.conversion import Conversion, Target
+from fewbit.pipeline.job import Preview, evaluated
+from fewbit.plans.plan import Assignment, Plan
+from fewbit.report import card
+from fewbit.report import progress as report_progress
+from fewbit.report import text as report_text
+from fewbit.report.results import Converted, Evaluation
+from fewbit.system import ambient, machine, publish, timing
+from fewbit.texts import sources
+from fewbit.texts.calibration import Calibration as Calibration
+
+_KEPT = ("plan", "calibration", "tensors", "model", "origin", "original_bytes", "bits_per_weight", "share", "source")
+
+
+@checked
+@ambient.defaults()
+def convert(
+    model: str | Path,
+    out: str | Path,
+    *,
+    to: str,
+    requantize: bool = False,
+    plan: Plans | None = None,
+    calibration: Calibration | Texts | None = None,
+    imatrix: str | Path | None = None,
+    text: Texts | None = None,
+    length: int | None = None,
+    samples: int | None = SAMPLES,
+    overwrite: bool = False,
+    device: Device = None,
+    safetensors_only: bool = False,
+    trust_remote_code: bool = False,
+    progress: bool | None = None,
+) -> Converted:
+    """Convert the quantized `model` to the format `to`, a folder or a GGUF file `out`. `out` is written atomically.
+
+    to: a format, a variant of one such as `gptq-v2`, or `dense`, which decodes all weights to the model's dtype.
+    No code and no scale changes; PlanError, before any work, names the weights for which that is impossible.
+    requantize: quantize the decoded weights by `plan` instead, with `calibration` or `imatrix` as in `quantize`. Then
+    the result is compared with `model` on `samples` windows of `length` tokens of `text`, as in `evaluate`.
+    """
+    target, source = _target(to), locate(model, safetensors_only=safetensors_only)
+    if requantize:
+        wanted = quantize.Request(
+            plan=_plan(plan, target, to),
+            calibration=arguments.calibrated(calibration),
+            imatrix=imatrix,
+            device=device,
+            progress=progress,
+            overwrite=overwrite,
+            safetensors_only=safetensors_only,
+            trust_remote_code=trust_remote_code,
+        )
+        return _requantized(source, out, wanted, {"text": text, "length": length, "samples": samples})
+    _refuse_unused(plan=plan, imatrix=imatrix, text=text, length=length)
+    if calibration not in (None, Calibration()):
+        _refuse_unused(calibration=calibration)
+    if samples != SAMPLES:
+        _refuse_unused(samples=samples)
+    return _converted(source, Path(out), target, overwrite, trust_remote_code, progress)
+
+
+def preview(model: str | Path, *, to: str, safetensors_only: bool = False, trust_remote_code: bool = False) -> Preview:
+    """What `convert` would do to each tensor, with exact output bytes. Writes nothing (`--dry-run`)."""
+    target, source = _target(to), locate(model, safetensors_only=safetensors_only)
+    made = conversion.prepare(source, target, trust_remote_code=trust_remote_code)
+    _header(made, source, trust_remote_code)
+    tensors, output_bytes = sizes.tensors(made.settled, _scheme)
+    return Preview(
+        plan=made.settled.resolved.plan.name,
+        format=target.format.name,
+        notes=list(made.notes),
+        tensors=tensors,
+        original_bytes=sizes.checkpoint_bytes(made.settled.skeleton),
+        output_bytes=output_bytes,
+        share=made.settled.share,
+    )
+
+
+def _target(to: str) -> Target:
+    known = conversion.targets()
+    if to not in known:
+        raise registry.unknown("format", to, known)
+    return known[to]
+
+
+def _plan(plan: Plans | None, target: Target, to: str) -> Plan:
+    """The plan of a conversion with `requantize`. PlanError if there is none, or if it makes another format."""
+    if plan is None:
+        raise PlanError("`requantize=True` without a plan", "Give `plan`; fewbit list shows all plans.")
+    found = arguments.plan("plan", plan)
+    if found.format != to:
+        hint = "Give a plan for this format." if not target.variant else f"Give `to={target.format.name}`."
+        raise PlanError(f"`to={to}`, but plan {found.name} makes {found.format}", hint)
+    return found
+
+
+def _refuse_unused(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise PlanError(f"`{name}` has no effect without `requantize=True`", "A conversion computes nothing anew.")
+
+
+def _scheme(assignment: Assignment) -> str:
+    return str(assignment.scheme)
+
+
+def _header(made: Conversion, source: Source, trust_remote_code: bool) -> gguf_header.Header | None:
+    """The header of the GGUF file, None for a folder. PlanError if GGUF cannot express the config or tokenizer."""
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    if not made.settled.resolved.format.suffix:
+        return None
+    return gguf_header.of(made.settled.skeleton.config, tokenizer, source.name)
+
+
+def _check_suffix(out: Path, target: Target, to: str) -> None:
+    suffix = target.format.suffix
+    if suffix and out.suffix != suffix:
+        raise PlanError(f"{out}: `to={to}` makes one {suffix} file", f"Give an `out` that ends in {suffix}.")
+    if not suffix and out.suffix == ".gguf":
+        raise PlanError(f"{out} would be a GGUF file, but `to={to}` makes a folder", "Give another `out`.")
+
+
+def _converted(
+    source: Source, out: Path, target: Target, overwrite: bool, trust_remote_code: bool, progress: bool | None
+) -> Converted:
+    elapsed, file = timing.timed(), bool(target.format.suffix)
+    _check_suffix(publish.named(out), target, target.format.name)
+    publish.check_output(out, overwrite=overwrite, file=file)
+    publish.check_not_lost(out, source.origin, source.folder, *source.files)
+    made = conversion.prepare(source, target, trust_remote_code=trust_remote_code)
+    header = _header(made, source, trust_remote_code)
+    settled, size = made.settled, sizes.tensors(made.settled, _scheme)[1]
+    publish.check_space({out.resolve(): size})
+    schemes = Counter(str(each.scheme) for each in settled.resolved.assignments.values())
+    done = Converted(
+        out=str(out),
+        to=" ".join(filter(None, (target.format.name, target.format.variant(settled.config)))),
+        exact=bool(schemes) or settled.skeleton.packing is None,
+        schemes=dict(schemes),
+        decoded=list(made.decoded),
+        notes=list(made.notes),
+        original_bytes=sizes.checkpoint_bytes(settled.skeleton),
+        output_bytes=size,
+        seconds=0,
+        peak=0,
+    )
+    record = _record(source, made, done)
+    with (
+        report_progress.phase(f"writing {out.name}", progress),
+        publish.published(out, overwrite=overwrite, file=file) as place,
+    ):
+        if header is not None:
+            written = write_gguf.write(place, settled, made.tensors, header, record)
+        else:
+            written = write_folder.write(place, settled, made.tensors)
+            quantize.write_record(place, record, card.conversion_card)
+        if written != size:
+            raise FormatError(f"{written} bytes were written, expected {size}")
+        describe(locate(place))
+    return Converted(**{**vars(done), "seconds": elapsed(), "peak": memory.now().peak})
+
+
+def _record(source: Source, made: Conversion, done: Converted) -> dict[str, Any]:
+    """The record of a conversion: that of the source, if it has one, and what the conversion did.
+
+    The quantized weights are those of the source, so what its record says of them still holds.
+    """
+    before = describe(source).made
+    packing = made.settled.skeleton.packing
+    return {
+        "schema_version": quantize.SCHEMA,
+        "model": source.name,
+        "origin": None,
+        "plan": {"name": "not recorded", "format": done.to},
+        "calibration": None,
+        "tensors": [],
+        "source": None,
+        **{key: before[key] for key in _KEPT if key in before},
+        "versions": machine.versions(),
+        "notes": [*before.get("notes", []), *done.notes],
+        "output_bytes": done.output_bytes,
+        "converted": {
+            "from": source.name,
+            "packing": None if packing is None else packing.to_json(),
+            # What the target's config may have no place for, such as the variant of the layout and act-order.
+            "settings": made.source_settings,
+            "to": done.to,
+            "exact": done.exact,
+            "schemes": done.schemes,
+            "decoded": done.decoded,
+        },
+    }
+
+
+def _requantized(source: Source, out: str | Path, wanted: quantize.Request, measured_on: dict[str, Any]) -> Converted:
+    """Quantize the decoded weights of `source`, and compare the result with it before it is published."""
+    if source.quantization is None:
+        raise PlanError(f"{source.name} is not quantized", "Use fewbit quantize.")
+    tokenizer = load_tokenizer(source, trust_remote_code=wanted.trust_remote_code)
+    text = measured_on["text"] or sources.own_source(source.config)
+    evaluated([source], tokenizer, text, measured_on["length"], measured_on["samples"])  # its errors, before the work
+    found = list[Evaluation]()
+
+    def measured(place: Path) -> dict[str, Any]:
+        found.append(
+            evaluate.evaluate(
+                place,
+                reference=source.address if source.hosted else source.origin,
+                **{**measured_on, "text": text},
+                device=wanted.device,
+                trust_remote_code=wanted.trust_remote_code,
+                progress=wanted.progress if isinstance(wanted.progress, bool) else None,
+            )
+        )
+        loss = report_text.evaluation_json(found[0]) | {"model": str(out), "reference": source.name}
+        return {"converted": {"from": source.name, "to": wanted.plan.format, "exact": False, "loss": loss}}
+
+    request = quantize.Request(**{**vars(wanted), "measured": measured})
+    done = quantize.made(source.address if source.hosted else source.origin, out, request)
+    schemes = Counter(tensor.scheme for tensor in done.tensors)
+    return Converted(
+        out=done.out,
+        to=wanted.plan.format,
+        exact=False,
+        schemes=dict(schemes),
+        decoded=[],
+        notes=done.notes,
+        original_bytes=done.original_bytes,
+        output_bytes=done.output_bytes,
+        seconds=done.seconds,
+        peak=done.peak,
+        quantized=done,
+        evaluation=found[0],
+    )

@@ -1,0 +1,88 @@
+"""The command `fewbit convert`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from fewbit.cli.flags import Fields, checked
+from fewbit.cli.options import Json, Model, Overwrite, SafetensorsOnly, Text, Windows, printed
+from fewbit.cli.stdin import text_of
+from fewbit.errors import PlanError
+from fewbit.models.loading import Loading
+from fewbit.texts.calibration import Calibration
+
+
+@checked
+def convert(
+    model: Model,
+    to: Annotated[
+        str, typer.Option(help="dense, a format (fewbit list), or a variant of its layout: gptq-v1, gptq-v2.")
+    ],
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="Folder or .gguf file to make. Required unless --dry-run.")
+    ] = None,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Quantize the decoded weights by --plan, and measure the loss.")
+    ] = False,
+    plan: Annotated[str | None, typer.Option(help="Plan for --requantize (fewbit list). Default: none.")] = None,
+    calibration: Annotated[
+        Calibration,
+        Fields(text="calibration", samples="calibration_samples", length="calibration_length", seed="seed"),
+    ] = Calibration(),
+    imatrix: Annotated[
+        str | None, typer.Option(help="Importance matrix (.gguf, .dat) to use in place of calibration. Default: none.")
+    ] = None,
+    text: Text = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens in a window to measure on. Default: the model's context, at most 2048.")
+    ] = None,
+    samples: Windows = 16,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what each tensor would become. Write nothing.")
+    ] = False,
+    overwrite: Overwrite = False,
+    safetensors_only: SafetensorsOnly = False,
+    loading: Annotated[Loading, Fields("device", "trust_remote_code")] = Loading(),
+    as_json: Json = False,
+) -> None:
+    """Convert the quantized MODEL to another format, without changing codes or scales."""
+    if output is None and not dry_run:
+        raise PlanError("no output folder", "Say where to: -o OUT. Or use --dry-run.")
+    if requantize and dry_run:
+        raise PlanError("--dry-run shows exact conversions only", "Use fewbit quantize --dry-run with the plan.")
+    measured = text_of(text)
+    from fewbit.api import convert as api
+    from fewbit.report import text as report
+
+    if dry_run:
+        shown = api.preview(
+            model, to=to, safetensors_only=safetensors_only, trust_remote_code=loading.trust_remote_code
+        )
+        printed(asdict(shown)) if as_json else report.preview(shown)
+        return
+    assert output is not None
+    done = api.convert(
+        model,
+        output,
+        to=to,
+        requantize=requantize,
+        plan=plan,
+        calibration=calibration,
+        imatrix=imatrix,
+        text=measured,
+        length=length,
+        samples=samples,
+        overwrite=overwrite,
+        device=loading.device,
+        safetensors_only=safetensors_only,
+        trust_remote_code=loading.trust_remote_code,
+        progress=True,
+    )
+    if not as_json:
+        report.converted(done)
+        return
+    evaluation = None if done.evaluation is None else report.evaluation_json(done.evaluation)
+    printed({**asdict(done), "evaluation": evaluation})

@@ -1,0 +1,314 @@
+"""Conversion of a quantized model to another format without rounding: which weights get which scheme, and the tensors.
+
+Each weight is read as a QTensor by its own format. Among its forms (`schemes/exact.py`) the target format chooses one
+that it can store. Everything is decided before any work, from headers, zero points and scales; only where these do not
+tell whether the values fit (`Form.checked`), the weights are read twice. Tensors are made when the output is written,
+one weight at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit import registry
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats.base import Format, Stored, storing
+from fewbit.formats.containers.safetensors import Checkpoint
+from fewbit.formats.dense import Dense
+from fewbit.methods.base import Method
+from fewbit.models.decoded import Weight
+from fewbit.models.skeleton import Skeleton
+from fewbit.models.source import Source
+from fewbit.names import in_short
+from fewbit.pipeline.job import homeless, left_behind
+from fewbit.pipeline.settled import Settled, model_of
+from fewbit.plans.plan import Assignment, Plan, Resolved
+from fewbit.schemes import exact
+from fewbit.schemes.base import Codec, Scheme, parse
+from fewbit.schemes.exact import Form
+
+DENSE = "dense"
+_DECODE = "`to=dense` decodes all weights."
+_REQUANTIZE = "`requantize=True` with a `plan` quantizes them anew, which changes their values."
+_SHOWN = 4  # reasons in an error
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a model is converted to: a format, and the variant of its layout; "": the one that the format prefers."""
+
+    format: Format
+    variant: str = ""
+
+    @property
+    def keys(self) -> Mapping[str, Any]:
+        """The keys of the quantization config that choose the variant."""
+        return self.format.variants[self.variant] if self.variant else {}
+
+
+def targets() -> dict[str, Target]:
+    """Name -> target: `dense`, each format, and its variants, such as `gptq-v1`."""
+    found = {DENSE: Target(Dense())}
+    for name, entry in registry.entries("formats").items():
+        found[name] = Target(entry())
+        found |= {f"{name}-{variant}": Target(entry(), variant) for variant in entry.variants}
+    return found
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that is checked and ready. tensors: those of the quantized weights, made when they are read.
+
+    decoded: the quantized weights that become ordinary tensors.
+    """
+
+    settled: Settled
+    tensors: Checkpoint
+    decoded: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def source_settings(self) -> dict[str, Any]:
+        """What the source's config says of its quantization. The output's config may have no place for it."""
+        return self.settled.skeleton.source.quantization or {}
+
+
+def prepare(source: Source, target: Target, *, trust_remote_code: bool = False) -> Conversion:
+    """Decide how each weight of `source` is stored in the target. PlanError, with the reasons, if one cannot be."""
+    format = target.format
+    if source.gguf is not None and format.suffix:
+        raise PlanError(f"{source.name} is a {format.suffix} file already")
+    if source.quantization is None and not format.suffix:
+        raise PlanError(
+            f"{source.name} is not quantized, and a conversion quantizes nothing", "Use fewbit quantize with a plan."
+        )
+    skeleton = Skeleton(source, source.dtype, torch.device("cpu"), trust_remote_code=trust_remote_code)
+    inside = {name for block in skeleton.blocks for name in skeleton.linears(block)}
+    if format.suffix:
+        model_of(skeleton)  # PlanError if a GGUF file cannot store the model
+        inside |= skeleton.outside().keys()
+    weights = _by_module(skeleton)
+    wanted = {} if isinstance(format, Dense) else _convertible(skeleton, weights, inside)
+    every = dict.fromkeys([*skeleton.all_linears(), *skeleton.outside()])
+    kept = tuple(name for name in every if name not in wanted and f"{name}.weight" not in skeleton.tied)
+    forms, permuted = _chosen(wanted, format, kept, skeleton.dtype_of_source)
+    found = {module: Assignment(module, wanted[module].shape, form.scheme, Method()) for module, form in forms.items()}
+    resolved = Resolved(Plan(f"conversion to {format.name}", format.name, ()), format, found, kept, ())
+    plain = Settled(skeleton, resolved)
+    known = source.quantization or {}
+    same = known.get("quant_method") == format.quant_method and not format.suffix
+    variant = {key: value for key, value in known.items() if key not in plain.config} if same else {}
+    variant |= {**(format.permuted or {} if permuted else {}), **target.keys}
+    settled = Settled(skeleton, resolved, variant, exact=True)
+    if same and format.variant(known) == format.variant(settled.config):
+        shown = " ".join(filter(None, (format.name, format.variant(known))))
+        raise PlanError(f"{source.name} is already stored as {shown}", _others(target))
+    made = Checkpoint([])
+    for module, form in forms.items():
+        converted = _Converted(module, wanted[module], form, settled)
+        for suffix, spec in format.specs(wanted[module].shape, form.scheme).items():
+            made.add(f"{module}.{suffix}", spec, _Part(converted, suffix, spec.shape))
+    decoded = tuple(name for name in weights if name not in found)
+    return Conversion(settled, made, decoded, tuple(_notes(settled, decoded)))
+
+
+def _others(target: Target) -> str:
+    others = [name for name, each in targets().items() if type(each.format) is type(target.format) and each.variant]
+    return f"Variants of the layout: {', '.join(others)}." if others else "Give another `to`."
+
+
+def _by_module(skeleton: Skeleton) -> dict[str, Weight]:
+    """The quantized weights that fewbit can keep packed, by the names of their modules in the model.
+
+    A weight that the model class has no place for, or that transformers splits, has the name of the checkpoint.
+    """
+    weights = skeleton.packing.weights if skeleton.packing is not None else {}
+    return {skeleton.name_of.get(key, key).removesuffix(".weight"): weight for key, weight in weights.items()}
+
+
+def _convertible(skeleton: Skeleton, weights: Mapping[str, Weight], inside: Container[str]) -> dict[str, Weight]:
+    """The weights that the target can store at all. PlanError for a source of which some can only be decoded."""
+    packing = skeleton.packing
+    if packing is not None and packing.parameters and not weights:
+        raise PlanError(
+            f"{skeleton.source.name}: fewbit reads {packing.said} as floats only", f"{_DECODE} {_REQUANTIZE}"
+        )
+    split = {name.removesuffix(".weight") for name in skeleton.splits.values()}
+    if found := [name for name in weights if name in split]:
+        raise PlanError(
+            f"transformers splits {found[0]} into several weights while loading, and fewbit cannot split it packed",
+            f"{_DECODE} {_REQUANTIZE}",
+        )
+    return {name: weight for name, weight in weights.items() if name in inside}
+
+
+def _chosen(
+    weights: Mapping[str, Weight], format: Format, kept: Sequence[str], dtype: torch.dtype
+) -> tuple[dict[str, Form], bool]:
+    """The form of each weight that `format` stores, and whether one has permuted columns. PlanError if one has none.
+
+    kept: the modules that stay unquantized. dtype: of the model.
+    """
+
+    def why_not(forms: Mapping[str, Form]) -> str | None:
+        return format.why_not_together([Stored(m, weights[m].shape, form.scheme) for m, form in forms.items()], kept)
+
+    found, refused, codecs, ordered = dict[str, Form](), dict[str, str](), dict[str, Codec](), False
+    for module, weight in weights.items():
+        codecs[module], permuted = weight.as_stored()
+        ordered |= permuted
+        if permuted and format.permuted is None:
+            refused[module] = f"it has act-order (g_idx), and {format.name} files have no place for an order of columns"
+            continue
+        form, reason = _first(codecs[module], weight, format)
+        if form is None:
+            refused[module] = f"it is {codecs[module]}; {reason}"
+        else:
+            found[module] = form
+    if refused:
+        raise PlanError(_listed(refused, len(weights), format), f"{_DECODE} {_REQUANTIZE}")
+    found = _suited(found, weights, codecs, format, dtype)
+    if not found or (reason := why_not(found)) is None:
+        return found, ordered
+    every = [form.scheme for m, weight in weights.items() for form in exact.forms(codecs[m], weight.shape)]
+    for scheme in dict.fromkeys(every):  # one that holds all of them
+        alike = {m: form for m, weight in weights.items() if (form := _first(codecs[m], weight, format, scheme)[0])}
+        if len(alike) == len(found) and why_not(alike) is None:
+            return alike, ordered
+    raise PlanError(f"the weights differ in scheme: {reason}", f"{_DECODE} {_REQUANTIZE}")
+
+
+def _suited(
+    forms: dict[str, Form],
+    weights: Mapping[str, Weight],
+    codecs: Mapping[str, Codec],
+    format: Format,
+    dtype: torch.dtype,
+) -> dict[str, Form]:
+    """The forms in the variant of their schemes for a model of this dtype, if that holds the values of all weights."""
+    found = dict(forms)
+    for module, form in forms.items():
+        if (scheme := format.suited(form.scheme, dtype)) != form.scheme:
+            better, _ = _first(codecs[module], weights[module], format, scheme)
+            if better is None:
+                return forms
+            found[module] = better
+    return found
+
+
+def _first(
+    codec: Codec, weight: Weight, format: Format, scheme: Scheme | None = None
+) -> tuple[Form | None, str | None]:
+    """The first form of a weight that `format` stores, or why there is none. scheme: the only scheme allowed."""
+    wrong, unfit, foreign = list[str](), list[str](), list[str]()
+    for form in exact.forms(codec, weight.shape):
+        if scheme is not None and form.scheme != scheme:
+            continue
+        if (reason := format.why_not(weight.shape, form.scheme)) is not None:
+            # A scheme of a family that the format stores says more: its width or group does not fit.
+            (unfit if _stores(type(format), type(form.scheme)) else foreign).append(reason)
+        elif form.checked and isinstance(moved := form.of(weight.read()), str):
+            wrong.append(f"{form.scheme} does not hold it: {moved}")
+        else:
+            return form, None
+    near = exact.misses(codec, weight.shape)
+    wrong += [
+        f"{form.scheme} does not hold it: {form.why_not}"
+        for form in near
+        if format.why_not(weight.shape, form.scheme) is None
+    ]
+    return None, "; ".join(wrong[:2]) or next(iter((*unfit, *foreign)), "fewbit can only decode it")
+
+
+@cache
+def _stores(format: type[Format], kind: type[Scheme]) -> bool:
+    """Whether the format stores some scheme of this family."""
+    return any(format.name in storing(parse(spec)) for spec in kind.examples)
+
+
+def _listed(refused: Mapping[str, str], of: int, format: Format) -> str:
+    """The error for weights that cannot be stored, alike ones in one line."""
+    by_reason: dict[str, list[str]] = {}
+    for module, reason in refused.items():
+        by_reason.setdefault(reason, []).append(module)
+    lines = [f"{_some(modules)}: {reason}" for reason, modules in [*by_reason.items()][:_SHOWN]]
+    more = f"\n  and {len(by_reason) - _SHOWN} other reasons" if len(by_reason) > _SHOWN else ""
+    return f"{len(refused)} of {of} weights do not fit {format.name} exactly:\n  " + "\n  ".join(lines) + more
+
+
+def _some(modules: Sequence[str]) -> str:
+    """The first of the modules, and how many more there are."""
+    return modules[0] + (f" and {len(modules) - 1} more" if len(modules) > 1 else "")
+
+
+def _notes(settled: Settled, decoded: Sequence[str]) -> Iterator[str]:
+    """What does not stay packed, what stays as it was, and what the output leaves out."""
+    skeleton, format = settled.skeleton, settled.resolved.format
+    dtype = str(skeleton.dtype_of_source).removeprefix("torch.")
+    if isinstance(format, Dense) and skeleton.packing is not None and skeleton.packing.parameters:
+        yield f"all quantized weights ({skeleton.packing.said}) are decoded and rounded to {dtype}"
+    elif decoded:
+        yield (
+            f"decoded and rounded to {dtype}: {in_short(decoded)}; fewbit writes {format.name} files with quantized "
+            "linears of blocks only"
+        )
+    if not isinstance(format, Dense) and (plain := [name for name in settled.resolved.kept if name not in decoded]):
+        yield f"not quantized in the source, and unchanged: {in_short(plain)}"
+    if rounded := _rounded(settled):
+        yield rounded
+    carried = {} if format.suffix else skeleton.carried(settled.resolved.assignments)
+    specs = skeleton.checkpoint.specs
+    lost = {key: specs[key] for key in skeleton.without_place if key not in carried}
+    yield from homeless(type(skeleton.model).__name__, carried, lost)
+    yield from left_behind(skeleton.source, single_file=bool(format.suffix))
+
+
+def _rounded(settled: Settled) -> str | None:
+    """A note if servers round the scales, which the output holds exactly."""
+    format, dtype = settled.resolved.format, settled.skeleton.dtype_of_source
+    schemes = {a.scheme for a in settled.resolved.assignments.values()}
+    if all(format.suited(scheme, dtype) == scheme for scheme in schemes):
+        return None
+    called = str(dtype).removeprefix("torch.")
+    return f"the scales are exact in the files, but servers load those of {format.name} files in the model's {called}"
+
+
+class _Converted:
+    """The tensors of one weight in the target format. They are made together, and each is kept until it is read."""
+
+    def __init__(self, module: str, weight: Weight, form: Form, settled: Settled) -> None:
+        self.module, self.weight, self.form, self.settled = module, weight, form, settled
+        self._waiting: dict[str, Tensor] = {}
+
+    def take(self, suffix: str) -> Tensor:
+        if suffix not in self._waiting:
+            self._waiting = self._made()
+        return self._waiting.pop(suffix)
+
+    def _made(self) -> dict[str, Tensor]:
+        moved = self.form.of(self.weight.read())
+        if isinstance(moved, str):
+            raise FormatError(f"{self.module} changed while it was converted: {moved}")
+        settled = self.settled
+        return settled.resolved.format.lay_out(moved, settled.config, settled.stored_as[self.module])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A lazy handle of one of these tensors."""
+
+    converted: _Converted
+    suffix: str
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.converted.take(self.suffix)[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)

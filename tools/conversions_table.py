@@ -1,0 +1,57 @@
+"""Write the table of exact conversions, generated from the schemes and formats, into docs/reference.md.
+
+`python tools/conversions_table.py`. A test compares the page with what this writes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fewbit import registry
+from fewbit.formats.base import Format, storing
+from fewbit.schemes import exact
+from fewbit.schemes.base import Scheme, parse
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference.md"
+FIRST = "stored as"
+MORE = ("int4-g32", "int4-g32-sym", "int5-g32-sym", "int8-g32-sym")  # groups of GGUF's blocks
+
+
+def main() -> None:
+    """Replace the table, which begins with its header and ends at the first empty line."""
+    page = PAGE.read_text(encoding="utf-8")
+    start = page.index(f"| {FIRST} |")
+    end = page.index("\n\n", start) + 1
+    PAGE.write_text(page[:start] + table() + page[end:], encoding="utf-8")
+
+
+def table() -> str:
+    """For each scheme that a format stores: whether each format holds its values exactly. In Markdown."""
+    formats: dict[str, Format] = {name: entry() for name, entry in registry.entries("formats").items()}
+    examples = [spec for family in registry.entries("schemes").values() for spec in family.examples]
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for spec in dict.fromkeys([*examples, *MORE]):
+        if storing(scheme := parse(spec)):
+            rows.setdefault(tuple(cell(scheme, format) for format in formats.values()), []).append(spec)
+    lines = [f"| {FIRST} | {' | '.join(formats)} |", f"|{'---|' * (len(formats) + 1)}"]
+    lines += [f"| {', '.join(f'`{spec}`' for spec in specs)} | {' | '.join(cells)} |" for cells, specs in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def cell(scheme: Scheme, format: Format) -> str:
+    """What the format makes of a weight of this scheme."""
+    shape = (4096, 4096 * max(1, scheme.group))  # a multiple of everything that schemes and formats need
+    found = []
+    for form in exact.forms(scheme, shape):
+        if str(form.scheme).endswith("-bf16") > str(scheme).endswith("-bf16"):
+            continue  # a form that a bfloat16 model may get, with the same values
+        if format.why_not(shape, form.scheme) is None:
+            name = "exact" if form.scheme == scheme else f"exact as `{form.scheme}`"
+            found.append(f"{name}, if the values fit" if form.checked else name)
+            if not form.checked:
+                break
+    return "; ".join(dict.fromkeys(found)) or "no"
+
+
+if __name__ == "__main__":
+    main()
