@@ -1,4 +1,4 @@
-"""Every type of causal LM, quantized while transformers loads it, then saved and loaded again."""
+"""Every type of causal LM and of model with towers, quantized on load, then saved and loaded again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fewbit.models import experts
 from fewbit.models.plugin import quantizer
 from fewbit.nn.fused import packed_linears
 from fewbit.nn.layers import QLinear
-from tests import architectures, models
+from tests import architectures, models, multimodal
 
 CONFIGS: dict[str, Any] = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "int8": {"load_in_8bit": True}}
 LEFT = "of those in the model's layers, stay in"  # in the warning about parameters that are not packed
@@ -26,15 +26,21 @@ POPULAR = ("deepseek_v3", "gpt_oss", "llama4_text", "mamba2", "nemotron_h", "qwe
 # Others run by NF4 on one day of ten. tests/e2e/test_architectures.py checks why some types are not built.
 TYPES = [kind for kind in architectures.TYPES if kind not in architectures.NOT_BUILT]
 TODAY = architectures.today(TYPES)
+# Models with towers that `fewbit.quantize` serves too.
+MULTIMODAL = [kind for kind in multimodal.TYPES if kind not in multimodal.NOT_BUILT | multimodal.REFUSED]
 
 
 def is_quick(kind: str, plan: str) -> bool:
     return plan == "nf4" and kind in (*POPULAR, *TODAY)
 
 
-def loaded(folder: Path, **options: Any) -> Any:
+def is_quick_multimodal(kind: str, plan: str) -> bool:
+    return plan == "nf4" and kind in ("gemma3", "llava", "qwen3_5", *architectures.today(MULTIMODAL))
+
+
+def loaded(folder: Path, *, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
     with quantizer.serving("reference"):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+        return kind.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
 @pytest.mark.filterwarnings("default")  # models warn about their own tiny configs
@@ -56,6 +62,23 @@ def test_quantized_on_load_saved_and_loaded_again(kind: str, plan: str, tmp_path
     assert said or _share(expected, packed_linears(made)) > 0.9
     made.save_pretrained(tmp_path / "out")
     assert torch.equal(models.logits(loaded(tmp_path / "out"), _ids()), found)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("kind", "plan"), architectures.cases(MULTIMODAL, list(CONFIGS), is_quick_multimodal))
+def test_models_with_towers_on_load_saved_and_loaded_again(kind: str, plan: str, tmp_path: Path) -> None:
+    folder = multimodal.save(tmp_path / "model", kind)
+    original = models.original(folder)
+    made = loaded(folder, kind=type(original), quantization_config=BitsAndBytesConfig(**CONFIGS[plan]))
+    assert packed_linears(made)
+    expected = architectures.with_values(original, made)
+    inputs = multimodal.inputs(kind, expected)
+    with torch.inference_mode():
+        wanted, found = expected(**inputs).logits, made(**inputs).logits
+    assert (found - wanted).norm() <= 1e-4 * wanted.norm()
+    made.save_pretrained(tmp_path / "out")
+    with torch.inference_mode():
+        assert torch.equal(loaded(tmp_path / "out", kind=type(original))(**inputs).logits, found)
 
 
 def _share(model: Any, layers: dict[str, QLinear]) -> float:
