@@ -30,8 +30,9 @@ from fewbit.methods.base import make
 from fewbit.methods.sweep.definition import Sweep
 from fewbit.models import topology
 from fewbit.nn import layers as quantized_nn
+from fewbit.pipeline import agreed
 from fewbit.pipeline import rewrite as rewriting
-from fewbit.schemes import affine, bits, int8, nf4
+from fewbit.schemes import affine, bits, floats, int8, nf4, nvfp4, scaled
 from fewbit.schemes.base import parse
 from fewbit.schemes.ggml import codebook, layout, search
 from fewbit.schemes.ggml import grids as blockwise
@@ -50,6 +51,8 @@ from tests.golden.test_ggml_blocks import check_written as check_blocks
 from tests.golden.test_gptq_layout import check_read, check_written
 from tests.unit import test_awq, test_rewrite
 from tests.unit.test_affine import check_range, check_refit
+from tests.unit.test_agreed import test_linears_of_a_module_with_one_input_size_agree as check_agreed
+from tests.unit.test_floats import test_fp4_takes_the_nearest_and_even_codes_on_ties as check_fp4
 from tests.unit.test_ggml import check_bytes_come_back, check_descent, check_last, check_solved
 from tests.unit.test_gptq import check_definition, check_factor, check_gain, check_refinement
 from tests.unit.test_nn import test_the_gradient_is_the_dequantized_linears as check_gradient
@@ -152,6 +155,34 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
     "the worst candidate kept, not the best": (
         [Mutation(affine.Affine, "_fit_rows", "grid: self._error(", "grid: -self._error(")],
         lambda: check_weighted_fit(parse("int4-g16"), ordinary(6, 96), torch.linspace(0, 1, 96)),
+    ),
+    "nibbles of FP4 swapped in pack": (
+        [Mutation(floats, "pack_pairs", "(pairs >> 4).bitwise_or_(pairs)", "(pairs >> 8).bitwise_or_(pairs << 4)")],
+        parts_("mxfp4"),
+    ),
+    "nibbles of FP4 swapped in dequantize": (
+        [
+            Mutation(
+                floats, "_pairs", "[levels[byte & 15], levels[byte >> 4]]", "[levels[byte >> 4], levels[byte & 15]]"
+            )
+        ],
+        parts_("mxfp4"),
+    ),
+    "FP4 ties away from zero": (
+        [Mutation(floats, "to_e2m1", "a.round().add_(2)", "a.add(0.5).floor_().add_(2)")],
+        check_fp4,
+    ),
+    "the global scale multiplied where it divides": (
+        [Mutation(nvfp4.NVFP4, "dequantize", "numbers.div_(whole)", "numbers.mul_(whole)")],
+        parts_("nvfp4"),
+    ),
+    "scales of FP8 blocks one row late": (
+        [Mutation(scaled.ScaledGrids, "_of", "narrow(0, 0, ", "roll(1, 0).narrow(0, 0, ")],
+        lambda: check_grids(parse("fp8-b128"), torch.cat([ordinary(128, 128), 9 * ordinary(6, 128)])),
+    ),
+    "linears that a server fuses keep their own global scale": (
+        [Mutation(agreed, "agreed", "if len(names) > 1", "if len(names) > 9")],
+        check_agreed,
     ),
     "nibbles of the 4-bit levels swapped": (
         [Mutation(nf4.FourBit, "pack", "(pairs >> 8).bitwise_or_(pairs << 4)", "(pairs >> 4) | pairs")],

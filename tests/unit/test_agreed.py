@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fewbit.methods.base import make
-from fewbit.pipeline.agreed import agreed
+from fewbit.pipeline import agreed
 from fewbit.plans.plan import Assignment
 from fewbit.schemes.base import parse
 from tests.contract.cases import ordinary, quantized
@@ -32,7 +32,7 @@ def assigned(spec: str) -> dict[str, Assignment]:
 
 
 def test_linears_of_a_module_with_one_input_size_agree() -> None:
-    found = agreed(assigned("nvfp4"), WEIGHTS.__getitem__)
+    found = agreed.agreed(assigned("nvfp4"), WEIGHTS.__getitem__)
     assert found == assigned("nvfp4")
     scales = {name: float(quantized(a.scheme, WEIGHTS[name])["global"][0, 0]) for name, a in found.items()}
     for names in TOGETHER:
@@ -43,7 +43,7 @@ def test_linears_of_a_module_with_one_input_size_agree() -> None:
 
 def test_linears_with_different_schemes_need_not_agree() -> None:
     wanted = assigned("nvfp4") | {"attn.k_proj": Assignment("attn.k_proj", (16, 32), parse("int4-g32"), make("rtn"))}
-    found = agreed(wanted, WEIGHTS.__getitem__)
+    found = agreed.agreed(wanted, WEIGHTS.__getitem__)
     assert vars(found["attn.q_proj"].scheme)["span"] is None
     assert found["attn.k_proj"] is wanted["attn.k_proj"] or found["attn.k_proj"] == wanted["attn.k_proj"]
 
@@ -52,5 +52,5 @@ def test_weights_are_not_read_for_schemes_that_need_not_agree() -> None:
     def read(name: str) -> torch.Tensor:
         raise AssertionError(name)
 
-    assert agreed(assigned("int4-g16"), read) == assigned("int4-g16")
-    assert agreed(assigned("fp8-row"), read) == assigned("fp8-row")
+    assert agreed.agreed(assigned("int4-g16"), read) == assigned("int4-g16")
+    assert agreed.agreed(assigned("fp8-row"), read) == assigned("fp8-row")
