@@ -96,6 +96,18 @@ def test_scales_of_activations_are_saved_again(tmp_path: Path) -> None:
     assert any(name.endswith("input_global_scale") for name in stored)
 
 
+def test_scales_of_fp8_keep_their_dtype(tmp_path: Path) -> None:
+    packed = packed_models.pack(models.save(tmp_path / "plain", "llama"), tmp_path / "packed", "ct-fp8")
+    stored = models.tensors_of(packed)
+    rounded = {n: t.bfloat16() for n, t in stored.items() if n.endswith("weight_scale")}
+    packed_models.edit(packed, rounded)
+    model: Any = AutoModelForCausalLM.from_pretrained(packed)
+    model.save_pretrained(tmp_path / "again")
+    found = models.tensors_of(tmp_path / "again")
+    assert found.keys() == stored.keys()
+    assert all(found[n].dtype == torch.bfloat16 and torch.equal(found[n], t) for n, t in rounded.items())
+
+
 def test_fp8_of_another_kind_is_dequantized_and_said(tmp_path: Path) -> None:
     plain = models.save(tmp_path / "plain", "llama")
     packed = packed_models.pack(plain, tmp_path / "packed", "ct-fp8-blocks")

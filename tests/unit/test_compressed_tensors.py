@@ -86,6 +86,13 @@ def test_older_files_put_whole_codes_in_words(bits: int, symmetric: bool) -> Non
     assert torch.equal(opened(tensors, config).dequantize(), values)
 
 
+def test_a_group_may_be_the_whole_row() -> None:
+    tensors, values = integers(ordinary(N, K), group=K)
+    weight = opened(tensors, groups(num_bits=4, type="int", symmetric=True, strategy="group", group_size=K))
+    assert str(weight.codec) == f"int4-g{K}-sym-bf16"
+    assert torch.equal(weight.dequantize(), values)
+
+
 def test_act_order_of_older_files_is_kept() -> None:
     tensors, values = integers_in_order(ordinary(N, K))
     config = int4(actorder="group")

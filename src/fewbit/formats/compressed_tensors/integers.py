@@ -124,8 +124,7 @@ def describe(tensors: Mapping[str, PartSpec], group: Group, module: str, shape: 
     order = tensors.get("weight_g_idx")
     if order is not None and order != PartSpec((k,), torch.int32):
         raise _wrong(f"{module}.weight_g_idx", order, f"int32 {[k]}")
-    group_size = 0 if groups == 1 else k // groups
-    return Affine(group_size, args.bits, symmetric, scale.dtype == torch.bfloat16), (n, k)
+    return Affine(args.group, args.bits, symmetric, scale.dtype == torch.bfloat16), (n, k)
 
 
 def read(tensors: Mapping[str, Tensor], group: Group, module: str) -> QTensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,14 @@ def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *,
     packed.transposed = isinstance(linear, Conv1D)
     packed._is_hf_initialized = True  # else the code of some models draws numbers of the shape of a plain weight
     setattr(model.get_submodule(parent), leaf, packed)
+
+
+def as_stored(tensor: Tensor, spec: PartSpec | None) -> Tensor:
+    """A tensor to save again, in the dtype and shape that the checkpoint had for it, if these hold the same numbers."""
+    if spec is None or spec == PartSpec.of(tensor) or tensor.numel() != prod(spec.shape):
+        return tensor
+    cast = tensor.to(spec.dtype)
+    return cast.reshape(spec.shape) if torch.equal(cast.to(tensor.dtype), tensor) else tensor
 
 
 class ScaledActivation(nn.Module):

@@ -45,7 +45,7 @@ from fewbit.models.decoding import decode
 from fewbit.models.decoding.fuse import fuse
 from fewbit.models.linears import is_linear, shape_of
 from fewbit.models.plugin import apart, compressed_tensors, options, patch_adapters, patch_fp8, patch_resizing
-from fewbit.models.plugin.modules import left_as_they_are, put, put_scales, renamed, unpack
+from fewbit.models.plugin.modules import as_stored, left_as_they_are, put, put_scales, renamed, unpack
 from fewbit.models.plugin.serving import checked, dispatched, own_loader, requested_kernel
 from fewbit.models.plugin.serving import serving as serving
 from fewbit.models.source import read_config
@@ -88,6 +88,7 @@ class FewbitQuantizer(HfQuantizer):
         self.transposed: set[str] = set()
         self.packed: list[str] = []  # names of the layers that are packed
         self.stored_as: dict[str, str] = {}  # their names in the checkpoint
+        self.headers: dict[str, dict[str, PartSpec]] = {}  # and the headers of their tensors there
         self.carried: dict[str, dict[str, Tensor]] = {}  # tensors of these layers that only other readers need
         self.separated = False  # whether the experts of the model have linears of their own
         self.splitting: list[WeightConverter] = []  # for fused experts in the checkpoint, if `separated`
@@ -195,7 +196,7 @@ class FewbitQuantizer(HfQuantizer):
             module = named[f"{stored}.{suffix}"].removesuffix(f".{suffix}")
             put(model, module, tensors, has_bias=f"{module}.bias" in biased)
             self.packed.append(module)
-            self.stored_as[module] = stored
+            self.stored_as[module], self.headers[module] = stored, tensors
             suffixes |= set(tensors)
         for module, spec in self.format.activations({named[key]: spec for key, spec in specs.items()}).items():
             put_scales(model, module, spec)
@@ -418,7 +419,7 @@ class FewbitQuantizer(HfQuantizer):
         for name, linear in quantized.items():
             weight, stored = linear.qtensor().map(lambda t: t.cpu()), self.stored_as.get(name, name)
             for suffix, tensor in self.format.lay_out(weight, self.config, stored).items():
-                state[f"{name}.{suffix}"] = tensor
+                state[f"{name}.{suffix}"] = as_stored(tensor, self.headers.get(name, {}).get(suffix))
             state |= {f"{name}.{suffix}": tensor for suffix, tensor in self.carried.get(name, {}).items()}
         return state, {}
 
