@@ -344,6 +344,8 @@ def resolve(
         notes += suited
     if wanted and (reason := format.why_not_together(list(wanted.values()), kept)):
         raise PlanError(reason, "Use one scheme for all tensors, or another format.")
+    if plan.activations is not None:
+        notes.append("servers may round activations too; all that fewbit measures is with activations in 16 bits")
     if any(scheme is None for schemes in mixed.values() for scheme in schemes.values()):
         notes.append(f"in 16 bits, as no block divides their rows: {in_short(kept)}")
     return Resolved(plan, format, wanted, tuple(kept), tuple(notes))

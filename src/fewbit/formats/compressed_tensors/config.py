@@ -125,10 +125,10 @@ class Groups:
                 )
         routed = {module.rpartition(".experts.")[0] for module in packed if ".experts." in module}
         for module in others:
-            if self.ignored.claim(module) > 1:
+            parent, _, leaf = module.rpartition(".")
+            if self.ignored.claim(module) > 1 or "embed" in leaf or leaf in ("wte", "wpe"):
                 continue
             claims = self.claiming(module)
-            parent = module.rpartition(".")[0]
             if claims and (claims[0].claim(module) > 1 or parent in routed):
                 raise FormatError(
                     f"{module}.weight is not quantized, but the targets of {claims[0].name} in config_groups {_WHERE} "
@@ -251,7 +251,7 @@ def _matching(name: str, entries: Sequence[str]) -> Group:
 
 
 def _is_class(target: str) -> bool:
-    return not target.startswith("re:") and target.endswith(("Linear", "ParallelLMHead", "Embedding"))
+    return target[:1].isupper() and "." not in target
 
 
 def _object(value: Any, where: str) -> Mapping[str, Any]:
