@@ -20,6 +20,8 @@ import torch
 
 from fewbit.formats import awq as awq_format
 from fewbit.formats.awq import AWQFormat
+from fewbit.formats.compressed_tensors import config as ct_config
+from fewbit.formats.compressed_tensors import integers as ct_integers
 from fewbit.formats.gptq import GPTQFormat
 from fewbit.kernels.base import Kernel
 from fewbit.kernels.reference import Reference
@@ -51,7 +53,11 @@ from tests.golden.test_ggml_blocks import check_written as check_blocks
 from tests.golden.test_gptq_layout import check_read, check_written
 from tests.unit import test_awq, test_rewrite
 from tests.unit.test_affine import check_range, check_refit
+from tests.unit.test_affine import test_bf16_scales_are_exact_in_both_16_bit_types as check_bf16_scales
 from tests.unit.test_agreed import test_linears_of_a_module_with_one_input_size_agree as check_agreed
+from tests.unit.test_compressed_tensors import test_a_name_beats_a_pattern_and_a_pattern_a_class as check_ct_groups
+from tests.unit.test_compressed_tensors import test_older_files_put_whole_codes_in_words as check_ct_older
+from tests.unit.test_compressed_tensors import test_packed_weights_are_read_and_written_back as check_ct_packed
 from tests.unit.test_floats import test_fp4_takes_the_nearest_and_even_codes_on_ties as check_fp4
 from tests.unit.test_ggml import check_bytes_come_back, check_descent, check_last, check_solved
 from tests.unit.test_gptq import check_definition, check_factor, check_gain, check_refinement
@@ -145,8 +151,12 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         parts_("int4-g16"),
     ),
     "scales not stored before codes are chosen": (
-        [Mutation(affine, "_stored", ".to(torch.float16)", "")],
+        [Mutation(affine.Affine, "_stored", ".to(torch.float16)", "")],
         parts_("int4-g16"),
+    ),
+    "scales of bfloat16 not stored before codes are chosen": (
+        [Mutation(affine.Affine, "_stored", ".to(torch.bfloat16)", "")],
+        lambda: check_bf16_scales("int4-g32-bf16", 1.0),
     ),
     "sizes for whole bytes only": (
         [Mutation(bits, "packed_bytes", "n * bits + 7", "n * bits")],
@@ -402,6 +412,18 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
     "the group of a column off by one": (
         [Mutation(GPTQFormat, "lay_out", "torch.arange(k, dtype", "torch.arange(1, k + 1, dtype")],
         lambda: check_written(4, 16, symmetric=True),
+    ),
+    "compressed-tensors: zero points of the groups in another order": (
+        [Mutation(ct_integers, "lay_out", "bits.pack(zero.T.contiguous()", "bits.pack(zero.T.flip(0).contiguous()")],
+        lambda: check_ct_packed(4, symmetric=False),
+    ),
+    "compressed-tensors: older words read as dense ones": (
+        [Mutation(ct_integers, "_codes", "words.shape[1] == _words(count, width)", "True")],
+        lambda: check_ct_older(3, symmetric=True),
+    ),
+    "compressed-tensors: a name counts less than a pattern": (
+        [Mutation(ct_config.Group, "claim", "3 if module in self.names", "1 if module in self.names")],
+        check_ct_groups,
     ),
     # rewriting a block
     "awq: any scale better than none": (

@@ -151,6 +151,15 @@ def stored(spec: str, *modules: str) -> list[Stored]:
     return [Stored(module, (N, K), parse(spec)) for module in modules]
 
 
+def test_a_name_beats_a_pattern_and_a_pattern_a_class() -> None:
+    def group(bits: int, *targets: str) -> dict[str, Any]:
+        return {"targets": list(targets), "weights": {"num_bits": bits, "type": "int", "strategy": "channel"}}
+
+    config = {"config_groups": {"a": group(8, "Linear"), "b": group(4, "re:.*x$"), "c": group(3, "m.x")}}
+    found = Groups.of(config)
+    assert [found.for_module(module).args.bits for module in ("m.x", "n.x", "n.y")] == [3, 4, 8]
+
+
 def test_each_scheme_is_a_group_with_exact_targets() -> None:
     layers = range(3)
     mlp = stored("int4-g32", *(f"model.layers.{i}.mlp.{x}_proj" for i in layers for x in ("gate", "up", "down")))
