@@ -43,6 +43,11 @@ def fp8_block(w: Tensor) -> tuple[Parts, Tensor]:
     return {"weight": codes, "weight_scale_inv": scale}, values
 
 
+def fp8_128(w: Tensor) -> tuple[Parts, Tensor]:
+    codes, scale, values = _fp8(w, (128, 128))
+    return {"weight": codes, "weight_scale_inv": scale}, values
+
+
 def fp8_tensor(w: Tensor) -> tuple[Parts, Tensor]:
     codes, scale, values = _fp8(w, (w.shape[0], w.shape[1]))
     return {"weight": codes, "weight_scale_inv": scale[0, 0], "activation_scale": torch.ones(())}, values
@@ -177,9 +182,10 @@ _INT4 = groups(num_bits=4, type="int", group_size=32, symmetric=True)
 # Name -> how a weight is packed, the quantization_config, and what fewbit calls it.
 LAYOUTS: dict[str, tuple[Packer, dict[str, Any], str]] = {
     "fp8-block": (fp8_block, {**_FP8, "weight_block_size": [40, 40]}, "FP8, block 40x40"),
+    "fp8-b128": (fp8_128, {**_FP8, "weight_block_size": [128, 128]}, "fp8-b128"),
     "fp8-power": (fp8_power, {**_FP8, "weight_block_size": [32, 32], "scale_fmt": "ue8m0"}, "FP8, block 32x32"),
-    "fp8-tensor": (fp8_tensor, _FP8, "FP8, per tensor"),
-    "fp8-autofp8": (fp8_channel, _FP8, "FP8, per channel"),
+    "fp8-tensor": (fp8_tensor, _FP8, "fp8-tensor"),
+    "fp8-autofp8": (fp8_channel, _FP8, "fp8-row"),
     "ct-fp8": (fp8_channel, groups(num_bits=8, type="float", strategy="channel"), "compressed-tensors fp8-row"),
     "ct-fp8-blocks": (
         fp8_blocks,

@@ -223,14 +223,16 @@ def test_fp8_scales_without_a_config_are_named(tmp_path: Path) -> None:
         fewbit.load(packed)
 
 
-@pytest.mark.filterwarnings("ignore:.* is dequantized in memory")
+@pytest.mark.filterwarnings("ignore:.*is dequantized in memory")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_decoded_counts_as_decoded_at_rest(layout: str, tmp_path: Path) -> None:
     plain = models.save(tmp_path / "plain", "llama")
     packed = packed_models.pack(plain, tmp_path / "packed", layout)
     found = fewbit.inspect(packed)
     if decoded.is_packed(locate(packed)):
-        assert found.weights_bytes < 1.1 * found.file_bytes  # scales may be wider in memory
+        # A number that a file has once for a tensor is in memory once for each row.
+        rows = sum(len(tensor) for name, tensor in models.tensors_of(plain).items() if "_proj" in name)
+        assert found.weights_bytes < 1.01 * found.file_bytes + 4 * rows
     else:
         model = fewbit.load(packed, device="cpu")
         assert found.weights_bytes == memory.at_rest(model).parameters
@@ -238,6 +240,7 @@ def test_what_is_decoded_counts_as_decoded_at_rest(layout: str, tmp_path: Path) 
         assert found.bits_per_weight == 8 * found.file_bytes / found.parameters
 
 
+@pytest.mark.filterwarnings("ignore:.*is dequantized in memory")
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
@@ -252,7 +255,8 @@ def test_what_transformers_would_load_wrong_is_an_error(layout: str, words: str,
     with pytest.raises(FormatError, match=words) as refused:
         AutoModelForCausalLM.from_pretrained(packed)
     assert "fewbit.load" in refused.value.hint
-    own, wanted = fewbit.load(packed, device="cpu").state_dict(), models.tensors_of(plain)
+    model, wanted = fewbit.load(packed, device="cpu"), models.tensors_of(plain)
+    own = (model.dequantize() if decoded.is_packed(locate(packed)) else model).state_dict()
     assert all(torch.equal(own[name], wanted[name]) for name in wanted)
 
 
@@ -299,13 +303,15 @@ def test_fused_fp4_experts_load_as_their_floats(tmp_path: Path, text: str) -> No
     assert measured.quality.kl.max == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*is dequantized in memory")
 @pytest.mark.parametrize("given", [{"fuse": 32}, {"kernel": "reference"}])
 def test_what_needs_packed_weights_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
-    packed = packed_models.pack(models.save(tmp_path / "plain", "llama"), tmp_path / "packed", "fp8-tensor")
+    packed = packed_models.pack(models.save(tmp_path / "plain", "llama"), tmp_path / "packed", "fp8-power")
     with pytest.raises(PlanError, match="has no packed weights that fewbit reads"):
         fewbit.load(packed, **given)
 
 
+@pytest.mark.filterwarnings("ignore:.*is dequantized in memory")
 def test_an_adapter_is_merged_into_the_floats(tmp_path: Path, text: str) -> None:
     plain = models.save(tmp_path / "plain", "llama")
     packed = packed_models.pack(plain, tmp_path / "packed", "fp8-block")

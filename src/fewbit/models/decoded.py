@@ -22,7 +22,7 @@ from fewbit.errors import FormatError
 from fewbit.formats.base import Format, by_quant_method
 from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile
 from fewbit.formats.containers.safetensors import Checkpoint
-from fewbit.formats.layouts.base import Handles, Held, Layout, Packed, is_fp8
+from fewbit.formats.layouts.base import Handles, Held, Layout, Packed, Read, is_fp8
 from fewbit.formats.layouts.compressed_tensors import CompressedTensors
 from fewbit.formats.layouts.fp8 import FP8, FbgemmFP8, scale_names
 from fewbit.formats.layouts.modelopt import ModelOpt
@@ -160,21 +160,31 @@ def is_packed(source: Source) -> bool:
 
 
 def is_read_here(source: Source, device: str) -> bool:
-    """Whether a whole model is loaded through `opened`, dequantized, because transformers would not keep it packed.
+    """Whether a whole model is loaded through `opened`, dequantized, because nothing keeps it packed.
 
-    transformers dequantizes FP8 and MXFP4 on CPUs and older GPUs. It then takes ragged blocks for even ones, and it
-    ignores scales whose names it does not know.
+    transformers would dequantize FP8 and MXFP4 on CPUs and older GPUs. It then takes ragged blocks for even ones, and
+    it ignores scales whose names it does not know.
     """
     method = None if source.gguf is not None or source.quantization is None else source.quantization["quant_method"]
-    if method not in LAYOUTS or is_packed(source):
-        return False
+    return method in LAYOUTS and not is_packed(source) and not is_left(source, device)
+
+
+def is_left(source: Source, device: str) -> bool:
+    """Whether transformers loads the model of `source`: it has kernels for FP8 and MXFP4 on recent GPUs."""
+    method = None if source.gguf is not None or source.quantization is None else source.quantization["quant_method"]
     if method not in ("fp8", "mxfp4") or not device.startswith("cuda"):
-        return True
-    if method == "mxfp4":
         return False
-    scales = [each.parts["scale"] for each in found_in(source, Checkpoint(list(source.files))).values()]
+    if method == "mxfp4":
+        return True
+    scales = [each.parts["scale"] for each in LAYOUTS["fp8"].find(*_headers(source)).values()]
     known = all(name.endswith(("_scale_inv", ".scale", ".qscale_weight")) for name in scales)
-    return not known or torch.cuda.get_device_capability(device) < (8, 9)
+    return known and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _headers(source: Source) -> tuple[Mapping[str, Any], Mapping[str, PartSpec], Read]:
+    """What a layout needs to find weights."""
+    checkpoint = Checkpoint(list(source.files))
+    return source.quantization or {}, checkpoint.specs, checkpoint.get
 
 
 def found_in(source: Source, checkpoint: Checkpoint) -> dict[str, Packed]:
@@ -214,7 +224,7 @@ def _of_format(format: Format, config: Mapping[str, Any], checkpoint: Checkpoint
             f"{module}.weight",
             Packed(
                 shape=shape,
-                kind=f"{format.name} {scheme}",
+                kind=str(scheme) if str(scheme).startswith(format.name) else f"{format.name} {scheme}",
                 parts={suffix: f"{module}.{suffix}" for suffix in tensors},
                 decode=partial(_read, format=format, config=config, module=module),
                 scales=scales,

@@ -44,8 +44,9 @@ def load_model(
     """
     device, kernel, fuse = loading.device, loading.kernel, loading.fuse
     method = str((source.quantization or {}).get("quant_method"))
-    packed = decoded.is_packed(source)
-    if (format := by_quant_method(method)) is not None and not packed:
+    left = decoded.is_left(source, str(device))
+    packed = not left and decoded.is_packed(source)
+    if (format := by_quant_method(method)) is not None and not packed and not left:
         reason = format.why_unpacked(source.quantization or {}, Checkpoint(list(source.files)).specs)
         warnings.warn(f"{source.name} is dequantized in memory: {reason}", stacklevel=2)
     if loading.adapter is not None:
@@ -75,7 +76,7 @@ def load_model(
         describe(source)  # for clearer errors than those of transformers if config and tensors contradict each other
     try:
         exact = choose.exact_activations() if loading.exact_activations else nullcontext()
-        with building(), no_progress_bars(), quantizer.serving(kernel), exact:
+        with building(), no_progress_bars(), nullcontext() if left else quantizer.serving(kernel), exact:
             model, info = _loaded(source, loading)
     except FewbitError:
         raise

@@ -30,11 +30,11 @@ class FP8(Layout):
     quant_method: ClassVar[str] = "fp8"
 
     def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec], read: Read) -> dict[str, Packed]:
-        block = _block_size(config)
+        block = block_size(config)
         found, owners = {}, set()
         for name, spec in names.items():
             scale = next((each for each in scale_names(name) if each in names), None)
-            if is_fp8(spec) and not _is_scale(name, names):
+            if is_fp8(spec) and not is_scale(name, names):
                 if scale is None:
                     raise missing(scale_names(name)[0], f"{name}, which is {_called(spec.dtype)},")
                 found[name] = packed_fp8(name, spec, scale, names[scale], block)
@@ -121,11 +121,13 @@ def _shapes(lead: list[int], n: int, k: int, size: tuple[int, int]) -> list[tupl
     return [grid, *flat]
 
 
-def _block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+def block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of a block with one scale; None for one scale for each row or tensor."""
     size = config.get("weight_block_size")
     if size is None:
         return None
-    if not isinstance(size, list) or len(size) != 2 or not all(type(each) is int and each > 0 for each in size):
+    pair = isinstance(size, (list, tuple)) and len(size) == 2
+    if not pair or not all(type(each) is int and each > 0 for each in size):
         raise FormatError(
             f"weight_block_size = {size!r} in the quantization config", "Two integers above 0 are expected."
         )
@@ -139,7 +141,8 @@ def scale_names(name: str) -> list[str]:
     return [f"{name}_scale_inv", f"{name}_scale", *others]
 
 
-def _is_scale(name: str, names: Mapping[str, PartSpec]) -> bool:
+def is_scale(name: str, names: Mapping[str, PartSpec]) -> bool:
+    """Whether the tensor `name` holds the scales of another tensor."""
     return any(name.endswith(end) and name.removesuffix(end) in names for end in ("_scale_inv", "_scale"))
 
 

@@ -62,6 +62,7 @@ _INSTALLED = {
     "gptq": lambda: is_gptqmodel_available() and is_optimum_available(),
     "awq": is_gptqmodel_available,
     "bitsandbytes": is_bitsandbytes_available,
+    "fp8": lambda: True,  # transformers itself; `patch_fp8` refuses what it would load wrong
 }
 _AUTO_ROUND = "auto-round"  # its files have the layout of GPTQ or AWQ
 

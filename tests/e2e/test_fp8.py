@@ -1,0 +1,122 @@
+"""FP8 models in DeepSeek's layout as users have them: written, loaded packed, saved again, or refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.quantizers import auto
+
+import fewbit
+from fewbit import hook, prefer
+from fewbit.errors import FormatError
+from fewbit.models.plugin import quantizer
+from fewbit.nn.fused import packed_linears
+from fewbit.plans.plan import Plan, Rule
+from tests import architectures, models, packed_models
+
+IDS = torch.arange(24)[None] + 3
+BLOCKS = Plan("blocks", "fp8", (Rule("*", "fp8-b128"),))
+TENSORS = Plan("tensors", "fp8", (Rule("*", "fp8-tensor"),))
+
+
+@contextmanager
+def preferred() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hook, "preferred", set())
+        patch.setattr(auto, "AUTO_QUANTIZER_MAPPING", dict(auto.AUTO_QUANTIZER_MAPPING))
+        prefer("fp8")
+        assert auto.AUTO_QUANTIZER_MAPPING["fp8"] is quantizer.FewbitQuantizer
+        yield
+
+
+def config_of(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+
+
+def same(one: Path, other: Path) -> None:
+    found, wanted = models.tensors_of(one), models.tensors_of(other)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name].view(torch.uint8), wanted[name].view(torch.uint8)) for name in wanted)
+
+
+@pytest.mark.parametrize("plan", [BLOCKS, TENSORS], ids=["blocks", "tensors"])
+def test_what_is_written_loads_packed_and_is_saved_again(plan: Plan, tmp_path: Path) -> None:
+    """The widths 288 and 384 give blocks of which the last are smaller, and blocks that are all whole."""
+    model = models.save(tmp_path / "model", "llama", dtype="bfloat16", hidden_size=288, intermediate_size=384)
+    out = tmp_path / "out"
+    fewbit.quantize(model, out, plan=plan, progress=False, device="cpu")
+    stored = models.tensors_of(out)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert stored[name].dtype == torch.float8_e4m3fn
+    assert stored[f"{name}_scale_inv"].shape == ((3, 3) if plan is BLOCKS else (1,))
+    assert config_of(out)["weight_block_size"] == ([128, 128] if plan is BLOCKS else None)
+    assert "lm_head" in config_of(out)["modules_to_not_convert"]
+    assert fewbit.inspect(out).schemes == {"fp8-b128" if plan is BLOCKS else "fp8-tensor": 14}
+    with preferred():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(out)
+        assert len(packed_linears(loaded)) == 14
+        loaded.save_pretrained(tmp_path / "again")
+    same(tmp_path / "again", out)
+    again = config_of(tmp_path / "again")  # transformers adds its defaults
+    assert {**again, **config_of(out)} == again
+
+
+def test_transformers_reads_what_is_written(tmp_path: Path) -> None:
+    """transformers, which serves FP8 unless fewbit is preferred, and takes each block as one of equal size."""
+    model = models.save(tmp_path / "model", "llama", dtype="bfloat16", hidden_size=256, intermediate_size=384)
+    out = tmp_path / "out"
+    fewbit.quantize(model, out, plan=BLOCKS, progress=False, device="cpu")
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert not packed_linears(theirs)
+    ours = fewbit.load(out, dtype=torch.float32, device="cpu")
+    assert len(packed_linears(ours)) == 14
+    wanted = models.logits(theirs, IDS)
+    assert (models.logits(ours, IDS) - wanted).norm() < 1e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_moe"])
+def test_experts_stay_packed(kind: str, tmp_path: Path) -> None:
+    plain = architectures.save(tmp_path / "plain", kind)
+    packed = packed_models.pack(plain, tmp_path / "packed", "fp8-b128")
+    model, stored = fewbit.load(packed, device="cpu"), models.tensors_of(packed)
+    assert len(packed_linears(model)) == sum(name.endswith("_scale_inv") for name in stored)
+    model.save_pretrained(tmp_path / "again")
+    same(tmp_path / "again", packed)
+    values, own = models.tensors_of(plain), model.dequantize().state_dict()
+    assert sum(".experts." in name for name in values) > 10
+    assert all(torch.equal(own[name].float(), tensor.float()) for name, tensor in values.items())
+
+
+def test_scales_of_activations_are_saved_again(tmp_path: Path) -> None:
+    packed = packed_models.pack(models.save(tmp_path / "plain", "llama"), tmp_path / "packed", "fp8-tensor")
+    fewbit.load(packed, device="cpu").save_pretrained(tmp_path / "again")
+    found = models.tensors_of(tmp_path / "again")
+    assert found.keys() == models.tensors_of(packed).keys()
+    assert any(name.endswith("activation_scale") for name in found)
+
+
+BAD = {
+    "0": (torch.zeros(1, 1), "weight_scale_inv has numbers that are not above 0"),
+    "negative": (-torch.ones(1, 1), "weight_scale_inv has numbers that are not above 0"),
+    "NaN": (torch.full((1, 1), torch.nan), "weight_scale_inv has"),
+    "shape": (torch.ones(1, 2), r"weight_scale_inv is float32 \[1, 2\]; \[1, 1\] .* expected"),
+    "missing": (None, "weight_scale_inv is missing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_wrong_scales_are_named(case: str, tmp_path: Path) -> None:
+    packed = packed_models.pack(models.save(tmp_path / "plain", "llama"), tmp_path / "packed", "fp8-b128")
+    scale, words = BAD[case]
+    name = "model.layers.0.self_attn.q_proj.weight_scale_inv"
+    assert models.tensors_of(packed)[name].shape == (1, 1)
+    packed_models.edit(packed, {name: scale})
+    with pytest.raises(FormatError, match=f"model.layers.0.self_attn.q_proj.{words}"):
+        fewbit.load(packed, device="cpu")
