@@ -173,6 +173,17 @@ def test_both_kinds_of_nvfp4_have_the_same_values() -> None:
     assert torch.equal(values, parse("nvfp4-mul").dequantize(multiplied, (6, 96), torch.float32))
 
 
+@pytest.mark.parametrize("spec", SCALED)
+def test_the_default_dtype_changes_no_part(spec: str) -> None:
+    w = ordinary(4, 64) * 1e-4  # the divisor of NVFP4 is beyond the range of float16
+    before = quantized(parse(spec), w)
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert same_bytes(quantized(parse(spec), w), before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("spec", ["nvfp4", "nvfp4-mul"])
 def test_any_global_scale_is_applied_as_its_maker_does(spec: str) -> None:
     """One rounding for scale and global, one for the product with the number."""

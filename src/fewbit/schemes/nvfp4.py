@@ -122,7 +122,8 @@ class NVFP4(Scheme):
         power = _power(float(top.max()) if self.span is None else self.span)
         # In float64, in which neither quotient overflows or vanishes.
         local = _stored((top.double() / floats.E2M1_LARGEST / 2.0**power).to(top.dtype))
-        whole = torch.full((len(w), 1), 2.0 ** (-power if self.divides else power), device=w.device).float()
+        factor = 2.0 ** (-power if self.divides else power)
+        whole = torch.full((len(w), 1), factor, dtype=torch.float32, device=w.device)
         grids = self._grids((w.shape[0], w.shape[1]), local, whole, top.dtype)
         return grids if importance is None else self._search(w, grids, importance)
 
