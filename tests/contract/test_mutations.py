@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from fewbit.formats import awq as awq_format
+from fewbit.formats import gptq as gptq_format
 from fewbit.formats.awq import AWQFormat
 from fewbit.formats.compressed_tensors import config as ct_config
 from fewbit.formats.compressed_tensors import integers as ct_integers
@@ -100,7 +101,7 @@ SWAPPED_OUT = Mutation(bits, "unpack", "torch.stack(lanes, dim=-1)", "torch.stac
 ROLLED = Mutation(GPTQFormat, "lay_out", '["scale"].T', '["scale"].T.roll(1, 0)')
 ROLLED_BACK = Mutation(GPTQFormat, "read", '["scales"].T', '["scales"].roll(-1, 0).T')
 NO_OFFSET_OUT = Mutation(GPTQFormat, "lay_out", "(zero - 1)", "zero")
-NO_OFFSET_IN = Mutation(GPTQFormat, "read", "zero + 1", "zero")
+NO_OFFSET_IN = Mutation(gptq_format, "_zero_points", "zero + 1", "zero")
 
 MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
     # schemes
@@ -378,7 +379,7 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         lambda: check_written(4, 16, symmetric=True),
     ),
     "a zero of 0 not wrapped in v1": (
-        [Mutation(GPTQFormat, "read", "(zero + 1) & (2**width - 1)", "zero + 1")],
+        [Mutation(gptq_format, "_zero_points", "(zero + 1) & (2**width - 1)", "zero + 1")],
         lambda: check_read(2, 16, v1=True),
     ),
     "awq: words in plain order both ways, which only the bytes tell": (
@@ -390,6 +391,24 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
     ),
     "awq: the order's inverse for the order": (
         [Mutation(awq_format, "_plain", "_ORDER.index(i)", "_ORDER[i]")],
+        lambda: awq_layout.check_read(32, "gemm"),
+    ),
+    "awq: codes in plain order both ways, which only the bytes tell": (
+        [
+            Mutation(awq_format, "_to_words", "_ORDER[2 * byte : 2 * byte + 2]", "(2 * byte, 2 * byte + 1)"),
+            Mutation(awq_format, "_from_words", "_ORDER[2 * byte : 2 * byte + 2]", "(2 * byte, 2 * byte + 1)"),
+        ],
+        lambda: awq_layout.check_written(32, False, "gemm"),
+    ),
+    "awq: odd columns in the place of even ones": (
+        [
+            Mutation(
+                awq_format,
+                "_from_words",
+                "held[:, 0::2, byte], held[:, 1::2, byte]",
+                "held[:, 1::2, byte], held[:, 0::2, byte]",
+            )
+        ],
         lambda: awq_layout.check_read(32, "gemm"),
     ),
     "awq: zero points in plain order": (
