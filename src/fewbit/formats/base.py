@@ -63,7 +63,10 @@ class Format(ABC):
         """This format for files that declare how a server rounds activations ("dynamic"). PlanError if it cannot."""
         if activations is None:
             return self
-        raise PlanError(f"{self.name} files cannot declare that activations are rounded", "Leave out `activations`.")
+        raise PlanError(
+            f"{self.name} files cannot declare that servers round activations",
+            "Use the format compressed-tensors, or a plan without activations.",
+        )
 
     def measures_inputs(self, scheme: Scheme) -> bool:
         """Whether a weight needs scales of its inputs beside it (`scales_of_inputs`), which calibration measures."""

@@ -45,7 +45,12 @@ def catalogue() -> dict[str, list[Entry]]:
             rows.append(Entry(name, what, entry().unavailable() if family == "kernels" else None))
         families[family] = rows
     families["plans"] = [
-        Entry(name, "; ".join(f"{r.match}: {r.scheme} by {r.method}" for r in plan.rules) + f"; {plan.format} files")
+        Entry(
+            name,
+            "; ".join(f"{r.match}: {r.scheme} by {r.method}" for r in plan.rules)
+            + ("; servers round activations too" if plan.activations else "")
+            + f"; {plan.format} files",
+        )
         for name, plan in plans.PRESETS.items()
     ]
     return families

@@ -327,8 +327,8 @@ def resolve(
     if blind:
         plan, format = replace(plan, activations=None), format.with_activations(None)
         notes.append(
-            f"activations stay in 16 bits: to round them, servers need the largest inputs of {in_short(blind)}, which "
-            f"the method {name_of(wanted[blind[0]].method)} does not measure; imatrix and gptq do"
+            "activations stay in 16 bits: to round them, servers need the largest inputs in a calibration text, and "
+            f"the method {name_of(wanted[blind[0]].method)} measures none; imatrix and gptq do"
         )
     if plan.adapt:
         wanted, adapted = _adapt(wanted, format)
