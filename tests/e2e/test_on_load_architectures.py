@@ -30,6 +30,10 @@ TODAY = architectures.today(TYPES)
 MULTIMODAL = [kind for kind in multimodal.TYPES if kind not in multimodal.NOT_BUILT | multimodal.REFUSED]
 
 
+# Saved models that are refused, and the error. transformers renames `weight` and no other tensor of this projector.
+NOT_AGAIN = {("unlimited_ocr", "int8"): "model.multi_modal_projector.weight is missing"}
+
+
 def is_quick(kind: str, plan: str) -> bool:
     return plan == "nf4" and kind in (*POPULAR, *TODAY)
 
@@ -77,6 +81,10 @@ def test_models_with_towers_on_load_saved_and_loaded_again(kind: str, plan: str,
         wanted, found = expected(**inputs).logits, made(**inputs).logits
     assert (found - wanted).norm() <= 1e-4 * wanted.norm()
     made.save_pretrained(tmp_path / "out")
+    if reason := NOT_AGAIN.get((kind, plan)):
+        with pytest.raises(FormatError, match=reason):
+            loaded(tmp_path / "out", kind=type(original))
+        return
     with torch.inference_mode():
         assert torch.equal(loaded(tmp_path / "out", kind=type(original))(**inputs).logits, found)
 
