@@ -91,6 +91,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("int8-row-sym", "gptq", CT, "gptq"),
         ("int4-g32", "awq", CT, "awq"),
         ("int4-g32-bf16", CT, "gptq", CT),
+        ("fp8-b128", "fp8", CT, "fp8"),
+        ("fp8-tensor", "fp8", CT, "fp8"),
         ("int5-g32-sym-bf16", CT, "gguf", CT),
     ],
 )
@@ -115,6 +117,20 @@ def test_there_and_back_gives_the_bytes(
         a, b = models.tensors_of(first), models.tensors_of(tmp_path / "third")
         assert not [name for name in a if not torch.equal(a[name].double(), b[name].double())]
         assert not [name for name in a if a[name].dim() > 1 and a[name].dtype != b[name].dtype]
+
+
+def test_the_package_gguf_reads_the_values(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    model = models.save(tmp_path / "model", "qwen3", intermediate_size=128)  # whose rows are in the model's order
+    first = quantized(model, tmp_path / "first", "int4-g32-sym", "awq")
+    converted(first, tmp_path / "second.gguf", "gguf")
+    found = {t.name: t for t in gguf.GGUFReader(tmp_path / "second.gguf").tensors}
+    wanted = values(first)
+    for theirs, ours in (("ffn_down", "mlp.down_proj"), ("attn_k", "self_attn.k_proj")):
+        tensor = found[f"blk.1.{theirs}.weight"]
+        assert tensor.tensor_type.name == "Q4_0"
+        read = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert torch.equal(torch.from_numpy(read).double(), wanted[f"model.layers.1.{ours}.weight"])
 
 
 def test_tokenizer_template_and_settings_survive(model: Path, tmp_path: Path) -> None:
@@ -251,6 +267,29 @@ def test_experts_survive(kind: str, tmp_path: Path) -> None:
     wanted = models.logits(package.load(first, dtype="float32", kernel="reference"), ids)
     found = models.logits(package.load(tmp_path / "second", dtype="float32", kernel="reference"), ids)
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_said_of_activations_is_kept_or_named(model: Path, tmp_path: Path) -> None:
+    """A plan may declare that servers round activations. GPTQ files cannot say so, and fp8 files always do."""
+    eight = Plan("w8a8", CT, (Rule("*", "int8-row-sym", "rtn"),), activations="dynamic")
+    package.quantize(model, tmp_path / "first", plan=eight, progress=False)
+    done = converted(tmp_path / "first", tmp_path / "second", "gptq")
+    assert "the source declares that servers round activations too, and the output does not" in done.notes
+    plain = quantized(model, tmp_path / "plain", "fp8-b128", CT)
+    done = converted(plain, tmp_path / "third", "fp8")
+    assert "a fp8 file declares that servers round activations too, and the source does not" in done.notes
+    back = converted(tmp_path / "third", tmp_path / "fourth", CT)
+    assert not [note for note in back.notes if "activations" in note]
+    config = json.loads((tmp_path / "fourth" / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["input_activations"]["dynamic"] is True
+    same_values(plain, tmp_path / "fourth")
+
+
+def test_scales_of_activations_are_named(model: Path, tmp_path: Path) -> None:
+    plain = quantized(model, tmp_path / "plain", "fp8-b128", "fp8")
+    first = edited(plain, tmp_path / "first", {f"{DOWN}.activation_scale": torch.ones(1)})
+    done = converted(first, tmp_path / "second", CT)
+    assert f"left out: 1 scales of activations, such as {DOWN}.activation_scale" in done.notes
 
 
 def edited(folder: Path, out: Path, tensors: dict[str, Tensor], **config: Any) -> Path:

@@ -9,6 +9,7 @@ one weight at a time.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fewbit import registry
 from fewbit.errors import FormatError, PlanError
-from fewbit.formats.base import Format, Stored, storing
+from fewbit.formats.base import Format, Stored, by_quant_method, storing
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.formats.dense import Dense
 from fewbit.methods.base import Method
@@ -82,6 +83,9 @@ class Conversion:
 def prepare(source: Source, target: Target, *, trust_remote_code: bool = False) -> Conversion:
     """Decide how each weight of `source` is stored in the target. PlanError, with the reasons, if one cannot be."""
     format = target.format
+    if _rounds_activations(source.quantization or {}):
+        with suppress(PlanError):  # `_notes` says if the format cannot declare it
+            format = format.with_activations("dynamic")
     if source.gguf is not None and format.suffix:
         raise PlanError(f"{source.name} is a {format.suffix} file already")
     if source.quantization is None and not format.suffix:
@@ -262,6 +266,7 @@ def _notes(settled: Settled, decoded: Sequence[str]) -> Iterator[str]:
         yield f"not quantized in the source, and unchanged: {in_short(plain)}"
     if rounded := _rounded(settled):
         yield rounded
+    yield from _on_activations(settled)
     carried = {} if format.suffix else skeleton.carried(settled.resolved.assignments)
     specs = skeleton.checkpoint.specs
     lost = {key: specs[key] for key in skeleton.without_place if key not in carried}
@@ -277,6 +282,35 @@ def _rounded(settled: Settled) -> str | None:
         return None
     called = str(dtype).removeprefix("torch.")
     return f"the scales are exact in the files, but servers load those of {format.name} files in the model's {called}"
+
+
+def _rounds_activations(config: Mapping[str, Any]) -> bool:
+    """Whether a quantization config declares that servers round activations, in compressed-tensors or fp8 files."""
+    groups = config.get("config_groups")
+    every = groups.values() if isinstance(groups, Mapping) else ()
+    return any(isinstance(each, Mapping) and each.get("input_activations") for each in every) or (
+        config.get("activation_scheme") is not None
+    )
+
+
+def _on_activations(settled: Settled) -> Iterator[str]:
+    """What an output does not say of activations that its source says, or the reverse."""
+    source, format = settled.skeleton.source, settled.resolved.format
+    known, packing = source.quantization or {}, settled.skeleton.packing
+    if isinstance(format, Dense) or packing is None:
+        return
+    before, after = _rounds_activations(known), _rounds_activations(settled.config)
+    if before != after:
+        yield (
+            f"{'the source' if before else f'a {format.name} file'} declares that servers round activations too, and "
+            f"{'the output' if before else 'the source'} does not"
+        )
+    own = by_quant_method(str(known["quant_method"]))
+    suffixes = own.carried_suffixes if own is not None else ()
+    if lost := [
+        f"{name.removesuffix('.weight')}.{s}" for name, w in packing.weights.items() for s in suffixes if s in w.handles
+    ]:
+        yield f"left out: {len(lost)} scales of activations, such as {lost[0]}"
 
 
 class _Converted:
