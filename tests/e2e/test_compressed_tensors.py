@@ -208,6 +208,18 @@ def test_act_order_of_older_files_survives_saving(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], stored[name]) for name in stored)
 
 
+def test_rounded_scales_give_one_warning(tmp_path: Path) -> None:
+    packed = packed_models.pack(models.save(tmp_path / "plain", "llama"), tmp_path / "packed", "ct-int4")
+    scales = {n: t.clone() for n, t in models.tensors_of(packed).items() if n.endswith("mlp.up_proj.weight_scale")}
+    for i, scale in enumerate(scales.values()):
+        scale[: i + 1, 0] = 3e-6
+    packed_models.edit(packed, scales)
+    with pytest.warns(UserWarning, match="3 scales were rounded") as caught:
+        AutoModelForCausalLM.from_pretrained(packed)
+    (warning,) = caught
+    assert "in 2 tensors; model.layers.1.mlp.up_proj.weight_scale has most of them (2)" in str(warning.message)
+
+
 def test_it_is_described_by_its_schemes(tmp_path: Path) -> None:
     seen = fewbit.inspect(written(tmp_path, "mixed", dtype="bfloat16"))
     assert (seen.format, seen.schemes) == (CT, {"int3-g32-bf16": 6, "int5-row-sym-bf16": 6})

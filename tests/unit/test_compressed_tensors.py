@@ -126,7 +126,7 @@ def test_int8_weights_are_read_and_written_back(strategy: str) -> None:
 def test_scales_that_float16_cannot_hold_are_counted() -> None:
     tensors, _ = integers(ordinary(N, K))
     tensors["weight_scale"][3, 1] = 3e-6
-    with pytest.warns(UserWarning, match=rf"{re.escape(P)}\.weight_scale: 1 of 192 scales were rounded"):
+    with pytest.warns(UserWarning, match=rf"^1 scales were rounded.* in {re.escape(P)}\.weight_scale$"):
         FORMAT.read(tensors, int4(), P)
     tensors["weight_scale"][3, 1] = 1e5
     with pytest.raises(FormatError, match="weight_scale has a scale beyond the range of float16"):

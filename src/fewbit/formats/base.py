@@ -13,8 +13,11 @@ stores each weight as a few tensors named `<module>.<suffix>`.
 from __future__ import annotations
 
 import re
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -161,6 +164,40 @@ class Format(ABC):
 
         names: the name and header of each tensor. FormatError if the config is invalid or a weight lacks a tensor.
         """
+
+
+_rounded: ContextVar[list[tuple[str, int]] | None] = ContextVar("fewbit_rounded_scales", default=None)
+
+
+def scales_were_rounded(name: str, count: int) -> None:
+    """Warn that `count` scales of the tensor `name` changed, at once or at the end of `one_warning`."""
+    together = _rounded.get()
+    if together is None:
+        _warn_of_rounded([(name, count)])
+    else:
+        together.append((name, count))
+
+
+@contextmanager
+def one_warning() -> Iterator[None]:
+    """Inside this context, rounded scales of all tensors give one warning, when it ends."""
+    found: list[tuple[str, int]] = []
+    token = _rounded.set(found)
+    try:
+        yield
+    finally:
+        _rounded.reset(token)
+    if found:
+        _warn_of_rounded(found)
+
+
+def _warn_of_rounded(found: Sequence[tuple[str, int]]) -> None:
+    name, most = max(found, key=lambda each: each[1])
+    tensors = f" in {len(found)} tensors; {name} has most of them ({most})" if found[1:] else f" in {name}"
+    warnings.warn(
+        f"{sum(count for _, count in found)} scales were rounded, as float16 cannot hold them exactly,{tensors}",
+        stacklevel=3,
+    )
 
 
 def by_quant_method(name: str) -> Format | None:

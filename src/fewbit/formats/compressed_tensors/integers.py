@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from fewbit.errors import FormatError
-from fewbit.formats.base import Shape, stored_order
+from fewbit.formats.base import Shape, scales_were_rounded, stored_order
 from fewbit.formats.compressed_tensors.config import Args, Group
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes import bits
@@ -209,10 +208,7 @@ def _half(scale: Tensor, name: str) -> Tensor:
     if not torch.isfinite(half).all():
         raise FormatError(f"{name} has a scale beyond the range of float16, {float(scale.abs().max()):g}")
     if changed := int((half.to(scale.dtype) != scale).sum()):
-        warnings.warn(
-            f"{name}: {changed} of {scale.numel()} scales were rounded, as float16 cannot hold them exactly",
-            stacklevel=2,
-        )
+        scales_were_rounded(name, changed)
     return half
 
 

@@ -37,7 +37,7 @@ from transformers.utils.import_utils import (
 
 from fewbit import hook, registry
 from fewbit.errors import FewbitError, FormatError, KernelError, NumericsError, PlanError
-from fewbit.formats.base import by_quant_method
+from fewbit.formats.base import by_quant_method, one_warning
 from fewbit.formats.containers import pickle
 from fewbit.formats.containers.safetensors import files_in, read_specs
 from fewbit.models import as_read, experts, foreign, scales, stacking
@@ -330,7 +330,7 @@ class FewbitQuantizer(HfQuantizer):
         if used := getattr(model, "_weight_conversions", None):
             used = apart.kept((c for c in used if c not in self.renamings), self.packed)
             model._weight_conversions = used  # type: ignore[assignment]
-        with heap.trimmed() as done_with:
+        with heap.trimmed() as done_with, one_warning():
             self._prepare(model, done_with)
         if self.pre_quantized and getattr(self.quantization_config, "dequantize", False):
             unpack(model, self.dtype)
