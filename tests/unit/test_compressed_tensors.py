@@ -294,6 +294,10 @@ CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         lambda c: c["config_groups"].update(other={"targets": ["Linear"], "weights": {"num_bits": 8}}),
         f"{P} is in the targets of group_0 and other",
     ),
+    "two alike that claim": (
+        lambda c: c["config_groups"].update(other=copy.deepcopy(c["config_groups"]["group_0"])),
+        f"{P} is in the targets of group_0 and other",
+    ),
     "a second that matches nothing": (
         lambda c: c["config_groups"].update(other={"targets": ["re:.*router$"], "weights": {"num_bits": 8}}),
         "targets of other",

@@ -93,19 +93,19 @@ class Groups:
         return cls(tuple(group for group in found if group is not None), ignored)
 
     def claiming(self, module: str) -> list[Group]:
-        """The groups that claim a linear most surely. More than one contradict each other if they differ."""
+        """The groups that claim a linear most surely. More than one is a fault of the config."""
         claims = {group.name: group.claim(module) for group in self.groups}
         most = max(claims.values(), default=0)
         return [group for group in self.groups if most and claims[group.name] == most]
 
     def for_module(self, module: str) -> Group:
-        """The group of a linear with quantized weights. FormatError if there is none, or two that differ."""
+        """The group of a linear with quantized weights. FormatError if there is none, or if two claim it."""
         found = self.claiming(module)
         if not found and len(self.groups) == 1:
             return self.groups[0]  # names may have changed since the config was written
         if not found:
             raise FormatError(f"{module} is quantized, but no targets of config_groups {_WHERE} match it")
-        if any((other.args, other.format) != (found[0].args, found[0].format) for other in found):
+        if len(found) > 1:
             names = " and ".join(group.name for group in found)
             raise FormatError(f"{module} is in the targets of {names} in config_groups {_WHERE}: one group expected")
         return found[0]
