@@ -292,6 +292,33 @@ def test_scales_of_activations_are_named(model: Path, tmp_path: Path) -> None:
     assert f"left out: 1 scales of activations, such as {DOWN}.activation_scale" in done.notes
 
 
+@pytest.mark.parametrize("packing", ["awq", "mxfp4"])
+def test_dense_experts_are_fused_where_transformers_needs_it(packing: str, tmp_path: Path) -> None:
+    """transformers has no way to load gpt-oss with tensors of single experts."""
+    model = architectures.save(tmp_path / "model", "gpt_oss")
+    if packing == "mxfp4":
+        first = packed_models.pack_gpt_oss(model, tmp_path / "first")  # `model` has its values now
+    else:
+        first = quantized(model, tmp_path / "first", "int4-g32", packing)
+    converted(first, tmp_path / "dense", "dense")
+    a, b = models.tensors_of(model), models.tensors_of(tmp_path / "dense")
+    assert {name: t.shape for name, t in a.items()} == {name: t.shape for name, t in b.items()}
+    ids = torch.randint(3, models.VOCAB, (1, 20), generator=torch.Generator().manual_seed(0))
+    source = models.original(model) if packing == "mxfp4" else package.load(first, dtype="float32", kernel="reference")
+    assert torch.allclose(
+        models.logits(models.original(tmp_path / "dense"), ids), models.logits(source, ids), atol=1e-4
+    )
+
+
+def test_a_file_without_quantized_weights_is_refused(model: Path, tmp_path: Path) -> None:
+    assert converted(model, tmp_path / "first.gguf", "gguf").exact
+    assert converted(tmp_path / "first.gguf", tmp_path / "second", "dense").exact
+    a, b = models.tensors_of(model), models.tensors_of(tmp_path / "second")
+    assert all(torch.equal(a[name].double(), b[name].double()) for name in a)
+    with pytest.raises(PlanError, match="has no quantized weights"):
+        converted(tmp_path / "first.gguf", tmp_path / "out", "gptq")
+
+
 def edited(folder: Path, out: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
     """A copy of a folder with other tensors and settings of its quantization config."""
     shutil.copytree(folder, out)

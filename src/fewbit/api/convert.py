@@ -155,7 +155,7 @@ def _converted(
     done = Converted(
         out=str(out),
         to=" ".join(filter(None, (target.format.name, target.format.variant(settled.config)))),
-        exact=bool(schemes) or settled.skeleton.packing is None,
+        exact=bool(schemes) or (packing := settled.skeleton.packing) is None or not packing.parameters,
         schemes=dict(schemes),
         decoded=list(made.decoded),
         notes=list(made.notes),

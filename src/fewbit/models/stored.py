@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
+from fewbit.formats.containers.safetensors import Checkpoint
+from fewbit.models import experts
 from fewbit.models.conversions import owner
+from fewbit.models.pieces import Piece
 from fewbit.models.skeleton import Skeleton
+from fewbit.schemes.base import PartSpec
 
 
 def original(skeleton: Skeleton, key: str, name: str, suffix: str | None = None) -> str | None:
@@ -87,3 +94,47 @@ def skipped(skeleton: Skeleton, quantized: Iterable[str]) -> list[str]:
         if not any(module.startswith(other) or module.endswith(other) for module in names_of_packed):
             found[other] = None
     return list(found)
+
+
+def fuse_experts(skeleton: Skeleton) -> None:
+    """Let an output have the fused parameters of experts, where transformers cannot load those of single experts."""
+    known = get_model_conversion_mapping(skeleton.model)
+    if len(experts.unmerged(known)) < len(known):  # it merges them
+        return
+    checkpoint, keys = skeleton.checkpoint, {name: key for key, name in skeleton.name_of.items()}
+    for path, module in skeleton.model.named_modules():
+        for fused, shape in module.shapes.items() if isinstance(module, experts.SeparateExperts) else ():
+            pieces = {
+                f"{path}.{number}.{piece.leaf}.{piece.kind}": (piece, number)
+                for piece in module.pieces
+                if piece.fused == fused
+                for number in range(module.count)
+            }
+            own = {keys[name]: piece for name, piece in pieces.items()}
+            for key in own:
+                del skeleton.name_of[key]
+            wholes = {checkpoint.whole_of(key) for key in own}
+            if len(wholes) == 1 and not wholes & own.keys():  # the source has it
+                skeleton.name_of[wholes.pop()] = f"{path}.{fused}"
+                continue
+            spec = PartSpec(tuple(shape), checkpoint.specs[next(iter(own))].dtype)
+            checkpoint.add(f"{path}.{fused}", spec, _Fused(checkpoint, own, spec))
+            skeleton.name_of[f"{path}.{fused}"] = f"{path}.{fused}"
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """A lazy handle of a fused parameter. parts: checkpoint name of a tensor of one expert -> its piece and number."""
+
+    checkpoint: Checkpoint
+    parts: Mapping[str, tuple[Piece, int]]
+    spec: PartSpec
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        whole = torch.zeros(self.spec.shape, dtype=self.spec.dtype, device="cpu")
+        for key, (piece, number) in self.parts.items():
+            piece.of(whole, number).copy_(self.checkpoint.get(key))
+        return whole[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self.spec.shape)

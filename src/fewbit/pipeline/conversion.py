@@ -23,6 +23,7 @@ from fewbit.formats.base import Format, Stored, by_quant_method, storing
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.formats.dense import Dense
 from fewbit.methods.base import Method
+from fewbit.models import stored
 from fewbit.models.decoded import Weight
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import Source
@@ -93,6 +94,8 @@ def prepare(source: Source, target: Target, *, trust_remote_code: bool = False) 
             f"{source.name} is not quantized, and a conversion quantizes nothing", "Use fewbit quantize with a plan."
         )
     skeleton = Skeleton(source, source.dtype, torch.device("cpu"), trust_remote_code=trust_remote_code)
+    if isinstance(format, Dense):
+        stored.fuse_experts(skeleton)
     inside = {name for block in skeleton.blocks for name in skeleton.linears(block)}
     if format.suffix:
         model_of(skeleton)  # PlanError if a GGUF file cannot store the model
@@ -103,6 +106,8 @@ def prepare(source: Source, target: Target, *, trust_remote_code: bool = False) 
     kept = tuple(name for name in every if name not in wanted and f"{name}.weight" not in skeleton.tied)
     forms, permuted = _chosen(wanted, format, kept, skeleton.dtype_of_source)
     found = {module: Assignment(module, wanted[module].shape, form.scheme, Method()) for module, form in forms.items()}
+    if not found and not format.suffix and not isinstance(format, Dense):
+        raise PlanError(f"{source.name} has no quantized weights", "Use fewbit quantize with a plan.")
     resolved = Resolved(Plan(f"conversion to {format.name}", format.name, ()), format, found, kept, ())
     plain = Settled(skeleton, resolved)
     known = source.quantization or {}

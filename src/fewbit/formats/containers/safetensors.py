@@ -87,6 +87,11 @@ class Checkpoint:
         """Whether the tensor is a part of another one."""
         return isinstance(self._added.get(name), _View)
 
+    def whole_of(self, name: str) -> str:
+        """The tensor that `name` is a part of, or `name`."""
+        added = self._added.get(name)
+        return added.name if isinstance(added, _View) else name
+
     def stored(self, name: str) -> Any:
         """A lazy handle of a tensor as the files hold it."""
         return self._handle(name).get_slice(name)
