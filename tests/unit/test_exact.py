@@ -131,5 +131,17 @@ def test_a_near_miss_says_what_differs(spec: str, near: str, reason: str) -> Non
     assert reason in str(found[near])
 
 
+def test_mxfp4_blocks_have_the_values_of_the_scheme() -> None:
+    generator = torch.Generator().manual_seed(3)
+    blocks = torch.randint(0, 256, (64, 4, 17), generator=generator).to(torch.uint8)
+    blocks[..., 0] = torch.randint(0, 140, (64, 4), generator=generator).to(torch.uint8)
+    weight = QTensor(codec("mxfp4"), SHAPE, {"blocks": blocks.flatten(1)})
+    there = moved(weight, "mxfp4")
+    assert torch.equal(values(there), values(weight))
+    assert values(there).abs().max() > 0
+    weight.parts["blocks"][5, 17] = 255
+    assert form_of(weight, "mxfp4").of(weight) == "it has a scale that is NaN"
+
+
 def test_a_type_that_is_only_decoded_has_no_form() -> None:
     assert exact.forms(codec("iq2_xs"), (32, 256)) == []

@@ -9,6 +9,7 @@ pair of schemes needs one more rule here and nothing elsewhere.
                       scales in bf16     the same in fp16; the reverse if they are bfloat16 numbers
                       groups of 32       q4_0, q5_0, q8_0 if symmetric: the same scale and codes, as levels c - 2^(b-1)
                                          q4_1, q5_1 if asymmetric, with the minimum -s z, where fp16 holds every s z
+    mxfp4 of GGUF     the scheme mxfp4: the same exponents, and the same codes in another order
 
 Where the values decide whether a form exists (`checked`), its function returns the reason why it does not.
 
@@ -31,9 +32,11 @@ from fewbit.schemes.affine import Affine
 from fewbit.schemes.base import Codec, QTensor, Scheme, chunk_rows
 from fewbit.schemes.ggml import GGML
 from fewbit.schemes.ggml import grids as blockwise
+from fewbit.schemes.ggml.codec import ReadOnly
 from fewbit.schemes.ggml.grids import BlockGrids
 from fewbit.schemes.ggml.layout import LAYOUTS
 from fewbit.schemes.int8 import Int8
+from fewbit.schemes.mxfp4 import MXFP4
 from fewbit.schemes.nf4 import FourBit
 
 Shape = tuple[int, int]
@@ -219,3 +222,18 @@ def _int8_as_affine(codec: Int8, shape: Shape) -> Iterator[Form]:
         _same,
         why_not="its scales are float32 numbers over 127, which fp16 does not hold",
     )
+
+
+@rule(ReadOnly)
+def _blocks_as_mxfp4(codec: ReadOnly, shape: Shape) -> Iterator[Form]:
+    if codec.name == "mxfp4":
+        yield Form(MXFP4(), _from_mxfp4_blocks)
+
+
+def _from_mxfp4_blocks(parts: Parts, shape: Shape) -> dict[str, Tensor] | str:
+    blocks: Tensor = parts["blocks"].unflatten(1, (-1, 17))
+    scale, pairs = blocks[..., 0].contiguous(), blocks[..., 1:]
+    if (scale == 255).any():
+        return "it has a scale that is NaN"
+    codes = torch.cat([pairs & 15, pairs >> 4], 2)  # a byte holds columns j and j + 16
+    return {"codes": bits.pack(codes.flatten(1), 4), "scale": scale}
