@@ -147,10 +147,12 @@ def nvfp4(w: Tensor) -> tuple[Parts, Tensor]:
 
 
 def modelopt_nvfp4(w: Tensor) -> tuple[Parts, Tensor]:
-    parts, values = nvfp4(w)
-    whole = parts["weight_global_scale"][0]
-    own = {"weight": parts["weight_packed"], "weight_scale": parts["weight_scale"], "weight_scale_2": 1 / whole}
-    return {**own, "input_scale": torch.ones(())}, values
+    parts, _ = nvfp4(w)
+    codes, scale, whole = parts["weight_packed"], parts["weight_scale"], 1 / parts["weight_global_scale"][0]
+    values = E2M1[torch.stack([codes & 15, codes >> 4], -1).flatten(1).long()]
+    every = (scale.float() * whole).repeat_interleave(16, 1)
+    own = {"weight": codes, "weight_scale": scale, "weight_scale_2": whole}
+    return {**own, "input_scale": torch.ones(())}, values * every
 
 
 def mxfp4(w: Tensor) -> tuple[Parts, Tensor]:
@@ -209,8 +211,8 @@ LAYOUTS: dict[str, tuple[Packer, dict[str, Any], str]] = {
         groups(num_bits=4, type="float", strategy="tensor_group", group_size=16),
         "compressed-tensors nvfp4",
     ),
-    "modelopt-fp8": (fp8_channel, {"quant_method": "modelopt", "quant_algo": "FP8"}, "FP8, per channel"),
-    "modelopt-nvfp4": (modelopt_nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "NVFP4"),
+    "modelopt-fp8": (fp8_channel, {"quant_method": "modelopt", "quant_algo": "FP8"}, "modelopt fp8-row"),
+    "modelopt-nvfp4": (modelopt_nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt nvfp4-mul"),
     "ct-mxfp4": (mxfp4, groups(num_bits=4, type="float", strategy="group", group_size=32), "compressed-tensors mxfp4"),
 }
 

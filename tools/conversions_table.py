@@ -27,7 +27,9 @@ def main() -> None:
 
 def table() -> str:
     """For each scheme that a format stores: whether each format holds its values exactly. In Markdown."""
-    formats: dict[str, Format] = {name: entry() for name, entry in registry.entries("formats").items()}
+    formats: dict[str, Format] = {
+        name: entry() for name, entry in registry.entries("formats").items() if not entry.read_only
+    }
     examples = [spec for family in registry.entries("schemes").values() for spec in family.examples]
     rows: dict[tuple[str, ...], list[str]] = {}
     for spec in dict.fromkeys([*examples, *MORE]):

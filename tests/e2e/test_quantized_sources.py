@@ -59,7 +59,7 @@ def test_a_packed_source_gives_the_bytes_of_its_floats(layout: str, tmp_path: Pa
     assert record(out)["source"]["kinds"] == {kind: 61440}
     assert f"already quantized ({kind}, 76.6% of its parameters)" in (out / "README.md").read_text(encoding="utf-8")
     seen = fewbit.inspect(packed)
-    scheme = kind.removeprefix("compressed-tensors ")
+    scheme = kind.removeprefix("compressed-tensors ").removeprefix("modelopt ")
     assert (seen.schemes, seen.quantized_parameters) == ({scheme: 14}, 61440)
     assert seen.format == LAYOUTS[layout][1]["quant_method"]
 
@@ -246,7 +246,6 @@ def test_what_is_decoded_counts_as_decoded_at_rest(layout: str, tmp_path: Path) 
     [
         ("fp8-block", r"would load model\..*: \[40, 40\], the block of .*_scale_inv, does not divide \[64, 96\]"),
         ("fp8-autofp8", r"would load model\..*: it ignores the scales .*proj\.weight_scale\n"),
-        ("modelopt-fp8", "transformers does not read the quantization method 'modelopt'"),
     ],
 )
 def test_what_transformers_would_load_wrong_is_an_error(layout: str, words: str, tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ class Format(ABC):
     # The file suffix of a format that stores the whole model in one file, embeddings and head quantized too. "": a
     # folder.
     suffix: ClassVar[str] = ""
+    # Whether fewbit only reads the format. Models that are loaded from it are saved in it again.
+    read_only: ClassVar[bool] = False
     # Suffixes of small tensors that `describe` reads, because they hold what headers do not, such as the shape.
     metadata_suffixes: ClassVar[tuple[str, ...]] = ()
     # Suffixes of tensors that have no meaning for fewbit, such as scales of activations. Saving a model keeps them.

@@ -25,7 +25,6 @@ from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.formats.layouts.base import Handles, Held, Layout, Packed, Read, is_fp8
 from fewbit.formats.layouts.compressed_tensors import CompressedTensors
 from fewbit.formats.layouts.fp8 import FP8, FbgemmFP8, scale_names
-from fewbit.formats.layouts.modelopt import ModelOpt
 from fewbit.formats.layouts.mxfp4 import MXFP4
 from fewbit.models import foreign
 from fewbit.models.gguf import names
@@ -36,7 +35,7 @@ from fewbit.schemes.fp8 import FP8 as FP8Scheme
 from fewbit.schemes.ggml import codec
 from fewbit.schemes.nvfp4 import NVFP4
 
-_ALL: tuple[Layout, ...] = (FP8(), FbgemmFP8(), MXFP4(), CompressedTensors(), ModelOpt())
+_ALL: tuple[Layout, ...] = (FP8(), FbgemmFP8(), MXFP4(), CompressedTensors())
 LAYOUTS = {each.quant_method: each for each in _ALL}
 _INSTEAD = "Use a copy of the model with ordinary weights."
 

@@ -55,9 +55,11 @@ class Target:
 
 
 def targets() -> dict[str, Target]:
-    """Name -> target: `dense`, each format, and its variants, such as `gptq-v1`."""
+    """Name -> target: `dense`, each format that fewbit writes, and its variants, such as `gptq-v1`."""
     found = {DENSE: Target(Dense())}
     for name, entry in registry.entries("formats").items():
+        if entry.read_only:
+            continue
         found[name] = Target(entry())
         found |= {f"{name}-{variant}": Target(entry(), variant) for variant in entry.variants}
     return found

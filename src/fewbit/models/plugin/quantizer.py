@@ -44,7 +44,7 @@ from fewbit.models import as_read, experts, foreign, scales, stacking
 from fewbit.models.decoding import decode
 from fewbit.models.decoding.fuse import fuse
 from fewbit.models.linears import is_linear, shape_of
-from fewbit.models.plugin import apart, compressed_tensors, options, patch_adapters, patch_fp8, patch_resizing
+from fewbit.models.plugin import apart, compressed_tensors, modelopt, options, patch_adapters, patch_fp8, patch_resizing
 from fewbit.models.plugin.modules import as_stored, left_as_they_are, put, put_scales, renamed, unpack
 from fewbit.models.plugin.serving import checked, dispatched, own_loader, requested_kernel
 from fewbit.models.plugin.serving import serving as serving
@@ -475,10 +475,8 @@ def register() -> None:
         quantizers.supports_quant_method = staticmethod(checked(quantizers.supports_quant_method))
     if not hasattr(quantizers.from_config, "by_fewbit"):
         quantizers.from_config = dispatched(quantizers.from_config, FewbitQuantizer, (_AUTO_ROUND, *_methods()))
-    patch_adapters.register()
-    patch_fp8.register()
-    patch_resizing.register()
-    compressed_tensors.register()
+    for each in (patch_adapters, patch_fp8, patch_resizing, compressed_tensors, modelopt):
+        each.register()
     if not is_auto_round_available():
         auto.AUTO_QUANTIZER_MAPPING[_AUTO_ROUND] = FewbitQuantizer
     with suppress(ImportError):  # a version of transformers without its own GGUF quantizer needs no replacement
