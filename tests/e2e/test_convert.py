@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +450,30 @@ def test_an_interruption_leaves_nothing(to: str, model: Path, tmp_path: Path, mo
     with pytest.raises(KeyboardInterrupt):
         converted(first, tmp_path / ("out.gguf" if to == "gguf" else "out"), to)
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+KILLED = """
+import os, signal, sys
+from fewbit.api import convert
+from fewbit.pipeline import write_folder
+write = write_folder.write
+def write_and_die(*arguments):
+    write(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+write_folder.write = write_and_die
+convert.convert(sys.argv[1], sys.argv[2], to="awq", progress=False)
+"""
+
+
+def test_a_killed_conversion_leaves_no_output(model: Path, tmp_path: Path) -> None:
+    """What it leaves is hidden, and the next conversion to the same place removes it."""
+    first, out = quantized(model, tmp_path / "first", "int4-g32-sym"), tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(first), str(out)], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not out.exists()
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["first"]
+    converted(first, out, "awq")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "out"]
 
 
 def test_a_damaged_source_is_a_format_error(model: Path, tmp_path: Path) -> None:
