@@ -141,6 +141,27 @@ def test_weights_that_read_the_same_input_share_one_factor(monkeypatch: pytest.M
         assert all(torch.equal(choice.weight.parts[name], part) for name, part in alone.parts.items())
 
 
+def test_small_weights_are_quantized_as_one_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "_STACKING", ("cpu",))
+    monkeypatch.setattr(gptq, "_STACK", 24 * 96)
+    swept, once = [], gptq.feed_back
+
+    def counted(w: Tensor, grids: Grids, inverse: Tensor, order: Tensor) -> Tensor:
+        swept.append(len(w))
+        return once(w, grids, inverse, order)
+
+    monkeypatch.setattr(gptq, "feed_back", counted)
+    rows, specs = (8, 16, 8, 4, 4, 4), ("int4-g32", "int4-g32", "int4-g32", "q4_0", "nf4-b64-dq", "nf4-b64-dq")
+    weights, schemes = [ordinary(n, 96, seed=i) for i, n in enumerate(rows)], [parse(spec) for spec in specs]
+    stats = stats_of(inputs(200, 96))
+    together = GPTQ().quantize_alike(weights, schemes, stats)
+    assert swept == [24, 8, 4, 4, 4]
+    for w, scheme, choice in zip(weights, schemes, together, strict=True):
+        alone = GPTQ().quantize(w, scheme, stats).weight
+        assert choice.weight.shape == tuple(w.shape)
+        assert (choice.weight.dequantize() - alone.dequantize()).norm() <= 1e-3 * w.norm()
+
+
 def test_the_one_that_cannot_be_quantized_is_named() -> None:
     weights = [ordinary(8, 64), ordinary(8, 64), ordinary(8, 64)]
     weights[1][3, 5] = torch.nan

@@ -41,9 +41,12 @@ from fewbit.methods.sweep.choose import sweep_for
 from fewbit.methods.sweep.definition import PANEL
 from fewbit.registry import register
 from fewbit.schemes.base import Grids, QTensor, Scheme
+from fewbit.schemes.stacked import unstack
 from fewbit.stats import Need, Stats
 
 _WIDE = 512  # columns of a triangular matrix that are inverted at once
+_STACK = 1 << 24  # most values of weights that are quantized as one, on devices of these types
+_STACKING = ("cuda",)
 
 
 @register("methods", "gptq")
@@ -92,21 +95,44 @@ class GPTQ(Method):
         if damp > self.damp:
             notes.append(f"Hessian not positive definite: damping raised from {self.damp:g} to {damp:g}")
         importance = remaining_importance(inverse, order) if self.clip_search else None
-        swept, choices = [], []
-        for w, scheme in zip(weights, schemes, strict=True):
-            grids = scheme.fit(in_compute_dtype(w), importance)
-            swept.append((grids, feed_back(in_compute_dtype(w), grids, inverse, order)))
+        stacks, swept, choices = _stacks(weights, schemes), [], list[Choice]()
+        for scheme, stack in stacks:
+            grids = scheme.fit(_stacked(stack), importance)
+            swept.append((grids, feed_back(_stacked(stack), grids, inverse, order)))
         del inverse
         ridge = damp * float(diagonal.mean())
-        for w, scheme in zip(weights, schemes, strict=True):
-            w = in_compute_dtype(w)
+        for scheme, stack in stacks:
+            w = _stacked(stack)
             grids, codes = swept.pop(0)
             for _ in range(self.refine):
                 grids = scheme.refit(w, codes, grids, hessian, ridge)
                 codes = descend(w, codes, grids, hessian, order, ridge)
-            packed = scheme.pack(codes, grids)
-            choices.append(Choice(QTensor(scheme, (w.shape[0], w.shape[1]), packed), list(notes)))
+            whole = QTensor(scheme, (w.shape[0], w.shape[1]), scheme.pack(codes, grids))
+            own = unstack(whole, [len(each) for each in stack]) if len(stack) > 1 else [whole]
+            choices.extend(Choice(weight, list(notes)) for weight in own)
         return choices
+
+
+def _stacks(weights: Sequence[Tensor], schemes: Sequence[Scheme]) -> list[tuple[Scheme, list[Tensor]]]:
+    """The weights in order, those that are quantized as one weight together.
+
+    On a GPU, small weights cost launches, not arithmetic, and no row depends on another. So neighbours of one scheme
+    are stacked, such as gate and up of an expert. On a CPU each weight stays alone: larger matrices would save nothing.
+    """
+    stacks: list[tuple[Scheme, list[Tensor]]] = []
+    for w, scheme in zip(weights, schemes, strict=True):
+        if stacks and w.device.type in _STACKING and stacks[-1][0] == scheme:
+            stack = [*stacks[-1][1], w]
+            shapes = [(each.shape[0], each.shape[1]) for each in stack]
+            if sum(n * k for n, k in shapes) <= _STACK and all(scheme.by_rows(shape) for shape in shapes):
+                stacks[-1] = (scheme, stack)
+                continue
+        stacks.append((scheme, [w]))
+    return stacks
+
+
+def _stacked(stack: Sequence[Tensor]) -> Tensor:
+    return torch.cat([in_compute_dtype(w) for w in stack]) if len(stack) > 1 else in_compute_dtype(stack[0])
 
 
 def inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor | None, float]:
