@@ -109,6 +109,18 @@ def test_offsets_may_change_between_replays_of_a_graph() -> None:
         assert (got.float() - exact).norm() <= TOLERANCE[torch.bfloat16] * exact.norm()
 
 
+@pytest.mark.parametrize("spec", ["nf4-b64", "nf4-b64-dq", "fp4-b64"])
+def test_rounded_levels_do_not_add_up_over_columns(spec: str) -> None:
+    """Every weight of a code has the same rounding error, so inputs with a mean show it in rows of many columns."""
+    n, k, scheme = 512, 7168, parse(spec)
+    weight = Method().quantize(torch.randn(n, k) * 0.02, scheme, None).weight.map(lambda t: t.cuda())
+    w, prepared = weight.dequantize(), Nvidia().prepare(scheme, weight.parts, (n, k))
+    for m in (4, 64, 300):
+        x = (torch.randn(m, k, device="cuda") + 0.5).bfloat16()
+        got, exact = Nvidia().linear(x, scheme, prepared, (n, k)).float(), x.float() @ w.T
+        assert (got - exact).norm() <= 0.4 * TOLERANCE[torch.bfloat16] * exact.norm(), m
+
+
 @pytest.mark.parametrize("spec", ["int4-g128", "nf4-b64-dq", "q6_k", "int3-g128", "llm.int8"])
 def test_products_as_on_gpus_that_are_not_hopper(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fewbit.kernels.nvidia import in_cuda

@@ -11,8 +11,10 @@ import torch
 from fewbit.kernels.nvidia import Nvidia, in_cuda, layout
 from fewbit.kernels.nvidia.in_cuda import Sizes
 from fewbit.kernels.nvidia.layout import Recipe
+from fewbit.methods.rtn import RoundToNearest
 from fewbit.nn.choose import TOLERANCE
 from fewbit.schemes.base import QTensor, parse
+from fewbit.schemes.nf4 import FourBit, levels
 from fewbit.schemes.stacked import concatenated
 from tests.contract.cases import SPECS, hard, is_sentence, ordinary, quantized, same_bytes
 
@@ -133,6 +135,23 @@ def test_experts_get_sizes_by_their_rows(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ops.choose_grouped(1 << 16, 2048, 768, 128, down, CUDA) == (ops.VALUES,)
     assert ops.choose_grouped(1 << 16, 2048, 768, 128, double, CUDA) == (ops.LOOP,)
     assert ops.choose_grouped(1 << 16, 2048, 7168, 256, up, CUDA) == (ops.LOOP,)  # too much to dequantize at once
+
+
+@pytest.mark.parametrize("spec", ["nf4-b64", "nf4-b128-dq", "fp4-b64"])
+def test_rounding_of_levels_does_not_shift_weights(spec: str) -> None:
+    """Kernels look up levels in 16 bits, so all weights of a code get the same error. Its mean must be small."""
+    n, k, scheme = 64, 8192, parse(spec)
+    assert isinstance(scheme, FourBit)
+    weight = (
+        RoundToNearest().quantize(torch.randn(n, k, generator=torch.Generator().manual_seed(0)), scheme, None).weight
+    )
+    how = layout.recipe(scheme, k)
+    assert isinstance(how, Recipe)
+    table = layout.prepared(scheme, weight.parts, (n, k))[-1]
+    codes = scheme.unpack(weight.parts, (n, k))[0].long()
+    exact = levels(scheme.kind, table.device)[codes]
+    used = (table.bfloat16().float() * how.factor / how.divisor)[codes]
+    assert abs(float((used - exact).mean())) < 1e-4 * float(exact.square().mean().sqrt())
 
 
 def test_weights_of_experts_are_cut_from_the_layout() -> None:

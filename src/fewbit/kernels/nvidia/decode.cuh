@@ -9,7 +9,7 @@
 // subtracted from the sum of a group instead (FOLD), which saves a third of the instructions. In float16 that would lose
 // digits, because 1024 is large and tensor cores truncate sums, so they are subtracted from each code.
 // Sums of a group are scaled in float32.
-// The caller defines: BITS LOW GROUP BLOCK SCALE OFFSET ZERO_POINT TABLE DIVISOR SUB K ROW_WORDS GROUPS BLOCKS
+// The caller defines: BITS LOW GROUP BLOCK SCALE OFFSET ZERO_POINT TABLE FACTOR DIVISOR SUB K ROW_WORDS GROUPS BLOCKS
 // SIGNED BFLOAT WARPS MT NT RESIDENT MANY EXPERTS.
 
 typedef unsigned int u32;
@@ -25,7 +25,8 @@ typedef unsigned char u8;
 #define ACROSS ((GROUPS + BESIDE - 1) / BESIDE)
 #define HIGH (BITS - LOW)
 #define MINIMUM (OFFSET >= 2)
-#define SCALE_BYTES (SCALE == 3 || DIVISOR > 1 ? 4 : SCALE == 0 ? 2 : 1)
+#define FLOATS (SCALE == 3 || (SCALE == 0 && DIVISOR > 1))  // scales are stored as float32
+#define SCALE_BYTES (FLOATS ? 4 : SCALE == 0 ? 2 : 1)
 #define OFFSET_BYTES (OFFSET == 2 ? 2 : 1)
 #define PACKED (MANY && LOW < 8 && SUB >= 32 && !MINIMUM)
 #define FOLD (LOW < 8 && !TABLE && (MANY ? !PACKED : BFLOAT))
@@ -259,10 +260,8 @@ __device__ __forceinline__ Grid grid(const Step& s, const Weight& w, const float
   Grid g;
   [[maybe_unused]] const u32 a = s.scale.v[sub * SCALE_BYTES / 4] >> sub * SCALE_BYTES % 4 * 8;
   [[maybe_unused]] const u32 b = s.offset.v[sub * OFFSET_BYTES / 4] >> sub * OFFSET_BYTES % 4 * 8;
-#if SCALE == 3
+#if FLOATS
   g.scale = __uint_as_float(a);
-#elif DIVISOR > 1
-  g.scale = __uint_as_float(a) * (1.0f / DIVISOR);
 #elif SCALE == 0
   g.scale = half_of(a);
 #elif SCALE == 1
@@ -270,6 +269,9 @@ __device__ __forceinline__ Grid grid(const Step& s, const Weight& w, const float
 #else
   const float over = GROUPS % SUBS == 0 && BESIDE == SUBS ? s.nested : __ldg((const float*)w.a1 + nested_at(w, row, tile, sub));
   g.scale = map[a & 255] * over + __ldg(w.a2);
+#endif
+#if DIVISOR > 1
+  g.scale *= (float)FACTOR / DIVISOR;
 #endif
 #if OFFSET == 2
   g.least = half_of(b);

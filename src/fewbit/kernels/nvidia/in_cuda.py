@@ -208,6 +208,7 @@ def defined(
         "OFFSET": how.offset,
         "ZERO_POINT": how.zero,
         "TABLE": how.table,
+        "FACTOR": how.factor,
         "DIVISOR": how.divisor,
         "SUB": how.sub,
         "K": k,

@@ -69,6 +69,7 @@ def _grid(
     OFFSET: tl.constexpr,
     ZERO_POINT: tl.constexpr,
     TABLE: tl.constexpr,
+    FACTOR: tl.constexpr,
     DIVISOR: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -82,14 +83,14 @@ def _grid(
         block = _place(row, blocks, column // BLOCK)
     if SCALE == PLAIN:
         s = tl.load(a0 + at).to(tl.float32)
-        if DIVISOR != 1:
-            s = s * (1.0 / DIVISOR)
     elif SCALE == SUPER:
         s = tl.load(a0 + block).to(tl.float32) * tl.load(a1 + at).to(tl.float32)
     else:
         s = tl.load(a3 + tl.load(a0 + at).to(tl.int32)) * tl.load(
             a1 + (row * groups + column // GROUP) // 256
         ) + tl.load(a2)
+    if DIVISOR != 1:
+        s = s * (FACTOR / DIVISOR)
     if TABLE:
         return s, s * 0.0
     if OFFSET == CONSTANT:
@@ -163,6 +164,7 @@ def gemv(
     OFFSET: tl.constexpr,
     ZERO_POINT: tl.constexpr,
     TABLE: tl.constexpr,
+    FACTOR: tl.constexpr,
     DIVISOR: tl.constexpr,
     SUB: tl.constexpr,
     EVEN: tl.constexpr,
@@ -226,6 +228,7 @@ def gemv(
                 OFFSET,
                 ZERO_POINT,
                 TABLE,
+                FACTOR,
                 DIVISOR,
                 TILE,
             )
@@ -262,6 +265,7 @@ def values(
     OFFSET: tl.constexpr,
     ZERO_POINT: tl.constexpr,
     TABLE: tl.constexpr,
+    FACTOR: tl.constexpr,
     DIVISOR: tl.constexpr,
     SUB: tl.constexpr,
     EVEN: tl.constexpr,
@@ -307,6 +311,7 @@ def values(
             OFFSET,
             ZERO_POINT,
             TABLE,
+            FACTOR,
             DIVISOR,
             TILE,
         )

@@ -54,7 +54,8 @@ class Recipe(NamedTuple):
     offset: int  # CONSTANT, ZERO, MINIMUM or SUPER_MINIMUM
     zero: int  # the constant of CONSTANT
     table: int  # 1 if levels are looked up in a table
-    divisor: int = 1  # s is the stored value divided by this
+    factor: int = 1  # s is the stored value times factor / divisor, and levels in a table are divided by that
+    divisor: int = 1
 
     @property
     def lanes(self) -> int:
@@ -89,6 +90,11 @@ class Recipe(NamedTuple):
 
 
 _LOW = {2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8}
+# Factor and divisor. The kernels round levels to 16 bits. All weights of a code get the same error, so errors add up
+# over columns where inputs have a mean. NF4's levels rounded to bfloat16 are too large by 0.05 % of their magnitude on
+# average: with 7168 columns and inputs of mean 0.5, products are 1.7 % off. If they are multiplied by 747/512 first,
+# the average is below 0.01 %, for weights of normal and of other distributions. FP4's levels times 3/2 are exact.
+_LEVELS = {"nf4": (512, 747), "fp4": (2, 3)}
 
 
 def recipe(codec: Codec, k: int) -> Recipe | str:
@@ -103,11 +109,12 @@ def recipe(codec: Codec, k: int) -> Recipe | str:
         offset, zero = (CONSTANT, 1 << codec.bits - 1) if codec.symmetric else (ZERO, 0)
         return Recipe(codec.bits, _LOW[codec.bits], group, group, PLAIN, offset, zero, 0)
     if isinstance(codec, Int8):
-        return Recipe(8, 8, k, k, PLAIN, CONSTANT, 128, 0, 127)
+        return Recipe(8, 8, k, k, PLAIN, CONSTANT, 128, 0, 1, 127)
     if isinstance(codec, FourBit):
         if k % codec.group:
             return f"rows must be whole blocks: {codec.group} does not divide {k} columns"
-        return Recipe(4, 4, codec.group, codec.group, MAPPED if codec.double else PLAIN, CONSTANT, 0, 1)
+        scale = MAPPED if codec.double else PLAIN
+        return Recipe(4, 4, codec.group, codec.group, scale, CONSTANT, 0, 1, *_LEVELS[codec.kind])
     if isinstance(codec, GGML):
         kind = LAYOUTS[codec.name]
         scale = SUPER if kind.super else PLAIN
@@ -190,7 +197,8 @@ def _scales(codec: Codec, parts: Mapping[str, Tensor], shape: tuple[int, int], b
     if isinstance(codec, FourBit):
         device = parts["codes"].device
         kept = tuple(parts[name] for name in ("nested", "offset", "map") if name in parts)
-        return (_blocked(parts["absmax"].view(n, -1), beside), *kept, levels(codec.kind, device).clone())
+        factor, divisor = _LEVELS[codec.kind]
+        return (_blocked(parts["absmax"].view(n, -1), beside), *kept, levels(codec.kind, device) * (divisor / factor))
     assert isinstance(codec, GGML)
     kind = LAYOUTS[codec.name]
     fields = unpack_blocks(codec.name, parts["blocks"].reshape(-1, kind.nbytes))

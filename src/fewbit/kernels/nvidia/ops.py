@@ -214,6 +214,7 @@ def _constants(how: Recipe) -> dict[str, int]:
         "OFFSET": how.offset,
         "ZERO_POINT": how.zero,
         "TABLE": how.table,
+        "FACTOR": how.factor,
         "DIVISOR": how.divisor,
         "SUB": how.sub,
     }
