@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.estimate import growth
 
-# Layer shapes as published: Qwen/Qwen3-30B-A3B, deepseek-ai/DeepSeek-V3 and -V2-Lite, and small ones of their kind.
+# Layer shapes as published: Qwen/Qwen3-30B-A3B; deepseek-ai/DeepSeek-V3, -V2 and -V2-Lite; small ones of their kind.
 _DEEPSEEK: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
@@ -47,6 +47,15 @@ _DEEPSEEK: dict[str, Any] = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
     "first_k_dense_replace": 0,
+}
+_V2 = {
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "n_routed_experts": 160,
+    "num_experts_per_tok": 6,
+    "n_shared_experts": 2,
+    "topk_group": 3,
 }
 _LITE = {
     "hidden_size": 2048,
@@ -77,6 +86,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": _QWEN,
     "qwen-small": {**_QWEN, "hidden_size": 256, "moe_intermediate_size": 128, "num_attention_heads": 4},
     "deepseek-v3": _DEEPSEEK,
+    "deepseek-v2": {**_DEEPSEEK, **_V2},
     "deepseek-v2-lite": {**_DEEPSEEK, **_LITE},
 }
 
