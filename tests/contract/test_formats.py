@@ -217,6 +217,43 @@ def test_scales_that_are_not_finite_are_named(name: str, spec: str) -> None:
                 format.read(tensors | {suffix: wrong}, config, MODULE)
 
 
+# Formats that keep the weights of all experts of a layer in one tensor, with a scheme of theirs.
+FUSED = [("mxfp4", "mxfp4")]
+
+
+def test_every_format_with_fused_weights_is_tested() -> None:
+    assert [name for name, _ in FUSED] == [n for n, f in FORMATS.items() if type(f).find_fused is not Format.find_fused]
+
+
+@pytest.mark.parametrize(("name", "spec"), FUSED)
+def test_a_weight_of_an_expert_comes_back(name: str, spec: str) -> None:
+    format, parameter = FORMATS[name], "model.layers.0.mlp.experts.down_proj"
+    config = {"quant_method": format.quant_method}
+    weights = [weight_of(spec), QTensor(parse(spec), shape_of(spec), quantized(parse(spec), hard(*shape_of(spec))))]
+    each = [format.lay_out(weight, config) for weight in weights]
+    specs = format.specs(shape_of(spec), parse(spec))
+    assert all(PartSpec.of(tensors[ending]) == spec for tensors in each for ending, spec in specs.items())
+    fused = {f"{parameter}{ending}": torch.stack([tensors[ending] for tensors in each]) for ending in each[0]}
+    headers = {key: PartSpec.of(tensor) for key, tensor in fused.items()}
+    assert format.find(config, headers) == {}
+    found = format.find_fused(config, headers)
+    assert {f"{parameter}{ending}": spec for ending, spec in found[parameter].items()} == headers
+    assert format.describe_fused(found[parameter], config, parameter) == (2, parse(spec), shape_of(spec))
+    for expert, weight in enumerate(weights):
+        own = {ending: fused[f"{parameter}{ending}"][expert] for ending in found[parameter]}
+        assert same_bytes(format.read(own, config, parameter).parts, weight.parts)
+    for key, header in headers.items():
+        for lie in (None, PartSpec(header.shape, torch.float16), *_reshaped(header)):
+            lying = {name: lie if name == key else spec for name, spec in headers.items()}
+            with pytest.raises(FormatError, match=parameter):
+                format.find_fused(config, {name: spec for name, spec in lying.items() if spec is not None})
+
+
+def _reshaped(spec: PartSpec) -> list[PartSpec]:
+    shapes = [(*spec.shape[:i], 0, *spec.shape[i + 1 :]) for i in range(len(spec.shape))]
+    return [PartSpec(shape, spec.dtype) for shape in (*shapes, (), (*spec.shape, 1))]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_config_without_weights_is_refused(name: str) -> None:
     format = FORMATS[name]

@@ -7,6 +7,7 @@ stores each weight as a few tensors named `<module>.<suffix>`.
     read:     suffix -> tensor       ->  weight (QTensor)
     specs:    shape, scheme          ->  suffix -> shape and dtype, without data
     find:     headers of all files   ->  module -> suffix -> shape and dtype
+    find_fused: the same             ->  fused parameter -> ending -> shape and dtype
     describe: headers of one weight  ->  scheme, shape
 """
 
@@ -165,7 +166,25 @@ class Format(ABC):
         """Module -> suffix -> spec, for every quantized weight of a checkpoint. It reads headers only.
 
         names: the name and header of each tensor. FormatError if the config is invalid or a weight lacks a tensor.
+        Weights of `find_fused` are not in it.
         """
+
+    def find_fused(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
+        """Fused parameter -> ending -> spec, for tensors that hold the quantized weights of all experts of a layer.
+
+        A tensor is named `<parameter><ending>`, and has the dimensions [experts, rows, ...]. The rows are the outputs
+        of the experts' linears, in the order in which transformers' fused parameter has them. `describe`, `read`,
+        `specs` and `lay_out` take the tensors of one expert, or of some of its rows; the ending is the suffix. A layout
+        (`formats/layouts`) of the same `quant_method` decodes the whole parameter. FormatError as in `find`.
+        """
+        return {}
+
+    def describe_fused(
+        self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], fused: str
+    ) -> tuple[int, Scheme, Shape]:
+        """The number of experts of a fused parameter of `find_fused`, and scheme and shape [N, K] of each weight."""
+        one = {ending: PartSpec(spec.shape[1:], spec.dtype) for ending, spec in tensors.items()}
+        return next(iter(tensors.values())).shape[0], *self.describe(one, config, fused, {})
 
 
 _rounded: ContextVar[list[tuple[str, int]] | None] = ContextVar("fewbit_rounded_scales", default=None)

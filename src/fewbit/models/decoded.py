@@ -205,7 +205,10 @@ def _found_in(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Pa
         raise FormatError(
             f"{next(iter(scaled))} has scales of activations, and fewbit cannot fold them into weights", _INSTEAD
         )
-    return dict(_of_format(format, config, checkpoint))
+    found = dict(_of_format(format, config, checkpoint))
+    if format.find_fused(config, checkpoint.specs):
+        found |= LAYOUTS[method].find(config, checkpoint.specs, checkpoint.get)
+    return found
 
 
 def _of_format(format: Format, config: Mapping[str, Any], checkpoint: Checkpoint) -> Iterator[tuple[str, Packed]]:

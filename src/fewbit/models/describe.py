@@ -78,6 +78,12 @@ def describe(source: Source) -> Inspection:
             quantized += prod(shape)
             packed += scheme.nbytes(shape)
             plain -= {f"{module}.{suffix}" for suffix in tensors}
+        for fused, tensors in format.find_fused(quantization, checkpoint.specs).items():
+            experts, scheme, shape = format.describe_fused(tensors, quantization, fused)
+            schemes[str(scheme)] += 1
+            quantized += experts * prod(shape)
+            packed += experts * scheme.nbytes(shape)
+            plain -= {f"{fused}{ending}" for ending in tensors}
     others = {name: checkpoint.specs[name] for name in plain}
     rest = sum(spec.nbytes for spec in others.values())
     parameters = quantized + sum(prod(spec.shape) for spec in others.values())

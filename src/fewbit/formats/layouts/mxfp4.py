@@ -8,7 +8,7 @@ T is the transpose, [E, 32 G, R], as in transformers. Source: transformers 5.24,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from fewbit.errors import FormatError
@@ -17,7 +17,7 @@ from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import PartSpec
 from fewbit.schemes.floats import e2m1, e8m0
 
-_BLOCKS, _SCALES = "_blocks", "_scales"
+BLOCKS, SCALES = "_blocks", "_scales"
 
 
 class MXFP4(Layout):
@@ -27,18 +27,9 @@ class MXFP4(Layout):
 
     def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec], read: Read) -> dict[str, Packed]:
         found = {}
-        for tensor in dict.fromkeys(name.removesuffix(end) for name in names for end in _ends(name)):
-            blocks, scales = f"{tensor}{_BLOCKS}", f"{tensor}{_SCALES}"
-            for name, other in ((blocks, scales), (scales, blocks)):
-                if name not in names:
-                    raise missing(name, other)
-            shape = names[blocks].shape
-            if names[blocks].dtype != torch.uint8 or len(shape) != 4 or shape[-1] != 16 or not min(shape):
-                raise wrong(blocks, names[blocks], "uint8 [experts, rows, groups, 16]")
-            if names[scales] != PartSpec(shape[:3], torch.uint8):
-                raise wrong(scales, names[scales], f"uint8 {list(shape[:3])}")
-            experts, rows, groups, _ = shape
-            parts = {"blocks": blocks, "scales": scales}
+        for tensor in fused_in(names):
+            experts, rows, groups = check(tensor, names)
+            parts = {"blocks": f"{tensor}{BLOCKS}", "scales": f"{tensor}{SCALES}"}
             found[tensor] = Packed((experts, 32 * groups, rows), "MXFP4", parts, _decode, ("scales",))
         if not found:
             raise FormatError("the config says mxfp4, but no tensor is named *_blocks")
@@ -51,5 +42,24 @@ def _decode(parts: Handles, rows: slice) -> Tensor:
     return values.flatten(-2).transpose(-1, -2)
 
 
-def _ends(name: str) -> list[str]:
-    return [end for end in (_BLOCKS, _SCALES) if name.endswith(end)]
+def fused_in(names: Iterable[str]) -> list[str]:
+    """The fused parameters that have blocks or scales."""
+    return list(
+        dict.fromkeys(name.removesuffix(end) for name in names for end in (BLOCKS, SCALES) if name.endswith(end))
+    )
+
+
+def check(fused: str, names: Mapping[str, PartSpec]) -> tuple[int, int, int]:
+    """The numbers of experts, rows and groups. FormatError that names the tensor if a header is not as expected."""
+    blocks, scales = f"{fused}{BLOCKS}", f"{fused}{SCALES}"
+    for name, other in ((blocks, scales), (scales, blocks)):
+        if name not in names:
+            raise missing(name, other)
+    if fused in names:
+        raise FormatError(f"{fused} and {blocks} hold the same weights; one of them expected")
+    shape = names[blocks].shape
+    if names[blocks].dtype != torch.uint8 or len(shape) != 4 or shape[-1] != 16 or not min(shape):
+        raise wrong(blocks, names[blocks], "uint8 [experts, rows, groups, 16]")
+    if names[scales] != PartSpec(shape[:3], torch.uint8):
+        raise wrong(scales, names[scales], f"uint8 {list(shape[:3])}")
+    return shape[0], shape[1], shape[2]

@@ -8,7 +8,8 @@ its own name in files, so what joined or split it in loading must not be undone 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -18,8 +19,13 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from fewbit.errors import FewbitError, FormatError
 from fewbit.models import conversions, experts
+from fewbit.models.plugin.modules import put
+from fewbit.nn.layers import slot
+from fewbit.schemes.base import PartSpec
 
 Refuse = Callable[[FewbitError], None]
+Fused = Mapping[str, Mapping[str, PartSpec]]  # fused parameter -> ending -> header of a packed tensor that holds it
+Describe = Callable[[str, Mapping[str, PartSpec]], tuple[int, ...]]
 
 
 def splitting(model: PreTrainedModel, quantize: ConversionOps, refuse: Refuse) -> list[WeightConverter]:
@@ -46,11 +52,74 @@ def splitting(model: PreTrainedModel, quantize: ConversionOps, refuse: Refuse) -
     return found
 
 
+def put_fused(model: PreTrainedModel, fused: Fused, describe: Describe) -> dict[str, str]:
+    """Replace the linears of experts whose weights lie in packed tensors. Returns linear -> its fused parameter.
+
+    describe: gives the shape of the weights that such tensors hold, [experts, rows, columns]. FormatError if the model
+    has no such parameter, or one of another shape.
+    """
+    found, modules = dict[str, str](), dict(model.named_modules())
+    for parameter, tensors in fused.items():
+        path, _, leaf = parameter.rpartition(".")
+        module: Any = modules.get(path)
+        if not isinstance(module, experts.SeparateExperts) or leaf not in module.shapes:
+            raise FormatError(f"the checkpoint has quantized tensors for {parameter}, which the model does not have")
+        pieces, stored = list(experts.split(model, parameter)), describe(parameter, tensors)
+        wanted = module.shapes[leaf]
+        if pieces[0][2].transposed:
+            wanted = (wanted[0], wanted[2], wanted[1])
+        if stored != wanted:
+            names = " and ".join(f"{parameter}{ending}" for ending in tensors)
+            raise FormatError(f"{names} hold weights of shape {list(stored)}, config.json requires {list(wanted)}")
+        rows = wanted[1]
+        for name, _, piece in pieces:
+            own = len(range(rows)[piece.rows])
+            specs = {end: PartSpec((own, *spec.shape[2:]), spec.dtype) for end, spec in tensors.items()}
+            linear = name.removesuffix(".weight")
+            put(model, linear, specs, has_bias=False)  # it keeps the bias that it has
+            found[linear] = parameter
+    return found
+
+
+def splitting_packed(model: PreTrainedModel, fused: Fused, refuse: Refuse) -> list[WeightConverter]:
+    """A conversion for each packed tensor of `fused`, into the experts' tensors."""
+    found = []
+    for parameter, tensors in fused.items():
+        pieces = list(experts.split(model, parameter))
+        for ending in tensors:
+            names = [f"{name.removesuffix('weight')}{slot(ending)}" for name, _, _ in pieces]
+            source = _of_checkpoint(model, re.escape(f"{parameter}{ending}"))
+            found.append(WeightConverter([source], names, [_SplitPacked(parameter, refuse, ending)]))
+    return found
+
+
+def joined(model: PreTrainedModel, state: dict[str, Tensor], fused: Fused) -> dict[str, Tensor]:
+    """The tensors of `state`, with those of experts in the fused tensors that the checkpoint had."""
+    for path, module in model.named_modules():
+        for leaf, shape in module.shapes.items() if isinstance(module, experts.SeparateExperts) else ():
+            parameter = f"{path}.{leaf}"
+            for ending in fused.get(parameter, ("",)):
+                whole: Tensor | None = None
+                for name, expert, piece in experts.split(model, parameter):
+                    own = state.pop(f"{name.removesuffix('weight')}{ending}" if ending else name)
+                    stored = fused[parameter][ending].shape if ending else shape
+                    whole = own.new_zeros(stored) if whole is None else whole
+                    (replace(piece, transposed=False) if ending else piece).of(whole, expert).copy_(own)
+                assert whole is not None
+                state[f"{parameter}{ending}"] = whole
+    return state
+
+
 def _into_experts(model: PreTrainedModel, fused: str, source: str, *operations: ConversionOps) -> WeightConverter:
     """A conversion from a tensor that `source` matches to the experts' tensors. It may lack the base model's prefix."""
-    prefix = re.escape(f"{model.base_model_prefix}.")
     names = [name for name, _, _ in experts.split(model, fused)]
-    return WeightConverter([rf"^(?:{prefix})?{source.removeprefix(prefix)}"], names, list(operations))
+    return WeightConverter([_of_checkpoint(model, source)], names, list(operations))
+
+
+def _of_checkpoint(model: PreTrainedModel, source: str) -> str:
+    """The pattern `source` of a name in the model, with or without the base model's prefix."""
+    prefix = re.escape(f"{model.base_model_prefix}.")
+    return rf"^(?:{prefix})?{source.removeprefix(prefix)}"
 
 
 class _SplitExperts(ConversionOps):
@@ -80,6 +149,26 @@ class _SplitExperts(ConversionOps):
     @property
     def reverse_op(self) -> ConversionOps:
         raise NotImplementedError("packed experts stay separate in files")
+
+
+class _SplitPacked(_SplitExperts):
+    """Splits the packed tensor of a fused parameter into those of the experts' linears. The rows come first in it."""
+
+    def __init__(self, fused: str, refuse: Refuse, ending: str) -> None:
+        super().__init__(fused, refuse)
+        self.ending = ending
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        (given,) = input_dict.values()
+        packed: Tensor = given[0] if isinstance(given, list) else given
+        return {
+            f"{name.removesuffix('weight')}{slot(self.ending)}": replace(piece, transposed=False)
+            .of(packed, expert)
+            .contiguous()
+            for name, expert, piece in experts.split(kwargs["model"], self.fused)
+        }
 
 
 def kept(rules: Iterable[Any], packed: Collection[str]) -> list[Any]:

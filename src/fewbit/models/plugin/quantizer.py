@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from fewbit.models.decoding.fuse import fuse
 from fewbit.models.linears import is_linear, shape_of
 from fewbit.models.plugin import apart, compressed_tensors, modelopt, options, patch_adapters, patch_fp8, patch_resizing
 from fewbit.models.plugin.modules import as_stored, left_as_they_are, put, put_scales, renamed, unpack
+from fewbit.models.plugin.on_load import QuantizeOnLoad
 from fewbit.models.plugin.serving import checked, dispatched, own_loader, requested_kernel
 from fewbit.models.plugin.serving import serving as serving
 from fewbit.models.source import read_config
@@ -62,7 +64,8 @@ _INSTALLED = {
     "gptq": lambda: is_gptqmodel_available() and is_optimum_available(),
     "awq": is_gptqmodel_available,
     "bitsandbytes": is_bitsandbytes_available,
-    "fp8": lambda: True,  # transformers itself; `patch_fp8` refuses what it would load wrong
+    # transformers itself; `patch_fp8` refuses what it would load wrong
+    **dict.fromkeys(("fp8", "mxfp4"), lambda: True),
 }
 _AUTO_ROUND = "auto-round"  # its files have the layout of GPTQ or AWQ
 
@@ -91,6 +94,7 @@ class FewbitQuantizer(HfQuantizer):
         self.stored_as: dict[str, str] = {}  # their names in the checkpoint
         self.headers: dict[str, dict[str, PartSpec]] = {}  # and the headers of their tensors there
         self.carried: dict[str, dict[str, Tensor]] = {}  # tensors of these layers that only other readers need
+        self.fused: apart.Fused = {}  # for experts: the packed tensors of the checkpoint
         self.separated = False  # whether the experts of the model have linears of their own
         self.splitting: list[WeightConverter] = []  # for fused experts in the checkpoint, if `separated`
         self.length: int | None = None  # length of the static cache, if the model is to be fused
@@ -187,7 +191,8 @@ class FewbitQuantizer(HfQuantizer):
             )
         # The config has the names of the checkpoint, so weights are found by these.
         found, named = self.format.find(self.config, specs), renamed(model, specs)
-        if experts.names_one(model, (named[f"{m}.{next(iter(tensors))}"] for m, tensors in found.items())):
+        fused = self.format.find_fused(self.config, specs)
+        if fused or experts.names_one(model, (named[f"{m}.{next(iter(tensors))}"] for m, tensors in found.items())):
             experts.separate(model)
             self.separated = True
             named = renamed(model, specs)
@@ -199,9 +204,21 @@ class FewbitQuantizer(HfQuantizer):
             self.packed.append(module)
             self.stored_as[module], self.headers[module] = stored, tensors
             suffixes |= set(tensors)
+        if fused:
+            ends = {stored: next(iter(tensors)) for stored, tensors in fused.items()}
+            self.fused = {named[f"{f}{end}"].removesuffix(end): fused[f] for f, end in ends.items()}
+            own = apart.put_fused(model, self.fused, self._shape_of_fused)
+            self.packed += own
+            self.stored_as |= own
+            self.splitting = apart.splitting_packed(model, self.fused, self._fail)
+            self.splitting += apart.splitting(model, self.get_quantize_ops(), self._fail)  # biases, unpacked layers
         for module, spec in self.format.activations({named[key]: spec for key, spec in specs.items()}).items():
             put_scales(model, module, spec)
         self.renamings = [WeightRenaming(f".{name}", f".{slot(name)}") for name in sorted(suffixes) if "." in name]
+
+    def _shape_of_fused(self, fused: str, tensors: Mapping[str, PartSpec]) -> tuple[int, ...]:
+        count, _, shape = self.format.describe_fused(tensors, self.config, fused)
+        return count, *shape
 
     def _make_checkpoint(self, model: PreTrainedModel, files: list[str], device_map: Any) -> None:
         """Make a quantized checkpoint from `files`, and replace their paths by its own in that list.
@@ -296,7 +313,7 @@ class FewbitQuantizer(HfQuantizer):
         self.failure = self.failure or error
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _QuantizeOnLoad(self)
+        return QuantizeOnLoad(self)
 
     def quantize(self, module: QLinear, weight: Tensor) -> None:
         """Round `weight` to nearest, and store it in `module`."""
@@ -333,7 +350,7 @@ class FewbitQuantizer(HfQuantizer):
         with heap.trimmed() as done_with, one_warning():
             self._prepare(model, done_with)
         if self.pre_quantized and getattr(self.quantization_config, "dequantize", False):
-            unpack(model, self.dtype)
+            self._dequantize(model, self.dtype)
         if self.request is not None:
             self._describe_result(model)
         if self.length is not None:
@@ -422,11 +439,14 @@ class FewbitQuantizer(HfQuantizer):
             for suffix, tensor in self.format.lay_out(weight, self.config, stored).items():
                 state[f"{name}.{suffix}"] = as_stored(tensor, self.headers.get(name, {}).get(suffix))
             state |= {f"{name}.{suffix}": tensor for suffix, tensor in self.carried.get(name, {}).items()}
-        return state, {}
+        return apart.joined(model, state, self.fused) if self.fused else state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # A saved config holds the dtype's name.
-        return unpack(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
+        plain = unpack(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
+        if self.fused:
+            experts.join(plain)  # files of this model have fused tensors
+        return plain
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
@@ -434,35 +454,6 @@ class FewbitQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
-
-
-class _QuantizeOnLoad(ConversionOps):
-    """Quantizes a 16-bit weight when transformers' loader has put it on its device."""
-
-    def __init__(self, quantizer: FewbitQuantizer) -> None:
-        self.quantizer = quantizer
-
-    def __deepcopy__(self, memo: object) -> _QuantizeOnLoad:
-        return self  # transformers copies conversions; all copies report to one quantizer
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Any]:
-        done = {}
-        for name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            path, _, leaf = name.rpartition(".")
-            module = kwargs["model"].get_submodule(path)
-            if leaf == "weight" and isinstance(module, QLinear) and module.placeholders:
-                try:
-                    if self.quantizer.failure is None:
-                        with heap.trimmed():
-                            self.quantizer.quantize(module, weight)
-                except FewbitError as error:
-                    self.quantizer._fail(error)
-                weight = module.weight
-            done[name] = weight
-        return done
 
 
 def register() -> None:
