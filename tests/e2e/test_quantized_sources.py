@@ -346,3 +346,24 @@ def test_settings_of_another_tool_are_not_copied(file: str, tmp_path: Path) -> N
     assert not (out / file).exists()
     assert "transformers_weights" not in json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert fewbit.inspect(out).format == "bnb"
+
+
+@pytest.mark.parametrize("layout", ["ct-int4-order", "ct-nvfp4", "fp8-b128", "modelopt-nvfp4"])
+def test_a_few_rows_are_decoded_alone(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = packed_models.pack(models.save(tmp_path / "plain", "llama"), tmp_path / "packed", layout)
+    checkpoint, packing = decoded.opened(locate(packed))
+    assert packing is not None
+    codec, counted, whole = (
+        type(packing.weights[f"{DOWN}.weight"].held.codec),
+        list[int](),
+        checkpoint.get(f"{DOWN}.weight"),
+    )
+    inner = codec.dequantize
+
+    def counting(*args: Any) -> torch.Tensor:
+        counted.append(len(values := inner(*args)))
+        return values
+
+    monkeypatch.setattr(codec, "dequantize", counting)
+    assert torch.equal(checkpoint.slice(f"{DOWN}.weight")[5:9], whole[5:9])
+    assert counted == [4]

@@ -247,7 +247,7 @@ def _weight(parts: Handles, *, format: Format, config: Mapping[str, Any], module
 
 
 def _read(parts: Handles, rows: slice, *, format: Format, config: Mapping[str, Any], module: str) -> Tensor:
-    return _weight(parts, format=format, config=config, module=module).dequantize()[rows]
+    return _weight(parts, format=format, config=config, module=module).dequantize(rows=rows)
 
 
 def _as_stored(

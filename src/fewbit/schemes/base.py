@@ -345,16 +345,18 @@ class QTensor:
     parts: Parts
     permutation: Tensor | None = None
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [N, K] in `dtype`, float32 by default, decoded a chunk of rows at a time."""
+    def dequantize(self, dtype: torch.dtype | None = None, rows: slice = ALL) -> Tensor:
+        """The weight [N, K] in `dtype`, float32 by default, or some of its rows, decoded a chunk of rows at a time."""
         device, dtype = self.parts[self.codec.payload].device, dtype or torch.float32
-        out = torch.empty(self.shape, dtype=dtype, device=device)
-        for rows in chunk_rows(*self.shape):
-            values = self.codec.dequantize(self.parts, self.shape, dtype, rows)
+        start, stop, _ = rows.indices(self.shape[0])
+        out = torch.empty((max(stop - start, 0), self.shape[1]), dtype=dtype, device=device)
+        for chunk in chunk_rows(*out.shape):
+            those = slice(start + chunk.start, start + chunk.stop)
+            values = self.codec.dequantize(self.parts, self.shape, dtype, those)
             if self.permutation is None:
-                out[rows] = values
+                out[chunk] = values
             else:
-                out[rows, self.permutation] = values
+                out[chunk, self.permutation] = values
         return out
 
     @property
