@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +60,19 @@ def put(model: PreTrainedModel, module: str, tensors: Mapping[str, PartSpec], *,
 
 
 def as_stored(tensor: Tensor, spec: PartSpec | None) -> Tensor:
-    """A tensor to save again, in the dtype and shape that the checkpoint had for it, if these hold the same numbers."""
-    if spec is None or spec == PartSpec.of(tensor) or tensor.numel() != prod(spec.shape):
+    """A tensor to save again, in the dtype and shape that the checkpoint had for it, if these hold the same numbers.
+
+    Shapes may differ in dimensions of size 1 only. Another layout of the same format has the same number of entries.
+    """
+    if spec is None or spec == PartSpec.of(tensor) or _sizes(tensor.shape) != _sizes(spec.shape):
         return tensor
     cast = tensor.to(spec.dtype)
     return cast.reshape(spec.shape) if torch.equal(cast.to(tensor.dtype), tensor) else tensor
+
+
+def _sizes(shape: Iterable[int]) -> list[int]:
+    """The sizes of the dimensions that are not 1."""
+    return [size for size in shape if size != 1]
 
 
 class ScaledActivation(nn.Module):
