@@ -14,7 +14,7 @@ from fewbit.schemes import bits
 from fewbit.schemes.affine import Affine
 from fewbit.schemes.base import PartSpec, QTensor, Scheme
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_FLOATS = ("bfloat16", "float16", "float32")
 # The entry `input_activations` of a group, for activations that a server rounds.
 ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 PACKED, UNPACKED = "pack-quantized", "int-quantized"
@@ -84,7 +84,7 @@ def describe(tensors: Mapping[str, PartSpec], group: Group, module: str, shape: 
     n = stored.shape[0]
     whole = packed is None and args.strategy == "tensor"
     sizes = [(1,), (), (1, 1)] if whole else [(n,)]
-    if scale.dtype not in _FLOATS or not (
+    if str(scale.dtype).removeprefix("torch.") not in _FLOATS or not (
         scale.shape in sizes or (len(scale.shape) == 2 and scale.shape[0] == n and scale.shape[1])
     ):
         raise _wrong(f"{module}.weight_scale", scale, f"a float [{1 if whole else n}, groups]")
