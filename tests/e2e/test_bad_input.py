@@ -380,7 +380,7 @@ def test_a_group_that_does_not_divide_names_every_tensor(sound: Path, refused: R
         (("--scheme", "int9-g64"), ("int9-g64", "int2 ... int8")),
         (("--scheme", "int1-g64"), ("int1-g64", "int2 ... int8")),
         (("--scheme", "int4-g8"), ("int4-g8", "16 to 1024")),
-        (("--scheme", "int5-g32"), ("int5-g32", "no format stores it yet", "int4-g128")),
+        (("--scheme", "nvfp4-mul"), ("nvfp4-mul", "no format stores it yet", "nvfp4")),
         (("--method", "gtpq"), ("gtpq", "gptq", "rtn")),
         (("--format", "gptk"), ("gptk", "gptq")),
         (("--dampp", "0.1"), ("dampp", "damp")),

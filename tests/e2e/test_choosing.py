@@ -51,7 +51,7 @@ def test_recommend(fewbit: Fewbit) -> None:
     assert shown.out.splitlines()[-1].strip() == "vllm serve tiny-gptq-4bit"
     assert fewbit("recommend", "tiny", "--for", "edge", "--memory", "8GB", "--json").json["plan"] == "q4_k_m"
     assert "NF4" in fewbit("recommend", "--table").out  # a narrow terminal breaks the cell
-    assert len(fewbit("recommend", "--table", "--json").json["methods"]) == 6
+    assert len(fewbit("recommend", "--table", "--json").json["methods"]) == 10
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,8 @@ def test_there_and_back_gives_the_bytes(
     same_values(first, tmp_path / "third")
     if to != "gguf":
         same_bytes(first, tmp_path / "third")
-        assert json.loads((tmp_path / "third" / "config.json").read_text()) == json.loads(
-            (first / "config.json").read_text()
+        assert json.loads((tmp_path / "third" / "config.json").read_text(encoding="utf-8")) == json.loads(
+            (first / "config.json").read_text(encoding="utf-8")
         )
     else:  # llama.cpp requires float32 vectors, and a folder keeps them
         a, b = models.tensors_of(first), models.tensors_of(tmp_path / "third")
@@ -145,9 +145,9 @@ def test_tokenizer_template_and_settings_survive(model: Path, tmp_path: Path) ->
         made = AutoTokenizer.from_pretrained(tmp_path / out)
         assert made.chat_template == CHAT
         assert made("the model")["input_ids"] == AutoTokenizer.from_pretrained(model)("the model")["input_ids"]
-    assert (tmp_path / "second" / "generation_config.json").read_text() == (
+    assert (tmp_path / "second" / "generation_config.json").read_text(encoding="utf-8") == (
         model / "generation_config.json"
-    ).read_text()
+    ).read_text(encoding="utf-8")
     assert (tmp_path / "second" / "LICENSE").exists()
     ids = torch.randint(3, models.VOCAB, (1, 20), generator=torch.Generator().manual_seed(0))
     wanted = models.logits(package.load(first, dtype="float32", kernel="reference"), ids)
@@ -165,7 +165,7 @@ def test_the_record_says_where_the_model_comes_from(model: Path, tmp_path: Path)
     assert made["converted"]["from"] == str(first)
     assert made["converted"]["settings"]["checkpoint_format"] == "gptq"
     assert made["converted"]["schemes"] == {"int4-g32-sym": 14}
-    assert "codes and scales unchanged" in (tmp_path / "second" / "README.md").read_text()
+    assert "codes and scales unchanged" in (tmp_path / "second" / "README.md").read_text(encoding="utf-8")
     assert package.inspect(tmp_path / "second").made["converted"]["exact"] is True
     converted(first, tmp_path / "third.gguf", "gguf")
     assert package.inspect(tmp_path / "third.gguf").made["converted"]["to"] == "gguf"
@@ -212,7 +212,7 @@ def test_dense_is_what_plain_transformers_loads(scheme: str, format: str, tmp_pa
     done = converted(first, tmp_path / "dense", "dense")
     assert not done.exact
     assert done.notes[0].startswith("all quantized weights")
-    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    config = json.loads((tmp_path / "dense" / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in config
     assert config["dtype"] == "bfloat16"
     weights = models.tensors_of(tmp_path / "dense")
@@ -283,7 +283,7 @@ def test_what_is_said_of_activations_is_kept_or_named(model: Path, tmp_path: Pat
     assert "a fp8 file declares that servers round activations too, and the source does not" in done.notes
     back = converted(tmp_path / "third", tmp_path / "fourth", CT)
     assert not [note for note in back.notes if "activations" in note]
-    config = json.loads((tmp_path / "fourth" / "config.json").read_text())["quantization_config"]
+    config = json.loads((tmp_path / "fourth" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert config["config_groups"]["group_0"]["input_activations"]["dynamic"] is True
     same_values(plain, tmp_path / "fourth")
 
@@ -326,7 +326,7 @@ def edited(folder: Path, out: Path, tensors: dict[str, Tensor], **config: Any) -
     """A copy of a folder with other tensors and settings of its quantization config."""
     shutil.copytree(folder, out)
     save_file({**models.tensors_of(folder), **tensors}, out / "model.safetensors", metadata={"format": "pt"})
-    known = json.loads((out / "config.json").read_text())["quantization_config"]
+    known = json.loads((out / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     models.edit_json(out / "config.json", quantization_config={**known, **config})
     return out
 
@@ -339,7 +339,7 @@ def test_act_order_stays_in_gptq_and_is_refused_elsewhere(model: Path, tmp_path:
     order = torch.arange(128, dtype=torch.int32).flip(0) // 32
     first = edited(plain, tmp_path / "first", {f"{DOWN}.g_idx": order}, desc_act=True, damp_percent=0.05)
     converted(first, tmp_path / "second", "gptq-v2")
-    config = json.loads((tmp_path / "second" / "config.json").read_text())["quantization_config"]
+    config = json.loads((tmp_path / "second" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert (config["desc_act"], config["static_groups"], config["damp_percent"]) == (True, False, 0.05)
     same_values(first, tmp_path / "second")
     converted(tmp_path / "second", tmp_path / "third", "gptq-v1")

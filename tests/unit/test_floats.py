@@ -236,7 +236,7 @@ def test_schemes_without_such_a_number_return_themselves(spec: str) -> None:
     assert vars(parse(spec).for_all([ordinary(4, 64)])) == vars(parse(spec))
 
 
-def test_weights_without_a_largest_value_leave_the_choice_to_each() -> None:
+def test_weights_without_a_largest_value_choose_alone() -> None:
     for bad in (torch.tensor([[torch.nan]]), torch.tensor([[torch.inf]])):
         for scheme in (NVFP4(), FP8(0, "tensor")):
             assert scheme.for_all([torch.ones(1, 1), bad]).span is None

@@ -71,7 +71,9 @@ def test_mxfp4_experts_decode_as_in_transformers() -> None:
     assert torch.equal(packed.decode(parts, slice(1, 2)), wanted[1:2].float())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [name for name, (_, config, _) in LAYOUTS.items() if config["quant_method"] in READERS]
+)
 def test_rows_decode_as_in_the_whole(layout: str) -> None:
     packer, config, _ = LAYOUTS[layout]
     parts, values = packer(weight(100, 96))

@@ -66,7 +66,7 @@ def test_the_fused_panel_is_the_definition_in_the_interpreter() -> None:
     assert all(share <= DIFFERENT for both in found.values() for share in both), found
 
 
-UNEVEN = [spec for spec in SPECS if any(part in spec for part in ("nf4", "fp4", "iq4", "llm.int8"))]
+UNEVEN = [spec for spec in SPECS if any(part in spec for part in ("nf4", "fp4", "fp8", "iq4", "llm.int8"))]
 
 
 @pytest.mark.parametrize("spec", UNEVEN)
