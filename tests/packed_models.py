@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.quantizers import auto
 
+from fewbit import hook, prefer
+from fewbit.models.plugin import quantizer
 from tests import models
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -271,3 +276,23 @@ def edit(folder: Path, changes: Mapping[str, Tensor | None]) -> Path:
 def record(folder: Path) -> Any:
     """The record of fewbit in an output folder."""
     return json.loads((folder / "fewbit.json").read_text(encoding="utf-8"))
+
+
+def same_files(one: Path, other: Path) -> None:
+    """Assert that the tensors of two folders have the same names, dtypes, shapes and bytes."""
+    found, wanted = models.tensors_of(one), models.tensors_of(other)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+
+
+@contextmanager
+def preferred(method: str) -> Iterator[None]:
+    """Inside this context, fewbit serves the method even where transformers has a back end, as after `prefer`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hook, "preferred", set())
+        patch.setattr(auto, "AUTO_QUANTIZER_MAPPING", dict(auto.AUTO_QUANTIZER_MAPPING))
+        prefer(method)
+        assert auto.AUTO_QUANTIZER_MAPPING[method] is quantizer.FewbitQuantizer
+        yield

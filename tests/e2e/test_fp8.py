@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.quantizers import auto
 
 import fewbit
-from fewbit import hook, prefer
 from fewbit.errors import FormatError
-from fewbit.models.plugin import quantizer
 from fewbit.nn.fused import packed_linears
 from fewbit.plans.plan import Plan, Rule
 from tests import architectures, models, packed_models
@@ -26,24 +21,8 @@ BLOCKS = Plan("blocks", "fp8", (Rule("*", "fp8-b128"),))
 TENSORS = Plan("tensors", "fp8", (Rule("*", "fp8-tensor"),))
 
 
-@contextmanager
-def preferred() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hook, "preferred", set())
-        patch.setattr(auto, "AUTO_QUANTIZER_MAPPING", dict(auto.AUTO_QUANTIZER_MAPPING))
-        prefer("fp8")
-        assert auto.AUTO_QUANTIZER_MAPPING["fp8"] is quantizer.FewbitQuantizer
-        yield
-
-
 def config_of(folder: Path) -> Any:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-
-
-def same(one: Path, other: Path) -> None:
-    found, wanted = models.tensors_of(one), models.tensors_of(other)
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name].view(torch.uint8), wanted[name].view(torch.uint8)) for name in wanted)
 
 
 @pytest.mark.parametrize("plan", [BLOCKS, TENSORS], ids=["blocks", "tensors"])
@@ -59,11 +38,11 @@ def test_what_is_written_loads_packed_and_is_saved_again(plan: Plan, tmp_path: P
     assert config_of(out)["weight_block_size"] == ([128, 128] if plan is BLOCKS else None)
     assert "lm_head" in config_of(out)["modules_to_not_convert"]
     assert fewbit.inspect(out).schemes == {"fp8-b128" if plan is BLOCKS else "fp8-tensor": 14}
-    with preferred():
+    with packed_models.preferred("fp8"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(out)
         assert len(packed_linears(loaded)) == 14
         loaded.save_pretrained(tmp_path / "again")
-    same(tmp_path / "again", out)
+    packed_models.same_files(tmp_path / "again", out)
     again = config_of(tmp_path / "again")  # transformers adds its defaults
     assert {**again, **config_of(out)} == again
 
@@ -88,7 +67,7 @@ def test_experts_stay_packed(kind: str, tmp_path: Path) -> None:
     model, stored = fewbit.load(packed, device="cpu"), models.tensors_of(packed)
     assert len(packed_linears(model)) == sum(name.endswith("_scale_inv") for name in stored)
     model.save_pretrained(tmp_path / "again")
-    same(tmp_path / "again", packed)
+    packed_models.same_files(tmp_path / "again", packed)
     values, own = models.tensors_of(plain), model.dequantize().state_dict()
     assert sum(".experts." in name for name in values) > 10
     assert all(torch.equal(own[name].float(), tensor.float()) for name, tensor in values.items())
@@ -100,6 +79,17 @@ def test_scales_of_activations_are_saved_again(tmp_path: Path) -> None:
     found = models.tensors_of(tmp_path / "again")
     assert found.keys() == models.tensors_of(packed).keys()
     assert any(name.endswith("activation_scale") for name in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e8m0fnu])
+def test_scales_keep_the_dtype_of_their_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    packed = packed_models.pack(models.save(tmp_path / "plain", "llama"), tmp_path / "packed", "fp8-b128")
+    scales = {name: t for name, t in models.tensors_of(packed).items() if name.endswith("_scale_inv")}
+    packed_models.edit(packed, {name: t.log2().ceil().exp2().to(dtype) for name, t in scales.items()})
+    model = fewbit.load(packed, device="cpu")
+    assert len(packed_linears(model)) == len(scales)
+    model.save_pretrained(tmp_path / "again")
+    packed_models.same_files(tmp_path / "again", packed)
 
 
 BAD = {

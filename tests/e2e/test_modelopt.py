@@ -25,14 +25,6 @@ def packed_model(tmp_path: Path, layout: str) -> Path:
     return packed_models.pack(plain, tmp_path / "packed", layout)
 
 
-def same(one: Path, other: Path) -> None:
-    found, wanted = models.tensors_of(one), models.tensors_of(other)
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
-        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_from_pretrained_keeps_it_packed_and_saves_it_again(layout: str, tmp_path: Path) -> None:
     packed = packed_model(tmp_path, layout)
@@ -42,7 +34,7 @@ def test_from_pretrained_keeps_it_packed_and_saves_it_again(layout: str, tmp_pat
     wanted = models.logits(plain, IDS)
     assert (models.logits(loaded, IDS) - wanted).norm() < 1e-3 * wanted.norm()
     loaded.save_pretrained(tmp_path / "again")
-    same(tmp_path / "again", packed)
+    packed_models.same_files(tmp_path / "again", packed)
     again = json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert again == packed_models.LAYOUTS[layout][1]
     values, own = models.tensors_of(tmp_path / "plain"), fewbit.load(tmp_path / "again").dequantize().state_dict()
@@ -56,7 +48,7 @@ def test_experts_of_modelopt_stay_packed(layout: str, tmp_path: Path) -> None:
     model, stored = fewbit.load(packed, device="cpu"), models.tensors_of(packed)
     assert len(packed_linears(model)) == sum(name.endswith(".weight_scale") for name in stored)
     model.save_pretrained(tmp_path / "again")
-    same(tmp_path / "again", packed)
+    packed_models.same_files(tmp_path / "again", packed)
     values, own = models.tensors_of(plain), model.dequantize().state_dict()
     assert sum(".experts." in name for name in values) > 10
     assert all(torch.equal(own[name].float(), tensor.float()) for name, tensor in values.items())
@@ -72,7 +64,7 @@ def test_a_config_beside_config_json_is_found(tmp_path: Path) -> None:
     loaded: Any = AutoModelForCausalLM.from_pretrained(packed)
     assert len(packed_linears(loaded)) == len(packed_linears(fewbit.load(packed, device="cpu"))) == 14
     loaded.save_pretrained(tmp_path / "again")
-    same(tmp_path / "again", packed)
+    packed_models.same_files(tmp_path / "again", packed)
     assert len(packed_linears(fewbit.load(tmp_path / "again", device="cpu"))) == 14
 
 
@@ -85,7 +77,7 @@ def test_scales_of_every_shape_are_read(shape: tuple[int, ...], tmp_path: Path) 
     packed_models.edit(packed, {f"{NAME}.weight_scale": scale, f"{NAME}.k_scale": torch.ones(())})
     model = fewbit.load(packed, device="cpu")
     model.save_pretrained(tmp_path / "again")
-    same(tmp_path / "again", packed)
+    packed_models.same_files(tmp_path / "again", packed)
     assert torch.equal(model.dequantize().get_submodule(NAME).weight.float(), 0.25 * stored.float())
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.quantizers import auto
 from transformers.utils.quantization_config import Mxfp4Config
 
 import fewbit
-from fewbit import hook, prefer
 from fewbit.errors import FormatError, PlanError
 from fewbit.models import decoded
-from fewbit.models.plugin import quantizer
 from fewbit.nn.experts import ExpertSlice
 from fewbit.nn.fused import packed_linears
 from fewbit.plans.plan import Plan, Rule
@@ -40,16 +36,6 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
     return packed_models.pack_gpt_oss(architectures.save(tmp_path / "plain", "gpt_oss"), tmp_path / "packed")
-
-
-@contextmanager
-def preferred() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hook, "preferred", set())
-        patch.setattr(auto, "AUTO_QUANTIZER_MAPPING", dict(auto.AUTO_QUANTIZER_MAPPING))
-        prefer("mxfp4")
-        assert auto.AUTO_QUANTIZER_MAPPING["mxfp4"] is quantizer.FewbitQuantizer
-        yield
 
 
 def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -80,14 +66,14 @@ def test_experts_stay_packed_and_have_the_same_values(both: tuple[Path, Path]) -
 def test_saving_writes_the_same_bytes(both: tuple[Path, Path], tmp_path: Path) -> None:
     _, packed = both
     fewbit.load(packed, device="cpu").save_pretrained(tmp_path / "again")
-    same(models.tensors_of(tmp_path / "again"), models.tensors_of(packed))
+    packed_models.same_files(tmp_path / "again", packed)
     assert fewbit.inspect(tmp_path / "again").schemes == fewbit.inspect(packed).schemes
-    with preferred():
+    with packed_models.preferred("mxfp4"):
         model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
         assert packed_linears(model)
         model.save_pretrained(tmp_path / "third", max_shard_size="100KB")
     assert len(list((tmp_path / "third").glob("*.safetensors"))) > 1
-    same(models.tensors_of(tmp_path / "third"), models.tensors_of(packed))
+    packed_models.same_files(tmp_path / "third", packed)
 
 
 def test_transformers_keeps_its_own_loader(both: tuple[Path, Path]) -> None:
@@ -104,7 +90,7 @@ def test_a_dequantized_model_has_fused_experts(both: tuple[Path, Path], tmp_path
     same(dict(model.state_dict()), wanted)
     model.save_pretrained(tmp_path / "saved")
     same(models.tensors_of(tmp_path / "saved"), wanted)
-    with preferred():
+    with packed_models.preferred("mxfp4"):
         config: Any = Mxfp4Config(dequantize=True)
         same(dict(AutoModelForCausalLM.from_pretrained(packed, quantization_config=config).state_dict()), wanted)
 
@@ -119,7 +105,7 @@ def test_layers_may_keep_ordinary_experts(packed: Path, tmp_path: Path) -> None:
     assert not [name for name in packed_linears(model) if name.startswith(EXPERTS)]
     assert packed_linears(model)
     model.save_pretrained(tmp_path / "again")
-    same(models.tensors_of(tmp_path / "again"), models.tensors_of(packed))
+    packed_models.same_files(tmp_path / "again", packed)
 
 
 def test_inspect_counts_what_is_stored(both: tuple[Path, Path]) -> None:

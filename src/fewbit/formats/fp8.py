@@ -12,8 +12,9 @@
       +---------+---------+--+      +------+------+------+
 
 `weight_block_size` in the config is [128, 128] for blocks, and null for one scale. Also read: scales for each row, [N]
-or [N, 1], scales in bfloat16 and E8M0, and the names `P.weight_scale` (AutoFP8), `P.scale` and `P.qscale_weight`. They
-are saved as float32 `weight_scale_inv`. `P.activation_scale` and `P.input_scale` are for servers; saving keeps them.
+or [N, 1], scales in bfloat16 and E8M0, and the names `P.weight_scale` (AutoFP8), `P.scale` and `P.qscale_weight`.
+Scales with these names are saved as float32 `weight_scale_inv`; others keep their dtype. `P.activation_scale` and
+`P.input_scale` are for servers; saving keeps them.
 Fused experts, FP4 experts and other block sizes are decoded as they are read (`layouts/fp8.py`).
 Source: transformers 5.24, integrations/finegrained_fp8.py.
 """
