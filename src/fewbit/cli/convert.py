@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from fewbit.cli.flags import Fields, checked
-from fewbit.cli.options import Json, Model, Overwrite, SafetensorsOnly, Text, Windows, printed
+from fewbit.cli.options import (
+    DryRun,
+    Imatrix,
+    Json,
+    Model,
+    Output,
+    Overwrite,
+    SafetensorsOnly,
+    Text,
+    Windows,
+    check_output,
+    printed,
+)
 from fewbit.cli.stdin import text_of
 from fewbit.errors import PlanError
 from fewbit.models.loading import Loading
@@ -21,9 +33,7 @@ def convert(
     to: Annotated[
         str, typer.Option(help="dense, a format (fewbit list), or a variant of its layout: gptq-v1, gptq-v2.")
     ],
-    output: Annotated[
-        str | None, typer.Option("-o", "--output", help="Folder or .gguf file to make. Required unless --dry-run.")
-    ] = None,
+    output: Output = None,
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Quantize the decoded weights by --plan, and measure the loss.")
     ] = False,
@@ -32,25 +42,20 @@ def convert(
         Calibration,
         Fields(text="calibration", samples="calibration_samples", length="calibration_length", seed="seed"),
     ] = Calibration(),
-    imatrix: Annotated[
-        str | None, typer.Option(help="Importance matrix (.gguf, .dat) to use in place of calibration. Default: none.")
-    ] = None,
+    imatrix: Imatrix = None,
     text: Text = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens in a window to measure on. Default: the model's context, at most 2048.")
     ] = None,
     samples: Windows = 16,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what each tensor would become. Write nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
     safetensors_only: SafetensorsOnly = False,
     loading: Annotated[Loading, Fields("device", "trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
     """Convert the quantized MODEL to another format, without changing codes or scales."""
-    if output is None and not dry_run:
-        raise PlanError("no output folder", "Say where to: -o OUT. Or use --dry-run.")
+    check_output(output, dry_run=dry_run)
     if requantize and dry_run:
         raise PlanError("--dry-run shows exact conversions only", "Use fewbit quantize --dry-run with the plan.")
     measured = text_of(text)

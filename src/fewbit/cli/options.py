@@ -19,6 +19,13 @@ Text = Annotated[
         "Default: tiny for the embedded model, else pydoc."
     ),
 ]
+Output = Annotated[
+    str | None, typer.Option("-o", "--output", help="Folder or .gguf file to make. Required unless --dry-run.")
+]
+Imatrix = Annotated[
+    str | None, typer.Option(help="Importance matrix (.gguf, .dat) to use in place of calibration. Default: none.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what each tensor would become. Write nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 SafetensorsOnly = Annotated[bool, typer.Option("--safetensors-only", help="Refuse weights in pickle files.")]
 
@@ -30,6 +37,12 @@ def _windows(value: str | int) -> int | None:
 Windows = Annotated[
     int | None, typer.Option(parser=_windows, metavar="N|all", help="Number of windows to measure on; all: every one.")
 ]
+
+
+def check_output(output: str | None, *, dry_run: bool) -> None:
+    """PlanError if a command has nowhere to write."""
+    if output is None and not dry_run:
+        raise PlanError("no output folder", "Say where to: -o OUT. Or use --dry-run.")
 
 
 def printed(data: Any) -> None:

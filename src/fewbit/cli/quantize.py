@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from fewbit.cli.flags import Fields, checked
-from fewbit.cli.options import Json, Model, Overwrite, SafetensorsOnly, printed
-from fewbit.errors import PlanError
+from fewbit.cli.options import DryRun, Imatrix, Json, Model, Output, Overwrite, SafetensorsOnly, check_output, printed
 from fewbit.models.loading import Loading
 from fewbit.texts.calibration import Calibration
 
@@ -20,9 +19,7 @@ Calibrated = Annotated[Calibration, Fields("samples", "length", "seed", text="ca
 def quantize(
     ctx: typer.Context,
     model: Model,
-    output: Annotated[
-        str | None, typer.Option("-o", "--output", help="Folder or .gguf file to make. Required unless --dry-run.")
-    ] = None,
+    output: Output = None,
     plan: Annotated[str, typer.Option(help="A plan by name (fewbit list), or a .json file.")] = "gptq-4bit",
     method: Annotated[
         str | None, typer.Option(help="Method that chooses the codes (fewbit list), or awq+gptq. Default: the plan's.")
@@ -30,12 +27,8 @@ def quantize(
     scheme: Annotated[str | None, typer.Option(help="Scheme, such as int4-g64-sym. Default: the plan's.")] = None,
     format: Annotated[str | None, typer.Option(help="File format (fewbit list). Default: the plan's.")] = None,
     calibration: Calibrated = Calibration(),
-    imatrix: Annotated[
-        str | None, typer.Option(help="Importance matrix (.gguf, .dat) to use in place of calibration. Default: none.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what each tensor would become. Write nothing.")
-    ] = False,
+    imatrix: Imatrix = None,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
     safetensors_only: SafetensorsOnly = False,
     loading: Annotated[Loading, Fields("device", "trust_remote_code")] = Loading(),
@@ -48,8 +41,7 @@ def quantize(
     options: dict[str, str] = ctx.obj or {}
     if method or scheme or format or options:
         chosen = chosen.changed(scheme=scheme, method=method, format=format, options=options)
-    if output is None and not dry_run:
-        raise PlanError("no output folder", "Say where to: -o OUT. Or use --dry-run.")
+    check_output(output, dry_run=dry_run)
     from fewbit.api import quantize as api
     from fewbit.report import text as report
 
