@@ -14,10 +14,7 @@ from typing import Any
 
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from fewbit.errors import FormatError
 from fewbit.models import foreign
-from fewbit.models.decoded import LAYOUTS
-from fewbit.models.plugin import patch_fp8
 
 _own: ContextVar[bool] = ContextVar("fewbit_own_loader", default=False)
 _kernel: ContextVar[str | None] = ContextVar("fewbit_kernel", default=None)
@@ -75,11 +72,9 @@ def checked(theirs: Any) -> Any:
         foreign.check(found)
         supported = bool(theirs(config))
         method = str(found.get("quant_method"))
-        # transformers would load the model without its quantized weights, or with codes for values.
+        # transformers would load the model without its quantized weights.
         if not supported and foreign.by_transformers(method):
             raise foreign.unread(method)
-        if not supported and method in LAYOUTS:
-            raise FormatError(f"transformers does not read the quantization method {method!r}", patch_fp8.INSTEAD)
         return supported
 
     supports.by_fewbit = True  # type: ignore[attr-defined]
