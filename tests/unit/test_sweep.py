@@ -27,7 +27,7 @@ from fewbit.methods.sweep.definition import Sweep
 from fewbit.pipeline import blocks
 from fewbit.plans.plan import Assignment
 from fewbit.schemes.base import Grids, Uniform, parse
-from tests.contract.cases import SPECS, inputs, ordinary, several_groups, stats_of
+from tests.contract.cases import SPECS, inputs, ordinary, same_bytes, several_groups, stats_of
 
 # 304 columns are two panels and a ragged third; 40 rows are no whole number of programs.
 SWEPT = {"int4-g16": 304, "int3-g16-sym": 304, "int2-row": 304, "q4_k": 512, "q3_k": 512, "q5_1": 288, "q8_0": 288}
@@ -160,6 +160,17 @@ def test_small_weights_are_quantized_as_one_on_a_gpu(monkeypatch: pytest.MonkeyP
         alone = GPTQ().quantize(w, scheme, stats).weight
         assert choice.weight.shape == tuple(w.shape)
         assert (choice.weight.dequantize() - alone.dequantize()).norm() <= 1e-3 * w.norm()
+
+
+def test_weights_with_scales_of_their_own_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as q and fc1 of a parallel block: they read one input, but servers do not compute them as one matrix."""
+    monkeypatch.setattr(gptq, "_STACKING", ("cpu",))
+    weights = [ordinary(8, 64, seed=1) * 100, ordinary(8, 64, seed=2)]
+    schemes = [parse("nvfp4").for_all([w]) for w in weights]
+    stats = stats_of(inputs(200, 64))
+    together = GPTQ().quantize_alike(weights, schemes, stats)
+    for w, scheme, choice in zip(weights, schemes, together, strict=True):
+        assert same_bytes(choice.weight.parts, GPTQ().quantize(w, scheme, stats).weight.parts)
 
 
 def test_the_one_that_cannot_be_quantized_is_named() -> None:

@@ -118,10 +118,11 @@ def _stacks(weights: Sequence[Tensor], schemes: Sequence[Scheme]) -> list[tuple[
 
     On a GPU, small weights cost launches, not arithmetic, and no row depends on another. So neighbours of one scheme
     are stacked, such as gate and up of an expert. On a CPU each weight stays alone: larger matrices would save nothing.
+    A global scale (`Scheme.for_all`) belongs to a scheme, though schemes compare without it.
     """
     stacks: list[tuple[Scheme, list[Tensor]]] = []
     for w, scheme in zip(weights, schemes, strict=True):
-        if stacks and w.device.type in _STACKING and stacks[-1][0] == scheme:
+        if stacks and w.device.type in _STACKING and vars(stacks[-1][0]) == vars(scheme):
             stack = [*stacks[-1][1], w]
             shapes = [(each.shape[0], each.shape[1]) for each in stack]
             if sum(n * k for n, k in shapes) <= _STACK and all(scheme.by_rows(shape) for shape in shapes):
