@@ -142,6 +142,13 @@ class Affine(Scheme):
     def payload(self) -> str:
         return "codes"
 
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        return ("scale",)  # zero points are integers
+
+    def rounded(self, parts: Mapping[str, Tensor], floats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self._stored(value.clamp(-FP16_LARGEST, FP16_LARGEST)) for name, value in floats.items()}
+
     def why_not(self, shape: tuple[int, int]) -> str | None:
         if self.group and shape[1] % self.group:
             return f"groups of {self.group} do not divide {shape[1]} columns"

@@ -130,6 +130,48 @@ class Codec(ABC):
         """
         return None
 
+    # ---- Training with the codes fixed: the numbers of a weight that a file stores as floats.
+
+    @property
+    @abstractmethod
+    def trainable(self) -> tuple[str, ...] | str:
+        """The names of the numbers that can be trained while all codes stay, such as scales; or why there are none.
+
+        A name is that of a part, unless the codec overrides `floats` and `with_floats`.
+        """
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Those of `trainable` that are one number for a whole weight, which servers expect to be the same in linears
+        that they compute as one matrix (`Scheme.for_all`)."""
+        return ()
+
+    def floats(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The numbers `trainable` by name, in float32."""
+        found = {name: parts[name].float() for name in self.trainable} if isinstance(self.trainable, tuple) else {}
+        one = {name: found[name][:1] for name in self.shared if bool((found[name] == found[name][:1]).all())}
+        return found | one
+
+    def rounded(self, parts: Mapping[str, Tensor], floats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The nearest numbers that the parts can store, in float32. By default the dtype of a part decides."""
+        return {name: value.to(parts[name].dtype).float() for name, value in floats.items()}
+
+    def values(
+        self,
+        parts: Mapping[str, Tensor],
+        shape: tuple[int, int],
+        floats: Mapping[str, Tensor],
+        rows: slice = ALL,
+    ) -> Tensor:
+        """`dequantize` in float32 with `floats` in place of the stored numbers. It is differentiable by them."""
+        wide = {name: value.expand(parts[name].shape) for name, value in floats.items()}
+        return self.dequantize({**parts, **wide}, shape, torch.float32, rows)
+
+    def with_floats(self, parts: Mapping[str, Tensor], floats: Mapping[str, Tensor]) -> Parts:
+        """The parts with `floats`, as `rounded` returns them, in place of the stored numbers."""
+        made = {n: value.to(parts[n].dtype).expand(parts[n].shape).contiguous() for n, value in floats.items()}
+        return {**parts, **made}
+
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Bytes of all parts of a weight of this shape."""
         return sum(spec.nbytes for spec in self.part_specs(shape).values())

@@ -94,6 +94,17 @@ class FP8(Scheme):
         return "codes"
 
     @property
+    def trainable(self) -> tuple[str, ...]:
+        return ("scale",)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        return ("scale",) if self.kind == "tensor" else ()
+
+    def rounded(self, parts: Mapping[str, Tensor], floats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: _stored(value) for name, value in floats.items()}
+
+    @property
     def rows(self) -> int:
         return {"row": 1, "tensor": 0}.get(self.kind, _SIDE)
 

@@ -98,6 +98,10 @@ class Int8(Scheme):
     def payload(self) -> str:
         return "codes"
 
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        return ("scb",)
+
     def why_not(self, shape: tuple[int, int]) -> str | None:
         return None
 

@@ -69,6 +69,10 @@ class MXFP4(Scheme):
     def payload(self) -> str:
         return "codes"
 
+    @property
+    def trainable(self) -> str:
+        return "its scales are powers of two"
+
     def why_not(self, shape: tuple[int, int]) -> str | None:
         return f"groups of {GROUP} do not divide {shape[1]} columns" if shape[1] % GROUP else None
 

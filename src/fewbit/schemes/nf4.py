@@ -311,6 +311,11 @@ class FourBit(Scheme):
     def payload(self) -> str:
         return "codes"
 
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        # With double quantization the scales themselves are codes. The map is the same in all files.
+        return ("nested", "offset") if self.double else ("absmax",)
+
     def why_not(self, shape: tuple[int, int]) -> str | None:
         return None
 

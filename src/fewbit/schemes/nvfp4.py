@@ -94,6 +94,14 @@ class NVFP4(Scheme):
     def payload(self) -> str:
         return "codes"
 
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        return ("global",)  # the scales of groups are 8-bit numbers
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        return ("global",)
+
     def why_not(self, shape: tuple[int, int]) -> str | None:
         return f"groups of {GROUP} do not divide {shape[1]} columns" if shape[1] % GROUP else None
 

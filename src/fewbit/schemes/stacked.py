@@ -43,6 +43,10 @@ class Stacked(Codec):
     def payload(self) -> str:
         return f"0.{self.segments[0][0].payload}"
 
+    @property
+    def trainable(self) -> str:
+        return "its segments are trained one by one"
+
     def part_specs(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
         return {
             f"{i}.{name}": spec

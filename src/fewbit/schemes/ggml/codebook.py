@@ -151,11 +151,15 @@ def _iq1_s(b: Tensor) -> Tensor:
     return _scaled(_half(b[:, :2]) * (2 * (word >> 12 & 7) + 1), values)
 
 
+def _scattered(word: Tensor) -> Tensor:
+    """d of iq1_m, float32 [B, 1]: the top nibbles of the four scale words [B, 4] are its 16 bits."""
+    bits = (word >> 12) << torch.arange(0, 16, 4, device=word.device, dtype=torch.int64)
+    return bits.sum(1, keepdim=True).to(torch.int32).to(torch.int16).view(torch.float16).float()
+
+
 def _iq1_m(b: Tensor) -> Tensor:
     high, word = _lanes(b[:, 32:48], 4).int(), _words(b[:, 48:], torch.int16)
-    # The top nibbles of the four scale words are the 16 bits of d.
-    bits = (word >> 12) << torch.arange(0, 16, 4, device=b.device, dtype=torch.int64)
-    d = bits.sum(1, keepdim=True).to(torch.int32).to(torch.int16).view(torch.float16).float()
+    d = _scattered(word)
     index = b[:, :32].int() | (high & 7) << 8
     shift = 0.125 - 0.25 * (high >> 3)
     values = (_entries("iq1", index).unflatten(1, (32, -1)) + shift.unsqueeze(-1)).flatten(1)
@@ -197,6 +201,34 @@ _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "tq2_0": _tq2_0,
     "mxfp4": _mxfp4,
 }
+
+
+# The first byte of d in a block. iq1_m keeps it in the top nibbles of four words; a block of mxfp4 has none.
+_SCALE_AT = {"iq1_s": 0, "iq2_xxs": 0, "iq2_xs": 0, "iq2_s": 0, "iq3_xxs": 0, "iq3_s": 0, "tq1_0": 52, "tq2_0": 64}
+
+
+def has_scale(name: str) -> bool:
+    """Whether blocks of this type have an fp16 scale d, of which their values are multiples."""
+    return name in _SCALE_AT or name == "iq1_m"
+
+
+def scale_of(name: str, blocks: Tensor) -> Tensor:
+    """d of blocks uint8 [B, bytes], float32 [B, 1]."""
+    if name == "iq1_m":
+        return _scattered(_words(blocks[:, 48:], torch.int16))
+    return _half(blocks[:, (at := _SCALE_AT[name]) : at + 2])
+
+
+def with_scale(name: str, blocks: Tensor, d: Tensor) -> Tensor:
+    """A copy of the blocks with other scales d [B, 1]."""
+    made, half = blocks.clone(memory_format=torch.contiguous_format), d.to(torch.float16).contiguous()
+    if name == "iq1_m":
+        shifts = torch.arange(0, 16, 4, device=d.device, dtype=torch.int64)
+        nibbles = _words(half.view(torch.uint8), torch.int16) >> shifts & 15  # one for each of the four words
+        made[:, 49::2] = made[:, 49::2] & 15 | (nibbles << 4).to(torch.uint8)
+    else:
+        made[:, (at := _SCALE_AT[name]) : at + 2] = half.view(torch.uint8)
+    return made
 
 
 def decode(name: str, blocks: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fewbit.lazy import Tensor, torch
-from fewbit.schemes.base import ALL, Codec, PartSpec
+from fewbit.schemes.base import ALL, Codec, Parts, PartSpec
 from fewbit.schemes.ggml import codebook
+from fewbit.schemes.ggml.search import half
 from fewbit.schemes.ggml.table import BLOCK_TYPES, BlockType
 
 
@@ -49,3 +50,37 @@ class ReadOnly(Blocks):
     """A block type that can be read but not written."""
 
     name: str
+
+    @property
+    def trainable(self) -> tuple[str, ...] | str:
+        return ("d",) if codebook.has_scale(self.name) else "its scales are powers of two"
+
+    def floats(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        blocks = parts["blocks"]
+        if not codebook.has_scale(self.name):
+            return {}
+        return {"d": codebook.scale_of(self.name, blocks.reshape(-1, self.type.nbytes)).view(len(blocks), -1)}
+
+    def rounded(self, parts: Mapping[str, Tensor], floats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: half(value) for name, value in floats.items()}
+
+    def values(
+        self,
+        parts: Mapping[str, Tensor],
+        shape: tuple[int, int],
+        floats: Mapping[str, Tensor],
+        rows: slice = ALL,
+    ) -> Tensor:
+        if not floats:
+            return self.dequantize(parts, shape, torch.float32, rows)
+        blocks, d = parts["blocks"][rows], floats["d"][rows]
+        unit = self.with_floats({"blocks": blocks}, {"d": torch.ones_like(d)})
+        out: Tensor = self.dequantize(unit, shape, torch.float32).unflatten(1, (d.shape[1], -1)) * d.unsqueeze(-1)
+        return out.flatten(1)
+
+    def with_floats(self, parts: Mapping[str, Tensor], floats: Mapping[str, Tensor]) -> Parts:
+        blocks = parts["blocks"]
+        if not floats:
+            return {"blocks": blocks}
+        made = codebook.with_scale(self.name, blocks.reshape(-1, self.type.nbytes), floats["d"].reshape(-1, 1))
+        return {"blocks": made.view(blocks.shape)}

@@ -6,7 +6,7 @@ exact in float32 (11 bits times at most 8 bits). Only the subtraction of an offs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -104,6 +104,18 @@ def pack(codes: Tensor, grids: BlockGrids) -> Tensor:
     assert d is not None
     blocks = layout.pack(grids.name, Fields(codes.reshape(-1, kind.columns), d, dmin, sc, m))
     return blocks.view(n, codes.shape[1] // kind.columns * kind.nbytes)
+
+
+def units(name: str, rows: Tensor) -> dict[str, Tensor]:
+    """d, and dmin if the type has it, of the part `blocks`: float32 [N, blocks] each."""
+    found = layout.units(name, rows.reshape(-1, LAYOUTS[name].nbytes))
+    return {key: value.view(len(rows), -1) for key, value in found.items()}
+
+
+def with_units(name: str, rows: Tensor, units: Mapping[str, Tensor]) -> Tensor:
+    """A copy of the part `blocks` with other d and dmin [N, blocks], which fp16 holds."""
+    flat = {key: value.reshape(-1, 1) for key, value in units.items()}
+    return layout.with_units(name, rows.reshape(-1, LAYOUTS[name].nbytes), flat).view(rows.shape)
 
 
 def level(kind: Layout, codes: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -33,6 +33,7 @@ Source: ggml-common.h of llama.cpp.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -118,12 +119,31 @@ class Fields:
 def unpack(name: str, blocks: Tensor) -> Fields:
     """The contents of blocks uint8 [B, bytes]."""
     layout = LAYOUTS[name]
-    sc, m = _unpack_scales(name, blocks)
-    dmin = None
-    if layout.dmin >= 0:
+    (sc, m), found = _unpack_scales(name, blocks), units(name, blocks)
+    return Fields(unpack_codes(layout, blocks), found["d"], found.get("dmin"), sc, m)
+
+
+def units(name: str, blocks: Tensor) -> dict[str, Tensor]:
+    """d, and dmin if the type has it, of blocks uint8 [B, bytes]: float32 [B, 1] each."""
+    layout = LAYOUTS[name]
+    found = {"d": _half(blocks, layout.d)}
+    if layout.affine:
         dmin = _half(blocks, layout.dmin)
-        dmin = -dmin if layout.plus else dmin
-    return Fields(unpack_codes(layout, blocks), _half(blocks, layout.d), dmin, sc, m)
+        found["dmin"] = -dmin if layout.plus else dmin
+    return found
+
+
+def with_units(name: str, blocks: Tensor, units: Mapping[str, Tensor]) -> Tensor:
+    """A copy of the blocks with other d and dmin."""
+    layout, made = LAYOUTS[name], blocks.clone(memory_format=torch.contiguous_format)
+    _pack_units(layout, units["d"], units.get("dmin"), made)
+    return made
+
+
+def _pack_units(layout: Layout, d: Tensor, dmin: Tensor | None, blocks: Tensor) -> None:
+    _pack_half(d, blocks, layout.d)
+    if dmin is not None:
+        _pack_half(-dmin if layout.plus else dmin, blocks, layout.dmin)
 
 
 def unpack_codes(layout: Layout, blocks: Tensor) -> Tensor:
@@ -143,9 +163,7 @@ def pack(name: str, fields: Fields) -> Tensor:
     codes = codes ^ 128 if layout.bits == 8 else codes
     for plane in layout.planes:
         _pack_plane(plane, layout.columns, codes, blocks)
-    _pack_half(fields.d, blocks, layout.d)
-    if fields.dmin is not None:
-        _pack_half(-fields.dmin if layout.plus else fields.dmin, blocks, layout.dmin)
+    _pack_units(layout, fields.d, fields.dmin, blocks)
     if fields.sc is not None:
         _pack_scales(name, fields.sc, fields.m, blocks)
     return blocks

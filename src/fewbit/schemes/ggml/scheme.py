@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from fewbit.errors import PlanError
@@ -14,7 +14,7 @@ from fewbit.schemes.ggml import grids as blockwise
 from fewbit.schemes.ggml.codec import Blocks
 from fewbit.schemes.ggml.grids import BlockGrids
 from fewbit.schemes.ggml.layout import LAYOUTS
-from fewbit.schemes.ggml.search import BlockScales, fit
+from fewbit.schemes.ggml.search import BlockScales, fit, half
 from fewbit.schemes.ggml.table import BLOCK_TYPES
 
 # Entries searched at a time. On a CPU they fit its cache.
@@ -42,6 +42,30 @@ class GGML(Blocks, Scheme):
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        return ("d", "dmin") if LAYOUTS[self.name].affine else ("d",)
+
+    def floats(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return blockwise.units(self.name, parts["blocks"])
+
+    def rounded(self, parts: Mapping[str, Tensor], floats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: half(value) for name, value in floats.items()}
+
+    def values(
+        self,
+        parts: Mapping[str, Tensor],
+        shape: tuple[int, int],
+        floats: Mapping[str, Tensor],
+        rows: slice = ALL,
+    ) -> Tensor:
+        codes, grids = blockwise.unpack(self.name, parts["blocks"][rows])
+        dmin = floats["dmin"][rows] if "dmin" in floats else None
+        return replace(grids, d=floats["d"][rows], dmin=dmin).decode(codes)
+
+    def with_floats(self, parts: Mapping[str, Tensor], floats: Mapping[str, Tensor]) -> Parts:
+        return {"blocks": blockwise.with_units(self.name, parts["blocks"], floats)}
 
     def with_group(self, group: int) -> Self:
         """This scheme: the block size is fixed by its type."""
