@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
+import fewbit
+from fewbit.pipeline import blocks
 from tests import models
 from tests.limits import HANG
 
@@ -71,3 +76,23 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     assert len(after) == 13
     assert size > 75e6
     assert max(after) - before < 0.4 * size, (before, after)
+
+
+@pytest.mark.parametrize("plan", ["nf4", "gptq-4bit"])
+def test_packed_weights_are_freed_when_they_are_saved(
+    plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize_block, made, held = blocks._quantize_block, list[weakref.ref[Tensor]](), list[int]()
+
+    def watched(*arguments: Any) -> Any:
+        held.append(sum(tensor() is not None for tensor in made))
+        done = quantize_block(*arguments)
+        made.extend(weakref.ref(tensor) for tensor in done[0].values())
+        return done
+
+    monkeypatch.setattr(blocks, "_quantize_block", watched)
+    folder = models.save(tmp_path / "model", "llama", num_hidden_layers=3)
+    calibration = fewbit.Calibration([models.sentences(60)], samples=4, length=32)
+    fewbit.quantize(folder, tmp_path / "out", plan=plan, calibration=calibration, device="cpu")
+    assert made
+    assert held == [0, 0, 0]

@@ -26,7 +26,8 @@ class PlanEstimate:
     cache and activations; peaks follow the stated model (advise/memory.py). `card`: the smallest that holds `total`.
 
     `quantization_peak`: peak memory of quantizing on a CPU. `quantization_gpu`, `quantization_host`: on a GPU, the peak
-    of its memory, and of main memory. `why_not`: why the plan is impossible for this model.
+    of its memory, and of main memory. None counts Python and its imports. `why_not`: why the plan is impossible for
+    this model.
     """
 
     plan: str

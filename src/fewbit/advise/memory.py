@@ -145,7 +145,8 @@ def packed_block(block: Block, work: Work) -> int:
 
 
 def host_peak(block: Block, work: Work) -> int:
-    """The most main memory that quantizing on a GPU takes: packed weights of a block, and CUDA's libraries."""
+    """The most main memory that quantizing on a GPU takes, beyond Python and its imports: packed weights of a block,
+    and CUDA's libraries."""
     return packed_block(block, work) + _CUDA_LIBRARIES
 
 

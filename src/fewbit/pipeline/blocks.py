@@ -85,8 +85,7 @@ def _all_blocks(settled: Settled, inputs: Inputs, run: Run, progress: Progress) 
         with skeleton.materialized(name) as module:
             block = Block(skeleton, name, module, calls[name], hidden)
             if saved is None:
-                tensors, new = _quantize_block(settled, block, inputs)
-                run.save(index, tensors, new)
+                new = _save(run, index, _quantize_block(settled, block, inputs))
             else:
                 new = saved[1]
                 _restore_block(settled, block, saved[0])
@@ -95,14 +94,18 @@ def _all_blocks(settled: Settled, inputs: Inputs, run: Run, progress: Progress) 
         add(new, saved)
     for index, assignment in enumerate(settled.outside, len(skeleton.blocks)):
         saved = run.load(index)
-        if saved is None:
-            tensors, new = _quantize_outside(settled, assignment)
-            run.save(index, tensors, new)
-        add(new if saved is None else saved[1], saved)
+        new = saved[1] if saved is not None else _save(run, index, _quantize_outside(settled, assignment))
+        add(new, saved)
     return reports
 
 
 Tensors = dict[str, Tensor]  # by their names in the output
+
+
+def _save(run: Run, index: int, done: tuple[Tensors, list[TensorReport]]) -> list[TensorReport]:
+    """Save the result of a block and return its reports. No variable keeps its tensors while the next is quantized."""
+    run.save(index, *done)
+    return done[1]
 
 
 def _quantize_block(settled: Settled, block: Block, inputs: Inputs) -> tuple[Tensors, list[TensorReport]]:
