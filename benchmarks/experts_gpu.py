@@ -26,6 +26,7 @@ from fewbit.kernels.nvidia import layout, ops
 from fewbit.kernels.nvidia.layout import Recipe
 from fewbit.nn.experts import QExperts
 from fewbit.schemes.base import QTensor, parse
+from fewbit.schemes.stacked import concatenated
 
 CUDA = torch.device("cuda")
 ROUTES = 8  # random choices of experts, in turn
@@ -56,9 +57,9 @@ def wall(call: Callable[[], object], repeats: int = 5) -> float:
 class Layer:
     def __init__(self, spec: str, experts: int, hidden: int, inner: int) -> None:
         self.count, shapes = experts, ((2 * inner, hidden), (hidden, inner))
-        made = []
+        made, scheme = [], parse(spec)
         for n, k in shapes:
-            weight = QTensor(parse(spec), (experts * n, k), random_parts(parse(spec), (experts * n, k)))
+            weight = concatenated([QTensor(scheme, (n, k), random_parts(scheme, (n, k))) for _ in range(experts)])
             made.append(QExperts(experts, k, n).adopt(weight, torch.bfloat16))
         self.up, self.down = made
         self.size = sum(t.nbytes for e in made for t in e.prepared) // experts  # of one expert

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import fewbit
+from benchmarks import experts_gpu, gpu
+from fewbit.errors import KernelError
 from fewbit.kernels.base import Kernel
 from fewbit.kernels.reference import Reference
 from fewbit.models import experts
@@ -217,6 +219,28 @@ def test_scales_of_a_whole_weight_are_kept_for_each() -> None:
         assert [len(group) for group in one._stacks()] == [1, 1, 1]
         with torch.no_grad():
             torch.testing.assert_close(one(*given(one)), other(*given(other)))
+
+
+@pytest.mark.parametrize("spec", ["nf4-b64-dq", "fp8-b128", "int4-g32"])
+def test_the_benchmark_gives_each_expert_its_own_scales(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "CUDA", torch.device("cpu"))
+    layer, x = experts_gpu.Layer(spec, 4, 192, 64), torch.randn(2, 192, dtype=torch.bfloat16)
+    for held in (layer.up, layer.down):  # 384 and 192 blocks of 64 each, not a multiple of 256
+        assert held.of_expert(3).dequantize().shape == (held.rows, held.in_features)
+    ends = torch.tensor([0, 1, 1, 2], dtype=torch.int32)
+    y = layer.up(x, ends)
+    for row, expert in enumerate((1, 3)):
+        exact = x[row].float() @ layer.up.of_expert(expert).dequantize().T
+        assert (y[row].float() - exact).norm() <= 1e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("spec", ["nf4-b64-dq", "fp8-b128"])
+def test_one_weight_of_all_experts_cannot_be_cut(spec: str) -> None:
+    """Its offset, or a block of its scales, belongs to the rows of several experts."""
+    scheme = parse(spec)
+    weight = QTensor(scheme, (4 * 16, 64), quantized(scheme, torch.randn(4 * 16, 64)))
+    with pytest.raises(KernelError, match="cannot be cut into the parts of 4 weights"):
+        QExperts(4, 64, 16).adopt(weight, torch.float32)
 
 
 def test_a_kernel_that_groups_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,14 @@ class QExperts(Packed):
         self.experts, self.rows = experts, rows
 
     def _choose(self, weight: QTensor, device: torch.device, dtype: torch.dtype) -> Kernel:
+        for name, spec in weight.codec.part_specs(self._shapes[1:]).items():
+            found, wanted = weight.parts[name].shape[0], self.experts * spec.shape[0]
+            if found != wanted:  # such as scales of NF4 that belong to rows of several experts
+                raise KernelError(
+                    f"{self.module or 'experts'}: {name!r} of {weight.codec} has size {found}, not {wanted}, so it "
+                    f"cannot be cut into the parts of {self.experts} weights",
+                    "Quantize each expert by itself, and concatenate the parts.",
+                )
         return choose(weight, device, dtype, self.forced, self.experts)
 
     def forward(self, x: Tensor, where: Tensor | int) -> Tensor:
