@@ -47,7 +47,7 @@ class Format(ABC):
     # The file suffix of a format that stores the whole model in one file, embeddings and head quantized too. "": a
     # folder.
     suffix: ClassVar[str] = ""
-    # Whether fewbit only reads the format. Models that are loaded from it are saved in it again.
+    # Whether no plan writes the format. Models that are loaded from it are saved in it again.
     read_only: ClassVar[bool] = False
     # Suffixes of small tensors that `describe` reads, because they hold what headers do not, such as the shape.
     metadata_suffixes: ClassVar[tuple[str, ...]] = ()
@@ -64,6 +64,10 @@ class Format(ABC):
     @abstractmethod
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
         """None if a weight of this shape and scheme can be stored, else the reason why not."""
+
+    def why_not_moved(self, shape: Shape, scheme: Scheme) -> str | None:
+        """As `why_not`, for a weight that `convert` moves from another file. It may also allow what no plan writes."""
+        return self.why_not(shape, scheme)
 
     def with_activations(self, activations: str | None) -> Format:
         """This format for files that declare how a server rounds activations ("dynamic"). PlanError if it cannot."""
@@ -227,9 +231,14 @@ def by_quant_method(name: str) -> Format | None:
 
 
 def storing(scheme: Scheme) -> list[str]:
-    """Names of the formats that can store weights of `scheme`, if the shape is right."""
-    shape = (4096, 4096 * max(1, scheme.group))  # a multiple of everything that schemes and formats need
+    """Names of the formats in which a plan can store weights of `scheme`, if the shape is right."""
+    shape = large(scheme)
     return [name for name, format in registry.entries("formats").items() if format().why_not(shape, scheme) is None]
+
+
+def large(scheme: Scheme) -> Shape:
+    """A shape that is a multiple of everything that schemes and formats need."""
+    return 4096, 4096 * max(1, scheme.group)
 
 
 def for_module(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:

@@ -5,7 +5,10 @@ A weight [N, K] is stored as the blocks of its scheme, row by row. Before the fi
     <module>.blocks   uint8 [N, K / columns * bytes]      columns and bytes of a block as in `schemes/ggml/table.py`
 
 and `config["types"]` maps the module to its block type. The file holds the type in its tensor table. The container,
-its header and its metadata are in `formats/containers/gguf.py`.
+its header and its metadata are in `formats/containers/gguf.py`. The scheme `mxfp4` is stored as blocks of this name:
+
+    byte              0     1      2           16
+    block of mxfp4  | e  |16, 0 |17, 1|  ... |31,15|       columns (high half, low half)
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from fewbit.registry import register
 from fewbit.schemes.base import PartSpec, QTensor, Scheme, parse
 from fewbit.schemes.ggml.scheme import GGML
 from fewbit.schemes.ggml.table import BLOCK_TYPES
+from fewbit.schemes.mxfp4 import MXFP4, from_blocks, to_blocks
 
 _SUFFIX = "blocks"
 
@@ -33,7 +37,7 @@ class GGUFFormat(Format):
     suffix: ClassVar[str] = ".gguf"
 
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
-        if not isinstance(scheme, GGML):
+        if not isinstance(scheme, (GGML, MXFP4)):
             return f"gguf files store block types such as q4_k, not {scheme}"
         return scheme.why_not(shape)
 
@@ -41,17 +45,22 @@ class GGUFFormat(Format):
         return None
 
     def specs(self, shape: Shape, scheme: Scheme) -> Mapping[str, PartSpec]:
-        return scheme.part_specs(shape)
+        block = BLOCK_TYPES[str(scheme)]
+        return {_SUFFIX: PartSpec((shape[0], shape[1] // block.columns * block.nbytes), torch.uint8)}
 
     def lay_out(self, weight: QTensor, config: Mapping[str, Any], module: str = "") -> dict[str, Tensor]:
         if weight.permutation is not None:
             raise FormatError("gguf files have no act-order, but the columns of this weight are permuted")
-        return dict(weight.parts)
+        return {_SUFFIX: to_blocks(weight.parts)} if isinstance(weight.codec, MXFP4) else dict(weight.parts)
 
     def read(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], module: str) -> QTensor:
         specs = {suffix: PartSpec.of(t) for suffix, t in tensors.items()}
         scheme, shape = self.describe(specs, config, module, {})
-        return QTensor(scheme, shape, {_SUFFIX: tensors[_SUFFIX]})
+        blocks = tensors[_SUFFIX]
+        parts = from_blocks(blocks) if isinstance(scheme, MXFP4) else {_SUFFIX: blocks}
+        if isinstance(scheme, MXFP4) and scheme.flaw(parts):
+            raise FormatError(f"{module}.{_SUFFIX} has a scale that is NaN")
+        return QTensor(scheme, shape, parts)
 
     def describe(
         self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, metadata: Mapping[str, Tensor]
@@ -93,9 +102,9 @@ def _types(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return types
 
 
-def _scheme(config: Mapping[str, Any], module: str) -> Scheme:
+def _scheme(config: Mapping[str, Any], module: str) -> GGML | MXFP4:
     name = _types(config).get(module)
     scheme = parse(name) if isinstance(name, str) and name in BLOCK_TYPES else None
-    if not isinstance(scheme, GGML):
+    if not isinstance(scheme, (GGML, MXFP4)):
         raise FormatError(f"gguf: {module} has the type {name!r}", "It must be a block type such as q4_k.")
     return scheme

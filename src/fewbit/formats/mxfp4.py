@@ -12,15 +12,17 @@ R rows (the outputs of a linear) and G groups of 32 columns:
 
 In `gate_up_proj` the rows of gate and up alternate: gate has the even ones. transformers' parameter is the transpose,
 [E, 32 G, R]. Without the first dimension, the tensors of one expert are the scheme `mxfp4`. Biases are ordinary tensors
-`P_bias`. Source: transformers 5.24, integrations/mxfp4.py.
+`P_bias`. No plan writes this format; `convert` does, for models with such experts.
+Source: transformers 5.24, integrations/mxfp4.py.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from fewbit.errors import FormatError, PlanError
+from fewbit.errors import FormatError
 from fewbit.formats.base import Format, Shape, Stored
 from fewbit.formats.layouts.base import missing, wrong
 from fewbit.formats.layouts.mxfp4 import BLOCKS, SCALES, check, fused_in
@@ -32,6 +34,7 @@ from fewbit.schemes.mxfp4 import GROUP, MXFP4
 _PARTS = {"codes": BLOCKS, "scale": SCALES}
 _FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 _ONLY_FUSED = "mxfp4 files hold the fused experts of gpt-oss, and fewbit writes them only for a model loaded from one"
+_OF_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(?:gate|up|down)_proj")
 
 
 @register("formats", "mxfp4")
@@ -41,9 +44,24 @@ class Mxfp4Format(Format):
     name: ClassVar[str] = "mxfp4"
     quant_method: ClassVar[str] = "mxfp4"
     read_only: ClassVar[bool] = True
+    ignores_all: ClassVar[bool] = True
 
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
         return _ONLY_FUSED
+
+    def why_not_moved(self, shape: Shape, scheme: Scheme) -> str | None:
+        if not isinstance(scheme, MXFP4):
+            return f"mxfp4 files store weights in mxfp4, not {scheme}"
+        return scheme.why_not(shape)
+
+    def why_not_together(self, weights: Sequence[Stored], kept: Sequence[str] = ()) -> str | None:
+        matches = {weight.module: _OF_EXPERT.fullmatch(weight.module) for weight in weights}
+        if other := next((module for module, match in matches.items() if match is None), None):
+            return f"mxfp4 files hold the experts of gpt-oss only, and {other} is not one"
+        layers = {match[1] for match in matches.values() if match is not None}
+        if alone := next((m for m in kept if (match := _OF_EXPERT.fullmatch(m)) and match[1] in layers), None):
+            return f"mxfp4 files hold all experts of a layer or none, and {alone} is not quantized"
+        return super().why_not_together(weights, kept)
 
     def specs(self, shape: Shape, scheme: Scheme) -> Mapping[str, PartSpec]:
         n, k = shape
@@ -70,7 +88,9 @@ class Mxfp4Format(Format):
     def config(
         self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype | None = None
     ) -> dict[str, Any]:
-        raise PlanError(_ONLY_FUSED)
+        # transformers matches names from their start, so one pattern stands for a module of all layers.
+        patterns = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in skipped)
+        return {"quant_method": self.quant_method, "modules_to_not_convert": sorted(patterns)}
 
     def describe(
         self, tensors: Mapping[str, PartSpec], config: Mapping[str, Any], module: str, metadata: Mapping[str, Tensor]

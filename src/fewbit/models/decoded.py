@@ -64,12 +64,34 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class FusedWeights:
+    """The quantized weights of all experts in one fused parameter, and the lazy handles of its tensors, by ending."""
+
+    format: Format
+    config: Mapping[str, Any]
+    fused: str
+    handles: Handles
+    specs: Mapping[str, PartSpec]
+
+    def of(self, expert: int, rows: slice) -> Weight:
+        """The weight of some rows of one expert, which are the outputs of one linear."""
+        _, scheme, (n, k) = self.format.describe_fused(self.specs, self.config, self.fused)
+        shape = len(range(n)[rows]), k
+
+        def read(parts: Handles) -> QTensor:
+            own = {ending: handle[expert][rows].contiguous() for ending, handle in parts.items()}
+            return self.format.read(own, self.config, self.fused)
+
+        return Weight(Held(scheme, shape, read, lambda _: (scheme, False)), self.handles)
+
+
+@dataclass(frozen=True)
 class Packing:
     """How the weights of a quantized model are stored. Counts are of parameters, and of bytes of tensors.
 
     method: the name of the format. kinds: kind -> number of parameters, the most frequent first. dtype: of the decoded
     tensors. share: of all parameters that are quantized. weights: name of a decoded tensor -> the quantized weight that
-    it comes from, where fewbit can keep it packed.
+    it comes from, where fewbit can keep it packed. fused: the same for decoded tensors of all experts of a layer.
     """
 
     method: str
@@ -79,7 +101,13 @@ class Packing:
     nbytes: int
     file_bytes: int
     share: float
-    weights: Mapping[str, Weight] = field(default_factory=dict, repr=False)
+    weights: dict[str, Weight] = field(default_factory=dict, repr=False)
+    fused: Mapping[str, FusedWeights] = field(default_factory=dict, repr=False)
+
+    def add_part(self, name: str, fused: str, expert: int, rows: slice) -> None:
+        """Take note that the decoded tensor `name` is some rows of one expert in the tensor `fused`."""
+        if fused in self.fused:
+            self.weights[name] = self.fused[fused].of(expert, rows)
 
     def to_json(self) -> dict[str, Any]:
         """For the record of an output."""
@@ -116,7 +144,7 @@ def opened(source: Source, config: Any = None) -> tuple[Checkpoint, Packing | No
                 )
         return checkpoint, None
     file_bytes = sum(spec.nbytes for spec in checkpoint.specs.values())
-    packed = found_in(source, checkpoint)
+    packed, fused = found_in(source, checkpoint), _fused_in(source.quantization, checkpoint)
     _check_scales(source, packed, checkpoint)
     stored = dict(checkpoint.specs)
     for each in packed.values():
@@ -131,7 +159,18 @@ def opened(source: Source, config: Any = None) -> tuple[Checkpoint, Packing | No
     nbytes = sum(stored[part].nbytes for part in parts)
     method = str(source.quantization["quant_method"])
     found = _packing(method, packed.values(), checkpoint, source.dtype, (nbytes, file_bytes))
-    return checkpoint, replace(found, weights=weights)
+    return checkpoint, replace(found, weights=weights, fused=fused)
+
+
+def _fused_in(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, FusedWeights]:
+    """Fused parameter -> the weights in it, of a folder in one of fewbit's own formats."""
+    format = by_quant_method(str(config["quant_method"]))
+    if format is None or layout_of(config, checkpoint.specs) is not None:
+        return {}
+    return {
+        fused: FusedWeights(format, config, fused, {e: checkpoint.stored(f"{fused}{e}") for e in tensors}, tensors)
+        for fused, tensors in format.find_fused(config, checkpoint.specs).items()
+    }
 
 
 def _packing(

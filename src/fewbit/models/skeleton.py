@@ -357,6 +357,8 @@ class Skeleton:
                 view = conversions.after_conversion(self.model, self._mapping, key, fused, own)
                 self.checkpoint.add_view(name, key, view)
                 found[name] = name
+                if self.packing is not None:
+                    self.packing.add_part(name, key, expert, piece.rows)
                 self.without_place.pop(key, None)
         self.splits = dict[str, str]()  # name of a part -> the checkpoint's tensor that transformers splits
         for key, first in list(found.items()):

@@ -96,8 +96,11 @@ def skipped(skeleton: Skeleton, quantized: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def fuse_experts(skeleton: Skeleton) -> None:
-    """Let an output have the fused parameters of experts, where transformers cannot load those of single experts."""
+def fuse_experts(skeleton: Skeleton, quantized: Container[str] = ()) -> None:
+    """Let an output have the fused parameters of experts, where transformers cannot load those of single experts.
+
+    quantized: modules whose weights are not meant, because the output has them quantized.
+    """
     known = get_model_conversion_mapping(skeleton.model)
     if len(experts.unmerged(known)) < len(known):  # it merges them
         return
@@ -110,6 +113,8 @@ def fuse_experts(skeleton: Skeleton) -> None:
                 if piece.fused == fused
                 for number in range(module.count)
             }
+            if any(name.endswith(".weight") and name.removesuffix(".weight") in quantized for name in pieces):
+                continue
             own = {keys[name]: piece for name, piece in pieces.items()}
             for key in own:
                 del skeleton.name_of[key]

@@ -3,7 +3,7 @@
 Each weight is read as a QTensor by its own format. Among its forms (`schemes/exact.py`) the target format chooses one
 that it can store. Everything is decided before any work, from headers, zero points and scales; only where these do not
 tell whether the values fit (`Form.checked`), the weights are read twice. Tensors are made when the output is written,
-one weight at a time.
+one weight at a time (`pipeline/converted.py`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fewbit import registry
-from fewbit.errors import FormatError, PlanError
-from fewbit.formats.base import Format, Stored, by_quant_method, storing
+from fewbit.errors import PlanError
+from fewbit.formats.base import Format, Stored, by_quant_method, large
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.formats.dense import Dense
 from fewbit.methods.base import Method
@@ -28,6 +27,7 @@ from fewbit.models.decoded import Weight
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import Source
 from fewbit.names import in_short
+from fewbit.pipeline import converted
 from fewbit.pipeline.job import homeless, left_behind
 from fewbit.pipeline.settled import Settled, model_of
 from fewbit.plans.plan import Assignment, Plan, Resolved
@@ -58,7 +58,7 @@ def targets() -> dict[str, Target]:
     """Name -> target: `dense`, each format that fewbit writes, and its variants, such as `gptq-v1`."""
     found = {DENSE: Target(Dense())}
     for name, entry in registry.entries("formats").items():
-        if entry.read_only:
+        if entry.read_only and entry.why_not_moved is Format.why_not_moved:
             continue
         found[name] = Target(entry())
         found |= {f"{name}-{variant}": Target(entry(), variant) for variant in entry.variants}
@@ -111,20 +111,17 @@ def prepare(source: Source, target: Target, *, trust_remote_code: bool = False) 
     if not found and not format.suffix and not isinstance(format, Dense):
         raise PlanError(f"{source.name} has no quantized weights", "Use fewbit quantize with a plan.")
     resolved = Resolved(Plan(f"conversion to {format.name}", format.name, ()), format, found, kept, ())
+    fused = converted.places(skeleton, format, found)
     plain = Settled(skeleton, resolved)
     known = source.quantization or {}
     same = known.get("quant_method") == format.quant_method and not format.suffix
     variant = {key: value for key, value in known.items() if key not in plain.config} if same else {}
     variant |= {**(format.permuted or {} if permuted else {}), **target.keys}
-    settled = Settled(skeleton, resolved, variant, exact=True)
+    settled = Settled(skeleton, resolved, variant, exact=True, fused={m: each.name for m, each in fused.items()})
     if same and format.variant(known) == format.variant(settled.config):
         shown = " ".join(filter(None, (format.name, format.variant(known))))
         raise PlanError(f"{source.name} is already stored as {shown}", _others(target))
-    made = Checkpoint([])
-    for module, form in forms.items():
-        converted = _Converted(module, wanted[module], form, settled)
-        for suffix, spec in format.specs(wanted[module].shape, form.scheme).items():
-            made.add(f"{module}.{suffix}", spec, _Part(converted, suffix, spec.shape))
+    made = converted.tensors(settled, wanted, forms, fused)
     decoded = tuple(name for name in weights if name not in found)
     return Conversion(settled, made, decoded, tuple(_notes(settled, decoded)))
 
@@ -221,7 +218,7 @@ def _first(
     for form in exact.forms(codec, weight.shape):
         if scheme is not None and form.scheme != scheme:
             continue
-        if (reason := format.why_not(weight.shape, form.scheme)) is not None:
+        if (reason := format.why_not_moved(weight.shape, form.scheme)) is not None:
             # A scheme of a family that the format stores says more: its width or group does not fit.
             (unfit if _stores(type(format), type(form.scheme)) else foreign).append(reason)
         elif form.checked and isinstance(moved := form.of(weight.read()), str):
@@ -232,7 +229,7 @@ def _first(
     wrong += [
         f"{form.scheme} does not hold it: {form.why_not}"
         for form in near
-        if format.why_not(weight.shape, form.scheme) is None
+        if format.why_not_moved(weight.shape, form.scheme) is None
     ]
     return None, "; ".join(wrong[:2]) or next(iter((*unfit, *foreign)), "fewbit can only decode it")
 
@@ -240,7 +237,8 @@ def _first(
 @cache
 def _stores(format: type[Format], kind: type[Scheme]) -> bool:
     """Whether the format stores some scheme of this family."""
-    return any(format.name in storing(parse(spec)) for spec in kind.examples)
+    schemes = map(parse, kind.examples)
+    return any(format().why_not_moved(large(scheme), scheme) is None for scheme in schemes)
 
 
 def _listed(refused: Mapping[str, str], of: int, format: Format) -> str:
@@ -318,38 +316,3 @@ def _on_activations(settled: Settled) -> Iterator[str]:
         f"{name.removesuffix('.weight')}.{s}" for name, w in packing.weights.items() for s in suffixes if s in w.handles
     ]:
         yield f"left out: {len(lost)} scales of activations, such as {lost[0]}"
-
-
-class _Converted:
-    """The tensors of one weight in the target format. They are made together, and each is kept until it is read."""
-
-    def __init__(self, module: str, weight: Weight, form: Form, settled: Settled) -> None:
-        self.module, self.weight, self.form, self.settled = module, weight, form, settled
-        self._waiting: dict[str, Tensor] = {}
-
-    def take(self, suffix: str) -> Tensor:
-        if suffix not in self._waiting:
-            self._waiting = self._made()
-        return self._waiting.pop(suffix)
-
-    def _made(self) -> dict[str, Tensor]:
-        moved = self.form.of(self.weight.read())
-        if isinstance(moved, str):
-            raise FormatError(f"{self.module} changed while it was converted: {moved}")
-        settled = self.settled
-        return settled.resolved.format.lay_out(moved, settled.config, settled.stored_as[self.module])
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A lazy handle of one of these tensors."""
-
-    converted: _Converted
-    suffix: str
-    shape: tuple[int, ...]
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.converted.take(self.suffix)[index]
-
-    def get_shape(self) -> list[int]:
-        return list(self.shape)

@@ -32,13 +32,15 @@ class Settled:
     """A plan resolved for one model: the model, and the scheme and method of each weight.
 
     variant: keys of the quantization config that differ from those that the format writes by default. exact: no value
-    may change, not even of a weight that stays unquantized.
+    may change, not even of a weight that stays unquantized. fused: module -> the fused parameter whose tensors hold
+    its weight in the output, in formats that store all experts of a layer together.
     """
 
     skeleton: Skeleton
     resolved: Resolved
     variant: Mapping[str, Any] = field(default_factory=dict)
     exact: bool = False
+    fused: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, skeleton: Skeleton, plan: plans.Plan) -> Settled:
@@ -54,6 +56,10 @@ class Settled:
     def stored_as(self) -> dict[str, str]:
         """Module -> its name in the output, of each quantized weight."""
         return stored.modules(self.skeleton, self.resolved.assignments)
+
+    def part(self, module: str, suffix: str) -> str:
+        """The name in the model of a tensor that stores the weight of `module` in the output."""
+        return f"{self.fused[module]}{suffix}" if module in self.fused else f"{module}.{suffix}"
 
     @cached_property
     def outside(self) -> list[Assignment]:

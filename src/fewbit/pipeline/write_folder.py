@@ -27,8 +27,10 @@ def write(folder: Path, settled: Settled, blocks: Checkpoint) -> int:
     for key, name, _ in skeleton.passed_through({f"{module}.weight" for module in suffixes} | blocks.specs.keys()):
         module = name.removesuffix(".weight")
         if module in suffixes:
-            tensors += [(f"{module}.{suffix}", blocks, f"{module}.{suffix}") for suffix in suffixes[module]]
-            originals |= {f"{module}.{end}": stored.original(skeleton, key, name, end) for end in suffixes[module]}
+            own = {settled.part(module, suffix): suffix for suffix in suffixes[module]}
+            tensors += [(part, blocks, part) for part in own if part not in originals]  # fused ones appear once
+            fused = module in settled.fused
+            originals |= {p: None if fused else stored.original(skeleton, key, name, end) for p, end in own.items()}
             continue
         originals[name] = stored.original(skeleton, key, name)
         rewritten = name in blocks.specs  # a norm or bias

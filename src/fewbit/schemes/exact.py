@@ -10,6 +10,7 @@ pair of schemes needs one more rule here and nothing elsewhere.
                       groups of 32       q4_0, q5_0, q8_0 if symmetric: the same scale and codes, as levels c - 2^(b-1)
                                          q4_1, q5_1 if asymmetric, with the minimum -s z, where fp16 holds every s z
     mxfp4 of GGUF     the scheme mxfp4: the same exponents, and the same codes in another order
+    nvfp4             nvfp4-mul, and back, if float32 holds a reciprocal of the global scale that gives the same scales
 
 Where the values decide whether a form exists (`checked`), its function returns the reason why it does not.
 
@@ -27,7 +28,7 @@ from itertools import product
 from typing import Any
 
 from fewbit.lazy import Tensor, torch
-from fewbit.schemes import bits
+from fewbit.schemes import bits, floats, mxfp4
 from fewbit.schemes.affine import Affine
 from fewbit.schemes.base import Codec, QTensor, Scheme, chunk_rows
 from fewbit.schemes.ggml import GGML
@@ -38,6 +39,7 @@ from fewbit.schemes.ggml.layout import LAYOUTS
 from fewbit.schemes.int8 import Int8
 from fewbit.schemes.mxfp4 import MXFP4
 from fewbit.schemes.nf4 import FourBit
+from fewbit.schemes.nvfp4 import NVFP4
 
 Shape = tuple[int, int]
 Parts = Mapping[str, Tensor]
@@ -231,9 +233,37 @@ def _blocks_as_mxfp4(codec: ReadOnly, shape: Shape) -> Iterator[Form]:
 
 
 def _from_mxfp4_blocks(parts: Parts, shape: Shape) -> dict[str, Tensor] | str:
-    blocks: Tensor = parts["blocks"].unflatten(1, (-1, 17))
-    scale, pairs = blocks[..., 0].contiguous(), blocks[..., 1:]
-    if (scale == 255).any():
-        return "it has a scale that is NaN"
-    codes = torch.cat([pairs & 15, pairs >> 4], 2)  # a byte holds columns j and j + 16
-    return {"codes": bits.pack(codes.flatten(1), 4), "scale": scale}
+    found = mxfp4.from_blocks(parts["blocks"])
+    return "it has a scale that is NaN" if (found["scale"] == 255).any() else found
+
+
+@rule(NVFP4)
+def _nvfp4_as_nvfp4(codec: NVFP4, shape: Shape) -> Iterator[Form]:
+    yield Form(replace(codec, divides=not codec.divides), partial(_with_reciprocal, codec), checked=True)
+
+
+def _with_reciprocal(codec: NVFP4, parts: Parts, shape: Shape) -> dict[str, Tensor] | str:
+    wholes, inverse = parts["global"].unique(return_inverse=True)
+    found = []
+    for whole in wholes:
+        other = _reciprocal(whole, divides=codec.divides)
+        if other is None:
+            kinds = ("divides", "multiplies") if codec.divides else ("multiplies", "divides")
+            return (
+                f"its global scale {whole:.9g} {kinds[0]} the scales of the groups, and no float32 number gives the "
+                f"same scales if it {kinds[1]}; a power of two has an exact reciprocal"
+            )
+        found.append(other)
+    return {**parts, "global": torch.stack(found)[inverse]}
+
+
+def _reciprocal(whole: Tensor, *, divides: bool) -> Tensor | None:
+    """The number that multiplies as `whole` divides, or the reverse. None if the products differ for one scale."""
+    numbers = floats.e4m3(torch.arange(1, 0x7F, dtype=torch.uint8, device="cpu"))  # all numbers above 0
+    nearest, ends = 1 / whole, whole.new_tensor([float("inf"), 0.0])
+    candidates: list[Tensor] = [nearest, *torch.nextafter(nearest, ends)]
+    for other in candidates:
+        of_both = (numbers / whole, numbers * other) if divides else (numbers * whole, numbers / other)
+        if torch.equal(*of_both):
+            return other
+    return None

@@ -85,6 +85,22 @@ def unpack_pairs(packed: Tensor) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
 
 
+def to_halves(packed: Tensor) -> Tensor:
+    """Pairs of codes in the order of GGUF: byte j of a block of 32 columns holds columns j and j + 16.
+
+    packed: as `pack_pairs` gives them, uint8 [..., 16 n].
+    """
+    halves = unpack_pairs(packed).unflatten(-1, (-1, 2, 16))
+    mixed: Tensor = halves[..., 0, :] | halves[..., 1, :] << 4
+    return mixed.flatten(-2)
+
+
+def from_halves(packed: Tensor) -> Tensor:
+    """The inverse of `to_halves`."""
+    pairs = packed.unflatten(-1, (-1, 16))
+    return pack_pairs(torch.cat([pairs & 15, pairs >> 4], -1).flatten(-2))
+
+
 # ---- FP8 -----------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,8 @@ Layout:
     codes    |1,0 |3,2 |    ...    |31,30|  |33,32|  ...       (high half, low half)
     scale    |           e_0            |  |     e_1  ...
 
+GGUF files have the same numbers as blocks (`to_blocks`): e, then the 16 bytes of its columns, in another order.
+
 4.25 bits per weight. Source: OCP Microscaling Formats 1.0.
 
 >>> w = torch.tensor([[6.0, -1.0, 0.3, 2.5] * 8])
@@ -121,6 +123,18 @@ class MXFP4(Scheme):
     ) -> Tensor:
         values = floats.e2m1(parts["codes"][rows])
         return floats.scaled(values, floats.e8m0(parts["scale"][rows]), (1, GROUP)).to(dtype)
+
+
+def to_blocks(parts: Mapping[str, Tensor]) -> Tensor:
+    """The blocks of a GGUF file, uint8 [N, K / 32 * 17], from the parts of a weight."""
+    codes = floats.to_halves(parts["codes"]).unflatten(1, (-1, GROUP // 2))
+    return torch.cat([parts["scale"].unsqueeze(-1), codes], -1).flatten(1)
+
+
+def from_blocks(blocks: Tensor) -> dict[str, Tensor]:
+    """The inverse of `to_blocks`."""
+    each = blocks.unflatten(1, (-1, GROUP // 2 + 1))
+    return {"codes": floats.from_halves(each[..., 1:].flatten(1)), "scale": each[..., 0].contiguous()}
 
 
 def _stored(scale: Tensor) -> Tensor:
