@@ -13,6 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models import experts
 from fewbit.models.conversions import owner
+from fewbit.models.decoded import Weight
 from fewbit.models.pieces import Piece
 from fewbit.models.skeleton import Skeleton
 from fewbit.schemes.base import PartSpec
@@ -52,6 +53,15 @@ def names(skeleton: Skeleton, originals: Mapping[str, str | None], packed: Conta
         bare = key is not None and standard in (f"{prefix}{key}", key.removeprefix(prefix))
         found[name] = standard if key is None or (bare and name in marked) else key
     return found
+
+
+def weights(skeleton: Skeleton) -> dict[str, Weight]:
+    """The quantized weights that fewbit can keep packed, by the names of their modules in the model.
+
+    A weight that the model class has no place for, or that transformers splits, has the name of the checkpoint.
+    """
+    found = skeleton.packing.weights if skeleton.packing is not None else {}
+    return {skeleton.name_of.get(key, key).removesuffix(".weight"): weight for key, weight in found.items()}
 
 
 def modules(skeleton: Skeleton, quantized: Iterable[str]) -> dict[str, str]:

@@ -102,7 +102,7 @@ def prepare(source: Source, target: Target, *, trust_remote_code: bool = False) 
     if format.suffix:
         model_of(skeleton)  # PlanError if a GGUF file cannot store the model
         inside |= skeleton.outside().keys()
-    weights = _by_module(skeleton)
+    weights = stored.weights(skeleton)
     wanted = {} if isinstance(format, Dense) else _convertible(skeleton, weights, inside)
     every = dict.fromkeys([*skeleton.all_linears(), *skeleton.outside()])
     kept = tuple(name for name in every if name not in wanted and f"{name}.weight" not in skeleton.tied)
@@ -129,15 +129,6 @@ def prepare(source: Source, target: Target, *, trust_remote_code: bool = False) 
 def _others(target: Target) -> str:
     others = [name for name, each in targets().items() if type(each.format) is type(target.format) and each.variant]
     return f"Variants of the layout: {', '.join(others)}." if others else "Give another `to`."
-
-
-def _by_module(skeleton: Skeleton) -> dict[str, Weight]:
-    """The quantized weights that fewbit can keep packed, by the names of their modules in the model.
-
-    A weight that the model class has no place for, or that transformers splits, has the name of the checkpoint.
-    """
-    weights = skeleton.packing.weights if skeleton.packing is not None else {}
-    return {skeleton.name_of.get(key, key).removesuffix(".weight"): weight for key, weight in weights.items()}
 
 
 def _convertible(skeleton: Skeleton, weights: Mapping[str, Weight], inside: Container[str]) -> dict[str, Weight]:

@@ -255,6 +255,15 @@ def writing() -> Iterator[None]:
         raise (OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))) from error
 
 
+def rewritten(path: Path, out: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a copy of a file, with `tensors` in place of its tensors of these names."""
+    with safe_open(path, framework="pt") as handle:
+        names, metadata = list(handle.keys()), dict(handle.metadata() or {})
+        write_file(
+            out, {name: tensors[name] if name in tensors else handle.get_tensor(name) for name in names}, metadata
+        )
+
+
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of one file, and its metadata."""
     read_specs(path)
@@ -283,14 +292,15 @@ def side_files(folder: Path) -> list[Path]:
     return [file.relative_to(folder) for file in paths]
 
 
-def copy_side_files(folder: Path, out: Path) -> None:
-    """Copy the side files of `folder` into `out`, except quantization configs. Files that exist there are kept.
+def copy_side_files(folder: Path, out: Path, *, quantized: bool = False) -> None:
+    """Copy the side files of `folder` into `out`. Files that exist there are kept.
 
-    The model card is copied as `ORIGINAL_CARD`, because it does not describe the model in `out`.
+    quantized: `out` has the same weights, so quantization configs are copied too. The model card is copied as
+    `ORIGINAL_CARD`, because it does not describe the model in `out`.
     """
     for file in side_files(folder):
         target = out / file
-        if not target.exists() and file.name not in _QUANTIZATION:
+        if not target.exists() and (quantized or file.name not in _QUANTIZATION):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / file, target)
     if (card := card_of(folder)) is not None and not (out / ORIGINAL_CARD).exists():

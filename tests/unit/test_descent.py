@@ -1,0 +1,122 @@
+"""The optimizer's loop keeps the best state, ends early, and resumes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fewbit.errors import ArgumentError, NumericsError
+from fewbit.pipeline.descent import Descent, Objective, descend
+from fewbit.pipeline.optimization import Optimization
+
+TARGET = torch.tensor([0.02, -0.01, 0.03])
+
+
+class Problem:
+    """A parabola around TARGET. `held_out` may have its minimum elsewhere."""
+
+    def __init__(self, goal: torch.Tensor = TARGET) -> None:
+        self.x, self.goal, self.steps = nn.Parameter(torch.zeros(3)), goal, list[int]()
+
+    def gradient(self, step: int) -> None:
+        self.steps.append(step)
+        (self.x - TARGET).square().sum().backward()
+
+    def held_out(self) -> float:
+        return float((self.x.detach() - self.goal).square().sum())
+
+    def run(self, wanted: Optimization, saved: Path | None = None) -> Descent:
+        return descend(Objective([self.x], self.gradient, self.held_out), wanted, lambda *_: None, saved)
+
+
+def test_it_finds_the_minimum_and_says_when() -> None:
+    problem = Problem()
+    done = problem.run(Optimization(steps=100, learning_rate=2e-3))
+    assert torch.allclose(problem.x.detach(), TARGET, atol=2e-3)
+    assert done.before == pytest.approx(float(TARGET.square().sum()))
+    assert done.after == problem.held_out() == min(loss for _, loss in done.history)
+    assert (done.best, done.after) in done.history
+    assert done.history[0] == (0, done.before)
+    assert [step for step, _ in done.history] == list(range(0, 101, 5))
+
+
+def test_the_best_state_is_kept_not_the_last() -> None:
+    problem = Problem(goal=TARGET / 2)  # further on, the held-out loss rises again
+    done = problem.run(Optimization(steps=60, learning_rate=2e-3))
+    assert 0 < done.best < done.steps
+    assert done.after == problem.held_out() < done.history[-1][1]
+
+
+def test_without_a_better_state_nothing_changes() -> None:
+    problem = Problem(goal=torch.zeros(3))
+    done = problem.run(Optimization(steps=60))
+    assert torch.equal(problem.x.detach(), torch.zeros(3))
+    assert done.best == 0
+    assert done.after == done.before == 0
+    assert done.steps == 21  # a third of the steps, at the next measurement
+
+
+def test_the_learning_rate_warms_up_and_falls_to_0() -> None:
+    wanted = Optimization(steps=100, learning_rate=1.0)
+    rates = [wanted.rate(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert max(rates) == 1
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 1e-3
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    wanted, saved = Optimization(steps=60, learning_rate=2e-3), tmp_path / "state.safetensors"
+    whole, cut = Problem(), Problem()
+    expected = whole.run(wanted)
+
+    def until(step: int, gradient: Callable[[int], None]) -> Callable[[int], None]:
+        def stopped(at: int) -> None:
+            if at == step:
+                raise Interrupted
+            gradient(at)
+
+        return stopped
+
+    with pytest.raises(Interrupted):
+        descend(Objective([cut.x], until(31, cut.gradient), cut.held_out), wanted, lambda *_: None, saved)
+    again = Problem()
+    done = again.run(wanted, saved)
+    assert again.steps[0] == 30  # the last measurement before step 31
+    assert done == expected
+    assert torch.equal(again.x, whole.x)
+
+
+def test_a_damaged_state_is_not_read(tmp_path: Path) -> None:
+    saved = tmp_path / "state.safetensors"
+    saved.write_bytes(b"not a state")
+    assert Problem().run(Optimization(steps=20), saved).steps == 20
+
+
+def test_numbers_that_are_not_finite_are_errors() -> None:
+    problem = Problem()
+    with pytest.raises(NumericsError, match="before any step"):
+        descend(Objective([problem.x], problem.gradient, lambda: math.nan), Optimization(), lambda *_: None)
+
+    def broken(step: int) -> None:
+        problem.x.grad = torch.full((3,), math.nan)
+
+    with pytest.raises(NumericsError, match="not finite in step 1") as raised:
+        descend(Objective([problem.x], broken, problem.held_out), Optimization(), lambda *_: None)
+    assert "learning_rate" in raised.value.hint
+
+
+@pytest.mark.parametrize("given", [{"steps": 0}, {"learning_rate": 0.0}, {"learning_rate": -1.0}, {"batch": 0}])
+def test_settings_out_of_range_are_errors(given: dict[str, float]) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(given))):
+        Optimization(**given)  # type: ignore[arg-type]
