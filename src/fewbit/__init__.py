@@ -16,6 +16,7 @@ from fewbit.errors import (
     FewbitError,
     FormatError,
     KernelError,
+    NotBetter,
     NumericsError,
     OutputError,
     PeerError,
@@ -33,14 +34,16 @@ if TYPE_CHECKING:
     from fewbit.api.generate import generate, load
     from fewbit.api.inspect import inspect
     from fewbit.api.quantize import imatrix, preview, quantize
+    from fewbit.api.tune import tune
     from fewbit.measure.comparison import Comparison
     from fewbit.models.adapters.tuning import Tuning
     from fewbit.models.decoding.generate import Continuation
     from fewbit.models.decoding.sampling import Sampling
     from fewbit.models.describe import Inspection
     from fewbit.pipeline.job import Preview
+    from fewbit.pipeline.optimization import Optimization
     from fewbit.plans.plan import Plan
-    from fewbit.report.results import Converted, Evaluation, Finetuned, Measured, Merged, Quantized
+    from fewbit.report.results import Converted, Evaluation, Finetuned, Measured, Merged, Quantized, Tuned
     from fewbit.texts.calibration import Calibration
 
 __version__ = "0.1.0"
@@ -59,7 +62,9 @@ __all__ = [
     "KernelError",
     "Measured",
     "Merged",
+    "NotBetter",
     "NumericsError",
+    "Optimization",
     "OutputError",
     "PeerError",
     "Plan",
@@ -68,6 +73,7 @@ __all__ = [
     "Quantized",
     "Recommendation",
     "Sampling",
+    "Tuned",
     "Tuning",
     "compare",
     "convert",
@@ -83,6 +89,7 @@ __all__ = [
     "preview",
     "quantize",
     "recommend",
+    "tune",
 ]
 
 # Public names by the module that defines them. A module is imported when one of its names is used.
@@ -97,14 +104,16 @@ _LAZY = {
     "api.generate": ("generate", "load"),
     "api.inspect": ("inspect",),
     "api.quantize": ("imatrix", "preview", "quantize"),
+    "api.tune": ("tune",),
     "measure.comparison": ("Comparison",),
     "models.adapters.tuning": ("Tuning",),
     "models.decoding.generate": ("Continuation",),
     "models.decoding.sampling": ("Sampling",),
     "models.describe": ("Inspection",),
     "pipeline.job": ("Preview",),
+    "pipeline.optimization": ("Optimization",),
     "plans.plan": ("Plan",),
-    "report.results": ("Converted", "Evaluation", "Finetuned", "Measured", "Merged", "Quantized"),
+    "report.results": ("Converted", "Evaluation", "Finetuned", "Measured", "Merged", "Quantized", "Tuned"),
     "texts.calibration": ("Calibration",),
 }
 

@@ -80,6 +80,12 @@ class KernelError(FewbitError):
     exit_code = 5
 
 
+class NotBetter(FewbitError):
+    """The work is done, and its result is not better than the input. Nothing is written."""
+
+    exit_code = 7
+
+
 class OutputError(FewbitError):
     """A result cannot be written: the disk is full, or the folder is gone. The hint says where the result is."""
 

@@ -29,6 +29,7 @@ GIVEN: dict[str, Any] = {
     "adapter": "a",
     "purpose": "edge",
     "to": "awq",
+    "reference": "tiny",
 }
 NUMBERS = ("samples", "length", "context", "batch", "fuse", "max_new_tokens", "seed", "max_kl")
 

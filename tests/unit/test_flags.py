@@ -17,15 +17,17 @@ from fewbit.errors import ArgumentError, in_flags
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.models.loading import Loading
+from fewbit.pipeline.optimization import Optimization
 from fewbit.settings import Settings
 from fewbit.texts.calibration import Calibration
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 VERBS = (
-    *("quantize", "convert", "imatrix", "generate", "evaluate", "compare", "finetune", "merge", "estimate"),
-    "recommend",
+    *("quantize", "convert", "imatrix", "generate", "evaluate", "compare", "tune", "finetune", "merge"),
+    *("estimate", "recommend"),
 )
 GROUPS: dict[str, type[Settings]] = {"calibration": Calibration, "sampling": Sampling, "tuning": Tuning}
+GROUPS |= {"optimization": Optimization}
 # An argument of Python that a command calls otherwise, or does without.
 OTHER_NAMES = {"out": "output", "fuse": "max_length", "speed_first": "speed", "images": "image"}
 PYTHON_ONLY = {"progress", "stream", "dtype"}  # what a command shows, and how; the type of activations
@@ -81,6 +83,7 @@ def test_a_command_has_the_arguments_of_its_verb(verb: str) -> None:
         ("quantize", Calibration),
         ("compare", Calibration),
         ("finetune", Tuning),
+        ("tune", Optimization),
         ("generate", Sampling),
         ("generate", Loading),
     ],

@@ -33,6 +33,7 @@ from fewbit.texts.calibration import Calibration
 
 if TYPE_CHECKING:
     from fewbit.models.adapters.tuning import Tuning
+    from fewbit.pipeline.optimization import Optimization
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -140,6 +141,14 @@ def tuning(name: str, value: Any) -> Tuning:
     return value
 
 
+def optimization(name: str, value: Any) -> Optimization:
+    from fewbit.pipeline.optimization import Optimization  # its constructor has checked the fields
+
+    if not isinstance(value, Optimization):
+        raise invalid(name, value, "a fewbit.Optimization")
+    return value
+
+
 def memory(name: str, value: Any) -> str | int:
     return value if isinstance(value, str) and value else integer(1, 2**63 - 1)(name, value)
 
@@ -161,6 +170,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("overwrite", "safetensors_only", "chat", "stream", "speed_first", "again", "requantize"), flag),
     "calibration": calibration,
     "memory": memory,
+    "optimization": optimization,
     "plan": plan,
     "plans": plans,
     "progress": progress,

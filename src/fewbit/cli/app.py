@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbit.cli import adapters, advise, compare, convert, evaluate, generate, inspect, quantize
+from fewbit.cli import adapters, advise, compare, convert, evaluate, generate, inspect, quantize, tune
 from fewbit.cli.options import WithMethodOptions, method_flags
 from fewbit.errors import FewbitError, PeerError, PlanError, in_flags
 
@@ -32,6 +32,7 @@ app.command()(quantize.imatrix)
 app.command()(generate.generate)
 app.command()(evaluate.evaluate)
 app.command()(compare.compare)
+app.command()(tune.tune)
 app.command()(adapters.finetune)
 app.command()(adapters.merge)
 app.command()(advise.estimate)
@@ -97,7 +98,9 @@ def main() -> None:
         code = app(arguments, obj=options, standalone_mode=False)
         if code == 130:  # typer returns this for an interrupted command
             resumes = (
-                "; the same command resumes where it stopped" if arguments[:1] in (["quantize"], ["compare"]) else ""
+                "; the same command resumes where it stopped"
+                if arguments[:1] in (["quantize"], ["compare"], ["tune"])
+                else ""
             )
             sys.stderr.write(f"interrupted{resumes}\n")
         sys.exit(code if isinstance(code, int) else 0)

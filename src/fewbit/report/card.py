@@ -24,6 +24,54 @@ def _source(source: Mapping[str, Any]) -> str:
     )
 
 
+def tuned_on(done: Mapping[str, Any]) -> str:
+    """How a model was tuned, from its record."""
+    text = done["text"]
+    return (
+        f"KL divergence from {done['reference']} {done['before']:.4g} before, {done['after']:.4g} after, on "
+        f"{done['held_out_tokens']:,} held-out tokens of {text['text']}; {done['best_step']} steps"
+    )
+
+
+def tuned_card(record: Mapping[str, Any]) -> str:
+    """README.md of a folder that `tune` has made."""
+    if record["tensors"]:
+        return model_card(record)
+    if "converted" in record:
+        return conversion_card(record)
+    done, original = record["tuned"], ORIGINAL_CARD in record.get("files", ())
+    name = str(done["from"]).rstrip("/").rpartition("/")[2]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [quantized, fewbit]",
+        "---",
+        f"# {name}, tuned",
+        "",
+        *_tuning(record),
+        *(f"- {note}" for note in record["notes"]),
+        "",
+        "`fewbit.json` records how the model was tuned.",
+        "The licence is that of the original model.",
+        *([f"The model card of the original is [{ORIGINAL_CARD}]({ORIGINAL_CARD})."] if original else []),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _tuning(record: Mapping[str, Any]) -> list[str]:
+    """The lines on tuning, if the model was tuned."""
+    if "tuned" not in record:
+        return []
+    done = record["tuned"]
+    return [
+        f"Tuned by fewbit {record['versions']['fewbit']} from {done['from']}: scales, norms and biases were trained. "
+        "All codes are unchanged.",
+        f"{tuned_on(done)}.",
+        "",
+    ]
+
+
 def conversion_card(record: Mapping[str, Any]) -> str:
     """README.md of a folder that `convert` has made."""
     done, original = record["converted"], ORIGINAL_CARD in record.get("files", ())
@@ -37,6 +85,7 @@ def conversion_card(record: Mapping[str, Any]) -> str:
         "",
         f"Converted by fewbit {record['versions']['fewbit']} from {done['from']}.",
         "",
+        *_tuning(record),
         *(f"- {count} weights as {scheme}, codes and scales unchanged" for scheme, count in done["schemes"].items()),
         *(f"- {note}" for note in record["notes"]),
         "",
@@ -66,6 +115,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         "",
         f"Made with fewbit {record['versions']['fewbit']}, plan `{plan['name']}`, format `{plan['format']}`.",
         "",
+        *_tuning(record),
         "| | |",
         "|---|---|",
         *(f"| {count} tensors | {what} |" for what, count in schemes.items()),

@@ -209,6 +209,16 @@ def steps(progress: bool | Callable[[int, int, float], None] | None) -> Iterator
 
 
 @contextmanager
+def tuning(progress: bool | Callable[[int, int, float], None] | None) -> Iterator[Callable[[int, int, float], None]]:
+    """Progress over the steps of `tune`, with the divergence on held-out text."""
+    if callable(progress):
+        yield progress
+        return
+    with _bar("step", progress) as bar:
+        yield lambda done, total, kl: bar(done, total, f"held-out KL {kl:.4g}")
+
+
+@contextmanager
 def windows(progress: bool | Callable[[int, int], None] | None) -> Iterator[Callable[[int, int], None]]:
     """Progress over windows of text."""
     if callable(progress):

@@ -113,6 +113,34 @@ class Finetuned:
 
 @brief
 @dataclass(frozen=True)
+class Tuned:
+    """The result of `tune`. before, after: KL divergence from the reference on the held-out tokens, in nats per token.
+
+    tokens: number of different tokens that were trained on. best: the step whose state was kept. weights: packed
+    weights whose scales were trained. gains: norms and biases. trained: trained numbers.
+    """
+
+    out: str
+    model: str
+    reference: str
+    notes: list[str]
+    text: str
+    tokens: int
+    held_out_tokens: int
+    steps: int
+    best: int
+    before: float
+    after: float
+    weights: int
+    gains: int
+    trained: int
+    seconds: float
+    peak: int
+    gpu_peak: int
+
+
+@brief
+@dataclass(frozen=True)
 class Merged:
     """The result of `merge`: an ordinary model, or a quantized one.
 

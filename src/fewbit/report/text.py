@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fewbit.report import tables
+from fewbit.report import card, tables
 from fewbit.report.card import calibrated_on
 from fewbit.system import ranks
 from fewbit.units import duration, share, size
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fewbit.models.describe import Inspection
     from fewbit.pipeline.job import Preview
     from fewbit.plans.catalogue import Entry
-    from fewbit.report.results import Converted, Evaluation, Finetuned, Measured, Merged, Quantized
+    from fewbit.report.results import Converted, Evaluation, Finetuned, Measured, Merged, Quantized, Tuned
 
 out = tables.Console(quiet=ranks.silent())
 # A notebook's kernel reports its output as a terminal but cannot move the cursor, so it gets plain lines.
@@ -106,6 +106,25 @@ def finetuned(done: Finetuned) -> None:
         table.add_row("  held out, before", f"{done.held_out_before:.4f}", f"{done.held_out_examples:,} examples")
         table.add_row("  held out, after", f"{done.held_out_after:.4f}", "lower is better")
     table.add_row("trained parameters", f"{done.trainable:,}", f"{size(done.nbytes)} in the file")
+    table.add_row("peak memory", size(done.peak), "of this process, mapped files included")
+    if done.gpu_peak:
+        table.add_row("  on the GPU", size(done.gpu_peak), "")
+    out.print(table)
+
+
+def tuned(done: Tuned) -> None:
+    """What `fewbit tune` prints when it is finished."""
+    for note in done.notes:
+        _say(f"note: {note}")
+    table = grid(f"{done.out}, tuned from {done.model}", "", "", "", numbers=(1,))
+    table.add_row("KL divergence, before", f"{done.before:.4g}", f"from {done.reference}, in nats per token")
+    change = f"{done.after / done.before - 1:+.1%}" if done.before else ""
+    table.add_row("  after", f"{done.after:.4g}", change)
+    table.add_row("  measured on", f"{done.held_out_tokens:,}", f"held-out tokens of {done.text}")
+    table.add_row("trained on", f"{done.tokens:,}", "tokens")
+    table.add_row("steps", f"{done.steps:,}", f"the state after step {done.best} is kept")
+    table.add_row("trained numbers", f"{done.trained:,}", f"{done.weights} weights, {done.gains} norms and biases")
+    table.add_row("time", duration(done.seconds), "")
     table.add_row("peak memory", size(done.peak), "of this process, mapped files included")
     if done.gpu_peak:
         table.add_row("  on the GPU", size(done.gpu_peak), "")
@@ -232,6 +251,8 @@ def inspection(i: Inspection) -> None:
         table.add_row("plan", str(i.made.get("plan", {}).get("name", "?")))
         if calibrated := i.made.get("calibration"):
             table.add_row("calibrated on", calibrated_on(calibrated))
+        if done := i.made.get("tuned"):
+            table.add_row("tuned", card.tuned_on(done))
         errors = [t["error"] for t in i.made.get("tensors", [])]
         if errors:
             table.add_row(

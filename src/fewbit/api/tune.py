@@ -1,0 +1,235 @@
+"""Tune a quantized model end to end: its scales, norms and biases are trained, and its codes stay."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.api import arguments, quantize
+from fewbit.api.arguments import Device, checked
+from fewbit.checks import Texts
+from fewbit.errors import NotBetter, PlanError
+from fewbit.measure import memory
+from fewbit.models.describe import describe
+from fewbit.models.load import load_model
+from fewbit.models.loading import Loading
+from fewbit.models.skeleton import Skeleton, load_tokenizer
+from fewbit.models.source import Source, locate
+from fewbit.pipeline import tuning
+from fewbit.pipeline.descent import Descent
+from fewbit.pipeline.job import fewer, same_vocabulary, windows
+from fewbit.pipeline.optimization import Optimization
+from fewbit.pipeline.replacing import Files, files_of
+from fewbit.report import card
+from fewbit.report import progress as report_progress
+from fewbit.report.results import Tuned
+from fewbit.system import ambient, heap, locks, machine, publish, timing
+from fewbit.system.cache import cache_folder
+from fewbit.texts import sources
+from fewbit.texts.calibration import Calibration as Calibration
+
+_STATE = "state.safetensors"
+_KEPT = "The trained state is kept in the cache: the same call writes it."
+
+
+@checked
+@ambient.defaults()
+def tune(
+    model: str | Path,
+    out: str | Path,
+    *,
+    reference: str | Path,
+    calibration: Calibration | Texts | None = None,
+    optimization: Optimization | None = None,
+    overwrite: bool = False,
+    device: Device = None,
+    trust_remote_code: bool = False,
+    progress: bool | Callable[[int, int, float], None] | None = None,
+) -> Tuned:
+    """Train the scales, norms and biases of the quantized `model` on its divergence from `reference`, the original.
+
+    No code changes. `out` has the format, tensor names and size of `model`, whichever tool made it. A tenth of the
+    calibration windows is held out: it decides which state is kept. `out` is written atomically, and only if the KL
+    divergence on these windows is lower than that of `model`; else this raises NotBetter. After an interruption, the
+    same call resumes. PlanError, before any work, if nothing in `model` can be trained.
+    """
+    elapsed, wanted = timing.timed(), optimization or Optimization()
+    source, original = locate(model), locate(reference)
+    out, file = _checked_output(Path(out), source, original, overwrite)
+    loading = Loading(machine.device(device), trust_remote_code=trust_remote_code).exact()
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    same_vocabulary(original, source, tokenizer, trust_remote_code)
+    given = arguments.calibrated(calibration)
+    given = replace(given, text=given.text or sources.own_source(original.config))
+    tokens, text = windows(given, source, tokenizer)
+    split = tuning.Windows.of(tokens, text["text"], given.seed)
+    heap.return_freed()
+    files = files_of(Skeleton(source, torch.float32, torch.device("cpu"), trust_remote_code=trust_remote_code))
+    publish.check_space({out.resolve(): sum(each.stat().st_size for each in source.files)})
+    with _resumable(source, original, split, wanted, str(loading.device)) as (folder, forget):
+        with report_progress.phase(f"predictions of {original.name}", progress):
+            truth = tuning.Original(lambda: load_model(original, loading), tokens, folder)
+        packed = load_model(source, loading)
+        before = tuning.divergence(packed, truth, split.held)
+        student = tuning.Student.of(packed, files)
+        with report_progress.tuning(progress) as tell:
+            done = student.train(truth, split, wanted, tell, folder / _STATE)
+        trained = sum(parameter.numel() for parameter in student.parameters)
+        result = Tuned(
+            out=str(out),
+            model=str(model),
+            reference=str(reference),
+            notes=[*student.notes, *fewer(given, text)],
+            text=text["text"],
+            tokens=split.trained * tokens.shape[1],
+            held_out_tokens=split.held_out * tokens.shape[1],
+            steps=done.steps,
+            best=done.best,
+            before=before,
+            after=done.after,
+            weights=len(student.weights),
+            gains=len(student.gains),
+            trained=trained,
+            seconds=0,
+            peak=0,
+            gpu_peak=0,
+        )
+        if not done.after < done.before:
+            forget()
+            raise NotBetter(_no_better(done.before, done.after), _MORE)
+        changes = dict(student.changes(files)) if not file else student.changes(files)
+        record = _record(source, original, text, wanted, done, result)
+
+        def measured(place: Path) -> float:
+            describe(locate(place))
+            return tuning.divergence(load_model(locate(place), loading), truth, split.held)
+
+        if not file:
+            del packed, student  # a GGUF file takes its blocks from the trained model
+            gc.collect()
+        with (
+            report_progress.phase(f"writing {out.name}", progress),
+            publish.published(out, overwrite=overwrite, file=file, kept=_KEPT) as place,
+        ):
+            after = _written(files, place, changes, record, measured)
+            if not after < before:
+                raise NotBetter(_no_better(before, after), _MORE)
+        forget()
+        return replace(result, after=after, seconds=elapsed(), peak=memory.now().peak, gpu_peak=memory.on_gpus())
+
+
+_MORE = "Nothing was written. More text (`samples`, `length`) or a lower `learning_rate` may help."
+
+
+def _no_better(before: float, after: float) -> str:
+    return f"tuning did not lower the KL divergence on the held-out text: {before:.4g} before, {after:.4g} after"
+
+
+def _checked_output(out: Path, source: Source, original: Source, overwrite: bool) -> tuple[Path, bool]:
+    """`out`, and whether it is a GGUF file. PlanError if it does not fit the model, or cannot be written."""
+    out, file = publish.named(out), source.gguf is not None
+    if file and out.suffix != ".gguf":
+        raise PlanError(f"{out}: {source.name} is a GGUF file, and so is its copy", "Give an `out` that ends in .gguf.")
+    if not file and out.suffix == ".gguf":
+        raise PlanError(f"{out} would be a GGUF file, but {source.name} is a folder", "Give another `out`.")
+    if original.origin == source.origin:
+        raise PlanError(
+            f"`reference={original.name}` is the quantized model itself", "Give the model that it was quantized from."
+        )
+    publish.check_output(out, overwrite=overwrite, file=file)
+    publish.check_not_lost(out, *(p for each in (source, original) for p in (each.origin, each.folder, *each.files)))
+    return out, file
+
+
+def _written(
+    files: Files,
+    place: Path,
+    changes: Mapping[str, Tensor],
+    record: dict[str, Any],
+    measured: Callable[[Path], float],
+) -> float:
+    """Write the output, and its record with the divergence that the output has. Returns that."""
+    files.write(place, changes, record)
+    after = measured(place)
+    record["tuned"]["after"] = after
+    if place.is_dir():
+        quantize.write_record(place, record, card.tuned_card)
+    else:  # the file holds its record, so it is written again
+        place.unlink()
+        files.write(place, changes, record)
+    return after
+
+
+def _record(
+    source: Source,
+    original: Source,
+    text: dict[str, Any],
+    wanted: Optimization,
+    done: Descent,
+    result: Tuned,
+) -> dict[str, Any]:
+    """The record of the source, if it has one, and what tuning did."""
+    inspected = describe(source)
+    before = inspected.made
+    return {
+        "schema_version": quantize.SCHEMA,
+        "model": original.name,
+        "origin": original.address,
+        "plan": {"name": "not recorded", "format": inspected.format},
+        "calibration": None,
+        "tensors": [],
+        "source": None,
+        **before,
+        "versions": machine.versions(),
+        "notes": [*before.get("notes", []), *result.notes],
+        "tuned": {
+            "from": source.name,
+            "reference": original.name,
+            "text": text,
+            "held_out_tokens": result.held_out_tokens,
+            **vars(wanted),
+            "steps_taken": done.steps,
+            "best_step": done.best,
+            "before": result.before,
+            "after": result.after,
+            "history": [list(each) for each in done.history],
+            "weights": result.weights,
+            "gains": result.gains,
+        },
+    }
+
+
+@contextmanager
+def _resumable(
+    source: Source, original: Source, split: tuning.Windows, wanted: Optimization, device: str
+) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A folder of the cache for this request, with the state that an interrupted run left, and a function that deletes
+    it. Without a state it is deleted at the end."""
+    files = [
+        [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+        for each in (source, original)
+        for file in each.files
+    ]
+    known = [files, source.config, original.config, vars(wanted), split.seed, device, machine.versions()]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode() + split.tokens.numpy().tobytes())
+    held = locks.resumable(cache_folder() / "tuning" / digest.hexdigest()[:32])
+    kept = True
+
+    def forget() -> None:
+        nonlocal kept
+        kept = False
+
+    try:
+        yield held.folder, forget
+    finally:
+        (held.folder / tuning.LOGITS).unlink(missing_ok=True)
+        held.release() if kept and (held.folder / _STATE).exists() else held.remove()
