@@ -172,11 +172,33 @@ class _SplitPacked(_SplitExperts):
 
 
 def kept(rules: Iterable[Any], packed: Collection[str]) -> list[Any]:
-    """`rules` without those that saving must not undo, as they made tensors of `packed` layers."""
-    return [each for each in rules if not _makes(each, packed)]
+    """`rules` without those that saving must not undo: they would give the tensors of a `packed` layer other prefixes.
+
+    Some made tensors of these layers by joining or splitting others. Some rename a weight or bias, but no scales.
+    """
+    some = {experts.of_any(name): name for name in packed}.values()  # one expert of each layer
+    found = [each for each in rules if not _makes(each, some)]
+    names = {name: dict.fromkeys(_ENDINGS, name) for name in some}  # layer -> ending -> prefix in the file
+    partial = []
+    for each in reversed(found):  # in this order they are undone
+        if isinstance(each, WeightConverter):
+            continue
+        back = each.reverse_transform()
+        renamed = {
+            name: {end: back.rename_source_key(f"{own}.{end}")[0].removesuffix(f".{end}") for end, own in ends.items()}
+            for name, ends in names.items()
+        }
+        if any(len(set(ends.values())) > 1 for ends in renamed.values()):
+            partial.append(each)
+        else:
+            names = renamed
+    return [each for each in found if each not in partial]
 
 
-def _makes(conversion: Any, packed: Collection[str]) -> bool:
+_ENDINGS = ("weight", "bias", "scale")
+
+
+def _makes(conversion: Any, packed: Iterable[str]) -> bool:
     if not isinstance(conversion, WeightConverter):
         return False
     if any(isinstance(operation, _SplitExperts) for operation in conversion.operations):
