@@ -17,12 +17,16 @@ from torch import Tensor
 
 from fewbit.kernels.nvidia import Nvidia
 from fewbit.schemes.base import Parts, Scheme, parse
+from fewbit.schemes.fp8 import FP8
 from fewbit.schemes.ggml.layout import LAYOUTS
+from fewbit.schemes.mxfp4 import MXFP4
 from fewbit.schemes.nf4 import dynamic_map
+from fewbit.schemes.nvfp4 import NVFP4
 
 SCHEMES = (
     *("int4-g128", "int4-g128-sym", "int4-g32", "nf4-b64", "nf4-b64-dq", "q4_k", "q6_k", "q8_0", "int8-g128"),
     *("llm.int8", "int3-g128", "int2-g64", "q5_k", "q3_k", "q2_k", "iq4_xs"),
+    *("fp8-row", "fp8-b128", "mxfp4", "nvfp4"),
 )
 CUDA = torch.device("cuda")
 CACHE = 300_000_000  # bytes that rotated weights take, five times the L2 of an H200
@@ -31,6 +35,10 @@ STEPS = 20
 
 def random_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:
     parts: Parts = {}
+    if isinstance(scheme, FP8 | MXFP4 | NVFP4):  # whose random bytes may be NaN: rounded weights, 128 rows repeated
+        parts = scheme.pack(*scheme.nearest(torch.randn(128, shape[1], device=CUDA) * 0.02))
+        times = shape[0] // 128
+        return {name: part.repeat(times, 1) for name, part in parts.items()}
     for name, spec in scheme.part_specs(shape).items():
         if name == "map":
             parts[name] = dynamic_map().to(CUDA)

@@ -25,12 +25,15 @@ SERVED = [spec for spec in SPECS if isinstance(layout.recipe(parse(spec), 1024),
 def shapes(spec: str) -> list[tuple[int, int]]:
     """Shapes in which the scheme is stored and multiplied."""
     scheme, found = parse(spec), [(33, 512), (20, 288)]
+    if scheme.group == 16:
+        found.append((18, 144))  # half a step of 32 columns at the end
     return [s for s in found if scheme.why_not(s) is None and isinstance(layout.recipe(scheme, s[1]), Recipe)]
 
 
 TOLD = (
     *("int4-g128", "int4-g32-sym", "int4-row", "int3-g64", "int2-g16", "int5-g32", "int8-g32", "nf4-b64-dq"),
     *("fp4-b32", "llm.int8", "q4_1", "q5_0", "q3_k", "q4_k", "q6_k", "iq4_nl", "iq4_xs"),
+    *("fp8-row", "fp8-tensor", "fp8-b128", "mxfp4", "nvfp4", "nvfp4-mul"),
 )
 
 interpreted = pytest.mark.skipif(
@@ -115,6 +118,10 @@ def test_sizes_are_such_that_blocks_fill_the_gpu(monkeypatch: pytest.MonkeyPatch
     assert isinstance(how, Recipe)
     for n, sizes in ((8192, (8, 2, 1, 2)), (6144, (8, 1, 1, 3)), (4096, (8, 1, 1, 2)), (28672, (8, 2, 1, 2))):
         assert ops.choose(1, n, 4096, how, CUDA) == (ops.CUDA, *sizes, 0)
+    of_fp4 = layout.recipe(parse("mxfp4"), 4096)
+    assert isinstance(of_fp4, Recipe)
+    for n, sizes in ((8192, (8, 2, 1, 2)), (6144, (8, 1, 1, 3)), (4096, (8, 1, 1, 2)), (28672, (8, 1, 1, 3))):
+        assert ops.choose(1, n, 4096, of_fp4, CUDA) == (ops.CUDA, *sizes, 0)
     assert ops.choose(64, 4096, 4096, how, CUDA) == (ops.CUDA, 16, 1, 8, 1, 1)
     assert ops.choose(257, 4096, 4096, how, CUDA) == (ops.VALUES,)
 
@@ -155,10 +162,11 @@ def test_rounding_of_levels_does_not_shift_weights(spec: str) -> None:
 
 
 def test_weights_of_experts_are_cut_from_the_layout() -> None:
-    for spec, k in (("int4-g128", 512), ("int3-g64", 512), ("nf4-b64", 512), ("nf4-b64-dq", 1024), ("q4_k", 512)):
+    specs = ("int4-g128", "int3-g64", "nf4-b64", "q4_k", "fp8-row", "fp8-tensor", "fp8-b128", "mxfp4", "nvfp4")
+    for spec, k in (*((spec, 512) for spec in specs), ("nvfp4-mul", 272), ("nf4-b64-dq", 1024)):
         kernel, scheme, shape = Nvidia(), parse(spec), (3, 32, k)
         if kernel.why_not_grouped(scheme, shape) is not None:
-            shape = (3, 16 * 16, k)  # whole blocks of nested scales
+            shape = (3, 16 * 16, k)  # whole blocks of nested scales, or of FP8
         each = [QTensor(scheme, shape[1:], quantized(scheme, hard(*shape[1:]).roll(i, 0))) for i in range(3)]
         whole = concatenated(each)
         prepared = kernel.prepare(scheme, whole.parts, whole.shape)
@@ -168,7 +176,13 @@ def test_weights_of_experts_are_cut_from_the_layout() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "shape"), [("int4-g128", (4, 24, 256)), ("nf4-b64-dq", (4, 32, 64)), ("int4-g128", (1 << 14, 4096, 4096))]
+    ("spec", "shape"),
+    [
+        ("int4-g128", (4, 24, 256)),
+        ("nf4-b64-dq", (4, 32, 64)),
+        ("fp8-b128", (4, 192, 256)),
+        ("int4-g128", (1 << 14, 4096, 4096)),
+    ],
 )
 def test_experts_that_it_cannot_serve_are_a_sentence(spec: str, shape: tuple[int, int, int]) -> None:
     assert is_sentence(Nvidia().why_not_grouped(parse(spec), shape))

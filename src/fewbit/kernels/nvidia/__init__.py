@@ -1,4 +1,10 @@
-"""Kernels for NVIDIA GPUs in CUDA C++ and Triton. They support integers, NF4, FP4, LLM.int8() and ggml's blocks."""
+"""Kernels for NVIDIA GPUs in CUDA C++ and Triton.
+
+They support integers, NF4, FP4, LLM.int8(), ggml's blocks, FP8, MXFP4 and NVFP4. On an H100, a product with one row of
+activations reads a weight of 28672 x 8192 at this speed in TB/s (benchmarks/results/2026-11-floats-gpu.md):
+
+    int4-g128 2.7    nf4-b64 2.5    fp8 2.9    mxfp4 2.6    nvfp4 2.5
+"""
 
 from __future__ import annotations
 
@@ -12,6 +18,7 @@ from fewbit.kernels.nvidia.layout import Recipe
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes.base import Codec, Parts
+from fewbit.schemes.fp8 import FP8
 from fewbit.schemes.nf4 import NESTED
 
 _CAPABILITY = (8, 0)  # the first compute capability with bfloat16 tensor cores
@@ -53,6 +60,8 @@ class Nvidia(Kernel):
         assert isinstance(how, Recipe)
         if n % 16:
             return f"weights of experts with rows in multiples of 16 only, not {n}"
+        if isinstance(codec, FP8) and codec.group and n % codec.rows:
+            return f"FP8 weights of experts with rows in multiples of {codec.rows} only, as in their blocks, not {n}"
         if how.scale == layout.MAPPED and n * (k // how.group) % NESTED:
             return f"double-quantized weights of experts with multiples of {NESTED} blocks only"
         if experts * n * -(-k // how.tile) * layout.WORDS >= 1 << 31:

@@ -8,9 +8,13 @@
 // (bfloat16) or 1024 (float16); then this base and the zero point are subtracted. For few rows in bfloat16 both are
 // subtracted from the sum of a group instead (FOLD), which saves a third of the instructions. In float16 that would lose
 // digits, because 1024 is large and tensor cores truncate sums, so they are subtracted from each code.
-// Sums of a group are scaled in float32.
-// The caller defines: BITS LOW GROUP BLOCK SCALE OFFSET ZERO_POINT TABLE FACTOR DIVISOR SUB K ROW_WORDS GROUPS BLOCKS
-// SIGNED BFLOAT WARPS MT NT RESIDENT MANY EXPERTS.
+// FP4 and FP8 numbers are small floats: their bits, moved to the top of the mantissa and the bottom of the exponent, are
+// the number times a power of two, also if it has no implicit one. In float16 that power is left to the scale of a group.
+// In bfloat16 it is so small that sums would vanish, so each pair is multiplied by it.
+// Sums of a group are scaled in float32. NVFP4's levels are multiplied by the scale of their group instead (FACTORED): the
+// product of 2 and 4 bits of mantissa is exact. The factor of the row is applied to the sum of the row.
+// The caller defines: BITS LOW GROUP BLOCK SCALE OFFSET ZERO_POINT LEVEL FACTOR DIVISOR SHARED SUB K ROW_WORDS GROUPS
+// BLOCKS SIGNED BFLOAT WARPS MT NT RESIDENT MANY EXPERTS.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -22,14 +26,19 @@ typedef unsigned char u8;
 #define TILES (ROW_WORDS / WORDS)
 #define SUBS (TILE / SUB)
 #define BESIDE (GROUP < TILE && TILE % GROUP == 0 ? TILE / GROUP : 1)  // groups of a tile, stored side by side
+#define TABLE (LEVEL == 1)
+#define E2M1 (LEVEL == 2)
+#define E4M3 (LEVEL == 3)
+#define FACTORED (SCALE == 5)
 #define ACROSS ((GROUPS + BESIDE - 1) / BESIDE)
 #define HIGH (BITS - LOW)
 #define MINIMUM (OFFSET >= 2)
 #define FLOATS (SCALE == 3 || (SCALE == 0 && DIVISOR > 1))  // scales are stored as float32
 #define SCALE_BYTES (FLOATS ? 4 : SCALE == 0 ? 2 : 1)
+#define SCALES (SCALE_BYTES * (FACTORED ? BESIDE : SUBS))  // bytes of the scales of a row's tile
 #define OFFSET_BYTES (OFFSET == 2 ? 2 : 1)
-#define PACKED (MANY && LOW < 8 && SUB >= 32 && !MINIMUM)
-#define FOLD (LOW < 8 && !TABLE && (MANY ? !PACKED : BFLOAT))
+#define PACKED (MANY && LOW < 8 && SUB >= 32 && !MINIMUM && !FACTORED)
+#define FOLD (LOW < 8 && !LEVEL && (MANY ? !PACKED : BFLOAT))
 #define SUMS (MINIMUM || FOLD)  // whether the sums of x are needed
 
 #if BFLOAT
@@ -37,12 +46,15 @@ typedef unsigned char u8;
 #define EXPONENT 0x43004300u
 #define ONES 0x3F803F80u
 #define BASE 128.0f
+#define UP (E2M1 ? 0x7E807E80u : 0x7B807B80u)  // 2^126 or 2^120, twice: by which the bits of FP4 and FP8 are multiplied
 #else
 #define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
 #define EXPONENT 0x64006400u
 #define ONES 0x3C003C00u
 #define BASE 1024.0f
+#define UP 0x74007400u  // 2^14, twice
 #endif
+#define REST (BFLOAT || PACKED || FACTORED ? 1.0f : E2M1 ? 16384.0f : E4M3 ? 256.0f : 1.0f)  // of that, left to the scale
 
 struct alignas(16) Four { u32 v[4]; };
 struct alignas(8) Two { u32 v[2]; };
@@ -94,6 +106,16 @@ __device__ __forceinline__ u32 less(u32 a, u32 b) {  // a - b, two at a time
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(ONES), "r"(b ^ 0x80008000u));
 #else
   asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#endif
+  return d;
+}
+// Two fused multiply-adds on pairs of numbers; each result is rounded once.
+__device__ __forceinline__ u32 times(u32 a, u32 b, u32 c = 0x80008000u) {
+  u32 d;
+#if BFLOAT
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+#else
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
 #endif
   return d;
 }
@@ -166,12 +188,16 @@ struct Routes {
 
 // The index of piece `at` (of `across` per row) of a row. Rows are stored in lots of sixteen.
 __device__ __forceinline__ int place(Row row, int across, int at) { return (row.lot * across + at) * 16 + row.in; }
+// The same for scales.
+__device__ __forceinline__ int place_of_group(Row row, int at) {
+  return SHARED ? row.lot * ACROSS + at : place(row, ACROSS, at);
+}
 
 // Loads values of E bytes, one for each sub-tile of a row's tile.
 template <int E> __device__ __forceinline__ void gather(Side<E * SUBS>& out, const void* from, int tile, Row row) {
   constexpr int B = E * SUBS;
   if constexpr (BESIDE == SUBS) {
-    const u8* p = (const u8*)from + (long)place(row, ACROSS, tile * TILE / (GROUP * BESIDE)) * B;
+    const u8* p = (const u8*)from + (long)place_of_group(row, tile * TILE / (GROUP * BESIDE)) * B;
     if constexpr (B == 1) out.v[0] = __ldg(p);
     else if constexpr (B == 2) out.v[0] = __ldg((const u16*)p);
     else if constexpr (B == 4) out.v[0] = __ldg((const u32*)p);
@@ -190,7 +216,7 @@ template <int E> __device__ __forceinline__ void gather(Side<E * SUBS>& out, con
     for (int i = 0; i < (B + 3) / 4; ++i) out.v[i] = 0;
 #pragma unroll
     for (int sub = 0; sub < SUBS; ++sub) {
-      const int at = place(row, ACROSS, min(tile * TILE + sub * SUB, K - SUB) / GROUP);
+      const int at = place_of_group(row, min((tile * TILE + sub * SUB) / GROUP, GROUPS - 1));
       const u32 v = E == 4 ? __ldg((const u32*)from + at) : E == 2 ? __ldg((const u16*)from + at) : __ldg((const u8*)from + at);
       out.v[sub * E / 4] |= v << sub * E % 4 * 8;
     }
@@ -220,7 +246,11 @@ __device__ __forceinline__ void ask(Step& s, const Weight& w, int tile, Row row,
     s.high.v[0] = v.x, s.high.v[1] = v.y;
   }
 #endif
+#if FACTORED
+  s.scale.v[0] = __ldg((const u32*)w.a0 + place(row, TILES, tile) * 2 + t / 2);
+#else
   gather<SCALE_BYTES>(s.scale, SCALE == 1 ? w.a1 : w.a0, tile, row);
+#endif
   [[maybe_unused]] const int over = place(row, BLOCKS, tile * TILE / BLOCK);
 #if SCALE == 1
   s.d = __ldg((const u16*)w.a0 + over);
@@ -238,15 +268,15 @@ __device__ __forceinline__ void ask(Step& s, const Weight& w, int tile, Row row,
 // The data that `ask` will load for sixteen rows, in pieces of 128 bytes: first the words, then, if groups are not longer
 // than tiles, one piece of scales and one of offsets. Lane l prefetches the l-th piece into the L2 cache.
 #define PIECES_OF_WORDS (16 * WORDS * 4 / 128)
-#define ANNOUNCED (PIECES_OF_WORDS + (BESIDE == SUBS && GROUP <= TILE ? 1 + (OFFSET != 0) : 0))
+#define ANNOUNCED (PIECES_OF_WORDS + ((BESIDE == SUBS || FACTORED) && GROUP <= TILE ? 1 + (OFFSET != 0) : 0))
 __device__ __forceinline__ const char* to_announce(const Weight& w, int tile, int lot, int lane) {
   const long at = (long)place({lot, 0}, TILES, tile);
-  if (lane == PIECES_OF_WORDS) return (const char*)(SCALE == 1 ? w.a1 : w.a0) + at * SCALE_BYTES * SUBS;
+  if (lane == PIECES_OF_WORDS) return (const char*)(SCALE == 1 ? w.a1 : w.a0) + at * SCALES;
   if (lane > PIECES_OF_WORDS) return (const char*)(OFFSET == 3 ? w.b1 : w.b0) + at * OFFSET_BYTES * SUBS;
   return (const char*)(w.words + at * WORDS) + lane * 128;
 }
 __device__ __forceinline__ int from_tile_to_tile(int lane) {  // distance in bytes
-  return 16 * (lane == PIECES_OF_WORDS ? SCALE_BYTES * SUBS : lane > PIECES_OF_WORDS ? OFFSET_BYTES * SUBS : WORDS * 4);
+  return 16 * (lane == PIECES_OF_WORDS ? SCALES : lane > PIECES_OF_WORDS ? OFFSET_BYTES * SUBS : WORDS * 4);
 }
 __device__ __forceinline__ void announce(const char* p, int lane) {
   if (lane < ANNOUNCED) asm volatile("prefetch.global.L2 [%0];" :: "l"(p));
@@ -254,7 +284,8 @@ __device__ __forceinline__ void announce(const char* p, int lane) {
 
 // ---- scales and numbers ---------------------------------------------------------------------------------------------
 
-struct Grid { float scale, least, zero; };  // w = scale (code - zero) + least; if FOLD, w = scale code + least
+// w = scale (code - zero) + least; if FOLD, w = scale code + least. If FACTORED, `pair` is the scale of a group, twice.
+struct Grid { float scale, least, zero; u32 pair; };
 
 __device__ __forceinline__ Grid grid(const Step& s, const Weight& w, const float* map, int tile, Row row, int sub) {
   Grid g;
@@ -266,12 +297,27 @@ __device__ __forceinline__ Grid grid(const Step& s, const Weight& w, const float
   g.scale = half_of(a);
 #elif SCALE == 1
   g.scale = half_of(s.d) * (SIGNED ? number(a ^ 128, 0, 128) : number(a, 0, 0));
+#elif SCALE == 4
+  g.scale = __uint_as_float(max((a & 255) << 23, 1u << 22));
+#elif FACTORED
+  // Its bits are again those of a number times a power of two. The products of scale and bits of a level are the weight
+  // of the group times 2^-8: float16 needs a scale times 2^6 for that, and bfloat16 times 2^118, in two steps.
+  g.scale = 1.0f;
+  g.pair = __byte_perm(s.scale.v[0], 0, 0x0404 + sub * 0x1010);  // byte `sub`, as the upper byte of each half
+#if BFLOAT
+  g.pair = times(times(g.pair >> 4, 0x7F007F00u), 0x77007700u);
+#else
+  g.pair = times(g.pair >> 1, 0x74007400u);
+#endif
 #else
   const float over = GROUPS % SUBS == 0 && BESIDE == SUBS ? s.nested : __ldg((const float*)w.a1 + nested_at(w, row, tile, sub));
   g.scale = map[a & 255] * over + __ldg(w.a2);
 #endif
 #if DIVISOR > 1
   g.scale *= (float)FACTOR / DIVISOR;
+#endif
+#if LEVEL
+  g.scale *= REST;
 #endif
 #if OFFSET == 2
   g.least = half_of(b);
@@ -312,9 +358,21 @@ __device__ __forceinline__ u32 codes(const Step& s, int i, int j) {
   return c;
 }
 
-// The same two codes as numbers, without the part that is subtracted from a group's sum (FOLD).
+// The bits of `word` that `mask` names, moved left by `by`, twice.
+__device__ __forceinline__ u32 moved(u32 word, int by, u32 mask) {
+  return (by >= 0 ? word << by : word >> -by) & (mask | mask << 16);
+}
+
+// The same two codes as numbers, without the part that is subtracted from a group's sum (FOLD) or left to a factor.
 __device__ __forceinline__ u32 pair(const Step& s, int i, int j, float zero) {
-#if LOW == 8 && BFLOAT
+#if E2M1 || E4M3
+  // A sign, and the bits of exponent and mantissa, whose lowest bit becomes bit `low`.
+  const u32 w = s.low.v[i];
+  constexpr int low = (BFLOAT ? 7 : 10) - (E2M1 ? 1 : 3);
+  constexpr u32 mask = ((1u << (LOW - 1)) - 1) << low;
+  const u32 bits = moved(w, low - j * LOW, mask) | moved(w, 16 - LOW - j * LOW, 0x8000);
+  return (BFLOAT && !FACTORED) || PACKED ? times(bits, UP) : bits;
+#elif LOW == 8 && BFLOAT
   const u32 w = s.low.v[i];
   return two(__uint_as_float(__byte_perm(w, 0x4B000000u, 0x7440 + j)) - zero,
              __uint_as_float(__byte_perm(w, 0x4B000000u, 0x7442 + j)) - zero);
@@ -337,6 +395,8 @@ __device__ __forceinline__ void operand(u32* a, const Step* s, const Grid* g, co
     for (int half = 0; half < 2; ++half) {
 #if TABLE
       a[half * 2 + r] = looked_up(pairs, s[r].low.v[e * 2 + half], span);
+#elif FACTORED
+      a[half * 2 + r] = times(pair(s[r], e * 2 + half, span, 0), g[r].pair);
 #else
       a[half * 2 + r] = pair(s[r], e * 2 + half, span, g[r].zero);
 #endif
@@ -363,3 +423,10 @@ __device__ __forceinline__ float* tables(float* shared, const Weight& w, u32*& p
 #endif
   return left;
 }
+
+#if FACTORED
+// The factor of a row's sum, and what was left of its powers of two.
+__device__ __forceinline__ float factor_of(const Weight& w, int row) {
+  return __ldg((const float*)w.a1 + min(row, w.last)) * 256.0f;
+}
+#endif

@@ -84,6 +84,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
     __syncthreads();
 #endif
     float acc[MT][NT][4] = {};
+#if FACTORED
+    static_assert(WARPS * 32 % (16 * MT) == 0, "a thread adds up sums of one row");
+    const float factor = factor_of(weight, top + threadIdx.x % rows);
+#endif
 #pragma unroll 1
     for (int tile = warp; tile < TILES; tile += WARPS) {
       Step s[MT][2];
@@ -102,7 +106,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
 #pragma unroll
           for (int r = 0; r < 2; ++r)
             grids[mt][r] = grid(s[mt][r], weight, map, tile, row(top, mt, r), sub);
+#if FACTORED
+        auto& part = acc;
+#else
         float part[MT][NT][4] = {};
+#endif
         float sum[NT][4] = {};
 #pragma unroll
         for (int span = sub * SUB / 32; span * 32 < (sub + 1) * SUB; ++span) {
@@ -142,7 +150,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
           for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
+#if !FACTORED
               acc[mt][nt][c] += grids[mt][c >> 1].scale * part[mt][nt][c];
+#endif
 #if SUMS
               acc[mt][nt][c] += grids[mt][c >> 1].least * sum[nt][c];
 #endif
@@ -162,6 +172,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) few(
       float sum = 0;
 #pragma unroll
       for (int other = 0; other < WARPS; ++other) sum += sums[(other * cols + c) * (rows + 1) + r];
+#if FACTORED
+      sum *= factor;
+#endif
       if (top + r < now.bottom && now.first + c < now.last)
         y[(long)(now.first + c) * N + top + r - (now.bottom - N)] = (u16)two(sum, 0.0f);
     }

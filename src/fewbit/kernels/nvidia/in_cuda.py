@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fewbit.kernels.nvidia.layout import MAPPED, PLAIN, WORDS, Recipe, operands
+from fewbit.kernels.nvidia.layout import MAPPED, PLAIN, TABLE, WORDS, Recipe, operands
 
 _FLOAT = 3  # storage of the scale s as float32, in addition to the kinds of a recipe
 _PAIRS, _MAP = 256 * 32 * 4, 256 * 4  # bytes of shared memory for the level table and for a map of scales
@@ -176,7 +176,7 @@ def unusable(device: torch.device) -> str | None:
 
 
 def _shared(how: Recipe, sizes: Sizes) -> int:
-    tables = (_PAIRS if how.table else 0) + (_MAP if how.scale == MAPPED else 0)
+    tables = (_PAIRS if how.level == TABLE else 0) + (_MAP if how.scale == MAPPED else 0)
     if sizes.many:
         return 1024 + tables + _STAGES * 8 * sizes.of_x * how.tile * 2
     return tables + sizes.warps * 8 * sizes.of_x * (16 * sizes.of_w + 1) * 4
@@ -207,13 +207,14 @@ def defined(
         "SCALE": stored[0],
         "OFFSET": how.offset,
         "ZERO_POINT": how.zero,
-        "TABLE": how.table,
+        "LEVEL": how.level,
         "FACTOR": how.factor,
         "DIVISOR": how.divisor,
+        "SHARED": how.shared,
         "SUB": how.sub,
         "K": k,
         "ROW_WORDS": row_words,
-        "GROUPS": k // how.group,
+        "GROUPS": how.groups(k),
         "BLOCKS": k // how.block,
         "SIGNED": int(stored[1]),
         "BFLOAT": int(bfloat),

@@ -9,11 +9,14 @@ so that one shift and one logical instruction convert both to numbers. (If level
 columns share a byte.) In a tensor core step, four threads share a row. Thread t of the four has words 4t ... 4t + 3,
 which are sixteen bytes. They hold columns 8t ... 8t + 7 of every 32 (`Recipe.places`), so the thread also reads x
 sixteen bytes at a time. If groups have 16 columns, a step must stay inside a group; then the thread's columns are
-4t ... 4t + 3 of every 16. The high plane has the same order.
+4t ... 4t + 3 of every 16. NVFP4 is the exception: the kernels multiply each level by the scale of its group before the
+step, because this product is exact in 16 bits. So a step may contain two groups. The high plane has the same order.
 
-Rows are stored in groups of sixteen, [N / 16, tiles, 16, words of a tile], so a warp reads a contiguous kilobyte.
+Rows are stored in lots of sixteen, [N / 16, tiles, 16, words of a tile], so a warp reads a contiguous kilobyte.
 Scales and offsets are stored alike, [N / 16, groups / G, 16, G]: the G groups of a tile are adjacent, and a thread
-loads them all at once. If N is not a multiple of 16, the last rows are padded with zeros.
+loads them all at once. NVFP4's eight scales of a tile have the order 0 2 4 6 1 3 5 7, because a thread needs either the
+even or the odd ones. If N is not a multiple of 16, the last rows are padded with zeros. FP8's scales of blocks are
+stored once for a lot, [N / 16, groups].
 """
 
 from __future__ import annotations
@@ -25,22 +28,29 @@ from typing import NamedTuple
 from fewbit.kernels.base import cut
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes import bits as streams
+from fewbit.schemes import floats
 from fewbit.schemes.affine import Affine
 from fewbit.schemes.base import Codec, Parts, chunk_rows
+from fewbit.schemes.fp8 import FP8
 from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR, Fields
 from fewbit.schemes.ggml.layout import pack as pack_blocks
 from fewbit.schemes.ggml.layout import unpack as unpack_blocks
 from fewbit.schemes.ggml.scheme import GGML
 from fewbit.schemes.int8 import Int8
+from fewbit.schemes.mxfp4 import MXFP4
 from fewbit.schemes.nf4 import NESTED, FourBit, levels
+from fewbit.schemes.nvfp4 import NVFP4
 
 WORDS = 16  # words per tile
 # How s is stored: directly; as d of the block times an integer of the group; as an 8-bit index into a map, whose value
-# is then scaled and shifted.
-PLAIN, SUPER, MAPPED = 0, 1, 2
+# is then scaled and shifted; as the exponent of a power of two (E8M0); as a small float (E4M3) times a factor of the
+# row. (3 is a kind of `in_cuda`.)
+PLAIN, SUPER, MAPPED, POWER, FACTORED = 0, 1, 2, 4, 5
 # How b is computed: -s times a constant; -s times a stored zero point; stored directly; -dmin of the block times an
 # integer of the group.
 CONSTANT, ZERO, MINIMUM, SUPER_MINIMUM = 0, 1, 2, 3
+# What a code is: an integer; an index into a table of levels; an FP4 or an FP8 number.
+INTEGER, TABLE, E2M1, E4M3 = 0, 1, 2, 3
 
 
 class Recipe(NamedTuple):
@@ -50,12 +60,17 @@ class Recipe(NamedTuple):
     low: int  # bits of a code in the low plane; the rest are in the high plane
     group: int  # columns that share s and b
     block: int  # columns that share d and dmin
-    scale: int  # PLAIN, SUPER or MAPPED
+    scale: int  # PLAIN, SUPER, MAPPED, POWER or FACTORED
     offset: int  # CONSTANT, ZERO, MINIMUM or SUPER_MINIMUM
     zero: int  # the constant of CONSTANT
-    table: int  # 1 if levels are looked up in a table
+    level: int  # INTEGER, TABLE, E2M1 or E4M3
     factor: int = 1  # s is the stored value times factor / divisor, and levels in a table are divided by that
     divisor: int = 1
+    shared: int = 0  # 1 if s is stored once for sixteen rows
+
+    def groups(self, k: int) -> int:
+        """Groups in a row of k columns. The last one may be smaller."""
+        return -(-k // self.group)
 
     @property
     def lanes(self) -> int:
@@ -76,12 +91,12 @@ class Recipe(NamedTuple):
     def order(self) -> tuple[int, int, int, int, int]:
         """The axes of `places`, numbered from 2, in storage order: thread, step, pair (the words), then the lanes."""
         words = (4, 3, 5) if self.sub == 16 else (3, 4, 5)
-        return (*words, 2, 6) if self.table else (*words, 6, 2)
+        return (*words, 2, 6) if self.level == TABLE else (*words, 6, 2)
 
     @property
     def sub(self) -> int:
-        """How many columns of a tile always share a group."""
-        return gcd(self.group, self.tile)
+        """Columns of a tile for which a thread needs one s. They share a group, except for FACTORED scales."""
+        return 32 if self.scale == FACTORED else gcd(self.group, self.tile)
 
     @property
     def beside(self) -> int:
@@ -114,14 +129,23 @@ def recipe(codec: Codec, k: int) -> Recipe | str:
         if k % codec.group:
             return f"rows must be whole blocks: {codec.group} does not divide {k} columns"
         scale = MAPPED if codec.double else PLAIN
-        return Recipe(4, 4, codec.group, codec.group, scale, CONSTANT, 0, 1, *_LEVELS[codec.kind])
+        return Recipe(4, 4, codec.group, codec.group, scale, CONSTANT, 0, TABLE, *_LEVELS[codec.kind])
     if isinstance(codec, GGML):
         kind = LAYOUTS[codec.name]
         scale = SUPER if kind.super else PLAIN
         offset = (SUPER_MINIMUM if kind.super else MINIMUM) if kind.affine else CONSTANT
         zero = 0 if kind.nonlinear else kind.zero
-        return Recipe(kind.bits, _LOW[kind.bits], kind.sub, kind.columns, scale, offset, zero, int(kind.nonlinear))
-    return f"it supports integers, NF4, FP4, LLM.int8() and the ggml blocks that fewbit can write only, not {codec}"
+        level = TABLE if kind.nonlinear else INTEGER
+        return Recipe(kind.bits, _LOW[kind.bits], kind.sub, kind.columns, scale, offset, zero, level)
+    if isinstance(codec, FP8):
+        group = codec.group or k
+        return Recipe(8, 8, group, group, PLAIN, CONSTANT, 0, E4M3, shared=int(codec.group > 0))
+    if isinstance(codec, MXFP4):
+        return Recipe(4, 4, codec.group, codec.group, POWER, CONSTANT, 0, E2M1)
+    if isinstance(codec, NVFP4):
+        return Recipe(4, 4, codec.group, k, FACTORED, CONSTANT, 0, E2M1)
+    known = "integers, NF4, FP4, LLM.int8(), FP8, MXFP4, NVFP4 and the ggml blocks that fewbit can write"
+    return f"it supports {known} only, not {codec}"
 
 
 def prepared(codec: Codec, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -155,7 +179,7 @@ def restored(codec: Codec, tensors: tuple[Tensor, ...], shape: tuple[int, int]) 
         if high:
             codes[rows] |= _scattered(top[0][rows], how, how.bits - how.low, k) << how.low
     if isinstance(codec, Affine):
-        scale, *zero = (_by_row(held, n, k // how.group) for held in rest)
+        scale, *zero = (_by_row(held, n, how.groups(k)) for held in rest)
         parts = {"codes": streams.pack(codes, codec.bits), "scale": scale}
         return {**parts, "zero": streams.pack(zero[0], codec.bits)} if zero else parts
     if isinstance(codec, Int8):
@@ -166,6 +190,14 @@ def restored(codec: Codec, tensors: tuple[Tensor, ...], shape: tuple[int, int]) 
         if codec.double:
             packed |= {"nested": rest[1], "offset": rest[2], "map": rest[3]}
         return packed
+    if isinstance(codec, FP8):
+        held = rest[0][:: codec.rows // 16] if how.shared else _by_row(rest[0], n, 1)
+        return {"codes": codes, "scale": held.contiguous()}
+    if isinstance(codec, MXFP4):
+        return {"codes": floats.pack_pairs(codes), "scale": _by_row(rest[0], n, how.groups(k))}
+    if isinstance(codec, NVFP4):
+        scale = _by_row(rest[0].unflatten(3, (2, 4)).transpose(3, 4).flatten(3), n, how.groups(k))
+        return {"codes": floats.pack_pairs(codes), "scale": scale, "global": _by_row(rest[-1], n, 1)}
     assert isinstance(codec, GGML)
     return {"blocks": _blocks(codec, codes, rest, how)}
 
@@ -180,6 +212,10 @@ def _codes(codec: Codec, parts: Mapping[str, Tensor], shape: tuple[int, int], ro
     if isinstance(codec, FourBit):
         packed = parts["codes"].view(shape[0], k // 2)[rows]
         return torch.stack([packed >> 4, packed & 15], 2).flatten(1)
+    if isinstance(codec, FP8):
+        return parts["codes"][rows]
+    if isinstance(codec, MXFP4 | NVFP4):
+        return floats.unpack_pairs(parts["codes"][rows])
     assert isinstance(codec, GGML)
     held = parts["blocks"][rows]
     return unpack_blocks(codec.name, held.reshape(-1, codec.type.nbytes)).codes.view(len(held), k)
@@ -199,6 +235,16 @@ def _scales(codec: Codec, parts: Mapping[str, Tensor], shape: tuple[int, int], b
         kept = tuple(parts[name] for name in ("nested", "offset", "map") if name in parts)
         factor, divisor = _LEVELS[codec.kind]
         return (_blocked(parts["absmax"].view(n, -1), beside), *kept, levels(codec.kind, device) * (divisor / factor))
+    if isinstance(codec, FP8):
+        scale = parts["scale"]
+        return (scale.repeat_interleave(codec.rows // 16, 0)[: -(-n // 16)],) if codec.group else (_blocked(scale, 1),)
+    if isinstance(codec, MXFP4):
+        return (_blocked(parts["scale"], beside),)
+    if isinstance(codec, NVFP4):
+        halves = _blocked(parts["scale"], beside).unflatten(3, (4, 2)).transpose(3, 4).flatten(3)
+        whole = parts["global"]
+        factors = (1 / whole, whole) if codec.divides else (whole,)  # the kernels use only the first
+        return (halves, *(_blocked(each, 1) for each in factors))
     assert isinstance(codec, GGML)
     kind = LAYOUTS[codec.name]
     fields = unpack_blocks(codec.name, parts["blocks"].reshape(-1, kind.nbytes))
@@ -249,8 +295,8 @@ def _blocks(codec: GGML, codes: Tensor, kept: tuple[Tensor, ...], how: Recipe) -
 
 def of_expert(how: Recipe, tensors: Sequence[Tensor], experts: int, expert: int) -> tuple[Tensor, ...]:
     """The tensors of one expert's weight [N, K], as views of those of [experts · N, K]. N is a multiple of 16."""
-    own = [cut(tensor, experts, expert) for tensor in (tensors[:-1] if how.table else tensors)]
-    return (*own, tensors[-1]) if how.table else tuple(own)
+    common = tensors[-1:] if how.level == TABLE else ()
+    return (*(cut(tensor, experts, expert) for tensor in tensors[: len(tensors) - len(common)]), *common)
 
 
 def operands(how: Recipe, tensors: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:
@@ -262,11 +308,11 @@ def operands(how: Recipe, tensors: tuple[Tensor, ...] | list[Tensor]) -> tuple[T
     places = [words] * 9
     if how.bits > how.low:
         places[1] = rest.pop(0)
-    for i in range({PLAIN: 1, SUPER: 2, MAPPED: 4}[how.scale]):
+    for i in range({PLAIN: 1, SUPER: 2, MAPPED: 4, POWER: 1, FACTORED: 2}[how.scale]):
         places[2 + i] = rest.pop(0)
     for i in range({CONSTANT: 0, ZERO: 1, MINIMUM: 1, SUPER_MINIMUM: 2}[how.offset]):
         places[6 + i] = rest.pop(0)
-    if how.table:
+    if how.level == TABLE:
         places[8] = rest.pop(0)
     return tuple(places)
 

@@ -30,17 +30,6 @@
 __device__ __forceinline__ float first(u32 v) { return BFLOAT ? __uint_as_float(v << 16) : half_of(v & 0xFFFF); }
 __device__ __forceinline__ float second(u32 v) { return BFLOAT ? __uint_as_float(v & 0xFFFF0000u) : half_of(v >> 16); }
 
-// Two fused multiply-adds on pairs of numbers; each result is rounded once.
-__device__ __forceinline__ u32 times(u32 a, u32 b, u32 c) {
-  u32 d;
-#if BFLOAT
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-#else
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-#endif
-  return d;
-}
-
 // The factors for decoding. If PACKED, a scale is the sum of two numbers of x's type, so that it keeps its precision.
 struct Maker { Grid grid; u32 zero, scale, rest; };
 
@@ -61,16 +50,21 @@ __device__ __forceinline__ void numbers(u32* a, const Step* s, const Maker* make
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Maker& m = makers[r];
-#if LOW == 8
+#if FACTORED
+      a[half * 2 + r] = times(pair(s[r], e * 2 + half, span, 0), m.grid.pair);
+      continue;
+#endif
+#if LOW == 8 && !LEVEL
       const u32 word = s[r].low.v[e * 2 + half];
       const float zero = m.grid.zero - 8388608.0f, low = number(word, span, zero), high = number(word, span + 2, zero);
 #else
-      const u32 v = TABLE ? looked_up(pairs, s[r].low.v[e * 2 + half], span) : codes(s[r], e * 2 + half, span);
+      const u32 v = TABLE ? looked_up(pairs, s[r].low.v[e * 2 + half], span)
+                  : LEVEL ? pair(s[r], e * 2 + half, span, 0) : codes(s[r], e * 2 + half, span);
       const float low = first(v), high = second(v);
 #endif
 #if PACKED
-      const u32 level = TABLE ? v : less(v, m.zero);
-      a[half * 2 + r] = times(level, m.scale, times(level, m.rest, 0x80008000u));
+      const u32 level = LEVEL ? v : less(v, m.zero);
+      a[half * 2 + r] = SCALE == 4 ? times(level, m.scale) : times(level, m.scale, times(level, m.rest));
 #else
       const float least = SUMS ? m.grid.least : -0.0f;
       a[half * 2 + r] = two(low * m.grid.scale + least, high * m.grid.scale + least);
@@ -145,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) many(
       const Two high = K % TILE && left < 32 ? Two{} : *(const Two*)(from[i] + k + 16);
       coming[i] = {low.v[0], low.v[1], high.v[0], high.v[1]};
 #else
-      coming[i] = K % TILE && left < 32 ? Four{} : *(const Four*)(from[i] + k);
+      coming[i] = K % TILE && left < t * 8 + 8 ? Four{} : *(const Four*)(from[i] + k);
 #endif
     }
   };
@@ -175,6 +169,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) many(
   for (int at = begin; at < end;) {
     const int piece = at / TILES, stop = min(end, (piece + 1) * TILES);
     float acc[MT][NT * 4] = {};
+#if FACTORED
+    float factor[MT][2];
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) factor[mt][r] = factor_of(weight, piece * TALL + inside + mt * 64 + r * 8 + g);
+#endif
     const bool whole = stop - at == TILES;
 #pragma unroll 1
     for (int tile = at % TILES; at < stop; ++at, ++tile) {
@@ -284,6 +285,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) many(
 #pragma unroll
       for (int i = 0; i < NT * 4; ++i) {
         const int n = piece * TALL + inside + mt * 64 + g + (i >> 1 & 1) * 8, m = x_top + (i >> 2) * 8 + t * 2 + (i & 1);
+#if FACTORED
+        acc[mt][i] *= factor[mt][i >> 1 & 1];
+#endif
         if (mine && n < N && m < M) y[(long)m * N + n] = (u16)two(acc[mt][i], 0.0f);
       }
   }

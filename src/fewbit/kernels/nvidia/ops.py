@@ -15,7 +15,7 @@ from torch import Tensor
 from fewbit.kernels.base import runs
 from fewbit.kernels.nvidia import in_cuda
 from fewbit.kernels.nvidia.in_cuda import Sizes
-from fewbit.kernels.nvidia.layout import MAPPED, WORDS, Recipe, of_expert, operands
+from fewbit.kernels.nvidia.layout import E2M1, MAPPED, WORDS, Recipe, of_expert, operands
 
 Config = tuple[int, ...]
 
@@ -178,6 +178,8 @@ CROSSOVERS: dict[str, tuple[tuple[int, tuple[Sizes, ...]], ...]] = {
         (256, (Sizes(8, 2, 16, 1, 1),)),
     ),
 }
+# The same for up to 8 rows of x and weights of FP4, which take more instructions.
+_FP4 = (Sizes(8, 1, 1, 3), Sizes(8, 2, 1, 2), Sizes(8, 1, 1, 2))
 _FULL = 0.8  # share of the GPU's block slots that counts as full, the last round included
 _DEFAULT = "NVIDIA H200"
 
@@ -187,6 +189,7 @@ def choose(m: int, n: int, k: int, how: Recipe, device: torch.device) -> Config:
     if in_cuda.unusable(device) is None:
         for rows, several in CROSSOVERS.get(_name(device), CROSSOVERS[_DEFAULT]):
             if m <= rows:
+                several = _FP4 if m <= 8 and how.level == E2M1 else several
                 fullest = max(several, key=lambda sizes: min(_FULL, in_cuda.fullness(sizes, n, device)))
                 return (CUDA, *in_cuda.fitting(fullest, how, device))
     elif m <= 4:
@@ -201,7 +204,7 @@ def _name(device: torch.device) -> str:
 
 
 def _strides(how: Recipe, tensors: list[Tensor], k: int) -> tuple[int, int, int]:
-    return tensors[0].shape[1] * WORDS, k // how.group, k // how.block
+    return tensors[0].shape[1] * WORDS, how.groups(k), k // how.block
 
 
 def _constants(how: Recipe) -> dict[str, int]:
@@ -213,8 +216,9 @@ def _constants(how: Recipe) -> dict[str, int]:
         "SCALE": how.scale,
         "OFFSET": how.offset,
         "ZERO_POINT": how.zero,
-        "TABLE": how.table,
+        "LEVEL": how.level,
         "FACTOR": how.factor,
         "DIVISOR": how.divisor,
+        "SHARED": how.shared,
         "SUB": how.sub,
     }
