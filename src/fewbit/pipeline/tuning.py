@@ -7,9 +7,10 @@ The floats of packed weights are trained (`nn/tuned.py`). So are gains of norms 
 the mean of |v0|, and with a pull-back of 1e-3 sum e². A tenth of the windows is held out. It decides when to stop and
 which state is kept (`descent.py`).
 
-Memory: the packed model, one block's activations for each pass (blocks are recomputed in the backward pass), and 16
-bytes for each trained number. The original's logits are computed once and mapped from a file if they take at most
-`_CACHED` bytes. Otherwise the original stays in memory too, and computes them for each pass.
+Memory: the packed model, 16 bytes for each trained number, and the activations of a pass. If those of all blocks may
+take more than `_KEPT` bytes, each block is computed again in the backward pass, and only one block's are kept. The
+original's logits are computed once and mapped from a file if they take at most `_CACHED` bytes. Otherwise the original
+stays in memory too, and computes them for each pass.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ _HELD_OUT = 10  # one of so many windows is held out
 _CACHED = 4 << 30  # bytes of logits
 _ROWS = 256  # rows of logits that are converted to probabilities at a time
 _AT_ONCE = {"cpu": 512}  # tokens in a forward pass, at least one window; on a GPU more, so that launches cost little
+_KEPT = 1 << 30  # bytes of activations
 _PULL = 1e-3
 LOGITS = "logits"  # the file of logits
 
@@ -120,9 +122,14 @@ def logits_of(model: Any, tokens: Tensor) -> Tensor:
 
 def batches(which: Sequence[int], length: int, device: torch.device) -> Iterator[list[int]]:
     """The windows of each forward pass."""
-    count = max(1, _AT_ONCE.get(device.type, 4096) // length)
+    count = at_once(length, device)
     for start in range(0, len(which), count):
         yield list(which[start : start + count])
+
+
+def at_once(length: int, device: torch.device) -> int:
+    """The number of windows in a forward pass."""
+    return max(1, _AT_ONCE.get(device.type, 4096) // length)
 
 
 class _KL(torch.autograd.Function):
@@ -238,7 +245,7 @@ class Student:
             self._push()
             return divergence(self.model, original, windows.held)
 
-        with _checkpointed(self.model):
+        with _checkpointed(self.model, at_once(length, original.device) * length):
             done = descend(Objective(self.parameters, gradient, measured), wanted, tell, saved)
         self._push()
         return done
@@ -306,6 +313,8 @@ def _tuned_layers(model: Any, files: Files) -> tuple[dict[str, TunedWeight], Cou
         tuned.share(together.setdefault(key, tuned))
         _replace(model, name, layer, tuned)
         found[name] = tuned
+    if elsewhere := files.weights.keys() - layers.keys() - ties.keys():
+        frozen["fewbit does not load them packed"] += len(elsewhere)
     return found, frozen
 
 
@@ -332,9 +341,14 @@ def _replace(model: nn.Module, name: str, layer: QLinear | QEmbedding, tuned: Tu
 
 
 @contextmanager
-def _checkpointed(model: Any) -> Iterator[None]:
-    """Inside this context, the blocks of a model are recomputed in the backward pass."""
+def _checkpointed(model: Any, tokens: int) -> Iterator[None]:
+    """Inside this context, the blocks of a model are computed again in the backward pass, if that saves much memory."""
     blocks = [model.get_submodule(name) for name in find_blocks(model)]
+    # About twice what its linears read and write.
+    widths = [m.in_features + m.out_features for b in blocks for m in b.modules() if isinstance(m, nn.Linear)]
+    if 2 * tokens * sum(widths) * model.dtype.itemsize <= _KEPT:
+        yield
+        return
 
     def recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
