@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 import fewbit as package
 from fewbit.errors import NotBetter, PlanError
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.source import locate
-from fewbit.pipeline import descent
+from fewbit.pipeline import descent, tuning
 from fewbit.plans.plan import Plan, Rule
 from tests import models
 from tests.e2e.conftest import Fewbit
@@ -118,6 +119,43 @@ def test_the_result_is_the_same_each_time(model: Path, text: Path, tmp_path: Pat
     assert first.after == second.after
     one, two = models.tensors_of(tmp_path / "one"), models.tensors_of(tmp_path / "two")
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_memory_is_saved_without_another_result(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = quantized(model, tmp_path / "packed", "int3-g32-sym", "gptq")
+    expected = tuned(packed, tmp_path / "one", model, text)
+    calls = list[Any]()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return checkpoint(*args, **kwargs)
+
+    monkeypatch.setattr(tuning, "checkpoint", counted)
+    monkeypatch.setattr(tuning, "_KEPT", 0)  # blocks are computed again in the backward pass
+    monkeypatch.setattr(tuning, "_CACHED", 0)  # the original computes its logits for each pass
+    found = tuned(packed, tmp_path / "two", model, text)
+    assert calls
+    assert found.after == expected.after
+    one, two = models.tensors_of(tmp_path / "one"), models.tensors_of(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_original_can_write_the_text_itself(fewbit: Fewbit, model: Path, text: Path, tmp_path: Path) -> None:
+    packed = quantized(model, tmp_path / "packed", "int3-g32-sym", "gptq")
+    own = package.Calibration(text="self", **CALIBRATION)
+    done = tuned(packed, tmp_path / "out", model, text, calibration=own)
+    assert done.after < done.before
+    assert done.text == f"texts written by {model}"
+    assert (done.tokens, done.held_out_tokens) == (18 * 32, 2 * 32)
+    again = tuned(packed, tmp_path / "again", model, text, calibration=own)
+    assert again.after == done.after
+    digests = [package.inspect(tmp_path / name).made["tuned"]["text"]["digest"] for name in ("out", "again")]
+    assert digests[0] == digests[1]
+    flags = ("--calibration", "self", "--samples", 2, "--length", 16, "--steps", 1, "--seed", 1, "--json")
+    answer = fewbit("tune", packed, "--reference", model, "-o", tmp_path / "third", *flags)
+    assert answer.json["text"] == done.text if answer.code == 0 else answer.code == 7
 
 
 def test_the_record_and_the_card_say_it(fewbit: Fewbit, model: Path, text: Path, tmp_path: Path) -> None:

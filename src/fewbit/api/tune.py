@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fewbit.api.arguments import Device, checked
 from fewbit.checks import Texts
 from fewbit.errors import NotBetter, PlanError
 from fewbit.measure import memory
+from fewbit.models.decoding.generate import written
 from fewbit.models.describe import describe
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
@@ -35,8 +37,10 @@ from fewbit.report.results import Tuned
 from fewbit.system import ambient, heap, locks, machine, publish, timing
 from fewbit.system.cache import cache_folder
 from fewbit.texts import sources
+from fewbit.texts import windows as texts_windows
 from fewbit.texts.calibration import Calibration as Calibration
 
+SELF = "self"  # the text that stands for those that the original writes
 _STATE = "state.safetensors"
 _KEPT = "The trained state is kept in the cache: the same call writes it."
 
@@ -60,7 +64,8 @@ def tune(
     No code changes. `out` has the format, tensor names and size of `model`, whichever tool made it. A tenth of the
     calibration windows is held out: it decides which state is kept. `out` is written atomically, and only if the KL
     divergence on these windows is lower than that of `model`; else this raises NotBetter. After an interruption, the
-    same call resumes. PlanError, before any work, if nothing in `model` can be trained.
+    same call resumes. calibration: the text "self" stands for texts that the original writes by itself.
+    PlanError for a model that is not quantized, or whose weights fewbit does not keep packed.
     """
     elapsed, wanted = timing.timed(), optimization or Optimization()
     source, original = locate(model), locate(reference)
@@ -68,16 +73,20 @@ def tune(
     loading = Loading(machine.device(device), trust_remote_code=trust_remote_code).exact()
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     same_vocabulary(original, source, tokenizer, trust_remote_code)
+    files = files_of(Skeleton(source, torch.float32, torch.device("cpu"), trust_remote_code=trust_remote_code))
     given = arguments.calibrated(calibration)
     given = replace(given, text=given.text or sources.own_source(original.config))
-    tokens, text = windows(given, source, tokenizer)
+    load = cache(partial(load_model, original, loading))
+    tokens, text = (
+        _own_windows(given, original, tokenizer, load) if given.text == SELF else windows(given, source, tokenizer)
+    )
     split = tuning.Windows.of(tokens, text["text"], given.seed)
     heap.return_freed()
-    files = files_of(Skeleton(source, torch.float32, torch.device("cpu"), trust_remote_code=trust_remote_code))
     publish.check_space({out.resolve(): sum(each.stat().st_size for each in source.files)})
     with _resumable(source, original, split, wanted, str(loading.device)) as (folder, forget):
         with report_progress.phase(f"predictions of {original.name}", progress):
-            truth = tuning.Original(lambda: load_model(original, loading), tokens, folder)
+            truth = tuning.Original(load, tokens, folder)
+            load.cache_clear()  # the original is freed if its logits are kept
         packed = load_model(source, loading)
         before = tuning.divergence(packed, truth, split.held)
         student = tuning.Student.of(packed, files)
@@ -125,6 +134,21 @@ def tune(
                 raise NotBetter(_no_better(before, after), _MORE)
         forget()
         return replace(result, after=after, seconds=elapsed(), peak=memory.now().peak, gpu_peak=memory.on_gpus())
+
+
+def _own_windows(
+    wanted: Calibration, original: Source, tokenizer: Any, load: Callable[[], Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Windows that the original writes itself, and their entry in the record."""
+    length = min(wanted.length, original.context)
+    tokens = written(load(), tokenizer, wanted.samples, length, wanted.seed)
+    return tokens, {
+        "text": f"texts written by {original.name}",
+        "digest": texts_windows.digest(tokens),
+        "samples": len(tokens),
+        "length": length,
+        "seed": wanted.seed,
+    }
 
 
 _MORE = "Nothing was written. More text (`samples`, `length`) or a lower `learning_rate` may help."

@@ -25,6 +25,7 @@ _KEPT = (
     *("repetition_penalty", "no_repeat_ngram_size", "top_k", "top_p", "min_p", "typical_p"),
 )
 
+_AT_ONCE = 32  # texts that `written` makes at a time
 _GREEDY = Sampling()
 _random = Lock()
 
@@ -170,3 +171,33 @@ def continue_text(
         to_first=first - start,
         after_first=clock.times[-1] - first,
     )
+
+
+def written(model: Any, tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
+    """Texts that the model writes by itself: token ids [count, length], sampled from its own distribution.
+
+    Each begins with the token that begins or ends a document. A text does not end before `length`. PlanError if the
+    tokenizer has no such token.
+    """
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise PlanError(
+            "the tokenizer has no token that begins or ends a text, so the model cannot write one by itself"
+        )
+    new, texts = length - 1, list[Tensor]()
+    with _seeded(Sampling(temperature=1.0, seed=seed)), torch.inference_mode(), _one_text(model):
+        for start in range(0, count, _AT_ONCE):
+            ids = torch.full((min(_AT_ONCE, count - start), 1), first, dtype=torch.int64, device=model.device)
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                pad_token_id=first,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+            )
+            texts.append(out.cpu())
+    return torch.cat(texts)
