@@ -18,6 +18,7 @@ from fewbit.methods.rtn import RoundToNearest
 from fewbit.names import in_short
 from fewbit.plans.mixtures import MIXTURES, Model
 from fewbit.plans.plan import PRESETS, Plan, Rule, find, resolve
+from fewbit.schemes.base import parse
 
 SHAPES = {
     "model.layers.0.self_attn.q_proj": (576, 576),
@@ -436,3 +437,18 @@ def test_linears_of_a_router_stay_unless_a_rule_names_them(module: str, shape: t
     assert (module in found.kept) is gate
     named = Plan("mine", "bnb", (Rule(module, "nf4-b64-dq"), Rule("*", "nf4-b64-dq")))
     assert module in resolve(named, {module: shape, up: (96, 64)}).assignments
+
+
+@pytest.mark.parametrize(("scheme", "columns"), [("nvfp4", 40), ("mxfp4", 48), ("int4-g16", 40), ("fp8-row", 40)])
+def test_adapting_a_scheme_of_one_group_size(scheme: str, columns: int) -> None:
+    """Its groups are smaller than 32 columns, or cannot change: weights that they divide are quantized."""
+    shapes = {"model.layers.0.q_proj": (256, 512), "odd": (256, columns)}
+    plan = Plan("p", "compressed-tensors", (Rule("*", scheme),), adapt=True)
+    settled = resolve(plan, shapes)
+    fits = scheme == "fp8-row"
+    assert {module: str(a.scheme) for module, a in settled.assignments.items()} == dict.fromkeys(
+        shapes if fits else [*shapes][:1], scheme
+    )
+    assert [note for note in settled.notes if note.startswith("odd stays as it is: ")] == (
+        [] if fits else [f"odd stays as it is: groups of {parse(scheme).group} do not divide {columns} columns"]
+    )

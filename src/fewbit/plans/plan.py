@@ -404,7 +404,7 @@ def _adapt(wanted: Mapping[str, Assignment], format: Format) -> tuple[dict[str, 
     """The assignments that fit the format, with one group size for all, and notes on what changed."""
     fitting = {m: a for m, a in wanted.items() if _groups_that_fit(a, format)}
     left = {
-        m: str(format.why_not(a.shape, a.scheme.with_group(a.scheme.group and _SMALLEST_GROUP)))
+        m: str(format.why_not(a.shape, a.scheme.with_group(_sizes(a.scheme.group)[-1])))
         for m, a in wanted.items()
         if m not in fitting
     }
@@ -422,15 +422,17 @@ def _adapt(wanted: Mapping[str, Assignment], format: Format) -> tuple[dict[str, 
 
 
 def _groups_that_fit(assignment: Assignment, format: Format) -> list[int]:
-    """The group sizes with which the format can store this weight: the requested one, its half, and so on."""
-    group, found = assignment.scheme.group, []
-    while group >= _SMALLEST_GROUP:
-        if format.why_not(assignment.shape, assignment.scheme.with_group(group)) is None:
-            found.append(group)
-        group //= 2
-    return found or (
-        [0] if not assignment.scheme.group and not format.why_not(assignment.shape, assignment.scheme) else []
-    )
+    """The group sizes of `_sizes` with which the format can store this weight."""
+    shape, scheme = assignment.shape, assignment.scheme
+    return [group for group in _sizes(scheme.group) if format.why_not(shape, scheme.with_group(group)) is None]
+
+
+def _sizes(group: int) -> list[int]:
+    """The requested group size, its half and so on, down to the smallest that other projects' kernels support."""
+    found = [group]
+    while found[-1] // 2 >= _SMALLEST_GROUP:
+        found.append(found[-1] // 2)
+    return found
 
 
 def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
