@@ -38,6 +38,7 @@ from fewbit.schemes.nvfp4 import NVFP4
 _ALL: tuple[Layout, ...] = (FP8(), FbgemmFP8(), MXFP4(), CompressedTensors())
 LAYOUTS = {each.quant_method: each for each in _ALL}
 _INSTEAD = "Use a copy of the model with ordinary weights."
+DAMAGED = "The checkpoint is damaged."
 
 
 @dataclass(frozen=True)
@@ -255,12 +256,7 @@ def _of_format(format: Format, config: Mapping[str, Any], checkpoint: Checkpoint
     for module, tensors in format.find(config, checkpoint.specs).items():
         metadata = {s: checkpoint.get(f"{module}.{s}") for s in format.metadata_suffixes if s in tensors}
         scheme, shape = format.describe(tensors, config, module, metadata)
-        # Not FP8 weights themselves, which are as large as the model. Their flaws are found when they are read.
-        scales = tuple(
-            s for s, spec in tensors.items() if (spec.dtype.is_floating_point and s != "weight") or s.endswith("_scale")
-        )
-        scales = tuple(s for s in scales if s not in format.carried_suffixes)
-        float_scheme = isinstance(scheme, (FP8Scheme, NVFP4))
+        scales, positive = scales_in(format, scheme, tensors)
         yield (
             f"{module}.weight",
             Packed(
@@ -269,7 +265,7 @@ def _of_format(format: Format, config: Mapping[str, Any], checkpoint: Checkpoint
                 parts={suffix: f"{module}.{suffix}" for suffix in tensors},
                 decode=partial(_read, format=format, config=config, module=module),
                 scales=scales,
-                positive=scales if float_scheme else (),
+                positive=positive,
                 by_rows=False,
                 weight=Held(
                     scheme,
@@ -279,6 +275,34 @@ def _of_format(format: Format, config: Mapping[str, Any], checkpoint: Checkpoint
                 ),
             ),
         )
+
+
+def scales_in(
+    format: Format, scheme: Codec, tensors: Mapping[str, PartSpec]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The suffixes of the scales of a weight, and of those that must be above 0."""
+    # Not FP8 weights themselves, which are as large as the model. Their flaws are found when they are read.
+    scales = tuple(
+        s
+        for s, spec in tensors.items()
+        if s not in format.carried_suffixes
+        and ((spec.dtype.is_floating_point and s != "weight") or s.endswith(("_scale", "_scales")))
+    )
+    return scales, scales if isinstance(scheme, (FP8Scheme, NVFP4)) else ()
+
+
+def flaw_of(scales: Tensor, *, positive: bool) -> str | None:
+    """What is wrong with the values of scales: floats, or E8M0 as uint8. None if they are finite and, if `positive`,
+    above 0."""
+    if scales.dtype == torch.uint8:
+        scales = scales.view(torch.float8_e8m0fnu)
+    byte, values = scales.element_size() == 1, scales.float()
+    if not torch.isfinite(values).all():
+        nan = " (the E8M0 code 255)" if scales.dtype == torch.float8_e8m0fnu else ""
+        return f"has NaN or Inf{nan}, and a scale must be finite"
+    if positive and byte:  # the scales of NVFP4's groups, which may be 0
+        return "has negative numbers" if bool((values < 0).any()) else None
+    return "has numbers that are not above 0" if positive and bool((values <= 0).any()) else None
 
 
 def _weight(parts: Handles, *, format: Format, config: Mapping[str, Any], module: str) -> QTensor:
@@ -356,23 +380,11 @@ class Transposed:
 
 
 def _check_scales(source: Source, packed: Mapping[str, Packed], checkpoint: Checkpoint) -> None:
-    """FormatError that names the tensor if a scale is NaN or infinite."""
+    """FormatError that names the tensor if a scale is NaN or infinite, or not above 0 where it must be."""
     for each in packed.values():
         for role in each.scales:
-            values = checkpoint.stored(each.parts[role])[...]
-            if values.dtype == torch.uint8:  # E8M0
-                values = values.view(torch.float8_e8m0fnu)
-            byte, values = values.element_size() == 1, values.float()
-            if not torch.isfinite(values).all():
-                raise FormatError(
-                    f"{source.folder}: {each.parts[role]} has NaN or Inf, and a scale must be finite",
-                    "The checkpoint is damaged.",
-                )
-            # The scales of NVFP4's groups, of 1 byte, may be 0.
-            if role in each.positive and bool(((values < 0) if byte else (values <= 0)).any()):
-                raise FormatError(
-                    f"{source.folder}: {each.parts[role]} has a scale that is not above 0", "The checkpoint is damaged."
-                )
+            if flaw := flaw_of(checkpoint.stored(each.parts[role])[...], positive=role in each.positive):
+                raise FormatError(f"{source.folder}: {each.parts[role]} {flaw}", DAMAGED)
 
 
 def _of_gguf(source: Source, routes: Mapping[str, Route]) -> tuple[Checkpoint, Packing]:

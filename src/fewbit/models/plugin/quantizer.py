@@ -45,7 +45,16 @@ from fewbit.models import as_read, experts, foreign, scales, stacking
 from fewbit.models.decoding import decode
 from fewbit.models.decoding.fuse import fuse
 from fewbit.models.linears import is_linear, shape_of
-from fewbit.models.plugin import apart, compressed_tensors, modelopt, options, patch_adapters, patch_fp8, patch_resizing
+from fewbit.models.plugin import (
+    apart,
+    checks,
+    compressed_tensors,
+    modelopt,
+    options,
+    patch_adapters,
+    patch_fp8,
+    patch_resizing,
+)
 from fewbit.models.plugin.modules import as_stored, left_as_they_are, put, put_scales, renamed, unpack
 from fewbit.models.plugin.on_load import QuantizeOnLoad
 from fewbit.models.plugin.serving import checked, dispatched, own_loader, requested_kernel
@@ -212,6 +221,7 @@ class FewbitQuantizer(HfQuantizer):
             self.stored_as |= own
             self.splitting = apart.splitting_packed(model, self.fused, self._fail)
             self.splitting += apart.splitting(model, self.get_quantize_ops(), self._fail)  # biases, unpacked layers
+        checks.check(model, self.format, self.config, checkpoint_files, (found, fused), self.stored_as)
         for module, spec in self.format.activations({named[key]: spec for key, spec in specs.items()}).items():
             put_scales(model, module, spec)
         self.renamings = [WeightRenaming(f".{name}", f".{slot(name)}") for name in sorted(suffixes) if "." in name]
@@ -379,11 +389,6 @@ class FewbitQuantizer(HfQuantizer):
             own = {suffix: tensor for suffix, tensor in tensors.items() if suffix in self.format.carried_suffixes}
             self.carried[name] = {suffix: tensor.cpu().clone() for suffix, tensor in own.items()}
             weight = self.format.read(tensors, self.config, self.stored_as.get(name, name))
-            if weight.shape != (module.out_features, module.in_features):
-                raise FormatError(
-                    f"{name} holds a weight of shape {list(weight.shape)}, "
-                    f"config.json says {[module.out_features, module.in_features]}"
-                )
             read.extend(tensors.values())
             return weight
 
