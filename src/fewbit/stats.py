@@ -1,14 +1,16 @@
 """Calibration statistics of a linear layer's input, over the rows x [K] that reached it.
 
-There are three kinds, in rising order of cost:
+There are four kinds, in rising order of cost:
 
     mean |x_j|           [K]
     mean x_j²            [K]
     H = mean x xᵀ        [K, K], the Hessian: an error e [K] in a row of the weight costs e H eᵀ
 
+    S = mean d mᵀ        [K, K], the shift: d = x' - x and m = (x' + x) / 2, for the rows x' [K] of the original model
+
 and besides max |x_j| [K], which servers need that round inputs with a fixed scale. The Hessian's diagonal is
 mean x_j². Rows may have weights. All statistics are float32. Rows with NaN or Inf are
-dropped and counted.
+dropped and counted. `methods/targets.py` says what the shift is for.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from dataclasses import dataclass
 from enum import IntEnum
 
 from fewbit.errors import NumericsError
@@ -30,6 +33,15 @@ class Need(IntEnum):
     MEAN_ABS = 1
     MEAN_SQUARE = 2
     HESSIAN = 3
+    SHIFT = 4
+
+
+@dataclass(frozen=True)
+class Shift:
+    """The shift of an input: the mean over most of the rows, and that over held-out rows, each [K, K]."""
+
+    fit: Tensor
+    held_out: Tensor
 
 
 class Stats:
@@ -48,7 +60,10 @@ class Stats:
         self._top = torch.zeros(k, device=device, dtype=torch.float32) if need > Need.NOTHING else None
         self._abs = torch.zeros(k, device=device, dtype=torch.float32) if need >= Need.MEAN_ABS else None
         self._square = torch.zeros(k, device=device, dtype=torch.float32) if need == Need.MEAN_SQUARE else None
-        self._hessian = torch.zeros(k, k, device=device, dtype=torch.float32) if need == Need.HESSIAN else None
+        self._hessian = torch.zeros(k, k, device=device, dtype=torch.float32) if need >= Need.HESSIAN else None
+        # The shift over most of the rows and over held-out rows, and the sums of their weights.
+        self._shift = torch.zeros(2, k, k, device=device, dtype=torch.float32) if need >= Need.SHIFT else None
+        self._shift_weights = [0.0, 0.0]
 
     @classmethod
     def from_mean_square(cls, mean_square: Tensor, rows: int) -> Stats:
@@ -57,8 +72,18 @@ class Stats:
         stats.need, stats.rows, stats._square = Need.MEAN_SQUARE, rows, mean_square.float()
         return stats
 
-    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Add the rows of x [..., K]. `weight` [...] holds a weight for each row; None: all rows weigh the same."""
+    def add(
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        original: Tensor | None = None,
+        held_out: Tensor | None = None,
+    ) -> None:
+        """Add the rows of x [..., K]. `weight` [...] holds a weight for each row; None: all rows weigh the same.
+
+        original: the rows [..., K] of the original model, for the shift; None: they are not known. held_out: bool
+        [...], the rows that are held out.
+        """
         narrow = x.dtype in (torch.bfloat16, torch.float16)
         x = x.detach().reshape(-1, x.shape[-1]).float()
         weight = (
@@ -70,6 +95,8 @@ class Stats:
         if not finite.all():
             self.dropped += int((~finite).sum())
             x, weight = x[finite], weight[finite]
+            original = None if original is None else original.reshape(-1, original.shape[-1])[finite]
+            held_out = None if held_out is None else held_out.reshape(-1)[finite]
         if not len(x):
             return
         # Running means: float32 sums of millions of squares would lose digits, and dividing a sum at the end would
@@ -84,10 +111,30 @@ class Stats:
             self._abs.mul_(keep).add_(weight @ x.abs(), alpha=share)
         if self._square is not None:
             self._square.mul_(keep).add_(weight @ x.square(), alpha=share)
+        if self._shift is not None and original is not None:
+            with _tf32() if narrow and x.is_cuda else nullcontext():
+                self._add_shift(x, weight, original, held_out)
         if self._hessian is not None:
             x = x * weight.sqrt().unsqueeze(1)
             with _tf32() if narrow and x.is_cuda else nullcontext():
                 self._hessian.addmm_(x.T, x, beta=keep, alpha=share)
+
+    def _add_shift(self, x: Tensor, weight: Tensor, original: Tensor, held_out: Tensor | None) -> None:
+        assert self._shift is not None
+        original = original.detach().reshape(-1, x.shape[-1]).float()
+        finite = torch.isfinite(original.sum(1))
+        held_out = torch.zeros_like(finite) if held_out is None else held_out.reshape(-1)
+        for part, rows in enumerate((finite & ~held_out, finite & held_out)):
+            count = int(rows.sum())
+            if not count:
+                continue
+            here = slice(None) if count == len(x) else rows
+            before, own = self._shift_weights[part], weight[here]
+            self._shift_weights[part] += float(own.sum())
+            apart = original[here] - x[here]
+            middle = apart.mul(0.5).add_(x[here]).mul_(own.unsqueeze(1))
+            keep, share = before / self._shift_weights[part], 1 / self._shift_weights[part]
+            self._shift[part].addmm_(apart.T, middle, beta=keep, alpha=share)
 
     def shrink(self, pool: Stats, strength: float) -> None:
         """Shrink the means, in place, towards those of `pool`, which count as `strength` rows.
@@ -100,6 +147,10 @@ class Stats:
         for own, other in ((self._abs, pool._abs), (self._square, pool._square), (self._hessian, pool._hessian)):
             if own is not None and other is not None:
                 own.lerp_(other, share)
+        if self._shift is not None and pool._shift is not None:
+            self._shift.lerp_(pool._shift, share)
+            both = zip(self._shift_weights, pool._shift_weights, strict=True)
+            self._shift_weights = [(1 - share) * own + share * other for own, other in both]
         if self._top is not None and pool._top is not None:
             torch.maximum(self._top, pool._top, out=self._top)
         self.borrowed = pool.rows
@@ -113,9 +164,9 @@ class Stats:
         """Combine the statistics of all ranks, in place: afterwards each rank has those of all rows."""
         if ranks.size() == 1:
             return
-        counts = torch.tensor([self._weight_sum, self.rows, self.dropped], dtype=torch.float64, device="cpu")
-        own = self._weight_sum
-        self._weight_sum, rows, dropped = ranks.all_reduce(counts).tolist()
+        own, shifts = self._weight_sum, self._shift_weights
+        counts = torch.tensor([own, self.rows, self.dropped, *shifts], dtype=torch.float64, device="cpu")
+        self._weight_sum, rows, dropped, *self._shift_weights = ranks.all_reduce(counts).tolist()
         self.rows, self.dropped = int(rows), int(dropped)
         if self._top is not None:
             self._top.copy_(
@@ -124,6 +175,9 @@ class Stats:
         for mean in (self._abs, self._square, self._hessian):
             if mean is not None:
                 ranks.all_reduce(mean.mul_(own / self._weight_sum if self._weight_sum else 0.0))
+        if self._shift is not None:
+            for part, (own, total) in enumerate(zip(shifts, self._shift_weights, strict=True)):
+                ranks.all_reduce(self._shift[part].mul_(own / total if total else 0.0))
 
     def divided(self, scales: Tensor) -> Stats:
         """The statistics of the same input with its columns divided by `scales` [K]."""
@@ -132,7 +186,13 @@ class Stats:
         stats._abs = None if self._abs is None else self._abs / scales
         stats._square = None if self._square is None else self._square / scales.square()
         stats._hessian = None if self._hessian is None else self._hessian / scales / scales.unsqueeze(1)
+        stats._shift = None if self._shift is None else self._shift / scales / scales.unsqueeze(1)
         return stats
+
+    @property
+    def shift(self) -> Shift | None:
+        """The shift; None if it was not gathered, or there are no rows to fit it or none held out."""
+        return Shift(*self._shift) if self._shift is not None and all(self._shift_weights) else None
 
     @property
     def mean_abs(self) -> Tensor:

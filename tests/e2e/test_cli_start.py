@@ -120,7 +120,7 @@ def test_every_option_has_help_and_a_default(name: str, fewbit: Fewbit) -> None:
 def test_help_and_reference_explain_options_of_methods(fewbit: Fewbit) -> None:
     shown = " ".join(fewbit("quantize", "--help").out.split())
     page = (Path(__file__).parents[2] / "docs" / "reference.md").read_text(encoding="utf-8")
-    assert {each.name for each in options()} == {"grid", "clip_search", "damp", "act_order", "refine"}
+    assert {each.name for each in options()} == {"grid", "clip_search", "damp", "act_order", "refine", "target"}
     for each in options():
         assert each.flag in shown
         assert f"{', '.join(each.methods)}: {each.help} [default: {each.shown}]" in shown

@@ -44,6 +44,39 @@ found = fewbit.evaluate(out / "gptq", reference=model, text=str(text), length=32
 (out / ("quality-" + os.environ["RANK"])).write_text(json.dumps(asdict(found.quality)))
 """.replace("{plans}", repr(PLANS))
 
+# What the linears of a second block read, compared with the original model, after a first block that lost something.
+SHIFT = """
+import sys
+from pathlib import Path
+import torch
+from fewbit.models.source import locate
+from fewbit.pipeline import capture
+from fewbit.pipeline.job import Job
+from fewbit.plans.plan import find
+from fewbit.stats import Need
+from fewbit.system import ranks
+def run(model, out):
+    skeleton = Job.prepare(locate(model), find("gptq-4bit"), "cpu").settled.skeleton
+    inputs = capture.Inputs(torch.arange(9 * 32).view(9, 32) % 200)
+    hidden, calls = capture.captured(skeleton, inputs)
+    original = capture.original_of(inputs, hidden)
+    for index, name in enumerate(skeleton.blocks[:2]):
+        with skeleton.materialized(name) as module:
+            block = capture.Block(skeleton, name, module, calls[name], hidden, original)
+            if not index:
+                original.advance(skeleton, block.run)
+                for linear in skeleton.linears(name):
+                    skeleton.weight(linear).mul_(0.9)
+                block.replay()
+                continue
+            stats = capture.gather(block, dict.fromkeys(skeleton.linears(name), Need.SHIFT))
+    if ranks.first():
+        torch.save({name: (each.shift.fit, each.shift.held_out) for name, each in stats.items()}, out)
+if __name__ == "__main__":
+    with ranks.joined("cpu"):
+        run(*map(Path, sys.argv[1:]))
+"""
+
 # The command line in a process that ends itself when the second block is done.
 MORTAL = """
 import os, signal, sys
@@ -156,6 +189,24 @@ def test_another_order_of_sums_makes_no_more_than_that(
     wanted = Calibration(str(corpus), samples=SAMPLES, length=32, seed=1)
     fewbit.quantize(model, tmp_path / "out", calibration=wanted)
     assert differing(alone / "gptq", tmp_path / "out") < 0.02
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_shift_is_the_same_to_five_digits(count: int, model: Path, tmp_path: Path) -> None:
+    """Window 7 of 9 is held out, whichever process has it."""
+    script = tmp_path / "shift.py"
+    script.write_text(SHIFT, encoding="utf-8")
+    namespace: dict[str, Any] = {"__name__": "shift"}
+    exec(compile(SHIFT, "shift.py", "exec"), namespace)
+    namespace["run"](model, tmp_path / "alone")
+    ended = torchrun(count, str(script), str(model), str(tmp_path / "several"), cache=tmp_path / "cache")
+    assert ended.returncode == 0, ended.stderr
+    one, several = torch.load(tmp_path / "alone"), torch.load(tmp_path / "several")
+    assert one.keys() == several.keys()
+    for name, parts in one.items():
+        for own, other in zip(parts, several[name], strict=True):
+            assert own.any()
+            assert (own - other).norm() < 1e-5 * own.norm(), name
 
 
 def test_importances_are_the_same_to_six_digits(made: tuple[Path, list[dict[str, Any]]], alone: Path) -> None:

@@ -106,6 +106,10 @@ def test_peaks_follow_the_stated_formulas() -> None:
     packed = round(4.125 / 8 * sum(n * k for n, k in linears.values()))
     peak = 4 * 50_000 + packed + 4 * 800 * 64 + hessians + replay + 24_000_000
     assert memory.quantization_peak(SMALL, block, work, device) == peak
+    compared = replace(work, need=Need.SHIFT)
+    read = 800 * 4 * (3 * 64 + 128)  # what q and k, o, up, and down read
+    wanted = peak + 4 * 50_000 + 4 * 800 * 64 + 2 * hessians + read
+    assert memory.quantization_peak(SMALL, block, compared, device) == wanted
     on_gpu = 2 * 50_000 + 2 * 800 * 64 + hessians + replay // 2 + 24_000_000
     assert memory.quantization_peak(SMALL, block, work, memory.Device(2, 0, gpu=True)) == on_gpu
     assert memory.host_peak(block, work) == packed + 1_100_000_000

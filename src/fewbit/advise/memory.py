@@ -13,8 +13,9 @@ MLP, r query rows (heads x width), v key-value rows, V vocabulary, L layers, a b
     quantizing   the block with the most parameters in float32 (on a GPU in 16 bits), and
                    its packed weights, which wait in main memory until the block is finished
                    needs text  4 h samples x length, the hidden states (on a GPU 2 h); of each distinct input of K
-                               columns 4 K² (GPTQ) or 4 K, but only of one group of linears (pipeline/groups.py); and
-                               the most of
+                               columns 4 K² (GPTQ; with a target 12 K²) or 4 K, but only of one group of linears
+                               (pipeline/groups.py); with a target the block and the hidden states of the original model
+                               too, and of 2048 tokens what its linears read; and the most of
                                  twice 2048 tokens (experts on a GPU: 32768) through that block, in float32 (16 bits):
                                  what they take, and what statistics and the allocator keep of them
                                  4 K² + 16 N K of a linear (GPTQ: a factor of the Hessian, four copies of the weight)
@@ -35,7 +36,7 @@ from fewbit.errors import PlanError
 from fewbit.formats.base import Shape
 from fewbit.models.experts import is_of_expert
 from fewbit.models.outline import Geometry
-from fewbit.pipeline.groups import by_module, groups_of, room_for_statistics, statistics_bytes
+from fewbit.pipeline.groups import by_module, distinct_inputs, groups_of, room_for_statistics, statistics_bytes
 from fewbit.stats import Need
 
 CACHE_TYPES = {"float32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
@@ -133,7 +134,13 @@ def quantization_peak(g: Geometry, block: Block, work: Work, device: Device) -> 
         widest = block.widest(g.hidden, a) if block.experts else max(_widest(g, a), block.widest(g.hidden, a))
         replay = 2 * at_once * widest
         working = max((4 * k * k if hessian else 0) + 16 * n * k for n, k in block.linears.values())
-        within += a * tokens * g.hidden + kept + max(replay, working)
+        streams = 1
+        if work.need >= Need.SHIFT:  # the original block and its states, and what its linears read in one batch
+            within += a * block.parameters
+            streams += 1 if len(groups) == 1 else 2
+            dense = {name: shape for name, shape in block.linears.items() if not is_of_expert(name)}
+            replay += at_once * a * sum(distinct_inputs(dense))
+        within += streams * a * tokens * g.hidden + kept + max(replay, working)
     else:
         within += 9 * min(largest, 1 << 24)
     return max(within, work.packed_bytes + _decoded(g)) + _ON_THE_WAY

@@ -20,10 +20,15 @@ from fewbit.stats import Need, Stats
 
 @dataclass
 class Choice:
-    """The result for one weight. `notes`: remarks for the user, such as a raised damping."""
+    """The result for one weight.
+
+    `notes`: remarks for the user, such as a raised damping. `target`: the share of the error of its input that the
+    weight corrects (`methods/targets.py`); None if it was not measured.
+    """
 
     weight: QTensor
     notes: list[str] = field(default_factory=list)
+    target: float | None = None
 
 
 class Fold(ABC):
@@ -133,7 +138,7 @@ class Composed(Method):
         `first` searches its scales with its own rounding, and knows nothing of `then`.
         """
         scales = self.first.rewrite(fold, schemes)
-        if scales is None or self.then.needs > Need.HESSIAN:
+        if scales is None:
             return scales
 
         def error(scales: Tensor) -> float:

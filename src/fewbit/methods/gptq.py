@@ -12,7 +12,8 @@ eq. 2 and algorithm 1). With U the upper Cholesky factor of the inverse, H⁻¹ 
 2. Columns are quantized in falling order of H_jj (act-order). Each keeps the grid of its own group, which was fitted
    before (static groups), so columns are stored in their own order. Columns beyond a panel of 128 are updated once per
    panel.
-3. `refine` sweeps follow. Each re-solves the scales in closed form, then runs coordinate descent: each column moves to
+3. With `target`, the codes are chosen for a weight that corrects errors of its input: see `targets.py`.
+4. `refine` sweeps follow. Each re-solves the scales in closed form, then runs coordinate descent: each column moves to
    its best code under the whole H while all other columns stay. Neither step can raise the error.
 
 Each value is rounded to the nearest value of the stored grid. A column whose input was always 0 is rounded to nearest.
@@ -32,13 +33,15 @@ True
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from fewbit.errors import PlanError
 from fewbit.lazy import Tensor, torch
 from fewbit.methods.base import Choice, Method, in_compute_dtype, option
 from fewbit.methods.sweep.choose import sweep_for
 from fewbit.methods.sweep.definition import PANEL
+from fewbit.methods.targets import moved
 from fewbit.registry import register
 from fewbit.schemes.base import Grids, QTensor, Scheme
 from fewbit.schemes.stacked import unstack
@@ -58,8 +61,11 @@ class GPTQ(Method):
     act_order: bool = option(True, "Quantize the columns with the largest inputs first.")
     clip_search: bool = option(True, "Search scales that clip the largest weights where that lowers the error.")
     refine: int = option(2, "Final sweeps of scale refit and coordinate descent. More take longer and gain a little.")
+    target: float = option(0.0, "Correct up to this share of the error that earlier linears leave in the input.")
 
-    needs = Need.HESSIAN
+    @property
+    def needs(self) -> Need:  # type: ignore[override]
+        return Need.SHIFT if self.target else Need.HESSIAN
 
     def __post_init__(self) -> None:
         if not 0 <= self.damp <= 1:
@@ -68,6 +74,10 @@ class GPTQ(Method):
             )
         if self.refine < 0:
             raise PlanError(f"`refine`: '{self.refine}' is not a number of sweeps", "Use 0 or more.")
+        if not 0 <= self.target <= 1:
+            raise PlanError(
+                f"`target`: '{self.target:g}' is not a share of the error", "Use 0 to 1; the default is 0.5."
+            )
 
     def quantize(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Choice:
         return self.quantize_alike([w], [scheme], stats)[0]
@@ -95,6 +105,11 @@ class GPTQ(Method):
         if damp > self.damp:
             notes.append(f"Hessian not positive definite: damping raised from {self.damp:g} to {damp:g}")
         importance = remaining_importance(inverse, order) if self.clip_search else None
+        strengths: list[float | None] = [None] * len(weights)
+        if self.target and (shift := stats.shift) is not None:
+            solve = partial(_solved, inverse=inverse, order=order)
+            found = [moved(in_compute_dtype(w), shift, solve, self.target) for w in weights]
+            weights, strengths = [w for w, _ in found], [strength for _, strength in found]
         stacks, swept, choices = _stacks(weights, schemes), [], list[Choice]()
         for scheme, stack in stacks:
             grids = scheme.fit(_stacked(stack), importance)
@@ -110,7 +125,7 @@ class GPTQ(Method):
             whole = QTensor(scheme, (w.shape[0], w.shape[1]), scheme.pack(codes, grids))
             own = unstack(whole, [len(each) for each in stack]) if len(stack) > 1 else [whole]
             choices.extend(Choice(weight, list(notes)) for weight in own)
-        return choices
+        return [replace(choice, target=strength) for choice, strength in zip(choices, strengths, strict=True)]
 
 
 def _stacks(weights: Sequence[Tensor], schemes: Sequence[Scheme]) -> list[tuple[Scheme, list[Tensor]]]:
@@ -167,6 +182,14 @@ def remaining_importance(inverse: Tensor, order: Tensor) -> Tensor:
     importance = torch.empty(len(order), dtype=inverse.dtype, device=inverse.device)
     importance[order.flip(0)] = torch.linalg.vector_norm(inverse, dim=0).square_().reciprocal_()
     return importance
+
+
+def _solved(rows: Tensor, inverse: Tensor, order: Tensor) -> Tensor:
+    """rows [N, K] times the inverse of the damped H. inverse: L⁻¹ of `inverse_factor`."""
+    backwards = order.flip(0)
+    found = torch.empty_like(rows)
+    found[:, backwards] = rows[:, backwards] @ inverse.T @ inverse
+    return found
 
 
 def _inverted(lower: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from fewbit.methods.base import Choice, Method, name_of
 from fewbit.models.experts import is_of_expert
 from fewbit.models.skeleton import BlockCall
 from fewbit.pipeline.agreed import agreed
-from fewbit.pipeline.capture import Block, Inputs, captured, needs_of, staged
+from fewbit.pipeline.capture import Block, Inputs, captured, needs_of, original_of, staged
 from fewbit.pipeline.progress import Progress, Step
 from fewbit.pipeline.rewrite import rewrite
 from fewbit.pipeline.run import Run, TensorReport
@@ -72,6 +72,7 @@ def _all_blocks(settled: Settled, inputs: Inputs, run: Run, progress: Progress) 
     calls: dict[str, list[BlockCall]] = {block: [] for block in skeleton.blocks}
     if replayed:
         hidden, calls = captured(skeleton, inputs)
+    original = original_of(inputs, hidden) if replayed and settled.need >= Need.SHIFT else None
 
     def add(new: list[TensorReport], saved: object) -> None:
         reports.extend(new)
@@ -83,7 +84,11 @@ def _all_blocks(settled: Settled, inputs: Inputs, run: Run, progress: Progress) 
             add(saved[1], saved)
             continue
         with skeleton.materialized(name) as module:
-            block = Block(skeleton, name, module, calls[name], hidden)
+            block = Block(skeleton, name, module, calls[name], hidden, original)
+            if original is not None and (saved is not None or _rewrites(settled, block)):
+                original.advance(
+                    skeleton, block.run
+                )  # before the weights change, so that a resumed run computes the same
             if saved is None:
                 new = _save(run, index, _quantize_block(settled, block, inputs))
             else:
@@ -129,12 +134,19 @@ def _quantize_block(settled: Settled, block: Block, inputs: Inputs) -> tuple[Ten
             owners |= ranks_of
             done |= on_this_rank
         if block.calls:  # the block will be replayed
+            if block.original is not None and left:  # later stages compare with the original weights
+                block.original.keep_weights(block.skeleton, owners)
             _replace_weights(settled, block, done, owners)
         for results in ranks.gather_to_first(done):
             for name, (stored, report) in results.items():
                 tensors |= stored
                 reports[name] = replace(report, notes=[*rewritten.notes.get(name, []), *report.notes])
     return tensors, [reports[name] for name in assignments if name in reports]
+
+
+def _rewrites(settled: Settled, block: Block) -> bool:
+    assignments = settled.resolved.assignments
+    return any(name in assignments and assignments[name].method.rewrites for name in block.skeleton.linears(block.name))
 
 
 def _quantize_together(
@@ -216,7 +228,8 @@ def _stored(
             notes.append("no input reached it, so the scale of its inputs is 1")
         scales = format.scales_of_inputs(assignment.scheme, 0.0 if stats is None or unseen else stats.largest)
         tensors |= {f"{assignment.module}.{suffix}": tensor for suffix, tensor in scales.items()}
-    return tensors, _report(assignment, choice.weight, lost, stats, notes)
+    report = _report(assignment, choice.weight, lost, stats, notes)
+    return tensors, replace(report, target=choice.target)
 
 
 def _laid_out(settled: Settled, assignment: Assignment, weight: QTensor) -> Tensors:

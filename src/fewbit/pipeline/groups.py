@@ -41,12 +41,18 @@ def groups_of(shapes: Mapping[str, Shape], need: Need, room: int) -> list[list[s
 
 
 def statistics_bytes(shapes: Mapping[str, Shape], need: Need) -> int:
-    """Bytes of the statistics of these linears. The linears of a module are taken to read one tensor of each width,
-    except the last, which reads what they computed."""
+    """Bytes of the statistics of these linears."""
+    matrices = 3 if need >= Need.SHIFT else 1
+    return sum(4 * k * k * matrices if need >= Need.HESSIAN else 4 * k for k in distinct_inputs(shapes))
+
+
+def distinct_inputs(shapes: Mapping[str, Shape]) -> list[int]:
+    """The columns of each tensor that these linears read. The linears of a module are taken to read one tensor of each
+    width, except the last, which reads what they computed."""
     inputs = {
         (number, shapes[name][1], name == names[-1]) for number, names in enumerate(by_module(shapes)) for name in names
     }
-    return sum(4 * k * k if need >= Need.HESSIAN else 4 * k for _, k, _ in inputs)
+    return [k for _, k, _ in inputs]
 
 
 def by_module(names: Iterable[str]) -> list[list[str]]:

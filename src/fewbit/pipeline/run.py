@@ -26,7 +26,8 @@ class TensorReport:
     `error`: relative squared error of its outputs on the calibration inputs, with tokens weighted as in `gather`;
     without a Hessian, of the weight itself. `dropped`: number of input rows that were left out because they were not
     finite. `vanished`: number of groups of weights that became 0, because they are smaller than any scale that the
-    scheme can store. `rows`: for an expert, the number of calibration tokens that it served; else None.
+    scheme can store. `rows`: for an expert, the number of calibration tokens that it served; else None. `target`: the
+    share of the error of its input that the weight corrects (`methods/targets.py`); None if it was not measured.
     """
 
     module: str
@@ -39,6 +40,7 @@ class TensorReport:
     notes: list[str] = field(default_factory=list)
     vanished: int = 0
     rows: int | None = None
+    target: float | None = None
 
 
 class Run:
