@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fewbit as package
@@ -19,7 +20,7 @@ from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.source import locate
 from fewbit.pipeline import descent, tuning
 from fewbit.plans.plan import Plan, Rule
-from tests import models
+from tests import models, packed_models
 from tests.e2e.conftest import Fewbit
 
 CALIBRATION = {"samples": 20, "length": 32}
@@ -50,6 +51,10 @@ def divergence(packed: Path, model: Path, text: Path) -> float:
     kl = package.evaluate(packed, reference=model, text=str(text), length=32, samples=8, progress=False).quality.kl
     assert kl is not None
     return kl.mean.value
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +91,7 @@ def test_a_folder_keeps_all_but_its_floats(model: Path, text: Path, tmp_path: Pa
     was, now = models.tensors_of(packed), models.tensors_of(tmp_path / "out")
     assert list(was) == list(now)
     assert {n: (t.shape, t.dtype) for n, t in was.items()} == {n: (t.shape, t.dtype) for n, t in now.items()}
-    changed = {name for name in was if not torch.equal(was[name].view(torch.uint8), now[name].view(torch.uint8))}
+    changed = {name for name in was if not same_bytes(was[name], now[name])}
     assert changed
     floats = {name for name in was if was[name].is_floating_point() and "lm_head" not in name and "embed" not in name}
     assert changed <= floats | {name for name in was if "quant_state" in name}  # JSON with the offset of scales
@@ -276,3 +281,39 @@ def test_requests_that_cannot_be_met_are_errors(model: Path, text: Path, tmp_pat
     with pytest.raises(PlanError, match="vocabulary"):
         tuned(packed, out, models.save(tmp_path / "other", "llama", vocab_size=models.VOCAB + 8), text)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("layout", packed_models.LAYOUTS)
+def test_files_of_other_tools_are_tuned(model: Path, text: Path, tmp_path: Path, layout: str) -> None:
+    plain = shutil.copytree(model, tmp_path / "plain")
+    packed, out = packed_models.pack(plain, tmp_path / "packed", layout), tmp_path / "out"
+    rate = 1e-3 if "fp8" in layout or "int8" in layout else 4e-3
+    given = package.Optimization(steps=12, learning_rate=rate, batch=128)
+    if packed_models.LAYOUTS[layout][2].startswith("FP8, block"):
+        with pytest.raises(PlanError, match="as floats only"):
+            tuned(packed, out, model, text, optimization=given)
+        return
+    done = tuned(packed, out, model, text, optimization=given)
+    assert done.after < done.before
+    assert done.weights == (0 if layout == "ct-mxfp4" else 14)
+    was, now = models.tensors_of(packed), models.tensors_of(out)
+    assert {n: (t.shape, t.dtype) for n, t in was.items()} == {n: (t.shape, t.dtype) for n, t in now.items()}
+    changed = {name for name in was if not same_bytes(was[name], now[name])}
+    norms = {name for name in was if "norm" in name or "bias" in name}
+    assert changed & norms
+    assert all("scale" in name for name in changed - norms)
+
+
+def test_act_order_of_gptq_is_kept(model: Path, text: Path, tmp_path: Path) -> None:
+    packed = quantized(model, tmp_path / "packed", "int3-g32-sym", "gptq")
+    tensors = load_file(packed / "model.safetensors")
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(0)).int() // 32
+    for name in tensors:
+        if name.endswith("down_proj.g_idx"):
+            tensors[name] = order.clone()
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    done = tuned(packed, tmp_path / "out", model, text)
+    assert done.after < done.before
+    now = load_file(tmp_path / "out" / "model.safetensors")
+    changed = {name.rpartition(".")[2] for name in tensors if not torch.equal(tensors[name], now[name])}
+    assert changed == {"scales", "weight", "bias"}

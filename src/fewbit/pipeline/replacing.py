@@ -11,6 +11,7 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,12 +107,14 @@ class Folder(Files):
 
     def of_weight(self, module: str, weight: QTensor) -> dict[str, Tensor]:
         key, before = self.stored_as[module], self.weights[module].read()
-        was, now = (self.format.lay_out(each, self.config, key) for each in (before, weight))
+        # Scales do not depend on the order of columns (act-order), for which the config may name no place.
+        plain = [replace(each, permutation=None) for each in (before, weight)]
+        was, now = (self.format.lay_out(each, self.config, key) for each in plain)
         changed = {}
         for suffix, tensor in now.items():
-            name = f"{key}.{suffix}"
             if suffix in was and torch.equal(was[suffix], tensor):
                 continue
+            name = self._name(module, suffix, was[suffix])
             spec = self.raw.specs.get(name)
             changed[name] = as_stored(tensor, spec)
             # JSON, as bitsandbytes has it beside a weight, may become longer or shorter.
@@ -123,6 +126,17 @@ class Folder(Files):
         if any(not torch.equal(again.parts[part], tensor) for part, tensor in weight.parts.items()):
             raise FormatError(f"the scales of {key} would change when they are written")
         return changed
+
+    def _name(self, module: str, suffix: str, value: Tensor) -> str:
+        """The name in the files of the tensor that has this value, and this suffix where fewbit writes the weight."""
+        key = self.stored_as[module]
+        if (usual := f"{key}.{suffix}") in self.raw.specs:
+            return usual
+        for other, handle in self.weights[module].handles.items():  # other tools have other names for scales
+            spec = self.raw.specs[f"{key}.{other}"]
+            if PartSpec.of(stored := as_stored(value, spec)) == spec and torch.equal(stored, handle[...]):
+                return f"{key}.{other}"
+        return usual
 
     def stored_type(self, module: str) -> torch.dtype | None:
         handles = {s: h for s, h in self.weights[module].handles.items() if s not in self.format.carried_suffixes}
