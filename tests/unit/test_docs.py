@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import transformers
 
+from fewbit import registry
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -61,6 +63,15 @@ def test_the_table_of_conversions_is_up_to_date() -> None:
     from conversions_table import PAGE, table
 
     assert table() in PAGE.read_text(encoding="utf-8"), "run python tools/conversions_table.py"
+
+
+def test_the_table_of_formats_is_up_to_date() -> None:
+    from formats_table import PAGE, table
+
+    assert table() in PAGE.read_text(encoding="utf-8"), "run python tools/formats_table.py"
+    reference = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    for name, format in registry.entries("formats").items():
+        assert re.search(rf"^\| {name} \| .* \| {re.escape(format.readers)}, fewbit \|$", reference, re.MULTILINE), name
 
 
 def test_the_page_of_models_is_up_to_date() -> None:

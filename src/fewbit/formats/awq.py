@@ -45,6 +45,7 @@ class AWQFormat(Format):
 
     name: ClassVar[str] = "awq"
     quant_method: ClassVar[str] = "awq"
+    readers: ClassVar[str] = "transformers with gptqmodel, vLLM"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"gemm": {"version": "gemm"}}
 
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:

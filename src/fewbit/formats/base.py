@@ -49,6 +49,8 @@ class Format(ABC):
     suffix: ClassVar[str] = ""
     # Whether no plan writes the format. Models that are loaded from it are saved in it again.
     read_only: ClassVar[bool] = False
+    readers: ClassVar[str] = ""  # other software that reads such files, for the documentation
+    held: ClassVar[tuple[str, ...]] = ()  # the schemes in files of a format that no plan writes
     # Suffixes of small tensors that `describe` reads, because they hold what headers do not, such as the shape.
     metadata_suffixes: ClassVar[tuple[str, ...]] = ()
     # Suffixes of tensors that have no meaning for fewbit, such as scales of activations. Saving a model keeps them.

@@ -58,6 +58,7 @@ class BnbFormat(Format):
 
     name: ClassVar[str] = "bnb"
     quant_method: ClassVar[str] = "bitsandbytes"
+    readers: ClassVar[str] = "transformers with bitsandbytes, vLLM"
     metadata_suffixes: ClassVar[tuple[str, ...]] = tuple(_STATE + kind for kind in LEVELS)
 
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:

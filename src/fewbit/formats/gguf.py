@@ -34,6 +34,7 @@ class GGUFFormat(Format):
 
     name: ClassVar[str] = "gguf"
     quant_method: ClassVar[str] = "gguf"
+    readers: ClassVar[str] = "llama.cpp and programs built on it"
     suffix: ClassVar[str] = ".gguf"
 
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:

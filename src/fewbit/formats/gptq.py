@@ -41,6 +41,7 @@ class GPTQFormat(Format):
 
     name: ClassVar[str] = "gptq"
     quant_method: ClassVar[str] = "gptq"
+    readers: ClassVar[str] = "transformers with gptqmodel, vLLM"
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "v1": {"format": "gptq", "checkpoint_format": "gptq"},
         "v2": {"format": "gptq_v2", "checkpoint_format": "gptq_v2"},

@@ -44,6 +44,8 @@ class ModelOpt(Format):
 
     name: ClassVar[str] = "modelopt"
     quant_method: ClassVar[str] = "modelopt"
+    readers: ClassVar[str] = "vLLM, SGLang, TensorRT-LLM"
+    held: ClassVar[tuple[str, ...]] = ("fp8-row", "fp8-tensor", "fp8-b128", "nvfp4-mul")
     read_only: ClassVar[bool] = True
     carried_suffixes: ClassVar[tuple[str, ...]] = ("input_scale", "k_scale", "v_scale")
 

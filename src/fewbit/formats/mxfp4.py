@@ -43,6 +43,8 @@ class Mxfp4Format(Format):
 
     name: ClassVar[str] = "mxfp4"
     quant_method: ClassVar[str] = "mxfp4"
+    readers: ClassVar[str] = "vLLM, SGLang, transformers"
+    held: ClassVar[tuple[str, ...]] = ("mxfp4",)
     read_only: ClassVar[bool] = True
     ignores_all: ClassVar[bool] = True
 

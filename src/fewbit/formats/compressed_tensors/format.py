@@ -75,6 +75,7 @@ class CompressedTensors(Format):
 
     name: ClassVar[str] = "compressed-tensors"
     quant_method: ClassVar[str] = "compressed-tensors"
+    readers: ClassVar[str] = "vLLM, SGLang, transformers with compressed-tensors"
     metadata_suffixes: ClassVar[tuple[str, ...]] = ("weight_shape",)
     carried_suffixes: ClassVar[tuple[str, ...]] = _CARRIED
     ignores_all: ClassVar[bool] = True
