@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import fewbit
 from fewbit.errors import FormatError
 from fewbit.nn.fused import packed_linears
-from fewbit.plans.plan import Plan, Rule
+from fewbit.plans.plan import Plan, Rule, find
 from tests import architectures, models, packed_models
 
 IDS = torch.arange(24)[None] + 3
@@ -45,6 +45,13 @@ def test_what_is_written_loads_packed_and_is_saved_again(plan: Plan, tmp_path: P
     packed_models.same_files(tmp_path / "again", out)
     again = config_of(tmp_path / "again")  # transformers adds its defaults
     assert {**again, **config_of(out)} == again
+
+
+def test_a_preset_is_written_in_this_format(tmp_path: Path) -> None:
+    """The preset declares that servers round activations. So do all files of this format."""
+    model = models.save(tmp_path / "model", "llama")
+    fewbit.quantize(model, tmp_path / "out", plan=find("fp8-block").changed(format="fp8"), progress=False)
+    assert fewbit.inspect(tmp_path / "out").schemes == {"fp8-b128": 14}
 
 
 def test_transformers_reads_what_is_written(tmp_path: Path) -> None:

@@ -45,8 +45,12 @@ class FP8Blocks(Format):
 
     name: ClassVar[str] = "fp8"
     quant_method: ClassVar[str] = "fp8"
+    readers: ClassVar[str] = "vLLM, SGLang, transformers"
     carried_suffixes: ClassVar[tuple[str, ...]] = ("activation_scale", "input_scale")
     ignores_all: ClassVar[bool] = True
+
+    def with_activations(self, activations: str | None) -> FP8Blocks:
+        return self  # these files always declare dynamic scales of activations
 
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
         if not isinstance(scheme, FP8) or scheme.kind == "row":
