@@ -97,6 +97,14 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
     assert torch.equal(again.x, whole.x)
 
 
+def test_a_run_that_ended_early_has_ended(tmp_path: Path) -> None:
+    wanted, saved = Optimization(steps=60, learning_rate=2e-3), tmp_path / "state.safetensors"
+    first = Problem(goal=torch.zeros(3)).run(wanted, saved)
+    again = Problem(goal=torch.zeros(3))
+    assert again.run(wanted, saved) == first
+    assert not again.steps
+
+
 def test_a_damaged_state_is_not_read(tmp_path: Path) -> None:
     saved = tmp_path / "state.safetensors"
     saved.write_bytes(b"not a state")

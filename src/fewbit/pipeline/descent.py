@@ -66,7 +66,7 @@ def descend(objective: Objective, wanted: Optimization, tell: Tell, saved: Path 
         state.measured(objective.held_out())
     if not math.isfinite(state.history[0][1]):
         raise NumericsError(f"the held-out loss is {state.history[0][1]} before any step", "A model may be damaged.")
-    while state.step < wanted.steps:
+    while state.step < wanted.steps and not state.stalled:
         for _ in range(min(wanted.every, wanted.steps - state.step)):
             tell(state.step, wanted.steps, state.history[-1][1])
             objective.gradient(state.step)
@@ -74,8 +74,6 @@ def descend(objective: Objective, wanted: Optimization, tell: Tell, saved: Path 
         state.measured(objective.held_out())
         if saved is not None:
             state.save(saved)
-        if (state.step - state.best_step) * _PATIENCE >= wanted.steps:
-            break
     tell(wanted.steps, wanted.steps, state.best_loss)
     return state.result()
 
@@ -91,6 +89,11 @@ class _State:
         self.step, self.best_step, self.best_loss = 0, 0, math.inf
         self.history: list[tuple[int, float]] = []
         self.best: list[Tensor] = []
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the held-out loss has not improved for so long that the loop ends."""
+        return (self.step - self.best_step) * _PATIENCE >= self.wanted.steps
 
     def measured(self, loss: float) -> None:
         self.history.append((self.step, loss))

@@ -41,7 +41,7 @@ from fewbit.schemes.base import QTensor
 _HELD_OUT = 10  # one of so many windows is held out
 _CACHED = 4 << 30  # bytes of logits
 _ROWS = 256  # rows of logits that are converted to probabilities at a time
-_AT_ONCE = {"cpu": 512}  # tokens in a forward pass, at least one window; on a GPU more, so that launches cost little
+_AT_ONCE = {"cpu": 1024}  # tokens in a forward pass, at least one window; on a GPU more, so that launches cost little
 _KEPT = 1 << 30  # bytes of activations
 _PULL = 1e-3
 LOGITS = "logits"  # the file of logits
