@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import fewbit
 from fewbit.pipeline import blocks
+from fewbit.report import text
+from fewbit.system import machine
 from tests import models
 from tests.limits import HANG
 
@@ -65,6 +67,26 @@ def made(folder: Path, layers: int) -> Path:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="16MB")
     models.tokenizer().save_pretrained(folder)
     return folder
+
+
+def test_an_output_larger_than_memory_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A process that takes more memory than there is would be killed after all work, and again when it resumes."""
+    model = made(tmp_path / "model", 1)
+    monkeypatch.setattr(machine, "free_memory", lambda device: 1 << 20)
+    done = fewbit.quantize(model, tmp_path / "out", plan="nf4", device="cpu")
+    assert done.sample is None
+    assert done.notes[-1].startswith("the output was not run: it has ")
+    assert done.notes[-1].endswith("and cpu has 1.05 MB of free memory")
+    text.quantized(done)
+    assert "Reopened" not in capsys.readouterr().out
+    monkeypatch.undo()
+    assert fewbit.quantize(model, tmp_path / "ran", plan="nf4", device="cpu").sample is not None
+
+
+def test_free_memory_is_less_than_all_memory() -> None:
+    assert 0 < machine.free_memory(torch.device("cpu")) < machine.main_memory()
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fewbit import units
 from fewbit.api import arguments
 from fewbit.api.arguments import Device, Plans, checked
 from fewbit.checks import Texts
@@ -182,10 +183,7 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
                 written = _write(place, job, run, header, record)
                 if written != preview.output_bytes:
                     raise FormatError(f"{written} bytes were written, expected {preview.output_bytes}")
-                try:
-                    sample, notes = _reopened(place, tokenizer, machine.device(device), wanted.trust_remote_code)
-                except KernelError:  # the whole model may not fit the device; one block did
-                    sample, notes = _reopened(place, tokenizer, "cpu", wanted.trust_remote_code)
+                sample, notes = _checked(place, written, tokenizer, device, wanted.trust_remote_code)
                 if wanted.measured is not None:
                     record |= wanted.measured(place)
                     if header is None:
@@ -295,7 +293,30 @@ def _files(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
-def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool) -> tuple[str, list[str]]:
+def _checked(
+    place: Path, nbytes: int, tokenizer: Any, device: Device, trust_remote_code: bool
+) -> tuple[str | None, list[str]]:
+    """Load and run the written model of `nbytes`, on the device or else on the CPU. Returns what `_reopened` does.
+
+    Quantizing needs memory for one block, so the whole model may fit neither. Then only its tensors are compared with
+    its config, the text is None, and a note says so.
+    """
+    wanted, tried = machine.device(device), list[str]()
+    for where in dict.fromkeys([wanted, "cpu"]):
+        if nbytes > (free := machine.free_memory(torch.device(where))):
+            tried.append(f"{where} has {units.size(free)} of free memory")
+            continue
+        try:
+            return _reopened(place, tokenizer, where, trust_remote_code)
+        except KernelError:  # the memory of a GPU may be too small all the same
+            if where == "cpu":
+                raise
+            tried.append(f"it does not fit {where}")
+    describe(locate(place))
+    return None, [f"the output was not run: it has {units.size(nbytes)}, and {' and '.join(tried)}"]
+
+
+def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool) -> tuple[str | None, list[str]]:
     """Load the written model as a user would and generate a few tokens. FormatError if that fails.
 
     Also returns a note if the model runs, but transformers cannot generate with this model type.

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 @brief
 @dataclass(frozen=True)
 class Quantized:
-    """The result of `quantize`. Bytes are those of tensors. `peak`: peak resident memory of this process."""
+    """The result of `quantize`. Bytes are those of tensors. `peak`: peak resident memory of this process.
+
+    `sample`: what the output generated; "" if it cannot generate; None if it was not run, for want of memory.
+    """
 
     out: str
     plan: str
@@ -30,7 +33,7 @@ class Quantized:
     peak: int
     gpu_peak: int
     anonymous: int
-    sample: str
+    sample: str | None
 
 
 @brief

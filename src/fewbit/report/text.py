@@ -67,7 +67,8 @@ def quantized(done: Quantized) -> None:
     out.print(table)
     _say(f"The largest error is {worst.error:.2e} in {worst.module}.")  # an expert's name is too long for the table
     sample = f' It continues "{FIRST_WORDS}" with "{done.sample.strip()}".' if done.sample else ""
-    _say(f"Reopened and checked.{sample}")
+    if done.sample is not None:  # else a note says why it was not run
+        _say(f"Reopened and checked.{sample}")
 
 
 def converted(done: Converted) -> None:

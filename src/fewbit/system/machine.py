@@ -69,6 +69,23 @@ def memory_of(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else main_memory()
 
 
+def free_memory(device: torch.device) -> int:
+    """Memory of a device in bytes that is free or can be freed. If the system does not report it, all its memory."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch frees it if needed
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    found = [main_memory()]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+        # A container's limit, "max" if it has none. What it uses now may be mapped files, which can be freed.
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        found += [int(limit)] if limit.isdigit() else []
+    except (OSError, ValueError):
+        pass
+    return min(found)
+
+
 def device(wanted: Device) -> str:
     """The device to use: the requested one, else a GPU if there is one, else the CPU.
 
