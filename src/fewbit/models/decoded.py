@@ -93,6 +93,7 @@ class Packing:
     method: the name of the format. kinds: kind -> number of parameters, the most frequent first. dtype: of the decoded
     tensors. share: of all parameters that are quantized. weights: name of a decoded tensor -> the quantized weight that
     it comes from, where fewbit can keep it packed. fused: the same for decoded tensors of all experts of a layer.
+    unused: scales of activations and of the KV cache beside quantized weights, which an output leaves out.
     """
 
     method: str
@@ -104,11 +105,19 @@ class Packing:
     share: float
     weights: dict[str, Weight] = field(default_factory=dict, repr=False)
     fused: Mapping[str, FusedWeights] = field(default_factory=dict, repr=False)
+    unused: tuple[str, ...] = ()
 
     def add_part(self, name: str, fused: str, expert: int, rows: slice) -> None:
         """Take note that the decoded tensor `name` is some rows of one expert in the tensor `fused`."""
         if fused in self.fused:
             self.weights[name] = self.fused[fused].of(expert, rows)
+
+    @property
+    def left_out(self) -> str | None:
+        """A note on `unused`; None if there are none."""
+        if not self.unused:
+            return None
+        return f"left out: {len(self.unused)} scales of activations or of the KV cache, such as {self.unused[0]}"
 
     def to_json(self) -> dict[str, Any]:
         """For the record of an output."""
@@ -160,7 +169,11 @@ def opened(source: Source, config: Any = None) -> tuple[Checkpoint, Packing | No
     nbytes = sum(stored[part].nbytes for part in parts)
     method = str(source.quantization["quant_method"])
     found = _packing(method, packed.values(), checkpoint, source.dtype, (nbytes, file_bytes))
-    return checkpoint, replace(found, weights=weights, fused=fused)
+    format = by_quant_method(method)
+    carried = () if format is None else format.carried_suffixes
+    unused = [part for each in packed.values() for role, part in each.parts.items() if role in carried]
+    unused += [name for each in packed.values() for name in each.unused if name in stored]
+    return checkpoint, replace(found, weights=weights, fused=fused, unused=tuple(unused))
 
 
 def _fused_in(config: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, FusedWeights]:

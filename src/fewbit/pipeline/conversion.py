@@ -18,7 +18,7 @@ import torch
 
 from fewbit import registry
 from fewbit.errors import PlanError
-from fewbit.formats.base import Format, Stored, by_quant_method, large
+from fewbit.formats.base import Format, Stored, large
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.formats.dense import Dense
 from fewbit.methods.base import Method
@@ -293,7 +293,11 @@ def _on_activations(settled: Settled) -> Iterator[str]:
     """What an output does not say of activations that its source says, or the reverse."""
     source, format = settled.skeleton.source, settled.resolved.format
     known, packing = source.quantization or {}, settled.skeleton.packing
-    if isinstance(format, Dense) or packing is None:
+    if packing is None:
+        return
+    if packing.left_out is not None:
+        yield packing.left_out
+    if isinstance(format, Dense):
         return
     before, after = _rounds_activations(known), _rounds_activations(settled.config)
     if before != after:
@@ -301,9 +305,3 @@ def _on_activations(settled: Settled) -> Iterator[str]:
             f"{'the source' if before else f'a {format.name} file'} declares that servers round activations too, and "
             f"{'the output' if before else 'the source'} does not"
         )
-    own = by_quant_method(str(known["quant_method"]))
-    suffixes = own.carried_suffixes if own is not None else ()
-    if lost := [
-        f"{name.removesuffix('.weight')}.{s}" for name, w in packing.weights.items() for s in suffixes if s in w.handles
-    ]:
-        yield f"left out: {len(lost)} scales of activations, such as {lost[0]}"

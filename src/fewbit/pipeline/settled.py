@@ -95,7 +95,7 @@ class Settled:
                 f"the plan takes {bits:.3g} bits per weight and the source {packing.bits:.3g}: "
                 "quantizing it again adds error and saves nothing"
             )
-        return notes
+        return notes if packing.left_out is None else [*notes, packing.left_out]
 
     @cached_property
     def config(self) -> dict[str, Any]:

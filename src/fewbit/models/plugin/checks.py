@@ -1,14 +1,16 @@
-"""Checks of a quantized checkpoint before its weights are read: shapes against the model's, and values of small scales.
+"""What is read of a quantized checkpoint before its weights: shapes and small scales, to check them, and other scales.
 
 Large tensors of scales, such as those of the groups of a large model, are checked when they are read.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fewbit.errors import FormatError
@@ -16,9 +18,11 @@ from fewbit.formats.base import Format
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models import decoded
 from fewbit.models.linears import shape_of
+from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import Codec, PartSpec
 
 _SMALL = 1 << 20  # bytes of a tensor
+_OF_CACHE = re.compile(r"(.+)\.[qkv]_(?:global_)?(?:scale|zero_point)")
 
 Tensors = Mapping[
     str, Mapping[str, PartSpec]
@@ -61,3 +65,21 @@ def _check_scales(
         name, spec = tensors[suffix]
         if spec.nbytes <= _SMALL and (flaw := decoded.flaw_of(checkpoint.get(name), positive=suffix in positive)):
             raise FormatError(f"{name} {flaw}", decoded.DAMAGED)
+
+
+def scales_of_cache(model: PreTrainedModel, files: Iterable[str], named: Mapping[str, str]) -> dict[str, Tensor]:
+    """Name in the model -> tensor, of the scales of the KV cache that servers find beside an attention layer's weights.
+
+    transformers drops tensors that the model has no place for. named: name in the files -> name in the model.
+    """
+    modules, own = dict(model.named_modules()), model.state_dict().keys()
+    found = {
+        name: key
+        for key, name in named.items()
+        if (match := _OF_CACHE.fullmatch(name)) and match[1] in modules and name not in own
+    }
+    found = {name: key for name, key in found.items() if not isinstance(modules[name.rpartition(".")[0]], QLinear)}
+    if not found:
+        return {}
+    checkpoint = Checkpoint([Path(file) for file in files])
+    return {name: checkpoint.get(key).clone() for name, key in found.items()}

@@ -103,6 +103,9 @@ class FewbitQuantizer(HfQuantizer):
         self.stored_as: dict[str, str] = {}  # their names in the checkpoint
         self.headers: dict[str, dict[str, PartSpec]] = {}  # and the headers of their tensors there
         self.carried: dict[str, dict[str, Tensor]] = {}  # tensors of these layers that only other readers need
+        self.beside: dict[
+            str, Tensor
+        ] = {}  # scales of the KV cache, for other readers too, by their names in the model
         self.fused: apart.Fused = {}  # for experts: the packed tensors of the checkpoint
         self.separated = False  # whether the experts of the model have linears of their own
         self.splitting: list[WeightConverter] = []  # for fused experts in the checkpoint, if `separated`
@@ -222,6 +225,7 @@ class FewbitQuantizer(HfQuantizer):
             self.splitting = apart.splitting_packed(model, self.fused, self._fail)
             self.splitting += apart.splitting(model, self.get_quantize_ops(), self._fail)  # biases, unpacked layers
         checks.check(model, self.format, self.config, checkpoint_files, (found, fused), self.stored_as)
+        self.beside = checks.scales_of_cache(model, checkpoint_files, named)
         for module, spec in self.format.activations({named[key]: spec for key, spec in specs.items()}).items():
             put_scales(model, module, spec)
         self.renamings = [WeightRenaming(f".{name}", f".{slot(name)}") for name in sorted(suffixes) if "." in name]
@@ -444,6 +448,7 @@ class FewbitQuantizer(HfQuantizer):
             for suffix, tensor in self.format.lay_out(weight, self.config, stored).items():
                 state[f"{name}.{suffix}"] = as_stored(tensor, self.headers.get(name, {}).get(suffix))
             state |= {f"{name}.{suffix}": tensor for suffix, tensor in self.carried.get(name, {}).items()}
+        state |= self.beside
         return apart.joined(model, state, self.fused) if self.fused else state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
