@@ -61,6 +61,7 @@ MORE: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": models.UNLIKE["gemma3n"] | {"altup_num_inputs": 4},
+    "gemma4_unified_assistant": {"backbone_hidden_size": 32},
     "gemma4_text": {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": models.VOCAB},
     "glm4_moe_lite": _MLA,
     "glm_moe_dsa": _MLA,
@@ -127,7 +128,6 @@ NOT_BUILT: dict[str, str] = {
 # transformers itself, or cannot be run from ids alone.
 NOT_ON_LOAD: dict[str, str] = {
     "emu3": "Unrecognized configuration class",
-    "gemma4_unified_assistant": "shared_kv_states cannot be None",
     "mllama": "Unrecognized configuration class",
     "rwkv": "is packed, and cannot be changed",  # it divides weights before the first token
 }
@@ -135,13 +135,13 @@ _FUSED = "fused experts .* cannot be quantized yet"
 _SHARED = "blocks that share weights cannot be quantized yet"
 # Types that fewbit refuses, and with what words.
 REFUSED: dict[str, str] = {
-    "gemma4_unified_assistant": "shared_kv_states cannot be None",
     "rwkv": "changes rwkv.blocks.0.attention.output.weight in its forward pass",
     "zamba": _SHARED,
     "zamba2": _SHARED,
 }
 # The same for single plans.
 _CALIBRATED: dict[str, str] = {
+    "gemma4_unified_assistant": "shared_kv_states cannot be None",  # it drafts for another model
     "dory": r"runs model.layers.\d+ \d+ times",
     "prophetnet": "cannot be run one by one",
     "reformer": "gives its blocks no hidden states",
@@ -167,6 +167,27 @@ def today(types: Sequence[str]) -> Sequence[str]:
 def refusal(kind: str, plan: str) -> str | None:
     """A pattern of the error by which `fewbit.quantize` refuses that type; None if it serves it."""
     return REFUSED_BY.get((kind, plan)) or REFUSED.get(kind)
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """The logits of `model`; of one that drafts for another model, with random states of that one."""
+    if not hasattr(model.config, "backbone_hidden_size"):
+        return models.logits(model, ids)
+    generator, shared = torch.Generator().manual_seed(2), {}
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    for layer in model.model.layers:
+        own = layer.self_attn
+        heads = own.config.num_attention_heads // own.num_key_value_groups
+        states = [drawn(1, heads, ids.shape[1], own.head_dim) for _ in range(2)]
+        shared[own.layer_type] = (states[0], states[1])
+    given = drawn(1, ids.shape[1], 2 * model.config.backbone_hidden_size)
+    places = torch.arange(ids.shape[1])[None]
+    with torch.inference_mode():
+        found: Tensor = model(inputs_embeds=given, position_ids=places, shared_kv_states=shared).logits
+    return found
 
 
 def check_small(kind: str) -> None:

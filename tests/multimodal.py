@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ _MORE: dict[str, dict[str, Any]] = architectures.MORE | {
     "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1], "downsample_rate": "2/4"},
     "hunyuan_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}},
     "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+    "idefics": {"cross_layer_interval": 2},
     "janus_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 16},
     "kyutai_speech_to_text": {"audio_pad_token_id": 253},
     "mistral_large4_text": {"num_key_value_heads": 4},
@@ -131,13 +133,8 @@ NOT_BUILT: dict[str, str] = {
     "qwen4_exp": "NoneType",
 }
 _ENCODER = "is an encoder-decoder model"
-_NEEDS = "does not run on text alone"
 # Types that fewbit refuses, and with what words.
 REFUSED: dict[str, str] = {
-    **dict.fromkeys(
-        ("blip", "blip-2", "instructblip", "instructblipvideo", "pi0"), f"{_NEEDS}: each forward pass needs"
-    ),
-    **dict.fromkeys(("idefics", "kosmos-2", "voxtral_realtime"), _NEEDS),
     **dict.fromkeys(
         ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"), _ENCODER
     ),
@@ -146,6 +143,13 @@ REFUSED: dict[str, str] = {
     "llama4": "no attribute 'image_outputs'",  # the forward pass of transformers 5.24 fails
     "shieldgemma2": "the weights are of ShieldGemma2ForImageClassification",
 }
+# The same for plans that calibrate.
+CALIBRATED = dict.fromkeys(("idefics", "voxtral_realtime"), "does not run on text alone")
+
+
+def refusal(kind: str, plan: str) -> str | None:
+    """A pattern of the error by which `fewbit.quantize` refuses that type; None if it serves it."""
+    return REFUSED.get(kind) or (CALIBRATED.get(kind) if plan in ("gptq-4bit", "awq-4bit") else None)
 
 
 def config(kind: str) -> Any:
@@ -173,6 +177,9 @@ def inputs(kind: str, model: Any) -> dict[str, Tensor]:
     """Token ids, and for a type in WITH_IMAGE an image among them, as `model` takes it."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, 200, (1, 72), generator=generator)
+    if kind in _NEEDED:
+        image = torch.randn(1, 3, 32, 32, generator=generator)
+        return _NEEDED[kind](ids, image, model.config, generator)
     if kind not in WITH_IMAGE:
         return {"input_ids": ids}
     vision = model.config.vision_config
@@ -199,6 +206,66 @@ def inputs(kind: str, model: Any) -> dict[str, Tensor]:
         if name in takes:
             given[name] = (ids == IMAGE_TOKEN).long()
     return given
+
+
+Given = dict[str, Tensor]
+
+
+def _queries(ids: Tensor, image: Tensor, config: Any, _: torch.Generator) -> Given:
+    """BLIP-2 and its kind: an image in as many tokens as there are queries."""
+    frames = 2 if "video" in config.model_type else 1
+    token = IMAGE_TOKEN if frames == 1 else config.video_token_index
+    ids = torch.cat([ids.new_full((1, config.num_query_tokens * frames), token), ids[:, :8]], 1)
+    given = {"input_ids": ids, "pixel_values": image if frames == 1 else image.expand(1, frames, -1, -1, -1)}
+    return given if config.model_type == "blip-2" else given | {"qformer_input_ids": ids[:, -8:]}
+
+
+def _robot(ids: Tensor, image: Tensor, config: Any, generator: torch.Generator) -> Given:
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    vision = config.vlm_config.vision_config
+    ids[0, : (vision.image_size // vision.patch_size) ** 2] = IMAGE_TOKEN
+    return {
+        "state": drawn(1, config.max_state_dim),
+        "noise": drawn(1, config.chunk_size, config.max_action_dim),
+        "timestep": torch.tensor([0.5]),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": image[:, None],
+        "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool),
+    }
+
+
+def _latents(ids: Tensor, image: Tensor, config: Any, _: torch.Generator) -> Given:
+    places = torch.arange(ids.shape[1]) < config.latent_query_num
+    return {"input_ids": ids, "pixel_values": image, "image_embeds_position_mask": places[None].long()}
+
+
+def _sound(ids: Tensor, _: Tensor, config: Any, generator: torch.Generator) -> Given:
+    audio = config.audio_config
+    count = 8
+    frames = 2 * config.downsample_factor * count  # a convolution halves them
+    given = torch.randn(1, audio.num_mel_bins, frames, generator=generator)
+    return {"input_ids": ids[:, :count], "input_features": given}
+
+
+# How to make the inputs of a type that needs more than text in each forward pass: ids, an image, config, generator.
+_NEEDED: dict[str, Callable[[Tensor, Tensor, Any, torch.Generator], Given]] = {
+    "blip": lambda ids, image, config, generator: {"input_ids": ids, "pixel_values": image},
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _queries),
+    "idefics": lambda ids, image, config, generator: {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": image[:, None],
+        "image_attention_mask": torch.ones(1, ids.shape[1], 1, dtype=torch.long),
+    },
+    "kosmos-2": _latents,
+    "pi0": _robot,
+    "voxtral_realtime": _sound,
+}
+WITH_IMAGE |= _NEEDED.keys() - {"voxtral_realtime"}
+WITH_SOUND = frozenset({"voxtral_realtime"})
 
 
 def _width_of(features: Any) -> int:

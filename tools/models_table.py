@@ -32,14 +32,13 @@ _SAYS = {
     "too large": "not tested: its smallest config is too large for a test",
     "PIL|timm": "not tested: its vision tower needs the package timm",
     "scipy": "not tested: its audio tower needs the package scipy",
-    "shared_kv_states cannot be None": "drafts for another model, and does not run by itself",
+    "shared_kv_states cannot be None": "drafts for another model, and does not run on text",
     "changes rwkv.blocks.0.attention.output.weight in its forward pass": "changes its weights before it runs",
     "blocks that share weights cannot be quantized yet": "its blocks share weights",
     r"runs model.layers.\d+ \d+ times": "runs its blocks more than once",
     "cannot be run one by one": "its blocks cannot be run one by one",
     "gives its blocks no hidden states": "its blocks take other inputs than hidden states",
-    "does not run on text alone": "needs an image or sound in each forward pass",
-    "does not run on text alone: each forward pass needs": "needs an image or sound in each forward pass",
+    "does not run on text alone": "needs an image or sound in each forward pass, and so does its language model",
     "is an encoder-decoder model": "is an encoder-decoder model",
     "makes several tensors of": "transformers makes several tensors of several of the checkpoint",
     "no attribute 'image_outputs'": "the class in transformers 5.24 does not run",
@@ -60,15 +59,15 @@ def page() -> str:
         for kind in architectures.TYPES
     }
     others = [kind for kind in multimodal.TYPES if kind not in causal]
-    reasons = multimodal.REFUSED
-    images = {kind: dict.fromkeys(PLANS, reasons[kind]) if kind in reasons else {} for kind in others}
+    images = {kind: {plan: reason for plan in PLANS if (reason := multimodal.refusal(kind, plan))} for kind in others}
     return "\n".join(
         [
             _HEAD.format(version=__version__),
             "## Causal language models\n",
             *_table(causal, architectures.NOT_BUILT),
             "\n## Models with vision or audio towers\n",
-            "The language model is quantized, and calibrated on text.\n",
+            "The language model is quantized, and calibrated on text.",
+            "If a model needs an image or sound in each forward pass, its language model is calibrated by itself.\n",
             *_table(images, multimodal.NOT_BUILT, multimodal.WITH_IMAGE),
             "",
         ]

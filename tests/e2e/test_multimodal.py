@@ -48,8 +48,8 @@ def test_every_type_is_served_or_says_why_not(kind: str, plan: str, tmp_path: Pa
     def quantize() -> None:
         package.quantize(folder, tmp_path / "out", plan=plan, calibration=calibration, device="cpu")
 
-    if kind in multimodal.REFUSED:
-        with pytest.raises(FewbitError, match=multimodal.REFUSED[kind]):
+    if reason := multimodal.refusal(kind, plan):
+        with pytest.raises(FewbitError, match=reason):
             quantize()
         return
     quantize()
@@ -156,15 +156,45 @@ def test_a_tower_larger_than_the_language_model_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("blip-2", "needs pixel_values"),
-        ("kosmos-2", "does not run on text alone"),
+        ("llama4", "does not run in transformers: .*image_outputs"),
         ("t5gemma2", "is an encoder-decoder model"),
     ],
 )
-def test_models_without_a_text_only_pass_are_refused(kind: str, words: str, tmp_path: Path) -> None:
+def test_models_that_do_not_run_are_refused_at_once(kind: str, words: str, tmp_path: Path) -> None:
     folder = multimodal.save(tmp_path / "model", kind)
     with pytest.raises(PlanError, match=words):
-        package.quantize(folder, tmp_path / "out", plan="nf4", device="cpu")
+        package.preview(folder, plan="nf4")
+
+
+def test_no_text_pass_and_a_plan_that_calibrates_are_refused(tmp_path: Path) -> None:
+    folder = multimodal.save(tmp_path / "model", "idefics")
+    with pytest.raises(PlanError, match="IdeficsForVisionText2Text does not run on text alone") as raised:
+        package.preview(folder, plan="gptq-4bit")
+    assert "needs no calibration" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "note"),
+    [
+        ("blip-2", "checked by a forward pass of language_model only, as .* each forward pass needs pixel_values"),
+        ("kosmos-2", "checked by a forward pass of text_model only, as Kosmos2ForConditionalGeneration does not run"),
+        ("voxtral_realtime", "checked by loading it only, as .* You must specify exactly one of input_features"),
+    ],
+)
+def test_a_note_says_how_a_model_that_needs_more_is_checked(kind: str, note: str, tmp_path: Path) -> None:
+    done = package.quantize(multimodal.save(tmp_path / "model", kind), tmp_path / "out", plan="nf4", device="cpu")
+    assert any(re.search(note, each) for each in done.notes), done.notes
+
+
+def test_calibration_reaches_an_inner_language_model(tmp_path: Path) -> None:
+    folder = multimodal.save(tmp_path / "model", "blip-2")
+    calibration = package.Calibration([models.sentences(60)], samples=4, length=32)
+    whole = package.quantize(folder, tmp_path / "whole", plan="gptq-4bit", calibration=calibration, device="cpu")
+    inner = tmp_path / "inner"
+    models.original(folder).language_model.save_pretrained(inner)
+    models.tokenizer().save_pretrained(inner)
+    alone = package.quantize(inner, tmp_path / "alone", plan="gptq-4bit", calibration=calibration, device="cpu")
+    assert [tensor.error for tensor in whole.tensors] == [tensor.error for tensor in alone.tensors]
 
 
 def test_an_encoder_decoder_model_keeps_its_encoder(tmp_path: Path) -> None:

@@ -50,18 +50,18 @@ def test_quantized_on_load_saved_and_loaded_again(kind: str, plan: str, tmp_path
     config = BitsAndBytesConfig(**CONFIGS[plan])
     if reason := architectures.NOT_ON_LOAD.get(kind):
         with pytest.raises(Exception, match=reason):
-            models.logits(loaded(folder, quantization_config=config), _ids())
+            architectures.logits(loaded(folder, quantization_config=config), _ids())
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         made = loaded(folder, quantization_config=config)
     said = any(LEFT in str(each.message) for each in caught)
     expected = architectures.with_values(models.original(folder), made)
-    wanted, found = models.logits(expected, _ids()), models.logits(made, _ids())
+    wanted, found = architectures.logits(expected, _ids()), architectures.logits(made, _ids())
     assert (found - wanted).norm() <= 1e-4 * wanted.norm()
     assert said or _share(expected, packed_linears(made)) > 0.9
     made.save_pretrained(tmp_path / "out")
-    assert torch.equal(models.logits(loaded(tmp_path / "out"), _ids()), found)
+    assert torch.equal(architectures.logits(loaded(tmp_path / "out"), _ids()), found)
 
 
 @pytest.mark.filterwarnings("default")

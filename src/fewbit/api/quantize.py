@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ from fewbit.errors import FewbitError, FormatError, KernelError, OutputError, Pl
 from fewbit.formats.containers import imatrix as importances
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.measure import memory
+from fewbit.models.calls import first_line
 from fewbit.models.decoding.generate import continue_text
 from fewbit.models.decoding.sampling import Sampling as Sampling
 from fewbit.models.describe import describe
 from fewbit.models.gguf.header import Header
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
+from fewbit.models.on_text import OnText
 from fewbit.models.scales import read as folded_scales
-from fewbit.models.skeleton import first_line, load_tokenizer
+from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
 from fewbit.pipeline import blocks, settled, write_folder, write_gguf
 from fewbit.pipeline import importances as pipeline_importances
@@ -183,7 +186,8 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
                 written = _write(place, job, run, header, record)
                 if written != preview.output_bytes:
                     raise FormatError(f"{written} bytes were written, expected {preview.output_bytes}")
-                sample, notes = _checked(place, written, tokenizer, device, wanted.trust_remote_code)
+                opened = partial(_reopened, place, tokenizer, job.settled.skeleton.on_text, wanted.trust_remote_code)
+                sample, notes = _checked(place, written, device, opened)
                 if wanted.measured is not None:
                     record |= wanted.measured(place)
                     if header is None:
@@ -294,9 +298,9 @@ def _files(folder: Path) -> list[str]:
 
 
 def _checked(
-    place: Path, nbytes: int, tokenizer: Any, device: Device, trust_remote_code: bool
+    place: Path, nbytes: int, device: Device, opened: Callable[[str], tuple[str | None, list[str]]]
 ) -> tuple[str | None, list[str]]:
-    """Load and run the written model of `nbytes`, on the device or else on the CPU. Returns what `_reopened` does.
+    """Load and run the written model of `nbytes`, on the device or else on the CPU. Returns what `opened` does.
 
     Quantizing needs memory for one block, so the whole model may fit neither. Then only its tensors are compared with
     its config, the text is None, and a note says so.
@@ -307,7 +311,7 @@ def _checked(
             tried.append(f"{where} has {units.size(free)} of free memory")
             continue
         try:
-            return _reopened(place, tokenizer, where, trust_remote_code)
+            return opened(where)
         except KernelError:  # the memory of a GPU may be too small all the same
             if where == "cpu":
                 raise
@@ -316,10 +320,12 @@ def _checked(
     return None, [f"the output was not run: it has {units.size(nbytes)}, and {' and '.join(tried)}"]
 
 
-def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool) -> tuple[str | None, list[str]]:
+def _reopened(
+    folder: Path, tokenizer: Any, on_text: OnText, trust_remote_code: bool, device: str
+) -> tuple[str | None, list[str]]:
     """Load the written model as a user would and generate a few tokens. FormatError if that fails.
 
-    Also returns a note if the model runs, but transformers cannot generate with this model type.
+    Also returns a note if only a part of the model runs on text, or if transformers cannot generate with it.
     """
     try:
         source = locate(folder)
@@ -327,9 +333,15 @@ def _reopened(folder: Path, tokenizer: Any, device: str, trust_remote_code: bool
         model = load_model(source, Loading(device, trust_remote_code=trust_remote_code))
         ids = tokenizer(report_text.FIRST_WORDS, return_tensors="pt")["input_ids"]
         ids = ids if ids.numel() else torch.zeros(1, 1, dtype=torch.long, device="cpu")
+        why = f"as {type(model).__name__} {on_text.why_not_whole}"
+        if on_text.part is None:
+            return None, [f"checked by loading it only, {why}"]
         with torch.inference_mode():
-            if not torch.isfinite(model(input_ids=ids.to(model.device)).logits).all():
+            computed = model.get_submodule(on_text.part)(input_ids=ids.to(model.device))
+            if not torch.isfinite(computed["logits"] if "logits" in computed else computed[0]).all():
                 raise FormatError("the quantized model's logits are not finite")
+        if on_text.part:
+            return "", [f"checked by a forward pass of {on_text.part} only, {why}"]
         try:
             return continue_text(model, tokenizer, ids, max_new_tokens=8).text, []
         except (FewbitError, torch.OutOfMemoryError):

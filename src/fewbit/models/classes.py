@@ -81,21 +81,22 @@ def other_class(config: Any, model: PreTrainedModel) -> str | None:
     return None if named in (None, type(model).__name__) else str(named)
 
 
-def why_not_text(model: PreTrainedModel) -> str | None:
-    """Why a forward pass over token ids alone is impossible; None if its signature does not forbid it."""
-    kind, forward = type(model).__name__, type(model).forward
-    if forward is nn.Module.forward:
-        return f"{kind} has no forward pass over text: it is made of several models"
-    needed = [
+def why_no_forward(model: PreTrainedModel) -> str | None:
+    """Why `model` has no forward pass; None if it has one."""
+    if type(model).forward is nn.Module.forward:
+        return f"{type(model).__name__} has no forward pass over text: it is made of several models"
+    return None
+
+
+def needed(model: PreTrainedModel) -> list[str]:
+    """The arguments besides token ids that the signature of the forward pass requires."""
+    return [
         name
-        for name, parameter in list(inspect.signature(forward).parameters.items())[1:]
+        for name, parameter in list(inspect.signature(type(model).forward).parameters.items())[1:]
         if parameter.default is parameter.empty
         and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         and name != "input_ids"
     ]
-    if needed:
-        return f"{kind} does not run on text alone: each forward pass needs {', '.join(needed)}"
-    return None
 
 
 def _offered(auto: Any, config: Any) -> Iterator[str]:

@@ -6,12 +6,11 @@ prefixes and merged tensors work as in `from_pretrained`.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,12 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from fewbit.errors import FormatError, PlanError
-from fewbit.models import classes, conversions, decoded, experts
+from fewbit.models import classes, conversions, decoded, experts, on_text
 from fewbit.models.blocks import find_blocks
 from fewbit.models.building import building, empty_parameters
+from fewbit.models.calls import NO_CALIBRATION, SHELLS, first_line
+from fewbit.models.calls import BlockCall as BlockCall
+from fewbit.models.calls import states_of as states_of
 from fewbit.models.linears import is_linear, is_transposed, shape_of, weight_of
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
@@ -36,31 +38,6 @@ from fewbit.schemes.base import PartSpec
 from fewbit.system.files import read_json
 
 Shape = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """The arguments of a block, except the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output hidden states."""
-        return states_of(block(hidden, *self.args, **self.kwargs))
-
-
-def states_of(output: Any) -> Tensor:
-    """The hidden states in what a block returns: a tensor, or a tuple or list that begins with it."""
-    states = output[0] if isinstance(output, (tuple, list)) and output else output
-    if not isinstance(states, Tensor):
-        raise PlanError(f"a block of this model returns {type(states).__name__}, not hidden states", NO_CALIBRATION)
-    return states
-
-
-NO_CALIBRATION = "Use a method that needs no calibration, such as rtn."
-# The forms in which blocks return hidden states. A stand-in for a block has to return the form that the model expects.
-_SHELLS: tuple[Callable[[Tensor], Any], ...] = (lambda s: s, lambda s: (s,), lambda s: (s, None), lambda s: [s])
 
 
 class _Stop(Exception):
@@ -130,8 +107,8 @@ class Skeleton:
         return [name for name, module in self.model.named_modules() if is_linear(module)]
 
     def why_not(self) -> str | None:
-        """None if the model runs on text and its blocks' weights can be quantized as 2-D matrices, else the reason."""
-        if reason := classes.why_not_text(self.model):
+        """None if the model has a forward pass and its blocks' weights can be quantized as matrices, else why not."""
+        if reason := classes.why_no_forward(self.model):
             return reason
         if self.changed is not None:
             return (
@@ -260,37 +237,28 @@ class Skeleton:
                     self._set(name, self._expected[name])
             self.checkpoint.drop_pages()
 
-    def check_text(self) -> None:
-        """PlanError if token ids alone do not reach the first block. Only models with towers may need more."""
-        if not self.model.config.sub_configs:
-            return
+    def check_text(self, *, calibrates: bool) -> None:
+        """PlanError if the forward pass fails on any input or, if the plan `calibrates`, if no part runs on text."""
+        part, why = self.on_text
+        if calibrates and part is None:
+            raise PlanError(f"{type(self.model).__name__} {why}", NO_CALIBRATION)
 
-        def reached(*args: Any, **kwargs: Any) -> Any:
-            raise _Stop
-
-        with self.materialized(None), torch.no_grad():
-            block: Any = self.model.get_submodule(self.blocks[0])
-            block.forward = reached
-            try:
-                self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
-            except (_Stop, torch.OutOfMemoryError):
-                return
-            except Exception as error:  # the model's code can raise anything
-                kind = type(self.model).__name__
-                raise PlanError(f"{kind} does not run on text alone: {first_line(error)}") from None
-            finally:
-                del block.forward
+    @cached_property
+    def on_text(self) -> on_text.OnText:
+        """The part of the model that runs on token ids alone."""
+        return on_text.found(self)
 
     def capture(self, batches: list[Tensor]) -> tuple[list[Tensor], dict[str, list[BlockCall]]]:
         """For each batch of token ids: the hidden states that enter the first block, and the calls of each block.
 
         PlanError if the model's blocks cannot run one by one.
         """
+        part = self.on_text.part or ""
         with self.materialized(None), torch.no_grad():
             first: Exception | None = None
-            for shell in _SHELLS:
+            for shell in SHELLS:
                 try:
-                    return self._captured(batches, shell)
+                    return self._captured(self.model.get_submodule(part), batches, shell)
                 except (PlanError, torch.OutOfMemoryError):
                     raise
                 except Exception as error:  # the model's code may fail on the wrong form of return value
@@ -300,7 +268,7 @@ class Skeleton:
         raise PlanError(f"the blocks of {kind} cannot be run one by one: {first_line(first)}", NO_CALIBRATION)
 
     def _captured(
-        self, batches: list[Tensor], shell: Callable[[Tensor], Any]
+        self, part: nn.Module, batches: list[Tensor], shell: Callable[[Tensor], Any]
     ) -> tuple[list[Tensor], dict[str, list[BlockCall]]]:
         hidden: list[Tensor] = []
         calls: dict[str, list[BlockCall]] = {block: [] for block in self.blocks}
@@ -328,7 +296,7 @@ class Skeleton:
         try:
             for tokens in batches:
                 try:
-                    self.model(input_ids=tokens.to(self.device), use_cache=False)
+                    part(input_ids=tokens.to(self.device), use_cache=False)
                 except _Stop:
                     continue
         finally:
@@ -492,8 +460,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     return bool(a is b or a == b)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its class."""
-    return re.split(r"\n", str(error).strip() or type(error).__name__)[0][:300]

@@ -120,7 +120,7 @@ class Settled:
         """Run all checks that need no quantization. PlanError; NumericsError that names a tensor with NaN or Inf."""
         self.check_plan()
         self._check_values()
-        self.skeleton.check_text()
+        self.skeleton.check_text(calibrates=self.need > Need.NOTHING)
 
     def check_plan(self) -> None:
         """PlanError unless the model can be quantized, and the plan quantizes enough of it."""

@@ -1,0 +1,137 @@
+"""Finds the part of a model that runs on token ids alone: the whole model, or the language model inside of it.
+
+Some models need an image or sound in each forward pass, such as BLIP-2. Their language model runs without, so it is
+calibrated on text by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fewbit.errors import PlanError
+from fewbit.models import classes
+from fewbit.models.calls import SHELLS, BlockCall, first_line
+
+
+class Host(Protocol):
+    """A model on the meta device whose weights are loaded on request: `Skeleton`."""
+
+    model: PreTrainedModel
+    blocks: list[str]
+    device: torch.device
+
+    def materialized(self, prefix: str | None) -> AbstractContextManager[nn.Module]: ...
+
+
+class OnText(NamedTuple):
+    """part: the module that runs on text, "" for the whole model, None without one. why_not_whole: why the whole model
+    does not, as the rest of a sentence that begins with its class; empty if it does."""
+
+    part: str | None
+    why_not_whole: str = ""
+
+
+class _Reached(Exception):
+    """The first block has its input."""
+
+
+def found(skeleton: Host) -> OnText:
+    """The largest part of the model that runs on token ids alone and contains the blocks and the token embedding.
+
+    PlanError if the forward pass of the whole model fails after the output head, where no input makes a difference.
+    """
+    if not skeleton.model.config.sub_configs:  # it has no towers
+        return OnText("")
+    why = ""
+    with skeleton.materialized(None), torch.no_grad():
+        for name, part in _parts(skeleton):
+            reason = _why_not(skeleton, part)
+            if reason is None and name:
+                reason = _why_not_block(skeleton, part)
+            if reason is None:
+                return OnText(name, why)
+            why = why or f"does not run on text alone: {reason}"
+    return OnText(None, why)
+
+
+def _parts(skeleton: Host) -> Iterator[tuple[str, PreTrainedModel]]:
+    """The models inside of the model that contain the blocks and the token embedding, the largest first."""
+    embedding: Any = skeleton.model.get_input_embeddings()
+    for name, module in skeleton.model.named_modules():
+        around = not name or skeleton.blocks[0].startswith(f"{name}.")
+        if around and isinstance(module, PreTrainedModel) and any(inner is embedding for inner in module.modules()):
+            yield name, module
+
+
+def _why_not(skeleton: Host, part: PreTrainedModel) -> str | None:
+    """Why token ids alone do not reach the first block; None if they do. Blocks and head are replaced meanwhile."""
+    if needed := classes.needed(part):
+        return f"each forward pass needs {', '.join(needed)}"
+    blocks: list[Any] = [skeleton.model.get_submodule(name) for name in skeleton.blocks]
+    head: Any = skeleton.model.get_output_embeddings()
+    reached = ended = False
+
+    def computed(x: Tensor) -> Tensor:
+        nonlocal ended
+        ended = True
+        return x.new_zeros(*x.shape[:-1], head.weight.shape[0])
+
+    for shell in SHELLS:
+
+        def passed(*args: Any, shell: Any = shell, **kwargs: Any) -> Any:
+            nonlocal reached
+            reached = True
+            if not args or not isinstance(args[0], Tensor):
+                raise _Reached
+            return shell(args[0])
+
+        replaced = [*blocks, *([head] if hasattr(head, "weight") else [])]
+        for module in replaced:
+            module.forward = computed if module is head else passed
+        try:
+            part(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=skeleton.device), use_cache=False)
+            return None
+        except (_Reached, torch.OutOfMemoryError):
+            return None
+        except Exception as error:  # the model's code can raise anything
+            if not reached:
+                return first_line(error)
+            if ended and part is skeleton.model:
+                raise PlanError(f"{type(part).__name__} does not run in transformers: {first_line(error)}") from None
+        finally:
+            for module in replaced:
+                del module.forward
+    return None  # its blocks return something else
+
+
+def _why_not_block(skeleton: Host, part: PreTrainedModel) -> str | None:
+    """Why the first block does not run on what `part` gives it; None if it does."""
+    name, given = skeleton.blocks[0], list[tuple[tuple[Any, ...], dict[str, Any]]]()
+    block: Any = skeleton.model.get_submodule(name)
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        given.append((args, kwargs))
+        raise _Reached
+
+    block.forward = record
+    try:
+        part(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=skeleton.device), use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        del block.forward
+    (args, kwargs) = given[0]
+    try:
+        with skeleton.materialized(name) as module:
+            BlockCall(args[1:], kwargs).run(module, args[0])
+    except torch.OutOfMemoryError:
+        return None
+    except Exception as error:  # the model's code can raise anything
+        return first_line(error)
+    return None
