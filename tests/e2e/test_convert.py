@@ -519,3 +519,7 @@ def test_requantizing_measures_the_loss_against_the_input(
     assert loss["kl"]["mean"] == pytest.approx(measured.kl.mean.value, rel=1e-4)
     assert loss["kl"]["mean"] > 0
     assert loss["reference"] == str(first)
+    if to != "gguf":
+        card = (out / "README.md").read_text(encoding="utf-8")
+        assert f"| loss | KL divergence {loss['kl']['mean']:.3g} and the same top token in " in card
+        assert f"measured against {first} on {loss['tokens']} tokens of {text} |" in card

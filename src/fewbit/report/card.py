@@ -24,6 +24,14 @@ def _source(source: Mapping[str, Any]) -> str:
     )
 
 
+def _loss(loss: Mapping[str, Any]) -> str:
+    """What a requantized model lost, from its record."""
+    return (
+        f"KL divergence {loss['kl']['mean']:.3g} and the same top token in {share(loss['same_top'])}, measured against "
+        f"{loss['reference']} on {loss['tokens']:,} tokens of {loss['text']}"
+    )
+
+
 def tuned_on(done: Mapping[str, Any]) -> str:
     """How a model was tuned, from its record."""
     text = done["text"]
@@ -124,6 +132,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         *([f"| source | {_source(record['source'])} |"] if record.get("source") else []),
         f"| weights | {size(record['original_bytes'])} before, {size(record['output_bytes'])} now |",
         *([f"| calibrated on | {calibrated_on(record['calibration'])} |"] if record["calibration"] else []),
+        *([f"| loss | {_loss(loss)} |"] if (loss := record.get("converted", {}).get("loss")) else []),
         "",
         "`fewbit.json` records the plan, the versions, the error of each tensor and every fallback.",
         "Load it with `import fewbit` and `AutoModelForCausalLM.from_pretrained`, or another reader of the format.",
