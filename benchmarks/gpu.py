@@ -37,8 +37,8 @@ def random_parts(scheme: Scheme, shape: tuple[int, int]) -> Parts:
     parts: Parts = {}
     if isinstance(scheme, FP8 | MXFP4 | NVFP4):  # whose random bytes may be NaN: rounded weights, 128 rows repeated
         parts = scheme.pack(*scheme.nearest(torch.randn(128, shape[1], device=CUDA) * 0.02))
-        times = shape[0] // 128
-        return {name: part.repeat(times, 1) for name, part in parts.items()}
+        times, specs = -(-shape[0] // 128), scheme.part_specs(shape)
+        return {name: part.repeat(times, 1)[: specs[name].shape[0]] for name, part in parts.items()}
     for name, spec in scheme.part_specs(shape).items():
         if name == "map":
             parts[name] = dynamic_map().to(CUDA)
