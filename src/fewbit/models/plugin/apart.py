@@ -119,7 +119,7 @@ def _into_experts(model: PreTrainedModel, fused: str, source: str, *operations: 
 def _of_checkpoint(model: PreTrainedModel, source: str) -> str:
     """The pattern `source` of a name in the model, with or without the base model's prefix."""
     prefix = re.escape(f"{model.base_model_prefix}.")
-    return rf"^(?:{prefix})?{source.removeprefix(prefix)}"
+    return rf"^(?:{prefix})?{source.removeprefix(prefix)}$"
 
 
 class _SplitExperts(ConversionOps):
