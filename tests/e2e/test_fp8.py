@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import fewbit
 from fewbit.errors import FormatError
+from fewbit.models import decoded
+from fewbit.models.source import locate
 from fewbit.nn.fused import packed_linears
 from fewbit.plans.plan import Plan, Rule, find
 from tests import architectures, models, packed_models
@@ -65,6 +67,15 @@ def test_transformers_reads_what_is_written(tmp_path: Path) -> None:
     assert len(packed_linears(ours)) == 14
     wanted = models.logits(theirs, IDS)
     assert (models.logits(ours, IDS) - wanted).norm() < 1e-3 * wanted.norm()
+
+
+def test_a_gpu_keeps_them_packed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    plain = models.save(tmp_path / "model", "llama", hidden_size=256)
+    for scheme, left in (("fp8-b128", False), ("fp8-block", True)):
+        source = locate(packed_models.pack(plain, tmp_path / scheme, scheme))
+        assert decoded.is_left(source, "cuda") == left
+        assert decoded.is_packed(source) != left
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_moe"])

@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 import fewbit
 from fewbit.errors import FormatError, PlanError
 from fewbit.models import decoded
+from fewbit.models.source import locate
 from fewbit.nn.experts import ExpertSlice
 from fewbit.nn.fused import packed_linears
 from fewbit.plans.plan import Plan, Rule
@@ -78,6 +79,7 @@ def test_saving_writes_the_same_bytes(both: tuple[Path, Path], tmp_path: Path) -
 
 def test_transformers_keeps_its_own_loader(both: tuple[Path, Path]) -> None:
     plain, packed = both
+    assert not decoded.is_left(locate(packed), "cuda")  # but fewbit.load does not leave them to it, on any device
     theirs = AutoModelForCausalLM.from_pretrained(packed)
     assert not packed_linears(theirs)
     assert torch.equal(theirs.state_dict()[f"{EXPERTS}.down_proj"], models.tensors_of(plain)[f"{EXPERTS}.down_proj"])

@@ -222,9 +222,12 @@ def is_read_here(source: Source, device: str) -> bool:
 
 
 def is_left(source: Source, device: str) -> bool:
-    """Whether transformers loads the model of `source`: it has kernels for FP8 and MXFP4 on recent GPUs."""
+    """Whether transformers loads the model of `source`, which fewbit would dequantize.
+
+    transformers has kernels for more kinds of FP8 and MXFP4 on recent GPUs.
+    """
     method = None if source.gguf is not None or source.quantization is None else source.quantization["quant_method"]
-    if method not in ("fp8", "mxfp4") or not device.startswith("cuda"):
+    if method not in ("fp8", "mxfp4") or not device.startswith("cuda") or is_packed(source):
         return False
     if method == "mxfp4":
         return True
