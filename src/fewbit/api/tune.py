@@ -74,8 +74,8 @@ def tune(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     same_vocabulary(original, source, tokenizer, trust_remote_code)
     files = files_of(Skeleton(source, torch.float32, torch.device("cpu"), trust_remote_code=trust_remote_code))
-    given = arguments.calibrated(calibration)
-    given = replace(given, text=given.text or sources.own_source(original.config))
+    asked = arguments.calibrated(calibration)
+    given = replace(asked, text=asked.text or sources.own_source(original.config))
     load = cache(partial(load_model, original, loading))
     tokens, text = (
         _own_windows(given, original, tokenizer, load) if given.text == SELF else windows(given, source, tokenizer)
@@ -97,7 +97,7 @@ def tune(
             out=str(out),
             model=str(model),
             reference=str(reference),
-            notes=[*student.notes, *fewer(given, text)],
+            notes=[*student.notes, *fewer(asked, text)],
             text=text["text"],
             tokens=split.trained * tokens.shape[1],
             held_out_tokens=split.held_out * tokens.shape[1],
@@ -131,6 +131,7 @@ def tune(
         ):
             after = _written(files, place, changes, record, measured)
             if not after < before:
+                forget()
                 raise NotBetter(_no_better(before, after), _MORE)
         forget()
         return replace(result, after=after, seconds=elapsed(), peak=memory.now().peak, gpu_peak=memory.on_gpus())
