@@ -186,6 +186,20 @@ def test_a_note_says_how_a_model_that_needs_more_is_checked(kind: str, note: str
     assert any(re.search(note, each) for each in done.notes), done.notes
 
 
+@pytest.mark.parametrize("kind", ["blip-2", "kosmos-2"])
+def test_verbs_refuse_to_run_it_on_text(kind: str, tmp_path: Path) -> None:
+    folder, text = multimodal.save(tmp_path / "model", kind), [models.sentences(30)]
+    tuning = package.Tuning(steps=1, length=16, rank=2)
+    for verb in (
+        lambda: package.generate(folder, "the model"),
+        lambda: package.evaluate(folder, text=text, length=32),
+        lambda: package.finetune(folder, tmp_path / "adapter", data=text, tuning=tuning, device="cpu"),
+    ):
+        with pytest.raises(PlanError, match="does not run on text alone: "):
+            verb()
+    assert type(package.load(folder)).__name__ == multimodal.CLASSES[kind]
+
+
 def test_calibration_reaches_an_inner_language_model(tmp_path: Path) -> None:
     folder = multimodal.save(tmp_path / "model", "blip-2")
     calibration = package.Calibration([models.sentences(60)], samples=4, length=32)

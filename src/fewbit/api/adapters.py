@@ -79,7 +79,7 @@ def finetune(
     from fewbit.models.adapters.train import train  # slow to import, and PEFT is an extra
 
     with report_progress.steps(progress) as tell:
-        loaded = load_model(source, loading)
+        loaded = load_model(source, loading, for_text=True)
         publish.check_space({out.resolve(): _most_bytes(loaded, tuning)})
         pad = _padding(tokenizer, source.rows)
         done = train(loaded, source.address, pad, training, held_out, tuning, tell)

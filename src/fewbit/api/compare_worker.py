@@ -73,7 +73,7 @@ def measure(task: Mapping[str, Any], on_message: OnMessage) -> dict[str, Any]:
     _read_through(source)
     memory.forget_peak()
     before, alone, elapsed = memory.now().resident, memory.kept([]), timing.timed()
-    model = load_model(source, how)
+    model = load_model(source, how, for_text=True)
     seconds = elapsed()
     memory.touch(model)
     weights, resident, loading = memory.at_rest(model), memory.kept(source.files) - alone, _peak(before)
@@ -155,7 +155,7 @@ def _reference(
 
     def loaded() -> Any:
         loading = Loading(task["device"], trust_remote_code=task["trust_remote_code"])
-        return model if model is not None else load_model(source, loading.exact())
+        return model if model is not None else load_model(source, loading.exact(), for_text=True)
 
     config = source.config
     vocabulary = int(config.get("vocab_size") or 0)

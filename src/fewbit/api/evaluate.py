@@ -68,10 +68,10 @@ def evaluate(
         models = [source] if original is None else [source, original]
         name, chosen, available = evaluated(models, tokenizer, wanted, length, samples)
         measured = quality.measure(
-            load_model(source, loading),
+            load_model(source, loading, for_text=True),
             None
             if original is None
-            else load_model(original, replace(loading, adapter=reference_adapter, kernel=None)),
+            else load_model(original, replace(loading, adapter=reference_adapter, kernel=None), for_text=True),
             chosen,
             lambda done: tell(done, len(chosen)),
         )

@@ -91,7 +91,7 @@ def generate(
             f"`fuse={fuse}` is too short for {ids.shape[1]} prompt tokens and {max_new_tokens} new tokens",
             "Give a larger value, or a smaller `max_new_tokens`.",
         )
-    loaded = load_model(source, loading)
+    loaded = load_model(source, loading, for_text=not beside)
     return continue_text(
         loaded,
         tokenizer,

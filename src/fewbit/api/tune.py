@@ -76,7 +76,7 @@ def tune(
     files = files_of(Skeleton(source, torch.float32, torch.device("cpu"), trust_remote_code=trust_remote_code))
     asked = arguments.calibrated(calibration)
     given = replace(asked, text=asked.text or sources.own_source(original.config))
-    load = cache(partial(load_model, original, loading))
+    load = cache(partial(load_model, original, loading, for_text=True))
     tokens, text = (
         _own_windows(given, original, tokenizer, load) if given.text == SELF else windows(given, source, tokenizer)
     )
@@ -87,7 +87,7 @@ def tune(
         with report_progress.phase(f"predictions of {original.name}", progress):
             truth = tuning.Original(load, tokens, folder)
             load.cache_clear()  # the original is freed if its logits are kept
-        packed = load_model(source, loading)
+        packed = load_model(source, loading, for_text=True)
         before = tuning.divergence(packed, truth, split.held)
         student = tuning.Student.of(packed, files)
         with report_progress.tuning(progress) as tell:

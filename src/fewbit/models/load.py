@@ -16,7 +16,7 @@ from fewbit import registry
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.containers.safetensors import Checkpoint
-from fewbit.models import classes, decoded, foreign
+from fewbit.models import classes, decoded, foreign, on_text
 from fewbit.models.building import building
 from fewbit.models.decoding import decode
 from fewbit.models.decoding import fuse as fusing
@@ -35,8 +35,12 @@ _DEFAULT = Loading()
 def load_model(
     source: Source,
     loading: Loading = _DEFAULT,
+    *,
+    for_text: bool = False,
 ) -> Any:
     """Load the model of `source` in evaluation mode, with weights of fewbit's formats packed.
+
+    for_text: PlanError if the model does not run on token ids alone.
 
     FormatError if the model's files are malformed or not supported. KernelError if `loading.kernel` cannot multiply by
     one of the packed weights. PlanError if the adapter belongs to another model, if `fuse` is beyond the model's
@@ -97,6 +101,8 @@ def load_model(
         )
     assert isinstance(model, PreTrainedModel)
     model.eval()
+    if for_text:
+        on_text.check(model)
     if fuse is not None:
         fusing.fuse(model)
         decode.within(model, fuse, compile=loading.compile)

@@ -60,6 +60,23 @@ def found(skeleton: Host) -> OnText:
     return OnText(None, why)
 
 
+def check(model: PreTrainedModel) -> None:
+    """PlanError unless the loaded `model` runs on token ids alone. Only a model with towers is run, on one token."""
+    reason = ""
+    if needed := classes.needed(model):
+        reason = f"each forward pass needs {', '.join(needed)}"
+    elif model.config.sub_configs:
+        try:
+            with torch.inference_mode():
+                model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the model's code can raise anything
+            reason = first_line(error)
+    if reason:
+        raise PlanError(f"{type(model).__name__} does not run on text alone: {reason}")
+
+
 def _parts(skeleton: Host) -> Iterator[tuple[str, PreTrainedModel]]:
     """The models inside of the model that contain the blocks and the token embedding, the largest first."""
     embedding: Any = skeleton.model.get_input_embeddings()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Quantized:
     """The result of `quantize`. Bytes are those of tensors. `peak`: peak resident memory of this process.
 
-    `sample`: what the output generated; "" if it cannot generate; None if it was not run, for want of memory.
+    `sample`: what the output generated; "" if it cannot generate; None if it was not run, which a note explains.
     """
 
     out: str
