@@ -135,7 +135,7 @@ class Settled:
             )
 
     def _check_values(self) -> None:
-        """NumericsError if a tensor that is not quantized has NaN or Inf."""
+        """NumericsError if a tensor of the checkpoint has NaN or Inf."""
         checkpoint, read = self.skeleton.checkpoint, 0
         for key, _, spec in self.skeleton.passed_through():
             if not finite(checkpoint.get(key)):
