@@ -38,10 +38,14 @@ class Need(IntEnum):
 
 @dataclass(frozen=True)
 class Shift:
-    """The shift of an input: the mean over most of the rows, and that over held-out rows, each [K, K]."""
+    """The shift of an input: the mean over most of the rows, and that over held-out rows, each [K, K].
+
+    middle: mean m mᵀ over most of the rows.
+    """
 
     fit: Tensor
     held_out: Tensor
+    middle: Tensor
 
 
 class Stats:
@@ -61,8 +65,8 @@ class Stats:
         self._abs = torch.zeros(k, device=device, dtype=torch.float32) if need >= Need.MEAN_ABS else None
         self._square = torch.zeros(k, device=device, dtype=torch.float32) if need == Need.MEAN_SQUARE else None
         self._hessian = torch.zeros(k, k, device=device, dtype=torch.float32) if need >= Need.HESSIAN else None
-        # The shift over most of the rows and over held-out rows, and the sums of their weights.
-        self._shift = torch.zeros(2, k, k, device=device, dtype=torch.float32) if need >= Need.SHIFT else None
+        # [3, K, K]: the shift over most rows, that over held-out rows, mean m mᵀ; and the sums of the weights of rows.
+        self._shift: Tensor | None = None
         self._shift_weights = [0.0, 0.0]
 
     @classmethod
@@ -72,18 +76,8 @@ class Stats:
         stats.need, stats.rows, stats._square = Need.MEAN_SQUARE, rows, mean_square.float()
         return stats
 
-    def add(
-        self,
-        x: Tensor,
-        weight: Tensor | None = None,
-        original: Tensor | None = None,
-        held_out: Tensor | None = None,
-    ) -> None:
-        """Add the rows of x [..., K]. `weight` [...] holds a weight for each row; None: all rows weigh the same.
-
-        original: the rows [..., K] of the original model, for the shift; None: they are not known. held_out: bool
-        [...], the rows that are held out.
-        """
+    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """Add the rows of x [..., K]. `weight` [...] holds a weight for each row; None: all rows weigh the same."""
         narrow = x.dtype in (torch.bfloat16, torch.float16)
         x = x.detach().reshape(-1, x.shape[-1]).float()
         weight = (
@@ -95,8 +89,6 @@ class Stats:
         if not finite.all():
             self.dropped += int((~finite).sum())
             x, weight = x[finite], weight[finite]
-            original = None if original is None else original.reshape(-1, original.shape[-1])[finite]
-            held_out = None if held_out is None else held_out.reshape(-1)[finite]
         if not len(x):
             return
         # Running means: float32 sums of millions of squares would lose digits, and dividing a sum at the end would
@@ -111,30 +103,43 @@ class Stats:
             self._abs.mul_(keep).add_(weight @ x.abs(), alpha=share)
         if self._square is not None:
             self._square.mul_(keep).add_(weight @ x.square(), alpha=share)
-        if self._shift is not None and original is not None:
-            with _tf32() if narrow and x.is_cuda else nullcontext():
-                self._add_shift(x, weight, original, held_out)
         if self._hessian is not None:
             x = x * weight.sqrt().unsqueeze(1)
             with _tf32() if narrow and x.is_cuda else nullcontext():
                 self._hessian.addmm_(x.T, x, beta=keep, alpha=share)
 
-    def _add_shift(self, x: Tensor, weight: Tensor, original: Tensor, held_out: Tensor | None) -> None:
-        assert self._shift is not None
-        original = original.detach().reshape(-1, x.shape[-1]).float()
-        finite = torch.isfinite(original.sum(1))
-        held_out = torch.zeros_like(finite) if held_out is None else held_out.reshape(-1)
-        for part, rows in enumerate((finite & ~held_out, finite & held_out)):
+    def add_shift(self, x: Tensor, original: Tensor, held_out: Tensor, weight: Tensor | None = None) -> None:
+        """Add rows x [..., K] and those of the original model to the shift.
+
+        held_out: bool [...], the rows that are held out. `weight` as in `add`. Rows that are not finite are left out.
+        """
+        narrow = x.dtype in (torch.bfloat16, torch.float16)
+        x, original = (each.detach().reshape(-1, self.columns).float() for each in (x, original))
+        weight = torch.ones_like(x[:, 0]) if weight is None else weight.detach().reshape(-1).float()
+        finite = torch.isfinite(x.sum(1)) & torch.isfinite(original.sum(1)) & torch.isfinite(weight)
+        shift = self._shift_sums()
+        for part, rows in enumerate((finite & ~held_out.reshape(-1), finite & held_out.reshape(-1))):
             count = int(rows.sum())
             if not count:
                 continue
             here = slice(None) if count == len(x) else rows
             before, own = self._shift_weights[part], weight[here]
             self._shift_weights[part] += float(own.sum())
-            apart = original[here] - x[here]
-            middle = apart.mul(0.5).add_(x[here]).mul_(own.unsqueeze(1))
+            root = own.sqrt().unsqueeze(1)
+            apart = (original[here] - x[here]).mul_(root)
+            middle = apart.mul(0.5).addcmul_(x[here], root)
             keep, share = before / self._shift_weights[part], 1 / self._shift_weights[part]
-            self._shift[part].addmm_(apart.T, middle, beta=keep, alpha=share)
+            with _tf32() if narrow and x.is_cuda else nullcontext():
+                shift[part].addmm_(apart.T, middle, beta=keep, alpha=share)
+                if part == 0:
+                    shift[2].addmm_(middle.T, middle, beta=keep, alpha=share)
+
+    def _shift_sums(self) -> Tensor:
+        if self._shift is None:
+            like = self._hessian
+            assert like is not None
+            self._shift = torch.zeros(3, *like.shape, device=like.device, dtype=torch.float32)
+        return self._shift
 
     def shrink(self, pool: Stats, strength: float) -> None:
         """Shrink the means, in place, towards those of `pool`, which count as `strength` rows.
@@ -147,10 +152,6 @@ class Stats:
         for own, other in ((self._abs, pool._abs), (self._square, pool._square), (self._hessian, pool._hessian)):
             if own is not None and other is not None:
                 own.lerp_(other, share)
-        if self._shift is not None and pool._shift is not None:
-            self._shift.lerp_(pool._shift, share)
-            both = zip(self._shift_weights, pool._shift_weights, strict=True)
-            self._shift_weights = [(1 - share) * own + share * other for own, other in both]
         if self._top is not None and pool._top is not None:
             torch.maximum(self._top, pool._top, out=self._top)
         self.borrowed = pool.rows
@@ -164,9 +165,9 @@ class Stats:
         """Combine the statistics of all ranks, in place: afterwards each rank has those of all rows."""
         if ranks.size() == 1:
             return
-        own, shifts = self._weight_sum, self._shift_weights
-        counts = torch.tensor([own, self.rows, self.dropped, *shifts], dtype=torch.float64, device="cpu")
-        self._weight_sum, rows, dropped, *self._shift_weights = ranks.all_reduce(counts).tolist()
+        own = self._weight_sum
+        counts = torch.tensor([own, self.rows, self.dropped], dtype=torch.float64, device="cpu")
+        self._weight_sum, rows, dropped = ranks.all_reduce(counts).tolist()
         self.rows, self.dropped = int(rows), int(dropped)
         if self._top is not None:
             self._top.copy_(
@@ -175,9 +176,18 @@ class Stats:
         for mean in (self._abs, self._square, self._hessian):
             if mean is not None:
                 ranks.all_reduce(mean.mul_(own / self._weight_sum if self._weight_sum else 0.0))
-        if self._shift is not None:
-            for part, (own, total) in enumerate(zip(shifts, self._shift_weights, strict=True)):
-                ranks.all_reduce(self._shift[part].mul_(own / total if total else 0.0))
+
+    def all_reduce_shift(self) -> None:
+        """The same for the shift."""
+        if ranks.size() == 1:
+            return
+        owns = self._shift_weights
+        self._shift_weights = ranks.all_reduce(torch.tensor(owns, dtype=torch.float64, device="cpu")).tolist()
+        if not any(self._shift_weights):
+            return
+        shares = [own / total if total else 0.0 for own, total in zip(owns, self._shift_weights, strict=True)]
+        for mean, share in zip(self._shift_sums(), (*shares, shares[0]), strict=True):
+            ranks.all_reduce(mean.mul_(share))
 
     def divided(self, scales: Tensor) -> Stats:
         """The statistics of the same input with its columns divided by `scales` [K]."""

@@ -95,7 +95,7 @@ def test_cache_counts_key_value_heads_windows_and_type() -> None:
         memory.cache_bytes(SMALL, memory.Use(context=1, cache="int3"))
 
 
-def test_peaks_follow_the_stated_formulas() -> None:
+def test_peaks_follow_the_stated_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
     use = memory.Use(context=100, activation=4)
     assert memory.activation_peak(SMALL, use, packed=False) == 100 * 4 * (3 * 64 + 3 * 128) + 1000 * 8
     linears = {"b.q": (64, 64), "b.k": (32, 64), "b.o": (64, 64), "m.up": (128, 64), "m.down": (64, 128)}
@@ -108,8 +108,13 @@ def test_peaks_follow_the_stated_formulas() -> None:
     assert memory.quantization_peak(SMALL, block, work, device) == peak
     compared = replace(work, need=Need.SHIFT)
     read = 800 * 4 * (3 * 64 + 128)  # what q and k, o, up, and down read
-    wanted = peak + 4 * 50_000 + 4 * 800 * 64 + 2 * hessians + read
-    assert memory.quantization_peak(SMALL, block, compared, device) == wanted
+    with_target = peak + 2 * 4 * 800 * 64 + 3 * hessians + read
+    assert memory.quantization_peak(SMALL, block, compared, device) == with_target
+    with monkeypatch.context() as patch:  # no room for it: one batch of it, and the block
+        patch.setattr(memory, "room_for_statistics", lambda _: 4 * hessians)
+        patch.setattr(memory, "_BATCH", 100)
+        less = 2 * 700 * 4 * (3 * 64 + 3 * 128) + 7 * read // 8
+        assert memory.quantization_peak(SMALL, block, compared, device) == with_target + 4 * 50_000 - less
     on_gpu = 2 * 50_000 + 2 * 800 * 64 + hessians + replay // 2 + 24_000_000
     assert memory.quantization_peak(SMALL, block, work, memory.Device(2, 0, gpu=True)) == on_gpu
     assert memory.host_peak(block, work) == packed + 1_100_000_000

@@ -171,13 +171,13 @@ def test_experts_that_no_state_reaches_have_the_links_of_others(tmp_path: Path) 
 
 def test_pools_watch_experts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Stats] = []
-    empty = capture._Gathering._empty
+    empty = capture.Gathering._empty
 
     def counted(gathering: Any, name: str) -> Stats:
         made.append(empty(gathering, name))
         return made[-1]
 
-    monkeypatch.setattr(capture._Gathering, "_empty", counted)
+    monkeypatch.setattr(capture.Gathering, "_empty", counted)
     with first_block(tmp_path, "qwen3_moe") as block:
         attention = [name for name in needs_of(block) if "self_attn" in name]
         assert attention

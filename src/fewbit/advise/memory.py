@@ -13,9 +13,10 @@ MLP, r query rows (heads x width), v key-value rows, V vocabulary, L layers, a b
     quantizing   the block with the most parameters in float32 (on a GPU in 16 bits), and
                    its packed weights, which wait in main memory until the block is finished
                    needs text  4 h samples x length, the hidden states (on a GPU 2 h); of each distinct input of K
-                               columns 4 K² (GPTQ; with a target 12 K²) or 4 K, but only of one group of linears
-                               (pipeline/groups.py); with a target the block and the hidden states of the original model
-                               too, and of 2048 tokens what its linears read; and the most of
+                               columns 4 K² (GPTQ; with a target 16 K²) or 4 K, but only of one group of linears
+                               (pipeline/groups.py); with a target, for 16384 tokens or a quarter of them all, the
+                               original model's hidden states twice, and what its linears read (if there is no room
+                               for that, the block and what its linears read in 2048 tokens); and the most of
                                  twice 2048 tokens (experts on a GPU: 32768) through that block, in float32 (16 bits):
                                  what they take, and what statistics and the allocator keep of them
                                  4 K² + 16 N K of a linear (GPTQ: a factor of the Hessian, four copies of the weight)
@@ -42,6 +43,7 @@ from fewbit.stats import Need
 CACHE_TYPES = {"float32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 _PIECE = 1 << 22  # values that are decoded at once: schemes.base.chunk_rows
 _BATCH, _BATCH_OF_EXPERTS = 2048, 32768  # tokens of calibration text computed at once: pipeline/capture.py
+_COMPARED = 16384  # tokens that are compared with the original model, but at least a quarter: pipeline/capture.py
 _CUDA_LIBRARIES = 1_100_000_000  # in main memory; measured on an H100 with torch 2.11
 _ON_THE_WAY = 24_000_000
 
@@ -134,13 +136,13 @@ def quantization_peak(g: Geometry, block: Block, work: Work, device: Device) -> 
         widest = block.widest(g.hidden, a) if block.experts else max(_widest(g, a), block.widest(g.hidden, a))
         replay = 2 * at_once * widest
         working = max((4 * k * k if hessian else 0) + 16 * n * k for n, k in block.linears.values())
-        streams = 1
-        if work.need >= Need.SHIFT:  # the original block and its states, and what its linears read in one batch
-            within += a * block.parameters
-            streams += 1 if len(groups) == 1 else 2
+        within += a * tokens * g.hidden + kept + max(replay, working)
+        if work.need >= Need.SHIFT:  # the original model's states, and what its linears read or else its block
+            compared = tokens / max(1, min(4, tokens // _COMPARED))
             dense = {name: shape for name, shape in block.linears.items() if not is_of_expert(name)}
-            replay += at_once * a * sum(distinct_inputs(dense))
-        within += streams * a * tokens * g.hidden + kept + max(replay, working)
+            read = a * sum(distinct_inputs(dense))
+            within += round(compared * 2 * a * g.hidden)
+            within += round(compared * read) if compared * read <= room else a * block.parameters + at_once * read
     else:
         within += 9 * min(largest, 1 << 24)
     return max(within, work.packed_bytes + _decoded(g)) + _ON_THE_WAY

@@ -34,7 +34,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from fewbit.errors import PlanError
 from fewbit.lazy import Tensor, torch
@@ -107,8 +106,7 @@ class GPTQ(Method):
         importance = remaining_importance(inverse, order) if self.clip_search else None
         strengths: list[float | None] = [None] * len(weights)
         if self.target and (shift := stats.shift) is not None:
-            solve = partial(_solved, inverse=inverse, order=order)
-            found = [moved(in_compute_dtype(w), shift, solve, self.target) for w in weights]
+            found = moved([in_compute_dtype(w) for w in weights], shift, self.target, self.damp)
             weights, strengths = [w for w, _ in found], [strength for _, strength in found]
         stacks, swept, choices = _stacks(weights, schemes), [], list[Choice]()
         for scheme, stack in stacks:
@@ -182,14 +180,6 @@ def remaining_importance(inverse: Tensor, order: Tensor) -> Tensor:
     importance = torch.empty(len(order), dtype=inverse.dtype, device=inverse.device)
     importance[order.flip(0)] = torch.linalg.vector_norm(inverse, dim=0).square_().reciprocal_()
     return importance
-
-
-def _solved(rows: Tensor, inverse: Tensor, order: Tensor) -> Tensor:
-    """rows [N, K] times the inverse of the damped H. inverse: L⁻¹ of `inverse_factor`."""
-    backwards = order.flip(0)
-    found = torch.empty_like(rows)
-    found[:, backwards] = rows[:, backwards] @ inverse.T @ inverse
-    return found
 
 
 def _inverted(lower: Tensor) -> Tensor:

@@ -126,13 +126,8 @@ class SeparateExperts(nn.Module):
 
     def run(self, expert: int, x: Tensor) -> Tensor:
         """The output [n, H] of one expert for its tokens [n, H]."""
-        down = getattr(self.get_submodule(str(expert)), self.leaves[-1])
-        return self._normed(down(self.inner(expert, x)))
-
-    def inner(self, expert: int, x: Tensor) -> Tensor:
-        """What the down linear of one expert reads for its tokens [n, H]."""
-        own = self.get_submodule(str(expert))
-        return self._gated([getattr(own, leaf)(x) for leaf in self.leaves[:-1]])
+        *into, down = (getattr(self.get_submodule(str(expert)), leaf) for leaf in self.leaves)
+        return self._normed(down(self._gated([linear(x) for linear in into])))
 
     def _gated(self, into: Sequence[Tensor]) -> Tensor:
         """What the down linear reads. into: outputs of gate and up, which may be one tensor; without a gate, of up."""

@@ -22,11 +22,13 @@ from fewbit.methods.base import Choice, Method, name_of
 from fewbit.models.experts import is_of_expert
 from fewbit.models.skeleton import BlockCall
 from fewbit.pipeline.agreed import agreed
-from fewbit.pipeline.capture import Block, Inputs, captured, needs_of, original_of, staged
+from fewbit.pipeline.capture import Block, Inputs, captured, needs_of, original_of
+from fewbit.pipeline.original import Original
 from fewbit.pipeline.progress import Progress, Step
 from fewbit.pipeline.rewrite import rewrite
 from fewbit.pipeline.run import Run, TensorReport
 from fewbit.pipeline.settled import Settled
+from fewbit.pipeline.staged import staged
 from fewbit.plans.plan import Assignment
 from fewbit.schemes.base import QTensor, Scheme, chunk_rows, vanished
 from fewbit.stats import Need, Stats
@@ -69,10 +71,12 @@ def _all_blocks(settled: Settled, inputs: Inputs, run: Run, progress: Progress) 
     replayed = inputs.importance is None and settled.need > Need.NOTHING
     total = len(skeleton.blocks) + len(settled.outside)
     hidden: list[Tensor] = []
+    original: Original | None = None
     calls: dict[str, list[BlockCall]] = {block: [] for block in skeleton.blocks}
     if replayed:
-        hidden, calls = captured(skeleton, inputs)
-    original = original_of(inputs, hidden) if replayed and settled.need >= Need.SHIFT else None
+        compares = settled.need >= Need.SHIFT
+        hidden, calls = captured(skeleton, inputs, compares=compares)
+        original = original_of(inputs, hidden) if compares else None
 
     def add(new: list[TensorReport], saved: object) -> None:
         reports.extend(new)

@@ -7,7 +7,7 @@ same tensor share one object.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Flag, auto
@@ -27,6 +27,9 @@ from fewbit.stats import Need, Stats
 from fewbit.system import machine, ranks
 
 STRENGTH = 4  # n0 of `Pools`, in multiples of the number of columns
+# Tokens of the text that is compared with the original model, but at least a quarter of the windows. The other windows
+# do not run with the original weights, which takes as long as all the rest.
+_COMPARED = 16384
 _TOKENS_AT_ONCE = 2048  # enough to keep two cores or a GPU busy, small beside the statistics
 # On a GPU, launches take most of the time if an expert gets few tokens: statistics of a layer of Qwen3-30B-A3B's shape
 # took 11.5 s with 2048 tokens at once, 2.8 s with 16384 (benchmarks/experts.py, 128 x 2048 tokens).
@@ -103,8 +106,13 @@ def tokens_at_once(skeleton: Skeleton, assignments: Iterable[Assignment] = ()) -
     return _TOKENS_FOR_EXPERTS if many and not any(a.method.rewrites for a in assignments) else _TOKENS_AT_ONCE
 
 
-def captured(skeleton: Skeleton, inputs: Inputs) -> tuple[list[Tensor], dict[str, list[BlockCall]]]:
-    """`Skeleton.capture` for this rank's share of the windows, in batches of `inputs.at_once`."""
+def captured(
+    skeleton: Skeleton, inputs: Inputs, *, compares: bool = False
+) -> tuple[list[Tensor], dict[str, list[BlockCall]]]:
+    """`Skeleton.capture` for this rank's share of the windows, in batches of `inputs.at_once`.
+
+    compares: whether the first batches are compared with the original model, see `original_of`.
+    """
     tokens = inputs.tokens
     assert tokens is not None
     if len(tokens) < ranks.size():
@@ -112,85 +120,51 @@ def captured(skeleton: Skeleton, inputs: Inputs) -> tuple[list[Tensor], dict[str
             f"the calibration text has fewer windows ({len(tokens)}) than there are processes ({ranks.size()})",
             "Give more `samples`, or start fewer processes.",
         )
-    own = ranks.part(len(tokens))
-    return skeleton.capture(list(tokens[own.start : own.stop].split(inputs.at_once)))
+    if not compares:
+        own = ranks.part(len(tokens))
+        return skeleton.capture(list(tokens[own.start : own.stop].split(inputs.at_once)))
+    first, others = _batches(inputs)
+    return skeleton.capture([tokens[windows] for windows in (*first, *others)])
+
+
+def _batches(inputs: Inputs) -> tuple[list[list[int]], list[list[int]]]:
+    """The numbers of this rank's windows, in batches: those that are compared with the original model, and the others.
+
+    They depend on the number of windows only, so that any number of ranks compares the same.
+    """
+    assert inputs.tokens is not None
+    step, own = _compared_step(inputs.tokens), ranks.part(len(inputs.tokens))
+    parts = [window for window in own if window % step == 0], [window for window in own if window % step]
+    at_once = inputs.at_once
+    first, others = ([part[i : i + at_once] for i in range(0, len(part), at_once)] for part in parts)
+    return first, others
+
+
+def _compared_step(tokens: Tensor) -> int:
+    """One window in so many is compared with the original model: see `_COMPARED`."""
+    return max(1, min(4, tokens.numel() // _COMPARED))
 
 
 def original_of(inputs: Inputs, hidden: Sequence[Tensor]) -> Original:
-    """The original model's states at the first block's input, which are `hidden`, as `captured` returns them."""
+    """The original model's states at the first block's input: the first of `hidden`, as `captured` returns them."""
     assert inputs.tokens is not None
-    own = ranks.part(len(inputs.tokens))
-    windows = [own[i : i + inputs.at_once] for i in range(0, len(own), inputs.at_once)]
-    return Original(list(hidden), windows, len(inputs.tokens))
+    step, (first, _) = _compared_step(inputs.tokens), _batches(inputs)
+    windows = [[window // step for window in batch] for batch in first]
+    return Original(list(hidden[: len(first)]), windows, len(range(0, len(inputs.tokens), step)))
 
 
-def staged(block: Block, needs: Mapping[str, Need], stages: Stages | None) -> Iterator[Iterator[dict[str, Stats]]]:
-    """Statistics of a block's linears: for each stage, those of one group of its linears after another.
-
-    The caller replaces the weights of a stage before it takes the next stage, and not within a stage. So the groups
-    limit the memory of the statistics and do not change the result.
-    """
-    need, original = max(needs.values(), default=Need.NOTHING), block.original
-    every = _stages(block, needs, stages) or [[]]
-    for number, names in enumerate(every, 1):
-        groups, final = _grouped(block, names, need), number == len(every)
-        here = min(need, Need.HESSIAN) if original is not None and original.same_as(block.hidden) else need
-        computes = len(groups) == 1 and here >= Need.SHIFT  # whether `gather` computes the original model's output
-        if original is not None and final and not computes and not original.advanced:
-            original.advance(block.skeleton, block.run)
-        pools = gather_pools(block, names, here) if len(groups) > 1 else None
-        yield (gather(block, dict.fromkeys(group, here), pools=pools, final=final) for group in groups)
-
-
-def _stages(block: Block, needs: Mapping[str, Need], stages: Stages | None) -> list[list[str]]:
-    """The linears of each stage.
-
-    A shift is measured with the quantized weights of the linears before, so that down also corrects the error of gate
-    and up: at 3 bits the KL divergence of the embedded model is 10 % lower. Three stages are as good as four, and take
-    less time: q, k, v; o, gate, up; down.
-    """
-    if stages:
-        return [[name for name in needs if name.removeprefix(f"{block.name}.") in stage] for stage in stages]
-    if stages is not None:
-        return _by_tensor(block, needs)
-    if max(needs.values(), default=Need.NOTHING) < Need.SHIFT:
-        return [list(needs)]
-    every = _by_tensor(block, needs)
-    modules = [{experts.of_any(name).rpartition(".")[0] for name in names} for names in every]
-    merged: list[list[str]] = []
-    current: set[str] = set()
-    for number, names in enumerate(every):
-        later = set[str]().union(*modules[number + 1 :])
-        if not merged or modules[number] & current - later:  # the last linears of a module read what it computed
-            merged.append([])
-            current = set()
-        merged[-1] += names
-        current |= modules[number]
-    return merged
-
-
-def _by_tensor(block: Block, needs: Mapping[str, Need]) -> list[list[str]]:
-    """The linears that read the same tensor, in the order in which the block computes these tensors."""
-    found: dict[str, list[str]] = {}
-    # One batch says who reads what, unless it leaves out a linear.
-    for part in (replace(block, calls=block.calls[:1], hidden=block.hidden[:1], original=None), block):
-        leaders: dict[int, str] = {}
-        found.clear()
-        for name, stats in gather(part, dict.fromkeys(needs, Need.MEAN_ABS)).items():
-            # Experts do not read what other experts compute, so the same linears of all experts are one stage.
-            found.setdefault(leaders.setdefault(id(stats), experts.of_any(name)), []).append(name)
-        if sum(map(len, found.values())) == len(needs):
-            break
-    return list(found.values())
-
-
-def _grouped(block: Block, names: Sequence[str], need: Need) -> list[list[str]]:
+def grouped(block: Block, names: Sequence[str], need: Need) -> list[list[str]]:
     """`names` in groups whose statistics take at most `room_for_statistics` bytes, or that hold one module's linears.
 
     Each group costs one more run of the block over the calibration tokens.
     """
-    every, room = block.skeleton.linears(block.name), room_for_statistics(machine.memory_of(block.skeleton.device))
-    return groups_of({name: every[name] for name in names}, need, room)
+    every = block.skeleton.linears(block.name)
+    return groups_of({name: every[name] for name in names}, need, room(block.skeleton))
+
+
+def room(skeleton: Skeleton) -> int:
+    """The budget for statistics, in bytes."""
+    return room_for_statistics(machine.memory_of(skeleton.device))
 
 
 def needs_of(assignments: Mapping[str, Assignment]) -> dict[str, Need]:
@@ -199,7 +173,7 @@ def needs_of(assignments: Mapping[str, Assignment]) -> dict[str, Need]:
 
 
 def gather(
-    block: Block, needs: Mapping[str, Need], *, alike: bool = False, pools: Pools | None = None, final: bool = True
+    block: Block, needs: Mapping[str, Need], *, alike: bool = False, pools: Pools | None = None
 ) -> dict[str, Stats]:
     """Statistics of each linear's input over all batches. Linears that read the same tensor share one object.
 
@@ -208,13 +182,12 @@ def gather(
     spreads. On the demo model at 4 bits the weighting lowers the KL divergence by 13 % (0.184 to 0.160); with the
     squared norm as weight it is 0.181.
 
-    Experts: see `Pools`. `pools` are those of the whole stage, if `needs` holds only a group of its experts. final:
-    whether this is the last stage of the block, which computes the original model's output too.
+    Experts: see `Pools`. `pools` are those of the whole stage, if `needs` holds only a group of its experts.
     """
     need = max(needs.values(), default=Need.NOTHING)
-    into = _Into.LINEARS if alike or pools is not None else _Into.LINEARS | _Into.LAYERS
-    gathering = _Gathering(block, need, needs, alike=alike, into=into)
-    gathering.run(final=final)
+    into = Into.LINEARS if alike or pools is not None else Into.LINEARS | Into.LAYERS
+    gathering = Gathering(block, need, needs, alike=alike, into=into)
+    gathering.run()
     stats = gathering.of_all_ranks()
     if not alike:
         (gathering.pools() if pools is None else pools).complete(stats, gathering.expert_inputs)
@@ -260,20 +233,20 @@ class Pools:
 
 def gather_pools(block: Block, names: Sequence[str], need: Need) -> Pools:
     """The statistics that the experts with the linears `names` share. The statistics of single experts are not kept."""
-    gathering = _Gathering(block, need, filter(experts.is_of_expert, names), into=_Into.LAYERS)
+    gathering = Gathering(block, need, filter(experts.is_of_expert, names), into=Into.LAYERS)
     if gathering.names:  # else the block has no experts, or this stage none of them
         gathering.run()
     return gathering.pools()
 
 
-class _Into(Flag):
+class Into(Flag):
     """Statistics that the inputs of experts are added to: those of each linear, and the pools of each layer."""
 
     LINEARS = auto()
     LAYERS = auto()
 
 
-class _Gathering:
+class Gathering:
     """Runs a block over its calibration inputs, and adds what the linears `names` read to statistics.
 
     into: the statistics that an input is added to.
@@ -285,9 +258,10 @@ class _Gathering:
         need: Need,
         names: Iterable[str],
         *,
-        into: _Into,
+        into: Into,
         alike: bool = False,
     ) -> None:
+        self._given: Mapping[str, Stats] | None = None
         self.block, self.need, self.alike, self.into = block, need, alike, into
         self.shapes, self.names = block.skeleton.linears(block.name), list(names)
         self.stats: dict[str, Stats] = {}
@@ -299,19 +273,29 @@ class _Gathering:
         self._leaders = {name: first.setdefault(each, name) for name, each in self.expert_inputs.items()}
         for name in first.values():
             pool = self.expert_inputs[name].pool
-            if _Into.LAYERS in into and pool not in self._pools:
+            if Into.LAYERS in into and pool not in self._pools:
                 self._pools[pool] = self._empty(name)
-            if _Into.LINEARS in into:
+            if Into.LINEARS in into:
                 self.stats[name] = self._empty(name)
         self._seen: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self._weight: Tensor | None = None
         self._comparison: Comparison | None = None
-        if block.original is not None and need >= Need.SHIFT:
-            self._comparison = Comparison(block.original, block.skeleton, block.run, self.names, self.expert_inputs)
         self._fed: list[str] = []  # linears, in the order in which the batch reached them
         self._last: str | None = None
 
-    def run(self, *, final: bool = False) -> None:
+    @classmethod
+    def of_shifts(cls, block: Block, stats: Mapping[str, Stats]) -> Gathering:
+        """One that adds the shifts of the linears' inputs to `stats`."""
+        gathering = cls(block, Need.SHIFT, stats, into=Into(0))
+        assert block.original is not None
+        gathering._comparison = Comparison(
+            block.original, block.skeleton, block.run, gathering.names, gathering.expert_inputs
+        )
+        gathering._given = stats
+        gathering.stats = {leader: stats[leader] for leader in gathering._leaders.values()}
+        return gathering
+
+    def run(self) -> None:
         block = self.block
         modules = {name: block.skeleton.model.get_submodule(name) for name in self.names}
         handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
@@ -320,10 +304,11 @@ class _Gathering:
                 torch.no_grad(),
                 experts.watched(block.name, block.module),
             ):
-                for batch, states in enumerate(block.hidden):
+                compared = None if self._comparison is None else len(self._comparison.original.states)
+                for batch, states in enumerate(block.hidden[:compared]):
                     self._weight = None if self.alike else states.float().norm(dim=-1).clamp(min=1e-6).flatten()
                     if self._comparison is not None:
-                        self._comparison.run(batch, last=self._last, final=final)
+                        self._comparison.run(batch, self._last)
                     with suppress(AllFed), experts.only_of(block.name, block.module, self.names):
                         block.run(batch, states)
                     if self._last is None and sorted(self._fed) == sorted(self.names):
@@ -372,10 +357,13 @@ class _Gathering:
             if not same:
                 self._seen[id(x)] = (weakref.ref(x), name)
             if self.reads[name] == name:
-                self.stats[name] = self._empty(name)
+                self.stats[name] = self._empty(name) if self._given is None else self._given[name]
         if self.reads[name] == name:
-            original = (None, None) if self._comparison is None else self._comparison.of(name, x)
-            self.stats[name].add(x, _of_tokens(x, self._weight), *original)
+            weight = _of_tokens(x, self._weight)
+            if self._comparison is None:
+                self.stats[name].add(x, weight)
+            elif (rows := self._comparison.of(name, x)) is not None:
+                self.stats[name].add_shift(x, *rows, weight)
 
     def _record_expert(self, name: str, x: Tensor) -> None:
         self.reads[name] = self._leaders[name]
@@ -384,13 +372,17 @@ class _Gathering:
         each = self.expert_inputs[name]
         routed = each.module.routed
         x, weight, tokens = _routed(routed, x, self._weight)
-        original: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self._comparison is not None and routed is not None and tokens is not None:
-            original = self._comparison.of_expert(name, tokens, routed.of)
+        if self._comparison is not None:
+            rows = None
+            if routed is not None and tokens is not None:
+                rows = self._comparison.of_expert(name, tokens, routed.of)
+            if rows is not None:
+                self.stats[name].add_shift(x, *rows, weight)
+            return
         if each.pool in self._pools:
-            self._pools[each.pool].add(x, weight, *original)
-        if _Into.LINEARS in self.into:
-            self.stats[name].add(x, weight, *original)
+            self._pools[each.pool].add(x, weight)
+        if Into.LINEARS in self.into:
+            self.stats[name].add(x, weight)
 
 
 def _of_all_ranks(

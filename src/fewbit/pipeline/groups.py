@@ -42,7 +42,7 @@ def groups_of(shapes: Mapping[str, Shape], need: Need, room: int) -> list[list[s
 
 def statistics_bytes(shapes: Mapping[str, Shape], need: Need) -> int:
     """Bytes of the statistics of these linears."""
-    matrices = 3 if need >= Need.SHIFT else 1
+    matrices = 4 if need >= Need.SHIFT else 1
     return sum(4 * k * k * matrices if need >= Need.HESSIAN else 4 * k for k in distinct_inputs(shapes))
 
 

@@ -24,25 +24,31 @@ from fewbit.models.skeleton import Skeleton
 _HELD_OUT = 8  # one window in so many
 
 Run = Callable[[int, Tensor], Tensor]  # number of a batch, states at the block's input -> at its output
+Read = dict[str, tuple[Tensor, int]]  # linear, or module of experts -> what it read, and the version of that tensor
 
 
 @dataclass
 class Original:
     """The original model's states at a block's input, one tensor for each batch of this rank.
 
-    windows: for each batch, the numbers of its calibration windows, over all ranks. total: the number of all windows.
+    These are the first batches of `Block.hidden`: a part of the calibration text is enough. windows: for each batch,
+    the numbers of its windows among the compared windows of all ranks. total: how many these are. reads: for each
+    batch, what the linears of the block read, if memory has room for it. weights_needed: whether the block runs with
+    its original weights after some of them are replaced.
     """
 
     states: list[Tensor]
-    windows: Sequence[range]
+    windows: Sequence[Sequence[int]]
     total: int
-    _next: list[Tensor | None] = field(default_factory=list)
+    weights_needed: bool = True
+    reads: list[Read] = field(default_factory=list)
+    _next: list[Tensor] = field(default_factory=list)
     _weights: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def advanced(self) -> bool:
         """Whether the states at the block's output are known."""
-        return all(states is not None for states in self._next) and len(self._next) == len(self.states)
+        return bool(self._next) or not self.states
 
     @property
     def replaced(self) -> bool:
@@ -50,29 +56,27 @@ class Original:
         return bool(self._weights)
 
     def same_as(self, hidden: Sequence[Tensor]) -> bool:
-        """Whether the block computes the same for both models: it is the first, and its weights are the original's."""
-        return not self._weights and all(one is other for one, other in zip(self.states, hidden, strict=True))
+        """Whether both models have the same states at the block's input: it is the first."""
+        return all(one is other for one, other in zip(self.states, hidden, strict=False))
 
     def advance(self, skeleton: Skeleton, run: Run) -> None:
         """Compute the states at the block's output, with `run`, which runs the block."""
         with torch.no_grad(), self.weights(skeleton):
             self._next = [run(batch, states) for batch, states in enumerate(self.states)]
 
-    def put(self, batch: int, output: Tensor) -> None:
-        """Store the states of a batch at the block's output. Those at its input are no longer needed."""
-        self._next += [None] * (batch + 1 - len(self._next))
-        self.states[batch] = self._next[batch] = output
+    def keep(self, reads: list[Read], outputs: list[Tensor]) -> None:
+        """Keep what the linears read, and the states at the block's output, unless these are known."""
+        self.reads, self._next = reads, self._next or outputs
 
     def next_block(self) -> None:
         """Go to the input of the next block."""
         assert self.advanced
-        self.states = [states for states in self._next if states is not None]
-        self._next.clear()
+        self.states, self._next, self.reads = self._next, [], []
         self._weights.clear()
 
     def keep_weights(self, skeleton: Skeleton, names: Iterable[str]) -> None:
-        """Keep the weights of these linears, which are replaced next, for later runs of the block."""
-        for name in names:
+        """Keep the weights of these linears, which are replaced next, if they are needed."""
+        for name in names if self.weights_needed else ():
             weight = skeleton.model.get_submodule(name).get_parameter("weight")
             self._weights[name], weight.data = weight.data, weight.data.clone()
 
@@ -109,8 +113,9 @@ class AllFed(Exception):
 class Comparison:
     """What linears of a block read in the original model, for one batch after another.
 
-    names: the linears, `experts`: the inputs of those that belong to experts. An expert is compared on the tokens that
-    the router of the quantized model sends to it: the rows of the original model are what it would read for them.
+    names: the linears, `experts`: the inputs of those that belong to experts. The gate and up of an expert are compared
+    on the tokens that the router of the quantized model sends to it. What its down reads is not compared: in the
+    original model, the expert does not compute these tokens.
     """
 
     def __init__(
@@ -126,17 +131,29 @@ class Comparison:
         self.running = False  # whether the block runs as the original model now
         self._batch = 0
         self._last: str | None = None
-        self._read: dict[str, Tensor] = {}  # linear, or module of experts -> what it read
+        self._read: Read = {}
 
-    def run(self, batch: int, *, last: str | None = None, final: bool = False) -> None:
-        """Run the block with its original weights on the original states of a batch.
+    def keep_all(self) -> None:
+        """Run the block on all batches, and keep what the linears read and the block's output."""
+        outputs, reads = list[Tensor](), list[Read]()
+        for batch in range(len(self.original.states)):
+            output = self.run(batch)
+            assert output is not None
+            outputs.append(output)
+            reads.append(self._read)
+        self.original.keep(reads, outputs)
 
-        last: the linear whose input is computed last, to skip the rest of the block. final: run all of it, and store
-        the output if it is not known.
+    def run(self, batch: int, last: str | None = None) -> Tensor | None:
+        """Run the block with its original weights on the original states of a batch. Returns its output, if computed.
+
+        last: the linear whose input is computed last, to skip the rest of the block.
         """
-        self._batch, self.running = batch, True
-        self._read.clear()
-        self._last = None if final or last is None else self.experts[last].path if last in self.experts else last
+        self._batch = batch
+        if batch < len(self.original.reads):
+            self._read = self.original.reads[batch]
+            return None
+        self.running, self._read = True, {}
+        self._last = self.experts[last].path if last is not None and last in self.experts else last
         modules: dict[str, nn.Module] = {each.path: each.module for each in self.experts.values()}
         modules |= {name: self.skeleton.model.get_submodule(name) for name in self.names}
         handles = [
@@ -145,44 +162,42 @@ class Comparison:
         ]
         try:
             with suppress(AllFed), self.original.weights(self.skeleton):
-                output = self._run(batch, self.original.states[batch])
-                if final and not self.original.advanced:
-                    self.original.put(batch, output)
+                return self._run(batch, self.original.states[batch])
         finally:
             self.running = False
             for handle in handles:
                 handle.remove()
+        return None
 
     def _keep(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._read[name] = args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if args else next(iter(kwargs.values()))
+        self._read[name] = x, x._version
         if name == self._last:
             raise AllFed
 
-    def of(self, name: str, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _rows(self, name: str) -> Tensor | None:
+        """What a linear or module read; None if that is not known, or was overwritten since."""
+        x, version = self._read.get(name, (None, 0))
+        return x if x is not None and x._version == version else None
+
+    def of(self, name: str, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """The rows of the original model for the rows x [..., K] that a linear reads, and which of them are held out.
 
-        None for both if the rows do not correspond.
+        None if the rows do not correspond.
         """
-        original = self._read.get(name)
-        if original is None or original.shape != x.shape:
-            return None, None
         count = x.numel() // x.shape[-1]
+        original = self._rows(name)
+        if original is None or original.shape != x.shape:
+            return None
         rows = torch.arange(count, device=x.device, dtype=torch.int64)
         held_out = self.original.held_out(self._batch, rows, count)
-        return (None, None) if held_out is None else (original, held_out)
+        return None if held_out is None else (original, held_out)
 
-    def of_expert(self, name: str, tokens: Tensor, count: int) -> tuple[Tensor | None, Tensor | None]:
+    def of_expert(self, name: str, tokens: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
         """The same for a linear of an expert that reads `tokens` int64 [n], of the `count` tokens of its layer."""
         each = self.experts[name]
-        original = self._read.get(each.path)
+        original = None if each.is_inner else self._rows(each.path)
         if original is None or original.dim() != 2 or len(original) != count:
-            return None, None
+            return None
         held_out = self.original.held_out(self._batch, tokens, count)
-        if held_out is None or (each.is_inner and self.original.replaced):
-            return None, None
-        rows = original[tokens]
-        if each.is_inner:
-            self.running = True
-            rows = each.module.inner(each.expert, rows)
-            self.running = False
-        return rows, held_out
+        return None if held_out is None else (original[tokens], held_out)
