@@ -32,7 +32,8 @@ what, model, out, plan = sys.argv[1:]
 heap.return_freed()
 base, started, found = memory.now().anonymous, time.perf_counter(), {}
 if what == "copy":
-    checkpoint, writer = Checkpoint(files_in(Path(model))), ShardWriter(Path(out), write_folder.SHARD_BYTES)
+    checkpoint = Checkpoint(files_in(Path(model)))
+    writer = ShardWriter(Path(out), checkpoint.specs, write_folder.SHARD_BYTES)
     for name in checkpoint.specs:
         writer.add(name, checkpoint.get(name))
     writer.close()

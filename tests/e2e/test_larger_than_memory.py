@@ -33,7 +33,7 @@ from fewbit.plans.catalogue import catalogue
 from fewbit.system import heap
 catalogue()
 heap.return_freed(1 << 16)
-settled._PAGES = write_folder.SHARD_BYTES = 4 << 20
+settled._PAGES = write_folder.SHARD_BYTES = write_folder.PAGES = 4 << 20
 measured = []
 sample = lambda *_: measured.append(memory.now().resident)
 def unopened(*_):

@@ -7,14 +7,18 @@ import gzip
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fewbit.errors import FormatError, PlanError
-from fewbit.formats.containers.safetensors import ShardWriter
+from fewbit.formats.containers.safetensors import FileWriter, ShardWriter, files_in, read_file
 from fewbit.models.decoding.generate import prompt_ids
 from fewbit.models.source import read_config
+from fewbit.schemes.base import PartSpec
 from fewbit.system.files import parse_json, read_text
 from fewbit.texts.sources import load_text
 from tests import models
@@ -159,21 +163,51 @@ def test_a_text_in_the_encoding_of_the_locale_is_found() -> None:
         assert unnamed(right) == [], right
 
 
-class Sized:
-    """A tensor to `ShardWriter.add`, that counts how often its size is asked for."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-
-    @property
-    def nbytes(self) -> int:
-        self.asked += 1
-        return 8
+DTYPES = [
+    *(torch.int64, torch.float64, torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.int16, torch.uint16),
+    *(torch.float8_e8m0fnu, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.bool),
+]
 
 
-def test_adding_a_tensor_to_a_shard_reads_no_other_tensors(tmp_path: Path) -> None:
-    writer, tensors = ShardWriter(tmp_path), [Sized() for _ in range(50)]
-    for number, tensor in enumerate(tensors):
-        writer.add(str(number), tensor)  # type: ignore[arg-type]
-    assert writer.nbytes == 400
-    assert max(tensor.asked for tensor in tensors) <= 3
+def of_every_dtype() -> dict[str, torch.Tensor]:
+    numbers = torch.randint(0, 2, (5, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    found = {f"{n % 3}.{n}": numbers.to(d) if d.itemsize > 1 else numbers.clone().view(d) for n, d in enumerate(DTYPES)}
+    return {**found, 'é"\n': torch.ones(3).bfloat16(), "none": torch.zeros(0, 4), "one": torch.tensor(1.5)}
+
+
+def test_a_file_has_the_bytes_that_safetensors_writes(tmp_path: Path) -> None:
+    """Tensors come in another order than in the file, and are not contiguous."""
+    tensors = of_every_dtype()
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    writer = FileWriter(tmp_path / "ours", {name: PartSpec.of(tensor) for name, tensor in tensors.items()})
+    for name, tensor in reversed(tensors.items()):
+        writer.add(name, tensor.T.contiguous().T if tensor.dim() == 2 else tensor)
+    writer.close()
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_shards_keep_no_tensor_in_memory(tmp_path: Path) -> None:
+    specs = {str(number): PartSpec((4,), torch.float32) for number in range(7)}
+    writer = ShardWriter(tmp_path, specs, limit=48)
+    for name in specs:
+        tensor = torch.full((4,), float(name))
+        held = weakref.ref(tensor)
+        writer.add(name, tensor)
+        del tensor
+        assert held() is None
+    writer.close()
+    files = files_in(tmp_path)
+    assert [len(read_file(file)[0]) for file in files] == [3, 3, 1]
+    assert {name: float(t[0]) for file in files for name, t in read_file(file)[0].items()} == {
+        n: float(n) for n in specs
+    }
+    assert writer.nbytes == 7 * 16
+
+
+def test_a_tensor_that_is_missing_or_another_one_is_an_error(tmp_path: Path) -> None:
+    writer = FileWriter(tmp_path / "file", {"a": PartSpec((2,), torch.float32), "b": PartSpec((2,), torch.float32)})
+    writer.add("a", torch.ones(2))
+    with pytest.raises(ValueError, match="1 tensors were never written; the first is b"):
+        writer.close()
+    with pytest.raises(ValueError, match=r"b is .*float16.* expected .*float32"):
+        writer.add("b", torch.ones(2).half())

@@ -64,7 +64,7 @@ def write_merged(
     (folder / "generation_config.json").unlink(missing_ok=True)  # the source's own is copied
     copy_side_files(source.beside, folder)
     if carried:
-        writer = ShardWriter(folder)
+        writer = ShardWriter(folder, carried)
         writer.adopt()
         for key in carried:
             writer.add(key, checkpoint.get(key))

@@ -13,6 +13,7 @@ from fewbit.pipeline.settled import Settled
 from fewbit.system.files import write_json
 
 SHARD_BYTES = 512 << 20
+PAGES = 64 << 20  # bytes of files that are read before their pages are dropped
 
 
 def write(folder: Path, settled: Settled, blocks: Checkpoint) -> int:
@@ -36,16 +37,18 @@ def write(folder: Path, settled: Settled, blocks: Checkpoint) -> int:
         rewritten = name in blocks.specs  # a norm or bias
         tensors.append((name, blocks, name) if rewritten else (name, skeleton.checkpoint, key))
     names = stored.names(skeleton, originals, suffixes)
-    writer = ShardWriter(folder, SHARD_BYTES)
+    carried = skeleton.carried(resolved.assignments)
+    writer = ShardWriter(folder, {names[n]: place.specs[key] for n, place, key in tensors} | carried, SHARD_BYTES)
     read = 0
-    for name, place, key in tensors:
-        writer.add(names[name], place.get(key))
-        if (read := read + place.specs[key].nbytes) > SHARD_BYTES:
+    for name, place, key in [
+        *((names[n], place, key) for n, place, key in tensors),
+        *((key, skeleton.checkpoint, key) for key in carried),
+    ]:
+        writer.add(name, place.get(key))
+        if (read := read + place.specs[key].nbytes) > PAGES:
             blocks.drop_pages()
             skeleton.checkpoint.drop_pages()
             read = 0
-    for key in skeleton.carried(resolved.assignments):
-        writer.add(key, skeleton.checkpoint.get(key))
     writer.close()
     config = skeleton.source.config
     if skeleton.source.gguf is None:

@@ -6,6 +6,7 @@ errors, and checks that an index and its shards agree.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -49,6 +50,11 @@ _DTYPES = {  # safetensors' name -> torch's name
     "U32": "uint32",
     "U64": "uint64",
 }
+# The order of tensors in a file, by dtype. Within one dtype, they are sorted by name.
+_ORDER = (
+    *("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+)
 
 
 class Checkpoint:
@@ -183,51 +189,107 @@ def files_in(folder: Path, name: str | None = None) -> list[Path]:
 
 
 class ShardWriter:
-    """Writes tensors to `folder` in the order of `add`, in shards of at most `limit` bytes, and then the index."""
+    """Writes tensors to `folder` in shards of at most `limit` bytes, and then the index. It keeps no tensor in memory.
 
-    def __init__(self, folder: Path, limit: int = 2 << 30) -> None:
-        self.folder, self.limit = folder, limit
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self.nbytes = 0
+    specs: name -> header of each tensor that `add` will get. Shards are filled in this order. `add` takes the tensors
+    in any order; each shard is flushed to disk when it is complete.
+    """
+
+    def __init__(self, folder: Path, specs: Mapping[str, PartSpec], limit: int = 2 << 30) -> None:
+        self.folder = folder
+        self._shards: list[dict[str, PartSpec]] = []
+        self._begun: dict[int, FileWriter] = {}
+        self.nbytes, filled = 0, limit
+        for name, spec in specs.items():
+            if not self._shards or (self._shards[-1] and filled + spec.nbytes > limit):
+                self._shards.append({})
+                filled = 0
+            self._shards[-1][name] = spec
+            filled += spec.nbytes
+            self.nbytes += spec.nbytes
+        self._shard_of = {name: number for number, shard in enumerate(self._shards) for name in shard}
 
     def adopt(self) -> None:
-        """Use the files that are already in the folder as the first shards."""
+        """Use the files that are already in the folder as the last shards. No tensor may have been added."""
         for file in files_in(self.folder):
-            specs = read_specs(file)
-            self._shards.append(list(specs))
-            self.nbytes += sum(spec.nbytes for spec in specs.values())
-            file.rename(self.folder / f"shard-{len(self._shards)}")
+            self._shards.append(read_specs(file))
+            self.nbytes += sum(spec.nbytes for spec in self._shards[-1].values())
+            file.rename(self._place(len(self._shards) - 1))
         (self.folder / INDEX).unlink(missing_ok=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add one tensor. It is written when its shard is full."""
-        if self._pending and self._pending_bytes + tensor.nbytes > self.limit:
-            self._flush()
-        self._pending[name] = tensor
-        self._pending_bytes += tensor.nbytes
-        self.nbytes += tensor.nbytes
+        """Write one tensor. Its shape and dtype must be those of its spec."""
+        number = self._shard_of[name]
+        if number not in self._begun:
+            self._begun[number] = FileWriter(self._place(number), self._shards[number])
+        self._begun[number].add(name, tensor)
+        if self._begun[number].complete:
+            self._begun.pop(number).close()
 
     def close(self) -> None:
-        """Write the last shard, give the shards their final names, and write the index if there are several."""
-        self._flush()
+        """Name the shards, and write the index if there are several. ValueError if a tensor is missing."""
+        for writer in self._begun.values():
+            writer.close()
         if len(self._shards) == 1:
-            (self.folder / "shard-1").rename(self.folder / SINGLE)
+            self._place(0).rename(self.folder / SINGLE)
             return
         weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards, 1):
-            final = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
-            (self.folder / f"shard-{number}").rename(self.folder / final)
-            weight_map |= dict.fromkeys(names, final)
+        for number, specs in enumerate(self._shards):
+            final = f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
+            self._place(number).rename(self.folder / final)
+            weight_map |= dict.fromkeys(specs, final)
         index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
         write_json(self.folder / INDEX, index, indent=2)
 
-    def _flush(self) -> None:
-        if self._pending:
-            self._shards.append(list(self._pending))
-            write_file(self.folder / f"shard-{len(self._shards)}", self._pending)
-            self._pending, self._pending_bytes = {}, 0
+    def _place(self, number: int) -> Path:
+        return self.folder / f"shard-{number + 1}"
+
+
+class FileWriter:
+    """Writes one safetensors file, one tensor at a time in any order. The package safetensors writes whole files only.
+
+    The file has the bytes that the package would write. Source: https://github.com/huggingface/safetensors, "Format".
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, PartSpec], metadata: Mapping[str, str] | None = None) -> None:
+        called = {getattr(torch, kind): name for name, kind in _DTYPES.items()}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        self._places: dict[str, int] = {}
+        end = 0
+        # The widest numbers first, so that all are aligned.
+        for name in sorted(specs, key=lambda name: (_ORDER.index(called[specs[name].dtype]), name)):
+            spec = specs[name]
+            self._places[name], end = end, end + spec.nbytes
+            offsets = [self._places[name], end]
+            header[name] = {"dtype": called[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._start, self._path, self._missing = 8 + len(text), path, dict(specs)
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(self._start + end)
+
+    @property
+    def complete(self) -> bool:
+        return not self._missing
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor. Its shape and dtype must be those of its spec."""
+        spec = self._missing.pop(name)
+        if PartSpec.of(tensor) != spec:
+            raise ValueError(f"{name} is {PartSpec.of(tensor)}, expected {spec}")
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        with open(self._path, "r+b") as file:
+            file.seek(self._start + self._places[name])
+            file.write(flat.numpy().data)
+
+    def close(self) -> None:
+        """Flush the file to disk. ValueError if a tensor is missing."""
+        if self._missing:
+            first = next(iter(self._missing))
+            raise ValueError(f"{len(self._missing)} tensors were never written; the first is {first}")
+        with open(self._path, "r+b") as file:
+            os.fsync(file.fileno())
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
