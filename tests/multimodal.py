@@ -93,6 +93,10 @@ _MORE: dict[str, dict[str, Any]] = architectures.MORE | {
     "muse_spark_audio": {"patch_sizes": [16, 6], "hidden_sizes": [32, 64], "depths": [1, 1]},
     "omniasr_audio": {"conv_dim": [32, 32], "conv_kernel": [10, 3], "conv_stride": [5, 2]},
     "paddleocr_vl_text": _TURNED,
+    "pix2struct_text_model": {"d_kv": 16},
+    "pix2struct_vision_model": {"d_kv": 16},
+    "pp_formulanet_vision": {"post_conv_in_channels": 32, "post_conv_mid_channels": 32, "post_conv_out_channels": 64}
+    | {"decoder_hidden_size": 64},
     "qwen2_5_omni_text": _TURNED,
     "qwen2_5_vl_text": _TURNED,
     "qwen2_vl_text": _TURNED,
@@ -132,19 +136,16 @@ NOT_BUILT: dict[str, str] = {
     "qwen3_omni_moe": "shared_expert_intermediate_size",
     "qwen4_exp": "NoneType",
 }
-_ENCODER = "is an encoder-decoder model"
 # Types that fewbit refuses, and with what words.
 REFUSED: dict[str, str] = {
-    **dict.fromkeys(
-        ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"), _ENCODER
-    ),
     "diffusion_gemma": "blocks that share weights cannot be quantized yet",
     "ernie4_5_vl_moe": "makes several tensors of",  # experts for text and for images of one list
     "llama4": "no attribute 'image_outputs'",  # the forward pass of transformers 5.24 fails
     "shieldgemma2": "the weights are of ShieldGemma2ForImageClassification",
 }
 # The same for plans that calibrate.
-CALIBRATED = dict.fromkeys(("idefics", "voxtral_realtime"), "does not run on text alone")
+_NO_TEXT = "does not run on text alone"
+CALIBRATED = dict.fromkeys(("idefics", "udop", "voxtral_realtime"), _NO_TEXT)
 
 
 def refusal(kind: str, plan: str) -> str | None:
@@ -250,6 +251,17 @@ def _sound(ids: Tensor, _: Tensor, config: Any, generator: torch.Generator) -> G
     return {"input_ids": ids[:, :count], "input_features": given}
 
 
+def _pages(ids: Tensor, _: Tensor, config: Any, generator: torch.Generator) -> Given:
+    places = torch.arange(1, 9)[None, :, None].float()  # row and column of each patch
+    patches = torch.randn(1, 8, config.vision_config.patch_embed_hidden_size, generator=generator)
+    return {"flattened_patches": torch.cat([places, places, patches], 2), "decoder_input_ids": ids}
+
+
+def _boxes(ids: Tensor, _: Tensor, config: Any, generator: torch.Generator) -> Given:
+    corners = torch.rand(1, ids.shape[1], 2, generator=generator) / 2
+    return {"input_ids": ids, "bbox": torch.cat([corners, corners + 0.25], 2), "decoder_input_ids": ids}
+
+
 # How to make the inputs of a type that needs more than text in each forward pass: ids, an image, config, generator.
 _NEEDED: dict[str, Callable[[Tensor, Tensor, Any, torch.Generator], Given]] = {
     "blip": lambda ids, image, config, generator: {"input_ids": ids, "pixel_values": image},
@@ -260,11 +272,21 @@ _NEEDED: dict[str, Callable[[Tensor, Tensor, Any, torch.Generator], Given]] = {
         "pixel_values": image[:, None],
         "image_attention_mask": torch.ones(1, ids.shape[1], 1, dtype=torch.long),
     },
+    **dict.fromkeys(
+        ("florence2", "t5gemma2"),
+        lambda ids, image, config, generator: {"input_ids": ids, "decoder_input_ids": ids[:, 7:30]},
+    ),
     "kosmos-2": _latents,
     "pi0": _robot,
+    "pix2struct": _pages,
+    **dict.fromkeys(
+        ("pp_formulanet", "vision-encoder-decoder"),
+        lambda ids, image, config, generator: {"pixel_values": image, "decoder_input_ids": ids},
+    ),
+    "udop": _boxes,
     "voxtral_realtime": _sound,
 }
-WITH_IMAGE |= _NEEDED.keys() - {"voxtral_realtime"}
+WITH_IMAGE |= _NEEDED.keys() - {"florence2", "t5gemma2", "udop", "voxtral_realtime"}
 WITH_SOUND = frozenset({"voxtral_realtime"})
 
 

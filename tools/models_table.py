@@ -21,8 +21,9 @@ quantized weights. This page is made from the table of those tests.
 
 - **Quantized**: every linear in the blocks, with each expert of a mixture of experts, also if a checkpoint stores the
   experts of a layer, or q, k and v, as one tensor.
-- **In 16 bits**: embeddings, the output head, norms, convolutions, state space parameters, vision and audio towers.
-  Routers, gates of shared experts and decay rates of gated delta nets too, unless a rule of the plan names them.
+- **In 16 bits**: embeddings, the output head, norms, convolutions, state space parameters, vision and audio towers,
+  encoders. Routers, gates of shared experts and decay rates of gated delta nets too, unless a rule of the plan names
+  them.
 - **calibrated**: `gptq-4bit` and `awq-4bit`. **other**: `nf4` and `int8`. Other plans of the same methods behave alike.
 - **no**: `quantize` ends with an error that says why, and leaves no output.
 - GGUF has fewer architectures: `fewbit quantize --plan q4_k_m` names those that it does not have.
@@ -38,8 +39,7 @@ _SAYS = {
     r"runs model.layers.\d+ \d+ times": "runs its blocks more than once",
     "cannot be run one by one": "its blocks cannot be run one by one",
     "gives its blocks no hidden states": "its blocks take other inputs than hidden states",
-    "does not run on text alone": "needs an image or sound in each forward pass, and so does its language model",
-    "is an encoder-decoder model": "is an encoder-decoder model",
+    "does not run on text alone": "needs more than text in each forward pass, and so does its language model",
     "makes several tensors of": "transformers makes several tensors of several of the checkpoint",
     "no attribute 'image_outputs'": "the class in transformers 5.24 does not run",
     "the weights are of ShieldGemma2ForImageClassification": "is a classifier",
@@ -67,7 +67,8 @@ def page() -> str:
             *_table(causal, architectures.NOT_BUILT),
             "\n## Models with vision or audio towers\n",
             "The language model is quantized, and calibrated on text.",
-            "If a model needs an image or sound in each forward pass, its language model is calibrated by itself.\n",
+            "If a model needs an image or sound in each forward pass, its language model is calibrated by itself.",
+            "Of models with an encoder and a decoder, such as Florence-2 and T5Gemma 2, the decoder is quantized.\n",
             *_table(images, multimodal.NOT_BUILT, multimodal.WITH_IMAGE),
             "",
         ]

@@ -157,12 +157,12 @@ def test_a_tower_larger_than_the_language_model_stays(tmp_path: Path) -> None:
     ("kind", "words"),
     [
         ("llama4", "does not run in transformers: .*image_outputs"),
-        ("t5gemma2", "is an encoder-decoder model"),
+        ("shieldgemma2", "the weights are of ShieldGemma2ForImageClassification"),
     ],
 )
 def test_models_that_do_not_run_are_refused_at_once(kind: str, words: str, tmp_path: Path) -> None:
     folder = multimodal.save(tmp_path / "model", kind)
-    with pytest.raises(PlanError, match=words):
+    with pytest.raises(FewbitError, match=words):
         package.preview(folder, plan="nf4")
 
 
@@ -211,13 +211,44 @@ def test_calibration_reaches_an_inner_language_model(tmp_path: Path) -> None:
     assert [tensor.error for tensor in whole.tensors] == [tensor.error for tensor in alone.tensors]
 
 
-def test_an_encoder_decoder_model_keeps_its_encoder(tmp_path: Path) -> None:
-    make = transformers.BartConfig
-    config = architectures.small(make, architectures.SIZES, architectures.MORE)
-    transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize(
+    ("kind", "plan"), [("Bart", "gptq-4bit"), ("Bart", "awq-4bit"), ("Bart", "nf4"), ("T5", "nf4"), ("T5", "int8")]
+)
+def test_an_encoder_decoder_model_keeps_its_encoder(kind: str, plan: str, tmp_path: Path) -> None:
+    config = architectures.small(getattr(transformers, f"{kind}Config"), architectures.SIZES, {"t5": {"d_kv": 16}})
+    made = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    architectures.draw(made, 3)
+    made.save_pretrained(tmp_path / "model")
     models.tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(PlanError, match="BartForConditionalGeneration is an encoder-decoder model"):
-        package.quantize(tmp_path / "model", tmp_path / "out", plan="nf4", device="cpu")
+    calibration = package.Calibration([models.sentences(60)], samples=4, length=32)
+    done = package.quantize(tmp_path / "model", tmp_path / "out", plan=plan, calibration=calibration, device="cpu")
+    assert any("checked by a forward pass only, as the model has an encoder" in note for note in done.notes)
+    model = package.load(tmp_path / "out", dtype=torch.float32, kernel="reference")
+    expected, packed = models.original(tmp_path / "model"), packed_linears(model)
+    assert type(model) is type(expected)
+    assert packed
+    assert all("decoder" in name for name in packed)
+    assert not [tensor.module for tensor in done.tensors if any("no calibration input" in n for n in tensor.notes)]
+    if plan.startswith("awq"):
+        known = expected.state_dict()
+        given = {n: t for n, t in model.state_dict().items() if n in known and t.is_floating_point()}
+        expected.load_state_dict(given, strict=False)
+    for name, module in packed.items():
+        architectures.put(expected, name, module.qtensor().dequantize())
+    ids = torch.randint(3, 200, (1, 20), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        wanted, got = (m(input_ids=ids, decoder_input_ids=ids[:, 3:12]).logits for m in (expected, model))
+    assert (got - wanted).norm() <= 1e-4 * wanted.norm()
+    with pytest.raises(PlanError, match="is an encoder-decoder model, and does not continue a text"):
+        package.generate(tmp_path / "out", "the model")
+
+
+def test_an_encoder_decoder_classifier_is_refused(tmp_path: Path) -> None:
+    config = architectures.small(transformers.BartConfig, architectures.SIZES, {})
+    transformers.BartForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    models.tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(PlanError, match="BartForSequenceClassification is an encoder-decoder model that generates no"):
+        package.preview(tmp_path / "model", plan="nf4")
 
 
 def test_a_config_that_is_no_language_model_is_refused(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from fewbit.models.gguf.header import Header
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
 from fewbit.models.on_text import OnText
+from fewbit.models.on_text import inputs as text_inputs
 from fewbit.models.scales import read as folded_scales
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
@@ -337,11 +338,14 @@ def _reopened(
         if on_text.part is None:
             return None, [f"checked by loading it only, {why}"]
         with torch.inference_mode():
-            computed = model.get_submodule(on_text.part)(input_ids=ids.to(model.device))
+            part = model.get_submodule(on_text.part)
+            computed = part(**text_inputs(part, ids.to(model.device)))
             if not torch.isfinite(computed["logits"] if "logits" in computed else computed[0]).all():
                 raise FormatError("the quantized model's logits are not finite")
         if on_text.part:
             return "", [f"checked by a forward pass of {on_text.part} only, {why}"]
+        if getattr(model.config, "is_encoder_decoder", False):
+            return "", ["checked by a forward pass only, as the model has an encoder, and does not continue a text"]
         try:
             return continue_text(model, tokenizer, ids, max_new_tokens=8).text, []
         except (FewbitError, torch.OutOfMemoryError):

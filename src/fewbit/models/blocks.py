@@ -38,12 +38,18 @@ def find_blocks(model: PreTrainedModel) -> list[str]:
 
 def towers(model: PreTrainedModel) -> tuple[str, ...]:
     """Name prefixes of the models inside of `model` that do not contain its token embedding."""
-    try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:
+    if (embedding := embedding_of(model)) is None:
         return ()
     return tuple(
         f"{name}."
         for name, module in model.named_modules()
         if isinstance(module, PreTrainedModel) and all(inner is not embedding for inner in module.modules())
     )
+
+
+def embedding_of(model: PreTrainedModel) -> Any:
+    """The token embedding of `model`; None if the model does not say which module it is."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None

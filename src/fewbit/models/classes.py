@@ -28,13 +28,11 @@ _WHOLE = (*_AUTOS[1:], AutoModelForCausalLM)
 def class_for(config: Any) -> Any:
     """The auto class, or the class of transformers, that builds and loads the model that `config` describes.
 
-    PlanError for an encoder-decoder model.
+    PlanError for an encoder-decoder model without a head that generates text.
     """
     named = str(next(iter(getattr(config, "architectures", None) or ()), None))
     if named in _offered(AutoModelForCausalLM, config):
         return AutoModelForCausalLM
-    if getattr(config, "is_encoder_decoder", False) and hasattr(transformers, named):
-        raise PlanError(f"{named} is an encoder-decoder model, and fewbit quantizes decoder-only language models")
     for auto in _AUTOS:
         if named in _offered(auto, config):
             return auto
@@ -46,6 +44,8 @@ def class_for(config: Any) -> Any:
         and own.config_class is type(config)
     ):
         return own
+    if getattr(config, "is_encoder_decoder", False) and hasattr(transformers, named):
+        raise PlanError(f"{named} is an encoder-decoder model that generates no text, and cannot be quantized")
     return next((auto for auto in _WHOLE if any(_offered(auto, config))), AutoModelForCausalLM)
 
 

@@ -136,7 +136,7 @@ def _loaded(source: Source, loading: Loading) -> Any:
 
 
 def _class_of(source: Source, loading: Loading) -> Any:
-    """The class that loads the model of `source`. PlanError for an encoder-decoder model."""
+    """The class that loads the model of `source`. PlanError as `classes.class_for`."""
     if source.gguf is not None:  # a GGUF file holds a causal LM, and its config takes long to read
         return AutoModelForCausalLM
     return classes.class_for(AutoConfig.from_pretrained(source.folder, trust_remote_code=loading.trust_remote_code))

@@ -6,6 +6,7 @@ calibrated on text by itself.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from fewbit.errors import PlanError
 from fewbit.models import classes
+from fewbit.models.blocks import embedding_of
 from fewbit.models.calls import SHELLS, BlockCall, first_line
 
 
@@ -46,7 +48,8 @@ def found(skeleton: Host) -> OnText:
 
     PlanError if the forward pass of the whole model fails after the output head, where no input makes a difference.
     """
-    if not skeleton.model.config.sub_configs:  # it has no towers
+    config = skeleton.model.config
+    if not config.sub_configs and not getattr(config, "is_encoder_decoder", False):  # it has no towers
         return OnText("")
     why = ""
     with skeleton.materialized(None), torch.no_grad():
@@ -60,9 +63,24 @@ def found(skeleton: Host) -> OnText:
     return OnText(None, why)
 
 
+def inputs(part: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """The arguments of a forward pass over token ids. A decoder with an encoder gets the same ids as the encoder."""
+    known = inspect.signature(type(part).forward).parameters
+    return {name: ids for name in ("input_ids", "decoder_input_ids") if name in known or name == "input_ids"}
+
+
+def _two(part: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    return inputs(part, torch.zeros(1, 2, dtype=torch.int64, device=device))
+
+
 def check(model: PreTrainedModel) -> None:
     """PlanError unless the loaded `model` runs on token ids alone. Only a model with towers is run, on one token."""
     reason = ""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise PlanError(
+            f"{type(model).__name__} is an encoder-decoder model, and does not continue a text",
+            "Load it with fewbit.load(...) or transformers, and call its own `generate`.",
+        )
     if needed := classes.needed(model):
         reason = f"each forward pass needs {', '.join(needed)}"
     elif model.config.sub_configs:
@@ -78,11 +96,18 @@ def check(model: PreTrainedModel) -> None:
 
 
 def _parts(skeleton: Host) -> Iterator[tuple[str, PreTrainedModel]]:
-    """The models inside of the model that contain the blocks and the token embedding, the largest first."""
-    embedding: Any = skeleton.model.get_input_embeddings()
+    """The models inside of the model that contain the blocks and the token embedding, the largest first.
+
+    If the model does not say which module its token embedding is, those with blocks that take token ids.
+    """
+    embedding = embedding_of(skeleton.model)
     for name, module in skeleton.model.named_modules():
-        around = not name or skeleton.blocks[0].startswith(f"{name}.")
-        if around and isinstance(module, PreTrainedModel) and any(inner is embedding for inner in module.modules()):
+        inside = skeleton.blocks[0].startswith(f"{name}.") and (
+            "input_ids" in inspect.signature(type(module).forward).parameters
+            if embedding is None
+            else any(inner is embedding for inner in module.modules())
+        )
+        if isinstance(module, PreTrainedModel) and (inside or not name):
             yield name, module
 
 
@@ -112,7 +137,7 @@ def _why_not(skeleton: Host, part: PreTrainedModel) -> str | None:
         for module in replaced:
             module.forward = computed if module is head else passed
         try:
-            part(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=skeleton.device), use_cache=False)
+            part(**_two(part, skeleton.device), use_cache=False)
             return None
         except (_Reached, torch.OutOfMemoryError):
             return None
@@ -138,7 +163,7 @@ def _why_not_block(skeleton: Host, part: PreTrainedModel) -> str | None:
 
     block.forward = record
     try:
-        part(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=skeleton.device), use_cache=False)
+        part(**_two(part, skeleton.device), use_cache=False)
     except _Reached:
         pass
     finally:

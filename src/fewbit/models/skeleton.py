@@ -26,7 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.models import classes, conversions, decoded, experts, on_text
-from fewbit.models.blocks import find_blocks
+from fewbit.models.blocks import embedding_of, find_blocks
 from fewbit.models.building import building, empty_parameters
 from fewbit.models.calls import NO_CALIBRATION, SHELLS, first_line
 from fewbit.models.calls import BlockCall as BlockCall
@@ -142,7 +142,8 @@ class Skeleton:
         """
         inside = [p for block in self.blocks for p in self.model.get_submodule(block).named_parameters(prefix=block)]
         before = [parameter._version for _, parameter in inside]
-        embedding: Any = self.model.get_input_embeddings()
+        if (embedding := embedding_of(self.model)) is None:
+            return None
         first: Any = self.model.get_submodule(self.blocks[0])
 
         def embedded(ids: Tensor) -> Tensor:
@@ -228,11 +229,14 @@ class Skeleton:
         """Inside this context, the block `prefix` has its weights. None: everything outside blocks, except the head."""
         inside = [key for key, name in self.name_of.items() if self._belongs(name, prefix)]
         self._load(inside)
+        for second, first in self.tied.items():  # the head is not loaded; others are, such as an encoder's embedding
+            if self._belongs(first, prefix) and self._belongs(second, prefix):
+                self._set(second, self.model.get_parameter(first).data)
         module = self.model.get_submodule(prefix) if prefix else self.model
         try:
             yield module
         finally:
-            for name, _ in list(self.model.named_parameters()):
+            for name, _ in list(self.model.named_parameters(remove_duplicate=False)):
                 if self._belongs(name, prefix):
                     self._set(name, self._expected[name])
             self.checkpoint.drop_pages()
@@ -296,7 +300,7 @@ class Skeleton:
         try:
             for tokens in batches:
                 try:
-                    part(input_ids=tokens.to(self.device), use_cache=False)
+                    part(**on_text.inputs(part, tokens.to(self.device)), use_cache=False)
                 except _Stop:
                     continue
         finally:

@@ -165,8 +165,9 @@ def model_of(skeleton: Skeleton) -> mixtures.Model:
     config = skeleton.config
     if blocks.towers(skeleton.model):
         kind = type(skeleton.model).__name__
+        what = "an encoder" if getattr(config, "is_encoder_decoder", False) else "a vision or audio tower"
         raise PlanError(
-            f"{kind} has a vision or audio tower, and a GGUF file holds a language model alone",
+            f"{kind} has {what}, and a GGUF file holds a language model alone",
             "Use a plan for another format.",
         )
     routes = gguf_names.routes(config)
