@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import fewbit
 from fewbit.errors import FormatError
+from fewbit.nn.fused import packed_linears
 from fewbit.plans.plan import Plan, Rule
-from tests import architectures, models
+from tests import architectures, models, packed_models
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,30 @@ def test_auto_round_by_autogptq(made: dict[str, Path], tmp_path: Path, method: s
 def test_auto_round_by_autoawq(made: dict[str, Path], tmp_path: Path) -> None:
     config = auto_round("auto_round:auto_awq") | {"sym": False}
     read_alike(copied(made["awq"], tmp_path / "r", config), logits(made["awq"]))
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("mx_fp", "ct-mxfp4"), ("nv_fp", "ct-nvfp4")])
+def test_auto_round_by_llm_compressor(kind: str, layout: str, tmp_path: Path) -> None:
+    """4-bit floats have the tensors of compressed-tensors, under AutoRound's own config."""
+    plain = models.save(tmp_path / "plain", "llama", intermediate_size=128)
+    folder = packed_models.pack(plain, tmp_path / "packed", layout)
+    group = {"mx_fp": 32, "nv_fp": 16}[kind]
+    config = auto_round("auto_round:llm_compressor") | {"data_type": kind, "group_size": group, "act_bits": 4}
+    models.edit_json(folder / "config.json", quantization_config=config)
+    found = fewbit.inspect(folder)
+    assert found.schemes == {{"mx_fp": "mxfp4", "nv_fp": "nvfp4"}[kind]: 14}
+    values = models.tensors_of(plain)
+    for model in (fewbit.load(folder, device="cpu"), AutoModelForCausalLM.from_pretrained(folder)):
+        assert len(packed_linears(model)) == 14
+        model.save_pretrained(tmp_path / "again")
+        packed_models.same_files(tmp_path / "again", folder)
+    assert len(packed_linears(fewbit.load(tmp_path / "again", device="cpu"))) == 14
+    own = fewbit.load(folder, device="cpu").dequantize().state_dict()
+    assert all(torch.equal(own[name].float(), tensor.float()) for name, tensor in values.items())
+    other = {**config, "extra_config": {"model.layers.0.mlp.down_proj": {"bits": 8}}}
+    models.edit_json(folder / "config.json", quantization_config=other)
+    with pytest.raises(FormatError, match=r"extra_config gives model\.layers\.0\.mlp\.down_proj settings"):
+        fewbit.load(folder, device="cpu")
 
 
 @pytest.mark.parametrize("packing", ["auto_round", "auto_round:gptqmodel", "auto_round:exllamav2"])

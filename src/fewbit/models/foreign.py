@@ -106,6 +106,8 @@ def normalized(found: Mapping[str, Any]) -> dict[str, Any]:
     kind, form = str(config.get("data_type", "int")), packing.removeprefix("auto_round:")
     if not packing.startswith("auto_round") and packing != "auto":
         raise FormatError(f"AutoRound's packing {packing!r} is unknown", _INSTEAD)
+    if form == "llm_compressor" and config.get("bits") == 4 and kind.startswith(("mx_fp", "nv_fp")):
+        return _as_compressed_tensors(config, nvfp4=kind.startswith("nv_fp"))
     if kind != "int" or form.startswith(("llm_compressor", "fp8", "nv_fp", "mx_fp", "fake", "mlx")):
         raise FormatError(f"AutoRound packed these weights as {packing}, data type {kind}: fewbit reads only integers")
     made = {key: value for key, value in config.items() if key not in ("packing_format", "backend", "extra_config")}
@@ -173,3 +175,27 @@ def _pattern(name: str, said: Mapping[str, Any]) -> str:
     left = isinstance(bits := said.get("bits"), int) and bits >= 16
     plain = re.fullmatch(r"[\w.\-]+", name) is not None
     return f"{'-' if left else '+'}:{f'^{re.escape(name)}$' if plain else f'.*(?:{name})'}"
+
+
+def _as_compressed_tensors(config: Mapping[str, Any], *, nvfp4: bool) -> dict[str, Any]:
+    """The config of compressed-tensors for MXFP4 or NVFP4 weights of AutoRound, which have the same tensors.
+
+    FormatError if single layers have other settings, except those that stay in 16 bits. Source: auto-round,
+    export_to_autoround/export_to_nvfp_mxfp.py and qlinear_fp.py.
+    """
+    extra = config.get("extra_config") or {}
+    if not isinstance(extra, dict) or not all(isinstance(said, dict) for said in extra.values()):
+        raise FormatError("AutoRound's extra_config is not an object of objects")
+    for name, said in extra.items():
+        if not (isinstance(bits := said.get("bits"), int) and bits >= 16):
+            raise FormatError(f"AutoRound's extra_config gives {name} settings of its own, {dict(said)}", _INSTEAD)
+    plain = {name: re.fullmatch(r"[\w.\-]+", name) is not None for name in extra}
+    ignored = [name if plain[name] else f"re:.*(?:{name})" for name in extra]
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False}
+    kind = {"strategy": "tensor_group", "group_size": 16} if nvfp4 else {"strategy": "group", "group_size": 32}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": f"{'nvfp4' if nvfp4 else 'mxfp4'}-pack-quantized",
+        "ignore": ["lm_head", *ignored],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**weights, **kind}}},
+    }
