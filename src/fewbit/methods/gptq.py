@@ -74,9 +74,7 @@ class GPTQ(Method):
         if self.refine < 0:
             raise PlanError(f"`refine`: '{self.refine}' is not a number of sweeps", "Use 0 or more.")
         if not 0 <= self.target <= 1:
-            raise PlanError(
-                f"`target`: '{self.target:g}' is not a share of the error", "Use 0 to 1; the default is 0.5."
-            )
+            raise PlanError(f"`target`: '{self.target:g}' is not a share", "Use 0 to 1; the default is 0: no target.")
 
     def quantize(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Choice:
         return self.quantize_alike([w], [scheme], stats)[0]
