@@ -23,7 +23,7 @@ from fewbit.models import scales
 from fewbit.models.gguf import config as gguf_config
 from fewbit.models.gguf import names as gguf_names
 from fewbit.models.gguf.header import Header
-from fewbit.pipeline.settled import Settled
+from fewbit.pipeline.settled import Settled, finite
 from fewbit.pipeline.write_folder import folded
 from fewbit.plans import mixtures
 from fewbit.plans.plan import Resolved
@@ -119,6 +119,6 @@ def write(path: Path, settled: Settled, blocks: Checkpoint, header: Header, reco
 
 def _plain(tensor: Tensor, each: Planned) -> Tensor:
     values = tensor.to(each.entry.spec.dtype)
-    if not torch.isfinite(values).all():
+    if not finite(values):
         raise NumericsError(f"{each.name} has values beyond the range of {each.entry.type}")
     return values
