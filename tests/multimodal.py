@@ -140,9 +140,10 @@ NOT_BUILT: dict[str, str] = {
 REFUSED: dict[str, str] = {
     "diffusion_gemma": "blocks that share weights cannot be quantized yet",
     "ernie4_5_vl_moe": "makes several tensors of",  # experts for text and for images of one list
-    "llama4": "no attribute 'image_outputs'",  # the forward pass of transformers 5.24 fails
     "shieldgemma2": "the weights are of ShieldGemma2ForImageClassification",
 }
+if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24):  # the forward pass fails; that of 5.17 runs
+    REFUSED["llama4"] = "no attribute 'image_outputs'"
 # The same for plans that calibrate.
 _NO_TEXT = "does not run on text alone"
 CALIBRATED = dict.fromkeys(("idefics", "udop", "voxtral_realtime"), _NO_TEXT)
@@ -155,7 +156,12 @@ def refusal(kind: str, plan: str) -> str | None:
 
 def config(kind: str) -> Any:
     """A config of that type with small sizes."""
-    made = architectures.small(CONFIG_MAPPING[kind], _SIZES, _MORE)
+    make: Any = CONFIG_MAPPING[kind]
+    if kind == "vision-encoder-decoder":  # older versions of transformers have no default
+        parts = (architectures.small(CONFIG_MAPPING[each], _SIZES, _MORE) for each in ("vit", "bert"))
+        made = make.from_encoder_decoder_configs(*parts)
+    else:
+        made = architectures.small(make, _SIZES, _MORE)
     made.architectures = [CLASSES[kind]]
     return made
 
