@@ -8,8 +8,8 @@ the finder returns None at once.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -33,6 +33,21 @@ _WATCHED = {
 preferred: set[str] = set()  # quantization methods that fewbit handles even if their own back end is installed
 
 
+_OURS = "fewbit.models."
+
+
+class _State(threading.local):
+    """depth: how many modules of `fewbit.models` are being imported. waiting: registrations until they are finished."""
+
+    depth = 0
+
+    def __init__(self) -> None:
+        self.waiting: list[str] = []
+
+
+_state = _State()
+
+
 class _AfterImport(MetaPathFinder):
     def __init__(self, awaited: set[str]) -> None:
         self.awaited = awaited
@@ -40,27 +55,43 @@ class _AfterImport(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in self.awaited:
+        if fullname not in self.awaited and not fullname.startswith(_OURS):
             return None
-        self.awaited.remove(fullname)
-        if not self.awaited:
-            sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        if fullname in self.awaited:
+            self.awaited.remove(fullname)
+            if not self.awaited:
+                sys.meta_path.remove(self)
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in others if spec is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Registering(spec.loader, _WATCHED[fullname])
+            spec.loader = _Registering(spec.loader, _WATCHED.get(fullname))
         return spec
 
 
 class _Registering(Loader):
-    def __init__(self, inner: Loader, ours: str) -> None:
+    """Loads a watched module, and then registers `ours`. None: the module is fewbit's own.
+
+    A module of fewbit may import a watched one first. What registers itself may need that module of fewbit, so it waits
+    until it is complete.
+    """
+
+    def __init__(self, inner: Loader, ours: str | None) -> None:
         self.inner, self.ours = inner, ours
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self.inner.exec_module(module)
-        _register(self.ours)
+        own = self.ours is None
+        _state.depth += own
+        try:
+            self.inner.exec_module(module)
+        finally:
+            _state.depth -= own
+        if self.ours is not None:
+            _state.waiting.append(self.ours)
+        while _state.waiting and not _state.depth:
+            _register(_state.waiting.pop(0))
 
 
 def _register(ours: str) -> None:

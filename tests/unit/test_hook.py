@@ -127,6 +127,12 @@ def test_so_may_peft(first: str) -> None:
     run(f"{first}\n{CHECK}\n{PEFT}")
 
 
+@pytest.mark.parametrize("first", ["conversions", "plugin.modules", "plugin.patch_fp8"])
+def test_any_module_can_be_the_first(first: str) -> None:
+    """It imports transformers, and what registers itself then may need this module."""
+    run(f"import fewbit.models.{first}\n{CHECK}")
+
+
 def test_a_verb_that_does_not_exist() -> None:
     import fewbit
 
