@@ -143,7 +143,6 @@ REFUSED: dict[str, str] = {
 _CALIBRATED: dict[str, str] = {
     "gemma4_unified_assistant": "shared_kv_states cannot be None",  # it drafts for another model
     "dory": r"runs model.layers.\d+ \d+ times",
-    "prophetnet": "cannot be run one by one",
     "reformer": "gives its blocks no hidden states",
 }
 REFUSED_BY = {(kind, plan): words for kind, words in _CALIBRATED.items() for plan in ("gptq-4bit", "awq-4bit")}

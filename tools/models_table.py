@@ -37,7 +37,6 @@ _SAYS = {
     "changes rwkv.blocks.0.attention.output.weight in its forward pass": "changes its weights before it runs",
     "blocks that share weights cannot be quantized yet": "its blocks share weights",
     r"runs model.layers.\d+ \d+ times": "runs its blocks more than once",
-    "cannot be run one by one": "its blocks cannot be run one by one",
     "gives its blocks no hidden states": "its blocks take other inputs than hidden states",
     "does not run on text alone": "needs more than text in each forward pass, and so does its language model",
     "makes several tensors of": "transformers makes several tensors of several of the checkpoint",
