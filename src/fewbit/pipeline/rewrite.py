@@ -21,6 +21,7 @@ from fewbit.models.experts import ExpertInput, inputs_of, only_of
 from fewbit.models.linears import weight_of
 from fewbit.models.skeleton import BlockCall, Skeleton, states_of
 from fewbit.models.topology import Link, find_links
+from fewbit.pipeline import token_weights
 from fewbit.pipeline.capture import Block
 from fewbit.plans.plan import Assignment
 from fewbit.stats import Need, Stats
@@ -441,8 +442,8 @@ def _reading(reader: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _counts(states: Tensor, rows: int) -> Tensor:
-    """The weight of each row: for tokens, the norm of the hidden state at the block's input, as in `gather`."""
-    counts = states.norm(dim=-1).flatten()
+    """The weight of each row, as in `gather`; the same for all if the rows are no tokens."""
+    counts = token_weights.of_tokens(states).flatten()
     return counts if len(counts) == rows else torch.ones(rows, device=states.device, dtype=torch.float32)
 
 
