@@ -271,7 +271,7 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         lambda: check_block_values("q4_k"),
     ),
     "ggml: what is added subtracted": (
-        [Mutation(layout, "unpack", "-dmin if layout.plus", "dmin if layout.plus")],
+        [Mutation(layout, "units", "-dmin if layout.plus", "dmin if layout.plus")],
         lambda: check_block_values("q4_1"),
     ),
     "ggml: top bits of sub-scales in the wrong place": (

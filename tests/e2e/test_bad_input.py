@@ -657,13 +657,14 @@ def test_too_little_disk(sound: Path, refused: Refused, monkeypatch: pytest.Monk
 def test_a_disk_that_fills_up(
     when: str, sound: Path, place: Path, fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = safetensors.write_file
+    owner, name = (run, "write_file") if when == "blocks" else (safetensors.FileWriter, "add")
+    write = getattr(owner, name)
 
-    def full(path: Path, *rest: Any) -> None:
-        write(path, *rest)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    def full(*args: Any) -> None:
+        write(*args)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
 
-    monkeypatch.setattr(run if when == "blocks" else safetensors, "write_file", full)
+    monkeypatch.setattr(owner, name, full)
     check(fewbit("quantize", sound, "-o", place, "--plan", "rtn-4bit"), 1, "No space left on device")
     assert list(place.parent.iterdir()) == []
 

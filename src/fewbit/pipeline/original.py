@@ -102,7 +102,8 @@ class Original:
         if of % len(windows):
             return None
         step = min(_HELD_OUT, self.total)
-        chosen = torch.tensor([step > 1 and window % step == step - 1 for window in windows], device=rows.device)
+        held = [step > 1 and window % step == step - 1 for window in windows]
+        chosen = torch.tensor(held, dtype=torch.bool, device=rows.device)
         return chosen[torch.div(rows, of // len(windows), rounding_mode="floor")]
 
 
