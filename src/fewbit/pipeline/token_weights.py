@@ -5,10 +5,11 @@ attend to, get small errors. But a model may give one token a norm that is far a
 
     weight of t  =  min(|h_t|, 4 m_h) * min(1, 4 m_x / |x_t|)²        m: median over the tokens of a window
 
-x_t is the linear's input. So in the squares of outputs, a row counts as if neither norm were above 4 medians. No norm
-of `tiny` is above 3.3 medians. In layer 28 of SmolLM2, down_proj reads 40 medians at the first token, whose state has
-35. MXFP4 holds the weight that multiplies it with an error of 13 %. Without the limits, GPTQ spreads this error over
-all columns of that row, and the outputs at other tokens change by 63 %; with them, by 10 %.
+x_t is the linear's input. So in the squares of outputs, a row counts as if neither norm were above 4 medians. On `tiny`
+few norms reach the limit; at 4 bits the KL divergence is 0.0308 with it and 0.0312 without, which is no difference. In
+layer 28 of SmolLM2, down_proj reads 40 medians at the first token, whose state has 35. MXFP4 holds the weight that
+multiplies it with an error of 13 %. Without the limits, GPTQ spreads this error over all columns of that row, and the
+outputs at other tokens change by 63 %; with them, by 10 %.
 """
 
 from __future__ import annotations
