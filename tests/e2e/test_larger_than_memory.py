@@ -85,8 +85,19 @@ def test_an_output_larger_than_memory_is_not_run(
     assert fewbit.quantize(model, tmp_path / "ran", plan="nf4", device="cpu").sample is not None
 
 
-def test_free_memory_is_less_than_all_memory() -> None:
-    assert 0 < machine.free_memory(torch.device("cpu")) < machine.main_memory()
+def test_free_memory_is_less_than_all_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    free = machine.free_memory(cpu)
+    assert free is not None
+    assert 0 < free < machine.main_memory()
+
+    def unknown(*_: object, **__: object) -> str:
+        raise OSError
+
+    monkeypatch.setattr(Path, "read_text", unknown)
+    assert machine.free_memory(cpu) == machine.main_memory()
+    monkeypatch.setattr(machine, "main_memory", lambda: 0)
+    assert machine.free_memory(cpu) is None
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:

@@ -308,7 +308,8 @@ def _checked(
     """
     wanted, tried = machine.device(device), list[str]()
     for where in dict.fromkeys([wanted, "cpu"]):
-        if nbytes > (free := machine.free_memory(torch.device(where))):
+        free = machine.free_memory(torch.device(where))
+        if free is not None and nbytes > free:
             tried.append(f"{where} has {units.size(free)} of free memory")
             continue
         try:

@@ -69,12 +69,12 @@ def memory_of(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else main_memory()
 
 
-def free_memory(device: torch.device) -> int:
-    """Memory of a device in bytes that is free or can be freed. If the system does not report it, all its memory."""
+def free_memory(device: torch.device) -> int | None:
+    """Memory of a device in bytes that is free or can be freed; at most all of it. None if the system does not say."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch frees it if needed
         return int(torch.cuda.mem_get_info(device)[0]) + cached
-    found = [main_memory()]
+    found = [all_of_it] if (all_of_it := main_memory()) else []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
@@ -83,7 +83,7 @@ def free_memory(device: torch.device) -> int:
         found += [int(limit)] if limit.isdigit() else []
     except (OSError, ValueError):
         pass
-    return min(found)
+    return min(found, default=None)
 
 
 def device(wanted: Device) -> str:
