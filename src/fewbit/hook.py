@@ -30,10 +30,9 @@ _WATCHED = {
     "peft.utils.transformers_weight_conversion": "fewbit.models.adapters.patch_experts",
 }
 
-preferred: set[str] = set()  # quantization methods that fewbit handles even if their own back end is installed
-
-
 _OURS = "fewbit.models."
+
+preferred: set[str] = set()  # quantization methods that fewbit handles even if their own back end is installed
 
 
 class _State(threading.local):
@@ -77,6 +76,9 @@ class _Registering(Loader):
 
     def __init__(self, inner: Loader, ours: str | None) -> None:
         self.inner, self.ours = inner, ours
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)  # such as `get_source`, for tools that ask a module's loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.inner.create_module(spec)
