@@ -33,7 +33,7 @@ from fewbit.schemes.mxfp4 import GROUP, MXFP4
 
 _PARTS = {"codes": BLOCKS, "scale": SCALES}
 _FUSED = (".experts.gate_up_proj", ".experts.down_proj")
-_ONLY_FUSED = "mxfp4 files hold the fused experts of gpt-oss, and fewbit writes them only for a model loaded from one"
+_ONLY_FUSED = "mxfp4 files hold the fused experts of gpt-oss; `convert` writes them, and no plan does"
 _OF_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(?:gate|up|down)_proj")
 
 

@@ -90,9 +90,8 @@ def _all_blocks(settled: Settled, inputs: Inputs, run: Run, progress: Progress) 
         with skeleton.materialized(name) as module:
             block = Block(skeleton, name, module, calls[name], hidden, original)
             if original is not None and (saved is not None or _rewrites(settled, block)):
-                original.advance(
-                    skeleton, block.run
-                )  # before the weights change, so that a resumed run computes the same
+                # Before the weights change, so that a resumed run computes the same.
+                original.advance(skeleton, block.run)
             if saved is None:
                 new = _save(run, index, _quantize_block(settled, block, inputs))
             else:

@@ -179,9 +179,8 @@ class OneFile(Files):
         return {route.name: blocks if route.rows is None else blocks[route.rows]}
 
     def changes(self, module: str, weight: Callable[[], QTensor]) -> Mapping[str, Callable[[], Tensor]]:
-        name = self.routes[
-            f"{module}.weight"
-        ].name  # a tensor has codes and scales, so it is not made before it is read
+        name = self.routes[f"{module}.weight"].name
+        # A tensor has codes and scales, so it is not made before it is read.
         return {name: lambda: self.of_weight(module, weight())[name]}
 
     def stored_type(self, module: str) -> torch.dtype | None:
