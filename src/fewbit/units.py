@@ -11,6 +11,14 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def age(seconds: float) -> str:
+    """An age for display, in its largest whole unit: 12 min, 5 h, 3 days."""
+    for unit, scale in (("day", 86400), ("h", 3600), ("min", 60)):
+        if (count := int(seconds // scale)) >= 1:
+            return f"{count} {unit}{'s' if unit == 'day' and count > 1 else ''}"
+    return f"{int(seconds)} s"
+
+
 def share(value: float) -> str:
     return f"{value:.1%}"
 

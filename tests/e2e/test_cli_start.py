@@ -37,7 +37,7 @@ VERBS = (
 LIGHT: list[tuple[int, str]] = [
     (0, "--version"),
     (0, "--help"),
-    *((0, f"{verb} --help") for verb in (*VERBS, "list", "doctor")),
+    *((0, f"{verb} --help") for verb in (*VERBS, "list", "doctor", "cache", "run")),
     (0, "list"),
     (0, "list --json"),
     (2, "quantise"),
@@ -79,6 +79,9 @@ LIGHT: list[tuple[int, str]] = [
     (2, "recommend ./nowhere --for quality"),
     (2, "recommend tiny --for quality --speed last"),
     (2, "inspect ./nowhere"),
+    (0, "cache"),
+    (2, "cache --clear everything"),
+    (2, "run -- no-such-command"),
 ]
 RUN = """
 import json, sys
@@ -106,7 +109,7 @@ def commands() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", [*VERBS, "list", "doctor"])
+@pytest.mark.parametrize("name", [*VERBS, "list", "doctor", "cache", "run"])
 def test_every_option_has_help_and_a_default(name: str, fewbit: Fewbit) -> None:
     shown = " ".join(fewbit(name, "--help").out.split())
     for parameter in commands()[name].params:

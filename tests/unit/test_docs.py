@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -57,6 +58,23 @@ def test_the_toy_scheme_works_from_top_to_bottom(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2176 bytes; rtn")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the page has commands for a Unix shell")
+def test_the_session_of_using_runs(tmp_path: Path) -> None:
+    """All commands of the page, in order, in one shell. Each line of an output that the page shows is printed."""
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    done = subprocess.run(
+        ["bash", "-e", "-c", "\n".join(blocks("docs/using.md", "sh"))],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path, "TRANSFORMERS_VERBOSITY": "error"},
+    )
+    assert done.returncode == 0, done.stderr
+    for line in "".join(blocks("docs/using.md", "text")).splitlines():
+        assert line in done.stdout, done.stdout
 
 
 def test_the_table_of_conversions_is_up_to_date() -> None:

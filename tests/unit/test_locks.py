@@ -38,7 +38,8 @@ def test_a_killed_process_leaves_its_folder_to_the_next(tmp_path: Path) -> None:
 
 def test_a_second_run_works_apart_and_the_fullest_is_resumed(tmp_path: Path) -> None:
     first = locks.resumable(tmp_path / "run")
-    second = locks.resumable(tmp_path / "run")
+    with pytest.warns(UserWarning, match=r"another process does the same work, in .*run: .* in run-2"):
+        second = locks.resumable(tmp_path / "run")
     assert second.folder == tmp_path / "run-2"
     (second.folder / "block").touch()
     first.release()
@@ -52,8 +53,32 @@ def test_without_locks_a_folder_is_its_makers(tmp_path: Path, monkeypatch: pytes
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(filelock.FileLock, "acquire", none)
-    first, second = locks.resumable(tmp_path / "run"), locks.resumable(tmp_path / "run")
+    first = locks.resumable(tmp_path / "run")
+    with pytest.warns(UserWarning, match="another process"):
+        second = locks.resumable(tmp_path / "run")
     assert [first.folder.name, second.folder.name] == ["run", "run-2"]
     scratch = locks.scratch(tmp_path / "on-load")
     assert locks.scratch(tmp_path / "on-load").folder != scratch.folder
     assert scratch.folder.exists()
+
+
+def test_who_waits_for_another_process_says_so(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from fewbit.system import locks\n"
+    code += "with locks.alone(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdin is not None
+    assert other.stdout is not None
+    other.stdout.readline()
+    said: list[bool] = []
+
+    def waiting() -> None:
+        said.append(other.poll() is None)
+        other.communicate()  # closes its stdin, so it ends
+
+    with locks.alone(tmp_path, waiting):
+        assert said == [True]
+        assert other.returncode == 0
+    with locks.alone(tmp_path, waiting):
+        assert len(said) == 1

@@ -214,7 +214,8 @@ class _Bench:
         text = self.asked.calibrated if _calibrated(plan) else None
         by: Any = [_stats(plan), plan.config] if isinstance(plan, Source) else plan and plan.to_json()
         place = self.base / _digest([self.model, by, text and asdict(text)])
-        with locks.alone(place):  # if another process computes this row, wait for it and reuse its result
+        note = f"{name}: another process makes this row; waiting for it"
+        with locks.alone(place, lambda: warnings.warn(note, stacklevel=2)):
             return self._found_or_made(place, server, name, plan, event)
 
     def _found_or_made(self, place: Path, server: Server, name: str, plan: Wanted, event: Event) -> Row:

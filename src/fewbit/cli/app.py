@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbit.cli import adapters, advise, compare, convert, evaluate, generate, inspect, quantize, tune
+from fewbit.cli import adapters, advise, cache, compare, convert, evaluate, generate, inspect, quantize, run, tune
 from fewbit.cli.options import WithMethodOptions, method_flags
 from fewbit.errors import FewbitError, PeerError, PlanError, in_flags
 
@@ -18,13 +18,12 @@ app = typer.Typer(
     name="fewbit",
     help="Make large language models small: quantize, load, generate, measure.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # drawing boxes takes longer than the rest of the help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_SHARED = ("quantize", "imatrix", "evaluate")  # commands that can share work among torchrun processes
+_SHARED = ("quantize", "imatrix", "evaluate", "run")  # commands that can share work among torchrun processes
 
 app.command(cls=WithMethodOptions)(quantize.quantize)
 app.command()(convert.convert)
@@ -40,6 +39,8 @@ app.command()(advise.recommend)
 app.command()(inspect.inspect)
 app.command("list")(inspect.list_)
 app.command()(inspect.doctor)
+app.command()(cache.cache)
+app.command(context_settings={"allow_interspersed_args": False})(run.run)
 
 
 @app.callback(invoke_without_command=True)
@@ -76,19 +77,31 @@ def _among_others(arguments: list[str]) -> None:
         raise PlanError(message, f"torchrun is for {', '.join(_SHARED)}.")
 
 
+def _given(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments without --debug, and whether it was there. The --debug of a command of `run` is not fewbit's."""
+    own = next((i for i, each in enumerate(arguments) if each != "--debug"), 0)
+    end = own if arguments[own : own + 1] == ["run"] else len(arguments)
+    return [each for each in arguments[:end] if each != "--debug"] + arguments[end:], "--debug" in arguments[:end]
+
+
+def _quiet() -> None:
+    """Settings of the process that must be made before torch and transformers are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Idle OpenMP threads spin, and on a busy machine they take the cores from the thread that they wait for: quantizing
+    # tiny beside two busy processes took 72 s without this limit and 40 s with it. On an idle machine it makes no
+    # difference.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
 def main() -> None:
     """The console script. A FewbitError prints as one or two lines and sets the exit code."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Set before torch is imported. Idle OpenMP threads spin, and on a busy machine they take the cores from the thread
-    # that they wait for: quantizing tiny beside two busy processes took 72 s without this limit and 40 s with it. On an
-    # idle machine it makes no difference.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    arguments, debug = _given(sys.argv[1:])
+    if arguments[:1] != ["run"]:
+        _quiet()
     warnings.showwarning = _note
     for stream in (sys.stdout, sys.stderr):  # escape characters that the locale's encoding lacks; do not crash
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         options: dict[str, str] = {}
         _among_others(arguments)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fewbit.report import card, tables
 from fewbit.report.card import calibrated_on
 from fewbit.system import ranks
-from fewbit.units import duration, share, size
+from fewbit.units import age, duration, share, size
 
 if TYPE_CHECKING:
     from fewbit.advise.doctor import Hardware
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fewbit.pipeline.job import Preview
     from fewbit.plans.catalogue import Entry
     from fewbit.report.results import Converted, Evaluation, Finetuned, Measured, Merged, Quantized, Tuned
+    from fewbit.system.kept import Entry as Kept
 
 out = tables.Console(quiet=ranks.silent())
 # A notebook's kernel reports its output as a terminal but cannot move the cursor, so it gets plain lines.
@@ -290,3 +291,27 @@ def doctor(found: Hardware) -> None:
     out.print(table)
     for line in found.advice:
         _say(f"- {line}")
+
+
+def cache(folder: str, entries: Sequence[Kept]) -> None:
+    """What `fewbit cache` prints."""
+    if not entries:
+        _say(f"{folder} is empty.")
+        return
+    table = grid(folder, "kind", "name", "size", "age", "", numbers=(2, 3))
+    for each in entries:
+        state = "in use" if each.in_use else "abandoned" if each.abandoned else ""
+        table.add_row(each.kind, f"{each.path.parent.name}/{each.path.name}", size(each.nbytes), age(each.age), state)
+    out.print(table)
+    _say(f"{_counted(entries)}.")
+
+
+def _counted(entries: Sequence[Kept]) -> str:
+    return f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}, {size(sum(e.nbytes for e in entries))}"
+
+
+def cleared(deleted: Sequence[Kept], kept: Sequence[Kept]) -> None:
+    """What `fewbit cache --clear` prints."""
+    _say(f"Deleted {_counted(deleted)}.")
+    for each in kept:
+        _say(f"note: {each.path} is in use by a running process and stays.")

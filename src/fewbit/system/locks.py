@@ -11,7 +11,8 @@ import itertools
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -63,15 +64,19 @@ def hold(folder: Path) -> Held | None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Run the block while no other process is in `alone` for that folder; wait for one that is.
 
-    On a file system without locks it does not wait.
+    `waiting` is called before a wait. On a file system without locks it does not wait.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, thread_local=False)
     with suppress(OSError, NotImplementedError):
-        lock.acquire()
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            waiting()
+            lock.acquire()
     try:
         yield
     finally:
@@ -101,8 +106,20 @@ def left_behind(prefix: Path) -> list[Held]:
 def resumable(place: Path) -> Held:
     """`place`, with the work that an interrupted process left there. PLACE-2, PLACE-3, ... while others own it.
 
-    If several are free, this takes the one with the most entries and removes the others.
+    If several are free, this takes the one with the most entries and removes the others. A warning says that another
+    process does the same work.
     """
+    held = _resumed(place)
+    if held.folder != place and place.exists():
+        warnings.warn(
+            f"another process does the same work, in {place}: this one does it too, in {held.folder.name}. "
+            "Stop one of them to save the time",
+            stacklevel=3,
+        )
+    return held
+
+
+def _resumed(place: Path) -> Held:
     known = [place, *sorted(place.parent.glob(f"{glob.escape(place.name)}-*"))]
     free = [held for folder in known if folder.is_dir() and (held := hold(folder)) is not None]
     if free:
