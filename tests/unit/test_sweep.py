@@ -26,11 +26,13 @@ from fewbit.methods.sweep import choose
 from fewbit.methods.sweep.definition import Sweep
 from fewbit.pipeline import blocks
 from fewbit.plans.plan import Assignment
-from fewbit.schemes.base import Grids, Uniform, parse
+from fewbit.schemes.base import Grids, parse
+from fewbit.schemes.plain import Plain, Uneven, Uniform
 from tests.contract.cases import SPECS, inputs, ordinary, same_bytes, several_groups, stats_of
 
 # 304 columns are two panels and a ragged third; 40 rows are no whole number of programs.
 SWEPT = {"int4-g16": 304, "int3-g16-sym": 304, "int2-row": 304, "q4_k": 512, "q3_k": 512, "q5_1": 288, "q8_0": 288}
+SWEPT |= {"nf4-b64": 320, "fp4-b64-dq": 320, "mxfp4": 320, "nvfp4": 304, "iq4_nl": 288}
 ROWS = 40
 DIFFERENT = 0.005  # share of codes: a last bit may turn a tie, and then what follows in that row
 
@@ -66,21 +68,44 @@ def test_the_fused_panel_is_the_definition_in_the_interpreter() -> None:
     assert all(share <= DIFFERENT for both in found.values() for share in both), found
 
 
-UNEVEN = [spec for spec in SPECS if any(part in spec for part in ("nf4", "fp4", "fp8", "iq4", "llm.int8"))]
+UNEVEN = [spec for spec in SPECS if any(part in spec for part in ("nf4", "fp4", "iq4"))]
+OTHERS = [spec for spec in SPECS if any(part in spec for part in ("fp8", "llm.int8"))]
+
+
+@pytest.mark.parametrize("spec", OTHERS)
+def test_grids_of_many_uneven_values_are_not_plain(spec: str) -> None:
+    assert parse(spec).fit(ordinary(*several_groups(spec))).plain() is None
 
 
 @pytest.mark.parametrize("spec", UNEVEN)
-def test_other_grids_are_not_uniform(spec: str) -> None:
-    assert parse(spec).fit(ordinary(*several_groups(spec))).uniform() is None
+def test_uneven_grids_are_what_they_say(spec: str) -> None:
+    """Also at the edges and beside them."""
+    shape = several_groups(spec)
+    grids = parse(spec).fit(ordinary(*shape))
+    plain = grids.plain()
+    assert isinstance(plain, Uneven)
+    edges = torch.tensor(plain.edges)
+    near = torch.cat([edges, edges.nextafter(torch.tensor(-9.0)), edges.nextafter(torch.tensor(9.0)), edges * 1.4])
+    near = near[near.abs() > 1e-30]  # a negative 0 has a sign, which no edge can tell
+    scale = plain.scale[:, torch.arange(shape[1]) // plain.group]
+    w = near.repeat(shape[0] * shape[1] // len(near) + 1)[: shape[0] * shape[1]].view(shape) * scale
+    x = torch.where(scale == 0, 0, w / scale)
+    rank = (x[..., None] > edges).sum(-1)
+    assert torch.equal(torch.tensor(plain.codes, dtype=torch.uint8)[rank], grids.encode(w))
+    assert torch.equal(torch.tensor(plain.levels)[rank] * scale, grids.decode(grids.encode(w)))
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec not in UNEVEN])
+def test_blocks_that_cross_rows_are_not_plain() -> None:
+    assert parse("nf4-b64").fit(ordinary(6, 96)).plain() is None
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec not in (*UNEVEN, *OTHERS)])
 def test_uniform_grids_are_what_they_say(spec: str) -> None:
     shape = several_groups(spec)
     w = ordinary(*shape)
     grids = parse(spec).fit(w)
-    uniform = grids.uniform()
-    assert uniform is not None
+    uniform = grids.plain()
+    assert isinstance(uniform, Uniform)
     group = torch.arange(shape[1]) // uniform.group
     scale = uniform.scale[:, group]
     offset = 0 if uniform.offset is None else uniform.offset[:, group]
@@ -94,7 +119,7 @@ def test_uniform_grids_are_what_they_say(spec: str) -> None:
 class Shifted(Sweep):
     """A fused panel that is wrong."""
 
-    def __init__(self, grids: Grids, uniform: Uniform, codes: Tensor, order: Tensor) -> None:
+    def __init__(self, grids: Grids, plain: Plain, codes: Tensor, order: Tensor) -> None:
         super().__init__(grids, codes, order)
 
     def feed_back(self, start: int, stop: int, panel: Tensor, factor: Tensor) -> Tensor:
@@ -119,7 +144,7 @@ def test_a_fused_panel_that_differs_refuses_itself(fused: Any, monkeypatch: pyte
         with pytest.warns(UserWarning, match=r"the fused kernel failed: \d+\.\d% of the codes differ"):
             assert type(choose.sweep_for(grids, codes, order)) is Sweep
     assert type(choose.sweep_for(grids, codes, order)) is (Sweep if fused is Shifted else Faithful)
-    assert type(choose.sweep_for(parse("nf4-b32").fit(w), codes, order)) is Sweep
+    assert type(choose.sweep_for(parse("fp8-row").fit(w), codes, order)) is Sweep
     assert type(choose.sweep_for(parse("int4-g16").fit(w.double()), codes, order)) is Sweep
 
 

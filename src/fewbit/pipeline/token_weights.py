@@ -6,10 +6,10 @@ attend to, get small errors. But a model may give one token a norm that is far a
     weight of t  =  min(|h_t|, 64 m_h) * min(1, 4 m_x / |x_t|)²        m: median over the tokens of a window
 
 x_t is the linear's input. In the squares of outputs, its row counts as if |x_t| were at most 4 medians. In layer 28 of
-SmolLM2, down_proj reads 40 medians at the first token, whose state has 35. MXFP4 holds the weight that multiplies it with
-an error of 13 %. Without the limits, GPTQ spreads this error over all columns of that row, and the outputs at other
-tokens change by 63 %. The state's norm has a higher limit, because such a token is a sink that most others attend to. KL
-divergence of GPTQ on SmolLM2 (32 x 512 tokens, groups of 64 symmetric, two seeds at 4 bits):
+SmolLM2, down_proj reads 40 medians at the first token, whose state has 35. MXFP4 holds the weight that multiplies it
+with an error of 13 %. Without the limits, GPTQ spreads this error over all columns of that row, and the outputs at
+other tokens change by 63 %. The state's norm has a higher limit, because such a token is a sink that most others attend
+to. KL divergence of GPTQ on SmolLM2 (32 x 512 tokens, groups of 64 symmetric, two seeds at 4 bits):
 
     limits of |h|, |x|     4 bits           3 bits    mxfp4
     none                   0.144, 0.156     0.511     0.669

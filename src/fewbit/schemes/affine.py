@@ -50,7 +50,6 @@ from fewbit.schemes.base import (
     Parts,
     PartSpec,
     Scheme,
-    Uniform,
     check_values,
     chunk_rows,
     parse_group,
@@ -59,6 +58,7 @@ from fewbit.schemes.base import (
     shares,
     usable,
 )
+from fewbit.schemes.plain import Uniform
 
 BF16_SMALLEST, BF16_LARGEST = 2.0**-17, 65280.0  # between them fp16 holds every bfloat16 number exactly
 
@@ -86,7 +86,7 @@ class AffineGrids(Grids):
         x, scale, zero = self._aligned(codes, columns)
         return (x - zero).mul_(scale).reshape(codes.shape)
 
-    def uniform(self) -> Uniform:
+    def plain(self) -> Uniform:
         return Uniform(self.scale, self.zero, None, 2**self.bits - 1, self.group)
 
     def _aligned(self, x: Tensor, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ from typing import ClassVar, Self, TypeAlias
 from fewbit import registry
 from fewbit.errors import FormatError, NumericsError, PlanError
 from fewbit.lazy import Tensor, torch
+from fewbit.schemes.plain import Plain
 
 Columns: TypeAlias = "slice | Tensor | int"
 ALL = slice(None)
@@ -46,27 +47,11 @@ class PartSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class Uniform:
-    """Grids of evenly spaced values as plain tensors: value = (code - zero) * scale - offset, code = 0 ... top.
-
-    scale, zero and offset are [N, K / group] and of one dtype; `group` columns of a row share an entry. A zero given
-    as an int holds for all groups; an offset of None is 0. The nearest code is round((w + offset) / scale) + zero,
-    ties to even. Where the scale is 0, the code is `zero`.
-    """
-
-    scale: Tensor
-    zero: Tensor | int
-    offset: Tensor | None
-    top: int
-    group: int
-
-
 class Grids(ABC):
     """The grids of a whole weight: the values its entries may take, exactly as a file stores them."""
 
-    def uniform(self) -> Uniform | None:
-        """These grids as plain tensors that a GPU kernel can read. None if the values are not evenly spaced."""
+    def plain(self) -> Plain | None:
+        """These grids as plain tensors and numbers, for a kernel on a GPU. None if no kernel can use them."""
         return None
 
     @abstractmethod

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from itertools import pairwise
 from math import isnan
 
 from fewbit.lazy import Tensor, torch
@@ -72,6 +73,24 @@ def to_e2m1(x: Tensor) -> Tensor:
     # The sign bit, moved to bit 3; `signbit`, or a conversion from float to uint8, takes three times as long.
     sign = x.view(torch.int32) >> 28 if x.dtype == torch.float32 else (x.view(torch.int64) >> 60).to(torch.int32)
     return code.to(torch.int32).bitwise_or_(sign.bitwise_and_(8)).to(torch.uint8)
+
+
+@cache
+@ambient.defaults()
+def e2m1_edges() -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]]:
+    """The FP4 values in rising order; the edges between them; and their codes. The nearest value of a float32 x is the
+    one whose index is the number of edges below x.
+
+    An edge is the middle of two values, or the number below it where the upper value gets the tie.
+    """
+    codes = [*range(15, 7, -1), *range(8)]  # from -6 to -0, from 0 to 6
+    values = [_E2M1[code & 7] * (-1.0 if code & 8 else 1.0) for code in codes]
+    middles = torch.tensor([(a + b) / 2 for a, b in pairwise(values)], dtype=torch.float32, device="cpu")
+    below = torch.nextafter(middles, torch.full_like(middles, -6.0))
+    below[7] = -(2.0**-126)  # between -0 and 0: a GPU may take smaller numbers for 0
+    even = torch.tensor([code % 2 == 0 for code in codes[1:]], dtype=torch.bool, device="cpu")
+    edges = torch.where(even, below, middles)
+    return tuple(values), tuple(edges.tolist()), tuple(codes)
 
 
 def pack_pairs(codes: Tensor) -> Tensor:

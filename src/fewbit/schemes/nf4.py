@@ -67,6 +67,7 @@ from fewbit.schemes.base import (
     shares,
     usable,
 )
+from fewbit.schemes.plain import Uneven
 from fewbit.system import ambient
 
 NESTED = 256  # scales in a block of double quantization
@@ -267,6 +268,11 @@ class BlockGrids(Grids):
         if isinstance(columns, slice) and columns == ALL:
             return _scale_blocks(values, 0, self.block, self.scale).reshape(codes.shape)
         return values.reshape(codes.shape).mul_(self._scale_of(columns))
+
+    def plain(self) -> Uneven | None:
+        if self.shape[1] % self.block:
+            return None
+        return Uneven.of(self.scale.view(self.shape[0], -1), LEVELS[self.kind], self.block)
 
     def _scale_of(self, columns: Columns) -> Tensor:
         """Scales of some columns, [N, columns], or [N] for one. Where B does not divide K, blocks cross rows."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes import floats
 from fewbit.schemes.base import ALL, Columns, Grids, check_values, chunk_rows, refit_scales
+from fewbit.schemes.plain import Uneven
 from fewbit.system import threads
 
 Block = tuple[int, int]
@@ -20,10 +21,14 @@ Block = tuple[int, int]
 
 @dataclass(frozen=True)
 class Element:
-    """A type of small floats. nearest: codes (uint8) of the numbers nearest to x. values: the numbers of codes."""
+    """A type of small floats. nearest: codes (uint8) of the numbers nearest to x. values: the numbers of codes.
+
+    levels: if there are few, the numbers in rising order, with their edges and codes as in `Uneven`.
+    """
 
     nearest: Callable[[Tensor], Tensor]
     values: Callable[[Tensor], Tensor]
+    levels: Callable[[], tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]]] | None = None
 
 
 def _fp4_values(codes: Tensor) -> Tensor:
@@ -31,7 +36,7 @@ def _fp4_values(codes: Tensor) -> Tensor:
 
 
 E4M3 = Element(floats.to_e4m3, floats.e4m3)
-E2M1 = Element(floats.to_e2m1, _fp4_values)
+E2M1 = Element(floats.to_e2m1, _fp4_values, floats.e2m1_edges)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,11 @@ class ScaledGrids(Grids):
         if isinstance(columns, slice) and columns == ALL:
             return floats.scaled(values, self.scale, self.block)
         return values.mul_(self._of(columns))
+
+    def plain(self) -> Uneven | None:
+        if self.element.levels is None or self.block[0] != 1 or self.shape[1] % self.block[1]:
+            return None
+        return Uneven(self.scale, *self.element.levels(), self.block[1])
 
     def sums(self, w: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For each block, sums over the nearest codes l with column weights h: h (w - ŵ)², h w l and h l l.

@@ -5,9 +5,9 @@ each column moves to its best code while all others stay. Both process a panel o
 on another. The caller then applies the moves of the whole panel to the columns beyond it, in one matrix product.
 
 `definition` works for any grids on any device, with about ten operations per column. On a GPU each operation is a
-kernel launch: 4096 columns of 4096 rows take half a second of launches for milliseconds of work. For uniform grids
-`in_triton` processes a panel in one launch. It is compared with the definition once for each kind of grids, and used
-only if the two agree.
+kernel launch: 4096 columns of 4096 rows take half a second of launches for milliseconds of work. For grids that are
+plain, `in_triton` processes a panel in one launch. It is compared with the definition once for each kind of grids, and
+used only if the two agree.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from importlib.util import find_spec
 
 from fewbit.lazy import Tensor, torch
 from fewbit.methods.sweep.definition import PANEL, Sweep
-from fewbit.schemes.base import Grids, Uniform
+from fewbit.schemes.base import Grids
+from fewbit.schemes.plain import Plain
 
 _PROBE = 64  # rows used to compare the fused panel with the definition
 _DIFFERENT = 0.01  # share of codes that may differ: sums in another order can break ties, which changes a row's rest
 
 
 def sweep_for(grids: Grids, codes: Tensor, order: Tensor) -> Sweep:
-    """The sweep for these grids: fused if Triton is available and the grids are uniform, else the definition.
+    """The sweep for these grids: fused if Triton is available and the grids are plain, else the definition.
 
     Arguments as for `Sweep`.
     """
-    uniform = grids.uniform() if _has_triton(codes.device.type) else None
-    if uniform is None or uniform.scale.dtype != torch.float32:
+    plain = grids.plain() if _has_triton(codes.device.type) else None
+    if plain is None or plain.scale.dtype != torch.float32:
         return Sweep(grids, codes, order)
-    return _fused(grids, uniform, codes, order) or Sweep(grids, codes, order)
+    return _fused(grids, plain, codes, order) or Sweep(grids, codes, order)
 
 
 @cache
@@ -50,14 +51,14 @@ def _has_triton(device: str) -> bool:
 _agreed: dict[tuple[object, ...], bool] = {}  # kind of grids -> whether the fused panel agreed with the definition
 
 
-def _fused(grids: Grids, uniform: Uniform, codes: Tensor, order: Tensor) -> Sweep | None:
+def _fused(grids: Grids, plain: Plain, codes: Tensor, order: Tensor) -> Sweep | None:
     """The fused sweep. None if it fails or differs from the definition, with a warning the first time."""
     from fewbit.methods.sweep.in_triton import FusedSweep
 
-    kind = (codes.device, type(grids), uniform.top, uniform.group, uniform.offset is None)
+    kind = (codes.device, type(grids), *plain.kind)
     if kind not in _agreed:
         try:
-            share = _disagreement(grids, uniform, order, lambda codes: FusedSweep(grids, uniform, codes, order))
+            share = _disagreement(grids, plain, order, lambda codes: FusedSweep(grids, plain, codes, order))
         except Exception as error:  # compilers and drivers raise errors of any type
             share, why = 1.0, f": {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         else:
@@ -65,18 +66,18 @@ def _fused(grids: Grids, uniform: Uniform, codes: Tensor, order: Tensor) -> Swee
         _agreed[kind] = share <= _DIFFERENT
         if not _agreed[kind]:
             warnings.warn(f"quantizing column by column in torch, slowly: the fused kernel failed{why}", stacklevel=2)
-    return FusedSweep(grids, uniform, codes, order) if _agreed[kind] else None
+    return FusedSweep(grids, plain, codes, order) if _agreed[kind] else None
 
 
-def _disagreement(grids: Grids, uniform: Uniform, order: Tensor, fused: Callable[[Tensor], Sweep]) -> float:
+def _disagreement(grids: Grids, plain: Plain, order: Tensor, fused: Callable[[Tensor], Sweep]) -> float:
     """The share of codes in which the fused sweep differs from the definition, the larger of both kinds of sweep.
 
     Both run on one panel of random numbers, with the grids of the first rows.
     """
-    rows, width = min(_PROBE, len(uniform.scale)), min(PANEL, len(order))
-    n, k, device = len(uniform.scale), len(order), order.device
+    rows, width = min(_PROBE, len(plain.scale)), min(PANEL, len(order))
+    n, k, device = len(plain.scale), len(order), order.device
     seeded = torch.Generator().manual_seed(0)
-    unit = uniform.scale[:rows].abs().mean() * uniform.top / 4
+    unit = plain.scale[:rows].abs().mean() * plain.span / 4
     noise = torch.randn(width, rows, generator=seeded, dtype=torch.float32, device="cpu").to(device) * unit
     panel = torch.zeros(width, n, device=device, dtype=torch.float32)
     panel[:, :rows] = noise

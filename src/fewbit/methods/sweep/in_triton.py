@@ -1,12 +1,12 @@
-"""A sweep over a panel of columns in one launch, for uniform grids. It computes what `definition.Sweep` does.
+"""A sweep over a panel of columns in one launch, for plain grids. It computes what `definition.Sweep` does.
 
 Each program holds all columns of the panel for a few rows in registers. Rows do not depend on each other, so programs
 never wait for one another. A program takes one column after another: it extracts the column by a masked sum, rounds it,
 and subtracts its move from the whole panel by a rank-one update. This takes about five operations for each pair of
 columns and each row, which is negligible beside 128 times ten launches.
 
-Division and rounding are those of torch (IEEE division, ties to even). Sums may run in another order, and products and
-sums may be fused, so results may differ in the last digit.
+Division and rounding are those of torch: IEEE division, and ties to even, or as the edges between uneven levels say.
+Sums may run in another order, and products and sums may be fused, so results may differ in the last digit.
 """
 
 from __future__ import annotations
@@ -17,20 +17,31 @@ import triton.language as tl
 from torch import Tensor
 
 from fewbit.methods.sweep.definition import PANEL, Sweep
-from fewbit.schemes.base import Grids, Uniform
+from fewbit.schemes.base import Grids
+from fewbit.schemes.plain import Plain, Uniform
 
 _ROWS = 16  # rows of a program: 16 x 128 floats take 16 registers in each of 128 threads
 
 
 class FusedSweep(Sweep):
-    """`Sweep` with one launch per panel. `uniform` holds the same grids as plain tensors; all are float32."""
+    """`Sweep` with one launch per panel. `plain` is the same grids; all its tensors are float32."""
 
-    def __init__(self, grids: Grids, uniform: Uniform, codes: Tensor, order: Tensor) -> None:
-        self.grids, self.codes, self.order, self.uniform = grids, codes, order.contiguous(), uniform
+    def __init__(self, grids: Grids, plain: Plain, codes: Tensor, order: Tensor) -> None:
+        self.grids, self.codes, self.order, self.plain = grids, codes, order.contiguous(), plain
         # [groups, N], so that the rows of a program are contiguous.
-        self.scale = uniform.scale.T.contiguous()
-        self.zero = uniform.zero.T.contiguous() if isinstance(uniform.zero, Tensor) else None
-        self.offset = None if uniform.offset is None else uniform.offset.T.contiguous()
+        self.scale = plain.scale.T.contiguous()
+        self.zero = self.offset = self.table = None
+        self.middle, self.top = 0.0, 0.0  # the zero of all groups, and the largest code
+        if isinstance(plain, Uniform):
+            self.top = float(plain.top)
+            self.offset = None if plain.offset is None else plain.offset.T.contiguous()
+            if isinstance(plain.zero, Tensor):
+                self.zero = plain.zero.T.contiguous()
+            else:
+                self.middle = float(plain.zero)
+        else:  # levels, codes, edges
+            rows = (plain.levels, tuple(map(float, plain.codes)), (*plain.edges, float("inf")))
+            self.table = torch.tensor(rows, dtype=torch.float32, device=codes.device)
 
     def feed_back(self, start: int, stop: int, panel: Tensor, factor: Tensor) -> Tensor:
         return self._launch(start, stop, panel, factor, None)
@@ -44,7 +55,6 @@ class FusedSweep(Sweep):
         assert panel.stride(1) == 1
         mixing = mixing.contiguous()  # U arrives in column-major order
         moves = torch.empty(width, n, dtype=torch.float32, device=panel.device)
-        zero = self.uniform.zero
         _sweep[(triton.cdiv(n, _ROWS),)](
             panel,
             mixing,
@@ -52,15 +62,17 @@ class FusedSweep(Sweep):
             self.scale,
             self.scale if self.zero is None else self.zero,
             self.scale if self.offset is None else self.offset,
+            self.scale if self.table is None else self.table,
             self.scale if values is None else values,
             self.codes,
             moves,
             n,
             panel.stride(0),
             mixing.stride(0),
-            self.uniform.group,
-            0.0 if isinstance(zero, Tensor) else float(zero),
-            float(self.uniform.top),
+            self.plain.group,
+            self.middle,
+            self.top,
+            LEVELS=0 if self.table is None else self.table.shape[1],
             ZEROS=self.zero is not None,
             OFFSETS=self.offset is not None,
             DESCENT=values is not None,
@@ -80,6 +92,7 @@ def _sweep(
     scales,
     zeros,
     offsets,
+    table,
     values,
     codes,
     moves,
@@ -89,6 +102,7 @@ def _sweep(
     group,
     zero,
     top,
+    LEVELS: tl.constexpr,
     ZEROS: tl.constexpr,
     OFFSETS: tl.constexpr,
     DESCENT: tl.constexpr,
@@ -118,10 +132,17 @@ def _sweep(
             before = tl.load(values + column * n + rows, mask=inside, other=0.0)
             target = before + tl.div_rn(target, tl.maximum(own, 1e-30))
         level = tl.div_rn(target + down, divisor)
-        level = tl.minimum(tl.maximum(level, -4194304.0), 4194304.0)
-        level = (level + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to the nearest integer, ties to even
-        code = tl.minimum(tl.maximum(level + middle, 0.0), top)
-        value = (code - middle) * scale - down
+        if LEVELS:
+            rank = tl.zeros_like(rows)
+            for edge in range(LEVELS - 1):
+                rank += (level > tl.load(table + 2 * LEVELS + edge)).to(tl.int64)
+            code = tl.load(table + LEVELS + rank)
+            value = tl.load(table + rank) * scale
+        else:
+            level = tl.minimum(tl.maximum(level, -4194304.0), 4194304.0)
+            level = (level + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to the nearest integer, ties to even
+            code = tl.minimum(tl.maximum(level + middle, 0.0), top)
+            value = (code - middle) * scale - down
         if DESCENT:
             move = value - before
         else:

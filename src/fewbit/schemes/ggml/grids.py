@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fewbit.lazy import Tensor, torch
-from fewbit.schemes.base import ALL, Columns, Grids, Uniform
+from fewbit.schemes.base import ALL, Columns, Grids
 from fewbit.schemes.ggml import layout
 from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR, Fields, Layout
 from fewbit.schemes.ggml.search import half
+from fewbit.schemes.plain import Plain, Uneven, Uniform
 
 _PANEL = 256  # columns processed between updates of the full gradient; at least one block
 _NARROW = (
@@ -65,10 +66,10 @@ class BlockGrids(Grids):
         values = levels * scale
         return (values if offset is None else values.sub_(offset)).reshape(codes.shape)
 
-    def uniform(self) -> Uniform | None:
+    def plain(self) -> Plain:
         kind = self.kind
         if kind.nonlinear:
-            return None
+            return Uneven.of(self.scale, NONLINEAR, kind.sub)
         return Uniform(self.scale, kind.zero, self.offset, 2**kind.bits - 1, kind.sub)
 
     def _aligned(self, x: Tensor, columns: Columns, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
