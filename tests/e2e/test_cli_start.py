@@ -37,7 +37,7 @@ VERBS = (
 LIGHT: list[tuple[int, str]] = [
     (0, "--version"),
     (0, "--help"),
-    *((0, f"{verb} --help") for verb in (*VERBS, "list", "doctor", "cache", "run")),
+    *((0, f"{verb} --help") for verb in (*VERBS, "list", "doctor", "cache", "chat", "run")),
     (0, "list"),
     (0, "list --json"),
     (2, "quantise"),
@@ -62,6 +62,8 @@ LIGHT: list[tuple[int, str]] = [
     (2, "generate tiny a --kernel nope"),
     (2, "generate tiny a --fuse"),
     (2, "generate tiny a --max-new-tokens 0"),
+    (2, "chat ./nowhere"),
+    (2, "chat tiny --fuse"),
     (2, "evaluate ./nowhere"),
     (2, "evaluate tiny --reference ./nowhere"),
     (2, "compare ./nowhere"),
@@ -109,7 +111,7 @@ def commands() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", [*VERBS, "list", "doctor", "cache", "run"])
+@pytest.mark.parametrize("name", [*VERBS, "list", "doctor", "cache", "chat", "run"])
 def test_every_option_has_help_and_a_default(name: str, fewbit: Fewbit) -> None:
     shown = " ".join(fewbit(name, "--help").out.split())
     for parameter in commands()[name].params:

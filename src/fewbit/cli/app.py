@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbit.cli import adapters, advise, cache, compare, convert, evaluate, generate, inspect, quantize, run, tune
+from fewbit.cli import adapters, advise, cache, chat, compare, convert, evaluate, generate, inspect, quantize, run, tune
 from fewbit.cli.options import WithMethodOptions, method_flags
 from fewbit.errors import FewbitError, PeerError, PlanError, in_flags
 
@@ -29,6 +29,7 @@ app.command(cls=WithMethodOptions)(quantize.quantize)
 app.command()(convert.convert)
 app.command()(quantize.imatrix)
 app.command()(generate.generate)
+app.command()(chat.chat)
 app.command()(evaluate.evaluate)
 app.command()(compare.compare)
 app.command()(tune.tune)

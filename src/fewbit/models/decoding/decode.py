@@ -189,6 +189,11 @@ class ReservedLayer(DynamicLayer):
             whole[..., start:end, :] = states
         return self._fill(end)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens; their number is given as a negative number."""
+        if self.is_initialized:
+            self._fill(max(0, self.filled + tokens_to_remove))
+
     def reset(self) -> None:
         if self.is_initialized:
             self._fill(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
@@ -81,25 +81,31 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> Tensor:
     if chat:
         if not tokenizer.chat_template:
             raise PlanError("this model has no chat template", "Leave out `chat`.")
-        prompt = _in_template(tokenizer, prompt)
+        prompt = in_template(tokenizer, [{"role": "user", "content": prompt}])
     ids: Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"].long()
     if not ids.numel():
         raise PlanError("the prompt is empty", "Give some text to continue.")
     return ids
 
 
-def _in_template(tokenizer: Any, prompt: str) -> str:
-    """The prompt as a user's message in the chat template. PlanError if the template fails."""
+def in_template(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation in the chat template, up to where the model's answer begins.
+
+    messages: `role` and `content` of each, the last one from the user. PlanError if the template fails.
+    """
     # Templates of models with images may take a list of parts only, and leave out a string without an error.
     written, failed = list[str](), None
-    for content in (prompt, [{"type": "text", "text": prompt}]):
+    for parts in (False, True):
         try:
-            message = [{"role": "user", "content": content}]
-            written.append(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+            given = [
+                {**each, "content": [{"type": "text", "text": each["content"]}] if parts else each["content"]}
+                for each in messages
+            ]
+            written.append(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # a template is code of the model's author: it can raise anything
             failed = failed or error
         else:
-            if prompt.strip() in written[-1]:
+            if messages[-1]["content"].strip() in written[-1]:
                 return written[-1]
     if written:
         return written[0]
@@ -151,21 +157,36 @@ def continue_text(
     From generation_config.json, special tokens, suppressed tokens, penalties and sampling limits apply. Beams, multiple
     sequences, stop strings, forced tokens and lengths are ignored: the result is one text, token by token.
     """
+    shown = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    return continue_ids(model, tokenizer, ids, max_new_tokens, sampling=sampling, shown=shown, more=beside or {})[1]
+
+
+def continue_ids(
+    model: Any,
+    tokenizer: Any,
+    ids: Tensor,
+    max_new_tokens: int,
+    *,
+    sampling: Sampling,
+    shown: BaseStreamer | None,
+    more: Mapping[str, Any],
+) -> tuple[Tensor, Continuation]:
+    """As `continue_text`. Returns all token ids [1, n] too. shown: gets the tokens. more: arguments of `generate`."""
     ids = ids.to(model.device)
     end = model.generation_config.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    clock = _Clock(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None)
+    clock = _Clock(shown)
     with _seeded(sampling), torch.inference_mode(), _one_text(model):
         out = model.generate(
             ids,
-            **{"attention_mask": torch.ones_like(ids), **(beside or {})},
+            **{"attention_mask": torch.ones_like(ids), **more},
             max_new_tokens=max_new_tokens,
             pad_token_id=pad[0] if isinstance(pad, list) else pad,
             streamer=clock,
             **sampling.options(),
         )
     start, first, *_ = clock.times  # the streamer gets the prompt before any computation
-    return Continuation(
+    return out, Continuation(
         text=str(tokenizer.decode(out[0][ids.shape[1] :], skip_special_tokens=True)),
         tokens=len(clock.times) - 1,
         to_first=first - start,

@@ -1,0 +1,28 @@
+"""Open a conversation with a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fewbit.models.decoding.chat import Conversation
+from fewbit.models.load import load_model
+from fewbit.models.loading import Loading
+from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import locate
+from fewbit.system import ambient, machine
+
+
+@ambient.defaults()
+def conversation(model: str | Path, loading: Loading) -> Conversation:
+    """A conversation with `model`, which is loaded as `loading` says. With `fuse`, its length is limited to that.
+
+    PlanError if the model has no chat template; the errors of `fewbit.load`.
+    """
+    if loading.device not in (None, "auto"):
+        machine.device(loading.device)
+    source = locate(model)
+    tokenizer = load_tokenizer(source, trust_remote_code=loading.trust_remote_code)
+    limits = [each for each in (source.stated_context, loading.fuse) if each is not None]
+    opened = Conversation(None, tokenizer, min(limits, default=None), fixed=loading.fuse is not None)
+    opened.model = load_model(source, loading, for_text=True)
+    return opened
