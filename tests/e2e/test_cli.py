@@ -60,7 +60,7 @@ def test_help_names_every_flag(command: str, fewbit: Fewbit) -> None:
     assert answer.code == 0
     assert "Usage:" in answer.out
     wanted = flags(COMMANDS[command])
-    assert wanted
+    assert wanted or command == "run"  # its options are those of the command that it runs
     assert wanted <= set(re.findall(r"--[a-z0-9-]+", answer.out))
 
 
