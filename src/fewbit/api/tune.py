@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fewbit.api import arguments, quantize
+from fewbit.api import arguments, end_to_end, quantize
 from fewbit.api.arguments import Device, checked
 from fewbit.checks import Texts
 from fewbit.errors import NotBetter, PlanError
@@ -24,18 +19,15 @@ from fewbit.models.decoding.generate import written
 from fewbit.models.describe import describe
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
-from fewbit.models.skeleton import Skeleton, load_tokenizer
+from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
 from fewbit.pipeline import tuning
-from fewbit.pipeline.descent import Descent
 from fewbit.pipeline.job import fewer, same_vocabulary, windows
 from fewbit.pipeline.optimization import Optimization
-from fewbit.pipeline.replacing import Files, files_of
 from fewbit.report import card
 from fewbit.report import progress as report_progress
 from fewbit.report.results import Tuned
-from fewbit.system import ambient, heap, locks, machine, publish, timing
-from fewbit.system.cache import cache_folder
+from fewbit.system import ambient, heap, machine, publish, timing
 from fewbit.texts import sources
 from fewbit.texts import windows as texts_windows
 from fewbit.texts.calibration import Calibration as Calibration
@@ -73,7 +65,7 @@ def tune(
     loading = Loading(machine.device(device), trust_remote_code=trust_remote_code).exact()
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     same_vocabulary(original, source, tokenizer, trust_remote_code)
-    files = files_of(Skeleton(source, torch.float32, torch.device("cpu"), trust_remote_code=trust_remote_code))
+    files = end_to_end.files(source, trust_remote_code=trust_remote_code)
     asked = arguments.calibrated(calibration)
     given = replace(asked, text=asked.text or sources.own_source(original.config))
     load = cache(partial(load_model, original, loading, for_text=True))
@@ -83,57 +75,47 @@ def tune(
     split = tuning.Windows.of(tokens, text["text"], given.seed)
     heap.return_freed()
     publish.check_space({out.resolve(): sum(each.stat().st_size for each in source.files)})
-    with _resumable(source, original, split, wanted, str(loading.device)) as (folder, forget):
-        with report_progress.phase(f"predictions of {original.name}", progress):
-            truth = tuning.Original(load, tokens, folder)
-            load.cache_clear()  # the original is freed if its logits are kept
-        packed = load_model(source, loading, for_text=True)
-        before = tuning.divergence(packed, truth, split.held)
-        student = tuning.Student.of(packed, files)
-        with report_progress.tuning(progress) as tell:
-            done = student.train(truth, split, wanted, tell, folder / _STATE)
-        trained = sum(parameter.numel() for parameter in student.parameters)
+
+    def once() -> Any:
+        loaded = load()
+        load.cache_clear()  # the original is freed if its logits are kept
+        return loaded
+
+    phase = end_to_end.Phase(original, once, split, wanted, loading, progress)
+    with end_to_end.trained(source, files, phase, end_to_end.known(source, phase)) as trained:
+        done = trained.done
         result = Tuned(
             out=str(out),
             model=str(model),
             reference=str(reference),
-            notes=[*student.notes, *fewer(asked, text)],
+            notes=[*trained.notes, *fewer(asked, text)],
             text=text["text"],
             tokens=split.trained * tokens.shape[1],
             held_out_tokens=split.held_out * tokens.shape[1],
             steps=done.steps,
             best=done.best,
-            before=before,
+            before=trained.before,
             after=done.after,
-            weights=len(student.weights),
-            gains=len(student.gains),
-            trained=trained,
+            weights=trained.weights,
+            gains=trained.gains,
+            trained=trained.numbers,
             seconds=0,
             peak=0,
             gpu_peak=0,
         )
         if not done.after < done.before:
-            forget()
+            trained.forget()
             raise NotBetter(_no_better(done.before, done.after), _MORE)
-        changes = dict(student.changes(files)) if not file else student.changes(files)
-        record = _record(source, original, text, wanted, done, result)
-
-        def measured(place: Path) -> float:
-            describe(locate(place))
-            return tuning.divergence(load_model(locate(place), loading), truth, split.held)
-
-        if not file:
-            del packed, student  # a GGUF file takes its blocks from the trained model
-            gc.collect()
+        record = _record(source, original, result.notes) | {"tuned": trained.entry(source.name, phase, text)}
         with (
             report_progress.phase(f"writing {out.name}", progress),
             publish.published(out, overwrite=overwrite, file=file, kept=_KEPT) as place,
         ):
-            after = _written(files, place, changes, record, measured)
-            if not after < before:
-                forget()
-                raise NotBetter(_no_better(before, after), _MORE)
-        forget()
+            after = trained.write(place, record, partial(quantize.write_record, card=card.tuned_card))
+            if not after < trained.before:
+                trained.forget()
+                raise NotBetter(_no_better(trained.before, after), _MORE)
+        trained.forget()
         return replace(result, after=after, seconds=elapsed(), peak=memory.now().peak, gpu_peak=memory.on_gpus())
 
 
@@ -175,34 +157,8 @@ def _checked_output(out: Path, source: Source, original: Source, overwrite: bool
     return out, file
 
 
-def _written(
-    files: Files,
-    place: Path,
-    changes: Mapping[str, Tensor],
-    record: dict[str, Any],
-    measured: Callable[[Path], float],
-) -> float:
-    """Write the output, and its record with the divergence that the output has. Returns that."""
-    files.write(place, changes, record)
-    after = measured(place)
-    record["tuned"]["after"] = after
-    if place.is_dir():
-        quantize.write_record(place, record, card.tuned_card)
-    else:  # the file holds its record, so it is written again
-        place.unlink()
-        files.write(place, changes, record)
-    return after
-
-
-def _record(
-    source: Source,
-    original: Source,
-    text: dict[str, Any],
-    wanted: Optimization,
-    done: Descent,
-    result: Tuned,
-) -> dict[str, Any]:
-    """The record of the source, if it has one, and what tuning did."""
+def _record(source: Source, original: Source, notes: list[str]) -> dict[str, Any]:
+    """The record of the source, if it has one, as that of the output."""
     inspected = describe(source)
     before = inspected.made
     return {
@@ -215,46 +171,5 @@ def _record(
         "source": None,
         **before,
         "versions": machine.versions(),
-        "notes": [*before.get("notes", []), *result.notes],
-        "tuned": {
-            "from": source.name,
-            "reference": original.name,
-            "text": text,
-            "held_out_tokens": result.held_out_tokens,
-            **vars(wanted),
-            "steps_taken": done.steps,
-            "best_step": done.best,
-            "before": result.before,
-            "after": result.after,
-            "history": [list(each) for each in done.history],
-            "weights": result.weights,
-            "gains": result.gains,
-        },
+        "notes": [*before.get("notes", []), *notes],
     }
-
-
-@contextmanager
-def _resumable(
-    source: Source, original: Source, split: tuning.Windows, wanted: Optimization, device: str
-) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """A folder of the cache for this request, with the state that an interrupted run left, and a function that deletes
-    it. Without a state it is deleted at the end."""
-    files = [
-        [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
-        for each in (source, original)
-        for file in each.files
-    ]
-    known = [files, source.config, original.config, vars(wanted), split.seed, device, machine.versions()]
-    digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode() + split.tokens.numpy().tobytes())
-    held = locks.resumable(cache_folder() / "tuning" / digest.hexdigest()[:32])
-    kept = True
-
-    def forget() -> None:
-        nonlocal kept
-        kept = False
-
-    try:
-        yield held.folder, forget
-    finally:
-        (held.folder / tuning.LOGITS).unlink(missing_ok=True)
-        held.release() if kept and (held.folder / _STATE).exists() else held.remove()
