@@ -86,10 +86,10 @@ from fewbit.cli import app
 from fewbit.pipeline import blocks
 from fewbit.system import ranks
 run = blocks._quantize_block
-def die(settled, block, inputs):
+def die(settled, block, *others):
     if block.name.endswith(".2") and ranks.rank() == {victim}:
         os.kill(os.getpid(), signal.SIGKILL)
-    return run(settled, block, inputs)
+    return run(settled, block, *others)
 blocks._quantize_block = die
 app.main()
 """

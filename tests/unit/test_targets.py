@@ -260,9 +260,9 @@ def test_the_kept_stream_is_the_original_model(tmp_path: Path, monkeypatch: pyte
     seen: list[list[Tensor] | None] = []
     quantize = blocks._quantize_block
 
-    def watched(settled: Any, block: Block, inputs: Inputs) -> Any:
+    def watched(settled: Any, block: Block, inputs: Inputs, tuning: Any) -> Any:
         seen.append(None if block.original is None else list(block.original.states))
-        return quantize(settled, block, inputs)
+        return quantize(settled, block, inputs, tuning)
 
     monkeypatch.setattr(blocks, "_quantize_block", watched)
     folder = models.save(tmp_path / "model", "llama", num_hidden_layers=3)

@@ -41,6 +41,7 @@ R = TypeVar("R")
 Images: TypeAlias = str | os.PathLike[str] | Sequence[Any]
 Plans: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Plan
 
+EFFORTS = ("fast", "high")  # of `quantize`
 SAMPLES = 16  # default number of windows of a text to measure quality on
 
 
@@ -114,6 +115,12 @@ def plans(name: str, value: Any) -> tuple[str, ...]:
     return tuple(str(path(name, each)) for each in value)
 
 
+def effort(name: str, value: Any) -> str:
+    if value not in EFFORTS:
+        raise invalid(name, value, " or ".join(EFFORTS))
+    return str(value)
+
+
 def images(name: str, value: Any) -> tuple[Any, ...]:
     """One image or several: files, or images of pillow."""
     each = list(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value]
@@ -165,6 +172,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("text", "data"), texts),
     **dict.fromkeys(("prompt", "purpose", "target", "cache", "to"), text),
     **dict.fromkeys(("samples", "length", "context", "batch", "max_new_tokens"), integer(1)),
+    "effort": effort,
     "images": images,
     "max_kl": number,
     **dict.fromkeys(("overwrite", "safetensors_only", "chat", "stream", "speed_first", "again", "requantize"), flag),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fewbit import units
-from fewbit.api import arguments
+from fewbit.api import arguments, effort
 from fewbit.api.arguments import Device, Plans, checked
 from fewbit.checks import Texts
 from fewbit.errors import FewbitError, FormatError, KernelError, OutputError, PlanError
@@ -75,6 +75,7 @@ def quantize(
     plan: Plans = "gptq-4bit",
     calibration: Calibration | Texts | None = None,
     imatrix: str | Path | None = None,
+    effort: str = "fast",
     overwrite: bool = False,
     device: Device = None,
     safetensors_only: bool = False,
@@ -83,15 +84,17 @@ def quantize(
 ) -> Quantized:
     """Quantize `model` by `plan` into `out`, a folder or a GGUF file. `out` is written atomically.
 
-    imatrix: an importance matrix file of llama.cpp, used instead of calibration. After an interruption, the same call
-    resumes at the block where it stopped. Under torchrun, all processes make this call and share the work; rank 0
-    writes the output. PlanError before any work if the plan does not fit the model,
+    imatrix: an importance matrix file of llama.cpp, used instead of calibration. effort: "fast", or "high" to tune
+    codes and scales block by block, and then scales and norms on the whole model's predictions. After an interruption,
+    the same call resumes at the block where it stopped. Under torchrun, all processes make this call and share the
+    work; rank 0 writes the output. PlanError before any work if the plan does not fit the model,
     FormatError for a broken checkpoint, NumericsError (naming the tensor) for NaN or Inf in it.
     """
     wanted = Request(
         plan=arguments.plan("plan", plan),
         calibration=arguments.calibrated(calibration),
         imatrix=imatrix,
+        effort=effort,
         device=device,
         progress=progress,
         overwrite=overwrite,
@@ -110,6 +113,7 @@ class Request:
     imatrix: str | Path | None
     device: Device
     progress: bool | pipeline_progress.Progress | None
+    effort: str = arguments.EFFORTS[0]
     measured: Callable[[Path], dict[str, Any]] | None = None
     overwrite: bool = False
     safetensors_only: bool = False
@@ -135,19 +139,23 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
         if ranks.first():
             publish.check_not_lost(out, job.source.origin, job.source.folder, *job.source.files)
             # The cache holds the finished blocks, and `out` the output that is made from them.
-            publish.check_space({cache_folder(): preview.output_bytes, out.resolve(): preview.output_bytes})
+            copies = 1 if wanted.effort == "fast" else 2  # the tuned model is written beside the one it replaces
+            publish.check_space({cache_folder(): preview.output_bytes, out.resolve(): copies * preview.output_bytes})
         tokenizer = load_tokenizer(job.source, trust_remote_code=wanted.trust_remote_code)
         # For a GGUF file, this raises the error if GGUF cannot express the model: before any work.
         header = job.header(tokenizer)
-        inputs, calibrated = job.inputs(calibration, tokenizer)
+        tuning = effort.block_tuning(wanted.effort, calibration.seed)
+        if tuning is not None:
+            job.settled.skeleton.check_text(calibrates=True)
+        inputs, calibrated = job.inputs(calibration, tokenizer, tuning)
         # The check after writing generates from these words: check their token ids now.
         words = tokenizer(report_text.FIRST_WORDS, return_tensors="pt")["input_ids"]
         texts_windows.within(words, job.source.rows, tokenizer, repr(report_text.FIRST_WORDS))
         versions = machine.versions()
-        fingerprint = pipeline_run.fingerprint(job.settled, inputs, versions)
+        fingerprint = pipeline_run.fingerprint(job.settled, inputs, versions, tuning)
         run = leaving.enter_context(pipeline_run.Run(fingerprint))
         with report_progress.blocks(progress) as tell:
-            tensors = blocks.quantize_blocks(job.settled, inputs, run, tell)
+            tensors = blocks.quantize_blocks(job.settled, inputs, run, tell, tuning)
 
         def published() -> Quantized:
             weights = sum(prod(t.shape) for t in tensors)
@@ -181,21 +189,37 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
                 "source": None if (packing := job.settled.skeleton.packing) is None else packing.to_json(),
                 "calibration": calibrated,
                 "plan": job.settled.resolved.plan.to_json(),
+                "effort": wanted.effort,
                 **kept,
             }
+
+            def rewrite(place: Path) -> None:
+                """Write the record again."""
+                if header is None:
+                    write_record(place, record, card.model_card)
+                else:  # the file holds its record, so it is written again
+                    place.unlink()
+                    _write(place, job, run, header, record)
+
             with publish.published(out, overwrite=wanted.overwrite, file=file, kept=_KEPT) as place:
                 written = _write(place, job, run, header, record)
                 if written != preview.output_bytes:
                     raise FormatError(f"{written} bytes were written, expected {preview.output_bytes}")
+                if tuning is not None:
+                    assert inputs.tokens is not None
+                    assert calibrated is not None
+                    finish = effort.Finish.of(
+                        job, inputs.tokens, calibrated, fingerprint, progress, wanted.trust_remote_code
+                    )
+                    if why := finish.run(place, record, partial(write_record, card=card.model_card)):
+                        record["notes"].append(why)
+                        rewrite(place)
+                    done = replace(done, notes=list(record["notes"]))
                 opened = partial(_reopened, place, tokenizer, job.settled.skeleton.on_text, wanted.trust_remote_code)
                 sample, notes = _checked(place, written, device, opened)
                 if wanted.measured is not None:
                     record |= wanted.measured(place)
-                    if header is None:
-                        write_record(place, record, card.model_card)
-                    else:  # the file holds its record, so it is written again
-                        place.unlink()
-                        _write(place, job, run, header, record)
+                    rewrite(place)
             run.forget()
             held = memory.now()
             return replace(

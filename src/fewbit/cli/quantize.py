@@ -28,6 +28,9 @@ def quantize(
     format: Annotated[str | None, typer.Option(help="File format (fewbit list). Default: the plan's.")] = None,
     calibration: Calibrated = Calibration(),
     imatrix: Imatrix = None,
+    effort: Annotated[
+        str, typer.Option(help="fast, or high: also tune codes and scales, block by block and then end to end.")
+    ] = "fast",
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     safetensors_only: SafetensorsOnly = False,
@@ -62,6 +65,7 @@ def quantize(
         plan=chosen,
         calibration=calibration,
         imatrix=imatrix,
+        effort=effort,
         overwrite=overwrite,
         device=loading.device,
         safetensors_only=safetensors_only,

@@ -22,6 +22,7 @@ from fewbit.methods.base import Choice, Method, name_of
 from fewbit.models.experts import is_of_expert
 from fewbit.models.skeleton import BlockCall
 from fewbit.pipeline.agreed import agreed
+from fewbit.pipeline.block_tuning import BlockTuning, Problem, tune
 from fewbit.pipeline.capture import Block, Inputs, captured, needs_of, original_of
 from fewbit.pipeline.original import Original
 from fewbit.pipeline.progress import Progress, Step
@@ -37,8 +38,10 @@ from fewbit.system import ranks, threads
 _ROWS_OUTSIDE = {"cpu": 1 << 22}  # entries of embeddings or head that are quantized at a time
 
 
-def quantize_blocks(settled: Settled, inputs: Inputs, run: Run, progress: Progress) -> list[TensorReport]:
-    """Quantize all blocks, and the weights outside the blocks, and save them in `run`.
+def quantize_blocks(
+    settled: Settled, inputs: Inputs, run: Run, progress: Progress, tuning: BlockTuning | None = None
+) -> list[TensorReport]:
+    """Quantize all blocks, and the weights outside the blocks, and save them in `run`. tuning: how blocks are tuned.
 
     If a GPU runs out of memory, start again with half as many windows in a batch, after a warning. KernelError if one
     window does not fit.
@@ -46,7 +49,7 @@ def quantize_blocks(settled: Settled, inputs: Inputs, run: Run, progress: Progre
     device = settled.skeleton.device
     while True:
         try:
-            return _all_blocks(settled, inputs, run, progress)
+            return _all_blocks(settled, inputs, run, progress, tuning)
         except torch.OutOfMemoryError as error:
             if ranks.size() > 1 or inputs.at_once == 1:
                 raise KernelError(
@@ -66,21 +69,23 @@ def quantize_blocks(settled: Settled, inputs: Inputs, run: Run, progress: Progre
         torch.cuda.empty_cache()
 
 
-def _all_blocks(settled: Settled, inputs: Inputs, run: Run, progress: Progress) -> list[TensorReport]:
+def _all_blocks(
+    settled: Settled, inputs: Inputs, run: Run, progress: Progress, tuning: BlockTuning | None
+) -> list[TensorReport]:
     skeleton, reports = settled.skeleton, list[TensorReport]()
-    replayed = inputs.importance is None and settled.need > Need.NOTHING
+    replayed = tuning is not None or (inputs.importance is None and settled.need > Need.NOTHING)
     total = len(skeleton.blocks) + len(settled.outside)
     hidden: list[Tensor] = []
     original: Original | None = None
     calls: dict[str, list[BlockCall]] = {block: [] for block in skeleton.blocks}
     if replayed:
-        compares = settled.need >= Need.SHIFT
+        compares = tuning is not None or settled.need >= Need.SHIFT
         hidden, calls = captured(skeleton, inputs, compares=compares)
         original = original_of(inputs, hidden) if compares else None
 
     def add(new: list[TensorReport], saved: object) -> None:
         reports.extend(new)
-        progress(Step(index + 1, total, _mean_error(new), saved is not None))
+        progress(Step(index + 1, total, _mean_error(new), saved is not None, new[0].gain if new else None))
 
     for index, name in enumerate(skeleton.blocks):
         saved = run.load(index)
@@ -89,11 +94,12 @@ def _all_blocks(settled: Settled, inputs: Inputs, run: Run, progress: Progress) 
             continue
         with skeleton.materialized(name) as module:
             block = Block(skeleton, name, module, calls[name], hidden, original)
-            if original is not None and (saved is not None or _rewrites(settled, block)):
+            known = inputs.importance is not None  # then nothing runs the block before its weights change
+            if original is not None and (saved is not None or known or _rewrites(settled, block)):
                 # Before the weights change, so that a resumed run computes the same.
                 original.advance(skeleton, block.run)
             if saved is None:
-                new = _save(run, index, _quantize_block(settled, block, inputs))
+                new = _save(run, index, _quantize_block(settled, block, inputs, tuning))
             else:
                 new = saved[1]
                 _restore_block(settled, block, saved[0])
@@ -116,13 +122,16 @@ def _save(run: Run, index: int, done: tuple[Tensors, list[TensorReport]]) -> lis
     return done[1]
 
 
-def _quantize_block(settled: Settled, block: Block, inputs: Inputs) -> tuple[Tensors, list[TensorReport]]:
+def _quantize_block(
+    settled: Settled, block: Block, inputs: Inputs, tuning: BlockTuning | None = None
+) -> tuple[Tensors, list[TensorReport]]:
     """Quantize the linears of a materialized block in place. Returns their tensors in the output, and their reports."""
     own = block.skeleton.linears(block.name)
     assignments = {name: settled.resolved.assignments[name] for name in own if name in settled.resolved.assignments}
     rewritten = rewrite(block, assignments)
     assignments = agreed(assignments, block.skeleton.weight)
     tensors, reports = rewritten.tensors | rewritten.scales, dict[str, TensorReport]()
+    originals = {} if tuning is None else {name: block.skeleton.weight(name).clone() for name in assignments}
     stages: Iterable[Iterable[dict[str, Stats] | None]] = (
         staged(block, needs_of(assignments), inputs.stages)
         if inputs.importance is None
@@ -144,7 +153,39 @@ def _quantize_block(settled: Settled, block: Block, inputs: Inputs) -> tuple[Ten
             for name, (stored, report) in results.items():
                 tensors |= stored
                 reports[name] = replace(report, notes=[*rewritten.notes.get(name, []), *report.notes])
+    if tuning is not None and reports:
+        _tune(settled, block, originals, (tensors, reports), tuning)
     return tensors, [reports[name] for name in assignments if name in reports]
+
+
+def _tune(
+    settled: Settled,
+    block: Block,
+    originals: Mapping[str, Tensor],
+    done: tuple[Tensors, dict[str, TensorReport]],
+    how: BlockTuning,
+) -> None:
+    """Tune a block that has its quantized weights, and change what is `done`, if that lowers its held-out error."""
+    tensors, reports = done
+    assert block.original is not None
+    problem = Problem(block, block.original.outputs)
+    tuned = tune(problem, {name: _read(settled, name, tensors) for name in reports}, originals, how)
+    gain, notes = 0.0, tuned.notes
+    if tuned.weights is not None:
+        before, new = problem.measured(), dict[str, Tensor]()
+        for name, weight in tuned.weights.items():
+            new |= _laid_out(settled, settled.resolved.assignments[name], weight)
+            _dequantize_into(settled, block, name, tensors | new)
+        if (after := problem.measured()) < before:
+            gain = 1 - after / before
+            tensors.update(new)
+        else:
+            notes = ["tuning did not lower the block's error on the held-out windows: its codes and scales stay"]
+            for name in reports:
+                _dequantize_into(settled, block, name, tensors)
+    for name, report in reports.items():
+        moved = tuned.moved.get(name) if gain else None
+        reports[name] = replace(report, gain=gain, moved=moved, notes=[*report.notes, *notes])
 
 
 def _rewrites(settled: Settled, block: Block) -> bool:
@@ -195,11 +236,16 @@ def _replace_weights(
 
 def _dequantize_into(settled: Settled, block: Block, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Overwrite the weight of a linear of a materialized block with that of its `tensors` in the output."""
-    assignment = settled.resolved.assignments[name]
+    block.skeleton.replace_weight(name, _read(settled, name, tensors).dequantize())
+
+
+def _read(settled: Settled, name: str, tensors: Mapping[str, Tensor]) -> QTensor:
+    """The weight of a linear from its `tensors` in the output, on the device of the model."""
+    assignment, device = settled.resolved.assignments[name], settled.skeleton.device
     suffixes = settled.resolved.format.specs(assignment.shape, assignment.scheme)
     own = {suffix: tensors[f"{name}.{suffix}"] for suffix in suffixes}
     weight = settled.resolved.format.read(own, settled.config, settled.stored_as[name])
-    block.skeleton.replace_weight(name, weight.map(lambda part: part.to(block.skeleton.device)).dequantize())
+    return weight.map(lambda part: part.to(device))
 
 
 def _cost(assignments: Sequence[Assignment]) -> float:

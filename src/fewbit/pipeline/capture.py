@@ -22,7 +22,7 @@ from fewbit.models.experts import ExpertInput, Routed, inputs_of
 from fewbit.models.skeleton import BlockCall, Shape, Skeleton
 from fewbit.pipeline import token_weights
 from fewbit.pipeline.groups import groups_of, room_for_statistics
-from fewbit.pipeline.original import AllFed, Comparison, Original
+from fewbit.pipeline.original import AllFed, Comparison, Original, is_held_out
 from fewbit.plans.plan import Assignment
 from fewbit.stats import Need, Stats
 from fewbit.system import machine, ranks
@@ -144,6 +144,12 @@ def _batches(inputs: Inputs) -> tuple[list[list[int]], list[list[int]]]:
 def _compared_step(tokens: Tensor) -> int:
     """One window in so many is compared with the original model: see `_COMPARED`."""
     return max(1, min(4, tokens.numel() // _COMPARED))
+
+
+def held_out_windows(tokens: Tensor) -> list[int]:
+    """The windows of `tokens` [windows, length] that are held out of what is compared with the original model."""
+    compared = range(0, len(tokens), _compared_step(tokens))
+    return [window for number, window in enumerate(compared) if is_held_out(number, len(compared))]
 
 
 def original_of(inputs: Inputs, hidden: Sequence[Tensor]) -> Original:

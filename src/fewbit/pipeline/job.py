@@ -25,6 +25,7 @@ from fewbit.models.outline import Outline
 from fewbit.models.skeleton import Skeleton, load_tokenizer
 from fewbit.models.source import Source
 from fewbit.pipeline import importances, run, sizes
+from fewbit.pipeline.block_tuning import BlockTuning
 from fewbit.pipeline.capture import Importance, Inputs, tokens_at_once
 from fewbit.pipeline.settled import Settled
 from fewbit.plans import plan as plans
@@ -80,13 +81,20 @@ class Job:
         """The header of the GGUF file, None for a folder. PlanError if GGUF cannot express the config or tokenizer."""
         return header.of(self.settled.skeleton.config, tokenizer, self.source.name) if self.single_file else None
 
-    def inputs(self, wanted: Calibration, tokenizer: Any) -> tuple[Inputs, dict[str, Any] | None]:
-        """The calibration inputs, and the record's entry on calibration tokens (None if no method needs them)."""
-        if self.importance is not None or self.settled.need == Need.NOTHING:
+    def inputs(
+        self, wanted: Calibration, tokenizer: Any, tuning: BlockTuning | None = None
+    ) -> tuple[Inputs, dict[str, Any] | None]:
+        """The calibration inputs, and the record's entry on calibration tokens (None if nothing needs them).
+
+        tuning: how blocks are tuned, if they are.
+        """
+        if tuning is None and (self.importance is not None or self.settled.need == Need.NOTHING):
             return Inputs(importance=self.importance), None
         tokens, text = windows(wanted, self.source, tokenizer)
         at_once = tokens_at_once(self.settled.skeleton, self.settled.resolved.assignments.values())
-        return Inputs(tokens, tokens_at_once=at_once), text
+        if tuning is not None:
+            at_once = min(at_once, tuning.wanted.batch)
+        return Inputs(tokens, importance=self.importance, tokens_at_once=at_once), text
 
     def left_out(self) -> list[str]:
         """Notes on tensors and files of the model's folder that the output copies unchanged or leaves out."""

@@ -27,6 +27,12 @@ Run = Callable[[int, Tensor], Tensor]  # number of a batch, states at the block'
 Read = dict[str, tuple[Tensor, int]]  # linear, or module of experts -> what it read, and the version of that tensor
 
 
+def is_held_out(window: int, total: int) -> bool:
+    """Whether the compared window of this number is held out, of `total` compared windows."""
+    step = min(_HELD_OUT, total)
+    return step > 1 and window % step == step - 1
+
+
 @dataclass
 class Original:
     """The original model's states at a block's input, one tensor for each batch of this rank.
@@ -49,6 +55,12 @@ class Original:
     def advanced(self) -> bool:
         """Whether the states at the block's output are known."""
         return bool(self._next) or not self.states
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The states at the block's output, which are known."""
+        assert self.advanced
+        return self._next
 
     @property
     def replaced(self) -> bool:
@@ -101,8 +113,7 @@ class Original:
         windows = self.windows[batch]
         if of % len(windows):
             return None
-        step = min(_HELD_OUT, self.total)
-        held = [step > 1 and window % step == step - 1 for window in windows]
+        held = [is_held_out(window, self.total) for window in windows]
         chosen = torch.tensor(held, dtype=torch.bool, device=rows.device)
         return chosen[torch.div(rows, of // len(windows), rounding_mode="floor")]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewbit.errors import FormatError, OutputError
 from fewbit.formats.containers.safetensors import read_file, write_file
+from fewbit.pipeline.block_tuning import BlockTuning
 from fewbit.pipeline.capture import Inputs
 from fewbit.pipeline.settled import Settled
 from fewbit.system import locks, ranks
@@ -28,6 +29,9 @@ class TensorReport:
     finite. `vanished`: number of groups of weights that became 0, because they are smaller than any scale that the
     scheme can store. `rows`: for an expert, the number of calibration tokens that it served; else None. `target`: the
     share of the error of its input that the weight corrects (`methods/targets.py`); None if it was not measured.
+    `gain`: the share by which tuning lowered the error of its block's output on held-out windows, 0 if the block stayed
+    as it was; None if it was not to be tuned. `moved`: the share of its codes that tuning changed. `error` is that
+    before tuning.
     """
 
     module: str
@@ -41,6 +45,8 @@ class TensorReport:
     vanished: int = 0
     rows: int | None = None
     target: float | None = None
+    gain: float | None = None
+    moved: float | None = None
 
 
 class Run:
@@ -111,8 +117,11 @@ class Run:
             self._held = None
 
 
-def fingerprint(settled: Settled, inputs: Inputs, versions: Mapping[str, str]) -> str:
-    """A digest of everything that determines the result: weights, plan, calibration tokens, versions, dtype, device."""
+def fingerprint(
+    settled: Settled, inputs: Inputs, versions: Mapping[str, str], tuning: BlockTuning | None = None
+) -> str:
+    """A digest of everything that determines the result: weights, plan, calibration tokens, versions, dtype, device,
+    and how blocks are tuned."""
     skeleton, resolved, tokens = settled.skeleton, settled.resolved, inputs.tokens
     files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in skeleton.source.files]
     plan = [(a.module, str(a.scheme), repr(a.method)) for a in resolved.assignments.values()]
@@ -121,6 +130,8 @@ def fingerprint(settled: Settled, inputs: Inputs, versions: Mapping[str, str]) -
     layout = [resolved.format.name, resolved.plan.activations]
     digest.update(json.dumps([files, config, plan, layout, dict(versions)], sort_keys=True).encode())
     digest.update(f"{skeleton.dtype} {skeleton.device.type} scales".encode())  # saved blocks include folded scales
+    if tuning is not None:
+        digest.update(f"{tuning} {inputs.at_once}".encode())
     if tokens is not None:
         digest.update(str(tuple(tokens.shape)).encode() + tokens.numpy().tobytes())
     for module, stats in sorted((inputs.importance or {}).items()):

@@ -72,9 +72,15 @@ def _tuning(record: Mapping[str, Any]) -> list[str]:
     if "tuned" not in record:
         return []
     done = record["tuned"]
+    made = f"Tuned by fewbit {record['versions']['fewbit']}"
+    if done["from"]:
+        said = f"{made} from {done['from']}: scales, norms and biases were trained. All codes are unchanged."
+    else:  # by `quantize`
+        said = (
+            f"{made}: codes and scales block by block, then scales, norms and biases on the whole model's predictions."
+        )
     return [
-        f"Tuned by fewbit {record['versions']['fewbit']} from {done['from']}: scales, norms and biases were trained. "
-        "All codes are unchanged.",
+        said,
         f"{tuned_on(done)}.",
         "",
     ]

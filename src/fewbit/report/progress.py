@@ -193,6 +193,8 @@ def blocks(progress: bool | Callable[[Step], None] | None) -> Iterator[Callable[
 
         def tell(step: Step) -> None:
             state = "found, from an interrupted run" if step.resumed else f"output error {step.error:.2e}"
+            if step.gain is not None and not step.resumed:
+                state += f", tuned {-step.gain:+.1%}" if step.gain else ", not better by tuning"
             bar(step.done, step.total, state, step.resumed)
 
         yield tell

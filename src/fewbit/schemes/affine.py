@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fewbit.errors import PlanError
@@ -88,6 +88,9 @@ class AffineGrids(Grids):
 
     def plain(self) -> Uniform:
         return Uniform(self.scale, self.zero, None, 2**self.bits - 1, self.group)
+
+    def moved(self, floats: Mapping[str, Tensor]) -> Uniform:
+        return replace(self.plain(), scale=floats["scale"])
 
     def _aligned(self, x: Tensor, columns: Columns) -> tuple[Tensor, Tensor, Tensor]:
         """`x`, and the scale and zero of its columns, in shapes that broadcast."""

@@ -22,7 +22,7 @@ from typing import ClassVar, Self, TypeAlias
 from fewbit import registry
 from fewbit.errors import FormatError, NumericsError, PlanError
 from fewbit.lazy import Tensor, torch
-from fewbit.schemes.plain import Plain
+from fewbit.schemes.plain import Plain, Uniform
 
 Columns: TypeAlias = "slice | Tensor | int"
 ALL = slice(None)
@@ -52,6 +52,13 @@ class Grids(ABC):
 
     def plain(self) -> Plain | None:
         """These grids as plain tensors and numbers, for a kernel on a GPU. None if no kernel can use them."""
+        return None
+
+    def moved(self, floats: Mapping[str, Tensor]) -> Uniform | None:
+        """`plain` with `floats` in place of the stored numbers (`Codec.floats`), and differentiable by them.
+
+        Then codes can be trained too: a value is linear in its code. None if it is not; then codes stay.
+        """
         return None
 
     @abstractmethod

@@ -72,6 +72,10 @@ class BlockGrids(Grids):
             return Uneven.of(self.scale, NONLINEAR, kind.sub)
         return Uniform(self.scale, kind.zero, self.offset, 2**kind.bits - 1, kind.sub)
 
+    def moved(self, floats: Mapping[str, Tensor]) -> Uniform | None:
+        plain = replace(self, d=floats["d"], dmin=floats.get("dmin")).plain()
+        return plain if isinstance(plain, Uniform) else None
+
     def _aligned(self, x: Tensor, columns: Columns, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """`x`, and the scale and offset of its columns, in shapes that broadcast."""
         sub, offset = self.kind.sub, self.offset

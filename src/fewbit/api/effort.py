@@ -1,0 +1,115 @@
+"""`quantize` with high effort: blocks are tuned one by one, and then the written model end to end."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fewbit.api import end_to_end
+from fewbit.errors import KernelError, NumericsError, PlanError
+from fewbit.models.calls import first_line
+from fewbit.models.load import load_model
+from fewbit.models.loading import Loading
+from fewbit.models.source import locate
+from fewbit.pipeline import tuning
+from fewbit.pipeline.block_tuning import BlockTuning
+from fewbit.pipeline.capture import held_out_windows
+from fewbit.pipeline.job import Job
+from fewbit.pipeline.optimization import Optimization
+from fewbit.system import machine, ranks
+
+STEPS = Optimization(steps=100)  # of the end-to-end phase
+
+
+def block_tuning(effort: str, seed: int) -> BlockTuning | None:
+    """How blocks are tuned; None with `fast`. PlanError if several processes would have to share the work."""
+    if effort == "fast":
+        return None
+    if ranks.size() > 1:
+        raise PlanError(
+            f"`effort={effort}` runs in one process, and there are {ranks.size()}",
+            "Run it without torchrun, or use `effort=fast`.",
+        )
+    return BlockTuning(seed=seed)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end-to-end phase of a job. tokens: its calibration windows; text: what the record says of them. known: the
+    fingerprint of the job."""
+
+    job: Job
+    tokens: Tensor
+    text: Mapping[str, Any]
+    known: str
+    loading: Loading
+    progress: bool | None
+
+    @classmethod
+    def of(cls, job: Job, tokens: Tensor, text: Mapping[str, Any], known: str, progress: Any, trust: bool) -> Finish:
+        loading = Loading(machine.device(str(job.settled.skeleton.device)), trust_remote_code=trust).exact()
+        return cls(job, tokens, text, known, loading, False if callable(progress) else progress)
+
+    def run(
+        self, place: Path, record: dict[str, Any], write_record: Callable[[Path, dict[str, Any]], None]
+    ) -> str | None:
+        """Tune the model at `place` and replace it, if its divergence on held-out windows falls; else say why not.
+
+        record: gets the entry `tuned`, and notes. write_record: writes the record of a folder.
+        """
+        try:
+            return self._run(place, record, write_record)
+        except (PlanError, KernelError, NumericsError) as error:
+            why = error.message
+        except RuntimeError as error:  # no memory, or code of the model without a gradient
+            why = first_line(error)
+        return f"the model was not tuned end to end: {why}"
+
+    def _run(
+        self, place: Path, record: dict[str, Any], write_record: Callable[[Path, dict[str, Any]], None]
+    ) -> str | None:
+        source, original, trust = locate(place), self.job.source, self.loading.trust_remote_code
+        split = _split(self.tokens, self.text)
+        load = partial(load_model, original, self.loading, for_text=True)
+        phase = end_to_end.Phase(original, load, split, STEPS, self.loading, self.progress)
+        files = end_to_end.files(source, trust_remote_code=trust)
+        with (
+            end_to_end.trained(source, files, phase, [self.known, vars(STEPS)]) as trained,
+            tempfile.TemporaryDirectory(dir=place.parent) as beside,
+        ):
+            before, after, new = trained.before, trained.done.after, Path(beside) / place.name
+            if after < before:
+                if place.is_dir():
+                    new.mkdir()
+                tuned = {
+                    **record,
+                    "tuned": trained.entry("", phase, self.text),
+                    "notes": [*record["notes"], *trained.notes],
+                }
+                after = trained.write(new, tuned, write_record)
+            trained.forget()
+            if not after < before:
+                return (
+                    f"tuning end to end did not lower the KL divergence on held-out text, {before:.4g}: it was undone"
+                )
+            if place.is_dir():
+                shutil.rmtree(place)
+            new.replace(place)
+            record.update(tuned)
+        return None
+
+
+def _split(tokens: Tensor, text: Mapping[str, Any]) -> tuning.Windows:
+    """The windows of the end-to-end phase. Those that are held out were not trained on in the blocks either."""
+    held = held_out_windows(tokens)
+    trained = [window for window in range(len(tokens)) if window not in held]
+    if not held:
+        return tuning.Windows.of(tokens, text["text"], text["seed"])
+    return tuning.Windows(tokens[[*trained, *held]], len(held), text["seed"])

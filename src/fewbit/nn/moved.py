@@ -1,0 +1,140 @@
+"""A weight whose codes are trained together with its scales, through the rounding.
+
+    W = s (c - z) - o,      c = round(u) limited to 0 ... top      u: what is trained, one real number for each code
+
+s, z and o are scale, zero point and offset of a group, as a scheme gives them (`Grids.moved`). The gradient of the
+rounding is taken as 1 (straight-through): dL/du = s dL/dW. Where u is beyond the first or last code, a gradient that
+pushes it further out counts as 0, and one that brings it back counts.
+
+u starts at the code that a method chose, moved by 0.7 of the way to where the weight to be approximated lies on the
+grid, but by at most 0.34. So the first values are the method's, and a code far from its weight moves after a smaller
+step of u.
+
+Codes of a table (NF4) or of a scheme whose grids are not evenly spaced stay, and only the scales are trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.nn.tuned import TunedWeight
+from fewbit.schemes.base import Grids, QTensor, Scheme
+from fewbit.schemes.plain import Uniform
+
+UNIT = 5.0  # codes for a step of 1, so that one learning rate suits codes and scales
+_NEAR = 0.49  # codes; beyond it a weight counts as if it lay there
+_PULL = 0.7  # with 1, the noise of the first steps moves the codes that GPTQ chose away from the nearest one
+
+
+class MovedWeight(TunedWeight):
+    """A quantized weight whose codes move. towards: the weight [N, K] that it approximates."""
+
+    def __init__(self, weight: QTensor, towards: Tensor) -> None:
+        super().__init__(weight)
+        self.grids: Grids | None = None
+        if isinstance(weight.codec, Scheme):
+            codes, grids = weight.codec.unpack(weight.parts, weight.shape)
+            if (uniform := grids.moved(self.start)) is not None:
+                aim = towards if weight.permutation is None else towards[:, weight.permutation]
+                self.grids, self.first = grids, codes
+                self.latent = nn.Parameter(_start(aim.float(), codes, uniform).div_(UNIT))
+
+    @property
+    def parameters_of(self) -> list[nn.Parameter]:
+        """What is trained: scales, and the positions of codes."""
+        return [*self.delta.values(), *([] if self.grids is None else [self.latent])]
+
+    @torch.no_grad()
+    def codes_now(self) -> Tensor | None:
+        """The trained codes, uint8 [N, K]; None if they stay."""
+        if self.grids is None:
+            return None
+        uniform = self.grids.moved(self.start)
+        assert uniform is not None
+        return _rounded(self.latent, uniform.top).to(torch.uint8)
+
+    @property
+    def share_moved(self) -> float | None:
+        """The share of the codes that differ from those at the start; None if they stay."""
+        now = self.codes_now()
+        return None if now is None else float((now != self.first).double().mean())
+
+    def values(self) -> Tensor:
+        """The weight [N, K] as its file stores it, float32, differentiable by all that is trained."""
+        floats = self.floats()
+        if self.grids is None:
+            values = self.weight.codec.values(self.weight.parts, self.weight.shape, floats)
+        else:
+            uniform = self.grids.moved(floats)
+            assert uniform is not None
+            values = decoded(self.latent, uniform)
+        if self.weight.permutation is None:
+            return values
+        return torch.zeros_like(values).index_copy(1, self.weight.permutation, values)
+
+    @torch.no_grad()
+    def tuned(self) -> QTensor:
+        """The weight with its trained codes and numbers."""
+        weight, codes = self.weight, self.codes_now()
+        parts = weight.parts
+        if codes is not None:
+            assert isinstance(weight.codec, Scheme)
+            assert self.grids is not None
+            parts = weight.codec.pack(codes, self.grids)
+        parts = weight.codec.with_floats(parts, self.floats())
+        return QTensor(weight.codec, weight.shape, parts, weight.permutation)
+
+
+def decoded(latent: Tensor, uniform: Uniform) -> Tensor:
+    """The values [N, K] of the codes round(UNIT latent), differentiable by latent [N, K], scales and offsets."""
+    values: Tensor = _Values.apply(  # type: ignore[no-untyped-call]
+        latent, uniform.scale, uniform.offset, uniform.zero, uniform.top, uniform.group
+    )
+    return values
+
+
+def _start(towards: Tensor, codes: Tensor, uniform: Uniform) -> Tensor:
+    """The first positions [N, K], between the codes and where `towards` lies on the grid."""
+    w = towards.unflatten(1, (-1, uniform.group))
+    offset = 0 if uniform.offset is None else uniform.offset.unsqueeze(-1)
+    zero = uniform.zero if isinstance(uniform.zero, int) else uniform.zero.unsqueeze(-1)
+    place = ((w + offset) / uniform.scale.unsqueeze(-1) + zero).flatten(1)
+    near = (place - codes).nan_to_num_(0.0, 0.0, 0.0)  # not a number where the scale is 0
+    start: Tensor = near.clamp_(-_NEAR, _NEAR).mul_(_PULL).add_(codes)
+    return start
+
+
+def _rounded(latent: Tensor, top: int) -> Tensor:
+    return (latent * UNIT).round_().clamp_(0, top)
+
+
+class _Values(torch.autograd.Function):
+    """s (c - z) - o of each group. Backward computes the codes again, so that one tensor of positions is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, latent: Tensor, scale: Tensor, offset: Tensor | None, zero: Tensor | int, top: int, group: int
+    ) -> Tensor:
+        ctx.save_for_backward(latent, scale)
+        ctx.zero, ctx.top, ctx.group = zero, top, group
+        out = _levels(latent, zero, top, group).mul_(scale.unsqueeze(-1))
+        return (out if offset is None else out.sub_(offset.unsqueeze(-1))).flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        latent, scale = ctx.saved_tensors
+        grad = grads[0].unflatten(1, (-1, ctx.group))
+        of_scale = _levels(latent, ctx.zero, ctx.top, ctx.group).mul_(grad).sum(-1)
+        of_offset = grad.sum(-1).neg_() if ctx.needs_input_grad[2] else None
+        of_latent = (grad * (scale * UNIT).unsqueeze(-1)).flatten(1)
+        out = (latent < 0) & (of_latent > 0) | (latent * UNIT > ctx.top) & (of_latent < 0)
+        return of_latent.masked_fill_(out, 0), of_scale, of_offset, None, None, None
+
+
+def _levels(latent: Tensor, zero: Tensor | int, top: int, group: int) -> Tensor:
+    """c - z of each group, [N, groups, group]."""
+    levels: Tensor = _rounded(latent, top).unflatten(1, (-1, group))
+    return levels.sub_(zero if isinstance(zero, int) else zero.unsqueeze(-1))

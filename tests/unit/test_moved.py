@@ -1,0 +1,112 @@
+"""Codes that are trained: they start as the method's, gradients pass through the rounding, and they stay in range."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewbit.nn.moved import UNIT, MovedWeight, decoded
+from fewbit.schemes.base import QTensor, Scheme, parse
+from fewbit.schemes.plain import Uniform
+
+MOVING = ("int4-g32-sym", "int3-g32", "int2-g64-sym-bf16", "q2_k", "q3_k", "q4_k", "q6_k", "q4_1")
+STAYING = ("nf4-b32", "iq4_xs", "fp8-row", "llm.int8", "nvfp4")
+EVERY = pytest.mark.parametrize("spec", MOVING + STAYING)
+
+
+def made(spec: str, permuted: bool = False) -> tuple[QTensor, Tensor]:
+    """A quantized weight, and another one that it is to approximate."""
+    generator = torch.Generator().manual_seed(0)
+    scheme, w = parse(spec), torch.randn(24, 256, generator=generator)
+    order = torch.randperm(256, generator=generator) if permuted else None
+    towards = w + 0.3 * torch.randn(w.shape, generator=generator)
+    return QTensor(scheme, (24, 256), scheme.pack(*scheme.nearest(w)), order), towards
+
+
+def scrambled(weight: MovedWeight) -> MovedWeight:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in weight.parameters_of:
+            size = 0.3 if parameter.shape == weight.weight.shape else 0.02  # a position, or a scale
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return weight
+
+
+def codes_of(weight: QTensor) -> Tensor:
+    assert isinstance(weight.codec, Scheme)
+    return weight.codec.unpack(weight.parts, weight.shape)[0]
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@EVERY
+def test_the_first_values_are_those_of_the_method(spec: str, permuted: bool) -> None:
+    weight, towards = made(spec, permuted)
+    moved = MovedWeight(weight, towards)
+    assert torch.equal(moved.values().detach(), weight.dequantize())
+    same = moved.tuned()
+    assert same.parts.keys() == weight.parts.keys()
+    assert all(torch.equal(same.parts[name], part) for name, part in weight.parts.items())
+    assert moved.share_moved == (0 if spec in MOVING else None)
+
+
+@pytest.mark.parametrize("spec", MOVING)
+def test_a_position_is_on_the_side_of_its_weight(spec: str) -> None:
+    weight, towards = made(spec)
+    moved = MovedWeight(weight, towards)
+    with torch.no_grad():
+        lean = moved.latent * UNIT - codes_of(weight)
+        above = MovedWeight(weight, towards)
+        above.latent.copy_((codes_of(weight) + 1) / UNIT)
+        up = above.values() - weight.dequantize()  # one code further, unless that is beyond the last
+    error = towards - weight.dequantize()
+    known = up != 0
+    assert float(lean.abs().max()) < 0.5
+    assert bool((lean * up * error >= 0)[known].all())
+
+
+@EVERY
+def test_what_is_stored_is_what_was_computed(spec: str) -> None:
+    moved = scrambled(MovedWeight(*made(spec)))
+    stored = moved.tuned()
+    stored.codec.check(stored.parts, stored.shape)
+    assert torch.allclose(stored.dequantize(), moved.values().detach(), rtol=1e-6, atol=0)
+    changed = float((codes_of(stored) != codes_of(moved.weight)).double().mean())
+    assert changed == (moved.share_moved or 0)
+    assert (changed > 0) == (spec in MOVING)
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_gradients_are_those_of_the_definition(offset: bool) -> None:
+    """W = s (c - z) - o with c = u + (round(u) - u), the bracket a constant, in float64."""
+    generator = torch.Generator().manual_seed(2)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    n, groups, group, top = 3, 4, 8, 7
+    place = torch.rand((n, groups * group), generator=generator, dtype=torch.float64) * top
+    scale, shift, zero = random(n, groups), random(n, groups) if offset else None, torch.full((n, groups), 3.0).double()
+    upstream, x = random(5, n), random(5, groups * group)
+    leaves = [t.clone().requires_grad_() for t in (place / UNIT, scale, *([shift] if shift is not None else []))]
+    own = Uniform(leaves[1], zero, leaves[2] if offset else None, top, group)
+    found = torch.autograd.grad((x @ decoded(leaves[0], own).T * upstream).sum(), leaves)
+
+    free = [t.detach().clone().requires_grad_() for t in leaves]
+    u = free[0] * UNIT
+    code = (u + (u.round() - u).detach()).unflatten(1, (groups, group))
+    values = (code - zero.unsqueeze(-1)) * free[1].unsqueeze(-1) - (free[2].unsqueeze(-1) if offset else 0)
+    expected = torch.autograd.grad((x @ values.flatten(1).T * upstream).sum(), free)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_beyond_the_last_code_only_the_way_back_counts() -> None:
+    ends = torch.tensor([[-0.4, -0.4, 3.4, 3.4]]) / UNIT
+    latent = ends.clone().requires_grad_()
+    uniform = Uniform(torch.ones(1, 1), 0, None, 3, 4)
+    values = decoded(latent, uniform)
+    assert values.tolist() == [[0, 0, 3, 3]]
+    values.backward(torch.tensor([[1.0, -1.0, -1.0, 1.0]]))  # a step is against the gradient
+    assert latent.grad is not None
+    assert latent.grad.tolist() == [[0, -UNIT, 0, UNIT]]
