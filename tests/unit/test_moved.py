@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from fewbit.nn.moved import UNIT, MovedWeight, decoded
-from fewbit.schemes.base import QTensor, Scheme, parse
-from fewbit.schemes.plain import Uniform
+from fewbit.schemes.base import QTensor, Scheme, Uniform, parse
 
 MOVING = ("int4-g32-sym", "int3-g32", "int2-g64-sym-bf16", "q2_k", "q3_k", "q4_k", "q6_k", "q4_1")
 STAYING = ("nf4-b32", "iq4_xs", "fp8-row", "llm.int8", "nvfp4")

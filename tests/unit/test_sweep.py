@@ -26,8 +26,7 @@ from fewbit.methods.sweep import choose
 from fewbit.methods.sweep.definition import Sweep
 from fewbit.pipeline import blocks
 from fewbit.plans.plan import Assignment
-from fewbit.schemes.base import Grids, parse
-from fewbit.schemes.plain import Plain, Uneven, Uniform
+from fewbit.schemes.base import Grids, Plain, Uneven, Uniform, parse
 from tests.contract.cases import SPECS, inputs, ordinary, same_bytes, several_groups, stats_of
 
 # 304 columns are two panels and a ragged third; 40 rows are no whole number of programs.

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.nn.tuned import TunedWeight
-from fewbit.schemes.base import Grids, QTensor, Scheme
-from fewbit.schemes.plain import Uniform
+from fewbit.schemes.base import Grids, QTensor, Scheme, Uniform
 
 UNIT = 5.0  # codes for a step of 1, so that one learning rate suits codes and scales
 _NEAR = 0.49  # codes; beyond it a weight counts as if it lay there

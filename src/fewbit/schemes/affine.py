@@ -50,6 +50,7 @@ from fewbit.schemes.base import (
     Parts,
     PartSpec,
     Scheme,
+    Uniform,
     check_values,
     chunk_rows,
     parse_group,
@@ -58,7 +59,6 @@ from fewbit.schemes.base import (
     shares,
     usable,
 )
-from fewbit.schemes.plain import Uniform
 
 BF16_SMALLEST, BF16_LARGEST = 2.0**-17, 65280.0  # between them fp16 holds every bfloat16 number exactly
 

@@ -22,7 +22,9 @@ from typing import ClassVar, Self, TypeAlias
 from fewbit import registry
 from fewbit.errors import FormatError, NumericsError, PlanError
 from fewbit.lazy import Tensor, torch
-from fewbit.schemes.plain import Plain, Uniform
+from fewbit.schemes.plain import Plain as Plain
+from fewbit.schemes.plain import Uneven as Uneven
+from fewbit.schemes.plain import Uniform as Uniform
 
 Columns: TypeAlias = "slice | Tensor | int"
 ALL = slice(None)

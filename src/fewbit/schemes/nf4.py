@@ -61,13 +61,13 @@ from fewbit.schemes.base import (
     Parts,
     PartSpec,
     Scheme,
+    Uneven,
     check_values,
     refit_scales,
     search_scales,
     shares,
     usable,
 )
-from fewbit.schemes.plain import Uneven
 from fewbit.system import ambient
 
 NESTED = 256  # scales in a block of double quantization

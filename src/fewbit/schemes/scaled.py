@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes import floats
-from fewbit.schemes.base import ALL, Columns, Grids, check_values, chunk_rows, refit_scales
-from fewbit.schemes.plain import Uneven
+from fewbit.schemes.base import ALL, Columns, Grids, Uneven, check_values, chunk_rows, refit_scales
 from fewbit.system import threads
 
 Block = tuple[int, int]

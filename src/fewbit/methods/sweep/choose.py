@@ -20,8 +20,7 @@ from importlib.util import find_spec
 
 from fewbit.lazy import Tensor, torch
 from fewbit.methods.sweep.definition import PANEL, Sweep
-from fewbit.schemes.base import Grids
-from fewbit.schemes.plain import Plain
+from fewbit.schemes.base import Grids, Plain
 
 _PROBE = 64  # rows used to compare the fused panel with the definition
 _DIFFERENT = 0.01  # share of codes that may differ: sums in another order can break ties, which changes a row's rest

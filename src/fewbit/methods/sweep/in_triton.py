@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewbit.methods.sweep.definition import PANEL, Sweep
-from fewbit.schemes.base import Grids
-from fewbit.schemes.plain import Plain, Uniform
+from fewbit.schemes.base import Grids, Plain, Uniform
 
 _ROWS = 16  # rows of a program: 16 x 128 floats take 16 registers in each of 128 threads
 

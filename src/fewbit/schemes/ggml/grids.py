@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fewbit.lazy import Tensor, torch
-from fewbit.schemes.base import ALL, Columns, Grids
+from fewbit.schemes.base import ALL, Columns, Grids, Plain, Uneven, Uniform
 from fewbit.schemes.ggml import layout
 from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR, Fields, Layout
 from fewbit.schemes.ggml.search import half
-from fewbit.schemes.plain import Plain, Uneven, Uniform
 
 _PANEL = 256  # columns processed between updates of the full gradient; at least one block
 _NARROW = (
