@@ -7,8 +7,8 @@ calibrated on text by itself.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from fewbit.errors import PlanError
 from fewbit.models import classes
 from fewbit.models.blocks import embedding_of
-from fewbit.models.calls import SHELLS, BlockCall, first_line
+from fewbit.models.calls import NO_CALIBRATION, SHELLS, BlockCall, first_line
 
 
 class Host(Protocol):
@@ -29,6 +29,11 @@ class Host(Protocol):
     device: torch.device
 
     def materialized(self, prefix: str | None) -> AbstractContextManager[nn.Module]: ...
+
+    def head(self) -> AbstractContextManager[None]: ...
+
+    @property
+    def on_text(self) -> OnText: ...
 
 
 class OnText(NamedTuple):
@@ -67,6 +72,42 @@ def inputs(part: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     """The arguments of a forward pass over token ids. A decoder with an encoder gets the same ids as the encoder."""
     known = inspect.signature(type(part).forward).parameters
     return {name: ids for name in ("input_ids", "decoder_input_ids") if name in known or name == "input_ids"}
+
+
+@contextmanager
+def ending(skeleton: Host) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """Inside this context, everything outside the blocks has its weights.
+
+    Yields a function that returns logits [windows, tokens, V] for token ids [windows, tokens] and the output of the
+    last block, with gradients. It raises PlanError if the model does not run so.
+    """
+    part = skeleton.model.get_submodule(skeleton.on_text.part or "")
+    blocks: list[Any] = [skeleton.model.get_submodule(block) for block in skeleton.blocks]
+    shells = list(SHELLS)
+
+    def logits(tokens: Tensor, states: Tensor) -> Tensor:
+        first: Exception | None = None
+        for shell in tuple(shells):
+            for block in blocks:
+                block.forward = lambda *args, shell=shell, **kwargs: shell(states)
+            try:
+                output = part(**inputs(part, tokens.to(skeleton.device)), use_cache=False)
+                shells[:] = [shell]
+                computed: Tensor = output["logits"] if "logits" in output else output[0]
+                return computed
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # the model's code may fail on the wrong form of return value
+                first = first or error
+            finally:
+                for block in blocks:
+                    del block.forward
+        assert first is not None
+        kind = type(skeleton.model).__name__
+        raise PlanError(f"{kind} does not run without its blocks: {first_line(first)}", NO_CALIBRATION)
+
+    with skeleton.materialized(None), skeleton.head():
+        yield logits
 
 
 def _two(part: nn.Module, device: torch.device) -> dict[str, Tensor]:

@@ -271,6 +271,20 @@ class Skeleton:
         kind = type(self.model).__name__
         raise PlanError(f"the blocks of {kind} cannot be run one by one: {first_line(first)}", NO_CALIBRATION)
 
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Inside this context, within that of `materialized(None)`, the output head has its weights too."""
+        own = [name for name in self._expected if self._is_head(name)]
+        self._load([key for key, name in self.name_of.items() if name in own])
+        for name in own:
+            if name in self.tied:
+                self._set(name, self.model.get_parameter(self.tied[name]).data)
+        try:
+            yield
+        finally:
+            for name in own:
+                self._set(name, self._expected[name])
+
     def _captured(
         self, part: nn.Module, batches: list[Tensor], shell: Callable[[Tensor], Any]
     ) -> tuple[list[Tensor], dict[str, list[BlockCall]]]:
@@ -315,9 +329,11 @@ class Skeleton:
     def _belongs(self, name: str, prefix: str | None) -> bool:
         if prefix is not None:
             return name.startswith(prefix + ".")
+        return not self._is_head(name) and not any(name.startswith(block + ".") for block in self.blocks)
+
+    def _is_head(self, name: str) -> bool:
         head = self.model.get_output_embeddings()
-        is_head = head is not None and self.model.get_submodule(name.rpartition(".")[0]) is head
-        return not is_head and not any(name.startswith(block + ".") for block in self.blocks)
+        return head is not None and self.model.get_submodule(name.rpartition(".")[0]) is head
 
     def _names(self) -> dict[str, str]:
         """Checkpoint name -> model name, of the tensors that belong to the model."""
