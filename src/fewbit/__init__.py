@@ -112,6 +112,7 @@ _LAZY = {
     "models.describe": ("Inspection",),
     "pipeline.job": ("Preview",),
     "pipeline.optimization": ("Optimization",),
+    "plans.budget": ("Allocation", "Budget"),
     "plans.plan": ("Plan",),
     "report.results": ("Converted", "Evaluation", "Finetuned", "Measured", "Merged", "Quantized", "Tuned"),
     "texts.calibration": ("Calibration",),

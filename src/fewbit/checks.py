@@ -11,6 +11,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
+from fewbit import units
 from fewbit.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -66,6 +67,21 @@ def number(name: str, value: Any) -> float:
     if not is_finite(value):
         raise invalid(name, value, "a finite number")
     return float(value)
+
+
+def above_0(name: str, value: Any) -> float:
+    """A finite number above 0."""
+    if not is_finite(value) or not value > 0:
+        raise invalid(name, value, "a number above 0")
+    return float(value)
+
+
+def size(name: str, value: Any) -> int:
+    """A number of bytes, given as a number or as text such as 8GB."""
+    found = units.nbytes(value) if isinstance(value, str) else None
+    if found is None and (isinstance(value, str) or not is_finite(value) or not value >= 1):
+        raise invalid(name, value, "a size such as 8GB, 8GiB or 512MB")
+    return found if found is not None else int(value)
 
 
 def flag(name: str, value: Any) -> bool:

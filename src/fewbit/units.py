@@ -1,6 +1,11 @@
-"""Formats numbers with units for display."""
+"""Formats numbers with units for display, and reads sizes."""
 
 from __future__ import annotations
+
+import re
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 
 
 def duration(seconds: float) -> str:
@@ -30,3 +35,9 @@ def size(nbytes: float) -> str:
         if rounded >= 1:
             return f"{rounded:,g} {unit}"
     return f"{nbytes:.0f} B"
+
+
+def nbytes(text: str) -> int | None:
+    """Bytes that `8GB`, `8 GiB`, `512MB` or a plain number mean; None for another text, and for 0."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
+    return int(float(match[1]) * _UNITS[match[2] or ""]) or None if match else None

@@ -9,10 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewbit.methods.base import Method
+from fewbit.methods.rtn import RoundToNearest
 from fewbit.models import experts, on_text
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import locate
+from fewbit.pipeline import costs
 from fewbit.pipeline.fisher import Scores, Sweep, fishers, sampled
+from fewbit.pipeline.settled import Settled
+from fewbit.plans.plan import Plan, Rule
+from fewbit.schemes.base import parse
 from tests import architectures
 from tests import models as tiny_models
 
@@ -39,8 +45,6 @@ def by_autograd(folder: Path, ids: list[Tensor], clip: float) -> tuple[dict[str,
     """The definition, on the whole model in float64: linear -> (H, r); and the gradients at the first block's input."""
     model = tiny_models.original(folder, torch.float64)
     experts.separate(model)
-    for module in model.modules():  # `separate` makes its linears on the meta device
-        assert not any(p.is_meta for p in module.parameters(recurse=False))
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
     blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
     entered: list[Tensor] = []
@@ -86,6 +90,60 @@ def check(folder: Path, clip: float) -> dict[str, Any]:
     for ours, theirs in zip(gradients, entered, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-9)
     return found
+
+
+def test_a_cost_is_the_divergence_to_second_order(tmp_path: Path) -> None:
+    folder = tiny_models.save(tmp_path / "m", "qwen3", dtype="float32")
+    skeleton = Skeleton(locate(folder), torch.float64, torch.device("cpu"))
+    settled = Settled.of(skeleton, Plan("p", "gptq", (Rule("*", "int4-g32-sym", "rtn"),)))
+    ids = tokens(skeleton.config.vocab_size)
+    options = costs.widths(settled)
+    assert {str(each) for each in options["model.layers.0.mlp.up_proj"]} == {f"int{b}-g32-sym" for b in (2, 3, 4, 8)}
+    found = costs.measured(settled, options, ids, None, lambda done, total: None)
+    expected, _ = by_autograd(folder, list(Sweep(skeleton, ids).batches), 0.999)
+    for name, (hessian, rows) in expected.items():
+        weight = tiny_models.linear_weight(tiny_models.original(folder).get_submodule(name))
+        for scheme in options[name]:
+            error = (Method.quantize(RoundToNearest(), weight, scheme, None).weight.dequantize() - weight).double()
+            cost = 0.5 * float((rows * ((error @ hessian) * error).sum(1)).sum()) / ids.numel()
+            assert found.of[name][str(scheme)] == pytest.approx(cost, rel=1e-5)
+    layer = "model.layers.1."
+    together = {name: unit for name, unit in found.units.items() if name.startswith(layer)}
+    assert together == {
+        **{f"{layer}self_attn.{leaf}_proj": f"{layer}self_attn.q_proj" for leaf in "qkv"},
+        **{f"{layer}mlp.{leaf}_proj": f"{layer}mlp.gate_proj" for leaf in ("gate", "up")},
+        **{f"{layer}{name}": f"{layer}{name}" for name in ("self_attn.o_proj", "mlp.down_proj")},
+    }
+
+
+def test_a_heads_cost_is_the_divergence_of_the_logits(tmp_path: Path) -> None:
+    folder = tiny_models.save(tmp_path / "m", "qwen2", dtype="float32")
+    skeleton = Skeleton(locate(folder), torch.float32, torch.device("cpu"))
+    settled = Settled.of(skeleton, Plan("p", "gguf", (Rule("*", "q4_0", "rtn"),)))
+    ids = tokens(skeleton.config.vocab_size)
+    found = costs.measured(settled, costs.widths(settled), ids, None, lambda done, total: None)
+    model = tiny_models.original(folder)
+    exact = tiny_models.logits(model, ids).double().log_softmax(-1)
+    weight = model.lm_head.weight.clone()
+    for spec in ("q4_0", "q8_0"):
+        values = Method.quantize(RoundToNearest(), weight, parse(spec), None).weight.dequantize()
+        other = tiny_models.logits(tiny_models.with_weights(model, {"lm_head": values}), ids).double().log_softmax(-1)
+        cost = float((exact.exp() * (exact - other)).sum()) / ids.numel()
+        assert found.of["lm_head"][spec] == pytest.approx(cost, rel=1e-3)
+    embedded = found.of["model.embed_tokens"]
+    assert 0 < embedded["q8_0"] < embedded["q5_0"] < embedded["q4_0"]
+    assert all(name == unit for name, unit in found.units.items())  # llama.cpp computes each tensor by itself
+
+
+def test_the_experts_of_a_layer_are_one_unit(tmp_path: Path) -> None:
+    folder = architectures.save(tmp_path / "m", "qwen3_moe")
+    skeleton = Skeleton(locate(folder), torch.float32, torch.device("cpu"))
+    settled = Settled.of(skeleton, Plan("p", "gptq", (Rule("*", "int4-g32-sym", "rtn"),)))
+    ids = tokens(skeleton.config.vocab_size)
+    found = costs.measured(settled, costs.widths(settled), ids, None, lambda done, total: None)
+    names = [name for name in found.units if ".experts." in name]
+    assert names
+    assert {found.units[name] for name in names} == {f"{name.partition('.experts.')[0]}.experts" for name in names}
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.9])

@@ -18,6 +18,7 @@ from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.models.loading import Loading
 from fewbit.pipeline.optimization import Optimization
+from fewbit.plans.budget import Budget
 from fewbit.settings import Settings
 from fewbit.texts.calibration import Calibration
 
@@ -27,7 +28,7 @@ VERBS = (
     *("estimate", "recommend"),
 )
 GROUPS: dict[str, type[Settings]] = {"calibration": Calibration, "sampling": Sampling, "tuning": Tuning}
-GROUPS |= {"optimization": Optimization}
+GROUPS |= {"optimization": Optimization, "budget": Budget}
 # An argument of Python that a command calls otherwise, or does without.
 OTHER_NAMES = {"out": "output", "fuse": "max_length", "speed_first": "speed", "images": "image"}
 PYTHON_ONLY = {"progress", "stream", "dtype"}  # what a command shows, and how; the type of activations
@@ -81,6 +82,7 @@ def test_a_command_has_the_arguments_of_its_verb(verb: str) -> None:
     ("verb", "group"),
     [
         ("quantize", Calibration),
+        ("quantize", Budget),
         ("compare", Calibration),
         ("finetune", Tuning),
         ("tune", Optimization),

@@ -138,3 +138,11 @@ def test_every_folder_that_the_code_names_is_an_entry() -> None:
         used |= set(re.findall(r'cache_folder\(\) / f?"([a-z-]+)', file.read_text(encoding="utf-8")))
     assert used >= {"runs", "tuning", "compare", "merged", "on-load"}
     assert used <= patterns
+
+
+def test_costs_of_widths_are_entries(own_cache: Path) -> None:
+    (own_cache / "costs").mkdir()
+    (own_cache / "costs" / "one.json").write_text("{}", encoding="utf-8")
+    assert [(each["kind"], each["nbytes"]) for each in told()] == [("costs", 2)]
+    run("--clear", "costs")
+    assert told() == []

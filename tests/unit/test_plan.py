@@ -169,9 +169,33 @@ def test_a_scheme_that_no_format_stores_is_refused(spec: str, format: str, monke
         assert spec[:4] not in raised.value.hint
 
 
-def test_two_schemes_in_a_gptq_file_are_refused_in_words() -> None:
-    with pytest.raises(PlanError, match=r"int4-g64, int8-g64"):
-        resolve(plan_of(Rule("*.mlp.*", "int8-g64"), Rule("*", "int4-g64")), SHAPES)
+def test_what_a_gptq_file_cannot_mix_is_refused_in_words() -> None:
+    with pytest.raises(PlanError, match=r"int4-g64, int4-g64-sym"):
+        resolve(plan_of(Rule("*.mlp.*", "int4-g64-sym"), Rule("*", "int4-g64")), SHAPES)
+    with pytest.raises(PlanError, match=r"together: these need one scheme, not int4-g64 and int8-g64"):
+        resolve(plan_of(Rule("*.up_proj", "int8-g64"), Rule("*", "int4-g64")), GATED)
+
+
+def test_a_gptq_file_may_have_several_widths() -> None:
+    found = resolve(plan_of(Rule("*.down_proj", "int8-g32"), Rule("*", "int4-g64")), GATED).assignments
+    config = registry.get("formats", "gptq")().config(list(found.values()), ["head"])
+    assert (config["bits"], config["group_size"]) == (4, 64)
+    assert config["dynamic"] == {
+        "-:^head$": {},
+        r"+:^l\.0\.down_proj$": {"bits": 8, "group_size": 32},
+    }
+    config = registry.get("formats", "gptq")().config(
+        [replace(found["l.0.up_proj"], module=f"l.{i}.up_proj") for i in range(3)], []
+    )
+    assert config["dynamic"] == {}
+    wide = [replace(each, scheme=parse("int8-g64")) for name, each in found.items() if "down" not in name]
+    other = [replace(wide[0], module=f"m.{i}", scheme=parse("int4-g64")) for i in range(3)]
+    assert registry.get("formats", "gptq")().config([*wide, *other], [])["dynamic"] == {
+        r"+:^l\.0\.(?:gate_proj|up_proj|gate_up_proj)$": {"bits": 8}
+    }
+
+
+GATED = {f"l.0.{leaf}_proj": (128, 128) for leaf in ("gate", "up", "down")}
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_the_one_that_cannot_be_quantized_is_named() -> None:
     weights[1][3, 5] = torch.nan
     assigned = [Assignment(module, (8, 64), parse("int4-g32"), GPTQ()) for module in ("q", "k", "v")]
     with pytest.raises(NumericsError, match=r"^k: a weight has NaN"):
-        blocks._choose(assigned, weights, stats_of(inputs(128, 64)))
+        blocks.choose(assigned, weights, stats_of(inputs(128, 64)))
 
 
 if __name__ == "__main__":

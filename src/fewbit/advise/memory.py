@@ -58,6 +58,12 @@ class Use:
     activation: int = 2  # bytes
 
 
+def use_of(longest: int, context: int | None = None, batch: int = 1, cache: str = "bf16") -> Use:
+    """A workload. longest: the model's context; its texts have as many tokens by default, at most 4096."""
+    tokens = min(4096, longest) if context is None else context
+    return Use(context=tokens, batch=batch, cache=cache, activation=4 if cache == "float32" else 2)
+
+
 def cache_bytes(g: Geometry, use: Use) -> int:
     """Bytes of the KV cache for `batch` texts of `context` tokens."""
     if use.cache not in CACHE_TYPES:

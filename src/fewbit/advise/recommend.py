@@ -9,7 +9,6 @@ contradict the common advice, the recommendation follows the numbers and says so
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fewbit import registry
+from fewbit import registry, units
 from fewbit.advise.estimate import Estimate, PlanEstimate
 from fewbit.brief import brief
 from fewbit.errors import PlanError
@@ -29,7 +28,6 @@ from fewbit.nn.choose import expected
 from fewbit.schemes.base import parse
 from fewbit.units import size
 
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30, "ti": 2.0**40}
 _SHAPE = (4096, 4096)  # a shape that every kernel supports
 
 
@@ -101,10 +99,9 @@ def priors() -> dict[str, Any]:
 
 def nbytes(text: str) -> int:
     """Bytes that `8GB`, `8 GiB`, `512MB` or a plain number mean; PlanError otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
-    if match is None or not float(match[1]):
+    if (found := units.nbytes(text)) is None:
         raise PlanError(f"`memory={text}`: not an amount of memory", "Write it as 8GB, 8GiB or 512MB.")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    return found
 
 
 @dataclass(frozen=True)

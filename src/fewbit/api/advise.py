@@ -43,12 +43,7 @@ def estimate(
     """
     source = outlined(model)
     wanted = list(plans.PRESETS.values()) if plan is None else [arguments.plan("plan", plan)]
-    use = memory.Use(
-        context=min(4096, source.context) if context is None else context,
-        batch=batch,
-        cache=cache,
-        activation=4 if cache == "float32" else 2,
-    )
+    use = memory.use_of(source.context, context, batch, cache)
     return estimates.estimate(source, wanted, use, samples=samples, length=length, trust_remote_code=trust_remote_code)
 
 

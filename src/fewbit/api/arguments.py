@@ -26,6 +26,7 @@ from fewbit.checks import DType as DType
 from fewbit.errors import FormatError
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.models.loading import Loading
+from fewbit.plans.budget import Budget
 from fewbit.plans.plan import Plan, find
 from fewbit.settings import checks_of
 from fewbit.system.files import parse_json
@@ -148,6 +149,12 @@ def tuning(name: str, value: Any) -> Tuning:
     return value
 
 
+def budget(name: str, value: Any) -> Budget:
+    if not isinstance(value, Budget):
+        raise invalid(name, value, "a fewbit.Budget")
+    return value
+
+
 def optimization(name: str, value: Any) -> Optimization:
     from fewbit.pipeline.optimization import Optimization  # its constructor has checked the fields
 
@@ -176,6 +183,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "images": images,
     "max_kl": number,
     **dict.fromkeys(("overwrite", "safetensors_only", "chat", "stream", "speed_first", "again", "requantize"), flag),
+    "budget": budget,
     "calibration": calibration,
     "memory": memory,
     "optimization": optimization,

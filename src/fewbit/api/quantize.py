@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fewbit import units
+from fewbit.advise.memory import activation_peak, cache_bytes, use_of
 from fewbit.api import arguments, effort
 from fewbit.api.arguments import Device, Plans, checked
 from fewbit.checks import Texts
@@ -30,10 +31,11 @@ from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
 from fewbit.models.on_text import OnText
 from fewbit.models.on_text import inputs as text_inputs
+from fewbit.models.outline import geometry
 from fewbit.models.scales import read as folded_scales
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
-from fewbit.pipeline import blocks, settled, write_folder, write_gguf
+from fewbit.pipeline import blocks, budgeted, settled, write_folder, write_gguf
 from fewbit.pipeline import importances as pipeline_importances
 from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline import run as pipeline_run
@@ -47,6 +49,7 @@ from fewbit.pipeline.job import (
     too_small,
     windows,
 )
+from fewbit.plans.budget import Allocation, Budget
 from fewbit.plans.plan import Plan
 from fewbit.report import card
 from fewbit.report import progress as report_progress
@@ -73,6 +76,7 @@ def quantize(
     out: str | Path,
     *,
     plan: Plans = "gptq-4bit",
+    budget: Budget | None = None,
     calibration: Calibration | Texts | None = None,
     imatrix: str | Path | None = None,
     effort: str = "fast",
@@ -84,6 +88,8 @@ def quantize(
 ) -> Quantized:
     """Quantize `model` by `plan` into `out`, a folder or a GGUF file. `out` is written atomically.
 
+    budget: the size that the output is to have. The weights then have the widths that lose least at this size, and the
+    plan gives the format, the method, and everything else of the schemes.
     imatrix: an importance matrix file of llama.cpp, used instead of calibration. effort: "fast", or "high" to tune
     codes and scales block by block, and then scales and norms on the whole model's predictions. After an interruption,
     the same call resumes at the block where it stopped. Under torchrun, all processes make this call and share the
@@ -92,6 +98,7 @@ def quantize(
     """
     wanted = Request(
         plan=arguments.plan("plan", plan),
+        budget=budget or Budget(),
         calibration=arguments.calibrated(calibration),
         imatrix=imatrix,
         effort=effort,
@@ -118,6 +125,7 @@ class Request:
     overwrite: bool = False
     safetensors_only: bool = False
     trust_remote_code: bool = False
+    budget: Budget = field(default_factory=Budget)
 
 
 def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
@@ -135,22 +143,24 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
             trust_remote_code=wanted.trust_remote_code,
             imatrix=wanted.imatrix,
         )
-        preview = job.preview()
         if ranks.first():
             publish.check_not_lost(out, job.source.origin, job.source.folder, *job.source.files)
-            # The cache holds the finished blocks, and `out` the output that is made from them.
-            copies = 1 if wanted.effort == "fast" else 2  # the tuned model is written beside the one it replaces
-            publish.check_space({cache_folder(): preview.output_bytes, out.resolve(): copies * preview.output_bytes})
         tokenizer = load_tokenizer(job.source, trust_remote_code=wanted.trust_remote_code)
         # For a GGUF file, this raises the error if GGUF cannot express the model: before any work.
         header = job.header(tokenizer)
         tuning = effort.block_tuning(wanted.effort, calibration.seed)
         if tuning is not None:
             job.settled.skeleton.check_text(calibrates=True)
-        inputs, calibrated = job.inputs(calibration, tokenizer, tuning)
         # The check after writing generates from these words: check their token ids now.
         words = tokenizer(report_text.FIRST_WORDS, return_tensors="pt")["input_ids"]
         texts_windows.within(words, job.source.rows, tokenizer, repr(report_text.FIRST_WORDS))
+        job, allocation = _sized(job, wanted.budget, calibration, tokenizer, progress)
+        preview = job.preview()
+        if ranks.first():
+            # The cache holds the finished blocks, and `out` the output that is made from them.
+            copies = 1 if wanted.effort == "fast" else 2  # the tuned model is written beside the one it replaces
+            publish.check_space({cache_folder(): preview.output_bytes, out.resolve(): copies * preview.output_bytes})
+        inputs, calibrated = job.inputs(calibration, tokenizer, tuning)
         versions = machine.versions()
         fingerprint = pipeline_run.fingerprint(job.settled, inputs, versions, tuning)
         run = leaving.enter_context(pipeline_run.Run(fingerprint))
@@ -179,6 +189,7 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
                 gpu_peak=0,
                 anonymous=0,
                 sample="",
+                allocation=allocation,
             )
             kept = {k: v for k, v in asdict(done).items() if k not in _NOT_KEPT}
             record = {
@@ -236,22 +247,60 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
             return ranks.run_on_first(published)
 
 
+def _sized(
+    job: Job,
+    budget: Budget,
+    calibration: Calibration,
+    tokenizer: Any,
+    progress: bool | pipeline_progress.Progress | None,
+) -> tuple[Job, Allocation | None]:
+    """The job with widths chosen for a budget, and what was chosen. Without a budget, the same job.
+
+    PlanError, before any work, if the smallest output is above the budget.
+    """
+    if not budget.given:
+        return job, None
+    beside = 0
+    if budget.fit is not None:
+        use = use_of(job.source.context, budget.context)
+        shape = geometry(job.settled.skeleton.config, job.source.context)
+        beside = cache_bytes(shape, use) + activation_peak(shape, use, packed=True)
+    choice = budgeted.Choice.of(job, budget, job.header(tokenizer), beside)
+    tokens, _ = windows(calibration, job.source, tokenizer)
+    with report_progress.costs(progress) as tell:
+        return budgeted.chosen(job, choice, tokens, tell)
+
+
 @checked
+@ambient.defaults()
 def preview(
     model: str | Path,
     *,
     plan: Plans = "gptq-4bit",
+    budget: Budget | None = None,
+    calibration: Calibration | Texts | None = None,
     imatrix: str | Path | None = None,
+    device: Device = None,
     safetensors_only: bool = False,
     trust_remote_code: bool = False,
+    progress: bool | pipeline_progress.Progress | None = None,
 ) -> Preview:
-    """Return what `quantize` would do to each tensor, with exact output bytes. Writes nothing (`--dry-run`)."""
+    """Return what `quantize` would do to each tensor, with exact output bytes. Writes no output (`--dry-run`).
+
+    With a `budget`, it measures on the calibration text which widths lose least, and returns the loss at other sizes
+    too. What it measured is kept in the cache, so `quantize` need not measure it again.
+    """
     wanted = arguments.plan("plan", plan)
     source = locate(model, safetensors_only=safetensors_only)
-    job = Job.prepare(source, wanted, "cpu", trust_remote_code=trust_remote_code, imatrix=imatrix)
+    where = machine.device(device) if budget is not None and budget.given else "cpu"
+    job = Job.prepare(source, wanted, where, trust_remote_code=trust_remote_code, imatrix=imatrix)
+    if not job.single_file and (budget is None or not budget.given):
+        return job.preview()
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if job.single_file:
-        job.header(load_tokenizer(source, trust_remote_code=trust_remote_code))
-    return job.preview()
+        job.header(tokenizer)
+    job, allocation = _sized(job, budget or Budget(), arguments.calibrated(calibration), tokenizer, progress)
+    return replace(job.preview(), allocation=allocation)
 
 
 @checked

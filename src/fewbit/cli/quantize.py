@@ -10,9 +10,11 @@ import typer
 from fewbit.cli.flags import Fields, checked
 from fewbit.cli.options import DryRun, Imatrix, Json, Model, Output, Overwrite, SafetensorsOnly, check_output, printed
 from fewbit.models.loading import Loading
+from fewbit.plans.budget import Budget
 from fewbit.texts.calibration import Calibration
 
 Calibrated = Annotated[Calibration, Fields("samples", "length", "seed", text="calibration")]
+_ANY_SIZE = Budget()
 
 
 @checked
@@ -26,6 +28,7 @@ def quantize(
     ] = None,
     scheme: Annotated[str | None, typer.Option(help="Scheme, such as int4-g64-sym. Default: the plan's.")] = None,
     format: Annotated[str | None, typer.Option(help="File format (fewbit list). Default: the plan's.")] = None,
+    budget: Annotated[Budget, Fields("bits", "size", "fit", "context")] = _ANY_SIZE,
     calibration: Calibrated = Calibration(),
     imatrix: Imatrix = None,
     effort: Annotated[
@@ -52,9 +55,13 @@ def quantize(
         shown = api.preview(
             model,
             plan=chosen,
+            budget=budget,
+            calibration=calibration,
             imatrix=imatrix,
+            device=loading.device,
             safetensors_only=safetensors_only,
             trust_remote_code=loading.trust_remote_code,
+            progress=True,
         )
         printed(asdict(shown)) if as_json else report.preview(shown)
         return
@@ -63,6 +70,7 @@ def quantize(
         model,
         output,
         plan=chosen,
+        budget=budget,
         calibration=calibration,
         imatrix=imatrix,
         effort=effort,

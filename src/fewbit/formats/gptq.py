@@ -11,9 +11,11 @@ A linear has N rows and K columns, b bits and groups of g columns. Code c means 
 
 For every b, qweight is the bit stream of `schemes/bits.py` viewed as little-endian 32-bit words and transposed.
 
-fewbit writes 2, 3, 4 or 8 bits with one scheme for all weights: symmetric ones as v1, asymmetric ones as v2. v1 stores
-a zero point of 0 as 2^b - 1, which some kernels read back as 2^b. Sources: the packing code of AutoGPTQ 0.7 and
-gptqmodel; vLLM's `gptq.py` for the variants that it accepts.
+fewbit writes 2, 3, 4 or 8 bits: symmetric weights as v1, asymmetric ones as v2. Weights may differ in bits and group
+size. The config then has those of most weights, and `dynamic` those of the others (gptqmodel's patterns for modules).
+vLLM looks its own modules up there, so patterns also match qkv_proj, gate_up_proj and `experts`, and weights that it
+computes together need one scheme. v1 stores a zero point of 0 as 2^b - 1, which some kernels read back as 2^b.
+Sources: the packing code of AutoGPTQ 0.7 and gptqmodel; vLLM's `gptq.py` and `gptq_utils.py` for what it accepts.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any, ClassVar
 
 from fewbit.errors import FormatError
 from fewbit.formats.base import Format, Shape, Stored, for_module, stored_order
 from fewbit.lazy import Tensor, torch
+from fewbit.names import in_short
 from fewbit.registry import register
 from fewbit.schemes import bits
 from fewbit.schemes.affine import Affine
@@ -33,6 +37,8 @@ from fewbit.schemes.base import PartSpec, QTensor, Scheme
 
 _WIDTHS = (2, 3, 4, 8)
 _SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # by vLLM
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\..+")
 
 
 @register("formats", "gptq")
@@ -59,6 +65,19 @@ class GPTQFormat(Format):
             return reason
         if shape[0] % 32 or shape[1] % 32:
             return f"gptq packs rows and columns by 32, which does not divide {shape[0]} x {shape[1]}"
+        return None
+
+    def why_not_together(self, weights: Sequence[Stored], kept: Sequence[str] = ()) -> str | None:
+        alike = [
+            replace(w, scheme=replace(w.scheme, bits=4, group=0)) if isinstance(w.scheme, Affine) else w
+            for w in weights
+        ]
+        if super().why_not_together(alike) is not None:
+            return super().why_not_together(weights)
+        schemes = {weight.module: str(weight.scheme) for weight in weights}
+        for members in _together(schemes).values():
+            if len(found := sorted({schemes[module] for module in members})) > 1:
+                return f"servers compute {in_short(members)} together: these need one scheme, not {' and '.join(found)}"
         return None
 
     def specs(self, shape: Shape, scheme: Scheme) -> Mapping[str, PartSpec]:
@@ -139,8 +158,7 @@ class GPTQFormat(Format):
     def config(
         self, weights: Sequence[Stored], skipped: Iterable[str], dtype: torch.dtype | None = None
     ) -> dict[str, Any]:
-        scheme = weights[0].scheme
-        assert isinstance(scheme, Affine)
+        scheme = _usual(weights)
         kind = "gptq" if scheme.symmetric else "gptq_v2"
         return {
             "quant_method": "gptq",
@@ -154,7 +172,10 @@ class GPTQFormat(Format):
             "checkpoint_format": kind,
             "pack_dtype": "int32",
             # gptqmodel and vLLM skip modules that match these patterns. Other readers check which have a qweight.
-            "dynamic": {rf"-:^{re.escape(name)}$": {} for name in sorted(skipped)},
+            "dynamic": {
+                **{rf"-:^{re.escape(name)}$": {} for name in sorted(skipped)},
+                **_overrides(weights, scheme),
+            },
         }
 
     def find(self, config: Mapping[str, Any], names: Mapping[str, PartSpec]) -> dict[str, dict[str, PartSpec]]:
@@ -170,6 +191,47 @@ class GPTQFormat(Format):
         if not weights:
             raise FormatError("the config says gptq, but no tensor is named *.qweight")
         return weights
+
+
+def _usual(weights: Sequence[Stored]) -> Affine:
+    """The scheme that most of the weights' values have."""
+    counts: dict[Scheme, int] = {}
+    for weight in weights:
+        counts[weight.scheme] = counts.get(weight.scheme, 0) + prod(weight.shape)
+    scheme = max(counts, key=lambda each: counts[each])
+    assert isinstance(scheme, Affine)
+    return scheme
+
+
+def _overrides(weights: Sequence[Stored], usual: Affine) -> dict[str, dict[str, int]]:
+    """Entries of `dynamic` for the weights that have another scheme than `usual`."""
+    found: dict[str, dict[str, int]] = {}
+    schemes = {w.module: w.scheme for w in weights if isinstance(w.scheme, Affine) and w.scheme != usual}
+    for place, members in _together(schemes).items():
+        scheme, one = schemes[members[0]], re.escape(place)
+        parent, _, leaf = place.rpartition(".")
+        if _EXPERT.fullmatch(members[0]):
+            pattern = rf"{one}(?:\.\d+\..*)?$"
+        elif fused := next((fused for fused, leaves in _FUSED.items() if leaf in leaves), None):
+            leaves = "|".join([*(each.rpartition(".")[2] for each in members), fused])
+            pattern = rf"{re.escape(parent)}\.(?:{leaves})$"
+        else:
+            pattern = rf"{one}$"
+        own = {"bits": scheme.bits, "group_size": scheme.group or -1}
+        before = {"bits": usual.bits, "group_size": usual.group or -1}
+        found[f"+:^{pattern}"] = {key: value for key, value in own.items() if value != before[key]}
+    return found
+
+
+def _together(modules: Iterable[str]) -> dict[str, list[str]]:
+    """The modules that vLLM computes as one, under one of their names, or under that of the module of their experts."""
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        parent, _, leaf = module.rpartition(".")
+        expert = _EXPERT.fullmatch(module)
+        first = next((leaves[0] for leaves in _FUSED.values() if leaf in leaves), leaf)
+        found.setdefault(expert[1] if expert else f"{parent}.{first}" if parent else first, []).append(module)
+    return found
 
 
 def _zero_points(qzeros: Tensor, width: int, config: Mapping[str, Any]) -> Tensor:

@@ -200,13 +200,13 @@ def _quantize_together(
 
     Returns linear -> its rank, and for the linears of this rank: linear -> its tensors in the output, and its report.
     """
-    groups = _alike(assignments, stats or {})
+    groups = alike(assignments, stats or {})
     owners = ranks.owners([_cost([assignments[name] for name in names]) for names in groups])
     here = [names for names, owner in zip(groups, owners, strict=True) if owner == ranks.rank()]
 
     def quantized(names: list[str], own: Stats | None) -> dict[str, tuple[Tensors, TensorReport]]:
         weights = [block.skeleton.weight(name).float() for name in names]
-        choices = _choose([assignments[name] for name in names], weights, own)
+        choices = choose([assignments[name] for name in names], weights, own)
         return {name: _stored(settled, assignments[name], weights.pop(0), choices.pop(0), own) for name in names}
 
     done: dict[str, tuple[Tensors, TensorReport]] = {}
@@ -255,7 +255,7 @@ def _cost(assignments: Sequence[Assignment]) -> float:
     return float(rows * columns * columns + columns**3 if hessian else rows * columns)
 
 
-def _alike(assignments: Mapping[str, Assignment], stats: Mapping[str, Stats]) -> list[list[str]]:
+def alike(assignments: Mapping[str, Assignment], stats: Mapping[str, Stats]) -> list[list[str]]:
     """The linears in groups: those that read the same tensor and have the same method are quantized together."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, assignment in assignments.items():
@@ -300,7 +300,7 @@ def _quantize_outside(settled: Settled, assignment: Assignment) -> tuple[Tensors
         if number % ranks.size() != ranks.rank():
             continue
         weight = stored[rows].to(skeleton.device).float()
-        (choice,) = _choose([assignment], [weight], alike)
+        (choice,) = choose([assignment], [weight], alike)
         lost = _lost(assignment.scheme, weight, choice.weight, None)
         own[number] = choice.weight.map(lambda t: t.cpu()), lost, choice.notes
     together = {number: piece for each in ranks.gather_to_first(own) for number, piece in each.items()}
@@ -340,7 +340,7 @@ def _restore_block(settled: Settled, block: Block, tensors: Tensors) -> None:
             parameter.data.copy_(tensors[name])
 
 
-def _choose(assignments: Sequence[Assignment], weights: Sequence[Tensor], stats: Stats | None) -> list[Choice]:
+def choose(assignments: Sequence[Assignment], weights: Sequence[Tensor], stats: Stats | None) -> list[Choice]:
     """Codes for weights with the same input and method. NumericsError names the weight that cannot be quantized."""
     method, schemes = assignments[0].method, [assignment.scheme for assignment in assignments]
     if method.needs > Need.NOTHING and (stats is None or stats.is_empty):
@@ -350,7 +350,7 @@ def _choose(assignments: Sequence[Assignment], weights: Sequence[Tensor], stats:
         return method.quantize_alike(weights, schemes, stats)
     except NumericsError as error:
         if len(weights) > 1:  # find the one that failed
-            return [_choose([a], [w], stats)[0] for a, w in zip(assignments, weights, strict=True)]
+            return [choose([a], [w], stats)[0] for a, w in zip(assignments, weights, strict=True)]
         raise NumericsError(f"{assignments[0].module}: {error.message}", error.hint) from None
 
 

@@ -83,7 +83,7 @@ class Sweep:
 
     def __init__(self, skeleton: Skeleton, tokens: Tensor, tell: Callable[[], None] = lambda: None) -> None:
         self.skeleton, self.tokens = skeleton, tokens
-        vocabulary = skeleton.model.get_input_embeddings().weight.shape[0]
+        vocabulary: int = skeleton.config.get_text_config().vocab_size
         inputs = Inputs(tokens, most=max(1, _LOGITS // (tokens.shape[1] * vocabulary)))
         self.batches: list[Tensor] = list(tokens.split(inputs.at_once))
         states, self.calls = captured(skeleton, inputs)
@@ -106,7 +106,7 @@ class Sweep:
                 loss = nn.functional.cross_entropy(
                     logits.flatten(0, -2), sampled(logits.detach(), generator).flatten(), reduction="sum"
                 )
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             self.gradient.append(_gradient_of(leaf))
 
     @contextmanager

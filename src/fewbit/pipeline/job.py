@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from fewbit.pipeline.block_tuning import BlockTuning
 from fewbit.pipeline.capture import Importance, Inputs, tokens_at_once
 from fewbit.pipeline.settled import Settled
 from fewbit.plans import plan as plans
+from fewbit.plans.budget import Allocation
 from fewbit.schemes import base
 from fewbit.schemes.base import PartSpec
 from fewbit.stats import Need
@@ -115,6 +116,7 @@ class Job:
             original_bytes=sizes.checkpoint_bytes(self.settled.skeleton),
             output_bytes=output_bytes,
             share=self.settled.share,
+            definition=self.settled.resolved.plan.to_json(),
         )
 
 
@@ -282,7 +284,10 @@ def too_small(tensors: Sequence[run.TensorReport]) -> list[str]:
 @brief
 @dataclass(frozen=True)
 class Preview:
-    """What `quantize` would do. Bytes are exact; `tensors` lists every tensor of the output as (name, what, bytes)."""
+    """What `quantize` would do. Bytes are exact; `tensors` lists every tensor of the output as (name, what, bytes).
+
+    definition: the plan's JSON. allocation: the widths that were chosen for a size; None if no size was given.
+    """
 
     plan: str
     format: str
@@ -291,3 +296,5 @@ class Preview:
     original_bytes: int
     output_bytes: int
     share: float
+    definition: dict[str, Any] = field(default_factory=dict)
+    allocation: Allocation | None = None

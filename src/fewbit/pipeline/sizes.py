@@ -87,12 +87,6 @@ def sized(skeleton: Skeleton, plan: plans.Plan) -> Sized:
     resolved = settled.resolved
     assignments = resolved.assignments
     packed = {module: a.scheme.nbytes(a.shape) for module, a in assignments.items()}
-    if resolved.format.suffix:
-        weights = file_bytes  # GGUF weights have the same bytes in memory as in the file
-    else:
-        whole = {f"{module}.weight" for module in assignments}
-        rest = (s for _, n, s in skeleton.passed_through(whole) if n.removesuffix(".weight") not in assignments)
-        weights = sum(packed.values()) + sum(spec.nbytes for spec in rest)
     counts: dict[str, int] = {}
     for a in assignments.values():
         counts[str(a.scheme)] = counts.get(str(a.scheme), 0) + prod(a.shape)
@@ -100,7 +94,7 @@ def sized(skeleton: Skeleton, plan: plans.Plan) -> Sized:
         plan=plan.name,
         format=resolved.format.name,
         file_bytes=file_bytes,
-        weights_bytes=weights,
+        weights_bytes=in_memory(settled),
         packed_bytes=sum(packed.values()),
         bits=8 * sum(packed.values()) / sum(counts.values()),
         share=settled.share,
@@ -108,6 +102,16 @@ def sized(skeleton: Skeleton, plan: plans.Plan) -> Sized:
         schemes=tuple(sorted(counts, key=lambda s: -counts[s])),
         notes=resolved.notes,
     )
+
+
+def in_memory(settled: Settled) -> int:
+    """Bytes of all tensors in memory. GGUF weights have the same bytes there as in the file."""
+    assignments = settled.resolved.assignments
+    if settled.resolved.format.suffix:
+        return tensors(settled)[1]
+    whole = {f"{module}.weight" for module in assignments}
+    rest = (s for _, n, s in settled.skeleton.passed_through(whole) if n.removesuffix(".weight") not in assignments)
+    return sum(a.scheme.nbytes(a.shape) for a in assignments.values()) + sum(spec.nbytes for spec in rest)
 
 
 def original_bytes(skeleton: Skeleton) -> int:

@@ -219,12 +219,19 @@ PRESETS: dict[str, Plan] = {
 
 
 def find(name: str) -> Plan:
-    """The preset called `name`, or the plan in the JSON file `name`. PlanError if there is neither."""
+    """The preset called `name`, or the plan in the JSON file `name`. PlanError if there is neither.
+
+    The file may also be the record of an output (`fewbit.json`), or the JSON of a preview.
+    """
     if name in PRESETS:
         return PRESETS[name]
     if name.endswith(".json"):
         try:
-            return Plan.from_json(read_json(Path(name)))
+            data = read_json(Path(name))
+            for key in ("plan", "definition"):  # of a record, and of what a dry run prints
+                if isinstance(data, dict) and "rules" not in data and isinstance(data.get(key), dict):
+                    data = data[key]
+            return Plan.from_json(data)
         except OSError as error:
             raise PlanError(f"plan file {name}: {error.strerror}") from None
         except FormatError as error:  # the user wrote the plan file: a PlanError, as for an invalid argument

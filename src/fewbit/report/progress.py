@@ -231,6 +231,16 @@ def windows(progress: bool | Callable[[int, int], None] | None) -> Iterator[Call
 
 
 @contextmanager
+def costs(progress: bool | Callable[..., None] | None) -> Iterator[Callable[[int, int], None]]:
+    """Progress over the blocks of the model while their costs at each width are measured: forwards, then backwards."""
+    if callable(progress):
+        yield lambda done, total: None
+        return
+    with _bar("cost of each width", progress) as bar:
+        yield bar
+
+
+@contextmanager
 def phase(what: str, progress: bool | Callable[..., None] | None) -> Iterator[None]:
     """Say that a phase of the work has begun, whose steps are not counted."""
     if callable(progress):

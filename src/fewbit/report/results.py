@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fewbit.measure.quality import Quality
     from fewbit.models.describe import Inspection
     from fewbit.pipeline.run import TensorReport
+    from fewbit.plans.budget import Allocation
 
 
 @brief
@@ -19,6 +20,7 @@ class Quantized:
     """The result of `quantize`. Bytes are those of tensors. `peak`: peak resident memory of this process.
 
     `sample`: what the output generated; "" if it cannot generate; None if it was not run, which a note explains.
+    `allocation`: the widths that were chosen for a size; None if no size was given.
     """
 
     out: str
@@ -34,6 +36,7 @@ class Quantized:
     gpu_peak: int
     anonymous: int
     sample: str | None
+    allocation: Allocation | None = None
 
 
 @brief

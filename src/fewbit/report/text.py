@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fewbit.errors import in_flags
 from fewbit.report import card, tables
 from fewbit.report.card import calibrated_on
 from fewbit.system import ranks
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from fewbit.models.decoding.generate import Continuation
     from fewbit.models.describe import Inspection
     from fewbit.pipeline.job import Preview
+    from fewbit.plans.budget import Allocation
     from fewbit.plans.catalogue import Entry
     from fewbit.report.results import Converted, Evaluation, Finetuned, Measured, Merged, Quantized, Tuned
     from fewbit.system.kept import Entry as Kept
@@ -66,6 +68,9 @@ def quantized(done: Quantized) -> None:
     if done.gpu_peak:
         table.add_row("  on the GPU", "", size(done.gpu_peak), "")
     out.print(table)
+    if done.allocation is not None:
+        allocation(done.allocation)
+        _say("`fewbit evaluate` measures the KL divergence on other text.")
     _say(f"The largest error is {worst.error:.2e} in {worst.module}.")  # an expert's name is too long for the table
     sample = f' It continues "{FIRST_WORDS}" with "{done.sample.strip()}".' if done.sample else ""
     if done.sample is not None:  # else a note says why it was not run
@@ -150,8 +155,22 @@ def generated(done: Continuation) -> None:
     err.print(f"[dim]{done.tokens} tokens: the first after {duration(done.to_first)}{after}[/dim]")
 
 
+def allocation(done: Allocation) -> None:
+    """The widths that were chosen for a size, and the loss at other sizes."""
+    kinds = ", ".join(f"{scheme} in {count}" for scheme, count in done.schemes.items())
+    asked = in_flags(f"`{done.asked}`")
+    _say(f"Widths for {asked}: {kinds} weights. Predicted KL divergence: {done.kl:.3g} nats per token.")
+    table = grid("size and predicted loss", "", "bits per weight", "weights in files", "KL", numbers=(1, 2, 3))
+    for point in done.curve:
+        what = "chosen" if point.chosen else f"all {point.what}" if point.what else "mixed"
+        table.add_row(what, f"{point.bits:.3f}", size(point.output_bytes), f"{point.kl:.4g}")
+    out.print(table)
+
+
 def preview(shown: Preview) -> None:
     """What `fewbit quantize --dry-run` prints."""
+    if shown.allocation is not None:
+        allocation(shown.allocation)
     table = grid(f"plan {shown.plan}, format {shown.format}", "tensor", "becomes", "bytes", numbers=(2,))
     for name, what, nbytes in shown.tensors:
         table.add_row(name, what, f"{nbytes:,}")

@@ -141,6 +141,12 @@ class Affine(Scheme):
         group = f"g{self.group}" if self.group else "row"
         return f"int{self.bits}-{group}" + ("-sym" if self.symmetric else "") + ("-bf16" if self.bf16 else "")
 
+    def widths(self, shape: tuple[int, int]) -> list[Scheme]:
+        """2, 3, 4, 5, 6 and 8 bits; up to 4 bits also with a quarter of the group, if that is at least 32."""
+        plain = [replace(self, bits=width) for width in (2, 3, 4, 5, 6, 8)]
+        small = [replace(each, group=self.group // 4) for each in plain if each.bits <= 4 and self.group >= 128]
+        return [*plain, *small, *([self] if self not in plain else [])]
+
     @property
     def payload(self) -> str:
         return "codes"

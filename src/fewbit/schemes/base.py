@@ -237,6 +237,10 @@ class Scheme(Codec):
         """The same scheme with another group size."""
         return replace(self, group=group)
 
+    def widths(self, shape: tuple[int, int]) -> list[Scheme]:
+        """The schemes of this kind, of all widths, that a weight of this shape may have in its place; itself too."""
+        return [self]
+
     def groups(self, k: int) -> int:
         """Groups in a row of `k` columns."""
         return k // self.group if self.group else 1

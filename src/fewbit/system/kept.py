@@ -25,9 +25,9 @@ class Entry:
     """One thing that the cache keeps.
 
     kind: `runs` (unfinished runs of quantize and tune), `models` (converted pickles and the demo model), `comparisons`
-    (rows of compare, with their models), `temporary` (working folders) or `rescued` (results that could not be written
-    to their place). nbytes: bytes in its files. age: seconds since one of its files was last written. in_use: a running
-    process holds it.
+    (rows of compare, with their models), `costs` (of weights at each width), `temporary` (working folders) or `rescued`
+    (results that could not be written to their place). nbytes: bytes in its files. age: seconds since one of its files
+    was last written. in_use: a running process holds it.
     """
 
     kind: str
@@ -48,6 +48,7 @@ _FOUND: tuple[tuple[str, str], ...] = (
     ("models", "unpickled-*"),
     ("models", "smollm2-*"),
     ("comparisons", "compare/*"),
+    ("costs", "costs/*"),
     ("temporary", ".unpickled-*"),
     ("temporary", ".smollm2-*"),
     ("temporary", "on-load-*"),

@@ -1,0 +1,78 @@
+"""The size that an output is to have, and the widths that were chosen for it. Importing it is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fewbit import checks
+from fewbit.brief import brief
+from fewbit.errors import PlanError
+from fewbit.settings import Settings, setting
+
+
+@dataclass(frozen=True)
+class Budget(Settings):
+    """How large an output may be: one of `bits`, `size` and `fit`. Without one, the plan decides. PlanError for two."""
+
+    bits: float | None = setting(
+        None, checks.above_0, "Choose widths so that quantized weights have so many bits on average, scales included."
+    )
+    size: str | int | None = setting(
+        None, checks.size, "Choose widths so that the weight files have at most so many bytes together, such as 6GB."
+    )
+    fit: str | int | None = setting(
+        None, checks.size, "Choose widths so that weights, KV cache and activations fit so much memory, such as 8GB."
+    )
+    context: int | None = setting(
+        None, checks.integer(1), "With `fit`: tokens in the KV cache. Default: the model's context, at most 4096."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [f"`{name}`" for name in ("bits", "size", "fit") if getattr(self, name) is not None]
+        if given[1:]:
+            raise PlanError(f"{' and '.join(given)} are given", "Give one of them.")
+        if self.context is not None and self.fit is None:
+            raise PlanError("`context` is given without `fit`", "Only `fit` counts a KV cache.")
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a limit."""
+        return self.bits is not None or self.size is not None or self.fit is not None
+
+    def __str__(self) -> str:
+        name = next(name for name in ("bits", "size", "fit") if getattr(self, name) is not None)
+        return f"`{name}={getattr(self, name)}`"
+
+
+@brief
+@dataclass(frozen=True)
+class Point:
+    """A choice of widths: bits per quantized weight, bytes of all tensors in files, predicted KL divergence in nats per
+    token. what: the scheme that all weights have, if they have the same one; empty otherwise. chosen: the one used."""
+
+    bits: float
+    output_bytes: int
+    kl: float
+    what: str = ""
+    chosen: bool = False
+
+
+@brief
+@dataclass(frozen=True)
+class Allocation:
+    """The widths that were chosen for a size.
+
+    asked: the size. kl: the predicted KL divergence from the original in nats per token, on the calibration text.
+    schemes: scheme -> number of weights. bits, output_bytes: as in `Point`. tokens: measured for the prediction.
+    curve: other sizes, and plans of one width, by size.
+    """
+
+    asked: str
+    kl: float
+    bits: float
+    output_bytes: int
+    schemes: dict[str, int]
+    tokens: int
+    curve: tuple[Point, ...]
+    notes: tuple[str, ...] = ()
