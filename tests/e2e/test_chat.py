@@ -117,7 +117,7 @@ def test_an_adapter_takes_part(quantized: Path, tmp_path: Path) -> None:
     assert new < total
 
 
-def test_an_answer_that_is_ended_stays_and_an_error_changes_nothing(quantized: Path) -> None:
+def test_an_ended_answer_stays_and_an_error_changes_nothing(quantized: Path) -> None:
     conversation, _ = opened(quantized)
     asked: list[bool] = []
 

@@ -66,7 +66,7 @@ def test_who_waits_for_another_process_says_so(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from fewbit.system import locks\n"
     code += "with locks.alone(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     other = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
     )
     assert other.stdin is not None
     assert other.stdout is not None

@@ -20,7 +20,7 @@ def run(
         typer.Argument(metavar="COMMAND", help="The command with its arguments. Write -- before it. No default."),
     ],
 ) -> None:
-    """Run a Python tool with fewbit active, so that it loads packed models: fewbit run -- lm_eval --model hf ...
+    """Run a Python tool with fewbit active, so that it loads packed models, as in fewbit run -- lm_eval --model hf.
 
     Works for console scripts, `python -m module` and `python file.py`, and for the Python processes that they start.
     Each of them acts as if its first line were `import fewbit`.

@@ -15,13 +15,19 @@ class Budget(Settings):
     """How large an output may be: one of `bits`, `size` and `fit`. Without one, the plan decides. PlanError for two."""
 
     bits: float | None = setting(
-        None, checks.above_0, "Choose widths so that quantized weights have so many bits on average, scales included."
+        None,
+        checks.above_0,
+        "Choose widths so that quantized weights have so many bits on average with scales. Default: the plan's widths.",
     )
     size: str | int | None = setting(
-        None, checks.size, "Choose widths so that the weight files have at most so many bytes together, such as 6GB."
+        None,
+        checks.size,
+        "Choose widths so that the weight files have at most so many bytes together, such as 6GB. No default.",
     )
     fit: str | int | None = setting(
-        None, checks.size, "Choose widths so that weights, KV cache and activations fit so much memory, such as 8GB."
+        None,
+        checks.size,
+        "Choose widths so that weights, KV cache and activations fit so much memory, such as 8GB. No default.",
     )
     context: int | None = setting(
         None, checks.integer(1), "With `fit`: tokens in the KV cache. Default: the model's context, at most 4096."
