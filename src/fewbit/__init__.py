@@ -42,13 +42,16 @@ if TYPE_CHECKING:
     from fewbit.models.describe import Inspection
     from fewbit.pipeline.job import Preview
     from fewbit.pipeline.optimization import Optimization
+    from fewbit.plans.budget import Allocation, Budget
     from fewbit.plans.plan import Plan
     from fewbit.report.results import Converted, Evaluation, Finetuned, Measured, Merged, Quantized, Tuned
     from fewbit.texts.calibration import Calibration
 
 __version__ = "0.1.0"
 __all__ = [
+    "Allocation",
     "ArgumentError",
+    "Budget",
     "Calibration",
     "Comparison",
     "Continuation",
