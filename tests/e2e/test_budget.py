@@ -132,6 +132,13 @@ def test_what_cannot_be_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_group_sizes_that_one_file_cannot_mix_are_no_widths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An awq config has one group size, although awq stores groups of 32 and of 128."""
+    monkeypatch.setattr(costs, "measured", None)
+    with pytest.raises(PlanError, match="awq files store int4-g128 in one width only"):
+        fewbit.quantize("tiny", tmp_path / "out", plan="awq-4bit", budget=Budget(bits=4.3))
+
+
 def test_one_limit_is_given() -> None:
     with pytest.raises(PlanError, match="`bits` and `size` are given"):
         Budget(bits=4, size="1GB")

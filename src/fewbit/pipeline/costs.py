@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import FormatError, PlanError
+from fewbit.formats.base import Shape, Stored
 from fewbit.models import experts, on_text
 from fewbit.pipeline import blocks, capture, fisher
 from fewbit.pipeline.capture import Block, Importance
@@ -53,8 +54,14 @@ def widths(settled: Settled) -> dict[str, list[Scheme]]:
     PlanError if the format stores one width only.
     """
     format = settled.resolved.format
+
+    def fits(shape: Shape, own: Scheme, scheme: Scheme) -> bool:
+        """Whether one checkpoint stores a weight with the scheme, beside another that has its own."""
+        pair = (Stored("one", shape, own), Stored("other", shape, scheme))
+        return format.why_not(shape, scheme) is None and format.why_not_together(pair) is None
+
     found = {
-        module: [scheme for scheme in a.scheme.widths(a.shape) if format.why_not(a.shape, scheme) is None]
+        module: [scheme for scheme in a.scheme.widths(a.shape) if fits(a.shape, a.scheme, scheme)]
         for module, a in settled.resolved.assignments.items()
     }
     if all(len(schemes) < 2 for schemes in found.values()):
