@@ -146,11 +146,11 @@ class GgufFile:
         part.release(offset, offset + self.entries[name].spec.nbytes)
 
     def forget(self) -> None:
-        """Free the metadata: a vocabulary takes as much memory as the weights of some layers."""
-        self.metadata = {}
+        """Free the metadata's lists of strings: a vocabulary takes as much memory as the weights of some layers."""
         for part in {id(part): part for part, _ in self._place.values()}.values():
-            part.metadata = {}
+            part.metadata = {key: value for key, value in part.metadata.items() if not isinstance(value, list)}
             part.release(0, part.at)
+        self.metadata = {key: value for key, value in self.metadata.items() if not isinstance(value, list)}
 
 
 def is_gguf(path: Path) -> bool:

@@ -58,7 +58,9 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         if file.metadata.get("general.architecture") not in ARCHITECTURES:
             super().read_header(gguf_file)
             return
-        self.file = file
+        self.file, self.own_scales = file, scales.of_metadata(file.metadata)
+        # Before the model is built: else its objects stand between those of the vocabulary, and Python keeps both.
+        file.forget()
         self.packed: dict[str, QTensor] = {}
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
@@ -127,8 +129,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         modules = dict(model.named_modules())
         with heap.trimmed() as done_with:
             self._prepare(modules, done_with)
-        scales.attach(model, scales.of_metadata(self.file.metadata))
-        self.file.forget()
+        scales.attach(model, self.own_scales)
         for second, first in model.all_tied_weights_keys.items():
             source, target = (modules.get(key.removesuffix(".weight")) for key in (first, second))
             if isinstance(source, QEmbedding) and isinstance(target, QLinear) and _same(source, target):
