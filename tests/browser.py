@@ -18,7 +18,7 @@ import pytest
 
 from tests.limits import HANG
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+_NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 class Tab:
@@ -48,10 +48,12 @@ class Tab:
                 result: dict[str, Any] = answer["result"]
                 return result
 
-    def open(self, page: Path) -> None:
-        self.send("Page.navigate", url=page.resolve().as_uri())
+    def open(self, page: Path | str) -> None:
+        """Open a file, or an address."""
+        url = page if isinstance(page, str) else page.resolve().as_uri()
+        self.send("Page.navigate", url=url)
         end = time.monotonic() + HANG
-        while self.run("document.readyState + location.protocol") != "completefile:":
+        while self.run("document.readyState + location.protocol") != f"complete{url.partition(':')[0]}:":
             assert time.monotonic() < end, "the page was not loaded"
             time.sleep(0.05)
 

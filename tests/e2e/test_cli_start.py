@@ -37,7 +37,7 @@ VERBS = (
 LIGHT: list[tuple[int, str]] = [
     (0, "--version"),
     (0, "--help"),
-    *((0, f"{verb} --help") for verb in (*VERBS, "list", "doctor", "cache", "chat", "run")),
+    *((0, f"{verb} --help") for verb in (*VERBS, "list", "doctor", "cache", "chat", "serve", "run")),
     (0, "list"),
     (0, "list --json"),
     (2, "quantise"),
@@ -64,6 +64,8 @@ LIGHT: list[tuple[int, str]] = [
     (2, "generate tiny a --max-new-tokens 0"),
     (2, "chat ./nowhere"),
     (2, "chat tiny --fuse"),
+    (2, "serve ./nowhere"),
+    (2, "serve tiny --max-body much"),
     (2, "evaluate ./nowhere"),
     (2, "evaluate tiny --reference ./nowhere"),
     (2, "compare ./nowhere"),
@@ -94,7 +96,7 @@ for code, line in json.loads(sys.argv[1]):
         app.main()
     except SystemExit as end:
         assert (end.code or 0) == code, (line, end.code)
-    heavy = {"torch", "transformers"} & set(sys.modules)
+    heavy = {"torch", "transformers", "fastapi", "uvicorn"} & set(sys.modules)
     assert not heavy, (line, heavy)
 """
 
@@ -111,7 +113,7 @@ def commands() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", [*VERBS, "list", "doctor", "cache", "chat", "run"])
+@pytest.mark.parametrize("name", [*VERBS, "list", "doctor", "cache", "chat", "serve", "run"])
 def test_every_option_has_help_and_a_default(name: str, fewbit: Fewbit) -> None:
     shown = " ".join(fewbit(name, "--help").out.split())
     for parameter in commands()[name].params:

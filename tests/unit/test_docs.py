@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -63,9 +64,15 @@ def test_the_toy_scheme_works_from_top_to_bottom(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="the page has commands for a Unix shell")
 def test_the_session_of_using_runs(tmp_path: Path) -> None:
     """All commands of the page, in order, in one shell. Each line of an output that the page shows is printed."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("openai")
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    # A server that is left behind by a failure would keep the pipe open.
+    commands = ["trap 'kill $(jobs -p) 2>/dev/null || true' EXIT", *blocks("docs/using.md", "sh")]
     done = subprocess.run(
-        ["bash", "-e", "-c", "\n".join(blocks("docs/using.md", "sh"))],
+        ["bash", "-e", "-c", "\n".join(commands).replace("8000", port)],
         capture_output=True,
         text=True,
         encoding="utf-8",

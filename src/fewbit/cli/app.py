@@ -10,7 +10,21 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbit.cli import adapters, advise, cache, chat, compare, convert, evaluate, generate, inspect, quantize, run, tune
+from fewbit.cli import (
+    adapters,
+    advise,
+    cache,
+    chat,
+    compare,
+    convert,
+    evaluate,
+    generate,
+    inspect,
+    quantize,
+    run,
+    serve,
+    tune,
+)
 from fewbit.cli.options import WithMethodOptions, method_flags
 from fewbit.errors import FewbitError, PeerError, PlanError, in_flags
 
@@ -30,6 +44,7 @@ app.command()(convert.convert)
 app.command()(quantize.imatrix)
 app.command()(generate.generate)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.command()(evaluate.evaluate)
 app.command()(compare.compare)
 app.command()(tune.tune)

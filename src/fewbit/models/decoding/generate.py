@@ -112,14 +112,19 @@ def in_template(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
     raise PlanError(f"the model's chat template refuses the prompt: {failed}", "Leave out `chat`.") from failed
 
 
+def text_settings(config: GenerationConfig) -> GenerationConfig:
+    """What of a model's generation_config applies to one text that is written token by token."""
+    kept = {name: value for name in _KEPT if (value := getattr(config, name, None)) is not None}
+    return GenerationConfig(**kept)
+
+
 @contextmanager
 def _one_text(model: Any) -> Iterator[None]:
     """Inside this context, the model uses only the settings `_KEPT` of its generation_config."""
     owner = model.get_base_model() if hasattr(model, "get_base_model") else model
     with exclusive(owner):
         before = owner.generation_config
-        kept = {name: value for name in _KEPT if (value := getattr(before, name, None)) is not None}
-        owner.generation_config = GenerationConfig(**kept)
+        owner.generation_config = text_settings(before)
         try:
             yield
         finally:

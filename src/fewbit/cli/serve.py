@@ -1,0 +1,29 @@
+"""Serve a model over HTTP."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from typing import Annotated
+
+from fewbit.cli.flags import Fields, checked
+from fewbit.cli.options import Model
+from fewbit.models.loading import Loading
+from fewbit.serving.settings import Serving
+
+
+@checked
+def serve(
+    model: Model,
+    serving: Serving = Serving(),
+    loading: Annotated[Loading, Fields("adapter", "device", "dtype", "kernel", "trust_remote_code")] = Loading(),
+) -> None:
+    """Serve MODEL with OpenAI's interface, and a chat page. Needs the extra: pip install 'fewbit[serve]'."""
+    from fewbit.api import serve as api
+
+    if serving.api_key is None and (key := os.environ.get("FEWBIT_API_KEY")):
+        serving = replace(serving, api_key=key)
+    if serving.api_key is None and serving.host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"note: everyone who reaches {serving.host} can use this server; --api-key limits that", file=sys.stderr)
+    api.serve(model, loading, serving, lambda line: print(line, file=sys.stderr, flush=True))

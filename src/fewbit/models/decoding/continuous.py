@@ -1,0 +1,332 @@
+"""Answers many requests at once with one model, by transformers' continuous batching.
+
+Each step computes one token of every running request, and a piece of the prompts that wait. transformers has the
+scheduler and the paged cache of keys and values. It has one setting of sampling for all requests, no seed of a request,
+and no probabilities of other tokens, so `_Choosing` takes its place where tokens are chosen.
+
+`ContinuousBatchingManager` and what it calls are not a stable interface. Only this file uses them, and `Engine` raises
+KernelError if a name is missing. Tested with transformers 5.17 and 5.24.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from fewbit import units
+from fewbit.errors import KernelError, PlanError
+from fewbit.models.decoding.generate import text_settings
+
+try:
+    from transformers import ContinuousBatchingConfig, LogitsProcessorList
+    from transformers.generation.continuous_batching.cb_logits_processors import (
+        ContinuousBatchingLogitsProcessor,
+        ContinuousBatchingLogitsProcessorList,
+    )
+    from transformers.generation.continuous_batching.continuous_api import OutputRouter
+except ImportError as missing:
+    raise KernelError(
+        f"this version of transformers has another continuous batching: {missing}",
+        "fewbit serve is tested with transformers 5.17 to 5.24. Install one of them.",
+    ) from missing
+
+_PAGE = 32  # tokens of the cache that are allocated at a time, and shared by prompts with the same beginning
+_SHARE = {"cpu": 0.25, "cuda": 0.8}  # of the free memory, for keys and values
+_PROMPT = {"cpu": 512, "cuda": 4096}  # prompt tokens of a step at most: the other requests wait for them
+_WARM = 64  # rows up to which the kernels of a GPU are compiled before the first request
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """How the tokens of one request are chosen.
+
+    temperature: 0 takes the most likely token. top_k: None or 0 is all. logprobs: number of most likely tokens to
+    report at each position; None reports nothing.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int | None = None
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Likely:
+    """The log probability of a token, and those of the most likely tokens, in nats, before temperature and limits."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class News:
+    """What is known of a request after a step: all its tokens, in order. likely: of each token, if asked for."""
+
+    tokens: tuple[int, ...]
+    finished: bool
+    error: str | None = None
+    likely: tuple[Likely, ...] = ()
+
+
+@dataclass
+class _Request:
+    choosing: Choosing
+    tell: Callable[[News], None]
+    random: random.Random
+    likely: list[Likely] = field(default_factory=list)
+
+
+class Engine:
+    """One model that answers requests in a thread of its own. Any thread may call its methods.
+
+    context: tokens of a prompt and its answer at most. lowered: the context, if the memory made it less than the
+    model's. ends: the tokens that end an answer.
+    """
+
+    def __init__(self, model: Any, context: int | None, rows: int, memory: int | None) -> None:
+        """context: None is what the model and the memory allow. rows: requests computed at a time; the others wait.
+
+        memory: bytes that are free on the model's device, of which keys and values get a share; None is not known.
+        PlanError if the model cannot be served, or `context` tokens do not fit the memory. KernelError if this version
+        of transformers has another interface.
+        """
+        owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._names, self._requests = count(1), dict[str, _Request]()
+        stated = owner.generation_config.eos_token_id
+        self.ends: list[int] = [stated] if isinstance(stated, int) else list(stated or ())
+        self.context, self.lowered, tokens = _room(owner, context, rows, memory)
+        _warm(owner)
+        try:
+            processors = owner._get_logits_processor(text_settings(owner.generation_config), device=owner.device)
+            self._manager = owner.init_continuous_batching(
+                GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1), _config(owner, tokens, rows)
+            )
+            choosing = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([]))
+            choosing.logits_processor.append(_Choosing(self._requests, processors))
+            choosing.tensors_required, choosing.do_processing = 1, True
+            self._manager.logit_processor = choosing
+            self._manager.output_router = _Router(self._requests)
+            logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+            self._manager.warmup()
+        except (AttributeError, TypeError) as error:
+            raise KernelError(
+                f"this version of transformers has another continuous batching: {error}",
+                "fewbit serve is tested with transformers 5.17 to 5.24. Install one of them.",
+            ) from error
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise _refused(error) from error
+        with torch.inference_mode():
+            self._manager.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the engine has ended by an error, so that no request is answered any more."""
+        return not self._manager.is_running()
+
+    @property
+    def unfinished(self) -> int:
+        """The number of requests that run or wait."""
+        return len(self._requests)
+
+    def submit(self, ids: Sequence[int], new: int, choosing: Choosing, tell: Callable[[News], None]) -> str:
+        """Answer the prompt `ids` with up to `new` tokens. Returns the request's name.
+
+        tell: gets the state after each token; it is called in the engine's thread, and must not wait.
+        """
+        name = f"request-{next(self._names)}"
+        self._requests[name] = _Request(choosing, tell, random.Random(choosing.seed))
+        accepted = self._manager.add_request(
+            list(ids), name, max_new_tokens=new, streaming=True, eos_token_id=self.ends or -1
+        )
+        if accepted is None:
+            self._requests.pop(name, None)
+            raise KernelError("the engine has stopped")
+        return name
+
+    def cancel(self, name: str) -> None:
+        """End a request: it is computed no further, and told no more. Nothing happens if it has ended."""
+        if self._requests.pop(name, None) is not None:
+            self._manager.cancel_request(name)
+
+    def stop(self) -> None:
+        """Finish all requests, and end the thread."""
+        self._manager.stop(block=True)
+
+
+class _Router(OutputRouter):
+    """Passes the news of each request to the function that asked for them. Those of cancelled requests are dropped."""
+
+    def __init__(self, requests: dict[str, _Request]) -> None:
+        super().__init__()
+        self._requests = requests
+
+    def deliver(self, output: Any) -> None:
+        request = self._requests.get(output.request_id)
+        if request is None:
+            return
+        finished, tokens = output.is_finished(), tuple(output.generated_tokens)
+        if finished:
+            self._requests.pop(output.request_id, None)
+        request.tell(News(tokens, finished, output.error, tuple(request.likely[: len(tokens)])))
+
+    def deliver_batch(self, outputs: list[Any]) -> None:
+        for output in outputs:
+            self.deliver(output)
+
+
+class _Choosing(ContinuousBatchingLogitsProcessor):
+    """Chooses the next token of each request by the request's own settings.
+
+    transformers then takes the largest score of each row. A row that samples is therefore minus infinity everywhere but
+    at the token that was drawn. Each row is computed alone, so that no request depends on its neighbours.
+    """
+
+    def __init__(self, requests: dict[str, _Request], processors: Any) -> None:
+        """processors: transformers' logits processors of the model's generation_config, such as penalties."""
+        self.supported_kwargs, self.ignored_kwargs = {}, ()
+        self._requests, self._processors = requests, processors
+        self._rows: list[tuple[_Request | None, Any]] = []
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
+        # Graphs and batches in advance are off, so this is called right before the step of these requests.
+        states = [each.state for each in requests_with_new_token]
+        self._rows = [(self._requests.get(state.request_id), state) for state in states]
+        return torch.zeros(len(states), dtype=torch.int32, device="cpu")
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        chosen = scores.clone()
+        for i, (request, state) in enumerate(self._rows):
+            if self._processors:
+                seen = torch.tensor([[*state.initial_tokens, *state.generated_tokens]], device=scores.device)
+                chosen[i] = self._processors(seen, scores[i : i + 1].clone())[0]
+            if request is None:
+                continue
+            if request.choosing.temperature > 0:
+                token = drawn(chosen[i], request.choosing, request.random.random())
+                chosen[i] = -math.inf
+                chosen[i, token] = 0.0
+            if request.choosing.logprobs is not None:
+                request.likely.append(_likely(scores[i], int(chosen[i].argmax()), request.choosing.logprobs))
+        return chosen
+
+
+def drawn(logits: Tensor, choosing: Choosing, uniform: float) -> Tensor:
+    """The token that `uniform`, from [0, 1), chooses from `logits` [vocabulary]: the inverse of the distribution.
+
+    As transformers, temperature comes first, then top_k, then top_p: the most likely tokens whose probabilities sum to
+    at least top_p (nucleus sampling, Holtzman et al. 2020).
+    """
+    values, ids = logits.float() / choosing.temperature, None
+    if choosing.top_k:
+        values, ids = values.topk(min(choosing.top_k, len(values)))
+    elif choosing.top_p < 1:
+        values, ids = values.sort(descending=True)
+    # Devices without float64 are none that fewbit computes on.
+    likely = values.to(torch.float64).softmax(0)
+    if choosing.top_p < 1:
+        likely = likely.where(likely.cumsum(0) - likely < choosing.top_p, 0.0)
+    summed = likely.cumsum(0)
+    place = torch.searchsorted(summed, (uniform * summed[-1]).reshape(1), right=True).clamp(max=len(summed) - 1)
+    return place[0] if ids is None else ids[place[0]]
+
+
+def _likely(logits: Tensor, token: int, top: int) -> Likely:
+    logprobs = logits.float().log_softmax(0)
+    values, ids = logprobs.topk(min(top, len(logprobs)))
+    return Likely(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def _refused(error: Exception) -> PlanError:
+    return PlanError(
+        f"this model cannot be served: transformers' continuous batching does not take it ({error})",
+        "fewbit chat and fewbit generate run it for one user.",
+    )
+
+
+def _config(owner: Any, tokens: int, rows: int) -> Any:
+    config = owner.config.get_text_config()
+    names = {each.name for each in fields(ContinuousBatchingConfig)}
+    paged = "page_size" in names
+    given: dict[str, Any] = {
+        "page_size" if paged else "block_size": _PAGE,
+        "num_blocks": tokens // _PAGE * (1 if paged else _groups(config)),
+        "max_batch_tokens": max(_PROMPT[owner.device.type], rows),
+        "max_requests_per_batch": rows,
+        # `_Choosing` works on the host between the steps, which neither allows.
+        "use_cuda_graph": False,
+        "use_async_batching": False,
+    }
+    return ContinuousBatchingConfig(**{name: value for name, value in given.items() if name in names})
+
+
+def _groups(config: Any) -> int:
+    """Groups of layers that transformers before 5.2x allocates blocks for, each of its own: see its cache.py."""
+    if importlib.util.find_spec("transformers.generation.continuous_batching.cache_allocators") is not None:
+        return 1
+    kinds = list(getattr(config, "layer_types", None) or ())
+    sizes = [kinds.count(kind) for kind in set(kinds)]
+    return len(kinds) // math.gcd(*sizes) if sizes else 1
+
+
+def _room(owner: Any, context: int | None, rows: int, memory: int | None) -> tuple[int, int | None, int]:
+    """The context, the context again if it is less than the model's for lack of memory, and the cache's tokens."""
+    config = owner.config.get_text_config()
+    stated = getattr(config, "max_position_embeddings", None) or 2048
+    try:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    except AttributeError as error:  # no attention, or layers that differ
+        raise _refused(error) from error
+    each = 2 * config.num_hidden_layers * heads * width * owner.dtype.itemsize
+    most = int((memory or 2**32) * _SHARE[owner.device.type]) // each // _PAGE * _PAGE
+    wanted = context or stated
+    needed = math.ceil((wanted + 1) / _PAGE) * _PAGE
+    if context is not None and needed > most:
+        raise PlanError(
+            f"`max_model_len={context}`: its keys and values take {units.size(needed * each)}, and "
+            f"{units.size(most * each)} are free for them",
+            f"The largest that fits is {most - _PAGE}.",
+        )
+    if needed > most:
+        if most < 8 * _PAGE:
+            raise PlanError("there is no memory left for keys and values", "Use a smaller model.")
+        return most - _PAGE, most - _PAGE, most
+    return wanted, None, min(most, needed * rows)
+
+
+@torch.inference_mode()
+def _warm(owner: Any) -> None:
+    """Compile the kernels of a GPU for the numbers of rows that a step may have, so that no request waits for it."""
+    if owner.device.type != "cuda":
+        return
+    for rows in range(1, _WARM + 1):
+        owner(input_ids=torch.zeros(1, rows, dtype=torch.int64, device=owner.device), use_cache=False)
+
+
+def settings_of(model: Any) -> Choosing:
+    """What the model's generation_config says of sampling, and else OpenAI's default: temperature 1."""
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    stated = copy.copy(owner.generation_config)
+    if not stated.do_sample:
+        return Choosing(temperature=1.0)
+    return Choosing(
+        temperature=1.0 if stated.temperature is None else float(stated.temperature),
+        top_p=1.0 if stated.top_p is None else float(stated.top_p),
+        top_k=stated.top_k,
+    )

@@ -1,0 +1,52 @@
+"""Runs the application until a signal ends it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable
+
+import uvicorn
+from fastapi import FastAPI
+
+from fewbit.errors import PlanError
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket of that address, which does not listen yet. PlanError if it is taken or there is no such address."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+        except BaseException:
+            made.close()
+            raise
+    except OSError as error:
+        raise PlanError(f"`host={host}`, `port={port}`: {error.strerror or error}", "Use another `port`.") from error
+    return made
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+
+def run(app: FastAPI, at: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve until SIGTERM or SIGINT. What runs is finished before; nothing new is accepted meanwhile.
+
+    ready: called when requests are accepted.
+    """
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=30, server_header=False)
+    if threading.current_thread() is threading.main_thread():
+        # uvicorn raises the signal again when all is done, and the process would seem to have been killed.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+    _Server(config, ready).run(sockets=[at])

@@ -1,0 +1,176 @@
+"""Answers checked requests: prompts become token ids, and tokens become pieces of text."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fewbit.errors import FewbitError, KernelError
+from fewbit.models.decoding.continuous import Choosing, Engine, Likely, News
+from fewbit.models.decoding.generate import in_template, prompt_ids
+from fewbit.serving.asked import Chat, Completion
+from fewbit.serving.failures import Failure
+from fewbit.serving.metrics import Metrics
+from fewbit.serving.text import Written
+from fewbit.system.files import unwritable
+from fewbit.texts import windows
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next text of an answer. likely: of the tokens that begin in it, each with its place in the whole text.
+
+    finish: why the answer ends here, "stop" or "length". tokens: number of tokens of the answer so far.
+    """
+
+    text: str
+    likely: tuple[tuple[int, Likely], ...]
+    finish: str | None
+    tokens: int
+
+
+class Service:
+    """One model with its tokenizer, and the limits of the server."""
+
+    def __init__(self, engine: Engine, tokenizer: Any, name: str, usual: Choosing, rows: int | None, most: int) -> None:
+        """usual: sampling where a request says nothing. rows: of the embedding. most: requests that run or wait."""
+        self.engine, self.tokenizer, self.name, self.usual, self.most = engine, tokenizer, name, usual, most
+        self.since = int(time.time())
+        self.metrics = Metrics(lambda: engine.unfinished)
+        self._rows = rows
+        self._tokenizing = ThreadPoolExecutor(1, "fewbit-tokenizer")  # tokenizers are not for several threads at once
+
+    def check(self, model: str | None) -> None:
+        """Failure if a request names another model."""
+        if model is not None and model != self.name:
+            raise Failure(404, f"The model `{model}` does not exist. This server has `{self.name}`.", "model_not_found")
+
+    async def ids(self, asked: Chat | Completion) -> list[int]:
+        """The token ids of a prompt. Failure if it is invalid or too long."""
+        param = "messages" if isinstance(asked, Chat) else "prompt"
+        make: Callable[[], list[int]] = lambda: self._chat(asked) if isinstance(asked, Chat) else self._prompt(asked)  # noqa: E731
+        try:
+            ids = await asyncio.get_running_loop().run_in_executor(self._tokenizing, make)
+        except FewbitError as error:
+            raise Failure(400, error.message.replace("`", ""), "invalid_value", param) from error
+        room = self.engine.context - len(ids)
+        if room < (asked.new or 1):
+            new = f" With {asked.new} new tokens it" if asked.new else " It"
+            raise Failure(
+                400,
+                f"The prompt has {len(ids)} tokens.{new} exceeds the context of {self.engine.context} tokens.",
+                "context_length_exceeded",
+                param,
+            )
+        return ids
+
+    def _chat(self, asked: Chat) -> list[int]:
+        turns = [message.turn for message in asked.messages]
+        for turn in turns:
+            if reason := unwritable(turn["content"]):
+                raise Failure(400, f"messages: {reason}", "invalid_value", "messages")
+        if not self.tokenizer.chat_template:
+            raise Failure(400, "This model has no chat template: use /v1/completions.", "no_chat_template", "messages")
+        ids = self.tokenizer(in_template(self.tokenizer, turns), return_tensors="pt", add_special_tokens=False)
+        return self._within(ids["input_ids"].long(), "messages")
+
+    def _prompt(self, asked: Completion) -> list[int]:
+        given = asked.one
+        if isinstance(given, str):
+            return self._within(prompt_ids(self.tokenizer, given), "prompt")
+        if not 0 <= min(given) <= max(given) < (self._rows or 2**31):
+            raise Failure(400, f"prompt: token ids go from 0 to {(self._rows or 2**31) - 1}", "invalid_value", "prompt")
+        return given
+
+    def _within(self, ids: Tensor, where: str) -> list[int]:
+        listed: list[int] = windows.within(ids, self._rows, self.tokenizer, where)[0].tolist()
+        return listed
+
+    def begin(self, ids: Sequence[int], asked: Chat | Completion) -> Answer:
+        """Put a request in the queue. Failure if the queue is full or the engine has ended."""
+        if self.engine.failed:
+            raise Failure(503, "The engine has ended by an error; see the server's log.", "engine_failed")
+        if self.engine.unfinished >= self.most:
+            raise Failure(429, "The queue is full. Try again later.", "queue_full", headers={"Retry-After": "1"})
+        new = asked.new or self.engine.context - len(ids)
+        return Answer(self, ids, new, asked.choosing(self.usual), asked.stops)
+
+
+class Answer:
+    """One request that runs. `close` ends it; it must be called."""
+
+    def __init__(
+        self, service: Service, ids: Sequence[int], new: int, choosing: Choosing, stops: Sequence[str]
+    ) -> None:
+        self.prompt_tokens, self.tokens = len(ids), 0
+        self._service, self._written = service, Written(service.tokenizer, stops)
+        self._news: News | None = None
+        self._came, self._loop = asyncio.Event(), asyncio.get_running_loop()
+        self._begun, self._closed = time.perf_counter(), False
+        self._reported = 0
+        service.metrics.prompt_tokens += len(ids)
+        try:
+            self._name = service.engine.submit(ids, new, choosing, self._tell)
+        except KernelError as error:
+            raise Failure(503, "The server is shutting down.", "shutting_down") from error
+
+    def _tell(self, news: News) -> None:
+        self._news = news
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._came.set)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The answer, piece by piece. The last one has `finish`. Failure if the engine fails."""
+        while True:
+            await self._came.wait()
+            self._came.clear()
+            news = self._news
+            if news is None:
+                continue
+            if news.error:
+                raise Failure(500, f"The engine failed: {news.error}", "engine_failed")
+            piece = self._piece(news)
+            if piece.text or piece.finish:
+                yield piece
+            if piece.finish:
+                self._service.metrics.whole.add(time.perf_counter() - self._begun)
+                self.close()
+                return
+
+    def _piece(self, news: News) -> Piece:
+        if not self.tokens:
+            self._service.metrics.first_token.add(time.perf_counter() - self._begun)
+        written, ended, text = self._written, False, ""
+        for token in news.tokens[self.tokens :]:
+            self.tokens += 1
+            self._service.metrics.generated_tokens += 1
+            ended = token in self._service.engine.ends
+            text += "" if ended else written.add(token)
+            if ended or written.stopped:
+                break
+        finish = None
+        if ended or news.finished:
+            text += written.finish()
+            finish = "stop" if ended or written.stopped else "length"
+        elif written.stopped:
+            finish = "stop"
+        likely = []
+        for one, start in zip(news.likely[self._reported :], written.starts[self._reported :], strict=False):
+            if start >= written.length:
+                break
+            likely.append((start, one))
+        self._reported += len(likely)
+        return Piece(text, tuple(likely), finish, self.tokens)
+
+    def close(self) -> None:
+        """End the request, if it has not ended."""
+        if not self._closed:
+            self._closed = True
+            self._service.engine.cancel(self._name)

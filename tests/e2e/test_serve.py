@@ -1,0 +1,391 @@
+"""A server for one model, asked by OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fewbit as package
+from fewbit.models.decoding.generate import continue_text, in_template, prompt_ids
+from fewbit.models.load import load_model
+from fewbit.models.loading import Loading
+from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import locate
+from tests.served import Served, served, until
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+
+HELLO = [{"role": "user", "content": "Hello there"}]
+PROMPTS = ["Hello there", "What is a garden?", "Tell me a story about a cat.", "Why is the sky blue?", "One two three"]
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model in four bits, whose answers end only at their maximum of tokens."""
+    out = tmp_path_factory.mktemp("served") / "tiny-4bit"
+    package.quantize("tiny", out, plan="rtn-4bit")
+    config = json.loads((out / "generation_config.json").read_text(encoding="utf-8"))
+    (out / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": None}), encoding="utf-8")
+    return out
+
+
+@pytest.fixture(scope="module")
+def server(quantized: Path) -> Iterator[Served]:
+    with served(quantized) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def client(server: Served) -> Iterator[Any]:
+    with server.client() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def alone(quantized: Path) -> Any:
+    """`alone(prompt, n)` is the greedy answer of `fewbit generate` with n tokens; without chat, the continuation."""
+    source = locate(quantized)
+    model, tokenizer = load_model(source, Loading("cpu", "float32")), load_tokenizer(source)
+
+    def answer(prompt: str, new: int, chat: bool = True) -> str:
+        return continue_text(model, tokenizer, prompt_ids(tokenizer, prompt, chat=chat), max_new_tokens=new).text
+
+    return answer
+
+
+def ask(client: Any, prompt: str = "Hello there", new: int | None = 8, **more: Any) -> Any:
+    """A greedy answer in a chat."""
+    messages = [{"role": "user", "content": prompt}]
+    given = {"model": "tiny-4bit", "max_tokens": new, "temperature": 0} | more
+    return client.chat.completions.create(messages=messages, **given)
+
+
+def said(answer: Any) -> str:
+    return str(answer.choices[0].message.content)
+
+
+def raw(server: Served, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
+    """The status and the JSON of an answer to a request that OpenAI's client would not send."""
+    given = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(server.address + path, body, given)) as answer:
+            status, text = answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            status, text = error.code, error.read()
+    return status, json.loads(text)
+
+
+def test_a_chat_answers_as_generate(client: Any, alone: Any) -> None:
+    answer = ask(client, new=12)
+    assert said(answer) == alone("Hello there", 12)
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.model, answer.object) == ("tiny-4bit", "chat.completion")
+    usage = answer.usage
+    assert (usage.completion_tokens, usage.total_tokens) == (12, usage.prompt_tokens + 12)
+    parts = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]
+    again = client.chat.completions.create(
+        model="tiny-4bit",
+        messages=[{"role": "user", "content": parts}],
+        max_completion_tokens=12,
+        temperature=0,
+        user="me",
+        n=1,
+        presence_penalty=0,
+    )
+    assert said(again) == said(answer)
+
+
+def test_an_answer_may_be_sent_back(client: Any) -> None:
+    first = ask(client)
+    turns: list[Any] = [{"role": "system", "content": "Be brief."}, *HELLO]
+    turns += [first.choices[0].message, {"role": "user", "content": "And?"}]
+    second = client.chat.completions.create(model="tiny-4bit", messages=turns, max_tokens=4, temperature=0)
+    assert second.usage.prompt_tokens > first.usage.total_tokens
+
+
+def test_a_stream_has_the_same_text_and_the_usage(client: Any) -> None:
+    whole = ask(client, new=20)
+    with ask(client, new=20, stream=True, stream_options={"include_usage": True}) as stream:
+        chunks = list(stream)
+    text = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(text) == said(whole)
+    assert len([piece for piece in text if piece]) > 5
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+    assert {chunk.id for chunk in chunks} == {chunks[0].id}
+
+
+def test_completions(client: Any, alone: Any, quantized: Path) -> None:
+    given: dict[str, Any] = {"model": "tiny-4bit", "temperature": 0}
+    answer = client.completions.create(prompt="The garden", **given)
+    assert answer.choices[0].text == alone("The garden", 16, chat=False)
+    ids = load_tokenizer(locate(quantized))("The garden")["input_ids"]
+    for prompt in (ids, [ids], ["The garden"]):
+        assert client.completions.create(prompt=prompt, **given).choices[0].text == answer.choices[0].text
+    with client.completions.create(prompt="The garden", stream=True, **given) as stream:
+        assert "".join(chunk.choices[0].text for chunk in stream) == answer.choices[0].text
+
+
+def test_32_at_once_answer_as_alone(server: Served, client: Any, alone: Any) -> None:
+    """With activations that are not rounded (tests/conftest.py), and in float32."""
+    asked = [(PROMPTS[i % 5] + " Yes." * (i // 5), 4 + i % 7) for i in range(32)]
+    wanted = [alone(*each) for each in asked]
+    server.steps.clear()
+    with ThreadPoolExecutor(32) as pool:
+        with server.held():
+            answers = [pool.submit(ask, client, *each) for each in asked]
+            until(lambda: server.service.engine.unfinished == 32)
+        assert [said(answer.result()) for answer in answers] == wanted
+    assert len(server.steps) < sum(new for _, new in asked) / 4  # they were computed together
+
+
+def test_a_long_prompt_is_read_in_pieces(server: Served, client: Any, alone: Any) -> None:
+    prompt = " ".join(PROMPTS * 9)
+    server.steps.clear()
+    wanted = alone(prompt, 5)
+    assert said(ask(client, prompt, 5)) == wanted
+    first = sum(server.steps)
+    server.steps.clear()
+    assert said(ask(client, prompt, 5)) == wanted
+    assert sum(server.steps) < first / 4  # the keys and values of the same beginning were kept
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_sequences_across_tokens(stream: bool, client: Any) -> None:
+    whole = said(ask(client, new=40))
+    stop = whole[20:29]  # begins and ends inside words
+    answer = ask(client, new=40, stop=["never there", stop], stream=stream)
+    if stream:
+        with answer:
+            chunks = [chunk.choices[0] for chunk in answer]
+        text, finish = "".join(chunk.delta.content or "" for chunk in chunks), chunks[-1].finish_reason
+    else:
+        text, finish = said(answer), answer.choices[0].finish_reason
+        assert answer.usage.completion_tokens < 40
+    assert (text, finish) == (whole[: whole.index(stop)], "stop")
+
+
+def test_the_end_of_an_answer(tmp_path: Path, quantized: Path, client: Any) -> None:
+    ending = tmp_path / "ending"
+    shutil.copytree(quantized, ending)
+    ids = load_tokenizer(locate(ending))
+    config = json.loads((ending / "generation_config.json").read_text(encoding="utf-8"))
+    tokens = client.completions.create(model="tiny-4bit", prompt="A", temperature=0, logprobs=0).choices[0]
+    end = ids.convert_tokens_to_ids(ids.tokenize(tokens.logprobs.tokens[5]))[0]
+    (ending / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": end}), encoding="utf-8")
+    with served(ending, served_model_name="other") as server, server.client() as other:
+        answer = other.completions.create(model="other", prompt="A", temperature=0)
+        assert answer.choices[0].finish_reason == "stop"
+        assert tokens.text.startswith(answer.choices[0].text)
+        assert answer.usage.completion_tokens <= 6
+        with pytest.raises(openai.NotFoundError, match="does not exist"):
+            other.completions.create(model="tiny-4bit", prompt="A")
+
+
+def test_a_seed_repeats_whatever_else_runs(client: Any) -> None:
+    def sampled(seed: int | None, **more: Any) -> str:
+        return said(ask(client, new=16, temperature=1.0, seed=seed, **more))
+
+    first = sampled(7)
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(sampled, [7, 8, 7, 9, 7, None, 7, None]))
+    assert [texts[i] == first for i in range(8)] == [True, False, True, False, True, False, True, False]
+    assert sampled(1, top_p=1e-9) == sampled(2, top_p=1e-9) == said(ask(client, new=16))
+    assert sampled(1, extra_body={"top_k": 1}) == said(ask(client, new=16))
+
+
+def test_logprobs_are_those_of_the_model(client: Any, quantized: Path) -> None:
+    import torch
+
+    answer = ask(client, new=6, logprobs=True, top_logprobs=3)
+    content = answer.choices[0].logprobs.content
+    assert "".join(each.token for each in content) == said(answer)
+    source = locate(quantized)
+    model, tokenizer = load_model(source, Loading("cpu", "float32")), load_tokenizer(source)
+    prompt = tokenizer(in_template(tokenizer, HELLO), add_special_tokens=False)["input_ids"]
+    tokens = tokenizer(said(answer), add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
+    values, ids = logits.log_softmax(-1).topk(3)
+    for place, each in enumerate(content):
+        assert each.logprob == pytest.approx(values[place, 0].item(), abs=1e-4)
+        assert [top.token for top in each.top_logprobs] == [tokenizer.decode([i]) for i in ids[place].tolist()]
+        assert [top.logprob for top in each.top_logprobs] == pytest.approx(values[place].tolist(), abs=1e-4)
+    with ask(client, new=6, logprobs=True, stream=True) as stream:
+        choices = [chunk.choices[0] for chunk in stream]
+    streamed = [each.token for c in choices if c.logprobs for each in c.logprobs.content]
+    assert streamed == [each.token for each in content]
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "words"),
+    [
+        ({"n": 2}, "n", "one answer"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "only plain text"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not support"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "not support"),
+        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"temperature": "hot"}, "temperature", "valid number"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": True}, "max_tokens", "valid integer"),
+        ({"stop": ""}, "stop", "at least 1 character"),
+        ({"top_logprobs": 2}, "top_logprobs", "only with logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "only with stream"),
+        ({"extra_body": {"nonsense": 1}}, "nonsense", "unknown parameter"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": [{"role": "user", "content": " \ud800"}]}, "messages", "half a character"),
+        ({"messages": [{"role": "user"}]}, "messages", "required"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "image_url"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Any], param: str, words: str, server: Served) -> None:
+    change = change.pop("extra_body", {}) | change
+    body = {"model": "tiny-4bit", "messages": HELLO, "max_tokens": 4} | change
+    status, answer = raw(server, "/v1/chat/completions", json.dumps(body).encode())
+    assert status == 400
+    assert answer["error"].keys() == {"message", "type", "param", "code"}
+    assert (answer["error"]["type"], answer["error"]["param"]) == ("invalid_request_error", param)
+    assert words in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("", "empty"),
+        ([], "empty"),
+        ([-1], "token ids"),
+        ([10**6], "token ids"),
+        (["a", "b"], "one prompt"),
+        ([[]], "empty"),
+    ],
+)
+def test_bad_prompts_are_named(prompt: Any, words: str, server: Served) -> None:
+    status, answer = raw(server, "/v1/completions", json.dumps({"prompt": prompt}).encode())
+    assert (status, answer["error"]["param"]) == (400, "prompt")
+    assert words in answer["error"]["message"]
+
+
+def test_beyond_the_context(client: Any, server: Served) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, "word " * 600)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="512"):
+        ask(client, new=505)
+    prompt = " ".join(PROMPTS * 18)
+    answer = ask(client, prompt, new=None)
+    assert 450 < answer.usage.prompt_tokens < answer.usage.total_tokens == server.service.engine.context == 512
+
+
+def test_what_is_no_request(server: Served, client: Any) -> None:
+    for body in (b"{", b"[]", b"1", b"\xff"):
+        status, answer = raw(server, "/v1/chat/completions", body)
+        assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+    assert raw(server, "/v1/completions", b'{"prompt": "x"}', Content_Type="text/plain")[0] == 400
+    assert raw(server, "/v1/nothing")[0] == 404
+    assert raw(server, "/v1/chat/completions")[0] == 405
+    for path in ("/docs", "/openapi.json", "/shutdown", "/v1/models/../../etc/passwd"):
+        assert raw(server, path)[0] == 404
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        ask(client, model="/etc/passwd")
+    assert [each.id for each in client.models.list()] == ["tiny-4bit"]
+    assert client.models.retrieve("tiny-4bit").max_model_len == 512
+
+
+def test_a_full_queue_and_one_that_empties(quantized: Path) -> None:
+    with served(quantized, max_num_seqs=1, max_queue=1) as server, server.client() as client:
+        wanted = said(ask(client))
+        with ThreadPoolExecutor(2) as pool:
+            with server.held():
+                answers = [pool.submit(ask, client) for _ in range(2)]
+                until(lambda: server.service.engine.unfinished == 2)
+                with pytest.raises(openai.RateLimitError) as caught:
+                    ask(client)
+                assert (caught.value.code, caught.value.response.headers["retry-after"]) == ("queue_full", "1")
+            assert [said(answer.result()) for answer in answers] == [wanted] * 2
+        assert said(ask(client)) == wanted
+
+
+def test_a_client_that_goes_away_ends_its_request(server: Served, client: Any) -> None:
+    engine = server.service.engine
+    cancelled = server.service.metrics.cancelled
+    stream = ask(client, new=400, stream=True)
+    next(iter(stream))
+    with server.held():
+        stream.close()
+        until(lambda: engine.unfinished == 0)
+        body = json.dumps({"messages": HELLO, "max_tokens": 400}).encode()
+        with socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2]))) as raw_client:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            raw_client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+            until(lambda: engine.unfinished == 1)
+        until(lambda: engine.unfinished == 0)
+    until(lambda: server.service.metrics.cancelled == cancelled + 2)
+    ask(client, new=3)
+    server.steps.clear()
+    ask(client, new=5)
+    assert server.steps[1:] == [1] * 4  # a step has no tokens of other requests
+
+
+def test_the_key_and_the_limit_of_a_body(quantized: Path) -> None:
+    with served(quantized, api_key="se cret", max_body="2kB") as server:
+        for key in ("se cre", "se crett", "Se cret", "\xe9"):
+            status, answer = raw(server, "/v1/models", Authorization=f"Bearer {key}")
+            assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+        assert raw(server, "/v1/chat/completions", b"{}")[0] == 401
+        assert raw(server, "/health") == (200, {"status": "ok"})
+        with server.client(api_key="se cret") as client:
+            assert said(ask(client))
+            with pytest.raises(openai.APIStatusError) as caught:
+                ask(client, "word " * 400)
+            assert (caught.value.status_code, caught.value.code) == (413, "body_too_large")
+            assert said(ask(client))
+        port = int(server.address.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as raw_client:  # without saying how much comes
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer se cret\r\n"
+            raw_client.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n800\r\n".encode() + b" " * 2048 + b"\r\n")
+            assert raw_client.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_metrics_count(client: Any, server: Served) -> None:
+    def number(name: str) -> float:
+        with urllib.request.urlopen(server.address + "/metrics") as answer:
+            assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+            lines = answer.read().decode().splitlines()
+        return float(next(line.split()[-1] for line in lines if line.startswith(name)))
+
+    names = [f"fewbit_{name}" for name in ("generated_tokens_total", "request_seconds_count", "prompt_tokens_total")]
+    names.append('fewbit_requests_total{endpoint="/v1/chat/completions",status="200"}')
+    before = [number(name) for name in names]
+    prompt = ask(client, new=5).usage.prompt_tokens
+    after = [number(name) for name in names]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [5, 1, prompt, 1]
+
+
+def test_an_engine_that_fails_says_so(quantized: Path) -> None:
+    with served(quantized) as server, server.client() as client:
+        model = server.service.engine._manager.model
+
+        def broken(*args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("out of something")
+
+        model.forward = broken
+        with pytest.raises(openai.InternalServerError, match="out of something"):
+            ask(client)
+        until(lambda: bool(server.service.engine.failed))
+        assert raw(server, "/health")[0] == 503
+        with pytest.raises(openai.InternalServerError) as caught:
+            ask(client)
+        assert (caught.value.status_code, caught.value.code) == (503, "engine_failed")
