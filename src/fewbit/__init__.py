@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fewbit.api.evaluate import evaluate
     from fewbit.api.generate import generate, load
     from fewbit.api.inspect import inspect
+    from fewbit.api.push import push
     from fewbit.api.quantize import imatrix, preview, quantize
     from fewbit.api.tune import tune
     from fewbit.measure.comparison import Comparison
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from fewbit.pipeline.optimization import Optimization
     from fewbit.plans.budget import Allocation, Budget
     from fewbit.plans.plan import Plan
-    from fewbit.report.results import Converted, Evaluation, Finetuned, Measured, Merged, Quantized, Tuned
+    from fewbit.report.results import Converted, Evaluation, Finetuned, Measured, Merged, Pushed, Quantized, Tuned
     from fewbit.texts.calibration import Calibration
 
 __version__ = "0.1.0"
@@ -73,6 +74,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Preview",
+    "Pushed",
     "Quantized",
     "Recommendation",
     "Sampling",
@@ -90,6 +92,7 @@ __all__ = [
     "merge",
     "prefer",
     "preview",
+    "push",
     "quantize",
     "recommend",
     "tune",
@@ -106,6 +109,7 @@ _LAZY = {
     "api.evaluate": ("evaluate",),
     "api.generate": ("generate", "load"),
     "api.inspect": ("inspect",),
+    "api.push": ("push",),
     "api.quantize": ("imatrix", "preview", "quantize"),
     "api.tune": ("tune",),
     "measure.comparison": ("Comparison",),
@@ -117,7 +121,7 @@ _LAZY = {
     "pipeline.optimization": ("Optimization",),
     "plans.budget": ("Allocation", "Budget"),
     "plans.plan": ("Plan",),
-    "report.results": ("Converted", "Evaluation", "Finetuned", "Measured", "Merged", "Quantized", "Tuned"),
+    "report.results": ("Converted", "Evaluation", "Finetuned", "Measured", "Merged", "Pushed", "Quantized", "Tuned"),
     "texts.calibration": ("Calibration",),
 }
 

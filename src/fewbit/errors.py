@@ -11,6 +11,7 @@ import re
 _QUOTED = re.compile(r"`([a-z]\w*)(?:=([^`]*))?`")  # an argument in a message: `length=1`, `overwrite`
 # Arguments whose flags have other names. With a value, and without.
 _FLAGS = {"model": "MODEL", "prompt": "PROMPT", "out": "-o", "purpose": "--for", "fuse": "--fuse", "images": "--image"}
+_FLAGS |= {"repo": "REPO"}
 
 
 def in_python(text: str) -> str:

@@ -521,5 +521,5 @@ def test_requantizing_measures_the_loss_against_the_input(
     assert loss["reference"] == str(first)
     if to != "gguf":
         card = (out / "README.md").read_text(encoding="utf-8")
-        assert f"| loss | KL divergence {loss['kl']['mean']:.3g} and the same top token in " in card
-        assert f"measured against {first} on {loss['tokens']} tokens of {text} |" in card
+        assert f"| KL divergence, nats per token | {loss['kl']['mean']:.3g} | " in card
+        assert f"Measured against {first.name} on {loss['tokens']} tokens of {text.name}, in windows of 32:" in card

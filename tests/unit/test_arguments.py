@@ -30,6 +30,7 @@ GIVEN: dict[str, Any] = {
     "purpose": "edge",
     "to": "awq",
     "reference": "tiny",
+    "repo": "org/name",
 }
 NUMBERS = ("samples", "length", "context", "batch", "fuse", "max_new_tokens", "seed", "max_kl")
 

@@ -25,7 +25,7 @@ from fewbit.texts.calibration import Calibration
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 VERBS = (
     *("quantize", "convert", "imatrix", "generate", "evaluate", "compare", "tune", "finetune", "merge"),
-    *("estimate", "recommend"),
+    *("push", "estimate", "recommend"),
 )
 GROUPS: dict[str, type[Settings]] = {"calibration": Calibration, "sampling": Sampling, "tuning": Tuning}
 GROUPS |= {"optimization": Optimization, "budget": Budget}

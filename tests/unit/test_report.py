@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from rich.console import Console
 
 from fewbit import units
@@ -269,6 +270,7 @@ def test_an_inspection(shown: io.StringIO) -> None:
 RECORD: dict[str, Any] = {
     "tensors": [{"scheme": "int4-g32-sym", "method": "GPTQ"}, {"scheme": "int4-g32-sym", "method": "GPTQ"}],
     "model": "org/model",
+    "base": {"model": "org/model", "license": "mit", "pipeline_tag": "text-generation"},
     "versions": {"fewbit": "9.8.7"},
     "plan": {"name": "gptq-4bit", "format": "gptq"},
     "bits_per_weight": 4.5,
@@ -279,28 +281,95 @@ RECORD: dict[str, Any] = {
 }
 
 
+def head_of(card: str) -> dict[str, Any]:
+    """The metadata of a card, as the Hub reads them."""
+    data: Any = ModelCard(card).data
+    return dict(data.to_dict())
+
+
 def test_a_model_card() -> None:
     card = report_card.model_card(RECORD)
-    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert head_of(card) == {
+        "base_model": "org/model",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "license": "mit",
+        "pipeline_tag": "text-generation",
+        "tags": ["fewbit", "quantized", "gptq"],
+    }
     for words in (
-        "base_model: org/model",
         "# model, quantized",
         "| 2 tensors | int4-g32-sym by GPTQ |",
         "4.500",
         "99.6%",
         "10 kB before, 4 kB now",
         "8 x 256 tokens of pydoc",
+        "It was not measured.",
+        'AutoModelForCausalLM.from_pretrained("MODEL")',
+        "With `gptqmodel` installed, transformers loads it",
+        "vllm serve MODEL",
+        "--calibration pydoc --samples 8 --length 256 --seed 3",
     ):
         assert words in card
 
 
+def test_the_card_has_what_was_measured() -> None:
+    kl = {"mean": 0.0123, "median": 0.01, "p99": 0.1, "p999": 0.2, "max": 0.3}
+    measured = {"reference": "/home/somebody/model", "text": "pydoc", "tokens": 2048, "length": 512, "kl": kl}
+    measured |= {"perplexity": 5.25, "reference_perplexity": 5.125, "same_top": 0.95}
+    pairs = {"perplexity": [5.0, 5.5], "reference_perplexity": [5.0, 5.25], "same_top": [0.94, 0.96]}
+    measured["intervals"] = pairs | {"kl": {"mean": [0.011, 0.013]}}
+    for record in (
+        {"evaluation": measured},
+        {"converted": {"from": "m", "exact": False, "to": "gptq", "loss": measured}},
+    ):
+        card = report_card.model_card(RECORD | record)
+        for line in (
+            "Measured against model on 2,048 tokens of pydoc, in windows of 512:",
+            "| KL divergence, nats per token | 0.0123 | 0.011 ... 0.013 |",
+            "| same top token | 95.0% | 94.0% ... 96.0% |",
+            "| perplexity | 5.25 | 5 ... 5.5 |",
+            "| perplexity of the original | 5.125 | 5 ... 5.25 |",
+        ):
+            assert line in card.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("format", "lines"),
+    [
+        ("awq", ["vllm serve org/new"]),
+        ("bnb", ["vllm serve org/new"]),
+        ("compressed-tensors", ["vllm serve org/new", "python -m sglang.launch_server --model-path org/new"]),
+        ("gguf", ["llama-server -hf org/new --hf-file a.gguf"]),
+        ("fp8", ["python -m sglang.launch_server --model-path org/new"]),
+        ("dense", []),
+    ],
+)
+def test_the_card_says_how_each_reader_loads_it(format: str, lines: list[str]) -> None:
+    file = "a.gguf" if format == "gguf" else ""
+    card = report_card.model_card({**RECORD, "plan": {"name": "mine", "format": format}}, "org/new", file)
+    for line in lines:
+        assert line in card.splitlines()
+    assert ("base_model_relation" in head_of(card)) == (format != "dense")
+    assert head_of(card)["library_name"] == ("gguf" if format == "gguf" else "transformers")
+    more = f', gguf_file="{file}"' if file else ""
+    assert f'AutoTokenizer.from_pretrained("org/new"{more})' in card
+
+
 @pytest.mark.parametrize("name", ["/home/somebody/model", "./folder/model", "~/model", "model"])
 def test_a_model_card_names_no_local_folder_as_base(name: str) -> None:
-    card = report_card.model_card({**RECORD, "model": name, "calibration": None})
+    card = report_card.model_card({**RECORD, "model": name, "base": {"model": None}, "calibration": None})
     assert "base_model" not in card
     assert "calibrated on" not in card
     assert "# model, quantized" in card
     assert "somebody" not in card
+
+
+def test_paths_of_this_machine_are_cut() -> None:
+    kept = ["org/model", "https://huggingface.co/org/model", "codes/scales", "nats / token", "a 1/2 b"]
+    assert report_card.portable(kept) == kept
+    told = {"from": "/home/somebody/model", "notes": ["left out: README.md of /home/somebody/m, which", "~/a/text.txt"]}
+    assert report_card.portable(told) == {"from": "model", "notes": ["left out: README.md of m, which", "text.txt"]}
 
 
 def test_a_listing(shown: io.StringIO) -> None:

@@ -26,8 +26,8 @@ from fewbit.names import DEMO, EMBEDDED
 from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline.job import evaluated, homeless, is_file, left_behind, rehearsed, same_vocabulary
 from fewbit.plans.plan import format_of
-from fewbit.report import card
 from fewbit.report import progress as report_progress
+from fewbit.report.card import model_card
 from fewbit.report.results import Finetuned, Merged
 from fewbit.system import ambient, heap, locks, machine, publish, timing
 from fewbit.system.cache import cache_folder
@@ -280,4 +280,4 @@ def _rename_origin(out: Path, name: str) -> None:
     """Name the real origin in the record and the card of a quantized model, instead of a deleted temporary folder."""
     record: dict[str, Any] = {**read_json(out / "fewbit.json"), "model": name, "origin": None}
     write_json(out / "fewbit.json", record)
-    write_text(out / "README.md", card.model_card(record))
+    write_text(out / "README.md", model_card(record))

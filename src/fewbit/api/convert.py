@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from fewbit import registry
-from fewbit.api import arguments, evaluate, quantize
+from fewbit.api import arguments, evaluate, quantize, records
 from fewbit.api.arguments import SAMPLES, Device, Plans, checked
 from fewbit.checks import Texts
 from fewbit.errors import FormatError, PlanError
 from fewbit.measure import memory
 from fewbit.models.describe import describe
 from fewbit.models.gguf import header as gguf_header
+from fewbit.models.provenance import provenance
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
 from fewbit.pipeline import conversion, sizes, write_folder, write_gguf
 from fewbit.pipeline.conversion import Conversion, Target
 from fewbit.pipeline.job import Preview, evaluated
 from fewbit.plans.plan import Assignment, Plan
-from fewbit.report import card
 from fewbit.report import progress as report_progress
 from fewbit.report import text as report_text
 from fewbit.report.results import Converted, Evaluation
@@ -173,7 +173,7 @@ def _converted(
             written = write_gguf.write(place, settled, made.tensors, header, record)
         else:
             written = write_folder.write(place, settled, made.tensors)
-            quantize.write_record(place, record, card.conversion_card)
+            records.write(place, record)
         if written != size:
             raise FormatError(f"{written} bytes were written, expected {size}")
         describe(locate(place))
@@ -191,6 +191,7 @@ def _record(source: Source, made: Conversion, done: Converted) -> dict[str, Any]
         "schema_version": quantize.SCHEMA,
         "model": source.name,
         "origin": None,
+        "base": before.get("base") or provenance(source),
         "plan": {"name": "not recorded", "format": done.to},
         "calibration": None,
         "tensors": [],

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from fewbit.api import records
 from fewbit.api.arguments import SAMPLES, Device, DType, checked
 from fewbit.checks import Texts
 from fewbit.errors import PlanError
@@ -21,6 +22,7 @@ from fewbit.pipeline.job import (
     same_vocabulary,
 )
 from fewbit.report import progress as report_progress
+from fewbit.report import text as report_text
 from fewbit.report.results import Evaluation
 from fewbit.system import ambient, machine, ranks, timing
 from fewbit.texts import sources
@@ -41,6 +43,7 @@ def evaluate(
     device: Device = None,
     dtype: DType = None,
     kernel: str | None = None,
+    record: bool = False,
     trust_remote_code: bool = False,
     progress: bool | Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -51,6 +54,7 @@ def evaluate(
     length: tokens in a window; default: the model's context, at most 2048. samples: number of windows from the start of
     the text; None: all.
     dtype: of activations; default: float32 on a CPU, the checkpoint's own on a GPU. kernel: for `model`, as in `load`.
+    record: also write the result into the record and the model card of `model`, an output of fewbit.
     """
     elapsed = timing.timed()
     with ranks.joined(device) as device, report_progress.windows(progress) as tell:
@@ -60,6 +64,10 @@ def evaluate(
                 raise PlanError("`reference_adapter` without `reference`", "Give `reference` too.")
             check_adapter(reference_adapter)
         source, original = locate(model), locate(reference) if reference is not None else None
+        if record:
+            if adapter is not None:
+                raise PlanError("`record` with `adapter`: the record is that of the model alone", "Omit one of them.")
+            records.check_recorded(source)
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         if original is not None:
             same_vocabulary(original, source, tokenizer, trust_remote_code)
@@ -75,7 +83,7 @@ def evaluate(
             chosen,
             lambda done: tell(done, len(chosen)),
         )
-        return Evaluation(
+        done = Evaluation(
             model=_named(model, adapter),
             reference=None if reference is None else _named(reference, reference_adapter),
             text=name,
@@ -86,6 +94,9 @@ def evaluate(
             seconds=elapsed(),
             available=available,
         )
+        if record and ranks.first():
+            done.notes.extend(records.complete(source, {"evaluation": report_text.evaluation_json(done)}))
+        return done
 
 
 def _named(model: str | Path, adapter: str | Path | None) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -15,7 +14,7 @@ import torch
 
 from fewbit import units
 from fewbit.advise.memory import activation_peak, cache_bytes, use_of
-from fewbit.api import arguments, effort
+from fewbit.api import arguments, effort, records
 from fewbit.api.arguments import Device, Plans, checked
 from fewbit.checks import Texts
 from fewbit.errors import FewbitError, FormatError, KernelError, OutputError, PlanError
@@ -32,7 +31,7 @@ from fewbit.models.loading import Loading
 from fewbit.models.on_text import OnText
 from fewbit.models.on_text import inputs as text_inputs
 from fewbit.models.outline import geometry
-from fewbit.models.scales import read as folded_scales
+from fewbit.models.provenance import provenance
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
 from fewbit.pipeline import blocks, budgeted, settled, write_folder, write_gguf
@@ -51,7 +50,6 @@ from fewbit.pipeline.job import (
 )
 from fewbit.plans.budget import Allocation, Budget
 from fewbit.plans.plan import Plan
-from fewbit.report import card
 from fewbit.report import progress as report_progress
 from fewbit.report import text as report_text
 from fewbit.report.results import Measured, Quantized
@@ -197,6 +195,7 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
                 "versions": versions,
                 "model": job.source.name,
                 "origin": job.source.address,
+                "base": provenance(job.source),
                 "source": None if (packing := job.settled.skeleton.packing) is None else packing.to_json(),
                 "calibration": calibrated,
                 "plan": job.settled.resolved.plan.to_json(),
@@ -207,7 +206,7 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
             def rewrite(place: Path) -> None:
                 """Write the record again."""
                 if header is None:
-                    write_record(place, record, card.model_card)
+                    records.write(place, record)
                 else:  # the file holds its record, so it is written again
                     place.unlink()
                     _write(place, job, run, header, record)
@@ -222,7 +221,7 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
                     finish = effort.Finish.of(
                         job, inputs.tokens, calibrated, fingerprint, progress, wanted.trust_remote_code
                     )
-                    if why := finish.run(place, record, partial(write_record, card=card.model_card)):
+                    if why := finish.run(place, record, records.write):
                         record["notes"].append(why)
                         rewrite(place)
                     done = replace(done, notes=list(record["notes"]))
@@ -355,20 +354,8 @@ def _write(place: Path, job: Job, run: pipeline_run.Run, header: Header | None, 
     if header is not None:
         return write_gguf.write(place, job.settled, tensors, header, record)
     written = write_folder.write(place, job.settled, tensors)
-    write_record(place, record, card.model_card)
+    records.write(place, record)
     return written
-
-
-def write_record(folder: Path, record: dict[str, Any], card: Callable[[Mapping[str, Any]], str]) -> None:
-    """Write the record of a folder that is complete otherwise, and its model card."""
-    record["scales"] = folded_scales(folder).to_json()
-    record["files"] = sorted({*_files(folder), "README.md", publish.RECORD})
-    (folder / publish.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card(record), encoding="utf-8")
-
-
-def _files(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
 def _checked(

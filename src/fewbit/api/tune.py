@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fewbit.api import arguments, end_to_end, quantize
+from fewbit.api import arguments, end_to_end, quantize, records
 from fewbit.api.arguments import Device, checked
 from fewbit.checks import Texts
 from fewbit.errors import NotBetter, PlanError
@@ -19,12 +19,12 @@ from fewbit.models.decoding.generate import written
 from fewbit.models.describe import describe
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
+from fewbit.models.provenance import provenance
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
 from fewbit.pipeline import tuning
 from fewbit.pipeline.job import fewer, same_vocabulary, windows
 from fewbit.pipeline.optimization import Optimization
-from fewbit.report import card
 from fewbit.report import progress as report_progress
 from fewbit.report.results import Tuned
 from fewbit.system import ambient, heap, machine, publish, timing
@@ -111,7 +111,7 @@ def tune(
             report_progress.phase(f"writing {out.name}", progress),
             publish.published(out, overwrite=overwrite, file=file, kept=_KEPT) as place,
         ):
-            after = trained.write(place, record, partial(quantize.write_record, card=card.tuned_card))
+            after = trained.write(place, record, records.write)
             if not after < trained.before:
                 trained.forget()
                 raise NotBetter(_no_better(trained.before, after), _MORE)
@@ -165,6 +165,7 @@ def _record(source: Source, original: Source, notes: list[str]) -> dict[str, Any
         "schema_version": quantize.SCHEMA,
         "model": original.name,
         "origin": original.address,
+        "base": provenance(original),
         "plan": {"name": "not recorded", "format": inspected.format},
         "calibration": None,
         "tensors": [],

@@ -20,6 +20,7 @@ from fewbit.cli import (
     evaluate,
     generate,
     inspect,
+    push,
     quantize,
     run,
     serve,
@@ -50,6 +51,7 @@ app.command()(compare.compare)
 app.command()(tune.tune)
 app.command()(adapters.finetune)
 app.command()(adapters.merge)
+app.command()(push.push)
 app.command()(advise.estimate)
 app.command()(advise.recommend)
 app.command()(inspect.inspect)

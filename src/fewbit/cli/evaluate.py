@@ -25,6 +25,10 @@ def evaluate(
     ] = None,
     samples: Windows = 16,
     loading: Annotated[Loading, Fields("adapter", "device", "kernel", "trust_remote_code")] = Loading(),
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="Write the result into the record and card of MODEL too. Default: print it."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure MODEL: perplexity, KL divergence from the reference, same top token, bytes."""
@@ -42,6 +46,7 @@ def evaluate(
         samples=samples,
         device=loading.device,
         kernel=loading.kernel,
+        record=record,
         trust_remote_code=loading.trust_remote_code,
         progress=True,
     )

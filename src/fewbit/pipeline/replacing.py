@@ -199,12 +199,18 @@ class OneFile(Files):
         return route.to_file(value).to(self.dtype_of(name)).contiguous()
 
     def write(self, place: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        keys = {key: value for key, value in self.file.metadata.items() if key not in _SPLIT}
-        keys[scales.GGUF_RECORD] = json.dumps(record)
-        with GgufWriter(place, keys, list(self.file.entries.values())) as writer:
-            for name in self.file.entries:
-                writer.add(name, tensors[name] if name in tensors else self.file.get(name))
-                self.file.release(name)
+        with_metadata(self.file, place, {scales.GGUF_RECORD: json.dumps(record)}, tensors)
+
+
+def with_metadata(
+    file: GgufFile, place: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a copy of a GGUF file at `place`, with some of its `metadata` and `tensors` replaced. Parts are joined."""
+    keys = {key: value for key, value in file.metadata.items() if key not in _SPLIT}
+    with GgufWriter(place, keys | dict(metadata), list(file.entries.values())) as writer:
+        for name in file.entries:
+            writer.add(name, tensors[name] if tensors and name in tensors else file.get(name))
+            file.release(name)
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fewbit.brief import brief
@@ -89,6 +89,7 @@ class Evaluation:
     gpu_peak: int
     seconds: float
     available: int  # number of windows in the text; quality.windows of them were measured
+    notes: list[str] = field(default_factory=list)
 
 
 @brief
@@ -143,6 +144,17 @@ class Tuned:
     seconds: float
     peak: int
     gpu_peak: int
+
+
+@brief
+@dataclass(frozen=True)
+class Pushed:
+    """The result of `push`. url: of the commit; "" if nothing was uploaded. files: name in the repository -> bytes."""
+
+    repo: str
+    url: str
+    files: dict[str, int]
+    notes: list[str]
 
 
 @brief

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fewbit.pipeline.job import Preview
     from fewbit.plans.budget import Allocation
     from fewbit.plans.catalogue import Entry
-    from fewbit.report.results import Converted, Evaluation, Finetuned, Measured, Merged, Quantized, Tuned
+    from fewbit.report.results import Converted, Evaluation, Finetuned, Measured, Merged, Pushed, Quantized, Tuned
     from fewbit.system.kept import Entry as Kept
 
 out = tables.Console(quiet=ranks.silent())
@@ -138,6 +138,20 @@ def tuned(done: Tuned) -> None:
     out.print(table)
 
 
+def pushed(done: Pushed) -> None:
+    """What `fewbit push` prints."""
+    for note in done.notes:
+        _say(f"note: {note}")
+    if done.url:
+        _say(f"{done.url}: {len(done.files)} files, {size(sum(done.files.values()))}.")
+        return
+    table = grid(done.repo, "file", "bytes", numbers=(1,))
+    for name, nbytes in done.files.items():
+        table.add_row(name, f"{nbytes:,}")
+    out.print(table)
+    _say(f"{len(done.files)} files, {size(sum(done.files.values()))}. Nothing was uploaded.")
+
+
 def merged(done: Merged) -> None:
     """What `fewbit merge` prints when it is finished."""
     for note in done.notes:
@@ -185,6 +199,8 @@ def preview(shown: Preview) -> None:
 
 def evaluation(done: Evaluation) -> None:
     """What `fewbit evaluate` prints."""
+    for note in done.notes:
+        _say(f"note: {note}")
     q, i = done.quality, done.inspection
     against = f" against {done.reference}" if done.reference else ""
     title = (

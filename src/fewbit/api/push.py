@@ -1,0 +1,293 @@
+"""Upload a model to a repository of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, by its documentation
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    validate_repo_id,
+)
+
+from fewbit.api.arguments import checked
+from fewbit.errors import FewbitError, FormatError, OutputError, PlanError
+from fewbit.formats.containers.safetensors import CARD, ORIGINAL_CARD, folders_left_out, other_weights, side_files
+from fewbit.models.calls import first_line
+from fewbit.models.describe import describe
+from fewbit.models.provenance import provenance
+from fewbit.models.scales import FILE as SCALES
+from fewbit.models.source import Source, locate
+from fewbit.names import DEMO, EMBEDDED
+from fewbit.report import progress as report_progress
+from fewbit.report.card import model_card, portable
+from fewbit.report.results import Pushed
+from fewbit.system import ambient
+from fewbit.system.cache import cache_folder
+from fewbit.system.publish import RECORD
+
+_CHARTS = ("quality-size.png", "quality-size.svg")  # of a report of `compare`; the Hub shows both
+_INDEX = "model.safetensors.index.json"
+_UNSHARED = re.compile(r"(?:~|/(?:home|root|Users)/)")  # a folder of a user
+
+
+@dataclass(frozen=True)
+class _Upload:
+    """What is to be uploaded: name in the repository -> a local file, or the content."""
+
+    repo: str
+    source: Source
+    files: dict[str, Path | bytes]
+    notes: list[str]
+
+    def sizes(self) -> dict[str, int]:
+        return {
+            name: len(each) if isinstance(each, bytes) else each.stat().st_size for name, each in self.files.items()
+        }
+
+
+@checked
+@ambient.defaults()
+def push(
+    model: str | Path,
+    repo: str,
+    *,
+    public: bool = False,
+    report: str | Path | None = None,
+    revision: str | None = None,
+    message: str | None = None,
+    progress: bool | None = None,
+) -> Pushed:
+    """Upload `model`, a folder or a GGUF file, to the repository `repo` of the Hugging Face Hub, in one commit.
+
+    The token is that of huggingface_hub (`hf auth login`, or the variable HF_TOKEN). A repository that does not exist
+    is created, private unless `public`. The model card is the folder's; for a GGUF file, it is made from the record in
+    it. report: folder of a comparison by `compare`, whose chart goes into the card. revision: the branch; it is created
+    if needed. message: of the commit.
+    PlanError before any upload if the model is incomplete, the name is wrong, there is no token, or the repository
+    exists and is public (private with `public`). OutputError if the upload fails; the same call then uploads what is
+    missing.
+    """
+    upload = _prepared(model, repo, report)
+    if constants.HF_HUB_OFFLINE:
+        raise PlanError("HF_HUB_OFFLINE is set, and an upload needs the Hub", "Unset it.")
+    if get_token() is None:
+        raise PlanError("there is no token for the Hub", "Log in by hf auth login, or set HF_TOKEN.")
+    with _shown(repo, progress), _as_error(repo):
+        return _uploaded(upload, public, revision, message or f"Upload {upload.source.origin.name} by fewbit")
+
+
+def preview(model: str | Path, repo: str, *, report: str | Path | None = None) -> Pushed:
+    """What `push` would upload, without the network (`--dry-run`)."""
+    upload = _prepared(model, repo, report)
+    return Pushed(upload.repo, "", upload.sizes(), upload.notes)
+
+
+def _prepared(model: str | Path, repo: str, report: str | Path | None) -> _Upload:
+    """The files to upload, all of them checked. PlanError or FormatError if something is missing."""
+    _check_name(repo)
+    if isinstance(model, str) and model in (EMBEDDED, DEMO):
+        raise PlanError(f"{model} is a model of fewbit, not an output", "Give the folder or file to upload.")
+    path = Path(model).expanduser().absolute()
+    _check_place(path, str(model))
+    source = locate(path)
+    record = describe(source).made
+    if source.gguf is not None:
+        return _of_gguf(source, repo, record, _chart(report))
+    return _of_folder(source, repo, record, _chart(report))
+
+
+def _check_name(repo: str) -> None:
+    try:
+        validate_repo_id(repo)
+        reason = "" if repo.count("/") == 1 else "it has no owner"
+    except HFValidationError as error:
+        reason = first_line(error)
+    if reason:
+        raise PlanError(
+            f"`repo={repo}` is no name of a repository: {reason}",
+            "Give OWNER/NAME; OWNER is a user or an organization.",
+        )
+
+
+def _check_place(path: Path, name: str) -> None:
+    """PlanError if there is no finished model at `path`."""
+    if not path.exists():
+        raise PlanError(f"{name}: no such folder or file", "Give the output of fewbit quantize.")
+    if path.is_file():
+        return
+    if (path / "adapter_config.json").is_file():
+        raise PlanError(
+            f"{name} is an adapter, not a model",
+            f"Upload it by hf upload OWNER/NAME {name}, or merge it first: fewbit merge MODEL {name} -o OUT.",
+        )
+    unfinished = list(path.glob("block-*.safetensors")) or re.search(r"^\..*\.fewbit-\w+$", path.name)
+    if unfinished or path.resolve().is_relative_to((cache_folder() / "runs").resolve()):
+        raise PlanError(f"{name} is an unfinished run", "Repeat the command that made it: it resumes.")
+    if not (path / "config.json").is_file() and not list(path.glob("*.gguf")):
+        raise PlanError(f"{name} is not a model: it has no config.json", "Give the output of fewbit quantize.")
+
+
+def _of_folder(source: Source, repo: str, record: dict[str, Any], chart: Path | None) -> _Upload:
+    folder = source.origin
+    if source.folder != folder:
+        raise PlanError(
+            f"{source.name} has its weights in a pickle, which can run code when it is loaded",
+            "Save the model as safetensors first.",
+        )
+    missing = [name for name in record.get("files", ()) if name != CARD and not (folder / name).is_file()]
+    if missing:
+        raise FormatError(
+            f"{source.name} is incomplete: {', '.join(missing[:5])} of its record {RECORD} are missing",
+            "Make it again by the same command.",
+        )
+    names = [file.name for file in source.files]
+    names += [name for name in (_INDEX, SCALES, RECORD, CARD, ORIGINAL_CARD) if (folder / name).is_file()]
+    names += [path.as_posix() for path in side_files(folder)]
+    files: dict[str, Path | bytes] = {name: folder / name for name in sorted({*names})}
+    notes = [f"left out: {each.name}, which is no part of the model" for each in other_weights(folder)]
+    notes += [f"left out: the folder {each.name}, which has weights of its own" for each in folders_left_out(folder)]
+    if record:
+        files[RECORD] = (json.dumps(portable(record), indent=1) + "\n").encode()
+    made = record or _bare(source)
+    picture = _added(files, chart)
+    own = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
+    if own is None or own == model_card(made):
+        files[CARD] = model_card(made, repo, chart=picture).encode()
+    elif picture:
+        notes.append(f"{CARD} was edited, so it stays as it is; {picture} is uploaded beside it")
+    return _Upload(repo, source, dict(sorted(files.items())), notes)
+
+
+def _of_gguf(source: Source, repo: str, record: dict[str, Any], chart: Path | None) -> _Upload:
+    files: dict[str, Path | bytes] = {file.name: file for file in source.files}
+    picture = _added(files, chart)
+    files[CARD] = model_card(record or _bare(source), repo, source.files[0].name, picture).encode()
+    notes = []
+    if _UNSHARED.search(json.dumps(record)):
+        notes.append(f"the record in {source.files[0].name} names folders of this machine")
+    return _Upload(repo, source, dict(sorted(files.items())), notes)
+
+
+def _chart(report: str | Path | None) -> Path | None:
+    """The chart of a comparison's report. PlanError if there is none."""
+    if report is None:
+        return None
+    folder = Path(report).expanduser()
+    found = next((folder / name for name in _CHARTS if (folder / name).is_file()), None)
+    if found is None:
+        raise PlanError(f"`report={report}` has no chart", "Give the folder of a report: fewbit compare -o REPORT.")
+    return found
+
+
+def _added(files: dict[str, Path | bytes], chart: Path | None) -> str:
+    """The name of the chart in the repository, to which it is added; "" if there is none."""
+    if chart is None:
+        return ""
+    files[chart.name] = chart
+    return chart.name
+
+
+def _bare(source: Source) -> dict[str, Any]:
+    """A record for the card of a model that has none: what its files say."""
+    found = describe(source)
+    from fewbit import __version__
+
+    return {
+        "model": source.origin.name,
+        "versions": {"fewbit": __version__},
+        "plan": {"name": "not recorded", "format": found.format or "dense"},
+        "calibration": None,
+        "tensors": [],
+        "notes": [],
+        "converted": {"exact": False, "schemes": found.schemes},
+        "bits_per_weight": found.bits_per_weight_quantized or found.bits_per_weight,
+        "output_bytes": found.file_bytes,
+        "base": provenance(source),
+    }
+
+
+def _uploaded(upload: _Upload, public: bool, revision: str | None, message: str) -> Pushed:
+    api, repo, notes = HfApi(), upload.repo, list(upload.notes)
+    files = dict(upload.files)
+    try:
+        there = api.model_info(repo)
+    except RepositoryNotFoundError as error:
+        if error.response.status_code == 401:
+            raise
+        api.create_repo(repo, private=not public)
+        before = set[str]()
+    else:
+        if public == bool(there.private):
+            kind, hint = ("private", "Omit `public`") if public else ("public", "Use `public=True` to upload there")
+            raise PlanError(f"{repo} exists and is {kind}", f"{hint}, or give another name.")
+        before = {each.rfilename for each in there.siblings or ()}
+    if (
+        upload.source.gguf is not None
+        and CARD in before
+        and any(name.endswith(".gguf") and name not in files for name in before)
+    ):
+        del files[CARD]
+        notes.append(f"{repo} has other GGUF files, so its {CARD} stays as it is")
+    stale = sorted(name for name in before - files.keys() if name.endswith((".safetensors", ".index.json")))
+    if stale and upload.source.gguf is None:
+        notes.append(f"{repo} still has {', '.join(stale)}, which this model does not have")
+    if revision is not None:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    additions = [
+        CommitOperationAdd(name, each if isinstance(each, bytes) else os.fspath(each)) for name, each in files.items()
+    ]
+    done = api.create_commit(repo, additions, commit_message=message, revision=revision)
+    sizes = upload.sizes()
+    return Pushed(repo, done.commit_url, {name: sizes[name] for name in files}, notes)
+
+
+@contextmanager
+def _shown(repo: str, progress: bool | None) -> Iterator[None]:
+    """Show the upload: in a terminal by huggingface_hub's own bars, elsewhere by a line."""
+    if progress is not False and sys.stderr.isatty():
+        yield
+        return
+    before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        with report_progress.phase(f"uploading to {repo}", progress):
+            yield
+    finally:
+        if not before:
+            enable_progress_bars()
+
+
+@contextmanager
+def _as_error(repo: str) -> Iterator[None]:
+    try:
+        yield
+    except FewbitError:
+        raise
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status == 401:
+            raise PlanError(f"{repo}: the Hub does not accept the token", "Log in again by hf auth login.") from error
+        if status == 403:
+            raise PlanError(
+                f"{repo}: the token may not write there: {first_line(error)}",
+                "Use a token with write access, and a name of your own or of your organization.",
+            ) from error
+        raise OutputError(f"{repo}: the upload failed: {first_line(error)}", _AGAIN) from error
+    except Exception as error:  # the connection, and what an upload by hf_xet raises
+        why = f" ({first_line(error.__cause__)})" if error.__cause__ is not None else ""
+        raise OutputError(f"{repo}: the upload failed: {first_line(error)}{why}", _AGAIN) from error
+
+
+_AGAIN = "The same command uploads what is missing."

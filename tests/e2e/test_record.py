@@ -1,0 +1,68 @@
+"""`evaluate --record` completes the record and the model card of an output."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from fewbit.formats.containers.gguf import GgufFile
+from fewbit.plans.plan import Plan, Rule
+from tests import gguf_files, models
+from tests.e2e.conftest import Fewbit
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return models.save(tmp_path / "model", "llama")
+
+
+FEW = ("--length", 32, "--samples", 2)
+
+
+def test_the_record_and_the_card_have_what_was_measured(
+    fewbit: Fewbit, model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert fewbit("quantize", model, "-o", out, "--plan", "nf4").code == 0
+    answer = fewbit("evaluate", out, "--reference", model, "--text", text, *FEW, "--record", "--json")
+    assert answer.code == 0, answer.err
+    record = json.loads((out / "fewbit.json").read_text(encoding="utf-8"))
+    assert record["evaluation"] == answer.json
+    assert record["plan"]["name"] == "nf4"
+    kl = answer.json["kl"]["mean"]
+    assert f"| KL divergence, nats per token | {kl:.3g} | " in (out / "README.md").read_text(encoding="utf-8")
+    assert fewbit("inspect", out).code == 0
+    (out / "README.md").write_text("# Mine\n", encoding="utf-8")
+    answer = fewbit("evaluate", out, "--text", text, *FEW, "--record")
+    assert "note: README.md was edited" in answer.out
+    assert (out / "README.md").read_text(encoding="utf-8") == "# Mine\n"
+    assert json.loads((out / "fewbit.json").read_text(encoding="utf-8"))["evaluation"]["reference"] is None
+
+
+def test_a_gguf_file_holds_it_and_its_tensors_stay(fewbit: Fewbit, text: Path, tmp_path: Path) -> None:
+    model, out = gguf_files.save(tmp_path / "model", "llama"), tmp_path / "out.gguf"
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(Plan("mine", "gguf", (Rule("*", "q8_0", "rtn"),)).to_json()), encoding="utf-8")
+    assert fewbit("quantize", model, "-o", out, "--plan", plan).code == 0
+    before = digests(out)
+    answer = fewbit("evaluate", out, "--text", text, *FEW, "--record", "--json")
+    assert answer.code == 0, answer.err
+    assert digests(out) == before
+    assert fewbit("inspect", out, "--json").json["made"]["evaluation"] == answer.json
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.gguf", "plan.json"]
+
+
+def digests(path: Path) -> dict[str, str]:
+    file = GgufFile(path)
+    return {name: sha256(file.get(name).contiguous().view(-1).numpy().tobytes()).hexdigest() for name in file.entries}
+
+
+def test_a_model_without_a_record_is_refused_first(fewbit: Fewbit, model: Path, text: Path) -> None:
+    for name in (model, "tiny"):
+        answer = fewbit("evaluate", name, "--text", text, "--record")
+        assert answer.code == 2
+        assert "no record of fewbit" in answer.err
+    assert not (model / "fewbit.json").exists()
