@@ -32,7 +32,7 @@ GIVEN: dict[str, Any] = {
     "reference": "tiny",
     "repo": "org/name",
 }
-NUMBERS = ("samples", "length", "context", "batch", "fuse", "max_new_tokens", "seed", "max_kl")
+NUMBERS = ("samples", "length", "limit", "context", "batch", "fuse", "max_new_tokens", "seed", "max_kl")
 
 
 def parameters(verb: str) -> dict[str, inspect.Parameter]:

@@ -116,6 +116,17 @@ def plans(name: str, value: Any) -> tuple[str, ...]:
     return tuple(str(path(name, each)) for each in value)
 
 
+def tasks(name: str, value: Any) -> tuple[str, ...]:
+    """Tasks by name or YAML file, as a list or as one comma-separated string."""
+    if isinstance(value, os.PathLike):
+        value = [value]
+    elif isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, Sequence) or not value or not all(isinstance(each, (str, os.PathLike)) for each in value):
+        raise invalid(name, value, "a list of names of tasks, or of .yaml files")
+    return tuple(dict.fromkeys(str(path(name, each)) for each in value))
+
+
 def effort(name: str, value: Any) -> str:
     if value not in EFFORTS:
         raise invalid(name, value, " or ".join(EFFORTS))
@@ -178,7 +189,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("model", "reference", "base"), model),
     **dict.fromkeys(("text", "data"), texts),
     **dict.fromkeys(("prompt", "purpose", "target", "cache", "to", "repo", "revision", "message"), text),
-    **dict.fromkeys(("samples", "length", "context", "batch", "max_new_tokens"), integer(1)),
+    **dict.fromkeys(("samples", "length", "context", "batch", "limit", "max_new_tokens"), integer(1)),
     "effort": effort,
     "images": images,
     "max_kl": number,
@@ -194,5 +205,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "report": report,
     "sampling": sampling,
     "seed": integer(0, MAX_SEED),
+    "tasks": tasks,
     "tuning": tuning,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from fewbit.api.arguments import SAMPLES, Device, DType, checked
 from fewbit.checks import Texts
 from fewbit.errors import PlanError
 from fewbit.measure import memory, quality
+from fewbit.measure.tasks import Score, Tasks, beside
 from fewbit.models.decoding.sampling import Sampling as Sampling
 from fewbit.models.describe import describe
 from fewbit.models.load import check_adapter, load_model
@@ -40,6 +41,8 @@ def evaluate(
     text: Texts | None = None,
     length: int | None = None,
     samples: int | None = SAMPLES,
+    tasks: str | Path | Sequence[str | Path] | None = None,
+    limit: int | None = None,
     device: Device = None,
     dtype: DType = None,
     kernel: str | None = None,
@@ -54,6 +57,8 @@ def evaluate(
     length: tokens in a window; default: the model's context, at most 2048. samples: number of windows from the start of
     the text; None: all.
     dtype: of activations; default: float32 on a CPU, the checkpoint's own on a GPU. kernel: for `model`, as in `load`.
+    tasks: names of tasks of lm-evaluation-harness, or YAML files that describe one, to score both models on; they need
+    the extra `fewbit[tasks]`. limit: number of examples of each task; None: all.
     record: also write the result into the record and the model card of `model`, an output of fewbit.
     """
     elapsed = timing.timed()
@@ -68,6 +73,7 @@ def evaluate(
             if adapter is not None:
                 raise PlanError("`record` with `adapter`: the record is that of the model alone", "Omit one of them.")
             records.check_recorded(source)
+        scored = _tasks(tasks, limit, _shown(progress))  # type: ignore[arg-type]  # checked
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         if original is not None:
             same_vocabulary(original, source, tokenizer, trust_remote_code)
@@ -75,14 +81,19 @@ def evaluate(
         wanted = text or sources.own_source((original or source).config)
         models = [source] if original is None else [source, original]
         name, chosen, available = evaluated(models, tokenizer, wanted, length, samples)
-        measured = quality.measure(
-            load_model(source, loading, for_text=True),
-            None
-            if original is None
-            else load_model(original, replace(loading, adapter=reference_adapter, kernel=None), for_text=True),
-            chosen,
-            lambda done: tell(done, len(chosen)),
-        )
+        packed = load_model(source, loading, for_text=True)
+        plain = None
+        if original is not None:
+            plain = load_model(original, replace(loading, adapter=reference_adapter, kernel=None), for_text=True)
+        measured = quality.measure(packed, plain, chosen, lambda done: tell(done, len(chosen)))
+        scores = list[Score]()
+        if scored is not None:
+            context = min(each.context for each in models)
+            with report_progress.phase(f"tasks {', '.join(scored.names)}", _shown(progress)):
+                scores = scored.scores(packed, tokenizer, context)
+            if plain is not None:
+                with report_progress.phase("the same tasks with the reference", _shown(progress)):
+                    scores = beside(scores, scored.scores(plain, tokenizer, context))
         done = Evaluation(
             model=_named(model, adapter),
             reference=None if reference is None else _named(reference, reference_adapter),
@@ -93,10 +104,26 @@ def evaluate(
             gpu_peak=memory.on_gpus(),
             seconds=elapsed(),
             available=available,
+            tasks=scores,
         )
         if record and ranks.first():
             done.notes.extend(records.complete(source, {"evaluation": report_text.evaluation_json(done)}))
         return done
+
+
+def _tasks(tasks: Sequence[str] | None, limit: int | None, shown: bool | None) -> Tasks | None:
+    """The tasks, found before any model is loaded."""
+    if tasks is None:
+        if limit is not None:
+            raise PlanError("`limit` without `tasks`", "Give `tasks` too.")
+        return None
+    if ranks.size() > 1:
+        raise PlanError("`tasks` run in one process", "Run it without torchrun.")
+    return Tasks.found(tasks, limit, shown is not False)
+
+
+def _shown(progress: bool | Callable[[int, int], None] | None) -> bool | None:
+    return False if callable(progress) else progress
 
 
 def _named(model: str | Path, adapter: str | Path | None) -> str:

@@ -24,6 +24,11 @@ def evaluate(
         int | None, typer.Option(help="Tokens in a window. Default: the model's context, at most 2048.")
     ] = None,
     samples: Windows = 16,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness, by name or .yaml file, separated by commas. Default: none."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of examples of each task. Default: all.")] = None,
     loading: Annotated[Loading, Fields("adapter", "device", "kernel", "trust_remote_code")] = Loading(),
     record: Annotated[
         bool,
@@ -44,6 +49,8 @@ def evaluate(
         text=measured,
         length=length,
         samples=samples,
+        tasks=tasks,
+        limit=limit,
         device=loading.device,
         kernel=loading.kernel,
         record=record,

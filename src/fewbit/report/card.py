@@ -163,6 +163,8 @@ def _loss(record: Mapping[str, Any]) -> Iterator[str]:
         against = f" against {loss['reference']}" if loss["reference"] else ""
         yield f"Measured{against} on {loss['tokens']:,} tokens of {loss['text']}, in windows of {loss['length']}:"
         yield "\n".join(["| | value | 95 % interval |", "|---|---|---|", *_quality(loss)])
+        if tasks := loss.get("tasks"):
+            yield "\n".join(["| task | value ± standard error | original |", "|---|---|---|", *map(_task, tasks)])
     if not measured:
         yield "It was not measured."
 
@@ -178,6 +180,17 @@ def _quality(loss: Mapping[str, Any]) -> Iterator[str]:
         if loss[key] is not None:
             low, high = intervals[key]
             yield f"| {what} | {loss[key]:.4g} | {low:.4g} ... {high:.4g} |"
+
+
+def score(value: float, stderr: float | None) -> str:
+    """A score on a task, with its standard error."""
+    return f"{value:.4g}" + ("" if stderr is None else f" ± {stderr:.2g}")
+
+
+def _task(each: Mapping[str, Any]) -> str:
+    before = "" if each["reference"] is None else score(each["reference"], each["reference_stderr"])
+    counted = f"{each['examples']:,} examples, {each['shots']} shots"
+    return f"| {each['task']}, {each['name']}, {counted} | {score(each['value'], each['stderr'])} | {before} |"
 
 
 def _loading(record: Mapping[str, Any], origin: Mapping[str, Any], repo: str, file: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ from fewbit.brief import brief
 
 if TYPE_CHECKING:
     from fewbit.measure.quality import Quality
+    from fewbit.measure.tasks import Score
     from fewbit.models.describe import Inspection
     from fewbit.pipeline.run import TensorReport
     from fewbit.plans.budget import Allocation
@@ -90,6 +91,7 @@ class Evaluation:
     seconds: float
     available: int  # number of windows in the text; quality.windows of them were measured
     notes: list[str] = field(default_factory=list)
+    tasks: list[Score] = field(default_factory=list)
 
 
 @brief

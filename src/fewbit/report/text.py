@@ -16,6 +16,7 @@ from fewbit.units import age, duration, share, size
 if TYPE_CHECKING:
     from fewbit.advise.doctor import Hardware
     from fewbit.measure.intervals import Interval
+    from fewbit.measure.tasks import Score
     from fewbit.models.decoding.generate import Continuation
     from fewbit.models.describe import Inspection
     from fewbit.pipeline.job import Preview
@@ -228,6 +229,20 @@ def evaluation(done: Evaluation) -> None:
         table.add_row("  on the GPU", size(done.gpu_peak), "", "")
     table.add_row("time", duration(done.seconds), "", "")
     out.print(table)
+    if done.tasks:
+        scores(done.tasks)
+
+
+def scores(found: Sequence[Score]) -> None:
+    """The scores on tasks, beside those of the reference."""
+    table = grid("tasks", "", "value", "reference", "", numbers=(1, 2))
+    for each in found:
+        name = f"{each.task}, {each.name}" + (f" ({each.filter})" if each.filter != "none" else "")
+        reference = "" if each.reference is None else card.score(each.reference, each.reference_stderr)
+        what = {True: "higher is better", False: "lower is better", None: ""}[each.higher]
+        counted = f"{each.examples:,} examples, {each.shots} shots"
+        table.add_row(name, card.score(each.value, each.stderr), reference, "; ".join(filter(None, (counted, what))))
+    out.print(table)
 
 
 def evaluation_json(done: Evaluation) -> dict[str, Any]:
@@ -254,6 +269,7 @@ def evaluation_json(done: Evaluation) -> dict[str, Any]:
         "perplexity_ratio": None,
         "kl": None,
         "same_top": None,
+        "tasks": [vars(each) for each in done.tasks],
     }
     if q.reference_perplexity and q.perplexity_ratio and q.kl and q.same_top:
         kl = {"mean": q.kl.mean, "median": q.kl.median, "p99": q.kl.p99, "p999": q.kl.p999}

@@ -1,0 +1,163 @@
+"""Scores on tasks by lm-evaluation-harness, over local data: by `evaluate --tasks`, and by its own command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewbit
+from fewbit.errors import FormatError, PlanError
+from tests.e2e.conftest import fewbit as fewbit_fixture
+
+pytest.importorskip("lm_eval")
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.filterwarnings("ignore"),  # those of the harness
+]
+command = fewbit_fixture
+
+DATA = (
+    ("Once upon a time, there was a little", ["girl", "carburettor"], 0),
+    ("The sun is very", ["parliament", "hot"], 1),
+    ("The dog likes to", ["quantum", "play"], 1),
+    ("She was happy and", ["smiled", "sodium"], 1),  # a wrong answer, so that the score is not 1
+    ("They lived in a small", ["tax", "village"], 1),
+)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task of the harness in a file, over data in a file."""
+    place = tmp_path_factory.mktemp("task")
+    lines = [json.dumps({"text": text, "choices": choices, "answer": answer}) for text, choices, answer in DATA]
+    (place / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (place / "words.yaml").write_text(
+        "task: words\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {place}/data.jsonl\n"
+        "output_type: multiple_choice\n"
+        "test_split: test\n"
+        'doc_to_text: "{{text}}"\n'
+        'doc_to_choice: "{{choices}}"\n'
+        'doc_to_target: "{{answer}}"\n'
+        "metric_list:\n- metric: acc\n  aggregation: mean\n  higher_is_better: true\n",
+        encoding="utf-8",
+    )
+    return place / "words.yaml"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("packed")
+    made = {"nf4": place / "nf4", "rtn-4bit": place / "gptq", "q4_0": place / "tiny.gguf"}
+    for plan, out in made.items():
+        fewbit.quantize("tiny", out, plan=plan, calibration=fewbit.Calibration(samples=2, length=32))
+    return made
+
+
+def by_definition(name: str | Path) -> float:
+    """The share of examples in which the right choice has the highest log-likelihood after the text."""
+    model: Any = fewbit.load(name, dtype="float32")
+    from fewbit.models.skeleton import load_tokenizer
+    from fewbit.models.source import locate
+
+    tokenizer, right = load_tokenizer(locate(name)), 0
+    for text, choices, answer in DATA:
+        found = []
+        for choice in choices:
+            begun = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = tokenizer(f"{text} {choice}", add_special_tokens=False)["input_ids"]
+            with torch.inference_mode():
+                logits = model(torch.tensor([ids], dtype=torch.int64, device="cpu")).logits[0].double()
+            logs = logits.log_softmax(-1)
+            found.append(sum(logs[at - 1, ids[at]].item() for at in range(len(begun), len(ids))))
+        right += found.index(max(found)) == answer
+    return right / len(DATA)
+
+
+@pytest.mark.parametrize("plan", ["nf4", "rtn-4bit", "q4_0"])
+def test_a_packed_model_is_scored_beside_its_original(plan: str, packed: dict[str, Path], task: Path) -> None:
+    done = fewbit.evaluate(packed[plan], reference="tiny", samples=1, length=16, tasks=[task])
+    (score,) = done.tasks
+    assert (score.task, score.name, score.examples, score.shots, score.higher) == ("words", "acc", 5, 0, True)
+    assert score.value == pytest.approx(by_definition(packed[plan]))
+    assert score.reference == pytest.approx(by_definition("tiny"))
+    assert 0 < score.value < 1
+    # The standard error of a mean of five numbers that are 0 or 1.
+    assert score.stderr == pytest.approx((score.value * (1 - score.value) / 4) ** 0.5)
+
+
+def test_the_command_writes_scores_into_json_and_card(command: Any, packed: dict[str, Path], task: Path) -> None:
+    flags = ("--reference", "tiny", "--samples", 1, "--length", 16, "--tasks", task, "--limit", 3)
+    answer = command("evaluate", packed["nf4"], *flags, "--record", "--json")
+    assert answer.code == 0, answer.err
+    assert "it/s" not in answer.err
+    (score,) = answer.json["tasks"]
+    assert score["examples"] == 3
+    card = (packed["nf4"] / "README.md").read_text(encoding="utf-8")
+    assert f"| words, acc, 3 examples, 0 shots | {score['value']:.4g} ± {score['stderr']:.2g} | " in card
+    printed = command("evaluate", packed["nf4"], *flags)
+    assert "words, acc" in printed.out
+    assert "3 examples, 0 shots; higher is better" in printed.out
+
+
+def test_an_unknown_task_is_an_error_before_any_work(packed: dict[str, Path], task: Path) -> None:
+    for wanted, says in (("helaswag", "Near it: hellaswag"), (str(task.with_name("none.yaml")), "no such file")):
+        with pytest.raises(PlanError, match=says):
+            fewbit.evaluate(packed["nf4"], tasks=wanted)
+    broken = task.with_name("broken.yaml")
+    broken.write_text("task: broken\ndataset_path: json\ndataset_kwargs:\n  data_files: none.json\n", encoding="utf-8")
+    with pytest.raises((FormatError, PlanError), match=r"broken\.yaml"):
+        fewbit.evaluate(packed["nf4"], tasks=broken)
+
+
+def test_a_task_whose_data_are_not_here_is_an_error(
+    packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fewbit", "evaluate", str(packed["nf4"]), "--tasks", "hellaswag"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**environment(), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )
+    assert done.returncode == 2, done.stderr
+    assert "task hellaswag: its data cannot be loaded" in done.stderr
+    assert "give a task file over local data" in done.stderr
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("plan", ["rtn-4bit", "nf4"])
+def test_its_own_command_scores_packed_models(plan: str, packed: dict[str, Path], task: Path, tmp_path: Path) -> None:
+    """`fewbit run -- lm_eval`, and the same score as from `evaluate`."""
+    arguments: tuple[str, ...] = (
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={packed[plan]},dtype=float32",
+        "--tasks",
+        str(task),
+    )
+    arguments += ("--device", "cpu", "--output_path", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-m", "fewbit", "run", "--", "lm_eval", *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.rglob("results_*.json")
+    found = json.loads(file.read_text(encoding="utf-8"))["results"]["words"]
+    (score,) = fewbit.evaluate(packed[plan], samples=1, length=16, tasks=task).tasks
+    assert (found["acc,none"], found["acc_stderr,none"]) == (score.value, score.stderr)
