@@ -26,6 +26,7 @@ HALTED = """
 import signal, sys
 import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGUSR1, lambda *_: None)  # ends the pause
 from fewbit.cli import app
 from fewbit.pipeline import run, write_folder
 torch.set_num_threads(1)
@@ -142,6 +143,55 @@ def test_two_runs_at_once_do_not_disturb_each_other(
     fewbit.quantize(model, tmp_path / "B", calibration=wanted, progress=other)
     assert contents(tmp_path / "A") == contents(tmp_path / "B")
     assert not list(own_cache.glob("runs/*"))
+
+
+def command(model: Path, out: Path, wanted: Calibration, *before: str) -> list[str]:
+    return [
+        *(sys.executable, *before, "quantize", str(model), "-o", str(out), "--calibration", str(wanted.text)),
+        *("--samples", "6", "--length", "32", "--seed", "1"),
+    ]
+
+
+def test_two_processes_do_not_write_the_same_files(
+    model: Path, wanted: Calibration, tmp_path: Path, own_cache: Path
+) -> None:
+    """The second says so at once: with another output it works in a folder of its own, with the same one it ends."""
+    first = subprocess.Popen(
+        command(model, tmp_path / "A", wanted, "-W", "ignore", "-c", HALTED, "blocks"), stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + HANG
+        while not list(own_cache.glob("runs/*/block-00001.safetensors")):
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (place,) = own_cache.glob("runs/*")
+        times = {file: file.stat().st_mtime_ns for file in place.glob("block-*")}
+        same, other = (
+            subprocess.run(
+                command(model, tmp_path / out, wanted, "-m", "fewbit"),
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+            )
+            for out in ("A", "B")
+        )
+        assert same.returncode == 2
+        assert f"error: another process is making {tmp_path / 'A'}" in same.stderr
+        assert "block" not in same.stderr
+        assert other.returncode == 0, other.stderr
+        said = other.stderr.splitlines()
+        (note,) = [number for number, line in enumerate(said) if "another process does the same work" in line]
+        assert note < next(number for number, line in enumerate(said) if line.startswith("block 1/"))
+        assert times == {file: file.stat().st_mtime_ns for file in place.glob("block-*")}
+        first.send_signal(signal.SIGUSR1)
+        assert first.wait(HANG) == 0
+    finally:
+        first.kill()
+        first.wait()
+    assert contents(tmp_path / "A") == contents(tmp_path / "B")
+    assert not list(own_cache.glob("runs/*"))
+    assert not list(own_cache.glob("outputs/*"))
 
 
 class _Stop(Exception):

@@ -53,6 +53,7 @@ _FOUND: tuple[tuple[str, str], ...] = (
     ("temporary", ".smollm2-*"),
     ("temporary", "on-load-*"),
     ("temporary", "merged-*"),
+    ("temporary", "outputs/*"),
     ("rescued", "rescued-*"),
 )
 KINDS = tuple(dict.fromkeys(kind for kind, _ in _FOUND))

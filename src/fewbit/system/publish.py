@@ -92,6 +92,21 @@ def check_not_lost(out: Path, *needed: str | Path) -> None:
             raise PlanError(f"{out} contains {place}, which would be lost", ANOTHER)
 
 
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Run the block while no other process of this cache makes `out`. PlanError at once if one does."""
+    place = cache_folder() / "outputs" / sha256(os.fsencode(out.resolve())).hexdigest()[:32]
+
+    def taken() -> None:
+        raise PlanError(f"another process is making {out}", f"Wait until it has ended. {ANOTHER}")
+
+    with locks.alone(place, taken):
+        try:
+            yield
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
 def existing(path: Path) -> Path:
     """The path, or its nearest parent folder that exists."""
     while not path.exists():
