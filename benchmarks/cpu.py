@@ -18,8 +18,8 @@ from collections.abc import Callable
 import torch
 
 from fewbit import registry
-from fewbit.kernels.cpu import library
 from fewbit.schemes.base import Parts, Scheme, parse
+from fewbit.system import native
 from fewbit.system.machine import processor
 
 SHAPE = (4096, 14336)
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=512, help="activations of the second measurement; 0: none")
     options = parser.parse_args()
     n, k = SHAPE
-    print(f"{processor()}, torch {torch.__version__}, Python {platform.python_version()}, {library.instructions()}")
+    print(f"{processor()}, torch {torch.__version__}, Python {platform.python_version()}, {native.instructions()}")
     print(f"weights of {n} x {k}\n")
     plain, x, many = torch.ones(1 << 27, dtype=torch.int64), torch.randn(1, k), torch.randn(max(options.rows, 1), k)
     half, half_x, work = torch.randn(n, k).bfloat16(), many.bfloat16(), 2 * options.rows * n * k / 1e9

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 import fewbit
-from fewbit.kernels.cpu import library
 from fewbit.models.source import locate
+from fewbit.system import native
 from fewbit.system.machine import processor
 
 Text = Callable[[], float]  # makes one, and says how many seconds a token took
@@ -105,7 +105,7 @@ def main() -> None:
     for _ in range(options.texts):
         for model, text in rows.items():
             taken[model].append(text())
-    print(f"{processor()}, torch {torch.__version__}, Python {platform.python_version()}, {library.instructions()}")
+    print(f"{processor()}, torch {torch.__version__}, Python {platform.python_version()}, {native.instructions()}")
     print(f"{options.threads} threads, {options.tokens} tokens after a prompt of {PROMPT}, {options.dtype}\n")
     print("| model | tokens/s | median | of the first |\n|---|---|---|---|")
     first = min(taken[options.models[0]]) if rows else 0.0

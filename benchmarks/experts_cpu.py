@@ -21,9 +21,9 @@ from torch import Tensor
 
 from benchmarks.cpu import in_turns, random_parts
 from fewbit.kernels.base import Kernel
-from fewbit.kernels.cpu import library
 from fewbit.nn.experts import QExperts
 from fewbit.schemes.base import QTensor, Scheme, parse
+from fewbit.system import native
 from fewbit.system.machine import processor
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--schemes", nargs="+", default=["int4-g128", "q4_k", "nf4-b64-dq"])
     args = parser.parse_args()
-    print(f"{processor()}, torch {torch.__version__}, Python {platform.python_version()}, {library.instructions()}")
+    print(f"{processor()}, torch {torch.__version__}, Python {platform.python_version()}, {native.instructions()}")
     print(f"E {args.experts}, H {args.hidden}, I {args.inner}, {args.active} active; float32 activations\n")
     columns = ["threads", "scheme", "tokens", "MB read", "one call, ms", "GB/s", "loop, ms", "read, ms", "share"]
     print(f"| {' | '.join([*columns, 'of fastest', 'layer, ms', 'share', 'of fastest'])} |")

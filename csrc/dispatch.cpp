@@ -171,6 +171,18 @@ template <class Task> void share(int64_t count, int64_t least, int threads, Task
       &context);
 }
 
+int check(const fewbit_fp8* f) {
+  if (!f || !f->w) return FEWBIT_SHORT;
+  if (f->type != FEWBIT_FLOAT32 && f->type != FEWBIT_BFLOAT16) return FEWBIT_UNKNOWN;
+  if (f->n < 0 || f->k <= 0 || f->k > (1 << 30) || f->n > (int64_t(1) << 40) / f->k) return FEWBIT_SHAPE;
+  return f->rows < 1 || f->columns < 1 ? FEWBIT_SHAPE : FEWBIT_OK;
+}
+
+void share_bands(const fewbit_fp8& f, int threads, void (*task)(const fewbit_fp8&, int64_t, int64_t)) {
+  const int64_t bands = (f.n + f.rows - 1) / f.rows, least = 1 + (1 << 16) / (f.rows * f.k);
+  share(bands, least, threads, [&](int64_t begin, int64_t end) { task(f, begin, end); });
+}
+
 // bfloat16 is the upper half of float32.
 void widen(const uint16_t* from, float* to, int64_t count) {
   for (int64_t i = 0; i < count; i++) {
@@ -213,7 +225,7 @@ thread_local Memory memory;
 
 extern "C" {
 
-int fewbit_abi(void) { return 5; }
+int fewbit_abi(void) { return 6; }
 
 const char* fewbit_isa(void) { return isa().name; }
 
@@ -331,6 +343,20 @@ int fewbit_arrange(const fewbit_weight* w, const float* x, int64_t m, float* out
   share(m, 1 + (1 << 16) / w->k, threads, [&](int64_t a, int64_t b) {
     for (int64_t i = a; i < b; i++) with.arrange(*w, x + i * w->k, out + i * columns);
   });
+  return FEWBIT_OK;
+}
+
+int fewbit_fp8_codes(const fewbit_fp8* f, int threads) {
+  if (const int wrong = check(f)) return wrong;
+  if (!f->codes || !f->top) return FEWBIT_SHORT;
+  share_bands(*f, threads, isa().fp8_codes);
+  return FEWBIT_OK;
+}
+
+int fewbit_fp8_lost(const fewbit_fp8* f, int threads) {
+  if (const int wrong = check(f)) return wrong;
+  if (!f->codes || !f->scale || !f->lost) return FEWBIT_SHORT;
+  share_bands(*f, threads, isa().fp8_lost);
   return FEWBIT_OK;
 }
 

@@ -51,6 +51,18 @@ enum fewbit_status { FEWBIT_OK = 0, FEWBIT_UNKNOWN = 1, FEWBIT_SHAPE = 2, FEWBIT
 // Types of activations. The numbers are part of the ABI.
 enum fewbit_type { FEWBIT_FLOAT32 = 0, FEWBIT_BFLOAT16 = 1 };
 
+// A weight w [n, k], FP8 codes [n, k], and one scale for each block of `rows` x `columns`; the last blocks may be smaller.
+// `top`: the largest magnitude of each block. `lost`: three sums for each band of `rows` rows.
+struct fewbit_fp8 {
+  int32_t type;  // of w
+  int64_t n, k, rows, columns;
+  const void* w;
+  uint8_t* codes;
+  const float* scale;
+  float* top;
+  double* lost;
+};
+
 // GNU OpenMP's entry to a parallel region (GOMP_parallel). LLVM's runtime has it too.
 typedef void (*fewbit_parallel)(void (*task)(void*), void* data, unsigned threads, unsigned flags);
 
@@ -73,6 +85,12 @@ FEWBIT_API int fewbit_grouped(const struct fewbit_weight* w, int64_t count, cons
 FEWBIT_API int fewbit_decode(const struct fewbit_weight* w, int64_t begin, int64_t end, float* out, int threads);
 // x [m, k] as [m, columns] in the kernel's column order, padded with zeros. Its product with decoded rows is x Wᵀ.
 FEWBIT_API int fewbit_arrange(const struct fewbit_weight* w, const float* x, int64_t m, float* out, int threads);
+
+// Writes `top`, and the `codes` of w divided by top / 448 (at least 2^-126; 1 if all weights of the block are 0).
+FEWBIT_API int fewbit_fp8_codes(const struct fewbit_fp8* f, int threads);
+// Writes `lost` of each band: the sums of (code * scale - w)² and of w², and the number of groups of columns with codes
+// of 0 only and a weight that is not 0. A group has `columns` columns if they divide k; else it is the row.
+FEWBIT_API int fewbit_fp8_lost(const struct fewbit_fp8* f, int threads);
 
 #ifdef __cplusplus
 }

@@ -17,6 +17,9 @@ struct Isa {
   void (*linear)(const fewbit_weight&, const char* rounded, int64_t m, float* y, int64_t begin, int64_t end);
   void (*decode)(const fewbit_weight&, int64_t begin, int64_t end, float* out);
   void (*arrange)(const fewbit_weight&, const float* x, float* out);
+  // `top` and `codes`, or `lost`, of the bands [begin, end).
+  void (*fp8_codes)(const fewbit_fp8&, int64_t begin, int64_t end);
+  void (*fp8_lost)(const fewbit_fp8&, int64_t begin, int64_t end);
 };
 
 extern const Isa isa_scalar;

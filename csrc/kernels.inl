@@ -2,6 +2,7 @@
 
 #include "isa.h"
 #include "formats.inl"
+#include "fp8.inl"
 
 namespace {
 
@@ -341,5 +342,6 @@ void arrange_of(const fewbit_weight& w, const float* x, float* out) {
 
 #define FEWBIT_ISA(symbol, text) \
   namespace fewbit { \
-  const Isa symbol = {text, columns_of, rounded_bytes_of, round_of, linear_of, decode_of, arrange_of}; \
+  const Isa symbol = {text, columns_of, rounded_bytes_of, round_of, linear_of, decode_of, arrange_of, fp8_codes_of, \
+                      fp8_lost_of}; \
   }

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import fewbit
-from fewbit.kernels.cpu import library
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
 from fewbit.models.source import locate
 from fewbit.nn.layers import QLinear
+from fewbit.system import native
 from tests import architectures, models
 
-pytestmark = pytest.mark.skipif(isinstance(library.available(), str), reason="needs the CPU library, which rounds")
+pytestmark = pytest.mark.skipif(isinstance(native.available(), str), reason="needs the CPU library, which rounds")
 
 
 @pytest.fixture

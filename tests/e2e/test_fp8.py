@@ -15,7 +15,9 @@ from fewbit.errors import FormatError
 from fewbit.models import decoded
 from fewbit.models.source import locate
 from fewbit.nn.fused import packed_linears
+from fewbit.pipeline.job import Job
 from fewbit.plans.plan import Plan, Rule, find
+from fewbit.system import native
 from tests import architectures, models, packed_models
 
 IDS = torch.arange(24)[None] + 3
@@ -47,6 +49,31 @@ def test_what_is_written_loads_packed_and_is_saved_again(plan: Plan, tmp_path: P
     packed_models.same_files(tmp_path / "again", out)
     again = config_of(tmp_path / "again")  # transformers adds its defaults
     assert {**again, **config_of(out)} == again
+
+
+def test_the_library_and_pytorch_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in blocks of experts, which are stacked when they are loaded."""
+    for kind in ("llama", "qwen3_moe"):
+        folder = architectures.save(tmp_path / kind, kind)
+        fewbit.quantize(folder, tmp_path / f"{kind}-native", plan="fp8", progress=False, device="cpu")
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "_takes", lambda w: False)
+            fewbit.quantize(folder, tmp_path / f"{kind}-torch", plan="fp8", progress=False, device="cpu")
+        packed_models.same_files(tmp_path / f"{kind}-native", tmp_path / f"{kind}-torch")
+
+
+def test_rounding_reads_weights_as_they_are_stored(tmp_path: Path) -> None:
+    model = models.save(tmp_path / "model", "llama", dtype="bfloat16")
+    skeleton = Job.prepare(locate(model), find("fp8"), "cpu").settled.skeleton
+    first = skeleton.blocks[0]
+    for as_stored, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with skeleton.materialized(first, as_stored=as_stored):
+            weights = {name: skeleton.weight(name) for name in skeleton.linears(first)}
+            assert len(weights) == 7
+            for name, weight in weights.items():
+                assert weight.dtype == dtype
+                assert torch.equal(weight, skeleton.checkpoint.get(f"{name}.weight").to(dtype))
+        assert all(skeleton.weight(name).is_meta for name in weights)
 
 
 def test_a_preset_is_written_in_this_format(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_it_is_not_said_of_what_has_no_packed_weights(model: Path) -> None:
 
 
 def test_it_is_not_said_where_the_library_is(quantized: Path) -> None:
-    from fewbit.kernels.cpu import library as native
+    from fewbit.system import native
 
     if isinstance(native.library(), str):
         pytest.skip("the library was not built")

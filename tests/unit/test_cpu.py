@@ -13,11 +13,11 @@ from fewbit import registry
 from fewbit.advise import doctor
 from fewbit.errors import KernelError
 from fewbit.kernels.base import Kernel
-from fewbit.kernels.cpu import library as native
 from fewbit.nn.choose import choose
 from fewbit.nn.fused import slices
 from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import QTensor, parse
+from fewbit.system import native
 from tests.contract.cases import EXAMPLES, ordinary, quantized
 
 SPECS = [*EXAMPLES, "int4-g32", "int3-g16", "int2-g32", "int8-g32", "int4-row", "int2-row"]

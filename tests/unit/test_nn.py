@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from fewbit import registry
 from fewbit.errors import KernelError, PlanError
 from fewbit.kernels.base import Kernel, Prepared
-from fewbit.kernels.cpu import library
 from fewbit.kernels.reference import Reference
 from fewbit.nn import choose as kernels_choose
 from fewbit.nn import layers
 from fewbit.nn.choose import TOLERANCE, choose, expected
 from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import Codec, QTensor, parse
+from fewbit.system import native
 from tests.contract.cases import EXAMPLES, KERNELS, ordinary, quantized, same_bytes, several_groups
 
 SPECS = list(dict.fromkeys([*EXAMPLES, "int4-g32", "int4-g32-sym", "int3-g16"]))
@@ -228,7 +228,7 @@ def test_it_shows_what_it_is(without_library: None) -> None:
 def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where no C++ compiler was found."""
     for name in ("available", "library"):
-        monkeypatch.setattr(library, name, lambda: "the CPU library was not built")
+        monkeypatch.setattr(native, name, lambda: "the CPU library was not built")
 
 
 # --- the choice of a kernel ------------------------------------------------------------------------------------------

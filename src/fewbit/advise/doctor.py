@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fewbit import registry
-from fewbit.kernels.cpu import library
+from fewbit.system import native
 from fewbit.system.machine import _cpuinfo, _version, main_memory, versions
 
 _INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve")
@@ -47,11 +47,11 @@ def look() -> Hardware:
     threads = torch.get_num_threads()
     if (cores := os.cpu_count() or 1) > threads:
         advice.append(f"torch uses {threads} of {cores} processors; set OMP_NUM_THREADS={cores} to use all.")
-    if isinstance(found := library.library(), str):
+    if isinstance(found := native.library(), str):
         lost = "products with packed weights on the CPU take ten times as long, or more, in PyTorch's operations alone"
-        advice.append(f"{found[0].upper()}{found[1:]}: {lost}. {library.HINT}")
+        advice.append(f"{found[0].upper()}{found[1:]}: {lost}. {native.HINT}")
     else:
-        instructions.append(f"in use: {library.instructions()}")
+        instructions.append(f"in use: {native.instructions()}")
     kernels = {name: kernel().unavailable() for name, kernel in registry.entries("kernels").items()}
     missing = {name: why for name, why in _OPTIONAL.items() if _version(name) is None}
     return Hardware(versions(), devices, instructions, threads, main_memory(), kernels, missing, advice)

@@ -225,10 +225,13 @@ class Skeleton:
         self.weight(module).copy_(weight)
 
     @contextmanager
-    def materialized(self, prefix: str | None) -> Iterator[nn.Module]:
-        """Inside this context, the block `prefix` has its weights. None: everything outside blocks, except the head."""
+    def materialized(self, prefix: str | None, *, as_stored: bool = False) -> Iterator[nn.Module]:
+        """Inside this context, the block `prefix` has its weights. None: everything outside blocks, except the head.
+
+        as_stored: weights have the checkpoint's dtypes. On the CPU they are mapped, and may only be read.
+        """
         inside = [key for key, name in self.name_of.items() if self._belongs(name, prefix)]
-        self._load(inside)
+        self._load(inside, as_stored=as_stored)
         for second, first in self.tied.items():  # the head is not loaded; others are, such as an encoder's embedding
             if self._belongs(first, prefix) and self._belongs(second, prefix):
                 self._set(second, self.model.get_parameter(first).data)
@@ -424,14 +427,18 @@ class Skeleton:
                     f"config.json requires {list(wanted)}"
                 )
 
-    def _load(self, keys: list[str]) -> None:
+    def _load(self, keys: list[str], *, as_stored: bool = False) -> None:
         config = LoadStateDictConfig(
-            dtype=self.dtype, device_map={"": self.device}, weight_mapping=conversions.mapping_of(self.model)
+            dtype=self.dtype,
+            dtype_plan={"*": None} if as_stored else {},
+            device_map={"": self.device},
+            weight_mapping=conversions.mapping_of(self.model),
         )
         # A tied tensor may be stored under its other name; load it under the name that owns it.
         tied = self.model.all_tied_weights_keys.values()
         named = {key: self.name_of[key] if self.name_of[key] in tied else key for key in keys}
-        lazily = {named[key]: self.checkpoint.slice(key) for key in keys}
+        read = self.checkpoint.get if as_stored else self.checkpoint.slice
+        lazily = {named[key]: read(key) for key in keys}
         with no_progress_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, lazily, config)
         # The loader stores the conversions that it used, for saving. Those of one block are wrong for the whole model.

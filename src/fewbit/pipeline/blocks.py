@@ -74,6 +74,7 @@ def _all_blocks(
 ) -> list[TensorReport]:
     skeleton, reports = settled.skeleton, list[TensorReport]()
     replayed = tuning is not None or (inputs.importance is None and settled.need > Need.NOTHING)
+    rounded_only = tuning is None and settled.need == Need.NOTHING
     total = len(skeleton.blocks) + len(settled.outside)
     hidden: list[Tensor] = []
     original: Original | None = None
@@ -92,7 +93,7 @@ def _all_blocks(
         if saved is not None and not replayed:
             add(saved[1], saved)
             continue
-        with skeleton.materialized(name) as module:
+        with skeleton.materialized(name, as_stored=rounded_only) as module:
             block = Block(skeleton, name, module, calls[name], hidden, original)
             known = inputs.importance is not None  # then nothing runs the block before its weights change
             if original is not None and (saved is not None or known or _rewrites(settled, block)):
@@ -205,7 +206,7 @@ def _quantize_together(
     here = [names for names, owner in zip(groups, owners, strict=True) if owner == ranks.rank()]
 
     def quantized(names: list[str], own: Stats | None) -> dict[str, tuple[Tensors, TensorReport]]:
-        weights = [block.skeleton.weight(name).float() for name in names]
+        weights = [_weight(block, assignments[name]) for name in names]
         choices = choose([assignments[name] for name in names], weights, own)
         return {name: _stored(settled, assignments[name], weights.pop(0), choices.pop(0), own) for name in names}
 
@@ -219,6 +220,13 @@ def _quantize_together(
             if names in here:
                 done |= quantized(names, own)
     return {name: owner for names, owner in zip(groups, owners, strict=True) for name in names}, done
+
+
+def _weight(block: Block, assignment: Assignment) -> Tensor:
+    """The weight of a linear, in float32 unless its scheme rounds it as it is stored."""
+    weight = block.skeleton.weight(assignment.module)
+    as_stored = assignment.scheme.rounds_stored and assignment.method.needs == Need.NOTHING
+    return weight if as_stored else weight.float()
 
 
 def _replace_weights(
@@ -373,19 +381,16 @@ class Lost:
 
 def _lost(scheme: Scheme, weight: Tensor, quantized: QTensor, stats: Stats | None) -> Lost:
     """The error of the weight's outputs, or of the weight itself if there is no Hessian of its inputs."""
-    hessian = None if stats is None or stats.need < Need.HESSIAN or stats.is_empty else stats.hessian
+    if stats is None or stats.need < Need.HESSIAN or stats.is_empty:
+        return Lost(*scheme.lost(weight, quantized.parts))
     lost = Lost()
-    # Decoded values stay in a core's cache until they are compared. A GPU needs few launches.
-    entries = threads.entries() if hessian is None and weight.device.type == "cpu" else 1 << 22
-    for rows in chunk_rows(*quantized.shape, entries):
+    for rows in chunk_rows(*quantized.shape, 1 << 22):
         part = weight[rows].float()
         values = quantized.codec.dequantize(quantized.parts, quantized.shape, torch.float32, rows)
         gone = vanished(scheme, part, values)
         error = values.sub_(part)
         lost += Lost(
-            float((error.square_() if hessian is None else (error @ hessian).mul_(error)).sum()),
-            float((part.square() if hessian is None else (part @ hessian).mul_(part)).sum()),
-            gone,
+            float((error @ stats.hessian).mul_(error).sum()), float((part @ stats.hessian).mul_(part).sum()), gone
         )
     return lost
 

@@ -25,6 +25,7 @@ from fewbit.lazy import Tensor, torch
 from fewbit.schemes.plain import Plain as Plain
 from fewbit.schemes.plain import Uneven as Uneven
 from fewbit.schemes.plain import Uniform as Uniform
+from fewbit.system import threads
 
 Columns: TypeAlias = "slice | Tensor | int"
 ALL = slice(None)
@@ -177,6 +178,7 @@ class Scheme(Codec):
 
     family: ClassVar[str]
     examples: ClassVar[tuple[str, ...]]  # specs that `fewbit list` shows and the contract tests run
+    rounds_stored: ClassVar[bool] = False  # `nearest` and `lost` take a weight in bfloat16 and float16 too
     group: int  # columns that share one fit; 0: the whole row
 
     @classmethod
@@ -217,6 +219,17 @@ class Scheme(Codec):
         """
         grids = self.fit(w)
         return grids.encode(w), grids
+
+    def lost(self, w: Tensor, parts: Mapping[str, Tensor]) -> tuple[float, float, int]:
+        """The squared error of `parts`, which store w [N, K]; the sum of the squares of w; the groups that became 0."""
+        shape, error, whole, gone = (w.shape[0], w.shape[1]), 0.0, 0.0, 0
+        # Decoded values stay in a core's cache until they are compared. A GPU needs few launches.
+        for rows in chunk_rows(*shape, threads.entries() if w.device.type == "cpu" else 1 << 22):
+            part, values = w[rows].float(), self.dequantize(parts, shape, torch.float32, rows)
+            gone += vanished(self, part, values)
+            error += float(values.sub_(part).square_().sum())
+            whole += float(part.square().sum())
+        return error, whole, gone
 
     @abstractmethod
     def pack(self, codes: Tensor, grids: Grids) -> Parts:

@@ -51,6 +51,7 @@ from fewbit.registry import register
 from fewbit.schemes import floats
 from fewbit.schemes.base import ALL, Grids, Parts, PartSpec, Scheme, search_scales, usable
 from fewbit.schemes.scaled import E4M3, Block, ScaledGrids, check_spans, chunks, spans, spans_of
+from fewbit.system import native
 
 _SIDE = 128  # of a block
 _SMALLEST = 2.0**-126
@@ -71,6 +72,7 @@ class FP8(Scheme):
     span: float | None = field(default=None, compare=False, repr=False)
 
     family: ClassVar[str] = "fp8"
+    rounds_stored: ClassVar[bool] = True
     examples: ClassVar[tuple[str, ...]] = ("fp8-row", "fp8-tensor", "fp8-b128")
 
     @classmethod
@@ -148,8 +150,11 @@ class FP8(Scheme):
     def nearest(self, w: Tensor) -> tuple[Tensor, ScaledGrids]:
         if self.kind == "tensor" or not w.numel():
             return super().nearest(w)  # type: ignore[return-value]
+        shape, block = (w.shape[0], w.shape[1]), self.block((w.shape[0], w.shape[1]))
+        if (found := native.fp8_codes(w, block)) is not None:
+            return found[0], self._grids(shape, _stored(check_spans(found[1]) / floats.E4M3_LARGEST))
         # The scale of a few rows and then their codes, while these rows are in the cache.
-        shape, block, tops, scales = (w.shape[0], w.shape[1]), self.block((w.shape[0], w.shape[1])), [], []
+        tops, scales = list[Tensor](), list[Tensor]()
         codes = torch.empty(shape, dtype=torch.uint8, device=w.device)
         for rows in chunks(w, block):
             x = w[rows].to(w.dtype if w.dtype == torch.float64 else torch.float32)
@@ -177,6 +182,13 @@ class FP8(Scheme):
 
         tried = (_stored(plain.scale * share) for share in _SHARES)
         return replace(plain, scale=search_scales(tried, lambda scale: sums(scale)[0], solve).contiguous())
+
+    def lost(self, w: Tensor, parts: Mapping[str, Tensor]) -> tuple[float, float, int]:
+        found = native.fp8_lost(w, parts["codes"], parts["scale"], self.block((w.shape[0], w.shape[1])))
+        if found is None:
+            return super().lost(w, parts)
+        error, whole, gone = found.tolist()
+        return error, whole, int(gone)
 
     def refit(self, w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, ridge: float = 0.0) -> ScaledGrids:
         """Re-solve the scale of each row, block or tensor. A scale that other tensors have too stays."""

@@ -294,17 +294,10 @@ class FileWriter:
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file and flush it to disk."""
-    from safetensors.torch import save_file  # imports torch
-
-    whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    with writing():
-        save_file(whole, path, metadata={"format": "pt", **(metadata or {})})
-    # safetensors creates files that only their owner can read, but a server often runs as another user.
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    writer = FileWriter(path, {name: PartSpec.of(tensor) for name, tensor in tensors.items()}, metadata)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
 
 
 @contextmanager

@@ -29,7 +29,6 @@ from typing import ClassVar
 
 from fewbit.errors import KernelError
 from fewbit.kernels.base import Kernel, Prepared, Shapes, runs
-from fewbit.kernels.cpu import library
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes.affine import Affine
@@ -41,6 +40,7 @@ from fewbit.schemes.mxfp4 import MXFP4
 from fewbit.schemes.nf4 import LEVELS, FourBit
 from fewbit.schemes.nvfp4 import NVFP4
 from fewbit.schemes.stacked import Stacked
+from fewbit.system import native
 
 _REMEDY = "install fewbit from source where a C++ compiler is, or a wheel that has the library"
 FEW = 8  # rows of activations that are rounded
@@ -69,7 +69,7 @@ class _Native(Kernel):
     exact: ClassVar[bool]
 
     def unavailable(self) -> str | None:
-        found = library.available()
+        found = native.available()
         return found if isinstance(found, str) else None
 
     def missed(self) -> str | None:
@@ -240,7 +240,7 @@ def _aligned() -> dict[torch.dtype, int]:
 @cache
 def _read() -> dict[torch.dtype, int]:
     """The types that the library reads and writes, by its numbers."""
-    return {torch.float32: 0, torch.bfloat16: 1}
+    return {getattr(torch, name): number for name, number in native.TYPES.items()}
 
 
 def _shape(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int, n: int, exact: bool) -> Tensor:
@@ -248,9 +248,9 @@ def _shape(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int,
 
 
 def _linear(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int, n: int, exact: bool) -> Tensor:
-    lib = library.library()
+    lib = native.library()
     if isinstance(lib, str):
-        raise KernelError(lib, library.HINT)
+        raise KernelError(lib, native.HINT)
     if x.dim() != 2:
         raise KernelError(f"activations have {x.dim()} dimensions, expected 2: [rows, columns]")
     if not x.is_cpu:
@@ -294,9 +294,9 @@ def _grouped(
 
     parts: of the stacked weights. layout: kind, bits, group, E, N, K.
     """
-    lib = library.library()
+    lib = native.library()
     if isinstance(lib, str):
-        raise KernelError(lib, library.HINT)
+        raise KernelError(lib, native.HINT)
     experts, n, k = layout[3:]
     (m, columns), of = x.shape, _read()[x.dtype]
     if not x.is_cpu or columns != k:
@@ -333,12 +333,12 @@ def _buffer(part: Tensor) -> tuple[int, int]:
 @lru_cache(maxsize=1 << 14)
 def _weight(
     kind: int, bits: int, group: int, n: int, k: int, buffers: tuple[tuple[int, int], ...]
-) -> ctypes.Array[library.Weight]:
+) -> ctypes.Array[native.Weight]:
     """The C description of a weight. It owns no memory, so it can be cached by the addresses of the parts."""
     if kind in (_LEVELS, _LEVELS_DOUBLE):
         table = _levels(bits)
         buffers = (*buffers, (ctypes.addressof(table), ctypes.sizeof(table)))
-    weight = (library.Weight * 1)()
+    weight = (native.Weight * 1)()
     held = weight[0]
     held.kind, held.bits, held.group, held.n, held.k = kind, bits, group, n, k
     for i, (start, size) in enumerate(buffers):
@@ -349,10 +349,10 @@ def _weight(
 @lru_cache(maxsize=1 << 10)
 def _weights(
     layout: tuple[int, int, int, int, int, int], buffers: tuple[tuple[int, int], ...]
-) -> ctypes.Array[library.Weight]:
+) -> ctypes.Array[native.Weight]:
     """The C descriptions of stacked weights, each of an equal piece of every part. `layout` as in `_grouped`."""
     kind, bits, group, experts, n, k = layout
-    weights = (library.Weight * experts)()
+    weights = (native.Weight * experts)()
     for e in range(experts):
         own = tuple((start + e * (size // experts), size // experts) for start, size in buffers)
         ctypes.memmove(

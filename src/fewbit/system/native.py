@@ -16,8 +16,11 @@ import os
 from functools import cache
 from pathlib import Path
 
-_ABI = 5
+from fewbit.lazy import Tensor, torch
+
+_ABI = 6
 _FILE = "fewbit_cpu.so"
+TYPES = {"float32": 0, "bfloat16": 1}  # `fewbit_type`, by torch's names
 HINT = "Install fewbit from source with a C++ compiler (gcc 9, clang 10 or later), or from a wheel with the library."
 
 
@@ -32,6 +35,23 @@ class Weight(ctypes.Structure):
         ("k", ctypes.c_int64),
         ("part", ctypes.c_void_p * 6),
         ("bytes", ctypes.c_int64 * 6),
+    )
+
+
+class Fp8(ctypes.Structure):
+    """`fewbit_fp8` of csrc/fewbit.h."""
+
+    _fields_ = (
+        ("type", ctypes.c_int32),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("w", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("top", ctypes.c_void_p),
+        ("lost", ctypes.c_void_p),
     )
 
 
@@ -54,8 +74,7 @@ def available() -> ctypes.CDLL | str:
 @cache
 def library() -> ctypes.CDLL | str:
     """The library, ready to compute on torch's threads, or a sentence that says why there is none."""
-    import torch  # noqa: F401 - its OpenMP runtime is looked for below
-
+    torch.get_num_threads()  # loads torch: its OpenMP runtime is looked for below
     if isinstance(found := available(), str):
         return found
     weight, number, pointer = ctypes.POINTER(Weight), ctypes.c_int64, ctypes.c_void_p
@@ -71,6 +90,8 @@ def library() -> ctypes.CDLL | str:
         ),
         "fewbit_decode": (ctypes.c_int, [weight, number, number, pointer, ctypes.c_int]),
         "fewbit_arrange": (ctypes.c_int, [weight, pointer, number, pointer, ctypes.c_int]),
+        "fewbit_fp8_codes": (ctypes.c_int, [ctypes.POINTER(Fp8), ctypes.c_int]),
+        "fewbit_fp8_lost": (ctypes.c_int, [ctypes.POINTER(Fp8), ctypes.c_int]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(found, name)
@@ -81,13 +102,55 @@ def library() -> ctypes.CDLL | str:
     return found
 
 
+def fp8_codes(w: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+    """Codes (uint8) of w [N, K] by FP8's plain scale, and the largest magnitude of each block of rows and columns.
+
+    None if the library is missing, or w is not a contiguous float32 or bfloat16 on the CPU.
+    """
+    if not _takes(w):
+        return None
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    top = torch.empty(
+        [-(-size // of) for size, of in zip(w.shape, block, strict=True)], dtype=torch.float32, device="cpu"
+    )
+    _fp8("fewbit_fp8_codes", w, block, codes=codes, top=top)
+    return codes, top
+
+
+def fp8_lost(w: Tensor, codes: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor | None:
+    """Sums over w [N, K]: of the codes' squared error, of w², and the number of groups that became 0. float64 [3].
+
+    None if the library is missing, or cannot read a tensor as it is.
+    """
+    whole = codes.is_contiguous() and scale.is_contiguous() and codes.shape == w.shape
+    if not _takes(w) or not whole or not (codes.is_cpu and scale.is_cpu and scale.dtype == torch.float32):
+        return None
+    lost = torch.empty(-(-w.shape[0] // block[0]), 3, dtype=torch.float64, device="cpu")
+    _fp8("fewbit_fp8_lost", w, block, codes=codes, scale=scale, lost=lost)
+    return lost.sum(0)
+
+
+def _takes(w: Tensor) -> bool:
+    kinds = [getattr(torch, name) for name in TYPES]
+    whole = w.is_cpu and w.is_contiguous() and w.dtype in kinds and w.numel() > 0
+    return whole and not isinstance(library(), str)
+
+
+def _fp8(function: str, w: Tensor, block: tuple[int, int], **parts: Tensor) -> None:
+    kind, places = TYPES[str(w.dtype).removeprefix("torch.")], {name: part.data_ptr() for name, part in parts.items()}
+    status = getattr(library(), function)(
+        Fp8(kind, *w.shape, *block, w=w.data_ptr(), **places), torch.get_num_threads()
+    )
+    assert status == 0, f"{function}: {status}"
+
+
 def where() -> Path | str:
     """The path of the library, or a sentence that says why there is none."""
     if asked := os.environ.get("FEWBIT_CPU_LIBRARY"):
         if asked == "none":
             return "the CPU library is switched off by FEWBIT_CPU_LIBRARY"
         return Path(asked) if Path(asked).is_file() else f"FEWBIT_CPU_LIBRARY names no file: {asked}"
-    beside = Path(__file__).parents[2] / "native" / _FILE
+    beside = Path(__file__).parents[1] / "native" / _FILE
     if beside.is_file():
         return beside
     try:
