@@ -53,7 +53,7 @@ from tests.golden.test_ggml_blocks import check_values as check_block_values
 from tests.golden.test_ggml_blocks import check_written as check_blocks
 from tests.golden.test_gptq_layout import check_read, check_written
 from tests.unit import test_awq, test_rewrite
-from tests.unit.test_affine import check_range, check_refit
+from tests.unit.test_affine import check_joint_search, check_range, check_refit
 from tests.unit.test_affine import test_bf16_scales_are_exact_in_both_16_bit_types as check_bf16_scales
 from tests.unit.test_agreed import test_linears_of_a_module_with_one_input_size_agree as check_agreed
 from tests.unit.test_compressed_tensors import test_a_name_beats_a_pattern_and_a_pattern_a_class as check_ct_groups
@@ -166,6 +166,10 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
     "the worst candidate kept, not the best": (
         [Mutation(affine.Affine, "_fit_rows", "grid: self._error(", "grid: -self._error(")],
         lambda: check_weighted_fit(parse("int4-g16"), ordinary(6, 96), torch.linspace(0, 1, 96)),
+    ),
+    "zero points that do not move with their scales": (
+        [Mutation(affine.Affine, "_fit_rows", "[solve, moved(1), moved(-1)]", "[solve]")],
+        lambda: check_joint_search(2),
     ),
     "nibbles of FP4 swapped in pack": (
         [Mutation(floats, "pack_pairs", "(pairs >> 4).bitwise_or_(pairs)", "(pairs >> 8).bitwise_or_(pairs << 4)")],

@@ -155,3 +155,28 @@ def test_candidates_tried_together_give_the_same_scales(
     assert isinstance(together, AffineGrids)
     assert torch.equal(together.scale, one_by_one.scale)
     assert torch.equal(together.zero, one_by_one.zero)
+
+
+def check_joint_search(bits: int) -> None:
+    """Scale and zero point are together nearly the best of all zero points with 200 scales each."""
+    w, h = ordinary(24, 128, seed=5) + 0.01, torch.rand(128, generator=torch.Generator().manual_seed(4)) + 0.1
+
+    def error(grids: AffineGrids) -> torch.Tensor:
+        missed: torch.Tensor = ((grids.decode(grids.encode(w)) - w).double().square() * h).unflatten(1, (-1, 32))
+        return missed.sum(2)
+
+    groups = w.unflatten(1, (-1, 32))
+    span = groups.amax(2).clamp(min=0) - groups.amin(2).clamp(max=0)
+    best = torch.full(span.shape, torch.inf, dtype=torch.float64)
+    for share in torch.linspace(0.25, 1.25, 200).tolist():
+        scale = (span * share / (2**bits - 1)).half().float()
+        for zero in range(2**bits):
+            best = torch.minimum(best, error(AffineGrids(bits, 32, scale, torch.full_like(scale, zero))))
+    found = parse(f"int{bits}-g32").fit(w, h)
+    assert isinstance(found, AffineGrids)
+    assert float(error(found).sum()) < 1.01 * float(best.sum())
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_scale_and_zero_point_are_searched_together(bits: int) -> None:
+    check_joint_search(bits)

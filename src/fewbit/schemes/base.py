@@ -31,7 +31,7 @@ Columns: TypeAlias = "slice | Tensor | int"
 ALL = slice(None)
 FP16_LARGEST, FP16_SMALLEST = 65504.0, 2.0**-24  # the range of positive fp16 numbers
 Parts: TypeAlias = "dict[str, Tensor]"
-_SOLUTIONS = 2  # how often `search_scales` solves for scales and chooses codes again
+_SOLUTIONS = 2  # how often `search_scales` applies its steps
 
 
 @dataclass(frozen=True)
@@ -281,14 +281,14 @@ def shares(least: float, count: int) -> list[float]:
 
 
 def search_scales(
-    candidates: Iterable[Tensor], error: Callable[[Tensor], Tensor], solve: Callable[[Tensor], Tensor]
+    candidates: Iterable[Tensor], error: Callable[[Tensor], Tensor], *steps: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """The scales with the smallest error in each group.
 
-    Takes the best candidate of each group. Then, twice, it solves the scales for the codes that they choose, and keeps
-    the solution in the groups where it lowers the error. candidates: scales as a file stores them, such as those of
-    narrower ranges. error: the error of each group. solve: the best scales, as a file stores them, for the codes that
-    the given scales choose. Tensors of scales may have a leading dimension to include zero points.
+    Takes the best candidate of each group. Then, twice, it applies each of `steps`, and keeps the result in the groups
+    where it lowers the error. candidates: scales as a file stores them, such as those of narrower ranges. error: the
+    error of each group. steps: such as the best scales, as a file stores them, for the codes that the given scales
+    choose. Tensors of scales may have a leading dimension to include zero points.
     """
     remaining = iter(candidates)
     best = next(remaining)
@@ -300,8 +300,8 @@ def search_scales(
 
     for tried in remaining:
         best, least = better(tried)
-    for _ in range(_SOLUTIONS):
-        best, least = better(solve(best))
+    for step in steps * _SOLUTIONS:
+        best, least = better(step(best))
     return best
 
 
