@@ -410,5 +410,9 @@ def _commands(
     else:
         fallback = "llama.cpp" if best.format == "gguf" else "transformers"
         runs = runtime or ("vllm" if purpose == "serving" and best.format != "gguf" else fallback)
-        lines.append(rules()["targets"][runs]["run"].format(out=out))
+        target = rules()["targets"][runs]
+        if "serve" in target:
+            lines.append(" ".join(part.format(model=out) for part in target["serve"]["command"]))
+        else:
+            lines.append(f"fewbit serve {out}" if purpose == "serving" else target["run"].format(out=out))
     return lines

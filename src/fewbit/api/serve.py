@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fewbit.advise import engines
 from fewbit.errors import PlanError
+from fewbit.formats.base import by_quant_method
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
@@ -42,6 +48,50 @@ def serve(model: str | Path, loading: Loading, serving: Serving, tell: Callable[
             socket,
             lambda: tell(f"Serving {opened.name}: chat at {address}, OpenAI's interface at {address}/v1. Ctrl-C ends."),
         )
+
+
+def hand_over(model: str | Path, loading: Loading, serving: Serving, tell: Callable[[str], None]) -> None:
+    """Replace this process by the engine `serving.engine`, which serves `model`.
+
+    PlanError, with the command, if the engine cannot serve the model here, is not installed, or has no such option.
+    """
+    engine, source = serving.engine, locate(model)
+    method = str((source.quantization or {}).get("quant_method") or "")
+    found = by_quant_method(method) if method else None
+    format = None if not method else found.name if found else method
+    plain = Loading(trust_remote_code=loading.trust_remote_code)
+    own = [each.name for each in fields(loading) if getattr(loading, each.name) != getattr(plain, each.name)]
+    own += [name for name in ("max_queue", "max_body") if getattr(serving, name) != getattr(Serving(), name)]
+    if loading.trust_remote_code and engine == "llama.cpp":
+        own.append("trust_remote_code")
+    if own:
+        raise PlanError(f"`{', '.join(own)}`: not an option of {engine}", "Omit it, or choose `engine=fewbit`.")
+    place = source.files[0] if source.gguf is not None else source.beside
+    started = engines.started(
+        engine,
+        str(place),
+        {
+            "host": serving.host,
+            "port": serving.port,
+            "name": serving.served_model_name,
+            "context": serving.max_model_len,
+            "requests": None if serving.max_num_seqs == Serving().max_num_seqs else serving.max_num_seqs,
+            "remote_code": loading.trust_remote_code,
+            "api_key": serving.api_key,
+        },
+    )
+    if why := engines.why_not(engine, format, machine.gpu_capability()):
+        raise PlanError(f"{source.name}: {why}", f"On a machine where it can: {started}")
+    program = started.arguments[0]
+    if shutil.which(program) is None:
+        raise PlanError(
+            f"{engine} is not installed: there is no program {program} on PATH",
+            f"Install it ({engines.install(engine)}), then: {started}",
+        )
+    tell(str(started))
+    sys.stdout.flush()
+    # The engine takes the place of this process, so it gets the signals, and its exit code is the command's.
+    os.execvpe(program, started.arguments, {**os.environ, **started.environment})
 
 
 def service(model: str | Path, loading: Loading, serving: Serving) -> Service:

@@ -19,11 +19,17 @@ def serve(
     serving: Serving = Serving(),
     loading: Annotated[Loading, Fields("adapter", "device", "dtype", "kernel", "trust_remote_code")] = Loading(),
 ) -> None:
-    """Serve MODEL with OpenAI's interface, and a chat page. Needs the extra: pip install 'fewbit[serve]'."""
+    """Serve MODEL with OpenAI's interface, and a chat page. Needs the extra: pip install 'fewbit[serve]'.
+
+    With --engine, start the installed engine of others on it instead.
+    """
     from fewbit.api import serve as api
 
     if serving.api_key is None and (key := os.environ.get("FEWBIT_API_KEY")):
         serving = replace(serving, api_key=key)
     if serving.api_key is None and serving.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"note: everyone who reaches {serving.host} can use this server; --api-key limits that", file=sys.stderr)
+    if serving.engine != "fewbit":
+        api.hand_over(model, loading, serving, lambda line: print(line, file=sys.stderr, flush=True))
+        return
     api.serve(model, loading, serving, lambda line: print(line, file=sys.stderr, flush=True))

@@ -8,6 +8,8 @@ from typing import Any
 from fewbit.checks import integer, invalid, size, text
 from fewbit.settings import Settings, setting
 
+ENGINES = ("fewbit", "vllm", "llama.cpp")
+
 
 def _filled(name: str, value: Any) -> str:
     if not text(name, value).strip() or not value.isprintable():
@@ -21,10 +23,17 @@ def _key(name: str, value: Any) -> str:
     return value
 
 
+def _engine(name: str, value: Any) -> str:
+    if value not in ENGINES:
+        raise invalid(name, value, " or ".join(ENGINES))
+    return str(value)
+
+
 @dataclass(frozen=True)
 class Serving(Settings):
     """How a model is served. ArgumentError for an invalid value."""
 
+    engine: str = setting("fewbit", _engine, "Program that serves: fewbit, vllm or llama.cpp, which must be installed.")
     host: str = setting("127.0.0.1", _filled, "Address to listen on. 0.0.0.0 is every interface of this machine.")
     port: int = setting(8000, integer(0, 65535), "Port to listen on. 0 takes a free one.")
     api_key: str | None = setting(
