@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from typing import Any
 import pytest
 from transformers import MambaConfig, MambaForCausalLM
 
+from fewbit import serving
+from fewbit.errors import PlanError
 from tests import models
 from tests.e2e.conftest import Fewbit
 from tests.limits import HANG
@@ -77,11 +80,23 @@ def test_sigterm_finishes_what_runs() -> None:
 def test_a_missing_extra_is_named(fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("fewbit.serving.")]:
         monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(serving, name.rpartition(".")[2], raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     done = fewbit("serve", "tiny")
     assert done.code == 2
     assert "uvicorn" in done.err
     assert "pip install 'fewbit[serve]'" in done.err
+
+
+def test_an_error_ends_the_engine(fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> None:
+        raise PlanError("no server")
+
+    monkeypatch.setattr("fewbit.serving.run.run", broken)
+    before = threading.active_count()
+    done = fewbit("serve", "tiny", "--port", "0")
+    assert (done.code, "no server" in done.err) == (2, True)
+    assert threading.active_count() == before
 
 
 def test_a_taken_port_is_an_error_before_the_model_is_loaded(fewbit: Fewbit, tmp_path: Path) -> None:

@@ -43,11 +43,11 @@ def serve(model: str | Path, loading: Loading, serving: Serving, tell: Callable[
             tell(f"The memory has room for {opened.engine.lowered} tokens, fewer than the model's context.")
         host, port = socket.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        run.run(
-            application(opened, serving.api_key, int(serving.max_body)),
-            socket,
-            lambda: tell(f"Serving {opened.name}: chat at {address}, OpenAI's interface at {address}/v1. Ctrl-C ends."),
-        )
+        said = f"Serving {opened.name}: chat at {address}, OpenAI's interface at {address}/v1. Ctrl-C ends."
+        try:
+            run.run(application(opened, serving.api_key, int(serving.max_body)), socket, lambda: tell(said))
+        finally:  # after an error, the engine's thread would keep the process alive
+            opened.engine.stop(finish=False)
 
 
 def hand_over(model: str | Path, loading: Loading, serving: Serving, tell: Callable[[str], None]) -> None:

@@ -161,9 +161,13 @@ class Engine:
         if self._requests.pop(name, None) is not None:
             self._manager.cancel_request(name)
 
-    def stop(self) -> None:
-        """Finish all requests, and end the thread."""
-        self._manager.stop(block=True)
+    def stop(self, *, finish: bool = True) -> None:
+        """End the thread, after the requests that run or wait; without `finish`, they end too. May be called again."""
+        if not finish:
+            for name in list(self._requests):
+                self.cancel(name)
+        if self._manager.is_running():
+            self._manager.stop(block=True)
 
 
 class _Router(OutputRouter):
