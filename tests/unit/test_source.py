@@ -256,3 +256,15 @@ def test_what_cannot_be_a_hub_name_is_not_asked_for(name: str, monkeypatch: pyte
     monkeypatch.setattr(source, "snapshot_download", download)
     with pytest.raises((PlanError, FormatError)):
         source.locate(name)
+
+
+def test_a_file_may_be_replaced_by_its_own_tensors(tmp_path: Path) -> None:
+    """Its tensors are mapped from it, so it must stay until the new one is complete."""
+    path = tmp_path / "model.safetensors"
+    safetensors.write_file(path, {"a": torch.arange(4096.0), "b": torch.ones(3)})
+    read, _ = safetensors.read_file(path)
+    safetensors.write_file(path, {name: tensor for name, tensor in read.items() if name == "a"})
+    again, _ = safetensors.read_file(path)
+    assert list(again) == ["a"]
+    assert torch.equal(again["a"], torch.arange(4096.0))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -293,11 +293,16 @@ class FileWriter:
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write one safetensors file and flush it to disk."""
-    writer = FileWriter(path, {name: PartSpec.of(tensor) for name, tensor in tensors.items()}, metadata)
-    for name, tensor in tensors.items():
-        writer.add(name, tensor)
-    writer.close()
+    """Write one safetensors file and flush it to disk. It may replace the file that the tensors are mapped from."""
+    unfinished = path.with_name(f".{path.name}.part")
+    try:
+        writer = FileWriter(unfinished, {name: PartSpec.of(tensor) for name, tensor in tensors.items()}, metadata)
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        writer.close()
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -217,7 +217,8 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
         chosen = scores.clone()
         for i, (request, state) in enumerate(self._rows):
             if self._processors:
-                seen = torch.tensor([[*state.initial_tokens, *state.generated_tokens]], device=scores.device)
+                tokens = [*state.initial_tokens, *state.generated_tokens]
+                seen = torch.tensor([tokens], dtype=torch.int64, device=scores.device)
                 chosen[i] = self._processors(seen, scores[i : i + 1].clone())[0]
             if request is None:
                 continue
