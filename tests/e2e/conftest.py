@@ -1,4 +1,4 @@
-"""Running the command line in this process, and a text to calibrate on."""
+"""Running the command line in this process, a tab of a browser, and a text to calibrate on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from fewbit.cli import app
 from tests import models
+from tests.browser import Tab, chromium
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class Answer:
 
 
 Fewbit = Callable[..., Answer]
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    with chromium(tmp_path_factory.mktemp("profile")) as tab:
+        yield tab
 
 
 @pytest.fixture

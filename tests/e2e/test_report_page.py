@@ -10,18 +10,12 @@ import pytest
 
 from fewbit.measure.comparison import Comparison
 from fewbit.report import page as html
-from tests.browser import Tab, chromium
+from tests.browser import Tab
 
 REPORT = Path(__file__).parent.parent / "data" / "report.json"
 EVIL = "<script>document.title = 'taken'</script><img src='https://example.com/x' onerror='document.title=1'>"
 PLANS = "[...document.querySelectorAll('tbody th')].map((th) => th.firstChild.textContent)"
 NUMBERS = "[...document.querySelectorAll('tbody td[data-of={}]')].map((td) => Number(td.dataset.value))"
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    with chromium(tmp_path_factory.mktemp("profile")) as tab:
-        yield tab
 
 
 @pytest.fixture

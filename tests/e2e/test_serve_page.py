@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fewbit as package
-from tests.browser import Tab, chromium
+from tests.browser import Tab
 from tests.limits import HANG
 from tests.served import Served, served
 
@@ -19,12 +19,6 @@ pytest.importorskip("fastapi")
 ANSWERS = "[...document.querySelectorAll('.turn.assistant')].map((each) => each.textContent)"
 LAST = "[...document.querySelectorAll('.turn')].at(-1)?.textContent"
 IDLE = "document.getElementById('stop').hidden"
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    with chromium(tmp_path_factory.mktemp("profile")) as tab:
-        yield tab
 
 
 @pytest.fixture(scope="module")
