@@ -124,9 +124,7 @@ class _State:
             tensors |= {f"{i}.value": parameter.detach(), f"{i}.best": best}
             tensors |= {f"{i}.{name}": moment for name, moment in self.optimizer.state[parameter].items()}
         state = {"step": self.step, "best": [self.best_step, self.best_loss], "history": self.history}
-        new = path.with_name(f"{path.name}.new")
-        write_file(new, tensors, {"state": json.dumps(state)})
-        new.replace(path)
+        write_file(path, tensors, {"state": json.dumps(state)})
 
     def load(self, path: Path) -> bool:
         """Continue from a saved state. False, and nothing changes, if there is none or if it is damaged."""

@@ -76,12 +76,9 @@ class Run:
     def save(self, index: int, tensors: Mapping[str, Tensor], reports: Sequence[TensorReport]) -> None:
         if not ranks.first():
             return
-        hidden = self.folder / f".block-{index:05d}"
         try:
-            write_file(hidden, tensors, {"reports": json.dumps([asdict(report) for report in reports])})
-            hidden.rename(self.file(index))
+            write_file(self.file(index), tensors, {"reports": json.dumps([asdict(report) for report in reports])})
         except OSError as error:
-            hidden.unlink(missing_ok=True)
             raise OutputError(
                 f"cannot write to the cache {self.folder}: {error.strerror or error}",
                 "Free some space; the same command resumes where it stopped. Or set FEWBIT_CACHE to another folder.",

@@ -281,7 +281,7 @@ def _config(owner: Any, tokens: int, rows: int) -> Any:
 
 
 def _groups(config: Any) -> int:
-    """Groups of layers that transformers before 5.2x allocates blocks for, each of its own: see its cache.py."""
+    """Groups of layers for which older versions of transformers allocate blocks of their own: see their cache.py."""
     if importlib.util.find_spec("transformers.generation.continuous_batching.cache_allocators") is not None:
         return 1
     kinds = list(getattr(config, "layer_types", None) or ())
