@@ -76,6 +76,8 @@ def test_the_library_is_used(library: ctypes.CDLL) -> None:
     assert native.fp8_lost(w, found[0], torch.ones(8, 1), (1, 64)) is not None
     for other in (w.double(), w.half(), w.T, w.to("meta"), w[:0]):
         assert native.fp8_codes(other, (1, 64)) is None
+    for scale in (torch.ones(7, 1), torch.ones(8, 1).double(), torch.ones(8, 2)[:, :1]):  # it would read beyond them
+        assert native.fp8_lost(w, found[0], scale, (1, 64)) is None
 
 
 def test_every_code_loses_what_its_value_is_off(library: ctypes.CDLL) -> None:

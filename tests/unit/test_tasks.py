@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import fewbit
-from fewbit.errors import PlanError
+from fewbit.errors import FormatError, PlanError
 from fewbit.measure import tasks
 from fewbit.measure.tasks import Score
 
@@ -51,3 +51,13 @@ def test_results_of_the_harness_become_scores() -> None:
 def test_each_score_gets_that_of_the_reference() -> None:
     (both,) = tasks.beside([SCORE], [replace(SCORE, value=0.8, stderr=None)])
     assert both == replace(SCORE, reference=0.8, reference_stderr=None)
+
+
+@pytest.mark.parametrize("name", sorted(tasks._NETWORK))
+def test_data_that_are_not_here_are_no_fault_of_the_task(name: str) -> None:
+    """Also if the error of the network is the cause of another one."""
+    missing = type(name, (Exception,), {})("no route")
+    with pytest.raises(PlanError, match="its data cannot be loaded"), tasks._as_error("mine"):
+        raise ValueError("a task") from missing
+    with pytest.raises(FormatError, match="ValueError"), tasks._as_error("mine"):
+        raise ValueError("a task")

@@ -23,7 +23,14 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, by 
 
 from fewbit.api.arguments import checked
 from fewbit.errors import FewbitError, FormatError, OutputError, PlanError
-from fewbit.formats.containers.safetensors import CARD, ORIGINAL_CARD, folders_left_out, other_weights, side_files
+from fewbit.formats.containers.safetensors import (
+    CARD,
+    INDEX,
+    ORIGINAL_CARD,
+    folders_left_out,
+    other_weights,
+    side_files,
+)
 from fewbit.models.calls import first_line
 from fewbit.models.describe import describe
 from fewbit.models.provenance import provenance
@@ -38,7 +45,6 @@ from fewbit.system.cache import cache_folder
 from fewbit.system.publish import RECORD
 
 _CHARTS = ("quality-size.png", "quality-size.svg")  # of a report of `compare`; the Hub shows both
-_INDEX = "model.safetensors.index.json"
 _UNSHARED = re.compile(r"(?:~|/(?:home|root|Users)/)")  # a folder of a user
 
 
@@ -153,7 +159,7 @@ def _of_folder(source: Source, repo: str, record: dict[str, Any], chart: Path | 
             "Make it again by the same command.",
         )
     names = [file.name for file in source.files]
-    names += [name for name in (_INDEX, SCALES, RECORD, CARD, ORIGINAL_CARD) if (folder / name).is_file()]
+    names += [name for name in (INDEX, SCALES, RECORD, CARD, ORIGINAL_CARD) if (folder / name).is_file()]
     names += [path.as_posix() for path in side_files(folder)]
     files: dict[str, Path | bytes] = {name: folder / name for name in sorted({*names})}
     notes = [f"left out: {each.name}, which is no part of the model" for each in other_weights(folder)]

@@ -25,8 +25,10 @@ from fewbit.system.files import read_text
 _SHOTS_SEED = 1234  # the harness's own, so that prompts are the same as those of its command
 _FILES = (".yaml", ".yml")
 # Of the standard library, of the HTTP libraries, and of datasets and huggingface_hub.
-_NETWORK = {"ConnectionError", "ConnectError", "DatasetNotFoundError", "OfflineModeIsEnabled", "HfHubHTTPError"}
-_NETWORK |= {"LocalEntryNotFoundError"}
+_NETWORK = {
+    *("ConnectionError", "ConnectError", "DatasetNotFoundError"),
+    *("OfflineModeIsEnabled", "HfHubHTTPError", "LocalEntryNotFoundError"),
+}
 _OFFLINE = (
     "The harness downloads the data of its tasks from the Hub. Connect once, so that they are in its cache, or give a "
     "task file over local data."
@@ -197,14 +199,7 @@ def _as_error(name: str) -> Iterator[None]:
 def _of_network(error: BaseException | None) -> bool:
     """Whether an error comes from data that are not on this machine."""
     while error is not None:
-        names = {each.__name__ for each in type(error).__mro__}
-        if names & {
-            "ConnectionError",
-            "ConnectError",
-            "DatasetNotFoundError",
-            "OfflineModeIsEnabled",
-            "HfHubHTTPError",
-        }:
+        if _NETWORK & {each.__name__ for each in type(error).__mro__}:
             return True
         error = error.__cause__ or error.__context__
     return False

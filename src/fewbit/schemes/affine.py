@@ -197,9 +197,8 @@ class Affine(Scheme):
         if h is None:
             return self._grid(low, high)
         joint = not self.symmetric and self.bits <= _JOINT
-        share = torch.tensor([*shares(0.4, 13), *(_WIDER if joint else ())], dtype=w.dtype, device=w.device)[
-            :, None, None
-        ]
+        ranges = [*shares(0.4, 13), *(_WIDER if joint else ())]
+        share = torch.tensor(ranges, dtype=w.dtype, device=w.device)[:, None, None]
         scale, zero = self._grid(low * share, high * share)
         if self.symmetric:  # codes reach one step further below zero than above
             scale, zero = torch.stack([scale, -scale], 1).flatten(0, 1), zero.repeat_interleave(2, 0)

@@ -110,9 +110,7 @@ def fp8_codes(w: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor] | None
     if not _takes(w):
         return None
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    top = torch.empty(
-        [-(-size // of) for size, of in zip(w.shape, block, strict=True)], dtype=torch.float32, device="cpu"
-    )
+    top = torch.empty(_blocks(w, block), dtype=torch.float32, device="cpu")
     _fp8("fewbit_fp8_codes", w, block, codes=codes, top=top)
     return codes, top
 
@@ -122,12 +120,17 @@ def fp8_lost(w: Tensor, codes: Tensor, scale: Tensor, block: tuple[int, int]) ->
 
     None if the library is missing, or cannot read a tensor as it is.
     """
-    whole = codes.is_contiguous() and scale.is_contiguous() and codes.shape == w.shape
-    if not _takes(w) or not whole or not (codes.is_cpu and scale.is_cpu and scale.dtype == torch.float32):
+    fits = codes.shape == w.shape and scale.shape == _blocks(w, block)
+    fits = fits and codes.dtype == torch.uint8 and scale.dtype == torch.float32
+    if not (_takes(w) and fits and all(each.is_cpu and each.is_contiguous() for each in (codes, scale))):
         return None
-    lost = torch.empty(-(-w.shape[0] // block[0]), 3, dtype=torch.float64, device="cpu")
+    lost = torch.empty(scale.shape[0], 3, dtype=torch.float64, device="cpu")
     _fp8("fewbit_fp8_lost", w, block, codes=codes, scale=scale, lost=lost)
     return lost.sum(0)
+
+
+def _blocks(w: Tensor, block: tuple[int, int]) -> tuple[int, int]:
+    return -(-w.shape[0] // block[0]), -(-w.shape[1] // block[1])
 
 
 def _takes(w: Tensor) -> bool:
