@@ -57,7 +57,11 @@ def execute(notebook: Any, beside: Path) -> None:
         os.environ.update({**OFFLINE, "PYTHONPATH": path, "TMPDIR": place, "FEWBIT_CACHE": place})
         try:
             nbclient.NotebookClient(
-                notebook, timeout=TIMEOUT, coalesce_streams=True, resources={"metadata": {"path": place}}
+                notebook,
+                timeout=TIMEOUT,
+                iopub_timeout=TIMEOUT,  # after its 4 seconds, outputs of a busy machine would be left out
+                coalesce_streams=True,
+                resources={"metadata": {"path": place}},
             ).execute()
         finally:
             os.environ.clear()
