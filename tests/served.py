@@ -72,7 +72,7 @@ def served(model: str | Path, kernel: str | None = None, **settings: Any) -> Ite
         made = Served(f"http://127.0.0.1:{socket.getsockname()[1]}", opened, gate)
         _gated(opened.engine, made)
         app = application(opened, given.api_key, int(given.max_body))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        server = uvicorn.Server(run.configuration(app))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
         thread.start()
         try:

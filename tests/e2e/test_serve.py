@@ -304,6 +304,18 @@ def test_what_is_no_request(server: Served, client: Any) -> None:
     assert client.models.retrieve("tiny-4bit").max_model_len == 512
 
 
+def test_clients_close_idle_connections_first() -> None:
+    """If both sides close at the same moment, the client's next request fails with "Connection reset by peer"."""
+    from fastapi import FastAPI
+
+    from fewbit.serving import run
+
+    server, nginx, aws = run.configuration(FastAPI()).timeout_keep_alive, 60, 60
+    with openai.OpenAI(api_key="none") as client:
+        pool = client._client._transport._pool
+        assert server > max(pool._keepalive_expiry, nginx, aws)
+
+
 def test_a_full_queue_and_one_that_empties(quantized: Path) -> None:
     with served(quantized, max_num_seqs=1, max_queue=1) as server, server.client() as client:
         wanted = said(ask(client))

@@ -29,6 +29,17 @@ def bound(host: str, port: int) -> socket.socket:
     return made
 
 
+# Seconds after which an idle connection is closed. A client must close it first: if both do so at the same moment, the
+# client's next request meets a closed connection and fails. Clients keep idle connections for 5 s (openai in Python,
+# Node.js), nginx and the load balancers of AWS for 60 s.
+_IDLE = 75
+
+
+def configuration(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=_IDLE, server_header=False)
+
+
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)
@@ -45,8 +56,7 @@ def run(app: FastAPI, at: socket.socket, ready: Callable[[], None]) -> None:
 
     ready: called when requests are accepted.
     """
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=30, server_header=False)
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal again when all is done, and the process would seem to have been killed.
         signal.signal(signal.SIGTERM, lambda *_: None)
-    _Server(config, ready).run(sockets=[at])
+    _Server(configuration(app), ready).run(sockets=[at])
