@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewbit.schemes.base import parse
+from fewbit.schemes.base import Scheme, parse
+from fewbit.schemes.ggml.iq import IQ
 from fewbit.schemes.ggml.scheme import GGML
 from fewbit.schemes.ggml.table import BLOCK_TYPES
 
@@ -67,10 +68,12 @@ def main() -> None:
     importance = torch.randn(k, generator=torch.Generator().manual_seed(2)).exp()
     there, told = w.to(args.device), importance.to(args.device)
     print(f"{n} x {k}, {args.device}, {args.threads} threads: millions of weights a second; error against llama.cpp's")
-    for name in GGML.examples:
+    for name in (*GGML.examples, *IQ.examples):
+        if name.startswith("iq2") and args.no_importance:
+            continue  # llama.cpp's encoders of these types end the process without importances
         scheme = parse(name)
 
-        def encode(scheme: GGML = scheme) -> Tensor:  # type: ignore[assignment]
+        def encode(scheme: Scheme = scheme) -> Tensor:
             if args.no_importance:
                 codes, grids = scheme.nearest(there)
             else:
@@ -78,7 +81,7 @@ def main() -> None:
                 codes = grids.encode(there)
             return scheme.pack(codes, grids)["blocks"]
 
-        def lost(blocks: Tensor, scheme: GGML = scheme) -> float:  # type: ignore[assignment]
+        def lost(blocks: Tensor, scheme: Scheme = scheme) -> float:
             values = scheme.dequantize({"blocks": blocks.cpu()}, (n, k), torch.float32)
             return float(((values - w).square() * (1.0 if args.no_importance else importance)).sum())
 

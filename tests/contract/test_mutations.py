@@ -30,14 +30,14 @@ from fewbit.kernels.torch_int4 import TorchInt4
 from fewbit.methods import gptq
 from fewbit.methods.awq import AWQ
 from fewbit.methods.base import make
-from fewbit.methods.sweep.definition import Sweep
+from fewbit.methods.sweep.definition import Sweep, VectorSweep
 from fewbit.models import topology
 from fewbit.nn import layers as quantized_nn
 from fewbit.pipeline import agreed
 from fewbit.pipeline import rewrite as rewriting
 from fewbit.schemes import affine, bits, floats, int8, nf4, nvfp4, scaled
 from fewbit.schemes.base import parse
-from fewbit.schemes.ggml import codebook, layout, search
+from fewbit.schemes.ggml import codebook, layout, search, vectors
 from fewbit.schemes.ggml import grids as blockwise
 from tests.contract.cases import CPU, FORMATS, KERNELS, hard, ordinary
 from tests.contract.test_formats import check_round_trip
@@ -62,6 +62,9 @@ from tests.unit.test_compressed_tensors import test_packed_weights_are_read_and_
 from tests.unit.test_floats import test_fp4_takes_the_nearest_and_even_codes_on_ties as check_fp4
 from tests.unit.test_ggml import check_bytes_come_back, check_descent, check_last, check_solved
 from tests.unit.test_gptq import check_definition, check_factor, check_gain, check_refinement
+from tests.unit.test_iq import check_definition as check_vector_definition
+from tests.unit.test_iq import check_descent as check_vector_descent
+from tests.unit.test_iq import check_nearest
 from tests.unit.test_nn import test_the_gradient_is_the_dequantized_linears as check_gradient
 
 
@@ -166,6 +169,26 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
     "the worst candidate kept, not the best": (
         [Mutation(affine.Affine, "_fit_rows", "grid: self._error(", "grid: -self._error(")],
         lambda: check_weighted_fit(parse("int4-g16"), ordinary(6, 96), torch.linspace(0, 1, 96)),
+    ),
+    "a codebook's signs with the wrong parity": (
+        [Mutation(vectors.Errors, "codes", "negative.gather(3, at) ^ flip", "negative.gather(3, at)")],
+        lambda: check_nearest("iq2_xxs"),
+    ),
+    "a codebook's entries chosen without importances": (
+        [Mutation(vectors.Errors, "__init__", "(h * x.abs())", "x.abs()")],
+        lambda: check_nearest("iq2_s"),
+    ),
+    "bits of a codebook's fields in reverse": (
+        [Mutation(vectors, "_joined", "<< shifts", "<< shifts.flip(0)")],
+        lambda: check_blocks("iq2_s"),
+    ),
+    "errors of a vector fed back with the wrong sign": (
+        [Mutation(VectorSweep, "feed_back", "alpha=-1", "alpha=1")],
+        lambda: check_vector_definition("iq3_s"),
+    ),
+    "vectors that move where it costs": (
+        [Mutation(VectorSweep, "descend", "gain > 0", "gain < 0")],
+        lambda: check_vector_descent("iq2_xs"),
     ),
     "zero points that do not move with their scales": (
         [Mutation(affine.Affine, "_fit_rows", "[solve, moved(1), moved(-1)]", "[solve]")],

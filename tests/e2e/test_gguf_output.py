@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from fewbit.models.describe import describe
 from fewbit.models.source import locate
 from fewbit.pipeline import write_gguf
 from fewbit.plans import mixtures
-from fewbit.plans.plan import find
+from fewbit.plans.plan import Plan, Rule, find
 from fewbit.schemes.base import parse
 from fewbit.texts.calibration import Calibration
 from tests import models
@@ -121,6 +122,30 @@ def test_one_scheme_for_all(model: Path, place: Path, fewbit: Fewbit) -> None:
     file = GgufFile(place)
     assert {entry.type for entry in file.entries.values()} == {"q5_1", "f32"}
     assert file.metadata["general.file_type"] == 9
+
+
+def test_types_with_a_codebook(model: Path, place: Path, wanted: Calibration) -> None:
+    """By all methods in one file; the package gguf reads the same values, and they are near those of the model."""
+    linears = {  # module: its name in the file, type, method, and most relative error
+        "self_attn.v_proj": ("attn_v", "iq2_xxs", "rtn", 0.45),
+        "self_attn.o_proj": ("attn_output", "iq2_xs", "rtn", 0.38),
+        "mlp.gate_proj": ("ffn_gate", "iq2_s", "imatrix", 0.38),
+        "mlp.up_proj": ("ffn_up", "iq3_xxs", "gptq", 0.36),
+        "self_attn.q_proj": ("attn_q", "iq3_s", "rtn", 0.2),
+    }
+    rules = [Rule(f"*.{module}", scheme, method) for module, (_, scheme, method, _) in linears.items()]
+    plan = Plan("codebooks", "gguf", (*rules, Rule("*", "q8_0", "rtn")))
+    quantize.quantize(model, place, plan=plan, calibration=wanted)
+    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(place).tensors}
+    loaded, original = generate.load(place, dtype=torch.float32), models.original(model)
+    for module, (role, scheme, _, most) in linears.items():
+        tensor = theirs[f"blk.1.{role}.weight"]
+        assert tensor.tensor_type.name.lower() == scheme
+        values = loaded.get_submodule(f"model.layers.1.{module}").qtensor().dequantize()
+        if role != "attn_q":  # llama.cpp has the rows of q and k in another order
+            assert np.array_equal(gguf.dequantize(tensor.data, tensor.tensor_type), values.numpy())
+        expected = models.linear_weight(original.get_submodule(f"model.layers.1.{module}"))
+        assert float((values - expected).norm() / expected.norm()) < most, module
 
 
 def test_a_dry_run_tells_every_tensor_and_does_nothing(model: Path, place: Path, fewbit: Fewbit) -> None:

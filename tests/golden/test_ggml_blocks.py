@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewbit.schemes.base import parse
 from fewbit.schemes.ggml import codec
+from fewbit.schemes.ggml.iq import IQ
 from fewbit.schemes.ggml.scheme import GGML
 from fewbit.schemes.ggml.table import BLOCK_TYPES
 from tests.contract.cases import hard, ordinary, quantized
@@ -82,6 +83,6 @@ def check_written(name: str) -> None:
         assert torch.equal(theirs(name, scheme.pack(codes, grids)["blocks"]), grids.decode(codes))
 
 
-@pytest.mark.parametrize("name", GGML.examples)
+@pytest.mark.parametrize("name", [*GGML.examples, *IQ.examples])
 def test_what_is_written(name: str) -> None:
     check_written(name)

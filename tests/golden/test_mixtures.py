@@ -40,4 +40,5 @@ def test_file_types_are_those_of_llama_cpp() -> None:
     assert mixtures.file_type("q4_k") == 14
     assert mixtures.file_type("q6_k") == 18
     assert mixtures.file_type("q5_1") == 9
+    assert mixtures.file_type("iq2_s") == 29  # IQ2_M: IQ2_S is a mixture of iq2_xs
     assert mixtures.file_type("int4-g128") == 1

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fewbit
 from fewbit.schemes.base import parse
+from fewbit.schemes.ggml.iq import IQ
 from fewbit.schemes.ggml.layout import LAYOUTS
 from fewbit.schemes.ggml.scheme import GGML
 from fewbit.schemes.ggml.search import fit
@@ -25,6 +26,7 @@ from tests.contract.cases import ordinary, quantized
 
 pytestmark = pytest.mark.interop
 names = pytest.mark.parametrize("name", GGML.examples)
+all_names = pytest.mark.parametrize("name", [*GGML.examples, *IQ.examples])
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +81,7 @@ def compare(weights: dict[str, Tensor], error: Callable[[Tensor], tuple[float, f
         assert ours <= most * theirs, name
 
 
-@names
+@all_names
 def test_with_an_importance_matrix(name: str, library: ctypes.CDLL, weights: dict[str, Tensor]) -> None:
     def error(w: Tensor) -> tuple[float, float]:
         importance = importance_of(w)
@@ -110,7 +112,7 @@ def test_under_their_own_weights(name: str, library: ctypes.CDLL, weights: dict[
     compare(weights, error, 1.0)
 
 
-@names
+@pytest.mark.parametrize("name", [*GGML.examples, "iq3_xxs", "iq3_s"])  # theirs of iq2 end the process without
 def test_without(name: str, library: ctypes.CDLL, weights: dict[str, Tensor]) -> None:
     def error(w: Tensor) -> tuple[float, float]:
         _, grids = parse(name).nearest(w)
@@ -121,7 +123,7 @@ def test_without(name: str, library: ctypes.CDLL, weights: dict[str, Tensor]) ->
     compare(weights, error, 0.98)
 
 
-@names
+@all_names
 def test_they_accept_what_is_written(name: str, library: ctypes.CDLL, weights: dict[str, Tensor]) -> None:
     for w in weights.values():
         blocks = quantized(parse(name), w)["blocks"]

@@ -169,4 +169,5 @@ def test_global_scales_need_a_reciprocal_with_the_same_scales(spec: str) -> None
 
 
 def test_a_type_that_is_only_decoded_has_no_form() -> None:
-    assert exact.forms(codec("iq2_xs"), (32, 256)) == []
+    assert exact.forms(codec("iq1_s"), (32, 256)) == []
+    assert [str(form.scheme) for form in exact.forms(codec("iq2_xs"), (32, 256))] == ["iq2_xs"]

@@ -19,6 +19,7 @@ from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR
 from fewbit.schemes.ggml.scheme import GGML
 from fewbit.schemes.ggml.search import half
 from fewbit.schemes.ggml.table import BLOCK_TYPES
+from fewbit.schemes.ggml.vectors import VECTORS
 from fewbit.stats import Stats
 from tests.contract.cases import inputs, is_sentence, ordinary, stats_of
 from tests.unit.test_gptq import check_definition, check_refinement
@@ -58,7 +59,7 @@ def test_no_block_means_no_byte(name: str) -> None:
 def test_each_type_has_a_codec_and_a_writable_one_a_scheme() -> None:
     for name, kind in BLOCK_TYPES.items():
         assert str(codec(name)) == name
-        assert isinstance(codec(name), Scheme) == (name in LAYOUTS)
+        assert isinstance(codec(name), Scheme) == (name in LAYOUTS or name in VECTORS)
         assert codec(name).why_not((3, kind.columns * 2)) is None
         reason = codec(name).why_not((3, kind.columns + 16))
         assert is_sentence(reason)
@@ -71,7 +72,7 @@ def test_each_type_has_a_codec_and_a_writable_one_a_scheme() -> None:
 
 def test_what_is_only_read_says_so() -> None:
     with pytest.raises(PlanError, match="read, not written"):
-        parse("iq2_xs")
+        parse("iq1_s")
     with pytest.raises(PlanError, match="q4_k"):
         parse("q4_km")
 

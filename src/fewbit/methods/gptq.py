@@ -11,7 +11,7 @@ eq. 2 and algorithm 1). With U the upper Cholesky factor of the inverse, H⁻¹ 
    is 6 % higher.
 2. Columns are quantized in falling order of H_jj (act-order). Each keeps the grid of its own group, which was fitted
    before (static groups), so columns are stored in their own order. Columns beyond a panel of 128 are updated once per
-   panel.
+   panel. If a scheme stores only some vectors of adjacent codes, a step takes a vector of columns instead of one.
 3. With `target`, the codes are chosen for a weight that corrects errors of its input: see `targets.py`.
 4. `refine` sweeps follow. Each re-solves the scales in closed form, then runs coordinate descent: each column moves to
    its best code under the whole H while all other columns stay. Neither step can raise the error.
@@ -80,14 +80,23 @@ class GPTQ(Method):
         return self.quantize_alike([w], [scheme], stats)[0]
 
     def quantize_alike(self, weights: Sequence[Tensor], schemes: Sequence[Scheme], stats: Stats | None) -> list[Choice]:
-        """Quantize all weights with one inverse factor. It is freed before the refinement, to keep peak memory low."""
+        """Quantize weights of the same order of columns together: schemes with vectors of columns have their own."""
         assert stats is not None
+        choices: dict[int, Choice] = {}
+        for vector in dict.fromkeys(scheme.vector for scheme in schemes):
+            those = [i for i, scheme in enumerate(schemes) if scheme.vector == vector]
+            found = self._in_one_order([weights[i] for i in those], [schemes[i] for i in those], stats)
+            choices |= zip(those, found, strict=True)
+        return [choices[i] for i in range(len(schemes))]
+
+    def _in_one_order(self, weights: Sequence[Tensor], schemes: Sequence[Scheme], stats: Stats) -> list[Choice]:
+        """Quantize all weights with one inverse factor. It is freed before the refinement, to keep peak memory low."""
         hessian = stats.hessian.to(in_compute_dtype(weights[0]).dtype)
         diagonal = hessian.diagonal()
         dead = diagonal == 0
         notes = [f"{int(dead.sum())} input columns were always 0 during calibration"] if dead.any() else []
         order = (
-            torch.argsort(diagonal, descending=True, stable=True)
+            in_order(diagonal, schemes[0].vector)
             if self.act_order
             else torch.arange(len(diagonal), dtype=torch.int64, device="cpu")
         )
@@ -122,6 +131,13 @@ class GPTQ(Method):
             own = unstack(whole, [len(each) for each in stack]) if len(stack) > 1 else [whole]
             choices.extend(Choice(weight, list(notes)) for weight in own)
         return [replace(choice, target=strength) for choice, strength in zip(choices, strengths, strict=True)]
+
+
+def in_order(diagonal: Tensor, vector: int = 1) -> Tensor:
+    """The columns in falling order of H_jj; vectors of columns by their sum, each vector's columns together."""
+    size = diagonal.unflatten(0, (-1, vector)).sum(1)
+    first = torch.argsort(size, descending=True, stable=True) * vector
+    return (first.unsqueeze(1) + torch.arange(vector, dtype=torch.int64, device=first.device)).flatten()
 
 
 def _stacks(weights: Sequence[Tensor], schemes: Sequence[Scheme]) -> list[tuple[Scheme, list[Tensor]]]:

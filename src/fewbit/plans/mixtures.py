@@ -70,7 +70,9 @@ MIXTURES = {
     "iq4_xs": Mixture("iq4_xs", 30),
 }
 # The file type of a file with one scheme throughout: that of the mixture which is closest to the pure scheme.
-_PLAIN = {"q4_1": 3, "q5_0": 8, "q5_1": 9, "mxfp4": 38} | {m.base: m.file_type for m in reversed(MIXTURES.values())}
+_PLAIN = {"q4_1": 3, "q5_0": 8, "q5_1": 9, "mxfp4": 38}
+_PLAIN |= {"iq2_xxs": 19, "iq2_xs": 20, "iq2_s": 29, "iq3_xxs": 23, "iq3_s": 26}
+_PLAIN |= {m.base: m.file_type for m in reversed(MIXTURES.values())}
 
 _SMALL_BLOCKS = {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"}  # of 32 columns; all others have 256
 _FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}

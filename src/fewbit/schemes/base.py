@@ -64,12 +64,25 @@ class Grids(ABC):
         """
         return None
 
+    @property
+    def vector(self) -> int:
+        """Adjacent columns whose codes must be chosen together, because only some combinations can be stored."""
+        return 1
+
     @abstractmethod
     def encode(self, w: Tensor, columns: Columns = ALL) -> Tensor:
         """Codes (uint8) of the grid values nearest to `w`, which holds the given columns of the weight.
 
-        `w` and the result are [N, columns], or [N] for one column given as an int.
+        `w` and the result are [N, columns], or [N] for one column given as an int. With a `vector` of more than one
+        column they are whole vectors, and never an int.
         """
+
+    def encode_under(self, w: Tensor, columns: Tensor, metric: Tensor) -> Tensor:
+        """Codes [N, v] of one vector of columns, for a small (w - ŵ) M (w - ŵ)ᵀ in each row.
+
+        w: [N, v]. metric: M [v, v], symmetric and positive. Only for schemes with a `vector` of more than one column.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def decode(self, codes: Tensor, columns: Columns = ALL) -> Tensor:
@@ -193,6 +206,11 @@ class Scheme(Codec):
         With `importance` [K] the scales are searched: it weighs the squared error of each column. Without it the
         grids span the range of each group. NumericsError if `w` is empty or has NaN, Inf or a value out of range.
         """
+
+    @property
+    def vector(self) -> int:
+        """As of its grids."""
+        return 1
 
     @property
     def rows(self) -> int:

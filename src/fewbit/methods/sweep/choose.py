@@ -19,7 +19,7 @@ from functools import cache
 from importlib.util import find_spec
 
 from fewbit.lazy import Tensor, torch
-from fewbit.methods.sweep.definition import PANEL, Sweep
+from fewbit.methods.sweep.definition import PANEL, Sweep, VectorSweep
 from fewbit.schemes.base import Grids, Plain
 
 _PROBE = 64  # rows used to compare the fused panel with the definition
@@ -31,6 +31,8 @@ def sweep_for(grids: Grids, codes: Tensor, order: Tensor) -> Sweep:
 
     Arguments as for `Sweep`.
     """
+    if grids.vector > 1:
+        return VectorSweep(grids, codes, order)
     plain = grids.plain() if _has_triton(codes.device.type) else None
     if plain is None or plain.scale.dtype != torch.float32:
         return Sweep(grids, codes, order)

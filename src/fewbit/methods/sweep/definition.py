@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import Grids
 
@@ -9,6 +11,7 @@ PANEL = 128  # columns of a panel; wider ones are slower, because updates inside
 
 
 _TINY = 1e-30
+_DAMP = 1e-6  # share of its mean diagonal added to the Hessian of a vector, to solve for the best move
 
 
 class Sweep:
@@ -45,3 +48,49 @@ class Sweep:
             self.codes[column] = chosen
             panel.addr_(inner[:, i], moves[i], alpha=-1)
         return moves
+
+
+class VectorSweep(Sweep):
+    """A sweep whose steps are vectors of `grids.vector` columns, which `order` keeps together. Codes are chosen under
+    the whole Hessian of a vector."""
+
+    def feed_back(self, start: int, stop: int, panel: Tensor, factor: Tensor) -> Tensor:
+        """As for single columns, with the block of U of a vector: E = (w_J - q_J) (U_JJ)⁻¹, w_F <- w_F - E U_JF.
+
+        The cost of an error of J, after the columns F have adapted to it, is |E|².
+        """
+        errors = torch.empty_like(panel)
+        for here, columns in self._vectors(start, stop):
+            corner = factor[here, here]
+            metric = torch.cholesky_inverse(corner.contiguous(), upper=True)
+            chosen = self.grids.encode_under(panel[here].T, columns, metric)
+            self.codes[columns] = chosen.T
+            missed = panel[here] - self.grids.decode(chosen, columns).T
+            errors[here] = torch.linalg.solve_triangular(corner.T, missed, upper=False)
+            panel[here.stop :].addmm_(factor[here, here.stop :].T, errors[here], alpha=-1)
+        return errors
+
+    def descend(self, start: int, stop: int, panel: Tensor, inner: Tensor, values: Tensor) -> Tensor:
+        """Descent on one vector at a time. A row keeps its codes of a vector unless others lower its error."""
+        moves = torch.empty_like(panel)
+        for here, columns in self._vectors(start, stop):
+            metric = inner[here, here]
+            damped = metric.clone()
+            damped.diagonal().add_(_DAMP * metric.diagonal().mean() + _TINY)
+            wanted = torch.linalg.solve(damped, panel[here])  # [v, N]: the best move
+            chosen = self.grids.encode_under((values[columns] + wanted).T, columns, metric)
+            moved = self.grids.decode(chosen, columns).T - values[columns]
+            gain = (moved * (2 * panel[here] - metric @ moved)).sum(0)
+            better = gain > 0
+            moves[here] = torch.where(better, moved, 0.0)
+            self.codes[columns] = torch.where(better, chosen.T, self.codes[columns])
+            panel.addmm_(inner[:, here], moves[here], alpha=-1)
+        return moves
+
+    def _vectors(self, start: int, stop: int) -> Iterator[tuple[slice, Tensor]]:
+        """The vectors of order[start:stop]: their places in the panel, and their columns."""
+        v = self.grids.vector
+        for i in range(0, stop - start, v):
+            first = self.columns[start + i]
+            columns = torch.arange(first, first + v, dtype=torch.int64, device=self.codes.device)
+            yield slice(i, i + v), columns

@@ -1,4 +1,4 @@
-"""The block types that can be read but not written: codebooks of 1 to 3 bits (IQ), ternary types (TQ) and MXFP4.
+"""The values of blocks with a codebook of 1 to 3 bits (IQ), and of types that are only read: ternary (TQ) and MXFP4.
 
 - IQ types store an index into a fixed codebook, whose entries are 8 (or 4) magnitudes for that many columns. They add
   signs, a scale s of 3 or 4 bits for each sub-block of 16 or 32 columns, and one fp16 scale d for the block.
@@ -17,7 +17,7 @@ With `grid` the entry of the codebook:
 
 All products are exact in float32. Where seven bits store eight signs, the number of minus signs is even.
 
-`grids.bin` holds the codebooks in the order of `_GRIDS`. It stores the rank of each magnitude in two bits (iq3: four),
+`grids.bin` holds the codebooks in the order of `GRIDS`. It stores the rank of each magnitude in two bits (iq3: four),
 lowest bits first. Source: ggml-common.h of llama.cpp (https://github.com/ggml-org/llama.cpp, MIT licence), which
 defines these codebooks.
 
@@ -30,14 +30,15 @@ defines these codebooks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from fewbit.lazy import Tensor, torch
 from fewbit.system import ambient
 
 # Name -> entries, columns of an entry, bits in which a rank is stored, magnitudes by rank.
-_GRIDS: dict[str, tuple[int, int, int, tuple[int, ...]]] = {
+GRIDS: dict[str, tuple[int, int, int, tuple[int, ...]]] = {
     "iq2_xxs": (256, 8, 2, (8, 25, 43)),
     "iq2_xs": (512, 8, 2, (8, 25, 43)),
     "iq2_s": (1024, 8, 2, (8, 25, 43)),
@@ -50,10 +51,10 @@ _E2M1 = tuple(float(sign * x) for sign in (1, -1) for x in (0, 1, 2, 3, 4, 6, 8,
 
 @cache
 @ambient.defaults()
-def _grid(name: str, device: torch.device) -> Tensor:
+def grid(name: str, device: torch.device) -> Tensor:
     """A codebook, float32 [entries, columns]."""
     data, start = (Path(__file__).parent / "grids.bin").read_bytes(), 0
-    for each, (entries, columns, bits, magnitudes) in _GRIDS.items():
+    for each, (entries, columns, bits, magnitudes) in GRIDS.items():
         size = entries * columns * bits // 8
         if each == name:
             packed = torch.tensor(list(data[start : start + size]), dtype=torch.uint8, device="cpu")
@@ -100,7 +101,7 @@ def _signs(x: Tensor) -> Tensor:
 
 def _entries(name: str, index: Tensor) -> Tensor:
     """The entries of a codebook by index [B, n], float32 [B, n * columns]."""
-    entries = _grid(name, index.device)[index]
+    entries = grid(name, index.device)[index]
     return entries.flatten(1)
 
 
@@ -110,37 +111,57 @@ def _scaled(scale: Tensor, values: Tensor) -> Tensor:
     return out.flatten(1)
 
 
-def _iq2_xxs(b: Tensor) -> Tensor:
-    word = _words(b[:, 2:], torch.int32).unflatten(1, (8, 2))  # four indices; four times seven signs, then the scale
+class Fields(NamedTuple):
+    """The contents of B blocks whose values are w = ± d unit (2 s + 1) grid, `unit` as in `UNITS`.
+
+    d float32 [B, 1]. s int [B, subs], 0 ... 15. entry int [B, 256 / columns of an entry]. signs: float32 [B, 256], ±1.
+    """
+
+    d: Tensor
+    s: Tensor
+    entry: Tensor
+    signs: Tensor
+
+
+def _iq2_xxs(b: Tensor) -> Fields:
+    word = _words(b[:, 2:], torch.int32).unflatten(1, (8, 2))[..., 1]  # four indices; four times seven signs, then s
     index = b[:, 2:].unflatten(1, (8, 8))[..., :4].flatten(1).int()
-    scale = _half(b[:, :2]) * (0.5 + (word[..., 1] >> 28)) * 0.25
-    signs = _even_signs(b.device)[_lanes(word[..., 1], 7, 28)].flatten(1)
-    return _scaled(scale, _entries("iq2_xxs", index)) * signs
+    return Fields(_half(b[:, :2]), word >> 28, index, _even_signs(b.device)[_lanes(word, 7, 28)].flatten(1))
 
 
-def _iq2_xs(b: Tensor) -> Tensor:
+def _iq2_xs(b: Tensor) -> Fields:
     word = _words(b[:, 2:66], torch.int16)  # nine bits of index, seven of signs
-    scale = _half(b[:, :2]) * (0.5 + _lanes(b[:, 66:], 4)) * 0.25
-    return _scaled(scale, _entries("iq2_xs", word & 511)) * _even_signs(b.device)[word >> 9].flatten(1)
+    return Fields(_half(b[:, :2]), _lanes(b[:, 66:], 4), word & 511, _even_signs(b.device)[word >> 9].flatten(1))
 
 
-def _iq2_s(b: Tensor) -> Tensor:
+def _iq2_s(b: Tensor) -> Fields:
     index = b[:, 2:34].int() | _lanes(b[:, 66:74], 2).int() << 8
-    scale = _half(b[:, :2]) * (0.5 + _lanes(b[:, 74:], 4)) * 0.25
-    return _scaled(scale, _entries("iq2_s", index)) * _signs(b[:, 34:66])
+    return Fields(_half(b[:, :2]), _lanes(b[:, 74:], 4), index, _signs(b[:, 34:66]))
 
 
-def _iq3_xxs(b: Tensor) -> Tensor:
+def _iq3_xxs(b: Tensor) -> Fields:
     word = _words(b[:, 66:], torch.int32)
-    scale = _half(b[:, :2]) * (0.5 + (word >> 28)) * 0.5
     signs = _even_signs(b.device)[_lanes(word, 7, 28)].flatten(1)
-    return _scaled(scale, _entries("iq3_xxs", b[:, 2:66].int())) * signs
+    return Fields(_half(b[:, :2]), word >> 28, b[:, 2:66].int(), signs)
 
 
-def _iq3_s(b: Tensor) -> Tensor:
+def _iq3_s(b: Tensor) -> Fields:
     index = b[:, 2:66].int() | _lanes(b[:, 66:74], 1).int() << 8
-    scale = _half(b[:, :2]) * (1 + 2 * _lanes(b[:, 106:], 4).int())
-    return _scaled(scale, _entries("iq3_s", index)) * _signs(b[:, 74:106])
+    return Fields(_half(b[:, :2]), _lanes(b[:, 106:], 4), index, _signs(b[:, 74:106]))
+
+
+_FIELDS = {"iq2_xxs": _iq2_xxs, "iq2_xs": _iq2_xs, "iq2_s": _iq2_s, "iq3_xxs": _iq3_xxs, "iq3_s": _iq3_s}
+UNITS = {"iq2_xxs": 1 / 8, "iq2_xs": 1 / 8, "iq2_s": 1 / 8, "iq3_xxs": 1 / 4, "iq3_s": 1.0}
+
+
+def fields(name: str, blocks: Tensor) -> Fields:
+    """The contents of blocks uint8 [B, bytes] of a type in `UNITS`."""
+    return _FIELDS[name](blocks)
+
+
+def _with_signs(name: str, b: Tensor) -> Tensor:
+    d, s, entry, signs = fields(name, b)
+    return _scaled(d * (2 * s.int() + 1) * UNITS[name], _entries(name, entry)) * signs
 
 
 def _iq1_s(b: Tensor) -> Tensor:
@@ -190,13 +211,9 @@ def _mxfp4(b: Tensor) -> Tensor:
 
 
 _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
+    **{name: partial(_with_signs, name) for name in UNITS},
     "iq1_s": _iq1_s,
     "iq1_m": _iq1_m,
-    "iq2_xxs": _iq2_xxs,
-    "iq2_xs": _iq2_xs,
-    "iq2_s": _iq2_s,
-    "iq3_xxs": _iq3_xxs,
-    "iq3_s": _iq3_s,
     "tq1_0": _tq1_0,
     "tq2_0": _tq2_0,
     "mxfp4": _mxfp4,

@@ -1,4 +1,4 @@
-"""The base class of all block types, and the codec of those that can only be read."""
+"""The base class of all block types, that of types with a codebook, and the codec of those that can only be read."""
 
 from __future__ import annotations
 
@@ -45,11 +45,8 @@ class Blocks(Codec):
         return codebook.decode(self.name, held.reshape(-1, self.type.nbytes)).view(len(held), shape[1]).to(dtype)
 
 
-@dataclass(frozen=True)
-class ReadOnly(Blocks):
-    """A block type that can be read but not written."""
-
-    name: str
+class OfCodebook(Blocks):
+    """A block type that the module `codebook` decodes. d, the scale of a block, is the only float of most."""
 
     @property
     def trainable(self) -> tuple[str, ...] | str:
@@ -84,3 +81,10 @@ class ReadOnly(Blocks):
             return {"blocks": blocks}
         made = codebook.with_scale(self.name, blocks.reshape(-1, self.type.nbytes), floats["d"].reshape(-1, 1))
         return {"blocks": made.view(blocks.shape)}
+
+
+@dataclass(frozen=True)
+class ReadOnly(OfCodebook):
+    """A block type that can be read but not written."""
+
+    name: str

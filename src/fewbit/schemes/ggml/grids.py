@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import ALL, Columns, Grids, Plain, Uneven, Uniform
@@ -16,6 +17,7 @@ from fewbit.schemes.ggml import layout
 from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR, Fields, Layout
 from fewbit.schemes.ggml.search import half
 
+G = TypeVar("G", bound="BlockGrids")
 _PANEL = 256  # columns processed between updates of the full gradient; at least one block
 _NARROW = (
     1e-3  # smallest det / (uu dd) at which scale and offset are solved together; below it they are nearly parallel
@@ -65,7 +67,7 @@ class BlockGrids(Grids):
         values = levels * scale
         return (values if offset is None else values.sub_(offset)).reshape(codes.shape)
 
-    def plain(self) -> Plain:
+    def plain(self) -> Plain | None:
         kind = self.kind
         if kind.nonlinear:
             return Uneven.of(self.scale, NONLINEAR, kind.sub)
@@ -125,8 +127,8 @@ def with_units(name: str, rows: Tensor, units: Mapping[str, Tensor]) -> Tensor:
 def level(kind: Layout, codes: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The level of each code, in float32 by default."""
     dtype = dtype or torch.float32
-    if kind.nonlinear:
-        table = torch.tensor(NONLINEAR, dtype=dtype, device=codes.device)
+    if kind.table:
+        table = torch.tensor(kind.table, dtype=dtype, device=codes.device)
         return table.index_select(0, codes.reshape(-1).int()).view(codes.shape)
     return codes.to(dtype).sub_(kind.zero) if kind.zero else codes.to(dtype)
 
@@ -139,7 +141,7 @@ def nearest(kind: Layout, x: Tensor) -> Tensor:
     return x.round_().add_(kind.zero).clamp_(0, 2**kind.bits - 1).to(torch.uint8)
 
 
-def refit(w: Tensor, codes: Tensor, grids: BlockGrids, hessian: Tensor, ridge: float) -> BlockGrids:
+def refit(w: Tensor, codes: Tensor, grids: G, hessian: Tensor, ridge: float) -> G:
     """The grids re-solved for fixed codes, under tr(E (H + ridge I) Eᵀ): first a block's sub-scales, then d and dmin.
 
     Scale and offset are solved together and rounded as stored. A row keeps the new ones only if they lower its error.
@@ -165,7 +167,7 @@ def refit(w: Tensor, codes: Tensor, grids: BlockGrids, hessian: Tensor, ridge: f
                 up, down = levels[:, here] * d[:, block, None], None
                 if dmin is not None:
                     down = -dmin[:, block, None].expand_as(up)
-                _solve(state, here, up, down, (sc, m), g, (_rounding(kind.sc), _rounding((0, kind.m))))
+                _solve(state, here, up, down, (sc, m), g, (kind.step, lambda m: m.round_().clamp_(0, kind.m)))
             here = slice(block * kind.columns - start, (block + 1) * kind.columns - start)
             up = levels[:, here] if sc is None else levels[:, here] * _spread(sc, first, kind)
             down = None
@@ -180,11 +182,6 @@ def refit(w: Tensor, codes: Tensor, grids: BlockGrids, hessian: Tensor, ridge: f
 def _spread(steps: Tensor, first: int, kind: Layout) -> Tensor:
     """The sub-scales of one block, repeated for its columns, [N, columns]. `first`: index of its first sub-block."""
     return steps[:, first : first + kind.subs].repeat_interleave(kind.sub, 1)
-
-
-def _rounding(bounds: tuple[int, int]) -> Callable[[Tensor], Tensor]:
-    """The function that rounds to integers within `bounds`."""
-    return lambda x: x.round().clamp_(*bounds)
 
 
 @dataclass

@@ -80,6 +80,15 @@ class Layout:
         return self.sc != (1, 1)
 
     @property
+    def table(self) -> tuple[float, ...] | None:
+        """The level of each code, where the levels are uneven; else None."""
+        return NONLINEAR if self.nonlinear else None
+
+    def step(self, sc: Tensor) -> Tensor:
+        """The nearest sub-scales that can be stored. Overwrites sc."""
+        return sc.round_().clamp_(*self.sc)
+
+    @property
     def subs(self) -> int:
         """The number of sub-blocks in a block."""
         return self.columns // self.sub

@@ -16,6 +16,7 @@ from fewbit.schemes.ggml.grids import BlockGrids
 from fewbit.schemes.ggml.layout import LAYOUTS
 from fewbit.schemes.ggml.search import BlockScales, fit, half
 from fewbit.schemes.ggml.table import BLOCK_TYPES
+from fewbit.schemes.ggml.vectors import VECTORS
 
 # Entries searched at a time. On a CPU they fit its cache.
 _CHUNK = {"cpu": 1 << 16}
@@ -37,7 +38,9 @@ class GGML(Blocks, Scheme):
         if spec in LAYOUTS:
             return cls(group=LAYOUTS[spec].columns, name=spec)
         if spec in BLOCK_TYPES:
-            raise PlanError(f"scheme {spec!r} can be read, not written", f"Can be written: {', '.join(LAYOUTS)}.")
+            raise PlanError(
+                f"scheme {spec!r} can be read, not written", f"Can be written: {', '.join([*LAYOUTS, *VECTORS])}."
+            )
         return None
 
     def __str__(self) -> str:
