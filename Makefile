@@ -84,7 +84,7 @@ interop: setup ## the tests against other libraries, which it installs; needs a 
 	@CMAKE_ARGS=-DLLAVA_BUILD=OFF $(INSTALL) --no-binary llama-cpp-python,rouge-score,sqlitedict,word2number -e '.[dev,interop]'
 	@$(BIN)/python -m pip install $(QUIET) --disable-pip-version-check --no-deps --no-build-isolation autoawq==0.2.9
 	@$(BIN)/python -m pip download $(QUIET) --disable-pip-version-check --no-deps --no-build-isolation --no-binary :all: \
-		-c constraints.txt -d $(PEERS) peft
+		-c constraints.txt -d $(PEERS) peft llama-cpp-python
 	$(BIN)/python -m pytest -m interop $(ARGS)
 
 fuzz: setup ## five minutes of random changes to GGUF files; nothing but FormatError may come of them

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as token_models
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from fewbit.formats.containers.gguf import PLAIN, Entry, GgufWriter
+from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile, GgufWriter
 from fewbit.methods.base import Method
 from fewbit.models.gguf import header
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
 from fewbit.schemes.base import parse
-from tests import models
+from tests import architectures, models
 
+GOLDEN = Path(__file__).parent / "data" / "gguf_architectures.json"
 # What a family's config needs for llama.cpp to compute the same: queries scaled by the width of a head.
 CHANGES: dict[str, dict[str, Any]] = {
     "qwen2": {"vocab_size": 292},  # transformers adds a token to such tokenizers
@@ -28,9 +33,77 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+# Types of transformers besides those families, and what their tiny configs have besides the usual sizes.
+TYPES: dict[str, dict[str, Any]] = {
+    "granite": {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+        "attention_bias": True,
+    },
+    "olmo2": {},
+    "olmo3": {"num_hidden_layers": 4},
+    "smollm3": {"num_hidden_layers": 4, "tie_word_embeddings": False, "sliding_window": None},
+    "stablelm": {"use_qkv_bias": True},
+    "glm4": {},
+    "gpt_neox": {"num_key_value_heads": None},
+    "starcoder2": {"sliding_window": None},
+    "cohere2": {"num_hidden_layers": 4},
+    "cohere": {},
+    "phi": {"intermediate_size": 256, "num_key_value_heads": 4},
+    "seed_oss": {},
+    "ernie4_5": {},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+}
+
+
 def save(folder: Path, family: str, **changes: Any) -> Path:
-    """The model of a family in the Hugging Face layout, such as a GGUF file can hold."""
-    return models.save(folder, family, **{**CHANGES.get(family, {}), **changes})
+    """The model of a family or type in the Hugging Face layout, such as a GGUF file can hold."""
+    if family not in TYPES:
+        return models.save(folder, family, **{**CHANGES.get(family, {}), **changes})
+    config = architectures.small(CONFIG_MAPPING[family], architectures.SIZES, {family: TYPES[family] | changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    architectures.draw(model, len(family))
+    model.eval().save_pretrained(folder)
+    models.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def numbered(folder: Path) -> Path:
+    """The folder, after each of its weights was replaced by whole numbers that tell rows, columns and tensors apart."""
+    path = folder / "model.safetensors"
+    tensors = {}
+    for i, (name, tensor) in enumerate(sorted(load_file(path).items())):
+        numbers = (torch.arange(tensor.numel()) + 17 * i) % 251 - 125
+        tensors[name] = numbers.view(tensor.shape).to(tensor.dtype)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def digest(file: GgufFile) -> str:
+    """A hash of the names, shapes and values of all tensors of a file."""
+    found = hashlib.sha256()
+    for name, entry in sorted(file.entries.items()):
+        found.update(f"{name} {entry.shape} ".encode())
+        found.update(file.get(name).float().numpy().tobytes())
+    return found.hexdigest()
+
+
+def keys_of(file: GgufFile) -> dict[str, Any]:
+    """The keys of the file's architecture, as JSON has them."""
+    name = file.metadata["general.architecture"]
+    return {
+        key: value.tolist() if isinstance(value, np.ndarray) else value
+        for key, value in sorted(file.metadata.items())
+        if key.startswith(f"{name}.")
+    }
+
+
+def golden() -> dict[str, Any]:
+    """Family or type -> digest and keys of the file that llama.cpp's converter made of its numbered model."""
+    found: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    return found
 
 
 def written(folder: Path, path: Path, kind: str = "f32", *, norms: str = "f32") -> Path:
@@ -69,6 +142,7 @@ def ids(seed: int = 0, length: int = 40) -> Tensor:
 
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
+KINDS = (*FAMILIES, *TYPES)
 
 AWKWARD = (
     "Hello world",

@@ -42,7 +42,7 @@ LONGROPE = {
     "original_max_position_embeddings": 64,
 }
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *((family, {}) for family in gguf_files.FAMILIES),
+    *((family, {}) for family in (*gguf_files.FAMILIES, *gguf_files.TYPES)),
     ("llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
     ("llama", {"rope_parameters": LLAMA3}),
     ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
@@ -62,6 +62,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": 20.0}),
     ("gemma3", {"num_hidden_layers": 7, "layer_types": None, "tie_word_embeddings": True}),
     ("gpt2", {"n_inner": 128}),
+    ("exaone4", {"num_hidden_layers": 64, "sliding_window": 16, "layer_types": None}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": False}),
+    ("glm4", {"attention_bias": False, "tie_word_embeddings": True}),
 ]
 
 
@@ -162,6 +166,11 @@ def test_a_pattern_without_a_name_is_refused(tmp_path: Path) -> None:
         ("gemma2", {"tie_word_embeddings": False}, "tied to the embedding"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "another scale"),
         ("opt", {}, "type 'opt'"),
+        ("olmo2", {"attention_bias": True}, "with attention_bias = False; this model has True"),
+        ("olmo2", {"tie_word_embeddings": True}, "that of this model is tied"),
+        ("olmo2", {"head_dim": 8}, "heads as wide as the model"),
+        ("smollm3", {"no_rope_layer_interval": 2}, "without RoPE in every layer of number 4 only"),
+        ("exaone4", {"sliding_window": 16}, "sliding windows if it has 64 layers"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(
@@ -212,6 +221,7 @@ def changed(path: Path, to: Path, keys: dict[str, Any], *, drop: str = "", only:
     ("keys", "drop", "said"),
     [
         ({"general.architecture": "mamba"}, "", "architecture 'mamba'"),
+        ({"general.architecture": ["llama"]}, "", "is not one that fewbit loads"),
         ({"llama.block_count": 1 << 30}, "", "it has 2 blocks"),
         ({"llama.embedding_length": 128}, "", "of width 64"),
         ({"llama.attention.head_count": 1 << 30}, "", "rows|heads"),

@@ -141,7 +141,7 @@ def opened(source: Source, config: Any = None) -> tuple[Checkpoint, Packing | No
     wrong shape or dtype, or is a scale with NaN or Inf. FormatError for an unknown quantization method.
     """
     if source.gguf is not None:
-        return _of_gguf(source, names.routes(config))
+        return _of_gguf(source, names.routes(config), names.architecture(config.model_type).extra)
     checkpoint = Checkpoint(list(source.files))
     if source.quantization is None:
         for name, spec in checkpoint.specs.items():
@@ -403,11 +403,10 @@ def _check_scales(source: Source, packed: Mapping[str, Packed], checkpoint: Chec
                 raise FormatError(f"{source.folder}: {each.parts[role]} {flaw}", DAMAGED)
 
 
-def _of_gguf(source: Source, routes: Mapping[str, Route]) -> tuple[Checkpoint, Packing]:
+def _of_gguf(source: Source, routes: Mapping[str, Route], extra: frozenset[str]) -> tuple[Checkpoint, Packing]:
     """The tensors of a GGUF file under transformers' names."""
     file, checkpoint = GgufFile(source.files[0]), Checkpoint([])
     ours = {route.name: name for name, route in routes.items()}
-    extra = names.ARCHITECTURES[file.metadata["general.architecture"]].extra
     dtype, found, nbytes = _dtype_of(file), list[Packed](), 0
     weights = dict[str, Weight]()
     for entry in file.entries.values():

@@ -31,7 +31,8 @@ from torch import Tensor
 from fewbit.checks import is_finite
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
-from fewbit.models.gguf.names import ARCHITECTURES, Architecture, architecture
+from fewbit.models.gguf.architectures import ARCHITECTURES, Architecture, of_file
+from fewbit.models.gguf.names import architecture
 
 _LONGEST = 1 << 31
 
@@ -41,7 +42,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
     arch = architecture(config.model_type)
     _refuse(config, arch)
     heads, rope = config.num_attention_heads, _rope_of(config)
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width = _of(config, arch, "head_dim") or config.hidden_size // heads
     found: dict[str, Any] = {
         "general.architecture": arch.name,
         "general.type": "model",
@@ -55,7 +56,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
     }
     if arch.rotary:
         found |= {
-            "attention.head_count_kv": config.num_key_value_heads,
+            "attention.head_count_kv": _of(config, arch, "num_key_value_heads", heads),
             "attention.key_length": width,
             "attention.value_length": width,
         }
@@ -69,13 +70,16 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
     for theirs, ours in (("attn_logit_softcapping",) * 2, ("final_logit_softcapping",) * 2):
         if (cap := getattr(config, theirs, None)) is not None:
             found[ours] = float(cap)
-    found |= _window(config, arch)
+    found |= {ours: float(getattr(config, theirs)) for theirs, (ours, _) in arch.numbers.items()}
+    found |= {ours: bool(getattr(config, theirs)) for theirs, ours in arch.flags.items()}
+    found |= {**_window(config, arch), **arch.constants}
     return {key if key.startswith("general.") else f"{arch.name}.{key}": value for key, value in found.items()}
 
 
-def _of(config: Any, arch: Architecture, key: str) -> Any:
-    """An entry of a config by Llama's name for it."""
-    return getattr(config, arch.keys.get(key, key))
+def _of(config: Any, arch: Architecture, key: str, default: Any = None) -> Any:
+    """An entry of a config by Llama's name for it; `default` if the config lacks it."""
+    name = arch.keys.get(key, key)
+    return getattr(config, name, default) if name else default
 
 
 def extra_tensors(config: Any) -> dict[str, Tensor]:
@@ -106,8 +110,8 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     if columns != hidden or keys.layers != layers:
         raise keys.wrong(f"it has {keys.layers} blocks of width {columns}, but its keys say {layers} and {hidden}")
     config: dict[str, Any] = {
-        "architectures": [arch.classes[0]],
-        "model_type": arch.model_types[0],
+        "architectures": [arch.cls],
+        "model_type": arch.model_type,
         "vocab_size": vocab,
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -117,12 +121,14 @@ def to_config(file: GgufFile) -> dict[str, Any]:
         "dtype": _dtype(file),
         **_special(keys),
     }
-    config |= arch.fixed
+    config |= {**arch.fixed, **arch.required}
     config |= _rotary(keys, config) if arch.rotary else _learned(keys, config)
     config["rms_norm_eps"] = keys.real(arch.epsilon)
     config |= {key: tensor in file.entries for key, tensor in arch.biases.items()}
+    config |= {key: keys.real(ours, default) for key, (ours, default) in arch.numbers.items()}
+    config |= {key: keys.flag(ours) for key, ours in arch.flags.items()}
     config |= _windows(keys, config)
-    return {arch.keys.get(key, key): value for key, value in config.items()}
+    return {name: value for key, value in config.items() if (name := arch.keys.get(key, key))}
 
 
 def _rotary(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,6 +138,10 @@ def _rotary(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     width = keys.count("attention.key_length", hidden // heads if heads <= hidden else 1)
     if keys.count("attention.value_length", width) != width or heads % kv:
         raise keys.wrong(f"{arch.name} cannot have {heads} heads with {kv} key-value heads of width {width}")
+    if (arch.keys.get("head_dim") == "" and width * heads != hidden) or (
+        arch.keys.get("num_key_value_heads") == "" and kv != heads
+    ):
+        raise keys.wrong(f"{arch.name} cannot have {heads} heads of width {width} and {kv} key-value heads")
     rows = keys.shape("blk.0.attn_qkv.weight" if arch.joined else "blk.0.attn_q.weight")[0]
     wanted = width * (heads + 2 * kv) if arch.joined else width * heads
     if rows != wanted:
@@ -166,13 +176,14 @@ class _Metadata:
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
-        name = file.metadata.get("general.architecture")
-        if not isinstance(name, str) or name not in ARCHITECTURES:
+        found = of_file(file.metadata)
+        if found is None:
+            name = str(file.metadata.get("general.architecture"))[:80]
             raise FormatError(
-                f"{file.path}: architecture {str(name)[:80]!r} is not one that fewbit loads",
+                f"{file.path}: architecture {name!r} is not one that fewbit loads",
                 f"Supported architectures: {', '.join(sorted(ARCHITECTURES))}.",
             )
-        self.architecture: Architecture = ARCHITECTURES[name]
+        self.architecture: Architecture = found
         blocks = {entry.split(".", 2)[1] for entry in file.entries if entry.startswith("blk.") and entry.count(".") > 1}
         self.layers = len(blocks)
 
@@ -200,6 +211,13 @@ class _Metadata:
             raise self.wrong(f"{self.architecture.name}.{key} is {str(value)[:80]}, not a finite number")
         return float(str(np.float32(value)))
 
+    def flag(self, key: str) -> bool:
+        """True or false."""
+        value = self.get(key)
+        if not isinstance(value, bool):
+            raise self.wrong(f"{self.architecture.name}.{key} is {str(value)[:80]}, neither true nor false")
+        return value
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a required matrix."""
         entry = self.file.entries.get(name)
@@ -223,11 +241,33 @@ def _refuse(config: Any, arch: Architecture) -> None:
             raise PlanError(f"llama.cpp scales the queries of {arch.name} by {wanted}; this model needs {scalar}")
     if arch.tied and not config.tie_word_embeddings:
         raise PlanError(f"llama.cpp runs {arch.name} with an output head tied to the embedding; this model has its own")
+    if arch.untied and config.tie_word_embeddings:
+        raise PlanError(f"llama.cpp runs {arch.name} with an output head of its own; that of this model is tied")
+    for key, wanted in arch.required.items():
+        if (found := getattr(config, key, wanted)) != wanted:
+            raise PlanError(f"llama.cpp runs {arch.name} with {key} = {wanted}; this model has {found}")
+    width = getattr(config, "head_dim", None)
+    if arch.keys.get("head_dim") == "" and width and width * config.num_attention_heads != config.hidden_size:
+        raise PlanError(
+            f"llama.cpp runs {arch.name} with heads as wide as the model; this model's have {width} columns"
+        )
+    if arch.unrotated and list(config.no_rope_layers) != [int(i % arch.unrotated > 0) for i in _layers(config)]:
+        raise PlanError(f"llama.cpp runs {arch.name} without RoPE in every layer of number {arch.unrotated} only")
+    if arch.windowed and (config.sliding_window is None) == (config.num_hidden_layers == arch.windowed):
+        raise PlanError(
+            f"llama.cpp runs {arch.name} with sliding windows if it has {arch.windowed} layers, and else without; this "
+            f"model has {config.num_hidden_layers} layers and a window of {config.sliding_window}"
+        )
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     if windowed and not arch.period and "full_attention" in config.layer_types:
         raise PlanError(
             f"llama.cpp runs {arch.name} with full attention in all layers; here some have a sliding window"
         )
+
+
+def _layers(config: Any) -> range:
+    """The numbers of the layers, from 1."""
+    return range(1, config.num_hidden_layers + 1)
 
 
 def _rope_of(config: Any) -> dict[str, Any]:
@@ -275,7 +315,7 @@ def _window(config: Any, arch: Architecture) -> dict[str, Any]:
             found["attention.sliding_window_pattern"] = np.array(sliding)
     if arch.local_theta is not None:
         theta = (config.rope_parameters.get("sliding_attention") or {}).get("rope_theta")
-        if theta is not None and theta != arch.local_theta:
+        if theta is not None and theta != (arch.local_theta or _rope_of(config)["rope_theta"]):
             found["rope.freq_base_swa"] = float(theta)
     return found
 
@@ -299,9 +339,9 @@ def _rope(keys: _Metadata, width: int) -> dict[str, Any]:
     arch, entries = keys.architecture, keys.file.entries
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base", 10000.0)}
     turned = keys.count("rope.dimension_count", width)
-    if turned != width:
-        if not arch.partial_rotary or turned > width:
-            raise keys.wrong(f"{turned} of {width} columns of a head are rotated, which {arch.name} does not support")
+    if turned > width or (turned < width and not arch.partial_rotary):
+        raise keys.wrong(f"{turned} of {width} columns of a head are rotated, which {arch.name} does not support")
+    if arch.partial_rotary:
         rope["partial_rotary_factor"] = turned / width
     kind = keys.get("rope.scaling.type")
     if "rope_freqs.weight" in entries:
@@ -328,7 +368,8 @@ def _rope(keys: _Metadata, width: int) -> dict[str, Any]:
         raise keys.wrong(f"rope scaling of type {str(kind)[:80]!r} is unknown")
     if arch.local_theta is None:
         return rope
-    local = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base_swa", arch.local_theta)}
+    theta = keys.real("rope.freq_base_swa", arch.local_theta or rope["rope_theta"])
+    local = {"rope_type": "default", "rope_theta": theta}
     return {"full_attention": rope, "sliding_attention": local}
 
 
@@ -362,8 +403,9 @@ def _windows(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     if not arch.period:
         if not (arch.window and window):
             return {}
-        changed = {"model_type": arch.model_types[-1], "architectures": [arch.classes[-1]]}
-        return {"sliding_window": keys.count("attention.sliding_window"), **changed}
+        return {"sliding_window": keys.count("attention.sliding_window")}
+    if arch.windowed and layers != arch.windowed:
+        return {"sliding_window": None, "layer_types": ["full_attention"] * layers}
     sliding = _usual(arch.period, layers)
     pattern = keys.get("attention.sliding_window_pattern")
     if isinstance(pattern, np.ndarray):
@@ -375,15 +417,17 @@ def _windows(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
         sliding = _usual(period, layers)
     if not window and not arch.default_window:
         sliding = [False] * layers
-    by_hidden = layers == arch.scaled_by_hidden
-    scalar = config["hidden_size"] // config["num_attention_heads"] if by_hidden else config["head_dim"]
-    found = {
+    found: dict[str, Any] = {
         "sliding_window": keys.count("attention.sliding_window", 4096),
         "layer_types": ["sliding_attention" if each else "full_attention" for each in sliding],
-        "query_pre_attn_scalar": scalar,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
     }
+    if arch.scaled_by_hidden is None:
+        return found
+    by_hidden = layers == arch.scaled_by_hidden
+    found["query_pre_attn_scalar"] = (
+        config["hidden_size"] // config["num_attention_heads"] if by_hidden else config["head_dim"]
+    )
+    found |= {"attn_logit_softcapping": None, "final_logit_softcapping": None}
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         if (value := keys.get(cap)) is not None and value != 0:
             found[cap] = keys.real(cap)

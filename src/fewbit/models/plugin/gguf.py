@@ -24,7 +24,8 @@ from fewbit.errors import FormatError, KernelError, PlanError
 from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile, GgufWriter
 from fewbit.models import scales
 from fewbit.models.building import building
-from fewbit.models.gguf.names import ARCHITECTURES, Route, routes
+from fewbit.models.gguf.architectures import of_file
+from fewbit.models.gguf.names import Route, architecture, routes
 from fewbit.models.linears import LINEARS
 from fewbit.models.plugin.modules import put, put_embedding, unpack
 from fewbit.models.plugin.patch_gguf_config import gguf_path
@@ -55,7 +56,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
     def read_header(self, gguf_file: str) -> None:
         """Parse the header. transformers calls this once it knows the file's path."""
         file = GgufFile(gguf_file)
-        if file.metadata.get("general.architecture") not in ARCHITECTURES:
+        if of_file(file.metadata) is None:
             super().read_header(gguf_file)
             return
         self.file, self.own_scales = file, scales.of_metadata(file.metadata)
@@ -257,7 +258,7 @@ def _matched(file: GgufFile, model: PreTrainedModel, known: dict[str, Route]) ->
     head that GGUF files never have (such as a classifier's) is initialized with a warning.
     """
     ours = {route.name: name for name, route in known.items()}
-    extra = ARCHITECTURES[file.metadata["general.architecture"]].extra
+    extra = architecture(model.config.model_type).extra
     expected = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
     entries = {}
     for entry in file.entries.values():

@@ -38,10 +38,10 @@ def gguf_path(name: Any, file: str, options: Mapping[str, Any]) -> str:
 def gguf_file(name: Any, file: str, options: Mapping[str, Any]) -> GgufFile | None:
     """The file that these arguments name; None if fewbit does not load its architecture."""
     from fewbit.formats.containers.gguf import GgufFile
-    from fewbit.models.gguf.names import ARCHITECTURES
+    from fewbit.models.gguf.architectures import of_file
 
     opened = GgufFile(gguf_path(name, file, options))
-    return opened if opened.metadata.get("general.architecture") in ARCHITECTURES else None
+    return opened if of_file(opened.metadata) is not None else None
 
 
 def register() -> None:

@@ -1,0 +1,35 @@
+"""A model of every architecture becomes the file that llama.cpp's own converter makes of it.
+
+The values come from `convert_hf_to_gguf.py` of llama-cpp-python 0.3.36, by `python -m tests.interop.converter`. All
+weights are whole numbers, so the values do not depend on a random generator.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fewbit.formats.containers.gguf import GgufFile
+from tests import gguf_files
+
+# Keys that the converter writes though llama.cpp takes the same value without them.
+WITHOUT_EFFECT = {
+    "attention.sliding_window_pattern",  # of the usual pattern
+    "rope.freq_base_swa",  # the usual base
+    "rope.scaling.original_context_length",  # without a scaling
+    "rope.scaling.type",  # none
+}
+
+
+@pytest.mark.parametrize("kind", gguf_files.KINDS)
+def test_a_file_is_that_of_llama_cpps_converter(kind: str, tmp_path: Path) -> None:
+    folder = gguf_files.numbered(gguf_files.save(tmp_path / "m", kind))
+    file, golden = GgufFile(gguf_files.written(folder, tmp_path / "m.gguf")), gguf_files.golden()[kind]
+    keys = gguf_files.keys_of(file)
+    missing = {key for key in golden["keys"].keys() - keys.keys() if key.split(".", 1)[1] not in WITHOUT_EFFECT}
+    assert not missing
+    assert {key: keys[key] for key in golden["keys"] if key in keys} == {
+        key: value for key, value in golden["keys"].items() if key in keys
+    }
+    assert gguf_files.digest(file) == golden["digest"]

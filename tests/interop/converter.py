@@ -1,0 +1,85 @@
+"""llama.cpp's own converter, `convert_hf_to_gguf.py`, out of llama-cpp-python's source distribution.
+
+`make interop` downloads that to build/peers. The converter runs in a process of its own, without its tokenizer part,
+which knows tokenizers by hashes of published ones.
+
+`python -m tests.interop.converter [TYPE ...]` writes the golden values of all or some architectures.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fewbit.formats.containers.gguf import GgufFile
+from tests import gguf_files, models
+from tests.interop.llama_cpp import VERSION
+
+ROOT = Path(__file__).resolve().parents[2]
+SDIST = ROOT / "build" / "peers" / f"llama_cpp_python-{VERSION}.tar.gz"
+_INSIDE = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/"
+# Entries of published config.json files that the converter reads and transformers no longer writes.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "cohere2": {"rotary_pct": 1.0},
+    "gpt2": {"n_ctx": models.CONTEXT},
+    "gpt_neox": {"rotary_pct": 0.25},
+}
+_RUN = """
+import json, sys
+from pathlib import Path
+source, folder, out = map(Path, sys.argv[1:4])
+sys.path[:0] = [str(source), str(source / "gguf-py")]
+import gguf
+from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+kind = get_model_class(get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT), mmproj=False)
+kind.set_vocab = lambda self: None
+read = ModelBase.load_hparams
+ModelBase.load_hparams = staticmethod(lambda *each, **more: {**read(*each, **more), **json.loads(sys.argv[4])})
+kind(folder, gguf.LlamaFileType.ALL_F32, out, model_name="m").write()
+"""
+
+
+def unpacked(place: Path) -> Path:
+    """The converter's folder, in `place`."""
+    with tarfile.open(SDIST) as sdist:
+        wanted = [each for each in sdist if each.name.startswith((f"{_INSIDE}conversion/", f"{_INSIDE}gguf-py/"))]
+        sdist.extractall(place, wanted, filter="data")
+    return place / _INSIDE
+
+
+def convert(source: Path, folder: Path, out: Path, entries: Mapping[str, Any]) -> None:
+    """Convert the model in `folder` to a file of float32 at `out`.
+
+    source: what `unpacked` gave. entries: further entries of config.json.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, source, folder, out, json.dumps(dict(entries))],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the converter failed: {done.stderr[-3000:]}")
+
+
+def main(kinds: Sequence[str]) -> None:
+    """Write the golden values of these families and types, or of all."""
+    values = gguf_files.golden() if gguf_files.GOLDEN.exists() else {}
+    with tempfile.TemporaryDirectory() as place:
+        source = unpacked(Path(place))
+        for kind in kinds or gguf_files.KINDS:
+            folder, out = Path(place) / kind, Path(place) / f"{kind}.gguf"
+            convert(source, gguf_files.numbered(gguf_files.save(folder, kind)), out, PUBLISHED.get(kind, {}))
+            file = GgufFile(out)
+            values[kind] = {"digest": gguf_files.digest(file), "keys": gguf_files.keys_of(file)}
+    gguf_files.GOLDEN.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
