@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
+import shutil
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +17,12 @@ from typing import Any
 import pytest
 import torch
 
+import fewbit
 from fewbit.models.loading import Loading
 from tests.limits import HANG
+
+HELLO = [{"role": "user", "content": "Hello there"}]
+PROMPTS = ["Hello there", "What is a garden?", "Tell me a story about a cat.", "Why is the sky blue?", "One two three"]
 
 
 @dataclass
@@ -97,3 +105,45 @@ def _gated(engine: Any, made: Served) -> None:
         return forward(*args, **kwargs)
 
     model.forward = gated
+
+
+def demo(out: Path) -> Path:
+    """The demo model in four bits, whose answers end only at their maximum of tokens."""
+    fewbit.quantize("tiny", out, plan="rtn-4bit")
+    return _set_ends(out, None)
+
+
+def with_ends(model: Path, out: Path, ends: int | list[int]) -> Path:
+    """A copy of a model whose answers end at these tokens."""
+    shutil.copytree(model, out)
+    return _set_ends(out, ends)
+
+
+def _set_ends(model: Path, ends: Any) -> Path:
+    place = model / "generation_config.json"
+    config = json.loads(place.read_text(encoding="utf-8"))
+    place.write_text(json.dumps(config | {"eos_token_id": ends}), encoding="utf-8")
+    return model
+
+
+def ask(client: Any, prompt: str = "Hello there", new: int | None = 8, **more: Any) -> Any:
+    """A greedy answer in a chat."""
+    messages = [{"role": "user", "content": prompt}]
+    given = {"model": "tiny-4bit", "max_tokens": new, "temperature": 0} | more
+    return client.chat.completions.create(messages=messages, **given)
+
+
+def said(answer: Any) -> str:
+    return str(answer.choices[0].message.content)
+
+
+def raw(server: Served, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
+    """The status and the JSON of an answer to a request that OpenAI's client would not send."""
+    given = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(server.address + path, body, given)) as answer:
+            status, text = answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            status, text = error.code, error.read()
+    return status, json.loads(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import urllib.error
 import urllib.request
@@ -14,29 +13,21 @@ from typing import Any
 
 import pytest
 
-import fewbit as package
 from fewbit.models.decoding.generate import continue_text, in_template, prompt_ids
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
-from tests.served import Served, served, until
+from tests.served import HELLO, PROMPTS, Served, ask, demo, raw, said, served, until, with_ends
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
-
-HELLO = [{"role": "user", "content": "Hello there"}]
-PROMPTS = ["Hello there", "What is a garden?", "Tell me a story about a cat.", "Why is the sky blue?", "One two three"]
 
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model in four bits, whose answers end only at their maximum of tokens."""
-    out = tmp_path_factory.mktemp("served") / "tiny-4bit"
-    package.quantize("tiny", out, plan="rtn-4bit")
-    config = json.loads((out / "generation_config.json").read_text(encoding="utf-8"))
-    (out / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": None}), encoding="utf-8")
-    return out
+    return demo(tmp_path_factory.mktemp("served") / "tiny-4bit")
 
 
 @pytest.fixture(scope="module")
@@ -61,29 +52,6 @@ def alone(quantized: Path) -> Any:
         return continue_text(model, tokenizer, prompt_ids(tokenizer, prompt, chat=chat), max_new_tokens=new).text
 
     return answer
-
-
-def ask(client: Any, prompt: str = "Hello there", new: int | None = 8, **more: Any) -> Any:
-    """A greedy answer in a chat."""
-    messages = [{"role": "user", "content": prompt}]
-    given = {"model": "tiny-4bit", "max_tokens": new, "temperature": 0} | more
-    return client.chat.completions.create(messages=messages, **given)
-
-
-def said(answer: Any) -> str:
-    return str(answer.choices[0].message.content)
-
-
-def raw(server: Served, path: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
-    """The status and the JSON of an answer to a request that OpenAI's client would not send."""
-    given = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(server.address + path, body, given)) as answer:
-            status, text = answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        with error:
-            status, text = error.code, error.read()
-    return status, json.loads(text)
 
 
 def test_a_chat_answers_as_generate(client: Any, alone: Any) -> None:
@@ -178,14 +146,13 @@ def test_stop_sequences_across_tokens(stream: bool, client: Any) -> None:
 
 
 def test_the_end_of_an_answer(tmp_path: Path, quantized: Path, client: Any) -> None:
-    ending = tmp_path / "ending"
-    shutil.copytree(quantized, ending)
-    ids = load_tokenizer(locate(ending))
-    config = json.loads((ending / "generation_config.json").read_text(encoding="utf-8"))
+    ids = load_tokenizer(locate(quantized))
     tokens = client.completions.create(model="tiny-4bit", prompt="A", temperature=0, logprobs=0).choices[0]
     end = ids.convert_tokens_to_ids(ids.tokenize(tokens.logprobs.tokens[5]))[0]
-    (ending / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": end}), encoding="utf-8")
-    with served(ending, served_model_name="other") as server, server.client() as other:
+    with (
+        served(with_ends(quantized, tmp_path / "ending", end), served_model_name="other") as server,
+        server.client() as other,
+    ):
         answer = other.completions.create(model="other", prompt="A", temperature=0)
         assert answer.choices[0].finish_reason == "stop"
         assert tokens.text.startswith(answer.choices[0].text)
@@ -233,7 +200,6 @@ def test_logprobs_are_those_of_the_model(client: Any, quantized: Path) -> None:
     ("change", "param", "words"),
     [
         ({"n": 2}, "n", "one answer"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "only plain text"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not support"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "not support"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),

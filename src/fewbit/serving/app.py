@@ -76,7 +76,7 @@ def application(service: Service, key: str | None, most: int) -> FastAPI:
 
 async def _answered(service: Service, asked: Chat | Completion, request: Request) -> Response:
     service.check(asked.model)
-    answer = service.begin(await service.ids(asked), asked)
+    answer = service.begin(await service.ids(asked), asked, await service.grammar(asked))
     form = answers.Form(service, asked)
     if asked.stream:
         return _Events(form, answer, service)

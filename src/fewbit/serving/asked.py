@@ -29,7 +29,7 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 }
 _SAID = {
     "n": "this server gives one answer to each request: send the request n times",
-    "response_format": "only plain text: no library for constrained JSON is part of this server",
+    "response_format": "only in /v1/chat/completions",
 }
 # They tell the server about the caller, and change no answer.
 _LABELS = ("user", "safety_identifier", "prompt_cache_key", "metadata")
@@ -46,11 +46,11 @@ class _Body(BaseModel):
     def _supported(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        kept = {}
+        kept, known = {}, {field.alias or name for name, field in cls.model_fields.items()}
         for name, value in given.items():
             if value is None or name in _LABELS:
                 continue
-            if name in cls.model_fields:
+            if name in known:
                 kept[name] = value
             elif name not in _WITHOUT_EFFECT:
                 raise Failure(400, f"{name}: unknown parameter", "unknown_parameter", name)
@@ -132,10 +132,43 @@ class Message(_Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
+class JsonSchema(_Body):
+    """A named schema. The answer follows it whether `strict` or not."""
+
+    name: str = Field(min_length=1, max_length=64)
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] = Field({}, alias="schema")
+
+
+class ResponseFormat(_Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_what_its_type_needs(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise Failure(
+                400,
+                "response_format: json_schema belongs to the type json_schema, and is needed there",
+                "invalid_value",
+                "response_format",
+            )
+        return self
+
+    @property
+    def schema_(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer; None for plain text."""
+        if self.type == "text":
+            return None
+        return {"type": "object"} if self.json_schema is None else self.json_schema.schema_
+
+
 class Chat(Asked):
     """A body of /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
+    response_format: ResponseFormat | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)

@@ -17,6 +17,7 @@ from fewbit.models.decoding.continuous import Choosing, Engine, Likely, News
 from fewbit.models.decoding.generate import in_template, prompt_ids
 from fewbit.serving.asked import Chat, Completion
 from fewbit.serving.failures import Failure
+from fewbit.serving.grammar import Grammar, Grammars
 from fewbit.serving.metrics import Metrics
 from fewbit.serving.text import Written
 from fewbit.system.files import unwritable
@@ -46,6 +47,8 @@ class Service:
         self.metrics = Metrics(lambda: engine.unfinished)
         self._rows = rows
         self._tokenizing = ThreadPoolExecutor(1, "fewbit-tokenizer")  # tokenizers are not for several threads at once
+        self._compiling = ThreadPoolExecutor(1, "fewbit-grammar")  # a large schema holds up others with a schema only
+        self._grammars = Grammars(tokenizer, engine.ends, rows)
 
     def check(self, model: str | None) -> None:
         """Failure if a request names another model."""
@@ -71,6 +74,17 @@ class Service:
             )
         return ids
 
+    async def grammar(self, asked: Chat | Completion) -> Grammar | None:
+        """What limits the answer to JSON, if the request asks for it. Failure for a schema that cannot be followed."""
+        form = asked.response_format if isinstance(asked, Chat) else None
+        if form is None or (schema := form.schema_) is None:
+            return None
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._compiling, self._grammars.of, schema)
+        except FewbitError as error:
+            message = f"response_format: {error.message}"
+            raise Failure(400, message, "invalid_json_schema", "response_format") from error
+
     def _chat(self, asked: Chat) -> list[int]:
         turns = [message.turn for message in asked.messages]
         for turn in turns:
@@ -93,31 +107,29 @@ class Service:
         listed: list[int] = windows.within(ids, self._rows, self.tokenizer, where)[0].tolist()
         return listed
 
-    def begin(self, ids: Sequence[int], asked: Chat | Completion) -> Answer:
+    def begin(self, ids: Sequence[int], asked: Chat | Completion, grammar: Grammar | None) -> Answer:
         """Put a request in the queue. Failure if the queue is full or the engine has ended."""
         if self.engine.failed:
             raise Failure(503, "The engine has ended by an error; see the server's log.", "engine_failed")
         if self.engine.unfinished >= self.most:
             raise Failure(429, "The queue is full. Try again later.", "queue_full", headers={"Retry-After": "1"})
-        new = asked.new or self.engine.context - len(ids)
-        return Answer(self, ids, new, asked.choosing(self.usual), asked.stops)
+        return Answer(self, ids, asked, grammar)
 
 
 class Answer:
     """One request that runs. `close` ends it; it must be called."""
 
-    def __init__(
-        self, service: Service, ids: Sequence[int], new: int, choosing: Choosing, stops: Sequence[str]
-    ) -> None:
+    def __init__(self, service: Service, ids: Sequence[int], asked: Chat | Completion, grammar: Grammar | None) -> None:
         self.prompt_tokens, self.tokens = len(ids), 0
-        self._service, self._written = service, Written(service.tokenizer, stops)
+        self._service, self._written = service, Written(service.tokenizer, asked.stops)
         self._news: News | None = None
         self._came, self._loop = asyncio.Event(), asyncio.get_running_loop()
         self._begun, self._closed = time.perf_counter(), False
         self._reported = 0
         service.metrics.prompt_tokens += len(ids)
+        new, choosing = asked.new or service.engine.context - len(ids), asked.choosing(service.usual)
         try:
-            self._name = service.engine.submit(ids, new, choosing, self._tell)
+            self._name = service.engine.submit(ids, new, choosing, self._tell, grammar)
         except KernelError as error:
             raise Failure(503, "The server is shutting down.", "shutting_down") from error
 
@@ -156,6 +168,7 @@ class Answer:
             if ended or written.stopped:
                 break
         finish = None
+        ended = ended or news.complete
         if ended or news.finished:
             text += written.finish()
             finish = "stop" if ended or written.stopped else "length"

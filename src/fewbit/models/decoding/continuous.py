@@ -18,14 +18,14 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
 from fewbit import units
-from fewbit.errors import KernelError, PlanError
+from fewbit.errors import FewbitError, KernelError, PlanError
 from fewbit.models.decoding.generate import text_settings
 
 try:
@@ -71,22 +71,43 @@ class Likely:
     top: tuple[tuple[int, float], ...]
 
 
+class Grammar(Protocol):
+    """Which tokens an answer may consist of. It is asked before each token, and then told the token.
+
+    complete: no token may follow. allowed: a byte for each token of the vocabulary, 0 if it may not come next. Both
+    methods raise a FewbitError if the answer cannot be continued.
+    """
+
+    @property
+    def complete(self) -> bool: ...
+
+    def allowed(self) -> bytes: ...
+
+    def accept(self, token: int) -> None: ...
+
+
 @dataclass(frozen=True)
 class News:
-    """What is known of a request after a step: all its tokens, in order. likely: of each token, if asked for."""
+    """What is known of a request after a step: all its tokens, in order. likely: of each token, if asked for.
+
+    complete: its grammar allows no more tokens; the request must be cancelled if it has not finished.
+    """
 
     tokens: tuple[int, ...]
     finished: bool
     error: str | None = None
     likely: tuple[Likely, ...] = ()
+    complete: bool = False
 
 
 @dataclass
 class _Request:
     choosing: Choosing
     tell: Callable[[News], None]
+    grammar: Grammar | None
     random: random.Random
     likely: list[Likely] = field(default_factory=list)
+    error: str | None = None
 
 
 class Engine:
@@ -141,13 +162,21 @@ class Engine:
         """The number of requests that run or wait."""
         return len(self._requests)
 
-    def submit(self, ids: Sequence[int], new: int, choosing: Choosing, tell: Callable[[News], None]) -> str:
+    def submit(
+        self,
+        ids: Sequence[int],
+        new: int,
+        choosing: Choosing,
+        tell: Callable[[News], None],
+        grammar: Grammar | None = None,
+    ) -> str:
         """Answer the prompt `ids` with up to `new` tokens. Returns the request's name.
 
-        tell: gets the state after each token; it is called in the engine's thread, and must not wait.
+        tell: gets the state after each token; it is called in the engine's thread, and must not wait. grammar: limits
+        the tokens; it belongs to this request from now on.
         """
         name = f"request-{next(self._names)}"
-        self._requests[name] = _Request(choosing, tell, random.Random(choosing.seed))
+        self._requests[name] = _Request(choosing, tell, grammar, random.Random(choosing.seed))
         accepted = self._manager.add_request(
             list(ids), name, max_new_tokens=new, streaming=True, eos_token_id=self.ends or -1
         )
@@ -184,7 +213,9 @@ class _Router(OutputRouter):
         finished, tokens = output.is_finished(), tuple(output.generated_tokens)
         if finished:
             self._requests.pop(output.request_id, None)
-        request.tell(News(tokens, finished, output.error, tuple(request.likely[: len(tokens)])))
+        complete = request.grammar is not None and request.grammar.complete
+        error = output.error or request.error
+        request.tell(News(tokens, finished, error, tuple(request.likely[: len(tokens)]), complete))
 
     def deliver_batch(self, outputs: list[Any]) -> None:
         for output in outputs:
@@ -222,13 +253,39 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
                 chosen[i] = self._processors(seen, scores[i : i + 1].clone())[0]
             if request is None:
                 continue
-            if request.choosing.temperature > 0:
-                token = drawn(chosen[i], request.choosing, request.random.random())
-                chosen[i] = -math.inf
-                chosen[i, token] = 0.0
+            limits = request.grammar if request.error is None else None
+            if limits is not None and limits.complete:
+                continue
+            try:
+                if limits is not None:
+                    chosen[i] = within(chosen[i], scores[i], limits.allowed())
+                if request.choosing.temperature > 0:
+                    token = drawn(chosen[i], request.choosing, request.random.random())
+                    chosen[i] = -math.inf
+                    chosen[i, token] = 0.0
+                if limits is not None:
+                    limits.accept(int(chosen[i].argmax()))
+            except FewbitError as error:  # of this request alone
+                request.error = error.message
             if request.choosing.logprobs is not None:
                 request.likely.append(_likely(scores[i], int(chosen[i].argmax()), request.choosing.logprobs))
         return chosen
+
+
+def within(logits: Tensor, scores: Tensor, allowed: bytes) -> Tensor:
+    """`logits` [vocabulary] with minus infinity at the tokens that are not allowed: see `Grammar`.
+
+    scores: taken instead of `logits` if these exclude every allowed token, for example because the model's
+    generation_config suppresses it.
+    """
+    forbidden = torch.ones(len(logits), dtype=torch.bool, device="cpu")
+    known = torch.frombuffer(bytearray(allowed), dtype=torch.uint8)[: len(logits)]
+    forbidden[: len(known)] = known == 0
+    forbidden = forbidden.to(logits.device)
+    limited = logits.masked_fill(forbidden, -math.inf)
+    if bool(limited.isneginf().all()):
+        limited = scores.masked_fill(forbidden, -math.inf)
+    return limited
 
 
 def drawn(logits: Tensor, choosing: Choosing, uniform: float) -> Tensor:
