@@ -122,7 +122,8 @@ int check(const fewbit_weight* given) {
       if (w.bits < 2 || w.bits > 8 || w.group <= 0 || w.k % w.group) return FEWBIT_SHAPE;
       const int64_t groups = w.k / w.group, vectors = 8 % w.bits ? 1 : 8 / w.bits, chunk = 64 * vectors;
       const bool whole = groups == 1 || w.group % chunk == 0;
-      if (!whole && (chunk % w.group || w.group % (4 * vectors))) return FEWBIT_SHAPE;
+      const int64_t lane = vectors == 1 ? 8 : 4 * vectors;  // columns that share a scale in any case
+      if (!whole && (chunk % w.group || w.group % lane)) return FEWBIT_SHAPE;
       if (!holds(w, 0, w.n * ((w.k * w.bits + 7) / 8)) || !holds(w, 1, w.n * groups * 2)) return FEWBIT_SHORT;
       return !w.part[2] || holds(w, 2, w.n * ((groups * w.bits + 7) / 8)) ? FEWBIT_OK : FEWBIT_SHORT;
     }
@@ -221,11 +222,43 @@ struct Memory {
 };
 thread_local Memory memory;
 
+constexpr int64_t ROUNDED = 256;  // rows of x that are rounded at once: some megabytes
+
+// What a thread needs to round a row of x: codes, scales, and, if asked for, a row in float32.
+struct Scratch {
+  int64_t padded, bytes;
+  int8_t* codes = nullptr;
+  float *scales = nullptr, *row = nullptr;
+  Scratch(int64_t k, int64_t columns, bool wide)
+      : padded((columns + 255) / 256 * 256), bytes((padded + padded / 8 + (wide ? 4 * k : 0) + 63) / 64 * 64) {}
+  Scratch of(char* held, int64_t i) const {
+    Scratch own = *this;
+    own.codes = reinterpret_cast<int8_t*>(held + bytes * i);
+    own.scales = reinterpret_cast<float*>(held + bytes * i + padded);
+    own.row = reinterpret_cast<float*>(held + bytes * i + padded + padded / 8);
+    return own;
+  }
+};
+
+// Rounds the rows of x, of type float32 or (narrow) bfloat16, each to `out + i * bytes`. `held`: scratch of each thread.
+void round_rows(const Isa& with, const fewbit_weight& w, const void* x, bool narrow, int64_t m, char* out, int64_t bytes,
+                const Scratch& scratch, char* held, int threads) {
+  std::atomic<int> next{0};
+  share(m, 1 + (1 << 15) / w.k, threads, [&](int64_t begin, int64_t end) {
+    const Scratch own = scratch.of(held, next.fetch_add(1));
+    for (int64_t i = begin; i < end; i++) {
+      const float* row = static_cast<const float*>(x) + i * w.k;
+      if (narrow) widen(static_cast<const uint16_t*>(x) + i * w.k, own.row, w.k), row = own.row;
+      with.round(w, row, own.codes, own.scales, out + i * bytes);
+    }
+  });
+}
+
 }  // namespace
 
 extern "C" {
 
-int fewbit_abi(void) { return 6; }
+int fewbit_abi(void) { return 7; }
 
 const char* fewbit_isa(void) { return isa().name; }
 
@@ -249,23 +282,22 @@ int fewbit_linear(const fewbit_weight* w, const void* x, int64_t m, void* y, int
   if (m <= 0 || w->n == 0) return FEWBIT_OK;
   const Isa& with = isa();
   const bool narrow = type == FEWBIT_BFLOAT16;
-  const int64_t row = with.rounded_bytes(*w), padded = (with.columns(*w) + 255) / 256 * 256;
-  const int64_t fixed = row * m + padded + padded / 8, wide = narrow ? 4 * (w->k + m * w->n) : 0;
-  char* held = memory.take(size_t(fixed + wide));
+  const int64_t n = w->n, most = m < ROUNDED ? m : ROUNDED, row = with.rounded_bytes(*w), all = (row * most + 63) / 64 * 64;
+  const Scratch scratch(w->k, with.columns(*w), narrow);
+  const int64_t shares = threads < 1 ? 1 : threads;
+  char* held = memory.take(size_t(all + scratch.bytes * shares + (narrow ? 4 * most * n : 0)));
   if (!held) return FEWBIT_MEMORY;
-  int8_t* codes = reinterpret_cast<int8_t*>(held + row * m);
-  float* scales = reinterpret_cast<float*>(held + row * m + padded);
-  float* one = reinterpret_cast<float*>(held + fixed);  // a row of x, then all of y
-  float* sums = narrow ? one + w->k : static_cast<float*>(y);
-  for (int64_t i = 0; i < m; i++) {
-    const float* from = static_cast<const float*>(x) + i * w->k;
-    if (narrow) widen(static_cast<const uint16_t*>(x) + i * w->k, one, w->k), from = one;
-    with.round(*w, from, codes, scales, held + i * row);
-  }
   // A smaller share is finished before another thread wakes up.
   const int64_t least = 1 + (1 << 16) / w->k;
-  share(w->n, least, threads, [&](int64_t begin, int64_t end) { with.linear(*w, held, m, sums, begin, end); });
-  if (narrow) narrowed(sums, static_cast<uint16_t*>(y), m * w->n);
+  for (int64_t first = 0; first < m; first += most) {
+    const int64_t rows = m - first < most ? m - first : most;
+    const char* from = static_cast<const char*>(x) + first * w->k * (narrow ? 2 : 4);
+    char* to = static_cast<char*>(y) + first * n * (narrow ? 2 : 4);
+    float* sums = reinterpret_cast<float*>(narrow ? held + all + scratch.bytes * shares : to);
+    round_rows(with, *w, from, narrow, rows, held, row, scratch, held + all, threads);
+    share(n, least, threads, [&](int64_t begin, int64_t end) { with.linear(*w, held, rows, sums, begin, end); });
+    if (narrow) narrowed(sums, reinterpret_cast<uint16_t*>(to), rows * n);
+  }
   return FEWBIT_OK;
 }
 
@@ -290,23 +322,13 @@ int fewbit_grouped(const fewbit_weight* w, int64_t count, const int64_t* begin, 
   const Isa& with = isa();
   const bool narrow = type == FEWBIT_BFLOAT16;
   const int64_t n = w->n, k = w->k;
-  const int64_t row = with.rounded_bytes(*w), padded = (with.columns(*w) + 255) / 256 * 256;
+  const int64_t row = with.rounded_bytes(*w), all = (row * m + 63) / 64 * 64;
+  const Scratch scratch(k, with.columns(*w), narrow);
   const int64_t shares = threads < 1 ? 1 : threads;
-  const int64_t scratch = (padded + padded / 8 + (narrow ? 4 * k : 0) + 63) / 64 * 64;  // of a thread
-  char* held = memory.take(size_t(row * m + scratch * shares + (narrow ? 4 * m * n : 0)));
+  char* held = memory.take(size_t(all + scratch.bytes * shares + (narrow ? 4 * m * n : 0)));
   if (!held) return FEWBIT_MEMORY;
-  float* sums = narrow ? reinterpret_cast<float*>(held + row * m + scratch * shares) : static_cast<float*>(y);
-  std::atomic<int> next{0};
-  share(m, 1 + (1 << 15) / k, threads, [&](int64_t from, int64_t to) {
-    char* own = held + row * m + scratch * next.fetch_add(1);
-    float* scales = reinterpret_cast<float*>(own + padded);
-    float* one = reinterpret_cast<float*>(own + padded + padded / 8);
-    for (int64_t i = from; i < to; i++) {
-      const float* values = static_cast<const float*>(x) + i * k;
-      if (narrow) widen(static_cast<const uint16_t*>(x) + i * k, one, k), values = one;
-      with.round(*w, values, reinterpret_cast<int8_t*>(own), scales, held + i * row);
-    }
-  });
+  float* sums = narrow ? reinterpret_cast<float*>(held + all + scratch.bytes * shares) : static_cast<float*>(y);
+  round_rows(with, *w, x, narrow, m, held, row, scratch, held + all, threads);
   // Threads get equal shares of the units, and each starts where the one before it ends, inside of a weight or not.
   share(units, 2 * (1 + (1 << 16) / k), threads, [&](int64_t from, int64_t to) {
     int64_t base = 0;

@@ -75,7 +75,8 @@ FEWBIT_API int fewbit_force(const char* name);
 FEWBIT_API void fewbit_use_openmp(fewbit_parallel parallel);
 // Number of columns of an arranged row, padding included; if negative, -fewbit_status.
 FEWBIT_API int64_t fewbit_columns(const struct fewbit_weight* w);
-// y [m, n] = x [m, k] Wᵀ, both of type `type`. x is rounded to 8 bits in groups of 32 columns (not for levels, FP8).
+// y [m, n] = x [m, k] Wᵀ, both of type `type`. x is rounded to 8 bits in groups of 32 columns (not for levels, FP8). The
+// result for a row of x does not depend on the other rows, nor on the number of threads.
 FEWBIT_API int fewbit_linear(const struct fewbit_weight* w, const void* x, int64_t m, void* y, int type, int threads);
 // The same for many weights of one layout and shape, in one call: rows [begin[e], end[e]) of x times the transpose of
 // w[e], for each of `count` weights. These ranges must not overlap; other rows of y are not written. x has m rows.

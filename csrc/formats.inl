@@ -374,6 +374,46 @@ struct Int8 {
   }
 };
 
+// ---- formats of one vector for each step, with two ------------------------------------------------------------------
+
+// Two steps of `Fmt` as one with P = 2: a lane sums eight columns in place of four, so half as many integers become floats.
+// Eight columns in a row, from a multiple of 8 on, must have one scale and one offset.
+template <class Fmt> struct Pair {
+  static constexpr int P = 2, STEPS = Fmt::STEPS > 1 ? Fmt::STEPS / 2 : 1, C = 128 * STEPS;
+  static constexpr bool WIDE = Fmt::WIDE;
+  static_assert(Fmt::P == 1 && Fmt::C == 64 * Fmt::STEPS);
+  static constexpr int column(int step, int p, int b) {  // the order of Vec::evens and Vec::odds
+    const int second = b / 8 % 2, at = b / 16 * 16 + b / 4 % 2 * 8 + 4 * p + b % 4;
+    return Fmt::STEPS > 1 ? Fmt::column(2 * step + second, 0, at) : 64 * second + Fmt::column(0, 0, at);
+  }
+  struct Row {
+    typename Fmt::Row row;
+    int64_t chunks;
+    explicit Row(const fewbit_weight& w) : row(w), chunks((w.k + Fmt::C - 1) / Fmt::C) {}
+    void to(int64_t n) { row.to(n); }
+  };
+  template <class Fn> static INLINE void decode(const Row& r, int64_t c, Fn&& fn) {
+    U first{};
+    F scale = Vec::set1(0), offset = scale;
+    const auto half = [&](int step, const U* codes, F s, F o) INLINE_LAMBDA {
+      if (step % 2 == 0) {
+        first = codes[0], scale = s, offset = o;
+        return;
+      }
+      const U both[2] = {Vec::evens(first, codes[0]), Vec::odds(first, codes[0])};
+      fn(step / 2, both, Vec::evens(scale, s), Vec::evens(offset, o));
+    };
+    if constexpr (Fmt::STEPS > 1) {
+      Fmt::decode(r.row, c, half);
+    } else {
+      Fmt::decode(r.row, 2 * c, [&](int, const U* u, F s, F o) INLINE_LAMBDA { half(0, u, s, o); });
+      const auto last = [&](int, const U* u, F s, F o) INLINE_LAMBDA { half(1, u, s, o); };
+      if (2 * c + 1 < r.chunks) Fmt::decode(r.row, 2 * c + 1, last);
+      else last(0, &first, Vec::set1(0), Vec::set1(0));
+    }
+  }
+};
+
 // ---- FP4 (E2M1) with a scale for 32 columns (E8M0) or 16 columns (E4M3 times a global scale) -------------------------
 
 // Twice the values are integers. Plus 12 they are codes for a dot product: w = scale / 2 * code - 6 scale.

@@ -16,9 +16,23 @@ template <class Fmt> struct Order {  // position in the kernel's order -> column
 };
 template <class Fmt> constexpr Order<Fmt> ORDER{};
 
-// Bytes of a step's activations: 64 P codes, then for each lane their scale, and the scale times their sum.
+// Bytes of a step's activations: 64 P codes, then for each lane their scale and their sum. A step of W that is unpacked
+// for many rows of x has the same size: its codes, S and B.
 template <class Fmt> constexpr int64_t STEP = 64 * Fmt::P + 128;
 template <class Fmt> int64_t chunks(const fewbit_weight& w) { return (w.k + Fmt::C - 1) / Fmt::C; }
+
+// The sums of a row of W and a row of x (`at`: its step), with the products of one more step. The one place where such
+// products are added up: a row's result must not depend on how many rows there are.
+template <class Fmt> INLINE F added(F sums, const U* codes, F s, F o, const char* at) {
+  const F units = Vec::loadf((const float*)(at + 64 * Fmt::P)), totals = Vec::loadf((const float*)(at + 64 * Fmt::P) + 16);
+  I dot = Vec::zero();
+  for (int p = 0; p < Fmt::P; p++) dot = Vec::dot<Fmt::WIDE>(dot, codes[p], (const int8_t*)at + 64 * p);
+  // The offset's share is added for each step. Added once for a whole row, it would cost precision.
+  return Vec::fma(units, Vec::fma(s, Vec::cvt(dot), Vec::mul(o, totals)), sums);
+}
+
+// Rows of W that are unpacked at once for more than four rows of x, and the most rows of x that they meet.
+constexpr int64_t UNPACKED = 8, BATCH = 32;
 
 template <class Fmt, int M> void product(const fewbit_weight& w, const char* x, int64_t stride, float* y, int64_t begin,
                                          int64_t end) {
@@ -26,24 +40,109 @@ template <class Fmt, int M> void product(const fewbit_weight& w, const char* x, 
   typename Fmt::Row row(w);
   for (int64_t n = begin; n < end; n++) {
     row.to(n);
-    F sums[M][2];
-    for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = Vec::set1(0);
+    F sums[M];
+    for (int m = 0; m < M; m++) sums[m] = Vec::set1(0);
     for (int64_t c = 0; c < count; c++) {
       const char* chunk = x + c * Fmt::STEPS * STEP<Fmt>;
       Fmt::decode(row, c, [&](int step, const U* codes, F s, F o) INLINE_LAMBDA {
-        for (int m = 0; m < M; m++) {
-          const char* at = chunk + m * stride + step * STEP<Fmt>;
-          I dot = Vec::zero();
-          for (int p = 0; p < Fmt::P; p++) dot = Vec::dot<Fmt::WIDE>(dot, codes[p], (const int8_t*)at + 64 * p);
-          const float* lanes = (const float*)(at + 64 * Fmt::P);
-          // The offset's share is added for each step. Added once for a whole row, it would cost precision.
-          const F share = Vec::mul(o, Vec::loadf(lanes + 16));
-          sums[m][step & 1] = Vec::add(
-              sums[m][step & 1], Vec::fma(s, Vec::mul(Vec::cvt(dot), Vec::loadf(lanes)), share));
-        }
+        const F offset = Vec::offset<Fmt::WIDE>(s, o);
+        for (int m = 0; m < M; m++)
+          sums[m] = added<Fmt>(sums[m], codes, s, offset, chunk + m * stride + step * STEP<Fmt>);
       });
     }
-    for (int m = 0; m < M; m++) y[m * w.n + n] = Vec::sum(Vec::add(sums[m][0], sums[m][1]));
+    for (int m = 0; m < M; m++) y[m * w.n + n] = Vec::sum(sums[m]);
+  }
+}
+
+// Adds the products of `steps` unpacked steps of a row of W and of M rows of x to `sums`, 16 for each of these.
+template <class Fmt, int M>
+INLINE void advance(const char* unpacked, const char* x, int64_t stride, int64_t steps, float* sums) {
+  F held[M];
+  for (int m = 0; m < M; m++) held[m] = Vec::loadf(sums + 16 * m);
+  for (int64_t i = 0; i < steps; i++, unpacked += STEP<Fmt>, x += STEP<Fmt>) {
+    U codes[Fmt::P];
+    for (int p = 0; p < Fmt::P; p++) codes[p] = Vec::load((const uint8_t*)unpacked + 64 * p);
+    const float* lanes = (const float*)(unpacked + 64 * Fmt::P);
+    const F s = Vec::loadf(lanes), o = Vec::loadf(lanes + 16);
+    for (int m = 0; m < M; m++) held[m] = added<Fmt>(held[m], codes, s, o, x + m * stride);
+  }
+  for (int m = 0; m < M; m++) Vec::storef(sums + 16 * m, held[m]);
+}
+
+// The same as `product` for up to BATCH rows of x, in the same order of additions. Pieces of a few rows of W are unpacked
+// into the L1 cache, once for all rows of x.
+template <class Fmt> void products(const fewbit_weight& w, const char* x, int64_t stride, int64_t m, float* y,
+                                   int64_t begin, int64_t end) {
+  constexpr int64_t STEPS = 8, CHUNKS = STEPS / Fmt::STEPS;
+  alignas(64) char unpacked[UNPACKED][STEPS * STEP<Fmt>];
+  alignas(64) float sums[UNPACKED][16 * BATCH];
+  const int64_t count = chunks<Fmt>(w);
+  typename Fmt::Row row(w);
+  for (int64_t n = begin; n < end; n += UNPACKED) {
+    const int64_t rows = end - n < UNPACKED ? end - n : UNPACKED;
+    memset(sums, 0, sizeof sums);
+    for (int64_t from = 0; from < count; from += CHUNKS) {
+      const int64_t to = count - from < CHUNKS ? count : from + CHUNKS;
+      for (int64_t r = 0; r < rows; r++) {
+        row.to(n + r);
+        for (int64_t c = from; c < to; c++) {
+          char* chunk = unpacked[r] + (c - from) * Fmt::STEPS * STEP<Fmt>;
+          Fmt::decode(row, c, [&](int step, const U* codes, F s, F o) INLINE_LAMBDA {
+            char* at = chunk + step * STEP<Fmt>;
+            for (int p = 0; p < Fmt::P; p++) Vec::store((uint8_t*)at + 64 * p, codes[p]);
+            Vec::storef((float*)(at + 64 * Fmt::P), s);
+            Vec::storef((float*)(at + 64 * Fmt::P) + 16, Vec::offset<Fmt::WIDE>(s, o));
+          });
+        }
+      }
+      const int64_t steps = (to - from) * Fmt::STEPS;
+      const char* piece = x + from * Fmt::STEPS * STEP<Fmt>;
+      int64_t i = 0;
+      for (; i + 4 <= m; i += 4)
+        for (int64_t r = 0; r < rows; r++)
+          advance<Fmt, 4>(unpacked[r], piece + i * stride, stride, steps, sums[r] + 16 * i);
+      for (; i + 2 <= m; i += 2)
+        for (int64_t r = 0; r < rows; r++)
+          advance<Fmt, 2>(unpacked[r], piece + i * stride, stride, steps, sums[r] + 16 * i);
+      for (; i < m; i++)
+        for (int64_t r = 0; r < rows; r++)
+          advance<Fmt, 1>(unpacked[r], piece + i * stride, stride, steps, sums[r] + 16 * i);
+    }
+    for (int64_t i = 0; i < m; i++)
+      for (int64_t r = 0; r < rows; r++) y[i * w.n + n + r] = Vec::sum(Vec::loadf(sums[r] + 16 * i));
+  }
+}
+
+// Calls `fn(first, rows)` for equal pieces of m rows of so many bytes. A piece has at most BATCH rows, and at least 16 if
+// not all of it fits into half of the L2 cache.
+template <class Fn> void in_pieces(int64_t m, int64_t bytes, Fn&& fn) {
+  const int64_t fit = (1 << 18) / bytes, most = fit < 16 ? 16 : fit < BATCH ? fit : BATCH, pieces = (m + most - 1) / most;
+  for (int64_t i = 0; i < pieces; i++) fn(m * i / pieces, m * (i + 1) / pieces - m * i / pieces);
+}
+
+// Rounds x [k] to 8 bits in groups of 32 columns: codes, and what a code is worth in each group.
+void quantize(const float* x, int64_t k, int8_t* codes, float* scales) {
+  for (int64_t start = 0; start < k; start += 32) {
+    float v[32] = {};
+    memcpy(v, x + start, size_t(k - start < 32 ? k - start : 32) * sizeof(float));
+    uint32_t bits[32], top_bits = 0;  // magnitudes of floats sort like their bits; integers vectorize best
+    memcpy(bits, v, sizeof bits);
+    for (int i = 0; i < 32; i++) {
+      const uint32_t size = bits[i] & 0x7fffffff;
+      top_bits = size > top_bits ? size : top_bits;
+    }
+    float top;
+    memcpy(&top, &top_bits, 4);
+    if (top_bits >= 0x7f800000) {  // if one is NaN or infinite, all become NaN
+      memset(codes + start, 0, 32);
+      scales[start / 32] = top * 0.0f;
+      continue;
+    }
+    const float by = top >= 1e-30f ? 127.0f / top : 0.0f;
+    scales[start / 32] = top >= 1e-30f ? top / 127.0f : 0.0f;
+    for (int i = 0; i < 32; i++) v[i] = v[i] * by + 12582912.0f;  // 1.5 * 2^23: rounds, ties to even
+    memcpy(bits, v, sizeof bits);
+    for (int i = 0; i < 32; i++) codes[start + i] = int8_t(bits[i]);
   }
 }
 
@@ -55,27 +154,7 @@ template <class Fmt> struct Kernels {
     const int64_t padded = columns(w);
     memset(codes, 0, size_t((padded + 255) / 256 * 256));
     memset(scales, 0, size_t((padded + 255) / 256 * 8) * sizeof(float));
-    for (int64_t start = 0; start < w.k; start += 32) {
-      float v[32] = {};
-      memcpy(v, x + start, size_t(w.k - start < 32 ? w.k - start : 32) * sizeof(float));
-      uint32_t bits[32], top_bits = 0;  // magnitudes of floats sort like their bits; integers vectorize best
-      memcpy(bits, v, sizeof bits);
-      for (int i = 0; i < 32; i++) {
-        const uint32_t size = bits[i] & 0x7fffffff;
-        top_bits = size > top_bits ? size : top_bits;
-      }
-      float top;
-      memcpy(&top, &top_bits, 4);
-      if (top_bits >= 0x7f800000) {  // if one is NaN or infinite, all become NaN
-        scales[start / 32] = top * 0.0f;
-        continue;
-      }
-      const float by = top >= 1e-30f ? 127.0f / top : 0.0f;
-      scales[start / 32] = top >= 1e-30f ? top / 127.0f : 0.0f;
-      for (int i = 0; i < 32; i++) v[i] = v[i] * by + 12582912.0f;  // 1.5 * 2^23: rounds, ties to even
-      memcpy(bits, v, sizeof bits);
-      for (int i = 0; i < 32; i++) codes[start + i] = int8_t(bits[i]);
-    }
+    quantize(x, w.k, codes, scales);
     const int64_t count = chunks<Fmt>(w);
     for (int64_t c = 0; c < count; c++) {
       for (int s = 0; s < Fmt::STEPS; s++, out += STEP<Fmt>) {
@@ -88,7 +167,7 @@ template <class Fmt> struct Kernels {
           for (int p = 0; p < Fmt::P; p++)
             for (int i = 0; i < 4; i++) sum += bytes[64 * p + 4 * lane + i];
           lanes[lane] = scales[(c * Fmt::C + order[4 * lane]) / 32];
-          lanes[16 + lane] = lanes[lane] * float(sum);
+          lanes[16 + lane] = float(sum);
         }
       }
     }
@@ -96,16 +175,13 @@ template <class Fmt> struct Kernels {
 
   static void linear(const fewbit_weight& w, const char* x, int64_t m, float* y, int64_t begin, int64_t end) {
     const int64_t stride = rounded_bytes(w);
-    // A few rows of W at a time, which stay in the L1 cache while they are multiplied by all rows of x.
-    const int64_t span = m > 4 ? 8 : end - begin;
-    for (int64_t n = begin; n < end; n += span) {
-      const int64_t last = n + span < end ? n + span : end;
-      int64_t i = 0;
-      for (; i + 4 <= m; i += 4) product<Fmt, 4>(w, x + i * stride, stride, y + i * w.n, n, last);
-      if (m - i == 3) product<Fmt, 3>(w, x + i * stride, stride, y + i * w.n, n, last);
-      if (m - i == 2) product<Fmt, 2>(w, x + i * stride, stride, y + i * w.n, n, last);
-      if (m - i == 1) product<Fmt, 1>(w, x + i * stride, stride, y + i * w.n, n, last);
-    }
+    if (m == 1) product<Fmt, 1>(w, x, stride, y, begin, end);
+    else if (m == 2) product<Fmt, 2>(w, x, stride, y, begin, end);
+    else if (m == 3) product<Fmt, 3>(w, x, stride, y, begin, end);
+    else if (m == 4) product<Fmt, 4>(w, x, stride, y, begin, end);
+    else in_pieces(m, stride, [&](int64_t i, int64_t rows) {
+      products<Fmt>(w, x + i * stride, stride, rows, y + i * w.n, begin, end);
+    });
   }
 
   static void decode(const fewbit_weight& w, int64_t begin, int64_t end, float* out) {
@@ -288,7 +364,7 @@ struct Fp8 {
 
 template <class Fn> auto with_format(const fewbit_weight& w, Fn&& fn) {
   switch (w.kind) {
-    case FEWBIT_INT8: return fn(Kernels<Int8>{});
+    case FEWBIT_INT8: return fn(Kernels<Pair<Int8>>{});
     case FEWBIT_LEVELS: return fn(Levels<false>{});
     case FEWBIT_LEVELS_DOUBLE: return fn(Levels<true>{});
     case FEWBIT_FP8: return fn(Fp8{});
@@ -299,23 +375,23 @@ template <class Fn> auto with_format(const fewbit_weight& w, Fn&& fn) {
     case FEWBIT_Q5_0: return fn(Kernels<Q45<Q50>>{});
     case FEWBIT_Q5_1: return fn(Kernels<Q45<Q51>>{});
     case FEWBIT_IQ4_NL: return fn(Kernels<Q45<IQ4>>{});
-    case FEWBIT_Q8_0: return fn(Kernels<Q80>{});
-    case FEWBIT_Q2_K: return fn(Kernels<Q23K<false>>{});
-    case FEWBIT_Q3_K: return fn(Kernels<Q23K<true>>{});
-    case FEWBIT_Q4_K: return fn(Kernels<Q45K<false>>{});
-    case FEWBIT_Q5_K: return fn(Kernels<Q45K<true>>{});
-    case FEWBIT_Q6_K: return fn(Kernels<Q6K>{});
+    case FEWBIT_Q8_0: return fn(Kernels<Pair<Q80>>{});
+    case FEWBIT_Q2_K: return fn(Kernels<Pair<Q23K<false>>>{});
+    case FEWBIT_Q3_K: return fn(Kernels<Pair<Q23K<true>>>{});
+    case FEWBIT_Q4_K: return fn(Kernels<Pair<Q45K<false>>>{});
+    case FEWBIT_Q5_K: return fn(Kernels<Pair<Q45K<true>>>{});
+    case FEWBIT_Q6_K: return fn(Kernels<Pair<Q6K>>{});
     case FEWBIT_IQ4_XS: return fn(Kernels<IQ4XS>{});
     default: break;
   }
   switch (w.bits) {
     case 2: return fn(Kernels<Affine<2>>{});
-    case 3: return fn(Kernels<Affine<3>>{});
+    case 3: return fn(Kernels<Pair<Affine<3>>>{});
     case 4: return fn(Kernels<Affine<4>>{});
-    case 5: return fn(Kernels<Affine<5>>{});
-    case 6: return fn(Kernels<Affine<6>>{});
-    case 7: return fn(Kernels<Affine<7>>{});
-    default: return fn(Kernels<Affine<8>>{});
+    case 5: return fn(Kernels<Pair<Affine<5>>>{});
+    case 6: return fn(Kernels<Pair<Affine<6>>>{});
+    case 7: return fn(Kernels<Pair<Affine<7>>>{});
+    default: return fn(Kernels<Pair<Affine<8>>>{});
   }
 }
 
@@ -342,6 +418,6 @@ void arrange_of(const fewbit_weight& w, const float* x, float* out) {
 
 #define FEWBIT_ISA(symbol, text) \
   namespace fewbit { \
-  const Isa symbol = {text, columns_of, rounded_bytes_of, round_of, linear_of, decode_of, arrange_of, fp8_codes_of, \
-                      fp8_lost_of}; \
+  const Isa symbol = {text, columns_of, rounded_bytes_of, round_of, linear_of, decode_of, arrange_of, \
+                      fp8_codes_of, fp8_lost_of}; \
   }

@@ -49,6 +49,13 @@ struct Vec {
     __m256i at = _mm256_broadcastsi128_si256(part16(index));
     return {_mm256_shuffle_epi8(u.lo, at), _mm256_shuffle_epi8(u.hi, at)};
   }
+  template <int odd> static __m256 halved(__m256 a, __m256 b) { return _mm256_shuffle_ps(a, b, odd ? 0xdd : 0x88); }
+  template <int odd> static __m256i halved(__m256i a, __m256i b) {
+    return _mm256_castps_si256(halved<odd>(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)));
+  }
+  static U evens(U a, U b) { return {halved<0>(a.lo, b.lo), halved<0>(a.hi, b.hi)}; }
+  static U odds(U a, U b) { return {halved<1>(a.lo, b.lo), halved<1>(a.hi, b.hi)}; }
+  static F evens(F a, F b) { return {halved<0>(a.lo, b.lo), halved<0>(a.hi, b.hi)}; }
   static U mul16(U u, const uint16_t* by) {
     __m256i factor = _mm256_broadcastsi128_si256(part16((const uint8_t*)by));
     return {_mm256_mullo_epi16(u.lo, factor), _mm256_mullo_epi16(u.hi, factor)};
@@ -70,24 +77,30 @@ struct Vec {
     return {_mm256_or_si256(codes.lo, by_bits((uint32_t)mask, value)),
             _mm256_or_si256(codes.hi, by_bits((uint32_t)(mask >> 32), value))};
   }
+  // Adds the products of codes and activations for each lane; without VNNI, those of wide codes minus 128.
   template <bool wide> static __m256i dot32(__m256i acc, __m256i u, __m256i s) {
 #ifdef __AVXVNNI__
     return _mm256_dpbusd_avx_epi32(acc, u, s);
 #else
-    const __m256i ones = _mm256_set1_epi16(1);
-    if (!wide)  // codes are below 128, so sums of two products fit in 16 bits
-      return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), ones));
-    const __m256i low = _mm256_set1_epi8(0x0f);
-    __m256i a = _mm256_maddubs_epi16(_mm256_and_si256(u, low), s);
-    __m256i b = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(u, 4), low), s);
-    a = _mm256_madd_epi16(a, ones);
-    b = _mm256_madd_epi16(b, _mm256_set1_epi16(16));
-    return _mm256_add_epi32(acc, _mm256_add_epi32(a, b));
+    if (wide) {  // sums of two products of at most 128 * 127 fit in 16 bits
+      const __m256i code = _mm256_xor_si256(u, _mm256_set1_epi8((char)0x80));
+      u = _mm256_abs_epi8(code), s = _mm256_sign_epi8(s, code);
+    }  // else codes are below 128, and these sums fit too
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
 #endif
   }
   template <bool wide> static I dot(I acc, U u, const int8_t* s) {
     return {dot32<wide>(acc.lo, u.lo, part32((const uint8_t*)s)),
             dot32<wide>(acc.hi, u.hi, part32((const uint8_t*)s + 32))};
+  }
+  // The offset for what `dot` gives, from that of the codes.
+  template <bool wide> static F offset(F s, F o) {
+#ifdef __AVXVNNI__
+    (void)s;
+    return o;
+#else
+    return wide ? fma(s, set1(128), o) : o;
+#endif
   }
   static I zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 

@@ -45,6 +45,11 @@ struct Vec {
   static U shuffle(U u, const uint8_t* index) {
     return _mm512_shuffle_epi8(u, _mm512_broadcast_i32x4(part16(index)));
   }
+  static F evens(F a, F b) { return _mm512_shuffle_ps(a, b, 0x88); }
+  static U evens(U a, U b) { return _mm512_castps_si512(evens(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b))); }
+  static U odds(U a, U b) {
+    return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), 0xdd));
+  }
   static U mul16(U u, const uint16_t* by) {
     return _mm512_mullo_epi16(u, _mm512_broadcast_i32x4(part16((const uint8_t*)by)));
   }
@@ -58,6 +63,8 @@ struct Vec {
   template <bool wide> static I dot(I acc, U u, const int8_t* s) {
     return _mm512_dpbusd_epi32(acc, u, _mm512_loadu_si512(s));
   }
+  // The offset for what `dot` gives, from that of the codes.
+  template <bool wide> static F offset(F, F o) { return o; }
   static I zero() { return _mm512_setzero_si512(); }
 
   static F cvt(I a) { return _mm512_cvtepi32_ps(a); }

@@ -41,6 +41,16 @@ struct Vec {
     for (int i = 0; i < 4; i++) u.x[i] = vqtbl1q_u8(u.x[i], vld1q_u8(index));
     return u;
   }
+  static uint32x4_t words(uint8x16_t x) { return vreinterpretq_u32_u8(x); }
+  static U evens(U a, U b) {
+    for (int i = 0; i < 4; i++) a.x[i] = vreinterpretq_u8_u32(vuzp1q_u32(words(a.x[i]), words(b.x[i])));
+    return a;
+  }
+  static U odds(U a, U b) {
+    for (int i = 0; i < 4; i++) a.x[i] = vreinterpretq_u8_u32(vuzp2q_u32(words(a.x[i]), words(b.x[i])));
+    return a;
+  }
+  static F evens(F a, F b) { for (int i = 0; i < 4; i++) a.x[i] = vuzp1q_f32(a.x[i], b.x[i]); return a; }
   static U mul16(U u, const uint16_t* by) {
     for (int i = 0; i < 4; i++) u.x[i] = vreinterpretq_u8_u16(vmulq_u16(vreinterpretq_u16_u8(u.x[i]), vld1q_u16(by)));
     return u;
@@ -68,18 +78,16 @@ struct Vec {
     return vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(lo), vpaddlq_s16(hi)));
 #endif
   }
+  // Adds the products of codes and activations for each lane; those of wide codes minus 128.
   template <bool wide> static I dot(I acc, U u, const int8_t* s) {
     for (int i = 0; i < 4; i++) {
-      const int8x16_t y = vld1q_s8(s + 16 * i);
-      if (wide) {  // u = 128 + (u - 128)
-        acc.x[i] = dot16(acc.x[i], vreinterpretq_s8_u8(veorq_u8(u.x[i], vdupq_n_u8(0x80))), y);
-        acc.x[i] = vaddq_s32(acc.x[i], vshlq_n_s32(dot16(vdupq_n_s32(0), vdupq_n_s8(1), y), 7));
-      } else {
-        acc.x[i] = dot16(acc.x[i], vreinterpretq_s8_u8(u.x[i]), y);
-      }
+      const uint8x16_t code = wide ? veorq_u8(u.x[i], vdupq_n_u8(0x80)) : u.x[i];
+      acc.x[i] = dot16(acc.x[i], vreinterpretq_s8_u8(code), vld1q_s8(s + 16 * i));
     }
     return acc;
   }
+  // The offset for what `dot` gives, from that of the codes.
+  template <bool wide> static F offset(F s, F o) { return wide ? fma(s, set1(128), o) : o; }
   static I zero() { const int32x4_t z = vdupq_n_s32(0); return {{z, z, z, z}}; }
 
   static F cvt(I a) { F f; for (int i = 0; i < 4; i++) f.x[i] = vcvtq_f32_s32(a.x[i]); return f; }

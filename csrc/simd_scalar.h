@@ -53,6 +53,19 @@ struct Vec {
     for (int i = 0; i < 64; i++) out.x[i] = u.x[i / 16 * 16 + index[i % 16] % 16];
     return out;
   }
+  // Of each 16 bytes of a, then of b, the words of four bytes with an even (odd) number.
+  template <int odd> static U halved(U a, U b) {
+    U out;
+    for (int i = 0; i < 16; i++) memcpy(out.x + 4 * i, (i % 4 < 2 ? a : b).x + i / 4 * 16 + i % 2 * 8 + 4 * odd, 4);
+    return out;
+  }
+  static U evens(U a, U b) { return halved<0>(a, b); }
+  static U odds(U a, U b) { return halved<1>(a, b); }
+  static F evens(F a, F b) {
+    F out;
+    for (int i = 0; i < 16; i++) out.x[i] = (i % 4 < 2 ? a : b).x[i / 4 * 4 + i % 2 * 2];
+    return out;
+  }
   // Words of 16 bits, each eight times `by`.
   static U mul16(U u, const uint16_t* by) {
     for (int i = 0; i < 32; i++) {
@@ -75,6 +88,8 @@ struct Vec {
     for (int i = 0; i < 64; i++) acc.x[i / 4] += int32_t(u.x[i]) * s[i];
     return acc;
   }
+  // The offset for what `dot` gives, from that of the codes.
+  template <bool wide> static F offset(F, F o) { return o; }
   static I zero() { I i; memset(i.x, 0, sizeof i.x); return i; }
 
   static F cvt(I a) { F f; for (int i = 0; i < 16; i++) f.x[i] = float(a.x[i]); return f; }
@@ -85,6 +100,7 @@ struct Vec {
   static F add(F a, F b) { for (int i = 0; i < 16; i++) a.x[i] += b.x[i]; return a; }
   static F fma(F a, F b, F c) {
     // In double a product of floats is exact, so this nearly always rounds like a fused multiply-add.
+    __asm__("" : "+m"(c));  // gcc 12 would not always round a product to float first, depending on the loop around
     for (int i = 0; i < 16; i++) a.x[i] = float(double(a.x[i]) * b.x[i] + c.x[i]);
     return a;
   }

@@ -5,13 +5,17 @@ line up in a register. Here each row of activations is reordered instead, to mat
 unpacked from their bytes. A row of activations is a thousand times smaller than a weight, `restore` has nothing to
 undo, blocks stay on the mapped pages of their GGUF file, and an embedding shares its bytes with a tied head.
 
-`cpu` rounds activations to int8 for up to `FEW` rows. For each group of 32 columns, by = 127 / max|x| in float32, and
+`cpu` rounds activations to int8, each row by itself. For each group of 32 columns, by = 127 / max|x| in float32, and
 x * by is rounded to nearest, ties to even. So an entry changes by at most max|x| / 254 of its group, and y by at most
 the sum of |w| max|x| / 254. For normally distributed x the relative change is 0.5 %. Integer products are exact and
-summed in float32. With more than `FEW` rows nothing is rounded: tiles of W are decoded to float32, each once, and
-multiplied by torch. Activations for sixteen-level schemes (NF4, FP4) and FP8 are never rounded: their values are no
-integers. Those of MXFP4 and NVFP4 are, times two. Up to `FEW` rows, a row's result depends neither on the number of
-threads nor on the other rows.
+summed in float32. Activations for sixteen-level schemes (NF4, FP4) and FP8 are not rounded: their values are no
+integers. Those of MXFP4 and NVFP4 are, times two.
+
+A row's result is the same bit for bit whatever the other rows are, and whatever the number of threads. Otherwise a
+server's answers would depend on its other requests: a last bit that differs can change how an activation of the next
+layer is rounded. If activations are not rounded, this holds for up to `FEW` rows. For more, tiles of W are decoded to
+float32, each once, and multiplied by torch, which is faster: the products are the same, but float32 sums are added in
+another order, so results differ by about 1e-7 of their norm.
 
 With one row of activations, one thread of a Xeon of 2023 and weights of 4096 x 14336, AVX-512 reads MXFP4 at 13.7 GB/s,
 NVFP4 at 13.3 and FP8 at 10.9 (rows) and 12.2 (blocks), where int4-g128 reaches 10.7 and a plain read 13.4 to 13.9. AVX2
@@ -43,7 +47,8 @@ from fewbit.schemes.stacked import Stacked
 from fewbit.system import native
 
 _REMEDY = "install fewbit from source where a C++ compiler is, or a wheel that has the library"
-FEW = 8  # rows of activations that are rounded
+FEW = 8  # rows that the library multiplies by itself if activations are not rounded: for more, torch is faster
+MANY = 64  # rows of an expert that share a call with the rows of others, if activations are rounded
 GROUP = 32  # columns that share a unit
 _TILE = 1 << 19  # weights decoded at a time: 2 MB of float32 stay in a core's second cache
 
@@ -51,7 +56,7 @@ _TILE = 1 << 19  # weights decoded at a time: 2 MB of float32 stay in a core's s
 _AFFINE, _INT8, _LEVELS, _LEVELS_DOUBLE, _FP8, _MXFP4, _NVFP4 = range(7)
 _BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
 _KINDS = {name: 16 + i for i, name in enumerate(_BLOCKS)}
-_UNROUNDED = (_LEVELS, _LEVELS_DOUBLE, _FP8)  # activations are not rounded, also for few rows
+_UNROUNDED = (_LEVELS, _LEVELS_DOUBLE, _FP8)  # activations are not rounded
 _OP = "fewbit::cpu_linear"
 _ERRORS = {
     1: "the layout is unknown",
@@ -92,7 +97,7 @@ class _Native(Kernel):
         return None
 
     def grouped(self, x: Tensor, codec: Codec, prepared: Prepared, shape: Shapes, offsets: Tensor) -> Tensor:
-        """Experts with up to `FEW` rows share one call of the library; the others are multiplied one at a time."""
+        """Experts with up to `MANY` rows (or `FEW`) share one call of the library; the others take turns."""
         experts, n, k = shape
         layout = _layout(codec, (n, k))
         assert not isinstance(layout, str)
@@ -104,11 +109,12 @@ class _Native(Kernel):
             return self.grouped(x.float(), codec, prepared, shape, offsets).to(x.dtype)
         y = torch.empty(x.shape[0], n, dtype=x.dtype, device="cpu")
         y[groups[-1][2] if groups else 0 :] = 0
-        few = [group for group in groups if group[2] - group[1] <= FEW]
+        most = FEW if layout[0] in _UNROUNDED else MANY
+        few = [group for group in groups if group[2] - group[1] <= most]
         if few:
             _grouped(x.contiguous(), y, prepared, (*layout, experts, n, k), few)
         for expert, start, end in groups:
-            if end - start > FEW:
+            if end - start > most:
                 own = self.of_expert(codec, prepared, shape, expert)
                 y[start:end] = self.linear(x[start:end], codec, own, (n, k))
         return y
@@ -128,15 +134,16 @@ class _Native(Kernel):
 
 @register("kernels", "cpu")
 class Cpu(_Native):
-    """The native library; activations of up to `FEW` rows are rounded to int8."""
+    """The native library; activations are rounded to int8."""
 
     name: ClassVar[str] = "cpu"
-    activations: ClassVar[str] = f"int8 for each {GROUP} columns, for up to {FEW} rows"
+    checked: ClassVar[tuple[int, ...]] = (4, 11)  # several rows of W are unpacked at once for more than 4
+    activations: ClassVar[str] = f"int8 for each {GROUP} columns"
     priority: ClassVar[int] = 20
     exact: ClassVar[bool] = False
 
     def rounded(self, x: Tensor, codec: Codec) -> Tensor:
-        if len(x) > FEW or isinstance(codec, FourBit | FP8 | Stacked):
+        if isinstance(codec, FourBit | FP8 | Stacked):
             return x
         groups = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
         top = groups.abs().amax(-1, keepdim=True)
@@ -191,7 +198,7 @@ def _layout(codec: Codec, shape: tuple[int, int]) -> Layout | str:
     if isinstance(codec, Affine):
         group, codes = codec.group or k, 1 if 8 % codec.bits else 8 // codec.bits
         step = 64 * codes
-        if group != k and group % step and (step % group or group % (4 * codes)):
+        if group != k and group % step and (step % group or group % max(8, 4 * codes)):
             return f"groups of {', '.join(map(str, _groups(codec.bits)))} or multiples of {step}, not {group}"
         return (_AFFINE, codec.bits, group)
     if isinstance(codec, Int8):
@@ -258,7 +265,7 @@ def _linear(x: Tensor, parts: Sequence[Tensor], kind: int, bits: int, group: int
     m, k = x.shape
     weight = _weight(kind, bits, group, n, k, tuple(map(_buffer, parts)))
     threads = torch.get_num_threads()
-    if m <= FEW and (not exact or kind in _UNROUNDED):
+    if m <= FEW if kind in _UNROUNDED else not exact:
         if (of := _read().get(x.dtype)) is None:
             return _linear(x.float(), parts, kind, bits, group, n, exact).to(x.dtype)
         x = x.contiguous()
