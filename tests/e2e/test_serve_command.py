@@ -77,6 +77,47 @@ def test_sigterm_finishes_what_runs() -> None:
             asked(address)
 
 
+BROKEN = """
+import sys
+from fewbit.cli.app import main
+from fewbit.models.decoding.continuous import Engine
+
+submit = Engine.submit
+
+def broken(*given, **named):
+    raise RuntimeError("the device is gone")
+
+def breaking(self, *given, **named):
+    self._manager.model.forward = broken
+    return submit(self, *given, **named)
+
+Engine.submit = breaking
+sys.argv[1:] = ["serve", "tiny", "--port", "0"]
+main()
+"""
+
+
+def test_a_server_that_cannot_compute_ends() -> None:
+    """A supervisor starts it again."""
+    with subprocess.Popen(
+        [sys.executable, "-c", BROKEN], stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    ) as process:
+        try:
+            assert process.stderr is not None
+            line = next(line for line in process.stderr if line.startswith("Serving "))
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                asked(line.split("chat at ")[1].split(",")[0])
+            with refused.value:
+                assert refused.value.code == 500
+                assert "the device is gone" in refused.value.read().decode()
+            rest = process.stderr.read()
+            assert process.wait(HANG) == 5
+        finally:
+            process.kill()
+    assert "cannot compute any more: the device is gone" in rest
+    assert "Start the server again" in rest
+
+
 def test_a_missing_extra_is_named(fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("fewbit.serving.")]:
         monkeypatch.delitem(sys.modules, name)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewbit.advise import engines
-from fewbit.errors import PlanError
+from fewbit.errors import KernelError, PlanError
 from fewbit.formats.base import by_quant_method
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
@@ -29,7 +29,7 @@ def serve(model: str | Path, loading: Loading, serving: Serving, tell: Callable[
     """Serve `model` with OpenAI's interface until a signal ends the process.
 
     tell: gets lines for the user. PlanError without the packages of the extra, if the port is taken, or if the model
-    cannot be served; the errors of `fewbit.load`.
+    cannot be served; the errors of `fewbit.load`. KernelError if the model cannot be computed any more.
     """
     try:
         from fewbit.serving import run
@@ -45,9 +45,15 @@ def serve(model: str | Path, loading: Loading, serving: Serving, tell: Callable[
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         said = f"Serving {opened.name}: chat at {address}, OpenAI's interface at {address}/v1. Ctrl-C ends."
         try:
-            run.run(application(opened, serving.api_key, int(serving.max_body)), socket, lambda: tell(said))
+            app = application(opened, serving.api_key, int(serving.max_body))
+            run.run(app, socket, lambda: tell(said), lambda: opened.engine.failed is not None)
         finally:  # after an error, the engine's thread would keep the process alive
             opened.engine.stop(finish=False)
+        if opened.engine.failed is not None:
+            raise KernelError(
+                f"the engine failed and cannot compute any more: {opened.engine.failed}",
+                "Start the server again. If the memory ran out: with a smaller `max_num_seqs` or `max_model_len`.",
+            )
 
 
 def hand_over(model: str | Path, loading: Loading, serving: Serving, tell: Callable[[str], None]) -> None:

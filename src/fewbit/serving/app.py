@@ -61,7 +61,8 @@ def application(service: Service, key: str | None, most: int) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        return reply({"status": "failed"}, 503) if service.engine.failed else reply({"status": "ok"})
+        status = "failed" if service.engine.failed else "ok" if service.engine.ready else "unavailable"
+        return reply({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -41,22 +41,25 @@ def configuration(app: FastAPI) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], failed: Callable[[], bool]) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._ready, self._failed = ready, failed
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._ready()
 
+    async def on_tick(self, counter: int) -> bool:  # ten times a second
+        return await super().on_tick(counter) or self._failed()
 
-def run(app: FastAPI, at: socket.socket, ready: Callable[[], None]) -> None:
+
+def run(app: FastAPI, at: socket.socket, ready: Callable[[], None], failed: Callable[[], bool]) -> None:
     """Serve until SIGTERM or SIGINT. What runs is finished before; nothing new is accepted meanwhile.
 
-    ready: called when requests are accepted.
+    ready: called when requests are accepted. failed: whether to end, as after a signal.
     """
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal again when all is done, and the process would seem to have been killed.
         signal.signal(signal.SIGTERM, lambda *_: None)
-    _Server(configuration(app), ready).run(sockets=[at])
+    _Server(configuration(app), ready, failed).run(sockets=[at])

@@ -110,7 +110,7 @@ class Service:
     def begin(self, ids: Sequence[int], asked: Chat | Completion, grammar: Grammar | None) -> Answer:
         """Put a request in the queue. Failure if the queue is full or the engine has ended."""
         if self.engine.failed:
-            raise Failure(503, "The engine has ended by an error; see the server's log.", "engine_failed")
+            raise Failure(503, "The engine has ended by an error, and the server ends.", "engine_failed")
         if self.engine.unfinished >= self.most:
             raise Failure(429, "The queue is full. Try again later.", "queue_full", headers={"Retry-After": "1"})
         return Answer(self, ids, asked, grammar)
@@ -131,7 +131,8 @@ class Answer:
         try:
             self._name = service.engine.submit(ids, new, choosing, self._tell, grammar)
         except KernelError as error:
-            raise Failure(503, "The server is shutting down.", "shutting_down") from error
+            message = "The server takes no requests now: it shuts down, or starts again after an error."
+            raise Failure(503, message, "unavailable", headers={"Retry-After": "1"}) from error
 
     def _tell(self, news: News) -> None:
         self._news = news

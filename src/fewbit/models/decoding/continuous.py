@@ -11,10 +11,13 @@ KernelError if a name is missing. Tested with transformers 5.17 and 5.24.
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import logging
 import math
+import queue
 import random
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import count
@@ -41,6 +44,7 @@ except ImportError as missing:
         "fewbit serve is tested with transformers 5.17 to 5.24. Install one of them.",
     ) from missing
 
+_log = logging.getLogger("fewbit")
 _PAGE = 32  # tokens of the cache that are allocated at a time, and shared by prompts with the same beginning
 _SHARE = {"cpu": 0.25, "cuda": 0.8}  # of the free memory, for keys and values
 _PROMPT = {"cpu": 512, "cuda": 4096}  # prompt tokens of a step at most: the other requests wait for them
@@ -113,8 +117,11 @@ class _Request:
 class Engine:
     """One model that answers requests in a thread of its own. Any thread may call its methods.
 
+    An error in a step, such as too little memory for a long prompt, ends all requests with this error. The engine then
+    computes a token by itself: if it can, it goes on, and else it has failed.
+
     context: tokens of a prompt and its answer at most. lowered: the context, if the memory made it less than the
-    model's. ends: the tokens that end an answer.
+    model's. ends: the tokens that end an answer. failed: the error after which no request is answered any more.
     """
 
     def __init__(self, model: Any, context: int | None, rows: int, memory: int | None) -> None:
@@ -149,13 +156,17 @@ class Engine:
             ) from error
         except (ValueError, KeyError, RuntimeError) as error:
             raise _refused(error) from error
+        self.failed: str | None = None
+        self._changing, self._accepting, self._stopped = threading.Lock(), True, False
         with torch.inference_mode():
             self._manager.start()
+        self._watcher = threading.Thread(target=self._watch, name="fewbit-engine-watcher")
+        self._watcher.start()
 
     @property
-    def failed(self) -> bool:
-        """Whether the engine has ended by an error, so that no request is answered any more."""
-        return not self._manager.is_running()
+    def ready(self) -> bool:
+        """Whether requests are accepted."""
+        return self._accepting and self._manager.is_running()
 
     @property
     def unfinished(self) -> int:
@@ -170,19 +181,24 @@ class Engine:
         tell: Callable[[News], None],
         grammar: Grammar | None = None,
     ) -> str:
-        """Answer the prompt `ids` with up to `new` tokens. Returns the request's name.
+        """Answer the prompt `ids` with up to `new` tokens. Returns the request's name. KernelError unless `ready`.
 
         tell: gets the state after each token; it is called in the engine's thread, and must not wait. grammar: limits
         the tokens; it belongs to this request from now on.
         """
+        if not self._accepting:
+            raise KernelError("the engine takes no requests now")
+        return self._begin(ids, new, _Request(choosing, tell, grammar, random.Random(choosing.seed)))
+
+    def _begin(self, ids: Sequence[int], new: int, request: _Request) -> str:
         name = f"request-{next(self._names)}"
-        self._requests[name] = _Request(choosing, tell, grammar, random.Random(choosing.seed))
+        self._requests[name] = request
         accepted = self._manager.add_request(
             list(ids), name, max_new_tokens=new, streaming=True, eos_token_id=self.ends or -1
         )
         if accepted is None:
             self._requests.pop(name, None)
-            raise KernelError("the engine has stopped")
+            raise KernelError("the engine takes no requests now")
         return name
 
     def cancel(self, name: str) -> None:
@@ -195,8 +211,50 @@ class Engine:
         if not finish:
             for name in list(self._requests):
                 self.cancel(name)
-        if self._manager.is_running():
-            self._manager.stop(block=True)
+        with self._changing:
+            self._stopped, self._accepting = True, False
+            if self._manager.is_running():
+                self._manager.stop(block=True)
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        """Start the engine's thread again after an error, as long as the engine can compute."""
+        while True:
+            if (thread := self._manager._generation_thread) is not None:
+                thread.join()
+            with self._changing:
+                if self._stopped:
+                    return
+                self._accepting = False
+                status = self._manager.background_thread_status
+                error, status.fatal_error = str(status.fatal_error), None  # its traceback keeps tensors
+                for name in list(self._requests):  # requests that came in the moment of the error
+                    if request := self._requests.pop(name, None):
+                        request.tell(News((), True, error))
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                if (still := self._error_of_a_step()) is not None:
+                    self.failed = still
+                    return
+                self._accepting = True
+            _log.warning("A step of the engine failed: %s. Its requests got this error. The engine goes on.", error)
+
+    def _error_of_a_step(self) -> str | None:
+        """Start the engine's thread, and compute a token."""
+        answers = queue.SimpleQueue[News]()
+        with torch.inference_mode():
+            self._manager.start()
+        try:
+            self._begin([0], 1, _Request(Choosing(), answers.put, None, random.Random(0)))
+        except KernelError as error:
+            return error.message
+        while True:
+            try:
+                return answers.get(timeout=0.1).error
+            except queue.Empty:
+                if not self._manager.is_running():
+                    return "the engine's thread has ended"
 
 
 class _Router(OutputRouter):
