@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile, GgufWriter
 from fewbit.methods.base import Method
+from fewbit.models import experts
 from fewbit.models.gguf import header
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
@@ -54,6 +55,16 @@ TYPES: dict[str, dict[str, Any]] = {
     "phi": {"intermediate_size": 256, "num_key_value_heads": 4},
     "seed_oss": {},
     "ernie4_5": {},
+    "mixtral": {"sliding_window": None},
+    "qwen2_moe": {"sliding_window": None, "mlp_only_layers": None},
+    "qwen3_moe": {"norm_topk_prob": True, "sliding_window": None},
+    "olmoe": {"num_key_value_heads": 4},
+    "granitemoe": {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
 }
 
@@ -110,22 +121,30 @@ def written(folder: Path, path: Path, kind: str = "f32", *, norms: str = "f32") 
     """The model of a folder as a GGUF file: matrices in type `kind`, vectors in `norms`."""
     head = header_of(folder)
     model = models.original(folder)
+    experts.separate(model)
     weights: dict[str, tuple[Entry, Tensor]] = {}
     for name, parameter in model.named_parameters():  # ties once
         route = head.routes[name]
         tensor = route.to_file(parameter.data).contiguous()
-        plain = kind if tensor.dim() == 2 else norms
+        plain = kind if tensor.dim() == 2 and "ffn_gate_inp" not in route.name else norms
         if plain in PLAIN:
             weights[name] = Entry(route.name, plain, tuple(tensor.shape)), tensor.to(getattr(torch, PLAIN[plain][1]))
         else:
             packed = Method().quantize(tensor.float(), parse(plain), None).weight
             weights[name] = Entry(route.name, plain, tuple(tensor.shape)), packed.parts["blocks"]
     entries = [Entry(name, "f32", tuple(tensor.shape)) for name, tensor in head.extra.items()]
-    entries += [entry for entry, _ in weights.values()]
+    whole: dict[str, tuple[Entry, Tensor]] = {}
+    for name in weights:
+        entry, tensor = weights[name]
+        if head.routes[name].expert is not None:  # they come in order
+            own = [tensor for other, tensor in weights.values() if other.name == entry.name]
+            entry, tensor = entry._replace(shape=(len(own), *entry.shape)), torch.stack(own)
+        whole[entry.name] = entry, tensor
+    entries += [entry for entry, _ in whole.values()]
     with GgufWriter(path, head.metadata, entries) as writer:
         for name, tensor in head.extra.items():
             writer.add(name, tensor)
-        for entry, tensor in weights.values():
+        for entry, tensor in whole.values():
             writer.add(entry.name, tensor)
     return path
 

@@ -325,16 +325,14 @@ def imatrix(
             publish.check_output(out, overwrite=overwrite, file=True)
         source = locate(model, safetensors_only=safetensors_only)
         skeleton = skeleton_of(source, machine.device(device), trust_remote_code)
-        names = settled.model_of(skeleton).names
+        settled.model_of(skeleton)  # PlanError if llama.cpp has no name for one of its weights
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         tokens, text = windows(calibration, source, tokenizer)
         with report_progress.blocks(progress) as tell:
             found = pipeline_importances.measure(skeleton, tokens, tell)
 
         def published() -> Measured:
-            matrix = {
-                f"{names[m]}.weight": importances.Importance(s.mean_square.cpu(), s.rows) for m, s in found.items()
-            }
+            matrix = pipeline_importances.matrix_of(skeleton, found)
 
             def write(path: Path) -> None:
                 importances.write(path, matrix, chunks=len(tokens), length=tokens.shape[1], text=text["text"])

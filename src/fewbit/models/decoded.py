@@ -9,7 +9,7 @@ saved.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
@@ -406,7 +406,7 @@ def _check_scales(source: Source, packed: Mapping[str, Packed], checkpoint: Chec
 def _of_gguf(source: Source, routes: Mapping[str, Route], extra: frozenset[str]) -> tuple[Checkpoint, Packing]:
     """The tensors of a GGUF file under transformers' names."""
     file, checkpoint = GgufFile(source.files[0]), Checkpoint([])
-    ours = {route.name: name for name, route in routes.items()}
+    ours = names.names_of(routes)
     dtype, found, nbytes = _dtype_of(file), list[Packed](), 0
     weights = dict[str, Weight]()
     for entry in file.entries.values():
@@ -414,20 +414,35 @@ def _of_gguf(source: Source, routes: Mapping[str, Route], extra: frozenset[str])
             continue
         if entry.name not in ours:
             raise FormatError(f"{file.path}: fewbit does not know the tensor {entry.name}", _INSTEAD)
-        route = routes[ours[entry.name]]
-        shape = entry.shape[::-1] if route.transposed else entry.shape
         packed = entry.type not in PLAIN
-        kind = f"GGUF {entry.type}"
-        decode = partial(_of_entry, entry=entry, route=route)
-        handle = Packed(shape, kind, {"data": entry.name}, decode, by_rows=not route.transposed)
-        mapped = _Mapped(file, entry)
-        own = dtype if packed else torch.float32 if route.shift else entry.spec.dtype
-        checkpoint.add(ours[entry.name], PartSpec(shape, own), _Decoded(handle, {"data": mapped}, own))
-        if packed:
-            found.append(handle)
-            weights[ours[entry.name]] = Weight(_blocks(entry, route), {"data": mapped})
-            nbytes += entry.spec.nbytes
+        nbytes += entry.spec.nbytes if packed else 0
+        for name, own in _members(file, entry, ours[entry.name], routes):
+            route = routes[name]
+            shape = own.shape[::-1] if route.transposed else own.shape
+            decode = partial(_of_entry, entry=own, route=route)
+            handle = Packed(shape, f"GGUF {own.type}", {"data": entry.name}, decode, by_rows=not route.transposed)
+            mapped = _Mapped(file, own, route.expert)
+            kind = dtype if packed else torch.float32 if route.shift else own.spec.dtype
+            checkpoint.add(name, PartSpec(shape, kind), _Decoded(handle, {"data": mapped}, kind))
+            if packed:
+                found.append(handle)
+                weights[name] = Weight(_blocks(own, route), {"data": mapped})
     return checkpoint, replace(_packing("gguf", found, checkpoint, dtype, (nbytes, file.nbytes)), weights=weights)
+
+
+def _members(
+    file: GgufFile, entry: Entry, ours: Sequence[str], routes: Mapping[str, Route]
+) -> Iterator[tuple[str, Entry]]:
+    """The names in the model of a tensor, each with its part of it: a tensor of experts has one part for each."""
+    if routes[ours[0]].expert is None:
+        yield ours[0], entry
+        return
+    if len(entry.shape) != 3 or entry.shape[0] != len(ours):
+        raise FormatError(
+            f"{file.path}: {entry.name} has shape {list(entry.shape)}, not three dimensions for {len(ours)} experts"
+        )
+    for name in ours:
+        yield name, entry._replace(shape=entry.shape[1:])
 
 
 def _blocks(entry: Entry, route: Route) -> Held:
@@ -455,9 +470,11 @@ class _Mapped:
 
     file: GgufFile
     entry: Entry
+    expert: int | None = None  # of which this is the part; None for whole tensors
 
     def __getitem__(self, index: Any) -> Tensor:
-        own = self.file.get(self.entry.name)[index].clone()
+        whole = self.file.get(self.entry.name)
+        own = (whole if self.expert is None else whole[self.expert])[index].clone()
         self.file.release(self.entry.name)
         return own
 

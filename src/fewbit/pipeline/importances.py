@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers import imatrix
 from fewbit.methods.base import name_of
+from fewbit.models.gguf import names as gguf_names
 from fewbit.models.skeleton import Skeleton
 from fewbit.pipeline.capture import Block, Inputs, captured, gather, tokens_at_once
 from fewbit.pipeline.progress import Progress, Step
@@ -39,30 +41,50 @@ def importance(path: Path, settled: Settled) -> tuple[dict[str, Stats], list[str
                 "importance matrix does not have it",
                 "Omit `imatrix`, or use a plan without activations.",
             )
-    names, matrix = model_of(skeleton).names, imatrix.read(path)
-    stats, missing = {}, []
+    model_of(skeleton)  # PlanError if llama.cpp has no name for one of its weights
+    matrix, routes = imatrix.read(path), gguf_names.routes(skeleton.config)
+    modules = gguf_names.names_of(routes)
+    stats: dict[str, Stats] = {}
+    missing: dict[str, None] = {}
     for module, a in assignments.items():
-        name = f"{names[module]}.weight"
+        name, expert = routes[f"{module}.weight"].name, routes[f"{module}.weight"].expert
         if name not in matrix:
-            missing.append(name)
+            missing[name] = None
             stats[module] = Stats.from_mean_square(
                 torch.ones(a.shape[1], device=skeleton.device, dtype=torch.float32), 1
             )
             continue
-        mean_square, rows = matrix[name]
-        if len(mean_square) != a.shape[1]:
+        mean_square, several = matrix[name].mean_square, len(modules[name])
+        if len(mean_square) != a.shape[1] * several:
+            of = "" if expert is None else f" for each of {several} experts"
             raise FormatError(
-                f"{path}: {name} has {len(mean_square)} importances, but the weight has {a.shape[1]} columns",
+                f"{path}: {name} has {len(mean_square)} importances, but the weight has {a.shape[1]} columns{of}",
                 "The file belongs to another model.",
             )
-        stats[module] = Stats.from_mean_square(mean_square.to(skeleton.device), rows)
-    if len(missing) == len(assignments):
+        own = mean_square.view(several, -1)[expert or 0]
+        stats[module] = Stats.from_mean_square(own.to(skeleton.device), matrix[name].most)
+    if len(missing) == len({routes[f"{module}.weight"].name for module in assignments}):
         raise FormatError(
-            f"{path} has importances of {len(matrix)} tensors, but none of this model ({missing[0]} is missing)",
+            f"{path} has importances of {len(matrix)} tensors, but none of this model "
+            f"({next(iter(missing))} is missing)",
             "The file belongs to another model.",
         )
     notes = [f"{path} has no importances of {', '.join(missing)}: weighted equally"] if missing else []
     return stats, notes
+
+
+def matrix_of(skeleton: Skeleton, found: Mapping[str, Stats]) -> dict[str, imatrix.Importance]:
+    """The matrix of what `measure` found: name in a GGUF file -> importance, that of all experts of a layer as one."""
+    routes = gguf_names.routes(skeleton.config)
+    measured: dict[str, list[Stats]] = {}
+    for module in sorted(found, key=lambda module: routes[f"{module}.weight"].expert or 0):
+        measured.setdefault(routes[f"{module}.weight"].name, []).append(found[module])
+    matrix = {}
+    for name, each in measured.items():
+        squares, rows = [s.mean_square.cpu() for s in each], tuple(s.rows for s in each)
+        one = len(each) == 1
+        matrix[name] = imatrix.Importance(squares[0] if one else torch.stack(squares), rows[0] if one else rows)
+    return matrix
 
 
 def measure(skeleton: Skeleton, tokens: Tensor, progress: Progress) -> dict[str, Stats]:

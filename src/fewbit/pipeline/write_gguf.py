@@ -8,8 +8,8 @@ a conversion keeps bfloat16. Tensors are in the order of llama.cpp's quantizer.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,21 @@ from fewbit.pipeline.write_folder import folded
 from fewbit.plans import mixtures
 from fewbit.plans.plan import Resolved
 
+# Matrices that llama.cpp requires in 32 bits: tables of positions, and what chooses experts.
+_IN_32_BITS = ("position_embd", "ffn_gate_inp", "ffn_gate_inp_shexp")
 _QUANTIZATION_VERSION = 2  # version of the block types: ggml's GGML_QNT_VERSION
 
 
 @dataclass(frozen=True)
 class Planned:
     """A tensor of the file. `name`: its name in the model. `key`: its name in the checkpoint. `module`: the name of its
-    module if it is quantized, else None."""
+    module if it is quantized, else None. `more`: the other experts of a tensor that holds those of a layer."""
 
     entry: Entry
     name: str
     key: str
     module: str | None
+    more: tuple[Planned, ...] = ()
 
 
 def planned(settled: Settled) -> list[Planned]:
@@ -55,11 +58,33 @@ def planned(settled: Settled) -> list[Planned]:
             entry = Entry(route.name, str(assignment.scheme), assignment.shape)
         else:
             shape = spec.shape[::-1] if route.transposed else spec.shape
-            vector = len(shape) < 2 or route.name == "position_embd.weight"
+            vector = len(shape) < 2 or route.name.split(".")[-2] in _IN_32_BITS
             own = {torch.float32: "f32", torch.bfloat16: "bf16" if settled.exact else "f16"}.get(spec.dtype, "f16")
             entry = Entry(route.name, "f32" if vector else own, shape)
         tensors.append(Planned(entry, name, key, module if assignment is not None else None))
+    tensors = _stacked(tensors, routes)
     return sorted(tensors, key=lambda each: mixtures.order(each.entry.name))
+
+
+def _stacked(tensors: Sequence[Planned], routes: Mapping[str, gguf_names.Route]) -> list[Planned]:
+    """The tensors, those of all experts of a layer as one. PlanError if experts of a layer differ in their scheme."""
+    found = [each for each in tensors if routes[each.name].expert is None]
+    groups: dict[str, list[Planned]] = {}
+    for each in tensors:
+        if routes[each.name].expert is not None:
+            groups.setdefault(each.entry.name, []).append(each)
+    for group in groups.values():
+        group.sort(key=lambda each: routes[each.name].expert or 0)
+        first, *more = group
+        if other := next((each for each in more if each.entry != first.entry), None):
+            raise PlanError(
+                f"a GGUF file holds all experts of a layer in one tensor of one type, and the plan gives {first.name} "
+                f"{first.entry.type} and {other.name} {other.entry.type}",
+                "Use rules that match all experts of a layer.",
+            )
+        whole = first.entry._replace(shape=(len(group), *first.entry.shape))
+        found.append(replace(first, entry=whole, more=tuple(more)))
+    return found
 
 
 def metadata(header: Header, resolved: Resolved, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,15 +131,21 @@ def write(path: Path, settled: Settled, blocks: Checkpoint, header: Header, reco
         for name, tensor in extra.items():
             writer.add(name, tensor.float())
         for each in tensors:
-            route = routes[each.name]
-            if each.module is not None:
-                (suffix,) = resolved.format.specs(each.entry.shape, resolved.assignments[each.module].scheme)  # type: ignore[arg-type]
-                packed = blocks.get(f"{each.module}.{suffix}")
-                writer.add(each.entry.name, packed if route.rows is None else packed[route.rows])
-            else:
-                place, key = (blocks, each.name) if each.name in blocks.specs else (skeleton.checkpoint, each.key)
-                writer.add(each.entry.name, _plain(route.to_file(place.get(key)), each))
+            parts = [_made(part, settled, blocks, routes[part.name]) for part in (each, *each.more)]
+            writer.add(each.entry.name, parts[0] if len(parts) == 1 else torch.stack(parts))
     return sum(entry.spec.nbytes for entry in entries)
+
+
+def _made(each: Planned, settled: Settled, blocks: Checkpoint, route: gguf_names.Route) -> Tensor:
+    """The tensor, or that of one expert, as the file stores it."""
+    resolved = settled.resolved
+    if each.module is None:
+        place, key = (blocks, each.name) if each.name in blocks.specs else (settled.skeleton.checkpoint, each.key)
+        return _plain(route.to_file(place.get(key)), each)
+    assignment = resolved.assignments[each.module]
+    (suffix,) = resolved.format.specs(assignment.shape, assignment.scheme)
+    packed = blocks.get(f"{each.module}.{suffix}")
+    return packed if route.rows is None else packed[route.rows]
 
 
 def _plain(tensor: Tensor, each: Planned) -> Tensor:

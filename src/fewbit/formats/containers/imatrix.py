@@ -35,10 +35,19 @@ _HINT = "The file is damaged, or is not an importance matrix. Make it again: few
 
 
 class Importance(NamedTuple):
-    """Mean x_j² [K] over `rows` tokens. The older format stores only the number of chunks, so `rows` is that."""
+    """Mean x_j² [K] over `rows` tokens. The older format stores only the number of chunks, so `rows` is that.
+
+    For the E experts of a layer: [E · K] when it is read, with the largest number of tokens; to be written, [E, K] and
+    the number of tokens of each expert.
+    """
 
     mean_square: Tensor
-    rows: int
+    rows: int | tuple[int, ...]
+
+    @property
+    def most(self) -> int:
+        """The number of tokens, or the largest of the experts'."""
+        return self.rows if isinstance(self.rows, int) else max(self.rows)
 
 
 def read(path: Path) -> dict[str, Importance]:
@@ -79,8 +88,13 @@ def write(path: Path, matrix: Mapping[str, Importance], *, chunks: int, length: 
     entries, tensors = [], []
     for name in sorted(matrix):
         mean_square, rows = matrix[name]
-        entries += [Entry(name + _SUMS, "f32", (len(mean_square),)), Entry(name + _COUNTS, "f32", (1,))]
-        tensors += [mean_square.float() * rows, torch.tensor([float(rows)], dtype=torch.float32, device="cpu")]
+        each = (rows,) if isinstance(rows, int) else rows
+        counts = torch.tensor(each, dtype=torch.float32, device="cpu").reshape(*mean_square.shape[:-1], 1)
+        entries += [
+            Entry(name + _SUMS, "f32", tuple(mean_square.shape)),
+            Entry(name + _COUNTS, "f32", tuple(counts.shape)),
+        ]
+        tensors += [mean_square.float() * counts, counts]
     with GgufWriter(path, keys, entries) as writer:
         for entry, tensor in zip(entries, tensors, strict=True):
             writer.add(entry.name, tensor)
@@ -165,7 +179,7 @@ def _read_dat(path: Path) -> dict[str, Importance]:
 def _dat(matrix: Mapping[str, Importance], chunks: int, length: int, text: str) -> bytes:
     out = [struct.pack("<i", len(matrix))]
     for name in sorted(matrix):
-        mean_square, rows = matrix[name]
+        mean_square, rows = matrix[name].mean_square.flatten(), matrix[name].most
         calls = -(-rows // length)
         values = (mean_square.float() * calls).cpu().numpy().astype("<f4").tobytes()
         out.append(_text(name) + struct.pack("<ii", calls, len(mean_square)) + values)

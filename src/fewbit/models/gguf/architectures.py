@@ -9,73 +9,10 @@ Source: gguf-py's name tables, and conversion/ and src/models/ of llama.cpp, as 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """An architecture of llama.cpp, as one type of transformers: all that fewbit knows of it.
-
-    The defaults are the common case. Several types may share a name; `when` tells their files apart.
-    """
-
-    name: str
-    model_type: str  # transformers' type
-    cls: str  # transformers' class of this type
-    # Names of the tensors, without `.weight` and `.bias`
-    model: Mapping[str, str]  # module names outside blocks -> names in the file
-    block: Mapping[str, str]  # the same for modules in a block
-    layers: str = "model.layers"
-    extra: frozenset[str] = field(default_factory=frozenset)  # tensors of the file that are not weights
-    when: str = ""  # a file is of this type if it has this key, and it is not 0; "": if it is of no other type
-    # Values of the tensors
-    permuted: bool = False  # rows of q and k are in llama.cpp's order
-    mixed: bool = False  # rows of qkv are in the model's order: q, k, v of the first head, then of the second
-    transposed: bool = False  # the model's linears are Conv1D
-    shift: float = 0.0  # added to the weights of norms
-    # Config
-    activation: str = "silu"  # of the MLP
-    # Names in config.json that differ from Llama's; "" for entries that it lacks, because they follow from others
-    keys: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # further entries of config.json
-    required: Mapping[str, Any] = field(default_factory=dict)  # entries of config.json that llama.cpp takes for granted
-    # Entries of config.json that are numbers -> the file's key, and the value without one; None if it must have the key
-    numbers: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
-    flags: Mapping[str, str] = field(default_factory=dict)  # entries that are true or false -> the file's key
-    constants: Mapping[str, Any] = field(default_factory=dict)  # further keys of the file
-    epsilon: str = "attention.layer_norm_rms_epsilon"  # the file's key
-    # entry of config.json -> tensor of the file; the entry is true if the file has the tensor
-    biases: Mapping[str, str] = field(default_factory=dict)
-    tied: bool = False  # the output head is always the embedding
-    untied: bool = False  # the output head is never the embedding
-    # Positions
-    partial_rotary: bool = False  # RoPE may rotate only the first columns of a head
-    local_theta: float | None = (
-        None  # RoPE base of layers with a sliding window, if they have their own; 0: the others'
-    )
-    original_context: bool = False  # config.json has the length before RoPE was scaled
-    unrotated: int = 0  # every n-th layer has no RoPE; 0 without such layers
-    # Sliding windows
-    window: bool = False  # all layers may have one
-    no_window: bool = False  # a file needs a key to say that there is no window
-    period: int = 0  # every n-th layer has full attention and the others have a window; 0 without such layers
-    default_window: bool = False  # a file without a key for the window has one
-    windowed: int = 0  # windows are used exactly in models with so many layers; 0: by the file's key
-    # Number of layers of the model whose queries are scaled by hidden / heads instead of the width of a head. None: the
-    # scale of queries and the softcaps of logits are no entries of config.json
-    scaled_by_hidden: int | None = None
-
-    @property
-    def rotary(self) -> bool:
-        """Whether positions are rotations of queries and keys (RoPE); else the model has a table of positions."""
-        return "position_embd" not in self.model.values()
-
-    @property
-    def joined(self) -> bool:
-        """Whether q, k and v are one linear."""
-        return "attn_qkv" in self.block.values()
-
+from fewbit.models.gguf.architecture import Architecture
 
 _MODEL = {
     "model.embed_tokens": "token_embd",
@@ -126,6 +63,12 @@ _LLAMA_ROW = Architecture(
     permuted=True,
     biases={**_BIAS, "mlp_bias": "blk.0.ffn_down.bias"},
 )
+_GRANITE: Mapping[str, tuple[str, float | None]] = {
+    "attention_multiplier": ("attention.scale", None),
+    "embedding_multiplier": ("embedding_scale", 1.0),
+    "residual_multiplier": ("residual_scale", 1.0),
+    "logits_scaling": ("logit_scale", None),
+}
 _COHERE = {name: ours for name, ours in _LLAMA.items() if ours != "ffn_norm"}  # attention and MLP share a norm
 _GEMMA2_ROW = Architecture(
     "gemma2",
@@ -151,9 +94,37 @@ _OLMO2_ROW = Architecture(
     untied=True,
 )
 
+_QWEN_EXPERTS = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.*.gate_proj": "ffn_gate_exps",
+    "mlp.experts.*.up_proj": "ffn_up_exps",
+    "mlp.experts.*.down_proj": "ffn_down_exps",
+}
+_NO_MLP = {name: ours for name, ours in _LLAMA.items() if not name.startswith("mlp.")}
+_EXPERTS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+_LOCAL_EXPERTS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+_ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+
 _ROWS = (
     _LLAMA_ROW,
     replace(_LLAMA_ROW, model_type="mistral", cls="MistralForCausalLM", window=True, when="attention.sliding_window"),
+    replace(
+        _LLAMA_ROW,
+        model_type="mixtral",
+        cls="MixtralForCausalLM",
+        block={
+            **_NO_MLP,
+            "mlp.gate": "ffn_gate_inp",
+            "mlp.experts.*.w1": "ffn_gate_exps",
+            "mlp.experts.*.w3": "ffn_up_exps",
+            "mlp.experts.*.w2": "ffn_down_exps",
+        },
+        biases={},
+        counts=_LOCAL_EXPERTS,
+        experts="num_local_experts",
+        window=True,
+        when="expert_count",
+    ),
     Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", _MODEL, _LLAMA, extra=_ROPE),
     Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", _MODEL, _LLAMA | _HEAD_NORMS, extra=_ROPE, biases=_BIAS),
     _GEMMA2_ROW,
@@ -225,12 +196,72 @@ _ROWS = (
         name="granite",
         model_type="granite",
         cls="GraniteForCausalLM",
-        numbers={
-            "attention_multiplier": ("attention.scale", None),
-            "embedding_multiplier": ("embedding_scale", 1.0),
-            "residual_multiplier": ("residual_scale", 1.0),
-            "logits_scaling": ("logit_scale", None),
+        numbers=_GRANITE,
+    ),
+    replace(
+        _LLAMA_ROW,
+        name="granitemoe",
+        model_type="granitemoe",
+        cls="GraniteMoeForCausalLM",
+        block={
+            **_NO_MLP,
+            "block_sparse_moe.router": "ffn_gate_inp",
+            "block_sparse_moe.experts.*.gate_proj": "ffn_gate_exps",
+            "block_sparse_moe.experts.*.up_proj": "ffn_up_exps",
+            "block_sparse_moe.experts.*.down_proj": "ffn_down_exps",
         },
+        biases=_BIAS,
+        numbers=_GRANITE,
+        counts=_LOCAL_EXPERTS,
+        experts="num_local_experts",
+    ),
+    Architecture(
+        "qwen2moe",
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        _MODEL,
+        {
+            **_NO_MLP,
+            **_QWEN_EXPERTS,
+            "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+            "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+            "mlp.shared_expert.up_proj": "ffn_up_shexp",
+            "mlp.shared_expert.down_proj": "ffn_down_shexp",
+        },
+        keys=_SQUARE,
+        required={**_ALL_SPARSE, "norm_topk_prob": False},
+        counts={
+            **_EXPERTS,
+            "moe_intermediate_size": "expert_feed_forward_length",
+            "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+        },
+        experts="num_experts",
+        biases={"qkv_bias": "blk.0.attn_q.bias"},
+        untied=True,
+    ),
+    Architecture(
+        "qwen3moe",
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        _MODEL,
+        _NO_MLP | _HEAD_NORMS | _QWEN_EXPERTS,
+        required={**_ALL_SPARSE, "norm_topk_prob": True},
+        counts={**_EXPERTS, "moe_intermediate_size": "expert_feed_forward_length"},
+        experts="num_experts",
+        biases=_BIAS,
+    ),
+    Architecture(
+        "olmoe",
+        "olmoe",
+        "OlmoeForCausalLM",
+        _MODEL,
+        _NO_MLP | _HEAD_NORMS | _QWEN_EXPERTS,
+        keys=_SQUARE,
+        required={**_NO_BIAS, "norm_topk_prob": False, "clip_qkv": None},
+        counts=_EXPERTS,
+        experts="num_experts",
+        untied=True,
+        grouped=False,
     ),
     _OLMO2_ROW,
     replace(

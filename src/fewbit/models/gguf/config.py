@@ -31,7 +31,8 @@ from torch import Tensor
 from fewbit.checks import is_finite
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
-from fewbit.models.gguf.architectures import ARCHITECTURES, Architecture, of_file
+from fewbit.models.gguf.architecture import Architecture
+from fewbit.models.gguf.architectures import ARCHITECTURES, of_file
 from fewbit.models.gguf.names import architecture
 
 _LONGEST = 1 << 31
@@ -71,6 +72,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
         if (cap := getattr(config, theirs, None)) is not None:
             found[ours] = float(cap)
     found |= {ours: float(getattr(config, theirs)) for theirs, (ours, _) in arch.numbers.items()}
+    found |= {ours: int(getattr(config, theirs)) for theirs, ours in arch.counts.items()}
     found |= {ours: bool(getattr(config, theirs)) for theirs, ours in arch.flags.items()}
     found |= {**_window(config, arch), **arch.constants}
     return {key if key.startswith("general.") else f"{arch.name}.{key}": value for key, value in found.items()}
@@ -126,6 +128,7 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     config["rms_norm_eps"] = keys.real(arch.epsilon)
     config |= {key: tensor in file.entries for key, tensor in arch.biases.items()}
     config |= {key: keys.real(ours, default) for key, (ours, default) in arch.numbers.items()}
+    config |= {key: keys.count(ours) for key, ours in arch.counts.items()}
     config |= {key: keys.flag(ours) for key, ours in arch.flags.items()}
     config |= _windows(keys, config)
     return {name: value for key, value in config.items() if (name := arch.keys.get(key, key))}
@@ -246,6 +249,11 @@ def _refuse(config: Any, arch: Architecture) -> None:
     for key, wanted in arch.required.items():
         if (found := getattr(config, key, wanted)) != wanted:
             raise PlanError(f"llama.cpp runs {arch.name} with {key} = {wanted}; this model has {found}")
+    if not arch.grouped and config.num_key_value_heads != config.num_attention_heads:
+        raise PlanError(
+            f"llama.cpp runs {arch.name} with a key-value head for each query head; this model has "
+            f"{config.num_key_value_heads} for {config.num_attention_heads}"
+        )
     width = getattr(config, "head_dim", None)
     if arch.keys.get("head_dim") == "" and width and width * config.num_attention_heads != config.hidden_size:
         raise PlanError(

@@ -20,6 +20,7 @@ Source: gguf-py's name tables and llama.cpp's convert_hf_to_gguf.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -28,18 +29,21 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import PlanError
-from fewbit.models.gguf.architectures import TYPES, Architecture
+from fewbit.models.gguf.architecture import Architecture
+from fewbit.models.gguf.architectures import TYPES
 
 
 @dataclass(frozen=True)
 class Route:
     """The name of a model's tensor in the file, and its conversion.
 
+    expert: the number of the expert; the file has the tensors of all experts of a layer as one, [experts, ...].
     sizes, axes: the rows of the model's weight, as an array of these `sizes`, are in the file's order if its axes are
     permuted to `axes`. Empty if the order is the same.
     """
 
     name: str
+    expert: int | None = None
     transposed: bool = False
     shift: float = 0.0
     sizes: tuple[int, ...] = ()
@@ -93,16 +97,35 @@ def routes(config: Any) -> dict[str, Route]:
             shift = arch.shift if ours == "output_norm" and leaf == "weight" else 0.0
             found[f"{theirs}.{leaf}"] = Route(f"{ours}.{leaf}", shift=shift)
     for layer in range(config.num_hidden_layers):
-        for theirs, ours in arch.block.items():
+        for theirs, ours, expert in _modules(config, arch):
             norm, (sizes, axes) = "norm" in ours, orders.get(ours, ((), ()))
             for leaf in ("weight", "bias"):
                 found[f"{arch.layers}.{layer}.{theirs}.{leaf}"] = Route(
                     f"blk.{layer}.{ours}.{leaf}",
+                    expert=expert,
                     transposed=arch.transposed and leaf == "weight" and not norm,
                     shift=arch.shift if norm and leaf == "weight" else 0.0,
                     sizes=sizes,
                     axes=axes,
                 )
+    return found
+
+
+def _modules(config: Any, arch: Architecture) -> Iterator[tuple[str, str, int | None]]:
+    """Name of each module of a block, its name in the file, and the number of its expert."""
+    for theirs, ours in arch.block.items():
+        if "*" not in theirs:
+            yield theirs, ours, None
+            continue
+        for expert in range(getattr(config, arch.experts)):
+            yield theirs.replace("*", str(expert)), ours, expert
+
+
+def names_of(routes: Mapping[str, Route]) -> dict[str, list[str]]:
+    """Name in the file -> the names in the model; several for a tensor of experts, in their order."""
+    found: dict[str, list[str]] = {}
+    for name, route in routes.items():
+        found.setdefault(route.name, []).append(name)
     return found
 
 

@@ -3,7 +3,8 @@
 `from_pretrained(..., gguf_file=...)` takes the tensors from an `HfQuantizer`. This one renames them to the model's
 modules. A quantized weight becomes the bytes of its blocks, a memory-mapped view of the file, for `QLinear` or
 `QEmbedding`. Other tensors become floats. The rows of Llama's q and k are permuted to transformers' order, a whole row
-of blocks at a time. A quantized tensor is decoded only if it belongs to a module that has no packed counterpart.
+of blocks at a time. A quantized tensor is decoded only if it belongs to a module that has no packed counterpart. A
+tensor of all experts of a layer is cut into those of the experts, which are stacked again as for other formats.
 
 Saving such a model writes a GGUF file with the same keys, tensors and types.
 """
@@ -22,15 +23,15 @@ from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from fewbit.errors import FormatError, KernelError, PlanError
 from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile, GgufWriter
-from fewbit.models import scales
+from fewbit.models import experts, scales, stacking
 from fewbit.models.building import building
 from fewbit.models.gguf.architectures import of_file
-from fewbit.models.gguf.names import Route, architecture, routes
+from fewbit.models.gguf.names import Route, architecture, names_of, routes
 from fewbit.models.linears import LINEARS
 from fewbit.models.plugin.modules import put, put_embedding, unpack
 from fewbit.models.plugin.patch_gguf_config import gguf_path
 from fewbit.models.plugin.serving import requested_kernel
-from fewbit.nn.layers import QEmbedding, QLinear
+from fewbit.nn.layers import Packed, QEmbedding, QLinear
 from fewbit.schemes.base import QTensor
 from fewbit.schemes.ggml import codec
 from fewbit.system import heap, publish
@@ -75,6 +76,8 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         if self.file is None:
             return super()._process_model_before_weight_loading(model, **kwargs)
         self.routes = _routes_of(model)
+        if any(route.expert is not None for route in self.routes.values()):
+            experts.separate(model)
         self.entries = _matched(self.file, model, self.routes)
         for name, entry in self.entries.items():
             if entry.type in PLAIN or self.quantization_config.dequantize:
@@ -108,7 +111,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
             return other
         state = {}
         for name, entry in self.entries.items():
-            route, tensor = self.routes[name], self.file.get(entry.name)
+            route, tensor = self.routes[name], self._stored(name)
             if name.removesuffix(".weight") in self.packed:
                 state[name] = tensor if route.rows_back is None else tensor[route.rows_back]
             else:
@@ -119,6 +122,12 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
                 self.file.release(entry.name)
         return state
 
+    def _stored(self, name: str) -> Tensor:
+        """What the file holds for a tensor of the model."""
+        assert self.file is not None
+        whole, expert = self.file.get(self.entries[name].name), self.routes[name].expert
+        return whole if expert is None else whole[expert]
+
     def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> Any:
         """No conversions: `get_state_dict` has renamed the tensors already."""
         return super().update_weight_conversions(weight_conversions, *args) if self.file is None else []
@@ -127,43 +136,54 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         if self.file is None:
             other: PreTrainedModel = super()._process_model_after_weight_loading(model, **kwargs)
             return other
-        modules = dict(model.named_modules())
         with heap.trimmed() as done_with:
-            self._prepare(modules, done_with)
+            self._prepare(model, done_with)
+        modules = dict(model.named_modules())
         scales.attach(model, self.own_scales)
         for second, first in model.all_tied_weights_keys.items():
             source, target = (modules.get(key.removesuffix(".weight")) for key in (first, second))
             if isinstance(source, QEmbedding) and isinstance(target, QLinear) and _same(source, target):
                 target.weight = source.weight  # shared, so that it is counted and moved once
         model._weight_conversions = None  # type: ignore[assignment]
-        if not self.quantization_config.dequantize:
+        if self.quantization_config.dequantize:
+            experts.join(model)
+        else:
             model.save_pretrained = _Saver(model, self)  # type: ignore[method-assign,assignment]
         return model
 
-    def _prepare(self, modules: Mapping[str, Any], done_with: heap.DoneWith) -> None:
+    def _prepare(self, model: PreTrainedModel, done_with: heap.DoneWith) -> None:
         """Convert every weight to its kernel's layout, and release what was read from the file."""
-        for name, weight in self.packed.items():
-            module = modules[name]
-            assert isinstance(module, (QLinear, QEmbedding))
+        read: list[Tensor] = []
+
+        def weight_of(name: str, module: QLinear | QEmbedding) -> QTensor:
             (blocks,) = module.take_tensors().values()
             if blocks.is_meta:
                 raise KernelError(
                     f"{name}: packed weights cannot be offloaded to the disk yet",
                     "Give a device map that keeps the whole model in memory, such as device_map='cpu'.",
                 )
-            full = QTensor(weight.codec, weight.shape, {weight.codec.payload: blocks})
+            read.append(blocks)
+            weight = self.packed[name]
+            return QTensor(weight.codec, weight.shape, {weight.codec.payload: blocks})
+
+        def done(layers: list[Packed]) -> None:
+            done_with(read, [tensor for layer in layers for tensor in layer.prepared])
+            read.clear()
+
+        for name, module in model.named_modules():
             if isinstance(module, QEmbedding):
-                module.adopt(full, self.dtype)
-            else:
-                module.adopt(full, self.dtype, self.kernel)
-                done_with([blocks], module.prepared)
+                module.adopt(weight_of(name, module), self.dtype)
+        read.clear()
+        stacking.pack(model, weight_of, done, self.dtype, self.kernel)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         if self.file is None:
             other: PreTrainedModel = super()._dequantize(model, dtype)
             return other
         model.__dict__.pop("save_pretrained", None)
-        return unpack(model, dtype or model.dtype)
+        plain = unpack(model, dtype or model.dtype)
+        experts.join(plain)
+        return plain
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return self.file is not None
@@ -191,26 +211,32 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
             )
         dropped = ("split.no", "split.count", "split.tensors.count", "general.alignment")
         metadata = {key: value for key, value in GgufFile(self.file.path).metadata.items() if key not in dropped}
-        names = {entry.name: name for name, entry in self.entries.items()}
+        names: dict[str, list[str]] = {}
+        for name, entry in self.entries.items():
+            names.setdefault(entry.name, []).append(name)
         modules = dict(model.named_modules())
         with GgufWriter(path, metadata, list(self.file.entries.values()), overwrite=True) as writer:
             for entry in self.file.entries.values():
                 if entry.name not in names:
                     writer.add(entry.name, self.file.get(entry.name))
                     continue
-                name, route = names[entry.name], self.routes[names[entry.name]]
-                module = modules[name.rpartition(".")[0]]
-                if name.removesuffix(".weight") in self.packed:
-                    if not isinstance(module, (QLinear, QEmbedding)):
-                        raise PlanError(f"{name} is no longer packed", "Save the model before you replace its modules.")
-                    weight = module.qtensor()
-                    blocks = weight.parts[weight.codec.payload].cpu()
-                    writer.add(entry.name, blocks if route.rows is None else blocks[route.rows])
-                elif entry.type in PLAIN:
-                    value = route.to_file(model.get_parameter(name).detach().cpu())
-                    writer.add(entry.name, value.to(entry.spec.dtype).contiguous())
-                else:
-                    writer.add(entry.name, self.file.get(entry.name))
+                parts = [self._written(model, modules, name) for name in names[entry.name]]
+                expert = self.routes[names[entry.name][0]].expert
+                writer.add(entry.name, parts[0] if expert is None else torch.stack(parts))
+
+    def _written(self, model: PreTrainedModel, modules: Mapping[str, nn.Module], name: str) -> Tensor:
+        """A tensor of the model, or of one expert, as the file stores it."""
+        entry, route, module = self.entries[name], self.routes[name], modules[name.rpartition(".")[0]]
+        if name.removesuffix(".weight") in self.packed:
+            if not isinstance(module, (QLinear, QEmbedding)):
+                raise PlanError(f"{name} is no longer packed", "Save the model before you replace its modules.")
+            weight = module.qtensor()
+            blocks = weight.parts[weight.codec.payload].cpu()
+            return blocks if route.rows is None else blocks[route.rows]
+        if entry.type not in PLAIN:
+            return self._stored(name)
+        value = route.to_file(model.get_parameter(name).detach().cpu())
+        return value.to(entry.spec.dtype).contiguous()
 
 
 class _Saver:
@@ -257,26 +283,27 @@ def _matched(file: GgufFile, model: PreTrainedModel, known: dict[str, Route]) ->
     As with other checkpoints in transformers, the file's output head is ignored if the model's class has none, and a
     head that GGUF files never have (such as a classifier's) is initialized with a warning.
     """
-    ours = {route.name: name for name, route in known.items()}
+    ours = names_of(known)
     extra = architecture(model.config.model_type).extra
     expected = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
-    entries = {}
+    entries: dict[str, Entry] = {}
     for entry in file.entries.values():
         if entry.name in extra:
             continue
-        name = ours.get(entry.name)
+        name, *others = ours.get(entry.name, [""])
         if name in _HEAD and model.get_output_embeddings() is None:
             continue
-        if name is None or name not in expected:
+        if name not in expected:
             raise FormatError(f"{file.path}: the tensor {entry.name} has no place in a {type(model).__name__}")
         shape = tuple(expected[name][::-1] if known[name].transposed else expected[name])
-        if entry.shape != shape:
+        whole = shape if known[name].expert is None else (1 + len(others), *shape)
+        if entry.shape != whole:
             raise FormatError(
-                f"{file.path}: {entry.name} has shape {list(entry.shape)}, the model expects {list(shape)}"
+                f"{file.path}: {entry.name} has shape {list(entry.shape)}, the model expects {list(whole)}"
             )
         if entry.type in PLAIN and entry.type not in _NUMBERS:
             raise FormatError(f"{file.path}: {entry.name} has type {entry.type}, expected a float type")
-        entries[name] = entry
+        entries |= dict.fromkeys((name, *others), entry._replace(shape=shape))
     tied = model.all_tied_weights_keys
     missing = [name for name in expected if name not in entries and tied.get(name) not in entries]
     missing = [name for name in missing if not _is_new(name, model, known)]

@@ -1,0 +1,74 @@
+"""What fewbit knows of one architecture of llama.cpp. `architectures.py` has a row for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture of llama.cpp, as one type of transformers: all that fewbit knows of it.
+
+    The defaults are the common case. Several types may share a name; `when` tells their files apart.
+    """
+
+    name: str
+    model_type: str  # transformers' type
+    cls: str  # transformers' class of this type
+    # Names of the tensors, without `.weight` and `.bias`. Those of experts: "mlp.experts.*.up_proj" -> "ffn_up_exps"
+    model: Mapping[str, str]  # module names outside blocks -> names in the file
+    block: Mapping[str, str]  # the same for modules in a block
+    layers: str = "model.layers"
+    extra: frozenset[str] = field(default_factory=frozenset)  # tensors of the file that are not weights
+    when: str = ""  # a file is of this type if it has this key, and it is not 0; "": if it is of no other type
+    # Values of the tensors
+    permuted: bool = False  # rows of q and k are in llama.cpp's order
+    mixed: bool = False  # rows of qkv are in the model's order: q, k, v of the first head, then of the second
+    transposed: bool = False  # the model's linears are Conv1D
+    shift: float = 0.0  # added to the weights of norms
+    # Config
+    activation: str = "silu"  # of the MLP
+    # Names in config.json that differ from Llama's; "" for entries that it lacks, because they follow from others
+    keys: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # further entries of config.json
+    required: Mapping[str, Any] = field(default_factory=dict)  # entries of config.json that llama.cpp takes for granted
+    # Entries of config.json that are numbers -> the file's key, and the value without one; None if it must have the key
+    numbers: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
+    counts: Mapping[str, str] = field(default_factory=dict)  # entries that are integers above 0 -> the file's key
+    experts: str = ""  # entry of config.json with the number of experts of a layer; "" without experts
+    flags: Mapping[str, str] = field(default_factory=dict)  # entries that are true or false -> the file's key
+    constants: Mapping[str, Any] = field(default_factory=dict)  # further keys of the file
+    epsilon: str = "attention.layer_norm_rms_epsilon"  # the file's key
+    # entry of config.json -> tensor of the file; the entry is true if the file has the tensor
+    biases: Mapping[str, str] = field(default_factory=dict)
+    tied: bool = False  # the output head is always the embedding
+    untied: bool = False  # the output head is never the embedding
+    grouped: bool = True  # several query heads may share a key-value head
+    # Positions
+    partial_rotary: bool = False  # RoPE may rotate only the first columns of a head
+    local_theta: float | None = (
+        None  # RoPE base of layers with a sliding window, if they have their own; 0: the others'
+    )
+    original_context: bool = False  # config.json has the length before RoPE was scaled
+    unrotated: int = 0  # every n-th layer has no RoPE; 0 without such layers
+    # Sliding windows
+    window: bool = False  # all layers may have one
+    no_window: bool = False  # a file needs a key to say that there is no window
+    period: int = 0  # every n-th layer has full attention and the others have a window; 0 without such layers
+    default_window: bool = False  # a file without a key for the window has one
+    windowed: int = 0  # windows are used exactly in models with so many layers; 0: by the file's key
+    # Number of layers of the model whose queries are scaled by hidden / heads instead of the width of a head. None: the
+    # scale of queries and the softcaps of logits are no entries of config.json
+    scaled_by_hidden: int | None = None
+
+    @property
+    def rotary(self) -> bool:
+        """Whether positions are rotations of queries and keys (RoPE); else the model has a table of positions."""
+        return "position_embd" not in self.model.values()
+
+    @property
+    def joined(self) -> bool:
+        """Whether q, k and v are one linear."""
+        return "attn_qkv" in self.block.values()
