@@ -29,6 +29,7 @@ from fewbit.models.loading import Loading
 from fewbit.plans.budget import Budget
 from fewbit.plans.plan import Plan, find
 from fewbit.settings import checks_of
+from fewbit.system import publish
 from fewbit.system.files import parse_json
 from fewbit.texts.calibration import Calibration
 
@@ -47,7 +48,10 @@ SAMPLES = 16  # default number of windows of a text to measure quality on
 
 
 def checked(verb: Callable[P, R]) -> Callable[P, R]:
-    """Decorate `verb`: check each argument by its name and convert it before the call."""
+    """Decorate `verb`: check each argument by its name and convert it before the call.
+
+    While it runs, no other process can make the same output.
+    """
     signature = inspect.signature(verb)
     logger = logging.getLogger(verb.__module__)
     if missing := signature.parameters.keys() - _CHECKS.keys():
@@ -60,7 +64,8 @@ def checked(verb: Callable[P, R]) -> Callable[P, R]:
             parameter = signature.parameters[name]
             if value is not None or not (parameter.default is None or str(parameter.annotation).endswith("| None")):
                 bound.arguments[name] = _CHECKS[name](name, value)
-        result = verb(*bound.args, **bound.kwargs)
+        with publish.claims():
+            result = verb(*bound.args, **bound.kwargs)
         for note in getattr(result, "notes", ()):  # the command line prints them
             logger.warning("%s", note)
         return result

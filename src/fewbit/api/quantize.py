@@ -133,7 +133,6 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
         out, file = publish.named(out), is_file(out, wanted.plan)
         if ranks.first():
             publish.check_output(out, overwrite=wanted.overwrite, file=file)
-            leaving.enter_context(publish.claimed(out))
         heap.return_freed()
         job = Job.prepare(
             locate(model, safetensors_only=wanted.safetensors_only),

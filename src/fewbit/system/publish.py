@@ -10,7 +10,8 @@ import stat
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from hashlib import sha256
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def check_output(out: str | Path, *, overwrite: bool, file: bool = False) -> Pat
     """`out` as a path where a folder (with `file`: a file) can be created; PlanError if it is taken or not creatable.
 
     It tries now what must work later: it creates and removes a folder next to `out` and, if it is free, `out` itself.
+    Inside `claims`, no other process can make `out` from now on; PlanError if one does already.
     """
     place = named(out)
     with _as_plan_error(out):
@@ -56,6 +58,7 @@ def check_output(out: str | Path, *, overwrite: bool, file: bool = False) -> Pat
         if place.exists():
             _check_replaceable(out, real)
         _check_creatable(real)
+    _claim(real)
     return place
 
 
@@ -90,6 +93,30 @@ def check_not_lost(out: Path, *needed: str | Path) -> None:
     for place in needed:
         if Path(place).expanduser().resolve().is_relative_to(out.resolve()):
             raise PlanError(f"{out} contains {place}, which would be lost", ANOTHER)
+
+
+# What the running verb has claimed: the claims, which end with it, and their paths.
+_claims: ContextVar[tuple[ExitStack, set[Path]] | None] = ContextVar("claims", default=None)
+
+
+@contextmanager
+def claims() -> Iterator[None]:
+    """Keep what `check_output` claims until the block ends. Inside of another such block: until that one ends."""
+    if _claims.get() is not None:
+        yield
+        return
+    with ExitStack() as stack:
+        token = _claims.set((stack, set()))
+        try:
+            yield
+        finally:
+            _claims.reset(token)
+
+
+def _claim(out: Path) -> None:
+    if (held := _claims.get()) is not None and out not in held[1]:
+        held[0].enter_context(claimed(out))
+        held[1].add(out)
 
 
 @contextmanager
