@@ -53,6 +53,14 @@ def unpacked(place: Path) -> Path:
     return place / _INSIDE
 
 
+def vocabularies(place: Path) -> list[Path]:
+    """llama.cpp's files of vocabularies that have texts and ids beside them (.inp, .out), unpacked in `place`."""
+    with tarfile.open(SDIST) as sdist:
+        wanted = [each for each in sdist if each.name.startswith(f"{_INSIDE}models/ggml-vocab-")]
+        sdist.extractall(place, wanted, filter="data")
+    return sorted(path.with_suffix("") for path in (place / _INSIDE / "models").glob("*.inp"))
+
+
 def convert(source: Path, folder: Path, out: Path, entries: Mapping[str, Any]) -> None:
     """Convert the model in `folder` to a file of float32 at `out`.
 

@@ -55,6 +55,50 @@ def _with(normalizer: Any) -> Tokenizer:
     return made
 
 
+DEEPSEEK: dict[str, list[str]] = {  # as in the models' tokenizer.json; "digits" is a step Digits
+    "deepseek-v3": [
+        r"\p{N}{1,3}",
+        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+        "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+    ],
+    "deepseek-coder": [
+        "[\r\n]",
+        r"\s?\p{L}+",
+        r"\s?\p{P}+",
+        "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+        "digits",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", DEEPSEEK)
+def test_deepseeks_ways_to_split_have_names(name: str) -> None:
+    def change(made: dict[str, Any]) -> None:
+        steps: list[dict[str, Any]] = [
+            {"type": "Digits", "individual_digits": True}
+            if each == "digits"
+            else {"type": "Split", "pattern": {"Regex": each}, "behavior": "Isolated", "invert": False}
+            for each in DEEPSEEK[name]
+        ]
+        last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        made["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps, last]}
+
+    original = tokenizer(change)
+    metadata = keys(original)
+    assert metadata["tokenizer.ggml.pre"] == name
+    check(original, metadata)
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "falcon3", "pixtral", "lfm2", "tekken", "gpt-2", "qwen2", "deepseek-v3"])
+def test_whether_a_text_starts_with_bos_by_default(name: str) -> None:
+    metadata = keys(tokenizer()) | {"tokenizer.ggml.pre": name}
+    del metadata["tokenizer.ggml.add_bos_token"]
+    starts = name in ("llama-bpe", "falcon3", "pixtral", "lfm2", "tekken")
+    found = read(metadata)
+    assert (found("the")["input_ids"][0] == found.bos_token_id) == starts
+
+
 def flagged(**flags: bool) -> Change:
     def change(made: dict[str, Any]) -> None:
         (token,) = (each for each in made["added_tokens"] if each["content"] == "<|tool|>")

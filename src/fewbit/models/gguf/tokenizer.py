@@ -30,48 +30,11 @@ from transformers import PreTrainedTokenizerFast
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
+from fewbit.models.gguf.patterns import BOS_FIRST, GPT2, NORMALIZED, PATTERNS, STEPS_OF, WHOLE_WORDS_FIRST
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"
 
-# Steps -> llama.cpp's names for them. A step is a regular expression to split at, "digits" (split each digit off) or
-# "gpt2" (split by GPT-2's pattern). Files get the first name.
-_GPT2 = "gpt2"
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_LEAD, _SLASHES = r"[^\r\n\p{L}\p{N}]?", r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_PATTERNS: dict[tuple[str, ...], tuple[str, ...]] = {
-    (_GPT2,): ("gpt-2", "mpt", "olmo", "jais", "phi-2", "trillion", "granite-docling"),
-    ("digits", _GPT2): ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
-    (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",): (
-        "llama-bpe",
-        "llama3",
-        "llama-v3",
-        "falcon3",
-        "dbrx",
-        "smaug-bpe",
-        "pixtral",
-        "lfm2",
-    ),
-    (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",): ("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"),
-    (
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
-        r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ): ("qwen35",),
-    (rf"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*|\p{{N}}|{_SLASHES}",): ("tekken",),
-    (
-        rf"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_SLASHES}",
-    ): ("gpt-4o", "llama4"),
-    # llama.cpp's default for files without a name, such as those before 2024-05.
-    (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"): ("default",),
-}
-_STEPS_OF = {name: steps for steps, names in _PATTERNS.items() for name in names}
-# A whole word in the vocabulary becomes one token, even if no merges lead to it.
-_WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")
-# Models that normalize text to NFC. llama.cpp does not do this.
-_NORMALIZED = ("qwen2", "deepseek-r1-qwen", "qwen35", "mpt", "olmo", "command-r")
 _SETTINGS = "fewbit.tokenizer"
 _TEMPLATE, _TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
 
@@ -225,8 +188,8 @@ class _Vocabulary:
 
     def byte_level(self) -> dict[str, Any]:
         name = self._get("pre") or "default"
-        if name not in _STEPS_OF:
-            known = ", ".join(sorted(_STEPS_OF))
+        if name not in STEPS_OF:
+            known = ", ".join(sorted(STEPS_OF))
             raise FormatError(
                 f"{self.file.path}: text is split by {str(name)[:40]!r}, which fewbit does not know",
                 f"Known: {known}.",
@@ -238,19 +201,19 @@ class _Vocabulary:
                 raise self.wrong(f"the merge {merge[:80]!r} does not join two tokens into a third")
         steps: list[dict[str, Any]] = []
         whole: dict[str, Any] = {"add_prefix_space": False, "trim_offsets": True}
-        for step in _STEPS_OF[name]:
-            if step == _GPT2:
+        for step in STEPS_OF[name]:
+            if step == GPT2:
                 continue
             if step == "digits":
                 steps.append({"type": "Digits", "individual_digits": True})
             else:
                 steps.append({"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False})
-        steps.append({"type": "ByteLevel", **whole, "use_regex": _GPT2 in _STEPS_OF[name]})
+        steps.append({"type": "ByteLevel", **whole, "use_regex": GPT2 in STEPS_OF[name]})
         return {
-            "normalizer": {"type": "NFC"} if name in _NORMALIZED else None,
+            "normalizer": {"type": "NFC"} if name in NORMALIZED else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
             "decoder": {"type": "ByteLevel", **whole, "use_regex": True},
-            "model": self._bpe(pairs, ignore_merges=name in _WHOLE_WORDS_FIRST),
+            "model": self._bpe(pairs, ignore_merges=name in WHOLE_WORDS_FIRST),
         }
 
     def sentencepiece(self) -> dict[str, Any]:
@@ -284,7 +247,7 @@ class _Vocabulary:
         """The post-processor that adds tokens before and after each text."""
         sequence = [{"Sequence": {"id": "A", "type_id": 0}}]
         before = after = None
-        default = self.model == "llama" or self._get("pre") in ("llama-bpe", "llama3", "llama-v3", "tekken")
+        default = self.model == "llama" or self._get("pre") in BOS_FIRST
         if self._flag("add_bos_token", default):
             before = self.special.get("bos_token")
         if self._flag("add_eos_token", False):
@@ -442,19 +405,20 @@ def _pattern_name(made: Mapping[str, Any]) -> str:
         if step["type"] == "Digits" and step["individual_digits"]:
             found.append("digits")
         elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"] and "Regex" in pattern:
-            found.append("digits" if pattern["Regex"] in (r"\d", r"\p{N}") else pattern["Regex"])
+            regex = pattern["Regex"].replace("\r", r"\r").replace("\n", r"\n")  # some files have the characters
+            found.append("digits" if regex in (r"\d", r"\p{N}") else regex)
         elif step["type"] == "ByteLevel" and not step["add_prefix_space"]:
-            found += [_GPT2] if step["use_regex"] else []
+            found += [GPT2] if step["use_regex"] else []
         else:
             found.append(json.dumps(step))
-    if tuple(found) not in _PATTERNS:
+    if tuple(found) not in PATTERNS:
         raise PlanError(
             "the tokenizer splits text in a way that llama.cpp has no name for: " + " then ".join(found),
             "llama.cpp would split text in another way than in the training of the model.",
         )
-    names = _PATTERNS[tuple(found)]
+    names = PATTERNS[tuple(found)]
     nfc = [step["type"] for step in steps_of(made["normalizer"], "normalizers")] == ["NFC"]
-    return next((name for name in names if (name in _NORMALIZED) == nfc), names[0])
+    return next((name for name in names if (name in NORMALIZED) == nfc), names[0])
 
 
 def steps_of(part: Mapping[str, Any] | None, members: str) -> list[Any]:
