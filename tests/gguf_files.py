@@ -162,6 +162,7 @@ def ids(seed: int = 0, length: int = 40) -> Tensor:
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
 KINDS = (*FAMILIES, *TYPES)
+TYPE_OF = {"gemma3": "gemma3_text"}  # transformers' types of families with other names
 
 AWKWARD = (
     "Hello world",

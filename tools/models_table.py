@@ -26,7 +26,7 @@ quantized weights. This page is made from the table of those tests.
   them.
 - **calibrated**: `gptq-4bit` and `awq-4bit`. **other**: `nf4` and `int8`. Other plans of the same methods behave alike.
 - **no**: `quantize` ends with an error that says why, and leaves no output.
-- GGUF has fewer architectures: `fewbit quantize --plan q4_k_m` names those that it does not have.
+- GGUF has fewer architectures: [gguf.md](gguf.md) lists them.
 """
 # The sentence for each reason in the tests' tables, which have patterns of error messages.
 _SAYS = {

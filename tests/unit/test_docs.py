@@ -107,3 +107,11 @@ def test_the_page_of_models_is_up_to_date() -> None:
     if f"transformers=={transformers.__version__}" not in pinned:
         pytest.skip("another version of transformers has other types")
     assert PAGE.read_text(encoding="utf-8") == page(), "run python tools/models_table.py"
+
+
+def test_the_page_of_gguf_architectures_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from gguf_table import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python tools/gguf_table.py"
+    assert "| no |" not in page()  # each row is tested against llama.cpp

@@ -1,0 +1,65 @@
+"""Write docs/gguf.md from the rows of fewbit's GGUF architectures and the tests that compare them with llama.cpp.
+
+`python tools/gguf_table.py`. A test compares the page with what this writes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "gguf.md"
+_HEAD = """\
+# Architectures of GGUF files
+
+fewbit writes a GGUF file of these types of transformers, and loads one with packed weights. The table is made from
+the rows in `src/fewbit/models/gguf/architectures.py` and from the tests.
+
+- **same file**: llama.cpp's converter makes the same tensors and keys of a tiny model, as in llama-cpp-python 0.3.36.
+- **same logits**: llama.cpp computes the same logits from fewbit's file in 32 bits, within 1e-5 in relative norm. 1e-3
+  where its GELU is a table of 16-bit numbers.
+- **only if**: what llama.cpp takes for granted. A model with other values is refused before any work.
+- A published file whose type is in no row is loaded by transformers, if it knows the architecture, without packed
+  weights.
+
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    sys.path[:0] = [str(path) for path in (ROOT,) if str(path) not in sys.path]
+    from fewbit.models.gguf.architectures import TYPES
+    from tests import gguf_files
+
+    tested = {gguf_files.TYPE_OF.get(kind, kind) for kind in gguf_files.KINDS}
+    golden = {gguf_files.TYPE_OF.get(kind, kind) for kind in gguf_files.golden()}
+    lines = ["| type | in the file | read | written | same file | same logits | only if |", "|" + "---|" * 7]
+    for kind, row in sorted(TYPES.items()):
+        proved = ["yes" if kind in each else "no" for each in (golden, tested)]
+        lines.append(f"| `{kind}` | {row.name} | yes | yes | {' | '.join(proved)} | {'; '.join(_conditions(row))} |")
+    return _HEAD + "\n".join(lines) + "\n"
+
+
+def _conditions(row: Any) -> Iterator[str]:
+    """What llama.cpp takes for granted of the models of a row."""
+    for key, value in row.required.items():
+        yield f"`{key}` = {value}"
+    if row.keys.get("head_dim") == "":
+        yield "heads as wide as the model"
+    if not row.grouped:
+        yield "as many key-value heads as heads"
+    if row.tied:
+        yield "a tied output head"
+    if row.untied:
+        yield "an output head of its own"
+    if row.unrotated:
+        yield f"no RoPE in every layer of number {row.unrotated}"
+    if row.windowed:
+        yield f"sliding windows with {row.windowed} layers, none with others"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
