@@ -1,0 +1,141 @@
+"""Tokens per second of `fewbit serve` for one client and for several, beside `generate` on the same model.
+
+    python -m benchmarks.serving MODEL [--clients 1,8] [--tokens 100] [--rounds 5] [--load SECONDS]
+        [--beside URL] [--dtype TYPE]
+
+The server is a process of its own on this machine; each client asks for `--tokens` tokens of a greedy completion, again
+when it has the answer. Medians of the rounds, with the lowest and the highest. `generate` runs in this process first.
+Only tokens that came are counted: answers may end earlier. `--beside http://127.0.0.1:8080/v1` measures another server
+with the same clients, in turns with this one.
+
+With `--load`, 32 clients ask for that many seconds. Each answer must equal the one that a single client got before,
+none may be lost, and the memory of the server is shown over the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import psutil  # type: ignore[import-untyped]
+
+PROMPTS = ("The garden is", "Once upon a time", "The best way to", "In the morning", "My friend has", "A small house")
+
+
+def generated(model: str, tokens: int, rounds: int) -> list[float]:
+    """Tokens per second of `generate`, prompt included, with a model that is loaded once."""
+    from fewbit.models.decoding.generate import continue_text, prompt_ids
+    from fewbit.models.load import load_model
+    from fewbit.models.loading import Loading
+    from fewbit.models.skeleton import load_tokenizer
+    from fewbit.models.source import locate
+    from fewbit.system import machine
+
+    source = locate(model)
+    loaded, tokenizer = load_model(source, Loading(machine.device(None)), for_text=True), load_tokenizer(source)
+    found = []
+    for _ in range(rounds + 1):
+        start, count = time.perf_counter(), 0
+        for prompt in PROMPTS:
+            count += continue_text(loaded, tokenizer, prompt_ids(tokenizer, prompt), max_new_tokens=tokens).tokens
+        found.append(count / (time.perf_counter() - start))
+    return found[1:]  # the first round warms up
+
+
+def served(client: openai.OpenAI, clients: int, tokens: int, rounds: int) -> list[float]:
+    """Tokens per second of all clients together."""
+    name = client.models.list().data[0].id
+
+    def ask(index: int) -> int:
+        prompt = PROMPTS[index % len(PROMPTS)]
+        done = client.completions.create(model=name, prompt=prompt, max_tokens=tokens, temperature=0)
+        return done.usage.completion_tokens if done.usage is not None else 0
+
+    found = []
+    with ThreadPoolExecutor(clients) as pool:
+        for _ in range(rounds + 1):
+            start = time.perf_counter()
+            count = sum(pool.map(ask, range(len(PROMPTS) * clients)))
+            found.append(count / (time.perf_counter() - start))
+    return found[1:]
+
+
+def loaded(client: openai.OpenAI, process: psutil.Process, seconds: float) -> None:
+    """32 clients at once. Raises an AssertionError for an answer that differs from that to a single client."""
+    name = client.models.list().data[0].id
+
+    def ask(index: int) -> str:
+        prompt, new = f"{PROMPTS[index % len(PROMPTS)]} {index % 16}", 8 + index % 24
+        return client.completions.create(model=name, prompt=prompt, max_tokens=new, temperature=0).choices[0].text
+
+    kinds = 48  # lcm of 6, 16 and 24
+    wanted = [ask(index) for index in range(kinds)]
+    numbers, memory = itertools.count(), [process.memory_info().rss]
+    begun = time.perf_counter()
+
+    def work() -> tuple[int, int]:
+        done = same = 0
+        while time.perf_counter() - begun < seconds:
+            index = next(numbers)
+            done, same = done + 1, same + (ask(index) == wanted[index % kinds])
+            if index % 100 == 99:
+                memory.append(process.memory_info().rss)
+        return done, same
+
+    with ThreadPoolExecutor(32) as pool:
+        results = [each.result() for each in [pool.submit(work) for _ in range(32)]]
+    done, same, took = sum(r[0] for r in results), sum(r[1] for r in results), time.perf_counter() - begun
+    shown = [round(memory[i * (len(memory) - 1) // 4] / 1e6) for i in range(5)]
+    print(
+        f"load: {done} answers in {took:.0f} s, {same} as to a single client; server's memory in MB: {shown}",
+        flush=True,
+    )
+    assert done == same == next(numbers)
+
+
+def told(what: str, found: list[float]) -> None:
+    print(f"{what:12} {statistics.median(found):8.1f} tokens/s   ({min(found):.1f} to {max(found):.1f})", flush=True)
+
+
+def client_of(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=600)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--clients", default="1,8")
+    parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--load", type=float, default=0)
+    parser.add_argument("--beside")
+    parser.add_argument("--dtype", help="of the server")
+    args = parser.parse_args()
+    told("generate", generated(args.model, args.tokens, args.rounds))
+    command = [sys.executable, "-m", "fewbit", "serve", args.model, "--port", "0"]
+    command += ["--dtype", args.dtype] if args.dtype else []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8") as server:
+        assert server.stderr is not None
+        line = next(line for line in server.stderr if line.startswith("Serving "))
+        address = line.split("chat at ")[1].split(",")[0]
+        try:
+            with client_of(f"{address}/v1") as client:
+                if args.load:
+                    loaded(client, psutil.Process(server.pid), args.load)
+                for clients in map(int, args.clients.split(",")):
+                    told(f"{clients} clients", served(client, clients, args.tokens, args.rounds))
+                    if args.beside:
+                        with client_of(args.beside) as other:
+                            told("beside", served(other, clients, args.tokens, args.rounds))
+        finally:
+            server.terminate()
+
+
+if __name__ == "__main__":
+    main()
