@@ -18,7 +18,7 @@ DEMO_ARGS_smollm2 := --calibration-samples 16 --samples 8
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all bare compat check interop fuzz notebook bench bench-cpu tiny-moe native native-test format clean
+.PHONY: help setup demo test test-all bare compat check interop fuzz notebook bench bench-cpu tiny-moe native native-test native-arm format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
@@ -123,6 +123,15 @@ native-test: setup ## the CPU library under AddressSanitizer and UBSan, over man
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 FEWBIT_CPU_LIBRARY=build/sanitized/fewbit_cpu.so \
 	$(BIN)/python tools/fuzz_cpu.py $(ARGS)
+
+# Debian's g++-aarch64-linux-gnu and qemu-user. Cortex-A57 has no dot product of bytes.
+ARM := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+
+native-arm: ## the CPU library for Arm, in an emulator; needs aarch64-linux-gnu-g++ and qemu-aarch64
+	cmake -S . -B build/arm $(ARM) -DCMAKE_BUILD_TYPE=Release -DFEWBIT_NATIVE_REQUIRED=ON -DFEWBIT_CHECK=ON
+	cmake --build build/arm --parallel --target fewbit_check
+	qemu-aarch64 -cpu max build/arm/fewbit_check
+	qemu-aarch64 -cpu cortex-a57 build/arm/fewbit_check
 
 format: setup ## let ruff sort imports, fix what it can and lay out the code
 	$(BIN)/ruff check --fix

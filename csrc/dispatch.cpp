@@ -8,6 +8,8 @@
 #include "threads.h"
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 using fewbit::Isa;
@@ -43,6 +45,19 @@ Cpu cpu() {
 }
 #endif
 
+#if defined(__aarch64__)
+// Whether the CPU has NEON's dot product of bytes (Armv8.2 DotProd).
+bool dotprod() {
+#if defined(__APPLE__)
+  return true;  // every Mac with an Arm processor
+#elif defined(__linux__)
+  return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#else
+  return false;
+#endif
+}
+#endif
+
 // The instruction sets that this CPU supports, the best first.
 const Isa* const* usable() {
   static const Isa* list[5];
@@ -56,6 +71,9 @@ const Isa* const* usable() {
 #endif
     if (has.avx2) list[n++] = &fewbit::isa_avx2;
 #elif defined(__aarch64__)
+#ifdef FEWBIT_HAS_NEONDOT
+    if (dotprod()) list[n++] = &fewbit::isa_neondot;
+#endif
     list[n++] = &fewbit::isa_neon;
 #endif
     list[n] = &fewbit::isa_scalar;

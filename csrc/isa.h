@@ -27,7 +27,7 @@ extern const Isa isa_scalar;
 extern const Isa isa_avx2, isa_avxvnni, isa_avx512;
 #endif
 #if defined(__aarch64__)
-extern const Isa isa_neon;
+extern const Isa isa_neon, isa_neondot;
 #endif
 
 }  // namespace fewbit
