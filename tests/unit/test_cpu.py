@@ -20,7 +20,9 @@ from fewbit.schemes.base import QTensor, parse
 from fewbit.system import native
 from tests.contract.cases import EXAMPLES, ordinary, quantized
 
-SPECS = [*EXAMPLES, "int4-g32", "int3-g16", "int2-g32", "int8-g32", "int4-row", "int2-row"]
+# The library does not read block types with a codebook of vectors.
+READ = [spec for spec in EXAMPLES if not spec.startswith(("iq2", "iq3"))]
+SPECS = [*READ, "int4-g32", "int3-g16", "int2-g32", "int8-g32", "int4-row", "int2-row"]
 specs = pytest.mark.parametrize("spec", dict.fromkeys(SPECS))
 
 

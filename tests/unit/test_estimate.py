@@ -79,7 +79,7 @@ def test_every_preset_is_there_and_the_original_first() -> None:
 def test_a_plan_that_cannot_be_says_why_and_others_go_on(bare: Path) -> None:
     config = json.loads((bare / "config.json").read_text(encoding="utf-8"))
     (bare / "config.json").write_text(
-        json.dumps(config | {"model_type": "cohere", "architectures": None}), encoding="utf-8"
+        json.dumps(config | {"model_type": "helium", "architectures": None}), encoding="utf-8"
     )
     rows = {row.plan: row for row in fewbit.estimate(bare).plans}
     assert "no GGUF file can be made" in (rows["q4_k_m"].why_not or "")
