@@ -4,7 +4,7 @@ Weights that matter most for their size get more bits: the attention values (v),
 first and last eighth of the layers and in every third layer between), and the output head (the token embeddings if the
 two are tied). If the blocks of a scheme do not divide a tensor's rows, a fallback scheme with smaller blocks is used.
 The rules and the file type numbers are those of `llama-quant.cpp` and `llama.h` of llama.cpp, as in llama-cpp-python
-0.3.36. Rules for mixture-of-experts models are left out, because fewbit writes no GGUF files of them.
+0.3.36. Rules for mixture-of-experts models are left out: all experts get the base scheme.
 
 >>> model = Model("llama", layers=8, gqa=2, tied=True)
 >>> tensors = {f"blk.{i}.attn_v": (64, 256) for i in range(8)} | {"token_embd": (4096, 256)}
