@@ -8,8 +8,8 @@ when it has the answer. Medians of the rounds, with the lowest and the highest. 
 Only tokens that came are counted: answers may end earlier. `--beside http://127.0.0.1:8080/v1` measures another server
 with the same clients, in turns with this one.
 
-With `--load`, 32 clients ask for that many seconds. Each answer must equal the one that a single client got before,
-none may be lost, and the memory of the server is shown over the time.
+With `--load`, 32 clients ask for that many seconds. Shown are how many answers equal those that a single client got
+before, and the memory of the server over the time. An answer that is lost ends the benchmark.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def served(client: openai.OpenAI, clients: int, tokens: int, rounds: int) -> lis
 
 
 def loaded(client: openai.OpenAI, process: psutil.Process, seconds: float) -> None:
-    """32 clients at once. Raises an AssertionError for an answer that differs from that to a single client."""
+    """32 clients at once. RuntimeError if a request has no answer."""
     name = client.models.list().data[0].id
 
     def ask(index: int) -> str:
@@ -96,7 +96,8 @@ def loaded(client: openai.OpenAI, process: psutil.Process, seconds: float) -> No
         f"load: {done} answers in {took:.0f} s, {same} as to a single client; server's memory in MB: {shown}",
         flush=True,
     )
-    assert done == same == next(numbers)
+    if (asked := next(numbers)) != done:
+        raise RuntimeError(f"{asked - done} of {asked} requests have no answer")
 
 
 def told(what: str, found: list[float]) -> None:
