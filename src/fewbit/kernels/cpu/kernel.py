@@ -191,10 +191,7 @@ def _layout(codec: Codec, shape: tuple[int, int]) -> Layout | str:
     """The library's layout for such a weight, or a sentence that says why it has none."""
     k = shape[1]
     if isinstance(codec, Blocks):
-        known = codec.name in _KINDS
-        return (
-            (_KINDS[codec.name], 0, 0) if known else f"it does not support {codec}, which fewbit reads but cannot write"
-        )
+        return (_KINDS[codec.name], 0, 0) if codec.name in _KINDS else f"it does not read blocks of {codec}"
     if isinstance(codec, Affine):
         group, codes = codec.group or k, 1 if 8 % codec.bits else 8 // codec.bits
         step = 64 * codes

@@ -48,9 +48,8 @@ class Architecture:
     grouped: bool = True  # several query heads may share a key-value head
     # Positions
     partial_rotary: bool = False  # RoPE may rotate only the first columns of a head
-    local_theta: float | None = (
-        None  # RoPE base of layers with a sliding window, if they have their own; 0: the others'
-    )
+    # RoPE base of layers with a sliding window, if they have their own; 0: that of the others
+    local_theta: float | None = None
     original_context: bool = False  # config.json has the length before RoPE was scaled
     unrotated: int = 0  # every n-th layer has no RoPE; 0 without such layers
     # Sliding windows
