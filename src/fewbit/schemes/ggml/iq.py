@@ -4,7 +4,7 @@
 `vectors` for the values and `vector_search` for the scales. Parts and bytes are those of the other block types.
 
 >>> scheme = IQ.from_spec("iq2_xxs")
->>> w = torch.tensor([8.0, 8, 8, 8, 8, -8, 8, -8]).repeat(32)[None]      # an entry of the codebook
+>>> w = 7.75 * torch.tensor([1.0, 1, 1, 1, 1, -1, 1, -1]).repeat(32)[None]  # 31 times a power of two
 >>> codes, grids = scheme.nearest(w)
 >>> torch.equal(scheme.dequantize(scheme.pack(codes, grids), (1, 256), torch.float32), w)
 True
