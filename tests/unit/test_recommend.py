@@ -177,7 +177,7 @@ def test_memory_decides() -> None:
     whole = {row.plan: row.total for row in fewbit.estimate("tiny").plans}
     found = asked("edge", memory=whole["q3_k_m"])
     assert found.best.total <= whole["q3_k_m"] < whole["q4_k_m"]
-    with pytest.raises(PlanError, match=r"nothing fits 1 MB: the smallest is q2_k with"):
+    with pytest.raises(PlanError, match=r"nothing fits 1 MB: the smallest is iq2_xxs with"):
         asked("quality", memory="1MB")
 
 

@@ -19,6 +19,7 @@ The rules and the file type numbers are those of `llama-quant.cpp` and `llama.h`
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -66,17 +67,40 @@ MIXTURES = {
     "q5_k_m": Mixture("q5_k", 17),
     "q6_k": Mixture("q6_k", 18),
     "q8_0": Mixture("q8_0", 7),
+    "iq2_xxs": Mixture("iq2_xxs", 19),
+    "iq2_xs": Mixture("iq2_xs", 20),
+    "iq2_s": Mixture("iq2_xs", 28),
+    "iq2_m": Mixture("iq2_s", 29),
+    "iq3_xxs": Mixture("iq3_xxs", 23),
+    "iq3_xs": Mixture("iq3_s", 22),
+    "iq3_s": Mixture("iq3_s", 26),
+    "iq3_m": Mixture("iq3_s", 27),
     "iq4_nl": Mixture("iq4_nl", 25),
     "iq4_xs": Mixture("iq4_xs", 30),
 }
 # The file type of a file with one scheme throughout: that of the mixture which is closest to the pure scheme.
-_PLAIN = {"q4_1": 3, "q5_0": 8, "q5_1": 9, "mxfp4": 38}
-_PLAIN |= {"iq2_xxs": 19, "iq2_xs": 20, "iq2_s": 29, "iq3_xxs": 23, "iq3_s": 26}
-_PLAIN |= {m.base: m.file_type for m in reversed(MIXTURES.values())}
+_PLAIN = {"q4_1": 3, "q5_0": 8, "q5_1": 9, "mxfp4": 38} | {m.base: m.file_type for m in reversed(MIXTURES.values())}
+_PLAIN |= {name: m.file_type for name, m in MIXTURES.items() if name == m.base}
 
 _SMALL_BLOCKS = {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"}  # of 32 columns; all others have 256
 _FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
+_FALLBACK |= dict.fromkeys(("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"), "iq4_nl")
 _VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
+# The mixtures of about two bits, and the scheme of those tensors that get more.
+_TWO_BITS = {"iq2_xxs": "q2_k", "iq2_xs": "q2_k", "iq2_s": "iq3_s", "iq2_m": "iq3_s"}
+# Mixture -> role -> scheme, the same in all layers.
+_ROLES = {
+    "q2_k": {"attn_output": "q3_k"},
+    "q3_k_m": {"attn_output": "q4_k"},
+    "q3_k_l": {"attn_output": "q5_k"},
+    "iq2_xxs": {"token_embd": "q2_k"},
+    "iq2_xs": {"token_embd": "q2_k"},
+    "iq2_s": {"token_embd": "iq3_s", "attn_output": "iq3_s"},
+    "iq2_m": {"token_embd": "iq3_s", "attn_output": "iq3_s"},
+    "iq3_xxs": {"token_embd": "iq3_s", "attn_output": "iq3_s", "attn_q": "iq2_s", "attn_k": "iq2_s"},
+    "iq3_xs": {"attn_q": "iq3_xxs", "attn_k": "iq3_xxs"},
+    "iq3_m": {"attn_output": "q4_k"},
+}
 
 
 def file_type(plain: str) -> int:
@@ -91,35 +115,44 @@ def schemes(mixture: str, tensors: Mapping[str, Shape], model: Model, *, weighed
     `weighed`: whether an importance matrix, or statistics that contain one, weights the errors.
     """
     found: dict[str, str | None] = {}
-    values, downs = 0, 0  # how many were seen so far: llama.cpp uses these counts as layer indices
+    seen = Counter[str]()  # how many of a role were seen so far: llama.cpp uses these counts as layer indices
     all_values = sum(_role(name) in _VALUES for name in tensors)
     for name in sorted(tensors, key=order):
         role, columns = _role(name), tensors[name][1]
         if role == "output" or (role == "token_embd" and model.tied):
-            scheme = _head(MIXTURES[mixture].base, columns)
+            scheme = _head(mixture, columns)
         elif role in _VALUES:
-            scheme = _value(mixture, values, all_values, model)
-            values += 1
+            scheme = _value(mixture, seen["values"], all_values, model, weighed)
+            seen["values"] += 1
         elif role == "ffn_down":
-            scheme = _down(mixture, downs, model.layers, weighed)
-            downs += 1
+            scheme = _down(mixture, seen[role], model.layers, weighed)
+        elif mixture == "iq3_xs" and role in ("ffn_gate", "ffn_up") and _inner(seen[role], model.layers):
+            scheme = "iq3_xxs"
         else:
-            scheme = MIXTURES[mixture].base
-            if role == "attn_output":
-                scheme = {"q2_k": "q3_k", "q3_k_m": "q4_k", "q3_k_l": "q5_k"}.get(mixture, scheme)
+            scheme = _ROLES.get(mixture, {}).get(role, MIXTURES[mixture].base)
+        seen[role] += 1
         found[name] = _fitting(scheme, columns)
     return {name: found[name] for name in tensors}
 
 
-def _head(base: str, columns: int) -> str:
-    return "q8_0" if base == "q8_0" or columns % _block(base) else "q6_k"
+def _head(mixture: str, columns: int) -> str:
+    base = MIXTURES[mixture].base
+    if base == "q8_0" or columns % _block(base):
+        return "q8_0"
+    return "q5_k" if mixture in _TWO_BITS or mixture == "iq3_xxs" else "q6_k"
 
 
-def _value(mixture: str, i: int, count: int, model: Model) -> str:
+def _value(mixture: str, i: int, count: int, model: Model, weighed: bool) -> str:
     scheme = MIXTURES[mixture].base
     shared = model.gqa >= 4  # many query heads share one value head: v is small and matters as much
+    if mixture in _TWO_BITS:
+        return "q4_k" if shared else _TWO_BITS[mixture]
     if mixture == "q2_k":
         scheme = "q4_k" if shared else "q3_k"
+    elif mixture == "iq3_m" or (mixture in ("iq3_xxs", "iq3_xs", "iq3_s") and shared):
+        scheme = "q4_k"
+    elif mixture == "iq3_xxs" and not weighed:
+        scheme = "iq3_s"
     elif mixture == "q3_k_m":
         scheme = "q5_k" if i < 2 else "q4_k"
     elif mixture == "q3_k_l" or (mixture in ("iq4_nl", "iq4_xs") and shared) or (mixture == "q4_k_s" and i < 4):
@@ -133,6 +166,12 @@ def _value(mixture: str, i: int, count: int, model: Model) -> str:
 
 def _down(mixture: str, i: int, layers: int, weighed: bool) -> str:
     early = i < layers // 8
+    if mixture in _TWO_BITS and early:
+        return _TWO_BITS[mixture]
+    if mixture == "iq3_m" and early:
+        return "q4_k"
+    if mixture == "iq3_xxs" and not weighed:
+        return "q4_k" if early else "q3_k"
     if mixture == "q2_k":
         return "q3_k"
     if mixture == "q3_k_m":
@@ -150,7 +189,12 @@ def _down(mixture: str, i: int, layers: int, weighed: bool) -> str:
 
 def _more(i: int, count: int) -> bool:
     """Whether layer `i` gets more bits: the first and last eighth of the layers, and every third between."""
-    return i < count // 8 or i >= 7 * count // 8 or (i - count // 8) % 3 == 2
+    return not _inner(i, count) or (i - count // 8) % 3 == 2
+
+
+def _inner(i: int, count: int) -> bool:
+    """Whether layer `i` is in neither the first nor the last eighth."""
+    return count // 8 <= i < 7 * count // 8
 
 
 def _is_70b(model: Model) -> bool:
