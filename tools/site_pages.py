@@ -1,0 +1,274 @@
+"""Pages of the site that are made from other files; mkdocs calls this module as a hook (mkdocs.yml).
+
+- docs/reference.md becomes one page for each section, under reference/. Links to its sections follow.
+- benchmarks/results/*.md, CHANGELOG.md, CONTRIBUTING.md and the model card of tiny are pages too.
+- reference/command-line.md is made from the command line, reference/api.md from `fewbit.__all__`, the chart of
+  howto/choose.md from the measured priors.
+- Links between files of the repository become links between pages. What is no page is named, and not linked.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from check_docs import FENCE, HAS_SCHEME
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = "docs/reference.md"
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(\s*<?([^)\s>]+)>?\s*\)")
+OTHERS = {
+    "CHANGELOG.md": "project/changelog.md",
+    "CONTRIBUTING.md": "project/contributing.md",
+    "src/fewbit/data/tiny/README.md": "project/tiny-card.md",
+}
+
+
+class Section(NamedTuple):
+    """A part of docs/reference.md that is a page of its own; `anchors` are those of the headings in it."""
+
+    page: str
+    title: str
+    text: str
+    anchors: tuple[str, ...]
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as GitHub and Markdown's toc make it."""
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading.replace("`", "")).strip().lower())
+
+
+@cache
+def sections() -> tuple[Section, ...]:
+    """The parts of docs/reference.md: commands by headings of level 3, everything else by those of level 2."""
+    parts: list[tuple[int, str, list[str]]] = []
+    fence, commands = "", False
+    for line in (ROOT / REFERENCE).read_text(encoding="utf-8").splitlines():
+        if mark := re.match(r"```+|~~~+", line):
+            fence = "" if fence == mark[0] else fence or mark[0]
+        heading = None if fence else re.match(r"(##+) (.*)", line)
+        if heading and heading[1] == "##":
+            commands = heading[2] == "Commands"
+        if heading and (heading[1] == "##" or (heading[1] == "###" and commands)):
+            parts.append((len(heading[1]), heading[2], []))
+        elif parts:
+            parts[-1][2].append(line)
+    made = []
+    for level, title, lines in parts:
+        text = "\n".join(lines).strip()
+        found = [title, *re.findall(r"^#{3,} (.*)$", FENCE.sub("", text), re.MULTILINE)]
+        raised = _outside_fences(text, lambda piece, n=level - 1: re.sub(rf"^#{{{n}}}(#+ )", r"\1", piece, flags=re.M))
+        page = "reference/index.md" if title == "Commands" else f"reference/{slug(title)}.md"
+        made.append(Section(page, title.replace("`", ""), f"# {title}\n\n{raised}\n", tuple(map(slug, found))))
+    return tuple(made)
+
+
+def _outside_fences(text: str, change: Any) -> str:
+    """`text` with `change` applied to what is not in a fenced block."""
+    pieces, end = [], 0
+    for fence in FENCE.finditer(text):
+        pieces += [change(text[end : fence.start()]), fence[0]]
+        end = fence.end()
+    return "".join([*pieces, change(text[end:])])
+
+
+@cache
+def places() -> dict[str, str]:
+    """The page of each Markdown file of the repository that is one, by its path from the root."""
+    own = {
+        f"docs/{file.relative_to(ROOT / 'docs').as_posix()}" for file in (ROOT / "docs").rglob("*") if file.is_file()
+    }
+    found = {path: path.removeprefix("docs/") for path in own if path != REFERENCE}
+    found |= {path: f"benchmarks/{Path(path).name}" for path in results()}
+    return found | OTHERS
+
+
+@cache
+def results() -> tuple[str, ...]:
+    """Files of benchmarks/results, newest month first, then by name."""
+    names = sorted(file.name for file in (ROOT / "benchmarks" / "results").glob("*.md"))
+    return tuple(f"benchmarks/results/{name}" for name in sorted(names, key=lambda name: name[:7], reverse=True))
+
+
+def target(link: str, source: str) -> str | None:
+    """Where a link of the file `source` leads in the site, from its root; None if that is no page."""
+    path, _, anchor = link.partition("#")
+    file = posixpath.normpath(posixpath.join(posixpath.dirname(source), path)) if path else source
+    if file == REFERENCE:
+        if not anchor:
+            return "reference/index.md"
+        for section in sections():
+            if anchor in section.anchors:
+                return section.page + ("" if anchor == section.anchors[0] else f"#{anchor}")
+        raise SystemExit(f"{source}: {link}: docs/reference.md has no such heading")
+    page = places().get(file)
+    return page and page + (f"#{anchor}" if anchor else "")
+
+
+def relinked(text: str, source: str, page: str) -> str:
+    """The Markdown of `page`, which was made from the file `source`, with links to pages."""
+
+    def change(match: re.Match[str]) -> str:
+        bang, words, link = match.groups()
+        if HAS_SCHEME.match(link) or bang:
+            return match[0]
+        found = target(link, source)
+        if found is None:
+            where = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
+            return words if where in words else f"{words} (`{where}`)"
+        at, hash, anchor = found.partition("#")
+        return f"[{words}]({posixpath.relpath(at, posixpath.dirname(page) or '.')}{hash}{anchor})"
+
+    def outside(piece: str) -> str:
+        spans = re.split(r"(`[^`\n]*`(?!\]))", piece)
+        return "".join(span if i % 2 else LINK.sub(change, span) for i, span in enumerate(spans))
+
+    return _outside_fences(text, lambda piece: LINK.sub(change, piece) if "`" not in piece else outside(piece))
+
+
+@cache
+def generated() -> tuple[tuple[str, str, str], ...]:
+    """Page, the file that its links are relative to, and Markdown."""
+    return tuple(_generated())
+
+
+def _generated() -> Iterator[tuple[str, str, str]]:
+    for section in sections():
+        yield section.page, REFERENCE, section.text
+    yield "reference/command-line.md", REFERENCE, command_line()
+    yield "reference/api.md", REFERENCE, api()
+    yield "benchmarks/index.md", "benchmarks/results/index.md", benchmarks()
+    for path in [*results(), *OTHERS]:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        yield places()[path], path, re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+
+
+def benchmarks() -> str:
+    """The list of the results, each with its title and where it was measured."""
+    lines = ["# Benchmarks", "", "Measured results. Each page names the machine and the command.", ""]
+    for path in results():
+        title, _, rest = (ROOT / path).read_text(encoding="utf-8").removeprefix("# ").partition("\n")
+        first = re.match(r"\s*((?:[^#|`\n].*\n)+)", rest)
+        where = "" if first is None else re.split(r"(?<=[.:])\s", " ".join(first[1].split()))[0].rstrip(".:") + "."
+        lines.append(f"- [{title}]({Path(path).name}). {where}")
+    return "\n".join([*lines, ""])
+
+
+def command_line() -> str:
+    """All commands with their arguments and options, from the command line itself."""
+    import typer.main
+
+    from fewbit.cli.app import app
+
+    lines = ["# Command line", "", "Made from `fewbit COMMAND --help`. The pages of the commands say more."]
+    command: Any = typer.main.get_command(app)
+    for name, child in sorted(command.commands.items()):
+        if child.hidden:
+            continue
+        lines += ["", f"## fewbit {name}", "", " ".join((child.help or "").split()), ""]
+        if more := next((s.anchors[0] for s in sections() if f"fewbit-{name}" in s.anchors[0]), None):
+            lines += [f"More: [fewbit {name}](reference.md#{more})", ""]
+        lines += ["| option | |", "|---|---|"]
+        for param in child.params:
+            if getattr(param, "hidden", False):
+                continue
+            names = (
+                [param.name.upper()] if param.param_type_name == "argument" else [*param.opts, *param.secondary_opts]
+            )
+            lines.append(f"| {', '.join(f'`{n}`' for n in names)} | {_help(param)} |")
+    return "\n".join([*lines, ""])
+
+
+def _help(param: Any) -> str:
+    """An option's help with its default, as a cell of a table."""
+    help = " ".join((param.help or "").split()).replace("|", "\\|").replace("<", "&lt;")
+    if param.param_type_name == "argument" or param.default is None or "efault" in help:
+        return help
+    default = ("on" if param.default else "off") if isinstance(param.default, bool) else param.default
+    return f"{help} Default: {default}." if isinstance(default, (str, int, float)) else help
+
+
+def api() -> str:
+    """Public names, verbs first, for mkdocstrings."""
+    import fewbit
+
+    verbs = [name for name in fewbit.__all__ if name[0].islower()]
+    errors = [name for name in fewbit.__all__ if name in vars(fewbit) and name[0].isupper()]
+    settings = ["Calibration", "Sampling", "Tuning", "Optimization", "Budget", "Plan"]
+    groups = {
+        "Verbs": verbs,
+        "Settings": settings,
+        "Results": [name for name in fewbit.__all__ if name not in {*verbs, *errors, *settings}],
+        "Errors": errors,
+    }
+    lines = ["# Python API", "", "What arguments and results have in common: [Python](reference.md#python)."]
+    for title, names in groups.items():
+        lines += ["", f"## {title}", ""]
+        lines += [f"::: fewbit.{name}\n" for name in names]
+    return "\n".join([*lines, ""])
+
+
+def chart() -> str:
+    """KL divergence against the bits of the quantized weights, of every plan, from the priors that come with fewbit."""
+    import json
+
+    import fewbit
+    from fewbit.report.charts.axis import Measure
+    from fewbit.report.charts.scatter import Point, scatter
+
+    priors = json.loads((ROOT / "src/fewbit/advise/priors.json").read_text(encoding="utf-8"))["plans"]
+    bits = {row.plan: row.bits for row in fewbit.estimate("tiny").plans}
+    x = Measure("bits per quantized weight", lambda value: f"{value:.3g}")
+    y = Measure("KL divergence", lambda value: f"{value:.2g}", log=True)
+    points = [Point(plan, bits[plan], found["kl"], *found["interval"]) for plan, found in priors.items()]
+    title = "KL divergence against bits per weight, all plans on tiny"
+    return scatter(points, x, y, name="plans", title=title, width=760, height=520)
+
+
+# --- what mkdocs calls ----------------------------------------------------------------------------------------------
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Fill the parts of the navigation whose pages are found."""
+    for entry in config.nav or []:
+        if "Reference" in entry:
+            pages = [{section.title: section.page} for section in sections()]
+            pages.insert(1, {"Command line": "reference/command-line.md"})
+            pages.insert(2, {"Python API": "reference/api.md"})
+            entry["Reference"] = pages
+        if "Benchmarks" in entry:
+            entry["Benchmarks"] = ["benchmarks/index.md", *(places()[path] for path in results())]
+
+
+def main() -> None:
+    """Write docs/images/plans.svg, which GitHub shows; the site makes it anew."""
+    (ROOT / "docs" / "images" / "plans.svg").write_text(chart(), encoding="utf-8")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Replace docs/reference.md by its sections, and add what is made from other files."""
+    for path in ("reference.md", "images/plans.svg"):
+        if (old := files.get_file_from_path(path)) is not None:
+            files.remove(old)
+    for page, _, text in generated():
+        files.append(File.generated(config, page, content=text))
+    files.append(File.generated(config, "images/plans.svg", content=chart()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links of the repository become links of the site."""
+    sources = {made: source for made, source, _ in generated()}
+    at = page.file.src_uri
+    return relinked(markdown, sources.get(at, f"docs/{at}"), at)
+
+
+if __name__ == "__main__":
+    main()
