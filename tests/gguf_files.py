@@ -20,6 +20,7 @@ from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile, GgufWriter
 from fewbit.methods.base import Method
 from fewbit.models import experts
 from fewbit.models.gguf import header
+from fewbit.models.plugin.gguf import persistent
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
 from fewbit.schemes.base import parse
@@ -33,7 +34,17 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma3": {"query_pre_attn_scalar": 16},
 }
 
-
+_QWEN35 = {
+    "num_hidden_layers": 4,
+    "vocab_size": 292,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [1, 1, 0],  # llama.cpp takes no more than the width of a head
+        "mrope_interleaved": True,
+    },
+}
 # Types of transformers besides those families, and what their tiny configs have besides the usual sizes.
 TYPES: dict[str, dict[str, Any]] = {
     "granite": {
@@ -66,6 +77,8 @@ TYPES: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
     },
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "qwen3_5_text": _QWEN35,
+    "qwen3_5_moe_text": _QWEN35,
 }
 
 
@@ -123,10 +136,12 @@ def written(folder: Path, path: Path, kind: str = "f32", *, norms: str = "f32") 
     model = models.original(folder)
     experts.separate(model)
     weights: dict[str, tuple[Entry, Tensor]] = {}
-    for name, parameter in model.named_parameters():  # ties once
+    for name, parameter in [*model.named_parameters(), *persistent(model)]:  # ties once
         route = head.routes[name]
         tensor = route.to_file(parameter.data).contiguous()
-        plain = kind if tensor.dim() == 2 and "ffn_gate_inp" not in route.name else norms
+        plain = (
+            kind if tensor.dim() == 2 and not any(each in route.name for each in ("ffn_gate_inp", "conv")) else norms
+        )
         if plain in PLAIN:
             weights[name] = Entry(route.name, plain, tuple(tensor.shape)), tensor.to(getattr(torch, PLAIN[plain][1]))
         else:

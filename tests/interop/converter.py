@@ -39,6 +39,7 @@ import gguf
 from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
 kind = get_model_class(get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT), mmproj=False)
 kind.set_vocab = lambda self: None
+kind.no_mtp = True  # transformers does not save such blocks
 read = ModelBase.load_hparams
 ModelBase.load_hparams = staticmethod(lambda *each, **more: {**read(*each, **more), **json.loads(sys.argv[4])})
 kind(folder, gguf.LlamaFileType.ALL_F32, out, model_name="m").write()

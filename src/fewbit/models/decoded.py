@@ -27,12 +27,13 @@ from fewbit.formats.layouts.compressed_tensors import CompressedTensors
 from fewbit.formats.layouts.fp8 import FP8, FbgemmFP8, scale_names
 from fewbit.formats.layouts.mxfp4 import MXFP4
 from fewbit.models import foreign
-from fewbit.models.gguf import names
+from fewbit.models.gguf import hybrid, names
 from fewbit.models.gguf.names import Route
 from fewbit.models.source import Source
 from fewbit.schemes.base import Codec, PartSpec, QTensor, Scheme, chunk_rows
 from fewbit.schemes.fp8 import FP8 as FP8Scheme
 from fewbit.schemes.ggml import codec
+from fewbit.schemes.ggml.table import BLOCK_TYPES
 from fewbit.schemes.nvfp4 import NVFP4
 
 _ALL: tuple[Layout, ...] = (FP8(), FbgemmFP8(), MXFP4(), CompressedTensors())
@@ -409,8 +410,9 @@ def _of_gguf(source: Source, routes: Mapping[str, Route], extra: frozenset[str])
     ours = names.names_of(routes)
     dtype, found, nbytes = _dtype_of(file), list[Packed](), 0
     weights = dict[str, Weight]()
+    ignored = extra | hybrid.beyond(file)
     for entry in file.entries.values():
-        if entry.name in extra:
+        if entry.name in ignored:
             continue
         if entry.name not in ours:
             raise FormatError(f"{file.path}: fewbit does not know the tensor {entry.name}", _INSTEAD)
@@ -418,15 +420,16 @@ def _of_gguf(source: Source, routes: Mapping[str, Route], extra: frozenset[str])
         nbytes += entry.spec.nbytes if packed else 0
         for name, own in _members(file, entry, ours[entry.name], routes):
             route = routes[name]
-            shape = own.shape[::-1] if route.transposed else own.shape
+            shape = route.shape_in_model(own.shape)
             decode = partial(_of_entry, entry=own, route=route)
             handle = Packed(shape, f"GGUF {own.type}", {"data": entry.name}, decode, by_rows=not route.transposed)
             mapped = _Mapped(file, own, route.expert)
-            kind = dtype if packed else torch.float32 if route.shift else own.spec.dtype
+            kind = dtype if packed else own.spec.dtype if route.is_exact else torch.float32
             checkpoint.add(name, PartSpec(shape, kind), _Decoded(handle, {"data": mapped}, kind))
             if packed:
                 found.append(handle)
-                weights[name] = Weight(_blocks(own, route), {"data": mapped})
+                if route.run % BLOCK_TYPES[own.type].columns == 0:  # else its blocks cannot be put in order
+                    weights[name] = Weight(_blocks(own, route), {"data": mapped})
     return checkpoint, replace(_packing("gguf", found, checkpoint, dtype, (nbytes, file.nbytes)), weights=weights)
 
 
@@ -446,11 +449,12 @@ def _members(
 
 
 def _blocks(entry: Entry, route: Route) -> Held:
-    """The weight of a GGUF tensor, its rows in the model's order."""
+    """The weight of a GGUF tensor, its rows and columns in the model's order."""
     blocks, (n, k) = codec(entry.type), entry.shape
 
     def read(parts: Handles) -> QTensor:
-        return QTensor(blocks, (n, k), {blocks.payload: parts["data"][... if route.rows is None else route.rows_back]})
+        stored = route.blocks_from_file(parts["data"][...], BLOCK_TYPES[entry.type].columns)
+        return QTensor(blocks, (n, k), {blocks.payload: stored})
 
     return Held(blocks, (n, k), read, lambda _: (blocks, False))
 
@@ -486,5 +490,5 @@ def _of_entry(parts: Handles, rows: slice, *, entry: Entry, route: Route) -> Ten
     if entry.type not in PLAIN:
         blocks = codec(entry.type)
         stored = QTensor(blocks, (len(stored), entry.shape[-1]), {blocks.payload: stored}).dequantize()
-    stored = stored.float() - route.shift if route.shift else stored
-    return stored.T[rows] if route.transposed else stored
+    stored = route.from_rows(stored)
+    return stored[rows] if route.transposed else stored

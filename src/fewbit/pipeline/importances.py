@@ -62,6 +62,8 @@ def importance(path: Path, settled: Settled) -> tuple[dict[str, Stats], list[str
                 "The file belongs to another model.",
             )
         own = mean_square.view(several, -1)[expert or 0]
+        if (order := routes[f"{module}.weight"].column_order) is not None:
+            own = own[order.argsort()]
         stats[module] = Stats.from_mean_square(own.to(skeleton.device), matrix[name].most)
     if len(missing) == len({routes[f"{module}.weight"].name for module in assignments}):
         raise FormatError(
@@ -79,9 +81,11 @@ def matrix_of(skeleton: Skeleton, found: Mapping[str, Stats]) -> dict[str, imatr
     measured: dict[str, list[Stats]] = {}
     for module in sorted(found, key=lambda module: routes[f"{module}.weight"].expert or 0):
         measured.setdefault(routes[f"{module}.weight"].name, []).append(found[module])
+    orders = {route.name: order for route in routes.values() if (order := route.column_order) is not None}
     matrix = {}
     for name, each in measured.items():
         squares, rows = [s.mean_square.cpu() for s in each], tuple(s.rows for s in each)
+        squares = [square[orders[name]] for square in squares] if name in orders else squares
         one = len(each) == 1
         matrix[name] = imatrix.Importance(squares[0] if one else torch.stack(squares), rows[0] if one else rows)
     return matrix

@@ -30,6 +30,7 @@ from fewbit.models.plugin.modules import as_stored
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import Source
 from fewbit.schemes.base import PartSpec, QTensor
+from fewbit.schemes.ggml.table import BLOCK_TYPES
 
 _PROBE = 1.0625  # all floats of a weight times this, to see which tensors hold them
 _SPLIT = ("split.no", "split.count", "split.tensors.count", "general.alignment")  # keys that the copy does not keep
@@ -181,7 +182,9 @@ class OneFile(Files):
 
     def of_weight(self, module: str, weight: QTensor) -> dict[str, Tensor]:
         route, blocks = self.routes[f"{module}.weight"], weight.parts[weight.codec.payload]
-        return {route.name: blocks if route.rows is None else blocks[route.rows]}
+        if weight.permutation is not None:  # its columns are in the file's order
+            return {route.name: blocks if route.rows is None else blocks[route.rows]}
+        return {route.name: route.blocks_to_file(blocks, BLOCK_TYPES[self.file.entries[route.name].type].columns)}
 
     def changes(self, module: str, weight: Callable[[], QTensor]) -> Mapping[str, Callable[[], Tensor]]:
         name = self.routes[f"{module}.weight"].name

@@ -185,4 +185,5 @@ def model_of(skeleton: Skeleton) -> mixtures.Model:
         gqa=heads // (getattr(config, "num_key_value_heads", None) or heads),
         tied=len(outside) < 2,
         names={name: routes[f"{name}.weight"].name.removesuffix(".weight") for name in [*linears, *outside]},
+        runs={name: run for name in linears if (run := routes[f"{name}.weight"].run)},
     )

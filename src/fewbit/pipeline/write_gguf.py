@@ -27,9 +27,12 @@ from fewbit.pipeline.settled import Settled, finite
 from fewbit.pipeline.write_folder import folded
 from fewbit.plans import mixtures
 from fewbit.plans.plan import Resolved
+from fewbit.schemes.ggml.table import BLOCK_TYPES
 
-# Matrices that llama.cpp requires in 32 bits: tables of positions, and what chooses experts.
-_IN_32_BITS = ("position_embd", "ffn_gate_inp", "ffn_gate_inp_shexp")
+# Matrices that llama.cpp requires in 32 bits: tables of positions, what chooses experts, and short convolutions.
+_IN_32_BITS = tuple(
+    f"{name}.weight" for name in ("position_embd", "ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d", "shortconv.conv")
+)
 _QUANTIZATION_VERSION = 2  # version of the block types: ggml's GGML_QNT_VERSION
 
 
@@ -57,8 +60,8 @@ def planned(settled: Settled) -> list[Planned]:
         if assignment is not None:
             entry = Entry(route.name, str(assignment.scheme), assignment.shape)
         else:
-            shape = spec.shape[::-1] if route.transposed else spec.shape
-            vector = len(shape) < 2 or route.name.split(".")[-2] in _IN_32_BITS
+            shape = route.shape_in_file(spec.shape)
+            vector = len(shape) < 2 or route.name.endswith(_IN_32_BITS)
             own = {torch.float32: "f32", torch.bfloat16: "bf16" if settled.exact else "f16"}.get(spec.dtype, "f16")
             entry = Entry(route.name, "f32" if vector else own, shape)
         tensors.append(Planned(entry, name, key, module if assignment is not None else None))
@@ -145,7 +148,7 @@ def _made(each: Planned, settled: Settled, blocks: Checkpoint, route: gguf_names
     assignment = resolved.assignments[each.module]
     (suffix,) = resolved.format.specs(assignment.shape, assignment.scheme)
     packed = blocks.get(f"{each.module}.{suffix}")
-    return packed if route.rows is None else packed[route.rows]
+    return route.blocks_to_file(packed, BLOCK_TYPES[each.entry.type].columns)
 
 
 def _plain(tensor: Tensor, each: Planned) -> Tensor:

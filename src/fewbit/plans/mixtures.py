@@ -33,7 +33,7 @@ class Model:
     """What the rules need to know of a model.
 
     `gqa`: query heads per key-value head. `tied`: whether the embeddings are also the output head. `names`: module ->
-    name of its weight in a GGUF file, without `.weight`.
+    name of its weight in a GGUF file, without `.weight`. `runs`: module -> columns that a block must not cross.
     """
 
     arch: str  # GGUF's name of the architecture
@@ -41,6 +41,7 @@ class Model:
     gqa: int
     tied: bool
     names: Mapping[str, str] = field(default_factory=dict)
+    runs: Mapping[str, int] = field(default_factory=dict)
 
     def in_block(self, module: str) -> bool:
         """Whether a module is in a block. The others are the embeddings and the head."""

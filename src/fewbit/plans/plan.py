@@ -344,6 +344,9 @@ def resolve(
         if not wanted:
             raise PlanError(f"plan {plan.name} fits none of the model's linears", "\n  ".join(notes[:8]))
     refused = {m: reason for m, a in wanted.items() if (reason := format.why_not(a.shape, a.scheme))}
+    for m, run in ({} if model is None else model.runs).items():
+        if m in wanted and m not in refused and (reason := format.why_not((wanted[m].shape[0], run), wanted[m].scheme)):
+            refused[m] = f"{reason}, whose order differs in a GGUF file"
     if refused:
         raise PlanError(_listed(refused, wanted, len(wanted)), _what_fits(wanted, format))
     if dtype is not None:
@@ -382,7 +385,7 @@ def _mixed(
     if model is None:
         raise PlanError(f"plan {plan.name} is a mixture of block types, which {format.name} cannot store", _GGUF)
     weighed = any(make(rule.method, dict(rule.options)).needs > Need.NOTHING for rule in plan.rules)
-    tensors = {model.names[module]: shape for module, shape in shapes.items()}
+    tensors = {model.names[module]: (n, model.runs.get(module, k)) for module, (n, k) in shapes.items()}
     found = {}
     for spec in sorted(asked):
         name = spec.removeprefix(mixtures.PREFIX)

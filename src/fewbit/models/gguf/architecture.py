@@ -20,6 +20,8 @@ class Architecture:
     # Names of the tensors, without `.weight` and `.bias`. Those of experts: "mlp.experts.*.up_proj" -> "ffn_up_exps"
     model: Mapping[str, str]  # module names outside blocks -> names in the file
     block: Mapping[str, str]  # the same for modules in a block
+    # Parameters and buffers of a block that are neither a weight nor a bias -> full names in a block of the file
+    parameters: Mapping[str, str] = field(default_factory=dict)
     layers: str = "model.layers"
     extra: frozenset[str] = field(default_factory=frozenset)  # tensors of the file that are not weights
     when: str = ""  # a file is of this type if it has this key, and it is not 0; "": if it is of no other type
@@ -28,6 +30,12 @@ class Architecture:
     mixed: bool = False  # rows of qkv are in the model's order: q, k, v of the first head, then of the second
     transposed: bool = False  # the model's linears are Conv1D
     shift: float = 0.0  # added to the weights of norms
+    unshifted: frozenset[str] = field(default_factory=frozenset)  # norms that nothing is added to
+    negative_exp: frozenset[str] = field(default_factory=frozenset)  # tensors that are stored as -exp(x)
+    squeezed: frozenset[str] = field(
+        default_factory=frozenset
+    )  # weights of convolutions [C, 1, width], stored [C, width]
+    tiled: bool = False  # value heads of linear attention: the first of every key head, then the second
     # Config
     activation: str = "silu"  # of the MLP
     # Names in config.json that differ from Llama's; "" for entries that it lacks, because they follow from others
@@ -37,6 +45,8 @@ class Architecture:
     # Entries of config.json that are numbers -> the file's key, and the value without one; None if it must have the key
     numbers: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
     counts: Mapping[str, str] = field(default_factory=dict)  # entries that are integers above 0 -> the file's key
+    # Entries that are integers from 0 -> the file's key, and the value without one
+    integers: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     experts: str = ""  # entry of config.json with the number of experts of a layer; "" without experts
     flags: Mapping[str, str] = field(default_factory=dict)  # entries that are true or false -> the file's key
     constants: Mapping[str, Any] = field(default_factory=dict)  # further keys of the file
@@ -46,7 +56,10 @@ class Architecture:
     tied: bool = False  # the output head is always the embedding
     untied: bool = False  # the output head is never the embedding
     grouped: bool = True  # several query heads may share a key-value head
+    gated_queries: bool = False  # q has a gate of each head below the head's rows
+    linear_attention: bool = False  # some layers have linear attention (gated delta net)
     # Positions
+    sections: bool = False  # RoPE has sections for images
     partial_rotary: bool = False  # RoPE may rotate only the first columns of a head
     # RoPE base of layers with a sliding window, if they have their own; 0: that of the others
     local_theta: float | None = None
@@ -70,4 +83,8 @@ class Architecture:
     @property
     def joined(self) -> bool:
         """Whether q, k and v are one linear."""
-        return "attn_qkv" in self.block.values()
+        return "attn_qkv" in self.block.values() and "attn_q" not in self.block.values()
+
+    def has_no(self, key: str) -> bool:
+        """Whether config.json has no entry that Llama's has under this name."""
+        return self.keys.get(key) == ""

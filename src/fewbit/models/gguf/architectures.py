@@ -105,6 +105,49 @@ _EXPERTS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_c
 _LOCAL_EXPERTS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 _ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
+# Layers with linear attention, and others whose queries have a gate
+_DELTA = {
+    **_ATTENTION,
+    **_HEAD_NORMS,
+    "post_attention_layernorm": "post_attention_norm",
+    "linear_attn.in_proj_qkv": "attn_qkv",
+    "linear_attn.in_proj_z": "attn_gate",
+    "linear_attn.in_proj_b": "ssm_beta",
+    "linear_attn.in_proj_a": "ssm_alpha",
+    "linear_attn.conv1d": "ssm_conv1d",
+    "linear_attn.norm": "ssm_norm",
+    "linear_attn.out_proj": "ssm_out",
+}
+_SHARED_EXPERT = {
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+}
+_SHARED_COUNTS = {
+    **_EXPERTS,
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+}
+_QWEN35_ROW = Architecture(
+    "qwen35",
+    "qwen3_5_text",
+    "Qwen3_5ForCausalLM",
+    _MODEL,
+    {**_DELTA, **_MLP},
+    parameters={"linear_attn.A_log": "ssm_a", "linear_attn.dt_bias": "ssm_dt.bias"},
+    shift=1.0,
+    unshifted=frozenset({"ssm_norm"}),
+    negative_exp=frozenset({"ssm_a"}),
+    squeezed=frozenset({"ssm_conv1d"}),
+    tiled=True,
+    required=_NO_BIAS,
+    gated_queries=True,
+    linear_attention=True,
+    partial_rotary=True,
+    sections=True,
+)
+
 _ROWS = (
     _LLAMA_ROW,
     replace(_LLAMA_ROW, model_type="mistral", cls="MistralForCausalLM", window=True, when="attention.sliding_window"),
@@ -223,18 +266,11 @@ _ROWS = (
         {
             **_NO_MLP,
             **_QWEN_EXPERTS,
-            "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-            "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
-            "mlp.shared_expert.up_proj": "ffn_up_shexp",
-            "mlp.shared_expert.down_proj": "ffn_down_shexp",
+            **_SHARED_EXPERT,
         },
         keys=_SQUARE,
         required={**_ALL_SPARSE, "norm_topk_prob": False},
-        counts={
-            **_EXPERTS,
-            "moe_intermediate_size": "expert_feed_forward_length",
-            "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
-        },
+        counts=_SHARED_COUNTS,
         experts="num_experts",
         biases={"qkv_bias": "blk.0.attn_q.bias"},
         untied=True,
@@ -433,6 +469,17 @@ _ROWS = (
         period=4,
         default_window=True,
         windowed=64,
+    ),
+    _QWEN35_ROW,
+    replace(
+        _QWEN35_ROW,
+        name="qwen35moe",
+        model_type="qwen3_5_moe_text",
+        cls="Qwen3_5MoeForCausalLM",
+        block={**_DELTA, **_QWEN_EXPERTS, **_SHARED_EXPERT},
+        keys={"intermediate_size": ""},
+        counts=_SHARED_COUNTS,
+        experts="num_experts",
     ),
 )
 

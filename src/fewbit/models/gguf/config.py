@@ -31,11 +31,13 @@ from torch import Tensor
 from fewbit.checks import is_finite
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
+from fewbit.models.gguf import hybrid
 from fewbit.models.gguf.architecture import Architecture
 from fewbit.models.gguf.architectures import ARCHITECTURES, of_file
 from fewbit.models.gguf.names import architecture
 
 _LONGEST = 1 << 31
+_SECTIONS = (11, 11, 10)  # of RoPE, for images
 
 
 def to_metadata(config: Any, name: str) -> dict[str, Any]:
@@ -61,6 +63,8 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
             "attention.key_length": width,
             "attention.value_length": width,
         }
+    if arch.has_no("intermediate_size"):
+        del found["feed_forward_length"]
     found[arch.epsilon] = float(_of(config, arch, "rms_norm_eps"))
     if arch.rotary:
         found |= {
@@ -68,11 +72,17 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
             "rope.freq_base": float(rope["rope_theta"]),
             **_scaling(config, rope),
         }
+    if arch.sections:
+        if sum(rope.get("mrope_section", _SECTIONS)) > width:
+            raise PlanError(f"llama.cpp runs {arch.name} with sections of RoPE within a head of {width} columns")
+        found["rope.dimension_sections"] = np.array([*rope.get("mrope_section", _SECTIONS), 0][:4], np.int32)
     for theirs, ours in (("attn_logit_softcapping",) * 2, ("final_logit_softcapping",) * 2):
         if (cap := getattr(config, theirs, None)) is not None:
             found[ours] = float(cap)
     found |= {ours: float(getattr(config, theirs)) for theirs, (ours, _) in arch.numbers.items()}
     found |= {ours: int(getattr(config, theirs)) for theirs, ours in arch.counts.items()}
+    found |= {ours: int(getattr(config, theirs)) for theirs, (ours, _) in arch.integers.items()}
+    found |= hybrid.to_keys(config) if arch.linear_attention else {}
     found |= {ours: bool(getattr(config, theirs)) for theirs, ours in arch.flags.items()}
     found |= {**_window(config, arch), **arch.constants}
     return {key if key.startswith("general.") else f"{arch.name}.{key}": value for key, value in found.items()}
@@ -101,13 +111,10 @@ def extra_tensors(config: Any) -> dict[str, Tensor]:
 
 def to_config(file: GgufFile) -> dict[str, Any]:
     """The content of config.json for the model in `file`. FormatError if its keys and tensors contradict each other."""
-    keys = _Metadata(file)
+    keys = Metadata(file)
     arch = keys.architecture
-    layers, hidden, heads = (
-        keys.count("block_count"),
-        keys.count("embedding_length"),
-        keys.count("attention.head_count"),
-    )
+    layers = keys.count("block_count") - keys.whole("nextn_predict_layers")
+    hidden, heads = keys.count("embedding_length"), keys.count("attention.head_count")
     vocab, columns = keys.shape("token_embd.weight")
     if columns != hidden or keys.layers != layers:
         raise keys.wrong(f"it has {keys.layers} blocks of width {columns}, but its keys say {layers} and {hidden}")
@@ -129,30 +136,30 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     config |= {key: tensor in file.entries for key, tensor in arch.biases.items()}
     config |= {key: keys.real(ours, default) for key, (ours, default) in arch.numbers.items()}
     config |= {key: keys.count(ours) for key, ours in arch.counts.items()}
+    config |= {key: keys.whole(ours, default) for key, (ours, default) in arch.integers.items()}
     config |= {key: keys.flag(ours) for key, ours in arch.flags.items()}
+    config |= hybrid.of_keys(keys, layers) if arch.linear_attention else {}
     config |= _windows(keys, config)
     return {name: value for key, value in config.items() if (name := arch.keys.get(key, key))}
 
 
-def _rotary(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+def _rotary(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     """Heads, MLP and positions of a model with RoPE."""
     arch, hidden, heads = keys.architecture, config["hidden_size"], config["num_attention_heads"]
     kv = keys.count("attention.head_count_kv", heads)
     width = keys.count("attention.key_length", hidden // heads if heads <= hidden else 1)
     if keys.count("attention.value_length", width) != width or heads % kv:
         raise keys.wrong(f"{arch.name} cannot have {heads} heads with {kv} key-value heads of width {width}")
-    if (arch.keys.get("head_dim") == "" and width * heads != hidden) or (
-        arch.keys.get("num_key_value_heads") == "" and kv != heads
-    ):
+    if (arch.has_no("head_dim") and width * heads != hidden) or (arch.has_no("num_key_value_heads") and kv != heads):
         raise keys.wrong(f"{arch.name} cannot have {heads} heads of width {width} and {kv} key-value heads")
-    rows = keys.shape("blk.0.attn_qkv.weight" if arch.joined else "blk.0.attn_q.weight")[0]
-    wanted = width * (heads + 2 * kv) if arch.joined else width * heads
+    rows = keys.shape(keys.first("attn_qkv.weight" if arch.joined else "attn_q.weight"))[0]
+    wanted = width * (heads + 2 * kv) if arch.joined else width * heads * (2 if arch.gated_queries else 1)
     if rows != wanted:
         raise keys.wrong(f"the queries have {rows} rows, but its keys require {wanted}")
     found = {
         "num_key_value_heads": kv,
         "head_dim": width,
-        "intermediate_size": keys.count("feed_forward_length"),
+        **({} if arch.has_no("intermediate_size") else {"intermediate_size": keys.count("feed_forward_length")}),
         "rope_parameters": _rope(keys, width),
     }
     if arch.original_context:
@@ -162,7 +169,7 @@ def _rotary(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _learned(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+def _learned(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     """MLP and positions of a model with a table of positions."""
     hidden, heads, positions = config["hidden_size"], config["num_attention_heads"], keys.shape("position_embd.weight")
     if positions[1] != hidden or hidden % heads:
@@ -174,7 +181,7 @@ def _learned(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Metadata:
+class Metadata:
     """Typed access to a file's keys under its architecture's name. FormatError for a wrong type or range."""
 
     def __init__(self, file: GgufFile) -> None:
@@ -187,14 +194,15 @@ class _Metadata:
                 f"Supported architectures: {', '.join(sorted(ARCHITECTURES))}.",
             )
         self.architecture: Architecture = found
-        blocks = {entry.split(".", 2)[1] for entry in file.entries if entry.startswith("blk.") and entry.count(".") > 1}
+        own = file.entries.keys() - hybrid.beyond(file)
+        blocks = {entry.split(".", 2)[1] for entry in own if entry.startswith("blk.") and entry.count(".") > 1}
         self.layers = len(blocks)
 
     def wrong(self, what: str) -> FormatError:
         return FormatError(f"{self.file.path}: {what}", "The file is damaged, or of an unsupported kind.")
 
-    def get(self, key: str) -> Any:
-        return self.file.metadata.get(f"{self.architecture.name}.{key}")
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.file.metadata.get(f"{self.architecture.name}.{key}", default)
 
     def count(self, key: str, default: int | None = None) -> int:
         """An integer above 0. An array with one equal entry per layer counts as this entry."""
@@ -205,6 +213,11 @@ class _Metadata:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LONGEST:
             raise self.wrong(f"{self.architecture.name}.{key} is {str(value)[:80]}, not an integer above 0")
         return value
+
+    def whole(self, key: str, default: int = 0) -> int:
+        """An integer from 0."""
+        value = self.get(key, default)
+        return 0 if value == 0 and not isinstance(value, bool) else self.count(key, default)
 
     def real(self, key: str, default: float | None = None) -> float:
         """A finite number, as the shortest decimal of the same float32: 1e-05, not 9.999999747378752e-06."""
@@ -220,6 +233,10 @@ class _Metadata:
         if not isinstance(value, bool):
             raise self.wrong(f"{self.architecture.name}.{key} is {str(value)[:80]}, neither true nor false")
         return value
+
+    def first(self, name: str) -> str:
+        """The tensor `name` of the first block that has it."""
+        return next((whole for i in range(self.layers) if (whole := f"blk.{i}.{name}") in self.file.entries), name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a required matrix."""
@@ -255,7 +272,7 @@ def _refuse(config: Any, arch: Architecture) -> None:
             f"{config.num_key_value_heads} for {config.num_attention_heads}"
         )
     width = getattr(config, "head_dim", None)
-    if arch.keys.get("head_dim") == "" and width and width * config.num_attention_heads != config.hidden_size:
+    if arch.has_no("head_dim") and width and width * config.num_attention_heads != config.hidden_size:
         raise PlanError(
             f"llama.cpp runs {arch.name} with heads as wide as the model; this model's have {width} columns"
         )
@@ -343,12 +360,15 @@ def _llama3(rope: Mapping[str, Any], width: int) -> Tensor:
     return factors
 
 
-def _rope(keys: _Metadata, width: int) -> dict[str, Any]:
+def _rope(keys: Metadata, width: int) -> dict[str, Any]:
     arch, entries = keys.architecture, keys.file.entries
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base", 10000.0)}
     turned = keys.count("rope.dimension_count", width)
     if turned > width or (turned < width and not arch.partial_rotary):
         raise keys.wrong(f"{turned} of {width} columns of a head are rotated, which {arch.name} does not support")
+    if arch.sections:
+        found = keys.get("rope.dimension_sections")
+        rope |= {"mrope_section": list(_SECTIONS) if found is None else found.tolist()[:3], "mrope_interleaved": True}
     if arch.partial_rotary:
         rope["partial_rotary_factor"] = turned / width
     kind = keys.get("rope.scaling.type")
@@ -381,14 +401,14 @@ def _rope(keys: _Metadata, width: int) -> dict[str, Any]:
     return {"full_attention": rope, "sliding_attention": local}
 
 
-def _factors(keys: _Metadata, name: str, length: int) -> list[float]:
+def _factors(keys: Metadata, name: str, length: int) -> list[float]:
     entry = keys.file.entries.get(name)
     if entry is None or entry.shape != (length,) or entry.type != "f32":
         raise keys.wrong(f"{name} is not a list of {length} float32 numbers")
     return [float(str(x)) for x in keys.file.get(name).numpy()]
 
 
-def _of_factors(keys: _Metadata, theta: float, width: int) -> dict[str, Any]:
+def _of_factors(keys: Metadata, theta: float, width: int) -> dict[str, Any]:
     """The parameters of llama3 scaling that give the file's factors; a file does not store the parameters."""
     wanted = torch.tensor(_factors(keys, "rope_freqs.weight", width // 2), dtype=torch.float32, device="cpu")
     if not torch.isfinite(wanted).all() or (wanted < 1 - 1e-3).any():
@@ -405,7 +425,7 @@ def _of_factors(keys: _Metadata, theta: float, width: int) -> dict[str, Any]:
     raise keys.wrong("rope_freqs.weight contains factors of a scaling other than llama3's")
 
 
-def _windows(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+def _windows(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     """Sliding windows. Where some layers have full attention, also logit softcaps and the scale of queries."""
     arch, layers, window = keys.architecture, config["num_hidden_layers"], keys.get("attention.sliding_window")
     if not arch.period:
@@ -442,7 +462,7 @@ def _windows(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _special(keys: _Metadata) -> dict[str, Any]:
+def _special(keys: Metadata) -> dict[str, Any]:
     """Ids of special tokens. eos_token_id is a list if several tokens end a text."""
     tokens = keys.shape("token_embd.weight")[0]
 

@@ -1,18 +1,21 @@
 """Names of tensors in a GGUF file, and the conversions of their values, for each architecture.
 
-transformers' names are those of the modules (`Skeleton.name_of`, `named_parameters`). Besides the name, three things
-can differ. None of them affects quantization:
+transformers' names are those of the modules (`Skeleton.name_of`, `named_parameters`). Besides the name, these things
+can differ. Only the order of columns affects quantization: blocks must lie within the runs that are moved.
 
     rows        Llama's q and k: transformers rotates the halves of a head (i with i + d/2), llama.cpp neighbours (2i
                 with 2i + 1). So row 2i + j of a head in the file is row i + j d/2 of the model's weight.
                 GPT-NeoX's qkv: a file has q of all heads, then k, then v; the model has q, k and v of each head
     transposed  GPT-2's Conv1D stores [K, N]; a file stores [N, K], as for every linear
+    columns     Qwen 3.5's value heads: the model has those of the first key head, then those of the second; a file
+                has the first of each key head, then the second. These are rows of the projections before attention
+                and columns of the one after it
     shift       Gemma's norms multiply by 1 + w; a file stores this sum
 
     route = routes(config)["model.layers.0.self_attn.q_proj.weight"]     # KeyError: no file contains it
     route.name, route.rows                                               # "blk.0.attn_q.weight", int64 [N] or None
     route.to_file(tensor), route.from_file(tensor)                       # both directions, for unquantized weights
-    blocks[route.rows]                                                   # for quantized weights [N, K]
+    route.blocks_to_file(blocks, 32)                                     # for quantized weights [N, K]
 
 A row of blocks encodes one row of the weight, so permuting rows is exact for every type.
 Source: gguf-py's name tables and llama.cpp's convert_hf_to_gguf.py.
@@ -20,7 +23,7 @@ Source: gguf-py's name tables and llama.cpp's convert_hf_to_gguf.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -32,47 +35,110 @@ from fewbit.errors import PlanError
 from fewbit.models.gguf.architecture import Architecture
 from fewbit.models.gguf.architectures import TYPES
 
+Order = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and axes
+
 
 @dataclass(frozen=True)
 class Route:
     """The name of a model's tensor in the file, and its conversion.
 
     expert: the number of the expert; the file has the tensors of all experts of a layer as one, [experts, ...].
-    sizes, axes: the rows of the model's weight, as an array of these `sizes`, are in the file's order if its axes are
-    permuted to `axes`. Empty if the order is the same.
+    order: the rows of the model's weight from row `first` on, as an array of these sizes, are in the file's order if
+    its axes are permuted to these axes. columns: the same for columns. Empty if the order is the same.
     """
 
     name: str
     expert: int | None = None
     transposed: bool = False
+    squeezed: bool = False
     shift: float = 0.0
-    sizes: tuple[int, ...] = ()
-    axes: tuple[int, ...] = ()
+    negative_exp: bool = False
+    order: Order = ((), ())
+    first: int = 0
+    columns: Order = ((), ())
 
     @property
     def rows(self) -> Tensor | None:
         """Row i of the file is row `rows[i]` of the model's weight [N, K]; None if the order is the same."""
-        if not self.sizes:
+        if not self.order[0]:
             return None
-        rows = torch.arange(prod(self.sizes), dtype=torch.int64, device="cpu")
-        return rows.reshape(self.sizes).permute(self.axes).flatten()
+        start = torch.arange(self.first, dtype=torch.int64, device="cpu")
+        return torch.cat([start, self.first + _permuted(self.order)])
 
     @property
     def rows_back(self) -> Tensor | None:
         """Row i of the model's weight is row `rows_back[i]` of the file; None if the order is the same."""
         return None if self.rows is None else self.rows.argsort()
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the file holds the model's own values."""
+        return not self.shift and not self.negative_exp
+
+    @property
+    def run(self) -> int:
+        """How many columns keep their neighbours in the file; 0 if all do. A block must lie within such a run."""
+        return self.columns[0][-1] if self.columns[0] else 0
+
+    @property
+    def column_order(self) -> Tensor | None:
+        """Column i of the file is column `column_order[i]` of the model's weight; None if the order is the same."""
+        return _permuted(self.columns) if self.columns[0] else None
+
     def to_file(self, tensor: Tensor) -> Tensor:
         """Convert a tensor of the model to the file's layout and values."""
-        tensor = tensor.T if self.transposed else tensor
+        tensor = tensor.T if self.transposed else tensor.squeeze(1) if self.squeezed else tensor
         tensor = tensor if self.rows is None else tensor[self.rows]
+        tensor = tensor[:, _permuted(self.columns)] if self.columns[0] else tensor
+        tensor = -tensor.float().exp() if self.negative_exp else tensor
         return tensor.float() + self.shift if self.shift else tensor
 
     def from_file(self, tensor: Tensor) -> Tensor:
         """Convert a tensor of the file to the model's layout and values."""
         tensor = tensor if self.rows_back is None else tensor[self.rows_back]
+        return self.from_rows(tensor)
+
+    def from_rows(self, tensor: Tensor) -> Tensor:
+        """The same for rows that are in the model's order already."""
         tensor = tensor.float() - self.shift if self.shift else tensor
-        return tensor.T if self.transposed else tensor
+        tensor = (-tensor.float()).log() if self.negative_exp else tensor
+        tensor = tensor[:, _permuted(self.columns).argsort()] if self.columns[0] else tensor
+        return tensor.T if self.transposed else tensor.unsqueeze(1) if self.squeezed else tensor
+
+    def blocks_to_file(self, blocks: Tensor, columns: int) -> Tensor:
+        """The blocks of a weight [N, K], uint8 [N, bytes], in the file's order. columns: those of a block."""
+        blocks = blocks if self.rows is None else blocks[self.rows]
+        return self._blocks(blocks, columns, back=False)
+
+    def blocks_from_file(self, blocks: Tensor, columns: int) -> Tensor:
+        """The blocks of a weight, uint8 [N, bytes], in the model's order. columns: those of a block."""
+        blocks = blocks if self.rows_back is None else blocks[self.rows_back]
+        return self._blocks(blocks, columns, back=True)
+
+    def _blocks(self, blocks: Tensor, columns: int, *, back: bool) -> Tensor:
+        if not self.columns[0]:
+            return blocks
+        sizes, axes = self.columns
+        order = _permuted(((*sizes[:-1], sizes[-1] // columns), axes))
+        order = order.argsort() if back else order
+        return blocks.view(len(blocks), len(order), -1)[:, order].flatten(1)
+
+    def shape_in_file(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of a tensor of the model in the file."""
+        kept = tuple(shape)
+        return kept[::-1] if self.transposed else (kept[0], *kept[2:]) if self.squeezed else kept
+
+    def shape_in_model(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of a tensor of the file in the model."""
+        kept = tuple(shape)
+        return kept[::-1] if self.transposed else (kept[0], 1, *kept[1:]) if self.squeezed else kept
+
+
+def _permuted(order: Order) -> Tensor:
+    """Place i of the file is place `_permuted(order)[i]` of the model, int64."""
+    sizes, axes = order
+    places = torch.arange(prod(sizes), dtype=torch.int64, device="cpu")
+    return places.reshape(sizes).permute(axes).flatten()
 
 
 def architecture(model_type: str) -> Architecture:
@@ -98,16 +164,20 @@ def routes(config: Any) -> dict[str, Route]:
             found[f"{theirs}.{leaf}"] = Route(f"{ours}.{leaf}", shift=shift)
     for layer in range(config.num_hidden_layers):
         for theirs, ours, expert in _modules(config, arch):
-            norm, (sizes, axes) = "norm" in ours, orders.get(ours, ((), ()))
+            norm = "norm" in ours
             for leaf in ("weight", "bias"):
                 found[f"{arch.layers}.{layer}.{theirs}.{leaf}"] = Route(
                     f"blk.{layer}.{ours}.{leaf}",
                     expert=expert,
                     transposed=arch.transposed and leaf == "weight" and not norm,
-                    shift=arch.shift if norm and leaf == "weight" else 0.0,
-                    sizes=sizes,
-                    axes=axes,
+                    squeezed=ours in arch.squeezed and leaf == "weight",
+                    shift=arch.shift if norm and leaf == "weight" and ours not in arch.unshifted else 0.0,
+                    **orders.get(ours, {}),
                 )
+        for theirs, ours in arch.parameters.items():
+            found[f"{arch.layers}.{layer}.{theirs}"] = Route(
+                f"blk.{layer}.{ours}", negative_exp=ours in arch.negative_exp, **orders.get(ours, {})
+            )
     return found
 
 
@@ -129,12 +199,35 @@ def names_of(routes: Mapping[str, Route]) -> dict[str, list[str]]:
     return found
 
 
-def _orders(config: Any, arch: Architecture) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Name in the file -> `sizes` and `axes` of its `Route`, where the order of rows differs."""
+def _orders(config: Any, arch: Architecture) -> dict[str, dict[str, Any]]:
+    """Name in the file -> fields of its `Route`, where the order of rows or columns differs."""
     heads = config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     if arch.permuted:
         halves = (0, 2, 1)
-        return {"attn_q": ((heads, 2, width // 2), halves), "attn_k": ((kv, 2, width // 2), halves)}
-    return {"attn_qkv": ((heads, 3, width), (1, 0, 2))} if arch.mixed else {}
+        return {
+            "attn_q": {"order": ((heads, 2, width // 2), halves)},
+            "attn_k": {"order": ((kv, 2, width // 2), halves)},
+        }
+    if arch.tiled:
+        return _tiled(config)
+    return {"attn_qkv": {"order": ((heads, 3, width), (1, 0, 2))}} if arch.mixed else {}
+
+
+def _tiled(config: Any) -> dict[str, dict[str, Any]]:
+    """The same for linear attention whose value heads llama.cpp has tiled: the first of every key head comes first."""
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    if keys == values:
+        return {}
+    single: Order = ((keys, values // keys, 1), (1, 0, 2))
+    whole: Order = ((keys, values // keys, config.linear_value_head_dim), (1, 0, 2))
+    after = {"order": whole, "first": 2 * keys * config.linear_key_head_dim}  # queries and keys come before values
+    each = {key: {"order": single} for key in ("ssm_alpha", "ssm_beta", "ssm_a", "ssm_dt.bias")}
+    return {
+        **each,
+        "attn_qkv": after,
+        "ssm_conv1d": after,
+        "attn_gate": {"order": whole},
+        "ssm_out": {"columns": whole},
+    }

@@ -11,7 +11,7 @@ Saving such a model writes a GGUF file with the same keys, tensors and types.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fewbit.errors import FormatError, KernelError, PlanError
 from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile, GgufWriter
 from fewbit.models import experts, scales, stacking
 from fewbit.models.building import building
+from fewbit.models.gguf import hybrid
 from fewbit.models.gguf.architectures import of_file
 from fewbit.models.gguf.names import Route, architecture, names_of, routes
 from fewbit.models.linears import LINEARS
@@ -88,7 +89,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
                 put(model, module, {"weight": entry.spec}, has_bias=False)
             elif not isinstance(original, nn.Embedding) or not put_embedding(model, module, entry.spec):
                 continue
-            self.packed[module] = self._qtensor(entry)
+            self.packed[module] = self._qtensor(entry, self.routes[name])
         self._pack_ties(model)
         return model
 
@@ -100,9 +101,9 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
                 put(model, target, {"weight": self.entries[first].spec}, has_bias=False)
                 self.packed[target] = self.packed[source]
 
-    def _qtensor(self, entry: Entry) -> QTensor:
-        """The weight's scheme and shape. Its data is added when the file is loaded."""
-        return QTensor(codec(entry.type), (entry.shape[0], entry.shape[1]), {})
+    def _qtensor(self, entry: Entry, route: Route) -> QTensor:
+        """The weight's scheme, shape and order of columns. Its data is added when the file is loaded."""
+        return QTensor(codec(entry.type), (entry.shape[0], entry.shape[1]), {}, route.column_order)
 
     def get_state_dict(self, checkpoint_file: str, model: PreTrainedModel) -> dict[str, Tensor]:
         """The file's tensors, by their names in the model."""
@@ -164,7 +165,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
                 )
             read.append(blocks)
             weight = self.packed[name]
-            return QTensor(weight.codec, weight.shape, {weight.codec.payload: blocks})
+            return QTensor(weight.codec, weight.shape, {weight.codec.payload: blocks}, weight.permutation)
 
         def done(layers: list[Packed]) -> None:
             done_with(read, [tensor for layer in layers for tensor in layer.prepared])
@@ -235,7 +236,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
             return blocks if route.rows is None else blocks[route.rows]
         if entry.type not in PLAIN:
             return self._stored(name)
-        value = route.to_file(model.get_parameter(name).detach().cpu())
+        value = route.to_file(getattr(module, name.rpartition(".")[2]).detach().cpu())
         return value.to(entry.spec.dtype).contiguous()
 
 
@@ -284,18 +285,19 @@ def _matched(file: GgufFile, model: PreTrainedModel, known: dict[str, Route]) ->
     head that GGUF files never have (such as a classifier's) is initialized with a warning.
     """
     ours = names_of(known)
-    extra = architecture(model.config.model_type).extra
-    expected = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    ignored = architecture(model.config.model_type).extra | hybrid.beyond(file)
+    own = [*model.named_parameters(remove_duplicate=False), *persistent(model)]
+    expected = {name: tensor.shape for name, tensor in own}
     entries: dict[str, Entry] = {}
     for entry in file.entries.values():
-        if entry.name in extra:
+        if entry.name in ignored:
             continue
         name, *others = ours.get(entry.name, [""])
         if name in _HEAD and model.get_output_embeddings() is None:
             continue
         if name not in expected:
             raise FormatError(f"{file.path}: the tensor {entry.name} has no place in a {type(model).__name__}")
-        shape = tuple(expected[name][::-1] if known[name].transposed else expected[name])
+        shape = known[name].shape_in_file(expected[name])
         whole = shape if known[name].expert is None else (1 + len(others), *shape)
         if entry.shape != whole:
             raise FormatError(
@@ -311,6 +313,12 @@ def _matched(file: GgufFile, model: PreTrainedModel, known: dict[str, Route]) ->
         named = known[missing[0]].name if missing[0] in known else missing[0]
         raise FormatError(f"{file.path}: {len(missing)} tensors are missing; the first is {named}")
     return entries
+
+
+def persistent(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that files have, such as what corrects the scores of experts."""
+    kept = model.state_dict(keep_vars=True)
+    return ((name, tensor) for name, tensor in model.named_buffers() if name in kept)
 
 
 def _decoded(entry: Entry, blocks: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,74 @@
+"""Layers of several kinds as the metadata of a GGUF file: linear attention, and blocks after the last layer.
+
+transformers (Qwen 3.5)                           file (`a` is the name of the architecture)
+linear_conv_kernel_dim, linear_key_head_dim       a.ssm.conv_kernel, a.ssm.state_size
+linear_num_key_heads, linear_num_value_heads      a.ssm.group_count, a.ssm.time_step_rank
+linear_value_head_dim                             a.ssm.inner_size / a.ssm.time_step_rank
+layer_types                                       a.attention.recurrent_layers, or a.full_attention_interval
+none: a block that predicts further tokens        a.nextn_predict_layers, which a.block_count includes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fewbit.errors import PlanError
+from fewbit.formats.containers.gguf import GgufFile
+
+_INTERVAL = 4  # every n-th layer has full attention if a file has no key for it
+
+
+def beyond(file: GgufFile) -> frozenset[str]:
+    """The tensors of blocks that predict further tokens. transformers has no modules for them."""
+    name = file.metadata.get("general.architecture")
+    count, more = (file.metadata.get(f"{name}.{key}") for key in ("block_count", "nextn_predict_layers"))
+    if not isinstance(count, int) or not isinstance(more, int) or not 0 < more < count:
+        return frozenset()
+    blocks = {f"blk.{layer}." for layer in range(count - more, count)} if more < 100 else set()
+    return frozenset(entry for entry in file.entries if entry[: entry.find(".", 4) + 1] in blocks)
+
+
+def to_keys(config: Any) -> dict[str, Any]:
+    """The keys of a model with linear attention. PlanError if llama.cpp would compute something else."""
+    keys, values = config.linear_key_head_dim, config.linear_value_head_dim
+    if keys != values:
+        raise PlanError(f"llama.cpp runs linear attention with keys and values of one width; here {keys} and {values}")
+    linear = [kind == "linear_attention" for kind in config.layer_types]
+    regular = (n for n in range(1, len(linear) + 1) if linear == _every(n, len(linear)))
+    return {
+        "ssm.conv_kernel": config.linear_conv_kernel_dim,
+        "ssm.state_size": keys,
+        "ssm.group_count": config.linear_num_key_heads,
+        "ssm.time_step_rank": config.linear_num_value_heads,
+        "ssm.inner_size": values * config.linear_num_value_heads,
+        "attention.recurrent_layers": np.array(linear),
+        "full_attention_interval": next(regular, _INTERVAL),
+    }
+
+
+def of_keys(keys: Any, layers: int) -> dict[str, Any]:
+    """Entries of config.json for linear attention. keys: a file's `Metadata` (config.py)."""
+    heads, groups, inner = (keys.count(f"ssm.{key}") for key in ("time_step_rank", "group_count", "inner_size"))
+    if inner % heads or heads % groups:
+        raise keys.wrong(f"{heads} value heads fit neither {inner} columns nor {groups} key heads")
+    linear: Sequence[Any] = _every(keys.count("full_attention_interval", _INTERVAL), layers)
+    if isinstance(found := keys.get("attention.recurrent_layers"), np.ndarray):
+        linear = found.tolist()[:layers]
+        if len(linear) != layers:
+            raise keys.wrong(f"the kinds of {len(linear)} layers are given, not of {layers}")
+    return {
+        "linear_conv_kernel_dim": keys.count("ssm.conv_kernel"),
+        "linear_key_head_dim": keys.count("ssm.state_size"),
+        "linear_num_key_heads": groups,
+        "linear_num_value_heads": heads,
+        "linear_value_head_dim": inner // heads,
+        "layer_types": ["linear_attention" if each else "full_attention" for each in linear],
+    }
+
+
+def _every(interval: int, layers: int) -> list[bool]:
+    """Which layers have linear attention if every `interval`-th has full attention."""
+    return [(layer + 1) % interval != 0 for layer in range(layers)]
