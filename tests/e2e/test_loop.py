@@ -93,6 +93,13 @@ def test_greedy_texts_of_one_and_of_three_that_are_padded(family: str, ids: Tens
         assert steps(looped) == (0 if family in OVERRIDDEN else NEW)
 
 
+def test_a_cache_as_long_as_the_masks_that_are_made_at_once(ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "ROWS", LENGTH)
+    plain, looped = pair("llama")
+    assert written(looped, ids) == written(plain, ids)
+    assert steps(looped) == NEW
+
+
 class Traced:
     """A graph as on a GPU, of operators in place of launches: what Python decided in one step holds in all others."""
 

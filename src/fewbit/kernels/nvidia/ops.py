@@ -31,7 +31,8 @@ def device() -> Any:
 @torch.library.custom_op("fewbit::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, tensors: list[Tensor], how: list[int], n: int) -> Tensor:
     """x [M, K] times the transpose of a packed weight [n, K]: [M, n] in the dtype of x."""
-    return linear(x, tensors, Recipe(*how), n)
+    with torch.cuda.device_of(x):  # launches use the current GPU, not that of their tensors
+        return linear(x, tensors, Recipe(*how), n)
 
 
 @packed_linear.register_fake
@@ -83,7 +84,8 @@ def packed_grouped(x: Tensor, tensors: list[Tensor], how: list[int], ends: Tenso
 
     ends: int32 [experts], where the rows of each expert end. Rows after the last end get zeros.
     """
-    return grouped(x, tensors, Recipe(*how), ends, n)
+    with torch.cuda.device_of(x):
+        return grouped(x, tensors, Recipe(*how), ends, n)
 
 
 @packed_grouped.register_fake

@@ -54,32 +54,34 @@ class FusedSweep(Sweep):
         assert panel.stride(1) == 1
         mixing = mixing.contiguous()  # U arrives in column-major order
         moves = torch.empty(width, n, dtype=torch.float32, device=panel.device)
-        _sweep[(triton.cdiv(n, _ROWS),)](
-            panel,
-            mixing,
-            self.order[start:stop],
-            self.scale,
-            self.scale if self.zero is None else self.zero,
-            self.scale if self.offset is None else self.offset,
-            self.scale if self.table is None else self.table,
-            self.scale if values is None else values,
-            self.codes,
-            moves,
-            n,
-            panel.stride(0),
-            mixing.stride(0),
-            self.plain.group,
-            self.middle,
-            self.top,
-            LEVELS=0 if self.table is None else self.table.shape[1],
-            ZEROS=self.zero is not None,
-            OFFSETS=self.offset is not None,
-            DESCENT=values is not None,
-            ROWS=_ROWS,
-            COUNT=width,  # a constexpr, because Triton's interpreter fails on other loop bounds with the newest NumPy
-            WIDTH=PANEL,
-            num_warps=4,
-        )
+        with torch.cuda.device_of(panel):  # a launch uses the current GPU
+            _sweep[(triton.cdiv(n, _ROWS),)](
+                panel,
+                mixing,
+                self.order[start:stop],
+                self.scale,
+                self.scale if self.zero is None else self.zero,
+                self.scale if self.offset is None else self.offset,
+                self.scale if self.table is None else self.table,
+                self.scale if values is None else values,
+                self.codes,
+                moves,
+                n,
+                panel.stride(0),
+                mixing.stride(0),
+                self.plain.group,
+                self.middle,
+                self.top,
+                LEVELS=0 if self.table is None else self.table.shape[1],
+                ZEROS=self.zero is not None,
+                OFFSETS=self.offset is not None,
+                DESCENT=values is not None,
+                ROWS=_ROWS,
+                # A constexpr, because Triton's interpreter fails on other loop bounds with the newest NumPy.
+                COUNT=width,
+                WIDTH=PANEL,
+                num_warps=4,
+            )
         return moves
 
 

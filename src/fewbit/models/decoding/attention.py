@@ -2,8 +2,11 @@
 
 Before transformers calls PyTorch's attention with a mask, it repeats keys and values for each query head. With many
 sequences in a batch, this takes half of a decoding step. Instead, the query heads that share keys and values become
-positions of one head, which gives the same sums. (Newer versions of transformers do this too.) A compiled step keeps
-the repeats: the compiler fuses them, and a single sequence was slower without them.
+positions of one head, which gives the same sums. (Newer versions of transformers do this too.)
+
+On an NVIDIA GPU, one kernel divides the keys among its programs, because the few heads of one sequence would leave most
+of the GPU idle (`fewbit.kernels.nvidia.operators.attend`). A compiled step uses that too, where it can; else it keeps
+the repeats, which the compiler fuses.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fewbit.kernels.nvidia import operators
 
 _grouped: ContextVar[bool] = ContextVar("fewbit_grouped_queries", default=False)
 _lock, _users = Lock(), [0]
@@ -48,8 +53,8 @@ def grouped_queries() -> Iterator[None]:
 
 
 def _of_thread(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    # A compiler cannot trace context variables. It does not need this one: `attend` differs only outside of tracing.
-    grouped = not torch.compiler.is_compiling() and _grouped.get()
+    # A compiler cannot trace context variables.
+    grouped = torch.compiler.is_compiling() or _grouped.get()
     out: tuple[Tensor, None] = (attend if grouped else sdpa_attention_forward)(*args, **kwargs)
     return out
 
@@ -70,16 +75,17 @@ def attend(
     """
     batch, heads, tokens, size = query.shape
     shared = key.shape[1]
-    plain = all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache", "s_aux"))
-    if not (
-        plain
-        and not torch.compiler.is_compiling()
+    plain = (
+        all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache", "s_aux"))
         and tokens == 1
-        and shared < heads
         and heads == shared * getattr(module, "num_key_value_groups", 1)
-        and attention_mask is not None
-        and attention_mask.shape[1:] == (1, 1, key.shape[2])
-    ):
+        and not dropout
+    )
+    mask = attention_mask if plain and attention_mask is not None else None
+    if mask is not None and mask.shape[1:] == (1, 1, key.shape[2]) and operators.attends(query, key, value, mask):
+        out = operators.attend(query, key, value, mask, size**-0.5 if scaling is None else scaling)
+        return out[:, None], None
+    if mask is None or mask.shape[1:] != (1, 1, key.shape[2]) or shared == heads or torch.compiler.is_compiling():
         found: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -88,8 +94,7 @@ def attend(
         query.reshape(batch, shared, heads // shared, size),
         key,
         value,
-        attn_mask=attention_mask,
-        dropout_p=dropout,
+        attn_mask=mask,
         scale=scaling,
     )
     return out.reshape(batch, 1, heads, value.shape[-1]), None

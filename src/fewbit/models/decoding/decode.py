@@ -20,6 +20,8 @@ from transformers import DynamicCache, GenerationMixin, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from fewbit.errors import PlanError
+from fewbit.kernels.nvidia import operators
+from fewbit.models.decoding import operations
 from fewbit.models.decoding.attention import grouped_queries
 from fewbit.models.decoding.exclusive import exclusive
 from fewbit.models.decoding.graph import Compiled, Graph
@@ -59,6 +61,8 @@ def within(model: Any, length: int, *, compile: bool = False) -> None:
     `generate` then raises PlanError if a text would become longer. Beam search, and calls with their own cache, work as
     before. compile: compile the step with PyTorch before it is recorded. This takes long, for each batch size again.
     """
+    if not compile:  # else the compiler fuses these operations
+        operations.replace(model)
     model.generate = Decoder(model, length, compile=compile).generate
 
 
@@ -138,7 +142,7 @@ class Decoder:
         mode = torch.is_inference_mode_enabled()
         key = (batch * copies, mode, self.model.device, self.model.dtype, _wiring(self.model))
         if self.static is None:
-            self.static = self.model.device.type == "cuda" and supports_static_cache(self.model, self.plain)
+            self.static = _on_one_gpu(self.model) and supports_static_cache(self.model, self.plain)
         if self.cache is not None and self.key == key and all(type(x) in _EMPTIED for x in self.cache.layers):
             self.cache.reset()
         else:
@@ -159,6 +163,14 @@ class Decoder:
         if self.graph is None:
             self.graph = StepGraph(self._quick(forward), self.model.device)
         return self.graph(kwargs)
+
+
+def _on_one_gpu(model: Any) -> bool:
+    """Whether a graph can hold a whole step: over several GPUs, each would need its own."""
+    devices = {
+        tensor.device for module in model.modules() for tensor in (*module.parameters(False), *module.buffers(False))
+    }
+    return len(devices) == 1 and model.device.type == "cuda"
 
 
 def _wiring(model: Any) -> tuple[Any, ...]:
@@ -220,8 +232,28 @@ def static(model: Any, length: int) -> StaticCache | None:
         return None
     if not all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in cache.layers):
         return None
-    cache.layers = [StaticLayer(max_cache_len=length) for _ in cache.layers]
+    cache.layers = [OneByOneLayer(max_cache_len=length) for _ in cache.layers]
     return cache
+
+
+class OneByOneLayer(StaticLayer):
+    """A static cache layer of transformers. On an NVIDIA GPU, one kernel writes the key and the value of one token."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.ticket = torch.zeros(1, dtype=torch.int32, device=key_states.device)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys, self.values
+        if (
+            torch.compiler.is_compiling()
+            or keys is None
+            or values is None
+            or not operators.stores(keys, values, key_states, value_states)
+        ):
+            return super().update(key_states, value_states, *args, **kwargs)
+        operators.store(keys, values, key_states, value_states, self.cumulative_length, self.ticket)
+        return keys, values
 
 
 # Sliding-window layers are replaced too. The mask already applies the window, and these layers count tokens in Python
@@ -258,7 +290,7 @@ def supports_static_cache(model: Any, generate: Callable[..., Any]) -> bool:
     return distance <= _CLOSE
 
 
-_EMPTIED = (ReservedLayer, StaticLayer)  # layers that `reset` empties
+_EMPTIED = (ReservedLayer, OneByOneLayer)  # layers that `reset` empties
 
 
 class StepGraph:

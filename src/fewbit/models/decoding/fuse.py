@@ -6,6 +6,7 @@ tensor. Blocks with the same linears are assumed to be wired alike, so blocks on
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -39,6 +40,7 @@ def fuse(model: Any) -> Groups:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, piece)
         fused.append(group)
+    gc.collect()  # hooks of accelerate and the linears that were replaced refer to one another
     for why, groups in refused.items():
         more = f" and {len(groups) - 1} more" if len(groups) > 1 else ""
         warnings.warn(f"not fused: {groups[0]}{more}: {why}", stacklevel=2)

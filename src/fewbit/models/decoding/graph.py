@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from threading import Lock
 from typing import Any
 
@@ -34,15 +36,16 @@ class Graph:
         if self.recorded is None and (not self.possible or self.left > 0 or not self._record()):
             self.left -= 1
             return self.function()
-        self.recorded.replay()
+        with torch.cuda.device(self.device):  # a replay uses the current stream of the current GPU
+            self.recorded.replay()
         return self.out
 
     def _record(self) -> bool:
-        with _recording:
+        with _recording, torch.cuda.device(self.device), _no_collection():
             stream, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
             try:
                 # In this mode, other threads may use the GPU meanwhile.
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, stream=_stream(self.device), capture_error_mode="thread_local"):
                     self.out = self.function()
             except RuntimeError as error:  # some operation in the step waits for the GPU
                 self.possible = False
@@ -54,6 +57,26 @@ class Graph:
             return True
 
 
+@cache
+def _stream(device: torch.device) -> Any:
+    """The stream on which graphs of a device are recorded. PyTorch's own default stream for this is on one device."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Inside this context, Python's collector does not run. An old graph that it frees would end the recording:
+    "operation not permitted when stream is capturing"."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _recover(stream: Any, graph: Any) -> None:
     """Undo what PyTorch leaves after a recording that failed: `torch.cuda.graph` does not reach its own clean-up.
 
@@ -62,7 +85,8 @@ def _recover(stream: Any, graph: Any) -> None:
     """
     torch.cuda.set_stream(stream)
     _failed.append(graph)
-    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+    healing = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=_stream(stream.device), capture_error_mode="thread_local")
+    with suppress(RuntimeError), healing:
         torch.zeros(1, dtype=torch.float32, device=stream.device)
 
 

@@ -79,6 +79,8 @@ class Loop:
     def __init__(self, forward: Callable[..., Any], cache: Any, length: int) -> None:
         self.forward, self.cache, self.length = forward, cache, length
         self.step: Step | None = None
+        # transformers makes no mask for as many tokens as the cache holds: it takes them for a prompt.
+        self.rows = ROWS - 1 if length == ROWS else ROWS
         self.possible = True  # whether masks can be prepared for later steps
 
     def writer(self, streamer: Any, again: Callable[[], None]) -> Callable[..., Any]:
@@ -128,7 +130,7 @@ class Loop:
         ends = [int(token) for one in criteria[1:] for token in one.eos_token_id.flatten().tolist()]
         inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
         logits = model(**inputs, return_dict=True).logits[:, -1].to(copy=True, dtype=torch.float32)
-        upcoming = UpcomingInputs(model, ids, kwargs)
+        upcoming = UpcomingInputs(model, ids, kwargs, self.rows)
         if (tables := upcoming.tables()) is None:
             self.possible = False
             return None
@@ -164,7 +166,7 @@ def _decode(step: Step, watch: Watch, upcoming: UpcomingInputs, tables: Tables, 
     watch.note()
     count, finished = 1, watch.finished(0)
     while count < watch.new and not finished:
-        if (count - 1) % ROWS == 0:
+        if (count - 1) % upcoming.rows == 0:
             step.refill(tables if count == 1 else upcoming.tables())
         step.run(choose)
         count += 1
@@ -185,21 +187,21 @@ def _sampler(warpers: LogitsProcessorList, ids: Tensor) -> Choice:
 
 
 class UpcomingInputs:
-    """The inputs of the next ROWS steps, as transformers prepares them.
+    """The inputs of the next `rows` steps, as transformers prepares them.
 
     `fixed` holds inputs that are the same in each step. `tables` holds masks and positions: each step uses one index of
     the second last dimension of a mask, and of the last dimension of positions.
     """
 
-    def __init__(self, model: Any, ids: Tensor, kwargs: dict[str, Any]) -> None:
-        self.model, self.kwargs = model, kwargs
-        self.ids = ids.new_zeros(ids.shape[0], ROWS)
+    def __init__(self, model: Any, ids: Tensor, kwargs: dict[str, Any], rows: int) -> None:
+        self.model, self.kwargs, self.rows = model, kwargs, rows
+        self.ids = ids.new_zeros(ids.shape[0], rows)
         self.fixed: dict[str, Any] = {}
 
     def tables(self) -> Tables | None:
-        """The tables of the next ROWS steps. None if an input is neither mask nor position."""
-        self.kwargs = self.model._update_model_kwargs_for_generation({}, self.kwargs, num_new_tokens=ROWS)
-        inputs = self.model.prepare_inputs_for_generation(self.ids, next_sequence_length=ROWS, **self.kwargs)
+        """The tables of these steps. None if an input is neither mask nor position."""
+        self.kwargs = self.model._update_model_kwargs_for_generation({}, self.kwargs, num_new_tokens=self.rows)
+        inputs = self.model.prepare_inputs_for_generation(self.ids, next_sequence_length=self.rows, **self.kwargs)
         del inputs["input_ids"]
         tables: Tables = {}
         for name, value in inputs.items():
@@ -208,7 +210,7 @@ class UpcomingInputs:
         self.fixed = {k: v for k, v in inputs.items() if not isinstance(v, Tensor) and type(v) is not dict}
         masks = [t for key, t in tables.items() if key[0] == "attention_mask"]
         whole = all(isinstance(i, Tensor) for value in inputs.values() if type(value) is dict for i in value.values())
-        shaped = all(t.dim() >= -_side(key) and t.shape[_side(key)] == ROWS for key, t in tables.items())
+        shaped = all(t.dim() >= -_side(key) and t.shape[_side(key)] == self.rows for key, t in tables.items())
         return tables if masks and whole and shaped and all(mask.dim() == 4 for mask in masks) else None
 
 
@@ -260,7 +262,7 @@ class Step:
             self.pad.fill_(ends[0] if pad is None else pad)
 
     def refill(self, tables: Tables | None) -> None:
-        """Load the tables of the next ROWS steps."""
+        """Load the tables of the next steps."""
         assert tables is not None
         self.row.zero_()
         for key, table in tables.items():
@@ -320,7 +322,7 @@ class Watch:
         self.noted += 1
         if self.gpu:
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self.token.device))
             self.events.append(event)
 
     def finished(self, lag: int) -> bool:
