@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from transformers import AutoModelForCausalLM
 import fewbit
 from fewbit.errors import PlanError
 from fewbit.pipeline import costs
+from fewbit.pipeline.settled import Settled
 from fewbit.plans.budget import Budget
+from fewbit.schemes.base import Scheme
 from tests import models as tiny_models
 
 
@@ -112,6 +115,31 @@ def test_a_preview_shows_the_curve_and_measures_once(
     assert again.allocation.kl > shown.allocation.kl
     (tmp_path / "plan.json").write_text(json.dumps({"definition": again.definition}), encoding="utf-8")
     assert fewbit.preview(model, plan=tmp_path / "plan.json").output_bytes == again.output_bytes
+
+
+@pytest.mark.parametrize(("plan", "offered"), [("iq2_m", True), ("q2_k", False)])
+def test_a_plan_of_iq_types_has_them_as_widths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: str, offered: bool
+) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 320}
+    model = tiny_models.save(tmp_path / plan, "llama", **sizes, tie_word_embeddings=False, dtype="float32")
+
+    def measured(settled: Settled, options: Mapping[str, Sequence[Scheme]], *_: Any) -> costs.Costs:
+        shapes = {module: a.shape for module, a in settled.resolved.assignments.items()}
+        loss = {m: {str(s): 4.0 ** -(s.nbytes(shapes[m]) / 65536 * 8) for s in each} for m, each in options.items()}
+        return costs.Costs(loss, {}, 128)
+
+    monkeypatch.setattr(costs, "measured", measured)
+    (tmp_path / "text.txt").write_text(tiny_models.sentences(60), encoding="utf-8")
+    calibration = fewbit.Calibration(str(tmp_path / "text.txt"), samples=4, length=32)
+    shown = fewbit.preview(model, plan=plan, budget=Budget(bits=2.8), calibration=calibration)
+    assert shown.allocation is not None
+    iq = [name for name in shown.allocation.schemes if name.startswith(("iq2", "iq3"))]
+    assert bool(iq) == offered
+    assert 2.75 < shown.allocation.bits <= 2.8
+    slow = [note for note in shown.allocation.notes if "no fast kernel" in note]
+    assert [all(name in note for name in iq) for note in slow] == [True] * offered
+    assert set(slow) <= set(shown.notes)
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,14 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewbit import units
 from fewbit.errors import PlanError
 from fewbit.formats.containers import gguf
 from fewbit.models.gguf.header import Header
+from fewbit.nn.choose import expected
 from fewbit.pipeline import costs, sizes, write_gguf
 from fewbit.pipeline.capture import Inputs
 from fewbit.pipeline.costs import Costs, Told
@@ -28,7 +30,7 @@ from fewbit.pipeline.settled import Settled
 from fewbit.plans import allocation
 from fewbit.plans.allocation import Option, Unit
 from fewbit.plans.budget import Allocation, Budget, Point
-from fewbit.schemes.base import Scheme
+from fewbit.schemes.base import Scheme, parse
 from fewbit.system import machine
 
 _POINTS = 12  # of the curve
@@ -164,6 +166,8 @@ def chosen(job: Job, choice: Choice, tokens: Tensor, tell: Told) -> tuple[Job, A
     notes = []
     if choice.room > high:
         notes.append(f"{choice.budget} is above the largest output, which takes {choice.said(high)}: that one is made")
+    if slow := sorted({scheme for module, scheme in schemes.items() if _slow(job.settled, module, scheme)}):
+        notes.append(f"fewbit has no fast kernel for {', '.join(slow)}: other runtimes run this output faster")
     resolved = job.settled.resolved
     plan = allocation.planned(resolved.plan, schemes, resolved.kept)
     plan = replace(plan, name=f"{plan.name} with {str(choice.budget).strip('`').replace('=', ' ')}")
@@ -185,6 +189,12 @@ def chosen(job: Job, choice: Choice, tokens: Tensor, tell: Told) -> tuple[Job, A
         notes=tuple(notes),
     )
     return replace(job, settled=settled, notes=[*kept, *settled.on_the_source(), *notes]), done
+
+
+def _slow(settled: Settled, module: str, scheme: str) -> bool:
+    """Whether only the reference kernel multiplies by such a weight."""
+    shape, device = settled.resolved.assignments[module].shape, torch.device(settled.skeleton.device)
+    return expected(parse(scheme), shape, device, torch.bfloat16, here=False) == "reference"
 
 
 def _by_size(point: Point) -> tuple[float, float]:

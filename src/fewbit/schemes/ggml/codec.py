@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fewbit.lazy import Tensor, torch
-from fewbit.schemes.base import ALL, Codec, Parts, PartSpec
+from fewbit.schemes.base import ALL, Codec, Parts, PartSpec, Scheme, parse
 from fewbit.schemes.ggml import codebook
+from fewbit.schemes.ggml.layout import LAYOUTS
 from fewbit.schemes.ggml.search import half
 from fewbit.schemes.ggml.table import BLOCK_TYPES, BlockType
+from fewbit.schemes.ggml.vectors import VECTORS
 
 
 class Blocks(Codec):
@@ -24,6 +26,14 @@ class Blocks(Codec):
 
     def __str__(self) -> str:
         return self.name
+
+    def widths(self, shape: tuple[int, int]) -> list[Scheme]:
+        """Types of 256 columns and q8_0. If 256 does not divide the columns, the types of 32, among them q8_0.
+
+        Types with a codebook (iq2, iq3) only in the place of one: they take more than ten times as long to encode.
+        """
+        large, written = shape[1] % 256 == 0, {**LAYOUTS, **VECTORS} if self.name in VECTORS else LAYOUTS
+        return [parse(name) for name, kind in written.items() if (kind.columns == 256) == large or name == "q8_0"]
 
     @property
     def payload(self) -> str:

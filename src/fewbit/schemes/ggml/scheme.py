@@ -74,12 +74,6 @@ class GGML(Blocks, Scheme):
         """This scheme: the block size is fixed by its type."""
         return self
 
-    def widths(self, shape: tuple[int, int]) -> list[Scheme]:
-        """Types of 256 columns and q8_0. If 256 does not divide the columns, the types of 32, among them q8_0."""
-        large = shape[1] % 256 == 0
-        names = (name for name, kind in LAYOUTS.items() if (kind.columns == 256) == large or name == "q8_0")
-        return [GGML(group=LAYOUTS[name].columns, name=name) for name in names]
-
     def fit(self, w: Tensor, importance: Tensor | None = None) -> BlockGrids:
         check_values(w, FP16_LARGEST, "fp16 scales")
         return _concatenated([self._fit_rows(w[rows], importance) for rows in self._chunks(w)])
