@@ -177,17 +177,17 @@ def test_other_types(kind: str, tmp_path: Path) -> None:
     loaded = generate.load(tmp_path / "out.gguf", dtype=torch.float32)
     assert "q8_0" in types(tmp_path / "out.gguf").values()
     ids, original = gguf_files.ids(), models.original(folder)
-    near, found = models.logits(original, ids), models.logits(loaded, ids)
-    # Random linear attention amplifies errors: noise of 0.5 % in the weights moves its logits by 30 %.
-    amplifies = hasattr(original.config, "linear_num_key_heads")
-    assert float((found - near).norm() / near.norm()) < (0.5 if amplifies else 0.1)  # each weight is in its place
+    found = models.logits(loaded, ids)
+    before = {name: value.clone() for name, value in original.state_dict().items()}
     original = architectures.with_values(original, loaded)
+    for name, value in original.state_dict().items():  # each weight is in its place
+        assert float((value - before[name]).norm()) <= 0.02 * float(before[name].norm()), name
     with torch.no_grad():
         embedded = loaded.get_input_embeddings()(torch.arange(original.config.vocab_size))
         original.get_input_embeddings().weight.copy_(embedded)
     same = models.logits(original, ids)
     assert float((found - same).norm() / same.norm()) < 1e-4
-    if not amplifies:
+    if not hasattr(original.config, "linear_num_key_heads"):  # random linear attention enlarges the last digits
         torch.testing.assert_close(found, same, rtol=1e-4, atol=1e-4)
     loaded.save_pretrained(tmp_path / "saved")
     before, after = GgufFile(tmp_path / "out.gguf"), GgufFile(tmp_path / "saved" / "model.gguf")
