@@ -93,12 +93,19 @@ def kernels(schemes: list[Scheme]) -> str:
         "CPU": [s for s in schemes if cpu.why_not(s, large(s), device, torch.bfloat16) is not None],
         "NVIDIA": [s for s in schemes if isinstance(layout.recipe(s, large(s)[1]), str)],
     }
-    places = [
-        place + (f" (not {', '.join(dict.fromkeys(map(str, without)))})" if without else "")
-        for place, without in lacks.items()
-        if len(without) < len(schemes)
-    ]
-    return ", ".join(places)
+    told: dict[str, list[str]] = {}  # what is missing -> where
+    for place, without in lacks.items():
+        if len(without) < len(schemes):
+            told.setdefault(f" (not {', '.join(families(without))})" if without else "", []).append(place)
+    return ", ".join(" and ".join(places) + missing for missing, places in told.items())
+
+
+def families(schemes: list[Scheme]) -> list[str]:
+    """Names of schemes; `iq2_*` in place of several that begin alike."""
+    alike: dict[str, list[str]] = {}
+    for name in dict.fromkeys(map(str, schemes)):
+        alike.setdefault(name.partition("_")[0], []).append(name)
+    return [names[0] if len(names) == 1 else f"`{start}_*`" for start, names in alike.items()]
 
 
 if __name__ == "__main__":

@@ -178,10 +178,10 @@ def test_other_types(kind: str, tmp_path: Path) -> None:
     assert "q8_0" in types(tmp_path / "out.gguf").values()
     ids, original = gguf_files.ids(), models.original(folder)
     found = models.logits(loaded, ids)
-    before = {name: value.clone() for name, value in original.state_dict().items()}
+    kept = {name: value.clone() for name, value in original.state_dict().items()}
     original = architectures.with_values(original, loaded)
     for name, value in original.state_dict().items():  # each weight is in its place
-        assert float((value - before[name]).norm()) <= 0.02 * float(before[name].norm()), name
+        assert float((value - kept[name]).norm()) <= 0.02 * float(kept[name].norm()), name
     with torch.no_grad():
         embedded = loaded.get_input_embeddings()(torch.arange(original.config.vocab_size))
         original.get_input_embeddings().weight.copy_(embedded)
