@@ -1,6 +1,7 @@
 """The code blocks of README and of the pages in docs/, run in order.
 
-`python -m tests.docs_pages PAGE` prints what the blocks of a page print, to write the page.
+`python -m tests.docs_pages PAGE` prints what the blocks of a page print, to write the page; with `--check`, it compares
+them with what the page shows, and ends with 1 and the first difference.
 
 Blocks in `sh` and `python` are run, those in `json` are read, and those in `text` are what the block before prints.
 A comment before a block says why it is not run: `<!-- not run: REASON -->`, or `<!-- parsed: REASON -->` where its
@@ -196,7 +197,17 @@ def check(page: Path, folder: Path) -> None:
             assert line is None, f"{where}: {line!r} is not in\n{printed}"
 
 
+def checked(page: Path, folder: Path) -> str:
+    """The error of `check` in a process of its own, where no other test has left anything; empty if there is none."""
+    command = [sys.executable, "-m", "tests.docs_pages", "--check", str(page), str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    return "" if done.returncode == 0 else done.stderr
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "--check":
+        check(Path(sys.argv[2]), Path(sys.argv[3]))
+        sys.exit()
     with tempfile.TemporaryDirectory() as place:
         session = Session(Path(place))
         for block in blocks(ROOT / sys.argv[1]):

@@ -21,7 +21,8 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     for package in ("peft",):
         if package in page.read_text(encoding="utf-8"):
             pytest.importorskip(package)
-    docs_pages.check(page, tmp_path)
+    error = docs_pages.checked(page, tmp_path)
+    assert not error, error
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
