@@ -109,7 +109,7 @@ def test_no_room_has_the_name_of_a_verb() -> None:
 def test_parameter_lists_are_short() -> None:
     long = []
     for file in FILES:
-        if file.name == "in_triton.py":  # a kernel of Triton takes every tensor and number apart
+        if file.name.endswith("in_triton.py"):  # a kernel of Triton takes every tensor and number apart
             continue
         most = MOST_PARAMETERS.get(file.relative_to(SOURCE).parts[0], 8)
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
