@@ -147,3 +147,14 @@ def test_what_changes_a_model_is_undone(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.warns(UserWarning, match="are not used: they change its logits"):
         assert operations.replace(model) == []
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_norms_that_are_trained_keep_their_gradient(tmp_path: Path) -> None:
+    quantize.quantize(models.save(tmp_path / "original", "llama"), tmp_path / "out", plan=find("rtn-4bit"))
+    model: Any = fewbit.load(tmp_path / "out", dtype=torch.bfloat16, device="cuda")
+    assert operations.replace(model)
+    norms = [module.weight for name, module in model.named_modules() if name.endswith("norm")]
+    for weight in norms:
+        weight.requires_grad_()
+    model(torch.arange(8, device="cuda")[None]).logits.float().square().mean().backward()
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in norms)

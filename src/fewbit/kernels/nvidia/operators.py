@@ -16,7 +16,7 @@ from fewbit.kernels.nvidia import Nvidia
 ROUNDED, SCALED, ONE = range(3)  # weight · round(x), round(weight · x), round((1 + weight) · x)
 SILU, TANH, ERF = range(3)  # silu; gelu with tanh; gelu
 
-_WIDEST = 1 << 14  # values of a row of `rms_norm`
+WIDEST = 1 << 14  # the most values of a row of `rms_norm`
 _BLOCK = 32  # keys that `attend` reads at once
 
 
@@ -63,11 +63,10 @@ def available() -> bool:
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the operators take a tensor of this kind."""
-    small = x.dtype in (torch.float16, torch.bfloat16)
-    return (
-        x.is_cuda and available() and small and x.stride(-1) == 1 and not (torch.is_grad_enabled() and x.requires_grad)
-    )
+    """Whether the operators take a tensor of this kind. They have no gradient."""
+    short = x.dtype in (torch.float16, torch.bfloat16)
+    trained = torch.is_grad_enabled() and x.requires_grad
+    return x.is_cuda and available() and short and x.stride(-1) == 1 and not trained
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, kind: int) -> Tensor:
@@ -88,11 +87,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, kind: int) -> Tensor:
             KIND=kind, BLOCK=block, warps=min(16, max(1, block // 256)),
         )  # fmt: skip
     return y
-
-
-def widest() -> int:
-    """The most values of a row that `rms_norm` takes."""
-    return _WIDEST
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,17 +75,19 @@ def attend(
     """
     batch, heads, tokens, size = query.shape
     shared = key.shape[1]
-    plain = (
+    one = (
         all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache", "s_aux"))
         and tokens == 1
         and heads == shared * getattr(module, "num_key_value_groups", 1)
         and not dropout
     )
-    mask = attention_mask if plain and attention_mask is not None else None
-    if mask is not None and mask.shape[1:] == (1, 1, key.shape[2]) and operators.attends(query, key, value, mask):
+    mask = attention_mask if one and attention_mask is not None else None
+    if mask is not None and mask.shape[1:] != (1, 1, key.shape[2]):
+        mask = None
+    if mask is not None and operators.attends(query, key, value, mask):
         out = operators.attend(query, key, value, mask, size**-0.5 if scaling is None else scaling)
         return out[:, None], None
-    if mask is None or mask.shape[1:] != (1, 1, key.shape[2]) or shared == heads or torch.compiler.is_compiling():
+    if mask is None or shared == heads or torch.compiler.is_compiling():
         found: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

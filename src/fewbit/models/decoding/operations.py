@@ -21,9 +21,7 @@ from transformers import DynamicCache
 from fewbit.kernels.nvidia import Nvidia, operators
 
 _SAME = 4e-3  # relative distance of two results that round alike: half a unit in the last place of bfloat16 is 2e-3
-_CLOSE = (
-    0.03  # the same for the logits of a whole model, whose sums run in another order, if the model is not sensitive
-)
+_CLOSE = 0.03  # the same for the logits of a whole model, whose sums run in another order
 _SENSITIVE = 4  # times the distance that one rounding of the input causes: what a sensitive model may differ by
 _ROTARY = "apply_rotary_pos_emb"  # the name of the function in transformers' models
 
@@ -40,17 +38,17 @@ def replace(model: Any) -> list[str]:
     with torch.inference_mode():
         finder = _Finder(model.dtype)
         forwards = {name: found for name, m in model.named_modules() if (found := finder.forward_of(m)) is not None}
-        before, most = _logits(model), tolerance(model)
-        for name, forward in forwards.items():
-            model.get_submodule(name).forward = forward
         try:
+            before, most = _logits(model), tolerance(model)
+            for name, forward in forwards.items():
+                model.get_submodule(name).forward = forward
             distance = _distance(_logits(model), before)
             why = "" if distance <= most else f"they change its logits by {distance:.1%}"
         except Exception as error:  # compilers, drivers and a model's own code raise errors of any type
             why = f"{type(error).__name__}: {str(error)[:200]}"
     if why:
         for name in forwards:
-            del model.get_submodule(name).forward
+            model.get_submodule(name).__dict__.pop("forward", None)
         warnings.warn(f"the fused norms, rotary positions and activations are not used: {why}", stacklevel=2)
     return [] if why else list(forwards)
 
@@ -122,7 +120,7 @@ class _Finder:
         weight = own.get("weight")
         if weight is None or len(own) > 1 or weight.dim() != 1 or not isinstance(eps, float) or list(module.children()):
             return None
-        if len(weight) > operators.widest():
+        if len(weight) > operators.WIDEST:
             return None
         original = module.forward
         held: Any = module
@@ -137,7 +135,8 @@ class _Finder:
             return None
 
         def forward(x: Tensor) -> Tensor:
-            served = operators.serves(x) and x.dtype == self.dtype
+            trained = torch.is_grad_enabled() and held.weight.requires_grad  # our kernel has no gradient
+            served = operators.serves(x) and x.dtype == self.dtype and not trained
             out: Tensor = operators.rms_norm(x, held.weight, eps, kind) if served else original(x)
             return out
 
