@@ -14,10 +14,21 @@ from fewbit.models.decoding.graph import Graph
 
 
 class Cuda:
-    """PyTorch's state: the current stream, and whether the random generator counts as recording."""
+    """PyTorch's state: the current GPU and stream, and whether the random generator counts as recording."""
 
     def __init__(self) -> None:
         self.stream, self.drawing = SimpleNamespace(device="cpu", name="default"), False
+        self.current = torch.device("cuda", 0)
+        self.replayed_on: list[torch.device] = []
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, device
+        yield
+        self.current = before
+
+    def recording(self) -> Any:
+        return SimpleNamespace(replay=lambda: self.replayed_on.append(self.current))
 
     @contextmanager
     def graph(self, graph: Any, **_: Any) -> Iterator[None]:
@@ -35,7 +46,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     monkeypatch.setattr(torch.cuda, "graph", made.graph)
     monkeypatch.setattr(torch.cuda, "set_stream", made.set_stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: made.stream)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "device", made.device)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device="cpu", name="side"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", made.recording)
     return made
 
 
@@ -53,9 +66,12 @@ def test_a_failed_recording_leaves_pytorch_as_it_was(cuda: Cuda) -> None:
     assert graph() == "done"
 
 
-def test_a_recording_is_replayed(cuda: Cuda) -> None:
-    calls: list[bool] = []
-    graph = Graph(lambda: calls.append(cuda.drawing), torch.device("cuda"), first=1)
+def test_a_recording_is_replayed_on_its_own_gpu(cuda: Cuda) -> None:
+    calls: list[tuple[bool, torch.device]] = []
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    graph = Graph(lambda: calls.append((cuda.drawing, cuda.current)), second, first=1)
     for _ in range(4):
         graph()
-    assert calls == [False, True]
+    assert calls == [(False, first), (True, second)]
+    assert cuda.replayed_on == [second] * 3
+    assert cuda.current == first
