@@ -16,7 +16,7 @@ _HEAD = """\
 # Architectures of GGUF files
 
 fewbit writes a GGUF file of these types of transformers, and loads one with packed weights. The table is made from
-the rows in `src/fewbit/models/gguf/architectures.py` and from the tests.
+the rows in `src/fewbit/models/gguf/rows/` and from the tests.
 
 - **same file**: llama.cpp's converter makes the same tensors and keys of a tiny model, as in llama-cpp-python 0.3.36.
 - **same logits**: llama.cpp computes the same logits from fewbit's file in 32 bits, within 1e-5 in relative norm. 1e-3

@@ -1,4 +1,4 @@
-"""What fewbit knows of one architecture of llama.cpp. `architectures.py` has a row for each."""
+"""What fewbit knows of one architecture of llama.cpp. `rows/` has a row for each."""
 
 from __future__ import annotations
 

@@ -28,15 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewbit.checks import is_finite
-from fewbit.errors import FormatError, PlanError
+from fewbit.errors import PlanError
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.gguf import hybrid
 from fewbit.models.gguf.architecture import Architecture
-from fewbit.models.gguf.architectures import ARCHITECTURES, of_file
+from fewbit.models.gguf.metadata import Metadata
 from fewbit.models.gguf.names import architecture
 
-_LONGEST = 1 << 31
 _SECTIONS = (11, 11, 10)  # of RoPE, for images
 
 
@@ -179,71 +177,6 @@ def _learned(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": positions[0],
         "intermediate_size": None if inner == 4 * hidden else inner,
     }
-
-
-class Metadata:
-    """Typed access to a file's keys under its architecture's name. FormatError for a wrong type or range."""
-
-    def __init__(self, file: GgufFile) -> None:
-        self.file = file
-        found = of_file(file.metadata)
-        if found is None:
-            name = str(file.metadata.get("general.architecture"))[:80]
-            raise FormatError(
-                f"{file.path}: architecture {name!r} is not one that fewbit loads",
-                f"Supported architectures: {', '.join(sorted(ARCHITECTURES))}.",
-            )
-        self.architecture: Architecture = found
-        own = file.entries.keys() - hybrid.beyond(file)
-        blocks = {entry.split(".", 2)[1] for entry in own if entry.startswith("blk.") and entry.count(".") > 1}
-        self.layers = len(blocks)
-
-    def wrong(self, what: str) -> FormatError:
-        return FormatError(f"{self.file.path}: {what}", "The file is damaged, or of an unsupported kind.")
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.file.metadata.get(f"{self.architecture.name}.{key}", default)
-
-    def count(self, key: str, default: int | None = None) -> int:
-        """An integer above 0. An array with one equal entry per layer counts as this entry."""
-        value = self.get(key)
-        if isinstance(value, np.ndarray) and 0 < len(value) == self.layers and (value == value[0]).all():
-            value = value[0].item()
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LONGEST:
-            raise self.wrong(f"{self.architecture.name}.{key} is {str(value)[:80]}, not an integer above 0")
-        return value
-
-    def whole(self, key: str, default: int = 0) -> int:
-        """An integer from 0."""
-        value = self.get(key, default)
-        return 0 if value == 0 and not isinstance(value, bool) else self.count(key, default)
-
-    def real(self, key: str, default: float | None = None) -> float:
-        """A finite number, as the shortest decimal of the same float32: 1e-05, not 9.999999747378752e-06."""
-        value = self.get(key)
-        value = default if value is None else value
-        if not is_finite(value):
-            raise self.wrong(f"{self.architecture.name}.{key} is {str(value)[:80]}, not a finite number")
-        return float(str(np.float32(value)))
-
-    def flag(self, key: str) -> bool:
-        """True or false."""
-        value = self.get(key)
-        if not isinstance(value, bool):
-            raise self.wrong(f"{self.architecture.name}.{key} is {str(value)[:80]}, neither true nor false")
-        return value
-
-    def first(self, name: str) -> str:
-        """The tensor `name` of the first block that has it."""
-        return next((whole for i in range(self.layers) if (whole := f"blk.{i}.{name}") in self.file.entries), name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a required matrix."""
-        entry = self.file.entries.get(name)
-        if entry is None or len(entry.shape) != 2:
-            raise self.wrong(f"it has no matrix {name}")
-        return entry.shape
 
 
 def _refuse(config: Any, arch: Architecture) -> None:

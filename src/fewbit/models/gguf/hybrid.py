@@ -50,7 +50,7 @@ def to_keys(config: Any) -> dict[str, Any]:
 
 
 def of_keys(keys: Any, layers: int) -> dict[str, Any]:
-    """Entries of config.json for linear attention. keys: a file's `Metadata` (config.py)."""
+    """Entries of config.json for linear attention. keys: a file's `Metadata` (metadata.py)."""
     heads, groups, inner = (keys.count(f"ssm.{key}") for key in ("time_step_rank", "group_count", "inner_size"))
     if inner % heads or heads % groups:
         raise keys.wrong(f"{heads} value heads fit neither {inner} columns nor {groups} key heads")

@@ -1,0 +1,1 @@
+"""The rows of `architectures.py`, by the kind of layers."""
