@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,17 @@ TYPES: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
     },
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "lfm2": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "glm4_moe": {"n_group": 2, "num_hidden_layers": 3, "routed_scaling_factor": 1.5, "use_qk_norm": True},
+    # the width of the shared experts that the converter assumes: that of the MLP divided by the key-value heads
+    "ernie4_5_moe": {"intermediate_size": 128, "num_hidden_layers": 3},
     "qwen3_5_text": _QWEN35,
     "qwen3_5_moe_text": _QWEN35,
 }
+
+
+_NOT_QUANTIZED = re.compile(r"ffn_gate_inp|ssm_conv1d|shortconv\.conv|exp_probs_b")
 
 
 def save(folder: Path, family: str, **changes: Any) -> Path:
@@ -89,6 +98,9 @@ def save(folder: Path, family: str, **changes: Any) -> Path:
     config = architectures.small(CONFIG_MAPPING[family], architectures.SIZES, {family: TYPES[family] | changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     architectures.draw(model, len(family))
+    for name, buffer in persistent(model):
+        if "bias" in name:  # what corrects the scores of experts
+            buffer.copy_(torch.linspace(-0.2, 0.2, buffer.numel()).view_as(buffer))
     model.eval().save_pretrained(folder)
     models.tokenizer().save_pretrained(folder)
     return folder
@@ -139,9 +151,8 @@ def written(folder: Path, path: Path, kind: str = "f32", *, norms: str = "f32") 
     for name, parameter in [*model.named_parameters(), *persistent(model)]:  # ties once
         route = head.routes[name]
         tensor = route.to_file(parameter.data).contiguous()
-        plain = (
-            kind if tensor.dim() == 2 and not any(each in route.name for each in ("ffn_gate_inp", "conv")) else norms
-        )
+        matrix = tensor.dim() == 2 and not _NOT_QUANTIZED.search(route.name)
+        plain = kind if matrix else norms
         if plain in PLAIN:
             weights[name] = Entry(route.name, plain, tuple(tensor.shape)), tensor.to(getattr(torch, PLAIN[plain][1]))
         else:

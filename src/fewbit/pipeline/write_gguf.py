@@ -29,9 +29,14 @@ from fewbit.plans import mixtures
 from fewbit.plans.plan import Resolved
 from fewbit.schemes.ggml.table import BLOCK_TYPES
 
-# Matrices that llama.cpp requires in 32 bits: tables of positions, what chooses experts, and short convolutions.
-_IN_32_BITS = tuple(
-    f"{name}.weight" for name in ("position_embd", "ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d", "shortconv.conv")
+# Matrices that llama.cpp requires in 32 bits: tables of positions, what chooses experts, short convolutions.
+_IN_32_BITS = (
+    "position_embd.weight",
+    "ffn_gate_inp.weight",
+    "ffn_gate_inp_shexp.weight",
+    "exp_probs_b.bias",
+    "ssm_conv1d.weight",
+    "shortconv.conv.weight",
 )
 _QUANTIZATION_VERSION = 2  # version of the block types: ggml's GGML_QNT_VERSION
 

@@ -37,7 +37,7 @@ class Architecture:
     )  # weights of convolutions [C, 1, width], stored [C, width]
     tiled: bool = False  # value heads of linear attention: the first of every key head, then the second
     # Config
-    activation: str = "silu"  # of the MLP
+    activation: str = "silu"  # of the MLP; "": config.json does not name it
     # Names in config.json that differ from Llama's; "" for entries that it lacks, because they follow from others
     keys: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)  # further entries of config.json
@@ -45,6 +45,8 @@ class Architecture:
     # Entries of config.json that are numbers -> the file's key, and the value without one; None if it must have the key
     numbers: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
     counts: Mapping[str, str] = field(default_factory=dict)  # entries that are integers above 0 -> the file's key
+    # Keys of the file -> the entries of config.json whose product they are
+    products: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # Entries that are integers from 0 -> the file's key, and the value without one
     integers: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     experts: str = ""  # entry of config.json with the number of experts of a layer; "" without experts
@@ -58,6 +60,8 @@ class Architecture:
     grouped: bool = True  # several query heads may share a key-value head
     gated_queries: bool = False  # q has a gate of each head below the head's rows
     linear_attention: bool = False  # some layers have linear attention (gated delta net)
+    # Entry of `layer_types` of layers without attention, which a file gives 0 key-value heads; "" without such layers
+    without_attention: str = ""
     # Positions
     sections: bool = False  # RoPE has sections for images
     partial_rotary: bool = False  # RoPE may rotate only the first columns of a head

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
     _refuse(config, arch)
     heads, rope = config.num_attention_heads, _rope_of(config)
     width = _of(config, arch, "head_dim") or config.hidden_size // heads
+    inner = _of(config, arch, "intermediate_size")
     found: dict[str, Any] = {
         "general.architecture": arch.name,
         "general.type": "model",
@@ -51,7 +53,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": _of(config, arch, "intermediate_size") or 4 * config.hidden_size,
+        "feed_forward_length": hybrid.adjusted(config, inner or 4 * config.hidden_size),
         "attention.head_count": heads,
         "vocab_size": config.vocab_size,
     }
@@ -79,8 +81,10 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
             found[ours] = float(cap)
     found |= {ours: float(getattr(config, theirs)) for theirs, (ours, _) in arch.numbers.items()}
     found |= {ours: int(getattr(config, theirs)) for theirs, ours in arch.counts.items()}
+    found |= {key: prod(int(getattr(config, each)) for each in theirs) for key, theirs in arch.products.items()}
     found |= {ours: int(getattr(config, theirs)) for theirs, (ours, _) in arch.integers.items()}
     found |= hybrid.to_keys(config) if arch.linear_attention else {}
+    found |= hybrid.heads_to_keys(config, arch.without_attention) if arch.without_attention else {}
     found |= {ours: bool(getattr(config, theirs)) for theirs, ours in arch.flags.items()}
     found |= {**_window(config, arch), **arch.constants}
     return {key if key.startswith("general.") else f"{arch.name}.{key}": value for key, value in found.items()}
@@ -137,6 +141,7 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     config |= {key: keys.whole(ours, default) for key, (ours, default) in arch.integers.items()}
     config |= {key: keys.flag(ours) for key, ours in arch.flags.items()}
     config |= hybrid.of_keys(keys, layers) if arch.linear_attention else {}
+    config |= hybrid.layers_of_keys(keys, layers) if arch.without_attention else {}
     config |= _windows(keys, config)
     return {name: value for key, value in config.items() if (name := arch.keys.get(key, key))}
 
@@ -144,7 +149,7 @@ def to_config(file: GgufFile) -> dict[str, Any]:
 def _rotary(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     """Heads, MLP and positions of a model with RoPE."""
     arch, hidden, heads = keys.architecture, config["hidden_size"], config["num_attention_heads"]
-    kv = keys.count("attention.head_count_kv", heads)
+    kv = hybrid.kv_heads(keys) if arch.without_attention else keys.count("attention.head_count_kv", heads)
     width = keys.count("attention.key_length", hidden // heads if heads <= hidden else 1)
     if keys.count("attention.value_length", width) != width or heads % kv:
         raise keys.wrong(f"{arch.name} cannot have {heads} heads with {kv} key-value heads of width {width}")
@@ -182,7 +187,7 @@ def _learned(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse(config: Any, arch: Architecture) -> None:
     act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     act = getattr(config, "activation_function", act)
-    if act != arch.activation:
+    if (act or "") != arch.activation:
         raise PlanError(f"llama.cpp runs {arch.name} with {arch.activation} in its MLP; this model has {act}")
     usual = getattr(config, "scale_attn_weights", True)
     if getattr(config, "scale_attn_by_inverse_layer_idx", False) or not usual:
@@ -209,6 +214,8 @@ def _refuse(config: Any, arch: Architecture) -> None:
         raise PlanError(
             f"llama.cpp runs {arch.name} with heads as wide as the model; this model's have {width} columns"
         )
+    if (last := getattr(config, "moe_layer_end_index", -1)) not in (-1, config.num_hidden_layers - 1):
+        raise PlanError(f"llama.cpp runs {arch.name} with experts in its last layers; this model's end at layer {last}")
     if arch.unrotated and list(config.no_rope_layers) != [int(i % arch.unrotated > 0) for i in _layers(config)]:
         raise PlanError(f"llama.cpp runs {arch.name} without RoPE in every layer of number {arch.unrotated} only")
     if arch.windowed and (config.sliding_window is None) == (config.num_hidden_layers == arch.windowed):

@@ -5,6 +5,7 @@ linear_conv_kernel_dim, linear_key_head_dim       a.ssm.conv_kernel, a.ssm.state
 linear_num_key_heads, linear_num_value_heads      a.ssm.group_count, a.ssm.time_step_rank
 linear_value_head_dim                             a.ssm.inner_size / a.ssm.time_step_rank
 layer_types                                       a.attention.recurrent_layers, or a.full_attention_interval
+  (LFM2)                                          a.attention.head_count_kv of each layer: 0 without attention
 none: a block that predicts further tokens        a.nextn_predict_layers, which a.block_count includes
 """
 
@@ -67,6 +68,51 @@ def of_keys(keys: Any, layers: int) -> dict[str, Any]:
         "linear_value_head_dim": inner // heads,
         "layer_types": ["linear_attention" if each else "full_attention" for each in linear],
     }
+
+
+def adjusted(config: Any, width: int) -> int:
+    """The width of the MLP. LFM2's config may give one that is still to be multiplied and rounded up."""
+    if not getattr(config, "block_auto_adjust_ff_dim", False):
+        return width
+    width = int(2 * width / 3)
+    if config.block_ffn_dim_multiplier is not None:
+        step = config.block_multiple_of
+        width = -(-int(config.block_ffn_dim_multiplier * width) // step) * step
+    return width
+
+
+def heads_to_keys(config: Any, without: str) -> dict[str, Any]:
+    """The key-value heads of each layer, int32; 0 for those of type `without`."""
+    kv = config.num_key_value_heads
+    return {
+        "attention.head_count_kv": np.array([0 if kind == without else kv for kind in config.layer_types], np.int32)
+    }
+
+
+def kv_heads(keys: Any) -> int:
+    """The key-value heads of each layer with attention. keys: a file's `Metadata` (metadata.py)."""
+    found = {heads for heads in _heads(keys) if heads}
+    if len(found) > 1 or not all(0 < heads < 1 << 16 for heads in found):
+        raise keys.wrong(f"its layers have {sorted(found)} key-value heads, where one number is supported")
+    return found.pop() if found else 1
+
+
+def layers_of_keys(keys: Any, layers: int) -> dict[str, Any]:
+    """The types of layers by their key-value heads."""
+    heads = _heads(keys)
+    if len(heads) != layers:
+        raise keys.wrong(f"the key-value heads of {len(heads)} layers are given, not of {layers}")
+    without = keys.architecture.without_attention
+    return {"layer_types": ["full_attention" if each else without for each in heads]}
+
+
+def _heads(keys: Any) -> list[int]:
+    """The key-value heads of each layer."""
+    found = keys.get("attention.head_count_kv")
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu":
+        raise keys.wrong("it has no list of the key-value heads of each layer")
+    each: list[int] = found.tolist()
+    return each
 
 
 def _every(interval: int, layers: int) -> list[bool]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from fewbit.models.gguf.architecture import Architecture
 from fewbit.models.gguf.rows.shared import (
     ATTENTION,
+    EXPERTS,
     HEAD_NORMS,
     MLP,
     MODEL,
@@ -14,6 +15,8 @@ from fewbit.models.gguf.rows.shared import (
     QWEN_EXPERTS,
     SHARED_COUNTS,
     SHARED_EXPERT,
+    SIGMOID,
+    SQUARE,
 )
 
 # Layers with linear attention, and others whose queries have a gate
@@ -48,8 +51,64 @@ QWEN35_ROW = Architecture(
     sections=True,
 )
 
+# Layers with a short convolution, and others with attention
+LFM2 = {
+    "operator_norm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.out_proj": "attn_output",
+    "self_attn.q_layernorm": "attn_q_norm",
+    "self_attn.k_layernorm": "attn_k_norm",
+    "conv.in_proj": "shortconv.in_proj",
+    "conv.conv": "shortconv.conv",
+    "conv.out_proj": "shortconv.out_proj",
+    "ffn_norm": "ffn_norm",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w3": "ffn_up",
+    "feed_forward.w2": "ffn_down",
+}
+LFM2_ROW = Architecture(
+    "lfm2",
+    "lfm2",
+    "Lfm2ForCausalLM",
+    {"model.embed_tokens": "token_embd", "model.embedding_norm": "token_embd_norm", "lm_head": "output"},
+    LFM2,
+    squeezed=frozenset({"shortconv.conv"}),
+    activation="",
+    keys={**SQUARE, "rms_norm_eps": "norm_eps"},
+    fixed={"block_auto_adjust_ff_dim": False},
+    required={"conv_bias": False},
+    counts={"conv_L_cache": "shortconv.l_cache"},
+    without_attention="conv",
+)
 
 ROWS = (
+    LFM2_ROW,
+    replace(
+        LFM2_ROW,
+        name="lfm2moe",
+        model_type="lfm2_moe",
+        cls="Lfm2MoeForCausalLM",
+        block={
+            **LFM2,
+            "feed_forward.gate": "ffn_gate_inp",
+            "feed_forward.experts.*.w1": "ffn_gate_exps",
+            "feed_forward.experts.*.w3": "ffn_up_exps",
+            "feed_forward.experts.*.w2": "ffn_down_exps",
+        },
+        parameters={"feed_forward.expert_bias": "exp_probs_b.bias"},
+        fixed={},
+        required={"conv_bias": False, "use_expert_bias": True, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
+        counts={
+            **EXPERTS,
+            "conv_L_cache": "shortconv.l_cache",
+            "moe_intermediate_size": "expert_feed_forward_length",
+        },
+        integers={"num_dense_layers": ("leading_dense_block_count", 0)},
+        experts="num_experts",
+        constants=SIGMOID,
+    ),
     QWEN35_ROW,
     replace(
         QWEN35_ROW,

@@ -45,6 +45,13 @@ NO_MLP = {name: ours for name, ours in LLAMA.items() if not name.startswith("mlp
 EXPERTS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 LOCAL_EXPERTS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+# The layer's own experts and those that every token uses, as DeepSeek names them
+SHARED_EXPERTS = {
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
+}
+SIGMOID = {"expert_gating_func": 2}
 SHARED_EXPERT = {
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp",

@@ -1,0 +1,82 @@
+"""Layers of several kinds in the metadata of GGUF files: what fewbit refuses, and a width that is adjusted."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from transformers import AutoConfig
+
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers.gguf import GgufFile
+from fewbit.models.gguf import config, hybrid
+from tests import architectures, gguf_files
+
+
+def file(**changes: Any) -> GgufFile:
+    """A file of LFM2 without weights: its keys, and names and shapes of the tensors that are read."""
+    keys = {
+        "general.architecture": "lfm2",
+        "lfm2.block_count": 3,
+        "lfm2.context_length": 128,
+        "lfm2.embedding_length": 64,
+        "lfm2.feed_forward_length": 96,
+        "lfm2.shortconv.l_cache": 3,
+        "lfm2.attention.head_count": 4,
+        "lfm2.attention.head_count_kv": np.array([0, 2, 0], np.int32),
+        "lfm2.attention.layer_norm_rms_epsilon": 1e-5,
+    } | {f"lfm2.attention.{key}": value for key, value in changes.items()}
+    shapes = {"token_embd.weight": (288, 64), "blk.1.attn_q.weight": (64, 64)}
+    shapes |= {f"blk.{layer}.ffn_up.weight": (96, 64) for layer in range(3)}
+    entries = {
+        name: SimpleNamespace(name=name, shape=shape, type="f32", spec=SimpleNamespace(nbytes=4))
+        for name, shape in shapes.items()
+    }
+    return cast(GgufFile, SimpleNamespace(path="m.gguf", metadata=keys, entries=entries))
+
+
+def test_layers_without_key_value_heads_are_convolutions() -> None:
+    found = config.to_config(file())
+    assert found["layer_types"] == ["conv", "full_attention", "conv"]
+    assert (found["num_key_value_heads"], found["conv_L_cache"], found["block_auto_adjust_ff_dim"]) == (2, 3, False)
+
+
+@pytest.mark.parametrize(
+    ("heads", "reason"),
+    [
+        (2, "no list of the key-value heads"),
+        (np.array([0.0, 2.0, 0.0], np.float32), "no list of the key-value heads"),
+        (np.array([0, 2], np.int32), "heads of 2 layers are given, not of 3"),
+        (np.array([1, 2, 0], np.int32), r"\[1, 2\] key-value heads, where one number"),
+        (np.array([0, -2, 0], np.int32), r"\[-2\] key-value heads, where one number"),
+    ],
+    ids=["one-number", "floats", "too-few", "two-numbers", "negative"],
+)
+def test_other_lists_of_heads_are_refused(heads: Any, reason: str) -> None:
+    with pytest.raises(FormatError, match=reason):
+        config.to_config(file(head_count_kv=heads))
+
+
+@pytest.mark.parametrize(("multiplier", "width"), [(1.0, 4608), (1.3, 5888), (None, 4437)])
+def test_the_width_of_an_adjusted_mlp(multiplier: float | None, width: int) -> None:
+    sizes = SimpleNamespace(block_auto_adjust_ff_dim=True, block_ffn_dim_multiplier=multiplier, block_multiple_of=256)
+    assert hybrid.adjusted(sizes, 6656) == width  # 2/3 of it, times the multiplier, up to a multiple of 256
+    sizes.block_auto_adjust_ff_dim = False
+    assert hybrid.adjusted(sizes, 6656) == 6656
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("ernie4_5_moe", {"moe_layer_end_index": 1}, "this model's end at layer 1"),
+        ("ernie4_5_moe", {"moe_layer_interval": 2}, "moe_layer_interval = 1"),
+        ("lfm2", {"conv_bias": True}, "conv_bias = False"),
+        ("lfm2_moe", {"use_expert_bias": False}, "use_expert_bias = True"),
+    ],
+)
+def test_what_llama_cpp_cannot_run_is_refused(kind: str, changes: dict[str, Any], reason: str) -> None:
+    made = {kind: gguf_files.TYPES[kind] | changes}
+    with pytest.raises(PlanError, match=reason):
+        config.to_metadata(architectures.small(AutoConfig.for_model(kind).__class__, architectures.SIZES, made), "m")
