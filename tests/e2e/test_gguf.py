@@ -81,7 +81,7 @@ def test_a_file_of_any_architecture_gives_the_original_logits(
     if kind == "f16":
         with torch.no_grad():
             for name, parameter in original.named_parameters():
-                if parameter.dim() > 1 and not re.search(r"(gate|router|conv1d|conv\.conv)\.weight|bias", name):
+                if parameter.dim() > 1 and not re.search(r"(gate|router|wg|conv1d|conv\.conv)\.weight|bias", name):
                     parameter.copy_(parameter.half())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     ids = gguf_files.ids()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from fewbit.api import generate
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.gguf import config, hybrid
-from tests import architectures, gguf_files
+from tests import architectures, gguf_files, models
 
 
 def file(**changes: Any) -> GgufFile:
@@ -35,6 +38,11 @@ def file(**changes: Any) -> GgufFile:
         for name, shape in shapes.items()
     }
     return cast(GgufFile, SimpleNamespace(path="m.gguf", metadata=keys, entries=entries))
+
+
+def small(kind: str, changes: dict[str, dict[str, Any]]) -> Any:
+    """A small config of that type."""
+    return architectures.small(CONFIG_MAPPING[kind], architectures.SIZES, changes)
 
 
 def test_layers_without_key_value_heads_are_convolutions() -> None:
@@ -79,4 +87,22 @@ def test_the_width_of_an_adjusted_mlp(multiplier: float | None, width: int) -> N
 def test_what_llama_cpp_cannot_run_is_refused(kind: str, changes: dict[str, Any], reason: str) -> None:
     made = {kind: gguf_files.TYPES[kind] | changes}
     with pytest.raises(PlanError, match=reason):
-        config.to_metadata(architectures.small(AutoConfig.for_model(kind).__class__, architectures.SIZES, made), "m")
+        config.to_metadata(small(kind, made), "m")
+
+
+def test_experts_per_token_that_differ_are_refused() -> None:
+    sizes = {"hunyuan_v1_moe": {"num_experts_per_tok": [1, 2]}}
+    with pytest.raises(PlanError, match=r"one value for moe_topk; the layers of this model have \[1, 2\]"):
+        config.to_metadata(small("hunyuan_v1_moe", sizes), "m")
+
+
+def test_an_alpha_of_rope_becomes_a_larger_base(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}
+    folder = gguf_files.save(tmp_path / "m", "hunyuan_v1_dense", rope_parameters=rope)
+    path = gguf_files.written(folder, tmp_path / "m.gguf")
+    assert GgufFile(path).metadata["hunyuan-dense.rope.freq_base"] == pytest.approx(1e4 * 50 ** (16 / 14))
+    ids = gguf_files.ids()
+    found, wanted = (
+        models.logits(model, ids) for model in (generate.load(path, dtype=torch.float32), models.original(folder))
+    )
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5

@@ -45,6 +45,8 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
     _refuse(config, arch)
     heads, rope = config.num_attention_heads, _rope_of(config)
     width = _of(config, arch, "head_dim") or config.hidden_size // heads
+    if arch.alpha and rope.get("rope_type") == "dynamic" and rope.get("alpha"):
+        rope = {"rope_theta": rope["rope_theta"] * rope["alpha"] ** (width / (width - 2))}
     inner = _of(config, arch, "intermediate_size")
     found: dict[str, Any] = {
         "general.architecture": arch.name,
@@ -80,7 +82,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
         if (cap := getattr(config, theirs, None)) is not None:
             found[ours] = float(cap)
     found |= {ours: float(getattr(config, theirs)) for theirs, (ours, _) in arch.numbers.items()}
-    found |= {ours: int(getattr(config, theirs)) for theirs, ours in arch.counts.items()}
+    found |= {ours: _one(config, theirs) for theirs, ours in arch.counts.items()}
     found |= {key: prod(int(getattr(config, each)) for each in theirs) for key, theirs in arch.products.items()}
     found |= {ours: int(getattr(config, theirs)) for theirs, (ours, _) in arch.integers.items()}
     found |= hybrid.to_keys(config) if arch.linear_attention else {}
@@ -94,6 +96,15 @@ def _of(config: Any, arch: Architecture, key: str, default: Any = None) -> Any:
     """An entry of a config by Llama's name for it; `default` if the config lacks it."""
     name = arch.keys.get(key, key)
     return getattr(config, name, default) if name else default
+
+
+def _one(config: Any, key: str) -> int:
+    """A number of the config, which may have it once for each layer."""
+    found = getattr(config, key)
+    each = set(found) if isinstance(found, list | tuple) else {found}
+    if len(each) != 1:
+        raise PlanError(f"a GGUF file has one value for {key}; the layers of this model have {sorted(each)}")
+    return int(each.pop())
 
 
 def extra_tensors(config: Any) -> dict[str, Tensor]:
