@@ -78,6 +78,7 @@ TYPES: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
     },
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "nemotron": {},
     "hunyuan_v1_dense": {},
     "hunyuan_v1_moe": {"num_experts_per_tok": [2, 2]},

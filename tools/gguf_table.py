@@ -57,6 +57,8 @@ def _conditions(row: Any) -> Iterator[str]:
         yield "an output head of its own"
     if row.unrotated:
         yield f"no RoPE in every layer of number {row.unrotated}"
+    if row.exact_ramp:
+        yield "`truncate` = False with YaRN scaling; llama.cpp rounds the limits of its ramp, so its logits then differ"
     if row.windowed:
         yield f"sliding windows with {row.windowed} layers, none with others"
 

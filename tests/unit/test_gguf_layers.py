@@ -17,6 +17,8 @@ from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.gguf import config, hybrid
 from tests import architectures, gguf_files, models
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+
 
 def file(**changes: Any) -> GgufFile:
     """A file of LFM2 without weights: its keys, and names and shapes of the tensors that are read."""
@@ -81,11 +83,14 @@ def test_the_width_of_an_adjusted_mlp(multiplier: float | None, width: int) -> N
         ("ernie4_5_moe", {"moe_layer_end_index": 1}, "this model's end at layer 1"),
         ("ernie4_5_moe", {"moe_layer_interval": 2}, "moe_layer_interval = 1"),
         ("lfm2", {"conv_bias": True}, "conv_bias = False"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit = 7.0"),
+        ("gpt_oss", {"rope_parameters": {**YARN, "truncate": True}}, "means truncate = False"),
+        ("qwen3", {"rope_parameters": {**YARN, "truncate": False}}, "means truncate = True"),
         ("lfm2_moe", {"use_expert_bias": False}, "use_expert_bias = True"),
     ],
 )
 def test_what_llama_cpp_cannot_run_is_refused(kind: str, changes: dict[str, Any], reason: str) -> None:
-    made = {kind: gguf_files.TYPES[kind] | changes}
+    made = {kind: gguf_files.TYPES.get(kind, {}) | changes}
     with pytest.raises(PlanError, match=reason):
         config.to_metadata(small(kind, made), "m")
 
@@ -105,4 +110,13 @@ def test_an_alpha_of_rope_becomes_a_larger_base(tmp_path: Path) -> None:
     found, wanted = (
         models.logits(model, ids) for model in (generate.load(path, dtype=torch.float32), models.original(folder))
     )
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_a_ramp_of_yarn_that_is_not_rounded_is_kept(tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", "gpt_oss", rope_parameters={**YARN, "truncate": False})
+    path = gguf_files.written(folder, tmp_path / "m.gguf")
+    ids = gguf_files.ids()
+    found = models.logits(generate.load(path, dtype=torch.float32), ids)
+    wanted = models.logits(models.original(folder), ids)
     assert float((found - wanted).norm() / wanted.norm()) < 1e-5

@@ -67,6 +67,7 @@ class Architecture:
     partial_rotary: bool = False  # RoPE may rotate only the first columns of a head
     # RoPE base of layers with a sliding window, if they have their own; 0: that of the others
     local_theta: float | None = None
+    exact_ramp: bool = False  # YaRN does not round the limits of its ramp (truncate); llama.cpp does
     alpha: bool = False  # RoPE of type "dynamic" has an alpha, which does nothing but enlarge the base
     original_context: bool = False  # config.json has the length before RoPE was scaled
     unrotated: int = 0  # every n-th layer has no RoPE; 0 without such layers

@@ -72,7 +72,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
         found |= {
             "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1.0)),
             "rope.freq_base": float(rope["rope_theta"]),
-            **_scaling(config, rope),
+            **_scaling(config, arch, rope),
         }
     if arch.sections:
         if sum(rope.get("mrope_section", _SECTIONS)) > width:
@@ -252,7 +252,7 @@ def _rope_of(config: Any) -> dict[str, Any]:
     return dict(found.get("full_attention", found))
 
 
-def _scaling(config: Any, rope: Mapping[str, Any]) -> dict[str, Any]:
+def _scaling(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
     if kind in ("default", "llama3"):
         return {}
@@ -268,6 +268,8 @@ def _scaling(config: Any, rope: Mapping[str, Any]) -> dict[str, Any]:
         raise PlanError(f"a GGUF file cannot express rope scaling of type {kind!r}")
     found: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     if kind == "yarn":
+        if rope.get("truncate", True) == arch.exact_ramp:
+            raise PlanError(f"a GGUF file of {arch.name} means truncate = {not arch.exact_ramp} in its YaRN scaling")
         found["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
         for theirs, ours in (
             ("attention_factor", "yarn_attn_factor"),
@@ -336,6 +338,7 @@ def _rope(keys: Metadata, width: int) -> dict[str, Any]:
         rope |= {"rope_type": kind or "linear", "factor": keys.real("rope.scaling.factor")}
         if kind == "yarn":
             rope["original_max_position_embeddings"] = keys.count("rope.scaling.original_context_length")
+            rope |= {"truncate": False} if arch.exact_ramp else {}
             for theirs, ours in (
                 ("yarn_attn_factor", "attention_factor"),
                 ("yarn_beta_fast", "beta_fast"),
