@@ -85,11 +85,11 @@ def test_a_file_of_any_architecture_gives_the_original_logits(
                     parameter.copy_(parameter.half())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     ids = gguf_files.ids()
-    found, wanted = models.logits(loaded, ids), models.logits(original, ids)
+    logits, want = models.logits(loaded, ids), models.logits(original, ids)
     if family == "gpt_oss":  # fused experts are stored transposed there, so sums have another order
-        assert float((found - wanted).norm() / wanted.norm()) < 1e-6
+        assert float((logits - want).norm() / want.norm()) < 1e-6
     else:
-        assert torch.equal(found, wanted)
+        assert torch.equal(logits, want)
     assert type(loaded) is type(original)
     for key in (
         "rope_parameters",

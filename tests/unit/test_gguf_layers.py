@@ -17,7 +17,7 @@ from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.gguf import config, hybrid
 from tests import architectures, gguf_files, models
 
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 
 
 def file(**changes: Any) -> GgufFile:
