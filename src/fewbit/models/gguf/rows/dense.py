@@ -343,4 +343,12 @@ ROWS = (
         required=NO_BIAS,
         alpha=True,
     ),
+    replace(
+        LLAMA_ROW,
+        name="arcee",
+        model_type="arcee",
+        cls="ArceeForCausalLM",
+        block={name: ours for name, ours in LLAMA.items() if ours != "ffn_gate"},
+        activation="relu2",
+    ),
 )

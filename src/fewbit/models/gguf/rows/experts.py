@@ -29,6 +29,40 @@ from fewbit.models.gguf.rows.shared import (
     SQUARE,
 )
 
+GLM4_MOE_ROW = Architecture(
+    "glm4moe",
+    "glm4_moe",
+    "Glm4MoeForCausalLM",
+    MODEL,
+    {
+        **ATTENTION,
+        **HEAD_NORMS,
+        "post_attention_layernorm": "post_attention_norm",
+        **MLP,
+        **QWEN_EXPERTS,
+        **SHARED_EXPERTS,
+    },
+    parameters={"mlp.gate.e_score_correction_bias": "exp_probs_b.bias"},
+    numbers={"routed_scaling_factor": ("expert_weights_scale", 1.0)},
+    counts={
+        "n_routed_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+    },
+    integers={
+        "n_shared_experts": ("expert_shared_count", 0),
+        "first_k_dense_replace": ("leading_dense_block_count", 0),
+        "n_group": ("expert_group_count", 1),
+        "topk_group": ("expert_group_used_count", 1),
+    },
+    experts="n_routed_experts",
+    flags={"norm_topk_prob": "expert_weights_norm"},
+    constants=SIGMOID,
+    biases={**BIAS, "use_qk_norm": "blk.0.attn_q_norm.weight"},
+    partial_rotary=True,
+)
+
+
 ROWS = (
     replace(
         LLAMA_ROW,
@@ -105,37 +139,19 @@ ROWS = (
         untied=True,
         grouped=False,
     ),
-    Architecture(
-        "glm4moe",
-        "glm4_moe",
-        "Glm4MoeForCausalLM",
-        MODEL,
-        {
-            **ATTENTION,
-            **HEAD_NORMS,
-            "post_attention_layernorm": "post_attention_norm",
-            **MLP,
-            **QWEN_EXPERTS,
-            **SHARED_EXPERTS,
-        },
-        parameters={"mlp.gate.e_score_correction_bias": "exp_probs_b.bias"},
-        numbers={"routed_scaling_factor": ("expert_weights_scale", 1.0)},
-        counts={
-            "n_routed_experts": "expert_count",
-            "num_experts_per_tok": "expert_used_count",
-            "moe_intermediate_size": "expert_feed_forward_length",
-        },
-        integers={
-            "n_shared_experts": ("expert_shared_count", 0),
-            "first_k_dense_replace": ("leading_dense_block_count", 0),
-            "n_group": ("expert_group_count", 1),
-            "topk_group": ("expert_group_used_count", 1),
-        },
-        experts="n_routed_experts",
-        flags={"norm_topk_prob": "expert_weights_norm"},
-        constants=SIGMOID,
-        biases={**BIAS, "use_qk_norm": "blk.0.attn_q_norm.weight"},
-        partial_rotary=True,
+    GLM4_MOE_ROW,
+    replace(
+        GLM4_MOE_ROW,
+        name="dots1",
+        model_type="dots1",
+        cls="Dots1ForCausalLM",
+        block={**LLAMA, **HEAD_NORMS, **QWEN_EXPERTS, **SHARED_EXPERTS},
+        fixed={"sliding_window": None},
+        required=NO_BIAS,
+        biases={},
+        untied=True,
+        grouped=False,
+        partial_rotary=False,
     ),
     Architecture(
         "ernie4_5-moe",
