@@ -5,7 +5,7 @@
 #include <atomic>
 
 #include "isa.h"
-#include "threads.h"
+#include "work.h"
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
 #elif defined(__aarch64__) && defined(__linux__)
@@ -91,7 +91,11 @@ const Isa* named(const char* name) {
 
 std::atomic<const Isa*> chosen{nullptr};
 
-const Isa& isa() {
+}  // namespace
+
+namespace fewbit {
+
+const Isa& in_use() {
   const Isa* found = chosen.load(std::memory_order_acquire);
   if (!found) {
     const char* asked = getenv("FEWBIT_CPU_ISA");
@@ -101,6 +105,10 @@ const Isa& isa() {
   }
   return *found;
 }
+
+}  // namespace fewbit
+
+namespace {
 
 struct Block {
   int columns, bytes;
@@ -174,22 +182,6 @@ int check(const fewbit_weight* given) {
   }
 }
 
-template <class Task> void share(int64_t count, int64_t least, int threads, Task&& task) {
-  int64_t shares = threads < 1 ? 1 : threads;
-  if (shares > count / least) shares = count / least > 0 ? count / least : 1;
-  struct Context {
-    Task& task;
-    int64_t count, shares;
-  } context{task, count, shares};
-  fewbit::in_shares(
-      int(shares),
-      [](void* data, int i) {
-        Context& c = *static_cast<Context*>(data);
-        c.task(c.count * i / c.shares, c.count * (i + 1) / c.shares);
-      },
-      &context);
-}
-
 int check(const fewbit_fp8* f) {
   if (!f || !f->w) return FEWBIT_SHORT;
   if (f->type != FEWBIT_FLOAT32 && f->type != FEWBIT_BFLOAT16) return FEWBIT_UNKNOWN;
@@ -202,42 +194,9 @@ void share_bands(const fewbit_fp8& f, int threads, void (*task)(const fewbit_fp8
   share(bands, least, threads, [&](int64_t begin, int64_t end) { task(f, begin, end); });
 }
 
-// bfloat16 is the upper half of float32.
-void widen(const uint16_t* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; i++) {
-    const uint32_t bits = uint32_t(from[i]) << 16;
-    memcpy(to + i, &bits, 4);
-  }
-}
-
-// Rounds to nearest, ties to even. NaN stays NaN.
-void narrowed(const float* from, uint16_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; i++) {
-    uint32_t bits;
-    memcpy(&bits, from + i, 4);
-    const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-    to[i] = uint16_t(nan ? bits >> 16 | 0x40 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-  }
-}
-
 // What a row of W costs in a product with m rows of x: the first ones hide behind reading it from memory.
 int64_t cost(int64_t m) { return m <= 2 ? 2 : m; }
 
-// 64-byte aligned memory that a thread reuses between calls.
-struct Memory {
-  char* begin = nullptr;
-  size_t size = 0;
-  ~Memory() { free(begin); }
-  char* take(size_t bytes) {
-    if (bytes > size) {
-      free(begin);
-      size = (bytes + 4095) / 4096 * 4096;
-      begin = static_cast<char*>(aligned_alloc(64, size));
-      if (!begin) size = 0;
-    }
-    return begin;
-  }
-};
 thread_local Memory memory;
 
 constexpr int64_t ROUNDED = 256;  // rows of x that are rounded at once: some megabytes
@@ -276,9 +235,9 @@ void round_rows(const Isa& with, const fewbit_weight& w, const void* x, bool nar
 
 extern "C" {
 
-int fewbit_abi(void) { return 7; }
+int fewbit_abi(void) { return 8; }
 
-const char* fewbit_isa(void) { return isa().name; }
+const char* fewbit_isa(void) { return fewbit::in_use().name; }
 
 int fewbit_force(const char* name) {
   const Isa* found = name ? named(name) : usable()[0];
@@ -291,14 +250,14 @@ void fewbit_use_openmp(fewbit_parallel parallel) { fewbit::use_openmp(parallel);
 
 int64_t fewbit_columns(const fewbit_weight* w) {
   const int wrong = check(w);
-  return wrong ? -wrong : isa().columns(*w);
+  return wrong ? -wrong : fewbit::in_use().columns(*w);
 }
 
 int fewbit_linear(const fewbit_weight* w, const void* x, int64_t m, void* y, int type, int threads) {
   if (const int wrong = check(w)) return wrong;
   if (type != FEWBIT_FLOAT32 && type != FEWBIT_BFLOAT16) return FEWBIT_UNKNOWN;
   if (m <= 0 || w->n == 0) return FEWBIT_OK;
-  const Isa& with = isa();
+  const Isa& with = fewbit::in_use();
   const bool narrow = type == FEWBIT_BFLOAT16;
   const int64_t n = w->n, most = m < ROUNDED ? m : ROUNDED, row = with.rounded_bytes(*w), all = (row * most + 63) / 64 * 64;
   const Scratch scratch(w->k, with.columns(*w), narrow);
@@ -337,7 +296,7 @@ int fewbit_grouped(const fewbit_weight* w, int64_t count, const int64_t* begin, 
     units += own.n * cost(end[e] - begin[e]);
   }
   if (!rows || w->n == 0) return FEWBIT_OK;
-  const Isa& with = isa();
+  const Isa& with = fewbit::in_use();
   const bool narrow = type == FEWBIT_BFLOAT16;
   const int64_t n = w->n, k = w->k;
   const int64_t row = with.rounded_bytes(*w), all = (row * m + 63) / 64 * 64;
@@ -368,7 +327,7 @@ int fewbit_grouped(const fewbit_weight* w, int64_t count, const int64_t* begin, 
 int fewbit_decode(const fewbit_weight* w, int64_t begin, int64_t end, float* out, int threads) {
   if (const int wrong = check(w)) return wrong;
   if (begin < 0 || end > w->n || begin > end) return FEWBIT_SHAPE;
-  const Isa& with = isa();
+  const Isa& with = fewbit::in_use();
   const int64_t columns = with.columns(*w);
   share(end - begin, 1 + (1 << 16) / w->k, threads, [&](int64_t a, int64_t b) {
     with.decode(*w, begin + a, begin + b, out + a * columns);
@@ -378,7 +337,7 @@ int fewbit_decode(const fewbit_weight* w, int64_t begin, int64_t end, float* out
 
 int fewbit_arrange(const fewbit_weight* w, const float* x, int64_t m, float* out, int threads) {
   if (const int wrong = check(w)) return wrong;
-  const Isa& with = isa();
+  const Isa& with = fewbit::in_use();
   const int64_t columns = with.columns(*w);
   share(m, 1 + (1 << 16) / w->k, threads, [&](int64_t a, int64_t b) {
     for (int64_t i = a; i < b; i++) with.arrange(*w, x + i * w->k, out + i * columns);
@@ -389,14 +348,14 @@ int fewbit_arrange(const fewbit_weight* w, const float* x, int64_t m, float* out
 int fewbit_fp8_codes(const fewbit_fp8* f, int threads) {
   if (const int wrong = check(f)) return wrong;
   if (!f->codes || !f->top) return FEWBIT_SHORT;
-  share_bands(*f, threads, isa().fp8_codes);
+  share_bands(*f, threads, fewbit::in_use().fp8_codes);
   return FEWBIT_OK;
 }
 
 int fewbit_fp8_lost(const fewbit_fp8* f, int threads) {
   if (const int wrong = check(f)) return wrong;
   if (!f->codes || !f->scale || !f->lost) return FEWBIT_SHORT;
-  share_bands(*f, threads, isa().fp8_lost);
+  share_bands(*f, threads, fewbit::in_use().fp8_lost);
   return FEWBIT_OK;
 }
 

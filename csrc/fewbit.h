@@ -63,6 +63,48 @@ struct fewbit_fp8 {
   double* lost;
 };
 
+enum fewbit_activation { FEWBIT_SILU = 0, FEWBIT_TANH = 1, FEWBIT_ERF = 2 };  // gelu with tanh, gelu
+
+// Which values of a head are rotated together, and by which angle: value i and the one half a head further; neighbours,
+// whose angles are beside each other too; neighbours by the angles 0, 1, 2, ...
+enum fewbit_pairs { FEWBIT_HALVES = 0, FEWBIT_NEIGHBORS = 1, FEWBIT_IN_ORDER = 2 };
+
+// Rows of one of a block's four products: x wᵀ + bias. Null bias: none. order: the columns of x in w's order; null: as
+// they are.
+struct fewbit_rows {
+  const struct fewbit_weight* w;
+  const float* bias;
+  const int64_t* order;
+};
+
+// A decoder block: h = x + residual · after_attention(output(attention(before_attention(x)))), then
+// y = h + residual · after_mlp(down(activation(gate) · up of before_mlp(h))). Norms are RMS norms; null: none.
+struct fewbit_block {
+  int32_t type;  // of x, y, keys and values
+  int32_t activation, pairs;
+  int32_t whole;      // the norms of q and k are over all heads, else over each
+  int32_t counts[4];  // of `products`: of q, k, v; output; gate, up; down. Gate and up, or all of q, k, v, may be one
+  int64_t width, inner, heads, shared, head, rotated;
+  float scale, cap, residual;  // of attention's scores; they are cap · tanh(s / cap), 0: no cap
+  float eps[6];
+  const float* norm[6];  // before attention, after it, before the MLP, after it, of q, of k
+  struct fewbit_rows products[4][3];
+};
+
+// One call of a block: `batch` texts with `tokens` new tokens each. Keys and values [batch, shared, length, head] have
+// `filled` tokens; those of the new ones are written behind them.
+struct fewbit_call {
+  const void* x;  // [batch, tokens, width]
+  void* y;
+  int64_t batch, tokens, filled, length;
+  const float *cosine, *sine;  // [batch or 1, tokens, rotated]
+  int64_t turn;                // numbers between the texts of cosine: 0 if they share it
+  void *keys, *values;
+  const uint8_t* allowed;  // [batch, tokens, filled + tokens], see `row` and `text`; null: all earlier tokens
+  const float* added;      // the same with numbers that are added to the scores
+  int64_t text, row;       // numbers between the texts, and between the tokens, of the mask
+};
+
 // GNU OpenMP's entry to a parallel region (GOMP_parallel). LLVM's runtime has it too.
 typedef void (*fewbit_parallel)(void (*task)(void*), void* data, unsigned threads, unsigned flags);
 
@@ -92,6 +134,10 @@ FEWBIT_API int fewbit_fp8_codes(const struct fewbit_fp8* f, int threads);
 // Writes `lost` of each band: the sums of (code * scale - w)² and of w², and the number of groups of columns with codes
 // of 0 only and a weight that is not 0. A group has `columns` columns if they divide k; else it is the row.
 FEWBIT_API int fewbit_fp8_lost(const struct fewbit_fp8* f, int threads);
+
+// Computes a block. Products round activations as fewbit_linear does; all else is in float32. A text's result does not
+// depend on the other texts, nor on the number of threads.
+FEWBIT_API int fewbit_decode_block(const struct fewbit_block* block, const struct fewbit_call* call, int threads);
 
 #ifdef __cplusplus
 }

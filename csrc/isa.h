@@ -5,6 +5,16 @@
 
 namespace fewbit {
 
+// Attention of the heads of one token that share keys and values: see `attend` of `Isa`.
+struct Attention {
+  const void *keys, *values;  // of the first token; the next one is `step` numbers further
+  int64_t step, length, head, group;
+  bool narrow;  // keys and values are bfloat16, else float32
+  float scale, cap;
+  const uint8_t* allowed;  // [length], 0 hides a key; null: all are allowed
+  const float* added;      // [length], added to the scores; null: nothing
+};
+
 struct Isa {
   const char* name;
   int64_t (*columns)(const fewbit_weight&);
@@ -20,7 +30,17 @@ struct Isa {
   // `top` and `codes`, or `lost`, of the bands [begin, end).
   void (*fp8_codes)(const fewbit_fp8&, int64_t begin, int64_t end);
   void (*fp8_lost)(const fewbit_fp8&, int64_t begin, int64_t end);
+  // out [k] = x / sqrt(mean(x²) + eps) · weight. x and out may be the same.
+  void (*norm)(const float* x, int64_t k, const float* weight, float eps, float* out);
+  // out [n] = activation(a) · b; `kind` is of `fewbit_activation`. out may be a.
+  void (*gate)(const float* a, const float* b, int64_t n, int kind, float* out);
+  // Rotates x [n] in place; `pairs` is of `fewbit_pairs`.
+  void (*rotate)(float* x, int64_t n, const float* cosine, const float* sine, int pairs);
+  // q and out: [group, head]. Scratch memory: `scores` [group, length].
+  void (*attend)(const Attention&, const float* q, float* out, float* scores);
 };
+
+const Isa& in_use();  // the instruction set that is in use
 
 extern const Isa isa_scalar;
 #if defined(__x86_64__) || defined(_M_X64)

@@ -1,6 +1,7 @@
 // The loops over rows for every format and instruction set: products with rounded activations, and decoding.
 
 #include "isa.h"
+#include "block.inl"
 #include "formats.inl"
 #include "fp8.inl"
 
@@ -419,5 +420,5 @@ void arrange_of(const fewbit_weight& w, const float* x, float* out) {
 #define FEWBIT_ISA(symbol, text) \
   namespace fewbit { \
   const Isa symbol = {text, columns_of, rounded_bytes_of, round_of, linear_of, decode_of, arrange_of, \
-                      fp8_codes_of, fp8_lost_of}; \
+                      fp8_codes_of, fp8_lost_of, norm_of, gate_of, rotate_of, attend_of}; \
   }

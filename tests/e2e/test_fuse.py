@@ -17,7 +17,7 @@ import fewbit as fb
 from fewbit.api import quantize
 from fewbit.errors import PlanError
 from fewbit.measure import speed
-from fewbit.models.decoding import decode
+from fewbit.models.decoding import caches, decode
 from fewbit.models.decoding.fuse import fuse, shared_inputs
 from fewbit.models.plugin import quantizer
 from fewbit.nn.fused import Slice, packed_linears
@@ -85,9 +85,9 @@ def test_a_static_cache_as_for_a_gpu_gives_the_same_text(family: str, ids: Tenso
     model = fb.load(quantized(tmp_path, family), dtype=torch.float32)
     expected = greedy(model, ids)
     assert decode.supports_static_cache(model, model.generate)
-    cache = decode.static(model, LENGTH)
+    cache = caches.static(model, LENGTH)
     mask = torch.ones_like(ids)
-    own = {decode.CACHE: cache}
+    own = {caches.CACHE: cache}
     got = model.generate(ids, attention_mask=mask, max_new_tokens=24, eos_token_id=None, **own)
     assert got.tolist() == expected
 

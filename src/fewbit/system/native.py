@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fewbit.lazy import Tensor, torch
 
-_ABI = 7
+_ABI = 8
 _FILE = "fewbit_cpu.so"
 TYPES = {"float32": 0, "bfloat16": 1}  # `fewbit_type`, by torch's names
 HINT = "Install fewbit from source with a C++ compiler (gcc 9, clang 10 or later), or from a wheel with the library."
@@ -53,6 +53,39 @@ class Fp8(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("top", ctypes.c_void_p),
         ("lost", ctypes.c_void_p),
+    )
+
+
+class Rows(ctypes.Structure):
+    """`fewbit_rows` of csrc/fewbit.h."""
+
+    _fields_ = (("w", ctypes.POINTER(Weight)), ("bias", ctypes.c_void_p), ("order", ctypes.c_void_p))
+
+
+class Block(ctypes.Structure):
+    """`fewbit_block` of csrc/fewbit.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("type", "activation", "pairs", "whole")),
+        ("counts", ctypes.c_int32 * 4),
+        *((name, ctypes.c_int64) for name in ("width", "inner", "heads", "shared", "head", "rotated")),
+        *((name, ctypes.c_float) for name in ("scale", "cap", "residual")),
+        ("eps", ctypes.c_float * 6),
+        ("norm", ctypes.c_void_p * 6),
+        ("products", Rows * 3 * 4),
+    )
+
+
+class Call(ctypes.Structure):
+    """`fewbit_call` of csrc/fewbit.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "y")),
+        *((name, ctypes.c_int64) for name in ("batch", "tokens", "filled", "length")),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine")),
+        ("turn", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "allowed", "added")),
+        *((name, ctypes.c_int64) for name in ("text", "row")),
     )
 
 
@@ -93,6 +126,7 @@ def library() -> ctypes.CDLL | str:
         "fewbit_arrange": (ctypes.c_int, [weight, pointer, number, pointer, ctypes.c_int]),
         "fewbit_fp8_codes": (ctypes.c_int, [ctypes.POINTER(Fp8), ctypes.c_int]),
         "fewbit_fp8_lost": (ctypes.c_int, [ctypes.POINTER(Fp8), ctypes.c_int]),
+        "fewbit_decode_block": (ctypes.c_int, [ctypes.POINTER(Block), ctypes.POINTER(Call), ctypes.c_int]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(found, name)

@@ -186,6 +186,16 @@ def _products(codec: Codec, shape: tuple[int, int]) -> Sequence[tuple[Layout, in
     return found
 
 
+def weights_of(
+    codec: Codec, prepared: Prepared, shape: tuple[int, int]
+) -> list[tuple[ctypes.Array[native.Weight], int]]:
+    """The library's descriptions of a weight, each with its number of rows. They hold no memory."""
+    return [
+        (_weight(*layout, n, shape[1], tuple(map(_buffer, prepared[a:b]))), n)
+        for layout, n, a, b in _products(codec, shape)
+    ]
+
+
 @cache
 def _layout(codec: Codec, shape: tuple[int, int]) -> Layout | str:
     """The library's layout for such a weight, or a sentence that says why it has none."""

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StoppingCriteria, TextStreamer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fewbit.errors import PlanError
-from fewbit.models.decoding.decode import CACHE, ReservedLayer, reserved
+from fewbit.models.decoding.caches import CACHE, ReservedLayer, reserved
 from fewbit.models.decoding.generate import Continuation, continue_ids, in_template
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.system.files import unwritable

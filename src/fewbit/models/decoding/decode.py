@@ -8,7 +8,6 @@ The model's `generate` prepares everything. The loop in `loop.py` writes the tok
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -16,21 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers import StaticCache
 
 from fewbit.errors import PlanError
-from fewbit.kernels.nvidia import operators
-from fewbit.models.decoding import operations
+from fewbit.models.decoding import compiled_blocks, operations
 from fewbit.models.decoding.attention import grouped_queries
+from fewbit.models.decoding.caches import CACHE, EMPTIED, reserved, static
 from fewbit.models.decoding.exclusive import exclusive
 from fewbit.models.decoding.graph import Compiled, Graph
 from fewbit.models.decoding.loop import Loop, can_serve
 
 _CLOSE = 0.05  # relative distance of logits at which they count as equal: in bfloat16, longer sums round differently
-# The argument that holds the cache, which transformers renamed in 5.24. A call with the old name warns there.
-_PREPARES = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-CACHE = "cache" if "cache" in _PREPARES else "past_key_values"
 # Arguments of `generate` that bring or need another cache.
 _OTHERS = (
     "cache",
@@ -63,6 +58,7 @@ def within(model: Any, length: int, *, compile: bool = False) -> None:
     """
     if not compile:  # else the compiler fuses these operations
         operations.replace(model)
+        compiled_blocks.replace(model)
     model.generate = Decoder(model, length, compile=compile).generate
 
 
@@ -143,7 +139,7 @@ class Decoder:
         key = (batch * copies, mode, self.model.device, self.model.dtype, _wiring(self.model))
         if self.static is None:
             self.static = _on_one_gpu(self.model) and supports_static_cache(self.model, self.plain)
-        if self.cache is not None and self.key == key and all(type(x) in _EMPTIED for x in self.cache.layers):
+        if self.cache is not None and self.key == key and all(type(x) in EMPTIED for x in self.cache.layers):
             self.cache.reset()
         else:
             self.graph = self.loop = self.quick = None  # they hold the old cache
@@ -180,87 +176,6 @@ def _wiring(model: Any) -> tuple[Any, ...]:
     return tuple((place, *(str(own[name]) for name in used if name in own)) for place, own in held)
 
 
-class ReservedLayer(DynamicLayer):
-    """A growing cache layer of transformers, in memory for `length` tokens that is allocated once."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.length, self.filled = length, 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.whole = tuple(t.new_empty(*t.shape[:-2], self.length, t.shape[-1]) for t in (key_states, value_states))
-        self.is_initialized = True
-        self._fill(0)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, end = self.filled, self.filled + key_states.shape[-2]
-        for whole, states in zip(self.whole, (key_states, value_states), strict=True):
-            whole[..., start:end, :] = states
-        return self._fill(end)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens; their number is given as a negative number."""
-        if self.is_initialized:
-            self._fill(max(0, self.filled + tokens_to_remove))
-
-    def reset(self) -> None:
-        if self.is_initialized:
-            self._fill(0)
-
-    def _fill(self, end: int) -> tuple[Tensor, Tensor]:
-        self.filled = end
-        self.keys, self.values = filled = self.whole[0][..., :end, :], self.whole[1][..., :end, :]
-        return filled
-
-
-def reserved(model: Any, length: int) -> DynamicCache:
-    """A cache for `length` tokens. Attention reads only the filled part."""
-    cache = DynamicCache(config=model.config)
-    cache.layers = [ReservedLayer(length) if type(layer) in _GROWING else layer for layer in cache.layers]
-    return cache
-
-
-def static(model: Any, length: int) -> StaticCache | None:
-    """A cache for `length` tokens that attention reads as a whole, so that a graph can be recorded. None if the model
-    has layers that cache more than keys and values."""
-    try:
-        cache = StaticCache(config=model.config, max_cache_len=length)
-    except Exception:  # transformers looks up the class of a layer, and has no static one for some
-        return None
-    if not all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in cache.layers):
-        return None
-    cache.layers = [OneByOneLayer(max_cache_len=length) for _ in cache.layers]
-    return cache
-
-
-class OneByOneLayer(StaticLayer):
-    """A static cache layer of transformers. On an NVIDIA GPU, one kernel writes the key and the value of one token."""
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self.ticket = torch.zeros(1, dtype=torch.int32, device=key_states.device)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = self.keys, self.values
-        if (
-            torch.compiler.is_compiling()
-            or keys is None
-            or values is None
-            or not operators.stores(keys, values, key_states, value_states)
-        ):
-            return super().update(key_states, value_states, *args, **kwargs)
-        operators.store(keys, values, key_states, value_states, self.cumulative_length, self.ticket)
-        return keys, values
-
-
-# Sliding-window layers are replaced too. The mask already applies the window, and these layers count tokens in Python
-# integers, which a graph would freeze.
-_GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
-
-
 def supports_static_cache(model: Any, generate: Callable[..., Any]) -> bool:
     """Whether the model gives the same logits with a static cache, tested on a few tokens. A warning if it does not."""
     logits, size = [], 8
@@ -288,9 +203,6 @@ def supports_static_cache(model: Any, generate: Callable[..., Any]) -> bool:
     if distance > _CLOSE:
         warnings.warn(f"no CUDA graph: a static cache changes this model's logits by {distance:.0%}", stacklevel=2)
     return distance <= _CLOSE
-
-
-_EMPTIED = (ReservedLayer, OneByOneLayer)  # layers that `reset` empties
 
 
 class StepGraph:

@@ -1,0 +1,161 @@
+"""A whole decoder block in one call of the CPU library: four products, and all that is between them.
+
+For one token, PyTorch takes longer to start some sixty operations of a block than the products take. Products round
+activations as the kernel `cpu` does, and all else is in float32. A text's result is the same bit for bit whatever the
+other texts are, and whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import KernelError
+from fewbit.kernels.cpu.kernel import weights_of
+from fewbit.schemes.base import Codec
+from fewbit.system import native
+
+SILU, TANH, ERF = range(3)  # silu; gelu with tanh; gelu
+HALVES, NEIGHBORS, IN_ORDER = range(3)  # see `fewbit_pairs` in csrc/fewbit.h
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A packed weight [N, K] with the kernel's device tensors. bias: [N]. order: the columns of x in its order [K]."""
+
+    codec: Codec
+    prepared: tuple[Tensor, ...]
+    shape: tuple[int, int]
+    bias: Tensor | None = None
+    order: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """x / sqrt(mean(x²) + eps) · weight."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """The parts of a block, and how they are wired: see `fewbit_block` in csrc/fewbit.h.
+
+    qkv: q, k and v, or all three stacked. gated: gate and up, or both stacked. norms: before attention, after it,
+    before the MLP, after it, of q, and of k. whole: the norms of q and k are over all heads. cap: 0 is none.
+    """
+
+    qkv: Sequence[Rows]
+    output: Rows
+    gated: Sequence[Rows]
+    down: Rows
+    norms: Sequence[Norm | None]
+    heads: int
+    shared: int
+    head: int
+    rotated: int
+    scale: float
+    activation: int = SILU
+    pairs: int = HALVES
+    whole: bool = False
+    cap: float = 0.0
+    residual: float = 1.0
+
+
+@dataclass
+class Cached:
+    """Keys and values [B, shared, L, head], contiguous, of which `filled` tokens are known."""
+
+    keys: Tensor
+    values: Tensor
+    filled: int
+
+
+@dataclass
+class Block:
+    """A block whose tensors are known to the library. It keeps them alive."""
+
+    wiring: Wiring
+    dtype: torch.dtype
+    kept: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        wiring, found = self.wiring, native.Block()
+        found.type = native.TYPES[str(self.dtype).removeprefix("torch.")]
+        for name in ("heads", "shared", "head", "rotated", "activation", "pairs", "whole", "scale", "cap", "residual"):
+            setattr(found, name, getattr(wiring, name))
+        found.width, found.inner = wiring.output.shape[0], wiring.down.shape[1]
+        for i, norm in enumerate(wiring.norms):
+            if norm is not None:
+                found.norm[i], found.eps[i] = self._float(norm.weight), norm.eps
+        for i, parts in enumerate((wiring.qkv, (wiring.output,), wiring.gated, (wiring.down,))):
+            rows = [one for part in parts for one in self._rows(part)]
+            if len(rows) > 3:
+                raise KernelError(f"{len(rows)} products where a block has at most 3")
+            found.counts[i] = len(rows)
+            for j, one in enumerate(rows):
+                found.products[i][j] = one
+        self.found, self.call, self.width = found, native.Call(), found.width
+        self.angles: tuple[Any, Any, Tensor, Tensor] | None = None
+
+    def _float(self, tensor: Tensor) -> int:
+        """The address of a float32 copy."""
+        copy = tensor.detach().to(torch.float32).contiguous()
+        self.kept.append(copy)
+        return copy.data_ptr()
+
+    def _rows(self, part: Rows) -> list[native.Rows]:
+        made, start = [], 0
+        for weight, n in weights_of(part.codec, part.prepared, part.shape):
+            self.kept += [weight, part.prepared]
+            one = native.Rows(w=weight)
+            if part.bias is not None:
+                one.bias = self._float(part.bias[start : start + n])
+            if part.order is not None:
+                order = part.order.to(torch.int64).contiguous()
+                self.kept.append(order)
+                one.order = order.data_ptr()
+            made.append(one)
+            start += n
+        return made
+
+    def __call__(self, x: Tensor, cached: Cached, angles: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """The block's output [B, T, width] for x [B, T, width]. Writes the new keys and values into the cache.
+
+        angles: cosine and sine, float32 [B or 1, T, rotated]. mask: [B or 1, 1, T, filled + T], bool, or float32
+        numbers that are added to the scores; None: each token sees all before it.
+        """
+        lib = native.library()
+        if isinstance(lib, str):
+            raise KernelError(lib, native.HINT)
+        (batch, tokens, width), call, cosine = x.shape, self.call, angles[0]
+        y = torch.empty_like(x)
+        if not (x.is_contiguous() and x.dtype == self.dtype and width == self.width):
+            raise KernelError(
+                f"activations {list(x.shape)} of {x.dtype}, expected [B, T, {self.width}] of {self.dtype}"
+            )
+        whole = (batch, self.wiring.shared, cached.keys.shape[2], self.wiring.head)
+        for each in (cached.keys, cached.values):
+            if each.shape != whole or each.dtype != self.dtype or not each.is_contiguous():
+                raise KernelError(f"a cache {list(each.shape)} of {each.dtype}, expected {list(whole)} of {self.dtype}")
+        call.x, call.y = x.data_ptr(), y.data_ptr()
+        call.batch, call.tokens, call.filled, call.length = batch, tokens, cached.filled, whole[2]
+        call.keys, call.values = cached.keys.data_ptr(), cached.values.data_ptr()
+        call.cosine, call.sine = cosine.data_ptr(), angles[1].data_ptr()
+        call.turn = cosine.stride(0) if cosine.shape[0] > 1 else 0
+        call.allowed = call.added = None
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                call.allowed = mask.data_ptr()
+            else:
+                call.added = mask.data_ptr()
+            call.text, call.row = mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2)
+        status = lib.fewbit_decode_block(self.found, call, torch.get_num_threads())
+        if status:
+            raise KernelError(f"the CPU library rejects a block of a model: status {status}")
+        return y

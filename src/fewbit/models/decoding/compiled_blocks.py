@@ -1,0 +1,346 @@
+"""Run the decoder blocks of a model on a CPU by one call of the CPU library each (`fewbit.kernels.cpu.block`).
+
+A block is recognized by its parts: RMS norms, packed q, k, v and output, rotary positions, packed gate, up and down. It
+is not looked up by the name of a model. Its result is then compared with the block's own, for a token after a few
+others. The modules stay as they are, and run as before for what the library does not take: gradients, hooks, adapters,
+other caches, and blocks that are not recognized.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace as changed
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.errors import KernelError
+from fewbit.kernels.cpu import block as library
+from fewbit.kernels.cpu.block import Block, Cached, Norm, Rows, Wiring
+from fewbit.models import blocks
+from fewbit.models.decoding.caches import CACHE, ReservedLayer, reserved
+from fewbit.nn.fused import Slice
+from fewbit.nn.layers import Packed, QLinear
+from fewbit.system import native
+
+_SAME = {torch.float32: 5e-3, torch.bfloat16: 5e-2}  # relative distance of what a block adds to its input
+_ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 8e-3}  # the same of its output
+_PROMPT = 12  # tokens before the one that is compared
+_MOST = 64  # rows of a call: for long prompts, PyTorch is as fast
+_NORMS = (  # names of the norms before attention, after it, before the MLP, after it
+    ("input_layernorm", None, "post_attention_layernorm", None),
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+)
+_ATTENTION = ("self_attn", "attention")
+_MLP = ("mlp", "feed_forward")
+_KNOWN = {"attention_mask", "position_ids", "position_embeddings", "use_cache", "cache_position", CACHE}
+
+Forward = Callable[..., Any]
+
+
+def replace(model: Any) -> list[str]:
+    """Replace the forward of the blocks that are recognized. Returns their names."""
+    if model.device.type != "cpu" or model.dtype not in _SAME or isinstance(native.library(), str):
+        return []
+    names = [name for name in blocks.find_blocks(model) if "forward" not in vars(model.get_submodule(name))]
+    wirings = {name: list(_wirings(model.get_submodule(name), model.dtype)) for name in names}
+    if not any(wirings.values()):
+        return []
+    seen = _observed(model, [name for name in names if wirings[name]])
+    done, turns = [], _Turns()
+    for name, (x, kwargs, expected, layer) in seen.items():
+        module = model.get_submodule(name)
+        angles = kwargs.get("position_embeddings")
+        rotated = angles[0].shape[-1] if isinstance(angles, tuple) else 0
+        for wiring in wirings[name]:
+            wiring = changed(wiring, rotated=min(wiring.rotated, rotated))
+            own = _Own(module, wiring, model.dtype, turns)
+            if _fits(own, x, kwargs, expected, layer):
+                module.forward = own.forward
+                done.append(name)
+                break
+    return done
+
+
+# ---- the test ------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _observed(model: Any, names: list[str]) -> dict[str, tuple[Tensor, dict[str, Any], Tensor, ReservedLayer]]:
+    """For one token after a prompt: each block's input, arguments, output and cache, as the model itself has them."""
+    seen: dict[str, Any] = {}
+    cache: Any = reserved(model, _PROMPT + 1)
+    handles = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, kwargs: Any, out: Any) -> None:
+            index = getattr(_child(module, _ATTENTION), "layer_idx", None)
+            layer = cache.layers[index] if isinstance(index, int) else None
+            if len(args) == 1 and isinstance(out, Tensor) and type(layer) is ReservedLayer and layer.is_initialized:
+                seen[name] = (args[0].clone(), kwargs, out.clone(), layer)
+
+        return hook
+
+    generator = torch.Generator("cpu").manual_seed(0)
+    words = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(words, (1, _PROMPT + 1), generator=generator, dtype=torch.int64, device="cpu")
+    taken = inspect.signature(model.forward).parameters
+    given: dict[str, Any] = {"cache" if "cache" in taken else "past_key_values": cache, "use_cache": True}
+    try:
+        model(input_ids=ids[:, :_PROMPT], **given)
+        for name in names:
+            handles.append(model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True))
+        model(input_ids=ids[:, _PROMPT:], **given)
+    except Exception:  # a model's own code can raise anything with a cache that it was not written for
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@torch.inference_mode()
+def _fits(own: _Own, x: Tensor, kwargs: dict[str, Any], expected: Tensor, layer: ReservedLayer) -> bool:
+    """Whether the library gives the block's own output, and writes the same key and value. The cache stays as it is."""
+    before = [whole[..., _PROMPT, :].clone() for whole in layer.whole]
+    layer.crop(-1)
+    found = None
+    with suppress(KernelError):  # the library rejects this wiring
+        found = own.served(x, kwargs)
+    written = [whole[..., _PROMPT, :].clone() for whole in layer.whole]
+    for whole, states in zip(layer.whole, before, strict=True):
+        whole[..., _PROMPT, :] = states
+    if layer.filled == _PROMPT:  # not served
+        layer.update(*(states[..., None, :] for states in before))
+    if found is None:
+        return False
+    start = x.float()
+    pairs = [(found.float() - start, expected.float() - start, _ROUNDING[x.dtype] * float(expected.float().norm()))]
+    pairs += [(a.float(), b.float(), 0.0) for a, b in zip(written, before, strict=True)]
+    return all(float((a - b).norm()) <= _SAME[x.dtype] * float(b.norm()) + slack for a, b, slack in pairs)
+
+
+# ---- the parts of a block ------------------------------------------------------------------------------------------
+
+
+def _child(module: Any, names: tuple[str, ...]) -> Any:
+    return next((found for name in names if (found := getattr(module, name, None)) is not None), None)
+
+
+def _wirings(block: Any, dtype: torch.dtype) -> Iterator[Wiring]:
+    """The ways in which the parts of a block may be wired. None if parts are missing, or there are others."""
+    attention, mlp = _child(block, _ATTENTION), _child(block, _MLP)
+    if attention is None or mlp is None:
+        return
+    qkv = _joined(attention, (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)))
+    gated = _joined(mlp, (("gate_proj", "up_proj"), ("gate_up_proj",)))
+    output, down = _joined(attention, (("o_proj",), ("dense",), ("out_proj",))), _joined(mlp, (("down_proj",),))
+    activation = _activation(_child(mlp, ("act_fn", "activation_fn")))
+    names = next((each for each in _NORMS if {n for n in each if n} == _norms_of(block)), None)
+    head = getattr(attention, "head_dim", None)
+    if not (qkv and gated and output and down and names) or activation is None or not isinstance(head, int):
+        return
+    modules = [getattr(block, name) if name else None for name in names]
+    modules += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    norms = [None if module is None else _norm(module, dtype) for module in modules]
+    if any((norm is None) != (module is None) for norm, module in zip(norms, modules, strict=True)):
+        return
+    heads = output[0].shape[1] // head
+    shared = (sum(part.shape[0] for part in qkv) // head - heads) // 2
+    if shared < 1 or not _nothing_else(block):
+        return
+    wide = norms[4] is not None and len(norms[4].weight) != head
+    made = Wiring(
+        qkv, output[0], gated, down[0], norms, heads, shared, head, head,
+        scale=float(getattr(attention, "scaling", head**-0.5)),
+        cap=float(getattr(attention, "attn_logit_softcapping", None) or 0.0),
+        residual=float(getattr(block, "residual_multiplier", 1.0)),
+        activation=activation, whole=wide,
+    )  # fmt: skip
+    for pairs in (library.HALVES, library.NEIGHBORS, library.IN_ORDER):
+        yield changed(made, pairs=pairs)
+    yield changed(made, rotated=0)
+
+
+def _norms_of(block: Any) -> set[str]:
+    return {name for name, module in block.named_children() if name.endswith("norm")}
+
+
+def _nothing_else(block: nn.Module) -> bool:
+    """Whether all parameters belong to packed linears and norms."""
+    known = [
+        module for module in block.modules() if isinstance(module, QLinear) or type(module).__name__.endswith("Norm")
+    ]
+    counted = {id(p) for module in known for p in module.parameters()}
+    return all(id(p) in counted for p in block.parameters())
+
+
+def _joined(owner: Any, choices: tuple[tuple[str, ...], ...]) -> list[Rows] | None:
+    """The packed weights of the first names that are all there; one weight if they are stacked. None without."""
+    for names in choices:
+        linears = [getattr(owner, name, None) for name in names]
+        if all(isinstance(linear, QLinear) for linear in linears):
+            return _rows(linears)
+    return None
+
+
+def _rows(linears: list[Any]) -> list[Rows] | None:
+    if isinstance(linears[0], Slice):
+        product = linears[0].product
+        if len(product.rows) != len(linears) or any(getattr(each, "product", None) is not product for each in linears):
+            return None
+        biases = [each.bias for each in linears]
+        bias = None
+        if any(each is not None for each in biases):
+            held = next(each for each in biases if each is not None)
+            bias = torch.cat([held.new_zeros(n) if b is None else b for b, n in zip(biases, product.rows, strict=True)])
+        parts = [(product.linear, bias)]
+    else:
+        parts = [(linear, linear.bias) for linear in linears]
+    made = []
+    for linear, bias in parts:
+        if linear.kernel is None or linear.kernel.name != "cpu" or linear.compute is not None:
+            return None
+        order = linear._buffers["permutation"]
+        made.append(Rows(linear.codec, linear.prepared, linear.shape, None if bias is None else bias.detach(), order))
+    return made
+
+
+def _norm(module: Any, dtype: torch.dtype) -> Norm | None:
+    """The norm that gives the module's results, for a weight that is multiplied as it is, or with one added."""
+    own = dict(module.named_parameters())
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = own.get("weight")
+    if weight is None or len(own) > 1 or weight.dim() != 1 or not isinstance(eps, float) or module._forward_hooks:
+        return None
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(2, len(weight), generator=generator, dtype=torch.float32, device="cpu")
+    x = (x * torch.tensor([[1.0], [1e-3]], dtype=torch.float32, device="cpu")).to(dtype)  # the second shows eps
+    with torch.inference_mode():
+        expected = module(x).float()
+        plain = x.float() * (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+        for each in (weight.detach().float(), 1 + weight.detach().float()):
+            if float((plain * each - expected).norm()) <= _ROUNDING[dtype] * 10 * float(expected.norm()):
+                return Norm(each.clone(), eps)
+    return None
+
+
+def _activation(module: Any) -> int | None:
+    if module is None:
+        return None
+    x = torch.linspace(-4, 4, 65, dtype=torch.float32, device="cpu")
+    known = {
+        library.SILU: nn.functional.silu(x),
+        library.TANH: nn.functional.gelu(x, approximate="tanh"),
+        library.ERF: nn.functional.gelu(x),
+    }
+    with torch.inference_mode():
+        found = module(x)
+    return next((kind for kind, y in known.items() if torch.allclose(found, y, atol=1e-6, rtol=1e-5)), None)
+
+
+# ---- the forward ---------------------------------------------------------------------------------------------------
+
+
+class _Turns:
+    """The cosine and sine of a step in float32, which blocks share."""
+
+    def __init__(self) -> None:
+        self.source: tuple[Any, Any, int] = (None, None, 0)  # the tensors that were converted last, and their version
+        self.turned: tuple[Tensor, Tensor] | None = None
+
+    def of(self, given: Any, batch: int, tokens: int) -> tuple[Tensor, Tensor] | None:
+        """None if they are no tensors [batch or 1, tokens, rotated]."""
+        if not isinstance(given, tuple) or len(given) != 2:
+            return None
+        cosine, sine = given
+        turned, known = self.turned, self.source
+        if turned is None or known[0] is not cosine or known[1] is not sine or known[2] != _version(cosine):
+            turned = self.turned = (cosine.float().contiguous(), sine.float().contiguous())
+            self.source = (cosine, sine, _version(cosine))
+        shape = turned[0].shape
+        if turned[1].shape != shape or len(shape) != 3 or shape[1] != tokens or shape[0] not in (1, batch):
+            return None
+        return turned
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class _Own:
+    """A block's forward by the library, and by its own code for everything else."""
+
+    def __init__(self, module: Any, wiring: Wiring, dtype: torch.dtype, turns: _Turns) -> None:
+        self.plain: Forward = module.forward
+        self.block, self.dtype = Block(wiring, dtype), dtype
+        self.layer: int = _child(module, _ATTENTION).layer_idx
+        self.shape, self.rotated = (wiring.shared, wiring.head), wiring.rotated
+        self.turns = turns
+        inner = [each for each in module.modules() if each is not module]
+        packed = [each for each in inner if isinstance(each, Packed)]
+        self.parts = [(m._modules, name, child) for m in module.modules() for name, child in m.named_children()]
+        self.parts += [(each._parameters, "weight", each.held) for each in packed if "weight" in each._parameters]
+        self.hooks = [hooks for each in inner for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        self.owned = [vars(each) for each in inner]
+        small = [p for each in inner if not isinstance(each, Packed) for p in each.parameters(recurse=False)]
+        biases = [p for each in packed if isinstance(p := each._parameters.get("bias"), nn.Parameter)]
+        self.trained = [(p, p._version) for p in (*small, *biases) if not p.is_inference()]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], Tensor):
+            out = self.served(args[0], kwargs)
+            if out is not None:
+                return out
+        return self.plain(*args, **kwargs)
+
+    def served(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """The block's output; None, with nothing written, if the library does not take this call."""
+        if torch.is_grad_enabled() or x.dim() != 3 or x.dtype != self.dtype or not x.is_contiguous():
+            return None
+        batch, tokens, _ = x.shape
+        cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
+        layers = getattr(cache, "layers", None)
+        if not layers or batch * tokens > _MOST or not self._unchanged():
+            return None
+        if any(value is not None and name not in _KNOWN for name, value in kwargs.items()):
+            return None
+        layer = layers[self.layer]
+        if type(layer) is not ReservedLayer:
+            return None
+        if not layer.is_initialized:
+            empty = x.new_empty(batch, self.shape[0], 0, self.shape[1])
+            layer.lazy_initialization(empty, empty)
+        keys, values = layer.whole
+        end = layer.filled + tokens
+        turned = self.turns.of(kwargs.get("position_embeddings"), batch, tokens)
+        if len(keys) != batch or end > layer.length or turned is None:
+            return None
+        if self.rotated and turned[0].shape[-1] != self.rotated:
+            return None
+        if mask is not None:
+            if mask.dim() != 4 or mask.shape[1:] != (1, tokens, end) or len(mask) not in (1, batch):
+                return None
+            mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
+            mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        out = self.block(x, Cached(keys, values, layer.filled), turned, mask)
+        layer.filled = end
+        return out
+
+    def _unchanged(self) -> bool:
+        """Whether nobody has replaced, hooked or trained a part. Plain loops: this runs for each token."""
+        for owner, name, part in self.parts:
+            if owner.get(name) is not part:
+                return False
+        for hooks in self.hooks:
+            if hooks:
+                return False
+        for own in self.owned:
+            if "forward" in own:
+                return False
+        return all(weight._version == version for weight, version in self.trained)

@@ -1,0 +1,238 @@
+"""Decoder blocks in the CPU library give what their own code gives, and only recognized ones are replaced."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+import fewbit as fb
+from fewbit.api import quantize
+from fewbit.kernels.cpu.block import HALVES, IN_ORDER, NEIGHBORS, Norm, Wiring
+from fewbit.models import blocks
+from fewbit.models.decoding import caches, compiled_blocks
+from fewbit.models.decoding.caches import CACHE
+from fewbit.plans.plan import find
+from fewbit.system import native
+from tests import architectures, models
+
+pytestmark = pytest.mark.skipif(isinstance(native.available(), str), reason="needs the compiled CPU library")
+
+RECOGNIZED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3")
+OTHERS = ("exaone4", "glm4", "granite", "ernie4_5")
+LENGTH = 48
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "not fused")  # Phi-3's q, k and v are one linear
+        return fb.load(folder, dtype=dtype, fuse=LENGTH)
+
+
+def quantized(root: Path, source: Path, scheme: str = "int4-g32") -> Path:
+    quantize.quantize(source, root / "out", plan=find("rtn-4bit").changed(scheme=scheme, format="gptq"), device="cpu")
+    return root / "out"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rounded_activations() -> Iterator[None]:
+    """The library computes whole blocks with rounded activations only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FEWBIT_ACTIVATIONS", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("llama")
+    return quantized(root, models.save(root / "model", "llama"))
+
+
+def replaced(model: Any) -> list[str]:
+    return [name for name in blocks.find_blocks(model) if "forward" in vars(model.get_submodule(name))]
+
+
+@contextmanager
+def own_code(model: Any) -> Iterator[None]:
+    """Inside this context, the blocks run their own code."""
+    held = {name: vars(model.get_submodule(name)).pop("forward") for name in replaced(model)}
+    yield
+    for name, forward in held.items():
+        model.get_submodule(name).forward = forward
+
+
+@torch.inference_mode()
+def outputs(model: Any, ids: Tensor, parts: tuple[int, ...], mask: Tensor | None = None) -> list[Tensor]:
+    """The first output of the model, for a text in parts of so many tokens, with a reserved cache."""
+    cache, found, start = caches.reserved(model, LENGTH), [], 0
+    for size in parts:
+        given = {} if mask is None else {"attention_mask": mask[:, : start + size]}
+        out = model(input_ids=ids[:, start : start + size], **{CACHE: cache}, use_cache=True, **given)
+        found.append(out[0].float())
+        start += size
+    return found
+
+
+def apart(a: list[Tensor], b: list[Tensor]) -> float:
+    return max(float((x - y).norm() / y.norm()) for x, y in zip(a, b, strict=True))
+
+
+def ids_of(rows: int, tokens: int = 20) -> Tensor:
+    return torch.randint(3, models.VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", RECOGNIZED)
+def test_dense_blocks_are_replaced_and_give_the_same(family: str, tmp_path: Path) -> None:
+    model = load(quantized(tmp_path, models.save(tmp_path / "model", family)))
+    assert replaced(model) == list(blocks.find_blocks(model))
+    ids = ids_of(1)
+    ours = outputs(model, ids, (9, 1, 1, 4, 1))
+    with own_code(model):
+        assert apart(ours, outputs(model, ids, (9, 1, 1, 4, 1))) < 0.01
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_wirings_are_found_too(kind: str, tmp_path: Path) -> None:
+    model = load(quantized(tmp_path, architectures.save(tmp_path / "model", kind)))
+    assert replaced(model) == list(blocks.find_blocks(model))
+    ids = ids_of(1)
+    ours = outputs(model, ids, (9, 1, 1))
+    with own_code(model):
+        assert apart(ours, outputs(model, ids, (9, 1, 1))) < 0.01
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt-neox"])
+def test_other_blocks_keep_their_code(family: str, tmp_path: Path) -> None:
+    model = load_unfused(quantized(tmp_path, models.save(tmp_path / "model", family)))
+    assert compiled_blocks.replace(model) == []
+
+
+def load_unfused(folder: Path) -> Any:
+    return fb.load(folder, dtype=torch.float32)
+
+
+def test_bfloat16_and_padded_texts(llama: Path) -> None:
+    ids, mask = ids_of(2), torch.ones(2, 20, dtype=torch.int64)
+    mask[1, :4] = 0
+    for dtype, most in ((torch.float32, 0.01), (torch.bfloat16, 0.06)):
+        model = load(llama, dtype)
+        ours = outputs(model, ids, (9, 1, 1, 5), mask)
+        with own_code(model):
+            theirs = outputs(model, ids, (9, 1, 1, 5), mask)
+        # The padding itself attends to nothing, and its logits are of no use.
+        for row, start in ((0, 0), (1, 4)):
+            pairs = [
+                [each[row : row + 1, start if i == 0 else 0 :] for i, each in enumerate(x)] for x in (ours, theirs)
+            ]
+            assert apart(*pairs) < most
+
+
+WRONG: dict[str, Callable[[Wiring], Wiring]] = {
+    "scale": lambda w: replace(w, scale=w.scale * 1.5),
+    "pairs": lambda w: replace(w, pairs=NEIGHBORS),
+    "order": lambda w: replace(w, pairs=IN_ORDER),
+    "positions": lambda w: replace(w, rotated=0),
+    "activation": lambda w: replace(w, activation=1),
+    "residual": lambda w: replace(w, residual=0.9),
+    "swapped": lambda w: replace(w, qkv=(w.qkv[0],), heads=w.shared, shared=(w.heads + w.shared) // 2),
+    "norm": lambda w: replace(w, norms=[Norm(w.norms[0].weight * 1.1, 1e-6), *w.norms[1:]] if w.norms[0] else w.norms),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_wiring_is_not_used(what: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = compiled_blocks._wirings
+
+    def wrong(block: Any, dtype: torch.dtype) -> Iterator[Wiring]:
+        yield WRONG[what](next(w for w in right(block, dtype) if w.pairs == HALVES))
+
+    model = load_unfused(llama)
+    monkeypatch.setattr(compiled_blocks, "_wirings", wrong)
+    assert compiled_blocks.replace(model) == []
+    monkeypatch.undo()
+    assert compiled_blocks.replace(model) == list(blocks.find_blocks(model))
+
+
+def test_a_text_does_not_depend_on_others_or_threads(llama: Path) -> None:
+    model = load(llama)
+    ids = ids_of(3)
+    together = outputs(model.model, ids, (9, 1, 1))[1:]  # without the head, whose weight is not packed
+    cache: Any = caches.reserved(model, LENGTH)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 + before % 2)
+        with torch.inference_mode():
+            model(input_ids=ids[:, :9], **{CACHE: cache}, use_cache=True)
+            for layer in cache.layers:  # the prompt is computed by other code, whose sums depend on the batch
+                layer.whole = tuple(each[1:2].contiguous() for each in layer.whole)
+            alone = [model.model(ids[1:2, i : i + 1], **{CACHE: cache}, use_cache=True)[0] for i in (9, 10)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a[1:2], b) for a, b in zip(together, alone, strict=True))
+
+
+def test_instruction_sets_give_the_same_block(llama: Path) -> None:
+    model, lib = load(llama), native.library()
+    assert not isinstance(lib, str)
+    first = outputs(model, ids_of(1), (4, 1))
+    assert lib.fewbit_force(b"scalar") == 0
+    try:
+        assert apart(outputs(model, ids_of(1), (4, 1)), first) < 0.01
+    finally:
+        lib.fewbit_force(None)
+
+
+def runs_own_code(model: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a step of the model does not reach the library in the first block."""
+    calls: list[Tensor] = []
+    first = model.get_submodule(blocks.find_blocks(model)[0])
+    own = first.forward.__self__
+
+    def block(x: Tensor, *args: Any) -> Tensor:
+        calls.append(x)
+        return x
+
+    monkeypatch.setattr(own, "block", block)
+    outputs(model, ids_of(1), (1,))
+    monkeypatch.undo()
+    return not calls
+
+
+def test_what_was_changed_runs_its_own_code(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(llama)
+    layer = model.model.layers[0]
+    assert not runs_own_code(model, monkeypatch)
+    handle = layer.mlp.register_forward_hook(lambda *_: None)
+    assert runs_own_code(model, monkeypatch)
+    handle.remove()
+    assert not runs_own_code(model, monkeypatch)
+    with torch.no_grad():
+        layer.input_layernorm.weight.mul_(2)
+    assert runs_own_code(model, monkeypatch)
+
+
+def test_adapters_run_their_own_code(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(llama)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT uses an old name of transformers
+        get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"]))
+    assert runs_own_code(model, monkeypatch)
+
+
+def test_a_window_is_kept(tmp_path: Path) -> None:
+    model = load(quantized(tmp_path, models.save(tmp_path / "model", "gemma3")))
+    window = model.config.sliding_window
+    assert window < 20, "the text must be longer than the window"
+    ids = ids_of(1, 30)
+    parts = (20, 1, 1, 1)
+    ours = outputs(model, ids, parts)
+    with own_code(model):
+        assert apart(ours, outputs(model, ids, parts)) < 0.01
