@@ -228,10 +228,13 @@ class Skeleton:
     def materialized(self, prefix: str | None, *, as_stored: bool = False) -> Iterator[nn.Module]:
         """Inside this context, the block `prefix` has its weights. None: everything outside blocks, except the head.
 
-        as_stored: weights have the checkpoint's dtypes. On the CPU they are mapped, and may only be read.
+        as_stored: weights have the checkpoint's dtypes. On the CPU they are mapped, and may only be read. Else those of
+        a block may be overwritten: the next context has the checkpoint's again.
         """
         inside = [key for key, name in self.name_of.items() if self._belongs(name, prefix)]
         self._load(inside, as_stored=as_stored)
+        if prefix and not as_stored:
+            self._own(prefix, inside)
         for second, first in self.tied.items():  # the head is not loaded; others are, such as an encoder's embedding
             if self._belongs(first, prefix) and self._belongs(second, prefix):
                 self._set(second, self.model.get_parameter(first).data)
@@ -446,6 +449,13 @@ class Skeleton:
         if info.conversion_errors or info.mismatched_keys:
             raise FormatError(f"{self.source.folder}: {info.conversion_errors or info.mismatched_keys}")
         self.model.requires_grad_(False)
+
+    def _own(self, prefix: str, keys: list[str]) -> None:
+        """Copy loaded parameters that may be mapped: what is written into a mapping would be read again later."""
+        if self.device.type == "cpu":
+            mapped = {self.name_of[key] for key in keys if self.checkpoint.specs[key].dtype == self.dtype}
+            for name, parameter in self.model.get_submodule(prefix).named_parameters(prefix=prefix):
+                parameter.data = parameter.data.clone() if name in mapped else parameter.data
 
     def _set(self, name: str, tensor: Tensor) -> None:
         module, _, leaf = name.rpartition(".")
