@@ -34,14 +34,16 @@ from fewbit.models.outline import geometry
 from fewbit.models.provenance import provenance
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
-from fewbit.pipeline import blocks, budgeted, settled, write_folder, write_gguf
+from fewbit.pipeline import blocks, budgeted, costs, settled, write_folder, write_gguf
 from fewbit.pipeline import importances as pipeline_importances
 from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline import run as pipeline_run
+from fewbit.pipeline.divergence import divergence
 from fewbit.pipeline.job import (
     Job,
     Preview,
     fewer,
+    held_out,
     is_file,
     rarely_used,
     skeleton_of,
@@ -152,7 +154,8 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
         # The check after writing generates from these words: check their token ids now.
         words = tokenizer(report_text.FIRST_WORDS, return_tensors="pt")["input_ids"]
         texts_windows.within(words, job.source.rows, tokenizer, repr(report_text.FIRST_WORDS))
-        job, allocation = _sized(job, wanted.budget, calibration, tokenizer, progress)
+        sized = _Sized.of(job, wanted.budget, calibration, tokenizer, progress)
+        job, calibration = sized.job, sized.calibration
         preview = job.preview()
         if ranks.first():
             # The cache holds the finished blocks, and `out` the output that is made from them.
@@ -164,6 +167,7 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
         run = leaving.enter_context(pipeline_run.Run(fingerprint))
         with report_progress.blocks(progress) as tell:
             tensors = blocks.quantize_blocks(job.settled, inputs, run, tell, tuning)
+        allocation = sized.measured(run, progress)
 
         def published() -> Quantized:
             weights = sum(prod(t.shape) for t in tensors)
@@ -246,28 +250,49 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
             return ranks.run_on_first(published)
 
 
-def _sized(
-    job: Job,
-    budget: Budget,
-    calibration: Calibration,
-    tokenizer: Any,
-    progress: bool | pipeline_progress.Progress | None,
-) -> tuple[Job, Allocation | None]:
-    """The job with widths chosen for a budget, and what was chosen. Without a budget, the same job.
+@dataclass(frozen=True)
+class _Sized:
+    """A job with widths chosen for a budget; what was chosen, None without a budget. calibration: without the windows
+    that are held out."""
 
-    PlanError, before any work, if the smallest output is above the budget.
-    """
-    if not budget.given:
-        return job, None
-    beside = 0
-    if budget.fit is not None:
-        use = use_of(job.source.context, budget.context)
-        shape = geometry(job.settled.skeleton.config, job.source.context)
-        beside = cache_bytes(shape, use) + activation_peak(shape, use, packed=True)
-    choice = budgeted.Choice.of(job, budget, job.header(tokenizer), beside)
-    tokens, _ = windows(calibration, job.source, tokenizer)
-    with report_progress.costs(progress) as tell:
-        return budgeted.chosen(job, choice, tokens, tell)
+    job: Job
+    calibration: Calibration
+    allocation: Allocation | None = None
+    held_out: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        job: Job,
+        budget: Budget,
+        calibration: Calibration,
+        tokenizer: Any,
+        progress: bool | pipeline_progress.Progress | None,
+    ) -> _Sized:
+        """Without a budget, the same job. PlanError, before any work, if the smallest output is above the budget."""
+        if not budget.given:
+            return cls(job, calibration)
+        beside = 0
+        if budget.fit is not None:
+            use = use_of(job.source.context, budget.context)
+            shape = geometry(job.settled.skeleton.config, job.source.context)
+            beside = cache_bytes(shape, use) + activation_peak(shape, use, packed=True)
+        choice = budgeted.Choice.of(job, budget, job.header(tokenizer), beside)
+        calibration, held = held_out(calibration, job.source, tokenizer)
+        tokens, _ = windows(calibration, job.source, tokenizer)
+        fewer_samples = min(calibration.samples, costs.samples(tokens.shape[1]))
+        inputs, _ = job.inputs(replace(calibration, samples=fewer_samples), tokenizer)
+        texts = budgeted.Texts(inputs, tokens, held)
+        with report_progress.costs(progress) as tell:
+            job, allocation = budgeted.chosen(job, choice, texts, tell)
+        return cls(job, calibration, allocation, held)
+
+    def measured(self, run: pipeline_run.Run, progress: bool | pipeline_progress.Progress | None) -> Allocation | None:
+        """What was chosen, with the KL divergence of the weights of `run`."""
+        if self.allocation is None or self.held_out is None:
+            return None
+        with report_progress.phase("measuring the KL divergence", progress):
+            return self.allocation.with_measured(divergence(self.job.settled, run, self.held_out))
 
 
 @checked
@@ -298,8 +323,8 @@ def preview(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if job.single_file:
         job.header(tokenizer)
-    job, allocation = _sized(job, budget or Budget(), arguments.calibrated(calibration), tokenizer, progress)
-    return replace(job.preview(), allocation=allocation)
+    sized = _Sized.of(job, budget or Budget(), arguments.calibrated(calibration), tokenizer, progress)
+    return replace(sized.job.preview(), allocation=sized.allocation)
 
 
 @checked

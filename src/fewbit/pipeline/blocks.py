@@ -103,7 +103,7 @@ def _all_blocks(
                 new = _save(run, index, _quantize_block(settled, block, inputs, tuning))
             else:
                 new = saved[1]
-                _restore_block(settled, block, saved[0])
+                restore(settled, block, saved[0])
             if name != skeleton.blocks[-1]:
                 block.replay()
         add(new, saved)
@@ -170,7 +170,7 @@ def _tune(
     tensors, reports = done
     assert block.original is not None
     problem = Problem(block, block.original.outputs)
-    tuned = tune(problem, {name: _read(settled, name, tensors) for name in reports}, originals, how)
+    tuned = tune(problem, {name: read(settled, name, tensors) for name in reports}, originals, how)
     gain, notes = 0.0, tuned.notes
     if tuned.weights is not None:
         before, new = problem.measured(), dict[str, Tensor]()
@@ -244,10 +244,10 @@ def _replace_weights(
 
 def _dequantize_into(settled: Settled, block: Block, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Overwrite the weight of a linear of a materialized block with that of its `tensors` in the output."""
-    block.skeleton.replace_weight(name, _read(settled, name, tensors).dequantize())
+    block.skeleton.replace_weight(name, read(settled, name, tensors).dequantize())
 
 
-def _read(settled: Settled, name: str, tensors: Mapping[str, Tensor]) -> QTensor:
+def read(settled: Settled, name: str, tensors: Mapping[str, Tensor]) -> QTensor:
     """The weight of a linear from its `tensors` in the output, on the device of the model."""
     assignment, device = settled.resolved.assignments[name], settled.skeleton.device
     suffixes = settled.resolved.format.specs(assignment.shape, assignment.scheme)
@@ -337,7 +337,7 @@ def _report(assignment: Assignment, weight: QTensor, lost: Lost, stats: Stats | 
     )
 
 
-def _restore_block(settled: Settled, block: Block, tensors: Tensors) -> None:
+def restore(settled: Settled, block: Block, tensors: Tensors) -> None:
     """Give a materialized block the weights of a result that was saved earlier."""
     assignments = settled.resolved.assignments
     for name in block.skeleton.linears(block.name):

@@ -3,6 +3,9 @@
 The size is counted as the user asked: bits of quantized weights (`bits`), bytes in files (`size`), or bytes in memory
 (`fit`). Only the quantized weights have a choice. For what headers and the record of a file take, an upper bound is
 counted, because the record is written last.
+
+The sum of costs is too low a prediction. So two other allocations, which depend on the model and the plan alone, are
+quantized and measured on held-out windows: `plans/correction.py` makes the prediction of them.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,18 +25,24 @@ from fewbit.formats.containers import gguf
 from fewbit.models.gguf.header import Header
 from fewbit.nn.choose import expected
 from fewbit.pipeline import costs, sizes, write_gguf
+from fewbit.pipeline.blocks import quantize_blocks
 from fewbit.pipeline.capture import Inputs
-from fewbit.pipeline.costs import Costs, Told
+from fewbit.pipeline.costs import Costs
+from fewbit.pipeline.divergence import divergence
 from fewbit.pipeline.job import Job
-from fewbit.pipeline.run import fingerprint
+from fewbit.pipeline.progress import Progress, Step
+from fewbit.pipeline.run import Run, fingerprint
 from fewbit.pipeline.settled import Settled
 from fewbit.plans import allocation
 from fewbit.plans.allocation import Option, Unit
 from fewbit.plans.budget import Allocation, Budget, Point
+from fewbit.plans.correction import Correction
 from fewbit.schemes.base import Scheme, parse
-from fewbit.system import machine
+from fewbit.system import machine, ranks
+from fewbit.texts.windows import digest
 
 _POINTS = 12  # of the curve
+_MEASURED = 1 / 24, 1 / 3  # allocations that are measured: shares of the way from the fewest bytes to the most
 _ENTRY = 160  # bytes of a tensor in the header of a safetensors file, beyond its name
 _REPORT, _RECORD = 700, 20_000  # bytes of a weight in the record, and of the rest of the record
 
@@ -118,8 +127,8 @@ class Choice:
             every.append((Unit(name, tuple(options)), modules))
         return every
 
-    def point(self, schemes: Mapping[str, str], kl: float) -> Point:
-        """The size and the loss if each module has its scheme."""
+    def point(self, schemes: Mapping[str, str], kl: float, total: float) -> Point:
+        """The size and the loss if each module has its scheme. total: the sum of their costs."""
         assignments = self.settled.resolved.assignments
         of = {module: {str(scheme): scheme for scheme in self.widths[module]} for module in schemes}
         chosen = {module: of[module][scheme] for module, scheme in schemes.items()}
@@ -131,48 +140,67 @@ class Choice:
             self.unquantized + files,
             kl,
             kinds.pop() if len(kinds) == 1 else "",
+            costs=total,
         )
 
 
-def chosen(job: Job, choice: Choice, tokens: Tensor, tell: Told) -> tuple[Job, Allocation]:
+class Told(Protocol):
+    """Called when `done` of `total` steps are done. what: what is counted, unless it is the costs."""
+
+    def __call__(self, done: int, total: int, *, what: str = "") -> None: ...
+
+
+@dataclass(frozen=True)
+class Texts:
+    """inputs: what the measured allocations are quantized with, as many windows as costs are measured on. windows:
+    calibration windows of token ids [n, length]. held_out: those that the allocations are measured on."""
+
+    inputs: Inputs
+    windows: Tensor
+    held_out: Tensor
+
+
+def chosen(job: Job, choice: Choice, texts: Texts, tell: Told) -> tuple[Job, Allocation]:
     """The job with the plan whose output has the size of the budget at the least predicted loss.
 
-    tokens: calibration windows. The second value says what was chosen.
+    The second value says what was chosen. PlanError if there are several processes.
     """
+    if ranks.size() > 1:
+        raise PlanError(
+            "widths are chosen by one process",
+            "Run once without torchrun and with `--dry-run --json`, and give its plan to the processes.",
+        )
     found = costs.cached(
         job.settled,
         choice.widths,
-        fingerprint(job.settled, Inputs(tokens, job.importance), machine.versions()),
-        lambda: costs.measured(job.settled, choice.widths, tokens, job.importance, tell),
+        fingerprint(job.settled, Inputs(texts.windows, job.importance), machine.versions()),
+        lambda: costs.measured(job.settled, choice.widths, texts.windows, job.importance, tell),
     )
     every = choice.units(found)
     plain = [unit for unit, _ in every]
+    measured = _measured(job, choice, found, texts, tell)
+    correction = Correction.of([(point.costs, point.measured or 0.0) for point in measured])
 
-    def spread(options: Sequence[Option]) -> tuple[dict[str, str], float]:
-        schemes = {m: option.scheme for option, (_, modules) in zip(options, every, strict=True) for m in modules}
-        return schemes, sum(option.loss for option in options)
+    def point(schemes: Mapping[str, str], total: float) -> Point:
+        return choice.point(schemes, correction(total), total)
 
-    schemes, kl = spread(allocation.allocate(plain, choice.room))
-    here = replace(choice.point(schemes, kl), chosen=True)
+    schemes, total = _spread(every, allocation.allocate(plain, choice.room))
+    here = replace(point(schemes, total), chosen=True)
     low, high = allocation.smallest(plain), allocation.largest(plain)
     points = [
-        choice.point(*spread(allocation.allocate(plain, low + (high - low) * i // (_POINTS - 1))))
+        point(*_spread(every, allocation.allocate(plain, low + (high - low) * i // (_POINTS - 1))))
         for i in range(_POINTS)
     ]
     for kind in dict.fromkeys(option.scheme for unit in plain for option in unit.options):
         same = [next((o for o in unit.options if o.scheme == kind), None) for unit in plain]
         if all(option is not None for option in same):
-            points.append(choice.point(*spread([option for option in same if option is not None])))
+            points.append(point(*_spread(every, [option for option in same if option is not None])))
     notes = []
     if choice.room > high:
         notes.append(f"{choice.budget} is above the largest output, which takes {choice.said(high)}: that one is made")
     if slow := sorted({scheme for module, scheme in schemes.items() if _slow(job.settled, module, scheme)}):
         notes.append(f"fewbit has no fast kernel for {', '.join(slow)}: other runtimes run this output faster")
-    resolved = job.settled.resolved
-    plan = allocation.planned(resolved.plan, schemes, resolved.kept)
-    plan = replace(plan, name=f"{plan.name} with {str(choice.budget).strip('`').replace('=', ' ')}")
-    settled = Settled.of(job.settled.skeleton, plan)
-    settled.check_plan()
+    settled = _settled(job, schemes, str(choice.budget).strip("`").replace("=", " "))
     before = job.settled.on_the_source()
     kept = [note for note in job.notes if note not in before]
     counts: dict[str, int] = {}
@@ -180,15 +208,75 @@ def chosen(job: Job, choice: Choice, tokens: Tensor, tell: Told) -> tuple[Job, A
         counts[scheme] = counts.get(scheme, 0) + 1
     done = Allocation(
         asked=str(choice.budget).strip("`"),
-        kl=kl,
+        kl=here.kl,
         bits=here.bits,
         output_bytes=here.output_bytes,
         schemes=dict(sorted(counts.items(), key=lambda each: -each[1])),
         tokens=found.tokens,
-        curve=tuple(sorted({here, *(p for p in points if replace(p, chosen=True) != here)}, key=_by_size)),
+        curve=_curve(here, [replace(each, kl=correction(each.costs)) for each in measured], points),
         notes=tuple(notes),
+        costs=total,
+        factor=correction.factor,
+        exponent=correction.exponent,
+        least=correction.least,
+        held_out=texts.held_out.numel(),
     )
     return replace(job, settled=settled, notes=[*kept, *settled.on_the_source(), *notes]), done
+
+
+def _measured(job: Job, choice: Choice, found: Costs, texts: Texts, tell: Told) -> list[Point]:
+    """Allocations at `_MEASURED`, quantized as an output is and measured on the held-out windows.
+
+    They depend on the model and the plan alone, and are kept in the cache: another size needs no second measurement.
+    """
+    every = replace(choice, budget=Budget(bits=1.0)).units(found)
+    plain = [unit for unit, _ in every]
+    low, high = allocation.smallest(plain), allocation.largest(plain)
+    points: dict[int, Point] = {}
+    for number, share in enumerate(_MEASURED, 1):
+        schemes, total = _spread(every, allocation.allocate(plain, low + int((high - low) * share)))
+        settled = _settled(job, schemes, "")
+        known = fingerprint(settled, texts.inputs, machine.versions())
+
+        def told(step: Step, what: str = f"block, output {number} of {len(_MEASURED)} to measure") -> None:
+            tell(step.done, step.total, what=what)
+
+        def measure(settled: Settled = settled, known: str = known, told: Progress = told) -> float:
+            with Run(known) as run:
+                quantize_blocks(settled, texts.inputs, run, told)
+                kl = divergence(settled, run, texts.held_out)
+                run.forget()
+            return kl
+
+        kl = costs.kept(f"{known} {digest(texts.held_out)}", measure)
+        point = choice.point(schemes, 0.0, total)
+        points[point.output_bytes] = replace(point, measured=kl)
+    return list(points.values())
+
+
+def _spread(every: Sequence[tuple[Unit, list[str]]], options: Sequence[Option]) -> tuple[dict[str, str], float]:
+    """Module -> its scheme, if each unit has its option; and the sum of costs."""
+    schemes = {m: option.scheme for option, (_, modules) in zip(options, every, strict=True) for m in modules}
+    return schemes, sum(option.loss for option in options)
+
+
+def _settled(job: Job, schemes: Mapping[str, str], said: str) -> Settled:
+    """The job's plan with these schemes. said: what its name says of them."""
+    resolved = job.settled.resolved
+    plan = allocation.planned(resolved.plan, schemes, resolved.kept)
+    settled = Settled.of(job.settled.skeleton, replace(plan, name=f"{plan.name} with {said}"))
+    settled.check_plan()
+    return settled
+
+
+def _curve(here: Point, measured: Sequence[Point], points: Sequence[Point]) -> tuple[Point, ...]:
+    """All points by size, each once: those that say the most come first."""
+    found: dict[tuple[float, int, float], Point] = {}
+    for point in (here, *measured, *points):
+        key = point.bits, point.output_bytes, point.costs
+        have = found.setdefault(key, point)
+        found[key] = replace(have, measured=have.measured if have.measured is not None else point.measured)
+    return tuple(sorted(found.values(), key=_by_size))
 
 
 def _slow(settled: Settled, module: str, scheme: str) -> bool:

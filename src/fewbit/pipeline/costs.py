@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +31,11 @@ from fewbit.pipeline.settled import Settled
 from fewbit.plans.plan import Assignment
 from fewbit.schemes.base import Scheme, chunk_rows
 from fewbit.stats import Need, Stats
-from fewbit.system import ranks
 from fewbit.system.cache import cache_folder
 from fewbit.system.files import read_json, write_json
 
 TOKENS = 16384  # of the calibration text
+
 Told = Callable[[int, int], None]  # steps done, of all steps
 
 
@@ -46,6 +47,11 @@ class Costs:
     of: Mapping[str, Mapping[str, float]]
     units: Mapping[str, str]
     tokens: int
+
+
+def samples(length: int) -> int:
+    """The number of windows of `length` tokens that costs are measured on."""
+    return max(1, TOKENS // length)
 
 
 def widths(settled: Settled) -> dict[str, list[Scheme]]:
@@ -82,18 +88,36 @@ def cached(settled: Settled, options: Mapping[str, Sequence[Scheme]], key: str, 
     """The costs in the cache, or else those that `measure` returns. key: a digest of everything that determines them,
     except the options."""
     spelled = json.dumps({module: [str(s) for s in schemes] for module, schemes in options.items()})
-    digest = hashlib.sha256(f"{key} {spelled} {TOKENS}".encode()).hexdigest()[:32]
-    place = cache_folder() / "costs" / f"{digest}.json"
+    place = _place(f"{key} {spelled} {TOKENS}")
     try:
         found = read_json(place)
         return Costs(found["of"], found["units"], found["tokens"])
     except (OSError, FormatError, KeyError, TypeError):
         costs = measure()
+    _keep(place, asdict(costs))
+    return costs
+
+
+def kept(key: str, measure: Callable[[], float]) -> float:
+    """A KL divergence in the cache, or else the one that `measure` returns. key: everything that determines it."""
+    place = _place(key)
+    try:
+        return float(read_json(place)["kl"])
+    except (OSError, FormatError, KeyError, TypeError, ValueError):
+        kl = measure()
+    _keep(place, {"kl": kl})
+    return kl
+
+
+def _place(key: str) -> Path:
+    return cache_folder() / "costs" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def _keep(place: Path, found: Mapping[str, Any]) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     hidden = place.with_suffix(".part")
-    write_json(hidden, asdict(costs))
+    write_json(hidden, dict(found))
     hidden.rename(place)
-    return costs
 
 
 def measured(
@@ -107,12 +131,7 @@ def measured(
 
     importance: linear -> statistics that replace those of the windows.
     """
-    if ranks.size() > 1:
-        raise PlanError(
-            "widths are chosen by one process",
-            "Run once without torchrun and with `--dry-run --json`, and give its plan to the processes.",
-        )
-    tokens = tokens[: max(1, TOKENS // tokens.shape[1])]
+    tokens = tokens[: samples(tokens.shape[1])]
     steps = 2 * len(settled.skeleton.blocks) + 1
     done = iter(range(1, steps + 1))
     sweep = Sweep(settled.skeleton, tokens, lambda: tell(next(done), steps))

@@ -36,7 +36,7 @@ from fewbit.models.skeleton import Skeleton
 from fewbit.pipeline.capture import Block, Inputs, captured
 
 CLIP = 0.999  # quantile of s
-_LOGITS = 1 << 27  # entries of logits that are computed at once
+LOGITS = 1 << 27  # entries of logits that are computed at once
 _SEED = 0  # of the sampled labels
 
 
@@ -84,7 +84,7 @@ class Sweep:
     def __init__(self, skeleton: Skeleton, tokens: Tensor, tell: Callable[[], None] = lambda: None) -> None:
         self.skeleton, self.tokens = skeleton, tokens
         vocabulary: int = skeleton.config.get_text_config().vocab_size
-        inputs = Inputs(tokens, most=max(1, _LOGITS // (tokens.shape[1] * vocabulary)))
+        inputs = Inputs(tokens, most=max(1, LOGITS // (tokens.shape[1] * vocabulary)))
         self.batches: list[Tensor] = list(tokens.split(inputs.at_once))
         states, self.calls = captured(skeleton, inputs)
         self.hidden: dict[str, list[Tensor]] = {}

@@ -45,6 +45,8 @@ _IN_GGUF = re.compile(
     r"|LICENSE.*|generation_config\.json"
 )
 
+HELD_OUT = 4096  # tokens that outputs of a chosen size are measured on
+
 
 @dataclass
 class Job:
@@ -177,6 +179,20 @@ def windows(wanted: Calibration, source: Source, tokenizer: Any) -> tuple[Tensor
         "length": length,
         "seed": wanted.seed,
     }
+
+
+def held_out(wanted: Calibration, source: Source, tokenizer: Any) -> tuple[Calibration, Tensor]:
+    """Calibration without some windows of its text, and these windows [n, length], of about `HELD_OUT` tokens.
+
+    They are windows that `wanted` would not use, if the text has enough of them. Else an eighth of all is held out. A
+    text of one window has no other, and that one is returned.
+    """
+    length = min(wanted.length, source.context)
+    more = -(-HELD_OUT // length)
+    tokens, _ = windows(replace(wanted, samples=wanted.samples + more), source, tokenizer)
+    held = min(more, max(len(tokens) - wanted.samples, len(tokens) // 8, min(1, len(tokens) - 1)))
+    fitted = min(wanted.samples, len(tokens) - held)
+    return replace(wanted, samples=fitted), tokens[len(tokens) - held :] if held else tokens
 
 
 def evaluated(

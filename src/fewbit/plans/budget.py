@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fewbit import checks
 from fewbit.brief import brief
@@ -54,14 +54,20 @@ class Budget(Settings):
 @brief
 @dataclass(frozen=True)
 class Point:
-    """A choice of widths: bits per quantized weight, bytes of all tensors in files, predicted KL divergence in nats per
-    token. what: the scheme that all weights have, if they have the same one; empty otherwise. chosen: the one used."""
+    """A choice of widths: bits per quantized weight, bytes of all tensors in files, KL divergence in nats per token.
+
+    kl: as predicted. costs: the sum of the weights' costs, which `kl` is computed from. measured: on held-out windows;
+    None if it was not measured. what: the scheme that all weights have, if they have the same one; empty otherwise.
+    chosen: the one used.
+    """
 
     bits: float
     output_bytes: int
     kl: float
     what: str = ""
     chosen: bool = False
+    costs: float = 0.0
+    measured: float | None = None
 
 
 @brief
@@ -69,9 +75,11 @@ class Point:
 class Allocation:
     """The widths that were chosen for a size.
 
-    asked: the size. kl: the predicted KL divergence from the original in nats per token, on the calibration text.
-    schemes: scheme -> number of weights. bits, output_bytes: as in `Point`. tokens: measured for the prediction.
-    curve: other sizes, and plans of one width, by size.
+    asked: the size. kl: the predicted KL divergence from the original in nats per token. measured: that of the output
+    on held-out windows of the calibration text; None in a preview. costs: the sum of the weights' costs. factor,
+    exponent, least: the curve that gives `kl` for `costs` (`plans/correction.py`), through measured points of `curve`.
+    schemes: scheme -> number of weights. bits, output_bytes: as in `Point`. tokens: the costs were measured on so many.
+    held_out: the points were measured on so many. curve: other sizes, and plans of one width, by size.
     """
 
     asked: str
@@ -82,3 +90,14 @@ class Allocation:
     tokens: int
     curve: tuple[Point, ...]
     notes: tuple[str, ...] = ()
+    costs: float = 0.0
+    factor: float = 1.0
+    exponent: float = 1.0
+    least: float = 0.0
+    held_out: int = 0
+    measured: float | None = None
+
+    def with_measured(self, kl: float) -> Allocation:
+        """A copy that says what was measured of the output."""
+        curve = tuple(replace(point, measured=kl) if point.chosen else point for point in self.curve)
+        return replace(self, measured=kl, curve=curve)

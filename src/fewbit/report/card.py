@@ -165,7 +165,13 @@ def _loss(record: Mapping[str, Any]) -> Iterator[str]:
         yield "\n".join(["| | value | 95 % interval |", "|---|---|---|", *_quality(loss)])
         if tasks := loss.get("tasks"):
             yield "\n".join(["| task | value ± standard error | original |", "|---|---|---|", *map(_task, tasks)])
-    if not measured:
+    if (sized := record.get("allocation")) and sized.get("measured") is not None:
+        before = ", before it was tuned end to end" if record.get("tuned") else ""
+        yield (
+            f"KL divergence at this size, in nats per token: predicted {sized['kl']:.3g}, measured "
+            f"{sized['measured']:.3g} on {sized['held_out']:,} held-out tokens of the calibration text{before}."
+        )
+    elif not measured:
         yield "It was not measured."
 
 

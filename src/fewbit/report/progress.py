@@ -231,10 +231,12 @@ def windows(progress: bool | Callable[[int, int], None] | None) -> Iterator[Call
 
 
 @contextmanager
-def costs(progress: bool | Callable[..., None] | None) -> Iterator[Callable[[int, int], None]]:
-    """Progress over the blocks of the model while their costs at each width are measured: forwards, then backwards."""
+def costs(progress: bool | Callable[..., None] | None) -> Iterator[Callable[..., None]]:
+    """Progress over the blocks of the model while their costs at each width are measured: forwards, then backwards.
+
+    Then over those of outputs that are measured."""
     if callable(progress):
-        yield lambda done, total: None
+        yield lambda done, total, what="": None
         return
     with _bar("cost of each width", progress) as bar:
         yield bar

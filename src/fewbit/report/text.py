@@ -71,7 +71,7 @@ def quantized(done: Quantized) -> None:
     out.print(table)
     if done.allocation is not None:
         allocation(done.allocation)
-        _say("`fewbit evaluate` measures the KL divergence on other text.")
+        _say("`fewbit evaluate` measures on other text, with an interval.")
     _say(f"The largest error is {worst.error:.2e} in {worst.module}.")  # an expert's name is too long for the table
     sample = f' It continues "{FIRST_WORDS}" with "{done.sample.strip()}".' if done.sample else ""
     if done.sample is not None:  # else a note says why it was not run
@@ -174,12 +174,21 @@ def allocation(done: Allocation) -> None:
     """The widths that were chosen for a size, and the loss at other sizes."""
     kinds = ", ".join(f"{scheme} in {count}" for scheme, count in done.schemes.items())
     asked = in_flags(f"`{done.asked}`")
-    _say(f"Widths for {asked}: {kinds} weights. Predicted KL divergence: {done.kl:.3g} nats per token.")
-    table = grid("size and predicted loss", "", "bits per weight", "weights in files", "KL", numbers=(1, 2, 3))
+    measured = "" if done.measured is None else f", measured {done.measured:.3g}"
+    _say(f"Widths for {asked}: {kinds} weights. KL divergence: predicted {done.kl:.3g}{measured} nats per token.")
+    table = grid(
+        "size and loss", "", "bits per weight", "weights in files", "KL predicted", "measured", numbers=(1, 2, 3, 4)
+    )
     for point in done.curve:
         what = "chosen" if point.chosen else f"all {point.what}" if point.what else "mixed"
-        table.add_row(what, f"{point.bits:.3f}", size(point.output_bytes), f"{point.kl:.4g}")
+        of_point = "" if point.measured is None else f"{point.measured:.4g}"
+        table.add_row(what, f"{point.bits:.3f}", size(point.output_bytes), f"{point.kl:.4g}", of_point)
     out.print(table)
+    ratio = done.kl / done.costs if done.costs else 1.0
+    _say(
+        f"Measured: on {done.held_out:,} held-out tokens of the calibration text. Predicted: at the chosen size "
+        f"{ratio:.3g} times the sum of the weights' costs, by the measured points."
+    )
 
 
 def preview(shown: Preview) -> None:
