@@ -254,3 +254,31 @@ def test_kernels_that_round_count_only_where_allowed(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("FEWBIT_ACTIVATIONS", activations)
         found[activations] = recommending.kernel("int3-g64", "cpu"), recommending.kernel("int3-g64", "cpu", here=False)
     assert found == {"exact": ("cpu_exact", "cpu"), "": ("cpu", "cpu")}
+
+
+@pytest.mark.parametrize("name", ["q4_k_m", "q3_k_m", "q2_k"])
+def test_chosen_types_are_proposed_at_equal_bytes(name: str) -> None:
+    """The prior was measured at the size of the plan, and the command asks for no more."""
+    estimated = fewbit.estimate("tiny")
+    row = next(each for each in estimated.plans if each.plan == name)
+    prior = recommending.priors()["sizes"]["plans"][name]
+    assert prior["bits"] == pytest.approx(row.bits, abs=1e-3)
+    found = recommending._sized(recommending._candidate(row, 0, None, {}, "cpu"), estimated)
+    assert found is not None
+    assert row.bits - 1e-3 < found.bits <= row.bits
+    assert found.command == f"fewbit quantize tiny -o tiny-{name}.gguf --plan {name} --bits {found.bits:g}"
+    assert found.kl.high < found.kl_of_plan.low
+    if name == "q4_k_m":
+        assert asked("edge").sized == found
+
+
+@pytest.mark.parametrize("purpose", ["serving", "finetuning", "experiment"])
+def test_nothing_is_proposed_that_was_not_better(purpose: str) -> None:
+    assert asked(purpose).sized is None
+
+
+def test_overlapping_intervals_are_no_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    priors = json.loads(json.dumps(recommending.priors()))
+    priors["sizes"]["plans"]["q4_k_m"]["interval"] = [0.01, 0.016]
+    monkeypatch.setattr(recommending, "priors", lambda: priors)
+    assert asked("edge").sized is None

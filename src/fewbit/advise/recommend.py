@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,28 @@ class Candidate:
     decode_interval: Interval | None = None
 
 
+@dataclass(frozen=True)
+class Sized:
+    """The best plan with types that `quantize --bits` chooses for each tensor, at no more bytes than the plan takes.
+
+    kl: the KL divergence of the chosen types, kl_of_plan: that of the plan's own, both measured `where`. command: makes
+    it.
+    """
+
+    bits: float
+    kl: Interval
+    kl_of_plan: Interval
+    where: str
+    command: str
+
+
 @brief
 @dataclass(frozen=True)
 class Recommendation:
     """The ranked plans (`ranked`, the best first) and the excluded ones. `rule`, `why` and `source`: the common
     advice for the purpose. `ranked_by`: what decided among plans. `contradictions`: where numbers say otherwise.
-    `speeds`: where tokens/s come from, or why there are none."""
+    `speeds`: where tokens/s come from, or why there are none. `sized`: the best plan with types that are chosen for its
+    size; None if that was not measured to lose less."""
 
     model: str
     purpose: str
@@ -79,6 +96,7 @@ class Recommendation:
     notes: tuple[str, ...]
     commands: tuple[str, ...]
     speeds: str
+    sized: Sized | None = None
 
     @property
     def best(self) -> Candidate:
@@ -93,7 +111,9 @@ def rules() -> dict[str, Any]:
 
 @cache
 def priors() -> dict[str, Any]:
-    """priors.json: `where` it was measured, and plan -> KL divergence with its interval."""
+    """priors.json: `where` it was measured, and plan -> KL divergence with its interval.
+
+    `sizes`: the same for types that were chosen for the size of the plan."""
     return dict(json.loads((Path(__file__).parent / "priors.json").read_text(encoding="utf-8")))
 
 
@@ -193,6 +213,7 @@ def recommend(
         ),
         commands=tuple(_commands(ranked, estimated, purpose, runtime, measured)),
         speeds=_speeds(ranked, measured, estimated.model),
+        sized=_sized(ranked[0], estimated),
     )
 
 
@@ -394,12 +415,33 @@ def _notes(
     return notes
 
 
+def _sized(best: Candidate, estimated: Estimate) -> Sized | None:
+    """What `--bits` makes of the best plan at the same size, if that was clearly better where it was measured."""
+    sizes = priors()["sizes"]
+    if (found := sizes["plans"].get(best.plan)) is None:
+        return None
+    kl, of_plan = Interval(found["kl"], *found["interval"]), Interval(found["of_plan"], *found["interval_of_plan"])
+    if kl.high >= of_plan.low:
+        return None
+    bits = floor(best.bits * 1000) / 1000  # the output is no larger than the plan's
+    command = f"fewbit quantize {estimated.model} -o {_out(best, estimated)} --plan {best.plan} --bits {bits:g}"
+    return Sized(bits, kl, of_plan, sizes["where"], command)
+
+
+def _name(estimated: Estimate) -> str:
+    model = estimated.model
+    return Path(model).parent.name if model.endswith("config.json") else model.rstrip("/").rpartition("/")[2]
+
+
+def _out(best: Candidate, estimated: Estimate) -> str:
+    return f"{_name(estimated) or 'model'}-{best.plan}" + (".gguf" if best.format == "gguf" else "")
+
+
 def _commands(
     ranked: list[Candidate], estimated: Estimate, purpose: str, runtime: str | None, measured: Comparison | None
 ) -> list[str]:
     best, model = ranked[0], estimated.model
-    name = Path(model).parent.name if model.endswith("config.json") else model.rstrip("/").rpartition("/")[2]
-    out = f"{name or 'model'}-{best.plan}" + (".gguf" if best.format == "gguf" else "")
+    name, out = _name(estimated), _out(best, estimated)
     lines = []
     if measured is None and len(ranked) > 1:
         plans = ",".join(["bf16", *(c.plan for c in ranked[:4])])

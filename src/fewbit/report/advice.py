@@ -115,6 +115,14 @@ def recommendation(done: Recommendation) -> None:
         _say(f"not {c.plan}: {c.excluded}")
     for note in done.notes:
         _say(f"note: {note}")
+    if (sized := done.sized) is not None:
+        _say(
+            f"Types chosen for each tensor lose less at the same size, {sized.bits:g} bits: KL divergence "
+            f"{sized.kl.value:.3g} against {sized.kl_of_plan.value:.3g}, a prior: measured on the embedded model. "
+            "This command takes longer, and says what it measured on this model:"
+        )
+        tables.verbatim(text.out, f"  {sized.command}")
+        _say("With --fit in place of --bits, it uses all of a memory.")
     _say("Run:")
     for command in done.commands:
         tables.verbatim(text.out, f"  {command}")
