@@ -476,3 +476,13 @@ def test_adapting_a_scheme_of_one_group_size(scheme: str, columns: int) -> None:
     assert [note for note in settled.notes if note.startswith("odd stays as it is: ")] == (
         [] if fits else [f"odd stays as it is: groups of {parse(scheme).group} do not divide {columns} columns"]
     )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method", "said"),
+    [("iq2_xs", "rtn", True), ("iq2_xs", "imatrix", False), ("iq2_xs", "gptq", False), ("iq3_s", "rtn", False)],
+)
+def test_types_that_need_importances_are_noted(scheme: str, method: str, said: bool) -> None:
+    notes = resolve(Plan("p", "gguf", (Rule("*", scheme, method),)), LARGE).notes
+    expected = f"{len(LARGE)} weights become iq2_xs without an importance matrix, which llama-quantize refuses"
+    assert [note.startswith(expected) for note in notes] == [True] * said

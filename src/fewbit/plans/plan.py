@@ -27,6 +27,7 @@ from fewbit.system.files import read_json
 
 _WITHOUT_INPUTS = "imatrix"  # the method for weights without input statistics; it then weights all columns equally
 _GGUF = "Use the format gguf and an `out` that ends in .gguf."
+_WITH_IMPORTANCES = ("iq2_xxs", "iq2_xs", "iq2_s")  # llama.cpp quantizes to these with an importance matrix only
 _SMALLEST_GROUP = 32  # the smallest group size that other projects' kernels support
 
 
@@ -336,6 +337,13 @@ def resolve(
         notes.append(
             "activations stay in 16 bits: to round them, servers need the largest inputs in a calibration text, and "
             f"the method {name_of(wanted[blind[0]].method)} measures none; imatrix and gptq do"
+        )
+    coarse = [m for m, a in wanted.items() if str(a.scheme) in _WITH_IMPORTANCES and a.method.needs == Need.NOTHING]
+    if coarse:
+        kinds = ", ".join(sorted({str(wanted[m].scheme) for m in coarse}))
+        notes.append(
+            f"{len(coarse)} weights become {kinds} without an importance matrix, which llama-quantize refuses: they "
+            f"lose much without one. The method {name_of(wanted[coarse[0]].method)} uses none; imatrix and gptq do"
         )
     if plan.adapt:
         wanted, adapted = _adapt(wanted, format)
