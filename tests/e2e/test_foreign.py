@@ -109,6 +109,26 @@ def test_bits_by_module(made: dict[str, Path], tmp_path: Path) -> None:
     read_alike(copied(made["4"], tmp_path / "extra", config, mixed), logits(folder))
 
 
+@pytest.mark.parametrize(
+    ("form", "scheme"), [("gptq", "int4-row"), ("gptq", "int4-g32-sym"), ("awq", "int4-g32"), ("fp8", "fp8-tensor")]
+)
+def test_defaults_of_transformers_change_nothing(form: str, scheme: str, tmp_path: Path) -> None:
+    """transformers gives each key that a config lacks a default, and saves that."""
+    model = models.save(tmp_path / "model", "llama", hidden_size=256, intermediate_size=256)
+    fewbit.quantize(model, tmp_path / "out", plan=Plan("p", form, (Rule("*", scheme),)), device="cpu")
+    config, without = quantization(tmp_path / "out"), 0
+    for key in config.keys() - {"quant_method"}:
+        folder = copied(tmp_path / "out", tmp_path / key, {name: config[name] for name in config.keys() - {key}})
+        try:
+            wanted = logits(folder)
+        except FormatError:
+            continue
+        fewbit.load(folder, device="cpu").save_pretrained(folder / "again")
+        assert torch.equal(logits(folder / "again"), wanted), key
+        without += 1
+    assert without > 2
+
+
 def auto_round(packing: str) -> dict[str, Any]:
     return {"quant_method": "auto-round", "packing_format": packing, "bits": 4, "group_size": 32, "sym": True}
 

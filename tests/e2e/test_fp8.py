@@ -124,6 +124,8 @@ def test_scales_of_activations_are_saved_again(tmp_path: Path) -> None:
     found = models.tensors_of(tmp_path / "again")
     assert found.keys() == models.tensors_of(packed).keys()
     assert any(name.endswith("activation_scale") for name in found)
+    assert "weight_block_size" not in config_of(packed)
+    assert fewbit.inspect(tmp_path / "again").schemes == {"fp8-tensor": 14}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e8m0fnu])

@@ -48,6 +48,7 @@ class FP8Blocks(Format):
     readers: ClassVar[str] = "vLLM, SGLang, transformers"
     carried_suffixes: ClassVar[tuple[str, ...]] = ("activation_scale", "input_scale")
     ignores_all: ClassVar[bool] = True
+    absent: ClassVar[Mapping[str, Any]] = {"weight_block_size": None}  # transformers: [128, 128]
 
     def with_activations(self, activations: str | None) -> FP8Blocks:
         return self  # these files always declare dynamic scales of activations

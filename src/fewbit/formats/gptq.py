@@ -52,6 +52,7 @@ class GPTQFormat(Format):
         "v1": {"format": "gptq", "checkpoint_format": "gptq"},
         "v2": {"format": "gptq_v2", "checkpoint_format": "gptq_v2"},
     }
+    absent: ClassVar[Mapping[str, Any]] = {"group_size": -1}  # transformers: 128
     permuted: ClassVar[Mapping[str, Any] | None] = {"desc_act": True, "static_groups": False}
 
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:

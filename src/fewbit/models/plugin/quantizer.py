@@ -188,9 +188,10 @@ class FewbitQuantizer(HfQuantizer):
         stored = read_config(Path(checkpoint_files[0]).parent).get("quantization_config")
         if isinstance(stored, dict):
             self.config = foreign.normalized(stored)
-            # Keep those keys on the config object too, so that saving the model writes them.
+            # Keep those keys on the config object too, so that saving the model writes them, not other defaults.
             config: Any = self.quantization_config
-            vars(config).update({key: value for key, value in stored.items() if key not in vars(config)})
+            kept = {key: value for key, value in stored.items() if key not in vars(config)}
+            vars(config).update(kept, **{k: v for k, v in self.format.absent.items() if k not in self.config})
         self.packed = []
         scales.attach(model, scales.of_folder(Path(checkpoint_files[0]).parent))
         specs: dict[str, PartSpec] = {}
