@@ -1,4 +1,4 @@
-"""A stand-in of the Hub's API on localhost: all that huggingface_hub asks of it to commit files."""
+"""A stand-in of the Hub's API on localhost: all that huggingface_hub asks of it to commit files, and to read one."""
 
 from __future__ import annotations
 
@@ -42,6 +42,9 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
+    def do_HEAD(self) -> None:
+        self.answered()
+
     def do_GET(self) -> None:
         self.answered()
 
@@ -60,15 +63,27 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         path = self.path.split("?")[0]
         self.hub.requests.append(f"{self.command} {path}")
+        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self.send_file(self.hub.repositories.get(found[1]), found[3])
+            return
         status, answer = self.answer(path, body)
-        data = json.dumps(answer).encode()
+        self.send(status, json.dumps(answer).encode(), {"X-Error-Code": "RepoNotFound"} if status == 404 else {})
+
+    def send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        if status == 404:
-            self.send_header("X-Error-Code", "RepoNotFound")
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def send_file(self, place: Repository | None, name: str) -> None:
+        """A file as hf_hub_download asks for it."""
+        if place is None or name not in place.files:
+            self.send(404, b"", {"X-Error-Code": "RepoNotFound" if place is None else "EntryNotFound"})
+            return
+        data = place.files[name]
+        self.send(200, data, {"ETag": f'"{sha256(data).hexdigest()}"', "X-Repo-Commit": sha256(data).hexdigest()[:40]})
 
     def answer(self, path: str, body: bytes) -> tuple[int, Any]:
         hub = self.hub
@@ -87,6 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
+            if name in hub.repositories:
+                return 409, {"error": "You already created this model repo", "url": f"{hub.endpoint}/{name}"}
             private = asked.get("private") or asked.get("visibility") == "private"
             hub.repositories[name] = Repository(bool(private))
             return 200, {"url": f"{hub.endpoint}/{name}", "name": name}

@@ -120,6 +120,11 @@ def on_load() -> Any:
     return importlib.import_module("fewbit.api.on_load")
 
 
+def saved() -> Any:
+    """The module `fewbit.api.saved`, which describes what `save_pretrained` writes. Imported by name, as `on_load`."""
+    return importlib.import_module("fewbit.api.saved")
+
+
 def prefer(methods: set[str]) -> None:
     """Handle these quantization methods from now on, even if their own back end is installed.
 

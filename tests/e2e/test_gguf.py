@@ -284,7 +284,7 @@ def test_saving_writes_a_file_again(small: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         loaded.model.norm.weight.mul_(2)
     loaded.save_pretrained(tmp_path / "saved")
-    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["model.gguf"]
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["README.md", "model.gguf"]
     before, after = GgufFile(small), GgufFile(tmp_path / "saved" / "model.gguf")
     assert list(after.entries.values()) == list(before.entries.values())
     assert after.metadata.keys() == before.metadata.keys()

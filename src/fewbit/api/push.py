@@ -21,6 +21,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, by 
     validate_repo_id,
 )
 
+from fewbit.api import records
 from fewbit.api.arguments import checked
 from fewbit.errors import FewbitError, FormatError, OutputError, PlanError
 from fewbit.formats.containers.safetensors import (
@@ -33,7 +34,6 @@ from fewbit.formats.containers.safetensors import (
 )
 from fewbit.models.calls import first_line
 from fewbit.models.describe import describe
-from fewbit.models.provenance import provenance
 from fewbit.models.scales import FILE as SCALES
 from fewbit.models.source import Source, locate
 from fewbit.names import DEMO, EMBEDDED
@@ -166,7 +166,7 @@ def _of_folder(source: Source, repo: str, record: dict[str, Any], chart: Path | 
     notes += [f"left out: the folder {each.name}, which has weights of its own" for each in folders_left_out(folder)]
     if record:
         files[RECORD] = (json.dumps(portable(record), indent=1) + "\n").encode()
-    made = record or _bare(source)
+    made = record or records.bare(source)
     picture = _added(files, chart)
     own = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
     if own is None or own == model_card(made):
@@ -179,7 +179,7 @@ def _of_folder(source: Source, repo: str, record: dict[str, Any], chart: Path | 
 def _of_gguf(source: Source, repo: str, record: dict[str, Any], chart: Path | None) -> _Upload:
     files: dict[str, Path | bytes] = {file.name: file for file in source.files}
     picture = _added(files, chart)
-    files[CARD] = model_card(record or _bare(source), repo, source.files[0].name, picture).encode()
+    files[CARD] = model_card(record or records.bare(source), repo, source.files[0].name, picture).encode()
     notes = []
     if _UNSHARED.search(json.dumps(record)):
         notes.append(f"the record in {source.files[0].name} names folders of this machine")
@@ -203,25 +203,6 @@ def _added(files: dict[str, Path | bytes], chart: Path | None) -> str:
         return ""
     files[chart.name] = chart
     return chart.name
-
-
-def _bare(source: Source) -> dict[str, Any]:
-    """A record for the card of a model that has none: what its files say."""
-    found = describe(source)
-    from fewbit import __version__
-
-    return {
-        "model": source.origin.name,
-        "versions": {"fewbit": __version__},
-        "plan": {"name": "not recorded", "format": found.format or "dense"},
-        "calibration": None,
-        "tensors": [],
-        "notes": [],
-        "converted": {"exact": False, "schemes": found.schemes},
-        "bits_per_weight": found.bits_per_weight_quantized or found.bits_per_weight,
-        "output_bytes": found.file_bytes,
-        "base": provenance(source),
-    }
 
 
 def _uploaded(upload: _Upload, public: bool, revision: str | None, message: str) -> Pushed:

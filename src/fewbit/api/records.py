@@ -11,6 +11,7 @@ from fewbit.errors import PlanError
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.formats.containers.safetensors import CARD
 from fewbit.models.describe import describe
+from fewbit.models.provenance import provenance
 from fewbit.models.scales import GGUF_RECORD
 from fewbit.models.scales import read as folded_scales
 from fewbit.models.source import Source
@@ -29,6 +30,26 @@ def write(folder: Path, record: dict[str, Any]) -> None:
     record["files"] = sorted({*files, CARD, publish.RECORD})
     (folder / publish.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (folder / CARD).write_text(model_card(record), encoding="utf-8")
+
+
+def bare(source: Source) -> dict[str, Any]:
+    """A record for the card of a model that has none: what its files say."""
+    from fewbit import __version__
+
+    found = describe(source)
+    return {
+        "model": source.origin.name,
+        "recorded": False,
+        "versions": {"fewbit": __version__},
+        "plan": {"name": "not recorded", "format": found.format or "dense"},
+        "calibration": None,
+        "tensors": [],
+        "notes": [],
+        "converted": {"exact": False, "schemes": found.schemes},
+        "bits_per_weight": found.bits_per_weight_quantized or found.bits_per_weight,
+        "output_bytes": found.file_bytes,
+        "base": provenance(source),
+    }
 
 
 def check_recorded(source: Source) -> dict[str, Any]:

@@ -105,6 +105,8 @@ def _title(record: Mapping[str, Any]) -> str:
     name = str(last).rstrip("/").rpartition("/")[2]
     if "converted" in record and record["converted"]["exact"]:
         return f"{name}, as {record['converted']['to']}"
+    if "original" in record:
+        return f"{name}, quantized, then changed"
     if record.get("tuned", {}).get("from") and not record["tensors"]:
         return f"{name}, tuned"
     return f"{name}, quantized"
@@ -112,6 +114,9 @@ def _title(record: Mapping[str, Any]) -> str:
 
 def _made_by(record: Mapping[str, Any]) -> str:
     version, plan, lines = record["versions"]["fewbit"], record["plan"], list[str]()
+    if "original" in record:
+        made = f"plan `{plan['name']}`, format `{plan['format']}`" if plan["name"] != _UNKNOWN else plan["format"]
+        return f"Saved from a model that fewbit {version} made ({made})."
     if plan["name"] != _UNKNOWN:
         lines.append(f"Made with fewbit {version}, plan `{plan['name']}`, format `{plan['format']}`.")
     if (done := record.get("converted")) and done["exact"]:
@@ -233,6 +238,9 @@ def _loading(record: Mapping[str, Any], origin: Mapping[str, Any], repo: str, fi
 
 def _commands(record: Mapping[str, Any], file: str) -> Iterator[str]:
     """The commands that made it, as far as the record has them, and the plan."""
+    if "original" in record:
+        yield "The model that it was saved from was made by:"
+        record = record["original"]
     plan, lines = record["plan"], list[str]()
     out = file or "out"
     done, tuned = record.get("converted"), record.get("tuned")
@@ -267,7 +275,10 @@ def _quantize(record: Mapping[str, Any], out: str) -> str:
 
 def _last(record: Mapping[str, Any], file: str) -> str:
     where = f"The metadata of {file} has" if file else "`fewbit.json` has"
-    lines = [f"{where} the whole record: the plan, the versions, the error of each tensor and every fallback."]
+    what = "the record of the model that it was saved from" if "original" in record else "the whole record"
+    lines = [f"{where} {what}: the plan, the versions, the error of each tensor and every fallback."]
+    if not record.get("recorded", True):
+        lines = ["It has no record of how it was made."]
     lines.append("The licence is that of the original model.")
     if ORIGINAL_CARD in record.get("files", ()):
         lines.append(f"The model card of the original is [{ORIGINAL_CARD}]({ORIGINAL_CARD}).")

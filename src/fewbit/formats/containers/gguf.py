@@ -51,6 +51,7 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 _NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
 _KIND_OF = {np.dtype(dtype): kind for kind, dtype in _NUMBERS.items()} | {np.dtype(bool): _BOOL}
 
+SAVED = "model.gguf"  # the name of the file that `save_pretrained` writes
 # Types of unquantized tensors: the type's number in a file, and torch's name.
 PLAIN = {
     "f32": (0, "float32"),

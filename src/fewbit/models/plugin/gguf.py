@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
+from fewbit import hook
 from fewbit.errors import FormatError, KernelError, PlanError
-from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile, GgufWriter
+from fewbit.formats.containers.gguf import PLAIN, SAVED, Entry, GgufFile, GgufWriter
 from fewbit.models import experts, scales, stacking
 from fewbit.models.building import building
 from fewbit.models.gguf import hybrid
@@ -38,7 +39,6 @@ from fewbit.schemes.ggml import codec
 from fewbit.system import heap, publish
 
 _NUMBERS = ("f32", "f16", "bf16")
-SAVED = "model.gguf"
 _HEAD = ("lm_head.weight", "lm_head.bias")
 
 
@@ -49,6 +49,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
     """Replaces the modules of quantized tensors by packed modules, and loads the file's tensors into them."""
 
     file: GgufFile | None = None
+    origin: Path | None = None  # the path of `file`
     dtype: torch.dtype
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
@@ -61,7 +62,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         if of_file(file.metadata) is None:
             super().read_header(gguf_file)
             return
-        self.file, self.own_scales = file, scales.of_metadata(file.metadata)
+        self.file, self.origin, self.own_scales = file, file.path, scales.of_metadata(file.metadata)
         # Before the model is built: else its objects stand between those of the vocabulary, and Python keeps both.
         file.forget()
         self.packed: dict[str, QTensor] = {}
@@ -259,7 +260,10 @@ class _Saver:
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.quantizer.check_place(folder / SAVED)
-        with publish.published(folder / SAVED, overwrite=True, file=True) as path:
+        with (
+            hook.saved().described(self.model, folder, self.quantizer.origin),
+            publish.published(folder / SAVED, overwrite=True, file=True) as path,
+        ):
             self.quantizer.write(self.model, path)
 
 

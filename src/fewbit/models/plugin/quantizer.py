@@ -54,6 +54,7 @@ from fewbit.models.plugin import (
     patch_adapters,
     patch_fp8,
     patch_resizing,
+    patch_saving,
 )
 from fewbit.models.plugin.modules import as_stored, left_as_they_are, put, put_scales, renamed, unpack
 from fewbit.models.plugin.on_load import QuantizeOnLoad
@@ -103,9 +104,8 @@ class FewbitQuantizer(HfQuantizer):
         self.stored_as: dict[str, str] = {}  # their names in the checkpoint
         self.headers: dict[str, dict[str, PartSpec]] = {}  # and the headers of their tensors there
         self.carried: dict[str, dict[str, Tensor]] = {}  # tensors of these layers that only other readers need
-        self.beside: dict[
-            str, Tensor
-        ] = {}  # scales of the KV cache, for other readers too, by their names in the model
+        self.beside: dict[str, Tensor] = {}  # scales of the KV cache for other readers, by their names in the model
+        self.origin: Path | None = None  # the folder of the files
         self.fused: apart.Fused = {}  # for experts: the packed tensors of the checkpoint
         self.separated = False  # whether the experts of the model have linears of their own
         self.splitting: list[WeightConverter] = []  # for fused experts in the checkpoint, if `separated`
@@ -147,7 +147,7 @@ class FewbitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        self.dtype = model.dtype
+        self.dtype, self.origin = model.dtype, Path(checkpoint_files[0]).parent if checkpoint_files else None
         if getattr(self.quantization_config, "do_fuse", False):
             context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
             length = getattr(self.quantization_config, "fuse_max_seq_len", None)
@@ -477,7 +477,7 @@ def register() -> None:
         quantizers.supports_quant_method = staticmethod(checked(quantizers.supports_quant_method))
     if not hasattr(quantizers.from_config, "by_fewbit"):
         quantizers.from_config = dispatched(quantizers.from_config, FewbitQuantizer, (_AUTO_ROUND, *_methods()))
-    for each in (patch_adapters, patch_fp8, patch_resizing, compressed_tensors, modelopt):
+    for each in (patch_adapters, patch_fp8, patch_resizing, patch_saving, compressed_tensors, modelopt):
         each.register()
     if not is_auto_round_available():
         auto.AUTO_QUANTIZER_MAPPING[_AUTO_ROUND] = FewbitQuantizer
