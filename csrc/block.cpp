@@ -64,12 +64,13 @@ int check(const fewbit_block* b, const fewbit_call* c) {
   if (!b || !c || !c->x || !c->y || !c->keys || !c->values) return FEWBIT_SHORT;
   if (b->type != FEWBIT_FLOAT32 && b->type != FEWBIT_BFLOAT16) return FEWBIT_UNKNOWN;
   const int64_t heads = b->heads, shared = b->shared, head = b->head;
-  if (heads < 1 || shared < 1 || heads % shared || head < 1 || b->width < 1 || b->inner < 1) return FEWBIT_SHAPE;
+  if (heads < 1 || shared < 1 || heads % shared || head < 1 || b->width < 1 || b->inner < 0) return FEWBIT_SHAPE;
   if (b->rotated < 0 || b->rotated > head || b->rotated % 2 || (b->rotated && !(c->cosine && c->sine))) return FEWBIT_SHAPE;
   if (c->batch < 1 || c->tokens < 1 || c->filled < 0 || c->filled + c->tokens > c->length) return FEWBIT_SHAPE;
   const int64_t in[4] = {b->width, heads * head, b->width, b->inner};
   const int64_t out[4] = {(heads + 2 * shared) * head, b->width, 2 * b->inner, b->width};
-  for (int p = 0; p < 4; p++) {
+  const int products = b->counts[2] || b->counts[3] ? 4 : 2;
+  for (int p = 0; p < products; p++) {
     if (b->counts[p] < 1 || b->counts[p] > 3) return FEWBIT_SHAPE;
     int64_t n = 0;
     for (int i = 0; i < b->counts[p]; i++) {
@@ -105,19 +106,22 @@ class Block {
     const Piece q = qkv.piece(0, inside), k = qkv.piece(inside, b.shared * b.head);
     const Piece v = qkv.piece(inside + b.shared * b.head, b.shared * b.head);
     const Piece gate = gated.piece(0, b.inner), up = gated.piece(b.inner, b.inner);
-    if (!q.at || !k.at || !v.at || !gate.at || !up.at) return FEWBIT_SHAPE;
+    const bool mlp = gated.count > 0;
+    if (!q.at || !k.at || !v.at || (mlp && (!gate.at || !up.at))) return FEWBIT_SHAPE;
 
     if (const int wrong = qkv.compute(normed(h, n, 0), width, threads)) return wrong;
     by_rows(inside, [&](int64_t i) { keep(i, q, k, v); });
     attend(q, joined, scratch);
     if (const int wrong = output.compute(joined, inside, threads)) return wrong;
     add(h, n, 1);
-    if (const int wrong = gated.compute(normed(h, n, 2), width, threads)) return wrong;
-    by_rows(4 * b.inner, [&](int64_t i) {
-      with.gate(gate.at + i * gate.step, up.at + i * up.step, b.inner, b.activation, joined + i * b.inner);
-    });
-    if (const int wrong = down.compute(joined, b.inner, threads)) return wrong;
-    add(h, n, 3);
+    if (mlp) {
+      if (const int wrong = gated.compute(normed(h, n, 2), width, threads)) return wrong;
+      by_rows(4 * b.inner, [&](int64_t i) {
+        with.gate(gate.at + i * gate.step, up.at + i * up.step, b.inner, b.activation, joined + i * b.inner);
+      });
+      if (const int wrong = down.compute(joined, b.inner, threads)) return wrong;
+      add(h, n, 3);
+    }
     narrow ? narrowed(h, static_cast<uint16_t*>(c.y), m * width) : void(memcpy(c.y, h, size_t(m * width) * 4));
     return FEWBIT_OK;
   }

@@ -78,7 +78,8 @@ struct fewbit_rows {
 };
 
 // A decoder block: h = x + residual · after_attention(output(attention(before_attention(x)))), then
-// y = h + residual · after_mlp(down(activation(gate) · up of before_mlp(h))). Norms are RMS norms; null: none.
+// y = h + residual · after_mlp(down(activation(gate) · up of before_mlp(h))). Norms are RMS norms; null: none. Without
+// products of gate, up and down, y = h.
 struct fewbit_block {
   int32_t type;  // of x, y, keys and values
   int32_t activation, pairs;

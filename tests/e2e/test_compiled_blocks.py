@@ -27,7 +27,8 @@ from tests import architectures, models
 pytestmark = pytest.mark.skipif(isinstance(native.available(), str), reason="needs the compiled CPU library")
 
 RECOGNIZED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3")
-OTHERS = ("exaone4", "glm4", "granite", "ernie4_5")
+OTHERS = ("exaone4", "glm4", "granite", "ernie4_5", "olmo2", "smollm3")
+HALVES_ONLY = ("mixtral", "qwen3_moe", "granitemoeshared", "arcee")  # experts, and an MLP without gate
 LENGTH = 48
 
 
@@ -103,6 +104,18 @@ def test_dense_blocks_are_replaced_and_give_the_same(family: str, tmp_path: Path
 def test_other_wirings_are_found_too(kind: str, tmp_path: Path) -> None:
     model = load(quantized(tmp_path, architectures.save(tmp_path / "model", kind)))
     assert replaced(model) == list(blocks.find_blocks(model))
+    ids = ids_of(1)
+    ours = outputs(model, ids, (9, 1, 1))
+    with own_code(model):
+        assert apart(ours, outputs(model, ids, (9, 1, 1))) < 0.01
+
+
+@pytest.mark.parametrize("kind", HALVES_ONLY)
+def test_the_first_half_is_replaced_where_the_second_differs(kind: str, tmp_path: Path) -> None:
+    model = load(quantized(tmp_path, architectures.save(tmp_path / "model", kind)))
+    assert replaced(model) == list(blocks.find_blocks(model))
+    second = model.get_submodule(replaced(model)[0]).forward.__self__.rest
+    assert second is not None
     ids = ids_of(1)
     ours = outputs(model, ids, (9, 1, 1))
     with own_code(model):

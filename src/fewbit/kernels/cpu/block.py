@@ -46,14 +46,15 @@ class Norm:
 class Wiring:
     """The parts of a block, and how they are wired: see `fewbit_block` in csrc/fewbit.h.
 
-    qkv: q, k and v, or all three stacked. gated: gate and up, or both stacked. norms: before attention, after it,
+    qkv: q, k and v, or all three stacked. gated: gate and up, or both stacked; without them and `down`, the block ends
+    after attention. norms: before attention, after it,
     before the MLP, after it, of q, and of k. whole: the norms of q and k are over all heads. cap: 0 is none.
     """
 
     qkv: Sequence[Rows]
     output: Rows
     gated: Sequence[Rows]
-    down: Rows
+    down: Rows | None
     norms: Sequence[Norm | None]
     heads: int
     shared: int
@@ -89,11 +90,12 @@ class Block:
         found.type = native.TYPES[str(self.dtype).removeprefix("torch.")]
         for name in ("heads", "shared", "head", "rotated", "activation", "pairs", "whole", "scale", "cap", "residual"):
             setattr(found, name, getattr(wiring, name))
-        found.width, found.inner = wiring.output.shape[0], wiring.down.shape[1]
+        down = () if wiring.down is None else (wiring.down,)
+        found.width, found.inner = wiring.output.shape[0], down[0].shape[1] if down else 0
         for i, norm in enumerate(wiring.norms):
             if norm is not None:
                 found.norm[i], found.eps[i] = self._float(norm.weight), norm.eps
-        for i, parts in enumerate((wiring.qkv, (wiring.output,), wiring.gated, (wiring.down,))):
+        for i, parts in enumerate((wiring.qkv, (wiring.output,), wiring.gated, down)):
             rows = [one for part in parts for one in self._rows(part)]
             if len(rows) > 3:
                 raise KernelError(f"{len(rows)} products where a block has at most 3")

@@ -1,7 +1,8 @@
 """Run the decoder blocks of a model on a CPU by one call of the CPU library each (`fewbit.kernels.cpu.block`).
 
 A block is recognized by its parts: RMS norms, packed q, k, v and output, rotary positions, packed gate, up and down. It
-is not looked up by the name of a model. Its result is then compared with the block's own, for a token after a few
+is not looked up by the name of a model. Of a block with experts, or with another MLP, the library computes the first
+half, up to the end of attention. Its result is then compared with the block's own, for a token after a few
 others. The modules stay as they are, and run as before for what the library does not take: gradients, hooks, adapters,
 other caches, and blocks that are not recognized.
 """
@@ -9,7 +10,7 @@ other caches, and blocks that are not recognized.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import replace as changed
 from typing import Any
@@ -37,7 +38,7 @@ _NORMS = (  # names of the norms before attention, after it, before the MLP, aft
     (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
 )
 _ATTENTION = ("self_attn", "attention")
-_MLP = ("mlp", "feed_forward")
+_MLP = ("mlp", "feed_forward", "block_sparse_moe")
 _KNOWN = {"attention_mask", "position_ids", "position_embeddings", "use_cache", "cache_position", CACHE}
 
 Forward = Callable[..., Any]
@@ -133,17 +134,22 @@ def _child(module: Any, names: tuple[str, ...]) -> Any:
 
 
 def _wirings(block: Any, dtype: torch.dtype) -> Iterator[Wiring]:
-    """The ways in which the parts of a block may be wired. None if parts are missing, or there are others."""
+    """The ways in which the parts of a block may be wired. None if parts are missing, or there are others.
+
+    `gated` is empty and `down` None if the MLP is of another kind.
+    """
     attention, mlp = _child(block, _ATTENTION), _child(block, _MLP)
     if attention is None or mlp is None:
         return
     qkv = _joined(attention, (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)))
-    gated = _joined(mlp, (("gate_proj", "up_proj"), ("gate_up_proj",)))
-    output, down = _joined(attention, (("o_proj",), ("dense",), ("out_proj",))), _joined(mlp, (("down_proj",),))
+    output = _joined(attention, (("o_proj",), ("dense",), ("out_proj",)))
+    gated = _joined(mlp, (("gate_proj", "up_proj"), ("gate_up_proj",))) if _nothing_else(mlp) else None
+    down = _joined(mlp, (("down_proj",),))
     activation = _activation(_child(mlp, ("act_fn", "activation_fn")))
-    names = next((each for each in _NORMS if {n for n in each if n} == _norms_of(block)), None)
+    dense = gated is not None and down is not None and activation is not None
+    names = _norm_names(block)
     head = getattr(attention, "head_dim", None)
-    if not (qkv and gated and output and down and names) or activation is None or not isinstance(head, int):
+    if not (qkv and output and names) or not isinstance(head, int):
         return
     modules = [getattr(block, name) if name else None for name in names]
     modules += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
@@ -152,32 +158,34 @@ def _wirings(block: Any, dtype: torch.dtype) -> Iterator[Wiring]:
         return
     heads = output[0].shape[1] // head
     shared = (sum(part.shape[0] for part in qkv) // head - heads) // 2
-    if shared < 1 or not _nothing_else(block):
+    inside = {id(p) for p in mlp.parameters()}
+    if shared < 1 or not _nothing_else(block, inside):
         return
     wide = norms[4] is not None and len(norms[4].weight) != head
     made = Wiring(
-        qkv, output[0], gated, down[0], norms, heads, shared, head, head,
+        qkv, output[0], gated if dense and gated else (), down[0] if dense and down else None,
+        norms, heads, shared, head, head,
         scale=float(getattr(attention, "scaling", head**-0.5)),
         cap=float(getattr(attention, "attn_logit_softcapping", None) or 0.0),
         residual=float(getattr(block, "residual_multiplier", 1.0)),
-        activation=activation, whole=wide,
+        activation=activation or 0, whole=wide,
     )  # fmt: skip
     for pairs in (library.HALVES, library.NEIGHBORS, library.IN_ORDER):
         yield changed(made, pairs=pairs)
     yield changed(made, rotated=0)
 
 
-def _norms_of(block: Any) -> set[str]:
-    return {name for name, module in block.named_children() if name.endswith("norm")}
+def _norm_names(block: Any) -> tuple[str | None, ...]:
+    """The names of the norms before attention, after it, before the MLP and after it. Empty if there are others."""
+    there = {name for name, module in block.named_children() if name.endswith("norm")}
+    return next((each for each in _NORMS if {name for name in each if name} == there), ())
 
 
-def _nothing_else(block: nn.Module) -> bool:
-    """Whether all parameters belong to packed linears and norms."""
-    known = [
-        module for module in block.modules() if isinstance(module, QLinear) or type(module).__name__.endswith("Norm")
-    ]
+def _nothing_else(owner: nn.Module, apart: Collection[int] = ()) -> bool:
+    """Whether all parameters belong to packed linears and norms. apart: the ids of parameters that do not count."""
+    known = [each for each in owner.modules() if isinstance(each, QLinear) or type(each).__name__.endswith("Norm")]
     counted = {id(p) for module in known for p in module.parameters()}
-    return all(id(p) in counted for p in block.parameters())
+    return all(id(p) in counted or id(p) in apart for p in owner.parameters())
 
 
 def _joined(owner: Any, choices: tuple[tuple[str, ...], ...]) -> list[Rows] | None:
@@ -282,9 +290,14 @@ class _Own:
         self.layer: int = _child(module, _ATTENTION).layer_idx
         self.shape, self.rotated = (wiring.shared, wiring.head), wiring.rotated
         self.turns = turns
-        inner = [each for each in module.modules() if each is not module]
+        # The second half by the module's own parts, if the library computes the first half only.
+        mlp = None if wiring.gated else _child(module, _MLP)
+        before, after = (getattr(module, name) if name else None for name in _norm_names(module)[2:])
+        self.rest, self.residual = None if mlp is None else (before, mlp, after), wiring.residual
+        apart = set() if mlp is None else set(mlp.modules())
+        inner = [each for each in module.modules() if each is not module and each not in apart]
         packed = [each for each in inner if isinstance(each, Packed)]
-        self.parts = [(m._modules, name, child) for m in module.modules() for name, child in m.named_children()]
+        self.parts = [(m._modules, name, child) for m in (module, *inner) for name, child in m.named_children()]
         self.parts += [(each._parameters, "weight", each.held) for each in packed if "weight" in each._parameters]
         self.hooks = [hooks for each in inner for hooks in (each._forward_hooks, each._forward_pre_hooks)]
         self.owned = [vars(each) for each in inner]
@@ -308,7 +321,7 @@ class _Own:
         layers = getattr(cache, "layers", None)
         if not layers or batch * tokens > _MOST or not self._unchanged():
             return None
-        if any(value is not None and name not in _KNOWN for name, value in kwargs.items()):
+        if any(name not in _KNOWN and value is not None and value is not False for name, value in kwargs.items()):
             return None
         layer = layers[self.layer]
         if type(layer) is not ReservedLayer:
@@ -330,6 +343,15 @@ class _Own:
             mask = mask if mask.stride(-1) == 1 else mask.contiguous()
         out = self.block(x, Cached(keys, values, layer.filled), turned, mask)
         layer.filled = end
+        return out if self.rest is None else self._second_half(out)
+
+    def _second_half(self, h: Tensor) -> Tensor:
+        assert self.rest is not None
+        before, mlp, after = self.rest
+        y: Any = mlp(h if before is None else before(h))
+        y = y[0] if isinstance(y, tuple) else y
+        y = y if after is None else after(y)
+        out: Tensor = h + (y if self.residual == 1 else y * self.residual)
         return out
 
     def _unchanged(self) -> bool:
