@@ -16,7 +16,7 @@ import fewbit
 from fewbit.models.gguf.architectures import ARCHITECTURES
 
 SOURCE = Path(fewbit.__file__).parent
-EXAMPLES = sorted(file for file in (SOURCE.parents[1] / "examples").iterdir() if file.suffix in (".py", ".ipynb"))
+EXAMPLES = sorted(file for file in (SOURCE.parents[1] / "examples").rglob("*") if file.suffix in (".py", ".ipynb"))
 FILES = sorted(SOURCE.rglob("*.py"))
 MOST_LINES = 520
 # Verbs and the command line take what users give them as keywords.
