@@ -47,8 +47,8 @@ class Wiring:
     """The parts of a block, and how they are wired: see `fewbit_block` in csrc/fewbit.h.
 
     qkv: q, k and v, or all three stacked. gated: gate and up, or both stacked; without them and `down`, the block ends
-    after attention. norms: before attention, after it,
-    before the MLP, after it, of q, and of k. whole: the norms of q and k are over all heads. cap: 0 is none.
+    after attention. norms: before attention, after it, before the MLP, after it, of q, and of k. whole: the norms of q
+    and k are over all heads. cap: 0 is none.
     """
 
     qkv: Sequence[Rows]
@@ -103,7 +103,6 @@ class Block:
             for j, one in enumerate(rows):
                 found.products[i][j] = one
         self.found, self.call, self.width = found, native.Call(), found.width
-        self.angles: tuple[Any, Any, Tensor, Tensor] | None = None
 
     def _float(self, tensor: Tensor) -> int:
         """The address of a float32 copy."""

@@ -1,15 +1,14 @@
 """Run the decoder blocks of a model on a CPU by one call of the CPU library each (`fewbit.kernels.cpu.block`).
 
 A block is recognized by its parts: RMS norms, packed q, k, v and output, rotary positions, packed gate, up and down. It
-is not looked up by the name of a model. Of a block with experts, or with another MLP, the library computes the first
-half, up to the end of attention. Its result is then compared with the block's own, for a token after a few
-others. The modules stay as they are, and run as before for what the library does not take: gradients, hooks, adapters,
+is not looked up by the name of a model. Of a block with experts, or with another MLP, the library computes the half up
+to the end of attention. At load, the output of each block is compared with that of its own code, for a token after
+a few. The modules stay as they are, and run as before for what the library does not take: gradients, hooks, adapters,
 other caches, and blocks that are not recognized.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import replace as changed
@@ -60,7 +59,7 @@ def replace(model: Any) -> list[str]:
         rotated = angles[0].shape[-1] if isinstance(angles, tuple) else 0
         for wiring in wirings[name]:
             wiring = changed(wiring, rotated=min(wiring.rotated, rotated))
-            own = _Own(module, wiring, model.dtype, turns)
+            own = _Replacement(module, wiring, model.dtype, turns)
             if _fits(own, x, kwargs, expected, layer):
                 module.forward = own.forward
                 done.append(name)
@@ -90,8 +89,7 @@ def _observed(model: Any, names: list[str]) -> dict[str, tuple[Tensor, dict[str,
     generator = torch.Generator("cpu").manual_seed(0)
     words = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(words, (1, _PROMPT + 1), generator=generator, dtype=torch.int64, device="cpu")
-    taken = inspect.signature(model.forward).parameters
-    given: dict[str, Any] = {"cache" if "cache" in taken else "past_key_values": cache, "use_cache": True}
+    given: dict[str, Any] = {CACHE: cache, "use_cache": True}
     try:
         model(input_ids=ids[:, :_PROMPT], **given)
         for name in names:
@@ -106,7 +104,7 @@ def _observed(model: Any, names: list[str]) -> dict[str, tuple[Tensor, dict[str,
 
 
 @torch.inference_mode()
-def _fits(own: _Own, x: Tensor, kwargs: dict[str, Any], expected: Tensor, layer: ReservedLayer) -> bool:
+def _fits(own: _Replacement, x: Tensor, kwargs: dict[str, Any], expected: Tensor, layer: ReservedLayer) -> bool:
     """Whether the library gives the block's own output, and writes the same key and value. The cache stays as it is."""
     before = [whole[..., _PROMPT, :].clone() for whole in layer.whole]
     layer.crop(-1)
@@ -134,7 +132,7 @@ def _child(module: Any, names: tuple[str, ...]) -> Any:
 
 
 def _wirings(block: Any, dtype: torch.dtype) -> Iterator[Wiring]:
-    """The ways in which the parts of a block may be wired. None if parts are missing, or there are others.
+    """The ways in which the parts of a block may be wired. Nothing if parts are missing, or there are others.
 
     `gated` is empty and `down` None if the MLP is of another kind.
     """
@@ -281,7 +279,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-class _Own:
+class _Replacement:
     """A block's forward by the library, and by its own code for everything else."""
 
     def __init__(self, module: Any, wiring: Wiring, dtype: torch.dtype, turns: _Turns) -> None:
