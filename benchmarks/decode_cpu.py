@@ -1,7 +1,8 @@
 """Tokens a second of one text on a CPU: quantized folders side by side, and llama.cpp on the same GGUF file.
 
-Each row is a model, `folder`, `folder@kernel` or `file.gguf`, fused and in a static cache as `generate --fuse` has it;
-`--dtype` is that of activations. `llama.cpp:file.gguf` is llama-cpp-python's decoding of the file, if it is installed.
+Each row is a model, `folder`, `folder@kernel` or `file.gguf`, fused and in a static cache as `generate --fuse` has it,
+or `plain:folder` as `generate` has it without; `--dtype` is that of activations. `llama.cpp:file.gguf` is
+llama-cpp-python's decoding of the file, if it is installed.
 Rows take turns, a text each, so that what else the machine does meets all of them; of each the fastest text counts.
 `--random FOLDER` first writes a Llama of random weights in TinyLlama's shape (1.1 billion), to be quantized.
 
@@ -26,13 +27,14 @@ from fewbit.system import native
 from fewbit.system.machine import processor
 
 Text = Callable[[], float]  # makes one, and says how many seconds a token took
-PROMPT = 8
+PROMPT, PLAIN = 8, "plain:"
 
 
 def by_fewbit(model: str, tokens: int, dtype: torch.dtype) -> Text:
     """A text in fewbit, from the first token after the prompt to the last."""
-    where, _, kernel = model.partition("@")
-    fuse = PROMPT + tokens + 2 if locate(where).quantization is not None else None  # only packed weights are fused
+    where, _, kernel = model.removeprefix(PLAIN).partition("@")
+    fuses = not model.startswith(PLAIN) and locate(where).quantization is not None  # only packed weights are fused
+    fuse = PROMPT + tokens + 2 if fuses else None
     loaded = fewbit.load(where, dtype=dtype, device="cpu", kernel=kernel or None, fuse=fuse)
     loaded.generation_config.eos_token_id = None  # to forbid it by `min_new_tokens` would look at every token's logit
     ids = torch.arange(5, 5 + PROMPT)[None]
@@ -111,7 +113,7 @@ def main() -> None:
     first = min(taken[options.models[0]]) if rows else 0.0
     for model, seconds in taken.items():
         best, median = min(seconds), sorted(seconds)[len(seconds) // 2]
-        name = model if model.startswith("llama.cpp:") else Path(model).name
+        name = model if ":" in model else Path(model).name
         print(f"| {name} | {1 / best:.1f} | {1 / median:.1f} | {first / best:.2f} |")
 
 

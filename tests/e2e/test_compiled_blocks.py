@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import fewbit as fb
 from fewbit.api import quantize
@@ -62,16 +66,24 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def replaced(model: Any) -> list[str]:
-    return [name for name in blocks.find_blocks(model) if "forward" in vars(model.get_submodule(name))]
+    """The blocks that the library computes, after one step."""
+    outputs(model, ids_of(1), (1,))
+    return compiled_blocks.computed(model)
+
+
+def replacements(model: Any) -> list[Any]:
+    """The objects that compute these blocks."""
+    replaced(model)
+    hooks = next(hook.__self__ for hook in model._forward_pre_hooks.values())
+    return [forward.__self__ for forward in hooks.found.values()]
 
 
 @contextmanager
 def own_code(model: Any) -> Iterator[None]:
     """Inside this context, the blocks run their own code."""
-    held = {name: vars(model.get_submodule(name)).pop("forward") for name in replaced(model)}
+    compiled_blocks.remove(model)
     yield
-    for name, forward in held.items():
-        model.get_submodule(name).forward = forward
+    compiled_blocks.use(model)
 
 
 @torch.inference_mode()
@@ -118,7 +130,7 @@ def test_other_wirings_are_found_too(kind: str, tmp_path: Path) -> None:
 def test_the_first_half_is_replaced_where_the_second_differs(kind: str, tmp_path: Path) -> None:
     model = load(quantized(tmp_path, architectures.save(tmp_path / "model", kind)))
     assert replaced(model) == list(blocks.find_blocks(model))
-    assert any(model.get_submodule(name).forward.__self__.rest is not None for name in replaced(model))
+    assert any(each.rest is not None for each in replacements(model))
     ids = ids_of(1)
     ours = outputs(model, ids, (9, 1, 1))
     with own_code(model):
@@ -127,8 +139,7 @@ def test_the_first_half_is_replaced_where_the_second_differs(kind: str, tmp_path
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt-neox"])
 def test_other_blocks_keep_their_code(family: str, tmp_path: Path) -> None:
-    model = load_unfused(quantized(tmp_path, models.save(tmp_path / "model", family)))
-    assert compiled_blocks.replace(model) == []
+    assert replaced(load_unfused(quantized(tmp_path, models.save(tmp_path / "model", family)))) == []
 
 
 @pytest.mark.parametrize(
@@ -174,15 +185,17 @@ def test_a_wrong_wiring_is_not_used(what: str, llama: Path, monkeypatch: pytest.
 
     model = load_unfused(llama)
     monkeypatch.setattr(compiled_blocks, "_wirings", wrong)
-    assert compiled_blocks.replace(model) == []
+    assert replaced(model) == []
     monkeypatch.undo()
-    assert compiled_blocks.replace(model) == list(blocks.find_blocks(model))
+    compiled_blocks.use(model)
+    assert replaced(model) == list(blocks.find_blocks(model))
 
 
 def test_a_text_does_not_depend_on_others_or_threads(llama: Path) -> None:
     model = load(llama)
+    compiled_blocks.use(model.model)  # without the head, whose weight is not packed
     ids = ids_of(3)
-    together = outputs(model.model, ids, (9, 1, 1))[1:]  # without the head, whose weight is not packed
+    together = outputs(model.model, ids, (9, 1, 1))[1:]
     cache: Any = caches.reserved(model, LENGTH)
     before = torch.get_num_threads()
     try:
@@ -211,8 +224,7 @@ def test_instruction_sets_give_the_same_block(llama: Path) -> None:
 def runs_own_code(model: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether a step of the model does not reach the library in the first block."""
     calls: list[Tensor] = []
-    first = model.get_submodule(blocks.find_blocks(model)[0])
-    own = first.forward.__self__
+    own = replacements(model)[0]
 
     def block(x: Tensor, *args: Any) -> Tensor:
         calls.append(x)
@@ -239,6 +251,7 @@ def test_what_was_changed_runs_its_own_code(llama: Path, monkeypatch: pytest.Mon
 
 def test_adapters_run_their_own_code(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(llama)
+    assert not runs_own_code(model, monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT uses an old name of transformers
         get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"]))
@@ -254,3 +267,101 @@ def test_a_window_is_kept(tmp_path: Path) -> None:
     ours = outputs(model, ids, parts)
     with own_code(model):
         assert apart(ours, outputs(model, ids, parts)) < 0.01
+
+
+def calls_of(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each later call of the first block in the library."""
+    own, calls = replacements(model)[0], list[int]()
+    block = own.block
+
+    def counted(x: Tensor, *args: Any) -> Tensor:
+        calls.append(x.shape[1])
+        y: Tensor = block(x, *args)
+        return y
+
+    monkeypatch.setattr(own, "block", counted)
+    return calls
+
+
+def by_transformers(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("by", [load_unfused, by_transformers])
+def test_a_model_that_is_not_fused_uses_it_too(
+    by: Callable[[Path], Any], llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = by(llama)
+    calls = calls_of(model, monkeypatch)
+    ids = ids_of(1, 5)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert calls == [5, 1, 1, 1]
+
+
+def test_a_gguf_file_uses_it_too(llama: Path, tmp_path: Path) -> None:
+    quantize.quantize(
+        "tiny", tmp_path / "x.gguf", plan=find("rtn-4bit").changed(scheme="q4_k", format="gguf"), device="cpu"
+    )
+    model = load_unfused(tmp_path / "x.gguf")
+    assert replaced(model) == list(blocks.find_blocks(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*past_key_values")
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
+def test_a_loop_of_ones_own_uses_it_too(name: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_unfused(llama)
+    calls = calls_of(model, monkeypatch)
+    ids = ids_of(1, 8)
+    with torch.no_grad():
+        first = model(ids[:, :5], use_cache=True)  # the model makes the cache, which the library does not know yet
+        model(ids[:, 5:], **{name: getattr(first, CACHE)}, use_cache=True)
+    assert calls == [3]
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}])
+def test_beams_give_the_same(options: dict[str, int], llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = load_unfused(llama), ids_of(1, 5)
+    calls = calls_of(model, monkeypatch)
+    given: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
+    given |= {"return_dict_in_generate": True, "output_scores": True, "attention_mask": torch.ones_like(ids)}
+    ours = model.generate(ids, **given).sequences_scores
+    assert calls
+    with own_code(model):
+        torch.testing.assert_close(ours, model.generate(ids, **given).sequences_scores, atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_finds_its_own_blocks(copied: Callable[[Any], Any], llama: Path) -> None:
+    model = load_unfused(llama)
+    before = outputs(model, ids_of(1), (4, 1))
+    other = copied(model)
+    assert compiled_blocks.computed(other) == []
+    assert apart(outputs(other, ids_of(1), (4, 1)), before) == 0
+    assert {id(each.block) for each in replacements(other)}.isdisjoint(id(each.block) for each in replacements(model))
+
+
+def test_modules_are_as_before_after_a_call(llama: Path) -> None:
+    model = load_unfused(llama)
+    names = replaced(model)
+    with pytest.raises(IndexError), torch.inference_mode():
+        model(torch.tensor([[models.VOCAB + 7]]), **{CACHE: caches.reserved(model, 4)})
+    assert names
+    assert not any("forward" in vars(model.get_submodule(name)) for name in names)
+
+
+def test_threads_do_not_disturb_one_another(llama: Path) -> None:
+    model = load_unfused(llama)
+    replaced(model)
+    texts = [ids_of(1)[:, i:] for i in range(6)]
+    alone = [outputs(model, ids, (9, *[1] * 5)) for ids in texts]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda ids: outputs(model, ids, (9, *[1] * 5)), texts * 4))
+    assert all(apart(a, b) == 0 for a, b in zip(alone * 4, together, strict=True))
+
+
+def test_training_runs_the_models_own_code(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_unfused(llama)
+    calls = calls_of(model, monkeypatch)
+    cache: Any = caches.reserved(model, LENGTH)
+    model(input_ids=ids_of(1), **{CACHE: cache}, use_cache=True)
+    assert not calls

@@ -70,11 +70,12 @@ class Wiring:
 
 @dataclass
 class Cached:
-    """Keys and values [B, shared, L, head], contiguous, of which `filled` tokens are known."""
+    """Keys and values [B, shared, L, head], contiguous. Tokens `first` to `end` are known, and new ones follow them."""
 
     keys: Tensor
     values: Tensor
-    filled: int
+    first: int
+    end: int
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Block:
             found.counts[i] = len(rows)
             for j, one in enumerate(rows):
                 found.products[i][j] = one
-        self.found, self.call, self.width = found, native.Call(), found.width
+        self.found, self.width = found, found.width
 
     def _float(self, tensor: Tensor) -> int:
         """The address of a float32 copy."""
@@ -128,13 +129,13 @@ class Block:
     def __call__(self, x: Tensor, cached: Cached, angles: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """The block's output [B, T, width] for x [B, T, width]. Writes the new keys and values into the cache.
 
-        angles: cosine and sine, float32 [B or 1, T, rotated]. mask: [B or 1, 1, T, filled + T], bool, or float32
+        angles: cosine and sine, float32 [B or 1, T, rotated]. mask: [B or 1, 1, T, end - first + T], bool, or float32
         numbers that are added to the scores; None: each token sees all before it.
         """
         lib = native.library()
         if isinstance(lib, str):
             raise KernelError(lib, native.HINT)
-        (batch, tokens, width), call, cosine = x.shape, self.call, angles[0]
+        (batch, tokens, width), call, cosine = x.shape, native.Call(), angles[0]
         y = torch.empty_like(x)
         if not (x.is_contiguous() and x.dtype == self.dtype and width == self.width):
             raise KernelError(
@@ -145,11 +146,13 @@ class Block:
             if each.shape != whole or each.dtype != self.dtype or not each.is_contiguous():
                 raise KernelError(f"a cache {list(each.shape)} of {each.dtype}, expected {list(whole)} of {self.dtype}")
         call.x, call.y = x.data_ptr(), y.data_ptr()
-        call.batch, call.tokens, call.filled, call.length = batch, tokens, cached.filled, whole[2]
-        call.keys, call.values = cached.keys.data_ptr(), cached.values.data_ptr()
+        if cached.end + tokens > whole[2]:
+            raise KernelError(f"a cache for {whole[2]} tokens, and {cached.end + tokens} are needed")
+        call.batch, call.tokens, call.filled, call.length = batch, tokens, cached.end - cached.first, whole[2]
+        skipped = cached.first * whole[3] * x.element_size()
+        call.keys, call.values = cached.keys.data_ptr() + skipped, cached.values.data_ptr() + skipped
         call.cosine, call.sine = cosine.data_ptr(), angles[1].data_ptr()
         call.turn = cosine.stride(0) if cosine.shape[0] > 1 else 0
-        call.allowed = call.added = None
         if mask is not None:
             if mask.dtype == torch.bool:
                 call.allowed = mask.data_ptr()

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StoppingCriteria, TextStreamer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fewbit.errors import PlanError
-from fewbit.models.decoding.caches import CACHE, ReservedLayer, reserved
+from fewbit.models.decoding.caches import CACHE, InPlaceLayer, ReservedLayer, reserved
 from fewbit.models.decoding.generate import Continuation, continue_ids, in_template
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.system.files import unwritable
@@ -112,8 +112,8 @@ def _cropped(cache: DynamicCache, count: int) -> bool:
     if count == 0:
         return True
     for layer in cache.layers:
-        whole = type(layer) in (DynamicLayer, ReservedLayer)
-        inside = type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() < layer.sliding_window
+        whole = type(layer) in (DynamicLayer, InPlaceLayer, ReservedLayer)
+        inside = isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() < layer.sliding_window
         if not (whole or inside):  # a state that has no single tokens, or a window that has dropped some
             return False
     cache.crop(-count)

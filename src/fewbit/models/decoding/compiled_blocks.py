@@ -2,9 +2,9 @@
 
 A block is recognized by its parts: RMS norms, packed q, k, v and output, rotary positions, packed gate, up and down. It
 is not looked up by the name of a model. Of a block with experts, or with another MLP, the library computes the half up
-to the end of attention. At load, the output of each block is compared with that of its own code, for a token after
-a few. The modules stay as they are, and run as before for what the library does not take: gradients, hooks, adapters,
-other caches, and blocks that are not recognized.
+to the end of attention. When the model first reads a cache of keys and values, the output of each block is compared
+with that of its own code, for a token after a few. The modules stay as they are, and run as before for what the library
+does not take: gradients, hooks, adapters, other caches, and blocks that are not recognized.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import replace as changed
+from threading import RLock, local
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from fewbit.errors import KernelError
 from fewbit.kernels.cpu import block as library
 from fewbit.kernels.cpu.block import Block, Cached, Norm, Rows, Wiring
 from fewbit.models import blocks
-from fewbit.models.decoding.caches import CACHE, ReservedLayer, reserved
+from fewbit.models.decoding.caches import CACHE, InPlaceLayer, ReservedLayer, in_place, reserved
 from fewbit.nn.fused import Slice
 from fewbit.nn.layers import Packed, QLinear
 from fewbit.system import native
@@ -43,16 +45,91 @@ _KNOWN = {"attention_mask", "position_ids", "position_embeddings", "use_cache", 
 Forward = Callable[..., Any]
 
 
-def replace(model: Any) -> list[str]:
-    """Replace the forward of the blocks that are recognized. Returns their names."""
-    if model.device.type != "cpu" or model.dtype not in _SAME or isinstance(native.library(), str):
-        return []
+def use(model: Any) -> None:
+    """Let the library compute the blocks of a model on a CPU, where it can. Another call looks at the blocks anew."""
+    remove(model)
+    if model.device.type == "cpu" and model.dtype in _SAME and not isinstance(native.available(), str):
+        hooks = _Hooks()
+        model.register_forward_pre_hook(hooks.before, with_kwargs=True)
+        model.register_forward_hook(hooks.after, always_call=True)
+
+
+def remove(model: Any) -> None:
+    """Undo `use`."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, hook in hooks.items() if _own(hook)]:
+            del hooks[key]
+
+
+def has_other_hooks(model: Any) -> bool:
+    """Whether a model has hooks besides those of `use`."""
+    return not all(_own(hook) for hook in (*model._forward_pre_hooks.values(), *model._forward_hooks.values()))
+
+
+def _own(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), _Hooks)
+
+
+def computed(model: Any) -> list[str]:
+    """The names of the blocks that the library computes, as far as a cache has been read."""
+    found = [module for hook in model._forward_pre_hooks.values() if _own(hook) for module in hook.__self__.found or ()]
+    return [name for name in blocks.find_blocks(model) if model.get_submodule(name) in found]
+
+
+class _Hooks:
+    """Replaces the forward of blocks while a model runs. Before and after, the modules are as they were.
+
+    found: the blocks that the library computes; None before the test.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[Any, Forward] | None = None
+        self.running = 0  # calls of the model, in all threads
+        self.lock, self.calls = RLock(), local()
+
+    def __reduce__(self) -> Any:
+        return (_Hooks, ())  # a copy of the model finds its own
+
+    def before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        taken = vars(self.calls).setdefault("taken", [])
+        taken.append(False)
+        cache = kwargs.get(CACHE, kwargs.get("past_key_values"))
+        if torch.is_grad_enabled() or not isinstance(cache, DynamicCache):
+            return
+        with self.lock:
+            if self.found is None:
+                self.found = {}  # the test runs the model
+                self.found = _found(model)
+            if not self.found:
+                return
+            cache.layers = [in_place(layer) for layer in cache.layers]
+            if self.running == 0:
+                for module, forward in self.found.items():
+                    vars(module).setdefault("forward", forward)
+            self.running += 1
+            taken[-1] = True
+
+    def after(self, model: Any, args: Any, out: Any) -> None:
+        if torch.compiler.is_compiling() or not self.calls.taken.pop():
+            return
+        with self.lock:
+            self.running -= 1
+            if self.running == 0:
+                for module, forward in (self.found or {}).items():
+                    if vars(module).get("forward") == forward:
+                        del vars(module)["forward"]
+
+
+def _found(model: Any) -> dict[Any, Forward]:
+    """The blocks that the library computes, and their forwards."""
     names = [name for name in blocks.find_blocks(model) if "forward" not in vars(model.get_submodule(name))]
     wirings = {name: list(_wirings(model.get_submodule(name), model.dtype)) for name in names}
-    if not any(wirings.values()):
-        return []
+    if isinstance(native.library(), str) or not any(wirings.values()):
+        return {}
     seen = _observed(model, [name for name in names if wirings[name]])
-    done, turns = [], _Turns()
+    found, turns = dict[Any, Forward](), _Turns()
     for name, (x, kwargs, expected, layer) in seen.items():
         module = model.get_submodule(name)
         angles = kwargs.get("position_embeddings")
@@ -61,10 +138,9 @@ def replace(model: Any) -> list[str]:
             wiring = changed(wiring, rotated=min(wiring.rotated, rotated))
             own = _Replacement(module, wiring, model.dtype, turns)
             if _fits(own, x, kwargs, expected, layer):
-                module.forward = own.forward
-                done.append(name)
+                found[module] = own.forward
                 break
-    return done
+    return found
 
 
 # ---- the test ------------------------------------------------------------------------------------------------------
@@ -114,7 +190,7 @@ def _fits(own: _Replacement, x: Tensor, kwargs: dict[str, Any], expected: Tensor
     written = [whole[..., _PROMPT, :].clone() for whole in layer.whole]
     for whole, states in zip(layer.whole, before, strict=True):
         whole[..., _PROMPT, :] = states
-    if layer.filled == _PROMPT:  # not served
+    if layer.end == _PROMPT:  # not served
         layer.update(*(states[..., None, :] for states in before))
     if found is None:
         return False
@@ -257,18 +333,18 @@ class _Turns:
     """The cosine and sine of a step in float32, which blocks share."""
 
     def __init__(self) -> None:
-        self.source: tuple[Any, Any, int] = (None, None, 0)  # the tensors that were converted last, and their version
-        self.turned: tuple[Tensor, Tensor] | None = None
+        # The tensors that were converted last, their version, and the result.
+        self.last: tuple[Any, Any, int, tuple[Tensor, Tensor] | None] = (None, None, 0, None)
 
     def of(self, given: Any, batch: int, tokens: int) -> tuple[Tensor, Tensor] | None:
         """None if they are no tensors [batch or 1, tokens, rotated]."""
         if not isinstance(given, tuple) or len(given) != 2:
             return None
         cosine, sine = given
-        turned, known = self.turned, self.source
+        *known, turned = self.last
         if turned is None or known[0] is not cosine or known[1] is not sine or known[2] != _version(cosine):
-            turned = self.turned = (cosine.float().contiguous(), sine.float().contiguous())
-            self.source = (cosine, sine, _version(cosine))
+            turned = (cosine.float().contiguous(), sine.float().contiguous())
+            self.last = (cosine, sine, _version(cosine), turned)
         shape = turned[0].shape
         if turned[1].shape != shape or len(shape) != 3 or shape[1] != tokens or shape[0] not in (1, batch):
             return None
@@ -317,30 +393,29 @@ class _Replacement:
         batch, tokens, _ = x.shape
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         layers = getattr(cache, "layers", None)
-        if not layers or batch * tokens > _MOST or not self._unchanged():
+        if not layers or len(layers) <= self.layer or batch * tokens > _MOST or not self._unchanged():
             return None
         if any(name not in _KNOWN and value is not None and value is not False for name, value in kwargs.items()):
             return None
         layer = layers[self.layer]
-        if type(layer) is not ReservedLayer:
+        if not isinstance(layer, InPlaceLayer):
             return None
         if not layer.is_initialized:
             empty = x.new_empty(batch, self.shape[0], 0, self.shape[1])
             layer.lazy_initialization(empty, empty)
-        keys, values = layer.whole
-        end = layer.filled + tokens
         turned = self.turns.of(kwargs.get("position_embeddings"), batch, tokens)
-        if len(keys) != batch or end > layer.length or turned is None:
+        if len(layer.whole[0]) != batch or turned is None or not layer.reserve(tokens):
             return None
+        first, known = layer.first(), layer.end
         if self.rotated and turned[0].shape[-1] != self.rotated:
             return None
         if mask is not None:
-            if mask.dim() != 4 or mask.shape[1:] != (1, tokens, end) or len(mask) not in (1, batch):
+            if mask.dim() != 4 or mask.shape[1:] != (1, tokens, known + tokens - first) or len(mask) not in (1, batch):
                 return None
             mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
             mask = mask if mask.stride(-1) == 1 else mask.contiguous()
-        out = self.block(x, Cached(keys, values, layer.filled), turned, mask)
-        layer.filled = end
+        out = self.block(x, Cached(layer.whole[0], layer.whole[1], first, known), turned, mask)
+        layer.advance(tokens)
         return out if self.rest is None else self._second_half(out)
 
     def _second_half(self, h: Tensor) -> Tensor:

@@ -56,9 +56,10 @@ def within(model: Any, length: int, *, compile: bool = False) -> None:
     `generate` then raises PlanError if a text would become longer. Beam search, and calls with their own cache, work as
     before. compile: compile the step with PyTorch before it is recorded. This takes long, for each batch size again.
     """
+    compiled_blocks.remove(model)
     if not compile:  # else the compiler fuses these operations
         operations.replace(model)
-        compiled_blocks.replace(model)
+        compiled_blocks.use(model)
     model.generate = Decoder(model, length, compile=compile).generate
 
 

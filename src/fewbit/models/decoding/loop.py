@@ -23,6 +23,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from fewbit.models.decoding import compiled_blocks
 from fewbit.models.decoding.graph import Graph
 
 AHEAD = 2  # steps that are launched before the host reads a token
@@ -63,7 +64,7 @@ def can_serve(model: Any, requested: dict[str, Any]) -> bool:
         not distributed
         and all(requested.get(key) is None or requested[key] is False for key in _OTHERS)
         and all(_is_own(model, name) for name in _OWN)
-        and not (model._forward_hooks or model._forward_pre_hooks)
+        and not compiled_blocks.has_other_hooks(model)
         and not model.config.is_encoder_decoder
     )
 

@@ -26,6 +26,7 @@ from fewbit.errors import FormatError, KernelError, PlanError
 from fewbit.formats.containers.gguf import PLAIN, SAVED, Entry, GgufFile, GgufWriter
 from fewbit.models import experts, scales, stacking
 from fewbit.models.building import building
+from fewbit.models.decoding import compiled_blocks
 from fewbit.models.gguf import hybrid
 from fewbit.models.gguf.architectures import of_file
 from fewbit.models.gguf.names import Route, architecture, names_of, routes
@@ -150,6 +151,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         if self.quantization_config.dequantize:
             experts.join(model)
         else:
+            compiled_blocks.use(model)
             model.save_pretrained = _Saver(model, self)  # type: ignore[method-assign,assignment]
         return model
 

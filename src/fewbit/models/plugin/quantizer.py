@@ -42,7 +42,7 @@ from fewbit.formats.base import by_quant_method, one_warning
 from fewbit.formats.containers import pickle
 from fewbit.formats.containers.safetensors import files_in, read_specs
 from fewbit.models import as_read, experts, foreign, scales, stacking
-from fewbit.models.decoding import decode
+from fewbit.models.decoding import compiled_blocks, decode
 from fewbit.models.decoding.fuse import fuse
 from fewbit.models.linears import is_linear, shape_of
 from fewbit.models.plugin import (
@@ -368,6 +368,7 @@ class FewbitQuantizer(HfQuantizer):
             self._dequantize(model, self.dtype)
         if self.request is not None:
             self._describe_result(model)
+        compiled_blocks.use(model)
         if self.length is not None:
             fuse(model)
             decode.within(model, self.length)
