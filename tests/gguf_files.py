@@ -95,6 +95,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "glm4_moe": {"n_group": 2, "num_hidden_layers": 3, "routed_scaling_factor": 1.5, "use_qk_norm": True},
     # the width of the shared experts that the converter assumes: that of the MLP divided by the key-value heads
     "ernie4_5_moe": {"intermediate_size": 128, "num_hidden_layers": 3},
+    "qwen3_next": {"num_hidden_layers": 4, "vocab_size": 292, "mlp_only_layers": None},
     "qwen3_5_text": _QWEN35,
     "qwen3_5_moe_text": _QWEN35,
 }
@@ -177,6 +178,10 @@ def written(folder: Path, path: Path, kind: str = "f32", *, norms: str = "f32") 
         if head.routes[name].expert is not None:  # they come in order
             own = [tensor for other, tensor in weights.values() if other.name == entry.name]
             entry, tensor = entry._replace(shape=(len(own), *entry.shape)), torch.stack(own)
+        if (split := head.routes[name].split) is not None:
+            pieces = zip(split.entries(entry), split.cut(tensor), strict=True)
+            whole |= {piece.name: (piece, cut) for piece, cut in pieces}
+            continue
         whole[entry.name] = entry, tensor
     entries += [entry for entry, _ in whole.values()]
     with GgufWriter(path, head.metadata, entries) as writer:

@@ -486,3 +486,16 @@ def test_types_that_need_importances_are_noted(scheme: str, method: str, said: b
     notes = resolve(Plan("p", "gguf", (Rule("*", scheme, method),)), LARGE).notes
     expected = f"{len(LARGE)} weights become iq2_xs without an importance matrix, which llama-quantize refuses"
     assert [note.startswith(expected) for note in notes] == [True] * said
+
+
+def test_what_a_gguf_file_transposes_stays_in_16_bits() -> None:
+    names = {"a.kv": "blk.0.attn_k_b", "a.o": "blk.0.attn_output"}
+    model = Model("x", layers=1, gqa=1, tied=False, names=names, transposed=frozenset({"a.kv"}))
+    shapes = dict.fromkeys(names, (64, 256))
+    for scheme in ("q8_0", "mixture:q8_0"):
+        found = resolve(Plan("p", "gguf", (Rule("*", scheme),)), shapes, model)
+        assert (list(found.assignments), found.kept) == (["a.o"], ("a.kv",))
+        assert "a.kv" in found.notes[0]
+        assert "transposed" in found.notes[0]
+    with pytest.raises(PlanError, match="transposed"):
+        resolve(Plan("p", "gguf", (Rule("a.*", "q8_0"),)), shapes, model)

@@ -29,6 +29,7 @@ from fewbit.formats.layouts.mxfp4 import MXFP4
 from fewbit.models import foreign
 from fewbit.models.gguf import hybrid, names
 from fewbit.models.gguf.names import Route
+from fewbit.models.gguf.pieces import Joined
 from fewbit.models.source import Source
 from fewbit.schemes.base import Codec, PartSpec, QTensor, Scheme, chunk_rows
 from fewbit.schemes.fp8 import FP8 as FP8Scheme
@@ -406,11 +407,11 @@ def _check_scales(source: Source, packed: Mapping[str, Packed], checkpoint: Chec
 
 def _of_gguf(source: Source, routes: Mapping[str, Route], extra: frozenset[str]) -> tuple[Checkpoint, Packing]:
     """The tensors of a GGUF file under transformers' names."""
-    file, checkpoint = GgufFile(source.files[0]), Checkpoint([])
-    ours = names.names_of(routes)
-    dtype, found, nbytes = _dtype_of(file), list[Packed](), 0
+    stored, checkpoint = GgufFile(source.files[0]), Checkpoint([])
+    file, ours = Joined(stored, names.splits_of(routes)), names.names_of(routes)
+    dtype, found, nbytes = _dtype_of(stored), list[Packed](), 0
     weights = dict[str, Weight]()
-    ignored = extra | hybrid.beyond(file)
+    ignored = extra | hybrid.beyond(stored)
     for entry in file.entries.values():
         if entry.name in ignored:
             continue
@@ -434,7 +435,7 @@ def _of_gguf(source: Source, routes: Mapping[str, Route], extra: frozenset[str])
 
 
 def _members(
-    file: GgufFile, entry: Entry, ours: Sequence[str], routes: Mapping[str, Route]
+    file: Joined, entry: Entry, ours: Sequence[str], routes: Mapping[str, Route]
 ) -> Iterator[tuple[str, Entry]]:
     """The names in the model of a tensor, each with its part of it: a tensor of experts has one part for each."""
     if routes[ours[0]].expert is None:
@@ -472,7 +473,7 @@ def _dtype_of(file: GgufFile) -> torch.dtype:
 class _Mapped:
     """A lazy handle of a tensor of a GGUF file."""
 
-    file: GgufFile
+    file: Joined
     entry: Entry
     expert: int | None = None  # of which this is the part; None for whole tensors
 

@@ -47,14 +47,15 @@ def importance(path: Path, settled: Settled) -> tuple[dict[str, Stats], list[str
     stats: dict[str, Stats] = {}
     missing: dict[str, None] = {}
     for module, a in assignments.items():
-        name, expert = routes[f"{module}.weight"].name, routes[f"{module}.weight"].expert
+        names, expert = routes[f"{module}.weight"].names, routes[f"{module}.weight"].expert
+        name = next((name for name in names if name in matrix), names[0])  # pieces read the same inputs
         if name not in matrix:
             missing[name] = None
             stats[module] = Stats.from_mean_square(
                 torch.ones(a.shape[1], device=skeleton.device, dtype=torch.float32), 1
             )
             continue
-        mean_square, several = matrix[name].mean_square, len(modules[name])
+        mean_square, several = matrix[name].mean_square, len(modules[routes[f"{module}.weight"].name])
         if len(mean_square) != a.shape[1] * several:
             of = "" if expert is None else f" for each of {several} experts"
             raise FormatError(
@@ -65,7 +66,7 @@ def importance(path: Path, settled: Settled) -> tuple[dict[str, Stats], list[str
         if (order := routes[f"{module}.weight"].column_order) is not None:
             own = own[order.argsort()]
         stats[module] = Stats.from_mean_square(own.to(skeleton.device), matrix[name].most)
-    if len(missing) == len({routes[f"{module}.weight"].name for module in assignments}):
+    if len(missing) == len({routes[f"{module}.weight"].names[0] for module in assignments}):
         raise FormatError(
             f"{path} has importances of {len(matrix)} tensors, but none of this model "
             f"({next(iter(missing))} is missing)",
@@ -80,7 +81,9 @@ def matrix_of(skeleton: Skeleton, found: Mapping[str, Stats]) -> dict[str, imatr
     routes = gguf_names.routes(skeleton.config)
     measured: dict[str, list[Stats]] = {}
     for module in sorted(found, key=lambda module: routes[f"{module}.weight"].expert or 0):
-        measured.setdefault(routes[f"{module}.weight"].name, []).append(found[module])
+        route = routes[f"{module}.weight"]
+        for name in route.names if route.split is None or route.split.by_rows else ():
+            measured.setdefault(name, []).append(found[module])
     orders = {route.name: order for route in routes.values() if (order := route.column_order) is not None}
     matrix = {}
     for name, each in measured.items():

@@ -174,11 +174,15 @@ class OneFile(Files):
     def __init__(self, skeleton: Skeleton) -> None:
         super().__init__(skeleton)
         self.file, self.routes = GgufFile(self.source.files[0]), gguf_names.routes(skeleton.config)
-        if any(route.expert is not None for route in self.routes.values()):
-            raise PlanError(
-                f"{self.source.name}: experts in a GGUF file cannot be trained yet",
-                "Train a folder, and convert it to a GGUF file.",
-            )
+        for what, some in (
+            ("experts in a GGUF file", any(route.expert is not None for route in self.routes.values())),
+            ("matrices that a GGUF file has in pieces", any(route.split for route in self.routes.values())),
+        ):
+            if some:
+                raise PlanError(
+                    f"{self.source.name}: {what} cannot be trained yet",
+                    "Train a folder, and convert it to a GGUF file.",
+                )
 
     def of_weight(self, module: str, weight: QTensor) -> dict[str, Tensor]:
         route, blocks = self.routes[f"{module}.weight"], weight.parts[weight.codec.payload]

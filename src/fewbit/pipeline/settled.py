@@ -184,6 +184,9 @@ def model_of(skeleton: Skeleton) -> mixtures.Model:
         layers=config.num_hidden_layers,
         gqa=heads // (getattr(config, "num_key_value_heads", None) or heads),
         tied=len(outside) < 2,
-        names={name: routes[f"{name}.weight"].name.removesuffix(".weight") for name in [*linears, *outside]},
+        names={name: routes[f"{name}.weight"].names[0].removesuffix(".weight") for name in [*linears, *outside]},
+        transposed=frozenset(
+            name for name in linears if (split := routes[f"{name}.weight"].split) is not None and not split.by_rows
+        ),
         runs={name: run for name in linears if (run := routes[f"{name}.weight"].run)},
     )

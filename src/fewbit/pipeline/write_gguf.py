@@ -132,7 +132,7 @@ def write(path: Path, settled: Settled, blocks: Checkpoint, header: Header, reco
     skeleton, resolved = settled.skeleton, settled.resolved
     routes, tensors, extra = header.routes, planned(settled), header.extra
     entries = [Entry(name, "f32", tuple(tensor.shape)) for name, tensor in extra.items()]
-    entries += [each.entry for each in tensors]
+    entries += [entry for each in tensors for entry in _pieces(each, routes)]
     own = folded(skeleton, blocks)
     keys = metadata(header, resolved, {**record, "scales": scales.to_record(own)}) | scales.to_metadata(own)
     with GgufWriter(path, keys, entries) as writer:
@@ -140,8 +140,17 @@ def write(path: Path, settled: Settled, blocks: Checkpoint, header: Header, reco
             writer.add(name, tensor.float())
         for each in tensors:
             parts = [_made(part, settled, blocks, routes[part.name]) for part in (each, *each.more)]
-            writer.add(each.entry.name, parts[0] if len(parts) == 1 else torch.stack(parts))
+            whole, split = parts[0] if len(parts) == 1 else torch.stack(parts), routes[each.name].split
+            pieces = [whole] if split is None else split.cut(whole)
+            for entry, piece in zip(_pieces(each, routes), pieces, strict=True):
+                writer.add(entry.name, piece)
     return sum(entry.spec.nbytes for entry in entries)
+
+
+def _pieces(each: Planned, routes: Mapping[str, gguf_names.Route]) -> list[Entry]:
+    """The tensors of the file: several if it has this one in pieces."""
+    split = routes[each.name].split
+    return [each.entry] if split is None else split.entries(each.entry)
 
 
 def _made(each: Planned, settled: Settled, blocks: Checkpoint, route: gguf_names.Route) -> Tensor:

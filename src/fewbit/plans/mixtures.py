@@ -34,6 +34,7 @@ class Model:
 
     `gqa`: query heads per key-value head. `tied`: whether the embeddings are also the output head. `names`: module ->
     name of its weight in a GGUF file, without `.weight`. `runs`: module -> columns that a block must not cross.
+    `transposed`: modules whose rows are no rows of a file.
     """
 
     arch: str  # GGUF's name of the architecture
@@ -42,6 +43,7 @@ class Model:
     tied: bool
     names: Mapping[str, str] = field(default_factory=dict)
     runs: Mapping[str, int] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
 
     def in_block(self, module: str) -> bool:
         """Whether a module is in a block. The others are the embeddings and the head."""

@@ -313,11 +313,14 @@ def resolve(
         for number, rule in enumerate(plan.rules, 1)
         if not any(fnmatchcase(module, rule.match) for module in shapes)
     ]
-    mixed, gates = _mixed(plan, format, shapes, model), list[str]()
+    mixed, gates, transposed = _mixed(plan, format, shapes, model), list[str](), list[str]()
     for module, shape in shapes.items():
         rule = next((rule for rule in plan.rules if fnmatchcase(module, rule.match)), None)
         if rule is not None and rule.match == "*" and is_gate(module, shape):
             gates.append(module)
+            rule = None
+        elif rule is not None and rule.match == "*" and model is not None and module in model.transposed:
+            transposed.append(module)
             rule = None
         scheme = None if rule is None or rule.scheme is None else mixed.get(rule.scheme, {}).get(module, rule.scheme)
         if rule is None or scheme is None:
@@ -331,6 +334,8 @@ def resolve(
         raise PlanError(f"plan {plan.name} matches none of the {len(shapes)} linears in the model's blocks")
     if gates:
         notes.append(f"in 16 bits, as they choose experts or set how fast a state decays: {in_short(gates)}")
+    if transposed:
+        notes.append(f"in 16 bits, as {_TRANSPOSED}: {in_short(transposed)}")
     blind = [m for m, a in wanted.items() if format.measures_inputs(a.scheme) and a.method.needs == Need.NOTHING]
     if blind:
         plan, format = replace(plan, activations=None), format.with_activations(None)
@@ -355,6 +360,7 @@ def resolve(
     for m, run in ({} if model is None else model.runs).items():
         if m in wanted and m not in refused and (reason := format.why_not((wanted[m].shape[0], run), wanted[m].scheme)):
             refused[m] = f"{reason}, whose order differs in a GGUF file"
+    refused |= {m: _TRANSPOSED for m in ([] if model is None else model.transposed) if m in wanted}
     if refused:
         raise PlanError(_listed(refused, wanted, len(wanted)), _what_fits(wanted, format))
     if dtype is not None:
@@ -368,6 +374,8 @@ def resolve(
         notes.append(f"in 16 bits, as no block divides their rows: {in_short(kept)}")
     return Resolved(plan, format, wanted, tuple(kept), tuple(notes))
 
+
+_TRANSPOSED = "a GGUF file has a part of each head transposed, where blocks of rows cannot be"
 
 # The last part of the names of small linears that steer a model: routers, gates of shared experts, decay rates of gated
 # delta nets. They are below 1 % of the parameters, and a router in 4 bits sends tokens to other experts.

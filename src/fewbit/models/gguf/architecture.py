@@ -8,6 +8,28 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A tensor of the file that has some rows of a matrix of the model (pieces.py).
+
+    name: in a block of the file, without `.weight`. parts: for each part of a head, the entries of config.json whose
+    product is the number of its rows in all heads. by_head: the piece has the heads as a dimension of its own.
+    """
+
+    name: str
+    parts: tuple[tuple[str, ...], ...]
+    by_head: bool = False
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The pieces of a matrix. heads: entry of config.json with their number; "" for one head."""
+
+    heads: str
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """An architecture of llama.cpp, as one type of transformers: all that fewbit knows of it.
 
@@ -23,6 +45,7 @@ class Architecture:
     # Parameters and buffers of a block that are neither a weight nor a bias -> full names in a block of the file
     parameters: Mapping[str, str] = field(default_factory=dict)
     layers: str = "model.layers"
+    cut: Mapping[str, Cut] = field(default_factory=dict)  # names in `block` of matrices that a file has in pieces
     extra: frozenset[str] = field(default_factory=frozenset)  # tensors of the file that are not weights
     when: str = ""  # a file is of this type if it has this key, and it is not 0; "": if it is of no other type
     # Values of the tensors

@@ -18,11 +18,12 @@ import numpy as np
 
 from fewbit.errors import PlanError
 from fewbit.formats.containers.gguf import GgufFile
+from fewbit.models.gguf.pieces import Joined
 
 _INTERVAL = 4  # every n-th layer has full attention if a file has no key for it
 
 
-def beyond(file: GgufFile) -> frozenset[str]:
+def beyond(file: GgufFile | Joined) -> frozenset[str]:
     """The tensors of blocks that predict further tokens. transformers has no modules for them."""
     name = file.metadata.get("general.architecture")
     count, more = (file.metadata.get(f"{name}.{key}") for key in ("block_count", "nextn_predict_layers"))

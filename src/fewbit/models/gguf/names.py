@@ -11,6 +11,7 @@ can differ. Only the order of columns affects quantization: blocks must lie with
                 has the first of each key head, then the second. These are rows of the projections before attention
                 and columns of the one after it
     shift       Gemma's norms multiply by 1 + w; a file stores this sum
+    split       the file has the tensor in pieces (pieces.py); `name` is then the name of the whole
 
     route = routes(config)["model.layers.0.self_attn.q_proj.weight"]     # KeyError: no file contains it
     route.name, route.rows                                               # "blk.0.attn_q.weight", int64 [N] or None
@@ -24,7 +25,7 @@ Source: gguf-py's name tables and llama.cpp's convert_hf_to_gguf.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -32,8 +33,9 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import PlanError
-from fewbit.models.gguf.architecture import Architecture
+from fewbit.models.gguf.architecture import Architecture, Cut
 from fewbit.models.gguf.architectures import TYPES
+from fewbit.models.gguf.pieces import Share, Split
 
 Order = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and axes
 
@@ -56,6 +58,12 @@ class Route:
     order: Order = ((), ())
     first: int = 0
     columns: Order = ((), ())
+    split: Split | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the tensors of the file: several if it has this one in pieces."""
+        return (self.name,) if self.split is None else self.split.names
 
     @property
     def rows(self) -> Tensor | None:
@@ -156,7 +164,7 @@ def routes(config: Any) -> dict[str, Route]:
     config: transformers' config object. Of a tied pair, write the embedding.
     """
     arch = architecture(config.model_type)
-    orders = _orders(config, arch)
+    orders, cuts = _orders(config, arch), {ours: _parts(config, cut) for ours, cut in arch.cut.items()}
     found = {}
     for theirs, ours in arch.model.items():
         for leaf in ("weight", "bias"):
@@ -172,6 +180,7 @@ def routes(config: Any) -> dict[str, Route]:
                     transposed=arch.transposed and leaf == "weight" and not norm,
                     squeezed=ours in arch.squeezed and leaf == "weight",
                     shift=arch.shift if norm and leaf == "weight" and ours not in arch.unshifted else 0.0,
+                    split=_split(layer, *cuts[ours]) if ours in cuts and leaf == "weight" else None,
                     **orders.get(ours, {}),
                 )
         for theirs, ours in arch.parameters.items():
@@ -189,6 +198,25 @@ def _modules(config: Any, arch: Architecture) -> Iterator[tuple[str, str, int | 
             continue
         for expert in range(getattr(config, arch.experts)):
             yield theirs.replace("*", str(expert)), ours, expert
+
+
+def splits_of(routes: Mapping[str, Route]) -> dict[str, Split]:
+    """The name of each tensor that a file has in pieces -> its pieces."""
+    return {route.name: route.split for route in routes.values() if route.split is not None}
+
+
+def _parts(config: Any, cut: Cut) -> tuple[int, tuple[Share, ...]]:
+    """The heads of a matrix and its pieces, named as in every block."""
+    heads = getattr(config, cut.heads) if cut.heads else 1
+    shares = []
+    for piece in cut.pieces:
+        sizes = tuple(prod(getattr(config, key) for key in part) // heads for part in piece.parts)
+        shares.append(Share(f"{piece.name}.weight", sizes, piece.by_head, piece.transposed))
+    return heads, tuple(shares)
+
+
+def _split(layer: int, heads: int, shares: Sequence[Share]) -> Split:
+    return Split(heads, tuple(replace(share, name=f"blk.{layer}.{share.name}") for share in shares))
 
 
 def names_of(routes: Mapping[str, Route]) -> dict[str, list[str]]:

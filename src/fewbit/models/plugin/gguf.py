@@ -4,7 +4,8 @@
 modules. A quantized weight becomes the bytes of its blocks, a memory-mapped view of the file, for `QLinear` or
 `QEmbedding`. Other tensors become floats. The rows of Llama's q and k are permuted to transformers' order, a whole row
 of blocks at a time. A quantized tensor is decoded only if it belongs to a module that has no packed counterpart. A
-tensor of all experts of a layer is cut into those of the experts, which are stacked again as for other formats.
+tensor of all experts of a layer is cut into those of the experts, which are stacked again as for other formats. A
+matrix that the file has in pieces is joined (`models/gguf/pieces.py`).
 
 Saving such a model writes a GGUF file with the same keys, tensors and types.
 """
@@ -29,7 +30,8 @@ from fewbit.models.building import building
 from fewbit.models.decoding import compiled_blocks
 from fewbit.models.gguf import hybrid
 from fewbit.models.gguf.architectures import of_file
-from fewbit.models.gguf.names import Route, architecture, names_of, routes
+from fewbit.models.gguf.names import Route, architecture, names_of, routes, splits_of
+from fewbit.models.gguf.pieces import Joined, decoded
 from fewbit.models.linears import LINEARS
 from fewbit.models.plugin.modules import put, put_embedding, unpack
 from fewbit.models.plugin.patch_gguf_config import gguf_path
@@ -40,6 +42,7 @@ from fewbit.schemes.ggml import codec
 from fewbit.system import heap, publish
 
 _NUMBERS = ("f32", "f16", "bf16")
+_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 _HEAD = ("lm_head.weight", "lm_head.bias")
 
 
@@ -49,7 +52,7 @@ _Theirs: Any = GgufHfQuantizer  # untyped; it loads the architectures that fewbi
 class GgufQuantizer(_Theirs):  # type: ignore[misc]
     """Replaces the modules of quantized tensors by packed modules, and loads the file's tensors into them."""
 
-    file: GgufFile | None = None
+    file: GgufFile | Joined | None = None
     origin: Path | None = None  # the path of `file`
     dtype: torch.dtype
 
@@ -81,6 +84,9 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         self.routes = _routes_of(model)
         if any(route.expert is not None for route in self.routes.values()):
             experts.separate(model)
+        if splits := splits_of(self.routes):
+            assert isinstance(self.file, GgufFile)
+            self.file = Joined(self.file, splits, _NAMES.get(self.dtype, "f32"))
         self.entries = _matched(self.file, model, self.routes)
         for name, entry in self.entries.items():
             if entry.type in PLAIN or self.quantization_config.dequantize:
@@ -119,7 +125,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
                 state[name] = tensor if route.rows_back is None else tensor[route.rows_back]
             else:
                 if entry.type not in PLAIN:
-                    tensor = _decoded(entry, tensor, self.dtype)
+                    tensor = decoded(entry, tensor, self.dtype)
                 state[name] = route.from_file(tensor).contiguous()
             if state[name].data_ptr() != tensor.data_ptr():
                 self.file.release(entry.name)
@@ -219,14 +225,16 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         for name, entry in self.entries.items():
             names.setdefault(entry.name, []).append(name)
         modules = dict(model.named_modules())
-        with GgufWriter(path, metadata, list(self.file.entries.values()), overwrite=True) as writer:
-            for entry in self.file.entries.values():
+        file = self.file if isinstance(self.file, Joined) else Joined(self.file, {})
+        with GgufWriter(path, metadata, list(file.stored.entries.values()), overwrite=True) as writer:
+            for entry in file.entries.values():
                 if entry.name not in names:
-                    writer.add(entry.name, self.file.get(entry.name))
+                    writer.add(entry.name, file.get(entry.name))
                     continue
                 parts = [self._written(model, modules, name) for name in names[entry.name]]
-                expert = self.routes[names[entry.name][0]].expert
-                writer.add(entry.name, parts[0] if expert is None else torch.stack(parts))
+                whole = parts[0] if self.routes[names[entry.name][0]].expert is None else torch.stack(parts)
+                for own, piece in zip(file.pieces(entry.name), file.cut(entry.name, whole), strict=True):
+                    writer.add(own.name, piece)
 
     def _written(self, model: PreTrainedModel, modules: Mapping[str, nn.Module], name: str) -> Tensor:
         """A tensor of the model, or of one expert, as the file stores it."""
@@ -284,7 +292,7 @@ def _is_new(name: str, model: PreTrainedModel, known: Mapping[str, Route]) -> bo
     return base is not model and name not in known and not name.startswith(f"{model.base_model_prefix}.")
 
 
-def _matched(file: GgufFile, model: PreTrainedModel, known: dict[str, Route]) -> dict[str, Entry]:
+def _matched(file: GgufFile | Joined, model: PreTrainedModel, known: dict[str, Route]) -> dict[str, Entry]:
     """Name in the model -> its tensor in the file. FormatError if a tensor is missing or has a wrong shape.
 
     As with other checkpoints in transformers, the file's output head is ignored if the model's class has none, and a
@@ -325,14 +333,6 @@ def persistent(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The buffers that files have, such as what corrects the scores of experts."""
     kept = model.state_dict(keep_vars=True)
     return ((name, tensor) for name, tensor in model.named_buffers() if name in kept)
-
-
-def _decoded(entry: Entry, blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """A quantized tensor as floats, for a module that has no packed counterpart."""
-    rows = blocks.reshape(-1, blocks.shape[-1])
-    weight = QTensor(codec(entry.type), (rows.shape[0], entry.shape[-1]), {})
-    weight.parts[weight.codec.payload] = rows
-    return weight.dequantize(dtype).view(entry.shape)
 
 
 def _same(embedding: QEmbedding, head: QLinear) -> bool:

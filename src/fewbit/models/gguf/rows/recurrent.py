@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fewbit.models.gguf.architecture import Architecture
+from fewbit.models.gguf.architecture import Architecture, Cut, Piece
 from fewbit.models.gguf.rows.shared import (
+    ALL_SPARSE,
     ATTENTION,
     EXPERTS,
     HEAD_NORMS,
@@ -49,6 +50,42 @@ QWEN35_ROW = Architecture(
     linear_attention=True,
     partial_rotary=True,
     sections=True,
+)
+
+# The same with two projections in place of four. llama.cpp cuts the larger one
+QWEN3_NEXT_ROW = replace(
+    QWEN35_ROW,
+    name="qwen3next",
+    model_type="qwen3_next",
+    cls="Qwen3NextForCausalLM",
+    block={
+        **{name: ours for name, ours in DELTA.items() if not name.startswith("linear_attn.in_proj")},
+        "linear_attn.in_proj_qkvz": "ssm_in",
+        "linear_attn.in_proj_ba": "ssm_ba",
+        **QWEN_EXPERTS,
+        **SHARED_EXPERT,
+    },
+    cut={
+        "ssm_in": Cut(
+            "linear_num_key_heads",
+            (
+                Piece(
+                    "attn_qkv",
+                    (
+                        ("linear_num_key_heads", "linear_key_head_dim"),
+                        ("linear_num_key_heads", "linear_key_head_dim"),
+                        ("linear_num_value_heads", "linear_value_head_dim"),
+                    ),
+                ),
+                Piece("attn_gate", (("linear_num_value_heads", "linear_value_head_dim"),)),
+            ),
+        )
+    },
+    tiled=False,
+    sections=False,
+    required={**NO_BIAS, **ALL_SPARSE, "norm_topk_prob": True},
+    counts=SHARED_COUNTS,
+    experts="num_experts",
 )
 
 # Layers with a short convolution, and others with attention
@@ -110,6 +147,7 @@ ROWS = (
         constants=SIGMOID,
     ),
     QWEN35_ROW,
+    QWEN3_NEXT_ROW,
     replace(
         QWEN35_ROW,
         name="qwen35moe",
