@@ -18,7 +18,7 @@ DEMO_ARGS_smollm2 := --calibration-samples 16 --samples 8
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all bare compat check docs interop fuzz notebook bench bench-cpu tiny-moe native native-test native-arm format clean
+.PHONY: help setup demo test test-all bare compat check docs dist interop fuzz notebook bench bench-cpu tiny-moe native native-test native-arm format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
@@ -136,6 +136,9 @@ native-arm: ## the CPU library for Arm, in an emulator; needs aarch64-linux-gnu-
 # The theme's warning about the future of mkdocs is off.
 docs: setup ## the documentation site, in build/site; strict, and without a network
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=tools $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+
+dist: ## sdist and wheels in dist/, checked, and each installed and used in an empty environment
+	$(PYTHON) tools/make_dist.py
 
 format: setup ## let ruff sort imports, fix what it can and lay out the code
 	$(BIN)/ruff check --fix

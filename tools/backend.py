@@ -38,7 +38,8 @@ def build_wheel(directory: str, settings: Settings = None, metadata: str | None 
             return core.build_wheel(directory, {**(settings or {}), **_required()}, metadata)
         except (Exception, SystemExit) as error:  # whatever CMake, ninja or a compiler stumbled over
             _gave_up(error)
-    return core.build_wheel(directory, {**(settings or {}), "wheel.cmake": "false"}, metadata)
+    # A library that an editable install put beside the sources is not for every machine.
+    return core.build_wheel(directory, {**(settings or {}), "wheel.cmake": "false", "wheel.exclude": "*.so"}, metadata)
 
 
 def build_editable(directory: str, settings: Settings = None, metadata: str | None = None) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,8 +92,9 @@ def unstored_in_reference() -> Iterator[str]:
 
 
 def changelog_has_section() -> Iterator[str]:
-    """CHANGELOG.md has a heading [Unreleased] or one for the version in pyproject.toml."""
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    """CHANGELOG.md has a heading [Unreleased] or one for the version of fewbit."""
+    from fewbit import __version__ as version
+
     text = read("CHANGELOG.md")
     if text is None:
         yield "CHANGELOG.md: missing"

@@ -27,6 +27,7 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(\s*<?([^)\s>]+)>?\s*\)")
 OTHERS = {
     "CHANGELOG.md": "project/changelog.md",
     "CONTRIBUTING.md": "project/contributing.md",
+    "SECURITY.md": "project/security.md",
     "src/fewbit/data/tiny/README.md": "project/tiny-card.md",
 }
 
