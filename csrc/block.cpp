@@ -66,7 +66,13 @@ int check(const fewbit_block* b, const fewbit_call* c) {
   const int64_t heads = b->heads, shared = b->shared, head = b->head;
   if (heads < 1 || shared < 1 || heads % shared || head < 1 || b->width < 1 || b->inner < 0) return FEWBIT_SHAPE;
   if (b->rotated < 0 || b->rotated > head || b->rotated % 2 || (b->rotated && !(c->cosine && c->sine))) return FEWBIT_SHAPE;
-  if (c->batch < 1 || c->tokens < 1 || c->filled < 0 || c->filled + c->tokens > c->length) return FEWBIT_SHAPE;
+  if (c->batch < 1 || c->tokens < 1) return FEWBIT_SHAPE;
+  if (const fewbit_pages* p = c->pages) {
+    if (!p->write || !p->read || !p->begin || !p->count) return FEWBIT_SHORT;
+    if (c->batch > 1 || c->allowed || c->added || p->most < 1 || p->step < shared * head) return FEWBIT_SHAPE;
+  } else if (c->filled < 0 || c->filled + c->tokens > c->length) {
+    return FEWBIT_SHAPE;
+  }
   const int64_t in[4] = {b->width, heads * head, b->width, b->inner};
   const int64_t out[4] = {(heads + 2 * shared) * head, b->width, 2 * b->inner, b->width};
   const int products = b->counts[2] || b->counts[3] ? 4 : 2;
@@ -94,7 +100,7 @@ class Block {
     const int64_t width = b.width, inside = b.heads * b.head, all = (b.heads + 2 * b.shared) * b.head;
     const int64_t most = all > 2 * b.inner ? all : 2 * b.inner, second = inside > b.inner ? inside : b.inner;
     const int64_t group = b.heads / b.shared, shares = threads < 1 ? 1 : threads;
-    const int64_t scratch = group * (c.filled + c.tokens);
+    const int64_t scratch = group * (c.pages ? c.pages->most : c.filled + c.tokens);
     float* h = reinterpret_cast<float*>(held.take(size_t(m * (2 * width + most + second) + scratch * shares) * 4));
     if (!h) return FEWBIT_MEMORY;
     float *n = h + m * width, *first = n + m * width, *joined = first + m * most;
@@ -171,7 +177,8 @@ class Block {
       for (int64_t j = 0; j < b.shared; j++) with.rotate(key + j * head, r, c.cosine + angle, c.sine + angle, b.pairs);
     }
     for (int64_t j = 0; j < b.shared; j++) {
-      const int64_t to = ((text * b.shared + j) * c.length + c.filled + token) * head;
+      const int64_t to = c.pages ? c.pages->write[i] * c.pages->step + j * head
+                                 : ((text * b.shared + j) * c.length + c.filled + token) * head;
       put(c.keys, to, key + j * head);
       put(c.values, to, value + j * head);
     }
@@ -185,16 +192,18 @@ class Block {
   void attend(const Piece& q, float* out, int64_t scratch) const {
     const int64_t group = b.heads / b.shared, size = narrow ? 2 : 4, units = m * b.shared;
     std::atomic<int> next{0};
-    share(units, 1 + EACH / (2 * group * (c.filled + c.tokens) * b.head), threads, [&](int64_t begin, int64_t end) {
+    share(units, 1 + EACH / (2 * scratch * b.head), threads, [&](int64_t begin, int64_t end) {
       float* own = scores + scratch * next.fetch_add(1);
       for (int64_t unit = begin; unit < end; unit++) {
         const int64_t i = unit / b.shared, g = unit % b.shared, text = i / c.tokens, token = i % c.tokens;
-        const int64_t start = (text * b.shared + g) * c.length * b.head * size, mask = text * c.text + token * c.row;
-        const bool masked = c.allowed || c.added;
+        const fewbit_pages* pages = c.pages;
+        const int64_t start = (pages ? g : (text * b.shared + g) * c.length) * b.head * size;
+        const int64_t mask = text * c.text + token * c.row, seen = c.allowed || c.added ? c.tokens : token + 1;
         const fewbit::Attention given{static_cast<const char*>(c.keys) + start,
                                       static_cast<const char*>(c.values) + start,
-                                      b.head,
-                                      c.filled + (masked ? c.tokens : token + 1),
+                                      pages ? pages->read + pages->begin[i] : nullptr,
+                                      pages ? pages->step : b.head,
+                                      pages ? pages->count[i] : c.filled + seen,
                                       b.head,
                                       group,
                                       narrow,

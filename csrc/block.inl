@@ -129,9 +129,10 @@ template <class T> void attend(const fewbit::Attention& given, const float* q, f
   const int64_t head = given.head, length = given.length, group = given.group;
   const T* keys = static_cast<const T*>(given.keys);
   const T* values = static_cast<const T*>(given.values);
+  const auto place = [&](int64_t t) { return (given.slots ? given.slots[t] : t) * given.step; };
   for (int64_t t = 0; t < length; t++)
     for (int64_t h = 0; h < group; h++) {
-      float s = dot(q + h * head, keys + t * given.step, head) * given.scale;
+      float s = dot(q + h * head, keys + place(t), head) * given.scale;
       if (given.cap > 0) s = given.cap * tanhf(s / given.cap);
       if (given.allowed && !given.allowed[t]) s = -INFINITY;
       if (given.added) s += given.added[t];
@@ -157,7 +158,7 @@ template <class T> void attend(const fewbit::Attention& given, const float* q, f
   for (int64_t t = 0; t < length; t++)
     for (int64_t h = 0; h < group; h++) {
       const float p = scores[h * length + t];
-      const T* v = values + t * given.step;
+      const T* v = values + place(t);
       float* o = out + h * head;
       int64_t i = 0;
       for (; i + 8 <= head; i += 8) store8(o + i, load8(o + i) + p * load8(v + i));

@@ -92,8 +92,17 @@ struct fewbit_block {
   struct fewbit_rows products[4][3];
 };
 
+// Where a cache in pages keeps the tokens of many texts. Keys (values) of a slot are [shared, head], and slots are `step`
+// numbers apart. New token i is written to slot write[i], and sees slots read[begin[i]] to read[begin[i] + count[i] - 1],
+// which include its own. `most` is the largest count. The caller checks that all slots exist.
+struct fewbit_pages {
+  const int64_t *write, *read, *begin, *count;
+  int64_t step, most;
+};
+
 // One call of a block: `batch` texts with `tokens` new tokens each. Keys and values [batch, shared, length, head] have
-// `filled` tokens; those of the new ones are written behind them.
+// `filled` tokens; those of the new ones are written behind them. With `pages`, the new tokens of all texts are one text
+// of the batch, without a mask, and `filled` and `length` mean nothing.
 struct fewbit_call {
   const void* x;  // [batch, tokens, width]
   void* y;
@@ -104,6 +113,7 @@ struct fewbit_call {
   const uint8_t* allowed;  // [batch, tokens, filled + tokens], see `row` and `text`; null: all earlier tokens
   const float* added;      // the same with numbers that are added to the scores
   int64_t text, row;       // numbers between the texts, and between the tokens, of the mask
+  const struct fewbit_pages* pages;  // null: keys and values are in order
 };
 
 // GNU OpenMP's entry to a parallel region (GOMP_parallel). LLVM's runtime has it too.

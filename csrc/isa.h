@@ -8,6 +8,7 @@ namespace fewbit {
 // Attention of the heads of one token that share keys and values: see `attend` of `Isa`.
 struct Attention {
   const void *keys, *values;  // of the first token; the next one is `step` numbers further
+  const int64_t* slots;     // where each token is, in steps [length]; null: one after the other
   int64_t step, length, head, group;
   bool narrow;  // keys and values are bfloat16, else float32
   float scale, cap;

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fewbit.lazy import Tensor, torch
 
-_ABI = 8
+_ABI = 9
 _FILE = "fewbit_cpu.so"
 TYPES = {"float32": 0, "bfloat16": 1}  # `fewbit_type`, by torch's names
 HINT = "Install fewbit from source with a C++ compiler (gcc 9, clang 10 or later), or from a wheel with the library."
@@ -76,6 +76,15 @@ class Block(ctypes.Structure):
     )
 
 
+class Pages(ctypes.Structure):
+    """`fewbit_pages` of csrc/fewbit.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("write", "read", "begin", "count")),
+        *((name, ctypes.c_int64) for name in ("step", "most")),
+    )
+
+
 class Call(ctypes.Structure):
     """`fewbit_call` of csrc/fewbit.h."""
 
@@ -86,6 +95,7 @@ class Call(ctypes.Structure):
         ("turn", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "allowed", "added")),
         *((name, ctypes.c_int64) for name in ("text", "row")),
+        ("pages", ctypes.POINTER(Pages)),
     )
 
 

@@ -7,6 +7,7 @@ other texts are, and whatever the number of threads.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +80,37 @@ class Cached:
 
 
 @dataclass
+class Slots:
+    """Where the tokens of a step are, for many texts in one cache: int64 tensors.
+
+    write: the slot of each new token [T]. The token sees `count` [T] of the slots `read` from `begin` [T] on, with its
+    own among them. most: the largest count. last: the largest slot.
+    """
+
+    write: Tensor
+    read: Tensor
+    begin: Tensor
+    count: Tensor
+    most: int = 0
+    last: int = 0
+
+    def __post_init__(self) -> None:
+        self.most, self.last = int(self.count.max()), max(int(each.max()) for each in (self.write, self.read))
+        least = min(int(each.min()) for each in (self.write, self.read, self.begin, self.count - 1))
+        if least < 0 or int((self.begin + self.count).max()) > len(self.read):
+            raise KernelError("a step reads slots that are not there")
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Keys and values of many texts in slots, [slots, shared, head] each."""
+
+    keys: Tensor
+    values: Tensor
+    slots: Slots
+
+
+@dataclass
 class Block:
     """A block whose tensors are known to the library. It keeps them alive."""
 
@@ -126,11 +158,14 @@ class Block:
             start += n
         return made
 
-    def __call__(self, x: Tensor, cached: Cached, angles: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, cached: Cached | Pages, angles: tuple[Tensor, Tensor], mask: Tensor | None = None
+    ) -> Tensor:
         """The block's output [B, T, width] for x [B, T, width]. Writes the new keys and values into the cache.
 
         angles: cosine and sine, float32 [B or 1, T, rotated]. mask: [B or 1, 1, T, end - first + T], bool, or float32
-        numbers that are added to the scores; None: each token sees all before it.
+        numbers that are added to the scores; None: each token sees all before it. With pages, B is 1, T are the new
+        tokens of all texts, and there is no mask.
         """
         lib = native.library()
         if isinstance(lib, str):
@@ -141,18 +176,10 @@ class Block:
             raise KernelError(
                 f"activations {list(x.shape)} of {x.dtype}, expected [B, T, {self.width}] of {self.dtype}"
             )
-        whole = (batch, self.wiring.shared, cached.keys.shape[2], self.wiring.head)
-        for each in (cached.keys, cached.values):
-            if each.shape != whole or each.dtype != self.dtype or not each.is_contiguous():
-                raise KernelError(f"a cache {list(each.shape)} of {each.dtype}, expected {list(whole)} of {self.dtype}")
-        call.x, call.y = x.data_ptr(), y.data_ptr()
-        if cached.end + tokens > whole[2]:
-            raise KernelError(f"a cache for {whole[2]} tokens, and {cached.end + tokens} are needed")
-        call.batch, call.tokens, call.filled, call.length = batch, tokens, cached.end - cached.first, whole[2]
-        skipped = cached.first * whole[3] * x.element_size()
-        call.keys, call.values = cached.keys.data_ptr() + skipped, cached.values.data_ptr() + skipped
+        call.x, call.y, call.batch, call.tokens = x.data_ptr(), y.data_ptr(), batch, tokens
         call.cosine, call.sine = cosine.data_ptr(), angles[1].data_ptr()
         call.turn = cosine.stride(0) if cosine.shape[0] > 1 else 0
+        self._in_pages(call, cached) if isinstance(cached, Pages) else self._in_order(call, cached)
         if mask is not None:
             if mask.dtype == torch.bool:
                 call.allowed = mask.data_ptr()
@@ -163,3 +190,28 @@ class Block:
         if status:
             raise KernelError(f"the CPU library rejects a block of a model: status {status}")
         return y
+
+    def _in_order(self, call: native.Call, cached: Cached) -> None:
+        whole = (call.batch, self.wiring.shared, cached.keys.shape[2], self.wiring.head)
+        for each in (cached.keys, cached.values):
+            if each.shape != whole or each.dtype != self.dtype or not each.is_contiguous():
+                raise KernelError(f"a cache {list(each.shape)} of {each.dtype}, expected {list(whole)} of {self.dtype}")
+        if cached.end + call.tokens > whole[2]:
+            raise KernelError(f"a cache for {whole[2]} tokens, and {cached.end + call.tokens} are needed")
+        call.filled, call.length = cached.end - cached.first, whole[2]
+        skipped = cached.first * whole[3] * cached.keys.element_size()
+        call.keys, call.values = cached.keys.data_ptr() + skipped, cached.values.data_ptr() + skipped
+
+    def _in_pages(self, call: native.Call, cached: Pages) -> None:
+        slots, each_slot = cached.slots, (self.wiring.shared, self.wiring.head)
+        step = cached.keys.stride(0)
+        for each in (cached.keys, cached.values):
+            if each.shape[1:] != each_slot or each.dtype != self.dtype or each.stride() != (step, each_slot[1], 1):
+                raise KernelError(f"slots {list(each.shape)} of {each.dtype}, expected {each_slot} of {self.dtype}")
+            if slots.last >= len(each):
+                raise KernelError(f"{len(each)} slots, and slot {slots.last} is needed")
+        if len(slots.write) != call.tokens:
+            raise KernelError(f"slots for {len(slots.write)} tokens, and there are {call.tokens}")
+        call.keys, call.values = cached.keys.data_ptr(), cached.values.data_ptr()
+        places = [each.data_ptr() for each in (slots.write, slots.read, slots.begin, slots.count)]
+        call.pages = ctypes.pointer(native.Pages(*places, step, slots.most))

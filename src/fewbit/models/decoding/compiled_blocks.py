@@ -23,6 +23,7 @@ from fewbit.errors import KernelError
 from fewbit.kernels.cpu import block as library
 from fewbit.kernels.cpu.block import Block, Cached, Norm, Rows, Wiring
 from fewbit.models import blocks
+from fewbit.models.decoding import pages
 from fewbit.models.decoding.caches import CACHE, InPlaceLayer, ReservedLayer, in_place, reserved
 from fewbit.nn.fused import Slice
 from fewbit.nn.layers import Packed, QLinear
@@ -96,7 +97,8 @@ class _Hooks:
         taken = vars(self.calls).setdefault("taken", [])
         taken.append(False)
         cache = kwargs.get(CACHE, kwargs.get("past_key_values"))
-        if torch.is_grad_enabled() or not isinstance(cache, DynamicCache):
+        layers = cache.layers if isinstance(cache, DynamicCache) else None
+        if torch.is_grad_enabled() or not (layers or pages.is_paged(cache)):
             return
         with self.lock:
             if self.found is None:
@@ -104,7 +106,10 @@ class _Hooks:
                 self.found = _found(model)
             if not self.found:
                 return
-            cache.layers = [in_place(layer) for layer in cache.layers]
+            if layers:
+                layers[:] = [in_place(layer) for layer in layers]
+            else:
+                pages.begin(cache, kwargs)
             if self.running == 0:
                 for module, forward in self.found.items():
                     vars(module).setdefault("forward", forward)
@@ -391,32 +396,44 @@ class _Replacement:
         if torch.is_grad_enabled() or x.dim() != 3 or x.dtype != self.dtype or not x.is_contiguous():
             return None
         batch, tokens, _ = x.shape
-        cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
-        layers = getattr(cache, "layers", None)
-        if not layers or len(layers) <= self.layer or batch * tokens > _MOST or not self._unchanged():
+        turned = self.turns.of(kwargs.get("position_embeddings"), batch, tokens)
+        if turned is None or (self.rotated and turned[0].shape[-1] != self.rotated) or not self._unchanged():
             return None
-        if any(name not in _KNOWN and value is not None and value is not False for name, value in kwargs.items()):
+        cache = kwargs.get(CACHE)
+        found = pages.of_layer(cache, self.layer)
+        known = _KNOWN if found is None else _KNOWN | pages.ARGUMENTS
+        if any(name not in known and value is not None and value is not False for name, value in kwargs.items()):
             return None
-        layer = layers[self.layer]
-        if not isinstance(layer, InPlaceLayer):
+        if found is not None:
+            out = self.block(x, found, turned)
+        else:
+            layer = self._layer(cache, x)
+            if layer is None or not layer.reserve(tokens):
+                return None
+            cached, mask = (
+                Cached(layer.whole[0], layer.whole[1], layer.first(), layer.end),
+                kwargs.get("attention_mask"),
+            )
+            if mask is not None:
+                seen = (1, tokens, cached.end + tokens - cached.first)
+                if mask.dim() != 4 or mask.shape[1:] != seen or len(mask) not in (1, batch):
+                    return None
+                mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
+                mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+            out = self.block(x, cached, turned, mask)
+            layer.advance(tokens)
+        return out if self.rest is None else self._second_half(out)
+
+    def _layer(self, cache: Any, x: Tensor) -> InPlaceLayer | None:
+        """The layer of a cache that is written in place, for the texts of x. None if there is none."""
+        layers = getattr(cache, "layers", None) or ()
+        layer = layers[self.layer] if self.layer < len(layers) else None
+        if not isinstance(layer, InPlaceLayer) or x.shape[0] * x.shape[1] > _MOST:
             return None
         if not layer.is_initialized:
-            empty = x.new_empty(batch, self.shape[0], 0, self.shape[1])
+            empty = x.new_empty(x.shape[0], self.shape[0], 0, self.shape[1])
             layer.lazy_initialization(empty, empty)
-        turned = self.turns.of(kwargs.get("position_embeddings"), batch, tokens)
-        if len(layer.whole[0]) != batch or turned is None or not layer.reserve(tokens):
-            return None
-        first, known = layer.first(), layer.end
-        if self.rotated and turned[0].shape[-1] != self.rotated:
-            return None
-        if mask is not None:
-            if mask.dim() != 4 or mask.shape[1:] != (1, tokens, known + tokens - first) or len(mask) not in (1, batch):
-                return None
-            mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
-            mask = mask if mask.stride(-1) == 1 else mask.contiguous()
-        out = self.block(x, Cached(layer.whole[0], layer.whole[1], first, known), turned, mask)
-        layer.advance(tokens)
-        return out if self.rest is None else self._second_half(out)
+        return layer if len(layer.whole[0]) == x.shape[0] else None
 
     def _second_half(self, h: Tensor) -> Tensor:
         assert self.rest is not None

@@ -4,8 +4,8 @@ Each step computes one token of every running request, and a piece of the prompt
 scheduler and the paged cache of keys and values. It has one setting of sampling for all requests, no seed of a request,
 and no probabilities of other tokens, so `_Choosing` takes its place where tokens are chosen.
 
-`ContinuousBatchingManager` and what it calls are not a stable interface. Only this file uses them, and `Engine` raises
-KernelError if a name is missing. Tested with transformers 5.17 and 5.24.
+`ContinuousBatchingManager` and what it calls are not a stable interface. Only this file uses them (and `pages.py` their
+cache), and `Engine` raises KernelError if a name is missing. Tested with transformers 5.17 and 5.24.
 """
 
 from __future__ import annotations
