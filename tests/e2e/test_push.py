@@ -14,8 +14,14 @@ import pytest
 from huggingface_hub import constants, metadata_load
 
 import fewbit
+from fewbit.api.push import preview
 from fewbit.errors import FormatError, OutputError, PlanError
+from fewbit.formats.containers.gguf import GgufFile
+from fewbit.models.describe import describe
+from fewbit.models.source import locate
+from fewbit.pipeline import replacing
 from tests import hub as stand_in
+from tests import models
 from tests.e2e.conftest import Fewbit
 from tests.hub import Hub
 
@@ -161,6 +167,53 @@ def test_no_folder_of_this_machine_is_published(hub: Hub, folder: Path, tmp_path
     files = hub.repositories["org/mine"].files
     assert b"fewbit quantize tiny -o out" in files["README.md"]
     assert not [name for name, data in files.items() if b"somebody" in data]
+
+
+def private(place: Path) -> Path:
+    """A GGUF file whose metadata names folders of this machine: in the record, and as llama.cpp writes them."""
+    models.save(place / "my own" / "model", "llama", hidden_size=256)
+    plain = place / "my own" / "plain.gguf"
+    fewbit.quantize(place / "my own" / "model", plain, plan="q8_0", device="cpu", progress=False)
+    assert f"{place}/my own/model".encode() in plain.read_bytes()
+    keys = {"quantize.imatrix.file": f"{place}/my own/imatrix.dat", "tokenizer.chat_template": "/no_think/at all"}
+    replacing.with_metadata(GgufFile(plain), place / "my own" / "model.gguf", keys)
+    return place / "my own" / "model.gguf"
+
+
+def test_no_folder_of_this_machine_in_a_gguf_file(hub: Hub, tmp_path: Path) -> None:
+    file = private(tmp_path)
+    before = file.read_bytes()
+    listed = preview(file, "org/gguf").files
+    done = fewbit.push(file, "org/gguf")
+    assert (file.read_bytes(), {each.name for each in file.parent.iterdir()}) == (
+        before,
+        {"model", "plain.gguf", "model.gguf"},
+    )
+    files = hub.repositories["org/gguf"].files
+    assert not [name for name, data in files.items() if str(tmp_path).encode() in data or b"my own" in data]
+    assert done.files == listed == {name: len(data) for name, data in files.items()}
+    assert "only the last part is uploaded" in done.notes[0]
+    (tmp_path / "there.gguf").write_bytes(files["model.gguf"])
+    there, here = GgufFile(tmp_path / "there.gguf"), GgufFile(file)
+    assert {key for key in here.metadata if str(there.metadata[key]) != str(here.metadata[key])} == {
+        "fewbit.record",
+        "quantize.imatrix.file",
+    }
+    assert there.metadata["quantize.imatrix.file"].rstrip() == "imatrix.dat"
+    assert all(there.get(name).equal(here.get(name)) for name in here.entries)
+    assert describe(locate(tmp_path / "there.gguf")).made["model"] == "model"
+
+
+def test_no_folder_of_this_machine_in_configs(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(folder, tmp_path / "mine")
+    token = {"added_tokens_decoder": {"1": {"content": "/a/b"}}, "name_or_path": "/home/some body/tiny/"}
+    for name, more in (("config.json", {"_name_or_path": "/home/some body/tiny"}), ("tokenizer_config.json", token)):
+        said = json.loads((mine / name).read_text(encoding="utf-8"))
+        (mine / name).write_text(json.dumps(said | more), encoding="utf-8")
+    fewbit.push(mine, "org/mine")
+    files = hub.repositories["org/mine"].files
+    assert json.loads(files["config.json"])["_name_or_path"] == "tiny"
+    assert json.loads(files["tokenizer_config.json"]) == said | token | {"name_or_path": "tiny"}
 
 
 def test_the_chart_of_a_report_goes_into_the_card(hub: Hub, folder: Path, tmp_path: Path) -> None:

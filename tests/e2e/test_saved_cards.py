@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import fewbit
 from fewbit.api.push import preview
+from fewbit.errors import FormatError
 from fewbit.models.describe import describe
 from fewbit.models.plugin import quantizer
 from fewbit.models.source import locate
@@ -79,7 +81,7 @@ def test_an_unchanged_model_keeps_its_record(by: str, measured: Path, tmp_path: 
     load(measured, dtype=torch.float32).save_pretrained(tmp_path)
     assert card(tmp_path) == card(measured)
     assert LOSS in card(tmp_path)
-    said, before = record(tmp_path), record(measured)
+    said, before = record(tmp_path), portable(record(measured))
     assert {**said, "files": None} == {**before, "files": None}
     assert set(said["files"]) == {path.name for path in tmp_path.iterdir()}
     assert preview(tmp_path, "org/again").files.keys() == {path.name for path in tmp_path.iterdir()}
@@ -97,7 +99,7 @@ def test_no_loss_is_claimed_for_a_changed_model(what: str, measured: Path, tmp_p
             model.model.norm.weight.add_(1e-7)
     model.save_pretrained(tmp_path)
     said = record(tmp_path)
-    assert said["original"] == record(measured)
+    assert said["original"] == portable(record(measured))
     assert "evaluation" not in said
     assert said["tensors"] == []
     for words in ("It was not measured", "does not hold for this one", "tiny, quantized, then changed"):
@@ -129,7 +131,7 @@ def test_a_model_saved_over_its_own_files(measured: Path, tmp_path: Path) -> Non
     fewbit.load(tmp_path, dtype=torch.float32).save_pretrained(tmp_path)
     assert "It may differ" in card(tmp_path)
     assert LOSS not in card(tmp_path)
-    assert record(tmp_path)["original"]["evaluation"] == record(measured)["evaluation"]
+    assert record(tmp_path)["original"]["evaluation"] == portable(record(measured))["evaluation"]
 
 
 def test_a_gguf_file_keeps_its_record_or_says_so(gguf: Path, tmp_path: Path) -> None:
@@ -137,7 +139,7 @@ def test_a_gguf_file_keeps_its_record_or_says_so(gguf: Path, tmp_path: Path) -> 
     model.save_pretrained(tmp_path)
     assert LOSS in card(tmp_path)
     assert "llama-server -m model.gguf" in card(tmp_path)
-    before = describe(locate(gguf)).made
+    before = portable(describe(locate(gguf)).made)
     assert describe(locate(tmp_path / "model.gguf")).made == before
     change(model)
     model.save_pretrained(tmp_path)
@@ -231,6 +233,38 @@ def test_no_paths_in_a_pushed_gguf_file(hub: Hub, tmp_path: Path) -> None:
         made = describe(locate(tmp_path / f"{number}.gguf")).made
         assert made.get("original", made)["model"] == "model"
         change(model)
+
+
+def test_no_paths_in_a_saved_folder(tmp_path: Path) -> None:
+    models.save(tmp_path / "my own" / "model", "llama")
+    place = tmp_path / "my own" / "small"
+    fewbit.quantize(tmp_path / "my own" / "model", place, plan="rtn-4bit", device="cpu", progress=False)
+    assert record(place)["origin"] == str(tmp_path / "my own" / "model")
+    model = fewbit.load(place)
+    model.config.a_path = f"{tmp_path}/my own/thing"
+    (tmp_path / "saved").mkdir()
+    theirs = json.dumps({"log": str(tmp_path / "log")})  # nothing that was saved now
+    (tmp_path / "saved" / "trainer_state.json").write_text(theirs, encoding="utf-8")
+    for _ in range(2):  # unchanged, then changed
+        model.save_pretrained(tmp_path / "saved")
+        for file in (tmp_path / "saved").iterdir():
+            if file.name != "trainer_state.json":
+                assert str(tmp_path).encode() not in file.read_bytes(), file
+                assert b"my own" not in file.read_bytes(), file
+        change(model)
+    assert record(tmp_path / "saved")["original"]["origin"] == "model"
+    assert (tmp_path / "saved" / "trainer_state.json").read_text(encoding="utf-8") == theirs
+
+
+def test_what_cannot_be_described_is_not_uploaded(hub: Hub, measured: Path, tmp_path: Path) -> None:
+    """The folder has a record that fewbit cannot read, and in which paths cannot be cut."""
+    shutil.copytree(measured, tmp_path / "their")
+    (tmp_path / "their" / "fewbit.json").unlink()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "their")
+    (tmp_path / "fewbit.json").write_text(f'{{"model": "{tmp_path}"}}', encoding="utf-8")
+    with pytest.raises(FormatError, match=r"nothing was uploaded to org/tiny: .*fewbit\.json is not a valid record"):
+        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="org/tiny")
+    assert hub.repositories["org/tiny"].files == {}
 
 
 def test_a_copy_of_a_model_is_described_too(measured: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import Entry, GgufFile, GgufWriter, layout
+from fewbit.formats.containers.gguf_strings import replace_strings
 
 U8, U32, BOOL, STRING, ARRAY = 0, 4, 7, 8, 9
 MOST = (1 << 64) - 1
@@ -286,3 +287,18 @@ def test_split_files_that_do_not_fit(tmp_path: Path) -> None:
     other.mkdir()
     with pytest.raises(FormatError, match="have 3 tensors"):
         GgufFile(split(other, lambda _, keys: {**keys, "split.tensors.count": np.int32(4)}))
+
+
+def test_a_string_is_replaced_at_its_place(tmp_path: Path) -> None:
+    value = torch.arange(4, dtype=torch.float32, device="cpu")
+    with GgufWriter(tmp_path / "a.gguf", {"a": "long value", "b": "long value"}, [Entry("x", "f32", (4,))]) as writer:
+        writer.add("x", value)
+    before = (tmp_path / "a.gguf").read_bytes()
+    replace_strings(tmp_path / "a.gguf", {"b": ("long value", "é")})
+    after = GgufFile(tmp_path / "a.gguf")
+    assert (after.metadata["a"], after.metadata["b"]) == ("long value", "é" + 8 * " ")
+    assert after.get("x").equal(value)
+    assert len(before) == (tmp_path / "a.gguf").stat().st_size
+    for old, new in (("other", ""), ("long value", "longer value")):
+        with pytest.raises(FormatError, match="a does not have the value"):
+            replace_strings(tmp_path / "a.gguf", {"a": (old, new)})

@@ -370,6 +370,8 @@ def test_paths_of_this_machine_are_cut() -> None:
     assert report_card.portable(kept) == kept
     told = {"from": "/home/somebody/model", "notes": ["left out: README.md of /home/somebody/m, which", "~/a/text.txt"]}
     assert report_card.portable(told) == {"from": "model", "notes": ["left out: README.md of m, which", "text.txt"]}
+    told = {"from": "/home/some body/my model/", "notes": ["see file:///home/somebody/m"], "text": "file:///a b/c.txt"}
+    assert report_card.portable(told) == {"from": "my model", "notes": ["see m"], "text": "c.txt"}
 
 
 def test_a_listing(shown: io.StringIO) -> None:

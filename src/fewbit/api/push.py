@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, by 
     validate_repo_id,
 )
 
-from fewbit.api import records
+from fewbit.api import records, shared
 from fewbit.api.arguments import checked
 from fewbit.errors import FewbitError, FormatError, OutputError, PlanError
+from fewbit.formats.containers.gguf import GgufFile
+from fewbit.formats.containers.gguf_strings import replace_strings
 from fewbit.formats.containers.safetensors import (
     CARD,
     INDEX,
@@ -38,24 +41,27 @@ from fewbit.models.scales import FILE as SCALES
 from fewbit.models.source import Source, locate
 from fewbit.names import DEMO, EMBEDDED
 from fewbit.report import progress as report_progress
-from fewbit.report.card import model_card, portable
+from fewbit.report.card import model_card
 from fewbit.report.results import Pushed
-from fewbit.system import ambient
+from fewbit.system import ambient, locks, publish
 from fewbit.system.cache import cache_folder
 from fewbit.system.publish import RECORD
 
 _CHARTS = ("quality-size.png", "quality-size.svg")  # of a report of `compare`; the Hub shows both
-_UNSHARED = re.compile(r"(?:~|/(?:home|root|Users)/)")  # a folder of a user
 
 
 @dataclass(frozen=True)
 class _Upload:
-    """What is to be uploaded: name in the repository -> a local file, or the content."""
+    """What is to be uploaded.
+
+    files: name in the repository -> a local file, or the content. keys: of the first GGUF file, to replace in a copy.
+    """
 
     repo: str
     source: Source
     files: dict[str, Path | bytes]
     notes: list[str]
+    keys: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def sizes(self) -> dict[str, int]:
         return {
@@ -90,7 +96,7 @@ def push(
         raise PlanError("HF_HUB_OFFLINE is set, and an upload needs the Hub", "Unset it.")
     if get_token() is None:
         raise PlanError("there is no token for the Hub", "Log in by hf auth login, or set HF_TOKEN.")
-    with _shown(repo, progress), _as_error(repo):
+    with _shown(repo, progress), _as_error(repo), _without_paths(upload) as upload:
         return _uploaded(upload, public, revision, message or f"Upload {upload.source.origin.name} by fewbit")
 
 
@@ -164,8 +170,7 @@ def _of_folder(source: Source, repo: str, record: dict[str, Any], chart: Path | 
     files: dict[str, Path | bytes] = {name: folder / name for name in sorted({*names})}
     notes = [f"left out: {each.name}, which is no part of the model" for each in other_weights(folder)]
     notes += [f"left out: the folder {each.name}, which has weights of its own" for each in folders_left_out(folder)]
-    if record:
-        files[RECORD] = (json.dumps(portable(record), indent=1) + "\n").encode()
+    files.update(shared.cut_files(folder, list(files)))
     made = record or records.bare(source)
     picture = _added(files, chart)
     own = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
@@ -180,10 +185,9 @@ def _of_gguf(source: Source, repo: str, record: dict[str, Any], chart: Path | No
     files: dict[str, Path | bytes] = {file.name: file for file in source.files}
     picture = _added(files, chart)
     files[CARD] = model_card(record or records.bare(source), repo, source.files[0].name, picture).encode()
-    notes = []
-    if _UNSHARED.search(json.dumps(record)):
-        notes.append(f"the record in {source.files[0].name} names folders of this machine")
-    return _Upload(repo, source, dict(sorted(files.items())), notes)
+    keys = shared.cut_keys(GgufFile(source.files[0]))
+    notes = [f"of the paths of this machine in {source.files[0].name}, only the last part is uploaded"] if keys else []
+    return _Upload(repo, source, dict(sorted(files.items())), notes, keys)
 
 
 def _chart(report: str | Path | None) -> Path | None:
@@ -203,6 +207,24 @@ def _added(files: dict[str, Path | bytes], chart: Path | None) -> str:
         return ""
     files[chart.name] = chart
     return chart.name
+
+
+@contextmanager
+def _without_paths(upload: _Upload) -> Iterator[_Upload]:
+    """The upload, with a copy of a GGUF file that has paths of this machine. PlanError without room for it."""
+    if not upload.keys:
+        yield upload
+        return
+    first = upload.source.files[0]
+    parent = first.parent if os.access(first.parent, os.W_OK) else Path(tempfile.gettempdir())
+    held = locks.scratch(parent / f".{first.name[:100]}.fewbit-push")
+    try:
+        publish.check_space({parent: first.stat().st_size}, "The paths in the file are cut in a copy. Free some space.")
+        copy = Path(shutil.copyfile(first, held.folder / first.name))
+        replace_strings(copy, upload.keys)
+        yield replace(upload, files=upload.files | {first.name: copy})
+    finally:
+        held.remove()
 
 
 def _uploaded(upload: _Upload, public: bool, revision: str | None, message: str) -> Pushed:

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import ModelCard, hf_hub_download, metadata_load
 from torch import Tensor
 
-from fewbit.api import records
+from fewbit.api import records, shared
 from fewbit.errors import FewbitError
 from fewbit.formats.containers.gguf import SAVED, GgufFile
 from fewbit.formats.containers.safetensors import CARD, ORIGINAL_CARD, Checkpoint
@@ -27,9 +27,9 @@ from fewbit.models.describe import describe
 from fewbit.models.provenance import provenance
 from fewbit.models.source import Source, locate
 from fewbit.pipeline import replacing
-from fewbit.report.card import model_card, portable
+from fewbit.report.card import last_part, model_card, portable
 from fewbit.system import publish
-from fewbit.system.files import read_json, write_json, write_text
+from fewbit.system.files import read_json, write_text
 
 # Keys of a config that say nothing of what the model computes, or that saving changes.
 _BESIDE = {"_name_or_path", "architectures", "dtype", "fewbit_scales", "quantization_config", "torch_dtype"}
@@ -38,6 +38,7 @@ _TEMPLATE = "This model card has been automatically generated."  # in the card t
 _MAY = "It may differ from {}, whose files it replaced. What was measured of them is not repeated here."
 _DIFFERS = "Weights or settings differ from those of {}. What was measured of that model does not hold for this one."
 _UNRECORDED = "It was saved from {}, and how that was made is not recorded."
+_MEND = "Repair or delete this file, and push again."
 _ON_LOAD = "The weights were quantized by {} when {} was loaded."
 
 
@@ -58,15 +59,17 @@ def described(model: Any, folder: Path, origin: Path) -> Iterator[None]:
             warnings.warn(f"{folder}: {records.EDITED}", stacklevel=4)
         else:
             write_text(place, card)
+        shared.cut_paths(locate(folder / file))
 
 
 def describe_upload(model: Any, folder: Path, origin: Path, repo: str, token: Any) -> None:
     """Put the record and the card of a saved model into `folder`, whose files are uploaded next.
 
     transformers has put a card there: that of the repository, or a template. A card in the repository that fewbit did
-    not write, or that somebody edited, stays.
+    not write, or that somebody edited, stays. FewbitError if the model cannot be described: its files may then have
+    paths of this machine, so nothing is uploaded.
     """
-    with _as_warning(folder):
+    try:
         known, file, place = _read(origin), _file(model), folder / CARD
         record = _recorded(model, locate(folder / file), origin, known, folder.resolve() == origin.resolve())
         there = place.read_text(encoding="utf-8") if place.is_file() else _TEMPLATE
@@ -75,7 +78,10 @@ def describe_upload(model: Any, folder: Path, origin: Path, repo: str, token: An
             card: Any = ModelCard(model_card(record, repo, file))
             card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *(tags or ())]))
             write_text(place, str(card))
-        _without_paths(locate(folder / file))
+        shared.cut_paths(locate(folder / file))
+    except FewbitError as error:
+        message = f"nothing was uploaded to {repo}: the model cannot be described: {error.message}"
+        raise type(error)(message, error.hint or _MEND) from error
 
 
 @contextmanager
@@ -84,7 +90,8 @@ def _as_warning(folder: Path) -> Iterator[None]:
     try:
         yield
     except FewbitError as error:
-        warnings.warn(f"{folder}: the model is saved, but without a model card: {error.message}", stacklevel=5)
+        said = f"{folder}: the model is saved, but without a model card, and its files may have paths of this machine"
+        warnings.warn(f"{said}: {error.message}", stacklevel=5)
 
 
 def _read(origin: Path) -> tuple[Source, dict[str, Any]] | None:
@@ -132,7 +139,7 @@ def _recorded(
     model: Any, saved: Source, origin: Path, known: tuple[Source, dict[str, Any]] | None, replaced: bool
 ) -> dict[str, Any]:
     """The record of what was saved. It is written if the original has one; else only the card is made from it."""
-    name = str(getattr(model, "name_or_path", "") or origin.name)
+    name = last_part(str(getattr(model, "name_or_path", "") or origin.name))
     source, before = known or (None, {})
     on_load = getattr(model.hf_quantizer, "request", None) or getattr(model.hf_quantizer, "scheme", None)
     if on_load or not before:
@@ -150,6 +157,7 @@ def _recorded(
         kept = {key: original[key] for key in ("model", "versions", "plan", "calibration", "base") if key in original}
         said = (_MAY if replaced else _DIFFERS).format(name)
         record = records.bare(saved) | kept | {"recorded": True, "notes": [said], "original": original}
+    record = dict(portable(record))
     if saved.gguf is not None:
         _into_gguf(saved, record, before)
     else:
@@ -163,17 +171,6 @@ def _into_gguf(saved: Source, record: dict[str, Any], before: dict[str, Any]) ->
         with publish.published(saved.files[0], overwrite=True, file=True) as place:
             file = GgufFile(saved.files[0])
             replacing.with_metadata(file, place, {scales.GGUF_RECORD: json.dumps(record)})
-
-
-def _without_paths(saved: Source) -> None:
-    """Cut the paths of this machine in the record of a model to their last part."""
-    record = describe(saved).made
-    if (shared := portable(record)) == record:
-        return
-    if saved.gguf is not None:
-        _into_gguf(saved, shared, record)
-    else:
-        write_json(saved.folder / publish.RECORD, shared)
 
 
 def _into_folder(folder: Path, source: Source | None, record: dict[str, Any]) -> None:

@@ -21,19 +21,30 @@ from fewbit.units import share, size
 _PLAN_BYTES = 6000  # a longer plan is only in the record
 _UNKNOWN = "not recorded"  # the name of the plan of a source that fewbit has not made
 _FOLDER = "MODEL"  # stands for the folder or file, while it is not in a repository
-_LOCAL = re.compile(r"(?<![\w.:/~])[~.]{0,2}(?:/[^\s/,;:'\"`()]+)*/([^\s/,;:'\"`()]+)")
+_LOCAL = re.compile(r"(?:\bfile://|(?<![\w.:/~])[~.]{0,2})(?:/[^\s/,;:'\"`()]+)*/([^\s/,;:'\"`()]+)")
+_ABSOLUTE = re.compile(r"(?:file://)?(?:/|~\w*/)[^/\n]+(?:/+[^/\n]+)+/*")
 _PART = re.compile(r" (calibration|evaluation)( \(.*\))?$")  # which part of a known text
 _CLASSES = {"image-text-to-text": "AutoModelForImageTextToText", "audio-text-to-text": "AutoModelForImageTextToText"}
 _PEERS = {"gptq": "gptqmodel", "awq": "gptqmodel", "bnb": "bitsandbytes", "compressed-tensors": "compressed-tensors"}
 
 
 def portable(value: Any) -> Any:
-    """A record, or a part of it, as it can be published: of each absolute path, only the last part is left."""
+    """A record, or a part of it, as it can be published: of each absolute path, only the last part is left.
+
+    A path in a sentence ends at a space. A value of a key is a whole path, spaces included.
+    """
     if isinstance(value, str):
         return _LOCAL.sub(r"\1", value)
     if isinstance(value, Mapping):
-        return {key: portable(each) for key, each in value.items()}
+        return {key: portable(last_part(each)) for key, each in value.items()}
     return [portable(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def last_part(value: Any) -> Any:
+    """The last part of a text that is an absolute path of at least two parts, and anything else as it is."""
+    if isinstance(value, str) and _ABSOLUTE.fullmatch(value):
+        return value.rstrip("/").rpartition("/")[2]
+    return value
 
 
 def calibrated_on(calibrated: Mapping[str, Any]) -> str:
