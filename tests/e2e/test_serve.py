@@ -197,12 +197,57 @@ def test_logprobs_are_those_of_the_model(client: Any, quantized: Path) -> None:
     assert streamed == [each.token for each in content]
 
 
+def test_penalties_and_bias_of_each_request(client: Any, quantized: Path) -> None:
+    """Against a loop over the model's logits, and beside a request that has none."""
+    import torch
+
+    source = locate(quantized)
+    model, tokenizer = load_model(source, Loading("cpu", "float32")), load_tokenizer(source)
+    prompt = tokenizer(in_template(tokenizer, HELLO), add_special_tokens=False)["input_ids"]
+    first = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
+
+    def wanted(presence: float, frequency: float, bias: dict[int, float], new: int = 48) -> str:
+        tokens: list[int] = []
+        for _ in range(new):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + tokens])).logits[0, -1].float()
+            for token in range(len(logits)) if tokens or bias else ():
+                count = tokens.count(token)
+                logits[token] += bias.get(token, 0) - count * frequency - (presence if count else 0)
+            tokens.append(int(logits.argmax()))
+        return str(tokenizer.decode(tokens))
+
+    settings: list[tuple[float, float, dict[int, float]]] = [
+        (0, 0, {}),
+        (2, 0, {}),
+        (0, 1.0, {}),
+        (-2, -2, {}),
+        (0, 0, {first: -100}),
+        (0, 0, {5: 100}),
+    ]
+    with ThreadPoolExecutor(len(settings)) as pool:
+
+        def answer(given: tuple[float, float, dict[int, float]]) -> str:
+            bias = {str(token): value for token, value in given[2].items()}
+            return said(ask(client, new=48, presence_penalty=given[0], frequency_penalty=given[1], logit_bias=bias))
+
+        answers = list(pool.map(answer, settings))
+    assert answers == [wanted(*each) for each in settings]
+    assert len(set(answers)) >= 4
+    assert answers[0] not in (*answers[1:3], *answers[4:])
+
+
 @pytest.mark.parametrize(
     ("change", "param", "words"),
     [
         ({"n": 2}, "n", "one answer"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not support"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "not support"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "response_format"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),
+        ({"presence_penalty": "much"}, "presence_penalty", "valid number"),
+        ({"logit_bias": {"1": 101}}, "logit_bias", "less than or equal to 100"),
+        ({"logit_bias": {"word": 1}}, "logit_bias", "match pattern"),
+        ({"logit_bias": {"99999999": 1}}, "logit_bias", "token ids go from 0"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options", "does not pad"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"temperature": "hot"}, "temperature", "valid number"),
         ({"top_p": 0}, "top_p", "greater than 0"),

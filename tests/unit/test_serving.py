@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fewbit.errors import ArgumentError
-from fewbit.models.decoding.continuous import Choosing, drawn
+from fewbit.errors import ArgumentError, PlanError
+from fewbit.models.decoding.continuous import Choosing, adjusted, drawn
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
 from fewbit.serving.metrics import Histogram
@@ -88,6 +88,16 @@ def test_tokens_are_drawn_as_often_as_transformers_would(choosing: Choosing) -> 
     chosen = [int(drawn(logits, choosing, (i + 0.5) / count)) for i in range(count)]
     found = torch.bincount(torch.tensor(chosen, device="cpu"), minlength=len(logits)) / count
     assert torch.allclose(found, wanted[0].softmax(0), atol=2 / count)
+
+
+def test_penalties_and_bias_are_those_of_openai() -> None:
+    logits = torch.tensor([0.5, -1.0, 2.0, 3.0, 0.0], dtype=torch.float32, device="cpu")
+    choosing = Choosing(presence_penalty=0.25, frequency_penalty=-0.5, logit_bias=((2, 100.0), (4, -7.5)))
+    wanted = [0.5, -1.0 + 0.5 - 0.25, 2.0 + 100 + 3 * 0.5 - 0.25, 3.0, -7.5]
+    assert adjusted(logits, {1: 1, 2: 3}, choosing).tolist() == wanted
+    assert adjusted(logits, {1: 1, 2: 3}, Choosing()) is logits
+    with pytest.raises(PlanError, match="from 0 to 4"):
+        adjusted(logits, {}, Choosing(logit_bias=((5, 1.0),)))
 
 
 def test_the_ends_of_the_interval_are_tokens() -> None:

@@ -15,9 +15,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -30,11 +27,16 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 _SAID = {
     "n": "this server gives one answer to each request: send the request n times",
     "response_format": "only in /v1/chat/completions",
+    "tools": "this server does not support it, because it parses no calls in an answer. Describe the functions in a "
+    "message, and ask for JSON by response_format",
 }
+_SAID |= {"functions": _SAID["tools"]}
 # They tell the server about the caller, and change no answer.
 _LABELS = ("user", "safety_identifier", "prompt_cache_key", "metadata")
 
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+_Token = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]  # a token id, as keys of JSON are texts
+_Bias = Annotated[float, Field(ge=-100, le=100)]
 _Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 
 
@@ -64,6 +66,17 @@ class StreamOptions(_Body):
     include_usage: bool = False
     include_obfuscation: bool = False
 
+    @model_validator(mode="after")
+    def _plain(self) -> Self:
+        if self.include_obfuscation:
+            raise Failure(
+                400,
+                "stream_options.include_obfuscation: this server does not pad the pieces of a stream",
+                "unsupported_parameter",
+                "stream_options",
+            )
+        return self
+
 
 class Asked(_Body):
     """What chat and completions have in common."""
@@ -75,6 +88,9 @@ class Asked(_Body):
     seed: _Seed | None = None
     stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
     max_tokens: int | None = Field(None, ge=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[_Token, _Bias] = {}
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -102,6 +118,9 @@ class Asked(_Body):
             top_k=usual.top_k if self.top_k is None else self.top_k,
             seed=self.seed,
             logprobs=self.shown,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple((int(token), bias) for token, bias in self.logit_bias.items()),
         )
 
 

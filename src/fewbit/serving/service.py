@@ -58,6 +58,9 @@ class Service:
     async def ids(self, asked: Chat | Completion) -> list[int]:
         """The token ids of a prompt. Failure if it is invalid or too long."""
         param = "messages" if isinstance(asked, Chat) else "prompt"
+        last = (self._rows or 2**31) - 1
+        if any(int(token) > last for token in asked.logit_bias):
+            raise Failure(400, f"logit_bias: token ids go from 0 to {last}", "invalid_value", "logit_bias")
         make: Callable[[], list[int]] = lambda: self._chat(asked) if isinstance(asked, Chat) else self._prompt(asked)  # noqa: E731
         try:
             ids = await asyncio.get_running_loop().run_in_executor(self._tokenizing, make)

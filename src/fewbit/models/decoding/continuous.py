@@ -18,7 +18,8 @@ import math
 import queue
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import count
 from typing import Any, Protocol
@@ -56,7 +57,7 @@ class Choosing:
     """How the tokens of one request are chosen.
 
     temperature: 0 takes the most likely token. top_k: None or 0 is all. logprobs: number of most likely tokens to
-    report at each position; None reports nothing.
+    report at each position; None reports nothing. presence_penalty, frequency_penalty, logit_bias: see `adjusted`.
     """
 
     temperature: float = 0.0
@@ -64,6 +65,9 @@ class Choosing:
     top_k: int | None = None
     seed: int | None = None
     logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ class _Request:
     random: random.Random
     likely: list[Likely] = field(default_factory=list)
     error: str | None = None
+    counts: Counter[int] = field(default_factory=Counter)  # of the answer's tokens
 
 
 class Engine:
@@ -315,6 +320,7 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
             if limits is not None and limits.complete:
                 continue
             try:
+                chosen[i] = adjusted(chosen[i], request.counts, request.choosing)
                 if limits is not None:
                     chosen[i] = within(chosen[i], scores[i], limits.allowed())
                 if request.choosing.temperature > 0:
@@ -325,9 +331,33 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
                     limits.accept(int(chosen[i].argmax()))
             except FewbitError as error:  # of this request alone
                 request.error = error.message
+            if request.choosing.presence_penalty or request.choosing.frequency_penalty:
+                request.counts[int(chosen[i].argmax())] += 1
             if request.choosing.logprobs is not None:
                 request.likely.append(_likely(scores[i], int(chosen[i].argmax()), request.choosing.logprobs))
         return chosen
+
+
+def adjusted(logits: Tensor, counts: Mapping[int, int], choosing: Choosing) -> Tensor:
+    """`logits` [vocabulary] after the penalties and the bias of a request. PlanError for a token that there is not.
+
+    As OpenAI defines it (https://platform.openai.com/docs/guides/text-generation), the logit of token j becomes
+    logit - counts[j] * frequency_penalty - (counts[j] > 0) * presence_penalty + bias[j]. counts: how often the answer
+    so far has each token; the prompt does not count.
+    """
+    changes = dict(choosing.logit_bias)
+    if changes and not 0 <= min(changes) <= max(changes) < len(logits):
+        raise PlanError(f"logit_bias: token ids go from 0 to {len(logits) - 1}")
+    if choosing.presence_penalty or choosing.frequency_penalty:
+        for token, count in counts.items():
+            penalty = count * choosing.frequency_penalty + choosing.presence_penalty
+            changes[token] = changes.get(token, 0.0) - penalty
+    if not changes:
+        return logits
+    ids = torch.tensor(list(changes), dtype=torch.int64, device=logits.device)
+    added = torch.tensor(list(changes.values()), dtype=torch.float32, device=logits.device)
+    changed = logits.float()
+    return changed.index_add(0, ids, added).to(logits.dtype)
 
 
 def within(logits: Tensor, scores: Tensor, allowed: bytes) -> Tensor:
