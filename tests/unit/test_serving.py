@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from fewbit.errors import ArgumentError, PlanError
-from fewbit.models.decoding.continuous import Choosing, adjusted, drawn
+from fewbit.models.decoding.continuous import Choosing, News, _Request, _Router, adjusted, drawn
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
 from fewbit.serving.metrics import Histogram
@@ -129,3 +130,28 @@ def test_settings_are_checked_and_a_key_is_not_shown(field: str, value: Any) -> 
         Serving(**{field: value})
     assert field != "api_key" or repr(value)[1:-1] not in str(caught.value).partition("expected")[0] or not value
     assert Serving(max_body="2kB").max_body == 2000  # type: ignore[comparison-overlap]
+
+
+class _Complete:
+    """A grammar that allows no more tokens."""
+
+    complete = True
+
+    def allowed(self) -> bytes:
+        raise AssertionError("the answer is complete")
+
+    def accept(self, token: int) -> None:
+        raise AssertionError("the answer is complete")
+
+
+def test_tokens_after_the_end_of_a_grammar_are_not_told() -> None:
+    """A step may choose one more before the request is cancelled, and a slow reader sees only the last news."""
+    told: list[News] = []
+    request = _Request(Choosing(), told.append, _Complete(), random.Random(0))
+    router = _Router({"request": request})
+    for tokens in ([5, 6], [5, 6, 7]):
+        router.deliver(
+            SimpleNamespace(request_id="request", is_finished=lambda: False, generated_tokens=tokens, error=None)
+        )
+    assert [each.tokens for each in told] == [(5, 6), (5, 6)]
+    assert all(each.complete for each in told)

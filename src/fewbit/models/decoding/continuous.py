@@ -116,6 +116,7 @@ class _Request:
     random: random.Random
     likely: list[Likely] = field(default_factory=list)
     error: str | None = None
+    whole: int | None = None  # tokens at which the grammar was complete; a step may choose more before the request ends
     counts: Counter[int] = field(default_factory=Counter)  # of the answer's tokens
 
 
@@ -277,6 +278,9 @@ class _Router(OutputRouter):
         if finished:
             self._requests.pop(output.request_id, None)
         complete = request.grammar is not None and request.grammar.complete
+        if complete and request.whole is None:
+            request.whole = len(tokens)
+        tokens = tokens[: request.whole]
         error = output.error or request.error
         request.tell(News(tokens, finished, error, tuple(request.likely[: len(tokens)]), complete))
 
