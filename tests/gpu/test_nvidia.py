@@ -31,7 +31,7 @@ def test_products(spec: str, dtype: torch.dtype) -> None:
     for n, k in shapes(spec):
         weight = packed(spec, n, k)
         w, prepared = weight.dequantize(), Nvidia().prepare(scheme, weight.parts, (n, k))
-        for m in (0, 1, 9, 33, 65):
+        for m in (0, 1, 9, 33, 65, 130, 200):
             x = (torch.randn(m, k, device="cuda") + 0.5).to(dtype)
             got, exact = Nvidia().linear(x, scheme, prepared, (n, k)).float(), x.float() @ w.T
             assert (got - exact).norm() <= TOLERANCE[dtype] * exact.norm(), (n, k, m)

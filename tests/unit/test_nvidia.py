@@ -117,12 +117,12 @@ def test_sizes_are_such_that_blocks_fill_the_gpu(monkeypatch: pytest.MonkeyPatch
     how = layout.recipe(parse("int4-g128"), 4096)
     assert isinstance(how, Recipe)
     for n, sizes in ((8192, (8, 2, 1, 2)), (6144, (8, 1, 1, 3)), (4096, (8, 1, 1, 2)), (28672, (8, 2, 1, 2))):
-        assert ops.choose(1, n, 4096, how, CUDA) == (ops.CUDA, *sizes, 0)
+        assert ops.choose(1, n, 4096, how, CUDA) == (ops.CUDA, *sizes, 0, 0)
     of_fp4 = layout.recipe(parse("mxfp4"), 4096)
     assert isinstance(of_fp4, Recipe)
     for n, sizes in ((8192, (8, 2, 1, 2)), (6144, (8, 1, 1, 3)), (4096, (8, 1, 1, 2)), (28672, (8, 1, 1, 3))):
-        assert ops.choose(1, n, 4096, of_fp4, CUDA) == (ops.CUDA, *sizes, 0)
-    assert ops.choose(64, 4096, 4096, how, CUDA) == (ops.CUDA, 16, 1, 8, 1, 1)
+        assert ops.choose(1, n, 4096, of_fp4, CUDA) == (ops.CUDA, *sizes, 0, 0)
+    assert ops.choose(64, 4096, 4096, how, CUDA) == (ops.CUDA, 16, 1, 8, 1, 1, 0)
     assert ops.choose(257, 4096, 4096, how, CUDA) == (ops.VALUES,)
 
 
@@ -137,8 +137,8 @@ def test_experts_get_sizes_by_their_rows(monkeypatch: pytest.MonkeyPatch) -> Non
     assert isinstance(down, Recipe)
     assert isinstance(double, Recipe)
     for tokens, sizes in ((1, (4, 2, 1, 3)), (64, (4, 2, 1, 3)), (512, (4, 2, 2, 3))):
-        assert ops.choose_grouped(8 * tokens, 1536, 2048, 128, up, CUDA) == (ops.CUDA, *sizes, 0)
-    assert ops.choose_grouped(8, 2048, 768, 128, down, CUDA) == (ops.CUDA, 6, 2, 1, 2, 0)
+        assert ops.choose_grouped(8 * tokens, 1536, 2048, 128, up, CUDA) == (ops.CUDA, *sizes, 0, 0)
+    assert ops.choose_grouped(8, 2048, 768, 128, down, CUDA) == (ops.CUDA, 6, 2, 1, 2, 0, 0)
     assert ops.choose_grouped(1 << 16, 2048, 768, 128, down, CUDA) == (ops.VALUES,)
     assert ops.choose_grouped(1 << 16, 2048, 768, 128, double, CUDA) == (ops.LOOP,)
     assert ops.choose_grouped(1 << 16, 2048, 7168, 256, up, CUDA) == (ops.LOOP,)  # too much to dequantize at once

@@ -1,4 +1,4 @@
-// How threads read a packed weight; shared by few.cu and many.cu. Both multiply on tensor cores (mma.m16n8k16) with W as
+// How threads read a packed weight; shared by few.cu, many.cu and hopper.cu. They multiply on tensor cores (mma.m16n8k16) with W as
 // the left operand, so a step multiplies 16 rows of W by 8 rows of x.
 //
 // Thread t of a group of four holds words 4t ... 4t + 3 of a row's tile, 16 bytes, and reads x at the columns of these
@@ -81,6 +81,14 @@ __device__ __forceinline__ Four stream(const u32* p, unsigned long long policy) 
       : "=r"(f.v[0]), "=r"(f.v[1]), "=r"(f.v[2]), "=r"(f.v[3]) : "l"(p), "l"(policy));
   return f;
 }
+// One word, cached: other threads read its neighbours.
+__device__ __forceinline__ u32 stream_one(const u32* p, unsigned long long policy) {
+  u32 v;
+  asm volatile("ld.global.nc.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(v) : "l"(p), "l"(policy));
+  return v;
+}
+// If NATURAL, pairs of columns keep their places in a step. How far the i-th word of a thread is from its first.
+__device__ __forceinline__ int from_word(int i) { return SUB == 16 ? i % 2 * 8 + i / 2 * 2 : i * 4; }
 __device__ __forceinline__ float half_of(u32 bits) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((u16)bits));
@@ -226,7 +234,7 @@ template <int E> __device__ __forceinline__ void gather(Side<E * SUBS>& out, con
 struct Step {  // the data of a row's tile: codes, and the components of scales and offsets
   Four low;
   Two high;
-  Side<SCALE_BYTES * SUBS> scale;
+  Side<NATURAL && FACTORED ? 8 : SCALE_BYTES * SUBS> scale;
   Side<OFFSET_BYTES * SUBS> offset;
   u32 d, dmin;
   float nested;
@@ -237,9 +245,23 @@ __device__ __forceinline__ int nested_at(const Weight& w, Row row, int tile, int
 }
 
 __device__ __forceinline__ void ask(Step& s, const Weight& w, int tile, Row row, int t, unsigned long long policy) {
+#if NATURAL
+  const int at = place(row, TILES, tile) * 16 + (SUB == 16 ? t / 2 * 4 + t % 2 : t);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) s.low.v[i] = stream_one(w.words + at + from_word(i), policy);
+#else
   const int at = place(row, TILES, tile) * 16 + t * 4;
   s.low = stream(w.words + at, policy);
-#if BITS > LOW
+#endif
+#if BITS > LOW && NATURAL
+  s.high = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int from = at + from_word(i);
+    if (HIGH * LANES == 8) s.high.v[0] |= (u32)__ldg((const u8*)w.high + from) << 8 * i;
+    else s.high.v[i / 2] |= (u32)__ldg((const u16*)w.high + from) << 16 * (i % 2);
+  }
+#elif BITS > LOW
   if (HIGH * LANES == 8) s.high.v[0] = __ldg((const u32*)((const u8*)w.high + at));
   else {
     const uint2 v = __ldg((const uint2*)((const u16*)w.high + at));
@@ -247,7 +269,12 @@ __device__ __forceinline__ void ask(Step& s, const Weight& w, int tile, Row row,
   }
 #endif
 #if FACTORED
+#if NATURAL
+  const uint2 scales = __ldg((const uint2*)w.a0 + place(row, TILES, tile));
+  s.scale.v[0] = scales.x, s.scale.v[1] = scales.y;
+#else
   s.scale.v[0] = __ldg((const u32*)w.a0 + place(row, TILES, tile) * 2 + t / 2);
+#endif
 #else
   gather<SCALE_BYTES>(s.scale, SCALE == 1 ? w.a1 : w.a0, tile, row);
 #endif
@@ -289,7 +316,7 @@ struct Grid { float scale, least, zero; u32 pair; };
 
 __device__ __forceinline__ Grid grid(const Step& s, const Weight& w, const float* map, int tile, Row row, int sub) {
   Grid g;
-  [[maybe_unused]] const u32 a = s.scale.v[sub * SCALE_BYTES / 4] >> sub * SCALE_BYTES % 4 * 8;
+  [[maybe_unused]] const u32 a = FACTORED ? 0 : s.scale.v[sub * SCALE_BYTES / 4] >> sub * SCALE_BYTES % 4 * 8;
   [[maybe_unused]] const u32 b = s.offset.v[sub * OFFSET_BYTES / 4] >> sub * OFFSET_BYTES % 4 * 8;
 #if FLOATS
   g.scale = __uint_as_float(a);
@@ -303,7 +330,11 @@ __device__ __forceinline__ Grid grid(const Step& s, const Weight& w, const float
   // Its bits are again those of a number times a power of two. The products of scale and bits of a level are the weight
   // of the group times 2^-8: float16 needs a scale times 2^6 for that, and bfloat16 times 2^118, in two steps.
   g.scale = 1.0f;
+#if NATURAL
+  g.pair = __byte_perm(s.scale.v[sub % 2], 0, 0x0404 + sub / 2 * 0x1010);
+#else
   g.pair = __byte_perm(s.scale.v[0], 0, 0x0404 + sub * 0x1010);  // byte `sub`, as the upper byte of each half
+#endif
 #if BFLOAT
   g.pair = times(times(g.pair >> 4, 0x7F007F00u), 0x77007700u);
 #else

@@ -1,4 +1,4 @@
-"""The CUDA kernels: `few.cu` for a few rows of activations, `many.cu` for tens and hundreds; both use `decode.cuh`.
+"""The CUDA kernels: `few.cu` for a few rows of activations, `many.cu` and, on Hopper, `hopper.cu` for more.
 
 They are compiled on first use by NVRTC, the compiler that comes with PyTorch.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import warnings
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,7 +31,12 @@ class Sizes(NamedTuple):
     of_w: int  # tiles of 16 rows of W per warp
     of_x: int  # tiles of 8 rows of x
     resident: int  # blocks per multiprocessor that run at the same time
-    many: int = 0  # 1: use `many.cu`, 0: use `few.cu`
+    many: int = 0  # 1: use `many.cu` or `hopper.cu`, 0: use `few.cu`
+    cluster: int = 0  # blocks that share what they read of x, on Hopper: use `hopper.cu`; 0: another kernel
+
+    @property
+    def kernel(self) -> str:
+        return "hopper" if self.cluster else "many" if self.many else "few"
 
 
 def linear(x: Tensor, y: Tensor, tensors: list[Tensor], how: Recipe, sizes: Sizes) -> None:
@@ -43,18 +48,21 @@ def linear(x: Tensor, y: Tensor, tensors: list[Tensor], how: Recipe, sizes: Size
     rows, over = 16 * sizes.of_w, -(-m // (8 * sizes.of_x))
     room, more = _multiprocessors(x.device) * sizes.resident, list[Tensor | int]()
     if sizes.many:
-        pieces = -(-n // (rows * sizes.warps))
+        cluster = max(sizes.cluster, 1)
+        room //= cluster
+        pieces = -(-n // (rows * sizes.warps * cluster))
         tiles = pieces * tensors[0].shape[1]
-        share = room // pieces  # blocks per piece of W's rows; an even split leaves fewer partial sums to add up
-        blocks = pieces * share if pieces * share >= _EVEN * room else room
-        grid = (min(blocks, -(-tiles // _LEAST)), over, 1)
+        share = room // pieces  # clusters per piece of W's rows; an even split leaves fewer partial sums to add up
+        clusters = pieces * share if pieces * share >= _EVEN * room else room
+        grid = (min(clusters, -(-tiles // _LEAST)) * cluster, over, 1)
         left = torch.empty(
             grid[0] * over * 2 * rows * sizes.warps * 8 * sizes.of_x, device=x.device, dtype=torch.float32
         )
         more = [left, _done(x.device)]
     else:
         grid = (min(-(-n // rows), room), over, 1)
-    _launch(kernel, grid, 32 * sizes.warps, [x, y, *places, m, n, *more], _shared(how, sizes))
+    first = _tensor_map(x.data_ptr(), m, k, 8 * sizes.of_x // sizes.cluster) if sizes.cluster else x
+    _launch(kernel, grid, 32 * sizes.warps, [first, y, *places, m, n, *more], _shared(how, sizes))
 
 
 def grouped(x: Tensor, y: Tensor, tensors: list[Tensor], how: Recipe, sizes: Sizes, experts: int, ends: Tensor) -> None:
@@ -94,19 +102,38 @@ class _Config(ctypes.Structure):
 _OVERLAPS = _Attribute(id=6, value=(1,))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
-def _launch(kernel: Any, grid: tuple[int, int, int], threads: int, args: list[Tensor | int], shared: int) -> None:
+@lru_cache(maxsize=1024)
+def _tensor_map(address: int, m: int, k: int, rows: int) -> ctypes.Array[ctypes.c_char]:
+    """The CUtensorMap of x [m, k], 16 bits a value, for copies of `rows` rows and 64 columns with permuted parts."""
+    held = ctypes.create_string_buffer(128 + 64)
+    found = (ctypes.c_char * 128).from_buffer(held, -ctypes.addressof(held) % 64)
+    sizes, stride = (ctypes.c_uint64 * 2)(k, m), (ctypes.c_uint64 * 1)(2 * k)
+    box, steps = (ctypes.c_uint32 * 2)(64, rows), (ctypes.c_uint32 * 2)(1, 1)
+    # Numbers: values of 16 bits, two axes; no interleaving, swizzle of 128 bytes, 128 bytes into the L2, zeros outside.
+    args = (found, 1, 2, ctypes.c_void_p(address), sizes, stride, box, steps, 0, 3, 2, 0)
+    if code := ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(*args):
+        raise RuntimeError(f"cuTensorMapEncodeTiled: CUDA error {code}")
+    return found
+
+
+def _launch(kernel: Any, grid: tuple[int, int, int], threads: int, args: list[Any], shared: int) -> None:
     """Launch a kernel. In a CUDA graph (from compute capability 9.0 on), let it overlap the kernel before it.
 
     An overlapping kernel starts while the previous one is still ending, and loads weights into the cache meanwhile; see
-    `turn` in decode.cuh. PyTorch's launch function has no option for this, so this calls the driver directly.
+    `turn` in decode.cuh. PyTorch's launch function has no option for this and takes no tensor map, so
+    this calls the driver directly.
     """
-    if not (torch.cuda.is_current_stream_capturing() and torch.cuda.get_device_capability() >= (9, 0)):
+    overlaps = torch.cuda.is_current_stream_capturing() and torch.cuda.get_device_capability() >= (9, 0)
+    if not overlaps and not isinstance(args[0], ctypes.Array):
         kernel(grid=grid, block=(threads, 1, 1), args=args, shared_mem=shared)
         return
-    held = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in args]
+    held = [
+        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) if isinstance(a, int) else a
+        for a in args
+    ]
     places = (ctypes.c_void_p * len(held))(*(ctypes.addressof(each) for each in held))
     stream = torch.cuda.current_stream().cuda_stream
-    config = _Config(grid, (threads, 1, 1), shared, stream, ctypes.pointer(_OVERLAPS), 1)
+    config = _Config(grid, (threads, 1, 1), shared, stream, ctypes.pointer(_OVERLAPS), int(overlaps))
     if code := ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx(ctypes.byref(config), kernel.func, places, None):
         raise RuntimeError(f"cuLaunchKernelEx: CUDA error {code}")
 
@@ -128,7 +155,7 @@ def fullness(sizes: Sizes, n: int, device: torch.device) -> float:
 
 def fitting(sizes: Sizes, how: Recipe, device: torch.device) -> Sizes:
     """`sizes`, with fewer rows of x per block if the GPU does not have enough shared memory."""
-    while sizes.many and sizes.of_x > 1 and _shared(how, sizes) > _shared_room(device):
+    while sizes.many and not sizes.cluster and sizes.of_x > 1 and _shared(how, sizes) > _shared_room(device):
         sizes = sizes._replace(of_x=sizes.of_x // 2)
     return sizes
 
@@ -175,8 +202,16 @@ def unusable(device: torch.device) -> str | None:
     return None
 
 
+def _depth(how: Recipe, sizes: Sizes) -> int:
+    """Stages of 64 columns of x that `hopper` keeps in the 227 KB of shared memory."""
+    tables = (_PAIRS if how.level == TABLE else 0) + (_MAP if how.scale == MAPPED else 0)
+    return min(8, ((228 << 10) // sizes.resident - 2304 - tables) // (8 * sizes.of_x * 128))
+
+
 def _shared(how: Recipe, sizes: Sizes) -> int:
     tables = (_PAIRS if how.level == TABLE else 0) + (_MAP if how.scale == MAPPED else 0)
+    if sizes.cluster:
+        return 1024 + tables + _depth(how, sizes) * 8 * sizes.of_x * 128
     if sizes.many:
         return 1024 + tables + _STAGES * 8 * sizes.of_x * how.tile * 2
     return tables + sizes.warps * 8 * sizes.of_x * (16 * sizes.of_w + 1) * 4
@@ -191,7 +226,8 @@ def _stored(how: Recipe, places: tuple[Tensor, ...]) -> tuple[int, bool]:
 def source(name: str) -> str:
     """The source of a kernel, without the macros that specialize it."""
     folder = Path(__file__).parent
-    return "".join((folder / file).read_text(encoding="utf-8") for file in ("decode.cuh", f"{name}.cu"))
+    files = ("decode.cuh", f"{name}.cu") if name == "few" else ("decode.cuh", "numbers.cuh", f"{name}.cu")
+    return "".join((folder / file).read_text(encoding="utf-8") for file in files)
 
 
 def defined(
@@ -224,10 +260,13 @@ def defined(
         "RESIDENT": sizes.resident,
         "MANY": sizes.many,
         "EXPERTS": experts,
+        "NATURAL": int(sizes.cluster > 0),
+        "CLUSTER": sizes.cluster,
+        "DEPTH": _depth(how, sizes),
     }
     if sizes.many and wgmma:
         macros["WGMMA(d, a, x)"] = _wgmma(8 * sizes.of_x, "bf16" if bfloat else "f16")
-    text = source("many" if sizes.many else "few")
+    text = source(sizes.kernel)
     return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + text
 
 
@@ -258,9 +297,8 @@ def _compiled(
 ) -> Any:
     text = defined(how, shape, stored, sizes, dtype == torch.bfloat16, wgmma)
     with torch.cuda.device(device):
-        name = "many" if sizes.many else "few"
         kernel: Any = torch.cuda._compile_kernel(  # type: ignore[attr-defined,unused-ignore]
-            text, name, "90a" if wgmma else None
+            text, sizes.kernel, "90a" if wgmma else None
         )
         kernel.set_shared_memory_config(_shared(how, sizes))
     return kernel

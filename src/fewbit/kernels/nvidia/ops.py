@@ -180,6 +180,9 @@ CROSSOVERS: dict[str, tuple[tuple[int, tuple[Sizes, ...]], ...]] = {
         (256, (Sizes(8, 2, 16, 1, 1),)),
     ),
 }
+# The same for Hopper, whose copy engine brings x into shared memory; for fewer rows the kernels above are faster.
+_HOPPER = ((128, Sizes(8, 2, 16, 1, 1, 1)), (192, Sizes(8, 1, 24, 1, 1, 2)), (256, Sizes(8, 1, 32, 1, 1, 2)))
+_LEAST_HOPPER = 65
 # The same for up to 8 rows of x and weights of FP4, which take more instructions.
 _FP4 = (Sizes(8, 1, 1, 3), Sizes(8, 2, 1, 2), Sizes(8, 1, 1, 2))
 _FULL = 0.8  # share of the GPU's block slots that counts as full, the last round included
@@ -189,6 +192,8 @@ _DEFAULT = "NVIDIA H200"
 def choose(m: int, n: int, k: int, how: Recipe, device: torch.device) -> Config:
     """The kernel (CUDA, GEMV or VALUES) and its sizes for m rows of activations and a weight [n, k]."""
     if in_cuda.unusable(device) is None:
+        if m >= _LEAST_HOPPER and m <= _HOPPER[-1][0] and in_cuda.hopper(device):
+            return (CUDA, *next(sizes for rows, sizes in _HOPPER if m <= rows))
         for rows, several in CROSSOVERS.get(_name(device), CROSSOVERS[_DEFAULT]):
             if m <= rows:
                 several = _FP4 if m <= 8 and how.level == E2M1 else several
