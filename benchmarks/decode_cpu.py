@@ -1,8 +1,8 @@
 """Tokens a second of one text on a CPU: quantized folders side by side, and llama.cpp on the same GGUF file.
 
 Each row is a model, `folder`, `folder@kernel` or `file.gguf`, fused and in a static cache as `generate --fuse` has it,
-or `plain:folder` as `generate` has it without; `--dtype` is that of activations. `llama.cpp:file.gguf` is
-llama-cpp-python's decoding of the file, if it is installed.
+`plain:folder` as `generate` has it without, or `own:folder` as plain, with blocks that run the model's own code;
+`--dtype` is that of activations. `llama.cpp:file.gguf` is llama-cpp-python's decoding of the file, if it is installed.
 Rows take turns, a text each, so that what else the machine does meets all of them; of each the fastest text counts.
 `--random FOLDER` first writes a Llama of random weights in TinyLlama's shape (1.1 billion), to be quantized.
 
@@ -22,20 +22,25 @@ from pathlib import Path
 import torch
 
 import fewbit
+from fewbit.models.decoding import compiled_blocks
 from fewbit.models.source import locate
 from fewbit.system import native
 from fewbit.system.machine import processor
 
 Text = Callable[[], float]  # makes one, and says how many seconds a token took
-PROMPT, PLAIN = 8, "plain:"
+PROMPT, PLAIN, OWN = 8, "plain:", "own:"
 
 
 def by_fewbit(model: str, tokens: int, dtype: torch.dtype) -> Text:
     """A text in fewbit, from the first token after the prompt to the last."""
-    where, _, kernel = model.removeprefix(PLAIN).partition("@")
-    fuses = not model.startswith(PLAIN) and locate(where).quantization is not None  # only packed weights are fused
+    where, _, kernel = model.removeprefix(PLAIN).removeprefix(OWN).partition("@")
+    fuses = (
+        not model.startswith((PLAIN, OWN)) and locate(where).quantization is not None
+    )  # only packed weights are fused
     fuse = PROMPT + tokens + 2 if fuses else None
     loaded = fewbit.load(where, dtype=dtype, device="cpu", kernel=kernel or None, fuse=fuse)
+    if model.startswith(OWN):
+        compiled_blocks.remove(loaded)
     loaded.generation_config.eos_token_id = None  # to forbid it by `min_new_tokens` would look at every token's logit
     ids = torch.arange(5, 5 + PROMPT)[None]
 

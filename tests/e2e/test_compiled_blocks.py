@@ -298,7 +298,7 @@ def test_a_model_that_is_not_fused_uses_it_too(
     assert calls == [5, 1, 1, 1]
 
 
-def test_a_gguf_file_uses_it_too(llama: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_uses_it_too(tmp_path: Path) -> None:
     quantize.quantize(
         "tiny", tmp_path / "x.gguf", plan=find("rtn-4bit").changed(scheme="q4_k", format="gguf"), device="cpu"
     )

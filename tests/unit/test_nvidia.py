@@ -90,8 +90,8 @@ def test_it_says_why_it_does_not_serve() -> None:
 def test_the_macros_of_the_cuda_kernel_are_all_defined() -> None:
     how = layout.recipe(parse("int4-g128"), 256)
     assert isinstance(how, Recipe)
-    for many, mark in ((0, "defines:"), (1, "on Hopper:")):
-        text = in_cuda.defined(how, (256, 32, 0), (0, False), Sizes(8, 1, 1, 1, many), True, True)
+    for many, cluster, mark in ((0, 0, "defines:"), (1, 0, "on Hopper:"), (1, 2, "More macros:")):
+        text = in_cuda.defined(how, (256, 32, 0), (0, False), Sizes(8, 1, 1, 1, many, cluster), True, True)
         defined = {line.split()[1].split("(")[0] for line in text.splitlines() if line.startswith("#define")}
         for named_after in {"defines:", mark}:
             named = re.findall(r"\b[A-Z_]{2,}\b", text.split(named_after)[1].split(".")[0])
@@ -123,7 +123,13 @@ def test_sizes_are_such_that_blocks_fill_the_gpu(monkeypatch: pytest.MonkeyPatch
     for n, sizes in ((8192, (8, 2, 1, 2)), (6144, (8, 1, 1, 3)), (4096, (8, 1, 1, 2)), (28672, (8, 1, 1, 3))):
         assert ops.choose(1, n, 4096, of_fp4, CUDA) == (ops.CUDA, *sizes, 0, 0)
     assert ops.choose(64, 4096, 4096, how, CUDA) == (ops.CUDA, 16, 1, 8, 1, 1, 0)
+    monkeypatch.setattr(in_cuda, "hopper", lambda device: False)
+    assert ops.choose(256, 4096, 4096, how, CUDA) == (ops.CUDA, 8, 2, 16, 1, 1, 0)
     assert ops.choose(257, 4096, 4096, how, CUDA) == (ops.VALUES,)
+    monkeypatch.setattr(in_cuda, "hopper", lambda device: True)
+    for rows, of_w, of_x, cluster in ((65, 2, 16, 1), (129, 1, 24, 2), (256, 1, 32, 2)):
+        assert ops.choose(rows, 4096, 4096, how, CUDA) == (ops.CUDA, 8, of_w, of_x, 1, 1, cluster)
+    assert ops.choose(64, 4096, 4096, how, CUDA) == (ops.CUDA, 16, 1, 8, 1, 1, 0)
 
 
 def test_experts_get_sizes_by_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:

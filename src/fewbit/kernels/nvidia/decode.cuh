@@ -1,5 +1,5 @@
-// How threads read a packed weight; shared by few.cu, many.cu and hopper.cu. They multiply on tensor cores (mma.m16n8k16) with W as
-// the left operand, so a step multiplies 16 rows of W by 8 rows of x.
+// How threads read a packed weight; shared by few.cu, many.cu and hopper.cu. They multiply on tensor cores
+// (mma.m16n8k16, wgmma) with W as the left operand, so a step of mma multiplies 16 rows of W by 8 rows of x.
 //
 // Thread t of a group of four holds words 4t ... 4t + 3 of a row's tile, 16 bytes, and reads x at the columns of these
 // words (see layout.py). A sum may take its terms in any order. So the pairs of columns of the words are used as
@@ -14,7 +14,7 @@
 // Sums of a group are scaled in float32. NVFP4's levels are multiplied by the scale of their group instead (FACTORED): the
 // product of 2 and 4 bits of mantissa is exact. The factor of the row is applied to the sum of the row.
 // The caller defines: BITS LOW GROUP BLOCK SCALE OFFSET ZERO_POINT LEVEL FACTOR DIVISOR SHARED SUB K ROW_WORDS GROUPS
-// BLOCKS SIGNED BFLOAT WARPS MT NT RESIDENT MANY EXPERTS.
+// BLOCKS SIGNED BFLOAT WARPS MT NT RESIDENT MANY EXPERTS NATURAL.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
