@@ -46,6 +46,12 @@ _QWEN35 = {
         "mrope_interleaved": True,
     },
 }
+# The width that is turned. Latents are expanded to keys and values of every head, whose widths differ.
+_LATENT: dict[str, Any] = {"head_dim": 8, "num_key_value_heads": 4, "qk_nope_head_dim": 24, "num_hidden_layers": 3}
+_LATENT |= {"first_k_dense_replace": 1, "kv_lora_rank": 32, "q_lora_rank": 32, "n_shared_experts": 2}
+_LATENT |= {"routed_scaling_factor": 2.5, "tie_word_embeddings": False}
+_YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+_YARN |= {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
 # Types of transformers besides those families, and what their tiny configs have besides the usual sizes.
 TYPES: dict[str, dict[str, Any]] = {
     "granite": {
@@ -95,6 +101,8 @@ TYPES: dict[str, dict[str, Any]] = {
     "glm4_moe": {"n_group": 2, "num_hidden_layers": 3, "routed_scaling_factor": 1.5, "use_qk_norm": True},
     # the width of the shared experts that the converter assumes: that of the MLP divided by the key-value heads
     "ernie4_5_moe": {"intermediate_size": 128, "num_hidden_layers": 3},
+    "deepseek_v2": {**_LATENT, "rope_parameters": _YARN},
+    "deepseek_v3": {**_LATENT, "n_group": 2, "n_routed_experts": 8},
     "qwen3_next": {"num_hidden_layers": 4, "vocab_size": 292, "mlp_only_layers": None},
     "qwen3_5_text": _QWEN35,
     "qwen3_5_moe_text": _QWEN35,

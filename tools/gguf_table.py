@@ -59,6 +59,8 @@ def _conditions(row: Any) -> Iterator[str]:
         yield f"no RoPE in every layer of number {row.unrotated}"
     if row.exact_ramp:
         yield "`truncate` = False with YaRN scaling; llama.cpp rounds the limits of its ramp, so its logits then differ"
+    if row.latent:
+        yield "`q_lora_rank` = None with 26 or 27 layers only; YaRN with `mscale` = `mscale_all_dim`"
     if row.windowed:
         yield f"sliding windows with {row.windowed} layers, none with others"
 

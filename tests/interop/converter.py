@@ -27,6 +27,7 @@ _INSIDE = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/"
 # Entries of published config.json files that the converter reads and transformers no longer writes.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "cohere2": {"rotary_pct": 1.0},
+    "deepseek_v3": {"scoring_func": "sigmoid"},
     "dots1": {"scoring_func": "sigmoid"},
     "hunyuan_v1_moe": {"moe_intermediate_size": [96] * 2, "num_shared_expert": [1] * 2},
     "gpt2": {"n_ctx": models.CONTEXT},

@@ -74,7 +74,7 @@ class Architecture:
     integers: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     experts: str = ""  # entry of config.json with the number of experts of a layer; "" without experts
     flags: Mapping[str, str] = field(default_factory=dict)  # entries that are true or false -> the file's key
-    constants: Mapping[str, Any] = field(default_factory=dict)  # further keys of the file
+    constants: Mapping[str, Any] = field(default_factory=dict)  # further keys of the file: no file has other values
     epsilon: str = "attention.layer_norm_rms_epsilon"  # the file's key
     # entry of config.json -> tensor of the file; the entry is true if the file has the tensor
     biases: Mapping[str, str] = field(default_factory=dict)
@@ -83,6 +83,7 @@ class Architecture:
     grouped: bool = True  # several query heads may share a key-value head
     gated_queries: bool = False  # q has a gate of each head below the head's rows
     linear_attention: bool = False  # some layers have linear attention (gated delta net)
+    latent: bool = False  # keys and values are expanded from a latent (latent.py)
     # Entry of `layer_types` of layers without attention, which a file gives 0 key-value heads; "" without such layers
     without_attention: str = ""
     # Positions

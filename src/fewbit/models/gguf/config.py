@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fewbit.errors import PlanError
 from fewbit.formats.containers.gguf import GgufFile
-from fewbit.models.gguf import hybrid
+from fewbit.models.gguf import hybrid, latent
 from fewbit.models.gguf.architecture import Architecture
 from fewbit.models.gguf.metadata import Metadata
 from fewbit.models.gguf.names import architecture
@@ -87,6 +87,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
     found |= {ours: int(getattr(config, theirs)) for theirs, (ours, _) in arch.integers.items()}
     found |= hybrid.to_keys(config) if arch.linear_attention else {}
     found |= hybrid.heads_to_keys(config, arch.without_attention) if arch.without_attention else {}
+    found |= latent.to_keys(config, rope) if arch.latent else {}
     found |= {ours: bool(getattr(config, theirs)) for theirs, ours in arch.flags.items()}
     found |= {**_window(config, arch), **arch.constants}
     return {key if key.startswith("general.") else f"{arch.name}.{key}": value for key, value in found.items()}
@@ -131,6 +132,9 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     vocab, columns = keys.shape("token_embd.weight")
     if columns != hidden or keys.layers != layers:
         raise keys.wrong(f"it has {keys.layers} blocks of width {columns}, but its keys say {layers} and {hidden}")
+    for key, value in arch.constants.items():
+        if (other := keys.get(key, value)) != value:
+            raise keys.wrong(f"{arch.name}.{key} is {str(other)[:80]}; {arch.cls} is read with {value} only")
     config: dict[str, Any] = {
         "architectures": [arch.cls],
         "model_type": arch.model_type,
@@ -160,6 +164,9 @@ def to_config(file: GgufFile) -> dict[str, Any]:
 def _rotary(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     """Heads, MLP and positions of a model with RoPE."""
     arch, hidden, heads = keys.architecture, config["hidden_size"], config["num_attention_heads"]
+    if arch.latent:
+        found = latent.of_keys(keys, heads)
+        return {**found, "rope_parameters": latent.scaled(keys, _rope(keys, found["qk_rope_head_dim"]))}
     kv = hybrid.kv_heads(keys) if arch.without_attention else keys.count("attention.head_count_kv", heads)
     width = keys.count("attention.key_length", hidden // heads if heads <= hidden else 1)
     if keys.count("attention.value_length", width) != width or heads % kv:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fewbit.models.gguf.architecture import Architecture
+from fewbit.models.gguf.architecture import Architecture, Cut, Piece
 from fewbit.models.gguf.rows.dense import LLAMA_ROW
 from fewbit.models.gguf.rows.shared import (
     ALL_SPARSE,
@@ -61,9 +61,61 @@ GLM4_MOE_ROW = Architecture(
     biases={**BIAS, "use_qk_norm": "blk.0.attn_q_norm.weight"},
     partial_rotary=True,
 )
+# Keys and values are expanded from a latent
+DEEPSEEK_ROW = Architecture(
+    "deepseek2",
+    "deepseek_v2",
+    "DeepseekV2ForCausalLM",
+    MODEL,
+    {
+        **{name: ours for name, ours in NO_MLP.items() if "k_proj" not in name and "v_proj" not in name},
+        "self_attn.q_a_proj": "attn_q_a",
+        "self_attn.q_a_layernorm": "attn_q_a_norm",
+        "self_attn.q_b_proj": "attn_q_b",
+        "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+        "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+        "self_attn.kv_b_proj": "attn_kv_b",
+        **MLP,
+        **QWEN_EXPERTS,
+        **SHARED_EXPERTS,
+    },
+    cut={
+        "attn_kv_b": Cut(
+            "num_attention_heads",
+            (
+                Piece("attn_k_b", (("num_attention_heads", "qk_nope_head_dim"),), by_head=True, transposed=True),
+                Piece("attn_v_b", (("num_attention_heads", "v_head_dim"),), by_head=True),
+            ),
+        )
+    },
+    # transformers has 1e-6 in the norms of latents, whatever config.json says
+    required={**NO_BIAS, "mlp_bias": False, "topk_method": "greedy", "norm_topk_prob": False, "rms_norm_eps": 1e-6},
+    numbers={"routed_scaling_factor": ("expert_weights_scale", 1.0)},
+    counts=GLM4_MOE_ROW.counts,
+    integers={
+        "n_shared_experts": ("expert_shared_count", 0),
+        "first_k_dense_replace": ("leading_dense_block_count", 0),
+    },
+    constants={"expert_group_count": 1, "expert_group_used_count": 1, "expert_gating_func": 1},
+    experts="n_routed_experts",
+    latent=True,
+    grouped=False,
+)
+DEEPSEEK_V3_ROW = replace(
+    DEEPSEEK_ROW,
+    model_type="deepseek_v3",
+    cls="DeepseekV3ForCausalLM",
+    parameters=GLM4_MOE_ROW.parameters,
+    required={**NO_BIAS, "rope_interleave": True, "norm_topk_prob": True, "rms_norm_eps": 1e-6},
+    integers=GLM4_MOE_ROW.integers,
+    constants={**SIGMOID, "expert_weights_norm": True},
+    when="expert_weights_norm",
+)
 
 
 ROWS = (
+    DEEPSEEK_V3_ROW,
+    DEEPSEEK_ROW,
     replace(
         LLAMA_ROW,
         model_type="mixtral",
