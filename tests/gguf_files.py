@@ -50,8 +50,9 @@ _QWEN35 = {
 _LATENT: dict[str, Any] = {"head_dim": 8, "num_key_value_heads": 4, "qk_nope_head_dim": 24, "num_hidden_layers": 3}
 _LATENT |= {"first_k_dense_replace": 1, "kv_lora_rank": 32, "q_lora_rank": 32, "n_shared_experts": 2}
 _LATENT |= {"routed_scaling_factor": 2.5, "tie_word_embeddings": False}
-_YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
-_YARN |= {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
+_YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+_YARN |= {"original_max_position_embeddings": 32, "mscale": 0.707, "mscale_all_dim": 0.707}
+_YARN |= {"beta_fast": 32, "beta_slow": 1}
 # Types of transformers besides those families, and what their tiny configs have besides the usual sizes.
 TYPES: dict[str, dict[str, Any]] = {
     "granite": {
