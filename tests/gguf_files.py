@@ -205,7 +205,7 @@ def header_of(folder: Path | str) -> header.Header:
     """The header of the model in a folder."""
     source = locate(folder)
     config = AutoConfig.from_pretrained(source.folder)
-    return header.of(config, load_tokenizer(source), source.name)
+    return header.of(config, load_tokenizer(source), source.name, source.folder)
 
 
 def ids(seed: int = 0, length: int = 40) -> Tensor:

@@ -38,7 +38,7 @@ def read_all(path: Path) -> None:
 def seeds(folder: Path) -> list[bytes]:
     """Two real files, small: the embedded model's keys with a vocabulary of a few tokens, of either kind."""
     source = locate("tiny")
-    head = header.of(AutoConfig.from_pretrained(source.folder), load_tokenizer(source), source.name)
+    head = header.of(AutoConfig.from_pretrained(source.folder), load_tokenizer(source), source.name, source.folder)
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "c", "ab", "abc"]
     shared = {
         **head.metadata,

@@ -26,6 +26,48 @@ the rows in `src/fewbit/models/gguf/rows/` and from the tests.
   weights.
 
 """
+# What differs, transformers, llama.cpp, files of fewbit.
+_TEXT = (
+    ("what", "transformers", "llama.cpp", "files of fewbit"),
+    ("---",) * 4,
+    (
+        "Unicode normalization (NFC) of tokenizers such as Qwen's",
+        "normalizes",
+        "does not",
+        "read with it, as in the original",
+    ),
+    (
+        "combining marks with the patterns `tekken` and `gpt-4o`",
+        "letters of a word",
+        "split off",
+        "read as in the original",
+    ),
+    (
+        "the first space of SentencePiece",
+        "none after a special token or before another space, by the tokenizer's settings",
+        "always",
+        "the key `fewbit.tokenizer` has the setting, for fewbit; a note when the file is written",
+    ),
+    (
+        "added tokens that take the spaces after them (`rstrip`)",
+        "by token",
+        "all but three, if the model's name has phi-3 or phi3 in it",
+        "the name in the file is changed where it would be wrong: `tuned (phi-3)`, or `phi 3-tuned`",
+    ),
+    ("added tokens with `lstrip` or `single_word`", "by token", "never", "not written"),
+    (
+        '`"tokenizer_class": "GPT2Tokenizer"` beside a tokenizer.json with another pattern',
+        "GPT-2's pattern",
+        "the pattern of tokenizer.json",
+        "the pattern of tokenizer.json, and a note",
+    ),
+    (
+        "no key `tokenizer.ggml.add_bos_token`",
+        "",
+        "by the name in `tokenizer.ggml.pre`",
+        "read as by llama.cpp; written with the key",
+    ),
+)
 
 
 def page() -> str:
@@ -40,6 +82,8 @@ def page() -> str:
     for kind, row in sorted(TYPES.items()):
         proved = ["yes" if kind in each else "no" for each in (golden, tested)]
         lines.append(f"| `{kind}` | {row.name} | yes | yes | {' | '.join(proved)} | {'; '.join(_conditions(row))} |")
+    lines += ["", "## Where transformers and llama.cpp treat text differently", ""]
+    lines += ["|---|---|---|---|" if row[0] == "---" else f"| {' | '.join(row)} |" for row in _TEXT]
     return _HEAD + "\n".join(lines) + "\n"
 
 

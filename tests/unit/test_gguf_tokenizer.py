@@ -14,7 +14,8 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from fewbit.errors import FormatError, PlanError
 from fewbit.models.gguf.tokenizer import Keys, to_metadata, to_tokenizer
 from fewbit.models.gguf.tokenizer_check import check
-from tests import models
+from fewbit.models.gguf.tokenizer_source import named
+from tests import gguf_files, models
 
 Change = Callable[[dict[str, Any]], None]
 TEXTS = ("Hello the model", "  the group<|tool|> of<|tool|>", "", " the", "<s>the</s> a")
@@ -210,6 +211,36 @@ def test_llama_cpp_knows_the_tokens_of_phi3_by_name(name: str) -> None:
         check(tokenizer(), keys(tokenizer(), name))
 
 
+def test_the_files_name_says_what_added_tokens_do() -> None:
+    def strips(made: dict[str, Any]) -> None:
+        for each in made["added_tokens"]:
+            each["rstrip"] = each["content"] not in ("<unk>", "<s>", "<|endoftext|>")
+
+    taking, plain = tokenizer(strips), tokenizer()
+    assert (named(taking, "my-phi3"), named(taking, "tuned")) == ("my-phi3", "tuned (phi-3)")
+    assert (named(plain, "Phi-3-tuned"), named(plain, "tuned")) == ("phi 3-tuned", "tuned")
+    for original, name in ((taking, "tuned"), (plain, "Phi-3-tuned")):
+        metadata = keys(original, named(original, name))
+        check(original, metadata)
+        assert read(metadata)("a<think>  b")["input_ids"] == original("a<think>  b")["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["gpt-4o", "llama-bpe", "gpt2"])
+def test_text_is_split_as_tokenizer_json_says(kind: str, tmp_path: Path) -> None:
+    """transformers builds a GPT2Tokenizer with GPT-2's pattern, and drops the one in tokenizer.json."""
+    folder = gguf_files.with_tokenizer(tmp_path / "m", kind)
+    path = folder / "tokenizer_config.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**stored, "tokenizer_class": "GPT2Tokenizer"}), encoding="utf-8")
+    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    head = gguf_files.header_of(folder)
+    assert head.metadata["tokenizer.ggml.pre"] == {"gpt2": "gpt-2"}.get(kind, kind)
+    again = read(head.metadata)
+    for text in gguf_files.AWKWARD:
+        assert again(text, add_special_tokens=False)["input_ids"] == raw.encode(text, add_special_tokens=False).ids
+    assert any("as tokenizer.json says" in note for note in head.notes) == (kind != "gpt2")
+
+
 def sentencepiece(**settings: Any) -> Any:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "t", "h", "e", "th", "the"]
     pieces += ["▁the"]
@@ -226,6 +257,14 @@ def test_the_first_space_of_sentencepiece_is_exact(legacy: bool) -> None:
     again = read(metadata)
     for text in ("the", " the", "<s>the", "the</s>the", "<s> the", ""):
         assert again(text)["input_ids"] == original(text)["input_ids"], text
+
+
+def test_where_llama_cpp_adds_another_space_is_told() -> None:
+    original = sentencepiece(legacy=False)
+    note = check(original, keys(original))
+    assert note is not None
+    assert "first space also after special tokens" in note
+    assert check(tokenizer(), keys(tokenizer())) is None
 
 
 def test_settings_of_padding_are_read_back() -> None:

@@ -83,12 +83,12 @@ def preview(model: str | Path, *, to: str, safetensors_only: bool = False, trust
     """What `convert` would do to each tensor, with exact output bytes. Writes nothing (`--dry-run`)."""
     target, source = _target(to), locate(model, safetensors_only=safetensors_only)
     made = conversion.prepare(source, target, trust_remote_code=trust_remote_code)
-    _header(made, source, trust_remote_code)
+    header = _header(made, source, trust_remote_code)
     tensors, output_bytes = sizes.tensors(made.settled, _scheme)
     return Preview(
         plan=made.settled.resolved.plan.name,
         format=target.format.name,
-        notes=list(made.notes),
+        notes=[*made.notes, *(header.notes if header else ())],
         tensors=tensors,
         original_bytes=sizes.checkpoint_bytes(made.settled.skeleton),
         output_bytes=output_bytes,
@@ -129,7 +129,7 @@ def _header(made: Conversion, source: Source, trust_remote_code: bool) -> gguf_h
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if not made.settled.resolved.format.suffix:
         return None
-    return gguf_header.of(made.settled.skeleton.config, tokenizer, source.name)
+    return gguf_header.of(made.settled.skeleton.config, tokenizer, source.name, source.folder)
 
 
 def _check_suffix(out: Path, target: Target, to: str) -> None:
@@ -158,7 +158,7 @@ def _converted(
         exact=bool(schemes) or (packing := settled.skeleton.packing) is None or not packing.parameters,
         schemes=dict(schemes),
         decoded=list(made.decoded),
-        notes=list(made.notes),
+        notes=[*made.notes, *(header.notes if header else ())],
         original_bytes=sizes.checkpoint_bytes(settled.skeleton),
         output_bytes=size,
         seconds=0,

@@ -148,6 +148,7 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
         tokenizer = load_tokenizer(job.source, trust_remote_code=wanted.trust_remote_code)
         # For a GGUF file, this raises the error if GGUF cannot express the model: before any work.
         header = job.header(tokenizer)
+        job = replace(job, notes=[*job.notes, *(header.notes if header else ())])
         tuning = effort.block_tuning(wanted.effort, calibration.seed)
         if tuning is not None:
             job.settled.skeleton.check_text(calibrates=True)
@@ -321,8 +322,8 @@ def preview(
     if not job.single_file and (budget is None or not budget.given):
         return job.preview()
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    if job.single_file:
-        job.header(tokenizer)
+    if (header := job.header(tokenizer)) is not None:
+        job = replace(job, notes=[*job.notes, *header.notes])
     sized = _Sized.of(job, budget or Budget(), arguments.calibrated(calibration), tokenizer, progress)
     return replace(sized.job.preview(), allocation=sized.allocation)
 

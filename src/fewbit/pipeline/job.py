@@ -82,7 +82,9 @@ class Job:
 
     def header(self, tokenizer: Any) -> Header | None:
         """The header of the GGUF file, None for a folder. PlanError if GGUF cannot express the config or tokenizer."""
-        return header.of(self.settled.skeleton.config, tokenizer, self.source.name) if self.single_file else None
+        if not self.single_file:
+            return None
+        return header.of(self.settled.skeleton.config, tokenizer, self.source.name, self.source.folder)
 
     def inputs(
         self, wanted: Calibration, tokenizer: Any, tuning: BlockTuning | None = None

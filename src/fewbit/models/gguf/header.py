@@ -1,6 +1,6 @@
 """Everything that a model's GGUF file contains besides its weights. `GgufWriter` needs it first.
 
-    head = header.of(config, tokenizer, "org/model")          # PlanError if no GGUF file can store them
+    head = header.of(config, tokenizer, "org/model", folder)  # PlanError if no GGUF file can store them
     with GgufWriter(path, head.metadata | {"general.file_type": 15}, entries) as writer:     # of each tensor
         for name, tensor in head.extra.items():
             writer.add(name, tensor)                          # rotary factors, not weights
@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from fewbit.models.gguf import config as gguf_config
-from fewbit.models.gguf import names, tokenizer_check
+from fewbit.models.gguf import names, tokenizer_check, tokenizer_source
 from fewbit.models.gguf import tokenizer as gguf_tokenizer
 from fewbit.models.gguf.names import Route
 
@@ -29,17 +29,24 @@ from fewbit.models.gguf.names import Route
 @dataclass(frozen=True)
 class Header:
     """metadata: keys and values. routes: transformers' name -> `Route` of the tensor. extra: name in the file -> tensor
-    that is not a weight."""
+    that is not a weight. notes: what llama.cpp does with text in another way than transformers."""
 
     metadata: dict[str, Any]
     routes: dict[str, Route]
     extra: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
 
 
-def of(config: Any, tokenizer: Any, name: str) -> Header:
-    """The header for a config and a tokenizer of transformers. PlanError if a GGUF file cannot store them."""
+def of(config: Any, tokenizer: Any, name: str, folder: Path) -> Header:
+    """The header for a config and a tokenizer of transformers. PlanError if a GGUF file cannot store them.
+
+    folder: where the tokenizer's files are.
+    """
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else []
-    metadata = gguf_config.to_metadata(config, Path(name).name or name)
-    metadata |= gguf_tokenizer.to_metadata(tokenizer, config.vocab_size, ends)
-    tokenizer_check.check(tokenizer, metadata)
-    return Header(metadata, names.routes(config), gguf_config.extra_tensors(config))
+    tokenizer, restored = tokenizer_source.as_stored(tokenizer, folder)
+    metadata = gguf_tokenizer.to_metadata(tokenizer, config.vocab_size, ends)
+    named = tokenizer_source.named(tokenizer, Path(name).name or name)
+    metadata = gguf_config.to_metadata(config, named) | metadata
+    different = tokenizer_check.check(tokenizer, metadata)
+    notes = tuple(note for note in (restored, different) if note)
+    return Header(metadata, names.routes(config), gguf_config.extra_tensors(config), notes)

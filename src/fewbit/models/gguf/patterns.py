@@ -1,9 +1,11 @@
-"""How byte-level tokenizers split text before merging, by the names that llama.cpp has for it.
+"""What llama.cpp concludes from names: how byte-level tokenizers split text before merging, and defaults of tokens.
 
 Source: src/llama-vocab.cpp of llama.cpp, as in llama-cpp-python 0.3.36, and the tokenizer.json files of the models.
 """
 
 from __future__ import annotations
+
+import re
 
 # Steps -> llama.cpp's names for them. A step is a regular expression to split at, "digits" (split each digit off) or
 # "gpt2" (split by GPT-2's pattern). Files get the first name.
@@ -68,3 +70,6 @@ WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "l
 NORMALIZED = ("qwen2", "deepseek-r1-qwen", "qwen35", "mpt", "olmo", "command-r")
 # A file without the key `add_bos_token` adds the token at the start of a text.
 BOS_FIRST = WHOLE_WORDS_FIRST
+# In models of such a name, added tokens take the spaces after them (rstrip), except for these.
+NAMED_PHI3 = re.compile("phi-?3", re.IGNORECASE)
+NEVER_RSTRIP = frozenset({"<unk>", "<s>", "<|endoftext|>"})

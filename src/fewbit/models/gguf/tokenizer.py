@@ -30,7 +30,16 @@ from transformers import PreTrainedTokenizerFast
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
-from fewbit.models.gguf.patterns import BOS_FIRST, GPT2, NORMALIZED, PATTERNS, STEPS_OF, WHOLE_WORDS_FIRST
+from fewbit.models.gguf.patterns import (
+    BOS_FIRST,
+    GPT2,
+    NAMED_PHI3,
+    NEVER_RSTRIP,
+    NORMALIZED,
+    PATTERNS,
+    STEPS_OF,
+    WHOLE_WORDS_FIRST,
+)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"
@@ -170,10 +179,9 @@ class _Vocabulary:
 
     def rstrip(self) -> set[int]:
         """Tokens that also match the spaces after them. No key lists them: llama.cpp decides by the model's name."""
-        name = str(self.file.metadata.get("general.name", "")).lower()
-        if "phi-3" not in name and "phi3" not in name:
+        if not NAMED_PHI3.search(str(self.file.metadata.get("general.name", ""))):
             return set()
-        return {i for i in self.added if self.tokens[i] not in ("<unk>", "<s>", "<|endoftext|>")}
+        return {i for i in self.added if self.tokens[i] not in NEVER_RSTRIP}
 
     def chat_template(self) -> str | dict[str, str] | None:
         """One template, several as name -> template, or None."""
