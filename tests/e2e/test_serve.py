@@ -240,8 +240,11 @@ def test_penalties_and_bias_of_each_request(client: Any, quantized: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "param", "words"),
     [
-        ({"n": 2}, "n", "one answer"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "response_format"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 129}, "n", "less than or equal to 128"),
+        ({"best_of": 2}, "best_of", "does not support"),
+        ({"echo": True}, "echo", "only in /v1/completions"),
+        ({"include_stop_str_in_output": True}, "include_stop_str_in_output", "ends before"),
         ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),
         ({"presence_penalty": "much"}, "presence_penalty", "valid number"),
         ({"logit_bias": {"1": 101}}, "logit_bias", "less than or equal to 100"),
@@ -340,6 +343,12 @@ def test_a_full_queue_and_one_that_empties(quantized: Path) -> None:
                 assert (caught.value.code, caught.value.response.headers["retry-after"]) == ("queue_full", "1")
             assert [said(answer.result()) for answer in answers] == [wanted] * 2
         assert said(ask(client)) == wanted
+        assert [choice.message.content for choice in ask(client, n=2).choices] == [wanted] * 2
+        with pytest.raises(openai.BadRequestError, match="up to 2 answers"):
+            ask(client, n=3)
+        with server.held(), ask(client, stream=True), pytest.raises(openai.RateLimitError):
+            ask(client, n=2)
+        until(lambda: server.service.engine.unfinished == 0)
 
 
 def test_a_client_that_goes_away_ends_its_request(server: Served, client: Any) -> None:
@@ -356,7 +365,11 @@ def test_a_client_that_goes_away_ends_its_request(server: Served, client: Any) -
             raw_client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
             until(lambda: engine.unfinished == 1)
         until(lambda: engine.unfinished == 0)
-    until(lambda: server.service.metrics.cancelled == cancelled + 2)
+        stream = ask(client, new=400, stream=True, n=3)
+        until(lambda: engine.unfinished == 3)
+        stream.close()
+        until(lambda: engine.unfinished == 0)
+    until(lambda: server.service.metrics.cancelled == cancelled + 3)
     ask(client, new=3)
     server.steps.clear()
     ask(client, new=5)

@@ -44,6 +44,14 @@ def test_characters_that_stay_incomplete_come_last(tokenizer: Any) -> None:
     assert written.finish() == "\ufffd"
 
 
+def test_special_tokens_that_belong_to_a_call_are_text(tokenizer: Any) -> None:
+    text = "a<|im_start|>b<|im_end|>c"
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for shown, wanted in ((None, "abc"), ("", "abc"), ("[<|im_start|>]", "a<|im_start|>bc")):
+        written = Written(tokenizer, (), shown)
+        assert "".join(written.add(token) for token in tokens) + written.finish() == wanted
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_stop_sequences_are_found_where_str_find_does(text: str, tokenizer: Any) -> None:
     """Every sequence of up to six characters of the text, and one that is not there."""

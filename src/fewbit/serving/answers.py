@@ -3,50 +3,77 @@
 from __future__ import annotations
 
 import secrets
+import string
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fewbit.models.decoding.calls import Call
 from fewbit.models.decoding.continuous import Likely
 from fewbit.serving.asked import Chat, Completion
-from fewbit.serving.service import Answer, Piece, Service
+from fewbit.serving.service import Answers, Piece, Service
 
 
 class Form:
     """The JSON of one answer."""
 
-    def __init__(self, service: Service, asked: Chat | Completion) -> None:
+    def __init__(self, service: Service, asked: Chat | Completion, ids: Sequence[int]) -> None:
+        """ids: of the prompt."""
         self._service, self._asked = service, asked
         self._chat = isinstance(asked, Chat)
         self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._created = int(time.time())
+        self._echo = ""
+        if isinstance(asked, Completion) and asked.echo:
+            given = asked.one
+            self._echo = given if isinstance(given, str) else str(service.tokenizer.decode(list(ids)))
+        self._calls = Counter[int]()  # of each answer so far
 
-    def whole(self, pieces: list[Piece], answer: Answer) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
-        text = "".join(piece.text for piece in pieces)
+    def whole(self, pieces: list[tuple[int, Piece]], answer: Answers) -> dict[str, Any]:
+        """The body of answers that are not streamed."""
+        choices = [
+            self._whole(choice, [piece for index, piece in pieces if index == choice])
+            for choice in range(self._asked.n)
+        ]
+        return self._object("chat.completion" if self._chat else "text_completion", choices, usage(answer))
+
+    def _whole(self, choice: int, pieces: list[Piece]) -> dict[str, Any]:
+        text = self._echo + "".join(piece.text for piece in pieces)
         likely = [each for piece in pieces for each in piece.likely]
-        said: dict[str, Any] = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        choice = self._choice(said if self._chat else {"text": text}, likely, pieces[-1].finish)
-        return self._object("chat.completion" if self._chat else "text_completion", [choice], usage(answer))
+        said: dict[str, Any] = {"text": text}
+        if self._chat:
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if calls := [_call(call) for piece in pieces for call in piece.calls]:
+                message |= {"content": text or None, "tool_calls": calls}
+            said = {"message": message}
+        return self._choice(choice, said, likely, pieces[-1].finish)
 
     def begin(self) -> list[dict[str, Any]]:
         """What a stream begins with."""
-        if not self._chat:
+        said: dict[str, Any] = {"text": self._echo}
+        if self._chat:
+            said = {"delta": {"role": "assistant", "content": "", "refusal": None}}
+        elif not self._echo:
             return []
-        return [self._chunk([self._choice({"delta": {"role": "assistant", "content": "", "refusal": None}}, [], None)])]
+        return [self._chunk([self._choice(choice, said, [], None)]) for choice in range(self._asked.n)]
 
-    def piece(self, piece: Piece) -> list[dict[str, Any]]:
+    def piece(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
         """A piece of a stream. Its end has a chunk of its own in a chat, as OpenAI does it."""
         if not self._chat:
-            return [self._chunk([self._choice({"text": piece.text}, piece.likely, piece.finish)])]
+            return [self._chunk([self._choice(choice, {"text": piece.text}, piece.likely, piece.finish)])]
         chunks = []
         if piece.text or piece.likely:
-            chunks.append(self._chunk([self._choice({"delta": {"content": piece.text}}, piece.likely, None)]))
+            chunks.append(self._chunk([self._choice(choice, {"delta": {"content": piece.text}}, piece.likely, None)]))
+        for call in piece.calls:
+            delta = {"tool_calls": [{"index": self._calls[choice], **_call(call)}]}
+            chunks.append(self._chunk([self._choice(choice, {"delta": delta}, [], None)]))
+            self._calls[choice] += 1
         if piece.finish:
-            chunks.append(self._chunk([self._choice({"delta": {}}, [], piece.finish)]))
+            chunks.append(self._chunk([self._choice(choice, {"delta": {}}, [], piece.finish)]))
         return chunks
 
-    def end(self, answer: Answer) -> list[dict[str, Any]]:
+    def end(self, answer: Answers) -> list[dict[str, Any]]:
         """What a stream ends with: its tokens, if the client asked for them."""
         options = self._asked.stream_options
         if options is None or not options.include_usage:
@@ -62,11 +89,13 @@ class Form:
         made = {"id": self._id, "object": kind, "created": self._created, "model": self._service.name}
         return {**made, "choices": choices} | ({} if used is None else {"usage": used})
 
-    def _choice(self, said: dict[str, Any], likely: Iterable[tuple[int, Likely]], finish: str | None) -> dict[str, Any]:
+    def _choice(
+        self, choice: int, said: dict[str, Any], likely: Iterable[tuple[int, Likely]], finish: str | None
+    ) -> dict[str, Any]:
         logprobs = None
         if self._asked.shown is not None:
             logprobs = self._of_chat(likely) if self._chat else self._of_completion(likely)
-        return {"index": 0, **said, "logprobs": logprobs, "finish_reason": finish}
+        return {"index": choice, **said, "logprobs": logprobs, "finish_reason": finish}
 
     def _of_chat(self, likely: Iterable[tuple[int, Likely]]) -> dict[str, Any]:
         return {
@@ -94,7 +123,13 @@ class Form:
         return str(self._service.tokenizer.decode([token]))
 
 
-def usage(answer: Answer) -> dict[str, int]:
+def _call(call: Call) -> dict[str, Any]:
+    # Nine letters and digits: Mistral's chat template takes no other ids.
+    made = "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+    return {"id": made, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def usage(answer: Answers) -> dict[str, int]:
     """The tokens of a request."""
     prompt, new = answer.prompt_tokens, answer.tokens
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}

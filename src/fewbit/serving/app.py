@@ -21,7 +21,7 @@ from fewbit.serving.asked import Chat, Completion
 from fewbit.serving.failures import Failure
 from fewbit.serving.guard import Guard
 from fewbit.serving.replies import failed, reply, written
-from fewbit.serving.service import Answer, Piece, Service
+from fewbit.serving.service import Answers, Piece, Service
 
 _GONE = 499  # nginx's status for a client that went away; nobody reads it
 
@@ -77,8 +77,9 @@ def application(service: Service, key: str | None, most: int) -> FastAPI:
 
 async def _answered(service: Service, asked: Chat | Completion, request: Request) -> Response:
     service.check(asked.model)
-    answer = service.begin(await service.ids(asked), asked, await service.grammar(asked))
-    form = answers.Form(service, asked)
+    ids = await service.ids(asked)
+    answer = service.begin(ids, asked, await service.grammar(asked))
+    form = answers.Form(service, asked, ids)
     if asked.stream:
         return _Events(form, answer, service)
     try:
@@ -97,7 +98,7 @@ async def _answered(service: Service, asked: Chat | Completion, request: Request
         answer.close()
 
 
-async def _all(answer: Answer) -> list[Piece]:
+async def _all(answer: Answers) -> list[tuple[int, Piece]]:
     return [piece async for piece in answer.pieces()]
 
 
@@ -110,7 +111,7 @@ async def _gone(request: Request) -> None:
 class _Events(StreamingResponse):
     """A stream of server-sent events. If the client goes away, its request ends."""
 
-    def __init__(self, form: answers.Form, answer: Answer, service: Service) -> None:
+    def __init__(self, form: answers.Form, answer: Answers, service: Service) -> None:
         self._form, self._answer, self._service, self._whole = form, answer, service, False
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the latter: nginx passes pieces on at once
         super().__init__(self._events(), headers=headers, media_type="text/event-stream")
@@ -126,8 +127,8 @@ class _Events(StreamingResponse):
         for chunk in self._form.begin():
             yield _event(chunk)
         try:
-            async for piece in self._answer.pieces():
-                for chunk in self._form.piece(piece):
+            async for choice, piece in self._answer.pieces():
+                for chunk in self._form.piece(choice, piece):
                     yield _event(chunk)
         except Failure as failure:  # the status has been sent
             yield _event(failure.body)

@@ -1,38 +1,15 @@
-"""What clients may ask: the bodies of requests, checked. What is not supported is refused by its name."""
+"""What clients may ask: the bodies of requests, checked."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from fewbit.models.decoding.continuous import Choosing
+from fewbit.serving.body import Body
 from fewbit.serving.failures import Failure
-
-# Parameters of OpenAI's interface that this server does not have, with the values that change nothing.
-_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-}
-_SAID = {
-    "n": "this server gives one answer to each request: send the request n times",
-    "response_format": "only in /v1/chat/completions",
-    "tools": "this server does not support it, because it parses no calls in an answer. Describe the functions in a "
-    "message, and ask for JSON by response_format",
-}
-_SAID |= {"functions": _SAID["tools"]}
-# They tell the server about the caller, and change no answer.
-_LABELS = ("user", "safety_identifier", "prompt_cache_key", "metadata")
+from fewbit.serving.messages import Message, NamedTool, Tool
 
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 _Token = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]  # a token id, as keys of JSON are texts
@@ -40,29 +17,7 @@ _Bias = Annotated[float, Field(ge=-100, le=100)]
 _Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _supported(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        kept, known = {}, {field.alias or name for name, field in cls.model_fields.items()}
-        for name, value in given.items():
-            if value is None or name in _LABELS:
-                continue
-            if name in known:
-                kept[name] = value
-            elif name not in _WITHOUT_EFFECT:
-                raise Failure(400, f"{name}: unknown parameter", "unknown_parameter", name)
-            elif value not in _WITHOUT_EFFECT[name]:
-                said = _SAID.get(name, "this server does not support it")
-                raise Failure(400, f"{name}: {said}", "unsupported_parameter", name)
-        return kept
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool = False
     include_obfuscation: bool = False
 
@@ -78,7 +33,7 @@ class StreamOptions(_Body):
         return self
 
 
-class Asked(_Body):
+class Asked(Body):
     """What chat and completions have in common."""
 
     model: str | None = None
@@ -90,7 +45,8 @@ class Asked(_Body):
     max_tokens: int | None = Field(None, ge=1)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[_Token, _Bias] = {}
+    logit_bias: dict[_Token, _Bias] = Field(default_factory=dict)
+    n: int = Field(1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -110,13 +66,13 @@ class Asked(_Body):
         """How many likely tokens to report at each position; None reports nothing."""
         raise NotImplementedError
 
-    def choosing(self, usual: Choosing) -> Choosing:
-        """How the tokens are chosen. usual: what holds for what the request does not say."""
+    def choosing(self, usual: Choosing, choice: int = 0) -> Choosing:
+        """How the tokens of one of `n` answers are chosen. usual: what holds for what the request does not say."""
         return Choosing(
             temperature=usual.temperature if self.temperature is None else self.temperature,
             top_p=usual.top_p if self.top_p is None else self.top_p,
             top_k=usual.top_k if self.top_k is None else self.top_k,
-            seed=self.seed,
+            seed=None if self.seed is None else self.seed + choice,
             logprobs=self.shown,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
@@ -124,34 +80,7 @@ class Asked(_Body):
         )
 
 
-class Part(_Body):
-    type: Literal["text"]
-    text: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_text(cls, given: Any) -> Any:
-        if isinstance(given, dict) and (kind := given.get("type")) != "text":
-            raise Failure(
-                400, f"messages: parts of type {kind!r} are not supported", "unsupported_parameter", "messages"
-            )
-        return given
-
-
-class Message(_Body):
-    """A turn. What a client sends back of an answer besides its text, such as `refusal`, is null and left out."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
-
-    @property
-    def turn(self) -> dict[str, str]:
-        """The message as a chat template takes it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
-class JsonSchema(_Body):
+class JsonSchema(Body):
     """A named schema. The answer follows it whether `strict` or not."""
 
     name: str = Field(min_length=1, max_length=64)
@@ -160,7 +89,7 @@ class JsonSchema(_Body):
     schema_: dict[str, Any] = Field({}, alias="schema")
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -191,12 +120,62 @@ class Chat(Asked):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] = Field([], max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _alternatives(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise Failure(400, "top_logprobs: only with logprobs", "invalid_value", "top_logprobs")
+        names, wrong = [tool.function.name for tool in self.tools], None
+        if len(set(names)) < len(names):
+            raise Failure(400, "tools: two functions have the same name", "invalid_value", "tools")
+        if self.forced and not names:
+            wrong = "only with tools"
+        elif self.one_function and self.one_function not in names:
+            wrong = f"there is no function {self.one_function} in tools"
+        if wrong:
+            raise Failure(400, f"tool_choice: {wrong}", "invalid_value", "tool_choice")
+        if self.offered and self.response_format is not None and self.response_format.schema_ is not None:
+            said = "response_format: not with tools that the model may call"
+            raise Failure(400, said, "unsupported_parameter", "response_format")
         return self
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The functions that the model may call, as a chat template takes them."""
+        return [] if self.tool_choice == "none" else [tool.described for tool in self.tools]
+
+    @property
+    def forced(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.tool_choice not in ("none", "auto")
+
+    @property
+    def one_function(self) -> str | None:
+        """The function that the answer must call, if the request names one."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
+    def schema_(self) -> tuple[str, dict[str, Any]] | None:
+        """The JSON schema of the answer and the parameter that it comes from; None for plain text."""
+        if not self.forced:
+            schema = None if self.response_format is None else self.response_format.schema_
+            return None if schema is None else ("response_format", schema)
+        functions = [tool.function for tool in self.tools]
+        if self.one_function:
+            return "tools", next(each.schema_ for each in functions if each.name == self.one_function)
+        calls = [
+            {
+                "type": "object",
+                "properties": {"name": {"const": each.name}, "arguments": each.schema_},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for each in functions
+        ]
+        return "tools", {"anyOf": calls}
 
     @property
     def shown(self) -> int | None:
@@ -213,6 +192,14 @@ class Completion(Asked):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+
+    @model_validator(mode="after")
+    def _no_logprobs_of_a_prompt(self) -> Self:
+        if self.echo and self.logprobs is not None:
+            said = "echo: not with logprobs, because this server computes none of the prompt"
+            raise Failure(400, said, "unsupported_parameter", "echo")
+        return self
 
     @property
     def shown(self) -> int | None:

@@ -26,6 +26,10 @@ class Grammar:
         """ends: the tokens that end an answer; the matcher knows the first."""
         self._matcher, self._ends = matcher, tuple(ends)
 
+    def copy(self) -> Grammar:
+        """The same grammar for another answer."""
+        return Grammar(self._matcher.deep_copy(), self._ends)
+
     @property
     def complete(self) -> bool:
         """Whether nothing may follow."""

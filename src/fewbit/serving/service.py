@@ -12,13 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
-from fewbit.errors import FewbitError, KernelError
+from fewbit.errors import FewbitError, KernelError, PlanError
+from fewbit.models.decoding.calls import Call, in_template_with_tools
 from fewbit.models.decoding.continuous import Choosing, Engine, Likely, News
 from fewbit.models.decoding.generate import in_template, prompt_ids
 from fewbit.serving.asked import Chat, Completion
 from fewbit.serving.failures import Failure
 from fewbit.serving.grammar import Grammar, Grammars
 from fewbit.serving.metrics import Metrics
+from fewbit.serving.reading import reader
 from fewbit.serving.text import Written
 from fewbit.system.files import unwritable
 from fewbit.texts import windows
@@ -28,13 +30,13 @@ from fewbit.texts import windows
 class Piece:
     """The next text of an answer. likely: of the tokens that begin in it, each with its place in the whole text.
 
-    finish: why the answer ends here, "stop" or "length". tokens: number of tokens of the answer so far.
+    finish: why the answer ends here, "stop", "length" or "tool_calls". calls: of functions.
     """
 
     text: str
     likely: tuple[tuple[int, Likely], ...]
     finish: str | None
-    tokens: int
+    calls: tuple[Call, ...] = ()
 
 
 class Service:
@@ -79,14 +81,12 @@ class Service:
 
     async def grammar(self, asked: Chat | Completion) -> Grammar | None:
         """What limits the answer to JSON, if the request asks for it. Failure for a schema that cannot be followed."""
-        form = asked.response_format if isinstance(asked, Chat) else None
-        if form is None or (schema := form.schema_) is None:
+        if not isinstance(asked, Chat) or (stated := asked.schema_) is None:
             return None
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._compiling, self._grammars.of, schema)
+            return await asyncio.get_running_loop().run_in_executor(self._compiling, self._grammars.of, stated[1])
         except FewbitError as error:
-            message = f"response_format: {error.message}"
-            raise Failure(400, message, "invalid_json_schema", "response_format") from error
+            raise Failure(400, f"{stated[0]}: {error.message}", "invalid_json_schema", stated[0]) from error
 
     def _chat(self, asked: Chat) -> list[int]:
         turns = [message.turn for message in asked.messages]
@@ -95,8 +95,25 @@ class Service:
                 raise Failure(400, f"messages: {reason}", "invalid_value", "messages")
         if not self.tokenizer.chat_template:
             raise Failure(400, "This model has no chat template: use /v1/completions.", "no_chat_template", "messages")
-        ids = self.tokenizer(in_template(self.tokenizer, turns), return_tensors="pt", add_special_tokens=False)
+        text = self._in_template(asked, turns)
+        if reason := unwritable(text):
+            raise Failure(400, f"messages or tools: {reason}", "invalid_value", "tools" if asked.tools else "messages")
+        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)
         return self._within(ids["input_ids"].long(), "messages")
+
+    def _in_template(self, asked: Chat, turns: Sequence[dict[str, Any]]) -> str:
+        if asked.offered:
+            try:
+                text = in_template_with_tools(self.tokenizer, turns, asked.offered)
+            except PlanError as error:
+                raise Failure(400, f"tools: {error}".replace("`", ""), "unsupported_parameter", "tools") from error
+        else:
+            text = in_template(self.tokenizer, turns)
+        called = {call["function"]["name"] for turn in turns for call in turn.get("tool_calls", ())}
+        if lost := sorted(name for name in called if name not in text):
+            message = f"messages: this model's chat template leaves out the calls of {', '.join(lost)}"
+            raise Failure(400, message, "unsupported_parameter", "messages")
+        return text
 
     def _prompt(self, asked: Completion) -> list[int]:
         given = asked.one
@@ -110,58 +127,100 @@ class Service:
         listed: list[int] = windows.within(ids, self._rows, self.tokenizer, where)[0].tolist()
         return listed
 
-    def begin(self, ids: Sequence[int], asked: Chat | Completion, grammar: Grammar | None) -> Answer:
+    def begin(self, ids: Sequence[int], asked: Chat | Completion, grammar: Grammar | None) -> Answers:
         """Put a request in the queue. Failure if the queue is full or the engine has ended."""
         if self.engine.failed:
             raise Failure(503, "The engine has ended by an error, and the server ends.", "engine_failed")
-        if self.engine.unfinished >= self.most:
+        if asked.n > self.most:
+            raise Failure(400, f"n: this server takes up to {self.most} answers at once", "invalid_value", "n")
+        if self.engine.unfinished + asked.n > self.most:
             raise Failure(429, "The queue is full. Try again later.", "queue_full", headers={"Retry-After": "1"})
-        return Answer(self, ids, asked, grammar)
+        return Answers(self, ids, asked, grammar)
+
+
+class Answers:
+    """The `n` answers of a request, which run. `close` ends them; it must be called."""
+
+    def __init__(self, service: Service, ids: Sequence[int], asked: Chat | Completion, grammar: Grammar | None) -> None:
+        self.prompt_tokens = len(ids)
+        self._came, self._loop = asyncio.Event(), asyncio.get_running_loop()
+        self._all = list[Answer]()
+        try:
+            for choice in range(asked.n):
+                follows = None if grammar is None else grammar.copy()
+                self._all.append(Answer(service, ids, asked, choice, follows, self._tell))
+        except BaseException:
+            self.close()
+            raise
+        service.metrics.prompt_tokens += len(ids)
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of all answers so far."""
+        return sum(answer.tokens for answer in self._all)
+
+    def _tell(self) -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._came.set)
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """The answers, piece by piece, each with its index. Its last one has `finish`. Failure if the engine fails."""
+        running = dict(enumerate(self._all))
+        while running:
+            await self._came.wait()
+            self._came.clear()
+            for choice, answer in list(running.items()):
+                piece = answer.piece()
+                if piece.finish:
+                    answer.close()
+                    del running[choice]
+                if piece.text or piece.likely or piece.calls or piece.finish:
+                    yield choice, piece
+
+    def close(self) -> None:
+        """End those that have not ended."""
+        for answer in self._all:
+            answer.close()
 
 
 class Answer:
-    """One request that runs. `close` ends it; it must be called."""
+    """One answer that runs."""
 
-    def __init__(self, service: Service, ids: Sequence[int], asked: Chat | Completion, grammar: Grammar | None) -> None:
-        self.prompt_tokens, self.tokens = len(ids), 0
-        self._service, self._written = service, Written(service.tokenizer, asked.stops)
-        self._news: News | None = None
-        self._came, self._loop = asyncio.Event(), asyncio.get_running_loop()
+    def __init__(
+        self,
+        service: Service,
+        ids: Sequence[int],
+        asked: Chat | Completion,
+        choice: int,
+        grammar: Grammar | None,
+        tell: Callable[[], None],
+    ) -> None:
+        """choice: its index among the answers of the request. tell: is called when there is something new."""
+        self.tokens, self._service = 0, service
+        self._reader, shown = reader(service.tokenizer, asked)
+        self._written = Written(service.tokenizer, asked.stops, shown)
+        self._news, self._changed = News((), False), tell
         self._begun, self._closed = time.perf_counter(), False
-        self._reported = 0
-        service.metrics.prompt_tokens += len(ids)
-        new, choosing = asked.new or service.engine.context - len(ids), asked.choosing(service.usual)
+        self._reported, self._called = 0, False
+        self._one_function = isinstance(asked, Chat) and asked.one_function is not None
+        new, choosing = asked.new or service.engine.context - len(ids), asked.choosing(service.usual, choice)
         try:
             self._name = service.engine.submit(ids, new, choosing, self._tell, grammar)
         except KernelError as error:
+            self._closed = True
             message = "The server takes no requests now: it shuts down, or starts again after an error."
             raise Failure(503, message, "unavailable", headers={"Retry-After": "1"}) from error
 
     def _tell(self, news: News) -> None:
         self._news = news
-        with suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._came.set)
+        self._changed()
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """The answer, piece by piece. The last one has `finish`. Failure if the engine fails."""
-        while True:
-            await self._came.wait()
-            self._came.clear()
-            news = self._news
-            if news is None:
-                continue
-            if news.error:
-                raise Failure(500, f"The engine failed: {news.error}", "engine_failed")
-            piece = self._piece(news)
-            if piece.text or piece.finish:
-                yield piece
-            if piece.finish:
-                self._service.metrics.whole.add(time.perf_counter() - self._begun)
-                self.close()
-                return
-
-    def _piece(self, news: News) -> Piece:
-        if not self.tokens:
+    def piece(self) -> Piece:
+        """What is new; it may be nothing. Failure if the engine fails."""
+        news = self._news
+        if news.error:
+            raise Failure(500, f"The engine failed: {news.error}", "engine_failed")
+        if news.tokens and not self.tokens:
             self._service.metrics.first_token.add(time.perf_counter() - self._begun)
         written, ended, text = self._written, False, ""
         for token in news.tokens[self.tokens :]:
@@ -184,10 +243,22 @@ class Answer:
                 break
             likely.append((start, one))
         self._reported += len(likely)
-        return Piece(text, tuple(likely), finish, self.tokens)
+        return self._read(text, tuple(likely), finish)
+
+    def _read(self, text: str, likely: tuple[tuple[int, Likely], ...], finish: str | None) -> Piece:
+        text, calls = self._reader.add(text)
+        if finish:
+            rest, more = self._reader.finish()
+            text, calls = text + rest, calls + more
+            self._service.metrics.whole.add(time.perf_counter() - self._begun)
+        self._called = self._called or bool(calls)
+        # As OpenAI: the answer whose function the request has named says "stop".
+        if self._called and finish == "stop" and not self._one_function:
+            finish = "tool_calls"
+        return Piece(text, likely, finish, tuple(calls))
 
     def close(self) -> None:
-        """End the request, if it has not ended."""
+        """End it, if it has not ended."""
         if not self._closed:
             self._closed = True
             self._service.engine.cancel(self._name)

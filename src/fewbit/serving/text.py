@@ -15,8 +15,14 @@ class Written:
     that are not complete, and an end that a stop sequence may begin with.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), shown: str | None = None) -> None:
+        """shown: a text that has the special tokens that are a part of the answer; None is none."""
         self._tokenizer, self._stops = tokenizer, tuple(stops)
+        # By id, the special tokens that are not. None is all of them.
+        self._skipped: set[int] | None = None
+        if shown is not None:
+            added = tokenizer.added_tokens_decoder
+            self._skipped = {id for id, token in added.items() if token.special and token.content not in shown}
         self._tokens: list[int] = []
         self._begin = self._end = 0  # tokens of the last piece of text, and the first token whose text is incomplete
         self._text = ""  # decoded so far
@@ -63,7 +69,10 @@ class Written:
         return piece
 
     def _decoded(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+        if self._skipped is None:
+            return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+        kept = [token for token in tokens if token not in self._skipped]
+        return str(self._tokenizer.decode(kept, skip_special_tokens=False))
 
 
 def _begun(text: str, stop: str) -> int:

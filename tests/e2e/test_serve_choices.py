@@ -1,0 +1,88 @@
+"""Several answers to one request, and prompts that are echoed, asked by OpenAI's own client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import locate
+from tests.served import ask, demo, said, served
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo(tmp_path_factory.mktemp("served") / "tiny-4bit")
+
+
+@pytest.fixture(scope="module")
+def client(quantized: Path) -> Iterator[Any]:
+    with served(quantized) as server, server.client() as made:
+        yield made
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_n_answers_have_a_seed_each(stream: bool, client: Any) -> None:
+    """Answer i is that of a request with the seed plus i."""
+    given: dict[str, Any] = {"temperature": 1.0, "logprobs": True}
+    alone = [ask(client, new=8, seed=40 + i, **given) for i in range(3)]
+    more: dict[str, Any] = {"stream_options": {"include_usage": True}} if stream else {}
+    answer = ask(client, new=8, seed=40, n=3, stream=stream, **given, **more)
+    texts, ends, tokens = [""] * 3, dict[int, str](), [list[str]() for _ in range(3)]
+    if stream:
+        with answer:
+            chunks = list(answer)
+        usage = chunks[-1].usage
+        for choice in [choice for chunk in chunks for choice in chunk.choices]:
+            assert choice.index not in ends
+            texts[choice.index] += choice.delta.content or ""
+            tokens[choice.index] += [each.token for each in choice.logprobs.content] if choice.logprobs else []
+            if choice.finish_reason:
+                ends[choice.index] = choice.finish_reason
+        assert [c.choices[0].index for c in chunks if c.choices and c.choices[0].delta.role] == [0, 1, 2]
+    else:
+        usage = answer.usage
+        assert [choice.index for choice in answer.choices] == [0, 1, 2]
+        texts = [choice.message.content for choice in answer.choices]
+        tokens = [[each.token for each in choice.logprobs.content] for choice in answer.choices]
+        ends = {choice.index: choice.finish_reason for choice in answer.choices}
+    assert texts == [said(each) for each in alone]
+    assert tokens == [[each.token for each in one.choices[0].logprobs.content] for one in alone]
+    assert len(set(texts)) == 3
+    assert ends == dict.fromkeys(range(3), "length")
+    prompt = alone[0].usage.prompt_tokens
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (prompt, 24, prompt + 24)
+
+
+def test_n_answers_end_at_different_times(client: Any) -> None:
+    texts = [said(ask(client, new=30, seed=i, temperature=1.0)) for i in range(4)]
+    stop = texts[2][5:10]
+    wanted = [text.partition(stop)[0] for text in texts]
+    answer = ask(client, new=30, seed=0, temperature=1.0, n=4, stop=stop)
+    assert [choice.message.content for choice in answer.choices] == wanted
+    assert answer.choices[2].finish_reason == "stop"
+    assert "length" in {choice.finish_reason for choice in answer.choices}
+
+
+def test_a_prompt_is_echoed(client: Any, quantized: Path) -> None:
+    ids = load_tokenizer(locate(quantized))("The garden")["input_ids"]
+    given: dict[str, Any] = {"model": "tiny-4bit", "temperature": 1.0, "seed": 3, "n": 2}
+    for prompt in ("The garden", ids, ["The garden"]):
+        plain = client.completions.create(prompt=prompt, **given)
+        answer = client.completions.create(prompt=prompt, echo=True, **given)
+        wanted = ["The garden" + choice.text for choice in plain.choices]
+        assert [choice.text for choice in answer.choices] == wanted
+        assert answer.usage == plain.usage
+        assert (answer.usage.completion_tokens, answer.usage.prompt_tokens) == (32, len(ids))
+        with client.completions.create(prompt=prompt, echo=True, stream=True, **given) as stream:
+            chunks = [chunk.choices[0] for chunk in stream]
+        assert ["".join(c.text for c in chunks if c.index == i) for i in range(2)] == wanted
+    with pytest.raises(openai.BadRequestError, match="not with logprobs") as caught:
+        client.completions.create(prompt="x", echo=True, logprobs=1, **given)
+    assert caught.value.param == "echo"
