@@ -199,8 +199,8 @@ def test_a_call_that_must_come(stream: bool, client: Any) -> None:
     named = {"type": "function", "function": {"name": "get_weather"}}
     for choice, finish in (("required", "tool_calls"), (named, "stop")):
         for seed in range(3):
-            more: dict[str, Any] = {"tool_choice": choice, "temperature": 1.5, "seed": seed, "stream": stream, "tools": TOOLS}
-            answer = ask(client, new=200, **more)
+            more: dict[str, Any] = {"tool_choice": choice, "tools": TOOLS, "temperature": 1.5, "seed": seed}
+            answer = ask(client, new=200, stream=stream, **more)
             if stream:
                 with answer:
                     choices = [chunk.choices[0] for chunk in answer]
