@@ -17,6 +17,7 @@ from fewbit import registry
 from fewbit.errors import PlanError
 from fewbit.plans.plan import PRESETS, Plan
 from tests.docs_pages import blocks
+from fewbit.schemes.base import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,6 +105,44 @@ def test_the_table_of_formats_is_up_to_date() -> None:
 def test_the_page_of_models_is_up_to_date() -> None:
     """Its types are those of the pinned version of transformers."""
     from models_table import PAGE, page
+def test_the_table_of_kernels_is_up_to_date() -> None:
+    from kernels_table import PAGE, table
+
+    assert table() in PAGE.read_text(encoding="utf-8"), "run python tools/kernels_table.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "kind"),
+    [
+        ("gptq", "int4-g128-sym", ""),
+        ("gptq", "int3-g64", ""),
+        ("awq", "int4-g64", ""),
+        ("bnb", "nf4-b64-dq", "NF4, FP4"),
+        ("bnb", "llm.int8", "LLM.int8()"),
+    ],
+)
+def test_the_drawn_layouts_are_those_of_the_files(name: str, spec: str, kind: str) -> None:
+    """Names, types and shapes of the tensors, with N, K, g, b and B of one weight."""
+    reference = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    text = reference.partition(f"\n### {name}\n")[2].partition("```\n")[2].partition("```")[0]
+    if kind:
+        text = re.split(r"^(?=\S)", text[text.index(kind) :], flags=re.MULTILINE)[1]
+    scheme = parse(spec)
+    group = scheme.group
+    numbers = {"N": 256, "K": 512, "g": group, "B": group, "b": int(spec[3]) if spec.startswith("int") else None}
+    drawn = {}
+    for line in re.findall(r"P\.(\S+) +(\w+) +\[(.*?)\]", text):
+        sizes = re.sub(r"(?<=\w) (?=\w)", "*", line[2]).replace("/", "//")
+        drawn[line[0]] = (eval(f"({sizes},)" if sizes else "()", numbers), line[1])
+    stored = registry.entries("formats")[name]().specs((256, 512), scheme)
+    found = {part: (spec.shape, str(spec.dtype).removeprefix("torch.")) for part, spec in stored.items()}
+    if name == "bnb" and "dq" in spec:
+        found = {part: entry for part, entry in found.items() if "quant_state" not in part}
+        assert found["weight.absmax"] == ((2048,), "uint8")
+        found["weight.absmax"] = ((2048,), "float32")
+    assert drawn == found
+
+
 
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     if f"transformers=={transformers.__version__}" not in pinned:
