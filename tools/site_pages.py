@@ -1,7 +1,9 @@
 """Pages of the site that are made from other files; mkdocs calls this module as a hook (mkdocs.yml).
 
 - docs/reference.md becomes one page for each section, under reference/. Links to its sections follow.
-- benchmarks/results/*.md, CHANGELOG.md, CONTRIBUTING.md and the model card of tiny are pages too.
+- benchmarks/results/*.md, CHANGELOG.md, CONTRIBUTING.md and the model card of tiny are pages too. `site_charts` draws
+  charts from their tables.
+- examples.md has the scripts of examples/scripts.
 - reference/command-line.md is made from the command line, reference/api.md from `fewbit.__all__`, the chart of
   howto/choose.md from the measured priors.
 - Links between files of the repository become links between pages. What is no page is named, and not linked.
@@ -16,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import site_charts
 from check_docs import FENCE, HAS_SCHEME
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -29,6 +32,14 @@ OTHERS = {
     "CONTRIBUTING.md": "project/contributing.md",
     "SECURITY.md": "project/security.md",
     "src/fewbit/data/tiny/README.md": "project/tiny-card.md",
+}
+SCRIPTS, EXAMPLES = "examples/scripts", "examples.md"
+ALL_OPTIONS, API = "reference/command-line.md", "reference/api.md"
+CHART = "![KL divergence against bits per quantized weight, for each plan](../images/plans.svg)"
+# What the reference says only here, because these pages are made with the site.
+MORE = {
+    "Commands": f"All options of all commands are on one page: [command line]({posixpath.basename(ALL_OPTIONS)}).",
+    "Python": f"All verbs, settings, results and errors are on one page: [Python API]({posixpath.basename(API)}).",
 }
 
 
@@ -88,6 +99,8 @@ def places() -> dict[str, str]:
     }
     found = {path: path.removeprefix("docs/") for path in own if path != REFERENCE}
     found |= {path: f"benchmarks/{Path(path).name}" for path in results()}
+    found |= {"benchmarks/results": "benchmarks/index.md", SCRIPTS: EXAMPLES}
+    found |= {f"docs/{posixpath.basename(page)}": page for page in (ALL_OPTIONS, API)}
     return found | OTHERS
 
 
@@ -142,13 +155,26 @@ def generated() -> tuple[tuple[str, str, str], ...]:
 
 def _generated() -> Iterator[tuple[str, str, str]]:
     for section in sections():
-        yield section.page, REFERENCE, section.text
-    yield "reference/command-line.md", REFERENCE, command_line()
-    yield "reference/api.md", REFERENCE, api()
+        title, _, rest = section.text.partition("\n")
+        yield section.page, REFERENCE, f"{title}\n\n{MORE.get(section.title, '')}\n{rest}"
+    yield ALL_OPTIONS, REFERENCE, command_line()
+    yield API, REFERENCE, api()
+    yield EXAMPLES, "docs/index.md", examples()
     yield "benchmarks/index.md", "benchmarks/results/index.md", benchmarks()
     for path in [*results(), *OTHERS]:
-        text = (ROOT / path).read_text(encoding="utf-8")
-        yield places()[path], path, re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+        text = re.sub(r"\A---\n.*?\n---\n", "", (ROOT / path).read_text(encoding="utf-8"), flags=re.DOTALL)
+        yield places()[path], path, site_charts.with_charts(text)
+
+
+def examples() -> str:
+    """The scripts, each with the first paragraph of its docstring."""
+    lines = ["# Examples", "", "Scripts of at most 40 lines, to copy and change. A test runs each of them."]
+    lines += ["The notebook `examples/quantization_guide.ipynb` goes through the methods one after the other.", ""]
+    for path in sorted((ROOT / SCRIPTS).glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        said, _, code = text.removeprefix('"""').partition('"""')
+        lines += [f"## {path.name}", "", said.strip(), "", "```python", code.strip(), "```", ""]
+    return "\n".join(lines)
 
 
 def benchmarks() -> str:
@@ -230,7 +256,7 @@ def chart() -> str:
     y = Measure("KL divergence", lambda value: f"{value:.2g}", log=True)
     points = [Point(plan, bits[plan], found["kl"], *found["interval"]) for plan, found in priors.items()]
     title = "KL divergence against bits per weight, all plans on tiny"
-    return scatter(points, x, y, name="plans", title=title, width=760, height=520)
+    return scatter(points, x, y, name="plans", title=title, width=860, height=680)
 
 
 # --- what mkdocs calls ----------------------------------------------------------------------------------------------
@@ -241,26 +267,29 @@ def on_config(config: MkDocsConfig) -> None:
     for entry in config.nav or []:
         if "Reference" in entry:
             pages = [{section.title: section.page} for section in sections()]
-            pages.insert(1, {"Command line": "reference/command-line.md"})
-            pages.insert(2, {"Python API": "reference/api.md"})
-            entry["Reference"] = pages
+            commands = [page for page in pages if re.match(r"(Commands|fewbit |A file of|Shell)", next(iter(page)))]
+            rest = [page for page in pages if page not in commands]
+            commands.insert(1, {"All options": ALL_OPTIONS})
+            entry["Reference"] = [{"Commands": commands}, {"Python API": API}, *rest]
         if "Benchmarks" in entry:
             entry["Benchmarks"] = ["benchmarks/index.md", *(places()[path] for path in results())]
 
 
 def main() -> None:
-    """Write docs/images/plans.svg, which GitHub shows; the site makes it anew."""
-    (ROOT / "docs" / "images" / "plans.svg").write_text(chart(), encoding="utf-8")
+    """Write docs/images/plans.svg, which GitHub shows; the site draws it into the page."""
+    from fewbit.report.charts.svg import standalone
+
+    (ROOT / "docs" / "images" / "plans.svg").write_text(standalone(chart()), encoding="utf-8")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Replace docs/reference.md by its sections, and add what is made from other files."""
-    for path in ("reference.md", "images/plans.svg"):
+    for path in ("reference.md", "images/plans.svg", "images/compare-tiny.svg"):
         if (old := files.get_file_from_path(path)) is not None:
             files.remove(old)
     for page, _, text in generated():
         files.append(File.generated(config, page, content=text))
-    files.append(File.generated(config, "images/plans.svg", content=chart()))
+    files.append(File.generated(config, "charts.css", content=site_charts.style()))
     return files
 
 
@@ -268,6 +297,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Links of the repository become links of the site."""
     sources = {made: source for made, source, _ in generated()}
     at = page.file.src_uri
+    if CHART in markdown:
+        markdown = markdown.replace(CHART, site_charts.figure(chart()))
     return relinked(markdown, sources.get(at, f"docs/{at}"), at)
 
 

@@ -10,7 +10,7 @@ from tests import docs_pages
 from tests.docs_pages import ROOT, Block, blocks, pages, unlike
 
 # tests/unit/test_docs.py runs these in processes of their own: one has a server, one registers a scheme.
-ELSEWHERE = ("docs/using.md", "docs/toy-scheme.md")
+ELSEWHERE = ("docs/howto/serve.md", "docs/toy-scheme.md")
 CODE = [page for page in pages() if any(block.language in ("sh", "python", "json") for block in blocks(page))]
 
 

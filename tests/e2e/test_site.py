@@ -28,7 +28,15 @@ pytest.importorskip("mkdocs")
 pytest.importorskip("material")
 
 ROOT = Path(__file__).resolve().parents[2]
-SHOWN = ("index.html", "tutorials/gptq.html", "reference/command-line.html", "reference/api.html", "howto/choose.html")
+SHOWN = (
+    "index.html",
+    "tutorials/gptq.html",
+    "reference/command-line.html",
+    "reference/api.html",
+    "howto/choose.html",
+    "benchmarks/2026-11-gguf.html",
+    "examples.html",
+)
 
 
 class Links(HTMLParser):
@@ -124,9 +132,16 @@ def test_pages_that_are_made_say_what_is_in_the_code(site: Path) -> None:
     assert "Default: gptq-4bit." in page.read_text(encoding="utf-8")
     ids = read(site / "reference" / "api.html").ids
     assert {f"fewbit.{name}" for name in fewbit.__all__} <= ids
-    assert "plans.svg" in (site / "howto" / "choose.html").read_text(encoding="utf-8")
+    assert 'id="plans-title"' in (site / "howto" / "choose.html").read_text(encoding="utf-8")
     results = {path.stem for path in (ROOT / "benchmarks" / "results").glob("*.md")}
     assert results == {path.stem for path in (site / "benchmarks").glob("2*.html")}
+    for stem in results:
+        text = (site / "benchmarks" / f"{stem}.html").read_text(encoding="utf-8")
+        marks = (ROOT / "benchmarks" / "results" / f"{stem}.md").read_text(encoding="utf-8").count("<!-- chart")
+        assert text.count('<div class="figure"') >= marks, stem
+        assert "<!-- chart" not in text, stem
+    scripts = read(site / "examples.html").ids
+    assert {path.name.replace(".", "") for path in (ROOT / "examples" / "scripts").glob("*.py")} <= scripts
     index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
     assert any("NF4" in entry["text"] for entry in index["docs"])
 

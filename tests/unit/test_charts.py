@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -90,3 +91,29 @@ def test_a_heat_map_has_a_patch_for_each_linear_of_each_block() -> None:
     assert outside == {"head": 2.0}
     drawn = heat(cells, shades(cells.values()), name="n", title="t")
     assert [drawn.count(f'class="{look}"') for look in ("h0", "h8", "none")] == [2, 1, 1]
+
+
+TABLE = """\
+| type | way | KL divergence | seconds | seconds |
+|---|---|---|---|---|
+| q4, large | `rtn` | **0.030** (0.028 to 0.032) | 1,200 | |
+| | gptq | 0.02 | not measured | 7 |
+"""
+
+
+def test_bars_of_a_table_have_its_names_and_numbers() -> None:
+    from site_charts import charts, with_charts
+
+    assert charts(TABLE, ["KL divergence", "#4 as s"], ["type", "way"]) == [
+        ("3", "KL divergence", [("q4, rtn", 0.03), ("q4, gptq", 0.02)]),
+        ("4", "s", [("q4, rtn", 1200.0)]),
+    ]
+    assert charts(TABLE, ["#3"], ["columns"]) == [("3", "", [("KL divergence", 0.02), ("seconds", 7.0)])]
+    with pytest.raises(SystemExit, match="wants 'KL'"):
+        charts(TABLE, ["KL"], ["type"])
+    page = f"Words.\n\n<!-- chart: KL divergence by way -->\n\n{TABLE}\n"
+    drawn = with_charts(page)
+    assert drawn.startswith("Words.\n\n<div")
+    assert drawn.endswith(TABLE + "\n")
+    widths = [float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)"', drawn)]
+    assert widths[1] / widths[0] == pytest.approx(0.02 / 0.03, rel=1e-3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,8 +17,8 @@ import transformers
 from fewbit import registry
 from fewbit.errors import PlanError
 from fewbit.plans.plan import PRESETS, Plan
-from tests.docs_pages import blocks
 from fewbit.schemes.base import parse
+from tests.docs_pages import blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,15 +37,17 @@ def test_the_toy_scheme_works_from_top_to_bottom(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the page has commands for a Unix shell")
-def test_the_session_of_using_runs(tmp_path: Path) -> None:
+def test_the_session_of_serving_runs(tmp_path: Path) -> None:
     """All commands of the page, in order, in one shell. Each line of an output that the page shows is printed."""
     pytest.importorskip("fastapi")
     pytest.importorskip("openai")
+    if shutil.which("curl") is None:
+        pytest.skip("the page calls curl")
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     # A server that is left behind by a failure would keep the pipe open.
-    commands = ["trap 'kill $(jobs -p) 2>/dev/null || true' EXIT", *code("docs/using.md", "sh")]
+    commands = ["trap 'kill $(jobs -p) 2>/dev/null || true' EXIT", *code("docs/howto/serve.md", "sh")]
     done = subprocess.run(
         ["bash", "-e", "-c", "\n".join(commands).replace("8000", port)],
         capture_output=True,
@@ -54,7 +57,7 @@ def test_the_session_of_using_runs(tmp_path: Path) -> None:
         env={**os.environ, "PATH": path, "TRANSFORMERS_VERBOSITY": "error"},
     )
     assert done.returncode == 0, done.stderr
-    for line in "".join(code("docs/using.md", "text")).splitlines():
+    for line in "".join(code("docs/howto/serve.md", "text")).splitlines():
         assert line in done.stdout, done.stdout
 
 
@@ -102,9 +105,6 @@ def test_the_table_of_formats_is_up_to_date() -> None:
         assert re.search(rf"^\| {name} \| .* \| {re.escape(format.readers)}, fewbit \|$", reference, re.MULTILINE), name
 
 
-def test_the_page_of_models_is_up_to_date() -> None:
-    """Its types are those of the pinned version of transformers."""
-    from models_table import PAGE, page
 def test_the_table_of_kernels_is_up_to_date() -> None:
     from kernels_table import PAGE, table
 
@@ -143,6 +143,9 @@ def test_the_drawn_layouts_are_those_of_the_files(name: str, spec: str, kind: st
     assert drawn == found
 
 
+def test_the_page_of_models_is_up_to_date() -> None:
+    """Its types are those of the pinned version of transformers."""
+    from models_table import PAGE, page
 
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     if f"transformers=={transformers.__version__}" not in pinned:
