@@ -1,4 +1,4 @@
-"""Several answers to one request, and prompts that are echoed, asked by OpenAI's own client."""
+"""Several answers, stop sequences, and prompts that are echoed, asked by OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -86,3 +86,45 @@ def test_a_prompt_is_echoed(client: Any, quantized: Path) -> None:
     with pytest.raises(openai.BadRequestError, match="not with logprobs") as caught:
         client.completions.create(prompt="x", echo=True, logprobs=1, **given)
     assert caught.value.param == "echo"
+
+
+def _streamed(client: Any, **more: Any) -> tuple[str, str | None, Any]:
+    with ask(client, stream=True, stream_options={"include_usage": True}, **more) as stream:
+        chunks = list(stream)
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    return "".join(c.delta.content or "" for c in choices), choices[-1].finish_reason, chunks[-1].usage
+
+
+def test_a_stop_sequence_at_any_place(client: Any) -> None:
+    """At the first token, inside of tokens, at the end, and one that only begins."""
+    whole = said(ask(client, new=24))
+    stops = [whole[i : i + length] for i in range(0, len(whole), 7) for length in (1, 4)] + [whole[-1:], whole]
+    for stop in stops:
+        answer = ask(client, new=24, stop=stop, logprobs=True)
+        wanted = whole.partition(stop)[0]
+        assert (said(answer), answer.choices[0].finish_reason) == (wanted, "stop")
+        assert "".join(each.token for each in answer.choices[0].logprobs.content).startswith(wanted)
+        assert _streamed(client, new=24, stop=stop) == (wanted, "stop", answer.usage)
+    first = ask(client, new=24, stop=whole[0])
+    assert (said(first), first.usage.completion_tokens) == ("", 1)
+    begun = [whole[i : i + 6] + "\x00" for i in range(0, len(whole), 3)][-16:]
+    assert _streamed(client, new=24, stop=begun)[:2] == (whole, "length")
+    assert said(ask(client, new=24, stop=begun)) == whole
+
+
+def test_a_special_token_may_be_a_stop_sequence(client: Any) -> None:
+    """It has no text, but ends the answer."""
+    given: dict[str, Any] = {"new": 24, "logit_bias": {"2": 100}}  # <|im_end|>, which ends no answer of this model
+    assert ask(client, **given).usage.completion_tokens == 24
+    for stop in ("<|im_end|>", ["\n\n", "<|im_end|>"]):
+        answer = ask(client, **given, stop=stop)
+        assert (said(answer), answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("", "stop", 1)
+    assert ask(client, **given, stop="<|im_start|>").usage.completion_tokens == 24
+
+
+def test_bad_stop_sequences_are_named(client: Any) -> None:
+    for stop in ("", ["a", ""], ["a"] * 17, "x" * 1001):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(client, stop=stop)
+        assert caught.value.param == "stop"
+    assert ask(client, stop=[]).usage.completion_tokens == 8

@@ -47,8 +47,8 @@ def test_characters_that_stay_incomplete_come_last(tokenizer: Any) -> None:
 def test_special_tokens_that_belong_to_a_call_are_text(tokenizer: Any) -> None:
     text = "a<|im_start|>b<|im_end|>c"
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    for shown, wanted in ((None, "abc"), ("", "abc"), ("[<|im_start|>]", "a<|im_start|>bc")):
-        written = Written(tokenizer, (), shown)
+    for skipped, wanted in ((None, "abc"), ({1, 2}, "abc"), ({0, 2}, "a<|im_start|>bc")):
+        written = Written(tokenizer, (), skipped)
         assert "".join(written.add(token) for token in tokens) + written.finish() == wanted
 
 
@@ -163,3 +163,25 @@ def test_tokens_after_the_end_of_a_grammar_are_not_told() -> None:
         )
     assert [each.tokens for each in told] == [(5, 6), (5, 6)]
     assert all(each.complete for each in told)
+
+
+def test_bytes_that_are_no_text_do_not_hold_it_up(tokenizer: Any) -> None:
+    """An incomplete character has up to three bytes. More of them are none, however many come."""
+    broken = tokenizer("🙂", add_special_tokens=False)["input_ids"][0]
+    written, tail = Written(tokenizer, ["!"]), tokenizer("a!b", add_special_tokens=False)["input_ids"]
+    pieces = [written.add(token) for token in [broken] * 40]
+    assert sum(map(bool, pieces)) >= 8
+    for token in tail:
+        pieces.append(written.add(token))
+        if written.stopped:
+            break
+    assert ("".join(pieces), written.stopped) == ("\ufffd" * 40 + "a", True)
+
+
+@pytest.mark.parametrize("stop", ["x" * 900 + "y", "xy" * 400 + "z", "\n\n\n", "yx"])
+def test_the_begin_of_a_stop_sequence_is_its_longest(stop: str) -> None:
+    from fewbit.serving.text import _begun
+
+    for text in ("", "x" * 50, "xyxyxyx", "a\n\n", "xyxyy", "zy"):
+        lengths = [n for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        assert _begun(text, stop) == max(lengths, default=0)

@@ -47,6 +47,8 @@ class Service:
         self.engine, self.tokenizer, self.name, self.usual, self.most = engine, tokenizer, name, usual, most
         self.since = int(time.time())
         self.metrics = Metrics(lambda: engine.unfinished)
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self.special: dict[int, str] = {id: token.content for id, token in added.items() if token.special}
         self._rows = rows
         self._tokenizing = ThreadPoolExecutor(1, "fewbit-tokenizer")  # tokenizers are not for several threads at once
         self._compiling = ThreadPoolExecutor(1, "fewbit-grammar")  # a large schema holds up others with a schema only
@@ -198,7 +200,10 @@ class Answer:
         """choice: its index among the answers of the request. tell: is called when there is something new."""
         self.tokens, self._service = 0, service
         self._reader, shown = reader(service.tokenizer, asked)
-        self._written = Written(service.tokenizer, asked.stops, shown)
+        skipped = {token for token, text in service.special.items() if shown is None or text not in shown}
+        self._written = Written(service.tokenizer, asked.stops, skipped)
+        stops = {token for token, text in service.special.items() if text in asked.stops}
+        self._ends = stops.union(service.engine.ends)
         self._news, self._changed = News((), False), tell
         self._begun, self._closed = time.perf_counter(), False
         self._reported, self._called = 0, False
@@ -226,7 +231,7 @@ class Answer:
         for token in news.tokens[self.tokens :]:
             self.tokens += 1
             self._service.metrics.generated_tokens += 1
-            ended = token in self._service.engine.ends
+            ended = token in self._ends
             text += "" if ended else written.add(token)
             if ended or written.stopped:
                 break

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 _HALF = "\ufffd"  # what incomplete UTF-8 decodes to
+_BYTES = 3  # that a character may have when it is not complete
 
 
 class Written:
@@ -15,14 +16,9 @@ class Written:
     that are not complete, and an end that a stop sequence may begin with.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), shown: str | None = None) -> None:
-        """shown: a text that has the special tokens that are a part of the answer; None is none."""
-        self._tokenizer, self._stops = tokenizer, tuple(stops)
-        # By id, the special tokens that are not. None is all of them.
-        self._skipped: set[int] | None = None
-        if shown is not None:
-            added = tokenizer.added_tokens_decoder
-            self._skipped = {id for id, token in added.items() if token.special and token.content not in shown}
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), skipped: Container[int] | None = None) -> None:
+        """skipped: tokens that are no text. None is all special tokens."""
+        self._tokenizer, self._stops, self._skipped = tokenizer, tuple(stops), skipped
         self._tokens: list[int] = []
         self._begin = self._end = 0  # tokens of the last piece of text, and the first token whose text is incomplete
         self._text = ""  # decoded so far
@@ -37,24 +33,31 @@ class Written:
 
     def add(self, token: int) -> str:
         """The text that may be handed out now. Nothing more comes after `stopped`."""
-        self._tokens.append(token)
         self.starts.append(len(self._text))
+        if self._skipped is not None and token in self._skipped:
+            return ""
+        self._tokens.append(token)
+        until = len(self._tokens)
         # The text before is decoded too: whether a token begins with a space depends on its predecessor.
         before = self._decoded(self._tokens[self._begin : self._end])
         now = self._decoded(self._tokens[self._begin :])
-        if len(now) <= len(before) or now.endswith(_HALF):
+        if now.endswith(_HALF * (_BYTES + 1)):  # bytes that are no text; only the last ones may become some
+            until -= _BYTES
+            now = self._decoded(self._tokens[self._begin : until])
+        elif now.endswith(_HALF):
+            return ""
+        if until <= self._end or len(now) <= len(before):
             return ""
         self._text += now[len(before) :]
-        self._begin, self._end = self._end, len(self._tokens)
+        self._begin, self._end = self._end, until
         return self._checked(final=False)
 
     def finish(self) -> str:
         """What was held back, when no more tokens come."""
         if self.stopped:
             return ""
-        whole = self._decoded(self._tokens)
-        if whole.startswith(self._text):
-            self._text = whole
+        before = self._decoded(self._tokens[self._begin : self._end])
+        self._text += self._decoded(self._tokens[self._begin :])[len(before) :]
         return self._checked(final=True)
 
     def _checked(self, *, final: bool) -> str:
@@ -69,12 +72,12 @@ class Written:
         return piece
 
     def _decoded(self, tokens: Sequence[int]) -> str:
-        if self._skipped is None:
-            return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
-        kept = [token for token in tokens if token not in self._skipped]
-        return str(self._tokenizer.decode(kept, skip_special_tokens=False))
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=self._skipped is None))
 
 
 def _begun(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    """The length of the longest end of `text` that `stop` begins with, without being complete."""
+    place = text.find(stop[0], max(len(text) - len(stop) + 1, 0))
+    while place >= 0 and not stop.startswith(text[place:]):
+        place = text.find(stop[0], place + 1)
+    return len(text) - place if place >= 0 else 0
