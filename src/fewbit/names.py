@@ -25,13 +25,20 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name) is not None and not name.startswith(".")
 
 
+def hub_file(name: str) -> tuple[str, str] | None:
+    """The repository and the file of a name such as org/model/model-Q4_K_M.gguf; None for other names."""
+    match = re.fullmatch(r"([\w\-][\w.\-]*/[\w.\-]+)/([\w.\-/]+\.gguf)", name)
+    return None if match is None or ".." in name.split("/") else (match[1], match[2])
+
+
 def check(name: str | Path) -> None:
     """PlanError unless `name` is one of fewbit's own models, an existing path, or a possible Hub name."""
     path = path_of(name)
-    if path is not None and not path.exists() and not is_hub_name(str(name)):
-        raise PlanError(
-            f"model {name}: no such folder", f"Give a local folder, a Hub name such as org/model, {EMBEDDED} or {DEMO}."
-        )
+    if path is None or path.exists() or is_hub_name(str(name)) or hub_file(str(name)) is not None:
+        return
+    raise PlanError(
+        f"model {name}: no such folder", f"Give a local folder, a Hub name such as org/model, {EMBEDDED} or {DEMO}."
+    )
 
 
 def in_short(modules: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewbit.api import evaluate, generate, quantize
+from fewbit.api import convert, evaluate, generate, quantize
 from fewbit.formats.containers import imatrix
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.skeleton import load_tokenizer
@@ -38,6 +38,19 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("matrix") / "imatrix.gguf"
     quantize.imatrix("tiny", path, calibration=FEW)
     return path
+
+
+@pytest.mark.parametrize("limit", ["3MB", "500kB"])
+def test_parts_of_a_file_run_in_llama_cpp(limit: str, tmp_path: Path) -> None:
+    whole = tmp_path / "whole.gguf"
+    quantize.quantize("tiny", whole, plan=find("q8_0").changed(method="rtn"))
+    done = convert.convert(whole, tmp_path / "m.gguf", to="gguf", max_shard=limit)
+    assert len(list(tmp_path.glob("m-*-of-*.gguf"))) > 2
+    found = []
+    for path in (whole, Path(done.out)):
+        with peer.loaded(path) as model:
+            found.append(model.logits(model.tokenize(TEXT)))
+    assert np.array_equal(found[0], found[1])
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers import gguf_split
 from fewbit.formats.containers.gguf import Entry, GgufFile, GgufWriter, layout
 from fewbit.formats.containers.gguf_strings import replace_strings
 
@@ -265,8 +266,11 @@ def split(folder: Path, change: Callable[[int, dict[str, Any]], dict[str, Any]] 
     return folder / "m-00001-of-00003.gguf"
 
 
-def test_split_files_are_one(tmp_path: Path) -> None:
-    found = GgufFile(split(tmp_path))
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_split_files_are_one_given_any_of_them(number: int, tmp_path: Path) -> None:
+    first = split(tmp_path)
+    found = GgufFile(tmp_path / f"m-{number:05d}-of-00003.gguf")
+    assert found.path == first
     assert [found.get(f"t{number}").tolist() for number in range(3)] == [[0, 0], [1, 1], [2, 2]]
     assert found.metadata["k"] == "v"
     assert len(found.files) == 3
@@ -274,8 +278,14 @@ def test_split_files_are_one(tmp_path: Path) -> None:
 
 def test_split_files_that_do_not_fit(tmp_path: Path) -> None:
     first = split(tmp_path)
-    with pytest.raises(FormatError, match="is part 2 of 3"):
+    first.rename(tmp_path / "first")
+    with pytest.raises(FormatError, match=r"m-00001-of-00003\.gguf is missing"):
         GgufFile(tmp_path / "m-00002-of-00003.gguf")
+    (tmp_path / "first").rename(first)
+    (tmp_path / "m-00002-of-00003.gguf").rename(tmp_path / "part.gguf")
+    with pytest.raises(FormatError, match=r"part\.gguf says that it is a later part"):
+        GgufFile(tmp_path / "part.gguf")
+    (tmp_path / "part.gguf").rename(tmp_path / "m-00002-of-00003.gguf")
     (tmp_path / "m-00003-of-00003.gguf").rename(tmp_path / "away")
     with pytest.raises(FormatError, match=r"00003-of-00003\.gguf is missing"):
         GgufFile(first)
@@ -287,6 +297,39 @@ def test_split_files_that_do_not_fit(tmp_path: Path) -> None:
     other.mkdir()
     with pytest.raises(FormatError, match="have 3 tensors"):
         GgufFile(split(other, lambda _, keys: {**keys, "split.tensors.count": np.int32(4)}))
+
+
+def test_a_file_is_split_as_llama_cpp_does(tmp_path: Path) -> None:
+    path, sizes = tmp_path / "m.gguf", (10, 10, 500, 10, 10, 10)
+    entries = [Entry(f"t{i}", "f32", (size,)) for i, size in enumerate(sizes)]
+    with GgufWriter(path, {"k": ["v" * 50]}, entries) as writer:
+        for i, entry in enumerate(entries):
+            writer.add(entry.name, torch.full(entry.shape, float(i)))
+    whole = path.read_bytes()
+    assert gguf_split.split(path, len(whole)) == [path]
+    parts = gguf_split.split(path, 600)
+    assert [part.name for part in parts] == [f"m-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
+    assert sorted(tmp_path.iterdir()) == parts
+    assert [part.stat().st_size <= 600 for part in parts] == [True, False, True]
+    found = GgufFile(parts[1])
+    assert (list(found.entries.values()), found.metadata["k"]) == (entries, ["v" * 50])
+    assert all(found.get(f"t{i}").eq(i).all() for i in range(len(sizes)))
+    # llama.cpp reads these keys as numbers of just these types, and other keys in the first file only
+    for number, part in enumerate(parts):
+        keys = {"split.no": (2, number), "split.count": (2, 3), "split.tensors.count": (5, 6)}
+        data = part.read_bytes()
+        for key, (kind, value) in keys.items():
+            stored = value.to_bytes(2 if kind == 2 else 4, "little")
+            assert key.encode() + kind.to_bytes(4, "little") + stored in data
+        assert (b"v" * 50 in data) == (number == 0)
+
+
+def test_the_first_part_may_have_no_tensors(tmp_path: Path) -> None:
+    with GgufWriter(tmp_path / "m.gguf", {"k": "v" * 900}, [Entry("t", "f32", (200,))]) as writer:
+        writer.add("t", torch.ones(200))
+    parts = gguf_split.split(tmp_path / "m.gguf", 1200)
+    assert all(part.stat().st_size <= 1200 for part in parts)
+    assert GgufFile(parts[0]).get("t").sum() == 200
 
 
 def test_a_string_is_replaced_at_its_place(tmp_path: Path) -> None:

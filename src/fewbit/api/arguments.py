@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from fewbit import names
-from fewbit.checks import MAX_SEED, Texts, flag, integer, invalid, number, path, text, texts
+from fewbit.checks import MAX_SEED, Texts, flag, integer, invalid, number, path, size, text, texts
 from fewbit.checks import Device as Device
 from fewbit.checks import DType as DType
 from fewbit.errors import FormatError
@@ -198,6 +198,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "effort": effort,
     "images": images,
     "max_kl": number,
+    "max_shard": size,
     **dict.fromkeys(("overwrite", "safetensors_only", "chat", "stream", "speed_first", "again"), flag),
     **dict.fromkeys(("requantize", "public", "record"), flag),
     "budget": budget,

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from fewbit import registry
-from fewbit.api import arguments, evaluate, quantize, records
+from fewbit.api import arguments, evaluate, quantize, records, splitting
 from fewbit.api.arguments import SAMPLES, Device, Plans, checked
 from fewbit.checks import Texts
 from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers.gguf import PLAIN, GgufFile
 from fewbit.measure import memory
 from fewbit.models.describe import describe
 from fewbit.models.gguf import header as gguf_header
 from fewbit.models.provenance import provenance
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
-from fewbit.pipeline import conversion, sizes, write_folder, write_gguf
+from fewbit.pipeline import conversion, replacing, sizes, write_folder, write_gguf
 from fewbit.pipeline.conversion import Conversion, Target
 from fewbit.pipeline.job import Preview, evaluated
 from fewbit.plans.plan import Assignment, Plan
@@ -45,6 +46,7 @@ def convert(
     text: Texts | None = None,
     length: int | None = None,
     samples: int | None = SAMPLES,
+    max_shard: int | str | None = None,
     overwrite: bool = False,
     device: Device = None,
     safetensors_only: bool = False,
@@ -57,13 +59,16 @@ def convert(
     No code and no scale changes; PlanError, before any work, names the weights for which that is impossible.
     requantize: quantize the decoded weights by `plan` instead, with `calibration` or `imatrix` as in `quantize`. Then
     the result is compared with `model` on `samples` windows of `length` tokens of `text`, as in `evaluate`.
+    max_shard: split a GGUF file into files of at most so many bytes, such as "2GB".
     """
+    limit = None if max_shard is None else int(max_shard)
     target, source = _target(to), locate(model, safetensors_only=safetensors_only)
     if requantize:
         wanted = quantize.Request(
             plan=_plan(plan, target, to),
             calibration=arguments.calibrated(calibration),
             imatrix=imatrix,
+            max_shard=limit,
             device=device,
             progress=progress,
             overwrite=overwrite,
@@ -76,7 +81,9 @@ def convert(
         _refuse_unused(calibration=calibration)
     if samples != SAMPLES:
         _refuse_unused(samples=samples)
-    return _converted(source, Path(out), target, overwrite, trust_remote_code, progress)
+    if source.gguf is not None and target.format.suffix and (limit is not None or len(source.files) > 1):
+        return _copied(source, Path(out), limit, overwrite, progress)
+    return _converted(source, Path(out), target, limit, overwrite, trust_remote_code, progress)
 
 
 def preview(model: str | Path, *, to: str, safetensors_only: bool = False, trust_remote_code: bool = False) -> Preview:
@@ -141,16 +148,23 @@ def _check_suffix(out: Path, target: Target, to: str) -> None:
 
 
 def _converted(
-    source: Source, out: Path, target: Target, overwrite: bool, trust_remote_code: bool, progress: bool | None
+    source: Source,
+    out: Path,
+    target: Target,
+    max_shard: int | None,
+    overwrite: bool,
+    trust_remote_code: bool,
+    progress: bool | None,
 ) -> Converted:
     elapsed, file = timing.timed(), bool(target.format.suffix)
     _check_suffix(publish.named(out), target, target.format.name)
     publish.check_output(out, overwrite=overwrite, file=file)
+    parts = splitting.parts(out, max_shard, overwrite=overwrite, file=file)
     publish.check_not_lost(out, source.origin, source.folder, *source.files)
     made = conversion.prepare(source, target, trust_remote_code=trust_remote_code)
     header = _header(made, source, trust_remote_code)
     settled, size = made.settled, sizes.tensors(made.settled, _scheme)[1]
-    publish.check_space({out.resolve(): size})
+    publish.check_space({out.resolve(): size if parts is None else 2 * size})
     schemes = Counter(str(each.scheme) for each in settled.resolved.assignments.values())
     done = Converted(
         out=str(out),
@@ -167,7 +181,7 @@ def _converted(
     record = _record(source, made, done)
     with (
         report_progress.phase(f"writing {out.name}", progress),
-        publish.published(out, overwrite=overwrite, file=file) as place,
+        publish.published(out, overwrite=overwrite, file=file, parts=parts) as place,
     ):
         if header is not None:
             written = write_gguf.write(place, settled, made.tensors, header, record)
@@ -177,7 +191,38 @@ def _converted(
         if written != size:
             raise FormatError(f"{written} bytes were written, expected {size}")
         describe(locate(place))
-    return Converted(**{**vars(done), "seconds": elapsed(), "peak": memory.now().peak})
+    whole = {"out": str(splitting.written(out)), "seconds": elapsed(), "peak": memory.now().peak}
+    return Converted(**{**vars(done), **whole})
+
+
+def _copied(source: Source, out: Path, max_shard: int | None, overwrite: bool, progress: bool | None) -> Converted:
+    """A copy of a GGUF file, with all its parts joined, or split anew."""
+    elapsed, file = timing.timed(), GgufFile(source.files[0])
+    if publish.named(out).suffix != ".gguf":
+        raise PlanError(f"{out}: a copy of a GGUF file is one too", "Give an `out` that ends in .gguf.")
+    publish.check_output(out, overwrite=overwrite, file=True)
+    parts = splitting.parts(out, max_shard, overwrite=overwrite, file=True)
+    publish.check_not_lost(out, source.origin, *source.files)
+    size = sum(each.stat().st_size for each in source.files)
+    publish.check_space({out.resolve(): size if parts is None else 2 * size})
+    with (
+        report_progress.phase(f"writing {out.name}", progress),
+        publish.published(out, overwrite=overwrite, file=True, parts=parts) as place,
+    ):
+        replacing.with_metadata(file, place, {})
+        describe(locate(place))
+    return Converted(
+        out=str(splitting.written(out)),
+        to="gguf",
+        exact=True,
+        schemes=dict(Counter(entry.type for entry in file.entries.values() if entry.type not in PLAIN)),
+        decoded=[],
+        notes=[],
+        original_bytes=file.nbytes,
+        output_bytes=file.nbytes,
+        seconds=elapsed(),
+        peak=memory.now().peak,
+    )
 
 
 def _record(source: Source, made: Conversion, done: Converted) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from fewbit import units
 from fewbit.advise.memory import activation_peak, cache_bytes, use_of
-from fewbit.api import arguments, effort, records
+from fewbit.api import arguments, effort, records, splitting
 from fewbit.api.arguments import Device, Plans, checked
 from fewbit.checks import Texts
 from fewbit.errors import FewbitError, FormatError, KernelError, OutputError, PlanError
@@ -80,6 +80,7 @@ def quantize(
     calibration: Calibration | Texts | None = None,
     imatrix: str | Path | None = None,
     effort: str = "fast",
+    max_shard: int | str | None = None,
     overwrite: bool = False,
     device: Device = None,
     safetensors_only: bool = False,
@@ -91,9 +92,10 @@ def quantize(
     budget: the size that the output is to have. The weights then have the widths that lose least at this size, and the
     plan gives the format, the method, and everything else of the schemes.
     imatrix: an importance matrix file of llama.cpp, used instead of calibration. effort: "fast", or "high" to tune
-    codes and scales block by block, and then scales and norms on the whole model's predictions. After an interruption,
-    the same call resumes at the block where it stopped. Under torchrun, all processes make this call and share the
-    work; rank 0 writes the output. PlanError before any work if the plan does not fit the model,
+    codes and scales block by block, and then scales and norms on the whole model's predictions. max_shard: split a GGUF
+    file into files of at most so many bytes, such as "2GB"; `out` of the result is the first of them.
+    After an interruption, the same call resumes at the block where it stopped. Under torchrun, all processes make this
+    call and share the work; rank 0 writes the output. PlanError before any work if the plan does not fit the model,
     FormatError for a broken checkpoint, NumericsError (naming the tensor) for NaN or Inf in it.
     """
     wanted = Request(
@@ -102,6 +104,7 @@ def quantize(
         calibration=arguments.calibrated(calibration),
         imatrix=imatrix,
         effort=effort,
+        max_shard=None if max_shard is None else int(max_shard),
         device=device,
         progress=progress,
         overwrite=overwrite,
@@ -121,6 +124,7 @@ class Request:
     device: Device
     progress: bool | pipeline_progress.Progress | None
     effort: str = arguments.EFFORTS[0]
+    max_shard: int | None = None
     measured: Callable[[Path], dict[str, Any]] | None = None
     overwrite: bool = False
     safetensors_only: bool = False
@@ -135,6 +139,7 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
         out, file = publish.named(out), is_file(out, wanted.plan)
         if ranks.first():
             publish.check_output(out, overwrite=wanted.overwrite, file=file)
+        parts = splitting.parts(out, wanted.max_shard, overwrite=wanted.overwrite, file=file)
         heap.return_freed()
         job = Job.prepare(
             locate(model, safetensors_only=wanted.safetensors_only),
@@ -160,7 +165,8 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
         preview = job.preview()
         if ranks.first():
             # The cache holds the finished blocks, and `out` the output that is made from them.
-            copies = 1 if wanted.effort == "fast" else 2  # the tuned model is written beside the one it replaces
+            # The tuned model is written beside the one it replaces, and parts beside the file that they replace.
+            copies = 1 if wanted.effort == "fast" and parts is None else 2
             publish.check_space({cache_folder(): preview.output_bytes, out.resolve(): copies * preview.output_bytes})
         inputs, calibrated = job.inputs(calibration, tokenizer, tuning)
         versions = machine.versions()
@@ -216,7 +222,7 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
                     place.unlink()
                     _write(place, job, run, header, record)
 
-            with publish.published(out, overwrite=wanted.overwrite, file=file, kept=_KEPT) as place:
+            with publish.published(out, overwrite=wanted.overwrite, file=file, kept=_KEPT, parts=parts) as place:
                 written = _write(place, job, run, header, record)
                 if written != preview.output_bytes:
                     raise FormatError(f"{written} bytes were written, expected {preview.output_bytes}")
@@ -239,6 +245,7 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
             held = memory.now()
             return replace(
                 done,
+                out=str(splitting.written(out)),
                 seconds=elapsed(),
                 peak=held.peak,
                 gpu_peak=memory.on_gpus(),

@@ -12,6 +12,7 @@ from fewbit.cli.options import (
     DryRun,
     Imatrix,
     Json,
+    MaxShard,
     Model,
     Output,
     Overwrite,
@@ -48,6 +49,7 @@ def convert(
         int | None, typer.Option(help="Tokens in a window to measure on. Default: the model's context, at most 2048.")
     ] = None,
     samples: Windows = 16,
+    max_shard: MaxShard = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     safetensors_only: SafetensorsOnly = False,
@@ -80,6 +82,7 @@ def convert(
         text=measured,
         length=length,
         samples=samples,
+        max_shard=max_shard,
         overwrite=overwrite,
         device=loading.device,
         safetensors_only=safetensors_only,

@@ -25,6 +25,9 @@ Output = Annotated[
 Imatrix = Annotated[
     str | None, typer.Option(help="Importance matrix (.gguf, .dat) to use in place of calibration. Default: none.")
 ]
+MaxShard = Annotated[
+    str | None, typer.Option(help="Split a GGUF file into files of at most this size, such as 2GB. Default: one file.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what each tensor would become. Write nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 SafetensorsOnly = Annotated[bool, typer.Option("--safetensors-only", help="Refuse weights in pickle files.")]

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from fewbit.cli.flags import Fields, checked
-from fewbit.cli.options import DryRun, Imatrix, Json, Model, Output, Overwrite, SafetensorsOnly, check_output, printed
+from fewbit.cli.options import (
+    DryRun,
+    Imatrix,
+    Json,
+    MaxShard,
+    Model,
+    Output,
+    Overwrite,
+    SafetensorsOnly,
+    check_output,
+    printed,
+)
 from fewbit.models.loading import Loading
 from fewbit.plans.budget import Budget
 from fewbit.texts.calibration import Calibration
@@ -34,6 +45,7 @@ def quantize(
     effort: Annotated[
         str, typer.Option(help="fast, or high: also tune codes and scales, block by block and then end to end.")
     ] = "fast",
+    max_shard: MaxShard = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     safetensors_only: SafetensorsOnly = False,
@@ -74,6 +86,7 @@ def quantize(
         calibration=calibration,
         imatrix=imatrix,
         effort=effort,
+        max_shard=max_shard,
         overwrite=overwrite,
         device=loading.device,
         safetensors_only=safetensors_only,

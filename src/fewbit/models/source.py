@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,8 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from fewbit import names
 from fewbit.errors import FormatError, PlanError
-from fewbit.formats.containers import pickle, safetensors
-from fewbit.formats.containers.gguf import GgufFile, is_gguf, is_later_part
+from fewbit.formats.containers import gguf_parts, pickle, safetensors
+from fewbit.formats.containers.gguf import GgufFile, is_gguf
 from fewbit.models import foreign, scales, smollm2
 from fewbit.models.gguf import config as gguf_config
 from fewbit.names import EMBEDDED
@@ -142,6 +144,9 @@ def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
     path = names.path_of(name)
     if path is not None and path.is_file() and is_gguf(path):
         return _of_gguf(str(name), path, path)
+    if path is not None and not path.exists() and (place := names.hub_file(str(name))) is not None:
+        found = _download_file(str(name), *place)
+        return _of_gguf(str(name), found, found, hosted=True)
     origin = folder = _folder(str(name), path, safetensors_only)
     if not (folder / "config.json").exists() and (file := _only_gguf(folder)) is not None:
         return _of_gguf(str(name), file, folder)
@@ -186,15 +191,15 @@ def outlined(name: str | Path) -> Source:
     return Source(str(name), folder, (), folder, hosted=True)
 
 
-def _of_gguf(name: str, path: Path, origin: Path) -> Source:
-    files = GgufFile(path).files
-    _config_of(path)
-    return Source(name, path.parent, files, origin, str(path))
+def _of_gguf(name: str, path: Path, origin: Path, *, hosted: bool = False) -> Source:
+    file = GgufFile(path)
+    _config_of(file.path)
+    return Source(name, path.parent, file.files, origin, str(file.path), hosted)
 
 
 def _only_gguf(folder: Path) -> Path | None:
     """The only GGUF file of a folder, or the first part of a split one. FormatError if there are several."""
-    files = [file for file in sorted(folder.glob("*.gguf")) if not is_later_part(file)]
+    files = [file for file in sorted(folder.glob("*.gguf")) if not gguf_parts.is_later(file)]
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:5])
         raise FormatError(f"{folder} has several GGUF files ({names})", f"Name one, such as {files[0]}.")
@@ -241,12 +246,29 @@ def _folder(name: str, path: Path | None, safetensors_only: bool) -> Path:
     return _download(name, safetensors_only)
 
 
+def _download_file(name: str, repo: str, file: str) -> Path:
+    """A GGUF file of a repository, with the other parts if it is one. PlanError if it cannot be had."""
+    patterns = [str(each) for each in gguf_parts.siblings(Path(file))]
+    with _as_plan_error(name):
+        folder = Path(snapshot_download(repo, allow_patterns=patterns))
+    if not (folder / file).is_file():
+        raise PlanError(f"model {name}: {repo} has no file {file}", "Look at the files of the repository.")
+    return folder / file
+
+
 def _download(name: str, safetensors_only: bool, patterns: list[str] = _PATTERNS) -> Path:
-    try:
+    with _as_plan_error(name):
         folder = Path(snapshot_download(name, allow_patterns=patterns))
         if not safetensors_only and not list(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*_PATTERNS, "pytorch_model*.bin"]))
         return folder
+
+
+@contextmanager
+def _as_plan_error(name: str) -> Iterator[None]:
+    """Errors of a download as a PlanError."""
+    try:
+        yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, OSError) and error.errno in _NO_PLACE:
             at = f" ({error.filename})" if error.filename else ""

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 from fewbit.errors import FewbitError, FormatError, OutputError, PlanError
 from fewbit.system import locks
@@ -156,13 +157,28 @@ def check_space(needs: Mapping[Path, int], hint: str = _ROOM) -> None:
             )
 
 
+class Parts(NamedTuple):
+    """How an output is split. split: replaces a file by its parts, and returns them. beside: the parts at its place."""
+
+    split: Callable[[Path], list[Path]]
+    beside: Callable[[Path], list[Path]]
+
+
 @contextmanager
-def published(out: Path, *, overwrite: bool = False, file: bool = False, kept: str = "") -> Iterator[Path]:
+def published(
+    out: Path,
+    *,
+    overwrite: bool = False,
+    file: bool = False,
+    kept: str = "",
+    parts: Parts | None = None,
+) -> Iterator[Path]:
     """Yield a new temporary folder. It is renamed to `out` when the block succeeds, and deleted when the block raises.
 
-    With `file`, this yields a path in such a folder, and the file written there becomes `out`. If `out` is a symbolic
-    link, its target is replaced. OutputError if something cannot be written; its hint is `kept`, which says what work
-    is not lost.
+    With `file`, this yields a path in such a folder, and the file written there becomes `out`. `parts` may then split
+    it: the parts take the place of `out` and of earlier parts. The first one, which makes the others known, comes last.
+    If `out` is a symbolic link, its target is replaced. OutputError if something cannot be written; its hint is `kept`,
+    which says what work is not lost.
     """
     with _as_output_error(out, kept):
         real = out.resolve()
@@ -177,18 +193,25 @@ def published(out: Path, *, overwrite: bool = False, file: bool = False, kept: s
             staging.mkdir()
             made = staging / real.name if file else staging
             yield made
+            made_of = [made] if parts is None else parts.split(made)
             for path in [*staging.rglob("*"), staging]:
                 handle = os.open(path, os.O_RDONLY)
                 os.fsync(handle)
                 os.close(handle)
-            if real.exists():
+            before = [path for path in (real, *(parts.beside(real) if parts else ())) if path.exists()]
+            for path in before:
+                shown = out if path == real else path
                 if not overwrite:
                     raise PlanError(
-                        f"{out} was created by another program meanwhile", "Use `overwrite=True` to replace it."
+                        f"{shown} was created by another program meanwhile", "Use `overwrite=True` to replace it."
                     )
-                _check_replaceable(out, real)
+                _check_replaceable(shown, path)
+            if parts is not None:
+                for path in before:
+                    path.unlink()
             if file:
-                made.replace(real)
+                for path in reversed(made_of):
+                    path.replace(real.with_name(path.name))
             elif real.exists():
                 real.rename(old)
                 try:

@@ -13,8 +13,7 @@ its elements, a 64-bit length and the elements.
 A tensor of a block type (schemes/ggml) holds the blocks of each row, row after row. As uint8 [N, bytes of a row] these
 bytes are the scheme's part without conversion, so reading is a memory-mapped view.
 
-A model may be split over files called `name-00001-of-00003.gguf`. Only the first has the metadata; `split.count` is the
-number of files. Source: docs/gguf.md of ggml (https://github.com/ggml-org/ggml).
+A model may be split over several files (gguf_parts.py). Source: docs/gguf.md of ggml (https://github.com/ggml-org/ggml).
 
 Every length is compared with the size of the file before it is used, so a file with a false length cannot make the
 reader allocate more memory than a valid file of that size.
@@ -24,10 +23,9 @@ from __future__ import annotations
 
 import mmap
 import os
-import re
 import secrets
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -37,14 +35,14 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers import gguf_parts
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import PartSpec
 from fewbit.schemes.ggml.table import BLOCK_TYPES
 
 MAGIC, VERSIONS, VERSION, ALIGNMENT = b"GGUF", (2, 3), 3, 32
 _LONGEST_KEY, _LONGEST_NAME = 65535, 63  # ggml stores tensor names in 64 bytes with a 0 at the end
-_MOST_KEYS, _MOST_TENSORS, _MOST_STRINGS, _MOST_SPLITS = 1 << 16, 1 << 17, 1 << 22, 99999
-_SPLIT = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+_MOST_KEYS, _MOST_TENSORS, _MOST_STRINGS = 1 << 16, 1 << 17, 1 << 22
 
 # Types of metadata values.
 _BOOL, _STRING, _ARRAY = 7, 8, 9
@@ -97,7 +95,7 @@ class Entry(NamedTuple):
 
 
 class GgufFile:
-    """A GGUF file, or all files of a split model. Only headers are read; data is memory-mapped on request.
+    """A GGUF file, or all files of a split model, given any of them. Only headers are read; data is memory-mapped.
 
     `metadata`: key -> number, str, bool, list of str, or numpy array of numbers. `entries`: name -> Entry, in the
     order of the file. FormatError, with the position, if the file is invalid.
@@ -105,14 +103,16 @@ class GgufFile:
 
     def __init__(self, path: str | Path) -> None:
         first = _Part(Path(path))
+        if first.number("split.no", 0) > 0:
+            first = _Part(gguf_parts.first_of(first.path))
         self.path, self.metadata, parts = first.path, first.metadata, [first]
         if (count := first.number("split.count", 1)) > 1:
-            parts += [_Part(file) for file in _split_files(first, count)]
+            parts += [_Part(file) for file in gguf_parts.others(first.path, count)]
         self.files = tuple(part.path for part in parts)
         self.entries: dict[str, Entry] = {}
         self._place: dict[str, tuple[_Part, int]] = {}
         for number, part in enumerate(parts):
-            if part is not first and part.number("split.no", -1) != number:
+            if count > 1 and part.number("split.no", 0 if part is first else -1) != number:
                 raise FormatError(f"{part.path}: split.no must be {number}, according to the file's name")
             for entry, offset in part.tensors:
                 if entry.name in self.entries:
@@ -163,12 +163,6 @@ def is_gguf(path: Path) -> bool:
             return file.read(4) == MAGIC
     except OSError:
         return False
-
-
-def is_later_part(path: Path) -> bool:
-    """Whether the file's name is that of a part of a split model, other than the first."""
-    match = _SPLIT.fullmatch(path.name)
-    return match is not None and int(match["number"]) != 1
 
 
 class _Part:
@@ -341,23 +335,6 @@ class _Part:
                 raise self.wrong(f"{entry.name} and {before} overlap")
             end, before = start + entry.spec.nbytes, entry.name
         return placed
-
-
-def _split_files(first: _Part, count: int) -> Iterator[Path]:
-    """The other files of a split model. Their names follow from that of the first."""
-    match = _SPLIT.fullmatch(first.path.name)
-    if match is None or int(match["count"]) != count or count > _MOST_SPLITS:
-        raise FormatError(f"{first.path} says that it is one of {count} files, but its name does not")
-    if int(match["number"]) != 1 or first.number("split.no", 0) != 0:
-        raise FormatError(
-            f"{first.path} is part {int(match['number'])} of {count}",
-            f"Give the first part, {match['stem']}-00001-of-{count:05d}.gguf.",
-        )
-    for number in range(2, count + 1):
-        file = first.path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf")
-        if not file.is_file():
-            raise FormatError(f"{file} is missing", f"{first.path.name} is one of {count} files.")
-        yield file
 
 
 class GgufWriter:

@@ -25,13 +25,19 @@ _USED = {*_LOCATING, "trust_remote_code", "_from_pipeline", "_from_auto"}  # not
 def gguf_path(name: Any, file: str, options: Mapping[str, Any]) -> str:
     """The absolute path of `file` in the folder or Hub repository `name`; OSError if it is not there.
 
+    If it is a part of a split model in a repository, the other parts are downloaded too.
     transformers looks for weights in the working directory first, but for the config in the folder.
     """
     from transformers.utils.hub import cached_file
 
+    from fewbit.formats.containers import gguf_parts
+
     local = {key: options[key] for key in _LOCATING if options.get(key) is not None}
     path = cached_file(str(name), str(file), **local)
     assert path is not None  # cached_file raises an error if there is none
+    if not os.path.isdir(str(name)):
+        for part in gguf_parts.siblings(Path(file)):
+            cached_file(str(name), part.as_posix(), **local)
     return os.path.abspath(path)
 
 

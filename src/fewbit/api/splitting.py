@@ -1,0 +1,29 @@
+"""Outputs that are one GGUF file, split into several of a limited size (`max_shard`)."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from fewbit.errors import PlanError
+from fewbit.formats.containers import gguf_parts, gguf_split
+from fewbit.system import publish
+
+
+def parts(out: Path, max_shard: int | None, *, overwrite: bool, file: bool) -> publish.Parts | None:
+    """How the output is split; None if it is not. PlanError if it is a folder, or if parts of this name exist."""
+    if max_shard is None:
+        return None
+    if not file:
+        raise PlanError(
+            "`max_shard` splits GGUF files, and this output is a folder",
+            "A folder has its weights in shards already. Leave `max_shard` out.",
+        )
+    if (there := gguf_parts.beside(out.resolve())) and not overwrite:
+        raise PlanError(f"{there[0]} exists", "Use `overwrite=True` to replace it, or give another `out`.")
+    return publish.Parts(partial(gguf_split.split, limit=max_shard), gguf_parts.beside)
+
+
+def written(out: Path) -> Path:
+    """The output that was published as `out`: its first part if it was split."""
+    return out if out.exists() else next(iter(gguf_parts.beside(out.resolve())), out)
