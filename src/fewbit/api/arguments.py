@@ -14,7 +14,7 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
@@ -144,6 +144,16 @@ def images(name: str, value: Any) -> tuple[Any, ...]:
     return tuple(one if hasattr(one, "convert") else path(name, one) for one in each)
 
 
+def keys(name: str, value: Any) -> dict[str, str]:
+    """Keys and their values as text: a mapping, or KEY=VALUE as a list."""
+    pairs: Any = value.items() if isinstance(value, Mapping) else value
+    if isinstance(pairs, Iterable) and not isinstance(pairs, (str, bytes)):
+        split = [each.split("=", 1) if isinstance(each, str) else each for each in pairs]
+        if all(len(each) == 2 and all(isinstance(part, str) for part in each) for each in split):
+            return dict(split)
+    raise invalid(name, value, "KEY=VALUE, or a dictionary of keys and their values as text")
+
+
 def sampling(name: str, value: Any) -> Sampling:
     if not isinstance(value, Sampling):
         raise invalid(name, value, "a fewbit.Sampling")
@@ -200,7 +210,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "max_kl": number,
     "max_shard": size,
     **dict.fromkeys(("overwrite", "safetensors_only", "chat", "stream", "speed_first", "again"), flag),
-    **dict.fromkeys(("requantize", "public", "record"), flag),
+    **dict.fromkeys(("requantize", "public", "record", "metadata"), flag),
     "budget": budget,
     "calibration": calibration,
     "memory": memory,
@@ -211,6 +221,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "report": report,
     "sampling": sampling,
     "seed": integer(0, MAX_SEED),
+    "set": keys,
     "tasks": tasks,
     "tuning": tuning,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import PLAIN, GgufFile
 from fewbit.measure import memory
 from fewbit.models.describe import describe
+from fewbit.models.gguf import editing
 from fewbit.models.gguf import header as gguf_header
 from fewbit.models.provenance import provenance
 from fewbit.models.skeleton import load_tokenizer
@@ -47,6 +49,7 @@ def convert(
     length: int | None = None,
     samples: int | None = SAMPLES,
     max_shard: int | str | None = None,
+    set: Mapping[str, str] | Sequence[str] | None = None,
     overwrite: bool = False,
     device: Device = None,
     safetensors_only: bool = False,
@@ -60,8 +63,12 @@ def convert(
     requantize: quantize the decoded weights by `plan` instead, with `calibration` or `imatrix` as in `quantize`. Then
     the result is compared with `model` on `samples` windows of `length` tokens of `text`, as in `evaluate`.
     max_shard: split a GGUF file into files of at most so many bytes, such as "2GB".
+    set: other values for keys of a GGUF file, in a copy of it, as text: a chat template, a special token, a number of
+    the config. "@FILE" is the content of a file.
     """
     limit = None if max_shard is None else int(max_shard)
+    if set and requantize:
+        raise PlanError("`set` and `requantize=True` are given", "Give one of them.")
     target, source = _target(to), locate(model, safetensors_only=safetensors_only)
     if requantize:
         wanted = quantize.Request(
@@ -81,8 +88,11 @@ def convert(
         _refuse_unused(calibration=calibration)
     if samples != SAMPLES:
         _refuse_unused(samples=samples)
-    if source.gguf is not None and target.format.suffix and (limit is not None or len(source.files) > 1):
-        return _copied(source, Path(out), limit, overwrite, progress)
+    copies = source.gguf is not None and bool(target.format.suffix)
+    if set and not copies:
+        raise PlanError("`set` changes keys in a copy of a GGUF file", "Convert first, and then set them in the file.")
+    if copies and (set or limit is not None or len(source.files) > 1):
+        return _copied(source, Path(out), arguments.keys("set", set or {}), limit, overwrite, progress)
     return _converted(source, Path(out), target, limit, overwrite, trust_remote_code, progress)
 
 
@@ -195,9 +205,12 @@ def _converted(
     return Converted(**{**vars(done), **whole})
 
 
-def _copied(source: Source, out: Path, max_shard: int | None, overwrite: bool, progress: bool | None) -> Converted:
-    """A copy of a GGUF file, with all its parts joined, or split anew."""
+def _copied(
+    source: Source, out: Path, set: Mapping[str, str], max_shard: int | None, overwrite: bool, progress: bool | None
+) -> Converted:
+    """A copy of a GGUF file, with all its parts joined, or split anew, and with other values for some keys."""
     elapsed, file = timing.timed(), GgufFile(source.files[0])
+    keys = editing.changed(file, set) if set else {}
     if publish.named(out).suffix != ".gguf":
         raise PlanError(f"{out}: a copy of a GGUF file is one too", "Give an `out` that ends in .gguf.")
     publish.check_output(out, overwrite=overwrite, file=True)
@@ -209,7 +222,7 @@ def _copied(source: Source, out: Path, max_shard: int | None, overwrite: bool, p
         report_progress.phase(f"writing {out.name}", progress),
         publish.published(out, overwrite=overwrite, file=True, parts=parts) as place,
     ):
-        replacing.with_metadata(file, place, {})
+        replacing.with_metadata(file, place, keys)
         describe(locate(place))
     return Converted(
         out=str(splitting.written(out)),

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fewbit.api.arguments import checked
+from fewbit.errors import PlanError
+from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.decoding.sampling import Sampling as Sampling
-from fewbit.models.describe import Inspection, describe
+from fewbit.models.describe import Inspection, describe, shown_keys
 from fewbit.models.source import locate
 from fewbit.texts.calibration import Calibration as Calibration
 
 
 @checked
-def inspect(model: str | Path) -> Inspection:
-    """Describe a model from the headers of its files: schemes, sizes, and how it was made."""
-    return describe(locate(model))
+def inspect(model: str | Path, *, metadata: bool = False) -> Inspection:
+    """Describe a model from the headers of its files: schemes, sizes, and how it was made.
+
+    metadata: all keys of a GGUF file too. Of a list, its length and the first values. PlanError for a folder.
+    """
+    source = locate(model)
+    if metadata and source.gguf is None:
+        raise PlanError(f"{model} is a folder: only GGUF files have `metadata`", "Look at its config.json.")
+    found = describe(source)
+    return replace(found, metadata=shown_keys(GgufFile(source.files[0]))) if metadata else found

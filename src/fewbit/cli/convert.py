@@ -50,6 +50,13 @@ def convert(
     ] = None,
     samples: Windows = 16,
     max_shard: MaxShard = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Another value for a key, in a copy of a GGUF file; @FILE: a file's content. Repeat it. No default.",
+        ),
+    ] = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     safetensors_only: SafetensorsOnly = False,
@@ -83,6 +90,7 @@ def convert(
         length=length,
         samples=samples,
         max_shard=max_shard,
+        set=set,
         overwrite=overwrite,
         device=loading.device,
         safetensors_only=safetensors_only,

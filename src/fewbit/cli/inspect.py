@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
+
+import typer
 
 from fewbit.cli.flags import checked
 from fewbit.cli.options import Json, Model, printed
 
 
 @checked
-def inspect(model: Model, as_json: Json = False) -> None:
+def inspect(
+    model: Model,
+    metadata: Annotated[bool, typer.Option("--metadata", help="Show all keys of a GGUF file.")] = False,
+    as_json: Json = False,
+) -> None:
     """Show what is in MODEL: schemes, share of parameters, bits per weight, how it was made."""
     from fewbit.api import inspect as api
     from fewbit.report import text as report
 
-    found = api.inspect(model)
+    found = api.inspect(model, metadata=metadata)
     printed({**asdict(found), "share": found.share}) if as_json else report.inspection(found)
 
 

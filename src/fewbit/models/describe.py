@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig
 from transformers.quantizers import auto
@@ -23,6 +24,7 @@ from fewbit.models.scales import GGUF_RECORD
 from fewbit.models.source import Source
 from fewbit.system.files import read_json
 
+_SHOWN = 8  # values of a list of a GGUF file
 _WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -35,7 +37,7 @@ class Inspection:
     kernel may need a little more, such as scales in a second dtype); weights that fewbit decodes while it loads the
     model count as decoded. file_bytes: tensors in the files. bits_per_weight: of the whole model, as stored.
     bits_per_weight_quantized: of the quantized weights, None without any.
-    made: fewbit's record of how it made the model; empty for other models.
+    made: fewbit's record of how it made the model; empty for other models. metadata: all keys of a GGUF file.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Inspection:
     bits_per_weight: float
     bits_per_weight_quantized: float | None
     made: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -190,6 +193,16 @@ def _of_gguf(source: Source) -> Inspection:
         bits_per_weight_quantized=8 * packed / quantized if quantized else None,
         made=_of_keys(file),
     )
+
+
+def shown_keys(file: GgufFile) -> dict[str, Any]:
+    """All keys of a GGUF file, as JSON has them. A long list is its length and its first values."""
+    found: dict[str, Any] = {}
+    for key, value in file.metadata.items():
+        value = value.tolist() if isinstance(value, np.ndarray) else value
+        long = isinstance(value, list) and len(value) > _SHOWN
+        found[key] = {"length": len(value), "first": value[:_SHOWN]} if long else value
+    return found
 
 
 def _made(source: Source) -> dict[str, Any]:

@@ -323,6 +323,19 @@ def inspection(i: Inspection) -> None:
         for note in i.made.get("notes", []):
             table.add_row("note", note)
     out.print(table)
+    if i.metadata:
+        keys = grid("metadata", "key", "value")
+        for key, value in i.metadata.items():
+            keys.add_row(key, _one_line(value))
+        out.print(keys)
+
+
+def _one_line(value: Any) -> str:
+    """A value of a GGUF file, at most 200 characters of it."""
+    if isinstance(value, dict):
+        return f"{value['length']:,} values: {', '.join(map(repr, value['first']))[:200]} ..."
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ... ({len(text):,} characters)"
 
 
 def listing(families: Mapping[str, Sequence[Entry]]) -> None:
