@@ -118,7 +118,9 @@ def save(folder: Path, family: str, **changes: Any) -> Path:
     if family not in TYPES:
         return models.save(folder, family, **{**CHANGES.get(family, {}), **changes})
     config = architectures.small(CONFIG_MAPPING[family], architectures.SIZES, {family: TYPES[family] | changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.random.fork_rng():
+        torch.manual_seed(len(family))  # the parameters that are not drawn anew, such as A_log, come from this
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     architectures.draw(model, len(family))
     for name, buffer in persistent(model):
         if "bias" in name:  # what corrects the scores of experts

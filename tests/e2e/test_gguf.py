@@ -20,6 +20,7 @@ import fewbit as package
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile, GgufWriter
 from fewbit.models import smollm2
+from fewbit.models.gguf.names import architecture
 from fewbit.models.gguf.tokenizer import to_tokenizer
 from fewbit.nn.layers import QEmbedding, QLinear
 from tests import gguf_files, models
@@ -88,6 +89,8 @@ def test_a_file_of_any_architecture_gives_the_original_logits(
     logits, want = models.logits(loaded, ids), models.logits(original, ids)
     if family == "gpt_oss":  # fused experts are stored transposed there, so sums have another order
         assert float((logits - want).norm() / want.norm()) < 1e-6
+    elif architecture(original.config.model_type).negative_exp:  # log(exp(x)) is not x for 0.2 % of float32 numbers
+        assert float((logits - want).norm() / want.norm()) < 1e-5
     else:
         assert torch.equal(logits, want)
     assert type(loaded) is type(original)
