@@ -79,7 +79,7 @@ def served(model: str | Path, kernel: str | None = None, **settings: Any) -> Ite
     with run.bound(given.host, 0) as socket:
         made = Served(f"http://127.0.0.1:{socket.getsockname()[1]}", opened, gate)
         _gated(opened.engine, made)
-        app = application(opened, given.api_key, int(given.max_body))
+        app = application(opened, given)
         server = uvicorn.Server(run.configuration(app))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
         thread.start()

@@ -361,7 +361,7 @@ def test_a_client_that_goes_away_ends_its_request(server: Served, client: Any) -
         until(lambda: engine.unfinished == 0)
         body = json.dumps({"messages": HELLO, "max_tokens": 400}).encode()
         with socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2]))) as raw_client:
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
             raw_client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
             until(lambda: engine.unfinished == 1)
         until(lambda: engine.unfinished == 0)
@@ -391,7 +391,7 @@ def test_the_key_and_the_limit_of_a_body(quantized: Path) -> None:
             assert said(ask(client))
         port = int(server.address.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)) as raw_client:  # without saying how much comes
-            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer se cret\r\n"
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer se cret\r\n"
             raw_client.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n800\r\n".encode() + b" " * 2048 + b"\r\n")
             assert raw_client.recv(100).startswith(b"HTTP/1.1 413")
 

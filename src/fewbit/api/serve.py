@@ -45,7 +45,7 @@ def serve(model: str | Path, loading: Loading, serving: Serving, tell: Callable[
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         said = f"Serving {opened.name}: chat at {address}, OpenAI's interface at {address}/v1. Ctrl-C ends."
         try:
-            app = application(opened, serving.api_key, int(serving.max_body))
+            app = application(opened, serving)
             run.run(app, socket, lambda: tell(said), lambda: opened.engine.failed is not None)
         finally:  # after an error, the engine's thread would keep the process alive
             opened.engine.stop(finish=False)

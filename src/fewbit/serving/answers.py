@@ -26,7 +26,7 @@ class Form:
         self._created = int(time.time())
         self._echo = ""
         if isinstance(asked, Completion) and asked.echo:
-            given = asked.one
+            given = asked.prompt
             self._echo = given if isinstance(given, str) else str(service.tokenizer.decode(list(ids)))
         self._calls = Counter[int]()  # of each answer so far
 

@@ -22,12 +22,13 @@ from fewbit.serving.failures import Failure
 from fewbit.serving.guard import Guard
 from fewbit.serving.replies import failed, reply, written
 from fewbit.serving.service import Answers, Piece, Service
+from fewbit.serving.settings import Serving
 
 _GONE = 499  # nginx's status for a client that went away; nobody reads it
 
 
-def application(service: Service, key: str | None, most: int) -> FastAPI:
-    """The application. key: what clients must send; None is nothing. most: bytes of a body."""
+def application(service: Service, settings: Serving) -> FastAPI:
+    """The application. settings: its key, address and limits."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -36,7 +37,7 @@ def application(service: Service, key: str | None, most: int) -> FastAPI:
 
     # FastAPI's own pages load scripts from elsewhere.
     app = FastAPI(title="fewbit", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, key=key, most=most, metrics=service.metrics)
+    app.add_middleware(Guard, settings=settings, metrics=service.metrics)
     app.add_exception_handler(Failure, _refused)
     app.add_exception_handler(HTTPException, _by_http)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -151,6 +152,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _by_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     said = {404: f"There is no {request.url.path} here.", 405: f"{request.url.path} has no method {request.method}."}
+    if error.status_code == 400:  # too deep, too large a number, or not UTF-8
+        return failed(Failure(400, "The body cannot be read as JSON.", "invalid_json"))
     message = said.get(error.status_code, str(error.detail))
     return failed(Failure(error.status_code, message, headers=error.headers))
 

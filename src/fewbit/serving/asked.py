@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from fewbit.models.decoding.continuous import Choosing
 from fewbit.serving.body import Body
@@ -45,7 +45,7 @@ class Asked(Body):
     max_tokens: int | None = Field(None, ge=1)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[_Token, _Bias] = Field(default_factory=dict)
+    logit_bias: dict[_Token, _Bias] = Field(default_factory=dict, max_length=1024)
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -115,12 +115,12 @@ class ResponseFormat(Body):
 class Chat(Asked):
     """A body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     response_format: ResponseFormat | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Tool] = Field([], max_length=128)
+    tools: list[Tool] = Field([], max_length=128, fail_fast=True)
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
 
@@ -190,7 +190,7 @@ class Chat(Asked):
 class Completion(Asked):
     """A body of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Any
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
 
@@ -210,14 +210,17 @@ class Completion(Asked):
         """Tokens of the answer at most. OpenAI's default is 16."""
         return self.max_tokens or 16
 
-    @property
-    def one(self) -> str | list[int]:
-        """The prompt, as text or token ids."""
-        given: Any = self.prompt
-        if isinstance(given, list) and given and not isinstance(given[0], int):
+    @field_validator("prompt")
+    @classmethod
+    def _one(cls, given: Any) -> str | list[int]:
+        """The prompt, as text or token ids, also as the only one of a list."""
+        # By hand: for a long list with errors, pydantic takes a minute.
+        if isinstance(given, list) and given and isinstance(given[0], str | list):
             if len(given) > 1:
                 raise Failure(400, "prompt: one prompt for each request", "unsupported_parameter", "prompt")
             given = given[0]
-        if not given:
+        if given in ("", []):
             raise Failure(400, "prompt: it is empty", "invalid_value", "prompt")
-        return given  # type: ignore[no-any-return]
+        if isinstance(given, str) or (isinstance(given, list) and all(type(each) is int for each in given)):
+            return given
+        raise Failure(400, "prompt: it must be a text, or a list of token ids", "invalid_value", "prompt")

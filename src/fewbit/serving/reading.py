@@ -79,6 +79,6 @@ def reader(tokenizer: Any, asked: Chat | Completion) -> tuple[Reader, str | None
     try:
         known = markup(tokenizer)
     except PlanError as error:
-        raise Failure(400, f"tools: {error}".replace("`", ""), "unsupported_parameter", "tools") from error
+        raise Failure(400, f"tools: {error.message}", "unsupported_parameter", "tools") from error
     found: Reader = Calls(known, tools)
     return found if asked.parallel_tool_calls else _First(found), known.marks

@@ -11,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from fewbit.errors import PlanError
+from fewbit.serving.connections import Connection
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -37,7 +38,15 @@ _IDLE = 75
 
 def configuration(app: FastAPI) -> uvicorn.Config:
     """How uvicorn serves the application."""
-    return uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=_IDLE, server_header=False)
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=_IDLE,
+        server_header=False,
+    )
 
 
 class _Server(uvicorn.Server):

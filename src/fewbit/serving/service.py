@@ -100,6 +100,7 @@ class Service:
         text = self._in_template(asked, turns)
         if reason := unwritable(text):
             raise Failure(400, f"messages or tools: {reason}", "invalid_value", "tools" if asked.tools else "messages")
+        self._check_length(text, "messages")
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)
         return self._within(ids["input_ids"].long(), "messages")
 
@@ -108,7 +109,7 @@ class Service:
             try:
                 text = in_template_with_tools(self.tokenizer, turns, asked.offered)
             except PlanError as error:
-                raise Failure(400, f"tools: {error}".replace("`", ""), "unsupported_parameter", "tools") from error
+                raise Failure(400, f"tools: {error.message}", "unsupported_parameter", "tools") from error
         else:
             text = in_template(self.tokenizer, turns)
         called = {call["function"]["name"] for turn in turns for call in turn.get("tool_calls", ())}
@@ -118,12 +119,23 @@ class Service:
         return text
 
     def _prompt(self, asked: Completion) -> list[int]:
-        given = asked.one
+        given: str | list[int] = asked.prompt
         if isinstance(given, str):
+            self._check_length(given, "prompt")
             return self._within(prompt_ids(self.tokenizer, given), "prompt")
         if not 0 <= min(given) <= max(given) < (self._rows or 2**31):
             raise Failure(400, f"prompt: token ids go from 0 to {(self._rows or 2**31) - 1}", "invalid_value", "prompt")
         return given
+
+    def _check_length(self, text: str, param: str) -> None:
+        """Failure if the begin of a long text is already far beyond the context: not all of it needs to be read."""
+        context = self.engine.context
+        if len(text) <= 16 * context + 10_000:
+            return
+        begin = self.tokenizer(text[: 8 * context], add_special_tokens=False)["input_ids"]
+        if len(begin) > context * 1.1 + 16:  # the cut may change a few tokens
+            said = f"The prompt exceeds the context of {context} tokens."
+            raise Failure(400, said, "context_length_exceeded", param)
 
     def _within(self, ids: Tensor, where: str) -> list[int]:
         listed: list[int] = windows.within(ids, self._rows, self.tokenizer, where)[0].tolist()

@@ -49,6 +49,7 @@ _log = logging.getLogger("fewbit")
 _PAGE = 32  # tokens of the cache that are allocated at a time, and shared by prompts with the same beginning
 _SHARE = {"cpu": 0.25, "cuda": 0.8}  # of the free memory, for keys and values
 _PROMPT = {"cpu": 512, "cuda": 4096}  # prompt tokens of a step at most: the other requests wait for them
+_LEAST = -9999.0  # what OpenAI reports in place of minus infinity, which JSON does not have
 _WARM = 64  # rows up to which the kernels of a GPU are compiled before the first request
 
 
@@ -313,12 +314,16 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         chosen = scores.clone()
+        finite = scores.amax(-1).isfinite().tolist()  # the maximum of a row with NaN is NaN
         for i, (request, state) in enumerate(self._rows):
             if self._processors:
                 tokens = [*state.initial_tokens, *state.generated_tokens]
                 seen = torch.tensor([tokens], dtype=torch.int64, device=scores.device)
                 chosen[i] = self._processors(seen, scores[i : i + 1].clone())[0]
             if request is None:
+                continue
+            if not finite[i]:
+                request.error = "the model computed logits that are infinite or not a number"
                 continue
             limits = request.grammar if request.error is None else None
             if limits is not None and limits.complete:
@@ -401,7 +406,7 @@ def drawn(logits: Tensor, choosing: Choosing, uniform: float) -> Tensor:
 
 
 def _likely(logits: Tensor, token: int, top: int) -> Likely:
-    logprobs = logits.float().log_softmax(0)
+    logprobs = logits.float().log_softmax(0).clamp(min=_LEAST)
     values, ids = logprobs.topk(min(top, len(logprobs)))
     return Likely(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
