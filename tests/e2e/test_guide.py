@@ -63,6 +63,8 @@ def test_it_runs_from_start_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
         "GPTQ",
         "AWQ, fused",
         "GGUF",
+        "compressed-tensors",
+        "4.25 bits, chosen",
     ]
     # Quantizing shows its progress, by a verb and while loading.
     assert ["block 8/8" in text_of(cell) for cell in code(notebook)].count(True) == 2
@@ -86,7 +88,7 @@ def test_what_is_committed_was_run_in_order() -> None:
     assert [cell.execution_count for cell in code(read())] == list(range(1, len(code(read())) + 1))
     assert not [output for cell in code(read()) for output in cell.outputs if output.output_type == "error"]
     table = text_of(code(read())[-2])
-    assert table.count("\n") == 8
+    assert table.count("\n") == 10
     assert not any(place in str(read()) for place in ("/tmp", "site-packages"))
     assert tool().outdated(GUIDE) is None
 
