@@ -37,9 +37,15 @@ _TEXT = (
         "read with it, as in the original",
     ),
     (
-        "combining marks with the patterns `tekken` and `gpt-4o`",
+        "combining marks with the patterns `tekken`, `gpt-4o` and `kimi-k2`",
         "letters of a word",
         "split off",
+        "read as in the original",
+    ),
+    (
+        "words with capitals inside, with the pattern `kimi-k2`",
+        "split before the capital",
+        "kept whole",
         "read as in the original",
     ),
     (

@@ -56,7 +56,7 @@ def _with(normalizer: Any) -> Tokenizer:
     return made
 
 
-DEEPSEEK: dict[str, list[str]] = {  # as in the models' tokenizer.json; "digits" is a step Digits
+SPLIT: dict[str, list[str]] = {  # as in the models' tokenizer.json; "digits" is a step Digits
     "deepseek-v3": [
         r"\p{N}{1,3}",
         "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
@@ -70,17 +70,25 @@ DEEPSEEK: dict[str, list[str]] = {  # as in the models' tokenizer.json; "digits"
         "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
         "digits",
     ],
+    "kimi-k2": [  # of its tokenization_kimi.py
+        r"[\p{Han}]+"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
+        r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
+        r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ],
 }
 
 
-@pytest.mark.parametrize("name", DEEPSEEK)
-def test_deepseeks_ways_to_split_have_names(name: str) -> None:
+@pytest.mark.parametrize("name", SPLIT)
+def test_ways_to_split_have_names(name: str) -> None:
     def change(made: dict[str, Any]) -> None:
         steps: list[dict[str, Any]] = [
             {"type": "Digits", "individual_digits": True}
             if each == "digits"
             else {"type": "Split", "pattern": {"Regex": each}, "behavior": "Isolated", "invert": False}
-            for each in DEEPSEEK[name]
+            for each in SPLIT[name]
         ]
         last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         made["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps, last]}

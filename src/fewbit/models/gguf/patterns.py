@@ -35,6 +35,11 @@ _DEEPSEEK = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_UPPER_NO_HAN, _LOWER_NO_HAN = rf"{_UPPER[:-1]}&&[^\p{{Han}}]]", rf"{_LOWER[:-1]}&&[^\p{{Han}}]]"
+_KIMI = (
+    rf"[\p{{Han}}]+|{_LEAD}{_UPPER_NO_HAN}*{_LOWER_NO_HAN}+{_CONTRACTIONS}?"
+    rf"|{_LEAD}{_UPPER_NO_HAN}+{_LOWER_NO_HAN}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_REST}"
+)
 PATTERNS: dict[tuple[str, ...], tuple[str, ...]] = {
     (GPT2,): ("gpt-2", "mpt", "olmo", "jais", "phi-2", "trillion", "granite-docling"),
     ("digits", GPT2): ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
@@ -57,6 +62,7 @@ PATTERNS: dict[tuple[str, ...], tuple[str, ...]] = {
     (
         rf"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_SLASHES}",
     ): ("gpt-4o", "llama4"),
+    (_KIMI,): ("kimi-k2",),
     (r"\p{N}{1,3}", f"[{_CHINESE}\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK): ("deepseek-v3", "hunyuan-dense"),
     (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST_ASIAN, "digits"): ("deepseek-coder",),
     (r"[\r\n]", rf"\s?[{_LETTERS}]+", rf"\s?[{_MARKS}]+", r"\s+$", _EAST_ASIAN, "digits"): ("deepseek-llm",),
