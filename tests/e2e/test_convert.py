@@ -513,6 +513,8 @@ def test_requantizing_measures_the_loss_against_the_input(
     answer = fewbit("convert", first, "-o", out, "--to", to, *flags)
     assert answer.code == 0, answer.err
     assert "The loss below is measured against the input" in answer.out
+    assert str(out) in answer.out.partition("The loss below")[2]
+    assert f".{out.name}" not in answer.out  # the hidden folder that it is measured in
     loss = package.inspect(out).made["converted"]["loss"]
     measured = package.evaluate(out, reference=first, text=str(text), length=32, samples=2, progress=False).quality
     assert measured.kl is not None

@@ -113,6 +113,12 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
         load_text(str(tmp_path / "latin.txt"))
 
 
+def test_a_text_in_place_of_its_name_is_refused_in_short() -> None:
+    with pytest.raises(PlanError, match=r"(?s)unknown text 'word .*given in a list") as caught:
+        load_text("word " * 1000)
+    assert len(str(caught.value)) < 300
+
+
 @pytest.mark.parametrize("source", ["wikitext2", "c4"])
 @pytest.mark.parametrize("hangs", [False, True])
 def test_a_hub_that_does_not_answer_is_asked_once(source: str, hangs: bool, monkeypatch: pytest.MonkeyPatch) -> None:

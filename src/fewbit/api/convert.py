@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -281,17 +282,16 @@ def _requantized(source: Source, out: str | Path, wanted: quantize.Request, meas
     found = list[Evaluation]()
 
     def measured(place: Path) -> dict[str, Any]:
-        found.append(
-            evaluate.evaluate(
-                place,
-                reference=source.address if source.hosted else source.origin,
-                **{**measured_on, "text": text},
-                device=wanted.device,
-                trust_remote_code=wanted.trust_remote_code,
-                progress=wanted.progress if isinstance(wanted.progress, bool) else None,
-            )
+        made = evaluate.evaluate(
+            place,
+            reference=source.address if source.hosted else source.origin,
+            **{**measured_on, "text": text},
+            device=wanted.device,
+            trust_remote_code=wanted.trust_remote_code,
+            progress=wanted.progress if isinstance(wanted.progress, bool) else None,
         )
-        loss = report_text.evaluation_json(found[0]) | {"model": str(out), "reference": source.name}
+        found.append(replace(made, model=str(out), reference=source.name))  # not the folder before it is published
+        loss = report_text.evaluation_json(found[0])
         return {"converted": {"from": source.name, "to": wanted.plan.format, "exact": False, "loss": loss}}
 
     request = quantize.Request(**{**vars(wanted), "measured": measured})

@@ -261,7 +261,9 @@ def left_behind(source: Source, *, single_file: bool) -> list[str]:
     names += [file.name for file in other_weights(folder) if file.name not in used]
     if not names:
         return []
-    return [f"left out: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''} of {folder}"]
+    return [
+        f"left out: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''} of {source.name}"
+    ]
 
 
 def fewer(wanted: Calibration, used: dict[str, Any] | None) -> list[str]:

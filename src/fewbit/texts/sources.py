@@ -136,11 +136,13 @@ def load_text(source: str | os.PathLike[str] | Sequence[str] = "pydoc", part: Pa
         text = _from_file(EMBEDDED / f"tiny-{part}.txt", f"tiny {part}")
     elif source in SOURCES:
         text = Text(f"{source} {part}", _from_hub(source, part))
-    elif (path := Path(source).expanduser()).is_file():
+    elif os.path.isfile(path := Path(source).expanduser()):  # False, not an error, for a name that is too long
         text = _from_file(path, str(path))
     else:
-        error = unknown("text", str(source), SOURCES)
-        raise PlanError(f"{error.message}, and there is no file at that path", error.hint)
+        shown = str(source) if len(str(source)) <= 80 else f"{str(source)[:77]}..."
+        error = unknown("text", shown, SOURCES)
+        hint = f"{error.hint} A text itself is given in a list."
+        raise PlanError(f"{error.message}, and there is no file at that path", hint)
     if not any(document.strip() if isinstance(document, str) else document for document in text.documents):
         raise PlanError(f"the text {text.name} is empty", _HERE)
     return text
