@@ -34,7 +34,10 @@ CT = "compressed-tensors"
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer steps."""
     wanted = Optimization(steps=30, learning_rate=4e-3, batch=128)
-    monkeypatch.setattr(effort, "STEPS", Optimization(steps=12, learning_rate=4e-3, batch=128))
+    quick = Optimization(steps=12, learning_rate=4e-3, batch=128)
+    monkeypatch.setattr(
+        effort, "STEPS", {"high": quick, "best": Optimization(steps=60, learning_rate=2e-3, batch=256, codes=True)}
+    )
     monkeypatch.setattr(block_tuning.BlockTuning, "wanted", wanted)
     monkeypatch.setattr(effort, "BlockTuning", lambda seed: block_tuning.BlockTuning(wanted, seed))
 
@@ -108,6 +111,20 @@ def test_a_gguf_file_is_tuned(text: Path, tmp_path: Path, scheme: str, method: s
     assert divergence(tmp_path / "high.gguf", model, text) < divergence(tmp_path / "fast.gguf", model, text)
 
 
+def test_the_best_effort_trains_codes_on_more_text(model: Path, text: Path, tmp_path: Path) -> None:
+    wanted = plan("int2-g32-sym", "gptq", "gptq")
+    quantized(model, tmp_path / "fast", text, wanted, "fast")
+    done = quantized(model, tmp_path / "best", text, wanted, "best")
+    record = json.loads((tmp_path / "best" / "fewbit.json").read_text(encoding="utf-8"))
+    assert record["effort"] == "best"
+    assert record["tuned"]["codes"]
+    assert record["tuned"]["moved"] > 0
+    assert record["tuned"]["text"]["written"] == 4 * CALIBRATION["samples"]
+    assert record["tuned"]["after"] < record["tuned"]["before"]
+    assert all(each.gain > 0 for each in done.tensors)
+    assert divergence(tmp_path / "best", model, text) < divergence(tmp_path / "fast", model, text)
+
+
 def test_experts_are_tuned(text: Path, tmp_path: Path) -> None:
     model = save_experts(tmp_path / "model", "qwen3_moe", {})
     done = quantized(model, tmp_path / "high", text, plan("int3-g16-sym", "gptq", CT))
@@ -139,7 +156,7 @@ def test_a_block_that_does_not_improve_stays(
 def test_the_model_stays_if_it_does_not_improve(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(effort, "STEPS", Optimization(steps=1, learning_rate=10.0, batch=128))
+    monkeypatch.setattr(effort, "STEPS", {"high": Optimization(steps=1, learning_rate=10.0, batch=128)})
     wanted = plan("int3-g32-sym", "gptq", "gptq")
     done = quantized(model, tmp_path / "high", text, wanted)
     assert any("it was undone" in note for note in done.notes)
@@ -209,8 +226,8 @@ def test_both_phases_hold_out_the_same_windows(count: int) -> None:
 
 def test_wrong_efforts(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = plan("int3-g32-sym", "gptq", "gptq")
-    with pytest.raises(PlanError, match="fast or high"):
-        quantized(model, tmp_path / "out", text, wanted, "best")
+    with pytest.raises(PlanError, match="fast, high or best"):
+        quantized(model, tmp_path / "out", text, wanted, "better")
     monkeypatch.setattr(ranks, "size", lambda: 2)
     with pytest.raises(PlanError, match="one process"):
         effort.block_tuning("high", 0)

@@ -118,6 +118,46 @@ def test_a_gguf_file_keeps_all_but_its_scales(text: Path, tmp_path: Path, mixtur
     assert divergence(tmp_path / "out.gguf", model, text) < divergence(packed, model, text)
 
 
+MOVING = package.Optimization(steps=60, learning_rate=2e-3, batch=256, codes=True)  # few steps, so large ones
+
+
+@pytest.mark.parametrize(("scheme", "format"), [("int2-g32-sym", "gptq"), ("int2-g32", CT), ("nf4-b64", "bnb")])
+def test_codes_of_a_folder_are_trained(model: Path, text: Path, tmp_path: Path, scheme: str, format: str) -> None:
+    packed = quantized(model, tmp_path / "packed", scheme, format)
+    done = tuned(packed, tmp_path / "out", model, text, optimization=MOVING)
+    assert done.after < done.before
+    assert (done.moved is None) == (scheme == "nf4-b64")
+    assert done.moved is None or 0 < done.moved < 0.5
+    was, now = models.tensors_of(packed), models.tensors_of(tmp_path / "out")
+    assert {n: (t.shape, t.dtype) for n, t in was.items()} == {n: (t.shape, t.dtype) for n, t in now.items()}
+    moved = {name.rpartition(".")[2] for name in was if not same_bytes(was[name], now[name])}
+    assert bool(moved & {"qweight", "weight_packed"}) == (scheme != "nf4-b64")
+    assert divergence(tmp_path / "out", model, text) < divergence(packed, model, text)
+    tuning_of = json.loads((tmp_path / "out" / "fewbit.json").read_text(encoding="utf-8"))["tuned"]
+    assert tuning_of["codes"]
+    assert tuning_of["moved"] == done.moved
+
+
+@pytest.mark.parametrize("mixture", ["q3_k", "q2_k"])
+def test_codes_of_a_gguf_file_are_trained(text: Path, tmp_path: Path, mixture: str) -> None:
+    model = models.save(tmp_path / "model", "llama", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    packed = quantized(model, tmp_path / "packed.gguf", mixture, "gguf")
+    done = tuned(packed, tmp_path / "out.gguf", model, text, optimization=MOVING)
+    assert done.moved
+    assert done.after < done.before
+    assert divergence(tmp_path / "out.gguf", model, text) < divergence(packed, model, text)
+
+
+def test_codes_stay_where_memory_is_short(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = quantized(model, tmp_path / "packed", "int3-g32-sym", "gptq")
+    monkeypatch.setattr(tuning, "free_memory", lambda device: 1000)
+    done = tuned(packed, tmp_path / "out", model, text, optimization=MOVING)
+    assert done.moved is None
+    assert any("codes stay: training them takes 1.77 MB of memory, and 1 kB are free" in note for note in done.notes)
+
+
 def test_the_result_is_the_same_each_time(model: Path, text: Path, tmp_path: Path) -> None:
     packed = quantized(model, tmp_path / "packed", "int3-g32-sym", "gptq")
     first, second = (tuned(packed, tmp_path / name, model, text) for name in ("one", "two"))

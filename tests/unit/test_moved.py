@@ -50,6 +50,33 @@ def test_the_first_values_are_those_of_the_method(spec: str, permuted: bool) -> 
 
 
 @pytest.mark.parametrize("spec", MOVING)
+def test_codes_start_in_the_middle_without_a_weight(spec: str) -> None:
+    weight, _ = made(spec)
+    moved = MovedWeight(weight, None, unit=10.0)
+    assert torch.equal(moved.values().detach(), weight.dequantize())
+    assert torch.allclose(moved.latent * 10.0, codes_of(weight).float())
+    with torch.no_grad():
+        moved.latent.add_(0.06).clamp_(0, float(moved.latent.max()))  # 0.6 codes, where there is a next one
+    assert moved.share_moved
+    assert int((codes_of(moved.tuned()).int() - codes_of(weight).int()).max()) == 1
+
+
+@EVERY
+def test_a_product_is_that_of_the_values(spec: str) -> None:
+    weight, towards = made(spec, permuted=True)
+    moved, x = scrambled(MovedWeight(weight, towards)), torch.randn(5, 256, requires_grad=True)
+    moved.product(x).square().sum().backward()
+    found = [x.grad, *(each.grad for each in moved.parameters_of)]
+    x.grad = None
+    moved.zero_grad()
+    (x @ moved.values().T).square().sum().backward()
+    for one, other in zip(found, [x.grad, *(each.grad for each in moved.parameters_of)], strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("spec", MOVING)
 def test_a_position_is_on_the_side_of_its_weight(spec: str) -> None:
     weight, towards = made(spec)
     moved = MovedWeight(weight, towards)

@@ -43,7 +43,7 @@ R = TypeVar("R")
 Images: TypeAlias = str | os.PathLike[str] | Sequence[Any]
 Plans: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Plan
 
-EFFORTS = ("fast", "high")  # of `quantize`
+EFFORTS = ("fast", "high", "best")  # of `quantize`
 SAMPLES = 16  # default number of windows of a text to measure quality on
 
 
@@ -134,7 +134,7 @@ def tasks(name: str, value: Any) -> tuple[str, ...]:
 
 def effort(name: str, value: Any) -> str:
     if value not in EFFORTS:
-        raise invalid(name, value, " or ".join(EFFORTS))
+        raise invalid(name, value, ", ".join(EFFORTS[:-1]) + f" or {EFFORTS[-1]}")
     return str(value)
 
 

@@ -1,4 +1,8 @@
-"""`quantize` with high effort: blocks are tuned one by one, and then the written model end to end."""
+"""`quantize` with more effort: blocks are tuned one by one, and then the written model end to end.
+
+With `best`, the end-to-end phase trains codes too, and trains on texts that the original writes as well: millions of
+codes need more text than a calibration has.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +14,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewbit.api import end_to_end
 from fewbit.errors import KernelError, NumericsError, PlanError
 from fewbit.models.calls import first_line
+from fewbit.models.decoding.generate import written
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
+from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
 from fewbit.pipeline import tuning
 from fewbit.pipeline.block_tuning import BlockTuning
 from fewbit.pipeline.capture import held_out_windows
 from fewbit.pipeline.job import Job
 from fewbit.pipeline.optimization import Optimization
+from fewbit.report import progress as report_progress
 from fewbit.system import machine, ranks
 
-STEPS = Optimization(steps=100)  # of the end-to-end phase
+STEPS = {"high": Optimization(steps=100), "best": Optimization(steps=1000, codes=True)}  # of the end-to-end phase
+_WRITTEN = 4  # windows that the original writes, for each calibration window, with `best`
 
 
 def block_tuning(effort: str, seed: int) -> BlockTuning | None:
@@ -46,6 +55,7 @@ class Finish:
     fingerprint of the job."""
 
     job: Job
+    wanted: Optimization
     tokens: Tensor
     text: Mapping[str, Any]
     known: str
@@ -53,9 +63,11 @@ class Finish:
     progress: bool | None
 
     @classmethod
-    def of(cls, job: Job, tokens: Tensor, text: Mapping[str, Any], known: str, progress: Any, trust: bool) -> Finish:
+    def of(
+        cls, job: Job, effort: str, tokens: Tensor, text: Mapping[str, Any], known: str, progress: Any, trust: bool
+    ) -> Finish:
         loading = Loading(machine.device(str(job.settled.skeleton.device)), trust_remote_code=trust).exact()
-        return cls(job, tokens, text, known, loading, False if callable(progress) else progress)
+        return cls(job, STEPS[effort], tokens, text, known, loading, False if callable(progress) else progress)
 
     def run(
         self, place: Path, record: dict[str, Any], write_record: Callable[[Path, dict[str, Any]], None]
@@ -76,12 +88,14 @@ class Finish:
         self, place: Path, record: dict[str, Any], write_record: Callable[[Path, dict[str, Any]], None]
     ) -> str | None:
         source, original, trust = locate(place), self.job.source, self.loading.trust_remote_code
-        split = _split(self.tokens, self.text)
-        load = partial(load_model, original, self.loading, for_text=True)
-        phase = end_to_end.Phase(original, load, split, STEPS, self.loading, self.progress)
+        load = end_to_end.Once(partial(load_model, original, self.loading, for_text=True))
+        split, text = _split(self.tokens, self.text), dict(self.text)
+        if self.wanted.codes:
+            split, text = self._with_written(split, text, load)
+        phase = end_to_end.Phase(original, load, split, self.wanted, self.loading, self.progress)
         files = end_to_end.files(source, trust_remote_code=trust)
         with (
-            end_to_end.trained(source, files, phase, [self.known, vars(STEPS)]) as trained,
+            end_to_end.trained(source, files, phase, [self.known, vars(self.wanted)]) as trained,
             tempfile.TemporaryDirectory(dir=place.parent) as beside,
         ):
             before, after, new = trained.before, trained.done.after, Path(beside) / place.name
@@ -90,7 +104,7 @@ class Finish:
                     new.mkdir()
                 tuned = {
                     **record,
-                    "tuned": trained.entry("", phase, self.text),
+                    "tuned": trained.entry("", phase, text),
                     "notes": [*record["notes"], *trained.notes],
                 }
                 after = trained.write(new, tuned, write_record)
@@ -104,6 +118,17 @@ class Finish:
             new.replace(place)
             record.update(tuned)
         return None
+
+    def _with_written(
+        self, split: tuning.Windows, text: dict[str, Any], load: end_to_end.Once
+    ) -> tuple[tuning.Windows, dict[str, Any]]:
+        """`split` and its entry in the record, with texts that the original writes to train on."""
+        source, (count, length) = self.job.source, self.tokens.shape
+        tokenizer = load_tokenizer(source, trust_remote_code=self.loading.trust_remote_code)
+        with report_progress.phase(f"texts of {source.name}", self.progress):
+            own = written(load.first(), tokenizer, _WRITTEN * count, length, split.seed)
+        both = tuning.Windows(torch.cat([own, split.tokens]), split.held_out, split.seed)
+        return both, text | {"written": len(own)}
 
 
 def _split(tokens: Tensor, text: Mapping[str, Any]) -> tuning.Windows:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,19 @@ from fewbit.system.cache import cache_folder
 _STATE = "state.safetensors"
 
 
+class Once:
+    """Loads a model when it is first used. The last use hands it over, so that it is freed with that use."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self.first = cache(load)
+
+    def __call__(self) -> Any:
+        """The model, for its last use."""
+        loaded = self.first()
+        self.first.cache_clear()
+        return loaded
+
+
 @dataclass(frozen=True)
 class Phase:
     """What is to be done. original: what the model was quantized from. load: loads it; its result is not kept."""
@@ -45,7 +59,8 @@ class Phase:
 @dataclass(frozen=True)
 class Trained:
     """A trained model, not yet written. changes: name in the files -> the trained tensor. before: the divergence on the
-    held-out windows. weights, gains: how many of each were trained; numbers: how many numbers they have.
+    held-out windows. weights, gains: how many of each were trained; numbers: how many numbers they have. moved: the
+    share of the trained codes that changed; None if codes stay.
 
     forget: deletes the state that is kept in the cache. measured: the divergence of the model in a folder or file.
     """
@@ -58,6 +73,7 @@ class Trained:
     weights: int
     gains: int
     numbers: int
+    moved: float | None
     forget: Callable[[], None]
     measured: Callable[[Path], float]
 
@@ -77,6 +93,7 @@ class Trained:
             "history": [list(each) for each in done.history],
             "weights": self.weights,
             "gains": self.gains,
+            "moved": self.moved,
         }
 
     def write(self, place: Path, record: dict[str, Any], write_record: Callable[[Path, dict[str, Any]], None]) -> float:
@@ -107,11 +124,11 @@ def trained(source: Source, files: Files, phase: Phase, known: Sequence[Any]) ->
             truth = tuning.Original(phase.load, split.tokens, folder)
         packed = load_model(source, loading, for_text=True)
         before = tuning.divergence(packed, truth, split.held)
-        student = tuning.Student.of(packed, files)
+        student = tuning.Student.of(packed, files, codes=phase.wanted.codes)
         with report_progress.tuning(progress) as tell:
             done = student.train(truth, split, phase.wanted, tell, folder / _STATE)
         counts = len(student.weights), len(student.gains), sum(each.numel() for each in student.parameters)
-        notes = student.notes
+        notes, moved = student.notes, student.moved
         lazily = source.gguf is not None  # a GGUF file takes its blocks from the trained model
         changes = student.changes(files) if lazily else dict(student.changes(files))
         del packed, student
@@ -121,7 +138,7 @@ def trained(source: Source, files: Files, phase: Phase, known: Sequence[Any]) ->
             describe(locate(place))
             return tuning.divergence(load_model(locate(place), loading), truth, split.held)
 
-        yield Trained(files, changes, before, done, notes, *counts, forget, measured)
+        yield Trained(files, changes, before, done, notes, *counts, moved, forget, measured)
 
 
 def files(source: Source, *, trust_remote_code: bool) -> Files:

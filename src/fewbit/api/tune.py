@@ -1,10 +1,10 @@
-"""Tune a quantized model end to end: its scales, norms and biases are trained, and its codes stay."""
+"""Tune a quantized model end to end: scales, norms and biases are trained, and codes if wanted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,12 @@ def tune(
 ) -> Tuned:
     """Train the scales, norms and biases of the quantized `model` on its divergence from `reference`, the original.
 
-    No code changes. `out` has the format, tensor names and size of `model`, whichever tool made it. A tenth of the
-    calibration windows is held out: it decides which state is kept. `out` is written atomically, and only if the KL
-    divergence on these windows is lower than that of `model`; else this raises NotBetter. After an interruption, the
-    same call resumes. calibration: the text "self" stands for texts that the original writes by itself.
-    PlanError for a model that is not quantized, or whose weights fewbit does not keep packed.
+    Codes are trained too with `optimization.codes`. `out` has the format, tensor names and size of `model`, whichever
+    tool made it. A tenth of the calibration windows is held out: it decides which state is kept. `out` is written
+    atomically, and only if the KL divergence on these windows is lower than that of `model`; else this raises
+    NotBetter. After an interruption, the same call resumes. calibration: the text "self" stands for texts that the
+    original writes by itself. PlanError for a model that is not quantized, or whose weights fewbit does not keep
+    packed.
     """
     elapsed, wanted = timing.timed(), optimization or Optimization()
     source, original = locate(model), locate(reference)
@@ -68,20 +69,17 @@ def tune(
     files = end_to_end.files(source, trust_remote_code=trust_remote_code)
     asked = arguments.calibrated(calibration)
     given = replace(asked, text=asked.text or sources.own_source(original.config))
-    load = cache(partial(load_model, original, loading, for_text=True))
+    load = end_to_end.Once(partial(load_model, original, loading, for_text=True))
     tokens, text = (
-        _own_windows(given, original, tokenizer, load) if given.text == SELF else windows(given, source, tokenizer)
+        _own_windows(given, original, tokenizer, load.first)
+        if given.text == SELF
+        else windows(given, source, tokenizer)
     )
     split = tuning.Windows.of(tokens, text["text"], given.seed)
     heap.return_freed()
     publish.check_space({out.resolve(): sum(each.stat().st_size for each in source.files)})
 
-    def once() -> Any:
-        loaded = load()
-        load.cache_clear()  # the original is freed if its logits are kept
-        return loaded
-
-    phase = end_to_end.Phase(original, once, split, wanted, loading, progress)
+    phase = end_to_end.Phase(original, load, split, wanted, loading, progress)
     with end_to_end.trained(source, files, phase, end_to_end.known(source, phase)) as trained:
         done = trained.done
         result = Tuned(
@@ -99,6 +97,7 @@ def tune(
             weights=trained.weights,
             gains=trained.gains,
             trained=trained.numbers,
+            moved=trained.moved,
             seconds=0,
             peak=0,
             gpu_peak=0,

@@ -43,7 +43,10 @@ def quantize(
     calibration: Calibrated = Calibration(),
     imatrix: Imatrix = None,
     effort: Annotated[
-        str, typer.Option(help="fast, or high: also tune codes and scales, block by block and then end to end.")
+        str,
+        typer.Option(
+            help="fast; high: also tune codes and scales of each block, then scales end to end; best: then codes too."
+        ),
     ] = "fast",
     max_shard: MaxShard = None,
     dry_run: DryRun = False,

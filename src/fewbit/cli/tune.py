@@ -25,7 +25,7 @@ def tune(
     loading: Annotated[Loading, Fields("device", "trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
-    """Train scales, norms and biases of the quantized MODEL to predict as its original. Its codes stay."""
+    """Train scales, norms and biases of the quantized MODEL to predict as its original."""
     from fewbit.api import tune as api
     from fewbit.report import text as report
 

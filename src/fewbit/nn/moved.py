@@ -23,23 +23,34 @@ from torch import Tensor, nn
 from fewbit.nn.tuned import TunedWeight
 from fewbit.schemes.base import Grids, QTensor, Scheme, Uniform
 
-UNIT = 5.0  # codes for a step of 1, so that one learning rate suits codes and scales
+UNIT = 5.0  # codes for a step of 1, so that one learning rate suits codes and scales of a block
 _NEAR = 0.49  # codes; beyond it a weight counts as if it lay there
 _PULL = 0.7  # with 1, the noise of the first steps moves the codes that GPTQ chose away from the nearest one
 
 
 class MovedWeight(TunedWeight):
-    """A quantized weight whose codes move. towards: the weight [N, K] that it approximates."""
+    """A quantized weight whose codes move.
 
-    def __init__(self, weight: QTensor, towards: Tensor) -> None:
-        super().__init__(weight)
+    towards: the weight [N, K] that it approximates; without it, codes start in the middle between their
+    neighbours. narrow: as in `TunedWeight`. unit: the codes that a step of 1 of `latent` moves.
+    """
+
+    def __init__(
+        self, weight: QTensor, towards: Tensor | None, narrow: torch.dtype | None = None, unit: float = UNIT
+    ) -> None:
+        super().__init__(weight, narrow)
+        self.unit = unit
         self.grids: Grids | None = None
         if isinstance(weight.codec, Scheme):
             codes, grids = weight.codec.unpack(weight.parts, weight.shape)
             if (uniform := grids.moved(self.start)) is not None:
-                aim = towards if weight.permutation is None else towards[:, weight.permutation]
                 self.grids, self.first = grids, codes
-                self.latent = nn.Parameter(_start(aim.float(), codes, uniform).div_(UNIT))
+                if towards is None:
+                    start = codes.float()
+                else:
+                    aim = towards if weight.permutation is None else towards[:, weight.permutation]
+                    start = _start(aim.float(), codes, uniform)
+                self.latent = nn.Parameter(start.div_(unit))
 
     @property
     def parameters_of(self) -> list[nn.Parameter]:
@@ -53,7 +64,7 @@ class MovedWeight(TunedWeight):
             return None
         uniform = self.grids.moved(self.start)
         assert uniform is not None
-        return _rounded(self.latent, uniform.top).to(torch.uint8)
+        return _rounded(self.latent, self.unit, uniform.top).to(torch.uint8)
 
     @property
     def share_moved(self) -> float | None:
@@ -69,10 +80,14 @@ class MovedWeight(TunedWeight):
         else:
             uniform = self.grids.moved(floats)
             assert uniform is not None
-            values = decoded(self.latent, uniform)
+            values = decoded(self.latent, uniform, self.unit)
         if self.weight.permutation is None:
             return values
         return torch.zeros_like(values).index_copy(1, self.weight.permutation, values)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [M, K] times the transpose of the weight, [M, N] in the dtype of x. The values are kept for backward."""
+        return super().product(x) if self.grids is None else x @ self.values().to(x.dtype).T
 
     @torch.no_grad()
     def tuned(self) -> QTensor:
@@ -87,10 +102,10 @@ class MovedWeight(TunedWeight):
         return QTensor(weight.codec, weight.shape, parts, weight.permutation)
 
 
-def decoded(latent: Tensor, uniform: Uniform) -> Tensor:
-    """The values [N, K] of the codes round(UNIT latent), differentiable by latent [N, K], scales and offsets."""
+def decoded(latent: Tensor, uniform: Uniform, unit: float = UNIT) -> Tensor:
+    """The values [N, K] of the codes round(unit latent), differentiable by latent [N, K], scales and offsets."""
     values: Tensor = _Values.apply(  # type: ignore[no-untyped-call]
-        latent, uniform.scale, uniform.offset, uniform.zero, uniform.top, uniform.group
+        latent, uniform.scale, uniform.offset, uniform.zero, unit, uniform.top, uniform.group
     )
     return values
 
@@ -106,8 +121,8 @@ def _start(towards: Tensor, codes: Tensor, uniform: Uniform) -> Tensor:
     return start
 
 
-def _rounded(latent: Tensor, top: int) -> Tensor:
-    return (latent * UNIT).round_().clamp_(0, top)
+def _rounded(latent: Tensor, unit: float, top: int) -> Tensor:
+    return (latent * unit).round_().clamp_(0, top)
 
 
 class _Values(torch.autograd.Function):
@@ -115,25 +130,32 @@ class _Values(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, latent: Tensor, scale: Tensor, offset: Tensor | None, zero: Tensor | int, top: int, group: int
+        ctx: Any,
+        latent: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        zero: Tensor | int,
+        unit: float,
+        top: int,
+        group: int,
     ) -> Tensor:
         ctx.save_for_backward(latent, scale)
-        ctx.zero, ctx.top, ctx.group = zero, top, group
-        out = _levels(latent, zero, top, group).mul_(scale.unsqueeze(-1))
+        ctx.zero, ctx.unit, ctx.top, ctx.group = zero, unit, top, group
+        out = _levels(ctx, latent).mul_(scale.unsqueeze(-1))
         return (out if offset is None else out.sub_(offset.unsqueeze(-1))).flatten(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         latent, scale = ctx.saved_tensors
         grad = grads[0].unflatten(1, (-1, ctx.group))
-        of_scale = _levels(latent, ctx.zero, ctx.top, ctx.group).mul_(grad).sum(-1)
+        of_scale = _levels(ctx, latent).mul_(grad).sum(-1)
         of_offset = grad.sum(-1).neg_() if ctx.needs_input_grad[2] else None
-        of_latent = (grad * (scale * UNIT).unsqueeze(-1)).flatten(1)
-        out = (latent < 0) & (of_latent > 0) | (latent * UNIT > ctx.top) & (of_latent < 0)
-        return of_latent.masked_fill_(out, 0), of_scale, of_offset, None, None, None
+        of_latent = (grad * (scale * ctx.unit).unsqueeze(-1)).flatten(1)
+        out = (latent < 0) & (of_latent > 0) | (latent * ctx.unit > ctx.top) & (of_latent < 0)
+        return of_latent.masked_fill_(out, 0), of_scale, of_offset, None, None, None, None
 
 
-def _levels(latent: Tensor, zero: Tensor | int, top: int, group: int) -> Tensor:
+def _levels(ctx: Any, latent: Tensor) -> Tensor:
     """c - z of each group, [N, groups, group]."""
-    levels: Tensor = _rounded(latent, top).unflatten(1, (-1, group))
-    return levels.sub_(zero if isinstance(zero, int) else zero.unsqueeze(-1))
+    levels: Tensor = _rounded(latent, ctx.unit, ctx.top).unflatten(1, (-1, ctx.group))
+    return levels.sub_(ctx.zero if isinstance(ctx.zero, int) else ctx.zero.unsqueeze(-1))

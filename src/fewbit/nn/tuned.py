@@ -35,6 +35,11 @@ class TunedWeight(nn.Module):
         self.delta = nn.ParameterDict({name: nn.Parameter(torch.zeros_like(x)) for name, x in self.start.items()})
 
     @property
+    def parameters_of(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return list(self.delta.values())
+
+    @property
     def codes(self) -> Tensor:
         """The part that holds the codes."""
         return self.weight.parts[self.weight.codec.payload]

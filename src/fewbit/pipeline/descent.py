@@ -2,7 +2,8 @@
 
 Adam on float32 parameters, linear warm-up of the learning rate, then cosine decay to 0. Every few steps the held-out
 loss is measured, and the best parameters are copied. The loop ends early when the held-out loss has not improved for a
-third of the steps. The parameters end as the best state, which is the first one if no step improved it.
+third of the steps, unless codes are trained. The parameters end as the best state, which is the first one if no step
+improved it.
 
 A run can be interrupted: with `saved`, the state is written after each measurement, and a later run continues there.
 """
@@ -85,7 +86,7 @@ class _State:
         if not parameters:
             raise PlanError("there is nothing to train")
         self.parameters, self.wanted = list(parameters), wanted
-        self.optimizer = torch.optim.Adam(self.parameters, lr=wanted.learning_rate, betas=_BETAS)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=wanted.peak, betas=_BETAS)
         self.step, self.best_step, self.best_loss = 0, 0, math.inf
         self.history: list[tuple[int, float]] = []
         self.best: list[Tensor] = []
@@ -93,7 +94,8 @@ class _State:
     @property
     def stalled(self) -> bool:
         """Whether the held-out loss has not improved for so long that the loop ends."""
-        return (self.step - self.best_step) * _PATIENCE >= self.wanted.steps
+        # Codes that are rounded jump at the peak of the learning rate. The loss rises then, and falls at the end.
+        return not self.wanted.codes and (self.step - self.best_step) * _PATIENCE >= self.wanted.steps
 
     def measured(self, loss: float) -> None:
         self.history.append((self.step, loss))

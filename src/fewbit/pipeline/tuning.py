@@ -1,16 +1,18 @@
-"""End-to-end tuning of a packed model: its floats are trained on the divergence from the original, codes stay.
+"""End-to-end tuning of a packed model: its floats, and its codes if wanted, are trained on the divergence from the
+original.
 
     minimize the mean over tokens of KL(p ‖ q) = sum p (log p - log q)
 
 p is the original's distribution of the next token, q that of the packed model, over the whole vocabulary, in float32.
-The floats of packed weights are trained (`nn/tuned.py`). So are gains of norms and existing biases, v = v0 + u e with u
-the mean of |v0|, and with a pull-back of 1e-3 sum e². A tenth of the windows is held out. It decides when to stop and
-which state is kept (`descent.py`).
+The floats of packed weights are trained (`nn/tuned.py`), and if wanted their codes too, through the rounding
+(`nn/moved.py`). Gains of norms and existing biases are trained as well, v = v0 + u e with u the mean of |v0|, and with
+a pull-back of 1e-3 sum e². A tenth of the windows is held out. It decides when to stop and which state is kept
+(`descent.py`).
 
-Memory: the packed model, 16 bytes for each trained number, and the activations of a pass. If those of all blocks may
-take more than `_KEPT` bytes, each block is computed again in the backward pass, and only one block's are kept. The
-original's logits are computed once and mapped from a file if they take at most `_CACHED` bytes. Otherwise the original
-stays in memory too, and computes them for each pass.
+Memory: the packed model, 16 bytes for each trained number, 24 for each trained code, and the activations of a pass. If
+those of all blocks may take more than `_KEPT` bytes, each block is computed again in the backward pass, and only one
+block's are kept. The original's logits are computed once and mapped from a file if they take at most `_CACHED` bytes.
+Otherwise the original stays in memory too, and computes them for each pass.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,14 @@ from fewbit.errors import NumericsError, PlanError
 from fewbit.models.blocks import find_blocks
 from fewbit.nn.fused import packed_linears
 from fewbit.nn.layers import QEmbedding, QLinear
+from fewbit.nn.moved import MovedWeight
 from fewbit.nn.tuned import TunedEmbedding, TunedLinear, TunedWeight
 from fewbit.pipeline.descent import Descent, Objective, Tell, descend
 from fewbit.pipeline.optimization import Optimization
 from fewbit.pipeline.replacing import Files
 from fewbit.schemes.base import QTensor
+from fewbit.system.machine import free_memory
+from fewbit.units import size
 
 _HELD_OUT = 10  # one of so many windows is held out
 _CACHED = 4 << 30  # bytes of logits
@@ -44,6 +49,8 @@ _ROWS = 256  # rows of logits that are converted to probabilities at a time
 _AT_ONCE = {"cpu": 1024}  # tokens in a forward pass, at least one window; on a GPU more, so that launches cost little
 _KEPT = 1 << 30  # bytes of activations
 _PULL = 1e-3
+_UNIT = 10.0  # codes for a step of 1
+_BYTES = 24  # for each trained code: its position, gradient, two moments, best position, and value
 LOGITS = "logits"  # the file of logits
 
 
@@ -205,10 +212,15 @@ class Student:
     notes: list[str]
 
     @classmethod
-    def of(cls, model: Any, files: Files) -> Student:
-        """Replace the packed layers of `model` by layers that are trained. PlanError if there is nothing to train."""
+    def of(cls, model: Any, files: Files, *, codes: bool = False) -> Student:
+        """Replace the packed layers of `model` by layers that are trained. PlanError if there is nothing to train.
+
+        codes: whether the codes of linears are trained too.
+        """
         model.requires_grad_(False)
-        weights, frozen = _tuned_layers(model, files)
+        if codes and (why := _no_room(model)):
+            return replace(student := cls.of(model, files), notes=[*student.notes, why])
+        weights, frozen = _tuned_layers(model, files, codes)
         gains = {
             name: Gain(parameter, files.dtype_of(name))
             for name, parameter in model.named_parameters()
@@ -222,8 +234,17 @@ class Student:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer trains. A number that several weights share appears once."""
-        found = [delta for weight in self.weights.values() for delta in weight.delta.values()]
+        found = [each for weight in self.weights.values() for each in weight.parameters_of]
         return list({id(each): each for each in [*found, *(gain.delta for gain in self.gains.values())]}.values())
+
+    @property
+    def moved(self) -> float | None:
+        """The share of all trained codes that differ from those at the start; None if codes stay."""
+        moved = [each for each in self.weights.values() if isinstance(each, MovedWeight) and each.grids is not None]
+        if not moved:
+            return None
+        total = sum(each.first.numel() for each in moved)
+        return sum(each.first.numel() * (each.share_moved or 0.0) for each in moved) / total
 
     def train(
         self, original: Original, windows: Windows, wanted: Optimization, tell: Tell, saved: Path | None
@@ -286,11 +307,21 @@ def _on_cpu(weight: TunedWeight) -> QTensor:
     return weight.tuned().map(lambda part: part.cpu())
 
 
+def _no_room(model: Any) -> str | None:
+    """Why the codes of a model cannot be trained in the memory that is free; None if they can."""
+    layers = packed_linears(model).values()
+    needed = _BYTES * sum(layer.in_features * layer.out_features for layer in layers)
+    free = free_memory(model.device)
+    if free is None or needed <= free:
+        return None
+    return f"codes stay: training them takes {size(needed)} of memory, and {size(free)} are free"
+
+
 def _is_gain(name: str) -> bool:
     return name.endswith((".weight", ".bias"))
 
 
-def _tuned_layers(model: Any, files: Files) -> tuple[dict[str, TunedWeight], Counter[str]]:
+def _tuned_layers(model: Any, files: Files, codes: bool) -> tuple[dict[str, TunedWeight], Counter[str]]:
     """Replace packed layers; the trained weights by their modules, and why others are not trained."""
     layers: dict[str, QLinear | QEmbedding] = dict(packed_linears(model))
     layers |= {name: module for name, module in model.named_modules() if isinstance(module, QEmbedding)}
@@ -308,7 +339,9 @@ def _tuned_layers(model: Any, files: Files) -> tuple[dict[str, TunedWeight], Cou
         if reason := _why_not(name, layer, files, checked):
             frozen[reason] += 1
             continue
-        tuned = TunedWeight(layer.qtensor(), files.stored_type(name))
+        weight, narrow = layer.qtensor(), files.stored_type(name)
+        moves = codes and isinstance(layer, QLinear) and weight.permutation is None and owner not in ties.values()
+        tuned = MovedWeight(weight, None, narrow, unit=_UNIT) if moves else TunedWeight(weight, narrow)
         key = (name.rpartition(".")[0], tuned.weight.shape[1], str(tuned.weight.codec))
         tuned.share(together.setdefault(key, tuned))
         _replace(model, name, layer, tuned)

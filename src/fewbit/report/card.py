@@ -57,9 +57,10 @@ def calibrated_on(calibrated: Mapping[str, Any]) -> str:
 def tuned_on(done: Mapping[str, Any]) -> str:
     """How a model was tuned, from its record."""
     text = done["text"]
+    more = ", codes too" if done.get("codes") else ""
     return (
         f"KL divergence from {done['reference']} {done['before']:.4g} before, {done['after']:.4g} after, on "
-        f"{done['held_out_tokens']:,} held-out tokens of {text['text']}; {done['best_step']} steps"
+        f"{done['held_out_tokens']:,} held-out tokens of {text['text']}; {done['best_step']} steps{more}"
     )
 
 
@@ -260,8 +261,9 @@ def _commands(record: Mapping[str, Any], file: str) -> Iterator[str]:
     if done is not None and done["exact"]:
         lines.append(_shell("fewbit convert", done["from"], "-o", out, "--to", done["to"].split(" ")[-1]))
     if tuned and tuned["from"]:
+        codes = ("--codes",) if tuned.get("codes") else ()
         more = ("--reference", tuned["reference"], "-o", out)
-        lines.append(_shell("fewbit tune", tuned["from"], *more, "--steps", tuned["steps_taken"]))
+        lines.append(_shell("fewbit tune", tuned["from"], *more, "--steps", tuned["steps_taken"], *codes))
     if lines:
         yield _block("sh", lines)
     if "rules" in plan:

@@ -126,7 +126,8 @@ class Tuned:
     """The result of `tune`. before, after: KL divergence from the reference on the held-out tokens, in nats per token.
 
     tokens: number of different tokens that were trained on. best: the step whose state was kept. weights: packed
-    weights whose scales were trained. gains: norms and biases. trained: trained numbers.
+    weights whose scales were trained. gains: norms and biases. trained: trained numbers. moved: the share of the
+    trained codes that changed; None if codes stay.
     """
 
     out: str
@@ -143,6 +144,7 @@ class Tuned:
     weights: int
     gains: int
     trained: int
+    moved: float | None
     seconds: float
     peak: int
     gpu_peak: int

@@ -132,6 +132,8 @@ def tuned(done: Tuned) -> None:
     table.add_row("trained on", f"{done.tokens:,}", "tokens")
     table.add_row("steps", f"{done.steps:,}", f"the state after step {done.best} is kept")
     table.add_row("trained numbers", f"{done.trained:,}", f"{done.weights} weights, {done.gains} norms and biases")
+    if done.moved is not None:
+        table.add_row("codes that moved", f"{done.moved:.2%}", "")
     table.add_row("time", duration(done.seconds), "")
     table.add_row("peak memory", size(done.peak), "of this process, mapped files included")
     if done.gpu_peak:
