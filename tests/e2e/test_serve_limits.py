@@ -177,7 +177,7 @@ def test_slow_clients_are_cut_off(quantized: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_client_that_does_not_read_is_cut_off(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the server could not end: it waits for what runs. The buffers of the system are made full at once."""
+    """Otherwise its connection would stay open without a limit. The buffers of the system are made full at once."""
     from fewbit.serving import answers
     from fewbit.serving.connections import Connection
 
