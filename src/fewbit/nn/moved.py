@@ -31,8 +31,8 @@ _PULL = 0.7  # with 1, the noise of the first steps moves the codes that GPTQ ch
 class MovedWeight(TunedWeight):
     """A quantized weight whose codes move.
 
-    towards: the weight [N, K] that it approximates; without it, codes start in the middle between their
-    neighbours. narrow: as in `TunedWeight`. unit: the codes that a step of 1 of `latent` moves.
+    towards: the weight [N, K] that it approximates; without it, codes start in the middle between their neighbours,
+    where noise moves the fewest. narrow: as in `TunedWeight`. unit: the codes that a step of 1 of `latent` moves.
     """
 
     def __init__(
