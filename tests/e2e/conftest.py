@@ -1,4 +1,4 @@
-"""Running the command line in this process, a tab of a browser, and a text to calibrate on."""
+"""Running the command line in this process, a tab of a browser, a text to calibrate on, and a server."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from fewbit.cli import app
 from tests import models
 from tests.browser import Tab, chromium
+from tests.served import Served, demo, served
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,23 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "sentences.txt"
     path.write_text(models.sentences(150), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model in four bits, whose answers end only at their maximum of tokens."""
+    return demo(tmp_path_factory.mktemp("served") / "tiny-4bit")
+
+
+@pytest.fixture(scope="module")
+def server(quantized: Path) -> Iterator[Served]:
+    """A server of it, on a port of its own."""
+    with served(quantized) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def client(server: Served) -> Iterator[Any]:
+    """OpenAI's own client, connected to the server."""
+    with server.client() as made:
+        yield made

@@ -6,7 +6,6 @@ import json
 import socket
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,28 +18,10 @@ from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
 from tests.limits import HANG
-from tests.served import HELLO, PROMPTS, Served, ask, demo, raw, said, served, until, with_ends
+from tests.served import HELLO, PROMPTS, Served, ask, raw, said, served, until, with_ends
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
-
-
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model in four bits, whose answers end only at their maximum of tokens."""
-    return demo(tmp_path_factory.mktemp("served") / "tiny-4bit")
-
-
-@pytest.fixture(scope="module")
-def server(quantized: Path) -> Iterator[Served]:
-    with served(quantized) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(server: Served) -> Iterator[Any]:
-    with server.client() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +9,10 @@ import pytest
 
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
-from tests.served import ask, demo, said, served
+from tests.served import ask, said
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
-
-
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo(tmp_path_factory.mktemp("served") / "tiny-4bit")
-
-
-@pytest.fixture(scope="module")
-def client(quantized: Path) -> Iterator[Any]:
-    with served(quantized) as server, server.client() as made:
-        yield made
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from fewbit.models.decoding.continuous import within
-from tests.served import HELLO, PROMPTS, Served, ask, demo, raw, said, served, until, with_ends
+from tests.served import HELLO, PROMPTS, Served, ask, raw, said, served, until, with_ends
 
 jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("openai")
@@ -30,23 +29,6 @@ PERSON = {
     "additionalProperties": False,
     "$defs": {"place": {"type": "object", "properties": {"n": {"type": "boolean"}}, "required": ["n"]}},
 }
-
-
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo(tmp_path_factory.mktemp("served") / "tiny-4bit")
-
-
-@pytest.fixture(scope="module")
-def server(quantized: Path) -> Iterator[Served]:
-    with served(quantized) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(server: Served) -> Iterator[Any]:
-    with server.client() as made:
-        yield made
 
 
 def schema(given: Any) -> dict[str, Any]:

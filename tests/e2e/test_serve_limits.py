@@ -5,34 +5,16 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.limits import HANG
-from tests.served import HELLO, Served, ask, demo, raw, said, served, until
+from tests.served import HELLO, Served, ask, raw, said, served, until
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
-
-
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo(tmp_path_factory.mktemp("served") / "tiny-4bit")
-
-
-@pytest.fixture(scope="module")
-def server(quantized: Path) -> Iterator[Served]:
-    with served(quantized) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(server: Served) -> Iterator[Any]:
-    with server.client() as made:
-        yield made
 
 
 def _socket(server: Served) -> socket.socket:

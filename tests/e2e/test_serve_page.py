@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import fewbit as package
 from tests.browser import Tab
 from tests.limits import HANG
 from tests.served import Served, served
@@ -22,13 +21,9 @@ IDLE = "document.getElementById('stop').hidden"
 
 
 @pytest.fixture(scope="module")
-def server(tab: Tab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server that wants a key. Its answers end only at their maximum of tokens."""
-    out = tmp_path_factory.mktemp("page") / "tiny-4bit"
-    package.quantize("tiny", out, plan="rtn-4bit")
-    config = json.loads((out / "generation_config.json").read_text(encoding="utf-8"))
-    (out / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": None}), encoding="utf-8")
-    with served(out, api_key="secret") as made:
+def server(tab: Tab, quantized: Path) -> Iterator[Served]:
+    """A server that wants a key."""
+    with served(quantized, api_key="secret") as made:
         yield made
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.served import HELLO, Served, ask, demo, raw, said, served
+from tests.served import HELLO, Served, ask, raw, said, served
 
 openai = pytest.importorskip("openai")
 jsonschema = pytest.importorskip("jsonschema")
@@ -41,16 +41,11 @@ CALLS = 'Ok.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo(tmp_path_factory.mktemp("served") / "tiny-4bit")
-
-
-@pytest.fixture(scope="module")
-def server(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def server(quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     import shutil
 
     model = tmp_path_factory.mktemp("tools") / "tiny-4bit"
-    shutil.copytree(plain, model)
+    shutil.copytree(quantized, model)
     for place in model.glob("chat_template*"):
         place.unlink()
     (model / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
@@ -265,10 +260,10 @@ def test_bad_tools_are_named(change: dict[str, Any], param: str, words: str, ser
     assert words in answer["error"]["message"]
 
 
-def test_a_template_that_knows_no_tools(plain: Path) -> None:
+def test_a_template_that_knows_no_tools(quantized: Path) -> None:
     """The demo model's own."""
     call = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
-    with served(plain) as server, server.client() as client:
+    with served(quantized) as server, server.client() as client:
         with pytest.raises(openai.BadRequestError, match="no place for tools") as caught:
             ask(client, tools=TOOLS)
         assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "tools")

@@ -219,7 +219,8 @@ class Student:
         """
         model.requires_grad_(False)
         if codes and (why := _no_room(model)):
-            return replace(student := cls.of(model, files), notes=[*student.notes, why])
+            student = cls.of(model, files)
+            return replace(student, notes=[*student.notes, why])
         weights, frozen = _tuned_layers(model, files, codes)
         gains = {
             name: Gain(parameter, files.dtype_of(name))
