@@ -6,9 +6,9 @@ s, z and o are scale, zero point and offset of a group, as a scheme gives them (
 rounding is taken as 1 (straight-through): dL/du = s dL/dW. Where u is beyond the first or last code, a gradient that
 pushes it further out counts as 0, and one that brings it back counts.
 
-u starts at the code that a method chose, moved by 0.7 of the way to where the weight to be approximated lies on the
-grid, but by at most 0.34. So the first values are the method's, and a code far from its weight moves after a smaller
-step of u.
+u starts at the code that a method chose. In a block it is moved by 0.7 of the way to where the weight to be
+approximated lies on the grid, but by at most 0.34. So the first values are the method's, and a code far from its weight
+moves after a smaller step of u.
 
 Codes of a table (NF4) or of a scheme whose grids are not evenly spaced stay, and only the scales are trained.
 """
