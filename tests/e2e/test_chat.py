@@ -162,6 +162,7 @@ def test_a_prompt_on_a_pipe_is_answered_once(quantized: Path, fewbit: Fewbit, mo
     given(monkeypatch, b"Hello there\n")
     done = fewbit("chat", quantized, "--max-new-tokens", 8, "--verbose")
     assert (done.code, done.out) == (0, f"{wanted}\n")
+    assert "path: " in done.err
     assert re.search(r"\[8 tokens, [0-9.]+ tokens/s; (\d+) of \1 prompt tokens read in ", done.err)
     given(monkeypatch, b"Hello there")
     other = fewbit("chat", quantized, "--max-new-tokens", 8, "--system", "Say only: no.", "--fuse", "--max-length", 99)

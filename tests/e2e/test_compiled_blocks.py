@@ -22,7 +22,7 @@ import fewbit as fb
 from fewbit.api import quantize
 from fewbit.kernels.cpu.block import HALVES, IN_ORDER, NEIGHBORS, Norm, Wiring
 from fewbit.models import blocks
-from fewbit.models.decoding import caches, compiled_blocks
+from fewbit.models.decoding import block_parts, caches, compiled_blocks
 from fewbit.models.decoding.caches import CACHE
 from fewbit.plans.plan import find
 from fewbit.system import native
@@ -178,13 +178,13 @@ WRONG: dict[str, Callable[[Wiring], Wiring]] = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_wiring_is_not_used(what: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = compiled_blocks._wirings
+    right = block_parts.wirings
 
-    def wrong(block: Any, dtype: torch.dtype) -> Iterator[Wiring]:
-        yield WRONG[what](next(w for w in right(block, dtype) if w.pairs == HALVES))
+    def wrong(block: Any, dtype: torch.dtype) -> tuple[list[Wiring], str]:
+        return [WRONG[what](next(w for w in right(block, dtype)[0] if w.pairs == HALVES))], ""
 
     model = load_unfused(llama)
-    monkeypatch.setattr(compiled_blocks, "_wirings", wrong)
+    monkeypatch.setattr(compiled_blocks, "wirings", wrong)
     assert replaced(model) == []
     monkeypatch.undo()
     compiled_blocks.use(model)

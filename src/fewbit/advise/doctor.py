@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from fewbit import registry
-from fewbit.system import native
+from fewbit.models.decoding import path
+from fewbit.models.load import load_model
+from fewbit.models.loading import Loading
+from fewbit.models.source import locate
+from fewbit.system import ambient, native
 from fewbit.system.machine import _cpuinfo, _version, main_memory, versions
 
 _INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve")
@@ -21,7 +26,10 @@ _OPTIONAL = {
 
 @dataclass(frozen=True)
 class Hardware:
-    """Versions by package; devices, instruction sets, memory in bytes; kernels with the reason where unavailable."""
+    """Versions by package; devices, instruction sets, memory in bytes; kernels with the reason where unavailable.
+
+    model: how the CPU computes a model, if one was named.
+    """
 
     versions: dict[str, str]
     devices: list[str]
@@ -31,10 +39,18 @@ class Hardware:
     kernels: dict[str, str | None]
     missing: dict[str, str]
     advice: list[str]
+    model: path.Path | None = None
 
 
-def look() -> Hardware:
+@ambient.defaults()
+def path_of(model: str | Path) -> path.Path:
+    """How this machine's CPU computes `model`, which is loaded for that. The errors of `fewbit.load`."""
+    return path.path(load_model(locate(model), Loading("cpu")))
+
+
+def look(model: str | Path | None = None) -> Hardware:
     """Everything `fewbit doctor` tells."""
+    found_path = None if model is None else path_of(model)
     devices = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     instructions = _instructions()
     advice = []
@@ -54,7 +70,7 @@ def look() -> Hardware:
         instructions.append(f"in use: {native.instructions()}")
     kernels = {name: kernel().unavailable() for name, kernel in registry.entries("kernels").items()}
     missing = {name: why for name, why in _OPTIONAL.items() if _version(name) is None}
-    return Hardware(versions(), devices, instructions, threads, main_memory(), kernels, missing, advice)
+    return Hardware(versions(), devices, instructions, threads, main_memory(), kernels, missing, advice, found_path)
 
 
 def _instructions() -> list[str]:

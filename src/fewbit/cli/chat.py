@@ -38,7 +38,10 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message. Default: the chat template's.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens of each answer.")] = 1024,
     sampling: Sampling = Sampling(),
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show tokens per second after each answer.")] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", help="Show tokens per second after each answer, and how a CPU computes the model."),
+    ] = False,
     fuse: Annotated[
         bool,
         typer.Option("--fuse", help="Fuse linears that share an input; needs --max-length."),
@@ -62,6 +65,11 @@ def chat(
 
     conversation = api.conversation(model, replace(loading, fuse=max_length))
     conversation.reset(system)
+    if verbose:
+        from fewbit.models.decoding.path import path
+
+        for name, how in path(conversation.model).lines if conversation.model.device.type == "cpu" else ():
+            print(f"{name}: {how}", file=sys.stderr)
     session = _Session(conversation, max_new_tokens, sampling, verbose)
     if piped is not None:
         session.answer(piped)

@@ -37,10 +37,17 @@ def list_(as_json: Json = False) -> None:
         report.listing(found)
 
 
-def doctor(as_json: Json = False) -> None:
+@checked
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Load this model, and show how the CPU computes it and why not faster. Default: none."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Show what this machine has, which kernels work on it, and what would make it faster."""
     from fewbit.advise import doctor as hardware
     from fewbit.report import text as report
 
-    found = hardware.look()
+    found = hardware.look(model)
     printed(asdict(found)) if as_json else report.doctor(found)

@@ -75,6 +75,12 @@ def expected(
     return "reference"
 
 
+def why_not(kernel: Kernel, codec: Codec, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str:
+    """Why `choose` does not take this kernel for such a weight; empty if only the check against the reference may."""
+    misfit = kernel.unavailable() or kernel.why_not(codec, shape, device, dtype)
+    return misfit or _opt_in(kernel, _exact()) or ""
+
+
 def _by_priority() -> list[Kernel]:
     kernels: list[Kernel] = [kernel() for kernel in registry.entries("kernels").values()]
     return sorted(kernels, key=lambda kernel: -kernel.priority)

@@ -364,6 +364,11 @@ def doctor(found: Hardware) -> None:
     for name, why in found.missing.items():
         table.add_row(f"without {name}", why)
     out.print(table)
+    if found.model is not None:
+        table = grid("the model on this CPU", "", "")
+        for name, how in found.model.lines:
+            table.add_row(name, how)
+        out.print(table)
     for line in found.advice:
         _say(f"- {line}")
 

@@ -9,7 +9,7 @@ does not take: gradients, hooks, adapters, other caches, and blocks that are not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace as changed
 from threading import RLock, local
@@ -20,27 +20,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fewbit.errors import KernelError
-from fewbit.kernels.cpu import block as library
-from fewbit.kernels.cpu.block import Block, Cached, Norm, Rows, Wiring
+from fewbit.kernels.cpu.block import Block, Cached, Wiring
 from fewbit.models import blocks
 from fewbit.models.decoding import pages
+from fewbit.models.decoding.block_parts import ATTENTION, MLP, ROUNDING, Unlike, child, norm_names, wirings
 from fewbit.models.decoding.caches import CACHE, InPlaceLayer, ReservedLayer, in_place, reserved
-from fewbit.nn.fused import Slice
-from fewbit.nn.layers import Packed, QLinear
+from fewbit.nn.layers import Packed
 from fewbit.system import native
 
 _SAME = {torch.float32: 5e-3, torch.bfloat16: 5e-2}  # relative distance of what a block adds to its input
-_ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 8e-3}  # the same of its output
 _PROMPT = 12  # tokens before the one that is compared
 _MOST = 64  # rows of a call: for long prompts, PyTorch is as fast
-_NORMS = (  # names of the norms before attention, after it, before the MLP, after it
-    ("input_layernorm", None, "post_attention_layernorm", None),
-    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
-    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
-)
-_ATTENTION = ("self_attn", "attention")
-_MLP = ("mlp", "feed_forward", "block_sparse_moe")
 _KNOWN = {"attention_mask", "position_ids", "position_embeddings", "use_cache", "cache_position", CACHE}
 
 Forward = Callable[..., Any]
@@ -77,6 +67,20 @@ def computed(model: Any) -> list[str]:
     return [name for name in blocks.find_blocks(model) if model.get_submodule(name) in found]
 
 
+def split(model: Any) -> tuple[list[str], list[str], dict[str, str]]:
+    """The blocks that the library computes whole, those of which it computes the half up to the end of attention, and
+    why not the whole: a reason for each of all other blocks, and for each half."""
+    names = blocks.find_blocks(model)
+    if isinstance(reason := native.library(), str):
+        return [], [], dict.fromkeys(names, reason)
+    if model.device.type != "cpu" or model.dtype not in _SAME:
+        return [], [], dict.fromkeys(names, f"the model is {str(model.dtype).removeprefix('torch.')} on {model.device}")
+    found, reasons = _found(model)
+    own = {name: found[module].__self__ for name in names if (module := model.get_submodule(name)) in found}  # type: ignore[attr-defined]
+    halves = [name for name, each in own.items() if each.rest is not None]
+    return [name for name in own if name not in halves], halves, reasons
+
+
 class _Hooks:
     """Replaces the forward of blocks while a model runs. Before and after, the modules are as they were.
 
@@ -103,7 +107,7 @@ class _Hooks:
         with self.lock:
             if self.found is None:
                 self.found = {}  # the test runs the model
-                self.found = _found(model)
+                self.found, _ = _found(model)
             if not self.found:
                 return
             if layers:
@@ -127,42 +131,62 @@ class _Hooks:
                         del vars(module)["forward"]
 
 
-def _found(model: Any) -> dict[Any, Forward]:
-    """The blocks that the library computes, and their forwards."""
-    names = [name for name in blocks.find_blocks(model) if "forward" not in vars(model.get_submodule(name))]
-    wirings = {name: list(_wirings(model.get_submodule(name), model.dtype)) for name in names}
-    if isinstance(native.library(), str) or not any(wirings.values()):
-        return {}
-    seen = _observed(model, [name for name in names if wirings[name]])
+def _found(model: Any) -> tuple[dict[Any, Forward], dict[str, str]]:
+    """The blocks that the library computes, and their forwards; why not other blocks, or the half of a block."""
+    ways, reasons = dict[str, list[Wiring]](), dict[str, str]()
+    for name in blocks.find_blocks(model):
+        module = model.get_submodule(name)
+        try:
+            if "forward" in vars(module):
+                raise Unlike("its forward has been replaced")
+            ways[name], half = wirings(module, model.dtype)
+            if half:
+                reasons[name] = half
+        except Unlike as reason:
+            reasons[name] = str(reason)
+    if isinstance(native.library(), str) or not ways:
+        return {}, reasons
+    seen = _observed(model, list(ways))
     found, turns = dict[Any, Forward](), _Turns()
-    for name, (x, kwargs, expected, layer) in seen.items():
+    for name in ways:
+        if isinstance(seen[name], str):
+            reasons[name] = str(seen[name])
+            continue
+        x, kwargs, expected, layer = seen[name]
         module = model.get_submodule(name)
         angles = kwargs.get("position_embeddings")
         rotated = angles[0].shape[-1] if isinstance(angles, tuple) else 0
-        for wiring in wirings[name]:
+        for wiring in ways[name]:
             wiring = changed(wiring, rotated=min(wiring.rotated, rotated))
             own = _Replacement(module, wiring, model.dtype, turns)
             if _fits(own, x, kwargs, expected, layer):
                 found[module] = own.forward
                 break
-    return found
+        else:
+            reasons[name] = "its parts are known, but another wiring computes its output"
+    return found, reasons
 
 
 # ---- the test ------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def _observed(model: Any, names: list[str]) -> dict[str, tuple[Tensor, dict[str, Any], Tensor, ReservedLayer]]:
-    """For one token after a prompt: each block's input, arguments, output and cache, as the model itself has them."""
-    seen: dict[str, Any] = {}
+def _observed(model: Any, names: list[str]) -> dict[str, Any]:
+    """For one token after a prompt: each block's input, arguments, output and cache, as the model itself has them; or
+    why they are not of use."""
+    seen: dict[str, Any] = dict.fromkeys(names, "it is not called in each step")
     cache: Any = reserved(model, _PROMPT + 1)
     handles = []
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, kwargs: Any, out: Any) -> None:
-            index = getattr(_child(module, _ATTENTION), "layer_idx", None)
-            layer = cache.layers[index] if isinstance(index, int) else None
-            if len(args) == 1 and isinstance(out, Tensor) and type(layer) is ReservedLayer and layer.is_initialized:
+            index = getattr(child(module, ATTENTION), "layer_idx", None)
+            layer = cache.layers[index] if isinstance(index, int) and index < len(cache.layers) else None
+            if len(args) != 1 or not isinstance(out, Tensor):
+                seen[name] = "it is called with, or returns, more than one tensor"
+            elif type(layer) is not ReservedLayer or not layer.is_initialized:
+                seen[name] = "its cache is no plain list of keys and values"
+            else:
                 seen[name] = (args[0].clone(), kwargs, out.clone(), layer)
 
         return hook
@@ -176,8 +200,8 @@ def _observed(model: Any, names: list[str]) -> dict[str, tuple[Tensor, dict[str,
         for name in names:
             handles.append(model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True))
         model(input_ids=ids[:, _PROMPT:], **given)
-    except Exception:  # a model's own code can raise anything with a cache that it was not written for
-        return {}
+    except Exception as error:  # a model's own code can raise anything with a cache that it was not written for
+        return dict.fromkeys(names, f"the model fails with a reserved cache ({error!r:.100})")
     finally:
         for handle in handles:
             handle.remove()
@@ -200,135 +224,9 @@ def _fits(own: _Replacement, x: Tensor, kwargs: dict[str, Any], expected: Tensor
     if found is None:
         return False
     start = x.float()
-    pairs = [(found.float() - start, expected.float() - start, _ROUNDING[x.dtype] * float(expected.float().norm()))]
+    pairs = [(found.float() - start, expected.float() - start, ROUNDING[x.dtype] * float(expected.float().norm()))]
     pairs += [(a.float(), b.float(), 0.0) for a, b in zip(written, before, strict=True)]
     return all(float((a - b).norm()) <= _SAME[x.dtype] * float(b.norm()) + slack for a, b, slack in pairs)
-
-
-# ---- the parts of a block ------------------------------------------------------------------------------------------
-
-
-def _child(module: Any, names: tuple[str, ...]) -> Any:
-    return next((found for name in names if (found := getattr(module, name, None)) is not None), None)
-
-
-def _wirings(block: Any, dtype: torch.dtype) -> Iterator[Wiring]:
-    """The ways in which the parts of a block may be wired. Nothing if parts are missing, or there are others.
-
-    `gated` is empty and `down` None if the MLP is of another kind.
-    """
-    attention, mlp = _child(block, _ATTENTION), _child(block, _MLP)
-    if attention is None or mlp is None:
-        return
-    qkv = _joined(attention, (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)))
-    output = _joined(attention, (("o_proj",), ("dense",), ("out_proj",)))
-    gated = _joined(mlp, (("gate_proj", "up_proj"), ("gate_up_proj",))) if _nothing_else(mlp) else None
-    down = _joined(mlp, (("down_proj",),))
-    activation = _activation(_child(mlp, ("act_fn", "activation_fn")))
-    dense = gated is not None and down is not None and activation is not None
-    names = _norm_names(block)
-    head = getattr(attention, "head_dim", None)
-    if not (qkv and output and names) or not isinstance(head, int):
-        return
-    modules = [getattr(block, name) if name else None for name in names]
-    modules += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    norms = [None if module is None else _norm(module, dtype) for module in modules]
-    if any((norm is None) != (module is None) for norm, module in zip(norms, modules, strict=True)):
-        return
-    heads = output[0].shape[1] // head
-    shared = (sum(part.shape[0] for part in qkv) // head - heads) // 2
-    inside = {id(p) for p in mlp.parameters()}
-    if shared < 1 or not _nothing_else(block, inside):
-        return
-    wide = norms[4] is not None and len(norms[4].weight) != head
-    made = Wiring(
-        qkv, output[0], gated if dense and gated else (), down[0] if dense and down else None,
-        norms, heads, shared, head, head,
-        scale=float(getattr(attention, "scaling", head**-0.5)),
-        cap=float(getattr(attention, "attn_logit_softcapping", None) or 0.0),
-        residual=float(getattr(block, "residual_multiplier", 1.0)),
-        activation=activation or 0, whole=wide,
-    )  # fmt: skip
-    for pairs in (library.HALVES, library.NEIGHBORS, library.IN_ORDER):
-        yield changed(made, pairs=pairs)
-    yield changed(made, rotated=0)
-
-
-def _norm_names(block: Any) -> tuple[str | None, ...]:
-    """The names of the norms before attention, after it, before the MLP and after it. Empty if there are others."""
-    there = {name for name, module in block.named_children() if name.endswith("norm")}
-    return next((each for each in _NORMS if {name for name in each if name} == there), ())
-
-
-def _nothing_else(owner: nn.Module, apart: Collection[int] = ()) -> bool:
-    """Whether all parameters belong to packed linears and norms. apart: the ids of parameters that do not count."""
-    known = [each for each in owner.modules() if isinstance(each, QLinear) or type(each).__name__.endswith("Norm")]
-    counted = {id(p) for module in known for p in module.parameters()}
-    return all(id(p) in counted or id(p) in apart for p in owner.parameters())
-
-
-def _joined(owner: Any, choices: tuple[tuple[str, ...], ...]) -> list[Rows] | None:
-    """The packed weights of the first names that are all there; one weight if they are stacked. None without."""
-    for names in choices:
-        linears = [getattr(owner, name, None) for name in names]
-        if all(isinstance(linear, QLinear) for linear in linears):
-            return _rows(linears)
-    return None
-
-
-def _rows(linears: list[Any]) -> list[Rows] | None:
-    if isinstance(linears[0], Slice):
-        product = linears[0].product
-        if len(product.rows) != len(linears) or any(getattr(each, "product", None) is not product for each in linears):
-            return None
-        biases = [each.bias for each in linears]
-        bias = None
-        if any(each is not None for each in biases):
-            held = next(each for each in biases if each is not None)
-            bias = torch.cat([held.new_zeros(n) if b is None else b for b, n in zip(biases, product.rows, strict=True)])
-        parts = [(product.linear, bias)]
-    else:
-        parts = [(linear, linear.bias) for linear in linears]
-    made = []
-    for linear, bias in parts:
-        if linear.kernel is None or linear.kernel.name != "cpu" or linear.compute is not None:
-            return None
-        order = linear._buffers["permutation"]
-        made.append(Rows(linear.codec, linear.prepared, linear.shape, None if bias is None else bias.detach(), order))
-    return made
-
-
-def _norm(module: Any, dtype: torch.dtype) -> Norm | None:
-    """The norm that gives the module's results, for a weight that is multiplied as it is, or with one added."""
-    own = dict(module.named_parameters())
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    weight = own.get("weight")
-    if weight is None or len(own) > 1 or weight.dim() != 1 or not isinstance(eps, float) or module._forward_hooks:
-        return None
-    generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(2, len(weight), generator=generator, dtype=torch.float32, device="cpu")
-    x = (x * torch.tensor([[1.0], [1e-3]], dtype=torch.float32, device="cpu")).to(dtype)  # the second shows eps
-    with torch.inference_mode():
-        expected = module(x).float()
-        plain = x.float() * (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
-        for each in (weight.detach().float(), 1 + weight.detach().float()):
-            if float((plain * each - expected).norm()) <= _ROUNDING[dtype] * 10 * float(expected.norm()):
-                return Norm(each.clone(), eps)
-    return None
-
-
-def _activation(module: Any) -> int | None:
-    if module is None:
-        return None
-    x = torch.linspace(-4, 4, 65, dtype=torch.float32, device="cpu")
-    known = {
-        library.SILU: nn.functional.silu(x),
-        library.TANH: nn.functional.gelu(x, approximate="tanh"),
-        library.ERF: nn.functional.gelu(x),
-    }
-    with torch.inference_mode():
-        found = module(x)
-    return next((kind for kind, y in known.items() if torch.allclose(found, y, atol=1e-6, rtol=1e-5)), None)
 
 
 # ---- the forward ---------------------------------------------------------------------------------------------------
@@ -366,17 +264,17 @@ class _Replacement:
     def __init__(self, module: Any, wiring: Wiring, dtype: torch.dtype, turns: _Turns) -> None:
         self.plain: Forward = module.forward
         self.block, self.dtype = Block(wiring, dtype), dtype
-        self.layer: int = _child(module, _ATTENTION).layer_idx
+        self.layer: int = child(module, ATTENTION).layer_idx
         self.shape, self.rotated = (wiring.shared, wiring.head), wiring.rotated
         self.turns = turns
         # The second half by the module's own parts, if the library computes the first half only.
-        mlp = None if wiring.gated else _child(module, _MLP)
-        before, after = (getattr(module, name) if name else None for name in _norm_names(module)[2:])
+        mlp = None if wiring.gated else child(module, MLP)
+        before, after = (getattr(module, name) if name else None for name in norm_names(module)[2:])
         self.rest, self.residual = None if mlp is None else (before, mlp, after), wiring.residual
         apart = set() if mlp is None else set(mlp.modules())
         inner = [each for each in module.modules() if each is not module and each not in apart]
         packed = [each for each in inner if isinstance(each, Packed)]
-        self.parts = [(m._modules, name, child) for m in (module, *inner) for name, child in m.named_children()]
+        self.parts = [(m._modules, name, part) for m in (module, *inner) for name, part in m.named_children()]
         self.parts += [(each._parameters, "weight", each.held) for each in packed if "weight" in each._parameters]
         self.hooks = [hooks for each in inner for hooks in (each._forward_hooks, each._forward_pre_hooks)]
         self.owned = [vars(each) for each in inner]
