@@ -10,7 +10,7 @@ from fewbit.advise import doctor
 from fewbit.api import quantize
 from fewbit.plans.plan import Plan, find
 from fewbit.system import native
-from tests import architectures, models
+from tests import architectures
 from tests.e2e.conftest import Fewbit
 
 pytestmark = pytest.mark.skipif(isinstance(native.available(), str), reason="needs the compiled CPU library")
