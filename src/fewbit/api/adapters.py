@@ -29,7 +29,7 @@ from fewbit.plans.plan import format_of
 from fewbit.report import progress as report_progress
 from fewbit.report.card import model_card
 from fewbit.report.results import Finetuned, Merged
-from fewbit.system import ambient, heap, locks, machine, publish, timing
+from fewbit.system import ambient, heap, locks, machine, publish, ranks, timing
 from fewbit.system.cache import cache_folder
 from fewbit.system.files import read_json, write_json, write_text
 from fewbit.texts import calibration as texts_calibration
@@ -56,67 +56,80 @@ def finetune(
     If `model` is quantized, this is QLoRA. data: a .txt file, or a .jsonl file of {"text"}, {"messages"} or
     {"prompt", "completion"} lines; in chats, only the assistant's answers count in the loss. dtype: of activations and
     unquantized weights; by default float32 on a CPU, the checkpoint's own on a GPU. `out` is written atomically.
+    Under torchrun, all processes make this call: each trains on its own batches, so a step has `tuning.batch` examples
+    of every process, and rank 0 writes the output.
     PlanError, before any work, for an invalid request; FormatError, with file and line, for broken data; NumericsError
     if a loss or gradient is not finite: `out` then holds the adapter of the last good step, if there was one.
     """
-    elapsed, out = timing.timed(), publish.check_output(out, overwrite=overwrite)
-    loading = Loading(machine.device(device), dtype, trust_remote_code=trust_remote_code).exact()
-    tuning = tuning or Tuning()
-    need_peft()
-    text = sources.load_text(data)
-    source = locate(model)
-    publish.check_not_lost(out, source.origin, source.folder, *([data] if isinstance(data, str) else []))
-    most = source.context
-    if tuning.length > most and tuning.length != Tuning.length:
-        raise PlanError(f"`length={tuning.length}` is beyond the model's context of {most} tokens")
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    every, notes = examples(text, tokenizer, min(tuning.length, most))
-    for example in every:
-        windows.within(torch.tensor(example.ids, dtype=torch.int64, device="cpu"), source.rows, tokenizer, text.name)
-    training, held_out = split(every, tuning.held_out, tuning.seed)
-    # Peak for SmolLM2 with 4 x 128 tokens: 0.6 GB; with the default threshold of 4 MiB it is 1.0 GB.
-    heap.return_freed(1 << 18)
-    from fewbit.models.adapters.train import train  # slow to import, and PEFT is an extra
+    elapsed = timing.timed()
+    with ranks.joined(device) as device:
+        out = publish.named(out)
+        if ranks.first():
+            publish.check_output(out, overwrite=overwrite)
+        loading = Loading(machine.device(device), dtype, trust_remote_code=trust_remote_code).exact()
+        tuning = tuning or Tuning()
+        need_peft()
+        text = sources.load_text(data)
+        source = locate(model)
+        publish.check_not_lost(out, source.origin, source.folder, *([data] if isinstance(data, str) else []))
+        most = source.context
+        if tuning.length > most and tuning.length != Tuning.length:
+            raise PlanError(f"`length={tuning.length}` is beyond the model's context of {most} tokens")
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        every, notes = examples(text, tokenizer, min(tuning.length, most))
+        for example in every:
+            ids = torch.tensor(example.ids, dtype=torch.int64, device="cpu")
+            windows.within(ids, source.rows, tokenizer, text.name)
+        training, held_out = split(every, tuning.held_out, tuning.seed)
+        # Peak for SmolLM2 with 4 x 128 tokens: 0.6 GB; with the default threshold of 4 MiB it is 1.0 GB.
+        heap.return_freed(1 << 18)
+        from fewbit.models.adapters.train import train  # slow to import, and PEFT is an extra
 
-    with report_progress.steps(progress) as tell:
-        loaded = load_model(source, loading, for_text=True)
-        publish.check_space({out.resolve(): _most_bytes(loaded, tuning)})
-        pad = _padding(tokenizer, source.rows)
-        done = train(loaded, source.address, pad, training, held_out, tuning, tell)
-    if done.stopped and not done.steps:
-        raise NumericsError(f"{done.stopped}: nothing was learned, and nothing is saved", _LOWER_RATE)
+        with report_progress.steps(progress) as tell:
+            loaded = load_model(source, loading, for_text=True)
+            if ranks.first():
+                publish.check_space({out.resolve(): _most_bytes(loaded, tuning)})
+            ranks.agreed(None)  # an error before the training is found here
+            pad = _padding(tokenizer, source.rows)
+            done = train(loaded, source.address, pad, training, held_out, tuning, tell)
+        if done.stopped and not done.steps:
+            raise NumericsError(f"{done.stopped}: nothing was learned, and nothing is saved", _LOWER_RATE)
 
-    def save(folder: Path) -> None:
-        with safetensors_errors():
-            done.model.save_pretrained(folder, save_embedding_layers=False)
-            if (known := scales.of_model(loaded)) is not None:
-                scales.write_record(folder, known, source.address)
+        def save(folder: Path) -> None:
+            with safetensors_errors():
+                done.model.save_pretrained(folder, save_embedding_layers=False)
+                if (known := scales.of_model(loaded)) is not None:
+                    scales.write_record(folder, known, source.address)
 
-    try:
-        with publish.published(out, overwrite=overwrite) as folder:
-            save(folder)
-    except (OutputError, PlanError) as error:
-        raise publish.rescued(error, out, save) from error
-    if done.stopped:
-        raise NumericsError(f"{done.stopped}: {out} holds the adapter as of step {done.steps}", _LOWER_RATE)
-    parameters = list(done.model.parameters())
-    return Finetuned(
-        out=str(out),
-        model=str(model),
-        notes=notes,
-        examples=len(training),
-        held_out_examples=len(held_out),
-        tokens=sum(sum(e.learned) for e in training),
-        steps=done.steps,
-        loss=done.loss,
-        held_out_before=done.before,
-        held_out_after=done.after,
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        nbytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
-        seconds=elapsed(),
-        peak=memory.now().peak,
-        gpu_peak=memory.on_gpus(),
-    )
+        def published() -> int:
+            try:
+                with publish.published(out, overwrite=overwrite) as folder:
+                    save(folder)
+            except (OutputError, PlanError) as error:
+                raise publish.rescued(error, out, save) from error
+            return sum(file.stat().st_size for file in out.glob("*.safetensors"))
+
+        nbytes = ranks.run_on_first(published)
+        if done.stopped:
+            raise NumericsError(f"{done.stopped}: {out} holds the adapter as of step {done.steps}", _LOWER_RATE)
+        parameters = list(done.model.parameters())
+        return Finetuned(
+            out=str(out),
+            model=str(model),
+            notes=notes,
+            examples=len(training),
+            held_out_examples=len(held_out),
+            tokens=sum(sum(e.learned) for e in training),
+            steps=done.steps,
+            loss=done.loss,
+            held_out_before=done.before,
+            held_out_after=done.after,
+            trainable=sum(p.numel() for p in parameters if p.requires_grad),
+            nbytes=nbytes,
+            seconds=elapsed(),
+            peak=memory.now().peak,
+            gpu_peak=memory.on_gpus(),
+        )
 
 
 def _padding(tokenizer: Any, rows: int | None) -> int:

@@ -15,6 +15,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
@@ -29,7 +30,7 @@ from fewbit.models.loading import Loading
 from fewbit.plans.budget import Budget
 from fewbit.plans.plan import Plan, find
 from fewbit.settings import checks_of
-from fewbit.system import publish
+from fewbit.system import publish, ranks
 from fewbit.system.files import parse_json
 from fewbit.texts.calibration import Calibration
 
@@ -50,10 +51,12 @@ SAMPLES = 16  # default number of windows of a text to measure quality on
 def checked(verb: Callable[P, R]) -> Callable[P, R]:
     """Decorate `verb`: check each argument by its name and convert it before the call.
 
-    While it runs, no other process can make the same output.
+    While it runs, no other process can make the same output. Under torchrun, a verb that is not in `ranks.SHARED` or
+    `ranks.EACH` runs in rank 0 only.
     """
     signature = inspect.signature(verb)
     logger = logging.getLogger(verb.__module__)
+    alone = verb.__name__ not in ranks.SHARED + ranks.EACH
     if missing := signature.parameters.keys() - _CHECKS.keys():
         raise RuntimeError(f"{verb.__name__}: api/arguments.py has no check for {', '.join(sorted(missing))}")
 
@@ -64,7 +67,7 @@ def checked(verb: Callable[P, R]) -> Callable[P, R]:
             parameter = signature.parameters[name]
             if value is not None or not (parameter.default is None or str(parameter.annotation).endswith("| None")):
                 bound.arguments[name] = _CHECKS[name](name, value)
-        with publish.claims():
+        with ranks.one_process(verb.__name__) if alone else nullcontext(), publish.claims():
             result = verb(*bound.args, **bound.kwargs)
         for note in getattr(result, "notes", ()):  # the command line prints them
             logger.warning("%s", note)

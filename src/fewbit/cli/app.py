@@ -6,7 +6,7 @@ import io
 import os
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -28,6 +28,7 @@ from fewbit.cli import (
 )
 from fewbit.cli.options import WithMethodOptions, method_flags
 from fewbit.errors import FewbitError, PeerError, PlanError, in_flags
+from fewbit.system import ranks
 
 app = typer.Typer(
     name="fewbit",
@@ -38,7 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_SHARED = ("quantize", "imatrix", "evaluate", "run")  # commands that can share work among torchrun processes
+_SHARED = (*ranks.SHARED, "run")  # commands that can share work among torchrun processes
 
 app.command(cls=WithMethodOptions)(quantize.quantize)
 app.command()(convert.convert)
@@ -83,16 +84,24 @@ def _note(message: Warning | str, *where: Any, **more: Any) -> None:
 
 
 def _among_others(arguments: list[str]) -> None:
-    """Under torchrun, only rank 0 shows warnings. PlanError for a command that runs in one process."""
+    """Under torchrun, only rank 0 shows warnings. PlanError for what several processes cannot do."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         return
     if os.environ["RANK"] != "0":
         warnings.showwarning = lambda *args, **more: None
+    # Experts without tokens have no gradient, so training looks for such weights, and torch warns if there are none.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if arguments and not arguments[0].startswith("-") and arguments[0] not in _SHARED:
-        message = f"{arguments[0]} runs in one process"
-        if os.environ["RANK"] != "0":
-            raise PeerError(message, reported=True)
-        raise PlanError(message, f"torchrun is for {', '.join(_SHARED)}.")
+        _refuse(f"{arguments[0]} runs in one process", f"torchrun is for {', '.join(_SHARED)}.")
+    if arguments[:1] != ["run"] and any(each == "-" or each.endswith("=-") for each in arguments):
+        _refuse("- stands for stdin, which several processes cannot share", "Give a file.")
+
+
+def _refuse(message: str, hint: str) -> NoReturn:
+    """Raise an error that rank 0 prints for all."""
+    if os.environ["RANK"] != "0":
+        raise PeerError(message, reported=True)
+    raise PlanError(message, hint)
 
 
 def _given(arguments: list[str]) -> tuple[list[str], bool]:

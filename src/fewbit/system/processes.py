@@ -112,10 +112,11 @@ def command(module: str, *arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The environment of such a process: it imports the same copy of the package, installed or not."""
+    """The environment of such a process: it imports the same copy of the package, and is no rank of torchrun's."""
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path}
+    inherited = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
+    return {**inherited, "PYTHONPATH": path}
 
 
 def _outcome(result: Mapping[str, Any] | None, status: int) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -27,6 +29,9 @@ T = TypeVar("T")
 # Long, because one rank may work alone for hours. A rank that died is detected by its closed connections, not by this.
 _TIMEOUT = timedelta(days=2)
 _FAILED = "failed"
+
+SHARED = ("quantize", "imatrix", "evaluate", "finetune")  # verbs, and commands, whose work all processes share
+EACH = ("load", "generate", "inspect", "estimate", "recommend", "preview")  # verbs that any process may call by itself
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,12 @@ _runs = (
 )  # numbers the runs, so that keys of an earlier run in the store are not mixed up with this run's
 
 
+_alone: ContextVar[bool] = ContextVar("alone", default=False)  # inside `one_process`
+
+
 def launched() -> int:
-    """How many processes `torchrun` started; 1 where it did not start this one."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torch need not be imported to know
+    """How many processes `torchrun` started; 1 where it did not start this one, and inside `one_process`."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or _alone.get():  # torch need not be imported to know
         return 1
     return int(os.environ["WORLD_SIZE"]) if dist.is_available() and dist.is_torchelastic_launched() else 1
 
@@ -67,6 +75,21 @@ def size() -> int:
 def first() -> bool:
     """Whether this is rank 0, the only one that writes files."""
     return rank() == 0
+
+
+@contextmanager
+def one_process(verb: str) -> Iterator[None]:
+    """Run a verb that does not share its work. Rank 0 may call it and computes alone; PlanError in the others."""
+    if (count := launched()) > 1 and os.environ["RANK"] != "0":
+        raise PlanError(
+            f"{verb} runs in one process, and this is process {os.environ['RANK']} of {count}",
+            "Call it only where the variable RANK is 0, or without torchrun.",
+        )
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 @contextmanager
@@ -131,12 +154,15 @@ def _own(device: Device) -> str:
 
 
 @contextmanager
-def _peer_errors() -> Iterator[None]:
+def peer_errors(*, computes: bool = False) -> Iterator[None]:
+    """Replace errors of communication by PeerError. computes: the block also computes; its other errors stay."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # gloo raises plain RuntimeError for a closed connection
+        if not _world or (computes and not re.search("gloo|NCCL", str(error))):
+            raise
         raise PeerError(
             "another process of this run has ended, or cannot be reached",
             f"PyTorch says: {str(error).partition(chr(10))[0][:200]}\nRun the same command again to resume.",
@@ -166,7 +192,7 @@ def owners(costs: Sequence[float]) -> list[int]:
 def all_reduce(values: Tensor) -> Tensor:
     """All-reduce: replace `values` in place by the sum over all ranks. Returns `values`."""
     if _world:
-        with _peer_errors():
+        with peer_errors():
             dist.all_reduce(values)
     return values
 
@@ -174,7 +200,7 @@ def all_reduce(values: Tensor) -> Tensor:
 def broadcast(values: Tensor, owner: int) -> None:
     """Broadcast: replace `values` in place by those of rank `owner`."""
     if _world:
-        with _peer_errors():
+        with peer_errors():
             sent = values.contiguous()
             dist.broadcast(sent, owner)
             if sent.data_ptr() != values.data_ptr():
@@ -186,7 +212,7 @@ def all_gather(value: T) -> list[T]:
     if not _world:
         return [value]
     found: list[T | None] = [None] * size()
-    with _peer_errors():
+    with peer_errors():
         dist.all_gather_object(found, value)
     return cast(list[T], found)
 
@@ -196,7 +222,7 @@ def gather_to_first(value: T) -> list[T]:
     if not _world:
         return [value]
     found: list[T | None] = [None] * size()
-    with _peer_errors():
+    with peer_errors():
         dist.gather_object(value, found if first() else None, dst=0)
     return cast(list[T], found) if first() else []
 
@@ -206,7 +232,7 @@ def run_on_first(make: Callable[[], T]) -> T:
     if not _world:
         return make()
     held = [make() if first() else None]
-    with _peer_errors():
+    with peer_errors():
         dist.broadcast_object_list(held, src=0)
     return cast(T, held[0])
 

@@ -1,4 +1,8 @@
-"""Train a LoRA with transformers' `Trainer`. The base model, packed or not, stays unchanged."""
+"""Train a LoRA with transformers' `Trainer`. The base model, packed or not, stays unchanged.
+
+Several ranks train in data parallel, by torch's DistributedDataParallel. Each has the whole model and its own batches.
+The gradients of the adapter are averaged over all learned tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners import tuners_utils
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fewbit.errors import NumericsError, PlanError
@@ -21,6 +26,7 @@ from fewbit.models.adapters.attach import quiet
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.linears import LINEARS, is_linear
 from fewbit.nn.layers import QLinear
+from fewbit.system import ranks
 from fewbit.texts.examples import Example
 
 Progress = Callable[[int, int, float], None]  # steps done, steps in total, loss of the last step
@@ -62,7 +68,11 @@ def train(
     before = held_out_loss(adapted, held_out, tuning.batch, pad)
     if before is not None and not math.isfinite(before):
         raise NumericsError(f"the loss of {name} is {before} before any training", "Its weights may be damaged.")
-    steps, watcher, stopped = tuning.steps_for(len(training)), _Watcher(progress), None
+    steps, watcher, stopped = tuning.steps_for(len(training), ranks.size()), _Watcher(progress), None
+    if ranks.size() > 1:  # all ranks read the same base model: only the adapter needs to be sent
+        base = [name for name, each in adapted.named_parameters() if not each.requires_grad]
+        base += [name for name, _ in adapted.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(adapted, base)
     with tempfile.TemporaryDirectory() as scratch:  # the Trainer requires an output folder, but writes nothing
         trainer = _Trainer(
             adapted,
@@ -73,7 +83,8 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         try:
-            trainer.train()
+            with ranks.peer_errors(computes=True):
+                trainer.train()
         except _NotFinite as problem:
             stopped = f"{problem} in step {watcher.done + 1} of {steps}"
             watcher.go_back(adapted)
@@ -85,20 +96,22 @@ def train(
 
 
 def held_out_loss(model: Any, examples: Sequence[Example], batch: int, pad: int) -> float | None:
-    """Nats per learned token over all examples; None if there are none."""
+    """Nats per learned token over all examples, which are split among ranks; None if there are none."""
     if not examples:
         return None
     model.eval()
     total, count = 0.0, 0
+    own = [examples[i] for i in ranks.part(len(examples))]
     with torch.inference_mode():
-        for start in range(0, len(examples), batch):
-            tensors = {k: v.to(model.device) for k, v in batch_of(examples[start : start + batch], pad).items()}
+        for start in range(0, len(own), batch):
+            tensors = {k: v.to(model.device) for k, v in batch_of(own[start : start + batch], pad).items()}
             labels = tensors.pop("labels")[:, 1:]
             logits = model(**tensors, use_cache=False).logits[:, :-1]
             counted = labels != _IGNORED
             total += float(nn.functional.cross_entropy(logits[counted].float(), labels[counted], reduction="sum"))
             count += int(counted.sum())
-    return total / count
+    both = ranks.all_reduce(torch.tensor([total, count], dtype=torch.float64, device="cpu"))
+    return float(both[0] / both[1])
 
 
 def batch_of(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
@@ -199,8 +212,8 @@ class _NotFinite(Exception):
 class _Trainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise _NotFinite(f"the loss is {float(loss)}")
+        if ranks.all_reduce((~torch.isfinite(loss)).float().reshape(1)):  # all ranks must stop at the same step
+            raise _NotFinite(f"the loss is {float(loss)}" if not torch.isfinite(loss) else "a loss is not finite")
         return loss
 
 

@@ -56,6 +56,7 @@ class Tuning(Settings):
         """LoRA's alpha."""
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
-    def steps_for(self, examples: int) -> int:
-        """Number of optimizer steps for this number of examples."""
-        return self.steps or max(1, ceil(self.epochs * ceil(ceil(examples / self.batch) / self.accumulate)))
+    def steps_for(self, examples: int, processes: int = 1) -> int:
+        """Number of optimizer steps for this number of examples, of which each process takes its own batches."""
+        batches = ceil(ceil(examples / self.batch) / processes)
+        return self.steps or max(1, ceil(self.epochs * ceil(batches / self.accumulate)))
