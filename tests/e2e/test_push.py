@@ -17,6 +17,7 @@ import fewbit
 from fewbit.api.push import preview
 from fewbit.errors import FormatError, OutputError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
+from fewbit.formats.containers.safetensors import read_file, write_file
 from fewbit.models.describe import describe
 from fewbit.models.source import locate
 from fewbit.pipeline import replacing
@@ -216,6 +217,96 @@ def test_no_folder_of_this_machine_in_configs(hub: Hub, folder: Path, tmp_path: 
     assert json.loads(files["tokenizer_config.json"]) == said | token | {"name_or_path": "tiny"}
 
 
+def secret(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose path says who the user is, who is logged in."""
+    monkeypatch.setenv("HOME", str(place / "home" / "jane-doe"))
+    made = place / "home" / "jane-doe" / "work"
+    made.mkdir(parents=True)
+    return made
+
+
+def leaked(hub: Hub) -> list[str]:
+    """The uploaded files that have a byte of the user's name or token."""
+    files = hub.repositories["org/name"].files
+    return [name for name, data in files.items() if b"jane-doe" in data or stand_in.TOKEN.encode() in data]
+
+
+@pytest.mark.parametrize("plan", ["awq-4bit", "nf4", "q8_0"])
+def test_no_byte_of_an_output_names_the_user(
+    plan: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = secret(tmp_path, monkeypatch)
+    models.save(work / "model", "llama", hidden_size=256)
+    out = work / ("out.gguf" if plan == "q8_0" else "out")
+    fewbit.quantize(work / "model", out, plan=plan, device="cpu", progress=False)
+    fewbit.push(out, "org/name")
+    assert leaked(hub) == []
+
+
+def test_no_byte_of_others_files_names_the_user(
+    hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What trainers and other programs leave in a folder: metadata of weights, logs, cards and settings."""
+    work = secret(tmp_path, monkeypatch)
+    mine = Path(shutil.copytree(folder, work / "mine"))
+    tensors, _ = read_file(mine / "model.safetensors")
+    inner = json.dumps({"_name_or_path": f"{work}/tiny"})
+    metadata = {"format": "pt", "from": f"{work}/tiny", "config": inner, "said": f"made of {work}/tiny by me"}
+    write_file(mine / "model.safetensors", tensors, metadata)
+    before = (mine / "model.safetensors").read_bytes()
+    card = f"---\nbase_model: {work}/tiny\n---\nIn `{work}/a/b.txt`, {work.parent}."
+    (mine / "README.md").write_text(card, encoding="utf-8")
+    (mine / "trainer_state.json").write_text(
+        json.dumps({"log": f"saved to {work}/x", f"{work}/y": 1}), encoding="utf-8"
+    )
+    (mine / "args.yaml").write_text(f"output_dir: {work}/out\n", encoding="utf-8")
+    listed = preview(mine, "org/name")
+    done = fewbit.push(mine, "org/name")
+    files = hub.repositories["org/name"].files
+    assert leaked(hub) == []
+    assert listed.files == done.files == {name: len(data) for name, data in files.items()}
+    assert files["README.md"] == b"---\nbase_model: tiny\n---\nIn `b.txt`, ~."
+    assert json.loads(files["trainer_state.json"]) == {"log": "saved to x", "y": 1}
+    assert len([note for note in done.notes if "only the last part is uploaded" in note]) == 2
+    assert (mine / "model.safetensors").read_bytes() == before
+    (tmp_path / "there.safetensors").write_bytes(files["model.safetensors"])
+    there, said = read_file(tmp_path / "there.safetensors")
+    assert said == {"format": "pt", "from": "tiny", "config": '{"_name_or_path": "tiny"}', "said": "made of tiny by me"}
+    assert all(there[name].equal(tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [(b"\xff\x00 of %s/x", "x.bin_log has a path of this machine"), (b"key: %s", "has your token of the Hub")],
+)
+def test_what_cannot_be_cut_is_refused(
+    data: bytes, says: str, hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = secret(tmp_path, monkeypatch)
+    mine = Path(shutil.copytree(folder, work / "mine"))
+    value = stand_in.TOKEN if b"key" in data else str(work)
+    (mine / "x.bin_log").write_bytes(data % value.encode())
+    with pytest.raises(PlanError, match=says):
+        fewbit.push(mine, "org/name")
+    assert hub.requests == []
+
+
+def test_an_adapter_arrives_without_its_base_path(
+    hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = secret(tmp_path, monkeypatch)
+    shutil.copytree(folder, work / "tiny-4bit")
+    (work / "data.txt").write_text("Once upon a time there was a garden. " * 40, encoding="utf-8")
+    tuning = fewbit.Tuning(steps=1, length=32, batch=1)
+    fewbit.finetune(work / "tiny-4bit", work / "adapter", data=str(work / "data.txt"), tuning=tuning, progress=False)
+    assert b"jane-doe" in (work / "adapter" / "adapter_config.json").read_bytes()
+    fewbit.push(work / "adapter", "org/name")
+    files = hub.repositories["org/name"].files
+    assert leaked(hub) == []
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "tiny-4bit"
+    assert files["adapter_model.safetensors"] == (work / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
 def test_the_chart_of_a_report_goes_into_the_card(hub: Hub, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="has no chart"):
         fewbit.push(folder, "org/chart", report=tmp_path)
@@ -245,7 +336,7 @@ def broken(kind: str, folder: Path, place: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("adapter", "is an adapter, not a model"),
+        ("adapter", "is an adapter without adapter_model.safetensors"),
         ("incomplete", r"tokenizer\.json of its record fewbit\.json are missing"),
         ("no config", "has no config.json"),
         ("no weights", "has no weights"),

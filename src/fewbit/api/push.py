@@ -7,9 +7,10 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from fewbit.formats.containers.safetensors import (
     ORIGINAL_CARD,
     folders_left_out,
     other_weights,
+    replace_metadata,
     side_files,
 )
 from fewbit.models.calls import first_line
@@ -54,14 +56,16 @@ _CHARTS = ("quality-size.png", "quality-size.svg")  # of a report of `compare`; 
 class _Upload:
     """What is to be uploaded.
 
-    files: name in the repository -> a local file, or the content. keys: of the first GGUF file, to replace in a copy.
+    name: of the model. files: name in the repository -> a local file, or the content. cuts: name -> what to do to a
+    copy of a large file before it is uploaded. gguf: whether it is a GGUF file.
     """
 
     repo: str
-    source: Source
+    name: str
     files: dict[str, Path | bytes]
     notes: list[str]
-    keys: dict[str, tuple[str, str]] = field(default_factory=dict)
+    cuts: dict[str, Callable[[Path], None]] = field(default_factory=dict)
+    gguf: bool = False
 
     def sizes(self) -> dict[str, int]:
         return {
@@ -81,15 +85,16 @@ def push(
     message: str | None = None,
     progress: bool | None = None,
 ) -> Pushed:
-    """Upload `model`, a folder or a GGUF file, to the repository `repo` of the Hugging Face Hub, in one commit.
+    """Upload `model` to the repository `repo` of the Hugging Face Hub, in one commit.
 
+    model: a folder, a GGUF file or an adapter.
     The token is that of huggingface_hub (`hf auth login`, or the variable HF_TOKEN). A repository that does not exist
     is created, private unless `public`. The model card is the folder's; for a GGUF file, it is made from the record in
     it. report: folder of a comparison by `compare`, whose chart goes into the card. revision: the branch; it is created
     if needed. message: of the commit.
-    PlanError before any upload if the model is incomplete, the name is wrong, there is no token, or the repository
-    exists and is public (private with `public`). OutputError if the upload fails; the same call then uploads what is
-    missing.
+    PlanError before any upload if the model is incomplete, the name is wrong, there is no token, a file has a path of
+    this machine that cannot be cut, or the repository exists and is public (private with `public`). OutputError if the
+    upload fails; the same call then uploads what is missing.
     """
     upload = _prepared(model, repo, report)
     if constants.HF_HUB_OFFLINE:
@@ -97,7 +102,7 @@ def push(
     if get_token() is None:
         raise PlanError("there is no token for the Hub", "Log in by hf auth login, or set HF_TOKEN.")
     with _shown(repo, progress), _as_error(repo), _without_paths(upload) as upload:
-        return _uploaded(upload, public, revision, message or f"Upload {upload.source.origin.name} by fewbit")
+        return _uploaded(upload, public, revision, message or f"Upload {upload.name} by fewbit")
 
 
 def preview(model: str | Path, repo: str, *, report: str | Path | None = None) -> Pushed:
@@ -113,11 +118,19 @@ def _prepared(model: str | Path, repo: str, report: str | Path | None) -> _Uploa
         raise PlanError(f"{model} is a model of fewbit, not an output", "Give the folder or file to upload.")
     path = Path(model).expanduser().absolute()
     _check_place(path, str(model))
-    source = locate(path)
-    record = describe(source).made
-    if source.gguf is not None:
-        return _of_gguf(source, repo, record, _chart(report))
-    return _of_folder(source, repo, record, _chart(report))
+    if (path / shared.ADAPTER).is_file():
+        if report is not None:
+            raise PlanError("`report`: an adapter's card has no chart", "Omit it.")
+        upload = _of_adapter(path, repo)
+    else:
+        source = locate(path)
+        record = describe(source).made
+        made = _of_folder if source.gguf is None else _of_gguf
+        upload = made(source, repo, record, _chart(report))
+    own = shared.own_places(path)
+    for name, each in upload.files.items():
+        shared.check_nothing_private(name, each, own, get_token(), cut=name in upload.cuts)
+    return upload
 
 
 def _check_name(repo: str) -> None:
@@ -139,11 +152,10 @@ def _check_place(path: Path, name: str) -> None:
         raise PlanError(f"{name}: no such folder or file", "Give the output of fewbit quantize.")
     if path.is_file():
         return
-    if (path / "adapter_config.json").is_file():
-        raise PlanError(
-            f"{name} is an adapter, not a model",
-            f"Upload it by hf upload OWNER/NAME {name}, or merge it first: fewbit merge MODEL {name} -o OUT.",
-        )
+    if (path / shared.ADAPTER).is_file():
+        if not (path / shared.ADAPTER_WEIGHTS).is_file():
+            raise FormatError(f"{name} is an adapter without {shared.ADAPTER_WEIGHTS}", "Save it as safetensors.")
+        return
     unfinished = list(path.glob("block-*.safetensors")) or re.search(r"^\..*\.fewbit-\w+$", path.name)
     if unfinished or path.resolve().is_relative_to((cache_folder() / "runs").resolve()):
         raise PlanError(f"{name} is an unfinished run", "Repeat the command that made it: it resumes.")
@@ -170,7 +182,7 @@ def _of_folder(source: Source, repo: str, record: dict[str, Any], chart: Path | 
     files: dict[str, Path | bytes] = {name: folder / name for name in sorted({*names})}
     notes = [f"left out: {each.name}, which is no part of the model" for each in other_weights(folder)]
     notes += [f"left out: the folder {each.name}, which has weights of its own" for each in folders_left_out(folder)]
-    files.update(shared.cut_files(folder, list(files)))
+    cuts = _cut(folder, files, notes)
     made = record or records.bare(source)
     picture = _added(files, chart)
     own = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
@@ -178,16 +190,41 @@ def _of_folder(source: Source, repo: str, record: dict[str, Any], chart: Path | 
         files[CARD] = model_card(made, repo, chart=picture).encode()
     elif picture:
         notes.append(f"{CARD} was edited, so it stays as it is; {picture} is uploaded beside it")
-    return _Upload(repo, source, dict(sorted(files.items())), notes)
+    return _Upload(repo, folder.name, dict(sorted(files.items())), notes, cuts)
+
+
+def _of_adapter(folder: Path, repo: str) -> _Upload:
+    names = [shared.ADAPTER_WEIGHTS, *(name for name in (RECORD, CARD) if (folder / name).is_file())]
+    files: dict[str, Path | bytes] = {name: folder / name for name in names}
+    files |= {path.as_posix(): folder / path for path in side_files(folder)}
+    notes: list[str] = []
+    cuts = _cut(folder, files, notes)
+    return _Upload(repo, folder.name, dict(sorted(files.items())), notes, cuts)
+
+
+def _cut(folder: Path, files: dict[str, Path | bytes], notes: list[str]) -> dict[str, Callable[[Path], None]]:
+    """Cut the paths of this machine in `files`. The result is for the safetensors files, which need a copy."""
+    texts = shared.cut_files(folder, list(files))
+    files.update(texts)
+    said = [name for name in texts if not name.endswith(".json")]
+    notes += [f"of the paths of this machine in {name}, only the last part is uploaded" for name in said]
+    cuts: dict[str, Callable[[Path], None]] = {}
+    for name, file in files.items():
+        if isinstance(file, Path) and (metadata := shared.cut_metadata(file, folder)) is not None:
+            cuts[name] = partial(replace_metadata, metadata=metadata)
+    return cuts
 
 
 def _of_gguf(source: Source, repo: str, record: dict[str, Any], chart: Path | None) -> _Upload:
     files: dict[str, Path | bytes] = {file.name: file for file in source.files}
     picture = _added(files, chart)
     files[CARD] = model_card(record or records.bare(source), repo, source.files[0].name, picture).encode()
-    keys = shared.cut_keys(GgufFile(source.files[0]))
-    notes = [f"of the paths of this machine in {source.files[0].name}, only the last part is uploaded"] if keys else []
-    return _Upload(repo, source, dict(sorted(files.items())), notes, keys)
+    notes, cuts = [], dict[str, Callable[[Path], None]]()
+    for file in source.files:
+        if keys := shared.cut_keys(GgufFile(file)):
+            notes.append(f"of the paths of this machine in {file.name}, only the last part is uploaded")
+            cuts[file.name] = partial(replace_strings, strings=keys)
+    return _Upload(repo, source.origin.name, dict(sorted(files.items())), notes, cuts, gguf=True)
 
 
 def _chart(report: str | Path | None) -> Path | None:
@@ -211,20 +248,21 @@ def _added(files: dict[str, Path | bytes], chart: Path | None) -> str:
 
 @contextmanager
 def _without_paths(upload: _Upload) -> Iterator[_Upload]:
-    """The upload, with a copy of a GGUF file that has paths of this machine. PlanError without room for it."""
-    if not upload.keys:
-        yield upload
-        return
-    first = upload.source.files[0]
-    parent = first.parent if os.access(first.parent, os.W_OK) else Path(tempfile.gettempdir())
-    held = locks.scratch(parent / f".{first.name[:100]}.fewbit-push")
-    try:
-        publish.check_space({parent: first.stat().st_size}, "The paths in the file are cut in a copy. Free some space.")
-        copy = Path(shutil.copyfile(first, held.folder / first.name))
-        replace_strings(copy, upload.keys)
-        yield replace(upload, files=upload.files | {first.name: copy})
-    finally:
-        held.remove()
+    """The upload, with copies of the large files that have paths of this machine. PlanError without room for them."""
+    files = dict(upload.files)
+    with ExitStack() as stack:
+        for name, cut in upload.cuts.items():
+            file = files[name]
+            assert isinstance(file, Path)
+            parent = file.parent if os.access(file.parent, os.W_OK) else Path(tempfile.gettempdir())
+            held = locks.scratch(parent / f".{file.name[:100]}.fewbit-push")
+            stack.callback(held.remove)
+            needed = {parent: file.stat().st_size}
+            publish.check_space(needed, "The paths in the file are cut in a copy. Free some space.")
+            copy = Path(shutil.copyfile(file, held.folder / file.name))
+            cut(copy)
+            files[name] = copy
+        yield replace(upload, files=files)
 
 
 def _uploaded(upload: _Upload, public: bool, revision: str | None, message: str) -> Pushed:
@@ -242,15 +280,11 @@ def _uploaded(upload: _Upload, public: bool, revision: str | None, message: str)
             kind, hint = ("private", "Omit `public`") if public else ("public", "Use `public=True` to upload there")
             raise PlanError(f"{repo} exists and is {kind}", f"{hint}, or give another name.")
         before = {each.rfilename for each in there.siblings or ()}
-    if (
-        upload.source.gguf is not None
-        and CARD in before
-        and any(name.endswith(".gguf") and name not in files for name in before)
-    ):
+    if upload.gguf and CARD in before and any(name.endswith(".gguf") and name not in files for name in before):
         del files[CARD]
         notes.append(f"{repo} has other GGUF files, so its {CARD} stays as it is")
     stale = sorted(name for name in before - files.keys() if name.endswith((".safetensors", ".index.json")))
-    if stale and upload.source.gguf is None:
+    if stale and not upload.gguf:
         notes.append(f"{repo} still has {', '.join(stale)}, which this model does not have")
     if revision is not None:
         api.create_branch(repo, branch=revision, exist_ok=True)

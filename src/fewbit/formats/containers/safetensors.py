@@ -324,6 +324,30 @@ def rewritten(path: Path, out: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """The texts in a file's header. Empty for what is no safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return dict(handle.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}
+
+
+def replace_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Write other texts into a file's header, at its place: nothing else in the file moves.
+
+    Spaces at the header's end fill the place. FormatError if the texts need more room than those before.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size)) | {"__metadata__": dict(metadata)}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > size:
+            raise FormatError(f"{path}: its header has no room for the new metadata")
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of one file, and its metadata."""
     read_specs(path)
