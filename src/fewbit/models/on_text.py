@@ -120,7 +120,7 @@ def check(model: PreTrainedModel) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
         raise PlanError(
             f"{type(model).__name__} is an encoder-decoder model, and does not continue a text",
-            "Load it with fewbit.load(...) or transformers, and call its own `generate`.",
+            "Load it with fewbit.load(...) or transformers, and call its method generate().",
         )
     if needed := classes.needed(model):
         reason = f"each forward pass needs {', '.join(needed)}"
