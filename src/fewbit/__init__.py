@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from fewbit.report.results import Converted, Evaluation, Finetuned, Measured, Merged, Pushed, Quantized, Tuned
     from fewbit.texts.calibration import Calibration
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Allocation",
     "ArgumentError",
