@@ -264,8 +264,11 @@ def test_bad_input_is_named(change: dict[str, Any], param: str, words: str, serv
         ([], "empty"),
         ([-1], "token ids"),
         ([10**6], "token ids"),
-        (["a", "b"], "one prompt"),
         ([[]], "empty"),
+        (["a", ""], "empty"),
+        (["a", [1], None], "a list of token ids"),
+        ([[1], [1.5]], "a list of token ids"),
+        (["a"] * 321, "up to 320 answers"),
     ],
 )
 def test_bad_prompts_are_named(prompt: Any, words: str, server: Served) -> None:

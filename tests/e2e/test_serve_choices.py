@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import fewbit
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
-from tests.served import ask, said
+from tests.served import ask, said, served, with_ends
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
@@ -71,9 +73,6 @@ def test_a_prompt_is_echoed(client: Any, quantized: Path) -> None:
         with client.completions.create(prompt=prompt, echo=True, stream=True, **given) as stream:
             chunks = [chunk.choices[0] for chunk in stream]
         assert ["".join(c.text for c in chunks if c.index == i) for i in range(2)] == wanted
-    with pytest.raises(openai.BadRequestError, match="not with logprobs") as caught:
-        client.completions.create(prompt="x", echo=True, logprobs=1, **given)
-    assert caught.value.param == "echo"
 
 
 def _streamed(client: Any, **more: Any) -> tuple[str, str | None, Any]:
@@ -116,3 +115,89 @@ def test_bad_stop_sequences_are_named(client: Any) -> None:
             ask(client, stop=stop)
         assert caught.value.param == "stop"
     assert ask(client, stop=[]).usage.completion_tokens == 8
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_prompts_have_n_answers_each(stream: bool, client: Any, quantized: Path) -> None:
+    """Answer i to prompt p has the index p * n + i, as with OpenAI and vLLM, and is that of a request of its own."""
+    prompts = ["The garden", "One two three", "Why is"]
+    tokenizer = load_tokenizer(locate(quantized))
+    given: dict[str, Any] = {"model": "tiny-4bit", "temperature": 1.0, "seed": 3, "n": 2, "echo": True}
+    alone = [client.completions.create(prompt=prompt, **given) for prompt in prompts]
+    wanted = [choice.text for one in alone for choice in one.choices]
+    for asked in (prompts, tokenizer(prompts)["input_ids"]):
+        if stream:
+            options = {"include_usage": True}
+            with client.completions.create(prompt=asked, stream=True, stream_options=options, **given) as stream_:
+                chunks = list(stream_)
+            choices = [choice for chunk in chunks for choice in chunk.choices]
+            assert ["".join(c.text for c in choices if c.index == i) for i in range(6)] == wanted
+            assert sorted(c.index for c in choices if c.finish_reason) == list(range(6))
+            usage = chunks[-1].usage
+        else:
+            answer = client.completions.create(prompt=asked, **given)
+            assert [(choice.index, choice.text) for choice in answer.choices] == list(enumerate(wanted))
+            usage = answer.usage
+        assert usage.prompt_tokens == sum(one.usage.prompt_tokens for one in alone)
+        assert usage.completion_tokens == 6 * 16
+
+
+def scores(model: Path, ids: list[int]) -> list[float]:
+    """The log probability of each token after the first, by one pass over the model."""
+    loaded = fewbit.load(model, device="cpu", dtype="float32")
+    with torch.inference_mode():
+        logprobs = loaded(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    return [float(logprobs[i, token]) for i, token in enumerate(ids[1:])]
+
+
+LONG = "Once upon a time there was a garden. " * 30  # more than a page, and some of it is in the cache by then
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("new", [0, 1, 3])
+def test_log_probabilities_of_a_prompt(new: int, stream: bool, client: Any, quantized: Path) -> None:
+    tokenizer = load_tokenizer(locate(quantized))
+    prompts = [LONG, "The garden was very", LONG, "The"]
+    given: dict[str, Any] = {"model": "tiny-4bit", "temperature": 0, "echo": True, "logprobs": 2, "max_tokens": new}
+    made = client.completions.create(prompt=prompts, stream=stream, **given)
+    if stream:
+        with made:
+            choices = [choice for chunk in made for choice in chunk.choices]
+    else:
+        choices = made.choices
+        assert made.usage.completion_tokens == 4 * new
+    for i, prompt in enumerate(prompts):
+        pieces = [choice for choice in choices if choice.index == i]
+        text = "".join(piece.text for piece in pieces)
+        found = {
+            name: [each for piece in pieces for each in getattr(piece.logprobs, name)]
+            for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        }
+        ids = tokenizer(prompt)["input_ids"]
+        assert text.startswith(prompt)
+        assert {len(each) for each in found.values()} == {len(ids) + new}
+        assert pieces[-1].finish_reason == "length"
+        assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
+        assert found["token_logprobs"][1 : len(ids)] == pytest.approx(scores(quantized, ids), abs=1e-3)
+        assert "".join(found["tokens"]) == text
+        for token, value, top, at in list(zip(*found.values(), strict=True))[1:]:
+            assert text[at:].startswith(token)
+            assert len(top) == 2
+            assert max(top.values()) >= value
+
+
+def test_who_asks_for_no_tokens_must_want_the_prompt(client: Any) -> None:
+    for given in ({}, {"echo": True}, {"logprobs": 1}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model="tiny-4bit", prompt="x", max_tokens=0, **given)
+        assert caught.value.param == "max_tokens"
+
+
+def test_the_end_is_a_token_of_a_scored_prompt(quantized: Path, tmp_path: Path) -> None:
+    """lm-evaluation-harness leaves out the last token, which it takes for the new one."""
+    with served(with_ends(quantized, tmp_path / "ends", list(range(4000)))) as server, server.client() as client:
+        given: dict[str, Any] = {"model": "ends", "prompt": "The garden", "max_tokens": 1, "logprobs": 1}
+        answer = client.completions.create(echo=True, **given).choices[0]
+        assert (answer.text, answer.finish_reason) == ("The garden", "stop")
+        assert len(answer.logprobs.tokens) == 1 + len(load_tokenizer(locate(quantized))("The garden")["input_ids"])
+        assert client.completions.create(**given).choices[0].logprobs.tokens == []

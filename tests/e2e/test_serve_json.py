@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewbit.models.decoding.continuous import within
+from fewbit.models.decoding.choosing import within
 from tests.served import HELLO, PROMPTS, Served, ask, raw, said, served, until, with_ends
 
 jsonschema = pytest.importorskip("jsonschema")

@@ -204,7 +204,7 @@ def test_logits_that_are_no_numbers_end_their_request(server: Served, client: An
 def test_impossible_tokens_have_a_logprob_that_json_has() -> None:
     import torch
 
-    from fewbit.models.decoding.continuous import _likely
+    from fewbit.models.decoding.choosing import likely
 
-    found = _likely(torch.tensor([0.0, -torch.inf], dtype=torch.float32, device="cpu"), 1, 2)
+    (found,) = likely(torch.tensor([[0.0, -torch.inf]], dtype=torch.float32, device="cpu"), [1], 2)
     assert (found.logprob, found.top) == (-9999.0, ((0, 0.0), (1, -9999.0)))

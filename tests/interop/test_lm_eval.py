@@ -15,6 +15,7 @@ import torch
 import fewbit
 from fewbit.errors import FormatError, PlanError
 from tests.e2e.conftest import fewbit as fewbit_fixture
+from tests.served import served
 
 pytest.importorskip("lm_eval")
 pytestmark = [
@@ -64,12 +65,18 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def by_definition(name: str | Path) -> float:
     """The share of examples in which the right choice has the highest log-likelihood after the text."""
+    pairs = zip(likelihoods(name), DATA, strict=True)
+    return sum(found.index(max(found)) == answer for found, (_, _, answer) in pairs) / len(DATA)
+
+
+def likelihoods(name: str | Path) -> list[list[float]]:
+    """The log-likelihood of each choice after the text, of each example."""
     model: Any = fewbit.load(name, dtype="float32")
     from fewbit.models.skeleton import load_tokenizer
     from fewbit.models.source import locate
 
-    tokenizer, right = load_tokenizer(locate(name)), 0
-    for text, choices, answer in DATA:
+    tokenizer, every = load_tokenizer(locate(name)), []
+    for text, choices, _ in DATA:
         found = []
         for choice in choices:
             begun = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -78,8 +85,8 @@ def by_definition(name: str | Path) -> float:
                 logits = model(torch.tensor([ids], dtype=torch.int64, device="cpu")).logits[0].double()
             logs = logits.log_softmax(-1)
             found.append(sum(logs[at - 1, ids[at]].item() for at in range(len(begun), len(ids))))
-        right += found.index(max(found)) == answer
-    return right / len(DATA)
+        every.append(found)
+    return every
 
 
 @pytest.mark.parametrize("plan", ["nf4", "rtn-4bit", "q4_0"])
@@ -161,3 +168,29 @@ def test_its_own_command_scores_packed_models(plan: str, packed: dict[str, Path]
     found = json.loads(file.read_text(encoding="utf-8"))["results"]["words"]
     (score,) = fewbit.evaluate(packed[plan], samples=1, length=16, tasks=task).tasks
     assert (found["acc,none"], found["acc_stderr,none"]) == (score.value, score.stderr)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_server_has_the_scores_of_its_model(batch: int, packed: dict[str, Path], task: Path, tmp_path: Path) -> None:
+    """`lm_eval --model local-completions`, as people check a server: every likelihood is that of the loaded model."""
+    with served(packed["nf4"]) as server:
+        model = f"model=nf4,base_url={server.address}/v1/completions,tokenizer={packed['nf4']}"
+        arguments = ("--model", "local-completions", "--model_args", model, "--batch_size", str(batch))
+        flags = ("--tasks", str(task), "--output_path", str(tmp_path), "--log_samples")
+        done = subprocess.run(
+            [sys.executable, "-m", "lm_eval", *arguments, *flags],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            env=environment(),
+        )
+        assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.rglob("samples_*.jsonl")
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    found = [[float(each[0][0]) for each in line["resps"]] for line in sorted(lines, key=_document)]
+    for ours, wanted in zip(found, likelihoods(packed["nf4"]), strict=True):
+        assert ours == pytest.approx(wanted, abs=1e-3)
+
+
+def _document(line: dict[str, Any]) -> int:
+    return int(line["doc_id"])

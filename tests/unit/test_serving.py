@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fewbit.errors import ArgumentError, PlanError
-from fewbit.models.decoding.continuous import Choosing, News, _Request, _Router, adjusted, drawn
+from fewbit.models.decoding.choosing import Choosing, adjusted, drawn
+from fewbit.models.decoding.continuous import News, _Request, _Router
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
 from fewbit.serving.metrics import Histogram

@@ -102,7 +102,8 @@ def hand_over(model: str | Path, loading: Loading, serving: Serving, tell: Calla
 
 def service(model: str | Path, loading: Loading, serving: Serving) -> Service:
     """`model`, loaded, and an engine that waits for requests. Someone must stop it."""
-    from fewbit.models.decoding.continuous import Engine, settings_of
+    from fewbit.models.decoding.choosing import settings_of
+    from fewbit.models.decoding.continuous import Engine
     from fewbit.serving.service import Service
 
     if loading.device not in (None, "auto"):

@@ -10,36 +10,34 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fewbit.models.decoding.calls import Call
-from fewbit.models.decoding.continuous import Likely
+from fewbit.models.decoding.choosing import Likely
 from fewbit.serving.asked import Chat, Completion
-from fewbit.serving.service import Answers, Piece, Service
+from fewbit.serving.service import Answers, Piece, Prompt, Service
 
 
 class Form:
     """The JSON of one answer."""
 
-    def __init__(self, service: Service, asked: Chat | Completion, ids: Sequence[int]) -> None:
-        """ids: of the prompt."""
+    def __init__(self, service: Service, asked: Chat | Completion, prompts: Sequence[Prompt]) -> None:
         self._service, self._asked = service, asked
         self._chat = isinstance(asked, Chat)
         self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._created = int(time.time())
-        self._echo = ""
-        if isinstance(asked, Completion) and asked.echo:
-            given = asked.prompt
-            self._echo = given if isinstance(given, str) else str(service.tokenizer.decode(list(ids)))
+        # What each answer begins with. The pieces have it themselves if it comes with log probabilities.
+        echo = isinstance(asked, Completion) and asked.echo and not asked.scored
+        self._echo = [prompt.text if echo else "" for prompt in prompts for _ in range(asked.n)]
         self._calls = Counter[int]()  # of each answer so far
 
     def whole(self, pieces: list[tuple[int, Piece]], answer: Answers) -> dict[str, Any]:
         """The body of answers that are not streamed."""
         choices = [
             self._whole(choice, [piece for index, piece in pieces if index == choice])
-            for choice in range(self._asked.n)
+            for choice in range(len(self._echo))
         ]
         return self._object("chat.completion" if self._chat else "text_completion", choices, usage(answer))
 
     def _whole(self, choice: int, pieces: list[Piece]) -> dict[str, Any]:
-        text = self._echo + "".join(piece.text for piece in pieces)
+        text = self._echo[choice] + "".join(piece.text for piece in pieces)
         likely = [each for piece in pieces for each in piece.likely]
         said: dict[str, Any] = {"text": text}
         if self._chat:
@@ -51,12 +49,12 @@ class Form:
 
     def begin(self) -> list[dict[str, Any]]:
         """What a stream begins with."""
-        said: dict[str, Any] = {"text": self._echo}
+        said: list[dict[str, Any]]
         if self._chat:
-            said = {"delta": {"role": "assistant", "content": "", "refusal": None}}
-        elif not self._echo:
-            return []
-        return [self._chunk([self._choice(choice, said, [], None)]) for choice in range(self._asked.n)]
+            said = [{"delta": {"role": "assistant", "content": "", "refusal": None}}] * len(self._echo)
+        else:
+            said = [{"text": text} for text in self._echo if text]  # all prompts or none
+        return [self._chunk([self._choice(choice, each, [], None)]) for choice, each in enumerate(said)]
 
     def piece(self, choice: int, piece: Piece) -> list[dict[str, Any]]:
         """A piece of a stream. Its end has a chunk of its own in a chat, as OpenAI does it."""
@@ -111,11 +109,14 @@ class Form:
         return {
             "tokens": [self._text(one.token) for _, one in listed],
             "token_logprobs": [one.logprob for _, one in listed],
-            "top_logprobs": [{self._text(token): value for token, value in reversed(one.top)} for _, one in listed],
+            "top_logprobs": [None if one.logprob is None else self._top(one) for _, one in listed],
             "text_offset": [start for start, _ in listed],
         }
 
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+    def _top(self, one: Likely) -> dict[str, float]:
+        return {self._text(token): value for token, value in reversed(one.top)}
+
+    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._text(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 

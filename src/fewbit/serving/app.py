@@ -78,9 +78,9 @@ def application(service: Service, settings: Serving) -> FastAPI:
 
 async def _answered(service: Service, asked: Chat | Completion, request: Request) -> Response:
     service.check(asked.model)
-    ids = await service.ids(asked)
-    answer = service.begin(ids, asked, await service.grammar(asked))
-    form = answers.Form(service, asked, ids)
+    prompts = await service.prompts(asked)
+    answer = service.begin(prompts, asked, await service.grammar(asked))
+    form = answers.Form(service, asked, prompts)
     if asked.stream:
         return _Events(form, answer, service)
     try:

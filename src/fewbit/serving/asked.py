@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from fewbit.models.decoding.continuous import Choosing
+from fewbit.models.decoding.choosing import Choosing
 from fewbit.serving.body import Body
 from fewbit.serving.failures import Failure
 from fewbit.serving.messages import Message, NamedTool, Tool
@@ -60,6 +60,16 @@ class Asked(Body):
     def stops(self) -> list[str]:
         """The stop sequences."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def answers(self) -> int:
+        """The number of answers."""
+        return self.n
+
+    @property
+    def scored(self) -> bool:
+        """Whether the prompt's log probabilities are reported too."""
+        return False
 
     @property
     def shown(self) -> int | None:
@@ -190,16 +200,24 @@ class Chat(Asked):
 class Completion(Asked):
     """A body of /v1/completions."""
 
-    prompt: Any
+    prompt: Any  # a list of prompts, after its check
+    max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
 
     @model_validator(mode="after")
-    def _no_logprobs_of_a_prompt(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            said = "echo: not with logprobs, because this server computes none of the prompt"
-            raise Failure(400, said, "unsupported_parameter", "echo")
+    def _says_something(self) -> Self:
+        if self.max_tokens == 0 and not self.scored:
+            raise Failure(400, "max_tokens: 0 only with echo and logprobs", "invalid_value", "max_tokens")
         return self
+
+    @property
+    def answers(self) -> int:
+        return len(self.prompt) * self.n
+
+    @property
+    def scored(self) -> bool:
+        return self.echo and self.logprobs is not None
 
     @property
     def shown(self) -> int | None:
@@ -208,19 +226,19 @@ class Completion(Asked):
     @property
     def new(self) -> int:
         """Tokens of the answer at most. OpenAI's default is 16."""
-        return self.max_tokens or 16
+        return 16 if self.max_tokens is None else self.max_tokens
 
     @field_validator("prompt")
     @classmethod
-    def _one(cls, given: Any) -> str | list[int]:
-        """The prompt, as text or token ids, also as the only one of a list."""
+    def _listed(cls, given: Any) -> list[str | list[int]]:
+        """The prompts, each as text or token ids."""
         # By hand: for a long list with errors, pydantic takes a minute.
-        if isinstance(given, list) and given and isinstance(given[0], str | list):
-            if len(given) > 1:
-                raise Failure(400, "prompt: one prompt for each request", "unsupported_parameter", "prompt")
-            given = given[0]
-        if given in ("", []):
-            raise Failure(400, "prompt: it is empty", "invalid_value", "prompt")
-        if isinstance(given, str) or (isinstance(given, list) and all(type(each) is int for each in given)):
-            return given
-        raise Failure(400, "prompt: it must be a text, or a list of token ids", "invalid_value", "prompt")
+        several = isinstance(given, list) and given and isinstance(given[0], str | list)
+        prompts: list[Any] = given if several else [given]
+        for prompt in prompts:
+            if prompt in ("", []):
+                raise Failure(400, "prompt: it is empty", "invalid_value", "prompt")
+            if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(x) is int for x in prompt)):
+                said = "prompt: it must be a text or a list of token ids, or a list of these"
+                raise Failure(400, said, "invalid_value", "prompt")
+        return prompts

@@ -8,13 +8,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from fewbit.errors import FewbitError, KernelError, PlanError
 from fewbit.models.decoding.calls import Call, in_template_with_tools
-from fewbit.models.decoding.continuous import Choosing, Engine, Likely, News
+from fewbit.models.decoding.choosing import Choosing, Likely
+from fewbit.models.decoding.continuous import Engine, News
 from fewbit.models.decoding.generate import in_template, prompt_ids
 from fewbit.serving.asked import Chat, Completion
 from fewbit.serving.failures import Failure
@@ -39,6 +41,14 @@ class Piece:
     calls: tuple[Call, ...] = ()
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt. text: as the client gave it, or of its token ids if they are echoed."""
+
+    ids: list[int]
+    text: str = ""
+
+
 class Service:
     """One model with its tokenizer, and the limits of the server."""
 
@@ -59,27 +69,41 @@ class Service:
         if model is not None and model != self.name:
             raise Failure(404, f"The model `{model}` does not exist. This server has `{self.name}`.", "model_not_found")
 
-    async def ids(self, asked: Chat | Completion) -> list[int]:
-        """The token ids of a prompt. Failure if it is invalid or too long."""
+    async def prompts(self, asked: Chat | Completion) -> list[Prompt]:
+        """The prompts of a request. Failure if one is invalid or too long."""
         param = "messages" if isinstance(asked, Chat) else "prompt"
         last = (self._rows or 2**31) - 1
         if any(int(token) > last for token in asked.logit_bias):
             raise Failure(400, f"logit_bias: token ids go from 0 to {last}", "invalid_value", "logit_bias")
-        make: Callable[[], list[int]] = lambda: self._chat(asked) if isinstance(asked, Chat) else self._prompt(asked)  # noqa: E731
-        try:
-            ids = await asyncio.get_running_loop().run_in_executor(self._tokenizing, make)
-        except FewbitError as error:
-            raise Failure(400, error.message.replace("`", ""), "invalid_value", param) from error
-        room = self.engine.context - len(ids)
-        if room < (asked.new or 1):
-            new = f" With {asked.new} new tokens it" if asked.new else " It"
-            raise Failure(
-                400,
-                f"The prompt has {len(ids)} tokens.{new} exceeds the context of {self.engine.context} tokens.",
-                "context_length_exceeded",
-                param,
-            )
-        return ids
+        self._check_number(asked)
+        makes: list[Callable[[], Prompt]]
+        if isinstance(asked, Chat):
+            makes = [lambda: Prompt(self._chat(asked))]
+        else:
+            makes = [partial(self._prompt, given, asked.echo) for given in asked.prompt]
+        prompts = []
+        for make in makes:  # one at a time, so that other requests come in between
+            try:
+                prompts.append(await asyncio.get_running_loop().run_in_executor(self._tokenizing, make))
+            except FewbitError as error:
+                raise Failure(400, error.message.replace("`", ""), "invalid_value", param) from error
+            self._check_room(len(prompts[-1].ids), asked.new, param)
+        return prompts
+
+    def _check_room(self, tokens: int, new: int | None, param: str) -> None:
+        context = self.engine.context
+        if context - tokens < (1 if new is None else new):
+            more = f" With {new} new tokens it" if new else " It"
+            said = f"The prompt has {tokens} tokens.{more} exceeds the context of {context} tokens."
+            raise Failure(400, said, "context_length_exceeded", param)
+
+    def _check_number(self, asked: Chat | Completion) -> None:
+        """Failure if a request has more answers than this server ever takes."""
+        if asked.answers > self.most:
+            prompts = asked.answers > asked.n
+            what, param = ("prompts times n", "prompt") if prompts else ("n", "n")
+            said = f"{what}: this server takes up to {self.most} answers at once"
+            raise Failure(400, said, "invalid_value", param)
 
     async def grammar(self, asked: Chat | Completion) -> Grammar | None:
         """What limits the answer to JSON, if the request asks for it. Failure for a schema that cannot be followed."""
@@ -118,14 +142,14 @@ class Service:
             raise Failure(400, message, "unsupported_parameter", "messages")
         return text
 
-    def _prompt(self, asked: Completion) -> list[int]:
-        given: str | list[int] = asked.prompt
+    def _prompt(self, given: str | list[int], echo: bool) -> Prompt:
+        """echo: whether the prompt's text is needed."""
         if isinstance(given, str):
             self._check_length(given, "prompt")
-            return self._within(prompt_ids(self.tokenizer, given), "prompt")
+            return Prompt(self._within(prompt_ids(self.tokenizer, given), "prompt"), given)
         if not 0 <= min(given) <= max(given) < (self._rows or 2**31):
             raise Failure(400, f"prompt: token ids go from 0 to {(self._rows or 2**31) - 1}", "invalid_value", "prompt")
-        return given
+        return Prompt(given, str(self.tokenizer.decode(given)) if echo else "")
 
     def _check_length(self, text: str, param: str) -> None:
         """Failure if the begin of a long text is already far beyond the context: not all of it needs to be read."""
@@ -141,32 +165,36 @@ class Service:
         listed: list[int] = windows.within(ids, self._rows, self.tokenizer, where)[0].tolist()
         return listed
 
-    def begin(self, ids: Sequence[int], asked: Chat | Completion, grammar: Grammar | None) -> Answers:
+    def begin(self, prompts: Sequence[Prompt], asked: Chat | Completion, grammar: Grammar | None) -> Answers:
         """Put a request in the queue. Failure if the queue is full or the engine has ended."""
         if self.engine.failed:
             raise Failure(503, "The engine has ended by an error, and the server ends.", "engine_failed")
-        if asked.n > self.most:
-            raise Failure(400, f"n: this server takes up to {self.most} answers at once", "invalid_value", "n")
-        if self.engine.unfinished + asked.n > self.most:
+        if self.engine.unfinished + asked.answers > self.most:
             raise Failure(429, "The queue is full. Try again later.", "queue_full", headers={"Retry-After": "1"})
-        return Answers(self, ids, asked, grammar)
+        return Answers(self, prompts, asked, grammar)
 
 
 class Answers:
-    """The `n` answers of a request, which run. `close` ends them; it must be called."""
+    """The `n` answers to each prompt of a request, which run. `close` ends them; it must be called.
 
-    def __init__(self, service: Service, ids: Sequence[int], asked: Chat | Completion, grammar: Grammar | None) -> None:
-        self.prompt_tokens = len(ids)
+    Answer i to prompt p has the index p * n + i.
+    """
+
+    def __init__(
+        self, service: Service, prompts: Sequence[Prompt], asked: Chat | Completion, grammar: Grammar | None
+    ) -> None:
+        self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         self._came, self._loop = asyncio.Event(), asyncio.get_running_loop()
         self._all = list[Answer]()
         try:
-            for choice in range(asked.n):
-                follows = None if grammar is None else grammar.copy()
-                self._all.append(Answer(service, ids, asked, choice, follows, self._tell))
+            for prompt in prompts:
+                for choice in range(asked.n):
+                    follows = None if grammar is None else grammar.copy()
+                    self._all.append(Answer(service, prompt, asked, choice, follows, self._tell))
         except BaseException:
             self.close()
             raise
-        service.metrics.prompt_tokens += len(ids)
+        service.metrics.prompt_tokens += self.prompt_tokens
 
     @property
     def tokens(self) -> int:
@@ -203,13 +231,13 @@ class Answer:
     def __init__(
         self,
         service: Service,
-        ids: Sequence[int],
+        prompt: Prompt,
         asked: Chat | Completion,
         choice: int,
         grammar: Grammar | None,
         tell: Callable[[], None],
     ) -> None:
-        """choice: its index among the answers of the request. tell: is called when there is something new."""
+        """choice: its index among the answers to the prompt. tell: is called when there is something new."""
         self.tokens, self._service = 0, service
         self._reader, shown = reader(service.tokenizer, asked)
         skipped = {token for token, text in service.special.items() if shown is None or text not in shown}
@@ -220,9 +248,12 @@ class Answer:
         self._begun, self._closed = time.perf_counter(), False
         self._reported, self._called = 0, False
         self._one_function = isinstance(asked, Chat) and asked.one_function is not None
-        new, choosing = asked.new or service.engine.context - len(ids), asked.choosing(service.usual, choice)
+        self._prompt, self._scored = prompt, asked.scored
+        self._shift, self._most = len(prompt.text) if asked.scored else 0, asked.new
+        new = service.engine.context - len(prompt.ids) if asked.new is None else max(asked.new, 1)
+        choosing = asked.choosing(service.usual, choice)
         try:
-            self._name = service.engine.submit(ids, new, choosing, self._tell, grammar)
+            self._name = service.engine.submit(prompt.ids, new, choosing, self._tell, grammar, asked.scored)
         except KernelError as error:
             self._closed = True
             message = "The server takes no requests now: it shuts down, or starts again after an error."
@@ -239,10 +270,16 @@ class Answer:
             raise Failure(500, f"The engine failed: {news.error}", "engine_failed")
         if news.tokens and not self.tokens:
             self._service.metrics.first_token.add(time.perf_counter() - self._begun)
+        if news.tokens and self._most == 0:  # only the prompt's scores are wanted, which are known now
+            begin, likely = self._begin(news)
+            return self._read(begin, likely, "length")
         written, ended, text = self._written, False, ""
+        begin, scores = self._begin(news) if news.tokens and not self.tokens else ("", ())
         for token in news.tokens[self.tokens :]:
             self.tokens += 1
             self._service.metrics.generated_tokens += 1
+            if self._scored and token in self._ends:
+                written.starts.append(written.length)  # who adds up a prompt's scores counts on one token more
             ended = token in self._ends
             text += "" if ended else written.add(token)
             if ended or written.stopped:
@@ -254,13 +291,22 @@ class Answer:
             finish = "stop" if ended or written.stopped else "length"
         elif written.stopped:
             finish = "stop"
-        likely = []
+        found = []
         for one, start in zip(news.likely[self._reported :], written.starts[self._reported :], strict=False):
-            if start >= written.length:
+            if start >= written.length and not (self._scored and one.token in self._ends):
                 break
-            likely.append((start, one))
-        self._reported += len(likely)
-        return self._read(text, tuple(likely), finish)
+            found.append((self._shift + start, one))
+        self._reported += len(found)
+        return self._read(begin + text, (*scores, *found), finish)
+
+    def _begin(self, news: News) -> tuple[str, tuple[tuple[int, Likely], ...]]:
+        """The prompt's text and its tokens' log probabilities, if both are asked for."""
+        if not self._scored:
+            return "", ()
+        read, text = Written(self._service.tokenizer, skipped=()), self._prompt.text
+        whole = "".join(read.add(token) for token in self._prompt.ids) + read.finish()
+        before = len(whole) - len(text)  # characters of tokens that the tokenizer puts before a text
+        return text, tuple((max(at - before, 0), one) for at, one in zip(read.starts, news.prompt, strict=True))
 
     def _read(self, text: str, likely: tuple[tuple[int, Likely], ...], finish: str | None) -> Piece:
         text, calls = self._reader.add(text)

@@ -4,13 +4,12 @@ Each step computes one token of every running request, and a piece of the prompt
 scheduler and the paged cache of keys and values. It has one setting of sampling for all requests, no seed of a request,
 and no probabilities of other tokens, so `_Choosing` takes its place where tokens are chosen.
 
-`ContinuousBatchingManager` and what it calls are not a stable interface. Only this file uses them (and `pages.py` their
-cache), and `Engine` raises KernelError if a name is missing. Tested with transformers 5.17 and 5.24.
+`ContinuousBatchingManager` and what it calls are not a stable interface. Only this file uses them (and `pages.py` and
+`scoring.py` their cache), and `Engine` raises KernelError if a name is missing. Tested with transformers 5.17 and 5.24.
 """
 
 from __future__ import annotations
 
-import copy
 import gc
 import importlib.util
 import logging
@@ -19,7 +18,7 @@ import queue
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import count
 from typing import Any, Protocol
@@ -30,7 +29,9 @@ from transformers import GenerationConfig
 
 from fewbit import units
 from fewbit.errors import FewbitError, KernelError, PlanError
+from fewbit.models.decoding.choosing import Choosing, Likely, adjusted, drawn, likely, within
 from fewbit.models.decoding.generate import text_settings
+from fewbit.models.decoding.scoring import Scoring
 
 try:
     from transformers import ContinuousBatchingConfig, LogitsProcessorList
@@ -49,35 +50,7 @@ _log = logging.getLogger("fewbit")
 _PAGE = 32  # tokens of the cache that are allocated at a time, and shared by prompts with the same beginning
 _SHARE = {"cpu": 0.25, "cuda": 0.8}  # of the free memory, for keys and values
 _PROMPT = {"cpu": 512, "cuda": 4096}  # prompt tokens of a step at most: the other requests wait for them
-_LEAST = -9999.0  # what OpenAI reports in place of minus infinity, which JSON does not have
 _WARM = 64  # rows up to which the kernels of a GPU are compiled before the first request
-
-
-@dataclass(frozen=True)
-class Choosing:
-    """How the tokens of one request are chosen.
-
-    temperature: 0 takes the most likely token. top_k: None or 0 is all. logprobs: number of most likely tokens to
-    report at each position; None reports nothing. presence_penalty, frequency_penalty, logit_bias: see `adjusted`.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    seed: int | None = None
-    logprobs: int | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Likely:
-    """The log probability of a token, and those of the most likely tokens, in nats, before temperature and limits."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 class Grammar(Protocol):
@@ -99,6 +72,7 @@ class Grammar(Protocol):
 class News:
     """What is known of a request after a step: all its tokens, in order. likely: of each token, if asked for.
 
+    prompt: the same for the tokens of the prompt.
     complete: its grammar allows no more tokens; the request must be cancelled if it has not finished.
     """
 
@@ -107,6 +81,7 @@ class News:
     error: str | None = None
     likely: tuple[Likely, ...] = ()
     complete: bool = False
+    prompt: tuple[Likely, ...] = ()
 
 
 @dataclass
@@ -119,6 +94,8 @@ class _Request:
     error: str | None = None
     whole: int | None = None  # tokens at which the grammar was complete; a step may choose more before the request ends
     counts: Counter[int] = field(default_factory=Counter)  # of the answer's tokens
+    ids: Sequence[int] = ()
+    scores: list[Likely] | None = None  # of the prompt's tokens, as far as the prompt was read; None: not asked for
 
 
 class Engine:
@@ -149,7 +126,8 @@ class Engine:
             self._manager = owner.init_continuous_batching(
                 GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1), _config(owner, tokens, rows)
             )
-            choosing = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([]))
+            scoring = Scoring(self._manager.model, self._requests)
+            choosing = _Processors(scoring.begin)
             choosing.logits_processor.append(_Choosing(self._requests, processors))
             choosing.tensors_required, choosing.do_processing = 1, True
             self._manager.logit_processor = choosing
@@ -187,15 +165,18 @@ class Engine:
         choosing: Choosing,
         tell: Callable[[News], None],
         grammar: Grammar | None = None,
+        scored: bool = False,
     ) -> str:
         """Answer the prompt `ids` with up to `new` tokens. Returns the request's name. KernelError unless `ready`.
 
         tell: gets the state after each token; it is called in the engine's thread, and must not wait. grammar: limits
-        the tokens; it belongs to this request from now on.
+        the tokens; it belongs to this request from now on. scored: report the prompt's log probabilities too.
         """
         if not self._accepting:
             raise KernelError("the engine takes no requests now")
-        return self._begin(ids, new, _Request(choosing, tell, grammar, random.Random(choosing.seed)))
+        request = _Request(choosing, tell, grammar, random.Random(choosing.seed), ids=ids)
+        request.scores = [Likely(ids[0], None, ())] if scored else None
+        return self._begin(ids, new, request)
 
     def _begin(self, ids: Sequence[int], new: int, request: _Request) -> str:
         name = f"request-{next(self._names)}"
@@ -283,11 +264,24 @@ class _Router(OutputRouter):
             request.whole = len(tokens)
         tokens = tokens[: request.whole]
         error = output.error or request.error
-        request.tell(News(tokens, finished, error, tuple(request.likely[: len(tokens)]), complete))
+        prompt = tuple(request.scores or ())
+        request.tell(News(tokens, finished, error, tuple(request.likely[: len(tokens)]), complete, prompt))
 
     def deliver_batch(self, outputs: list[Any]) -> None:
         for output in outputs:
             self.deliver(output)
+
+
+class _Processors(ContinuousBatchingLogitsProcessorList):
+    """Tells of each step's requests right before the step."""
+
+    def __init__(self, begin: Callable[[list[Any]], None]) -> None:
+        super().__init__(LogitsProcessorList([]))
+        self._begin = begin
+
+    def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: Tensor) -> Any:
+        self._begin(requests_in_batch)
+        return super().prepare_tensor_args(requests_in_batch, arg_storage)
 
 
 class _Choosing(ContinuousBatchingLogitsProcessor):
@@ -343,72 +337,8 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
             if request.choosing.presence_penalty or request.choosing.frequency_penalty:
                 request.counts[int(chosen[i].argmax())] += 1
             if request.choosing.logprobs is not None:
-                request.likely.append(_likely(scores[i], int(chosen[i].argmax()), request.choosing.logprobs))
+                request.likely += likely(scores[i : i + 1], [int(chosen[i].argmax())], request.choosing.logprobs)
         return chosen
-
-
-def adjusted(logits: Tensor, counts: Mapping[int, int], choosing: Choosing) -> Tensor:
-    """`logits` [vocabulary] after the penalties and the bias of a request. PlanError for a token that there is not.
-
-    As OpenAI defines it (https://platform.openai.com/docs/guides/text-generation), the logit of token j becomes
-    logit - counts[j] * frequency_penalty - (counts[j] > 0) * presence_penalty + bias[j]. counts: how often the answer
-    so far has each token; the prompt does not count.
-    """
-    changes = dict(choosing.logit_bias)
-    if changes and not 0 <= min(changes) <= max(changes) < len(logits):
-        raise PlanError(f"logit_bias: token ids go from 0 to {len(logits) - 1}")
-    if choosing.presence_penalty or choosing.frequency_penalty:
-        for token, count in counts.items():
-            penalty = count * choosing.frequency_penalty + choosing.presence_penalty
-            changes[token] = changes.get(token, 0.0) - penalty
-    if not changes:
-        return logits
-    ids = torch.tensor(list(changes), dtype=torch.int64, device=logits.device)
-    added = torch.tensor(list(changes.values()), dtype=torch.float32, device=logits.device)
-    changed = logits.float()
-    return changed.index_add(0, ids, added).to(logits.dtype)
-
-
-def within(logits: Tensor, scores: Tensor, allowed: bytes) -> Tensor:
-    """`logits` [vocabulary] with minus infinity at the tokens that are not allowed: see `Grammar`.
-
-    scores: taken instead of `logits` if these exclude every allowed token, for example because the model's
-    generation_config suppresses it.
-    """
-    forbidden = torch.ones(len(logits), dtype=torch.bool, device="cpu")
-    known = torch.frombuffer(bytearray(allowed), dtype=torch.uint8)[: len(logits)]
-    forbidden[: len(known)] = known == 0
-    forbidden = forbidden.to(logits.device)
-    limited = logits.masked_fill(forbidden, -math.inf)
-    if bool(limited.isneginf().all()):
-        limited = scores.masked_fill(forbidden, -math.inf)
-    return limited
-
-
-def drawn(logits: Tensor, choosing: Choosing, uniform: float) -> Tensor:
-    """The token that `uniform`, from [0, 1), chooses from `logits` [vocabulary]: the inverse of the distribution.
-
-    As transformers, temperature comes first, then top_k, then top_p: the most likely tokens whose probabilities sum to
-    at least top_p (nucleus sampling, Holtzman et al. 2020).
-    """
-    values, ids = logits.float() / choosing.temperature, None
-    if choosing.top_k:
-        values, ids = values.topk(min(choosing.top_k, len(values)))
-    elif choosing.top_p < 1:
-        values, ids = values.sort(descending=True)
-    # Devices without float64 are none that fewbit computes on.
-    likely = values.to(torch.float64).softmax(0)
-    if choosing.top_p < 1:
-        likely = likely.where(likely.cumsum(0) - likely < choosing.top_p, 0.0)
-    summed = likely.cumsum(0)
-    place = torch.searchsorted(summed, (uniform * summed[-1]).reshape(1), right=True).clamp(max=len(summed) - 1)
-    return place[0] if ids is None else ids[place[0]]
-
-
-def _likely(logits: Tensor, token: int, top: int) -> Likely:
-    logprobs = logits.float().log_softmax(0).clamp(min=_LEAST)
-    values, ids = logprobs.topk(min(top, len(logprobs)))
-    return Likely(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def _refused(error: Exception) -> PlanError:
@@ -476,16 +406,3 @@ def _warm(owner: Any) -> None:
         return
     for rows in range(1, _WARM + 1):
         owner(input_ids=torch.zeros(1, rows, dtype=torch.int64, device=owner.device), use_cache=False)
-
-
-def settings_of(model: Any) -> Choosing:
-    """What the model's generation_config says of sampling, and else OpenAI's default: temperature 1."""
-    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    stated = copy.copy(owner.generation_config)
-    if not stated.do_sample:
-        return Choosing(temperature=1.0)
-    return Choosing(
-        temperature=1.0 if stated.temperature is None else float(stated.temperature),
-        top_p=1.0 if stated.top_p is None else float(stated.top_p),
-        top_k=stated.top_k,
-    )
