@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 
 import fewbit
 from fewbit import PlanError
 from fewbit.api.arguments import checked
+from fewbit.cli import app
+from fewbit.errors import PeerError
 from fewbit.system import ranks
 from tests import architectures, models
 from tests.e2e.test_ranks import torchrun
@@ -190,6 +194,20 @@ def test_other_verbs_run_in_the_first_process_only(model: Path, packed: Path, da
 def test_every_verb_shares_or_runs_in_one_process() -> None:
     verbs = {name for name in fewbit.__all__ if hasattr(getattr(fewbit, name), "__wrapped__")}
     assert verbs == {*ranks.SHARED, *ranks.EACH, *ONE_PROCESS}
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("command", sorted(typer.main.get_command(app.app).commands))  # type: ignore[attr-defined]
+def test_every_other_command_is_an_error(command: str, rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if command in (*ranks.SHARED, "run"):
+        app._among_others([command, "tiny"])
+        return
+    with pytest.raises(PlanError if rank == "0" else PeerError, match=f"{command} runs in one process"):
+        app._among_others([command, "tiny"])
 
 
 def test_a_verb_that_nobody_sorted_runs_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
