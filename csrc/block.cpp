@@ -74,9 +74,13 @@ int check(const fewbit_block* b, const fewbit_call* c) {
     return FEWBIT_SHAPE;
   }
   const int64_t in[4] = {b->width, heads * head, b->width, b->inner};
-  const int64_t out[4] = {(heads + 2 * shared) * head, b->width, 2 * b->inner, b->width};
+  const int64_t qkv = (heads + 2 * shared) * head, up = (b->plain ? 1 : 2) * b->inner;
+  const int64_t out[4] = {qkv + (b->together ? up : 0), b->width, up, b->width};
+  if (b->together && (!b->parallel || b->counts[0] > 1 || b->counts[2] || !b->counts[3])) return FEWBIT_SHAPE;
+  if (b->mixed && (b->counts[0] > 1 || b->whole)) return FEWBIT_SHAPE;
   const int products = b->counts[2] || b->counts[3] ? 4 : 2;
   for (int p = 0; p < products; p++) {
+    if (p == 2 && b->together) continue;
     if (b->counts[p] < 1 || b->counts[p] > 3) return FEWBIT_SHAPE;
     int64_t n = 0;
     for (int i = 0; i < b->counts[p]; i++) {
@@ -98,32 +102,39 @@ class Block {
 
   int run() {
     const int64_t width = b.width, inside = b.heads * b.head, all = (b.heads + 2 * b.shared) * b.head;
-    const int64_t most = all > 2 * b.inner ? all : 2 * b.inner, second = inside > b.inner ? inside : b.inner;
+    const int64_t up_and_gate = (b.plain ? 1 : 2) * b.inner, most = all + up_and_gate, second = inside > b.inner ? inside : b.inner;
     const int64_t group = b.heads / b.shared, shares = threads < 1 ? 1 : threads;
     const int64_t scratch = group * (c.pages ? c.pages->most : c.filled + c.tokens);
-    float* h = reinterpret_cast<float*>(held.take(size_t(m * (2 * width + most + second) + scratch * shares) * 4));
+    float* h = reinterpret_cast<float*>(held.take(size_t(m * (3 * width + most + second) + scratch * shares) * 4));
     if (!h) return FEWBIT_MEMORY;
-    float *n = h + m * width, *first = n + m * width, *joined = first + m * most;
+    float *n = h + m * width, *side = n + m * width, *first = side + m * width, *joined = first + m * most;
     scores = joined + m * second;
     narrow ? widen(static_cast<const uint16_t*>(c.x), h, m * width) : void(memcpy(h, c.x, size_t(m * width) * 4));
 
     Products qkv{b.products[0], b.counts[0], first, m}, output{b.products[1], 1, n, m};
     Products gated{b.products[2], b.counts[2], first, m}, down{b.products[3], 1, n, m};
-    const Piece q = qkv.piece(0, inside), k = qkv.piece(inside, b.shared * b.head);
-    const Piece v = qkv.piece(inside + b.shared * b.head, b.shared * b.head);
-    const Piece gate = gated.piece(0, b.inner), up = gated.piece(b.inner, b.inner);
-    const bool mlp = gated.count > 0;
-    if (!q.at || !k.at || !v.at || (mlp && (!gate.at || !up.at))) return FEWBIT_SHAPE;
+    const int64_t first_k = b.mixed ? group * b.head : inside, keys = b.mixed ? b.head : b.shared * b.head;
+    const Piece q = qkv.piece(0, b.mixed ? first_k : inside), k = qkv.piece(first_k, keys);
+    const Piece v = qkv.piece(first_k + keys, keys);
+    const Products& ups = b.together ? qkv : gated;
+    const int64_t first_up = b.together ? all : 0;
+    const Piece gate = ups.piece(first_up, b.inner);
+    const Piece up = b.plain ? Piece{nullptr, 0} : ups.piece(first_up + b.inner, b.inner);
+    const bool mlp = b.counts[3] > 0;
+    if (!q.at || !k.at || !v.at || (mlp && (!gate.at || (!b.plain && !up.at)))) return FEWBIT_SHAPE;
 
     if (const int wrong = qkv.compute(normed(h, n, 0), width, threads)) return wrong;
     by_rows(inside, [&](int64_t i) { keep(i, q, k, v); });
     attend(q, joined, scratch);
     if (const int wrong = output.compute(joined, inside, threads)) return wrong;
-    add(h, n, 1);
+    if (!b.parallel || !mlp) add(h, n, 1);
     if (mlp) {
-      if (const int wrong = gated.compute(normed(h, n, 2), width, threads)) return wrong;
+      if (!b.together)
+        if (const int wrong = gated.compute(normed(h, side, 2), width, threads)) return wrong;
+      if (b.parallel) add(h, n, 1);
       by_rows(4 * b.inner, [&](int64_t i) {
-        with.gate(gate.at + i * gate.step, up.at + i * up.step, b.inner, b.activation, joined + i * b.inner);
+        const float* by = b.plain ? nullptr : up.at + i * up.step;
+        with.gate(gate.at + i * gate.step, by, b.inner, b.activation, joined + i * b.inner);
       });
       if (const int wrong = down.compute(joined, b.inner, threads)) return wrong;
       add(h, n, 3);
@@ -147,40 +158,50 @@ class Block {
     });
   }
   const float* normed(const float* x, float* out, int which) const {
-    if (!b.norm[which]) return x;
-    by_rows(b.width, [&](int64_t i) {
-      with.norm(x + i * b.width, b.width, b.norm[which], b.eps[which], out + i * b.width);
-    });
+    if (!b.norm[which].weight) return x;
+    by_rows(b.width, [&](int64_t i) { with.norm(x + i * b.width, b.width, b.norm[which], out + i * b.width); });
     return out;
   }
   void add(float* h, float* branch, int which) const {  // h += residual · norm(branch)
     by_rows(b.width, [&](int64_t i) {
       float *to = h + i * b.width, *from = branch + i * b.width;
-      if (b.norm[which]) with.norm(from, b.width, b.norm[which], b.eps[which], from);
+      if (b.norm[which].weight) with.norm(from, b.width, b.norm[which], from);
       for (int64_t j = 0; j < b.width; j++) to[j] += b.residual * from[j];
     });
   }
+  // Numbers from the q (k, v) of one head of k to that of the next one.
+  int64_t step_of_q() const { return b.head * (b.heads / b.shared + (b.mixed ? 2 : 0)); }
+  int64_t step_of_k() const { return b.mixed ? step_of_q() : b.head; }
   void normed_heads(float* x, int64_t heads, int which) const {
-    if (!b.norm[which]) return;
+    if (!b.norm[which].weight) return;
     const int64_t count = b.whole ? 1 : heads, k = b.whole ? heads * b.head : b.head;
-    for (int64_t i = 0; i < count; i++) with.norm(x + i * k, k, b.norm[which], b.eps[which], x + i * k);
+    for (int64_t i = 0; i < count; i++) with.norm(x + i * k, k, b.norm[which], x + i * k);
+  }
+  void turned(float* x, int64_t heads, int64_t angle) const {
+    if (!b.rotated) return;
+    for (int64_t j = 0; j < heads; j++)
+      with.rotate(x + j * b.head, b.rotated, c.cosine + angle, c.sine + angle, b.pairs);
+  }
+  // The same for one run of heads, norms before or after positions.
+  void prepare(float* x, int64_t heads, int which, int64_t angle) const {
+    if (!b.late) normed_heads(x, heads, which);
+    turned(x, heads, angle);
+    if (b.late) normed_heads(x, heads, which);
   }
   // Norms and positions of a row's q and k, and its k and v into the cache.
   void keep(int64_t i, const Piece& q, const Piece& k, const Piece& v) const {
-    const int64_t text = i / c.tokens, token = i % c.tokens, head = b.head, r = b.rotated;
+    const int64_t text = i / c.tokens, token = i % c.tokens, head = b.head, angle = text * c.turn + token * b.rotated;
     float *own = q.at + i * q.step, *key = k.at + i * k.step, *value = v.at + i * v.step;
-    normed_heads(own, b.heads, 4);
-    normed_heads(key, b.shared, 5);
-    if (r) {
-      const int64_t angle = text * c.turn + token * r;
-      for (int64_t j = 0; j < b.heads; j++) with.rotate(own + j * head, r, c.cosine + angle, c.sine + angle, b.pairs);
-      for (int64_t j = 0; j < b.shared; j++) with.rotate(key + j * head, r, c.cosine + angle, c.sine + angle, b.pairs);
+    const int64_t runs = b.mixed ? b.shared : 1;  // of heads that are one after the other
+    for (int64_t j = 0; j < runs; j++) {
+      prepare(own + j * step_of_q(), b.heads / runs, 4, angle);
+      prepare(key + j * step_of_k(), b.shared / runs, 5, angle);
     }
     for (int64_t j = 0; j < b.shared; j++) {
       const int64_t to = c.pages ? c.pages->write[i] * c.pages->step + j * head
                                  : ((text * b.shared + j) * c.length + c.filled + token) * head;
-      put(c.keys, to, key + j * head);
-      put(c.values, to, value + j * head);
+      put(c.keys, to, key + j * step_of_k());
+      put(c.values, to, value + j * step_of_k());
     }
   }
   void put(void* cache, int64_t to, const float* from) const {
@@ -210,8 +231,9 @@ class Block {
                                       b.scale,
                                       b.cap,
                                       c.allowed ? c.allowed + mask : nullptr,
-                                      c.added ? c.added + mask : nullptr};
-        with.attend(given, q.at + i * q.step + g * group * b.head, out + (i * b.heads + g * group) * b.head, own);
+                                      c.added ? c.added + mask : nullptr,
+                                      b.sinks ? b.sinks + g * group : nullptr};
+        with.attend(given, q.at + i * q.step + g * step_of_q(), out + (i * b.heads + g * group) * b.head, own);
       }
     });
   }

@@ -82,24 +82,48 @@ inline __attribute__((always_inline)) F8 load_up_to8(const float* p, int64_t cou
   return v;
 }
 
-void norm_of(const float* x, int64_t k, const float* weight, float eps, float* out) {
-  const float by = 1.0f / sqrtf(dot(x, x, k) / float(k) + eps);
+void norm_of(const float* x, int64_t k, const fewbit_norm& norm, float* out) {
+  float mean = 0, square = 0;
+  if (norm.centered) {
+    F8 sum = {}, squares = {};
+    by_eight(k, [&](int64_t i, int64_t count) { sum += load_up_to8(x + i, count); });
+    mean = sum8(sum) / float(k);
+    by_eight(k, [&](int64_t i, int64_t count) {
+      F8 d = load_up_to8(x + i, count) - mean;
+      for (int64_t j = count; j < 8; j++) d[j] = 0;
+      squares += d * d;
+    });
+    square = sum8(squares);
+  } else {
+    square = dot(x, x, k);
+  }
+  const float by = 1.0f / sqrtf(square / float(k) + norm.eps);
   by_eight(k, [&](int64_t i, int64_t count) {
-    const F8 y = load_up_to8(x + i, count) * by * load_up_to8(weight + i, count);
+    F8 y = (load_up_to8(x + i, count) - mean) * by * load_up_to8(norm.weight + i, count);
+    if (norm.bias) y += load_up_to8(norm.bias + i, count);
     memcpy(out + i, &y, size_t(count) * sizeof(float));
   });
 }
 
-void gate_of(const float* a, const float* b, int64_t n, int kind, float* out) {
-  if (kind == FEWBIT_ERF) {
-    for (int64_t i = 0; i < n; i++) out[i] = 0.5f * a[i] * (1.0f + erff(a[i] * 0.70710678f)) * b[i];
-    return;
+inline __attribute__((always_inline)) F8 activated(F8 x, int kind) {
+  if (kind == FEWBIT_RELU || kind == FEWBIT_RELU2) {
+    const F8 y = x > F8{} ? x : F8{};
+    return kind == FEWBIT_RELU ? y : y * y;
   }
+  if (kind == FEWBIT_ERF) {
+    F8 y;
+    for (int j = 0; j < 8; j++) y[j] = 0.5f * x[j] * (1.0f + erff(x[j] * 0.70710678f));
+    return y;
+  }
+  // gelu with tanh is x · sigmoid(2 u), because 1 + tanh(u) = 2 sigmoid(2 u)
+  const F8 u = kind == FEWBIT_SILU ? x : kind == FEWBIT_QUICK ? 1.702f * x : 1.59576912f * (x + 0.044715f * x * x * x);
+  return x / (1.0f + exp8(-u));
+}
+
+void gate_of(const float* a, const float* b, int64_t n, int kind, float* out) {
   by_eight(n, [&](int64_t i, int64_t count) {
-    const F8 x = load_up_to8(a + i, count);
-    // gelu with tanh is x · sigmoid(2 u), because 1 + tanh(u) = 2 sigmoid(2 u)
-    const F8 u = kind == FEWBIT_SILU ? x : 1.59576912f * (x + 0.044715f * x * x * x);
-    const F8 y = x / (1.0f + exp8(-u)) * load_up_to8(b + i, count);
+    F8 y = activated(load_up_to8(a + i, count), kind);
+    if (b) y *= load_up_to8(b + i, count);
     memcpy(out + i, &y, size_t(count) * sizeof(float));
   });
 }
@@ -140,7 +164,7 @@ template <class T> void attend(const fewbit::Attention& given, const float* q, f
     }
   for (int64_t h = 0; h < group; h++) {
     float* s = scores + h * length;
-    float top = -INFINITY;
+    float top = given.sinks ? given.sinks[h] : -INFINITY;
     for (int64_t t = 0; t < length; t++) top = s[t] > top ? s[t] : top;
     if (top == -INFINITY) top = 0;  // the mask hides all: the sum below is 0, and so is the result
     F8 total = {};
@@ -151,7 +175,8 @@ template <class T> void attend(const fewbit::Attention& given, const float* q, f
       total += v;
       memcpy(s + i, &v, size_t(count) * sizeof(float));
     });
-    const float sum = sum8(total), by = sum > 0 ? 1.0f / sum : 0.0f;
+    const float rest = given.sinks ? exp8(F8{} + (given.sinks[h] - top))[0] : 0.0f;
+    const float sum = sum8(total) + rest, by = sum > 0 ? 1.0f / sum : 0.0f;
     for (int64_t t = 0; t < length; t++) s[t] *= by;
   }
   memset(out, 0, size_t(group * head) * sizeof(float));

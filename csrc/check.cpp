@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t N = 11, M = 40;  // rows of W: one piece that is unpacked, and a part of one; rows of x
 constexpr double TOLERANCE = 1e-5;  // relative, for sums of the same products in another order
+constexpr double ROUNDED_AGAIN = 2e-2;  // the same where such a sum is rounded to 8 bits for the next product
 
 std::mt19937 numbers(1);
 
@@ -143,6 +144,92 @@ const char* wrong(const fewbit_weight& w, const char* isa) {
   return norm > 0 && error <= TOLERANCE * TOLERANCE * norm ? "" : "the product is not that of plain C++";
 }
 
+std::vector<float> normal(int64_t count) {
+  std::vector<float> made(static_cast<size_t>(count));
+  std::normal_distribution<float> draw;
+  for (float& value : made) value = draw(numbers);
+  return made;
+}
+
+// A block whose options are the bits of `which`, and the results of one call of it: y, keys and values.
+struct Result {
+  int status;
+  std::vector<float> y, keys, values;
+};
+Result block(unsigned which, int64_t tokens, const char* isa, int threads) {
+  numbers.seed(which);
+  const auto option = [&](int bit) { return int(which >> bit & 1); };
+  const int64_t head = 20, shared = 2, heads = 8, width = 64, inner = 96, filled = 9, length = filled + tokens + 3;
+  const int plain = option(0), mixed = option(1);
+  std::vector<Weight> held;
+  held.reserve(8);
+  std::vector<std::vector<float>> numbers_of;
+  numbers_of.reserve(40);
+  const auto floats_of = [&](int64_t count) { return numbers_of.push_back(normal(count)), numbers_of.back().data(); };
+  const auto rows = [&](int64_t n, int64_t k) {
+    Weight made(FEWBIT_AFFINE, 4, 32, k);
+    made.w.n = n;
+    made.random(0, n * k / 2);
+    halves(made.random(1, n * k / 32 * 2), n * k / 32);
+    held.push_back(std::move(made));
+    return fewbit_rows{&held.back().w, option(2) ? floats_of(n) : nullptr, nullptr};
+  };
+  fewbit_block b{};
+  b.plain = plain, b.mixed = mixed, b.parallel = option(3), b.late = option(4);
+  b.whole = !mixed && option(5), b.activation = int(which % 6), b.pairs = int(which % 3);
+  b.width = width, b.inner = inner, b.heads = heads, b.shared = shared, b.head = head;
+  b.rotated = option(6) ? 12 : head, b.scale = 0.2f, b.cap = option(7) ? 5.0f : 0.0f, b.residual = 0.7f;
+  for (int i = 0; i < 6; i++) {
+    if (i < 4 ? option(7) && i % 2 : !option(8)) continue;
+    const int64_t k = i < 4 ? width : b.whole ? (i == 4 ? heads : shared) * head : head;
+    b.norm[i] = {floats_of(k), option(9) ? floats_of(k) : nullptr, 1e-5f, option(10)};
+  }
+  b.sinks = option(11) ? floats_of(heads) : nullptr;
+  b.together = b.parallel && which % 5 < 2;
+  const int64_t qkv = (heads + 2 * shared) * head, ups = (plain ? 1 : 2) * inner;
+  const bool stacked = mixed || b.together;
+  b.products[0][0] = rows(stacked ? qkv + (b.together ? ups : 0) : heads * head, width), b.counts[0] = stacked ? 1 : 3;
+  if (!stacked) b.products[0][1] = rows(shared * head, width), b.products[0][2] = rows(shared * head, width);
+  b.products[1][0] = rows(width, heads * head), b.counts[1] = 1;
+  if (!b.together) b.products[2][0] = rows(inner, width), b.counts[2] = plain ? 1 : 2;
+  if (!b.together && !plain) b.products[2][1] = rows(inner, width);
+  b.products[3][0] = rows(width, inner), b.counts[3] = 1;
+  const std::vector<float> x = normal(tokens * width), turned = normal(tokens * b.rotated);
+  Result made{0, std::vector<float>(size_t(tokens * width)), normal(shared * length * head), normal(shared * length * head)};
+  fewbit_call c{};
+  c.x = x.data(), c.y = made.y.data(), c.batch = 1, c.tokens = tokens, c.filled = filled, c.length = length;
+  c.cosine = c.sine = turned.data(), c.keys = made.keys.data(), c.values = made.values.data();
+  made.status = fewbit_force(isa) || fewbit_decode_block(&b, &c, threads);
+  return made;
+}
+
+double apart(const std::vector<float>& a, const std::vector<float>& b) {
+  double error = 0, norm = 0;
+  for (size_t i = 0; i < a.size(); i++) error += pow(double(a[i]) - b[i], 2), norm += pow(b[i], 2);
+  return norm > 0 ? sqrt(error / norm) : 1;
+}
+
+// Blocks whose results are not those of plain C++, or depend on the number of threads.
+int wrong_blocks(const char* isa, unsigned count) {
+  int mistakes = 0;
+  for (unsigned which = 0; which < count; which++) {
+    const unsigned options = which * 2654435761u >> 20;
+    const int64_t tokens = which % 2 ? 1 : 3;
+    const Result plain = block(options, tokens, "scalar", 1), one = block(options, tokens, isa, 1);
+    const Result more = block(options, tokens, isa, 3);
+    const char* what = plain.status || one.status || more.status                      ? "refused"
+                       : one.y != more.y || one.keys != more.keys                     ? "threads change the result"
+                       : apart(one.keys, plain.keys) > TOLERANCE                      ? "other keys than plain C++"
+                       : apart(one.values, plain.values) > TOLERANCE                  ? "other values than plain C++"
+                       : !(apart(one.y, plain.y) <= ROUNDED_AGAIN)                    ? "not the result of plain C++"
+                                                                                      : "";
+    if (!*what) continue;
+    printf("%s: block with options %u, %d tokens: %s\n", isa, options, int(tokens), what);
+    mistakes++;
+  }
+  return mistakes;
+}
+
 }  // namespace
 
 int main() {
@@ -159,7 +246,8 @@ int main() {
              int(w.k), what);
       mistakes++;
     }
-    printf("%s: %d weights\n", isa, int(all.size()));
+    mistakes += wrong_blocks(isa, 200);
+    printf("%s: %d weights, 200 blocks\n", isa, int(all.size()));
   }
   if (!sets) printf("no instruction set besides plain C++\n");
   return mistakes || !sets;

@@ -63,7 +63,15 @@ struct fewbit_fp8 {
   double* lost;
 };
 
-enum fewbit_activation { FEWBIT_SILU = 0, FEWBIT_TANH = 1, FEWBIT_ERF = 2 };  // gelu with tanh, gelu
+// silu; gelu with tanh; gelu; relu; relu²; x · sigmoid(1.702 x).
+enum fewbit_activation {
+  FEWBIT_SILU = 0,
+  FEWBIT_TANH = 1,
+  FEWBIT_ERF = 2,
+  FEWBIT_RELU = 3,
+  FEWBIT_RELU2 = 4,
+  FEWBIT_QUICK = 5,
+};
 
 // Which values of a head are rotated together, and by which angle: value i and the one half a head further; neighbours,
 // whose angles are beside each other too; neighbours by the angles 0, 1, 2, ...
@@ -77,18 +85,31 @@ struct fewbit_rows {
   const int64_t* order;
 };
 
+// Weight [k], bias [k]; null: no bias. centered: a layer norm, (x - mean) / sqrt(var + eps) · weight + bias; else an RMS
+// norm, x / sqrt(mean(x²) + eps) · weight + bias.
+struct fewbit_norm {
+  const float *weight, *bias;
+  float eps;
+  int32_t centered;
+};
+
 // A decoder block: h = x + residual · after_attention(output(attention(before_attention(x)))), then
-// y = h + residual · after_mlp(down(activation(gate) · up of before_mlp(h))). Norms are RMS norms; null: none. Without
+// y = h + residual · after_mlp(down(activation(gate) · up of before_mlp(h))). A norm without weight is none. Without
 // products of gate, up and down, y = h.
 struct fewbit_block {
   int32_t type;  // of x, y, keys and values
   int32_t activation, pairs;
   int32_t whole;      // the norms of q and k are over all heads, else over each
+  int32_t late;       // q and k are normed after they are rotated
+  int32_t mixed;      // columns of q, k, v: by the heads of k, each with its heads of q before it and its v behind it
+  int32_t parallel;   // the MLP reads x, as attention does: its input is before_mlp(x)
+  int32_t plain;      // the MLP has no gate: down(activation(up))
+  int32_t together;   // gate and up are columns of the product of q, k, v, behind these; with `parallel`, of one norm
   int32_t counts[4];  // of `products`: of q, k, v; output; gate, up; down. Gate and up, or all of q, k, v, may be one
   int64_t width, inner, heads, shared, head, rotated;
   float scale, cap, residual;  // of attention's scores; they are cap · tanh(s / cap), 0: no cap
-  float eps[6];
-  const float* norm[6];  // before attention, after it, before the MLP, after it, of q, of k
+  struct fewbit_norm norm[6];  // before attention, after it, before the MLP, after it, of q, of k
+  const float* sinks;          // [heads], scores of no key, for the softmax alone; null: none
   struct fewbit_rows products[4][3];
 };
 

@@ -14,6 +14,7 @@ struct Attention {
   float scale, cap;
   const uint8_t* allowed;  // [length], 0 hides a key; null: all are allowed
   const float* added;      // [length], added to the scores; null: nothing
+  const float* sinks;      // [group], scores of no key; null: none
 };
 
 struct Isa {
@@ -31,9 +32,9 @@ struct Isa {
   // `top` and `codes`, or `lost`, of the bands [begin, end).
   void (*fp8_codes)(const fewbit_fp8&, int64_t begin, int64_t end);
   void (*fp8_lost)(const fewbit_fp8&, int64_t begin, int64_t end);
-  // out [k] = x / sqrt(mean(x²) + eps) · weight. x and out may be the same.
-  void (*norm)(const float* x, int64_t k, const float* weight, float eps, float* out);
-  // out [n] = activation(a) · b; `kind` is of `fewbit_activation`. out may be a.
+  // out [k] = norm(x). x and out may be the same.
+  void (*norm)(const float* x, int64_t k, const fewbit_norm&, float* out);
+  // out [n] = activation(a) · b, or activation(a) if b is null; `kind` is of `fewbit_activation`. out may be a.
   void (*gate)(const float* a, const float* b, int64_t n, int kind, float* out);
   // Rotates x [n] in place; `pairs` is of `fewbit_pairs`.
   void (*rotate)(float* x, int64_t n, const float* cosine, const float* sine, int pairs);

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
+from pathlib import Path
 
 import torch
 
@@ -16,6 +18,7 @@ from fewbit.schemes.base import QTensor, Scheme, parse
 from fewbit.schemes.stacked import concatenated
 from fewbit.system import native
 
+ROOT = Path(__file__).resolve().parents[1]
 SPECS = (
     *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"),
     *(f"int{bits}-{group}{sym}" for bits in range(2, 9) for group in ("g32", "g128", "row") for sym in ("", "-sym")),
@@ -55,6 +58,9 @@ def main() -> None:
     options = parser.parse_args()
     random.seed(options.seed)
     torch.manual_seed(options.seed)
+    sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
+    from tests import block_cases
+
     library = native.library()
     if isinstance(library, str):
         raise SystemExit(library)
@@ -65,6 +71,9 @@ def main() -> None:
         library.fewbit_force(isa.encode())
         torch.set_num_threads(random.randint(1, 4))
         rounded(isa)
+        seed = random.randrange(1 << 30)
+        if (off := block_cases.distance(block_cases.drawn(seed))) > 2e-2:
+            raise SystemExit(f"block of seed {seed}, {isa}: off by {off:.1e}")
         n, k = (
             random.choice((random.randint(1, 70), random.randint(71, 300))),
             random.choice((1, 31, 32, 37, 96, 128, 160, 256, 384, 576, 768, 1024)),
@@ -88,7 +97,7 @@ def main() -> None:
                 raise SystemExit(f"{scheme} {n} x {k}, {len(narrow)} rows in bfloat16, {isa}: not float32's, rounded")
             grouped(kernel, scheme, (n, k), isa)
             tried += 1
-    print(f"{tried} products on {', '.join(sets)}: all agree")
+    print(f"{tried} products and {options.cases} blocks on {', '.join(sets)}: all agree")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,14 @@ from tests import architectures, models
 pytestmark = pytest.mark.skipif(isinstance(native.available(), str), reason="needs the compiled CPU library")
 
 RECOGNIZED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3")
-OTHERS = ("exaone4", "glm4", "granite", "ernie4_5", "olmo2", "smollm3")
-FIRST_HALF = ("mixtral", "qwen3_moe", "glm4_moe", "granitemoeshared", "arcee")  # experts, and an MLP without gate
+OTHERS = (
+    *("exaone4", "glm4", "granite", "ernie4_5", "olmo2", "smollm3", "lfm2", "vaultgemma", "hunyuan_v1_dense", "arcee"),
+    *("starcoder2", "stablelm", "nemotron", "olmo", "jais2"),  # layer norms
+    *("gpt2", "opt", "biogpt", "xglm", "gpt_bigcode"),  # no rotary positions
+    *("phi", "cohere", "cohere2", "falcon", "gpt_neox"),  # attention and MLP side by side
+    *("persimmon", "granite_swa"),  # q, k and v by heads; sinks
+)
+FIRST_HALF = ("mixtral", "qwen3_moe", "glm4_moe", "granitemoeshared", "gpt_oss", "phimoe", "cohere2_moe")  # experts
 LENGTH = 48
 
 
@@ -137,9 +143,42 @@ def test_the_first_half_is_replaced_where_the_second_differs(kind: str, tmp_path
         assert apart(ours, outputs(model, ids, (9, 1, 1))) < 0.01
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt-neox"])
-def test_other_blocks_keep_their_code(family: str, tmp_path: Path) -> None:
-    assert replaced(load_unfused(quantized(tmp_path, models.save(tmp_path / "model", family)))) == []
+@pytest.mark.parametrize("kind", ["bloom", "gptj", "nanochat", "diffllama"])
+def test_other_blocks_keep_their_code(kind: str, tmp_path: Path) -> None:
+    assert replaced(load_unfused(quantized(tmp_path, architectures.save(tmp_path / "model", kind)))) == []
+
+
+def test_positions_beyond_the_original_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ministral 3 scales q from the end of the original context on, which no token before it shows."""
+    config = architectures.config("ministral3")
+    config.rope_parameters = {**config.rope_parameters, "original_max_position_embeddings": 16}
+    monkeypatch.setattr(architectures, "config", lambda kind: config)
+    model = load_unfused(quantized(tmp_path, architectures.save(tmp_path / "model", "ministral3")))
+    ids = ids_of(1, 30)
+    ours = outputs(model, ids, (14, 1, 1, 1, 1, 12))
+    assert [each.before for each in replacements(model)] == [16, 16]
+    with own_code(model):
+        assert apart(ours, outputs(model, ids, (14, 1, 1, 1, 1, 12))) < 1e-3
+
+
+def test_a_block_that_is_close_is_tested_again(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, calls = compiled_blocks._off, list[float]()
+
+    def once_too_far(*args: Any) -> float:
+        calls.append(right(*args))
+        return calls[-1] if len(calls) > 4 else max(calls[-1], 1.1)  # the four wirings of the first block
+
+    monkeypatch.setattr(compiled_blocks, "_off", once_too_far)
+    model = load_unfused(llama)
+    assert replaced(model) == list(blocks.find_blocks(model))
+    assert len(calls) > 4
+
+
+def test_clipped_values_are_not_recognized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = architectures.config("olmo")
+    config.clip_qkv = 100.0  # so high that the test of a block does not show it
+    monkeypatch.setattr(architectures, "config", lambda kind: config)
+    assert replaced(load_unfused(quantized(tmp_path, architectures.save(tmp_path / "model", "olmo")))) == []
 
 
 @pytest.mark.parametrize(

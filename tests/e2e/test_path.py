@@ -29,8 +29,9 @@ def quantized(root: Path, kind: str, plan: Plan | None = None) -> Path:
 @pytest.mark.parametrize(
     ("kind", "name", "words"),
     [
-        ("gpt2", "products", "LayerNorm"),
-        ("gpt_oss", "products", "attention has sinks"),
+        ("bloom", "products", "it reads or returns more than one tensor"),
+        ("qwen3_next", "products", "no attention of a known name among linear_attn"),
+        ("gpt_oss", "whole blocks", "attention only: MLP of other products: router, experts"),
         ("deepseek_v2", "products", "latent attention (kv_a_proj_with_mqa, kv_b_proj)"),
         ("mixtral", "whole blocks", "attention only: MLP of other products: gate, experts"),
     ],

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fewbit.lazy import Tensor, torch
 
-_ABI = 9
+_ABI = 10
 _FILE = "fewbit_cpu.so"
 TYPES = {"float32": 0, "bfloat16": 1}  # `fewbit_type`, by torch's names
 HINT = "Install fewbit from source with a C++ compiler (gcc 9, clang 10 or later), or from a wheel with the library."
@@ -62,16 +62,27 @@ class Rows(ctypes.Structure):
     _fields_ = (("w", ctypes.POINTER(Weight)), ("bias", ctypes.c_void_p), ("order", ctypes.c_void_p))
 
 
+class Norm(ctypes.Structure):
+    """`fewbit_norm` of csrc/fewbit.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        ("eps", ctypes.c_float),
+        ("centered", ctypes.c_int32),
+    )
+
+
 class Block(ctypes.Structure):
     """`fewbit_block` of csrc/fewbit.h."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("type", "activation", "pairs", "whole")),
+        *((name, ctypes.c_int32) for name in ("late", "mixed", "parallel", "plain", "together")),
         ("counts", ctypes.c_int32 * 4),
         *((name, ctypes.c_int64) for name in ("width", "inner", "heads", "shared", "head", "rotated")),
         *((name, ctypes.c_float) for name in ("scale", "cap", "residual")),
-        ("eps", ctypes.c_float * 6),
-        ("norm", ctypes.c_void_p * 6),
+        ("norm", Norm * 6),
+        ("sinks", ctypes.c_void_p),
         ("products", Rows * 3 * 4),
     )
 

@@ -20,7 +20,7 @@ from fewbit.kernels.cpu.kernel import weights_of
 from fewbit.schemes.base import Codec
 from fewbit.system import native
 
-SILU, TANH, ERF = range(3)  # silu; gelu with tanh; gelu
+SILU, TANH, ERF, RELU, RELU2, QUICK = range(6)  # see `fewbit_activation` in csrc/fewbit.h
 HALVES, NEIGHBORS, IN_ORDER = range(3)  # see `fewbit_pairs` in csrc/fewbit.h
 
 
@@ -37,19 +37,23 @@ class Rows:
 
 @dataclass(frozen=True)
 class Norm:
-    """x / sqrt(mean(x²) + eps) · weight."""
+    """x / sqrt(mean(x²) + eps) · weight + bias; centered: (x - mean) / sqrt(var + eps) · weight + bias."""
 
     weight: Tensor
     eps: float
+    bias: Tensor | None = None
+    centered: bool = False
 
 
 @dataclass(frozen=True)
 class Wiring:
     """The parts of a block, and how they are wired: see `fewbit_block` in csrc/fewbit.h.
 
-    qkv: q, k and v, or all three stacked. gated: gate and up, or both stacked; without them and `down`, the block ends
-    after attention. norms: before attention, after it, before the MLP, after it, of q, and of k. whole: the norms of q
-    and k are over all heads. cap: 0 is none.
+    qkv: q, k and v, or all three stacked. gated: gate and up, or both stacked; up alone if `plain`. Without them and
+    `down`, the block ends after attention. norms: before attention, after it, before the MLP, after it, of q, and of k.
+    whole: the norms of q and k are over all heads. late: they come after positions. mixed: the columns of q, k and v
+    are by heads. parallel: the MLP reads what attention reads. together: gate and up are stacked below
+    q, k and v. sinks: [heads]. cap: 0 is none.
     """
 
     qkv: Sequence[Rows]
@@ -65,6 +69,12 @@ class Wiring:
     activation: int = SILU
     pairs: int = HALVES
     whole: bool = False
+    late: bool = False
+    mixed: bool = False
+    parallel: bool = False
+    plain: bool = False
+    together: bool = False
+    sinks: Tensor | None = None
     cap: float = 0.0
     residual: float = 1.0
 
@@ -121,13 +131,17 @@ class Block:
     def __post_init__(self) -> None:
         wiring, found = self.wiring, native.Block()
         found.type = native.TYPES[str(self.dtype).removeprefix("torch.")]
-        for name in ("heads", "shared", "head", "rotated", "activation", "pairs", "whole", "scale", "cap", "residual"):
+        for name in ("heads", "shared", "head", "rotated", "activation", "pairs", "scale", "cap", "residual"):
             setattr(found, name, getattr(wiring, name))
+        for name in ("whole", "late", "mixed", "parallel", "plain", "together"):
+            setattr(found, name, getattr(wiring, name))
+        found.sinks = None if wiring.sinks is None else self._float(wiring.sinks)
         down = () if wiring.down is None else (wiring.down,)
         found.width, found.inner = wiring.output.shape[0], down[0].shape[1] if down else 0
         for i, norm in enumerate(wiring.norms):
             if norm is not None:
-                found.norm[i], found.eps[i] = self._float(norm.weight), norm.eps
+                bias = None if norm.bias is None else self._float(norm.bias)
+                found.norm[i] = native.Norm(self._float(norm.weight), bias, norm.eps, norm.centered)
         for i, parts in enumerate((wiring.qkv, (wiring.output,), wiring.gated, down)):
             rows = [one for part in parts for one in self._rows(part)]
             if len(rows) > 3:
@@ -159,26 +173,28 @@ class Block:
         return made
 
     def __call__(
-        self, x: Tensor, cached: Cached | Pages, angles: tuple[Tensor, Tensor], mask: Tensor | None = None
+        self, x: Tensor, cached: Cached | Pages, angles: tuple[Tensor, Tensor] | None, mask: Tensor | None = None
     ) -> Tensor:
         """The block's output [B, T, width] for x [B, T, width]. Writes the new keys and values into the cache.
 
-        angles: cosine and sine, float32 [B or 1, T, rotated]. mask: [B or 1, 1, T, end - first + T], bool, or float32
-        numbers that are added to the scores; None: each token sees all before it. With pages, B is 1, T are the new
-        tokens of all texts, and there is no mask.
+        angles: cosine and sine, float32 [B or 1, T, rotated]; None if nothing is rotated. mask: [B or 1, 1, T,
+        end - first + T], bool, or float32 numbers that are added to the scores; None: each token sees all before it.
+        With pages, B is 1, T are the new tokens of all texts, and there is no mask.
         """
         lib = native.library()
         if isinstance(lib, str):
             raise KernelError(lib, native.HINT)
-        (batch, tokens, width), call, cosine = x.shape, native.Call(), angles[0]
+        (batch, tokens, width), call = x.shape, native.Call()
         y = torch.empty_like(x)
         if not (x.is_contiguous() and x.dtype == self.dtype and width == self.width):
             raise KernelError(
                 f"activations {list(x.shape)} of {x.dtype}, expected [B, T, {self.width}] of {self.dtype}"
             )
         call.x, call.y, call.batch, call.tokens = x.data_ptr(), y.data_ptr(), batch, tokens
-        call.cosine, call.sine = cosine.data_ptr(), angles[1].data_ptr()
-        call.turn = cosine.stride(0) if cosine.shape[0] > 1 else 0
+        if angles is not None:
+            cosine, sine = angles
+            call.cosine, call.sine = cosine.data_ptr(), sine.data_ptr()
+            call.turn = cosine.stride(0) if cosine.shape[0] > 1 else 0
         self._in_pages(call, cached) if isinstance(cached, Pages) else self._in_order(call, cached)
         if mask is not None:
             if mask.dtype == torch.bool:

@@ -1,17 +1,20 @@
 """Run the decoder blocks of a model on a CPU by one call of the CPU library each (`fewbit.kernels.cpu.block`).
 
-A block is recognized by its parts: RMS norms, packed q, k, v and output, rotary positions, packed gate, up and down. It
-is not looked up by the name of a model. Of a block with experts, or with another MLP, the library computes the half up
-to the end of attention. When the model first reads a cache of keys and values, the output of each block is compared
-with that of its own code, for a token after a few. The modules stay as they are, and run as before for what the library
-does not take: gradients, hooks, adapters, other caches, and blocks that are not recognized.
+A block is recognized by its parts: norms, packed products before and after attention and of the MLP, positions. It is
+not looked up by the name of a model. Of a block with experts, or with another MLP, the library computes the half up to
+the end of attention. When the model first reads a cache of keys and values, the output of each block is compared with
+that of its own code, for a token after a few, at its own position and at the last ones of the context. The modules stay
+as they are, and run as before for what the library does not take: gradients, hooks, adapters, other caches, and blocks
+that are not recognized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from dataclasses import replace as changed
+from inspect import signature
 from threading import RLock, local
 from typing import Any
 
@@ -23,15 +26,20 @@ from fewbit.errors import KernelError
 from fewbit.kernels.cpu.block import Block, Cached, Wiring
 from fewbit.models import blocks
 from fewbit.models.decoding import pages
-from fewbit.models.decoding.block_parts import ATTENTION, MLP, ROUNDING, Unlike, child, norm_names, wirings
+from fewbit.models.decoding.block_parts import ATTENTION, ROUNDING, Unlike, child, mlp_of, norm_names, wirings
 from fewbit.models.decoding.caches import CACHE, InPlaceLayer, ReservedLayer, in_place, reserved
 from fewbit.nn.layers import Packed
 from fewbit.system import native
 
 _SAME = {torch.float32: 5e-3, torch.bfloat16: 5e-2}  # relative distance of what a block adds to its input
+_CLOSE, _TRIES = (
+    4,
+    3,
+)  # up to that many times this distance, another token is tried: an activation was rounded otherwise
 _PROMPT = 12  # tokens before the one that is compared
 _MOST = 64  # rows of a call: for long prompts, PyTorch is as fast
-_KNOWN = {"attention_mask", "position_ids", "position_embeddings", "use_cache", "cache_position", CACHE}
+_CACHES = (CACHE, "layer_past", "past_key_values")  # names of the argument that holds the cache
+_KNOWN = {"attention_mask", "position_ids", "position_embeddings", "use_cache", "cache_position", *_CACHES}
 
 Forward = Callable[..., Any]
 
@@ -75,25 +83,35 @@ def split(model: Any) -> tuple[list[str], list[str], dict[str, str]]:
         return [], [], dict.fromkeys(names, reason)
     if model.device.type != "cpu" or model.dtype not in _SAME:
         return [], [], dict.fromkeys(names, f"the model is {str(model.dtype).removeprefix('torch.')} on {model.device}")
-    found, reasons = _found(model)
-    own = {name: found[module].__self__ for name in names if (module := model.get_submodule(name)) in found}  # type: ignore[attr-defined]
+    hooks = next((hook.__self__ for hook in model._forward_pre_hooks.values() if _own(hook)), None) or _Hooks()
+    found: dict[Any, Any] = hooks.look(model)
+    own = {name: served.__self__ for name in names if (served := found.get(model.get_submodule(name))) is not None}
     halves = [name for name, each in own.items() if each.rest is not None]
-    return [name for name in own if name not in halves], halves, reasons
+    return [name for name in own if name not in halves], halves, hooks.reasons
 
 
 class _Hooks:
     """Replaces the forward of blocks while a model runs. Before and after, the modules are as they were.
 
-    found: the blocks that the library computes; None before the test.
+    found: the blocks that the library computes; None before the test. reasons: why not others, see `split`.
     """
 
     def __init__(self) -> None:
         self.found: dict[Any, Forward] | None = None
+        self.reasons: dict[str, str] = {}
         self.running = 0  # calls of the model, in all threads
         self.lock, self.calls = RLock(), local()
 
     def __reduce__(self) -> Any:
         return (_Hooks, ())  # a copy of the model finds its own
+
+    def look(self, model: Any) -> dict[Any, Forward]:
+        """The blocks that the library computes, tested at the first call."""
+        with self.lock:
+            if self.found is None:
+                self.found = {}  # the test runs the model
+                self.found, self.reasons = _found(model)
+            return self.found
 
     def before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -105,17 +123,14 @@ class _Hooks:
         if torch.is_grad_enabled() or not (layers or pages.is_paged(cache)):
             return
         with self.lock:
-            if self.found is None:
-                self.found = {}  # the test runs the model
-                self.found, _ = _found(model)
-            if not self.found:
+            if not self.look(model):
                 return
             if layers:
                 layers[:] = [in_place(layer) for layer in layers]
             else:
                 pages.begin(cache, kwargs)
             if self.running == 0:
-                for module, forward in self.found.items():
+                for module, forward in self.look(model).items():
                     vars(module).setdefault("forward", forward)
             self.running += 1
             taken[-1] = True
@@ -133,73 +148,135 @@ class _Hooks:
 
 def _found(model: Any) -> tuple[dict[Any, Forward], dict[str, str]]:
     """The blocks that the library computes, and their forwards; why not other blocks, or the half of a block."""
-    ways, reasons = dict[str, list[Wiring]](), dict[str, str]()
+    ways, halves, reasons = dict[str, list[Wiring]](), dict[str, str](), dict[str, str]()
     for name in blocks.find_blocks(model):
         module = model.get_submodule(name)
         try:
             if "forward" in vars(module):
                 raise Unlike("its forward has been replaced")
-            ways[name], half = wirings(module, model.dtype)
-            if half:
-                reasons[name] = half
+            ways[name], halves[name] = wirings(module, model.dtype)
         except Unlike as reason:
             reasons[name] = str(reason)
     if isinstance(native.library(), str) or not ways:
         return {}, reasons
-    seen = _observed(model, list(ways))
-    found, turns = dict[Any, Forward](), _Turns()
-    for name in ways:
-        if isinstance(seen[name], str):
-            reasons[name] = str(seen[name])
-            continue
-        x, kwargs, expected, layer = seen[name]
-        module = model.get_submodule(name)
-        angles = kwargs.get("position_embeddings")
-        rotated = angles[0].shape[-1] if isinstance(angles, tuple) else 0
-        for wiring in ways[name]:
-            wiring = changed(wiring, rotated=min(wiring.rotated, rotated))
-            own = _Replacement(module, wiring, model.dtype, turns)
-            if _fits(own, x, kwargs, expected, layer):
-                found[module] = own.forward
+    found, finder, pending = dict[Any, Forward](), _Finder(model.dtype), list(ways)
+    for seed in range(_TRIES):
+        seen, again = _observed(model, pending, seed), list[str]()
+        for name in pending:
+            if isinstance(cases := seen[name], str):
+                reasons[name] = cases
+                continue
+            made, why, close = finder.found(model.get_submodule(name), ways[name], cases)
+            if made is not None:
+                found[model.get_submodule(name)] = made.forward
+            elif close:
+                again.append(name)
+            reasons[name] = why or halves[name]
+        if not (pending := again):
+            break
+    return found, {name: why for name, why in reasons.items() if why}
+
+
+class _Finder:
+    """Finds the wiring of one block after the other. Most are wired like the one before."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.turns, self.last = dtype, _Turns(), 0
+
+    def found(self, module: Any, ways: list[Wiring], cases: list[_Case]) -> tuple[_Replacement | None, str, bool]:
+        """The replacement that gives the module's results; why there is none, or not for all positions; whether one is
+        so close that the rounding of one activation may be the difference."""
+        first, *far = cases
+        angles = first.kwargs.get("position_embeddings")
+        ways = list(_turned(ways, angles[0].shape[-1] if isinstance(angles, tuple) else 0))
+        nearest = float("inf")
+        for i in sorted(range(len(ways)), key=lambda each: each != self.last):
+            own = _Replacement(module, ways[i], self.dtype, self.turns, first.beside)
+            nearest = min(nearest, off := _off(own, first))
+            if off <= 1:
+                self.last = i
                 break
         else:
-            reasons[name] = "its parts are known, but another wiring computes its output"
-    return found, reasons
+            return None, "its parts are known, but another wiring computes its output", nearest <= _CLOSE
+        off_far = [_off(own, case) for case in far]
+        equal = [case.position for case, off in zip(far, off_far, strict=True) if off <= 1]
+        if not far or equal[:1] == [far[0].position]:
+            return own, "", True
+        if off_far[0] <= _CLOSE or not equal:
+            return None, "what it computes depends on the position", min(off_far) <= _CLOSE
+        own.before = equal[0] + 1
+        return own, f"from token {own.before} on, what it computes depends on the position", True
+
+
+def _turned(ways: list[Wiring], angles: int) -> Iterator[Wiring]:
+    """The same with as many rotated values as there are angles, or two for each angle."""
+    for way in ways:
+        widths = [width for width in (angles, 2 * angles) if 0 < width <= way.head] if way.rotated else [0]
+        yield from (changed(way, rotated=width) for width in widths)
 
 
 # ---- the test ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Case:
+    """One call of a block: its input, arguments, output, what is beside the output, and what it wrote into its cache.
+
+    position: of the token, if it is not the one after the others.
+    """
+
+    x: Tensor
+    kwargs: dict[str, Any]
+    out: Tensor
+    beside: list[None] | None
+    layer: ReservedLayer
+    written: list[Tensor]
+    position: int = 0
+
+
 @torch.inference_mode()
-def _observed(model: Any, names: list[str]) -> dict[str, Any]:
-    """For one token after a prompt: each block's input, arguments, output and cache, as the model itself has them; or
-    why they are not of use."""
+def _observed(model: Any, names: list[str], seed: int) -> dict[str, Any]:
+    """For one token after a prompt: each block's cases, as the model itself has them; or why there are none.
+
+    The first case has the token's own position, and the others are far from it, the farthest first.
+    """
     seen: dict[str, Any] = dict.fromkeys(names, "it is not called in each step")
     cache: Any = reserved(model, _PROMPT + 1)
-    handles = []
+    position = 0
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, kwargs: Any, out: Any) -> None:
             index = getattr(child(module, ATTENTION), "layer_idx", None)
             layer = cache.layers[index] if isinstance(index, int) and index < len(cache.layers) else None
-            if len(args) != 1 or not isinstance(out, Tensor):
-                seen[name] = "it is called with, or returns, more than one tensor"
+            given = _named(_names_of(module.forward), args, kwargs)
+            first, *rest = out if isinstance(out, tuple) else (out,)
+            x = args[0] if args else None
+            if not (isinstance(x, Tensor) and isinstance(first, Tensor) and all(each is None for each in rest)):
+                seen[name] = "it reads or returns more than one tensor"
             elif type(layer) is not ReservedLayer or not layer.is_initialized:
                 seen[name] = "its cache is no plain list of keys and values"
             else:
-                seen[name] = (args[0].clone(), kwargs, out.clone(), layer)
+                beside = [None for _ in rest] if isinstance(out, tuple) else None
+                case = _Case(x.clone(), given, first.clone(), beside, layer, _last(layer), position)
+                seen[name] = [*(seen[name] if isinstance(seen[name], list) else ()), case]
 
         return hook
 
-    generator = torch.Generator("cpu").manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(seed)
     words = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(words, (1, _PROMPT + 1), generator=generator, dtype=torch.int64, device="cpu")
     given: dict[str, Any] = {CACHE: cache, "use_cache": True}
+    handles = []
     try:
         model(input_ids=ids[:, :_PROMPT], **given)
         for name in names:
             handles.append(model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True))
-        model(input_ids=ids[:, _PROMPT:], **given)
+        for position in (0, *_far(model)):
+            if position:  # instead of the token before; layers of other kinds keep what they have
+                for layer in (each for each in cache.layers if type(each) is ReservedLayer):
+                    layer.crop(-1)
+                given["position_ids"] = torch.tensor([[position]], device="cpu")
+            model(input_ids=ids[:, _PROMPT:], **given)
     except Exception as error:  # a model's own code can raise anything with a cache that it was not written for
         return dict.fromkeys(names, f"the model fails with a reserved cache ({error!r:.100})")
     finally:
@@ -208,25 +285,39 @@ def _observed(model: Any, names: list[str]) -> dict[str, Any]:
     return seen
 
 
+def _far(model: Any) -> list[int]:
+    """The last position of the model's context, and the last before its positions were stretched, if they were."""
+    if "position_ids" not in signature(model.forward).parameters:
+        return []
+    config = model.config.get_text_config(decoder=True)
+    limits = [getattr(config, "max_position_embeddings", None), *_originals(getattr(config, "rope_parameters", None))]
+    return sorted({limit - 1 for limit in limits if isinstance(limit, int) and limit > _PROMPT + 1}, reverse=True)
+
+
+def _originals(parameters: Any) -> Iterator[Any]:
+    """The values of `original_max_position_embeddings`, for the kinds of layers."""
+    for name, value in parameters.items() if isinstance(parameters, dict) else ():
+        yield from [value] if name == "original_max_position_embeddings" else _originals(value)
+
+
+def _last(layer: ReservedLayer) -> list[Tensor]:
+    return [whole[..., _PROMPT, :].clone() for whole in layer.whole]
+
+
 @torch.inference_mode()
-def _fits(own: _Replacement, x: Tensor, kwargs: dict[str, Any], expected: Tensor, layer: ReservedLayer) -> bool:
-    """Whether the library gives the block's own output, and writes the same key and value. The cache stays as it is."""
-    before = [whole[..., _PROMPT, :].clone() for whole in layer.whole]
-    layer.crop(-1)
+def _off(own: _Replacement, case: _Case) -> float:
+    """How far the library is from the block's own output, key and value; at most 1 if they are the same."""
+    if case.layer.end > _PROMPT:
+        case.layer.crop(-1)
     found = None
     with suppress(KernelError):  # the library rejects this wiring
-        found = own.served(x, kwargs)
-    written = [whole[..., _PROMPT, :].clone() for whole in layer.whole]
-    for whole, states in zip(layer.whole, before, strict=True):
-        whole[..., _PROMPT, :] = states
-    if layer.end == _PROMPT:  # not served
-        layer.update(*(states[..., None, :] for states in before))
+        found = own.served(case.x, case.kwargs)
     if found is None:
-        return False
-    start = x.float()
-    pairs = [(found.float() - start, expected.float() - start, ROUNDING[x.dtype] * float(expected.float().norm()))]
-    pairs += [(a.float(), b.float(), 0.0) for a, b in zip(written, before, strict=True)]
-    return all(float((a - b).norm()) <= _SAME[x.dtype] * float(b.norm()) + slack for a, b, slack in pairs)
+        return float("inf")
+    start, end = case.x.float(), case.out.float()
+    pairs = [(found.float() - start, end - start, ROUNDING[case.x.dtype] * float(end.norm()))]
+    pairs += [(a.float(), b.float(), 1e-30) for a, b in zip(_last(case.layer), case.written, strict=True)]
+    return max(float((a - b).norm()) / (_SAME[case.x.dtype] * float(b.norm()) + slack) for a, b, slack in pairs)
 
 
 # ---- the forward ---------------------------------------------------------------------------------------------------
@@ -236,22 +327,34 @@ class _Turns:
     """The cosine and sine of a step in float32, which blocks share."""
 
     def __init__(self) -> None:
-        # The tensors that were converted last, their version, and the result.
-        self.last: tuple[Any, Any, int, tuple[Tensor, Tensor] | None] = (None, None, 0, None)
+        # The tensors that were converted last, their version, the width, and the result.
+        self.last: tuple[Any, Any, tuple[int, int], tuple[Tensor, Tensor] | None] = (None, None, (0, 0), None)
 
-    def of(self, given: Any, batch: int, tokens: int) -> tuple[Tensor, Tensor] | None:
-        """None if they are no tensors [batch or 1, tokens, rotated]."""
+    def of(self, given: Any, batch: int, tokens: int, rotated: int) -> tuple[Tensor, Tensor] | None:
+        """None if they are no tensors [batch or 1, tokens, rotated], or with half of these, which are repeated."""
         if not isinstance(given, tuple) or len(given) != 2:
             return None
         cosine, sine = given
         *known, turned = self.last
-        if turned is None or known[0] is not cosine or known[1] is not sine or known[2] != _version(cosine):
-            turned = (cosine.float().contiguous(), sine.float().contiguous())
-            self.last = (cosine, sine, _version(cosine), turned)
+        state = (_version(cosine), rotated)
+        if turned is None or known[0] is not cosine or known[1] is not sine or known[2] != state:
+            twice = 2 if 2 * cosine.shape[-1] == rotated else 1
+            turned = (torch.cat([cosine.float()] * twice, -1), torch.cat([sine.float()] * twice, -1))
+            self.last = (cosine, sine, state, turned)
         shape = turned[0].shape
-        if turned[1].shape != shape or len(shape) != 3 or shape[1] != tokens or shape[0] not in (1, batch):
+        if turned[1].shape != shape or len(shape) != 3 or shape[0] not in (1, batch) or shape[1:] != (tokens, rotated):
             return None
         return turned
+
+
+def _names_of(forward: Forward) -> list[str]:
+    """The names of a block's arguments, in order."""
+    return list(signature(forward).parameters)
+
+
+def _named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments after the first by their names."""
+    return {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
 
 
 def _version(tensor: Tensor) -> int:
@@ -261,14 +364,18 @@ def _version(tensor: Tensor) -> int:
 class _Replacement:
     """A block's forward by the library, and by its own code for everything else."""
 
-    def __init__(self, module: Any, wiring: Wiring, dtype: torch.dtype, turns: _Turns) -> None:
+    def __init__(
+        self, module: Any, wiring: Wiring, dtype: torch.dtype, turns: _Turns, beside: list[None] | None = None
+    ) -> None:
         self.plain: Forward = module.forward
+        self.names, self.beside, self.parallel = _names_of(self.plain), beside, wiring.parallel
         self.block, self.dtype = Block(wiring, dtype), dtype
         self.layer: int = child(module, ATTENTION).layer_idx
         self.shape, self.rotated = (wiring.shared, wiring.head), wiring.rotated
         self.turns = turns
+        self.before: int | None = None  # if set, tokens from this position on run the block's own code
         # The second half by the module's own parts, if the library computes the first half only.
-        mlp = None if wiring.gated else child(module, MLP)
+        mlp = None if wiring.down is not None else mlp_of(module)
         before, after = (getattr(module, name) if name else None for name in norm_names(module)[2:])
         self.rest, self.residual = None if mlp is None else (before, mlp, after), wiring.residual
         apart = set() if mlp is None else set(mlp.modules())
@@ -283,10 +390,10 @@ class _Replacement:
         self.trained = [(p, p._version) for p in (*small, *biases) if not p.is_inference()]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and isinstance(args[0], Tensor):
-            out = self.served(args[0], kwargs)
+        if args and isinstance(args[0], Tensor):
+            out = self.served(args[0], kwargs if len(args) == 1 else _named(self.names, args, kwargs))
             if out is not None:
-                return out
+                return out if self.beside is None else (out, *self.beside)
         return self.plain(*args, **kwargs)
 
     def served(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
@@ -294,10 +401,15 @@ class _Replacement:
         if torch.is_grad_enabled() or x.dim() != 3 or x.dtype != self.dtype or not x.is_contiguous():
             return None
         batch, tokens, _ = x.shape
-        turned = self.turns.of(kwargs.get("position_embeddings"), batch, tokens)
-        if turned is None or (self.rotated and turned[0].shape[-1] != self.rotated) or not self._unchanged():
+        if self.before is not None:
+            at = kwargs.get("position_ids")
+            if not isinstance(at, Tensor) or int(at.max()) >= self.before:
+                return None
+        angles = kwargs.get("position_embeddings")
+        turned = self.turns.of(angles, batch, tokens, self.rotated) if self.rotated else None
+        if (self.rotated and turned is None) or not self._unchanged():
             return None
-        cache = kwargs.get(CACHE)
+        cache = next((given for name in _CACHES if (given := kwargs.get(name)) is not None), None)
         found = pages.of_layer(cache, self.layer)
         known = _KNOWN if found is None else _KNOWN | pages.ARGUMENTS
         if any(name not in known and value is not None and value is not False for name, value in kwargs.items()):
@@ -320,7 +432,7 @@ class _Replacement:
                 mask = mask if mask.stride(-1) == 1 else mask.contiguous()
             out = self.block(x, cached, turned, mask)
             layer.advance(tokens)
-        return out if self.rest is None else self._second_half(out)
+        return out if self.rest is None else self._second_half(x, out)
 
     def _layer(self, cache: Any, x: Tensor) -> InPlaceLayer | None:
         """The layer of a cache that is written in place, for the texts of x. None if there is none."""
@@ -333,10 +445,11 @@ class _Replacement:
             layer.lazy_initialization(empty, empty)
         return layer if len(layer.whole[0]) == x.shape[0] else None
 
-    def _second_half(self, h: Tensor) -> Tensor:
+    def _second_half(self, x: Tensor, h: Tensor) -> Tensor:
         assert self.rest is not None
         before, mlp, after = self.rest
-        y: Any = mlp(h if before is None else before(h))
+        read = x if self.parallel else h
+        y: Any = mlp(read if before is None else before(read))
         y = y[0] if isinstance(y, tuple) else y
         y = y if after is None else after(y)
         out: Tensor = h + (y if self.residual == 1 else y * self.residual)

@@ -1,0 +1,56 @@
+"""A decoder block in the CPU library: every option, sizes that are no multiples of a vector's, each instruction set."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fewbit.errors import KernelError
+from fewbit.system import native
+from tests.block_cases import distance, drawn
+
+
+@pytest.fixture
+def library() -> ctypes.CDLL:
+    found = native.library()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@pytest.fixture(params=["scalar", "avx2", "avxvnni", "avx512", "neon", "neondot"])
+def instructions(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[str]:
+    if library.fewbit_force(request.param.encode()):
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    library.fewbit_force(None)
+
+
+def test_random_blocks_give_what_pytorch_gives(instructions: str) -> None:
+    far = {seed: off for seed in range(150) if (off := distance(drawn(seed))) > 1e-5}
+    # Sums are added in another order, so an activation may be rounded to the next of its 8 bits.
+    assert len(far) < 4, far
+    assert max(far.values(), default=0) < 2e-2, far
+
+
+def test_threads_do_not_change_a_bit(library: ctypes.CDLL) -> None:
+    before = torch.get_num_threads()
+    try:
+        for seed in range(40):
+            torch.set_num_threads(1)
+            alone = drawn(seed).found()
+            torch.set_num_threads(3)
+            assert all(torch.equal(a, b) for a, b in zip(alone, drawn(seed).found(), strict=True)), seed
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_wrong_wirings_are_refused(library: ctypes.CDLL) -> None:
+    case = next(case for case in map(drawn, range(99)) if len(case.wiring.qkv) == 3 and not case.wiring.mixed)
+    for wrong in ({"mixed": True}, {"heads": case.wiring.heads + 1}, {"rotated": case.wiring.head + 2}):
+        with pytest.raises(KernelError, match="rejects a block"):
+            replace(case, wiring=replace(case.wiring, **wrong)).found()
