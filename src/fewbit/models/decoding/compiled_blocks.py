@@ -32,10 +32,8 @@ from fewbit.nn.layers import Packed
 from fewbit.system import native
 
 _SAME = {torch.float32: 5e-3, torch.bfloat16: 5e-2}  # relative distance of what a block adds to its input
-_CLOSE, _TRIES = (
-    4,
-    3,
-)  # up to that many times this distance, another token is tried: an activation was rounded otherwise
+_CLOSE = 4  # up to so many times this distance, an activation may have been rounded otherwise
+_TRIES = 3  # tokens that are tried then
 _PROMPT = 12  # tokens before the one that is compared
 _MOST = 64  # rows of a call: for long prompts, PyTorch is as fast
 _CACHES = (CACHE, "layer_past", "past_key_values")  # names of the argument that holds the cache
