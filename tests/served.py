@@ -9,7 +9,7 @@ import shutil
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,3 +147,37 @@ def raw(server: Served, path: str, body: bytes | None = None, **headers: str) ->
         with error:
             status, text = error.code, error.read()
     return status, json.loads(text)
+
+
+class _Script:
+    """A grammar of one text."""
+
+    def __init__(self, tokens: Sequence[int], vocabulary: int) -> None:
+        self._tokens, self._vocabulary, self._place = tokens, vocabulary, 0
+
+    @property
+    def complete(self) -> bool:
+        return self._place == len(self._tokens)
+
+    def allowed(self) -> bytes:
+        mask = bytearray(self._vocabulary)
+        mask[self._tokens[self._place]] = 200
+        return bytes(mask)
+
+    def accept(self, token: int) -> None:
+        assert token == self._tokens[self._place]
+        self._place += 1
+
+    def copy(self) -> _Script:
+        return _Script(self._tokens, self._vocabulary)
+
+
+def scripted(server: Served, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Make all answers of the server that text."""
+    tokenizer = server.service.tokenizer
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    async def grammar(asked: Any) -> Any:
+        return _Script(tokens, len(tokenizer))
+
+    monkeypatch.setattr(server.service, "grammar", grammar)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.served import HELLO, Served, ask, raw, said, served
+from tests.served import HELLO, Served, ask, raw, said, scripted, served
 
 openai = pytest.importorskip("openai")
 jsonschema = pytest.importorskip("jsonschema")
@@ -59,41 +59,12 @@ def client(server: Served) -> Iterator[Any]:
         yield made
 
 
-class _Script:
-    """A grammar of one text."""
-
-    def __init__(self, tokens: Sequence[int], vocabulary: int) -> None:
-        self._tokens, self._vocabulary, self._place = tokens, vocabulary, 0
-
-    @property
-    def complete(self) -> bool:
-        return self._place == len(self._tokens)
-
-    def allowed(self) -> bytes:
-        mask = bytearray(self._vocabulary)
-        mask[self._tokens[self._place]] = 200
-        return bytes(mask)
-
-    def accept(self, token: int) -> None:
-        assert token == self._tokens[self._place]
-        self._place += 1
-
-    def copy(self) -> _Script:
-        return _Script(self._tokens, self._vocabulary)
-
-
 @pytest.fixture
 def write(server: Served, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`write(text)` makes all answers that text."""
 
     def patched(text: str) -> None:
-        tokenizer = server.service.tokenizer
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-
-        async def grammar(asked: Any) -> _Script:
-            return _Script(tokens, len(tokenizer))
-
-        monkeypatch.setattr(server.service, "grammar", grammar)
+        scripted(server, monkeypatch, text)
 
     return patched
 

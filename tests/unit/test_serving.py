@@ -181,8 +181,8 @@ def test_bytes_that_are_no_text_do_not_hold_it_up(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("stop", ["x" * 900 + "y", "xy" * 400 + "z", "\n\n\n", "yx"])
 def test_the_begin_of_a_stop_sequence_is_its_longest(stop: str) -> None:
-    from fewbit.serving.text import _begun
+    from fewbit.serving.text import begun
 
     for text in ("", "x" * 50, "xyxyxyx", "a\n\n", "xyxyy", "zy"):
         lengths = [n for n in range(1, len(stop)) if text.endswith(stop[:n])]
-        assert _begun(text, stop) == max(lengths, default=0)
+        assert begun(text, stop) == max(lengths, default=0)

@@ -44,6 +44,8 @@ class Form:
             message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
             if calls := [_call(call) for piece in pieces for call in piece.calls]:
                 message |= {"content": text or None, "tool_calls": calls}
+            if thought := "".join(piece.thought for piece in pieces):
+                message["reasoning_content"] = thought
             said = {"message": message}
         return self._choice(choice, said, likely, pieces[-1].finish)
 
@@ -60,9 +62,14 @@ class Form:
         """A piece of a stream. Its end has a chunk of its own in a chat, as OpenAI does it."""
         if not self._chat:
             return [self._chunk([self._choice(choice, {"text": piece.text}, piece.likely, piece.finish)])]
-        chunks = []
-        if piece.text or piece.likely:
-            chunks.append(self._chunk([self._choice(choice, {"delta": {"content": piece.text}}, piece.likely, None)]))
+        chunks, likely = [], piece.likely
+        if piece.thought:
+            chunks.append(
+                self._chunk([self._choice(choice, {"delta": {"reasoning_content": piece.thought}}, likely, None)])
+            )
+            likely = ()
+        if piece.text or likely:
+            chunks.append(self._chunk([self._choice(choice, {"delta": {"content": piece.text}}, likely, None)]))
         for call in piece.calls:
             delta = {"tool_calls": [{"index": self._calls[choice], **_call(call)}]}
             chunks.append(self._chunk([self._choice(choice, {"delta": delta}, [], None)]))

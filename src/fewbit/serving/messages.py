@@ -63,6 +63,7 @@ class Message(Body):
     tool_calls: list[ToolCall] | None = Field(None, fail_fast=True)
     tool_call_id: str | None = None
     name: str | None = None  # of a tool's function
+    reasoning_content: str | None = None  # what an earlier answer thought; the chat template decides what it keeps
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
@@ -73,6 +74,8 @@ class Message(Body):
             wrong = "tool_call_id belongs to the role tool, and is required there"
         elif self.name is not None and self.role != "tool":
             wrong = "name: only in messages of the role tool"
+        elif self.reasoning_content is not None and self.role != "assistant":
+            wrong = "reasoning_content: only in messages of the assistant"
         elif self.content is None and not self.tool_calls:
             wrong = "content: it is required"
         if wrong:
@@ -91,6 +94,8 @@ class Message(Body):
             turn["tool_call_id"] = self.tool_call_id
         if self.name is not None:
             turn["name"] = self.name
+        if self.reasoning_content is not None:
+            turn["reasoning_content"] = self.reasoning_content
         return turn
 
 

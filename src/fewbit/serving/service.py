@@ -24,6 +24,7 @@ from fewbit.serving.grammar import Grammar, Grammars
 from fewbit.serving.metrics import Metrics
 from fewbit.serving.reading import reader
 from fewbit.serving.text import Written
+from fewbit.serving.thoughts import CLOSE, OPEN, Thoughts, opened, thinks
 from fewbit.system.files import unwritable
 from fewbit.texts import windows
 
@@ -32,21 +33,24 @@ from fewbit.texts import windows
 class Piece:
     """The next text of an answer. likely: of the tokens that begin in it, each with its place in the whole text.
 
-    finish: why the answer ends here, "stop", "length" or "tool_calls". calls: of functions.
+    finish: why the answer ends here, "stop", "length" or "tool_calls". calls: of functions. thought: what comes
+    before the text.
     """
 
     text: str
     likely: tuple[tuple[int, Likely], ...]
     finish: str | None
     calls: tuple[Call, ...] = ()
+    thought: str = ""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt. text: as the client gave it, or of its token ids if they are echoed."""
+    """A prompt. text: as the client gave it, or of its token ids if they are echoed. opened: it begins thoughts."""
 
     ids: list[int]
     text: str = ""
+    opened: bool = False
 
 
 class Service:
@@ -78,7 +82,7 @@ class Service:
         self._check_number(asked)
         makes: list[Callable[[], Prompt]]
         if isinstance(asked, Chat):
-            makes = [lambda: Prompt(self._chat(asked))]
+            makes = [lambda: self._chat(asked)]
         else:
             makes = [partial(self._prompt, given, asked.echo) for given in asked.prompt]
         prompts = []
@@ -114,7 +118,7 @@ class Service:
         except FewbitError as error:
             raise Failure(400, f"{stated[0]}: {error.message}", "invalid_json_schema", stated[0]) from error
 
-    def _chat(self, asked: Chat) -> list[int]:
+    def _chat(self, asked: Chat) -> Prompt:
         turns = [message.turn for message in asked.messages]
         for turn in turns:
             if reason := unwritable(turn["content"]):
@@ -126,7 +130,7 @@ class Service:
             raise Failure(400, f"messages or tools: {reason}", "invalid_value", "tools" if asked.tools else "messages")
         self._check_length(text, "messages")
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)
-        return self._within(ids["input_ids"].long(), "messages")
+        return Prompt(self._within(ids["input_ids"].long(), "messages"), opened=opened(text))
 
     def _in_template(self, asked: Chat, turns: Sequence[dict[str, Any]]) -> str:
         if asked.offered:
@@ -216,7 +220,7 @@ class Answers:
                 if piece.finish:
                     answer.close()
                     del running[choice]
-                if piece.text or piece.likely or piece.calls or piece.finish:
+                if piece.text or piece.likely or piece.calls or piece.thought or piece.finish:
                     yield choice, piece
 
     def close(self) -> None:
@@ -240,6 +244,9 @@ class Answer:
         """choice: its index among the answers to the prompt. tell: is called when there is something new."""
         self.tokens, self._service = 0, service
         self._reader, shown = reader(service.tokenizer, asked)
+        self._thoughts = Thoughts(inside=prompt.opened) if thinks(service.tokenizer, asked) else None
+        if self._thoughts is not None:
+            shown = (shown or "") + OPEN + CLOSE
         skipped = {token for token, text in service.special.items() if shown is None or text not in shown}
         self._written = Written(service.tokenizer, asked.stops, skipped)
         stops = {token for token, text in service.special.items() if text in asked.stops}
@@ -309,6 +316,9 @@ class Answer:
         return text, tuple((max(at - before, 0), one) for at, one in zip(read.starts, news.prompt, strict=True))
 
     def _read(self, text: str, likely: tuple[tuple[int, Likely], ...], finish: str | None) -> Piece:
+        thought = ""
+        if self._thoughts is not None:
+            thought, text = self._thoughts.add(text, final=finish is not None)
         text, calls = self._reader.add(text)
         if finish:
             rest, more = self._reader.finish()
@@ -318,7 +328,7 @@ class Answer:
         # As OpenAI: the answer whose function the request has named says "stop".
         if self._called and finish == "stop" and not self._one_function:
             finish = "tool_calls"
-        return Piece(text, likely, finish, tuple(calls))
+        return Piece(text, likely, finish, tuple(calls), thought)
 
     def close(self) -> None:
         """End it, if it has not ended."""

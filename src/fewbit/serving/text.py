@@ -67,7 +67,7 @@ class Written:
             self._text, self.stopped = self._text[: min(found)], True
         until = len(self._text)
         if not final and not self.stopped:
-            until -= max((_begun(self._text, stop) for stop in self._stops), default=0)
+            until -= max((begun(self._text, stop) for stop in self._stops), default=0)
         piece, self._told = self._text[self._told : until], max(until, self._told)
         return piece
 
@@ -75,7 +75,7 @@ class Written:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=self._skipped is None))
 
 
-def _begun(text: str, stop: str) -> int:
+def begun(text: str, stop: str) -> int:
     """The length of the longest end of `text` that `stop` begins with, without being complete."""
     place = text.find(stop[0], max(len(text) - len(stop) + 1, 0))
     while place >= 0 and not stop.startswith(text[place:]):

@@ -1,0 +1,68 @@
+"""What a model thinks before it answers: `<think>...</think>`, as Qwen3 and DeepSeek-R1 write it.
+
+DeepSeek's interface, llama-server and vLLM return it as `reasoning_content` beside `content`, and so does this server.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fewbit.serving.asked import Chat, Completion
+from fewbit.serving.text import begun
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+def thinks(tokenizer: Any, asked: Chat | Completion) -> bool:
+    """Whether the answer may begin with thoughts: the chat template or the vocabulary has their marks.
+
+    An answer in JSON has none, because its grammar allows no other text.
+    """
+    if not isinstance(asked, Chat) or asked.schema_ is not None:
+        return False
+    template = tokenizer.chat_template
+    return CLOSE in (template if isinstance(template, str) else str(template)) or CLOSE in tokenizer.get_vocab()
+
+
+def opened(prompt: str) -> bool:
+    """Whether the chat template has begun the thoughts at the prompt's end."""
+    return prompt.rstrip().endswith(OPEN)
+
+
+class Thoughts:
+    """Splits a text that grows into thoughts and answer. White space around the thoughts is left out."""
+
+    def __init__(self, *, inside: bool) -> None:
+        """inside: whether the text begins with thoughts. If not, it does so if it begins with their mark."""
+        self._held, self._inside, self._answering, self._said = "", inside, False, False
+
+    def add(self, text: str, *, final: bool = False) -> tuple[str, str]:
+        """The next thoughts and the next text of the answer. final: nothing more comes."""
+        self._held += text
+        if not self._inside and not self._answering:
+            begin = self._held.lstrip()
+            if begin.startswith(OPEN):
+                self._inside, self._held = True, begin.removeprefix(OPEN)
+            elif OPEN.startswith(begin) and not final:
+                return "", ""
+            else:
+                self._answering = self._said = True
+        thought = self._thought(final) if self._inside else ""
+        answer = ""
+        if self._answering:
+            answer, self._held = self._held if self._said else self._held.lstrip(), ""
+            self._said = self._said or bool(answer)
+        return thought, answer
+
+    def _thought(self, final: bool) -> str:
+        thought, mark, rest = self._held.partition(CLOSE)
+        if mark:
+            self._inside, self._answering = False, True
+        elif not final:
+            thought = thought[: len(thought) - begun(thought, CLOSE)]
+        kept = thought.rstrip()  # white space may be the end
+        self._held = rest if mark else self._held[len(kept) :]
+        if not self._said:
+            kept = kept.lstrip()
+        self._said = bool(kept or self._said) and not mark
+        return kept
