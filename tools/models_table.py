@@ -26,7 +26,7 @@ quantized weights. This page is made from the table of those tests.
   them.
 - **calibrated**: `gptq-4bit` and `awq-4bit`. **other**: `nf4` and `int8`. Other plans of the same methods behave alike.
 - **no**: `quantize` ends with an error that says why, and leaves no output.
-- GGUF has fewer architectures: [gguf.md](gguf.md) lists them.
+- **GGUF**: also written and read as a GGUF file, with the conditions on [its page](gguf.md). No model with a tower is.
 """
 # The sentence for each reason in the tests' tables, which have patterns of error messages.
 _SAYS = {
@@ -51,6 +51,7 @@ def page() -> str:
     sys.path[:0] = [str(path) for path in (ROOT,) if str(path) not in sys.path]
     from transformers import __version__
 
+    from fewbit.models.gguf.architectures import TYPES
     from tests import architectures, multimodal
 
     causal = {
@@ -63,7 +64,7 @@ def page() -> str:
         [
             _HEAD.format(version=__version__),
             "## Causal language models\n",
-            *_table(causal, architectures.NOT_BUILT),
+            *_table(causal, architectures.NOT_BUILT, gguf=TYPES),
             "\n## Models with vision or audio towers\n",
             "The language model is quantized, and calibrated on text.",
             "If a model needs an image or sound in each forward pass, its language model is calibrated by itself.",
@@ -75,23 +76,31 @@ def page() -> str:
 
 
 def _table(
-    refused: Mapping[str, Mapping[str, str]], untested: Mapping[str, str], images: Collection[str] = ()
+    refused: Mapping[str, Mapping[str, str]],
+    untested: Mapping[str, str],
+    images: Collection[str] = (),
+    gguf: Collection[str] = (),
 ) -> Iterable[str]:
-    """The lines of a table. refused: for each type, plan -> reason. images: types that are tested with an image too."""
+    """The lines of a table. refused: for each type, plan -> reason. images: types that are tested with an image too.
+
+    gguf: types of GGUF files; without any, the table has no column for them.
+    """
     built = [kind for kind in refused if kind not in untested]
     counts = {plan: sum(plan not in refused[kind] for kind in built) for plan in PLANS}
     said = ", ".join(f"{counts[plan]} by `{plan}`" for plan in PLANS)
     yield f"{len(refused)} types, of which {len(built)} are tested. Quantized and right: {said}.\n"
-    yield "| type | calibrated | other | |"
-    yield "|---|---|---|---|"
+    column = " GGUF |" if gguf else ""
+    yield f"| type | calibrated | other |{column} |"
+    yield "|---|---|---|" + "---|" * (2 if gguf else 1)
     for kind, reasons in refused.items():
+        in_file = (" yes |" if kind in gguf else " no |") if gguf else ""
         if kind in untested:
-            yield f"| `{kind}` | | | {_SAYS.get(untested[kind], _UNTESTED)} |"
+            yield f"| `{kind}` | | |{in_file} {_SAYS.get(untested[kind], _UNTESTED)} |"
             continue
         calibrated, other = ("no" if plan in reasons else "yes" for plan in ("gptq-4bit", "nf4"))
         notes = [*dict.fromkeys(_SAYS[reason] for reason in reasons.values())]
         why = "; ".join([*notes, *(["tested with an image too"] if kind in images else [])])
-        yield f"| `{kind}` | {calibrated} | {other} | {why} |"
+        yield f"| `{kind}` | {calibrated} | {other} |{in_file} {why} |"
 
 
 if __name__ == "__main__":

@@ -12,17 +12,23 @@ from fewbit.formats.base import storing
 from fewbit.plans.mixtures import MIXTURES, PREFIX
 from fewbit.schemes.base import parse
 
+# Schemes with parameters. A test compares these with what `parse` takes.
+_SPECS = (
+    r"int[2-8]-(g(1[6-9]|[2-9]\d|[1-9]\d\d|10[01]\d|102[0-4])|row)(-sym)?(-bf16)?",
+    r"(nf4|fp4)(-b(32|64|128|256|512|1024|2048|4096))?(-dq)?",
+    r"llm\.int8-t\d+(\.\d+)?(e-?\d+)?",
+)
 FILE = Path(__file__).resolve().parent.parent / "docs" / "plan.schema.json"
 
 
 def schema() -> dict[str, Any]:
-    """The schema (draft 2020-12). Schemes are suggestions: most have parameters, such as a group size."""
+    """The schema (draft 2020-12). Schemes: examples, which editors suggest, and patterns."""
     schemes = sorted(
         {spec for scheme in registry.entries("schemes").values() for spec in scheme.examples if storing(parse(spec))}
     )
     formats = sorted(name for name, format in registry.entries("formats").items() if not format.read_only)
     methods = registry.entries("methods")
-    options = sorted({field.name for method in methods.values() for field in fields(method) if field.init})
+    options = {field.name: _value(str(field.type)) for each in methods.values() for field in fields(each) if field.init}
     names = "|".join(sorted(methods))
     rule = {
         "type": "object",
@@ -33,8 +39,8 @@ def schema() -> dict[str, Any]:
             "scheme": {
                 "description": "What the numbers mean; null: stay in 16 bits.",
                 "anyOf": [
-                    {"enum": [*schemes, *(PREFIX + name for name in MIXTURES)]},
-                    {"type": ["string", "null"]},
+                    {"enum": [None, *schemes, *(PREFIX + name for name in MIXTURES)]},
+                    {"type": "string", "pattern": f"^({'|'.join(_SPECS)})$"},
                 ],
             },
             "method": {
@@ -47,7 +53,7 @@ def schema() -> dict[str, Any]:
                 "description": "Options of the method.",
                 "type": "object",
                 "additionalProperties": False,
-                "properties": {name: {"type": ["string", "number", "boolean"]} for name in options},
+                "properties": dict(sorted(options.items())),
             },
         },
     }
@@ -72,6 +78,14 @@ def schema() -> dict[str, Any]:
             },
         },
     }
+
+
+def _value(kind: str) -> dict[str, Any]:
+    """What an option of a method may be: a value of its type, or that as text."""
+    if kind == "bool":
+        return {"enum": [True, False, "true", "false"]}
+    json_type, pattern = {"int": ("integer", r"^\d+$"), "float": ("number", r"^[\d.]+(e-?\d+)?$")}[kind]
+    return {"anyOf": [{"type": json_type}, {"type": "string", "pattern": pattern}]}
 
 
 def main() -> None:

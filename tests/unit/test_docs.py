@@ -61,6 +61,9 @@ def test_the_session_of_serving_runs(tmp_path: Path) -> None:
         assert line in done.stdout, done.stdout
 
 
+_NO_SCHEMES = ("int44-g128", "int9-row", "int4-g8", "int4-g1025", "int4", "nf4-b48", "fp8-b64", "mixture:q4", "q4_9")
+
+
 def test_the_schema_of_plans_is_up_to_date_and_holds() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     from plan_schema import FILE, schema
@@ -75,13 +78,31 @@ def test_the_schema_of_plans_is_up_to_date_and_holds() -> None:
         "rules": [{"match": "*", "scheme": "int4-g64"}],
     }
     jsonschema.validate(good, schema())
+    for spec in (
+        "int4-g16",
+        "int8-g1024-sym-bf16",
+        "int2-g100",
+        "int3-row",
+        "fp4-b4096-dq",
+        "nf4",
+        "llm.int8-t0",
+        None,
+    ):
+        plan = {**good, "rules": [{"match": "*", "scheme": spec}]}
+        jsonschema.validate(plan, schema())
+        Plan.from_json(plan)
+    for value in (0.05, "0.05", 1):
+        jsonschema.validate({**good, "rules": [{"match": "*", "scheme": None, "options": {"damp": value}}]}, schema())
     assert Plan.from_json(good).rules[0].scheme == "int4-g64"
     rule = {"match": "*", "scheme": None}
     for wrong in (
         {**good, "format": "gtpq"},
         {**good, "rules": [{**rule, "method": "gtpq"}]},
         {**good, "rules": [{**rule, "options": {"dampp": 1}}]},
+        {**good, "rules": [{**rule, "method": "gptq", "options": {"damp": "much"}}]},
+        {**good, "rules": [{**rule, "method": "gptq", "options": {"act_order": 3}}]},
         {**good, "rule": []},
+        *({**good, "rules": [{"match": "*", "scheme": spec}]} for spec in _NO_SCHEMES),
         {"name": "a", "format": "gptq"},
     ):
         with pytest.raises(jsonschema.ValidationError):
@@ -158,4 +179,3 @@ def test_the_page_of_gguf_architectures_is_up_to_date(monkeypatch: pytest.Monkey
     from gguf_table import PAGE, page
 
     assert PAGE.read_text(encoding="utf-8") == page(), "run python tools/gguf_table.py"
-    assert "| no |" not in page()  # each row is tested against llama.cpp

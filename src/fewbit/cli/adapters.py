@@ -52,7 +52,7 @@ def finetune(
 def merge(
     model: Model,
     adapter: Annotated[str, typer.Argument(help="Folder of the adapter.")],
-    output: Annotated[str, typer.Option("-o", "--output", help="Folder to make.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder to make. To get a GGUF file, quantize it.")],
     base: Annotated[
         str | None, typer.Option(help="Original of MODEL. Default: the one that its fewbit.json names.")
     ] = None,
