@@ -88,9 +88,9 @@ def test_the_schema_of_plans_is_up_to_date_and_holds() -> None:
         "llm.int8-t0",
         None,
     ):
-        plan = {**good, "rules": [{"match": "*", "scheme": spec}]}
-        jsonschema.validate(plan, schema())
-        Plan.from_json(plan)
+        wanted = {**good, "rules": [{"match": "*", "scheme": spec}]}
+        jsonschema.validate(wanted, schema())
+        Plan.from_json(wanted)
     for value in (0.05, "0.05", 1):
         jsonschema.validate({**good, "rules": [{"match": "*", "scheme": None, "options": {"damp": value}}]}, schema())
     assert Plan.from_json(good).rules[0].scheme == "int4-g64"

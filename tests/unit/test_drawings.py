@@ -135,8 +135,17 @@ def blocks() -> dict[str, tuple[list[tuple[str, int, int]], str]]:
     return found
 
 
+def drawn_bits(label: str, name: str) -> range:
+    """The bits of a code that a label means: all (`codes`, or a number), or the lowest or highest."""
+    bits = layout.LAYOUTS[name].bits
+    which, _, number = label.rpartition(" ")
+    if which == "high":
+        return range(bits - int(number), bits)
+    return range(int(number) if which == "low" else bits)
+
+
 def changed(name: str, byte: int) -> set[str]:
-    """The fields of a block that another value of this byte changes: codes by their low and high bits."""
+    """The fields of a block that another value of this byte changes; of codes the bits, by number."""
     generator = torch.Generator().manual_seed(byte)
     data = torch.randint(256, (1, BLOCK_TYPES[name].nbytes), generator=generator).to(torch.uint8)
     found = set()
@@ -145,8 +154,7 @@ def changed(name: str, byte: int) -> set[str]:
         other[0, byte] ^= 1 << bit
         before, after = layout.unpack(name, data), layout.unpack(name, other)
         flipped = before.codes ^ after.codes
-        found |= {"low 4"} if (flipped & 15).any() else set()
-        found |= {"high 2"} if (flipped >> 4).any() else set()
+        found |= {str(i) for i in range(8) if (flipped >> i & 1).any()}
         for field in ("d", "dmin", "sc", "m"):
             a, b = getattr(before, field), getattr(after, field)
             if a is not None and not torch.equal(a.nan_to_num(), b.nan_to_num()):
@@ -161,8 +169,8 @@ def test_a_drawn_block_has_these_fields_at_these_bytes(name: str) -> None:
     assert fields[-1][2] == BLOCK_TYPES[name].nbytes
     for label, first, end in fields:
         meant = set(label.removesuffix(" (6 bits)").split(", "))
-        if meant == {"codes"}:
-            meant = {"low 4", "high 2"} if name == "q8_0" else {"low 4"}
+        if label == "codes" or label.startswith(("low ", "high ")):
+            meant = {str(i) for i in drawn_bits(label, name)}
         assert set().union(*(changed(name, byte) for byte in range(first, end))) == meant, label
 
 
@@ -188,3 +196,46 @@ def test_the_words_beside_a_block_are_true(name: str) -> None:
         data[0, 2 + 3] = 0x95
         codes = layout.unpack(name, data).codes[0]
         assert (int(codes[3]), int(codes[3 + high])) == (5, 9)
+
+
+ROWS = re.findall(r"^\| `(q\d_k)` \| ((?:low |high )?\d) \| ([^|]+) \| ([^|]+) \|$", REFERENCE, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "label", "byte", "column"), ROWS)
+def test_a_bit_belongs_to_the_column_that_the_table_says(name: str, label: str, byte: str, column: str) -> None:
+    spec, wide = layout.LAYOUTS[name], 64 if (name, label) == ("q6_k", "low 4") else 32
+    drawn = drawn_bits(label, name)
+    places = [re.sub(r"(\d) (?=\w)", r"\1 * ", text) for text in (byte, column)]
+    seen = set()
+    for t in range(spec.columns * len(drawn) // 8 // wide):
+        for j, i in ((j, i) for j in (0, 1, wide - 1) for i in range(8 // len(drawn))):
+            at, code = (eval(place, {"__builtins__": {}}, {"t": t, "i": i, "j": j}) for place in places)
+            data = torch.zeros(1, spec.nbytes, dtype=torch.uint8)
+            data[0, at] = (1 << len(drawn)) - 1 << i * len(drawn)
+            found = layout.unpack(name, data).codes[0]
+            assert found.nonzero().flatten().tolist() == [code]
+            assert int(found[code]) == sum(1 << bit for bit in drawn)
+            seen.add(code)
+    assert len(seen) == 3 * spec.columns // wide
+    assert {name for name, *_ in ROWS} == {f"q{n}_k" for n in range(2, 7)}
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "q4_k", "q5_k"])
+def test_the_drawn_scales_are_read_from_these_bits(name: str) -> None:
+    lines = drawing("gguf, written").partition("sc and m of group g")[2].splitlines()
+    if name == "q5_k":
+        assert "q5_k             as q4_k" in lines
+    (start,) = (first for label, first, _ in blocks()[name][0] if label.startswith("sc"))
+    spec = layout.LAYOUTS[name]
+    data = torch.randint(256, (1, spec.nbytes), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    read, drawn = layout.unpack(name, data), set()
+    for line in lines:
+        if line.startswith("q4_k" if name == "q5_k" else name):
+            only = re.search(r"g (?:<|>=) 4", line)
+            for field, formula in re.findall(r"(sc|m) = (.*?)(?=\s{3,}|$)", line):
+                for g in range(spec.subs):
+                    names = {"s": data[0, start:].tolist(), "g": g}
+                    if only is None or eval(only[0], {}, names):
+                        assert eval(formula, {}, names) == int(getattr(read, field)[0, g]), (field, g)
+                        drawn.add((field, g))
+    assert len(drawn) == spec.subs * (1 if read.m is None else 2)
