@@ -33,6 +33,8 @@ class Served:
     service: Any
     gate: threading.Event
     steps: list[int] = field(default_factory=list)
+    connections: Any = ()
+    stop: Callable[[], None] = lambda: None  # ends the server
 
     @contextlib.contextmanager
     def client(self, **settings: Any) -> Iterator[Any]:
@@ -80,17 +82,22 @@ def served(model: str | Path, kernel: str | None = None, **settings: Any) -> Ite
         made = Served(f"http://127.0.0.1:{socket.getsockname()[1]}", opened, gate)
         _gated(opened.engine, made)
         app = application(opened, given)
-        server = uvicorn.Server(run.configuration(app))
+        server = uvicorn.Server(run.configuration(app, given))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
+
+        def stop() -> None:
+            gate.set()
+            server.should_exit = True
+            thread.join(HANG)
+            assert not thread.is_alive()
+
+        made.connections, made.stop = server.server_state.connections, stop
         thread.start()
         try:
             until(lambda: server.started or not thread.is_alive())
             yield made
         finally:
-            gate.set()
-            server.should_exit = True
-            thread.join(HANG)
-            assert not thread.is_alive()
+            stop()
 
 
 def _gated(engine: Any, made: Served) -> None:

@@ -308,8 +308,9 @@ def test_clients_close_idle_connections_first() -> None:
     from fastapi import FastAPI
 
     from fewbit.serving import run
+    from fewbit.serving.settings import Serving
 
-    server, nginx, aws = run.configuration(FastAPI()).timeout_keep_alive, 60, 60
+    server, nginx, aws = run.configuration(FastAPI(), Serving()).timeout_keep_alive, 60, 60
     with openai.OpenAI(api_key="none") as client:
         pool = client._client._transport._pool
         assert server > max(pool._keepalive_expiry, nginx, aws)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -173,6 +174,62 @@ def test_a_client_that_does_not_read_is_cut_off(quantized: Path, monkeypatch: py
             client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
             until(lambda: server.service.metrics.cancelled == 1)
             assert server.service.engine.unfinished == 0
+
+
+def test_the_server_ends_although_a_client_does_not_read(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer is whole, and waits in a buffer that is not full, so nothing else ends the connection."""
+    from fewbit.serving import answers
+    from fewbit.serving.connections import Connection
+
+    monkeypatch.setattr(Connection, "read_seconds", 0.5)
+    chunk, made = answers.Form._chunk, Connection.connection_made
+
+    def roomy(self: Any, transport: Any) -> None:
+        made(self, transport)
+        transport.set_write_buffer_limits(high=2**30)
+
+    monkeypatch.setattr(answers.Form, "_chunk", lambda self, choices: chunk(self, choices) | {"padding": "x" * 10**6})
+    monkeypatch.setattr(Connection, "connection_made", roomy)
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(served(quantized))
+        client = stack.enter_context(_socket(server))
+        body = json.dumps({"messages": HELLO, "max_tokens": 40, "stream": True}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        until(lambda: server.service.metrics.generated_tokens == 40)
+        server.stop()  # asserts that it ends, while the client is there
+
+
+def test_many_idle_connections_keep_nobody_out(quantized: Path) -> None:
+    """Those without a request for longest make room."""
+    with served(quantized, max_num_seqs=2, max_queue=2) as server, contextlib.ExitStack() as stack:
+        busy = stack.enter_context(_socket(server))
+        with server.held():
+            body = json.dumps({"messages": HELLO, "max_tokens": 5}).encode()
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+            busy.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+            until(lambda: server.service.engine.unfinished == 1)
+            idle = [stack.enter_context(_socket(server)) for _ in range(300)]
+            assert raw(server, "/health") == (200, {"status": "ok"})
+            assert idle[0].recv(1) == b""  # it made room
+            assert len(server.connections) <= 2 + 2 + 64
+        assert busy.recv(12) == b"HTTP/1.1 200"
+
+
+def test_a_connection_too_many_is_told(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewbit.serving import run
+
+    monkeypatch.setattr(run, "_BESIDE", -3)  # one connection is all
+    with served(quantized, max_num_seqs=2, max_queue=2) as server:
+        with server.held(), _socket(server) as busy:
+            body = json.dumps({"messages": HELLO, "max_tokens": 5}).encode()
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+            busy.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+            until(lambda: server.service.engine.unfinished == 1)
+            status, answer = raw(server, "/v1/models")
+        assert (status, answer["error"]["code"]) == (503, "too_many_connections")
+        until(lambda: not server.connections)
+        assert raw(server, "/v1/models")[0] == 200
 
 
 def test_logits_that_are_no_numbers_end_their_request(server: Served, client: Any) -> None:

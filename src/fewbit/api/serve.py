@@ -46,7 +46,7 @@ def serve(model: str | Path, loading: Loading, serving: Serving, tell: Callable[
         said = f"Serving {opened.name}: chat at {address}, OpenAI's interface at {address}/v1. Ctrl-C ends."
         try:
             app = application(opened, serving)
-            run.run(app, socket, lambda: tell(said), lambda: opened.engine.failed is not None)
+            run.run(app, socket, serving, lambda: tell(said), lambda: opened.engine.failed is not None)
         finally:  # after an error, the engine's thread would keep the process alive
             opened.engine.stop(finish=False)
         if opened.engine.failed is not None:

@@ -6,12 +6,14 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import uvicorn
 from fastapi import FastAPI
 
 from fewbit.errors import PlanError
 from fewbit.serving.connections import Connection
+from fewbit.serving.settings import Serving
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -36,11 +38,20 @@ def bound(host: str, port: int) -> socket.socket:
 _IDLE = 75
 
 
-def configuration(app: FastAPI) -> uvicorn.Config:
+# Connections besides those whose requests run or wait: idle ones of clients, and of what reads /health.
+_BESIDE = 64
+
+
+def configuration(app: FastAPI, settings: Serving) -> uvicorn.Config:
     """How uvicorn serves the application."""
+    most = settings.max_num_seqs + settings.max_queue + _BESIDE
+    with suppress(ImportError, OSError):  # the system's limit of open files, which the model's files need too
+        import resource
+
+        most = min(most, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 1))
     return uvicorn.Config(
         app,
-        http=Connection,
+        http=type("LimitedConnection", (Connection,), {"most": most}),
         ws="none",
         log_level="warning",
         access_log=False,
@@ -63,7 +74,9 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter) or self._failed()
 
 
-def run(app: FastAPI, at: socket.socket, ready: Callable[[], None], failed: Callable[[], bool]) -> None:
+def run(
+    app: FastAPI, at: socket.socket, settings: Serving, ready: Callable[[], None], failed: Callable[[], bool]
+) -> None:
     """Serve until SIGTERM or SIGINT. What runs is finished before; nothing new is accepted meanwhile.
 
     ready: called when requests are accepted. failed: whether to end, as after a signal.
@@ -71,4 +84,4 @@ def run(app: FastAPI, at: socket.socket, ready: Callable[[], None], failed: Call
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal again when all is done, and the process would seem to have been killed.
         signal.signal(signal.SIGTERM, lambda *_: None)
-    _Server(configuration(app), ready, failed).run(sockets=[at])
+    _Server(configuration(app, settings), ready, failed).run(sockets=[at])
