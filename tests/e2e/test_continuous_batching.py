@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,10 @@ def answers(model: Any, prompts: list[list[int]], *, at_once: int = 256) -> list
     return [found[tuple(prompt)] for prompt in prompts]
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers.generation.continuous_batching.cache_allocators") is None,
+    reason="this version of transformers has other pages, so blocks run their own code",
+)
 def test_blocks_in_the_library_read_pages(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer is the same, whatever the other texts of a step are, and however a prompt is cut.
 
