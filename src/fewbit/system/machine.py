@@ -20,13 +20,13 @@ def versions() -> dict[str, str]:
 
 
 def _version(package: str) -> str | None:
+    if package == "fewbit":  # an installed clone keeps the metadata of the version that it was installed at
+        import fewbit
+
+        return fewbit.__version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        if package == "fewbit":
-            import fewbit
-
-            return fewbit.__version__
         return None
 
 
