@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import fewbit
 from fewbit.models.decoding import attention
-from fewbit.models.decoding.attention import attend, grouped_queries
+from fewbit.models.decoding.attention import attend, grouped_queries, growing_texts
 
 
 def given(tokens: int, groups: int, batch: int = 2, length: int = 24) -> Any:
@@ -83,3 +85,30 @@ def test_other_threads_keep_transformers_own(monkeypatch: pytest.MonkeyPatch) ->
         assert len(run()) == 2
         other.submit(context.__exit__, None, None, None).result()
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
+def test_cudnn_is_off_while_a_text_grows() -> None:
+    def on() -> bool:
+        return bool(torch.backends.cuda.cudnn_sdp_enabled())
+
+    assert on()
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(growing_texts())
+    second.enter_context(growing_texts())
+    first.close()
+    assert not on()  # the first to leave does not end it for the other
+    second.close()
+    assert on()
+
+
+def test_generation_does_not_use_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set[bool]()
+    attended = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.add(torch.backends.cuda.cudnn_sdp_enabled())
+        return attended(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    fewbit.generate("tiny", "Once", max_new_tokens=2)
+    assert seen == {False}

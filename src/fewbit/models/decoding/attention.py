@@ -26,6 +26,7 @@ from fewbit.kernels.nvidia import operators
 
 _grouped: ContextVar[bool] = ContextVar("fewbit_grouped_queries", default=False)
 _lock, _users = Lock(), [0]
+_growing: list[bool] = []  # for each user of `growing_texts`, whether PyTorch used cuDNN before
 # The table of all models. An entry of it is replaced and put back, never removed: other threads look it up meanwhile.
 _FUNCTIONS: Any = type(ALL_ATTENTION_FUNCTIONS)._global_mapping
 
@@ -50,6 +51,25 @@ def grouped_queries() -> Iterator[None]:
             if not _users[0] and _FUNCTIONS["sdpa"] is _of_thread:
                 _FUNCTIONS["sdpa"] = sdpa_attention_forward
         _grouped.reset(token)
+
+
+@contextmanager
+def growing_texts() -> Iterator[None]:
+    """Inside this context, PyTorch's attention does not use cuDNN, which plans anew for each number of keys.
+
+    A plan takes 50 ms on an H200 with PyTorch 2.11, and a text needs one for each token. The setting holds for all
+    threads.
+    """
+    with _lock:
+        _growing.append(torch.backends.cuda.cudnn_sdp_enabled())
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        with _lock:
+            before = _growing.pop()
+            if not _growing:  # the first user's
+                torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _of_thread(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from fewbit.brief import brief
 from fewbit.errors import PlanError
+from fewbit.models.decoding.attention import growing_texts
 from fewbit.models.decoding.exclusive import exclusive
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.system.files import unwritable
@@ -25,7 +26,7 @@ _KEPT = (
     *("repetition_penalty", "no_repeat_ngram_size", "top_k", "top_p", "min_p", "typical_p"),
 )
 
-_AT_ONCE = 32  # texts that `written` makes at a time
+_AT_ONCE = {"cpu": 32}  # texts that `written` makes at a time; on a GPU 256, as a step takes as long for one
 _GREEDY = Sampling()
 _random = Lock()
 
@@ -124,13 +125,14 @@ def text_settings(config: GenerationConfig) -> GenerationConfig:
 
 @contextmanager
 def _one_text(model: Any) -> Iterator[None]:
-    """Inside this context, the model uses only the settings `_KEPT` of its generation_config."""
+    """Inside this context, the model writes texts token by token, by the settings `_KEPT` of its generation_config."""
     owner = model.get_base_model() if hasattr(model, "get_base_model") else model
     with exclusive(owner):
         before = owner.generation_config
         owner.generation_config = text_settings(before)
         try:
-            yield
+            with growing_texts():
+                yield
         finally:
             owner.generation_config = before
 
@@ -214,10 +216,10 @@ def written(model: Any, tokenizer: Any, count: int, length: int, seed: int) -> T
         raise PlanError(
             "the tokenizer has no token that begins or ends a text, so the model cannot write one by itself"
         )
-    new, texts = length - 1, list[Tensor]()
+    new, texts, at_once = length - 1, list[Tensor](), _AT_ONCE.get(model.device.type, 256)
     with _seeded(Sampling(temperature=1.0, seed=seed)), torch.inference_mode(), _one_text(model):
-        for start in range(0, count, _AT_ONCE):
-            ids = torch.full((min(_AT_ONCE, count - start), 1), first, dtype=torch.int64, device=model.device)
+        for start in range(0, count, at_once):
+            ids = torch.full((min(at_once, count - start), 1), first, dtype=torch.int64, device=model.device)
             out = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
