@@ -98,6 +98,7 @@ def test_its_fields_are_its_options(name: str) -> None:
     """Each has a default, is read back from its own text, and has help."""
     cls = registry.get("methods", name)
     assert make(name) == cls()
-    assert make(name, {f.name: str(f.default) for f in fields(cls)}) == cls()
+    assert make(name, {f.name: str(f.default) for f in fields(cls) if f.default is not None}) == cls()
     for option in fields(cls):
         assert option.metadata["help"].endswith(".")
+        assert (option.default is None) == bool(option.metadata["optional"])

@@ -390,7 +390,7 @@ def test_a_group_that_does_not_divide_names_every_tensor(sound: Path, refused: R
         (("--damp=inf",), ("--damp", "inf")),
         (("--refine", "-1"), ("--refine", "-1")),
         (("--refine", "1.5"), ("--refine", "1.5")),
-        (("--target", "1.5"), ("--target", "1.5", "default is 0:")),
+        (("--target", "1.5"), ("--target", "1.5", "0: no target")),
         (("--act-order=perhaps",), ("--act-order", "perhaps")),
         (("--plan", "rtn-4bit", "--damp", "0.1"), ("damp", "rtn")),
         (("stray",), ("stray",)),

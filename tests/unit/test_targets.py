@@ -86,7 +86,7 @@ def test_the_target_is_its_formula() -> None:
     w = ordinary(5, 12)
     damped = stats.shift.middle + 0.01 * stats.shift.middle.diagonal().mean() * torch.eye(12)
     step = w @ stats.shift.fit @ damped.inverse()
-    ((found, strength),) = moved([w], stats.shift, 0.5, 0.01)
+    ((found, strength),) = moved([w], stats.shift, [0.5], 0.01)
     best = float(((w @ stats.shift.held_out) * step).sum() / ((w @ stats.shift.fit) * step).sum())
     assert strength == pytest.approx(0.5 * min(max(best, 0), 1), rel=1e-4)
     torch.testing.assert_close(found, w + strength * step, rtol=1e-4, atol=1e-5)
@@ -95,10 +95,10 @@ def test_the_target_is_its_formula() -> None:
 @pytest.mark.parametrize(("sign", "strength"), [(1.0, 0.5), (0.5, 0.25), (2.0, 0.5), (-1.0, 0.0), (0.0, 0.0)])
 def test_held_out_windows_decide_the_strength(sign: float, strength: float) -> None:
     fit, w = inputs(8, 8), ordinary(5, 8)
-    ((_, found),) = moved([w], Shift(fit, sign * fit, torch.eye(8)), 0.5, 0.0)
+    ((_, found),) = moved([w], Shift(fit, sign * fit, torch.eye(8)), [0.5], 0.0)
     assert found == pytest.approx(strength)
-    assert torch.equal(moved([w], Shift(0 * fit, fit, torch.eye(8)), 0.5, 0.01)[0][0], w)
-    assert moved([w], Shift(fit, fit, torch.full((8, 8), torch.nan)), 0.5, 0.01)[0][1] == 0
+    assert torch.equal(moved([w], Shift(0 * fit, fit, torch.eye(8)), [0.5], 0.01)[0][0], w)
+    assert moved([w], Shift(fit, fit, torch.full((8, 8), torch.nan)), [0.5], 0.01)[0][1] == 0
 
 
 def test_a_shift_that_the_hessian_does_not_show_is_bounded() -> None:
@@ -109,7 +109,7 @@ def test_a_shift_that_the_hessian_does_not_show_is_bounded() -> None:
     stats.add_shift(x, x @ (torch.eye(12) * 1.1), held, weight)
     assert stats.shift is not None
     w = ordinary(5, 12)
-    ((found, _),) = moved([w], stats.shift, 1.0, 0.01)
+    ((found, _),) = moved([w], stats.shift, [1.0], 0.01)
     assert (found - w).norm() < 0.2 * w.norm()
 
 
@@ -129,15 +129,45 @@ def test_gptq_corrects_the_error_of_its_input(act_order: bool) -> None:
         errors.append(float((before @ w.T - x @ choice.weight.dequantize().T).square().mean()))
     assert errors[0] > 1.2 * errors[1] > 1.2 * errors[2]
     assert stats.shift is not None
-    ((wanted, _),) = moved([w], stats.shift, 0.5, 0.01)
+    ((wanted, _),) = moved([w], stats.shift, [0.5], 0.01)
     codes = GPTQ(target=0, act_order=act_order).quantize(wanted, scheme, stats).weight
     found = GPTQ(target=0.5, act_order=act_order).quantize(w, scheme, stats).weight
     assert (codes.dequantize() - found.dequantize()).norm() < 1e-3 * codes.dequantize().norm()
 
 
-def test_only_a_target_needs_the_shift() -> None:
-    assert make("gptq", {"target": "0"}).needs == make("awq+gptq", {"target": "0"}).needs == Need.HESSIAN
-    assert make("gptq", {"target": "0.5"}).needs == make("awq+gptq", {"target": "0.5"}).needs == Need.SHIFT
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+@pytest.mark.parametrize(
+    ("scheme", "options", "need"),
+    [
+        ("int4-g128", {"target": "0"}, Need.HESSIAN),
+        ("int8-row-sym", {"target": "0.5"}, Need.SHIFT),
+        ("int2-g64-sym", {"target": "0.5"}, Need.SHIFT),
+        ("int2-g64-sym", {}, Need.HESSIAN),  # by default, a target only where it measured better
+        ("q2_k", {}, Need.HESSIAN),
+        ("int3-row-sym", {}, Need.SHIFT),
+        ("q3_k", {}, Need.SHIFT),
+        ("nvfp4", {}, Need.SHIFT),
+        ("q6_k", {}, Need.SHIFT),
+        ("int8-g64-sym", {}, Need.HESSIAN),
+    ],
+)
+def test_only_a_target_needs_the_shift(method: str, scheme: str, options: dict[str, str], need: Need) -> None:
+    assert make(method, options).needs == Need.HESSIAN
+    assert make(method, options).need(parse(scheme)) == need
+
+
+def test_weights_of_one_input_have_targets_of_their_own() -> None:
+    w = ordinary(8, 64)
+    fit = 0.1 * torch.eye(64)
+    shift = Shift(fit, fit, torch.eye(64))
+    (whole, alpha), (same, zero) = moved([w, w], shift, [1.0, 0.0], 0.0)
+    assert alpha == pytest.approx(1.0)
+    assert torch.allclose(whole, 1.1 * w)
+    assert torch.equal(same, w)
+    assert zero == 0
+
+
+def test_a_target_is_a_share() -> None:
     with pytest.raises(fewbit.PlanError, match=r"`target`: '1.5' is not a share"):
         make("gptq", {"target": "1.5"})
 

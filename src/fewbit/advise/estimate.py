@@ -10,7 +10,6 @@ from fewbit.brief import brief
 from fewbit.errors import PlanError
 from fewbit.formats.base import by_quant_method
 from fewbit.measure.comparison import ORIGINAL
-from fewbit.methods.base import make
 from fewbit.models.describe import describe
 from fewbit.models.outline import Outline, geometry
 from fewbit.models.source import Source
@@ -88,11 +87,10 @@ def estimate(
     rows = [_row(sizes.Sized(ORIGINAL, "as it is", files, original, bits=8 * original / parameters), g, use, cache)]
     block = memory.Block(**outline.largest_block())
     for plan in wanted:
-        need = max((make(r.method, dict(r.options)).needs for r in plan.rules if r.scheme), default=Need.NOTHING)
         sized = sizes.sized(outline, plan)
         peaks = (0, 0, 0)
         if sized.why_not is None:
-            work = memory.Work(need, samples, min(length, source.context), sized.bits, sized.packed_bytes)
+            work = memory.Work(sized.need, samples, min(length, source.context), sized.bits, sized.packed_bytes)
             cpu, gpu = memory.Device(4, machine.main_memory()), memory.Device(2, machine.gpu_memory(), gpu=True)
             on_cpu, on_gpu = (memory.quantization_peak(g, block, work, device) for device in (cpu, gpu))
             peaks = on_cpu, on_gpu, memory.host_peak(block, work)
@@ -188,7 +186,7 @@ def _row(
         quantization_peak=peaks[0],
         quantization_gpu=peaks[1],
         quantization_host=peaks[2],
-        calibrates=sized.calibrates,
+        calibrates=sized.need > Need.NOTHING,
         schemes=sized.schemes,
         card=cards.smallest(total) if sized.why_not is None else None,
         notes=sized.notes,

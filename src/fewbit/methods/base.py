@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from fewbit import registry
@@ -68,29 +68,40 @@ class Fold(ABC):
         """
 
 
-def option(default: bool | int | float, help: str) -> Any:
-    """A dataclass field that is an option of a method: a flag of `fewbit quantize`, and a key of a plan's rule."""
-    return field(default=default, metadata={"help": help})
+def option(default: bool | int | float, help: str, optional: str = "") -> Any:
+    """A dataclass field that is an option of a method: a flag of `fewbit quantize`, and a key of a plan's rule.
+
+    optional: what None stands for. With it, None is the default, and a value has the type of `default`.
+    """
+    metadata = {"help": help, "type": type(default), "optional": optional}
+    return field(default=None if optional else default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option, the methods that have it with this meaning, its default and its help."""
+    """An option, the methods that have it with this meaning, its default and its help.
+
+    type: of its values. optional: what the default None stands for.
+    """
 
     name: str
     methods: tuple[str, ...]
-    default: bool | int | float
+    default: bool | int | float | None
     help: str
+    type: type
+    optional: str
 
     @property
     def flag(self) -> str:
         """As on the command line."""
         flag = self.name.replace("_", "-")
-        return f"--{flag} / --no-{flag}" if isinstance(self.default, bool) else f"--{flag}"
+        return f"--{flag} / --no-{flag}" if self.type is bool else f"--{flag}"
 
     @property
     def shown(self) -> str:
-        """The default, as it would be written."""
+        """The default, as it would be written, or what it stands for."""
+        if self.default is None:
+            return self.optional
         return ("on" if self.default else "off") if isinstance(self.default, bool) else f"{self.default:g}"
 
 
@@ -98,8 +109,12 @@ class Option:
 class Method(ABC):
     """A way to choose codes. Frozen: its fields are its options, each made by `option`."""
 
-    needs: ClassVar[Need] = Need.NOTHING  # the statistic to gather in calibration
+    needs: ClassVar[Need] = Need.NOTHING  # the least statistic that it gathers in calibration
     rewrites: ClassVar[bool] = False  # whether it implements `rewrite`
+
+    def need(self, scheme: Scheme) -> Need:
+        """The statistic to gather for a weight of this scheme: `needs` or more."""
+        return self.needs
 
     def rewrite(self, fold: Fold, schemes: Mapping[str, Scheme]) -> Tensor | None:
         """The scales [K] for the columns of the fold's readers, as `fold.stored` returns them; None: do not scale.
@@ -131,6 +146,9 @@ class Composed(Method):
     @property
     def needs(self) -> Need:  # type: ignore[override]
         return max(self.then.needs, Need.MEAN_ABS)  # the rewrite needs calibration inputs even if `then` needs none
+
+    def need(self, scheme: Scheme) -> Need:
+        return max(self.then.need(scheme), self.needs)
 
     def rewrite(self, fold: Fold, schemes: Mapping[str, Scheme]) -> Tensor | None:
         """The scales of `first`, if they also lower the error with codes chosen by `then`; else None.
@@ -179,7 +197,7 @@ def make(name: str, options: Mapping[str, str] | None = None) -> Method:
 
 
 def _build(cls: Any, options: Mapping[str, str]) -> Method:
-    own = {f.name: f.default for f in fields(cls)}
+    own = {f.name: f.metadata["type"] for f in fields(cls)}
     values = {key: _parse(text, own[key], key) for key, text in options.items() if key in own}
     method = cls(**values)
     assert isinstance(method, Method)
@@ -188,16 +206,19 @@ def _build(cls: Any, options: Mapping[str, str]) -> Method:
 
 def options() -> list[Option]:
     """The options of all methods. Methods with an option of the same meaning and default share it."""
-    found: dict[tuple[str, Any, str], list[str]] = {}
+    found: dict[str, Option] = {}
     for method, cls in registry.entries("methods").items():
         for f in fields(cls):
-            found.setdefault((f.name, f.default, f.metadata["help"]), []).append(method)
-    return [Option(name, tuple(methods), default, help) for (name, default, help), methods in found.items()]
+            default: Any = f.default
+            own = Option(f.name, (method,), default, **f.metadata)
+            key = str(replace(own, methods=()))
+            found[key] = replace(own, methods=(*found[key].methods, method)) if key in found else own
+    return list(found.values())
 
 
 def option_types() -> dict[str, type]:
     """Option -> its type, over all methods."""
-    return {each.name: type(each.default) for each in options()}
+    return {each.name: each.type for each in options()}
 
 
 def name_of(method: Method) -> str:
@@ -207,16 +228,16 @@ def name_of(method: Method) -> str:
     return next(name for name, cls in registry.entries("methods").items() if cls is type(method))
 
 
-def _parse(text: str, default: Any, option: str) -> Any:
-    """Parse the text of an option as the type of its default. PlanError that names the option if that fails."""
-    if isinstance(default, bool):
+def _parse(text: str, kind: type, option: str) -> Any:
+    """Parse the text of an option as a value of its type. PlanError that names the option if that fails."""
+    if kind is bool:
         if text.lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
             raise PlanError(f"`{option}`: {text!r} is neither true nor false")
         return text.lower() in ("true", "1", "yes", "on")
     try:
-        return type(default)(text)
+        return kind(text)
     except ValueError:
-        raise PlanError(f"`{option}`: {text!r} is not a valid {type(default).__name__}") from None
+        raise PlanError(f"`{option}`: {text!r} is not a valid {kind.__name__}") from None
 
 
 def in_compute_dtype(w: Tensor) -> Tensor:

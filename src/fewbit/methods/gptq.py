@@ -12,7 +12,7 @@ eq. 2 and algorithm 1). With U the upper Cholesky factor of the inverse, H⁻¹ 
 2. Columns are quantized in falling order of H_jj (act-order). Each keeps the grid of its own group, which was fitted
    before (static groups), so columns are stored in their own order. Columns beyond a panel of 128 are updated once per
    panel. If a scheme stores only some vectors of adjacent codes, a step takes a vector of columns instead of one.
-3. With `target`, the codes are chosen for a weight that corrects errors of its input: see `targets.py`.
+3. With a target, the codes are chosen for a weight that corrects errors of its input: see `targets.py`.
 4. `refine` sweeps follow. Each re-solves the scales in closed form, then runs coordinate descent: each column moves to
    its best code under the whole H while all other columns stay. Neither step can raise the error.
 
@@ -49,6 +49,8 @@ from fewbit.stats import Need, Stats
 _WIDE = 512  # columns of a triangular matrix that are inverted at once
 _STACK = 1 << 24  # most values of weights that are quantized as one, on devices of these types
 _STACKING = ("cuda",)
+TARGET = 0.75
+_TARGETED = (3, 7)  # bits a weight; with fewer a target loses on SmolLM2, and with more there is little to correct
 
 
 @register("methods", "gptq")
@@ -60,11 +62,22 @@ class GPTQ(Method):
     act_order: bool = option(True, "Quantize the columns with the largest inputs first.")
     clip_search: bool = option(True, "Search scales that clip the largest weights where that lowers the error.")
     refine: int = option(2, "Final sweeps of scale refit and coordinate descent. More take longer and gain a little.")
-    target: float = option(0.0, "Correct up to this share of the error that earlier linears leave in the input.")
+    target: float | None = option(
+        TARGET,
+        "Correct up to this share of the error that earlier linears leave in the input.",
+        optional=f"{TARGET:g}, and 0 below {_TARGETED[0]} or above {_TARGETED[1]} bits a weight",
+    )
 
-    @property
-    def needs(self) -> Need:  # type: ignore[override]
-        return Need.SHIFT if self.target else Need.HESSIAN
+    needs = Need.HESSIAN
+
+    def need(self, scheme: Scheme) -> Need:
+        return Need.SHIFT if self.strength(scheme) else Need.HESSIAN
+
+    def strength(self, scheme: Scheme) -> float:
+        """The target for a weight of this scheme."""
+        if self.target is None:
+            return TARGET if _TARGETED[0] <= bits_per_weight(scheme) <= _TARGETED[1] else 0.0
+        return self.target
 
     def __post_init__(self) -> None:
         if not 0 <= self.damp <= 1:
@@ -73,8 +86,8 @@ class GPTQ(Method):
             )
         if self.refine < 0:
             raise PlanError(f"`refine`: '{self.refine}' is not a number of sweeps", "Use 0 or more.")
-        if not 0 <= self.target <= 1:
-            raise PlanError(f"`target`: '{self.target:g}' is not a share", "Use 0 to 1; the default is 0: no target.")
+        if self.target is not None and not 0 <= self.target <= 1:
+            raise PlanError(f"`target`: '{self.target:g}' is not a share", "Use 0 to 1; 0: no target.")
 
     def quantize(self, w: Tensor, scheme: Scheme, stats: Stats | None) -> Choice:
         return self.quantize_alike([w], [scheme], stats)[0]
@@ -112,8 +125,9 @@ class GPTQ(Method):
             notes.append(f"Hessian not positive definite: damping raised from {self.damp:g} to {damp:g}")
         importance = remaining_importance(inverse, order) if self.clip_search else None
         strengths: list[float | None] = [None] * len(weights)
-        if self.target and (shift := stats.shift) is not None:
-            found = moved([in_compute_dtype(w) for w in weights], shift, self.target, self.damp)
+        wanted = [self.strength(scheme) for scheme in schemes]
+        if any(wanted) and (shift := stats.shift) is not None:
+            found = moved([in_compute_dtype(w) for w in weights], shift, wanted, self.damp)
             weights, strengths = [w for w, _ in found], [strength for _, strength in found]
         stacks, swept, choices = _stacks(weights, schemes), [], list[Choice]()
         for scheme, stack in stacks:
@@ -131,6 +145,12 @@ class GPTQ(Method):
             own = unstack(whole, [len(each) for each in stack]) if len(stack) > 1 else [whole]
             choices.extend(Choice(weight, list(notes)) for weight in own)
         return [replace(choice, target=strength) for choice, strength in zip(choices, strengths, strict=True)]
+
+
+def bits_per_weight(scheme: Scheme) -> float:
+    """The bits that a large weight takes for each of its values, scales included."""
+    shape = 256, 16384 * (scheme.group or 1)
+    return 8 * scheme.nbytes(shape) / (shape[0] * shape[1])
 
 
 def in_order(diagonal: Tensor, vector: int = 1) -> Tensor:

@@ -21,7 +21,7 @@ from fewbit.lazy import Tensor, torch
 from fewbit.stats import Shift
 
 
-def moved(weights: Sequence[Tensor], shift: Shift, target: float, damp: float) -> list[tuple[Tensor, float]]:
+def moved(weights: Sequence[Tensor], shift: Shift, targets: Sequence[float], damp: float) -> list[tuple[Tensor, float]]:
     """(W*, α) of each of the weights [N, K], which read the same input."""
     damped = shift.middle.to(weights[0].dtype, copy=True)
     damped.diagonal().add_(damp * float(damped.diagonal().mean()))
@@ -29,7 +29,10 @@ def moved(weights: Sequence[Tensor], shift: Shift, target: float, damp: float) -
     if failed or not torch.isfinite(factor).all():
         return [(w, 0.0) for w in weights]
     found = []
-    for w in weights:
+    for w, target in zip(weights, targets, strict=True):
+        if not target:
+            found.append((w, 0.0))
+            continue
         fit, held_out = w @ shift.fit.to(w.dtype), w @ shift.held_out.to(w.dtype)
         step = torch.cholesky_solve(fit.T, factor).T
         gain = float((fit * step).sum())

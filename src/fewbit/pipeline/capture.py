@@ -176,7 +176,7 @@ def room(skeleton: Skeleton) -> int:
 
 def needs_of(assignments: Mapping[str, Assignment]) -> dict[str, Need]:
     """The input statistics that the methods of these linears need. Linears that need none are left out."""
-    return {name: a.method.needs for name, a in assignments.items() if a.method.needs > Need.NOTHING}
+    return {name: a.need for name, a in assignments.items() if a.need > Need.NOTHING}
 
 
 def gather(

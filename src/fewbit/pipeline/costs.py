@@ -165,7 +165,7 @@ def _of_block(
     with _same_inputs(block, list(own)) as units:
         scores = sweep.backward(block, list(own))
     # A target needs the quantized model, which does not exist yet.
-    needs = {name: min(a.method.needs, Need.HESSIAN) for name, a in own.items()}
+    needs = {name: min(a.need, Need.HESSIAN) for name, a in own.items()}
     nats: dict[str, dict[str, float]] = {}
     need = max(needs.values(), default=Need.NOTHING)
     groups = capture.grouped(block, list(own), Need.HESSIAN)

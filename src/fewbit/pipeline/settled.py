@@ -77,7 +77,7 @@ class Settled:
     @cached_property
     def need(self) -> Need:
         """The most detailed input statistic that a method of the plan needs."""
-        return max((a.method.needs for a in self.resolved.assignments.values()), default=Need.NOTHING)
+        return max((a.need for a in self.resolved.assignments.values()), default=Need.NOTHING)
 
     def on_the_source(self) -> list[str]:
         """Notes on a source that is already quantized; none for others."""

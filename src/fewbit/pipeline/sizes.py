@@ -26,7 +26,7 @@ class Sized:
 
     `file_bytes`: all tensors in the files. `weights_bytes`: all tensors in memory. `packed_bytes`: quantized weights in
     memory. `bits`: bits per quantized weight. `share`: share of the blocks' parameters that are quantized.
-    `calibrates`: whether the plan needs a calibration text. `schemes`: the schemes used, the one with the most weights
+    `need`: the most that it gathers of a calibration text. `schemes`: the schemes used, the one with the most weights
     first. `why_not`: why the plan does not fit the model; then all numbers are 0.
     """
 
@@ -37,7 +37,7 @@ class Sized:
     packed_bytes: int = 0
     bits: float = 0.0
     share: float = 0.0
-    calibrates: bool = False
+    need: Need = Need.NOTHING
     schemes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     why_not: str | None = None
@@ -98,7 +98,7 @@ def sized(skeleton: Skeleton, plan: plans.Plan) -> Sized:
         packed_bytes=sum(packed.values()),
         bits=8 * sum(packed.values()) / sum(counts.values()),
         share=settled.share,
-        calibrates=settled.need > Need.NOTHING,
+        need=settled.need,
         schemes=tuple(sorted(counts, key=lambda s: -counts[s])),
         notes=resolved.notes,
     )

@@ -283,6 +283,11 @@ class Assignment(Stored):
 
     method: Method
 
+    @property
+    def need(self) -> Need:
+        """The input statistic that the method needs for this scheme."""
+        return self.method.need(self.scheme)
+
 
 @dataclass(frozen=True)
 class Resolved:
