@@ -178,7 +178,7 @@ def test_memory_is_saved_without_another_result(
         return checkpoint(*args, **kwargs)
 
     monkeypatch.setattr(tuning, "checkpoint", counted)
-    monkeypatch.setattr(tuning, "_KEPT", 0)  # blocks are computed again in the backward pass
+    monkeypatch.setattr(tuning, "_KEPT", 0.0)  # blocks are computed again in the backward pass
     monkeypatch.setattr(tuning, "_CACHED", 0)  # the original computes its logits for each pass
     found = tuned(packed, tmp_path / "two", model, text)
     assert calls
@@ -294,6 +294,7 @@ def test_an_interrupted_run_resumes(model: Path, text: Path, tmp_path: Path, mon
             raise KeyboardInterrupt
         advance(self)
 
+    monkeypatch.setattr(descent, "_PAUSE", 0.0)
     monkeypatch.setattr(descent._State, "advance", stopped)
     with pytest.raises(KeyboardInterrupt):
         tuned(packed, tmp_path / "out", model, text)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from fewbit.errors import ArgumentError, NumericsError
+from fewbit.formats.containers.safetensors import write_file
+from fewbit.pipeline import descent
 from fewbit.pipeline.descent import Descent, Objective, descend
 from fewbit.pipeline.optimization import Optimization
 
@@ -75,6 +79,13 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state is written after each measurement, however long that takes."""
+    monkeypatch.setattr(descent, "_PAUSE", 0.0)
+
+
+@pytest.mark.usefixtures("often")
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
     wanted, saved = Optimization(steps=60, learning_rate=2e-3), tmp_path / "state.safetensors"
     whole, cut = Problem(), Problem()
@@ -97,12 +108,33 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
     assert torch.equal(again.x, whole.x)
 
 
+@pytest.mark.usefixtures("often")
 def test_a_run_that_ended_early_has_ended(tmp_path: Path) -> None:
     wanted, saved = Optimization(steps=60, learning_rate=2e-3), tmp_path / "state.safetensors"
     first = Problem(goal=torch.zeros(3)).run(wanted, saved)
     again = Problem(goal=torch.zeros(3))
     assert again.run(wanted, saved) == first
     assert not again.steps
+
+
+def test_writing_the_state_takes_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, writes = [0.0], list[float]()
+
+    def slow(*arguments: Any) -> None:
+        writes.append(now[0])
+        now[0] += 10.0
+        write_file(*arguments)
+
+    def step(at: int) -> None:
+        now[0] += 1.0
+        problem.gradient(at)
+
+    problem = Problem()
+    monkeypatch.setattr(descent, "write_file", slow)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    wanted = Optimization(steps=500, codes=True)  # a measurement, and so a state, every 25 steps
+    descend(Objective([problem.x], step, problem.held_out), wanted, lambda *_: None, tmp_path / "state")
+    assert writes == [25.0, 235.0, 445.0]  # 10 s to write, then 200 s without
 
 
 def test_a_damaged_state_is_not_read(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """`quantize` with more effort: blocks are tuned one by one, and then the written model end to end.
 
-With `best`, the end-to-end phase trains codes too, and trains on texts that the original writes as well: millions of
-codes need more text than a calibration has.
+The end-to-end phase trains codes too, on texts that the original writes as well: millions of codes need more text than
+a calibration has. `high` and `best` differ in the number of steps.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,12 @@ from fewbit.pipeline.optimization import Optimization
 from fewbit.report import progress as report_progress
 from fewbit.system import machine, ranks
 
-STEPS = {"high": Optimization(steps=100), "best": Optimization(steps=1000, codes=True)}  # of the end-to-end phase
-_WRITTEN = 4  # windows that the original writes, for each calibration window, with `best`
+STEPS = {  # of the end-to-end phase
+    "high": Optimization(steps=300, batch=4096, codes=True),
+    "best": Optimization(steps=1000, batch=4096, codes=True, learning_rate=1e-3),
+}
+_BATCH = {"cpu": 1024}  # at most so many tokens in a step: there, a step of fewer tokens takes less time
+_WRITTEN = 4  # windows that the original writes, for each calibration window
 
 
 def block_tuning(effort: str, seed: int) -> BlockTuning | None:
@@ -67,7 +71,9 @@ class Finish:
         cls, job: Job, effort: str, tokens: Tensor, text: Mapping[str, Any], known: str, progress: Any, trust: bool
     ) -> Finish:
         loading = Loading(machine.device(str(job.settled.skeleton.device)), trust_remote_code=trust).exact()
-        return cls(job, STEPS[effort], tokens, text, known, loading, False if callable(progress) else progress)
+        wanted = STEPS[effort]
+        wanted = replace(wanted, batch=min(wanted.batch, _BATCH.get(str(loading.device), wanted.batch)))
+        return cls(job, wanted, tokens, text, known, loading, False if callable(progress) else progress)
 
     def run(
         self, place: Path, record: dict[str, Any], write_record: Callable[[Path, dict[str, Any]], None]
@@ -89,9 +95,7 @@ class Finish:
     ) -> str | None:
         source, original, trust = locate(place), self.job.source, self.loading.trust_remote_code
         load = end_to_end.Once(partial(load_model, original, self.loading, for_text=True))
-        split, text = _split(self.tokens, self.text), dict(self.text)
-        if self.wanted.codes:
-            split, text = self._with_written(split, text, load)
+        split, text, notes = self._with_written(_split(self.tokens, self.text), dict(self.text), load)
         phase = end_to_end.Phase(original, load, split, self.wanted, self.loading, self.progress)
         files = end_to_end.files(source, trust_remote_code=trust)
         with (
@@ -105,7 +109,7 @@ class Finish:
                 tuned = {
                     **record,
                     "tuned": trained.entry("", phase, text),
-                    "notes": [*record["notes"], *trained.notes],
+                    "notes": [*record["notes"], *notes, *trained.notes],
                 }
                 after = trained.write(new, tuned, write_record)
             trained.forget()
@@ -121,14 +125,17 @@ class Finish:
 
     def _with_written(
         self, split: tuning.Windows, text: dict[str, Any], load: end_to_end.Once
-    ) -> tuple[tuning.Windows, dict[str, Any]]:
-        """`split` and its entry in the record, with texts that the original writes to train on."""
+    ) -> tuple[tuning.Windows, dict[str, Any], list[str]]:
+        """`split` and its entry in the record, with texts that the original writes to train on; and notes."""
         source, (count, length) = self.job.source, self.tokens.shape
         tokenizer = load_tokenizer(source, trust_remote_code=self.loading.trust_remote_code)
         with report_progress.phase(f"texts of {source.name}", self.progress):
-            own = written(load.first(), tokenizer, _WRITTEN * count, length, split.seed)
+            try:
+                own = written(load.first(), tokenizer, _WRITTEN * count, length, split.seed)
+            except PlanError as error:
+                return split, text, [f"trained on the calibration text alone: {error.message}"]
         both = tuning.Windows(torch.cat([own, split.tokens]), split.held_out, split.seed)
-        return both, text | {"written": len(own)}
+        return both, text | {"written": len(own)}, []
 
 
 def _split(tokens: Tensor, text: Mapping[str, Any]) -> tuning.Windows:

@@ -24,26 +24,18 @@ class Optimization(Settings):
     """Settings of an optimizer. ArgumentError for a value out of range."""
 
     steps: int = setting(200, integer(1), "Optimizer steps.")
-    learning_rate: float | None = setting(
-        None,
-        _rate,
-        "Peak learning rate (linear warm-up over 10 % of the steps, then cosine decay to 0). "
-        "Default: 0.002, and 0.001 with `codes`.",
+    learning_rate: float = setting(
+        2e-3, _rate, "Peak learning rate (linear warm-up over 10 % of the steps, then cosine decay to 0)."
     )
     batch: int = setting(1024, integer(1), "Tokens in an optimizer step, rounded up to whole windows.")
     codes: bool = setting(False, flag, "Train the codes of linears too. It takes 24 bytes of memory for each weight.")
-
-    @property
-    def peak(self) -> float:
-        """The highest learning rate."""
-        return self.learning_rate or (1e-3 if self.codes else 2e-3)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         warm = max(1, round(_WARM_UP * self.steps))
         if step < warm:
-            return self.peak * (step + 1) / warm
-        return self.peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+            return self.learning_rate * (step + 1) / warm
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
 
     @property
     def every(self) -> int:

@@ -10,9 +10,9 @@ a pull-back of 1e-3 sum e². A tenth of the windows is held out. It decides when
 (`descent.py`).
 
 Memory: the packed model, 16 bytes for each trained number, 24 for each trained code, and the activations of a pass. If
-those of all blocks may take more than `_KEPT` bytes, each block is computed again in the backward pass, and only one
-block's are kept. The original's logits are computed once and mapped from a file if they take at most `_CACHED` bytes.
-Otherwise the original stays in memory too, and computes them for each pass.
+those of all blocks may take more than a quarter of the free memory, each block is computed again in the backward pass,
+and only one block's are kept. The original's logits are computed once and mapped from a file if they take at most
+`_CACHED` bytes. Otherwise the original stays in memory too, and computes them for each pass.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _HELD_OUT = 10  # one of so many windows is held out
 _CACHED = 4 << 30  # bytes of logits
 _ROWS = 256  # rows of logits that are converted to probabilities at a time
 _AT_ONCE = {"cpu": 1024}  # tokens in a forward pass, at least one window; on a GPU more, so that launches cost little
-_KEPT = 1 << 30  # bytes of activations
+_KEPT = 0.25  # share of the free memory that activations may take
 _PULL = 1e-3
 _UNIT = 10.0  # codes for a step of 1
 _BYTES = 24  # for each trained code: its position, gradient, two moments, best position, and value
@@ -380,7 +380,7 @@ def _checkpointed(model: Any, tokens: int) -> Iterator[None]:
     blocks = [model.get_submodule(name) for name in find_blocks(model)]
     # About twice what its linears read and write.
     widths = [m.in_features + m.out_features for b in blocks for m in b.modules() if isinstance(m, nn.Linear)]
-    if 2 * tokens * sum(widths) * model.dtype.itemsize <= _KEPT:
+    if 2 * tokens * sum(widths) * model.dtype.itemsize <= _KEPT * (free_memory(model.device) or 0):
         yield
         return
 
