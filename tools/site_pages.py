@@ -11,9 +11,14 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import posixpath
 import re
+import sys
+import textwrap
 from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,9 +41,13 @@ OTHERS = {
 SCRIPTS, EXAMPLES = "examples/scripts", "examples.md"
 ALL_OPTIONS, API = "reference/command-line.md", "reference/api.md"
 CHART = "![KL divergence against bits per quantized weight, for each plan](../images/plans.svg)"
+# Titles in the navigation that tell a page of the reference from a page of another part.
+TITLES = {"Several GPUs": "Several GPUs: details", "Plans": "Preset plans", "Python": "Python: overview"}
 # What the reference says only here, because these pages are made with the site.
 MORE = {
-    "Commands": f"All options of all commands are on one page: [command line]({posixpath.basename(ALL_OPTIONS)}).",
+    "Commands": f"All options are on one page, to search: [all options]({posixpath.basename(ALL_OPTIONS)}).",
+    "Several GPUs": "The commands: [use several GPUs](howto/several-gpus.md). This page says how the work is split.",
+    "Plans": "To write a plan of your own: [write a plan](howto/plans.md).",
     "Python": f"All verbs, settings, results and errors are on one page: [Python API]({posixpath.basename(API)}).",
 }
 
@@ -194,7 +203,11 @@ def command_line() -> str:
 
     from fewbit.cli.app import app
 
-    lines = ["# Command line", "", "Made from `fewbit COMMAND --help`. The pages of the commands say more."]
+    lines = [
+        "# All options",
+        "",
+        "What `fewbit COMMAND --help` prints, on one page, to search. Each command has a page that says more.",
+    ]
     command: Any = typer.main.get_command(app)
     for name, child in sorted(command.commands.items()):
         if child.hidden:
@@ -223,23 +236,79 @@ def _help(param: Any) -> str:
 
 
 def api() -> str:
-    """Public names, verbs first, for mkdocstrings."""
+    """Public names, verbs first, for mkdocstrings, with the fields of each class and the values of named defaults."""
     import fewbit
 
     verbs = [name for name in fewbit.__all__ if name[0].islower()]
     errors = [name for name in fewbit.__all__ if name in vars(fewbit) and name[0].isupper()]
     settings = ["Calibration", "Sampling", "Tuning", "Optimization", "Budget", "Plan"]
-    groups = {
-        "Verbs": verbs,
-        "Settings": settings,
-        "Results": [name for name in fewbit.__all__ if name not in {*verbs, *errors, *settings}],
-        "Errors": errors,
-    }
-    lines = ["# Python API", "", "What arguments and results have in common: [Python](reference.md#python)."]
-    for title, names in groups.items():
+    results = [name for name in fewbit.__all__ if name not in {*verbs, *errors, *settings}]
+    lines = [
+        "# Python API",
+        "",
+        "What arguments and results have in common, with an example: [Python](reference.md#python).",
+    ]
+    for title, names in {"Verbs": verbs, "Settings": settings, "Results": results, "Errors": errors}.items():
         lines += ["", f"## {title}", ""]
-        lines += [f"::: fewbit.{name}\n" for name in names]
+        for name in names:
+            lines += [f"::: fewbit.{name}", "", *_details(getattr(fewbit, name))]
+    lines += ["", "## Parts of results", "", "Types of fields above. They are not names of `fewbit`.", ""]
+    for part in _parts([getattr(fewbit, name) for name in [*settings, *results]]):
+        said = " ".join((inspect.getdoc(part) or "").partition("\n\n")[0].split())
+        lines += [f"### {part.__name__}", "", said, "", *_details(part)]
     return "\n".join([*lines, ""])
+
+
+def _details(item: Any) -> list[str]:
+    """For a dataclass a table of its fields; for a function the values of the defaults that its signature names."""
+    if is_dataclass(item):
+        rows = [(f"`{f.name}`", _cell(f.type), _cell(_default(f)), f.metadata.get("help", "")) for f in _fields(item)]
+        head = ("field", "type", "default", "meaning")
+        used = [i for i in range(4) if any(row[i] for row in rows)]
+        table = [head, ("---",) * 4, *rows]
+        return [*(f"| {' | '.join(line[i] for i in used)} |" for line in table), ""]
+    if not inspect.isfunction(item):
+        return []
+    item = inspect.unwrap(item)
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(item))).body
+    assert isinstance(tree, ast.FunctionDef)
+    defaults = [node for node in [*tree.args.defaults, *tree.args.kw_defaults] if isinstance(node, ast.Name)]
+    named = {node.id: item.__globals__[node.id] for node in defaults}
+    return (
+        ["Default values: " + ", ".join(f"`{name}` is `{value}`" for name, value in named.items()) + ".", ""]
+        if named
+        else []
+    )
+
+
+def _fields(item: Any) -> list[Any]:
+    return [field for field in fields(item) if not field.name.startswith("_")]
+
+
+def _default(field: Any) -> str:
+    if field.default is not MISSING:
+        return str(field.default) if isinstance(field.default, str) and field.default else repr(field.default)
+    return "" if field.default_factory is MISSING else repr(field.default_factory())
+
+
+def _cell(text: object) -> str:
+    escaped = str(text).replace("|", "\\|")
+    return f"`{escaped}`" if escaped else ""
+
+
+def _parts(items: list[Any]) -> list[Any]:
+    """The dataclasses that are types of fields of `items`, and of their own fields, in this order."""
+    found: list[Any] = []
+    queue = list(items)
+    while queue:
+        item = queue.pop(0)
+        for field in _fields(item) if is_dataclass(item) else ():
+            for name in re.findall(r"\b[A-Z]\w+", str(field.type)):
+                part = vars(sys.modules[item.__module__]).get(name)
+                if is_dataclass(part) and part not in [*items, *found]:
+                    found.append(part)
+                    queue.append(part)
+    return found
 
 
 def chart() -> str:
@@ -266,11 +335,13 @@ def on_config(config: MkDocsConfig) -> None:
     """Fill the parts of the navigation whose pages are found."""
     for entry in config.nav or []:
         if "Reference" in entry:
-            pages = [{section.title: section.page} for section in sections()]
+            pages = [{TITLES.get(section.title, section.title): section.page} for section in sections()]
             commands = [page for page in pages if re.match(r"(Commands|fewbit |A file of|Shell)", next(iter(page)))]
             rest = [page for page in pages if page not in commands]
             commands.insert(1, {"All options": ALL_OPTIONS})
-            entry["Reference"] = [{"Commands": commands}, {"Python API": API}, *rest]
+            at = next(i for i, page in enumerate(rest) if TITLES["Python"] in page)
+            rest.insert(at + 1, {"Python: all names": API})
+            entry["Reference"] = [{"Commands": commands}, *rest]
         if "Benchmarks" in entry:
             entry["Benchmarks"] = ["benchmarks/index.md", *(places()[path] for path in results())]
 
@@ -300,6 +371,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if CHART in markdown:
         markdown = markdown.replace(CHART, site_charts.figure(chart()))
     return relinked(markdown, sources.get(at, f"docs/{at}"), at)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Leave out what needs the address of the site if nobody gave it."""
+    if not config.site_url:
+        for name in ("sitemap.xml", "sitemap.xml.gz", "404.html"):
+            (Path(config.site_dir) / name).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -132,6 +132,12 @@ def test_the_table_of_kernels_is_up_to_date() -> None:
     assert table() in PAGE.read_text(encoding="utf-8"), "run python tools/kernels_table.py"
 
 
+def test_the_table_of_cards_is_up_to_date() -> None:
+    from cards_table import PAGE, table
+
+    assert table() in PAGE.read_text(encoding="utf-8"), "run python tools/cards_table.py"
+
+
 @pytest.mark.parametrize(
     ("name", "spec", "kind"),
     [
