@@ -218,7 +218,8 @@ def _norm(name: str, module: Any, size: int, dtype: torch.dtype) -> Norm:
         raise Unlike(f"{name} has hooks")
     if not own.keys() <= {"weight", "bias"} or any(each.dim() != 1 for each in own.values()):
         raise Unlike(f"{name} is no norm of one weight and bias ({type(module).__name__})")
-    weight, bias = own.get("weight", torch.ones(size)).detach().float(), own.get("bias")
+    ones = torch.ones(size, dtype=torch.float32, device="cpu")
+    weight, bias = own.get("weight", ones).detach().float(), own.get("bias")
     bias = None if bias is None else bias.detach().float()
     stated = child(module, ("variance_epsilon", "eps", "epsilon"))
     generator = torch.Generator("cpu").manual_seed(0)

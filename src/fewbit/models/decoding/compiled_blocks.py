@@ -273,7 +273,7 @@ def _observed(model: Any, names: list[str], seed: int) -> dict[str, Any]:
             if position:  # instead of the token before; layers of other kinds keep what they have
                 for layer in (each for each in cache.layers if type(each) is ReservedLayer):
                     layer.crop(-1)
-                given["position_ids"] = torch.tensor([[position]], device="cpu")
+                given["position_ids"] = torch.tensor([[position]], dtype=torch.int64, device="cpu")
             model(input_ids=ids[:, _PROMPT:], **given)
     except Exception as error:  # a model's own code can raise anything with a cache that it was not written for
         return dict.fromkeys(names, f"the model fails with a reserved cache ({error!r:.100})")
