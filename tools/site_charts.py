@@ -1,6 +1,6 @@
 """Charts of the site, drawn from tables of its pages.
 
-A comment before a table of benchmarks/results says what to draw of it:
+A comment before a table says what to draw of it:
 
     <!-- chart: KL measured; seconds as seconds on one core by bits; plan -->
 

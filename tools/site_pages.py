@@ -1,8 +1,8 @@
 """Pages of the site that are made from other files; mkdocs calls this module as a hook (mkdocs.yml).
 
 - docs/reference.md becomes one page for each section, under reference/. Links to its sections follow.
-- benchmarks/results/*.md, CHANGELOG.md, CONTRIBUTING.md and the model card of tiny are pages too. `site_charts` draws
-  charts from their tables.
+- benchmarks/results/*.md, CHANGELOG.md, CONTRIBUTING.md and the model card of tiny are pages too.
+- `site_charts` draws charts from the tables of all pages that ask for them.
 - examples.md has the scripts of examples/scripts.
 - reference/command-line.md is made from the command line, reference/api.md from `fewbit.__all__`, the chart of
   howto/choose.md from the measured priors.
@@ -172,7 +172,7 @@ def _generated() -> Iterator[tuple[str, str, str]]:
     yield "benchmarks/index.md", "benchmarks/results/index.md", benchmarks()
     for path in [*results(), *OTHERS]:
         text = re.sub(r"\A---\n.*?\n---\n", "", (ROOT / path).read_text(encoding="utf-8"), flags=re.DOTALL)
-        yield places()[path], path, site_charts.with_charts(text)
+        yield places()[path], path, text
 
 
 def examples() -> str:
@@ -370,7 +370,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     at = page.file.src_uri
     if CHART in markdown:
         markdown = markdown.replace(CHART, site_charts.figure(chart()))
-    return relinked(markdown, sources.get(at, f"docs/{at}"), at)
+    return relinked(site_charts.with_charts(markdown), sources.get(at, f"docs/{at}"), at)
 
 
 def on_post_build(config: MkDocsConfig) -> None:
