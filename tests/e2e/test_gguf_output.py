@@ -133,7 +133,9 @@ def test_types_with_a_codebook(model: Path, place: Path, wanted: Calibration) ->
         "mlp.up_proj": ("ffn_up", "iq3_xxs", "gptq", 0.36),
         "self_attn.q_proj": ("attn_q", "iq3_s", "rtn", 0.2),
     }
-    rules = [Rule(f"*.{module}", scheme, method) for module, (_, scheme, method, _) in linears.items()]
+    # A target would choose values for another weight.
+    options = {"gptq": {"target": "0"}}
+    rules = [Rule(f"*.{m}", scheme, method, options.get(method, {})) for m, (_, scheme, method, _) in linears.items()]
     plan = Plan("codebooks", "gguf", (*rules, Rule("*", "q8_0", "rtn")))
     quantize.quantize(model, place, plan=plan, calibration=wanted)
     theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(place).tensors}
