@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from fewbit import registry
 from fewbit.formats.base import storing
+from fewbit.methods.base import options as method_options
 from fewbit.plans.mixtures import MIXTURES, PREFIX
 from fewbit.schemes.base import parse
 
@@ -28,7 +28,7 @@ def schema() -> dict[str, Any]:
     )
     formats = sorted(name for name, format in registry.entries("formats").items() if not format.read_only)
     methods = registry.entries("methods")
-    options = {field.name: _value(str(field.type)) for each in methods.values() for field in fields(each) if field.init}
+    options = {each.name: _value(each.type) for each in method_options()}
     names = "|".join(sorted(methods))
     rule = {
         "type": "object",
@@ -80,11 +80,11 @@ def schema() -> dict[str, Any]:
     }
 
 
-def _value(kind: str) -> dict[str, Any]:
+def _value(kind: type) -> dict[str, Any]:
     """What an option of a method may be: a value of its type, or that as text."""
-    if kind == "bool":
+    if kind is bool:
         return {"enum": [True, False, "true", "false"]}
-    json_type, pattern = {"int": ("integer", r"^\d+$"), "float": ("number", r"^[\d.]+(e-?\d+)?$")}[kind]
+    json_type, pattern = {int: ("integer", r"^\d+$"), float: ("number", r"^[\d.]+(e-?\d+)?$")}[kind]
     return {"anyOf": [{"type": json_type}, {"type": "string", "pattern": pattern}]}
 
 

@@ -91,9 +91,9 @@ def quantize(
 
     budget: the size that the output is to have. The weights then have the widths that lose least at this size, and the
     plan gives the format, the method, and everything else of the schemes.
-    imatrix: an importance matrix file of llama.cpp, used instead of calibration. effort: "fast"; "high" to tune
-    codes and scales block by block, and then scales and norms on the whole model's predictions; "best" to tune codes on
-    these too, on more text. max_shard: split a GGUF file into files of at most so many bytes, such as "2GB"; `out` of
+    imatrix: an importance matrix file of llama.cpp, used instead of calibration. effort: "fast"; "high" to train codes
+    and scales block by block, and then codes, scales and norms on the whole model's predictions; "best" to take more
+    steps for these. max_shard: split a GGUF file into files of at most so many bytes, such as "2GB"; `out` of
     the result is the first of them. After an interruption, the same call resumes at the block where it stopped. Under
     torchrun, all processes make this call and share the work; rank 0 writes the output. PlanError before any work if
     the plan does not fit the model, FormatError for a broken checkpoint, NumericsError (naming the tensor) for NaN or

@@ -45,7 +45,7 @@ def quantize(
     effort: Annotated[
         str,
         typer.Option(
-            help="fast; high: also tune codes and scales of each block, then scales end to end; best: then codes too."
+            help="fast; high: also train codes and scales of each block, then of the whole model; best: in more steps."
         ),
     ] = "fast",
     max_shard: MaxShard = None,
