@@ -70,7 +70,7 @@ def cell(args: argparse.Namespace, row: str, bits: int, seed: int) -> dict[str, 
     command += ["--length", str(args.length), "--windows", str(args.windows)]
     command += ["--calibration", args.calibration] if args.calibration else []
     command += ["--text", args.text] if args.text else []
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
     if run.returncode:
         print(f"{row}, {bits} bits, seed {seed} failed: {run.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
         return None
