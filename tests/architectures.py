@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -218,11 +219,20 @@ def small(make: Any, sizes: dict[str, Any], special: dict[str, dict[str, Any]]) 
 def save(folder: Path, kind: str) -> Path:
     """A random model of that type and a tokenizer, in the Hugging Face layout."""
     check_small(kind)
-    model = AutoModelForCausalLM.from_config(config(kind), dtype=torch.float32)
+    with seeded():
+        model = AutoModelForCausalLM.from_config(config(kind), dtype=torch.float32)
     draw(model, len(kind))
     model.eval().save_pretrained(folder)
     models.tokenizer().save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Inside this context, PyTorch's own generator is at a fixed state: `draw` leaves decay rates as they are made."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def draw(model: nn.Module, seed: int) -> None:

@@ -173,7 +173,8 @@ def save(folder: Path, kind: str, made: Any = None) -> Path:
         model = cls._from_config(made)
     if sum(p.numel() for p in model.parameters()) > 20_000_000:
         raise ValueError("too large")
-    model = cls._from_config(made, dtype=torch.float32)
+    with architectures.seeded():
+        model = cls._from_config(made, dtype=torch.float32)
     architectures.draw(model, len(kind))
     model.eval().save_pretrained(folder)
     models.tokenizer().save_pretrained(folder)
