@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -29,6 +30,7 @@ T = TypeVar("T")
 # Long, because one rank may work alone for hours. A rank that died is detected by its closed connections, not by this.
 _TIMEOUT = timedelta(days=2)
 _FAILED = "failed"
+_PATIENCE = 5.0  # seconds; a process that was killed records nothing
 
 SHARED = ("quantize", "imatrix", "evaluate", "finetune")  # verbs, and commands, whose work all processes share
 EACH = ("load", "generate", "inspect", "estimate", "recommend", "preview")  # verbs that any process may call by itself
@@ -113,6 +115,7 @@ def joined(device: Device) -> Iterator[Device]:
     met, number, count = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
     store = PrefixStore(f"fewbit-{next(_runs)}", met)
     gpu = device != "cpu" and torch.cuda.is_available()
+    failed = False
     try:
         device = _own(device) if gpu else device
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
@@ -120,6 +123,7 @@ def joined(device: Device) -> Iterator[Device]:
         _world = _World(number, count, store)
         yield device
     except BaseException as error:
+        failed = True
         if _failed_before(store) and isinstance(error, FewbitError):
             raise PeerError(f"another process of this run failed before: {error.message}", reported=True) from None
         raise
@@ -129,6 +133,15 @@ def joined(device: Device) -> Iterator[Device]:
         _world = None
         if dist.is_initialized() and not gpu:  # with NCCL this would wait for the other ranks; torchrun ends them
             dist.destroy_process_group()
+        if failed and number == 0:
+            _await_the_others(store, count)
+
+
+def _await_the_others(store: Any, count: int) -> None:
+    """Keep the store, which ends with this process, until the other ranks have recorded their failures."""
+    end = time.monotonic() + _PATIENCE
+    while time.monotonic() < end and store.add(_FAILED, 0) < count:
+        time.sleep(0.02)
 
 
 def _failed_before(store: Any) -> bool:
