@@ -147,6 +147,7 @@ def test_a_plan_of_iq_types_has_them_as_widths(
     [
         ("gptq-4bit", {"bits": 2}, "bits=2.0 is too small: .* takes 2.500 bits per weight"),
         ("gptq-4bit", {"fit": "1kB"}, "fit=1000 is too small"),
+        ("gptq-4bit", {"fit": "1GB", "context": 1_000_000}, "context=1000000 is beyond the model's context of"),
         ("awq-4bit", {"bits": 4.5}, "awq files store .* in one width only"),
         ("nf4", {"size": "1GB"}, "bnb files store .* in one width only"),
     ],

@@ -283,6 +283,8 @@ class _Sized:
             return cls(job, calibration)
         beside = 0
         if budget.fit is not None:
+            if budget.context is not None and budget.context > (most := job.source.context):
+                raise PlanError(f"`context={budget.context}` is beyond the model's context of {most} tokens")
             use = use_of(job.source.context, budget.context)
             shape = geometry(job.settled.skeleton.config, job.source.context)
             beside = cache_bytes(shape, use) + activation_peak(shape, use, packed=True)
