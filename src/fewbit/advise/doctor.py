@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fewbit import registry
-from fewbit.models.decoding import path
+from fewbit.models.decoding.cpu_path import CpuPath, cpu_path
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
 from fewbit.models.source import locate
@@ -39,13 +39,13 @@ class Hardware:
     kernels: dict[str, str | None]
     missing: dict[str, str]
     advice: list[str]
-    model: path.Path | None = None
+    model: CpuPath | None = None
 
 
 @ambient.defaults()
-def path_of(model: str | Path) -> path.Path:
+def path_of(model: str | Path) -> CpuPath:
     """How this machine's CPU computes `model`, which is loaded for that. The errors of `fewbit.load`."""
-    return path.path(load_model(locate(model), Loading("cpu")))
+    return cpu_path(load_model(locate(model), Loading("cpu")))
 
 
 def look(model: str | Path | None = None) -> Hardware:

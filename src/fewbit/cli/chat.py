@@ -66,9 +66,9 @@ def chat(
     conversation = api.conversation(model, replace(loading, fuse=max_length))
     conversation.reset(system)
     if verbose:
-        from fewbit.models.decoding.path import path
+        from fewbit.models.decoding.cpu_path import cpu_path
 
-        for name, how in path(conversation.model).lines if conversation.model.device.type == "cpu" else ():
+        for name, how in cpu_path(conversation.model).lines if conversation.model.device.type == "cpu" else ():
             print(f"{name}: {how}", file=sys.stderr)
     session = _Session(conversation, max_new_tokens, sampling, verbose)
     if piped is not None:

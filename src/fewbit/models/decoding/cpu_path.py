@@ -23,7 +23,7 @@ _WHAT = {
 
 
 @dataclass(frozen=True)
-class Path:
+class CpuPath:
     """How a model is computed on this CPU.
 
     name: the fastest of `whole blocks`, `products`, `reference` and `unpacked` that at least one block takes. blocks:
@@ -53,12 +53,12 @@ class Path:
         return found
 
 
-def path(model: Any) -> Path:
+def cpu_path(model: Any) -> CpuPath:
     """How `model` is computed. Runs a few tokens through it, to see which blocks the library computes."""
     packed = [each for each in model.modules() if isinstance(each, Packed) and not isinstance(each, Slice)]
     packed = [each for each in packed if each.kernel is not None]
     if not packed:
-        return Path(UNPACKED, _count(model), 0, 0, {}, {}, {})
+        return CpuPath(UNPACKED, _count(model), 0, 0, {}, {}, {})
     try:
         whole, half, why = compiled_blocks.split(model)
         blocks = len({*whole, *half, *why})
@@ -70,7 +70,7 @@ def path(model: Any) -> Path:
     reasons: dict[str, list[str]] = {}
     for block, reason in why.items():
         reasons.setdefault(reason, []).append(block)
-    return Path(name, blocks, len(whole), len(half), reasons, kernels, slower)
+    return CpuPath(name, blocks, len(whole), len(half), reasons, kernels, slower)
 
 
 def _count(model: Any) -> int:
