@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import tables
+
 import fewbit
 from fewbit.advise.estimate import PlanEstimate
 
@@ -38,11 +40,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, bool]] = {
 
 
 def main() -> None:
-    """Replace the table, which begins with its header and ends at the first empty line."""
-    page = PAGE.read_text(encoding="utf-8")
-    start = page.index(HEADER)
-    end = page.index("\n\n", start) + 1
-    PAGE.write_text(page[:start] + table() + page[end:], encoding="utf-8")
+    tables.replace(PAGE, HEADER, table())
 
 
 def table() -> str:

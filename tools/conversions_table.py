@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import tables
+
 from fewbit import registry
 from fewbit.formats.base import Format, large
 from fewbit.pipeline import conversion
@@ -20,11 +22,7 @@ MORE = ("int4-g32", "int4-g32-sym", "int5-g32-sym", "int8-g32-sym", "nvfp4-mul")
 
 
 def main() -> None:
-    """Replace the table, which begins with its header and ends at the first empty line."""
-    page = PAGE.read_text(encoding="utf-8")
-    start = page.index(f"| {FIRST} |")
-    end = page.index("\n\n", start) + 1
-    PAGE.write_text(page[:start] + table() + page[end:], encoding="utf-8")
+    tables.replace(PAGE, f"| {FIRST} |", table())
 
 
 def table() -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import tables
 import torch
 
 from fewbit import registry
@@ -21,11 +22,7 @@ COLUMNS = ("files", "plans", "codes are chosen by", "stay packed on", "who else 
 
 
 def main() -> None:
-    """Replace the table, which begins with its header and ends at the first empty line."""
-    page = PAGE.read_text(encoding="utf-8")
-    start = page.index(f"| {' | '.join(COLUMNS)} |")
-    end = page.index("\n\n", start) + 1
-    PAGE.write_text(page[:start] + table() + page[end:], encoding="utf-8")
+    tables.replace(PAGE, f"| {' | '.join(COLUMNS)} |", table())
 
 
 def table() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import groupby, product
 from pathlib import Path
 
+import tables
 import torch
 
 from fewbit import registry
@@ -21,11 +22,7 @@ _GROUPS = ("g16", "g32", "g64", "g128", "g256", "g512", "g1024", "row")
 
 
 def main() -> None:
-    """Replace the table, which begins with its header and ends at the first empty line."""
-    page = PAGE.read_text(encoding="utf-8")
-    start = page.index(HEADER)
-    end = page.index("\n\n", start) + 1
-    PAGE.write_text(page[:start] + table() + page[end:], encoding="utf-8")
+    tables.replace(PAGE, HEADER, table())
 
 
 def table() -> str:

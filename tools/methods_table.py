@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import tables
+
 from fewbit.advise.table import table
 from fewbit.report.advice import COLUMNS, markdown
 
@@ -11,11 +13,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference.md"
 
 
 def main() -> None:
-    """Replace the table, which begins with its header and ends at the first empty line."""
-    page = PAGE.read_text(encoding="utf-8")
-    start = page.index(f"| {' | '.join(COLUMNS)} |")
-    end = page.index("\n\n", start) + 1
-    PAGE.write_text(page[:start] + markdown(table(device="cpu", here=False)) + page[end:], encoding="utf-8")
+    tables.replace(PAGE, f"| {' | '.join(COLUMNS)} |", markdown(table(device="cpu", here=False)))
 
 
 if __name__ == "__main__":

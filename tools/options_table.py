@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import tables
+
 from fewbit.models.plugin.options import OPTIONS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference.md"
@@ -17,11 +19,7 @@ def table() -> str:
 
 
 def main() -> None:
-    """Replace the table, which begins with its header and ends at the first empty line."""
-    page = PAGE.read_text(encoding="utf-8")
-    start = page.index(HEADER)
-    end = page.index("\n\n", start) + 1
-    PAGE.write_text(page[:start] + table() + page[end:], encoding="utf-8")
+    tables.replace(PAGE, HEADER, table())
 
 
 if __name__ == "__main__":

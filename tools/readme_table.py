@@ -9,6 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import tables
+
 from fewbit.measure.comparison import Comparison, Row
 from fewbit.measure.intervals import Interval
 from fewbit.units import size
@@ -18,13 +20,9 @@ HEADINGS = ("plan", "on disk", "at rest", "perplexity", "KL divergence", "same t
 
 
 def main() -> None:
-    """Replace the table, which begins with its headings and ends at the first empty line, and the chart."""
+    """Replace the table and the chart."""
     folder = Path(sys.argv[1])
-    readme = ROOT / "README.md"
-    page = readme.read_text(encoding="utf-8")
-    start = page.index(f"| {' | '.join(HEADINGS)} |")
-    end = page.index("\n\n", start) + 1
-    readme.write_text(page[:start] + table(Comparison.read(folder)) + page[end:], encoding="utf-8")
+    tables.replace(ROOT / "README.md", f"| {' | '.join(HEADINGS)} |", table(Comparison.read(folder)))
     shutil.copyfile(folder / "quality-size.svg", ROOT / "docs" / "images" / "compare-tiny.svg")
 
 

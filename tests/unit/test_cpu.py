@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,22 +23,6 @@ from tests.contract.cases import EXAMPLES, ordinary, quantized
 READ = [spec for spec in EXAMPLES if not spec.startswith(("iq2", "iq3"))]
 SPECS = [*READ, "int4-g32", "int3-g16", "int2-g32", "int8-g32", "int4-row", "int2-row"]
 specs = pytest.mark.parametrize("spec", dict.fromkeys(SPECS))
-
-
-@pytest.fixture
-def library() -> ctypes.CDLL:
-    found = native.library()
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
-
-
-@pytest.fixture(params=["scalar", "avx2", "avxvnni", "avx512", "neon", "neondot"])
-def instructions(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[str]:
-    if library.fewbit_force(request.param.encode()):
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    library.fewbit_force(None)
 
 
 def kernel_of(name: str) -> Kernel:

@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
 from fewbit.errors import KernelError
-from fewbit.system import native
 from tests.block_cases import distance, drawn
-
-
-@pytest.fixture
-def library() -> ctypes.CDLL:
-    found = native.library()
-    if isinstance(found, str):
-        pytest.skip(found)
-    return found
-
-
-@pytest.fixture(params=["scalar", "avx2", "avxvnni", "avx512", "neon", "neondot"])
-def instructions(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[str]:
-    if library.fewbit_force(request.param.encode()):
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    library.fewbit_force(None)
 
 
 def test_random_blocks_give_what_pytorch_gives(instructions: str) -> None:

@@ -14,8 +14,6 @@ from fewbit.schemes.base import QTensor, Scheme
 from fewbit.schemes.fp8 import FP8
 from fewbit.system import native
 from tests.contract.cases import ordinary
-from tests.unit.test_cpu import instructions as instructions
-from tests.unit.test_cpu import library as library
 
 KINDS = pytest.mark.parametrize("spec", ["fp8-row", "fp8-b128", "fp8-tensor"])
 SHAPES = pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 128), (129, 127), (200, 300), (130, 1024)], ids=str)
