@@ -3,9 +3,11 @@
     python -m benchmarks.effort tiny --bits 4 3 2 --seeds 0 1 2 --samples 64 --at-once 8
     python -m benchmarks.effort smollm2 --calibration wikipedia.txt --text wikitext2-test.txt --length 512
 
-A row is one of `ROWS`: --target, --effort and a later `tune`. Each cell is a process of its own; --at-once of them run
-at a time, so seconds are upper bounds. It writes one JSON line for each cell, and prints a table: the KL divergence of
-the first seed with its 95 % interval, and the mean over all seeds of the change from `gptq`.
+A row is one of `ROWS`: --target, --effort and a later `tune`. Rows of `AUTO_ROUND` need the package auto-round. They
+get the same calibration tokens, and the file that it writes as `auto_gptq` is evaluated. Each cell is a process of its
+own; --at-once of them run at a time, so seconds are upper bounds. It writes one JSON line for each cell, and prints a
+table: the KL divergence of the first seed with its 95 % interval, and the mean over all seeds of the change from
+`gptq`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fewbit.texts.calibration import Calibration
 
 ROWS: dict[str, tuple[float, str, str]] = {  # name -> (--target, --effort, what `tune` trains afterwards)
     "gptq": (0.0, "fast", ""),
@@ -32,27 +37,25 @@ ROWS: dict[str, tuple[float, str, str]] = {  # name -> (--target, --effort, what
     "best": (0.0, "best", ""),
     "target and best": (0.75, "best", ""),
 }
+AUTO_ROUND: dict[str, dict[str, Any]] = {  # name -> arguments of auto_round.AutoRound
+    "AutoRound": {"iters": 200},
+    "AutoRound 1000": {"iters": 1000},
+    "AutoRound 1000, alg_ext": {"iters": 1000, "enable_alg_ext": True},
+}
 
 
 def measured(args: argparse.Namespace, row: str, bits: int, seed: int) -> dict[str, Any]:
     """One cell: the KL divergence with its interval, and the seconds of `quantize` and `tune`."""
     import fewbit
-    from fewbit.pipeline.optimization import Optimization
-    from fewbit.plans.plan import find
     from fewbit.texts.calibration import Calibration
 
-    target, effort, later = ROWS[row]
-    options = {"target": str(target)}
-    plan = find("gptq-4bit").changed(scheme=f"int{bits}-g{args.group}-sym", options=options)
     calibration = Calibration(args.calibration, samples=args.samples, length=512, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
-        out, start = Path(folder) / "out", time.perf_counter()
-        fewbit.quantize(args.model, out, plan=plan, calibration=calibration, effort=effort, progress=False)
-        if later:
-            wanted, tuned = Optimization(codes=later == "codes"), Path(folder) / "tuned"
-            text = replace(calibration, text="self", samples=4 * args.samples) if wanted.codes else calibration
-            fewbit.tune(out, tuned, reference=args.model, calibration=text, optimization=wanted, progress=False)
-            out = tuned
+        start = time.perf_counter()
+        if row in AUTO_ROUND:
+            out = by_auto_round(args, row, bits, calibration, Path(folder))
+        else:
+            out = by_fewbit(args, row, bits, calibration, Path(folder))
         seconds = time.perf_counter() - start
         done = fewbit.evaluate(
             out, reference=args.model, text=args.text, length=args.length, samples=args.windows, progress=False
@@ -61,6 +64,42 @@ def measured(args: argparse.Namespace, row: str, bits: int, seed: int) -> dict[s
     kl = done.quality.kl.mean
     cell = {"model": args.model, "bits": bits, "seed": seed, "row": row}
     return cell | {"kl": kl.value, "low": kl.low, "high": kl.high, "s": seconds}
+
+
+def by_fewbit(args: argparse.Namespace, row: str, bits: int, calibration: Calibration, folder: Path) -> Path:
+    """The folder that `quantize`, and `tune` after it, wrote."""
+    import fewbit
+    from fewbit.pipeline.optimization import Optimization
+    from fewbit.plans.plan import find
+
+    target, effort, later = ROWS[row]
+    options = {"target": str(target)}
+    plan = find("gptq-4bit").changed(scheme=f"int{bits}-g{args.group}-sym", options=options)
+    out = folder / "out"
+    fewbit.quantize(args.model, out, plan=plan, calibration=calibration, effort=effort, progress=False)
+    if not later:
+        return out
+    wanted, tuned = Optimization(codes=later == "codes"), folder / "tuned"
+    text = replace(calibration, text="self", samples=4 * args.samples) if wanted.codes else calibration
+    fewbit.tune(out, tuned, reference=args.model, calibration=text, optimization=wanted, progress=False)
+    return tuned
+
+
+def by_auto_round(args: argparse.Namespace, row: str, bits: int, calibration: Calibration, folder: Path) -> Path:
+    """The folder that AutoRound wrote, of the same scheme and from the same tokens."""
+    from auto_round import AutoRound
+
+    from fewbit.models.skeleton import load_tokenizer
+    from fewbit.models.source import locate
+    from fewbit.pipeline.job import windows
+
+    source = locate(args.model)
+    tokens, _ = windows(calibration, source, load_tokenizer(source))
+    given = {"bits": bits, "group_size": args.group, "sym": True, "seed": calibration.seed} | AUTO_ROUND[row]
+    dataset = [{"input_ids": each[None], "attention_mask": each[None] * 0 + 1} for each in tokens.long()]
+    rounder = AutoRound(str(source.folder), dataset=dataset, nsamples=len(tokens), seqlen=tokens.shape[1], **given)
+    rounder.quantize_and_save(str(folder / "out"), format="auto_gptq")
+    return max(folder.rglob("config.json")).parent
 
 
 def cell(args: argparse.Namespace, row: str, bits: int, seed: int) -> dict[str, Any] | None:
@@ -109,7 +148,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="tiny")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=[*ROWS, *AUTO_ROUND], metavar="ROW")
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--calibration")
     parser.add_argument("--samples", type=int, default=64)
@@ -117,7 +156,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--at-once", type=int, default=1)
-    parser.add_argument("--cell", choices=list(ROWS), help=argparse.SUPPRESS)
+    parser.add_argument("--cell", choices=[*ROWS, *AUTO_ROUND], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
         print(json.dumps(measured(args, args.cell, args.bits[0], args.seeds[0])))
