@@ -53,7 +53,16 @@ _LATENT |= {"routed_scaling_factor": 2.5, "tie_word_embeddings": False}
 _YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 _YARN |= {"original_max_position_embeddings": 32, "mscale": 0.707, "mscale_all_dim": 0.707}
 _YARN |= {"beta_fast": 32, "beta_slow": 1}
-# Types of transformers besides those families, and what their tiny configs have besides the usual sizes.
+_GRANITE_HYBRID: dict[str, Any] = {
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+    "mamba_n_groups": 2,
+    "shared_intermediate_size": 48,
+}
+# Types of transformers besides those families, and what their tiny configs have besides the usual sizes. What follows a
+# hyphen names another model of the type.
 TYPES: dict[str, dict[str, Any]] = {
     "granite": {
         "attention_multiplier": 0.2,
@@ -78,6 +87,27 @@ TYPES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"sliding_window": None, "mlp_only_layers": None},
     "qwen3_moe": {"norm_topk_prob": True, "sliding_window": None},
     "olmoe": {"num_key_value_heads": 4},
+    "granitemoehybrid": {**_GRANITE_HYBRID, "layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid-dense": {
+        **_GRANITE_HYBRID,
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+        "num_hidden_layers": 3,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "intermediate_size": 80,
+        "shared_intermediate_size": 80,
+    },
+    "granitemoehybrid-attention": {
+        **_GRANITE_HYBRID,
+        "layer_types": ["full_attention"] * 2,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "intermediate_size": 80,
+        "shared_intermediate_size": 80,
+        "position_embedding_type": "rope",
+    },
+    "mamba": {"intermediate_size": 128},
+    "mamba2": {"num_heads": 16, "head_dim": 8, "n_groups": 2},
     "granitemoe": {
         "attention_multiplier": 0.2,
         "embedding_multiplier": 3.0,
@@ -110,14 +140,15 @@ TYPES: dict[str, dict[str, Any]] = {
 }
 
 
-_NOT_QUANTIZED = re.compile(r"ffn_gate_inp|ssm_conv1d|shortconv\.conv|exp_probs_b")
+_NOT_QUANTIZED = re.compile(r"ffn_gate_inp|ssm_conv1d|ssm_a$|ssm_d$|ssm_norm|shortconv\.conv|exp_probs_b")
 
 
 def save(folder: Path, family: str, **changes: Any) -> Path:
     """The model of a family or type in the Hugging Face layout, such as a GGUF file can hold."""
     if family not in TYPES:
         return models.save(folder, family, **{**CHANGES.get(family, {}), **changes})
-    config = architectures.small(CONFIG_MAPPING[family], architectures.SIZES, {family: TYPES[family] | changes})
+    kind = CONFIG_MAPPING[family.partition("-")[0]]
+    config = architectures.small(kind, architectures.SIZES, {kind.model_type: TYPES[family] | changes})
     with torch.random.fork_rng():
         torch.manual_seed(len(family))  # the parameters that are not drawn anew, such as A_log, come from this
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -138,6 +169,15 @@ def numbered(folder: Path) -> Path:
         numbers = (torch.arange(tensor.numel()) + 17 * i) % 251 - 125
         tensors[name] = numbers.view(tensor.shape).to(tensor.dtype)
     save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def halved(folder: Path) -> Path:
+    """The folder, after each of its weights was rounded to float16."""
+    path = folder / "model.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}), encoding="utf-8")
     return folder
 
 
@@ -216,6 +256,7 @@ def ids(seed: int = 0, length: int = 40) -> Tensor:
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
 KINDS = (*FAMILIES, *TYPES)
+SAME = tuple(kind for kind in TYPES if kind != "granitemoehybrid-attention")  # whose files are read as the same type
 TYPE_OF = {"gemma3": "gemma3_text"}  # transformers' types of families with other names
 
 AWKWARD = (

@@ -24,8 +24,8 @@ For each of them, tests compare a tiny model with llama.cpp, as in llama-cpp-pyt
 - llama.cpp computes the same logits from fewbit's file in 32 bits, within 1e-5 in relative norm. 1e-3 where its GELU is
   a table of 16-bit numbers.
 
-A type that is not in the table cannot be written: `quantize` stops before any work. `mamba`, `jamba` and
-`granitemoehybrid` are not, and no model with a vision tower is. For these, use a plan that makes a folder.
+A type that is not in the table cannot be written: `quantize` stops before any work. `jamba` is not, and no model with a
+vision tower is. For these, use a plan that makes a folder.
 
 - **only if**: what llama.cpp takes for granted. A model with other values is refused before any work.
 - A published file whose type is in no row is loaded by transformers, if it knows the architecture, without packed
@@ -90,10 +90,11 @@ def page() -> str:
 
     tested = {gguf_files.TYPE_OF.get(kind, kind) for kind in gguf_files.KINDS}
     golden = {gguf_files.TYPE_OF.get(kind, kind) for kind in gguf_files.golden()}
+    rows = [(kind, row) for kind in sorted(TYPES) for row in TYPES[kind]]
     if unproved := [kind for kind in TYPES if kind not in golden & tested]:
         raise SystemExit(f"no test compares these with llama.cpp, and the page says so of all: {', '.join(unproved)}")
     lines = ["| type | in the file | only if |", "|---|---|---|"]
-    lines += [f"| `{kind}` | {row.name} | {'; '.join(_conditions(row))} |" for kind, row in sorted(TYPES.items())]
+    lines += [f"| `{kind}` | {row.name} | {'; '.join(_conditions(row))} |" for kind, row in rows]
     lines += ["", "## Where transformers and llama.cpp treat text differently", ""]
     lines += ["|---|---|---|---|" if row[0] == "---" else f"| {' | '.join(row)} |" for row in _TEXT]
     return _HEAD + "\n".join(lines) + "\n"
@@ -101,6 +102,8 @@ def page() -> str:
 
 def _conditions(row: Any) -> Iterator[str]:
     """What llama.cpp takes for granted of the models of a row."""
+    for key, value in row.chosen.items():
+        yield f"`{key}` = {value}" if isinstance(value, int) else f"each of `{key}` is {', '.join(sorted(value))}"
     for key, value in row.required.items():
         yield f"`{key}` = {value}"
     if row.keys.get("head_dim") == "":
@@ -111,6 +114,10 @@ def _conditions(row: Any) -> Iterator[str]:
         yield "a tied output head"
     if row.untied:
         yield "an output head of its own"
+    if row.twice:
+        yield f"`{row.twice}` = 2 x `hidden_size`"
+    if row.unturned:
+        yield "`position_embedding_type` is not rope"
     if row.unrotated:
         yield f"no RoPE in every layer of number {row.unrotated}"
     if row.exact_ramp:

@@ -29,6 +29,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "cohere2": {"rotary_pct": 1.0},
     "deepseek_v3": {"scoring_func": "sigmoid"},
     "dots1": {"scoring_func": "sigmoid"},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "granitemoehybrid-dense": {"layer_types": ["attention", "mamba", "mamba"]},
+    "granitemoehybrid-attention": {"layer_types": ["attention"] * 2},
     "hunyuan_v1_moe": {"moe_intermediate_size": [96] * 2, "num_shared_expert": [1] * 2},
     "gpt2": {"n_ctx": models.CONTEXT},
     "gpt_neox": {"rotary_pct": 0.25},
@@ -68,8 +71,11 @@ def vocabularies(place: Path) -> list[Path]:
 def convert(source: Path, folder: Path, out: Path, entries: Mapping[str, Any]) -> None:
     """Convert the model in `folder` to a file of float32 at `out`.
 
-    source: what `unpacked` gave. entries: further entries of config.json.
+    source: what `unpacked` gave. entries: further entries of config.json, which are written there too, as the converter
+    of some types reads it itself.
     """
+    place = folder / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text(encoding="utf-8")) | dict(entries)), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-c", _RUN, source, folder, out, json.dumps(dict(entries))],
         capture_output=True,

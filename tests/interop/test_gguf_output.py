@@ -16,6 +16,7 @@ from fewbit.models.source import locate
 from fewbit.plans.mixtures import MIXTURES
 from fewbit.plans.plan import find
 from fewbit.texts.calibration import Calibration
+from tests import gguf_files
 from tests.interop import llama_cpp as peer
 from tests.interop import original
 
@@ -87,6 +88,20 @@ def test_other_methods_make_files_that_run(method: str, whole: Path, tmp_path: P
     with peer.loaded(out) as model:
         ids = model.tokenize(TEXT)
         assert np.isfinite(model.logits(ids)).all()
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "granitemoehybrid", "granitemoehybrid-dense", "lfm2_moe"])
+def test_small_tensors_keep_the_type_that_they_keep_there(kind: str, name: str, tmp_path: Path) -> None:
+    """Convolutions, what sets a state, and what chooses experts."""
+    folder, theirs = gguf_files.halved(gguf_files.save(tmp_path / "m", kind)), tmp_path / "theirs.gguf"
+    original = gguf_files.written(folder, tmp_path / "whole.gguf")
+    quantize.quantize(folder, tmp_path / "ours.gguf", plan=find(name).changed(method="rtn"))
+    peer.quantize(original, theirs, MIXTURES[name].file_type)
+    ours, wanted = ({n: e.type for n, e in GgufFile(path).entries.items()} for path in (tmp_path / "ours.gguf", theirs))
+    assert ours == wanted
+    with peer.loaded(tmp_path / "ours.gguf", context=64) as model:
+        assert np.isfinite(model.logits(gguf_files.ids(length=14)[0].tolist())).all()
 
 
 def test_perplexity_is_the_same_in_both(matrix: Path, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def opened(source: Source, config: Any = None) -> tuple[Checkpoint, Packing | No
     wrong shape or dtype, or is a scale with NaN or Inf. FormatError for an unknown quantization method.
     """
     if source.gguf is not None:
-        return _of_gguf(source, names.routes(config), names.architecture(config.model_type).extra)
+        return _of_gguf(source, names.routes(config), names.architecture(config).extra)
     checkpoint = Checkpoint(list(source.files))
     if source.quantization is None:
         for name, spec in checkpoint.specs.items():

@@ -171,7 +171,7 @@ def model_of(skeleton: Skeleton) -> mixtures.Model:
             "Use a plan for another format.",
         )
     routes = gguf_names.routes(config)
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", 1)
     outside = skeleton.outside()
     linears = [name for block in skeleton.blocks for name in skeleton.linears(block)]
     if unknown := [name for name in [*linears, *outside] if f"{name}.weight" not in routes]:
@@ -180,7 +180,7 @@ def model_of(skeleton: Skeleton) -> mixtures.Model:
             "Use a plan for another format.",
         )
     return mixtures.Model(
-        arch=gguf_names.architecture(config.model_type).name,
+        arch=gguf_names.architecture(config).name,
         layers=config.num_hidden_layers,
         gqa=heads // (getattr(config, "num_key_value_heads", None) or heads),
         tied=len(outside) < 2,

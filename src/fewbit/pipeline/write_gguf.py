@@ -29,7 +29,8 @@ from fewbit.plans import mixtures
 from fewbit.plans.plan import Resolved
 from fewbit.schemes.ggml.table import BLOCK_TYPES
 
-# Matrices that llama.cpp requires in 32 bits: tables of positions, what chooses experts, short convolutions.
+# Matrices that llama.cpp requires in 32 bits: tables of positions, what chooses experts, short convolutions, and what
+# state spaces have in place of vectors.
 _IN_32_BITS = (
     "position_embd.weight",
     "ffn_gate_inp.weight",
@@ -37,6 +38,9 @@ _IN_32_BITS = (
     "exp_probs_b.bias",
     "ssm_conv1d.weight",
     "shortconv.conv.weight",
+    "ssm_a",
+    "ssm_d",
+    "ssm_norm.weight",
 )
 _QUANTIZATION_VERSION = 2  # version of the block types: ggml's GGML_QNT_VERSION
 

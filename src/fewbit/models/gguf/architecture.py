@@ -48,6 +48,8 @@ class Architecture:
     cut: Mapping[str, Cut] = field(default_factory=dict)  # names in `block` of matrices that a file has in pieces
     extra: frozenset[str] = field(default_factory=frozenset)  # tensors of the file that are not weights
     when: str = ""  # a file is of this type if it has this key, and it is not 0; "": if it is of no other type
+    # Entries of config.json that models of this row have, where a type has several rows. A frozenset: of each layer
+    chosen: Mapping[str, Any] = field(default_factory=dict)
     # Values of the tensors
     permuted: bool = False  # rows of q and k are in llama.cpp's order
     mixed: bool = False  # rows of qkv are in the model's order: q, k, v of the first head, then of the second
@@ -58,6 +60,8 @@ class Architecture:
     squeezed: frozenset[str] = field(
         default_factory=frozenset
     )  # weights of convolutions [C, 1, width], stored [C, width]
+    # Vectors of the model that a file has as matrices -> the entry of config.json with the number of their rows
+    matrices: Mapping[str, str] = field(default_factory=dict)
     tiled: bool = False  # value heads of linear attention: the first of every key head, then the second
     # Config
     activation: str = "silu"  # of the MLP; "": config.json does not name it
@@ -65,11 +69,14 @@ class Architecture:
     keys: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)  # further entries of config.json
     required: Mapping[str, Any] = field(default_factory=dict)  # entries of config.json that llama.cpp takes for granted
+    twice: str = ""  # entry of config.json that llama.cpp takes to be twice the width of the model
     # Entries of config.json that are numbers -> the file's key, and the value without one; None if it must have the key
     numbers: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
     counts: Mapping[str, str] = field(default_factory=dict)  # entries that are integers above 0 -> the file's key
     # Keys of the file -> the entries of config.json whose product they are
     products: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # Entries of config.json -> two keys of the file, of which the first is so many times the second
+    quotients: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     # Entries that are integers from 0 -> the file's key, and the value without one
     integers: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     experts: str = ""  # entry of config.json with the number of experts of a layer; "" without experts
@@ -94,6 +101,7 @@ class Architecture:
     exact_ramp: bool = False  # YaRN does not round the limits of its ramp (truncate); llama.cpp does
     alpha: bool = False  # RoPE of type "dynamic" has an alpha, which does nothing but enlarge the base
     original_context: bool = False  # config.json has the length before RoPE was scaled
+    unturned: bool = False  # no layer has RoPE, and texts have any length: position_embedding_type is not "rope"
     unrotated: int = 0  # every n-th layer has no RoPE; 0 without such layers
     # Sliding windows
     window: bool = False  # all layers may have one
@@ -107,8 +115,14 @@ class Architecture:
 
     @property
     def rotary(self) -> bool:
-        """Whether positions are rotations of queries and keys (RoPE); else the model has a table of positions."""
-        return "position_embd" not in self.model.values()
+        """Whether positions are rotations of queries and keys (RoPE); else the model has a table of positions or no
+        attention."""
+        return self.attention and "position_embd" not in self.model.values()
+
+    @property
+    def attention(self) -> bool:
+        """Whether any layer has attention."""
+        return not self.has_no("num_attention_heads")
 
     @property
     def joined(self) -> bool:

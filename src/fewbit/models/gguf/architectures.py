@@ -13,14 +13,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from fewbit.models.gguf.architecture import Architecture
-from fewbit.models.gguf.rows import dense, experts, recurrent
+from fewbit.models.gguf.rows import dense, experts, recurrent, states
 
-_ROWS = (*experts.ROWS, *dense.ROWS, *recurrent.ROWS)  # a file is of the first whose `when` fits
+_ROWS = (*experts.ROWS, *dense.ROWS, *recurrent.ROWS, *states.ROWS)  # a file is of the first whose `when` fits
 
 ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
     name: tuple(row for row in _ROWS if row.name == name) for name in dict.fromkeys(row.name for row in _ROWS)
 }
-TYPES: dict[str, Architecture] = {row.model_type: row for row in _ROWS}  # transformers' type -> its row
+# transformers' type -> its rows. A model is of the first whose `chosen` fits
+TYPES: dict[str, tuple[Architecture, ...]] = {
+    kind: tuple(row for row in _ROWS if row.model_type == kind)
+    for kind in dict.fromkeys(row.model_type for row in _ROWS)
+}
+
+
+def of_config(config: Any) -> Architecture | None:
+    """The row for a model of transformers' `config`; None if fewbit does not know one."""
+    return next((row for row in TYPES.get(config.model_type, ()) if _is_chosen(row, config)), None)
+
+
+def _is_chosen(row: Architecture, config: Any) -> bool:
+    for key, wanted in row.chosen.items():
+        found = getattr(config, key, None)
+        if set(found or ()) != wanted if isinstance(wanted, frozenset) else found != wanted:
+            return False
+    return True
 
 
 def of_file(metadata: Mapping[str, Any]) -> Architecture | None:

@@ -36,15 +36,16 @@ from fewbit.models.gguf.architecture import Architecture
 from fewbit.models.gguf.metadata import Metadata
 from fewbit.models.gguf.names import architecture
 
+_ANY = 1 << 20  # the length of texts of a model that has no limit
 _SECTIONS = (11, 11, 10)  # of RoPE, for images
 
 
 def to_metadata(config: Any, name: str) -> dict[str, Any]:
     """Keys and values for a model of transformers' `config`, named `name`. PlanError if no file can express it."""
-    arch = architecture(config.model_type)
+    arch = architecture(config)
     _refuse(config, arch)
-    heads, rope = config.num_attention_heads, _rope_of(config)
-    width = _of(config, arch, "head_dim") or config.hidden_size // heads
+    heads, rope = _of(config, arch, "num_attention_heads", 0), _rope_of(config)
+    width = _of(config, arch, "head_dim") or config.hidden_size // max(heads, 1)
     if arch.alpha and rope.get("rope_type") == "dynamic" and rope.get("alpha"):
         rope = {"rope_theta": rope["rope_theta"] * rope["alpha"] ** (width / (width - 2))}
     inner = _of(config, arch, "intermediate_size")
@@ -53,7 +54,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
         "general.type": "model",
         "general.name": name,
         "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
+        "context_length": _ANY if arch.unturned else _of(config, arch, "max_position_embeddings", _ANY),
         "embedding_length": config.hidden_size,
         "feed_forward_length": hybrid.adjusted(config, inner or 4 * config.hidden_size),
         "attention.head_count": heads,
@@ -65,7 +66,9 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
             "attention.key_length": width,
             "attention.value_length": width,
         }
-    if arch.has_no("intermediate_size"):
+    if not arch.attention:
+        found["feed_forward_length"] = 0
+    elif arch.has_no("intermediate_size"):
         del found["feed_forward_length"]
     found[arch.epsilon] = float(_of(config, arch, "rms_norm_eps"))
     if arch.rotary:
@@ -128,10 +131,12 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     keys = Metadata(file)
     arch = keys.architecture
     layers = keys.count("block_count") - keys.whole("nextn_predict_layers")
-    hidden, heads = keys.count("embedding_length"), keys.count("attention.head_count")
+    hidden, heads = keys.count("embedding_length"), keys.count("attention.head_count") if arch.attention else 0
     vocab, columns = keys.shape("token_embd.weight")
     if columns != hidden or keys.layers != layers:
         raise keys.wrong(f"it has {keys.layers} blocks of width {columns}, but its keys say {layers} and {hidden}")
+    if arch.unturned and keys.get("rope.scaling.finetuned", True):
+        raise keys.wrong(f"its layers have RoPE, and {arch.cls} is read without")
     for key, value in arch.constants.items():
         if (other := keys.get(key, value)) != value:
             raise keys.wrong(f"{arch.name}.{key} is {str(other)[:80]}; {arch.cls} is read with {value} only")
@@ -148,11 +153,12 @@ def to_config(file: GgufFile) -> dict[str, Any]:
         **_special(keys),
     }
     config |= {**arch.fixed, **arch.required}
-    config |= _rotary(keys, config) if arch.rotary else _learned(keys, config)
+    config |= _rotary(keys, config) if arch.rotary else _learned(keys, config) if arch.attention else {}
     config["rms_norm_eps"] = keys.real(arch.epsilon)
     config |= {key: tensor in file.entries for key, tensor in arch.biases.items()}
     config |= {key: keys.real(ours, default) for key, (ours, default) in arch.numbers.items()}
     config |= {key: keys.count(ours) for key, ours in arch.counts.items()}
+    config |= {key: keys.ratio(*ours) for key, ours in arch.quotients.items()}
     config |= {key: keys.whole(ours, default) for key, (ours, default) in arch.integers.items()}
     config |= {key: keys.flag(ours) for key, ours in arch.flags.items()}
     config |= hybrid.of_keys(keys, layers) if arch.linear_attention else {}
@@ -220,8 +226,13 @@ def _refuse(config: Any, arch: Architecture) -> None:
     if arch.untied and config.tie_word_embeddings:
         raise PlanError(f"llama.cpp runs {arch.name} with an output head of its own; that of this model is tied")
     for key, wanted in arch.required.items():
-        if (found := getattr(config, key, wanted)) != wanted:
+        found = getattr(config, key, wanted)
+        if (tuple(found) if isinstance(found, list) and isinstance(wanted, tuple) else found) != wanted:
             raise PlanError(f"llama.cpp runs {arch.name} with {key} = {wanted}; this model has {found}")
+    if arch.twice and (inner := getattr(config, arch.twice)) != 2 * config.hidden_size:
+        raise PlanError(f"llama.cpp runs {arch.name} with {arch.twice} = 2 x hidden_size; this model has {inner}")
+    if arch.unturned and getattr(config, "position_embedding_type", None) == "rope":
+        raise PlanError(f"llama.cpp runs {arch.name} without positions; this model has position_embedding_type = rope")
     if not arch.grouped and config.num_key_value_heads != config.num_attention_heads:
         raise PlanError(
             f"llama.cpp runs {arch.name} with a key-value head for each query head; this model has "

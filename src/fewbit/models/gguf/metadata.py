@@ -49,6 +49,13 @@ class Metadata:
             raise self.wrong(f"{self.architecture.name}.{key} is {str(value)[:80]}, not an integer above 0")
         return value
 
+    def ratio(self, key: str, other: str) -> int:
+        """How many times one key is another."""
+        one, two = self.count(key), self.count(other)
+        if one % two:
+            raise self.wrong(f"{self.architecture.name}.{key} is {one}, which is no multiple of {other}, {two}")
+        return one // two
+
     def whole(self, key: str, default: int = 0) -> int:
         """An integer from 0."""
         value = self.get(key, default)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fewbit.errors import PlanError
 from fewbit.models.gguf.architecture import Architecture, Cut
-from fewbit.models.gguf.architectures import TYPES
+from fewbit.models.gguf.architectures import TYPES, of_config
 from fewbit.models.gguf.pieces import Share, Split
 
 Order = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and axes
@@ -45,6 +45,7 @@ class Route:
     """The name of a model's tensor in the file, and its conversion.
 
     expert: the number of the expert; the file has the tensors of all experts of a layer as one, [experts, ...].
+    matrix: the rows of what the model has as a vector; 0 for other tensors.
     order: the rows of the model's weight from row `first` on, as an array of these sizes, are in the file's order if
     its axes are permuted to these axes. columns: the same for columns. Empty if the order is the same.
     """
@@ -59,6 +60,7 @@ class Route:
     first: int = 0
     columns: Order = ((), ())
     split: Split | None = None
+    matrix: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -96,6 +98,7 @@ class Route:
     def to_file(self, tensor: Tensor) -> Tensor:
         """Convert a tensor of the model to the file's layout and values."""
         tensor = tensor.T if self.transposed else tensor.squeeze(1) if self.squeezed else tensor
+        tensor = tensor.view(self.matrix, -1) if self.matrix else tensor
         tensor = tensor if self.rows is None else tensor[self.rows]
         tensor = tensor[:, _permuted(self.columns)] if self.columns[0] else tensor
         tensor = -tensor.float().exp() if self.negative_exp else tensor
@@ -111,6 +114,7 @@ class Route:
         tensor = tensor.float() - self.shift if self.shift else tensor
         tensor = (-tensor.float()).log() if self.negative_exp else tensor
         tensor = tensor[:, _permuted(self.columns).argsort()] if self.columns[0] else tensor
+        tensor = tensor.flatten() if self.matrix else tensor
         return tensor.T if self.transposed else tensor.unsqueeze(1) if self.squeezed else tensor
 
     def blocks_to_file(self, blocks: Tensor, columns: int) -> Tensor:
@@ -134,11 +138,15 @@ class Route:
     def shape_in_file(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of a tensor of the model in the file."""
         kept = tuple(shape)
+        if self.matrix:
+            return self.matrix, kept[0] // self.matrix
         return kept[::-1] if self.transposed else (kept[0], *kept[2:]) if self.squeezed else kept
 
     def shape_in_model(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of a tensor of the file in the model."""
         kept = tuple(shape)
+        if self.matrix:
+            return (prod(kept),)
         return kept[::-1] if self.transposed else (kept[0], 1, *kept[1:]) if self.squeezed else kept
 
 
@@ -149,12 +157,13 @@ def _permuted(order: Order) -> Tensor:
     return places.reshape(sizes).permute(axes).flatten()
 
 
-def architecture(model_type: str) -> Architecture:
-    """llama.cpp's architecture for transformers' `model_type`. PlanError if fewbit does not know one."""
-    if model_type in TYPES:
-        return TYPES[model_type]
+def architecture(config: Any) -> Architecture:
+    """llama.cpp's architecture for a model of transformers' `config`. PlanError if fewbit does not know one."""
+    if (found := of_config(config)) is not None:
+        return found
     raise PlanError(
-        f"no GGUF file can be made of a model of type {model_type!r}", f"Supported types: {', '.join(sorted(TYPES))}."
+        f"no GGUF file can be made of a model of type {config.model_type!r}",
+        f"Supported types: {', '.join(sorted(TYPES))}.",
     )
 
 
@@ -163,8 +172,9 @@ def routes(config: Any) -> dict[str, Route]:
 
     config: transformers' config object. Of a tied pair, write the embedding.
     """
-    arch = architecture(config.model_type)
+    arch = architecture(config)
     orders, cuts = _orders(config, arch), {ours: _parts(config, cut) for ours, cut in arch.cut.items()}
+    matrices = {ours: getattr(config, key) for ours, key in arch.matrices.items()}
     found = {}
     for theirs, ours in arch.model.items():
         for leaf in ("weight", "bias"):
@@ -181,11 +191,15 @@ def routes(config: Any) -> dict[str, Route]:
                     squeezed=ours in arch.squeezed and leaf == "weight",
                     shift=arch.shift if norm and leaf == "weight" and ours not in arch.unshifted else 0.0,
                     split=_split(layer, *cuts[ours]) if ours in cuts and leaf == "weight" else None,
+                    matrix=matrices.get(ours, 0) if leaf == "weight" else 0,
                     **orders.get(ours, {}),
                 )
         for theirs, ours in arch.parameters.items():
             found[f"{arch.layers}.{layer}.{theirs}"] = Route(
-                f"blk.{layer}.{ours}", negative_exp=ours in arch.negative_exp, **orders.get(ours, {})
+                f"blk.{layer}.{ours}",
+                negative_exp=ours in arch.negative_exp,
+                matrix=matrices.get(ours, 0),
+                **orders.get(ours, {}),
             )
     return found
 
@@ -229,6 +243,10 @@ def names_of(routes: Mapping[str, Route]) -> dict[str, list[str]]:
 
 def _orders(config: Any, arch: Architecture) -> dict[str, dict[str, Any]]:
     """Name in the file -> fields of its `Route`, where the order of rows or columns differs."""
+    if arch.tiled:
+        return _tiled(config)
+    if not arch.permuted and not arch.mixed:
+        return {}
     heads = config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -238,9 +256,7 @@ def _orders(config: Any, arch: Architecture) -> dict[str, dict[str, Any]]:
             "attn_q": {"order": ((heads, 2, width // 2), halves)},
             "attn_k": {"order": ((kv, 2, width // 2), halves)},
         }
-    if arch.tiled:
-        return _tiled(config)
-    return {"attn_qkv": {"order": ((heads, 3, width), (1, 0, 2))}} if arch.mixed else {}
+    return {"attn_qkv": {"order": ((heads, 3, width), (1, 0, 2))}}
 
 
 def _tiled(config: Any) -> dict[str, dict[str, Any]]:

@@ -247,8 +247,10 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
             return blocks if route.rows is None else blocks[route.rows]
         if entry.type not in PLAIN:
             return self._stored(name)
-        value = route.to_file(getattr(module, name.rpartition(".")[2]).detach().cpu())
-        return value.to(entry.spec.dtype).contiguous()
+        held, stored = getattr(module, name.rpartition(".")[2]).detach().cpu(), self._stored(name)
+        if not route.is_exact and torch.equal(held, route.from_file(stored).to(held.dtype)):
+            return stored  # computed anew, some values would differ in their last digit
+        return route.to_file(held).to(entry.spec.dtype).contiguous()
 
 
 class _Saver:
@@ -299,7 +301,7 @@ def _matched(file: GgufFile | Joined, model: PreTrainedModel, known: dict[str, R
     head that GGUF files never have (such as a classifier's) is initialized with a warning.
     """
     ours = names_of(known)
-    ignored = architecture(model.config.model_type).extra | hybrid.beyond(file)
+    ignored = architecture(model.config).extra | hybrid.beyond(file)
     own = [*model.named_parameters(remove_duplicate=False), *persistent(model)]
     expected = {name: tensor.shape for name, tensor in own}
     entries: dict[str, Entry] = {}

@@ -111,6 +111,23 @@ DEEPSEEK_V3_ROW = replace(
     constants={**SIGMOID, "expert_weights_norm": True},
     when="expert_weights_norm",
 )
+GRANITE_MOE_ROW = replace(
+    LLAMA_ROW,
+    name="granitemoe",
+    model_type="granitemoe",
+    cls="GraniteMoeForCausalLM",
+    block={
+        **NO_MLP,
+        "block_sparse_moe.router": "ffn_gate_inp",
+        "block_sparse_moe.experts.*.gate_proj": "ffn_gate_exps",
+        "block_sparse_moe.experts.*.up_proj": "ffn_up_exps",
+        "block_sparse_moe.experts.*.down_proj": "ffn_down_exps",
+    },
+    biases=BIAS,
+    numbers=GRANITE,
+    counts=LOCAL_EXPERTS,
+    experts="num_local_experts",
+)
 
 
 ROWS = (
@@ -133,23 +150,7 @@ ROWS = (
         window=True,
         when="expert_count",
     ),
-    replace(
-        LLAMA_ROW,
-        name="granitemoe",
-        model_type="granitemoe",
-        cls="GraniteMoeForCausalLM",
-        block={
-            **NO_MLP,
-            "block_sparse_moe.router": "ffn_gate_inp",
-            "block_sparse_moe.experts.*.gate_proj": "ffn_gate_exps",
-            "block_sparse_moe.experts.*.up_proj": "ffn_up_exps",
-            "block_sparse_moe.experts.*.down_proj": "ffn_down_exps",
-        },
-        biases=BIAS,
-        numbers=GRANITE,
-        counts=LOCAL_EXPERTS,
-        experts="num_local_experts",
-    ),
+    GRANITE_MOE_ROW,
     Architecture(
         "qwen2moe",
         "qwen2_moe",

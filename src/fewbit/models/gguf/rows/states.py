@@ -1,0 +1,177 @@
+"""Architectures with state spaces (Mamba), in all layers or in some."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fewbit.models.gguf.architecture import Architecture, Cut, Piece
+from fewbit.models.gguf.rows.dense import LLAMA_ROW
+from fewbit.models.gguf.rows.experts import GRANITE_MOE_ROW
+from fewbit.models.gguf.rows.shared import GRANITE, LOCAL_EXPERTS, NO_BIAS
+
+_NO_LIMIT = (0.0, float("inf"))  # of time steps
+MAMBA_ROW = Architecture(
+    "mamba",
+    "mamba",
+    "MambaForCausalLM",
+    {"backbone.embeddings": "token_embd", "backbone.norm_f": "output_norm", "lm_head": "output"},
+    {
+        "norm": "attn_norm",
+        "mixer.in_proj": "ssm_in",
+        "mixer.conv1d": "ssm_conv1d",
+        "mixer.x_proj": "ssm_x",
+        "mixer.dt_proj": "ssm_dt",
+        "mixer.out_proj": "ssm_out",
+    },
+    parameters={"mixer.A_log": "ssm_a", "mixer.D": "ssm_d"},
+    layers="backbone.layers",
+    negative_exp=frozenset({"ssm_a"}),
+    squeezed=frozenset({"ssm_conv1d"}),
+    keys={
+        "num_attention_heads": "",
+        "max_position_embeddings": "",
+        "rms_norm_eps": "layer_norm_epsilon",
+    },
+    fixed={"expand": 2},
+    required={"use_bias": False, "use_conv_bias": True},
+    twice="intermediate_size",
+    counts={
+        "intermediate_size": "ssm.inner_size",
+        "conv_kernel": "ssm.conv_kernel",
+        "state_size": "ssm.state_size",
+        "time_step_rank": "ssm.time_step_rank",
+    },
+    constants={"ssm.dt_b_c_rms": False},
+)
+MAMBA2_ROW = replace(
+    MAMBA_ROW,
+    name="mamba2",
+    model_type="mamba2",
+    cls="Mamba2ForCausalLM",
+    block={
+        "norm": "attn_norm",
+        "mixer.in_proj": "ssm_in",
+        "mixer.conv1d": "ssm_conv1d",
+        "mixer.norm": "ssm_norm",
+        "mixer.out_proj": "ssm_out",
+    },
+    parameters={"mixer.A_log": "ssm_a", "mixer.D": "ssm_d", "mixer.dt_bias": "ssm_dt.bias"},
+    matrices={"ssm_a": "num_heads", "ssm_d": "num_heads", "ssm_norm": "n_groups"},
+    fixed={},
+    required={"use_bias": False, "use_conv_bias": True, "time_step_limit": _NO_LIMIT},
+    twice="",
+    counts={
+        "conv_kernel": "ssm.conv_kernel",
+        "state_size": "ssm.state_size",
+        "num_heads": "ssm.time_step_rank",
+        "n_groups": "ssm.group_count",
+    },
+    products={"ssm.inner_size": ("expand", "hidden_size")},
+    quotients={
+        "expand": ("ssm.inner_size", "embedding_length"),
+        "head_dim": ("ssm.inner_size", "ssm.time_step_rank"),
+    },
+    constants={},
+)
+
+# Layers with a state space, and others with attention but no positions
+_MIXER = {
+    "mamba.in_proj": "ssm_in",
+    "mamba.conv1d": "ssm_conv1d",
+    "mamba.norm": "ssm_norm",
+    "mamba.out_proj": "ssm_out",
+}
+_HALF = (("shared_intermediate_size",),)
+GRANITE_HYBRID_ROW = replace(
+    GRANITE_MOE_ROW,
+    name="granitehybrid",
+    model_type="granitemoehybrid",
+    cls="GraniteMoeHybridForCausalLM",
+    block={
+        **GRANITE_MOE_ROW.block,
+        **_MIXER,
+        "shared_mlp.input_linear": "ffn_gate_up_shexp",
+        "shared_mlp.output_linear": "ffn_down_shexp",
+    },
+    parameters={"mamba.A_log": "ssm_a", "mamba.D": "ssm_d", "mamba.dt_bias": "ssm_dt.bias"},
+    cut={"ffn_gate_up_shexp": Cut("", (Piece("ffn_gate_shexp", _HALF), Piece("ffn_up_shexp", _HALF)))},
+    when="expert_count",
+    negative_exp=frozenset({"ssm_a"}),
+    squeezed=frozenset({"ssm_conv1d"}),
+    matrices={"ssm_a": "mamba_n_heads", "ssm_d": "mamba_n_heads", "ssm_norm": "mamba_n_groups"},
+    required={
+        **NO_BIAS,
+        "mamba_expand": 2,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        "time_step_limit": _NO_LIMIT,
+    },
+    counts={
+        **LOCAL_EXPERTS,
+        "shared_intermediate_size": "expert_shared_feed_forward_length",
+        "mamba_d_conv": "ssm.conv_kernel",
+        "mamba_d_state": "ssm.state_size",
+        "mamba_n_heads": "ssm.time_step_rank",
+        "mamba_n_groups": "ssm.group_count",
+    },
+    products={"ssm.inner_size": ("mamba_expand", "hidden_size")},
+    quotients={
+        "mamba_expand": ("ssm.inner_size", "embedding_length"),
+        "mamba_d_head": ("ssm.inner_size", "ssm.time_step_rank"),
+    },
+    constants={"rope.scaling.finetuned": False},
+    biases={},
+    without_attention="linear_attention",
+    unturned=True,
+)
+_DENSE = {
+    "shared_mlp.input_linear": "ffn_gate_up",
+    "shared_mlp.output_linear": "ffn_down",
+}
+_DENSE_CUT = {"ffn_gate_up": Cut("", (Piece("ffn_gate", _HALF), Piece("ffn_up", _HALF)))}
+# llama.cpp's converter writes the width of shared experts for a model without experts too
+_DENSE_WIDTH = {"expert_shared_feed_forward_length": ("shared_intermediate_size",)}
+_NO_EXPERTS = {"expert_count": 0, "expert_used_count": 0}
+_ATTENTION_ONLY = frozenset({"full_attention"})
+
+ROWS = (
+    MAMBA_ROW,
+    MAMBA2_ROW,
+    # Models of this type without state spaces become files of Granite, and are read as such
+    replace(
+        LLAMA_ROW,
+        name="granite",
+        model_type="granitemoehybrid",
+        cls="GraniteMoeHybridForCausalLM",
+        block={
+            **{name: ours for name, ours in LLAMA_ROW.block.items() if not name.startswith("mlp.")},
+            **_DENSE,
+        },
+        cut=_DENSE_CUT,
+        chosen={"num_local_experts": 0, "layer_types": _ATTENTION_ONLY},
+        keys={"intermediate_size": "shared_intermediate_size"},
+        required={"position_embedding_type": "rope"},
+        numbers=GRANITE,
+        products=_DENSE_WIDTH,
+        constants={**_NO_EXPERTS, "rope.scaling.finetuned": True},
+    ),
+    replace(
+        GRANITE_HYBRID_ROW,
+        block={
+            **{
+                name: ours for name, ours in GRANITE_HYBRID_ROW.block.items() if "ffn" not in ours or ours == "ffn_norm"
+            },
+            **_DENSE,
+        },
+        cut=_DENSE_CUT,
+        chosen={"num_local_experts": 0},
+        when="",
+        keys={"intermediate_size": "shared_intermediate_size"},
+        fixed={"num_local_experts": 0, "num_experts_per_tok": 0},
+        counts={key: ours for key, ours in GRANITE_HYBRID_ROW.counts.items() if key.startswith("mamba")},
+        products={**GRANITE_HYBRID_ROW.products, **_DENSE_WIDTH},
+        constants={**GRANITE_HYBRID_ROW.constants, **_NO_EXPERTS},
+        experts="",
+    ),
+    GRANITE_HYBRID_ROW,
+)

@@ -1,0 +1,123 @@
+"""GGUF files of models with state spaces (Mamba), in all layers or in some."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GraniteForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from fewbit.api import generate, quantize
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers.gguf import GgufFile, GgufWriter
+from fewbit.models.gguf.config import to_config, to_metadata
+from fewbit.plans.plan import find
+from tests import architectures, gguf_files, models
+
+KINDS = ("mamba", "mamba2", "granitemoehybrid", "granitemoehybrid-dense")
+Q8 = find("q8_0").changed(method="rtn")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_sets_the_state_stays_in_32_bits(kind: str, tmp_path: Path) -> None:
+    folder = gguf_files.halved(gguf_files.save(tmp_path / "m", kind))
+    quantize.quantize(folder, tmp_path / "out.gguf", plan=Q8)
+    types = {name: entry.type for name, entry in GgufFile(tmp_path / "out.gguf").entries.items()}
+    block = next(name.rpartition(".")[0] for name in types if name.endswith("ssm_a"))
+    for name in ("ssm_a", "ssm_d", "ssm_dt.bias", "ssm_conv1d.weight", "ssm_conv1d.bias", "ffn_gate_inp.weight"):
+        assert types.get(f"{block}.{name}", "f32") == "f32"
+    assert {types[f"{block}.{name}.weight"] for name in ("ssm_in", "ssm_out")} == {"q8_0"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_is_quantized_again(kind: str, tmp_path: Path) -> None:
+    """Its norms and states are the original's, and its text goes on as that of the model with the same weights."""
+    folder, whole = gguf_files.save(tmp_path / "m", kind), tmp_path / "whole.gguf"
+    gguf_files.written(folder, whole, "f32")
+    for source, name in ((folder, "a"), (whole, "b")):
+        quantize.quantize(source, tmp_path / f"{name}.gguf", plan=Q8)
+    one, two = (GgufFile(tmp_path / f"{name}.gguf") for name in "ab")
+    assert {name: entry.shape for name, entry in one.entries.items()} == {
+        name: entry.shape for name, entry in two.entries.items()
+    }
+    for name, entry in one.entries.items():
+        if name.endswith("ssm_a"):  # log(exp(x)) is not x for 0.2 % of float32 numbers
+            torch.testing.assert_close(one.get(name), two.get(name), rtol=1e-6, atol=0)
+        elif entry.type == two.entries[name].type:
+            assert torch.equal(one.get(name).float(), two.get(name).float()), name
+    loaded = generate.load(tmp_path / "a.gguf", dtype=torch.float32)
+    ids = gguf_files.ids(length=12)[:1]
+    whole_text = models.logits(loaded, ids)
+    with torch.no_grad():
+        cache = loaded(ids[:, :8], use_cache=True)
+        kept = next(value for key, value in cache.items() if key in ("cache", "cache_params", "past_key_values"))
+        name = next(key for key in cache if key in ("cache", "cache_params", "past_key_values"))
+        steps = [cache.logits[:, -1]]
+        for place in range(8, 11):
+            step = loaded(ids[:, place : place + 1], use_cache=True, **{name: kept})
+            steps.append(step.logits[:, -1])
+    torch.testing.assert_close(torch.stack(steps, 1), whole_text[:, 7:11], rtol=1e-4, atol=1e-4)
+
+
+def test_granite_with_attention_alone_becomes_a_file_of_granite(tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", "granitemoehybrid-attention")
+    path = gguf_files.written(folder, tmp_path / "m.gguf")
+    loaded, ids = generate.load(path, dtype=torch.float32), gguf_files.ids()
+    assert isinstance(loaded, GraniteForCausalLM)
+    wanted = models.logits(models.original(folder), ids)
+    found = models.logits(loaded, ids)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-6
+    quantize.quantize(folder, tmp_path / "out.gguf", plan=Q8)
+    assert {GgufFile(tmp_path / "out.gguf").entries[f"blk.1.ffn_{name}.weight"].type for name in ("gate", "up")} == {
+        "q8_0"
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("mamba", {"intermediate_size": 192}, "intermediate_size = 2 x hidden_size; this model has 192"),
+        ("mamba", {"use_conv_bias": False}, "use_conv_bias = True"),
+        ("mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit = \(0.0, inf\)"),
+        ("mamba2", {"hidden_act": "gelu"}, "silu in its MLP"),
+        ("granitemoehybrid", {"position_embedding_type": "rope"}, "without positions"),
+        ("granitemoehybrid", {"mamba_conv_bias": False}, "mamba_conv_bias = True"),
+        ("granitemoehybrid", {"attention_bias": True}, "attention_bias = False"),
+        ("granitemoehybrid-attention", {"position_embedding_type": "nope"}, "position_embedding_type = rope"),
+    ],
+)
+def test_what_llama_cpp_cannot_run_is_refused(kind: str, changes: dict[str, Any], reason: str) -> None:
+    make = CONFIG_MAPPING[kind.partition("-")[0]]
+    special = {make.model_type: gguf_files.TYPES[kind] | changes}
+    with pytest.raises(PlanError, match=reason):
+        to_metadata(architectures.small(make, architectures.SIZES, special), "m")
+
+
+def test_limits_of_time_steps_may_be_a_list() -> None:
+    special = {"mamba2": gguf_files.TYPES["mamba2"] | {"time_step_limit": [0.0, float("inf")]}}
+    assert to_metadata(architectures.small(CONFIG_MAPPING["mamba2"], architectures.SIZES, special), "m")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "reason"),
+    [
+        ("mamba", "mamba.ssm.dt_b_c_rms", True, "is read with False only"),
+        ("mamba2", "mamba2.ssm.time_step_rank", 15, "which is no multiple of ssm.time_step_rank, 15"),
+        ("mamba2", "mamba2.ssm.inner_size", 0, "not an integer above 0"),
+        ("granitemoehybrid", "granitehybrid.rope.scaling.finetuned", True, "its layers have RoPE"),
+        ("granitemoehybrid", "granitehybrid.rope.scaling.finetuned", None, "its layers have RoPE"),
+    ],
+)
+def test_other_files_are_refused(kind: str, key: str, value: Any, reason: str, tmp_path: Path) -> None:
+    good = GgufFile(gguf_files.written(gguf_files.save(tmp_path / "m", kind), tmp_path / "m.gguf"))
+    keys = {**good.metadata, key: value}
+    with GgufWriter(
+        tmp_path / "bad.gguf", {k: v for k, v in keys.items() if v is not None}, list(good.entries.values())
+    ) as w:
+        for name in good.entries:
+            w.add(name, good.get(name))
+    with pytest.raises(FormatError, match=reason):
+        to_config(GgufFile(tmp_path / "bad.gguf"))
