@@ -5,15 +5,18 @@
 
 All arms calibrate on the same windows of text. llama.cpp's quantizer gets the importance matrix that `fewbit imatrix`
 writes from them; `imatrix` is fewbit's own encoder with that same file, `imatrix, tokens weighed` with the statistics
-that it gathers itself, and `gptq` uses whole Hessians, which say more of the text than a matrix's diagonal can. Every
-file is run by llama.cpp on held-out windows: perplexity, and KL divergence from the unquantized model there. Tensor
-data must be equal in size to the byte. `--ours` adds the same numbers from fewbit's own runtime.
+that it gathers itself, and `gptq` uses whole Hessians, which say more of the text than a matrix's diagonal can. `high`
+is `gptq` with --effort high, which also trains on text that the original writes. Every file is run by llama.cpp on
+held-out windows: perplexity, and KL divergence from the unquantized model there. Tensor data must be equal in size to
+the byte. `--ours` adds the same numbers from fewbit's own runtime. `--made FOLDER` has files TYPE-ARM.gguf that were
+made before, for example on a GPU; their seconds are then those of a copy.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -45,6 +48,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--made", type=Path, default=Path("nothing"))
     parser.add_argument("--ours", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -79,7 +83,10 @@ def run(args: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]:
         for arm in args.arms:
             out = scratch / f"{kind}-{arm.replace(' ', '')}.gguf"
             start = time.perf_counter()
-            quantize(arm, kind, args.model, out, whole, matrix, text)
+            if (made := args.made / f"{kind}-{arm}.gguf").is_file():
+                shutil.copy(made, out)
+            else:
+                quantize(arm, kind, args.model, out, whole, matrix, text)
             seconds = time.perf_counter() - start
             with peer.loaded(out, args.length) as model:
                 perplexity, kl = peer.perplexity_and_kl(model, windows, list(kept))
@@ -104,6 +111,8 @@ def quantize(arm: str, kind: str, model: str, out: Path, whole: Path, matrix: Pa
         fewbit.quantize(model, out, plan=kind, imatrix=matrix)
     elif arm == "imatrix, tokens weighed":
         fewbit.quantize(model, out, plan=kind, calibration=text)
+    elif arm == "high":
+        fewbit.quantize(model, out, plan=find(kind).changed(method="gptq"), calibration=text, effort="high")
     else:
         fewbit.quantize(model, out, plan=find(kind).changed(method=arm), calibration=text)
 
