@@ -106,6 +106,9 @@ TYPES: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 80,
         "position_embedding_type": "rope",
     },
+    "granitemoeshared": {"shared_intermediate_size": 48, "logits_scaling": 2.0},
+    "gemma": {"tie_word_embeddings": True},
+    "minimax_m2": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
     "mamba": {"intermediate_size": 128},
     "mamba2": {"num_heads": 16, "head_dim": 8, "n_groups": 2},
     "granitemoe": {

@@ -85,6 +85,11 @@ def test_granite_with_attention_alone_becomes_a_file_of_granite(tmp_path: Path) 
         ("mamba2", {"hidden_act": "gelu"}, "silu in its MLP"),
         ("granitemoehybrid", {"position_embedding_type": "rope"}, "without positions"),
         ("granitemoehybrid", {"mamba_conv_bias": False}, "mamba_conv_bias = True"),
+        (
+            "granitemoehybrid",
+            {"layer_types": ["full_attention"] * 2},
+            "layers of type linear_attention",
+        ),
         ("granitemoehybrid", {"attention_bias": True}, "attention_bias = False"),
         ("granitemoehybrid-attention", {"position_embedding_type": "nope"}, "position_embedding_type = rope"),
     ],

@@ -85,6 +85,8 @@ def adjusted(config: Any, width: int) -> int:
 def heads_to_keys(config: Any, without: str) -> dict[str, Any]:
     """The key-value heads of each layer, int32; 0 for those of type `without`."""
     kv = config.num_key_value_heads
+    if without not in config.layer_types:
+        raise PlanError(f"llama.cpp runs {config.model_type} with layers of type {without}; this model has none")
     return {
         "attention.head_count_kv": np.array([0 if kind == without else kv for kind in config.layer_types], np.int32)
     }

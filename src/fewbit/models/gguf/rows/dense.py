@@ -77,6 +77,17 @@ ROWS = (
     replace(LLAMA_ROW, model_type="mistral", cls="MistralForCausalLM", window=True, when="attention.sliding_window"),
     Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", MODEL, LLAMA, extra=ROPE),
     Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", MODEL, LLAMA | HEAD_NORMS, extra=ROPE, biases=BIAS),
+    Architecture(
+        "gemma",
+        "gemma",
+        "GemmaForCausalLM",
+        MODEL,
+        LLAMA,
+        shift=1.0,
+        activation=GELU,
+        required={**NO_BIAS, "use_bidirectional_attention": None},
+        tied=True,
+    ),
     GEMMA2_ROW,
     Architecture(
         "gemma3",

@@ -128,6 +128,23 @@ GRANITE_MOE_ROW = replace(
     counts=LOCAL_EXPERTS,
     experts="num_local_experts",
 )
+# Experts that every token uses, with gate and up as one matrix
+_HALF = (("shared_intermediate_size",),)
+GRANITE_SHARED_ROW = replace(
+    GRANITE_MOE_ROW,
+    model_type="granitemoeshared",
+    cls="GraniteMoeSharedForCausalLM",
+    block={
+        **GRANITE_MOE_ROW.block,
+        "shared_mlp.input_linear": "ffn_gate_up_shexp",
+        "shared_mlp.output_linear": "ffn_down_shexp",
+    },
+    cut={
+        "ffn_gate_up_shexp": Cut("", (Piece("ffn_gate_shexp", _HALF), Piece("ffn_up_shexp", _HALF))),
+    },
+    counts={**LOCAL_EXPERTS, "shared_intermediate_size": "expert_shared_feed_forward_length"},
+    when="expert_shared_feed_forward_length",
+)
 
 
 ROWS = (
@@ -151,6 +168,28 @@ ROWS = (
         when="expert_count",
     ),
     GRANITE_MOE_ROW,
+    GRANITE_SHARED_ROW,
+    Architecture(
+        "minimax-m2",
+        "minimax_m2",
+        "MiniMaxM2ForCausalLM",
+        MODEL,
+        {
+            **NO_MLP,
+            **HEAD_NORMS,
+            "mlp.gate": "ffn_gate_inp",
+            "mlp.experts.*.w1": "ffn_gate_exps",
+            "mlp.experts.*.w3": "ffn_up_exps",
+            "mlp.experts.*.w2": "ffn_down_exps",
+        },
+        parameters={"mlp.e_score_correction_bias": "exp_probs_b.bias"},
+        counts=LOCAL_EXPERTS,
+        products={"expert_feed_forward_length": ("intermediate_size",)},
+        experts="num_local_experts",
+        constants=SIGMOID,
+        untied=True,
+        partial_rotary=True,
+    ),
     Architecture(
         "qwen2moe",
         "qwen2_moe",

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from fewbit.models.gguf.architecture import Architecture, Cut, Piece
 from fewbit.models.gguf.rows.dense import LLAMA_ROW
-from fewbit.models.gguf.rows.experts import GRANITE_MOE_ROW
-from fewbit.models.gguf.rows.shared import GRANITE, LOCAL_EXPERTS, NO_BIAS
+from fewbit.models.gguf.rows.experts import GRANITE_SHARED_ROW
+from fewbit.models.gguf.rows.shared import GRANITE, NO_BIAS
 
 _NO_LIMIT = (0.0, float("inf"))  # of time steps
 MAMBA_ROW = Architecture(
@@ -83,18 +83,15 @@ _MIXER = {
 }
 _HALF = (("shared_intermediate_size",),)
 GRANITE_HYBRID_ROW = replace(
-    GRANITE_MOE_ROW,
+    GRANITE_SHARED_ROW,
     name="granitehybrid",
     model_type="granitemoehybrid",
     cls="GraniteMoeHybridForCausalLM",
     block={
-        **GRANITE_MOE_ROW.block,
+        **GRANITE_SHARED_ROW.block,
         **_MIXER,
-        "shared_mlp.input_linear": "ffn_gate_up_shexp",
-        "shared_mlp.output_linear": "ffn_down_shexp",
     },
     parameters={"mamba.A_log": "ssm_a", "mamba.D": "ssm_d", "mamba.dt_bias": "ssm_dt.bias"},
-    cut={"ffn_gate_up_shexp": Cut("", (Piece("ffn_gate_shexp", _HALF), Piece("ffn_up_shexp", _HALF)))},
     when="expert_count",
     negative_exp=frozenset({"ssm_a"}),
     squeezed=frozenset({"ssm_conv1d"}),
@@ -107,8 +104,7 @@ GRANITE_HYBRID_ROW = replace(
         "time_step_limit": _NO_LIMIT,
     },
     counts={
-        **LOCAL_EXPERTS,
-        "shared_intermediate_size": "expert_shared_feed_forward_length",
+        **GRANITE_SHARED_ROW.counts,
         "mamba_d_conv": "ssm.conv_kernel",
         "mamba_d_state": "ssm.state_size",
         "mamba_n_heads": "ssm.time_step_rank",
