@@ -79,6 +79,36 @@ def test_every_form_of_every_scheme_has_the_values(spec: str) -> None:
         assert torch.equal(values(there), values(weight)), form.scheme
 
 
+@pytest.mark.parametrize(
+    ("spec", "to"),
+    [
+        ("int4-g128-sym", "q4_0"),
+        ("int4-g64-sym", "q4_0"),
+        ("int4-row-sym", "q4_0"),
+        ("int3-g128-sym", "q4_0"),
+        ("int3-g64", "q4_0"),
+        ("int2-g32", "q4_0"),
+        ("int4-g128", "q5_0"),
+        ("int5-g64-sym", "q5_0"),
+        ("int6-g128", "q8_0"),
+        ("int8-g128-sym", "q8_0"),
+    ],
+)
+def test_blocks_repeat_the_scale_of_a_larger_group(spec: str, to: str) -> None:
+    """In every value of a level, whether the group has it or not."""
+    weight, wide = packed(spec), int(spec[3])
+    codes = torch.arange(SHAPE[0] * SHAPE[1]).view(SHAPE) % 2**wide
+    weight.parts["codes"].copy_(bits.pack(codes.to(torch.uint8), wide))
+    if "zero" in weight.parts:
+        zeros = torch.arange(weight.parts["scale"].numel()).view(weight.parts["scale"].shape) % 2**wide
+        weight.parts["zero"].copy_(bits.pack(zeros.to(torch.uint8), wide))
+    first = next(form for form in exact.forms(weight.codec, SHAPE) if not form.checked and str(form.scheme)[0] == "q")
+    assert str(first.scheme) == to
+    there = moved(weight, to)
+    assert torch.equal(values(there), values(weight))
+    assert torch.equal(there.codec.dequantize(there.parts, SHAPE, torch.float32), weight.dequantize(torch.float32))
+
+
 def affine(zero: int, scale: float) -> QTensor:
     """A 4-bit weight in groups of 32 with one scale and one zero point."""
     codes = torch.randint(0, 16, SHAPE, generator=torch.Generator().manual_seed(2)).to(torch.uint8)
@@ -95,7 +125,8 @@ def test_zero_points_in_the_middle_become_symmetric() -> None:
     weight = affine(8, 0.3)
     assert moved(moved(weight, "int4-g32-sym"), "int4-g32").parts["zero"].equal(weight.parts["zero"])
     assert torch.equal(values(moved(weight, "q4_0")), values(weight))
-    assert form_of(affine(7, 0.3), "q4_0").of(affine(7, 0.3)) == "not all of its zero points are 8"
+    reason = form_of(affine(7, 0.3), "q4_0").of(affine(7, 0.3))
+    assert reason == "its levels reach from -7 to 8, and those of q4_0 from -8 to 7"
 
 
 def test_minima_are_stored_only_if_fp16_holds_them() -> None:
@@ -121,7 +152,8 @@ def test_scales_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize(
     ("spec", "near", "reason"),
     [
-        ("int4-g128-sym", "q4_0", "groups have 128 columns"),
+        ("int4-g16-sym", "q4_0", "groups have 16 columns, and a block of q4_0 has 32"),
+        ("int4-g48", "q4_1", "groups have 48 columns"),
         ("q4_k", "int4-g32", "products"),
         ("iq4_nl", "int4-g32-sym", "not evenly spaced"),
         ("nf4-b64", "int4-g64-sym", "not evenly spaced"),

@@ -7,7 +7,8 @@ pair of schemes needs one more rule here and nothing elsewhere.
     integers          symmetric          asymmetric with the zero point 2^(b-1) everywhere, and back
                       one group a row    a group as long as the row, and back
                       scales in bf16     the same in fp16; the reverse if they are bfloat16 numbers
-                      groups of 32       q4_0, q5_0, q8_0 if symmetric: the same scale and codes, as levels c - 2^(b-1)
+                      groups of 32 n     q4_0, q5_0, q8_0: n blocks with the scale of the group, and levels c - z, if
+                                         they reach so far; those of q5_0 do for any 4-bit weight
                                          q4_1, q5_1 if asymmetric, with the minimum -s z, where fp16 holds every s z
     mxfp4 of GGUF     the scheme mxfp4: the same exponents, and the same codes in another order
     nvfp4             nvfp4-mul, and back, if float32 holds a reciprocal of the global scale that gives the same scales
@@ -35,7 +36,7 @@ from fewbit.schemes.ggml import GGML
 from fewbit.schemes.ggml import grids as blockwise
 from fewbit.schemes.ggml.codec import ReadOnly
 from fewbit.schemes.ggml.grids import BlockGrids
-from fewbit.schemes.ggml.layout import LAYOUTS
+from fewbit.schemes.ggml.layout import LAYOUTS, Layout
 from fewbit.schemes.int8 import Int8
 from fewbit.schemes.mxfp4 import MXFP4
 from fewbit.schemes.nf4 import FourBit
@@ -156,31 +157,49 @@ def _without_zero(codec: Affine, parts: Parts, shape: Shape) -> dict[str, Tensor
 
 @rule(Affine)
 def _affine_as_blocks(codec: Affine, shape: Shape) -> Iterator[Form]:
-    group = codec.group or shape[1]
-    for name, kind in LAYOUTS.items():
-        if kind.super or kind.nonlinear or kind.bits != codec.bits or (codec.symmetric and kind.affine):
+    group, top = codec.group or shape[1], 2**codec.bits - 1
+    lowest, highest = (-top // 2, top // 2) if codec.symmetric else (-top, top)
+    for name, kind in LAYOUTS.items():  # those of few bits first
+        if kind.super or kind.nonlinear or kind.bits < codec.bits or (kind.affine and kind.bits != codec.bits):
+            continue
+        least, most = _reach(kind)
+        if codec.symmetric and (kind.affine or least > lowest):
             continue  # the type without minimum holds symmetric weights in fewer bytes
         scheme = GGML(kind.columns, name)
-        if group != kind.sub:
+        if group % kind.sub:
             yield Form(scheme, _same, why_not=f"its groups have {group} columns, and a block of {name} has {kind.sub}")
-        elif codec.symmetric or kind.affine:
-            yield Form(scheme, partial(_to_blocks, codec, name), checked=not codec.symmetric)
-        else:
-            yield Form(scheme, partial(_to_blocks_without_zero, codec, name), checked=True)
+            continue
+        always = not kind.affine and least <= lowest and highest <= most
+        yield Form(scheme, partial(_to_blocks, codec, name), checked=not always)
+        if always:
+            return
 
 
-def _to_blocks_without_zero(codec: Affine, name: str, parts: Parts, shape: Shape) -> dict[str, Tensor] | str:
-    plain = _without_zero(codec, parts, shape)
-    return plain if isinstance(plain, str) else _to_blocks(replace(codec, symmetric=True), name, plain, shape)
+def _reach(kind: Layout) -> tuple[int, int]:
+    """The lowest and the highest level of a type of blocks without minimum."""
+    return -kind.zero, 2**kind.bits - 1 - kind.zero
 
 
 def _to_blocks(codec: Affine, name: str, parts: Parts, shape: Shape) -> dict[str, Tensor] | str:
-    codes, scale, dmin = bits.unpack(parts["codes"], codec.bits, shape[1]), parts["scale"].float(), None
+    """Blocks with the scale of their group. Those without minimum have levels, code - zero point."""
+    kind, group = LAYOUTS[name], codec.group or shape[1]
+    codes, scale = bits.unpack(parts["codes"], codec.bits, shape[1]), parts["scale"].float()
+    zero = torch.full(scale.shape, 2 ** (codec.bits - 1), dtype=torch.uint8, device="cpu")
     if not codec.symmetric:
-        dmin = scale * bits.unpack(parts["zero"], codec.bits, codec.groups(shape[1]))  # exact: 11 and 5 bits
-        if not torch.equal(dmin.half().float(), dmin):
+        zero = bits.unpack(parts["zero"], codec.bits, codec.groups(shape[1]))
+    d, dmin = scale.repeat_interleave(group // kind.sub, 1), None
+    if kind.affine:
+        minima = scale * zero  # exact: 11 and 8 bits
+        if not torch.equal(minima.half().float(), minima):
             return "fp16 cannot hold the product of scale and zero point of every group"
-    return {"blocks": blockwise.pack(codes, BlockGrids(name, scale, dmin, None, None))}
+        dmin = minima.repeat_interleave(group // kind.sub, 1)
+    else:
+        levels = codes.unflatten(1, (-1, group)).to(torch.int16) - zero.unsqueeze(-1)
+        low, high, (least, most) = int(levels.amin()), int(levels.amax()), _reach(kind)
+        if low < least or high > most:
+            return f"its levels reach from {low} to {high}, and those of {name} from {least} to {most}"
+        codes = (levels + kind.zero).to(torch.uint8).flatten(1)
+    return {"blocks": blockwise.pack(codes, BlockGrids(name, d, dmin, None, None))}
 
 
 @rule(GGML)
