@@ -183,7 +183,8 @@ def test_importance_pays(spec: str) -> None:
     def error(grids: Grids) -> float:
         return float(((grids.decode(grids.encode(w)) - w).square() * importance).sum())
 
-    assert error(weighted) < 0.98 * error(plain)
+    # The codes of q1_0 are signs, whatever the importances, so only its scale gains; tests/unit/test_few.py has that.
+    assert error(weighted) < (1.0 if spec == "q1_0" else 0.98) * error(plain)
 
 
 @specs

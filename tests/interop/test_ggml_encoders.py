@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fewbit
 from fewbit.schemes.base import parse
+from fewbit.schemes.ggml.few import Few
 from fewbit.schemes.ggml.iq import IQ
 from fewbit.schemes.ggml.layout import LAYOUTS
 from fewbit.schemes.ggml.scheme import GGML
@@ -26,7 +27,8 @@ from tests.contract.cases import ordinary, quantized
 
 pytestmark = pytest.mark.interop
 names = pytest.mark.parametrize("name", GGML.examples)
-all_names = pytest.mark.parametrize("name", [*GGML.examples, *IQ.examples])
+all_names = pytest.mark.parametrize("name", [*GGML.examples, *IQ.examples, *Few.examples])
+few = pytest.mark.parametrize("name", Few.examples)
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +114,35 @@ def test_under_their_own_weights(name: str, library: ctypes.CDLL, weights: dict[
     compare(weights, error, 1.0)
 
 
-@pytest.mark.parametrize("name", [*GGML.examples, "iq3_xxs", "iq3_s"])  # theirs of iq2 end the process without
+@few
+def test_any_bytes_mean_the_same_there(name: str, library: ctypes.CDLL) -> None:
+    (n, k), kind = (16, 1024), BLOCK_TYPES[name]
+    blocks = torch.randint(256, (n, k // kind.columns * kind.nbytes), generator=torch.Generator().manual_seed(0))
+    blocks, values = blocks.to(torch.uint8), torch.empty(n, k)
+    decode = getattr(library, f"dequantize_row_{name}")
+    decode.argtypes, decode.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
+    decode(blocks.data_ptr(), values.data_ptr(), n * k)
+    found = parse(name).dequantize({"blocks": blocks}, (n, k), torch.float32)
+    assert torch.equal(found.isnan(), values.isnan())
+    assert torch.equal(found.nan_to_num(0.0), values.nan_to_num(0.0))
+    codes, grids = parse(name).unpack({"blocks": blocks}, (n, k))
+    assert torch.equal(grids.decode(codes).nan_to_num(0.0), values.nan_to_num(0.0))
+
+
+@few
+def test_weights_of_few_levels_give_the_bytes_of_theirs(name: str, library: ctypes.CDLL) -> None:
+    low = -1 if name != "q1_0" else 0
+    w = torch.randint(low, 2, (8, 1024), generator=torch.Generator().manual_seed(0)).float() / 32
+    w = w if name != "q1_0" else 2 * w - 1 / 32
+    blocks = torch.zeros(parse(name).part_specs((8, 1024))["blocks"].shape, dtype=torch.uint8)
+    library.ggml_quantize_chunk(BLOCK_TYPES[name].number, w.data_ptr(), blocks.data_ptr(), 0, 8, 1024, None)
+    grids = parse(name).fit(w)
+    assert torch.equal(parse(name).pack(grids.encode(w), grids)["blocks"], blocks)
+    assert torch.equal(parse(name).dequantize({"blocks": blocks}, (8, 1024), torch.float32), w)
+
+
+# Theirs of iq2 end the process without. The scale of q1_0 has a closed form, which both use.
+@pytest.mark.parametrize("name", [*GGML.examples, "q2_0", "tq1_0", "tq2_0", "iq3_xxs", "iq3_s"])
 def test_without(name: str, library: ctypes.CDLL, weights: dict[str, Tensor]) -> None:
     def error(w: Tensor) -> tuple[float, float]:
         _, grids = parse(name).nearest(w)

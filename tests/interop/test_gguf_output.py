@@ -14,7 +14,8 @@ from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
 from fewbit.plans.mixtures import MIXTURES
-from fewbit.plans.plan import find
+from fewbit.plans.plan import Plan, Rule, find
+from fewbit.schemes.ggml.few import Few
 from fewbit.texts.calibration import Calibration
 from tests import gguf_files
 from tests.interop import llama_cpp as peer
@@ -88,6 +89,19 @@ def test_other_methods_make_files_that_run(method: str, whole: Path, tmp_path: P
     with peer.loaded(out) as model:
         ids = model.tokenize(TEXT)
         assert np.isfinite(model.logits(ids)).all()
+
+
+@pytest.mark.parametrize("name", Few.examples)
+def test_types_of_few_levels_run_in_llama_cpp(name: str, tmp_path: Path) -> None:
+    plan = Plan("few", "gguf", (Rule("model.embed_tokens", "q8_0", "rtn"), Rule("*", name, "rtn")))
+    quantize.quantize("tiny", tmp_path / "m.gguf", plan=plan)
+    assert {entry.type for entry in GgufFile(tmp_path / "m.gguf").entries.values()} == {name, "q8_0", "f32"}
+    ids = load_tokenizer(locate("tiny"))(TEXT)["input_ids"]
+    with torch.inference_mode():
+        here = generate.load(tmp_path / "m.gguf", dtype=torch.float32)(input_ids=torch.tensor([ids])).logits[0].numpy()
+    with peer.loaded(tmp_path / "m.gguf") as model:
+        there = model.logits(ids)
+    assert np.linalg.norm(here - there) < 0.05 * np.linalg.norm(here)  # it rounds activations to 8 bits
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0"])

@@ -14,6 +14,7 @@ from fewbit.methods import gptq
 from fewbit.methods.base import Method, make
 from fewbit.schemes.base import Scheme, parse
 from fewbit.schemes.ggml import codec, grids
+from fewbit.schemes.ggml.digits import DIGITS
 from fewbit.schemes.ggml.grids import BlockGrids
 from fewbit.schemes.ggml.layout import LAYOUTS, NONLINEAR
 from fewbit.schemes.ggml.scheme import GGML
@@ -59,7 +60,7 @@ def test_no_block_means_no_byte(name: str) -> None:
 def test_each_type_has_a_codec_and_a_writable_one_a_scheme() -> None:
     for name, kind in BLOCK_TYPES.items():
         assert str(codec(name)) == name
-        assert isinstance(codec(name), Scheme) == (name in LAYOUTS or name in VECTORS)
+        assert isinstance(codec(name), Scheme) == (name in {*LAYOUTS, *VECTORS, *DIGITS})
         assert codec(name).why_not((3, kind.columns * 2)) is None
         reason = codec(name).why_not((3, kind.columns + 16))
         assert is_sentence(reason)

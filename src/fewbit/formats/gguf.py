@@ -21,6 +21,7 @@ from fewbit.formats.base import Format, Shape, Stored
 from fewbit.lazy import Tensor, torch
 from fewbit.registry import register
 from fewbit.schemes.base import PartSpec, QTensor, Scheme, parse
+from fewbit.schemes.ggml.few import Few
 from fewbit.schemes.ggml.iq import IQ
 from fewbit.schemes.ggml.scheme import GGML
 from fewbit.schemes.ggml.table import BLOCK_TYPES
@@ -39,7 +40,7 @@ class GGUFFormat(Format):
     suffix: ClassVar[str] = ".gguf"
 
     def why_not(self, shape: Shape, scheme: Scheme) -> str | None:
-        if not isinstance(scheme, (GGML, IQ, MXFP4)):
+        if not isinstance(scheme, (GGML, IQ, Few, MXFP4)):
             return f"gguf files store block types such as q4_k, not {scheme}"
         return scheme.why_not(shape)
 
@@ -104,9 +105,9 @@ def _types(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return types
 
 
-def _scheme(config: Mapping[str, Any], module: str) -> GGML | IQ | MXFP4:
+def _scheme(config: Mapping[str, Any], module: str) -> GGML | IQ | Few | MXFP4:
     name = _types(config).get(module)
     scheme = parse(name) if isinstance(name, str) and name in BLOCK_TYPES else None
-    if not isinstance(scheme, (GGML, IQ, MXFP4)):
+    if not isinstance(scheme, (GGML, IQ, Few, MXFP4)):
         raise FormatError(f"gguf: {module} has the type {name!r}", "It must be a block type such as q4_k.")
     return scheme

@@ -82,7 +82,8 @@ MIXTURES = {
     "iq4_xs": Mixture("iq4_xs", 30),
 }
 # The file type of a file with one scheme throughout: that of the mixture which is closest to the pure scheme.
-_PLAIN = {"q4_1": 3, "q5_0": 8, "q5_1": 9, "mxfp4": 38} | {m.base: m.file_type for m in reversed(MIXTURES.values())}
+_PLAIN = {"q4_1": 3, "q5_0": 8, "q5_1": 9, "mxfp4": 38, "tq1_0": 36, "tq2_0": 37, "q1_0": 40, "q2_0": 41}
+_PLAIN |= {m.base: m.file_type for m in reversed(MIXTURES.values())}
 _PLAIN |= {name: m.file_type for name, m in MIXTURES.items() if name == m.base}
 
 _SMALL_BLOCKS = {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"}  # of 32 columns; all others have 256

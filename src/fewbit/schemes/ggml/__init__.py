@@ -9,7 +9,8 @@ of 4 to 8 bits, in units of d and dmin, the fp16 scale and minimum of the block.
 `fit` searches d, dmin, sc and m together, all rounded as stored (see `search`). Codes are then rounded to nearest, ties
 to even. A type without minimum has one level more on one side; the sign of its scale gives that level to either tail.
 
-The types with a codebook (iq2, iq3) store vectors of 8 or 4 columns: see `iq`.
+The types with a codebook (iq2, iq3) store vectors of 8 or 4 columns: see `iq`. Those with two to four levels have one
+scale for a block: see `few`.
 
 `nearest` searches with equal weights for all columns. llama.cpp without an importance matrix weighs by w² + mean w²;
 that raises the KL divergence of the embedded model by 9 to 16 %. `refit` re-solves sc and m, then d and dmin, under a
@@ -32,16 +33,18 @@ from __future__ import annotations
 
 from fewbit.schemes.base import Codec
 from fewbit.schemes.ggml.codec import ReadOnly
+from fewbit.schemes.ggml.few import Few
 from fewbit.schemes.ggml.iq import IQ
 from fewbit.schemes.ggml.scheme import GGML
 from fewbit.schemes.ggml.table import BLOCK_TYPES, BlockType
 
-__all__ = ["BLOCK_TYPES", "GGML", "IQ", "BlockType", "codec"]
+__all__ = ["BLOCK_TYPES", "GGML", "IQ", "BlockType", "Few", "codec"]
 
 
 def codec(name: str) -> Codec:
     """The codec of a block type by its lower-case name: a Scheme if the type can be written. KeyError if unknown."""
     columns = BLOCK_TYPES[name].columns
-    if name in IQ.examples:
-        return IQ(columns, name)
+    for kind in (IQ, Few):
+        if name in kind.examples:
+            return kind(columns, name)
     return GGML(columns, name) if name in GGML.examples else ReadOnly(name)

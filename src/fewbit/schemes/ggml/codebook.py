@@ -1,9 +1,8 @@
-"""The values of blocks with a codebook of 1 to 3 bits (IQ), and of types that are only read: ternary (TQ) and MXFP4.
+"""The values of blocks with a codebook of 1 to 3 bits (IQ), of types with few levels, and of MXFP4.
 
 - IQ types store an index into a fixed codebook, whose entries are 8 (or 4) magnitudes for that many columns. They add
   signs, a scale s of 3 or 4 bits for each sub-block of 16 or 32 columns, and one fp16 scale d for the block.
-- Ternary types store -1, 0 and 1. tq1_0 packs five digits into a byte as a fraction of 243, so that multiplying by a
-  power of 3 brings a digit to the top. tq2_0 packs four.
+- Types with few levels (q1_0, q2_0, tq1_0, tq2_0) are those of `digits`.
 - MXFP4 stores 4-bit floats (E2M1) and one power of two for 32 columns.
 
 With `grid` the entry of the codebook:
@@ -12,7 +11,6 @@ With `grid` the entry of the codebook:
     iq3_xxs                   w = ± d (s + 1/2) / 2 * grid
     iq3_s                     w = ± d (2 s + 1) * grid
     iq1_s, iq1_m              w = d (2 s + 1) (grid ± 1/8)
-    tq1_0, tq2_0              w = d * {-1, 0, 1}
     mxfp4                     w = ± 2^(e - 128) * {0, 1, 2, 3, 4, 6, 8, 12}
 
 All products are exact in float32. Where seven bits store eight signs, the number of minus signs is even.
@@ -35,6 +33,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fewbit.lazy import Tensor, torch
+from fewbit.schemes.ggml import digits
+from fewbit.schemes.ggml.digits import DIGITS
 from fewbit.system import ambient
 
 # Name -> entries, columns of an entry, bits in which a rank is stored, magnitudes by rank.
@@ -187,19 +187,11 @@ def _iq1_m(b: Tensor) -> Tensor:
     return _scaled(d * (2 * _lanes(word, 3, 12) + 1), values)
 
 
-def _tq1_0(b: Tensor) -> Tensor:
-    digits = []
-    for part, n in ((b[:, :32], 5), (b[:, 32:48], 5), (b[:, 48:52], 4)):
-        powers = torch.tensor([3**i for i in range(n)], dtype=torch.uint8, device=b.device)
-        digits.append((part.unsqueeze(1) * powers[:, None]).flatten(1))  # uint8 wraps: earlier digits drop out
-    ternary = (torch.cat(digits, 1).int() * 3 >> 8) - 1
-    return _half(b[:, 52:]) * ternary.float()
-
-
-def _tq2_0(b: Tensor) -> Tensor:
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=b.device)
-    codes: Tensor = b[:, :64].unflatten(1, (2, 1, 32)) >> shifts[:, None] & 3
-    return _half(b[:, 64:]) * (codes.flatten(1).float() - 1)
+def _digits(name: str, b: Tensor) -> Tensor:
+    kind, d = DIGITS[name], _half(b[:, (at := DIGITS[name].d) : at + 2])
+    table = torch.tensor(kind.levels, dtype=torch.float32, device=b.device)
+    out: Tensor = d * table[digits.unpack(name, b[:, digits.place(name)]).int()]
+    return out
 
 
 def _mxfp4(b: Tensor) -> Tensor:
@@ -214,14 +206,14 @@ _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     **{name: partial(_with_signs, name) for name in UNITS},
     "iq1_s": _iq1_s,
     "iq1_m": _iq1_m,
-    "tq1_0": _tq1_0,
-    "tq2_0": _tq2_0,
+    **{name: partial(_digits, name) for name in DIGITS},
     "mxfp4": _mxfp4,
 }
 
 
 # The first byte of d in a block. iq1_m keeps it in the top nibbles of four words; a block of mxfp4 has none.
-_SCALE_AT = {"iq1_s": 0, "iq2_xxs": 0, "iq2_xs": 0, "iq2_s": 0, "iq3_xxs": 0, "iq3_s": 0, "tq1_0": 52, "tq2_0": 64}
+_SCALE_AT = dict.fromkeys(("iq1_s", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"), 0)
+_SCALE_AT |= {name: kind.d for name, kind in DIGITS.items()}
 
 
 def has_scale(name: str) -> bool:

@@ -12,6 +12,7 @@ from fewbit.registry import register
 from fewbit.schemes.base import ALL, FP16_LARGEST, Grids, Parts, Scheme, check_values, chunk_rows
 from fewbit.schemes.ggml import grids as blockwise
 from fewbit.schemes.ggml.codec import Blocks
+from fewbit.schemes.ggml.digits import DIGITS
 from fewbit.schemes.ggml.grids import BlockGrids
 from fewbit.schemes.ggml.layout import LAYOUTS
 from fewbit.schemes.ggml.search import BlockScales, fit, half
@@ -39,7 +40,8 @@ class GGML(Blocks, Scheme):
             return cls(group=LAYOUTS[spec].columns, name=spec)
         if spec in BLOCK_TYPES:
             raise PlanError(
-                f"scheme {spec!r} can be read, not written", f"Can be written: {', '.join([*LAYOUTS, *VECTORS])}."
+                f"scheme {spec!r} can be read, not written",
+                f"Can be written: {', '.join([*LAYOUTS, *VECTORS, *DIGITS])}.",
             )
         return None
 

@@ -39,5 +39,7 @@ BLOCK_TYPES: Mapping[str, BlockType] = MappingProxyType(
         "tq1_0": BlockType(34, 256, 54),
         "tq2_0": BlockType(35, 256, 66),
         "mxfp4": BlockType(39, 32, 17),
+        "q1_0": BlockType(41, 128, 18),
+        "q2_0": BlockType(42, 64, 18),
     }
 )
