@@ -24,6 +24,8 @@ from tests.interop import original
 pytestmark = [pytest.mark.interop, pytest.mark.skipif(bool(peer.missing()), reason=peer.missing() or "")]
 
 FEW = Calibration(samples=4, length=128)
+# Types with convolutions, states or routers
+SMALL = ("mamba", "mamba2", "granitemoehybrid", "granitemoehybrid-dense", "lfm2_moe", "qwen3_moe")
 TEXT = "Once upon a time, there was a little dog who lived in a big red house. Every day he ran to the"
 
 
@@ -104,8 +106,10 @@ def test_types_of_few_levels_run_in_llama_cpp(name: str, tmp_path: Path) -> None
     assert np.linalg.norm(here - there) < 0.05 * np.linalg.norm(here)  # it rounds activations to 8 bits
 
 
-@pytest.mark.parametrize("name", ["q8_0", "q4_0"])
-@pytest.mark.parametrize("kind", ["mamba", "mamba2", "granitemoehybrid", "granitemoehybrid-dense", "lfm2_moe"])
+@pytest.mark.parametrize("name", ["q8_0", "q4_0", "mxfp4_moe"])
+@pytest.mark.parametrize(
+    "kind", ["qwen3_moe", "mamba", "mamba2", "granitemoehybrid", "granitemoehybrid-dense", "lfm2_moe"]
+)
 def test_small_tensors_keep_the_type_that_they_keep_there(kind: str, name: str, tmp_path: Path) -> None:
     """Convolutions, what sets a state, and what chooses experts."""
     folder, theirs = gguf_files.halved(gguf_files.save(tmp_path / "m", kind)), tmp_path / "theirs.gguf"

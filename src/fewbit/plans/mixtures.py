@@ -4,7 +4,7 @@ Weights that matter most for their size get more bits: the attention values (v),
 first and last eighth of the layers and in every third layer between), and the output head (the token embeddings if the
 two are tied). If the blocks of a scheme do not divide a tensor's rows, a fallback scheme with smaller blocks is used.
 The rules and the file type numbers are those of `llama-quant.cpp` and `llama.h` of llama.cpp, as in llama-cpp-python
-0.3.36. Rules for mixture-of-experts models are left out: all experts get the base scheme.
+0.3.36. Rules for mixture-of-experts models are left out: all experts get the base scheme, but in `mxfp4_moe`.
 
 >>> model = Model("llama", layers=8, gqa=2, tied=True)
 >>> tensors = {f"blk.{i}.attn_v": (64, 256) for i in range(8)} | {"token_embd": (4096, 256)}
@@ -80,13 +80,16 @@ MIXTURES = {
     "iq3_m": Mixture("iq3_s", 27),
     "iq4_nl": Mixture("iq4_nl", 25),
     "iq4_xs": Mixture("iq4_xs", 30),
+    "mxfp4_moe": Mixture("q8_0", 38),
 }
+_EXPERTS = {"mxfp4_moe": "mxfp4"}  # mixture -> the scheme of its experts; all else has the base
+
 # The file type of a file with one scheme throughout: that of the mixture which is closest to the pure scheme.
 _PLAIN = {"q4_1": 3, "q5_0": 8, "q5_1": 9, "mxfp4": 38, "tq1_0": 36, "tq2_0": 37, "q1_0": 40, "q2_0": 41}
 _PLAIN |= {m.base: m.file_type for m in reversed(MIXTURES.values())}
 _PLAIN |= {name: m.file_type for name, m in MIXTURES.items() if name == m.base}
 
-_SMALL_BLOCKS = {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"}  # of 32 columns; all others have 256
+_SMALL_BLOCKS = {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4"}  # of 32 columns; all others have 256
 _FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
 _FALLBACK |= dict.fromkeys(("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"), "iq4_nl")
 _VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
@@ -123,7 +126,9 @@ def schemes(mixture: str, tensors: Mapping[str, Shape], model: Model, *, weighed
     all_values = sum(_role(name) in _VALUES for name in tensors)
     for name in sorted(tensors, key=order):
         role, columns = _role(name), tensors[name][1]
-        if role == "output" or (role == "token_embd" and model.tied):
+        if mixture in _EXPERTS:
+            scheme = _EXPERTS[mixture] if role.endswith("_exps") else MIXTURES[mixture].base
+        elif role == "output" or (role == "token_embd" and model.tied):
             scheme = _head(mixture, columns)
         elif role in _VALUES:
             scheme = _value(mixture, seen["values"], all_values, model, weighed)
