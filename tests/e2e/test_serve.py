@@ -316,6 +316,13 @@ def test_clients_close_idle_connections_first() -> None:
         assert server > max(pool._keepalive_expiry, nginx, aws)
 
 
+def test_nothing_is_held_back_for_an_acknowledgement(server: Served, client: Any) -> None:
+    ask(client, new=1)
+    sockets = [each.transport.get_extra_info("socket") for each in server.connections]
+    assert sockets
+    assert all(each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for each in sockets)
+
+
 def test_a_full_queue_and_one_that_empties(quantized: Path) -> None:
     with served(quantized, max_num_seqs=1, max_queue=1) as server, server.client() as client:
         wanted = said(ask(client))
