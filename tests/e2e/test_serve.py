@@ -323,6 +323,23 @@ def test_nothing_is_held_back_for_an_acknowledgement(server: Served, client: Any
     assert all(each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for each in sockets)
 
 
+def test_whole_answers_wake_the_event_loop_rarely(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewbit.serving.service import Answers
+
+    woken, tell = [0], Answers._tell
+
+    def counted(answers: Any) -> None:
+        woken[0] += 1
+        tell(answers)
+
+    monkeypatch.setattr(Answers, "_tell", counted)
+    answer = ask(client, new=40)
+    assert woken[0] <= 3
+    with ask(client, new=40, stream=True) as stream:
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == said(answer)
+    assert woken[0] > 40
+
+
 def test_a_full_queue_and_one_that_empties(quantized: Path) -> None:
     with served(quantized, max_num_seqs=1, max_queue=1) as server, server.client() as client:
         wanted = said(ask(client))

@@ -28,6 +28,8 @@ from fewbit.serving.thoughts import CLOSE, OPEN, Thoughts, opened, thinks
 from fewbit.system.files import unwritable
 from fewbit.texts import windows
 
+_TOGETHER = 32  # tokens of an answer that is sent whole, after which their text is looked at
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -257,6 +259,8 @@ class Answer:
         self._one_function = isinstance(asked, Chat) and asked.one_function is not None
         self._prompt, self._scored = prompt, asked.scored
         self._shift, self._most = len(prompt.text) if asked.scored else 0, asked.new
+        # Each time that the event loop is woken up, the engine waits for it: both are threads of one interpreter.
+        self._step, self._next = 1 if asked.stream or asked.stops else _TOGETHER, 1
         new = service.engine.context - len(prompt.ids) if asked.new is None else max(asked.new, 1)
         choosing = asked.choosing(service.usual, choice)
         try:
@@ -268,7 +272,9 @@ class Answer:
 
     def _tell(self, news: News) -> None:
         self._news = news
-        self._changed()
+        if news.finished or news.error or news.complete or len(news.tokens) >= self._next:
+            self._next = len(news.tokens) + self._step
+            self._changed()
 
     def piece(self) -> Piece:
         """What is new; it may be nothing. Failure if the engine fails."""
