@@ -6,7 +6,7 @@
 The server is a process of its own on this machine; each client asks for `--tokens` tokens of a greedy completion, again
 when it has the answer. Medians of the rounds, with the lowest and the highest. `generate` runs in this process first.
 Only tokens that came are counted: answers may end earlier. `--beside http://127.0.0.1:8080/v1` measures another server
-with the same clients, in turns with this one.
+with the same clients, in turns with this one, round by round.
 
 With `--load`, 32 clients ask for that many seconds. Shown are how many answers equal those that a single client got
 before, and the memory of the server over the time. An answer that is lost ends the benchmark.
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import openai
 import psutil  # type: ignore[import-untyped]
@@ -48,22 +49,23 @@ def generated(model: str, tokens: int, rounds: int) -> list[float]:
     return found[1:]  # the first round warms up
 
 
-def served(client: openai.OpenAI, clients: int, tokens: int, rounds: int) -> list[float]:
-    """Tokens per second of all clients together."""
-    name = client.models.list().data[0].id
+def served(asked: list[openai.OpenAI], clients: int, tokens: int, rounds: int) -> list[list[float]]:
+    """Tokens per second of all clients together, of each server that is asked. The servers take turns."""
+    names = [client.models.list().data[0].id for client in asked]
 
-    def ask(index: int) -> int:
+    def ask(server: int, index: int) -> int:
         prompt = PROMPTS[index % len(PROMPTS)]
-        done = client.completions.create(model=name, prompt=prompt, max_tokens=tokens, temperature=0)
+        done = asked[server].completions.create(model=names[server], prompt=prompt, max_tokens=tokens, temperature=0)
         return done.usage.completion_tokens if done.usage is not None else 0
 
-    found = []
+    found: list[list[float]] = [[] for _ in asked]
     with ThreadPoolExecutor(clients) as pool:
         for _ in range(rounds + 1):
-            start = time.perf_counter()
-            count = sum(pool.map(ask, range(len(PROMPTS) * clients)))
-            found.append(count / (time.perf_counter() - start))
-    return found[1:]
+            for server, own in enumerate(found):
+                start = time.perf_counter()
+                count = sum(pool.map(partial(ask, server), range(len(PROMPTS) * clients)))
+                own.append(count / (time.perf_counter() - start))
+    return [own[1:] for own in found]
 
 
 def loaded(client: openai.OpenAI, process: psutil.Process, seconds: float) -> None:
@@ -126,14 +128,16 @@ def main() -> None:
         line = next(line for line in server.stderr if line.startswith("Serving "))
         address = line.split("chat at ")[1].split(",")[0]
         try:
-            with client_of(f"{address}/v1") as client:
-                if args.load:
-                    loaded(client, psutil.Process(server.pid), args.load)
-                for clients in map(int, args.clients.split(",")):
-                    told(f"{clients} clients", served(client, clients, args.tokens, args.rounds))
-                    if args.beside:
-                        with client_of(args.beside) as other:
-                            told("beside", served(other, clients, args.tokens, args.rounds))
+            asked = [client_of(each) for each in (f"{address}/v1", args.beside) if each]
+            if args.load:
+                loaded(asked[0], psutil.Process(server.pid), args.load)
+            for clients in map(int, args.clients.split(",")):
+                own, *beside = served(asked, clients, args.tokens, args.rounds)
+                told(f"{clients} clients", own)
+                for other in beside:
+                    told("beside", other)
+                    ratios = [a / b for a, b in zip(own, other, strict=True)]
+                    print(f"{'ratio':12} {statistics.median(ratios):8.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
         finally:
             server.terminate()
 

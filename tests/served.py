@@ -102,17 +102,24 @@ def served(model: str | Path, kernel: str | None = None, **settings: Any) -> Ite
 
 
 def _gated(engine: Any, made: Served) -> None:
-    model = engine._manager.model
-    forward = model.forward
+    model, single = engine._manager.model, engine._single
+    forward, logits = model.forward, single.logits
+
+    def begin(tokens: int) -> None:
+        torch.set_num_threads(1)
+        made.gate.wait(HANG)
+        made.steps.append(tokens)
 
     @functools.wraps(forward)
     def gated(*args: Any, **kwargs: Any) -> Any:
-        torch.set_num_threads(1)
-        made.gate.wait(HANG)
-        made.steps.append(kwargs["input_ids"].shape[1])
+        begin(kwargs["input_ids"].shape[1])
         return forward(*args, **kwargs)
 
-    model.forward = gated
+    def gated_logits(*args: Any) -> Any:
+        begin(1)
+        return logits(*args)
+
+    model.forward, single.logits = gated, gated_logits
 
 
 def demo(out: Path) -> Path:

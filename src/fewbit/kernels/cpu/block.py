@@ -184,8 +184,15 @@ class Block:
         lib = native.library()
         if isinstance(lib, str):
             raise KernelError(lib, native.HINT)
-        (batch, tokens, width), call = x.shape, native.Call()
         y = torch.empty_like(x)
+        _check(lib.fewbit_decode_block(self.found, self.call(x, y, cached, angles, mask), torch.get_num_threads()))
+        return y
+
+    def call(
+        self, x: Tensor, y: Tensor, cached: Cached | Pages, angles: tuple[Tensor, Tensor] | None, mask: Tensor | None
+    ) -> native.Call:
+        """The checked arguments of a call that writes its output to y. They do not keep the tensors alive."""
+        (batch, tokens, width), call = x.shape, native.Call()
         if not (x.is_contiguous() and x.dtype == self.dtype and width == self.width):
             raise KernelError(
                 f"activations {list(x.shape)} of {x.dtype}, expected [B, T, {self.width}] of {self.dtype}"
@@ -202,10 +209,7 @@ class Block:
             else:
                 call.added = mask.data_ptr()
             call.text, call.row = mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2)
-        status = lib.fewbit_decode_block(self.found, call, torch.get_num_threads())
-        if status:
-            raise KernelError(f"the CPU library rejects a block of a model: status {status}")
-        return y
+        return call
 
     def _in_order(self, call: native.Call, cached: Cached) -> None:
         whole = (call.batch, self.wiring.shared, cached.keys.shape[2], self.wiring.head)
@@ -231,3 +235,62 @@ class Block:
         call.keys, call.values = cached.keys.data_ptr(), cached.values.data_ptr()
         places = [each.data_ptr() for each in (slots.write, slots.read, slots.begin, slots.count)]
         call.pages = ctypes.pointer(native.Pages(*places, step, slots.most))
+
+
+class Chain:
+    """Blocks one after the other, for one new token of one text in pages. All arguments but the token are made once.
+
+    x: the first block's input [1, 1, width]. angles: cosine and sine, float32 [1, 1, rotated] each; none if nothing is
+    rotated. The caller fills both before a call.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Block], pages: Sequence[tuple[Tensor, Tensor]], rotated: int, length: int
+    ) -> None:
+        """pages: keys and values of each block, [slots, shared, head]. length: of a text at most."""
+        first = blocks[0]
+        self.x = torch.zeros(1, 1, first.width, dtype=first.dtype, device="cpu")
+        angle = torch.zeros(1, 1, rotated, dtype=torch.float32, device="cpu")
+        self.angles = (angle, angle.clone()) if rotated else None
+        self._length, self._slots = length, min(len(each) for pair in pages for each in pair)
+        self._write, self._begin, self._count = ((ctypes.c_int64 * 1)(0) for _ in range(3))
+        self._read, self._seen = (ctypes.c_int64 * length)(), 0
+        places = [ctypes.addressof(each) for each in (self._write, self._read, self._begin, self._count)]
+        self._pages = native.Pages(*places, pages[0][0].stride(0), 1)
+        zero = torch.zeros(1, dtype=torch.int64, device="cpu")
+        known, x = Slots(zero, zero, zero, zero + 1), self.x
+        self._calls, self._kept = list[tuple[native.Block, native.Call]](), list[Any]([blocks, pages])
+        for block, (keys, values) in zip(blocks, pages, strict=True):
+            if keys.stride(0) != self._pages.step:
+                raise KernelError("slots of different sizes")
+            y = torch.empty_like(x)
+            call = block.call(x, y, Pages(keys, values, known), self.angles, None)
+            call.pages = ctypes.pointer(self._pages)
+            self._calls.append((block.found, call))
+            self._kept.append(y)
+            x = y
+        self._y = x
+
+    def sees(self, slots: Sequence[int]) -> None:
+        """The slots of the text's tokens from the first on, also of those that are still to come."""
+        if len(slots) > self._length or not 0 <= min(slots) <= max(slots) < self._slots:
+            raise KernelError("a text reads slots that are not there")
+        self._read[: len(slots)], self._seen = list(slots), len(slots)
+
+    def __call__(self, position: int) -> Tensor:
+        """The last block's output [1, 1, width] for the token at this position, which the next call overwrites."""
+        if not 0 <= position < self._seen:
+            raise KernelError(f"slots for {self._seen} tokens, and there is one at {position}")
+        self._write[0], self._count[0] = self._read[position], position + 1
+        self._pages.most = position + 1
+        lib, threads = native.library(), torch.get_num_threads()
+        if isinstance(lib, str):
+            raise KernelError(lib, native.HINT)
+        for block, call in self._calls:
+            _check(lib.fewbit_decode_block(block, call, threads))
+        return self._y
+
+
+def _check(status: int) -> None:
+    if status:
+        raise KernelError(f"the CPU library rejects a block of a model: status {status}")

@@ -88,6 +88,16 @@ def split(model: Any) -> tuple[list[str], list[str], dict[str, str]]:
     return [name for name in own if name not in halves], halves, hooks.reasons
 
 
+def whole(model: Any) -> list[Replacement] | None:
+    """The model's blocks in order, if the library computes all of them, whole and at every position. None if not."""
+    hooks = next((hook.__self__ for hook in model._forward_pre_hooks.values() if _own(hook)), None)
+    found = {} if hooks is None else hooks.look(model)
+    names = blocks.find_blocks(model)
+    served = [getattr(found.get(model.get_submodule(name)), "__self__", None) for name in names]
+    every = [each for each in served if each is not None and each.rest is None and each.before is None]
+    return every if every and len(every) == len(names) else None
+
+
 class _Hooks:
     """Replaces the forward of blocks while a model runs. Before and after, the modules are as they were.
 
@@ -181,7 +191,7 @@ class _Finder:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.turns, self.last = dtype, _Turns(), 0
 
-    def found(self, module: Any, ways: list[Wiring], cases: list[_Case]) -> tuple[_Replacement | None, str, bool]:
+    def found(self, module: Any, ways: list[Wiring], cases: list[_Case]) -> tuple[Replacement | None, str, bool]:
         """The replacement that gives the module's results; why there is none, or not for all positions; whether one is
         so close that the rounding of one activation may be the difference."""
         first, *far = cases
@@ -189,7 +199,7 @@ class _Finder:
         ways = list(_turned(ways, angles[0].shape[-1] if isinstance(angles, tuple) else 0))
         nearest = float("inf")
         for i in sorted(range(len(ways)), key=lambda each: each != self.last):
-            own = _Replacement(module, ways[i], self.dtype, self.turns, first.beside)
+            own = Replacement(module, ways[i], self.dtype, self.turns, first.beside)
             nearest = min(nearest, off := _off(own, first))
             if off <= 1:
                 self.last = i
@@ -303,7 +313,7 @@ def _last(layer: ReservedLayer) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def _off(own: _Replacement, case: _Case) -> float:
+def _off(own: Replacement, case: _Case) -> float:
     """How far the library is from the block's own output, key and value; at most 1 if they are the same."""
     if case.layer.end > _PROMPT:
         case.layer.crop(-1)
@@ -359,7 +369,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-class _Replacement:
+class Replacement:
     """A block's forward by the library, and by its own code for everything else."""
 
     def __init__(
@@ -405,7 +415,7 @@ class _Replacement:
                 return None
         angles = kwargs.get("position_embeddings")
         turned = self.turns.of(angles, batch, tokens, self.rotated) if self.rotated else None
-        if (self.rotated and turned is None) or not self._unchanged():
+        if (self.rotated and turned is None) or not self.unchanged():
             return None
         cache = next((given for name in _CACHES if (given := kwargs.get(name)) is not None), None)
         found = pages.of_layer(cache, self.layer)
@@ -453,7 +463,7 @@ class _Replacement:
         out: Tensor = h + (y if self.residual == 1 else y * self.residual)
         return out
 
-    def _unchanged(self) -> bool:
+    def unchanged(self) -> bool:
         """Whether nobody has replaced, hooked or trained a part. Plain loops: this runs for each token."""
         for owner, name, part in self.parts:
             if owner.get(name) is not part:

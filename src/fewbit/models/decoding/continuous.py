@@ -19,7 +19,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from fewbit.errors import FewbitError, KernelError, PlanError
 from fewbit.models.decoding.choosing import Choosing, Likely, adjusted, drawn, likely, within
 from fewbit.models.decoding.generate import text_settings
 from fewbit.models.decoding.scoring import Scoring
+from fewbit.models.decoding.single import Single
 
 try:
     from transformers import ContinuousBatchingConfig, LogitsProcessorList
@@ -94,6 +95,7 @@ class _Request:
     error: str | None = None
     whole: int | None = None  # tokens at which the grammar was complete; a step may choose more before the request ends
     counts: Counter[int] = field(default_factory=Counter)  # of the answer's tokens
+    plain: bool = False  # takes the most likely token, and reports nothing of others
     ids: Sequence[int] = ()
     scores: list[Likely] | None = None  # of the prompt's tokens, as far as the prompt was read; None: not asked for
 
@@ -127,12 +129,17 @@ class Engine:
                 GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1), _config(owner, tokens, rows)
             )
             scoring = Scoring(self._manager.model, self._requests)
-            choosing = _Processors(scoring.begin)
-            choosing.logits_processor.append(_Choosing(self._requests, processors))
-            choosing.tensors_required, choosing.do_processing = 1, True
-            self._manager.logit_processor = choosing
+            listed, choosing = _Processors(scoring.begin), _Choosing(self._requests, processors)
+            listed.logits_processor.append(choosing)
+            listed.tensors_required, listed.do_processing = 1, True
+            self._manager.logit_processor = listed
             self._manager.output_router = _Router(self._requests)
             logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+            self._single = Single(self._manager.model, self._manager, self.context, choosing.of_one)
+            choosing.hear, whole_step = self._single.compare, self._manager._generation_loop_body
+            self._manager._generation_loop_body = lambda processor, bootstrapping: (
+                self._single.step(processor) or whole_step(processor, bootstrapping)
+            )
             self._manager.warmup()
         except (AttributeError, TypeError) as error:
             raise KernelError(
@@ -176,6 +183,7 @@ class Engine:
             raise KernelError("the engine takes no requests now")
         request = _Request(choosing, tell, grammar, random.Random(choosing.seed), ids=ids)
         request.scores = [Likely(ids[0], None, ())] if scored else None
+        request.plain = grammar is None and replace(choosing, seed=None) == Choosing()
         return self._begin(ids, new, request)
 
     def _begin(self, ids: Sequence[int], new: int, request: _Request) -> str:
@@ -296,6 +304,7 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
         self.supported_kwargs, self.ignored_kwargs = {}, ()
         self._requests, self._processors = requests, processors
         self._rows: list[tuple[_Request | None, Any]] = []
+        self.hear: Callable[[Tensor], None] = lambda scores: None  # gets the scores of each step
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         int32_tensor.zero_()
@@ -306,7 +315,18 @@ class _Choosing(ContinuousBatchingLogitsProcessor):
         self._rows = [(self._requests.get(state.request_id), state) for state in states]
         return torch.zeros(len(states), dtype=torch.int32, device="cpu")
 
-    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+    def of_one(self, state: Any, scores: Tensor) -> int:
+        """The next token of one request. scores: [1, vocabulary]."""
+        request = self._requests.get(state.request_id)
+        if request is not None and request.plain and not self._processors:
+            token = int(scores.argmax())
+            if math.isfinite(scores[0, token]):  # the largest of a row with NaN is NaN
+                return token
+        self._rows = [(request, state)]
+        return int(self(scores).argmax())
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor | None = None) -> Tensor:
+        self.hear(scores)
         chosen = scores.clone()
         finite = scores.amax(-1).isfinite().tolist()  # the maximum of a row with NaN is NaN
         for i, (request, state) in enumerate(self._rows):

@@ -1,0 +1,180 @@
+"""The steps of continuous batching in which one request runs and none waits, on a CPU.
+
+In such a step, transformers' bookkeeping for many requests and its code around the blocks take longer than a small
+model's products. So `Single` takes the page of the next token from transformers' cache, and calls what the model
+consists of: embedding, blocks by the CPU library, last norm and head. The request stays transformers' own, so that its
+next step may be one with others, and its text is the same: the first logits of an engine are compared, bit for bit,
+with the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import KernelError
+from fewbit.kernels.cpu.block import Chain
+from fewbit.kernels.cpu.row import Row
+from fewbit.models.decoding import compiled_blocks, pages
+from fewbit.models.decoding.block_parts import child
+from fewbit.nn.layers import QEmbedding
+
+# Names of the norm after the last block.
+_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm")
+_MANAGER = ("input_queue", "cancel_queue", "background_thread_status")  # what is asked of transformers' manager
+
+
+class Single:
+    """Computes the next token of the only request."""
+
+    def __init__(self, model: Any, manager: Any, length: int, choose: Callable[[Any, Tensor], int]) -> None:
+        """manager: transformers' for the model. length: of a text at most.
+
+        choose: the next token of a request's state, from logits [1, words].
+        """
+        self._model, self._manager, self._length, self._choose = model, manager, length, choose
+        self._cache: Any = None  # the one that `_parts` is for
+        self._parts: _Parts | None = None
+        self._state: Any = None  # the request of the step before, if that was one of these
+        self._expected: Tensor | None = None  # logits of the next step, until they were compared
+        self._tested = False
+
+    def step(self, processor: Any) -> bool:
+        """Compute a step of transformers' processor. False, with nothing done, if it is none of these."""
+        parts = self._of(processor)
+        state = None if parts is None else self._only(processor)
+        if parts is None or state is None or not self._room(processor.cache, parts, state):
+            self._state = self._expected = None
+            return False
+        position, (token,) = state.position_offset, state.tokens_to_process
+        if not self._tested:
+            self._state, self._expected = None, self.logits(parts, token, position).clone()
+            return False  # the model computes the same, and overwrites the keys and values
+        complete = processor.cache.count_new_complete_blocks(state, 1)
+        state.position_offset += 1
+        chosen = self._choose(state, self.logits(parts, token, position))
+        finished = state.update_and_check_completion(chosen, None)
+        processor.cache.mark_complete_blocks(state, complete)
+        if finished:
+            processor.scheduler.finish_request(state.request_id)
+            processor.scheduler.block_new_requests = False
+        processor.output_router.deliver(state.to_generation_output())
+        return True
+
+    def logits(self, parts: _Parts, token: int, position: int) -> Tensor:
+        """The model's logits [1, words] in float32."""
+        return parts.logits(token, position)
+
+    def compare(self, scores: Tensor) -> None:
+        """Hear the model's own logits of a step."""
+        if self._expected is not None:
+            if torch.equal(self._expected, scores):
+                self._tested = True
+            else:
+                self._parts = None
+            self._expected = None
+
+    def _only(self, processor: Any) -> Any:
+        """The request, if it is the only one and nobody asks for anything else. None if not."""
+        manager, scheduler = self._manager, processor.scheduler
+        if len(scheduler.active_requests) != 1 or scheduler.waiting_requests:
+            return None
+        if not (manager.input_queue.empty() and manager.cancel_queue.empty()):
+            return None
+        status = manager.background_thread_status
+        if status.local_status != status.DONT_STOP or status.is_pause_requested():
+            return None
+        (state,) = scheduler.active_requests.values()
+        reads = len(state.tokens_to_process) != 1 or state.remaining_prefill_tokens
+        return None if state.status.name != "DECODING" or reads or state.num_children else state
+
+    def _of(self, processor: Any) -> _Parts | None:
+        if processor.cache is not self._cache:
+            self._cache, self._tested = processor.cache, False
+            known = all(hasattr(self._manager, name) for name in _MANAGER)
+            known = known and hasattr(self._manager.background_thread_status, "is_pause_requested")
+            self._parts = _Parts.of(self._model, processor.cache, self._length) if known else None
+        return self._parts
+
+    def _room(self, cache: Any, parts: _Parts, state: Any) -> bool:
+        """Whether there is a slot for the request's next token."""
+        position = state.position_offset
+        if state is self._state and position < parts.known:
+            return True
+        if not (all(each.unchanged() for each in parts.blocks) and cache.can_store_request_tokens(state, 1)):
+            return False
+        page = parts.allocator.tokens_per_page
+        slots = list[int]()
+        cache.extend_read_and_write_indices(state.request_id, position, page - position % page, [slots], [[]])
+        parts.sees(slots)
+        self._state = state
+        return True
+
+
+class _Parts:
+    """What a model consists of, over the pages of a cache. blocks: in order. known: tokens whose slots are known."""
+
+    def __init__(self, model: Any, blocks: list[compiled_blocks.Replacement], cache: Any, length: int) -> None:
+        base = model.get_decoder()
+        (self.allocator,) = cache.cache_allocators.values()
+        self.blocks, self.known = blocks, 0
+        self._embed, self._norm = model.get_input_embeddings(), child(base, _NORMS)
+        self._row = _row_of(self._embed)
+        self._head, self._rotary = model.get_output_embeddings(), getattr(base, "rotary_emb", None)
+        self._id, self._position = (torch.zeros(1, 1, dtype=torch.int32, device="cpu") for _ in range(2))
+        self._rotated = max(each.rotated for each in blocks)
+        if len({each.rotated for each in blocks}) > 1 or any(each is None for each in (self._norm, self._head)):
+            raise KernelError("its parts are others")
+        if self._rotated and self._rotary is None:
+            raise KernelError("positions are turned elsewhere")
+        views = [self.allocator._kv_token_views[each.layer] for each in blocks]
+        room = length + self.allocator.tokens_per_page
+        self._chain = Chain([each.block for each in blocks], views, self._rotated, room)
+
+    @staticmethod
+    def of(model: Any, cache: Any, length: int) -> _Parts | None:
+        """None if the model or the cache is of another kind."""
+        if model.device.type != "cpu" or not pages.is_paged(cache):
+            return None
+        blocks = compiled_blocks.whole(model)
+        try:
+            return None if blocks is None else _Parts(model, blocks, cache, length)
+        except (AttributeError, KeyError, TypeError, ValueError, KernelError):
+            return None
+
+    def sees(self, slots: list[int]) -> None:
+        """The slots of the text's tokens, with those of the page that is written."""
+        self._chain.sees(slots)
+        self.known = len(slots)
+
+    def logits(self, token: int, position: int) -> Tensor:
+        """The logits [1, words] after a token, in float32."""
+        self._chain.x.copy_(self._embed(self._id.fill_(token)) if self._row is None else self._row(token))
+        if self._chain.angles is not None:
+            assert self._rotary is not None
+            self._position.fill_(position)
+            turned = self.blocks[0].turns.of(self._rotary(self._chain.x, self._position), 1, 1, self._rotated)
+            if turned is None:
+                raise KernelError("positions are turned otherwise than before")
+            for own, new in zip(self._chain.angles, turned, strict=True):
+                own.copy_(new)
+        out: Tensor = self._head(self._norm(self._chain(position)))
+        return out[0].float()
+
+
+def _row_of(embedding: Any) -> Row | None:
+    """What decodes a row of a packed embedding, if it gives the same bits."""
+    if not isinstance(embedding, QEmbedding) or embedding.codec is None or embedding.held is None or embedding.scale:
+        return None
+    shape = (embedding.num_embeddings, embedding.embedding_dim)
+    try:
+        row = Row(embedding.codec, (embedding.held.data,), shape)
+    except (KernelError, AssertionError):  # a format that the library has no layout for
+        return None
+    some = range(0, shape[0], max(shape[0] // 64, 1))
+    wanted = embedding(torch.tensor(some, dtype=torch.int64, device="cpu"))
+    same = all(torch.equal(row(index).to(wanted.dtype), each) for index, each in zip(some, wanted, strict=True))
+    return row if same else None
