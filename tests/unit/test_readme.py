@@ -6,6 +6,8 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pytest
+
 import fewbit
 from fewbit.api import compare
 from fewbit.measure.comparison import Comparison
@@ -38,6 +40,13 @@ def test_the_sizes_in_the_readme_are_those_of_estimate() -> None:
         # A file is its tensors and a header; a GGUF file has the tokenizer, too.
         beside = nbytes(disk) - exact[plan].file_bytes
         assert -5_000 <= beside < (200_000 if exact[plan].format == "gguf" else 60_000), plan
+
+
+@pytest.mark.parametrize("command", ["chat", "serve", "push", "run", "cache", "--install-completion"])
+def test_what_is_done_with_a_model_has_a_line_each(command: str) -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = page[page.index("\n## More\n") :].splitlines()
+    assert len([line for line in lines if line.startswith(f"- `fewbit {command}")]) == 1
 
 
 def test_the_losses_in_the_readme_are_in_order_of_the_priors() -> None:
