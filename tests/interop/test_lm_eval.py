@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 
 import fewbit
 from fewbit.errors import FormatError, PlanError
+from tests.docs_pages import ROOT, blocks
 from tests.e2e.conftest import fewbit as fewbit_fixture
 from tests.served import served
 
@@ -190,6 +193,40 @@ def test_a_server_has_the_scores_of_its_model(batch: int, packed: dict[str, Path
     found = [[float(each[0][0]) for each in line["resps"]] for line in sorted(lines, key=_document)]
     for ours, wanted in zip(found, likelihoods(packed["nf4"]), strict=True):
         assert ours == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the page has commands for a Unix shell")
+def test_the_session_of_the_page_runs(packed: dict[str, Path], task: Path, tmp_path: Path) -> None:
+    """docs/howto/serve.md, with a task over local data in place of its own."""
+    if shutil.which("curl") is None:
+        pytest.skip("the page calls curl")
+    (block,) = [each for each in blocks(ROOT / "docs/howto/serve.md") if "lm_eval " in each.text]
+    assert block.language == "sh"
+    lines = [line for line in block.text.splitlines() if not line.startswith("pip install")]
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "lm_eval").write_text(f'#!/bin/sh\nexec {sys.executable} -m lm_eval "$@"\n', encoding="utf-8")
+    (programs / "lm_eval").chmod(0o755)
+    shutil.copytree(packed["nf4"], tmp_path / "out")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    # A server that is left behind by a failure would keep the pipe open.
+    commands = "\n".join(["trap 'kill $(jobs -p) 2>/dev/null || true' EXIT", *lines])
+    done = subprocess.run(
+        ["bash", "-e", "-c", commands.replace("8000", port).replace("arc_easy", str(task))],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=tmp_path,
+        env={
+            **environment(),
+            "PATH": os.pathsep.join((str(programs), str(Path(sys.executable).parent), os.environ["PATH"])),
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("|words")]
+    # The server computes in the model's dtype: a choice may be another.
+    assert float(line.split("|")[7]) == pytest.approx(by_definition(packed["nf4"]), abs=0.21)
 
 
 def _document(line: dict[str, Any]) -> int:
