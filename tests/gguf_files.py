@@ -106,6 +106,13 @@ TYPES: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 80,
         "position_embedding_type": "rope",
     },
+    "falcon_h1": {
+        "mamba_d_ssm": 128,
+        "mamba_n_groups": 2,
+        "mamba_rms_norm": True,
+        "mamba_norm_before_gate": False,
+    },
+    "falcon_h1-plain": {"mamba_d_ssm": 96, "mamba_d_head": 12, "mamba_norm_before_gate": False},
     "granitemoeshared": {"shared_intermediate_size": 48, "logits_scaling": 2.0},
     "gemma": {"tie_word_embeddings": True},
     "minimax_m2": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},

@@ -28,6 +28,8 @@ A type that is not in the table cannot be written: `quantize` stops before any w
 vision tower is. For these, use a plan that makes a folder.
 
 - **only if**: what llama.cpp takes for granted. A model with other values is refused before any work.
+- Published files of `falcon_h1` are read, whatever the multipliers of their models: llama.cpp's converter multiplied
+  these into the weights. fewbit does not, so it writes such a file only if they are all 1.
 - A published file whose type is in no row is loaded by transformers, if it knows the architecture, without packed
   weights.
 

@@ -17,7 +17,7 @@ from fewbit.models.gguf.config import to_config, to_metadata
 from fewbit.plans.plan import find
 from tests import architectures, gguf_files, models
 
-KINDS = ("mamba", "mamba2", "granitemoehybrid", "granitemoehybrid-dense")
+KINDS = ("mamba", "mamba2", "granitemoehybrid", "granitemoehybrid-dense", "falcon_h1", "falcon_h1-plain")
 Q8 = find("q8_0").changed(method="rtn")
 
 
@@ -84,6 +84,8 @@ def test_granite_with_attention_alone_becomes_a_file_of_granite(tmp_path: Path) 
         ("mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit = \(0.0, inf\)"),
         ("mamba2", {"hidden_act": "gelu"}, "silu in its MLP"),
         ("granitemoehybrid", {"position_embedding_type": "rope"}, "without positions"),
+        ("falcon_h1", {"key_multiplier": 0.5}, "key_multiplier = 1.0; this model has 0.5"),
+        ("falcon_h1", {"mamba_norm_before_gate": True}, "mamba_norm_before_gate = False"),
         ("granitemoehybrid", {"mamba_conv_bias": False}, "mamba_conv_bias = True"),
         (
             "granitemoehybrid",

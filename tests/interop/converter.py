@@ -33,6 +33,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "granitemoehybrid-dense": {"layer_types": ["attention", "mamba", "mamba"]},
     "granitemoehybrid-attention": {"layer_types": ["attention"] * 2},
     "hunyuan_v1_moe": {"moe_intermediate_size": [96] * 2, "num_shared_expert": [1] * 2},
+    "falcon_h1": {"head_dim": 16},
+    "falcon_h1-plain": {"head_dim": 16},
     "minimax_m2": {"scoring_func": "sigmoid", "rotary_dim": 8},
     "gpt2": {"n_ctx": models.CONTEXT},
     "gpt_neox": {"rotary_pct": 0.25},

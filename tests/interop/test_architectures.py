@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from fewbit.errors import FormatError
-from fewbit.formats.containers.gguf import GgufFile
+from fewbit.api import generate
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers.gguf import GgufFile, GgufWriter
 from fewbit.models.gguf.tokenizer import to_tokenizer
-from tests import gguf_files
+from tests import gguf_files, models
 from tests.interop import converter
 
 pytestmark = [
@@ -55,3 +57,32 @@ def test_the_golden_values_are_its_converters(kind: str, source: Path, tmp_path:
     converter.convert(source, folder, tmp_path / "theirs.gguf", converter.PUBLISHED.get(kind, {}))
     theirs = GgufFile(tmp_path / "theirs.gguf")
     assert {"digest": gguf_files.digest(theirs), "keys": gguf_files.keys_of(theirs)} == gguf_files.golden()[kind]
+
+
+# Falcon-H1's, of which none is 1
+FACTORS = {
+    "attention_in_multiplier": 1.5,
+    "attention_out_multiplier": 0.7,
+    "embedding_multiplier": 3.0,
+    "key_multiplier": 0.6,
+    "lm_head_multiplier": 0.4,
+    "ssm_in_multiplier": 1.2,
+    "ssm_out_multiplier": 0.8,
+    "mlp_multipliers": [0.9, 0.5],
+    "ssm_multipliers": [0.3, 0.25, 0.35, 0.5, 0.6],
+}
+
+
+def test_factors_that_it_multiplies_into_weights_are_read_there(source: Path, tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", "falcon_h1", tie_word_embeddings=False, **FACTORS)
+    with pytest.raises(PlanError, match=r"_multiplier = 1\.0; this model has"):
+        gguf_files.header_of(folder)
+    wanted = models.logits(models.original(folder), ids := gguf_files.ids())
+    keys = gguf_files.header_of(gguf_files.save(tmp_path / "p", "falcon_h1", tie_word_embeddings=False)).metadata
+    converter.convert(source, folder, tmp_path / "theirs.gguf", converter.PUBLISHED["falcon_h1"])
+    theirs = GgufFile(tmp_path / "theirs.gguf")  # without a tokenizer
+    with GgufWriter(tmp_path / "whole.gguf", {**keys, **theirs.metadata}, list(theirs.entries.values())) as writer:
+        for name in theirs.entries:
+            writer.add(name, theirs.get(name))
+    found = models.logits(generate.load(tmp_path / "whole.gguf", dtype=torch.float32), ids)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5

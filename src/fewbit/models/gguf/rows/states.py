@@ -7,7 +7,7 @@ from dataclasses import replace
 from fewbit.models.gguf.architecture import Architecture, Cut, Piece
 from fewbit.models.gguf.rows.dense import LLAMA_ROW
 from fewbit.models.gguf.rows.experts import GRANITE_SHARED_ROW
-from fewbit.models.gguf.rows.shared import GRANITE, NO_BIAS
+from fewbit.models.gguf.rows.shared import ATTENTION, GRANITE, NO_BIAS
 
 _NO_LIMIT = (0.0, float("inf"))  # of time steps
 MAMBA_ROW = Architecture(
@@ -128,9 +128,50 @@ _DENSE_CUT = {"ffn_gate_up": Cut("", (Piece("ffn_gate", _HALF), Piece("ffn_up", 
 # llama.cpp's converter writes the width of shared experts for a model without experts too
 _DENSE_WIDTH = {"expert_shared_feed_forward_length": ("shared_intermediate_size",)}
 _NO_EXPERTS = {"expert_count": 0, "expert_used_count": 0}
+# Attention and a state space side by side. llama.cpp's converter multiplies the model's factors into its weights
+_FACTORS = ("attention_in", "attention_out", "embedding", "key", "lm_head", "ssm_in", "ssm_out")
+FALCON_H1_ROW = Architecture(
+    "falcon-h1",
+    "falcon_h1",
+    "FalconH1ForCausalLM",
+    {"model.embed_tokens": "token_embd", "model.final_layernorm": "output_norm", "lm_head": "output"},
+    {
+        **ATTENTION,
+        **_MIXER,
+        "feed_forward.gate_proj": "ffn_gate",
+        "feed_forward.up_proj": "ffn_up",
+        "feed_forward.down_proj": "ffn_down",
+    },
+    parameters={**GRANITE_HYBRID_ROW.parameters, "pre_ff_layernorm.weight": "ffn_norm"},
+    negative_exp=GRANITE_HYBRID_ROW.negative_exp,
+    squeezed=GRANITE_HYBRID_ROW.squeezed,
+    matrices=GRANITE_HYBRID_ROW.matrices,
+    required={
+        **{f"{name}_multiplier": 1.0 for name in _FACTORS},
+        "mlp_multipliers": [1.0] * 2,
+        "ssm_multipliers": [1.0] * 5,
+        **NO_BIAS,
+        "mlp_bias": False,
+        "projectors_bias": False,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        "mamba_norm_before_gate": False,
+        "time_step_limit": _NO_LIMIT,
+    },
+    counts={
+        "mamba_d_ssm": "ssm.inner_size",
+        "mamba_d_conv": "ssm.conv_kernel",
+        "mamba_d_state": "ssm.state_size",
+        "mamba_n_heads": "ssm.time_step_rank",
+        "mamba_n_groups": "ssm.group_count",
+    },
+    quotients={"mamba_d_head": ("ssm.inner_size", "ssm.time_step_rank")},
+    biases={"mamba_rms_norm": "blk.0.ssm_norm.weight"},
+)
 _ATTENTION_ONLY = frozenset({"full_attention"})
 
 ROWS = (
+    FALCON_H1_ROW,
     MAMBA_ROW,
     MAMBA2_ROW,
     # Models of this type without state spaces become files of Granite, and are read as such
