@@ -203,7 +203,7 @@ def test_every_other_command_is_an_error(command: str, rank: str, monkeypatch: p
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if command in (*ranks.SHARED, "run"):
+    if command in (*ranks.SHARED, "generate", "run"):
         app._among_others([command, "tiny"])
         return
     with pytest.raises(PlanError if rank == "0" else PeerError, match=f"{command} runs in one process"):

@@ -66,6 +66,7 @@ def test_a_command_has_the_arguments_of_its_verb(verb: str) -> None:
         wanted.pop("seed")
     if verb == "generate":
         shown.pop("fuse")  # a switch beside --max-length
+        wanted.pop("tensor_parallel")  # torchrun decides
     assert shown.keys() - COMMAND_ONLY == wanted.keys()
     for name, default in wanted.items():
         if default is inspect.Parameter.empty or shown[name].required:
@@ -92,7 +93,7 @@ def test_a_command_has_the_arguments_of_its_verb(verb: str) -> None:
 )
 def test_the_help_of_a_flag_is_that_of_its_field(verb: str, group: type[Settings]) -> None:
     shown = " ".join(str(parameter.help) for parameter in flags(verb).values()).replace(" - for stdin,", "")
-    hidden = {"dtype", "exact_activations", "fuse"}
+    hidden = {"dtype", "exact_activations", "fuse", "tensor_parallel"}
     for each in fields(group):
         if each.name not in hidden:
             assert in_flags(each.metadata["help"]) in shown

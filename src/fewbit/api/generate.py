@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
-from fewbit.system import ambient, machine
+from fewbit.system import ambient, machine, ranks
 from fewbit.texts import windows as texts_windows
 from fewbit.texts.calibration import Calibration as Calibration
 
@@ -32,6 +34,7 @@ def load(
     fuse: int | None = None,
     compile: bool = False,
     trust_remote_code: bool = False,
+    tensor_parallel: bool = False,
 ) -> Any:
     """Load a model with packed weights. `AutoModelForCausalLM.from_pretrained` does the same after `import fewbit`.
 
@@ -40,9 +43,10 @@ def load(
     another model. fuse: fuse linears that read the same tensor, and generate in a static cache of this many tokens,
     prompt included (on a GPU, one CUDA graph per token); PlanError beyond the model's context. compile: let PyTorch
     compile the decoding step at the first use of each batch size; this takes many seconds and makes steps faster.
-    PlanError without `fuse`, or without a GPU.
+    PlanError without `fuse`, or without a GPU. tensor_parallel: in a program that torchrun started, load only this
+    process's part of each linear; all processes must then use the model in the same way.
     """
-    loading = Loading(device, dtype, kernel, adapter, fuse, compile, trust_remote_code)
+    loading = Loading(device, dtype, kernel, adapter, fuse, compile, trust_remote_code, tensor_parallel=tensor_parallel)
     if loading.device not in (None, "auto"):
         machine.device(loading.device)
     return load_model(locate(model), loading)
@@ -65,17 +69,47 @@ def generate(
     compile: bool = False,
     trust_remote_code: bool = False,
     stream: bool = False,
+    tensor_parallel: bool = False,
 ) -> Continuation:
     """Continue `prompt` with `model`, and measure the speed. Greedy decoding unless `sampling` is given.
 
     images: image files, or images of pillow, for a model with a vision tower. With `chat` they come before the prompt;
     else they are where the prompt has the model's image token, or before it. PlanError for a model that takes none.
     chat: the prompt is a user's message in the model's chat template. adapter: folder of a LoRA adapter. fuse,
-    compile: as in `load`. stream: also print the text as it is generated.
+    compile: as in `load`. stream: also print the text as it is generated. tensor_parallel: in a program that torchrun
+    started, all processes generate one text together, each with its part of the model.
     """
     if max_new_tokens < 1:
         raise PlanError(f"`max_new_tokens={max_new_tokens}`: expected at least 1")
-    loading = Loading(machine.device(device), None, kernel, adapter, fuse, compile, trust_remote_code)
+    together = ranks.joined(device) if tensor_parallel else nullcontext(device)
+    with together as device, ranks.peer_errors(computes=True):
+        loading = Loading(
+            machine.device(device),
+            None,
+            kernel,
+            adapter,
+            fuse,
+            compile,
+            trust_remote_code,
+            tensor_parallel=tensor_parallel,
+        )
+        done = _continued(model, prompt, images, max_new_tokens, sampling or Sampling(), chat, loading, stream)
+        if tensor_parallel:
+            gc.collect()  # NCCL waits at its end for CUDA graphs that have its calls
+        return done
+
+
+def _continued(
+    model: str | Path,
+    prompt: str,
+    images: Images | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    chat: bool,
+    loading: Loading,
+    stream: bool,
+) -> Continuation:
+    trust_remote_code, fuse = loading.trust_remote_code, loading.fuse
     source = locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if files := arguments.images("images", images or ()):
@@ -97,7 +131,7 @@ def generate(
         tokenizer,
         ids,
         max_new_tokens=max_new_tokens,
-        sampling=sampling or Sampling(),
-        stream=stream,
+        sampling=sampling,
+        stream=stream and not (loading.tensor_parallel and ranks.silent()),
         beside=pixels.on(loaded, beside),
     )

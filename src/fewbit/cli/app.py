@@ -39,7 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_SHARED = (*ranks.SHARED, "run")  # commands that can share work among torchrun processes
+_SHARED = (*ranks.SHARED, "generate", "run")  # commands that can share work among torchrun processes
 
 app.command(cls=WithMethodOptions)(quantize.quantize)
 app.command()(convert.convert)

@@ -13,6 +13,7 @@ from fewbit.cli.stdin import prompt_of
 from fewbit.errors import PlanError
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.models.loading import Loading
+from fewbit.system import ranks
 
 
 @checked
@@ -36,7 +37,7 @@ def generate(
     loading: Annotated[Loading, Fields("compile", "adapter", "device", "kernel", "trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
-    """Continue PROMPT with MODEL."""
+    """Continue PROMPT with MODEL. Started by torchrun, each process loads its part of the model."""
     if fuse != (max_length is not None):
         raise PlanError(
             "--fuse without --max-length" if fuse else "--max-length without --fuse",
@@ -60,6 +61,7 @@ def generate(
         compile=loading.compile,
         trust_remote_code=loading.trust_remote_code,
         stream=not as_json,
+        tensor_parallel=ranks.launched() > 1,
     )
     if as_json:
         printed({"model": model, "prompt": prompt, **asdict(done)})

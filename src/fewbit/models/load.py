@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from fewbit import registry
 from fewbit.errors import FewbitError, FormatError, KernelError, PlanError
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.containers.safetensors import Checkpoint
-from fewbit.models import classes, decoded, foreign, on_text
+from fewbit.models import classes, decoded, foreign, on_text, parallel
 from fewbit.models.building import building
-from fewbit.models.decoding import decode
+from fewbit.models.decoding import compiled_blocks, decode
 from fewbit.models.decoding import fuse as fusing
 from fewbit.models.decoding.graph import check_compile
 from fewbit.models.describe import describe
@@ -27,6 +28,7 @@ from fewbit.models.plugin import quantizer
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
 from fewbit.nn import choose
+from fewbit.system import ranks
 
 _OLDEST_PEFT = (0, 20)
 _DEFAULT = Loading()
@@ -46,6 +48,9 @@ def load_model(
     one of the packed weights. PlanError if the adapter belongs to another model, if `fuse` is beyond the model's
     context, and for `compile` without `fuse` or without an NVIDIA GPU.
     """
+    split = _split(loading)
+    if split is not None:
+        loading = replace(loading, device="cpu")  # files are mapped there, and only parts are copied
     device, kernel, fuse = loading.device, loading.kernel, loading.fuse
     method = str((source.quantization or {}).get("quant_method"))
     left = decoded.is_left(source, str(device))
@@ -80,7 +85,8 @@ def load_model(
         describe(source)  # for clearer errors than those of transformers if config and tensors contradict each other
     try:
         exact = choose.exact_activations() if loading.exact_activations else nullcontext()
-        with building(), no_progress_bars(), nullcontext() if left else quantizer.serving(kernel), exact:
+        serving = nullcontext() if left else quantizer.serving(kernel)
+        with building(), no_progress_bars(), serving, exact, parallel.splitting(split):
             model, info = _loaded(source, loading)
     except FewbitError:
         raise
@@ -101,6 +107,9 @@ def load_model(
         )
     assert isinstance(model, PreTrainedModel)
     model.eval()
+    if split is not None:
+        split.finish(model)
+        compiled_blocks.remove(model)
     if for_text:
         on_text.check(model)
     if fuse is not None:
@@ -111,6 +120,17 @@ def load_model(
     from fewbit.models.adapters.attach import attach  # PEFT is an extra
 
     return attach(model, loading.adapter)
+
+
+def _split(loading: Loading) -> parallel.Split | None:
+    """This process's part of the model, if it gets only a part. PlanError for settings that need a whole model."""
+    if not loading.tensor_parallel:
+        return None
+    for name in ("adapter", "compile"):
+        if getattr(loading, name):
+            raise PlanError(f"`{name}` in several processes that share one model", f"Leave out `{name}`.")
+    device = ranks.connected(loading.device)
+    return parallel.Split(ranks.rank(), ranks.size(), device)
 
 
 def _loaded(source: Source, loading: Loading) -> Any:

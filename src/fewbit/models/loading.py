@@ -37,6 +37,7 @@ class Loading(Settings):
     compile: bool = setting(False, flag, "With `fuse`, on a GPU: compile the decoding step.")
     trust_remote_code: bool = setting(False, flag, "Run Python code that the model brings.")
     exact_activations: bool = setting(False, flag, "Use kernels that round activations only if named.")
+    tensor_parallel: bool = setting(False, flag, "Under torchrun: load only this process's part of each linear.")
 
     @property
     def torch_dtype(self) -> torch.dtype | str:

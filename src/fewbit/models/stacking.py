@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewbit.models import experts  # not its names: it may still be importing transformers, which imports this
+from fewbit.models import experts, parallel  # not its names: it may still be importing transformers, which imports this
 from fewbit.nn.experts import stacked
 from fewbit.nn.layers import Packed, QLinear
 from fewbit.schemes.base import QTensor
@@ -25,6 +25,7 @@ def pack(model: nn.Module, weight_of: WeightOf, done: Done, dtype: torch.dtype, 
     they are multiplied one at a time.
     """
     apart: dict[str, list[str]] = {}
+    weight_of = parallel.parts_of(model, weight_of)
     for name, module in list(model.named_modules()):
         if isinstance(module, experts.SeparateExperts) and (
             why := _Layer(name, module, weight_of, done).pack(dtype, kernel)

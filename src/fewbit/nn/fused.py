@@ -113,6 +113,8 @@ def slices(linears: Sequence[QLinear]) -> list[Slice] | str:
     for attribute, what in (("codec", "scheme"), ("in_features", "columns"), ("dtype", "activations")):
         if len(found := {getattr(linear, attribute) for linear in linears}) > 1:
             return f"they differ in {what}: {', '.join(sorted(map(str, found)))}"
+    if any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears):
+        return "they have hooks"
     orders = [linear.permutation for linear in linears]
     if any((order is None) != (orders[0] is None) for order in orders) or not all(
         torch.equal(order, orders[0]) for order in orders if order is not None and orders[0] is not None

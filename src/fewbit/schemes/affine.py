@@ -168,6 +168,9 @@ class Affine(Scheme):
             return f"groups of {self.group} do not divide {shape[1]} columns"
         return None
 
+    def streams(self, k: int) -> Mapping[str, tuple[int, int]]:
+        return {"codes": (self.bits, k)} | ({} if self.symmetric else {"zero": (self.bits, self.groups(k))})
+
     def part_specs(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
         n, k = shape
         specs = {

@@ -118,6 +118,14 @@ class Codec(ABC):
         """
         return all(spec.shape[:1] == shape[:1] for spec in self.part_specs(shape).values())
 
+    def single(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[Codec, Mapping[str, Tensor]]:
+        """The same values in a codec that stores no numbers of the whole weight; by default this codec."""
+        return self, parts
+
+    def streams(self, k: int) -> Mapping[str, tuple[int, int]]:
+        """The parts whose rows are bit streams (`bits.pack`): bits of a number, and numbers in a row of K columns."""
+        return {}
+
     def check(self, parts: Mapping[str, Tensor], shape: tuple[int, int], name: str = "weight") -> None:
         """Raise FormatError unless the parts have the names, shapes and dtypes of `part_specs`. It names the tensor."""
         specs = self.part_specs(shape)

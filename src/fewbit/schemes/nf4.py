@@ -46,7 +46,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from typing import ClassVar
@@ -332,6 +332,12 @@ class FourBit(Scheme):
     def by_rows(self, shape: tuple[int, int]) -> bool:
         """True if rows are whole blocks. With double quantization the scales belong to the whole weight: False."""
         return not self.double and shape[1] % self.group == 0
+
+    def single(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> tuple[FourBit, Mapping[str, Tensor]]:
+        nested = _nested(parts)
+        if nested is None:
+            return self, parts
+        return replace(self, double=False), {"codes": parts["codes"], "absmax": nested.decode(parts["absmax"])}
 
     def part_specs(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
         codes, blocks = PartSpec((-(-shape[0] * shape[1] // 2),), torch.uint8), self.blocks(shape)

@@ -10,6 +10,7 @@ store before it exits. A rank that crashes closes its connections, so the calls 
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import re
@@ -40,7 +41,7 @@ EACH = ("load", "generate", "inspect", "estimate", "recommend", "preview")  # ve
 class _World:
     rank: int
     size: int
-    store: Any  # torch.distributed.Store, if this torch build has it
+    device: Device
 
 
 _world: _World | None = None
@@ -120,7 +121,7 @@ def joined(device: Device) -> Iterator[Device]:
         device = _own(device) if gpu else device
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_TIMEOUT)
-        _world = _World(number, count, store)
+        _world = _World(number, count, device)
         yield device
     except BaseException as error:
         failed = True
@@ -135,6 +136,28 @@ def joined(device: Device) -> Iterator[Device]:
             dist.destroy_process_group()
         if failed and number == 0:
             _await_the_others(store, count)
+
+
+def connected(device: Device) -> str:
+    """Join all processes that `torchrun` started, until this one ends. Returns the device of this process.
+
+    Inside `joined`, or if the program uses torch.distributed already, its processes are the ranks. PlanError without
+    torchrun, and as `joined`.
+    """
+    global _world
+    if _world is None:
+        if launched() == 1:
+            raise PlanError(
+                "`tensor_parallel` in one process", "Start the program by torchrun --nproc-per-node N, or leave it out."
+            )
+        gpu = device != "cpu" and torch.cuda.is_available()
+        device = _own(device) if gpu else "cpu"
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_TIMEOUT)
+            if not gpu:  # NCCL would wait here for the CUDA graphs that have its calls
+                atexit.register(dist.destroy_process_group)
+        _world = _World(dist.get_rank(), dist.get_world_size(), device)
+    return str(_world.device or "cpu")
 
 
 def _await_the_others(store: Any, count: int) -> None:

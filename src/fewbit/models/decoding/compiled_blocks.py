@@ -24,7 +24,7 @@ from transformers import DynamicCache
 
 from fewbit.errors import KernelError
 from fewbit.kernels.cpu.block import Block, Cached, Wiring
-from fewbit.models import blocks
+from fewbit.models import blocks, parallel
 from fewbit.models.decoding import pages
 from fewbit.models.decoding.block_parts import ATTENTION, ROUNDING, Unlike, child, mlp_of, norm_names, wirings
 from fewbit.models.decoding.caches import CACHE, InPlaceLayer, ReservedLayer, in_place, reserved
@@ -45,7 +45,8 @@ Forward = Callable[..., Any]
 def use(model: Any) -> None:
     """Let the library compute the blocks of a model on a CPU, where it can. Another call looks at the blocks anew."""
     remove(model)
-    if model.device.type == "cpu" and model.dtype in _SAME and not isinstance(native.available(), str):
+    whole = not parallel.is_split(model)  # else ranks exchange numbers inside of blocks
+    if whole and model.device.type == "cpu" and model.dtype in _SAME and not isinstance(native.available(), str):
         hooks = _Hooks()
         model.register_forward_pre_hook(hooks.before, with_kwargs=True)
         model.register_forward_hook(hooks.after, always_call=True)

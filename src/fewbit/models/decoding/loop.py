@@ -23,6 +23,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from fewbit.models import parallel
 from fewbit.models.decoding import compiled_blocks
 from fewbit.models.decoding.graph import Graph
 
@@ -61,7 +62,7 @@ def can_serve(model: Any, requested: dict[str, Any]) -> bool:
     """Whether `Loop` can write the tokens for a call of the model's `generate` with the arguments `requested`."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return (
-        not distributed
+        (parallel.is_split(model) or not distributed)
         and all(requested.get(key) is None or requested[key] is False for key in _OTHERS)
         and all(_is_own(model, name) for name in _OWN)
         and not compiled_blocks.has_other_hooks(model)

@@ -25,7 +25,7 @@ from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 from fewbit import hook
 from fewbit.errors import FormatError, KernelError, PlanError
 from fewbit.formats.containers.gguf import PLAIN, SAVED, Entry, GgufFile, GgufWriter
-from fewbit.models import experts, scales, stacking
+from fewbit.models import experts, parallel, scales, stacking
 from fewbit.models.building import building
 from fewbit.models.decoding import compiled_blocks
 from fewbit.models.gguf import hybrid
@@ -81,6 +81,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         if self.file is None:
             return super()._process_model_before_weight_loading(model, **kwargs)
+        parallel.check_loader(model)
         self.routes = _routes_of(model)
         if any(route.expert is not None for route in self.routes.values()):
             experts.separate(model)
@@ -180,9 +181,10 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
             done_with(read, [tensor for layer in layers for tensor in layer.prepared])
             read.clear()
 
+        own = parallel.parts_of(model, weight_of)
         for name, module in model.named_modules():
             if isinstance(module, QEmbedding):
-                module.adopt(weight_of(name, module), self.dtype)
+                module.adopt(own(name, module), self.dtype)
         read.clear()
         stacking.pack(model, weight_of, done, self.dtype, self.kernel)
 

@@ -41,7 +41,7 @@ from fewbit.errors import FewbitError, FormatError, KernelError, NumericsError, 
 from fewbit.formats.base import by_quant_method, one_warning
 from fewbit.formats.containers import pickle
 from fewbit.formats.containers.safetensors import files_in, read_specs
-from fewbit.models import as_read, experts, foreign, scales, stacking
+from fewbit.models import as_read, experts, foreign, parallel, scales, stacking
 from fewbit.models.decoding import compiled_blocks, decode
 from fewbit.models.decoding.fuse import fuse
 from fewbit.models.linears import is_linear, shape_of
@@ -147,6 +147,7 @@ class FewbitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
+        parallel.check_loader(model)
         self.dtype, self.origin = model.dtype, Path(checkpoint_files[0]).parent if checkpoint_files else None
         if getattr(self.quantization_config, "do_fuse", False):
             context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
