@@ -267,36 +267,49 @@ def test_the_command_speaks_once(model: Path, corpus: Path, tmp_path: Path, own_
     assert refused.stderr.count("error: compare runs in one process") == 1
 
 
-def started(count: int, victim: int, model: Path, corpus: Path, out: Path) -> list[subprocess.Popen[str]]:
+def started(commands: list[list[str]]) -> list[subprocess.Popen[str]]:
     """Processes as torchrun starts them, but with nobody who ends the others when one dies."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        MORTAL.format(victim=victim),
-        "quantize",
-        str(model),
-        "-o",
-        str(out),
-    ]
-    command += ["--calibration", str(corpus), "--samples", str(SAMPLES), "--length", "32", "--seed", "1"]
+    count = len(commands)
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
-            command,
+            [sys.executable, "-W", "ignore", *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             encoding="utf-8",
         )
-        for rank in range(count)
+        for rank, command in enumerate(commands)
     ]
+
+
+def quantizing(model: Path, corpus: Path, out: Path) -> list[str]:
+    arguments = ["quantize", str(model), "-o", str(out), "--calibration", str(corpus), "--device", "cpu"]
+    return [*arguments, "--samples", str(SAMPLES), "--length", "32", "--seed", "1"]
+
+
+@pytest.mark.parametrize("wrong", [["--samples", "0"], ["--no-such-flag"], ["--plan", "gptq-5"]])
+@pytest.mark.parametrize("victims", [[0], [1], [0, 1]])
+def test_wrong_arguments_of_one_end_all_with_one_error(
+    victims: list[int], wrong: list[str], model: Path, corpus: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    command = ["-m", "fewbit", *quantizing(model, corpus, tmp_path / "out")]
+    processes = started([command + wrong if rank in victims else command for rank in range(2)])
+    try:
+        # Left to themselves the others would wait for days.
+        said = [process.communicate(timeout=HANG)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode for process in processes)
+    assert sum(text.count("error: ") for text in said) == 1, said
+    assert "Traceback" not in "".join(said)
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_that_dies_ends_all_and_the_next_run_goes_on(
@@ -304,7 +317,8 @@ def test_one_that_dies_ends_all_and_the_next_run_goes_on(
 ) -> None:
     out = tmp_path / "outputs" / "out"
     out.parent.mkdir()
-    processes = started(3, 1, model, corpus, out)
+    script = MORTAL.format(victim=1)
+    processes = started([["-c", script, *quantizing(model, corpus, out)]] * 3)
     try:
         assert processes[1].wait(HANG) == -signal.SIGKILL
         # Left to themselves the others would wait for days.

@@ -56,19 +56,21 @@ def checked(verb: Callable[P, R]) -> Callable[P, R]:
     """
     signature = inspect.signature(verb)
     logger = logging.getLogger(verb.__module__)
-    alone = verb.__name__ not in ranks.SHARED + ranks.EACH
+    shared = verb.__name__ in ranks.SHARED
+    alone = not shared and verb.__name__ not in ranks.EACH
     if missing := signature.parameters.keys() - _CHECKS.keys():
         raise RuntimeError(f"{verb.__name__}: api/arguments.py has no check for {', '.join(sorted(missing))}")
 
     @functools.wraps(verb)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         bound = signature.bind(*args, **kwargs)
-        for name, value in bound.arguments.items():
-            parameter = signature.parameters[name]
-            if value is not None or not (parameter.default is None or str(parameter.annotation).endswith("| None")):
-                bound.arguments[name] = _CHECKS[name](name, value)
-        with ranks.one_process(verb.__name__) if alone else nullcontext(), publish.claims():
-            result = verb(*bound.args, **bound.kwargs)
+        with ranks.telling() if shared else nullcontext():
+            for name, value in bound.arguments.items():
+                parameter = signature.parameters[name]
+                if value is not None or not (parameter.default is None or str(parameter.annotation).endswith("| None")):
+                    bound.arguments[name] = _CHECKS[name](name, value)
+            with ranks.one_process(verb.__name__) if alone else nullcontext(), publish.claims():
+                result = verb(*bound.args, **bound.kwargs)
         for note in getattr(result, "notes", ()):  # the command line prints them
             logger.warning("%s", note)
         return result

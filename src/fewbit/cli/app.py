@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -39,7 +40,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_SHARED = (*ranks.SHARED, "generate", "run")  # commands that can share work among torchrun processes
+_TOGETHER = (*ranks.SHARED, "generate")  # commands that torchrun processes do together
+_SHARED = (*_TOGETHER, "run")  # commands that can share work among torchrun processes
 
 app.command(cls=WithMethodOptions)(quantize.quantize)
 app.command()(convert.convert)
@@ -132,10 +134,11 @@ def main() -> None:
     try:
         options: dict[str, str] = {}
         _among_others(arguments)
-        if arguments[:1] == ["quantize"]:
-            command = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
-            arguments[1:], options = method_flags(command, arguments[1:])
-        code = app(arguments, obj=options, standalone_mode=False)
+        with ranks.telling() if arguments[:1] and arguments[0] in _TOGETHER else nullcontext():
+            if arguments[:1] == ["quantize"]:
+                command = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
+                arguments[1:], options = method_flags(command, arguments[1:])
+            code = app(arguments, obj=options, standalone_mode=False)
         if code == 130:  # typer returns this for an interrupted command
             resumes = (
                 "; the same command resumes where it stopped"

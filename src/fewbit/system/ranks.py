@@ -30,8 +30,9 @@ from fewbit.lazy import distributed as dist
 T = TypeVar("T")
 # Long, because one rank may work alone for hours. A rank that died is detected by its closed connections, not by this.
 _TIMEOUT = timedelta(days=2)
-_FAILED = "failed"
+_FAILED, _HERE = "failed", "here"
 _PATIENCE = 5.0  # seconds; a process that was killed records nothing
+_START = timedelta(minutes=5)  # how much later another process may start to run; importing PyTorch can take a minute
 
 SHARED = ("quantize", "imatrix", "evaluate", "finetune")  # verbs, and commands, whose work all processes share
 EACH = ("load", "generate", "inspect", "estimate", "recommend", "preview")  # verbs that any process may call by itself
@@ -45,11 +46,9 @@ class _World:
 
 
 _world: _World | None = None
-_runs = (
-    itertools.count()
-)  # numbers the runs, so that keys of an earlier run in the store are not mixed up with this run's
-
-
+_runs = itertools.count()  # numbers the runs, so that the store's keys of an earlier run are not taken for this one's
+_joins = 0  # how often this process has joined the others
+_told: BaseException | None = None  # the last error that this process told the others before it joined them
 _alone: ContextVar[bool] = ContextVar("alone", default=False)  # inside `one_process`
 
 
@@ -102,23 +101,21 @@ def joined(device: Device) -> Iterator[Device]:
     PlanError if there are fewer GPUs than processes, or if the program already uses torch.distributed. If another rank
     failed first, PeerError replaces a `FewbitError` raised in this one.
     """
-    global _world
+    global _world, _joins
     if launched() == 1 or _world is not None:
         yield device
         return
+    _joins += 1
     if dist.is_initialized():
         raise PlanError(
             "this program already uses torch.distributed", "Quantize before init_process_group, or in another program."
         )
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
-
-    met, number, count = next(iter(rendezvous("env://", timeout=_TIMEOUT)))
-    store = PrefixStore(f"fewbit-{next(_runs)}", met)
+    store, number, count = _met(_TIMEOUT)
     gpu = device != "cpu" and torch.cuda.is_available()
     failed = False
     try:
         device = _own(device) if gpu else device
+        _await_all(store, count)
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_TIMEOUT)
         _world = _World(number, count, device)
@@ -136,6 +133,50 @@ def joined(device: Device) -> Iterator[Device]:
             dist.destroy_process_group()
         if failed and number == 0:
             _await_the_others(store, count)
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Around what ranks do before they join, such as checks of arguments: one that fails there tells the others.
+
+    They would wait for it in `joined`. If another rank failed first, PeerError replaces the error.
+    """
+    global _told
+    joins = _joins
+    try:
+        yield
+    except Exception as error:
+        if launched() == 1 or _world is not None or _joins != joins or isinstance(error, PeerError) or error is _told:
+            raise
+        _told = error
+        try:
+            store, number, count = _met(_START)
+            told_before = _failed_before(store)
+            if number == 0:
+                _await_the_others(store, count)
+        except (RuntimeError, OSError):  # the others cannot be reached
+            raise error from None
+        if told_before and (isinstance(error, FewbitError) or hasattr(error, "format_message")):
+            raise PeerError(f"another process of this run failed before: {error}", reported=True) from None
+        raise
+
+
+def _met(timeout: timedelta) -> tuple[Any, int, int]:
+    """The store of this run, which all ranks share, the rank of this process, and how many there are."""
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    met, number, count = next(iter(rendezvous("env://", timeout=timeout)))
+    return PrefixStore(f"fewbit-{next(_runs)}", met), number, count
+
+
+def _await_all(store: Any, count: int) -> None:
+    """Wait until all ranks are here. PeerError if one has failed instead."""
+    store.add(_HERE, 1)
+    while store.add(_HERE, 0) < count:
+        if store.add(_FAILED, 0):
+            raise PeerError("another process of this run failed before it joined this one", reported=True)
+        time.sleep(0.02)
 
 
 def connected(device: Device) -> str:
