@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +121,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def device_for(count: int) -> str:
+    """The device of so many processes on this machine: GPUs if there is one for each."""
+    return "cuda" if torch.cuda.device_count() >= count else "cpu"
+
+
 def torchrun(count: int, *arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), *arguments]
     environment = {**os.environ, "FEWBIT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    if device_for(count) == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG, encoding="utf-8")
 
 
@@ -140,17 +149,29 @@ def made(
 
 
 @pytest.fixture(scope="module")
-def alone(model: Path, wide: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process makes."""
-    out = tmp_path_factory.mktemp("alone")
+def alone_on(model: Path, wide: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What one process makes on a device."""
     wanted = Calibration(str(corpus), samples=SAMPLES, length=32, seed=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEWBIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        for name, plan in PLANS.items():
-            place = out / (f"{name}.gguf" if name == "gguf" else name)
-            fewbit.quantize(wide if name == "gguf" else model, place, plan=plan, calibration=wanted)
-        fewbit.imatrix(wide, out / "imatrix.gguf", calibration=wanted)
-    return out
+
+    @cache
+    def make(device: str) -> Path:
+        out = tmp_path_factory.mktemp("alone")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FEWBIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+            for name, plan in PLANS.items():
+                place = out / (f"{name}.gguf" if name == "gguf" else name)
+                source = wide if name == "gguf" else model
+                fewbit.quantize(source, place, plan=plan, calibration=wanted, device=device)
+            fewbit.imatrix(wide, out / "imatrix.gguf", calibration=wanted, device=device)
+        return out
+
+    return make
+
+
+@pytest.fixture
+def alone(made: tuple[Path, list[dict[str, Any]]], alone_on: Callable[[str], Path]) -> Path:
+    """What one process makes on the device of those of `made`."""
+    return alone_on(device_for(len(made[1])))
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -189,13 +210,14 @@ def test_codes_differ_no_more_than_by_another_order_of_sums(
 
 
 def test_another_order_of_sums_makes_no_more_than_that(
-    alone: Path, model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    alone_on: Callable[[str], Path], model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process that takes its windows in other batches. Whether a code differs at all depends on the processor."""
+    one = alone_on("cpu") / "gptq"
     monkeypatch.setattr(capture, "_TOKENS_AT_ONCE", 2 * 32)
     wanted = Calibration(str(corpus), samples=SAMPLES, length=32, seed=1)
-    fewbit.quantize(model, tmp_path / "out", calibration=wanted)
-    assert differing(alone / "gptq", tmp_path / "out") < 0.02
+    fewbit.quantize(model, tmp_path / "out", calibration=wanted, device="cpu")
+    assert differing(one, tmp_path / "out") < 0.02
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -239,7 +261,10 @@ def test_every_process_is_told_the_quality_of_all_windows(
     made: tuple[Path, list[dict[str, Any]]], model: Path, corpus: Path
 ) -> None:
     out, found = made
-    exact = fewbit.evaluate(out / "gptq", reference=model, text=str(corpus), length=32, samples=5).quality
+    device = device_for(len(found))
+    exact = fewbit.evaluate(
+        out / "gptq", reference=model, text=str(corpus), length=32, samples=5, device=device
+    ).quality
     for quality in found:
         assert quality == found[0]
         assert (quality["tokens"], quality["windows"]) == (exact.tokens, 5)
@@ -332,7 +357,6 @@ def test_one_that_dies_ends_all_and_the_next_run_goes_on(
     assert "Traceback" not in "".join(said)
     assert not list(out.parent.iterdir())
     steps: list[progress.Step] = []
-    fewbit.quantize(
-        model, out, calibration=Calibration(str(corpus), samples=SAMPLES, length=32, seed=1), progress=steps.append
-    )
+    wanted = Calibration(str(corpus), samples=SAMPLES, length=32, seed=1)
+    fewbit.quantize(model, out, calibration=wanted, device="cpu", progress=steps.append)
     assert [step.resumed for step in steps] == [True, True, False]

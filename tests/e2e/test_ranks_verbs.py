@@ -18,7 +18,7 @@ from fewbit.cli import app
 from fewbit.errors import PeerError
 from fewbit.system import ranks
 from tests import architectures, models
-from tests.e2e.test_ranks import torchrun
+from tests.e2e.test_ranks import device_for, torchrun
 
 EXAMPLES = 37  # neither a multiple of 2 processes nor of their batches
 ONE_PROCESS = {"compare", "convert", "merge", "push", "tune"}
@@ -114,7 +114,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(packed: Path, data: Pat
     ended = torchrun(2, work(tmp_path, TRAINS), str(packed), str(data), str(both), cache=tmp_path / "cache")
     assert ended.returncode == 0, ended.stderr
     tuning = fewbit.Tuning(batch=4, accumulate=2, length=32, learning_rate=0.01, epochs=2, held_out=0.2)
-    done = fewbit.finetune(packed, tmp_path / "one", data=str(data), tuning=tuning)
+    done = fewbit.finetune(packed, tmp_path / "one", data=str(data), tuning=tuning, device=device_for(2))
     for rank in range(2):
         told = json.loads((tmp_path / f"both-{rank}").read_text(encoding="utf-8"))
         assert (told["steps"], told["examples"], told["nbytes"]) == (done.steps, done.examples, done.nbytes)

@@ -12,6 +12,7 @@ import pytest
 
 import fewbit
 from tests import models
+from tests.e2e.test_ranks import device_for
 from tests.hub import TOKEN, Hub, running
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "examples" / "scripts"
@@ -85,8 +86,10 @@ def test_adapters_are_trained_on_packed_experts(tmp_path: Path) -> None:
     assert fewbit.inspect(tmp_path / "adapter-base").schemes.keys() == {"nf4-b64-dq"}
 
 
-def test_two_processes_quantize_together(tmp_path: Path) -> None:
-    """accelerate's launcher starts processes as torchrun does; here each uses a core in place of a GPU."""
+def test_two_processes_quantize_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's launcher starts processes as torchrun does. Without two GPUs, each uses a core."""
+    if device_for(2) == "cpu":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
     printed = run("several_gpus.py", "tiny", "out", 2, folder=tmp_path, by=launcher)
     assert printed.startswith("2 processes: KL divergence 0.0")

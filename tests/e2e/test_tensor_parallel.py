@@ -163,7 +163,10 @@ def test_the_command_generates_one_text(made: dict[str, Path], tmp_path: Path) -
     asked = ["-m", "fewbit", "generate", str(made["16 bits"]), "The weight", "--max-new-tokens", "8", "--device", "cpu"]
     said = torchrun(2, *asked, "--json", cache=tmp_path / "cache")
     assert said.returncode == 0, said.stderr
-    assert json.loads(said.stdout)["text"] == fewbit.generate(made["16 bits"], "The weight", max_new_tokens=8).text
+    assert (
+        json.loads(said.stdout)["text"]
+        == fewbit.generate(made["16 bits"], "The weight", max_new_tokens=8, device="cpu").text
+    )
 
 
 def refused(*command: str, cache: Path, count: int = 2) -> str:

@@ -133,3 +133,13 @@ def test_a_program_that_uses_torch_distributed_itself_is_refused(
             pass
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank", ["0", "2"])
+def test_more_processes_than_gpus_fail_in_each_of_them(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    with pytest.raises(PlanError, match=r"3 processes were started on a machine with 2 GPUs\n.*--nproc-per-node 2"):
+        ranks._own("cuda")

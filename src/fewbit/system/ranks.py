@@ -218,12 +218,12 @@ def _failed_before(store: Any) -> bool:
 
 def _own(device: Device) -> str:
     """The GPU of this process: the one with the index of its local rank."""
-    local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    local, started, here = int(os.environ["LOCAL_RANK"]), os.environ["LOCAL_WORLD_SIZE"], torch.cuda.device_count()
     if device not in (None, "cuda"):
         raise PlanError(f"`device={device}` names one device for {launched()} processes", "Use cuda, cpu, or neither.")
-    if local >= here:
+    if int(started) > here:
         raise PlanError(
-            f"{os.environ['LOCAL_WORLD_SIZE']} processes were started on a machine with {here} GPUs",
+            f"{started} processes were started on a machine with {here} GPUs",
             f"Start torchrun with --nproc-per-node {here}, or use `device=cpu`.",
         )
     torch.cuda.set_device(local)
