@@ -116,6 +116,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "granitemoeshared": {"shared_intermediate_size": 48, "logits_scaling": 2.0},
     "gemma": {"tie_word_embeddings": True},
     "minimax_m2": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    "falcon_mamba": {"intermediate_size": 128, "mixer_rms_eps": 1e-5},
     "mamba": {"intermediate_size": 128},
     "mamba2": {"num_heads": 16, "head_dim": 8, "n_groups": 2},
     "granitemoe": {

@@ -116,6 +116,8 @@ def _conditions(row: Any) -> Iterator[str]:
         yield "a tied output head"
     if row.untied:
         yield "an output head of its own"
+    for key, other in row.equal.items():
+        yield f"`{key}` = `{other}`"
     if row.twice:
         yield f"`{row.twice}` = 2 x `hidden_size`"
     if row.unturned:

@@ -80,6 +80,7 @@ def test_granite_with_attention_alone_becomes_a_file_of_granite(tmp_path: Path) 
     ("kind", "changes", "reason"),
     [
         ("mamba", {"intermediate_size": 192}, "intermediate_size = 2 x hidden_size; this model has 192"),
+        ("falcon_mamba", {"mixer_rms_eps": 1e-6}, "mixer_rms_eps = layer_norm_epsilon; this model has 1e-06 and 1e-05"),
         ("mamba", {"use_conv_bias": False}, "use_conv_bias = True"),
         ("mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit = \(0.0, inf\)"),
         ("mamba2", {"hidden_act": "gelu"}, "silu in its MLP"),
@@ -111,7 +112,6 @@ def test_limits_of_time_steps_may_be_a_list() -> None:
 @pytest.mark.parametrize(
     ("kind", "key", "value", "reason"),
     [
-        ("mamba", "mamba.ssm.dt_b_c_rms", True, "is read with False only"),
         ("mamba2", "mamba2.ssm.time_step_rank", 15, "which is no multiple of ssm.time_step_rank, 15"),
         ("mamba2", "mamba2.ssm.inner_size", 0, "not an integer above 0"),
         ("granitemoehybrid", "granitehybrid.rope.scaling.finetuned", True, "its layers have RoPE"),

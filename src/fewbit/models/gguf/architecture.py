@@ -69,6 +69,7 @@ class Architecture:
     keys: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)  # further entries of config.json
     required: Mapping[str, Any] = field(default_factory=dict)  # entries of config.json that llama.cpp takes for granted
+    equal: Mapping[str, str] = field(default_factory=dict)  # entry -> another that llama.cpp takes to be the same
     twice: str = ""  # entry of config.json that llama.cpp takes to be twice the width of the model
     # Entries of config.json that are numbers -> the file's key, and the value without one; None if it must have the key
     numbers: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)

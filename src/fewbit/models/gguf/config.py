@@ -164,7 +164,8 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     config |= hybrid.of_keys(keys, layers) if arch.linear_attention else {}
     config |= hybrid.layers_of_keys(keys, layers) if arch.without_attention else {}
     config |= _windows(keys, config)
-    return {name: value for key, value in config.items() if (name := arch.keys.get(key, key))}
+    named = {name: value for key, value in config.items() if (name := arch.keys.get(key, key))}
+    return named | {key: named[other] for key, other in arch.equal.items()}
 
 
 def _rotary(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,6 +230,9 @@ def _refuse(config: Any, arch: Architecture) -> None:
         found = getattr(config, key, wanted)
         if (tuple(found) if isinstance(found, list) and isinstance(wanted, tuple) else found) != wanted:
             raise PlanError(f"llama.cpp runs {arch.name} with {key} = {wanted}; this model has {found}")
+    for key, other in arch.equal.items():
+        if (one := getattr(config, key)) != (two := getattr(config, other)):
+            raise PlanError(f"llama.cpp runs {arch.name} with {key} = {other}; this model has {one} and {two}")
     if arch.twice and (inner := getattr(config, arch.twice)) != 2 * config.hidden_size:
         raise PlanError(f"llama.cpp runs {arch.name} with {arch.twice} = 2 x hidden_size; this model has {inner}")
     if arch.unturned and getattr(config, "position_embedding_type", None) == "rope":

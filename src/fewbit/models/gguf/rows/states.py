@@ -43,6 +43,15 @@ MAMBA_ROW = Architecture(
     },
     constants={"ssm.dt_b_c_rms": False},
 )
+# The same with norms without weights in the mixer
+FALCON_MAMBA_ROW = replace(
+    MAMBA_ROW,
+    model_type="falcon_mamba",
+    cls="FalconMambaForCausalLM",
+    equal={"mixer_rms_eps": "layer_norm_epsilon"},
+    constants={"ssm.dt_b_c_rms": True},
+    when="ssm.dt_b_c_rms",
+)
 MAMBA2_ROW = replace(
     MAMBA_ROW,
     name="mamba2",
@@ -172,6 +181,7 @@ _ATTENTION_ONLY = frozenset({"full_attention"})
 
 ROWS = (
     FALCON_H1_ROW,
+    FALCON_MAMBA_ROW,
     MAMBA_ROW,
     MAMBA2_ROW,
     # Models of this type without state spaces become files of Granite, and are read as such
