@@ -76,7 +76,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model in four bits, whose answers end only at their maximum of tokens."""
     return demo(tmp_path_factory.mktemp("served") / "tiny-4bit")

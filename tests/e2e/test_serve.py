@@ -192,7 +192,7 @@ def test_penalties_and_bias_of_each_request(client: Any, quantized: Path) -> Non
         for _ in range(new):
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + tokens])).logits[0, -1].float()
-            for token in range(len(logits)) if tokens or bias else ():
+            for token in {*tokens, *bias}:
                 count = tokens.count(token)
                 logits[token] += bias.get(token, 0) - count * frequency - (presence if count else 0)
             tokens.append(int(logits.argmax()))

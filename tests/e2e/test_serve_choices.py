@@ -84,19 +84,19 @@ def _streamed(client: Any, **more: Any) -> tuple[str, str | None, Any]:
 
 def test_a_stop_sequence_at_any_place(client: Any) -> None:
     """At the first token, inside of tokens, at the end, and one that only begins."""
-    whole = said(ask(client, new=24))
+    whole = said(ask(client, new=14))
     stops = [whole[i : i + length] for i in range(0, len(whole), 7) for length in (1, 4)] + [whole[-1:], whole]
     for stop in stops:
-        answer = ask(client, new=24, stop=stop, logprobs=True)
+        answer = ask(client, new=14, stop=stop, logprobs=True)
         wanted = whole.partition(stop)[0]
         assert (said(answer), answer.choices[0].finish_reason) == (wanted, "stop")
         assert "".join(each.token for each in answer.choices[0].logprobs.content).startswith(wanted)
-        assert _streamed(client, new=24, stop=stop) == (wanted, "stop", answer.usage)
-    first = ask(client, new=24, stop=whole[0])
+        assert _streamed(client, new=14, stop=stop) == (wanted, "stop", answer.usage)
+    first = ask(client, new=14, stop=whole[0])
     assert (said(first), first.usage.completion_tokens) == ("", 1)
     begun = [whole[i : i + 6] + "\x00" for i in range(0, len(whole), 3)][-16:]
-    assert _streamed(client, new=24, stop=begun)[:2] == (whole, "length")
-    assert said(ask(client, new=24, stop=begun)) == whole
+    assert _streamed(client, new=14, stop=begun)[:2] == (whole, "length")
+    assert said(ask(client, new=14, stop=begun)) == whole
 
 
 def test_a_special_token_may_be_a_stop_sequence(client: Any) -> None:
