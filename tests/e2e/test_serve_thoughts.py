@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fewbit.serving.thoughts import Thoughts
-from tests.served import HELLO, ask, said, scripted, served
+from tests.browser import Tab
+from tests.served import HELLO, ask, said, scripted, served, until
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
@@ -70,6 +71,25 @@ def test_thoughts_may_have_no_end_or_not_come(server: Any, client: Any, monkeypa
     answer = ask(client, new=100)
     assert (said(answer), "reasoning_content" in answer.choices[0].message.model_extra) == (ANSWER, False)
     assert streamed(client) == ("", ANSWER)
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_the_page_shows_thoughts_apart(width: int, server: Any, tab: Tab, monkeypatch: pytest.MonkeyPatch) -> None:
+    thought = f"{THOUGHT} {'w' * 300}"
+    scripted(server, monkeypatch, f"{'' if server.service.opened else '<think>'}{thought}</think>{ANSWER}")
+    tab.complaints.clear()
+    tab.look(width, 700)
+    tab.open(f"{server.address}/")
+    tab.run("document.getElementById('message').value = 'Hello'")
+    tab.run("document.getElementById('message').focus()")
+    tab.key("Enter", 13, "\r")
+    until(lambda: tab.run("document.querySelector('.assistant')?.textContent") == ANSWER)
+    assert tab.run("[...document.querySelectorAll('.thought')].map((each) => each.open)") == [False]
+    assert tab.run("document.querySelector('.thought div').textContent") == thought
+    assert tab.run("document.querySelector('.thought').nextSibling.className") == "turn assistant"
+    tab.run("document.querySelector('.thought').open = true")
+    assert tab.run("document.querySelector('main').scrollWidth") <= width
+    assert tab.complaints == []
 
 
 def test_an_answer_in_json_has_no_thoughts(server: Any, client: Any) -> None:
