@@ -30,7 +30,7 @@ from fewbit.schemes.ggml.grids import BlockGrids
 from fewbit.schemes.ggml.search import half
 from fewbit.schemes.ggml.vector_search import floored
 
-_TRIED = 24  # ranges of the levels that a search begins with, for each sign of the scale
+_TRIED = [0.2 + i / 23 for i in range(24)]  # parts of the range of levels that a search begins with
 _ROUNDS = 3
 _CHUNK = {"cpu": 1 << 18}
 
@@ -132,7 +132,7 @@ def _searched(kind: Digits, x: Tensor, h: Tensor) -> Tensor:
     best = _scale(kind, x * unit.unsqueeze(2)) / unit
     least = _error(kind, table, x, h, best)
     signs = (1, -1) if kind.top == 3 else (1,)  # a negative scale gives the outermost level to the other side
-    starts = [sign * top / kind.levels[kind.top] for sign in signs for top in torch.linspace(0.2, 1.2, _TRIED).tolist()]
+    starts = [sign * part / kind.levels[kind.top] for sign in signs for part in _TRIED]
     for start in starts if kind.zero else [1.0]:
         d = size / unit * start
         for _ in range(_ROUNDS):
