@@ -28,8 +28,8 @@ A type that is not in the table cannot be written: `quantize` stops before any w
 vision tower is. For these, use a plan that makes a folder.
 
 - **only if**: what llama.cpp takes for granted. A model with other values is refused before any work.
-- Published files of `falcon_h1` are read, whatever the multipliers of their models: llama.cpp's converter multiplied
-  these into the weights. fewbit does not, so it writes such a file only if they are all 1.
+- Published files of `falcon_h1` are read: llama.cpp's converter multiplied the model's multipliers into the weights.
+  fewbit writes such a file only if all multipliers are 1.
 - A published file whose type is in no row is loaded by transformers, if it knows the architecture, without packed
   weights.
 
@@ -123,7 +123,7 @@ def _conditions(row: Any) -> Iterator[str]:
     if row.unturned:
         yield "`position_embedding_type` is not rope"
     if row.unrotated:
-        yield f"no RoPE in every layer of number {row.unrotated}"
+        yield f"one layer in {row.unrotated} has no RoPE"
     if row.exact_ramp:
         yield "`truncate` = False with YaRN scaling; llama.cpp rounds the limits of its ramp, so its logits then differ"
     if row.latent:

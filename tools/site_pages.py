@@ -206,7 +206,8 @@ def command_line() -> str:
     lines = [
         "# All options",
         "",
-        "What `fewbit COMMAND --help` prints, on one page, to search. Each command has a page that says more.",
+        "What `fewbit COMMAND --help` prints, on one page, to search. Each command has a page that says more. "
+        "`quantize` also takes the [options of methods](reference.md#methods), such as `--target`.",
     ]
     command: Any = typer.main.get_command(app)
     for name, child in sorted(command.commands.items()):

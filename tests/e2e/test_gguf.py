@@ -181,7 +181,7 @@ def test_a_pattern_without_a_name_is_refused(tmp_path: Path) -> None:
         ("olmo2", {"head_dim": 8}, "heads as wide as the model"),
         ("olmoe", {"num_key_value_heads": 2}, "2 for 4"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob = True"),
-        ("smollm3", {"no_rope_layer_interval": 2}, "without RoPE in every layer of number 4 only"),
+        ("smollm3", {"no_rope_layer_interval": 2}, "only if one layer in 4 has no RoPE"),
         ("exaone4", {"sliding_window": 16}, "sliding windows if it has 64 layers"),
     ],
 )

@@ -250,7 +250,7 @@ def _refuse(config: Any, arch: Architecture) -> None:
     if (last := getattr(config, "moe_layer_end_index", -1)) not in (-1, config.num_hidden_layers - 1):
         raise PlanError(f"llama.cpp runs {arch.name} with experts in its last layers; this model's end at layer {last}")
     if arch.unrotated and list(config.no_rope_layers) != [int(i % arch.unrotated > 0) for i in _layers(config)]:
-        raise PlanError(f"llama.cpp runs {arch.name} without RoPE in every layer of number {arch.unrotated} only")
+        raise PlanError(f"llama.cpp runs {arch.name} only if one layer in {arch.unrotated} has no RoPE")
     if arch.windowed and (config.sliding_window is None) == (config.num_hidden_layers == arch.windowed):
         raise PlanError(
             f"llama.cpp runs {arch.name} with sliding windows if it has {arch.windowed} layers, and else without; this "
