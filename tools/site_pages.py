@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import posixpath
 import re
@@ -305,11 +306,21 @@ def _parts(items: list[Any]) -> list[Any]:
         item = queue.pop(0)
         for field in _fields(item) if is_dataclass(item) else ():
             for name in re.findall(r"\b[A-Z]\w+", str(field.type)):
-                part = vars(sys.modules[item.__module__]).get(name)
+                part = _named(sys.modules[item.__module__], name)
                 if is_dataclass(part) and part not in [*items, *found]:
                     found.append(part)
                     queue.append(part)
     return found
+
+
+def _named(module: Any, name: str) -> Any:
+    """What a module calls `name`, also if it imports it for its annotations only. None if nothing."""
+    if name in vars(module):
+        return vars(module)[name]
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.ImportFrom) and node.module and name in [each.name for each in node.names]:
+            return getattr(importlib.import_module(node.module), name)
+    return None
 
 
 def chart() -> str:

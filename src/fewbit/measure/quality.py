@@ -38,10 +38,9 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Quality:
-    """The results of `measure`.
-
-    `reference_perplexity`, `perplexity_ratio`, `kl` and `same_top` (share of tokens with the same most likely next
-    token) compare with the reference. They are None without one.
+    """How well a model predicts `windows` windows of `length` tokens: `tokens` predictions in all. `kl` is the KL
+    divergence from the reference, and `same_top` the share of tokens with the same most likely next token. These,
+    `reference_perplexity` and `perplexity_ratio` are None without a reference.
     """
 
     tokens: int
