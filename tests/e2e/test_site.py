@@ -132,6 +132,7 @@ def test_pages_that_are_made_say_what_is_in_the_code(site: Path) -> None:
     assert "Default: gptq-4bit." in page.read_text(encoding="utf-8")
     ids = read(site / "reference" / "api.html").ids
     assert {f"fewbit.{name}" for name in fewbit.__all__} <= ids
+    assert {"quality", "interval", "tensorreport"} <= ids  # types of fields of results
     assert 'id="plans-title"' in (site / "howto" / "choose.html").read_text(encoding="utf-8")
     results = {path.stem for path in (ROOT / "benchmarks" / "results").glob("*.md")}
     assert results == {path.stem for path in (site / "benchmarks").glob("2*.html")}
