@@ -15,8 +15,9 @@ PAGE = ROOT / "docs" / "gguf.md"
 _HEAD = """\
 # Architectures of GGUF files
 
-fewbit writes a GGUF file of these types of transformers, and loads one with packed weights. The table is made from
-the rows in `src/fewbit/models/gguf/rows/` and from the tests.
+fewbit writes a GGUF file of these model types of transformers, and loads one with packed weights. The types of tensors
+are those of the [plans](reference.md#plans) of the format `gguf`. In a plan or by `--scheme`, any
+[scheme](reference.md#schemes) of the families `ggml`, `iq` and `few` works too.
 
 For each of them, tests compare a tiny model with llama.cpp, as in llama-cpp-python 0.3.36:
 
