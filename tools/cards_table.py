@@ -56,7 +56,8 @@ def _rows() -> Iterator[str]:
             file = Path(folder) / "config.json"
             file.write_text(json.dumps(config), encoding="utf-8")
             plans = fewbit.estimate(file, context=CONTEXT).plans
-        gguf = sorted((row for row in plans if row.format == "gguf"), key=lambda row: -float(priors[row.plan]["kl"]))
+        gguf = [row for row in plans if row.format == "gguf" and row.plan in priors]
+        gguf.sort(key=lambda row: -float(priors[row.plan]["kl"]))
         folders = sorted((row for row in plans if row.plan in GPTQ), key=lambda row: GPTQ.index(row.plan))
         yield f"| {size} | GGUF | {' | '.join(_best(gguf, card) for card in CARDS)} |"
         yield f"| | GPTQ | {' | '.join(_best(folders, card) for card in CARDS)} |"

@@ -153,7 +153,8 @@ def test_priors_and_rules_name_presets_only() -> None:
     rules = recommending.rules()["purposes"].values()
     named = {p for rule in rules for tier in [*rule["tiers"], rule["guide"]] for p in tier}
     assert named <= set(plan.PRESETS)
-    assert set(recommending.priors()["plans"]) == set(plan.PRESETS)
+    # mxfp4_moe differs from q8_0 in experts only, and the embedded model has none, so it has no number there.
+    assert set(recommending.priors()["plans"]) == set(plan.PRESETS) - {"mxfp4_moe"}
     for rule in rules:
         tiers = [p for tier in rule["tiers"] for p in tier]
         assert len(tiers) == len(set(tiers))
