@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,12 +46,14 @@ def test_bytes_at_rest_count_each_tensor_once() -> None:
 
 
 def test_a_peak_can_be_forgotten() -> None:
+    size, slack = 64 << 20, 4 << 20  # the kernel counts pages of each thread in batches
+    gc.collect()
     before = memory.now()
-    block = torch.ones(64 << 20, dtype=torch.uint8)
-    assert memory.now().peak >= before.resident + block.nbytes
-    del block
+    with mmap.mmap(-1, size) as block:  # an allocator might give memory that is resident already
+        block.write(bytes([1]) * size)
+        assert memory.now().peak >= before.resident + size - slack
     memory.forget_peak()
-    if memory.now().peak >= before.resident + (64 << 20):
+    if memory.now().peak >= before.resident + size - slack:
         pytest.skip("this system counts peaks from the start of a process on")
     assert memory.now().peak >= memory.now().resident - (1 << 20)
 
