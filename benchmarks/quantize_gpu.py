@@ -29,8 +29,7 @@ from fewbit.formats.awq import AWQFormat
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.formats.gptq import GPTQFormat
 from fewbit.methods import gptq
-from fewbit.models.gguf import config as gguf_config
-from fewbit.models.gguf import names
+from fewbit.models.gguf import names, positions
 from fewbit.models.gguf.header import Header
 from fewbit.models.skeleton import BlockCall, Skeleton
 from fewbit.models.source import locate
@@ -220,7 +219,7 @@ def measure(folder: Path, name: str, args: argparse.Namespace, clock: Clock | No
     out = Path(tempfile.mkdtemp()) / "out"
     if job.single_file:
         config = job.settled.skeleton.config
-        header = Header({"general.architecture": "llama"}, names.routes(config), gguf_config.extra_tensors(config))
+        header = Header({"general.architecture": "llama"}, names.routes(config), positions.extra_tensors(config))
         write_gguf.write(out, job.settled, Checkpoint(run.files()), header, {})
     else:
         out.mkdir()

@@ -20,8 +20,8 @@ from fewbit.errors import NumericsError, PlanError
 from fewbit.formats.containers.gguf import Entry, GgufWriter
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models import scales
-from fewbit.models.gguf import config as gguf_config
 from fewbit.models.gguf import names as gguf_names
+from fewbit.models.gguf import positions
 from fewbit.models.gguf.header import Header
 from fewbit.pipeline.settled import Settled, finite
 from fewbit.pipeline.write_folder import folded
@@ -124,7 +124,7 @@ def file_type(resolved: Resolved) -> int:
 
 def nbytes(settled: Settled) -> int:
     """Bytes of all tensors of the file."""
-    extra = sum(4 * tensor.numel() for tensor in gguf_config.extra_tensors(settled.skeleton.config).values())
+    extra = sum(4 * tensor.numel() for tensor in positions.extra_tensors(settled.skeleton.config).values())
     return extra + sum(each.entry.spec.nbytes for each in planned(settled))
 
 

@@ -6,11 +6,7 @@
     head_dim                                          a.attention.key_length, a.attention.value_length
     intermediate_size, max_position_embeddings        a.feed_forward_length, a.context_length
     rms_norm_eps                                      a.attention.layer_norm_rms_epsilon
-    rope_parameters: rope_theta                       a.rope.freq_base
-      linear, yarn                                    a.rope.scaling.*
-      llama3                                          no key, but the tensor rope_freqs.weight [head_dim / 2]: the
-                                                      divisor of each frequency
-      longrope                                        the tensors rope_factors_long.weight and rope_factors_short.weight
+    rope_parameters                                   a.rope.* and some tensors (positions.py)
     sliding_window, layer_types                       a.attention.sliding_window, ..._pattern
     tie_word_embeddings                               whether there is no tensor output.weight
 
@@ -20,31 +16,27 @@ compares the keys with the shapes of the tensors before a model is built.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from math import prod
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fewbit.errors import PlanError
 from fewbit.formats.containers.gguf import GgufFile
-from fewbit.models.gguf import hybrid, latent
+from fewbit.models.gguf import hybrid, latent, positions
 from fewbit.models.gguf.architecture import Architecture
 from fewbit.models.gguf.metadata import Metadata
 from fewbit.models.gguf.names import architecture
 
 _ANY = 1 << 20  # the length of texts of a model that has no limit
-_SECTIONS = (11, 11, 10)  # of RoPE, for images
 
 
 def to_metadata(config: Any, name: str) -> dict[str, Any]:
     """Keys and values for a model of transformers' `config`, named `name`. PlanError if no file can express it."""
     arch = architecture(config)
     _refuse(config, arch)
-    heads, rope = _of(config, arch, "num_attention_heads", 0), _rope_of(config)
+    heads, rope = _of(config, arch, "num_attention_heads", 0), positions.of_config(config)
     width = _of(config, arch, "head_dim") or config.hidden_size // max(heads, 1)
     if arch.alpha and rope.get("rope_type") == "dynamic" and rope.get("alpha"):
         rope = {"rope_theta": rope["rope_theta"] * rope["alpha"] ** (width / (width - 2))}
@@ -75,12 +67,12 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
         found |= {
             "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1.0)),
             "rope.freq_base": float(rope["rope_theta"]),
-            **_scaling(config, arch, rope),
+            **positions.to_keys(config, arch, rope),
         }
     if arch.sections:
-        if sum(rope.get("mrope_section", _SECTIONS)) > width:
+        if sum(rope.get("mrope_section", positions.SECTIONS)) > width:
             raise PlanError(f"llama.cpp runs {arch.name} with sections of RoPE within a head of {width} columns")
-        found["rope.dimension_sections"] = np.array([*rope.get("mrope_section", _SECTIONS), 0][:4], np.int32)
+        found["rope.dimension_sections"] = np.array([*rope.get("mrope_section", positions.SECTIONS), 0][:4], np.int32)
     for theirs, ours in (("attn_logit_softcapping",) * 2, ("final_logit_softcapping",) * 2):
         if (cap := getattr(config, theirs, None)) is not None:
             found[ours] = float(cap)
@@ -109,21 +101,6 @@ def _one(config: Any, key: str) -> int:
     if len(each) != 1:
         raise PlanError(f"a GGUF file has one value for {key}; the layers of this model have {sorted(each)}")
     return int(each.pop())
-
-
-def extra_tensors(config: Any) -> dict[str, Tensor]:
-    """Tensors of the file, float32, that are not weights of the model: divisors of the rotary frequencies."""
-    rope = _rope_of(config)
-    kind = rope.get("rope_type", "default")
-    if kind == "llama3":
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return {"rope_freqs.weight": _llama3(rope, width)}
-    if kind == "longrope":
-        return {
-            f"rope_factors_{which}.weight": torch.tensor(rope[f"{which}_factor"], dtype=torch.float32, device="cpu")
-            for which in ("long", "short")
-        }
-    return {}
 
 
 def to_config(file: GgufFile) -> dict[str, Any]:
@@ -173,7 +150,7 @@ def _rotary(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     arch, hidden, heads = keys.architecture, config["hidden_size"], config["num_attention_heads"]
     if arch.latent:
         found = latent.of_keys(keys, heads)
-        return {**found, "rope_parameters": latent.scaled(keys, _rope(keys, found["qk_rope_head_dim"]))}
+        return {**found, "rope_parameters": latent.scaled(keys, positions.of_keys(keys, found["qk_rope_head_dim"]))}
     kv = hybrid.kv_heads(keys) if arch.without_attention else keys.count("attention.head_count_kv", heads)
     width = keys.count("attention.key_length", hidden // heads if heads <= hidden else 1)
     if keys.count("attention.value_length", width) != width or heads % kv:
@@ -188,7 +165,7 @@ def _rotary(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": kv,
         "head_dim": width,
         **({} if arch.has_no("intermediate_size") else {"intermediate_size": keys.count("feed_forward_length")}),
-        "rope_parameters": _rope(keys, width),
+        "rope_parameters": positions.of_keys(keys, width),
     }
     if arch.original_context:
         found["original_max_position_embeddings"] = keys.count(
@@ -268,41 +245,6 @@ def _layers(config: Any) -> range:
     return range(1, config.num_hidden_layers + 1)
 
 
-def _rope_of(config: Any) -> dict[str, Any]:
-    """The rotary parameters; those of full attention if there are two kinds of layers."""
-    found = getattr(config, "rope_parameters", None) or {}
-    return dict(found.get("full_attention", found))
-
-
-def _scaling(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[str, Any]:
-    kind = rope.get("rope_type", "default")
-    if kind in ("default", "llama3"):
-        return {}
-    if kind == "longrope":
-        original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
-        scale = config.max_position_embeddings / original
-        stretched = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-        return {
-            "rope.scaling.original_context_length": original,
-            "rope.scaling.attn_factor": float(rope.get("attention_factor") or stretched),
-        }
-    if kind not in ("linear", "yarn"):
-        raise PlanError(f"a GGUF file cannot express rope scaling of type {kind!r}")
-    found: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn":
-        if rope.get("truncate", True) == arch.exact_ramp:
-            raise PlanError(f"a GGUF file of {arch.name} means truncate = {not arch.exact_ramp} in its YaRN scaling")
-        found["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
-        for theirs, ours in (
-            ("attention_factor", "yarn_attn_factor"),
-            ("beta_fast", "yarn_beta_fast"),
-            ("beta_slow", "yarn_beta_slow"),
-        ):
-            if rope.get(theirs) is not None:
-                found[f"rope.scaling.{ours}"] = float(rope[theirs])
-    return found
-
-
 def _window(config: Any, arch: Architecture) -> dict[str, Any]:
     types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if window is None or (types is not None and "sliding_attention" not in types):
@@ -315,7 +257,7 @@ def _window(config: Any, arch: Architecture) -> dict[str, Any]:
             found["attention.sliding_window_pattern"] = np.array(sliding)
     if arch.local_theta is not None:
         theta = (config.rope_parameters.get("sliding_attention") or {}).get("rope_theta")
-        if theta is not None and theta != (arch.local_theta or _rope_of(config)["rope_theta"]):
+        if theta is not None and theta != (arch.local_theta or positions.of_config(config)["rope_theta"]):
             found["rope.freq_base_swa"] = float(theta)
     return found
 
@@ -323,82 +265,6 @@ def _window(config: Any, arch: Architecture) -> dict[str, Any]:
 def _usual(period: int, layers: int) -> list[bool]:
     """Which layers have a sliding window if every `period`-th has none."""
     return [layer % period < period - 1 for layer in range(layers)]
-
-
-def _llama3(rope: Mapping[str, Any], width: int) -> Tensor:
-    """The divisor of each of the `width` / 2 rotary frequencies, float32."""
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    frequencies = 1.0 / (rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width))
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    factors: Tensor = 1 / ((1 - smooth) / factor + smooth)
-    return factors
-
-
-def _rope(keys: Metadata, width: int) -> dict[str, Any]:
-    arch, entries = keys.architecture, keys.file.entries
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base", 10000.0)}
-    turned = keys.count("rope.dimension_count", width)
-    if turned > width or (turned < width and not arch.partial_rotary):
-        raise keys.wrong(f"{turned} of {width} columns of a head are rotated, which {arch.name} does not support")
-    if arch.sections:
-        found = keys.get("rope.dimension_sections")
-        rope |= {"mrope_section": list(_SECTIONS) if found is None else found.tolist()[:3], "mrope_interleaved": True}
-    if arch.partial_rotary:
-        rope["partial_rotary_factor"] = turned / width
-    kind = keys.get("rope.scaling.type")
-    if "rope_freqs.weight" in entries:
-        rope |= _of_factors(keys, rope["rope_theta"], width)
-    elif "rope_factors_long.weight" in entries:
-        rope |= {"rope_type": "longrope"}
-        for which in ("long", "short"):
-            rope[f"{which}_factor"] = _factors(keys, f"rope_factors_{which}.weight", turned // 2)
-        rope["original_max_position_embeddings"] = keys.count("rope.scaling.original_context_length")
-        if keys.get("rope.scaling.attn_factor") is not None:
-            rope["attention_factor"] = keys.real("rope.scaling.attn_factor")
-    elif kind in ("linear", "yarn") or (kind is None and keys.get("rope.scaling.factor") is not None):
-        rope |= {"rope_type": kind or "linear", "factor": keys.real("rope.scaling.factor")}
-        if kind == "yarn":
-            rope["original_max_position_embeddings"] = keys.count("rope.scaling.original_context_length")
-            rope |= {"truncate": False} if arch.exact_ramp else {}
-            for theirs, ours in (
-                ("yarn_attn_factor", "attention_factor"),
-                ("yarn_beta_fast", "beta_fast"),
-                ("yarn_beta_slow", "beta_slow"),
-            ):
-                if keys.get(f"rope.scaling.{theirs}") is not None:
-                    rope[ours] = keys.real(f"rope.scaling.{theirs}")
-    elif kind not in (None, "none", "longrope"):
-        raise keys.wrong(f"rope scaling of type {str(kind)[:80]!r} is unknown")
-    if arch.local_theta is None:
-        return rope
-    theta = keys.real("rope.freq_base_swa", arch.local_theta or rope["rope_theta"])
-    local = {"rope_type": "default", "rope_theta": theta}
-    return {"full_attention": rope, "sliding_attention": local}
-
-
-def _factors(keys: Metadata, name: str, length: int) -> list[float]:
-    entry = keys.file.entries.get(name)
-    if entry is None or entry.shape != (length,) or entry.type != "f32":
-        raise keys.wrong(f"{name} is not a list of {length} float32 numbers")
-    return [float(str(x)) for x in keys.file.get(name).numpy()]
-
-
-def _of_factors(keys: Metadata, theta: float, width: int) -> dict[str, Any]:
-    """The parameters of llama3 scaling that give the file's factors; a file does not store the parameters."""
-    wanted = torch.tensor(_factors(keys, "rope_freqs.weight", width // 2), dtype=torch.float32, device="cpu")
-    if not torch.isfinite(wanted).all() or (wanted < 1 - 1e-3).any():
-        raise keys.wrong("rope_freqs.weight has factors below 1")
-    if bool((wanted == 1).all()):
-        return {}
-    rope = {"rope_type": "llama3", "rope_theta": theta, "factor": float(str(wanted.max().numpy()))}
-    for high in (4.0, 2.0, 8.0, 16.0, 32.0):
-        for original in (1 << power for power in range(5, 21)):
-            rope |= {"low_freq_factor": 1.0, "high_freq_factor": high, "original_max_position_embeddings": original}
-            # No match if no frequency is low enough to be divided by the full factor: the file then lacks that factor.
-            if torch.allclose(_llama3(rope, width), wanted, rtol=1e-3):
-                return rope
-    raise keys.wrong("rope_freqs.weight contains factors of a scaling other than llama3's")
 
 
 def _windows(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from fewbit.models.gguf import config as gguf_config
-from fewbit.models.gguf import names, tokenizer_check, tokenizer_source
+from fewbit.models.gguf import names, positions, tokenizer_check, tokenizer_source
 from fewbit.models.gguf import tokenizer as gguf_tokenizer
 from fewbit.models.gguf.names import Route
 
@@ -49,4 +49,4 @@ def of(config: Any, tokenizer: Any, name: str, folder: Path) -> Header:
     metadata = gguf_config.to_metadata(config, named) | metadata
     different = tokenizer_check.check(tokenizer, metadata)
     notes = tuple(note for note in (restored, different) if note)
-    return Header(metadata, names.routes(config), gguf_config.extra_tensors(config), notes)
+    return Header(metadata, names.routes(config), positions.extra_tensors(config), notes)

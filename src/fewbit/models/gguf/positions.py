@@ -1,0 +1,152 @@
+"""Rotary positions (RoPE) as the metadata of a GGUF file, and back.
+
+transformers' rope_parameters                     file (`a` is the name of the architecture)
+rope_theta                                        a.rope.freq_base
+  linear, yarn                                    a.rope.scaling.*
+  llama3                                          no key, but the tensor rope_freqs.weight [head_dim / 2]: the
+                                                  divisor of each frequency
+  longrope                                        the tensors rope_factors_long.weight and rope_factors_short.weight
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import PlanError
+from fewbit.models.gguf.architecture import Architecture
+from fewbit.models.gguf.metadata import Metadata
+
+SECTIONS = (11, 11, 10)  # of RoPE, for images
+
+
+def of_config(config: Any) -> dict[str, Any]:
+    """The rotary parameters; those of full attention if there are two kinds of layers."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return dict(found.get("full_attention", found))
+
+
+def to_keys(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of scaled positions. PlanError if llama.cpp would compute something else."""
+    kind = rope.get("rope_type", "default")
+    if kind in ("default", "llama3"):
+        return {}
+    if kind == "longrope":
+        original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        scale = config.max_position_embeddings / original
+        stretched = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+        return {
+            "rope.scaling.original_context_length": original,
+            "rope.scaling.attn_factor": float(rope.get("attention_factor") or stretched),
+        }
+    if kind not in ("linear", "yarn"):
+        raise PlanError(f"a GGUF file cannot express rope scaling of type {kind!r}")
+    found: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+    if kind == "yarn":
+        if rope.get("truncate", True) == arch.exact_ramp:
+            raise PlanError(f"a GGUF file of {arch.name} means truncate = {not arch.exact_ramp} in its YaRN scaling")
+        found["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+        for theirs, ours in (
+            ("attention_factor", "yarn_attn_factor"),
+            ("beta_fast", "yarn_beta_fast"),
+            ("beta_slow", "yarn_beta_slow"),
+        ):
+            if rope.get(theirs) is not None:
+                found[f"rope.scaling.{ours}"] = float(rope[theirs])
+    return found
+
+
+def extra_tensors(config: Any) -> dict[str, Tensor]:
+    """Tensors of the file, float32, that are not weights of the model: divisors of the rotary frequencies."""
+    rope = of_config(config)
+    kind = rope.get("rope_type", "default")
+    if kind == "llama3":
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return {"rope_freqs.weight": _llama3(rope, width)}
+    if kind == "longrope":
+        return {
+            f"rope_factors_{which}.weight": torch.tensor(rope[f"{which}_factor"], dtype=torch.float32, device="cpu")
+            for which in ("long", "short")
+        }
+    return {}
+
+
+def of_keys(keys: Metadata, width: int) -> dict[str, Any]:
+    """rope_parameters of config.json for heads of `width` columns. FormatError for an unknown scaling."""
+    arch, entries = keys.architecture, keys.file.entries
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.real("rope.freq_base", 10000.0)}
+    turned = keys.count("rope.dimension_count", width)
+    if turned > width or (turned < width and not arch.partial_rotary):
+        raise keys.wrong(f"{turned} of {width} columns of a head are rotated, which {arch.name} does not support")
+    if arch.sections:
+        found = keys.get("rope.dimension_sections")
+        rope |= {"mrope_section": list(SECTIONS) if found is None else found.tolist()[:3], "mrope_interleaved": True}
+    if arch.partial_rotary:
+        rope["partial_rotary_factor"] = turned / width
+    kind = keys.get("rope.scaling.type")
+    if "rope_freqs.weight" in entries:
+        rope |= _of_factors(keys, rope["rope_theta"], width)
+    elif "rope_factors_long.weight" in entries:
+        rope |= {"rope_type": "longrope"}
+        for which in ("long", "short"):
+            rope[f"{which}_factor"] = _factors(keys, f"rope_factors_{which}.weight", turned // 2)
+        rope["original_max_position_embeddings"] = keys.count("rope.scaling.original_context_length")
+        if keys.get("rope.scaling.attn_factor") is not None:
+            rope["attention_factor"] = keys.real("rope.scaling.attn_factor")
+    elif kind in ("linear", "yarn") or (kind is None and keys.get("rope.scaling.factor") is not None):
+        rope |= {"rope_type": kind or "linear", "factor": keys.real("rope.scaling.factor")}
+        if kind == "yarn":
+            rope["original_max_position_embeddings"] = keys.count("rope.scaling.original_context_length")
+            rope |= {"truncate": False} if arch.exact_ramp else {}
+            for theirs, ours in (
+                ("yarn_attn_factor", "attention_factor"),
+                ("yarn_beta_fast", "beta_fast"),
+                ("yarn_beta_slow", "beta_slow"),
+            ):
+                if keys.get(f"rope.scaling.{theirs}") is not None:
+                    rope[ours] = keys.real(f"rope.scaling.{theirs}")
+    elif kind not in (None, "none", "longrope"):
+        raise keys.wrong(f"rope scaling of type {str(kind)[:80]!r} is unknown")
+    if arch.local_theta is None:
+        return rope
+    theta = keys.real("rope.freq_base_swa", arch.local_theta or rope["rope_theta"])
+    local = {"rope_type": "default", "rope_theta": theta}
+    return {"full_attention": rope, "sliding_attention": local}
+
+
+def _llama3(rope: Mapping[str, Any], width: int) -> Tensor:
+    """The divisor of each of the `width` / 2 rotary frequencies, float32."""
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    frequencies = 1.0 / (rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width))
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    factors: Tensor = 1 / ((1 - smooth) / factor + smooth)
+    return factors
+
+
+def _factors(keys: Metadata, name: str, length: int) -> list[float]:
+    entry = keys.file.entries.get(name)
+    if entry is None or entry.shape != (length,) or entry.type != "f32":
+        raise keys.wrong(f"{name} is not a list of {length} float32 numbers")
+    return [float(str(x)) for x in keys.file.get(name).numpy()]
+
+
+def _of_factors(keys: Metadata, theta: float, width: int) -> dict[str, Any]:
+    """The parameters of llama3 scaling that give the file's factors; a file does not store the parameters."""
+    wanted = torch.tensor(_factors(keys, "rope_freqs.weight", width // 2), dtype=torch.float32, device="cpu")
+    if not torch.isfinite(wanted).all() or (wanted < 1 - 1e-3).any():
+        raise keys.wrong("rope_freqs.weight has factors below 1")
+    if bool((wanted == 1).all()):
+        return {}
+    rope = {"rope_type": "llama3", "rope_theta": theta, "factor": float(str(wanted.max().numpy()))}
+    for high in (4.0, 2.0, 8.0, 16.0, 32.0):
+        for original in (1 << power for power in range(5, 21)):
+            rope |= {"low_freq_factor": 1.0, "high_freq_factor": high, "original_max_position_embeddings": original}
+            # No match if no frequency is low enough to be divided by the full factor: the file then lacks that factor.
+            if torch.allclose(_llama3(rope, width), wanted, rtol=1e-3):
+                return rope
+    raise keys.wrong("rope_freqs.weight contains factors of a scaling other than llama3's")
