@@ -276,11 +276,6 @@ def test_names_of_outputs(model: Path, tmp_path: Path, fewbit: Fewbit) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.gguf", "mine.gguf"]
 
 
-def test_merge_makes_folders(model: Path, tmp_path: Path, fewbit: Fewbit) -> None:
-    answer = fewbit("merge", model, tmp_path / "adapter", "-o", tmp_path / "out", "--plan", "q4_k_m")
-    check(answer, 2, "merge makes a folder", "fewbit quantize MERGED -o FILE")
-
-
 @pytest.mark.parametrize("family", ["opt", "opt-350m"])
 def test_a_model_that_gguf_has_no_name_for(family: str, tmp_path: Path, fewbit: Fewbit) -> None:
     folder = models.save(tmp_path / "model", family)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,16 @@ from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.describe import describe
 from fewbit.models.load import check_adapter, load_model, need_peft
 from fewbit.models.loading import Loading
+from fewbit.models.provenance import provenance
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
 from fewbit.names import DEMO, EMBEDDED
 from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline.job import evaluated, homeless, is_file, left_behind, rehearsed, same_vocabulary
-from fewbit.plans.plan import format_of
 from fewbit.report import progress as report_progress
-from fewbit.report.card import model_card
 from fewbit.report.results import Finetuned, Merged
 from fewbit.system import ambient, heap, locks, machine, publish, ranks, timing
 from fewbit.system.cache import cache_folder
-from fewbit.system.files import read_json, write_json, write_text
 from fewbit.texts import calibration as texts_calibration
 from fewbit.texts import sources, windows
 from fewbit.texts.examples import examples, split
@@ -171,21 +170,20 @@ def merge(
     trust_remote_code: bool = False,
     progress: bool | pipeline_progress.Progress | None = None,
 ) -> Merged:
-    """Merge an adapter into the weights that `model` was quantized from. Writes the model folder `out`.
+    """Merge an adapter into the weights that `model` was quantized from. Writes `out`, a model folder or a GGUF file.
 
     base: the original model. Default: the one that `model` records, if it is on this machine; otherwise the dequantized
-    weights. plan: quantize the result by this plan. The result is compared with `model` and
+    weights. plan: quantize the result by this plan; one for GGUF makes a file. The result is compared with `model` and
     its adapter on `samples` windows of `length` tokens of a text. The merged model is held in memory unquantized.
     """
-    elapsed, out = timing.timed(), publish.check_output(out, overwrite=overwrite)
+    elapsed, out = timing.timed(), publish.named(out)
     plan = None if plan is None else arguments.plan("plan", plan)
-    if plan is not None and format_of(plan).suffix:
+    if plan is None and out.suffix == ".gguf":
         raise PlanError(
-            f"merge makes a folder, plan {plan.name} one {format_of(plan).suffix} file",
-            "Omit `plan`. Then quantize the merged folder: fewbit quantize MERGED -o FILE",
+            f"{out} would be a GGUF file, and without a plan merge makes a folder",
+            "Give a plan for GGUF, such as `plan=q4_k_m`, or another `out`.",
         )
-    if plan is not None:
-        is_file(out, plan)
+    publish.check_output(out, overwrite=overwrite, file=plan is not None and is_file(out, plan))
     check_adapter(adapter)
     from fewbit.models.adapters.attach import folded
     from fewbit.models.merge import write_merged
@@ -201,6 +199,7 @@ def merge(
         )
     if trained is None:
         origin = None
+    onto = origin or source  # whose weights the adapter is added to
     base_folders = [origin.origin, origin.folder] if origin else []
     publish.check_not_lost(out, source.origin, source.folder, adapter, *base_folders)
     if origin is not None and origin.quantization is not None and origin.origin == source.origin:
@@ -212,43 +211,48 @@ def merge(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if origin is not None:
         same_vocabulary(origin, source, tokenizer, trust_remote_code)
-    evaluated([source, origin or source], tokenizer, text or sources.own_source(source.config), length, samples)
-    needed = {out.resolve() if plan is None else cache_folder(): 2 * describe(origin or source).parameters}
+    evaluated([source, onto], tokenizer, text or sources.own_source(source.config), length, samples)
+    needed = {out.resolve() if plan is None else cache_folder(): 2 * describe(onto).parameters}
     if plan is not None:
-        with rehearsed(origin or source, plan, device, trust_remote_code=trust_remote_code) as job:
+        with rehearsed(onto, plan, device, trust_remote_code=trust_remote_code) as job:
             job.inputs(arguments.calibrated(calibration), tokenizer)
+            job.header(tokenizer)  # PlanError if GGUF cannot express the config or tokenizer
             needed[out.resolve()] = job.preview().output_bytes
     publish.check_space(needed)
-    adding = f"adding {Path(adapter).name} to {Path((origin or source).name).name}"
+    adding = f"adding {Path(adapter).name} to {Path(onto.name).name}"
     if plan is None:
         with report_progress.phase(adding, progress), publish.published(out, overwrite=overwrite) as folder:
-            carried = write_merged(
-                origin or source, adapter, folder, trained=trained, trust_remote_code=trust_remote_code
-            )
+            carried = write_merged(onto, adapter, folder, trained=trained, trust_remote_code=trust_remote_code)
         quantized = None
-        kind = describe(origin or source).architecture
-        notes = [*homeless(kind, carried, {}), *left_behind(origin or source, single_file=False)]
+        kind = describe(onto).architecture
+        notes = [*homeless(kind, carried, {}), *left_behind(onto, single_file=False)]
     else:
         held = locks.scratch(cache_folder() / "merged")
         plain = held.folder / "model"
         plain.mkdir()
         try:
             with report_progress.phase(adding, progress):
-                write_merged(origin or source, adapter, plain, trained=trained, trust_remote_code=trust_remote_code)
-            quantized = quantize.quantize(
-                plain,
-                out,
+                write_merged(onto, adapter, plain, trained=trained, trust_remote_code=trust_remote_code)
+            request = quantize.Request(
                 plan=plan,
-                calibration=calibration,
-                overwrite=overwrite,
+                calibration=arguments.calibrated(calibration),
+                imatrix=None,
                 device=device,
-                trust_remote_code=trust_remote_code,
                 progress=progress,
+                # The folder of the merged weights is temporary, so the record names what they were made from.
+                told={
+                    "model": f"{onto.name} with {adapter}",
+                    "origin": None,
+                    "base": {**provenance(onto), "model": None},
+                },
+                overwrite=overwrite,
+                trust_remote_code=trust_remote_code,
             )
+            named = f"{Path(onto.name).name.removesuffix('.gguf')} with {Path(adapter).resolve().name}"
+            quantized = quantize.made(replace(locate(plain), name=named), out, request)
         finally:
             held.remove()
-        notes = left_behind(origin or source, single_file=False)  # `quantize` returns the other notes
-        _rename_origin(out, f"{(origin or source).name} with {adapter}")
+        notes = left_behind(onto, single_file=False)  # `quantize` returns the other notes
     return Merged(
         out=str(out),
         base=origin.name if origin is not None else None,
@@ -265,7 +269,9 @@ def merge(
             trust_remote_code=trust_remote_code,
             progress=False if callable(progress) else progress,
         ),
-        nbytes=sum(spec.nbytes for file in files_in(out) for spec in read_specs(file).values()),
+        nbytes=sum(spec.nbytes for file in files_in(out) for spec in read_specs(file).values())
+        if quantized is None
+        else quantized.output_bytes,
         seconds=elapsed(),
     )
 
@@ -287,10 +293,3 @@ def _recorded_base(source: Source) -> Source | None:
         return locate(name)
     except (FormatError, PlanError):
         return None
-
-
-def _rename_origin(out: Path, name: str) -> None:
-    """Name the real origin in the record and the card of a quantized model, instead of a deleted temporary folder."""
-    record: dict[str, Any] = {**read_json(out / "fewbit.json"), "model": name, "origin": None}
-    write_json(out / "fewbit.json", record)
-    write_text(out / "README.md", model_card(record))

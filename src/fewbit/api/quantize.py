@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -33,7 +33,7 @@ from fewbit.models.on_text import inputs as text_inputs
 from fewbit.models.outline import geometry
 from fewbit.models.provenance import provenance
 from fewbit.models.skeleton import load_tokenizer
-from fewbit.models.source import locate
+from fewbit.models.source import Source, locate
 from fewbit.pipeline import blocks, budgeted, costs, settled, write_folder, write_gguf
 from fewbit.pipeline import importances as pipeline_importances
 from fewbit.pipeline import progress as pipeline_progress
@@ -117,7 +117,8 @@ def quantize(
 
 @dataclass(frozen=True)
 class Request:
-    """What `quantize` is to do. measured: measures the written output, before it is published, for its record."""
+    """What `quantize` is to do. measured: measures the written output, before it is published, for its record. told:
+    what the record says of the model, in place of what its files say."""
 
     plan: Plan
     calibration: Calibration
@@ -127,13 +128,14 @@ class Request:
     effort: str = arguments.EFFORTS[0]
     max_shard: int | None = None
     measured: Callable[[Path], dict[str, Any]] | None = None
+    told: Mapping[str, Any] = field(default_factory=dict)
     overwrite: bool = False
     safetensors_only: bool = False
     trust_remote_code: bool = False
     budget: Budget = field(default_factory=Budget)
 
 
-def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
+def made(model: str | Path | Source, out: str | Path, wanted: Request) -> Quantized:
     """Quantize `model` into `out`. See `quantize`."""
     elapsed, calibration, progress = timing.timed(), wanted.calibration, wanted.progress
     with ranks.joined(wanted.device) as device, ExitStack() as leaving:
@@ -143,7 +145,7 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
         parts = splitting.parts(out, wanted.max_shard, overwrite=wanted.overwrite, file=file)
         heap.return_freed()
         job = Job.prepare(
-            locate(model, safetensors_only=wanted.safetensors_only),
+            model if isinstance(model, Source) else locate(model, safetensors_only=wanted.safetensors_only),
             wanted.plan,
             device,
             trust_remote_code=wanted.trust_remote_code,
@@ -208,6 +210,7 @@ def made(model: str | Path, out: str | Path, wanted: Request) -> Quantized:
                 "model": job.source.name,
                 "origin": job.source.address,
                 "base": provenance(job.source),
+                **wanted.told,
                 "source": None if (packing := job.settled.skeleton.packing) is None else packing.to_json(),
                 "calibration": calibrated,
                 "plan": job.settled.resolved.plan.to_json(),

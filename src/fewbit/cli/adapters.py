@@ -52,11 +52,16 @@ def finetune(
 def merge(
     model: Model,
     adapter: Annotated[str, typer.Argument(help="Folder of the adapter.")],
-    output: Annotated[str, typer.Option("-o", "--output", help="Folder to make. To get a GGUF file, quantize it.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder or .gguf file to make.")],
     base: Annotated[
         str | None, typer.Option(help="Original of MODEL. Default: the one that its fewbit.json names.")
     ] = None,
-    plan: Annotated[str | None, typer.Option(help="Plan for quantizing the result. Default: not quantized.")] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            help="Plan for quantizing the result; q4_k_m and others make a .gguf file. Default: not quantized."
+        ),
+    ] = None,
     calibration: Annotated[Calibration, Fields(text="calibration")] = Calibration(),
     text: Text = None,
     length: Annotated[
