@@ -53,6 +53,9 @@ _LATENT |= {"routed_scaling_factor": 2.5, "tie_word_embeddings": False}
 _YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 _YARN |= {"original_max_position_embeddings": 32, "mscale": 0.707, "mscale_all_dim": 0.707}
 _YARN |= {"beta_fast": 32, "beta_slow": 1}
+# Queries of position 8 and later are scaled by it
+_MINISTRAL3 = {**_YARN, "original_max_position_embeddings": 8, "mscale": 1.0, "mscale_all_dim": 0.5}
+_MINISTRAL3 |= {"llama_4_scaling_beta": 0.3, "beta_fast": 24.0, "beta_slow": 2.0}
 _GRANITE_HYBRID: dict[str, Any] = {
     "attention_multiplier": 0.2,
     "embedding_multiplier": 3.0,
@@ -71,11 +74,24 @@ TYPES: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
         "attention_bias": True,
     },
+    "ministral3": {"rope_parameters": _MINISTRAL3, "sliding_window": None},
+    "olmo": {"clip_qkv": 1.5},
     "olmo2": {},
     "olmo3": {"num_hidden_layers": 4},
     "smollm3": {"num_hidden_layers": 4, "tie_word_embeddings": False, "sliding_window": None},
     "stablelm": {"use_qkv_bias": True},
     "glm4": {},
+    # 2048 positions, as the converter gives all of them
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "max_position_embeddings": 2048},
+    "falcon-1": {
+        "new_decoder_architecture": True,
+        "num_ln_in_parallel_attn": 1,
+        "num_kv_heads": 2,
+        "max_position_embeddings": 2048,
+    },
+    "falcon-first": {"max_position_embeddings": 2048},
+    "bloom": {},
+    "mpt": {"attn_config": {"clip_qkv": 1.5}, "max_seq_len": 96},
     "gpt_neox": {"num_key_value_heads": None},
     "starcoder2": {"sliding_window": None},
     "cohere2": {"num_hidden_layers": 4},

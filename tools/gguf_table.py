@@ -25,8 +25,8 @@ For each of them, tests compare a tiny model with llama.cpp, as in llama-cpp-pyt
 - llama.cpp computes the same logits from fewbit's file in 32 bits, within 1e-5 in relative norm. 1e-3 where its GELU is
   a table of 16-bit numbers.
 
-A type that is not in the table cannot be written: `quantize` stops before any work. `jamba` is not, and no model with a
-vision tower is. For these, use a plan that makes a folder.
+A type that is not in the table cannot be written, and no model with a vision tower: `quantize` stops before any work.
+For these, use a plan that makes a folder.
 
 - **only if**: what llama.cpp takes for granted. A model with other values is refused before any work.
 - Published files of `falcon_h1` are read: llama.cpp's converter multiplied the model's multipliers into the weights.
@@ -88,7 +88,7 @@ _TEXT = (
 def page() -> str:
     """The whole page."""
     sys.path[:0] = [str(path) for path in (ROOT,) if str(path) not in sys.path]
-    from fewbit.models.gguf.architectures import TYPES
+    from fewbit.models.gguf.architectures import REFUSED, TYPES
     from tests import gguf_files
 
     tested = {gguf_files.TYPE_OF.get(kind, kind) for kind in gguf_files.KINDS}
@@ -98,6 +98,8 @@ def page() -> str:
         raise SystemExit(f"no test compares these with llama.cpp, and the page says so of all: {', '.join(unproved)}")
     lines = ["| type | in the file | only if |", "|---|---|---|"]
     lines += [f"| `{kind}` | {row.name} | {'; '.join(_conditions(row))} |" for kind, row in rows]
+    lines += ["", "## Types that llama.cpp computes otherwise", "", "Files of these types are refused.", ""]
+    lines += ["| type | why |", "|---|---|", *(f"| `{kind}` | {why} |" for kind, why in sorted(REFUSED.items()))]
     lines += ["", "## Where transformers and llama.cpp treat text differently", ""]
     lines += ["|---|---|---|---|" if row[0] == "---" else f"| {' | '.join(row)} |" for row in _TEXT]
     return _HEAD + "\n".join(lines) + "\n"
@@ -109,6 +111,8 @@ def _conditions(row: Any) -> Iterator[str]:
         yield f"`{key}` = {value}" if isinstance(value, int) else f"each of `{key}` is {', '.join(sorted(value))}"
     for key, value in row.required.items():
         yield f"`{key}` = {value}"
+    for key, value in row.rope_required.items():
+        yield f"`{key}` = {value} in `rope_parameters`"
     if row.keys.get("head_dim") == "":
         yield "heads as wide as the model"
     if not row.grouped:

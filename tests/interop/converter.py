@@ -36,6 +36,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "falcon_h1": {"head_dim": 16},
     "falcon_h1-plain": {"head_dim": 16},
     "minimax_m2": {"scoring_func": "sigmoid", "rotary_dim": 8},
+    "falcon-first": {"num_kv_heads": 1},
+    "bloom": {"seq_length": 1 << 20},
+    "mpt": {"architectures": ["MPTForCausalLM"]},
     "gpt2": {"n_ctx": models.CONTEXT},
     "gpt_neox": {"rotary_pct": 0.25},
 }
@@ -47,7 +50,10 @@ sys.path[:0] = [str(source), str(source / "gguf-py")]
 import gguf
 from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
 kind = get_model_class(get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT), mmproj=False)
-kind.set_vocab = lambda self: None
+def below(each):
+    return [each, *(one for cls in each.__subclasses__() for one in below(cls))]
+for each in below(ModelBase):
+    each.set_vocab = lambda self: None
 kind.no_mtp = True  # transformers does not save such blocks
 read = ModelBase.load_hparams
 ModelBase.load_hparams = staticmethod(lambda *each, **more: {**read(*each, **more), **json.loads(sys.argv[4])})

@@ -47,7 +47,8 @@ class Architecture:
     layers: str = "model.layers"
     cut: Mapping[str, Cut] = field(default_factory=dict)  # names in `block` of matrices that a file has in pieces
     extra: frozenset[str] = field(default_factory=frozenset)  # tensors of the file that are not weights
-    when: str = ""  # a file is of this type if it has this key, and it is not 0; "": if it is of no other type
+    # A file is of this type if it has this key, and it is not 0, or this tensor; "": if it is of no other type
+    when: str = ""
     # Entries of config.json that models of this row have, where a type has several rows. A frozenset: of each layer
     chosen: Mapping[str, Any] = field(default_factory=dict)
     # Values of the tensors
@@ -63,7 +64,7 @@ class Architecture:
     # Vectors of the model that a file has as matrices -> the entry of config.json with the number of their rows
     matrices: Mapping[str, str] = field(default_factory=dict)
     tiled: bool = False  # value heads of linear attention: the first of every key head, then the second
-    # Config
+    # Config. An entry of another config in config.json is named with it, such as "attn_config.clip_qkv"
     activation: str = "silu"  # of the MLP; "": config.json does not name it
     # Names in config.json that differ from Llama's; "" for entries that it lacks, because they follow from others
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -73,6 +74,7 @@ class Architecture:
     twice: str = ""  # entry of config.json that llama.cpp takes to be twice the width of the model
     # Entries of config.json that are numbers -> the file's key, and the value without one; None if it must have the key
     numbers: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
+    optional: Mapping[str, str] = field(default_factory=dict)  # entries that are numbers or null -> the file's key
     counts: Mapping[str, str] = field(default_factory=dict)  # entries that are integers above 0 -> the file's key
     # Keys of the file -> the entries of config.json whose product they are
     products: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -95,6 +97,11 @@ class Architecture:
     # Entry of `layer_types` of layers without attention, which a file gives 0 key-value heads; "" without such layers
     without_attention: str = ""
     # Positions
+    alibi: bool = False  # positions are biases of attention (ALiBi)
+    # Entries of rope_parameters that are numbers -> the file's key, and those that llama.cpp takes for granted
+    rope_numbers: Mapping[str, str] = field(default_factory=dict)
+    rope_required: Mapping[str, Any] = field(default_factory=dict)
+    other_ramp: bool = False  # llama.cpp reads beta_fast and beta_slow of YaRN; else they are 32 and 1
     sections: bool = False  # RoPE has sections for images
     partial_rotary: bool = False  # RoPE may rotate only the first columns of a head
     # RoPE base of layers with a sliding window, if they have their own; 0: that of the others
@@ -116,9 +123,13 @@ class Architecture:
 
     @property
     def rotary(self) -> bool:
-        """Whether positions are rotations of queries and keys (RoPE); else the model has a table of positions or no
-        attention."""
-        return self.attention and "position_embd" not in self.model.values()
+        """Whether positions are rotations of queries and keys (RoPE)."""
+        return self.attention and not self.alibi and not self.learned
+
+    @property
+    def learned(self) -> bool:
+        """Whether the model has a table of positions."""
+        return "position_embd" in self.model.values()
 
     @property
     def attention(self) -> bool:

@@ -9,9 +9,9 @@ Source: gguf-py's name tables, and conversion/ and src/models/ of llama.cpp, as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.gguf.architecture import Architecture
 from fewbit.models.gguf.rows import dense, experts, recurrent, states
 
@@ -24,6 +24,11 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
 TYPES: dict[str, tuple[Architecture, ...]] = {
     kind: tuple(row for row in _ROWS if row.model_type == kind)
     for kind in dict.fromkeys(row.model_type for row in _ROWS)
+}
+
+# Types of transformers that llama.cpp computes otherwise -> how
+REFUSED = {
+    "phimoe": "in llama.cpp its norms do not subtract the mean, and it weights the experts of a token otherwise",
 }
 
 
@@ -40,9 +45,11 @@ def _is_chosen(row: Architecture, config: Any) -> bool:
     return True
 
 
-def of_file(metadata: Mapping[str, Any]) -> Architecture | None:
-    """The row for a file with these keys; None if fewbit does not know its architecture."""
-    name = metadata.get("general.architecture")
+def of_file(file: GgufFile) -> Architecture | None:
+    """The row for a file; None if fewbit does not know its architecture."""
+    name = file.metadata.get("general.architecture")
     rows = ARCHITECTURES.get(name, ()) if isinstance(name, str) else ()
-    special = (row for row in rows if row.when and metadata.get(f"{name}.{row.when}"))
+    special = (
+        row for row in rows if row.when and (row.when in file.entries or file.metadata.get(f"{name}.{row.when}"))
+    )
     return next(special, next((row for row in rows if not row.when), None))

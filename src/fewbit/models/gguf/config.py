@@ -62,7 +62,8 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
         found["feed_forward_length"] = 0
     elif arch.has_no("intermediate_size"):
         del found["feed_forward_length"]
-    found[arch.epsilon] = float(_of(config, arch, "rms_norm_eps"))
+    if not arch.has_no("rms_norm_eps"):
+        found[arch.epsilon] = float(_of(config, arch, "rms_norm_eps"))
     if arch.rotary:
         found |= {
             "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1.0)),
@@ -76,7 +77,9 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
     for theirs, ours in (("attn_logit_softcapping",) * 2, ("final_logit_softcapping",) * 2):
         if (cap := getattr(config, theirs, None)) is not None:
             found[ours] = float(cap)
-    found |= {ours: float(getattr(config, theirs)) for theirs, (ours, _) in arch.numbers.items()}
+    found |= {ours: float(_entry(config, theirs)) for theirs, (ours, _) in arch.numbers.items()}
+    given = {ours: _entry(config, theirs) for theirs, ours in arch.optional.items()}
+    found |= {ours: float(value) for ours, value in given.items() if value is not None}
     found |= {ours: _one(config, theirs) for theirs, ours in arch.counts.items()}
     found |= {key: prod(int(getattr(config, each)) for each in theirs) for key, theirs in arch.products.items()}
     found |= {ours: int(getattr(config, theirs)) for theirs, (ours, _) in arch.integers.items()}
@@ -92,6 +95,21 @@ def _of(config: Any, arch: Architecture, key: str, default: Any = None) -> Any:
     """An entry of a config by Llama's name for it; `default` if the config lacks it."""
     name = arch.keys.get(key, key)
     return getattr(config, name, default) if name else default
+
+
+def _entry(config: Any, key: str, default: Any = None) -> Any:
+    """An entry of a config by its own name, or of one that it contains."""
+    inner, _, last = key.rpartition(".")
+    return getattr(getattr(config, inner) if inner else config, last, default)
+
+
+def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json of entries with these names."""
+    found: dict[str, Any] = {}
+    for name, value in named.items():
+        inner, _, last = name.rpartition(".")
+        (found.setdefault(inner, {}) if inner else found)[last] = value
+    return found
 
 
 def _one(config: Any, key: str) -> int:
@@ -115,7 +133,8 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     if arch.unturned and keys.get("rope.scaling.finetuned", True):
         raise keys.wrong(f"its layers have RoPE, and {arch.cls} is read without")
     for key, value in arch.constants.items():
-        if (other := keys.get(key, value)) != value:
+        other = keys.real(key, value) if isinstance(value, float) else keys.get(key, value)
+        if other != value:
             raise keys.wrong(f"{arch.name}.{key} is {str(other)[:80]}; {arch.cls} is read with {value} only")
     config: dict[str, Any] = {
         "architectures": [arch.cls],
@@ -130,10 +149,12 @@ def to_config(file: GgufFile) -> dict[str, Any]:
         **_special(keys),
     }
     config |= {**arch.fixed, **arch.required}
-    config |= _rotary(keys, config) if arch.rotary else _learned(keys, config) if arch.attention else {}
-    config["rms_norm_eps"] = keys.real(arch.epsilon)
+    config |= _rotary(keys, config) if arch.rotary else _unturned(keys, config) if arch.attention else {}
+    if not arch.has_no("rms_norm_eps"):
+        config["rms_norm_eps"] = keys.real(arch.epsilon)
     config |= {key: tensor in file.entries for key, tensor in arch.biases.items()}
     config |= {key: keys.real(ours, default) for key, (ours, default) in arch.numbers.items()}
+    config |= {key: None if keys.get(ours) is None else keys.real(ours) for key, ours in arch.optional.items()}
     config |= {key: keys.count(ours) for key, ours in arch.counts.items()}
     config |= {key: keys.ratio(*ours) for key, ours in arch.quotients.items()}
     config |= {key: keys.whole(ours, default) for key, (ours, default) in arch.integers.items()}
@@ -142,7 +163,7 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     config |= hybrid.layers_of_keys(keys, layers) if arch.without_attention else {}
     config |= _windows(keys, config)
     named = {name: value for key, value in config.items() if (name := arch.keys.get(key, key))}
-    return named | {key: named[other] for key, other in arch.equal.items()}
+    return _nested(named | {key: named[other] for key, other in arch.equal.items()})
 
 
 def _rotary(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,11 +195,14 @@ def _rotary(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _learned(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
-    """MLP and positions of a model with a table of positions."""
-    hidden, heads, positions = config["hidden_size"], config["num_attention_heads"], keys.shape("position_embd.weight")
+def _unturned(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    """MLP and positions of a model with a table of positions, or with biases of attention."""
+    arch, hidden, heads = keys.architecture, config["hidden_size"], config["num_attention_heads"]
+    positions = keys.shape("position_embd.weight") if arch.learned else (config["max_position_embeddings"], hidden)
     if positions[1] != hidden or hidden % heads:
         raise keys.wrong(f"{heads} heads and {positions[1]} columns of positions do not fit a width of {hidden}")
+    if keys.count("attention.head_count_kv", heads) != heads:
+        raise keys.wrong(f"{arch.name} cannot have {keys.get('attention.head_count_kv')} key-value heads for {heads}")
     inner = keys.count("feed_forward_length")
     return {
         "max_position_embeddings": positions[0],
@@ -204,7 +228,7 @@ def _refuse(config: Any, arch: Architecture) -> None:
     if arch.untied and config.tie_word_embeddings:
         raise PlanError(f"llama.cpp runs {arch.name} with an output head of its own; that of this model is tied")
     for key, wanted in arch.required.items():
-        found = getattr(config, key, wanted)
+        found = _entry(config, key, wanted)
         if (tuple(found) if isinstance(found, list) and isinstance(wanted, tuple) else found) != wanted:
             raise PlanError(f"llama.cpp runs {arch.name} with {key} = {wanted}; this model has {found}")
     for key, other in arch.equal.items():

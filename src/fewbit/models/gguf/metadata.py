@@ -21,7 +21,7 @@ class Metadata:
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
-        found = of_file(file.metadata)
+        found = of_file(file)
         if found is None:
             name = str(file.metadata.get("general.architecture"))[:80]
             raise FormatError(

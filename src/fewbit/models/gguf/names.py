@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fewbit.errors import PlanError
 from fewbit.models.gguf.architecture import Architecture, Cut
-from fewbit.models.gguf.architectures import TYPES, of_config
+from fewbit.models.gguf.architectures import REFUSED, TYPES, of_config
 from fewbit.models.gguf.pieces import Share, Split
 
 Order = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and axes
@@ -161,6 +161,11 @@ def architecture(config: Any) -> Architecture:
     """llama.cpp's architecture for a model of transformers' `config`. PlanError if fewbit does not know one."""
     if (found := of_config(config)) is not None:
         return found
+    if (why := REFUSED.get(config.model_type)) is not None:
+        raise PlanError(
+            f"no GGUF file can be made of a model of type {config.model_type!r}: {why}",
+            "Use a plan that makes a folder.",
+        )
     raise PlanError(
         f"no GGUF file can be made of a model of type {config.model_type!r}",
         f"Supported types: {', '.join(sorted(TYPES))}.",

@@ -22,6 +22,8 @@ from fewbit.models.gguf.architecture import Architecture
 from fewbit.models.gguf.metadata import Metadata
 
 SECTIONS = (11, 11, 10)  # of RoPE, for images
+_TENSORS = {"llama3": "rope_freqs.weight", "longrope": "rope_factors_long.weight"}
+_RAMP = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN, as it is without these entries
 
 
 def of_config(config: Any) -> dict[str, Any]:
@@ -33,6 +35,13 @@ def of_config(config: Any) -> dict[str, Any]:
 def to_keys(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of scaled positions. PlanError if llama.cpp would compute something else."""
     kind = rope.get("rope_type", "default")
+    for key, wanted in arch.rope_required.items():
+        if (one := rope.get(key)) != wanted:
+            raise PlanError(
+                f"llama.cpp runs {arch.name} with {key} = {wanted} in rope_parameters; this model has {one}"
+            )
+    if (tensors := _TENSORS.get(kind)) and tensors not in arch.extra:
+        raise PlanError(f"llama.cpp runs {arch.name} without rope scaling of type {kind!r}")
     if kind in ("default", "llama3"):
         return {}
     if kind == "longrope":
@@ -46,18 +55,41 @@ def to_keys(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[st
     if kind not in ("linear", "yarn"):
         raise PlanError(f"a GGUF file cannot express rope scaling of type {kind!r}")
     found: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn":
-        if rope.get("truncate", True) == arch.exact_ramp:
-            raise PlanError(f"a GGUF file of {arch.name} means truncate = {not arch.exact_ramp} in its YaRN scaling")
-        found["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
-        for theirs, ours in (
-            ("attention_factor", "yarn_attn_factor"),
-            ("beta_fast", "yarn_beta_fast"),
-            ("beta_slow", "yarn_beta_slow"),
-        ):
-            if rope.get(theirs) is not None:
-                found[f"rope.scaling.{ours}"] = float(rope[theirs])
-    return found
+    return found | _yarn(arch, rope) if kind == "yarn" else found
+
+
+def _yarn(arch: Architecture, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of YaRN besides its factor."""
+    if rope.get("truncate", True) == arch.exact_ramp:
+        raise PlanError(f"a GGUF file of {arch.name} means truncate = {not arch.exact_ramp} in its YaRN scaling")
+    found: dict[str, Any] = {"rope.scaling.original_context_length": rope["original_max_position_embeddings"]}
+    for key, usual in _RAMP.items():
+        if (value := rope.get(key)) is None:
+            continue
+        if value != usual and not arch.other_ramp:
+            raise PlanError(
+                f"llama.cpp runs {arch.name} with {key} = {usual} in its YaRN scaling; this model has {value}"
+            )
+        found[f"rope.scaling.yarn_{key}"] = float(value)
+    usual, given = _stretch(rope["factor"]), rope.get("attention_factor")
+    one, other = rope.get("mscale"), rope.get("mscale_all_dim")
+    if given is None and one and other and not (arch.latent or arch.rope_numbers):
+        factor = _stretch(rope["factor"], one) / _stretch(rope["factor"], other)
+    else:
+        factor = usual if given is None else float(given)
+    if abs(factor - usual) > 1e-6:
+        raise PlanError(
+            f"llama.cpp runs {arch.name} with attention_factor = {usual:.6g} in its YaRN scaling; "
+            f"this model has {factor:.6g}"
+        )
+    if given is not None:
+        found["rope.scaling.yarn_attn_factor"] = float(given)
+    return found | {ours: float(rope[theirs]) for theirs, ours in arch.rope_numbers.items()}
+
+
+def _stretch(factor: float, scale: float = 1.0) -> float:
+    """What queries and keys are multiplied by in YaRN."""
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def extra_tensors(config: Any) -> dict[str, Tensor]:
@@ -87,6 +119,7 @@ def of_keys(keys: Metadata, width: int) -> dict[str, Any]:
         rope |= {"mrope_section": list(SECTIONS) if found is None else found.tolist()[:3], "mrope_interleaved": True}
     if arch.partial_rotary:
         rope["partial_rotary_factor"] = turned / width
+    rope |= arch.rope_required
     kind = keys.get("rope.scaling.type")
     if "rope_freqs.weight" in entries:
         rope |= _of_factors(keys, rope["rope_theta"], width)
@@ -102,13 +135,10 @@ def of_keys(keys: Metadata, width: int) -> dict[str, Any]:
         if kind == "yarn":
             rope["original_max_position_embeddings"] = keys.count("rope.scaling.original_context_length")
             rope |= {"truncate": False} if arch.exact_ramp else {}
-            for theirs, ours in (
-                ("yarn_attn_factor", "attention_factor"),
-                ("yarn_beta_fast", "beta_fast"),
-                ("yarn_beta_slow", "beta_slow"),
-            ):
-                if keys.get(f"rope.scaling.{theirs}") is not None:
-                    rope[ours] = keys.real(f"rope.scaling.{theirs}")
+            rope |= {key: keys.real(ours) for key in _RAMP if keys.get(ours := f"rope.scaling.yarn_{key}") is not None}
+            if keys.get("rope.scaling.yarn_attn_factor") is not None:
+                rope["attention_factor"] = keys.real("rope.scaling.yarn_attn_factor")
+            rope |= {key: keys.real(ours) for key, ours in arch.rope_numbers.items()}
     elif kind not in (None, "none", "longrope"):
         raise keys.wrong(f"rope scaling of type {str(kind)[:80]!r} is unknown")
     if arch.local_theta is None:

@@ -63,7 +63,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
     def read_header(self, gguf_file: str) -> None:
         """Parse the header. transformers calls this once it knows the file's path."""
         file = GgufFile(gguf_file)
-        if of_file(file.metadata) is None:
+        if of_file(file) is None:
             super().read_header(gguf_file)
             return
         self.file, self.origin, self.own_scales = file, file.path, scales.of_metadata(file.metadata)

@@ -47,7 +47,7 @@ def gguf_file(name: Any, file: str, options: Mapping[str, Any]) -> GgufFile | No
     from fewbit.models.gguf.architectures import of_file
 
     opened = GgufFile(gguf_path(name, file, options))
-    return opened if of_file(opened.metadata) is not None else None
+    return opened if of_file(opened) is not None else None
 
 
 def register() -> None:

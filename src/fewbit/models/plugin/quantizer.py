@@ -52,6 +52,7 @@ from fewbit.models.plugin import (
     modelopt,
     options,
     patch_adapters,
+    patch_dtype,
     patch_fp8,
     patch_resizing,
     patch_saving,
@@ -479,7 +480,7 @@ def register() -> None:
         quantizers.supports_quant_method = staticmethod(checked(quantizers.supports_quant_method))
     if not hasattr(quantizers.from_config, "by_fewbit"):
         quantizers.from_config = dispatched(quantizers.from_config, FewbitQuantizer, (_AUTO_ROUND, *_methods()))
-    for each in (patch_adapters, patch_fp8, patch_resizing, patch_saving, compressed_tensors, modelopt):
+    for each in (patch_adapters, patch_dtype, patch_fp8, patch_resizing, patch_saving, compressed_tensors, modelopt):
         each.register()
     if not is_auto_round_available():
         auto.AUTO_QUANTIZER_MAPPING[_AUTO_ROUND] = FewbitQuantizer

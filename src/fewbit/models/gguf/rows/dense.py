@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fewbit.models.gguf.architecture import Architecture
+from fewbit.models.gguf.architecture import Architecture, Cut, Piece
 from fewbit.models.gguf.rows.shared import (
     ATTENTION,
     BIAS,
@@ -47,7 +47,71 @@ LLAMA_ROW = Architecture(
     permuted=True,
     biases={**BIAS, "mlp_bias": "blk.0.ffn_down.bias"},
 )
+# As Llama, with queries that are scaled by their position
+MINISTRAL3_ROW = Architecture(
+    "mistral3",
+    "ministral3",
+    "Ministral3ForCausalLM",
+    MODEL,
+    LLAMA,
+    permuted=True,
+    required={"sliding_window": None},
+    rope_required={"rope_type": "yarn", "mscale": 1.0},
+    rope_numbers={
+        "mscale_all_dim": "rope.scaling.yarn_log_multiplier",
+        "llama_4_scaling_beta": "attention.temperature_scale",
+    },
+    other_ramp=True,
+    when="attention.temperature_scale",
+)
 COHERE = {name: ours for name, ours in LLAMA.items() if ours != "ffn_norm"}  # attention and MLP share a norm
+# Attention and MLP side by side, with a norm each. Queries that share keys and values come before these in a matrix
+_FALCON_MODEL = {
+    "transformer.word_embeddings": "token_embd",
+    "transformer.ln_f": "output_norm",
+    "lm_head": "output",
+}
+_FALCON = {
+    "self_attention.query_key_value": "attn_qkv",
+    "self_attention.dense": "attn_output",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
+}
+_FALCON_NORMS = "num_ln_in_parallel_attn"
+FALCON_ROW = Architecture(
+    "falcon",
+    "falcon",
+    "FalconForCausalLM",
+    _FALCON_MODEL,
+    {"ln_mlp": "attn_norm", "ln_attn": "attn_norm_2", **_FALCON},
+    layers="transformer.h",
+    cut={
+        "attn_qkv": Cut(
+            "num_kv_heads",
+            (Piece("attn_qkv", (("hidden_size",), ("num_kv_heads", "head_dim"), ("num_kv_heads", "head_dim"))),),
+        )
+    },
+    when="blk.0.attn_norm_2.weight",
+    chosen={"new_decoder_architecture": True},
+    activation="",
+    keys={
+        **SQUARE,
+        "num_key_value_heads": "num_kv_heads",
+        "intermediate_size": "ffn_hidden_size",
+        "rms_norm_eps": "layer_norm_epsilon",
+    },
+    fixed={"new_decoder_architecture": True, _FALCON_NORMS: 2},
+    required={"activation": "gelu", "alibi": False, "bias": False, "parallel_attn": True},
+    constants={"tensor_data_layout": "jploski"},
+    epsilon=MEAN_EPSILON,
+)
+FALCON_1_NORM_ROW = replace(
+    FALCON_ROW,
+    block={"input_layernorm": "attn_norm", **_FALCON},
+    when="",
+    chosen={**FALCON_ROW.chosen, _FALCON_NORMS: 1},
+    fixed={**FALCON_ROW.fixed, _FALCON_NORMS: 1},
+)
 GEMMA2_ROW = Architecture(
     "gemma2",
     "gemma2",
@@ -75,6 +139,17 @@ OLMO2_ROW = Architecture(
 ROWS = (
     LLAMA_ROW,
     replace(LLAMA_ROW, model_type="mistral", cls="MistralForCausalLM", window=True, when="attention.sliding_window"),
+    MINISTRAL3_ROW,
+    # The text models of Mistral 3 that are Mistrals. Such models become files of Llama, and are read as Mistrals
+    replace(
+        LLAMA_ROW,
+        name="mistral3",
+        model_type="mistral",
+        cls="MistralForCausalLM",
+        biases={},
+        required={"sliding_window": None},
+        other_ramp=True,
+    ),
     Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", MODEL, LLAMA, extra=ROPE),
     Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", MODEL, LLAMA | HEAD_NORMS, extra=ROPE, biases=BIAS),
     Architecture(
@@ -159,6 +234,18 @@ ROWS = (
         cls="GraniteForCausalLM",
         numbers=GRANITE,
     ),
+    Architecture(
+        "olmo",
+        "olmo",
+        "OlmoForCausalLM",
+        {name: ours for name, ours in MODEL.items() if "norm" not in name},
+        {name: ours for name, ours in LLAMA.items() if "norm" not in name},
+        permuted=True,
+        keys={**SQUARE, "rms_norm_eps": ""},
+        required=NO_BIAS,
+        optional={"clip_qkv": "attention.clamp_kqv"},
+        constants={MEAN_EPSILON: 1e-5},  # of norms without weights
+    ),
     OLMO2_ROW,
     replace(
         OLMO2_ROW,
@@ -235,6 +322,70 @@ ROWS = (
         epsilon=MEAN_EPSILON,
         untied=True,
         partial_rotary=True,
+    ),
+    FALCON_1_NORM_ROW,
+    FALCON_ROW,
+    # The first models: one key-value head. Their files are read as those of later ones
+    replace(
+        FALCON_1_NORM_ROW,
+        cut={},
+        chosen={},
+        keys={**FALCON_ROW.keys, "num_key_value_heads": ""},
+        required={**FALCON_ROW.required, "multi_query": True},
+        constants={**FALCON_ROW.constants, "attention.head_count_kv": 1},
+    ),
+    Architecture(
+        "bloom",
+        "bloom",
+        "BloomForCausalLM",
+        {**_FALCON_MODEL, "transformer.word_embeddings_layernorm": "token_embd_norm"},
+        {"input_layernorm": "attn_norm", **_FALCON, "post_attention_layernorm": "ffn_norm"},
+        layers="transformer.h",
+        mixed=True,
+        activation="",
+        keys={
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "seq_length",
+            "rms_norm_eps": "layer_norm_epsilon",
+        },
+        required={"apply_residual_connection_post_layernorm": False},
+        products={"attention.head_count_kv": ("n_head",)},
+        epsilon=MEAN_EPSILON,
+        alibi=True,
+    ),
+    Architecture(
+        "mpt",
+        "mpt",
+        "MptForCausalLM",
+        {"transformer.wte": "token_embd", "transformer.norm_f": "output_norm", "lm_head": "output"},
+        {
+            "norm_1": "attn_norm",
+            "attn.Wqkv": "attn_qkv",
+            "attn.out_proj": "attn_output",
+            "norm_2": "ffn_norm",
+            "ffn.up_proj": "ffn_up",
+            "ffn.down_proj": "ffn_down",
+        },
+        layers="transformer.blocks",
+        activation="",
+        keys={
+            "num_hidden_layers": "n_layers",
+            "hidden_size": "d_model",
+            "num_attention_heads": "n_heads",
+            "max_position_embeddings": "max_seq_len",
+            "rms_norm_eps": "layer_norm_epsilon",
+        },
+        required={
+            "attn_config.alibi": True,
+            "attn_config.alibi_bias_max": 8,
+            "attn_config.qk_ln": False,
+            "attn_config.softmax_scale": None,
+        },
+        constants={"attention.max_alibi_bias": 8.0},
+        optional={"attn_config.clip_qkv": "attention.clamp_kqv"},
+        epsilon=MEAN_EPSILON,
+        alibi=True,
     ),
     Architecture(
         "starcoder2",

@@ -1,0 +1,31 @@
+"""Lets transformers know the dtype of a model without any unpacked weight: that of the embeddings' decoded rows.
+
+A model whose norms have no weights (OLMo 1) may have packed parameters only, and transformers then finds no dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fewbit.nn.layers import QEmbedding
+
+
+def _found(theirs: Any) -> property:
+    def dtype(self: Any) -> torch.dtype:
+        if any(parameter.is_floating_point() for parameter in self.parameters()):
+            own: torch.dtype = theirs.fget(self)
+            return own
+        return next(module.dtype for module in self.modules() if isinstance(module, QEmbedding))
+
+    dtype.by_fewbit = True  # type: ignore[attr-defined]
+    return property(dtype)
+
+
+def register() -> None:
+    """Patch `PreTrainedModel`, once."""
+    model: Any = PreTrainedModel
+    if not hasattr(model.dtype.fget, "by_fewbit"):
+        model.dtype = _found(model.dtype)
