@@ -64,6 +64,14 @@ _GRANITE_HYBRID: dict[str, Any] = {
     "mamba_n_groups": 2,
     "shared_intermediate_size": 48,
 }
+_NEMOTRON_H: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "mamba_num_heads": 16,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    "time_step_floor": 0.5,
+}
 # Types of transformers besides those families, and what their tiny configs have besides the usual sizes. What follows a
 # hyphen names another model of the type.
 TYPES: dict[str, dict[str, Any]] = {
@@ -129,6 +137,23 @@ TYPES: dict[str, dict[str, Any]] = {
         "mamba_norm_before_gate": False,
     },
     "falcon_h1-plain": {"mamba_d_ssm": 96, "mamba_d_head": 12, "mamba_norm_before_gate": False},
+    # With larger time steps at the start, none is below the least one, which llama.cpp does not have
+    "nemotron_h": {**_NEMOTRON_H, "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]},
+    "nemotron_h-experts": {
+        **_NEMOTRON_H,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        "moe_shared_expert_intermediate_size": 48,
+        "moe_latent_size": 32,
+        "routed_scaling_factor": 2.5,
+    },
+    "jamba": {
+        "num_hidden_layers": 5,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_dt_rank": 8,
+    },
     "granitemoeshared": {"shared_intermediate_size": 48, "logits_scaling": 2.0},
     "gemma": {"tie_word_embeddings": True},
     "minimax_m2": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},

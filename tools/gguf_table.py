@@ -133,6 +133,8 @@ def _conditions(row: Any) -> Iterator[str]:
         yield "`truncate` = False with YaRN scaling; llama.cpp rounds the limits of its ramp, so its logits then differ"
     if row.latent:
         yield "`q_lora_rank` = None with 26 or 27 layers only; YaRN with `mscale` = `mscale_all_dim`"
+    if row.differs:
+        yield f"{row.differs}, so its logits may differ"
     if row.windowed:
         yield f"sliding windows with {row.windowed} layers, none with others"
 

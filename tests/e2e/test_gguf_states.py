@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import GraniteForCausalLM
@@ -17,8 +18,15 @@ from fewbit.models.gguf.config import to_config, to_metadata
 from fewbit.plans.plan import find
 from tests import architectures, gguf_files, models
 
-KINDS = ("mamba", "mamba2", "granitemoehybrid", "granitemoehybrid-dense", "falcon_h1", "falcon_h1-plain")
+KINDS = (
+    *("mamba", "mamba2", "granitemoehybrid", "granitemoehybrid-dense", "falcon_h1", "falcon_h1-plain"),
+    *("nemotron_h", "nemotron_h-experts", "jamba"),
+)
 Q8 = find("q8_0").changed(method="rtn")
+
+
+def _heads(*each: int) -> np.ndarray[Any, Any]:
+    return np.array(each, np.int32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,6 +95,13 @@ def test_granite_with_attention_alone_becomes_a_file_of_granite(tmp_path: Path) 
         ("granitemoehybrid", {"position_embedding_type": "rope"}, "without positions"),
         ("falcon_h1", {"key_multiplier": 0.5}, "key_multiplier = 1.0; this model has 0.5"),
         ("falcon_h1", {"mamba_norm_before_gate": True}, "mamba_norm_before_gate = False"),
+        ("jamba", {"mamba_expand": 4}, "mamba_expand = 2"),
+        ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act = relu2"),
+        (
+            "nemotron_h",
+            {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
+            "no GGUF file can be made of this model of type 'nemotron_h'",
+        ),
         ("granitemoehybrid", {"mamba_conv_bias": False}, "mamba_conv_bias = True"),
         (
             "granitemoehybrid",
@@ -104,6 +119,13 @@ def test_what_llama_cpp_cannot_run_is_refused(kind: str, changes: dict[str, Any]
         to_metadata(architectures.small(make, architectures.SIZES, special), "m")
 
 
+def test_layers_of_a_jamba_are_found_in_its_tensors(tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", "jamba")
+    found = to_config(GgufFile(gguf_files.written(folder, tmp_path / "m.gguf")))
+    assert [found[f"{kind}_layer_{key}"] for kind in ("attn", "expert") for key in ("period", "offset")] == [3, 1, 2, 1]
+    assert "layer_types" not in found
+
+
 def test_limits_of_time_steps_may_be_a_list() -> None:
     special = {"mamba2": gguf_files.TYPES["mamba2"] | {"time_step_limit": [0.0, float("inf")]}}
     assert to_metadata(architectures.small(CONFIG_MAPPING["mamba2"], architectures.SIZES, special), "m")
@@ -112,6 +134,10 @@ def test_limits_of_time_steps_may_be_a_list() -> None:
 @pytest.mark.parametrize(
     ("kind", "key", "value", "reason"),
     [
+        ("jamba", "jamba.attention.head_count_kv", _heads(2, 0, 2, 2, 0), "do not have the same number of others"),
+        ("jamba", "jamba.attention.head_count_kv", _heads(0, 2), "key-value heads of 2 layers are given"),
+        ("nemotron_h", "nemotron_h.feed_forward_length", 96, "no list of the MLP widths of each layer"),
+        ("nemotron_h", "nemotron_h.feed_forward_length", _heads(0, 96, 0, 80), r"\[80, 96\] MLP widths"),
         ("mamba2", "mamba2.ssm.time_step_rank", 15, "which is no multiple of ssm.time_step_rank, 15"),
         ("mamba2", "mamba2.ssm.inner_size", 0, "not an integer above 0"),
         ("granitemoehybrid", "granitehybrid.rope.scaling.finetuned", True, "its layers have RoPE"),

@@ -24,7 +24,8 @@ from tests.interop.llama_cpp import VERSION
 ROOT = Path(__file__).resolve().parents[2]
 SDIST = ROOT / "build" / "peers" / f"llama_cpp_python-{VERSION}.tar.gz"
 _INSIDE = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/"
-# Entries of published config.json files that the converter reads and transformers no longer writes.
+# Entries of published config.json files that the converter reads and transformers no longer writes. None: those that
+# transformers writes and they do not have.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "cohere2": {"rotary_pct": 1.0},
     "deepseek_v3": {"scoring_func": "sigmoid"},
@@ -37,6 +38,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "falcon_h1-plain": {"head_dim": 16},
     "minimax_m2": {"scoring_func": "sigmoid", "rotary_dim": 8},
     "falcon-first": {"num_kv_heads": 1},
+    "nemotron_h": {
+        "hybrid_override_pattern": "M-*-",
+        "num_hidden_layers": 4,
+        **dict.fromkeys(("layers_block_type", "num_experts_per_tok", "n_routed_experts", "n_group", "topk_group")),
+    },
     "bloom": {"seq_length": 1 << 20},
     "mpt": {"architectures": ["MPTForCausalLM"]},
     "gpt2": {"n_ctx": models.CONTEXT},
@@ -55,8 +61,11 @@ def below(each):
 for each in below(ModelBase):
     each.set_vocab = lambda self: None
 kind.no_mtp = True  # transformers does not save such blocks
-read = ModelBase.load_hparams
-ModelBase.load_hparams = staticmethod(lambda *each, **more: {**read(*each, **more), **json.loads(sys.argv[4])})
+read, entries = ModelBase.load_hparams, json.loads(sys.argv[4])
+def changed(*each, **more):
+    found = {**read(*each, **more), **entries}
+    return {key: value for key, value in found.items() if value is not None or key not in entries}
+ModelBase.load_hparams = staticmethod(changed)
 kind(folder, gguf.LlamaFileType.ALL_F32, out, model_name="m").write()
 """
 
@@ -84,7 +93,9 @@ def convert(source: Path, folder: Path, out: Path, entries: Mapping[str, Any]) -
     of some types reads it itself.
     """
     place = folder / "config.json"
-    place.write_text(json.dumps(json.loads(place.read_text(encoding="utf-8")) | dict(entries)), encoding="utf-8")
+    found = json.loads(place.read_text(encoding="utf-8")) | dict(entries)
+    kept = {key: value for key, value in found.items() if value is not None or key not in entries}
+    place.write_text(json.dumps(kept), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-c", _RUN, source, folder, out, json.dumps(dict(entries))],
         capture_output=True,

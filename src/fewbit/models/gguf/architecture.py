@@ -75,6 +75,7 @@ class Architecture:
     # Entries of config.json that are numbers -> the file's key, and the value without one; None if it must have the key
     numbers: Mapping[str, tuple[str, float | None]] = field(default_factory=dict)
     optional: Mapping[str, str] = field(default_factory=dict)  # entries that are numbers or null -> the file's key
+    optional_counts: Mapping[str, str] = field(default_factory=dict)  # the same of integers above 0
     counts: Mapping[str, str] = field(default_factory=dict)  # entries that are integers above 0 -> the file's key
     # Keys of the file -> the entries of config.json whose product they are
     products: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -96,7 +97,13 @@ class Architecture:
     latent: bool = False  # keys and values are expanded from a latent (latent.py)
     # Entry of `layer_types` of layers without attention, which a file gives 0 key-value heads; "" without such layers
     without_attention: str = ""
+    mlp_alone: str = ""  # entry of `layer_types` of layers that are an MLP. Other layers have none
+    # Entries with the number n of layers of which one has attention, or experts, and with the first of them, in place
+    # of `layer_types`
+    attention_every: tuple[str, ...] = ()
+    experts_every: tuple[str, ...] = ()
     # Positions
+    no_positions: bool = False  # layers with attention have none
     alibi: bool = False  # positions are biases of attention (ALiBi)
     # Entries of rope_parameters that are numbers -> the file's key, and those that llama.cpp takes for granted
     rope_numbers: Mapping[str, str] = field(default_factory=dict)
@@ -117,6 +124,7 @@ class Architecture:
     period: int = 0  # every n-th layer has full attention and the others have a window; 0 without such layers
     default_window: bool = False  # a file without a key for the window has one
     windowed: int = 0  # windows are used exactly in models with so many layers; 0: by the file's key
+    differs: str = ""  # what llama.cpp computes otherwise in any case, a sentence
     # Number of layers of the model whose queries are scaled by hidden / heads instead of the width of a head. None: the
     # scale of queries and the softcaps of logits are no entries of config.json
     scaled_by_hidden: int | None = None
@@ -124,6 +132,11 @@ class Architecture:
     @property
     def rotary(self) -> bool:
         """Whether positions are rotations of queries and keys (RoPE)."""
+        return self.grouped_heads and not self.no_positions
+
+    @property
+    def grouped_heads(self) -> bool:
+        """Whether a file says how many key-value heads there are, and how wide a head is."""
         return self.attention and not self.alibi and not self.learned
 
     @property

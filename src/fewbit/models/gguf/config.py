@@ -52,7 +52,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
         "attention.head_count": heads,
         "vocab_size": config.vocab_size,
     }
-    if arch.rotary:
+    if arch.grouped_heads:
         found |= {
             "attention.head_count_kv": _of(config, arch, "num_key_value_heads", heads),
             "attention.key_length": width,
@@ -80,11 +80,13 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
     found |= {ours: float(_entry(config, theirs)) for theirs, (ours, _) in arch.numbers.items()}
     given = {ours: _entry(config, theirs) for theirs, ours in arch.optional.items()}
     found |= {ours: float(value) for ours, value in given.items() if value is not None}
+    given = {ours: getattr(config, theirs) for theirs, ours in arch.optional_counts.items()}
+    found |= {ours: int(value) for ours, value in given.items() if value is not None}
     found |= {ours: _one(config, theirs) for theirs, ours in arch.counts.items()}
     found |= {key: prod(int(getattr(config, each)) for each in theirs) for key, theirs in arch.products.items()}
     found |= {ours: int(getattr(config, theirs)) for theirs, (ours, _) in arch.integers.items()}
     found |= hybrid.to_keys(config) if arch.linear_attention else {}
-    found |= hybrid.heads_to_keys(config, arch.without_attention) if arch.without_attention else {}
+    found |= hybrid.layers_to_keys(config, arch, inner) if arch.without_attention else {}
     found |= latent.to_keys(config, rope) if arch.latent else {}
     found |= {ours: bool(getattr(config, theirs)) for theirs, ours in arch.flags.items()}
     found |= {**_window(config, arch), **arch.constants}
@@ -149,12 +151,13 @@ def to_config(file: GgufFile) -> dict[str, Any]:
         **_special(keys),
     }
     config |= {**arch.fixed, **arch.required}
-    config |= _rotary(keys, config) if arch.rotary else _unturned(keys, config) if arch.attention else {}
+    config |= _heads(keys, config) if arch.grouped_heads else _unturned(keys, config) if arch.attention else {}
     if not arch.has_no("rms_norm_eps"):
         config["rms_norm_eps"] = keys.real(arch.epsilon)
     config |= {key: tensor in file.entries for key, tensor in arch.biases.items()}
     config |= {key: keys.real(ours, default) for key, (ours, default) in arch.numbers.items()}
     config |= {key: None if keys.get(ours) is None else keys.real(ours) for key, ours in arch.optional.items()}
+    config |= {key: keys.get(ours) and keys.count(ours) for key, ours in arch.optional_counts.items()}
     config |= {key: keys.count(ours) for key, ours in arch.counts.items()}
     config |= {key: keys.ratio(*ours) for key, ours in arch.quotients.items()}
     config |= {key: keys.whole(ours, default) for key, (ours, default) in arch.integers.items()}
@@ -166,8 +169,8 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     return _nested(named | {key: named[other] for key, other in arch.equal.items()})
 
 
-def _rotary(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Heads, MLP and positions of a model with RoPE."""
+def _heads(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Heads, MLP and positions of a model whose file says how many key-value heads there are."""
     arch, hidden, heads = keys.architecture, config["hidden_size"], config["num_attention_heads"]
     if arch.latent:
         found = latent.of_keys(keys, heads)
@@ -185,8 +188,8 @@ def _rotary(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     found = {
         "num_key_value_heads": kv,
         "head_dim": width,
-        **({} if arch.has_no("intermediate_size") else {"intermediate_size": keys.count("feed_forward_length")}),
-        "rope_parameters": positions.of_keys(keys, width),
+        **({} if arch.has_no("intermediate_size") else {"intermediate_size": hybrid.inner(keys)}),
+        **({} if arch.no_positions else {"rope_parameters": positions.of_keys(keys, width)}),
     }
     if arch.original_context:
         found["original_max_position_embeddings"] = keys.count(

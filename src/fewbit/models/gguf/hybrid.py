@@ -6,6 +6,8 @@ linear_num_key_heads, linear_num_value_heads      a.ssm.group_count, a.ssm.time_
 linear_value_head_dim                             a.ssm.inner_size / a.ssm.time_step_rank
 layer_types                                       a.attention.recurrent_layers, or a.full_attention_interval
   (LFM2)                                          a.attention.head_count_kv of each layer: 0 without attention
+  (Nemotron-H)                                    a.feed_forward_length of each layer too: 0 without an MLP
+attn_layer_period, attn_layer_offset (Jamba)      the same list; one of so many layers has attention
 none: a block that predicts further tokens        a.nextn_predict_layers, which a.block_count includes
 """
 
@@ -18,8 +20,10 @@ import numpy as np
 
 from fewbit.errors import PlanError
 from fewbit.formats.containers.gguf import GgufFile
+from fewbit.models.gguf.architecture import Architecture
 from fewbit.models.gguf.pieces import Joined
 
+_HEADS, _WIDTHS = ("attention.head_count_kv", "key-value heads"), ("feed_forward_length", "MLP widths")
 _INTERVAL = 4  # every n-th layer has full attention if a file has no key for it
 
 
@@ -82,38 +86,75 @@ def adjusted(config: Any, width: int) -> int:
     return width
 
 
-def heads_to_keys(config: Any, without: str) -> dict[str, Any]:
-    """The key-value heads of each layer, int32; 0 for those of type `without`."""
-    kv = config.num_key_value_heads
-    if without not in config.layer_types:
+def layers_to_keys(config: Any, arch: Architecture, width: int) -> dict[str, Any]:
+    """The key-value heads of each layer, int32, and the width of its MLP if not all have one. 0 in layers without.
+
+    width: that of an MLP.
+    """
+    kinds, without = config.layer_types, arch.without_attention
+    if without not in kinds:
         raise PlanError(f"llama.cpp runs {config.model_type} with layers of type {without}; this model has none")
-    return {
-        "attention.head_count_kv": np.array([0 if kind == without else kv for kind in config.layer_types], np.int32)
-    }
+    heads = [0 if kind in (without, arch.mlp_alone) else config.num_key_value_heads for kind in kinds]
+    found = {"attention.head_count_kv": np.array(heads, np.int32)}
+    if arch.mlp_alone:
+        found["feed_forward_length"] = np.array([width * (kind == arch.mlp_alone) for kind in kinds], np.int32)
+    return found
 
 
 def kv_heads(keys: Any) -> int:
     """The key-value heads of each layer with attention. keys: a file's `Metadata` (metadata.py)."""
-    found = {heads for heads in _heads(keys) if heads}
-    if len(found) > 1 or not all(0 < heads < 1 << 16 for heads in found):
-        raise keys.wrong(f"its layers have {sorted(found)} key-value heads, where one number is supported")
-    return found.pop() if found else 1
+    return _one(keys, _HEADS)
+
+
+def inner(keys: Any) -> int:
+    """The width of the MLP of each layer that has one. keys: a file's `Metadata` (metadata.py)."""
+    width: int = _one(keys, _WIDTHS) if keys.architecture.mlp_alone else keys.count("feed_forward_length")
+    return width
 
 
 def layers_of_keys(keys: Any, layers: int) -> dict[str, Any]:
-    """The types of layers by their key-value heads."""
-    heads = _heads(keys)
-    if len(heads) != layers:
-        raise keys.wrong(f"the key-value heads of {len(heads)} layers are given, not of {layers}")
-    without = keys.architecture.without_attention
-    return {"layer_types": ["full_attention" if each else without for each in heads]}
+    """The types of layers by their key-value heads and the widths of their MLPs, as config.json has them."""
+    arch, heads = keys.architecture, _each(keys, _HEADS)
+    widths = _each(keys, _WIDTHS) if arch.mlp_alone else [0] * layers
+    for each, (_, what) in ((heads, _HEADS), (widths, _WIDTHS)):
+        if len(each) != layers:
+            raise keys.wrong(f"the {what} of {len(each)} layers are given, not of {layers}")
+    if not arch.attention_every:
+        rest = ["" if not width else arch.mlp_alone for width in widths]
+        kinds = [
+            "full_attention" if kv else kind or arch.without_attention for kv, kind in zip(heads, rest, strict=True)
+        ]
+        return {"layer_types": kinds}
+    sparse = [f"blk.{layer}.ffn_gate_inp.weight" in keys.file.entries for layer in range(layers)]
+    found: dict[str, Any] = {}
+    for names, flags in ((arch.attention_every, [kv > 0 for kv in heads]), (arch.experts_every, sparse)):
+        found |= dict(zip(names, _regular(keys, flags), strict=True))
+    return found
 
 
-def _heads(keys: Any) -> list[int]:
-    """The key-value heads of each layer."""
-    found = keys.get("attention.head_count_kv")
+def _regular(keys: Any, flags: Sequence[bool]) -> tuple[int, int]:
+    """Every how many layers one has a flag, and which is the first."""
+    layers = len(flags)
+    for period in range(1, layers + 1):
+        for first in range(period):
+            if [layer % period == first for layer in range(layers)] == flags:
+                return period, first
+    raise keys.wrong("its layers of one kind do not have the same number of others between them")
+
+
+def _one(keys: Any, key: tuple[str, str]) -> int:
+    """The value that all layers have, or 0."""
+    found = {value for value in _each(keys, key) if value}
+    if len(found) > 1 or not all(0 < value < 1 << 24 for value in found):
+        raise keys.wrong(f"its layers have {sorted(found)} {key[1]}, where one number is supported")
+    return found.pop() if found else 1
+
+
+def _each(keys: Any, key: tuple[str, str]) -> list[int]:
+    """The value of each layer. key: its name, and what it is."""
+    found = keys.get(key[0])
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu":
-        raise keys.wrong("it has no list of the key-value heads of each layer")
+        raise keys.wrong(f"it has no list of the {key[1]} of each layer")
     each: list[int] = found.tolist()
     return each
 

@@ -166,9 +166,22 @@ def architecture(config: Any) -> Architecture:
             f"no GGUF file can be made of a model of type {config.model_type!r}: {why}",
             "Use a plan that makes a folder.",
         )
+    if rows := TYPES.get(config.model_type):
+        raise PlanError(
+            f"no GGUF file can be made of this model of type {config.model_type!r}",
+            f"llama.cpp runs those with {' or with '.join(_chosen(row) for row in rows)}.",
+        )
     raise PlanError(
         f"no GGUF file can be made of a model of type {config.model_type!r}",
         f"Supported types: {', '.join(sorted(TYPES))}.",
+    )
+
+
+def _chosen(row: Architecture) -> str:
+    """What models of a row have."""
+    return ", ".join(
+        f"{key} of {' and '.join(sorted(value))}" if isinstance(value, frozenset) else f"{key} = {value}"
+        for key, value in row.chosen.items()
     )
 
 

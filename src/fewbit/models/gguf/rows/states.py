@@ -7,7 +7,7 @@ from dataclasses import replace
 from fewbit.models.gguf.architecture import Architecture, Cut, Piece
 from fewbit.models.gguf.rows.dense import LLAMA_ROW
 from fewbit.models.gguf.rows.experts import GRANITE_SHARED_ROW
-from fewbit.models.gguf.rows.shared import ATTENTION, GRANITE, NO_BIAS
+from fewbit.models.gguf.rows.shared import ATTENTION, EXPERTS, GRANITE, MEAN_EPSILON, NO_BIAS, SQUARE
 
 _NO_LIMIT = (0.0, float("inf"))  # of time steps
 MAMBA_ROW = Architecture(
@@ -177,9 +177,141 @@ FALCON_H1_ROW = Architecture(
     quotients={"mamba_d_head": ("ssm.inner_size", "ssm.time_step_rank")},
     biases={"mamba_rms_norm": "blk.0.ssm_norm.weight"},
 )
+# Layers that are a state space, attention or an MLP
+_NEMOTRON = {
+    "norm": "attn_norm",
+    "mixer.in_proj": "ssm_in",
+    "mixer.conv1d": "ssm_conv1d",
+    "mixer.norm": "ssm_norm",
+    "mixer.out_proj": "ssm_out",
+    "mixer.q_proj": "attn_q",
+    "mixer.k_proj": "attn_k",
+    "mixer.v_proj": "attn_v",
+    "mixer.o_proj": "attn_output",
+}
+NEMOTRON_H_ROW = Architecture(
+    "nemotron_h",
+    "nemotron_h",
+    "NemotronHForCausalLM",
+    {"model.embeddings": "token_embd", "model.norm_f": "output_norm", "lm_head": "output"},
+    {**_NEMOTRON, "mixer.up_proj": "ffn_up", "mixer.down_proj": "ffn_down"},
+    parameters={"mixer.A_log": "ssm_a", "mixer.D": "ssm_d", "mixer.dt_bias": "ssm_dt.bias"},
+    permuted=True,
+    negative_exp=GRANITE_HYBRID_ROW.negative_exp,
+    squeezed=GRANITE_HYBRID_ROW.squeezed,
+    matrices={"ssm_a": "mamba_num_heads", "ssm_d": "mamba_num_heads", "ssm_norm": "n_groups"},
+    chosen={"layer_types": frozenset({"linear_attention", "full_attention", "mlp"})},
+    activation="",
+    keys={
+        "layer_types": "layers_block_type",
+        "max_position_embeddings": "",
+        "rms_norm_eps": "layer_norm_epsilon",
+    },
+    required={
+        **NO_BIAS,
+        "use_bias": False,
+        "mlp_bias": False,
+        "use_conv_bias": True,
+        "mlp_hidden_act": "relu2",
+        "mamba_hidden_act": "silu",
+    },
+    counts={
+        "conv_kernel": "ssm.conv_kernel",
+        "ssm_state_size": "ssm.state_size",
+        "mamba_num_heads": "ssm.time_step_rank",
+        "n_groups": "ssm.group_count",
+    },
+    products={"ssm.inner_size": ("mamba_num_heads", "mamba_head_dim"), "rope.dimension_count": ("head_dim",)},
+    quotients={"mamba_head_dim": ("ssm.inner_size", "ssm.time_step_rank")},
+    constants={"rope.scaling.finetuned": False},
+    epsilon=MEAN_EPSILON,
+    without_attention="linear_attention",
+    mlp_alone="mlp",
+    no_positions=True,
+    differs="llama.cpp does not raise time steps to `time_step_min`",
+)
+NEMOTRON_H_MOE_ROW = replace(
+    NEMOTRON_H_ROW,
+    name="nemotron_h_moe",
+    block={
+        **_NEMOTRON,
+        "mixer.gate": "ffn_gate_inp",
+        "mixer.experts.*.up_proj": "ffn_up_exps",
+        "mixer.experts.*.down_proj": "ffn_down_exps",
+        "mixer.shared_experts.up_proj": "ffn_up_shexp",
+        "mixer.shared_experts.down_proj": "ffn_down_shexp",
+        "mixer.fc1_latent_proj": "ffn_latent_down",
+        "mixer.fc2_latent_proj": "ffn_latent_up",
+    },
+    parameters={**NEMOTRON_H_ROW.parameters, "mixer.gate.e_score_correction_bias": "exp_probs_b.bias"},
+    chosen={"layer_types": frozenset({"linear_attention", "full_attention", "moe"})},
+    keys={**NEMOTRON_H_ROW.keys, "intermediate_size": "moe_intermediate_size"},
+    numbers={"routed_scaling_factor": ("expert_weights_scale", 1.0)},
+    counts={
+        **NEMOTRON_H_ROW.counts,
+        "n_routed_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "moe_shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    },
+    optional_counts={"moe_latent_size": "moe_latent_size"},
+    products={**NEMOTRON_H_ROW.products, "expert_feed_forward_length": ("moe_intermediate_size",)},
+    integers={
+        "n_shared_experts": ("expert_shared_count", 1),
+        "n_group": ("expert_group_count", 1),
+        "topk_group": ("expert_group_used_count", 1),
+    },
+    flags={"norm_topk_prob": "expert_weights_norm"},
+    experts="n_routed_experts",
+    mlp_alone="moe",
+)
+JAMBA_ROW = Architecture(
+    "jamba",
+    "jamba",
+    "JambaForCausalLM",
+    {"model.embed_tokens": "token_embd", "model.final_layernorm": "output_norm", "lm_head": "output"},
+    {
+        **ATTENTION,
+        "mamba.in_proj": "ssm_in",
+        "mamba.conv1d": "ssm_conv1d",
+        "mamba.x_proj": "ssm_x",
+        "mamba.dt_layernorm": "ssm_dt_norm",
+        "mamba.dt_proj": "ssm_dt",
+        "mamba.b_layernorm": "ssm_b_norm",
+        "mamba.c_layernorm": "ssm_c_norm",
+        "mamba.out_proj": "ssm_out",
+        "pre_ff_layernorm": "ffn_norm",
+        "feed_forward.gate_proj": "ffn_gate",
+        "feed_forward.up_proj": "ffn_up",
+        "feed_forward.down_proj": "ffn_down",
+        "feed_forward.router": "ffn_gate_inp",
+        "feed_forward.experts.*.gate_proj": "ffn_gate_exps",
+        "feed_forward.experts.*.up_proj": "ffn_up_exps",
+        "feed_forward.experts.*.down_proj": "ffn_down_exps",
+    },
+    parameters={"mamba.A_log": "ssm_a", "mamba.D": "ssm_d"},
+    negative_exp=MAMBA_ROW.negative_exp,
+    squeezed=MAMBA_ROW.squeezed,
+    keys=SQUARE,
+    required={"mamba_expand": 2, "mamba_conv_bias": True, "mamba_proj_bias": False},
+    counts={
+        **EXPERTS,
+        "mamba_d_conv": "ssm.conv_kernel",
+        "mamba_d_state": "ssm.state_size",
+        "mamba_dt_rank": "ssm.time_step_rank",
+    },
+    products={"ssm.inner_size": ("mamba_expand", "hidden_size")},
+    experts="num_experts",
+    without_attention="linear_attention",
+    attention_every=("attn_layer_period", "attn_layer_offset"),
+    experts_every=("expert_layer_period", "expert_layer_offset"),
+    no_positions=True,
+)
 _ATTENTION_ONLY = frozenset({"full_attention"})
 
 ROWS = (
+    NEMOTRON_H_ROW,
+    NEMOTRON_H_MOE_ROW,
+    JAMBA_ROW,
     FALCON_H1_ROW,
     FALCON_MAMBA_ROW,
     MAMBA_ROW,
