@@ -72,6 +72,18 @@ _NEMOTRON_H: dict[str, Any] = {
     "n_groups": 2,
     "time_step_floor": 0.5,
 }
+# Falcon-H1's, of which none is 1
+FACTORS: dict[str, Any] = {
+    "attention_in_multiplier": 1.5,
+    "attention_out_multiplier": 0.7,
+    "embedding_multiplier": 3.0,
+    "key_multiplier": 0.6,
+    "lm_head_multiplier": 0.4,
+    "ssm_in_multiplier": 1.2,
+    "ssm_out_multiplier": 0.8,
+    "mlp_multipliers": [0.9, 0.5],
+    "ssm_multipliers": [0.3, 0.25, 0.35, 0.5, 0.6],
+}
 # Types of transformers besides those families, and what their tiny configs have besides the usual sizes. What follows a
 # hyphen names another model of the type.
 TYPES: dict[str, dict[str, Any]] = {

@@ -29,8 +29,8 @@ A type that is not in the table cannot be written, and no model with a vision to
 For these, use a plan that makes a folder.
 
 - **only if**: what llama.cpp takes for granted. A model with other values is refused before any work.
-- Published files of `falcon_h1` are read: llama.cpp's converter multiplied the model's multipliers into the weights.
-  fewbit writes such a file only if all multipliers are 1.
+- `falcon_h1` multiplies activations by numbers of its config. As llama.cpp's converter, `quantize` multiplies them into
+  the weights, before it measures or quantizes anything.
 - A published file whose type is in no row is loaded by transformers, if it knows the architecture, without packed
   weights.
 
@@ -121,6 +121,8 @@ def _conditions(row: Any) -> Iterator[str]:
         yield "a tied output head"
     if row.untied:
         yield "an output head of its own"
+    if row.factors:
+        yield "the same factor of a tied embedding and head"
     for key, other in row.equal.items():
         yield f"`{key}` = `{other}`"
     if row.twice:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GraniteForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -68,6 +69,53 @@ def test_a_file_is_quantized_again(kind: str, tmp_path: Path) -> None:
             step = loaded(ids[:, place : place + 1], use_cache=True, **{name: kept})
             steps.append(step.logits[:, -1])
     torch.testing.assert_close(torch.stack(steps, 1), whole_text[:, 7:11], rtol=1e-4, atol=1e-4)
+
+
+def test_factors_are_part_of_quantized_weights(tmp_path: Path) -> None:
+    """As if the model had been saved with its factors in its weights, in 32 bits."""
+    folder = gguf_files.halved(
+        gguf_files.save(tmp_path / "m", "falcon_h1", **gguf_files.FACTORS, tie_word_embeddings=False)
+    )
+    plain = gguf_files.save(tmp_path / "p", "falcon_h1", tie_word_embeddings=False)
+    tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    single = {key: torch.tensor(value) for key, value in gguf_files.FACTORS.items() if isinstance(value, float)}
+    heads, groups, inner = 8, 2 * 8, 128
+    counts = torch.tensor([inner, inner, groups, groups, heads])
+    gate, down = torch.tensor(gguf_files.FACTORS["mlp_multipliers"])
+    by_name = {
+        "q_proj": single["attention_in_multiplier"],
+        "k_proj": single["attention_in_multiplier"] * single["key_multiplier"],
+        "v_proj": single["attention_in_multiplier"],
+        "o_proj": single["attention_out_multiplier"],
+        "embed_tokens": single["embedding_multiplier"],
+        "lm_head": single["lm_head_multiplier"],
+        "mamba.in_proj": single["ssm_in_multiplier"]
+        * torch.tensor(gguf_files.FACTORS["ssm_multipliers"]).repeat_interleave(counts)[:, None],
+        "mamba.out_proj": single["ssm_out_multiplier"],
+        "gate_proj": gate,
+        "down_proj": down,
+    }
+    for name in tensors:
+        for own, factor in by_name.items():
+            tensors[name] = tensors[name] * factor if name.endswith(f"{own}.weight") else tensors[name]
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    for source, name in ((folder, "a"), (plain, "b")):
+        quantize.quantize(source, tmp_path / f"{name}.gguf", plan=Q8)
+    one, two = (GgufFile(tmp_path / f"{name}.gguf") for name in "ab")
+    assert {name: entry.type for name, entry in one.entries.items()} == {
+        name: entry.type for name, entry in two.entries.items()
+    }
+    assert all(torch.equal(one.get(name), two.get(name)) for name in one.entries)
+    ids = gguf_files.ids()
+    wanted = models.logits(models.original(folder), ids)
+    found = models.logits(generate.load(tmp_path / "a.gguf", dtype=torch.float32), ids)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_tied_weights_with_two_factors_are_refused(tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", "falcon_h1", **gguf_files.FACTORS, tie_word_embeddings=True)
+    with pytest.raises(PlanError, match=r"the tied embedding and head need 3\.0 and 0\.4"):
+        quantize.preview(folder, plan=Q8)
 
 
 def test_granite_with_attention_alone_becomes_a_file_of_granite(tmp_path: Path) -> None:
@@ -135,7 +183,8 @@ def test_limits_of_time_steps_may_be_a_list() -> None:
     ("kind", "key", "value", "reason"),
     [
         ("jamba", "jamba.attention.head_count_kv", _heads(2, 0, 2, 2, 0), "do not have the same number of others"),
-        ("jamba", "jamba.attention.head_count_kv", _heads(0, 2), "key-value heads of 2 layers are given"),
+        ("jamba", "jamba.attention.head_count_kv", _heads(0, 2), "key-value heads of 2 layers are given, not of 5"),
+        ("nemotron_h", "nemotron_h.feed_forward_length", _heads(0, 96), "MLP widths of 2 layers are given, not of 4"),
         ("nemotron_h", "nemotron_h.feed_forward_length", 96, "no list of the MLP widths of each layer"),
         ("nemotron_h", "nemotron_h.feed_forward_length", _heads(0, 96, 0, 80), r"\[80, 96\] MLP widths"),
         ("mamba2", "mamba2.ssm.time_step_rank", 15, "which is no multiple of ssm.time_step_rank, 15"),

@@ -59,22 +59,8 @@ def test_the_golden_values_are_its_converters(kind: str, source: Path, tmp_path:
     assert {"digest": gguf_files.digest(theirs), "keys": gguf_files.keys_of(theirs)} == gguf_files.golden()[kind]
 
 
-# Falcon-H1's, of which none is 1
-FACTORS = {
-    "attention_in_multiplier": 1.5,
-    "attention_out_multiplier": 0.7,
-    "embedding_multiplier": 3.0,
-    "key_multiplier": 0.6,
-    "lm_head_multiplier": 0.4,
-    "ssm_in_multiplier": 1.2,
-    "ssm_out_multiplier": 0.8,
-    "mlp_multipliers": [0.9, 0.5],
-    "ssm_multipliers": [0.3, 0.25, 0.35, 0.5, 0.6],
-}
-
-
 def test_factors_that_it_multiplies_into_weights_are_read_there(source: Path, tmp_path: Path) -> None:
-    folder = gguf_files.save(tmp_path / "m", "falcon_h1", tie_word_embeddings=False, **FACTORS)
+    folder = gguf_files.save(tmp_path / "m", "falcon_h1", tie_word_embeddings=False, **gguf_files.FACTORS)
     with pytest.raises(PlanError, match=r"_multiplier = 1\.0; this model has"):
         gguf_files.header_of(folder)
     wanted = models.logits(models.original(folder), ids := gguf_files.ids())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewbit.errors import PlanError
@@ -40,3 +41,20 @@ SHELLS: tuple[Callable[[Tensor], Any], ...] = (lambda s: s, lambda s: (s,), lamb
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class."""
     return re.split(r"\n", str(error).strip() or type(error).__name__)[0][:300]
+
+
+def shared(call: BlockCall, before: list[BlockCall]) -> BlockCall:
+    """The previous call if this one is equal, to save memory: batches usually have equal masks and positions."""
+    if before and _same(call.args, before[-1].args) and _same(dict(call.kwargs), dict(before[-1].kwargs)):
+        return before[-1]
+    return call
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return bool(a is b or a == b)

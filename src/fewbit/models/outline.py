@@ -54,7 +54,7 @@ class Outline(Skeleton):
             name: PartSpec.of(tensor) for name, tensor in self._expected.items() if name not in self.tied
         }
         self.name_of = {name: name for name in self.checkpoint.specs}
-        self.merged, self.splits = set(), {}
+        self.merged, self.splits, self.multiplied = set(), {}, {}
         self.without_place = {}
 
     def largest_block(self) -> Mapping[str, Any]:

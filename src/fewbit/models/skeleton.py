@@ -28,9 +28,10 @@ from fewbit.errors import FormatError, PlanError
 from fewbit.models import classes, conversions, decoded, experts, on_text
 from fewbit.models.blocks import embedding_of, find_blocks
 from fewbit.models.building import building, empty_parameters
-from fewbit.models.calls import NO_CALIBRATION, SHELLS, first_line
+from fewbit.models.calls import NO_CALIBRATION, SHELLS, first_line, shared
 from fewbit.models.calls import BlockCall as BlockCall
 from fewbit.models.calls import states_of as states_of
+from fewbit.models.gguf import factors
 from fewbit.models.linears import is_linear, is_transposed, shape_of, weight_of
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
@@ -52,18 +53,27 @@ class Skeleton:
     """`model` on the meta device, the names of its `blocks`, and the checkpoint that fills them.
 
     packing: how the weights of a quantized source are stored, None for others. `checkpoint` decodes them.
+    for_gguf: numbers that a GGUF file cannot have are multiplied into the weights (models/gguf/factors.py). multiplied:
+    the tensors that differ by this from the files, with their specs there.
     """
 
     packing: decoded.Packing | None = None
 
     def __init__(
-        self, source: Source, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+        self,
+        source: Source,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        trust_remote_code: bool = False,
+        for_gguf: bool = False,
     ) -> None:
         self.source, self.dtype, self.device = source, dtype, device
         try:
             self.config = AutoConfig.from_pretrained(
                 source.folder, trust_remote_code=trust_remote_code, **source.options
             )
+            self._factors = factors.taken(self.config) if for_gguf else {}
             with building(), empty_parameters():
                 self.model: PreTrainedModel = classes.build(
                     self.config, dtype=dtype, trust_remote_code=trust_remote_code
@@ -89,6 +99,7 @@ class Skeleton:
         self.checkpoint, self.packing = decoded.opened(self.source, self.config)
         self.name_of = self._names()
         self._transpose()
+        self.multiplied = factors.multiply(self.checkpoint, self.name_of, self._factors)
         self.merged = {name for name, count in Counter(self.name_of.values()).items() if count > 1}
         self.merged |= {name for key, name in self.name_of.items() if conversions.converter_of(self._mapping, key)}
         self.tied = self._ties()
@@ -308,7 +319,7 @@ class Skeleton:
                     hidden.append(states)
                 elif states.shape != hidden[-1].shape:
                     raise _OtherShell(f"{block} is given {list(states.shape)} for {list(hidden[-1].shape)}")
-                calls[block].append(_shared(BlockCall(args[1:], kwargs), calls[block]))
+                calls[block].append(shared(BlockCall(args[1:], kwargs), calls[block]))
                 if block == self.blocks[-1]:
                     raise _Stop
                 return shell(states)
@@ -480,20 +491,3 @@ def tokenizer_at(place: str | Path, *, trust_remote_code: bool = False, **option
         raise
     except Exception as error:  # tokenizers raises bare Exception on a malformed file
         raise FormatError(f"{place} has no usable tokenizer: {first_line(error)}") from None
-
-
-def _shared(call: BlockCall, before: list[BlockCall]) -> BlockCall:
-    """The previous call if this one is equal, to save memory: batches usually have equal masks and positions."""
-    if before and _same(call.args, before[-1].args) and _same(dict(call.kwargs), dict(before[-1].kwargs)):
-        return before[-1]
-    return call
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return bool(a is b or a == b)

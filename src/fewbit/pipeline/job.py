@@ -68,7 +68,9 @@ class Job:
         imatrix: str | Path | None = None,
     ) -> Job:
         """Resolve `plan` for a source. PlanError if it does not fit."""
-        skeleton = skeleton_of(source, machine.device(device), trust_remote_code)
+        skeleton = skeleton_of(
+            source, machine.device(device), trust_remote_code, for_gguf=bool(plans.format_of(plan).suffix)
+        )
         settled, notes = Settled.of(skeleton, plan), list[str]()
         settled.check()
         importance: Importance | None = None
@@ -157,9 +159,11 @@ def same_vocabulary(one: Source, other: Source, tokenizer: Any, trust_remote_cod
         )
 
 
-def skeleton_of(source: Source, device: str, trust_remote_code: bool) -> Skeleton:
+def skeleton_of(source: Source, device: str, trust_remote_code: bool, *, for_gguf: bool = False) -> Skeleton:
+    """The model of `source`. PlanError if it cannot be quantized. for_gguf: as a GGUF file can have it."""
     dtype = torch.float32 if device == "cpu" else source.dtype
-    skeleton = Skeleton(source, dtype, torch.device(device), trust_remote_code=trust_remote_code)
+    options = {"trust_remote_code": trust_remote_code, "for_gguf": for_gguf}
+    skeleton = Skeleton(source, dtype, torch.device(device), **options)
     if reason := skeleton.why_not():
         raise PlanError(f"{source.name}: {reason}")
     return skeleton

@@ -116,7 +116,7 @@ def in_memory(settled: Settled) -> int:
 
 def original_bytes(skeleton: Skeleton) -> int:
     """Bytes of the unquantized model, tied tensors counted once."""
-    return sum(spec.nbytes for _, _, spec in skeleton.passed_through())
+    return sum(skeleton.multiplied.get(key, spec).nbytes for key, _, spec in skeleton.passed_through())
 
 
 def checkpoint_bytes(skeleton: Skeleton) -> int:

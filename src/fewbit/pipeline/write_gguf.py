@@ -70,6 +70,7 @@ def planned(settled: Settled) -> list[Planned]:
             entry = Entry(route.name, str(assignment.scheme), assignment.shape)
         else:
             shape = route.shape_in_file(spec.shape)
+            spec = skeleton.multiplied.get(key, spec)
             vector = len(shape) < 2 or route.name.endswith(_IN_32_BITS)
             own = {torch.float32: "f32", torch.bfloat16: "bf16" if settled.exact else "f16"}.get(spec.dtype, "f16")
             entry = Entry(route.name, "f32" if vector else own, shape)

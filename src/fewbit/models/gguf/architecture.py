@@ -30,6 +30,25 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """An entry of config.json that is 1 in the file's model: its number is multiplied into weights (factors.py).
+
+    tensors: names in a block or in the file, without `.weight`. All are multiplied by one number, or, if the entry is a
+    list (`each`), each by its own. rows: for each number of the list, the entries of config.json whose product is the
+    number of rows of the one tensor that it multiplies.
+    """
+
+    tensors: tuple[str, ...]
+    each: bool = False
+    rows: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def neutral(self) -> float | list[float]:
+        """The entry of a model that multiplies nothing."""
+        return [1.0] * max(len(self.rows), len(self.tensors)) if self.each or self.rows else 1.0
+
+
+@dataclass(frozen=True)
 class Architecture:
     """An architecture of llama.cpp, as one type of transformers: all that fewbit knows of it.
 
@@ -63,6 +82,7 @@ class Architecture:
     )  # weights of convolutions [C, 1, width], stored [C, width]
     # Vectors of the model that a file has as matrices -> the entry of config.json with the number of their rows
     matrices: Mapping[str, str] = field(default_factory=dict)
+    factors: Mapping[str, Factor] = field(default_factory=dict)  # entries of config.json that are part of weights
     tiled: bool = False  # value heads of linear attention: the first of every key head, then the second
     # Config. An entry of another config in config.json is named with it, such as "attn_config.clip_qkv"
     activation: str = "silu"  # of the MLP; "": config.json does not name it

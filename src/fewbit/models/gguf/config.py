@@ -150,7 +150,7 @@ def to_config(file: GgufFile) -> dict[str, Any]:
         "dtype": _dtype(file),
         **_special(keys),
     }
-    config |= {**arch.fixed, **arch.required}
+    config |= {**arch.fixed, **arch.required, **{key: each.neutral for key, each in arch.factors.items()}}
     config |= _heads(keys, config) if arch.grouped_heads else _unturned(keys, config) if arch.attention else {}
     if not arch.has_no("rms_norm_eps"):
         config["rms_norm_eps"] = keys.real(arch.epsilon)
@@ -230,7 +230,8 @@ def _refuse(config: Any, arch: Architecture) -> None:
         raise PlanError(f"llama.cpp runs {arch.name} with an output head tied to the embedding; this model has its own")
     if arch.untied and config.tie_word_embeddings:
         raise PlanError(f"llama.cpp runs {arch.name} with an output head of its own; that of this model is tied")
-    for key, wanted in arch.required.items():
+    factors = {key: each.neutral for key, each in arch.factors.items()}
+    for key, wanted in {**arch.required, **factors}.items():
         found = _entry(config, key, wanted)
         if (tuple(found) if isinstance(found, list) and isinstance(wanted, tuple) else found) != wanted:
             raise PlanError(f"llama.cpp runs {arch.name} with {key} = {wanted}; this model has {found}")

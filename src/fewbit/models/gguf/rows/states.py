@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fewbit.models.gguf.architecture import Architecture, Cut, Piece
+from fewbit.models.gguf.architecture import Architecture, Cut, Factor, Piece
 from fewbit.models.gguf.rows.dense import LLAMA_ROW
 from fewbit.models.gguf.rows.experts import GRANITE_SHARED_ROW
 from fewbit.models.gguf.rows.shared import ATTENTION, EXPERTS, GRANITE, MEAN_EPSILON, NO_BIAS, SQUARE
@@ -137,8 +137,21 @@ _DENSE_CUT = {"ffn_gate_up": Cut("", (Piece("ffn_gate", _HALF), Piece("ffn_up", 
 # llama.cpp's converter writes the width of shared experts for a model without experts too
 _DENSE_WIDTH = {"expert_shared_feed_forward_length": ("shared_intermediate_size",)}
 _NO_EXPERTS = {"expert_count": 0, "expert_used_count": 0}
-# Attention and a state space side by side. llama.cpp's converter multiplies the model's factors into its weights
-_FACTORS = ("attention_in", "attention_out", "embedding", "key", "lm_head", "ssm_in", "ssm_out")
+# Attention and a state space side by side
+_STATES = ("mamba_n_groups", "mamba_d_state")
+_FACTORS = {
+    "attention_in_multiplier": Factor(("attn_q", "attn_k", "attn_v")),
+    "attention_out_multiplier": Factor(("attn_output",)),
+    "embedding_multiplier": Factor(("token_embd",)),
+    "key_multiplier": Factor(("attn_k",)),
+    "lm_head_multiplier": Factor(("output",)),
+    "ssm_in_multiplier": Factor(("ssm_in",)),
+    "ssm_out_multiplier": Factor(("ssm_out",)),
+    "mlp_multipliers": Factor(("ffn_gate", "ffn_down"), each=True),
+    "ssm_multipliers": Factor(
+        ("ssm_in",), rows=(("mamba_d_ssm",), ("mamba_d_ssm",), _STATES, _STATES, ("mamba_n_heads",))
+    ),
+}
 FALCON_H1_ROW = Architecture(
     "falcon-h1",
     "falcon_h1",
@@ -155,10 +168,8 @@ FALCON_H1_ROW = Architecture(
     negative_exp=GRANITE_HYBRID_ROW.negative_exp,
     squeezed=GRANITE_HYBRID_ROW.squeezed,
     matrices=GRANITE_HYBRID_ROW.matrices,
+    factors=_FACTORS,
     required={
-        **{f"{name}_multiplier": 1.0 for name in _FACTORS},
-        "mlp_multipliers": [1.0] * 2,
-        "ssm_multipliers": [1.0] * 5,
         **NO_BIAS,
         "mlp_bias": False,
         "projectors_bias": False,
