@@ -66,8 +66,8 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 @contextlib.contextmanager
-def served(model: str | Path, kernel: str | None = None, **settings: Any) -> Iterator[Served]:
-    """Serve `model` in float32 on a free port of this machine."""
+def served(model: str | Path, *, exact: bool = False, **settings: Any) -> Iterator[Served]:
+    """Serve `model` in float32 on a free port of this machine. exact: kernels do not round activations."""
     uvicorn = pytest.importorskip("uvicorn")
     pytest.importorskip("fastapi")
     from fewbit.api.serve import service
@@ -76,18 +76,18 @@ def served(model: str | Path, kernel: str | None = None, **settings: Any) -> Ite
     from fewbit.serving.settings import Serving
 
     given = Serving(port=0, **settings)
-    opened = service(model, Loading("cpu", "float32", kernel), given)
-    gate = threading.Event()
-    gate.set()
+    with pytest.MonkeyPatch.context() as patch:
+        if not exact:
+            patch.delenv("FEWBIT_ACTIVATIONS", raising=False)  # tests/conftest.py sets it
+        opened = service(model, Loading("cpu", "float32"), given)
     with run.bound(given.host, 0) as socket:
-        made = Served(f"http://127.0.0.1:{socket.getsockname()[1]}", opened, gate)
-        _gated(opened.engine, made)
+        made = gated(f"http://127.0.0.1:{socket.getsockname()[1]}", opened)
         app = application(opened, given)
         server = uvicorn.Server(run.configuration(app, given))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
 
         def stop() -> None:
-            gate.set()
+            made.gate.set()
             server.should_exit = True
             thread.join(HANG)
             assert not thread.is_alive()
@@ -101,7 +101,10 @@ def served(model: str | Path, kernel: str | None = None, **settings: Any) -> Ite
             stop()
 
 
-def _gated(engine: Any, made: Served) -> None:
+def gated(address: str, service: Any) -> Served:
+    """The server of this service at this address, whose steps can be held up from now on."""
+    made, engine = Served(address, service, threading.Event()), service.engine
+    made.gate.set()
     model, single = engine._manager.model, engine._single
     forward, logits = model.forward, single.logits
 
@@ -111,7 +114,7 @@ def _gated(engine: Any, made: Served) -> None:
         made.steps.append(tokens)
 
     @functools.wraps(forward)
-    def gated(*args: Any, **kwargs: Any) -> Any:
+    def gated_forward(*args: Any, **kwargs: Any) -> Any:
         begin(kwargs["input_ids"].shape[1])
         return forward(*args, **kwargs)
 
@@ -119,7 +122,8 @@ def _gated(engine: Any, made: Served) -> None:
         begin(1)
         return logits(*args)
 
-    model.forward, single.logits = gated, gated_logits
+    model.forward, single.logits = gated_forward, gated_logits
+    return made
 
 
 def demo(out: Path) -> Path:

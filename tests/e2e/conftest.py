@@ -83,9 +83,9 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(quantized: Path) -> Iterator[Served]:
-    """A server of it, on a port of its own."""
-    with served(quantized) as made:
+def server(request: pytest.FixtureRequest, quantized: Path) -> Iterator[Served]:
+    """A server of it, on a port of its own. A file with EXACT = True compares its answers with other computations."""
+    with served(quantized, exact=getattr(request.module, "EXACT", False)) as made:
         yield made
 
 

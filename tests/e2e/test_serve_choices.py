@@ -16,6 +16,8 @@ from tests.served import ask, said, served, with_ends
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
+EXACT = True
+
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_n_answers_have_a_seed_each(stream: bool, client: Any) -> None:

@@ -1,18 +1,19 @@
-"""`fewbit serve` as a process: it starts, finishes what runs, and says what it needs."""
+"""`fewbit serve` as a command: it starts, finishes what runs, and says what it needs."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +21,54 @@ import pytest
 from transformers import MambaConfig, MambaForCausalLM
 
 from fewbit import serving
+from fewbit.api import serve as api
 from fewbit.errors import PlanError
+from fewbit.models.decoding.continuous import Engine
 from tests import models
-from tests.e2e.conftest import Fewbit
+from tests.e2e.conftest import Answer, Fewbit
 from tests.limits import HANG
+from tests.served import Served, gated, raw, until
 
 pytest.importorskip("fastapi")
+run = pytest.importorskip("fewbit.serving.run")
 
 
-@contextmanager
-def started(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server of the demo model, and its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fewbit", "serve", "tiny", "--port", "0", *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, **environment},
-    )
-    try:
-        assert process.stderr is not None
-        line = next(line for line in process.stderr if line.startswith("Serving "))
-        yield process, line.split("chat at ")[1].split(",")[0]
-    finally:
-        process.kill()
-        process.wait(HANG)
-        assert process.stderr is not None
-        process.stderr.close()
+@pytest.fixture
+def during(fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Answer, Any]]]:
+    """`during(visit, *flags)` is what `fewbit serve tiny` ended with, and what `visit(server)` returned meanwhile."""
+    ready, serve, load = queue.SimpleQueue[str](), run.run, api.service
+    opened: list[Any] = []
+
+    def loaded(*given: Any) -> Any:
+        opened.append(load(*given))
+        return opened[0]
+
+    def noted(app: Any, at: socket.socket, settings: Any, tell: Callable[[], None], failed: Any) -> None:
+        address = f"http://127.0.0.1:{at.getsockname()[1]}"
+        serve(app, at, settings, lambda: (tell(), ready.put(address))[0], failed)
+
+    monkeypatch.setattr(api, "service", loaded)
+    monkeypatch.setattr(run, "run", noted)
+    late = list[int]()  # signals that came when the server had ended: they would have killed the process
+    before = signal.signal(signal.SIGTERM, lambda number, frame: late.append(number))
+
+    def called(visit: Callable[[Served], Any], *flags: str) -> tuple[Answer, Any]:
+        def visited() -> Any:
+            try:
+                return visit(gated(ready.get(timeout=HANG), opened[0]))
+            finally:
+                if opened[0].engine.failed is None:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        with ThreadPoolExecutor(1) as pool:
+            told = pool.submit(visited)
+            done = fewbit("serve", "tiny", "--port", "0", *flags)
+        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("fewbit-engine")]
+        return done, told.result()
+
+    yield called
+    signal.signal(signal.SIGTERM, before)
+    assert not late
 
 
 def asked(address: str, **body: Any) -> Any:
@@ -59,63 +81,59 @@ def asked(address: str, **body: Any) -> Any:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
-def test_sigterm_finishes_what_runs() -> None:
-    with started("--max-num-seqs", "2", FEWBIT_API_KEY="hidden") as (process, address):
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"{address}/v1/models")
-        refused.value.close()
-        assert refused.value.code == 401
-        with asked(address, stream=True, max_tokens=40) as stream:
+def test_sigterm_finishes_what_runs(during: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWBIT_API_KEY", "hidden")
+
+    def visit(server: Served) -> str:
+        assert raw(server, "/v1/models")[0] == 401
+        with asked(server.address, stream=True, max_tokens=40) as stream:
             first = [stream.readline() for _ in range(3)]
             assert all(first[::2])
-            process.send_signal(signal.SIGTERM)
-            rest = stream.read().decode()
-        assert rest.endswith("data: [DONE]\n\n")
-        assert '"finish_reason":"length"' in rest
-        assert process.wait(HANG) == 0
-        with pytest.raises(urllib.error.URLError):
-            asked(address)
+            with server.held():
+                os.kill(os.getpid(), signal.SIGTERM)
+                until(lambda: not listens(server.address))
+            return str(stream.read().decode())
+
+    done, rest = during(visit, "--max-num-seqs", "2")
+    assert rest.endswith("data: [DONE]\n\n")
+    assert '"finish_reason":"length"' in rest
+    assert rest.count("data: ") > 20  # so the signal came before the end
+    assert done.code == 0
+    assert "Serving tiny: chat at http://127.0.0.1:" in done.err
 
 
-BROKEN = """
-import sys
-from fewbit.cli.app import main
-from fewbit.models.decoding.continuous import Engine
-
-submit = Engine.submit
-
-def broken(*given, **named):
-    raise RuntimeError("the device is gone")
-
-def breaking(self, *given, **named):
-    self._manager.model.forward = broken
-    return submit(self, *given, **named)
-
-Engine.submit = breaking
-sys.argv[1:] = ["serve", "tiny", "--port", "0"]
-main()
-"""
+def listens(address: str) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))):
+        return True
+    return False
 
 
-def test_a_server_that_cannot_compute_ends() -> None:
+def test_a_server_that_cannot_compute_ends(during: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A supervisor starts it again."""
-    with subprocess.Popen(
-        [sys.executable, "-c", BROKEN], stderr=subprocess.PIPE, text=True, encoding="utf-8"
-    ) as process:
-        try:
-            assert process.stderr is not None
-            line = next(line for line in process.stderr if line.startswith("Serving "))
-            with pytest.raises(urllib.error.HTTPError) as refused:
-                asked(line.split("chat at ")[1].split(",")[0])
-            with refused.value:
-                assert refused.value.code == 500
-                assert "the device is gone" in refused.value.read().decode()
-            rest = process.stderr.read()
-            assert process.wait(HANG) == 5
-        finally:
-            process.kill()
-    assert "cannot compute any more: the device is gone" in rest
-    assert "Start the server again" in rest
+    submit = Engine.submit
+
+    def broken(*given: Any, **named: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    def breaking(self: Any, *given: Any, **named: Any) -> str:
+        self._manager.model.forward = broken
+        return submit(self, *given, **named)
+
+    monkeypatch.setattr(Engine, "submit", breaking)
+
+    def visit(server: Served) -> tuple[int, str]:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            asked(server.address)
+        with refused.value:
+            answer = refused.value.code, refused.value.read().decode()
+        until(lambda: server.service.engine.failed is not None)
+        return answer
+
+    done, (status, said) = during(visit)
+    assert (status, "the device is gone" in said) == (500, True)
+    assert done.code == 5
+    assert "cannot compute any more: the device is gone" in done.err
+    assert "Start the server again" in done.err
 
 
 def test_a_missing_extra_is_named(fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch) -> None:

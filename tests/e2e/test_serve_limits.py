@@ -160,13 +160,15 @@ def test_slow_clients_are_cut_off(quantized: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_client_that_does_not_read_is_cut_off(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise its connection would stay open without a limit. The buffers of the system are made full at once."""
+    """Otherwise its connection would stay open without a limit. A chunk is larger than the system's buffers."""
     from fewbit.serving import answers
     from fewbit.serving.connections import Connection
 
     monkeypatch.setattr(Connection, "read_seconds", 0.2)
     chunk = answers.Form._chunk
-    monkeypatch.setattr(answers.Form, "_chunk", lambda self, choices: chunk(self, choices) | {"padding": "x" * 10**6})
+    monkeypatch.setattr(
+        answers.Form, "_chunk", lambda self, choices: chunk(self, choices) | {"padding": "x" * 3 * 10**7}
+    )
     with served(quantized) as server:
         body = json.dumps({"messages": HELLO, "max_tokens": 400, "stream": True}).encode()
         with _socket(server) as client:
