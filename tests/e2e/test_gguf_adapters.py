@@ -1,23 +1,30 @@
-"""Adapters and GGUF: a LoRA merged into a file."""
+"""Adapters and GGUF: a LoRA merged into a file, and a LoRA as a file, which llama.cpp adds to that of its model."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import fewbit as package
 from fewbit.api import quantize
-from fewbit.errors import PlanError
-from fewbit.formats.containers.gguf import GgufFile
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers.gguf import Entry, GgufFile, GgufWriter
+from fewbit.methods.base import Method
+from fewbit.models import experts, scales
 from fewbit.models import merge as merging
+from fewbit.models.adapters.attach import attach, quiet
 from fewbit.models.adapters.tuning import Tuning
+from fewbit.models.gguf.names import routes
 from fewbit.models.scales import GGUF_RECORD
-from tests import models
+from fewbit.schemes.base import parse
+from tests import gguf_files, models
 from tests.e2e.conftest import Fewbit
 from tests.e2e.test_bad_input import check
 
@@ -110,3 +117,227 @@ def test_what_cannot_be_merged_into_a_file(
     with pytest.raises(PlanError, match=r"no GGUF file can be made of a model of type 'opt'"):
         package.merge(opt, adapter, tmp_path / "opt.gguf", plan="q4_k_m", text=[models.sentences(60)], length=32)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["opt", "out.gguf"]
+
+
+# --- as a file ---
+
+
+def unpacked(folder: Path) -> Any:
+    """The model of a folder, with linears for each expert."""
+    model = models.original(folder)
+    experts.separate(model)
+    return model
+
+
+def drawn(folder: Path, out: Path, **settings: Any) -> Path:
+    """An adapter of random numbers for the model of a folder."""
+    settings = {"target_modules": "all-linear", "r": 4, "lora_alpha": 6, **settings}
+    with quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`|Setting `save_embedding_layers`")
+        model: Any = get_peft_model(unpacked(folder), LoraConfig(**settings))
+        numbers = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = 0.1 * torch.randn(parameter.shape, generator=numbers)
+        model.save_pretrained(out)
+    return out
+
+
+OTHER_RANKS = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"k_proj": 20}}
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"use_rslora": True, **OTHER_RANKS}),
+    ("gpt2", {}),  # Conv1D
+    ("gpt_neox", {}),  # q, k and v of a head after those of another
+    ("mixtral", {"target_modules": r".*experts\.[02]\.w\d", "rank_pattern": {r"experts\.2\.w2": 3}}),
+    ("qwen3_next", {"target_modules": r".*in_proj_qkvz"}),  # in pieces
+    ("qwen3_5_text", {"target_modules": r".*linear_attn\.(out_proj|in_proj_\w+)"}),  # columns and rows of heads
+    ("phi", {"target_modules": r".*(embed_tokens|lm_head)"}),
+]
+
+
+@pytest.mark.parametrize(("family", "settings"), KINDS)
+def test_a_file_has_what_peft_adds_to_each_weight(
+    family: str, settings: dict[str, Any], tmp_path: Path, fewbit: Fewbit
+) -> None:
+    folder, out = gguf_files.save(tmp_path / "m", family), tmp_path / "lora.gguf"
+    adapter = drawn(folder, tmp_path / "adapter", **settings)
+    answer = fewbit("convert", adapter, "-o", out, "--to", "gguf", "--base", folder, "--json")
+    assert answer.code == 0, answer.err
+    file, added = GgufFile(out), attach(unpacked(folder), adapter)
+    assert answer.json["output_bytes"] == file.nbytes
+    known, compared = routes(added.config), 0
+    for name, layer in added.base_model.model.named_modules():
+        if not hasattr(layer, "get_delta_weight"):
+            continue
+        route = known[f"{name}.weight"]
+        wanted = route.to_file(layer.get_delta_weight("default"))
+        for piece, part in zip(route.names, [wanted] if route.split is None else route.split.cut(wanted), strict=True):
+            a, b = (file.get(f"{piece}.lora_{which}") for which in "ab")
+            rank = b.shape[-1]
+            a, b = (a, b) if route.expert is None else (a[route.expert], b[route.expert])
+            found = a @ b.T if piece == "token_embd.weight" else b @ a
+            torch.testing.assert_close(found * file.metadata["adapter.lora.alpha"] / rank, part)
+            compared += 1
+    assert compared >= 4 if family != "phi" else compared == 2
+    ids = IDS[:, :12]
+    torch.testing.assert_close(models.logits(attach(unpacked(folder), out), ids), models.logits(added, ids))
+    assert not torch.allclose(models.logits(unpacked(folder), ids), models.logits(added, ids), atol=1e-2)
+
+
+def test_a_file_is_an_adapter_wherever_a_folder_is(
+    model: Path, packed: Path, adapter: Path, text: Path, tmp_path: Path, fewbit: Fewbit
+) -> None:
+    out, exact = tmp_path / "lora.gguf", {"dtype": "float32", "kernel": "reference"}
+    assert fewbit("convert", adapter, "-o", out, "--to", "gguf").code == 0  # its base is what it names
+    for base in (packed, model):
+        options: dict[str, Any] = exact if base == packed else {}
+        both = [models.logits(package.load(base, adapter=each, **options), IDS) for each in (out, adapter)]
+        assert torch.equal(*both)
+    prompt = ("the", "--max-new-tokens", 8, "--adapter")
+    said = [fewbit("generate", packed, *prompt, each) for each in (out, adapter)]
+    assert said[0].code == 0, said[0].err
+    assert said[0].out == said[1].out
+    measured = ("--text", text, "--length", 32, "--samples", 2, "--json")
+    beside = fewbit(
+        "evaluate", packed, "--reference", packed, "--reference-adapter", out, "--adapter", adapter, *measured
+    )
+    assert beside.code == 0, beside.err
+    assert beside.json["kl"]["mean"] < 1e-9
+    merged = [
+        fewbit("merge", packed, each, "-o", tmp_path / f"{each.name}-merged", *measured) for each in (out, adapter)
+    ]
+    assert merged[0].code == 0, merged[0].err
+    found, wanted = (models.tensors_of(tmp_path / f"{each.name}-merged") for each in (out, adapter))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_matrices_of_other_types_are_read(model: Path, tmp_path: Path, fewbit: Fewbit) -> None:
+    drawn(model, tmp_path / "adapter", r=32, target_modules=["q_proj", "down_proj"])
+    out, other = tmp_path / "lora.gguf", tmp_path / "other.gguf"
+    assert fewbit("convert", tmp_path / "adapter", "-o", out, "--to", "gguf", "--base", model).code == 0
+    file, kinds = GgufFile(out), {}
+    for number, (name, entry) in enumerate(file.entries.items()):
+        kinds[name] = entry._replace(type=("q8_0", "f16", "bf16")[number % 3])
+    with GgufWriter(other, {**file.metadata, "adapter.lora.alpha": 0.0}, list(kinds.values())) as writer:
+        for name, entry in kinds.items():
+            tensor = file.get(name)
+            if entry.type == "q8_0":
+                tensor = Method().quantize(tensor, parse("q8_0"), None).weight.parts["blocks"]
+            writer.add(name, tensor.to(entry.spec.dtype))
+    before, whole, found = (models.logits(package.load(model, adapter=each), IDS) for each in (None, out, other))
+    assert not torch.equal(found, whole)
+    alpha = file.metadata["adapter.lora.alpha"]
+    plain = models.logits(package.load(model, adapter=_scaled(tmp_path / "adapter", 32 / alpha)), IDS)
+    assert (found - plain).norm() < 0.01 * (plain - before).norm()  # an alpha of 0 is a scale of 1
+
+
+def _scaled(adapter: Path, factor: float) -> Path:
+    models.edit_json(adapter / "adapter_config.json", lora_alpha=6 * factor)
+    return adapter
+
+
+def test_scales_of_awq_travel_with_the_file(model: Path, text: Path, tmp_path: Path, fewbit: Fewbit) -> None:
+    quantize.quantize(model, tmp_path / "awq", plan="awq-4bit", calibration=str(text))
+    tuning = Tuning(length=32, batch=8, learning_rate=0.01, steps=2, rank=4)
+    package.finetune(tmp_path / "awq", tmp_path / "adapter", data=str(text), tuning=tuning)
+    assert scales.read_record(tmp_path / "adapter")
+    out = tmp_path / "lora.gguf"
+    answer = fewbit("convert", tmp_path / "adapter", "-o", out, "--to", "gguf", "--json")
+    assert answer.code == 0, answer.err
+    assert "trained on a model with AWQ's scales" in answer.json["notes"][0]
+    for base in ("awq", model):
+        both = [
+            models.logits(package.load(tmp_path / base, adapter=each, dtype="float32"), IDS)
+            for each in (out, tmp_path / "adapter")
+        ]
+        assert torch.equal(*both)
+
+
+# --- what cannot be such a file, and files that are none ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": ["q_proj"], "init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"target_modules": ["lm_head"]}, "the model's output head is its embedding"),
+    ],
+)
+def test_what_llama_cpp_does_not_have(
+    settings: dict[str, Any], words: str, model: Path, tmp_path: Path, fewbit: Fewbit
+) -> None:
+    adapter, out = drawn(model, tmp_path / "adapter", **settings), tmp_path / "outputs" / "lora.gguf"
+    check(fewbit("convert", adapter, "-o", out, "--to", "gguf", "--base", model), 2, words)
+    assert not out.parent.exists()
+
+
+def test_a_weight_that_llama_cpp_adds_no_lora_to(tmp_path: Path, fewbit: Fewbit) -> None:
+    folder = gguf_files.save(tmp_path / "m", "deepseek_v3")
+    for name, words in (("q_a_proj", "ignores a LoRA of attn_q_a"), ("kv_b_proj", "attn_kv_b as a plain matrix")):
+        adapter = drawn(folder, tmp_path / name, target_modules=[name])
+        answer = fewbit("convert", adapter, "-o", tmp_path / "lora.gguf", "--to", "gguf", "--base", folder)
+        check(answer, 2, words, "Train without this module")
+
+
+def test_adapters_that_cannot_be_converted(model: Path, adapter: Path, tmp_path: Path, fewbit: Fewbit) -> None:
+    out = tmp_path / "lora.gguf"
+
+    def refused(code: int, *words: str, flags: tuple[Any, ...] = (), of: Path = adapter) -> None:
+        check(fewbit("convert", of, "-o", out, *(flags or ("--to", "gguf"))), code, *words)
+
+    wide = models.save(tmp_path / "wide", "llama", hidden_size=128)
+    opt = models.save(tmp_path / "opt", "opt")
+    refused(2, "an adapter for another model", flags=("--to", "gguf", "--base", wide))
+    refused(2, "an adapter for another model", flags=("--to", "gguf", "--base", opt))
+    refused(2, "converted to a GGUF file only", flags=("--to", "gptq"))
+    refused(2, "--plan", "no effect on an adapter", flags=("--to", "gguf", "--plan", "q4_k_m"))
+    refused(2, "is an adapter, and a preview", flags=("--to", "gguf", "--dry-run"))
+    refused(2, "--base", "without an adapter", flags=("--to", "gguf", "--base", model), of=model)
+    lost = drawn(model, tmp_path / "lost")
+    models.edit_json(lost / "adapter_config.json", base_model_name_or_path="/nowhere")
+    refused(2, "/nowhere", "Give --base", of=lost)
+    models.edit_json(lost / "adapter_config.json", base_model_name_or_path=None)
+    refused(2, "does not name its model", of=lost)
+    assert not out.exists()
+
+
+def test_files_that_are_no_adapter_of_the_model(
+    model: Path, packed: Path, adapter: Path, tmp_path: Path, fewbit: Fewbit
+) -> None:
+    out, bad = tmp_path / "lora.gguf", tmp_path / "bad.gguf"
+    assert fewbit("convert", adapter, "-o", out, "--to", "gguf").code == 0
+    file = GgufFile(out)
+    tensors = {name: file.get(name).clone() for name in file.entries}
+
+    def refused(words: str, keys: dict[str, Any], other: dict[str, Any], error: type[Exception] = FormatError) -> None:
+        kept = {name: tensor for name, tensor in {**tensors, **other}.items() if tensor is not None}
+        entries = [Entry(name, "f32", tuple(tensor.shape)) for name, tensor in kept.items()]
+        with GgufWriter(bad, {**file.metadata, **keys}, entries, overwrite=True) as writer:
+            for name, tensor in kept.items():
+                writer.add(name, tensor)
+        with pytest.raises(error, match=words):
+            package.load(model, adapter=bad)
+
+    a, b = "blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"
+    refused(r"general\.type is 'model'", {"general.type": "model"}, {})
+    refused("of type 'lokr'", {"adapter.type": "lokr"}, {})
+    refused("only one of lora_a and lora_b", {}, {b: None})
+    refused("do not belong together", {}, {b: torch.zeros(256, 3)})
+    refused("is no matrix of a LoRA", {}, {"blk.0.attn_norm.weight": torch.zeros(256)})
+    beyond = {name.replace(".0.", ".9."): tensors[name] for name in (a, b)}
+    refused(r"for another model: this one has no blk\.9", {}, beyond, PlanError)
+    refused("an adapter for another model", {}, {a: torch.zeros(4, 96), b: torch.zeros(256, 4)}, PlanError)
+    refused("is 'llama'", {"general.architecture": "qwen2"}, {}, PlanError)
+    with pytest.raises(FormatError, match=r"is no adapter: its general\.type is 'model'"):
+        package.load(model, adapter=packed)
+    (tmp_path / "x.bin").write_text("nothing", encoding="utf-8")
+    with pytest.raises(PlanError, match=r"this is a file"):
+        package.load(model, adapter=tmp_path / "x.bin")
+    bad.write_bytes(out.read_bytes()[:-100])
+    with pytest.raises(FormatError):
+        package.load(model, adapter=bad)
+    check(fewbit("generate", out, "the"), 3, "is a LoRA adapter, not a model", "--adapter")

@@ -73,7 +73,8 @@ kind(folder, gguf.LlamaFileType.ALL_F32, out, model_name="m").write()
 def unpacked(place: Path) -> Path:
     """The converter's folder, in `place`."""
     with tarfile.open(SDIST) as sdist:
-        wanted = [each for each in sdist if each.name.startswith((f"{_INSIDE}conversion/", f"{_INSIDE}gguf-py/"))]
+        parts = ("conversion/", "gguf-py/", "convert_lora_to_gguf.py")
+        wanted = [each for each in sdist if each.name.startswith(tuple(_INSIDE + part for part in parts))]
         sdist.extractall(place, wanted, filter="data")
     return place / _INSIDE
 

@@ -20,7 +20,7 @@ EXAMPLES = sorted(file for file in (SOURCE.parents[1] / "examples").rglob("*") i
 FILES = sorted(SOURCE.rglob("*.py"))
 MOST_LINES = 520
 # Verbs and the command line take what users give them as keywords.
-MOST_PARAMETERS = {"pipeline": 5, "api": 17, "cli": 40}
+MOST_PARAMETERS = {"pipeline": 5, "api": 18, "cli": 40}
 
 
 def module_of(file: Path) -> str:

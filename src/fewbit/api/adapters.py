@@ -11,6 +11,7 @@ import torch
 
 from fewbit.api import arguments, evaluate, quantize
 from fewbit.api.arguments import Device, DType, Plans, checked
+from fewbit.api.shared import ADAPTER, ADAPTER_WEIGHTS
 from fewbit.checks import Texts
 from fewbit.errors import FormatError, NumericsError, OutputError, PlanError
 from fewbit.formats.containers.safetensors import files_in, read_specs
@@ -21,14 +22,15 @@ from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.describe import describe
 from fewbit.models.load import check_adapter, load_model, need_peft
 from fewbit.models.loading import Loading
+from fewbit.models.outline import Outline
 from fewbit.models.provenance import provenance
 from fewbit.models.skeleton import load_tokenizer
-from fewbit.models.source import Source, locate
+from fewbit.models.source import Source, locate, outlined
 from fewbit.names import DEMO, EMBEDDED
 from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline.job import evaluated, homeless, is_file, left_behind, rehearsed, same_vocabulary
 from fewbit.report import progress as report_progress
-from fewbit.report.results import Finetuned, Merged
+from fewbit.report.results import Converted, Finetuned, Merged
 from fewbit.system import ambient, heap, locks, machine, publish, ranks, timing
 from fewbit.system.cache import cache_folder
 from fewbit.texts import calibration as texts_calibration
@@ -185,12 +187,12 @@ def merge(
         )
     publish.check_output(out, overwrite=overwrite, file=plan is not None and is_file(out, plan))
     check_adapter(adapter)
-    from fewbit.models.adapters.attach import folded
+    from fewbit.models.adapters.attach import folded, trained_on
     from fewbit.models.merge import write_merged
 
     source = locate(model)
     origin = locate(base) if base is not None else _recorded_base(source)
-    told = scales.read_record(Path(adapter).expanduser())
+    told = trained_on(adapter)
     trained = folded(source) if told is None else told
     if trained is None and base is not None:
         raise PlanError(
@@ -273,6 +275,54 @@ def merge(
         if quantized is None
         else quantized.output_bytes,
         seconds=elapsed(),
+    )
+
+
+def is_adapter(place: str | Path) -> bool:
+    """Whether this is the folder of an adapter."""
+    folder = Path(place).expanduser()
+    return (folder / ADAPTER).is_file() and not (folder / "config.json").exists()
+
+
+def as_gguf(
+    adapter: str | Path, out: str | Path, base: str | Path | None, *, overwrite: bool, trust_remote_code: bool
+) -> Converted:
+    """Write the LoRA in a folder as the GGUF file `out`, which llama.cpp adds to the file of its model.
+
+    base: the model. Default: the one that the adapter names. PlanError, before any work, if llama.cpp has no such LoRA.
+    """
+    elapsed, out, folder = timing.timed(), publish.named(out), Path(adapter).expanduser().absolute()
+    if out.suffix != ".gguf":
+        raise PlanError(f"{out}: `to=gguf` makes one .gguf file", "Give an `out` that ends in .gguf.")
+    publish.check_output(out, overwrite=overwrite, file=True)
+    check_adapter(folder)
+    from fewbit.models.adapters import as_gguf as files
+    from fewbit.models.adapters.attach import check_fits, read_config
+
+    config = read_config(folder)
+    if not (named := base or config.get("base_model_name_or_path")):
+        raise PlanError(f"{folder} does not name its model", "Give it as `base`.")
+    try:
+        source = outlined(named)
+    except PlanError as error:
+        raise PlanError(f"the model of the adapter: {error.message}", error.hint if base else "Give `base`.") from None
+    publish.check_not_lost(out, folder, source.origin, source.folder)
+    skeleton = Outline(source, trust_remote_code=trust_remote_code)
+    check_fits(skeleton.model, folder, folder, config)
+    file = files.made(folder, config, skeleton.config)
+    with publish.published(out, overwrite=overwrite, file=True) as place:
+        file.write(place)
+    return Converted(
+        out=str(out),
+        to="gguf",
+        exact=True,
+        schemes={},
+        decoded=[],
+        notes=list(file.notes),
+        original_bytes=sum(spec.nbytes for spec in read_specs(folder / ADAPTER_WEIGHTS).values()),
+        output_bytes=file.nbytes,
+        seconds=elapsed(),
+        peak=memory.now().peak,
     )
 
 

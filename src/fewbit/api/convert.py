@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbit import registry
-from fewbit.api import arguments, evaluate, quantize, records, splitting
+from fewbit.api import adapters, arguments, evaluate, quantize, records, splitting
 from fewbit.api.arguments import SAMPLES, Device, Plans, checked
 from fewbit.checks import Texts
 from fewbit.errors import FormatError, PlanError
@@ -51,6 +51,7 @@ def convert(
     samples: int | None = SAMPLES,
     max_shard: int | str | None = None,
     set: Mapping[str, str] | Sequence[str] | None = None,
+    base: str | Path | None = None,
     overwrite: bool = False,
     device: Device = None,
     safetensors_only: bool = False,
@@ -66,7 +67,17 @@ def convert(
     max_shard: split a GGUF file into files of at most so many bytes, such as "2GB".
     set: other values for keys of a GGUF file, in a copy of it, as text: a chat template, a special token, a number of
     the config. "@FILE" is the content of a file.
+    base: if `model` is a LoRA, the folder or GGUF file of its model. Default: the one that the LoRA names.
     """
+    if adapters.is_adapter(model):
+        if to != "gguf":
+            raise PlanError(f"{model} is an adapter, which can be converted to a GGUF file only", "Give `to=gguf`.")
+        given = {"requantize": requantize, "plan": plan, "imatrix": imatrix, "max_shard": max_shard, "set": set}
+        if unused := [name for name, value in given.items() if value]:
+            raise PlanError(f"`{unused[0]}` has no effect on an adapter", f"Leave out `{unused[0]}`.")
+        return adapters.as_gguf(model, out, base, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    if base is not None:
+        raise PlanError(f"`base` without an adapter: {model} is not the folder of one", "Leave out `base`.")
     limit = None if max_shard is None else int(max_shard)
     if set and requantize:
         raise PlanError("`set` and `requantize=True` are given", "Give one of them.")
@@ -99,6 +110,8 @@ def convert(
 
 def preview(model: str | Path, *, to: str, safetensors_only: bool = False, trust_remote_code: bool = False) -> Preview:
     """What `convert` would do to each tensor, with exact output bytes. Writes nothing (`--dry-run`)."""
+    if adapters.is_adapter(model):
+        raise PlanError(f"{model} is an adapter, and a preview shows the tensors of a model", "Convert it.")
     target, source = _target(to), locate(model, safetensors_only=safetensors_only)
     made = conversion.prepare(source, target, trust_remote_code=trust_remote_code)
     header = _header(made, source, trust_remote_code)

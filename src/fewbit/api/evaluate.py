@@ -52,7 +52,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure perplexity of `model` and its distance from `reference`, on disjoint windows of a held-out text.
 
-    adapter, reference_adapter: adapter folders for `model` and `reference`.
+    adapter, reference_adapter: adapters (folders or GGUF files) for `model` and `reference`.
     text: a name or a file; default: tiny's own text for models made from tiny, pydoc for all others.
     length: tokens in a window; default: the model's context, at most 2048. samples: number of windows from the start of
     the text; None: all.

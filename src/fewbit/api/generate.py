@@ -39,7 +39,7 @@ def load(
     """Load a model with packed weights. `AutoModelForCausalLM.from_pretrained` does the same after `import fewbit`.
 
     kernel: one kernel for all quantized weights (`fewbit list`); KernelError if it does not support one of them.
-    adapter: folder of a LoRA adapter to attach, as `peft.PeftModel.from_pretrained` does; PlanError if it belongs to
+    adapter: a LoRA, folder or GGUF file, to attach as `peft.PeftModel.from_pretrained` does; PlanError if it belongs to
     another model. fuse: fuse linears that read the same tensor, and generate in a static cache of this many tokens,
     prompt included (on a GPU, one CUDA graph per token); PlanError beyond the model's context. compile: let PyTorch
     compile the decoding step at the first use of each batch size; this takes many seconds and makes steps faster.
@@ -75,7 +75,7 @@ def generate(
 
     images: image files, or images of pillow, for a model with a vision tower. With `chat` they come before the prompt;
     else they are where the prompt has the model's image token, or before it. PlanError for a model that takes none.
-    chat: the prompt is a user's message in the model's chat template. adapter: folder of a LoRA adapter. fuse,
+    chat: the prompt is a user's message in the model's chat template. adapter: a LoRA, a folder or a GGUF file. fuse,
     compile: as in `load`. stream: also print the text as it is generated. tensor_parallel: in a program that torchrun
     started, all processes generate one text together, each with its part of the model.
     """

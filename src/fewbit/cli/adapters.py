@@ -51,7 +51,7 @@ def finetune(
 @checked
 def merge(
     model: Model,
-    adapter: Annotated[str, typer.Argument(help="Folder of the adapter.")],
+    adapter: Annotated[str, typer.Argument(help="Folder or .gguf file of the adapter.")],
     output: Annotated[str, typer.Option("-o", "--output", help="Folder or .gguf file to make.")],
     base: Annotated[
         str | None, typer.Option(help="Original of MODEL. Default: the one that its fewbit.json names.")

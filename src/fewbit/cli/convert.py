@@ -57,13 +57,16 @@ def convert(
             help="Another value for a key, in a copy of a GGUF file; @FILE: a file's content. Repeat it. No default.",
         ),
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Model of the adapter, if MODEL is one. Default: the one that it names.")
+    ] = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     safetensors_only: SafetensorsOnly = False,
     loading: Annotated[Loading, Fields("device", "trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
-    """Convert the quantized MODEL to another format, without changing codes or scales."""
+    """Convert the quantized MODEL to another format, without changing codes or scales, or a LoRA adapter to GGUF."""
     check_output(output, dry_run=dry_run)
     if requantize and dry_run:
         raise PlanError("--dry-run shows exact conversions only", "Use fewbit quantize --dry-run with the plan.")
@@ -91,6 +94,7 @@ def convert(
         samples=samples,
         max_shard=max_shard,
         set=set,
+        base=base,
         overwrite=overwrite,
         device=loading.device,
         safetensors_only=safetensors_only,

@@ -163,11 +163,11 @@ def _class_of(source: Source, loading: Loading) -> Any:
 
 
 def check_adapter(adapter: str | Path) -> None:
-    """Check an adapter as far as possible without its model. PlanError without PEFT or the folder; FormatError."""
+    """Check an adapter as far as possible without its model. PlanError without PEFT or the adapter; FormatError."""
     need_peft()
-    from fewbit.models.adapters.attach import read_config  # PEFT is an extra
+    from fewbit.models.adapters.attach import check  # PEFT is an extra
 
-    read_config(Path(adapter).expanduser().absolute())
+    check(Path(adapter).expanduser().absolute())
 
 
 def need_peft() -> None:

@@ -30,7 +30,9 @@ class Loading(Settings):
     kernel: str | None = setting(
         None, _kernel, "Kernel for all quantized weights (fewbit list). Default: the best for each weight."
     )
-    adapter: str | Path | None = setting(None, path, "Folder of a LoRA adapter to put on the model. Default: none.")
+    adapter: str | Path | None = setting(
+        None, path, "LoRA adapter to put on the model: a folder or a .gguf file. Default: none."
+    )
     fuse: int | None = setting(
         None, integer(1), "Fuse linears that share an input, and generate in a static cache of this many tokens."
     )

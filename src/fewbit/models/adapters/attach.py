@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +13,56 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from fewbit.errors import FormatError, PlanError
-from fewbit.formats.containers.gguf import GgufFile
+from fewbit.formats.containers.gguf import GgufFile, is_gguf
 from fewbit.formats.containers.safetensors import read_specs
 from fewbit.models import scales
+from fewbit.models.adapters.as_gguf import CONFIG, WEIGHTS, as_folder, opened, recorded
 from fewbit.models.experts import is_of_expert, separate
 from fewbit.models.linears import LINEARS, shape_of
 from fewbit.models.scales import Scales
 from fewbit.models.source import Source
 from fewbit.system.files import read_json
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
 
 def attach(model: PreTrainedModel, adapter: str | Path) -> Any:
-    """Load the adapter in a folder onto `model` with PEFT, in evaluation mode.
+    """Load an adapter, a folder or a GGUF file, onto `model` with PEFT, in evaluation mode.
 
     If the adapter has weights for single experts, the experts of `model` get linears of their own first. PlanError if
-    the folder does not exist, or if the adapter belongs to another model; the message lists the tensors and shapes that
-    differ. FormatError if its files are missing or broken, or if PEFT does not find all of its weights.
+    it does not exist, or if it belongs to another model; the message lists the tensors and shapes that differ.
+    FormatError if its files are missing or broken, or if PEFT does not find all of its weights.
     """
-    folder = Path(adapter).expanduser().absolute()
+    place = Path(adapter).expanduser().absolute()
+    with as_folder(place, model.config) if place.is_file() else nullcontext(place) as folder:
+        return _attached(model, folder, place)
+
+
+def _attached(model: PreTrainedModel, folder: Path, place: Path) -> Any:
+    """The model with the adapter in `folder`, which the user named `place`."""
     config = read_config(folder)
-    if any(is_of_expert(key) for key in read_specs(folder / _WEIGHTS)):
+    if any(is_of_expert(key) for key in read_specs(folder / WEIGHTS)):
         separate(model)
-    if differing := _differing(model, folder):
-        more = f"\n  and {len(differing) - 8} more" if len(differing) > 8 else ""
-        raise PlanError(
-            f"{folder} is an adapter for another model ({config.get('base_model_name_or_path')}):\n  "
-            + "\n  ".join(differing[:8])
-            + more
-        )
+    check_fits(model, folder, place, config)
     try:
         with quiet():
             # PEFT renames the experts of some model types in loading, as if they were fused. It must not lose them.
             warnings.filterwarnings("error", "Found missing adapter keys")
             return PeftModel.from_pretrained(model, folder, torch_device=str(model.device)).eval()
     except (ValueError, TypeError, RuntimeError, KeyError, UserWarning) as error:
-        raise FormatError(f"{folder} could not be loaded: {str(error).strip().splitlines()[0][:300]}") from error
+        raise FormatError(f"{place} could not be loaded: {str(error).strip().splitlines()[0][:300]}") from error
+
+
+def check_fits(model: PreTrainedModel, folder: Path, place: Path, config: Mapping[str, Any]) -> None:
+    """PlanError if the adapter in `folder`, with this PEFT config, has matrices that fit no weight of `model`.
+
+    place: the user's name for it.
+    """
+    if differing := _differing(model, folder):
+        more = f"\n  and {len(differing) - 8} more" if len(differing) > 8 else ""
+        raise PlanError(
+            f"{place} is an adapter for another model ({config.get('base_model_name_or_path')}):\n  "
+            + "\n  ".join(differing[:8])
+            + more
+        )
 
 
 @contextmanager
@@ -69,24 +82,40 @@ def folded(source: Source) -> Scales | None:
     return scales.of_folder(source.beside)
 
 
+def check(adapter: Path) -> None:
+    """Check an adapter, a folder or a GGUF file, without its model. PlanError if there is none, or FormatError."""
+    if not adapter.is_file():
+        read_config(adapter)
+    elif is_gguf(adapter):
+        opened(adapter)
+    else:
+        raise PlanError(f"adapter {adapter}: this is a file", "Give a .gguf file, or the folder that PEFT has written.")
+
+
+def trained_on(adapter: str | Path) -> Scales | None:
+    """The scales of the model that an adapter was trained on; None if it does not record them."""
+    place = Path(adapter).expanduser()
+    return recorded(opened(place)) if place.is_file() else scales.read_record(place)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The config of the adapter in a folder. PlanError if there is no folder; FormatError if its files are broken."""
     if not folder.is_dir():
-        raise PlanError(f"adapter {folder}: no such folder", f"Give the folder that holds {_CONFIG}.")
-    for name in (_CONFIG, _WEIGHTS):
+        raise PlanError(f"adapter {folder}: no such folder", f"Give the folder that holds {CONFIG}, or a .gguf file.")
+    for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FormatError(f"adapter {folder} has no {name}", "An adapter is a folder that PEFT has written.")
-    config = read_json(folder / _CONFIG)
+    config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or "peft_type" not in config:
-        raise FormatError(f"{folder / _CONFIG} does not describe an adapter: it has no peft_type")
-    read_specs(folder / _WEIGHTS)
+        raise FormatError(f"{folder / CONFIG} does not describe an adapter: it has no peft_type")
+    read_specs(folder / WEIGHTS)
     return config
 
 
 def _differing(model: PreTrainedModel, folder: Path) -> list[str]:
     """One line for each LoRA matrix, A [rank, K] or B [N, rank], that fits no weight [N, K] of the model."""
     found, lines = dict(model.named_modules()), []
-    for key, spec in read_specs(folder / _WEIGHTS).items():
+    for key, spec in read_specs(folder / WEIGHTS).items():
         if (match := re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)\.weight", key)) is None or len(spec.shape) != 2:
             continue
         module, which = match.groups()

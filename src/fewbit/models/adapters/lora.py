@@ -21,7 +21,7 @@ from torch import nn
 from fewbit.errors import PlanError
 from fewbit.nn.layers import QEmbedding, QLinear
 
-_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")  # initializations that leave the weight unchanged
+INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")  # initializations that leave the weight unchanged
 
 
 class QLoraLinear(Linear):
@@ -35,10 +35,10 @@ class QLoraLinear(Linear):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter. PlanError if its initialization would change the packed weight."""
-        if config.init_lora_weights not in _INITS:
+        if config.init_lora_weights not in INITS:
             raise PlanError(
                 f"init_lora_weights={config.init_lora_weights!r} changes the weights, but packed weights cannot change",
-                f"Use one of {', '.join(map(repr, _INITS))}.",
+                f"Use one of {', '.join(map(repr, INITS))}.",
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 

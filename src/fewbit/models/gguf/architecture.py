@@ -66,6 +66,8 @@ class Architecture:
     layers: str = "model.layers"
     cut: Mapping[str, Cut] = field(default_factory=dict)  # names in `block` of matrices that a file has in pieces
     extra: frozenset[str] = field(default_factory=frozenset)  # tensors of the file that are not weights
+    # Weights of a block, by their names in the file, to which llama.cpp adds no LoRA
+    without_lora: frozenset[str] = field(default_factory=frozenset)
     # A file is of this type if it has this key, and it is not 0, or this tensor; "": if it is of no other type
     when: str = ""
     # Entries of config.json that models of this row have, where a type has several rows. A frozenset: of each layer

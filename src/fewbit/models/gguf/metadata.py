@@ -14,6 +14,15 @@ from fewbit.models.gguf.architecture import Architecture
 from fewbit.models.gguf.architectures import ARCHITECTURES, of_file
 
 _LONGEST = 1 << 31
+# general.type of files that are not models -> what they are, and what to do with them
+_OTHERS = {
+    "adapter": ("a LoRA adapter", "Give the model, and this file as `adapter`."),
+    "mmproj": (
+        "the vision or audio tower of a model (mmproj)",
+        "Give the GGUF file of the language model: fewbit runs it on text. For images, use the model's folder.",
+    ),
+    "imatrix": ("an importance matrix", "Give the model, and this file to quantize as `imatrix`."),
+}
 
 
 class Metadata:
@@ -21,6 +30,8 @@ class Metadata:
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
+        if (kind := file.metadata.get("general.type")) in _OTHERS:
+            raise FormatError(f"{file.path} is {_OTHERS[kind][0]}, not a model", _OTHERS[kind][1])
         found = of_file(file)
         if found is None:
             name = str(file.metadata.get("general.architecture"))[:80]

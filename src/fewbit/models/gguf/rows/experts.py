@@ -88,6 +88,7 @@ DEEPSEEK_ROW = Architecture(
             ),
         )
     },
+    without_lora=frozenset(("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "output")),
     # transformers has 1e-6 in the norms of latents, whatever config.json says
     required={**NO_BIAS, "mlp_bias": False, "topk_method": "greedy", "norm_topk_prob": False, "rms_norm_eps": 1e-6},
     numbers={"routed_scaling_factor": ("expert_weights_scale", 1.0)},
