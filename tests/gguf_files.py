@@ -109,6 +109,14 @@ TYPES: dict[str, dict[str, Any]] = {
         "num_kv_heads": 2,
         "max_position_embeddings": 2048,
     },
+    "exaone": {"head_dim": None},
+    "internlm3": {"attention_bias": True, "mlp_bias": True},
+    "iquestcoder": {},
+    "glm": {},
+    "gpt_bigcode": {"n_inner": 256},
+    "jais2": {"num_key_value_heads": 4},
+    "glm4_moe_lite": {**_LATENT, "rms_norm_eps": 1e-6, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "solar_open": {"n_shared_experts": 1, "routed_scaling_factor": 1.5},
     "falcon-first": {"max_position_embeddings": 2048},
     "bloom": {},
     "mpt": {"attn_config": {"clip_qkv": 1.5}, "max_seq_len": 96},
@@ -320,7 +328,9 @@ def ids(seed: int = 0, length: int = 40) -> Tensor:
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
 KINDS = (*FAMILIES, *TYPES)
-SAME = tuple(kind for kind in TYPES if kind != "granitemoehybrid-attention")  # whose files are read as the same type
+# Whose files are read as another type that computes the same
+_OTHER = ("granitemoehybrid-attention", "exaone", "internlm3", "iquestcoder", "glm4_moe_lite", "solar_open")
+SAME = tuple(kind for kind in TYPES if kind not in _OTHER)
 TYPE_OF = {"gemma3": "gemma3_text"}  # transformers' types of families with other names
 
 AWKWARD = (

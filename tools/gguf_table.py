@@ -113,7 +113,7 @@ def _conditions(row: Any) -> Iterator[str]:
         yield f"`{key}` = {value}"
     for key, value in row.rope_required.items():
         yield f"`{key}` = {value} in `rope_parameters`"
-    if row.keys.get("head_dim") == "":
+    if row.square or row.keys.get("head_dim") == "":
         yield "heads as wide as the model"
     if not row.grouped:
         yield "as many key-value heads as heads"

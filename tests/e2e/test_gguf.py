@@ -112,6 +112,24 @@ def test_a_file_of_any_architecture_gives_the_original_logits(
     assert path.is_file()
 
 
+@pytest.mark.parametrize(
+    ("kind", "cls"),
+    [
+        ("exaone", "LlamaForCausalLM"),
+        ("internlm3", "LlamaForCausalLM"),
+        ("iquestcoder", "LlamaForCausalLM"),
+        ("glm4_moe_lite", "DeepseekV3ForCausalLM"),
+        ("solar_open", "Glm4MoeForCausalLM"),
+    ],
+)
+def test_a_file_is_read_as_a_type_that_computes_the_same(kind: str, cls: str, tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", kind)
+    path = gguf_files.written(folder, tmp_path / "m.gguf")
+    loaded, ids = package.load(path, dtype=torch.float32), gguf_files.ids()
+    assert type(loaded).__name__ == cls
+    assert torch.equal(models.logits(loaded, ids), models.logits(models.original(folder), ids))
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "phi3"])
 def test_quantized_weights_stay_packed(family: str, tmp_path: Path) -> None:
     folder = gguf_files.save(tmp_path / "m", family, tie_word_embeddings=True)

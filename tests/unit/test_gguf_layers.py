@@ -86,6 +86,9 @@ def test_the_width_of_an_adjusted_mlp(multiplier: float | None, width: int) -> N
         ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit = 7.0"),
         ("gpt_oss", {"rope_parameters": {**YARN, "truncate": True}}, "means truncate = False"),
         ("qwen3", {"rope_parameters": {**YARN, "truncate": False}}, "means truncate = True"),
+        ("glm", {"head_dim": 32}, "heads as wide as the model; this model's have 32 columns"),
+        ("gpt_bigcode", {"multi_query": False}, "multi_query = True"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense", "sparse", "dense"]}, "layers with experts after all others"),
         ("lfm2_moe", {"use_expert_bias": False}, "use_expert_bias = True"),
     ],
 )

@@ -106,6 +106,8 @@ class Architecture:
     # Entries that are integers from 0 -> the file's key, and the value without one
     integers: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     experts: str = ""  # entry of config.json with the number of experts of a layer; "" without experts
+    # Entry with the type of the MLP of each layer: "dense" for the first ones, then "sparse"
+    mlp_types: str = ""
     flags: Mapping[str, str] = field(default_factory=dict)  # entries that are true or false -> the file's key
     constants: Mapping[str, Any] = field(default_factory=dict)  # further keys of the file: no file has other values
     epsilon: str = "attention.layer_norm_rms_epsilon"  # the file's key
@@ -113,6 +115,7 @@ class Architecture:
     biases: Mapping[str, str] = field(default_factory=dict)
     tied: bool = False  # the output head is always the embedding
     untied: bool = False  # the output head is never the embedding
+    square: bool = False  # heads are as wide as the model, though config.json has their width
     grouped: bool = True  # several query heads may share a key-value head
     gated_queries: bool = False  # q has a gate of each head below the head's rows
     linear_attention: bool = False  # some layers have linear attention (gated delta net)

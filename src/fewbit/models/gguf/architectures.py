@@ -13,9 +13,15 @@ from typing import Any
 
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.gguf.architecture import Architecture
-from fewbit.models.gguf.rows import dense, experts, recurrent, states
+from fewbit.models.gguf.rows import dense, earlier, experts, recurrent, states
 
-_ROWS = (*experts.ROWS, *dense.ROWS, *recurrent.ROWS, *states.ROWS)  # a file is of the first whose `when` fits
+_ROWS = (
+    *experts.ROWS,
+    *dense.ROWS,
+    *earlier.ROWS,
+    *recurrent.ROWS,
+    *states.ROWS,
+)  # a file is of the first whose `when` fits
 
 ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
     name: tuple(row for row in _ROWS if row.name == name) for name in dict.fromkeys(row.name for row in _ROWS)

@@ -87,6 +87,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
     found |= {ours: int(getattr(config, theirs)) for theirs, (ours, _) in arch.integers.items()}
     found |= hybrid.to_keys(config) if arch.linear_attention else {}
     found |= hybrid.layers_to_keys(config, arch, inner) if arch.without_attention else {}
+    found |= hybrid.dense_to_keys(getattr(config, arch.mlp_types)) if arch.mlp_types else {}
     found |= latent.to_keys(config, rope) if arch.latent else {}
     found |= {ours: bool(getattr(config, theirs)) for theirs, ours in arch.flags.items()}
     found |= {**_window(config, arch), **arch.constants}
@@ -164,6 +165,7 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     config |= {key: keys.flag(ours) for key, ours in arch.flags.items()}
     config |= hybrid.of_keys(keys, layers) if arch.linear_attention else {}
     config |= hybrid.layers_of_keys(keys, layers) if arch.without_attention else {}
+    config |= {arch.mlp_types: hybrid.dense_of_keys(keys, layers)} if arch.mlp_types else {}
     config |= _windows(keys, config)
     named = {name: value for key, value in config.items() if (name := arch.keys.get(key, key))}
     return _nested(named | {key: named[other] for key, other in arch.equal.items()})
@@ -204,7 +206,7 @@ def _unturned(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     positions = keys.shape("position_embd.weight") if arch.learned else (config["max_position_embeddings"], hidden)
     if positions[1] != hidden or hidden % heads:
         raise keys.wrong(f"{heads} heads and {positions[1]} columns of positions do not fit a width of {hidden}")
-    if keys.count("attention.head_count_kv", heads) != heads:
+    if keys.count("attention.head_count_kv", heads) not in (heads, arch.constants.get("attention.head_count_kv")):
         raise keys.wrong(f"{arch.name} cannot have {keys.get('attention.head_count_kv')} key-value heads for {heads}")
     inner = keys.count("feed_forward_length")
     return {
@@ -248,7 +250,7 @@ def _refuse(config: Any, arch: Architecture) -> None:
             f"{config.num_key_value_heads} for {config.num_attention_heads}"
         )
     width = getattr(config, "head_dim", None)
-    if arch.has_no("head_dim") and width and width * config.num_attention_heads != config.hidden_size:
+    if (arch.square or arch.has_no("head_dim")) and width and width * config.num_attention_heads != config.hidden_size:
         raise PlanError(
             f"llama.cpp runs {arch.name} with heads as wide as the model; this model's have {width} columns"
         )

@@ -7,6 +7,7 @@ linear_value_head_dim                             a.ssm.inner_size / a.ssm.time_
 layer_types                                       a.attention.recurrent_layers, or a.full_attention_interval
   (LFM2)                                          a.attention.head_count_kv of each layer: 0 without attention
   (Nemotron-H)                                    a.feed_forward_length of each layer too: 0 without an MLP
+mlp_layer_types (GLM 4.7)                         a.leading_dense_block_count
 attn_layer_period, attn_layer_offset (Jamba)      the same list; one of so many layers has attention
 none: a block that predicts further tokens        a.nextn_predict_layers, which a.block_count includes
 """
@@ -24,6 +25,7 @@ from fewbit.models.gguf.architecture import Architecture
 from fewbit.models.gguf.pieces import Joined
 
 _HEADS, _WIDTHS = ("attention.head_count_kv", "key-value heads"), ("feed_forward_length", "MLP widths")
+_LEADING, _DENSE, _SPARSE = "leading_dense_block_count", "dense", "sparse"
 _INTERVAL = 4  # every n-th layer has full attention if a file has no key for it
 
 
@@ -99,6 +101,20 @@ def layers_to_keys(config: Any, arch: Architecture, width: int) -> dict[str, Any
     if arch.mlp_alone:
         found["feed_forward_length"] = np.array([width * (kind == arch.mlp_alone) for kind in kinds], np.int32)
     return found
+
+
+def dense_to_keys(kinds: Sequence[str]) -> dict[str, Any]:
+    """How many layers come before those with experts, by the types of MLPs."""
+    count = next((place for place, kind in enumerate(kinds) if kind != _DENSE), len(kinds))
+    if set(kinds[count:]) - {_SPARSE}:
+        raise PlanError(f"a GGUF file has layers with experts after all others; the MLPs of this model are {kinds}")
+    return {_LEADING: count}
+
+
+def dense_of_keys(keys: Any, layers: int) -> list[str]:
+    """The types of MLPs of a file's model. keys: its `Metadata` (metadata.py)."""
+    count = min(keys.whole(_LEADING), layers)
+    return [_DENSE] * count + [_SPARSE] * (layers - count)
 
 
 def kv_heads(keys: Any) -> int:

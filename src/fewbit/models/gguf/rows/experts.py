@@ -112,6 +112,16 @@ DEEPSEEK_V3_ROW = replace(
     constants={**SIGMOID, "expert_weights_norm": True},
     when="expert_weights_norm",
 )
+# GLM 4.7 Flash. Its files are read as DeepSeek's
+GLM4_LITE_ROW = replace(
+    DEEPSEEK_V3_ROW,
+    model_type="glm4_moe_lite",
+    cls="Glm4MoeLiteForCausalLM",
+    required={**NO_BIAS, "rope_interleave": True, "norm_topk_prob": True},
+    integers={key: ours for key, ours in DEEPSEEK_V3_ROW.integers.items() if key != "first_k_dense_replace"},
+    mlp_types="mlp_layer_types",
+    differs="transformers has 1e-6 in the norms of latents, llama.cpp `rms_norm_eps`",
+)
 GRANITE_MOE_ROW = replace(
     LLAMA_ROW,
     name="granitemoe",
@@ -150,6 +160,7 @@ GRANITE_SHARED_ROW = replace(
 
 ROWS = (
     DEEPSEEK_V3_ROW,
+    GLM4_LITE_ROW,
     DEEPSEEK_ROW,
     replace(
         LLAMA_ROW,
@@ -233,6 +244,14 @@ ROWS = (
         grouped=False,
     ),
     GLM4_MOE_ROW,
+    # All layers have experts. Its files are read as GLM's
+    replace(
+        GLM4_MOE_ROW,
+        model_type="solar_open",
+        cls="SolarOpenForCausalLM",
+        integers={key: ours for key, ours in GLM4_MOE_ROW.integers.items() if key != "first_k_dense_replace"},
+        biases=BIAS,
+    ),
     replace(
         GLM4_MOE_ROW,
         name="dots1",
