@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fewbit.formats.containers.gguf import GgufFile
 from fewbit.plans.mixtures import MIXTURES
 from tests.golden.mixture_models import EXAMPLES, Example, summed_up
 from tests.interop import llama_cpp as peer
@@ -38,10 +39,9 @@ def test_file_types() -> None:
 def _types(example: Example, folder: Path) -> dict[str, Any]:
     """Mixture -> plain, and weighed where that differs -> role -> types over the layers, as llama.cpp quantized.
 
-    The iq2 types and iq3_xxs are not quantized without an importance matrix, so some mixtures are weighed only.
+    The iq2 types and iq3_xxs are not quantized without an importance matrix, so some mixtures are weighed only. q1_0
+    has no fallback for rows that its blocks do not divide, so it has no types then.
     """
-    import gguf
-
     source, out = folder / "source.gguf", folder / "out.gguf"
     _write(example, source)
     ones = {f"{name}.weight": np.ones(shape[1], np.float32) for name, shape in example.tensors().items()}
@@ -52,10 +52,9 @@ def _types(example: Example, folder: Path) -> dict[str, Any]:
             try:
                 peer.quantize(source, out, entry.file_type, imatrix)
             except RuntimeError:
-                assert how == "plain", mixture
+                assert how == "plain" or mixture == "q1_0", mixture
                 continue
-            reader = gguf.GGUFReader(out)
-            types = {t.name.removesuffix(".weight"): t.tensor_type.name.lower() for t in reader.tensors}
+            types = {name.removesuffix(".weight"): entry.type for name, entry in GgufFile(out).entries.items()}
             given = summed_up({name: types[name] for name in example.tensors()})
             if given != found[mixture].get("plain"):
                 found[mixture][how] = given

@@ -81,16 +81,21 @@ MIXTURES = {
     "iq4_nl": Mixture("iq4_nl", 25),
     "iq4_xs": Mixture("iq4_xs", 30),
     "mxfp4_moe": Mixture("q8_0", 38),
+    "tq1_0": Mixture("tq1_0", 36),
+    "tq2_0": Mixture("tq2_0", 37),
+    "q1_0": Mixture("q1_0", 40),
+    "q2_0": Mixture("q2_0", 41),
 }
 _EXPERTS = {"mxfp4_moe": "mxfp4"}  # mixture -> the scheme of its experts; all else has the base
 
 # The file type of a file with one scheme throughout: that of the mixture which is closest to the pure scheme.
-_PLAIN = {"q4_1": 3, "q5_0": 8, "q5_1": 9, "mxfp4": 38, "tq1_0": 36, "tq2_0": 37, "q1_0": 40, "q2_0": 41}
+_PLAIN = {"q4_1": 3, "q5_0": 8, "q5_1": 9, "mxfp4": 38}
 _PLAIN |= {m.base: m.file_type for m in reversed(MIXTURES.values())}
 _PLAIN |= {name: m.file_type for name, m in MIXTURES.items() if name == m.base}
 
-_SMALL_BLOCKS = {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4"}  # of 32 columns; all others have 256
+_BLOCKS = dict.fromkeys(("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4"), 32) | {"q2_0": 64, "q1_0": 128}
 _FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
+_FALLBACK |= dict.fromkeys(("tq1_0", "tq2_0", "q2_0", "q1_0"), "q4_0")  # llama.cpp has none for q1_0, and stops
 _FALLBACK |= dict.fromkeys(("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"), "iq4_nl")
 _VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
 # The mixtures of about two bits, and the scheme of those tensors that get more.
@@ -107,6 +112,7 @@ _ROLES = {
     "iq3_xxs": {"token_embd": "iq3_s", "attn_output": "iq3_s", "attn_q": "iq2_s", "attn_k": "iq2_s"},
     "iq3_xs": {"attn_q": "iq3_xxs", "attn_k": "iq3_xxs"},
     "iq3_m": {"attn_output": "q4_k"},
+    **{mixture: {"token_embd": "q4_k"} for mixture in ("tq1_0", "tq2_0", "q2_0")},
 }
 
 
@@ -217,7 +223,7 @@ def _fitting(scheme: str, columns: int) -> str | None:
 
 
 def _block(scheme: str) -> int:
-    return 32 if scheme in _SMALL_BLOCKS else 256
+    return _BLOCKS.get(scheme, 256)
 
 
 def _role(name: str) -> str:
