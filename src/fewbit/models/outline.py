@@ -41,8 +41,9 @@ class Geometry:
 class Outline(Skeleton):
     """A skeleton that works without weight files: tensors then have the dtype in the config."""
 
-    def __init__(self, source: Source, *, trust_remote_code: bool = False) -> None:
-        super().__init__(source, source.dtype, torch.device("cpu"), trust_remote_code=trust_remote_code)
+    def __init__(self, source: Source, *, trust_remote_code: bool = False, for_gguf: bool = False) -> None:
+        options = {"trust_remote_code": trust_remote_code, "for_gguf": for_gguf}
+        super().__init__(source, source.dtype, torch.device("cpu"), **options)
 
     def _open(self) -> None:
         if self.source.files:

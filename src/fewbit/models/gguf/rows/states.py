@@ -264,6 +264,7 @@ NEMOTRON_H_MOE_ROW = replace(
         "num_experts_per_tok": "expert_used_count",
         "moe_shared_expert_intermediate_size": "expert_shared_feed_forward_length",
     },
+    without_lora=frozenset(("ffn_latent_down", "ffn_latent_up")),
     optional_counts={"moe_latent_size": "moe_latent_size"},
     products={**NEMOTRON_H_ROW.products, "expert_feed_forward_length": ("moe_intermediate_size",)},
     integers={
