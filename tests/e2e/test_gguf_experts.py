@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,11 @@ from fewbit.api import generate, quantize, tune
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers import imatrix
 from fewbit.formats.containers.gguf import GgufFile, GgufWriter
+from fewbit.models.outline import Outline
+from fewbit.models.source import locate
 from fewbit.nn.experts import ExpertSlice
+from fewbit.pipeline import write_gguf
+from fewbit.pipeline.settled import Settled
 from fewbit.plans.plan import Plan, Rule, find
 from fewbit.texts.calibration import Calibration
 from tests import gguf_files, models
@@ -108,9 +113,18 @@ def test_a_file_is_quantized_again(file: Path, tmp_path: Path) -> None:
 
 def test_experts_of_a_layer_have_one_type(folder: Path, tmp_path: Path) -> None:
     rules = (Rule("*.experts.2.up_proj", "q8_0", "rtn"), Rule("*", "q4_0", "rtn"))
-    with pytest.raises(PlanError, match=r"experts\.0\.up_proj\.weight q4_0 and .*experts\.2\.up_proj\.weight q8_0"):
+    with pytest.raises(PlanError, match=r"experts\.0\.up_proj\.weight gets q4_0, .*experts\.2\.up_proj\.weight q8_0"):
         quantize.quantize(folder, tmp_path / "out.gguf", plan=Plan("mine", "gguf", rules))
     assert not list(tmp_path.iterdir())
+
+
+def test_experts_that_no_one_type_holds_are_not_converted(folder: Path) -> None:
+    """A conversion chooses the types itself, so its error does not speak of rules."""
+    rules = (Rule("*.experts.2.up_proj", "q8_0", "rtn"), Rule("*", "q4_0", "rtn"))
+    settled = Settled.of(Outline(locate(folder)), Plan("mine", "gguf", rules))
+    with pytest.raises(PlanError, match=r"experts\.0\.up_proj\.weight becomes q4_0, .*experts\.2") as refused:
+        write_gguf.planned(replace(settled, exact=True))
+    assert "`requantize=True` with a plan for GGUF" in str(refused.value.hint)
 
 
 def test_a_tensor_of_fewer_experts_is_refused(file: Path, tmp_path: Path) -> None:

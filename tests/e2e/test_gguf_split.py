@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from fewbit.api import convert, generate, quantize
 from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers import gguf_parts
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models import source
+from fewbit.pipeline import blocks
 from fewbit.plans.plan import find
 from tests import gguf_files, models
 from tests.e2e.conftest import Fewbit
@@ -81,11 +83,44 @@ def test_a_conversion_splits_and_joins(whole: Path, parts: list[Path], tmp_path:
         convert.convert(parts[1], parts[0], to="gguf", overwrite=True)
 
 
-def test_a_folder_is_not_split(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_is_not_split(folder: Path, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="this output is a folder"):
         quantize.quantize(folder, tmp_path / "out", plan="nf4", max_shard="1GB")
     with pytest.raises(PlanError, match="max_shard='much'"):
         quantize.quantize(folder, tmp_path / "out.gguf", plan=PLAN, max_shard="much")
+    with pytest.raises(PlanError, match="this output is a folder"):
+        quantize.preview(folder, plan="nf4", max_shard="1GB")
+    with pytest.raises(PlanError, match="this output is a folder"):
+        convert.preview(whole, to="dense", max_shard="1GB")
+
+
+def test_a_dry_run_counts_the_files(
+    folder: Path, parts: list[Path], whole: Path, tmp_path: Path, fewbit: Fewbit
+) -> None:
+    limit = whole.stat().st_size // 3
+    shown = fewbit("quantize", folder, "--plan", "q8_0", "--dry-run", "--max-shard", limit, "--json")
+    assert shown.code == 0, shown.err
+    assert shown.json["files"] in (len(parts) - 1, len(parts))  # without the record, which is in the first file
+    assert f"in {shown.json['files']} files" in fewbit(
+        "quantize", folder, "--plan", "q8_0", "--dry-run", "--max-shard", limit
+    ).out.replace("\n", " ")
+    assert quantize.preview(folder, plan=PLAN).files == quantize.preview(folder, plan=PLAN, max_shard="1GB").files == 1
+    assert convert.preview(folder, to="gguf", max_shard="60kB").files > 2
+    split = Path(convert.convert(whole, tmp_path / "x.gguf", to="gguf", max_shard=limit).out)
+    made = len([*split.parent.iterdir()])
+    assert convert.preview(whole, to="gguf", max_shard=limit).files == made > 1
+    assert convert.preview(split, to="gguf").files == 1
+
+
+def test_too_many_files_are_refused_before_the_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_parts, "MOST", 2)
+    monkeypatch.setattr(blocks, "quantize_blocks", None)  # calling it fails
+    with pytest.raises(PlanError, match="files are more than 2"):
+        quantize.quantize(folder, tmp_path / "o.gguf", plan=PLAN, max_shard="40kB")
+    with pytest.raises(PlanError, match="files are more than 2"):
+        quantize.preview(folder, plan=PLAN, max_shard="40kB")
 
 
 def test_a_missing_part_is_named(parts: list[Path], tmp_path: Path) -> None:

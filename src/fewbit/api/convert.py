@@ -13,6 +13,7 @@ from fewbit.api import adapters, arguments, evaluate, quantize, records, splitti
 from fewbit.api.arguments import SAMPLES, Device, Plans, checked
 from fewbit.checks import Texts
 from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers import gguf_split
 from fewbit.formats.containers.gguf import PLAIN, GgufFile
 from fewbit.measure import memory
 from fewbit.models.describe import describe
@@ -108,13 +109,24 @@ def convert(
     return _converted(source, Path(out), target, limit, overwrite, trust_remote_code, progress)
 
 
-def preview(model: str | Path, *, to: str, safetensors_only: bool = False, trust_remote_code: bool = False) -> Preview:
+@checked
+def preview(
+    model: str | Path,
+    *,
+    to: str,
+    max_shard: int | str | None = None,
+    safetensors_only: bool = False,
+    trust_remote_code: bool = False,
+) -> Preview:
     """What `convert` would do to each tensor, with exact output bytes. Writes nothing (`--dry-run`)."""
     if adapters.is_adapter(model):
         raise PlanError(f"{model} is an adapter, and a preview shows the tensors of a model", "Convert it.")
     target, source = _target(to), locate(model, safetensors_only=safetensors_only)
+    if source.gguf is not None and target.format.suffix and (max_shard is not None or len(source.files) > 1):
+        return _previewed_copy(GgufFile(source.files[0]), None if max_shard is None else int(max_shard))
     made = conversion.prepare(source, target, trust_remote_code=trust_remote_code)
     header = _header(made, source, trust_remote_code)
+    files = splitting.count(made.settled, header, None if max_shard is None else int(max_shard))
     tensors, output_bytes = sizes.tensors(made.settled, _scheme)
     return Preview(
         plan=made.settled.resolved.plan.name,
@@ -124,6 +136,22 @@ def preview(model: str | Path, *, to: str, safetensors_only: bool = False, trust
         original_bytes=sizes.checkpoint_bytes(made.settled.skeleton),
         output_bytes=output_bytes,
         share=made.settled.share,
+        files=files,
+    )
+
+
+def _previewed_copy(file: GgufFile, max_shard: int | None) -> Preview:
+    """What a copy of a GGUF file has, with its parts joined or split anew."""
+    entries = [*file.entries.values()]
+    return Preview(
+        plan="copy",
+        format="gguf",
+        notes=[],
+        tensors=[(entry.name, f"{entry.type}, unchanged", entry.spec.nbytes) for entry in entries],
+        original_bytes=file.nbytes,
+        output_bytes=file.nbytes,
+        share=describe(locate(file.path)).share,
+        files=1 if max_shard is None else gguf_split.count(entries, file.metadata, max_shard),
     )
 
 
@@ -187,6 +215,7 @@ def _converted(
     publish.check_not_lost(out, source.origin, source.folder, *source.files)
     made = conversion.prepare(source, target, trust_remote_code=trust_remote_code)
     header = _header(made, source, trust_remote_code)
+    splitting.count(made.settled, header, max_shard)
     settled, size = made.settled, sizes.tensors(made.settled, _scheme)[1]
     publish.check_space({out.resolve(): size if parts is None else 2 * size})
     schemes = Counter(str(each.scheme) for each in settled.resolved.assignments.values())

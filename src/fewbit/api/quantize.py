@@ -166,6 +166,7 @@ def made(model: str | Path | Source, out: str | Path, wanted: Request) -> Quanti
         sized = _Sized.of(job, wanted.budget, calibration, tokenizer, progress)
         job, calibration = sized.job, sized.calibration
         preview = job.preview()
+        splitting.count(job.settled, header, wanted.max_shard)
         if ranks.first():
             # The cache holds the finished blocks, and `out` the output that is made from them.
             # The tuned model is written beside the one it replaces, and parts beside the file that they replace.
@@ -318,6 +319,7 @@ def preview(
     budget: Budget | None = None,
     calibration: Calibration | Texts | None = None,
     imatrix: str | Path | None = None,
+    max_shard: int | str | None = None,
     device: Device = None,
     safetensors_only: bool = False,
     trust_remote_code: bool = False,
@@ -332,13 +334,16 @@ def preview(
     source = locate(model, safetensors_only=safetensors_only)
     where = machine.device(device) if budget is not None and budget.given else "cpu"
     job = Job.prepare(source, wanted, where, trust_remote_code=trust_remote_code, imatrix=imatrix)
+    if max_shard is not None:
+        splitting.check(job.single_file)
     if not job.single_file and (budget is None or not budget.given):
         return job.preview()
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if (header := job.header(tokenizer)) is not None:
         job = replace(job, notes=[*job.notes, *header.notes])
     sized = _Sized.of(job, budget or Budget(), arguments.calibrated(calibration), tokenizer, progress)
-    return replace(sized.job.preview(), allocation=sized.allocation)
+    files = splitting.count(sized.job.settled, header, None if max_shard is None else int(max_shard))
+    return replace(sized.job.preview(), allocation=sized.allocation, files=files)
 
 
 @checked

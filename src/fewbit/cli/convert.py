@@ -76,7 +76,11 @@ def convert(
 
     if dry_run:
         shown = api.preview(
-            model, to=to, safetensors_only=safetensors_only, trust_remote_code=loading.trust_remote_code
+            model,
+            to=to,
+            max_shard=max_shard,
+            safetensors_only=safetensors_only,
+            trust_remote_code=loading.trust_remote_code,
         )
         printed(asdict(shown)) if as_json else report.preview(shown)
         return

@@ -73,6 +73,7 @@ def quantize(
             budget=budget,
             calibration=calibration,
             imatrix=imatrix,
+            max_shard=max_shard,
             device=loading.device,
             safetensors_only=safetensors_only,
             trust_remote_code=loading.trust_remote_code,

@@ -141,7 +141,8 @@ def rehearsed(source: Source, plan: plans.Plan, device: Device, *, trust_remote_
         for code in source.folder.glob("*.py"):
             shutil.copy(code, place)
         plain = replace(source, folder=Path(place), files=(), gguf=None)
-        settled = Settled.of(Outline(plain, trust_remote_code=trust_remote_code), plan)
+        for_gguf = bool(plans.format_of(plan).suffix)
+        settled = Settled.of(Outline(plain, trust_remote_code=trust_remote_code, for_gguf=for_gguf), plan)
         settled.check_plan()
         yield Job(plain, settled, None, list(settled.resolved.notes))
 
@@ -310,7 +311,8 @@ def too_small(tensors: Sequence[run.TensorReport]) -> list[str]:
 class Preview:
     """What `quantize` would do. Bytes are exact; `tensors` lists every tensor of the output as (name, what, bytes).
 
-    definition: the plan's JSON. allocation: the widths that were chosen for a size; None if no size was given.
+    definition: the plan's JSON. allocation: the widths that were chosen for a size; None if no size was given. files:
+    the number of files of a GGUF model; the record, which only the work makes, may add one.
     """
 
     plan: str
@@ -322,3 +324,4 @@ class Preview:
     share: float
     definition: dict[str, Any] = field(default_factory=dict)
     allocation: Allocation | None = None
+    files: int = 1

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import NumericsError, PlanError
+from fewbit.formats.containers import gguf_split
 from fewbit.formats.containers.gguf import Entry, GgufWriter
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models import scales
@@ -75,12 +76,15 @@ def planned(settled: Settled) -> list[Planned]:
             own = {torch.float32: "f32", torch.bfloat16: "bf16" if settled.exact else "f16"}.get(spec.dtype, "f16")
             entry = Entry(route.name, "f32" if vector else own, shape)
         tensors.append(Planned(entry, name, key, module if assignment is not None else None))
-    tensors = _stacked(tensors, routes)
+    tensors = _stacked(tensors, routes, exact=settled.exact)
     return sorted(tensors, key=lambda each: mixtures.order(each.entry.name))
 
 
-def _stacked(tensors: Sequence[Planned], routes: Mapping[str, gguf_names.Route]) -> list[Planned]:
-    """The tensors, those of all experts of a layer as one. PlanError if experts of a layer differ in their scheme."""
+def _stacked(tensors: Sequence[Planned], routes: Mapping[str, gguf_names.Route], *, exact: bool) -> list[Planned]:
+    """The tensors, those of all experts of a layer as one. PlanError if experts of a layer differ in their scheme.
+
+    exact: the schemes are those of a conversion, not of a plan.
+    """
     found = [each for each in tensors if routes[each.name].expert is None]
     groups: dict[str, list[Planned]] = {}
     for each in tensors:
@@ -91,9 +95,11 @@ def _stacked(tensors: Sequence[Planned], routes: Mapping[str, gguf_names.Route])
         first, *more = group
         if other := next((each for each in more if each.entry != first.entry), None):
             raise PlanError(
-                f"a GGUF file holds all experts of a layer in one tensor of one type, and the plan gives {first.name} "
-                f"{first.entry.type} and {other.name} {other.entry.type}",
-                "Use rules that match all experts of a layer.",
+                f"a GGUF file holds all experts of a layer in one tensor of one type, and "
+                f"{first.name} {'becomes' if exact else 'gets'} {first.entry.type}, {other.name} {other.entry.type}",
+                "No one type holds both unchanged. `requantize=True` with a plan for GGUF quantizes them anew."
+                if exact
+                else "Give the plan rules that match all experts of a layer.",
             )
         whole = first.entry._replace(shape=(len(group), *first.entry.shape))
         found.append(replace(first, entry=whole, more=tuple(more)))
@@ -129,6 +135,14 @@ def nbytes(settled: Settled) -> int:
     return extra + sum(each.entry.spec.nbytes for each in planned(settled))
 
 
+def files(settled: Settled, header: Header, limit: int) -> int:
+    """How many files of at most `limit` bytes the output is split into. PlanError if they are too many.
+
+    The first file also has the record, whose size is not known before the work: with it, there may be one more.
+    """
+    return gguf_split.count(_entries(planned(settled), header), metadata(header, settled.resolved, {}), limit)
+
+
 def write(path: Path, settled: Settled, blocks: Checkpoint, header: Header, record: Mapping[str, Any]) -> int:
     """Write the file at `path`, with a `record` of how it was made. Returns the bytes of all tensors.
 
@@ -136,8 +150,7 @@ def write(path: Path, settled: Settled, blocks: Checkpoint, header: Header, reco
     """
     skeleton, resolved = settled.skeleton, settled.resolved
     routes, tensors, extra = header.routes, planned(settled), header.extra
-    entries = [Entry(name, "f32", tuple(tensor.shape)) for name, tensor in extra.items()]
-    entries += [entry for each in tensors for entry in _pieces(each, routes)]
+    entries = _entries(tensors, header)
     own = folded(skeleton, blocks)
     keys = metadata(header, resolved, {**record, "scales": scales.to_record(own)}) | scales.to_metadata(own)
     with GgufWriter(path, keys, entries) as writer:
@@ -150,6 +163,12 @@ def write(path: Path, settled: Settled, blocks: Checkpoint, header: Header, reco
             for entry, piece in zip(_pieces(each, routes), pieces, strict=True):
                 writer.add(entry.name, piece)
     return sum(entry.spec.nbytes for entry in entries)
+
+
+def _entries(tensors: Sequence[Planned], header: Header) -> list[Entry]:
+    """All tensors of the file, in its order."""
+    entries = [Entry(name, "f32", tuple(tensor.shape)) for name, tensor in header.extra.items()]
+    return entries + [entry for each in tensors for entry in _pieces(each, header.routes)]
 
 
 def _pieces(each: Planned, routes: Mapping[str, gguf_names.Route]) -> list[Entry]:

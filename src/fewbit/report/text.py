@@ -204,7 +204,8 @@ def preview(shown: Preview) -> None:
     for note in shown.notes:
         _say(f"note: {note}")
     _say(
-        f"{shown.original_bytes:,} bytes become {shown.output_bytes:,} ({size(shown.output_bytes)}); "
+        f"{shown.original_bytes:,} bytes become {shown.output_bytes:,} ({size(shown.output_bytes)}"
+        f"{f', in {shown.files} files' if shown.files > 1 else ''}); "
         f"{share(shown.share)} of the blocks' parameters are quantized. Nothing was written."
     )
 

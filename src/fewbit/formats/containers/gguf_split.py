@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +22,10 @@ def split(path: Path, limit: int) -> list[Path]:
     if path.stat().st_size <= limit:
         return [path]
     file = GgufFile(path)
-    groups = _grouped(file, limit)
-    if len(groups) > gguf_parts.MOST:
-        raise PlanError(f"{len(groups)} files are more than {gguf_parts.MOST}", "Give a larger `max_shard`.")
+    groups = _grouped([*file.entries.values()], file.metadata, limit)
     parts = gguf_parts.named(path, len(groups))
     for number, (part, entries) in enumerate(zip(parts, groups, strict=True)):
-        with GgufWriter(part, _keys(file, number, len(groups)), entries) as writer:
+        with GgufWriter(part, _keys(file.metadata, len(file.entries), number, len(groups)), entries) as writer:
             for entry in entries:
                 writer.add(entry.name, file.get(entry.name))
                 file.release(entry.name)
@@ -33,24 +33,31 @@ def split(path: Path, limit: int) -> list[Path]:
     return parts
 
 
-def _keys(file: GgufFile, number: int, count: int) -> dict[str, object]:
-    own = dict(zip(gguf_parts.KEYS, (np.uint16(number), np.uint16(count), np.int32(len(file.entries))), strict=True))
-    kept = {key: value for key, value in file.metadata.items() if key != "general.alignment"}
+def count(entries: Sequence[Entry], metadata: Mapping[str, Any], limit: int) -> int:
+    """How many files `split` makes of a file with these tensors and keys. PlanError as there."""
+    return 1 if layout(metadata, entries, ALIGNMENT)[2] <= limit else len(_grouped(entries, metadata, limit))
+
+
+def _keys(metadata: Mapping[str, Any], tensors: int, number: int, count: int) -> dict[str, Any]:
+    own = dict(zip(gguf_parts.KEYS, (np.uint16(number), np.uint16(count), np.int32(tensors)), strict=True))
+    kept = {key: value for key, value in metadata.items() if key != "general.alignment"}
     return kept | own if number == 0 else own
 
 
-def _grouped(file: GgufFile, limit: int) -> list[list[Entry]]:
+def _grouped(entries: Sequence[Entry], metadata: Mapping[str, Any], limit: int) -> list[list[Entry]]:
     """The tensors of each file. The first has none if only the metadata fits it."""
     groups: list[list[Entry]] = [[]]
-    empty = [len(layout(_keys(file, number, 1), [])[0]) for number in (0, 1)]
+    empty = [len(layout(_keys(metadata, len(entries), number, 1), [])[0]) for number in (0, 1)]
     size = empty[0]
-    for entry in file.entries.values():
+    for entry in entries:
         more = 24 + len(entry.name.encode()) + 8 * len(entry.shape) + _aligned(entry.spec.nbytes)
         if size + more + ALIGNMENT > limit and (groups[-1] or len(groups) == 1):
             groups.append([])
             size = empty[1]
         groups[-1].append(entry)
         size += more
+    if len(groups) > gguf_parts.MOST:
+        raise PlanError(f"{len(groups)} files are more than {gguf_parts.MOST}", "Give a larger `max_shard`.")
     return groups
 
 
