@@ -116,6 +116,15 @@ TYPES: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"n_inner": 256},
     "jais2": {"num_key_value_heads": 4},
     "glm4_moe_lite": {**_LATENT, "rms_norm_eps": 1e-6, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "afmoe": {"num_hidden_layers": 5, "mup_enabled": True, "num_shared_experts": 2, "route_scale": 2.5},
+    "mellum": {
+        "num_hidden_layers": 5,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {**_YARN, "mscale": None, "mscale_all_dim": None},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
     "solar_open": {"n_shared_experts": 1, "routed_scaling_factor": 1.5},
     "falcon-first": {"max_position_embeddings": 2048},
     "bloom": {},

@@ -135,6 +135,10 @@ def _conditions(row: Any) -> Iterator[str]:
         yield "`truncate` = False with YaRN scaling; llama.cpp rounds the limits of its ramp, so its logits then differ"
     if row.latent:
         yield "`q_lora_rank` = None with 26 or 27 layers only; YaRN with `mscale` = `mscale_all_dim`"
+    if row.regular:
+        yield f"a sliding window in all layers but one in {row.period}"
+    if row.one_theta:
+        yield "one base of RoPE"
     if row.differs:
         yield f"{row.differs}, so its logits may differ"
     if row.windowed:

@@ -18,6 +18,7 @@ from fewbit.models.gguf import config, hybrid
 from tests import architectures, gguf_files, models
 
 YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+BASES = {"full_attention": 500000.0, "sliding_attention": 10000.0}
 
 
 def file(**changes: Any) -> GgufFile:
@@ -86,6 +87,13 @@ def test_the_width_of_an_adjusted_mlp(multiplier: float | None, width: int) -> N
         ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit = 7.0"),
         ("gpt_oss", {"rope_parameters": {**YARN, "truncate": True}}, "means truncate = False"),
         ("qwen3", {"rope_parameters": {**YARN, "truncate": False}}, "means truncate = True"),
+        ("afmoe", {"mup_enabled": False}, "mup_enabled = True"),
+        ("afmoe", {"layer_types": ["full_attention"] + ["sliding_attention"] * 4}, "in all layers but one in 4"),
+        (
+            "mellum",
+            {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": base} for kind, base in BASES.items()}},
+            r"one base of RoPE; this model has \[10000\.0, 500000\.0\]",
+        ),
         ("glm", {"head_dim": 32}, "heads as wide as the model; this model's have 32 columns"),
         ("gpt_bigcode", {"multi_query": False}, "multi_query = True"),
         ("glm4_moe_lite", {"mlp_layer_types": ["dense", "sparse", "dense"]}, "layers with experts after all others"),

@@ -68,6 +68,14 @@ def test_a_file_of_mistral_3_may_have_a_mistral(tmp_path: Path) -> None:
     assert torch.equal(models.logits(loaded, ids), models.logits(models.original(folder), ids))
 
 
-def test_a_type_that_llama_cpp_computes_otherwise_is_refused() -> None:
-    with pytest.raises(PlanError, match="type 'phimoe': in llama\\.cpp its norms do not subtract the mean"):
-        keys("phimoe", rope_type="default", rope_theta=1e4)
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("phimoe", r"in llama\.cpp its norms do not subtract the mean"),
+        ("bamba", r"in llama\.cpp RoPE turns other columns"),
+        ("bitnet", r"llama\.cpp has silu in its MLP"),
+    ],
+)
+def test_a_type_that_llama_cpp_computes_otherwise_is_refused(kind: str, why: str) -> None:
+    with pytest.raises(PlanError, match=f"a model of type '{kind}': {why}"):
+        keys(kind, rope_type="default", rope_theta=1e4)

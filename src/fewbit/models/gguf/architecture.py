@@ -147,6 +147,8 @@ class Architecture:
     window: bool = False  # all layers may have one
     no_window: bool = False  # a file needs a key to say that there is no window
     period: int = 0  # every n-th layer has full attention and the others have a window; 0 without such layers
+    regular: bool = False  # it is always the n-th layer, and the others always have a window
+    one_theta: bool = False  # RoPE has the same base in both kinds of layers
     default_window: bool = False  # a file without a key for the window has one
     windowed: int = 0  # windows are used exactly in models with so many layers; 0: by the file's key
     differs: str = ""  # what llama.cpp computes otherwise in any case, a sentence

@@ -35,6 +35,7 @@ TYPES: dict[str, tuple[Architecture, ...]] = {
 # Types of transformers that llama.cpp computes otherwise -> how
 REFUSED = {
     "bamba": "in llama.cpp RoPE turns other columns of a head together",
+    "bitnet": "llama.cpp has silu in its MLP, and this model has relu2",
     "phimoe": "in llama.cpp its norms do not subtract the mean, and it weights the experts of a token otherwise",
 }
 

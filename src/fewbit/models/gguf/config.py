@@ -263,6 +263,12 @@ def _refuse(config: Any, arch: Architecture) -> None:
             f"llama.cpp runs {arch.name} with sliding windows if it has {arch.windowed} layers, and else without; this "
             f"model has {config.num_hidden_layers} layers and a window of {config.sliding_window}"
         )
+    if arch.regular and [kind == "sliding_attention" for kind in config.layer_types] != _usual(
+        arch.period, config.num_hidden_layers
+    ):
+        raise PlanError(f"llama.cpp runs {arch.name} with a sliding window in all layers but one in {arch.period}")
+    if arch.one_theta and len(bases := {each["rope_theta"] for each in config.rope_parameters.values()}) > 1:
+        raise PlanError(f"llama.cpp runs {arch.name} with one base of RoPE; this model has {sorted(bases)}")
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     if windowed and not arch.period and "full_attention" in config.layer_types:
         raise PlanError(
