@@ -1,12 +1,12 @@
 """Tokens per second of `fewbit serve` for one client and for several, beside `generate` on the same model.
 
     python -m benchmarks.serving MODEL [--clients 1,8] [--tokens 100] [--rounds 5] [--load SECONDS]
-        [--beside URL] [--dtype TYPE]
+        [--beside URL] [--dtype TYPE] [--stream]
 
 The server is a process of its own on this machine; each client asks for `--tokens` tokens of a greedy completion, again
 when it has the answer. Medians of the rounds, with the lowest and the highest. `generate` runs in this process first.
 Only tokens that came are counted: answers may end earlier. `--beside http://127.0.0.1:8080/v1` measures another server
-with the same clients, in turns with this one, round by round.
+with the same clients, in turns with this one, round by round. `--stream` measures streamed answers too.
 
 With `--load`, 32 clients ask for that many seconds. Shown are how many answers equal those that a single client got
 before, and the memory of the server over the time. An answer that is lost ends the benchmark.
@@ -20,12 +20,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from typing import Any
 
 import openai
 import psutil  # type: ignore[import-untyped]
 
+Ask = Callable[[int], int]
 PROMPTS = ("The garden is", "Once upon a time", "The best way to", "In the morning", "My friend has", "A small house")
 
 
@@ -49,23 +51,33 @@ def generated(model: str, tokens: int, rounds: int) -> list[float]:
     return found[1:]  # the first round warms up
 
 
-def served(asked: list[openai.OpenAI], clients: int, tokens: int, rounds: int) -> list[list[float]]:
-    """Tokens per second of all clients together, of each server that is asked. The servers take turns."""
-    names = [client.models.list().data[0].id for client in asked]
-
-    def ask(server: int, index: int) -> int:
-        prompt = PROMPTS[index % len(PROMPTS)]
-        done = asked[server].completions.create(model=names[server], prompt=prompt, max_tokens=tokens, temperature=0)
-        return done.usage.completion_tokens if done.usage is not None else 0
-
-    found: list[list[float]] = [[] for _ in asked]
+def served(ways: list[Ask], clients: int, rounds: int) -> list[list[float]]:
+    """Tokens per second of all clients together, of each way to ask. The ways take turns."""
+    found: list[list[float]] = [[] for _ in ways]
     with ThreadPoolExecutor(clients) as pool:
         for _ in range(rounds + 1):
-            for server, own in enumerate(found):
+            for way, own in zip(ways, found, strict=True):
                 start = time.perf_counter()
-                count = sum(pool.map(partial(ask, server), range(len(PROMPTS) * clients)))
+                count = sum(pool.map(way, range(len(PROMPTS) * clients)))
                 own.append(count / (time.perf_counter() - start))
     return [own[1:] for own in found]
+
+
+def asking(client: openai.OpenAI, tokens: int, *, stream: bool = False) -> Ask:
+    """Asks this server for a completion, and counts its tokens."""
+    name = client.models.list().data[0].id
+    create: Any = client.completions.create  # of its overloads, none takes options of a dictionary
+    given: dict[str, Any] = {"model": name, "max_tokens": tokens, "temperature": 0}
+    if stream:
+        given |= {"stream": True, "stream_options": {"include_usage": True}}
+
+    def ask(index: int) -> int:
+        done = create(prompt=PROMPTS[index % len(PROMPTS)], **given)
+        if stream:
+            *_, done = done
+        return int(done.usage.completion_tokens)
+
+    return ask
 
 
 def loaded(client: openai.OpenAI, process: psutil.Process, seconds: float) -> None:
@@ -118,6 +130,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--load", type=float, default=0)
     parser.add_argument("--beside")
+    parser.add_argument("--stream", action="store_true")
     parser.add_argument("--dtype", help="of the server")
     args = parser.parse_args()
     told("generate", generated(args.model, args.tokens, args.rounds))
@@ -131,12 +144,18 @@ def main() -> None:
             asked = [client_of(each) for each in (f"{address}/v1", args.beside) if each]
             if args.load:
                 loaded(asked[0], psutil.Process(server.pid), args.load)
+            ways = {"whole": asking(asked[0], args.tokens)}
+            if args.stream:
+                ways["streamed"] = asking(asked[0], args.tokens, stream=True)
+            if args.beside:
+                ways["beside"] = asking(asked[1], args.tokens)
             for clients in map(int, args.clients.split(",")):
-                own, *beside = served(asked, clients, args.tokens, args.rounds)
+                own, *others = served(list(ways.values()), clients, args.rounds)
                 told(f"{clients} clients", own)
-                for other in beside:
-                    told("beside", other)
-                    ratios = [a / b for a, b in zip(own, other, strict=True)]
+                for name, other in zip(list(ways)[1:], others, strict=True):
+                    told(name, other)
+                    pairs = zip(other, own, strict=True) if name == "streamed" else zip(own, other, strict=True)
+                    ratios = [a / b for a, b in pairs]
                     print(f"{'ratio':12} {statistics.median(ratios):8.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
         finally:
             server.terminate()

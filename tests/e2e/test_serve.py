@@ -17,7 +17,6 @@ from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
-from tests.limits import HANG
 from tests.served import HELLO, PROMPTS, Served, ask, raw, said, served, until, with_ends
 
 openai = pytest.importorskip("openai")
@@ -66,7 +65,8 @@ def test_an_answer_may_be_sent_back(client: Any) -> None:
     assert second.usage.prompt_tokens > first.usage.total_tokens
 
 
-def test_a_stream_has_the_same_text_and_the_usage(client: Any) -> None:
+def test_a_stream_has_the_same_text_and_the_usage(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewbit.serving.service._PAUSE", 0.0)
     whole = ask(client, new=20)
     with ask(client, new=20, stream=True, stream_options={"include_usage": True}) as stream:
         chunks = list(stream)
@@ -340,6 +340,20 @@ def test_whole_answers_wake_the_event_loop_rarely(client: Any, monkeypatch: pyte
     assert woken[0] > 40
 
 
+def test_pieces_of_a_stream_come_after_a_pause(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came meanwhile is one piece. The first token comes at once."""
+    monkeypatch.setattr("fewbit.serving.service._PAUSE", 0.5)
+    wanted, first = [], said(ask(client, new=1))
+    for n in (1, 2):
+        with ask(client, new=40, stream=True, n=n) as stream:
+            chunks = [chunk.choices[0] for chunk in stream]
+        texts = [chunk.delta.content for chunk in chunks if chunk.delta.content and chunk.index == 0]
+        assert texts[0].startswith(first)
+        assert len(texts) < 20
+        wanted.append("".join(texts))
+    assert wanted == [said(ask(client, new=40))] * 2
+
+
 def test_a_full_queue_and_one_that_empties(quantized: Path) -> None:
     with served(quantized, max_num_seqs=1, max_queue=1) as server, server.client() as client:
         wanted = said(ask(client))
@@ -418,81 +432,3 @@ def test_metrics_count(client: Any, server: Served) -> None:
     prompt = ask(client, new=5).usage.prompt_tokens
     after = [number(name) for name in names]
     assert [b - a for a, b in zip(before, after, strict=True)] == [5, 1, prompt, 1]
-
-
-def test_an_error_of_a_step_ends_its_requests_only(quantized: Path) -> None:
-    """As if a step of more than 50 tokens did not fit into the memory."""
-    with served(quantized) as server, server.client() as client:
-        model, wanted = server.service.engine._manager.model, said(ask(client))
-        computed = model.forward
-
-        def small(*args: Any, **kwargs: Any) -> Any:
-            server.gate.wait(HANG)
-            if len(kwargs["input_ids"][0]) > 50:
-                raise RuntimeError("out of something")
-            return computed(*args, **kwargs)
-
-        model.forward = small
-        with ThreadPoolExecutor(3) as pool:
-            with server.held():
-                failing = [pool.submit(ask, client, PROMPTS[i] + " word" * 60) for i in range(2)]
-                until(lambda: server.service.engine.unfinished == 2)
-                streamed = ask(client, new=8, stream=True)
-                until(lambda: server.service.engine.unfinished == 3)
-            for each in failing:
-                with pytest.raises(openai.InternalServerError, match="out of something") as caught:
-                    each.result()
-                assert (caught.value.status_code, caught.value.code) == (500, "engine_failed")
-            with streamed, pytest.raises(openai.APIError, match="out of something"):
-                list(streamed)
-        until(lambda: server.service.engine.ready)
-        assert raw(server, "/health") == (200, {"status": "ok"})
-        assert said(ask(client)) == wanted
-        assert (server.service.engine.unfinished, server.service.engine.failed) == (0, None)
-
-
-def test_an_engine_that_cannot_compute_has_failed(quantized: Path) -> None:
-    with served(quantized) as server, server.client() as client:
-        engine = server.service.engine
-
-        def broken(*args: Any, **kwargs: Any) -> Any:
-            server.gate.wait(HANG)
-            raise RuntimeError("the device is gone")
-
-        engine._manager.model.forward = broken
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(ask, client)
-            with pytest.raises(openai.InternalServerError, match="device is gone"):
-                answer.result()
-        until(lambda: engine.failed is not None)
-        assert raw(server, "/health") == (503, {"status": "failed"})
-        with pytest.raises(openai.InternalServerError) as caught:
-            ask(client)
-        assert (caught.value.status_code, caught.value.code) == (503, "engine_failed")
-
-
-def test_nothing_is_accepted_while_the_engine_starts_again(quantized: Path) -> None:
-    with served(quantized) as server, server.client() as client:
-        engine, wanted = server.service.engine, said(ask(client))
-        model, failing = engine._manager.model, [True]
-        computed = model.forward
-
-        def once(*args: Any, **kwargs: Any) -> Any:
-            if failing:
-                failing.clear()
-                server.gate.clear()  # holds up the token that the engine computes by itself
-                raise RuntimeError("once")
-            return computed(*args, **kwargs)
-
-        model.forward = once
-        with pytest.raises(openai.InternalServerError, match="once"):
-            ask(client)
-        until(lambda: not engine._accepting)
-        assert raw(server, "/health") == (503, {"status": "unavailable"})
-        with pytest.raises(openai.InternalServerError) as caught:
-            ask(client)
-        assert (caught.value.status_code, caught.value.code) == (503, "unavailable")
-        assert caught.value.response.headers["retry-after"] == "1"
-        server.gate.set()
-        until(lambda: engine.ready)
-        assert said(ask(client)) == wanted

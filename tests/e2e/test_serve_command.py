@@ -44,8 +44,11 @@ def during(fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         return opened[0]
 
     def noted(app: Any, at: socket.socket, settings: Any, tell: Callable[[], None], failed: Any) -> None:
-        address = f"http://127.0.0.1:{at.getsockname()[1]}"
-        serve(app, at, settings, lambda: (tell(), ready.put(address))[0], failed)
+        def told() -> None:
+            tell()
+            ready.put(f"http://127.0.0.1:{at.getsockname()[1]}")
+
+        serve(app, at, settings, told, failed)
 
     monkeypatch.setattr(api, "service", loaded)
     monkeypatch.setattr(run, "run", noted)

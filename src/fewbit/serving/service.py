@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +25,12 @@ from fewbit.serving.grammar import Grammar, Grammars
 from fewbit.serving.metrics import Metrics
 from fewbit.serving.reading import reader
 from fewbit.serving.text import Written
-from fewbit.serving.thoughts import CLOSE, OPEN, Thoughts, opened, thinks
+from fewbit.serving.thoughts import CLOSE, OPEN, Thoughts, has_marks, opened
 from fewbit.system.files import unwritable
 from fewbit.texts import windows
 
 _TOGETHER = 32  # tokens of an answer that is sent whole, after which their text is looked at
+_PAUSE = 0.005  # seconds between the pieces of a stream at least; the first comes at once
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Service:
         self.metrics = Metrics(lambda: engine.unfinished)
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self.special: dict[int, str] = {id: token.content for id, token in added.items() if token.special}
-        self._rows = rows
+        self._rows, self._thinks = rows, has_marks(tokenizer)
         self._tokenizing = ThreadPoolExecutor(1, "fewbit-tokenizer")  # tokenizers are not for several threads at once
         self._compiling = ThreadPoolExecutor(1, "fewbit-grammar")  # a large schema holds up others with a schema only
         self._grammars = Grammars(tokenizer, engine.ends, rows)
@@ -74,6 +76,10 @@ class Service:
         """Failure if a request names another model."""
         if model is not None and model != self.name:
             raise Failure(404, f"The model `{model}` does not exist. This server has `{self.name}`.", "model_not_found")
+
+    def thinks(self, asked: Chat | Completion) -> bool:
+        """Whether the answer may begin with thoughts. One in JSON has none: its grammar allows no other text."""
+        return self._thinks and isinstance(asked, Chat) and asked.schema_ is None
 
     async def prompts(self, asked: Chat | Completion) -> list[Prompt]:
         """The prompts of a request. Failure if one is invalid or too long."""
@@ -191,6 +197,7 @@ class Answers:
     ) -> None:
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         self._came, self._loop = asyncio.Event(), asyncio.get_running_loop()
+        self._told, self._pause = False, _PAUSE if asked.stream else 0.0
         self._all = list[Answer]()
         try:
             for prompt in prompts:
@@ -208,15 +215,21 @@ class Answers:
         return sum(answer.tokens for answer in self._all)
 
     def _tell(self) -> None:
+        if self._told:  # it looks at the news anyway
+            return
+        self._told = True
         with suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._came.set)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """The answers, piece by piece, each with its index. Its last one has `finish`. Failure if the engine fails."""
-        running = dict(enumerate(self._all))
+        running, last = dict(enumerate(self._all)), -math.inf
         while running:
             await self._came.wait()
+            if (early := last + self._pause - self._loop.time()) > 0:
+                await asyncio.sleep(early)
             self._came.clear()
+            self._told, last = False, self._loop.time()  # before the news are read, so that none is missed
             for choice, answer in list(running.items()):
                 piece = answer.piece()
                 if piece.finish:
@@ -246,7 +259,7 @@ class Answer:
         """choice: its index among the answers to the prompt. tell: is called when there is something new."""
         self.tokens, self._service = 0, service
         self._reader, shown = reader(service.tokenizer, asked)
-        self._thoughts = Thoughts(inside=prompt.opened) if thinks(service.tokenizer, asked) else None
+        self._thoughts = Thoughts(inside=prompt.opened) if service.thinks(asked) else None
         if self._thoughts is not None:
             shown = (shown or "") + OPEN + CLOSE
         skipped = {token for token, text in service.special.items() if shown is None or text not in shown}
