@@ -225,6 +225,7 @@ def test_penalties_and_bias_of_each_request(client: Any, quantized: Path) -> Non
         ({"n": 129}, "n", "less than or equal to 128"),
         ({"best_of": 2}, "best_of", "does not support"),
         ({"echo": True}, "echo", "only in /v1/completions"),
+        ({"prompt": "x"}, "prompt", "only in /v1/completions"),
         ({"include_stop_str_in_output": True}, "include_stop_str_in_output", "ends before"),
         ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),
         ({"presence_penalty": "much"}, "presence_penalty", "valid number"),
@@ -292,7 +293,13 @@ def test_what_is_no_request(server: Served, client: Any) -> None:
     for body in (b"{", b"[]", b"1", b"\xff"):
         status, answer = raw(server, "/v1/chat/completions", body)
         assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
-    assert raw(server, "/v1/completions", b'{"prompt": "x"}', Content_Type="text/plain")[0] == 400
+    for kind, words in (("text/plain", "has the type text/plain"), ("", "has no Content-Type")):
+        status, answer = raw(server, "/v1/completions", b'{"prompt": "x"}', Content_Type=kind)
+        assert (status, words in answer["error"]["message"]) == (400, True)
+    status, answer = raw(server, "/v1/completions", json.dumps({"messages": HELLO}).encode())
+    assert (status, answer["error"]["message"]) == (400, "messages: only in /v1/chat/completions")
+    status, answer = raw(server, "/chat/completions", b"{}")
+    assert (status, "/v1/chat/completions" in answer["error"]["message"]) == (404, True)
     assert raw(server, "/v1/nothing")[0] == 404
     assert raw(server, "/v1/chat/completions")[0] == 405
     for path in ("/docs", "/openapi.json", "/shutdown", "/v1/models/../../etc/passwd"):

@@ -57,6 +57,7 @@ def test_the_session_of_serving_runs(tmp_path: Path) -> None:
         env={**os.environ, "PATH": path, "TRANSFORMERS_VERBOSITY": "error"},
     )
     assert done.returncode == 0, done.stderr
+    assert '"error"' not in done.stdout, done.stdout
     for line in "".join(code("docs/howto/serve.md", "text")).splitlines():
         assert line in done.stdout, done.stdout
 

@@ -151,7 +151,11 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _by_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    said = {404: f"There is no {request.url.path} here.", 405: f"{request.url.path} has no method {request.method}."}
+    known = "/v1/chat/completions, /v1/completions, /v1/models, /health, /metrics and the page /"
+    said = {
+        404: f"There is no {request.url.path} here. There are {known}.",
+        405: f"{request.url.path} has no method {request.method}.",
+    }
     if error.status_code == 400:  # too deep, too large a number, or not UTF-8
         return failed(Failure(400, "The body cannot be read as JSON.", "invalid_json"))
     message = said.get(error.status_code, str(error.detail))
@@ -166,9 +170,11 @@ async def _invalid(request: Request, error: Exception) -> Response:
     if first["type"] == "json_invalid":
         return failed(Failure(400, "The body is not valid JSON.", "invalid_json"))
     if not place:
-        return failed(
-            Failure(400, "The body must be a JSON object, with Content-Type: application/json.", "invalid_json")
-        )
+        # FastAPI reads no other type as JSON. A page of another site may send those without asking first.
+        kind = request.headers.get("content-type", "")
+        has = "" if "json" in kind else f" This one has {f'the type {kind}' if kind else 'no Content-Type'}."
+        said = f"The body must be a JSON object, with the header Content-Type: application/json.{has}"
+        return failed(Failure(400, said, "invalid_json"))
     return failed(Failure(400, f"{'.'.join(place)}: {first['msg']}", "invalid_value", place[0]))
 
 

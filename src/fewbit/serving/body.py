@@ -24,14 +24,18 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "echo": (False,),
+    "messages": ([],),
+    "prompt": ("", []),
 }
-_CHAT = "only in /v1/chat/completions"
+_CHAT, _COMPLETIONS = "only in /v1/chat/completions", "only in /v1/completions"
 _SAID = {
     "response_format": _CHAT,
     "tools": _CHAT,
     "functions": "use tools",
     "function_call": "use tool_choice",
-    "echo": "only in /v1/completions",
+    "messages": _CHAT,
+    "echo": _COMPLETIONS,
+    "prompt": _COMPLETIONS,
     "include_stop_str_in_output": "an answer ends before its stop sequence",
 }
 # They tell the server about the caller, and change no answer.
