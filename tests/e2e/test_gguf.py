@@ -130,6 +130,16 @@ def test_a_file_is_read_as_a_type_that_computes_the_same(kind: str, cls: str, tm
     assert torch.equal(models.logits(loaded, ids), models.logits(models.original(folder), ids))
 
 
+def test_a_model_without_unpacked_weights_has_a_dtype(tmp_path: Path) -> None:
+    """That of the embeddings' rows: the norms of OLMo 1 have no weights."""
+    path = gguf_files.written(gguf_files.save(tmp_path / "m", "olmo"), tmp_path / "m.gguf", "q8_0")
+    loaded = package.load(path, dtype=torch.bfloat16)
+    assert not any(parameter.is_floating_point() for parameter in loaded.parameters())
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.generate(gguf_files.ids()[:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
+    assert package.load(path, dtype=torch.float32).dtype == torch.float32
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "phi3"])
 def test_quantized_weights_stay_packed(family: str, tmp_path: Path) -> None:
     folder = gguf_files.save(tmp_path / "m", family, tie_word_embeddings=True)
