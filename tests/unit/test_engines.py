@@ -45,6 +45,8 @@ def test_options_in_the_spelling_of_the_engine() -> None:
     )
     alone = engines.started("llama.cpp", "x.gguf", {"context": 512, "requests": None})
     assert alone.arguments[3:] == ("--ctx-size", "512", "--parallel", "1")
+    whole = engines.started("llama.cpp", "x.gguf", {"context": None, "requests": 4})
+    assert whole.arguments[3:] == ("--kv-unified", "--parallel", "4")
     assert engines.started("vllm", "m").arguments == ("vllm", "serve", "m")
 
 
@@ -106,7 +108,7 @@ def test_the_engine_takes_the_place_of_the_process(gguf: Path, tmp_path: Path) -
     assert ran.returncode == 3
     pid, arguments, key = json.loads(out)
     assert (pid, key) == (ran.pid, "k3y")
-    assert arguments == ["-m", str(gguf), "--host", "127.0.0.1", "--port", "8123"]
+    assert arguments == ["-m", str(gguf), "--host", "127.0.0.1", "--port", "8123", "--alias", "tiny.gguf"]
     assert "llama-server -m" in told
     assert "k3y" not in told
     waiting = command(gguf, str(tmp_path), "--served-model-name", "fewbit-wait")

@@ -42,10 +42,13 @@ def started(engine: str, model: str, options: Mapping[str, Any] | None = None) -
     """
     serve, given = rules()["targets"][engine]["serve"], dict(options or {})
     key = given.pop("api_key", None)
-    if serve.get("shares_context") and given.get("context"):  # all requests at once share what this option gives
-        given["requests"] = given.get("requests") or 1
-        given["context"] *= given["requests"]
     arguments = [part.format(model=model) for part in serve["command"]]
+    if serve.get("shared_context"):  # the engine divides the context by the number of requests
+        if given.get("context"):
+            given["requests"] = given.get("requests") or 1
+            given["context"] *= given["requests"]
+        elif given.get("requests"):  # each may have all of it, as long as others leave room
+            arguments.append(serve["shared_context"])
     for name, value in given.items():
         if value is True:
             arguments.append(serve["options"][name])

@@ -79,7 +79,7 @@ def hand_over(model: str | Path, loading: Loading, serving: Serving, tell: Calla
         {
             "host": serving.host,
             "port": serving.port,
-            "name": serving.served_model_name,
+            "name": _name(model, serving),
             "context": serving.max_model_len,
             "requests": None if serving.max_num_seqs == Serving().max_num_seqs else serving.max_num_seqs,
             "remote_code": loading.trust_remote_code,
@@ -100,6 +100,11 @@ def hand_over(model: str | Path, loading: Loading, serving: Serving, tell: Calla
     os.execvpe(program, started.arguments, {**os.environ, **started.environment})
 
 
+def _name(model: str | Path, serving: Serving) -> str:
+    """The model's name for clients. Without this option, engines of others take the whole path."""
+    return serving.served_model_name or Path(str(model)).name
+
+
 def service(model: str | Path, loading: Loading, serving: Serving) -> Service:
     """`model`, loaded, and an engine that waits for requests. Someone must stop it."""
     from fewbit.models.decoding.choosing import settings_of
@@ -116,7 +121,7 @@ def service(model: str | Path, loading: Loading, serving: Serving) -> Service:
     return Service(
         engine,
         tokenizer,
-        serving.served_model_name or Path(str(model)).name,
+        _name(model, serving),
         settings_of(loaded),
         source.rows,
         serving.max_num_seqs + serving.max_queue,
