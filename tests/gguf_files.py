@@ -197,6 +197,7 @@ TYPES: dict[str, dict[str, Any]] = {
     },
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "llama4_text": {"num_hidden_layers": 4, "intermediate_size_mlp": 80, "interleave_moe_layer_step": 2},
     "nemotron": {},
     "arcee": {},
     "dots1": {

@@ -131,6 +131,10 @@ def _conditions(row: Any) -> Iterator[str]:
         yield "`position_embedding_type` is not rope"
     if row.unrotated:
         yield f"one layer in {row.unrotated} has no RoPE"
+    if row.experts_in:
+        yield "experts in one layer of `interleave_moe_layer_step`"
+    if row.no_head_norms:
+        yield f"`use_qk_norm` = False with {row.no_head_norms} experts, True with others"
     if row.exact_ramp:
         yield "`truncate` = False with YaRN scaling; llama.cpp rounds the limits of its ramp, so its logits then differ"
     if row.latent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +110,21 @@ def test_a_file_is_quantized_again(file: Path, tmp_path: Path) -> None:
     ids = gguf_files.ids()
     a, b = models.logits(before, ids), models.logits(after, ids)
     assert float((a - b).norm() / a.norm()) < 0.05
+
+
+def test_norms_of_heads_by_the_number_of_experts(tmp_path: Path) -> None:
+    """llama.cpp runs Llama 4 with 128 experts without these norms, and with them if it has another number."""
+    large: dict[str, Any] = {"num_local_experts": 128, "use_qk_norm": False}
+    folder = gguf_files.save(tmp_path / "m", "llama4_text", **large)
+    wanted = models.logits(models.original(folder), gguf_files.ids())
+    loaded = generate.load(gguf_files.written(folder, tmp_path / "m.gguf"), dtype=torch.float32)
+    torch.testing.assert_close(models.logits(loaded, gguf_files.ids()), wanted)
+    assert (loaded.config.use_qk_norm, loaded.config.moe_layers) == (False, [1, 3])
+    for changes in ({"num_local_experts": 128}, {"use_qk_norm": False}):
+        with pytest.raises(PlanError, match=r"with use_qk_norm = False if it has 128 experts"):
+            gguf_files.header_of(gguf_files.save(tmp_path / "other", "llama4_text", **changes))
+    with pytest.raises(PlanError, match="with experts in one layer of 2"):
+        gguf_files.header_of(gguf_files.save(tmp_path / "moved", "llama4_text", moe_layers=[0, 2]))
 
 
 def test_experts_of_a_layer_have_one_type(folder: Path, tmp_path: Path) -> None:

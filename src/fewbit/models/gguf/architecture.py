@@ -106,6 +106,10 @@ class Architecture:
     # Entries that are integers from 0 -> the file's key, and the value without one
     integers: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     experts: str = ""  # entry of config.json with the number of experts of a layer; "" without experts
+    # Entry with the numbers of the layers with experts: every n-th, where the entry interleave_moe_layer_step says n
+    experts_in: str = ""
+    # Number of experts of models whose heads have no norms (use_qk_norm); all others have; 0: use_qk_norm says nothing
+    no_head_norms: int = 0
     # Entry with the type of the MLP of each layer: "dense" for the first ones, then "sparse"
     mlp_types: str = ""
     flags: Mapping[str, str] = field(default_factory=dict)  # entries that are true or false -> the file's key

@@ -159,7 +159,9 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     config |= {key: keys.real(ours, default) for key, (ours, default) in arch.numbers.items()}
     config |= {key: None if keys.get(ours) is None else keys.real(ours) for key, ours in arch.optional.items()}
     config |= {key: keys.get(ours) and keys.count(ours) for key, ours in arch.optional_counts.items()}
-    config |= {key: keys.count(ours) for key, ours in arch.counts.items()}
+    counts = {key: keys.count(ours) for key, ours in arch.counts.items()}
+    config |= {key: count for key, count in counts.items() if key not in arch.keys}
+    config |= {"use_qk_norm": counts[arch.experts] != arch.no_head_norms} if arch.no_head_norms else {}
     config |= {key: keys.ratio(*ours) for key, ours in arch.quotients.items()}
     config |= {key: keys.whole(ours, default) for key, (ours, default) in arch.integers.items()}
     config |= {key: keys.flag(ours) for key, ours in arch.flags.items()}
@@ -168,6 +170,7 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     config |= {arch.mlp_types: hybrid.dense_of_keys(keys, layers)} if arch.mlp_types else {}
     config |= _windows(keys, config)
     named = {name: value for key, value in config.items() if (name := arch.keys.get(key, key))}
+    named |= {key: count for key, count in counts.items() if key in arch.keys}  # Llama's name for another entry
     return _nested(named | {key: named[other] for key, other in arch.equal.items()})
 
 
@@ -258,6 +261,16 @@ def _refuse(config: Any, arch: Architecture) -> None:
         raise PlanError(f"llama.cpp runs {arch.name} with experts in its last layers; this model's end at layer {last}")
     if arch.unrotated and list(config.no_rope_layers) != [int(i % arch.unrotated > 0) for i in _layers(config)]:
         raise PlanError(f"llama.cpp runs {arch.name} only if one layer in {arch.unrotated} has no RoPE")
+    if arch.experts_in:
+        step = config.interleave_moe_layer_step
+        if list(getattr(config, arch.experts_in)) != [*range(step - 1, config.num_hidden_layers, step)]:
+            raise PlanError(f"llama.cpp runs {arch.name} with experts in one layer of {step}")
+    experts = getattr(config, arch.experts, 0)
+    if arch.no_head_norms and config.use_qk_norm != (experts != arch.no_head_norms):
+        raise PlanError(
+            f"llama.cpp runs {arch.name} with use_qk_norm = False if it has {arch.no_head_norms} experts, else True; "
+            f"this model has {experts} experts and {config.use_qk_norm}"
+        )
     if arch.windowed and (config.sliding_window is None) == (config.num_hidden_layers == arch.windowed):
         raise PlanError(
             f"llama.cpp runs {arch.name} with sliding windows if it has {arch.windowed} layers, and else without; this "

@@ -139,6 +139,7 @@ GRANITE_MOE_ROW = replace(
     counts=LOCAL_EXPERTS,
     experts="num_local_experts",
 )
+_LLAMA4 = {**MLP, **QWEN_EXPERTS, **{name: ours for name, ours in SHARED_EXPERT.items() if "expert_gate" not in name}}
 # Experts that every token uses, with gate and up as one matrix
 _HALF = (("shared_intermediate_size",),)
 GRANITE_SHARED_ROW = replace(
@@ -378,5 +379,35 @@ ROWS = (
         untied=True,
         exact_ramp=True,
         period=2,
+    ),
+    # Layers with RoPE attend within chunks of 8192 tokens
+    Architecture(
+        "llama4",
+        "llama4_text",
+        "Llama4ForCausalLM",
+        MODEL,
+        {
+            **NO_MLP,
+            "feed_forward.router": "ffn_gate_inp",
+            **{name.replace("mlp", "feed_forward"): ours for name, ours in _LLAMA4.items() if name != "mlp.gate"},
+        },
+        extra=ROPE,
+        keys={"intermediate_size": "intermediate_size_mlp"},
+        required={
+            **NO_BIAS,
+            "attention_chunk_size": 8192,
+            "attn_temperature_tuning": True,
+            "floor_scale": 8192,
+            "attn_scale": 0.1,
+        },
+        counts={
+            **LOCAL_EXPERTS,
+            "intermediate_size": "expert_feed_forward_length",
+            "interleave_moe_layer_step": "interleave_moe_layer_step",
+        },
+        experts="num_local_experts",
+        experts_in="moe_layers",
+        no_head_norms=128,
+        unrotated=4,
     ),
 )
