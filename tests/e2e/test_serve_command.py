@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import queue
@@ -43,12 +44,12 @@ def during(fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         opened.append(load(*given))
         return opened[0]
 
-    def noted(app: Any, at: socket.socket, settings: Any, tell: Callable[[], None], failed: Any) -> None:
+    def noted(app: Any, at: socket.socket, settings: Any, tell: Callable[[], None], *others: Any) -> None:
         def told() -> None:
             tell()
             ready.put(f"http://127.0.0.1:{at.getsockname()[1]}")
 
-        serve(app, at, settings, told, failed)
+        serve(app, at, settings, told, *others)
 
     monkeypatch.setattr(api, "service", loaded)
     monkeypatch.setattr(run, "run", noted)
@@ -102,7 +103,29 @@ def test_sigterm_finishes_what_runs(during: Any, monkeypatch: pytest.MonkeyPatch
     assert '"finish_reason":"length"' in rest
     assert rest.count("data: ") > 20  # so the signal came before the end
     assert done.code == 0
+    assert "The server ends after 1 request. Ctrl-C again ends it now." in done.err
     assert "Serving tiny: chat at http://127.0.0.1:" in done.err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the signals of Windows are others")
+def test_a_second_interrupt_ends_what_runs(during: Any) -> None:
+    def visit(server: Served) -> None:
+        with server.held():
+            with ThreadPoolExecutor(1) as pool:
+                answer = pool.submit(asked, server.address, max_tokens=40)
+                until(lambda: server.service.engine.unfinished == 1)
+                os.kill(os.getpid(), signal.SIGINT)
+                until(lambda: not listens(server.address))
+                os.kill(os.getpid(), signal.SIGINT)
+                with pytest.raises((OSError, http.client.HTTPException)) as refused:
+                    answer.result()
+            if isinstance(refused.value, urllib.error.HTTPError):
+                refused.value.close()
+
+    done, _ = during(visit)
+    assert done.code == 130
+    assert "interrupted" in done.err
+    assert "Traceback" not in done.err
 
 
 def listens(address: str) -> bool:

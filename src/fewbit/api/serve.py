@@ -44,9 +44,15 @@ def serve(model: str | Path, loading: Loading, serving: Serving, tell: Callable[
         host, port = socket.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         said = f"Serving {opened.name}: chat at {address}, OpenAI's interface at {address}/v1. Ctrl-C ends."
+
+        def ending() -> None:
+            if left := opened.engine.unfinished:
+                what = "1 request" if left == 1 else f"{left} requests"
+                tell(f"The server ends after {what}. Ctrl-C again ends it now.")
+
         try:
             app = application(opened, serving)
-            run.run(app, socket, serving, lambda: tell(said), lambda: opened.engine.failed is not None)
+            run.run(app, socket, serving, lambda: tell(said), lambda: opened.engine.failed is not None, ending)
         finally:  # after an error, the engine's thread would keep the process alive
             opened.engine.stop(finish=False)
         if opened.engine.failed is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -63,9 +65,15 @@ def configuration(app: FastAPI, settings: Serving) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], failed: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        ready: Callable[[], None],
+        failed: Callable[[], bool],
+        ending: Callable[[], None],
+    ) -> None:
         super().__init__(config)
-        self._ready, self._failed = ready, failed
+        self._ready, self._failed, self._ending = ready, failed, ending
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -75,15 +83,30 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:  # ten times a second
         return await super().on_tick(counter) or self._failed()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._ending()
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self.force_exit:  # what runs is cancelled, and uvicorn would log a traceback for each request
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+
 
 def run(
-    app: FastAPI, at: socket.socket, settings: Serving, ready: Callable[[], None], failed: Callable[[], bool]
+    app: FastAPI,
+    at: socket.socket,
+    settings: Serving,
+    ready: Callable[[], None],
+    failed: Callable[[], bool],
+    ending: Callable[[], None],
 ) -> None:
     """Serve until SIGTERM or SIGINT. What runs is finished before; nothing new is accepted meanwhile.
 
-    ready: called when requests are accepted. failed: whether to end, as after a signal.
+    After a second SIGINT, what runs is cancelled. ready: called when requests are accepted. failed: whether to end, as
+    after a signal. ending: called when nothing new is accepted.
     """
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal again when all is done, and the process would seem to have been killed.
         signal.signal(signal.SIGTERM, lambda *_: None)
-    _Server(configuration(app, settings), ready, failed).run(sockets=[at])
+    _Server(configuration(app, settings), ready, failed, ending).run(sockets=[at])
