@@ -117,6 +117,12 @@ TYPES: dict[str, dict[str, Any]] = {
     "jais2": {"num_key_value_heads": 4},
     "glm4_moe_lite": {**_LATENT, "rms_norm_eps": 1e-6, "mlp_layer_types": ["dense", "sparse", "sparse"]},
     "afmoe": {"num_hidden_layers": 5, "mup_enabled": True, "num_shared_experts": 2, "route_scale": 2.5},
+    "exaone_moe": {
+        "num_hidden_layers": 5,
+        "n_group": 2,
+        "num_shared_experts": 2,
+        "mlp_layer_types": ["dense"] + ["sparse"] * 4,
+    },
     "mellum": {
         "num_hidden_layers": 5,
         "layer_types": ["sliding_attention"] * 3 + ["full_attention", "sliding_attention"],

@@ -21,6 +21,7 @@ WITHOUT_EFFECT = {
     "nemotron.attention.layer_norm_rms_epsilon",  # its norms subtract the mean
     "rope.scaling.original_context_length",  # without a scaling
     "rope.scaling.type",  # none
+    "nextn_predict_layers",  # none
     *(f"granite.ssm.{key}" for key in ("conv_kernel", "group_count", "inner_size", "state_size", "time_step_rank")),
 }
 

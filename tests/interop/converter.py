@@ -37,6 +37,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "falcon_h1": {"head_dim": 16},
     "falcon_h1-plain": {"head_dim": 16},
     "minimax_m2": {"scoring_func": "sigmoid", "rotary_dim": 8},
+    "exaone_moe": {"scoring_func": "sigmoid"},
     "afmoe": {"route_norm": True, "score_func": "sigmoid"},
     "glm": {"layernorm_epsilon": 1.5625e-7, "seq_length": models.CONTEXT},
     "solar_open": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0}},

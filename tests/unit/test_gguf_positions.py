@@ -36,6 +36,7 @@ def keys(kind: str, **rope: Any) -> dict[str, Any]:
             "attention_factor = 1.13863 in its YaRN scaling; this model has 1.5",
         ),
         ("qwen2", {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}, "attention_factor = 1.13863"),
+        ("cohere2", YARN, "runs cohere2 without rope scaling of type 'yarn'"),
         ("olmo2", LLAMA3, "runs olmo2 without rope scaling of type 'llama3'"),
         ("ministral3", {**MINISTRAL3, "attention_factor": 1.5}, "attention_factor"),
         ("ministral3", {**MINISTRAL3, "mscale": 0.5}, r"mscale = 1\.0 in rope_parameters; this model has 0\.5"),

@@ -52,6 +52,8 @@ def to_keys(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[st
             "rope.scaling.original_context_length": original,
             "rope.scaling.attn_factor": float(rope.get("attention_factor") or stretched),
         }
+    if "rope.scaling.type" in arch.constants:
+        raise PlanError(f"llama.cpp runs {arch.name} without rope scaling of type {kind!r}")
     if kind not in ("linear", "yarn"):
         raise PlanError(f"a GGUF file cannot express rope scaling of type {kind!r}")
     found: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
