@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import fewbit as package
 from fewbit.api import convert
 from fewbit.api.inspect import inspect
 from fewbit.errors import PlanError
-from fewbit.formats.containers.gguf import GgufFile
+from fewbit.formats.containers.gguf import Entry, GgufFile, GgufWriter
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
 from tests import gguf_files, models
@@ -87,3 +88,22 @@ def test_keys_are_set_in_copies_only(file: Path, tmp_path: Path) -> None:
         convert.convert(file, tmp_path / "out", to="dense", set={"general.name": "a"})
     with pytest.raises(PlanError, match="which would be lost"):
         convert.convert(file, file, to="gguf", set={"general.name": "a"}, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"general.type": "adapter", "general.architecture": "llama"}, ("is a LoRA adapter", "as --adapter")),
+        ({"general.type": "mmproj", "general.architecture": "clip"}, ("tower of a model (mmproj)", "language model")),
+        ({"general.architecture": "clip"}, ("tower of a model (mmproj)", "use the model's folder")),
+        ({"general.type": "imatrix"}, ("is an importance matrix", "as --imatrix")),
+    ],
+)
+def test_files_that_are_no_models(keys: dict[str, Any], words: tuple[str, ...], tmp_path: Path, fewbit: Fewbit) -> None:
+    path = tmp_path / "x.gguf"
+    with GgufWriter(path, keys, [Entry("v.blk.0.attn_q.weight", "f32", (4, 4))]) as writer:
+        writer.add("v.blk.0.attn_q.weight", torch.zeros(4, 4))
+    for command in (("generate", path, "the"), ("inspect", path), ("quantize", path, "-o", tmp_path / "out")):
+        answer = fewbit(*command)
+        assert answer.code == 3
+        assert all(word in answer.err for word in words), answer.err

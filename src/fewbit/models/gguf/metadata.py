@@ -14,13 +14,15 @@ from fewbit.models.gguf.architecture import Architecture
 from fewbit.models.gguf.architectures import ARCHITECTURES, of_file
 
 _LONGEST = 1 << 31
-# general.type of files that are not models -> what they are, and what to do with them
+_TOWER = (
+    "the vision or audio tower of a model (mmproj)",
+    "Give the GGUF file of the language model: fewbit runs it on text. For images, use the model's folder.",
+)
+# general.type or general.architecture of files that are not models -> what they are, and what to do with them
 _OTHERS = {
     "adapter": ("a LoRA adapter", "Give the model, and this file as `adapter`."),
-    "mmproj": (
-        "the vision or audio tower of a model (mmproj)",
-        "Give the GGUF file of the language model: fewbit runs it on text. For images, use the model's folder.",
-    ),
+    "mmproj": _TOWER,
+    "clip": _TOWER,
     "imatrix": ("an importance matrix", "Give the model, and this file to quantize as `imatrix`."),
 }
 
@@ -30,8 +32,9 @@ class Metadata:
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
-        if (kind := file.metadata.get("general.type")) in _OTHERS:
-            raise FormatError(f"{file.path} is {_OTHERS[kind][0]}, not a model", _OTHERS[kind][1])
+        for key in ("general.type", "general.architecture"):  # older files of towers have no type
+            if (kind := file.metadata.get(key)) in _OTHERS:
+                raise FormatError(f"{file.path} is {_OTHERS[kind][0]}, not a model", _OTHERS[kind][1])
         found = of_file(file)
         if found is None:
             name = str(file.metadata.get("general.architecture"))[:80]
