@@ -56,6 +56,7 @@ EXAMPLES = {
     "gemma2, 26 layers": Example("gemma2", 26, 8, 4, 2304, 9216, tied=True, widths={"attn_output": 2048}),
     "gemma3, 18 layers": Example("gemma3", 18, 4, 1, 640, 2048, tied=True, widths={"attn_output": 1024}),
     "phi3, 32 layers": Example("phi3", 32, 32, 32, 3072, 8192, tied=False, roles=_FUSED),
+    "falcon, 32 layers": Example("falcon", 32, 16, 2, 512, 2048, tied=False, roles=_FUSED),
     "gpt2": Example("gpt2", 12, 12, 12, 768, 3072, tied=True, roles=_FUSED),
     "not by 32": Example("llama", 4, 4, 2, 48, 80, tied=False),
 }

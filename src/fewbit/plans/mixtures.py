@@ -114,6 +114,15 @@ _ROLES = {
     "iq3_m": {"attn_output": "q4_k"},
     **{mixture: {"token_embd": "q4_k"} for mixture in ("tq1_0", "tq2_0", "q2_0")},
 }
+# The rules of Falcon that differ: of the attention's output, and of the MLP's down projection. The latter's schemes are
+# those of the first sixteenth of the layers, of those that get more bits, and of the others.
+_FALCON = {mixture: _ROLES[mixture] for mixture in _TWO_BITS} | {"q3_k_l": {"attn_output": "q4_k"}}
+_FALCON_DOWN = {
+    "q3_k_m": ("q5_k", "q4_k", "q3_k"),
+    "q3_k_l": ("q4_k", "q4_k", "q4_k"),
+    "q4_k_s": ("q4_k", "q4_k", "q4_k"),
+    "q4_k_m": ("q6_k", "q5_k", "q4_k"),
+}
 
 
 def file_type(plain: str) -> int:
@@ -135,16 +144,17 @@ def schemes(mixture: str, tensors: Mapping[str, Shape], model: Model, *, weighed
         if mixture in _EXPERTS:
             scheme = _EXPERTS[mixture] if role.endswith("_exps") else MIXTURES[mixture].base
         elif role == "output" or (role == "token_embd" and model.tied):
-            scheme = _head(mixture, columns)
+            scheme = "q8_0" if model.arch == "falcon" else _head(mixture, columns)
         elif role in _VALUES:
             scheme = _value(mixture, seen["values"], all_values, model, weighed)
             seen["values"] += 1
         elif role == "ffn_down":
-            scheme = _down(mixture, seen[role], model.layers, weighed)
+            scheme = _down(mixture, seen[role], model, weighed)
         elif mixture == "iq3_xs" and role in ("ffn_gate", "ffn_up") and _inner(seen[role], model.layers):
             scheme = "iq3_xxs"
         else:
-            scheme = _ROLES.get(mixture, {}).get(role, MIXTURES[mixture].base)
+            roles = _FALCON if model.arch == "falcon" and role == "attn_output" else _ROLES
+            scheme = roles.get(mixture, {}).get(role, MIXTURES[mixture].base)
         seen[role] += 1
         found[name] = _fitting(scheme, columns)
     return {name: found[name] for name in tensors}
@@ -179,8 +189,12 @@ def _value(mixture: str, i: int, count: int, model: Model, weighed: bool) -> str
     return scheme
 
 
-def _down(mixture: str, i: int, layers: int, weighed: bool) -> str:
+def _down(mixture: str, i: int, model: Model, weighed: bool) -> str:
+    layers = model.layers
     early = i < layers // 8
+    if model.arch == "falcon" and mixture in _FALCON_DOWN:
+        first, more, rest = _FALCON_DOWN[mixture]
+        return first if i < layers // 16 else more if _more(i, layers) else rest
     if mixture in _TWO_BITS and early:
         return _TWO_BITS[mixture]
     if mixture == "iq3_m" and early:
