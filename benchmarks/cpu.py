@@ -27,6 +27,7 @@ SPECS = (
     *("int4-g128", "int4-g128-sym", "int4-g128-sym@torch_int4", "int4-g32", "q4_k", "q6_k", "q8_0", "q4_0", "q4_1"),
     *("q5_0", "q5_1", "q5_k", "q3_k", "q2_k", "iq4_nl", "iq4_xs", "int2-g64", "int3-g64", "int8-g128", "llm.int8"),
     *("nf4-b64", "nf4-b64-dq", "fp8-row", "fp8-b128", "mxfp4", "nvfp4"),
+    *("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "tq1_0", "tq2_0", "q1_0", "q2_0"),
 )
 
 

@@ -76,6 +76,17 @@ Weight blocks(int kind, int64_t columns, int64_t bytes, std::vector<int> scales,
   return made;
 }
 
+// Codes of the codebook are 1 to `top`.
+Weight of_codebook(int kind, int64_t bytes, int64_t codebook, int top, int64_t k) {
+  Weight made = blocks(kind, 256, bytes, {0}, k);
+  uint8_t* at = made.random(1, codebook);
+  for (int64_t i = 0; i < codebook; i++) at[i] = uint8_t(1 + at[i] % top);
+  if (kind != FEWBIT_IQ1_M) return made;
+  uint8_t* first = made.parts.front().data();  // the upper bits of d are those of a block's last byte
+  for (int64_t i = bytes - 1; i < N * (k / 256) * bytes; i += bytes) first[i] = uint8_t((first[i] & 15) | 0x20);
+  return made;
+}
+
 Weight levels(int64_t k) {
   Weight made(FEWBIT_LEVELS, 0, 64, k);
   made.random(0, N * k / 2);
@@ -120,6 +131,17 @@ std::vector<Weight> weights() {
     all.push_back(blocks(FEWBIT_Q6_K, 256, 210, {208}, k));
     all.push_back(blocks(FEWBIT_IQ4_NL, 32, 18, {0}, k));
     all.push_back(blocks(FEWBIT_IQ4_XS, 256, 136, {0}, k));
+    all.push_back(of_codebook(FEWBIT_IQ2_XXS, 66, 8 * 256, 127, k));
+    all.push_back(of_codebook(FEWBIT_IQ2_XS, 74, 8 * 512, 127, k));
+    all.push_back(of_codebook(FEWBIT_IQ2_S, 82, 8 * 1024, 127, k));
+    all.push_back(of_codebook(FEWBIT_IQ3_XXS, 98, 4 * 256, 127, k));
+    all.push_back(of_codebook(FEWBIT_IQ3_S, 110, 4 * 512, 31, k));
+    all.push_back(of_codebook(FEWBIT_IQ1_S, 50, 8 * 2048, 3, k));
+    all.push_back(of_codebook(FEWBIT_IQ1_M, 56, 8 * 2048, 3, k));
+    all.push_back(blocks(FEWBIT_TQ1_0, 256, 54, {52}, k));
+    all.push_back(blocks(FEWBIT_TQ2_0, 256, 66, {64}, k));
+    all.push_back(blocks(FEWBIT_Q1_0, 128, 18, {0}, k));
+    all.push_back(blocks(FEWBIT_Q2_0, 64, 18, {0}, k));
     all.push_back(levels(k));
     all.push_back(fp8(k));
     all.push_back(fp4(false, k));

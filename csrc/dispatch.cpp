@@ -111,7 +111,7 @@ const Isa& in_use() {
 namespace {
 
 struct Block {
-  int columns, bytes;
+  int columns, bytes, codebook = 0;  // bytes of the codebook
 };
 
 Block block(int kind) {
@@ -128,6 +128,17 @@ Block block(int kind) {
     case FEWBIT_Q6_K: return {256, 210};
     case FEWBIT_IQ4_NL: return {32, 18};
     case FEWBIT_IQ4_XS: return {256, 136};
+    case FEWBIT_IQ2_XXS: return {256, 66, 8 * 256};
+    case FEWBIT_IQ2_XS: return {256, 74, 8 * 512};
+    case FEWBIT_IQ2_S: return {256, 82, 8 * 1024};
+    case FEWBIT_IQ3_XXS: return {256, 98, 4 * 256};
+    case FEWBIT_IQ3_S: return {256, 110, 4 * 512};
+    case FEWBIT_IQ1_S: return {256, 50, 8 * 2048};
+    case FEWBIT_IQ1_M: return {256, 56, 8 * 2048};
+    case FEWBIT_TQ1_0: return {256, 54};
+    case FEWBIT_TQ2_0: return {256, 66};
+    case FEWBIT_Q1_0: return {128, 18};
+    case FEWBIT_Q2_0: return {64, 18};
     default: return {0, 0};
   }
 }
@@ -141,7 +152,8 @@ int check(const fewbit_weight* given) {
   if (w.n < 0 || w.k <= 0 || w.k > (1 << 30) || w.n > (int64_t(1) << 40) / w.k) return FEWBIT_SHAPE;
   if (const Block b = block(w.kind); b.columns) {
     if (w.k % b.columns) return FEWBIT_SHAPE;
-    return holds(w, 0, w.n * (w.k / b.columns) * b.bytes) ? FEWBIT_OK : FEWBIT_SHORT;
+    const bool known = !b.codebook || holds(w, 1, b.codebook);
+    return known && holds(w, 0, w.n * (w.k / b.columns) * b.bytes) ? FEWBIT_OK : FEWBIT_SHORT;
   }
   switch (w.kind) {
     case FEWBIT_AFFINE: {
@@ -235,7 +247,7 @@ void round_rows(const Isa& with, const fewbit_weight& w, const void* x, bool nar
 
 extern "C" {
 
-int fewbit_abi(void) { return 10; }
+int fewbit_abi(void) { return 11; }
 
 const char* fewbit_isa(void) { return fewbit::in_use().name; }
 

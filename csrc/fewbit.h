@@ -33,6 +33,17 @@ enum fewbit_kind {
   FEWBIT_Q6_K,
   FEWBIT_IQ4_NL,
   FEWBIT_IQ4_XS,
+  FEWBIT_IQ2_XXS,  // blocks, then the codebook of fewbit/kernels/cpu/kernel.py; so the next six
+  FEWBIT_IQ2_XS,
+  FEWBIT_IQ2_S,
+  FEWBIT_IQ3_XXS,
+  FEWBIT_IQ3_S,
+  FEWBIT_IQ1_S,
+  FEWBIT_IQ1_M,
+  FEWBIT_TQ1_0,
+  FEWBIT_TQ2_0,
+  FEWBIT_Q1_0,
+  FEWBIT_Q2_0,
 };
 
 // A packed weight [n, k]. `part` points to its parts in the order above; `bytes` has their sizes.

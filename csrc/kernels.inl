@@ -3,6 +3,7 @@
 #include "isa.h"
 #include "block.inl"
 #include "formats.inl"
+#include "codebooks.inl"
 #include "fp8.inl"
 
 namespace {
@@ -244,7 +245,7 @@ template <bool twofold> struct Levels {
         F even[M], odd[M];
         for (int m = 0; m < M; m++) even[m] = odd[m] = Vec::set1(0);
         for (int64_t i = 0; i < w.group; i += 32, k += 32, p += 16) {
-          __builtin_prefetch(p + 1024);
+          ahead(p);
           const F a = Vec::levels<4>(p, table), c = Vec::levels<0>(p, table);
           for (int m = 0; m < M; m++) {
             even[m] = Vec::fma(a, Vec::loadf(x + m * w.k + k), even[m]);
@@ -307,7 +308,7 @@ struct Fp8 {
     const uint8_t *first = (const uint8_t*)w.part[0], *p = first + n * w.k, *end = first + w.n * w.k;
     uint8_t copy[C];
     for (int64_t c = from; c < to; c += C) {
-      __builtin_prefetch(p + c + 2048);
+      ahead(p + c);
       fn(c, codes(p + c, end, copy));
     }
   }
@@ -379,10 +380,21 @@ template <class Fn> auto with_format(const fewbit_weight& w, Fn&& fn) {
     case FEWBIT_Q8_0: return fn(Kernels<Pair<Q80>>{});
     case FEWBIT_Q2_K: return fn(Kernels<Pair<Q23K<false>>>{});
     case FEWBIT_Q3_K: return fn(Kernels<Pair<Q23K<true>>>{});
-    case FEWBIT_Q4_K: return fn(Kernels<Pair<Q45K<false>>>{});
-    case FEWBIT_Q5_K: return fn(Kernels<Pair<Q45K<true>>>{});
+    case FEWBIT_Q4_K: return fn(Kernels<Q45K<false>>{});
+    case FEWBIT_Q5_K: return fn(Kernels<Q45K<true>>{});
     case FEWBIT_Q6_K: return fn(Kernels<Pair<Q6K>>{});
     case FEWBIT_IQ4_XS: return fn(Kernels<IQ4XS>{});
+    case FEWBIT_IQ2_XXS: return fn(Kernels<Pair<IQ2XXS>>{});
+    case FEWBIT_IQ2_XS: return fn(Kernels<Pair<IQ2XS>>{});
+    case FEWBIT_IQ2_S: return fn(Kernels<Pair<IQ2S>>{});
+    case FEWBIT_IQ3_XXS: return fn(Kernels<Pair<IQ3XXS>>{});
+    case FEWBIT_IQ3_S: return fn(Kernels<Pair<IQ3S>>{});
+    case FEWBIT_IQ1_S: return fn(Kernels<Pair<IQ1S>>{});
+    case FEWBIT_IQ1_M: return fn(Kernels<Pair<IQ1M>>{});
+    case FEWBIT_TQ1_0: return fn(Kernels<Pair<Ternary<true>>>{});
+    case FEWBIT_TQ2_0: return fn(Kernels<Pair<Ternary<false>>>{});
+    case FEWBIT_Q1_0: return fn(Kernels<Q10>{});
+    case FEWBIT_Q2_0: return fn(Kernels<Q20>{});
     default: break;
   }
   switch (w.bits) {

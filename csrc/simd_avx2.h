@@ -77,6 +77,30 @@ struct Vec {
     return {_mm256_or_si256(codes.lo, by_bits((uint32_t)mask, value)),
             _mm256_or_si256(codes.hi, by_bits((uint32_t)(mask >> 32), value))};
   }
+  static __m256i where(__m256i held, const uint8_t* bits, uint8_t value) {
+    const __m256i bit = part32(bits);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(held, bit), bit), _mm256_set1_epi8((char)value));
+  }
+  static U add_where(U codes, U held, const uint8_t* bits, uint8_t value) {
+    return {_mm256_or_si256(codes.lo, where(held.lo, bits, value)),
+            _mm256_or_si256(codes.hi, where(held.hi, bits + 32, value))};
+  }
+  static U words(uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f, uint64_t g, uint64_t h) {
+    return {_mm256_set_epi64x((long long)d, (long long)c, (long long)b, (long long)a),
+            _mm256_set_epi64x((long long)h, (long long)g, (long long)f, (long long)e)};
+  }
+  static void zipped(uint64_t low, uint64_t high, uint16_t* out) {
+    const __m128i both = _mm_unpacklo_epi8(_mm_cvtsi64_si128((long long)low), _mm_cvtsi64_si128((long long)high));
+    _mm_storeu_si128((__m128i*)out, both);
+  }
+  static __m256i mirrored32(__m256i codes, uint32_t mask, uint8_t twice) {
+    const __m256i minus = by_bits(mask, 0xff);
+    return _mm256_add_epi8(_mm256_sub_epi8(_mm256_xor_si256(codes, minus), minus),
+                           _mm256_and_si256(minus, _mm256_set1_epi8((char)twice)));
+  }
+  static U mirrored(U codes, uint64_t mask, uint8_t twice) {
+    return {mirrored32(codes.lo, (uint32_t)mask, twice), mirrored32(codes.hi, (uint32_t)(mask >> 32), twice)};
+  }
   // Adds the products of codes and activations for each lane; without VNNI, those of wide codes minus 128.
   template <bool wide> static __m256i dot32(__m256i acc, __m256i u, __m256i s) {
 #ifdef __AVXVNNI__

@@ -60,6 +60,21 @@ struct Vec {
   static U add_bits(U codes, uint64_t mask, uint8_t value) {
     return _mm512_mask_add_epi8(codes, (__mmask64)mask, codes, _mm512_set1_epi8((char)value));
   }
+  static U add_where(U codes, U held, const uint8_t* bits, uint8_t value) {
+    const __mmask64 set = _mm512_test_epi8_mask(held, load(bits));
+    return _mm512_mask_add_epi8(codes, set, codes, _mm512_set1_epi8((char)value));
+  }
+  static U words(uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f, uint64_t g, uint64_t h) {
+    return _mm512_set_epi64((long long)h, (long long)g, (long long)f, (long long)e, (long long)d, (long long)c,
+                            (long long)b, (long long)a);
+  }
+  static void zipped(uint64_t low, uint64_t high, uint16_t* out) {
+    const __m128i both = _mm_unpacklo_epi8(_mm_cvtsi64_si128((long long)low), _mm_cvtsi64_si128((long long)high));
+    _mm_storeu_si128((__m128i*)out, both);
+  }
+  static U mirrored(U codes, uint64_t mask, uint8_t twice) {
+    return _mm512_mask_sub_epi8(codes, (__mmask64)mask, _mm512_set1_epi8((char)twice), codes);
+  }
   template <bool wide> static I dot(I acc, U u, const int8_t* s) {
     return _mm512_dpbusd_epi32(acc, u, _mm512_loadu_si512(s));
   }

@@ -61,13 +61,35 @@ struct Vec {
     }
     return even;
   }
-  static U add_bits(U codes, uint64_t mask, uint8_t value) {
+  // All bits of a byte whose bit of `mask` is set.
+  static uint8x16_t by_bits(uint64_t mask) {
     static const uint8_t order[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
     static const uint8_t bit[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    return vtstq_u8(vqtbl1q_u8(vreinterpretq_u8_u64(vdupq_n_u64(mask)), vld1q_u8(order)), vld1q_u8(bit));
+  }
+  static U add_bits(U codes, uint64_t mask, uint8_t value) {
+    for (int i = 0; i < 4; i++)
+      codes.x[i] = vorrq_u8(codes.x[i], vandq_u8(by_bits(mask >> (16 * i)), vdupq_n_u8(value)));
+    return codes;
+  }
+  static U add_where(U codes, U held, const uint8_t* bits, uint8_t value) {
     for (int i = 0; i < 4; i++) {
-      uint8x16_t held = vqtbl1q_u8(vreinterpretq_u8_u64(vdupq_n_u64(mask >> (16 * i))), vld1q_u8(order));
-      codes.x[i] = vorrq_u8(codes.x[i], vandq_u8(vtstq_u8(held, vld1q_u8(bit)), vdupq_n_u8(value)));
+      const uint8x16_t set = vtstq_u8(held.x[i], vld1q_u8(bits + 16 * i));
+      codes.x[i] = vorrq_u8(codes.x[i], vandq_u8(set, vdupq_n_u8(value)));
     }
+    return codes;
+  }
+  static U words(uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f, uint64_t g, uint64_t h) {
+    const auto two = [](uint64_t lo, uint64_t hi) { return vcombine_u8(vcreate_u8(lo), vcreate_u8(hi)); };
+    return {{two(a, b), two(c, d), two(e, f), two(g, h)}};
+  }
+  static void zipped(uint64_t low, uint64_t high, uint16_t* out) {
+    const uint8x8x2_t both = vzip_u8(vcreate_u8(low), vcreate_u8(high));
+    vst1_u8((uint8_t*)out, both.val[0]), vst1_u8((uint8_t*)(out + 4), both.val[1]);
+  }
+  static U mirrored(U codes, uint64_t mask, uint8_t twice) {
+    for (int i = 0; i < 4; i++)
+      codes.x[i] = vbslq_u8(by_bits(mask >> (16 * i)), vsubq_u8(vdupq_n_u8(twice), codes.x[i]), codes.x[i]);
     return codes;
   }
   static int32x4_t dot16(int32x4_t acc, int8x16_t a, int8x16_t b) {

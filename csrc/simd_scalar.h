@@ -84,6 +84,24 @@ struct Vec {
     for (int i = 0; i < 64; i++) codes.x[i] |= (mask >> i & 1) ? value : 0;
     return codes;
   }
+  // codes | value where the byte of `held` has the bit in `bits`, else codes.
+  static U add_where(U codes, U held, const uint8_t* bits, uint8_t value) {
+    for (int i = 0; i < 64; i++) codes.x[i] |= held.x[i] & bits[i] ? value : 0;
+    return codes;
+  }
+  static U words(uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f, uint64_t g, uint64_t h) {
+    const uint64_t all[8] = {a, b, c, d, e, f, g, h};
+    return load((const uint8_t*)all);
+  }
+  // Eight words from their low and high bytes.
+  static void zipped(uint64_t low, uint64_t high, uint16_t* out) {
+    for (int i = 0; i < 8; i++) out[i] = uint16_t((low >> 8 * i & 255) | (high >> 8 * i & 255) << 8);
+  }
+  // twice - codes if the code's bit of `mask` is set, else codes.
+  static U mirrored(U codes, uint64_t mask, uint8_t twice) {
+    for (int i = 0; i < 64; i++) codes.x[i] = (mask >> i & 1) ? uint8_t(twice - codes.x[i]) : codes.x[i];
+    return codes;
+  }
   template <bool wide> static I dot(I acc, U u, const int8_t* s) {
     for (int i = 0; i < 64; i++) acc.x[i / 4] += int32_t(u.x[i]) * s[i];
     return acc;
@@ -100,7 +118,8 @@ struct Vec {
   static F add(F a, F b) { for (int i = 0; i < 16; i++) a.x[i] += b.x[i]; return a; }
   static F fma(F a, F b, F c) {
     // In double a product of floats is exact, so this nearly always rounds like a fused multiply-add.
-    __asm__("" : "+m"(c));  // gcc 12 would not always round a product to float first, depending on the loop around
+    // gcc 12 would not always round a product to float first, depending on the loop around.
+    __asm__("" : "+m"(a), "+m"(c));
     for (int i = 0; i < 16; i++) a.x[i] = float(double(a.x[i]) * b.x[i] + c.x[i]);
     return a;
   }

@@ -21,6 +21,7 @@ from fewbit.system import native
 ROOT = Path(__file__).resolve().parents[1]
 SPECS = (
     *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"),
+    *("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "tq1_0", "tq2_0", "q1_0", "q2_0"),
     *(f"int{bits}-{group}{sym}" for bits in range(2, 9) for group in ("g32", "g128", "row") for sym in ("", "-sym")),
     *("int4-g16", "int2-g16", "int8-g16", "nf4-b64", "nf4-b32-dq", "fp4-b128", "llm.int8"),
     *("fp8-row", "fp8-tensor", "fp8-b128", "mxfp4", "nvfp4", "nvfp4-mul"),

@@ -16,12 +16,12 @@ from fewbit.nn.choose import choose
 from fewbit.nn.fused import slices
 from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import QTensor, parse
+from fewbit.schemes.ggml import codebook
+from fewbit.schemes.ggml.codec import ReadOnly
 from fewbit.system import native
 from tests.contract.cases import EXAMPLES, ordinary, quantized
 
-# The library does not read block types with a codebook of vectors.
-READ = [spec for spec in EXAMPLES if not spec.startswith(("iq2", "iq3", "tq", "q1_0", "q2_0"))]
-SPECS = [*READ, "int4-g32", "int3-g16", "int2-g32", "int8-g32", "int4-row", "int2-row"]
+SPECS = [*EXAMPLES, "int4-g32", "int3-g16", "int2-g32", "int8-g32", "int4-row", "int2-row"]
 specs = pytest.mark.parametrize("spec", dict.fromkeys(SPECS))
 
 
@@ -55,6 +55,20 @@ def test_every_instruction_set_gives_the_product(instructions: str, spec: str) -
             if name == "cpu" and m <= 8:
                 last = kernel.linear(x[-1:], weight.codec, prepared, weight.shape)
                 assert torch.equal(y[-1:], last), "a row depends on the number of rows"
+
+
+@pytest.mark.parametrize("name", ["iq1_s", "iq1_m"])
+def test_types_that_are_only_read_are_multiplied(instructions: str, name: str) -> None:
+    codec, shape = ReadOnly(name), (33, 1280)
+    random = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (33 * 5, codec.type.nbytes), generator=random, dtype=torch.uint8)
+    blocks = codebook.with_scale(name, blocks, torch.rand(33 * 5, 1, generator=random) - 0.5)
+    parts, kernel = {"blocks": blocks.view(33, -1)}, kernel_of("cpu")
+    for m in (1, 5):
+        x = x_of(m, 1280)
+        exact = kernel.rounded(x, codec) @ codec.dequantize(parts, shape, torch.float32).T
+        y = kernel.linear(x, codec, kernel.prepare(codec, parts, shape), shape)
+        assert (y - exact).norm() <= 1e-5 * exact.norm()
 
 
 TAILS = [

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fewbit.lazy import Tensor, torch
 
-_ABI = 10
+_ABI = 11
 _FILE = "fewbit_cpu.so"
 TYPES = {"float32": 0, "bfloat16": 1}  # `fewbit_type`, by torch's names
 HINT = "Install fewbit from source with a C++ compiler (gcc 9, clang 10 or later), or from a wheel with the library."

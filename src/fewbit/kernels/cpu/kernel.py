@@ -20,6 +20,8 @@ another order, so results differ by about 1e-7 of their norm.
 With one row of activations, one thread of a Xeon of 2023 and weights of 4096 x 14336, AVX-512 reads MXFP4 at 13.7 GB/s,
 NVFP4 at 13.3 and FP8 at 10.9 (rows) and 12.2 (blocks), where int4-g128 reaches 10.7 and a plain read 13.4 to 13.9. AVX2
 reads them at 10.7, 11.3, 9.3 and 6.1 GB/s beside int4-g128's 9.8 (`benchmarks/cpu.py`, one run for each of the two).
+Types with a codebook look up a word for each 4 or 8 columns, and that limits them: one thread of an EPYC of 2025, with
+AVX-512, multiplies by 23e9 weights a second of iq2_xxs and 16e9 of iq3_xxs, where q4_k reaches 50e9 and tq2_0 68e9.
 
 `cpu_exact` never rounds activations. It is used if requested by name, or if `cpu` fails its check.
 """
@@ -38,13 +40,14 @@ from fewbit.registry import register
 from fewbit.schemes.affine import Affine
 from fewbit.schemes.base import Codec, Parts
 from fewbit.schemes.fp8 import FP8
+from fewbit.schemes.ggml import codebook
 from fewbit.schemes.ggml.codec import Blocks
 from fewbit.schemes.int8 import Int8
 from fewbit.schemes.mxfp4 import MXFP4
 from fewbit.schemes.nf4 import LEVELS, FourBit
 from fewbit.schemes.nvfp4 import NVFP4
 from fewbit.schemes.stacked import Stacked
-from fewbit.system import native
+from fewbit.system import ambient, native
 
 _REMEDY = "install fewbit from source where a C++ compiler is, or a wheel that has the library"
 FEW = 8  # rows that the library multiplies by itself if activations are not rounded: for more, torch is faster
@@ -54,8 +57,12 @@ _TILE = 1 << 19  # weights decoded at a time: 2 MB of float32 stay in a core's s
 
 # Numbers of the layouts in csrc/fewbit.h.
 _AFFINE, _INT8, _LEVELS, _LEVELS_DOUBLE, _FP8, _MXFP4, _NVFP4 = range(7)
-_BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
+_BLOCKS = (
+    *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"),
+    *("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_s", "iq1_m", "tq1_0", "tq2_0", "q1_0", "q2_0"),
+)
 _KINDS = {name: 16 + i for i, name in enumerate(_BLOCKS)}
+_CODEBOOKS = {kind: name for name, kind in _KINDS.items() if name.startswith(("iq1", "iq2", "iq3"))}
 _UNROUNDED = (_LEVELS, _LEVELS_DOUBLE, _FP8)  # activations are not rounded
 _OP = "fewbit::cpu_linear"
 _ERRORS = {
@@ -352,6 +359,8 @@ def _weight(
     if kind in (_LEVELS, _LEVELS_DOUBLE):
         table = _levels(bits)
         buffers = (*buffers, (ctypes.addressof(table), ctypes.sizeof(table)))
+    if kind in _CODEBOOKS:
+        buffers = (*buffers, _buffer(_codebook(_CODEBOOKS[kind])))
     weight = (native.Weight * 1)()
     held = weight[0]
     held.kind, held.bits, held.group, held.n, held.k = kind, bits, group, n, k
@@ -378,6 +387,15 @@ def _weights(
 @cache
 def _levels(which: int) -> ctypes.Array[ctypes.c_float]:
     return (ctypes.c_float * 16)(*(level + 0.0 for level in list(LEVELS.values())[which]))
+
+
+@cache
+@ambient.defaults()
+def _codebook(name: str) -> Tensor:
+    """The codes of a codebook as csrc/codebooks.inl reads them, uint8 [entries, columns]. They are kept for ever."""
+    if name.startswith("iq1"):
+        return (codebook.grid("iq1", torch.device("cpu")) + 1).to(torch.uint8)
+    return (codebook.grid(name, torch.device("cpu")) + (16 if name == "iq3_s" else 64)).to(torch.uint8)
 
 
 def _check(status: int, n: int, k: int) -> None:

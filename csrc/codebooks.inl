@@ -1,0 +1,248 @@
+// ggml's block types with a codebook (IQ), and those with two to four levels, in the form of formats.inl.
+//
+// A codebook is a table of bytes, which Python gives as part 1. An entry has the codes of eight columns, or of four: for
+// the types with signs a magnitude plus `SHIFT`, else the level plus 1. A minus sign turns SHIFT + g into SHIFT - g.
+// Their blocks: fewbit/schemes/ggml/codebook.py and digits.py.
+
+namespace {
+
+INLINE uint64_t odd_numbers(uint64_t bytes) { return bytes << 1 | 0x0101010101010101ull; }  // 2 s + 1 for s below 128
+
+// The signs of eight entries, in bytes of seven bits: the eighth makes the number of minus signs even.
+INLINE uint64_t even_signs(uint64_t x) {
+  uint64_t parity = x ^ x >> 4;
+  parity ^= parity >> 2;
+  parity ^= parity >> 1;
+  return x | (parity & 0x0101010101010101ull) << 7;
+}
+
+// Eight entries of eight columns, by index; eight pairs of entries of four.
+template <class Index> INLINE U entries8(const uint8_t* table, Index&& at) {
+  const auto e = [&](int i) INLINE_LAMBDA { return word64(table + 8 * size_t(at(i))); };
+  return Vec::words(e(0), e(1), e(2), e(3), e(4), e(5), e(6), e(7));
+}
+template <class Index> INLINE U entries4(const uint8_t* table, Index&& at) {
+  const auto e = [&](int i) INLINE_LAMBDA {
+    return word32(table + 4 * size_t(at(2 * i))) | uint64_t(word32(table + 4 * size_t(at(2 * i + 1)))) << 32;
+  };
+  return Vec::words(e(0), e(1), e(2), e(3), e(4), e(5), e(6), e(7));
+}
+
+// Eight indices of entries: their low bytes, and `BITS` higher bits of each.
+template <int BITS> INLINE void indices8(const uint8_t* low, uint64_t high, uint16_t* out) {
+  Vec::zipped(word64(low), Vec::spread<BITS>(high), out);
+}
+
+// `Block::step<t>` gives the t-th 64 columns of a block of 256.
+template <class Block> struct Codebook {
+  static constexpr int P = 1, C = 256, STEPS = 4;
+  static constexpr bool WIDE = false;
+  static constexpr int column(int step, int, int b) { return 64 * step + b; }
+  struct Row {
+    const uint8_t *first, *p, *table;
+    int64_t bytes;
+    explicit Row(const fewbit_weight& w) : first((const uint8_t*)w.part[0]), p(first), table((const uint8_t*)w.part[1]) {
+      bytes = w.k / C * Block::BYTES;
+    }
+    void to(int64_t n) { p = first + n * bytes; }
+  };
+  template <class Fn> static INLINE void decode(const Row& r, int64_t c, Fn&& fn) {
+    const uint8_t* p = r.p + c * Block::BYTES;
+    for (int at = 0; at < Block::BYTES; at += 64) ahead(p + at);
+    Block::chunk(p, r.table, fn);
+  }
+  // `fn` for 64 columns of magnitudes with signs (a bit each) and a scale for each lane.
+  template <int t, class Fn> static INLINE void with_signs(U magnitudes, uint64_t signs, F s, Fn& fn) {
+    U codes[1] = {Vec::mirrored(magnitudes, signs, 2 * Block::SHIFT)};
+    fn(t, codes, s, times(s, -float(Block::SHIFT)));
+  }
+};
+
+INLINE F odd_scales(float d, unsigned a, unsigned b) {  // two scales of 32 columns each
+  return Vec::split(d * float(2 * a + 1), d * float(2 * b + 1));
+}
+INLINE F odd_scales(float d, const uint8_t* p) {  // sixteen scales in nibbles
+  return times(Vec::from_u64(odd_numbers(Vec::spread<4>(word32(p))), odd_numbers(Vec::spread<4>(word32(p + 4)))), d);
+}
+// Of the first (second) 32 columns, four times seven bits of signs, below a scale of four.
+INLINE uint64_t signs_of(uint32_t a, uint32_t b) {
+  return even_signs(Vec::spread<7>((a & 0xfffffff) | uint64_t(b & 0xfffffff) << 28));
+}
+
+struct IQ2XXS : Codebook<IQ2XXS> {
+  static constexpr int BYTES = 66, SHIFT = 64, ENTRIES = 256;
+  template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, float d, Fn& fn) {
+    const uint8_t* q = p + 2 + 16 * t;
+    const uint32_t a = word32(q + 4), b = word32(q + 12);
+    const U found = entries8(table, [&](int i) INLINE_LAMBDA { return q[i < 4 ? i : i + 4]; });
+    with_signs<t>(found, signs_of(a, b), odd_scales(d, a >> 28, b >> 28), fn);
+  }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, const uint8_t* table, Fn& fn) {
+    const float d = Vec::half(p) * 0.125f;
+    step<0>(p, table, d, fn), step<1>(p, table, d, fn), step<2>(p, table, d, fn), step<3>(p, table, d, fn);
+  }
+};
+
+struct IQ2XS : Codebook<IQ2XS> {
+  static constexpr int BYTES = 74, SHIFT = 64, ENTRIES = 512;
+  static INLINE uint64_t top7(uint64_t words) {  // the upper seven bits of four words, as bytes
+    uint64_t x = words >> 9 & 0x007f007f007f007full;
+    x = (x | x >> 8) & 0x0000ffff0000ffffull;
+    return (x | x >> 16) & 0xffffffffull;
+  }
+  template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, F s, Fn& fn) {
+    const uint8_t* q = p + 2 + 16 * t;
+    const U found = entries8(table, [&](int i) INLINE_LAMBDA { return word16(q + 2 * i) & 511; });
+    with_signs<t>(found, even_signs(top7(word64(q)) | top7(word64(q + 8)) << 32), Vec::pick(s, QUADS[t].at), fn);
+  }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, const uint8_t* table, Fn& fn) {
+    const F s = odd_scales(Vec::half(p) * 0.125f, p + 66);
+    step<0>(p, table, s, fn), step<1>(p, table, s, fn), step<2>(p, table, s, fn), step<3>(p, table, s, fn);
+  }
+};
+
+struct IQ2S : Codebook<IQ2S> {
+  static constexpr int BYTES = 82, SHIFT = 64, ENTRIES = 1024;
+  template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, F s, Fn& fn) {
+    uint16_t at[8];
+    indices8<2>(p + 2 + 8 * t, word16(p + 66 + 2 * t), at);
+    const U found = entries8(table, [&](int i) INLINE_LAMBDA { return at[i]; });
+    with_signs<t>(found, word64(p + 34 + 8 * t), Vec::pick(s, QUADS[t].at), fn);
+  }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, const uint8_t* table, Fn& fn) {
+    const F s = odd_scales(Vec::half(p) * 0.125f, p + 74);
+    step<0>(p, table, s, fn), step<1>(p, table, s, fn), step<2>(p, table, s, fn), step<3>(p, table, s, fn);
+  }
+};
+
+struct IQ3XXS : Codebook<IQ3XXS> {
+  static constexpr int BYTES = 98, SHIFT = 64, ENTRIES = 256;
+  template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, float d, Fn& fn) {
+    const uint8_t* q = p + 2 + 16 * t;
+    const uint32_t a = word32(p + 66 + 8 * t), b = word32(p + 70 + 8 * t);
+    const U found = entries4(table, [&](int i) INLINE_LAMBDA { return q[i]; });
+    with_signs<t>(found, signs_of(a, b), odd_scales(d, a >> 28, b >> 28), fn);
+  }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, const uint8_t* table, Fn& fn) {
+    const float d = Vec::half(p) * 0.25f;
+    step<0>(p, table, d, fn), step<1>(p, table, d, fn), step<2>(p, table, d, fn), step<3>(p, table, d, fn);
+  }
+};
+
+struct IQ3S : Codebook<IQ3S> {
+  static constexpr int BYTES = 110, SHIFT = 16, ENTRIES = 512;
+  template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, float d, Fn& fn) {
+    uint16_t at[16];
+    indices8<1>(p + 2 + 16 * t, p[66 + 2 * t], at);
+    indices8<1>(p + 10 + 16 * t, p[67 + 2 * t], at + 8);
+    const unsigned scales = p[106 + t];
+    const U found = entries4(table, [&](int i) INLINE_LAMBDA { return at[i]; });
+    with_signs<t>(found, word64(p + 74 + 8 * t), odd_scales(d, scales & 15, scales >> 4), fn);
+  }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, const uint8_t* table, Fn& fn) {
+    const float d = Vec::half(p);
+    step<0>(p, table, d, fn), step<1>(p, table, d, fn), step<2>(p, table, d, fn), step<3>(p, table, d, fn);
+  }
+};
+
+// Codes 0, 1, 2 of the levels -1, 0, 1, which move up or down by an eighth.
+struct IQ1S : Codebook<IQ1S> {
+  static constexpr int BYTES = 50, ENTRIES = 2048;
+  static INLINE float offset(uint64_t word) { return -0.875f - 0.25f * float(int(word >> 15)); }
+  template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, float d, Fn& fn) {
+    const uint64_t a = word16(p + 34 + 4 * t), b = word16(p + 36 + 4 * t);
+    uint16_t at[8];
+    indices8<3>(p + 2 + 8 * t, (a & 0xfff) | (b & 0xfff) << 12, at);
+    const F s = odd_scales(d, a >> 12 & 7, b >> 12 & 7);
+    U codes[1] = {entries8(table, [&](int i) INLINE_LAMBDA { return at[i]; })};
+    fn(t, codes, s, Vec::mul(s, Vec::split(offset(a), offset(b))));
+  }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, const uint8_t* table, Fn& fn) {
+    const float d = Vec::half(p);
+    step<0>(p, table, d, fn), step<1>(p, table, d, fn), step<2>(p, table, d, fn), step<3>(p, table, d, fn);
+  }
+};
+
+alignas(64) constexpr Lanes EIGHTS = by(4, 8);  // a number for each eight columns
+
+struct IQ1M : Codebook<IQ1M> {
+  static constexpr int BYTES = 56, ENTRIES = 2048;
+  template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, float d, Fn& fn) {
+    const uint32_t high = word32(p + 32 + 4 * t);  // three bits of each index, and whether its levels move down
+    uint16_t at[8];
+    indices8<4>(p + 8 * t, high & 0x77777777, at);
+    const F s = Vec::pick(times(Vec::from_u64(odd_numbers(Vec::spread<3>(word16(p + 48 + 2 * t) & 0xfff)), 0), d), QUADS[0].at);
+    const F down = Vec::pick(Vec::from_u64(Vec::spread<4>(high >> 3 & 0x11111111), 0), EIGHTS.at);
+    U codes[1] = {entries8(table, [&](int i) INLINE_LAMBDA { return at[i]; })};
+    fn(t, codes, s, Vec::mul(s, Vec::fma(down, Vec::set1(-0.25f), Vec::set1(-0.875f))));
+  }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, const uint8_t* table, Fn& fn) {
+    const uint64_t w = word64(p + 48);  // the top nibbles of four words are d
+    const uint16_t bits = uint16_t((w >> 12 & 0xf) | (w >> 24 & 0xf0) | (w >> 36 & 0xf00) | (w >> 48 & 0xf000));
+    const float d = Vec::half((const uint8_t*)&bits);
+    step<0>(p, table, d, fn), step<1>(p, table, d, fn), step<2>(p, table, d, fn), step<3>(p, table, d, fn);
+  }
+};
+
+// ---- few levels ----------------------------------------------------------------------------------------------------
+
+template <bool base3> struct Ternary : Super<Ternary<base3>> {
+  static constexpr int BYTES = base3 ? 54 : 66, P = 1, STEPS = 4;
+  static constexpr bool WIDE = false;
+  static constexpr int column(int step, int, int b) { return 64 * step + b; }
+  // Two bits of bytes 32 apart: the codes 2 t and 2 t + 1 of four in a byte.
+  template <int t, class Fn> static INLINE void quarter(const uint8_t* p, F s, F o, Fn& fn) {
+    const uint8_t* at = p + 32 * (t / 2);
+    U codes[1] = {Vec::halves<-4 * (t % 2), -4 * (t % 2) - 2, 3>(Vec::join(at, at))};
+    fn(t, codes, s, o);
+  }
+  // `digits` digits of base 3 of `width` bytes. A byte is their number as a fraction of 243.
+  template <int width, int digits> static INLINE void numbers(const uint8_t* p, uint8_t* codes) {
+    for (int i = 0, power = 1; i < digits; i++, power *= 3)
+      for (int j = 0; j < width; j++) codes[width * i + j] = uint8_t(uint16_t(uint8_t(p[j] * power) * 3) >> 8);
+  }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, Fn& fn) {
+    const F s = Vec::set1(Vec::half(p + BYTES - 2)), o = times(s, -1);
+    if constexpr (base3) {
+      alignas(64) uint8_t codes[256];
+      numbers<32, 5>(p, codes);
+      numbers<16, 5>(p + 32, codes + 160);
+      numbers<4, 4>(p + 48, codes + 240);
+      for (int t = 0; t < 4; t++) {
+        U held[1] = {Vec::load(codes + 64 * t)};
+        fn(t, held, s, o);
+      }
+    } else {
+      quarter<0>(p, s, o, fn), quarter<1>(p, s, o, fn), quarter<2>(p, s, o, fn), quarter<3>(p, s, o, fn);
+    }
+  }
+};
+
+struct Q20 : Small<Q20, 18, 4, 64> {  // two bits for each column, four neighbours in a byte
+  static constexpr int P = 4;
+  static constexpr bool WIDE = false;
+  static constexpr int column(int, int p, int b) { return 4 * b + p; }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, int there, Fn& fn) {
+    const U q = Vec::join4(p + 2, p + 20, p + 38, p + 56);
+    U codes[4] = {Vec::field<0, 3>(q), Vec::field<2, 3>(q), Vec::field<4, 3>(q), Vec::field<6, 3>(q)};
+    const F s = four_halves<18>(p, there);
+    fn(0, codes, s, times(s, -1));
+  }
+};
+
+struct Q10 : Small<Q10, 18, 4, 128> {  // a bit for each column: -1 or 1
+  static constexpr int P = 2, STEPS = 4;
+  static constexpr bool WIDE = false;
+  static constexpr int column(int step, int p, int b) { return 8 * b + 2 * step + p; }
+  template <int t, class Fn> static INLINE void step(U q, F s, F o, Fn& fn) {
+    U codes[2] = {Vec::field<2 * t, 1>(q), Vec::field<2 * t + 1, 1>(q)};
+    fn(t, codes, s, o);
+  }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, int there, Fn& fn) {
+    const U q = Vec::join4(p + 2, p + 20, p + 38, p + 56);
+    const F d = four_halves<18>(p, there), s = times(d, 2), o = times(d, -1);
+    step<0>(q, s, o, fn), step<1>(q, s, o, fn), step<2>(q, s, o, fn), step<3>(q, s, o, fn);
+  }
+};
+
+}  // namespace
