@@ -55,6 +55,8 @@ def during(fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     monkeypatch.setattr(run, "run", noted)
     late = list[int]()  # signals that came when the server had ended: they would have killed the process
     before = signal.signal(signal.SIGTERM, lambda number, frame: late.append(number))
+    # A shell lets what it starts in the background ignore it.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def called(visit: Callable[[Served], Any], *flags: str) -> tuple[Answer, Any]:
         def visited() -> Any:
@@ -72,6 +74,7 @@ def during(fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 
     yield called
     signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGINT, interrupt)
     assert not late
 
 
