@@ -184,7 +184,9 @@ def test_a_model_without_a_template_is_refused(tmp_path: Path, fewbit: Fewbit, m
     assert "has no chat template" in done.err
     assert "fewbit generate" in done.err
     given(monkeypatch, b"")
-    assert "stdin, which is empty" in fewbit("chat", "tiny").err
+    done = fewbit("chat", "tiny")
+    assert "the message comes from stdin, which is empty" in done.err
+    assert "Start it in a terminal" in done.err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")

@@ -60,7 +60,10 @@ def chat(
             "--fuse without --max-length" if fuse else "--max-length without --fuse",
             "Fusing keeps a cache of fixed size: give both, such as --fuse --max-length 2048.",
         )
-    piped = None if sys.stdin is not None and sys.stdin.isatty() else stdin().removesuffix("\n")
+    piped = None
+    if sys.stdin is None or not sys.stdin.isatty():
+        hint = 'Start it in a terminal, or pipe a message: echo "Hello" | fewbit chat MODEL'
+        piped = stdin("without a terminal, the message comes from stdin", hint).removesuffix("\n")
     from fewbit.api import chat as api
 
     conversation = api.conversation(model, replace(loading, fuse=max_length))

@@ -25,13 +25,13 @@ def prompt_of(value: str) -> str:
         return value
 
 
-def stdin() -> str:
-    """All of stdin; PlanError if another option has read it."""
+def stdin(what: str = "- stands for stdin", hint: str = "Only one option can read stdin, and only once.") -> str:
+    """All of stdin; PlanError if there is nothing, as when another option has read it. what, hint: for the error."""
     from fewbit.system.files import decoded
 
     if sys.stdin is None or sys.stdin.closed:
-        raise PlanError("- stands for stdin, which is closed", "Give a file.")
+        raise PlanError(f"{what}, which is closed", hint)
     data = sys.stdin.buffer.read()
     if not data:
-        raise PlanError("- stands for stdin, which is empty", "Only one option can read stdin, and only once.")
+        raise PlanError(f"{what}, which is empty", hint)
     return decoded(data, "stdin")
