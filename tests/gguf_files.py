@@ -117,6 +117,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "jais2": {"num_key_value_heads": 4},
     "glm4_moe_lite": {**_LATENT, "rms_norm_eps": 1e-6, "mlp_layer_types": ["dense", "sparse", "sparse"]},
     "afmoe": {"num_hidden_layers": 5, "mup_enabled": True, "num_shared_experts": 2, "route_scale": 2.5},
+    "hy_v3": {"num_hidden_layers": 3, "num_shared_experts": 2, "tie_word_embeddings": True},
     "exaone_moe": {
         "num_hidden_layers": 5,
         "n_group": 2,

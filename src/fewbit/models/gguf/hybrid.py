@@ -112,9 +112,9 @@ def dense_to_keys(kinds: Sequence[str]) -> dict[str, Any]:
 
 
 def dense_of_keys(keys: Any, layers: int) -> list[str]:
-    """The types of MLPs of a file's model. keys: its `Metadata` (metadata.py)."""
-    count = min(keys.whole(_LEADING), layers)
-    return [_DENSE] * count + [_SPARSE] * (layers - count)
+    """The types of MLPs of a file's model, by which have a router. keys: its `Metadata` (metadata.py)."""
+    sparse = (f"blk.{layer}.ffn_gate_inp.weight" in keys.file.entries for layer in range(layers))
+    return [_SPARSE if each else _DENSE for each in sparse]
 
 
 def kv_heads(keys: Any) -> int:
