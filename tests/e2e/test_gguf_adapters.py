@@ -212,6 +212,25 @@ def test_a_file_is_an_adapter_wherever_a_folder_is(
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("glm4_moe", r".*shared_experts\.down_proj"),
+        ("glm4_moe", r".*layers\.0\.mlp\.gate_proj"),
+        ("llama4_text", r".*shared_expert\.up_proj"),
+    ],
+)
+def test_modules_named_as_those_of_experts_keep_their_adapter(kind: str, name: str, tmp_path: Path) -> None:
+    """PEFT takes them for fused experts, and refuses the adapter or loses it."""
+    folder = gguf_files.save(tmp_path / "m", kind)
+    adapter = drawn(folder, tmp_path / "adapter", target_modules=name)
+    package.convert(adapter, tmp_path / "lora.gguf", to="gguf", base=folder)
+    wanted, ids = models.logits(attach(unpacked(folder), adapter), IDS[:, :12]), IDS[:, :12]
+    assert not torch.allclose(models.logits(package.load(folder), ids), wanted, atol=1e-2)
+    for each in (adapter, tmp_path / "lora.gguf"):
+        torch.testing.assert_close(models.logits(package.load(folder, adapter=each), ids), wanted)
+
+
 def test_matrices_of_other_types_are_read(model: Path, tmp_path: Path, fewbit: Fewbit) -> None:
     drawn(model, tmp_path / "adapter", r=32, target_modules=["q_proj", "down_proj"])
     out, other = tmp_path / "lora.gguf", tmp_path / "other.gguf"

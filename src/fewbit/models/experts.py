@@ -435,6 +435,18 @@ def is_of_expert(name: str) -> bool:
     return _OWN.search(name) is not None
 
 
+def like_experts(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Whether one of these modules has the name that a linear of the model's fused experts would have.
+
+    Such is the gate_proj of a dense layer, or of a shared expert.
+    """
+    mapping, leaves = get_model_conversion_mapping(model), set[str]()
+    for name, module in fused_in(model):
+        _, known = UNDECORATED.get(type(module).__name__, (None, {}))
+        leaves.update(leaves_of(name, mapping, gated={**vars(module), **known}.get("has_gate", True)))
+    return any(name.rpartition(".")[2] in leaves for name in names)
+
+
 def names_one(model: nn.Module, names: Iterable[str]) -> bool:
     """Whether one of `names` is of a module or tensor of one expert of `model`, whose experts may be fused."""
     apart = [name for name, module in model.named_modules() if isinstance(module, SeparateExperts)]

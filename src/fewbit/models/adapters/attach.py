@@ -17,7 +17,7 @@ from fewbit.formats.containers.gguf import GgufFile, is_gguf
 from fewbit.formats.containers.safetensors import read_specs
 from fewbit.models import scales
 from fewbit.models.adapters.as_gguf import CONFIG, WEIGHTS, as_folder, opened, recorded
-from fewbit.models.experts import is_of_expert, separate
+from fewbit.models.experts import is_of_expert, like_experts, separate
 from fewbit.models.linears import LINEARS, shape_of
 from fewbit.models.scales import Scales
 from fewbit.models.source import Source
@@ -27,9 +27,9 @@ from fewbit.system.files import read_json
 def attach(model: PreTrainedModel, adapter: str | Path) -> Any:
     """Load an adapter, a folder or a GGUF file, onto `model` with PEFT, in evaluation mode.
 
-    If the adapter has weights for single experts, the experts of `model` get linears of their own first. PlanError if
-    it does not exist, or if it belongs to another model; the message lists the tensors and shapes that differ.
-    FormatError if its files are missing or broken, or if PEFT does not find all of its weights.
+    If the adapter has weights for single experts, or for modules named as theirs, the experts of `model` get linears of
+    their own first. PlanError if it does not exist, or if it belongs to another model; the message lists the tensors
+    and shapes that differ. FormatError if its files are missing or broken, or if PEFT does not find all its weights.
     """
     place = Path(adapter).expanduser().absolute()
     with as_folder(place, model.config) if place.is_file() else nullcontext(place) as folder:
@@ -39,8 +39,9 @@ def attach(model: PreTrainedModel, adapter: str | Path) -> Any:
 def _attached(model: PreTrainedModel, folder: Path, place: Path) -> Any:
     """The model with the adapter in `folder`, which the user named `place`."""
     config = read_config(folder)
-    if any(is_of_expert(key) for key in read_specs(folder / WEIGHTS)):
-        separate(model)
+    modules = {key.partition(".lora_")[0] for key in read_specs(folder / WEIGHTS)}
+    if any(map(is_of_expert, modules)) or like_experts(model, modules):
+        separate(model)  # PEFT takes any module with the name of an expert's for one of fused experts
     check_fits(model, folder, place, config)
     try:
         with quiet():
