@@ -34,6 +34,12 @@ VERBS = (
     "recommend",
     "inspect",
 )
+COUNTS = """
+import atexit, gc, sys
+from fewbit.cli import app
+atexit.register(lambda: print([each["collections"] for each in gc.get_stats()]))
+app.main()
+"""
 LIGHT: list[tuple[int, str]] = [
     (0, "--version"),
     (0, "--help"),
@@ -241,3 +247,11 @@ def test_json_that_python_cannot_read(content: bytes, model: Path, tmp_path: Pat
     assert "quantize_config.json" in answer.err
     with pytest.raises(PlanError, match=r"plan=.*a plan's JSON"):
         arguments_of.plan("plan", '{"a": ' + DEEP)
+
+
+def test_imports_are_rarely_searched_for_garbage(own_cache: Path) -> None:
+    command = [sys.executable, "-c", COUNTS, "generate", "tiny", "Hi", "--max-new-tokens", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    young, _, whole = json.loads(done.stdout.splitlines()[-1])
+    assert young < 100  # 890 with Python's threshold
+    assert whole < 5
