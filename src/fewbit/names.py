@@ -1,4 +1,4 @@
-"""Model names, checked before anything is read or imported, and short forms of lists of module names."""
+"""Names of models, checked before anything is read or imported, and of an adapter's files; module names in short."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fewbit.errors import PlanError
 
 EMBEDDED = "tiny"  # comes with fewbit itself
 DEMO = "smollm2"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's files
 
 
 def path_of(name: str | Path) -> Path | None:

@@ -11,7 +11,6 @@ import torch
 
 from fewbit.api import arguments, evaluate, quantize
 from fewbit.api.arguments import Device, DType, Plans, checked
-from fewbit.api.shared import ADAPTER, ADAPTER_WEIGHTS
 from fewbit.checks import Texts
 from fewbit.errors import FormatError, NumericsError, OutputError, PlanError
 from fewbit.formats.containers.safetensors import files_in, read_specs
@@ -26,7 +25,7 @@ from fewbit.models.outline import Outline
 from fewbit.models.provenance import provenance
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate, outlined
-from fewbit.names import DEMO, EMBEDDED
+from fewbit.names import ADAPTER, ADAPTER_WEIGHTS, DEMO, EMBEDDED
 from fewbit.pipeline import progress as pipeline_progress
 from fewbit.pipeline.job import evaluated, homeless, is_file, left_behind, rehearsed, same_vocabulary
 from fewbit.report import progress as report_progress

@@ -41,7 +41,7 @@ from fewbit.models.calls import first_line
 from fewbit.models.describe import describe
 from fewbit.models.scales import FILE as SCALES
 from fewbit.models.source import Source, locate
-from fewbit.names import DEMO, EMBEDDED
+from fewbit.names import ADAPTER, ADAPTER_WEIGHTS, DEMO, EMBEDDED
 from fewbit.report import progress as report_progress
 from fewbit.report.card import model_card
 from fewbit.report.results import Pushed
@@ -118,7 +118,7 @@ def _prepared(model: str | Path, repo: str, report: str | Path | None) -> _Uploa
         raise PlanError(f"{model} is a model of fewbit, not an output", "Give the folder or file to upload.")
     path = Path(model).expanduser().absolute()
     _check_place(path, str(model))
-    if (path / shared.ADAPTER).is_file():
+    if (path / ADAPTER).is_file():
         if report is not None:
             raise PlanError("`report`: an adapter's card has no chart", "Omit it.")
         upload = _of_adapter(path, repo)
@@ -152,9 +152,9 @@ def _check_place(path: Path, name: str) -> None:
         raise PlanError(f"{name}: no such folder or file", "Give the output of fewbit quantize.")
     if path.is_file():
         return
-    if (path / shared.ADAPTER).is_file():
-        if not (path / shared.ADAPTER_WEIGHTS).is_file():
-            raise FormatError(f"{name} is an adapter without {shared.ADAPTER_WEIGHTS}", "Save it as safetensors.")
+    if (path / ADAPTER).is_file():
+        if not (path / ADAPTER_WEIGHTS).is_file():
+            raise FormatError(f"{name} is an adapter without {ADAPTER_WEIGHTS}", "Save it as safetensors.")
         return
     unfinished = list(path.glob("block-*.safetensors")) or re.search(r"^\..*\.fewbit-\w+$", path.name)
     if unfinished or path.resolve().is_relative_to((cache_folder() / "runs").resolve()):
@@ -194,7 +194,7 @@ def _of_folder(source: Source, repo: str, record: dict[str, Any], chart: Path | 
 
 
 def _of_adapter(folder: Path, repo: str) -> _Upload:
-    names = [shared.ADAPTER_WEIGHTS, *(name for name in (RECORD, CARD) if (folder / name).is_file())]
+    names = [ADAPTER_WEIGHTS, *(name for name in (RECORD, CARD) if (folder / name).is_file())]
     files: dict[str, Path | bytes] = {name: folder / name for name in names}
     files |= {path.as_posix(): folder / path for path in side_files(folder)}
     notes: list[str] = []

@@ -22,11 +22,11 @@ from fewbit.formats.containers.safetensors import metadata_of
 from fewbit.models.scales import FILE as SCALES
 from fewbit.models.scales import GGUF_RECORD
 from fewbit.models.source import Source
+from fewbit.names import ADAPTER
 from fewbit.report.card import last_part, portable
 from fewbit.system.cache import cache_folder
 from fewbit.system.publish import RECORD
 
-ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SAVED = (RECORD, "config.json", "generation_config.json")
 # Vocabularies and templates: what looks like a path there is a token.
 _TOKENS = {"tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json", "chat_template.json"}

@@ -36,9 +36,9 @@ from fewbit.models.adapters.lora import INITS
 from fewbit.models.gguf.architectures import of_config
 from fewbit.models.gguf.names import Route, architecture, routes
 from fewbit.models.gguf.pieces import decoded
+from fewbit.names import ADAPTER, ADAPTER_WEIGHTS
 from fewbit.system.files import write_json
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))")
 _EMBEDDING = "token_embd.weight"
 # Settings of PEFT that a GGUF adapter has no place for, and their values without effect.
@@ -59,8 +59,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 
 _FOLDED = (
-    "the adapter was trained on a model with AWQ's scales: in llama.cpp it fits a GGUF file that fewbit convert makes "
-    "of that model, and no file of its original. fewbit moves it to either"
+    "the adapter was trained on a model with AWQ's scales. In llama.cpp, use it with a GGUF file that fewbit convert "
+    "made of that model, not with a file of the original model. fewbit can use it with both"
 )
 
 
@@ -82,7 +82,7 @@ class _Pair:
 
 @dataclass(frozen=True)
 class Made:
-    """A GGUF file with an adapter. notes: what llama.cpp needs to know about it, and does not."""
+    """A GGUF file with an adapter. notes: limits of its use in llama.cpp, for the user."""
 
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -147,7 +147,7 @@ def _pairs(folder: Path, rows: int) -> dict[str, _Pair]:
     PEFT saves an embedding or head of this many rows beside its LoRA. Training does not change it.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in read_file(folder / WEIGHTS)[0].items():
+    for key, tensor in read_file(folder / ADAPTER_WEIGHTS)[0].items():
         if ".base_layer." in key and len(tensor) == rows:
             continue
         if (match := _KEY.fullmatch(key)) is None or tensor.dim() != 2:
@@ -155,7 +155,7 @@ def _pairs(folder: Path, rows: int) -> dict[str, _Pair]:
         found.setdefault(match[1], {})[match[2] or match[3]] = tensor.float()
     for module, both in found.items():
         if len(both) != 2 or both["A"].shape[0] != both["B"].shape[1]:
-            raise FormatError(f"{folder / WEIGHTS}: lora_A and lora_B of {module} do not belong together")
+            raise FormatError(f"{folder / ADAPTER_WEIGHTS}: lora_A and lora_B of {module} do not belong together")
     return {module: _Pair(both["A"], both["B"]) for module, both in found.items()}
 
 
@@ -262,8 +262,8 @@ def as_folder(path: Path, config: Any) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         lora, tensors = _of_model(file, config)
-        write_json(folder / CONFIG, lora)
-        write_file(folder / WEIGHTS, tensors, {"format": "pt"})
+        write_json(folder / ADAPTER, lora)
+        write_file(folder / ADAPTER_WEIGHTS, tensors, {"format": "pt"})
         if (known := recorded(file)) is not None:
             scales.write_record(folder, known, "")
         yield folder

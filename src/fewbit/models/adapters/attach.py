@@ -16,11 +16,12 @@ from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile, is_gguf
 from fewbit.formats.containers.safetensors import read_specs
 from fewbit.models import scales
-from fewbit.models.adapters.as_gguf import CONFIG, WEIGHTS, as_folder, opened, recorded
+from fewbit.models.adapters.as_gguf import as_folder, opened, recorded
 from fewbit.models.experts import is_of_expert, like_experts, separate
 from fewbit.models.linears import LINEARS, shape_of
 from fewbit.models.scales import Scales
 from fewbit.models.source import Source
+from fewbit.names import ADAPTER, ADAPTER_WEIGHTS
 from fewbit.system.files import read_json
 
 
@@ -39,7 +40,7 @@ def attach(model: PreTrainedModel, adapter: str | Path) -> Any:
 def _attached(model: PreTrainedModel, folder: Path, place: Path) -> Any:
     """The model with the adapter in `folder`, which the user named `place`."""
     config = read_config(folder)
-    modules = {key.partition(".lora_")[0] for key in read_specs(folder / WEIGHTS)}
+    modules = {key.partition(".lora_")[0] for key in read_specs(folder / ADAPTER_WEIGHTS)}
     if any(map(is_of_expert, modules)) or like_experts(model, modules):
         separate(model)  # PEFT takes any module with the name of an expert's for one of fused experts
     check_fits(model, folder, place, config)
@@ -102,21 +103,21 @@ def trained_on(adapter: str | Path) -> Scales | None:
 def read_config(folder: Path) -> dict[str, Any]:
     """The config of the adapter in a folder. PlanError if there is no folder; FormatError if its files are broken."""
     if not folder.is_dir():
-        raise PlanError(f"adapter {folder}: no such folder", f"Give the folder that holds {CONFIG}, or a .gguf file.")
-    for name in (CONFIG, WEIGHTS):
+        raise PlanError(f"adapter {folder}: no such folder", f"Give the folder that holds {ADAPTER}, or a .gguf file.")
+    for name in (ADAPTER, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise FormatError(f"adapter {folder} has no {name}", "An adapter is a folder that PEFT has written.")
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / ADAPTER)
     if not isinstance(config, dict) or "peft_type" not in config:
-        raise FormatError(f"{folder / CONFIG} does not describe an adapter: it has no peft_type")
-    read_specs(folder / WEIGHTS)
+        raise FormatError(f"{folder / ADAPTER} does not describe an adapter: it has no peft_type")
+    read_specs(folder / ADAPTER_WEIGHTS)
     return config
 
 
 def _differing(model: PreTrainedModel, folder: Path) -> list[str]:
     """One line for each LoRA matrix, A [rank, K] or B [N, rank], that fits no weight [N, K] of the model."""
     found, lines = dict(model.named_modules()), []
-    for key, spec in read_specs(folder / WEIGHTS).items():
+    for key, spec in read_specs(folder / ADAPTER_WEIGHTS).items():
         if (match := re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)\.weight", key)) is None or len(spec.shape) != 2:
             continue
         module, which = match.groups()
