@@ -235,20 +235,27 @@ def test_matrices_of_other_types_are_read(model: Path, tmp_path: Path, fewbit: F
     drawn(model, tmp_path / "adapter", r=32, target_modules=["q_proj", "down_proj"])
     out, other = tmp_path / "lora.gguf", tmp_path / "other.gguf"
     assert fewbit("convert", tmp_path / "adapter", "-o", out, "--to", "gguf", "--base", model).code == 0
-    file, kinds = GgufFile(out), {}
-    for number, (name, entry) in enumerate(file.entries.items()):
-        kinds[name] = entry._replace(type=("q8_0", "f16", "bf16")[number % 3])
-    with GgufWriter(other, {**file.metadata, "adapter.lora.alpha": 0.0}, list(kinds.values())) as writer:
-        for name, entry in kinds.items():
-            tensor = file.get(name)
-            if entry.type == "q8_0":
-                tensor = Method().quantize(tensor, parse("q8_0"), None).weight.parts["blocks"]
-            writer.add(name, tensor.to(entry.spec.dtype))
+    stored_as(out, other, ["q8_0", "f16", "bf16"], **{"adapter.lora.alpha": 0.0})
     before, whole, found = (models.logits(package.load(model, adapter=each), IDS) for each in (None, out, other))
     assert not torch.equal(found, whole)
-    alpha = file.metadata["adapter.lora.alpha"]
+    alpha = GgufFile(out).metadata["adapter.lora.alpha"]
     plain = models.logits(package.load(model, adapter=_scaled(tmp_path / "adapter", 32 / alpha)), IDS)
     assert (found - plain).norm() < 0.01 * (plain - before).norm()  # an alpha of 0 is a scale of 1
+
+
+def stored_as(file: Path, out: Path, kinds: list[str], **keys: Any) -> Path:
+    """A copy of a file whose tensors are of these types in turn, with other values for some keys."""
+    stored, entries = GgufFile(file), {}
+    for number, (name, entry) in enumerate(stored.entries.items()):
+        entries[name] = entry._replace(type=kinds[number % len(kinds)])
+    with GgufWriter(out, {**stored.metadata, **keys}, list(entries.values())) as writer:
+        for name, entry in entries.items():
+            tensor = stored.get(name)
+            if entry.type == "q8_0":
+                rows = Method().quantize(tensor.flatten(0, -2), parse("q8_0"), None).weight.parts["blocks"]
+                tensor = rows.view(entry.spec.shape)
+            writer.add(name, tensor.to(entry.spec.dtype))
+    return out
 
 
 def _scaled(adapter: Path, factor: float) -> Path:
@@ -302,6 +309,25 @@ def test_a_weight_that_llama_cpp_adds_no_lora_to(tmp_path: Path, fewbit: Fewbit)
         check(answer, 2, words, "Train without this module")
 
 
+def test_an_adapter_is_of_the_architecture_of_its_base(tmp_path: Path, fewbit: Fewbit) -> None:
+    """llama.cpp refuses an adapter of another one, and a Mistral may be in a file of Llama or of Mistral 3."""
+    folder = gguf_files.save(tmp_path / "m", "mistral", sliding_window=None)
+    file, other = GgufFile(gguf_files.written(folder, tmp_path / "m.gguf")), tmp_path / "other.gguf"
+    keys = {key.replace("llama.", "mistral3.", 1): value for key, value in file.metadata.items()}
+    with GgufWriter(other, keys | {"general.architecture": "mistral3"}, list(file.entries.values())) as writer:
+        for name in file.entries:
+            writer.add(name, file.get(name))
+    adapter = drawn(folder, tmp_path / "adapter")
+    for base, name in ((folder, "llama"), (tmp_path / "m.gguf", "llama"), (other, "mistral3")):
+        out = tmp_path / f"{base.stem}-lora.gguf"
+        answer = fewbit("convert", adapter, "-o", out, "--to", "gguf", "--base", base, "--overwrite")
+        assert answer.code == 0, answer.err
+        assert GgufFile(out).metadata["general.architecture"] == name
+    wanted = models.logits(package.load(other, adapter=adapter, dtype="float32"), IDS)
+    for out in (tmp_path / "m-lora.gguf", tmp_path / "other-lora.gguf"):
+        assert torch.equal(models.logits(package.load(other, adapter=out, dtype="float32"), IDS), wanted)
+
+
 def test_adapters_that_cannot_be_converted(model: Path, adapter: Path, tmp_path: Path, fewbit: Fewbit) -> None:
     out = tmp_path / "lora.gguf"
 
@@ -344,6 +370,10 @@ def test_files_that_are_no_adapter_of_the_model(
     a, b = "blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"
     refused(r"general\.type is 'model'", {"general.type": "model"}, {})
     refused("of type 'lokr'", {"adapter.type": "lokr"}, {})
+    for each in (["adapter"], np.arange(2)):
+        refused(r"its general\.type is", {"general.type": each}, {})
+        refused("is an adapter of type", {"adapter.type": each}, {})
+        refused("of llama.cpp's architecture", {"general.architecture": each}, {}, PlanError)
     refused("only one of lora_a and lora_b", {}, {b: None})
     refused("do not belong together", {}, {b: torch.zeros(256, 3)})
     refused("is no matrix of a LoRA", {}, {"blk.0.attn_norm.weight": torch.zeros(256)})

@@ -5,7 +5,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,7 +118,7 @@ def test_values_that_are_none(value: float, suffix: str, tmp_path: Path) -> None
         imatrix.read(path)
 
 
-def of(*entries: tuple[str, torch.Tensor], kind: str = "imatrix") -> Callable[[Path], None]:
+def of(*entries: tuple[str, torch.Tensor], kind: Any = "imatrix") -> Callable[[Path], None]:
     def write(path: Path) -> None:
         specs = [Entry(name, "f16" if t.dtype == torch.float16 else "f32", tuple(t.shape)) for name, t in entries]
         with GgufWriter(path, {"general.type": kind}, specs) as writer:
@@ -141,6 +143,7 @@ def of(*entries: tuple[str, torch.Tensor], kind: str = "imatrix") -> Callable[[P
         ),
         (of(("w", torch.ones(2))), "holds no importances"),
         (of(("w.in_sum2", torch.ones(2)), ("w.counts", torch.ones(1)), kind="model"), "not an importance matrix"),
+        (of(("w.in_sum2", torch.ones(2)), kind=np.arange(2)), "not an importance matrix"),
     ],
 )
 def test_a_newer_form_that_lies(write: Callable[[Path], None], words: str, tmp_path: Path) -> None:

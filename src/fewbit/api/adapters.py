@@ -308,7 +308,7 @@ def as_gguf(
     publish.check_not_lost(out, folder, source.origin, source.folder)
     skeleton = Outline(source, trust_remote_code=trust_remote_code)
     check_fits(skeleton.model, folder, folder, config)
-    file = files.made(folder, config, skeleton.config)
+    file = files.made(folder, config, skeleton.config, source)
     with publish.published(out, overwrite=overwrite, file=True) as place:
         file.write(place)
     return Converted(

@@ -102,7 +102,8 @@ def write(path: Path, matrix: Mapping[str, Importance], *, chunks: int, length: 
 
 def _read_gguf(path: Path) -> dict[str, Importance]:
     file = GgufFile(path)
-    if file.metadata.get("general.type", "imatrix") != "imatrix":
+    kind = file.metadata.get("general.type", "imatrix")
+    if not isinstance(kind, str) or kind != "imatrix":
         raise FormatError(f"{path} is a GGUF file, but not an importance matrix", _HINT)
     importances = {}
     for name, entry in file.entries.items():

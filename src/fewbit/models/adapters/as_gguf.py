@@ -33,9 +33,10 @@ from fewbit.formats.containers.gguf import Entry, GgufFile, GgufWriter
 from fewbit.formats.containers.safetensors import read_file, write_file
 from fewbit.models import scales
 from fewbit.models.adapters.lora import INITS
-from fewbit.models.gguf.architectures import of_config
+from fewbit.models.gguf.architectures import TYPES, of_config
 from fewbit.models.gguf.names import Route, architecture, routes
 from fewbit.models.gguf.pieces import decoded
+from fewbit.models.source import Source
 from fewbit.names import ADAPTER, ADAPTER_WEIGHTS
 from fewbit.system.files import write_json
 
@@ -100,17 +101,19 @@ class Made:
                 writer.add(name, tensor)
 
 
-def made(folder: Path, lora: Mapping[str, Any], config: Any) -> Made:
+def made(folder: Path, lora: Mapping[str, Any], config: Any, base: Source) -> Made:
     """The file for the adapter in `folder`, with PEFT's config `lora`.
 
-    config: transformers' config of its model. PlanError if llama.cpp has no such adapters.
+    base: its model, and config: transformers' config of it. If the model is a GGUF file, the adapter is of the file's
+    architecture; llama.cpp compares them. PlanError if llama.cpp has no such adapters.
     """
     if reason := _why_not(lora) or _why_not_of(config):
         raise PlanError(f"{folder} cannot be a GGUF file: {reason}")
     alpha = float(lora.get("lora_alpha") or 1.0)
     known = scales.read_record(folder)
+    stored = GgufFile(base.files[0]).metadata if base.gguf is not None else {}
     metadata: dict[str, Any] = {
-        "general.architecture": architecture(config).name,
+        "general.architecture": stored.get("general.architecture", architecture(config).name),
         "general.type": "adapter",
         "general.name": folder.name,
         "general.file_type": 0,
@@ -241,10 +244,10 @@ def opened(path: Path) -> GgufFile:
     """The file of an adapter. FormatError if it is damaged or holds anything else."""
     file = GgufFile(path)
     kind, of = file.metadata.get("general.type", "model"), file.metadata.get("adapter.type")
-    if kind != "adapter":
-        raise FormatError(f"{path} is no adapter: its general.type is {kind!r}", "Give a model as MODEL.")
-    if of != "lora" or not is_finite(file.metadata.get("adapter.lora.alpha")):
-        raise FormatError(f"{path} is an adapter of type {of!r}, or it has no adapter.lora.alpha")
+    if not isinstance(kind, str) or kind != "adapter":
+        raise FormatError(f"{path} is no adapter: its general.type is {repr(kind)[:80]}", "Give a model as MODEL.")
+    if not isinstance(of, str) or of != "lora" or not is_finite(file.metadata.get("adapter.lora.alpha")):
+        raise FormatError(f"{path} is an adapter of type {repr(of)[:80]}, or it has no adapter.lora.alpha")
     if "adapter.alora.invocation_tokens" in file.metadata:
         raise FormatError(f"{path} is an activated LoRA (aLoRA), which fewbit does not read")
     for name in _weights(file):
@@ -303,10 +306,12 @@ def _pair(file: GgufFile, name: str) -> tuple[Entry, Entry]:
 def _of_model(file: GgufFile, config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PEFT's config of an adapter, and its tensors."""
     arch, name = of_config(config), file.metadata.get("general.architecture")
-    if arch is None or arch.name != name:
+    # A model of one type can be in files of several architectures
+    rows = [] if arch is None else [row.name for row in TYPES[config.model_type] if row.chosen == arch.chosen]
+    if not isinstance(name, str) or name not in rows:
         raise PlanError(
-            f"{file.path} is an adapter for models of llama.cpp's architecture {name!r}; this model, of type "
-            f"{config.model_type!r}, is {'in no GGUF file' if arch is None else repr(arch.name)}"
+            f"{file.path} is an adapter for models of llama.cpp's architecture {repr(name)[:80]}; this model, of type "
+            f"{config.model_type!r}, is {' or '.join(map(repr, rows)) or 'in no GGUF file'}"
         )
     if reason := _why_not_of(config):
         raise PlanError(f"{file.path} is an adapter for another model: {reason}", "Use it with the GGUF file.")
