@@ -19,6 +19,7 @@ from fewbit.formats.containers.gguf import Entry, GgufFile, GgufWriter
 from fewbit.methods.base import Method
 from fewbit.models import experts, scales
 from fewbit.models import merge as merging
+from fewbit.models.adapters import as_gguf
 from fewbit.models.adapters.attach import attach, quiet
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.gguf.names import routes
@@ -241,6 +242,18 @@ def test_matrices_of_other_types_are_read(model: Path, tmp_path: Path, fewbit: F
     alpha = GgufFile(out).metadata["adapter.lora.alpha"]
     plain = models.logits(package.load(model, adapter=_scaled(tmp_path / "adapter", 32 / alpha)), IDS)
     assert (found - plain).norm() < 0.01 * (plain - before).norm()  # an alpha of 0 is a scale of 1
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_experts_share_no_copy_of_the_whole_layer(kind: str, tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", "mixtral")
+    adapter = drawn(folder, tmp_path / "adapter", target_modules=r".*experts\.\d\.w[12]", r=32)
+    package.convert(adapter, tmp_path / "lora.gguf", to="gguf", base=folder)
+    file = GgufFile(stored_as(tmp_path / "lora.gguf", tmp_path / "other.gguf", [kind]))
+    found = as_gguf._of_model(file, models.original(folder).config)[1]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found.values()}
+    assert len(found) == 4 * file.entries["blk.0.ffn_gate_exps.weight.lora_a"].shape[0] * 2
+    assert sum(storages.values()) == sum(tensor.nbytes for tensor in found.values())
 
 
 def stored_as(file: Path, out: Path, kinds: list[str], **keys: Any) -> Path:

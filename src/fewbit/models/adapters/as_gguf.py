@@ -329,14 +329,15 @@ def _of_model(file: GgufFile, config: Any) -> tuple[dict[str, Any], dict[str, Te
 
 def _of_route(file: GgufFile, route: Route) -> _Pair:
     """The matrices of a weight of the model, in its order."""
-    every = [[decoded(entry, file.get(entry.name), torch.float32) for entry in _pair(file, n)] for n in route.names]
+    shape = _pair(file, route.names[0])[0].shape
+    if route.expert is not None and (len(shape) != 3 or route.expert >= shape[0]):
+        raise FormatError(f"{file.path}: {route.name} has no matrices for expert {route.expert}")
+    if route.expert is None and len(shape) != 2:
+        raise FormatError(f"{file.path}: {route.name} has matrices of several experts, and the weight has none")
+    every = [[_matrix(file, entry, route.expert) for entry in _pair(file, name)] for name in route.names]
     a, b = every[0]
     if route.expert is not None:
-        if a.dim() != 3 or route.expert >= len(a):
-            raise FormatError(f"{file.path}: {route.name} has no matrices for expert {route.expert}")
-        return _Pair(a[route.expert], b[route.expert])
-    if a.dim() != 2:
-        raise FormatError(f"{file.path}: {route.name} has matrices of several experts, and the weight has none")
+        return _Pair(a, b)
     if route.name == _EMBEDDING:
         return _Pair(a.T, b, embeds=True)
     if route.split is not None:
@@ -345,6 +346,14 @@ def _of_route(file: GgufFile, route: Route) -> _Pair:
         b = route.split.joined([piece for _, piece in every])
     a = a if route.column_order is None else a[:, route.column_order.argsort()]
     return _Pair(a, b if route.rows_back is None else b[route.rows_back])
+
+
+def _matrix(file: GgufFile, entry: Entry, expert: int | None) -> Tensor:
+    """A tensor of the file in float32, or the matrix that it has for one expert. No other expert is decoded."""
+    stored = file.get(entry.name)
+    if expert is not None:
+        entry, stored = entry._replace(shape=entry.shape[1:]), stored[expert]
+    return decoded(entry, stored, torch.float32)
 
 
 def _config_of(pairs: Mapping[str, _Pair], alpha: float) -> dict[str, Any]:
