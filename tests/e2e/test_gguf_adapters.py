@@ -16,6 +16,7 @@ import fewbit as package
 from fewbit.api import quantize
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import Entry, GgufFile, GgufWriter
+from fewbit.formats.containers.safetensors import read_file, write_file
 from fewbit.methods.base import Method
 from fewbit.models import experts, scales
 from fewbit.models import merge as merging
@@ -24,6 +25,7 @@ from fewbit.models.adapters.attach import attach, quiet
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.gguf.names import routes
 from fewbit.models.scales import GGUF_RECORD
+from fewbit.names import ADAPTER_WEIGHTS
 from fewbit.schemes.base import parse
 from tests import gguf_files, models
 from tests.e2e.conftest import Fewbit
@@ -320,6 +322,39 @@ def test_a_weight_that_llama_cpp_adds_no_lora_to(tmp_path: Path, fewbit: Fewbit)
         adapter = drawn(folder, tmp_path / name, target_modules=[name])
         answer = fewbit("convert", adapter, "-o", tmp_path / "lora.gguf", "--to", "gguf", "--base", folder)
         check(answer, 2, words, "Train without this module")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode"])
+def test_a_lora_of_positions_is_refused(family: str, tmp_path: Path, fewbit: Fewbit) -> None:
+    folder = gguf_files.save(tmp_path / "m", family)
+    adapter = drawn(folder, tmp_path / "adapter", target_modules=["wpe"])
+    answer = fewbit("convert", adapter, "-o", tmp_path / "lora.gguf", "--to", "gguf", "--base", folder)
+    check(answer, 2, "transformer.wpe", "llama.cpp adds a LoRA to no other embedding", "Train without this module")
+
+
+def test_an_embedding_of_another_vocabulary(tmp_path: Path, fewbit: Fewbit) -> None:
+    folder = gguf_files.save(tmp_path / "m", "phi")
+    adapter = drawn(folder, tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
+    tensors, _ = read_file(adapter / ADAPTER_WEIGHTS)
+    name = "base_model.model.model.embed_tokens.lora_embedding_A"
+    rows = tensors[name].shape[1]
+    write_file(adapter / ADAPTER_WEIGHTS, tensors | {name: torch.zeros(4, rows + 1)}, {"format": "pt"})
+    answer = fewbit("convert", adapter, "-o", tmp_path / "lora.gguf", "--to", "gguf", "--base", folder)
+    check(answer, 2, "another model", f"lora_embedding_A [4, {rows + 1}]: the model's weight there is [{rows}, 64]")
+    with pytest.raises(PlanError, match=rf"lora_embedding_A \[4, {rows + 1}\]: the model's weight there is"):
+        package.load(folder, adapter=adapter)
+
+
+def test_an_embedding_has_no_lora_of_a_linear(tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", "gpt2")
+    keys: dict[str, Any] = {"general.architecture": "gpt2", "general.type": "adapter"}
+    keys |= {"adapter.type": "lora", "adapter.lora.alpha": 4.0}
+    both = {"position_embd.weight.lora_a": torch.zeros(4, 64), "position_embd.weight.lora_b": torch.zeros(64, 4)}
+    with GgufWriter(tmp_path / "a.gguf", keys, [Entry(n, "f32", tuple(t.shape)) for n, t in both.items()]) as writer:
+        for name, tensor in both.items():
+            writer.add(name, tensor)
+    with pytest.raises(PlanError, match=r"wpe\.lora_A\.weight \[4, 64\]: the model has an embedding there"):
+        package.load(folder, adapter=tmp_path / "a.gguf")
 
 
 def test_an_adapter_is_of_the_architecture_of_its_base(tmp_path: Path, fewbit: Fewbit) -> None:

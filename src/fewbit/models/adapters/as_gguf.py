@@ -40,7 +40,7 @@ from fewbit.models.source import Source
 from fewbit.names import ADAPTER, ADAPTER_WEIGHTS
 from fewbit.system.files import write_json
 
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))")
+KEY = re.compile(r"base_model\.model\.(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))")
 _EMBEDDING = "token_embd.weight"
 # Settings of PEFT that a GGUF adapter has no place for, and their values without effect.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -150,16 +150,18 @@ def _pairs(folder: Path, rows: int) -> dict[str, _Pair]:
     PEFT saves an embedding or head of this many rows beside its LoRA. Training does not change it.
     """
     found: dict[str, dict[str, Tensor]] = {}
+    embeddings = set[str]()
     for key, tensor in read_file(folder / ADAPTER_WEIGHTS)[0].items():
         if ".base_layer." in key and len(tensor) == rows:
             continue
-        if (match := _KEY.fullmatch(key)) is None or tensor.dim() != 2:
+        if (match := KEY.fullmatch(key)) is None or tensor.dim() != 2:
             raise PlanError(f"{folder} cannot be a GGUF file: llama.cpp has no place for {key} {list(tensor.shape)}")
         found.setdefault(match[1], {})[match[2] or match[3]] = tensor.float()
+        embeddings |= {match[1]} if match[3] else set()
     for module, both in found.items():
         if len(both) != 2 or both["A"].shape[0] != both["B"].shape[1]:
             raise FormatError(f"{folder / ADAPTER_WEIGHTS}: lora_A and lora_B of {module} do not belong together")
-    return {module: _Pair(both["A"], both["B"]) for module, both in found.items()}
+    return {module: _Pair(both["A"], both["B"], module in embeddings) for module, both in found.items()}
 
 
 def _stored(pairs: Mapping[str, _Pair], lora: Mapping[str, Any], config: Any, alpha: float) -> dict[str, Tensor]:
@@ -170,7 +172,7 @@ def _stored(pairs: Mapping[str, _Pair], lora: Mapping[str, Any], config: Any, al
         route = known.get(f"{module}.weight")
         if route is None:
             raise PlanError(f"GGUF has no name for {module} of a model of type {config.model_type!r}")
-        if reason := _why_not_there(route, config):
+        if reason := _why_not_there(route, config, pair.embeds):
             raise PlanError(f"the LoRA of {module} cannot be in a GGUF file: {reason}", "Train without this module.")
         groups.setdefault(route.name, {})[route.expert or 0] = (module, pair)
     for name, group in groups.items():
@@ -187,12 +189,14 @@ def _stored(pairs: Mapping[str, _Pair], lora: Mapping[str, Any], config: Any, al
     return found
 
 
-def _why_not_there(route: Route, config: Any) -> str | None:
-    """Why llama.cpp adds no LoRA to the weight of this name; None if it does."""
+def _why_not_there(route: Route, config: Any, embeds: bool) -> str | None:
+    """Why llama.cpp adds no LoRA to the weight of this name; None if it does. embeds: it is an embedding."""
     arch, name = architecture(config), re.sub(r"^blk\.\d+\.|\.weight$", "", route.name)
     tied = arch.tied or getattr(config, "tie_word_embeddings", False)
     if tied and name in ("token_embd", "output"):
         return "the model's output head is its embedding, and llama.cpp would use the LoRA in both or in neither"
+    if embeds and route.name != _EMBEDDING:
+        return f"{name} is not the embedding of tokens, and llama.cpp adds a LoRA to no other embedding"
     if route.squeezed or route.matrix or (route.split is not None and not _is_cut_by_rows(route)):
         return f"llama.cpp does not have {name} as a plain matrix"
     return f"llama.cpp ignores a LoRA of {name} in {arch.name}" if name in arch.without_lora else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -10,19 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile, is_gguf
 from fewbit.formats.containers.safetensors import read_specs
 from fewbit.models import scales
-from fewbit.models.adapters.as_gguf import as_folder, opened, recorded
+from fewbit.models.adapters.as_gguf import KEY, as_folder, opened, recorded
 from fewbit.models.experts import is_of_expert, like_experts, separate
 from fewbit.models.linears import LINEARS, shape_of
 from fewbit.models.scales import Scales
 from fewbit.models.source import Source
 from fewbit.names import ADAPTER, ADAPTER_WEIGHTS
+from fewbit.nn.layers import QEmbedding
 from fewbit.system.files import read_json
+
+_EMBEDDINGS = (nn.Embedding, QEmbedding)
 
 
 def attach(model: PreTrainedModel, adapter: str | Path) -> Any:
@@ -115,16 +118,31 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _differing(model: PreTrainedModel, folder: Path) -> list[str]:
-    """One line for each LoRA matrix, A [rank, K] or B [N, rank], that fits no weight [N, K] of the model."""
+    """One line for each LoRA matrix that fits no weight of the model.
+
+    Of a linear [N, K]: A [rank, K] and B [N, rank]. Of an embedding [V, H]: A [rank, V] and B [H, rank].
+    """
     found, lines = dict(model.named_modules()), []
     for key, spec in read_specs(folder / ADAPTER_WEIGHTS).items():
-        if (match := re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B)\.weight", key)) is None or len(spec.shape) != 2:
+        if (match := KEY.fullmatch(key)) is None or len(spec.shape) != 2:
             continue
-        module, which = match.groups()
-        linear = found.get(module)
-        shape = shape_of(linear) if isinstance(linear, LINEARS) else None
-        if linear is None:
-            lines.append(f"{key} {list(spec.shape)}: the model has no {module}")
-        elif shape and spec.shape != ((spec.shape[0], shape[1]) if which == "A" else (shape[0], spec.shape[1])):
-            lines.append(f"{key} {list(spec.shape)}: the model's weight there is {list(shape)}")
+        layer, shown = found.get(match[1]), f"{key} {list(spec.shape)}"
+        weight = _weight_shape(layer)
+        if layer is None:
+            lines.append(f"{shown}: the model has no {match[1]}")
+        elif weight is None:
+            continue
+        elif isinstance(layer, _EMBEDDINGS) != bool(match[3]):
+            lines.append(f"{shown}: the model has {'a linear' if match[3] else 'an embedding'} there")
+        else:
+            n, k = weight[::-1] if match[3] else weight
+            if spec.shape != ((n, spec.shape[1]) if (match[2] or match[3]) == "B" else (spec.shape[0], k)):
+                lines.append(f"{shown}: the model's weight there is {list(weight)}")
     return lines
+
+
+def _weight_shape(layer: nn.Module | None) -> tuple[int, int] | None:
+    """The shape of the weight of a linear or an embedding; None of other modules."""
+    if isinstance(layer, _EMBEDDINGS):
+        return layer.num_embeddings, layer.embedding_dim
+    return shape_of(layer) if isinstance(layer, LINEARS) else None
