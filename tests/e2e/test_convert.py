@@ -525,6 +525,30 @@ def test_a_dry_run_writes_nothing_and_has_exact_bytes(fewbit: Fewbit, model: Pat
     assert preview(first, to="dense").output_bytes == converted(first, tmp_path / "dense", "dense").output_bytes
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--plan", "nf4"), "--plan has no effect without --requantize"),
+        (("--imatrix", "x.gguf"), "--imatrix has no effect without --requantize"),
+        (("--text", "tiny"), "--text has no effect without --requantize"),
+        (("--length", "32"), "--length has no effect without --requantize"),
+        (("--samples", "4"), "--samples has no effect without --requantize"),
+        (("--samples", "all"), "--samples has no effect without --requantize"),
+        (("--calibration-samples", "4"), "--calibration has no effect without --requantize"),
+        (("--set", "general.name=x"), "--set changes keys in a copy of a GGUF file"),
+        (("--base", "tiny"), "--base without an adapter"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_conversion_does(
+    flags: tuple[str, ...], words: str, fewbit: Fewbit, model: Path, tmp_path: Path
+) -> None:
+    first = quantized(model, tmp_path / "first", "int4-g32-sym")
+    for place in (("-o", tmp_path / "out"), ("--dry-run",)):
+        answer = fewbit("convert", first, "--to", "awq", *place, *flags)
+        assert answer.code == 2, answer.err
+        assert words in answer.err
+
+
 @pytest.mark.parametrize(("to", "scheme"), [("bnb", "nf4-b64"), ("gguf", "q8_0")])
 def test_requantizing_measures_the_loss_against_the_input(
     to: str, scheme: str, fewbit: Fewbit, model: Path, text: Path, tmp_path: Path

@@ -376,6 +376,19 @@ def test_an_adapter_is_of_the_architecture_of_its_base(tmp_path: Path, fewbit: F
         assert torch.equal(models.logits(package.load(other, adapter=out, dtype="float32"), IDS), wanted)
 
 
+UNUSED: list[tuple[str, list[Any]]] = [
+    ("--requantize", []),
+    ("--plan", ["q4_k_m"]),
+    ("--imatrix", ["x.gguf"]),
+    ("--text", ["tiny"]),
+    ("--length", [32]),
+    ("--samples", [4]),
+    ("--calibration", ["tiny"]),
+    ("--max-shard", ["1GB"]),
+    ("--set", ["general.name=x"]),
+]
+
+
 def test_adapters_that_cannot_be_converted(model: Path, adapter: Path, tmp_path: Path, fewbit: Fewbit) -> None:
     out = tmp_path / "lora.gguf"
 
@@ -387,7 +400,8 @@ def test_adapters_that_cannot_be_converted(model: Path, adapter: Path, tmp_path:
     refused(2, "an adapter for another model", flags=("--to", "gguf", "--base", wide))
     refused(2, "an adapter for another model", flags=("--to", "gguf", "--base", opt))
     refused(2, "converted to a GGUF file only", flags=("--to", "gptq"))
-    refused(2, "--plan", "no effect on an adapter", flags=("--to", "gguf", "--plan", "q4_k_m"))
+    for flag, value in UNUSED:
+        refused(2, flag, "no effect on an adapter", flags=("--to", "gguf", flag, *value))
     refused(2, "is an adapter, and a preview", flags=("--to", "gguf", "--dry-run"))
     refused(2, "--base", "without an adapter", flags=("--to", "gguf", "--base", model), of=model)
     lost = drawn(model, tmp_path / "lost")

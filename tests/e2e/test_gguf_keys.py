@@ -46,8 +46,10 @@ def test_a_template_and_a_token_are_set(file: Path, tmp_path: Path, fewbit: Fewb
     (tmp_path / "chat.jinja").write_text("{{ messages[0]['content'] }}!é", encoding="utf-8")
     token = load_tokenizer(locate(file)).convert_ids_to_tokens(7)
     keys = ["--set", f"{TEMPLATE}=@{tmp_path / 'chat.jinja'}", "--set", f"{EOS}={token}", "--set", "general.name=a=b"]
+    shown = fewbit("convert", file, "--to", "gguf", *keys, "--dry-run", "--json")
     done = fewbit("convert", file, "-o", tmp_path / "new.gguf", "--to", "gguf", *keys)
     assert done.code == 0, done.err
+    assert (shown.json["plan"], shown.json["output_bytes"]) == ("copy", GgufFile(tmp_path / "new.gguf").nbytes)
     before, after = GgufFile(file), GgufFile(tmp_path / "new.gguf")
     new = {TEMPLATE: "{{ messages[0]['content'] }}!é", EOS: 7, "general.name": "a=b"}
     assert {key for key in after.metadata if repr(after.metadata[key]) != repr(before.metadata.get(key))} == {*new}
@@ -77,9 +79,10 @@ def test_a_template_and_a_token_are_set(file: Path, tmp_path: Path, fewbit: Fewb
     ],
 )
 def test_what_cannot_be_set_is_refused(pair: str, reason: str, file: Path, tmp_path: Path, fewbit: Fewbit) -> None:
-    done = fewbit("convert", file, "-o", tmp_path / "new.gguf", "--to", "gguf", "--set", pair)
-    assert done.code == 2
-    assert reason in done.err
+    for place in (("-o", tmp_path / "new.gguf"), ("--dry-run",)):
+        done = fewbit("convert", file, *place, "--to", "gguf", "--set", pair)
+        assert done.code == 2
+        assert reason in done.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -34,6 +34,14 @@ from fewbit.texts import sources
 from fewbit.texts.calibration import Calibration as Calibration
 
 _KEPT = ("plan", "calibration", "tensors", "model", "origin", "original_bytes", "bits_per_weight", "share", "source")
+_ANEW = ("plan", "calibration", "imatrix", "text", "length", "samples")  # used by `requantize` only
+# The values with which an option is not given. Default: None
+_UNSET: dict[str, tuple[Any, ...]] = {
+    "requantize": (False,),
+    "calibration": (None, Calibration()),
+    "samples": (SAMPLES,),
+    "set": (None, {}),
+}
 
 
 @checked
@@ -70,15 +78,13 @@ def convert(
     the config. "@FILE" is the content of a file.
     base: if `model` is a LoRA, the folder or GGUF file of its model. Default: the one that the LoRA names.
     """
+    measured_on = {"text": text, "length": length, "samples": samples}
+    anew: dict[str, Any] = {"plan": plan, "calibration": calibration, "imatrix": imatrix, **measured_on}
+    _refuse_unused(model, requantize=requantize, **anew, max_shard=max_shard, set=set, base=base)
     if adapters.is_adapter(model):
         if to != "gguf":
             raise PlanError(f"{model} is an adapter, which can be converted to a GGUF file only", "Give `to=gguf`.")
-        given = {"requantize": requantize, "plan": plan, "imatrix": imatrix, "max_shard": max_shard, "set": set}
-        if unused := [name for name, value in given.items() if value]:
-            raise PlanError(f"`{unused[0]}` has no effect on an adapter", f"Leave out `{unused[0]}`.")
         return adapters.as_gguf(model, out, base, overwrite=overwrite, trust_remote_code=trust_remote_code)
-    if base is not None:
-        raise PlanError(f"`base` without an adapter: {model} is not the folder of one", "Leave out `base`.")
     limit = None if max_shard is None else int(max_shard)
     if set and requantize:
         raise PlanError("`set` and `requantize=True` are given", "Give one of them.")
@@ -95,16 +101,8 @@ def convert(
             safetensors_only=safetensors_only,
             trust_remote_code=trust_remote_code,
         )
-        return _requantized(source, out, wanted, {"text": text, "length": length, "samples": samples})
-    _refuse_unused(plan=plan, imatrix=imatrix, text=text, length=length)
-    if calibration not in (None, Calibration()):
-        _refuse_unused(calibration=calibration)
-    if samples != SAMPLES:
-        _refuse_unused(samples=samples)
-    copies = source.gguf is not None and bool(target.format.suffix)
-    if set and not copies:
-        raise PlanError("`set` changes keys in a copy of a GGUF file", "Convert first, and then set them in the file.")
-    if copies and (set or limit is not None or len(source.files) > 1):
+        return _requantized(source, out, wanted, measured_on)
+    if _copies(source, target, set, limit):
         return _copied(source, Path(out), arguments.keys("set", set or {}), limit, overwrite, progress)
     return _converted(source, Path(out), target, limit, overwrite, trust_remote_code, progress)
 
@@ -114,19 +112,33 @@ def preview(
     model: str | Path,
     *,
     to: str,
+    plan: Plans | None = None,
+    calibration: Calibration | Texts | None = None,
+    imatrix: str | Path | None = None,
+    text: Texts | None = None,
+    length: int | None = None,
+    samples: int | None = SAMPLES,
     max_shard: int | str | None = None,
+    set: Mapping[str, str] | Sequence[str] | None = None,
+    base: str | Path | None = None,
     safetensors_only: bool = False,
     trust_remote_code: bool = False,
 ) -> Preview:
-    """What `convert` would do to each tensor, with exact output bytes. Writes nothing (`--dry-run`)."""
+    """What `convert` would do to each tensor, with exact output bytes. Writes nothing (`--dry-run`).
+
+    It has the options of a `convert` without `requantize`, and refuses those that `convert` refuses.
+    """
     if adapters.is_adapter(model):
         raise PlanError(f"{model} is an adapter, and a preview shows the tensors of a model", "Convert it.")
+    anew = {"plan": plan, "calibration": calibration, "imatrix": imatrix}
+    _refuse_unused(model, **anew, text=text, length=length, samples=samples, base=base)
     target, source = _target(to), locate(model, safetensors_only=safetensors_only)
-    if source.gguf is not None and target.format.suffix and (max_shard is not None or len(source.files) > 1):
-        return _previewed_copy(GgufFile(source.files[0]), None if max_shard is None else int(max_shard))
+    limit = None if max_shard is None else int(max_shard)
+    if _copies(source, target, set, limit):
+        return _previewed_copy(GgufFile(source.files[0]), arguments.keys("set", set or {}), limit)
     made = conversion.prepare(source, target, trust_remote_code=trust_remote_code)
     header = _header(made, source, trust_remote_code)
-    files = splitting.count(made.settled, header, None if max_shard is None else int(max_shard))
+    files = splitting.count(made.settled, header, limit)
     tensors, output_bytes = sizes.tensors(made.settled, _scheme)
     return Preview(
         plan=made.settled.resolved.plan.name,
@@ -140,9 +152,9 @@ def preview(
     )
 
 
-def _previewed_copy(file: GgufFile, max_shard: int | None) -> Preview:
-    """What a copy of a GGUF file has, with its parts joined or split anew."""
-    entries = [*file.entries.values()]
+def _previewed_copy(file: GgufFile, set: Mapping[str, str], max_shard: int | None) -> Preview:
+    """What a copy of a GGUF file has, with its parts joined or split anew, and with other values for some keys."""
+    entries, keys = [*file.entries.values()], editing.changed(file, set) if set else {}
     return Preview(
         plan="copy",
         format="gguf",
@@ -151,7 +163,7 @@ def _previewed_copy(file: GgufFile, max_shard: int | None) -> Preview:
         original_bytes=file.nbytes,
         output_bytes=file.nbytes,
         share=describe(locate(file.path)).share,
-        files=1 if max_shard is None else gguf_split.count(entries, file.metadata, max_shard),
+        files=1 if max_shard is None else gguf_split.count(entries, file.metadata | keys, max_shard),
     )
 
 
@@ -173,10 +185,24 @@ def _plan(plan: Plans | None, target: Target, to: str) -> Plan:
     return found
 
 
-def _refuse_unused(**given: Any) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise PlanError(f"`{name}` has no effect without `requantize=True`", "A conversion computes nothing anew.")
+def _refuse_unused(model: str | Path, **options: Any) -> None:
+    """PlanError for an option that is given, but has no effect on `model`."""
+    given = [name for name, value in options.items() if value not in _UNSET.get(name, (None,))]
+    if adapters.is_adapter(model):
+        if unused := [name for name in given if name != "base"]:
+            raise PlanError(f"`{unused[0]}` has no effect on an adapter", f"Leave out `{unused[0]}`.")
+    elif "base" in given:
+        raise PlanError(f"`base` without an adapter: {model} is not the folder of one", "Leave out `base`.")
+    elif "requantize" not in given and (unused := [name for name in given if name in _ANEW]):
+        raise PlanError(f"`{unused[0]}` has no effect without `requantize=True`", "A conversion computes nothing anew.")
+
+
+def _copies(source: Source, target: Target, set: Any, max_shard: int | None) -> bool:
+    """Whether the output is a copy of a GGUF file with other keys or parts. PlanError if `set` is given in vain."""
+    between_files = source.gguf is not None and bool(target.format.suffix)
+    if set and not between_files:
+        raise PlanError("`set` changes keys in a copy of a GGUF file", "Convert first, and then set them in the file.")
+    return between_files and bool(set or max_shard is not None or len(source.files) > 1)
 
 
 def _scheme(assignment: Assignment) -> str:

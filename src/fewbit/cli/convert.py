@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -74,35 +74,32 @@ def convert(
     from fewbit.api import convert as api
     from fewbit.report import text as report
 
+    options: dict[str, Any] = {
+        "to": to,
+        "plan": plan,
+        "calibration": calibration,
+        "imatrix": imatrix,
+        "text": measured,
+        "length": length,
+        "samples": samples,
+        "max_shard": max_shard,
+        "set": set,
+        "base": base,
+        "safetensors_only": safetensors_only,
+        "trust_remote_code": loading.trust_remote_code,
+    }
     if dry_run:
-        shown = api.preview(
-            model,
-            to=to,
-            max_shard=max_shard,
-            safetensors_only=safetensors_only,
-            trust_remote_code=loading.trust_remote_code,
-        )
+        shown = api.preview(model, **options)
         printed(asdict(shown)) if as_json else report.preview(shown)
         return
     assert output is not None
     done = api.convert(
         model,
         output,
-        to=to,
+        **options,
         requantize=requantize,
-        plan=plan,
-        calibration=calibration,
-        imatrix=imatrix,
-        text=measured,
-        length=length,
-        samples=samples,
-        max_shard=max_shard,
-        set=set,
-        base=base,
         overwrite=overwrite,
         device=loading.device,
-        safetensors_only=safetensors_only,
-        trust_remote_code=loading.trust_remote_code,
         progress=True,
     )
     if not as_json:
