@@ -65,6 +65,7 @@ _GRANITE_HYBRID: dict[str, Any] = {
     "shared_intermediate_size": 48,
 }
 _NEMOTRON_H: dict[str, Any] = {
+    "sliding_window": None,
     "num_hidden_layers": 4,
     "mamba_num_heads": 16,
     "mamba_head_dim": 8,

@@ -25,12 +25,12 @@ For each of them, tests compare a tiny model with llama.cpp, as in llama-cpp-pyt
 - llama.cpp computes the same logits from fewbit's file in 32 bits, within 1e-5 in relative norm. 1e-3 where its GELU is
   a table of 16-bit numbers.
 
-A type that is not in the table cannot be written, and no model with a vision tower: `quantize` stops before any work.
-For these, use a plan that makes a folder.
+`quantize` refuses types that are not in the table, and models with a vision tower, before any work. For these, use a
+plan that makes a folder.
 
 - **only if**: what llama.cpp takes for granted. A model with other values is refused before any work.
-- `falcon_h1` multiplies activations by numbers of its config. As llama.cpp's converter, `quantize` multiplies them into
-  the weights, before it measures or quantizes anything.
+- `falcon_h1` multiplies activations by numbers of its config. Like llama.cpp's converter, `quantize` multiplies them
+  into the weights, before it measures or quantizes anything. `convert` cannot, and adapters of such models are refused.
 - A published file whose type is in no row is loaded by transformers, if it knows the architecture, without packed
   weights.
 
@@ -98,7 +98,13 @@ def page() -> str:
         raise SystemExit(f"no test compares these with llama.cpp, and the page says so of all: {', '.join(unproved)}")
     lines = ["| type | in the file | only if |", "|---|---|---|"]
     lines += [f"| `{kind}` | {row.name} | {'; '.join(_conditions(row))} |" for kind, row in rows]
-    lines += ["", "## Types that llama.cpp computes otherwise", "", "Files of these types are refused.", ""]
+    lines += [
+        "",
+        "## Types that llama.cpp computes otherwise",
+        "",
+        "fewbit writes no files of these types. A file that another program made is loaded by transformers.",
+        "",
+    ]
     lines += ["| type | why |", "|---|---|", *(f"| `{kind}` | {why} |" for kind, why in sorted(REFUSED.items()))]
     lines += ["", "## Where transformers and llama.cpp treat text differently", ""]
     lines += ["|---|---|---|---|" if row[0] == "---" else f"| {' | '.join(row)} |" for row in _TEXT]
@@ -144,7 +150,7 @@ def _conditions(row: Any) -> Iterator[str]:
     if row.one_theta:
         yield "one base of RoPE"
     if row.differs:
-        yield f"{row.differs}, so its logits may differ"
+        yield row.differs
     if row.windowed:
         yield f"sliding windows with {row.windowed} layers, none with others"
 

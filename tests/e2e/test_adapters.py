@@ -25,7 +25,11 @@ from fewbit.models import merge as merging
 from fewbit.models.adapters import train as training
 from fewbit.models.adapters.attach import quiet
 from fewbit.models.adapters.tuning import Tuning
+from fewbit.models.source import locate
+from fewbit.pipeline.job import rehearsed
+from fewbit.plans.plan import find
 from fewbit.report import text as report_text
+from fewbit.system import publish
 from tests import architectures, models
 from tests.e2e.conftest import Fewbit
 from tests.e2e.test_bad_input import check
@@ -561,6 +565,29 @@ def test_a_merge_checks_its_plan_before_its_work(
     with pytest.raises(AssertionError, match="the work has begun"):
         package.merge(source, adapter, place, plan="rtn-4bit", **measured)
     assert not place.exists()
+
+
+def test_a_merge_needs_room_for_all_that_it_writes(
+    quantized: Path, adapter: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Besides the output: the merged weights in 16 bits, and the quantized blocks until the output is made."""
+    found: dict[Path, int] = {}
+
+    def stop(needed: dict[Path, int]) -> None:
+        found.update(needed)
+        raise PlanError("no room")
+
+    monkeypatch.setattr(publish, "check_space", stop)
+    with pytest.raises(PlanError, match="no room"):
+        package.merge(quantized, adapter, tmp_path / "out", plan="rtn-4bit", text=str(text), length=32)
+    size, cached = found.pop((tmp_path / "out").resolve()), found.popitem()[1]
+    parameters = sum(tensor.numel() for tensor in models.tensors_of(quantized.parent / "model").values())
+    assert cached == 2 * parameters + size
+
+
+def test_a_merge_is_rehearsed_with_its_own_tokenizer(quantized: Path) -> None:
+    with rehearsed(locate(quantized), find("q8_0"), "cpu") as job:
+        assert (job.source.folder / "tokenizer.json").read_bytes() == (quantized / "tokenizer.json").read_bytes()
 
 
 def test_a_merge_checks_the_base_before_its_work(quantized: Path, adapter: Path, tmp_path: Path) -> None:

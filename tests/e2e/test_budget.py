@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import fewbit
 from fewbit.errors import PlanError
-from fewbit.pipeline import costs
+from fewbit.pipeline import budgeted, costs
 from fewbit.pipeline.settled import Settled
 from fewbit.plans.budget import Budget
 from fewbit.schemes.base import Scheme
@@ -132,6 +132,11 @@ def test_a_plan_of_iq_types_has_them_as_widths(
     monkeypatch.setattr(costs, "measured", measured)
     (tmp_path / "text.txt").write_text(tiny_models.sentences(60), encoding="utf-8")
     calibration = fewbit.Calibration(str(tmp_path / "text.txt"), samples=4, length=32)
+    shown = fewbit.preview(model, plan=plan, budget=Budget(bits=2.8), calibration=calibration)
+    assert shown.allocation is not None
+    assert not any("no fast kernel" in note for note in shown.notes)
+    # As on a GPU, which has no fast kernels for them
+    monkeypatch.setattr(budgeted, "_slow", lambda settled, module, scheme: scheme.startswith(("iq2", "iq3")))
     shown = fewbit.preview(model, plan=plan, budget=Budget(bits=2.8), calibration=calibration)
     assert shown.allocation is not None
     iq = [name for name in shown.allocation.schemes if name.startswith(("iq2", "iq3"))]

@@ -70,6 +70,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("olmo", {"clip_qkv": None, "tie_word_embeddings": True}),
     ("mpt", {"attn_config": None, "tie_word_embeddings": False}),
     ("glm4", {"attention_bias": False, "tie_word_embeddings": True}),
+    ("jamba", {"num_local_experts": 1, "num_experts": 1, "num_experts_per_tok": 1}),
+    (
+        "ministral3",
+        {"rope_parameters": {**gguf_files.TYPES["ministral3"]["rope_parameters"], "llama_4_scaling_beta": 0.0}},
+    ),
 ]
 
 

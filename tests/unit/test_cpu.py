@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from itertools import product
 
 import pytest
 import torch
@@ -63,8 +64,8 @@ def test_types_that_are_only_read_are_multiplied(instructions: str, name: str) -
     random = torch.Generator().manual_seed(0)
     blocks = torch.randint(0, 256, (33 * 5, codec.type.nbytes), generator=random, dtype=torch.uint8)
     blocks = codebook.with_scale(name, blocks, torch.rand(33 * 5, 1, generator=random) - 0.5)
-    parts, kernel = {"blocks": blocks.view(33, -1)}, kernel_of("cpu")
-    for m in (1, 5):
+    parts = {"blocks": blocks.view(33, -1)}
+    for kernel, m in product(map(kernel_of, ("cpu", "cpu_exact")), (1, 5, 9)):
         x = x_of(m, 1280)
         exact = kernel.rounded(x, codec) @ codec.dequantize(parts, shape, torch.float32).T
         y = kernel.linear(x, codec, kernel.prepare(codec, parts, shape), shape)
@@ -74,7 +75,7 @@ def test_types_that_are_only_read_are_multiplied(instructions: str, name: str) -
 TAILS = [
     (spec, k)
     for spec in dict.fromkeys(SPECS)
-    for k in (96, 160, 576)
+    for k in (96, 160, 384, 576)
     if parse(spec).why_not((5, k)) is None
     and kernel_of("cpu").why_not(parse(spec), (5, k), torch.device("cpu"), torch.float32) is None
 ]
@@ -88,14 +89,17 @@ def test_rows_that_end_within_a_step_stop_there(instructions: str, spec: str, k:
     assert (y - exact).norm() <= 1e-5 * exact.norm()
 
 
-@pytest.mark.parametrize("spec", ["q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "q8_0"])
-def test_a_row_does_not_see_the_next_one_spoilt(instructions: str, spec: str) -> None:
-    weight, kernel, x = weight_of(spec, 2, 96), kernel_of("cpu"), x_of(1, 96)
-    before = kernel.linear(x, weight.codec, kernel.prepare(weight.codec, weight.parts, (2, 96)), (2, 96))
+SMALL = [*((spec, 96) for spec in ("q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "q8_0")), ("q2_0", 192), ("q1_0", 384)]
+
+
+@pytest.mark.parametrize(("spec", "k"), SMALL)
+def test_a_row_does_not_see_the_next_one_spoilt(instructions: str, spec: str, k: int) -> None:
+    weight, kernel, x = weight_of(spec, 2, k), kernel_of("cpu"), x_of(1, k)
+    before = kernel.linear(x, weight.codec, kernel.prepare(weight.codec, weight.parts, (2, k)), (2, k))
     parts = {name: part.clone() for name, part in weight.parts.items()}
     whole = parts[weight.codec.payload].view(torch.uint8).flatten()
     whole[len(whole) // 2 :] = 0x7C  # 0x7c7c is not a number
-    after = kernel.linear(x, weight.codec, kernel.prepare(weight.codec, parts, (2, 96)), (2, 96))
+    after = kernel.linear(x, weight.codec, kernel.prepare(weight.codec, parts, (2, k)), (2, k))
     assert torch.equal(after[:, 0], before[:, 0])
     assert bool(after[:, 1].isnan().all())
 

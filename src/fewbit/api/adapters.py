@@ -218,7 +218,8 @@ def merge(
         with rehearsed(onto, plan, device, trust_remote_code=trust_remote_code) as job:
             job.inputs(arguments.calibrated(calibration), tokenizer)
             job.header(tokenizer)  # PlanError if GGUF cannot express the config or tokenizer
-            needed[out.resolve()] = job.preview().output_bytes
+            needed[out.resolve()] = size = job.preview().output_bytes
+            needed[cache_folder()] += size  # its blocks are kept there until the file is made
     publish.check_space(needed)
     adding = f"adding {Path(adapter).name} to {Path(onto.name).name}"
     if plan is None:

@@ -138,8 +138,8 @@ def rehearsed(source: Source, plan: plans.Plan, device: Device, *, trust_remote_
     with tempfile.TemporaryDirectory() as place:
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
         write_json(Path(place) / "config.json", config)
-        for code in source.folder.glob("*.py"):
-            shutil.copy(code, place)
+        for own in (*source.folder.glob("*.py"), *source.folder.glob("tokenizer.json")):
+            shutil.copy(own, place)
         plain = replace(source, folder=Path(place), files=(), gguf=None)
         for_gguf = bool(plans.format_of(plan).suffix)
         settled = Settled.of(Outline(plain, trust_remote_code=trust_remote_code, for_gguf=for_gguf), plan)

@@ -21,7 +21,7 @@ With one row of activations, one thread of a Xeon of 2023 and weights of 4096 x 
 NVFP4 at 13.3 and FP8 at 10.9 (rows) and 12.2 (blocks), where int4-g128 reaches 10.7 and a plain read 13.4 to 13.9. AVX2
 reads them at 10.7, 11.3, 9.3 and 6.1 GB/s beside int4-g128's 9.8 (`benchmarks/cpu.py`, one run for each of the two).
 Types with a codebook look up a word for each 4 or 8 columns, and that limits them: one thread of an EPYC of 2025, with
-AVX-512, multiplies by 23e9 weights a second of iq2_xxs and 16e9 of iq3_xxs, where q4_k reaches 50e9 and tq2_0 68e9.
+AVX-512, multiplies by 23e9 weights a second of iq2_xxs and 16e9 of iq3_xxs, where q4_k reaches 56e9 and tq2_0 79e9.
 
 `cpu_exact` never rounds activations. It is used if requested by name, or if `cpu` fails its check.
 """

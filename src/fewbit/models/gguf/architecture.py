@@ -68,8 +68,8 @@ class Architecture:
     extra: frozenset[str] = field(default_factory=frozenset)  # tensors of the file that are not weights
     # Weights of a block, by their names in the file, to which llama.cpp adds no LoRA
     without_lora: frozenset[str] = field(default_factory=frozenset)
-    # A file is of this type if it has this key, and it is not 0, or this tensor; "": if it is of no other type
-    when: str = ""
+    # A file is of this type if it has one of these keys, and it is not 0, or tensors; (): if it is of no other type
+    when: tuple[str, ...] = ()
     # Entries of config.json that models of this row have, where a type has several rows. A frozenset: of each layer
     chosen: Mapping[str, Any] = field(default_factory=dict)
     # Values of the tensors
@@ -133,6 +133,7 @@ class Architecture:
     experts_every: tuple[str, ...] = ()
     # Positions
     no_positions: bool = False  # layers with attention have none
+    any_length: bool = False  # a file says that texts have any length, whatever the config says
     alibi: bool = False  # positions are biases of attention (ALiBi)
     # Entries of rope_parameters that are numbers -> the file's key, and those that llama.cpp takes for granted
     rope_numbers: Mapping[str, str] = field(default_factory=dict)

@@ -57,7 +57,9 @@ def of_file(file: GgufFile) -> Architecture | None:
     """The row for a file; None if fewbit does not know its architecture."""
     name = file.metadata.get("general.architecture")
     rows = ARCHITECTURES.get(name, ()) if isinstance(name, str) else ()
-    special = (
-        row for row in rows if row.when and (row.when in file.entries or file.metadata.get(f"{name}.{row.when}"))
-    )
+
+    def has(what: str) -> bool:
+        return what in file.entries or bool(file.metadata.get(f"{name}.{what}"))
+
+    special = (row for row in rows if any(map(has, row.when)))
     return next(special, next((row for row in rows if not row.when), None))

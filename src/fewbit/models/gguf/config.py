@@ -46,7 +46,9 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
         "general.type": "model",
         "general.name": name,
         "block_count": config.num_hidden_layers,
-        "context_length": _ANY if arch.unturned else _of(config, arch, "max_position_embeddings", _ANY),
+        "context_length": _ANY
+        if arch.unturned or arch.any_length
+        else _of(config, arch, "max_position_embeddings", _ANY),
         "embedding_length": config.hidden_size,
         "feed_forward_length": hybrid.adjusted(config, inner or 4 * config.hidden_size),
         "attention.head_count": heads,
@@ -206,14 +208,15 @@ def _heads(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
 def _unturned(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     """MLP and positions of a model with a table of positions, or with biases of attention."""
     arch, hidden, heads = keys.architecture, config["hidden_size"], config["num_attention_heads"]
-    positions = keys.shape("position_embd.weight") if arch.learned else (config["max_position_embeddings"], hidden)
-    if positions[1] != hidden or hidden % heads:
-        raise keys.wrong(f"{heads} heads and {positions[1]} columns of positions do not fit a width of {hidden}")
+    length = config["max_position_embeddings"]
+    length, columns = keys.shape("position_embd.weight") if arch.learned else (length, hidden)
+    if columns != hidden or hidden % heads:
+        raise keys.wrong(f"{heads} heads and {columns} columns of positions do not fit a width of {hidden}")
     if keys.count("attention.head_count_kv", heads) not in (heads, arch.constants.get("attention.head_count_kv")):
         raise keys.wrong(f"{arch.name} cannot have {keys.get('attention.head_count_kv')} key-value heads for {heads}")
     inner = keys.count("feed_forward_length")
     return {
-        "max_position_embeddings": positions[0],
+        "max_position_embeddings": length,
         "intermediate_size": None if inner == 4 * hidden else inner,
     }
 
@@ -239,7 +242,12 @@ def _refuse(config: Any, arch: Architecture) -> None:
     for key, wanted in {**arch.required, **factors}.items():
         found = _entry(config, key, wanted)
         if (tuple(found) if isinstance(found, list) and isinstance(wanted, tuple) else found) != wanted:
-            raise PlanError(f"llama.cpp runs {arch.name} with {key} = {wanted}; this model has {found}")
+            raise PlanError(
+                f"llama.cpp runs {arch.name} with {key} = {wanted}; this model has {found}",
+                "Quantize the original model to GGUF: that multiplies its factors into the weights."
+                if key in factors
+                else "",
+            )
     for key, other in arch.equal.items():
         if (one := getattr(config, key)) != (two := getattr(config, other)):
             raise PlanError(f"llama.cpp runs {arch.name} with {key} = {other}; this model has {one} and {two}")

@@ -29,7 +29,7 @@ from fewbit.models.gguf.names import Route
 @dataclass(frozen=True)
 class Header:
     """metadata: keys and values. routes: transformers' name -> `Route` of the tensor. extra: name in the file -> tensor
-    that is not a weight. notes: what llama.cpp does with text in another way than transformers."""
+    that is not a weight. notes: what llama.cpp does in another way than transformers."""
 
     metadata: dict[str, Any]
     routes: dict[str, Route]
@@ -48,5 +48,6 @@ def of(config: Any, tokenizer: Any, name: str, folder: Path) -> Header:
     named = tokenizer_source.named(tokenizer, Path(name).name or name)
     metadata = gguf_config.to_metadata(config, named) | metadata
     different = tokenizer_check.check(tokenizer, metadata)
-    notes = tuple(note for note in (restored, different) if note)
+    differs = names.architecture(config).differs
+    notes = tuple(note for note in (restored, different, differs) if note)
     return Header(metadata, names.routes(config), positions.extra_tensors(config), notes)

@@ -112,9 +112,13 @@ def dense_to_keys(kinds: Sequence[str]) -> dict[str, Any]:
 
 
 def dense_of_keys(keys: Any, layers: int) -> list[str]:
-    """The types of MLPs of a file's model, by which have a router. keys: its `Metadata` (metadata.py)."""
-    sparse = (f"blk.{layer}.ffn_gate_inp.weight" in keys.file.entries for layer in range(layers))
-    return [_SPARSE if each else _DENSE for each in sparse]
+    """The types of MLPs of a file's model. keys: its `Metadata` (metadata.py)."""
+    return [_SPARSE if each else _DENSE for each in _routed(keys, layers)]
+
+
+def _routed(keys: Any, layers: int) -> list[bool]:
+    """Which layers have a router."""
+    return [f"blk.{layer}.ffn_gate_inp.weight" in keys.file.entries for layer in range(layers)]
 
 
 def kv_heads(keys: Any) -> int:
@@ -141,17 +145,17 @@ def layers_of_keys(keys: Any, layers: int) -> dict[str, Any]:
             "full_attention" if kv else kind or arch.without_attention for kv, kind in zip(heads, rest, strict=True)
         ]
         return {"layer_types": kinds}
-    sparse = [f"blk.{layer}.ffn_gate_inp.weight" in keys.file.entries for layer in range(layers)]
     found: dict[str, Any] = {}
-    for names, flags in ((arch.attention_every, [kv > 0 for kv in heads]), (arch.experts_every, sparse)):
+    routed = _routed(keys, layers)
+    for names, flags in ((arch.attention_every, [kv > 0 for kv in heads]), (arch.experts_every, routed)):
         found |= dict(zip(names, _regular(keys, flags), strict=True))
     return found
 
 
 def _regular(keys: Any, flags: Sequence[bool]) -> tuple[int, int]:
-    """Every how many layers one has a flag, and which is the first."""
+    """Every how many layers one has a flag, and which is the first; if none has, a layer behind the last."""
     layers = len(flags)
-    for period in range(1, layers + 1):
+    for period in range(1, layers + 2):
         for first in range(period):
             if [layer % period == first for layer in range(layers)] == flags:
                 return period, first

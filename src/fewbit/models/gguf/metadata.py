@@ -33,7 +33,7 @@ class Metadata:
     def __init__(self, file: GgufFile) -> None:
         self.file = file
         for key in ("general.type", "general.architecture"):  # older files of towers have no type
-            if (kind := file.metadata.get(key)) in _OTHERS:
+            if isinstance(kind := file.metadata.get(key), str) and kind in _OTHERS:
                 raise FormatError(f"{file.path} is {_OTHERS[kind][0]}, not a model", _OTHERS[kind][1])
         found = of_file(file)
         if found is None:

@@ -140,7 +140,7 @@ def of_keys(keys: Metadata, width: int) -> dict[str, Any]:
             rope |= {key: keys.real(ours) for key in _RAMP if keys.get(ours := f"rope.scaling.yarn_{key}") is not None}
             if keys.get("rope.scaling.yarn_attn_factor") is not None:
                 rope["attention_factor"] = keys.real("rope.scaling.yarn_attn_factor")
-            rope |= {key: keys.real(ours) for key, ours in arch.rope_numbers.items()}
+            rope |= {key: keys.real(ours, 0.0) for key, ours in arch.rope_numbers.items()}
     elif kind not in (None, "none", "longrope"):
         raise keys.wrong(f"rope scaling of type {str(kind)[:80]!r} is unknown")
     if arch.local_theta is None:

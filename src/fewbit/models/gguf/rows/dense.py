@@ -62,7 +62,7 @@ MINISTRAL3_ROW = Architecture(
         "llama_4_scaling_beta": "attention.temperature_scale",
     },
     other_ramp=True,
-    when="attention.temperature_scale",
+    when=("attention.temperature_scale", "rope.scaling.yarn_log_multiplier"),
 )
 COHERE = {name: ours for name, ours in LLAMA.items() if ours != "ffn_norm"}  # attention and MLP share a norm
 GEMMA2_ROW = Architecture(
@@ -91,7 +91,7 @@ OLMO2_ROW = Architecture(
 
 ROWS = (
     LLAMA_ROW,
-    replace(LLAMA_ROW, model_type="mistral", cls="MistralForCausalLM", window=True, when="attention.sliding_window"),
+    replace(LLAMA_ROW, model_type="mistral", cls="MistralForCausalLM", window=True, when=("attention.sliding_window",)),
     # Types that transformers builds as Llamas. Their files are read as such
     *(replace(LLAMA_ROW, model_type=kind) for kind in ("exaone", "internlm3", "iquestcoder")),
     MINISTRAL3_ROW,
@@ -176,7 +176,7 @@ ROWS = (
         cls="Olmo3ForCausalLM",
         local_theta=0.0,
         period=4,
-        when="attention.sliding_window",
+        when=("attention.sliding_window",),
     ),
     Architecture(
         "smollm3",

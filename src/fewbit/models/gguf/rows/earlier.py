@@ -65,7 +65,7 @@ FALCON_ROW = Architecture(
             (Piece("attn_qkv", (("hidden_size",), ("num_kv_heads", "head_dim"), ("num_kv_heads", "head_dim"))),),
         )
     },
-    when="blk.0.attn_norm_2.weight",
+    when=("blk.0.attn_norm_2.weight",),
     chosen={"new_decoder_architecture": True},
     activation="",
     keys={
@@ -82,7 +82,7 @@ FALCON_ROW = Architecture(
 FALCON_1_NORM_ROW = replace(
     FALCON_ROW,
     block={"input_layernorm": "attn_norm", **_FALCON},
-    when="",
+    when=(),
     chosen={**FALCON_ROW.chosen, _FALCON_NORMS: 1},
     fixed={**FALCON_ROW.fixed, _FALCON_NORMS: 1},
 )

@@ -110,7 +110,7 @@ DEEPSEEK_V3_ROW = replace(
     required={**NO_BIAS, "rope_interleave": True, "norm_topk_prob": True, "rms_norm_eps": 1e-6},
     integers=GLM4_MOE_ROW.integers,
     constants={**SIGMOID, "expert_weights_norm": True},
-    when="expert_weights_norm",
+    when=("expert_weights_norm",),
 )
 # GLM 4.7 Flash. Its files are read as DeepSeek's
 GLM4_LITE_ROW = replace(
@@ -120,7 +120,7 @@ GLM4_LITE_ROW = replace(
     required={**NO_BIAS, "rope_interleave": True, "norm_topk_prob": True},
     integers={key: ours for key, ours in DEEPSEEK_V3_ROW.integers.items() if key != "first_k_dense_replace"},
     mlp_types="mlp_layer_types",
-    differs="transformers has 1e-6 in the norms of latents, llama.cpp `rms_norm_eps`",
+    differs="transformers has 1e-6 in the norms of latents, llama.cpp `rms_norm_eps`, so its logits may differ",
 )
 GRANITE_MOE_ROW = replace(
     LLAMA_ROW,
@@ -155,7 +155,7 @@ GRANITE_SHARED_ROW = replace(
         "ffn_gate_up_shexp": Cut("", (Piece("ffn_gate_shexp", _HALF), Piece("ffn_up_shexp", _HALF))),
     },
     counts={**LOCAL_EXPERTS, "shared_intermediate_size": "expert_shared_feed_forward_length"},
-    when="expert_shared_feed_forward_length",
+    when=("expert_shared_feed_forward_length",),
 )
 
 
@@ -178,7 +178,7 @@ ROWS = (
         counts=LOCAL_EXPERTS,
         experts="num_local_experts",
         window=True,
-        when="expert_count",
+        when=("expert_count",),
     ),
     GRANITE_MOE_ROW,
     GRANITE_SHARED_ROW,

@@ -50,7 +50,7 @@ FALCON_MAMBA_ROW = replace(
     cls="FalconMambaForCausalLM",
     equal={"mixer_rms_eps": "layer_norm_epsilon"},
     constants={"ssm.dt_b_c_rms": True},
-    when="ssm.dt_b_c_rms",
+    when=("ssm.dt_b_c_rms",),
 )
 MAMBA2_ROW = replace(
     MAMBA_ROW,
@@ -101,7 +101,7 @@ GRANITE_HYBRID_ROW = replace(
         **_MIXER,
     },
     parameters={"mamba.A_log": "ssm_a", "mamba.D": "ssm_d", "mamba.dt_bias": "ssm_dt.bias"},
-    when="expert_count",
+    when=("expert_count",),
     negative_exp=frozenset({"ssm_a"}),
     squeezed=frozenset({"ssm_conv1d"}),
     matrices={"ssm_a": "mamba_n_heads", "ssm_d": "mamba_n_heads", "ssm_norm": "mamba_n_groups"},
@@ -215,7 +215,6 @@ NEMOTRON_H_ROW = Architecture(
     activation="",
     keys={
         "layer_types": "layers_block_type",
-        "max_position_embeddings": "",
         "rms_norm_eps": "layer_norm_epsilon",
     },
     required={
@@ -239,7 +238,8 @@ NEMOTRON_H_ROW = Architecture(
     without_attention="linear_attention",
     mlp_alone="mlp",
     no_positions=True,
-    differs="llama.cpp does not raise time steps to `time_step_min`",
+    any_length=True,
+    differs="llama.cpp does not raise time steps to `time_step_min`, so its logits may differ",
 )
 NEMOTRON_H_MOE_ROW = replace(
     NEMOTRON_H_ROW,
@@ -356,7 +356,7 @@ ROWS = (
         },
         cut=_DENSE_CUT,
         chosen={"num_local_experts": 0},
-        when="",
+        when=(),
         keys={"intermediate_size": "shared_intermediate_size"},
         fixed={"num_local_experts": 0, "num_experts_per_tok": 0},
         counts={key: ours for key, ours in GRANITE_HYBRID_ROW.counts.items() if key.startswith("mamba")},
