@@ -333,6 +333,17 @@ def written(folder: Path, path: Path, kind: str = "f32", *, norms: str = "f32") 
     return path
 
 
+def renamed(path: Path, out: Path, name: str) -> Path:
+    """A copy of a file as one of another architecture."""
+    file = GgufFile(path)
+    old = f"{file.metadata['general.architecture']}."
+    keys = {key.replace(old, f"{name}.", 1) if key.startswith(old) else key: v for key, v in file.metadata.items()}
+    with GgufWriter(out, keys | {"general.architecture": name}, list(file.entries.values())) as writer:
+        for each in file.entries:
+            writer.add(each, file.get(each))
+    return out
+
+
 def header_of(folder: Path | str) -> header.Header:
     """The header of the model in a folder."""
     source = locate(folder)

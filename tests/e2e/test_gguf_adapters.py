@@ -360,13 +360,10 @@ def test_an_embedding_has_no_lora_of_a_linear(tmp_path: Path) -> None:
 def test_an_adapter_is_of_the_architecture_of_its_base(tmp_path: Path, fewbit: Fewbit) -> None:
     """llama.cpp refuses an adapter of another one, and a Mistral may be in a file of Llama or of Mistral 3."""
     folder = gguf_files.save(tmp_path / "m", "mistral", sliding_window=None)
-    file, other = GgufFile(gguf_files.written(folder, tmp_path / "m.gguf")), tmp_path / "other.gguf"
-    keys = {key.replace("llama.", "mistral3.", 1): value for key, value in file.metadata.items()}
-    with GgufWriter(other, keys | {"general.architecture": "mistral3"}, list(file.entries.values())) as writer:
-        for name in file.entries:
-            writer.add(name, file.get(name))
+    file = gguf_files.written(folder, tmp_path / "m.gguf")
+    other = gguf_files.renamed(file, tmp_path / "other.gguf", "mistral3")
     adapter = drawn(folder, tmp_path / "adapter")
-    for base, name in ((folder, "llama"), (tmp_path / "m.gguf", "llama"), (other, "mistral3")):
+    for base, name in ((folder, "llama"), (file, "llama"), (other, "mistral3")):
         out = tmp_path / f"{base.stem}-lora.gguf"
         answer = fewbit("convert", adapter, "-o", out, "--to", "gguf", "--base", base, "--overwrite")
         assert answer.code == 0, answer.err

@@ -38,17 +38,20 @@ TARGETS: dict[str, str] = {
 }
 
 
-@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("family", [*TARGETS, "mistral-in-mistral3"])
 def test_llama_cpp_adds_ours(family: str, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="make interop installs llama-cpp-python")
     from tests.interop.test_llama_cpp import opened
 
-    folder = gguf_files.save(tmp_path / "m", family)
+    family, _, name = family.partition("-in-")
+    folder = gguf_files.save(tmp_path / "m", family, **({"sliding_window": None} if name else {}))
+    file = gguf_files.written(folder, tmp_path / "m.gguf")
+    file = gguf_files.renamed(file, tmp_path / "other.gguf", name) if name else file
     adapter = drawn(folder, tmp_path / "adapter", target_modules=TARGETS[family], rank_pattern={"q_proj": 3})
-    convert.convert(adapter, tmp_path / "lora.gguf", to="gguf", base=folder)
+    convert.convert(adapter, tmp_path / "lora.gguf", to="gguf", base=file if name else folder)
     ids = gguf_files.ids(length=14)[0]
     options: dict[str, Any] = {"n_ctx": 64, "logits_all": True, "type_k": 0, "type_v": 0}
-    llama = opened(gguf_files.written(folder, tmp_path / "m.gguf"), lora_path=str(tmp_path / "lora.gguf"), **options)
+    llama = opened(file, lora_path=str(tmp_path / "lora.gguf"), **options)
     llama.eval(ids.tolist())
     found = torch.from_numpy(np.array(llama.scores[: len(ids)]))
     added, plain = attach(unpacked(folder), adapter), unpacked(folder)

@@ -12,7 +12,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fewbit.api import generate
 from fewbit.errors import PlanError
-from fewbit.formats.containers.gguf import GgufFile, GgufWriter
 from fewbit.models.gguf.config import to_metadata
 from tests import architectures, gguf_files, models
 
@@ -58,13 +57,8 @@ def test_the_usual_numbers_of_yarn_are_written() -> None:
 def test_a_file_of_mistral_3_may_have_a_mistral(tmp_path: Path) -> None:
     """Its text model, if queries are not scaled by their position."""
     folder = gguf_files.save(tmp_path / "m", "mistral", sliding_window=None)
-    file = GgufFile(gguf_files.written(folder, tmp_path / "m.gguf"))
-    found = {key.replace("llama.", "mistral3.", 1): value for key, value in file.metadata.items()}
-    found["general.architecture"] = "mistral3"
-    with GgufWriter(tmp_path / "other.gguf", found, list(file.entries.values())) as writer:
-        for name in file.entries:
-            writer.add(name, file.get(name))
-    loaded, ids = generate.load(tmp_path / "other.gguf", dtype=torch.float32), gguf_files.ids()
+    file = gguf_files.renamed(gguf_files.written(folder, tmp_path / "m.gguf"), tmp_path / "other.gguf", "mistral3")
+    loaded, ids = generate.load(file, dtype=torch.float32), gguf_files.ids()
     assert isinstance(loaded, MistralForCausalLM)
     assert torch.equal(models.logits(loaded, ids), models.logits(models.original(folder), ids))
 
