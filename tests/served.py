@@ -28,12 +28,16 @@ PROMPTS = ["Hello there", "What is a garden?", "Tell me a story about a cat.", "
 
 @dataclass
 class Served:
-    """A server. steps: the tokens of each forward pass. gate: while it is cleared, no step is computed."""
+    """A server. steps: the tokens of each forward pass. gate: while it is cleared, no step is computed.
+
+    last: the number of the step after which the gate closes, if any.
+    """
 
     address: str
     service: Any
     gate: threading.Event
     steps: list[int] = field(default_factory=list)
+    last: int | None = None
     connections: Any = ()
     stop: Callable[[], None] = lambda: None  # ends the server
 
@@ -46,12 +50,16 @@ class Served:
             yield made
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Inside this context no step begins."""
-        self.gate.clear()
+    def held(self, after: int = 0) -> Iterator[None]:
+        """Inside this context no step begins after the next `after` ones."""
+        if after:
+            self.last = len(self.steps) + after
+        else:
+            self.gate.clear()
         try:
             yield
         finally:
+            self.last = None
             self.gate.set()
 
 
@@ -111,6 +119,8 @@ def gated(address: str, service: Any) -> Served:
     def begin(tokens: int) -> None:
         torch.set_num_threads(1)
         made.gate.wait(HANG)
+        if len(made.steps) + 1 == made.last:
+            made.gate.clear()
         made.steps.append(tokens)
 
     @functools.wraps(forward)

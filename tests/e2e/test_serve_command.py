@@ -37,7 +37,7 @@ run = pytest.importorskip("fewbit.serving.run")
 @pytest.fixture
 def during(fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Answer, Any]]]:
     """`during(visit, *flags)` is what `fewbit serve tiny` ended with, and what `visit(server)` returned meanwhile."""
-    ready, serve, load = queue.SimpleQueue[str](), run.run, api.service
+    ready, serve, load = queue.SimpleQueue[str | None](), run.run, api.service
     opened: list[Any] = []
 
     def loaded(*given: Any) -> Any:
@@ -53,29 +53,38 @@ def during(fewbit: Fewbit, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 
     monkeypatch.setattr(api, "service", loaded)
     monkeypatch.setattr(run, "run", noted)
-    late = list[int]()  # signals that came when the server had ended: they would have killed the process
-    before = signal.signal(signal.SIGTERM, lambda number, frame: late.append(number))
+    # The signal of a visit may come when the server has ended.
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
     # A shell lets what it starts in the background ignore it.
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def called(visit: Callable[[Served], Any], *flags: str) -> tuple[Answer, Any]:
         def visited() -> Any:
+            address = ready.get(timeout=HANG)
+            assert address is not None, "the server did not start"
             try:
-                return visit(gated(ready.get(timeout=HANG), opened[0]))
+                return visit(gated(address, opened[0]))
             finally:
                 if opened[0].engine.failed is None:
                     os.kill(os.getpid(), signal.SIGTERM)
 
         with ThreadPoolExecutor(1) as pool:
             told = pool.submit(visited)
-            done = fewbit("serve", "tiny", "--port", "0", *flags)
+            try:
+                done = fewbit("serve", "tiny", "--port", "0", *flags)
+            finally:
+                ready.put(None)  # nobody reads it, unless the server did not start
         assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("fewbit-engine")]
         return done, told.result()
 
     yield called
     signal.signal(signal.SIGTERM, before)
     signal.signal(signal.SIGINT, interrupt)
-    assert not late
+
+
+def test_a_server_that_does_not_start_ends_its_test(during: Any) -> None:
+    with pytest.raises(AssertionError, match="the server did not start"):
+        during(lambda server: None, "--kernel", "nope")
 
 
 def asked(address: str, **body: Any) -> Any:
@@ -93,18 +102,20 @@ def test_sigterm_finishes_what_runs(during: Any, monkeypatch: pytest.MonkeyPatch
 
     def visit(server: Served) -> str:
         assert raw(server, "/v1/models")[0] == 401
-        with asked(server.address, stream=True, max_tokens=40) as stream:
-            first = [stream.readline() for _ in range(3)]
-            assert all(first[::2])
-            with server.held():
-                os.kill(os.getpid(), signal.SIGTERM)
-                until(lambda: not listens(server.address))
-            return str(stream.read().decode())
+        # After three steps of 40 nothing is computed until the server has got the signal.
+        with server.held(after=3):
+            stream = asked(server.address, stream=True, max_tokens=40)
+            until(lambda: len(server.steps) == 3)
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(lambda: not listens(server.address))
+        with stream:
+            whole = str(stream.read().decode())
+        assert len(server.steps) == 40
+        return whole
 
-    done, rest = during(visit, "--max-num-seqs", "2")
-    assert rest.endswith("data: [DONE]\n\n")
-    assert '"finish_reason":"length"' in rest
-    assert rest.count("data: ") > 20  # so the signal came before the end
+    done, whole = during(visit, "--max-num-seqs", "2")
+    assert whole.endswith("data: [DONE]\n\n")
+    assert '"finish_reason":"length"' in whole
     assert done.code == 0
     assert "The server ends after 1 request. Ctrl-C again ends it now." in done.err
     assert "Serving tiny: chat at http://127.0.0.1:" in done.err
