@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import urllib.error
@@ -17,6 +18,7 @@ from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
+from tests.limits import HANG
 from tests.served import HELLO, PROMPTS, Served, ask, raw, said, served, until, with_ends
 
 openai = pytest.importorskip("openai")
@@ -65,18 +67,26 @@ def test_an_answer_may_be_sent_back(client: Any) -> None:
     assert second.usage.prompt_tokens > first.usage.total_tokens
 
 
-def test_a_stream_has_the_same_text_and_the_usage(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewbit.serving.service._PAUSE", 0.0)
+def test_a_stream_has_the_same_text_and_the_usage(server: Served, client: Any) -> None:
     whole = ask(client, new=20)
-    with ask(client, new=20, stream=True, stream_options={"include_usage": True}) as stream:
-        chunks = list(stream)
-    text = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-    assert "".join(text) == said(whole)
-    assert len([piece for piece in text if piece]) > 5
+    with server.held(after=3):
+        stream = ask(client, new=20, stream=True, stream_options={"include_usage": True})
+        chunks = [next(stream)]
+        while not texts(chunks):  # the text begins to come while most of it is not computed
+            chunks.append(next(stream))
+        until(lambda: len(server.steps) == server.last)
+    with stream:
+        chunks += stream
+    assert "".join(texts(chunks)) == said(whole)
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
+
+
+def texts(chunks: list[Any], index: int = 0) -> list[str]:
+    """The pieces of text of an answer."""
+    return [c.delta.content for chunk in chunks for c in chunk.choices if c.index == index and c.delta.content]
 
 
 def test_completions(client: Any, alone: Any, quantized: Path) -> None:
@@ -330,35 +340,47 @@ def test_nothing_is_held_back_for_an_acknowledgement(server: Served, client: Any
     assert all(each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for each in sockets)
 
 
-def test_whole_answers_wake_the_event_loop_rarely(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fewbit.serving.service import Answers
+def test_answers_wake_the_event_loop_rarely(server: Served, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, wake = server.service.begin, asyncio.Event.set
+    begun, woken = list[Any](), [0]
 
-    woken, tell = [0], Answers._tell
+    def noted(*given: Any) -> Any:
+        begun.append(begin(*given))
+        return begun[-1]
 
-    def counted(answers: Any) -> None:
-        woken[0] += 1
-        tell(answers)
+    def counted(event: asyncio.Event) -> None:
+        woken[0] += any(event is answer._came for answer in begun)
+        wake(event)
 
-    monkeypatch.setattr(Answers, "_tell", counted)
-    answer = ask(client, new=40)
-    assert woken[0] <= 3
-    with ask(client, new=40, stream=True) as stream:
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == said(answer)
-    assert woken[0] > 40
-
-
-def test_pieces_of_a_stream_come_after_a_pause(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What came meanwhile is one piece. The first token comes at once."""
+    monkeypatch.setattr(server.service, "begin", noted)
+    monkeypatch.setattr(asyncio.Event, "set", counted)
+    whole = said(ask(client, new=40))
+    assert 1 <= woken[0] <= 3
+    woken[0] = 0
     monkeypatch.setattr("fewbit.serving.service._PAUSE", 0.5)
-    wanted, first = [], said(ask(client, new=1))
+    with ask(client, new=40, stream=True) as stream:
+        pieces = texts(list(stream))
+    assert "".join(pieces) == whole
+    # For each piece, and once more for what comes before the piece is made.
+    assert 1 <= woken[0] <= 2 * len(pieces) + 1 < 30
+
+
+def test_pieces_of_a_stream_come_after_a_pause(server: Served, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came meanwhile is one piece. The first token comes at once."""
+    whole = said(ask(client, new=40))
+    monkeypatch.setattr("fewbit.serving.service._PAUSE", HANG)
+    for n in (1, 2):
+        first = said(ask(client, new=1))  # after it, no step of an earlier request is left
+        # If the first token waited for the pause, it would not come within a minute.
+        with server.held(after=1), ask(client.with_options(timeout=60), new=40, stream=True, n=n) as stream:
+            assert next(c.delta.content for chunk in stream for c in chunk.choices if c.delta.content) == first
+    monkeypatch.setattr("fewbit.serving.service._PAUSE", 0.5)
     for n in (1, 2):
         with ask(client, new=40, stream=True, n=n) as stream:
-            chunks = [chunk.choices[0] for chunk in stream]
-        texts = [chunk.delta.content for chunk in chunks if chunk.delta.content and chunk.index == 0]
-        assert texts[0].startswith(first)
-        assert len(texts) < 20
-        wanted.append("".join(texts))
-    assert wanted == [said(ask(client, new=40))] * 2
+            pieces = texts(list(stream))
+        assert pieces[0].startswith(first)
+        assert len(pieces) < 20
+        assert "".join(pieces) == whole
 
 
 def test_a_full_queue_and_one_that_empties(quantized: Path) -> None:
