@@ -115,7 +115,7 @@ def loaded(client: openai.OpenAI, process: psutil.Process, seconds: float) -> No
 
 
 def told(what: str, found: list[float]) -> None:
-    print(f"{what:12} {statistics.median(found):8.1f} tokens/s   ({min(found):.1f} to {max(found):.1f})", flush=True)
+    print(f"{what:16} {statistics.median(found):8.1f} tokens/s   ({min(found):.1f} to {max(found):.1f})", flush=True)
 
 
 def client_of(address: str) -> openai.OpenAI:
@@ -154,9 +154,11 @@ def main() -> None:
                 told(f"{clients} clients", own)
                 for name, other in zip(list(ways)[1:], others, strict=True):
                     told(name, other)
-                    pairs = zip(other, own, strict=True) if name == "streamed" else zip(own, other, strict=True)
+                    streamed = name == "streamed"
+                    label = "streamed / whole" if streamed else "fewbit / beside"
+                    pairs = zip(other, own, strict=True) if streamed else zip(own, other, strict=True)
                     ratios = [a / b for a, b in pairs]
-                    print(f"{'ratio':12} {statistics.median(ratios):8.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
+                    print(f"{label:16} {statistics.median(ratios):8.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
         finally:
             server.terminate()
 

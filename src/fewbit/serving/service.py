@@ -215,7 +215,7 @@ class Answers:
         return sum(answer.tokens for answer in self._all)
 
     def _tell(self) -> None:
-        if self._told:  # it looks at the news anyway
+        if self._told:  # the event loop is woken already
             return
         self._told = True
         with suppress(RuntimeError):  # the loop has ended
@@ -229,7 +229,8 @@ class Answers:
             if (early := last + self._pause - self._loop.time()) > 0:
                 await asyncio.sleep(early)
             self._came.clear()
-            self._told, last = False, self._loop.time()  # before the news are read, so that none is missed
+            # Before the new tokens are read: one that comes meanwhile wakes the event loop again.
+            self._told, last = False, self._loop.time()
             for choice, answer in list(running.items()):
                 piece = answer.piece()
                 if piece.finish:
