@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_the_engine_takes_the_place_of_the_process(gguf: Path, tmp_path: Path) -
     assert waiting.returncode == 7
 
 
-def refused(model: Path, engine: str = "llama.cpp", loading: Loading = Loading(), **options: Any) -> str:
+def refused(model: Path | str, engine: str = "llama.cpp", loading: Loading = Loading(), **options: Any) -> str:
     with pytest.raises(PlanError) as error:
         serve.hand_over(model, loading, Serving(engine=engine, **options), print)
     return str(error.value)
@@ -130,6 +131,18 @@ def test_what_is_not_installed_is_said_with_the_command(gguf: Path, monkeypatch:
     said = refused(gguf)
     assert "llama.cpp is not installed: there is no program llama-server on PATH" in said
     assert f"llama-server -m {gguf} --host 127.0.0.1 --port 8000" in said
+
+
+def test_a_folder_named_by_a_dot_has_its_own_name(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(gguf.parent))
+    (tmp_path / "out" / "inside").mkdir(parents=True)
+    shutil.copy(gguf, tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out" / "inside")
+    for given in ("..", f"{tmp_path / 'out'}/", "../../out/."):
+        assert "--alias out" in refused(given)
+    assert "--alias tiny.gguf" in refused("../tiny.gguf")
+    monkeypatch.chdir(tmp_path / "out")
+    assert "--alias out" in refused(".")
 
 
 def test_what_it_cannot_serve_is_said_before(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

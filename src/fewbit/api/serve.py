@@ -16,7 +16,7 @@ from fewbit.formats.base import by_quant_method
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
-from fewbit.models.source import locate
+from fewbit.models.source import Source, locate
 from fewbit.serving.settings import Serving
 from fewbit.system import ambient, machine
 
@@ -85,7 +85,7 @@ def hand_over(model: str | Path, loading: Loading, serving: Serving, tell: Calla
         {
             "host": serving.host,
             "port": serving.port,
-            "name": _name(model, serving),
+            "name": _name(source, serving),
             "context": serving.max_model_len,
             "requests": None if serving.max_num_seqs == Serving().max_num_seqs else serving.max_num_seqs,
             "remote_code": loading.trust_remote_code,
@@ -106,9 +106,11 @@ def hand_over(model: str | Path, loading: Loading, serving: Serving, tell: Calla
     os.execvpe(program, started.arguments, {**os.environ, **started.environment})
 
 
-def _name(model: str | Path, serving: Serving) -> str:
+def _name(source: Source, serving: Serving) -> str:
     """The model's name for clients. Without this option, engines of others take the whole path."""
-    return serving.served_model_name or Path(str(model)).name
+    # The path of `.` and `..` has a name only when it is normalized. Links keep their names.
+    place = source.name if source.hosted else os.path.normpath(source.origin)
+    return serving.served_model_name or Path(place).name
 
 
 def service(model: str | Path, loading: Loading, serving: Serving) -> Service:
@@ -127,7 +129,7 @@ def service(model: str | Path, loading: Loading, serving: Serving) -> Service:
     return Service(
         engine,
         tokenizer,
-        _name(model, serving),
+        _name(source, serving),
         settings_of(loaded),
         source.rows,
         serving.max_num_seqs + serving.max_queue,
