@@ -33,6 +33,7 @@ from tests.served import Served, gated, raw, until
 
 pytest.importorskip("fastapi")
 run = pytest.importorskip("fewbit.serving.run")
+Service = pytest.importorskip("fewbit.serving.service").Service
 
 
 @pytest.fixture
@@ -118,8 +119,41 @@ def test_sigterm_finishes_what_runs(during: Any, monkeypatch: pytest.MonkeyPatch
     assert whole.endswith("data: [DONE]\n\n")
     assert '"finish_reason":"length"' in whole
     assert done.code == 0
-    assert "The server ends after 1 request. Ctrl-C again ends it now." in done.err
+    assert "Waiting for 1 request to finish. Ctrl-C ends the server at once." in done.err
     assert "Serving tiny: chat at http://127.0.0.1:" in done.err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
+def test_the_requests_that_are_waited_for_are_counted(during: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One with three answers, and one whose prompt is not yet token ids."""
+    read, going, begun = Service._chat, threading.Event(), list[str]()
+
+    def reading(service: Any, chat: Any) -> Any:
+        begun.append(chat.messages[0].turn["content"])
+        if begun[-1] == "Wait":
+            going.wait(HANG)
+        return read(service, chat)
+
+    monkeypatch.setattr(Service, "_chat", reading)
+
+    def visit(server: Served) -> None:
+        with ThreadPoolExecutor(2) as pool, server.held():
+            answers = [pool.submit(asked, server.address, n=3, max_tokens=4)]
+            until(lambda: server.service.engine.unfinished == 3)
+            messages = [{"role": "user", "content": "Wait"}]
+            answers.append(pool.submit(asked, server.address, messages=messages, max_tokens=4))
+            until(lambda: "Wait" in begun)
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(lambda: not listens(server.address))
+            going.set()
+            server.gate.set()
+            for answer in answers:
+                with answer.result() as response:
+                    assert response.status == 200
+
+    done, _ = during(visit)
+    assert done.code == 0
+    assert "Waiting for 2 requests to finish." in done.err
 
 
 async def wait_closed(server: asyncio.Server) -> None:

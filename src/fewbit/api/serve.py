@@ -45,10 +45,10 @@ def serve(model: str | Path, loading: Loading, serving: Serving, tell: Callable[
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         said = f"Serving {opened.name}: chat at {address}, OpenAI's interface at {address}/v1. Ctrl-C ends."
 
-        def ending() -> None:
-            if left := opened.engine.unfinished:
+        def ending(left: int) -> None:
+            if left and opened.engine.failed is None:
                 what = "1 request" if left == 1 else f"{left} requests"
-                tell(f"The server ends after {what}. Ctrl-C again ends it now.")
+                tell(f"Waiting for {what} to finish. Ctrl-C ends the server at once.")
 
         try:
             app = application(opened, serving)

@@ -44,9 +44,14 @@ class Connection(H11Protocol):
         self._head = self.loop.call_later(self.head_seconds, transport.close)
 
     @property
-    def _is_idle(self) -> bool:
+    def answers(self) -> bool:
+        """Whether a request has come whose answer is not complete."""
         cycle: Any = self.cycle  # None before the first request
-        return (cycle is None or cycle.response_complete) and not self.transport.is_closing()
+        return cycle is not None and not cycle.response_complete
+
+    @property
+    def _is_idle(self) -> bool:
+        return not self.answers and not self.transport.is_closing()
 
     def data_received(self, data: bytes) -> None:
         self._since = self.loop.time()

@@ -71,7 +71,7 @@ class _Server(uvicorn.Server):
         config: uvicorn.Config,
         ready: Callable[[], None],
         failed: Callable[[], bool],
-        ending: Callable[[], None],
+        ending: Callable[[int], None],
     ) -> None:
         super().__init__(config)
         self._ready, self._failed, self._ending = ready, failed, ending
@@ -85,7 +85,7 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter) or self._failed()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._ending()
+        self._ending(sum(isinstance(each, Connection) and each.answers for each in self.server_state.connections))
         cutting = asyncio.create_task(self._cut())
         try:
             await super().shutdown(sockets)
@@ -113,12 +113,12 @@ def run(
     settings: Serving,
     ready: Callable[[], None],
     failed: Callable[[], bool],
-    ending: Callable[[], None],
+    ending: Callable[[int], None],
 ) -> None:
     """Serve until SIGTERM or SIGINT. What runs is finished before; nothing new is accepted meanwhile.
 
     After a second SIGINT, what runs is cancelled. ready: called when requests are accepted. failed: whether to end, as
-    after a signal. ending: called when nothing new is accepted.
+    after a signal. ending: called when nothing new is accepted, with the number of requests that are not answered.
     """
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal again when all is done, and the process would seem to have been killed.
