@@ -15,6 +15,7 @@ from tests.served import HELLO, ask, said, scripted, served, until
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
+service = pytest.importorskip("fewbit.serving.service")
 
 # As Qwen3's template, shorter. R1's also begins the thoughts.
 QWEN = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -59,6 +60,32 @@ def test_thoughts_are_apart_from_the_answer(server: Any, client: Any, monkeypatc
         message = ask(client, new=100, **more).choices[0].message
         assert (message.reasoning_content, message.content) == (THOUGHT, ANSWER)
         assert streamed(client, **more) == (THOUGHT, ANSWER)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_tokens_come_with_their_part_of_the_answer(
+    together: bool, server: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if thoughts and answer come in one piece."""
+    piece = service.Answer.piece
+
+    def late(answer: Any) -> Any:
+        news = answer._news
+        return piece(answer) if news.finished or news.complete else service.Piece("", (), None)
+
+    if together:
+        monkeypatch.setattr(service.Answer, "piece", late)
+    thoughts = f"{'' if server.service.opened else '<think>'}{THOUGHT}</think>"
+    for text, wanted in ((f"{thoughts} {ANSWER}", {True: thoughts, False: f" {ANSWER}"}), (ANSWER, None)):
+        if wanted is None and server.service.opened:
+            continue
+        scripted(server, monkeypatch, text)
+        found = {True: "", False: ""}
+        with ask(client, new=100, stream=True, logprobs=True) as stream:
+            for choice in [choice for chunk in stream for choice in chunk.choices if choice.logprobs]:
+                tokens = "".join(each.token for each in choice.logprobs.content)
+                found["reasoning_content" in choice.delta.model_extra] += tokens
+        assert found == (wanted or {True: "", False: text})
 
 
 def test_thoughts_may_have_no_end_or_not_come(server: Any, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:

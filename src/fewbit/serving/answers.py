@@ -62,12 +62,10 @@ class Form:
         """A piece of a stream. Its end has a chunk of its own in a chat, as OpenAI does it."""
         if not self._chat:
             return [self._chunk([self._choice(choice, {"text": piece.text}, piece.likely, piece.finish)])]
-        chunks, likely = [], piece.likely
-        if piece.thought:
-            chunks.append(
-                self._chunk([self._choice(choice, {"delta": {"reasoning_content": piece.thought}}, likely, None)])
-            )
-            likely = ()
+        chunks, thinking, likely = [], piece.likely[: piece.thinking], piece.likely[piece.thinking :]
+        if piece.thought or thinking:
+            delta: dict[str, Any] = {"reasoning_content": piece.thought}
+            chunks.append(self._chunk([self._choice(choice, {"delta": delta}, thinking, None)]))
         if piece.text or likely:
             chunks.append(self._chunk([self._choice(choice, {"delta": {"content": piece.text}}, likely, None)]))
         for call in piece.calls:

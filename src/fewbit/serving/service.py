@@ -38,7 +38,7 @@ class Piece:
     """The next text of an answer. likely: of the tokens that begin in it, each with its place in the whole text.
 
     finish: why the answer ends here, "stop", "length" or "tool_calls". calls: of functions. thought: what comes
-    before the text.
+    before the text. thinking: how many of `likely` are tokens of the thoughts and their marks.
     """
 
     text: str
@@ -46,6 +46,7 @@ class Piece:
     finish: str | None
     calls: tuple[Call, ...] = ()
     thought: str = ""
+    thinking: int = 0
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,7 @@ class Answer:
         self.tokens, self._service = 0, service
         self._reader, shown = reader(service.tokenizer, asked)
         self._thoughts = Thoughts(inside=prompt.opened) if service.thinks(asked) else None
+        self._undecided: tuple[tuple[int, Likely], ...] = ()  # those of tokens that may begin thoughts
         if self._thoughts is not None:
             shown = (shown or "") + OPEN + CLOSE
         skipped = {token for token, text in service.special.items() if shown is None or text not in shown}
@@ -336,9 +338,13 @@ class Answer:
         return text, tuple((max(at - before, 0), one) for at, one in zip(read.starts, news.prompt, strict=True))
 
     def _read(self, text: str, likely: tuple[tuple[int, Likely], ...], finish: str | None) -> Piece:
-        thought = ""
+        thought, thinking = "", 0
         if self._thoughts is not None:
             thought, text = self._thoughts.add(text, final=finish is not None)
+            likely, until = (*self._undecided, *likely), self._thoughts.until
+            self._undecided = likely if until is None else ()
+            likely = () if until is None else likely
+            thinking = 0 if until is None else sum(start < until for start, _ in likely)
         text, calls = self._reader.add(text)
         if finish:
             rest, more = self._reader.finish()
@@ -348,7 +354,7 @@ class Answer:
         # As OpenAI: the answer whose function the request has named says "stop".
         if self._called and finish == "stop" and not self._one_function:
             finish = "tool_calls"
-        return Piece(text, likely, finish, tuple(calls), thought)
+        return Piece(text, likely, finish, tuple(calls), thought, thinking)
 
     def close(self) -> None:
         """End it, if it has not ended."""

@@ -5,6 +5,7 @@ DeepSeek's interface, llama-server and vLLM return it as `reasoning_content` bes
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fewbit.serving.text import begun
@@ -29,10 +30,19 @@ class Thoughts:
     def __init__(self, *, inside: bool) -> None:
         """inside: whether the text begins with thoughts. If not, it does so if it begins with their mark."""
         self._held, self._inside, self._answering, self._said = "", inside, False, False
+        self._read, self._end = 0, 0  # characters so far, and where the answer begins
+
+    @property
+    def until(self) -> float | None:
+        """Where in the text the thoughts end, with their mark; infinity before. None if there may be thoughts."""
+        if self._answering:
+            return self._end
+        return math.inf if self._inside else None
 
     def add(self, text: str, *, final: bool = False) -> tuple[str, str]:
         """The next thoughts and the next text of the answer. final: nothing more comes."""
         self._held += text
+        self._read += len(text)
         if not self._inside and not self._answering:
             begin = self._held.lstrip()
             if begin.startswith(OPEN):
@@ -51,7 +61,7 @@ class Thoughts:
     def _thought(self, final: bool) -> str:
         thought, mark, rest = self._held.partition(CLOSE)
         if mark:
-            self._inside, self._answering = False, True
+            self._inside, self._answering, self._end = False, True, self._read - len(rest)
         elif not final:
             thought = thought[: len(thought) - begun(thought, CLOSE)]
         kept = thought.rstrip()  # white space may be the end
