@@ -453,7 +453,7 @@ def test_metrics_count(client: Any, server: Served) -> None:
         with urllib.request.urlopen(server.address + "/metrics") as answer:
             assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
             lines = answer.read().decode().splitlines()
-        return float(next(line.split()[-1] for line in lines if line.startswith(name)))
+        return float(next((line.split()[-1] for line in lines if line.startswith(name)), 0))  # none came yet
 
     names = [f"fewbit_{name}" for name in ("generated_tokens_total", "request_seconds_count", "prompt_tokens_total")]
     names.append('fewbit_requests_total{endpoint="/v1/chat/completions",status="200"}')

@@ -16,6 +16,7 @@ from fewbit.api import advise
 from fewbit.measure.comparison import Comparison, Loss, Row, Speed, Timing
 from fewbit.measure.intervals import Interval
 from fewbit.plans import plan
+from tests import models
 
 REPORT = Path(__file__).parent.parent / "data" / "report.json"
 
@@ -166,6 +167,17 @@ def test_priors_and_rules_name_presets_only() -> None:
 def test_slower_than_the_original_is_said() -> None:
     found = asked("serving", report=measured(gptq__4bit=0.03))
     assert "Fewer bits are not faster here" in found.contradictions[-1]
+
+
+@pytest.mark.parametrize("place", [".", "./", "../held", "config.json"])
+def test_an_output_is_named_after_the_models_folder(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not `.-q4_k_m`, which would be hidden."""
+    folder = models.save(tmp_path / "held", "llama")
+    monkeypatch.chdir(folder)
+    found = fewbit.recommend(place, "edge", memory="8GB")
+    assert [each.partition(" -o ")[2][:5] for each in found.commands if " -o " in each] == ["held-"] * 2
 
 
 def test_what_failed_is_out() -> None:

@@ -9,6 +9,7 @@ contradict the common advice, the recommendation follows the numbers and says so
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -429,8 +430,8 @@ def _sized(best: Candidate, estimated: Estimate) -> Sized | None:
 
 
 def _name(estimated: Estimate) -> str:
-    model = estimated.model
-    return Path(model).parent.name if model.endswith("config.json") else model.rstrip("/").rpartition("/")[2]
+    place = Path(estimated.model).absolute()  # of a Hub name too this keeps the last part
+    return os.path.basename(os.path.normpath(place.parent if place.name == "config.json" else place))
 
 
 def _out(best: Candidate, estimated: Estimate) -> str:

@@ -221,7 +221,7 @@ def merge(
             needed[out.resolve()] = size = job.preview().output_bytes
             needed[cache_folder()] += size  # its blocks are kept there until the file is made
     publish.check_space(needed)
-    adding = f"adding {Path(adapter).name} to {Path(onto.name).name}"
+    adding = f"adding {Path(adapter).resolve().name} to {Path(onto.name).resolve().name}"
     if plan is None:
         with report_progress.phase(adding, progress), publish.published(out, overwrite=overwrite) as folder:
             carried = write_merged(onto, adapter, folder, trained=trained, trust_remote_code=trust_remote_code)

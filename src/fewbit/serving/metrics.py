@@ -42,7 +42,7 @@ class Metrics:
     def text(self) -> str:
         """The page."""
         lines = [
-            *_head("fewbit_requests_unfinished", "gauge", "Requests that run or wait."),
+            *_head("fewbit_requests_unfinished", "gauge", "Answers that run or wait; a request with n=2 has two."),
             f"fewbit_requests_unfinished {self._unfinished()}",
             *_head("fewbit_requests_total", "counter", "Answered requests."),
         ]
