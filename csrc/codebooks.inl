@@ -70,7 +70,7 @@ INLINE uint64_t signs_of(uint32_t a, uint32_t b) {
 }
 
 struct IQ2XXS : Codebook<IQ2XXS> {
-  static constexpr int BYTES = 66, SHIFT = 64, ENTRIES = 256;
+  static constexpr int BYTES = 66, SHIFT = 64;
   template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, float d, Fn& fn) {
     const uint8_t* q = p + 2 + 16 * t;
     const uint32_t a = word32(q + 4), b = word32(q + 12);
@@ -84,7 +84,7 @@ struct IQ2XXS : Codebook<IQ2XXS> {
 };
 
 struct IQ2XS : Codebook<IQ2XS> {
-  static constexpr int BYTES = 74, SHIFT = 64, ENTRIES = 512;
+  static constexpr int BYTES = 74, SHIFT = 64;
   static INLINE uint64_t top7(uint64_t words) {  // the upper seven bits of four words, as bytes
     uint64_t x = words >> 9 & 0x007f007f007f007full;
     x = (x | x >> 8) & 0x0000ffff0000ffffull;
@@ -102,7 +102,7 @@ struct IQ2XS : Codebook<IQ2XS> {
 };
 
 struct IQ2S : Codebook<IQ2S> {
-  static constexpr int BYTES = 82, SHIFT = 64, ENTRIES = 1024;
+  static constexpr int BYTES = 82, SHIFT = 64;
   template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, F s, Fn& fn) {
     uint16_t at[8];
     indices8<2>(p + 2 + 8 * t, word16(p + 66 + 2 * t), at);
@@ -116,7 +116,7 @@ struct IQ2S : Codebook<IQ2S> {
 };
 
 struct IQ3XXS : Codebook<IQ3XXS> {
-  static constexpr int BYTES = 98, SHIFT = 64, ENTRIES = 256;
+  static constexpr int BYTES = 98, SHIFT = 64;
   template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, float d, Fn& fn) {
     const uint8_t* q = p + 2 + 16 * t;
     const uint32_t a = word32(p + 66 + 8 * t), b = word32(p + 70 + 8 * t);
@@ -130,7 +130,7 @@ struct IQ3XXS : Codebook<IQ3XXS> {
 };
 
 struct IQ3S : Codebook<IQ3S> {
-  static constexpr int BYTES = 110, SHIFT = 16, ENTRIES = 512;
+  static constexpr int BYTES = 110, SHIFT = 16;
   template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, float d, Fn& fn) {
     uint16_t at[16];
     indices8<1>(p + 2 + 16 * t, p[66 + 2 * t], at);
@@ -147,7 +147,7 @@ struct IQ3S : Codebook<IQ3S> {
 
 // Codes 0, 1, 2 of the levels -1, 0, 1, which move up or down by an eighth.
 struct IQ1S : Codebook<IQ1S> {
-  static constexpr int BYTES = 50, ENTRIES = 2048;
+  static constexpr int BYTES = 50;
   static INLINE float offset(uint64_t word) { return -0.875f - 0.25f * float(int(word >> 15)); }
   template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, float d, Fn& fn) {
     const uint64_t a = word16(p + 34 + 4 * t), b = word16(p + 36 + 4 * t);
@@ -166,7 +166,7 @@ struct IQ1S : Codebook<IQ1S> {
 alignas(64) constexpr Lanes EIGHTS = by(4, 8);  // a number for each eight columns
 
 struct IQ1M : Codebook<IQ1M> {
-  static constexpr int BYTES = 56, ENTRIES = 2048;
+  static constexpr int BYTES = 56;
   template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, float d, Fn& fn) {
     const uint32_t high = word32(p + 32 + 4 * t);  // three bits of each index, and whether its levels move down
     uint16_t at[8];
