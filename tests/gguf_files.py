@@ -73,6 +73,21 @@ _NEMOTRON_H: dict[str, Any] = {
     "n_groups": 2,
     "time_step_floor": 0.5,
 }
+_GEMMA4: dict[str, Any] = {
+    "vocab_size_per_layer_input": models.VOCAB,
+    "final_logit_softcapping": 30.0,
+    "tie_word_embeddings": True,
+    "num_experts": None,
+    "moe_intermediate_size": None,
+}
+# Keys are values in layers with full attention, and these have fewer
+_SAME_KV: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "per_layer_config": {layer: {"head_dim": 32, "num_key_value_heads": 1} for layer in (1, 2)},
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+}
 # Falcon-H1's, of which none is 1
 FACTORS: dict[str, Any] = {
     "attention_in_multiplier": 1.5,
@@ -132,6 +147,24 @@ TYPES: dict[str, dict[str, Any]] = {
             "full_attention": {**_YARN, "mscale": None, "mscale_all_dim": None},
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
+    },
+    "gemma4_text": {
+        **_GEMMA4,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "per_layer_config": {layer: {"head_dim": 32} for layer in (1, 3)},
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 16,
+    },
+    "gemma4_text-wide": {**_GEMMA4, **_SAME_KV},
+    "gemma4_text-experts": {
+        **_GEMMA4,
+        **_SAME_KV,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 32,
     },
     "solar_open": {"n_shared_experts": 1, "routed_scaling_factor": 1.5},
     "falcon-first": {"max_position_embeddings": 2048},
@@ -244,7 +277,9 @@ def save(folder: Path, family: str, **changes: Any) -> Path:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     architectures.draw(model, len(family))
     for name, buffer in persistent(model):
-        if "bias" in name:  # what corrects the scores of experts
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.75)
+        elif "bias" in name:  # what corrects the scores of experts
             buffer.copy_(torch.linspace(-0.2, 0.2, buffer.numel()).view_as(buffer))
     model.eval().save_pretrained(folder)
     models.tokenizer().save_pretrained(folder)

@@ -147,6 +147,8 @@ def _conditions(row: Any) -> Iterator[str]:
         yield "`q_lora_rank` = None with 26 or 27 layers only; YaRN with `mscale` = `mscale_all_dim`"
     if row.regular:
         yield f"a sliding window in all layers but one in {row.period}"
+    if row.two_kinds:
+        yield "layers with full attention and layers with a sliding window; `use_bidirectional_attention` is not all"
     if row.one_theta:
         yield "one base of RoPE"
     if row.differs:

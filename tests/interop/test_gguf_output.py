@@ -108,7 +108,16 @@ def test_types_of_few_levels_run_in_llama_cpp(name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0", "mxfp4_moe"])
 @pytest.mark.parametrize(
-    "kind", ["qwen3_moe", "mamba", "mamba2", "granitemoehybrid", "granitemoehybrid-dense", "lfm2_moe"]
+    "kind",
+    [
+        "qwen3_moe",
+        "mamba",
+        "mamba2",
+        "granitemoehybrid",
+        "granitemoehybrid-dense",
+        "lfm2_moe",
+        "gemma4_text-experts",
+    ],
 )
 def test_small_tensors_keep_the_type_that_they_keep_there(kind: str, name: str, tmp_path: Path) -> None:
     """Convolutions, what sets a state, and what chooses experts."""

@@ -207,11 +207,15 @@ class Skeleton:
         return next(key for key, own in self.name_of.items() if own == name)
 
     def outside(self) -> dict[str, Shape]:
-        """Name -> shape [N, K] of the token embedding, and of the output head if it is not tied to it."""
+        """Name -> shape [N, K] of the token embeddings, and of the output head if it is not tied to one.
+
+        Gemma 4 has a second embedding, for the inputs of single layers.
+        """
         embeddings, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         modules = {id(module): name for name, module in self.model.named_modules()}
+        scaled = [module for module in self.model.modules() if hasattr(module, "scalar_embed_scale")]
         found = {}
-        for module in (embeddings, head):
+        for module in (embeddings, *scaled, head):
             name = modules.get(id(module))
             if name is not None and f"{name}.weight" in self.name_of.values() and f"{name}.weight" not in self.tied:
                 rows, columns = self._expected[f"{name}.weight"].shape

@@ -47,7 +47,8 @@ def importance(path: Path, settled: Settled) -> tuple[dict[str, Stats], list[str
     stats: dict[str, Stats] = {}
     missing: dict[str, None] = {}
     for module, a in assignments.items():
-        names, expert = routes[f"{module}.weight"].names, routes[f"{module}.weight"].expert
+        route = routes[f"{module}.weight"]
+        names, expert = route.names, route.expert
         name = next((name for name in names if name in matrix), names[0])  # pieces read the same inputs
         if name not in matrix:
             missing[name] = None
@@ -55,15 +56,15 @@ def importance(path: Path, settled: Settled) -> tuple[dict[str, Stats], list[str
                 torch.ones(a.shape[1], device=skeleton.device, dtype=torch.float32), 1
             )
             continue
-        mean_square, several = matrix[name].mean_square, len(modules[routes[f"{module}.weight"].name])
+        mean_square, several = matrix[name].mean_square, len(modules[route.name]) // route.together
         if len(mean_square) != a.shape[1] * several:
             of = "" if expert is None else f" for each of {several} experts"
             raise FormatError(
                 f"{path}: {name} has {len(mean_square)} importances, but the weight has {a.shape[1]} columns{of}",
                 "The file belongs to another model.",
             )
-        own = mean_square.view(several, -1)[expert or 0]
-        if (order := routes[f"{module}.weight"].column_order) is not None:
+        own = mean_square.view(several, -1)[(expert or 0) // route.together]
+        if (order := route.column_order) is not None:
             own = own[order.argsort()]
         stats[module] = Stats.from_mean_square(own.to(skeleton.device), matrix[name].most)
     if len(missing) == len({routes[f"{module}.weight"].names[0] for module in assignments}):
@@ -82,6 +83,8 @@ def matrix_of(skeleton: Skeleton, found: Mapping[str, Stats]) -> dict[str, imatr
     measured: dict[str, list[Stats]] = {}
     for module in sorted(found, key=lambda module: routes[f"{module}.weight"].expert or 0):
         route = routes[f"{module}.weight"]
+        if (route.expert or 0) % route.together:
+            continue  # gate and up of an expert read the same inputs
         for name in route.names if route.split is None or route.split.by_rows else ():
             measured.setdefault(name, []).append(found[module])
     orders = {route.name: order for route in routes.values() if (order := route.column_order) is not None}

@@ -172,6 +172,7 @@ def model_of(skeleton: Skeleton) -> mixtures.Model:
         )
     routes = gguf_names.routes(config)
     heads = getattr(config, "num_attention_heads", 1)
+    first = (getattr(config, "per_layer_config", None) or [config])[0]  # layers may have heads of their own
     outside = skeleton.outside()
     linears = [name for block in skeleton.blocks for name in skeleton.linears(block)]
     if unknown := [name for name in [*linears, *outside] if f"{name}.weight" not in routes]:
@@ -182,8 +183,8 @@ def model_of(skeleton: Skeleton) -> mixtures.Model:
     return mixtures.Model(
         arch=gguf_names.architecture(config).name,
         layers=config.num_hidden_layers,
-        gqa=heads // (getattr(config, "num_key_value_heads", None) or heads),
-        tied=len(outside) < 2,
+        gqa=heads // (getattr(first, "num_key_value_heads", None) or heads),
+        tied=not any(routes[f"{name}.weight"].name == "output.weight" for name in outside),
         names={name: routes[f"{name}.weight"].names[0].removesuffix(".weight") for name in [*linears, *outside]},
         transposed=frozenset(
             name for name in linears if (split := routes[f"{name}.weight"].split) is not None and not split.by_rows

@@ -241,7 +241,8 @@ def _block(scheme: str) -> int:
 
 
 def _role(name: str) -> str:
-    return name.rpartition(".")[2]
+    role = name.rpartition(".")[2]
+    return "token_embd" if role == "per_layer_token_embd" else role
 
 
 def order(name: str) -> tuple[int, str]:

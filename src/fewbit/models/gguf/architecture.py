@@ -23,10 +23,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Cut:
-    """The pieces of a matrix. heads: entry of config.json with their number; "" for one head."""
+    """The pieces of a matrix. heads: entry of config.json with their number; "" for one head.
+
+    matrices: how many matrices of the model the parts of a head are, such as gate and up of an expert; 0 if the heads
+    are those of one matrix.
+    """
 
     heads: str
     pieces: tuple[Piece, ...]
+    matrices: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,7 @@ class Architecture:
     gated_queries: bool = False  # q has a gate of each head below the head's rows
     linear_attention: bool = False  # some layers have linear attention (gated delta net)
     latent: bool = False  # keys and values are expanded from a latent (latent.py)
+    two_kinds: bool = False  # full attention has heads of its own (kinds.py)
     # Entry of `layer_types` of layers without attention, which a file gives 0 key-value heads; "" without such layers
     without_attention: str = ""
     mlp_alone: str = ""  # entry of `layer_types` of layers that are an MLP. Other layers have none

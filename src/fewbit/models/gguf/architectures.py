@@ -13,12 +13,13 @@ from typing import Any
 
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.gguf.architecture import Architecture
-from fewbit.models.gguf.rows import dense, earlier, experts, recurrent, states
+from fewbit.models.gguf.rows import dense, earlier, experts, gemma, recurrent, states
 
 _ROWS = (
     *experts.ROWS,
     *dense.ROWS,
     *earlier.ROWS,
+    *gemma.ROWS,
     *recurrent.ROWS,
     *states.ROWS,
 )  # a file is of the first whose `when` fits

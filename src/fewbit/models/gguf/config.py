@@ -24,7 +24,7 @@ import numpy as np
 
 from fewbit.errors import PlanError
 from fewbit.formats.containers.gguf import GgufFile
-from fewbit.models.gguf import hybrid, latent, positions
+from fewbit.models.gguf import hybrid, kinds, latent, positions
 from fewbit.models.gguf.architecture import Architecture
 from fewbit.models.gguf.metadata import Metadata
 from fewbit.models.gguf.names import architecture
@@ -34,7 +34,8 @@ _ANY = 1 << 20  # the length of texts of a model that has no limit
 
 def to_metadata(config: Any, name: str) -> dict[str, Any]:
     """Keys and values for a model of transformers' `config`, named `name`. PlanError if no file can express it."""
-    arch = architecture(config)
+    arch, whole = architecture(config), config
+    config = kinds.common(config, arch)
     _refuse(config, arch)
     heads, rope = _of(config, arch, "num_attention_heads", 0), positions.of_config(config)
     width = _of(config, arch, "head_dim") or config.hidden_size // max(heads, 1)
@@ -91,6 +92,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
     found |= hybrid.layers_to_keys(config, arch, inner) if arch.without_attention else {}
     found |= hybrid.dense_to_keys(getattr(config, arch.mlp_types)) if arch.mlp_types else {}
     found |= latent.to_keys(config, rope) if arch.latent else {}
+    found |= kinds.to_keys(whole, config) if arch.two_kinds else {}
     found |= {ours: bool(getattr(config, theirs)) for theirs, ours in arch.flags.items()}
     found |= {**_window(config, arch), **arch.constants}
     return {key if key.startswith("general.") else f"{arch.name}.{key}": value for key, value in found.items()}
@@ -182,6 +184,9 @@ def _heads(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     if arch.latent:
         found = latent.of_keys(keys, heads)
         return {**found, "rope_parameters": latent.scaled(keys, positions.of_keys(keys, found["qk_rope_head_dim"]))}
+    if arch.two_kinds:
+        rope = positions.of_keys(keys, keys.count("attention.key_length"))
+        return {**kinds.of_keys(keys, config["num_hidden_layers"]), "rope_parameters": rope}
     kv = hybrid.kv_heads(keys) if arch.without_attention else keys.count("attention.head_count_kv", heads)
     width = keys.count("attention.key_length", hidden // heads if heads <= hidden else 1)
     if keys.count("attention.value_length", width) != width or heads % kv:

@@ -30,13 +30,17 @@ _INTERVAL = 4  # every n-th layer has full attention if a file has no key for it
 
 
 def beyond(file: GgufFile | Joined) -> frozenset[str]:
-    """The tensors of blocks that predict further tokens. transformers has no modules for them."""
+    """Tensors that transformers has no modules for: blocks that predict further tokens, and keys and values of layers
+    that use those of an earlier layer."""
     name = file.metadata.get("general.architecture")
-    count, more = (file.metadata.get(f"{name}.{key}") for key in ("block_count", "nextn_predict_layers"))
-    if not isinstance(count, int) or not isinstance(more, int) or not 0 < more < count:
+    keys = ("block_count", "nextn_predict_layers", "attention.shared_kv_layers")
+    count, more, shared = (file.metadata.get(f"{name}.{key}", 0) for key in keys)
+    if not all(isinstance(each, int) for each in (count, more, shared)):
         return frozenset()
-    blocks = {f"blk.{layer}." for layer in range(count - more, count)} if more < 100 else set()
-    return frozenset(entry for entry in file.entries if entry[: entry.find(".", 4) + 1] in blocks)
+    blocks = {f"blk.{layer}." for layer in range(count - more, count)} if 0 < more < min(count, 100) else set()
+    unused = range(count - shared, count) if 0 < shared < min(count, 1000) else ()
+    own = {f"blk.{layer}.attn_{each}.weight" for layer in unused for each in ("k", "v", "k_norm")}
+    return frozenset(each for each in file.entries if each[: each.find(".", 4) + 1] in blocks or each in own)
 
 
 def to_keys(config: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -66,6 +67,11 @@ class Route:
     def names(self) -> tuple[str, ...]:
         """The names of the tensors of the file: several if it has this one in pieces."""
         return (self.name,) if self.split is None else self.split.names
+
+    @property
+    def together(self) -> int:
+        """How many matrices of an expert are one matrix of the file."""
+        return self.split.matrices // self.split.heads if self.split is not None and self.split.matrices else 1
 
     @property
     def rows(self) -> Tensor | None:
@@ -223,13 +229,16 @@ def routes(config: Any) -> dict[str, Route]:
 
 
 def _modules(config: Any, arch: Architecture) -> Iterator[tuple[str, str, int | None]]:
-    """Name of each module of a block, its name in the file, and the number of its expert."""
+    """Name of each module of a block, its name in the file, and its number in a tensor of all experts."""
+    groups: dict[str, list[str]] = {}
     for theirs, ours in arch.block.items():
-        if "*" not in theirs:
-            yield theirs, ours, None
+        groups.setdefault(ours, []).append(theirs)
+    for ours, several in groups.items():
+        if "*" not in several[0]:
+            yield from ((theirs, ours, None) for theirs in several)
             continue
-        for expert in range(getattr(config, arch.experts)):
-            yield theirs.replace("*", str(expert)), ours, expert
+        places = product(range(getattr(config, arch.experts)), several)
+        yield from ((theirs.replace("*", str(expert)), ours, i) for i, (expert, theirs) in enumerate(places))
 
 
 def splits_of(routes: Mapping[str, Route]) -> dict[str, Split]:
@@ -237,18 +246,19 @@ def splits_of(routes: Mapping[str, Route]) -> dict[str, Split]:
     return {route.name: route.split for route in routes.values() if route.split is not None}
 
 
-def _parts(config: Any, cut: Cut) -> tuple[int, tuple[Share, ...]]:
-    """The heads of a matrix and its pieces, named as in every block."""
+def _parts(config: Any, cut: Cut) -> tuple[int, tuple[Share, ...], int]:
+    """The heads of a matrix, its pieces, named as in every block, and the number of matrices that it is."""
     heads = getattr(config, cut.heads) if cut.heads else 1
     shares = []
     for piece in cut.pieces:
         sizes = tuple(prod(getattr(config, key) for key in part) // heads for part in piece.parts)
+        sizes = (sum(sizes),) if piece.by_head else sizes
         shares.append(Share(f"{piece.name}.weight", sizes, piece.by_head, piece.transposed))
-    return heads, tuple(shares)
+    return heads, tuple(shares), heads * cut.matrices
 
 
-def _split(layer: int, heads: int, shares: Sequence[Share]) -> Split:
-    return Split(heads, tuple(replace(share, name=f"blk.{layer}.{share.name}") for share in shares))
+def _split(layer: int, heads: int, shares: Sequence[Share], matrices: int) -> Split:
+    return Split(heads, tuple(replace(share, name=f"blk.{layer}.{share.name}") for share in shares), matrices)
 
 
 def names_of(routes: Mapping[str, Route]) -> dict[str, list[str]]:

@@ -10,6 +10,9 @@ these parts, of all heads:
 A piece may also be transposed, head by head, as llama.cpp stores the keys of latent attention: [heads, K, rows]. It has
 no blocks of the matrix's rows, so a plan leaves such a matrix in 16 bits.
 
+The gate and up matrices of an expert may be one tensor, [experts, 2 N, K], whose rows are those of gate, then of up.
+The model then has 2 experts matrices [N, K], and no matrix of the file is cut.
+
 A `Route` has the whole matrix under one name: the one that llama.cpp gave it while it was still whole, such as
 ssm_in. `Joined` shows a file as if it were so. So readers know nothing of pieces, and files from that time are read
 too. A writer cuts the finished matrix.
@@ -55,6 +58,7 @@ class Split:
 
     heads: int
     shares: tuple[Share, ...]
+    matrices: int = 0  # of the model, which are [matrices, N, K]; 0: it is one matrix [N, K]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,12 +82,12 @@ class Split:
     def entries(self, whole: Entry) -> list[Entry]:
         """The pieces of a matrix, of its type."""
         return [
-            Entry(name, whole.type, shape) for name, shape in zip(self.names, self.shapes(whole.shape[1]), strict=True)
+            Entry(name, whole.type, shape) for name, shape in zip(self.names, self.shapes(whole.shape[-1]), strict=True)
         ]
 
     def cut(self, whole: Tensor) -> list[Tensor]:
         """The pieces of a matrix [N, K], or of the blocks of its rows."""
-        found = []
+        found, whole = [], whole.flatten(0, -2)
         for share, rows in zip(self.shares, self._rows(), strict=True):
             piece = whole[rows]
             piece = piece.view(self.heads, -1, piece.shape[-1]) if share.by_head else piece
@@ -96,7 +100,8 @@ class Split:
         for share, piece in zip(self.shares, pieces, strict=True):
             piece = piece.transpose(1, 2) if share.transposed else piece
             rows.append(piece.flatten(0, 1) if share.by_head else piece)
-        return torch.cat(rows)[torch.cat(self._rows()).argsort()]
+        whole = torch.cat(rows)[torch.cat(self._rows()).argsort()]
+        return whole.view(self.matrices, -1, whole.shape[-1]) if self.matrices else whole
 
     def _rows(self) -> list[Tensor]:
         """The rows of the matrix that each piece has, in its order, int64."""
@@ -188,8 +193,9 @@ class Joined:
                     f"{self.path}: {piece} has shape {list(found[piece].shape)}, the model expects {list(shape)}"
                 )
         rows = split.heads * sum(sum(share.sizes) for share in split.shares)
+        shape = (split.matrices, rows // split.matrices, columns) if split.matrices else (rows, columns)
         kind = found[split.names[0]].type if self._as_they_are(name) else self.plain
-        return Entry(name, kind, (rows, columns))
+        return Entry(name, kind, shape)
 
 
 def decoded(entry: Entry, stored: Tensor, dtype: torch.dtype) -> Tensor:

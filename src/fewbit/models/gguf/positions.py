@@ -5,6 +5,7 @@ rope_theta                                        a.rope.freq_base
   linear, yarn                                    a.rope.scaling.*
   llama3                                          no key, but the tensor rope_freqs.weight [head_dim / 2]: the
                                                   divisor of each frequency
+  proportional                                    the same tensor: 1 for columns that are turned, 1e30 for others
   longrope                                        the tensors rope_factors_long.weight and rope_factors_short.weight
 """
 
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import PlanError
+from fewbit.models.gguf import kinds
 from fewbit.models.gguf.architecture import Architecture
 from fewbit.models.gguf.metadata import Metadata
 
 SECTIONS = (11, 11, 10)  # of RoPE, for images
-_TENSORS = {"llama3": "rope_freqs.weight", "longrope": "rope_factors_long.weight"}
+_NOT_TURNED = 1e30  # the divisor of columns that are not turned, as llama.cpp's converter writes it
+_TENSORS = {"llama3": "rope_freqs.weight", "proportional": "rope_freqs.weight", "longrope": "rope_factors_long.weight"}
 _RAMP = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN, as it is without these entries
 
 
@@ -42,7 +45,7 @@ def to_keys(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[st
             )
     if (tensors := _TENSORS.get(kind)) and tensors not in arch.extra:
         raise PlanError(f"llama.cpp runs {arch.name} without rope scaling of type {kind!r}")
-    if kind in ("default", "llama3"):
+    if kind in ("default", "llama3", "proportional"):
         return {}
     if kind == "longrope":
         original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
@@ -101,6 +104,11 @@ def extra_tensors(config: Any) -> dict[str, Tensor]:
     if kind == "llama3":
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return {"rope_freqs.weight": _llama3(rope, width)}
+    if kind == "proportional":
+        width = kinds.width(config)
+        turned = int(rope.get("partial_rotary_factor", 1.0) * width // 2)
+        divisors = [1.0] * turned + [_NOT_TURNED] * (width // 2 - turned)
+        return {"rope_freqs.weight": torch.tensor(divisors, dtype=torch.float32, device="cpu")}
     if kind == "longrope":
         return {
             f"rope_factors_{which}.weight": torch.tensor(rope[f"{which}_factor"], dtype=torch.float32, device="cpu")
@@ -174,6 +182,9 @@ def _of_factors(keys: Metadata, theta: float, width: int) -> dict[str, Any]:
         raise keys.wrong("rope_freqs.weight has factors below 1")
     if bool((wanted == 1).all()):
         return {}
+    turned = int((wanted == 1).sum())
+    if bool((wanted[turned:] > 0.99 * _NOT_TURNED).all()):
+        return {"rope_type": "proportional", "partial_rotary_factor": 2 * turned / width}
     rope = {"rope_type": "llama3", "rope_theta": theta, "factor": float(str(wanted.max().numpy()))}
     for high in (4.0, 2.0, 8.0, 16.0, 32.0):
         for original in (1 << power for power in range(5, 21)):

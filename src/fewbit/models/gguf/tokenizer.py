@@ -1,10 +1,10 @@
 """A tokenizer as the metadata of a GGUF file, and back.
 
-    tokenizer.ggml.model        "gpt2": byte-level BPE            "llama": SentencePiece
+    tokenizer.ggml.model        "gpt2": byte-level BPE            "llama", "gemma4": SentencePiece
     tokenizer.ggml.tokens       pieces; added tokens as the text they stand for
     tokenizer.ggml.token_type   1 normal, 2 unknown, 3 control (special), 4 user-defined (added), 5 unused, 6 a byte
-    tokenizer.ggml.merges       "a b", best first                 -
-    tokenizer.ggml.scores       -                                 the pair with the best score is merged first
+    tokenizer.ggml.merges       "a b", best first                 "gemma4" only
+    tokenizer.ggml.scores       -                                 "llama" only; the best pair is merged first
     tokenizer.ggml.pre          how text is split before merging, by a name that llama.cpp knows
     tokenizer.ggml.add_space_prefix                               whether a space is put before a text
     tokenizer.ggml.*_token_id, .add_bos_token, .add_eos_token
@@ -127,7 +127,7 @@ def to_tokenizer(file: GgufFile | Keys, **changes: Any) -> PreTrainedTokenizerFa
             }
             for i in vocabulary.added
         ],
-        **(vocabulary.sentencepiece() if vocabulary.model == "llama" else vocabulary.byte_level()),
+        **(vocabulary.byte_level() if vocabulary.model == "gpt2" else vocabulary.sentencepiece()),
         "post_processor": vocabulary.affixes(),
     }
     try:
@@ -155,11 +155,11 @@ class _Vocabulary:
         self.file = file
         self.settings = self._stored_settings()
         self.model = self._get("model")
-        if self.model not in ("gpt2", "llama"):
+        if self.model not in ("gpt2", "llama", "gemma4"):
             raise FormatError(
                 f"{file.path}: its tokenizer is {str(self.model)[:40]!r}, which fewbit does not read",
-                "fewbit reads gpt2 (byte-level BPE) and llama (SentencePiece). Load the tokenizer from the folder"
-                " of the original model.",
+                "fewbit reads gpt2 (byte-level BPE), llama and gemma4 (SentencePiece). Load the tokenizer from the"
+                " folder of the original model.",
             )
         self.tokens: list[str] = self._strings("tokens")
         self.types = self._numbers("token_type", "iu", NORMAL)
@@ -202,11 +202,7 @@ class _Vocabulary:
                 f"{self.file.path}: text is split by {str(name)[:40]!r}, which fewbit does not know",
                 f"Known: {known}.",
             )
-        merges = self._strings("merges", empty=True)
-        pairs = [merge.split(" ") for merge in merges]
-        for merge, pair in zip(merges, pairs, strict=True):
-            if len(pair) != 2 or any(part not in self.index for part in (*pair, "".join(pair))):
-                raise self.wrong(f"the merge {merge[:80]!r} does not join two tokens into a third")
+        pairs = self._pairs()
         steps: list[dict[str, Any]] = []
         whole: dict[str, Any] = {"add_prefix_space": False, "trim_offsets": True}
         for step in STEPS_OF[name]:
@@ -224,9 +220,19 @@ class _Vocabulary:
             "model": self._bpe(pairs, ignore_merges=name in WHOLE_WORDS_FIRST),
         }
 
+    def _pairs(self) -> list[Any]:
+        """The pairs that may be merged, best first."""
+        merges = self._strings("merges", empty=True)
+        pairs = [merge.split(" ") for merge in merges]
+        for merge, pair in zip(merges, pairs, strict=True):
+            if len(pair) != 2 or any(part not in self.index for part in (*pair, "".join(pair))):
+                raise self.wrong(f"the merge {merge[:80]!r} does not join two tokens into a third")
+        return pairs
+
     def sentencepiece(self) -> dict[str, Any]:
-        prefix = self._flag("add_space_prefix", True)
-        merges = _merges(self.tokens, self.types, self._numbers("scores", "f", 0.0))
+        scored = self.model == "llama"
+        prefix = self._flag("add_space_prefix", scored)
+        merges = _merges(self.tokens, self.types, self._numbers("scores", "f", 0.0)) if scored else self._pairs()
         unknown = self.special.get("unk_token")
         replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         steps = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
@@ -255,7 +261,7 @@ class _Vocabulary:
         """The post-processor that adds tokens before and after each text."""
         sequence = [{"Sequence": {"id": "A", "type_id": 0}}]
         before = after = None
-        default = self.model == "llama" or self._get("pre") in BOS_FIRST
+        default = self.model != "gpt2" or self._get("pre") in BOS_FIRST
         if self._flag("add_bos_token", default):
             before = self.special.get("bos_token")
         if self._flag("add_eos_token", False):

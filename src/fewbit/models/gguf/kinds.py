@@ -1,0 +1,130 @@
+"""Layers with full attention whose heads differ from those with a sliding window, as the metadata of a GGUF file.
+
+transformers (Gemma 4)                            file (`a` is the name of the architecture)
+head_dim                                          a.attention.key_length_swa, a.attention.value_length_swa
+  of a layer in per_layer_config                  a.attention.key_length, a.attention.value_length
+num_key_value_heads, also in per_layer_config     a.attention.head_count_kv, of each layer if they differ
+num_kv_shared_layers                              a.attention.shared_kv_layers: the last layers, which have no keys and
+                                                  values of their own
+use_double_wide_mlp                               a.feed_forward_length of each layer: these layers have twice the width
+attention_k_eq_v                                  no attn_v in layers with full attention
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+
+from fewbit.errors import PlanError
+from fewbit.models.gguf.architecture import Architecture
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_KINDS = (_FULL, _SLIDING)
+_KV, _WIDTH = "num_key_value_heads", "head_dim"
+
+
+def common(config: Any, arch: Architecture) -> Any:
+    """A copy of the config that has the entries of layers without entries of their own.
+
+    PlanError if some layers have their own, and llama.cpp's architecture has none such.
+    """
+    if not getattr(config, "is_heterogeneous", False):
+        return config
+    if not arch.two_kinds:
+        raise PlanError(f"llama.cpp runs {arch.name} with layers of one size; this model has a per_layer_config")
+    found = copy.copy(config)
+    found.per_layer_config = None
+    return found
+
+
+def to_keys(whole: Any, config: Any) -> dict[str, Any]:
+    """The keys of a model with two kinds of heads. PlanError if llama.cpp would compute something else.
+
+    whole: transformers' config. config: what `common` made of it.
+    """
+    full, local = ({(each.head_dim, each.num_key_value_heads) for each in _layers(whole, kind)} for kind in _KINDS)
+    if len(full) != 1 or len(local) != 1:
+        raise PlanError(
+            f"a GGUF file of {config.model_type} has layers of both {_FULL} and {_SLIDING}, with one width and number "
+            f"of heads for each; this model has {sorted(full)} and {sorted(local)}"
+        )
+    if config.use_bidirectional_attention == "all":
+        raise PlanError("llama.cpp runs text with causal attention; this model has use_bidirectional_attention = all")
+    ((width, kv),), ((own, own_kv),) = full, local
+    sliding = [kind == _SLIDING for kind in config.layer_types]
+    found: dict[str, Any] = {
+        "attention.key_length": width,
+        "attention.value_length": width,
+        "attention.key_length_swa": own,
+        "attention.value_length_swa": own,
+        "rope.dimension_count": width,
+        "rope.dimension_count_swa": own,
+        "rope.freq_base_swa": float(config.rope_parameters[_SLIDING]["rope_theta"]),
+        "attention.sliding_window_pattern": np.array(sliding),
+    }
+    found["attention.head_count_kv"] = own_kv
+    if kv != own_kv:
+        found["attention.head_count_kv"] = np.array([own_kv if each else kv for each in sliding], np.int32)
+    if config.use_double_wide_mlp:
+        found["feed_forward_length"] = np.array(_widths(config), np.int32)
+    return found
+
+
+def width(config: Any) -> int:
+    """The width of a head with full attention."""
+    return int(max(each.head_dim for each in _layers(config, _FULL)))
+
+
+def _layers(config: Any, wanted: str) -> list[Any]:
+    """The configs of the layers of a kind."""
+    return [config.per_layer_config[layer] for layer, kind in enumerate(config.layer_types) if kind == wanted]
+
+
+def _widths(config: Any) -> list[int]:
+    """The width of the MLP of each layer."""
+    first = config.num_hidden_layers - config.num_kv_shared_layers
+    return [config.intermediate_size * (1 + (layer >= first)) for layer in range(config.num_hidden_layers)]
+
+
+def of_keys(keys: Any, layers: int) -> dict[str, Any]:
+    """Entries of config.json for two kinds of heads. keys: a file's `Metadata` (metadata.py)."""
+    sliding = keys.get("attention.sliding_window_pattern")
+    if not isinstance(sliding, np.ndarray) or len(sliding) != layers or sliding.all():
+        raise keys.wrong("it does not say which layers have a sliding window, or all have one")
+    local = [bool(each) for each in sliding]
+    heads = _each(keys, "attention.head_count_kv", layers)
+    widths = _each(keys, "feed_forward_length", layers)
+    full = {kv for kv, one in zip(heads, local, strict=True) if not one}
+    own = {kv for kv, one in zip(heads, local, strict=True) if one} or full
+    shared = keys.whole("attention.shared_kv_layers")
+    double = shared > 0 and widths[-1] == 2 * widths[0]
+    wanted = [widths[0] * (1 + (double and layer >= layers - shared)) for layer in range(layers)]
+    if len(full) != 1 or len(own) != 1 or widths != wanted:
+        raise keys.wrong(f"its layers have {sorted({*full, *own})} key-value heads and MLPs of width {widths}")
+    first = local.index(False)
+    return {
+        _WIDTH: keys.count("attention.key_length_swa"),
+        _KV: min(own),
+        "per_layer_config": {
+            str(layer): {_WIDTH: keys.count("attention.key_length"), _KV: min(full)}
+            for layer, one in enumerate(local)
+            if not one
+        },
+        "num_kv_shared_layers": shared,
+        "intermediate_size": widths[0],
+        "use_double_wide_mlp": double,
+        "attention_k_eq_v": f"blk.{first}.attn_v.weight" not in keys.file.entries,
+    }
+
+
+def _each(keys: Any, key: str, layers: int) -> list[int]:
+    """The value of each layer, which all have or each has."""
+    found = keys.get(key)
+    if not isinstance(found, np.ndarray):
+        return [keys.count(key)] * layers
+    if found.dtype.kind not in "iu" or len(found) != layers or not all(0 < each < 1 << 24 for each in found.tolist()):
+        raise keys.wrong(f"{key} is no list of {layers} numbers above 0")
+    each: list[int] = found.tolist()
+    return each

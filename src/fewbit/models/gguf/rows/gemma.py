@@ -1,0 +1,77 @@
+"""Gemma's later architectures, whose layers have inputs of their own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fewbit.models.gguf.architecture import Architecture, Cut, Piece
+from fewbit.models.gguf.rows.dense import GEMMA2
+from fewbit.models.gguf.rows.shared import GELU, HEAD_NORMS, MODEL, NO_BIAS, ROPE
+
+# An embedding and a projection of it give each layer an input of its own
+_LAYER_INPUTS = {
+    **MODEL,
+    "model.embed_tokens_per_layer": "per_layer_token_embd",
+    "model.per_layer_model_projection": "per_layer_model_proj",
+    "model.per_layer_projection_norm": "per_layer_proj_norm",
+}
+_LAYER_INPUT = {
+    "per_layer_input_gate": "inp_gate",
+    "per_layer_projection": "proj",
+    "post_per_layer_input_norm": "post_norm",
+}
+GEMMA4_ROW = Architecture(
+    "gemma4",
+    "gemma4_text",
+    "Gemma4ForCausalLM",
+    _LAYER_INPUTS,
+    {**GEMMA2, **HEAD_NORMS, **_LAYER_INPUT},
+    parameters={"layer_scalar": "layer_output_scale.weight"},
+    extra=ROPE,
+    activation=GELU,
+    chosen={"enable_moe_block": False},
+    fixed={"enable_moe_block": False},
+    required=NO_BIAS,
+    equal={"vocab_size_per_layer_input": "vocab_size"},
+    optional={"final_logit_softcapping": "final_logit_softcapping"},
+    integers={
+        "hidden_size_per_layer_input": ("embedding_length_per_layer_input", 0),
+        "num_kv_shared_layers": ("attention.shared_kv_layers", 0),
+    },
+    tied=True,
+    two_kinds=True,
+    local_theta=10000.0,
+    period=6,
+)
+_HALF = ("num_experts", "moe_intermediate_size")
+# Each layer has an MLP and experts
+GEMMA4_EXPERTS_ROW = replace(
+    GEMMA4_ROW,
+    block={
+        **GEMMA4_ROW.block,
+        "post_feedforward_layernorm_1": "post_ffw_norm_1",
+        "post_feedforward_layernorm_2": "post_ffw_norm_2",
+        "pre_feedforward_layernorm_2": "pre_ffw_norm_2",
+        "router.proj": "ffn_gate_inp",
+        "experts.*.gate_proj": "ffn_gate_up_exps",
+        "experts.*.up_proj": "ffn_gate_up_exps",
+        "experts.*.down_proj": "ffn_down_exps",
+    },
+    parameters={
+        **GEMMA4_ROW.parameters,
+        "router.scale": "ffn_gate_inp.scale",
+        "router.per_expert_scale": "ffn_down_exps.scale",
+    },
+    cut={"ffn_gate_up_exps": Cut("num_experts", (Piece("ffn_gate_up_exps", (_HALF, _HALF), by_head=True),), 2)},
+    chosen={"enable_moe_block": True},
+    fixed={"enable_moe_block": True},
+    counts={
+        "num_experts": "expert_count",
+        "top_k_experts": "expert_used_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+    },
+    experts="num_experts",
+    when=("expert_count",),
+)
+
+ROWS = (GEMMA4_EXPERTS_ROW, GEMMA4_ROW)

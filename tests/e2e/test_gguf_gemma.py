@@ -1,0 +1,117 @@
+"""GGUF files of Gemma 4: layers of two kinds, inputs of single layers, and gate and up of an expert as one matrix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from fewbit.api import generate, quantize
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers import imatrix
+from fewbit.formats.containers.gguf import GgufFile, GgufWriter
+from fewbit.models.gguf.config import to_metadata
+from fewbit.plans.plan import find
+from fewbit.texts.calibration import Calibration
+from tests import gguf_files, models
+
+FEW = Calibration(samples=4, length=64)
+# Of the first layer that uses the keys and values of an earlier one: published files and checkpoints have its own too
+UNUSED = {"attn_k.weight": "k_proj.weight", "attn_v.weight": "v_proj.weight", "attn_k_norm.weight": "k_norm.weight"}
+
+
+def changed(path: Path, out: Path, keys: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> Path:
+    """A copy of a file with other keys and more tensors."""
+    file = GgufFile(path)
+    more = {name: file.entries["blk.0." + name.split(".", 2)[2]]._replace(name=name) for name in tensors or {}}
+    with GgufWriter(out, file.metadata | keys, [*file.entries.values(), *more.values()]) as writer:
+        for name in file.entries:
+            writer.add(name, file.get(name))
+        for name, tensor in (tensors or {}).items():
+            writer.add(name, tensor)
+    return out
+
+
+def test_unused_keys_of_a_file_are_ignored(tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", "gemma4_text")
+    path = gguf_files.written(folder, tmp_path / "m.gguf")
+    unused = {f"blk.2.{name}": GgufFile(path).get(f"blk.0.{name}") for name in UNUSED}
+    loaded = generate.load(changed(path, tmp_path / "more.gguf", {}, unused), dtype=torch.float32)
+    ids = gguf_files.ids()
+    assert torch.equal(models.logits(loaded, ids), models.logits(models.original(folder), ids))
+
+
+def test_unused_keys_of_a_checkpoint_are_ignored(tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", "gemma4_text")
+    plan = find("q8_0").changed(method="rtn")
+    quantize.quantize(folder, tmp_path / "one.gguf", plan=plan)
+    weights, start = load_file(folder / "model.safetensors"), "model.layers.{}.self_attn."
+    weights |= {start.format(2) + name: weights[start.format(0) + name].clone() for name in UNUSED.values()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    quantize.quantize(folder, tmp_path / "two.gguf", plan=plan)
+    one, two = (GgufFile(tmp_path / f"{name}.gguf") for name in ("one", "two"))
+    assert one.entries == two.entries
+    assert gguf_files.digest(one) == gguf_files.digest(two)
+
+
+def test_both_embeddings_are_quantized(tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", "gemma4_text", hidden_size=256, hidden_size_per_layer_input=64)
+    quantize.quantize(folder, tmp_path / "out.gguf", plan=find("q4_0").changed(method="rtn"))
+    types = {name: entry.type for name, entry in GgufFile(tmp_path / "out.gguf").entries.items()}
+    assert types["token_embd.weight"] == types["per_layer_token_embd.weight"] == "q6_k"
+    assert types["per_layer_model_proj.weight"] == "f32"
+    assert types["blk.0.inp_gate.weight"] == "q4_0"
+
+
+def test_gate_and_up_of_an_expert_share_importances(tmp_path: Path) -> None:
+    folder, path = gguf_files.save(tmp_path / "m", "gemma4_text-experts"), tmp_path / "imatrix.gguf"
+    quantize.imatrix(folder, path, calibration=FEW)
+    found = imatrix.read(path)["blk.0.ffn_gate_up_exps.weight"]
+    assert found.mean_square.numel() == 4 * 64  # experts, columns
+    quantize.quantize(folder, tmp_path / "out.gguf", plan="q4_0", imatrix=path)
+    entry = GgufFile(tmp_path / "out.gguf").entries["blk.0.ffn_gate_up_exps.weight"]
+    assert (entry.type, entry.shape) == ("q4_0", (4, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"layer_types": ["full_attention"] * 4, "per_layer_config": None, "num_kv_shared_layers": 0},
+            "with one width and number of heads for each",
+        ),
+        ({"use_bidirectional_attention": "all"}, "causal attention"),
+        ({"vocab_size_per_layer_input": 300}, "vocab_size_per_layer_input = vocab_size"),
+        ({"attention_bias": True}, "attention_bias = False"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=message):
+        gguf_files.header_of(gguf_files.save(tmp_path / "m", "gemma4_text", **changes))
+
+
+def test_layers_of_other_types_have_one_size() -> None:
+    own = AutoConfig.for_model("qwen3", per_layer_config={1: {"intermediate_size": 64}})
+    with pytest.raises(PlanError, match="qwen3 with layers of one size; this model has a per_layer_config"):
+        to_metadata(own, "m")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"attention.sliding_window_pattern": [True] * 3}, "which layers have a sliding window"),
+        ({"feed_forward_length": [96, 96, 96, 192]}, "MLPs of width"),
+        ({"attention.head_count_kv": [2, 2, 2, 1]}, "key-value heads"),
+        ({"attention.head_count_kv": [2, 2]}, "no list of 4 numbers"),
+    ],
+)
+def test_contradicting_keys_are_an_error(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = gguf_files.written(gguf_files.save(tmp_path / "m", "gemma4_text"), tmp_path / "m.gguf")
+    arrays = {f"gemma4.{key}": np.array(value, bool if value[0] is True else np.int32) for key, value in keys.items()}
+    with pytest.raises(FormatError, match=message):
+        generate.load(changed(path, tmp_path / "bad.gguf", arrays))
