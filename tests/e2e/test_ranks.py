@@ -127,7 +127,15 @@ def device_for(count: int) -> str:
 
 
 def torchrun(count: int, *arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        *arguments,
+    ]
     environment = {**os.environ, "FEWBIT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     if device_for(count) == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""

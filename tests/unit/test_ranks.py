@@ -59,7 +59,16 @@ Path(sys.argv[1], str(me)).write_text(json.dumps(found))
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     out = tmp_path_factory.mktemp("said")
     (out / "asked.py").write_text(ASKED, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", str(out / "asked.py"), str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "3",
+        str(out / "asked.py"),
+        str(out),
+    ]
     ended = subprocess.run(
         command,
         capture_output=True,
