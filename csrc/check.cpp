@@ -1,5 +1,6 @@
 // Every instruction set of this machine over random weights: the products of plain C++, and for each row of x the same
-// bytes whatever the number of rows. A program of its own, so that it also runs in an emulator of another processor.
+// bytes whatever the number of rows. The nearest vectors of a codebook are the same bytes. A program of its own, so that
+// it also runs in an emulator of another processor.
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -252,6 +253,51 @@ int wrong_blocks(const char* isa, unsigned count) {
   return mistakes;
 }
 
+// All that `fewbit_vectors` asks for, as bytes.
+std::vector<uint8_t> nearest(int entries, int columns, int halves, int even, const char* isa, int threads) {
+  numbers.seed(unsigned(entries + even));
+  const int wide = columns * halves, magnitudes = 3;
+  const int64_t rows = 300, vectors = 3, count = rows * vectors, tries = 7;
+  std::vector<float> grid(size_t(entries * columns)), levels = {1, 3, 5};
+  std::vector<float> x = normal(count * wide), h = normal(vectors * wide), s = normal(tries * count), metric(size_t(wide * wide), 0.1f);
+  std::vector<uint8_t> ranks(size_t(entries * columns));
+  for (int e = 0; e < entries; e++)
+    for (int i = 0; i < columns; i++) {
+      const int rank = int(numbers() % magnitudes);
+      ranks[size_t(e * columns + i)] = uint8_t(rank), grid[size_t(i * entries + e)] = levels[size_t(rank)];
+    }
+  for (float& value : h) value = fabsf(value);
+  for (float& value : s) value = fabsf(value);
+  for (int i = 0; i < wide; i++) metric[size_t(i * wide + i)] = 1;
+  std::vector<float> numbers_of(size_t((tries + 2) * count));
+  std::vector<uint8_t> codes(size_t(2 * count * wide));
+  fewbit_vectors v{};
+  v.entries = entries, v.columns = columns, v.halves = halves, v.even = even, v.magnitudes = magnitudes, v.tries = tries;
+  v.rows = rows, v.vectors = vectors, v.grid = grid.data(), v.ranks = ranks.data(), v.levels = levels.data();
+  v.x = x.data(), v.h = h.data(), v.s = s.data(), v.least = numbers_of.data();
+  v.square = v.least + tries * count, v.cross = v.square + count, v.codes = codes.data();
+  int status = fewbit_force(isa) || fewbit_nearest_vectors(&v, threads);
+  v.metric = metric.data(), v.codes += count * wide, v.least = v.square = v.cross = nullptr;
+  if (status || fewbit_nearest_vectors(&v, threads)) return {};
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(numbers_of.data());
+  codes.insert(codes.end(), bytes, bytes + 4 * numbers_of.size());
+  return codes;
+}
+
+int wrong_vectors(const char* isa) {
+  int mistakes = 0;
+  for (int columns : {8, 4})
+    for (int halves = 1; halves * columns <= 8; halves++)
+      for (int even : {0, 1})
+        for (int entries : {256, 512}) {
+          const std::vector<uint8_t> plain = nearest(entries, columns, halves, even, "scalar", 1);
+          if (!plain.empty() && plain == nearest(entries, columns, halves, even, isa, 3)) continue;
+          printf("%s: %d entries of %d columns, %d halves, even %d: not plain C++\n", isa, entries, columns, halves, even);
+          mistakes++;
+        }
+  return mistakes;
+}
+
 }  // namespace
 
 int main() {
@@ -268,8 +314,8 @@ int main() {
              int(w.k), what);
       mistakes++;
     }
-    mistakes += wrong_blocks(isa, 200);
-    printf("%s: %d weights, 200 blocks\n", isa, int(all.size()));
+    mistakes += wrong_blocks(isa, 200) + wrong_vectors(isa);
+    printf("%s: %d weights, 200 blocks, 12 codebooks\n", isa, int(all.size()));
   }
   if (!sets) printf("no instruction set besides plain C++\n");
   return mistakes || !sets;

@@ -201,6 +201,16 @@ int check(const fewbit_fp8* f) {
   return f->rows < 1 || f->columns < 1 ? FEWBIT_SHAPE : FEWBIT_OK;
 }
 
+int check(const fewbit_vectors* v) {
+  if (!v || !v->grid || !v->ranks || !v->levels || !v->x || !v->h || !v->s) return FEWBIT_SHORT;
+  if (!v->square != !v->cross) return FEWBIT_SHORT;
+  const bool known = (v->columns == 8 && v->halves == 1) || (v->columns == 4 && (v->halves == 1 || v->halves == 2));
+  if (!known) return FEWBIT_UNKNOWN;
+  if (v->entries < 16 || v->entries % 16 || v->entries * v->halves > FEWBIT_MOST_ENTRIES) return FEWBIT_SHAPE;
+  if (v->tries < 1 || v->tries > FEWBIT_MOST_TRIES || v->magnitudes < 1 || v->magnitudes > 128) return FEWBIT_SHAPE;
+  return v->rows < 0 || v->vectors < 0 || v->step < 0 ? FEWBIT_SHAPE : FEWBIT_OK;
+}
+
 void share_bands(const fewbit_fp8& f, int threads, void (*task)(const fewbit_fp8&, int64_t, int64_t)) {
   const int64_t bands = (f.n + f.rows - 1) / f.rows, least = 1 + (1 << 16) / (f.rows * f.k);
   share(bands, least, threads, [&](int64_t begin, int64_t end) { task(f, begin, end); });
@@ -247,7 +257,7 @@ void round_rows(const Isa& with, const fewbit_weight& w, const void* x, bool nar
 
 extern "C" {
 
-int fewbit_abi(void) { return 11; }
+int fewbit_abi(void) { return 12; }
 
 const char* fewbit_isa(void) { return fewbit::in_use().name; }
 
@@ -368,6 +378,13 @@ int fewbit_fp8_lost(const fewbit_fp8* f, int threads) {
   if (const int wrong = check(f)) return wrong;
   if (!f->codes || !f->scale || !f->lost) return FEWBIT_SHORT;
   share_bands(*f, threads, fewbit::in_use().fp8_lost);
+  return FEWBIT_OK;
+}
+
+int fewbit_nearest_vectors(const fewbit_vectors* v, int threads) {
+  if (const int wrong = check(v)) return wrong;
+  const auto task = fewbit::in_use().vectors;
+  share(v->rows, 1 + 256 / (v->vectors + 1), threads, [&](int64_t begin, int64_t end) { task(*v, begin, end); });
   return FEWBIT_OK;
 }
 

@@ -74,6 +74,29 @@ struct fewbit_fp8 {
   double* lost;
 };
 
+// Vectors x [rows, vectors, halves * columns] of a weight, and the codebook [entries, columns] that encodes each half of
+// one. With importances h >= 0, the error of entry g at scale s is s² sum h g² - 2 s sum h |x| g, up to a constant.
+// `even`: the number of minus signs of a vector is even; where that of x is not, one sign is flipped, the one that
+// costs least. Outputs may be null. `least`: the least error at each scale. The others are of the best vectors at the
+// first scale: sums of h g² and h x g; and codes, from the lowest signed magnitude up. With `metric`, the codes have a
+// small (w - x) metric (w - x)ᵀ, chosen among the vectors that are nearest under its diagonal, which is `h`.
+enum { FEWBIT_MOST_ENTRIES = 1024, FEWBIT_MOST_TRIES = 64 };  // entries of all halves of a vector
+struct fewbit_vectors {
+  int32_t entries, columns, halves, even, magnitudes;
+  int32_t tries;         // scales, 1 to 64
+  int64_t rows, vectors;
+  const float* grid;     // [columns, entries], magnitudes
+  const uint8_t* ranks;  // [entries, columns], of these magnitudes
+  const float* levels;   // [magnitudes], the magnitudes in rising order
+  const float *x, *h;    // h: [rows or 1, vectors, halves * columns]
+  int64_t step;          // numbers between the rows of h: 0 if there is one
+  const float* s;        // [tries, rows, vectors]
+  const float* metric;   // [halves * columns, halves * columns]; null: none
+  float* least;          // [tries, rows, vectors]
+  float *square, *cross;  // [rows, vectors], both or none
+  uint8_t* codes;        // [rows, vectors, halves * columns]
+};
+
 // silu; gelu with tanh; gelu; relu; relu²; x · sigmoid(1.702 x).
 enum fewbit_activation {
   FEWBIT_SILU = 0,
@@ -177,6 +200,9 @@ FEWBIT_API int fewbit_fp8_codes(const struct fewbit_fp8* f, int threads);
 // Writes `lost` of each band: the sums of (code * scale - w)² and of w², and the number of groups of columns with codes
 // of 0 only and a weight that is not 0. A group has `columns` columns if they divide k; else it is the row.
 FEWBIT_API int fewbit_fp8_lost(const struct fewbit_fp8* f, int threads);
+
+// Finds the nearest vectors of a codebook. The result does not depend on the instruction set or the number of threads.
+FEWBIT_API int fewbit_nearest_vectors(const struct fewbit_vectors* v, int threads);
 
 // Computes a block. Products round activations as fewbit_linear does; all else is in float32. A text's result does not
 // depend on the other texts, nor on the number of threads.

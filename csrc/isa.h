@@ -40,6 +40,8 @@ struct Isa {
   void (*rotate)(float* x, int64_t n, const float* cosine, const float* sine, int pairs);
   // q and out: [group, head]. Scratch memory: `scores` [group, length].
   void (*attend)(const Attention&, const float* q, float* out, float* scores);
+  // What `fewbit_vectors` asks for, of the rows [begin, end).
+  void (*vectors)(const fewbit_vectors&, int64_t begin, int64_t end);
 };
 
 const Isa& in_use();  // the instruction set that is in use

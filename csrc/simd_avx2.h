@@ -134,6 +134,8 @@ struct Vec {
   static void storef(float* p, F f) { _mm256_storeu_ps(p, f.lo), _mm256_storeu_ps(p + 8, f.hi); }
   static F mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
   static F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+  static F min(F a, F b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+  static F max(F a, F b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
   static F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
   static __m256 pick8(F a, __m256i index) {
     __m256 lo = _mm256_permutevar8x32_ps(a.lo, index), hi = _mm256_permutevar8x32_ps(a.hi, index);

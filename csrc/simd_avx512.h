@@ -88,6 +88,8 @@ struct Vec {
   static void storef(float* p, F f) { _mm512_storeu_ps(p, f); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F pick(F a, const int32_t* index) { return _mm512_permutexvar_ps(_mm512_loadu_si512(index), a); }
   static F from_bytes(const uint8_t* p) { return cvt(_mm512_cvtepu8_epi32(part16(p))); }

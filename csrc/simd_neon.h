@@ -118,6 +118,8 @@ struct Vec {
   static void storef(float* p, F f) { for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, f.x[i]); }
   static F mul(F a, F b) { for (int i = 0; i < 4; i++) a.x[i] = vmulq_f32(a.x[i], b.x[i]); return a; }
   static F add(F a, F b) { for (int i = 0; i < 4; i++) a.x[i] = vaddq_f32(a.x[i], b.x[i]); return a; }
+  static F min(F a, F b) { for (int i = 0; i < 4; i++) a.x[i] = vminq_f32(a.x[i], b.x[i]); return a; }
+  static F max(F a, F b) { for (int i = 0; i < 4; i++) a.x[i] = vmaxq_f32(a.x[i], b.x[i]); return a; }
   static F fma(F a, F b, F c) { for (int i = 0; i < 4; i++) c.x[i] = vfmaq_f32(c.x[i], a.x[i], b.x[i]); return c; }
   static F pick(F a, const int32_t* index) {
     float from[16], to[16];

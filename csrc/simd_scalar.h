@@ -116,6 +116,8 @@ struct Vec {
   static void storef(float* p, F f) { memcpy(p, f.x, 64); }
   static F mul(F a, F b) { for (int i = 0; i < 16; i++) a.x[i] *= b.x[i]; return a; }
   static F add(F a, F b) { for (int i = 0; i < 16; i++) a.x[i] += b.x[i]; return a; }
+  static F min(F a, F b) { for (int i = 0; i < 16; i++) a.x[i] = a.x[i] < b.x[i] ? a.x[i] : b.x[i]; return a; }
+  static F max(F a, F b) { for (int i = 0; i < 16; i++) a.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i]; return a; }
   static F fma(F a, F b, F c) {
     // In double a product of floats is exact, so this nearly always rounds like a fused multiply-add.
     // gcc 12 would not always round a product to float first, depending on the loop around.

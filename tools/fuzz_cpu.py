@@ -15,6 +15,7 @@ import torch
 from fewbit import registry
 from fewbit.kernels.base import Kernel
 from fewbit.schemes.base import QTensor, Scheme, parse
+from fewbit.schemes.ggml.iq import IQ
 from fewbit.schemes.stacked import concatenated
 from fewbit.system import native
 
@@ -52,6 +53,18 @@ def rounded(isa: str) -> None:
         raise SystemExit(f"{scheme} {n} x {k} of {dtype}, {isa}: codes or their loss are not the definition's")
 
 
+def encoded(isa: str) -> None:
+    """Vectors of a codebook that are chosen under a metric can be stored."""
+    scheme, n = IQ.from_spec(random.choice(IQ.examples)), random.randint(1, 40)
+    assert scheme is not None
+    w, v = torch.randn(n, 256), scheme.vector
+    grids, mixed = scheme.fit(w, torch.rand(256)), torch.randn(v, v)
+    codes = grids.encode(w)
+    codes[:, v : 2 * v] = grids.encode_under(w[:, v : 2 * v], torch.arange(v, 2 * v), mixed @ mixed.T)
+    if not torch.equal(scheme.unpack(scheme.pack(codes, grids), (n, 256))[0], codes):
+        raise SystemExit(f"{scheme} {n} x 256, {isa}: other codes come back")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=400)
@@ -72,6 +85,7 @@ def main() -> None:
         library.fewbit_force(isa.encode())
         torch.set_num_threads(random.randint(1, 4))
         rounded(isa)
+        encoded(isa)
         seed = random.randrange(1 << 30)
         if (off := block_cases.distance(block_cases.drawn(seed))) > 2e-2:
             raise SystemExit(f"block of seed {seed}, {isa}: off by {off:.1e}")

@@ -105,6 +105,7 @@ ROLLED = Mutation(GPTQFormat, "lay_out", '["scale"].T', '["scale"].T.roll(1, 0)'
 ROLLED_BACK = Mutation(GPTQFormat, "read", '["scales"].T', '["scales"].roll(-1, 0).T')
 NO_OFFSET_OUT = Mutation(GPTQFormat, "lay_out", "(zero - 1)", "zero")
 NO_OFFSET_IN = Mutation(gptq_format, "_zero_points", "zero + 1", "zero")
+IN_TORCH = Mutation(vectors, "_compiled", "return x.is_cpu", "return False")  # without the CPU library
 
 MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
     # schemes
@@ -171,12 +172,16 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
         lambda: check_weighted_fit(parse("int4-g16"), ordinary(6, 96), torch.linspace(0, 1, 96)),
     ),
     "a codebook's signs with the wrong parity": (
-        [Mutation(vectors.Errors, "codes", "negative.gather(3, at) ^ flip", "negative.gather(3, at)")],
+        [Mutation(vectors.Errors, "codes", "negative.gather(3, at) ^ flip", "negative.gather(3, at)"), IN_TORCH],
         lambda: check_nearest("iq2_xxs"),
     ),
     "a codebook's entries chosen without importances": (
-        [Mutation(vectors.Errors, "__init__", "(h * x.abs())", "x.abs()")],
+        [Mutation(vectors.Errors, "__init__", "(h * x.abs())", "x.abs()"), IN_TORCH],
         lambda: check_nearest("iq2_s"),
+    ),
+    "importances that the library does not get": (
+        [Mutation(vectors.Compiled, "__init__", "h.contiguous()", "torch.ones_like(h)")],
+        lambda: check_nearest("iq3_s"),
     ),
     "bits of a codebook's fields in reverse": (
         [Mutation(vectors, "_joined", "<< shifts", "<< shifts.flip(0)")],

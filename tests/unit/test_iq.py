@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -14,7 +15,7 @@ from fewbit.methods.gptq import GPTQ, in_order
 from fewbit.schemes.base import Columns, Grids, parse
 from fewbit.schemes.ggml import codebook, vectors
 from fewbit.schemes.ggml.iq import IQ
-from fewbit.schemes.ggml.vectors import VECTORS, VectorGrids
+from fewbit.schemes.ggml.vectors import VECTORS, Compiled, Errors, VectorGrids, Vectors
 from tests.contract.cases import hard, inputs, ordinary, same_bytes, stats_of
 
 names = pytest.mark.parametrize("name", VECTORS)
@@ -60,6 +61,68 @@ def check_nearest(name: str) -> None:
 @names
 def test_no_other_vector_is_nearer(name: str) -> None:
     check_nearest(name)
+
+
+@names
+def test_torch_finds_the_nearest_vectors_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "_compiled", lambda x: False)
+    check_nearest(name)
+    check_descent(name)
+
+
+def given(name: str, rows: int, own: bool) -> tuple[Vectors, Tensor, Tensor, Tensor]:
+    """Vectors with a 0 and odd and even signs, importances (of each row: `own`), and scales."""
+    kind, seeded = VECTORS[name], torch.Generator().manual_seed(5)
+    x = torch.randn(rows, 6, kind.vector, generator=seeded)
+    x[:, 1, 0] = 0.0
+    h = torch.rand(rows if own else 1, 6, kind.vector, generator=seeded) + 0.01
+    return kind, x, h, torch.rand(7, rows, 6, generator=seeded) * 2 / kind.table[-1]
+
+
+@names
+@pytest.mark.parametrize("own", [False, True])
+def test_the_library_finds_what_torch_finds(instructions: str, name: str, own: bool) -> None:
+    kind, x, h, s = given(name, 40, own)
+    definition, compiled = Errors(kind, x, h), Compiled(kind, x, h)
+    assert torch.allclose(compiled.least(s), definition.least(s), rtol=1e-5, atol=1e-5)
+    assert torch.equal(compiled.codes(s[0]), definition.codes(s[0]))
+    for one, other in zip(compiled.sums(s[0]), definition.sums(s[0]), strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+    # At a scale of 0 all entries are equally near.
+    zero = torch.zeros_like(s[0])
+    assert torch.equal(Compiled(kind, x, h).least(zero[None]), torch.zeros_like(zero)[None])
+
+
+@names
+def test_the_library_compares_the_same_vectors(instructions: str, name: str) -> None:
+    kind, x, _, s = given(name, 300, False)
+    mixed = inputs(64, kind.vector, seed=4)
+    metric = mixed.T @ mixed / 64
+    one, other = (
+        each(kind, x[:, :1], metric.diagonal()[None, None]).under(s[0, :, 0], metric) for each in (Compiled, Errors)
+    )
+    assert torch.equal(one, other)
+
+
+@names
+def test_threads_and_instructions_change_no_code(library: ctypes.CDLL, name: str) -> None:
+    kind, x, h, s = given(name, 200, True)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for isa, count in ((b"scalar", 1), (None, 1), (None, 3)):
+            assert library.fewbit_force(isa) == 0
+            torch.set_num_threads(count)
+            compiled = Compiled(kind, x, h)
+            under = Compiled(kind, x[:, :1], h[:1, :1]).under(s[0, :, 0], torch.eye(kind.vector))
+            found.append((compiled.least(s), *compiled.sums(s[1]), compiled.codes(s[2]), under))
+    finally:
+        torch.set_num_threads(threads)
+        library.fewbit_force(None)
+    assert all(same_tensors(found[0], each) for each in found[1:])
+
+
+def same_tensors(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
 
 
 @names

@@ -14,12 +14,13 @@ import contextlib
 import ctypes
 import importlib.metadata
 import os
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from fewbit.lazy import Tensor, torch
 
-_ABI = 11
+_ABI = 12
 _FILE = "fewbit_cpu.so"
 TYPES = {"float32": 0, "bfloat16": 1}  # `fewbit_type`, by torch's names
 HINT = "Install fewbit from source with a C++ compiler (gcc 9, clang 10 or later), or from a wheel with the library."
@@ -53,6 +54,18 @@ class Fp8(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("top", ctypes.c_void_p),
         ("lost", ctypes.c_void_p),
+    )
+
+
+class Vectors(ctypes.Structure):
+    """`fewbit_vectors` of csrc/fewbit.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("entries", "columns", "halves", "even", "magnitudes", "tries")),
+        *((name, ctypes.c_int64) for name in ("rows", "vectors")),
+        *((name, ctypes.c_void_p) for name in ("grid", "ranks", "levels", "x", "h")),
+        ("step", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("s", "metric", "least", "square", "cross", "codes")),
     )
 
 
@@ -147,6 +160,7 @@ def library() -> ctypes.CDLL | str:
         "fewbit_arrange": (ctypes.c_int, [weight, pointer, number, pointer, ctypes.c_int]),
         "fewbit_fp8_codes": (ctypes.c_int, [ctypes.POINTER(Fp8), ctypes.c_int]),
         "fewbit_fp8_lost": (ctypes.c_int, [ctypes.POINTER(Fp8), ctypes.c_int]),
+        "fewbit_nearest_vectors": (ctypes.c_int, [ctypes.POINTER(Vectors), ctypes.c_int]),
         "fewbit_decode_block": (ctypes.c_int, [ctypes.POINTER(Block), ctypes.POINTER(Call), ctypes.c_int]),
     }
     for name, (result, arguments) in signatures.items():
@@ -201,6 +215,36 @@ def _fp8(function: str, w: Tensor, block: tuple[int, int], **parts: Tensor) -> N
         Fp8(kind, *w.shape, *block, w=w.data_ptr(), **places), torch.get_num_threads()
     )
     assert status == 0, f"{function}: {status}"
+
+
+@dataclass(frozen=True)
+class Book:
+    """A codebook: magnitudes float32 [columns, entries], their ranks uint8 [entries, columns], `levels` by rank.
+
+    halves: entries of a vector. even: the number of minus signs in a vector is even.
+    """
+
+    grid: Tensor
+    ranks: Tensor
+    levels: Tensor
+    halves: int
+    even: bool
+
+
+def nearest_vectors(book: Book, x: Tensor, h: Tensor, s: Tensor, **parts: Tensor) -> None:
+    """Find the nearest vectors of a codebook: see `fewbit_vectors` of csrc/fewbit.h, which has the names of `parts`.
+
+    x [rows, vectors, columns], h [rows or 1, vectors, columns] and s [tries, rows, vectors]: float32, on the CPU. The
+    library must be there. The outputs among `parts` are written in place.
+    """
+    (columns, entries), tensors = book.grid.shape, {"x": x, "h": h, "s": s, **parts}
+    assert all(each.is_cpu and each.is_contiguous() for each in tensors.values())
+    found = Vectors(entries, columns, book.halves, book.even, len(book.levels), s.shape[0], x.shape[0], x.shape[1])
+    for name, tensor in {"grid": book.grid, "ranks": book.ranks, "levels": book.levels, **tensors}.items():
+        setattr(found, name, tensor.data_ptr())
+    found.step = h[0].numel() if h.shape[0] > 1 else 0
+    status = library().fewbit_nearest_vectors(found, torch.get_num_threads())  # type: ignore[union-attr]
+    assert status == 0, f"fewbit_nearest_vectors: {status}"
 
 
 def where() -> Path | str:

@@ -16,9 +16,8 @@ from __future__ import annotations
 from functools import cache
 
 from fewbit.lazy import Tensor, torch
-from fewbit.schemes.base import chunk_rows
 from fewbit.schemes.ggml.search import half
-from fewbit.schemes.ggml.vectors import Errors, Vectors, entries
+from fewbit.schemes.ggml.vectors import Vectors, chunks, errors
 from fewbit.system import ambient
 
 # Scales tried in step 1, as shares of the one that maps the largest magnitude to the largest of the codebook.
@@ -26,7 +25,6 @@ _SHARES = {3: (0.4, 1.3, 12), 8: (0.55, 1.2, 10)}  # by the number of magnitudes
 _SOLUTIONS = 2  # how often step 1 repeats from the best scale
 _PLACES = 8  # values of t tried for the largest scale
 _ROUNDS = 2  # of step 3
-_CHUNK = {"cpu": 1 << 20}  # errors of entries computed at a time; on a CPU they fit its cache
 _FLOOR = 1e-4  # added to importances, relative to their mean: columns of importance 0 still get sensible values
 
 
@@ -51,8 +49,7 @@ def fit(kind: Vectors, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
         return d * unit, t
     h = h.float() / h.float().mean(1, keepdim=True).clamp(min=1e-30)
     d, t = torch.empty_like(unit), torch.empty_like(top)
-    wide = x.shape[1] // kind.entry * len(entries(kind.name, x.device))
-    for rows in chunk_rows(len(x), wide, _CHUNK.get(x.device.type, 1 << 26)):
+    for rows in chunks(kind, x):
         own = h if len(h) == 1 else h[rows]
         search = _Search(kind, x[rows], own, unit[rows])
         d[rows], t[rows] = search.run(top[rows])
@@ -63,26 +60,25 @@ class _Search:
     def __init__(self, kind: Vectors, x: Tensor, h: Tensor, unit: Tensor) -> None:
         self.kind, self.unit = kind, unit
         shape = (-1, kind.vector)
-        self.errors = Errors(kind, x.unflatten(1, shape), floored(h).unflatten(1, shape))
+        self.errors = errors(kind, x.unflatten(1, shape), floored(h).unflatten(1, shape))
         self.spread = kind.sub // kind.vector
 
     def sums(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """A and B [N, sub-blocks] of the entries chosen at scales s [N, sub-blocks]."""
-        _, square, cross, _ = self.errors.at(s.repeat_interleave(self.spread, 1))
+        square, cross = self.errors.sums(s.repeat_interleave(self.spread, 1))
         a, b = (each.unflatten(1, (-1, self.spread)).sum(2) for each in (square, cross))
         return a, b
 
     def least(self, s: Tensor) -> Tensor:
-        """The error [N, sub-blocks] of the best entries at scales s, up to a constant."""
-        found: Tensor = self.errors.least(s.repeat_interleave(self.spread, 1)).unflatten(1, (-1, self.spread))
-        return found.sum(2)
+        """The error of the best entries at scales s, up to a constant: [tries, N, sub-blocks] both."""
+        found: Tensor = self.errors.least(s.repeat_interleave(self.spread, 2)).unflatten(2, (-1, self.spread))
+        return found.sum(3)
 
     def start(self, top: Tensor) -> tuple[Tensor, Tensor]:
         """Step 1: scales and A [N, sub-blocks]."""
-        best, least = top, torch.zeros_like(top)
-        for share in _shares(self.kind):
-            error = self.least(tried := top * share)
-            best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
+        tried = torch.stack([top * share for share in _shares(self.kind)])
+        least, at = self.least(tried).min(0)
+        best = torch.where(least < 0, tried.gather(0, at.unsqueeze(0)).squeeze(0), top)
         for _ in range(_SOLUTIONS):
             a, b = self.sums(best)
             best = torch.where(b > 0, b / a, best)
@@ -92,20 +88,19 @@ class _Search:
         """All three steps; the best grid found."""
         kind, subs = self.kind, self.kind.subs
         found = d, t = _projected(kind, top, torch.ones_like(top), self.unit)
-        least = self._of_blocks(self.least(self._scales(d, t)))
+        least = self._of_blocks(self.least(self._scales(d, t)[None])[0])
         d, t = _projected(kind, *self.start(top), self.unit)
         for last in (*[False] * _ROUNDS, True):
-            error = self.least(s := self._scales(d, t))
-            better = (whole := self._of_blocks(error)) < least
+            near = torch.stack([(t + by).clamp_(*kind.sc) for by in ((0,) if last else (0, 2, -2))])
+            s = self._scales(d, near)
+            error = self.least(s)
+            better = (whole := self._of_blocks(error[0])) < least
             found = torch.where(better, d, found[0]), torch.where(better.repeat_interleave(subs, 1), t, found[1])
             least = torch.minimum(whole, least)
             if last:
                 break
-            for by in (2, -2):
-                tried = (t + by).clamp_(*kind.sc)
-                other = self.least(s_ := self._scales(d, tried))
-                better = other < error
-                t, s, error = torch.where(better, tried, t), torch.where(better, s_, s), torch.minimum(error, other)
+            at = error.min(0, keepdim=True).indices
+            t, s = (each.gather(0, at).squeeze(0) for each in (near, s))
             a, b = self.sums(s)
             d = half((self._of_blocks(t * b) / self._of_blocks(t * t * a)).nan_to_num(0.0).clamp_(min=0), self.unit)
         return found

@@ -28,9 +28,10 @@ from fewbit.schemes.base import ALL, Columns, chunk_rows
 from fewbit.schemes.ggml import codebook
 from fewbit.schemes.ggml.grids import BlockGrids
 from fewbit.schemes.ggml.layout import Layout
-from fewbit.system import ambient
+from fewbit.system import ambient, native
 
 _CHUNK = {"cpu": 1 << 20}  # errors of entries computed at a time; on a CPU they fit its cache
+_COMPILED = 1 << 19  # weights that the CPU library takes at a time: their importances stay in its cache
 _COMPARED = 8  # vectors compared under a metric with correlations, and entries for each half; 32 gain under 0.2 %
 _DAMP = 1e-6  # share of its mean diagonal that is added to a metric
 
@@ -109,7 +110,7 @@ def _number(digits: Tensor, base: int) -> Tensor:
 class Errors:
     """The errors of all entries for vectors x [R, V, columns] with importances h [1 or R, V, columns], both float32.
 
-    `columns` are those that must be chosen together: 8, or the 4 of an entry.
+    `columns` are those that must be chosen together: 8, or the 4 of an entry. `Compiled` has the same methods.
     """
 
     def __init__(self, kind: Vectors, x: Tensor, h: Tensor) -> None:
@@ -136,7 +137,10 @@ class Errors:
         return torch.mul(self.square, s[..., None, None], out=self._score).sub_(cross, alpha=2)
 
     def least(self, s: Tensor) -> Tensor:
-        """The least error of each vector at scales s >= 0 [R, V], up to a constant."""
+        """The least error of each vector at scales s >= 0 [tries, R, V], up to a constant."""
+        return torch.stack([self._least(each) for each in s])
+
+    def _least(self, s: Tensor) -> Tensor:
         found = self.scores(s, self.cross).amin(3)
         if not (self.kind.even and found.shape[2] == 2):
             return found.sum(2).mul_(s)
@@ -154,7 +158,12 @@ class Errors:
         square = self.square.expand(len(best), -1, -1, -1).gather(3, best)
         return index, square.squeeze(3), cross.gather(3, best).squeeze(3)
 
-    def at(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def sums(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums [R, V] of h g g and h x g over the best entries at scales s >= 0 [R, V]."""
+        _, square, cross, _ = self._at(s)
+        return square, cross
+
+    def _at(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The best entries at scales s >= 0 [R, V]: index [R, V, halves], and sums [R, V] of h g g and h x g.
 
         The last: which half [R, V] has the flipped sign, of vectors with two halves and odd signs; else None.
@@ -173,7 +182,7 @@ class Errors:
 
     def codes(self, s: Tensor) -> Tensor:
         """The codes uint8 [R, V, columns] of the nearest vectors at scales s >= 0 [R, V]."""
-        index, _, _, which = self.at(s)
+        index, _, _, which = self._at(s)
         negative = (self.x < 0).unflatten(2, (-1, self.kind.entry))
         if self.kind.even:
             at = (self.u * self.grid[index]).min(3, keepdim=True).indices
@@ -182,6 +191,68 @@ class Errors:
                 flip = flip & (which[..., None, None] == torch.arange(2, dtype=torch.int64, device=s.device)[:, None])
             negative = negative.scatter(3, at, negative.gather(3, at) ^ flip)
         return signed_codes(self.kind, index, negative).flatten(2)
+
+    def under(self, s: Tensor, metric: Tensor) -> Tensor:
+        """Codes uint8 [R, columns] of the one vector in each row at scales s [R], chosen under a metric
+        [columns, columns] among those that are nearest under its diagonal, which is h."""
+        index, negative = _candidates(self, s)
+        tried = signed_codes(self.kind, index, negative).flatten(2)
+        missed = _levels(self.kind, tried) * s[:, None, None] - self.x
+        best = ((missed @ metric) * missed).sum(2).min(1).indices
+        return tried.gather(1, best[:, None, None].expand(-1, 1, self.kind.vector)).squeeze(1)
+
+
+class Compiled:
+    """`Errors` by the CPU library, in one pass over the codebook for each vector."""
+
+    def __init__(self, kind: Vectors, x: Tensor, h: Tensor) -> None:
+        self.book, self.x, self.h = _book(kind.name), x.contiguous(), h.contiguous()
+
+    def least(self, s: Tensor) -> Tensor:
+        found = torch.empty_like(s, memory_format=torch.contiguous_format)
+        native.nearest_vectors(self.book, self.x, self.h, s.contiguous(), least=found)
+        return found
+
+    def sums(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        square, cross = (torch.empty(s.shape, dtype=torch.float32, device="cpu") for _ in range(2))
+        native.nearest_vectors(self.book, self.x, self.h, s[None].contiguous(), square=square, cross=cross)
+        return square, cross
+
+    def codes(self, s: Tensor) -> Tensor:
+        codes = torch.empty(self.x.shape, dtype=torch.uint8, device="cpu")
+        native.nearest_vectors(self.book, self.x, self.h, s[None].contiguous(), codes=codes)
+        return codes
+
+    def under(self, s: Tensor, metric: Tensor) -> Tensor:
+        codes, metric = torch.empty(self.x.shape, dtype=torch.uint8, device="cpu"), metric.contiguous()
+        native.nearest_vectors(self.book, self.x, self.h, s[None, :, None].contiguous(), metric=metric, codes=codes)
+        return codes.squeeze(1)
+
+
+@cache
+@ambient.defaults()
+def _book(name: str) -> native.Book:
+    kind, device = VECTORS[name], torch.device("cpu")
+    levels = torch.tensor(kind.table[len(kind.table) // 2 :], dtype=torch.float32, device=device)
+    ranks = _ranks(name, device).to(torch.uint8)
+    return native.Book(entries(name, device).T.contiguous(), ranks, levels, kind.vector // kind.entry, kind.even)
+
+
+def errors(kind: Vectors, x: Tensor, h: Tensor) -> Errors | Compiled:
+    """The errors of all entries for vectors x with importances h: see `Errors`."""
+    return Compiled(kind, x, h) if _compiled(x) else Errors(kind, x, h)
+
+
+def chunks(kind: Vectors, x: Tensor) -> list[slice]:
+    """Rows of x [R, columns] whose errors are computed at a time."""
+    if _compiled(x):
+        return chunk_rows(x.shape[0], x.shape[1], _COMPILED)
+    wide = x.shape[1] // kind.entry * len(entries(kind.name, x.device))
+    return chunk_rows(len(x), wide, _CHUNK.get(x.device.type, 1 << 26))
+
+
+def _compiled(x: Tensor) -> bool:
+    return x.is_cpu and not isinstance(native.library(), str)
 
 
 def signed_codes(kind: Vectors, index: Tensor, negative: Tensor) -> Tensor:
@@ -209,13 +280,13 @@ class VectorGrids(BlockGrids):
 
     def encode(self, w: Tensor, columns: Columns = ALL) -> Tensor:
         """Codes of the nearest vectors. `columns`: whole vectors, each in the order of the weight."""
-        kind, n = self.kind, len(w)
+        kind = self.kind
         scale, importance = self._of_vectors(columns)
         x, h = (each.float().unflatten(1, (-1, kind.vector)) for each in (w, importance))
         codes = torch.empty(x.shape, dtype=torch.uint8, device=w.device)
-        for rows in chunk_rows(n, x[0].numel() // kind.entry * len(entries(kind.name, w.device)), _chunk(w)):
+        for rows in chunks(kind, w):
             s = scale[rows].float()
-            codes[rows] = Errors(kind, x[rows].masked_fill(s.unsqueeze(2) == 0, 0.0), h).codes(s)
+            codes[rows] = errors(kind, x[rows].masked_fill(s.unsqueeze(2) == 0, 0.0), h).codes(s)
         return codes.flatten(1)
 
     def _of_vectors(self, columns: Columns) -> tuple[Tensor, Tensor]:
@@ -228,29 +299,20 @@ class VectorGrids(BlockGrids):
         return self.scale[:, every[:: kind.vector] // kind.sub], importance.unsqueeze(0)
 
     def encode_under(self, w: Tensor, columns: Tensor, metric: Tensor) -> Tensor:
-        kind, n = self.kind, len(w)
+        kind = self.kind
         s = self.scale[:, columns[:1] // kind.sub].squeeze(1).float()
         metric = metric.float()
         diagonal = metric.diagonal()
         h = torch.maximum(diagonal, _DAMP * diagonal.mean())
         codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-        wide = len(entries(kind.name, w.device)) * kind.vector // kind.entry
-        for rows in chunk_rows(n, wide, _chunk(w)):
+        for rows in chunks(kind, w):
             x = w[rows].float().masked_fill(s[rows].unsqueeze(1) == 0, 0.0)
-            index, negative = _candidates(Errors(kind, x.unsqueeze(1), h[None, None]), s[rows])
-            tried = signed_codes(kind, index, negative).flatten(2)
-            missed = self._levels(tried) * s[rows, None, None] - x.unsqueeze(1)
-            best = ((missed @ metric) * missed).sum(2).min(1).indices
-            codes[rows] = tried.gather(1, best[:, None, None].expand(-1, 1, kind.vector)).squeeze(1)
+            codes[rows] = errors(kind, x.unsqueeze(1), h[None, None]).under(s[rows], metric)
         return codes
 
-    def _levels(self, codes: Tensor) -> Tensor:
-        table = torch.tensor(self.kind.table, dtype=torch.float32, device=codes.device)
-        return table[codes.int()]
 
-
-def _chunk(w: Tensor) -> int:
-    return _CHUNK.get(w.device.type, 1 << 26)
+def _levels(kind: Vectors, codes: Tensor) -> Tensor:
+    return torch.tensor(kind.table, dtype=torch.float32, device=codes.device)[codes.int()]
 
 
 def _candidates(errors: Errors, s: Tensor) -> tuple[Tensor, Tensor]:
