@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import fewbit as package
 from fewbit import NumericsError, PlanError
@@ -164,6 +164,18 @@ def test_checkpointing_and_the_seed_decide_nothing_else(quantized: Path, text: P
     for name, tensor in first.items():
         torch.testing.assert_close(same[name], tensor, rtol=1e-5, atol=1e-7)
     assert not all(torch.equal(other[name], tensor) for name, tensor in first.items())
+
+
+def test_more_visible_gpus_change_nothing(
+    quantized: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would give each of them a batch in each step."""
+    tuning, losses = Tuning(length=32, batch=2, steps=3, learning_rate=0.01), []
+    for visible in (0, 2):
+        monkeypatch.setattr(TrainingArguments, "n_gpu", visible)
+        done = package.finetune(quantized, tmp_path / f"of-{visible}", data=str(text), tuning=tuning)
+        losses.append((done.loss, done.held_out_after))
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("steps_before", [0, 1, 3])

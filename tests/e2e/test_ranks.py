@@ -104,14 +104,14 @@ app.main()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models.save(tmp_path_factory.mktemp("ranks") / "model", "llama", num_hidden_layers=BLOCKS)
+    return models.save(tmp_path_factory.mktemp("ranks") / "model", "llama", num_hidden_layers=BLOCKS, dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model wide enough for blocks of 256."""
     place = tmp_path_factory.mktemp("ranks") / "wide"
-    return models.save(place, "llama", num_hidden_layers=1, hidden_size=256, intermediate_size=512)
+    return models.save(place, "llama", num_hidden_layers=1, hidden_size=256, intermediate_size=512, dtype="float32")
 
 
 @pytest.fixture(scope="module")

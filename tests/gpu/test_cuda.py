@@ -113,3 +113,19 @@ def test_tuned_there(tmp_path: Path) -> None:
     assert done.held_out_after is not None
     assert done.held_out_after < 0.9 * done.held_out_before
     assert done.gpu_peak
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tuned_on_the_second_gpu(tmp_path: Path) -> None:
+    """One process with several visible GPUs trains on the one that was named, and on no other."""
+    folder = models.save(tmp_path / "model", "llama", dtype="float32")
+    (tmp_path / "text.txt").write_text(models.sentences(100), encoding="utf-8")
+    quantize.quantize(folder, tmp_path / "out", plan="rtn-4bit")
+    tuning, found = Tuning(length=32, batch=4, learning_rate=0.01, steps=5), []
+    for device in ("cuda:0", "cuda:1"):
+        before = torch.cuda.max_memory_allocated(0)
+        out, data = tmp_path / device.replace(":", "-"), str(tmp_path / "text.txt")
+        done = fewbit.finetune(tmp_path / "out", out, data=data, tuning=tuning, device=device)
+        found.append((done.loss, done.held_out_after))
+        assert (torch.cuda.max_memory_allocated(0) > before) == (device == "cuda:0")
+    assert found[0] == pytest.approx(found[1], rel=1e-4)

@@ -10,10 +10,12 @@ import importlib.util
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from peft import LoraConfig, get_peft_model
 from peft.tuners import tuners_utils
 from torch import Tensor, nn
@@ -73,7 +75,10 @@ def train(
         base = [name for name, each in adapted.named_parameters() if not each.requires_grad]
         base += [name for name, _ in adapted.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(adapted, base)
-    with tempfile.TemporaryDirectory() as scratch:  # the Trainer requires an output folder, but writes nothing
+    # In several processes, accelerate gives each its GPU; in one, the first that is visible.
+    alone = model.device.type == "cuda" and ranks.size() == 1
+    device = patch_environment(accelerate_torch_device=str(model.device)) if alone else nullcontext()
+    with device, tempfile.TemporaryDirectory() as scratch:  # a folder that the Trainer requires, and leaves empty
         trainer = _Trainer(
             adapted,
             _arguments(scratch, tuning, steps, model),
@@ -183,7 +188,8 @@ def _unsuited(model: nn.Module, config: LoraConfig) -> list[str]:
 def _arguments(scratch: str, tuning: Tuning, steps: int, model: Any) -> TrainingArguments:
     on_gpu = model.device.type == "cuda"
     paged = on_gpu and importlib.util.find_spec("bitsandbytes") is not None
-    return TrainingArguments(
+    return _Arguments(
+        on=str(model.device),
         output_dir=scratch,
         per_device_train_batch_size=tuning.batch,
         gradient_accumulation_steps=tuning.accumulate,
@@ -203,6 +209,29 @@ def _arguments(scratch: str, tuning: Tuning, steps: int, model: Any) -> Training
         dataloader_pin_memory=on_gpu,
         label_names=["labels"],
     )
+
+
+@dataclass
+class _Arguments(TrainingArguments):
+    """Arguments of a training on the model's device alone.
+
+    In a single process, transformers would move the model to the first visible GPU, and split larger batches over all
+    of them (torch's DataParallel).
+    """
+
+    on: str = "cpu"
+
+    @property
+    def device(self) -> torch.device:
+        first: torch.device = super().device  # this also sets up accelerate, and selects the first GPU
+        own = torch.device(self.on)
+        if first.type == own.type == "cuda":
+            torch.cuda.set_device(own)
+        return own
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, int(super().n_gpu))
 
 
 class _NotFinite(Exception):
