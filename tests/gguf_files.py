@@ -75,7 +75,7 @@ _NEMOTRON_H: dict[str, Any] = {
 }
 _GEMMA4: dict[str, Any] = {
     "vocab_size_per_layer_input": models.VOCAB,
-    "final_logit_softcapping": 30.0,
+    "final_logit_softcapping": 3.0,
     "tie_word_embeddings": True,
     "num_experts": None,
     "moe_intermediate_size": None,
@@ -157,7 +157,7 @@ TYPES: dict[str, dict[str, Any]] = {
         "use_double_wide_mlp": True,
         "hidden_size_per_layer_input": 16,
     },
-    "gemma4_text-wide": {**_GEMMA4, **_SAME_KV},
+    "gemma4_text-wide": {**_GEMMA4, **_SAME_KV, "final_logit_softcapping": None},
     "gemma4_text-experts": {
         **_GEMMA4,
         **_SAME_KV,

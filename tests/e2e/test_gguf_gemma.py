@@ -85,6 +85,7 @@ def test_gate_and_up_of_an_expert_share_importances(tmp_path: Path) -> None:
             {"layer_types": ["full_attention"] * 4, "per_layer_config": None, "num_kv_shared_layers": 0},
             "with one width and number of heads for each",
         ),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 2, "per_layer_config": None}, "of layer 0 for layers"),
         ({"use_bidirectional_attention": "all"}, "causal attention"),
         ({"vocab_size_per_layer_input": 300}, "vocab_size_per_layer_input = vocab_size"),
         ({"attention_bias": True}, "attention_bias = False"),
@@ -93,6 +94,14 @@ def test_gate_and_up_of_an_expert_share_importances(tmp_path: Path) -> None:
 def test_what_llama_cpp_computes_otherwise_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=message):
         gguf_files.header_of(gguf_files.save(tmp_path / "m", "gemma4_text", **changes))
+
+
+def test_a_file_says_that_logits_have_no_cap(tmp_path: Path) -> None:
+    """llama.cpp takes 30 without the key."""
+    folder = gguf_files.save(tmp_path / "m", "gemma4_text", final_logit_softcapping=None)
+    path = gguf_files.written(folder, tmp_path / "m.gguf")
+    assert GgufFile(path).metadata["gemma4.final_logit_softcapping"] == 0
+    assert generate.load(path).config.final_logit_softcapping is None
 
 
 def test_layers_of_other_types_have_one_size() -> None:

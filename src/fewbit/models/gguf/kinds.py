@@ -8,6 +8,7 @@ num_kv_shared_layers                              a.attention.shared_kv_layers: 
                                                   values of their own
 use_double_wide_mlp                               a.feed_forward_length of each layer: these layers have twice the width
 attention_k_eq_v                                  no attn_v in layers with full attention
+final_logit_softcapping                           a.final_logit_softcapping: 0 without; llama.cpp takes 30 if it is missing
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def to_keys(whole: Any, config: Any) -> dict[str, Any]:
         )
     if config.use_bidirectional_attention == "all":
         raise PlanError("llama.cpp runs text with causal attention; this model has use_bidirectional_attention = all")
+    check_sharing(config, config.num_hidden_layers - config.num_kv_shared_layers)
     ((width, kv),), ((own, own_kv),) = full, local
     sliding = [kind == _SLIDING for kind in config.layer_types]
     found: dict[str, Any] = {
@@ -63,6 +65,7 @@ def to_keys(whole: Any, config: Any) -> dict[str, Any]:
         "rope.dimension_count_swa": own,
         "rope.freq_base_swa": float(config.rope_parameters[_SLIDING]["rope_theta"]),
         "attention.sliding_window_pattern": np.array(sliding),
+        "final_logit_softcapping": float(config.final_logit_softcapping or 0.0),
     }
     found["attention.head_count_kv"] = own_kv
     if kv != own_kv:
@@ -75,6 +78,19 @@ def to_keys(whole: Any, config: Any) -> dict[str, Any]:
 def width(config: Any) -> int:
     """The width of a head with full attention."""
     return int(max(each.head_dim for each in _layers(config, _FULL)))
+
+
+def check_sharing(config: Any, first: int) -> None:
+    """PlanError if llama.cpp gives layers other keys and values than the model does.
+
+    first: the first layer that has none of its own.
+    """
+    before = list(config.layer_types[max(first - 2, 0) : first])
+    if first < config.num_hidden_layers and before != [_SLIDING, _FULL]:
+        raise PlanError(
+            f"llama.cpp takes keys and values of layer {first - 2} for layers with a sliding window, and of layer "
+            f"{first - 1} for those with full attention; these layers of this model have {before}"
+        )
 
 
 def _layers(config: Any, wanted: str) -> list[Any]:
@@ -113,6 +129,7 @@ def of_keys(keys: Any, layers: int) -> dict[str, Any]:
             if not one
         },
         "num_kv_shared_layers": shared,
+        "final_logit_softcapping": keys.real("final_logit_softcapping", 30.0) or None,
         "intermediate_size": widths[0],
         "use_double_wide_mlp": double,
         "attention_k_eq_v": f"blk.{first}.attn_v.weight" not in keys.file.entries,
