@@ -166,6 +166,15 @@ TYPES: dict[str, dict[str, Any]] = {
         "top_k_experts": 2,
         "moe_intermediate_size": 32,
     },
+    "gemma3n_text": {
+        "num_hidden_layers": 12,
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": models.VOCAB,
+        "tie_word_embeddings": True,
+        "hidden_size_per_layer_input": 256,
+        "intermediate_size": 96,
+        "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 2,
+    },
     "solar_open": {"n_shared_experts": 1, "routed_scaling_factor": 1.5},
     "falcon-first": {"max_position_embeddings": 2048},
     "bloom": {},
@@ -347,7 +356,7 @@ def written(folder: Path, path: Path, kind: str = "f32", *, norms: str = "f32") 
         else:
             packed = Method().quantize(tensor.float(), parse(plain), None).weight
             weights[name] = Entry(route.name, plain, tuple(tensor.shape)), packed.parts["blocks"]
-    entries = [Entry(name, "f32", tuple(tensor.shape)) for name, tensor in head.extra.items()]
+    entries = head.extra_entries
     whole: dict[str, tuple[Entry, Tensor]] = {}
     for name in weights:
         entry, tensor = weights[name]

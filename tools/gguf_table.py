@@ -147,6 +147,10 @@ def _conditions(row: Any) -> Iterator[str]:
         yield "`q_lora_rank` = None with 26 or 27 layers only; YaRN with `mscale` = `mscale_all_dim`"
     if row.regular:
         yield f"a sliding window in all layers but one in {row.period}"
+    if row.unshared:
+        yield f"`num_kv_shared_layers` leaves {row.unshared} layers with keys and values of their own"
+    if row.sparse:
+        yield f"`activation_sparsity_pattern` = 0.95 in the first {row.sparse} layers and 0 in others"
     if row.two_kinds:
         yield "layers with full attention and layers with a sliding window; `use_bidirectional_attention` is not all"
     if row.one_theta:

@@ -90,7 +90,7 @@ def test_a_file_of_any_architecture_gives_the_original_logits(
         with torch.no_grad():
             for name, parameter in original.named_parameters():
                 if parameter.dim() > 1 and not re.search(
-                    r"((?<!input_)gate|router|router\.proj|wg|conv1d|conv\.conv)\.weight|bias|A_log", name
+                    r"((?<!input_)gate|(?<!modality_)router|router\.proj|wg|conv1d|conv\.conv)\.weight|bias|A_log", name
                 ):
                     parameter.copy_(parameter.half())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""GGUF files of Gemma 4: layers of two kinds, inputs of single layers, and gate and up of an expert as one matrix."""
+"""GGUF files of Gemma 3n and 4: two kinds of heads, inputs of single layers, gate and up of an expert as one matrix."""
 
 from __future__ import annotations
 
@@ -59,6 +59,44 @@ def test_unused_keys_of_a_checkpoint_are_ignored(tmp_path: Path) -> None:
     assert gguf_files.digest(one) == gguf_files.digest(two)
 
 
+def test_a_shorter_embedding_of_layers_gets_more_rows(tmp_path: Path) -> None:
+    """Published models have tokens of images and sound that no row of it is for."""
+    folder = gguf_files.save(tmp_path / "m", "gemma3n_text", vocab_size_per_layer_input=200)
+    quantize.quantize(folder, tmp_path / "out.gguf", plan=find("q8_0").changed(method="rtn"))
+    file = GgufFile(tmp_path / "out.gguf")
+    entry = file.entries["per_layer_token_embd.weight"]
+    assert (entry.type, entry.shape) == ("q8_0", (models.VOCAB, 12 * 256))
+    assert not file.get(entry.name)[200:].any()
+    plain = gguf_files.written(folder, tmp_path / "m.gguf")
+    loaded, ids = generate.load(plain, dtype=torch.float32), gguf_files.ids() % 200
+    assert torch.equal(models.logits(loaded, ids), models.logits(models.original(folder), ids))
+
+
+def test_layers_without_keys_get_some_that_are_not_used(tmp_path: Path) -> None:
+    """llama.cpp does not load a file of Gemma 3n without them."""
+    sparse = [0.95] * 10 + [0.0] * 12
+    changes = {"num_hidden_layers": 22, "num_kv_shared_layers": 2, "activation_sparsity_pattern": sparse}
+    folder = gguf_files.save(tmp_path / "m", "gemma3n_text", **changes)
+    path = gguf_files.written(folder, tmp_path / "m.gguf")
+    assert GgufFile(path).entries["blk.21.attn_k.weight"].type == "f16"
+    loaded, ids = generate.load(path, dtype=torch.float32), gguf_files.ids()
+    assert torch.equal(models.logits(loaded, ids), models.logits(models.original(folder), ids))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation_sparsity_pattern": [0.9] * 12}, "activation_sparsity_pattern = "),
+        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers = 0 of 12; this model has 2"),
+        ({"laurel_rank": 32}, "laurel_rank = 64"),
+        ({"intermediate_size": [96] * 11 + [64]}, "one value for intermediate_size"),
+    ],
+)
+def test_other_sizes_of_gemma_3n_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=message):
+        gguf_files.header_of(gguf_files.save(tmp_path / "m", "gemma3n_text", **changes))
+
+
 def test_both_embeddings_are_quantized(tmp_path: Path) -> None:
     folder = gguf_files.save(tmp_path / "m", "gemma4_text", hidden_size=256, hidden_size_per_layer_input=64)
     quantize.quantize(folder, tmp_path / "out.gguf", plan=find("q4_0").changed(method="rtn"))
@@ -85,7 +123,10 @@ def test_gate_and_up_of_an_expert_share_importances(tmp_path: Path) -> None:
             {"layer_types": ["full_attention"] * 4, "per_layer_config": None, "num_kv_shared_layers": 0},
             "with one width and number of heads for each",
         ),
-        ({"layer_types": ["full_attention", "sliding_attention"] * 2, "per_layer_config": None}, "of layer 0 for layers"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"] * 2, "per_layer_config": None},
+            "of layer 0 for layers",
+        ),
         ({"use_bidirectional_attention": "all"}, "causal attention"),
         ({"vocab_size_per_layer_input": 300}, "vocab_size_per_layer_input = vocab_size"),
         ({"attention_bias": True}, "attention_bias = False"),

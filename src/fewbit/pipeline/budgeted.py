@@ -302,7 +302,7 @@ def _headers(job: Job, header: Header | None) -> int:
         rows, _ = sizes.tensors(settled)
         return 4096 + sum((len(name) + _ENTRY) * parts.get(name.removesuffix(".weight"), 1) for name, _, _ in rows)
     entries = [each.entry for each in write_gguf.planned(settled)]
-    entries += [gguf.Entry(name, "f32", tuple(tensor.shape)) for name, tensor in header.extra.items()]
+    entries += header.extra_entries
     longest: dict[str, Any] = {"left_out": "x" * (_RECORD + _REPORT * len(assignments))}
     _, _, whole = gguf.layout(write_gguf.metadata(header, settled.resolved, longest), entries, gguf.ALIGNMENT)
     padding = gguf.ALIGNMENT * len(entries)  # of other widths

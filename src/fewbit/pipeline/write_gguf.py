@@ -22,8 +22,7 @@ from fewbit.formats.containers.gguf import Entry, GgufWriter
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models import scales
 from fewbit.models.gguf import names as gguf_names
-from fewbit.models.gguf import positions
-from fewbit.models.gguf.header import Header
+from fewbit.models.gguf.header import Header, extra_tensors
 from fewbit.pipeline.settled import Settled, finite
 from fewbit.pipeline.write_folder import folded
 from fewbit.plans import mixtures
@@ -39,6 +38,8 @@ _IN_32_BITS = (
     "exp_probs_b.bias",
     "ssm_conv1d.weight",
     "shortconv.conv.weight",
+    "altup_correct_coef.weight",
+    "altup_predict_coef.weight",
     "ssm_a",
     "ssm_d",
     "ssm_norm.weight",
@@ -68,7 +69,8 @@ def planned(settled: Settled) -> list[Planned]:
         route, module = routes[name], name.removesuffix(".weight")
         assignment = resolved.assignments.get(module) if name.endswith(".weight") else None
         if assignment is not None:
-            entry = Entry(route.name, str(assignment.scheme), assignment.shape)
+            rows, columns = assignment.shape
+            entry = Entry(route.name, str(assignment.scheme), (route.height or rows, columns))
         else:
             shape = route.shape_in_file(spec.shape)
             spec = skeleton.multiplied.get(key, spec)
@@ -131,7 +133,7 @@ def file_type(resolved: Resolved) -> int:
 
 def nbytes(settled: Settled) -> int:
     """Bytes of all tensors of the file."""
-    extra = sum(4 * tensor.numel() for tensor in positions.extra_tensors(settled.skeleton.config).values())
+    extra = sum(tensor.nbytes for tensor in extra_tensors(settled.skeleton.config).values())
     return extra + sum(each.entry.spec.nbytes for each in planned(settled))
 
 
@@ -155,7 +157,7 @@ def write(path: Path, settled: Settled, blocks: Checkpoint, header: Header, reco
     keys = metadata(header, resolved, {**record, "scales": scales.to_record(own)}) | scales.to_metadata(own)
     with GgufWriter(path, keys, entries) as writer:
         for name, tensor in extra.items():
-            writer.add(name, tensor.float())
+            writer.add(name, tensor)
         for each in tensors:
             parts = [_made(part, settled, blocks, routes[part.name]) for part in (each, *each.more)]
             whole, split = parts[0] if len(parts) == 1 else torch.stack(parts), routes[each.name].split
@@ -167,8 +169,7 @@ def write(path: Path, settled: Settled, blocks: Checkpoint, header: Header, reco
 
 def _entries(tensors: Sequence[Planned], header: Header) -> list[Entry]:
     """All tensors of the file, in its order."""
-    entries = [Entry(name, "f32", tuple(tensor.shape)) for name, tensor in header.extra.items()]
-    return entries + [entry for each in tensors for entry in _pieces(each, header.routes)]
+    return header.extra_entries + [entry for each in tensors for entry in _pieces(each, header.routes)]
 
 
 def _pieces(each: Planned, routes: Mapping[str, gguf_names.Route]) -> list[Entry]:

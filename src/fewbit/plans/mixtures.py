@@ -125,13 +125,18 @@ _FALCON_DOWN = {
 }
 
 
+_SMALL = ("altup_", "laurel_")  # Gemma 3n's, which llama.cpp leaves in 16 bits
+
+
 def file_type(plain: str) -> int:
     """The file type of a file with the scheme `plain` throughout; 1 (F16) if llama.cpp has no file type for it."""
     return _PLAIN.get(plain, 1)
 
 
 def schemes(mixture: str, tensors: Mapping[str, Shape], model: Model, *, weighed: bool = True) -> dict[str, str | None]:
-    """Tensor -> its scheme in `mixture`; None if no scheme's blocks divide its rows, so that it stays in 16 bits.
+    """Tensor -> its scheme in `mixture`; None if it stays in 16 bits.
+
+    These are tensors that are small, and those whose rows no scheme's blocks divide.
 
     `tensors`: all tensors that may be quantized, by their names in a GGUF file without `.weight`, with shapes [N, K].
     `weighed`: whether an importance matrix, or statistics that contain one, weights the errors.
@@ -141,6 +146,9 @@ def schemes(mixture: str, tensors: Mapping[str, Shape], model: Model, *, weighed
     all_values = sum(_role(name) in _VALUES for name in tensors)
     for name in sorted(tensors, key=order):
         role, columns = _role(name), tensors[name][1]
+        if role.startswith(_SMALL):
+            found[name] = None
+            continue
         if mixture in _EXPERTS:
             scheme = _EXPERTS[mixture] if role.endswith("_exps") else MIXTURES[mixture].base
         elif role == "output" or (role == "token_embd" and model.tied):

@@ -129,6 +129,11 @@ class Architecture:
     gated_queries: bool = False  # q has a gate of each head below the head's rows
     linear_attention: bool = False  # some layers have linear attention (gated delta net)
     latent: bool = False  # keys and values are expanded from a latent (latent.py)
+    # Embeddings that a file gives a row for every token -> the entry of config.json with the rows that a model has
+    padded: Mapping[str, str] = field(default_factory=dict)
+    # Number of the first layers whose MLPs keep a twentieth of their gate; 0: the MLPs of all layers keep all of it
+    sparse: int = 0
+    unshared: int = 0  # number of the layers with keys and values of their own, if llama.cpp has one
     two_kinds: bool = False  # full attention has heads of its own (kinds.py)
     # Entry of `layer_types` of layers without attention, which a file gives 0 key-value heads; "" without such layers
     without_attention: str = ""

@@ -41,7 +41,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
     width = _of(config, arch, "head_dim") or config.hidden_size // max(heads, 1)
     if arch.alpha and rope.get("rope_type") == "dynamic" and rope.get("alpha"):
         rope = {"rope_theta": rope["rope_theta"] * rope["alpha"] ** (width / (width - 2))}
-    inner = _of(config, arch, "intermediate_size")
+    inner = _same(_of(config, arch, "intermediate_size"), "intermediate_size")
     found: dict[str, Any] = {
         "general.architecture": arch.name,
         "general.type": "model",
@@ -93,6 +93,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
     found |= hybrid.dense_to_keys(getattr(config, arch.mlp_types)) if arch.mlp_types else {}
     found |= latent.to_keys(config, rope) if arch.latent else {}
     found |= kinds.to_keys(whole, config) if arch.two_kinds else {}
+    found |= kinds.fixed_to_keys(config, arch) if arch.unshared else {}
     found |= {ours: bool(getattr(config, theirs)) for theirs, ours in arch.flags.items()}
     found |= {**_window(config, arch), **arch.constants}
     return {key if key.startswith("general.") else f"{arch.name}.{key}": value for key, value in found.items()}
@@ -121,11 +122,15 @@ def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
 
 def _one(config: Any, key: str) -> int:
     """A number of the config, which may have it once for each layer."""
-    found = getattr(config, key)
+    return int(_same(getattr(config, key), key))
+
+
+def _same(found: Any, key: str) -> Any:
+    """The entry `key`, or the one value of all layers that it has."""
     each = set(found) if isinstance(found, list | tuple) else {found}
     if len(each) != 1:
         raise PlanError(f"a GGUF file has one value for {key}; the layers of this model have {sorted(each)}")
-    return int(each.pop())
+    return each.pop()
 
 
 def to_config(file: GgufFile) -> dict[str, Any]:
@@ -159,6 +164,7 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     config |= _heads(keys, config) if arch.grouped_heads else _unturned(keys, config) if arch.attention else {}
     if not arch.has_no("rms_norm_eps"):
         config["rms_norm_eps"] = keys.real(arch.epsilon)
+    config |= dict.fromkeys(arch.padded.values(), vocab)
     config |= {key: tensor in file.entries for key, tensor in arch.biases.items()}
     config |= {key: keys.real(ours, default) for key, (ours, default) in arch.numbers.items()}
     config |= {key: None if keys.get(ours) is None else keys.real(ours) for key, ours in arch.optional.items()}
@@ -173,6 +179,9 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     config |= hybrid.layers_of_keys(keys, layers) if arch.without_attention else {}
     config |= {arch.mlp_types: hybrid.dense_of_keys(keys, layers)} if arch.mlp_types else {}
     config |= _windows(keys, config)
+    if arch.unshared:
+        config["activation_sparsity_pattern"] = kinds.sparsity(arch, layers)
+        config["num_kv_shared_layers"] = max(layers - arch.unshared, 0)
     named = {name: value for key, value in config.items() if (name := arch.keys.get(key, key))}
     named |= {key: count for key, count in counts.items() if key in arch.keys}  # Llama's name for another entry
     return _nested(named | {key: named[other] for key, other in arch.equal.items()})

@@ -3,7 +3,7 @@
     head = header.of(config, tokenizer, "org/model", folder)  # PlanError if no GGUF file can store them
     with GgufWriter(path, head.metadata | {"general.file_type": 15}, entries) as writer:     # of each tensor
         for name, tensor in head.extra.items():
-            writer.add(name, tensor)                          # rotary factors, not weights
+            writer.add(name, tensor)                          # such as rotary factors
         route = head.routes["model.layers.0.self_attn.q_proj.weight"]
         writer.add(route.name, blocks if route.rows is None else blocks[route.rows])     # uint8 [N, bytes of a row]
         writer.add(norm.name, norm.to_file(tensor).float())   # vectors are always float32
@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fewbit.formats.containers.gguf import Entry
 from fewbit.models.gguf import config as gguf_config
-from fewbit.models.gguf import names, positions, tokenizer_check, tokenizer_source
+from fewbit.models.gguf import kinds, names, positions, tokenizer_check, tokenizer_source
 from fewbit.models.gguf import tokenizer as gguf_tokenizer
 from fewbit.models.gguf.names import Route
 
@@ -35,6 +37,17 @@ class Header:
     routes: dict[str, Route]
     extra: dict[str, Tensor]
     notes: tuple[str, ...] = ()
+
+    @property
+    def extra_entries(self) -> list[Entry]:
+        """The tensors that are not weights."""
+        types = {torch.float32: "f32", torch.float16: "f16"}
+        return [Entry(name, types[tensor.dtype], tuple(tensor.shape)) for name, tensor in self.extra.items()]
+
+
+def extra_tensors(config: Any) -> dict[str, Tensor]:
+    """Tensors of the file that are not weights of the model, float32 or float16."""
+    return {**positions.extra_tensors(config), **kinds.extra_tensors(config, names.architecture(config))}
 
 
 def of(config: Any, tokenizer: Any, name: str, folder: Path) -> Header:
@@ -50,4 +63,4 @@ def of(config: Any, tokenizer: Any, name: str, folder: Path) -> Header:
     different = tokenizer_check.check(tokenizer, metadata)
     differs = names.architecture(config).differs
     notes = tuple(note for note in (restored, different, differs) if note)
-    return Header(metadata, names.routes(config), positions.extra_tensors(config), notes)
+    return Header(metadata, names.routes(config), extra_tensors(config), notes)

@@ -8,19 +8,24 @@ num_kv_shared_layers                              a.attention.shared_kv_layers: 
                                                   values of their own
 use_double_wide_mlp                               a.feed_forward_length of each layer: these layers have twice the width
 attention_k_eq_v                                  no attn_v in layers with full attention
-final_logit_softcapping                           a.final_logit_softcapping: 0 without; llama.cpp takes 30 if it is missing
+final_logit_softcapping                           a.final_logit_softcapping, or 0: llama.cpp takes 30 without it
 """
 
 from __future__ import annotations
 
 import copy
+from math import inf
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fewbit.errors import PlanError
 from fewbit.models.gguf.architecture import Architecture
 
+_SPARSITY = 0.95
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _KINDS = (_FULL, _SLIDING)
 _KV, _WIDTH = "num_key_value_heads", "head_dim"
@@ -78,6 +83,45 @@ def to_keys(whole: Any, config: Any) -> dict[str, Any]:
 def width(config: Any) -> int:
     """The width of a head with full attention."""
     return int(max(each.head_dim for each in _layers(config, _FULL)))
+
+
+def sparsity(arch: Architecture, layers: int) -> list[float]:
+    """The part of the gate that the MLP of each layer sets to 0."""
+    return [_SPARSITY] * min(arch.sparse, layers) + [0.0] * max(layers - arch.sparse, 0)
+
+
+def fixed_to_keys(config: Any, arch: Architecture) -> dict[str, Any]:
+    """The keys of what llama.cpp knows without them. PlanError if it differs."""
+    layers, shared = config.num_hidden_layers, max(config.num_hidden_layers - arch.unshared, 0)
+    if list(config.activation_sparsity_pattern) != (wanted := sparsity(arch, layers)):
+        raise PlanError(
+            f"llama.cpp runs {arch.name} with activation_sparsity_pattern = {wanted}; this model has "
+            f"{list(config.activation_sparsity_pattern)}"
+        )
+    if config.num_kv_shared_layers != shared:
+        raise PlanError(
+            f"llama.cpp runs {arch.name} with keys and values of its own in the first {arch.unshared} layers, which is "
+            f"num_kv_shared_layers = {shared} of {layers}; this model has {config.num_kv_shared_layers}"
+        )
+    check_sharing(config, layers - shared)
+    deviations = [NormalDist().inv_cdf(share) if share else -inf for share in wanted]
+    return {
+        "attention.shared_kv_layers": shared,
+        "activation_sparsity_scale": np.array(deviations, np.float32),
+        "attention.sliding_window_pattern": np.array([kind == _SLIDING for kind in config.layer_types]),
+    }
+
+
+def extra_tensors(config: Any, arch: Architecture) -> dict[str, Tensor]:
+    """Keys and values, 0 in float16, of layers that use those of an earlier one: llama.cpp loads them, and no more."""
+    found: dict[str, Tensor] = {}
+    for layer in range(arch.unshared, config.num_hidden_layers) if arch.unshared else ():
+        rows = config.num_key_value_heads * config.head_dim
+        for name, shape in (("k", (rows, config.hidden_size)), ("v", (rows, config.hidden_size))):
+            found[f"blk.{layer}.attn_{name}.weight"] = torch.zeros(shape, dtype=torch.float16, device="cpu")
+        norm = torch.ones(config.head_dim, dtype=torch.float32, device="cpu")
+        found[f"blk.{layer}.attn_k_norm.weight"] = norm
+    return found
 
 
 def check_sharing(config: Any, first: int) -> None:

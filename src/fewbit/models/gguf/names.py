@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fewbit.errors import PlanError
 from fewbit.models.gguf.architecture import Architecture, Cut
@@ -46,6 +47,7 @@ class Route:
     """The name of a model's tensor in the file, and its conversion.
 
     expert: the number of the expert; the file has the tensors of all experts of a layer as one, [experts, ...].
+    height: rows that the file has; the last of them are 0, and the model has none such. 0 for other tensors.
     matrix: the rows of what the model has as a vector; 0 for other tensors.
     order: the rows of the model's weight from row `first` on, as an array of these sizes, are in the file's order if
     its axes are permuted to these axes. columns: the same for columns. Empty if the order is the same.
@@ -62,6 +64,7 @@ class Route:
     columns: Order = ((), ())
     split: Split | None = None
     matrix: int = 0
+    height: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -107,6 +110,7 @@ class Route:
         tensor = tensor.view(self.matrix, -1) if self.matrix else tensor
         tensor = tensor if self.rows is None else tensor[self.rows]
         tensor = tensor[:, _permuted(self.columns)] if self.columns[0] else tensor
+        tensor = pad(tensor, (0, 0, 0, self.height - len(tensor))) if self.height else tensor
         tensor = -tensor.float().exp() if self.negative_exp else tensor
         return tensor.float() + self.shift if self.shift else tensor
 
@@ -126,6 +130,7 @@ class Route:
     def blocks_to_file(self, blocks: Tensor, columns: int) -> Tensor:
         """The blocks of a weight [N, K], uint8 [N, bytes], in the file's order. columns: those of a block."""
         blocks = blocks if self.rows is None else blocks[self.rows]
+        blocks = pad(blocks, (0, 0, 0, self.height - len(blocks))) if self.height else blocks
         return self._blocks(blocks, columns, back=False)
 
     def blocks_from_file(self, blocks: Tensor, columns: int) -> Tensor:
@@ -143,7 +148,7 @@ class Route:
 
     def shape_in_file(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of a tensor of the model in the file."""
-        kept = tuple(shape)
+        kept = (self.height, *shape[1:]) if self.height else tuple(shape)
         if self.matrix:
             return self.matrix, kept[0] // self.matrix
         return kept[::-1] if self.transposed else (kept[0], *kept[2:]) if self.squeezed else kept
@@ -200,10 +205,18 @@ def routes(config: Any) -> dict[str, Route]:
     orders, cuts = _orders(config, arch), {ours: _parts(config, cut) for ours, cut in arch.cut.items()}
     matrices = {ours: getattr(config, key) for ours, key in arch.matrices.items()}
     found = {}
+    groups: dict[str, list[str]] = {}
     for theirs, ours in arch.model.items():
-        for leaf in ("weight", "bias"):
-            shift = arch.shift if ours == "output_norm" and leaf == "weight" else 0.0
-            found[f"{theirs}.{leaf}"] = Route(f"{ours}.{leaf}", shift=shift)
+        groups.setdefault(ours, []).append(theirs)
+    for ours, several in groups.items():
+        for place, theirs in enumerate(several):
+            for leaf in ("weight", "bias"):
+                found[f"{theirs}.{leaf}"] = Route(
+                    f"{ours}.{leaf}",
+                    expert=place if len(several) > 1 else None,
+                    shift=arch.shift if ours == "output_norm" and leaf == "weight" else 0.0,
+                    height=config.vocab_size if ours in arch.padded else 0,
+                )
     for layer in range(config.num_hidden_layers):
         for theirs, ours, expert in _modules(config, arch):
             norm = "norm" in ours

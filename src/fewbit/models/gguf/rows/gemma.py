@@ -72,5 +72,51 @@ GEMMA4_EXPERTS_ROW = replace(
     experts="num_experts",
     when=("expert_count",),
 )
+# llama.cpp has no keys for its sizes, so they are those of the published models
+GEMMA3N_ROW = Architecture(
+    "gemma3n",
+    "gemma3n_text",
+    "Gemma3nForCausalLM",
+    {
+        **_LAYER_INPUTS,
+        **{f"model.altup_projections.{i}": "altup_proj" for i in range(3)},
+        **{f"model.altup_unembed_projections.{i}": "altup_unembd_proj" for i in range(3)},
+    },
+    {
+        **GEMMA2,
+        **HEAD_NORMS,
+        **_LAYER_INPUT,
+        "altup.correction_coefs": "altup_correct_coef",
+        "altup.prediction_coefs": "altup_predict_coef",
+        "altup.modality_router": "altup_router",
+        "altup.router_norm": "altup_router_norm",
+        "laurel.linear_left": "laurel_l",
+        "laurel.linear_right": "laurel_r",
+        "laurel.post_laurel_norm": "laurel_post_norm",
+    },
+    parameters={"altup.correct_output_scale": "altup_correct_scale.weight"},
+    padded={"per_layer_token_embd": "vocab_size_per_layer_input"},
+    activation=GELU,
+    required={
+        **NO_BIAS,
+        "altup_num_inputs": 4,
+        "altup_active_idx": 0,
+        "altup_correct_scale": True,
+        "laurel_rank": 64,
+        "hidden_size_per_layer_input": 256,
+        "final_logit_softcapping": 30.0,
+    },
+    constants={
+        "altup.active_idx": 0,
+        "altup.num_inputs": 4,
+        "embedding_length_per_layer_input": 256,
+    },
+    tied=True,
+    unshared=20,
+    sparse=10,
+    local_theta=10000.0,
+    period=5,
+    differs="llama.cpp divides by one less in the deviation of the gates of the first 10 layers, so its logits differ",
+)
 
-ROWS = (GEMMA4_EXPERTS_ROW, GEMMA4_ROW)
+ROWS = (GEMMA3N_ROW, GEMMA4_EXPERTS_ROW, GEMMA4_ROW)
