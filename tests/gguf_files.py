@@ -56,6 +56,13 @@ _YARN |= {"beta_fast": 32, "beta_slow": 1}
 # Queries of position 8 and later are scaled by it
 _MINISTRAL3 = {**_YARN, "original_max_position_embeddings": 8, "mscale": 1.0, "mscale_all_dim": 0.5}
 _MINISTRAL3 |= {"llama_4_scaling_beta": 0.3, "beta_fast": 24.0, "beta_slow": 2.0}
+_WINDOW_FIRST = ["sliding_attention", "full_attention"]
+_GRANITE: dict[str, Any] = {
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+}
 _GRANITE_HYBRID: dict[str, Any] = {
     "attention_multiplier": 0.2,
     "embedding_multiplier": 3.0,
@@ -174,6 +181,23 @@ TYPES: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 256,
         "intermediate_size": 96,
         "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 2,
+    },
+    "granite_swa": {
+        **_GRANITE,
+        "num_hidden_layers": 4,
+        "layer_types": ["full_attention"] + ["sliding_attention"] * 3,
+        "layer_rope_theta": [10000.0, 0, 10000.0, 0],
+        "attention_bias": True,
+    },
+    "granitemoe_swa": {**_GRANITE, "layer_types": _WINDOW_FIRST, "shared_intermediate_size": 48},
+    "granitemoe_swa-plain": {**_GRANITE, "layer_types": _WINDOW_FIRST},
+    "minicpm3": {**_LATENT, "rms_norm_eps": 1e-6, "v_head_dim": 16, "tie_word_embeddings": True},
+    "sarvam_mla": {**_LATENT, "n_group": 1},
+    "youtu": {
+        **{key: _LATENT[key] for key in ("head_dim", "num_key_value_heads", "qk_nope_head_dim", "kv_lora_rank")},
+        "q_lora_rank": 32,
+        "num_hidden_layers": 3,
+        "pad_token_id": None,  # transformers sets its row to 0 when it loads the model
     },
     "solar_open": {"n_shared_experts": 1, "routed_scaling_factor": 1.5},
     "falcon-first": {"max_position_embeddings": 2048},
@@ -402,7 +426,9 @@ def ids(seed: int = 0, length: int = 40) -> Tensor:
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
 KINDS = (*FAMILIES, *TYPES)
 # Whose files are read as another type that computes the same
-_OTHER = ("granitemoehybrid-attention", "exaone", "internlm3", "iquestcoder", "glm4_moe_lite", "solar_open")
+_OTHER = (
+    *("granitemoehybrid-attention", "exaone", "internlm3", "iquestcoder", "glm4_moe_lite", "solar_open", "sarvam_mla"),
+)
 SAME = tuple(kind for kind in TYPES if kind not in _OTHER)
 TYPE_OF = {"gemma3": "gemma3_text"}  # transformers' types of families with other names
 

@@ -143,7 +143,9 @@ def _conditions(row: Any) -> Iterator[str]:
         yield f"`use_qk_norm` = False with {row.no_head_norms} experts, True with others"
     if row.exact_ramp:
         yield "`truncate` = False with YaRN scaling; llama.cpp rounds the limits of its ramp, so its logits then differ"
-    if row.latent:
+    if row.expanded:
+        yield "`v_head_dim` = `hidden_size` / heads; latents of queries"
+    elif row.latent:
         yield "`q_lora_rank` = None with 26 or 27 layers only; YaRN with `mscale` = `mscale_all_dim`"
     if row.regular:
         yield f"a sliding window in all layers but one in {row.period}"
@@ -153,6 +155,8 @@ def _conditions(row: Any) -> Iterator[str]:
         yield f"`activation_sparsity_pattern` = 0.95 in the first {row.sparse} layers and 0 in others"
     if row.two_kinds:
         yield "layers with full attention and layers with a sliding window; `use_bidirectional_attention` is not all"
+    if row.turned:
+        yield "one base of RoPE, or none, in all layers"
     if row.one_theta:
         yield "one base of RoPE"
     if row.differs:

@@ -96,6 +96,9 @@ def test_a_file_of_any_architecture_gives_the_original_logits(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     ids = gguf_files.ids()
     logits, want = models.logits(loaded, ids), models.logits(original, ids)
+    if family == "youtu":  # transformers sets the row of the padding token to 0; a file has that of the tokenizer
+        rows = torch.tensor([loaded.config.pad_token_id])
+        logits, want = (each.index_fill(-1, rows, 0.0) for each in (logits, want))
     if family in ("gpt_oss", "falcon-first"):  # experts or key-value heads lie otherwise, so sums have another order
         assert float((logits - want).norm() / want.norm()) < 1e-6
     elif architecture(original.config).negative_exp:  # log(exp(x)) is not x for 0.2 % of float32 numbers

@@ -129,6 +129,7 @@ class Architecture:
     gated_queries: bool = False  # q has a gate of each head below the head's rows
     linear_attention: bool = False  # some layers have linear attention (gated delta net)
     latent: bool = False  # keys and values are expanded from a latent (latent.py)
+    expanded: bool = False  # llama.cpp expands them, too
     # Embeddings that a file gives a row for every token -> the entry of config.json with the rows that a model has
     padded: Mapping[str, str] = field(default_factory=dict)
     # Number of the first layers whose MLPs keep a twentieth of their gate; 0: the MLPs of all layers keep all of it
@@ -162,6 +163,9 @@ class Architecture:
     # Sliding windows
     window: bool = False  # all layers may have one
     no_window: bool = False  # a file needs a key to say that there is no window
+    pattern: bool = False  # a file must say which layers have a window
+    # Entry of config.json with the RoPE base of each layer, 0 for none -> the file's key, which says who has RoPE
+    turned: Mapping[str, str] = field(default_factory=dict)
     period: int = 0  # every n-th layer has full attention and the others have a window; 0 without such layers
     regular: bool = False  # it is always the n-th layer, and the others always have a window
     one_theta: bool = False  # RoPE has the same base in both kinds of layers

@@ -91,10 +91,12 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
     found |= hybrid.to_keys(config) if arch.linear_attention else {}
     found |= hybrid.layers_to_keys(config, arch, inner) if arch.without_attention else {}
     found |= hybrid.dense_to_keys(getattr(config, arch.mlp_types)) if arch.mlp_types else {}
-    found |= latent.to_keys(config, rope) if arch.latent else {}
+    found |= latent.to_keys(config, arch, rope) if arch.latent else {}
     found |= kinds.to_keys(whole, config) if arch.two_kinds else {}
     found |= kinds.fixed_to_keys(config, arch) if arch.unshared else {}
     found |= {ours: bool(getattr(config, theirs)) for theirs, ours in arch.flags.items()}
+    for theirs, ours in arch.turned.items():
+        found |= positions.turned_to_keys(getattr(config, theirs), ours, rope)
     found |= {**_window(config, arch), **arch.constants}
     return {key if key.startswith("general.") else f"{arch.name}.{key}": value for key, value in found.items()}
 
@@ -179,6 +181,8 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     config |= hybrid.layers_of_keys(keys, layers) if arch.without_attention else {}
     config |= {arch.mlp_types: hybrid.dense_of_keys(keys, layers)} if arch.mlp_types else {}
     config |= _windows(keys, config)
+    for theirs, ours in arch.turned.items():
+        config[theirs] = positions.turned_of_keys(keys, ours, config["rope_parameters"]["rope_theta"])
     if arch.unshared:
         config["activation_sparsity_pattern"] = kinds.sparsity(arch, layers)
         config["num_kv_shared_layers"] = max(layers - arch.unshared, 0)
@@ -324,7 +328,7 @@ def _window(config: Any, arch: Architecture) -> dict[str, Any]:
     found: dict[str, Any] = {"attention.sliding_window": window}
     if arch.period:
         sliding = [kind == "sliding_attention" for kind in types or ()]
-        if sliding != _usual(arch.period, len(sliding)):
+        if arch.pattern or sliding != _usual(arch.period, len(sliding)):
             found["attention.sliding_window_pattern"] = np.array(sliding)
     if arch.local_theta is not None:
         theta = (config.rope_parameters.get("sliding_attention") or {}).get("rope_theta")

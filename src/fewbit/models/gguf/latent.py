@@ -20,14 +20,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from fewbit.errors import PlanError
+from fewbit.models.gguf.architecture import Architecture
 
 # llama.cpp takes models with so many layers for those whose queries have no latent, and all others for those with one.
 _LITE_LAYERS, _LITE = (26, 27), (48, 128256)  # the second with the size of the vocabulary
 
 
-def to_keys(config: Any, rope: Mapping[str, Any]) -> dict[str, Any]:
+def to_keys(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a model with latents. PlanError if llama.cpp would compute something else. rope: its positions."""
     layers, rank = config.num_hidden_layers, config.kv_lora_rank
+    if arch.expanded:
+        return _expanded(config)
     lite = layers in _LITE_LAYERS or (layers, config.vocab_size) == _LITE
     if lite != (config.q_lora_rank is None):
         raise PlanError(
@@ -57,6 +60,23 @@ def to_keys(config: Any, rope: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _expanded(config: Any) -> dict[str, Any]:
+    """The keys of a model whose latents llama.cpp expands."""
+    width = config.hidden_size // config.num_attention_heads
+    if config.q_lora_rank is None or config.v_head_dim != width:
+        raise PlanError(
+            f"llama.cpp runs {config.model_type} with latents of queries and v_head_dim = {width}; this model has "
+            f"q_lora_rank = {config.q_lora_rank} and v_head_dim = {config.v_head_dim}"
+        )
+    return {
+        "attention.key_length": config.qk_nope_head_dim + config.qk_rope_head_dim,
+        "attention.value_length": width,
+        "attention.kv_lora_rank": config.kv_lora_rank,
+        "attention.q_lora_rank": config.q_lora_rank,
+        "rope.dimension_count": config.qk_rope_head_dim,
+    }
+
+
 def of_keys(keys: Any, heads: int) -> dict[str, Any]:
     """Entries of config.json for latents. keys: a file's `Metadata` (metadata.py)."""
     if keys.get("attention.temperature_scale"):
@@ -73,14 +93,14 @@ def of_keys(keys: Any, heads: int) -> dict[str, Any]:
         "q_lora_rank": keys.count("attention.q_lora_rank") if compressed else None,
         "qk_nope_head_dim": width - turned,
         "qk_rope_head_dim": turned,
-        "v_head_dim": keys.count(f"attention.value_length{ending}"),
+        "v_head_dim": keys.count(f"attention.value_length{ending}", keys.count("embedding_length") // heads),
         "intermediate_size": keys.count("feed_forward_length"),
     }
 
 
 def scaled(keys: Any, rope: Mapping[str, Any]) -> dict[str, Any]:
     """The positions with the scale of attention that a file gives them. keys: a file's `Metadata` (metadata.py)."""
-    if rope["rope_type"] == "default":
+    if rope["rope_type"] == "default" or keys.architecture.expanded:
         return dict(rope)
     if rope["rope_type"] != "yarn" or not keys.get("rope.scaling.yarn_log_multiplier"):
         raise keys.wrong("it scales RoPE in a way that transformers' models with latent attention do not")

@@ -12,9 +12,10 @@ rope_theta                                        a.rope.freq_base
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +62,23 @@ def to_keys(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[st
         raise PlanError(f"a GGUF file cannot express rope scaling of type {kind!r}")
     found: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     return found | _yarn(arch, rope) if kind == "yarn" else found
+
+
+def turned_to_keys(bases: Sequence[float], key: str, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The key that says which layers have RoPE. PlanError if these have not all the same base. bases: of each layer."""
+    if others := {float(base) for base in bases} - {0.0, float(rope["rope_theta"])}:
+        raise PlanError(f"a GGUF file has one base of RoPE; layers of this model have {sorted(others)}, too")
+    return {} if all(bases) else {key: np.array([base != 0 for base in bases])}
+
+
+def turned_of_keys(keys: Metadata, key: str, base: float) -> list[float]:
+    """The base of RoPE of each layer, 0 for those without."""
+    found = keys.get(key)
+    if found is None:
+        return [base] * keys.layers
+    if not isinstance(found, np.ndarray) or len(found) != keys.layers:
+        raise keys.wrong(f"{key} does not say of {keys.layers} layers whether they have RoPE")
+    return [base if each else 0.0 for each in found.tolist()]
 
 
 def _yarn(arch: Architecture, rope: Mapping[str, Any]) -> dict[str, Any]:

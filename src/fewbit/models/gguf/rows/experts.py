@@ -14,6 +14,7 @@ from fewbit.models.gguf.rows.shared import (
     GRANITE,
     HEAD_NORMS,
     HUNYUAN_NORMS,
+    LATENT,
     LLAMA,
     LOCAL_EXPERTS,
     MLP,
@@ -69,11 +70,7 @@ DEEPSEEK_ROW = Architecture(
     MODEL,
     {
         **{name: ours for name, ours in NO_MLP.items() if "k_proj" not in name and "v_proj" not in name},
-        "self_attn.q_a_proj": "attn_q_a",
-        "self_attn.q_a_layernorm": "attn_q_a_norm",
-        "self_attn.q_b_proj": "attn_q_b",
-        "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-        "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+        **LATENT,
         "self_attn.kv_b_proj": "attn_kv_b",
         **MLP,
         **QWEN_EXPERTS,
@@ -101,6 +98,7 @@ DEEPSEEK_ROW = Architecture(
     experts="n_routed_experts",
     latent=True,
     grouped=False,
+    when=("expert_count",),
 )
 DEEPSEEK_V3_ROW = replace(
     DEEPSEEK_ROW,
@@ -121,6 +119,22 @@ GLM4_LITE_ROW = replace(
     integers={key: ours for key, ours in DEEPSEEK_V3_ROW.integers.items() if key != "first_k_dense_replace"},
     mlp_types="mlp_layer_types",
     differs="transformers has 1e-6 in the norms of latents, llama.cpp `rms_norm_eps`, so its logits may differ",
+)
+# A DeepSeek without experts
+YOUTU_ROW = replace(
+    DEEPSEEK_V3_ROW,
+    model_type="youtu",
+    cls="YoutuForCausalLM",
+    block={name: ours for name, ours in DEEPSEEK_ROW.block.items() if "exp" not in ours and ours != "ffn_gate_inp"},
+    parameters={},
+    required={**NO_BIAS, "rope_interleave": True, "rms_norm_eps": 1e-6},
+    numbers={},
+    counts={"num_hidden_layers": "leading_dense_block_count"},
+    products={"expert_feed_forward_length": ("intermediate_size",)},
+    integers={},
+    constants={"expert_shared_count": 0},
+    experts="",
+    when=(),
 )
 GRANITE_MOE_ROW = replace(
     LLAMA_ROW,
@@ -158,11 +172,47 @@ GRANITE_SHARED_ROW = replace(
     when=("expert_shared_feed_forward_length",),
 )
 
+GRANITE_SWA_ROW = replace(
+    LLAMA_ROW,
+    name="granite_swa",
+    model_type="granite_swa",
+    cls="GraniteSWAForCausalLM",
+    parameters={"self_attn.sinks": "attn_sinks.weight"},
+    numbers=GRANITE,
+    period=4,
+    pattern=True,
+    turned={"layer_rope_theta": "attention.rope_pattern"},
+)
+_EXPERT = (("num_local_experts", "intermediate_size"),) * 2
+GRANITE_MOE_SWA_ROW = replace(
+    GRANITE_SWA_ROW,
+    model_type="granitemoe_swa",
+    cls="GraniteMoeSWAForCausalLM",
+    block={
+        **NO_MLP,
+        "block_sparse_moe.router": "ffn_gate_inp",
+        "block_sparse_moe.experts.*.gate_proj": "ffn_gate_up_exps",
+        "block_sparse_moe.experts.*.up_proj": "ffn_gate_up_exps",
+        "block_sparse_moe.experts.*.down_proj": "ffn_down_exps",
+        "shared_mlp.input_linear": "ffn_up_shexp",
+        "shared_mlp.output_linear": "ffn_down_shexp",
+    },
+    cut={"ffn_gate_up_exps": Cut("num_local_experts", (Piece("ffn_gate_up_exps", _EXPERT, by_head=True),), 2)},
+    biases=BIAS,
+    counts=LOCAL_EXPERTS,
+    integers={"shared_intermediate_size": ("expert_shared_feed_forward_length", 0)},
+    experts="num_local_experts",
+    when=("expert_count",),
+)
 
 ROWS = (
     DEEPSEEK_V3_ROW,
     GLM4_LITE_ROW,
     DEEPSEEK_ROW,
+    replace(DEEPSEEK_V3_ROW, model_type="sarvam_mla"),  # its files are read as DeepSeek's
+    YOUTU_ROW,
+    GRANITE_MOE_SWA_ROW,
+    GRANITE_SWA_ROW,
     replace(
         LLAMA_ROW,
         model_type="mixtral",
