@@ -238,38 +238,72 @@ class Block:
 
 
 class Chain:
-    """Blocks one after the other, for one new token of one text in pages. All arguments but the token are made once.
+    """Blocks one after the other, for one new token of one text. All arguments that stay the same are made once.
 
-    x: the first block's input [1, 1, width]. angles: cosine and sine, float32 [1, 1, rotated] each; none if nothing is
-    rotated. The caller fills both before a call.
+    x: the first block's input [1, 1, width]. The caller fills it, and the angles of the blocks, before a call.
     """
 
+    @torch.inference_mode(False)  # what is made in that mode cannot be written outside of it
     def __init__(
-        self, blocks: Sequence[Block], pages: Sequence[tuple[Tensor, Tensor]], rotated: int, length: int
+        self, blocks: Sequence[Block], caches: Sequence[Cached | Pages], angles: Sequence[tuple[Tensor, Tensor] | None]
     ) -> None:
-        """pages: keys and values of each block, [slots, shared, head]. length: of a text at most."""
+        """caches, angles: of each block. Angles are float32 [1, 1, rotated]; None if nothing is rotated."""
         first = blocks[0]
         self.x = torch.zeros(1, 1, first.width, dtype=first.dtype, device="cpu")
-        angle = torch.zeros(1, 1, rotated, dtype=torch.float32, device="cpu")
-        self.angles = (angle, angle.clone()) if rotated else None
+        self.blocks = blocks
+        self._calls, self._kept = list[tuple[native.Block, native.Call]](), list[Any]([angles])
+        x = self.x
+        for block, cache, turned in zip(blocks, caches, angles, strict=True):
+            y = torch.empty_like(x)
+            self._calls.append((block.found, block.call(x, y, cache, turned, None)))
+            self._kept.append(y)
+            x = y
+        self._y = x
+
+    def run(self) -> Tensor:
+        """The last block's output [1, 1, width], which the next call overwrites."""
+        lib, threads = native.library(), torch.get_num_threads()
+        if isinstance(lib, str):
+            raise KernelError(lib, native.HINT)
+        for block, call in self._calls:
+            _check(lib.fewbit_decode_block(block, call, threads))
+        return self._y
+
+
+class GrowingChain(Chain):
+    """The same with a cache of its own for each block."""
+
+    def next(self, caches: Sequence[Cached]) -> Tensor:
+        """The last block's output for a token. caches: of each block, with room for its keys and values."""
+        for block, (_, call), cached in zip(self.blocks, self._calls, caches, strict=True):
+            block._in_order(call, cached)
+        return self.run()
+
+
+class PagedChain(Chain):
+    """The same in pages, for a text of `length` tokens at most."""
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        pages: Sequence[tuple[Tensor, Tensor]],
+        angles: Sequence[tuple[Tensor, Tensor] | None],
+        length: int,
+    ) -> None:
+        """pages: keys and values of each block, [slots, shared, head]."""
+        zero = torch.zeros(1, dtype=torch.int64, device="cpu")
+        known = Slots(zero, zero, zero, zero + 1)
+        super().__init__(blocks, [Pages(keys, values, known) for keys, values in pages], angles)
+        self._kept.append(pages)
         self._length, self._slots = length, min(len(each) for pair in pages for each in pair)
         self._write, self._begin, self._count = ((ctypes.c_int64 * 1)(0) for _ in range(3))
         self._read, self._seen = (ctypes.c_int64 * length)(), 0
         places = [ctypes.addressof(each) for each in (self._write, self._read, self._begin, self._count)]
         self._pages = native.Pages(*places, pages[0][0].stride(0), 1)
-        zero = torch.zeros(1, dtype=torch.int64, device="cpu")
-        known, x = Slots(zero, zero, zero, zero + 1), self.x
-        self._calls, self._kept = list[tuple[native.Block, native.Call]](), list[Any]([blocks, pages])
-        for block, (keys, values) in zip(blocks, pages, strict=True):
+        for (_, call), (keys, _) in zip(self._calls, pages, strict=True):
             if keys.stride(0) != self._pages.step:
                 raise KernelError("slots of different sizes")
-            y = torch.empty_like(x)
-            call = block.call(x, y, Pages(keys, values, known), self.angles, None)
             call.pages = ctypes.pointer(self._pages)
-            self._calls.append((block.found, call))
-            self._kept.append(y)
-            x = y
-        self._y = x
 
     def sees(self, slots: Sequence[int]) -> None:
         """The slots of the text's tokens from the first on, also of those that are still to come."""
@@ -277,18 +311,13 @@ class Chain:
             raise KernelError("a text reads slots that are not there")
         self._read[: len(slots)], self._seen = list(slots), len(slots)
 
-    def __call__(self, position: int) -> Tensor:
-        """The last block's output [1, 1, width] for the token at this position, which the next call overwrites."""
+    def at(self, position: int) -> Tensor:
+        """The last block's output for the token at this position."""
         if not 0 <= position < self._seen:
             raise KernelError(f"slots for {self._seen} tokens, and there is one at {position}")
         self._write[0], self._count[0] = self._read[position], position + 1
         self._pages.most = position + 1
-        lib, threads = native.library(), torch.get_num_threads()
-        if isinstance(lib, str):
-            raise KernelError(lib, native.HINT)
-        for block, call in self._calls:
-            _check(lib.fewbit_decode_block(block, call, threads))
-        return self._y
+        return self.run()
 
 
 def _check(status: int) -> None:

@@ -19,27 +19,23 @@ from threading import RLock, local
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from fewbit.errors import KernelError
-from fewbit.kernels.cpu.block import Block, Cached, Wiring
+from fewbit.kernels.cpu.block import Wiring
 from fewbit.models import blocks, parallel
 from fewbit.models.decoding import pages
-from fewbit.models.decoding.block_parts import ATTENTION, ROUNDING, Unlike, child, mlp_of, norm_names, wirings
-from fewbit.models.decoding.caches import CACHE, InPlaceLayer, ReservedLayer, in_place, reserved
-from fewbit.nn.layers import Packed
+from fewbit.models.decoding.block_parts import ATTENTION, ROUNDING, Unlike, child, wirings
+from fewbit.models.decoding.caches import CACHE, ReservedLayer, in_place, reserved
+from fewbit.models.decoding.replacement import Forward, Replacement, Turns, named, names_of
+from fewbit.models.decoding.steps import Steps
 from fewbit.system import native
 
 _SAME = {torch.float32: 5e-3, torch.bfloat16: 5e-2}  # relative distance of what a block adds to its input
 _CLOSE = 4  # up to so many times this distance, an activation may have been rounded otherwise
 _TRIES = 3  # tokens that are tried then
 _PROMPT = 12  # tokens before the one that is compared
-_MOST = 64  # rows of a call: for long prompts, PyTorch is as fast
-_CACHES = (CACHE, "layer_past", "past_key_values")  # names of the argument that holds the cache
-_KNOWN = {"attention_mask", "position_ids", "position_embeddings", "use_cache", "cache_position", *_CACHES}
-
-Forward = Callable[..., Any]
 
 
 def use(model: Any) -> None:
@@ -92,7 +88,10 @@ def split(model: Any) -> tuple[list[str], list[str], dict[str, str]]:
 def whole(model: Any) -> list[Replacement] | None:
     """The model's blocks in order, if the library computes all of them, whole and at every position. None if not."""
     hooks = next((hook.__self__ for hook in model._forward_pre_hooks.values() if _own(hook)), None)
-    found = {} if hooks is None else hooks.look(model)
+    return None if hooks is None else _whole(model, hooks.look(model))
+
+
+def _whole(model: Any, found: dict[Any, Any]) -> list[Replacement] | None:
     names = blocks.find_blocks(model)
     served = [getattr(found.get(model.get_submodule(name)), "__self__", None) for name in names]
     every = [each for each in served if each is not None and each.rest is None and each.before is None]
@@ -107,6 +106,7 @@ class _Hooks:
 
     def __init__(self) -> None:
         self.found: dict[Any, Forward] | None = None
+        self.steps: Steps | None = None
         self.reasons: dict[str, str] = {}
         self.running = 0  # calls of the model, in all threads
         self.lock, self.calls = RLock(), local()
@@ -120,6 +120,7 @@ class _Hooks:
             if self.found is None:
                 self.found = {}  # the test runs the model
                 self.found, self.reasons = _found(model)
+                self.steps = _steps(model, self.found)
             return self.found
 
     def before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -141,6 +142,8 @@ class _Hooks:
             if self.running == 0:
                 for module, forward in self.look(model).items():
                     vars(module).setdefault("forward", forward)
+                if self.steps is not None:
+                    vars(self.steps.base).setdefault("forward", self.steps.forward)
             self.running += 1
             taken[-1] = True
 
@@ -153,6 +156,16 @@ class _Hooks:
                 for module, forward in (self.found or {}).items():
                     if vars(module).get("forward") == forward:
                         del vars(module)["forward"]
+                if self.steps is not None and vars(self.steps.base).get("forward") == self.steps.forward:
+                    del vars(self.steps.base)["forward"]
+
+
+def _steps(model: Any, found: dict[Any, Forward]) -> Steps | None:
+    """What replaces the decoder's forward for single tokens, if its parts are known."""
+    blocks = _whole(model, found) if found else None
+    with suppress(AttributeError, KernelError):  # a decoder of another kind
+        return None if blocks is None else Steps(model, blocks)
+    return None
 
 
 def _found(model: Any) -> tuple[dict[Any, Forward], dict[str, str]]:
@@ -190,7 +203,7 @@ class _Finder:
     """Finds the wiring of one block after the other. Most are wired like the one before."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.turns, self.last = dtype, _Turns(), 0
+        self.dtype, self.turns, self.last = dtype, Turns(), 0
 
     def found(self, module: Any, ways: list[Wiring], cases: list[_Case]) -> tuple[Replacement | None, str, bool]:
         """The replacement that gives the module's results; why there is none, or not for all positions; whether one is
@@ -257,7 +270,7 @@ def _observed(model: Any, names: list[str], seed: int) -> dict[str, Any]:
         def hook(module: Any, args: Any, kwargs: Any, out: Any) -> None:
             index = getattr(child(module, ATTENTION), "layer_idx", None)
             layer = cache.layers[index] if isinstance(index, int) and index < len(cache.layers) else None
-            given = _named(_names_of(module.forward), args, kwargs)
+            given = named(names_of(module.forward), args, kwargs)
             first, *rest = out if isinstance(out, tuple) else (out,)
             x = args[0] if args else None
             if not (isinstance(x, Tensor) and isinstance(first, Tensor) and all(each is None for each in rest)):
@@ -327,152 +340,3 @@ def _off(own: Replacement, case: _Case) -> float:
     pairs = [(found.float() - start, end - start, ROUNDING[case.x.dtype] * float(end.norm()))]
     pairs += [(a.float(), b.float(), 1e-30) for a, b in zip(_last(case.layer), case.written, strict=True)]
     return max(float((a - b).norm()) / (_SAME[case.x.dtype] * float(b.norm()) + slack) for a, b, slack in pairs)
-
-
-# ---- the forward ---------------------------------------------------------------------------------------------------
-
-
-class _Turns:
-    """The cosine and sine of a step in float32, which blocks share."""
-
-    def __init__(self) -> None:
-        # The tensors that were converted last, their version, the width, and the result.
-        self.last: tuple[Any, Any, tuple[int, int], tuple[Tensor, Tensor] | None] = (None, None, (0, 0), None)
-
-    def of(self, given: Any, batch: int, tokens: int, rotated: int) -> tuple[Tensor, Tensor] | None:
-        """None if they are no tensors [batch or 1, tokens, rotated], or with half of these, which are repeated."""
-        if not isinstance(given, tuple) or len(given) != 2:
-            return None
-        cosine, sine = given
-        *known, turned = self.last
-        state = (_version(cosine), rotated)
-        if turned is None or known[0] is not cosine or known[1] is not sine or known[2] != state:
-            twice = 2 if 2 * cosine.shape[-1] == rotated else 1
-            turned = (torch.cat([cosine.float()] * twice, -1), torch.cat([sine.float()] * twice, -1))
-            self.last = (cosine, sine, state, turned)
-        shape = turned[0].shape
-        if turned[1].shape != shape or len(shape) != 3 or shape[0] not in (1, batch) or shape[1:] != (tokens, rotated):
-            return None
-        return turned
-
-
-def _names_of(forward: Forward) -> list[str]:
-    """The names of a block's arguments, in order."""
-    return list(signature(forward).parameters)
-
-
-def _named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments after the first by their names."""
-    return {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-class Replacement:
-    """A block's forward by the library, and by its own code for everything else."""
-
-    def __init__(
-        self, module: Any, wiring: Wiring, dtype: torch.dtype, turns: _Turns, beside: list[None] | None = None
-    ) -> None:
-        self.plain: Forward = module.forward
-        self.names, self.beside, self.parallel = _names_of(self.plain), beside, wiring.parallel
-        self.block, self.dtype = Block(wiring, dtype), dtype
-        self.layer: int = child(module, ATTENTION).layer_idx
-        self.shape, self.rotated = (wiring.shared, wiring.head), wiring.rotated
-        self.turns = turns
-        self.before: int | None = None  # if set, tokens from this position on run the block's own code
-        # The second half by the module's own parts, if the library computes the first half only.
-        mlp = None if wiring.down is not None else mlp_of(module)
-        before, after = (getattr(module, name) if name else None for name in norm_names(module)[2:])
-        self.rest, self.residual = None if mlp is None else (before, mlp, after), wiring.residual
-        apart = set() if mlp is None else set(mlp.modules())
-        inner = [each for each in module.modules() if each is not module and each not in apart]
-        packed = [each for each in inner if isinstance(each, Packed)]
-        self.parts = [(m._modules, name, part) for m in (module, *inner) for name, part in m.named_children()]
-        self.parts += [(each._parameters, "weight", each.held) for each in packed if "weight" in each._parameters]
-        self.hooks = [hooks for each in inner for hooks in (each._forward_hooks, each._forward_pre_hooks)]
-        self.owned = [vars(each) for each in inner]
-        small = [p for each in inner if not isinstance(each, Packed) for p in each.parameters(recurse=False)]
-        biases = [p for each in packed if isinstance(p := each._parameters.get("bias"), nn.Parameter)]
-        self.trained = [(p, p._version) for p in (*small, *biases) if not p.is_inference()]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if args and isinstance(args[0], Tensor):
-            out = self.served(args[0], kwargs if len(args) == 1 else _named(self.names, args, kwargs))
-            if out is not None:
-                return out if self.beside is None else (out, *self.beside)
-        return self.plain(*args, **kwargs)
-
-    def served(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """The block's output; None, with nothing written, if the library does not take this call."""
-        if torch.is_grad_enabled() or x.dim() != 3 or x.dtype != self.dtype or not x.is_contiguous():
-            return None
-        batch, tokens, _ = x.shape
-        if self.before is not None:
-            at = kwargs.get("position_ids")
-            if not isinstance(at, Tensor) or int(at.max()) >= self.before:
-                return None
-        angles = kwargs.get("position_embeddings")
-        turned = self.turns.of(angles, batch, tokens, self.rotated) if self.rotated else None
-        if (self.rotated and turned is None) or not self.unchanged():
-            return None
-        cache = next((given for name in _CACHES if (given := kwargs.get(name)) is not None), None)
-        found = pages.of_layer(cache, self.layer)
-        known = _KNOWN if found is None else _KNOWN | pages.ARGUMENTS
-        if any(name not in known and value is not None and value is not False for name, value in kwargs.items()):
-            return None
-        if found is not None:
-            out = self.block(x, found, turned)
-        else:
-            layer = self._layer(cache, x)
-            if layer is None or not layer.reserve(tokens):
-                return None
-            cached, mask = (
-                Cached(layer.whole[0], layer.whole[1], layer.first(), layer.end),
-                kwargs.get("attention_mask"),
-            )
-            if mask is not None:
-                seen = (1, tokens, cached.end + tokens - cached.first)
-                if mask.dim() != 4 or mask.shape[1:] != seen or len(mask) not in (1, batch):
-                    return None
-                mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
-                mask = mask if mask.stride(-1) == 1 else mask.contiguous()
-            out = self.block(x, cached, turned, mask)
-            layer.advance(tokens)
-        return out if self.rest is None else self._second_half(x, out)
-
-    def _layer(self, cache: Any, x: Tensor) -> InPlaceLayer | None:
-        """The layer of a cache that is written in place, for the texts of x. None if there is none."""
-        layers = getattr(cache, "layers", None) or ()
-        layer = layers[self.layer] if self.layer < len(layers) else None
-        if not isinstance(layer, InPlaceLayer) or x.shape[0] * x.shape[1] > _MOST:
-            return None
-        if not layer.is_initialized:
-            empty = x.new_empty(x.shape[0], self.shape[0], 0, self.shape[1])
-            layer.lazy_initialization(empty, empty)
-        return layer if len(layer.whole[0]) == x.shape[0] else None
-
-    def _second_half(self, x: Tensor, h: Tensor) -> Tensor:
-        assert self.rest is not None
-        before, mlp, after = self.rest
-        read = x if self.parallel else h
-        y: Any = mlp(read if before is None else before(read))
-        y = y[0] if isinstance(y, tuple) else y
-        y = y if after is None else after(y)
-        out: Tensor = h + (y if self.residual == 1 else y * self.residual)
-        return out
-
-    def unchanged(self) -> bool:
-        """Whether nobody has replaced, hooked or trained a part. Plain loops: this runs for each token."""
-        for owner, name, part in self.parts:
-            if owner.get(name) is not part:
-                return False
-        for hooks in self.hooks:
-            if hooks:
-                return False
-        for own in self.owned:
-            if "forward" in own:
-                return False
-        return all(weight._version == version for weight, version in self.trained)

@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 
 from fewbit.errors import KernelError
-from fewbit.kernels.cpu.block import Chain
-from fewbit.kernels.cpu.row import Row
+from fewbit.kernels.cpu.block import PagedChain
 from fewbit.models.decoding import compiled_blocks, pages
-from fewbit.models.decoding.block_parts import child
-from fewbit.nn.layers import QEmbedding
+from fewbit.models.decoding.outside import Outside
+from fewbit.models.decoding.replacement import Replacement
 
-# Names of the norm after the last block.
-_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm")
 _MANAGER = ("input_queue", "cancel_queue", "background_thread_status")  # what is asked of transformers' manager
 
 
@@ -117,22 +114,15 @@ class Single:
 class _Parts:
     """What a model consists of, over the pages of a cache. blocks: in order. known: tokens whose slots are known."""
 
-    def __init__(self, model: Any, blocks: list[compiled_blocks.Replacement], cache: Any, length: int) -> None:
-        base = model.get_decoder()
+    def __init__(self, model: Any, blocks: list[Replacement], cache: Any, length: int) -> None:
         (self.allocator,) = cache.cache_allocators.values()
         self.blocks, self.known = blocks, 0
-        self._embed, self._norm = model.get_input_embeddings(), child(base, _NORMS)
-        self._row = _row_of(self._embed)
-        self._head, self._rotary = model.get_output_embeddings(), getattr(base, "rotary_emb", None)
-        self._id, self._position = (torch.zeros(1, 1, dtype=torch.int32, device="cpu") for _ in range(2))
-        self._rotated = max(each.rotated for each in blocks)
-        if len({each.rotated for each in blocks}) > 1 or any(each is None for each in (self._norm, self._head)):
+        self._outside, self._head = Outside(model, blocks), model.get_output_embeddings()
+        if self._head is None:
             raise KernelError("its parts are others")
-        if self._rotated and self._rotary is None:
-            raise KernelError("positions are turned elsewhere")
         views = [self.allocator._kv_token_views[each.layer] for each in blocks]
         room = length + self.allocator.tokens_per_page
-        self._chain = Chain([each.block for each in blocks], views, self._rotated, room)
+        self._chain = PagedChain([each.block for each in blocks], views, self._outside.angles, room)
 
     @staticmethod
     def of(model: Any, cache: Any, length: int) -> _Parts | None:
@@ -152,29 +142,7 @@ class _Parts:
 
     def logits(self, token: int, position: int) -> Tensor:
         """The logits [1, words] after a token, in float32."""
-        self._chain.x.copy_(self._embed(self._id.fill_(token)) if self._row is None else self._row(token))
-        if self._chain.angles is not None:
-            assert self._rotary is not None
-            self._position.fill_(position)
-            turned = self.blocks[0].turns.of(self._rotary(self._chain.x, self._position), 1, 1, self._rotated)
-            if turned is None:
-                raise KernelError("positions are turned otherwise than before")
-            for own, new in zip(self._chain.angles, turned, strict=True):
-                own.copy_(new)
-        out: Tensor = self._head(self._norm(self._chain(position)))
+        self._chain.x.copy_(self._outside.embedded(token))
+        self._outside.turn(self._chain.x, position)
+        out: Tensor = self._head(self._outside.norm(self._chain.at(position)))
         return out[0].float()
-
-
-def _row_of(embedding: Any) -> Row | None:
-    """What decodes a row of a packed embedding, if it gives the same bits."""
-    if not isinstance(embedding, QEmbedding) or embedding.codec is None or embedding.held is None or embedding.scale:
-        return None
-    shape = (embedding.num_embeddings, embedding.embedding_dim)
-    try:
-        row = Row(embedding.codec, (embedding.held.data,), shape)
-    except (KernelError, AssertionError):  # a format that the library has no layout for
-        return None
-    some = range(0, shape[0], max(shape[0] // 64, 1))
-    wanted = embedding(torch.tensor(some, dtype=torch.int64, device="cpu"))
-    same = all(torch.equal(row(index).to(wanted.dtype), each) for index, each in zip(some, wanted, strict=True))
-    return row if same else None
