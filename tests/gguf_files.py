@@ -56,6 +56,9 @@ _YARN |= {"beta_fast": 32, "beta_slow": 1}
 # Queries of position 8 and later are scaled by it
 _MINISTRAL3 = {**_YARN, "original_max_position_embeddings": 8, "mscale": 1.0, "mscale_all_dim": 0.5}
 _MINISTRAL3 |= {"llama_4_scaling_beta": 0.3, "beta_fast": 24.0, "beta_slow": 2.0}
+_INDEXED: dict[str, Any] = {"n_group": 2, "n_routed_experts": 8, "index_topk": 6, "index_n_heads": 8}
+# llama.cpp turns keys of 64 columns. With fewer heads, several tokens may have the score 0, and each chooses others
+_INDEXED |= {"index_head_dim": 64, "mlp_layer_types": ["dense", "sparse", "sparse"], "first_k_dense_replace": 1}
 _WINDOW_FIRST = ["sliding_attention", "full_attention"]
 _GRANITE: dict[str, Any] = {
     "attention_multiplier": 0.2,
@@ -199,6 +202,17 @@ TYPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "pad_token_id": None,  # transformers sets its row to 0 when it loads the model
     },
+    "deepseek_v32": {**_LATENT, **_INDEXED, "rms_norm_eps": 1e-6},
+    "glm_moe_dsa": {**_LATENT, **_INDEXED, "rms_norm_eps": 1e-6, "indexer_types": ["full", "shared", "full"]},
+    "cohere2_moe": {
+        "num_hidden_layers": 5,
+        "layer_types": ["full_attention"] + ["sliding_attention"] * 3 + ["full_attention"],
+        "mlp_layer_types": ["dense"] + ["sparse"] * 4,
+        "prefix_dense_intermediate_size": 80,
+        "expert_selection_fn": "sigmoid",
+        "num_shared_experts": 2,
+    },
+    "cohere2_moe-softmax": {"num_hidden_layers": 4, "tie_word_embeddings": False},
     "solar_open": {"n_shared_experts": 1, "routed_scaling_factor": 1.5},
     "falcon-first": {"max_position_embeddings": 2048},
     "bloom": {},

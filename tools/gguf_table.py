@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ _TEXT = (
 def page() -> str:
     """The whole page."""
     sys.path[:0] = [str(path) for path in (ROOT,) if str(path) not in sys.path]
-    from fewbit.models.gguf.architectures import REFUSED, TYPES
+    from fewbit.models.gguf.architectures import MISSING, REFUSED, TYPES
     from tests import gguf_files
 
     tested = {gguf_files.TYPE_OF.get(kind, kind) for kind in gguf_files.KINDS}
@@ -105,10 +105,21 @@ def page() -> str:
         "fewbit writes no files of these types. A file that another program made is loaded by transformers.",
         "",
     ]
-    lines += ["| type | why |", "|---|---|", *(f"| `{kind}` | {why} |" for kind, why in sorted(REFUSED.items()))]
+    lines += _reasons(REFUSED)
+    lines += ["", "## Types that only llama.cpp writes", ""]
+    lines += [
+        "llama.cpp's converter and transformers have these types. fewbit does not write their files yet.",
+        "",
+    ]
+    lines += _reasons(MISSING)
     lines += ["", "## Where transformers and llama.cpp treat text differently", ""]
     lines += ["|---|---|---|---|" if row[0] == "---" else f"| {' | '.join(row)} |" for row in _TEXT]
     return _HEAD + "\n".join(lines) + "\n"
+
+
+def _reasons(types: Mapping[str, str]) -> list[str]:
+    """A table of types and reasons."""
+    return ["| type | why |", "|---|---|", *(f"| `{kind}` | {why} |" for kind, why in sorted(types.items()))]
 
 
 def _conditions(row: Any) -> Iterator[str]:
@@ -143,6 +154,8 @@ def _conditions(row: Any) -> Iterator[str]:
         yield f"`use_qk_norm` = False with {row.no_head_norms} experts, True with others"
     if row.exact_ramp:
         yield "`truncate` = False with YaRN scaling; llama.cpp rounds the limits of its ramp, so its logits then differ"
+    if "index_head_dim" in row.counts:
+        yield "`index_head_dim` is a multiple of 64"
     if row.expanded:
         yield "`v_head_dim` = `hidden_size` / heads; latents of queries"
     elif row.latent:

@@ -29,6 +29,8 @@ _INSIDE = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/"
 PUBLISHED: dict[str, dict[str, Any]] = {
     "cohere2": {"rotary_pct": 1.0},
     "deepseek_v3": {"scoring_func": "sigmoid"},
+    "deepseek_v32": {"scoring_func": "sigmoid"},
+    "glm_moe_dsa": {"scoring_func": "sigmoid"},
     "sarvam_mla": {"scoring_func": "sigmoid"},
     "granite_swa": {"no_rope_layers": [1, 0, 1, 0]},
     "dots1": {"scoring_func": "sigmoid"},

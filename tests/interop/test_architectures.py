@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fewbit.api import generate
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile, GgufWriter
+from fewbit.models.gguf.architectures import MISSING, REFUSED, TYPES
 from fewbit.models.gguf.tokenizer import to_tokenizer
 from tests import gguf_files, models
 from tests.interop import converter
@@ -22,7 +26,7 @@ pytestmark = [
 
 # Vocabularies of llama.cpp's tests that fewbit refuses, and the texts of the others whose ids differ: llama.cpp does
 # not normalize text to NFC, as the original does.
-REFUSED = {"bert-bge", "falcon"}
+OTHER_KINDS = {"bert-bge", "falcon"}
 NOT_NORMALIZED = {"qwen35": 3}
 
 
@@ -30,7 +34,7 @@ def test_its_own_vocabularies_give_the_same_ids(tmp_path: Path) -> None:
     tested = set()
     for path in converter.vocabularies(tmp_path):
         name = path.name.removeprefix("ggml-vocab-").removesuffix(".gguf")
-        if name in REFUSED:
+        if name in OTHER_KINDS:
             with pytest.raises(FormatError):
                 to_tokenizer(GgufFile(path))
             continue
@@ -48,6 +52,23 @@ def test_its_own_vocabularies_give_the_same_ids(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return converter.unpacked(tmp_path_factory.mktemp("llama.cpp"))
+
+
+def test_every_type_that_both_have_is_in_a_table(source: Path) -> None:
+    """The page of architectures says of each type that llama.cpp's converter and transformers have what fewbit does."""
+    (classes,) = (
+        ast.literal_eval(each.value)
+        for each in ast.parse((source / "conversion" / "__init__.py").read_text(encoding="utf-8")).body
+        if isinstance(each, ast.AnnAssign) and ast.unparse(each.target) == "TEXT_MODEL_MAP" and each.value
+    )
+    both = {kind for kind, cls in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if cls in classes}
+    assert len(both) > 90
+    named = TYPES.keys() | REFUSED.keys() | MISSING.keys()
+    configs = {kind: CONFIG_MAPPING[kind] for kind in both}
+    texts = {kind: (config.sub_configs or {}).get("text_config", config) for kind, config in configs.items()}
+    types = {getattr(text, "model_type", kind) for kind, text in texts.items()}  # one is AutoConfig
+    assert types - named == set()
+    assert not TYPES.keys() & (REFUSED.keys() | MISSING.keys())
 
 
 @pytest.mark.parametrize("kind", gguf_files.KINDS)

@@ -101,6 +101,8 @@ def test_the_width_of_an_adjusted_mlp(multiplier: float | None, width: int) -> N
         ),
         ("minicpm3", {"scale_emb": 10}, "scale_emb = 12"),
         ("minicpm3", {"v_head_dim": 8}, "v_head_dim = 16; this model has q_lora_rank = 32 and v_head_dim = 8"),
+        ("glm_moe_dsa", {"index_head_dim": 16}, "multiple of 64 columns; this model's index_head_dim is 16"),
+        ("cohere2_moe", {"shared_expert_combination_strategy": "sum"}, "combination_strategy = average"),
         ("youtu", {"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-06"),
         ("glm", {"head_dim": 32}, "heads as wide as the model; this model's have 32 columns"),
         ("gpt_bigcode", {"multi_query": False}, "multi_query = True"),

@@ -38,6 +38,7 @@ _IN_32_BITS = (
     "exp_probs_b.bias",
     "ssm_conv1d.weight",
     "shortconv.conv.weight",
+    "indexer.proj.weight",
     "altup_correct_coef.weight",
     "altup_predict_coef.weight",
     "ssm_a",

@@ -118,6 +118,10 @@ class Architecture:
     # Entry with the type of the MLP of each layer: "dense" for the first ones, then "sparse"
     mlp_types: str = ""
     flags: Mapping[str, str] = field(default_factory=dict)  # entries that are true or false -> the file's key
+    # Entries that are one of some names -> the file's key, and its value for each name
+    named: Mapping[str, tuple[str, Mapping[str, int]]] = field(default_factory=dict)
+    # Entries with one of two names for each layer -> the file's key, the name that is true there, and the other
+    listed: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)  # further keys of the file: no file has other values
     epsilon: str = "attention.layer_norm_rms_epsilon"  # the file's key
     # entry of config.json -> tensor of the file; the entry is true if the file has the tensor

@@ -13,13 +13,14 @@ from typing import Any
 
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.gguf.architecture import Architecture
-from fewbit.models.gguf.rows import dense, earlier, experts, gemma, recurrent, states
+from fewbit.models.gguf.rows import dense, earlier, experts, gemma, latents, recurrent, states
 
 _ROWS = (
     *experts.ROWS,
     *dense.ROWS,
     *earlier.ROWS,
     *gemma.ROWS,
+    *latents.ROWS,
     *recurrent.ROWS,
     *states.ROWS,
 )  # a file is of the first whose `when` fits
@@ -38,6 +39,24 @@ REFUSED = {
     "bamba": "in llama.cpp RoPE turns other columns of a head together",
     "bitnet": "llama.cpp has silu in its MLP, and this model has relu2",
     "phimoe": "in llama.cpp its norms do not subtract the mean, and it weights the experts of a token otherwise",
+}
+
+# Types that llama.cpp has, and fewbit has no row for -> what is missing
+MISSING = {
+    "apertus": "a file has parameters of the activation as keys, and fewbit makes keys of the config alone",
+    "dbrx": "transformers 5.24 cannot build a model of its config, which has no `rope_theta`",
+    "deepseek_v4": "fewbit has no names for hyper-connections, compressed keys and experts chosen by token",
+    "dots3_note_text": "fewbit has no keys for latents of another width in layers with a sliding window",
+    "gemma4_assistant": "it drafts for another model",
+    "gemma4_unified_assistant": "it drafts for another model",
+    "gemma4_unified_text": "llama.cpp has it only as part of a model with a vision tower",
+    "hrm_text": "fewbit has no names for blocks that run several times",
+    "hy_v4": "fewbit has no names for hyper-connections, and llama.cpp's converter none for those of transformers",
+    "kimi_linear": "fewbit has no keys for its linear attention, whose latents have no positions",
+    "laguna": "fewbit has no keys for layers with different numbers of query heads",
+    "mimo_v2_flash": "fewbit has no keys for values of another width than keys, and of other widths in windows",
+    "qwen4_exp_text": "transformers 5.24 cannot build a model of its config",
+    "sarvam_moe": "llama.cpp has it as BailingMoE 2, with queries, keys and values as one matrix",
 }
 
 

@@ -95,10 +95,26 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
     found |= kinds.to_keys(whole, config) if arch.two_kinds else {}
     found |= kinds.fixed_to_keys(config, arch) if arch.unshared else {}
     found |= {ours: bool(getattr(config, theirs)) for theirs, ours in arch.flags.items()}
+    found |= {ours: _number(config, theirs, values) for theirs, (ours, values) in arch.named.items()}
+    found |= {ours: _flags(config, theirs, (one, two)) for theirs, (ours, one, two) in arch.listed.items()}
     for theirs, ours in arch.turned.items():
         found |= positions.turned_to_keys(getattr(config, theirs), ours, rope)
     found |= {**_window(config, arch), **arch.constants}
     return {key if key.startswith("general.") else f"{arch.name}.{key}": value for key, value in found.items()}
+
+
+def _number(config: Any, key: str, values: Mapping[str, int]) -> int:
+    """The number of an entry that is a name."""
+    if (found := getattr(config, key)) not in values:
+        raise PlanError(f"llama.cpp has {key} = {' or '.join(values)}; this model has {found}")
+    return values[found]
+
+
+def _flags(config: Any, key: str, names: tuple[str, str]) -> np.ndarray[Any, Any]:
+    """Whether the entry of each layer is the first of two names."""
+    if others := set(getattr(config, key)) - set(names):
+        raise PlanError(f"llama.cpp has {' and '.join(names)} in {key}; this model has {sorted(others)}")
+    return np.array([each == names[0] for each in getattr(config, key)])
 
 
 def _of(config: Any, arch: Architecture, key: str, default: Any = None) -> Any:
@@ -177,6 +193,16 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     config |= {key: keys.ratio(*ours) for key, ours in arch.quotients.items()}
     config |= {key: keys.whole(ours, default) for key, (ours, default) in arch.integers.items()}
     config |= {key: keys.flag(ours) for key, ours in arch.flags.items()}
+    for key, (ours, values) in arch.named.items():
+        names = {value: name for name, value in values.items()}
+        if (number := keys.count(ours)) not in names:
+            raise keys.wrong(f"{arch.name}.{ours} is {number}; {arch.cls} has {', '.join(map(str, names))}")
+        config[key] = names[number]
+    for key, (ours, one, two) in arch.listed.items():
+        each = keys.get(ours, np.ones(layers, bool))
+        if not isinstance(each, np.ndarray) or len(each) != layers:
+            raise keys.wrong(f"{arch.name}.{ours} is no list of {layers} values")
+        config[key] = [one if value else two for value in each.tolist()]
     config |= hybrid.of_keys(keys, layers) if arch.linear_attention else {}
     config |= hybrid.layers_of_keys(keys, layers) if arch.without_attention else {}
     config |= {arch.mlp_types: hybrid.dense_of_keys(keys, layers)} if arch.mlp_types else {}

@@ -37,6 +37,10 @@ def to_keys(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[st
             f"llama.cpp runs a model of {layers} layers with q_lora_rank {'= None' if lite else 'above 0'}; this model "
             f"has {config.q_lora_rank}"
         )
+    if (indexed := getattr(config, "index_head_dim", 64)) % 64:
+        raise PlanError(
+            f"llama.cpp runs indexers with a multiple of 64 columns; this model's index_head_dim is {indexed}"
+        )
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "yarn") or rope.get("partial_rotary_factor", 1.0) != 1:
         raise PlanError(f"llama.cpp runs latent attention with whole RoPE, unscaled or by YaRN; this model has {rope}")

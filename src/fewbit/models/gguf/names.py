@@ -36,7 +36,7 @@ from torch.nn.functional import pad
 
 from fewbit.errors import PlanError
 from fewbit.models.gguf.architecture import Architecture, Cut
-from fewbit.models.gguf.architectures import REFUSED, TYPES, of_config
+from fewbit.models.gguf.architectures import MISSING, REFUSED, TYPES, of_config
 from fewbit.models.gguf.pieces import Share, Split
 
 Order = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and axes
@@ -172,7 +172,7 @@ def architecture(config: Any) -> Architecture:
     """llama.cpp's architecture for a model of transformers' `config`. PlanError if fewbit does not know one."""
     if (found := of_config(config)) is not None:
         return found
-    if (why := REFUSED.get(config.model_type)) is not None:
+    if (why := (REFUSED | MISSING).get(config.model_type)) is not None:
         raise PlanError(
             f"no GGUF file can be made of a model of type {config.model_type!r}: {why}",
             "Use a plan that makes a folder.",

@@ -14,9 +14,9 @@ from fewbit.models.gguf.rows.shared import (
     GRANITE,
     HEAD_NORMS,
     HUNYUAN_NORMS,
-    LATENT,
     LLAMA,
     LOCAL_EXPERTS,
+    MEAN_EPSILON,
     MLP,
     MODEL,
     NO_BIAS,
@@ -61,80 +61,6 @@ GLM4_MOE_ROW = Architecture(
     constants=SIGMOID,
     biases={**BIAS, "use_qk_norm": "blk.0.attn_q_norm.weight"},
     partial_rotary=True,
-)
-# Keys and values are expanded from a latent
-DEEPSEEK_ROW = Architecture(
-    "deepseek2",
-    "deepseek_v2",
-    "DeepseekV2ForCausalLM",
-    MODEL,
-    {
-        **{name: ours for name, ours in NO_MLP.items() if "k_proj" not in name and "v_proj" not in name},
-        **LATENT,
-        "self_attn.kv_b_proj": "attn_kv_b",
-        **MLP,
-        **QWEN_EXPERTS,
-        **SHARED_EXPERTS,
-    },
-    cut={
-        "attn_kv_b": Cut(
-            "num_attention_heads",
-            (
-                Piece("attn_k_b", (("num_attention_heads", "qk_nope_head_dim"),), by_head=True, transposed=True),
-                Piece("attn_v_b", (("num_attention_heads", "v_head_dim"),), by_head=True),
-            ),
-        )
-    },
-    without_lora=frozenset(("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "output")),
-    # transformers has 1e-6 in the norms of latents, whatever config.json says
-    required={**NO_BIAS, "mlp_bias": False, "topk_method": "greedy", "norm_topk_prob": False, "rms_norm_eps": 1e-6},
-    numbers={"routed_scaling_factor": ("expert_weights_scale", 1.0)},
-    counts=GLM4_MOE_ROW.counts,
-    integers={
-        "n_shared_experts": ("expert_shared_count", 0),
-        "first_k_dense_replace": ("leading_dense_block_count", 0),
-    },
-    constants={"expert_group_count": 1, "expert_group_used_count": 1, "expert_gating_func": 1},
-    experts="n_routed_experts",
-    latent=True,
-    grouped=False,
-    when=("expert_count",),
-)
-DEEPSEEK_V3_ROW = replace(
-    DEEPSEEK_ROW,
-    model_type="deepseek_v3",
-    cls="DeepseekV3ForCausalLM",
-    parameters=GLM4_MOE_ROW.parameters,
-    required={**NO_BIAS, "rope_interleave": True, "norm_topk_prob": True, "rms_norm_eps": 1e-6},
-    integers=GLM4_MOE_ROW.integers,
-    constants={**SIGMOID, "expert_weights_norm": True},
-    when=("expert_weights_norm",),
-)
-# GLM 4.7 Flash. Its files are read as DeepSeek's
-GLM4_LITE_ROW = replace(
-    DEEPSEEK_V3_ROW,
-    model_type="glm4_moe_lite",
-    cls="Glm4MoeLiteForCausalLM",
-    required={**NO_BIAS, "rope_interleave": True, "norm_topk_prob": True},
-    integers={key: ours for key, ours in DEEPSEEK_V3_ROW.integers.items() if key != "first_k_dense_replace"},
-    mlp_types="mlp_layer_types",
-    differs="transformers has 1e-6 in the norms of latents, llama.cpp `rms_norm_eps`, so its logits may differ",
-)
-# A DeepSeek without experts
-YOUTU_ROW = replace(
-    DEEPSEEK_V3_ROW,
-    model_type="youtu",
-    cls="YoutuForCausalLM",
-    block={name: ours for name, ours in DEEPSEEK_ROW.block.items() if "exp" not in ours and ours != "ffn_gate_inp"},
-    parameters={},
-    required={**NO_BIAS, "rope_interleave": True, "rms_norm_eps": 1e-6},
-    numbers={},
-    counts={"num_hidden_layers": "leading_dense_block_count"},
-    products={"expert_feed_forward_length": ("intermediate_size",)},
-    integers={},
-    constants={"expert_shared_count": 0},
-    experts="",
-    when=(),
 )
 GRANITE_MOE_ROW = replace(
     LLAMA_ROW,
@@ -206,11 +132,6 @@ GRANITE_MOE_SWA_ROW = replace(
 )
 
 ROWS = (
-    DEEPSEEK_V3_ROW,
-    GLM4_LITE_ROW,
-    DEEPSEEK_ROW,
-    replace(DEEPSEEK_V3_ROW, model_type="sarvam_mla"),  # its files are read as DeepSeek's
-    YOUTU_ROW,
     GRANITE_MOE_SWA_ROW,
     GRANITE_SWA_ROW,
     replace(
@@ -433,6 +354,36 @@ ROWS = (
         experts="num_experts",
         mlp_types="mlp_layer_types",
         constants={**SIGMOID, "expert_weights_norm": True},
+    ),
+    Architecture(
+        "cohere2moe",
+        "cohere2_moe",
+        "Cohere2MoeForCausalLM",
+        MODEL,
+        {
+            **{name: ours for name, ours in LLAMA.items() if ours != "ffn_norm"},
+            **QWEN_EXPERTS,
+            **SHARED_EXPERTS,
+        },
+        keys={"rms_norm_eps": "layer_norm_eps", "intermediate_size": "prefix_dense_intermediate_size"},
+        required={
+            **NO_BIAS,
+            "rms_norm_eps": None,
+            "norm_topk_prob": True,
+            "shared_expert_combination_strategy": "average",
+            "prefix_dense_sliding_window_pattern": 1,
+        },
+        numbers={"logit_scale": ("logit_scale", None)},
+        named={"expert_selection_fn": ("expert_gating_func", {"softmax": 1, "sigmoid": 2})},
+        counts={**EXPERTS, "intermediate_size": "expert_feed_forward_length"},
+        products={"expert_shared_feed_forward_length": ("intermediate_size", "num_shared_experts")},
+        integers={"num_shared_experts": ("expert_shared_count", 0)},
+        experts="num_experts",
+        mlp_types="mlp_layer_types",
+        constants={"rope.scaling.type": "none", "expert_weights_norm": True},
+        epsilon=MEAN_EPSILON,
+        period=4,
+        pattern=True,
     ),
     Architecture(
         "mellum",

@@ -1,0 +1,136 @@
+"""Architectures whose keys and values are expanded from a latent (MLA), as DeepSeek's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fewbit.models.gguf.architecture import Architecture, Cut, Piece
+from fewbit.models.gguf.rows.experts import GLM4_MOE_ROW
+from fewbit.models.gguf.rows.shared import (
+    LATENT,
+    MLP,
+    MODEL,
+    NO_BIAS,
+    NO_MLP,
+    QWEN_EXPERTS,
+    SHARED_EXPERTS,
+    SIGMOID,
+)
+
+# Keys and values are expanded from a latent
+DEEPSEEK_ROW = Architecture(
+    "deepseek2",
+    "deepseek_v2",
+    "DeepseekV2ForCausalLM",
+    MODEL,
+    {
+        **{name: ours for name, ours in NO_MLP.items() if "k_proj" not in name and "v_proj" not in name},
+        **LATENT,
+        "self_attn.kv_b_proj": "attn_kv_b",
+        **MLP,
+        **QWEN_EXPERTS,
+        **SHARED_EXPERTS,
+    },
+    cut={
+        "attn_kv_b": Cut(
+            "num_attention_heads",
+            (
+                Piece("attn_k_b", (("num_attention_heads", "qk_nope_head_dim"),), by_head=True, transposed=True),
+                Piece("attn_v_b", (("num_attention_heads", "v_head_dim"),), by_head=True),
+            ),
+        )
+    },
+    without_lora=frozenset(("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "output")),
+    # transformers has 1e-6 in the norms of latents, whatever config.json says
+    required={**NO_BIAS, "mlp_bias": False, "topk_method": "greedy", "norm_topk_prob": False, "rms_norm_eps": 1e-6},
+    numbers={"routed_scaling_factor": ("expert_weights_scale", 1.0)},
+    counts=GLM4_MOE_ROW.counts,
+    integers={
+        "n_shared_experts": ("expert_shared_count", 0),
+        "first_k_dense_replace": ("leading_dense_block_count", 0),
+    },
+    constants={"expert_group_count": 1, "expert_group_used_count": 1, "expert_gating_func": 1},
+    experts="n_routed_experts",
+    latent=True,
+    grouped=False,
+    when=("expert_count",),
+)
+DEEPSEEK_V3_ROW = replace(
+    DEEPSEEK_ROW,
+    model_type="deepseek_v3",
+    cls="DeepseekV3ForCausalLM",
+    parameters=GLM4_MOE_ROW.parameters,
+    required={**NO_BIAS, "rope_interleave": True, "norm_topk_prob": True, "rms_norm_eps": 1e-6},
+    integers=GLM4_MOE_ROW.integers,
+    constants={**SIGMOID, "expert_weights_norm": True},
+    when=("expert_weights_norm",),
+)
+# GLM 4.7 Flash. Its files are read as DeepSeek's
+GLM4_LITE_ROW = replace(
+    DEEPSEEK_V3_ROW,
+    model_type="glm4_moe_lite",
+    cls="Glm4MoeLiteForCausalLM",
+    required={**NO_BIAS, "rope_interleave": True, "norm_topk_prob": True},
+    integers={key: ours for key, ours in DEEPSEEK_V3_ROW.integers.items() if key != "first_k_dense_replace"},
+    mlp_types="mlp_layer_types",
+    differs="transformers has 1e-6 in the norms of latents, llama.cpp `rms_norm_eps`, so its logits may differ",
+)
+# Each token attends to the tokens that an indexer chooses
+DEEPSEEK_V32_ROW = replace(
+    DEEPSEEK_V3_ROW,
+    name="deepseek32",
+    model_type="deepseek_v32",
+    cls="DeepseekV32ForCausalLM",
+    block={
+        **DEEPSEEK_ROW.block,
+        "self_attn.indexer.wq_b": "indexer.attn_q_b",
+        "self_attn.indexer.wk": "indexer.attn_k",
+        "self_attn.indexer.k_norm": "indexer.k_norm",
+        "self_attn.indexer.weights_proj": "indexer.proj",
+    },
+    counts={
+        **GLM4_MOE_ROW.counts,
+        "index_n_heads": "attention.indexer.head_count",
+        "index_head_dim": "attention.indexer.key_length",
+        "index_topk": "attention.indexer.top_k",
+    },
+    required={**NO_BIAS, "norm_topk_prob": True, "rms_norm_eps": 1e-6},
+    integers={key: ours for key, ours in GLM4_MOE_ROW.integers.items() if key != "first_k_dense_replace"},
+    mlp_types="mlp_layer_types",
+    when=(),
+)
+GLM_DSA_ROW = replace(
+    DEEPSEEK_V32_ROW,
+    name="glm-dsa",
+    model_type="glm_moe_dsa",
+    cls="GlmMoeDsaForCausalLM",
+    required={**NO_BIAS, "norm_topk_prob": True},
+    listed={"indexer_types": ("attention.indexer.types", "full", "shared")},
+    differs=GLM4_LITE_ROW.differs,
+)
+# A DeepSeek without experts
+YOUTU_ROW = replace(
+    DEEPSEEK_V3_ROW,
+    model_type="youtu",
+    cls="YoutuForCausalLM",
+    block={name: ours for name, ours in DEEPSEEK_ROW.block.items() if "exp" not in ours and ours != "ffn_gate_inp"},
+    parameters={},
+    required={**NO_BIAS, "rope_interleave": True, "rms_norm_eps": 1e-6},
+    numbers={},
+    counts={"num_hidden_layers": "leading_dense_block_count"},
+    products={"expert_feed_forward_length": ("intermediate_size",)},
+    integers={},
+    constants={"expert_shared_count": 0},
+    experts="",
+    when=(),
+)
+
+ROWS = (
+    DEEPSEEK_V3_ROW,
+    GLM4_LITE_ROW,
+    DEEPSEEK_ROW,
+    replace(DEEPSEEK_V3_ROW, model_type="sarvam_mla"),  # its files are read as DeepSeek's
+    DEEPSEEK_V32_ROW,
+    GLM_DSA_ROW,
+    YOUTU_ROW,
+)
