@@ -15,6 +15,7 @@ from fewbit.models import experts, on_text
 from fewbit.models.skeleton import Skeleton
 from fewbit.models.source import locate
 from fewbit.pipeline import costs
+from fewbit.pipeline.divergence import nats_between
 from fewbit.pipeline.fisher import Scores, Sweep, fishers, sampled
 from fewbit.pipeline.settled import Settled
 from fewbit.plans.plan import Plan, Rule
@@ -133,6 +134,28 @@ def test_a_heads_cost_is_the_divergence_of_the_logits(tmp_path: Path) -> None:
     embedded = found.of["model.embed_tokens"]
     assert 0 < embedded["q8_0"] < embedded["q5_0"] < embedded["q4_0"]
     assert all(name == unit for name, unit in found.units.items())  # llama.cpp computes each tensor by itself
+
+
+def test_a_large_heads_cost_is_that_of_some_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_models.save(tmp_path / "m", "qwen2", dtype="float32")
+    skeleton = Skeleton(locate(folder), torch.float32, torch.device("cpu"))
+    settled = Settled.of(skeleton, Plan("p", "gguf", (Rule("lm_head", "q4_0", "rtn"),)))
+    ids, options = tokens(skeleton.config.vocab_size), costs.widths(settled)
+    monkeypatch.setattr("fewbit.pipeline.fisher.LOGITS", LENGTH * skeleton.config.vocab_size)  # one window at a time
+    monkeypatch.setattr(costs, "_TOKENS_OF_HEAD", LENGTH + 1)
+    some = costs.measured(settled, options, ids, None, lambda done, total: None).of["lm_head"]
+    alone = costs.measured(settled, options, ids[:2], None, lambda done, total: None).of["lm_head"]
+    assert some == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize("spread", [1e-4, 1e-2, 1.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nats_between_logits_are_their_divergence(spread: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(3, 100, 5000, generator=generator) * 3
+    one, other = one.to(dtype), (one + spread * torch.randn(one.shape, generator=generator)).to(dtype)
+    p, q = (each.double().log_softmax(-1) for each in (one, other))
+    assert nats_between(one, other) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-4)
 
 
 def test_the_experts_of_a_layer_are_one_unit(tmp_path: Path) -> None:

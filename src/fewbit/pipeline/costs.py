@@ -2,8 +2,9 @@
 
 A weight is quantized at every width by the plan's own method, with the statistics of the original model's inputs. The
 Fisher information of its linear (`fisher.py`) turns the error into nats. An output head is measured itself: the KL
-divergence of the logits. An embedding's error δ_t at the first block's input costs ½ sum_tn g_tn² δ_tn². A tensor that
-is both costs the sum. Costs take little space, so they are kept in the cache: another size needs no second sweep.
+divergence of the logits, on a quarter of the tokens. An embedding's error δ_t at the first block's input costs
+½ sum_tn g_tn² δ_tn². A tensor that is both costs the sum. Costs take little space, so they are kept in the cache:
+another size needs no second sweep.
 
 Costs add up where they are small. At 2 bits, errors are large and disturb one another, and the sum is too low.
 """
@@ -26,15 +27,17 @@ from fewbit.formats.base import Shape, Stored
 from fewbit.models import experts, on_text
 from fewbit.pipeline import blocks, capture, fisher
 from fewbit.pipeline.capture import Block, Importance
+from fewbit.pipeline.divergence import nats_between
 from fewbit.pipeline.fisher import Sweep
 from fewbit.pipeline.settled import Settled
 from fewbit.plans.plan import Assignment
-from fewbit.schemes.base import Scheme, chunk_rows
+from fewbit.schemes.base import QTensor, Scheme, chunk_rows
 from fewbit.stats import Need, Stats
 from fewbit.system.cache import cache_folder
 from fewbit.system.files import read_json, write_json
 
 TOKENS = 16384  # of the calibration text
+_TOKENS_OF_HEAD = 4096  # of these: logits of large vocabularies take longer than all blocks
 
 Told = Callable[[int, int], None]  # steps done, of all steps
 
@@ -88,7 +91,7 @@ def cached(settled: Settled, options: Mapping[str, Sequence[Scheme]], key: str, 
     """The costs in the cache, or else those that `measure` returns. key: a digest of everything that determines them,
     except the options."""
     spelled = json.dumps({module: [str(s) for s in schemes] for module, schemes in options.items()})
-    place = _place(f"{key} {spelled} {TOKENS}")
+    place = _place(f"{key} {spelled} {TOKENS} {_TOKENS_OF_HEAD}")
     try:
         found = read_json(place)
         return Costs(found["of"], found["units"], found["tokens"])
@@ -259,7 +262,11 @@ def _of_head(
     sweep: Sweep,
     end: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, dict[str, float]]:
-    """The KL divergence of the logits with a quantized head, in nats over all tokens; nothing for other formats."""
+    """The KL divergence of the logits with a quantized head, in nats over all tokens; nothing for other formats.
+
+    It is measured on the first `_TOKENS_OF_HEAD` tokens. The quantized heads wait packed, so that the original's logits
+    are computed once.
+    """
     head: Any = settled.skeleton.model.get_output_embeddings()
     names = {id(module): name for name, module in settled.skeleton.model.named_modules()}
     own = names.get(id(head), "")
@@ -267,20 +274,19 @@ def _of_head(
     outside = {a.module: a for a in settled.outside}
     if head is None or owner not in outside or owner not in options:
         return {}
-    weight, found = head.weight.data, dict[str, float]()
+    weight, found, measured = head.weight.data, dict[str, float](), 0
+    packed = {str(scheme): _packed(replace(outside[owner], scheme=scheme), weight) for scheme in options[owner]}
     with torch.no_grad():
-        for scheme in options[owner]:
-            values, nats = _quantized(replace(outside[owner], scheme=scheme), weight), 0.0
-            for tokens, states in zip(sweep.batches, sweep.last, strict=True):
-                states = states.to(weight.device)
-                head.weight.data = weight
-                exact = end(tokens, states).double().log_softmax(-1)
-                head.weight.data = values
-                other = end(tokens, states).double().log_softmax(-1)
-                nats += float((exact.exp() * (exact - other)).sum())
+        for tokens, states in zip(sweep.batches, sweep.last, strict=True):
+            if measured >= _TOKENS_OF_HEAD:
+                break
+            states, measured = states.to(weight.device), measured + tokens.numel()
+            exact = end(tokens, states)
+            for scheme, parts in packed.items():
+                head.weight.data = _values_of(parts).to(weight)
+                found[scheme] = found.get(scheme, 0.0) + nats_between(exact, end(tokens, states))
             head.weight.data = weight
-            found[str(scheme)] = nats
-    return {owner: found}
+    return {owner: {scheme: cost * sweep.tokens.numel() / measured for scheme, cost in found.items()}}
 
 
 def _of_embedding(
@@ -307,7 +313,7 @@ def _of_embedding(
         exact, _ = skeleton.capture(sweep.batches)
         for scheme in options[own]:
             values = weight.clone()
-            values[rows] = _quantized(replace(outside[own], scheme=scheme), weight[rows]).to(values)
+            values[rows] = _values_of(_packed(replace(outside[own], scheme=scheme), weight[rows])).to(values)
             other, _ = skeleton.capture(sweep.batches)
             error = [a.float() - b.float() for a, b in zip(exact, other, strict=True)]
             parts = zip(error, sweep.gradient, strict=True)
@@ -317,11 +323,12 @@ def _of_embedding(
     return {own: found}
 
 
-def _quantized(assignment: Assignment, weight: Tensor) -> Tensor:
-    """The values of a weight outside the blocks, quantized as `blocks` does: without statistics of its inputs."""
+def _packed(assignment: Assignment, weight: Tensor) -> list[QTensor]:
+    """A weight outside the blocks in pieces of rows, quantized as `blocks` does: without statistics of its inputs."""
     alike = Stats.from_mean_square(torch.ones(weight.shape[1], device=weight.device, dtype=torch.float32), 1)
-    out = torch.empty_like(weight)
-    for rows in chunk_rows(len(weight), weight.shape[1], 1 << 22, assignment.scheme.rows or 1):
-        (choice,) = blocks.choose([assignment], [weight[rows].float()], alike)
-        out[rows] = choice.weight.dequantize().to(out)
-    return out
+    pieces = chunk_rows(len(weight), weight.shape[1], 1 << 22, assignment.scheme.rows or 1)
+    return [blocks.choose([assignment], [weight[rows].float()], alike)[0].weight for rows in pieces]
+
+
+def _values_of(pieces: Sequence[QTensor]) -> Tensor:
+    return torch.cat([piece.dequantize() for piece in pieces])
