@@ -91,6 +91,27 @@ def test_a_card_holds_what_estimate_says(model: Path, tmp_path: Path) -> None:
     assert now.total < made_of.total <= now.total + 3000
 
 
+def test_recommend_tells_what_fills_a_memory(model: Path) -> None:
+    """With measured costs, it tells the widths, size and loss of the file that `quantize --fit` makes."""
+    limit = fewbit.estimate(model, plan="gptq-4bit", context=64).plans[1].total + 3000
+    windows = fewbit.Calibration(str(model.parent / "text.txt"), samples=4, length=32)
+    options: dict[str, Any] = {"fit": limit, "context": 64, "target": "vllm"}
+    expected = fewbit.recommend(model, "serving", **options).fitted
+    found = fewbit.recommend(model, "serving", **options, measure=True, calibration=windows)
+    assert expected is not None
+    assert found.fitted is not None
+    assert expected.total <= limit
+    assert found.fitted.basis == "costs"
+    assert not any("--dry-run" in command for command in found.commands)
+    budget = Budget(fit=limit, context=64)
+    made_of = fewbit.preview(model, plan=found.fitted.plan, budget=budget, calibration=windows).allocation
+    assert made_of is not None
+    told = found.fitted
+    assert (told.kl, told.bits, told.schemes) == (made_of.kl, made_of.bits, made_of.schemes)
+    assert 0.97 * expected.total < told.total <= expected.total
+    assert told.total - expected.total == told.weights_bytes - expected.weights_bytes
+
+
 def test_more_than_the_largest_is_said(model: Path, tmp_path: Path) -> None:
     done = made(model, tmp_path / "out", "gptq-4bit", bits=16)
     assert {tensor.scheme for tensor in done.tensors} == {"int8-g32-sym"}

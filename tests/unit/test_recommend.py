@@ -10,12 +10,14 @@ import pytest
 
 import fewbit
 from fewbit import PlanError, registry
+from fewbit.advise import fitting
 from fewbit.advise import recommend as recommending
 from fewbit.advise.recommend import Recommendation
 from fewbit.api import advise
 from fewbit.measure.comparison import Comparison, Loss, Row, Speed, Timing
 from fewbit.measure.intervals import Interval
 from fewbit.plans import plan
+from fewbit.texts.calibration import Calibration
 from tests import models
 
 REPORT = Path(__file__).parent.parent / "data" / "report.json"
@@ -297,3 +299,64 @@ def test_overlapping_intervals_are_no_gain(monkeypatch: pytest.MonkeyPatch) -> N
     priors["sizes"]["plans"]["q4_k_m"]["interval"] = [0.01, 0.016]
     monkeypatch.setattr(recommending, "priors", lambda: priors)
     assert asked("edge").sized is None
+
+
+def test_a_memory_is_filled_with_chosen_widths() -> None:
+    sizes = {row.plan: row.total for row in fewbit.estimate("tiny", context=512).plans}
+    between = (sizes["q4_k_m"] + sizes["q5_k_m"]) // 2
+    done = asked("edge", memory=None, fit=between, context=512)
+    found = done.fitted
+    assert found is not None
+    assert found.format == "gguf"
+    assert between - 100 < found.total <= between
+    assert found.basis == "prior"
+    losses = {name: recommending.priors()["plans"][name]["kl"] for name in ("q4_k_m", "q5_k_m")}
+    assert found.kl is not None
+    assert losses["q5_k_m"] < found.kl < losses["q4_k_m"]
+    assert done.sized is None
+    make = f"fewbit quantize tiny -o tiny-fit.gguf --plan {found.plan} --fit {between} --context 512"
+    assert list(done.commands[1:3]) == [f"{make} --dry-run", make]
+    larger = asked("edge", memory=None, fit="1GB", context=512).fitted
+    assert larger is not None
+    assert (larger.plan, round(larger.bits, 2)) == ("q8_0", 8.5)
+    assert larger.total == sizes["q8_0"]
+
+
+def test_widths_are_those_that_the_target_reads() -> None:
+    found = asked("quality", memory=None, fit="12MB", context=512, target="vllm").fitted
+    assert found is not None
+    assert found.format in ("gptq", "compressed-tensors")
+
+
+def test_a_report_decides_what_fills_a_memory() -> None:
+    report = measured(gptq__4bit=0.001, gptq__8bit=0.0005, q4_k_m=0.5)
+    found = asked("quality", memory=None, fit="13MB", context=512, report=report).fitted
+    assert found is not None
+    assert found.basis == "report"
+    assert found.plan == "gptq-4bit"
+    assert found.kl is not None
+    assert 0.0005 < found.kl < 0.001
+
+
+def test_the_loss_between_plans_is_on_the_lowest_line() -> None:
+    points = [(2.0, 0.8), (3.0, 0.6), (4.0, 0.2), (8.0, 0.0)]
+    assert fitting.expected(3.0, points) == pytest.approx(0.5)
+    assert fitting.expected(5.0, points) == pytest.approx(0.15)
+    assert fitting.expected(9.0, points) == 0.0
+    assert fitting.expected(1.9, points) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"fit": "12MB"}, "`memory` and `fit` are given"),
+        ({"memory": None, "fit": "12XB"}, "fit=12XB: not an amount of memory"),
+        ({"memory": None, "fit": "12MB", "batch": 2}, "batch=2.* is given with `fit`"),
+        ({"measure": True}, "`measure` is given without `fit`"),
+        ({"memory": None, "fit": "12MB", "calibration": Calibration(samples=2)}, "without `measure`"),
+        ({"memory": None, "fit": "4MB"}, "nothing fits 4 MB"),
+    ],
+)
+def test_a_fit_that_cannot_be_is_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        asked("quality", **options)

@@ -22,6 +22,7 @@ import torch
 
 from fewbit import registry, units
 from fewbit.advise.estimate import Estimate, PlanEstimate
+from fewbit.advise.fitting import Fitted, Losses
 from fewbit.brief import brief
 from fewbit.errors import PlanError
 from fewbit.measure.comparison import Comparison, Timing, leaders
@@ -81,7 +82,8 @@ class Recommendation:
     """The ranked plans (`ranked`, the best first) and the excluded ones. `rule`, `why` and `source`: the common
     advice for the purpose. `ranked_by`: what decided among plans. `contradictions`: where numbers say otherwise.
     `speeds`: where tokens/s come from, or why there are none. `sized`: the best plan with types that are chosen for its
-    size; None if that was not measured to lose less."""
+    size; None if that was not measured to lose less. `fitted`: the best plan with widths that fill the memory; None
+    unless it is asked for."""
 
     model: str
     purpose: str
@@ -98,6 +100,7 @@ class Recommendation:
     commands: tuple[str, ...]
     speeds: str
     sized: Sized | None = None
+    fitted: Fitted | None = None
 
     @property
     def best(self) -> Candidate:
@@ -118,10 +121,10 @@ def priors() -> dict[str, Any]:
     return dict(json.loads((Path(__file__).parent / "priors.json").read_text(encoding="utf-8")))
 
 
-def nbytes(text: str) -> int:
-    """Bytes that `8GB`, `8 GiB`, `512MB` or a plain number mean; PlanError otherwise."""
+def nbytes(text: str, name: str = "memory") -> int:
+    """Bytes that `8GB`, `8 GiB`, `512MB` or a plain number mean; PlanError that names the argument otherwise."""
     if (found := units.nbytes(text)) is None:
-        raise PlanError(f"`memory={text}`: not an amount of memory", "Write it as 8GB, 8GiB or 512MB.")
+        raise PlanError(f"`{name}={text}`: not an amount of memory", "Write it as 8GB, 8GiB or 512MB.")
     return found
 
 
@@ -130,7 +133,7 @@ class Demands:
     """What a plan must meet: `memory` in bytes, the runtime `target` that must read it, the largest KL divergence.
 
     speed_first: choose the fastest plan that meets them, not the one with the least loss. capability: the compute
-    capability of the card that serves; None without one.
+    capability of the card that serves; None without one. given: the argument that gave `memory`.
     """
 
     memory: int
@@ -138,6 +141,7 @@ class Demands:
     max_kl: float | None = None
     speed_first: bool = False
     capability: tuple[int, int] | None = None
+    given: str = "memory"
 
 
 def recommend(
@@ -179,7 +183,7 @@ def recommend(
     allowed = [c for c in found if c.excluded is None]
     excluded = [c for c in found if c.excluded is not None]
     if not allowed:
-        raise _nothing(estimated, purpose, excluded, memory, runtime, formats, max_kl)
+        raise _nothing(estimated, purpose, excluded, demands, runtime, formats)
     tiers = not (speed_first and max_kl is not None)  # a stated loss is allowed: then the fastest plan is the best
     here = bool(rule.get("kernels")) and runtime in (None, "transformers")
     size_first = speed_first or rule["order"] == "size"
@@ -216,6 +220,40 @@ def recommend(
         speeds=_speeds(ranked, measured, estimated.model),
         sized=_sized(ranked[0], estimated),
     )
+
+
+def fitting_plans(estimated: Estimate, purpose: str, target: str | None) -> list[str]:
+    """The plans of a purpose that the model can have and the runtime reads, those of the preferred tiers first."""
+    rule = rules()["purposes"][purpose]
+    runtime = target or rule.get("target")
+    formats = rules()["targets"][runtime]["formats"] if runtime else None
+    possible = {row.plan: row.format for row in estimated.plans if row.why_not is None}
+    tiers = [plan for plans in rule["tiers"] for plan in plans if plan in possible]
+    return [plan for plan in tiers if formats is None or possible[plan] in formats]
+
+
+def losses(done: Recommendation, measured: Comparison | None) -> Losses:
+    """The losses that `done` ranked by: those of a report, or else the priors."""
+    basis = "prior" if measured is None else "measured"
+    of = {c.plan: c.kl.value for c in (*done.ranked, *done.excluded) if c.kl is not None and c.basis == basis}
+    sizes = priors()["sizes"]["plans"] if measured is None else {}
+    return Losses(
+        of,
+        {plan: (found["bits"], found["kl"]) for plan, found in sizes.items()},
+        "prior" if measured is None else "report",
+    )
+
+
+def with_fitted(done: Recommendation, found: Fitted, fit: str, context: int | None) -> Recommendation:
+    """`done` with its answer to `fit`, and the commands that make it."""
+    out = f"{_base(done.model) or 'model'}-fit" + (".gguf" if found.format == "gguf" else "")
+    asked = f"--fit {fit}" + (f" --context {context}" if context is not None else "")
+    make = f"fewbit quantize {done.model} -o {out} --plan {found.plan} {asked}"
+    first = [command for command in done.commands if command.startswith("fewbit compare")]
+    if found.basis != "costs":
+        first.append(f"{make} --dry-run")
+    commands = (*first, make, f"fewbit evaluate {out} --reference {done.model}")
+    return replace(done, fitted=found, sized=None, commands=commands)
 
 
 def _of_card(purpose: str, runtime: str | None, capability: tuple[int, int] | None) -> dict[str, Any] | None:
@@ -308,12 +346,12 @@ def _nothing(
     estimated: Estimate,
     purpose: str,
     excluded: list[Candidate],
-    memory: int,
+    demands: Demands,
     runtime: str | None,
     formats: Any,
-    max_kl: float | None,
 ) -> PlanError:
     """The error that says why no plan meets all demands, and which one is nearest."""
+    memory, max_kl = demands.memory, demands.max_kl
     readable = [c for c in excluded if formats is None or c.format in formats]
     if not readable:
         others = [
@@ -331,7 +369,7 @@ def _nothing(
         return PlanError(
             f"nothing fits {size(memory)}: the smallest is {smallest.plan} with {size(smallest.total)}, "
             f"for {estimated.batch} x {estimated.context} tokens",
-            "Give more `memory`, a smaller `context` or `batch`, or a smaller model.",
+            f"Give more `{demands.given}`, a smaller `context` or `batch`, or a smaller model.",
         )
     fitting = [c for c in possible if c.total <= memory and c.kl is not None]
     if max_kl is not None and fitting:
@@ -340,7 +378,7 @@ def _nothing(
         return PlanError(
             f"nothing that fits {size(memory)} has a KL divergence of {max_kl:g} or less: "
             f"the nearest is {nearest.plan} with {nearest.kl.value:.3g} ({nearest.basis})",
-            "Allow a larger `max_kl` or more `memory`.",
+            f"Allow a larger `max_kl` or more `{demands.given}`.",
         )
     return PlanError(f"no plan for {purpose} meets all demands: {readable[0].plan}: {readable[0].excluded}")
 
@@ -430,7 +468,11 @@ def _sized(best: Candidate, estimated: Estimate) -> Sized | None:
 
 
 def _name(estimated: Estimate) -> str:
-    place = Path(estimated.model).absolute()  # of a Hub name too this keeps the last part
+    return _base(estimated.model)
+
+
+def _base(model: str) -> str:
+    place = Path(model).absolute()  # of a Hub name too this keeps the last part
     return os.path.basename(os.path.normpath(place.parent if place.name == "config.json" else place))
 
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from fewbit.advise import estimate as estimates
-from fewbit.advise import memory, precision, speeds
+from fewbit.advise import fitting, precision, speeds
+from fewbit.advise import memory as memories
 from fewbit.advise import recommend as recommending
 from fewbit.advise import table as tables
 from fewbit.advise.estimate import Estimate
 from fewbit.advise.precision import Precision
 from fewbit.advise.recommend import Recommendation
 from fewbit.advise.table import MethodRow
-from fewbit.api import arguments
+from fewbit.api import arguments, quantize
 from fewbit.api.arguments import Plans, checked
+from fewbit.checks import Texts
 from fewbit.errors import PlanError
 from fewbit.measure.comparison import Comparison
+from fewbit.models.outline import Outline
 from fewbit.models.source import outlined
 from fewbit.plans import plan as plans
+from fewbit.plans.budget import Budget
 from fewbit.system import machine
 from fewbit.texts.calibration import Calibration
 
@@ -43,7 +47,7 @@ def estimate(
     """
     source = outlined(model)
     wanted = list(plans.PRESETS.values()) if plan is None else [arguments.plan("plan", plan)]
-    use = memory.use_of(source.context, context, batch, cache)
+    use = memories.use_of(source.context, context, batch, cache)
     return estimates.estimate(source, wanted, use, samples=samples, length=length, trust_remote_code=trust_remote_code)
 
 
@@ -63,6 +67,9 @@ def recommend(
     speed_first: bool = False,
     target: str | None = None,
     report: str | Path | Comparison | None = None,
+    fit: str | int | None = None,
+    measure: bool = False,
+    calibration: Calibration | Texts | None = None,
     context: int | None = None,
     batch: int = 1,
     trust_remote_code: bool = False,
@@ -75,7 +82,22 @@ def recommend(
     GPU of this machine. max_kl: largest KL divergence allowed. report: a report of
     `fewbit compare` to rank by: its file, its folder, or a `Comparison`. PlanError if no plan meets all demands; it
     names the nearest one.
+
+    fit: in place of `memory`, the memory that `quantize --fit` is to fill with the widths that it chooses. `fitted` of
+    the result then says which plan, size and loss to expect. measure: measure the costs of this model's weights for
+    that on `calibration`, as `preview` does, which takes longer than to quantize the model.
     """
+    if memory is not None and fit is not None:
+        raise PlanError("`memory` and `fit` are given", "Give one of them.")
+    if fit is None and (measure or calibration is not None):
+        raise PlanError(
+            f"`{'measure' if measure else 'calibration'}` is given without `fit`", "Add `fit`, such as 8GB."
+        )
+    if not measure and calibration is not None:
+        raise PlanError("`calibration` is given without `measure`", "Only `measure` reads a text.")
+    if fit is not None and batch != 1:
+        raise PlanError(f"`batch={batch}` is given with `fit`", "`quantize` counts the KV cache of one text.")
+    memory, named = (memory, "memory") if fit is None else (fit, "fit")
     if max_kl is not None and not 0 < max_kl < float("inf"):
         raise PlanError(
             f"`max_kl={max_kl:g}`: must be finite and greater than 0", "0.05 is a small loss, 0.5 a large one."
@@ -85,21 +107,43 @@ def recommend(
             f"{model} is a size, not a model",
             f"recommend needs a config.json. For a size, run: fewbit estimate {model}",
         )
-    given = memory if isinstance(memory, int) else recommending.nbytes(memory) if memory is not None else None
+    given = memory if isinstance(memory, int) else recommending.nbytes(memory, named) if memory is not None else None
     measured = report if isinstance(report, Comparison) or report is None else Comparison.read(report)
     source = outlined(model)
     if source.quantization is not None:
         raise PlanError(f"{model} is quantized already", "Give the original model.")
     gpu = machine.gpu_memory() if purpose in ("serving", "finetuning", "experiment") else 0
     room = given if given is not None else gpu or machine.main_memory()
-    return recommending.recommend(
-        estimate(model, context=context, batch=batch, trust_remote_code=trust_remote_code),
+    estimated = estimate(model, context=context, batch=batch, trust_remote_code=trust_remote_code)
+    done = recommending.recommend(
+        estimated,
         purpose,
-        recommending.Demands(room, target, max_kl, speed_first, machine.gpu_capability()),
+        recommending.Demands(room, target, max_kl, speed_first, machine.gpu_capability(), named),
         measured=measured,
         timed=speeds.known(source, machine.device(None)),
         device=machine.device(None),
     )
+    if fit is None:
+        return done
+    names = recommending.fitting_plans(estimated, purpose, target)
+    found = fitting.fitted(
+        Outline(source, trust_remote_code=trust_remote_code),
+        [plans.PRESETS[name] for name in names],
+        room,
+        memories.use_of(source.context, context),
+        recommending.losses(done, measured),
+    )
+    if measure:
+        previewed = quantize.preview(
+            model,
+            plan=found.plan,
+            budget=Budget(fit=fit, context=context),
+            calibration=calibration,
+            trust_remote_code=trust_remote_code,
+        )
+        assert previewed.allocation is not None
+        found = found.chosen(previewed.allocation)
+    return recommending.with_fitted(done, found, str(fit), context)
 
 
 def methods(report: str | Path | Comparison | None = None) -> tuple[MethodRow, ...]:

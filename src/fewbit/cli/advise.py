@@ -69,6 +69,19 @@ def recommend(
         str | None,
         typer.Option(help="report.json of fewbit compare to decide by. Default: numbers that come with fewbit."),
     ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of --memory: choose widths so that weights, KV cache and activations fill so much."
+        ),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="With --fit: measure this model's costs, which takes longer than to quantize it."
+        ),
+    ] = False,
+    calibration: Annotated[Calibration, Fields("samples", "length", "seed", text="calibration")] = Calibration(),
     context: Context = None,
     batch: Batch = 1,
     table: Annotated[bool, typer.Option("--table", help="Show only the table of methods.")] = False,
@@ -77,6 +90,8 @@ def recommend(
 ) -> None:
     """Recommend a plan for MODEL and a purpose; say why, and which commands to run."""
     if not table:
+        if fit is not None and purpose is None:
+            purpose = "quality"
         if model is None or purpose is None:
             raise PlanError(
                 "recommend needs a model and a purpose",
@@ -100,8 +115,11 @@ def recommend(
         speed_first=speed == "first",
         target=target,
         report=report,
+        fit=fit,
+        measure=measure,
+        calibration=None if calibration == Calibration() and not measure else calibration,
         context=context,
         batch=batch,
         trust_remote_code=loading.trust_remote_code,
     )
-    printed({"plan": done.best.plan, **asdict(done)}) if as_json else advice.recommendation(done)
+    printed({"plan": (done.fitted or done.best).plan, **asdict(done)}) if as_json else advice.recommendation(done)

@@ -66,26 +66,43 @@ class Choice:
 
         beside: with `fit`, the bytes of everything in memory besides weights.
         """
-        settled = job.settled
-        assignments = settled.resolved.assignments.values()
-        made = cls(settled, costs.widths(settled), budget, 0, 0)
+        if budget.fit is not None:
+            return cls.to_fit(job.settled, budget, beside)
+        made = cls(job.settled, costs.widths(job.settled), budget, 0, 0)
         if budget.bits is not None:
-            fixed, limit = 0, int(budget.bits * made.weights / 8)
-        elif budget.size is not None:
-            fixed, limit = made.unquantized + _headers(job, header), int(budget.size)
-        else:
-            assert budget.fit is not None
-            packed = sum(a.scheme.nbytes(a.shape) for a in assignments)
-            fixed, limit = sizes.in_memory(settled) - packed + beside, int(budget.fit)
-        made = replace(made, fixed=fixed, room=limit - fixed)
-        least = sum(min(made.counted(module, scheme) for scheme in each) for module, each in made.widths.items())
+            return made._within(0, int(budget.bits * made.weights / 8))
+        assert budget.size is not None
+        return made._within(made.unquantized + _headers(job, header), int(budget.size))
+
+    @classmethod
+    def to_fit(cls, settled: Settled, budget: Budget, beside: int) -> Choice:
+        """As `of`, with a budget of memory. The weights need not be there."""
+        assert budget.fit is not None
+        packed = sum(a.scheme.nbytes(a.shape) for a in settled.resolved.assignments.values())
+        made = cls(settled, costs.widths(settled), budget, 0, 0)
+        return made._within(sizes.in_memory(settled) - packed + beside, int(budget.fit))
+
+    def _within(self, fixed: int, limit: int) -> Choice:
+        made = replace(self, fixed=fixed, room=limit - fixed)
+        least, _ = made._ends
         if least > made.room:
             raise PlanError(
-                f"{budget} is too small: the smallest output of plan {settled.resolved.plan.name} takes "
+                f"{self.budget} is too small: the smallest output of plan {self.settled.resolved.plan.name} takes "
                 f"{made.said(least)}",
                 "Give more, or use another plan or format.",
             )
         return made
+
+    @property
+    def _ends(self) -> tuple[int, int]:
+        """The bytes of all weights at their smallest and at their largest widths."""
+        every = [[self.counted(module, scheme) for scheme in each] for module, each in self.widths.items()]
+        return sum(map(min, every)), sum(map(max, every))
+
+    @property
+    def filled(self) -> float:
+        """The bits of a quantized weight that use all of the room, at most those of the largest widths."""
+        return 8 * min(self.room, self._ends[1]) / self.weights
 
     def counted(self, module: str, scheme: Scheme) -> int:
         """The bytes of one weight with a scheme, as the budget counts."""

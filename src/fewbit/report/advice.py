@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fewbit.advise.estimate import Estimate
+from fewbit.advise.fitting import Fitted
 from fewbit.advise.precision import Precision
 from fewbit.advise.recommend import Candidate, Recommendation
 from fewbit.advise.table import MethodRow
@@ -123,9 +124,29 @@ def recommendation(done: Recommendation) -> None:
         )
         tables.verbatim(text.out, f"  {sized.command}")
         _say("With --fit in place of --bits, it uses all of a memory.")
+    if (fitted := done.fitted) is not None:
+        _fitted(fitted, done)
     _say("Run:")
     for command in done.commands:
         tables.verbatim(text.out, f"  {command}")
+
+
+def _fitted(fitted: Fitted, done: Recommendation) -> None:
+    """What `--fit` adds to a recommendation."""
+    loss = "was not measured for a plan of this kind"
+    if fitted.kl is not None:
+        where = {
+            "costs": "predicted from the costs of this model's weights",
+            "report": "at most about that by the report",
+            "prior": "at most about that by priors, measured on the embedded model",
+        }
+        loss = f"{fitted.kl:.3g}, {where[fitted.basis]}"
+    widths = "" if fitted.schemes is None else ": " + ", ".join(f"{s} in {n}" for s, n in fitted.schemes.items())
+    _say(
+        f"With widths chosen to fill {size(done.memory)}, with {fitted.context:,} tokens of context: {fitted.plan}, "
+        f"{fitted.bits:.3g} bits a weight{widths}. Weights {size(fitted.weights_bytes)}, in use {size(fitted.total)}. "
+        f"KL divergence {loss}."
+    )
 
 
 def methods(rows: Sequence[MethodRow]) -> None:
