@@ -30,7 +30,7 @@ class Blocks(Codec):
     def widths(self, shape: tuple[int, int]) -> list[Scheme]:
         """Types of 256 columns and q8_0. If 256 does not divide the columns, the types of 32, among them q8_0.
 
-        Types with a codebook (iq2, iq3) only in the place of one: they take more than ten times as long to encode.
+        Types with a codebook (iq2, iq3) only in the place of one: on a GPU no kernel of fewbit is fast with them.
         """
         large, written = shape[1] % 256 == 0, {**LAYOUTS, **VECTORS} if self.name in VECTORS else LAYOUTS
         return [parse(name) for name, kind in written.items() if (kind.columns == 256) == large or name == "q8_0"]
