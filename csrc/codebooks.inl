@@ -186,34 +186,42 @@ struct IQ1M : Codebook<IQ1M> {
 
 // ---- few levels ----------------------------------------------------------------------------------------------------
 
-template <bool base3> struct Ternary : Super<Ternary<base3>> {
-  static constexpr int BYTES = base3 ? 54 : 66, P = 1, STEPS = 4;
-  static constexpr bool WIDE = false;
-  static constexpr int column(int step, int, int b) { return 64 * step + b; }
-  // Two bits of bytes 32 apart: the codes 2 t and 2 t + 1 of four in a byte.
-  template <int t, class Fn> static INLINE void quarter(const uint8_t* p, F s, F o, Fn& fn) {
-    const uint8_t* at = p + 32 * (t / 2);
-    U codes[1] = {Vec::halves<-4 * (t % 2), -4 * (t % 2) - 2, 3>(Vec::join(at, at))};
-    fn(t, codes, s, o);
-  }
-  // `digits` digits of base 3 of `width` bytes. A byte is their number as a fraction of 243.
-  template <int width, int digits> static INLINE void numbers(const uint8_t* p, uint8_t* codes) {
-    for (int i = 0, power = 1; i < digits; i++, power *= 3)
-      for (int j = 0; j < width; j++) codes[width * i + j] = uint8_t(uint16_t(uint8_t(p[j] * power) * 3) >> 8);
-  }
+struct TQ20 : Super<TQ20>, TwoBits {
+  static constexpr int BYTES = 66;
   template <class Fn> static INLINE void chunk(const uint8_t* p, Fn& fn) {
-    const F s = Vec::set1(Vec::half(p + BYTES - 2)), o = times(s, -1);
-    if constexpr (base3) {
-      alignas(64) uint8_t codes[256];
-      numbers<32, 5>(p, codes);
-      numbers<16, 5>(p + 32, codes + 160);
-      numbers<4, 4>(p + 48, codes + 240);
-      for (int t = 0; t < 4; t++) {
-        U held[1] = {Vec::load(codes + 64 * t)};
-        fn(t, held, s, o);
-      }
-    } else {
-      quarter<0>(p, s, o, fn), quarter<1>(p, s, o, fn), quarter<2>(p, s, o, fn), quarter<3>(p, s, o, fn);
+    const F s = Vec::set1(Vec::half(p + 64));
+    U codes[4];
+    unpack(p, codes);
+    fn(0, codes, s, times(s, -1));
+  }
+};
+
+// The power of 3 that brings each byte's digit to the top, for the words of four vectors.
+struct Powers {
+  alignas(64) uint16_t of[4][32];
+  constexpr Powers() : of() {
+    const int digit[4][4] = {{0, 0, 1, 1}, {2, 2, 3, 3}, {4, 4, 0, 1}, {2, 3, 4, 0}}, power[5] = {1, 3, 9, 27, 81};
+    for (int t = 0; t < 4; t++)
+      for (int i = 0; i < 32; i++) of[t][i] = uint16_t(power[t == 3 && i >= 24 ? i % 8 / 2 : digit[t][i / 8]]);
+  }
+};
+constexpr Powers POWERS{};
+
+// Digits of base 3, five in each byte of 32 and then of 16, and four in each of the last four. A byte is their number as a
+// fraction of 243.
+struct TQ10 : Super<TQ10> {
+  static constexpr int BYTES = 54, P = 1, STEPS = 4;
+  static constexpr bool WIDE = false;
+  // Of each 16 columns the even ones, then the odd ones, as Vec::thirds gives them.
+  static constexpr int column(int step, int, int b) { return 64 * step + b / 16 * 16 + b % 8 * 2 + b / 8 % 2; }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, Fn& fn) {
+    const F s = Vec::set1(Vec::half(p + 52)), o = times(s, -1);
+    uint32_t tail[4] = {word32(p + 48), word32(p + 48), word32(p + 48), word32(p + 48)};
+    const U first = Vec::join(p, p);
+    const U bytes[4] = {first, first, Vec::join4(p, p + 16, p + 32, p + 32), Vec::join4(p + 32, p + 32, p + 32, (const uint8_t*)tail)};
+    for (int t = 0; t < 4; t++) {
+      const U codes[1] = {Vec::thirds(bytes[t], POWERS.of[t])};
+      fn(t, codes, s, o);
     }
   }
 };

@@ -22,6 +22,8 @@ using F = Vec::F;
 // Prefetches the bytes 16 KB ahead of p into the L2 cache. With 2 KB, one thread of an EPYC of 2025 reads q4_k at 19 GB/s,
 // with 16 KB at 32, and with 64 KB at 27 (`benchmarks/cpu.py`).
 INLINE void ahead(const uint8_t* p) { __builtin_prefetch(p + 16384, 0, 2); }
+// The same for scales in an array of their own, an eighth of the codes or less.
+INLINE void ahead_scales(const uint8_t* p) { __builtin_prefetch(p + 2048, 0, 2); }
 
 struct Lanes {
   int32_t at[16];
@@ -119,37 +121,53 @@ struct Q6K : Super<Q6K> {
   }
 };
 
-template <bool three> struct Q23K : Super<Q23K<three>> {
-  static constexpr int BYTES = three ? 110 : 84, P = 1, STEPS = 4;
-  static constexpr bool WIDE = false;
-  static constexpr int column(int step, int, int b) { return 64 * step + b; }
-  template <int step, class Fn> static INLINE void quarter(const uint8_t* p, F s, F o, U high, Fn& fn) {
-    constexpr int t = step / 2, h = step % 2;
-    const uint8_t* at = p + (three ? 32 : 16) + 32 * t;
-    U q[1] = {Vec::halves<-4 * h, -4 * h - 2, 3>(Vec::join(at, at))};
-    if (three) q[0] = Vec::either(q[0], Vec::halves<2 - 2 * step, 1 - 2 * step, 4>(high));
-    fn(step, q, Vec::pick(s, QUADS[step].at), Vec::pick(o, QUADS[step].at));
+// Two bits for each of 256 columns. Byte j of 32 holds columns j, 32 + j, 64 + j and 96 + j, and the next 32 bytes the other
+// half. A lane takes the same two bits of 16 bytes, so it sums 16 columns of one scale.
+struct TwoBitLanes {
+  alignas(64) int32_t shift[16], group[16];  // where the lane's two bits are, and which 16 columns it sums
+  alignas(64) uint8_t high[64];              // the bit of a byte with the highest bit of the lane's codes, of q3_k
+  constexpr TwoBitLanes() : shift(), group(), high() {
+    for (int i = 0; i < 16; i++) shift[i] = 2 * (i % 4), group[i] = 8 * (i / 8) + 2 * (i % 4) + i / 4 % 2;
+    for (int b = 0; b < 64; b++) high[b] = uint8_t(1 << group[b / 4] / 2);
   }
+};
+constexpr TwoBitLanes TWO_BITS{};
+struct TwoBits {
+  static constexpr int P = 4, STEPS = 1;
+  static constexpr bool WIDE = false;
+  static constexpr int column(int, int p, int b) { return 16 * TWO_BITS.group[b / 4] + 4 * p + b % 4; }
+  static INLINE void unpack(const uint8_t* p, U* codes) {
+    const U q = Vec::load(p);
+    codes[0] = Vec::lifted<0, 3>(q, TWO_BITS.shift), codes[1] = Vec::lifted<1, 3>(q, TWO_BITS.shift);
+    codes[2] = Vec::lifted<2, 3>(q, TWO_BITS.shift), codes[3] = Vec::lifted<3, 3>(q, TWO_BITS.shift);
+  }
+};
+
+template <bool three> struct Q23K : Super<Q23K<three>>, TwoBits {
+  static constexpr int BYTES = three ? 110 : 84;
   template <class Fn> static INLINE void chunk(const uint8_t* p, Fn& fn) {
     const uint64_t nibble = 0x0f0f0f0f0f0f0f0full;
+    U codes[4];
+    unpack(p + (three ? 32 : 16), codes);
     F s, o;
     if (three) {
       const uint32_t top = 0x03030303, x = word32(p + 104);
       uint64_t low = word64(p + 96);
       uint64_t a = (low & nibble) | ((x & top) | uint64_t(x >> 2 & top) << 32) << 4;
       uint64_t b = (low >> 4 & nibble) | ((x >> 4 & top) | uint64_t(x >> 6 & top) << 32) << 4;
-      s = times(Vec::add(Vec::from_u64(a, b), Vec::set1(-32)), Vec::half(p + 108));
+      s = Vec::pick(times(Vec::add(Vec::from_u64(a, b), Vec::set1(-32)), Vec::half(p + 108)), TWO_BITS.group);
       o = times(s, -4);
+      const U high = Vec::join(p, p);
+      codes[0] = Vec::add_where(codes[0], Vec::copied<0>(high), TWO_BITS.high, 4);
+      codes[1] = Vec::add_where(codes[1], Vec::copied<1>(high), TWO_BITS.high, 4);
+      codes[2] = Vec::add_where(codes[2], Vec::copied<2>(high), TWO_BITS.high, 4);
+      codes[3] = Vec::add_where(codes[3], Vec::copied<3>(high), TWO_BITS.high, 4);
     } else {
       uint64_t a = word64(p), b = word64(p + 8);
-      s = times(Vec::from_u64(a & nibble, b & nibble), Vec::half(p + 80));
-      o = times(Vec::from_u64(a >> 4 & nibble, b >> 4 & nibble), -Vec::half(p + 82));
+      s = Vec::pick(times(Vec::from_u64(a & nibble, b & nibble), Vec::half(p + 80)), TWO_BITS.group);
+      o = Vec::pick(times(Vec::from_u64(a >> 4 & nibble, b >> 4 & nibble), -Vec::half(p + 82)), TWO_BITS.group);
     }
-    const U high = three ? Vec::join(p, p) : U{};
-    quarter<0>(p, s, o, high, fn);
-    quarter<1>(p, s, o, high, fn);
-    quarter<2>(p, s, o, high, fn);
-    quarter<3>(p, s, o, high, fn);
+    fn(0, codes, s, o);
   }
 };
 
@@ -243,32 +261,54 @@ struct Q80 : Small<Q80, 34, 2> {
 
 // ---- integers with a scale (and a zero point) for each group of columns, codes in a bit stream by row ----------------
 
-// For each of eight words: the bytes that contain an even (odd) code of sixteen, and the factor that shifts this code to
-// the upper byte.
+// How sixteen codes in 2 BITS bytes become bytes. A code is inside a word of 16 bits: `even` (`odd`) are the bytes of the words
+// of codes with an even (odd) number, and `even_at` (`odd_at`) where the codes begin in them. The product with `even_by`
+// (`odd_by`) has the code in the upper byte.
 template <int BITS> struct Straddling {
   alignas(16) uint8_t even[16], odd[16];
-  alignas(16) uint16_t even_by[8], odd_by[8];
-  constexpr Straddling() : even(), odd(), even_by(), odd_by() {
+  alignas(16) uint16_t even_at[8], odd_at[8], even_by[8], odd_by[8];
+  constexpr Straddling() : even(), odd(), even_at(), odd_at(), even_by(), odd_by() {
+    for (int i = 0; i < 8; i++) put(i, 2 * i * BITS, (2 * i + 1) * BITS);
+  }
+  constexpr void put(int i, int a, int b) {
+    even[2 * i] = uint8_t(a / 8), even[2 * i + 1] = uint8_t(a / 8 + 1), even_at[i] = uint16_t(a % 8);
+    odd[2 * i] = uint8_t(b / 8), odd[2 * i + 1] = uint8_t(b / 8 + 1), odd_at[i] = uint16_t(b % 8);
+    even_by[i] = uint16_t(1 << (8 - a % 8)), odd_by[i] = uint16_t(1 << (8 - b % 8));
+  }
+};
+
+// How 32 codes of three bits in 12 bytes become two vectors. Eight codes have three bytes, and a word has the same code of two
+// neighbours of eight. Codes inside of a byte make the first vector: `within` has this byte of both, and `at` where the code
+// begins; the product with `by` has it at the top of the byte. The others make the second vector, as above.
+constexpr int THREE_BITS[2][4] = {{0, 1, 3, 4}, {2, 5, 6, 7}};
+struct Within : Straddling<3> {
+  alignas(16) uint8_t within[16];
+  alignas(16) uint16_t at[8], by[8];
+  constexpr Within() : within(), at(), by() {
     for (int i = 0; i < 8; i++) {
-      const int a = 2 * i * BITS, b = a + BITS;
-      even[2 * i] = uint8_t(a / 8), even[2 * i + 1] = uint8_t(a / 8 + 1);
-      odd[2 * i] = uint8_t(b / 8), odd[2 * i + 1] = uint8_t(b / 8 + 1);
-      even_by[i] = uint16_t(1 << (8 - a % 8)), odd_by[i] = uint16_t(1 << (8 - b % 8));
+      const int first = 48 * (i / 4), bit = 3 * THREE_BITS[0][i % 4], a = first + 3 * THREE_BITS[1][i % 4];
+      within[2 * i] = uint8_t((first + bit) / 8), within[2 * i + 1] = uint8_t((first + bit) / 8 + 3), at[i] = uint16_t(bit % 8);
+      by[i] = uint16_t(1 << (5 - bit % 8));
+      put(i, a, a + 24);
     }
   }
 };
 
-template <int BITS> struct Affine {
-  static constexpr int P = 8 % BITS ? 1 : 8 / BITS, C = 64 * P, STEPS = 1, BYTES = C * BITS / 8;
-  static constexpr bool WIDE = BITS == 8;
-  static constexpr int column(int, int p, int b) { return P * b + p; }
+// `P` vectors of codes for each step.
+template <int BITS, int VECTORS = 8 % BITS ? 1 : 8 / BITS> struct Affine {
+  static constexpr int P = VECTORS, C = 64 * P, STEPS = 1, BYTES = C * BITS / 8;
+  static constexpr bool WIDE = BITS == 8, THREE = BITS == 3 && P == 2;
+  static constexpr int column(int, int p, int b) {
+    return THREE ? b / 8 * 16 + b % 2 * 8 + THREE_BITS[p % 2][b % 8 / 2] : P * b + p;
+  }
   struct Row {
     const uint8_t *first, *end, *codes, *first_scale, *scale, *first_zero, *zero_end, *zero;
     int64_t bytes, groups, zero_bytes;
-    int64_t chunks_a_group;  // 0: a chunk has `in_chunk` groups
-    int shift;               // group index = chunk index >> shift; if negative, a division is needed
-    int in_chunk;
+    int64_t chunks_a_group;  // the group of a chunk is `in_chunk * chunk >> shift`; if shift is negative, a division is needed
+    int shift, in_chunk;
     Lanes lanes;
+    mutable int64_t held = -1;  // the first of the 16 groups of `scales` and `offsets`
+    mutable Vec::Held scales, offsets;
     explicit Row(const fewbit_weight& w) {
       groups = w.k / w.group;
       bytes = (w.k * BITS + 7) / 8;
@@ -279,9 +319,9 @@ template <int BITS> struct Affine {
       zero = first_zero = (const uint8_t*)w.part[2];
       zero_end = zero ? zero + w.n * zero_bytes : nullptr;
       const bool whole = w.group % C == 0 || groups == 1;
-      chunks_a_group = !whole ? 0 : groups == 1 ? 1 : w.group / C;
+      chunks_a_group = whole && groups > 1 ? w.group / C : 1;
       const bool power = !(chunks_a_group & (chunks_a_group - 1));
-      shift = groups == 1 ? 62 : power && whole ? __builtin_ctzll((unsigned long long)chunks_a_group) : -1;
+      shift = groups == 1 ? 62 : power ? __builtin_ctzll((unsigned long long)chunks_a_group) : -1;
       in_chunk = whole ? 1 : int(C / w.group);
       lanes = by(4 * P, whole ? 0 : int(w.group));
     }
@@ -289,44 +329,40 @@ template <int BITS> struct Affine {
       codes = first + n * bytes;
       scale = first_scale + n * groups * 2;
       if (first_zero) zero = first_zero + n * zero_bytes;
+      held = -1;
     }
   };
-  static INLINE float zero(const Row& r, int64_t at) {
-    const int64_t bit = at * BITS;
-    const uint8_t* p = r.zero + bit / 8;
-    unsigned held = *p;
-    if (8 % BITS && p + 1 < r.zero_end) held |= unsigned(p[1]) << 8;
-    return float(int(held >> (bit & 7) & ((1u << BITS) - 1)));
-  }
-  static INLINE F zeros(const Row& r, int64_t first, int count) {
-    const int64_t bit = first * BITS;
-    const uint8_t* p = r.zero + bit / 8;
-    uint64_t held = 0;
-    if (p + 8 <= r.zero_end) held = word64(p);
-    else memcpy(&held, p, size_t(r.zero_end - p));
-    held >>= bit & 7;
-    return Vec::from_u64(Vec::spread<BITS>(held), count > 8 ? Vec::spread<BITS>(held >> (8 * BITS % 64)) : 0);
+  // Of the 16 groups from a multiple of 16 on. Zeros of groups that are not there mean nothing.
+  static INLINE F zeros(const Row& r, int64_t from) {
+    const uint8_t* p = r.zero + from * BITS / 8;
+    uint8_t copy[16] = {};
+    ahead_scales(p);
+    if (p + BITS + 8 > r.zero_end) {
+      memcpy(copy, p, size_t(r.zero_end - p < 2 * BITS ? r.zero_end - p : 2 * BITS));
+      p = copy;
+    }
+    return Vec::from_u64(Vec::spread<BITS>(word64(p)), Vec::spread<BITS>(word64(p + BITS)));
   }
   template <class Fn> static INLINE void decode(const Row& r, int64_t c, Fn&& fn) {
     const uint8_t* p = r.codes + c * BYTES;
     ahead(p);
-    F s, o;
-    if (r.chunks_a_group) {
-      const int64_t group = r.shift >= 0 ? c >> r.shift : int64_t(uint32_t(c) / uint32_t(r.chunks_a_group));
-      const float unit = Vec::half(r.scale + 2 * group);
-      s = Vec::set1(unit);
-      o = Vec::set1(-unit * (r.zero ? zero(r, group) : float(1 << (BITS - 1))));
-    } else {
-      const int64_t group = c * r.in_chunk, there = r.groups - group;
-      const int count = there < r.in_chunk ? int(there) : r.in_chunk;
-      s = Vec::halfs(r.scale + 2 * group, count);
-      o = r.zero ? Vec::mul(s, times(zeros(r, group, count), -1)) : times(s, -float(1 << (BITS - 1)));
-      s = Vec::pick(s, r.lanes.at);
-      o = Vec::pick(o, r.lanes.at);
-    }
+    const int64_t group = r.shift >= 0 ? c * r.in_chunk >> r.shift : int64_t(uint32_t(c) / uint32_t(r.chunks_a_group));
     U codes[P];
     unpack(p, r.end - p, codes);
-    fn(0, codes, s, o);
+    if (BITS == 8 && r.in_chunk == 1) {  // from memory, a fifth faster than by 16 groups
+      const F s = Vec::set1(Vec::half(r.scale + 2 * group));
+      return fn(0, codes, s, times(s, r.zero ? -float(r.zero[group]) : -128.0f));
+    }
+    if (const int64_t from = group & ~int64_t(15); from != r.held) {
+      const int64_t there = r.groups - from;
+      r.held = from;
+      ahead_scales(r.scale + 2 * from);
+      const F s = Vec::halfs(r.scale + 2 * from, there < 16 ? int(there) : 16);
+      r.scales.hold(s);
+      r.offsets.hold(r.zero ? Vec::mul(s, times(zeros(r, from), -1)) : times(s, -float(1 << (BITS - 1))));
+    }
+    const int64_t at = group & 15;
+    fn(0, codes, r.scales.lanes(r.lanes.at, at, r.in_chunk / 2), r.offsets.lanes(r.lanes.at, at, r.in_chunk / 2));
   }
   // At the end of a row this may read codes of the next row. They are multiplied by activations of 0.
   static INLINE void unpack(const uint8_t* p, int64_t left, U* codes) {
@@ -334,19 +370,21 @@ template <int BITS> struct Affine {
       const U q = left < BYTES ? Vec::load_part(p, left) : Vec::load(p);
       fields(q, codes);
     } else {
+      constexpr int QUARTER = BYTES / 4;
       uint8_t copy[64];
-      if (left < 6 * BITS + 16) {
+      if (left < 64) {
         memset(copy, 0, sizeof copy);
         memcpy(copy, p, size_t(left < BYTES ? left : BYTES));
         p = copy;
       }
-      // Sixteen codes take 2 BITS bytes. A code is inside a word of 16 bits, which is shifted left until the code is its
-      // upper byte.
-      static constexpr Straddling<BITS> word{};
-      const U q = Vec::join4(p, p + 2 * BITS, p + 4 * BITS, p + 6 * BITS);
-      const U even = Vec::mul16(Vec::shuffle(q, word.even), word.even_by);
-      const U odd = Vec::mul16(Vec::shuffle(q, word.odd), word.odd_by);
-      codes[0] = Vec::upper<(1 << BITS) - 1>(even, odd);
+      const U q = Vec::quarters<QUARTER>(p);
+      if constexpr (THREE) {
+        static constexpr Within word{};
+        codes[0] = Vec::within(q, word), codes[1] = Vec::straddling<7>(q, word);
+      } else {
+        static constexpr Straddling<BITS> word{};
+        codes[0] = Vec::straddling<(1 << BITS) - 1>(q, word);
+      }
     }
   }
   static INLINE void fields(U q, U* codes) {

@@ -7,6 +7,7 @@
 namespace {
 
 struct Vec {
+  static constexpr int ROWS = 1;  // of W with sums in registers
   struct U { __m256i lo, hi; };
   using I = U;
   struct F { __m256 lo, hi; };
@@ -36,6 +37,16 @@ struct Vec {
     return {_mm256_and_si256(shift32<a>(u.lo), m), _mm256_and_si256(shift32<b>(u.hi), m)};
   }
   template <int shift, int mask> static U field(U u) { return halves<-shift, -shift, mask>(u); }
+  template <int p> static U copied(U u) {
+    return {_mm256_shuffle_epi32(u.lo, p * 0x55), _mm256_shuffle_epi32(u.hi, p * 0x55)};
+  }
+  template <int p, int mask> static __m256i lifted32(__m256i x, const int32_t* by) {
+    const __m256i bits = _mm256_srlv_epi32(_mm256_shuffle_epi32(x, p * 0x55), part32((const uint8_t*)by));
+    return _mm256_and_si256(bits, _mm256_set1_epi8((char)mask));
+  }
+  template <int p, int mask> static U lifted(U u, const int32_t* by) {
+    return {lifted32<p, mask>(u.lo, by), lifted32<p, mask>(u.hi, by + 8)};
+  }
   static U either(U a, U b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
   static U flip(U a) {
     __m256i m = _mm256_set1_epi8((char)0x80);
@@ -45,6 +56,7 @@ struct Vec {
     __m256i t = _mm256_broadcastsi128_si256(part16(table));
     return {_mm256_shuffle_epi8(t, codes.lo), _mm256_shuffle_epi8(t, codes.hi)};
   }
+  template <int by> static U quarters(const uint8_t* p) { return join4(p, p + by, p + 2 * by, p + 3 * by); }
   static U shuffle(U u, const uint8_t* index) {
     __m256i at = _mm256_broadcastsi128_si256(part16(index));
     return {_mm256_shuffle_epi8(u.lo, at), _mm256_shuffle_epi8(u.hi, at)};
@@ -67,6 +79,17 @@ struct Vec {
   template <int mask> static U upper(U even, U odd) {
     return {upper32<mask>(even.lo, odd.lo), upper32<mask>(even.hi, odd.hi)};
   }
+  template <class Words> static U within(U u, const Words& w) { return field<5, 7>(mul16(shuffle(u, w.within), w.by)); }
+  template <int mask, class Words> static U straddling(U u, const Words& w) {
+    return upper<mask>(mul16(shuffle(u, w.even), w.even_by), mul16(shuffle(u, w.odd), w.odd_by));
+  }
+  static __m256i thirds32(__m256i x, const uint16_t* by) {
+    const __m256i factor = part32((const uint8_t*)by), three = _mm256_set1_epi16(3);
+    const __m256i even = _mm256_mullo_epi16(_mm256_slli_epi16(x, 8), factor);
+    const __m256i odd = _mm256_mullo_epi16(_mm256_and_si256(x, _mm256_set1_epi16((short)0xff00)), factor);
+    return _mm256_packus_epi16(_mm256_mulhi_epu16(even, three), _mm256_mulhi_epu16(odd, three));
+  }
+  static U thirds(U u, const uint16_t* by) { return {thirds32(u.lo, by), thirds32(u.hi, by + 16)}; }
   static __m256i by_bits(uint32_t mask, uint8_t value) {
     const __m256i which = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
     const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201ull);
@@ -144,6 +167,15 @@ struct Vec {
   static F pick(F a, const int32_t* index) {
     return {pick8(a, part32((const uint8_t*)index)), pick8(a, part32((const uint8_t*)(index + 8)))};
   }
+  struct Held {  // in memory: a lane of any of 16 floats in two registers would take two permutations
+    float x[32] = {};
+    void hold(F f) { storef(x, f); }
+    F lanes(const int32_t* index, int64_t from, int64_t half) const {
+      const __m256i at = part32((const uint8_t*)index);
+      return {_mm256_permutevar8x32_ps(_mm256_loadu_ps(x + from), at),
+              _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + from + half), at)};
+    }
+  };
   static I widen(__m128i x) { return {_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))}; }
   static F from_bytes(const uint8_t* p) { return cvt(widen(part16(p))); }
   static F from_u64(uint64_t a, uint64_t b) { return cvt(widen(_mm_set_epi64x((long long)b, (long long)a))); }

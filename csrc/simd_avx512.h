@@ -6,7 +6,15 @@
 
 namespace {
 
+template <int by> struct Words {  // of four times 16 bytes, `by` bytes apart, the numbers of their words
+  uint16_t of[32];
+  constexpr Words() : of() {
+    for (int i = 0; i < 32; i++) of[i] = uint16_t((i / 8 * by + i % 8 * 2) / 2 % 32);
+  }
+};
+
 struct Vec {
+  static constexpr int ROWS = 4;  // of W with sums in registers
   using U = __m512i;
   using I = __m512i;
   using F = __m512;
@@ -37,25 +45,42 @@ struct Vec {
     __m256i lo = shift32<a>(_mm512_castsi512_si256(u)), hi = shift32<b>(_mm512_extracti64x4_epi64(u, 1));
     return _mm512_and_si512(_mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1), _mm512_set1_epi8((char)mask));
   }
+  template <int p> static U copied(U u) { return _mm512_shuffle_epi32(u, (_MM_PERM_ENUM)(p * 0x55)); }
+  template <int p, int mask> static U lifted(U u, const int32_t* by) {
+    return _mm512_and_si512(_mm512_srlv_epi32(copied<p>(u), _mm512_loadu_si512(by)), _mm512_set1_epi8((char)mask));
+  }
   static U either(U a, U b) { return _mm512_or_si512(a, b); }
   static U flip(U a) { return _mm512_xor_si512(a, _mm512_set1_epi8((char)0x80)); }
   static U lookup(U codes, const uint8_t* table) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(part16(table)), codes);
   }
+  template <int by> static U quarters(const uint8_t* p) {
+    alignas(64) static constexpr Words<by> AT{};
+    return _mm512_permutexvar_epi16(load((const uint8_t*)AT.of), load(p));
+  }
   static U shuffle(U u, const uint8_t* index) {
     return _mm512_shuffle_epi8(u, _mm512_broadcast_i32x4(part16(index)));
+  }
+  template <class Words> static U within(U u, const Words& w) {
+    const U words = _mm512_srlv_epi16(shuffle(u, w.within), _mm512_broadcast_i32x4(part16((const uint8_t*)w.at)));
+    return _mm512_and_si512(words, _mm512_set1_epi8(7));
+  }
+  template <int mask, class Words> static U straddling(U u, const Words& w) {
+    const U eight = _mm512_set1_epi16(8), odd_at = _mm512_broadcast_i32x4(part16((const uint8_t*)w.odd_at));
+    const U even = _mm512_srlv_epi16(shuffle(u, w.even), _mm512_broadcast_i32x4(part16((const uint8_t*)w.even_at)));
+    const U odd = _mm512_sllv_epi16(shuffle(u, w.odd), _mm512_sub_epi16(eight, odd_at));
+    return _mm512_and_si512(_mm512_ternarylogic_epi32(_mm512_set1_epi16(255), even, odd, 0xca), _mm512_set1_epi8((char)mask));
   }
   static F evens(F a, F b) { return _mm512_shuffle_ps(a, b, 0x88); }
   static U evens(U a, U b) { return _mm512_castps_si512(evens(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b))); }
   static U odds(U a, U b) {
     return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), 0xdd));
   }
-  static U mul16(U u, const uint16_t* by) {
-    return _mm512_mullo_epi16(u, _mm512_broadcast_i32x4(part16((const uint8_t*)by)));
-  }
-  template <int mask> static U upper(U even, U odd) {
-    return either(_mm512_and_si512(_mm512_srli_epi16(even, 8), _mm512_set1_epi16(mask)),
-                  _mm512_and_si512(odd, _mm512_set1_epi16((short)(mask << 8))));
+  static U thirds(U u, const uint16_t* by) {
+    const U factor = load((const uint8_t*)by), three = _mm512_set1_epi16(3);
+    const U even = _mm512_mullo_epi16(_mm512_slli_epi16(u, 8), factor);
+    const U odd = _mm512_mullo_epi16(_mm512_and_si512(u, _mm512_set1_epi16((short)0xff00)), factor);
+    return _mm512_packus_epi16(_mm512_mulhi_epu16(even, three), _mm512_mulhi_epu16(odd, three));
   }
   static U add_bits(U codes, uint64_t mask, uint8_t value) {
     return _mm512_mask_add_epi8(codes, (__mmask64)mask, codes, _mm512_set1_epi8((char)value));
@@ -92,6 +117,13 @@ struct Vec {
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F pick(F a, const int32_t* index) { return _mm512_permutexvar_ps(_mm512_loadu_si512(index), a); }
+  struct Held {
+    F x = set1(0);
+    void hold(F f) { x = f; }
+    F lanes(const int32_t* index, int64_t from, int64_t) const {
+      return _mm512_permutexvar_ps(_mm512_add_epi32(_mm512_loadu_si512(index), _mm512_set1_epi32(int(from))), x);
+    }
+  };
   static F from_bytes(const uint8_t* p) { return cvt(_mm512_cvtepu8_epi32(part16(p))); }
   static F from_u64(uint64_t a, uint64_t b) {
     return cvt(_mm512_cvtepu8_epi32(_mm_set_epi64x((long long)b, (long long)a)));

@@ -7,6 +7,7 @@
 namespace {
 
 struct Vec {
+  static constexpr int ROWS = 2;  // of W with sums in registers
   struct U { uint8x16_t x[4]; };
   struct I { int32x4_t x[4]; };
   struct F { float32x4_t x[4]; };
@@ -30,6 +31,17 @@ struct Vec {
     return u;
   }
   template <int shift, int mask> static U field(U u) { return halves<-shift, -shift, mask>(u); }
+  template <int p> static U copied(U u) {
+    for (int i = 0; i < 4; i++) u.x[i] = vreinterpretq_u8_u32(vdupq_laneq_u32(words(u.x[i]), p));
+    return u;
+  }
+  template <int p, int mask> static U lifted(U u, const int32_t* by) {
+    for (int i = 0; i < 4; i++) {
+      const uint32x4_t bits = vshlq_u32(vdupq_laneq_u32(words(u.x[i]), p), vnegq_s32(vld1q_s32(by + 4 * i)));
+      u.x[i] = vandq_u8(vreinterpretq_u8_u32(bits), vdupq_n_u8(mask));
+    }
+    return u;
+  }
   static U either(U a, U b) { for (int i = 0; i < 4; i++) a.x[i] = vorrq_u8(a.x[i], b.x[i]); return a; }
   static U flip(U a) { for (int i = 0; i < 4; i++) a.x[i] = veorq_u8(a.x[i], vdupq_n_u8(0x80)); return a; }
   static U lookup(U codes, const uint8_t* table) {
@@ -37,6 +49,7 @@ struct Vec {
     for (int i = 0; i < 4; i++) codes.x[i] = vqtbl1q_u8(t, codes.x[i]);
     return codes;
   }
+  template <int by> static U quarters(const uint8_t* p) { return join4(p, p + by, p + 2 * by, p + 3 * by); }
   static U shuffle(U u, const uint8_t* index) {
     for (int i = 0; i < 4; i++) u.x[i] = vqtbl1q_u8(u.x[i], vld1q_u8(index));
     return u;
@@ -60,6 +73,18 @@ struct Vec {
       even.x[i] = vandq_u8(vtrn2q_u8(even.x[i], odd.x[i]), vdupq_n_u8(mask));
     }
     return even;
+  }
+  template <class Words> static U within(U u, const Words& w) { return field<5, 7>(mul16(shuffle(u, w.within), w.by)); }
+  template <int mask, class Words> static U straddling(U u, const Words& w) {
+    return upper<mask>(mul16(shuffle(u, w.even), w.even_by), mul16(shuffle(u, w.odd), w.odd_by));
+  }
+  static U thirds(U u, const uint16_t* by) {
+    for (int i = 0; i < 4; i++) {
+      const uint16x8_t x = vreinterpretq_u16_u8(u.x[i]), factor = vld1q_u16(by + 8 * i), low = vdupq_n_u16(255);
+      const uint16x8_t even = vandq_u16(vmulq_u16(x, factor), low), odd = vandq_u16(vmulq_u16(vshrq_n_u16(x, 8), factor), low);
+      u.x[i] = vcombine_u8(vshrn_n_u16(vmulq_n_u16(even, 3), 8), vshrn_n_u16(vmulq_n_u16(odd, 3), 8));
+    }
+    return u;
   }
   // All bits of a byte whose bit of `mask` is set.
   static uint8x16_t by_bits(uint64_t mask) {
@@ -127,6 +152,15 @@ struct Vec {
     for (int i = 0; i < 16; i++) to[i] = from[index[i]];
     return loadf(to);
   }
+  struct Held {
+    float x[32] = {};
+    void hold(F f) { storef(x, f); }
+    F lanes(const int32_t* index, int64_t from, int64_t) const {
+      float to[16];
+      for (int i = 0; i < 16; i++) to[i] = x[from + index[i]];
+      return loadf(to);
+    }
+  };
   static F from_bytes(const uint8_t* p) {
     float to[16];
     for (int i = 0; i < 16; i++) to[i] = (float)p[i];

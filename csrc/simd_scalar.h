@@ -6,6 +6,7 @@
 namespace {
 
 struct Vec {
+  static constexpr int ROWS = 1;  // of W with sums in registers
   struct U { uint8_t x[64]; };
   struct I { int32_t x[16]; };
   struct F { float x[16]; };
@@ -47,11 +48,21 @@ struct Vec {
     for (int i = 0; i < 64; i++) codes.x[i] = table[codes.x[i]];
     return codes;
   }
-  // Each 16 bytes in the order of `index`.
-  static U shuffle(U u, const uint8_t* index) {
+  // The p-th four bytes of each 16, four times.
+  template <int p> static U copied(U u) {
     U out;
-    for (int i = 0; i < 64; i++) out.x[i] = u.x[i / 16 * 16 + index[i % 16] % 16];
+    for (int i = 0; i < 16; i++) memcpy(out.x + 4 * i, u.x + i / 4 * 16 + 4 * p, 4);
     return out;
+  }
+  static uint32_t word_at(U u, int i) { uint32_t word; memcpy(&word, u.x + 4 * i, 4); return word; }
+  // The same; each copy is shifted right by its own number of bits, as a word, then masked.
+  template <int p, int mask> static U lifted(U u, const int32_t* by) {
+    u = copied<p>(u);
+    for (int i = 0; i < 16; i++) {
+      const uint32_t word = word_at(u, i) >> by[i] & mask * 0x01010101u;
+      memcpy(u.x + 4 * i, &word, 4);
+    }
+    return u;
   }
   // Of each 16 bytes of a, then of b, the words of four bytes with an even (odd) number.
   template <int odd> static U halved(U a, U b) {
@@ -66,18 +77,31 @@ struct Vec {
     for (int i = 0; i < 16; i++) out.x[i] = (i % 4 < 2 ? a : b).x[i / 4 * 4 + i % 2 * 2];
     return out;
   }
-  // Words of 16 bits, each eight times `by`.
-  static U mul16(U u, const uint16_t* by) {
-    for (int i = 0; i < 32; i++) {
-      const unsigned product = (u.x[2 * i] | unsigned(u.x[2 * i + 1]) << 8) * by[i % 8];
-      u.x[2 * i] = uint8_t(product), u.x[2 * i + 1] = uint8_t(product >> 8);
+  // Four times 16 bytes, `by` bytes apart; up to the 64th byte from p on they can be read.
+  template <int by> static U quarters(const uint8_t* p) { return join4(p, p + by, p + 2 * by, p + 3 * by); }
+  // Bytes of each 16 in the order of `index`, each word of two shifted right by its own of `by` bits, then masked bytes.
+  template <int mask> static U shifted(U u, const uint8_t* index, const uint16_t* by) {
+    U out;
+    for (int i = 0; i < 64; i += 2) {
+      const uint8_t* from = u.x + i / 16 * 16;
+      const unsigned word = unsigned(from[index[i % 16]] | from[index[i % 16 + 1]] << 8) >> by[i % 16 / 2];
+      out.x[i] = word & mask, out.x[i + 1] = word >> 8 & mask;
     }
-    return u;
+    return out;
   }
-  // The upper bytes of the words of both, interleaved and masked.
-  template <int mask> static U upper(U even, U odd) {
-    for (int i = 0; i < 64; i += 2) even.x[i] = even.x[i + 1] & mask, even.x[i + 1] = odd.x[i + 1] & mask;
+  // Codes of three bits inside of a byte: see `Within`. Codes of even and of odd words, interleaved: see `Straddling`.
+  template <class Words> static U within(U u, const Words& w) { return shifted<7>(u, w.within, w.at); }
+  template <int mask, class Words> static U straddling(U u, const Words& w) {
+    U even = shifted<mask>(u, w.even, w.even_at), odd = shifted<mask>(u, w.odd, w.odd_at);
+    for (int i = 0; i < 64; i += 2) even.x[i + 1] = odd.x[i];
     return even;
+  }
+  // The lower bytes of the products of bytes and factors, one of these for each two bytes, times 3 / 256. Of each 16 bytes
+  // the even ones, then the odd ones.
+  static U thirds(U u, const uint16_t* by) {
+    U out;
+    for (int i = 0; i < 64; i++) out.x[i / 16 * 16 + i % 2 * 8 + i % 16 / 2] = uint8_t(uint8_t(u.x[i] * by[i / 2]) * 3 >> 8);
+    return out;
   }
   // codes | value if the code's bit of `mask` is set, else codes.
   static U add_bits(U codes, uint64_t mask, uint8_t value) {
@@ -126,6 +150,12 @@ struct Vec {
     return a;
   }
   static F pick(F a, const int32_t* index) { F f; for (int i = 0; i < 16; i++) f.x[i] = a.x[index[i]]; return f; }
+  // Sixteen floats, of which lanes take those from `from` on by index. Lanes 8 to 15 are as the others, but `half` further.
+  struct Held {
+    float x[32] = {};
+    void hold(F f) { storef(x, f); }
+    F lanes(const int32_t* index, int64_t from, int64_t) const { return pick(loadf(x + from), index); }
+  };
   static F from_bytes(const uint8_t* p) { F f; for (int i = 0; i < 16; i++) f.x[i] = float(p[i]); return f; }
   static F from_u64(uint64_t a, uint64_t b) { uint64_t x[2] = {a, b}; return from_bytes((const uint8_t*)x); }
   static F halfs_u64(uint64_t h) { return halfs((const uint8_t*)&h, 4); }

@@ -22,7 +22,7 @@ from fewbit.schemes.ggml.codec import ReadOnly
 from fewbit.system import native
 from tests.contract.cases import EXAMPLES, ordinary, quantized
 
-SPECS = [*EXAMPLES, "int4-g32", "int3-g16", "int2-g32", "int8-g32", "int4-row", "int2-row"]
+SPECS = [*EXAMPLES, "int4-g32", "int3-g16", "int3-g320", "int3-row", "int2-g32", "int8-g32", "int4-row", "int2-row"]
 specs = pytest.mark.parametrize("spec", dict.fromkeys(SPECS))
 
 
