@@ -16,6 +16,16 @@ template <class Fmt> struct Order {  // position in the kernel's order -> column
       for (int p = 0; p < Fmt::P; p++)
         for (int b = 0; b < 64; b++) at[i++] = uint16_t(Fmt::column(s, p, b));
   }
+  constexpr bool in_fours() const {  // four columns in a row stay so
+    for (int i = 0; i < Fmt::C; i++)
+      if (at[i] != at[i / 4 * 4] + i % 4) return false;
+    return true;
+  }
+  constexpr bool in_turns() const {  // P neighbours are at the same place of P vectors
+    for (int i = 0; i < Fmt::C; i++)
+      if (Fmt::STEPS > 1 || at[i] != i % 64 * Fmt::P + i / 64) return false;
+    return true;
+  }
 };
 template <class Fmt> constexpr Order<Fmt> ORDER{};
 
@@ -123,30 +133,37 @@ template <class Fn> void in_pieces(int64_t m, int64_t bytes, Fn&& fn) {
   for (int64_t i = 0; i < pieces; i++) fn(m * i / pieces, m * (i + 1) / pieces - m * i / pieces);
 }
 
-// Rounds x [k] to 8 bits in groups of 32 columns: codes, and what a code is worth in each group.
-void quantize(const float* x, int64_t k, int8_t* codes, float* scales) {
-  for (int64_t start = 0; start < k; start += 32) {
-    float v[32] = {};
-    memcpy(v, x + start, size_t(k - start < 32 ? k - start : 32) * sizeof(float));
-    uint32_t bits[32], top_bits = 0;  // magnitudes of floats sort like their bits; integers vectorize best
-    memcpy(bits, v, sizeof bits);
-    for (int i = 0; i < 32; i++) {
-      const uint32_t size = bits[i] & 0x7fffffff;
-      top_bits = size > top_bits ? size : top_bits;
-    }
-    float top;
-    memcpy(&top, &top_bits, 4);
-    if (top_bits >= 0x7f800000) {  // if one is NaN or infinite, all become NaN
-      memset(codes + start, 0, 32);
-      scales[start / 32] = top * 0.0f;
-      continue;
-    }
-    const float by = top >= 1e-30f ? 127.0f / top : 0.0f;
-    scales[start / 32] = top >= 1e-30f ? top / 127.0f : 0.0f;
-    for (int i = 0; i < 32; i++) v[i] = v[i] * by + 12582912.0f;  // 1.5 * 2^23: rounds, ties to even
-    memcpy(bits, v, sizeof bits);
-    for (int i = 0; i < 32; i++) codes[start + i] = int8_t(bits[i]);
+// Rounds 32 numbers to 8 bits. Returns what a code is worth.
+inline float quantize32(const float* x, int8_t* codes) {
+  uint32_t bits[32], top_bits = 0;
+  for (int i = 0; i < 32; i++) {  // magnitudes of floats sort like their bits; integers vectorize best
+    uint32_t size;
+    memcpy(&size, x + i, 4);
+    size &= 0x7fffffff;
+    top_bits = size > top_bits ? size : top_bits;
   }
+  float top;
+  memcpy(&top, &top_bits, 4);
+  if (top_bits >= 0x7f800000) {  // if one is NaN or infinite, all become NaN
+    memset(codes, 0, 32);
+    return top * 0.0f;
+  }
+  const float by = top >= 1e-30f ? 127.0f / top : 0.0f;
+  float v[32];
+  for (int i = 0; i < 32; i++) v[i] = x[i] * by + 12582912.0f;  // 1.5 * 2^23: rounds, ties to even
+  memcpy(bits, v, sizeof bits);
+  for (int i = 0; i < 32; i++) codes[i] = int8_t(bits[i]);
+  return top >= 1e-30f ? top / 127.0f : 0.0f;
+}
+
+// Rounds x [k] in groups of 32 columns.
+void quantize(const float* x, int64_t k, int8_t* codes, float* scales) {
+  const int64_t whole = k / 32 * 32;
+  for (int64_t start = 0; start < whole; start += 32) scales[start / 32] = quantize32(x + start, codes + start);
+  if (whole == k) return;
+  float rest[32] = {};
+  memcpy(rest, x + whole, size_t(k - whole) * sizeof(float));
+  scales[whole / 32] = quantize32(rest, codes + whole);
 }
 
 template <class Fmt> struct Kernels {
@@ -158,20 +175,25 @@ template <class Fmt> struct Kernels {
     memset(codes, 0, size_t((padded + 255) / 256 * 256));
     memset(scales, 0, size_t((padded + 255) / 256 * 8) * sizeof(float));
     quantize(x, w.k, codes, scales);
+    const U ones = Vec::ones();
     const int64_t count = chunks<Fmt>(w);
     for (int64_t c = 0; c < count; c++) {
       for (int s = 0; s < Fmt::STEPS; s++, out += STEP<Fmt>) {
         const uint16_t* order = ORDER<Fmt>.at + s * 64 * Fmt::P;
         int8_t* bytes = (int8_t*)out;
         float* lanes = (float*)(out + 64 * Fmt::P);
-        for (int i = 0; i < 64 * Fmt::P; i++) bytes[i] = codes[c * Fmt::C + order[i]];
-        for (int lane = 0; lane < 16; lane++) {
-          int sum = 0;
+        const int8_t* from = codes + c * Fmt::C;
+        if constexpr (ORDER<Fmt>.in_fours())
+          for (int i = 0; i < 64 * Fmt::P; i += 4) memcpy(bytes + i, from + order[i], 4);
+        else if constexpr (ORDER<Fmt>.in_turns())
           for (int p = 0; p < Fmt::P; p++)
-            for (int i = 0; i < 4; i++) sum += bytes[64 * p + 4 * lane + i];
-          lanes[lane] = scales[(c * Fmt::C + order[4 * lane]) / 32];
-          lanes[16 + lane] = float(sum);
-        }
+            for (int i = 0; i < 64; i++) bytes[64 * p + i] = from[Fmt::P * i + p];
+        else
+          for (int i = 0; i < 64 * Fmt::P; i++) bytes[i] = from[order[i]];
+        I sums = Vec::zero();
+        for (int p = 0; p < Fmt::P; p++) sums = Vec::dot<false>(sums, ones, bytes + 64 * p);
+        for (int lane = 0; lane < 16; lane++) lanes[lane] = scales[(c * Fmt::C + order[4 * lane]) / 32];
+        Vec::storef(lanes + 16, Vec::cvt(sums));
       }
     }
   }

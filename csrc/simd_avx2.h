@@ -25,6 +25,7 @@ struct Vec {
     return {_mm256_inserti128_si256(_mm256_castsi128_si256(part16(a)), part16(b), 1),
             _mm256_inserti128_si256(_mm256_castsi128_si256(part16(c)), part16(d), 1)};
   }
+  static U ones() { return {_mm256_set1_epi8(1), _mm256_set1_epi8(1)}; }
   static void store(uint8_t* p, U u) {
     _mm256_storeu_si256((__m256i*)p, u.lo);
     _mm256_storeu_si256((__m256i*)(p + 32), u.hi);

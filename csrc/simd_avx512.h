@@ -33,6 +33,7 @@ struct Vec {
     __m256i hi = _mm256_inserti128_si256(_mm256_castsi128_si256(part16(c)), part16(d), 1);
     return _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1);
   }
+  static U ones() { return _mm512_set1_epi8(1); }
   static void store(uint8_t* p, U u) { _mm512_storeu_si512(p, u); }
   template <int shift, int mask> static U field(U u) {
     U s = shift ? _mm512_srli_epi16(u, shift) : u;

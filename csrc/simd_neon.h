@@ -24,6 +24,7 @@ struct Vec {
   static U join4(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d) {
     return {{vld1q_u8(a), vld1q_u8(b), vld1q_u8(c), vld1q_u8(d)}};
   }
+  static U ones() { const uint8x16_t one = vdupq_n_u8(1); return {{one, one, one, one}}; }
   static void store(uint8_t* p, U u) { for (int i = 0; i < 4; i++) vst1q_u8(p + 16 * i, u.x[i]); }
   template <int a, int b, int mask> static U halves(U u) {
     const int8x16_t lo = vdupq_n_s8(a), hi = vdupq_n_s8(b);  // negative shifts right

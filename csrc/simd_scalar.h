@@ -23,6 +23,7 @@ struct Vec {
     memcpy(u.x, a, 16), memcpy(u.x + 16, b, 16), memcpy(u.x + 32, c, 16), memcpy(u.x + 48, d, 16);
     return u;
   }
+  static U ones() { U u; memset(u.x, 1, 64); return u; }
   static void store(uint8_t* p, U u) { memcpy(p, u.x, 64); }
   template <int shift, int mask> static U field(U u) {
     for (int i = 0; i < 64; i++) u.x[i] = (u.x[i] >> shift) & mask;
