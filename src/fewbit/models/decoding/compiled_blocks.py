@@ -126,7 +126,11 @@ class _Hooks:
     def before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
-        taken = vars(self.calls).setdefault("taken", [])
+        taken: list[bool] = vars(self.calls).setdefault("taken", [])
+        if any(taken):  # Ctrl-C ended a call of this thread: torch calls no hook then
+            with self.lock:
+                self.running -= sum(taken)
+                taken.clear()
         taken.append(False)
         cache = kwargs.get(CACHE, kwargs.get("past_key_values"))
         layers = cache.layers if isinstance(cache, DynamicCache) else None
@@ -163,7 +167,7 @@ class _Hooks:
 def _steps(model: Any, found: dict[Any, Forward]) -> Steps | None:
     """What replaces the decoder's forward for single tokens, if its parts are known."""
     blocks = _whole(model, found) if found else None
-    with suppress(AttributeError, KernelError):  # a decoder of another kind
+    with suppress(Exception):  # a decoder of another kind can raise anything
         return None if blocks is None else Steps(model, blocks)
     return None
 

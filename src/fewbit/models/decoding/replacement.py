@@ -154,12 +154,17 @@ class Replacement:
         return out
 
     def unchanged(self) -> bool:
-        """Whether nobody has replaced, hooked or trained a part. Plain loops: this runs for each token."""
+        """Whether nobody has replaced, hooked or trained a part."""
+        return self.same() and not self.watched()
+
+    def watched(self) -> bool:
+        """Whether a part has a hook."""
+        return any(self.hooks)
+
+    def same(self) -> bool:
+        """Whether nobody has replaced or trained a part. Plain loops: this runs for each token."""
         for owner, name, part in self.parts:
             if owner.get(name) is not part:
-                return False
-        for hooks in self.hooks:
-            if hooks:
                 return False
         for own in self.owned:
             if "forward" in own:
