@@ -324,6 +324,37 @@ def test_a_weight_that_llama_cpp_adds_no_lora_to(tmp_path: Path, fewbit: Fewbit)
         check(answer, 2, words, "Train without this module")
 
 
+IGNORED = {
+    "minicpm3": ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    "deepseek_v32": ("indexer.wq_b", "indexer.wk", "indexer.weights_proj"),
+    "glm_moe_dsa": ("indexer.wq_b", "indexer.wk", "indexer.weights_proj"),
+    "gemma4_text": ("per_layer_model_projection",),
+    "gemma3n_text": (
+        "per_layer_model_projection",
+        "altup_projections.0",
+        "altup_unembed_projections.1",
+        "altup.modality_router",
+    ),
+}
+
+
+@pytest.mark.parametrize(("family", "module"), [(kind, each) for kind, names in IGNORED.items() for each in names])
+def test_a_lora_that_llama_cpp_ignores_is_refused(family: str, module: str, tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", family)
+    adapter = drawn(folder, tmp_path / "adapter", target_modules=[module])
+    with pytest.raises(PlanError, match=r"llama\.cpp ignores a LoRA of"):
+        package.convert(adapter, tmp_path / "lora.gguf", to="gguf", base=folder)
+
+
+@pytest.mark.parametrize("module", ["prediction_coefs", "correction_coefs", "per_layer_input_gate"])
+def test_other_matrices_of_gemma_3n_may_have_a_lora(module: str, tmp_path: Path) -> None:
+    """llama.cpp adds these."""
+    folder = gguf_files.save(tmp_path / "m", "gemma3n_text")
+    adapter = drawn(folder, tmp_path / "adapter", target_modules=[module])
+    package.convert(adapter, tmp_path / "lora.gguf", to="gguf", base=folder)
+    assert len(GgufFile(tmp_path / "lora.gguf").entries) == 2 * 12
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode"])
 def test_a_lora_of_positions_is_refused(family: str, tmp_path: Path, fewbit: Fewbit) -> None:
     folder = gguf_files.save(tmp_path / "m", family)

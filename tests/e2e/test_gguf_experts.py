@@ -157,5 +157,5 @@ def test_a_tensor_of_fewer_experts_is_refused(file: Path, tmp_path: Path) -> Non
 
 
 def test_experts_of_a_file_are_not_trained(file: Path, folder: Path, tmp_path: Path, wanted: Calibration) -> None:
-    with pytest.raises(PlanError, match="experts in a GGUF file cannot be trained yet"):
+    with pytest.raises(PlanError, match="such as those of experts, cannot be trained yet"):
         tune.tune(file, tmp_path / "tuned.gguf", reference=folder, calibration=wanted)

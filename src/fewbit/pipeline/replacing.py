@@ -175,7 +175,10 @@ class OneFile(Files):
         super().__init__(skeleton)
         self.file, self.routes = GgufFile(self.source.files[0]), gguf_names.routes(skeleton.config)
         for what, some in (
-            ("experts in a GGUF file", any(route.expert is not None for route in self.routes.values())),
+            (
+                "stacked matrices in a GGUF file, such as those of experts,",
+                any(route.expert is not None for route in self.routes.values()),
+            ),
             ("matrices that a GGUF file has in pieces", any(route.split for route in self.routes.values())),
         ):
             if some:

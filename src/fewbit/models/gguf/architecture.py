@@ -71,7 +71,7 @@ class Architecture:
     layers: str = "model.layers"
     cut: Mapping[str, Cut] = field(default_factory=dict)  # names in `block` of matrices that a file has in pieces
     extra: frozenset[str] = field(default_factory=frozenset)  # tensors of the file that are not weights
-    # Weights of a block, by their names in the file, to which llama.cpp adds no LoRA
+    # Weights, by their names in the file or in a block of it, to which llama.cpp adds no LoRA
     without_lora: frozenset[str] = field(default_factory=frozenset)
     # A file is of this type if it has one of these keys, and it is not 0, or tensors; (): if it is of no other type
     when: tuple[str, ...] = ()

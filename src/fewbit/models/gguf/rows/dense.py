@@ -382,6 +382,7 @@ ROWS = (
         latent=True,
         expanded=True,
         grouped=False,
+        without_lora=frozenset(("attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b")),
         differs="transformers has 1e-6 in the norms of latents, llama.cpp `rms_norm_eps`, so its logits may differ",
     ),
     replace(

@@ -28,6 +28,7 @@ GEMMA4_ROW = Architecture(
     {**GEMMA2, **HEAD_NORMS, **_LAYER_INPUT},
     parameters={"layer_scalar": "layer_output_scale.weight"},
     extra=ROPE,
+    without_lora=frozenset(("per_layer_model_proj",)),
     activation=GELU,
     chosen={"enable_moe_block": False},
     fixed={"enable_moe_block": False},
@@ -95,6 +96,7 @@ GEMMA3N_ROW = Architecture(
         "laurel.post_laurel_norm": "laurel_post_norm",
     },
     parameters={"altup.correct_output_scale": "altup_correct_scale.weight"},
+    without_lora=frozenset(("per_layer_model_proj", "altup_proj", "altup_unembd_proj", "altup_router")),
     padded={"per_layer_token_embd": "vocab_size_per_layer_input"},
     activation=GELU,
     required={

@@ -76,18 +76,19 @@ GLM4_LITE_ROW = replace(
     differs="transformers has 1e-6 in the norms of latents, llama.cpp `rms_norm_eps`, so its logits may differ",
 )
 # Each token attends to the tokens that an indexer chooses
+_INDEXER = {
+    "self_attn.indexer.wq_b": "indexer.attn_q_b",
+    "self_attn.indexer.wk": "indexer.attn_k",
+    "self_attn.indexer.k_norm": "indexer.k_norm",
+    "self_attn.indexer.weights_proj": "indexer.proj",
+}
 DEEPSEEK_V32_ROW = replace(
     DEEPSEEK_V3_ROW,
     name="deepseek32",
     model_type="deepseek_v32",
     cls="DeepseekV32ForCausalLM",
-    block={
-        **DEEPSEEK_ROW.block,
-        "self_attn.indexer.wq_b": "indexer.attn_q_b",
-        "self_attn.indexer.wk": "indexer.attn_k",
-        "self_attn.indexer.k_norm": "indexer.k_norm",
-        "self_attn.indexer.weights_proj": "indexer.proj",
-    },
+    block={**DEEPSEEK_ROW.block, **_INDEXER},
+    without_lora=DEEPSEEK_ROW.without_lora.union(_INDEXER.values()),
     counts={
         **GLM4_MOE_ROW.counts,
         "index_n_heads": "attention.indexer.head_count",
