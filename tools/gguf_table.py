@@ -157,9 +157,11 @@ def _conditions(row: Any) -> Iterator[str]:
     if "index_head_dim" in row.counts:
         yield "`index_head_dim` is a multiple of 64"
     if row.expanded:
-        yield "`v_head_dim` = `hidden_size` / heads; latents of queries"
-    elif row.latent:
-        yield "`q_lora_rank` = None with 26 or 27 layers only; YaRN with `mscale` = `mscale_all_dim`"
+        yield "`v_head_dim` = `hidden_size` / heads; latents of queries; scaled RoPE without `mscale_all_dim`"
+    elif row.latent and not row.rope_required:
+        yield "YaRN with `mscale` = `mscale_all_dim`"
+    if row.lite:
+        yield "`q_lora_rank` = None with 26 or 27 layers only"
     if row.regular:
         yield f"a sliding window in all layers but one in {row.period}"
     if row.unshared:
@@ -168,6 +170,10 @@ def _conditions(row: Any) -> Iterator[str]:
         yield f"`activation_sparsity_pattern` = 0.95 in the first {row.sparse} layers and 0 in others"
     if row.two_kinds:
         yield "layers with full attention and layers with a sliding window; `use_bidirectional_attention` is not all"
+        yield "`vocab_size_per_layer_input` = `vocab_size`, if layers have inputs of their own"
+        yield "proportional RoPE with factor 1 in layers with full attention"
+    if row.local_theta is not None:
+        yield "whole, unscaled RoPE in layers with a sliding window"
     if row.turned:
         yield "one base of RoPE, or none, in all layers"
     if row.one_theta:

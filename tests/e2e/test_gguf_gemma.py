@@ -20,6 +20,11 @@ from fewbit.plans.plan import find
 from fewbit.texts.calibration import Calibration
 from tests import gguf_files, models
 
+DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
+LLAMA3 = {**LINEAR, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 64}
+PART = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
 FEW = Calibration(samples=4, length=64)
 # Of the first layer that uses the keys and values of an earlier one: published files and checkpoints have its own too
 UNUSED = {"attn_k.weight": "k_proj.weight", "attn_v.weight": "v_proj.weight", "attn_k_norm.weight": "k_norm.weight"}
@@ -129,12 +134,49 @@ def test_gate_and_up_of_an_expert_share_importances(tmp_path: Path) -> None:
         ),
         ({"use_bidirectional_attention": "all"}, "causal attention"),
         ({"vocab_size_per_layer_input": 300}, "vocab_size_per_layer_input = vocab_size"),
+        ({"num_kv_shared_layers": 4}, "at least 2 layers with keys and values of their own; this model has 0"),
         ({"attention_bias": True}, "attention_bias = False"),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=message):
         gguf_files.header_of(gguf_files.save(tmp_path / "m", "gemma4_text", **changes))
+
+
+def test_sizes_of_inputs_that_layers_do_not_have_do_not_matter(tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", "gemma4_text-wide", vocab_size_per_layer_input=300)
+    assert models.original(folder).config.hidden_size_per_layer_input == 0
+    loaded = generate.load(gguf_files.written(folder, tmp_path / "m.gguf"), dtype=torch.float32)
+    ids = gguf_files.ids()
+    assert torch.equal(models.logits(loaded, ids), models.logits(models.original(folder), ids))
+
+
+@pytest.mark.parametrize(
+    ("kind", "full", "local", "message"),
+    [
+        ("gemma4_text", DEFAULT, DEFAULT, "proportional RoPE with factor 1"),
+        ("gemma4_text", LINEAR, DEFAULT, "proportional RoPE with factor 1"),
+        ("gemma4_text", LLAMA3, DEFAULT, "proportional RoPE with factor 1"),
+        ("gemma4_text", {**PART, "factor": 8.0}, DEFAULT, "proportional RoPE with factor 1"),
+        ("gemma4_text", PART, LINEAR, "whole, unscaled RoPE in layers with a sliding window"),
+        ("gemma4_text", PART, PART, "whole, unscaled RoPE in layers with a sliding window"),
+        ("gemma3n_text", DEFAULT, LINEAR, "whole, unscaled RoPE in layers with a sliding window"),
+        ("gemma3", DEFAULT, LINEAR, "whole, unscaled RoPE in layers with a sliding window"),
+        ("olmo3", DEFAULT, LINEAR, "whole, unscaled RoPE in layers with a sliding window"),
+    ],
+)
+def test_other_positions_are_refused(
+    kind: str, full: dict[str, Any], local: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    rope = {"full_attention": full, "sliding_attention": local}
+    with pytest.raises(PlanError, match=message):
+        gguf_files.header_of(gguf_files.save(tmp_path / "m", kind, rope_parameters=rope))
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma3n_text", "gemma3", "olmo3"])
+def test_positions_of_published_models_are_written(kind: str, tmp_path: Path) -> None:
+    rope = AutoConfig.for_model(gguf_files.TYPE_OF.get(kind, kind)).rope_parameters
+    assert gguf_files.header_of(gguf_files.save(tmp_path / "m", kind, rope_parameters=rope)).metadata
 
 
 def test_a_file_says_that_logits_have_no_cap(tmp_path: Path) -> None:

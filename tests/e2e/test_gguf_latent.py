@@ -66,11 +66,25 @@ def test_a_file_from_before_the_pieces_is_read(tmp_path: Path) -> None:
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave = True"),
         ("deepseek_v3", {"attention_bias": True}, "attention_bias = False"),
         ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob = True"),
+        ("glm_moe_dsa", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}, "rope_type = default"),
+        ("minicpm3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}, "without mscale_all_dim"),
     ],
 )
 def test_what_llama_cpp_cannot_run_is_refused(kind: str, changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=reason):
         gguf_files.header_of(gguf_files.save(tmp_path / "m", kind, **changes))
+
+
+def test_other_architectures_have_a_latent_in_26_layers(tmp_path: Path) -> None:
+    changes = {"num_hidden_layers": 26, "hidden_size": 32, "mlp_layer_types": ["dense"] * 25 + ["sparse"]}
+    folder = gguf_files.save(tmp_path / "m", "deepseek_v32", **changes)
+    assert same(gguf_files.written(folder, tmp_path / "m.gguf"), folder)
+
+
+def test_yarn_of_minicpm_3_without_another_scale_is_written(tmp_path: Path) -> None:
+    rope = {key: value for key, value in YARN.items() if not key.startswith("mscale")}
+    folder = gguf_files.save(tmp_path / "m", "minicpm3", rope_parameters=rope)
+    assert same(gguf_files.written(folder, tmp_path / "m.gguf"), folder)
 
 
 @pytest.mark.parametrize(

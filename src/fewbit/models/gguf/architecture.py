@@ -134,6 +134,7 @@ class Architecture:
     linear_attention: bool = False  # some layers have linear attention (gated delta net)
     latent: bool = False  # keys and values are expanded from a latent (latent.py)
     expanded: bool = False  # llama.cpp expands them, too
+    lite: bool = False  # llama.cpp knows by the number of layers whether queries have a latent (latent.py)
     # Embeddings that a file gives a row for every token -> the entry of config.json with the rows that a model has
     padded: Mapping[str, str] = field(default_factory=dict)
     # Number of the first layers whose MLPs keep a twentieth of their gate; 0: the MLPs of all layers keep all of it

@@ -58,6 +58,12 @@ def to_keys(whole: Any, config: Any) -> dict[str, Any]:
         )
     if config.use_bidirectional_attention == "all":
         raise PlanError("llama.cpp runs text with causal attention; this model has use_bidirectional_attention = all")
+    rows = config.vocab_size_per_layer_input
+    if config.hidden_size_per_layer_input and rows != config.vocab_size:
+        raise PlanError(
+            f"llama.cpp runs {config.model_type} with vocab_size_per_layer_input = vocab_size; this model has {rows} "
+            f"and {config.vocab_size}"
+        )
     check_sharing(config, config.num_hidden_layers - config.num_kv_shared_layers)
     ((width, kv),), ((own, own_kv),) = full, local
     sliding = [kind == _SLIDING for kind in config.layer_types]
@@ -129,6 +135,11 @@ def check_sharing(config: Any, first: int) -> None:
 
     first: the first layer that has none of its own.
     """
+    if first < min(2, config.num_hidden_layers):
+        raise PlanError(
+            f"llama.cpp runs {config.model_type} with at least 2 layers with keys and values of their own; this model "
+            f"has {max(first, 0)}"
+        )
     before = list(config.layer_types[max(first - 2, 0) : first])
     if first < config.num_hidden_layers and before != [_SLIDING, _FULL]:
         raise PlanError(
@@ -165,6 +176,7 @@ def of_keys(keys: Any, layers: int) -> dict[str, Any]:
         raise keys.wrong(f"its layers have {sorted({*full, *own})} key-value heads and MLPs of width {widths}")
     first = local.index(False)
     return {
+        "vocab_size_per_layer_input": keys.shape("token_embd.weight")[0],
         _WIDTH: keys.count("attention.key_length_swa"),
         _KV: min(own),
         "per_layer_config": {

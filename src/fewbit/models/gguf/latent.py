@@ -22,7 +22,7 @@ from typing import Any
 from fewbit.errors import PlanError
 from fewbit.models.gguf.architecture import Architecture
 
-# llama.cpp takes models with so many layers for those whose queries have no latent, and all others for those with one.
+# In llama.cpp, the queries of deepseek2 have no latent if the model has so many layers, and else they have one.
 _LITE_LAYERS, _LITE = (26, 27), (48, 128256)  # the second with the size of the vocabulary
 
 
@@ -30,8 +30,8 @@ def to_keys(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[st
     """The keys of a model with latents. PlanError if llama.cpp would compute something else. rope: its positions."""
     layers, rank = config.num_hidden_layers, config.kv_lora_rank
     if arch.expanded:
-        return _expanded(config)
-    lite = layers in _LITE_LAYERS or (layers, config.vocab_size) == _LITE
+        return _expanded(config, rope)
+    lite = arch.lite and (layers in _LITE_LAYERS or (layers, config.vocab_size) == _LITE)
     if lite != (config.q_lora_rank is None):
         raise PlanError(
             f"llama.cpp runs a model of {layers} layers with q_lora_rank {'= None' if lite else 'above 0'}; this model "
@@ -64,13 +64,17 @@ def to_keys(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[st
     }
 
 
-def _expanded(config: Any) -> dict[str, Any]:
+def _expanded(config: Any, rope: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a model whose latents llama.cpp expands."""
     width = config.hidden_size // config.num_attention_heads
     if config.q_lora_rank is None or config.v_head_dim != width:
         raise PlanError(
             f"llama.cpp runs {config.model_type} with latents of queries and v_head_dim = {width}; this model has "
             f"q_lora_rank = {config.q_lora_rank} and v_head_dim = {config.v_head_dim}"
+        )
+    if rope.get("rope_type", "default") != "default" and (scale := rope.get("mscale_all_dim")):
+        raise PlanError(
+            f"llama.cpp runs {config.model_type} with scaled RoPE without mscale_all_dim; this model has {scale}"
         )
     return {
         "attention.key_length": config.qk_nope_head_dim + config.qk_rope_head_dim,

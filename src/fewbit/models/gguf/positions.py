@@ -39,6 +39,17 @@ def of_config(config: Any) -> dict[str, Any]:
 def to_keys(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of scaled positions. PlanError if llama.cpp would compute something else."""
     kind = rope.get("rope_type", "default")
+    if arch.two_kinds and (kind != "proportional" or rope.get("factor", 1.0) != 1):
+        raise PlanError(
+            f"llama.cpp runs {arch.name} with proportional RoPE with factor 1 in layers with full attention; this "
+            f"model has {rope}"
+        )
+    local = {} if arch.local_theta is None else config.rope_parameters.get("sliding_attention") or {}
+    if local.get("rope_type", "default") != "default" or local.get("partial_rotary_factor", 1.0) != 1:
+        raise PlanError(
+            f"llama.cpp runs {arch.name} with whole, unscaled RoPE in layers with a sliding window; this model has "
+            f"{local}"
+        )
     for key, wanted in arch.rope_required.items():
         if (one := rope.get(key)) != wanted:
             raise PlanError(

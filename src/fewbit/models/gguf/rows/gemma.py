@@ -33,7 +33,6 @@ GEMMA4_ROW = Architecture(
     chosen={"enable_moe_block": False},
     fixed={"enable_moe_block": False},
     required=NO_BIAS,
-    equal={"vocab_size_per_layer_input": "vocab_size"},
     integers={
         "hidden_size_per_layer_input": ("embedding_length_per_layer_input", 0),
         "num_kv_shared_layers": ("attention.shared_kv_layers", 0),

@@ -52,6 +52,7 @@ DEEPSEEK_ROW = Architecture(
     constants={"expert_group_count": 1, "expert_group_used_count": 1, "expert_gating_func": 1},
     experts="n_routed_experts",
     latent=True,
+    lite=True,
     grouped=False,
     when=("expert_count",),
 )
@@ -98,6 +99,7 @@ DEEPSEEK_V32_ROW = replace(
     required={**NO_BIAS, "norm_topk_prob": True, "rms_norm_eps": 1e-6},
     integers={key: ours for key, ours in GLM4_MOE_ROW.integers.items() if key != "first_k_dense_replace"},
     mlp_types="mlp_layer_types",
+    lite=False,
     when=(),
 )
 GLM_DSA_ROW = replace(
@@ -106,6 +108,7 @@ GLM_DSA_ROW = replace(
     model_type="glm_moe_dsa",
     cls="GlmMoeDsaForCausalLM",
     required={**NO_BIAS, "norm_topk_prob": True},
+    rope_required={"rope_type": "default"},  # llama.cpp does not read yarn_log_multiplier
     listed={"indexer_types": ("attention.indexer.types", "full", "shared")},
     differs=GLM4_LITE_ROW.differs,
 )
