@@ -70,6 +70,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("olmo", {"clip_qkv": None, "tie_word_embeddings": True}),
     ("mpt", {"attn_config": None, "tie_word_embeddings": False}),
     ("glm4", {"attention_bias": False, "tie_word_embeddings": True}),
+    ("granite_swa", {"layer_rope_theta": [5e5, 0, 5e5, 0]}),
     ("jamba", {"num_local_experts": 1, "num_experts": 1, "num_experts_per_tok": 1}),
     (
         "ministral3",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -78,6 +80,33 @@ def test_the_golden_values_are_its_converters(kind: str, source: Path, tmp_path:
     converter.convert(source, folder, tmp_path / "theirs.gguf", converter.PUBLISHED.get(kind, {}))
     theirs = GgufFile(tmp_path / "theirs.gguf")
     assert {"digest": gguf_files.digest(theirs), "keys": gguf_files.keys_of(theirs)} == gguf_files.golden()[kind]
+
+
+# Without "original_context_length", which the converter does not write for this type
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.5, 2.0, 2.5],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+    "original_max_position_embeddings": models.CONTEXT,
+}
+_READ: list[tuple[str, dict[str, Any]]] = [
+    # The converter does not write that the logits of this one have no cap, and the usual one is 30
+    *((kind, {}) for kind in gguf_files.SAME if kind != "gemma4_text-wide"),
+    ("minicpm3", {"rope_parameters": _LONGROPE}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes"), _READ, ids=lambda case: case if isinstance(case, str) else None)
+def test_files_of_its_converter_give_the_original_logits(
+    kind: str, changes: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    folder = gguf_files.save(tmp_path / "m", kind, **changes)
+    wanted = models.logits(models.original(folder), ids := gguf_files.ids())
+    converter.convert(source, folder, tmp_path / "theirs.gguf", converter.PUBLISHED.get(kind, {}))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="theirs.gguf", dtype=torch.float32)
+    found = models.logits(loaded, ids)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
 
 
 def test_factors_that_it_multiplies_into_weights_are_read_there(source: Path, tmp_path: Path) -> None:

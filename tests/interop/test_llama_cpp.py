@@ -82,6 +82,7 @@ SHARED = {
 }
 CASES: list[tuple[str, dict[str, Any]]] = [(family, {}) for family in gguf_files.KINDS]
 CASES += [("deepseek_v2", LITE), ("gemma3n_text", SHARED)]
+CASES += [("granite_swa", {"layer_rope_theta": [5e5, 0, 5e5, 0]})]  # the base of rope_parameters is another
 
 
 class TableGELU(torch.nn.Module):

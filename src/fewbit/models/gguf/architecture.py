@@ -169,6 +169,7 @@ class Architecture:
     window: bool = False  # all layers may have one
     no_window: bool = False  # a file needs a key to say that there is no window
     pattern: bool = False  # a file must say which layers have a window
+    some_window: bool = False  # at least one layer has a window
     # Entry of config.json with the RoPE base of each layer, 0 for none -> the file's key, which says who has RoPE
     turned: Mapping[str, str] = field(default_factory=dict)
     period: int = 0  # every n-th layer has full attention and the others have a window; 0 without such layers

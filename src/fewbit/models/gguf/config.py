@@ -98,7 +98,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
     found |= {ours: _number(config, theirs, values) for theirs, (ours, values) in arch.named.items()}
     found |= {ours: _flags(config, theirs, (one, two)) for theirs, (ours, one, two) in arch.listed.items()}
     for theirs, ours in arch.turned.items():
-        found |= positions.turned_to_keys(getattr(config, theirs), ours, rope)
+        found |= positions.turned_to_keys(getattr(config, theirs), ours)
     found |= {**_window(config, arch), **arch.constants}
     return {key if key.startswith("general.") else f"{arch.name}.{key}": value for key, value in found.items()}
 
@@ -239,7 +239,11 @@ def _heads(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     found = {
         "num_key_value_heads": kv,
         "head_dim": width,
-        **({} if arch.has_no("intermediate_size") else {"intermediate_size": hybrid.inner(keys)}),
+        **(
+            {}
+            if arch.has_no("intermediate_size") or hybrid.all_sparse(keys)
+            else {"intermediate_size": hybrid.inner(keys)}
+        ),
         **({} if arch.no_positions else {"rope_parameters": positions.of_keys(keys, width)}),
     }
     if arch.original_context:
@@ -335,6 +339,8 @@ def _refuse(config: Any, arch: Architecture) -> None:
     if arch.one_theta and len(bases := {each["rope_theta"] for each in config.rope_parameters.values()}) > 1:
         raise PlanError(f"llama.cpp runs {arch.name} with one base of RoPE; this model has {sorted(bases)}")
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if arch.some_window and not windowed:
+        raise PlanError(f"llama.cpp runs {arch.name} with a sliding window in some layers; this model has none")
     if windowed and not arch.period and "full_attention" in config.layer_types:
         raise PlanError(
             f"llama.cpp runs {arch.name} with full attention in all layers; here some have a sliding window"

@@ -130,6 +130,11 @@ def kv_heads(keys: Any) -> int:
     return _one(keys, _HEADS)
 
 
+def all_sparse(keys: Any) -> bool:
+    """Whether a file has experts in all layers, and no width of another MLP. keys: its `Metadata` (metadata.py)."""
+    return keys.get(_WIDTHS[0]) is None and keys.get(_LEADING) == 0
+
+
 def inner(keys: Any) -> int:
     """The width of the MLP of each layer that has one. keys: a file's `Metadata` (metadata.py)."""
     width: int = _one(keys, _WIDTHS) if keys.architecture.mlp_alone else keys.count("feed_forward_length")

@@ -31,9 +31,18 @@ _RAMP = {"beta_fast": 32.0, "beta_slow": 1.0}  # of YaRN, as it is without these
 
 
 def of_config(config: Any) -> dict[str, Any]:
-    """The rotary parameters; those of full attention if there are two kinds of layers."""
+    """The rotary parameters; those of full attention if there are two kinds of layers.
+
+    The base is that of the layers, if the config has the one of each.
+    """
     found = getattr(config, "rope_parameters", None) or {}
-    return dict(found.get("full_attention", found))
+    bases = _bases(getattr(config, "layer_rope_theta", None) or ())
+    return {**found.get("full_attention", found), **({"rope_theta": bases[0]} if bases else {})}
+
+
+def _bases(each: Sequence[float]) -> list[float]:
+    """The bases of RoPE in a list of one for each layer, which is 0 for those without RoPE."""
+    return sorted({float(base) for base in each} - {0.0})
 
 
 def to_keys(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,10 +84,13 @@ def to_keys(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[st
     return found | _yarn(arch, rope) if kind == "yarn" else found
 
 
-def turned_to_keys(bases: Sequence[float], key: str, rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The key that says which layers have RoPE. PlanError if these have not all the same base. bases: of each layer."""
-    if others := {float(base) for base in bases} - {0.0, float(rope["rope_theta"])}:
-        raise PlanError(f"a GGUF file has one base of RoPE; layers of this model have {sorted(others)}, too")
+def turned_to_keys(bases: Sequence[float], key: str) -> dict[str, Any]:
+    """The key that says which layers have RoPE. PlanError if none has, or if they have several bases.
+
+    bases: of each layer.
+    """
+    if len(found := _bases(bases)) != 1:
+        raise PlanError(f"a GGUF file has one base of RoPE; the layers of this model have {found or 'no RoPE'}")
     return {} if all(bases) else {key: np.array([base != 0 for base in bases])}
 
 
@@ -166,7 +178,9 @@ def of_keys(keys: Metadata, width: int) -> dict[str, Any]:
         rope |= {"rope_type": "longrope"}
         for which in ("long", "short"):
             rope[f"{which}_factor"] = _factors(keys, f"rope_factors_{which}.weight", turned // 2)
-        rope["original_max_position_embeddings"] = keys.count("rope.scaling.original_context_length")
+        rope["original_max_position_embeddings"] = keys.count(
+            "rope.scaling.original_context_length", keys.count("context_length")
+        )
         if keys.get("rope.scaling.attn_factor") is not None:
             rope["attention_factor"] = keys.real("rope.scaling.attn_factor")
     elif kind in ("linear", "yarn") or (kind is None and keys.get("rope.scaling.factor") is not None):

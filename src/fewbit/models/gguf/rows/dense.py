@@ -276,6 +276,7 @@ ROWS = (
         epsilon=MEAN_EPSILON,
         tied=True,
         period=4,
+        some_window=True,
     ),
     Architecture(
         "command-r",

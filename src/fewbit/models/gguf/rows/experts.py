@@ -107,6 +107,7 @@ GRANITE_SWA_ROW = replace(
     numbers=GRANITE,
     period=4,
     pattern=True,
+    some_window=True,
     turned={"layer_rope_theta": "attention.rope_pattern"},
 )
 _EXPERT = (("num_local_experts", "intermediate_size"),) * 2
@@ -384,6 +385,7 @@ ROWS = (
         epsilon=MEAN_EPSILON,
         period=4,
         pattern=True,
+        some_window=True,
     ),
     Architecture(
         "mellum",
@@ -419,6 +421,7 @@ ROWS = (
         untied=True,
         exact_ramp=True,
         period=2,
+        some_window=True,
     ),
     # Layers with RoPE attend within chunks of 8192 tokens
     Architecture(
