@@ -25,6 +25,8 @@ quantized weights. This page is made from the table of those tests.
   encoders. Routers, gates of shared experts and decay rates of gated delta nets too, unless a rule of the plan names
   them.
 - **calibrated**: `gptq-4bit` and `awq-4bit`. **other**: `nf4` and `int8`. Other plans of the same methods behave alike.
+- Layers that share what an indexer of an earlier layer selects (`indexer_types` with "shared", as in GLM 5.2) cannot be
+  calibrated yet. Plans without calibration work.
 - **no**: `quantize` ends with an error that says why, and leaves no output.
 - **GGUF**: also written and read as a GGUF file, with the conditions on [its page](gguf.md). No model with a tower is.
 """

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from fewbit.api import generate
+from fewbit.api import generate, quantize
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import Entry, GgufFile, GgufWriter
+from fewbit.models.skeleton import Skeleton
+from fewbit.plans.plan import find
+from fewbit.texts.calibration import Calibration
 from tests import gguf_files, models
 
 YARN = gguf_files.TYPES["deepseek_v2"]["rope_parameters"]
@@ -34,6 +37,23 @@ def same(path: Path, folder: Path) -> bool:
     ids = gguf_files.ids()
     found = models.logits(generate.load(path, dtype=torch.float32), ids)
     return torch.equal(found, models.logits(models.original(folder), ids))
+
+
+def test_layers_that_share_a_selection_are_not_calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks run one by one, so a shared layer would lack what the layer before selects."""
+    folder, few = gguf_files.save(tmp_path / "m", "glm_moe_dsa"), Calibration(samples=4, length=64)
+    quantize.quantize(folder, tmp_path / "rtn.gguf", plan=find("q8_0").changed(method="rtn"))
+
+    def work(*args: Any) -> None:
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr(Skeleton, "_captured", work)
+    for plan, out in ((find("q8_0").changed(method="gptq"), "out.gguf"), (find("gptq-4bit"), "out")):
+        with pytest.raises(PlanError, match="share the selection of an earlier layer") as error:
+            quantize.quantize(folder, tmp_path / out, plan=plan, calibration=few)
+        assert "rtn" in str(error.value.hint)
+    with pytest.raises(PlanError, match="share the selection of an earlier layer"):
+        quantize.imatrix(folder, tmp_path / "i.gguf", calibration=few)
 
 
 def test_26_layers_have_queries_without_a_latent(tmp_path: Path) -> None:

@@ -38,6 +38,13 @@ NO_CALIBRATION = "Use a method that needs no calibration, such as rtn."
 SHELLS: tuple[Callable[[Tensor], Any], ...] = (lambda s: s, lambda s: (s,), lambda s: (s, None), lambda s: [s])
 
 
+def why_not_one_by_one(config: Any) -> str | None:
+    """Why the blocks of a model cannot run one by one; None if its config says nothing against it."""
+    if "shared" in (getattr(config.get_text_config(decoder=True), "indexer_types", None) or ()):
+        return "has layers that share the selection of an earlier layer (indexer_types), and blocks run one by one"
+    return None
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class."""
     return re.split(r"\n", str(error).strip() or type(error).__name__)[0][:300]

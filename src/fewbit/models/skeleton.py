@@ -28,7 +28,7 @@ from fewbit.errors import FormatError, PlanError
 from fewbit.models import classes, conversions, decoded, experts, on_text
 from fewbit.models.blocks import embedding_of, find_blocks
 from fewbit.models.building import building, empty_parameters
-from fewbit.models.calls import NO_CALIBRATION, SHELLS, first_line, shared
+from fewbit.models.calls import NO_CALIBRATION, SHELLS, first_line, shared, why_not_one_by_one
 from fewbit.models.calls import BlockCall as BlockCall
 from fewbit.models.calls import states_of as states_of
 from fewbit.models.gguf import factors
@@ -265,8 +265,8 @@ class Skeleton:
     def check_text(self, *, calibrates: bool) -> None:
         """PlanError if the forward pass fails on any input or, if the plan `calibrates`, if no part runs on text."""
         part, why = self.on_text
-        if calibrates and part is None:
-            raise PlanError(f"{type(self.model).__name__} {why}", NO_CALIBRATION)
+        if calibrates and (reason := why_not_one_by_one(self.model.config) or (why if part is None else "")):
+            raise PlanError(f"{type(self.model).__name__} {reason}", NO_CALIBRATION)
 
     @cached_property
     def on_text(self) -> on_text.OnText:
@@ -278,6 +278,8 @@ class Skeleton:
 
         PlanError if the model's blocks cannot run one by one.
         """
+        if why := why_not_one_by_one(self.model.config):
+            raise PlanError(f"{type(self.model).__name__} {why}", NO_CALIBRATION)
         part = self.on_text.part or ""
         with self.materialized(None), torch.no_grad():
             first: Exception | None = None
