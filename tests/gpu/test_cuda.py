@@ -122,10 +122,13 @@ def test_tuned_on_the_second_gpu(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(models.sentences(100), encoding="utf-8")
     quantize.quantize(folder, tmp_path / "out", plan="rtn-4bit")
     tuning, found = Tuning(length=32, batch=4, learning_rate=0.01, steps=5), []
+    torch.cuda.init()
     for device in ("cuda:0", "cuda:1"):
-        before = torch.cuda.max_memory_allocated(0)
+        torch.cuda.reset_peak_memory_stats(0)
+        before = torch.cuda.memory_allocated(0)
         out, data = tmp_path / device.replace(":", "-"), str(tmp_path / "text.txt")
         done = fewbit.finetune(tmp_path / "out", out, data=data, tuning=tuning, device=device)
         found.append((done.loss, done.held_out_after))
         assert (torch.cuda.max_memory_allocated(0) > before) == (device == "cuda:0")
+        assert torch.cuda.current_device() == 0  # as before
     assert found[0] == pytest.approx(found[1], rel=1e-4)

@@ -78,7 +78,13 @@ def train(
     # In several processes, accelerate gives each its GPU; in one, the first that is visible.
     alone = model.device.type == "cuda" and ranks.size() == 1
     device = patch_environment(accelerate_torch_device=str(model.device)) if alone else nullcontext()
-    with device, tempfile.TemporaryDirectory() as scratch:  # a folder that the Trainer requires, and leaves empty
+    # The Trainer selects a GPU; the caller's own is selected again at the end.
+    selected = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
+    with (
+        selected,
+        device,
+        tempfile.TemporaryDirectory() as scratch,
+    ):  # a folder that the Trainer requires, and leaves empty
         trainer = _Trainer(
             adapted,
             _arguments(scratch, tuning, steps, model),
