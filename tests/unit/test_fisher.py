@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewbit.methods.base import Method
 from fewbit.methods.rtn import RoundToNearest
@@ -19,7 +20,7 @@ from fewbit.pipeline.divergence import nats_between
 from fewbit.pipeline.fisher import Scores, Sweep, fishers, sampled
 from fewbit.pipeline.settled import Settled
 from fewbit.plans.plan import Plan, Rule
-from fewbit.schemes.base import parse
+from fewbit.schemes.base import chunk_rows, parse
 from tests import architectures
 from tests import models as tiny_models
 
@@ -146,6 +147,35 @@ def test_a_large_heads_cost_is_that_of_some_windows(tmp_path: Path, monkeypatch:
     some = costs.measured(settled, options, ids, None, lambda done, total: None).of["lm_head"]
     alone = costs.measured(settled, options, ids[:2], None, lambda done, total: None).of["lm_head"]
     assert some == pytest.approx(alone, rel=1e-6)
+
+
+class Whole(TorchDispatchMode):
+    """Counts the tensors of one shape in float32 that operations make."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.count += isinstance(out, Tensor) and out.dtype == torch.float32 and tuple(out.shape) == self.shape
+        return out
+
+
+def test_no_embedding_or_head_is_decoded_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of rows are decoded into one tensor of the model's dtype. The costs are those of whole weights."""
+    folder = tiny_models.save(tmp_path / "m", "qwen2", dtype="bfloat16")
+    skeleton = Skeleton(locate(folder), torch.bfloat16, torch.device("cpu"))
+    settled = Settled.of(skeleton, Plan("p", "gguf", (Rule("*", "q4_0", "rtn"),)))
+    rows, columns = skeleton.config.vocab_size, skeleton.config.hidden_size
+    ids = torch.arange(rows // LENGTH * LENGTH).view(-1, LENGTH)
+    options = {name: each for name, each in costs.widths(settled).items() if name in ("lm_head", "model.embed_tokens")}
+    expected = costs.measured(settled, options, ids, None, lambda done, total: None)
+    monkeypatch.setattr(costs, "chunk_rows", lambda n, k, budget, multiple: chunk_rows(n, k, 32 * k, multiple))
+    with Whole((rows, columns)) as head, Whole((ids.numel(), columns)) as embedding:
+        found = costs.measured(settled, options, ids, None, lambda done, total: None)
+    assert found == expected
+    assert (head.count, embedding.count) == (0, 0)
 
 
 @pytest.mark.parametrize("spread", [1e-4, 1e-2, 1.0, 100.0])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -265,7 +265,7 @@ def _of_head(
     """The KL divergence of the logits with a quantized head, in nats over all tokens; nothing for other formats.
 
     It is measured on the first `_TOKENS_OF_HEAD` tokens. The quantized heads wait packed, so that the original's logits
-    are computed once.
+    are computed once; one at a time is decoded.
     """
     head: Any = settled.skeleton.model.get_output_embeddings()
     names = {id(module): name for name, module in settled.skeleton.model.named_modules()}
@@ -275,7 +275,8 @@ def _of_head(
     if head is None or owner not in outside or owner not in options:
         return {}
     weight, found, measured = head.weight.data, dict[str, float](), 0
-    packed = {str(scheme): _packed(replace(outside[owner], scheme=scheme), weight) for scheme in options[owner]}
+    packed = {str(scheme): list(_packed(replace(outside[owner], scheme=scheme), weight)) for scheme in options[owner]}
+    values = torch.empty_like(weight)
     with torch.no_grad():
         for tokens, states in zip(sweep.batches, sweep.last, strict=True):
             if measured >= _TOKENS_OF_HEAD:
@@ -283,7 +284,7 @@ def _of_head(
             states, measured = states.to(weight.device), measured + tokens.numel()
             exact = end(tokens, states)
             for scheme, parts in packed.items():
-                head.weight.data = _values_of(parts).to(weight)
+                head.weight.data = _decoded(parts, values)
                 found[scheme] = found.get(scheme, 0.0) + nats_between(exact, end(tokens, states))
             head.weight.data = weight
     return {owner: {scheme: cost * sweep.tokens.numel() / measured for scheme, cost in found.items()}}
@@ -311,24 +312,29 @@ def _of_embedding(
     handle, found = embedding.register_forward_pre_hook(swap), dict[str, float]()
     try:
         exact, _ = skeleton.capture(sweep.batches)
+        values, read = weight.clone(), weight[rows]
         for scheme in options[own]:
-            values = weight.clone()
-            values[rows] = _values_of(_packed(replace(outside[own], scheme=scheme), weight[rows])).to(values)
+            parts = _packed(replace(outside[own], scheme=scheme), read)
+            values[rows] = _decoded(parts, torch.empty_like(read))
             other, _ = skeleton.capture(sweep.batches)
             error = [a.float() - b.float() for a, b in zip(exact, other, strict=True)]
-            parts = zip(error, sweep.gradient, strict=True)
-            found[str(scheme)] = 0.5 * sum(float((e * g.float()).square().sum()) for e, g in parts)
+            pairs = zip(error, sweep.gradient, strict=True)
+            found[str(scheme)] = 0.5 * sum(float((e * g.float()).square().sum()) for e, g in pairs)
     finally:
         handle.remove()
     return {own: found}
 
 
-def _packed(assignment: Assignment, weight: Tensor) -> list[QTensor]:
-    """A weight outside the blocks in pieces of rows, quantized as `blocks` does: without statistics of its inputs."""
+def _packed(assignment: Assignment, weight: Tensor) -> Iterator[tuple[slice, QTensor]]:
+    """(rows, their quantized weight) of a weight outside the blocks, as `blocks` does it: without statistics of its
+    inputs."""
     alike = Stats.from_mean_square(torch.ones(weight.shape[1], device=weight.device, dtype=torch.float32), 1)
-    pieces = chunk_rows(len(weight), weight.shape[1], 1 << 22, assignment.scheme.rows or 1)
-    return [blocks.choose([assignment], [weight[rows].float()], alike)[0].weight for rows in pieces]
+    for rows in chunk_rows(len(weight), weight.shape[1], 1 << 22, assignment.scheme.rows or 1):
+        yield rows, blocks.choose([assignment], [weight[rows].float()], alike)[0].weight
 
 
-def _values_of(pieces: Sequence[QTensor]) -> Tensor:
-    return torch.cat([piece.dequantize() for piece in pieces])
+def _decoded(pieces: Iterable[tuple[slice, QTensor]], out: Tensor) -> Tensor:
+    """`out`, filled with the values of all pieces."""
+    for rows, piece in pieces:
+        out[rows] = piece.dequantize().to(out.dtype)
+    return out
