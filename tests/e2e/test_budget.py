@@ -103,6 +103,8 @@ def test_recommend_tells_what_fills_a_memory(model: Path) -> None:
     assert expected.total <= limit
     assert found.fitted.basis == "costs"
     assert not any("--dry-run" in command for command in found.commands)
+    given = f"--context 64 --calibration {windows.text} --samples 4 --length 32"
+    assert any(command.startswith("fewbit quantize") and command.endswith(given) for command in found.commands)
     budget = Budget(fit=limit, context=64)
     made_of = fewbit.preview(model, plan=found.fitted.plan, budget=budget, calibration=windows).allocation
     assert made_of is not None

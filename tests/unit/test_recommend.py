@@ -322,6 +322,39 @@ def test_a_memory_is_filled_with_chosen_widths() -> None:
     assert larger.total == sizes["q8_0"]
 
 
+def test_widths_fit_where_no_plan_fits_with_its_own_types() -> None:
+    smallest = next(row.total for row in fewbit.estimate("tiny", context=512).plans if row.plan == "iq2_xxs")
+    done = asked("edge", memory=None, fit=smallest - 10_000, context=512)
+    assert done.fitted is not None
+    assert smallest - 11_000 < done.fitted.total <= smallest - 10_000
+    assert done.ranked == ()
+    assert any(c.excluded and "of memory" in c.excluded for c in done.excluded)
+    assert any(f"--plan {done.fitted.plan} --fit {smallest - 10_000}" in command for command in done.commands)
+
+
+def test_a_limit_of_loss_is_one_of_what_is_filled() -> None:
+    options: dict[str, object] = {"memory": None, "fit": 12_000_000, "context": 512}
+    found = asked("edge", **options).fitted
+    assert found is not None
+    assert found.kl is not None
+    with pytest.raises(PlanError, match=f"nothing that fills .* or less: the nearest is {found.plan} at .* .prior"):
+        asked("edge", **options, max_kl=found.kl * 0.99)
+    # Plans with their own types lose more in this memory, and do not meet it.
+    done = asked("edge", **options, max_kl=found.kl * 1.01)
+    assert done.fitted == found
+    assert any("checked against priors" in note for note in done.notes)
+    with pytest.raises(PlanError, match="was not measured"):
+        replace(found, kl=None).check(1.0)
+
+
+def test_what_is_compared_includes_the_filled_plan() -> None:
+    done = asked("edge", memory=None, fit=10_500_000, context=512)
+    assert done.fitted is not None
+    compared = done.commands[0].split("--plans ")[1].split()[0].split(",")
+    assert done.fitted.plan in compared
+    assert len(set(compared)) == len(compared)
+
+
 def test_widths_are_those_that_the_target_reads() -> None:
     found = asked("quality", memory=None, fit="12MB", context=512, target="vllm").fitted
     assert found is not None

@@ -32,8 +32,8 @@ class Fitted:
     `total`, which includes the KV cache and activations for `context` tokens.
 
     kl: the KL divergence to expect; None if nothing similar was measured. basis: where it comes from, "costs" of this
-    model's weights, a "report" or a "prior". schemes: scheme -> number of weights; None before costs are measured.
-    command: makes it. quantized: the number of quantized weights.
+    model's weights, a "report" or a "prior"; "none" if kl is None. schemes: scheme -> number of weights; None before
+    costs are measured. quantized: the number of quantized weights.
     """
 
     plan: str
@@ -52,6 +52,20 @@ class Fitted:
         more = round((found.bits - self.bits) * self.quantized / 8)
         sized = replace(self, bits=found.bits, weights_bytes=self.weights_bytes + more, total=self.total + more)
         return replace(sized, kl=found.kl, basis="costs", schemes=found.schemes)
+
+    def check(self, max_kl: float) -> None:
+        """PlanError if the loss to expect is above `max_kl`, or is not known."""
+        if self.kl is None:
+            raise PlanError(
+                f"the KL divergence of {self.plan} at {self.bits:.3g} bits was not measured",
+                "Omit `max_kl`, or give `measure`.",
+            )
+        if self.kl > max_kl:
+            raise PlanError(
+                f"nothing that fills `fit` has a KL divergence of {max_kl:g} or less: the nearest is {self.plan} at "
+                f"{self.bits:.3g} bits with {self.kl:.3g} ({self.basis})",
+                "Allow a larger `max_kl` or more `fit`.",
+            )
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class Recommendation:
     advice for the purpose. `ranked_by`: what decided among plans. `contradictions`: where numbers say otherwise.
     `speeds`: where tokens/s come from, or why there are none. `sized`: the best plan with types that are chosen for its
     size; None if that was not measured to lose less. `fitted`: the best plan with widths that fill the memory; None
-    unless it is asked for."""
+    unless it is asked for. Only with it, `ranked` may be empty: no plan fits with its own types."""
 
     model: str
     purpose: str
@@ -95,10 +95,10 @@ class Recommendation:
     why: str
     source: str
     ranked_by: str
-    contradictions: tuple[str, ...]
-    notes: tuple[str, ...]
-    commands: tuple[str, ...]
-    speeds: str
+    contradictions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+    speeds: str = ""
     sized: Sized | None = None
     fitted: Fitted | None = None
 
@@ -133,7 +133,8 @@ class Demands:
     """What a plan must meet: `memory` in bytes, the runtime `target` that must read it, the largest KL divergence.
 
     speed_first: choose the fastest plan that meets them, not the one with the least loss. capability: the compute
-    capability of the card that serves; None without one. given: the argument that gave `memory`.
+    capability of the card that serves; None without one. given: the argument that gave `memory`. fitted: what fills
+    the memory with chosen widths; with it, no other plan needs to meet the demands.
     """
 
     memory: int
@@ -142,6 +143,7 @@ class Demands:
     speed_first: bool = False
     capability: tuple[int, int] | None = None
     given: str = "memory"
+    fitted: Fitted | None = None
 
 
 def recommend(
@@ -159,10 +161,7 @@ def recommend(
     """
     memory, target, max_kl, speed_first = demands.memory, demands.target, demands.max_kl, demands.speed_first
     timed = timed if timed and measured is None else {}
-    if purpose not in rules()["purposes"]:
-        raise registry.unknown("purpose", purpose, rules()["purposes"])
-    if target is not None and target not in rules()["targets"]:
-        raise registry.unknown("target", target, rules()["targets"])
+    _known(purpose, target)
     rule = rules()["purposes"][purpose]
     runtime = target or rule.get("target")
     formats = rules()["targets"][runtime]["formats"] if runtime else None
@@ -182,7 +181,7 @@ def recommend(
     ]
     allowed = [c for c in found if c.excluded is None]
     excluded = [c for c in found if c.excluded is not None]
-    if not allowed:
+    if not allowed and demands.fitted is None:
         raise _nothing(estimated, purpose, excluded, demands, runtime, formats)
     tiers = not (speed_first and max_kl is not None)  # a stated loss is allowed: then the fastest plan is the best
     here = bool(rule.get("kernels")) and runtime in (None, "transformers")
@@ -200,7 +199,7 @@ def recommend(
     order: list[_Criterion] = [speed, weights, quality] if size_first else [quality, speed, weights]
     groups = groupby(sorted(allowed, key=group), key=group)
     ranked = [c for _, members in groups for c in _ordered(list(members), order)]
-    return Recommendation(
+    done = Recommendation(
         model=estimated.model,
         purpose=purpose,
         target=target,
@@ -211,19 +210,37 @@ def recommend(
         why=rule["why"],
         source=rule["source"],
         ranked_by=_basis(measured, size_first, rule, here, any(c.decode is not None for c in ranked)),
+        notes=_of_limit(max_kl, (demands.fitted or ranked[0]).basis),
+    )
+    if not ranked:
+        return done
+    return replace(
+        done,
         contradictions=tuple(_contradictions(ranked, found, rule, measured)),
         notes=(
             *([card["says"]] if card and ranked[0].plan in card["plans"] else []),
-            *_notes(ranked, estimated, purpose, max_kl, measured, runtime),
+            *_notes(ranked, estimated, purpose, runtime),
+            *done.notes,
         ),
-        commands=tuple(_commands(ranked, estimated, purpose, runtime, measured)),
+        commands=tuple(_commands(ranked, estimated, purpose, runtime, measured, demands.fitted)),
         speeds=_speeds(ranked, measured, estimated.model),
         sized=_sized(ranked[0], estimated),
     )
 
 
+def _known(purpose: str, target: str | None) -> None:
+    if purpose not in rules()["purposes"]:
+        raise registry.unknown("purpose", purpose, rules()["purposes"])
+    if target is not None and target not in rules()["targets"]:
+        raise registry.unknown("target", target, rules()["targets"])
+
+
 def fitting_plans(estimated: Estimate, purpose: str, target: str | None) -> list[str]:
-    """The plans of a purpose that the model can have and the runtime reads, those of the preferred tiers first."""
+    """The plans of a purpose that the model can have and the runtime reads, those of the preferred tiers first.
+
+    PlanError for another purpose or target.
+    """
+    _known(purpose, target)
     rule = rules()["purposes"][purpose]
     runtime = target or rule.get("target")
     formats = rules()["targets"][runtime]["formats"] if runtime else None
@@ -232,28 +249,17 @@ def fitting_plans(estimated: Estimate, purpose: str, target: str | None) -> list
     return [plan for plan in tiers if formats is None or possible[plan] in formats]
 
 
-def losses(done: Recommendation, measured: Comparison | None) -> Losses:
-    """The losses that `done` ranked by: those of a report, or else the priors."""
+def losses(estimated: Estimate, measured: Comparison | None) -> Losses:
+    """The losses of all plans: those of a report, or else the priors."""
     basis = "prior" if measured is None else "measured"
-    of = {c.plan: c.kl.value for c in (*done.ranked, *done.excluded) if c.kl is not None and c.basis == basis}
+    every = [_candidate(row, 0, measured, {}, "cpu") for row in estimated.plans]
+    of = {c.plan: c.kl.value for c in every if c.kl is not None and c.basis == basis}
     sizes = priors()["sizes"]["plans"] if measured is None else {}
     return Losses(
         of,
         {plan: (found["bits"], found["kl"]) for plan, found in sizes.items()},
         "prior" if measured is None else "report",
     )
-
-
-def with_fitted(done: Recommendation, found: Fitted, fit: str, context: int | None) -> Recommendation:
-    """`done` with its answer to `fit`, and the commands that make it."""
-    out = f"{_base(done.model) or 'model'}-fit" + (".gguf" if found.format == "gguf" else "")
-    asked = f"--fit {fit}" + (f" --context {context}" if context is not None else "")
-    make = f"fewbit quantize {done.model} -o {out} --plan {found.plan} {asked}"
-    first = [command for command in done.commands if command.startswith("fewbit compare")]
-    if found.basis != "costs":
-        first.append(f"{make} --dry-run")
-    commands = (*first, make, f"fewbit evaluate {out} --reference {done.model}")
-    return replace(done, fitted=found, sized=None, commands=commands)
 
 
 def _of_card(purpose: str, runtime: str | None, capability: tuple[int, int] | None) -> dict[str, Any] | None:
@@ -424,12 +430,16 @@ def _contradictions(
     return lines
 
 
+def _of_limit(max_kl: float | None, basis: str) -> tuple[str, ...]:
+    if max_kl is None or basis != "prior":
+        return ()
+    return ("The KL limit was checked against priors. To measure this model, run fewbit compare or fewbit evaluate.",)
+
+
 def _notes(
     ranked: list[Candidate],
     estimated: Estimate,
     purpose: str,
-    max_kl: float | None,
-    measured: Comparison | None,
     runtime: str | None,
 ) -> list[str]:
     best, notes = ranked[0], []
@@ -442,10 +452,6 @@ def _notes(
         notes.append(
             f"{other.plan} fits too and loses far less (KL divergence {other.kl.value:.2g} against "
             f"{best.kl.value:.2g}) for {other.weights_bytes / best.weights_bytes:.1f} times the weights."
-        )
-    if max_kl is not None and (measured is None or best.basis == "prior"):
-        notes.append(
-            "The KL limit was checked against priors. To measure this model, run fewbit compare or fewbit evaluate."
         )
     if runtime in (None, "transformers") and best.kernel == "reference":
         notes.append(f"No fast kernel of this machine serves {best.plan}: it saves memory, but is slow here.")
@@ -468,10 +474,10 @@ def _sized(best: Candidate, estimated: Estimate) -> Sized | None:
 
 
 def _name(estimated: Estimate) -> str:
-    return _base(estimated.model)
+    return base_name(estimated.model)
 
 
-def _base(model: str) -> str:
+def base_name(model: str) -> str:
     place = Path(model).absolute()  # of a Hub name too this keeps the last part
     return os.path.basename(os.path.normpath(place.parent if place.name == "config.json" else place))
 
@@ -481,13 +487,19 @@ def _out(best: Candidate, estimated: Estimate) -> str:
 
 
 def _commands(
-    ranked: list[Candidate], estimated: Estimate, purpose: str, runtime: str | None, measured: Comparison | None
+    ranked: list[Candidate],
+    estimated: Estimate,
+    purpose: str,
+    runtime: str | None,
+    measured: Comparison | None,
+    fitted: Fitted | None,
 ) -> list[str]:
     best, model = ranked[0], estimated.model
     name, out = _name(estimated), _out(best, estimated)
     lines = []
-    if measured is None and len(ranked) > 1:
-        plans = ",".join(["bf16", *(c.plan for c in ranked[:4])])
+    named = dict.fromkeys([*(c.plan for c in ranked[:4]), *([fitted.plan] if fitted else [])])
+    if measured is None and len(named) > 1:
+        plans = ",".join(["bf16", *named])
         lines.append(f"fewbit compare {model} --plans {plans} -o {name}-report")
     lines += [f"fewbit quantize {model} -o {out} --plan {best.plan}", f"fewbit evaluate {out} --reference {model}"]
     if purpose == "finetuning":

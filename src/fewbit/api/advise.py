@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from fewbit.advise import estimate as estimates
-from fewbit.advise import fitting, precision, speeds
+from fewbit.advise import filling, fitting, precision, speeds
 from fewbit.advise import memory as memories
 from fewbit.advise import recommend as recommending
 from fewbit.advise import table as tables
 from fewbit.advise.estimate import Estimate
+from fewbit.advise.fitting import Fitted
 from fewbit.advise.precision import Precision
 from fewbit.advise.recommend import Recommendation
 from fewbit.advise.table import MethodRow
@@ -84,8 +85,8 @@ def recommend(
     names the nearest one.
 
     fit: in place of `memory`, the memory that `quantize --fit` is to fill with the widths that it chooses. `fitted` of
-    the result then says which plan, size and loss to expect. measure: measure the costs of this model's weights for
-    that on `calibration`, as `preview` does, which takes longer than to quantize the model.
+    the result then says which plan, size and loss to expect; `max_kl` limits that loss. measure: measure the costs of
+    this model's weights for that on `calibration`, as `preview` does, which takes longer than to quantize the model.
     """
     if memory is not None and fit is not None:
         raise PlanError("`memory` and `fit` are given", "Give one of them.")
@@ -115,24 +116,32 @@ def recommend(
     gpu = machine.gpu_memory() if purpose in ("serving", "finetuning", "experiment") else 0
     room = given if given is not None else gpu or machine.main_memory()
     estimated = estimate(model, context=context, batch=batch, trust_remote_code=trust_remote_code)
-    done = recommending.recommend(
-        estimated,
-        purpose,
-        recommending.Demands(room, target, max_kl, speed_first, machine.gpu_capability(), named),
-        measured=measured,
-        timed=speeds.known(source, machine.device(None)),
-        device=machine.device(None),
-    )
+
+    def ranked(found: Fitted | None) -> Recommendation:
+        device = machine.device(None)
+        return recommending.recommend(
+            estimated,
+            purpose,
+            recommending.Demands(room, target, max_kl, speed_first, machine.gpu_capability(), named, found),
+            measured=measured,
+            timed=speeds.known(source, device),
+            device=device,
+        )
+
     if fit is None:
-        return done
+        return ranked(None)
     names = recommending.fitting_plans(estimated, purpose, target)
-    found = fitting.fitted(
-        Outline(source, trust_remote_code=trust_remote_code),
-        [plans.PRESETS[name] for name in names],
-        room,
-        memories.use_of(source.context, context),
-        recommending.losses(done, measured),
-    )
+    try:
+        found = fitting.fitted(
+            Outline(source, trust_remote_code=trust_remote_code),
+            [plans.PRESETS[name] for name in names],
+            room,
+            memories.use_of(source.context, context),
+            recommending.losses(estimated, measured),
+        )
+    except PlanError:
+        ranked(None)  # where nothing fits, its error names the smallest plan
+        raise
     if measure:
         previewed = quantize.preview(
             model,
@@ -143,7 +152,9 @@ def recommend(
         )
         assert previewed.allocation is not None
         found = found.chosen(previewed.allocation)
-    return recommending.with_fitted(done, found, str(fit), context)
+    if max_kl is not None:
+        found.check(max_kl)
+    return filling.with_fitted(ranked(found), found, str(fit), context, arguments.calibrated(calibration))
 
 
 def methods(report: str | Path | Comparison | None = None) -> tuple[MethodRow, ...]:

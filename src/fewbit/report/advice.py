@@ -88,10 +88,35 @@ def precision(done: Precision) -> None:
 def recommendation(done: Recommendation) -> None:
     """What `fewbit recommend` prints."""
     target = f", for {done.target}" if done.target else ""
-    _say(f"{done.model}, for {done.purpose}{target}: {done.best.plan}.")
+    _say(f"{done.model}, for {done.purpose}{target}: {(done.fitted or done.best).plan}.")
     _say(f"  The rule: {done.rule}. {done.why} ({done.source})")
     for line in done.contradictions:
         _say(f"  Against the rule: {line}")
+    if done.ranked:
+        _ranked(done)
+    else:
+        _say("No plan fits with its own types.")
+    for c in done.excluded:
+        _say(f"not {c.plan}: {c.excluded}")
+    for note in done.notes:
+        _say(f"note: {note}")
+    if (sized := done.sized) is not None:
+        _say(
+            f"Types chosen for each tensor lose less at the same size, {sized.bits:g} bits: KL divergence "
+            f"{sized.kl.value:.3g} against {sized.kl_of_plan.value:.3g}, a prior: measured on the embedded model. "
+            "This command takes longer, and says what it measured on this model:"
+        )
+        tables.verbatim(text.out, f"  {sized.command}")
+        _say("With --fit in place of --bits, it uses all of a memory.")
+    if (fitted := done.fitted) is not None:
+        _fitted(fitted, done)
+    _say("Run:")
+    for command in done.commands:
+        tables.verbatim(text.out, f"  {command}")
+
+
+def _ranked(done: Recommendation) -> None:
+    """The table of the plans that meet all demands, and where its numbers come from."""
     _say(f"  Ranked by {done.ranked_by}.")
     table = text.grid(
         f"plans that fit {size(done.memory)}, best first",
@@ -112,23 +137,6 @@ def recommendation(done: Recommendation) -> None:
     if any(c.kl is not None and c.basis == "prior" for c in done.ranked):
         _say("* a prior: measured on the embedded model, not on this one. In use: weights, KV cache, activations.")
     _say(f"{done.speeds}.")
-    for c in done.excluded:
-        _say(f"not {c.plan}: {c.excluded}")
-    for note in done.notes:
-        _say(f"note: {note}")
-    if (sized := done.sized) is not None:
-        _say(
-            f"Types chosen for each tensor lose less at the same size, {sized.bits:g} bits: KL divergence "
-            f"{sized.kl.value:.3g} against {sized.kl_of_plan.value:.3g}, a prior: measured on the embedded model. "
-            "This command takes longer, and says what it measured on this model:"
-        )
-        tables.verbatim(text.out, f"  {sized.command}")
-        _say("With --fit in place of --bits, it uses all of a memory.")
-    if (fitted := done.fitted) is not None:
-        _fitted(fitted, done)
-    _say("Run:")
-    for command in done.commands:
-        tables.verbatim(text.out, f"  {command}")
 
 
 def _fitted(fitted: Fitted, done: Recommendation) -> None:
