@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from fewbit.errors import FormatError, PlanError
-from fewbit.models.gguf.tokenizer import Keys, to_metadata, to_tokenizer
+from fewbit.models.gguf.patterns import VISIBLE
+from fewbit.models.gguf.tokenizer import USER_DEFINED, Keys, to_metadata, to_tokenizer
 from fewbit.models.gguf.tokenizer_check import check
 from fewbit.models.gguf.tokenizer_source import named
 from tests import gguf_files, models
@@ -298,3 +299,16 @@ def test_several_chat_templates_are_read_back() -> None:
     del metadata["tokenizer.chat_template.tool_use"]
     with pytest.raises(FormatError, match=r"chat_template\.tool_use is missing"):
         read(metadata)
+
+
+def test_tokens_that_llama_cpps_chat_parser_reads() -> None:
+    """They are special, and a file has them as user-defined, as those of the converter."""
+    original = tokenizer()
+    original.add_tokens([AddedToken(each, special=True) for each in sorted(VISIBLE)])
+    metadata = keys(original)
+    types = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"].tolist(), strict=True))
+    assert {types[each] for each in VISIBLE} == {USER_DEFINED}
+    assert types["<|tool|>"] != USER_DEFINED
+    assert check(original, metadata) is None
+    ids = original("a<|tool_call>b")["input_ids"]
+    assert read(metadata).decode(ids, skip_special_tokens=True) == original.decode(ids, skip_special_tokens=True)

@@ -76,6 +76,10 @@ WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "l
 NORMALIZED = ("qwen2", "deepseek-r1-qwen", "qwen35", "mpt", "olmo", "command-r")
 # A file without the key `add_bos_token` adds the token at the start of a text.
 BOS_FIRST = WHOLE_WORDS_FIRST
+# Special tokens of Gemma 4. A vocabulary with all of them has them as user-defined, for llama.cpp's parser of chats
+VISIBLE = frozenset(
+    ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+)
 # In models of such a name, added tokens take the spaces after them (rstrip), except for these.
 NAMED_PHI3 = re.compile("phi-?3", re.IGNORECASE)
 NEVER_RSTRIP = frozenset({"<unk>", "<s>", "<|endoftext|>"})

@@ -38,6 +38,7 @@ from fewbit.models.gguf.patterns import (
     NORMALIZED,
     PATTERNS,
     STEPS_OF,
+    VISIBLE,
     WHOLE_WORDS_FIRST,
 )
 
@@ -71,13 +72,15 @@ def to_metadata(tokenizer: Any, vocabulary: int, ends: Sequence[int] = ()) -> di
     if (last := max(pieces)) >= vocabulary:
         raise PlanError(f"the tokenizer has a token {last}, but the model's embedding has {vocabulary} rows")
     sentencepiece = bool(model.get("byte_fallback"))
-    tokens, types = [], []
+    special = {each["content"] for each in added.values() if each["special"]}
+    visible = VISIBLE if special >= VISIBLE else frozenset()
+    hidden, tokens, types = special - visible, [], []
     for i in range(vocabulary):
         piece = pieces.get(i)
         if piece is None:
             kind = UNUSED
         elif i in added:
-            kind = CONTROL if added[i]["special"] else USER_DEFINED
+            kind = CONTROL if piece in hidden else USER_DEFINED
         elif sentencepiece and len(piece) == 6 and piece.startswith("<0x"):
             kind = BYTE
         else:
@@ -99,7 +102,8 @@ def to_metadata(tokenizer: Any, vocabulary: int, ends: Sequence[int] = ()) -> di
     found |= _ids_of(tokenizer, ends)
     found |= _affixes(tokenizer)
     keys = {f"tokenizer.ggml.{key}": value for key, value in found.items()}
-    if settings := _settings(tokenizer, made if sentencepiece else {}):
+    settings = _settings(tokenizer, made if sentencepiece else {}) | ({"visible_special": True} if visible else {})
+    if settings:
         keys[_SETTINGS] = json.dumps(settings)
     return keys | _chat_templates(getattr(tokenizer, "chat_template", None))
 
@@ -123,7 +127,7 @@ def to_tokenizer(file: GgufFile | Keys, **changes: Any) -> PreTrainedTokenizerFa
                 "lstrip": False,
                 "rstrip": i in rstrip,
                 "normalized": False,
-                "special": vocabulary.types[i] != USER_DEFINED,
+                "special": vocabulary.types[i] != USER_DEFINED or vocabulary.tokens[i] in vocabulary.visible,
             }
             for i in vocabulary.added
         ],
@@ -140,7 +144,7 @@ def to_tokenizer(file: GgufFile | Keys, **changes: Any) -> PreTrainedTokenizerFa
         "model_max_length": vocabulary.context,
         "chat_template": vocabulary.chat_template(),
         **named,
-        **{key: value for key, value in vocabulary.settings.items() if key != "metaspace"},
+        **{key: value for key, value in vocabulary.settings.items() if key not in ("metaspace", "visible_special")},
     }
     make: Any = PreTrainedTokenizerFast  # its constructor is not typed
     tokenizer = make(tokenizer_object=backend, **(settings | changes))
@@ -154,6 +158,7 @@ class _Vocabulary:
     def __init__(self, file: GgufFile | Keys) -> None:
         self.file = file
         self.settings = self._stored_settings()
+        self.visible = VISIBLE if self.settings.get("visible_special") else frozenset()  # special, and user-defined
         self.model = self._get("model")
         if self.model not in ("gpt2", "llama", "gemma4"):
             raise FormatError(
@@ -373,6 +378,7 @@ _SIDES = ("left", "right")
 # Settings of the key fewbit.tokenizer -> values.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "metaspace": ("always", "first"),
+    "visible_special": (True, False),
     "padding_side": _SIDES,
     "truncation_side": _SIDES,
     "clean_up_tokenization_spaces": (True, False),

@@ -36,8 +36,9 @@ def check(tokenizer: Any, metadata: Mapping[str, Any]) -> str | None:
     """
     try:
         rebuilt = to_tokenizer(Keys(Path("the GGUF file"), metadata))
-        without = {key: value for key, value in metadata.items() if key != "fewbit.tokenizer"}
-        elsewhere = to_tokenizer(Keys(Path("the GGUF file"), without))
+        shown = json.loads(metadata.get("fewbit.tokenizer", "{}")).get("visible_special", False)
+        kept = json.dumps({"visible_special": shown})
+        elsewhere = to_tokenizer(Keys(Path("the GGUF file"), {**metadata, "fewbit.tokenizer": kept}))
     except FormatError as error:
         raise _refused([error.message]) from None
     if lost := _lost(tokenizer, rebuilt):
