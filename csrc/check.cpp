@@ -273,7 +273,7 @@ std::vector<uint8_t> nearest(int entries, int columns, int halves, int even, con
   std::vector<uint8_t> codes(size_t(2 * count * wide));
   fewbit_vectors v{};
   v.entries = entries, v.columns = columns, v.halves = halves, v.even = even, v.magnitudes = magnitudes, v.tries = tries;
-  v.rows = rows, v.vectors = vectors, v.grid = grid.data(), v.ranks = ranks.data(), v.levels = levels.data();
+  v.rows = rows, v.vectors = vectors, v.grid = grid.data(), v.ranks = ranks.data();
   v.x = x.data(), v.h = h.data(), v.s = s.data(), v.least = numbers_of.data();
   v.square = v.least + tries * count, v.cross = v.square + count, v.codes = codes.data();
   int status = fewbit_force(isa) || fewbit_nearest_vectors(&v, threads);

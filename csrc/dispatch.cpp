@@ -202,11 +202,11 @@ int check(const fewbit_fp8* f) {
 }
 
 int check(const fewbit_vectors* v) {
-  if (!v || !v->grid || !v->ranks || !v->levels || !v->x || !v->h || !v->s) return FEWBIT_SHORT;
+  if (!v || !v->grid || !v->ranks || !v->x || !v->h || !v->s) return FEWBIT_SHORT;
   if (!v->square != !v->cross) return FEWBIT_SHORT;
   const bool known = (v->columns == 8 && v->halves == 1) || (v->columns == 4 && (v->halves == 1 || v->halves == 2));
-  if (!known) return FEWBIT_UNKNOWN;
-  if (v->entries < 16 || v->entries % 16 || v->entries * v->halves > FEWBIT_MOST_ENTRIES) return FEWBIT_SHAPE;
+  if (!known || (v->metric && v->square)) return FEWBIT_UNKNOWN;
+  if (v->entries < 64 || v->entries % 64 || v->entries * v->halves > FEWBIT_MOST_ENTRIES) return FEWBIT_SHAPE;
   if (v->tries < 1 || v->tries > FEWBIT_MOST_TRIES || v->magnitudes < 1 || v->magnitudes > 128) return FEWBIT_SHAPE;
   return v->rows < 0 || v->vectors < 0 || v->step < 0 ? FEWBIT_SHAPE : FEWBIT_OK;
 }
@@ -257,7 +257,7 @@ void round_rows(const Isa& with, const fewbit_weight& w, const void* x, bool nar
 
 extern "C" {
 
-int fewbit_abi(void) { return 12; }
+int fewbit_abi(void) { return 13; }
 
 const char* fewbit_isa(void) { return fewbit::in_use().name; }
 

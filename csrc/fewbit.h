@@ -79,21 +79,22 @@ struct fewbit_fp8 {
 // `even`: the number of minus signs of a vector is even; where that of x is not, one sign is flipped, the one that
 // costs least. Outputs may be null. `least`: the least error at each scale. The others are of the best vectors at the
 // first scale: sums of h g² and h x g; and codes, from the lowest signed magnitude up. With `metric`, the codes have a
-// small (w - x) metric (w - x)ᵀ, chosen among the vectors that are nearest under its diagonal, which is `h`.
+// small (w - x) metric (w - x)ᵀ, chosen among the vectors that are nearest under its diagonal, which is `h`; there are
+// no sums then.
 enum { FEWBIT_MOST_ENTRIES = 1024, FEWBIT_MOST_TRIES = 64 };  // entries of all halves of a vector
 struct fewbit_vectors {
-  int32_t entries, columns, halves, even, magnitudes;
+  int32_t entries;       // a multiple of 64
+  int32_t columns, halves, even, magnitudes;
   int32_t tries;         // scales, 1 to 64
   int64_t rows, vectors;
   const float* grid;     // [columns, entries], magnitudes
   const uint8_t* ranks;  // [entries, columns], of these magnitudes
-  const float* levels;   // [magnitudes], the magnitudes in rising order
   const float *x, *h;    // h: [rows or 1, vectors, halves * columns]
   int64_t step;          // numbers between the rows of h: 0 if there is one
   const float* s;        // [tries, rows, vectors]
   const float* metric;   // [halves * columns, halves * columns]; null: none
   float* least;          // [tries, rows, vectors]
-  float *square, *cross;  // [rows, vectors], both or none
+  float *square, *cross;  // [rows, vectors], both or none; none with `metric`
   uint8_t* codes;        // [rows, vectors, halves * columns]
 };
 

@@ -16,6 +16,7 @@ from fewbit.schemes.base import Columns, Grids, parse
 from fewbit.schemes.ggml import codebook, vectors
 from fewbit.schemes.ggml.iq import IQ
 from fewbit.schemes.ggml.vectors import VECTORS, Compiled, Errors, VectorGrids, Vectors
+from fewbit.system import native
 from tests.contract.cases import hard, inputs, ordinary, same_bytes, stats_of
 
 names = pytest.mark.parametrize("name", VECTORS)
@@ -102,6 +103,22 @@ def test_the_library_compares_the_same_vectors(instructions: str, name: str) -> 
         each(kind, x[:, :1], metric.diagonal()[None, None]).under(s[0, :, 0], metric) for each in (Compiled, Errors)
     )
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("entries", "both"), [(48, False), (64, False), (64, True)])
+def test_the_library_refuses_what_it_cannot_search(library: ctypes.CDLL, entries: int, both: bool) -> None:
+    """Its search takes 64 entries at a time, and gives no sums under a metric."""
+    kind, x, h, s = given("iq2_xxs", 8, False)
+    book = vectors._book("iq2_xxs")
+    book = replace(book, grid=book.grid[:, :entries].contiguous(), ranks=book.ranks[:entries].contiguous())
+    parts = {"metric": torch.eye(kind.vector), "codes": torch.empty(x.shape, dtype=torch.uint8)}
+    if both:
+        parts |= {"square": torch.empty(x.shape[:2]), "cross": torch.empty(x.shape[:2])}
+    if entries % 64 or both:
+        with pytest.raises(AssertionError, match=r"fewbit_nearest_vectors: [12]$"):
+            native.nearest_vectors(book, x, h, s, **parts)
+    else:
+        native.nearest_vectors(book, x, h, s, **parts)
 
 
 @names

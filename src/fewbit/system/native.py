@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fewbit.lazy import Tensor, torch
 
-_ABI = 12
+_ABI = 13
 _FILE = "fewbit_cpu.so"
 TYPES = {"float32": 0, "bfloat16": 1}  # `fewbit_type`, by torch's names
 HINT = "Install fewbit from source with a C++ compiler (gcc 9, clang 10 or later), or from a wheel with the library."
@@ -63,7 +63,7 @@ class Vectors(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("entries", "columns", "halves", "even", "magnitudes", "tries")),
         *((name, ctypes.c_int64) for name in ("rows", "vectors")),
-        *((name, ctypes.c_void_p) for name in ("grid", "ranks", "levels", "x", "h")),
+        *((name, ctypes.c_void_p) for name in ("grid", "ranks", "x", "h")),
         ("step", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("s", "metric", "least", "square", "cross", "codes")),
     )
@@ -219,14 +219,14 @@ def _fp8(function: str, w: Tensor, block: tuple[int, int], **parts: Tensor) -> N
 
 @dataclass(frozen=True)
 class Book:
-    """A codebook: magnitudes float32 [columns, entries], their ranks uint8 [entries, columns], `levels` by rank.
+    """A codebook: magnitudes float32 [columns, entries], their ranks uint8 [entries, columns] among `magnitudes`.
 
     halves: entries of a vector. even: the number of minus signs in a vector is even.
     """
 
     grid: Tensor
     ranks: Tensor
-    levels: Tensor
+    magnitudes: int
     halves: int
     even: bool
 
@@ -239,8 +239,8 @@ def nearest_vectors(book: Book, x: Tensor, h: Tensor, s: Tensor, **parts: Tensor
     """
     (columns, entries), tensors = book.grid.shape, {"x": x, "h": h, "s": s, **parts}
     assert all(each.is_cpu and each.is_contiguous() for each in tensors.values())
-    found = Vectors(entries, columns, book.halves, book.even, len(book.levels), s.shape[0], x.shape[0], x.shape[1])
-    for name, tensor in {"grid": book.grid, "ranks": book.ranks, "levels": book.levels, **tensors}.items():
+    found = Vectors(entries, columns, book.halves, book.even, book.magnitudes, s.shape[0], x.shape[0], x.shape[1])
+    for name, tensor in {"grid": book.grid, "ranks": book.ranks, **tensors}.items():
         setattr(found, name, tensor.data_ptr())
     found.step = h[0].numel() if h.shape[0] > 1 else 0
     status = library().fewbit_nearest_vectors(found, torch.get_num_threads())  # type: ignore[union-attr]

@@ -233,9 +233,9 @@ class Compiled:
 @ambient.defaults()
 def _book(name: str) -> native.Book:
     kind, device = VECTORS[name], torch.device("cpu")
-    levels = torch.tensor(kind.table[len(kind.table) // 2 :], dtype=torch.float32, device=device)
     ranks = _ranks(name, device).to(torch.uint8)
-    return native.Book(entries(name, device).T.contiguous(), ranks, levels, kind.vector // kind.entry, kind.even)
+    halves, magnitudes = kind.vector // kind.entry, len(kind.table) // 2
+    return native.Book(entries(name, device).T.contiguous(), ranks, magnitudes, halves, kind.even)
 
 
 def errors(kind: Vectors, x: Tensor, h: Tensor) -> Errors | Compiled:
