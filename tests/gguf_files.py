@@ -311,6 +311,8 @@ TYPES: dict[str, dict[str, Any]] = {
 
 
 _NOT_QUANTIZED = re.compile(r"ffn_gate_inp|ssm_conv1d|ssm_a$|ssm_d$|ssm_norm|shortconv\.conv|exp_probs_b")
+# Parameters that are all the same number when a model is made, so that some are without effect
+_CONSTANT = ("router.scale", "router.per_expert_scale", "self_attn.sinks")
 
 
 def save(folder: Path, family: str, **changes: Any) -> Path:
@@ -323,6 +325,10 @@ def save(folder: Path, family: str, **changes: Any) -> Path:
         torch.manual_seed(len(family))  # the parameters that are not drawn anew, such as A_log, come from this
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     architectures.draw(model, len(family))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(_CONSTANT):
+                weight.add_(torch.linspace(-0.2, 0.2, weight.numel(), device="cpu").view_as(weight))
     for name, buffer in persistent(model):
         if name.endswith("layer_scalar"):
             buffer.fill_(0.75)
