@@ -72,7 +72,7 @@ def recommend(
     fit: Annotated[
         str | None,
         typer.Option(
-            help="In place of --memory: choose widths so that weights, KV cache and activations fill so much."
+            help="In place of --memory: choose widths so that weights, KV cache and activations fill this. No default."
         ),
     ] = None,
     measure: Annotated[
