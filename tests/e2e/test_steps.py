@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +22,13 @@ from fewbit.models.decoding.caches import CACHE, reserved
 from fewbit.models.decoding.steps import Steps
 from fewbit.system import native
 from tests import architectures, models
-from tests.e2e.test_compiled_blocks import ids_of, quantized
+from tests.e2e.test_compiled_blocks import ids_of, llama, quantized, rounded_activations
 
+__all__ = ["llama", "rounded_activations"]  # fixtures
 pytestmark = pytest.mark.skipif(isinstance(native.available(), str), reason="needs the compiled CPU library")
 
 TAKEN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite_swa")
 OTHERS = ("gpt2", "qwen3_moe", "bloom")  # learned positions, experts, blocks that are not recognized
-
-
-@pytest.fixture(autouse=True, scope="module")
-def rounded_activations() -> Iterator[None]:
-    """The library computes whole blocks with rounded activations only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("FEWBIT_ACTIVATIONS", raising=False)
-        yield
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("llama")
-    return quantized(root, models.save(root / "model", "llama"))
 
 
 @pytest.fixture

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ import torch
 from fewbit.errors import PlanError
 from fewbit.stats import Need, Stats
 from fewbit.system import ranks
-from tests.limits import HANG
+from tests.e2e.test_ranks import torchrun
 
 # In three processes, of which the last has seen no row; what each found is written beside the script.
 ASKED = """
@@ -59,24 +56,7 @@ Path(sys.argv[1], str(me)).write_text(json.dumps(found))
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     out = tmp_path_factory.mktemp("said")
     (out / "asked.py").write_text(ASKED, encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "3",
-        str(out / "asked.py"),
-        str(out),
-    ]
-    ended = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=HANG,
-        encoding="utf-8",
-    )
+    ended = torchrun(3, str(out / "asked.py"), str(out), cache=out / "cache")
     assert ended.returncode == 0, ended.stderr
     return [json.loads((out / str(rank)).read_text(encoding="utf-8")) for rank in range(3)]
 
