@@ -80,11 +80,7 @@ def train(
     device = patch_environment(accelerate_torch_device=str(model.device)) if alone else nullcontext()
     # The Trainer selects a GPU; the caller's own is selected again at the end.
     selected = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
-    with (
-        selected,
-        device,
-        tempfile.TemporaryDirectory() as scratch,
-    ):  # a folder that the Trainer requires, and leaves empty
+    with selected, device, tempfile.TemporaryDirectory() as scratch:  # the Trainer requires a folder, left empty
         trainer = _Trainer(
             adapted,
             _arguments(scratch, tuning, steps, model),
