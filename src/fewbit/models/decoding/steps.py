@@ -1,10 +1,10 @@
 """One token of one text on a CPU, without the model's own code between its blocks.
 
-Between the blocks that the CPU library computes, a decoder makes masks and passes arguments on. For a small model that
-takes a third of the time. So `Steps` takes the place of the decoder's forward, and calls what it consists of:
-embedding, angles, blocks, last norm. The first step with each kind of cache, and the first beyond each sliding window,
-is computed in both ways, and the outputs are compared, bit for bit. A call that is not such a step, and one of a model
-that somebody changed or watches, runs the decoder's own code.
+Between the blocks that the CPU library computes, a decoder makes masks and passes arguments on: a tenth of the time of
+SmolLM2, a quarter of that of `tiny`. So `Steps` takes the place of the decoder's forward, and calls what it consists
+of: embedding, angles, blocks, last norm. The first step with each kind of cache, and the first beyond each sliding
+window, is computed in both ways, and the outputs are compared, bit for bit. A call that is not such a step, and one of
+a model that somebody changed or watches, runs the decoder's own code.
 """
 
 from __future__ import annotations
