@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fewbit.errors import KernelError
 from fewbit.kernels.nvidia import Nvidia, layout
 from fewbit.kernels.nvidia.layout import Recipe
 from fewbit.methods.base import Method
@@ -18,6 +23,18 @@ from tests.unit.test_nvidia import TOLD, shapes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 SERVED = [spec for spec in SPECS if isinstance(layout.recipe(parse(spec), 1024), Recipe)]
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def packed(spec: str, n: int, k: int) -> QTensor:
@@ -173,6 +190,38 @@ def test_the_operator_is_one_that_pytorch_can_compile() -> None:
     prepared = list(Nvidia().prepare(weight.codec, weight.parts, weight.shape))
     x = torch.randn(3, 256, device="cuda", dtype=torch.bfloat16)
     torch.library.opcheck(ops.packed_linear, (x, prepared, list(how), 64))
+
+
+def test_a_tracer_sees_the_operator_and_eager_code_skips_it() -> None:
+    layer = QLinear(256, 64, None).adopt(packed("int4-g32", 64, 256), torch.bfloat16)
+    x = torch.randn(3, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = layer(x)
+        traced = torch.jit.trace(lambda given: layer(given), x)
+        assert "fewbit::packed_linear" in str(traced.graph)
+        assert torch.equal(traced(2 * x), layer(2 * x))
+        with Seen() as seen:
+            assert torch.equal(layer(x), expected)
+        assert "fewbit.packed_linear.default" in seen.names
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 256])
+def test_a_product_is_the_first_work_of_a_thread(rows: int) -> None:
+    """The driver is called directly, and a new thread has no context of the GPU yet."""
+    layer = QLinear(512, 256, None).adopt(packed("int4-g128", 256, 512), torch.bfloat16)
+    x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad(), ThreadPoolExecutor(1) as pool:
+        expected = layer(x)
+        with torch.inference_mode():
+            assert torch.equal(pool.submit(lambda: layer(x).detach()).result(), expected)
+
+
+def test_activations_elsewhere_are_refused() -> None:
+    weight = packed("int4-g128", 256, 512)
+    prepared = tuple(part.cpu() for part in Nvidia().prepare(weight.codec, weight.parts, weight.shape))
+    with pytest.raises(KernelError, match=r"activations are on cuda:0 and the packed weight is on cpu"):
+        Nvidia().linear(torch.ones(1, 512, device="cuda", dtype=torch.bfloat16), weight.codec, prepared, weight.shape)
 
 
 def test_it_is_chosen_and_has_a_gradient() -> None:

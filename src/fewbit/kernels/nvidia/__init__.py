@@ -71,10 +71,7 @@ class Nvidia(Kernel):
     def grouped(self, x: Tensor, codec: Codec, prepared: Prepared, shape: Shapes, offsets: Tensor) -> Tensor:
         from fewbit.kernels.nvidia import ops
 
-        how = layout.recipe(codec, shape[2])
-        assert isinstance(how, Recipe)
-        y: Tensor = ops.packed_grouped(x, list(prepared), list(how), offsets, shape[1])
-        return y
+        return ops.grouped_product(x, codec, prepared, shape, offsets)
 
     def of_expert(self, codec: Codec, prepared: Prepared, shape: Shapes, expert: int) -> Prepared:
         how = layout.recipe(codec, shape[2])
@@ -84,10 +81,7 @@ class Nvidia(Kernel):
     def linear(self, x: Tensor, codec: Codec, prepared: Prepared, shape: tuple[int, int]) -> Tensor:
         from fewbit.kernels.nvidia import ops
 
-        how = layout.recipe(codec, shape[1])
-        assert isinstance(how, Recipe)
-        y: Tensor = ops.packed_linear(x, list(prepared), list(how), shape[0])
-        return y
+        return ops.product(x, codec, prepared, shape)
 
 
 @cache

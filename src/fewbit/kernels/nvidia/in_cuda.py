@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import warnings
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from fewbit.errors import KernelError
 from fewbit.kernels.nvidia.layout import MAPPED, PLAIN, TABLE, WORDS, Recipe, operands
 
 _FLOAT = 3  # storage of the scale s as float32, in addition to the kinds of a recipe
@@ -39,10 +41,10 @@ class Sizes(NamedTuple):
         return "hopper" if self.cluster else "many" if self.many else "few"
 
 
-def linear(x: Tensor, y: Tensor, tensors: list[Tensor], how: Recipe, sizes: Sizes) -> None:
+def linear(x: Tensor, y: Tensor, tensors: Sequence[Tensor], how: Recipe, sizes: Sizes) -> None:
     """Write y [M, N] = x [M, K] Wᵀ for packed W [N, K]."""
     (m, k), n = x.shape, y.shape[1]
-    places = operands(how, tensors)
+    places = _operands(x, how, tensors)
     shape = (k, tensors[0].shape[1] * WORDS, 0)
     kernel = _compiled(how, shape, _stored(how, places), sizes, x.dtype, x.device, hopper(x.device))
     rows, over = 16 * sizes.of_w, -(-m // (8 * sizes.of_x))
@@ -65,19 +67,27 @@ def linear(x: Tensor, y: Tensor, tensors: list[Tensor], how: Recipe, sizes: Size
     _launch(kernel, grid, 32 * sizes.warps, [first, y, *places, m, n, *more], _shared(how, sizes))
 
 
-def grouped(x: Tensor, y: Tensor, tensors: list[Tensor], how: Recipe, sizes: Sizes, experts: int, ends: Tensor) -> None:
+def grouped(
+    x: Tensor, y: Tensor, tensors: Sequence[Tensor], how: Recipe, sizes: Sizes, experts: int, ends: Tensor
+) -> None:
     """Write y [M, N]: rows of x [M, K] times the transposes of their experts' packed weights, [experts · N, K].
 
     ends: int32 [experts], where the rows of each expert end.
     """
     (m, k), n = x.shape, y.shape[1]
-    places = operands(how, tensors)
+    places = _operands(x, how, tensors)
     shape = (k, tensors[0].shape[1] * WORDS, experts)
     kernel = _compiled(how, shape, _stored(how, places), sizes, x.dtype, x.device, hopper(x.device))
     runs = min(m, experts) + m // (8 * sizes.of_x)  # the most that there can be
     room = _multiprocessors(x.device) * sizes.resident
     grid = (min(-(-n // (16 * sizes.of_w)) * runs, room), 1, 1)
     _launch(kernel, grid, 32 * sizes.warps, [x, y, *places, m, n, ends], _shared(how, sizes))
+
+
+def _operands(x: Tensor, how: Recipe, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    if tensors[0].device != x.device:  # the driver would take any address
+        raise KernelError(f"the activations are on {x.device} and the packed weight is on {tensors[0].device}")
+    return operands(how, tensors)
 
 
 class _Attribute(ctypes.Structure):
@@ -111,31 +121,44 @@ def _tensor_map(address: int, m: int, k: int, rows: int) -> ctypes.Array[ctypes.
     box, steps = (ctypes.c_uint32 * 2)(64, rows), (ctypes.c_uint32 * 2)(1, 1)
     # Numbers: values of 16 bits, two axes; no interleaving, swizzle of 128 bytes, 128 bytes into the L2, zeros outside.
     args = (found, 1, 2, ctypes.c_void_p(address), sizes, stride, box, steps, 0, 3, 2, 0)
-    if code := ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(*args):
+    if code := _driver().cuTensorMapEncodeTiled(*args):
         raise RuntimeError(f"cuTensorMapEncodeTiled: CUDA error {code}")
     return found
 
 
 def _launch(kernel: Any, grid: tuple[int, int, int], threads: int, args: list[Any], shared: int) -> None:
-    """Launch a kernel. In a CUDA graph (from compute capability 9.0 on), let it overlap the kernel before it.
+    """Launch a kernel on the current GPU and stream. args: tensors, integers, and tensor maps.
 
-    An overlapping kernel starts while the previous one is still ending, and loads weights into the cache meanwhile; see
-    `turn` in decode.cuh. PyTorch's launch function has no option for this and takes no tensor map, so
-    this calls the driver directly.
+    This calls the driver directly. PyTorch's launch function takes no tensor map, and it needs 130 to 200 µs of a
+    processor for each launch, many times as long as the kernel runs: it opens the driver's library each time.
+
+    In a CUDA graph (from compute capability 9.0 on), the kernel overlaps the kernel before it: it starts while that is
+    still ending, and loads weights into the cache meanwhile; see `turn` in decode.cuh.
     """
-    overlaps = torch.cuda.is_current_stream_capturing() and torch.cuda.get_device_capability() >= (9, 0)
-    if not overlaps and not isinstance(args[0], ctypes.Array):
-        kernel(grid=grid, block=(threads, 1, 1), args=args, shared_mem=shared)
-        return
-    held = [
-        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) if isinstance(a, int) else a
-        for a in args
-    ]
-    places = (ctypes.c_void_p * len(held))(*(ctypes.addressof(each) for each in held))
-    stream = torch.cuda.current_stream().cuda_stream
-    config = _Config(grid, (threads, 1, 1), shared, stream, ctypes.pointer(_OVERLAPS), int(overlaps))
-    if code := ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx(ctypes.byref(config), kernel.func, places, None):
-        raise RuntimeError(f"cuLaunchKernelEx: CUDA error {code}")
+    # Eight bytes for each argument. Of an integer, the driver reads the lower four.
+    values = (ctypes.c_uint64 * len(args))(*[a if isinstance(a, int) else _address(a) for a in args])
+    start = ctypes.addressof(values)
+    places = (ctypes.c_void_p * len(args))(*range(start, start + 8 * len(args), 8))
+    if isinstance(args[0], ctypes.Array):  # a tensor map is passed by value
+        places[0] = values[0]
+    stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+    if torch.cuda.is_current_stream_capturing() and torch.cuda.get_device_capability() >= (9, 0):
+        config = _Config(grid, (threads, 1, 1), shared, stream, ctypes.pointer(_OVERLAPS), 1)
+        code = _driver().cuLaunchKernelEx(ctypes.byref(config), kernel.func, places, None)
+    else:
+        size = (*grid, threads, 1, 1, shared)
+        code = _driver().cuLaunchKernel(kernel.func, *size, ctypes.c_void_p(stream), places, None)
+    if code:
+        raise RuntimeError(f"launching a kernel: CUDA error {code}")
+
+
+def _address(argument: Tensor | ctypes.Array[ctypes.c_char]) -> int:
+    return argument.data_ptr() if isinstance(argument, Tensor) else ctypes.addressof(argument)
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 @cache

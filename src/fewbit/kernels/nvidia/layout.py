@@ -299,7 +299,7 @@ def of_expert(how: Recipe, tensors: Sequence[Tensor], experts: int, expert: int)
     return (*(cut(tensor, experts, expert) for tensor in tensors[: len(tensors) - len(common)]), *common)
 
 
-def operands(how: Recipe, tensors: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:
+def operands(how: Recipe, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The nine tensor arguments of a kernel: words, high plane, four for s, two for b, levels.
 
     Unused arguments are filled with the words.

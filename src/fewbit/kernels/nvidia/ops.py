@@ -1,21 +1,23 @@
-"""The NVIDIA kernels as a PyTorch operator, and the choice of kernel by the number of rows.
+"""The NVIDIA kernels, as functions and as PyTorch operators, and the choice of kernel by the number of rows.
 
-The operator has a fake implementation that computes only the output shape, so it works with `torch.compile` and CUDA
-graphs.
+`torch.compile` and other tracers see operators, with a fake implementation that computes only the output shape. Without
+a tracer the functions are called directly: the way through an operator takes longer than the launch of a kernel.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewbit.kernels.base import runs
+from fewbit.kernels.base import Shapes, runs
 from fewbit.kernels.nvidia import in_cuda
 from fewbit.kernels.nvidia.in_cuda import Sizes
-from fewbit.kernels.nvidia.layout import E2M1, MAPPED, WORDS, Recipe, of_expert, operands
+from fewbit.kernels.nvidia.layout import E2M1, MAPPED, WORDS, Recipe, of_expert, operands, recipe
+from fewbit.schemes.base import Codec
 
 Config = tuple[int, ...]
 
@@ -28,10 +30,45 @@ def device() -> Any:
     return module
 
 
+def product(x: Tensor, codec: Codec, tensors: tuple[Tensor, ...], shape: tuple[int, int]) -> Tensor:
+    """x [M, K] times the transpose of a packed weight of `shape` [N, K]: [M, N] in the dtype of x."""
+    if _traced(x):
+        y: Tensor = packed_linear(x, list(tensors), list(recipe(codec, shape[1])), shape[0])
+        return y
+    with torch.cuda.device_of(x):  # launches use the current GPU, not that of their tensors
+        return linear(x, tensors, _described(codec, shape[1]), shape[0])
+
+
+def grouped_product(x: Tensor, codec: Codec, tensors: tuple[Tensor, ...], shape: Shapes, ends: Tensor) -> Tensor:
+    """Rows of x [M, K] times the transposes of their experts' packed weights: see `packed_grouped`."""
+    if _traced(x):
+        y: Tensor = packed_grouped(x, list(tensors), list(recipe(codec, shape[2])), ends, shape[1])
+        return y
+    with torch.cuda.device_of(x):
+        return grouped(x, tensors, _described(codec, shape[2]), ends, shape[1])
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether something records or replaces the operators that it sees, and so must see ours."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+@cache
+def _described(codec: Codec, k: int) -> Recipe:
+    how = recipe(codec, k)
+    assert isinstance(how, Recipe)
+    return how
+
+
 @torch.library.custom_op("fewbit::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, tensors: list[Tensor], how: list[int], n: int) -> Tensor:
-    """x [M, K] times the transpose of a packed weight [n, K]: [M, n] in the dtype of x."""
-    with torch.cuda.device_of(x):  # launches use the current GPU, not that of their tensors
+    """The operator of `product`."""
+    with torch.cuda.device_of(x):
         return linear(x, tensors, Recipe(*how), n)
 
 
@@ -40,13 +77,13 @@ def _(x: Tensor, tensors: list[Tensor], how: list[int], n: int) -> Tensor:
     return x.new_empty(x.shape[0], n)
 
 
-def linear(x: Tensor, tensors: list[Tensor], how: Recipe, n: int, config: Config | None = None) -> Tensor:
+def linear(x: Tensor, tensors: Sequence[Tensor], how: Recipe, n: int, config: Config | None = None) -> Tensor:
     """The implementation of the operator. `config` overrides the choice of kernel, for benchmarks."""
     m, k = x.shape
     x = x.contiguous()
     if not m:
         return x.new_empty(0, n)
-    path, *sizes = config or choose(m, n, k, how, x.device)
+    path, *sizes = config or _chosen(m, n, k, how, x.device)
     if path == VALUES:
         y = x.new_empty(m, n)
         step = max(128, (1 << 28) // k)  # rows that are dequantized at a time: half a GiB of 16-bit values
@@ -94,14 +131,14 @@ def _(x: Tensor, tensors: list[Tensor], how: list[int], ends: Tensor, n: int) ->
 
 
 def grouped(
-    x: Tensor, tensors: list[Tensor], how: Recipe, ends: Tensor, n: int, config: Config | None = None
+    x: Tensor, tensors: Sequence[Tensor], how: Recipe, ends: Tensor, n: int, config: Config | None = None
 ) -> Tensor:
     """The implementation of the operator. `config` overrides the choice of kernel, for benchmarks."""
     (m, k), experts = x.shape, len(ends)
     x = x.contiguous()
     if not m:
         return x.new_empty(0, n)
-    path, *sizes = config or choose_grouped(m, n, k, experts, how, x.device)
+    path, *sizes = config or _chosen_grouped(m, n, k, experts, how, x.device)
     if path == CUDA:
         y = x.new_empty(m, n)
         in_cuda.grouped(x, y, tensors, how, Sizes(*sizes), experts, ends)
@@ -137,7 +174,7 @@ _AT_ONCE = 1 << 30  # weights that are dequantized at once: 2 GiB of 16-bit valu
 
 
 def values(
-    tensors: list[Tensor], how: Recipe, n: int, k: int, dtype: torch.dtype, top: int = 0, bottom: int | None = None
+    tensors: Sequence[Tensor], how: Recipe, n: int, k: int, dtype: torch.dtype, top: int = 0, bottom: int | None = None
 ) -> Tensor:
     """Rows `top` to `bottom` of the weight [n, k], dequantized to float16 or bfloat16."""
     bottom = n if bottom is None else bottom
@@ -205,12 +242,16 @@ def choose(m: int, n: int, k: int, how: Recipe, device: torch.device) -> Config:
     return (VALUES,)
 
 
+# Choosing again for each product would take longer than the launch of a kernel.
+_chosen, _chosen_grouped = lru_cache(maxsize=4096)(choose), lru_cache(maxsize=4096)(choose_grouped)
+
+
 @cache
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def _strides(how: Recipe, tensors: list[Tensor], k: int) -> tuple[int, int, int]:
+def _strides(how: Recipe, tensors: Sequence[Tensor], k: int) -> tuple[int, int, int]:
     return tensors[0].shape[1] * WORDS, how.groups(k), k // how.block
 
 
