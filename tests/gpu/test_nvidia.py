@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -197,7 +198,9 @@ def test_a_tracer_sees_the_operator_and_eager_code_skips_it() -> None:
     x = torch.randn(3, 256, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         expected = layer(x)
-        traced = torch.jit.trace(lambda given: layer(given), x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # newer versions of PyTorch advise torch.export
+            traced = torch.jit.trace(lambda given: layer(given), x)
         assert "fewbit::packed_linear" in str(traced.graph)
         assert torch.equal(traced(2 * x), layer(2 * x))
         with Seen() as seen:
