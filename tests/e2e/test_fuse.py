@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig
 
 import fewbit as fb
+from fewbit.api import generate as generating
 from fewbit.api import quantize
 from fewbit.errors import PlanError
 from fewbit.measure import speed
 from fewbit.models.decoding import caches, decode
 from fewbit.models.decoding.fuse import fuse, shared_inputs
+from fewbit.models.load import fuses_by_itself, load_model
+from fewbit.models.loading import Loading
 from fewbit.models.plugin import quantizer
+from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import locate
 from fewbit.nn.fused import Slice, packed_linears
 from fewbit.plans.plan import find
 from tests import architectures, models
@@ -232,9 +238,9 @@ def test_a_model_with_nothing_to_fuse_says_so(tmp_path: Path) -> None:
 
 def test_bad_lengths_are_refused_before_any_work(llama: Path, fewbit: Fewbit) -> None:
     for arguments, message in (
-        (("--fuse",), "--fuse without --max-length"),
         (("--max-length", 20), "--max-length without --fuse"),
-        (("--compile",), "--compile without --fuse"),
+        (("--no-fuse", "--max-length", 20), "--max-length without --fuse"),
+        (("--compile", "--device", "cpu"), "--compile without --fuse"),
         (("--fuse", "--max-length", 80, "--compile", "--device", "cpu"), "--compile needs an NVIDIA GPU"),
         (("--fuse", "--max-length", 1000), f"beyond the model's context of {models.CONTEXT}"),
         (("--fuse", "--max-length", 20), "--max-length 20 is too short"),
@@ -251,16 +257,46 @@ def test_bad_lengths_are_refused_before_any_work(llama: Path, fewbit: Fewbit) ->
         warnings.filterwarnings("ignore", "You passed .quantization_config")
         with pytest.raises(PlanError, match=f"fuse_max_seq_len 4096 is beyond the model's context of {models.CONTEXT}"):
             AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)
+    with pytest.raises(PlanError, match="fuse=True: only `generate` knows"):
+        fb.load(llama, fuse=True)
     with pytest.raises(PlanError, match="no packed weights"):
         fb.load(llama.parent / "original", fuse=LENGTH)
 
 
+def test_a_gpu_generates_fused_unless_something_is_against_it(llama: Path, tmp_path: Path) -> None:
+    source, there = locate(llama), Loading("cuda")
+    assert fuses_by_itself(source, there, models.CONTEXT)
+    assert fuses_by_itself(source, Loading("cuda:1"), 2)
+    assert not fuses_by_itself(source, there, models.CONTEXT + 1)
+    assert not fuses_by_itself(locate(llama.parent / "original"), there, 2)
+    for other in ({"device": "cpu"}, {"device": "auto"}, {"adapter": tmp_path}, {"tensor_parallel": True}):
+        assert not fuses_by_itself(source, replace(there, **other), 2), other
+
+
+def test_generate_loads_the_model_as_its_fuse_says(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule for GPUs is replaced: this machine may have none."""
+    found = list[int | None]()
+
+    def load(source: Any, loading: Loading, **kwargs: Any) -> Any:
+        found.append(loading.fuse)
+        return load_model(source, loading, **kwargs)
+
+    monkeypatch.setattr(generating, "load_model", load)
+    monkeypatch.setattr(generating, "fuses_by_itself", lambda *given: True)
+    ids = len(load_tokenizer(locate(llama))("a text")["input_ids"])
+    texts = {
+        fb.generate(llama, "a text", max_new_tokens=8, device="cpu", fuse=fuse).text for fuse in (None, False, True, 40)
+    }
+    assert len(texts) == 1
+    assert found == [ids + 8, False, ids + 8, 40]
+
+
 def test_the_command_line_fuses(llama: Path, fewbit: Fewbit) -> None:
-    plain, fused = (
+    plain, fused, fitting = (
         fewbit("generate", llama, "a text", "--max-new-tokens", 12, *more, "--json").json
-        for more in ((), ("--fuse", "--max-length", LENGTH))
+        for more in (("--no-fuse",), ("--fuse", "--max-length", LENGTH), ("--fuse",))
     )
-    assert plain["text"] == fused["text"]
+    assert plain["text"] == fused["text"] == fitting["text"]
     assert fused["tokens"] > 1
     assert fused["after_first"] > 0
     said = fewbit("generate", llama, "a text", "--max-new-tokens", 12, "--fuse", "--max-length", LENGTH)

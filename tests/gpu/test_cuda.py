@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import queue
 from pathlib import Path
 
 import pytest
 import torch
 
 import fewbit
-from fewbit.api import generate, quantize
+from fewbit.api import chat, generate, quantize, serve
 from fewbit.kernels.reference import Reference
 from fewbit.kernels.torch_int4 import TorchInt4
 from fewbit.methods.base import Method
 from fewbit.methods.gptq import GPTQ
 from fewbit.models.adapters.tuning import Tuning
+from fewbit.models.decoding.choosing import Choosing
+from fewbit.models.decoding.continuous import News
+from fewbit.models.loading import Loading
+from fewbit.models.skeleton import load_tokenizer
+from fewbit.models.source import locate
 from fewbit.nn.choose import TOLERANCE
+from fewbit.nn.fused import Slice
 from fewbit.nn.layers import QLinear
 from fewbit.schemes.base import parse
+from fewbit.serving.settings import Serving
 from fewbit.stats import Need, Stats
 from fewbit.texts import calibration
 from tests import models
@@ -37,6 +45,40 @@ def test_quantized_and_loaded_there(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(models.logits(there, ids.cuda()).cpu(), models.logits(here, ids), rtol=1e-4, atol=1e-4)
     moved = here.to("cuda")
     assert torch.equal(models.logits(moved, ids.cuda()), models.logits(there, ids.cuda()))
+
+
+def test_the_gpu_is_the_default(tmp_path: Path) -> None:
+    """`load`, `chat` and `serve` use it, and `generate` fuses there. In float32 all write what a CPU writes."""
+    folder = tmp_path / "out"
+    quantize.quantize("tiny", folder, plan="rtn-4bit", device="cuda")
+    source = locate(folder)
+    ids = load_tokenizer(source)("Once upon a time")["input_ids"]
+    here = generate.load(folder, dtype="float32", device="cpu")
+    expected = here.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+
+    assert generate.load(folder).device.type == "cuda"
+    assert chat.conversation(folder, Loading()).model.device.type == "cuda"
+    assert served(folder, ids, "float32") == expected
+    assert len(served(folder, ids, "bfloat16")) == 12
+    done = [generate.generate(folder, "Once upon a time", max_new_tokens=12, fuse=fuse) for fuse in (None, False)]
+    assert [each.tokens for each in done] == [12, 12]
+
+
+def served(folder: Path, ids: list[int], dtype: str) -> list[int]:
+    """Twelve greedy tokens of a server's engine, which runs on the GPU, with fused linears."""
+    opened = serve.service(folder, Loading(dtype=dtype), Serving())
+    try:
+        model = opened.engine._manager.model
+        assert model.device.type == "cuda"
+        assert any(isinstance(module, Slice) for module in model.modules())
+        answers = queue.SimpleQueue[News]()
+        opened.engine.submit(ids, 12, Choosing(), answers.put)
+        while not (news := answers.get(timeout=60)).finished:
+            pass
+        assert news.error is None
+        return list(news.tokens)
+    finally:
+        opened.engine.stop()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 17, 64])

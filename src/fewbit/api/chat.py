@@ -22,7 +22,8 @@ def conversation(model: str | Path, loading: Loading) -> Conversation:
         machine.device(loading.device)
     source = locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=loading.trust_remote_code)
-    limits = [each for each in (source.stated_context, loading.fuse) if each is not None]
-    opened = Conversation(None, tokenizer, min(limits, default=None), fixed=loading.fuse is not None)
+    length = loading.fuse or None
+    limits = [each for each in (source.stated_context, length) if each is not None]
+    opened = Conversation(None, tokenizer, min(limits, default=None), fixed=length is not None)
     opened.model = load_model(source, loading, for_text=True)
     return opened

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewbit.api import arguments
 from fewbit.api.arguments import Device, DType, Images, checked
@@ -13,13 +14,16 @@ from fewbit.errors import PlanError
 from fewbit.models import images as pixels
 from fewbit.models.decoding.generate import Continuation, continue_text, prompt_ids
 from fewbit.models.decoding.sampling import Sampling as Sampling
-from fewbit.models.load import load_model
+from fewbit.models.load import fuses_by_itself, load_model
 from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
-from fewbit.models.source import locate
+from fewbit.models.source import Source, locate
 from fewbit.system import ambient, machine, ranks
 from fewbit.texts import windows as texts_windows
 from fewbit.texts.calibration import Calibration as Calibration
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @checked
@@ -31,7 +35,7 @@ def load(
     device: Device = None,
     kernel: str | None = None,
     adapter: str | Path | None = None,
-    fuse: int | None = None,
+    fuse: int | bool | None = None,
     compile: bool = False,
     trust_remote_code: bool = False,
     tensor_parallel: bool = False,
@@ -65,7 +69,7 @@ def generate(
     adapter: str | Path | None = None,
     device: Device = None,
     kernel: str | None = None,
-    fuse: int | None = None,
+    fuse: int | bool | None = None,
     compile: bool = False,
     trust_remote_code: bool = False,
     stream: bool = False,
@@ -76,8 +80,10 @@ def generate(
     images: image files, or images of pillow, for a model with a vision tower. With `chat` they come before the prompt;
     else they are where the prompt has the model's image token, or before it. PlanError for a model that takes none.
     chat: the prompt is a user's message in the model's chat template. adapter: a LoRA, a folder or a GGUF file. fuse,
-    compile: as in `load`. stream: also print the text as it is generated. tensor_parallel: in a program that torchrun
-    started, all processes generate one text together, each with its part of the model.
+    compile: as in `load`. `fuse=True` is the length of prompt and answer, False is not fused. By default, a GPU
+    generates fused up to 8192 tokens if the model is packed and there are no adapter and no images. stream: also print
+    the text as it is generated. tensor_parallel: in a program that torchrun started, all processes generate one text
+    together, each with its part of the model.
     """
     if max_new_tokens < 1:
         raise PlanError(f"`max_new_tokens={max_new_tokens}`: expected at least 1")
@@ -93,45 +99,41 @@ def generate(
             trust_remote_code,
             tensor_parallel=tensor_parallel,
         )
-        done = _continued(model, prompt, images, max_new_tokens, sampling or Sampling(), chat, loading, stream)
+        source = locate(model)
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        ids, beside = _asked(source, tokenizer, prompt, images, chat, trust_remote_code)
+        texts_windows.within(ids, source.rows, tokenizer, "the prompt")
+        texts_windows.continued(ids, max_new_tokens, source.stated_context)
+        needed = ids.shape[1] + max_new_tokens
+        if fuse and fuse is not True and needed > fuse:
+            raise PlanError(
+                f"`fuse={fuse}` is too short for {ids.shape[1]} prompt tokens and {max_new_tokens} new tokens",
+                "Give a larger value, or a smaller `max_new_tokens`.",
+            )
+        if fuse is True or (fuse is None and not beside and fuses_by_itself(source, loading, needed)):
+            loading = replace(loading, fuse=needed)
+        loaded = load_model(source, loading, for_text=not beside)
+        done = continue_text(
+            loaded,
+            tokenizer,
+            ids,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or Sampling(),
+            stream=stream and not (tensor_parallel and ranks.silent()),
+            beside=pixels.on(loaded, beside),
+        )
         if tensor_parallel:
+            del loaded
             gc.collect()  # NCCL waits at its end for CUDA graphs that have its calls
         return done
 
 
-def _continued(
-    model: str | Path,
-    prompt: str,
-    images: Images | None,
-    max_new_tokens: int,
-    sampling: Sampling,
-    chat: bool,
-    loading: Loading,
-    stream: bool,
-) -> Continuation:
-    trust_remote_code, fuse = loading.trust_remote_code, loading.fuse
-    source = locate(model)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    if files := arguments.images("images", images or ()):
-        pictures, processor = pixels.read(files), pixels.load_processor(source, trust_remote_code=trust_remote_code)
-        beside = pixels.inputs(processor, prompt, pictures, chat=chat)
-        ids = beside["input_ids"].long()
-    else:
-        beside, ids = {}, prompt_ids(tokenizer, prompt, chat=chat)
-    texts_windows.within(ids, source.rows, tokenizer, "the prompt")
-    texts_windows.continued(ids, max_new_tokens, source.stated_context)
-    if fuse is not None and ids.shape[1] + max_new_tokens > fuse:
-        raise PlanError(
-            f"`fuse={fuse}` is too short for {ids.shape[1]} prompt tokens and {max_new_tokens} new tokens",
-            "Give a larger value, or a smaller `max_new_tokens`.",
-        )
-    loaded = load_model(source, loading, for_text=not beside)
-    return continue_text(
-        loaded,
-        tokenizer,
-        ids,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stream=stream and not (loading.tensor_parallel and ranks.silent()),
-        beside=pixels.on(loaded, beside),
-    )
+def _asked(
+    source: Source, tokenizer: Any, prompt: str, images: Images | None, chat: bool, trust_remote_code: bool
+) -> tuple[Tensor, dict[str, Any]]:
+    """The token ids [1, n] of a prompt, and what the model takes besides."""
+    if not (files := arguments.images("images", images or ())):
+        return prompt_ids(tokenizer, prompt, chat=chat), {}
+    pictures, processor = pixels.read(files), pixels.load_processor(source, trust_remote_code=trust_remote_code)
+    beside = pixels.inputs(processor, prompt, pictures, chat=chat)
+    return beside["input_ids"].long(), beside

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from fewbit.advise import engines
 from fewbit.errors import KernelError, PlanError
 from fewbit.formats.base import by_quant_method
+from fewbit.models import decoded
+from fewbit.models.decoding import fuse as fusing
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
@@ -124,6 +126,8 @@ def service(model: str | Path, loading: Loading, serving: Serving) -> Service:
     source = locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=loading.trust_remote_code)
     loaded = load_model(source, loading, for_text=True)
+    if loaded.device.type == "cuda" and loading.adapter is None and decoded.is_packed(source):
+        fusing.fuse(loaded)  # a GPU waits for Python's launches, and there are fewer
     free = machine.free_memory(loaded.device)
     engine = Engine(loaded, serving.max_model_len, serving.max_num_seqs, free)
     return Service(

@@ -28,21 +28,19 @@ def generate(
     sampling: Sampling = Sampling(),
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")] = False,
     fuse: Annotated[
-        bool,
-        typer.Option("--fuse", help="Fuse linears that share an input; needs --max-length."),
-    ] = False,
+        bool | None,
+        typer.Option("--fuse/--no-fuse", help="Fuse linears that share an input. Default: on a GPU."),
+    ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="With --fuse: maximum tokens of prompt and answer. No default.")
+        int | None,
+        typer.Option(help="With --fuse: maximum tokens of prompt and answer. Default: as many as this answer needs."),
     ] = None,
     loading: Annotated[Loading, Fields("compile", "adapter", "device", "kernel", "trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
     """Continue PROMPT with MODEL. Started by torchrun, each process loads its part of the model."""
-    if fuse != (max_length is not None):
-        raise PlanError(
-            "--fuse without --max-length" if fuse else "--max-length without --fuse",
-            "Fusing keeps a cache of fixed size: give both, such as --fuse --max-length 512.",
-        )
+    if max_length is not None and not fuse:
+        raise PlanError("--max-length without --fuse", "Only a fused model has a cache of fixed size: give both.")
     prompt = prompt_of(prompt)
     from fewbit.api import generate as api
     from fewbit.report import text as report
@@ -57,7 +55,7 @@ def generate(
         adapter=loading.adapter,
         device=loading.device,
         kernel=loading.kernel,
-        fuse=max_length,
+        fuse=fuse if max_length is None else max_length,
         compile=loading.compile,
         trust_remote_code=loading.trust_remote_code,
         stream=not as_json,

@@ -28,7 +28,9 @@ from fewbit.models.plugin import quantizer
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
 from fewbit.nn import choose
-from fewbit.system import ranks
+from fewbit.system import machine, ranks
+
+_FUSED = 8192
 
 _OLDEST_PEFT = (0, 20)
 _DEFAULT = Loading()
@@ -51,7 +53,13 @@ def load_model(
     split = _split(loading)
     if split is not None:
         loading = replace(loading, device="cpu")  # files are mapped there, and only parts are copied
-    device, kernel, fuse = loading.device, loading.kernel, loading.fuse
+    elif loading.device != "auto":
+        loading = replace(loading, device=machine.device(loading.device))
+    if loading.fuse is True:
+        raise PlanError(
+            "`fuse=True`: only `generate` knows how many tokens a text needs", "Give their number, such as `fuse=512`."
+        )
+    device, kernel, fuse = loading.device, loading.kernel, loading.fuse or None
     method = str((source.quantization or {}).get("quant_method"))
     left = decoded.is_left(source, str(device))
     packed = not left and decoded.is_packed(source)
@@ -120,6 +128,22 @@ def load_model(
     from fewbit.models.adapters.attach import attach  # PEFT is an extra
 
     return attach(model, loading.adapter)
+
+
+def fuses_by_itself(source: Source, loading: Loading, tokens: int) -> bool:
+    """Whether one text of so many tokens, prompt included, is generated fused although nobody set it.
+
+    A recorded step takes a GPU a tenth of the time of a step whose kernels Python launches. Recording pays off within
+    16 tokens. A cache of more than `_FUSED` tokens would take memory that the text may never use.
+    """
+    return (
+        str(loading.device).partition(":")[0] == "cuda"
+        and loading.adapter is None
+        and not loading.tensor_parallel
+        and tokens <= min(_FUSED, source.context)
+        and not decoded.is_left(source, str(loading.device))
+        and decoded.is_packed(source)
+    )
 
 
 def _split(loading: Loading) -> parallel.Split | None:

@@ -21,6 +21,10 @@ def _kernel(name: str, value: Any) -> str:
     return value
 
 
+def _fuse(name: str, value: Any) -> int | bool:
+    return value if isinstance(value, bool) else integer(1)(name, value)
+
+
 @dataclass(frozen=True)
 class Loading(Settings):
     """How a model is loaded. ArgumentError or PlanError for an invalid value."""
@@ -33,8 +37,8 @@ class Loading(Settings):
     adapter: str | Path | None = setting(
         None, path, "LoRA adapter to put on the model: a folder or a .gguf file. Default: none."
     )
-    fuse: int | None = setting(
-        None, integer(1), "Fuse linears that share an input, and generate in a static cache of this many tokens."
+    fuse: int | bool | None = setting(
+        None, _fuse, "Fuse linears that share an input, and generate in a static cache of this many tokens."
     )
     compile: bool = setting(False, flag, "With `fuse`, on a GPU: compile the decoding step.")
     trust_remote_code: bool = setting(False, flag, "Run Python code that the model brings.")

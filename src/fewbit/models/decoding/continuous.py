@@ -29,6 +29,7 @@ from transformers import GenerationConfig
 
 from fewbit import units
 from fewbit.errors import FewbitError, KernelError, PlanError
+from fewbit.models.decoding import operations
 from fewbit.models.decoding.choosing import Choosing, Likely, adjusted, drawn, likely, within
 from fewbit.models.decoding.generate import text_settings
 from fewbit.models.decoding.scoring import Scoring
@@ -122,6 +123,7 @@ class Engine:
         stated = owner.generation_config.eos_token_id
         self.ends: list[int] = [stated] if isinstance(stated, int) else list(stated or ())
         self.context, self.lowered, tokens = _room(owner, context, rows, memory)
+        operations.replace(owner)
         _warm(owner)
         try:
             processors = owner._get_logits_processor(text_settings(owner.generation_config), device=owner.device)
