@@ -8,10 +8,12 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fewbit as package
 from fewbit.errors import PlanError
@@ -40,8 +42,7 @@ def opened(model: Any, **loading: Any) -> tuple[Conversation, list[int]]:
         return forward(*args, **kwargs)
 
     loaded.forward = counted
-    limit = loading.get("fuse") or source.stated_context
-    return Conversation(loaded, tokenizer, limit, fixed="fuse" in loading), fed
+    return Conversation(loaded, tokenizer, source.stated_context), fed
 
 
 def said(conversation: Conversation, message: str, new: int = 8, **more: Any) -> str:
@@ -58,14 +59,13 @@ def anew(conversation: Conversation, message: str, new: int = 8) -> str:
     return said(fresh, message, new)
 
 
-@pytest.mark.parametrize(("plan", "fuse"), [("rtn-4bit", False), ("rtn-4bit", True), ("nf4", True), ("q8_0", False)])
-def test_a_second_turn_reads_only_what_is_new(plan: str, fuse: bool, quantized: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("plan", ["rtn-4bit", "q8_0"])
+def test_a_second_turn_reads_only_what_is_new(plan: str, quantized: Path, tmp_path: Path) -> None:
     model = quantized
     if plan != "rtn-4bit":
-        model = tmp_path / ("out.gguf" if plan == "q8_0" else "out")
-        few = package.Calibration("tiny", samples=2, length=32)
-        package.quantize("tiny", model, plan=plan, calibration=few if plan == "q8_0" else None)
-    conversation, fed = opened(model, **({"fuse": 256} if fuse else {}))
+        model = tmp_path / "out.gguf"
+        package.quantize("tiny", model, plan=plan, calibration=package.Calibration("tiny", samples=2, length=32))
+    conversation, fed = opened(model)
     said(conversation, "Hello there")
     held = len(conversation.read)
     assert fed == [held - 7, *[1] * 7]
@@ -76,6 +76,61 @@ def test_a_second_turn_reads_only_what_is_new(plan: str, fuse: bool, quantized: 
     assert total > held
     assert new == total - held
     assert fed == [new, *[1] * 7]
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "as-on-a-gpu"])
+@pytest.mark.parametrize("plan", ["rtn-4bit", "nf4"])
+def test_a_fused_model_answers_the_same_and_keeps_its_cache(
+    plan: str, static: bool, quantized: Path, tmp_path: Path
+) -> None:
+    model = quantized
+    if plan != "rtn-4bit":
+        model = tmp_path / "out"
+        package.quantize("tiny", model, plan=plan)
+    plain, _ = opened(model)
+    fused, fed = opened(model, fuse=64)
+    decoder = fused.model.generate.__self__
+    decoder.static = static
+    lengths = [0]
+    for message in ("Hello there", "And then?", "Tell me more about it.", "Good."):
+        fed.clear()
+        assert said(fused, message, 16) == said(plain, message, 16)
+        lengths.append(decoder.length)
+        total, new = fused.prompt
+        assert fed[0] == new
+        assert new == (plain.prompt[1] if lengths[-1] == lengths[-2] else total)
+        assert (decoder.loop is not None) == static
+    assert lengths == [0, 64, 64, 128, 256]
+    fused.reset("Be short.")
+    plain.reset("Be short.")
+    assert said(fused, "Hello there") == said(plain, "Hello there")
+
+
+def third(asked: Iterator[int]) -> bool:
+    return next(asked) == 2
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "as-on-a-gpu"])
+def test_a_fused_model_ends_an_answer_when_told_to(static: bool, quantized: Path) -> None:
+    plain, _ = opened(quantized)
+    fused, _ = opened(quantized, fuse=256)
+    fused.model.generate.__self__.static = static
+    texts = []
+    for conversation in (plain, fused):
+        asked = iter(range(100))
+        said(conversation, "Hello there", 50, stopped=functools.partial(third, asked))
+        assert next(asked) == 3
+        texts.append((conversation.messages, said(conversation, "And then?")))
+    assert texts[0] == texts[1]
+
+
+def test_a_fused_model_may_be_used_between_turns(quantized: Path) -> None:
+    plain, _ = opened(quantized)
+    fused, _ = opened(quantized, fuse=256)
+    for message in ("Hello there", "And then?"):
+        assert said(fused, message) == said(plain, message)
+        fused.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3)
+        fused.model.generate(torch.tensor([[5, 6, 7], [8, 9, 10]]), max_new_tokens=3)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
@@ -165,7 +220,7 @@ def test_a_prompt_on_a_pipe_is_answered_once(quantized: Path, fewbit: Fewbit, mo
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--fuse",), "--fuse without --max-length"),
+        (("--max-length", "99"), "--max-length without --fuse"),
         (("--max-new-tokens", "0"), "--max-new-tokens 0"),
         (("--top-p", "0.5"), "--top-p 0.5"),
         (("--kernel", "nope"), "unknown kernel"),

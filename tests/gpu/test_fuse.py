@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from transformers.generation.streamers import BaseStreamer
 
 import fewbit
 from fewbit.api import quantize
+from fewbit.api.chat import conversation
 from fewbit.models.decoding import loop
 from fewbit.models.decoding.decode import Decoder
 from fewbit.models.decoding.graph import Compiled
 from fewbit.models.decoding.loop import Step
+from fewbit.models.decoding.sampling import Sampling
+from fewbit.models.loading import Loading
 from fewbit.plans.plan import find
 from tests import models
 
@@ -161,3 +165,18 @@ def test_a_step_that_waits_for_the_gpu_is_said_and_run(tmp_path: Path) -> None:
     assert greedy(fused, ids) == expected  # and without a word the second time
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.randn(2, device="cuda").isfinite().all()  # the random generator does not count as recording
+
+
+def test_a_conversation_replays_the_graph_on_what_it_kept(tmp_path: Path) -> None:
+    """In float32. The second turn reads only what is new, and the third needs a larger cache."""
+    quantize.quantize("tiny", tmp_path / "out", plan=find("rtn-4bit"))
+    loading = Loading("cuda", "float32")
+    plain, fused = (conversation(tmp_path / "out", replace(loading, fuse=fuse)) for fuse in (None, True))
+    decoder = fused.model.generate.__self__
+    decoder.grow(64)
+    for message in ("Hello there", "And then?", "Tell me more about it."):
+        given: dict[str, Any] = {"max_new_tokens": 16, "sampling": Sampling(), "tell": lambda text: None}
+        assert fused.answer(message, **given).text == plain.answer(message, **given).text
+        assert step_of(decoder).greedy.recorded is not None
+        assert fused.prompt == plain.prompt or decoder.length == 128
+    assert decoder.length == 128

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fewbit.models.decoding.chat import Conversation
@@ -11,10 +12,13 @@ from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
 from fewbit.system import ambient, machine
 
+_FIRST = 4096  # tokens of a fused conversation's first cache
+
 
 @ambient.defaults()
 def conversation(model: str | Path, loading: Loading) -> Conversation:
-    """A conversation with `model`, which is loaded as `loading` says. With `fuse`, its length is limited to that.
+    """A conversation with `model`, which is loaded as `loading` says. With a number as `fuse`, its length is limited to
+    that; with True, its cache grows.
 
     PlanError if the model has no chat template; the errors of `fewbit.load`.
     """
@@ -22,8 +26,10 @@ def conversation(model: str | Path, loading: Loading) -> Conversation:
         machine.device(loading.device)
     source = locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=loading.trust_remote_code)
-    length = loading.fuse or None
+    length = None if isinstance(loading.fuse, bool) else loading.fuse
     limits = [each for each in (source.stated_context, length) if each is not None]
-    opened = Conversation(None, tokenizer, min(limits, default=None), fixed=length is not None)
+    opened = Conversation(None, tokenizer, min(limits, default=None))
+    if loading.fuse is True:
+        loading = replace(loading, fuse=min(_FIRST, source.context))
     opened.model = load_model(source, loading, for_text=True)
     return opened

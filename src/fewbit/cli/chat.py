@@ -44,10 +44,11 @@ def chat(
     ] = False,
     fuse: Annotated[
         bool,
-        typer.Option("--fuse", help="Fuse linears that share an input; needs --max-length."),
+        typer.Option("--fuse", help="Fuse linears that share an input."),
     ] = False,
     max_length: Annotated[
-        int | None, typer.Option(help="With --fuse: maximum tokens of the whole conversation. No default.")
+        int | None,
+        typer.Option(help="With --fuse: maximum tokens of the whole conversation. Default: the model's context."),
     ] = None,
     loading: Annotated[Loading, Fields("adapter", "device", "kernel", "trust_remote_code")] = Loading(),
 ) -> None:
@@ -55,18 +56,15 @@ def chat(
 
     In the conversation, /help lists the commands.
     """
-    if fuse != (max_length is not None):
-        raise PlanError(
-            "--fuse without --max-length" if fuse else "--max-length without --fuse",
-            "Fusing keeps a cache of fixed size: give both, such as --fuse --max-length 2048.",
-        )
+    if max_length is not None and not fuse:
+        raise PlanError("--max-length without --fuse", "Only a fused model has a cache of fixed size: give both.")
     piped = None
     if sys.stdin is None or not sys.stdin.isatty():
         hint = 'Start it in a terminal, or pipe a message: echo "Hello" | fewbit chat MODEL'
         piped = stdin("without a terminal, the message comes from stdin", hint).removesuffix("\n")
     from fewbit.api import chat as api
 
-    conversation = api.conversation(model, replace(loading, fuse=max_length))
+    conversation = api.conversation(model, replace(loading, fuse=max_length or fuse or None))
     conversation.reset(system)
     if verbose:
         from fewbit.models.decoding.cpu_path import cpu_path

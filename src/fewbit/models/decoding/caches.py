@@ -164,6 +164,10 @@ class ReservedLayer(InPlaceLayer):
     def reset(self) -> None:
         self.end = 0
 
+    def keep(self, tokens: int) -> None:
+        """Forget all but the first tokens."""
+        self.end = min(tokens, self.end)
+
 
 def in_place(layer: Any) -> Any:
     """A growing layer of transformers as one that is written in place, with what it holds; any other as it is."""
@@ -220,10 +224,14 @@ class OneByOneLayer(StaticLayer):
         operators.store(keys, values, key_states, value_states, self.cumulative_length, self.ticket)
         return keys, values
 
+    def keep(self, tokens: int) -> None:
+        """Forget all but the first tokens. In place: a recorded step reads this memory."""
+        self.cumulative_length.clamp_(max=tokens)
+
 
 # Sliding-window layers are replaced too. The mask already applies the window, and these layers count tokens in Python
 # integers, which a graph would freeze.
 _GROWING = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
-EMPTIED = (ReservedLayer, OneByOneLayer)  # layers that `reset` empties
+EMPTIED = (ReservedLayer, OneByOneLayer)  # layers that `reset` empties, and `keep` shortens

@@ -7,14 +7,15 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, TextStreamer
+from transformers import DynamicCache, TextStreamer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fewbit.errors import PlanError
-from fewbit.models.decoding.caches import CACHE, InPlaceLayer, ReservedLayer, reserved
+from fewbit.models.decoding.caches import CACHE, InPlaceLayer
+from fewbit.models.decoding.decode import Decoder
 from fewbit.models.decoding.generate import Continuation, continue_ids, in_template
+from fewbit.models.decoding.loop import Stop
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.system.files import unwritable
 
@@ -27,14 +28,11 @@ class Conversation:
     fed to the model. prompt: the number of tokens of the last prompt, and how many of them were fed.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, limit: int | None, *, fixed: bool = False) -> None:
-        """limit: of prompt and answer together, in tokens (None: none). fixed: allocate the cache for them at once.
-
-        PlanError if the model has no chat template.
-        """
+    def __init__(self, model: Any, tokenizer: Any, limit: int | None) -> None:
+        """limit: of prompt and answer together, in tokens (None: none). PlanError without a chat template."""
         if not tokenizer.chat_template:
             raise PlanError("this model has no chat template", "Use fewbit generate, which continues a text.")
-        self.model, self.tokenizer, self.limit, self.fixed = model, tokenizer, limit, fixed
+        self.model, self.tokenizer, self.limit = model, tokenizer, limit
         self.messages: list[dict[str, str]] = []
         self.read: list[int] = []
         self.prompt = (0, 0)
@@ -77,34 +75,50 @@ class Conversation:
             raise PlanError(
                 f"the conversation has {ids.shape[1]} tokens, and there is room for {self.limit}", "Begin a new one."
             )
-        cache, kept = self._resumed(ids[0].tolist())
+        new = max_new_tokens if room is None else min(max_new_tokens, room)
+        cache, kept = self._resumed(ids[0].tolist(), new)
         self._cache, self.read = None, []  # in case of an error: it may be half written
         out, told = continue_ids(
             self.model,
             self.tokenizer,
             ids,
-            max_new_tokens if room is None else min(max_new_tokens, room),
+            new,
             sampling=replace(sampling, seed=(sampling.seed + self._turns) % 2**32),
             shown=_Teller(self.tokenizer, tell),
-            more={"stopping_criteria": [_Stop(stopped)], **({} if cache is None else {CACHE: cache})},
+            more={"stopping_criteria": [Stop(stopped)], **({} if cache is None else {CACHE: cache})},
         )
         self._cache, self._turns, self.prompt = cache, self._turns + 1, (ids.shape[1], ids.shape[1] - kept)
-        self.read = out[0, :-1].tolist() if cache is not None else []  # the last token was not fed
+        if (decoder := self._decoder()) is not None:
+            self.read = decoder.read
+        else:
+            self.read = out[0, :-1].tolist() if cache is not None else []  # the last token was not fed
         self.messages = [*asked, {"role": "assistant", "content": told.text}]
         return told
 
-    def _resumed(self, ids: list[int]) -> tuple[DynamicCache | None, int]:
+    def _resumed(self, ids: list[int], new: int) -> tuple[DynamicCache | None, int]:
         """A cache that holds the longest beginning of `ids` that it can, and its length. None if the model uses
-        another kind."""
+        another kind, or its own: a fused model makes room in it for `new` more tokens."""
+        if (decoder := self._decoder()) is not None:
+            if len(ids) + new > decoder.length:
+                longer = 2 ** (len(ids) + new - 1).bit_length()
+                decoder.grow(longer if self.limit is None else min(longer, self.limit))
+            return None, decoder.keep(ids)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.read, ids[:-1], strict=False)))
         if self._cache is not None and _cropped(self._cache, len(self.read) - same):
             return self._cache, same
-        owner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        if not owner._supports_default_dynamic_cache():
+        if not self._owner._supports_default_dynamic_cache():
             return None, 0
-        if self.fixed and self.limit is not None:
-            return reserved(owner, self.limit), 0
-        return DynamicCache(config=owner.config), 0
+        return DynamicCache(config=self._owner.config), 0
+
+    @property
+    def _owner(self) -> Any:
+        """The model itself, which an adapter may wrap."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def _decoder(self) -> Decoder | None:
+        """What keeps the cache of a fused model."""
+        decoder = getattr(self._owner.generate, "__self__", None)
+        return decoder if isinstance(decoder, Decoder) else None
 
 
 def _cropped(cache: DynamicCache, count: int) -> bool:
@@ -112,7 +126,7 @@ def _cropped(cache: DynamicCache, count: int) -> bool:
     if count == 0:
         return True
     for layer in cache.layers:
-        whole = type(layer) in (DynamicLayer, InPlaceLayer, ReservedLayer)
+        whole = type(layer) in (DynamicLayer, InPlaceLayer)
         inside = isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() < layer.sliding_window
         if not (whole or inside):  # a state that has no single tokens, or a window that has dropped some
             return False
@@ -129,11 +143,3 @@ class _Teller(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.tell(text)
-
-
-class _Stop(StoppingCriteria):
-    def __init__(self, stopped: Callable[[], bool]) -> None:
-        self.stopped = stopped
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        return torch.full((len(input_ids),), self.stopped(), dtype=torch.bool, device=input_ids.device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -74,6 +75,9 @@ class Decoder:
         self.graph: StepGraph | None = None
         self.quick: Callable[..., Any] | None = None  # a step's forward, compiled or not
         self.used = 0
+        self.first = True  # whether the next call of the model reads the prompt
+        self.read: list[int] = []  # the tokens of the last text whose keys and values the cache holds, of one row
+        self.kept = 0  # how many of them the next text begins with
         self.key: tuple[Any, ...] = ()
         self.static: bool | None = None  # whether the model works with a static cache; None before the test
 
@@ -81,6 +85,20 @@ class Decoder:
         """As `transformers.GenerationMixin.generate`. A call from another thread waits: there is one cache."""
         with exclusive(self.model):
             return self._generate(*args, **kwargs)
+
+    def keep(self, ids: list[int]) -> int:
+        """Let the next `generate` read only the tokens of the prompt `ids` that the last text did not begin with.
+
+        Returns the number of the others. At least the last token of a prompt is read.
+        """
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(self.read, ids[:-1], strict=False))
+        whole = self.cache is not None and all(type(layer) in EMPTIED for layer in self.cache.layers)
+        self.kept = sum(1 for _ in same) if whole else 0
+        return self.kept
+
+    def grow(self, length: int) -> None:
+        """Make the cache for `length` tokens; what it holds is lost."""
+        self.length, self.cache, self.read, self.kept = length, None, [], 0
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("generation_config") or self.model.generation_config
@@ -95,7 +113,7 @@ class Decoder:
         prompt = ids.shape[1] if isinstance(ids, Tensor) else 1
         self._check(prompt, requested.get("max_new_tokens"), requested.get("max_length"))
         self._renew(ids.shape[0] if isinstance(ids, Tensor) else 1, requested.get("num_return_sequences") or 1)
-        self.used, forward = 0, self.model.forward
+        self.read, self.first, forward = [], True, self.model.forward
         hooked = "forward" in self.model.__dict__
 
         @wraps(forward)  # `generate` reads the signature to prepare arguments
@@ -109,7 +127,11 @@ class Decoder:
         self.model.forward = step
         try:
             with grouped_queries():
-                return self.plain(*args, **given)
+                out = self.plain(*args, **given)
+            self.read = (
+                out[0, :-1].tolist() if isinstance(out, Tensor) and len(out) == 1 else []
+            )  # the last was not fed
+            return out
         finally:
             if hooked:
                 self.model.forward = forward
@@ -118,7 +140,7 @@ class Decoder:
 
     def _empty(self) -> None:
         self.cache.reset()
-        self.used = 0
+        self.used, self.first = 0, True
 
     def _quick(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         if self.quick is None:
@@ -140,8 +162,14 @@ class Decoder:
         key = (batch * copies, mode, self.model.device, self.model.dtype, _wiring(self.model))
         if self.static is None:
             self.static = _on_one_gpu(self.model) and supports_static_cache(self.model, self.plain)
+        kept, self.kept, self.used = self.kept, 0, 0
         if self.cache is not None and self.key == key and all(type(x) in EMPTIED for x in self.cache.layers):
-            self.cache.reset()
+            if kept:
+                for layer in self.cache.layers:
+                    layer.keep(kept)
+                self.used = kept
+            else:
+                self.cache.reset()
         else:
             self.graph = self.loop = self.quick = None  # they hold the old cache
             made = static(self.model, self.length) if self.static else None
@@ -152,7 +180,7 @@ class Decoder:
             return forward(*args, **kwargs)  # another thread runs the model without `generate`
         ids = kwargs.get("input_ids")
         tokens = ids.shape[1] if isinstance(ids, Tensor) else 1
-        first, self.used = self.used == 0, self.used + tokens
+        first, self.first, self.used = self.first, False, self.used + tokens
         if self.used > self.length:
             raise PlanError(f"the text is longer than the {self.length} tokens that the model was fused for")
         if first or tokens != 1 or args or not isinstance(self.cache, StaticCache):

@@ -9,12 +9,12 @@ at the logits, and transformers' logits warpers follow. All other requests use t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -75,6 +75,16 @@ def _is_own(model: Any, name: str) -> bool:
     return method is not None and getattr(method, "__func__", None) is getattr(GenerationMixin, name, None)
 
 
+class Stop(StoppingCriteria):
+    """Ends all texts after a token if `stopped()` says so. It does not look at the tokens, so the loop can ask it."""
+
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self.stopped = stopped
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((len(input_ids),), self.stopped(), dtype=torch.bool, device=input_ids.device)
+
+
 class Loop:
     """The loop over one static cache. forward: of one step, compiled or not. Later texts use the same graphs."""
 
@@ -112,7 +122,7 @@ class Loop:
         return write
 
     def _serves(self, model: Any, ids: Tensor, warpers: Any, criteria: Any, config: Any) -> bool:
-        kinds = [type(one) for one in criteria]
+        kinds = [type(one) for one in criteria if type(one) is not Stop]
         return (
             self.possible
             and ids.device == model.device
@@ -129,9 +139,10 @@ class Loop:
     ) -> Tensor | None:
         """Token ids [rows, tokens] of the prompt and the generated text. None, with nothing streamed, if the model has
         inputs that cannot be prepared for later steps."""
-        ends = [int(token) for one in criteria[1:] for token in one.eos_token_id.flatten().tolist()]
-        inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
-        logits = model(**inputs, return_dict=True).logits[:, -1].to(copy=True, dtype=torch.float32)
+        of_ends = [one.eos_token_id for one in criteria if type(one) is EosTokenCriteria]
+        ends = [int(token) for tokens in of_ends for token in tokens.flatten().tolist()]
+        stops = [one.stopped for one in criteria if type(one) is Stop]
+        logits = model._prefill(ids, config, kwargs).logits[:, -1].to(copy=True, dtype=torch.float32)
         upcoming = UpcomingInputs(model, ids, kwargs, self.rows)
         if (tables := upcoming.tables()) is None:
             self.possible = False
@@ -141,7 +152,7 @@ class Loop:
         choose = _sampler(warpers, ids) if config.do_sample else None
         self.step.begin(ends, config.pad_token_id)
         self.step.take(choose(logits) if choose else greatest(logits))
-        watch = Watch(criteria.max_length - ids.shape[1], self.step.token[:, 0], ends, streamer)
+        watch = Watch(criteria.max_length - ids.shape[1], self.step.token[:, 0], ends, streamer, stops)
         with model._optimize_model_for_decode():
             count = _decode(self.step, watch, upcoming, tables, choose)
         if streamer is not None:
@@ -301,13 +312,15 @@ class Step:
 class Watch:
     """Reads tokens on the host, to detect that all rows have ended and to feed a streamer.
 
-    Tokens are copied asynchronously, and read after their copy is done. Without end tokens and streamer, it does
-    nothing.
+    Tokens are copied asynchronously, and read after their copy is done. After each, `stops` are asked whether to end.
+    Without end tokens, streamer and stops, it does nothing.
     """
 
-    def __init__(self, new: int, token: Tensor, ends: list[int], streamer: Any) -> None:
-        self.new, self.token, self.streamer = new, token, streamer
-        self.active = bool(ends) or streamer is not None
+    def __init__(
+        self, new: int, token: Tensor, ends: list[int], streamer: Any, stops: Sequence[Callable[[], bool]]
+    ) -> None:
+        self.new, self.token, self.streamer, self.stops = new, token, streamer, stops
+        self.active = bool(ends or stops) or streamer is not None
         self.gpu = token.device.type == "cuda"
         self.copies = torch.empty(
             new if self.active else 0, len(token), dtype=torch.long, pin_memory=self.gpu, device="cpu"
@@ -338,5 +351,5 @@ class Watch:
                 self.alive -= {i for i, token in enumerate(row.tolist()) if token in self.ends}
             if self.streamer is not None:
                 self.streamer.put(row.clone())
-            self.ended = 0 if self.alive else self.seen
+            self.ended = 0 if self.alive and not any(stopped() for stopped in self.stops) else self.seen
         return self.ended > 0
