@@ -37,6 +37,18 @@ plan that makes a folder.
   weights.
 
 """
+_TOWERS = """\
+fewbit reads these from a file of llama.cpp (mmproj) beside that of the language model
+([how](howto/vision.md#from-gguf-files)), and writes none. For each, tests compare a tiny model: its tensors are those
+of the file that llama.cpp's converter makes, and the logits for an image are the original's, within 1e-5 in relative
+norm. Processors make the original's ids and pixels; that of Pixtral and Mistral 3 needs torchvision, and of it only the
+pixels are tested.
+
+A file does not say whether it is SmolVLM's or Idefics 3's. Both are read as the latter, which computes the same.
+Towers for sound, and files with towers for images and for sound, are refused.
+
+| `clip.projector_type` | read as | language model | tokens that its vocabulary must have |
+|---|---|---|---|"""
 # What differs, transformers, llama.cpp, files of fewbit.
 _TEXT = (
     ("what", "transformers", "llama.cpp", "files of fewbit"),
@@ -91,7 +103,11 @@ def page() -> str:
     """The whole page."""
     sys.path[:0] = [str(path) for path in (ROOT,) if str(path) not in sys.path]
     from fewbit.models.gguf.architectures import MISSING, REFUSED, TYPES
-    from tests import gguf_files
+    from fewbit.models.gguf.rows.towers import ROWS
+    from tests import gguf_files, mmproj_files
+
+    if mmproj_files.golden().keys() != mmproj_files.KINDS.keys():
+        raise SystemExit("the golden values of vision towers are of other kinds than the tests")
 
     tested = {gguf_files.TYPE_OF.get(kind, kind) for kind in gguf_files.KINDS}
     golden = {gguf_files.TYPE_OF.get(kind, kind) for kind in gguf_files.golden()}
@@ -114,9 +130,18 @@ def page() -> str:
         "",
     ]
     lines += _reasons(MISSING)
+    lines += ["", "## Vision towers", "", _TOWERS]
+    lines += [_tower(row) for row in ROWS]
     lines += ["", "## Where transformers and llama.cpp treat text differently", ""]
     lines += ["|---|---|---|---|" if row[0] == "---" else f"| {' | '.join(row)} |" for row in _TEXT]
     return _HEAD + "\n".join(lines) + "\n"
+
+
+def _tower(row: Any) -> str:
+    """The line of a vision tower."""
+    tokens = sorted({*row.tokens.values()} - {row.beyond})
+    said = (", ".join(f"`{each}`" for each in found).replace("|", "\\|") for found in (row.texts, tokens))
+    return f"| {row.projector} | `{row.cls}` | {' | '.join(said)} |"
 
 
 def _reasons(types: Mapping[str, str]) -> list[str]:
@@ -126,6 +151,10 @@ def _reasons(types: Mapping[str, str]) -> list[str]:
 
 def _conditions(row: Any) -> Iterator[str]:
     """What llama.cpp takes for granted of the models of a row."""
+    from fewbit.models.gguf.architectures import TYPES  # `page` puts it on the path
+
+    if (first := TYPES[row.model_type][0]) is not row and not first.chosen:
+        yield "only read: written as above"
     for key, value in row.chosen.items():
         yield f"`{key}` = {value}" if isinstance(value, int) else f"each of `{key}` is {', '.join(sorted(value))}"
     for key, value in row.required.items():

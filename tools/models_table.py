@@ -28,7 +28,8 @@ quantized weights. This page is made from the table of those tests.
 - Layers that share what an indexer of an earlier layer selects (`indexer_types` with "shared", as in GLM 5.2) cannot be
   calibrated yet. Plans without calibration work.
 - **no**: `quantize` ends with an error that says why, and leaves no output.
-- **GGUF**: also written and read as a GGUF file, with the conditions on [its page](gguf.md). No model with a tower is.
+- **GGUF**: also written and read as a GGUF file, with the conditions on [its page](gguf.md). No model with a tower is
+  written; of some, [both files](gguf.md#vision-towers) are read.
 """
 # The sentence for each reason in the tests' tables, which have patterns of error messages.
 _SAYS = {

@@ -98,7 +98,7 @@ def test_keys_are_set_in_copies_only(file: Path, tmp_path: Path) -> None:
     [
         ({"general.type": "adapter", "general.architecture": "llama"}, ("is a LoRA adapter", "as --adapter")),
         ({"general.type": "mmproj", "general.architecture": "clip"}, ("tower of a model (mmproj)", "language model")),
-        ({"general.architecture": "clip"}, ("tower of a model (mmproj)", "use the model's folder")),
+        ({"general.architecture": "clip"}, ("tower of a model (mmproj)", "for images, this file is its --mmproj")),
         ({"general.type": "imatrix"}, ("is an importance matrix", "as --imatrix")),
     ],
 )

@@ -3,7 +3,8 @@
 `make interop` downloads that to build/peers. The converter runs in a process of its own, without its tokenizer part,
 which knows tokenizers by hashes of published ones.
 
-`python -m tests.interop.converter [TYPE ...]` writes the golden values of all or some architectures.
+`python -m tests.interop.converter [TYPE ...]` writes the golden values of all or some architectures, and
+`python -m tests.interop.converter towers [KIND ...]` those of vision towers.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from fewbit.formats.containers.gguf import GgufFile
-from tests import gguf_files, models
+from tests import gguf_files, mmproj_files, models
 from tests.interop.llama_cpp import VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,13 +62,18 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "gpt_neox": {"rotary_pct": 0.25},
 }
 _RUN = """
-import json, sys
+import importlib, json, sys
 from pathlib import Path
 source, folder, out = map(Path, sys.argv[1:4])
 sys.path[:0] = [str(source), str(source / "gguf-py")]
 import gguf
 from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
-kind = get_model_class(get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT), mmproj=False)
+module, _, cls = sys.argv[5].partition(":")  # of a tower
+if cls:
+    kind = getattr(importlib.import_module("conversion." + module), cls)
+else:
+    found = get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT)
+    kind = get_model_class(found, mmproj=False)
 def below(each):
     return [each, *(one for cls in each.__subclasses__() for one in below(cls))]
 for each in below(ModelBase):
@@ -79,10 +88,29 @@ kind(folder, gguf.LlamaFileType.ALL_F32, out, model_name="m").write()
 """
 
 
+# llama.cpp's script for CLIP. It expects what CLIPVisionModel was in older versions of transformers.
+_CLIP = """
+import sys
+from pathlib import Path
+import torch, transformers
+source, script = Path(sys.argv.pop(1)), Path(sys.argv[1])
+sys.path.insert(0, str(source / "gguf-py"))
+sys.argv.pop(0)
+class Outer(torch.nn.Module):
+    @classmethod
+    def from_pretrained(cls, folder):
+        made = cls()
+        made.vision_model = transformers.CLIPVisionModel.from_pretrained(folder)
+        return made
+text = script.read_text(encoding="utf-8").replace("CLIPVisionModel.from_pretrained", "Outer.from_pretrained")
+exec(compile(text, str(script), "exec"))
+"""
+
+
 def unpacked(place: Path) -> Path:
     """The converter's folder, in `place`."""
     with tarfile.open(SDIST) as sdist:
-        parts = ("conversion/", "gguf-py/", "convert_lora_to_gguf.py")
+        parts = ("conversion/", "gguf-py/", "convert_lora_to_gguf.py", "tools/mtmd/legacy-models/")
         wanted = [each for each in sdist if each.name.startswith(tuple(_INSIDE + part for part in parts))]
         sdist.extractall(place, wanted, filter="data")
     return place / _INSIDE
@@ -96,24 +124,59 @@ def vocabularies(place: Path) -> list[Path]:
     return sorted(path.with_suffix("") for path in (place / _INSIDE / "models").glob("*.inp"))
 
 
-def convert(source: Path, folder: Path, out: Path, entries: Mapping[str, Any]) -> None:
+def convert(source: Path, folder: Path, out: Path, entries: Mapping[str, Any], tower: str = "") -> None:
     """Convert the model in `folder` to a file of float32 at `out`.
 
     source: what `unpacked` gave. entries: further entries of config.json, which are written there too, as the converter
-    of some types reads it itself.
+    of some types reads it itself. tower: module and class of the converter for the vision tower; "": the text model.
     """
     place = folder / "config.json"
     found = json.loads(place.read_text(encoding="utf-8")) | dict(entries)
     kept = {key: value for key, value in found.items() if value is not None or key not in entries}
     place.write_text(json.dumps(kept), encoding="utf-8")
+    _run(_RUN, source, folder, out, json.dumps(dict(entries)), tower)
+
+
+def _run(program: str, *arguments: Path | str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _RUN, source, folder, out, json.dumps(dict(entries))],
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
+        [sys.executable, "-c", program, *arguments], capture_output=True, encoding="utf-8", check=False
     )
     if done.returncode:
         raise RuntimeError(f"the converter failed: {done.stderr[-3000:]}")
+
+
+def convert_tower(source: Path, folder: Path, out: Path, kind: str) -> None:
+    """Convert the vision tower of the model in `folder`, as published, to a file of float32 at `out`."""
+    if mmproj_files.KINDS[kind].cls:
+        convert(source, folder, out, {}, mmproj_files.KINDS[kind].cls)
+        return
+    state, place = load_file(folder / "model.safetensors"), out.with_suffix(".clip")
+    place.mkdir()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vision_config"]
+    (place / "config.json").write_text(json.dumps(config | {"_name_or_path": "m"}), encoding="utf-8")
+    tower = {name.removeprefix("vision_tower."): tensor for name, tensor in state.items() if "vision_tower." in name}
+    save_file(tower, place / "model.safetensors", metadata={"format": "pt"})
+    own = {name: tensor for name, tensor in state.items() if "multi_modal_projector." in name}
+    torch.save(own, place / "llava.projector")
+    script = source / "tools" / "mtmd" / "legacy-models" / "convert_image_encoder_to_gguf.py"
+    projector = place / "llava.projector"
+    _run(_CLIP, source, script, "-m", place, "--llava-projector", projector, "--clip-model-is-vision", "--use-f32")
+    (place / "mmproj-model-f32.gguf").rename(out)
+
+
+def tower_values(kinds: Sequence[str]) -> None:
+    """Write the golden values of the towers of these kinds, or of all."""
+    values = mmproj_files.golden() if mmproj_files.GOLDEN.exists() else {}
+    with tempfile.TemporaryDirectory() as each:
+        place = Path(each)
+        source = unpacked(place)
+        for kind in kinds or mmproj_files.KINDS:
+            folder = gguf_files.numbered(mmproj_files.save(place / kind, kind))
+            out = place / f"{kind}.gguf"
+            convert_tower(source, mmproj_files.published(folder, place / f"{kind}-published", kind), out, kind)
+            file = GgufFile(out)
+            values[kind] = {"digest": gguf_files.digest(file), "keys": gguf_files.keys_of(file)}
+    mmproj_files.GOLDEN.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main(kinds: Sequence[str]) -> None:
@@ -130,4 +193,7 @@ def main(kinds: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:2] == ["towers"]:
+        tower_values(sys.argv[2:])
+    else:
+        main(sys.argv[1:])

@@ -206,7 +206,7 @@ def report(name: str, value: Any) -> Any:
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **checks_of(Loading),
     **dict.fromkeys(("out", "reference_adapter", "imatrix"), path),
-    **dict.fromkeys(("model", "reference", "base"), model),
+    **dict.fromkeys(("model", "reference", "base", "mmproj"), model),
     **dict.fromkeys(("text", "data"), texts),
     **dict.fromkeys(("prompt", "purpose", "target", "cache", "to", "repo", "revision", "message"), text),
     **dict.fromkeys(("samples", "length", "context", "batch", "limit", "max_new_tokens"), integer(1)),

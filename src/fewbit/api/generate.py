@@ -17,7 +17,7 @@ from fewbit.models.decoding.sampling import Sampling as Sampling
 from fewbit.models.load import fuses_by_itself, load_model
 from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
-from fewbit.models.source import Source, locate
+from fewbit.models.source import Source, locate, with_tower
 from fewbit.system import ambient, machine, ranks
 from fewbit.texts import windows as texts_windows
 from fewbit.texts.calibration import Calibration as Calibration
@@ -39,6 +39,7 @@ def load(
     compile: bool = False,
     trust_remote_code: bool = False,
     tensor_parallel: bool = False,
+    mmproj: str | Path | None = None,
 ) -> Any:
     """Load a model with packed weights. `AutoModelForCausalLM.from_pretrained` does the same after `import fewbit`.
 
@@ -48,12 +49,13 @@ def load(
     prompt included (on a GPU, one CUDA graph per token); PlanError beyond the model's context. compile: let PyTorch
     compile the decoding step at the first use of each batch size; this takes many seconds and makes steps faster.
     PlanError without `fuse`, or without a GPU. tensor_parallel: in a program that torchrun started, load only this
-    process's part of each linear; all processes must then use the model in the same way.
+    process's part of each linear; all processes must then use the model in the same way. mmproj: the GGUF file with the
+    vision tower of a GGUF model; a folder that has both files needs none. FormatError if it belongs to another model.
     """
     loading = Loading(device, dtype, kernel, adapter, fuse, compile, trust_remote_code, tensor_parallel=tensor_parallel)
     if loading.device not in (None, "auto"):
         machine.device(loading.device)
-    return load_model(locate(model), loading)
+    return load_model(with_tower(locate(model), mmproj), loading)
 
 
 @checked
@@ -74,6 +76,7 @@ def generate(
     trust_remote_code: bool = False,
     stream: bool = False,
     tensor_parallel: bool = False,
+    mmproj: str | Path | None = None,
 ) -> Continuation:
     """Continue `prompt` with `model`, and measure the speed. Greedy decoding unless `sampling` is given.
 
@@ -83,7 +86,7 @@ def generate(
     compile: as in `load`. `fuse=True` is the length of prompt and answer, False is not fused. By default, a GPU
     generates fused up to 8192 tokens if the model is packed and there are no adapter and no images. stream: also print
     the text as it is generated. tensor_parallel: in a program that torchrun started, all processes generate one text
-    together, each with its part of the model.
+    together, each with its part of the model. mmproj: as in `load`.
     """
     if max_new_tokens < 1:
         raise PlanError(f"`max_new_tokens={max_new_tokens}`: expected at least 1")
@@ -100,9 +103,11 @@ def generate(
             tensor_parallel=tensor_parallel,
         )
         source = locate(model)
+        source = with_tower(source, mmproj) if images or mmproj is not None else source
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         ids, beside = _asked(source, tokenizer, prompt, images, chat, trust_remote_code)
-        texts_windows.within(ids, source.rows, tokenizer, "the prompt")
+        written = ids[ids != pixels.image_token(source)] if beside else ids
+        texts_windows.within(written, source.rows, tokenizer, "the prompt")
         texts_windows.continued(ids, max_new_tokens, source.stated_context)
         needed = ids.shape[1] + max_new_tokens
         if fuse and fuse is not True and needed > fuse:

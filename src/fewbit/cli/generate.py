@@ -24,6 +24,12 @@ def generate(
         list[str] | None,
         typer.Option(help="Image file for a vision model. Repeat it for more. No default."),
     ] = None,
+    mmproj: Annotated[
+        str | None,
+        typer.Option(
+            help="Vision tower (mmproj) of a .gguf MODEL. Default: the one in the folder MODEL, with --image."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 64,
     sampling: Sampling = Sampling(),
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")] = False,
@@ -49,6 +55,7 @@ def generate(
         model,
         prompt,
         images=image,
+        mmproj=mmproj,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         chat=chat,

@@ -15,6 +15,9 @@ from transformers.models.auto import processing_auto
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.models import classes
+from fewbit.models.gguf import processor as gguf_processor
+from fewbit.models.gguf import towers
+from fewbit.models.skeleton import tokenizer_at
 from fewbit.models.source import Source
 from fewbit.system.files import read_json, unwritable
 
@@ -47,8 +50,15 @@ def read(files: Sequence[Any]) -> list[Any]:
 def load_processor(source: Source, *, trust_remote_code: bool = False) -> Any:
     """The model's processor. PlanError if the model takes no images, or if a package is missing; FormatError if the
     processor is missing or cannot be read."""
+    if source.mmproj is not None:
+        tower = towers.opened(source.mmproj, source.language.config["model_type"])
+        named: dict[str, Any] = {**source.options, **tower.row.named}
+        return gguf_processor.made(tower, tokenizer_at(source.folder, **named))
     if source.gguf is not None:
-        raise PlanError(f"{source.name} is a GGUF file, which holds no vision tower", "Leave out `images`.")
+        raise PlanError(
+            f"{source.name} is a GGUF file, which holds no vision tower",
+            "Give the file of the tower as `mmproj`, or leave out `images`.",
+        )
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     if (cls := classes.model_class(config)) is not None and not _takes_images(cls):
         raise PlanError(f"{source.name} is a {cls.__name__}, which takes no images", "Leave out `images`.")
@@ -61,6 +71,12 @@ def load_processor(source: Source, *, trust_remote_code: bool = False) -> Any:
     if not hasattr(made, "image_processor"):  # without a processor, transformers gives the tokenizer
         raise FormatError(f"{source.folder} has no image processor", _COPY)
     return made
+
+
+def image_token(source: Source) -> int:
+    """The id of the token in whose places an image is; -1 if config.json does not say. A vocabulary may lack it."""
+    found = source.config.get("image_token_id", source.config.get("image_token_index"))
+    return found if isinstance(found, int) else -1
 
 
 def inputs(processor: Any, prompt: str, images: Sequence[Any], *, chat: bool) -> dict[str, Tensor]:

@@ -90,10 +90,12 @@ def load_model(
         error = foreign.unread(method)
         raise FormatError(f"{source.folder}: {error.message}", error.hint)
     if packed:
-        describe(source)  # for clearer errors than those of transformers if config and tensors contradict each other
+        describe(
+            source.language
+        )  # for clearer errors than those of transformers if config and tensors contradict each other
     try:
         exact = choose.exact_activations() if loading.exact_activations else nullcontext()
-        serving = nullcontext() if left else quantizer.serving(kernel)
+        serving = nullcontext() if left else quantizer.serving(kernel, source.mmproj)
         with building(), no_progress_bars(), serving, exact, parallel.splitting(split):
             model, info = _loaded(source, loading)
     except FewbitError:
@@ -163,7 +165,8 @@ def _loaded(source: Source, loading: Loading) -> Any:
     trusted: dict[str, Any] = {"trust_remote_code": loading.trust_remote_code}
     if not decoded.is_read_here(source, str(loading.device)):
         kind = _class_of(source, loading)
-        return kind.from_pretrained(source.folder, dtype=loading.torch_dtype, **options, **trusted, **source.options)
+        options |= source.options if source.mmproj is None else {**source.options, "config": built_config(source)}
+        return kind.from_pretrained(source.folder, dtype=loading.torch_dtype, **options, **trusted)
     config: Any = AutoConfig.from_pretrained(source.folder, **trusted)
     vars(config).pop("quantization_config", None)  # it may be in another file
     with torch.device("meta"):  # an auto class takes only a folder
@@ -181,9 +184,16 @@ def _loaded(source: Source, loading: Loading) -> Any:
 
 def _class_of(source: Source, loading: Loading) -> Any:
     """The class that loads the model of `source`. PlanError as `classes.class_for`."""
+    if source.mmproj is not None:
+        return classes.class_for(built_config(source))
     if source.gguf is not None:  # a GGUF file holds a causal LM, and its config takes long to read
         return AutoModelForCausalLM
     return classes.class_for(AutoConfig.from_pretrained(source.folder, trust_remote_code=loading.trust_remote_code))
+
+
+def built_config(source: Source) -> Any:
+    """transformers' config object of a GGUF model with a vision tower."""
+    return AutoConfig.for_model(**source.config)
 
 
 def check_adapter(adapter: str | Path) -> None:

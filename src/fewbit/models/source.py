@@ -6,7 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fewbit.formats.containers import gguf_parts, pickle, safetensors
 from fewbit.formats.containers.gguf import GgufFile, is_gguf
 from fewbit.models import foreign, scales, smollm2
 from fewbit.models.gguf import config as gguf_config
+from fewbit.models.gguf import towers
 from fewbit.names import EMBEDDED
 from fewbit.system.files import read_json
 
@@ -39,7 +40,8 @@ class Source:
 
     name: the user's name for it, for messages. folder: the model's folder; for weights in a pickle, a converted copy in
     the cache. files: the weight files (safetensors, or one GGUF file with its parts). origin: the path that the user
-    named. gguf: the path of the GGUF file, for transformers' `gguf_file`; None for other models.
+    named. gguf: the path of the GGUF file, for transformers' `gguf_file`; None for other models. mmproj: the file with
+    the vision tower of a GGUF model; None without one, as a folder has its tower itself.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Source:
     origin: Path
     gguf: str | None = None
     hosted: bool = False  # the name is a model of fewbit or the Hub, not a path
+    mmproj: Path | None = None
 
     @property
     def address(self) -> str:
@@ -57,7 +60,14 @@ class Source:
     @property
     def config(self) -> dict[str, Any]:
         """The content of config.json; for a GGUF file, the equivalent from its metadata."""
+        if self.mmproj is not None:
+            return deepcopy(_config_with_tower(self.files[0], self.mmproj))
         return read_config(self.folder) if self.gguf is None else deepcopy(_config_of(self.files[0]))
+
+    @property
+    def language(self) -> Source:
+        """The language model alone, if the tower is in another file."""
+        return replace(self, mmproj=None)
 
     @property
     def beside(self) -> Path:
@@ -191,6 +201,41 @@ def outlined(name: str | Path) -> Source:
     return Source(str(name), folder, (), folder, hosted=True)
 
 
+def with_tower(source: Source, mmproj: str | Path | None) -> Source:
+    """`source` with the vision tower in the file `mmproj`; None: with the one that is beside a GGUF model in a folder.
+
+    mmproj: a file, or one of the Hub (org/model/mmproj.gguf). Without `mmproj`, a folder must be named, not a file in
+    it. PlanError for a model that is no GGUF file; FormatError if the tower belongs to another model.
+    """
+    if mmproj is None:
+        found = _towers_in(source.folder) if source.gguf is not None and source.origin.is_dir() else []
+        if len(found) > 1:
+            listed = ", ".join(file.name for file in found[:5])
+            raise FormatError(f"{source.folder} has several vision towers ({listed})", "Name one as `mmproj`.")
+        place = found[0] if found else None
+    elif source.gguf is None:
+        raise PlanError(
+            f"`mmproj={mmproj}`: {source.name} is no GGUF file, and has its tower in its own files",
+            "Leave out `mmproj`.",
+        )
+    else:
+        place = Path(mmproj).expanduser().absolute()
+        if not place.exists() and (there := names.hub_file(str(mmproj))) is not None:
+            place = _download_file(str(mmproj), *there)
+        if not place.is_file():
+            raise PlanError(f"`mmproj={mmproj}`: there is no such file")
+    if place is None:
+        return source
+    found_there = replace(source, mmproj=place)
+    _config_with_tower(source.files[0], place)
+    return found_there
+
+
+def _towers_in(folder: Path) -> list[Path]:
+    """The GGUF files of a folder that are vision or audio towers."""
+    return [file for file in sorted(folder.glob("*.gguf")) if towers.is_tower(GgufFile(file))]
+
+
 def _of_gguf(name: str, path: Path, origin: Path, *, hosted: bool = False) -> Source:
     file = GgufFile(path)
     _config_of(file.path)
@@ -200,6 +245,7 @@ def _of_gguf(name: str, path: Path, origin: Path, *, hosted: bool = False) -> So
 def _only_gguf(folder: Path) -> Path | None:
     """The only GGUF file of a folder, or the first part of a split one. FormatError if there are several."""
     files = [file for file in sorted(folder.glob("*.gguf")) if not gguf_parts.is_later(file)]
+    files = [file for file in files if len(files) == 1 or not towers.is_tower(GgufFile(file))]
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:5])
         raise FormatError(f"{folder} has several GGUF files ({names})", f"Name one, such as {files[0]}.")
@@ -214,6 +260,17 @@ def _config_of(path: Path) -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def _read_config_of(path: Path, changed: int) -> dict[str, Any]:
     return gguf_config.to_config(GgufFile(path))
+
+
+def _config_with_tower(path: Path, tower: Path) -> dict[str, Any]:
+    """The config of a GGUF file with a vision tower, cached as well."""
+    return _read_config_with_tower(path, path.stat().st_mtime_ns, tower, tower.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _read_config_with_tower(path: Path, changed: int, tower: Path, tower_changed: int) -> dict[str, Any]:
+    text = _config_of(path)
+    return towers.to_config(text, towers.opened(tower, text["model_type"]), GgufFile(path))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -12,14 +12,15 @@ Saving such a model writes a GGUF file with the same keys, tensors and types.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Container, Iterator, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from fewbit import hook
@@ -28,14 +29,15 @@ from fewbit.formats.containers.gguf import PLAIN, SAVED, Entry, GgufFile, GgufWr
 from fewbit.models import experts, parallel, scales, stacking
 from fewbit.models.building import building
 from fewbit.models.decoding import compiled_blocks
-from fewbit.models.gguf import hybrid
+from fewbit.models.gguf import hybrid, towers
 from fewbit.models.gguf.architectures import of_file
+from fewbit.models.gguf.config import to_config
 from fewbit.models.gguf.names import Route, architecture, names_of, routes, splits_of
 from fewbit.models.gguf.pieces import Joined, decoded
 from fewbit.models.linears import LINEARS
 from fewbit.models.plugin.modules import put, put_embedding, unpack
 from fewbit.models.plugin.patch_gguf_config import gguf_path
-from fewbit.models.plugin.serving import requested_kernel
+from fewbit.models.plugin.serving import requested_kernel, requested_tower
 from fewbit.nn.layers import Packed, QEmbedding, QLinear
 from fewbit.schemes.base import QTensor
 from fewbit.schemes.ggml import codec
@@ -58,7 +60,9 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.kernel = requested_kernel()
+        self.kernel, self.tower_file = requested_kernel(), requested_tower()
+        self.text_config: Any = None  # of the language model, if the file of a tower is beside it
+        self.tower: towers.Weights | None = None
 
     def read_header(self, gguf_file: str) -> None:
         """Parse the header. transformers calls this once it knows the file's path."""
@@ -67,6 +71,8 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
             super().read_header(gguf_file)
             return
         self.file, self.origin, self.own_scales = file, file.path, scales.of_metadata(file.metadata)
+        if self.tower_file is not None:
+            self.text_config = AutoConfig.for_model(**to_config(file))
         # Before the model is built: else its objects stand between those of the vocabulary, and Python keeps both.
         file.forget()
         self.packed: dict[str, QTensor] = {}
@@ -82,13 +88,17 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         if self.file is None:
             return super()._process_model_before_weight_loading(model, **kwargs)
         parallel.check_loader(model)
-        self.routes = _routes_of(model)
+        config = self.text_config or model.config
+        self.routes = _routes_of(model, config)
         if any(route.expert is not None for route in self.routes.values()):
             experts.separate(model)
+        if self.tower_file is not None:
+            self._find_tower(model, self.tower_file)
         if splits := splits_of(self.routes):
             assert isinstance(self.file, GgufFile)
             self.file = Joined(self.file, splits, _NAMES.get(self.dtype, "f32"))
-        self.entries = _matched(self.file, model, self.routes)
+        beside = self.tower.shapes if self.tower is not None else {}
+        self.entries = _matched(self.file, model, self.routes, architecture(config).extra, beside)
         for name, entry in self.entries.items():
             if entry.type in PLAIN or self.quantization_config.dequantize:
                 continue
@@ -101,6 +111,18 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
             self.packed[module] = self._qtensor(entry, self.routes[name])
         self._pack_ties(model)
         return model
+
+    def _find_tower(self, model: PreTrainedModel, path: Path) -> None:
+        """Find the vision tower's tensors. What is outside the language model is the tower."""
+        opened = towers.opened(path, self.text_config.model_type)
+        self.routes = {_inside(name, opened.row.language): route for name, route in self.routes.items()}
+        own = [*model.named_parameters(remove_duplicate=False), *persistent(model)]
+        shapes = {name: tuple(tensor.shape) for name, tensor in own if name not in self.routes}
+        self.tower = towers.Weights(opened, model.config, shapes)
+        if kinds := self.tower.quantized:
+            warnings.warn(
+                f"{path.name}: {', '.join(kinds)} tensors of the tower are dequantized in memory", stacklevel=2
+            )
 
     def _pack_ties(self, model: PreTrainedModel) -> None:
         """Pack each output head that is tied to a packed embedding."""
@@ -119,7 +141,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         if self.file is None:
             other: dict[str, Tensor] = super().get_state_dict(checkpoint_file, model)
             return other
-        state = {}
+        state = self.tower.state(self.dtype) if self.tower is not None else {}
         for name, entry in self.entries.items():
             route, tensor = self.routes[name], self._stored(name)
             if name.removesuffix(".weight") in self.packed:
@@ -216,6 +238,11 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
     def write(self, model: PreTrainedModel, path: Path) -> None:
         """Write the model as a GGUF file with the keys, tensors and types of the file that it was loaded from."""
         assert self.file is not None
+        if self.tower is not None:
+            raise PlanError(
+                f"a GGUF file holds no vision tower, and this model has that of {self.tower.file.path.name}",
+                "Save an ordinary folder: model.dequantize().save_pretrained(folder).",
+            )
         if new := [name for name, _ in model.named_parameters() if _is_new(name, model, self.routes)]:
             raise PlanError(
                 f"GGUF has no name for {new[0]} of a {type(model).__name__}",
@@ -281,9 +308,17 @@ class _Saver:
             self.quantizer.write(self.model, path)
 
 
-def _routes_of(model: PreTrainedModel) -> dict[str, Route]:
-    """The routes, by names in this model. A base model (without a head) has no prefix in its names."""
-    by_name = routes(model.config)
+def _inside(name: str, language: str) -> str:
+    """The name of a tensor of a language model that is part of a larger model."""
+    return f"{language}.{name.removeprefix('model.')}" if name.startswith("model.") else name
+
+
+def _routes_of(model: PreTrainedModel, config: Any) -> dict[str, Route]:
+    """The routes, by names in this model. A base model (without a head) has no prefix in its names.
+
+    config: that of the language model.
+    """
+    by_name = routes(config)
     if model.base_model is not model:
         return by_name
     prefix = f"{model.base_model_prefix}."
@@ -296,16 +331,24 @@ def _is_new(name: str, model: PreTrainedModel, known: Mapping[str, Route]) -> bo
     return base is not model and name not in known and not name.startswith(f"{model.base_model_prefix}.")
 
 
-def _matched(file: GgufFile | Joined, model: PreTrainedModel, known: dict[str, Route]) -> dict[str, Entry]:
+def _matched(
+    file: GgufFile | Joined,
+    model: PreTrainedModel,
+    known: dict[str, Route],
+    extra: frozenset[str],
+    beside: Container[str],
+) -> dict[str, Entry]:
     """Name in the model -> its tensor in the file. FormatError if a tensor is missing or has a wrong shape.
+
+    extra: tensors of the file that are no weights. beside: tensors of the model that are in another file.
 
     As with other checkpoints in transformers, the file's output head is ignored if the model's class has none, and a
     head that GGUF files never have (such as a classifier's) is initialized with a warning.
     """
     ours = names_of(known)
-    ignored = architecture(model.config).extra | hybrid.beyond(file)
+    ignored = extra | hybrid.beyond(file)
     own = [*model.named_parameters(remove_duplicate=False), *persistent(model)]
-    expected = {name: tensor.shape for name, tensor in own}
+    expected = {name: tensor.shape for name, tensor in own if name not in beside}
     entries: dict[str, Entry] = {}
     for entry in file.entries.values():
         if entry.name in ignored:

@@ -1,6 +1,6 @@
-"""Who loads a model in this thread: fewbit's own loader, or a user's `from_pretrained`; and with which kernel.
+"""Who loads a model in this thread: fewbit's own loader, or a user's `from_pretrained`; with which kernel and tower.
 
-Both are context variables, so that loads in other threads are not affected. A quantizer reads them once, when it is
+All are context variables, so that loads in other threads are not affected. A quantizer reads them once, when it is
 made: transformers may call it from threads of its own.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -18,18 +19,21 @@ from fewbit.models import foreign
 
 _own: ContextVar[bool] = ContextVar("fewbit_own_loader", default=False)
 _kernel: ContextVar[str | None] = ContextVar("fewbit_kernel", default=None)
+_tower: ContextVar[Path | None] = ContextVar("fewbit_tower", default=None)
 
 
 @contextmanager
-def serving(kernel: str | None = None) -> Iterator[None]:
+def serving(kernel: str | None = None, tower: Path | None = None) -> Iterator[None]:
     """Inside this context, fewbit loads every format that it knows. With `kernel`, packed weights use that kernel.
 
-    It applies to this thread, even if another back end for the format is installed.
+    tower: the file with the vision tower of a GGUF model. It applies to this thread, even if another back end for the
+    format is installed.
     """
-    own, named = _own.set(True), _kernel.set(kernel)
+    own, named, beside = _own.set(True), _kernel.set(kernel), _tower.set(tower)
     try:
         yield
     finally:
+        _tower.reset(beside)
         _kernel.reset(named)
         _own.reset(own)
 
@@ -42,6 +46,11 @@ def own_loader() -> bool:
 def requested_kernel() -> str | None:
     """The kernel for packed weights; None for the best one for each weight."""
     return _kernel.get()
+
+
+def requested_tower() -> Path | None:
+    """The file with the vision tower of the GGUF model; None without one."""
+    return _tower.get()
 
 
 def dispatched(theirs: Any, ours: Callable[..., Any], methods: Container[str]) -> Any:

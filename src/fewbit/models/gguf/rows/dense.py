@@ -90,6 +90,9 @@ OLMO2_ROW = Architecture(
     untied=True,
 )
 
+QWEN2_ROW = Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", MODEL, LLAMA, extra=ROPE)
+QWEN3_ROW = Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", MODEL, LLAMA | HEAD_NORMS, extra=ROPE, biases=BIAS)
+
 ROWS = (
     LLAMA_ROW,
     replace(LLAMA_ROW, model_type="mistral", cls="MistralForCausalLM", window=True, when=("attention.sliding_window",)),
@@ -106,8 +109,11 @@ ROWS = (
         required={"sliding_window": None},
         other_ramp=True,
     ),
-    Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", MODEL, LLAMA, extra=ROPE),
-    Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", MODEL, LLAMA | HEAD_NORMS, extra=ROPE, biases=BIAS),
+    QWEN2_ROW,
+    QWEN3_ROW,
+    # Text models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: without images, the sections of their RoPE have equal positions
+    replace(QWEN2_ROW, name="qwen2vl"),
+    replace(QWEN3_ROW, name="qwen3vl"),
     Architecture(
         "gemma",
         "gemma",

@@ -132,6 +132,18 @@ GRANITE_MOE_SWA_ROW = replace(
     when=("expert_count",),
 )
 
+QWEN3_ROW = Architecture(
+    "qwen3moe",
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    MODEL,
+    NO_MLP | HEAD_NORMS | QWEN_EXPERTS,
+    required={**ALL_SPARSE, "norm_topk_prob": True},
+    counts={**EXPERTS, "moe_intermediate_size": "expert_feed_forward_length"},
+    experts="num_experts",
+    biases=BIAS,
+)
+
 ROWS = (
     GRANITE_MOE_SWA_ROW,
     GRANITE_SWA_ROW,
@@ -192,17 +204,8 @@ ROWS = (
         biases={"qkv_bias": "blk.0.attn_q.bias"},
         untied=True,
     ),
-    Architecture(
-        "qwen3moe",
-        "qwen3_moe",
-        "Qwen3MoeForCausalLM",
-        MODEL,
-        NO_MLP | HEAD_NORMS | QWEN_EXPERTS,
-        required={**ALL_SPARSE, "norm_topk_prob": True},
-        counts={**EXPERTS, "moe_intermediate_size": "expert_feed_forward_length"},
-        experts="num_experts",
-        biases=BIAS,
-    ),
+    QWEN3_ROW,
+    replace(QWEN3_ROW, name="qwen3vlmoe"),  # the text model of Qwen3-VL
     Architecture(
         "olmoe",
         "olmoe",

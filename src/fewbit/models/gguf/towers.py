@@ -1,0 +1,274 @@
+"""A vision tower from a file of llama.cpp (mmproj), as part of a model of transformers.
+
+    opened = towers.opened(path, "gemma3_text")     # FormatError if it is another kind of file, or of another model
+    towers.to_config(text, opened, file)            # config.json of the whole model; text: that of the language model
+    parts = towers.parts(config, opened.row)        # transformers' name -> `Part`, for every tensor of the tower
+    parts[name].from_file(pieces, shape), parts[name].to_file(tensor)
+
+The language model stays in a file of its own. `rows/towers.py` has the kinds of towers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import FormatError
+from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile
+from fewbit.models.gguf.metadata import Keys
+from fewbit.models.gguf.names import Route
+from fewbit.models.gguf.pieces import decoded
+from fewbit.models.gguf.rows.towers import ROWS
+from fewbit.models.gguf.tower import Tower
+
+PROJECTORS = tuple(dict.fromkeys(row.projector for row in ROWS))
+_ALONE = "Without `mmproj`, the language model runs on text."
+_ACTIVATIONS = ("use_gelu", "use_silu")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file with a vision tower, and the row that says what it is."""
+
+    file: GgufFile
+    keys: Keys
+    row: Tower
+
+
+def is_tower(file: GgufFile) -> bool:
+    """Whether a file has towers instead of a language model."""
+    return file.metadata.get("general.type") == "mmproj" or file.metadata.get("general.architecture") == "clip"
+
+
+def opened(path: Path, language: str) -> Opened:
+    """The tower in the file at `path`. FormatError if it has none, another one than for images, or an unknown one.
+
+    language: transformers' type of the language model. FormatError if a model of this type cannot have the tower.
+    """
+    file = GgufFile(path)
+    if not is_tower(file):
+        kind = str(file.metadata.get("general.architecture"))[:80]
+        raise FormatError(
+            f"{path} is no vision tower (mmproj): its architecture is {kind!r}",
+            "Give the language model as the model, and the file of the tower, usually named mmproj-..., as `mmproj`.",
+        )
+    keys = Keys(file, "clip")
+    if keys.get("has_audio_encoder") or not keys.flag("has_vision_encoder", False):
+        heard = "a tower for sound" if keys.get("has_audio_encoder") else "no tower for images"
+        raise FormatError(f"{path} has {heard}, and fewbit reads towers for images only", _ALONE)
+    projector = keys.get("projector_type", keys.get("vision.projector_type"))
+    rows = [row for row in ROWS if row.projector == projector]
+    if not rows:
+        raise FormatError(
+            f"{path}: its projector is {str(projector)[:80]!r}, which fewbit does not read",
+            f"fewbit reads {', '.join(PROJECTORS)}. {_ALONE}",
+        )
+    rows = [row for row in rows if row.when in file.entries] or [row for row in rows if not row.when]
+    for row in rows:
+        if language in row.texts:
+            return Opened(file, keys, row)
+    known = sorted({text for row in rows for text in row.texts})
+    raise FormatError(
+        f"{path}: its projector is {projector!r}, for language models of type {', '.join(known)}, and this one is of "
+        f"type {language}",
+        "Give the mmproj file that was made of the same model.",
+    )
+
+
+def to_config(text: Mapping[str, Any], tower: Opened, vocabulary: GgufFile) -> dict[str, Any]:
+    """The content of config.json for a language model with a tower. FormatError if they do not belong together.
+
+    text: the config of the language model. vocabulary: its file.
+    """
+    keys, row = tower.keys, tower.row
+    name, axis = row.output
+    if (width := keys.shape(name)[axis]) != text["hidden_size"]:
+        raise FormatError(
+            f"{keys.file.path} makes vectors of width {width}, and the language model in {vocabulary.path} has width "
+            f"{text['hidden_size']}",
+            "Give the mmproj file that was made of the same model.",
+        )
+    inner = {key: value for key, value in text.items() if key != "architectures"}
+    inner["model_type"] = row.texts[text["model_type"]]
+    if row.sections:
+        sections = Keys(vocabulary, str(vocabulary.metadata["general.architecture"])).get("rope.dimension_sections")
+        if sections is None or len(sections) < 3:
+            raise FormatError(f"{vocabulary.path} has no sections of RoPE (rope.dimension_sections), which images need")
+        inner["rope_parameters"] = {**inner["rope_parameters"], "mrope_section": [int(each) for each in sections[:3]]}
+    vision: dict[str, Any] = {"model_type": row.vision_type}
+    vision |= {theirs: keys.count(f"vision.{ours}") for theirs, ours in row.sizes.items()}
+    if row.epsilon:
+        vision[row.epsilon] = keys.real("vision.attention.layer_norm_epsilon")
+    vision["hidden_act"] = _activation(tower)
+    config = {
+        "architectures": [row.cls],
+        "model_type": row.model_type,
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "dtype": text["dtype"],
+        **_token_ids(tower, vocabulary, text["vocab_size"]),
+    }
+    for entry, value in {**row.fixed, **row.further(keys)}.items():
+        own, _, last = entry.rpartition(".")
+        (vision if own else config)[last] = value
+    return {**config, "text_config": inner, "vision_config": vision}
+
+
+def _activation(tower: Opened) -> str:
+    """The name of the activation of the encoder's MLPs."""
+    keys, named = tower.keys, tower.row.activations
+    found = next((key for key in _ACTIVATIONS if keys.flag(key, False)), "")
+    if found not in named:
+        raise keys.wrong(f"its activation is {found or 'quick_gelu'}; that of a {tower.row.cls} is {', '.join(named)}")
+    return named[found]
+
+
+def _token_ids(tower: Opened, vocabulary: GgufFile, rows: int) -> dict[str, int]:
+    """The ids of the tokens that mark images."""
+    tokens = vocabulary.metadata.get("tokenizer.ggml.tokens")
+    places = {token: i for i, token in enumerate(tokens if isinstance(tokens, list) else [])}
+    found = {}
+    for entry, token in tower.row.tokens.items():
+        if token in places:
+            found[entry] = places[token]
+        elif token == tower.row.beyond:
+            found[entry] = max(rows, len(places))
+        else:
+            raise FormatError(
+                f"{vocabulary.path}: its vocabulary has no token {token!r}, which a {tower.row.cls} needs for images",
+                f"Get a newer file of the language model. {_ALONE}",
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of the model in the file: the names of its pieces, and its conversion.
+
+    paired: the pieces are the convolutions over the first and the second image. Else their rows follow each other.
+    """
+
+    names: tuple[str, ...]
+    route: Route
+    paired: bool = False
+
+    def pieces(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
+        """The shape of each piece of a tensor of this shape."""
+        if self.paired:
+            return [(*shape[:2], *shape[3:])] * len(self.names)
+        return [(shape[0] // len(self.names), *shape[1:])] * len(self.names)
+
+    def from_file(self, pieces: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """The model's tensor of the file's."""
+        whole = torch.stack(list(pieces), dim=2) if self.paired else torch.cat(list(pieces))
+        return self.route.from_file(whole).reshape(tuple(shape)).contiguous()
+
+    def to_file(self, tensor: Tensor) -> list[Tensor]:
+        """The file's tensors of the model's."""
+        whole = self.route.to_file(tensor)
+        found = whole.unbind(2) if self.paired else whole.chunk(len(self.names))
+        return [piece.contiguous() for piece in found]
+
+
+def _small(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without dimensions of size 1, which some converters leave out."""
+    return tuple(size for size in shape if size != 1)
+
+
+def parts(config: Any, row: Tower) -> dict[str, Part]:
+    """transformers' name -> part, for every tensor that a tower of this config can have.
+
+    config: transformers' config object of the whole model.
+    """
+    vision, found = config.vision_config, dict[str, Part]()
+    halves = {"order": _halves(vision)} if row.permuted else {}
+
+    def add(theirs: str, names: str | tuple[str, ...], place: str = "", **more: Any) -> None:
+        each = (names,) if isinstance(names, str) else names
+        for leaf in ("weight", "bias"):
+            whole = tuple(f"{place}{name}.{leaf}" for name in each)
+            shift = 1.0 if leaf == "weight" and each[0] in row.shifted else 0.0
+            found[f"{theirs}.{leaf}"] = Part(whole, Route(whole[0], shift=shift, **more))
+
+    for theirs, ours in row.model.items():
+        add(theirs, ours)
+    for theirs, ours in row.parameters.items():
+        found[theirs] = Part((ours,), Route(ours))
+    for theirs, pair in row.pairs.items():
+        found[theirs] = Part(pair, Route(pair[0]), paired=True)
+    for layer in range(vision.num_hidden_layers):
+        for theirs, names in row.block.items():
+            more = halves if names in ("attn_q", "attn_k") else {}
+            add(f"{row.layers}.{layer}.{theirs}", names, f"v.blk.{layer}.", **more)
+        for theirs, ours in row.block_parameters.items():
+            found[f"{row.layers}.{layer}.{theirs}"] = Part((whole := f"v.blk.{layer}.{ours}",), Route(whole))
+    for theirs, ours in row.beside.items():
+        for place, layer in enumerate(vision.deepstack_visual_indexes):
+            add(theirs.replace("*", str(place)), ours, f"v.deepstack.{layer}.")
+    return found
+
+
+def _halves(vision: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The order of rows of q and k in llama.cpp, which turns neighbours together."""
+    heads = vision.num_attention_heads
+    return (heads, 2, vision.hidden_size // heads // 2), (0, 2, 1)
+
+
+class Weights:
+    """The tensors of a tower for a model. FormatError if the file lacks one, or has others than the model."""
+
+    def __init__(self, tower: Opened, config: Any, expected: Mapping[str, Sequence[int]]) -> None:
+        """expected: names and shapes of all tensors of the model outside the language model."""
+        self.tower, self.file = tower, tower.file
+        self.parts, self.shapes = dict[str, Part](), dict(expected)
+        known, unused = parts(config, tower.row), tower.row.unused
+        missing = []
+        for name, shape in expected.items():
+            if name.rpartition(".")[0] in unused:
+                continue
+            part = known.get(name)
+            if part is None or any(each not in self.file.entries for each in part.names):
+                missing.append(name if part is None else next(e for e in part.names if e not in self.file.entries))
+                continue
+            for each, own in zip(part.names, part.pieces(shape), strict=True):
+                self._check(self.file.entries[each], own)
+            self.parts[name] = part
+        if missing:
+            raise FormatError(f"{self.file.path}: {len(missing)} tensors are missing; the first is {missing[0]}")
+        used = {each for part in self.parts.values() for each in part.names}
+        if others := sorted(self.file.entries.keys() - used - tower.row.extra):
+            raise FormatError(f"{self.file.path}: the tensor {others[0]} has no place in a {tower.row.cls}")
+
+    def _check(self, entry: Entry, shape: Sequence[int]) -> None:
+        if _small(entry.shape) != _small(shape):
+            raise FormatError(
+                f"{self.file.path}: {entry.name} has shape {list(entry.shape)}, the model expects {list(shape)}"
+            )
+        if entry.type in PLAIN and not entry.spec.dtype.is_floating_point:
+            raise FormatError(f"{self.file.path}: {entry.name} has type {entry.type}, expected a float type")
+
+    @property
+    def quantized(self) -> list[str]:
+        """The types of quantized tensors."""
+        used = (self.file.entries[each] for part in self.parts.values() for each in part.names)
+        return sorted({entry.type for entry in used if entry.type not in PLAIN})
+
+    def state(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors by their names in the model, in `dtype`."""
+        found = {}
+        for name, shape in self.shapes.items():
+            if (part := self.parts.get(name)) is None:  # a norm that is not used
+                make = torch.ones if name.endswith(".weight") else torch.zeros
+                found[name] = make(tuple(shape), dtype=dtype, device="cpu")
+                continue
+            entries = [self.file.entries[each] for each in part.names]
+            pieces = zip(entries, part.pieces(shape), strict=True)
+            stored = [decoded(entry, self.file.get(entry.name), torch.float32).reshape(own) for entry, own in pieces]
+            found[name] = part.from_file(stored, shape).to(dtype)
+            for entry in entries:
+                self.file.release(entry.name)
+        return found

@@ -1,0 +1,244 @@
+"""Models with a vision tower from two GGUF files: images, settings of processors, and errors for files that do not fit.
+
+tests/golden compares a tower of every kind with the original.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import fewbit as package
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers.gguf import GgufFile
+from fewbit.models import images
+from fewbit.models.gguf import processor, towers
+from fewbit.models.source import locate, with_tower
+from fewbit.nn.layers import QLinear
+from tests import mmproj_files, models
+from tests.e2e.conftest import Fewbit
+
+pytest.importorskip("PIL")
+from PIL import Image  # after the check
+
+_NEEDS_TORCHVISION = ("pixtral", "mistral3")
+PROMPT = "The weight of a block"
+
+
+class Files(NamedTuple):
+    """A model of transformers, and the same as two GGUF files."""
+
+    folder: Path
+    text: Path
+    tower: Path
+
+    @property
+    def pair(self) -> dict[str, Any]:
+        return {"model": self.text, "mmproj": self.tower}
+
+
+def made(place: Path, kind: str, text: str = "f32", tower: str = "f32") -> Files:
+    folder = mmproj_files.save(place / "m", kind)
+    (place / "files").mkdir()
+    return Files(
+        folder,
+        mmproj_files.text_file(folder, place / "files" / "text.gguf", kind, text),
+        mmproj_files.tower_file(folder, place / "files" / "mmproj.gguf", kind, tower),
+    )
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    files = made(tmp_path_factory.mktemp("gemma"), "gemma3")
+    for other in files.text.parent.glob("*.plain"):
+        other.unlink()
+    return files
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    pixels = torch.randint(0, 256, (40, 50, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png"
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("kind", [kind for kind in mmproj_files.KINDS if kind not in _NEEDS_TORCHVISION])
+def test_the_processor_is_the_originals(kind: str, tmp_path: Path, picture: Path) -> None:
+    files = made(tmp_path, kind)
+    source, pictures = with_tower(locate(files.text), files.tower), images.read([picture])
+    found = images.inputs(images.load_processor(source), PROMPT, pictures, chat=False)
+    wanted = images.inputs(mmproj_files.processor(kind), PROMPT, pictures, chat=False)
+    same(found, wanted)
+    assert int((found["input_ids"] == images.image_token(source)).sum()) > 3
+
+
+@pytest.mark.parametrize("kind", _NEEDS_TORCHVISION)
+def test_pixels_that_need_torchvision_are_the_originals(kind: str, tmp_path: Path, picture: Path) -> None:
+    files, pictures = made(tmp_path, kind), images.read([picture])
+    tower = towers.opened(files.tower, "llama")
+    wanted = mmproj_files.KINDS[kind].images()(pictures, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor.images(tower)(pictures, return_tensors="pt")["pixel_values"], wanted)
+    if find_spec("torchvision") is None:
+        with pytest.raises(PlanError, match="PixtralProcessor needs the package torchvision"):
+            images.load_processor(with_tower(locate(files.text), files.tower))
+
+
+def test_settings_beside_the_tower_are_used(tmp_path: Path, gemma: Files, picture: Path) -> None:
+    shutil.copy(gemma.tower, tmp_path / "mmproj.gguf")
+    own = transformers.Gemma3ImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.1] * 3, resample=0)
+    own.save_pretrained(tmp_path)
+    tower, pictures = towers.opened(tmp_path / "mmproj.gguf", "gemma3_text"), images.read([picture])
+    found = processor.images(tower)(pictures, return_tensors="pt")["pixel_values"]
+    assert torch.equal(found, own(pictures, return_tensors="pt")["pixel_values"])
+    (tmp_path / "preprocessor_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(FormatError, match=r"has no usable preprocessor_config\.json"):
+        processor.images(tower)
+
+
+def test_images_give_the_text_of_the_folder(gemma: Files, picture: Path, fewbit: Fewbit) -> None:
+    shared = ("--image", picture, "--max-new-tokens", 8, "--device", "cpu", "--json")
+    wanted = fewbit("generate", gemma.folder, PROMPT, *shared)
+    found = fewbit("generate", gemma.text, PROMPT, "--mmproj", gemma.tower, *shared)
+    assert wanted.code == found.code == 0, wanted.err + found.err
+    assert found.json["text"] == wanted.json["text"]
+    assert found.json["tokens"] == wanted.json["tokens"] > 1
+
+
+def test_a_folder_with_both_files_is_the_whole_model(gemma: Files, picture: Path, fewbit: Fewbit) -> None:
+    folder = gemma.text.parent
+    whole = package.load(folder, device="cpu")
+    assert isinstance(whole, transformers.Gemma3ForConditionalGeneration)
+    assert isinstance(package.load(gemma.text, device="cpu"), transformers.Gemma3ForCausalLM)
+    one = package.generate(folder, PROMPT, images=picture, max_new_tokens=4, device="cpu")
+    assert (
+        one.text == package.generate(prompt=PROMPT, images=picture, max_new_tokens=4, device="cpu", **gemma.pair).text
+    )
+    for command in (("inspect",), ("generate", "--device", "cpu", "--max-new-tokens", 2)):
+        done = fewbit(command[0], folder, *([PROMPT] if command[0] == "generate" else []), *command[1:])
+        assert done.code == 0, done.err
+
+
+def test_a_vocabulary_may_lack_gemmas_image_token(tmp_path: Path, gemma: Files, picture: Path) -> None:
+    file = GgufFile(gemma.text)
+    tokens = list(file.metadata["tokenizer.ggml.tokens"])
+    tokens[tokens.index("<image_soft_token>")] = "[PAD290]"
+    text = mmproj_files.changed(gemma.text, tmp_path / "text.gguf", {"tokenizer.ggml.tokens": tokens})
+    source = with_tower(locate(text), gemma.tower)
+    assert images.image_token(source) == len(tokens)
+    given: dict[str, Any] = {"images": picture, "max_new_tokens": 4, "device": "cpu"}
+    found = package.generate(text, PROMPT, mmproj=gemma.tower, **given)
+    assert found.text == package.generate(prompt=PROMPT, **gemma.pair, **given).text
+
+
+def test_packed_weights_stay_packed_beside_a_tower(tmp_path: Path, picture: Path) -> None:
+    files = made(tmp_path, "gemma3", text="q8_0", tower="f16")
+    loaded = package.load(mmproj=files.tower, model=files.text, dtype="float32", device="cpu")
+    packed = {name for name, module in loaded.named_modules() if isinstance(module, QLinear)}
+    assert len(packed) > 10
+    assert all(name.startswith(("model.language_model", "lm_head")) for name in packed)
+    weight = loaded.model.vision_tower.encoder.layers[0].mlp.fc1.weight
+    original = mmproj_files.original(files.folder).model.vision_tower.encoder.layers[0].mlp.fc1.weight
+    assert torch.equal(weight, original.half().float())
+    assert package.generate(prompt=PROMPT, images=picture, max_new_tokens=4, device="cpu", **files.pair).tokens == 4
+    with pytest.raises(PlanError, match="a GGUF file holds no vision tower"):
+        loaded.save_pretrained(tmp_path / "saved")
+    loaded.dequantize().save_pretrained(tmp_path / "plain")
+    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    given = mmproj_files.inputs("gemma3", again)
+    with torch.inference_mode():
+        one, other = again(**given).logits, loaded(**given).logits
+    assert float((one - other).norm() / one.norm()) < 1e-4
+
+
+def test_a_quantized_tower_is_dequantized_with_a_note(tmp_path: Path, gemma: Files) -> None:
+    path = mmproj_files.quantized(gemma.tower, tmp_path / "mmproj.gguf", "q8_0")
+    with pytest.warns(UserWarning, match=r"mmproj\.gguf: q8_0 tensors of the tower are dequantized in memory"):
+        loaded = package.load(gemma.text, mmproj=path, dtype="float32", device="cpu")
+    original = mmproj_files.original(gemma.folder)
+    given = mmproj_files.inputs("gemma3", original)
+    with torch.inference_mode():
+        wanted, found = original(**given).logits, loaded(**given).logits
+    assert 0 < float((found - wanted).norm() / wanted.norm()) < 0.1
+
+
+def test_a_row_of_the_embedding_in_the_tower_is_ignored(tmp_path: Path) -> None:
+    files = made(tmp_path, "mistral3")
+    extra = {"v.token_embd.img_break": torch.zeros(64)}
+    tower = mmproj_files.changed(files.tower, tmp_path / "mmproj.gguf", {}, extra)
+    package.load(files.text, mmproj=tower, device="cpu")
+
+
+_BAD: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ("unknown", {"clip.projector_type": "resampler"}, {}, "'resampler', which fewbit does not read"),
+    ("sound", {"clip.has_vision_encoder": False, "clip.has_audio_encoder": True}, {}, "has a tower for sound"),
+    ("both", {"clip.has_audio_encoder": True}, {}, "has a tower for sound"),
+    ("none", {"clip.has_vision_encoder": None}, {}, "has no tower for images"),
+    ("another model", {"clip.projector_type": "qwen2vl_merger"}, {}, "for language models of type qwen2"),
+    ("sizes", {"clip.vision.patch_size": 0}, {}, "patch_size is 0, not an integer above 0"),
+    ("sides", {"clip.vision.image_size": 33}, {}, "image_size is 33, which is no multiple of vision.patch_size, 8"),
+    ("activation", {"clip.use_gelu": False}, {}, "its activation is quick_gelu"),
+    ("epsilon", {"clip.vision.attention.layer_norm_epsilon": "x"}, {}, "not a finite number"),
+    ("missing", {}, {"v.blk.1.ln1.bias": None}, r"1 tensors are missing; the first is v\.blk\.1\.ln1\.bias"),
+    ("blocks", {"clip.vision.block_count": 5}, {}, r"tensors are missing; the first is v\.blk\.4\."),
+    ("fewer", {"clip.vision.block_count": 3}, {}, r"the tensor v\.blk\.3\..* has no place in a Gemma3For"),
+    ("shape", {}, {"v.post_ln.bias": torch.zeros(47)}, r"v\.post_ln\.bias has shape \[47\], the model expects \[48\]"),
+    (
+        "width",
+        {},
+        {"mm.input_projection.weight": torch.zeros(48, 32)},
+        "makes vectors of width 32, and .* has width 64",
+    ),
+    ("mean", {"clip.vision.image_mean": None}, {}, "image_mean is None, not 3 numbers"),
+]
+
+
+@pytest.mark.parametrize(("keys", "tensors", "words"), [case[1:] for case in _BAD], ids=[case[0] for case in _BAD])
+def test_files_that_do_not_fit_are_refused(
+    keys: dict[str, Any], tensors: dict[str, Any], words: str, tmp_path: Path, gemma: Files, picture: Path
+) -> None:
+    tower = mmproj_files.changed(gemma.tower, tmp_path / "mmproj.gguf", keys, tensors)
+    with pytest.raises(FormatError, match=words):
+        package.generate(gemma.text, PROMPT, images=picture, mmproj=tower, device="cpu", max_new_tokens=1)
+
+
+def test_wrong_files_in_the_wrong_places_are_named(tmp_path: Path, gemma: Files, picture: Path, fewbit: Fewbit) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(gemma.tower.read_bytes()[:-1000])
+    llama = models.save(tmp_path / "llama", "llama")
+    cases = (
+        (gemma.text, gemma.text, 3, "is no vision tower (mmproj): its architecture is 'gemma3'"),
+        (gemma.tower, gemma.text, 3, "is the vision or audio tower of a model (mmproj), not a model"),
+        (gemma.text, cut, 3, "would end at byte"),
+        (gemma.text, tmp_path / "none.gguf", 2, "no such"),
+        (llama, gemma.tower, 2, "is no GGUF file, and has its tower in its own files"),
+    )
+    for model, tower, code, words in cases:
+        done = fewbit("generate", model, PROMPT, "--image", picture, "--mmproj", tower)
+        assert (done.code, words in done.err) == (code, True), done.err
+
+
+def test_images_without_the_file_of_the_tower_are_refused(
+    tmp_path: Path, gemma: Files, picture: Path, fewbit: Fewbit
+) -> None:
+    done = fewbit("generate", gemma.text, PROMPT, "--image", picture)
+    assert done.code == 2
+    assert "is a GGUF file, which holds no vision tower" in done.err
+    assert "Give the file of the tower as --mmproj, or leave out --image" in done.err
+    folder = shutil.copytree(gemma.text.parent, tmp_path / "three")
+    shutil.copy(gemma.tower, folder / "mmproj-2.gguf")
+    with pytest.raises(FormatError, match=r"has several vision towers \(mmproj-2\.gguf, mmproj\.gguf\)"):
+        package.load(folder)

@@ -1,0 +1,47 @@
+"""A vision tower of every kind is read from the file that llama.cpp's own converter makes of it.
+
+The keys and digests are those of files by llama-cpp-python 0.3.36 (`python -m tests.interop.converter towers`). The
+tensors of a file are made here, by fewbit's names and orders, from weights that are whole numbers. If the digest is
+that of the converter's file, the file is the converter's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewbit.api import generate
+from fewbit.formats.containers.gguf import GgufFile
+from fewbit.models.gguf.rows.towers import ROWS
+from tests import gguf_files, mmproj_files, multimodal
+
+
+@pytest.mark.parametrize("kind", mmproj_files.KINDS)
+def test_a_tower_file_is_that_of_its_converter(kind: str, tmp_path: Path) -> None:
+    folder = gguf_files.numbered(mmproj_files.save(tmp_path / "m", kind))
+    file = GgufFile(mmproj_files.tower_file(folder, tmp_path / "mmproj.gguf", kind))
+    assert gguf_files.digest(file) == mmproj_files.golden()[kind]["digest"]
+
+
+@pytest.mark.parametrize("kind", mmproj_files.KINDS)
+def test_two_files_give_the_original_logits(kind: str, tmp_path: Path) -> None:
+    folder = mmproj_files.save(tmp_path / "m", kind)
+    original, row = mmproj_files.original(folder), mmproj_files.row_of(kind)
+    text = mmproj_files.text_file(folder, tmp_path / "text.gguf", kind)
+    tower = mmproj_files.tower_file(folder, tmp_path / "mmproj.gguf", kind)
+    loaded = generate.load(text, mmproj=tower, dtype="float32", device="cpu")
+    assert type(loaded).__name__ == row.cls
+    given = mmproj_files.inputs(kind, original)
+    with torch.inference_mode():
+        wanted, found = original(**given).logits, loaded(**given).logits
+        other = {name: value + 1 if name == "pixel_values" else value for name, value in given.items()}
+        assert float((loaded(**other).logits - wanted).norm() / wanted.norm()) > 1e-2
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_every_row_has_a_case() -> None:
+    rows = [mmproj_files.row_of(kind) for kind in mmproj_files.KINDS]
+    assert {(row.projector, row.model_type) for row in rows} == {(row.projector, row.model_type) for row in ROWS}
+    assert {case.type for case in mmproj_files.KINDS.values()} <= multimodal.WITH_IMAGE

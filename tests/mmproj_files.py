@@ -1,0 +1,393 @@
+"""Small models with vision towers, as folders and as the two GGUF files that llama.cpp has of each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fewbit.formats.containers.gguf import Entry, GgufFile, GgufWriter
+from fewbit.methods.base import Method
+from fewbit.models.gguf import towers
+from fewbit.models.gguf.rows.towers import ROWS
+from fewbit.models.gguf.tower import Tower
+from fewbit.schemes.base import parse
+from tests import gguf_files, models, multimodal
+
+GOLDEN = Path(__file__).parent / "data" / "gguf_towers.json"
+SIZE, PATCH = 32, 8
+_CLIP: dict[str, Any] = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+_HALF: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+_SQUARE: dict[str, Any] = {"height": SIZE, "width": SIZE}
+_PLAIN_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
+_MROPE = {**_PLAIN_ROPE, "mrope_section": [4, 2, 2]}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """type: transformers'. cls: of the converter, after its module. vision, text, whole: entries of the configs.
+
+    renamed: beginnings of names in published checkpoints that transformers saves otherwise. transposed: the ends of
+    names of tensors of experts that are [experts, columns, rows] there. text_class: the class of
+    the language model in published configs. text_name: its architecture in a file, if fewbit writes it as another.
+    half: weights that the converter always rounds to float16. images: the original's processor of images. processing:
+    arguments of the original's whole processor.
+    """
+
+    type: str
+    cls: str
+    images: Callable[[], Any]
+    vision: Mapping[str, Any] = field(default_factory=dict)
+    text: Mapping[str, Any] = field(default_factory=dict)
+    whole: Mapping[str, Any] = field(default_factory=dict)
+    renamed: tuple[tuple[str, str], ...] = ()
+    transposed: tuple[str, ...] = ()
+    text_class: str = ""
+    text_name: str = ""
+    half: tuple[str, ...] = ()
+    processing: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _qwen(least: int, most: int, scale: Mapping[str, Any]) -> Any:
+    size = {"shortest_edge": least, "longest_edge": most}
+    return lambda: transformers.Qwen2VLImageProcessorPil(patch_size=PATCH, size=size, **scale)
+
+
+def _pixtral() -> Any:
+    patch = {"height": PATCH, "width": PATCH}
+    return transformers.PixtralImageProcessorPil(size={"longest_edge": SIZE}, patch_size=patch, **_CLIP)
+
+
+def _idefics() -> Any:
+    limits: dict[str, Any] = {"size": {"longest_edge": 2 * SIZE}, "max_image_size": {"longest_edge": SIZE}}
+    return transformers.Idefics3ImageProcessorPil(**limits, **_HALF)
+
+
+_QWEN = _qwen(3136, 12845056, _CLIP)
+_QWEN3 = _qwen(65536, 16777216, _HALF)
+_DEEP = {"deepstack_visual_indexes": [1, 2]}
+_TEXT_INSIDE = (("model.text_model.", "model."),)
+KINDS: dict[str, Kind] = {
+    "gemma3": Kind(
+        "gemma3",
+        "gemma:Gemma3VisionModel",
+        lambda: transformers.Gemma3ImageProcessorPil(size=_SQUARE, **_HALF),
+        processing={"image_seq_length": 4},
+        vision={"hidden_size": 48, "vision_use_head": False},
+        text={"query_pre_attn_scalar": 16},
+        renamed=(("vision_tower.", "vision_tower.vision_model."),),
+        half=("mm_input_projection_weight",),
+    ),
+    "qwen2_vl": Kind(
+        "qwen2_vl",
+        "qwenvl:Qwen2VLVisionModel",
+        _QWEN,
+        vision={"embed_dim": 48},
+        text={"rope_parameters": _MROPE},
+        text_name="qwen2vl",
+    ),
+    "qwen2_5_vl": Kind(
+        "qwen2_5_vl",
+        "qwenvl:Qwen2VLVisionModel",
+        _QWEN,
+        vision={"hidden_size": 48, "fullatt_block_indexes": [1, 3]},
+        text={"rope_parameters": _MROPE},
+        text_name="qwen2vl",
+    ),
+    "qwen3_vl": Kind(
+        "qwen3_vl",
+        "qwen3vl:Qwen3VLVisionModel",
+        _QWEN3,
+        vision={"hidden_size": 48, **_DEEP},
+        text={"rope_parameters": _MROPE},
+        text_name="qwen3vl",
+    ),
+    "qwen3_vl_moe": Kind(
+        "qwen3_vl_moe",
+        "qwen3vl:Qwen3VLVisionModel",
+        _QWEN3,
+        vision={"hidden_size": 48, **_DEEP},
+        text={"rope_parameters": _MROPE, "norm_topk_prob": True},
+        transposed=("experts.gate_up_proj", "experts.down_proj"),
+        text_name="qwen3vlmoe",
+    ),
+    "qwen3_5": Kind(
+        "qwen3_5",
+        "qwen3vl:Qwen3VLVisionModel",
+        _QWEN3,
+        vision={"hidden_size": 48},
+        text={"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}},
+    ),
+    "qwen3_5_moe": Kind(
+        "qwen3_5_moe",
+        "qwen3vl:Qwen3VLVisionModel",
+        _QWEN3,
+        vision={"hidden_size": 48},
+        text={"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}},
+    ),
+    "mistral3": Kind(
+        "mistral3",
+        "llava:LlavaVisionModel",
+        _pixtral,
+        processing={"patch_size": PATCH, "spatial_merge_size": 2},
+        text={"sliding_window": None},
+        whole={"tie_word_embeddings": False},
+    ),
+    "pixtral": Kind(
+        "llava",
+        "llava:LlavaVisionModel",
+        _pixtral,
+        processing={"patch_size": PATCH, "spatial_merge_size": 1},
+        whole={"vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
+    ),
+    "llava": Kind(
+        "llava",
+        "",
+        lambda: transformers.CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=_SQUARE, **_CLIP),
+        vision={"hidden_size": 48},
+        half=("patch_embedding.weight", "_projector.linear"),
+        processing={
+            "patch_size": PATCH,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
+    ),
+    "idefics3": Kind(
+        "idefics3",
+        "smolvlm:SmolVLMModel",
+        _idefics,
+        processing={"image_seq_len": 4},
+        vision={"hidden_size": 48},
+        renamed=_TEXT_INSIDE,
+        text_class="LlamaForCausalLM",
+    ),
+    "smolvlm": Kind(
+        "smolvlm",
+        "smolvlm:SmolVLMModel",
+        _idefics,
+        processing={"image_seq_len": 4},
+        vision={"hidden_size": 48},
+        renamed=_TEXT_INSIDE,
+        text_class="LlamaForCausalLM",
+    ),
+    "internvl": Kind(
+        "internvl",
+        "internvl:InternVisionModel",
+        lambda: transformers.GotOcr2ImageProcessorPil(size=_SQUARE, **_CLIP),
+        processing={"image_seq_length": 4},
+        vision={"hidden_size": 48},
+        whole={"tie_word_embeddings": False, "image_seq_length": 4},
+        renamed=(
+            ("vision_tower.", "model.vision_tower."),
+            ("multi_modal_projector.", "model.multi_modal_projector."),
+            ("language_model.model.", "model."),
+            ("language_model.lm_head", "lm_head"),
+        ),
+        text_class="Qwen2ForCausalLM",
+    ),
+}
+# Rows of fewbit that read files of kinds with another type
+ROW_OF = {"smolvlm": "idefics3"}
+
+
+def row_of(kind: str) -> Tower:
+    """The row for a kind."""
+    wanted, pixtral = ROW_OF.get(kind, KINDS[kind].type), kind in ("pixtral", "mistral3")
+    return next(row for row in ROWS if row.model_type == wanted and (row.projector == "pixtral") == pixtral)
+
+
+def config(kind: str) -> Any:
+    """The config of a small model of a kind, whose vocabulary has the tokens for images."""
+    case, row = KINDS[kind], row_of(kind)
+    made = multimodal.config(case.type)
+    if kind == "pixtral":
+        made.vision_config = multimodal.config("mistral3").vision_config
+    more = {"num_hidden_layers": 4, "depth": 4, **case.vision}
+    for part, entries in ((made.vision_config, more), (made.text_config, case.text), (made, case.whole)):
+        for key, value in entries.items():
+            if key not in ("depth", "num_hidden_layers") or hasattr(part, key):
+                setattr(part, key, value)
+    ids = {token: models.VOCAB + i for i, token in enumerate(tokens(kind))}
+    made.text_config.vocab_size = models.VOCAB + 12
+    for entry, token in row.tokens.items():
+        setattr(made, entry, ids[token])
+    return made
+
+
+def tokens(kind: str) -> list[str]:
+    """The tokens for images, in the order of their ids."""
+    row = row_of(kind)
+    more = ["<fake_token_around_image>", "<end_of_utterance>"] if row.model_type == "idefics3" else []
+    return list(dict.fromkeys([*row.tokens.values(), *row.named.values(), *more]))
+
+
+def save(folder: Path, kind: str) -> Path:
+    """A random model of a kind with its processor, in the Hugging Face layout."""
+    case = KINDS[kind]
+    multimodal.save(folder, case.type, config(kind))
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    for name in state:
+        if any(part in name for part in case.half):
+            state[name] = state[name].half().float()
+    save_file(state, path, metadata={"format": "pt"})
+    tokenizer(kind).save_pretrained(folder)
+    case.images().save_pretrained(folder)
+    own = {**case.processing, "processor_class": row_of(kind).processor}
+    (folder / "processor_config.json").write_text(json.dumps(own), encoding="utf-8")
+    return folder
+
+
+def processor(kind: str) -> Any:
+    """The processor of the original model, without its part for videos. ImportError if it needs torchvision."""
+    case, name = KINDS[kind], row_of(kind).processor
+    cls: Any = getattr(transformers, name)
+    parts = [part for part in cls.get_attributes() if part != "video_processor"]
+    without: Any = type(name, (cls,), {"get_attributes": classmethod(lambda _: parts)})
+    return without(image_processor=case.images(), tokenizer=tokenizer(kind), **case.processing)
+
+
+def tokenizer(kind: str) -> Any:
+    """The tokenizer of the tests with the tokens for images."""
+    plain = models.tokenizer()
+    plain.add_tokens(tokens(kind), special_tokens=True)
+    make: Any = transformers.PreTrainedTokenizerFast  # whose constructor is not typed
+    usual = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "model_max_length": models.CONTEXT}
+    return make(tokenizer_object=plain.backend_tokenizer, **usual, **row_of(kind).named)
+
+
+def published(folder: Path, out: Path, kind: str) -> Path:
+    """A copy of a model with the names and entries of published checkpoints, for the converter."""
+    case = KINDS[kind]
+    shutil.copytree(folder, out)
+    state = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        old, new = next((each for each in case.renamed if name.startswith(each[0])), ("", ""))
+        turned = name.endswith(case.transposed) if case.transposed else False
+        state[new + name.removeprefix(old)] = tensor.transpose(1, 2).contiguous() if turned else tensor
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    if case.text_class:
+        place = out / "config.json"
+        found = json.loads(place.read_text(encoding="utf-8"))
+        found["text_config"]["architectures"] = [case.text_class]
+        place.write_text(json.dumps(found), encoding="utf-8")
+    return out
+
+
+def original(folder: Path) -> Any:
+    """The whole model, by transformers alone, in float32."""
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    cls = getattr(transformers, found["architectures"][0])
+    return cls.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def text_file(folder: Path, path: Path, kind: str, scheme: str = "f32") -> Path:
+    """The language model of a folder as a GGUF file, by fewbit's writer."""
+    case, whole, row = KINDS[kind], original(folder), row_of(kind)
+    inner = whole.config.text_config.to_dict()
+    plain = next(read for read, inside in row.texts.items() if inside == inner["model_type"])
+    alone = folder.parent / f"{path.stem}-text"
+    own = {**inner, "model_type": plain, "tie_word_embeddings": whole.config.tie_word_embeddings}
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**own), dtype=torch.float32)
+    state = {}
+    for name, tensor in whole.state_dict().items():
+        if name.startswith(row.language):
+            state[f"model{name.removeprefix(row.language)}"] = tensor
+        elif name.startswith("lm_head"):
+            state[name] = tensor
+    made.load_state_dict(state)
+    made.save_pretrained(alone)
+    tokenizer(kind).save_pretrained(alone)
+    if not case.text_name:
+        return gguf_files.written(alone, path, scheme)
+    gguf_files.written(alone, path.with_suffix(".plain"), scheme)
+    gguf_files.renamed(path.with_suffix(".plain"), path, case.text_name)
+    sections = np.array([*inner["rope_parameters"]["mrope_section"], 0], np.int32)
+    return changed(path, path, {f"{case.text_name}.rope.dimension_sections": sections})
+
+
+def tower_file(folder: Path, path: Path, kind: str, scheme: str = "f32") -> Path:
+    """The tower of a folder as a GGUF file with the keys that llama.cpp's converter wrote."""
+    whole, row = original(folder), row_of(kind)
+    parts = towers.parts(whole.config, row)
+    if row.model_type == "llava" and row.projector == "mlp":  # a file lacks the last block, which is not used
+        last = f"{row.layers}.{whole.config.vision_config.num_hidden_layers - 1}."
+        parts = {name: part for name, part in parts.items() if not name.startswith(last)}
+    found: dict[str, Tensor] = {}
+    for name, tensor in whole.state_dict().items():
+        if (part := parts.get(name)) is not None:
+            found |= dict(zip(part.names, part.to_file(tensor), strict=True))
+    entries = [
+        Entry(name, scheme if tensor.dim() > 1 else "f32", tuple(tensor.shape)) for name, tensor in found.items()
+    ]
+    keys = {"general.type": "mmproj", "general.architecture": "clip", **keys_of(golden()[kind]["keys"])}
+    with GgufWriter(path, keys, entries) as writer:
+        for entry in entries:
+            writer.add(entry.name, found[entry.name].to(entry.spec.dtype).contiguous())
+    return path
+
+
+def inputs(kind: str, model: Any) -> dict[str, Tensor]:
+    """Token ids with an image among them."""
+    given = multimodal.inputs(KINDS[kind].type, model)
+    own = getattr(model.config, "image_token_id", None) or model.config.image_token_index
+    given["input_ids"] = given["input_ids"].masked_fill(given["input_ids"] == multimodal.IMAGE_TOKEN, own)
+    return given
+
+
+def keys_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys as a file has them: lists of numbers are arrays."""
+    return {key: _array(value) if isinstance(value, list) else value for key, value in stored.items()}
+
+
+def _array(value: list[Any]) -> Any:
+    whole = all(isinstance(each, int) and not isinstance(each, bool) for each in value)
+    return np.array(value, np.int32 if whole else bool if isinstance(value[0], bool) else np.float32)
+
+
+def changed(path: Path, out: Path, keys: Mapping[str, Any] = {}, tensors: Mapping[str, Tensor | None] = {}) -> Path:
+    """A copy of a file with other keys and float32 tensors. None: without it."""
+    file = GgufFile(path)
+    stored = {name: file.get(name).clone() for name in file.entries}
+    entries = [entry for name, entry in file.entries.items() if name not in tensors]
+    more = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    entries += [Entry(name, "f32", tuple(tensor.shape)) for name, tensor in more.items()]
+    metadata = {key: value for key, value in (file.metadata | dict(keys)).items() if value is not None}
+    with GgufWriter(out, metadata, entries, overwrite=True) as writer:
+        for entry in entries:
+            writer.add(entry.name, (stored | more)[entry.name])
+    return out
+
+
+def quantized(path: Path, out: Path, scheme: str) -> Path:
+    """A copy of a file with the matrices that blocks of `scheme` fit quantized."""
+    file, held = GgufFile(path), dict[str, tuple[Entry, Tensor]]()
+    for name, entry in file.entries.items():
+        tensor = file.get(name).clone()
+        held[name] = entry, tensor
+        if tensor.dim() == 2 and tensor.shape[1] % 32 == 0:
+            weight = Method().quantize(tensor.float(), parse(scheme), None).weight
+            held[name] = Entry(name, scheme, entry.shape), weight.parts["blocks"]
+    with GgufWriter(out, file.metadata, [entry for entry, _ in held.values()]) as writer:
+        for name, (_, tensor) in held.items():
+            writer.add(name, tensor)
+    return out
+
+
+def golden() -> dict[str, Any]:
+    """Kind -> digest and keys of the file that llama.cpp's converter made of its numbered model."""
+    found: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    return found
