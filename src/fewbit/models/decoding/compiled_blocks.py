@@ -292,6 +292,8 @@ def _observed(model: Any, names: list[str], seed: int) -> dict[str, Any]:
     words = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(words, (1, _PROMPT + 1), generator=generator, dtype=torch.int64, device="cpu")
     given: dict[str, Any] = {CACHE: cache, "use_cache": True}
+    if "logits_to_keep" in signature(model.forward).parameters:  # those of all tokens can take more than a block
+        given["logits_to_keep"] = 1
     handles = []
     try:
         model(input_ids=ids[:, :_PROMPT], **given)
