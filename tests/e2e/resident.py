@@ -1,5 +1,6 @@
-"""A script: CPU time and memory of loading the second model after the first was used.
+"""A script: CPU time and memory of using and loading the second model after the first was used.
 
+`peak`: bytes that generating text adds at most to what is resident. 0 where peaks count from the start of a process on.
 `drawn` is the CPU time of making the same model with random weights, for comparison.
 """
 
@@ -12,10 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForCausalLM
 
 import fewbit
+from fewbit.measure import memory
 
 
 def resident() -> int:
@@ -26,9 +27,12 @@ def resident() -> int:
 
 
 if __name__ == "__main__":
-    first = fewbit.load(sys.argv[1])
-    first(torch.arange(8)[None])
-    del first
+    fewbit.generate(sys.argv[1], "Once", max_new_tokens=16)
+    before = resident()
+    memory.forget_peak()
+    forgotten = memory.now().peak < before + (8 << 20)
+    fewbit.generate(sys.argv[2], "Once", max_new_tokens=16)
+    peak = memory.now().peak - before if forgotten else 0
     before, start = resident(), time.process_time()
     model = fewbit.load(sys.argv[2])
     seconds = time.process_time() - start
@@ -37,4 +41,4 @@ if __name__ == "__main__":
     after, start = resident(), time.process_time()
     AutoModelForCausalLM.from_config(model.config)
     drawn = time.process_time() - start
-    print(json.dumps({"seconds": seconds, "drawn": drawn, "resident": after - before}))
+    print(json.dumps({"peak": peak, "seconds": seconds, "drawn": drawn, "resident": after - before}))

@@ -31,7 +31,7 @@ def test_all_keys_are_shown(file: Path, fewbit: Fewbit) -> None:
     stored = GgufFile(file).metadata
     shown = fewbit("inspect", file, "--metadata", "--json").json["metadata"]
     assert shown.keys() == stored.keys()
-    tokens = stored["tokenizer.ggml.tokens"]
+    tokens = stored["tokenizer.ggml.tokens"].tolist()
     assert shown["tokenizer.ggml.tokens"] == {"length": len(tokens), "first": tokens[:8]}
     assert shown["llama.embedding_length"] == 64
     text = fewbit("inspect", file, "--metadata").out

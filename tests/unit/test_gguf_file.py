@@ -64,6 +64,10 @@ BAD: dict[str, tuple[bytes, str]] = {
     "array of 2^63 - 1": (file([key("k", ARRAY, struct.pack("<IQ", U8, (1 << 63) - 1))]), "it ends in k"),
     "array of 2^64 - 1 words": (file([key("k", ARRAY, struct.pack("<IQ", U32, MOST))]), "it ends in k"),
     "array of 2^61 strings": (file([key("k", ARRAY, struct.pack("<IQ", STRING, 1 << 61))]), "strings, more than"),
+    "array with a string past the end": (
+        file([key("k", ARRAY, struct.pack("<IQ", STRING, 2) + text("a") + text("b", 2))]),
+        "k: string 1 ends behind the file",
+    ),
     "array of 2^63 booleans": (file([key("k", ARRAY, struct.pack("<IQ", BOOL, 1 << 63))]), "it ends in k"),
     "array of arrays": (file([key("k", ARRAY, struct.pack("<IQ", ARRAY, 1) + bytes(64))]), "array of arrays"),
     "array of unknown": (file([key("k", ARRAY, struct.pack("<IQ", 13, 1) + bytes(64))]), "type 13"),
@@ -154,6 +158,27 @@ def sound() -> bytes:
     return bytes(raw)
 
 
+def test_a_vocabulary_is_decoded_when_it_is_used(tmp_path: Path) -> None:
+    path, count = tmp_path / "m.gguf", 50_000
+    with GgufWriter(path, {"k": [f"token {i}" for i in range(count)]}, []):
+        pass
+    tracemalloc.start()
+    try:
+        found = GgufFile(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 64 << 10
+    assert found.metadata["k"].tolist() == [f"token {i}" for i in range(count)]
+
+
+def test_a_bad_string_of_an_array_is_refused_when_used(tmp_path: Path) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(file([key("k", ARRAY, struct.pack("<IQ", STRING, 2) + text("a") + text(b"\xff"))]))
+    with pytest.raises(FormatError, match="k: string 1 is not valid UTF-8"):
+        GgufFile(path).metadata["k"].tolist()
+
+
 def test_version_2_is_laid_out_alike(tmp_path: Path) -> None:
     raw = bytearray(sound())
     raw[4] = 2
@@ -224,8 +249,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         for name in reversed(tensors):  # in any order
             writer.add(name, tensors[name])
     found = GgufFile(path)
-    assert {**found.metadata, "h": None} == {**metadata, "h": None}
-    assert found.metadata["h"].tolist() == [1, -2]
+    arrays = {"g": ["x", ""], "h": [1, -2]}
+    assert {key: found.metadata[key].tolist() for key in arrays} == arrays
+    assert {**found.metadata, **arrays} == {**metadata, **arrays}
     assert list(found.entries.values()) == entries
     assert all(torch.equal(found.get(name), each) for name, each in tensors.items())
     assert path.stat().st_size == layout(metadata, entries)[2]
@@ -312,7 +338,7 @@ def test_a_file_is_split_as_llama_cpp_does(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == parts
     assert [part.stat().st_size <= 600 for part in parts] == [True, False, True]
     found = GgufFile(parts[1])
-    assert (list(found.entries.values()), found.metadata["k"]) == (entries, ["v" * 50])
+    assert (list(found.entries.values()), found.metadata["k"].tolist()) == (entries, ["v" * 50])
     assert all(found.get(f"t{i}").eq(i).all() for i in range(len(sizes)))
     # llama.cpp reads these keys as numbers of just these types, and other keys in the first file only
     for number, part in enumerate(parts):

@@ -17,7 +17,7 @@ from typing import Any
 
 from fewbit.errors import FewbitError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
-from fewbit.formats.containers.gguf_strings import replace_strings
+from fewbit.formats.containers.gguf_strings import Strings, replace_strings
 from fewbit.formats.containers.safetensors import metadata_of
 from fewbit.models.scales import FILE as SCALES
 from fewbit.models.scales import GGUF_RECORD
@@ -123,7 +123,8 @@ def _head(file: Path) -> bytes:
         if file.suffix != ".gguf":
             return json.dumps(metadata_of(file), ensure_ascii=False).encode()
         kept = {key: value for key, value in GgufFile(file).metadata.items() if not key.startswith("tokenizer.")}
-        return json.dumps(kept, ensure_ascii=False, default=str).encode()
+        texts = {key: value.tolist() for key, value in kept.items() if isinstance(value, Strings)}
+        return json.dumps(kept | texts, ensure_ascii=False, default=str).encode()
     except FewbitError:
         return b""
 

@@ -17,6 +17,7 @@ from fewbit.brief import brief
 from fewbit.errors import FormatError
 from fewbit.formats.base import by_quant_method
 from fewbit.formats.containers.gguf import PLAIN, GgufFile
+from fewbit.formats.containers.gguf_strings import Strings
 from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models import classes, decoded, foreign
 from fewbit.models.building import building
@@ -199,7 +200,7 @@ def shown_keys(file: GgufFile) -> dict[str, Any]:
     """All keys of a GGUF file, as JSON has them. A long list is its length and its first values."""
     found: dict[str, Any] = {}
     for key, value in file.metadata.items():
-        value = value.tolist() if isinstance(value, np.ndarray) else value
+        value = value.tolist() if isinstance(value, (np.ndarray, Strings)) else value
         long = isinstance(value, list) and len(value) > _SHOWN
         found[key] = {"length": len(value), "first": value[:_SHOWN]} if long else value
     return found

@@ -207,7 +207,7 @@ def _special_ids(file: GgufFile) -> dict[str, int]:
 def _write_tokenizer(file: GgufFile, place: Path, shape: Shape) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    tokens: list[str] = _field(file, "tokenizer.ggml.tokens")
+    tokens: list[str] = _field(file, "tokenizer.ggml.tokens").tolist()
     types: list[int] = _field(file, "tokenizer.ggml.token_type").tolist()
     merges = [tuple(merge.split(" ")) for merge in _field(file, "tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))

@@ -64,6 +64,7 @@ def trimmed() -> Iterator[DoneWith]:
     finally:
         _give_back(gone)  # again for all: a page shared by two tensors can only be dropped once both are done
         _set(_threshold[0], top_pad=2 * _threshold[0])
+        _trim()
 
 
 def drop_mapped(places: Iterable[tuple[int, int]]) -> None:
@@ -100,6 +101,13 @@ def _mapped() -> list[tuple[int, int]]:
                 start, stop = (int(address, 16) for address in addresses.split("-"))
                 found.append((start, stop))
     return found
+
+
+def _trim() -> None:
+    """Return the free pages between the heap's used ones, too."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _set(threshold: int, *, top_pad: int) -> None:

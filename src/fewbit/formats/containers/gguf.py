@@ -36,6 +36,7 @@ import numpy as np
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers import gguf_parts
+from fewbit.formats.containers.gguf_strings import DAMAGED, Strings
 from fewbit.lazy import Tensor, torch
 from fewbit.schemes.base import PartSpec
 from fewbit.schemes.ggml.table import BLOCK_TYPES
@@ -97,7 +98,7 @@ class Entry(NamedTuple):
 class GgufFile:
     """A GGUF file, or all files of a split model, given any of them. Only headers are read; data is memory-mapped.
 
-    `metadata`: key -> number, str, bool, list of str, or numpy array of numbers. `entries`: name -> Entry, in the
+    `metadata`: key -> number, str, bool, `Strings`, or numpy array of numbers. `entries`: name -> Entry, in the
     order of the file. FormatError, with the position, if the file is invalid.
     """
 
@@ -146,12 +147,10 @@ class GgufFile:
         part, offset = self._place[name]
         part.release(offset, offset + self.entries[name].spec.nbytes)
 
-    def forget(self) -> None:
-        """Free the metadata's lists of strings: a vocabulary takes as much memory as the weights of some layers."""
+    def release_headers(self) -> None:
+        """Free the memory of the pages of all metadata: a vocabulary takes as much as the weights of some layers."""
         for part in {id(part): part for part, _ in self._place.values()}.values():
-            part.metadata = {key: value for key, value in part.metadata.items() if not isinstance(value, list)}
             part.release(0, part.at)
-        self.metadata = {key: value for key, value in self.metadata.items() if not isinstance(value, list)}
 
 
 def is_gguf(path: Path) -> bool:
@@ -198,7 +197,7 @@ class _Part:
             self.pages.madvise(mmap.MADV_DONTNEED, start, length)
 
     def wrong(self, what: str) -> FormatError:
-        return FormatError(f"{self.path}: {what}", "The file is damaged, or is not a GGUF file. Get it again.")
+        return FormatError(f"{self.path}: {what}", DAMAGED)
 
     def number(self, key: str, default: int) -> int:
         """An integer of the metadata."""
@@ -284,21 +283,10 @@ class _Part:
         dtype = np.dtype(_NUMBERS[kind])
         return np.frombuffer(self.pages, dtype, length, self._take(length * dtype.itemsize, key))
 
-    def _strings(self, key: str, length: int) -> list[str]:
-        """Read `length` strings. A vocabulary has several hundred thousand, so this loop is faster than `_string`."""
-        pages, at, size, strings = self.pages, self.at, self.size, []
-        read = struct.Struct("<Q").unpack_from
-        try:
-            for _ in range(length):
-                start = at + 8
-                if start > size or (end := start + read(pages, at)[0]) > size:
-                    raise self.wrong(f"it ends in {key} (at byte {at} of {size})")
-                strings.append(pages[start:end].decode())
-                at = end
-        except UnicodeDecodeError:
-            raise self.wrong(f"{key}: string {len(strings)} is not valid UTF-8") from None
-        self.at = at
-        return strings
+    def _strings(self, key: str, length: int) -> Strings:
+        found = Strings(self.pages, self.at, length, f"{self.path}: {key}")
+        self.at = found.end
+        return found
 
     def _info(self, number: int) -> tuple[Entry, int]:
         what = f"tensor {number}"
@@ -436,6 +424,8 @@ def _encoded(key: str, value: Any) -> bytes:
     """A value's type and bytes."""
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _text(value)
+    if isinstance(value, Strings):
+        return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + value.raw
     if isinstance(value, Sequence) and value and all(isinstance(each, str) for each in value):
         return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_text, value))
     if isinstance(value, (bool, int, float)):

@@ -18,6 +18,7 @@ from jinja2 import TemplateSyntaxError
 from fewbit.checks import is_finite
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
+from fewbit.formats.containers.gguf_strings import Strings
 from fewbit.models.gguf import config
 from fewbit.models.gguf.tokenizer import to_tokenizer
 
@@ -86,8 +87,9 @@ def _value(file: GgufFile, key: str, text: str) -> Any:
 def _token(file: GgufFile, key: str, text: str) -> int:
     """The id of a token, given as its text or as the id."""
     tokens = file.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list):
+    if not isinstance(tokens, Strings):
         raise PlanError(f"{key}: the file has no tokens")
+    tokens = tokens.tolist()
     if text in tokens:
         return tokens.index(text)
     if text.isdecimal() and int(text) < len(tokens):

@@ -25,11 +25,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
+from fewbit.formats.containers.gguf_strings import Strings
 from fewbit.models.gguf.patterns import (
     BOS_FIRST,
     GPT2,
@@ -41,6 +43,7 @@ from fewbit.models.gguf.patterns import (
     VISIBLE,
     WHOLE_WORDS_FIRST,
 )
+from fewbit.system import heap
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"
@@ -113,43 +116,64 @@ def to_tokenizer(file: GgufFile | Keys, **changes: Any) -> PreTrainedTokenizerFa
 
     changes: arguments of the tokenizer's constructor; they override those of the file.
     """
+    make: Any = PreTrainedTokenizerFast  # its constructor is not typed
+    with heap.trimmed():
+        backend, settings = _read(file)
+        tokenizer = make(tokenizer_object=_Given(backend), **(settings | changes))
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer
+
+
+class _Given:
+    """transformers keeps a deep copy of the tokenizer that it is given: of this one, the tokenizer itself."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self.backend = backend
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tokenizer:
+        return self.backend
+
+
+def _read(file: GgufFile | Keys) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer's steps and vocabulary, and the arguments of transformers' constructor.
+
+    The vocabulary is not part of the JSON: tokenizers would hold it in four forms at once.
+    """
     vocabulary = _Vocabulary(file)
-    rstrip = vocabulary.rstrip()
+    steps, model = vocabulary.byte_level() if vocabulary.model == "gpt2" else vocabulary.sentencepiece()
     made = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {
-                "id": i,
-                "content": vocabulary.tokens[i],
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": i in rstrip,
-                "normalized": False,
-                "special": vocabulary.types[i] != USER_DEFINED or vocabulary.tokens[i] in vocabulary.visible,
-            }
-            for i in vocabulary.added
-        ],
-        **(vocabulary.byte_level() if vocabulary.model == "gpt2" else vocabulary.sentencepiece()),
+        "added_tokens": [],
+        **steps,
         "post_processor": vocabulary.affixes(),
+        "model": {"type": "BPE", "vocab": {}, "merges": []},
     }
+    rstrip = vocabulary.rstrip()
+    added = [
+        AddedToken(
+            token := vocabulary.tokens[i],
+            rstrip=i in rstrip,
+            normalized=False,
+            special=vocabulary.types[i] != USER_DEFINED or token in vocabulary.visible,
+        )
+        for i in vocabulary.added
+    ]
     try:
         backend = Tokenizer.from_str(json.dumps(made))
+        backend.model = BPE(vocabulary.index, **model)
+        backend.add_tokens(added)
     except Exception as error:  # tokenizers raises nothing more specific
         raise vocabulary.wrong(f"its tokenizer cannot be built: {str(error)[:200]}") from None
     named = {name: vocabulary.tokens[i] for name, i in vocabulary.special.items()}
-    settings = {
+    return backend, {
         "clean_up_tokenization_spaces": False,
         "model_max_length": vocabulary.context,
         "chat_template": vocabulary.chat_template(),
         **named,
         **{key: value for key, value in vocabulary.settings.items() if key not in ("metaspace", "visible_special")},
     }
-    make: Any = PreTrainedTokenizerFast  # its constructor is not typed
-    tokenizer = make(tokenizer_object=backend, **(settings | changes))
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    return tokenizer
 
 
 class _Vocabulary:
@@ -192,14 +216,15 @@ class _Vocabulary:
         """One template, several as name -> template, or None."""
         default, names = self.file.metadata.get(_TEMPLATE), self.file.metadata.get(_TEMPLATES)
         found = {"default": default} if isinstance(default, str) else {}
-        for name in names if isinstance(names, list) else []:
+        for name in names if isinstance(names, (list, Strings)) else []:
             template = self.file.metadata.get(f"{_TEMPLATE}.{name}")
             if not isinstance(template, str):
                 raise self.wrong(f"{_TEMPLATES} names {name[:40]!r}, but {_TEMPLATE}.{name[:40]} is missing")
             found[name] = template
         return found if set(found) - {"default"} else found.get("default")
 
-    def byte_level(self) -> dict[str, Any]:
+    def byte_level(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The steps as tokenizer.json has them, and arguments of `BPE`."""
         name = self._get("pre") or "default"
         if name not in STEPS_OF:
             known = ", ".join(sorted(STEPS_OF))
@@ -218,23 +243,25 @@ class _Vocabulary:
             else:
                 steps.append({"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False})
         steps.append({"type": "ByteLevel", **whole, "use_regex": GPT2 in STEPS_OF[name]})
-        return {
+        made = {
             "normalizer": {"type": "NFC"} if name in NORMALIZED else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
             "decoder": {"type": "ByteLevel", **whole, "use_regex": True},
-            "model": self._bpe(pairs, ignore_merges=name in WHOLE_WORDS_FIRST),
         }
+        return made, {"merges": pairs, "ignore_merges": name in WHOLE_WORDS_FIRST}
 
-    def _pairs(self) -> list[Any]:
+    def _pairs(self) -> list[tuple[str, str]]:
         """The pairs that may be merged, best first."""
-        merges = self._strings("merges", empty=True)
-        pairs = [merge.split(" ") for merge in merges]
-        for merge, pair in zip(merges, pairs, strict=True):
-            if len(pair) != 2 or any(part not in self.index for part in (*pair, "".join(pair))):
+        pairs, tokens, index = [], self.tokens, self.index
+        for merge in self._strings("merges", empty=True):
+            left, _, right = merge.partition(" ")
+            if " " in right or not (left in index and right in index and left + right in index):
                 raise self.wrong(f"the merge {merge[:80]!r} does not join two tokens into a third")
+            pairs.append((tokens[index[left]], tokens[index[right]]))  # the same objects, to save memory
         return pairs
 
-    def sentencepiece(self) -> dict[str, Any]:
+    def sentencepiece(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The steps as tokenizer.json has them, and arguments of `BPE`."""
         scored = self.model == "llama"
         prefix = self._flag("add_space_prefix", scored)
         merges = _merges(self.tokens, self.types, self._numbers("scores", "f", 0.0)) if scored else self._pairs()
@@ -250,17 +277,13 @@ class _Vocabulary:
         ]
         if prefix:
             undone.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-        return {
+        made = {
             "normalizer": {"type": "Sequence", "normalizers": [*steps, replaced]} if scheme is None else None,
             "pre_tokenizer": None if scheme is None else spaces,
             "decoder": {"type": "Sequence", "decoders": undone},
-            "model": self._bpe(
-                merges,
-                unk_token=None if unknown is None else self.tokens[unknown],
-                fuse_unk=True,
-                byte_fallback=True,
-            ),
         }
+        token = None if unknown is None else self.tokens[unknown]
+        return made, {"merges": merges, "unk_token": token, "fuse_unk": True, "byte_fallback": True}
 
     def affixes(self) -> dict[str, Any]:
         """The post-processor that adds tokens before and after each text."""
@@ -302,28 +325,14 @@ class _Vocabulary:
                 raise self.wrong(f"{key} in {_SETTINGS} is {str(value)[:40]!r}")
         return known
 
-    def _bpe(self, merges: list[Any], **changes: Any) -> dict[str, Any]:
-        return {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": self.index,
-            "merges": merges,
-            **changes,
-        }
-
     def _get(self, key: str) -> Any:
         return self.file.metadata.get(f"tokenizer.ggml.{key}")
 
     def _strings(self, key: str, *, empty: bool = False) -> list[str]:
         found = self._get(key)
-        if found == [] or (found is None and empty):
-            found = []
+        found = found.tolist() if isinstance(found, Strings) else found
+        if found is None and empty:
+            return []
         if not isinstance(found, list) or not (found or empty):
             raise self.wrong(f"tokenizer.ggml.{key} is not a list of strings")
         return found
@@ -356,14 +365,14 @@ class _Vocabulary:
 def _merges(tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
     """The pairs that SentencePiece may merge, best first. A pair has the score of the piece that it makes."""
     plain = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
-    found = []
+    found: list[int] = []
     for token, i in plain.items():
-        pairs = [(token[:at], token[at:]) for at in range(1, len(token))]
-        pairs = [(left, right) for left, right in pairs if left in plain and right in plain]
-        pairs.sort(key=lambda pair: (plain[pair[0]], plain[pair[1]]))
-        found += [(-scores[i], i, pair) for pair in pairs]
-    found.sort(key=lambda each: each[:2])
-    return [pair for _, _, pair in found]
+        for at in range(1, len(token)):
+            if (second := plain.get(token[at:])) is not None and (first := plain.get(token[:at])) is not None:
+                found += (i, first, second)
+    joined, left, right = np.array(found, np.int32).reshape(-1, 3).T
+    best = np.lexsort((right, left, joined, -np.asarray(scores)[joined]))
+    return [(tokens[i], tokens[j]) for i, j in zip(left[best].tolist(), right[best].tolist(), strict=True)]
 
 
 def _scores(tokens: Sequence[str], merges: Iterable[str]) -> np.ndarray[Any, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fewbit.errors import FormatError
 from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile
+from fewbit.formats.containers.gguf_strings import Strings
 from fewbit.models.gguf.metadata import Keys
 from fewbit.models.gguf.names import Route
 from fewbit.models.gguf.pieces import decoded
@@ -130,7 +131,7 @@ def _activation(tower: Opened) -> str:
 def _token_ids(tower: Opened, vocabulary: GgufFile, rows: int) -> dict[str, int]:
     """The ids of the tokens that mark images."""
     tokens = vocabulary.metadata.get("tokenizer.ggml.tokens")
-    places = {token: i for i, token in enumerate(tokens if isinstance(tokens, list) else [])}
+    places = {token: i for i, token in enumerate(tokens if isinstance(tokens, Strings) else ())}
     found = {}
     for entry, token in tower.row.tokens.items():
         if token in places:

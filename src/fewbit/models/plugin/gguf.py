@@ -73,8 +73,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         self.file, self.origin, self.own_scales = file, file.path, scales.of_metadata(file.metadata)
         if self.tower_file is not None:
             self.text_config = AutoConfig.for_model(**to_config(file))
-        # Before the model is built: else its objects stand between those of the vocabulary, and Python keeps both.
-        file.forget()
+        file.release_headers()
         self.packed: dict[str, QTensor] = {}
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
@@ -249,7 +248,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
                 "Save an ordinary folder: model.dequantize().save_pretrained(folder).",
             )
         dropped = ("split.no", "split.count", "split.tensors.count", "general.alignment")
-        metadata = {key: value for key, value in GgufFile(self.file.path).metadata.items() if key not in dropped}
+        metadata = {key: value for key, value in self.file.metadata.items() if key not in dropped}
         names: dict[str, list[str]] = {}
         for name, entry in self.entries.items():
             names.setdefault(entry.name, []).append(name)
