@@ -311,8 +311,15 @@ TYPES: dict[str, dict[str, Any]] = {
 
 
 _NOT_QUANTIZED = re.compile(r"ffn_gate_inp|ssm_conv1d|ssm_a$|ssm_d$|ssm_norm|shortconv\.conv|exp_probs_b")
-# Parameters that are all the same number when a model is made, so that some are without effect
-_CONSTANT = ("router.scale", "router.per_expert_scale", "self_attn.sinks")
+# Parameters that are all the same number when a model is made, so that some are without effect -> how far they are
+# moved. Gemma 3n's scale is 0 and hides the inputs of layers. Moved by 0.2, a relative change of 1e-7 in its weights is
+# one of 1.9e-3 in its logits, if GELU is a table of 16-bit numbers as in llama.cpp; with GELU itself, of 3.4e-5
+_CONSTANT = {
+    "router.scale": 0.2,
+    "router.per_expert_scale": 0.2,
+    "self_attn.sinks": 0.2,
+    "altup.correct_output_scale": 0.1,
+}
 
 
 def save(folder: Path, family: str, **changes: Any) -> Path:
@@ -327,8 +334,9 @@ def save(folder: Path, family: str, **changes: Any) -> Path:
     architectures.draw(model, len(family))
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(_CONSTANT):
-                weight.add_(torch.linspace(-0.2, 0.2, weight.numel(), device="cpu").view_as(weight))
+            for ending, far in _CONSTANT.items():
+                if name.endswith(ending):
+                    weight.add_(torch.linspace(-far, far, weight.numel(), device="cpu").view_as(weight))
     for name, buffer in persistent(model):
         if name.endswith("layer_scalar"):
             buffer.fill_(0.75)
