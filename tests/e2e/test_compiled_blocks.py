@@ -389,6 +389,22 @@ def test_modules_are_as_before_after_a_call(llama: Path) -> None:
     assert not any("forward" in vars(model.get_submodule(name)) for name in names)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_model_can_be_copied_after_ctrl_c(copied: Callable[[Any], Any], llama: Path) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = load_unfused(llama)
+    before, names = outputs(model, ids_of(1), (4, 1)), replaced(model)
+    hook = model.lm_head.register_forward_pre_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        outputs(model, ids_of(1), (4, 1))
+    hook.remove()
+    other = copied(model)
+    assert not any("forward" in vars(each.get_submodule(name)) for each in (model, other) for name in names)
+    assert apart(outputs(other, ids_of(1), (4, 1)), before) == 0
+
+
 def test_threads_do_not_disturb_one_another(llama: Path) -> None:
     model = load_unfused(llama)
     replaced(model)

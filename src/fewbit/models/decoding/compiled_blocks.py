@@ -112,6 +112,7 @@ class _Hooks:
         self.lock, self.calls = RLock(), local()
 
     def __reduce__(self) -> Any:
+        self.settle()  # a model's hooks are copied before its modules
         return (_Hooks, ())  # a copy of the model finds its own
 
     def look(self, model: Any) -> dict[Any, Forward]:
@@ -126,11 +127,7 @@ class _Hooks:
     def before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
-        taken: list[bool] = vars(self.calls).setdefault("taken", [])
-        if any(taken):  # Ctrl-C ended a call of this thread: torch calls no hook then
-            with self.lock:
-                self.running -= sum(taken)
-                taken.clear()
+        taken = self.settle()
         taken.append(False)
         cache = kwargs.get(CACHE, kwargs.get("past_key_values"))
         layers = cache.layers if isinstance(cache, DynamicCache) else None
@@ -155,13 +152,25 @@ class _Hooks:
         if torch.compiler.is_compiling() or not self.calls.taken.pop():
             return
         with self.lock:
-            self.running -= 1
-            if self.running == 0:
-                for module, forward in (self.found or {}).items():
-                    if vars(module).get("forward") == forward:
-                        del vars(module)["forward"]
-                if self.steps is not None and vars(self.steps.base).get("forward") == self.steps.forward:
-                    del vars(self.steps.base)["forward"]
+            self._ended(1)
+
+    def settle(self) -> list[bool]:
+        """End the calls of this thread that Ctrl-C ended: torch calls no hook then. The list of its calls."""
+        taken: list[bool] = vars(self.calls).setdefault("taken", [])
+        if any(taken):
+            with self.lock:
+                self._ended(sum(taken))
+                taken.clear()
+        return taken
+
+    def _ended(self, calls: int) -> None:
+        self.running -= calls
+        if self.running == 0:
+            for module, forward in (self.found or {}).items():
+                if vars(module).get("forward") == forward:
+                    del vars(module)["forward"]
+            if self.steps is not None and vars(self.steps.base).get("forward") == self.steps.forward:
+                del vars(self.steps.base)["forward"]
 
 
 def _steps(model: Any, found: dict[Any, Forward]) -> Steps | None:
