@@ -30,7 +30,9 @@ from fewbit.kernels.torch_int4 import TorchInt4
 from fewbit.methods import gptq
 from fewbit.methods.awq import AWQ
 from fewbit.methods.base import make
+from fewbit.methods.sweep import groups as group_sweep
 from fewbit.methods.sweep.definition import Sweep, VectorSweep
+from fewbit.methods.sweep.groups import GroupSweep
 from fewbit.models import topology
 from fewbit.nn import layers as quantized_nn
 from fewbit.pipeline import agreed
@@ -62,6 +64,8 @@ from tests.unit.test_compressed_tensors import test_packed_weights_are_read_and_
 from tests.unit.test_floats import test_fp4_takes_the_nearest_and_even_codes_on_ties as check_fp4
 from tests.unit.test_ggml import check_bytes_come_back, check_descent, check_last, check_solved
 from tests.unit.test_gptq import check_definition, check_factor, check_gain, check_refinement
+from tests.unit.test_group_sweep import check_descent as check_group_descent
+from tests.unit.test_group_sweep import check_pass as check_group_pass
 from tests.unit.test_iq import check_definition as check_vector_definition
 from tests.unit.test_iq import check_descent as check_vector_descent
 from tests.unit.test_iq import check_nearest
@@ -194,6 +198,18 @@ MUTATIONS: dict[str, tuple[list[Mutation], Callable[[], object]]] = {
     "vectors that move where it costs": (
         [Mutation(VectorSweep, "descend", "gain > 0", "gain < 0")],
         lambda: check_vector_descent("iq2_xs"),
+    ),
+    "errors of a group that stay in their column": (
+        [Mutation(group_sweep, "_rounded", "rest[i], alpha=-1", "rest[i], alpha=0")],
+        lambda: check_group_pass("q2_k"),
+    ),
+    "a group's scales chosen without its codes": (
+        [Mutation(group_sweep, "_rounded", "cost.addcmul_(rest[i], rest[i])", "pass")],
+        lambda: check_group_pass("q3_k"),
+    ),
+    "groups that move where it costs": (
+        [Mutation(GroupSweep, "descend", ".sum(0) > 0", ".sum(0) < 0")],
+        lambda: check_group_descent("q2_k"),
     ),
     "zero points that do not move with their scales": (
         [Mutation(affine.Affine, "_fit_rows", "[solve, moved(1), moved(-1)]", "[solve]")],

@@ -149,7 +149,7 @@ def test_no_refinement_raises_the_error(name: str) -> None:
     check_descent(name)
 
 
-@pytest.mark.parametrize("name", ["q4_1", "iq4_nl", "q2_k", "iq4_xs"])
+@pytest.mark.parametrize("name", ["q4_1", "iq4_nl", "iq4_xs"])
 def test_gptq_is_its_definition(name: str) -> None:
     check_definition(name, LAYOUTS[name].columns if LAYOUTS[name].columns > 32 else 64, True, n=3)
 
@@ -161,7 +161,7 @@ def test_descent_ends_where_no_other_level_is_better() -> None:
     found = scheme.fit(w, hessian.diagonal())
     codes = found.encode(w)
     for _ in range(30):
-        codes = gptq.descend(w, codes, found, hessian, order)
+        codes, _ = gptq.descend(w, codes, found, hessian, order, run=1)
     error = found.decode(codes) - w
     base = ((error @ hessian) * error).sum(1)
     for column in range(64):

@@ -79,7 +79,7 @@ def check_definition(spec: str, k: int, act_order: bool, n: int = 6) -> None:
     inverse, _ = gptq.inverse_factor(hessian, order, 0.01)
     assert inverse is not None
     watched = Watched(grids)
-    assert torch.equal(gptq.feed_back(w, watched, inverse, order), codes)
+    assert torch.equal(gptq.feed_back(w, watched, inverse, order)[0], codes)
     assert list(watched.seen) == order.tolist()
     for column, seen in watched.seen.items():
         assert torch.allclose(seen, asked[:, column], rtol=0, atol=1e-9 * float(w.abs().max()))
@@ -104,8 +104,8 @@ def check_factor(k: int, act_order: bool) -> None:
 def check_refinement(spec: str, k: int, act_order: bool) -> None:
     """Neither half of a sweep, nor a sweep, raises tr(E H Eᵀ)."""
     w, hessian = ordinary(12, k), stats_of(inputs(2 * k, k)).hessian
-    order = hessian.diagonal().argsort(descending=True) if act_order else torch.arange(k)
     scheme = parse(spec)
+    order = gptq.in_order(hessian.diagonal(), scheme.run) if act_order else torch.arange(k)
     grids = scheme.fit(w, hessian.diagonal())
 
     def rows(codes: Tensor, grids: Grids) -> Tensor:
@@ -118,7 +118,7 @@ def check_refinement(spec: str, k: int, act_order: bool) -> None:
         grids = scheme.refit(w, codes, grids, hessian)
         refitted = rows(codes, grids)
         assert (refitted <= before * (1 + 1e-5)).all()
-        codes = gptq.descend(w, codes, grids, hessian, order)
+        codes, grids = gptq.descend(w, codes, grids, hessian, order, run=scheme.run)
         before, after = refitted, rows(codes, grids)
         assert (after <= before * (1 + 1e-5)).all()
         before = after

@@ -223,7 +223,7 @@ def check_descent(name: str) -> None:
         grids = scheme.refit(w, codes, grids, hessian)
         refitted = rows(codes, grids)
         assert (refitted <= before * (1 + 1e-5)).all()
-        codes = gptq.descend(w, codes, grids, hessian, order)
+        codes, grids = gptq.descend(w, codes, grids, hessian, order, run=scheme.run)
         before = rows(codes, grids)
         assert (before <= refitted * (1 + 1e-5)).all()
     assert before.sum() < 0.8 * first.sum()
@@ -269,7 +269,7 @@ def check_definition(name: str) -> None:
     assert inverse is not None
     damped = hessian + damp * hessian.diagonal().mean() * torch.eye(256, dtype=torch.float64)
     watched = Watched(parse(name).fit(w))
-    codes = gptq.feed_back(w, watched, inverse, order)
+    codes, _ = gptq.feed_back(w, watched, inverse, order)
     assert list(watched.seen) == order[::v].tolist()
     error = w - watched.decode(codes)
     for done in range(0, 256, 5 * v):

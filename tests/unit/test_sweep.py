@@ -24,14 +24,15 @@ from fewbit.methods import gptq
 from fewbit.methods.gptq import GPTQ
 from fewbit.methods.sweep import choose
 from fewbit.methods.sweep.definition import Sweep
+from fewbit.methods.sweep.groups import GroupSweep
 from fewbit.pipeline import blocks
 from fewbit.plans.plan import Assignment
 from fewbit.schemes.base import Grids, Plain, Uneven, Uniform, parse
 from tests.contract.cases import SPECS, inputs, ordinary, same_bytes, several_groups, stats_of
 
 # 304 columns are two panels and a ragged third; 40 rows are no whole number of programs.
-SWEPT = {"int4-g16": 304, "int3-g16-sym": 304, "int2-row": 304, "q4_k": 512, "q3_k": 512, "q5_1": 288, "q8_0": 288}
-SWEPT |= {"nf4-b64": 320, "fp4-b64-dq": 320, "mxfp4": 320, "nvfp4": 304, "iq4_nl": 288}
+SWEPT = {"int4-g16": 304, "int3-g16-sym": 304, "int2-row": 304, "q4_k": 256, "q3_k": 512, "q5_1": 288, "q8_0": 288}
+SWEPT |= {"q2_k": 256, "nf4-b64": 320, "fp4-b64-dq": 320, "mxfp4": 320, "nvfp4": 304, "iq4_nl": 288}
 ROWS = 40
 DIFFERENT = 0.005  # share of codes: a last bit may turn a tie, and then what follows in that row
 
@@ -39,19 +40,29 @@ DIFFERENT = 0.005  # share of codes: a last bit may turn a tie, and then what fo
 def shares(device: str, spec: str, k: int, n: int = ROWS) -> list[float]:
     """The shares of codes in which the fused passes differ from the definition: GPTQ's, and coordinate descent."""
     w, hessian = ordinary(n, k, seed=3).to(device), stats_of(inputs(2 * k, k)).hessian.to(device)
-    order = hessian.diagonal().argsort(descending=True)
+    grids, found = parse(spec).fit(w), []
+    order = gptq.in_order(hessian.diagonal(), grids.run)
     inverse, _ = gptq.inverse_factor(hessian, order, 0.01)
     assert inverse is not None
-    grids, found = parse(spec).fit(w), []
-    assert type(choose.sweep_for(grids, w.T.to(torch.uint8), order)) is not Sweep, "the fused panel did not serve"
-    for chosen in (Sweep, choose.sweep_for):
+    definition = GroupSweep if grids.run > 1 else Sweep
+    assert type(choose.sweep_for(grids, w.T.to(torch.uint8), order, grids.run)) is not definition, (
+        "the fused panel did not serve"
+    )
+    for chosen in (lambda grids, codes, order, run: definition(grids, codes, order), choose.sweep_for):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gptq, "sweep_for", chosen)
-            codes, nearest = gptq.feed_back(w, grids, inverse, order), grids.encode(w)
-            found.append((codes, gptq.descend(w, nearest, grids, hessian, order, 0.01), nearest))
-    assert (found[0][0] != found[0][2]).float().mean() > 0.05, "nothing was fed back"
-    assert (found[0][1] != found[0][2]).float().mean() > 0.05, "nothing descended"
-    return [float((a != b).float().mean()) for a, b in zip(found[0][:2], found[1][:2], strict=True)]
+            nearest = grids.encode(w)
+            swept = (
+                gptq.feed_back(w, grids, inverse, order),
+                gptq.descend(w, nearest, grids, hessian, order, 0.01, run=grids.run),
+            )
+            assert (swept[0][0] != nearest).float().mean() > 0.05, "nothing was fed back"
+            assert (swept[1][0] != nearest).float().mean() > 0.05, "nothing descended"
+            found.append([(codes, chosen.decode(codes)) for codes, chosen in swept])
+    return [
+        max(float((a != b).float().mean()) for a, b in zip(one, other, strict=True))
+        for one, other in zip(*found, strict=True)
+    ]
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -141,10 +152,10 @@ def test_a_fused_panel_that_differs_refuses_itself(fused: Any, monkeypatch: pyte
     grids, codes = parse("int4-g16").fit(w), torch.zeros(160, 24, dtype=torch.uint8)
     if fused is Shifted:
         with pytest.warns(UserWarning, match=r"the fused kernel failed: \d+\.\d% of the codes differ"):
-            assert type(choose.sweep_for(grids, codes, order)) is Sweep
-    assert type(choose.sweep_for(grids, codes, order)) is (Sweep if fused is Shifted else Faithful)
-    assert type(choose.sweep_for(parse("fp8-row").fit(w), codes, order)) is Sweep
-    assert type(choose.sweep_for(parse("int4-g16").fit(w.double()), codes, order)) is Sweep
+            assert type(choose.sweep_for(grids, codes, order, 1)) is Sweep
+    assert type(choose.sweep_for(grids, codes, order, 1)) is (Sweep if fused is Shifted else Faithful)
+    assert type(choose.sweep_for(parse("fp8-row").fit(w), codes, order, 1)) is Sweep
+    assert type(choose.sweep_for(parse("int4-g16").fit(w.double()), codes, order, 1)) is Sweep
 
 
 def test_weights_that_read_the_same_input_share_one_factor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +181,7 @@ def test_small_weights_are_quantized_as_one_on_a_gpu(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(gptq, "_STACK", 24 * 96)
     swept, once = [], gptq.feed_back
 
-    def counted(w: Tensor, grids: Grids, inverse: Tensor, order: Tensor) -> Tensor:
+    def counted(w: Tensor, grids: Grids, inverse: Tensor, order: Tensor) -> tuple[Tensor, Grids]:
         swept.append(len(w))
         return once(w, grids, inverse, order)
 

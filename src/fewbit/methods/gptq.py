@@ -14,7 +14,8 @@ eq. 2 and algorithm 1). With U the upper Cholesky factor of the inverse, H⁻¹ 
    panel. If a scheme stores only some vectors of adjacent codes, a step takes a vector of columns instead of one.
 3. With a target, the codes are chosen for a weight that corrects errors of its input: see `targets.py`.
 4. `refine` sweeps follow. Each re-solves the scales in closed form, then runs coordinate descent: each column moves to
-   its best code under the whole H while all other columns stay. Neither step can raise the error.
+   its best code under the whole H while all other columns stay. Groups with scales of a few bits move before that, with
+   their scales. No step can raise the error.
 
 Each value is rounded to the nearest value of the stored grid. A column whose input was always 0 is rounded to nearest.
 If H is not positive definite with `damp`, the damping is raised tenfold at a time, up to 1. If that fails too, the
@@ -96,8 +97,8 @@ class GPTQ(Method):
         """Quantize weights of the same order of columns together: schemes with vectors of columns have their own."""
         assert stats is not None
         choices: dict[int, Choice] = {}
-        for vector in dict.fromkeys(scheme.vector for scheme in schemes):
-            those = [i for i, scheme in enumerate(schemes) if scheme.vector == vector]
+        for run in dict.fromkeys(scheme.run for scheme in schemes):
+            those = [i for i, scheme in enumerate(schemes) if scheme.run == run]
             found = self._in_one_order([weights[i] for i in those], [schemes[i] for i in those], stats)
             choices |= zip(those, found, strict=True)
         return [choices[i] for i in range(len(schemes))]
@@ -108,12 +109,7 @@ class GPTQ(Method):
         diagonal = hessian.diagonal()
         dead = diagonal == 0
         notes = [f"{int(dead.sum())} input columns were always 0 during calibration"] if dead.any() else []
-        order = (
-            in_order(diagonal, schemes[0].vector)
-            if self.act_order
-            else torch.arange(len(diagonal), dtype=torch.int64, device="cpu")
-        )
-        order = order.to(hessian.device)
+        order = self._order(diagonal, schemes[0].run)
         inverse, damp = inverse_factor(hessian, order, self.damp)
         if inverse is None:
             notes.append(f"Hessian not positive definite even with damping {damp:g}: rounded to nearest")
@@ -132,19 +128,26 @@ class GPTQ(Method):
         stacks, swept, choices = _stacks(weights, schemes), [], list[Choice]()
         for scheme, stack in stacks:
             grids = scheme.fit(_stacked(stack), importance)
-            swept.append((grids, feed_back(_stacked(stack), grids, inverse, order)))
+            swept.append(feed_back(_stacked(stack), grids, inverse, order))
         del inverse
         ridge = damp * float(diagonal.mean())
         for scheme, stack in stacks:
             w = _stacked(stack)
-            grids, codes = swept.pop(0)
+            codes, grids = swept.pop(0)
             for _ in range(self.refine):
                 grids = scheme.refit(w, codes, grids, hessian, ridge)
-                codes = descend(w, codes, grids, hessian, order, ridge)
+                for run in sorted({scheme.run, scheme.vector}, reverse=True):
+                    codes, grids = descend(w, codes, grids, hessian, self._order(diagonal, run), ridge, run=run)
             whole = QTensor(scheme, (w.shape[0], w.shape[1]), scheme.pack(codes, grids))
             own = unstack(whole, [len(each) for each in stack]) if len(stack) > 1 else [whole]
             choices.extend(Choice(weight, list(notes)) for weight in own)
         return [replace(choice, target=strength) for choice, strength in zip(choices, strengths, strict=True)]
+
+    def _order(self, diagonal: Tensor, run: int) -> Tensor:
+        """The order of columns, `run` of them together."""
+        if self.act_order:
+            return in_order(diagonal, run)
+        return torch.arange(len(diagonal), dtype=torch.int64, device=diagonal.device)
 
 
 def bits_per_weight(scheme: Scheme) -> float:
@@ -229,34 +232,40 @@ def _inverted(lower: Tensor) -> Tensor:
     return lower
 
 
-def feed_back(w: Tensor, grids: Grids, inverse: Tensor, order: Tensor) -> Tensor:
+def feed_back(w: Tensor, grids: Grids, inverse: Tensor, order: Tensor) -> tuple[Tensor, Grids]:
     """GPTQ's pass: codes uint8 [N, K], columns in `order`, the error of each fed into the columns that remain.
+
+    Also the grids, with the chosen ones of their `nearby` scales if they have any.
 
     inverse: L⁻¹ of `inverse_factor`.
     """
     rest = w.T[order]  # [K, N], so that each column of the weight is contiguous
     codes = torch.empty(rest.shape, dtype=torch.uint8, device=w.device)
-    sweep, k = sweep_for(grids, codes, order), len(order)
+    sweep, k = sweep_for(grids, codes, order, grids.run), len(order)
     for start in range(0, k, PANEL):
         stop = min(start + PANEL, k)
         factor = inverse[k - stop : k - start, : k - start].flip(0, 1)  # U[start:stop, start:]
         errors = sweep.feed_back(start, stop, rest[start:stop], factor[:, : stop - start])
         rest[stop:].addmm_(factor[:, stop - start :].T, errors, alpha=-1)
-    return codes.T.contiguous()
+    return codes.T.contiguous(), sweep.chosen
 
 
-def descend(w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, order: Tensor, ridge: float = 0.0) -> Tensor:
-    """Codes uint8 [N, K] after one sweep of coordinate descent on tr(E (H + ridge I) Eᵀ). The error never rises.
+def descend(
+    w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, order: Tensor, ridge: float = 0.0, *, run: int
+) -> tuple[Tensor, Grids]:
+    """Codes uint8 [N, K] and grids after a sweep of coordinate descent on tr(E (H + ridge I) Eᵀ). It never rises.
+
+    run: columns of a step, `run` or `vector` of the grids.
 
     With ridge > 0 columns without input move to their nearest value; with ridge = 0 they keep their codes.
     """
-    codes = codes.T.contiguous()
+    codes = codes.T.clone(memory_format=torch.contiguous_format)  # of a single row, `contiguous` is no copy
     values = grids.decode(codes.T).T.contiguous()
     errors = w.T - values
     gradient = (hessian @ errors).add_(errors, alpha=ridge)  # [K, N]
     del errors
     gradient = gradient[order]
-    sweep, k = sweep_for(grids, codes, order), len(order)
+    sweep, k = sweep_for(grids, codes, order, run), len(order)
     for start in range(0, k, PANEL):
         stop = min(start + PANEL, k)
         rows = hessian[order[start:stop]][:, order[start:]]
@@ -264,4 +273,4 @@ def descend(w: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, order: Tens
         inner.diagonal().add_(ridge)
         moves = sweep.descend(start, stop, gradient[start:stop], inner, values)
         gradient[stop:].addmm_(rows[:, stop - start :].T, moves, alpha=-1)
-    return codes.T.contiguous()
+    return codes.T.contiguous(), sweep.chosen

@@ -69,6 +69,22 @@ class Grids(ABC):
         """Adjacent columns whose codes must be chosen together, because only some combinations can be stored."""
         return 1
 
+    @property
+    def run(self) -> int:
+        """Adjacent columns that a method takes in one step: a vector, or a group that has `nearby` scales."""
+        return self.vector
+
+    def nearby(self, group: int, most: int | None = None) -> Uniform:
+        """Scales that one group of `run` columns can be given instead, scale and offset [choices, N].
+
+        The first are its own, then the nearest; `most` of them or all. Only for grids with `run` > `vector`.
+        """
+        raise NotImplementedError
+
+    def near(self, choice: Tensor) -> Self:
+        """These grids with other scales: choice [groups, N] says which of `nearby` each group gets."""
+        raise NotImplementedError
+
     @abstractmethod
     def encode(self, w: Tensor, columns: Columns = ALL) -> Tensor:
         """Codes (uint8) of the grid values nearest to `w`, which holds the given columns of the weight.
@@ -219,6 +235,11 @@ class Scheme(Codec):
     def vector(self) -> int:
         """As of its grids."""
         return 1
+
+    @property
+    def run(self) -> int:
+        """As of its grids."""
+        return self.vector
 
     @property
     def rows(self) -> int:

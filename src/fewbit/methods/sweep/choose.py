@@ -14,29 +14,31 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from importlib.util import find_spec
 
 from fewbit.lazy import Tensor, torch
 from fewbit.methods.sweep.definition import PANEL, Sweep, VectorSweep
+from fewbit.methods.sweep.groups import GroupSweep
 from fewbit.schemes.base import Grids, Plain
 
 _PROBE = 64  # rows used to compare the fused panel with the definition
 _DIFFERENT = 0.01  # share of codes that may differ: sums in another order can break ties, which changes a row's rest
 
 
-def sweep_for(grids: Grids, codes: Tensor, order: Tensor) -> Sweep:
+def sweep_for(grids: Grids, codes: Tensor, order: Tensor, run: int) -> Sweep:
     """The sweep for these grids: fused if Triton is available and the grids are plain, else the definition.
 
-    Arguments as for `Sweep`.
+    run: columns of a step, `run` or `vector` of the grids. Other arguments as for `Sweep`.
     """
     if grids.vector > 1:
         return VectorSweep(grids, codes, order)
+    definition = GroupSweep if run > 1 else Sweep
     plain = grids.plain() if _has_triton(codes.device.type) else None
     if plain is None or plain.scale.dtype != torch.float32:
-        return Sweep(grids, codes, order)
-    return _fused(grids, plain, codes, order) or Sweep(grids, codes, order)
+        return definition(grids, codes, order)
+    return _fused(grids, plain, codes, order, definition) or definition(grids, codes, order)
 
 
 @cache
@@ -52,14 +54,20 @@ def _has_triton(device: str) -> bool:
 _agreed: dict[tuple[object, ...], bool] = {}  # kind of grids -> whether the fused panel agreed with the definition
 
 
-def _fused(grids: Grids, plain: Plain, codes: Tensor, order: Tensor) -> Sweep | None:
+def _fused(grids: Grids, plain: Plain, codes: Tensor, order: Tensor, definition: type[Sweep]) -> Sweep | None:
     """The fused sweep. None if it fails or differs from the definition, with a warning the first time."""
-    from fewbit.methods.sweep.in_triton import FusedSweep
 
-    kind = (codes.device, type(grids), *plain.kind)
+    from fewbit.methods.sweep import in_triton
+
+    def fused(codes: Tensor) -> Sweep:
+        if definition is GroupSweep:
+            return in_triton.FusedGroups(grids, codes, order)
+        return in_triton.FusedSweep(grids, plain, codes, order)
+
+    kind = (codes.device, type(grids), definition, *plain.kind)
     if kind not in _agreed:
         try:
-            share = _disagreement(grids, plain, order, lambda codes: FusedSweep(grids, plain, codes, order))
+            share = _disagreement(grids, plain, order, (partial(definition, grids, order=order), fused))
         except Exception as error:  # compilers and drivers raise errors of any type
             share, why = 1.0, f": {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         else:
@@ -67,11 +75,11 @@ def _fused(grids: Grids, plain: Plain, codes: Tensor, order: Tensor) -> Sweep | 
         _agreed[kind] = share <= _DIFFERENT
         if not _agreed[kind]:
             warnings.warn(f"quantizing column by column in torch, slowly: the fused kernel failed{why}", stacklevel=2)
-    return FusedSweep(grids, plain, codes, order) if _agreed[kind] else None
+    return fused(codes) if _agreed[kind] else None
 
 
-def _disagreement(grids: Grids, plain: Plain, order: Tensor, fused: Callable[[Tensor], Sweep]) -> float:
-    """The share of codes in which the fused sweep differs from the definition, the larger of both kinds of sweep.
+def _disagreement(grids: Grids, plain: Plain, order: Tensor, sweeps: Sequence[Callable[..., Sweep]]) -> float:
+    """The share of codes in which two sweeps differ, the larger of both kinds of sweep. sweeps: make them for codes.
 
     Both run on one panel of random numbers, with the grids of the first rows.
     """
@@ -88,12 +96,12 @@ def _disagreement(grids: Grids, plain: Plain, order: Tensor, fused: Callable[[Te
     inner = mixed @ mixed.T + one
     values = torch.zeros(k, n, device=device, dtype=torch.float32)
     results: list[Tensor] = []
-    for make in (lambda codes: Sweep(grids, codes, order), fused):
+    for make in sweeps:
         for descent in (False, True):
             codes = torch.zeros(k, n, dtype=torch.uint8, device=device)
             if descent:
-                make(codes).descend(0, width, panel.clone(), inner, values)
+                make(codes=codes).descend(0, width, panel.clone(), inner, values)
             else:
-                make(codes).feed_back(0, width, panel.clone(), factor)
+                make(codes=codes).feed_back(0, width, panel.clone(), factor)
             results.append(codes[order[:width]][:, :rows])
     return max(float((results[i] != results[i + 2]).float().mean()) for i in (0, 1))

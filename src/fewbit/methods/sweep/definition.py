@@ -10,8 +10,8 @@ from fewbit.schemes.base import Grids
 PANEL = 128  # columns of a panel; wider ones are slower, because updates inside a panel are vector operations
 
 
-_TINY = 1e-30
-_DAMP = 1e-6  # share of its mean diagonal added to the Hessian of a vector, to solve for the best move
+TINY = 1e-30
+DAMP = 1e-6  # share of its mean diagonal added to the Hessian of a vector or group, to solve for the best move
 
 
 class Sweep:
@@ -20,6 +20,11 @@ class Sweep:
     def __init__(self, grids: Grids, codes: Tensor, order: Tensor) -> None:
         self.grids, self.codes = grids, codes
         self.columns: list[int] = order.tolist()
+
+    @property
+    def chosen(self) -> Grids:
+        """The grids of all codes, after the sweep."""
+        return self.grids
 
     def feed_back(self, start: int, stop: int, panel: Tensor, factor: Tensor) -> Tensor:
         """GPTQ's pass over the columns order[start:stop]. Returns their errors e = (w_j - q_j) / U_jj, [columns, N].
@@ -43,7 +48,7 @@ class Sweep:
         """
         moves = torch.empty_like(panel)
         for i, column in enumerate(self.columns[start:stop]):
-            chosen = self.grids.encode(values[column] + panel[i] / inner[i, i].clamp(min=_TINY), column)
+            chosen = self.grids.encode(values[column] + panel[i] / inner[i, i].clamp(min=TINY), column)
             moves[i] = self.grids.decode(chosen, column) - values[column]
             self.codes[column] = chosen
             panel.addr_(inner[:, i], moves[i], alpha=-1)
@@ -76,7 +81,7 @@ class VectorSweep(Sweep):
         for here, columns in self._vectors(start, stop):
             metric = inner[here, here]
             damped = metric.clone()
-            damped.diagonal().add_(_DAMP * metric.diagonal().mean() + _TINY)
+            damped.diagonal().add_(DAMP * metric.diagonal().mean() + TINY)
             wanted = torch.linalg.solve(damped, panel[here])  # [v, N]: the best move
             chosen = self.grids.encode_under((values[columns] + wanted).T, columns, metric)
             moved = self.grids.decode(chosen, columns).T - values[columns]

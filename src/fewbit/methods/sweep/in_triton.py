@@ -1,5 +1,8 @@
 """A sweep over a panel of columns in one launch, for plain grids. It computes what `definition.Sweep` does.
 
+Where scales are chosen with the codes (`groups`), a launch rounds one group under all of its `nearby` scales, one after
+the other, and keeps the best of each row.
+
 Each program holds all columns of the panel for a few rows in registers. Rows do not depend on each other, so programs
 never wait for one another. A program takes one column after another: it extracts the column by a masked sum, rounds it,
 and subtracts its move from the whole panel by a rank-one update. This takes about five operations for each pair of
@@ -17,8 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fewbit.methods.sweep.definition import PANEL, Sweep
+from fewbit.methods.sweep.groups import GroupSweep, Rounded
 from fewbit.schemes.base import Grids, Plain, Uniform
 
+_GROUP_ROWS = 32  # rows of a program that rounds one group: 32 x 16 floats, and as many of codes, values and errors
 _ROWS = 16  # rows of a program: 16 x 128 floats take 16 registers in each of 128 threads
 
 
@@ -83,6 +88,37 @@ class FusedSweep(Sweep):
                 num_warps=4,
             )
         return moves
+
+
+class FusedGroups(GroupSweep):
+    """`GroupSweep` with one launch per group, for float32."""
+
+    def rounded(self, w: Tensor, factor: Tensor, nearby: Uniform) -> Rounded:
+        (width, n), choices = w.shape, len(nearby.scale)
+        w, factor, scale = w.contiguous(), factor.contiguous(), nearby.scale.contiguous()
+        offset = scale if nearby.offset is None else nearby.offset.contiguous()
+        choice = torch.empty(n, dtype=torch.int64, device=w.device)
+        codes, values, errors = torch.empty_like(w, dtype=torch.uint8), torch.empty_like(w), torch.empty_like(w)
+        with torch.cuda.device_of(w):  # a launch uses the current GPU
+            _round[(triton.cdiv(n, _GROUP_ROWS),)](
+                w,
+                factor,
+                scale,
+                offset,
+                choice,
+                codes,
+                values,
+                errors,
+                n,
+                float(nearby.zero),
+                float(nearby.top),
+                OFFSETS=nearby.offset is not None,
+                CHOICES=choices,
+                WIDTH=width,
+                ROWS=_GROUP_ROWS,
+                num_warps=4,
+            )
+        return Rounded(choice, codes, values, errors)
 
 
 @triton.jit
@@ -151,3 +187,63 @@ def _sweep(
         held -= row[None, :] * move[:, None]
         tl.store(codes + column * n + rows, code.to(tl.uint8), mask=inside)
         tl.store(moves + i * n + rows, move, mask=inside)
+
+
+@triton.jit
+def _round(
+    w,
+    factor,
+    scales,
+    offsets,
+    choice,
+    codes,
+    values,
+    errors,
+    n,
+    zero,
+    top,
+    OFFSETS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside = rows < n
+    columns = tl.arange(0, WIDTH)
+    place = columns[None, :].to(tl.int64) * n + rows[:, None]
+    first = tl.load(w + place, mask=inside[:, None], other=0.0)
+    best_code, best_value, best_error = first, first, first
+    least = tl.full((ROWS,), float("inf"), tl.float32)
+    best = tl.zeros((ROWS,), tl.int64)
+    for c in range(CHOICES):
+        scale = tl.load(scales + c * n + rows, mask=inside, other=1.0)
+        divisor = tl.where(scale == 0, float("inf"), scale)
+        down = tl.load(offsets + c * n + rows, mask=inside, other=0.0) if OFFSETS else 0.0
+        held, code, value, error = first, first, first, first
+        cost = tl.zeros((ROWS,), tl.float32)
+        for i in range(WIDTH):
+            row = tl.load(factor + i * WIDTH + columns)
+            own = tl.load(factor + i * WIDTH + i)
+            target = tl.sum(tl.where((columns == i)[None, :], held, 0.0), 1)
+            level = tl.div_rn(target + down, divisor)
+            level = tl.minimum(tl.maximum(level, -4194304.0), 4194304.0)
+            level = (level + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to the nearest integer, ties to even
+            level = tl.minimum(tl.maximum(level + zero, 0.0), top)
+            stored = (level - zero) * scale - down
+            missed = tl.div_rn(target - stored, own)
+            held -= row[None, :] * missed[:, None]
+            here = (columns == i)[None, :]
+            code = tl.where(here, level[:, None], code)
+            value = tl.where(here, stored[:, None], value)
+            error = tl.where(here, missed[:, None], error)
+            cost += missed * missed
+        better = cost < least
+        least = tl.where(better, cost, least)
+        best = tl.where(better, c, best)
+        best_code = tl.where(better[:, None], code, best_code)
+        best_value = tl.where(better[:, None], value, best_value)
+        best_error = tl.where(better[:, None], error, best_error)
+    tl.store(choice + rows, best, mask=inside)
+    tl.store(codes + place, best_code.to(tl.uint8), mask=inside[:, None])
+    tl.store(values + place, best_value, mask=inside[:, None])
+    tl.store(errors + place, best_error, mask=inside[:, None])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import TypeVar
 
 from fewbit.lazy import Tensor, torch
@@ -22,6 +23,13 @@ _PANEL = 256  # columns processed between updates of the full gradient; at least
 _NARROW = (
     1e-3  # smallest det / (uu dd) at which scale and offset are solved together; below it they are nearly parallel
 )
+
+
+# By whether there is an m: by how much sc and m of a sub-block may change, from nothing to the most.
+_NEAR = {
+    False: sorted(product(range(-4, 5), [0]), key=lambda by: abs(by[0])),
+    True: sorted(product(range(-2, 3), range(-4, 5)), key=lambda by: abs(by[0]) + abs(by[1])),
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,30 @@ class BlockGrids(Grids):
         if kind.nonlinear:
             return Uneven.of(self.scale, NONLINEAR, kind.sub)
         return Uniform(self.scale, kind.zero, self.offset, 2**kind.bits - 1, kind.sub)
+
+    @property
+    def run(self) -> int:
+        return self.kind.run
+
+    @cached_property
+    def _steps(self) -> Tensor:
+        """The choices for sc and m, int16 [2, choices]."""
+        return torch.tensor(_NEAR[self.m is not None], dtype=torch.int16, device=self.d.device).T
+
+    def _stepped(self, steps: Tensor, sc: Tensor | None, m: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert sc is not None
+        return (sc + steps[0]).clamp_(*self.kind.sc), None if m is None else (m + steps[1]).clamp_(0, self.kind.m)
+
+    def nearby(self, group: int, most: int | None = None) -> Uniform:
+        kind, block = self.kind, group * self.kind.sub // self.kind.columns
+        own = (None if x is None else x[:, group] for x in (self.sc, self.m))
+        sc, m = self._stepped(self._steps[:, :most].unsqueeze(-1), *own)
+        offset = None if m is None or self.dmin is None else self.dmin[:, block] * m
+        return Uniform(self.d[:, block] * sc, kind.zero, offset, 2**kind.bits - 1, kind.sub)
+
+    def near(self, choice: Tensor) -> BlockGrids:
+        sc, m = self._stepped(self._steps[:, choice.T], self.sc, self.m)
+        return replace(self, sc=sc, m=m)
 
     def moved(self, floats: Mapping[str, Tensor]) -> Uniform | None:
         plain = replace(self, d=floats["d"], dmin=floats.get("dmin")).plain()

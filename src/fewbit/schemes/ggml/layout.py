@@ -80,6 +80,11 @@ class Layout:
         return self.sc != (1, 1)
 
     @property
+    def run(self) -> int:
+        """Columns that share scales which a method may change while it chooses their codes; 1: it may not."""
+        return self.sub if self.super and not self.nonlinear else 1
+
+    @property
     def table(self) -> tuple[float, ...] | None:
         """The level of each code, where the levels are uneven; else None."""
         return NONLINEAR if self.nonlinear else None

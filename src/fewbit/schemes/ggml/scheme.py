@@ -49,6 +49,10 @@ class GGML(Blocks, Scheme):
         return self.name
 
     @property
+    def run(self) -> int:
+        return LAYOUTS[self.name].run
+
+    @property
     def trainable(self) -> tuple[str, ...]:
         return ("d", "dmin") if LAYOUTS[self.name].affine else ("d",)
 
