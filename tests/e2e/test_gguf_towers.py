@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -242,3 +243,30 @@ def test_images_without_the_file_of_the_tower_are_refused(
     shutil.copy(gemma.tower, folder / "mmproj-2.gguf")
     with pytest.raises(FormatError, match=r"has several vision towers \(mmproj-2\.gguf, mmproj\.gguf\)"):
         package.load(folder)
+
+
+@pytest.mark.parametrize(
+    "kind", ["gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "pixtral", "llava", "idefics3", "internvl"]
+)
+def test_any_value_of_a_key_is_read_or_refused(kind: str, tmp_path: Path) -> None:
+    files = made(tmp_path, kind)
+    source = locate(files.text)
+    tower, text, vocabulary = (
+        towers.opened(files.tower, source.config["model_type"]),
+        source.config,
+        GgufFile(files.text),
+    )
+    sections = f"{vocabulary.metadata['general.architecture']}.rope.dimension_sections"
+    refused = 0
+    for metadata, keys in ((tower.file.metadata, list(tower.file.metadata)), (vocabulary.metadata, [sections])):
+        for key in [*keys, "clip.vision.feature_layer", "clip.vision.spatial_merge_size"]:
+            before = metadata.get(key)
+            for value in (None, "x", True, 0, -1, 1.5, float("nan"), np.array([1, 2], np.int32), ["a", "b"], 1 << 20):
+                metadata[key] = value
+                try:
+                    towers.to_config(text, tower, vocabulary)
+                    processor.images(tower)
+                except FormatError:
+                    refused += 1
+            metadata[key] = before
+    assert refused > 50

@@ -95,6 +95,13 @@ class Keys:
             raise self.wrong(f"{self.prefix}.{key} is {str(value)[:80]}, not {count} times true or false")
         return [bool(each) for each in value]
 
+    def wholes(self, key: str, least: int) -> list[int]:
+        """A list of at least so many integers from 0."""
+        value = self.get(key)
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or len(value) < least or (value < 0).any():
+            raise self.wrong(f"{self.prefix}.{key} is {str(value)[:80]}, not a list of {least} integers")
+        return [int(each) for each in value]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a required matrix."""
         entry = self.file.entries.get(name)

@@ -97,10 +97,9 @@ def to_config(text: Mapping[str, Any], tower: Opened, vocabulary: GgufFile) -> d
     inner = {key: value for key, value in text.items() if key != "architectures"}
     inner["model_type"] = row.texts[text["model_type"]]
     if row.sections:
-        sections = Keys(vocabulary, str(vocabulary.metadata["general.architecture"])).get("rope.dimension_sections")
-        if sections is None or len(sections) < 3:
-            raise FormatError(f"{vocabulary.path} has no sections of RoPE (rope.dimension_sections), which images need")
-        inner["rope_parameters"] = {**inner["rope_parameters"], "mrope_section": [int(each) for each in sections[:3]]}
+        spoken = Keys(vocabulary, str(vocabulary.metadata["general.architecture"]))
+        sections = spoken.wholes("rope.dimension_sections", 3)[:3]
+        inner["rope_parameters"] = {**inner["rope_parameters"], "mrope_section": sections}
     vision: dict[str, Any] = {"model_type": row.vision_type}
     vision |= {theirs: keys.count(f"vision.{ours}") for theirs, ours in row.sizes.items()}
     if row.epsilon:

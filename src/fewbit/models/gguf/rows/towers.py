@@ -320,9 +320,9 @@ MISTRAL3 = replace(
 
 
 def _llava(keys: Keys) -> Mapping[str, Any]:
-    layers, found = keys.count("vision.block_count"), keys.get("vision.feature_layer")
-    if found is not None and list(found) != [layers]:
-        raise keys.wrong(f"clip.vision.feature_layer is {list(found)}, and {layers} is read only")
+    layers, key = keys.count("vision.block_count"), "vision.feature_layer"
+    if keys.get(key) is not None and (found := keys.wholes(key, 1)) != [layers]:
+        raise keys.wrong(f"clip.{key} is {found}; only the last of {layers} blocks is read")
     return {"image_seq_length": _side(keys) ** 2}
 
 
