@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fewbit as package
-from fewbit.errors import PlanError
+from fewbit.errors import KernelError, PlanError
 from fewbit.models.decoding.chat import Conversation
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.models.load import load_model
@@ -99,7 +99,7 @@ def test_a_fused_model_answers_the_same_and_keeps_its_cache(
         total, new = fused.prompt
         assert fed[0] == new
         assert new == (plain.prompt[1] if lengths[-1] == lengths[-2] else total)
-        assert (decoder.loop is not None) == static
+        assert (decoder.loop is not None and decoder.loop.step is not None) == static
     assert lengths == [0, 64, 64, 128, 256]
     fused.reset("Be short.")
     plain.reset("Be short.")
@@ -127,10 +127,48 @@ def test_a_fused_model_ends_an_answer_when_told_to(static: bool, quantized: Path
 def test_a_fused_model_may_be_used_between_turns(quantized: Path) -> None:
     plain, _ = opened(quantized)
     fused, _ = opened(quantized, fuse=256)
-    for message in ("Hello there", "And then?"):
+    decoder = fused.model.generate.__self__
+    for message in ("Hello there", "And then?", "Good."):
         assert said(fused, message) == said(plain, message)
-        fused.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3)
-        fused.model.generate(torch.tensor([[5, 6, 7], [8, 9, 10]]), max_new_tokens=3)
+        with torch.inference_mode():
+            first = fused.model.generate(torch.tensor([fused.read[:9]]), max_new_tokens=3)
+            assert decoder.kept == 0
+            again = fused.model.generate(torch.tensor([fused.read[:9]]), max_new_tokens=3)
+            fused.model.generate(torch.tensor([[5, 6, 7], [8, 9, 10]]), max_new_tokens=3)
+        assert first.tolist() == again.tolist() == plain.model.generate(first[:, :9], max_new_tokens=3).tolist()
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "as-on-a-gpu"])
+def test_a_prompt_with_one_new_token_is_read(static: bool, quantized: Path) -> None:
+    """A step of one token is recorded, but this one reads the prompt."""
+    plain, fused = (load_model(locate(quantized), Loading("cpu", "float32", fuse=fuse)) for fuse in (None, 64))
+    decoder = fused.generate.__self__
+    decoder.static = static
+    with torch.inference_mode():
+        text = fused.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, eos_token_id=None, resume=64)
+        longer = torch.cat([text, torch.tensor([[9]])], dim=1)
+        got = fused.generate(longer[:, [0, 1, 2, 3, 4, 5, 7]], max_new_tokens=4, eos_token_id=None, resume=64)
+        assert decoder.kept == 6
+        assert decoder.graph is None
+        assert got.tolist() == plain.generate(got[:, :7], max_new_tokens=4, eos_token_id=None).tolist()
+
+
+def test_a_cache_that_does_not_fit_leaves_the_conversation(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = opened(quantized)
+    fused, _ = opened(quantized, fuse=64)
+    assert said(fused, "Hello there") == said(plain, "Hello there")
+    before = list(fused.messages)
+
+    def full(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fewbit.models.decoding.caches.ReservedLayer._allocate", full)
+        with pytest.raises(KernelError, match=r"memory of cpu is too small for a text of \d+ \+ 60 tokens"):
+            said(fused, "Tell me more about it.", 60)
+    assert fused.messages == before
+    assert fused.model.generate.__self__.length == 64
+    assert said(fused, "And then?") == said(plain, "And then?")
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
@@ -212,7 +250,7 @@ def test_a_prompt_on_a_pipe_is_answered_once(quantized: Path, fewbit: Fewbit, mo
     assert "path: " in done.err
     assert re.search(r"\[8 tokens, [0-9.]+ tokens/s; (\d+) of \1 prompt tokens read in ", done.err)
     given(monkeypatch, b"Hello there")
-    other = fewbit("chat", quantized, "--max-new-tokens", 8, "--system", "Say only: no.", "--fuse", "--max-length", 99)
+    other = fewbit("chat", quantized, "--max-new-tokens", 8, "--system", "Say only: no.", "--max-length", 99)
     assert other.code == 0
     assert other.out != done.out
 
@@ -220,7 +258,7 @@ def test_a_prompt_on_a_pipe_is_answered_once(quantized: Path, fewbit: Fewbit, mo
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--max-length", "99"), "--max-length without --fuse"),
+        (("--max-length", "0"), "--max-length 0"),
         (("--max-new-tokens", "0"), "--max-new-tokens 0"),
         (("--top-p", "0.5"), "--top-p 0.5"),
         (("--kernel", "nope"), "unknown kernel"),

@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AwqConfig, BitsAndBytesConfig
 
 import fewbit as fb
+from fewbit.api import chat as chatting
 from fewbit.api import generate as generating
 from fewbit.api import quantize
+from fewbit.api import serve as serving
 from fewbit.errors import PlanError
 from fewbit.measure import speed
 from fewbit.models.decoding import caches, decode
@@ -28,6 +30,8 @@ from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
 from fewbit.nn.fused import Slice, packed_linears
 from fewbit.plans.plan import find
+from fewbit.serving.settings import Serving
+from fewbit.system import machine
 from tests import architectures, models
 from tests.e2e.conftest import Fewbit
 
@@ -238,12 +242,12 @@ def test_a_model_with_nothing_to_fuse_says_so(tmp_path: Path) -> None:
 
 def test_bad_lengths_are_refused_before_any_work(llama: Path, fewbit: Fewbit) -> None:
     for arguments, message in (
-        (("--max-length", 20), "--max-length without --fuse"),
-        (("--no-fuse", "--max-length", 20), "--max-length without --fuse"),
-        (("--compile", "--device", "cpu"), "--compile without --fuse"),
-        (("--fuse", "--max-length", 80, "--compile", "--device", "cpu"), "--compile needs an NVIDIA GPU"),
+        (("--no-fuse", "--max-length", 20), "--max-length with --no-fuse"),
+        (("--max-length", 0), "--max-length 0"),
+        (("--compile", "--no-fuse", "--device", "cpu"), "--compile without --fuse"),
+        (("--compile", "--device", "cpu"), "--compile needs an NVIDIA GPU"),
         (("--fuse", "--max-length", 1000), f"beyond the model's context of {models.CONTEXT}"),
-        (("--fuse", "--max-length", 20), "--max-length 20 is too short"),
+        (("--max-length", 20), "--max-length 20 is too short"),
     ):
         answer = fewbit("generate", llama, "a text", *arguments)
         assert (answer.code, answer.out) == (2, "")
@@ -289,6 +293,26 @@ def test_generate_loads_the_model_as_its_fuse_says(llama: Path, monkeypatch: pyt
     }
     assert len(texts) == 1
     assert found == [ids + 8, False, ids + 8, 40]
+
+
+def test_chat_and_serve_load_on_the_gpu_if_there_is_one(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine may have none: the answer to which device there is is replaced."""
+    found = list[Any]()
+
+    def load(source: Any, loading: Loading, **kwargs: Any) -> Any:
+        found.append(loading.device)
+        raise PlanError("enough")
+
+    monkeypatch.setattr(machine, "device", lambda wanted: wanted or "cuda")
+    monkeypatch.setattr(chatting, "Conversation", lambda *given: None)  # the model has no chat template
+    monkeypatch.setattr(chatting, "load_model", load)
+    monkeypatch.setattr(serving, "load_model", load)
+    for device in (None, "auto", "cuda:1"):
+        with pytest.raises(PlanError, match="enough"):
+            chatting.conversation(llama, Loading(device))
+        with pytest.raises(PlanError, match="enough"):
+            serving.service(llama, Loading(device), Serving())
+    assert found == ["cuda", "cuda", "auto", "auto", "cuda:1", "cuda:1"]
 
 
 def test_the_command_line_fuses(llama: Path, fewbit: Fewbit) -> None:

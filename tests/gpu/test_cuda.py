@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from fewbit.methods.gptq import GPTQ
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.decoding.choosing import Choosing
 from fewbit.models.decoding.continuous import News
+from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
-from fewbit.models.source import locate
+from fewbit.models.source import Source, locate
 from fewbit.nn.choose import TOLERANCE
 from fewbit.nn.fused import Slice
 from fewbit.nn.layers import QLinear
@@ -47,8 +49,8 @@ def test_quantized_and_loaded_there(family: str, tmp_path: Path) -> None:
     assert torch.equal(models.logits(moved, ids.cuda()), models.logits(there, ids.cuda()))
 
 
-def test_the_gpu_is_the_default(tmp_path: Path) -> None:
-    """`load`, `chat` and `serve` use it, and `generate` fuses there. In float32 all write what a CPU writes."""
+def test_the_gpu_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`chat` and `serve` use it, and `generate` fuses there. In float32 they write what a CPU writes."""
     folder = tmp_path / "out"
     quantize.quantize("tiny", folder, plan="rtn-4bit", device="cuda")
     source = locate(folder)
@@ -56,12 +58,19 @@ def test_the_gpu_is_the_default(tmp_path: Path) -> None:
     here = generate.load(folder, dtype="float32", device="cpu")
     expected = here.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
 
-    assert generate.load(folder).device.type == "cuda"
     assert chat.conversation(folder, Loading()).model.device.type == "cuda"
     assert served(folder, ids, "float32") == expected
     assert len(served(folder, ids, "bfloat16")) == 12
-    done = [generate.generate(folder, "Once upon a time", max_new_tokens=12, fuse=fuse) for fuse in (None, False)]
-    assert [each.tokens for each in done] == [12, 12]
+    found = list[int | bool | None]()
+
+    def load(source: Source, loading: Loading, **kwargs: Any) -> Any:
+        found.append(loading.fuse)
+        return load_model(source, loading, **kwargs)
+
+    monkeypatch.setattr(generate, "load_model", load)
+    for fuse in (None, False):
+        assert generate.generate(folder, "Once upon a time", max_new_tokens=12, fuse=fuse).tokens == 12
+    assert found == [len(ids) + 12, False]
 
 
 def served(folder: Path, ids: list[int], dtype: str) -> list[int]:

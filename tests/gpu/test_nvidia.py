@@ -220,6 +220,13 @@ def test_a_product_is_the_first_work_of_a_thread(rows: int) -> None:
             assert torch.equal(pool.submit(lambda: layer(x).detach()).result(), expected)
 
 
+def test_vmap_sees_the_operator() -> None:
+    layer = QLinear(256, 64, None).adopt(packed("int4-g32", 64, 256), torch.bfloat16)
+    x = torch.randn(2, 3, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(torch.func.vmap(layer)(x), torch.stack([layer(each) for each in x]))
+
+
 def test_activations_elsewhere_are_refused() -> None:
     weight = packed("int4-g128", 256, 512)
     prepared = tuple(part.cpu() for part in Nvidia().prepare(weight.codec, weight.parts, weight.shape))

@@ -22,14 +22,14 @@ def conversation(model: str | Path, loading: Loading) -> Conversation:
 
     PlanError if the model has no chat template; the errors of `fewbit.load`.
     """
-    if loading.device not in (None, "auto"):
-        machine.device(loading.device)
+    if loading.device != "auto":
+        loading = replace(loading, device=machine.device(loading.device))
     source = locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=loading.trust_remote_code)
     length = None if isinstance(loading.fuse, bool) else loading.fuse
     limits = [each for each in (source.stated_context, length) if each is not None]
     opened = Conversation(None, tokenizer, min(limits, default=None))
     if loading.fuse is True:
-        loading = replace(loading, fuse=min(_FIRST, source.context))
+        loading = replace(loading, fuse=min(_FIRST, source.stated_context or _FIRST))
     opened.model = load_model(source, loading, for_text=True)
     return opened

@@ -35,7 +35,7 @@ def load(
     device: Device = None,
     kernel: str | None = None,
     adapter: str | Path | None = None,
-    fuse: int | bool | None = None,
+    fuse: int | None = None,
     compile: bool = False,
     trust_remote_code: bool = False,
     tensor_parallel: bool = False,
@@ -43,14 +43,15 @@ def load(
 ) -> Any:
     """Load a model with packed weights. `AutoModelForCausalLM.from_pretrained` does the same after `import fewbit`.
 
-    kernel: one kernel for all quantized weights (`fewbit list`); KernelError if it does not support one of them.
-    adapter: a LoRA, folder or GGUF file, to attach as `peft.PeftModel.from_pretrained` does; PlanError if it belongs to
-    another model. fuse: fuse linears that read the same tensor, and generate in a static cache of this many tokens,
-    prompt included (on a GPU, one CUDA graph per token); PlanError beyond the model's context. compile: let PyTorch
-    compile the decoding step at the first use of each batch size; this takes many seconds and makes steps faster.
-    PlanError without `fuse`, or without a GPU. tensor_parallel: in a program that torchrun started, load only this
-    process's part of each linear; all processes must then use the model in the same way. mmproj: the GGUF file with the
-    vision tower of a GGUF model; a folder that has both files needs none. FormatError if it belongs to another model.
+    device: as there, the CPU by default, also where there is a GPU. kernel: one kernel for all quantized weights
+    (`fewbit list`); KernelError if it does not support one of them. adapter: a LoRA, folder or GGUF file, to attach as
+    `peft.PeftModel.from_pretrained` does; PlanError if it belongs to another model. fuse: fuse linears that read the
+    same tensor, and generate in a static cache of this many tokens, prompt included (on a GPU, one CUDA graph per
+    token); PlanError beyond the model's context. compile: let PyTorch compile the decoding step at the first use of
+    each batch size; this takes many seconds and makes steps faster. PlanError without `fuse`, or without a GPU.
+    tensor_parallel: in a program that torchrun started, load only this process's part of each linear; all processes
+    must then use the model in the same way. mmproj: the GGUF file with the vision tower of a GGUF model; a folder that
+    has both files needs none. FormatError if it belongs to another model.
     """
     loading = Loading(device, dtype, kernel, adapter, fuse, compile, trust_remote_code, tensor_parallel=tensor_parallel)
     if loading.device not in (None, "auto"):
@@ -82,11 +83,12 @@ def generate(
 
     images: image files, or images of pillow, for a model with a vision tower. With `chat` they come before the prompt;
     else they are where the prompt has the model's image token, or before it. PlanError for a model that takes none.
-    chat: the prompt is a user's message in the model's chat template. adapter: a LoRA, a folder or a GGUF file. fuse,
-    compile: as in `load`. `fuse=True` is the length of prompt and answer, False is not fused. By default, a GPU
-    generates fused up to 8192 tokens if the model is packed and there are no adapter and no images. stream: also print
-    the text as it is generated. tensor_parallel: in a program that torchrun started, all processes generate one text
-    together, each with its part of the model. mmproj: as in `load`.
+    chat: the prompt is a user's message in the model's chat template. adapter: a LoRA, a folder or a GGUF file.
+    device: by default a GPU if there is one. fuse, compile: as in `load`; `fuse=True` makes the cache as long as prompt
+    and answer, and False turns fusing off. By default, a packed model is fused on a GPU, for up to 8192 tokens, without
+    adapter, images and tensor_parallel; `compile` alone fuses too. stream: also print the text as it is generated.
+    tensor_parallel: in a program that torchrun started, all processes generate one text together, each with its part of
+    the model. mmproj: as in `load`.
     """
     if max_new_tokens < 1:
         raise PlanError(f"`max_new_tokens={max_new_tokens}`: expected at least 1")
@@ -115,7 +117,8 @@ def generate(
                 f"`fuse={fuse}` is too short for {ids.shape[1]} prompt tokens and {max_new_tokens} new tokens",
                 "Give a larger value, or a smaller `max_new_tokens`.",
             )
-        if fuse is True or (fuse is None and not beside and fuses_by_itself(source, loading, needed)):
+        by_itself = fuse is None and (compile or (not beside and fuses_by_itself(source, loading, needed)))
+        if fuse is True or by_itself:
             loading = replace(loading, fuse=needed)
         loaded = load_model(source, loading, for_text=not beside)
         done = continue_text(

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,8 +121,8 @@ def service(model: str | Path, loading: Loading, serving: Serving) -> Service:
     from fewbit.models.decoding.continuous import Engine
     from fewbit.serving.service import Service
 
-    if loading.device not in (None, "auto"):
-        machine.device(loading.device)
+    if loading.device != "auto":
+        loading = replace(loading, device=machine.device(loading.device))
     source = locate(model)
     tokenizer = load_tokenizer(source, trust_remote_code=loading.trust_remote_code)
     loaded = load_model(source, loading, for_text=True)

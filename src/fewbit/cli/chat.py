@@ -44,11 +44,11 @@ def chat(
     ] = False,
     fuse: Annotated[
         bool,
-        typer.Option("--fuse", help="Fuse linears that share an input."),
+        typer.Option("--fuse", help="Fuse linears that share an input. --max-length does so too."),
     ] = False,
     max_length: Annotated[
         int | None,
-        typer.Option(help="With --fuse: maximum tokens of the whole conversation. Default: the model's context."),
+        typer.Option(help="Fuse, for so many tokens of the whole conversation. Default: the model's context."),
     ] = None,
     loading: Annotated[Loading, Fields("adapter", "device", "kernel", "trust_remote_code")] = Loading(),
 ) -> None:
@@ -56,15 +56,14 @@ def chat(
 
     In the conversation, /help lists the commands.
     """
-    if max_length is not None and not fuse:
-        raise PlanError("--max-length without --fuse", "Only a fused model has a cache of fixed size: give both.")
+    loading = replace(loading, fuse=fuse or None if max_length is None else max_length)
     piped = None
     if sys.stdin is None or not sys.stdin.isatty():
         hint = 'Start it in a terminal, or pipe a message: echo "Hello" | fewbit chat MODEL'
         piped = stdin("without a terminal, the message comes from stdin", hint).removesuffix("\n")
     from fewbit.api import chat as api
 
-    conversation = api.conversation(model, replace(loading, fuse=max_length or fuse or None))
+    conversation = api.conversation(model, loading)
     conversation.reset(system)
     if verbose:
         from fewbit.models.decoding.cpu_path import cpu_path

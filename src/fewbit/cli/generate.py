@@ -35,18 +35,22 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")] = False,
     fuse: Annotated[
         bool | None,
-        typer.Option("--fuse/--no-fuse", help="Fuse linears that share an input. Default: on a GPU."),
+        typer.Option(
+            "--fuse/--no-fuse", help="Fuse linears that share an input. Default: on a GPU, or with --max-length."
+        ),
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(help="With --fuse: maximum tokens of prompt and answer. Default: as many as this answer needs."),
+        typer.Option(help="Fuse, for so many tokens of prompt and answer. Default: as many as this answer needs."),
     ] = None,
     loading: Annotated[Loading, Fields("compile", "adapter", "device", "kernel", "trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
     """Continue PROMPT with MODEL. Started by torchrun, each process loads its part of the model."""
-    if max_length is not None and not fuse:
-        raise PlanError("--max-length without --fuse", "Only a fused model has a cache of fixed size: give both.")
+    if max_length is not None and fuse is False:
+        raise PlanError(
+            "--max-length with --no-fuse", "It is the size of a fused model's cache: leave out one of them."
+        )
     prompt = prompt_of(prompt)
     from fewbit.api import generate as api
     from fewbit.report import text as report

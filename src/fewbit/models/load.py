@@ -28,7 +28,7 @@ from fewbit.models.plugin import quantizer
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
 from fewbit.nn import choose
-from fewbit.system import machine, ranks
+from fewbit.system import ranks
 
 _FUSED = 8192
 
@@ -53,8 +53,6 @@ def load_model(
     split = _split(loading)
     if split is not None:
         loading = replace(loading, device="cpu")  # files are mapped there, and only parts are copied
-    elif loading.device != "auto":
-        loading = replace(loading, device=machine.device(loading.device))
     if loading.fuse is True:
         raise PlanError(
             "`fuse=True`: only `generate` knows how many tokens a text needs", "Give their number, such as `fuse=512`."
@@ -78,7 +76,7 @@ def load_model(
     if loading.compile:
         check_compile(device, fuse)
     if fuse is not None:
-        decode.checked_length(fuse, source.context, f"`fuse={fuse!r}`")
+        decode.checked_length(fuse, source.stated_context, f"`fuse={fuse!r}`")
         if not packed:
             raise PlanError(
                 f"{source.name} has no packed weights that fewbit reads, and only these are fused", "Leave out `fuse`."
@@ -142,7 +140,7 @@ def fuses_by_itself(source: Source, loading: Loading, tokens: int) -> bool:
         str(loading.device).partition(":")[0] == "cuda"
         and loading.adapter is None
         and not loading.tensor_parallel
-        and tokens <= min(_FUSED, source.context)
+        and tokens <= min(_FUSED, source.stated_context or _FUSED)
         and not decoded.is_left(source, str(loading.device))
         and decoded.is_packed(source)
     )

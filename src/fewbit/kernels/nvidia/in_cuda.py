@@ -158,7 +158,8 @@ def _address(argument: Tensor | ctypes.Array[ctypes.c_char]) -> int:
 
 @cache
 def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+    driver: ctypes.CDLL = torch.cuda._utils._get_gpu_runtime_library()  # Windows has another name for it
+    return driver
 
 
 @cache

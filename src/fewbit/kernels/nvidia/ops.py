@@ -55,6 +55,7 @@ def _traced(x: Tensor) -> bool:
         or type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 

@@ -76,7 +76,12 @@ class Conversation:
                 f"the conversation has {ids.shape[1]} tokens, and there is room for {self.limit}", "Begin a new one."
             )
         new = max_new_tokens if room is None else min(max_new_tokens, room)
-        cache, kept = self._resumed(ids[0].tolist(), new)
+        cache, kept = self._resumed(ids[0].tolist())
+        decoder = self._decoder()
+        if decoder is not None:
+            own: dict[str, Any] = {"resume": self.limit or 2**31}
+        else:
+            own = {} if cache is None else {CACHE: cache}
         self._cache, self.read = None, []  # in case of an error: it may be half written
         out, told = continue_ids(
             self.model,
@@ -85,24 +90,19 @@ class Conversation:
             new,
             sampling=replace(sampling, seed=(sampling.seed + self._turns) % 2**32),
             shown=_Teller(self.tokenizer, tell),
-            more={"stopping_criteria": [Stop(stopped)], **({} if cache is None else {CACHE: cache})},
+            more={"stopping_criteria": [Stop(stopped)], **own},
         )
+        kept = kept if decoder is None else decoder.kept
         self._cache, self._turns, self.prompt = cache, self._turns + 1, (ids.shape[1], ids.shape[1] - kept)
-        if (decoder := self._decoder()) is not None:
-            self.read = decoder.read
-        else:
-            self.read = out[0, :-1].tolist() if cache is not None else []  # the last token was not fed
+        self.read = out[0, :-1].tolist() if own else []  # the last token was not fed
         self.messages = [*asked, {"role": "assistant", "content": told.text}]
         return told
 
-    def _resumed(self, ids: list[int], new: int) -> tuple[DynamicCache | None, int]:
+    def _resumed(self, ids: list[int]) -> tuple[DynamicCache | None, int]:
         """A cache that holds the longest beginning of `ids` that it can, and its length. None if the model uses
-        another kind, or its own: a fused model makes room in it for `new` more tokens."""
-        if (decoder := self._decoder()) is not None:
-            if len(ids) + new > decoder.length:
-                longer = 2 ** (len(ids) + new - 1).bit_length()
-                decoder.grow(longer if self.limit is None else min(longer, self.limit))
-            return None, decoder.keep(ids)
+        another kind, or its own as a fused model."""
+        if self._decoder() is not None:
+            return None, 0
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.read, ids[:-1], strict=False)))
         if self._cache is not None and _cropped(self._cache, len(self.read) - same):
             return self._cache, same

@@ -39,14 +39,14 @@ _OTHERS = (
 )
 
 
-def checked_length(length: Any, context: int, shown: str) -> int:
-    """The length of the cache in tokens. PlanError if it is no integer from 2 to `context`, the model's context.
+def checked_length(length: Any, context: int | None, shown: str) -> int:
+    """The length of the cache in tokens. PlanError if it is no integer from 2 to `context`, the model's if it has one.
 
     shown: argument and value, as the message names them.
     """
     if isinstance(length, bool) or not isinstance(length, int) or length < 2:
         raise PlanError(f"{shown} is no number of tokens", "Count prompt and answer together, such as 512.")
-    if length > context:
+    if context is not None and length > context:
         raise PlanError(f"{shown} is beyond the model's context of {context} tokens")
     return length
 
@@ -77,30 +77,33 @@ class Decoder:
         self.used = 0
         self.first = True  # whether the next call of the model reads the prompt
         self.read: list[int] = []  # the tokens of the last text whose keys and values the cache holds, of one row
-        self.kept = 0  # how many of them the next text begins with
+        self.kept = 0  # how many of them the text now begins with: these are not read again
         self.key: tuple[Any, ...] = ()
         self.static: bool | None = None  # whether the model works with a static cache; None before the test
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.GenerationMixin.generate`. A call from another thread waits: there is one cache."""
-        with exclusive(self.model):
-            return self._generate(*args, **kwargs)
+        """As `transformers.GenerationMixin.generate`. A call from another thread waits: there is one cache.
 
-    def keep(self, ids: list[int]) -> int:
-        """Let the next `generate` read only the tokens of the prompt `ids` that the last text did not begin with.
-
-        Returns the number of the others. At least the last token of a prompt is read.
+        resume: continue the last text as far as the prompt begins like it, and let the cache grow to so many tokens.
         """
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(self.read, ids[:-1], strict=False))
-        whole = self.cache is not None and all(type(layer) in EMPTIED for layer in self.cache.layers)
-        self.kept = sum(1 for _ in same) if whole else 0
-        return self.kept
+        resume: int | None = kwargs.pop("resume", None)
+        with exclusive(self.model):
+            length, self.kept = self.length, 0
+            try:
+                return self._generate(resume, *args, **kwargs)
+            except BaseException:
+                if resume is not None:  # the larger cache may be what has no room
+                    self.length, self.cache, self.read = length, None, []
+                raise
 
-    def grow(self, length: int) -> None:
-        """Make the cache for `length` tokens; what it holds is lost."""
-        self.length, self.cache, self.read, self.kept = length, None, [], 0
+    def _resumed(self, ids: Tensor, new: int, most: int) -> None:
+        """Note what the prompt [1, n] has in common with the last text. Make room for it and `new` tokens first."""
+        if (needed := ids.shape[1] + new) > self.length:
+            self.length, self.cache, self.read = min(2 ** (needed - 1).bit_length(), most), None, []
+        pairs = zip(self.read, ids[0, :-1].tolist(), strict=False)  # at least one token is read
+        self.kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, resume: int | None, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("generation_config") or self.model.generation_config
         requested = {**vars(config), **{key: value for key, value in kwargs.items() if value is not None}}
         if (
@@ -111,6 +114,8 @@ class Decoder:
             return self.plain(*args, **kwargs)
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         prompt = ids.shape[1] if isinstance(ids, Tensor) else 1
+        if resume is not None and isinstance(ids, Tensor) and len(ids) == 1:
+            self._resumed(ids, requested.get("max_new_tokens") or 1, resume)
         self._check(prompt, requested.get("max_new_tokens"), requested.get("max_length"))
         self._renew(ids.shape[0] if isinstance(ids, Tensor) else 1, requested.get("num_return_sequences") or 1)
         self.read, self.first, forward = [], True, self.model.forward
@@ -140,7 +145,7 @@ class Decoder:
 
     def _empty(self) -> None:
         self.cache.reset()
-        self.used, self.first = 0, True
+        self.used, self.kept, self.first = 0, 0, True
 
     def _quick(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         if self.quick is None:
@@ -162,18 +167,18 @@ class Decoder:
         key = (batch * copies, mode, self.model.device, self.model.dtype, _wiring(self.model))
         if self.static is None:
             self.static = _on_one_gpu(self.model) and supports_static_cache(self.model, self.plain)
-        kept, self.kept, self.used = self.kept, 0, 0
         if self.cache is not None and self.key == key and all(type(x) in EMPTIED for x in self.cache.layers):
-            if kept:
+            if self.kept:
                 for layer in self.cache.layers:
-                    layer.keep(kept)
-                self.used = kept
+                    layer.keep(self.kept)
             else:
                 self.cache.reset()
         else:
+            self.kept = 0
             self.graph = self.loop = self.quick = None  # they hold the old cache
             made = static(self.model, self.length) if self.static else None
             self.cache, self.key = made or reserved(self.model, self.length), key
+        self.used = self.kept
 
     def _step(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not any(value is self.cache for value in kwargs.values()):

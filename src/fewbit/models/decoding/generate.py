@@ -15,7 +15,7 @@ from transformers import GenerationConfig, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from fewbit.brief import brief
-from fewbit.errors import PlanError
+from fewbit.errors import KernelError, PlanError
 from fewbit.models.decoding.attention import growing_texts
 from fewbit.models.decoding.exclusive import exclusive
 from fewbit.models.decoding.sampling import Sampling
@@ -187,15 +187,21 @@ def continue_ids(
     end = model.generation_config.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
     clock = _Clock(shown)
-    with _seeded(sampling), torch.inference_mode(), _one_text(model):
-        out = model.generate(
-            ids,
-            **{"attention_mask": torch.ones_like(ids), **more},
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad[0] if isinstance(pad, list) else pad,
-            streamer=clock,
-            **sampling.options(),
-        )
+    try:
+        with _seeded(sampling), torch.inference_mode(), _one_text(model):
+            out = model.generate(
+                ids,
+                **{"attention_mask": torch.ones_like(ids), **more},
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad[0] if isinstance(pad, list) else pad,
+                streamer=clock,
+                **sampling.options(),
+            )
+    except torch.OutOfMemoryError as error:
+        raise KernelError(
+            f"the memory of {model.device} is too small for a text of {ids.shape[1]} + {max_new_tokens} tokens",
+            "Give a shorter prompt, or a smaller `max_new_tokens`.",
+        ) from error
     start, first, *_ = clock.times  # the streamer gets the prompt before any computation
     return out, Continuation(
         text=str(tokenizer.decode(out[0][ids.shape[1] :], skip_special_tokens=True)),
