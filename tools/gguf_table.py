@@ -152,6 +152,7 @@ def _reasons(types: Mapping[str, str]) -> list[str]:
 def _conditions(row: Any) -> Iterator[str]:
     """What llama.cpp takes for granted of the models of a row."""
     from fewbit.models.gguf.architectures import TYPES  # `page` puts it on the path
+    from fewbit.models.gguf.positions import windows
 
     if (first := TYPES[row.model_type][0]) is not row and not first.chosen:
         yield "only read: written as above"
@@ -204,7 +205,7 @@ def _conditions(row: Any) -> Iterator[str]:
         yield "`vocab_size_per_layer_input` = `vocab_size`, if layers have inputs of their own"
         yield "proportional RoPE with factor 1 in layers with full attention"
     if row.local_theta is not None:
-        yield "whole, unscaled RoPE in layers with a sliding window"
+        yield f"{windows(row)} in layers with a sliding window"
     if row.turned:
         yield "the layers with RoPE have one base, and at least one layer has RoPE"
     if row.some_window:

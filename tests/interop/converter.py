@@ -36,6 +36,26 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_v32": {"scoring_func": "sigmoid"},
     "glm_moe_dsa": {"scoring_func": "sigmoid"},
     "sarvam_mla": {"scoring_func": "sigmoid"},
+    "mimo_v2_flash": {
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "hybrid_layer_pattern": [0, 1, 1, 1, 0],
+        "swa_head_dim": 16,
+        "swa_v_head_dim": 8,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "rope_parameters": None,
+        "rope_theta": 5e6,
+        "swa_rope_theta": 20000.0,
+        "partial_rotary_factor": 0.5,
+    },
+    # As a published model without windows
+    "laguna-element": {
+        "sliding_window": None,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.5}
+        },
+    },
     "granite_swa": {"no_rope_layers": [1, 0, 1, 0]},
     "dots1": {"scoring_func": "sigmoid"},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},

@@ -48,6 +48,16 @@ def small(kind: str, changes: dict[str, dict[str, Any]]) -> Any:
     return architectures.small(CONFIG_MAPPING[kind], architectures.SIZES, changes)
 
 
+def parts(full: float | None, sliding: float | None) -> dict[str, dict[str, Any]]:
+    """RoPE of these parts of a head, in layers with full attention and with a sliding window. None: it does not say."""
+    found: dict[str, dict[str, Any]] = {
+        kind: {"rope_type": "default", "rope_theta": base} for kind, base in BASES.items()
+    }
+    for rope, part in zip(found.values(), (full, sliding), strict=True):
+        rope |= {} if part is None else {"partial_rotary_factor": part}
+    return found
+
+
 def test_layers_without_key_value_heads_are_convolutions() -> None:
     found = config.to_config(file())
     assert found["layer_types"] == ["conv", "full_attention", "conv"]
@@ -112,6 +122,13 @@ def test_the_width_of_an_adjusted_mlp(multiplier: float | None, width: int) -> N
         ("glm", {"head_dim": 32}, "heads as wide as the model; this model's have 32 columns"),
         ("gpt_bigcode", {"multi_query": False}, "multi_query = True"),
         ("glm4_moe_lite", {"mlp_layer_types": ["dense", "sparse", "dense"]}, "layers with experts after all others"),
+        ("mimo_v2_flash", {"routed_scaling_factor": 2.5}, r"routed_scaling_factor = 1\.0; this model has 2\.5"),
+        ("mimo_v2_flash", {"layer_types": ["full_attention"] * 5}, "a sliding window in some layers; this model has"),
+        ("mimo_v2_flash", {"rope_parameters": parts(0.5, 0.25)}, "RoPE of the same part of a head in layers"),
+        ("mimo_v2_flash", {"rope_parameters": parts(0.5, None)}, "RoPE of the same part of a head in layers"),
+        ("mimo_v2_flash", {"rope_parameters": parts(None, None)}, "an even number of columns; this model has 5"),
+        ("laguna", {"moe_router_logit_softcapping": 30.0}, r"moe_router_logit_softcapping = 0\.0"),
+        ("laguna", {"rope_parameters": parts(0.5, 0.1)}, "an even number of columns; this model has 1"),
         ("lfm2_moe", {"use_expert_bias": False}, "use_expert_bias = True"),
     ],
 )

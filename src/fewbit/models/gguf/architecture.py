@@ -130,6 +130,12 @@ class Architecture:
     untied: bool = False  # the output head is never the embedding
     square: bool = False  # heads are as wide as the model, though config.json has their width
     grouped: bool = True  # several query heads may share a key-value head
+    # Entry of config.json with the query heads of each layer; "": all layers have as many
+    query_heads: str = ""
+    value_width: str = ""  # entry with the width of a value, which may differ from that of a key
+    kv_in_windows: int = 1  # layers with a sliding window have so many times the key-value heads of others
+    # Entry that says whether attention has a gate for each head or for each column of it: a file's attn_gate shows it
+    gates: str = ""
     gated_queries: bool = False  # q has a gate of each head below the head's rows
     linear_attention: bool = False  # some layers have linear attention (gated delta net)
     latent: bool = False  # keys and values are expanded from a latent (latent.py)
@@ -158,6 +164,9 @@ class Architecture:
     other_ramp: bool = False  # llama.cpp reads beta_fast and beta_slow of YaRN; else they are 32 and 1
     sections: bool = False  # RoPE has sections for images
     partial_rotary: bool = False  # RoPE may rotate only the first columns of a head
+    turned_part: float = 1.0  # the part that it rotates if config.json does not say it
+    # The file's key for the columns that it rotates in layers with a sliding window; "": as many as in others
+    turned_in_windows: str = ""
     # RoPE base of layers with a sliding window, if they have their own; 0: that of the others
     local_theta: float | None = None
     exact_ramp: bool = False  # YaRN does not round the limits of its ramp (truncate); llama.cpp does
@@ -173,6 +182,7 @@ class Architecture:
     # Entry of config.json with the RoPE base of each layer, 0 for none -> the file's key, which says who has RoPE
     turned: Mapping[str, str] = field(default_factory=dict)
     period: int = 0  # every n-th layer has full attention and the others have a window; 0 without such layers
+    first_full: bool = False  # it is the first of so many, not the last
     regular: bool = False  # it is always the n-th layer, and the others always have a window
     one_theta: bool = False  # RoPE has the same base in both kinds of layers
     default_window: bool = False  # a file without a key for the window has one

@@ -13,7 +13,7 @@ from typing import Any
 
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.gguf.architecture import Architecture
-from fewbit.models.gguf.rows import dense, earlier, experts, gemma, latents, recurrent, states
+from fewbit.models.gguf.rows import dense, earlier, experts, gemma, latents, recurrent, states, windows
 
 _ROWS = (
     *experts.ROWS,
@@ -23,6 +23,7 @@ _ROWS = (
     *latents.ROWS,
     *recurrent.ROWS,
     *states.ROWS,
+    *windows.ROWS,
 )  # a file is of the first whose `when` fits
 
 ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
@@ -53,8 +54,6 @@ MISSING = {
     "hrm_text": "fewbit has no names for blocks that run several times",
     "hy_v4": "fewbit has no names for hyper-connections, and llama.cpp's converter none for those of transformers",
     "kimi_linear": "fewbit has no keys for its linear attention, whose latents have no positions",
-    "laguna": "fewbit has no keys for layers with different numbers of query heads",
-    "mimo_v2_flash": "fewbit has no keys for values of another width than keys, and of other widths in windows",
     "qwen4_exp_text": "transformers 5.24 cannot build a model of its config",
     "sarvam_moe": "llama.cpp has it as BailingMoE 2, with queries, keys and values as one matrix",
 }

@@ -69,7 +69,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
         found[arch.epsilon] = float(_of(config, arch, "rms_norm_eps"))
     if arch.rotary:
         found |= {
-            "rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1.0)),
+            "rope.dimension_count": positions.columns(rope, width, arch),
             "rope.freq_base": float(rope["rope_theta"]),
             **positions.to_keys(config, arch, rope),
         }
@@ -94,6 +94,7 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
     found |= latent.to_keys(config, arch, rope) if arch.latent else {}
     found |= kinds.to_keys(whole, config) if arch.two_kinds else {}
     found |= kinds.fixed_to_keys(config, arch) if arch.unshared else {}
+    found |= kinds.heads_to_keys(config, arch)
     found |= {ours: bool(getattr(config, theirs)) for theirs, ours in arch.flags.items()}
     found |= {ours: _number(config, theirs, values) for theirs, (ours, values) in arch.named.items()}
     found |= {ours: _flags(config, theirs, (one, two)) for theirs, (ours, one, two) in arch.listed.items()}
@@ -156,7 +157,8 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     keys = Metadata(file)
     arch = keys.architecture
     layers = keys.count("block_count") - keys.whole("nextn_predict_layers")
-    hidden, heads = keys.count("embedding_length"), keys.count("attention.head_count") if arch.attention else 0
+    each = kinds.query_heads(keys, layers) if arch.attention else [0]
+    hidden, heads = keys.count("embedding_length"), each[0]
     vocab, columns = keys.shape("token_embd.weight")
     if columns != hidden or keys.layers != layers:
         raise keys.wrong(f"it has {keys.layers} blocks of width {columns}, but its keys say {layers} and {hidden}")
@@ -209,6 +211,9 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     config |= _windows(keys, config)
     for theirs, ours in arch.turned.items():
         config[theirs] = positions.turned_of_keys(keys, ours, config["rope_parameters"]["rope_theta"])
+    config |= {arch.query_heads: each} if arch.query_heads else {}
+    if arch.gates:
+        config[arch.gates] = kinds.gates(keys, heads)
     if arch.unshared:
         config["activation_sparsity_pattern"] = kinds.sparsity(arch, layers)
         config["num_kv_shared_layers"] = max(layers - arch.unshared, 0)
@@ -226,9 +231,14 @@ def _heads(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     if arch.two_kinds:
         rope = positions.of_keys(keys, keys.count("attention.key_length"))
         return {**kinds.of_keys(keys, config["num_hidden_layers"]), "rope_parameters": rope}
-    kv = hybrid.kv_heads(keys) if arch.without_attention else keys.count("attention.head_count_kv", heads)
+    layers = config["num_hidden_layers"]
+    if arch.kv_in_windows > 1:
+        kv = kinds.fewest_kv_heads(keys, _sliding(keys, layers))
+    else:
+        kv = hybrid.kv_heads(keys) if arch.without_attention else keys.count("attention.head_count_kv", heads)
     width = keys.count("attention.key_length", hidden // heads if heads <= hidden else 1)
-    if keys.count("attention.value_length", width) != width or heads % kv:
+    value = keys.count("attention.value_length", width)
+    if (value != width and not arch.value_width) or any(count % kv for count in kinds.query_heads(keys, layers)):
         raise keys.wrong(f"{arch.name} cannot have {heads} heads with {kv} key-value heads of width {width}")
     if (arch.has_no("head_dim") and width * heads != hidden) or (arch.has_no("num_key_value_heads") and kv != heads):
         raise keys.wrong(f"{arch.name} cannot have {heads} heads of width {width} and {kv} key-value heads")
@@ -239,6 +249,7 @@ def _heads(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     found = {
         "num_key_value_heads": kv,
         "head_dim": width,
+        **({arch.value_width: value} if arch.value_width else {}),
         **(
             {}
             if arch.has_no("intermediate_size") or hybrid.all_sparse(keys)
@@ -333,7 +344,7 @@ def _refuse(config: Any, arch: Architecture) -> None:
             f"model has {config.num_hidden_layers} layers and a window of {config.sliding_window}"
         )
     if arch.regular and [kind == "sliding_attention" for kind in config.layer_types] != _usual(
-        arch.period, config.num_hidden_layers
+        arch, arch.period, config.num_hidden_layers
     ):
         raise PlanError(f"llama.cpp runs {arch.name} with a sliding window in all layers but one in {arch.period}")
     if arch.one_theta and len(bases := {each["rope_theta"] for each in config.rope_parameters.values()}) > 1:
@@ -360,18 +371,34 @@ def _window(config: Any, arch: Architecture) -> dict[str, Any]:
     found: dict[str, Any] = {"attention.sliding_window": window}
     if arch.period:
         sliding = [kind == "sliding_attention" for kind in types or ()]
-        if arch.pattern or sliding != _usual(arch.period, len(sliding)):
+        if arch.pattern or sliding != _usual(arch, arch.period, len(sliding)):
             found["attention.sliding_window_pattern"] = np.array(sliding)
     if arch.local_theta is not None:
-        theta = (config.rope_parameters.get("sliding_attention") or {}).get("rope_theta")
+        local = config.rope_parameters.get("sliding_attention") or {}
+        theta = local.get("rope_theta")
+        if arch.turned_in_windows and local:
+            found[arch.turned_in_windows] = positions.columns(local, config.head_dim, arch)
         if theta is not None and theta != (arch.local_theta or positions.of_config(config)["rope_theta"]):
             found["rope.freq_base_swa"] = float(theta)
     return found
 
 
-def _usual(period: int, layers: int) -> list[bool]:
+def _usual(arch: Architecture, period: int, layers: int) -> list[bool]:
     """Which layers have a sliding window if every `period`-th has none."""
-    return [layer % period < period - 1 for layer in range(layers)]
+    return [layer % period != (0 if arch.first_full else period - 1) for layer in range(layers)]
+
+
+def _sliding(keys: Metadata, layers: int) -> list[bool]:
+    """Which layers have a sliding window."""
+    arch, pattern = keys.architecture, keys.get("attention.sliding_window_pattern")
+    if not keys.get("attention.sliding_window") and not arch.default_window:
+        return [False] * layers
+    if isinstance(pattern, np.ndarray):
+        if len(pattern) not in (layers, layers + keys.whole("nextn_predict_layers")):
+            raise keys.wrong(f"the pattern of sliding windows has {len(pattern)} layers, not {layers}")
+        return [bool(each) for each in pattern[:layers]]
+    period = arch.period if pattern is None else keys.count("attention.sliding_window_pattern")
+    return _usual(arch, period, layers)
 
 
 def _windows(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -383,20 +410,9 @@ def _windows(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
         return {"sliding_window": keys.count("attention.sliding_window")}
     if arch.windowed and layers != arch.windowed:
         return {"sliding_window": None, "layer_types": ["full_attention"] * layers}
-    sliding = _usual(arch.period, layers)
-    pattern = keys.get("attention.sliding_window_pattern")
-    if isinstance(pattern, np.ndarray):
-        if len(pattern) != layers:
-            raise keys.wrong(f"the pattern of sliding windows has {len(pattern)} layers, not {layers}")
-        sliding = [bool(each) for each in pattern]
-    elif pattern is not None:
-        period = keys.count("attention.sliding_window_pattern")
-        sliding = _usual(period, layers)
-    if not window and not arch.default_window:
-        sliding = [False] * layers
     found: dict[str, Any] = {
         "sliding_window": keys.count("attention.sliding_window", 4096),
-        "layer_types": ["sliding_attention" if each else "full_attention" for each in sliding],
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in _sliding(keys, layers)],
     }
     if arch.scaled_by_hidden is None:
         return found

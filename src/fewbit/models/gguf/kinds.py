@@ -9,11 +9,18 @@ num_kv_shared_layers                              a.attention.shared_kv_layers: 
 use_double_wide_mlp                               a.feed_forward_length of each layer: these layers have twice the width
 attention_k_eq_v                                  no attn_v in layers with full attention
 final_logit_softcapping                           a.final_logit_softcapping, or 0: llama.cpp takes 30 without it
+
+Other types
+num_attention_heads_per_layer (Laguna)            a.attention.head_count of each layer
+num_key_value_heads (MiMo V2 Flash)               a.attention.head_count_kv of each layer: twice as many in windows
+v_head_dim (MiMo V2 Flash)                        a.attention.value_length
+gating (Laguna)                                   whether attn_gate has a row for each head, or for each column of it
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from math import inf
 from statistics import NormalDist
 from typing import Any
@@ -192,11 +199,51 @@ def of_keys(keys: Any, layers: int) -> dict[str, Any]:
     }
 
 
+def heads_to_keys(config: Any, arch: Architecture) -> dict[str, Any]:
+    """The keys of heads that differ by layer, and of values of another width than keys."""
+    found: dict[str, Any] = {}
+    if arch.query_heads:
+        found["attention.head_count"] = np.array(getattr(config, arch.query_heads), np.int32)
+    if arch.value_width:
+        found["attention.value_length"] = int(getattr(config, arch.value_width))
+    if arch.kv_in_windows > 1:
+        times = [arch.kv_in_windows if kind == _SLIDING else 1 for kind in config.layer_types]
+        found["attention.head_count_kv"] = np.array(times, np.int32) * config.num_key_value_heads
+    return found
+
+
+def query_heads(keys: Any, layers: int) -> list[int]:
+    """The query heads of each layer. keys: a file's `Metadata` (metadata.py)."""
+    if keys.architecture.query_heads:
+        return _each(keys, "attention.head_count", layers)
+    return [keys.count("attention.head_count")] * layers
+
+
+def fewest_kv_heads(keys: Any, sliding: Sequence[bool]) -> int:
+    """The key-value heads of layers with full attention. sliding: which layers have a window."""
+    found = _each(keys, "attention.head_count_kv", len(sliding))
+    times = [keys.architecture.kv_in_windows if one else 1 for one in sliding]
+    fewest = found[0] // times[0]
+    if found != [fewest * each for each in times]:
+        raise keys.wrong(
+            f"its layers have {found} key-value heads; those with a sliding window must have "
+            f"{keys.architecture.kv_in_windows} times as many as others"
+        )
+    return fewest
+
+
+def gates(keys: Any, heads: int) -> str:
+    """What attention has gates for. heads: the query heads of the first layer."""
+    return "per-head" if keys.shape("blk.0.attn_gate.weight")[0] == heads else "per-element"
+
+
 def _each(keys: Any, key: str, layers: int) -> list[int]:
-    """The value of each layer, which all have or each has."""
+    """The value of each layer, which all have or each has. A list may go on with blocks that predict further tokens."""
     found = keys.get(key)
     if not isinstance(found, np.ndarray):
         return [keys.count(key)] * layers
+    more = keys.whole("nextn_predict_layers")
+    found = found[:layers] if len(found) == layers + more else found
     if found.dtype.kind not in "iu" or len(found) != layers or not all(0 < each < 1 << 24 for each in found.tolist()):
         raise keys.wrong(f"{key} is no list of {layers} numbers above 0")
     each: list[int] = found.tolist()

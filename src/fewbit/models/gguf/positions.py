@@ -54,10 +54,11 @@ def to_keys(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[st
             f"model has {rope}"
         )
     local = {} if arch.local_theta is None else config.rope_parameters.get("sliding_attention") or {}
-    if local.get("rope_type", "default") != "default" or local.get("partial_rotary_factor", 1.0) != 1:
+    part = local.get("partial_rotary_factor", arch.turned_part)
+    wanted = rope.get("partial_rotary_factor", arch.turned_part) if arch.partial_rotary else 1.0
+    if local.get("rope_type", "default") != "default" or (local and not arch.turned_in_windows and part != wanted):
         raise PlanError(
-            f"llama.cpp runs {arch.name} with whole, unscaled RoPE in layers with a sliding window; this model has "
-            f"{local}"
+            f"llama.cpp runs {arch.name} with {windows(arch)} in layers with a sliding window; this model has {local}"
         )
     for key, wanted in arch.rope_required.items():
         if (one := rope.get(key)) != wanted:
@@ -82,6 +83,21 @@ def to_keys(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[st
         raise PlanError(f"a GGUF file cannot express rope scaling of type {kind!r}")
     found: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     return found | _yarn(arch, rope) if kind == "yarn" else found
+
+
+def windows(arch: Architecture) -> str:
+    """The RoPE of layers with a sliding window."""
+    if arch.turned_in_windows:
+        return "unscaled RoPE"
+    return "unscaled RoPE of the same part of a head" if arch.partial_rotary else "whole, unscaled RoPE"
+
+
+def columns(rope: Mapping[str, Any], width: int, arch: Architecture) -> int:
+    """The columns of a head that RoPE turns. PlanError for an odd number."""
+    found = int(width * rope.get("partial_rotary_factor", arch.turned_part))
+    if found % 2:
+        raise PlanError(f"llama.cpp runs {arch.name} with RoPE of an even number of columns; this model has {found}")
+    return found
 
 
 def turned_to_keys(bases: Sequence[float], key: str) -> dict[str, Any]:
@@ -197,7 +213,10 @@ def of_keys(keys: Metadata, width: int) -> dict[str, Any]:
     if arch.local_theta is None:
         return rope
     theta = keys.real("rope.freq_base_swa", arch.local_theta or rope["rope_theta"])
-    local = {"rope_type": "default", "rope_theta": theta}
+    local: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if arch.partial_rotary:
+        own = keys.count(arch.turned_in_windows, turned) if arch.turned_in_windows else turned
+        local["partial_rotary_factor"] = own / width
     return {"full_attention": rope, "sliding_attention": local}
 
 
