@@ -302,7 +302,7 @@ int wrong_vectors(const char* isa) {
 
 int main() {
   int mistakes = 0, sets = 0;  // instruction sets besides plain C++
-  for (const char* isa : {"avx512", "avxvnni", "avx2", "neondot", "neon"}) {
+  for (const char* isa : {"avx512vbmi", "avx512", "avxvnni", "avx2", "neondot", "neon"}) {
     if (fewbit_force(isa)) continue;
     sets++;
     const std::vector<Weight> all = weights();

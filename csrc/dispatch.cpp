@@ -18,7 +18,7 @@ namespace {
 
 #if defined(__x86_64__) || defined(_M_X64)
 struct Cpu {
-  bool avx2, avxvnni, avx512;
+  bool avx2, avxvnni, avx512, avx512vbmi;
 };
 
 Cpu cpu() {
@@ -37,6 +37,7 @@ Cpu cpu() {
   has.avx2 = (b >> 5 & 1) && (b >> 8 & 1);  // and BMI2
   const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1, vnni = c >> 11 & 1;
   has.avx512 = has.avx2 && (low & 0xe6) == 0xe6 && f && dq && bw && vl && vnni;
+  has.avx512vbmi = has.avx512 && (c >> 1 & 1);
   if (subleafs >= 1) {
     __cpuid_count(7, 1, a, b, c, d);
     has.avxvnni = has.avx2 && (a >> 4 & 1);
@@ -60,11 +61,12 @@ bool dotprod() {
 
 // The instruction sets that this CPU supports, the best first.
 const Isa* const* usable() {
-  static const Isa* list[5];
+  static const Isa* list[6];
   static const bool filled = [] {
     int n = 0;
 #if defined(__x86_64__) || defined(_M_X64)
     const Cpu has = cpu();
+    if (has.avx512vbmi) list[n++] = &fewbit::isa_avx512vbmi;
     if (has.avx512) list[n++] = &fewbit::isa_avx512;
 #ifdef FEWBIT_HAS_AVXVNNI
     if (has.avxvnni) list[n++] = &fewbit::isa_avxvnni;

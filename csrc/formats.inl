@@ -294,12 +294,33 @@ struct Within : Straddling<3> {
   }
 };
 
+// How codes become bytes where a byte can be any eight bits of its word of 64. `bytes` brings the bytes of eight codes into
+// each word, and the codes begin at its bits `at`. With one vector, these are eight codes in a row. With four vectors, a
+// lane has 16 codes in a row, and a word has codes of two lanes: the first eight of each for two of the vectors, and the
+// last eight of each for the others.
+template <int BITS, int VECTORS> struct Fields {
+  static constexpr int HALVES = VECTORS == 4 ? 2 : 1, EACH = VECTORS / HALVES;
+  alignas(64) uint8_t bytes[HALVES][64], at[VECTORS][64];
+  constexpr Fields() : bytes(), at() {
+    for (int i = 0; i < 64; i++) {
+      for (int half = 0; half < HALVES; half++) {
+        const int byte = HALVES == 1 ? i / 8 * BITS + i % 8 : i / 4 * 2 * BITS + half * BITS + i % 4 % BITS;
+        bytes[half][i] = uint8_t(byte < 64 ? byte : byte + 128 - VECTORS * 8 * BITS);  // see Vec::bytes
+      }
+      for (int p = 0; p < VECTORS; p++)
+        at[p][i] = uint8_t(HALVES == 1 ? i % 8 * BITS : i / 4 % 2 * 32 + (4 * p + i % 4) % 8 * BITS);
+    }
+  }
+};
+
 // `P` vectors of codes for each step.
 template <int BITS, int VECTORS = 8 % BITS ? 1 : 8 / BITS> struct Affine {
   static constexpr int P = VECTORS, C = 64 * P, STEPS = 1, BYTES = C * BITS / 8;
-  static constexpr bool WIDE = BITS == 8, THREE = BITS == 3 && P == 2;
+  static constexpr bool WIDE = BITS == 8, THREE = BITS == 3 && P > 1;
   static constexpr int column(int, int p, int b) {
-    return THREE ? b / 8 * 16 + b % 2 * 8 + THREE_BITS[p % 2][b % 8 / 2] : P * b + p;
+    return THREE && P == 4 ? b / 4 * 16 + 4 * p + b % 4
+           : THREE         ? b / 8 * 16 + b % 2 * 8 + THREE_BITS[p % 2][b % 8 / 2]
+                           : P * b + p;
   }
   struct Row {
     const uint8_t *first, *end, *codes, *first_scale, *scale, *first_zero, *zero_end, *zero;
@@ -370,14 +391,22 @@ template <int BITS, int VECTORS = 8 % BITS ? 1 : 8 / BITS> struct Affine {
       const U q = left < BYTES ? Vec::load_part(p, left) : Vec::load(p);
       fields(q, codes);
     } else {
-      constexpr int QUARTER = BYTES / 4;
-      uint8_t copy[64];
-      if (left < 64) {
+      constexpr int READ = BYTES < 64 ? 64 : BYTES;
+      uint8_t copy[READ];
+      if (left < READ) {
         memset(copy, 0, sizeof copy);
         memcpy(copy, p, size_t(left < BYTES ? left : BYTES));
         p = copy;
       }
-      const U q = Vec::quarters<QUARTER>(p);
+#ifdef __AVX512VBMI__
+      static constexpr Fields<BITS, P> word{};
+      for (int half = 0; half < word.HALVES; half++) {
+        const U q = Vec::bytes<READ>(p, word.bytes[half]);
+        for (int i = half * word.EACH; i < (half + 1) * word.EACH; i++)
+          codes[i] = Vec::fields<(1 << BITS) - 1>(q, word.at[i]);
+      }
+#else
+      const U q = Vec::quarters<BYTES / 4>(p);
       if constexpr (THREE) {
         static constexpr Within word{};
         codes[0] = Vec::within(q, word), codes[1] = Vec::straddling<7>(q, word);
@@ -385,6 +414,7 @@ template <int BITS, int VECTORS = 8 % BITS ? 1 : 8 / BITS> struct Affine {
         static constexpr Straddling<BITS> word{};
         codes[0] = Vec::straddling<(1 << BITS) - 1>(q, word);
       }
+#endif
     }
   }
   static INLINE void fields(U q, U* codes) {
@@ -397,6 +427,8 @@ template <int BITS, int VECTORS = 8 % BITS ? 1 : 8 / BITS> struct Affine {
     }
   }
 };
+
+using Threes = Affine<3, Vec::THREES>;  // lanes of 8 or 16 codes: these must share a scale
 
 struct Int8 {
   static constexpr int P = 1, C = 64, STEPS = 1;

@@ -48,7 +48,7 @@ const Isa& in_use();  // the instruction set that is in use
 
 extern const Isa isa_scalar;
 #if defined(__x86_64__) || defined(_M_X64)
-extern const Isa isa_avx2, isa_avxvnni, isa_avx512;
+extern const Isa isa_avx2, isa_avxvnni, isa_avx512, isa_avx512vbmi;
 #endif
 #if defined(__aarch64__)
 extern const Isa isa_neon, isa_neondot;

@@ -375,13 +375,13 @@ struct Fp8 {
     }
     INLINE const uint8_t* operator()(const uint8_t* p) const { return p + C <= end ? p : last + C - (end - p); }
   };
-  // The scales of row n. Vec::fp8 gives a 256th of each number.
+  // The scales of row n. Vec::fp8s gives a 256th of each number.
   template <int R> struct Scales {
     const float* scale;
     int64_t rows, across;
     explicit Scales(const fewbit_weight& w)
         : scale((const float*)w.part[1]), rows(w.bits), across((w.k + w.group - 1) / w.group) {}
-    INLINE F operator()(int64_t n, int64_t block) const { return Vec::set1(256.0f * scale[n / rows * across + block]); }
+    INLINE const float* of(int64_t n) const { return scale + n / rows * across; }
   };
 
   // R rows of W from n on.
@@ -390,6 +390,8 @@ struct Fp8 {
     const int64_t padded = columns(w), across = (w.k + w.group - 1) / w.group;
     const uint8_t* p = (const uint8_t*)w.part[0] + n * w.k;
     const Codes codes(w);
+    const float* scale_of[R];
+    for (int r = 0; r < R; r++) scale_of[r] = scale.of(n + r);
     F sums[R][M];
     for (int r = 0; r < R; r++)
       for (int m = 0; m < M; m++) sums[r][m] = Vec::set1(0);
@@ -402,17 +404,18 @@ struct Fp8 {
         for (int r = 0; r < R; r++) {
           __builtin_prefetch(p + (R + r) * w.k + c, 0, 2);
           const uint8_t* q = codes(p + r * w.k + c);
-          const F a = Vec::fp8(q), b = Vec::fp8(q + 16), d = Vec::fp8(q + 32), e = Vec::fp8(q + 48);
+          F v[4];
+          Vec::fp8s(q, v);
           for (int m = 0; m < M; m++) {
             const float* at = x + m * padded + c;
-            even[r][m] = Vec::fma(a, Vec::loadf(at), even[r][m]);
-            odd[r][m] = Vec::fma(b, Vec::loadf(at + 16), odd[r][m]);
-            even[r][m] = Vec::fma(d, Vec::loadf(at + 32), even[r][m]);
-            odd[r][m] = Vec::fma(e, Vec::loadf(at + 48), odd[r][m]);
+            even[r][m] = Vec::fma(v[0], Vec::loadf(at), even[r][m]);
+            odd[r][m] = Vec::fma(v[1], Vec::loadf(at + 16), odd[r][m]);
+            even[r][m] = Vec::fma(v[2], Vec::loadf(at + 32), even[r][m]);
+            odd[r][m] = Vec::fma(v[3], Vec::loadf(at + 48), odd[r][m]);
           }
         }
       for (int r = 0; r < R; r++) {
-        const F s = scale(n + r, block);
+        const F s = Vec::set1(256.0f * scale_of[r][block]);
         for (int m = 0; m < M; m++) sums[r][m] = Vec::fma(s, Vec::add(even[r][m], odd[r][m]), sums[r][m]);
       }
     }
@@ -427,10 +430,12 @@ struct Fp8 {
     const Codes codes(w);
     for (int64_t n = begin; n < end; n++, out += columns(w))
       for (int64_t c = 0; c < w.k; c += C) {
-        const F s = scale(n, c / w.group);
+        const F s = Vec::set1(256.0f * scale.of(n)[c / w.group]);
         const uint8_t* p = codes((const uint8_t*)w.part[0] + n * w.k + c);
         ahead(p);
-        for (int i = 0; i < C; i += 16) Vec::storef(out + c + i, Vec::mul(Vec::fp8(p + i), s));
+        F v[4];
+        Vec::fp8s(p, v);
+        for (int i = 0; i < 4; i++) Vec::storef(out + c + 16 * i, Vec::mul(v[i], s));
       }
   }
 };
@@ -471,8 +476,8 @@ template <class Fn> auto with_format(const fewbit_weight& w, Fn&& fn) {
   switch (w.bits) {
     case 2: return fn(Kernels<Affine<2>>{});
     case 3:
-      if (w.group % 16 || (w.group < w.k && w.group % 128 && 128 % w.group)) return fn(Kernels<Pair<Affine<3>>>{});
-      return fn(Kernels<Affine<3, 2>>{});
+      if (w.group % 16 || (w.group < w.k && w.group % Threes::C && Threes::C % w.group)) return fn(Kernels<Pair<Affine<3>>>{});
+      return fn(Kernels<Threes>{});
     case 4: return fn(Kernels<Affine<4>>{});
     case 5: return fn(Kernels<Pair<Affine<5>>>{});
     case 6: return fn(Kernels<Pair<Affine<6>>>{});

@@ -8,6 +8,7 @@ namespace {
 
 struct Vec {
   static constexpr int ROWS = 1;  // of W with sums in registers
+  static constexpr int THREES = 2;  // vectors of codes of three bits for each step
   struct U { __m256i lo, hi; };
   using I = U;
   struct F { __m256 lo, hi; };
@@ -216,6 +217,9 @@ struct Vec {
   static F fp8(const uint8_t* p) {
     const __m128i x = part16(p);
     return {halves_of(x), halves_of(_mm_srli_si128(x, 8))};
+  }
+  static void fp8s(const uint8_t* p, F* out) {  // 64 numbers
+    for (int i = 0; i < 4; i++) out[i] = fp8(p + 16 * i);
   }
   static F fp8_u64(uint64_t x) { return {halves_of(_mm_cvtsi64_si128((long long)x)), _mm256_setzero_ps()}; }
   static F e8m0_u32(uint32_t x) {

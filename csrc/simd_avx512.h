@@ -1,4 +1,5 @@
-// Vectors of 64 bytes as one register: AVX-512 (F, BW, DQ, VL) with VNNI, F16C, FMA and BMI2.
+// Vectors of 64 bytes as one register: AVX-512 (F, BW, DQ, VL) with VNNI, F16C, FMA and BMI2; with VBMI if the compiler
+// enables it.
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>
@@ -15,6 +16,11 @@ template <int by> struct Words {  // of four times 16 bytes, `by` bytes apart, t
 
 struct Vec {
   static constexpr int ROWS = 4;  // of W with sums in registers
+#ifdef __AVX512VBMI__
+  static constexpr int THREES = 4;  // vectors of codes of three bits for each step
+#else
+  static constexpr int THREES = 2;
+#endif
   using U = __m512i;
   using I = __m512i;
   using F = __m512;
@@ -59,6 +65,17 @@ struct Vec {
     alignas(64) static constexpr Words<by> AT{};
     return _mm512_permutexvar_epi16(load((const uint8_t*)AT.of), load(p));
   }
+#ifdef __AVX512VBMI__
+  // Of 64 or 96 bytes those that `index` names. From 64 on, it counts the last 64 bytes again.
+  template <int count> static U bytes(const uint8_t* p, const uint8_t* index) {
+    if constexpr (count == 64) return _mm512_permutexvar_epi8(load(index), load(p));
+    return _mm512_permutex2var_epi8(load(p), load(index), load(p + count - 64));
+  }
+  // Of each 8 bytes, fields that begin at these bits.
+  template <int mask> static U fields(U u, const uint8_t* at) {
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(load(at), u), _mm512_set1_epi8((char)mask));
+  }
+#endif
   static U shuffle(U u, const uint8_t* index) {
     return _mm512_shuffle_epi8(u, _mm512_broadcast_i32x4(part16(index)));
   }
@@ -151,7 +168,14 @@ struct Vec {
     const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
     return _mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16((short)0xbfff)));
   }
-  static F fp8(const uint8_t* p) { return halves_of(part16(p)); }
+  static void fp8s(const uint8_t* p, F* out) {  // 64 numbers
+    for (int i = 0; i < 2; i++) {
+      const __m512i wide = _mm512_slli_epi16(_mm512_cvtepi8_epi16(part32(p + 32 * i)), 7);
+      const __m512i halves = _mm512_and_si512(wide, _mm512_set1_epi16((short)0xbfff));
+      out[2 * i] = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+      out[2 * i + 1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+    }
+  }
   static F fp8_u64(uint64_t x) { return halves_of(_mm_cvtsi64_si128((long long)x)); }
   static F e8m0_u32(uint32_t x) {
     return _mm512_castsi512_ps(_mm512_castsi128_si512(_mm_slli_epi32(_mm_cvtepu8_epi32(_mm_cvtsi32_si128((int)x)), 23)));

@@ -8,6 +8,7 @@ namespace {
 
 struct Vec {
   static constexpr int ROWS = 2;  // of W with sums in registers
+  static constexpr int THREES = 2;  // vectors of codes of three bits for each step
   struct U { uint8x16_t x[4]; };
   struct I { int32x4_t x[4]; };
   struct F { float32x4_t x[4]; };
@@ -201,6 +202,9 @@ struct Vec {
     const float16x8_t a = vreinterpretq_f16_u16(lo), b = vreinterpretq_f16_u16(hi);
     return {{vcvt_f32_f16(vget_low_f16(a)), vcvt_f32_f16(vget_high_f16(a)), vcvt_f32_f16(vget_low_f16(b)),
              vcvt_f32_f16(vget_high_f16(b))}};
+  }
+  static void fp8s(const uint8_t* p, F* out) {  // 64 numbers
+    for (int i = 0; i < 4; i++) out[i] = fp8(p + 16 * i);
   }
   static F fp8_u64(uint64_t x) { uint64_t both[2] = {x, 0}; return fp8((const uint8_t*)both); }
   static F e8m0_u32(uint32_t x) {

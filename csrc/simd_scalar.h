@@ -7,6 +7,7 @@ namespace {
 
 struct Vec {
   static constexpr int ROWS = 1;  // of W with sums in registers
+  static constexpr int THREES = 2;  // vectors of codes of three bits for each step
   struct U { uint8_t x[64]; };
   struct I { int32_t x[16]; };
   struct F { float x[16]; };
@@ -197,6 +198,9 @@ struct Vec {
       f.x[i] = half((const uint8_t*)&h);
     }
     return f;
+  }
+  static void fp8s(const uint8_t* p, F* out) {  // 64 numbers
+    for (int i = 0; i < 4; i++) out[i] = fp8(p + 16 * i);
   }
   static F fp8_u64(uint64_t x) { uint64_t both[2] = {x, 0}; return fp8((const uint8_t*)both); }
   // Powers of two from four E8M0 codes, 0 for code 0. The other lanes are not used.

@@ -78,7 +78,8 @@ def main() -> None:
     library = native.library()
     if isinstance(library, str):
         raise SystemExit(library)
-    sets = [name for name in ("scalar", "avx2", "avxvnni", "avx512", "neon") if not library.fewbit_force(name.encode())]
+    known = ("scalar", "avx2", "avxvnni", "avx512", "avx512vbmi", "neon", "neondot")
+    sets = [name for name in known if not library.fewbit_force(name.encode())]
     tried = 0
     for case in range(options.cases):
         scheme, isa = parse(SPECS[case % len(SPECS)]), random.choice(sets)

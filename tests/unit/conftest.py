@@ -18,7 +18,7 @@ def library() -> ctypes.CDLL:
     return found
 
 
-@pytest.fixture(params=["scalar", "avx2", "avxvnni", "avx512", "neon", "neondot"])
+@pytest.fixture(params=["scalar", "avx2", "avxvnni", "avx512", "avx512vbmi", "neon", "neondot"])
 def instructions(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Iterator[str]:
     if library.fewbit_force(request.param.encode()):
         pytest.skip(f"this machine has no {request.param}")

@@ -2,8 +2,8 @@
 
 The library is in `fewbit/native/` if a C++ compiler was available at installation. With an editable install it is in
 site-packages. The environment variable `FEWBIT_CPU_LIBRARY` gives another file (`none`: do not use the library).
-`FEWBIT_CPU_ISA` selects an instruction set (`scalar`, `avx2`, `avxvnni`, `avx512`, `neon`, `neondot`) instead of
-the best one.
+`FEWBIT_CPU_ISA` selects an instruction set (`scalar`, `avx2`, `avxvnni`, `avx512`, `avx512vbmi`, `neon`,
+`neondot`) instead of the best one.
 
 The library runs on the threads of the OpenMP runtime that torch has loaded, so the process has one thread pool only.
 """
