@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile, GgufWriter
 from fewbit.methods.base import Method
 from fewbit.models import experts
-from fewbit.models.gguf import header
+from fewbit.models.gguf import header, names
 from fewbit.models.plugin.gguf import persistent
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
@@ -213,6 +213,7 @@ TYPES: dict[str, dict[str, Any]] = {
         "num_shared_experts": 2,
     },
     "cohere2_moe-softmax": {"num_hidden_layers": 4, "tie_word_embeddings": False},
+    "apertus": {"attention_bias": True},
     "mimo_v2_flash": {
         "num_hidden_layers": 5,
         "num_key_value_heads": 1,
@@ -405,7 +406,7 @@ def keys_of(file: GgufFile) -> dict[str, Any]:
     return {
         key: value.tolist() if isinstance(value, np.ndarray) else value
         for key, value in sorted(file.metadata.items())
-        if key.startswith(f"{name}.")
+        if key.startswith((f"{name}.", "xielu."))
     }
 
 
@@ -421,8 +422,12 @@ def written(folder: Path, path: Path, kind: str = "f32", *, norms: str = "f32") 
     model = models.original(folder)
     experts.separate(model)
     weights: dict[str, tuple[Entry, Tensor]] = {}
-    for name, parameter in [*model.named_parameters(), *persistent(model)]:  # ties once
+    own = dict([*model.named_parameters(), *persistent(model)])  # ties once
+    listed = names.lists_of(head.routes, {name: each for name, each in own.items() if head.routes[name].listed})
+    for name, parameter in own.items():
         route = head.routes[name]
+        if route.listed is not None:
+            continue
         tensor = route.to_file(parameter.data).contiguous()
         matrix = tensor.dim() == 2 and not _NOT_QUANTIZED.search(route.name)
         plain = kind if matrix else norms
@@ -436,15 +441,15 @@ def written(folder: Path, path: Path, kind: str = "f32", *, norms: str = "f32") 
     for name in weights:
         entry, tensor = weights[name]
         if head.routes[name].expert is not None:  # they come in order
-            own = [tensor for other, tensor in weights.values() if other.name == entry.name]
-            entry, tensor = entry._replace(shape=(len(own), *entry.shape)), torch.stack(own)
+            each = [tensor for other, tensor in weights.values() if other.name == entry.name]
+            entry, tensor = entry._replace(shape=(len(each), *entry.shape)), torch.stack(each)
         if (split := head.routes[name].split) is not None:
             pieces = zip(split.entries(entry), split.cut(tensor), strict=True)
             whole |= {piece.name: (piece, cut) for piece, cut in pieces}
             continue
         whole[entry.name] = entry, tensor
     entries += [entry for entry, _ in whole.values()]
-    with GgufWriter(path, head.metadata, entries) as writer:
+    with GgufWriter(path, head.metadata | listed, entries) as writer:
         for name, tensor in head.extra.items():
             writer.add(name, tensor)
         for entry, tensor in whole.values():

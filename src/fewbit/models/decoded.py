@@ -408,7 +408,8 @@ def _check_scales(source: Source, packed: Mapping[str, Packed], checkpoint: Chec
 def _of_gguf(source: Source, routes: Mapping[str, Route], extra: frozenset[str]) -> tuple[Checkpoint, Packing]:
     """The tensors of a GGUF file under transformers' names."""
     stored, checkpoint = GgufFile(source.files[0]), Checkpoint([])
-    file, ours = Joined(stored, names.splits_of(routes)), names.names_of(routes)
+    file = Joined(stored, names.splits_of(routes), names.listed_of(routes))
+    ours = names.names_of(routes)
     dtype, found, nbytes = _dtype_of(stored), list[Packed](), 0
     weights = dict[str, Weight]()
     ignored = extra | hybrid.beyond(stored)
@@ -425,6 +426,9 @@ def _of_gguf(source: Source, routes: Mapping[str, Route], extra: frozenset[str])
             decode = partial(_of_entry, entry=own, route=route)
             handle = Packed(shape, f"GGUF {own.type}", {"data": entry.name}, decode, by_rows=not route.transposed)
             mapped = _Mapped(file, own, route.expert)
+            if route.listed is not None:  # it may have no dimension of rows
+                checkpoint.add(name, PartSpec(shape, torch.float32), mapped)
+                continue
             kind = dtype if packed else own.spec.dtype if route.is_exact else torch.float32
             checkpoint.add(name, PartSpec(shape, kind), _Decoded(handle, {"data": mapped}, kind))
             if packed:

@@ -23,6 +23,7 @@ from fewbit.formats.containers.safetensors import Checkpoint
 from fewbit.models import scales
 from fewbit.models.gguf import names as gguf_names
 from fewbit.models.gguf.header import Header, extra_tensors
+from fewbit.models.skeleton import Skeleton
 from fewbit.pipeline.settled import Settled, finite
 from fewbit.pipeline.write_folder import folded
 from fewbit.plans import mixtures
@@ -64,10 +65,13 @@ def planned(settled: Settled) -> list[Planned]:
     """The model's tensors in the file, in the file's order."""
     skeleton, resolved = settled.skeleton, settled.resolved
     routes, tensors = gguf_names.routes(skeleton.config), []
+    _check_numbers(skeleton, routes)
     for key, name, spec in skeleton.passed_through():
         if name not in routes:
             raise PlanError(f"GGUF has no name for {name} of a model of type {skeleton.config.model_type!r}")
         route, module = routes[name], name.removesuffix(".weight")
+        if route.listed is not None:
+            continue
         assignment = resolved.assignments.get(module) if name.endswith(".weight") else None
         if assignment is not None:
             rows, columns = assignment.shape
@@ -81,6 +85,13 @@ def planned(settled: Settled) -> list[Planned]:
         tensors.append(Planned(entry, name, key, module if assignment is not None else None))
     tensors = _stacked(tensors, routes, exact=settled.exact)
     return sorted(tensors, key=lambda each: mixtures.order(each.entry.name))
+
+
+def _check_numbers(skeleton: Skeleton, routes: Mapping[str, gguf_names.Route]) -> None:
+    """PlanError if the checkpoint lacks a number that the file has as a key."""
+    wanted = {name for name, route in routes.items() if route.listed is not None}
+    if lacking := wanted - {name for _, name, _ in skeleton.passed_through()}:
+        raise PlanError(f"the checkpoint has no {min(lacking)}; a GGUF file has this number of every layer")
 
 
 def _stacked(tensors: Sequence[Planned], routes: Mapping[str, gguf_names.Route], *, exact: bool) -> list[Planned]:
@@ -156,6 +167,7 @@ def write(path: Path, settled: Settled, blocks: Checkpoint, header: Header, reco
     entries = _entries(tensors, header)
     own = folded(skeleton, blocks)
     keys = metadata(header, resolved, {**record, "scales": scales.to_record(own)}) | scales.to_metadata(own)
+    keys |= gguf_names.lists_of(routes, _numbers(settled, blocks, routes))
     with GgufWriter(path, keys, entries) as writer:
         for name, tensor in extra.items():
             writer.add(name, tensor)
@@ -166,6 +178,15 @@ def write(path: Path, settled: Settled, blocks: Checkpoint, header: Header, reco
             for entry, piece in zip(_pieces(each, routes), pieces, strict=True):
                 writer.add(entry.name, piece)
     return sum(entry.spec.nbytes for entry in entries)
+
+
+def _numbers(settled: Settled, blocks: Checkpoint, routes: Mapping[str, gguf_names.Route]) -> dict[str, Tensor]:
+    """The numbers of the model that the file has as keys, by their names in the model."""
+    skeleton = settled.skeleton
+    keys = {name: key for key, name, _ in skeleton.passed_through() if routes[name].listed is not None}
+    return {
+        name: blocks.get(name) if name in blocks.specs else skeleton.checkpoint.get(key) for name, key in keys.items()
+    }
 
 
 def _entries(tensors: Sequence[Planned], header: Header) -> list[Entry]:

@@ -68,6 +68,8 @@ class Architecture:
     block: Mapping[str, str]  # the same for modules in a block
     # Parameters and buffers of a block that are neither a weight nor a bias -> full names in a block of the file
     parameters: Mapping[str, str] = field(default_factory=dict)
+    # The same of numbers that a file has as keys -> the whole key, with a list of those of all layers, and their shape
+    lists: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     layers: str = "model.layers"
     cut: Mapping[str, Cut] = field(default_factory=dict)  # names in `block` of matrices that a file has in pieces
     extra: frozenset[str] = field(default_factory=frozenset)  # tensors of the file that are not weights

@@ -44,7 +44,6 @@ REFUSED = {
 
 # Types that llama.cpp has, and fewbit has no row for -> what is missing
 MISSING = {
-    "apertus": "a file has parameters of the activation as keys, and fewbit makes keys of the config alone",
     "dbrx": "transformers 5.24 cannot build a model of its config, which has no `rope_theta`",
     "deepseek_v4": "fewbit has no names for hyper-connections, compressed keys and experts chosen by token",
     "dots3_note_text": "fewbit has no keys for latents of another width in layers with a sliding window",

@@ -11,6 +11,7 @@ can differ. Only the order of columns affects quantization: blocks must lie with
                 has the first of each key head, then the second. These are rows of the projections before attention
                 and columns of the one after it
     shift       Gemma's norms multiply by 1 + w; a file stores this sum
+    lists       Apertus's activation has four numbers in each layer; a file has them as keys
     split       the file has the tensor in pieces (pieces.py); `name` is then the name of the whole
 
     route = routes(config)["model.layers.0.self_attn.q_proj.weight"]     # KeyError: no file contains it
@@ -30,6 +31,7 @@ from itertools import product
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -37,7 +39,7 @@ from torch.nn.functional import pad
 from fewbit.errors import PlanError
 from fewbit.models.gguf.architecture import Architecture, Cut
 from fewbit.models.gguf.architectures import MISSING, REFUSED, TYPES, of_config
-from fewbit.models.gguf.pieces import Share, Split
+from fewbit.models.gguf.pieces import Listed, Share, Split
 
 Order = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and axes
 
@@ -49,6 +51,7 @@ class Route:
     expert: the number of the expert; the file has the tensors of all experts of a layer as one, [experts, ...].
     height: rows that the file has; the last of them are 0, and the model has none such. 0 for other tensors.
     matrix: the rows of what the model has as a vector; 0 for other tensors.
+    listed: of a number that is no tensor of the file: the file's key, its place in the list there, and its shape.
     order: the rows of the model's weight from row `first` on, as an array of these sizes, are in the file's order if
     its axes are permuted to these axes. columns: the same for columns. Empty if the order is the same.
     """
@@ -65,6 +68,7 @@ class Route:
     split: Split | None = None
     matrix: int = 0
     height: int = 0
+    listed: Listed | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -238,6 +242,9 @@ def routes(config: Any) -> dict[str, Route]:
                 matrix=matrices.get(ours, 0),
                 **orders.get(ours, {}),
             )
+        for theirs, (key, shape) in arch.lists.items():
+            listed = Listed(key, layer, shape)
+            found[f"{arch.layers}.{layer}.{theirs}"] = Route(f"blk.{layer}.{key}", listed=listed)
     return found
 
 
@@ -272,6 +279,20 @@ def _parts(config: Any, cut: Cut) -> tuple[int, tuple[Share, ...], int]:
 
 def _split(layer: int, heads: int, shares: Sequence[Share], matrices: int) -> Split:
     return Split(heads, tuple(replace(share, name=f"blk.{layer}.{share.name}") for share in shares), matrices)
+
+
+def listed_of(routes: Mapping[str, Route]) -> dict[str, Listed]:
+    """The name of each number that a file has in the list of a key -> where it is."""
+    return {route.name: route.listed for route in routes.values() if route.listed is not None}
+
+
+def lists_of(routes: Mapping[str, Route], numbers: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The keys with lists of numbers of each layer, float32. numbers: by their names in the model, in any order."""
+    found: dict[str, dict[int, float]] = {}
+    for name, number in numbers.items():
+        if (listed := routes[name].listed) is not None:
+            found.setdefault(listed.key, {})[listed.place] = float(number)
+    return {key: np.array([values[i] for i in range(len(values))], np.float32) for key, values in found.items()}
 
 
 def names_of(routes: Mapping[str, Route]) -> dict[str, list[str]]:

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,15 +112,28 @@ class Split:
         return [torch.cat([next(parts).flatten() for _ in share.sizes]) for share in self.shares]
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A number of a model that a file has in the list of a key. shape: what it has in the model, () or (1,)."""
+
+    key: str
+    place: int
+    shape: tuple[int, ...]
+
+
 class Joined:
     """A GGUF file that shows each matrix it holds in pieces as one tensor. Otherwise it is `stored`, the file.
+
+    It shows numbers in lists of keys as tensors, too.
 
     If the pieces of a matrix are of different types, or have other rows, they cannot be joined as blocks: the tensor
     then has floats of the type `plain`. FormatError if a piece is missing, or has a wrong shape.
     """
 
-    def __init__(self, stored: GgufFile, splits: Mapping[str, Split], plain: str = "f32") -> None:
-        self.stored, self.plain = stored, plain
+    def __init__(
+        self, stored: GgufFile, splits: Mapping[str, Split], listed: Mapping[str, Listed], plain: str = "f32"
+    ) -> None:
+        self.stored, self.plain, self.listed = stored, plain, listed
         self.splits = {name: split for name, split in splits.items() if stored.entries.keys() & split.names}
         first = {split.names[0]: name for name, split in self.splits.items()}
         pieces = {piece for split in self.splits.values() for piece in split.names}
@@ -129,6 +143,7 @@ class Joined:
                 self.entries[first[entry.name]] = self._joined(first[entry.name])
             elif entry.name not in pieces:
                 self.entries[entry.name] = entry
+        self.entries |= {name: Entry(name, "f32", each.shape) for name, each in listed.items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -150,11 +165,15 @@ class Joined:
         return self.stored.nbytes
 
     def pieces(self, name: str) -> list[Entry]:
-        """The tensors of the file that make up this one."""
+        """The tensors of the file that make up this one; none of a number in a list."""
+        if name in self.listed:
+            return []
         return [self.stored.entries[each] for each in (self.splits[name].names if name in self.splits else (name,))]
 
     def get(self, name: str) -> Tensor:
         """The tensor, as its entry says."""
+        if name in self.listed:
+            return self._number(self.listed[name])
         stored = [self.stored.get(entry.name) for entry in self.pieces(name)]
         if name not in self.splits:
             return stored[0]
@@ -177,6 +196,12 @@ class Joined:
         if not self._as_they_are(name):
             return [self.stored.get(entry.name) for entry in self.pieces(name)]
         return self.splits[name].cut(whole)
+
+    def _number(self, listed: Listed) -> Tensor:
+        found = self.metadata.get(listed.key)
+        if not isinstance(found, np.ndarray) or found.dtype.kind != "f" or listed.place >= len(found):
+            raise FormatError(f"{self.path}: {listed.key} has no number of layer {listed.place}")
+        return torch.tensor(found[listed.place].item(), dtype=torch.float32, device="cpu").view(listed.shape)
 
     def _as_they_are(self, name: str) -> bool:
         kinds = {entry.type for entry in self.pieces(name)}

@@ -32,7 +32,7 @@ from fewbit.models.decoding import compiled_blocks
 from fewbit.models.gguf import hybrid, towers
 from fewbit.models.gguf.architectures import of_file
 from fewbit.models.gguf.config import to_config
-from fewbit.models.gguf.names import Route, architecture, names_of, routes, splits_of
+from fewbit.models.gguf.names import Route, architecture, listed_of, lists_of, names_of, routes, splits_of
 from fewbit.models.gguf.pieces import Joined, decoded
 from fewbit.models.linears import LINEARS
 from fewbit.models.plugin.modules import put, put_embedding, unpack
@@ -93,9 +93,10 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
             experts.separate(model)
         if self.tower_file is not None:
             self._find_tower(model, self.tower_file)
-        if splits := splits_of(self.routes):
+        splits, listed = splits_of(self.routes), listed_of(self.routes)
+        if splits or listed:
             assert isinstance(self.file, GgufFile)
-            self.file = Joined(self.file, splits, _NAMES.get(self.dtype, "f32"))
+            self.file = Joined(self.file, splits, listed, _NAMES.get(self.dtype, "f32"))
         beside = self.tower.shapes if self.tower is not None else {}
         self.entries = _matched(self.file, model, self.routes, architecture(config).extra, beside)
         for name, entry in self.entries.items():
@@ -253,9 +254,14 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         for name, entry in self.entries.items():
             names.setdefault(entry.name, []).append(name)
         modules = dict(model.named_modules())
-        file = self.file if isinstance(self.file, Joined) else Joined(self.file, {})
+        file = self.file if isinstance(self.file, Joined) else Joined(self.file, {}, {})
+        if file.listed:
+            state = model.state_dict()
+            metadata |= lists_of(self.routes, {name: state[name] for name in self.entries if self.routes[name].listed})
         with GgufWriter(path, metadata, list(file.stored.entries.values()), overwrite=True) as writer:
             for entry in file.entries.values():
+                if entry.name in file.listed:
+                    continue
                 if entry.name not in names:
                     writer.add(entry.name, file.get(entry.name))
                     continue
