@@ -319,10 +319,13 @@ def text_file(folder: Path, path: Path, kind: str, scheme: str = "f32") -> Path:
     return changed(path, path, {f"{case.text_name}.rope.dimension_sections": sections})
 
 
-def tower_file(folder: Path, path: Path, kind: str, scheme: str = "f32") -> Path:
-    """The tower of a folder as a GGUF file with the keys that llama.cpp's converter wrote."""
+def tower_file(folder: Path, path: Path, kind: str, scheme: str = "f32", *, older: bool = False) -> Path:
+    """The tower of a folder as a GGUF file with the keys that llama.cpp's converter wrote.
+
+    older: with the up and the down projections of MLPs exchanged, as all files of LLaVA have them.
+    """
     whole, row = original(folder), row_of(kind)
-    parts = towers.parts(whole.config, row)
+    parts = towers.parts(whole.config, towers.swapped(row) if older or row.projector == "mlp" else row)
     if row.model_type == "llava" and row.projector == "mlp":  # a file lacks the last block, which is not used
         last = f"{row.layers}.{whole.config.vision_config.num_hidden_layers - 1}."
         parts = {name: part for name, part in parts.items() if not name.startswith(last)}

@@ -50,6 +50,24 @@ def test_two_files_give_the_original_logits(kind: str, tmp_path: Path) -> None:
     assert float((found - wanted).norm() / wanted.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("kind", [kind for kind in mmproj_files.KINDS if mmproj_files.row_of(kind).swapped])
+def test_older_files_exchange_up_and_down(kind: str, tmp_path: Path) -> None:
+    folder = mmproj_files.save(tmp_path / "m", kind)
+    original = mmproj_files.original(folder)
+    text = mmproj_files.text_file(folder, tmp_path / "text.gguf", kind)
+    made = mmproj_files.tower_file(folder, tmp_path / "made.gguf", kind, older=True)
+    assert GgufFile(made).entries["v.blk.0.ffn_down.weight"].shape[1] == 48
+    qwen = kind in ("qwen2_vl", "qwen2_5_vl")  # their script wrote no width, and a table of zeros
+    keys = {"clip.vision.feed_forward_length": 0} if qwen else {}
+    more = {"v.position_embd.weight": torch.zeros(10, 10)} if qwen else {}
+    tower = mmproj_files.changed(made, tmp_path / "mmproj.gguf", keys, more)
+    loaded = generate.load(text, mmproj=tower, dtype="float32", device="cpu")
+    given = mmproj_files.inputs(kind, original)
+    with torch.inference_mode():
+        wanted, found = original(**given).logits, loaded(**given).logits
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
 def test_every_row_has_a_case() -> None:
     rows = [mmproj_files.row_of(kind) for kind in mmproj_files.KINDS]
     assert {(row.projector, row.model_type) for row in rows} == {(row.projector, row.model_type) for row in ROWS}

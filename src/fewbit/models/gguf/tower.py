@@ -71,6 +71,7 @@ class Tower:
     language: str = "model.language_model"  # the language model without its head
     when: str = ""  # a file is of this row if it has this tensor; "": if it is of no other row of its projector
     # Values of the tensors
+    swapped: bool = False  # older files have the up projection of MLPs under the name of the down projection
     permuted: bool = False  # rows of q and k are in llama.cpp's order
     shifted: frozenset[str] = field(default_factory=frozenset)  # names in the file of norms that 1 is added to
     # Config. Entries of the encoder are named with it: "vision_config.depth"

@@ -11,7 +11,7 @@ The language model stays in a file of its own. `rows/towers.py` has the kinds of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from fewbit.models.gguf.tower import Tower
 PROJECTORS = tuple(dict.fromkeys(row.projector for row in ROWS))
 _ALONE = "Without `mmproj`, the language model runs on text."
 _ACTIVATIONS = ("use_gelu", "use_silu")
+_POSITIONS, _SIDE = "v.position_embd", 1024  # the most patches in a row of an image; published towers have up to 110
+_SWAPPED = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,25 @@ def opened(path: Path, language: str) -> Opened:
     rows = [row for row in rows if row.when in file.entries] or [row for row in rows if not row.when]
     for row in rows:
         if language in row.texts:
-            return Opened(file, keys, row)
+            return Opened(file, keys, swapped(row) if row.swapped and _is_swapped(keys) else row)
     known = sorted({text for row in rows for text in row.texts})
     raise FormatError(
         f"{path}: its projector is {projector!r}, for language models of type {', '.join(known)}, and this one is of "
         f"type {language}",
         "Give the mmproj file that was made of the same model.",
     )
+
+
+def swapped(row: Tower) -> Tower:
+    """The row with the names of older files, in which the up and the down projection of MLPs are exchanged."""
+    block = {theirs: _SWAPPED.get(ours, ours) if isinstance(ours, str) else ours for theirs, ours in row.block.items()}
+    return replace(row, block=block)
+
+
+def _is_swapped(keys: Keys) -> bool:
+    """Whether the tensor named ffn_down reads the width of the encoder. llama.cpp decides so, too (clip.cpp)."""
+    down = keys.file.entries.get("v.blk.0.ffn_down.weight")
+    return down is not None and down.shape[-1] == keys.count("vision.embedding_length")
 
 
 def to_config(text: Mapping[str, Any], tower: Opened, vocabulary: GgufFile) -> dict[str, Any]:
@@ -94,6 +108,7 @@ def to_config(text: Mapping[str, Any], tower: Opened, vocabulary: GgufFile) -> d
             f"{text['hidden_size']}",
             "Give the mmproj file that was made of the same model.",
         )
+    _check_sizes(tower)
     inner = {key: value for key, value in text.items() if key != "architectures"}
     inner["model_type"] = row.texts[text["model_type"]]
     if row.sections:
@@ -116,6 +131,27 @@ def to_config(text: Mapping[str, Any], tower: Opened, vocabulary: GgufFile) -> d
         own, _, last = entry.rpartition(".")
         (vision if own else config)[last] = value
     return {**config, "text_config": inner, "vision_config": vision}
+
+
+def _check_sizes(tower: Opened) -> None:
+    """FormatError if the keys name other numbers of blocks or of positions than the file has tensors for."""
+    keys, row, entries = tower.keys, tower.row, tower.file.entries
+    blocks = {name.split(".")[2] for name in entries if name.startswith("v.blk.") and name.count(".") > 2}
+    if (stated := keys.count("vision.block_count")) != len(blocks):
+        raise keys.wrong(f"clip.vision.block_count is {stated}, and it has tensors of {len(blocks)} blocks")
+    if "image_size" not in row.sizes:
+        return
+    if (side := keys.count("vision.image_size") // keys.count("vision.patch_size")) > _SIDE:
+        raise keys.wrong(f"clip.vision.image_size is {side} patches; at most {_SIDE} are read")
+    names = {name.removesuffix(".weight") for name in (*row.model.values(), *row.parameters.values())}
+    if _POSITIONS not in names:
+        return
+    expected = side**2 + ("v.class_embd" in names)
+    found = entries.get(f"{_POSITIONS}.weight")
+    if found is not None and (rows := found.shape[-2] if len(found.shape) > 1 else 0) != expected:
+        raise keys.wrong(
+            f"clip.vision.image_size and patch_size are for {expected} positions, and {_POSITIONS}.weight has {rows}"
+        )
 
 
 def _activation(tower: Opened) -> str:

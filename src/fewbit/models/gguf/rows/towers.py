@@ -5,6 +5,7 @@ Source: conversion/ and tools/mtmd/clip.cpp of llama.cpp, and the configs of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -45,6 +46,7 @@ GEMMA3 = Tower(
     f"{_SIGLIP}.encoder.layers",
     ("mm.input_projection.weight", 1),
     parameters={"model.multi_modal_projector.mm_input_projection_weight": "mm.input_projection.weight"},
+    swapped=True,
     shifted=frozenset(("mm.soft_emb_norm",)),
     activations={"use_gelu": GELU},
     fixed={"vision_config.vision_use_head": False},
@@ -97,12 +99,17 @@ def _area(least: int, most: int) -> Any:
     return settings
 
 
+def _inner(keys: Keys) -> int:
+    """The inner width of MLPs. Older files have 0 as their feed_forward_length."""
+    return math.prod(keys.shape("v.blk.0.ffn_up.weight")) // keys.count("vision.embedding_length")
+
+
 def _qwen2(keys: Keys) -> Mapping[str, Any]:
-    width, inner = keys.count("vision.embedding_length"), keys.shape("v.blk.0.ffn_up.weight")[0]
+    width = keys.count("vision.embedding_length")
     return {
         "vision_config.embed_dim": width,
         "vision_config.hidden_size": keys.shape("mm.2.weight")[0],
-        "vision_config.mlp_ratio": inner // width,
+        "vision_config.mlp_ratio": _inner(keys) // width,
         "vision_config.spatial_merge_size": _merge(keys, 2),
     }
 
@@ -124,6 +131,8 @@ QWEN2 = Tower(
     },
     "model.visual.blocks",
     ("mm.2.weight", 0),
+    extra=frozenset(("v.position_embd.weight",)),  # older files have zeros, which nothing reads
+    swapped=True,
     pairs={"model.visual.patch_embed.proj.weight": ("v.patch_embd.weight", "v.patch_embd.weight.1")},
     sizes=_QWEN_SIZES,
     epsilon="",
@@ -140,6 +149,7 @@ QWEN2 = Tower(
 def _qwen25(keys: Keys) -> Mapping[str, Any]:
     every = keys.count("vision.n_wa_pattern")
     return {
+        "vision_config.intermediate_size": _inner(keys),
         "vision_config.out_hidden_size": keys.shape("mm.2.weight")[0],
         "vision_config.spatial_merge_size": _merge(keys, 2),
         "vision_config.fullatt_block_indexes": list(range(every - 1, keys.count("vision.block_count"), every)),
@@ -162,11 +172,7 @@ QWEN25 = replace(
         "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
     },
-    sizes={
-        **_QWEN_SIZES,
-        "hidden_size": "embedding_length",
-        "intermediate_size": "feed_forward_length",
-    },
+    sizes={**_QWEN_SIZES, "hidden_size": "embedding_length"},
     activations={"use_silu": "silu"},
     fixed={"vision_config.window_size": 112, "vision_config.tokens_per_second": 2},
     further=_qwen25,
@@ -209,10 +215,17 @@ QWEN3 = replace(
         "mlp.linear_fc1": "ffn_up",
         "mlp.linear_fc2": "ffn_down",
     },
+    extra=frozenset(),
+    swapped=False,
     beside={
         "model.visual.deepstack_merger_list.*.norm": "norm",
         "model.visual.deepstack_merger_list.*.linear_fc1": "fc1",
         "model.visual.deepstack_merger_list.*.linear_fc2": "fc2",
+    },
+    sizes={
+        **_QWEN_SIZES,
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
     },
     activations={"use_gelu": GELU},
     fixed={},
@@ -339,11 +352,12 @@ LLAVA = Tower(
         "model.multi_modal_projector.linear_1": "mm.0",
         "model.multi_modal_projector.linear_2": "mm.2",
     },
-    {**BLOCK, "mlp.fc1": "ffn_down", "mlp.fc2": "ffn_up"},  # llama.cpp's script for CLIP names them so
+    BLOCK,
     f"{_SIGLIP}.encoder.layers",
     ("mm.2.weight", 0),
     parameters={f"{_SIGLIP}.embeddings.class_embedding": "v.class_embd"},
     unused=frozenset((f"{_SIGLIP}.post_layernorm",)),
+    swapped=True,  # so are the files of llama.cpp's script for CLIP
     activations={"": "quick_gelu", "use_gelu": "gelu"},
     fixed={
         "vision_feature_layer": -1,  # a file lacks the last block
@@ -381,6 +395,7 @@ IDEFICS3 = Tower(
     BLOCK,
     "model.vision_model.encoder.layers",
     ("mm.model.fc.weight", 0),
+    swapped=True,
     language="model.text_model",
     activations={"use_gelu": GELU},
     further=lambda keys: {"scale_factor": keys.count("vision.projector.scale_factor")},
