@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import constants, metadata_load
 
 import fewbit
+from fewbit.api import shared
 from fewbit.api.push import preview
 from fewbit.errors import FormatError, OutputError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
@@ -203,6 +204,19 @@ def test_no_folder_of_this_machine_in_a_gguf_file(hub: Hub, tmp_path: Path) -> N
     assert there.metadata["quantize.imatrix.file"].rstrip() == "imatrix.dat"
     assert all(there.get(name).equal(here.get(name)) for name in here.entries)
     assert describe(locate(tmp_path / "there.gguf")).made["model"] == "model"
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_lists_of_texts_in_a_gguf_file_are_searched(gguf: Path, tmp_path: Path, damaged: bool) -> None:
+    path = tmp_path / "model.gguf"
+    replacing.with_metadata(GgufFile(gguf), path, {"general.tags": ["first", "/home/me/data", "hf_secret"]})
+    if damaged:
+        path.write_bytes(path.read_bytes().replace(b"first", b"fir\xfft"))
+    with pytest.raises(PlanError, match="has a path of this machine, below /home/me"):
+        shared.check_nothing_private("model.gguf", path, ["/home/me"], None, cut=False)
+    for cut in (False, True):
+        with pytest.raises(PlanError, match="has your token of the Hub"):
+            shared.check_nothing_private("model.gguf", path, [], "hf_secret", cut=cut)
 
 
 def test_no_folder_of_this_machine_in_configs(hub: Hub, folder: Path, tmp_path: Path) -> None:

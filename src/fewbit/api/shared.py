@@ -32,6 +32,7 @@ _SAVED = (RECORD, "config.json", "generation_config.json")
 _TOKENS = {"tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json", "chat_template.json"}
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"}
 _TOKENS_INSIDE = ("added_tokens_decoder", "chat_template", "extra_special_tokens")
+_BEGINNING = 64 << 20  # bytes
 _END = r"(?![\w-]|\.\w)"  # a place ends here, not in the middle of a name
 _PARTS = r"(?:/[^\s/,;:'\"`()<>\[\]\\]+)*/?"
 
@@ -99,12 +100,12 @@ def check_nothing_private(name: str, content: Path | bytes, own: list[str], toke
     if isinstance(content, bytes):
         data = content
     elif _is_weights(content):
-        data = b"" if cut else _head(content)
+        data = _head(content)
     else:
         data = content.read_bytes()
     if token is not None and token.encode() in data:
         raise PlanError(f"{name} has your token of the Hub", "Remove it from the file, and make a new token.")
-    if Path(name).name in _TOKENS | _VOCABULARIES:
+    if cut or Path(name).name in _TOKENS | _VOCABULARIES:
         return
     for place in own:
         if re.search((re.escape(place) + _END).encode(), data):
@@ -118,15 +119,16 @@ def _is_weights(file: Path) -> bool:
 
 
 def _head(file: Path) -> bytes:
-    """The texts in a file of weights."""
+    """The texts in a file of weights; of a file that cannot be read, its beginning as it is."""
     try:
         if file.suffix != ".gguf":
             return json.dumps(metadata_of(file), ensure_ascii=False).encode()
         kept = {key: value for key, value in GgufFile(file).metadata.items() if not key.startswith("tokenizer.")}
-        texts = {key: value.tolist() for key, value in kept.items() if isinstance(value, Strings)}
-        return json.dumps(kept | texts, ensure_ascii=False, default=str).encode()
+        raw = [kept.pop(key).raw for key in [*kept] if isinstance(kept[key], Strings)]
+        return b"\n".join([json.dumps(kept, ensure_ascii=False, default=str).encode(), *raw])
     except FewbitError:
-        return b""
+        with open(file, "rb") as stream:
+            return stream.read(_BEGINNING)
 
 
 def _own(places: list[str]) -> Callable[[str], str]:

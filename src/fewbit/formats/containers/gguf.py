@@ -286,6 +286,9 @@ class _Part:
     def _strings(self, key: str, length: int) -> Strings:
         found = Strings(self.pages, self.at, length, f"{self.path}: {key}")
         self.at = found.end
+        if not key.startswith("tokenizer."):  # vocabularies take long, and are decoded when they are used
+            for _ in found:  # refuses what is not valid UTF-8
+                pass
         return found
 
     def _info(self, number: int) -> tuple[Entry, int]:
