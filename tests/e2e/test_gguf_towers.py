@@ -81,8 +81,8 @@ def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
 def test_the_processor_is_the_originals(kind: str, tmp_path: Path, picture: Path) -> None:
     files = made(tmp_path, kind)
     source, pictures = with_tower(locate(files.text), files.tower), images.read([picture])
-    found = images.inputs(images.load_processor(source), PROMPT, pictures, chat=False)
-    wanted = images.inputs(mmproj_files.processor(kind), PROMPT, pictures, chat=False)
+    found = images.inputs(images.load_processor(source), PROMPT, pictures, source.config, chat=False)
+    wanted = images.inputs(mmproj_files.processor(kind), PROMPT, pictures, source.config, chat=False)
     same(found, wanted)
     assert int((found["input_ids"] == images.image_token(source)).sum()) > 3
 
@@ -96,6 +96,25 @@ def test_pixels_that_need_torchvision_are_the_originals(kind: str, tmp_path: Pat
     if find_spec("torchvision") is None:
         with pytest.raises(PlanError, match="PixtralProcessor needs the package torchvision"):
             images.load_processor(with_tower(locate(files.text), files.tower))
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_images_beside_each_other_are_several(kind: str, tmp_path: Path, picture: Path) -> None:
+    files = made(tmp_path, kind)
+    given: dict[str, Any] = {"images": [picture, picture], "max_new_tokens": 4, "device": "cpu"}
+    place = "<|vision_start|><|image_pad|><|vision_end|>"
+    found = [
+        package.generate(prompt=f"{start}{PROMPT}", **model, **given).text
+        for model in ({"model": files.folder}, files.pair)
+        for start in ("", 2 * "<|image_pad|>", 2 * place)
+    ]
+    assert set(found) == {found[0]}
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_part_of_an_image_in_a_prompt_is_refused(gemma: Files, picture: Path, chat: bool) -> None:
+    with pytest.raises(PlanError, match="the prompt has <image_soft_token>, which stands for a part of an image"):
+        package.generate(prompt="a <image_soft_token>", images=picture, chat=chat, device="cpu", **gemma.pair)
 
 
 def test_settings_beside_the_tower_are_used(tmp_path: Path, gemma: Files, picture: Path) -> None:
@@ -194,8 +213,11 @@ _BAD: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("activation", {"clip.use_gelu": False}, {}, "its activation is quick_gelu"),
     ("epsilon", {"clip.vision.attention.layer_norm_epsilon": "x"}, {}, "not a finite number"),
     ("missing", {}, {"v.blk.1.ln1.bias": None}, r"1 tensors are missing; the first is v\.blk\.1\.ln1\.bias"),
-    ("blocks", {"clip.vision.block_count": 5}, {}, r"tensors are missing; the first is v\.blk\.4\."),
-    ("fewer", {"clip.vision.block_count": 3}, {}, r"the tensor v\.blk\.3\..* has no place in a Gemma3For"),
+    ("blocks", {"clip.vision.block_count": 20000}, {}, r"block_count is 20000, and it has tensors of 4 blocks"),
+    ("fewer", {"clip.vision.block_count": 3}, {}, r"block_count is 3, and it has tensors of 4 blocks"),
+    ("added", {}, {"v.blk.3.ls1.weight": torch.zeros(48)}, r"the tensor v\.blk\.3\.ls1.* has no place in a Gemma3For"),
+    ("positions", {"clip.vision.image_size": 40}, {}, "are for 25 positions, and v.position_embd.weight has 16"),
+    ("huge", {"clip.vision.image_size": 1 << 30}, {}, "image_size is 134217728 patches; at most 1024 are read"),
     ("shape", {}, {"v.post_ln.bias": torch.zeros(47)}, r"v\.post_ln\.bias has shape \[47\], the model expects \[48\]"),
     (
         "width",

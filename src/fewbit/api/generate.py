@@ -143,5 +143,5 @@ def _asked(
     if not (files := arguments.images("images", images or ())):
         return prompt_ids(tokenizer, prompt, chat=chat), {}
     pictures, processor = pixels.read(files), pixels.load_processor(source, trust_remote_code=trust_remote_code)
-    beside = pixels.inputs(processor, prompt, pictures, chat=chat)
+    beside = pixels.inputs(processor, prompt, pictures, source.config, chat=chat)
     return beside["input_ids"].long(), beside

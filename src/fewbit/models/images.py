@@ -79,14 +79,24 @@ def image_token(source: Source) -> int:
     return found if isinstance(found, int) else -1
 
 
-def inputs(processor: Any, prompt: str, images: Sequence[Any], *, chat: bool) -> dict[str, Tensor]:
+def inputs(
+    processor: Any, prompt: str, images: Sequence[Any], config: Mapping[str, Any], *, chat: bool
+) -> dict[str, Tensor]:
     """The model's inputs for a prompt with images: `input_ids` [1, n], pixels, and what else the model needs.
 
     With `chat`, the images come before the prompt in the user's message. Else they are where the prompt has the image
-    token, or before it. PlanError if the prompt is not valid Unicode, or if the processor refuses it.
+    token, or before it. config: the content of config.json, which may name tokens around an image. PlanError if the
+    prompt is not valid Unicode, or if the processor refuses it.
     """
     if reason := unwritable(prompt):
         raise PlanError(f"the prompt: {reason}", "Give the prompt in UTF-8.")
+    token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+    inner = getattr(processor.tokenizer, "image_token", None)
+    if inner and inner != token and inner in prompt:
+        raise PlanError(
+            f"the prompt has {inner}, which stands for a part of an image",
+            "Leave it out." if chat else f"Write {token} where an image belongs, or nothing.",
+        )
     try:
         if chat:
             if not processor.chat_template:
@@ -100,9 +110,9 @@ def inputs(processor: Any, prompt: str, images: Sequence[Any], *, chat: bool) ->
                 return_tensors="pt",
             )
         else:
-            token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
             if token:
                 prompt = _with_places(prompt, str(token), len(images))
+                prompt = _with_marks(prompt, str(token), _marks(processor, config))
             made = processor(text=[prompt], images=list(images), return_tensors="pt")
     except PlanError:
         raise
@@ -125,6 +135,19 @@ def _with_places(prompt: str, token: str, count: int) -> str:
             f"Write {token} once for each image, or not at all.",
         )
     return prompt if found else token * count + prompt
+
+
+def _marks(processor: Any, config: Mapping[str, Any]) -> tuple[str, str]:
+    """The tokens before and after an image, empty if config.json names none."""
+    ids = [config.get(f"vision_{end}_token_id") for end in ("start", "end")]
+    found = [processor.tokenizer.convert_ids_to_tokens(each) if isinstance(each, int) else "" for each in ids]
+    return (str(found[0]), str(found[1])) if all(found) else ("", "")
+
+
+def _with_marks(prompt: str, token: str, marks: tuple[str, str]) -> str:
+    """The prompt with the marks around each image token. Without them, a model takes neighbours for one image."""
+    whole = token.join(marks)
+    return prompt.replace(whole, token).replace(token, whole)
 
 
 def _takes_images(cls: type) -> bool:
