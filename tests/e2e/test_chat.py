@@ -18,6 +18,7 @@ import torch
 import fewbit as package
 from fewbit.errors import KernelError, PlanError
 from fewbit.models.decoding.chat import Conversation
+from fewbit.models.decoding.decode import Resume
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.models.load import load_model
 from fewbit.models.loading import Loading
@@ -95,12 +96,14 @@ def test_a_fused_model_answers_the_same_and_keeps_its_cache(
     for message in ("Hello there", "And then?", "Tell me more about it.", "Good."):
         fed.clear()
         assert said(fused, message, 16) == said(plain, message, 16)
-        lengths.append(decoder.length)
+        lengths.append(decoder.room)
         total, new = fused.prompt
         assert fed[0] == new
         assert new == (plain.prompt[1] if lengths[-1] == lengths[-2] else total)
         assert (decoder.loop is not None and decoder.loop.step is not None) == static
     assert lengths == [0, 64, 64, 128, 256]
+    with pytest.raises(PlanError, match="the model was fused for 64"):
+        fused.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=62)
     fused.reset("Be short.")
     plain.reset("Be short.")
     assert said(fused, "Hello there") == said(plain, "Hello there")
@@ -127,28 +130,34 @@ def test_a_fused_model_ends_an_answer_when_told_to(static: bool, quantized: Path
 def test_a_fused_model_may_be_used_between_turns(quantized: Path) -> None:
     plain, _ = opened(quantized)
     fused, _ = opened(quantized, fuse=256)
-    decoder = fused.model.generate.__self__
+    other = Conversation(fused.model, fused.tokenizer, fused.limit)
     for message in ("Hello there", "And then?", "Good."):
         assert said(fused, message) == said(plain, message)
+        ids = torch.tensor([fused.read])
+        hidden = torch.ones_like(ids)
+        hidden[:, :8] = 0  # the same tokens, with other keys and values
         with torch.inference_mode():
-            first = fused.model.generate(torch.tensor([fused.read[:9]]), max_new_tokens=3)
-            assert decoder.kept == 0
-            again = fused.model.generate(torch.tensor([fused.read[:9]]), max_new_tokens=3)
+            got = [fused.model.generate(ids, max_new_tokens=3).tolist() for _ in range(2)]
             fused.model.generate(torch.tensor([[5, 6, 7], [8, 9, 10]]), max_new_tokens=3)
-        assert first.tolist() == again.tolist() == plain.model.generate(first[:, :9], max_new_tokens=3).tolist()
+            fused.model.generate(ids, attention_mask=hidden, max_new_tokens=3)
+        assert got == 2 * [plain.model.generate(ids, max_new_tokens=3).tolist()]
+        other.messages = list(fused.messages)
+        said(other, "Good.")
+        assert other.prompt[0] == other.prompt[1]
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "as-on-a-gpu"])
 def test_a_prompt_with_one_new_token_is_read(static: bool, quantized: Path) -> None:
     """A step of one token is recorded, but this one reads the prompt."""
     plain, fused = (load_model(locate(quantized), Loading("cpu", "float32", fuse=fuse)) for fuse in (None, 64))
+    reader = Resume(64)
     decoder = fused.generate.__self__
     decoder.static = static
     with torch.inference_mode():
-        text = fused.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, eos_token_id=None, resume=64)
+        text = fused.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, eos_token_id=None, resume=reader)
         longer = torch.cat([text, torch.tensor([[9]])], dim=1)
-        got = fused.generate(longer[:, [0, 1, 2, 3, 4, 5, 7]], max_new_tokens=4, eos_token_id=None, resume=64)
-        assert decoder.kept == 6
+        got = fused.generate(longer[:, [0, 1, 2, 3, 4, 5, 7]], max_new_tokens=4, eos_token_id=None, resume=reader)
+        assert reader.kept == 6
         assert decoder.graph is None
         assert got.tolist() == plain.generate(got[:, :7], max_new_tokens=4, eos_token_id=None).tolist()
 
@@ -160,14 +169,14 @@ def test_a_cache_that_does_not_fit_leaves_the_conversation(quantized: Path, monk
     before = list(fused.messages)
 
     def full(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise torch.OutOfMemoryError("no room")
+        torch.empty(1 << 60, dtype=torch.uint8, device="cpu")
 
     with monkeypatch.context() as patched:
         patched.setattr("fewbit.models.decoding.caches.ReservedLayer._allocate", full)
         with pytest.raises(KernelError, match=r"memory of cpu is too small for a text of \d+ \+ 60 tokens"):
             said(fused, "Tell me more about it.", 60)
     assert fused.messages == before
-    assert fused.model.generate.__self__.length == 64
+    assert fused.model.generate.__self__.room == 64
     assert said(fused, "And then?") == said(plain, "And then?")
 
 

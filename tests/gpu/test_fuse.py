@@ -173,10 +173,10 @@ def test_a_conversation_replays_the_graph_on_what_it_kept(tmp_path: Path) -> Non
     loading = Loading("cuda", "float32")
     plain, fused = (conversation(tmp_path / "out", replace(loading, fuse=fuse)) for fuse in (None, True))
     decoder = fused.model.generate.__self__
-    decoder.length = 64
+    decoder.room = 64
     for message in ("Hello there", "And then?", "Tell me more about it."):
         given: dict[str, Any] = {"max_new_tokens": 16, "sampling": Sampling(), "tell": lambda text: None}
         assert fused.answer(message, **given).text == plain.answer(message, **given).text
         assert step_of(decoder).greedy.recorded is not None
-        assert fused.prompt == plain.prompt or decoder.length == 128
-    assert decoder.length == 128
+        assert fused.prompt == plain.prompt or decoder.room == 128
+    assert decoder.room == 128

@@ -56,9 +56,14 @@ def best(grids: BlockGrids, group: int, w: Tensor, metric: Tensor, reach: int = 
     return found
 
 
-def problem(name: str, n: int) -> tuple[Tensor, Tensor, BlockGrids, Tensor]:
+def problem(name: str, n: int, small: float = 1.0) -> tuple[Tensor, Tensor, BlockGrids, Tensor]:
+    """small: a factor of the weights of every other group, in which half of the weights are 0."""
     k = 2 * LAYOUTS[name].columns if name == "q3_k" else LAYOUTS[name].columns
     w = ordinary(n, k, seed=5, dtype=torch.float64)
+    if small != 1:
+        groups = w.view(n, -1, LAYOUTS[name].run)
+        groups[:, ::2] *= small
+        groups[:, ::2, ::2] = 0
     hessian = stats_of(inputs(3 * k, k)).hessian.double()
     hessian = hessian.tril() + hessian.tril(-1).T
     grids = parse(name).fit(w)
@@ -115,6 +120,17 @@ def check_descent(name: str) -> None:
 @names
 def test_the_pass_is_its_definition(name: str) -> None:
     check_pass(name)
+
+
+@names
+def test_scales_of_zero_are_among_the_choices(name: str) -> None:
+    """Small groups have zeros, and no error before the first: 0 / 0 must not be taken for the best."""
+    w, hessian, grids, order = problem(name, 1, 1e-3)
+    order = torch.arange(len(order), dtype=torch.int64)
+    inverse, _ = gptq.inverse_factor(hessian, order, 0.01)
+    assert inverse is not None
+    codes, chosen = gptq.feed_back(w, grids, inverse, order)
+    assert (chosen.decode(codes) - w).norm() <= 0.5 * w.norm()
 
 
 @names

@@ -24,7 +24,7 @@ from fewbit.methods import gptq
 from fewbit.methods.gptq import GPTQ
 from fewbit.methods.sweep import choose
 from fewbit.methods.sweep.definition import Sweep
-from fewbit.methods.sweep.groups import GroupSweep
+from fewbit.methods.sweep.groups import GroupSweep, Rounded
 from fewbit.pipeline import blocks
 from fewbit.plans.plan import Assignment
 from fewbit.schemes.base import Grids, Plain, Uneven, Uniform, parse
@@ -151,11 +151,36 @@ def test_a_fused_panel_that_differs_refuses_itself(fused: Any, monkeypatch: pyte
     w, order = ordinary(24, 160), torch.arange(160)
     grids, codes = parse("int4-g16").fit(w), torch.zeros(160, 24, dtype=torch.uint8)
     if fused is Shifted:
-        with pytest.warns(UserWarning, match=r"the fused kernel failed: \d+\.\d% of the codes differ"):
+        with pytest.warns(UserWarning, match=r"the fused kernel failed: \d+\.\d% of the values differ"):
             assert type(choose.sweep_for(grids, codes, order, 1)) is Sweep
     assert type(choose.sweep_for(grids, codes, order, 1)) is (Sweep if fused is Shifted else Faithful)
     assert type(choose.sweep_for(parse("fp8-row").fit(w), codes, order, 1)) is Sweep
     assert type(choose.sweep_for(parse("int4-g16").fit(w.double()), codes, order, 1)) is Sweep
+
+
+class Misplaced(GroupSweep):
+    """A fused sweep with right codes under wrong scales."""
+
+    def rounded(self, w: Tensor, factor: Tensor, nearby: Uniform) -> Rounded:
+        found = super().rounded(w, factor, nearby)
+        return found._replace(choice=(found.choice + 1) % len(nearby.scale))
+
+
+@pytest.mark.parametrize("fused", [GroupSweep, Misplaced])
+def test_a_fused_sweep_with_other_scales_refuses_itself(fused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("fewbit.methods.sweep.in_triton")
+    monkeypatch.setattr(module, "FusedGroups", lambda *given: fused(*given), raising=False)
+    monkeypatch.setitem(sys.modules, "fewbit.methods.sweep.in_triton", module)
+    monkeypatch.setattr(choose, "_has_triton", lambda device: True)
+    monkeypatch.setattr(choose, "_agreed", {})
+    w = ordinary(24, 256)
+    grids, codes = parse("q4_k").fit(w), torch.zeros(256, 24, dtype=torch.uint8)
+    given = (grids, codes, torch.arange(256), grids.run)
+    if fused is Misplaced:
+        with pytest.warns(UserWarning, match=r"the fused kernel failed: \d+\.\d% of the values differ"):
+            choose.sweep_for(*given)
+    assert type(choose.sweep_for(*given)) is GroupSweep
+    assert list(choose._agreed.values()) == [fused is GroupSweep]
 
 
 def test_weights_that_read_the_same_input_share_one_factor(monkeypatch: pytest.MonkeyPatch) -> None:

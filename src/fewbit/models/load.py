@@ -79,7 +79,8 @@ def load_model(
         decode.checked_length(fuse, source.stated_context, f"`fuse={fuse!r}`")
         if not packed:
             raise PlanError(
-                f"{source.name} has no packed weights that fewbit reads, and only these are fused", "Leave out `fuse`."
+                f"{source.name} has no packed weights that fewbit reads, and only these are fused",
+                "Leave out `fuse`, `max_length` and `compile`.",
             )
     if source.quantization is None:
         decoded.opened(source)  # refuses FP8 weights whose scales have no config; transformers would ignore the scales

@@ -30,6 +30,11 @@ _FORKS = sys.platform == "linux"
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a CPU or a GPU. PyTorch raises a plain RuntimeError for the former."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
+
+
 class Failed(Exception):
     """A task failed. The message says why."""
 
@@ -181,7 +186,7 @@ def _say(answers: IO[str], said: Mapping[str, Any]) -> None:
 
 def why(error: BaseException) -> str:
     """An exception in one line. For an unexpected one, also the file and line where it was raised."""
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+    if is_out_of_memory(error):
         return f"out of memory: {first_line(str(error)) or 'an allocation failed'}"
     if isinstance(error, FewbitError):
         said = [line.strip() for line in error.message.splitlines()]

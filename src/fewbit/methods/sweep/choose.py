@@ -24,7 +24,7 @@ from fewbit.methods.sweep.groups import GroupSweep
 from fewbit.schemes.base import Grids, Plain
 
 _PROBE = 64  # rows used to compare the fused panel with the definition
-_DIFFERENT = 0.01  # share of codes that may differ: sums in another order can break ties, which changes a row's rest
+_DIFFERENT = 0.01  # share of values that may differ: sums in another order can break ties, which changes a row's rest
 
 
 def sweep_for(grids: Grids, codes: Tensor, order: Tensor, run: int) -> Sweep:
@@ -71,7 +71,7 @@ def _fused(grids: Grids, plain: Plain, codes: Tensor, order: Tensor, definition:
         except Exception as error:  # compilers and drivers raise errors of any type
             share, why = 1.0, f": {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         else:
-            why = f": {share:.1%} of the codes differ"
+            why = f": {share:.1%} of the values differ"
         _agreed[kind] = share <= _DIFFERENT
         if not _agreed[kind]:
             warnings.warn(f"quantizing column by column in torch, slowly: the fused kernel failed{why}", stacklevel=2)
@@ -79,7 +79,9 @@ def _fused(grids: Grids, plain: Plain, codes: Tensor, order: Tensor, definition:
 
 
 def _disagreement(grids: Grids, plain: Plain, order: Tensor, sweeps: Sequence[Callable[..., Sweep]]) -> float:
-    """The share of codes in which two sweeps differ, the larger of both kinds of sweep. sweeps: make them for codes.
+    """The share of values in which two sweeps differ, the larger of both kinds of sweep. sweeps: make them for codes.
+
+    Values are compared, and not codes: a sweep may choose scales too.
 
     Both run on one panel of random numbers, with the grids of the first rows.
     """
@@ -100,8 +102,8 @@ def _disagreement(grids: Grids, plain: Plain, order: Tensor, sweeps: Sequence[Ca
         for descent in (False, True):
             codes = torch.zeros(k, n, dtype=torch.uint8, device=device)
             if descent:
-                make(codes=codes).descend(0, width, panel.clone(), inner, values)
+                (sweep := make(codes=codes)).descend(0, width, panel.clone(), inner, values)
             else:
-                make(codes=codes).feed_back(0, width, panel.clone(), factor)
-            results.append(codes[order[:width]][:, :rows])
+                (sweep := make(codes=codes)).feed_back(0, width, panel.clone(), factor)
+            results.append(sweep.chosen.decode(codes.T.contiguous())[:rows, order[:width]].clone())
     return max(float((results[i] != results[i + 2]).float().mean()) for i in (0, 1))

@@ -237,7 +237,7 @@ def _round(
             value = tl.where(here, stored[:, None], value)
             error = tl.where(here, missed[:, None], error)
             cost += missed * missed
-        better = cost < least
+        better = (cost < least) | (c == 0)  # a row may have no cost that is finite
         least = tl.where(better, cost, least)
         best = tl.where(better, c, best)
         best_code = tl.where(better[:, None], code, best_code)

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fewbit.errors import PlanError
 from fewbit.models.decoding.caches import CACHE, InPlaceLayer
-from fewbit.models.decoding.decode import Decoder
+from fewbit.models.decoding.decode import Decoder, Resume
 from fewbit.models.decoding.generate import Continuation, continue_ids, in_template
 from fewbit.models.decoding.loop import Stop
 from fewbit.models.decoding.sampling import Sampling
@@ -38,6 +38,7 @@ class Conversation:
         self.prompt = (0, 0)
         self._cache: DynamicCache | None = None
         self._turns = 0
+        self._reader = Resume(limit or 2**31)  # of a fused model's cache
 
     @property
     def system(self) -> str | None:
@@ -79,7 +80,7 @@ class Conversation:
         cache, kept = self._resumed(ids[0].tolist())
         decoder = self._decoder()
         if decoder is not None:
-            own: dict[str, Any] = {"resume": self.limit or 2**31}
+            own: dict[str, Any] = {"resume": self._reader}
         else:
             own = {} if cache is None else {CACHE: cache}
         self._cache, self.read = None, []  # in case of an error: it may be half written
@@ -92,7 +93,7 @@ class Conversation:
             shown=_Teller(self.tokenizer, tell),
             more={"stopping_criteria": [Stop(stopped)], **own},
         )
-        kept = kept if decoder is None else decoder.kept
+        kept = kept if decoder is None else self._reader.kept
         self._cache, self._turns, self.prompt = cache, self._turns + 1, (ids.shape[1], ids.shape[1] - kept)
         self.read = out[0, :-1].tolist() if own else []  # the last token was not fed
         self.messages = [*asked, {"role": "assistant", "content": told.text}]

@@ -64,6 +64,16 @@ def within(model: Any, length: int, *, compile: bool = False) -> None:
     model.generate = Decoder(model, length, compile=compile).generate
 
 
+class Resume:
+    """A reader of one text after another, each of which may begin as the one before, such as a conversation.
+
+    most: tokens to which the cache may grow. kept: how many tokens of the last prompt were not read again.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.kept = most, 0
+
+
 class Decoder:
     """A model's `generate` with one static cache, which later calls use again."""
 
@@ -74,9 +84,11 @@ class Decoder:
         self.loop: Loop | None = None
         self.graph: StepGraph | None = None
         self.quick: Callable[..., Any] | None = None  # a step's forward, compiled or not
+        self.room = length  # tokens of the cache, which a conversation may have made more than `length`
         self.used = 0
         self.first = True  # whether the next call of the model reads the prompt
-        self.read: list[int] = []  # the tokens of the last text whose keys and values the cache holds, of one row
+        self.reader: Resume | None = None  # whose text the cache holds
+        self.read: list[int] = []  # the tokens of this text whose keys and values are there
         self.kept = 0  # how many of them the text now begins with: these are not read again
         self.key: tuple[Any, ...] = ()
         self.static: bool | None = None  # whether the model works with a static cache; None before the test
@@ -84,26 +96,28 @@ class Decoder:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.GenerationMixin.generate`. A call from another thread waits: there is one cache.
 
-        resume: continue the last text as far as the prompt begins like it, and let the cache grow to so many tokens.
+        resume: a `Resume`, for a single text of token ids alone.
         """
-        resume: int | None = kwargs.pop("resume", None)
+        resume: Resume | None = kwargs.pop("resume", None)
         with exclusive(self.model):
-            length, self.kept = self.length, 0
+            room, self.kept = self.room, 0
             try:
                 return self._generate(resume, *args, **kwargs)
             except BaseException:
-                if resume is not None:  # the larger cache may be what has no room
-                    self.length, self.cache, self.read = length, None, []
+                self.reader = None
+                if resume is not None and self.room != room:  # the larger cache may be what has no room
+                    self.room, self.cache = room, None
                 raise
 
-    def _resumed(self, ids: Tensor, new: int, most: int) -> None:
-        """Note what the prompt [1, n] has in common with the last text. Make room for it and `new` tokens first."""
-        if (needed := ids.shape[1] + new) > self.length:
-            self.length, self.cache, self.read = min(2 ** (needed - 1).bit_length(), most), None, []
-        pairs = zip(self.read, ids[0, :-1].tolist(), strict=False)  # at least one token is read
-        self.kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    def _resumed(self, resume: Resume, ids: Tensor, new: int) -> None:
+        """Note what the prompt [1, n] has in common with the reader's last text, after making room for all."""
+        if (needed := ids.shape[1] + new) > self.room:
+            self.room, self.cache = min(2 ** (needed - 1).bit_length(), resume.most), None
+        elif self.reader is resume:
+            pairs = zip(self.read, ids[0, :-1].tolist(), strict=False)  # at least one token is read
+            self.kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-    def _generate(self, resume: int | None, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, resume: Resume | None, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("generation_config") or self.model.generation_config
         requested = {**vars(config), **{key: value for key, value in kwargs.items() if value is not None}}
         if (
@@ -113,12 +127,13 @@ class Decoder:
         ):
             return self.plain(*args, **kwargs)
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        prompt = ids.shape[1] if isinstance(ids, Tensor) else 1
-        if resume is not None and isinstance(ids, Tensor) and len(ids) == 1:
-            self._resumed(ids, requested.get("max_new_tokens") or 1, resume)
-        self._check(prompt, requested.get("max_new_tokens"), requested.get("max_length"))
+        if resume is not None:
+            assert isinstance(ids, Tensor)
+            self._resumed(resume, ids, requested["max_new_tokens"])
+        prompt, most = ids.shape[1] if isinstance(ids, Tensor) else 1, self.room if resume else self.length
+        self._check(prompt, requested.get("max_new_tokens"), requested.get("max_length"), most)
         self._renew(ids.shape[0] if isinstance(ids, Tensor) else 1, requested.get("num_return_sequences") or 1)
-        self.read, self.first, forward = [], True, self.model.forward
+        self.reader, self.first, forward = None, True, self.model.forward
         hooked = "forward" in self.model.__dict__
 
         @wraps(forward)  # `generate` reads the signature to prepare arguments
@@ -127,15 +142,14 @@ class Decoder:
 
         given = {**kwargs, CACHE: self.cache, "disable_compile": True}
         if len(args) < 2 and isinstance(self.cache, StaticCache) and can_serve(self.model, requested):
-            self.loop = self.loop or Loop(self._quick(forward), self.cache, self.length)
+            self.loop = self.loop or Loop(self._quick(forward), self.cache, self.room)
             given["custom_generate"] = self.loop.writer(kwargs.get("streamer"), self._empty)
         self.model.forward = step
         try:
             with grouped_queries():
                 out = self.plain(*args, **given)
-            self.read = (
-                out[0, :-1].tolist() if isinstance(out, Tensor) and len(out) == 1 else []
-            )  # the last was not fed
+            if resume is not None:
+                self.reader, self.read, resume.kept = resume, out[0, :-1].tolist(), self.kept  # the last was not fed
             return out
         finally:
             if hooked:
@@ -152,12 +166,12 @@ class Decoder:
             self.quick = Compiled(forward, self.cache) if self.compile else forward
         return self.quick
 
-    def _check(self, prompt: int, new: int | None, total: int | None) -> None:
+    def _check(self, prompt: int, new: int | None, total: int | None, most: int) -> None:
         reached = prompt + new if new is not None else total or prompt + 1
-        if max(reached, prompt + 1) > self.length:
+        if max(reached, prompt + 1) > most:
             raise PlanError(
                 f"prompt ({prompt} tokens) and new tokens make {max(reached, prompt + 1)} tokens, "
-                f"but the model was fused for {self.length}",
+                f"but the model was fused for {most}",
                 "Fuse it for more tokens, or generate fewer.",
             )
 
@@ -176,8 +190,8 @@ class Decoder:
         else:
             self.kept = 0
             self.graph = self.loop = self.quick = None  # they hold the old cache
-            made = static(self.model, self.length) if self.static else None
-            self.cache, self.key = made or reserved(self.model, self.length), key
+            made = static(self.model, self.room) if self.static else None
+            self.cache, self.key = made or reserved(self.model, self.room), key
         self.used = self.kept
 
     def _step(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -186,8 +200,8 @@ class Decoder:
         ids = kwargs.get("input_ids")
         tokens = ids.shape[1] if isinstance(ids, Tensor) else 1
         first, self.first, self.used = self.first, False, self.used + tokens
-        if self.used > self.length:
-            raise PlanError(f"the text is longer than the {self.length} tokens that the model was fused for")
+        if self.used > self.room:
+            raise PlanError(f"the text is longer than the {self.room} tokens that the model was fused for")
         if first or tokens != 1 or args or not isinstance(self.cache, StaticCache):
             return forward(*args, **kwargs)
         if self.graph is None:

@@ -20,6 +20,7 @@ from fewbit.models.decoding.attention import growing_texts
 from fewbit.models.decoding.exclusive import exclusive
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.system.files import unwritable
+from fewbit.system.processes import is_out_of_memory
 
 _KEPT = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "bad_words_ids"),
@@ -197,7 +198,9 @@ def continue_ids(
                 streamer=clock,
                 **sampling.options(),
             )
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise KernelError(
             f"the memory of {model.device} is too small for a text of {ids.shape[1]} + {max_new_tokens} tokens",
             "Give a shorter prompt, or a smaller `max_new_tokens`.",
