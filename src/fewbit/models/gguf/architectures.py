@@ -51,10 +51,10 @@ MISSING = {
     "gemma4_unified_assistant": "it drafts for another model",
     "gemma4_unified_text": "llama.cpp has it only as part of a model with a vision tower",
     "hrm_text": "fewbit has no names for blocks that run several times",
-    "hy_v4": "fewbit has no names for hyper-connections, and llama.cpp's converter none for those of transformers",
-    "kimi_linear": "fewbit has no keys for its linear attention, whose latents have no positions",
+    "hy_v4": "fewbit has no names for hyper-connections, and llama.cpp has others than transformers saves",
+    "kimi_linear": "fewbit has no names and keys for its linear attention, and none for latents without positions",
     "qwen4_exp_text": "transformers 5.24 cannot build a model of its config",
-    "sarvam_moe": "llama.cpp has it as BailingMoE 2, with queries, keys and values as one matrix",
+    "sarvam_moe": "a file has queries, keys and values as one matrix, and fewbit cannot join three of several heights",
 }
 
 
