@@ -106,10 +106,13 @@ def test_experts_are_packed_and_multiplied_at_once(file: Path) -> None:
 
 def test_a_file_is_quantized_again(file: Path, tmp_path: Path) -> None:
     quantize.quantize(file, tmp_path / "again.gguf", plan=find("q8_0").changed(method="rtn"))
-    before, after = (generate.load(path, dtype=torch.float32) for path in (file, tmp_path / "again.gguf"))
-    ids = gguf_files.ids()
-    a, b = models.logits(before, ids), models.logits(after, ids)
-    assert float((a - b).norm() / a.norm()) < 0.05
+    before, after = (
+        generate.load(path, dtype=torch.float32).dequantize(torch.float32).state_dict()
+        for path in (file, tmp_path / "again.gguf")
+    )
+    assert before.keys() == after.keys()
+    for name, weight in before.items():  # logits may differ by far more, where another expert gets a token
+        assert (after[name] - weight).norm() <= 5e-3 * weight.norm(), name
 
 
 def test_norms_of_heads_by_the_number_of_experts(tmp_path: Path) -> None:
