@@ -42,9 +42,12 @@ fewbit reads these from a file of llama.cpp (mmproj) beside that of the language
 ([how](howto/vision.md#from-gguf-files)), and writes none. For each, tests compare a tiny model: its tensors are those
 of the file that llama.cpp's converter makes, and the logits for an image are the original's, within 1e-5 in relative
 norm. Processors make the original's ids and pixels; that of Pixtral and Mistral 3 needs torchvision, and of it only the
-pixels are tested.
+pixels are tested. Older files, in which the up and the down projection of MLPs are exchanged, are read, too.
 
-A file does not say whether it is SmolVLM's or Idefics 3's. Both are read as the latter, which computes the same.
+A file does not say whether it is SmolVLM's or Idefics 3's. Both are read as the latter: the logits are those of
+SmolVLM, and the processor is that of Idefics 3. It was not compared with SmolVLM's own.
+The language model of LLaVA must have the token `<image>`, as conversions of the models in transformers have it; the
+vocabulary of plain Vicuna does not. LLaVA 1.6, which cuts images into tiles, is refused.
 Towers for sound, and files with towers for images and for sound, are refused.
 
 | `clip.projector_type` | read as | language model | tokens that its vocabulary must have |
@@ -139,7 +142,7 @@ def page() -> str:
 
 def _tower(row: Any) -> str:
     """The line of a vision tower."""
-    tokens = sorted({*row.tokens.values()} - {row.beyond})
+    tokens = sorted({*row.tokens.values(), *row.named.values()} - {row.beyond})
     said = (", ".join(f"`{each}`" for each in found).replace("|", "\\|") for found in (row.texts, tokens))
     return f"| {row.projector} | `{row.cls}` | {' | '.join(said)} |"
 

@@ -5,6 +5,7 @@ tests/golden compares a tower of every kind with the original.
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -202,6 +203,92 @@ def test_a_row_of_the_embedding_in_the_tower_is_ignored(tmp_path: Path) -> None:
     package.load(files.text, mmproj=tower, device="cpu")
 
 
+def test_a_vocabulary_shorter_than_the_embedding(tmp_path: Path, gemma: Files, picture: Path) -> None:
+    tokens = list(GgufFile(gemma.text).metadata["tokenizer.ggml.tokens"])
+    at = tokens.index("<image_soft_token>")
+    assert len(tokens) > at + 1
+    keys: dict[str, Any] = {"tokenizer.ggml.tokens": tokens[:at]}
+    for key in ("tokenizer.ggml.token_type", "tokenizer.ggml.scores"):
+        if (values := GgufFile(gemma.text).metadata.get(key)) is not None:
+            keys[key] = values[:at]
+    text = mmproj_files.changed(gemma.text, tmp_path / "text.gguf", keys)
+    source = with_tower(locate(text), gemma.tower)
+    assert images.image_token(source) == at
+    given: dict[str, Any] = {"images": picture, "max_new_tokens": 4, "device": "cpu"}
+    found = package.generate(text, PROMPT, mmproj=gemma.tower, **given)
+    assert found.text == package.generate(prompt=PROMPT, **gemma.pair, **given).text
+
+
+def test_missing_tokens_of_a_processor_are_named(tmp_path: Path, picture: Path) -> None:
+    files = made(tmp_path, "internvl")
+    tokens = list(GgufFile(files.text).metadata["tokenizer.ggml.tokens"])
+    for token in ("<img>", "<video>"):
+        without = ["[X]" if each == token else each for each in tokens]
+        mmproj_files.changed(files.text, tmp_path / f"{token}.gguf", {"tokenizer.ggml.tokens": without})
+    given: dict[str, Any] = {"mmproj": files.tower, "images": picture, "max_new_tokens": 2, "device": "cpu"}
+    with pytest.raises(FormatError, match="its vocabulary has no token '<img>'"):
+        package.generate(tmp_path / "<img>.gguf", PROMPT, **given)
+    assert package.generate(tmp_path / "<video>.gguf", PROMPT, **given).tokens
+
+
+def test_newer_llava_files_are_refused_by_name(tmp_path: Path) -> None:
+    files = made(tmp_path, "llava")
+    cases: tuple[tuple[dict[str, Any], dict[str, Any], str], ...] = (
+        ({"clip.vision.mm_patch_merge_type": "spatial_unpad"}, {}, "clip.vision.mm_patch_merge_type: it cuts images"),
+        ({"clip.vision.image_grid_pinpoints": np.array([336, 672], np.int32)}, {}, "image_grid_pinpoints: it cuts"),
+        ({}, {"model.image_newline": torch.zeros(64)}, "has model.image_newline: it cuts images into tiles"),
+    )
+    for keys, tensors, words in cases:
+        tower = mmproj_files.changed(files.tower, tmp_path / "mmproj.gguf", keys, tensors)
+        with pytest.raises(FormatError, match=words):
+            package.load(files.text, mmproj=tower, device="cpu")
+    tower = mmproj_files.changed(files.tower, tower, {"clip.vision.mm_patch_merge_type": "flat"})
+    package.load(files.text, mmproj=tower, device="cpu")
+
+
+def test_settings_for_other_images_are_refused(tmp_path: Path, gemma: Files) -> None:
+    shutil.copy(gemma.tower, tmp_path / "mmproj.gguf")
+    tower = towers.opened(tmp_path / "mmproj.gguf", "gemma3_text")
+    said = tmp_path / "processor_config.json"
+    said.write_text('{"processor_class": "Gemma3Processor"}', encoding="utf-8")  # none for images
+    assert processor.images(tower).size == processor.images(towers.opened(gemma.tower, "gemma3_text")).size
+    transformers.Idefics3ImageProcessorPil().save_pretrained(tmp_path)
+    with pytest.raises(FormatError, match=r"settings of a Idefics3ImageProcessor.*need Gemma3ImageProcessor"):
+        processor.images(tower)
+    (tmp_path / "preprocessor_config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(FormatError, match=r"no usable preprocessor_config\.json: it has no settings for images"):
+        processor.images(tower)
+
+
+def test_an_adapter_beside_a_tower_is_refused(gemma: Files, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="has its vision tower in another file, and adapters are attached to its lang"):
+        package.load(gemma.text, mmproj=gemma.tower, adapter=tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in mmproj_files.KINDS if "moe" not in kind])
+def test_a_model_with_a_tower_is_pickled(kind: str, tmp_path: Path) -> None:
+    files = made(tmp_path, kind)
+    loaded = package.load(files.text, mmproj=files.tower, device="cpu")
+    again = pickle.loads(pickle.dumps(loaded))
+    assert type(again) is type(loaded)
+    same(again.state_dict(), loaded.state_dict())
+
+
+def test_folders_that_cannot_be_the_whole_model(tmp_path: Path, gemma: Files) -> None:
+    unread, alone = tmp_path / "unread", tmp_path / "alone"
+    for folder in (unread, alone):
+        folder.mkdir()
+    text = Path(shutil.copy(gemma.text, unread / "model.gguf"))
+    mmproj_files.changed(gemma.tower, unread / "mmproj.gguf", {"clip.projector_type": "gemma4v"})
+    with pytest.raises(FormatError, match="'gemma4v', which fewbit does not read") as told:
+        package.load(unread, device="cpu")
+    assert told.value.hint == f"Name the language model's file, which runs on text: {text}"
+    for name in ("a.gguf", "b.gguf"):
+        shutil.copy(gemma.tower, alone / name)
+    with pytest.raises(FormatError, match=r"has vision or audio towers alone, such as a\.gguf"):
+        package.load(alone, device="cpu")
+
+
 _BAD: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("unknown", {"clip.projector_type": "resampler"}, {}, "'resampler', which fewbit does not read"),
     ("sound", {"clip.has_vision_encoder": False, "clip.has_audio_encoder": True}, {}, "has a tower for sound"),
@@ -210,6 +297,8 @@ _BAD: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("another model", {"clip.projector_type": "qwen2vl_merger"}, {}, "for language models of type qwen2"),
     ("sizes", {"clip.vision.patch_size": 0}, {}, "patch_size is 0, not an integer above 0"),
     ("sides", {"clip.vision.image_size": 33}, {}, "image_size is 33, which is no multiple of vision.patch_size, 8"),
+    ("scale", {"clip.vision.projector.scale_factor": 3}, {}, "scale_factor is 3, which does not divide 4 patches"),
+    ("large scale", {"clip.vision.projector.scale_factor": 100}, {}, "is 100, which does not divide 4 patches"),
     ("activation", {"clip.use_gelu": False}, {}, "its activation is quick_gelu"),
     ("epsilon", {"clip.vision.attention.layer_norm_epsilon": "x"}, {}, "not a finite number"),
     ("missing", {}, {"v.blk.1.ln1.bias": None}, r"1 tensors are missing; the first is v\.blk\.1\.ln1\.bias"),

@@ -65,6 +65,12 @@ def load_model(
         reason = format.why_unpacked(source.quantization or {}, Checkpoint(list(source.files)).specs)
         warnings.warn(f"{source.name} is dequantized in memory: {reason}", stacklevel=2)
     if loading.adapter is not None:
+        if source.mmproj is not None:
+            raise PlanError(
+                f"`adapter={loading.adapter}`: {source.name} has its vision tower in another file, and adapters are "
+                "attached to its language model alone",
+                f"Give {source.files[0]} as the model, without `mmproj` and `images`.",
+            )
         check_adapter(loading.adapter)
     if kernel is not None:
         registry.get("kernels", kernel)

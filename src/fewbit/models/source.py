@@ -226,9 +226,14 @@ def with_tower(source: Source, mmproj: str | Path | None) -> Source:
             raise PlanError(f"`mmproj={mmproj}`: there is no such file")
     if place is None:
         return source
-    found_there = replace(source, mmproj=place)
-    _config_with_tower(source.files[0], place)
-    return found_there
+    try:
+        _config_with_tower(source.files[0], place)
+    except FormatError as error:
+        if mmproj is not None:
+            raise
+        hint = f"Name the language model's file, which runs on text: {source.files[0]}"
+        raise FormatError(error.message, hint) from None
+    return replace(source, mmproj=place)
 
 
 def _towers_in(folder: Path) -> list[Path]:
@@ -245,7 +250,13 @@ def _of_gguf(name: str, path: Path, origin: Path, *, hosted: bool = False) -> So
 def _only_gguf(folder: Path) -> Path | None:
     """The only GGUF file of a folder, or the first part of a split one. FormatError if there are several."""
     files = [file for file in sorted(folder.glob("*.gguf")) if not gguf_parts.is_later(file)]
-    files = [file for file in files if len(files) == 1 or not towers.is_tower(GgufFile(file))]
+    found = [file for file in files if len(files) == 1 or not towers.is_tower(GgufFile(file))]
+    if files and not found:
+        raise FormatError(
+            f"{folder} has vision or audio towers alone, such as {files[0].name}",
+            "Put the GGUF file of the language model beside the one of its tower.",
+        )
+    files = found
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:5])
         raise FormatError(f"{folder} has several GGUF files ({names})", f"Name one, such as {files[0]}.")

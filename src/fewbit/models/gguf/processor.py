@@ -8,12 +8,14 @@ beside the tower's file, its settings are used.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import transformers
 
 from fewbit.errors import FormatError, PlanError
 from fewbit.models.gguf.towers import Opened
+from fewbit.system.files import read_json
 
 SETTINGS = ("preprocessor_config.json", "processor_config.json")
 
@@ -39,7 +41,12 @@ def images(tower: Opened) -> Any:
     """The part of the processor that makes pixels."""
     folder, keys = tower.file.path.parent, tower.keys
     cls: Any = getattr(transformers, f"{tower.row.images}Pil")
-    if any((folder / name).is_file() for name in SETTINGS):
+    if (kind := _kind_beside(folder, tower.row.images)) is not None:
+        if kind.removesuffix("Fast").removesuffix("Pil") not in {tower.row.images, *tower.row.likewise}:
+            raise FormatError(
+                f"{folder} has settings of a {kind[:80]}, and the images of this tower need {tower.row.images}",
+                f"Put the {' or '.join(SETTINGS)} of the original model there, or none.",
+            )
         try:
             return cls.from_pretrained(folder)
         except Exception as error:  # transformers can raise anything on malformed files
@@ -49,3 +56,27 @@ def images(tower: Opened) -> Any:
         image_std=keys.reals("vision.image_std", 3),
         **tower.row.pixels(keys),
     )
+
+
+def _kind_beside(folder: Path, usual: str) -> str | None:
+    """The class of the settings for images in a folder; None without such settings. FormatError if they cannot be read.
+
+    usual: the class of settings that name none.
+
+    processor_config.json may be without them: older processors have them in preprocessor_config.json alone.
+    """
+    for name in SETTINGS:
+        if not (folder / name).is_file():
+            continue
+        try:
+            found = read_json(folder / name)
+        except (OSError, FormatError) as error:
+            raise FormatError(f"{folder} has no usable {name}: {str(error)[:200]}") from None
+        if isinstance(found, dict) and name == SETTINGS[1]:
+            found = found.get("image_processor")
+            if found is None:
+                continue
+        if not isinstance(found, dict) or not isinstance(kind := found.get("image_processor_type", usual), str):
+            raise FormatError(f"{folder} has no usable {name}: it has no settings for images")
+        return kind
+    return None

@@ -87,6 +87,7 @@ class Tower:
     # Processor
     processor: str = ""  # transformers' class
     images: str = ""  # transformers' class for the images, without Pil
+    likewise: frozenset[str] = frozenset()  # further classes whose settings are read as those of `images`
     named: Mapping[str, str] = field(default_factory=dict)  # attributes of the tokenizer -> the tokens
     pixels: Settings = nothing  # settings of the class for the images, besides mean and deviation
     processing: Settings = nothing  # settings of the processor

@@ -125,7 +125,7 @@ def to_config(text: Mapping[str, Any], tower: Opened, vocabulary: GgufFile) -> d
         "model_type": row.model_type,
         "tie_word_embeddings": text["tie_word_embeddings"],
         "dtype": text["dtype"],
-        **_token_ids(tower, vocabulary, text["vocab_size"]),
+        **_token_ids(tower, vocabulary),
     }
     for entry, value in {**row.fixed, **row.further(keys)}.items():
         own, _, last = entry.rpartition(".")
@@ -163,22 +163,18 @@ def _activation(tower: Opened) -> str:
     return named[found]
 
 
-def _token_ids(tower: Opened, vocabulary: GgufFile, rows: int) -> dict[str, int]:
-    """The ids of the tokens that mark images."""
+def _token_ids(tower: Opened, vocabulary: GgufFile) -> dict[str, int]:
+    """The ids of the tokens that mark images. FormatError if the vocabulary lacks a token that the processor needs."""
     tokens = vocabulary.metadata.get("tokenizer.ggml.tokens")
     places = {token: i for i, token in enumerate(tokens if isinstance(tokens, Strings) else ())}
-    found = {}
-    for entry, token in tower.row.tokens.items():
-        if token in places:
-            found[entry] = places[token]
-        elif token == tower.row.beyond:
-            found[entry] = max(rows, len(places))
-        else:
+    for token in (*tower.row.tokens.values(), *tower.row.named.values()):
+        if token not in places and token != tower.row.beyond:
             raise FormatError(
                 f"{vocabulary.path}: its vocabulary has no token {token!r}, which a {tower.row.cls} needs for images",
-                f"Get a newer file of the language model. {_ALONE}",
+                f"Only files of the language model whose vocabulary has it are read with this tower. {_ALONE}",
             )
-    return found
+    following = len(places)  # the id that the tokenizer gives to a token beyond its vocabulary
+    return {entry: places.get(token, following) for entry, token in tower.row.tokens.items()}
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,18 @@
-"""Vision towers: Gemma 3, Qwen-VL, Qwen 3.5, Pixtral, LLaVA, Idefics 3 and InternVL.
+"""Vision towers: Gemma 3, Pixtral, LLaVA, Idefics 3 and InternVL, and the list of all.
 
 Source: conversion/ and tools/mtmd/clip.cpp of llama.cpp, and the configs of the published models.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from fewbit.errors import FormatError
 from fewbit.models.gguf.metadata import Keys
+from fewbit.models.gguf.rows.qwen_towers import QWEN2, QWEN3, QWEN3_EXPERTS, QWEN25, QWEN35, QWEN35_EXPERTS, merge
 from fewbit.models.gguf.rows.shared import GELU
 from fewbit.models.gguf.tower import BLOCK, Tower
 
@@ -26,7 +28,18 @@ def _square(keys: Keys) -> dict[str, int]:
 
 def _merged(keys: Keys, usual: int | None = None) -> int:
     """Vectors of an image of the usual size, of which one is made of several patches."""
-    return (_side(keys) // keys.count("vision.projector.scale_factor", usual)) ** 2
+    side, scale = _side(keys), keys.count("vision.projector.scale_factor", usual)
+    if side % scale:
+        raise keys.wrong(f"clip.vision.projector.scale_factor is {scale}, which does not divide {side} patches")
+    return (side // scale) ** 2
+
+
+def _four(entry: str, keys: Keys) -> Mapping[str, Any]:
+    return {entry: _merged(keys, 4)}
+
+
+def _squares(keys: Keys) -> Mapping[str, Any]:
+    return {"size": _square(keys)}
 
 
 _SIGLIP = "model.vision_tower"
@@ -50,7 +63,7 @@ GEMMA3 = Tower(
     shifted=frozenset(("mm.soft_emb_norm",)),
     activations={"use_gelu": GELU},
     fixed={"vision_config.vision_use_head": False},
-    further=lambda keys: {"mm_tokens_per_image": _merged(keys, 4)},
+    further=partial(_four, "mm_tokens_per_image"),
     tokens={
         "boi_token_index": "<start_of_image>",
         "eoi_token_index": "<end_of_image>",
@@ -64,197 +77,8 @@ GEMMA3 = Tower(
         "eoi_token": "<end_of_image>",
         "image_token": "<image_soft_token>",
     },
-    pixels=lambda keys: {"size": _square(keys)},
-    processing=lambda keys: {"image_seq_length": _merged(keys, 4)},
-)
-
-_QWEN_SIZES = {
-    "depth": "block_count",
-    "num_heads": "attention.head_count",
-    "patch_size": "patch_size",
-}
-_QWEN_TOKENS = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
-}
-
-
-def _merge(keys: Keys, usual: int) -> int:
-    return keys.count("vision.spatial_merge_size", usual)
-
-
-def _area(least: int, most: int) -> Any:
-    """Settings of Qwen's images. least, most: pixels of an image in published models, as a file has no key for them."""
-
-    def settings(keys: Keys) -> Mapping[str, Any]:
-        limits = (keys.count("vision.image_min_pixels", least), keys.count("vision.image_max_pixels", most))
-        return {
-            "patch_size": keys.count("vision.patch_size"),
-            "merge_size": _merge(keys, 2),
-            "size": dict(zip(("shortest_edge", "longest_edge"), limits, strict=True)),
-        }
-
-    return settings
-
-
-def _inner(keys: Keys) -> int:
-    """The inner width of MLPs. Older files have 0 as their feed_forward_length."""
-    return math.prod(keys.shape("v.blk.0.ffn_up.weight")) // keys.count("vision.embedding_length")
-
-
-def _qwen2(keys: Keys) -> Mapping[str, Any]:
-    width = keys.count("vision.embedding_length")
-    return {
-        "vision_config.embed_dim": width,
-        "vision_config.hidden_size": keys.shape("mm.2.weight")[0],
-        "vision_config.mlp_ratio": _inner(keys) // width,
-        "vision_config.spatial_merge_size": _merge(keys, 2),
-    }
-
-
-QWEN2 = Tower(
-    "qwen2vl_merger",
-    "qwen2_vl",
-    "Qwen2VLForConditionalGeneration",
-    "qwen2_vl_vision",
-    {"qwen2": "qwen2_vl_text"},
-    {"model.visual.merger.ln_q": "v.post_ln", "model.visual.merger.mlp.0": "mm.0", "model.visual.merger.mlp.2": "mm.2"},
-    {
-        "norm1": "ln1",
-        "norm2": "ln2",
-        "attn.qkv": ("attn_q", "attn_k", "attn_v"),
-        "attn.proj": "attn_out",
-        "mlp.fc1": "ffn_up",
-        "mlp.fc2": "ffn_down",
-    },
-    "model.visual.blocks",
-    ("mm.2.weight", 0),
-    extra=frozenset(("v.position_embd.weight",)),  # older files have zeros, which nothing reads
-    swapped=True,
-    pairs={"model.visual.patch_embed.proj.weight": ("v.patch_embd.weight", "v.patch_embd.weight.1")},
-    sizes=_QWEN_SIZES,
-    epsilon="",
-    activations={"": "quick_gelu"},
-    further=_qwen2,
-    sections=True,
-    tokens=_QWEN_TOKENS,
-    processor="Qwen2VLProcessor",
-    images="Qwen2VLImageProcessor",
-    pixels=_area(3136, 12845056),
-)
-
-
-def _qwen25(keys: Keys) -> Mapping[str, Any]:
-    every = keys.count("vision.n_wa_pattern")
-    return {
-        "vision_config.intermediate_size": _inner(keys),
-        "vision_config.out_hidden_size": keys.shape("mm.2.weight")[0],
-        "vision_config.spatial_merge_size": _merge(keys, 2),
-        "vision_config.fullatt_block_indexes": list(range(every - 1, keys.count("vision.block_count"), every)),
-    }
-
-
-QWEN25 = replace(
-    QWEN2,
-    projector="qwen2.5vl_merger",
-    model_type="qwen2_5_vl",
-    cls="Qwen2_5_VLForConditionalGeneration",
-    vision_type="qwen2_5_vl_vision",
-    texts={"qwen2": "qwen2_5_vl_text"},
-    block={
-        "norm1": "ln1",
-        "norm2": "ln2",
-        "attn.qkv": ("attn_q", "attn_k", "attn_v"),
-        "attn.proj": "attn_out",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    },
-    sizes={**_QWEN_SIZES, "hidden_size": "embedding_length"},
-    activations={"use_silu": "silu"},
-    fixed={"vision_config.window_size": 112, "vision_config.tokens_per_second": 2},
-    further=_qwen25,
-    processor="Qwen2_5_VLProcessor",
-)
-
-
-def _qwen35(keys: Keys) -> Mapping[str, Any]:
-    return {
-        "vision_config.out_hidden_size": keys.shape("mm.2.weight")[0],
-        "vision_config.spatial_merge_size": _merge(keys, 2),
-        "vision_config.num_position_embeddings": keys.shape("v.position_embd.weight")[0],
-    }
-
-
-def _qwen3(keys: Keys) -> Mapping[str, Any]:
-    marked = keys.flags("vision.is_deepstack_layers", keys.count("vision.block_count"))
-    return {**_qwen35(keys), "vision_config.deepstack_visual_indexes": [i for i, each in enumerate(marked) if each]}
-
-
-QWEN3 = replace(
-    QWEN25,
-    projector="qwen3vl_merger",
-    model_type="qwen3_vl",
-    cls="Qwen3VLForConditionalGeneration",
-    vision_type="qwen3_vl_vision",
-    texts={"qwen3": "qwen3_vl_text"},
-    model={
-        "model.visual.patch_embed.proj": "v.patch_embd",
-        "model.visual.pos_embed": "v.position_embd",
-        "model.visual.merger.norm": "v.post_ln",
-        "model.visual.merger.linear_fc1": "mm.0",
-        "model.visual.merger.linear_fc2": "mm.2",
-    },
-    block={
-        "norm1": "ln1",
-        "norm2": "ln2",
-        "attn.qkv": "attn_qkv",
-        "attn.proj": "attn_out",
-        "mlp.linear_fc1": "ffn_up",
-        "mlp.linear_fc2": "ffn_down",
-    },
-    extra=frozenset(),
-    swapped=False,
-    beside={
-        "model.visual.deepstack_merger_list.*.norm": "norm",
-        "model.visual.deepstack_merger_list.*.linear_fc1": "fc1",
-        "model.visual.deepstack_merger_list.*.linear_fc2": "fc2",
-    },
-    sizes={
-        **_QWEN_SIZES,
-        "hidden_size": "embedding_length",
-        "intermediate_size": "feed_forward_length",
-    },
-    activations={"use_gelu": GELU},
-    fixed={},
-    further=_qwen3,
-    processor="Qwen3VLProcessor",
-    pixels=_area(65536, 16777216),
-)
-QWEN3_EXPERTS = replace(
-    QWEN3,
-    model_type="qwen3_vl_moe",
-    cls="Qwen3VLMoeForConditionalGeneration",
-    vision_type="qwen3_vl_moe_vision",
-    texts={"qwen3_moe": "qwen3_vl_moe_text"},
-)
-QWEN35 = replace(
-    QWEN3,
-    model_type="qwen3_5",
-    cls="Qwen3_5ForConditionalGeneration",
-    vision_type="qwen3_5_vision",
-    texts={"qwen3_5_text": "qwen3_5_text"},
-    beside={},
-    further=_qwen35,
-)
-QWEN35_EXPERTS = replace(
-    QWEN35,
-    model_type="qwen3_5_moe",
-    cls="Qwen3_5MoeForConditionalGeneration",
-    vision_type="qwen3_5_moe_vision",
-    texts={"qwen3_5_moe_text": "qwen3_5_moe_text"},
+    pixels=_squares,
+    processing=partial(_four, "image_seq_length"),
 )
 
 _LLAMAS = {"llama": "llama", "mistral": "mistral", "ministral3": "ministral3"}
@@ -270,6 +94,14 @@ def _pixtral(keys: Keys) -> Mapping[str, Any]:
 def _longest(keys: Keys) -> Mapping[str, Any]:
     patch = keys.count("vision.patch_size")
     return {"size": {"longest_edge": keys.count("vision.image_size")}, "patch_size": {"height": patch, "width": patch}}
+
+
+def _merging(keys: Keys) -> Mapping[str, Any]:
+    return {"patch_size": keys.count("vision.patch_size"), "spatial_merge_size": merge(keys, 1)}
+
+
+def _mistral3(keys: Keys) -> Mapping[str, Any]:
+    return {**_pixtral(keys), "spatial_merge_size": merge(keys, 1)}
 
 
 PIXTRAL = Tower(
@@ -312,10 +144,7 @@ PIXTRAL = Tower(
     images="PixtralImageProcessor",
     named={"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"},
     pixels=_longest,
-    processing=lambda keys: {
-        "patch_size": keys.count("vision.patch_size"),
-        "spatial_merge_size": _merge(keys, 1),
-    },
+    processing=_merging,
 )
 MISTRAL3 = replace(
     PIXTRAL,
@@ -328,15 +157,36 @@ MISTRAL3 = replace(
     },
     when="mm.patch_merger.weight",
     fixed={"vision_feature_layer": -1, "projector_hidden_act": "gelu"},
-    further=lambda keys: {**_pixtral(keys), "spatial_merge_size": _merge(keys, 1)},
+    further=_mistral3,
 )
 
 
+_TILES = ("mm_patch_merge_type", "image_grid_pinpoints")
+
+
 def _llava(keys: Keys) -> Mapping[str, Any]:
+    newer = [f"clip.vision.{key}" for key in _TILES if str(keys.get(f"vision.{key}", "flat")) != "flat"]
+    if newer := newer or [name for name in ("model.image_newline",) if name in keys.file.entries]:
+        raise FormatError(
+            f"{keys.file.path} has {newer[0]}: it cuts images into tiles (LLaVA 1.6), and fewbit reads LLaVA 1.5",
+            "Without `mmproj`, the language model runs on text.",
+        )
     layers, key = keys.count("vision.block_count"), "vision.feature_layer"
     if keys.get(key) is not None and (found := keys.wholes(key, 1)) != [layers]:
         raise keys.wrong(f"clip.{key} is {found}; only the last of {layers} blocks is read")
     return {"image_seq_length": _side(keys) ** 2}
+
+
+def _cropped(keys: Keys) -> Mapping[str, Any]:
+    return {"size": {"shortest_edge": keys.count("vision.image_size")}, "crop_size": _square(keys)}
+
+
+def _llava_text(keys: Keys) -> Mapping[str, Any]:
+    return {
+        "patch_size": keys.count("vision.patch_size"),
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
 
 
 LLAVA = Tower(
@@ -369,16 +219,25 @@ LLAVA = Tower(
     processor="LlavaProcessor",
     images="CLIPImageProcessor",
     named={"image_token": "<image>"},
-    pixels=lambda keys: {
-        "size": {"shortest_edge": keys.count("vision.image_size")},
-        "crop_size": _square(keys),
-    },
-    processing=lambda keys: {
-        "patch_size": keys.count("vision.patch_size"),
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,
-    },
+    pixels=_cropped,
+    processing=_llava_text,
 )
+
+
+def _scaled(keys: Keys) -> Mapping[str, Any]:
+    _merged(keys)  # refuses a factor that does not fit
+    return {"scale_factor": keys.count("vision.projector.scale_factor")}
+
+
+def _limits(keys: Keys) -> Mapping[str, Any]:
+    size = keys.count("vision.image_size")
+    largest = keys.count("vision.preproc_image_size", size)
+    return {"size": {"longest_edge": largest}, "max_image_size": {"longest_edge": size}}
+
+
+def _idefics_text(keys: Keys) -> Mapping[str, Any]:
+    return {"image_seq_len": _merged(keys)}
+
 
 IDEFICS3 = Tower(
     "idefics3",
@@ -398,15 +257,13 @@ IDEFICS3 = Tower(
     swapped=True,
     language="model.text_model",
     activations={"use_gelu": GELU},
-    further=lambda keys: {"scale_factor": keys.count("vision.projector.scale_factor")},
+    further=_scaled,
     tokens={"image_token_id": "<image>"},
     processor="Idefics3Processor",
     images="Idefics3ImageProcessor",
-    pixels=lambda keys: {
-        "size": {"longest_edge": keys.count("vision.preproc_image_size", keys.count("vision.image_size"))},
-        "max_image_size": {"longest_edge": keys.count("vision.image_size")},
-    },
-    processing=lambda keys: {"image_seq_len": _merged(keys)},
+    likewise=frozenset(("SmolVLMImageProcessor",)),
+    pixels=_limits,
+    processing=_idefics_text,
 )
 
 _INTERN = "model.vision_tower"
@@ -424,6 +281,18 @@ def _internvl(keys: Keys) -> Mapping[str, Any]:
         "vision_config.use_qk_norm": "v.blk.0.attn_q_norm.weight" in entries,
         "vision_config.norm_type": "layer_norm" if "v.blk.0.ln1.bias" in entries else "rms_norm",
     }
+
+
+def _tiles(keys: Keys) -> Mapping[str, Any]:
+    return {
+        "size": _square(keys),
+        "min_patches": keys.count("vision.preproc_min_tiles", 1),
+        "max_patches": keys.count("vision.preproc_max_tiles", 12),
+    }
+
+
+def _internvl_text(keys: Keys) -> Mapping[str, Any]:
+    return {"image_seq_length": _merged(keys)}
 
 
 INTERNVL = Tower(
@@ -468,6 +337,7 @@ INTERNVL = Tower(
     },
     further=_internvl,
     tokens={"image_token_id": "<IMG_CONTEXT>"},
+    beyond="<video>",
     processor="InternVLProcessor",
     images="GotOcr2ImageProcessor",
     named={
@@ -476,12 +346,8 @@ INTERNVL = Tower(
         "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     },
-    pixels=lambda keys: {
-        "size": _square(keys),
-        "min_patches": keys.count("vision.preproc_min_tiles", 1),
-        "max_patches": keys.count("vision.preproc_max_tiles", 12),
-    },
-    processing=lambda keys: {"image_seq_length": _merged(keys)},
+    pixels=_tiles,
+    processing=_internvl_text,
 )
 
 ROWS = (
