@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor
 
 import fewbit as package
+from fewbit.api import convert
 from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models import images
@@ -272,6 +273,18 @@ def test_a_model_with_a_tower_is_pickled(kind: str, tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(loaded))
     assert type(again) is type(loaded)
     same(again.state_dict(), loaded.state_dict())
+
+
+def test_a_tower_that_is_left_out_is_said(gemma: Files, tmp_path: Path) -> None:
+    folder = gemma.text.parent
+    wanted = f"left out: {gemma.tower.name} of {folder}, which is a vision or audio tower"
+    assert wanted in package.preview(folder, plan="q8_0").notes
+    assert wanted in package.quantize(folder, tmp_path / "q.gguf", plan="q8_0", device="cpu", progress=False).notes
+    assert wanted in package.convert(folder, tmp_path / "plain", to="dense").notes
+    copied: dict[str, Any] = {"to": "gguf", "set": {"general.name": "x"}}
+    assert wanted in package.convert(folder, tmp_path / "copy.gguf", **copied).notes
+    assert wanted in convert.preview(folder, **copied).notes
+    assert wanted not in package.preview(gemma.text, plan="q8_0").notes
 
 
 def test_folders_that_cannot_be_the_whole_model(tmp_path: Path, gemma: Files) -> None:

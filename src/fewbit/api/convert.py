@@ -24,7 +24,7 @@ from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import Source, locate
 from fewbit.pipeline import conversion, replacing, sizes, write_folder, write_gguf
 from fewbit.pipeline.conversion import Conversion, Target
-from fewbit.pipeline.job import Preview, evaluated
+from fewbit.pipeline.job import Preview, evaluated, left_behind
 from fewbit.plans.plan import Assignment, Plan
 from fewbit.report import progress as report_progress
 from fewbit.report import text as report_text
@@ -135,7 +135,7 @@ def preview(
     target, source = _target(to), locate(model, safetensors_only=safetensors_only)
     limit = None if max_shard is None else int(max_shard)
     if _copies(source, target, set, limit):
-        return _previewed_copy(GgufFile(source.files[0]), arguments.keys("set", set or {}), limit)
+        return _previewed_copy(source, arguments.keys("set", set or {}), limit)
     made = conversion.prepare(source, target, trust_remote_code=trust_remote_code)
     header = _header(made, source, trust_remote_code)
     files = splitting.count(made.settled, header, limit)
@@ -152,13 +152,14 @@ def preview(
     )
 
 
-def _previewed_copy(file: GgufFile, set: Mapping[str, str], max_shard: int | None) -> Preview:
+def _previewed_copy(source: Source, set: Mapping[str, str], max_shard: int | None) -> Preview:
     """What a copy of a GGUF file has, with its parts joined or split anew, and with other values for some keys."""
+    file = GgufFile(source.files[0])
     entries, keys = [*file.entries.values()], editing.changed(file, set) if set else {}
     return Preview(
         plan="copy",
         format="gguf",
-        notes=[],
+        notes=left_behind(source, single_file=True),
         tensors=[(entry.name, f"{entry.type}, unchanged", entry.spec.nbytes) for entry in entries],
         original_bytes=file.nbytes,
         output_bytes=file.nbytes,
@@ -299,7 +300,7 @@ def _copied(
         exact=True,
         schemes=dict(Counter(entry.type for entry in file.entries.values() if entry.type not in PLAIN)),
         decoded=[],
-        notes=[],
+        notes=left_behind(source, single_file=True),
         original_bytes=file.nbytes,
         output_bytes=file.nbytes,
         seconds=elapsed(),

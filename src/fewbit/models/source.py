@@ -70,6 +70,12 @@ class Source:
         return replace(self, mmproj=None)
 
     @property
+    def towers(self) -> list[Path]:
+        """The vision and audio towers beside a GGUF model whose folder was named; empty for other models."""
+        files = sorted(self.folder.glob("*.gguf")) if self.gguf is not None and self.origin.is_dir() else []
+        return [file for file in files if towers.is_tower(GgufFile(file))]
+
+    @property
     def beside(self) -> Path:
         """The folder with the tokenizer and other side files. For weights in a pickle, this is not `folder`."""
         return self.origin if self.origin.is_dir() else self.folder
@@ -208,7 +214,7 @@ def with_tower(source: Source, mmproj: str | Path | None) -> Source:
     it. PlanError for a model that is no GGUF file; FormatError if the tower belongs to another model.
     """
     if mmproj is None:
-        found = _towers_in(source.folder) if source.gguf is not None and source.origin.is_dir() else []
+        found = source.towers
         if len(found) > 1:
             listed = ", ".join(file.name for file in found[:5])
             raise FormatError(f"{source.folder} has several vision towers ({listed})", "Name one as `mmproj`.")
@@ -234,11 +240,6 @@ def with_tower(source: Source, mmproj: str | Path | None) -> Source:
         hint = f"Name the language model's file, which runs on text: {source.files[0]}"
         raise FormatError(error.message, hint) from None
     return replace(source, mmproj=place)
-
-
-def _towers_in(folder: Path) -> list[Path]:
-    """The GGUF files of a folder that are vision or audio towers."""
-    return [file for file in sorted(folder.glob("*.gguf")) if towers.is_tower(GgufFile(file))]
 
 
 def _of_gguf(name: str, path: Path, origin: Path, *, hosted: bool = False) -> Source:

@@ -255,7 +255,7 @@ def _some(specs: Mapping[str, PartSpec]) -> str:
 def left_behind(source: Source, *, single_file: bool) -> list[str]:
     """Notes on the files of the model's folder that the output will not contain."""
     if source.gguf is not None:
-        return []
+        return [f"left out: {file.name} of {source.name}, which is a vision or audio tower" for file in source.towers]
     folder = source.beside
     used = {file.name for file in (*source.files, *pickle.files_in(folder))}
     names = [path.name + "/" for path in folders_left_out(folder)]
