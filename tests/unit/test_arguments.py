@@ -66,6 +66,8 @@ def test_a_wrong_number_is_named_by_every_verb(value: object) -> None:
         for name in set(NUMBERS) & parameters(verb).keys():
             if name == "max_kl" and value in (-1, 2**70):
                 continue  # numbers too; which make sense, the verb says
+            if (verb, name, value) == ("generate", "fuse", True):
+                continue  # a cache as long as the text
             with pytest.raises(PlanError, match=f"^{name}="):
                 call(verb, **{name: value})
 

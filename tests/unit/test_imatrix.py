@@ -39,7 +39,7 @@ def test_it_comes_back(suffix: str, tmp_path: Path) -> None:
 def test_the_newer_form_is_what_llama_cpp_reads(tmp_path: Path) -> None:
     file = GgufFile(written(tmp_path / "m.gguf"))
     assert file.metadata["general.type"] == "imatrix"
-    assert file.metadata["imatrix.datasets"] == ["some text"]
+    assert list(file.metadata["imatrix.datasets"]) == ["some text"]
     assert (file.metadata["imatrix.chunk_count"], file.metadata["imatrix.chunk_size"]) == (2, 512)
     assert list(file.entries) == [
         f"{name}.{what}" for name in sorted(MATRIX) for what in ("in_sum2", "counts")
