@@ -3,6 +3,7 @@
 #include "isa.h"
 #include "block.inl"
 #include "formats.inl"
+#include "integers.inl"
 #include "codebooks.inl"
 #include "fp8.inl"
 #include "vectors.inl"
