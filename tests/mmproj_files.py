@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,15 +174,6 @@ KINDS: dict[str, Kind] = {
         renamed=_TEXT_INSIDE,
         text_class="LlamaForCausalLM",
     ),
-    "smolvlm": Kind(
-        "smolvlm",
-        "smolvlm:SmolVLMModel",
-        _idefics,
-        processing={"image_seq_len": 4},
-        vision={"hidden_size": 48},
-        renamed=_TEXT_INSIDE,
-        text_class="LlamaForCausalLM",
-    ),
     "internvl": Kind(
         "internvl",
         "internvl:InternVisionModel",
@@ -199,6 +190,7 @@ KINDS: dict[str, Kind] = {
         text_class="Qwen2ForCausalLM",
     ),
 }
+KINDS["smolvlm"] = replace(KINDS["idefics3"], type="smolvlm")
 # Rows of fewbit that read files of kinds with another type
 ROW_OF = {"smolvlm": "idefics3"}
 
