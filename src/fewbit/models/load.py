@@ -30,8 +30,7 @@ from fewbit.models.source import Source
 from fewbit.nn import choose
 from fewbit.system import ranks
 
-_FUSED = 8192
-
+_FUSED = 8192  # tokens of a text at most that is fused by itself
 _OLDEST_PEFT = (0, 20)
 _DEFAULT = Loading()
 
@@ -95,9 +94,8 @@ def load_model(
         error = foreign.unread(method)
         raise FormatError(f"{source.folder}: {error.message}", error.hint)
     if packed:
-        describe(
-            source.language
-        )  # for clearer errors than those of transformers if config and tensors contradict each other
+        # For clearer errors than those of transformers if config and tensors contradict each other.
+        describe(source.language)
     try:
         exact = choose.exact_activations() if loading.exact_activations else nullcontext()
         serving = nullcontext() if left else quantizer.serving(kernel, source.mmproj)

@@ -104,8 +104,7 @@ class Decoder:
             try:
                 return self._generate(resume, *args, **kwargs)
             except BaseException:
-                self.reader = None
-                if resume is not None and self.room != room:  # the larger cache may be what has no room
+                if self.room != room:  # the larger cache may be what has no room
                     self.room, self.cache = room, None
                 raise
 
