@@ -237,6 +237,12 @@ TYPES: dict[str, dict[str, Any]] = {
         "moe_routed_scaling_factor": 2.5,
     },
     "laguna-element": {"gating": "per-element", "sliding_window": 4096, "mlp_layer_types": ["sparse"] * 2},
+    "sarvam_moe": {
+        "num_hidden_layers": 3,
+        "n_group": 2,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+    },
     "solar_open": {"n_shared_experts": 1, "routed_scaling_factor": 1.5},
     "falcon-first": {"max_position_embeddings": 2048},
     "bloom": {},
@@ -442,7 +448,8 @@ def written(folder: Path, path: Path, kind: str = "f32", *, norms: str = "f32") 
         entry, tensor = weights[name]
         if head.routes[name].expert is not None:  # they come in order
             each = [tensor for other, tensor in weights.values() if other.name == entry.name]
-            entry, tensor = entry._replace(shape=(len(each), *entry.shape)), torch.stack(each)
+            shape = head.routes[name].shape_of_all(entry.shape, len(each))
+            entry, tensor = entry._replace(shape=shape), head.routes[name].joined(each)
         if (split := head.routes[name].split) is not None:
             pieces = zip(split.entries(entry), split.cut(tensor), strict=True)
             whole |= {piece.name: (piece, cut) for piece, cut in pieces}

@@ -156,6 +156,10 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_next", {"target_modules": r".*in_proj_qkvz"}),  # in pieces
     ("qwen3_5_text", {"target_modules": r".*linear_attn\.(out_proj|in_proj_\w+)"}),  # columns and rows of heads
     ("phi", {"target_modules": r".*(embed_tokens|lm_head)"}),
+    (
+        "sarvam_moe",
+        {"target_modules": r".*(v|q)_proj", "rank_pattern": {"v_proj": 2}},
+    ),  # parts of one matrix of the file
 ]
 
 
@@ -178,7 +182,8 @@ def test_a_file_has_what_peft_adds_to_each_weight(
         for piece, part in zip(route.names, [wanted] if route.split is None else route.split.cut(wanted), strict=True):
             a, b = (file.get(f"{piece}.lora_{which}") for which in "ab")
             rank = b.shape[-1]
-            a, b = (a, b) if route.expert is None else (a[route.expert], b[route.expert])
+            a = a if route.heights else route.part_of(a)
+            b = route.part_of(b)
             found = a @ b.T if piece == "token_embd.weight" else b @ a
             torch.testing.assert_close(found * file.metadata["adapter.lora.alpha"] / rank, part)
             compared += 1

@@ -36,6 +36,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_v32": {"scoring_func": "sigmoid"},
     "glm_moe_dsa": {"scoring_func": "sigmoid"},
     "sarvam_mla": {"scoring_func": "sigmoid"},
+    "sarvam_moe": {
+        "architectures": ["SarvamMoEForCausalLM"],
+        "num_experts": 4,
+        "num_shared_experts": 1,
+        "score_function": "sigmoid",
+    },
     "mimo_v2_flash": {
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",

@@ -425,7 +425,7 @@ def _of_gguf(source: Source, routes: Mapping[str, Route], extra: frozenset[str])
             shape = route.shape_in_model(own.shape)
             decode = partial(_of_entry, entry=own, route=route)
             handle = Packed(shape, f"GGUF {own.type}", {"data": entry.name}, decode, by_rows=not route.transposed)
-            mapped = _Mapped(file, own, route.expert)
+            mapped = _Mapped(file, own, route)
             if route.listed is not None:  # it may have no dimension of rows
                 checkpoint.add(name, PartSpec(shape, torch.float32), mapped)
                 continue
@@ -445,12 +445,12 @@ def _members(
     if routes[ours[0]].expert is None:
         yield ours[0], entry
         return
-    if len(entry.shape) != 3 or entry.shape[0] != len(ours):
-        raise FormatError(
-            f"{file.path}: {entry.name} has shape {list(entry.shape)}, not three dimensions for {len(ours)} experts"
-        )
-    for name in ours:
-        yield name, entry._replace(shape=entry.shape[1:])
+    heights = routes[ours[0]].heights
+    if entry.shape != ((sum(heights), *entry.shape[1:]) if heights else (len(ours), *entry.shape[-2:])):
+        wanted = f"{sum(heights)} rows" if heights else f"three dimensions for {len(ours)} experts"
+        raise FormatError(f"{file.path}: {entry.name} has shape {list(entry.shape)}, not {wanted}")
+    for place, name in enumerate(ours):
+        yield name, entry._replace(shape=(*heights[place : place + 1], *entry.shape[1:]))
 
 
 def _blocks(entry: Entry, route: Route) -> Held:
@@ -475,15 +475,14 @@ def _dtype_of(file: GgufFile) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Mapped:
-    """A lazy handle of a tensor of a GGUF file."""
+    """A lazy handle of a tensor of a GGUF file, or of what it has of one tensor of the model."""
 
     file: Joined
     entry: Entry
-    expert: int | None = None  # of which this is the part; None for whole tensors
+    route: names.Route
 
     def __getitem__(self, index: Any) -> Tensor:
-        whole = self.file.get(self.entry.name)
-        own = (whole if self.expert is None else whole[self.expert])[index].clone()
+        own = self.route.part_of(self.file.get(self.entry.name))[index].clone()
         self.file.release(self.entry.name)
         return own
 

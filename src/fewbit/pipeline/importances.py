@@ -84,7 +84,7 @@ def matrix_of(skeleton: Skeleton, found: Mapping[str, Stats]) -> dict[str, imatr
     for module in sorted(found, key=lambda module: routes[f"{module}.weight"].expert or 0):
         route = routes[f"{module}.weight"]
         if (route.expert or 0) % route.together:
-            continue  # gate and up of an expert read the same inputs
+            continue  # gate and up of an expert, and all that a file has as one matrix, read the same inputs
         for name in route.names if route.split is None or route.split.by_rows else ():
             measured.setdefault(name, []).append(found[module])
     orders = {route.name: order for route in routes.values() if (order := route.column_order) is not None}

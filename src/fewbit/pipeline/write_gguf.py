@@ -8,7 +8,7 @@ a conversion keeps bfloat16. Tensors are in the order of llama.cpp's quantizer.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from fewbit.pipeline.settled import Settled, finite
 from fewbit.pipeline.write_folder import folded
 from fewbit.plans import mixtures
 from fewbit.plans.plan import Resolved
+from fewbit.schemes.base import PartSpec
 from fewbit.schemes.ggml.table import BLOCK_TYPES
 
 # Matrices that llama.cpp requires in 32 bits: tables of positions, what chooses experts, short convolutions, and what
@@ -66,7 +67,7 @@ def planned(settled: Settled) -> list[Planned]:
     skeleton, resolved = settled.skeleton, settled.resolved
     routes, tensors = gguf_names.routes(skeleton.config), []
     _check_numbers(skeleton, routes)
-    for key, name, spec in skeleton.passed_through():
+    for key, name, spec in _tensors(skeleton):
         if name not in routes:
             raise PlanError(f"GGUF has no name for {name} of a model of type {skeleton.config.model_type!r}")
         route, module = routes[name], name.removesuffix(".weight")
@@ -87,15 +88,22 @@ def planned(settled: Settled) -> list[Planned]:
     return sorted(tensors, key=lambda each: mixtures.order(each.entry.name))
 
 
+def _tensors(skeleton: Skeleton) -> Iterator[tuple[str, str, PartSpec]]:
+    """(checkpoint name, model name, spec) of every tensor. Parts of one that transformers splits are apart."""
+    return skeleton.passed_through(skeleton.splits)
+
+
 def _check_numbers(skeleton: Skeleton, routes: Mapping[str, gguf_names.Route]) -> None:
     """PlanError if the checkpoint lacks a number that the file has as a key."""
     wanted = {name for name, route in routes.items() if route.listed is not None}
-    if lacking := wanted - {name for _, name, _ in skeleton.passed_through()}:
+    if lacking := wanted - {name for _, name, _ in _tensors(skeleton)}:
         raise PlanError(f"the checkpoint has no {min(lacking)}; a GGUF file has this number of every layer")
 
 
 def _stacked(tensors: Sequence[Planned], routes: Mapping[str, gguf_names.Route], *, exact: bool) -> list[Planned]:
-    """The tensors, those of all experts of a layer as one. PlanError if experts of a layer differ in their scheme.
+    """The tensors, with those of all experts of a layer, and others that a file has as one tensor, together.
+
+    PlanError if these differ in their scheme.
 
     exact: the schemes are those of a conversion, not of a plan.
     """
@@ -107,15 +115,16 @@ def _stacked(tensors: Sequence[Planned], routes: Mapping[str, gguf_names.Route],
     for group in groups.values():
         group.sort(key=lambda each: routes[each.name].expert or 0)
         first, *more = group
-        if other := next((each for each in more if each.entry != first.entry), None):
+        if other := next((each for each in more if each.entry.type != first.entry.type), None):
+            what = "all experts of a layer" if not routes[first.name].heights else f"{len(group)} matrices of a layer"
             raise PlanError(
-                f"a GGUF file holds all experts of a layer in one tensor of one type, and "
+                f"a GGUF file holds {what} in one tensor of one type, and "
                 f"{first.name} {'becomes' if exact else 'gets'} {first.entry.type}, {other.name} {other.entry.type}",
                 "No one type holds both unchanged. `requantize=True` with a plan for GGUF quantizes them anew."
                 if exact
-                else "Give the plan rules that match all experts of a layer.",
+                else "Give the plan rules that match all of these.",
             )
-        whole = first.entry._replace(shape=(len(group), *first.entry.shape))
+        whole = first.entry._replace(shape=routes[first.name].shape_of_all(first.entry.shape, len(group)))
         found.append(replace(first, entry=whole, more=tuple(more)))
     return found
 
@@ -173,7 +182,7 @@ def write(path: Path, settled: Settled, blocks: Checkpoint, header: Header, reco
             writer.add(name, tensor)
         for each in tensors:
             parts = [_made(part, settled, blocks, routes[part.name]) for part in (each, *each.more)]
-            whole, split = parts[0] if len(parts) == 1 else torch.stack(parts), routes[each.name].split
+            whole, split = routes[each.name].joined(parts), routes[each.name].split
             pieces = [whole] if split is None else split.cut(whole)
             for entry, piece in zip(_pieces(each, routes), pieces, strict=True):
                 writer.add(entry.name, piece)
@@ -183,7 +192,7 @@ def write(path: Path, settled: Settled, blocks: Checkpoint, header: Header, reco
 def _numbers(settled: Settled, blocks: Checkpoint, routes: Mapping[str, gguf_names.Route]) -> dict[str, Tensor]:
     """The numbers of the model that the file has as keys, by their names in the model."""
     skeleton = settled.skeleton
-    keys = {name: key for key, name, _ in skeleton.passed_through() if routes[name].listed is not None}
+    keys = {name: key for key, name, _ in _tensors(skeleton) if routes[name].listed is not None}
     return {
         name: blocks.get(name) if name in blocks.specs else skeleton.checkpoint.get(key) for name, key in keys.items()
     }

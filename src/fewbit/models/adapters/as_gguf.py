@@ -17,7 +17,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,8 @@ def _stored(pairs: Mapping[str, _Pair], lora: Mapping[str, Any], config: Any, al
         if name == _EMBEDDING:
             made = _scaled(module, first, first.rank, lora, alpha)
             found |= {f"{name}.lora_a": made.a.T.contiguous(), f"{name}.lora_b": made.b}
+        elif route.heights:
+            found |= _of_stack(route, group, lora, alpha)
         elif route.expert is not None:
             found |= _of_experts(name, group, getattr(config, architecture(config).experts), lora, alpha)
         else:
@@ -228,6 +230,22 @@ def _of_experts(
         f"{name}.lora_a": torch.stack([pair.a for pair in each]),
         f"{name}.lora_b": torch.stack([pair.b for pair in each]),
     }
+
+
+def _of_stack(
+    route: Route, group: Mapping[int, tuple[str, _Pair]], lora: Mapping[str, Any], alpha: float
+) -> dict[str, Tensor]:
+    """The two tensors of a matrix that is several of the model. Each of these has own rows of a and columns of b."""
+    rank = sum(pair.rank for _, pair in group.values())
+    made = {place: _scaled(module, pair, rank, lora, alpha) for place, (module, pair) in group.items()}
+    ranks = {place: pair.rank for place, (_, pair) in group.items()}
+    a = torch.cat([made[place].a[:own] for place, own in ranks.items()])
+    b, column = torch.zeros(sum(route.heights), rank, dtype=torch.float32, device="cpu"), 0
+    for place, own in ranks.items():
+        part = replace(route, expert=place).part_of(b)
+        part[:, column : column + own] = made[place].b[:, :own]
+        column += own
+    return {f"{route.name}.lora_a": a, f"{route.name}.lora_b": b}
 
 
 def _of_file(route: Route, pair: _Pair) -> dict[str, Tensor]:
@@ -334,6 +352,8 @@ def _of_model(file: GgufFile, config: Any) -> tuple[dict[str, Any], dict[str, Te
 def _of_route(file: GgufFile, route: Route) -> _Pair:
     """The matrices of a weight of the model, in its order."""
     shape = _pair(file, route.names[0])[0].shape
+    if route.heights:
+        return _of_stacked(file, route)
     if route.expert is not None and (len(shape) != 3 or route.expert >= shape[0]):
         raise FormatError(f"{file.path}: {route.name} has no matrices for expert {route.expert}")
     if route.expert is None and len(shape) != 2:
@@ -350,6 +370,14 @@ def _of_route(file: GgufFile, route: Route) -> _Pair:
         b = route.split.joined([piece for _, piece in every])
     a = a if route.column_order is None else a[:, route.column_order.argsort()]
     return _Pair(a, b if route.rows_back is None else b[route.rows_back])
+
+
+def _of_stacked(file: GgufFile, route: Route) -> _Pair:
+    """The same of one of several matrices that are one of the file."""
+    a, b = (_matrix(file, entry, None) for entry in _pair(file, route.name))
+    if a.dim() != 2 or len(b) != sum(route.heights):
+        raise FormatError(f"{file.path}: the LoRA of {route.name} has {len(b)} rows, not {sum(route.heights)}")
+    return _Pair(a, route.part_of(b).clone())
 
 
 def _matrix(file: GgufFile, entry: Entry, expert: int | None) -> Tensor:

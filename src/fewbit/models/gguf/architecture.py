@@ -72,6 +72,9 @@ class Architecture:
     lists: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     layers: str = "model.layers"
     cut: Mapping[str, Cut] = field(default_factory=dict)  # names in `block` of matrices that a file has in pieces
+    # Names in `block` of matrices of a file that are several of the model, one below the other -> for each of these,
+    # the entries of config.json whose product is the number of its rows
+    stacked: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     extra: frozenset[str] = field(default_factory=frozenset)  # tensors of the file that are not weights
     # Weights, by their names in the file or in a block of it, to which llama.cpp adds no LoRA
     without_lora: frozenset[str] = field(default_factory=frozenset)
@@ -86,6 +89,7 @@ class Architecture:
     shift: float = 0.0  # added to the weights of norms
     unshifted: frozenset[str] = field(default_factory=frozenset)  # norms that nothing is added to
     negative_exp: frozenset[str] = field(default_factory=frozenset)  # tensors that are stored as -exp(x)
+    centered: frozenset[str] = field(default_factory=frozenset)  # tensors that are stored less their mean
     squeezed: frozenset[str] = field(
         default_factory=frozenset
     )  # weights of convolutions [C, 1, width], stored [C, width]

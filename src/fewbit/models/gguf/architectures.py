@@ -54,7 +54,6 @@ MISSING = {
     "hy_v4": "fewbit has no names for hyper-connections, and llama.cpp has others than transformers saves",
     "kimi_linear": "fewbit has no names and keys for its linear attention, and none for latents without positions",
     "qwen4_exp_text": "transformers 5.24 cannot build a model of its config",
-    "sarvam_moe": "a file has queries, keys and values as one matrix, and fewbit cannot join three of several heights",
 }
 
 

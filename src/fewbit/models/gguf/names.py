@@ -49,6 +49,8 @@ class Route:
     """The name of a model's tensor in the file, and its conversion.
 
     expert: the number of the expert; the file has the tensors of all experts of a layer as one, [experts, ...].
+    heights: the rows of each matrix of the model of which one of the file consists, one below the other; `expert` is
+    then the number of this one. Empty for other tensors.
     height: rows that the file has; the last of them are 0, and the model has none such. 0 for other tensors.
     matrix: the rows of what the model has as a vector; 0 for other tensors.
     listed: of a number that is no tensor of the file: the file's key, its place in the list there, and its shape.
@@ -62,6 +64,8 @@ class Route:
     squeezed: bool = False
     shift: float = 0.0
     negative_exp: bool = False
+    centered: bool = False
+    heights: tuple[int, ...] = ()
     order: Order = ((), ())
     first: int = 0
     columns: Order = ((), ())
@@ -77,7 +81,9 @@ class Route:
 
     @property
     def together(self) -> int:
-        """How many matrices of an expert are one matrix of the file."""
+        """How many matrices of an expert, or of a layer, are one matrix of the file."""
+        if self.heights:
+            return len(self.heights)
         return self.split.matrices // self.split.heads if self.split is not None and self.split.matrices else 1
 
     @property
@@ -96,7 +102,7 @@ class Route:
     @property
     def is_exact(self) -> bool:
         """Whether the file holds the model's own values."""
-        return not self.shift and not self.negative_exp
+        return not (self.shift or self.negative_exp or self.centered)
 
     @property
     def run(self) -> int:
@@ -116,6 +122,7 @@ class Route:
         tensor = tensor[:, _permuted(self.columns)] if self.columns[0] else tensor
         tensor = pad(tensor, (0, 0, 0, self.height - len(tensor))) if self.height else tensor
         tensor = -tensor.float().exp() if self.negative_exp else tensor
+        tensor = tensor - tensor.mean() if self.centered else tensor
         return tensor.float() + self.shift if self.shift else tensor
 
     def from_file(self, tensor: Tensor) -> Tensor:
@@ -130,6 +137,25 @@ class Route:
         tensor = tensor[:, _permuted(self.columns).argsort()] if self.columns[0] else tensor
         tensor = tensor.flatten() if self.matrix else tensor
         return tensor.T if self.transposed else tensor.unsqueeze(1) if self.squeezed else tensor
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """What a tensor of the file, or its blocks, has of this one of the model."""
+        if self.expert is None or not self.heights:
+            return whole if self.expert is None else whole[self.expert]
+        start = sum(self.heights[: self.expert])
+        return whole[start : start + self.heights[self.expert]]
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """The tensor of the file, or its blocks, of what it has of each of the model."""
+        if self.expert is None:
+            return parts[0]
+        return torch.cat(list(parts)) if self.heights else torch.stack(list(parts))
+
+    def shape_of_all(self, shape: Sequence[int], count: int) -> tuple[int, ...]:
+        """The shape of the whole tensor of the file. shape: that of its part. count: the number of the parts."""
+        if self.expert is None:
+            return tuple(shape)
+        return (sum(self.heights), *shape[1:]) if self.heights else (count, *shape)
 
     def blocks_to_file(self, blocks: Tensor, columns: int) -> Tensor:
         """The blocks of a weight [N, K], uint8 [N, bytes], in the file's order. columns: those of a block."""
@@ -208,6 +234,10 @@ def routes(config: Any) -> dict[str, Route]:
     arch = architecture(config)
     orders, cuts = _orders(config, arch), {ours: _parts(config, cut) for ours, cut in arch.cut.items()}
     matrices = {ours: getattr(config, key) for ours, key in arch.matrices.items()}
+    heights = {
+        ours: tuple(prod(getattr(config, key) for key in each) for each in parts)
+        for ours, parts in arch.stacked.items()
+    }
     found = {}
     groups: dict[str, list[str]] = {}
     for theirs, ours in arch.model.items():
@@ -228,6 +258,7 @@ def routes(config: Any) -> dict[str, Route]:
                 found[f"{arch.layers}.{layer}.{theirs}.{leaf}"] = Route(
                     f"blk.{layer}.{ours}.{leaf}",
                     expert=expert,
+                    heights=heights.get(ours, ()),
                     transposed=arch.transposed and leaf == "weight" and not norm,
                     squeezed=ours in arch.squeezed and leaf == "weight",
                     shift=arch.shift if norm and leaf == "weight" and ours not in arch.unshifted else 0.0,
@@ -239,6 +270,7 @@ def routes(config: Any) -> dict[str, Route]:
             found[f"{arch.layers}.{layer}.{theirs}"] = Route(
                 f"blk.{layer}.{ours}",
                 negative_exp=ours in arch.negative_exp,
+                centered=ours in arch.centered,
                 matrix=matrices.get(ours, 0),
                 **orders.get(ours, {}),
             )
@@ -255,7 +287,8 @@ def _modules(config: Any, arch: Architecture) -> Iterator[tuple[str, str, int | 
         groups.setdefault(ours, []).append(theirs)
     for ours, several in groups.items():
         if "*" not in several[0]:
-            yield from ((theirs, ours, None) for theirs in several)
+            stacked = ours in arch.stacked
+            yield from ((theirs, ours, place if stacked else None) for place, theirs in enumerate(several))
             continue
         places = product(range(getattr(config, arch.experts)), several)
         yield from ((theirs.replace("*", str(expert)), ours, i) for i, (expert, theirs) in enumerate(places))

@@ -89,7 +89,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         parallel.check_loader(model)
         config = self.text_config or model.config
         self.routes = _routes_of(model, config)
-        if any(route.expert is not None for route in self.routes.values()):
+        if any(route.expert is not None and not route.heights for route in self.routes.values()):
             experts.separate(model)
         if self.tower_file is not None:
             self._find_tower(model, self.tower_file)
@@ -157,8 +157,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
     def _stored(self, name: str) -> Tensor:
         """What the file holds for a tensor of the model."""
         assert self.file is not None
-        whole, expert = self.file.get(self.entries[name].name), self.routes[name].expert
-        return whole if expert is None else whole[expert]
+        return self.routes[name].part_of(self.file.get(self.entries[name].name))
 
     def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> Any:
         """No conversions: `get_state_dict` has renamed the tensors already."""
@@ -266,7 +265,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
                     writer.add(entry.name, file.get(entry.name))
                     continue
                 parts = [self._written(model, modules, name) for name in names[entry.name]]
-                whole = parts[0] if self.routes[names[entry.name][0]].expert is None else torch.stack(parts)
+                whole = self.routes[names[entry.name][0]].joined(parts)
                 for own, piece in zip(file.pieces(entry.name), file.cut(entry.name, whole), strict=True):
                     writer.add(own.name, piece)
 
@@ -363,15 +362,15 @@ def _matched(
             continue
         if name not in expected:
             raise FormatError(f"{file.path}: the tensor {entry.name} has no place in a {type(model).__name__}")
-        shape = known[name].shape_in_file(expected[name])
-        whole = shape if known[name].expert is None else (1 + len(others), *shape)
+        shapes = {each: known[each].shape_in_file(expected[each]) for each in (name, *others)}
+        whole = known[name].shape_of_all(shapes[name], len(shapes))
         if entry.shape != whole:
             raise FormatError(
                 f"{file.path}: {entry.name} has shape {list(entry.shape)}, the model expects {list(whole)}"
             )
         if entry.type in PLAIN and entry.type not in _NUMBERS:
             raise FormatError(f"{file.path}: {entry.name} has type {entry.type}, expected a float type")
-        entries |= dict.fromkeys((name, *others), entry._replace(shape=shape))
+        entries |= {each: entry._replace(shape=shape) for each, shape in shapes.items()}
     tied = model.all_tied_weights_keys
     missing = [name for name in expected if name not in entries and tied.get(name) not in entries]
     missing = [name for name in missing if not _is_new(name, model, known)]

@@ -144,7 +144,31 @@ QWEN3_ROW = Architecture(
     biases=BIAS,
 )
 
+_KV = ("num_key_value_heads", "head_dim")
+# Queries, keys and values are one matrix of the file, and three of the model
+SARVAM_ROW = replace(
+    GLM4_MOE_ROW,
+    name="bailingmoe2",
+    model_type="sarvam_moe",
+    cls="Glm4MoeForCausalLM",
+    block={
+        **{name: ours for name, ours in LLAMA.items() if "attn_" not in ours or "norm" in ours or "output" in ours},
+        **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "attn_qkv"),
+        **HEAD_NORMS,
+        **QWEN_EXPERTS,
+        **SHARED_EXPERTS,
+    },
+    stacked={"attn_qkv": (("num_attention_heads", "head_dim"), _KV, _KV)},
+    centered=frozenset({"exp_probs_b.bias"}),
+    required={**NO_BIAS, "use_qk_norm": True, "n_shared_experts": 1, "num_mtp_layers": 0},
+    products={"expert_shared_feed_forward_length": ("moe_intermediate_size", "n_shared_experts")},
+    biases={},
+    untied=True,
+    square=True,
+)
+
 ROWS = (
+    SARVAM_ROW,
     GRANITE_MOE_SWA_ROW,
     GRANITE_SWA_ROW,
     replace(
