@@ -35,9 +35,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer steps."""
     wanted = Optimization(steps=30, learning_rate=4e-3, batch=128)
     quick = Optimization(steps=12, learning_rate=4e-3, batch=128)
-    monkeypatch.setattr(
-        effort, "STEPS", {"high": quick, "best": Optimization(steps=60, learning_rate=2e-3, batch=256, codes=True)}
-    )
+    longer = Optimization(steps=60, learning_rate=2e-3, batch=256, codes=True)
+    phases = {"high": effort.EndToEnd(quick, written=4), "best": effort.EndToEnd(longer, written=4)}
+    monkeypatch.setattr(effort, "end_to_end_phase", lambda level, device: phases[level])
     monkeypatch.setattr(block_tuning.BlockTuning, "wanted", wanted)
     monkeypatch.setattr(effort, "BlockTuning", lambda seed: block_tuning.BlockTuning(wanted, seed))
 
@@ -157,7 +157,8 @@ def test_a_block_that_does_not_improve_stays(
 def test_the_model_stays_if_it_does_not_improve(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(effort, "STEPS", {"high": Optimization(steps=1, learning_rate=10.0, batch=128)})
+    worse = effort.EndToEnd(Optimization(steps=1, learning_rate=10.0, batch=128), written=4)
+    monkeypatch.setattr(effort, "end_to_end_phase", lambda level, device: worse)
     wanted = plan("int3-g32-sym", "gptq", "gptq")
     done = quantized(model, tmp_path / "high", text, wanted)
     assert any("it was undone" in note for note in done.notes)

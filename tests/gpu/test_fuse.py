@@ -168,10 +168,10 @@ def test_a_step_that_waits_for_the_gpu_is_said_and_run(tmp_path: Path) -> None:
 
 
 def test_a_conversation_replays_the_graph_on_what_it_kept(tmp_path: Path) -> None:
-    """In float32. The second turn reads only what is new, and the third needs a larger cache."""
+    """In float32, fused by itself. The second turn reads only what is new, and the third needs a larger cache."""
     quantize.quantize("tiny", tmp_path / "out", plan=find("rtn-4bit"))
     loading = Loading("cuda", "float32")
-    plain, fused = (conversation(tmp_path / "out", replace(loading, fuse=fuse)) for fuse in (None, True))
+    plain, fused = (conversation(tmp_path / "out", replace(loading, fuse=fuse)) for fuse in (False, None))
     decoder = fused.model.generate.__self__
     decoder.room = 64
     for message in ("Hello there", "And then?", "Tell me more about it."):

@@ -1,7 +1,7 @@
 """`quantize` with more effort: blocks are tuned one by one, and then the written model end to end.
 
 The end-to-end phase trains codes too, on texts that the original writes as well: millions of codes need more text than
-a calibration has. `high` and `best` differ in the number of steps.
+a calibration has. `high` and `best` differ in the number of steps and in the amount of that text.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,28 @@ from fewbit.pipeline.optimization import Optimization
 from fewbit.report import progress as report_progress
 from fewbit.system import machine, ranks
 
-STEPS = {  # of the end-to-end phase
-    "high": Optimization(steps=300, batch=4096, codes=True),
-    "best": Optimization(steps=1000, batch=4096, codes=True, learning_rate=1e-3),
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """The end-to-end phase. written: windows that the original writes, for each calibration window."""
+
+    wanted: Optimization
+    written: int
+
+
+def end_to_end_phase(effort: str, device: torch.device) -> EndToEnd:
+    """The end-to-end phase of an effort. On a CPU a step of fewer tokens takes less time, and writing takes long."""
+    return (_ON_CPU if device.type == "cpu" else _PHASES)[effort]
+
+
+_PHASES = {
+    "high": EndToEnd(Optimization(steps=1000, batch=4096, codes=True, learning_rate=1e-3), written=16),
+    "best": EndToEnd(Optimization(steps=3000, batch=4096, codes=True, learning_rate=1e-3), written=64),
 }
-_BATCH = {"cpu": 1024}  # at most so many tokens in a step: there, a step of fewer tokens takes less time
-_WRITTEN = 4  # windows that the original writes, for each calibration window
+_ON_CPU = {
+    "high": EndToEnd(Optimization(steps=300, batch=1024, codes=True), written=4),
+    "best": EndToEnd(Optimization(steps=1000, batch=1024, codes=True, learning_rate=1e-3), written=4),
+}
 
 
 def block_tuning(effort: str, seed: int) -> BlockTuning | None:
@@ -59,7 +75,7 @@ class Finish:
     fingerprint of the job."""
 
     job: Job
-    wanted: Optimization
+    how: EndToEnd
     tokens: Tensor
     text: Mapping[str, Any]
     known: str
@@ -71,9 +87,8 @@ class Finish:
         cls, job: Job, effort: str, tokens: Tensor, text: Mapping[str, Any], known: str, progress: Any, trust: bool
     ) -> Finish:
         loading = Loading(machine.device(str(job.settled.skeleton.device)), trust_remote_code=trust).exact()
-        wanted = STEPS[effort]
-        wanted = replace(wanted, batch=min(wanted.batch, _BATCH.get(str(loading.device), wanted.batch)))
-        return cls(job, wanted, tokens, text, known, loading, False if callable(progress) else progress)
+        how = end_to_end_phase(effort, job.settled.skeleton.device)
+        return cls(job, how, tokens, text, known, loading, False if callable(progress) else progress)
 
     def run(
         self, place: Path, record: dict[str, Any], write_record: Callable[[Path, dict[str, Any]], None]
@@ -96,10 +111,10 @@ class Finish:
         source, original, trust = locate(place), self.job.source, self.loading.trust_remote_code
         load = end_to_end.Once(partial(load_model, original, self.loading, for_text=True))
         split, text, notes = self._with_written(_split(self.tokens, self.text), dict(self.text), load)
-        phase = end_to_end.Phase(original, load, split, self.wanted, self.loading, self.progress)
+        phase = end_to_end.Phase(original, load, split, self.how.wanted, self.loading, self.progress)
         files = end_to_end.files(source, trust_remote_code=trust)
         with (
-            end_to_end.trained(source, files, phase, [self.known, vars(self.wanted)]) as trained,
+            end_to_end.trained(source, files, phase, [self.known, len(split.tokens), vars(self.how.wanted)]) as trained,
             tempfile.TemporaryDirectory(dir=place.parent) as beside,
         ):
             before, after, new = trained.before, trained.done.after, Path(beside) / place.name
@@ -131,7 +146,7 @@ class Finish:
         tokenizer = load_tokenizer(source, trust_remote_code=self.loading.trust_remote_code)
         with report_progress.phase(f"texts of {source.name}", self.progress):
             try:
-                own = written(load.first(), tokenizer, _WRITTEN * count, length, split.seed)
+                own = written(load.first(), tokenizer, self.how.written * count, length, split.seed)
             except PlanError as error:
                 return split, text, [f"trained on the calibration text alone: {error.message}"]
         both = tuning.Windows(torch.cat([own, split.tokens]), split.held_out, split.seed)

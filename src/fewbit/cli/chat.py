@@ -43,9 +43,11 @@ def chat(
         typer.Option("--verbose", help="Show tokens per second after each answer, and how a CPU computes the model."),
     ] = False,
     fuse: Annotated[
-        bool,
-        typer.Option("--fuse", help="Fuse linears that share an input. --max-length does so too."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--fuse/--no-fuse", help="Fuse linears that share an input. Default: on a GPU, or with --max-length."
+        ),
+    ] = None,
     max_length: Annotated[
         int | None,
         typer.Option(help="Fuse, for so many tokens of the whole conversation. Default: the model's context."),
@@ -56,7 +58,11 @@ def chat(
 
     In the conversation, /help lists the commands.
     """
-    loading = replace(loading, fuse=fuse or None if max_length is None else max_length)
+    if max_length is not None and fuse is False:
+        raise PlanError(
+            "--max-length with --no-fuse", "It is the size of a fused model's cache: leave out one of them."
+        )
+    loading = replace(loading, fuse=fuse if max_length is None else max_length)
     piped = None
     if sys.stdin is None or not sys.stdin.isatty():
         hint = 'Start it in a terminal, or pipe a message: echo "Hello" | fewbit chat MODEL'

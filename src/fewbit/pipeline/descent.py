@@ -109,7 +109,7 @@ class _State:
 
     def advance(self) -> None:
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        if not all(bool(torch.isfinite(grad).all()) for grad in grads):
+        if grads and not bool(torch.isfinite(torch.nn.utils.get_total_norm(grads, math.inf))):
             raise NumericsError(f"a gradient is not finite in step {self.step + 1}", "Try a lower `learning_rate`.")
         for group in self.optimizer.param_groups:
             group["lr"] = self.wanted.rate(self.step)

@@ -78,6 +78,13 @@ def _(x: Tensor, tensors: list[Tensor], how: list[int], n: int) -> Tensor:
     return x.new_empty(x.shape[0], n)
 
 
+@packed_linear.register_vmap
+def _(info: Any, batched: Any, x: Tensor, tensors: list[Tensor], how: list[int], n: int) -> tuple[Tensor, int]:
+    """The product of all rows at once. Only activations can be batched."""
+    x = x.movedim(batched[0], 0)
+    return packed_linear(x.flatten(0, 1), tensors, how, n).unflatten(0, x.shape[:2]), 0
+
+
 def linear(x: Tensor, tensors: Sequence[Tensor], how: Recipe, n: int, config: Config | None = None) -> Tensor:
     """The implementation of the operator. `config` overrides the choice of kernel, for benchmarks."""
     m, k = x.shape
