@@ -15,14 +15,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fewbit.formats.containers.gguf import Entry, GgufFile, GgufWriter
 from fewbit.methods.base import Method
 from fewbit.models.gguf import towers
+from fewbit.models.gguf.processor import without_others
 from fewbit.models.gguf.rows.towers import ROWS
 from fewbit.models.gguf.tower import Tower
 from fewbit.schemes.base import parse
-from tests import gguf_files, models, multimodal
+from tests import architectures, gguf_files, models, multimodal
 
 GOLDEN = Path(__file__).parent / "data" / "gguf_towers.json"
 SIZE, PATCH = 32, 8
@@ -41,10 +43,14 @@ class Kind:
     """type: transformers'. cls: of the converter, after its module. vision, text, whole: entries of the configs.
 
     renamed: beginnings of names in published checkpoints that transformers saves otherwise. transposed: the ends of
-    names of tensors of experts that are [experts, columns, rows] there. text_class: the class of
-    the language model in published configs. text_name: its architecture in a file, if fewbit writes it as another.
-    half: weights that the converter always rounds to float16. images: the original's processor of images. processing:
-    arguments of the original's whole processor.
+    names of tensors of experts that are [experts, columns, rows] there.
+    text_class: the class of the language model in published configs. text_name: its architecture in a file, if fewbit
+    writes it as another. text_type: the entry of `gguf_files.TYPES` that it is of; "": as in `multimodal`.
+    half: weights that the converter always rounds to float16. values: the ends of names of buffers, and what they are
+    filled with. spare: ids of the model beyond the vocabulary of plain text.
+    images: the original's processor of images. stated: its preprocessor_config.json, if it needs torchvision.
+    processing: arguments of the original's whole processor. processor: its class; "": that of the row.
+    given: the inputs with an image; None: those of `multimodal`.
     """
 
     type: str
@@ -59,6 +65,12 @@ class Kind:
     text_name: str = ""
     half: tuple[str, ...] = ()
     processing: Mapping[str, Any] = field(default_factory=dict)
+    processor: str = ""
+    text_type: str = ""
+    stated: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
+    given: Callable[[Any], dict[str, Tensor]] | None = None
+    spare: int = 12
 
 
 def _qwen(least: int, most: int, scale: Mapping[str, Any]) -> Any:
@@ -71,9 +83,30 @@ def _pixtral() -> Any:
     return transformers.PixtralImageProcessorPil(size={"longest_edge": SIZE}, patch_size=patch, **_CLIP)
 
 
-def _idefics() -> Any:
-    limits: dict[str, Any] = {"size": {"longest_edge": 2 * SIZE}, "max_image_size": {"longest_edge": SIZE}}
-    return transformers.Idefics3ImageProcessorPil(**limits, **_HALF)
+_LIMITS: dict[str, Any] = {"size": {"longest_edge": 2 * SIZE}, "max_image_size": {"longest_edge": SIZE}}
+
+
+def _around(model: Any, count: int) -> Tensor:
+    """Token ids with so many in the places of an image."""
+    ids = torch.randint(3, 200, (1, 40), generator=torch.Generator().manual_seed(3))
+    ids[0, 2 : count + 2] = getattr(model.config, "image_token_id", None) or model.config.image_token_index
+    return ids
+
+
+def _pooled(model: Any) -> dict[str, Tensor]:
+    """Gemma 4: an image of 6 x 3 patches, of which 9 make one vector, and 9 patches of padding."""
+    ids, count = _around(model, 2), 27
+    places = torch.full((1, count, 2), -1)
+    places[0, :18] = torch.cartesian_prod(torch.arange(3), torch.arange(6)).flip(1)
+    patches = torch.rand((1, count, 3 * PATCH**2), generator=torch.Generator().manual_seed(4))
+    kinds = (ids == model.config.image_token_id).long()
+    return {"input_ids": ids, "pixel_values": patches, "image_position_ids": places, "mm_token_type_ids": kinds}
+
+
+def _tiles(model: Any) -> dict[str, Tensor]:
+    """Llama 4: an image as one tile, whose 16 patches make 4 vectors."""
+    pixels = torch.randn((1, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(4))
+    return {"input_ids": _around(model, 4), "pixel_values": pixels}
 
 
 _QWEN = _qwen(3136, 12845056, _CLIP)
@@ -168,7 +201,7 @@ KINDS: dict[str, Kind] = {
     "idefics3": Kind(
         "idefics3",
         "smolvlm:SmolVLMModel",
-        _idefics,
+        lambda: transformers.Idefics3ImageProcessorPil(**_LIMITS, **_HALF),
         processing={"image_seq_len": 4},
         vision={"hidden_size": 48},
         renamed=_TEXT_INSIDE,
@@ -190,7 +223,50 @@ KINDS: dict[str, Kind] = {
         text_class="Qwen2ForCausalLM",
     ),
 }
-KINDS["smolvlm"] = replace(KINDS["idefics3"], type="smolvlm")
+_CLIPPED = {"input_min": -1.0, "input_max": 0.9, "output_min": -0.8, "output_max": 0.7}
+KINDS |= {
+    "gemma4": Kind(
+        "gemma4",
+        "gemma:Gemma4VisionAudioModel",
+        lambda: transformers.Gemma4ImageProcessorPil(patch_size=PATCH),
+        vision={
+            "model_type": "gemma4_vision",
+            "patch_size": PATCH,
+            "max_position_embeddings": 131_072,  # not used
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "position_embedding_size": 8,
+            "standardize": True,
+            "use_clipped_linears": True,
+        },
+        text={"use_bidirectional_attention": "vision"},
+        text_type="gemma4_text",
+        values={**_CLIPPED, "std_bias": 0.1, "std_scale": 0.7},
+        given=_pooled,
+        spare=10,  # as many as tokens: the converter cuts off others from one of two embeddings
+    ),
+    "llama4": Kind(
+        "llama4",
+        "llama4:Llama4VisionModel",
+        lambda: transformers.Llama4ImageProcessor(size=_SQUARE),
+        processing={"patch_size": PATCH},
+        stated={**_HALF, "size": _SQUARE, "image_processor_type": "Llama4ImageProcessor"},
+        vision={
+            "hidden_size": 48,
+            "intermediate_size": 192,
+            **dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 56),
+        },
+        text_type="llama4_text",
+        given=_tiles,
+    ),
+}
+KINDS["smolvlm"] = replace(
+    KINDS["idefics3"],
+    type="smolvlm",
+    images=lambda: transformers.SmolVLMImageProcessorPil(**_LIMITS, **_HALF),
+    processor="SmolVLMProcessor",
+)
 # Rows of fewbit that read files of kinds with another type
 ROW_OF = {"smolvlm": "idefics3"}
 
@@ -207,13 +283,21 @@ def config(kind: str) -> Any:
     made = multimodal.config(case.type)
     if kind == "pixtral":
         made.vision_config = multimodal.config("mistral3").vision_config
+    if made.vision_config is None:
+        made.vision_config = architectures.small(CONFIG_MAPPING[case.vision["model_type"]], architectures.SIZES, {})
+    if case.text_type:
+        own: Any = CONFIG_MAPPING[case.text_type]
+        special = {own.model_type: gguf_files.TYPES[case.text_type]}
+        made.text_config = architectures.small(own, architectures.SIZES, special)
     more = {"num_hidden_layers": 4, "depth": 4, **case.vision}
     for part, entries in ((made.vision_config, more), (made.text_config, case.text), (made, case.whole)):
         for key, value in entries.items():
             if key not in ("depth", "num_hidden_layers") or hasattr(part, key):
                 setattr(part, key, value)
     ids = {token: models.VOCAB + i for i, token in enumerate(tokens(kind))}
-    made.text_config.vocab_size = models.VOCAB + 12
+    for entry in ("vocab_size", "vocab_size_per_layer_input"):
+        if hasattr(made.text_config, entry):
+            setattr(made.text_config, entry, models.VOCAB + case.spare)
     for entry, token in row.tokens.items():
         setattr(made, entry, ids[token])
     return made
@@ -235,9 +319,15 @@ def save(folder: Path, kind: str) -> Path:
     for name in state:
         if any(part in name for part in case.half):
             state[name] = state[name].half().float()
+        for end, value in case.values.items():
+            if name.endswith(end):
+                state[name] = torch.full_like(state[name], value)
     save_file(state, path, metadata={"format": "pt"})
     tokenizer(kind).save_pretrained(folder)
-    case.images().save_pretrained(folder)
+    if case.stated:
+        (folder / "preprocessor_config.json").write_text(json.dumps(dict(case.stated)), encoding="utf-8")
+    else:
+        case.images().save_pretrained(folder)
     own = {**case.processing, "processor_class": row_of(kind).processor}
     (folder / "processor_config.json").write_text(json.dumps(own), encoding="utf-8")
     return folder
@@ -245,11 +335,10 @@ def save(folder: Path, kind: str) -> Path:
 
 def processor(kind: str) -> Any:
     """The processor of the original model, without its part for videos. ImportError if it needs torchvision."""
-    case, name = KINDS[kind], row_of(kind).processor
+    case = KINDS[kind]
+    name = case.processor or row_of(kind).processor
     cls: Any = getattr(transformers, name)
-    parts = [part for part in cls.get_attributes() if part != "video_processor"]
-    without: Any = type(name, (cls,), {"get_attributes": classmethod(lambda _: parts)})
-    return without(image_processor=case.images(), tokenizer=tokenizer(kind), **case.processing)
+    return without_others(cls, image_processor=case.images(), tokenizer=tokenizer(kind), **case.processing)
 
 
 def tokenizer(kind: str) -> Any:
@@ -298,8 +387,8 @@ def text_file(folder: Path, path: Path, kind: str, scheme: str = "f32") -> Path:
     for name, tensor in whole.state_dict().items():
         if name.startswith(row.language):
             state[f"model{name.removeprefix(row.language)}"] = tensor
-        elif name.startswith("lm_head"):
-            state[name] = tensor
+        elif name.startswith(row.head):
+            state[f"lm_head{name.removeprefix(row.head)}"] = tensor
     made.load_state_dict(state)
     made.save_pretrained(alone)
     tokenizer(kind).save_pretrained(alone)
@@ -337,6 +426,8 @@ def tower_file(folder: Path, path: Path, kind: str, scheme: str = "f32", *, olde
 
 def inputs(kind: str, model: Any) -> dict[str, Tensor]:
     """Token ids with an image among them."""
+    if (special := KINDS[kind].given) is not None:
+        return special(model)
     given = multimodal.inputs(KINDS[kind].type, model)
     own = getattr(model.config, "image_token_id", None) or model.config.image_token_index
     given["input_ids"] = given["input_ids"].masked_fill(given["input_ids"] == multimodal.IMAGE_TOKEN, own)

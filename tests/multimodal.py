@@ -142,8 +142,6 @@ REFUSED: dict[str, str] = {
     "ernie4_5_vl_moe": "makes several tensors of",  # experts for text and for images of one list
     "shieldgemma2": "the weights are of ShieldGemma2ForImageClassification",
 }
-if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24):  # the forward pass fails; that of 5.17 runs
-    REFUSED["llama4"] = "no attribute 'image_outputs'"
 # The same for plans that calibrate.
 _NO_TEXT = "does not run on text alone"
 CALIBRATED = dict.fromkeys(("idefics", "udop", "voxtral_realtime"), _NO_TEXT)

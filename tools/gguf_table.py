@@ -41,14 +41,17 @@ _TOWERS = """\
 fewbit reads these from a file of llama.cpp (mmproj) beside that of the language model
 ([how](howto/vision.md#from-gguf-files)), and writes none. For each, tests compare a tiny model: its tensors are those
 of the file that llama.cpp's converter makes, and the logits for an image are the original's, within 1e-5 in relative
-norm. Processors make the original's ids and pixels; that of Pixtral and Mistral 3 needs torchvision, and of it only the
-pixels are tested. Older files, in which the up and the down projection of MLPs are exchanged, are read, too.
+norm. Processors make the original's ids, pixels and masks of two images of different sizes; those of Pixtral, Mistral 3
+and Llama 4 need torchvision. Older files, in which the up and the down projection of MLPs are exchanged, are read, too,
+and those of Llama 4 that have another name for a norm.
 
 A file does not say whether it is SmolVLM's or Idefics 3's. Both are read as the latter: the logits are those of
-SmolVLM, and the processor is that of Idefics 3. It was not compared with SmolVLM's own.
+SmolVLM, and the processor of Idefics 3 gives what SmolVLM's own does.
+A file does not say either whether Gemma 4 sees an image at once or in causal order. As in llama.cpp, language models of
+width 1536 and 2560 (E2B and E4B) do the latter.
 The language model of LLaVA must have the token `<image>`, as conversions of the models in transformers have it; the
 vocabulary of plain Vicuna does not. LLaVA 1.6, which cuts images into tiles, is refused.
-Towers for sound, and files with towers for images and for sound, are refused.
+Towers for sound are refused. Where Gemma 4 has one beside that for images, it is left out with a warning.
 
 | `clip.projector_type` | read as | language model | tokens that its vocabulary must have |
 |---|---|---|---|"""
@@ -134,7 +137,7 @@ def page() -> str:
     ]
     lines += _reasons(MISSING)
     lines += ["", "## Vision towers", "", _TOWERS]
-    lines += [_tower(row) for row in ROWS]
+    lines += dict.fromkeys(_tower(row) for row in ROWS)
     lines += ["", "## Where transformers and llama.cpp treat text differently", ""]
     lines += ["|---|---|---|---|" if row[0] == "---" else f"| {' | '.join(row)} |" for row in _TEXT]
     return _HEAD + "\n".join(lines) + "\n"

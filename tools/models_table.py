@@ -43,7 +43,6 @@ _SAYS = {
     "gives its blocks no hidden states": "its blocks take other inputs than hidden states",
     "does not run on text alone": "needs more than text in each forward pass, and so does its language model",
     "makes several tensors of": "transformers makes several tensors of several of the checkpoint",
-    "no attribute 'image_outputs'": "the class in transformers 5.24 does not run",
     "the weights are of ShieldGemma2ForImageClassification": "is a classifier",
 }
 _UNTESTED = "not tested: the tests have no small config for it"

@@ -90,7 +90,7 @@ def inputs(
     """
     if reason := unwritable(prompt):
         raise PlanError(f"the prompt: {reason}", "Give the prompt in UTF-8.")
-    token = getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+    token = _place(processor)
     inner = getattr(processor.tokenizer, "image_token", None)
     if inner and inner != token and inner in prompt:
         raise PlanError(
@@ -124,6 +124,12 @@ def inputs(
             else "Use `chat=True`, or write the model's image token where an image belongs.",
         ) from None
     return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+
+
+def _place(processor: Any) -> str | None:
+    """The token that the processor replaces by an image: that before an image, in older versions of Gemma's."""
+    names = ("image_token", "boi_token") if hasattr(processor, "replace_image_token") else ("boi_token", "image_token")
+    return next((found for name in names if (found := getattr(processor, name, None))), None)
 
 
 def _with_places(prompt: str, token: str, count: int) -> str:

@@ -102,11 +102,11 @@ class Keys:
             raise self.wrong(f"{self.prefix}.{key} is {str(value)[:80]}, not a list of {least} integers")
         return [int(each) for each in value]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a required matrix."""
+    def shape(self, name: str, dimensions: int = 2) -> tuple[int, ...]:
+        """The shape of a required matrix, or of a required tensor with so many dimensions."""
         entry = self.file.entries.get(name)
-        if entry is None or len(entry.shape) != 2:
-            raise self.wrong(f"it has no matrix {name}")
+        if entry is None or len(entry.shape) != dimensions:
+            raise self.wrong(f"it has no {'matrix' if dimensions == 2 else f'{dimensions}-dimensional tensor'} {name}")
         return entry.shape
 
 

@@ -27,20 +27,32 @@ def made(tower: Opened, tokenizer: Any) -> Any:
     tokenizer: that of the language model, which knows the row's named tokens.
     """
     name = tower.row.processor
-    own: Any = getattr(transformers, name)
     settings = {"chat_template": tokenizer.chat_template, **tower.row.processing(tower.keys)}
     try:
-        kinds = [part for part in own.get_attributes() if part != "video_processor"]
-        cls: Any = type(name, (own,), {"get_attributes": classmethod(lambda _: kinds)})
-        return cls(image_processor=images(tower), tokenizer=tokenizer, **settings)
+        return without_others(
+            getattr(transformers, name), image_processor=images(tower), tokenizer=tokenizer, **settings
+        )
     except ImportError:
         raise PlanError(f"{name} needs the package torchvision", "pip install torchvision") from None
 
 
+def without_others(own: Any, **given: Any) -> Any:
+    """A processor of class `own` without its parts for videos and sound.
+
+    given: its parts for images and text, and its settings.
+    """
+
+    def check(self: Any, name: str, part: Any) -> Any:
+        return None if part is None else own.check_argument_for_proper_class(self, name, part)
+
+    cls: Any = type(own.__name__, (own,), {"check_argument_for_proper_class": check})
+    return cls(**{**dict.fromkeys(own.get_attributes()), **given})
+
+
 def images(tower: Opened) -> Any:
-    """The part of the processor that makes pixels."""
+    """The part of the processor that makes pixels. ImportError if transformers needs torchvision for it."""
     folder, keys = tower.file.path.parent, tower.keys
-    cls: Any = getattr(transformers, f"{tower.row.images}Pil")
+    cls: Any = getattr(transformers, f"{tower.row.images}Pil", None) or getattr(transformers, tower.row.images)
     if (kind := _kind_beside(folder, tower.row.images)) is not None:
         if kind.removesuffix("Fast").removesuffix("Pil") not in {tower.row.images, *tower.row.likewise}:
             raise FormatError(
@@ -49,6 +61,8 @@ def images(tower: Opened) -> Any:
             )
         try:
             return cls.from_pretrained(folder)
+        except ImportError:
+            raise
         except Exception as error:  # transformers can raise anything on malformed files
             raise FormatError(f"{folder} has no usable {' or '.join(SETTINGS)}: {str(error)[:200]}") from None
     return cls(

@@ -65,18 +65,24 @@ class Tower:
     pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     # Modules of a list beside the blocks -> names in the file after v.deepstack.N, where N is a block
     beside: Mapping[str, str] = field(default_factory=dict)
+    # Names in the file of weights whose columns are the pixels of a patch, with the channels last in the model and
+    # first in the file -> entry of the encoder with the side of a patch
+    pixels_last: Mapping[str, str] = field(default_factory=dict)
     # Modules that the model has and does not use for images. No file has them
     unused: frozenset[str] = field(default_factory=frozenset)
     extra: frozenset[str] = field(default_factory=frozenset)  # tensors of the file that the model has elsewhere
     language: str = "model.language_model"  # the language model without its head
+    head: str = "lm_head"  # its head
+    sound: bool = False  # files may have a tower for sound, too, and the model runs without it
     when: str = ""  # a file is of this row if it has this tensor; "": if it is of no other row of its projector
     # Values of the tensors
     swapped: bool = False  # older files have the up projection of MLPs under the name of the down projection
     permuted: bool = False  # rows of q and k are in llama.cpp's order
     shifted: frozenset[str] = field(default_factory=frozenset)  # names in the file of norms that 1 is added to
-    # Config. Entries of the encoder are named with it: "vision_config.depth"
+    # Config. Entries of the encoder and of the language model are named with it: "vision_config.depth"
     sizes: Mapping[str, str] = field(default_factory=lambda: SIZES)  # entries of the encoder -> keys after clip.vision
     epsilon: str = "layer_norm_eps"  # entry of the encoder; "" if config.json does not have it
+    activation: str = "hidden_act"  # entry of the encoder
     # Key of the activation of MLPs ("" without one) -> its name in config.json
     activations: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)  # further entries

@@ -31,6 +31,7 @@ PROJECTORS = tuple(dict.fromkeys(row.projector for row in ROWS))
 _ALONE = "Without `mmproj`, the language model runs on text."
 _ACTIVATIONS = ("use_gelu", "use_silu")
 _POSITIONS, _SIDE = "v.position_embd", 1024  # the most patches in a row of an image; published towers have up to 110
+_SOUND = ("a.", "mm.a.")  # beginnings of the names of tensors of a tower for sound
 _SWAPPED = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
 
 
@@ -61,9 +62,10 @@ def opened(path: Path, language: str) -> Opened:
             "Give the language model as the model, and the file of the tower, usually named mmproj-..., as `mmproj`.",
         )
     keys = Keys(file, "clip")
-    if keys.get("has_audio_encoder") or not keys.flag("has_vision_encoder", False):
-        heard = "a tower for sound" if keys.get("has_audio_encoder") else "no tower for images"
-        raise FormatError(f"{path} has {heard}, and fewbit reads towers for images only", _ALONE)
+    heard = keys.flag("has_audio_encoder", False)
+    if not keys.flag("has_vision_encoder", False):
+        has = "a tower for sound alone" if heard else "no tower for images"
+        raise FormatError(f"{path} has {has}, and fewbit reads towers for images only", _ALONE)
     projector = keys.get("projector_type", keys.get("vision.projector_type"))
     rows = [row for row in ROWS if row.projector == projector]
     if not rows:
@@ -72,6 +74,10 @@ def opened(path: Path, language: str) -> Opened:
             f"fewbit reads {', '.join(PROJECTORS)}. {_ALONE}",
         )
     rows = [row for row in rows if row.when in file.entries] or [row for row in rows if not row.when]
+    if heard and not all(row.sound for row in rows):
+        raise FormatError(
+            f"{path} has a tower for sound beside that for images, and a {rows[0].cls} cannot be without it", _ALONE
+        )
     for row in rows:
         if language in row.texts:
             return Opened(file, keys, swapped(row) if row.swapped and _is_swapped(keys) else row)
@@ -119,7 +125,7 @@ def to_config(text: Mapping[str, Any], tower: Opened, vocabulary: GgufFile) -> d
     vision |= {theirs: keys.count(f"vision.{ours}") for theirs, ours in row.sizes.items()}
     if row.epsilon:
         vision[row.epsilon] = keys.real("vision.attention.layer_norm_epsilon")
-    vision["hidden_act"] = _activation(tower)
+    vision[row.activation] = _activation(tower)
     config = {
         "architectures": [row.cls],
         "model_type": row.model_type,
@@ -129,7 +135,7 @@ def to_config(text: Mapping[str, Any], tower: Opened, vocabulary: GgufFile) -> d
     }
     for entry, value in {**row.fixed, **row.further(keys)}.items():
         own, _, last = entry.rpartition(".")
-        (vision if own else config)[last] = value
+        {"": config, "vision_config": vision, "text_config": inner}[own][last] = value
     return {**config, "text_config": inner, "vision_config": vision}
 
 
@@ -182,28 +188,33 @@ class Part:
     """A tensor of the model in the file: the names of its pieces, and its conversion.
 
     paired: the pieces are the convolutions over the first and the second image. Else their rows follow each other.
+    row: the shape of a row in the file, if it is another one than in the model.
     """
 
     names: tuple[str, ...]
     route: Route
     paired: bool = False
+    row: tuple[int, ...] = ()
 
     def pieces(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
         """The shape of each piece of a tensor of this shape."""
         if self.paired:
             return [(*shape[:2], *shape[3:])] * len(self.names)
-        return [(shape[0] // len(self.names), *shape[1:])] * len(self.names)
+        if not shape:  # a number
+            return [(1,)]
+        return [(shape[0] // len(self.names), *(self.row or shape[1:]))] * len(self.names)
 
     def from_file(self, pieces: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         """The model's tensor of the file's."""
         whole = torch.stack(list(pieces), dim=2) if self.paired else torch.cat(list(pieces))
+        whole = whole.flatten(1) if self.row else whole
         return self.route.from_file(whole).reshape(tuple(shape)).contiguous()
 
     def to_file(self, tensor: Tensor) -> list[Tensor]:
         """The file's tensors of the model's."""
         whole = self.route.to_file(tensor)
-        found = whole.unbind(2) if self.paired else whole.chunk(len(self.names))
-        return [piece.contiguous() for piece in found]
+        found = whole.unbind(2) if self.paired else whole.reshape(whole.shape or (1,)).chunk(len(self.names))
+        return [piece.reshape(-1, *self.row).contiguous() if self.row else piece.contiguous() for piece in found]
 
 
 def _small(shape: Sequence[int]) -> tuple[int, ...]:
@@ -224,7 +235,11 @@ def parts(config: Any, row: Tower) -> dict[str, Part]:
         for leaf in ("weight", "bias"):
             whole = tuple(f"{place}{name}.{leaf}" for name in each)
             shift = 1.0 if leaf == "weight" and each[0] in row.shifted else 0.0
-            found[f"{theirs}.{leaf}"] = Part(whole, Route(whole[0], shift=shift, **more))
+            side = getattr(vision, row.pixels_last.get(each[0], ""), 0) if leaf == "weight" else 0
+            shape = (3, side, side) if side else ()
+            if side:
+                more = {**more, "columns": ((side, side, 3), (2, 0, 1))}
+            found[f"{theirs}.{leaf}"] = Part(whole, Route(whole[0], shift=shift, **more), row=shape)
 
     for theirs, ours in row.model.items():
         add(theirs, ours)
@@ -272,7 +287,8 @@ class Weights:
         if missing:
             raise FormatError(f"{self.file.path}: {len(missing)} tensors are missing; the first is {missing[0]}")
         used = {each for part in self.parts.values() for each in part.names}
-        if others := sorted(self.file.entries.keys() - used - tower.row.extra):
+        self.heard = {name for name in self.file.entries if name.startswith(_SOUND)} if tower.row.sound else set[str]()
+        if others := sorted(self.file.entries.keys() - used - tower.row.extra - self.heard):
             raise FormatError(f"{self.file.path}: the tensor {others[0]} has no place in a {tower.row.cls}")
 
     def _check(self, entry: Entry, shape: Sequence[int]) -> None:

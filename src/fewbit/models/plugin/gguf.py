@@ -34,6 +34,7 @@ from fewbit.models.gguf.architectures import of_file
 from fewbit.models.gguf.config import to_config
 from fewbit.models.gguf.names import Route, architecture, listed_of, lists_of, names_of, routes, splits_of
 from fewbit.models.gguf.pieces import Joined, decoded
+from fewbit.models.gguf.tower import Tower
 from fewbit.models.linears import LINEARS
 from fewbit.models.plugin.modules import put, put_embedding, unpack
 from fewbit.models.plugin.patch_gguf_config import gguf_path
@@ -88,7 +89,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
             return super()._process_model_before_weight_loading(model, **kwargs)
         parallel.check_loader(model)
         config = self.text_config or model.config
-        self.routes = _routes_of(model, config)
+        self.routes = _routes_of(model, config) if self.text_config is None else routes(config)
         if any(route.expert is not None and not route.heights for route in self.routes.values()):
             experts.separate(model)
         if self.tower_file is not None:
@@ -115,7 +116,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
     def _find_tower(self, model: PreTrainedModel, path: Path) -> None:
         """Find the vision tower's tensors. What is outside the language model is the tower."""
         opened = towers.opened(path, self.text_config.model_type)
-        self.routes = {_inside(name, opened.row.language): route for name, route in self.routes.items()}
+        self.routes = {_inside(name, opened.row): route for name, route in self.routes.items()}
         own = [*model.named_parameters(remove_duplicate=False), *persistent(model)]
         shapes = {name: tuple(tensor.shape) for name, tensor in own if name not in self.routes}
         self.tower = towers.Weights(opened, model.config, shapes)
@@ -123,6 +124,8 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
             warnings.warn(
                 f"{path.name}: {', '.join(kinds)} tensors of the tower are dequantized in memory", stacklevel=2
             )
+        if self.tower.heard:
+            warnings.warn(f"{path.name}: its tower for sound is left out; fewbit reads that for images", stacklevel=2)
 
     def _pack_ties(self, model: PreTrainedModel) -> None:
         """Pack each output head that is tied to a packed embedding."""
@@ -312,9 +315,10 @@ class _Saver:
             self.quantizer.write(self.model, path)
 
 
-def _inside(name: str, language: str) -> str:
+def _inside(name: str, row: Tower) -> str:
     """The name of a tensor of a language model that is part of a larger model."""
-    return f"{language}.{name.removeprefix('model.')}" if name.startswith("model.") else name
+    own, _, rest = name.partition(".")
+    return f"{row.language if own == 'model' else row.head}.{rest}"
 
 
 def _routes_of(model: PreTrainedModel, config: Any) -> dict[str, Route]:

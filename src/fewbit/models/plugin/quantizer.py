@@ -54,6 +54,7 @@ from fewbit.models.plugin import (
     patch_adapters,
     patch_dtype,
     patch_fp8,
+    patch_outputs,
     patch_resizing,
     patch_saving,
 )
@@ -480,7 +481,8 @@ def register() -> None:
         quantizers.supports_quant_method = staticmethod(checked(quantizers.supports_quant_method))
     if not hasattr(quantizers.from_config, "by_fewbit"):
         quantizers.from_config = dispatched(quantizers.from_config, FewbitQuantizer, (_AUTO_ROUND, *_methods()))
-    for each in (patch_adapters, patch_dtype, patch_fp8, patch_resizing, patch_saving, compressed_tensors, modelopt):
+    own = (patch_adapters, patch_dtype, patch_fp8, patch_outputs, patch_resizing, patch_saving)
+    for each in (*own, compressed_tensors, modelopt):
         each.register()
     if not is_auto_round_available():
         auto.AUTO_QUANTIZER_MAPPING[_AUTO_ROUND] = FewbitQuantizer

@@ -12,6 +12,7 @@ from typing import Any
 
 from fewbit.errors import FormatError
 from fewbit.models.gguf.metadata import Keys
+from fewbit.models.gguf.rows.later_towers import GEMMA4, LLAMA4, LLAMA4_OLDER
 from fewbit.models.gguf.rows.qwen_towers import QWEN2, QWEN3, QWEN3_EXPERTS, QWEN25, QWEN35, QWEN35_EXPERTS, merge
 from fewbit.models.gguf.rows.shared import GELU
 from fewbit.models.gguf.tower import BLOCK, Tower
@@ -363,4 +364,7 @@ ROWS = (
     LLAVA,
     IDEFICS3,
     INTERNVL,
+    GEMMA4,
+    LLAMA4,
+    LLAMA4_OLDER,
 )

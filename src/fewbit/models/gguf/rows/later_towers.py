@@ -1,0 +1,187 @@
+"""Vision towers of Gemma 4 and Llama 4.
+
+Source: conversion/ and tools/mtmd/ of llama.cpp, and the configs of the published models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from fewbit.models.gguf.metadata import Keys
+from fewbit.models.gguf.rows.shared import GELU
+from fewbit.models.gguf.tower import BLOCK, SIZES, Tower
+
+_CAUSAL = (1536, 2560)  # widths of language models that do not see an image at once: E2B and E4B (mtmd.cpp)
+
+
+def _pooled(keys: Keys) -> int:
+    """Patches in a row, of which one vector is made."""
+    return keys.count("vision.projector.scale_factor", 3)
+
+
+def _gemma4(keys: Keys) -> Mapping[str, Any]:
+    entries, heads = keys.file.entries, keys.count("vision.attention.head_count")
+    rows = [keys.shape(f"v.blk.0.attn_{each}.weight")[0] for each in "qk"]
+    if rows[0] % heads or rows[1] % (width := rows[0] // heads):
+        raise keys.wrong(f"clip.vision.attention.head_count is {heads}, and v.blk.0.attn_q.weight has {rows[0]} rows")
+    causal = keys.shape("mm.input_projection.weight")[0] in _CAUSAL
+    return {
+        "text_config.use_bidirectional_attention": None if causal else "vision",
+        "vision_config.head_dim": width,
+        "vision_config.num_key_value_heads": rows[1] // width,
+        "vision_config.pooling_kernel_size": _pooled(keys),
+        "vision_config.position_embedding_size": keys.shape("v.position_embd.weight", 3)[1],
+        "vision_config.standardize": "v.std_bias" in entries,
+        "vision_config.use_clipped_linears": "v.blk.0.attn_q.input_max" in entries,
+    }
+
+
+def _patches(keys: Keys) -> Mapping[str, Any]:
+    return {"patch_size": keys.count("vision.patch_size"), "pooling_kernel_size": _pooled(keys)}
+
+
+_TOWER = "model.vision_tower"
+_LINEARS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_out",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+GEMMA4 = Tower(
+    "gemma4v",
+    "gemma4",
+    "Gemma4ForConditionalGeneration",
+    "gemma4_vision",
+    {"gemma4_text": "gemma4_text"},
+    {
+        f"{_TOWER}.patch_embedder.input_proj": "v.patch_embd",
+        "model.embed_vision.embedding_projection": "mm.input_projection",
+    },
+    {
+        **{f"{theirs}.linear": ours for theirs, ours in _LINEARS.items()},
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
+        "input_layernorm": "ln1",
+        "post_attention_layernorm": "attn_post_norm",
+        "pre_feedforward_layernorm": "ln2",
+        "post_feedforward_layernorm": "ffn_post_norm",
+    },
+    f"{_TOWER}.encoder.layers",
+    ("mm.input_projection.weight", 0),
+    parameters={
+        f"{_TOWER}.patch_embedder.position_embedding_table": "v.position_embd.weight",
+        f"{_TOWER}.std_bias": "v.std_bias",
+        f"{_TOWER}.std_scale": "v.std_scale",
+    },
+    block_parameters={
+        f"{theirs}.{end}": f"{ours}.{end}"
+        for theirs, ours in _LINEARS.items()
+        for end in ("input_min", "input_max", "output_min", "output_max")
+    },
+    pixels_last={"v.patch_embd": "patch_size"},
+    sound=True,
+    sizes={theirs: ours for theirs, ours in SIZES.items() if theirs != "image_size"},
+    epsilon="rms_norm_eps",
+    activation="hidden_activation",
+    activations={"": GELU},
+    fixed={"audio_config": None},
+    further=_gemma4,
+    tokens={
+        "boi_token_id": "<|image>",
+        "eoi_token_id": "<image|>",
+        "image_token_id": "<|image|>",
+        "video_token_id": "<|video|>",
+        "boa_token_id": "<|audio>",
+        "eoa_token_index": "<audio|>",
+        "audio_token_id": "<|audio|>",
+    },
+    processor="Gemma4Processor",
+    images="Gemma4ImageProcessor",
+    named={
+        "boi_token": "<|image>",
+        "eoi_token": "<image|>",
+        "image_token": "<|image|>",
+        "boa_token": "<|audio>",
+        "eoa_token": "<audio|>",
+        "audio_token": "<|audio|>",
+    },
+    pixels=_patches,
+)
+
+
+def _llama4(keys: Keys) -> Mapping[str, Any]:
+    widths = keys.shape("mm.model.mlp.1.weight")[0], keys.shape("mm.model.mlp.2.weight")[0]
+    return {
+        "vision_config.pixel_shuffle_ratio": 1 / keys.count("vision.projector.scale_factor"),
+        "vision_config.projector_input_dim": widths[0],
+        "vision_config.projector_output_dim": widths[1],
+        "vision_config.vision_output_dim": keys.shape("mm.model.fc.weight")[1],
+    }
+
+
+def _tiles(keys: Keys) -> Mapping[str, Any]:
+    return {"size": dict.fromkeys(("height", "width"), keys.count("vision.image_size"))}
+
+
+def _shuffled(keys: Keys) -> Mapping[str, Any]:
+    ratio = 1 / keys.count("vision.projector.scale_factor")
+    return {"patch_size": keys.count("vision.patch_size"), "pixel_shuffle_ratio": ratio}
+
+
+LLAMA4 = Tower(
+    "llama4",
+    "llama4",
+    "Llama4ForConditionalGeneration",
+    "llama4_vision_model",
+    {"llama4_text": "llama4_text"},
+    {
+        "vision_model.patch_embedding.linear": "v.patch_embd",
+        "vision_model.layernorm_pre": "v.pre_ln",
+        "vision_model.layernorm_post": "v.post_ln",
+        "vision_model.vision_adapter.mlp.fc1": "mm.model.mlp.1",
+        "vision_model.vision_adapter.mlp.fc2": "mm.model.mlp.2",
+        "multi_modal_projector.linear_1": "mm.model.fc",
+    },
+    {
+        **{theirs: ours for theirs, ours in BLOCK.items() if not theirs.startswith(("self_attn.out", "layer_norm"))},
+        "self_attn.o_proj": "attn_out",
+        "input_layernorm": "ln1",
+        "post_attention_layernorm": "attn_post_norm",
+    },
+    "vision_model.model.layers",
+    ("mm.model.fc.weight", 0),
+    parameters={
+        "vision_model.class_embedding": "v.class_embd",
+        "vision_model.positional_embedding_vlm": "v.position_embd.weight",
+    },
+    language="language_model.model",
+    head="language_model.lm_head",
+    epsilon="norm_eps",
+    activations={"use_gelu": "gelu"},
+    further=_llama4,
+    tokens={
+        "boi_token_index": "<|image_start|>",
+        "eoi_token_index": "<|image_end|>",
+        "image_token_index": "<|patch|>",
+    },
+    processor="Llama4Processor",
+    images="Llama4ImageProcessor",
+    named={
+        "fake_image_token": "<|image|>",
+        "tile_x_separator_token": "<|tile_x_separator|>",
+        "tile_y_separator_token": "<|tile_y_separator|>",
+    },
+    pixels=_tiles,
+    processing=_shuffled,
+)
+# Older versions of the converter, and so the published files, have another name for a norm
+LLAMA4_OLDER = replace(
+    LLAMA4,
+    block={**LLAMA4.block, "post_attention_layernorm": "ln2"},
+    when="v.blk.0.ln2.weight",
+)
