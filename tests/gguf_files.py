@@ -21,6 +21,7 @@ from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile, GgufWriter
 from fewbit.methods.base import Method
 from fewbit.models import experts
 from fewbit.models.gguf import header, names
+from fewbit.models.gguf.pieces import Joined
 from fewbit.models.plugin.gguf import persistent
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
@@ -237,6 +238,17 @@ TYPES: dict[str, dict[str, Any]] = {
         "moe_routed_scaling_factor": 2.5,
     },
     "laguna-element": {"gating": "per-element", "sliding_window": 4096, "mlp_layer_types": ["sparse"] * 2},
+    "kimi_linear": {
+        **{key: _LATENT[key] for key in ("head_dim", "num_key_value_heads", "qk_nope_head_dim", "kv_lora_rank")},
+        "n_shared_experts": 2,
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "q_lora_rank": None,
+        "linear_head_dim": 32,
+        "rms_norm_eps": 1e-6,
+        "routed_scaling_factor": 2.5,
+    },
     "sarvam_moe": {
         "num_hidden_layers": 3,
         "n_group": 2,
@@ -398,9 +410,9 @@ def halved(folder: Path) -> Path:
 
 
 def digest(file: GgufFile) -> str:
-    """A hash of the names, shapes and values of all tensors of a file."""
+    """A hash of the names, shapes and values of all tensors of a file. Dimensions of 1 before others are as none."""
     found = hashlib.sha256()
-    for name, entry in sorted(file.entries.items()):
+    for name, entry in sorted(Joined(file, {}, {}).entries.items()):
         found.update(f"{name} {entry.shape} ".encode())
         found.update(file.get(name).float().numpy().tobytes())
     return found.hexdigest()

@@ -333,6 +333,7 @@ IGNORED = {
     "minicpm3": ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
     "deepseek_v32": ("indexer.wq_b", "indexer.wk", "indexer.weights_proj"),
     "glm_moe_dsa": ("indexer.wq_b", "indexer.wk", "indexer.weights_proj"),
+    "kimi_linear": ("o_proj", "k_proj", "g_b_proj"),
     "gemma4_text": ("per_layer_model_projection",),
     "gemma3n_text": (
         "per_layer_model_projection",

@@ -10,6 +10,7 @@ which knows tokenizers by hashes of published ones.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -36,6 +37,18 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_v32": {"scoring_func": "sigmoid"},
     "glm_moe_dsa": {"scoring_func": "sigmoid"},
     "sarvam_mla": {"scoring_func": "sigmoid"},
+    "kimi_linear": {
+        "first_k_dense_replace": 1,
+        "linear_attn_config": {
+            "full_attn_layers": [2, 4],
+            "kda_layers": [1, 3],
+            "head_dim": 32,
+            "num_heads": 4,
+            "short_conv_kernel_size": 4,
+        },
+        "moe_router_activation_func": "sigmoid",
+        "head_dim": 32,  # becomes the width of values, which llama.cpp does not use; fewbit writes that of latents
+    },
     "sarvam_moe": {
         "architectures": ["SarvamMoEForCausalLM"],
         "num_experts": 4,
@@ -87,6 +100,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "gpt2": {"n_ctx": models.CONTEXT},
     "gpt_neox": {"rotary_pct": 0.25},
 }
+# Names of tensors in published models that differ from those that transformers saves: a pattern, and what it becomes
+RENAMED = {"kimi_linear": (r"block_sparse_moe\.((gate|up|down)_proj)", r"mlp.\1")}
 _RUN = """
 import importlib, json, sys
 from pathlib import Path
@@ -158,6 +173,11 @@ def convert(source: Path, folder: Path, out: Path, entries: Mapping[str, Any], t
     """
     place = folder / "config.json"
     found = json.loads(place.read_text(encoding="utf-8")) | dict(entries)
+    if found["model_type"] in RENAMED:
+        pattern, name = RENAMED[found["model_type"]]
+        path = folder / "model.safetensors"
+        tensors = {re.sub(pattern, name, key): tensor for key, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
     kept = {key: value for key, value in found.items() if value is not None or key not in entries}
     place.write_text(json.dumps(kept), encoding="utf-8")
     _run(_RUN, source, folder, out, json.dumps(dict(entries)), tower)

@@ -22,7 +22,7 @@ from tests.interop import converter
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 
 # What its converter cannot: it exchanges the matrices of Conv1D, and it asks for MTP blocks of Qwen.
-OURS_ONLY = {"gpt2", "qwen3_5_text", "qwen3_next", "mixtral", "phi", "sarvam_moe"}
+OURS_ONLY = {"gpt2", "qwen3_5_text", "qwen3_next", "mixtral", "phi", "sarvam_moe", "kimi_linear"}
 # Modules that PEFT or llama.cpp leaves out, of each family; all others are trained.
 TARGETS: dict[str, str] = {
     "llama": r".*(q|k|v|o|gate|up|down)_proj",
@@ -36,6 +36,7 @@ TARGETS: dict[str, str] = {
     "qwen3_next": r".*(in_proj_qkvz|in_proj_ba|linear_attn\.out_proj|q_proj|shared_expert\.down_proj)",
     "phi": r".*(embed_tokens|q_proj|dense|lm_head)",
     "sarvam_moe": r".*(q|k|o)_proj",
+    "kimi_linear": r".*(shared_experts\.down_proj|experts\.\d\.w2)",
 }
 
 

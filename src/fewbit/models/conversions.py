@@ -7,8 +7,9 @@ without splitting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -123,10 +124,58 @@ def _part_after(convert: Callable[[Tensor], dict[str, Tensor]], view: Callable[[
 
 def converted(model: PreTrainedModel, converter: WeightConverter, first: str, tensor: Tensor) -> dict[str, Tensor]:
     """What transformers makes of a checkpoint's tensor, by the names of parameters. `first`: the first of them."""
+    return _of_all(model, converter, first, {converter.source_patterns[0]: tensor})
+
+
+def merged(model: PreTrainedModel, keys: Iterable[str], name: str, slice: Callable[[str], Any]) -> Merged:
+    """The parameter `name`, of the tensors `keys` of a checkpoint. slice: gives a lazy handle of one of these."""
+    return Merged(model, mapping_of(model), name, {key: slice(key) for key in keys})
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A lazy handle of the parameter `name`, which transformers makes of several tensors of a checkpoint.
+
+    handles: lazy handles of these tensors, by their names.
+    """
+
+    model: PreTrainedModel
+    mapping: Conversions
+    name: str
+    handles: Mapping[str, Any]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        converter = converter_of(self.mapping, next(iter(self.handles)))
+        if converter is None:
+            raise PlanError(f"{self.name} is {' and '.join(self.handles)} in the checkpoint")
+        renamings = [m for m in self.mapping if isinstance(m, WeightRenaming)]
+        tensors = {}
+        for key, handle in self.handles.items():
+            _, pattern = rename_source_key(key, renamings, [converter])
+            tensors[str(pattern)] = handle[...]
+        (whole,) = _of_all(self.model, converter, self.name, tensors).values()
+        return whole[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self.model.get_parameter(self.name).shape)
+
+
+def _of_all(
+    model: PreTrainedModel, converter: WeightConverter, first: str, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What transformers makes of tensors of a checkpoint, by the names of parameters.
+
+    first: the first of these names. tensors: by the patterns of the converter that their names match.
+    """
     own: Any = deepcopy(converter)
-    own.add_tensor(first, first, own.source_patterns[0], lambda: tensor)
+    for pattern, tensor in tensors.items():
+        own.add_tensor(first, first, pattern, partial(_itself, tensor))
     found = own.convert(first, model=_WithFused(model), config=model.config)
     return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _WithFused:

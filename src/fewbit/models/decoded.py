@@ -489,10 +489,10 @@ class _Mapped:
 
 def _of_entry(parts: Handles, rows: slice, *, entry: Entry, route: Route) -> Tensor:
     """The values of a slice of a GGUF tensor, in the model's layout."""
-    order = route.rows_back
-    stored: Tensor = parts["data"][... if route.transposed else rows if order is None else order[rows]]
+    order, other = route.rows_back, route.transposed or route.led  # whether rows are no rows of the file
+    stored: Tensor = parts["data"][... if other else rows if order is None else order[rows]]
     if entry.type not in PLAIN:
         blocks = codec(entry.type)
         stored = QTensor(blocks, (len(stored), entry.shape[-1]), {blocks.payload: stored}).dequantize()
     stored = route.from_rows(stored)
-    return stored[rows] if route.transposed else stored
+    return stored[rows] if other else stored

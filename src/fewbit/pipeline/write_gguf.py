@@ -20,7 +20,7 @@ from fewbit.errors import NumericsError, PlanError
 from fewbit.formats.containers import gguf_split
 from fewbit.formats.containers.gguf import Entry, GgufWriter
 from fewbit.formats.containers.safetensors import Checkpoint
-from fewbit.models import scales
+from fewbit.models import conversions, scales
 from fewbit.models.gguf import names as gguf_names
 from fewbit.models.gguf.header import Header, extra_tensors
 from fewbit.models.skeleton import Skeleton
@@ -89,8 +89,18 @@ def planned(settled: Settled) -> list[Planned]:
 
 
 def _tensors(skeleton: Skeleton) -> Iterator[tuple[str, str, PartSpec]]:
-    """(checkpoint name, model name, spec) of every tensor. Parts of one that transformers splits are apart."""
-    return skeleton.passed_through(skeleton.splits)
+    """(checkpoint name, model name, spec) of every tensor of the model: what transformers splits or merges is so."""
+    keys: dict[str, list[str]] = {}
+    for key, name in skeleton.name_of.items():
+        keys.setdefault(name, []).append(key)
+    for key, name, spec in skeleton.passed_through({*skeleton.splits, *skeleton.merged}):
+        if name not in skeleton.merged or name in skeleton.splits:
+            yield key, name, spec
+            continue
+        if name not in skeleton.checkpoint.specs:
+            own = conversions.merged(skeleton.model, keys[name], name, skeleton.checkpoint.slice)
+            skeleton.checkpoint.add(name, replace(spec, shape=tuple(own.get_shape())), own)
+        yield name, name, skeleton.checkpoint.specs[name]
 
 
 def _check_numbers(skeleton: Skeleton, routes: Mapping[str, gguf_names.Route]) -> None:

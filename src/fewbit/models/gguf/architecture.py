@@ -13,12 +13,14 @@ class Piece:
 
     name: in a block of the file, without `.weight`. parts: for each part of a head, the entries of config.json whose
     product is the number of its rows in all heads. by_head: the piece has the heads as a dimension of its own.
+    convolution: it is [rows, 1, K], as the weight of a convolution.
     """
 
     name: str
     parts: tuple[tuple[str, ...], ...]
     by_head: bool = False
     transposed: bool = False
+    convolution: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Architecture:
     )  # weights of convolutions [C, 1, width], stored [C, width]
     # Vectors of the model that a file has as matrices -> the entry of config.json with the number of their rows
     matrices: Mapping[str, str] = field(default_factory=dict)
+    led: frozenset[str] = field(default_factory=frozenset)  # parameters [1, 1, N, 1], stored [N, 1]
     factors: Mapping[str, Factor] = field(default_factory=dict)  # entries of config.json that are part of weights
     tiled: bool = False  # value heads of linear attention: the first of every key head, then the second
     # Config. An entry of another config in config.json is named with it, such as "attn_config.clip_qkv"

@@ -52,7 +52,6 @@ MISSING = {
     "gemma4_unified_text": "llama.cpp has it only as part of a model with a vision tower",
     "hrm_text": "fewbit has no names for blocks that run several times",
     "hy_v4": "fewbit has no names for hyper-connections, and llama.cpp has others than transformers saves",
-    "kimi_linear": "fewbit has no names and keys for its linear attention, and none for latents without positions",
     "qwen4_exp_text": "transformers 5.24 cannot build a model of its config",
 }
 

@@ -227,6 +227,8 @@ def _heads(keys: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     arch, hidden, heads = keys.architecture, config["hidden_size"], config["num_attention_heads"]
     if arch.latent:
         found = latent.of_keys(keys, heads)
+        if arch.no_positions:
+            return found
         return {**found, "rope_parameters": latent.scaled(keys, positions.of_keys(keys, found["qk_rope_head_dim"]))}
     if arch.two_kinds:
         rope = positions.of_keys(keys, keys.count("attention.key_length"))

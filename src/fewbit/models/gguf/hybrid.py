@@ -100,7 +100,8 @@ def layers_to_keys(config: Any, arch: Architecture, width: int) -> dict[str, Any
     kinds, without = config.layer_types, arch.without_attention
     if without not in kinds:
         raise PlanError(f"llama.cpp runs {config.model_type} with layers of type {without}; this model has none")
-    heads = [0 if kind in (without, arch.mlp_alone) else config.num_key_value_heads for kind in kinds]
+    each = 1 if arch.latent else config.num_key_value_heads
+    heads = [0 if kind in (without, arch.mlp_alone) else each for kind in kinds]
     found = {"attention.head_count_kv": np.array(heads, np.int32)}
     if arch.mlp_alone:
         found["feed_forward_length"] = np.array([width * (kind == arch.mlp_alone) for kind in kinds], np.int32)

@@ -22,6 +22,7 @@ from typing import Any
 from fewbit.errors import PlanError
 from fewbit.models.gguf.architecture import Architecture
 
+_COMPRESSED = "attn_kv_a_mqa.weight"
 # In llama.cpp, the queries of deepseek2 have no latent if the model has so many layers, and else they have one.
 _LITE_LAYERS, _LITE = (26, 27), (48, 128256)  # the second with the size of the vocabulary
 
@@ -32,7 +33,7 @@ def to_keys(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[st
     if arch.expanded:
         return _expanded(config, rope)
     lite = arch.lite and (layers in _LITE_LAYERS or (layers, config.vocab_size) == _LITE)
-    if lite != (config.q_lora_rank is None):
+    if "q_lora_rank" not in arch.required and lite != (config.q_lora_rank is None):
         raise PlanError(
             f"llama.cpp runs a model of {layers} layers with q_lora_rank {'= None' if lite else 'above 0'}; this model "
             f"has {config.q_lora_rank}"
@@ -52,7 +53,7 @@ def to_keys(config: Any, arch: Architecture, rope: Mapping[str, Any]) -> dict[st
             f"{rope.get('attention_factor')}"
         )
     return {
-        "attention.head_count_kv": 1,
+        **({} if arch.without_attention else {"attention.head_count_kv": 1}),
         "attention.key_length": rank + config.qk_rope_head_dim,
         "attention.value_length": rank,
         "attention.key_length_mla": config.qk_nope_head_dim + config.qk_rope_head_dim,
@@ -92,7 +93,8 @@ def of_keys(keys: Any, heads: int) -> dict[str, Any]:
     ending = "" if keys.get("attention.key_length_mla") is None else "_mla"
     width, turned = keys.count(f"attention.key_length{ending}"), keys.count("rope.dimension_count")
     compressed = keys.first("attn_q_a.weight") in keys.file.entries
-    rows = keys.shape(keys.first("attn_q_b.weight" if compressed else "attn_q.weight"))[0]
+    block = keys.first(_COMPRESSED).removesuffix(_COMPRESSED)  # the first one with latents
+    rows = keys.shape(f"{block}{'attn_q_b' if compressed else 'attn_q'}.weight")[0]
     if turned >= width or rows != heads * width:
         raise keys.wrong(f"{rows} rows of queries do not fit {heads} heads of width {width}, {turned} of them turned")
     return {

@@ -53,6 +53,7 @@ class Route:
     then the number of this one. Empty for other tensors.
     height: rows that the file has; the last of them are 0, and the model has none such. 0 for other tensors.
     matrix: the rows of what the model has as a vector; 0 for other tensors.
+    led: whether the model's tensor has two dimensions of 1 before those of the file's.
     listed: of a number that is no tensor of the file: the file's key, its place in the list there, and its shape.
     order: the rows of the model's weight from row `first` on, as an array of these sizes, are in the file's order if
     its axes are permuted to these axes. columns: the same for columns. Empty if the order is the same.
@@ -71,6 +72,7 @@ class Route:
     columns: Order = ((), ())
     split: Split | None = None
     matrix: int = 0
+    led: bool = False
     height: int = 0
     listed: Listed | None = None
 
@@ -117,6 +119,7 @@ class Route:
     def to_file(self, tensor: Tensor) -> Tensor:
         """Convert a tensor of the model to the file's layout and values."""
         tensor = tensor.T if self.transposed else tensor.squeeze(1) if self.squeezed else tensor
+        tensor = tensor[0, 0] if self.led else tensor
         tensor = tensor.view(self.matrix, -1) if self.matrix else tensor
         tensor = tensor if self.rows is None else tensor[self.rows]
         tensor = tensor[:, _permuted(self.columns)] if self.columns[0] else tensor
@@ -135,7 +138,7 @@ class Route:
         tensor = tensor.float() - self.shift if self.shift else tensor
         tensor = (-tensor.float()).log() if self.negative_exp else tensor
         tensor = tensor[:, _permuted(self.columns).argsort()] if self.columns[0] else tensor
-        tensor = tensor.flatten() if self.matrix else tensor
+        tensor = tensor.flatten() if self.matrix else tensor[None, None] if self.led else tensor
         return tensor.T if self.transposed else tensor.unsqueeze(1) if self.squeezed else tensor
 
     def part_of(self, whole: Tensor) -> Tensor:
@@ -181,6 +184,8 @@ class Route:
         kept = (self.height, *shape[1:]) if self.height else tuple(shape)
         if self.matrix:
             return self.matrix, kept[0] // self.matrix
+        if self.led:
+            return kept[2:]
         return kept[::-1] if self.transposed else (kept[0], *kept[2:]) if self.squeezed else kept
 
     def shape_in_model(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -188,6 +193,8 @@ class Route:
         kept = tuple(shape)
         if self.matrix:
             return (prod(kept),)
+        if self.led:
+            return 1, 1, *kept
         return kept[::-1] if self.transposed else (kept[0], 1, *kept[1:]) if self.squeezed else kept
 
 
@@ -270,6 +277,7 @@ def routes(config: Any) -> dict[str, Route]:
             found[f"{arch.layers}.{layer}.{theirs}"] = Route(
                 f"blk.{layer}.{ours}",
                 negative_exp=ours in arch.negative_exp,
+                led=ours in arch.led,
                 centered=ours in arch.centered,
                 matrix=matrices.get(ours, 0),
                 **orders.get(ours, {}),
@@ -306,7 +314,7 @@ def _parts(config: Any, cut: Cut) -> tuple[int, tuple[Share, ...], int]:
     for piece in cut.pieces:
         sizes = tuple(prod(getattr(config, key) for key in part) // heads for part in piece.parts)
         sizes = (sum(sizes),) if piece.by_head else sizes
-        shares.append(Share(f"{piece.name}.weight", sizes, piece.by_head, piece.transposed))
+        shares.append(Share(f"{piece.name}.weight", sizes, piece.by_head, piece.transposed, piece.convolution))
     return heads, tuple(shares), heads * cut.matrices
 
 

@@ -41,16 +41,20 @@ from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile
 from fewbit.schemes.base import QTensor
 from fewbit.schemes.ggml import codec
 
+_FOUR = 4  # dimensions
+
 
 @dataclass(frozen=True)
 class Share:
     """One piece. sizes: the rows of each of its parts in a head. by_head: it is [heads, rows, K] in the file, and not
-    [heads * rows, K]; it then has one part. transposed: it is [heads, K, rows]."""
+    [heads * rows, K]; it then has one part. transposed: it is [heads, K, rows]. convolution: it is
+    [heads * rows, 1, K]."""
 
     name: str
     sizes: tuple[int, ...]
     by_head: bool
     transposed: bool
+    convolution: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class Split:
         for share in self.shares:
             rows = sum(share.sizes)
             each = (columns, rows) if share.transposed else (rows, columns)
-            found.append((self.heads, *each) if share.by_head else (self.heads * rows, columns))
+            whole = (self.heads * rows, *((1,) if share.convolution else ()), columns)
+            found.append((self.heads, *each) if share.by_head else whole)
         return found
 
     def entries(self, whole: Entry) -> list[Entry]:
@@ -92,6 +97,7 @@ class Split:
         for share, rows in zip(self.shares, self._rows(), strict=True):
             piece = whole[rows]
             piece = piece.view(self.heads, -1, piece.shape[-1]) if share.by_head else piece
+            piece = piece.unsqueeze(1) if share.convolution else piece
             found.append(piece.transpose(1, 2).contiguous() if share.transposed else piece)
         return found
 
@@ -100,7 +106,7 @@ class Split:
         rows = []
         for share, piece in zip(self.shares, pieces, strict=True):
             piece = piece.transpose(1, 2) if share.transposed else piece
-            rows.append(piece.flatten(0, 1) if share.by_head else piece)
+            rows.append(piece.flatten(0, 1) if share.by_head or share.convolution else piece)
         whole = torch.cat(rows)[torch.cat(self._rows()).argsort()]
         return whole.view(self.matrices, -1, whole.shape[-1]) if self.matrices else whole
 
@@ -124,7 +130,8 @@ class Listed:
 class Joined:
     """A GGUF file that shows each matrix it holds in pieces as one tensor. Otherwise it is `stored`, the file.
 
-    It shows numbers in lists of keys as tensors, too.
+    It shows numbers in lists of keys as tensors, too, and no dimensions of 1 before the others of a tensor with four:
+    llama.cpp's converter writes these, and its quantizer does not.
 
     If the pieces of a matrix are of different types, or have other rows, they cannot be joined as blocks: the tensor
     then has floats of the type `plain`. FormatError if a piece is missing, or has a wrong shape.
@@ -134,11 +141,12 @@ class Joined:
         self, stored: GgufFile, splits: Mapping[str, Split], listed: Mapping[str, Listed], plain: str = "f32"
     ) -> None:
         self.stored, self.plain, self.listed = stored, plain, listed
+        self.shown = {name: entry._replace(shape=_shortened(entry.shape)) for name, entry in stored.entries.items()}
         self.splits = {name: split for name, split in splits.items() if stored.entries.keys() & split.names}
         first = {split.names[0]: name for name, split in self.splits.items()}
         pieces = {piece for split in self.splits.values() for piece in split.names}
         self.entries: dict[str, Entry] = {}
-        for entry in stored.entries.values():
+        for entry in self.shown.values():
             if entry.name in first:
                 self.entries[first[entry.name]] = self._joined(first[entry.name])
             elif entry.name not in pieces:
@@ -168,13 +176,13 @@ class Joined:
         """The tensors of the file that make up this one; none of a number in a list."""
         if name in self.listed:
             return []
-        return [self.stored.entries[each] for each in (self.splits[name].names if name in self.splits else (name,))]
+        return [self.shown[each] for each in (self.splits[name].names if name in self.splits else (name,))]
 
     def get(self, name: str) -> Tensor:
         """The tensor, as its entry says."""
         if name in self.listed:
             return self._number(self.listed[name])
-        stored = [self.stored.get(entry.name) for entry in self.pieces(name)]
+        stored = [self._shown(entry) for entry in self.pieces(name)]
         if name not in self.splits:
             return stored[0]
         if self._as_they_are(name):
@@ -191,11 +199,18 @@ class Joined:
 
     def cut(self, name: str, whole: Tensor) -> list[Tensor]:
         """The tensors of the file, as `pieces` lists them, of a new value of this one."""
-        if name not in self.splits:
-            return [whole]
-        if not self._as_they_are(name):
-            return [self.stored.get(entry.name) for entry in self.pieces(name)]
-        return self.splits[name].cut(whole)
+        pieces = [whole]
+        if name in self.splits and not self._as_they_are(name):
+            pieces = [self.stored.get(entry.name) for entry in self.pieces(name)]
+        elif name in self.splits:
+            pieces = self.splits[name].cut(whole)
+        stored = [self.stored.entries[entry.name] for entry in self.pieces(name)]
+        return [piece.reshape(entry.spec.shape) for entry, piece in zip(stored, pieces, strict=True)]
+
+    def _shown(self, entry: Entry) -> Tensor:
+        """A tensor of the file, in the shape that is shown."""
+        found = self.stored.get(entry.name)
+        return found if found.dim() < _FOUR else found.view(entry.shape)
 
     def _number(self, listed: Listed) -> Tensor:
         found = self.metadata.get(listed.key)
@@ -208,7 +223,7 @@ class Joined:
         return len(kinds) == 1 and (kinds <= PLAIN.keys() or self.splits[name].by_rows)
 
     def _joined(self, name: str) -> Entry:
-        split, found = self.splits[name], self.stored.entries
+        split, found = self.splits[name], self.shown
         if missing := [piece for piece in split.names if piece not in found]:
             raise FormatError(f"{self.path}: it has {split.names[0]}, but not {missing[0]}")
         columns = found[split.names[0]].shape[1 if split.shares[0].transposed else -1]
@@ -221,6 +236,14 @@ class Joined:
         shape = (split.matrices, rows // split.matrices, columns) if split.matrices else (rows, columns)
         kind = found[split.names[0]].type if self._as_they_are(name) else self.plain
         return Entry(name, kind, shape)
+
+
+def _shortened(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape of four dimensions without those of 1 before the others."""
+    if len(shape) < _FOUR:
+        return shape
+    first = next((place for place, size in enumerate(shape) if size != 1), len(shape) - 1)
+    return shape[first:]
 
 
 def decoded(entry: Entry, stored: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ from fewbit.models.gguf.architecture import Architecture, Cut, Piece
 from fewbit.models.gguf.rows.experts import GLM4_MOE_ROW
 from fewbit.models.gguf.rows.shared import (
     LATENT,
+    MIXTRAL_EXPERTS,
     MLP,
     MODEL,
     NO_BIAS,
@@ -129,7 +130,66 @@ YOUTU_ROW = replace(
     when=(),
 )
 
+# Linear attention with a decay for each column (KDA) in some layers, and latents without positions in the others
+_KDA = ("linear_num_heads", "linear_head_dim")
+_DELTA = {
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.forget_gate.f_a_proj": "ssm_f_a",
+    "self_attn.forget_gate.f_b_proj": "ssm_f_b",
+    "self_attn.b_proj": "ssm_beta",
+    "self_attn.g_a_proj": "ssm_g_a",
+    "self_attn.g_b_proj": "ssm_g_b",
+}
+KIMI_LINEAR_ROW = replace(
+    DEEPSEEK_V3_ROW,
+    name="kimi-linear",
+    model_type="kimi_linear",
+    cls="KimiLinearForCausalLM",
+    block={
+        **{name: ours for name, ours in DEEPSEEK_ROW.block.items() if name not in QWEN_EXPERTS},
+        **MIXTRAL_EXPERTS,
+        **_DELTA,
+        "self_attn.conv1d": "ssm_conv1d",
+        "self_attn.o_norm": "ssm_norm",
+    },
+    parameters={
+        **GLM4_MOE_ROW.parameters,
+        "self_attn.forget_gate.A_log": "ssm_a",
+        "self_attn.forget_gate.dt_bias": "ssm_dt.bias",
+    },
+    cut={
+        **DEEPSEEK_ROW.cut,
+        "ssm_conv1d": Cut("", tuple(Piece(f"ssm_conv1d_{each}", (_KDA,), convolution=True) for each in "qkv")),
+    },
+    squeezed=frozenset({"ssm_conv1d"}),
+    led=frozenset({"ssm_a"}),
+    negative_exp=frozenset({"ssm_a"}),
+    without_lora=DEEPSEEK_ROW.without_lora.union(_DELTA.values(), ("attn_output",)),  # in layers with KDA
+    required={**NO_BIAS, "q_lora_rank": None, "norm_topk_prob": True},
+    equal={"linear_num_heads": "num_attention_heads"},
+    counts={
+        "num_local_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
+        "moe_intermediate_size": "expert_feed_forward_length",
+        "linear_head_dim": "kda.head_dim",
+        "linear_conv_kernel_dim": "ssm.conv_kernel",
+    },
+    integers={key: ours for key, ours in GLM4_MOE_ROW.integers.items() if key != "first_k_dense_replace"},
+    constants=SIGMOID,
+    experts="num_local_experts",
+    mlp_types="mlp_layer_types",
+    without_attention="linear_attention",
+    no_positions=True,
+    untied=True,
+    lite=False,
+    differs="transformers has 1e-6 in the norms of latents and of linear attention's queries and keys, llama.cpp "
+    "`rms_norm_eps`, so its logits may differ",
+    when=(),
+)
+
 ROWS = (
+    KIMI_LINEAR_ROW,
     DEEPSEEK_V3_ROW,
     GLM4_LITE_ROW,
     DEEPSEEK_ROW,

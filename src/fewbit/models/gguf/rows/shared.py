@@ -49,6 +49,12 @@ QWEN_EXPERTS = {
     "mlp.experts.*.up_proj": "ffn_up_exps",
     "mlp.experts.*.down_proj": "ffn_down_exps",
 }
+MIXTRAL_EXPERTS = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.*.w1": "ffn_gate_exps",
+    "mlp.experts.*.w3": "ffn_up_exps",
+    "mlp.experts.*.w2": "ffn_down_exps",
+}
 NO_MLP = {name: ours for name, ours in LLAMA.items() if not name.startswith("mlp.")}
 EXPERTS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 LOCAL_EXPERTS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
