@@ -192,6 +192,7 @@ def test_packed_weights_stay_packed_beside_a_tower(tmp_path: Path, picture: Path
     assert package.generate(prompt=PROMPT, images=picture, max_new_tokens=4, device="cpu", **files.pair).tokens == 4
     with pytest.raises(PlanError, match="a GGUF file holds no vision tower"):
         loaded.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
     loaded.dequantize().save_pretrained(tmp_path / "plain")
     again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     given = mmproj_files.inputs("gemma3", again)
@@ -296,11 +297,6 @@ def test_settings_for_other_images_are_refused(tmp_path: Path, gemma: Files) -> 
         processor.images(tower)
 
 
-def test_an_adapter_beside_a_tower_is_refused(gemma: Files, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="has its vision tower in another file, and adapters are attached to its lang"):
-        package.load(gemma.text, mmproj=gemma.tower, adapter=tmp_path, device="cpu")
-
-
 @pytest.mark.parametrize("kind", [kind for kind in mmproj_files.KINDS if "moe" not in kind and kind != "llama4"])
 def test_a_model_with_a_tower_is_pickled(kind: str, tmp_path: Path) -> None:
     files = made(tmp_path, kind)
@@ -320,6 +316,12 @@ def test_a_tower_that_is_left_out_is_said(gemma: Files, tmp_path: Path) -> None:
     assert wanted in package.convert(folder, tmp_path / "copy.gguf", **copied).notes
     assert wanted in convert.preview(folder, **copied).notes
     assert wanted not in package.preview(gemma.text, plan="q8_0").notes
+    text: dict[str, Any] = {"text": [models.sentences(60)], "length": 32, "device": "cpu", "progress": False}
+    unused = f"measured on text, which does not use {gemma.tower.name} of {folder}"
+    assert package.evaluate(folder, **text).notes == [unused]
+    assert package.evaluate(gemma.text, reference=folder, **text).notes == [unused]
+    whole = f"measured on text, which does not use model.vision_tower of {gemma.folder}"
+    assert package.evaluate(gemma.folder, **text).notes == [whole]
 
 
 def test_folders_that_cannot_be_the_whole_model(tmp_path: Path, gemma: Files) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fewbit.api import records
 from fewbit.api.arguments import SAMPLES, Device, DType, checked
@@ -12,12 +13,13 @@ from fewbit.checks import Texts
 from fewbit.errors import PlanError
 from fewbit.measure import memory, quality
 from fewbit.measure.tasks import Score, Tasks, beside
+from fewbit.models import blocks
 from fewbit.models.decoding.sampling import Sampling as Sampling
 from fewbit.models.describe import describe
 from fewbit.models.load import check_adapter, load_model
 from fewbit.models.loading import Loading
 from fewbit.models.skeleton import load_tokenizer
-from fewbit.models.source import locate
+from fewbit.models.source import Source, locate
 from fewbit.pipeline.job import (
     evaluated,
     same_vocabulary,
@@ -104,11 +106,20 @@ def evaluate(
             gpu_peak=memory.on_gpus(),
             seconds=elapsed(),
             available=available,
+            notes=_unused(source, packed) + ([] if original is None else _unused(original, plain)),
             tasks=scores,
         )
         if record and ranks.first():
             done.notes.extend(records.complete(source, {"evaluation": report_text.evaluation_json(done)}))
         return done
+
+
+def _unused(source: Source, model: Any) -> list[str]:
+    """A note on the towers of a model, which a text does not use; none for a model without."""
+    inside = [name.removesuffix(".").removeprefix("base_model.model.") for name in blocks.towers(model)]
+    outer = [name for name in inside if not any(name.startswith(f"{other}.") for other in inside)]
+    names = [file.name for file in source.towers] or outer
+    return [f"measured on text, which does not use {' and '.join(names)} of {source.name}"] if names else []
 
 
 def _tasks(tasks: Sequence[str] | None, limit: int | None, shown: bool | None) -> Tasks | None:

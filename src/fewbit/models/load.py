@@ -7,7 +7,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -23,12 +23,16 @@ from fewbit.models.decoding import compiled_blocks, decode
 from fewbit.models.decoding import fuse as fusing
 from fewbit.models.decoding.graph import check_compile
 from fewbit.models.describe import describe
+from fewbit.models.gguf import towers
 from fewbit.models.loading import Loading
 from fewbit.models.plugin import quantizer
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
 from fewbit.nn import choose
 from fewbit.system import ranks
+
+if TYPE_CHECKING:
+    from fewbit.models.adapters.inside import Part
 
 _FUSED = 8192  # tokens of a text at most that is fused by itself
 _OLDEST_PEFT = (0, 20)
@@ -64,12 +68,6 @@ def load_model(
         reason = format.why_unpacked(source.quantization or {}, Checkpoint(list(source.files)).specs)
         warnings.warn(f"{source.name} is dequantized in memory: {reason}", stacklevel=2)
     if loading.adapter is not None:
-        if source.mmproj is not None:
-            raise PlanError(
-                f"`adapter={loading.adapter}`: {source.name} has its vision tower in another file, and adapters are "
-                "attached to its language model alone",
-                f"Give {source.files[0]} as the model, without `mmproj` and `images`.",
-            )
         check_adapter(loading.adapter)
     if kernel is not None:
         registry.get("kernels", kernel)
@@ -132,7 +130,7 @@ def load_model(
         return model
     from fewbit.models.adapters.attach import attach  # PEFT is an extra
 
-    return attach(model, loading.adapter)
+    return attach(model, loading.adapter, _part(source))
 
 
 def fuses_by_itself(source: Source, loading: Loading, tokens: int) -> bool:
@@ -197,6 +195,16 @@ def _class_of(source: Source, loading: Loading) -> Any:
 def built_config(source: Source) -> Any:
     """transformers' config object of a GGUF model with a vision tower."""
     return AutoConfig.for_model(**source.config)
+
+
+def _part(source: Source) -> Part | None:
+    """The language model of a GGUF model with a vision tower, which adapters may be for; None for other models."""
+    if source.mmproj is None:
+        return None
+    from fewbit.models.adapters.inside import Part  # PEFT is an extra
+
+    own = source.language.config
+    return Part(AutoConfig.for_model(**own), towers.opened(source.mmproj, own["model_type"]).row.inside)
 
 
 def check_adapter(adapter: str | Path) -> None:

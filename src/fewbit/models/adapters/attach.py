@@ -17,6 +17,7 @@ from fewbit.formats.containers.gguf import GgufFile, is_gguf
 from fewbit.formats.containers.safetensors import read_specs
 from fewbit.models import scales
 from fewbit.models.adapters.as_gguf import KEY, as_folder, opened, recorded
+from fewbit.models.adapters.inside import Part, named_in
 from fewbit.models.experts import is_of_expert, like_experts, separate
 from fewbit.models.linears import LINEARS, shape_of
 from fewbit.models.scales import Scales
@@ -28,16 +29,20 @@ from fewbit.system.files import read_json
 _EMBEDDINGS = (nn.Embedding, QEmbedding)
 
 
-def attach(model: PreTrainedModel, adapter: str | Path) -> Any:
+def attach(model: PreTrainedModel, adapter: str | Path, part: Part | None = None) -> Any:
     """Load an adapter, a folder or a GGUF file, onto `model` with PEFT, in evaluation mode.
 
+    part: the language model in `model` that the adapter may be for; None: the adapter is for `model`.
     If the adapter has weights for single experts, or for modules named as theirs, the experts of `model` get linears of
     their own first. PlanError if it does not exist, or if it belongs to another model; the message lists the tensors
     and shapes that differ. FormatError if its files are missing or broken, or if PEFT does not find all its weights.
     """
-    place = Path(adapter).expanduser().absolute()
-    with as_folder(place, model.config) if place.is_file() else nullcontext(place) as folder:
-        return _attached(model, folder, place)
+    place, config = Path(adapter).expanduser().absolute(), model.config if part is None else part.config
+    with (
+        as_folder(place, config) if place.is_file() else nullcontext(place) as folder,
+        nullcontext(folder) if part is None else named_in(folder, model, part.named) as named,
+    ):
+        return _attached(model, named, place)
 
 
 def _attached(model: PreTrainedModel, folder: Path, place: Path) -> Any:

@@ -97,3 +97,9 @@ class Tower:
     named: Mapping[str, str] = field(default_factory=dict)  # attributes of the tokenizer -> the tokens
     pixels: Settings = nothing  # settings of the class for the images, besides mean and deviation
     processing: Settings = nothing  # settings of the processor
+
+    def inside(self, name: str) -> str:
+        """The name in the whole model of a module or tensor of the language model."""
+        own, _, rest = name.partition(".")
+        place = self.language if own == "model" else self.head
+        return f"{place}.{rest}" if rest else place

@@ -34,7 +34,6 @@ from fewbit.models.gguf.architectures import of_file
 from fewbit.models.gguf.config import to_config
 from fewbit.models.gguf.names import Route, architecture, listed_of, lists_of, names_of, routes, splits_of
 from fewbit.models.gguf.pieces import Joined, decoded
-from fewbit.models.gguf.tower import Tower
 from fewbit.models.linears import LINEARS
 from fewbit.models.plugin.modules import put, put_embedding, unpack
 from fewbit.models.plugin.patch_gguf_config import gguf_path
@@ -116,7 +115,7 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
     def _find_tower(self, model: PreTrainedModel, path: Path) -> None:
         """Find the vision tower's tensors. What is outside the language model is the tower."""
         opened = towers.opened(path, self.text_config.model_type)
-        self.routes = {_inside(name, opened.row): route for name, route in self.routes.items()}
+        self.routes = {opened.row.inside(name): route for name, route in self.routes.items()}
         own = [*model.named_parameters(remove_duplicate=False), *persistent(model)]
         shapes = {name: tuple(tensor.shape) for name, tensor in own if name not in self.routes}
         self.tower = towers.Weights(opened, model.config, shapes)
@@ -237,9 +236,8 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
         if path.exists() and path.resolve() in {file.resolve() for file in self.file.files}:
             raise PlanError(f"{path} is the file that this model was loaded from", "Save to another folder.")
 
-    def write(self, model: PreTrainedModel, path: Path) -> None:
-        """Write the model as a GGUF file with the keys, tensors and types of the file that it was loaded from."""
-        assert self.file is not None
+    def check_saved(self, model: PreTrainedModel) -> None:
+        """PlanError if a GGUF file cannot hold the model."""
         if self.tower is not None:
             raise PlanError(
                 f"a GGUF file holds no vision tower, and this model has that of {self.tower.file.path.name}",
@@ -250,6 +248,10 @@ class GgufQuantizer(_Theirs):  # type: ignore[misc]
                 f"GGUF has no name for {new[0]} of a {type(model).__name__}",
                 "Save an ordinary folder: model.dequantize().save_pretrained(folder).",
             )
+
+    def write(self, model: PreTrainedModel, path: Path) -> None:
+        """Write the model as a GGUF file with the keys, tensors and types of the file that it was loaded from."""
+        assert self.file is not None
         dropped = ("split.no", "split.count", "split.tensors.count", "general.alignment")
         metadata = {key: value for key, value in self.file.metadata.items() if key not in dropped}
         names: dict[str, list[str]] = {}
@@ -306,6 +308,7 @@ class _Saver:
         if kwargs.get("push_to_hub"):
             raise PlanError("a GGUF file is saved to a folder only", "Push that folder with huggingface_hub.")
         folder = Path(save_directory)
+        self.quantizer.check_saved(self.model)
         folder.mkdir(parents=True, exist_ok=True)
         self.quantizer.check_place(folder / SAVED)
         with (
@@ -313,12 +316,6 @@ class _Saver:
             publish.published(folder / SAVED, overwrite=True, file=True) as path,
         ):
             self.quantizer.write(self.model, path)
-
-
-def _inside(name: str, row: Tower) -> str:
-    """The name of a tensor of a language model that is part of a larger model."""
-    own, _, rest = name.partition(".")
-    return f"{row.language if own == 'model' else row.head}.{rest}"
 
 
 def _routes_of(model: PreTrainedModel, config: Any) -> dict[str, Route]:

@@ -1,0 +1,91 @@
+"""Adapters of a language model, and of a whole model, beside a vision tower from a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("PIL")
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+import fewbit as package
+from fewbit.errors import PlanError
+from fewbit.models.adapters.attach import quiet
+from tests import mmproj_files, models
+from tests.e2e.conftest import Fewbit
+from tests.e2e.test_gguf_adapters import drawn
+from tests.e2e.test_gguf_towers import Files, made
+
+IDS = torch.randint(3, 200, (1, 12), generator=torch.Generator().manual_seed(0))
+EXACT: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
+OTHERS = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {r"layers\.0\.self_attn\.k_proj": 20}}
+
+
+def near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return float((one - other).norm() / other.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl", "llama4"])
+def test_a_language_models_adapter_beside_a_tower(kind: str, tmp_path: Path) -> None:
+    files = made(tmp_path, kind)
+    alone = tmp_path / "text-text"  # the language model as a folder
+    adapter = drawn(alone, tmp_path / "adapter", target_modules=["q_proj", "k_proj", "v_proj"], **OTHERS)
+    package.convert(adapter, tmp_path / "lora.gguf", to="gguf", base=alone)
+    wanted = models.logits(package.load(files.text, adapter=adapter, **EXACT), IDS)
+    assert not near(models.logits(package.load(files.text, **EXACT), IDS), wanted)
+    for each in (adapter, tmp_path / "lora.gguf"):
+        loaded = package.load(files.text, mmproj=files.tower, adapter=each, **EXACT)
+        named = {name.partition(".lora_A")[0] for name, _ in loaded.named_parameters() if ".lora_A" in name}
+        place = f"base_model.model.{mmproj_files.row_of(kind).language}."
+        assert named
+        assert all(name.startswith(place) for name in named)
+        assert near(models.logits(loaded, IDS), wanted)
+
+
+def test_a_whole_models_adapter_beside_a_tower(tmp_path: Path) -> None:
+    files = made(tmp_path, "gemma3")
+    original = mmproj_files.original(files.folder)
+    with quiet():
+        adapted: Any = get_peft_model(original, LoraConfig(target_modules=["q_proj"], r=4))
+    numbers = torch.Generator().manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=numbers)
+    adapted.eval().save_pretrained(tmp_path / "adapter")
+    given = mmproj_files.inputs("gemma3", original)
+    loaded = package.load(files.text, mmproj=files.tower, adapter=tmp_path / "adapter", **EXACT)
+    with torch.inference_mode():
+        assert near(loaded(**given).logits, adapted(**given).logits)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    files: Files = made(tmp_path, "gemma3")
+    other = models.save(tmp_path / "llama", "llama", hidden_size=32)
+    adapter = drawn(other, tmp_path / "adapter", target_modules=["q_proj"])
+    with pytest.raises(PlanError, match="is an adapter for another model"):
+        package.load(files.text, mmproj=files.tower, adapter=adapter, **EXACT)
+
+
+def test_images_and_an_adapter_of_the_command_line(tmp_path: Path, fewbit: Fewbit) -> None:
+    Image.new("RGB", (50, 40), "teal").save(tmp_path / "picture.png")
+    files = made(tmp_path, "gemma3")
+    adapter = drawn(tmp_path / "text-text", tmp_path / "adapter", target_modules=["q_proj"])
+    shared = (
+        "--image",
+        tmp_path / "picture.png",
+        "--mmproj",
+        files.tower,
+        "--max-new-tokens",
+        4,
+        "--device",
+        "cpu",
+        "--json",
+    )
+    done = fewbit("generate", files.text, "The weight", "--adapter", adapter, *shared)
+    assert done.code == 0, done.err
+    assert done.json["tokens"] > 1
