@@ -48,8 +48,8 @@ def end_to_end_phase(effort: str, device: torch.device) -> EndToEnd:
 
 
 _PHASES = {
-    "high": EndToEnd(Optimization(steps=1000, batch=4096, codes=True, learning_rate=1e-3), written=16),
-    "best": EndToEnd(Optimization(steps=3000, batch=4096, codes=True, learning_rate=1e-3), written=64),
+    "high": EndToEnd(Optimization(steps=300, batch=4096, codes=True), written=16),
+    "best": EndToEnd(Optimization(steps=1000, batch=4096, codes=True, learning_rate=1e-3), written=16),
 }
 _ON_CPU = {
     "high": EndToEnd(Optimization(steps=300, batch=1024, codes=True), written=4),
