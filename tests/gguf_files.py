@@ -177,6 +177,12 @@ TYPES: dict[str, dict[str, Any]] = {
         "top_k_experts": 2,
         "moe_intermediate_size": 32,
     },
+    "gemma4_unified_text": {
+        **{key: value for key, value in _SAME_KV.items() if key != "hidden_size_per_layer_input"},
+        "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": True,
+        "moe_intermediate_size": None,  # as in published models
+    },
     "gemma3n_text": {
         "num_hidden_layers": 12,
         "num_kv_shared_layers": 0,
@@ -502,7 +508,16 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "g
 KINDS = (*FAMILIES, *TYPES)
 # Whose files are read as another type that computes the same
 _OTHER = (
-    *("granitemoehybrid-attention", "exaone", "internlm3", "iquestcoder", "glm4_moe_lite", "solar_open", "sarvam_mla"),
+    *(
+        "granitemoehybrid-attention",
+        "exaone",
+        "internlm3",
+        "iquestcoder",
+        "glm4_moe_lite",
+        "solar_open",
+        "sarvam_mla",
+        "gemma4_unified_text",
+    ),
 )
 SAME = tuple(kind for kind in TYPES if kind not in _OTHER)
 TYPE_OF = {"gemma3": "gemma3_text"}  # transformers' types of families with other names

@@ -130,6 +130,7 @@ def test_a_file_of_any_architecture_gives_the_original_logits(
         ("iquestcoder", "LlamaForCausalLM"),
         ("glm4_moe_lite", "DeepseekV3ForCausalLM"),
         ("solar_open", "Glm4MoeForCausalLM"),
+        ("gemma4_unified_text", "Gemma4ForCausalLM"),
     ],
 )
 def test_a_file_is_read_as_a_type_that_computes_the_same(kind: str, cls: str, tmp_path: Path) -> None:

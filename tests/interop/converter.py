@@ -37,6 +37,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_v32": {"scoring_func": "sigmoid"},
     "glm_moe_dsa": {"scoring_func": "sigmoid"},
     "sarvam_mla": {"scoring_func": "sigmoid"},
+    "gemma4_unified_text": {"architectures": ["Gemma4UnifiedForConditionalGeneration"]},
     "kimi_linear": {
         "first_k_dense_replace": 1,
         "linear_attn_config": {

@@ -65,8 +65,8 @@ def to_keys(whole: Any, config: Any) -> dict[str, Any]:
         )
     if config.use_bidirectional_attention == "all":
         raise PlanError("llama.cpp runs text with causal attention; this model has use_bidirectional_attention = all")
-    rows = config.vocab_size_per_layer_input
-    if config.hidden_size_per_layer_input and rows != config.vocab_size:
+    rows = getattr(config, "vocab_size_per_layer_input", config.vocab_size)
+    if getattr(config, "hidden_size_per_layer_input", 0) and rows != config.vocab_size:
         raise PlanError(
             f"llama.cpp runs {config.model_type} with vocab_size_per_layer_input = vocab_size; this model has {rows} "
             f"and {config.vocab_size}"

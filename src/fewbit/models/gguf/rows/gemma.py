@@ -72,6 +72,19 @@ GEMMA4_EXPERTS_ROW = replace(
     experts="num_experts",
     when=("expert_count",),
 )
+# The language model of Gemma 4 without inputs of single layers and experts. Its files are read as Gemma 4's
+GEMMA4_UNIFIED_ROW = replace(
+    GEMMA4_ROW,
+    model_type="gemma4_unified_text",
+    cls="Gemma4UnifiedForCausalLM",
+    model=MODEL,
+    block={**GEMMA2, **HEAD_NORMS},
+    without_lora=frozenset(),
+    chosen={},
+    fixed={},
+    integers={"num_kv_shared_layers": ("attention.shared_kv_layers", 0)},
+    constants={"embedding_length_per_layer_input": 0},
+)
 # llama.cpp has no keys for its sizes, so they are those of the published models
 GEMMA3N_ROW = Architecture(
     "gemma3n",
@@ -123,4 +136,4 @@ GEMMA3N_ROW = Architecture(
     ),
 )
 
-ROWS = (GEMMA3N_ROW, GEMMA4_EXPERTS_ROW, GEMMA4_ROW)
+ROWS = (GEMMA3N_ROW, GEMMA4_EXPERTS_ROW, GEMMA4_ROW, GEMMA4_UNIFIED_ROW)

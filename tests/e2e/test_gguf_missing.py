@@ -1,0 +1,91 @@
+"""Types that llama.cpp has, and fewbit writes no GGUF files of: what docs/gguf.md says of each is so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DbrxConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from fewbit.models.blocks import find_blocks
+from fewbit.models.gguf.architectures import MISSING
+from fewbit.models.linears import LINEARS
+from tests import architectures, models
+
+# What a small config needs besides the usual sizes
+_MORE: dict[str, dict[str, Any]] = {
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 32,
+        "indexer_compress_ratio": 4,
+        "hc_lowrank": 8,
+    },
+}
+# Parameters or buffers without a name in fewbit's rows, and what the page calls them
+_NAMELESS = {
+    "deepseek_v4": (("attn_hc.fn", "compressor.kv_proj", "tid2eid"), "hyper-connections, compressed keys and experts"),
+    "hy_v4": (("attn_hc.fn",), "hyper-connections"),
+    "qwen4_exp_text": (("attn_hyper_connection.", "indexer.index_qk_proj"), "hyper-connections, embeddings of n-grams"),
+}
+_ASSISTANTS = {"gemma4_assistant", "gemma4_unified_assistant"}
+
+
+def made(kind: str) -> Any:
+    config = architectures.small(CONFIG_MAPPING[kind], architectures.SIZES, architectures.MORE | _MORE)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("kind", _NAMELESS)
+def test_a_model_has_what_fewbit_has_no_names_for(kind: str) -> None:
+    names, words = _NAMELESS[kind]
+    found = list(made(kind).state_dict())
+    assert all(any(name in each for each in found) for name in names)
+    assert words in MISSING[kind]
+
+
+def test_latents_in_windows_have_another_width() -> None:
+    config = CONFIG_MAPPING["dots3_note_text"]()
+    of = {kind: config.per_layer_config[config.layer_types.index(kind)] for kind in set(config.layer_types)}
+    assert len({each.kv_lora_rank for each in of.values()}) == len(of) == 2
+    assert "latents of another width" in MISSING["dots3_note_text"]
+
+
+def test_blocks_of_hrm_run_several_times() -> None:
+    model, counts = made("hrm_text"), dict[str, int]()
+    for name in find_blocks(model):
+        count = lambda *_, name=name: counts.update({name: counts.get(name, 0) + 1})  # noqa: E731 - a hook of each block
+        model.get_submodule(name).register_forward_hook(count)
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 12)[None], use_cache=False)
+    assert min(counts.values()) > 1
+    assert "run several times" in MISSING["hrm_text"]
+
+
+def test_experts_of_dbrx_are_no_linears_and_its_base_is_ignored() -> None:
+    ids, found = torch.arange(3, 12)[None], []
+    for base in (100.0, 500000.0):
+        config = DbrxConfig(
+            d_model=64,
+            n_heads=4,
+            n_layers=2,
+            vocab_size=models.VOCAB,
+            attn_config={"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": base},
+            ffn_config={"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+        )
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        found.append(models.logits(model, ids))
+    assert torch.equal(*found)
+    experts = [name for name, _ in model.named_parameters() if ".experts." in name]
+    assert len(experts) == 6
+    assert not any(isinstance(model.get_submodule(name.rpartition(".")[0]), LINEARS) for name in experts)
+    assert "does not quantize its experts" in MISSING["dbrx"]
+
+
+def test_each_type_is_here() -> None:
+    assert MISSING.keys() == {*_NAMELESS, *_ASSISTANTS, "dots3_note_text", "hrm_text", "dbrx"}
