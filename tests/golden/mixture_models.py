@@ -25,6 +25,7 @@ class Example:
     tied: bool
     roles: Sequence[str] = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     widths: Mapping[str, int] = field(default_factory=dict)
+    experts: int = 0
 
     def tensors(self) -> dict[str, Shape]:
         """Name without `.weight` -> shape of all that may be quantized."""
@@ -33,14 +34,17 @@ class Example:
             found["output"] = (ROWS, self.width)
         for i in range(self.layers):
             for role in self.roles:
-                columns = self.hidden if role == "ffn_down" else self.widths.get(role, self.width)
+                columns = self.hidden if role.startswith("ffn_down") else self.widths.get(role, self.width)
                 found[f"blk.{i}.{role}"] = (ROWS, columns)
         return found
 
     def model(self) -> Model:
-        return Model(self.arch, self.layers, self.heads // self.kv_heads, self.tied)
+        return Model(self.arch, self.layers, self.heads // self.kv_heads, self.tied, experts=self.experts)
 
 
+_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+_SPARSE = (*_ATTENTION, "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+_SHARED = (*_SPARSE, "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 _FUSED = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
 
 EXAMPLES = {
@@ -58,6 +62,10 @@ EXAMPLES = {
     "phi3, 32 layers": Example("phi3", 32, 32, 32, 3072, 8192, tied=False, roles=_FUSED),
     "falcon, 32 layers": Example("falcon", 32, 16, 2, 512, 2048, tied=False, roles=_FUSED),
     "gpt2": Example("gpt2", 12, 12, 12, 768, 3072, tied=True, roles=_FUSED),
+    "mixtral, 32 layers": Example("llama", 32, 32, 8, 256, 512, tied=False, roles=_SPARSE, experts=8),
+    "qwen3moe, 48 layers": Example("qwen3moe", 48, 32, 4, 256, 256, tied=False, roles=_SPARSE, experts=128),
+    "qwen2moe, 24 layers": Example("qwen2moe", 24, 16, 16, 256, 512, tied=False, roles=_SHARED, experts=60),
+    "olmoe, 16 layers": Example("olmoe", 16, 16, 16, 256, 256, tied=False, roles=_SPARSE, experts=3),
     "not by 32": Example("llama", 4, 4, 2, 48, 80, tied=False),
 }
 

@@ -44,7 +44,7 @@ def _types(example: Example, folder: Path) -> dict[str, Any]:
     """
     source, out = folder / "source.gguf", folder / "out.gguf"
     _write(example, source)
-    ones = {f"{name}.weight": np.ones(shape[1], np.float32) for name, shape in example.tensors().items()}
+    ones = {f"{name}.weight": np.ones(shape[1] * _many(name), np.float32) for name, shape in example.tensors().items()}
     found: dict[str, Any] = {}
     for mixture, entry in MIXTURES.items():
         found[mixture] = {}
@@ -61,6 +61,11 @@ def _types(example: Example, folder: Path) -> dict[str, Any]:
     return found
 
 
+def _many(name: str) -> int:
+    """How many experts a tensor has here. The rules know of one tensor for all of them by its third dimension."""
+    return 2 if name.endswith("_exps") else 1
+
+
 def _write(example: Example, path: Path) -> None:
     """A file of 16-bit tensors with as much metadata as the quantizer asks for."""
     import gguf
@@ -75,9 +80,13 @@ def _write(example: Example, path: Path) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_layer_norm_eps(1e-5)
     writer.add_sliding_window(128)
+    if example.experts:
+        writer.add_expert_count(example.experts)
+        writer.add_expert_used_count(1)
     values = np.random.default_rng(0)
     for name, shape in example.tensors().items():
-        writer.add_tensor(f"{name}.weight", values.standard_normal(shape).astype(np.float16))
+        whole = (_many(name), *shape) if _many(name) > 1 else shape
+        writer.add_tensor(f"{name}.weight", values.standard_normal(whole).astype(np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

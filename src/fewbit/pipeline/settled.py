@@ -13,6 +13,7 @@ from torch import Tensor
 from fewbit.errors import NumericsError, PlanError
 from fewbit.formats.base import Shape
 from fewbit.models import blocks, stored
+from fewbit.models.gguf import kinds
 from fewbit.models.gguf import names as gguf_names
 from fewbit.models.skeleton import Skeleton
 from fewbit.names import in_short
@@ -171,8 +172,7 @@ def model_of(skeleton: Skeleton) -> mixtures.Model:
             "Use a plan for another format.",
         )
     routes = gguf_names.routes(config)
-    heads = getattr(config, "num_attention_heads", 1)
-    first = (getattr(config, "per_layer_config", None) or [config])[0]  # layers may have heads of their own
+    arch = gguf_names.architecture(config)
     outside = skeleton.outside()
     linears = [name for block in skeleton.blocks for name in skeleton.linears(block)]
     if unknown := [name for name in [*linears, *outside] if f"{name}.weight" not in routes]:
@@ -181,9 +181,10 @@ def model_of(skeleton: Skeleton) -> mixtures.Model:
             "Use a plan for another format.",
         )
     return mixtures.Model(
-        arch=gguf_names.architecture(config).name,
+        arch=arch.name,
         layers=config.num_hidden_layers,
-        gqa=heads // (getattr(first, "num_key_value_heads", None) or heads),
+        gqa=kinds.shared_heads(config, arch),
+        experts=getattr(config, arch.experts) if arch.experts else 0,
         tied=not any(routes[f"{name}.weight"].name == "output.weight" for name in outside),
         names={name: routes[f"{name}.weight"].names[0].removesuffix(".weight") for name in [*linears, *outside]},
         transposed=frozenset(

@@ -4,7 +4,8 @@ Weights that matter most for their size get more bits: the attention values (v),
 first and last eighth of the layers and in every third layer between), and the output head (the token embeddings if the
 two are tied). If the blocks of a scheme do not divide a tensor's rows, a fallback scheme with smaller blocks is used.
 The rules and the file type numbers are those of `llama-quant.cpp` and `llama.h` of llama.cpp, as in llama-cpp-python
-0.3.36. Rules for mixture-of-experts models are left out: all experts get the base scheme, but in `mxfp4_moe`.
+0.3.36. They know 8 experts as those of Mixtral, whose small keys and values get 8 bits. Experts and shared experts are
+MLPs as any other.
 
 >>> model = Model("llama", layers=8, gqa=2, tied=True)
 >>> tensors = {f"blk.{i}.attn_v": (64, 256) for i in range(8)} | {"token_embd": (4096, 256)}
@@ -32,9 +33,10 @@ Shape = tuple[int, int]
 class Model:
     """What the rules need to know of a model.
 
-    `gqa`: query heads per key-value head. `tied`: whether the embeddings are also the output head. `names`: module ->
-    name of its weight in a GGUF file, without `.weight`. `runs`: module -> columns that a block must not cross.
-    `transposed`: modules whose rows are no rows of a file.
+    `gqa`: query heads per key-value head of the first layer, 0 if it has no attention. `tied`: whether the embeddings
+    are also the output head. `names`: module -> name of its weight in a GGUF file, without `.weight`. `runs`: module ->
+    columns that a block must not cross. `transposed`: modules whose rows are no rows of a file. `experts`: those of a
+    layer.
     """
 
     arch: str  # GGUF's name of the architecture
@@ -44,6 +46,7 @@ class Model:
     names: Mapping[str, str] = field(default_factory=dict)
     runs: Mapping[str, int] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
+    experts: int = 0
 
     def in_block(self, module: str) -> bool:
         """Whether a module is in a block. The others are the embeddings and the head."""
@@ -97,6 +100,21 @@ _BLOCKS = dict.fromkeys(("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp
 _FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
 _FALLBACK |= dict.fromkeys(("tq1_0", "tq2_0", "q2_0", "q1_0"), "q4_0")  # llama.cpp has none for q1_0, and stops
 _FALLBACK |= dict.fromkeys(("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"), "iq4_nl")
+# The mixtures that give the attention's output more bits in models of 8 experts.
+_OUTPUT_OF_8 = {
+    "q2_k",
+    "q3_k_s",
+    "q3_k_m",
+    "q4_k_s",
+    "q4_k_m",
+    "iq3_xxs",
+    "iq3_xs",
+    "iq3_s",
+    "iq3_m",
+    "iq4_nl",
+    "iq4_xs",
+}
+_MIXTRAL = 8  # experts
 _VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
 # The mixtures of about two bits, and the scheme of those tensors that get more.
 _TWO_BITS = {"iq2_xxs": "q2_k", "iq2_xs": "q2_k", "iq2_s": "iq3_s", "iq2_m": "iq3_s"}
@@ -156,14 +174,16 @@ def schemes(mixture: str, tensors: Mapping[str, Shape], model: Model, *, weighed
         elif role in _VALUES:
             scheme = _value(mixture, seen["values"], all_values, model, weighed)
             seen["values"] += 1
-        elif role == "ffn_down":
-            scheme = _down(mixture, seen[role], model, weighed)
-        elif mixture == "iq3_xs" and role in ("ffn_gate", "ffn_up") and _inner(seen[role], model.layers):
+        elif (part := _mlp(role)) == "ffn_down":
+            scheme = _down(mixture, _place(name, seen[part], model), seen[part], model, weighed)
+        elif part and mixture == "iq3_xs" and _inner(_place(name, seen[part], model), model.layers):
             scheme = "iq3_xxs"
+        elif model.experts == _MIXTRAL and role in ("attn_k", "attn_output"):
+            scheme = _of_8(mixture, role)
         else:
             roles = _FALCON if model.arch == "falcon" and role == "attn_output" else _ROLES
             scheme = roles.get(mixture, {}).get(role, MIXTURES[mixture].base)
-        seen[role] += 1
+        seen[_mlp(role)] += 1
         found[name] = _fitting(scheme, columns)
     return {name: found[name] for name in tensors}
 
@@ -175,11 +195,30 @@ def _head(mixture: str, columns: int) -> str:
     return "q5_k" if mixture in _TWO_BITS or mixture == "iq3_xxs" else "q6_k"
 
 
+def _mlp(role: str) -> str:
+    """The part of the MLP that a tensor is, be it of experts or shared experts; "" for other tensors."""
+    return next((part for part in ("ffn_down", "ffn_gate", "ffn_up") if role.startswith(part)), "")
+
+
+def _place(name: str, seen: int, model: Model) -> int:
+    """The index of a tensor's layer as the rules have it: by its name, if there are experts, else by those seen."""
+    return order(name)[0] if model.experts > 1 else seen
+
+
+def _of_8(mixture: str, role: str) -> str:
+    """The scheme of keys and of the attention's output in models of 8 experts."""
+    if role == "attn_k":
+        return "q4_k" if mixture in _TWO_BITS else "q8_0"
+    return "q5_k" if mixture in _TWO_BITS or mixture in _OUTPUT_OF_8 else MIXTURES[mixture].base
+
+
 def _value(mixture: str, i: int, count: int, model: Model, weighed: bool) -> str:
     scheme = MIXTURES[mixture].base
     shared = model.gqa >= 4  # many query heads share one value head: v is small and matters as much
     if mixture in _TWO_BITS:
-        return "q4_k" if shared else _TWO_BITS[mixture]
+        return "q4_k" if shared or model.experts >= _MIXTRAL // 2 else _TWO_BITS[mixture]
+    if model.experts == _MIXTRAL:
+        return "q8_0"
     if mixture == "q2_k":
         scheme = "q4_k" if shared else "q3_k"
     elif mixture == "iq3_m" or (mixture in ("iq3_xxs", "iq3_xs", "iq3_s") and shared):
@@ -197,15 +236,16 @@ def _value(mixture: str, i: int, count: int, model: Model, weighed: bool) -> str
     return scheme
 
 
-def _down(mixture: str, i: int, model: Model, weighed: bool) -> str:
+def _down(mixture: str, i: int, seen: int, model: Model, weighed: bool) -> str:
+    """The scheme of a down projection. i: its layer. seen: how many came before it."""
     layers = model.layers
     early = i < layers // 8
     if model.arch == "falcon" and mixture in _FALCON_DOWN:
         first, more, rest = _FALCON_DOWN[mixture]
         return first if i < layers // 16 else more if _more(i, layers) else rest
-    if mixture in _TWO_BITS and early:
-        return _TWO_BITS[mixture]
-    if mixture == "iq3_m" and early:
+    if mixture in _TWO_BITS:
+        return _TWO_BITS[mixture] if seen < layers // 8 else MIXTURES[mixture].base
+    if mixture == "iq3_m" and (early or (model.experts == _MIXTRAL and _more(i, layers))):
         return "q4_k"
     if mixture == "iq3_xxs" and not weighed:
         return "q4_k" if early else "q3_k"

@@ -212,6 +212,24 @@ def heads_to_keys(config: Any, arch: Architecture) -> dict[str, Any]:
     return found
 
 
+def shared_heads(config: Any, arch: Architecture) -> int:
+    """How many query heads of the first layer share a key-value head, as its file says it. 0 without attention."""
+    if not arch.attention:
+        return 0
+    kinds = getattr(config, "layer_types", None) or [""]
+    first = (getattr(config, "per_layer_config", None) or [config])[0]
+    heads: int = getattr(first, arch.keys.get("num_attention_heads", "num_attention_heads"))
+    if arch.query_heads:
+        heads = getattr(config, arch.query_heads)[0]
+    if arch.without_attention and kinds[0] in (arch.without_attention, arch.mlp_alone):
+        return 0
+    if arch.latent and not arch.expanded:
+        return heads
+    kv = getattr(first, arch.keys.get("num_key_value_heads", "num_key_value_heads"), None) or heads
+    kv = int(arch.constants.get("attention.head_count_kv", kv))
+    return heads // (kv * arch.kv_in_windows if kinds[0] == _SLIDING else kv)
+
+
 def query_heads(keys: Any, layers: int) -> list[int]:
     """The query heads of each layer. keys: a file's `Metadata` (metadata.py)."""
     if keys.architecture.query_heads:
