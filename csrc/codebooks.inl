@@ -1,7 +1,7 @@
 // ggml's block types with a codebook (IQ), and those with two to four levels, in the form of formats.inl.
 //
 // A codebook is a table of bytes, which Python gives as part 1. An entry has the codes of eight columns, or of four: for
-// the types with signs a magnitude plus `SHIFT`, else the level plus 1. A minus sign turns SHIFT + g into SHIFT - g.
+// the types with signs a magnitude plus ZERO, else the level plus 1. A minus sign turns ZERO + g into ZERO - g.
 // Their blocks: fewbit/schemes/ggml/codebook.py and digits.py.
 
 namespace {
@@ -34,9 +34,8 @@ template <int BITS> INLINE void indices8(const uint8_t* low, uint64_t high, uint
 }
 
 // `Block::step<t>` gives the t-th 64 columns of a block of 256.
-template <class Block> struct Codebook {
+template <class Block> struct Codebook : Format {
   static constexpr int P = 1, C = 256, STEPS = 4;
-  static constexpr bool WIDE = false;
   static constexpr int column(int step, int, int b) { return 64 * step + b; }
   struct Row {
     const uint8_t *first, *p, *table;
@@ -53,8 +52,8 @@ template <class Block> struct Codebook {
   }
   // `fn` for 64 columns of magnitudes with signs (a bit each) and a scale for each lane.
   template <int t, class Fn> static INLINE void with_signs(U magnitudes, uint64_t signs, F s, Fn& fn) {
-    U codes[1] = {Vec::mirrored(magnitudes, signs, 2 * Block::SHIFT)};
-    fn(t, codes, s, times(s, -float(Block::SHIFT)));
+    U codes[1] = {Vec::mirrored(magnitudes, signs, 2 * Block::ZERO)};
+    fn(t, codes, s);
   }
 };
 
@@ -70,7 +69,7 @@ INLINE uint64_t signs_of(uint32_t a, uint32_t b) {
 }
 
 struct IQ2XXS : Codebook<IQ2XXS> {
-  static constexpr int BYTES = 66, SHIFT = 64;
+  static constexpr int BYTES = 66, MOST = 127, ZERO = 64;
   template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, float d, Fn& fn) {
     const uint8_t* q = p + 2 + 16 * t;
     const uint32_t a = word32(q + 4), b = word32(q + 12);
@@ -84,7 +83,7 @@ struct IQ2XXS : Codebook<IQ2XXS> {
 };
 
 struct IQ2XS : Codebook<IQ2XS> {
-  static constexpr int BYTES = 74, SHIFT = 64;
+  static constexpr int BYTES = 74, MOST = 127, ZERO = 64;
   static INLINE uint64_t top7(uint64_t words) {  // the upper seven bits of four words, as bytes
     uint64_t x = words >> 9 & 0x007f007f007f007full;
     x = (x | x >> 8) & 0x0000ffff0000ffffull;
@@ -102,7 +101,7 @@ struct IQ2XS : Codebook<IQ2XS> {
 };
 
 struct IQ2S : Codebook<IQ2S> {
-  static constexpr int BYTES = 82, SHIFT = 64;
+  static constexpr int BYTES = 82, MOST = 127, ZERO = 64;
   template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, F s, Fn& fn) {
     uint16_t at[8];
     indices8<2>(p + 2 + 8 * t, word16(p + 66 + 2 * t), at);
@@ -116,7 +115,7 @@ struct IQ2S : Codebook<IQ2S> {
 };
 
 struct IQ3XXS : Codebook<IQ3XXS> {
-  static constexpr int BYTES = 98, SHIFT = 64;
+  static constexpr int BYTES = 98, MOST = 127, ZERO = 64;
   template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, float d, Fn& fn) {
     const uint8_t* q = p + 2 + 16 * t;
     const uint32_t a = word32(p + 66 + 8 * t), b = word32(p + 70 + 8 * t);
@@ -130,7 +129,7 @@ struct IQ3XXS : Codebook<IQ3XXS> {
 };
 
 struct IQ3S : Codebook<IQ3S> {
-  static constexpr int BYTES = 110, SHIFT = 16;
+  static constexpr int BYTES = 110, MOST = 127, ZERO = 16;
   template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, float d, Fn& fn) {
     uint16_t at[16];
     indices8<1>(p + 2 + 16 * t, p[66 + 2 * t], at);
@@ -147,7 +146,7 @@ struct IQ3S : Codebook<IQ3S> {
 
 // Codes 0, 1, 2 of the levels -1, 0, 1, which move up or down by an eighth.
 struct IQ1S : Codebook<IQ1S> {
-  static constexpr int BYTES = 50;
+  static constexpr int BYTES = 50, MOST = 2, ZERO = 0;
   static INLINE float offset(uint64_t word) { return -0.875f - 0.25f * float(int(word >> 15)); }
   template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, float d, Fn& fn) {
     const uint64_t a = word16(p + 34 + 4 * t), b = word16(p + 36 + 4 * t);
@@ -166,7 +165,7 @@ struct IQ1S : Codebook<IQ1S> {
 alignas(64) constexpr Lanes EIGHTS = by(4, 8);  // a number for each eight columns
 
 struct IQ1M : Codebook<IQ1M> {
-  static constexpr int BYTES = 56;
+  static constexpr int BYTES = 56, MOST = 2, ZERO = 0;
   template <int t, class Fn> static INLINE void step(const uint8_t* p, const uint8_t* table, float d, Fn& fn) {
     const uint32_t high = word32(p + 32 + 4 * t);  // three bits of each index, and whether its levels move down
     uint16_t at[8];
@@ -186,13 +185,13 @@ struct IQ1M : Codebook<IQ1M> {
 
 // ---- few levels ----------------------------------------------------------------------------------------------------
 
-struct TQ20 : Super<TQ20>, TwoBits {
-  static constexpr int BYTES = 66;
+struct TQ20 : Super<TQ20>, TwoBits<false> {
+  using TwoBits<false>::shift;
+  static constexpr int BYTES = 66, MOST = 3, ZERO = 1;
   template <class Fn> static INLINE void chunk(const uint8_t* p, Fn& fn) {
-    const F s = Vec::set1(Vec::half(p + 64));
     U codes[4];
-    unpack(p, codes);
-    fn(0, codes, s, times(s, -1));
+    unpack(Vec::load(p), codes);
+    fn(0, codes, Vec::set1(Vec::half(p + 64)));
   }
 };
 
@@ -210,37 +209,73 @@ constexpr Powers POWERS{};
 // Digits of base 3, five in each byte of 32 and then of 16, and four in each of the last four. A byte is their number as a
 // fraction of 243.
 struct TQ10 : Super<TQ10> {
-  static constexpr int BYTES = 54, P = 1, STEPS = 4;
-  static constexpr bool WIDE = false;
+  static constexpr int BYTES = 54, P = 1, STEPS = 4, MOST = 2, ZERO = 1;
   // Of each 16 columns the even ones, then the odd ones, as Vec::thirds gives them.
   static constexpr int column(int step, int, int b) { return 64 * step + b / 16 * 16 + b % 8 * 2 + b / 8 % 2; }
   template <class Fn> static INLINE void chunk(const uint8_t* p, Fn& fn) {
-    const F s = Vec::set1(Vec::half(p + 52)), o = times(s, -1);
+    const F s = Vec::set1(Vec::half(p + 52));
     uint32_t tail[4] = {word32(p + 48), word32(p + 48), word32(p + 48), word32(p + 48)};
     const U first = Vec::join(p, p);
     const U bytes[4] = {first, first, Vec::join4(p, p + 16, p + 32, p + 32), Vec::join4(p + 32, p + 32, p + 32, (const uint8_t*)tail)};
     for (int t = 0; t < 4; t++) {
       const U codes[1] = {Vec::thirds(bytes[t], POWERS.of[t])};
-      fn(t, codes, s, o);
+      fn(t, codes, s);
     }
   }
 };
 
+#ifdef __AVX512VBMI__
+// The same, with tables of the digits of all bytes: four digits in a byte, and the fifth. A lane takes the same digit of 16
+// bytes. The fifth digits of the first 32 bytes are two lanes, and those of the next 16 bytes another. The last lane has the
+// digits of the last four bytes, whose fields are moved apart.
+struct Digits {
+  alignas(64) uint8_t four[256], fifth[256], kept[64];
+  alignas(64) int32_t shift[16], at[4][16];  // at: for each vector, lanes of the fours, or of the fifths from 16 on
+  constexpr Digits() : four(), fifth(), kept(), shift(), at() {
+    for (int b = 0; b < 256; b++) {
+      for (int i = 0, power = 1; i < 4; i++, power *= 3) four[b] = uint8_t(four[b] | digit(b * power) << 2 * i);
+      fifth[b] = uint8_t(digit(b * 81));
+    }
+    for (int lane = 0; lane < 16; lane++) {
+      shift[lane] = lane % 4 * 2;
+      for (int p = 0; p < 4; p++) at[p][lane] = lane < 12 ? lane / 4 * 4 + p : 16 + lane % 4 * 4 + p;
+      for (int b = 0; b < 4; b++) kept[4 * lane + b] = uint8_t(lane < 12 ? 3 << shift[lane] : 3);
+    }
+  }
+  static constexpr int digit(int number) { return number % 256 * 3 >> 8; }
+};
+constexpr Digits DIGITS{};
+
+struct TQ10Tables : Super<TQ10Tables> {
+  static constexpr int BYTES = 54, P = 4, STEPS = 1, MOST = 3, ZERO = 1;
+  static constexpr int shift(int lane) { return lane < 12 ? DIGITS.shift[lane] : 0; }
+  static constexpr int column(int, int p, int b) {
+    const int lane = b / 4, in = 4 * p + b % 4;
+    return lane < 8 ? 32 * (lane % 4) + 16 * (lane / 4) + in : lane < 12 ? 160 + 16 * (lane % 4) + in
+           : lane < 14 ? 128 + 16 * (lane % 2) + in : 224 + 16 * (lane % 2) + in;
+  }
+  template <class Fn> static INLINE void chunk(const uint8_t* p, Fn& fn) {
+    const U bytes = Vec::load_part(p, 52), four = Vec::table(DIGITS.four, bytes);
+    const U fifth = Vec::last_down(Vec::table(DIGITS.fifth, bytes), Vec::copied<0>(four), DIGITS.shift);
+    U codes[4];
+    for (int i = 0; i < 4; i++) codes[i] = Vec::both(Vec::lanes(four, fifth, DIGITS.at[i]), Vec::load(DIGITS.kept));
+    fn(0, codes, Vec::set1(Vec::half(p + 52)));
+  }
+};
+#endif
+
 struct Q20 : Small<Q20, 18, 4, 64> {  // two bits for each column, four neighbours in a byte
-  static constexpr int P = 4;
-  static constexpr bool WIDE = false;
+  static constexpr int P = 4, MOST = 3, ZERO = 1;
   static constexpr int column(int, int p, int b) { return 4 * b + p; }
   template <class Fn> static INLINE void chunk(const uint8_t* p, int there, Fn& fn) {
     const U q = Vec::join4(p + 2, p + 20, p + 38, p + 56);
     U codes[4] = {Vec::field<0, 3>(q), Vec::field<2, 3>(q), Vec::field<4, 3>(q), Vec::field<6, 3>(q)};
-    const F s = four_halves<18>(p, there);
-    fn(0, codes, s, times(s, -1));
+    fn(0, codes, four_halves<18>(p, there));
   }
 };
 
 struct Q10 : Small<Q10, 18, 4, 128> {  // a bit for each column: -1 or 1
-  static constexpr int P = 2, STEPS = 4;
-  static constexpr bool WIDE = false;
+  static constexpr int P = 2, STEPS = 4, MOST = 1, ZERO = 0;
   static constexpr int column(int step, int p, int b) { return 8 * b + 2 * step + p; }
   template <int t, class Fn> static INLINE void step(U q, F s, F o, Fn& fn) {
     U codes[2] = {Vec::field<2 * t, 1>(q), Vec::field<2 * t + 1, 1>(q)};

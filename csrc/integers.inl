@@ -56,9 +56,10 @@ template <int BITS, int VECTORS> struct Fields {
 };
 
 // `P` vectors of codes for each step.
-template <int BITS, int VECTORS = 8 % BITS ? 1 : 8 / BITS> struct Affine {
+template <int BITS, int VECTORS = 8 % BITS ? 1 : 8 / BITS> struct Affine : Format {
   static constexpr int P = VECTORS, C = 64 * P, STEPS = 1, BYTES = C * BITS / 8;
-  static constexpr bool WIDE = BITS == 8, THREE = BITS == 3 && P > 1;
+  static constexpr int MOST = (1 << BITS) - 1, ZERO = 0;
+  static constexpr bool THREE = BITS == 3 && P > 1;
   static constexpr int column(int, int p, int b) {
     return THREE && P == 4 ? b / 4 * 16 + 4 * p + b % 4
            : THREE         ? b / 8 * 16 + b % 2 * 8 + THREE_BITS[p % 2][b % 8 / 2]
@@ -172,9 +173,9 @@ template <int BITS, int VECTORS = 8 % BITS ? 1 : 8 / BITS> struct Affine {
 
 using Threes = Affine<3, Vec::THREES>;  // lanes of 8 or 16 codes: these must share a scale
 
-struct Int8 {
-  static constexpr int P = 1, C = 64, STEPS = 1;
-  static constexpr bool WIDE = true;
+struct Int8 : Format {
+  static constexpr int P = 1, C = 64, STEPS = 1, MOST = 255, ZERO = 128;
+  static constexpr bool SIGNED = true;
   static constexpr int column(int, int, int b) { return b; }
   struct Row {
     const uint8_t *first, *end, *codes;
@@ -194,9 +195,8 @@ struct Int8 {
     const uint8_t* p = r.codes + c * C;
     const int64_t left = r.end - p;
     ahead(p);
-    U codes[1] = {Vec::flip(left < C ? Vec::load_part(p, left) : Vec::load(p))};
-    const F s = Vec::set1(r.scale);
-    fn(0, codes, s, times(s, -128));
+    U codes[1] = {left < C ? Vec::load_part(p, left) : Vec::load(p)};
+    fn(0, codes, Vec::set1(r.scale));
   }
 };
 

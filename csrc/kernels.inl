@@ -30,19 +30,43 @@ template <class Fmt> struct Order {  // position in the kernel's order -> column
 };
 template <class Fmt> constexpr Order<Fmt> ORDER{};
 
-// Bytes of a step's activations: 64 P codes, then for each lane their scale and their sum. A step of W that is unpacked
-// for many rows of x has the same size: its codes, S and B.
+template <class Fmt> struct Power {  // by which codes of a lane are multiplied
+  float of[16];
+  bool any = false;  // other than 1
+  constexpr Power() : of() {
+    for (int lane = 0; lane < 16; lane++) of[lane] = float(1 << Fmt::shift(lane)), any |= Fmt::shift(lane) > 0;
+  }
+};
+template <class Fmt> constexpr Power<Fmt> POWER{};
+
+// Bytes of a step's activations: 64 P codes, then for each lane their scale and their sum, or what sums of products start
+// with. A step of W that is unpacked for many rows of x has the same size: its codes, S and B.
 template <class Fmt> constexpr int64_t STEP = 64 * Fmt::P + 128;
 template <class Fmt> int64_t chunks(const fewbit_weight& w) { return (w.k + Fmt::C - 1) / Fmt::C; }
+
+// What `Vec::dot` subtracts from each code. If all lanes have the same zero, sums of products start with the rest of it, so
+// that they are those of codes minus this zero.
+template <class Fmt> constexpr int TAKEN = Fmt::MOST > 127 ? Vec::TAKEN : 0;
+template <class Fmt> constexpr bool STARTS = Fmt::ZERO > TAKEN<Fmt>;
 
 // The sums of a row of W and a row of x (`at`: its step), with the products of one more step. The one place where such
 // products are added up: a row's result must not depend on how many rows there are.
 template <class Fmt> INLINE F added(F sums, const U* codes, F s, F o, const char* at) {
-  const F units = Vec::loadf((const float*)(at + 64 * Fmt::P)), totals = Vec::loadf((const float*)(at + 64 * Fmt::P) + 16);
-  I dot = Vec::zero();
-  for (int p = 0; p < Fmt::P; p++) dot = Vec::dot<Fmt::WIDE>(dot, codes[p], (const int8_t*)at + 64 * p);
+  const char* lanes = at + 64 * Fmt::P;
+  const F units = Vec::loadf((const float*)lanes);
+  const I start = STARTS<Fmt> ? Vec::loadi((const int32_t*)lanes + 16) : Vec::zero();
+  const F dot = Vec::cvt(Vec::dot<Fmt::P, Fmt::MOST>(start, codes, (const int8_t*)at));
+  if constexpr (Fmt::ZERO) return Vec::fma(units, Vec::mul(s, dot), sums);
   // The offset's share is added for each step. Added once for a whole row, it would cost precision.
-  return Vec::fma(units, Vec::fma(s, Vec::cvt(dot), Vec::mul(o, totals)), sums);
+  return Vec::fma(units, Vec::fma(s, dot, Vec::mul(o, Vec::loadf((const float*)lanes + 16))), sums);
+}
+
+// A step's codes and offset as `added` takes them.
+template <class Fmt> INLINE void ready(const U* codes, U* out) {
+  for (int p = 0; p < Fmt::P; p++) out[p] = Vec::ready<(Fmt::MOST > 127), Fmt::SIGNED>(codes[p]);
+}
+template <class Fmt> INLINE F offset(F s, F o) {
+  return TAKEN<Fmt> ? Vec::fma(s, Vec::set1(TAKEN<Fmt>), o) : o;
 }
 
 // Rows of W that are unpacked at once for more than four rows of x, and the most rows of x that they meet.
@@ -58,10 +82,11 @@ template <class Fmt, int M> void product(const fewbit_weight& w, const char* x, 
     for (int m = 0; m < M; m++) sums[m] = Vec::set1(0);
     for (int64_t c = 0; c < count; c++) {
       const char* chunk = x + c * Fmt::STEPS * STEP<Fmt>;
-      Fmt::decode(row, c, [&](int step, const U* codes, F s, F o) INLINE_LAMBDA {
-        const F offset = Vec::offset<Fmt::WIDE>(s, o);
-        for (int m = 0; m < M; m++)
-          sums[m] = added<Fmt>(sums[m], codes, s, offset, chunk + m * stride + step * STEP<Fmt>);
+      Fmt::decode(row, c, [&](int step, const U* given, F s, F o = F{}) INLINE_LAMBDA {
+        U codes[Fmt::P];
+        ready<Fmt>(given, codes);
+        o = offset<Fmt>(s, o);
+        for (int m = 0; m < M; m++) sums[m] = added<Fmt>(sums[m], codes, s, o, chunk + m * stride + step * STEP<Fmt>);
       });
     }
     for (int m = 0; m < M; m++) y[m * w.n + n] = Vec::sum(sums[m]);
@@ -77,7 +102,7 @@ INLINE void advance(const char* unpacked, const char* x, int64_t stride, int64_t
     U codes[Fmt::P];
     for (int p = 0; p < Fmt::P; p++) codes[p] = Vec::load((const uint8_t*)unpacked + 64 * p);
     const float* lanes = (const float*)(unpacked + 64 * Fmt::P);
-    const F s = Vec::loadf(lanes), o = Vec::loadf(lanes + 16);
+    const F s = Vec::loadf(lanes), o = Fmt::ZERO ? s : Vec::loadf(lanes + 16);
     for (int m = 0; m < M; m++) held[m] = added<Fmt>(held[m], codes, s, o, x + m * stride);
   }
   for (int m = 0; m < M; m++) Vec::storef(sums + 16 * m, held[m]);
@@ -101,11 +126,13 @@ template <class Fmt> void products(const fewbit_weight& w, const char* x, int64_
         row.to(n + r);
         for (int64_t c = from; c < to; c++) {
           char* chunk = unpacked[r] + (c - from) * Fmt::STEPS * STEP<Fmt>;
-          Fmt::decode(row, c, [&](int step, const U* codes, F s, F o) INLINE_LAMBDA {
+          Fmt::decode(row, c, [&](int step, const U* given, F s, F o = F{}) INLINE_LAMBDA {
             char* at = chunk + step * STEP<Fmt>;
+            U codes[Fmt::P];
+            ready<Fmt>(given, codes);
             for (int p = 0; p < Fmt::P; p++) Vec::store((uint8_t*)at + 64 * p, codes[p]);
             Vec::storef((float*)(at + 64 * Fmt::P), s);
-            Vec::storef((float*)(at + 64 * Fmt::P) + 16, Vec::offset<Fmt::WIDE>(s, o));
+            if (!Fmt::ZERO) Vec::storef((float*)(at + 64 * Fmt::P) + 16, offset<Fmt>(s, o));
           });
         }
       }
@@ -176,7 +203,8 @@ template <class Fmt> struct Kernels {
     memset(codes, 0, size_t((padded + 255) / 256 * 256));
     memset(scales, 0, size_t((padded + 255) / 256 * 8) * sizeof(float));
     quantize(x, w.k, codes, scales);
-    const U ones = Vec::ones();
+    U ones[Fmt::P];
+    for (U& one : ones) one = Vec::ones();
     const int64_t count = chunks<Fmt>(w);
     for (int64_t c = 0; c < count; c++) {
       for (int s = 0; s < Fmt::STEPS; s++, out += STEP<Fmt>) {
@@ -191,10 +219,11 @@ template <class Fmt> struct Kernels {
             for (int i = 0; i < 64; i++) bytes[64 * p + i] = from[Fmt::P * i + p];
         else
           for (int i = 0; i < 64 * Fmt::P; i++) bytes[i] = from[order[i]];
-        I sums = Vec::zero();
-        for (int p = 0; p < Fmt::P; p++) sums = Vec::dot<false>(sums, ones, bytes + 64 * p);
-        for (int lane = 0; lane < 16; lane++) lanes[lane] = scales[(c * Fmt::C + order[4 * lane]) / 32];
-        Vec::storef(lanes + 16, Vec::cvt(sums));
+        for (int lane = 0; lane < 16; lane++)
+          lanes[lane] = scales[(c * Fmt::C + order[4 * lane]) / 32] * (1.0f / float(1 << Fmt::shift(lane)));
+        const F sums = Vec::mul(Vec::cvt(Vec::dot<Fmt::P, 1>(Vec::zero(), ones, bytes)), Vec::loadf(POWER<Fmt>.of));
+        if (!Fmt::ZERO) Vec::storef(lanes + 16, sums);
+        if (STARTS<Fmt>) Vec::storei((int32_t*)lanes + 16, Vec::whole(times(sums, TAKEN<Fmt> - Fmt::ZERO)));
       }
     }
   }
@@ -217,9 +246,11 @@ template <class Fmt> struct Kernels {
     for (int64_t n = begin; n < end; n++) {
       row.to(n);
       for (int64_t c = 0; c < count; c++, out += Fmt::C)
-        Fmt::decode(row, c, [&](int step, const U* codes, F s, F o) INLINE_LAMBDA {
+        Fmt::decode(row, c, [&](int step, const U* codes, F s, F o = F{}) INLINE_LAMBDA {
           uint8_t bytes[64 * Fmt::P];
-          for (int p = 0; p < Fmt::P; p++) Vec::store(bytes + 64 * p, codes[p]);
+          for (int p = 0; p < Fmt::P; p++) Vec::store(bytes + 64 * p, Fmt::SIGNED ? Vec::flip(codes[p]) : codes[p]);
+          if (Fmt::ZERO) o = times(s, -Fmt::ZERO);
+          if (POWER<Fmt>.any) s = Vec::over(s, Vec::loadf(POWER<Fmt>.of));
           float* to = out + step * 64 * Fmt::P;
           for (int j = 0; j < 4; j++) {
             const F sj = Vec::pick(s, spread[j].at), oj = Vec::pick(o, spread[j].at);
@@ -468,7 +499,11 @@ template <class Fn> auto with_format(const fewbit_weight& w, Fn&& fn) {
     case FEWBIT_IQ3_S: return fn(Kernels<Pair<IQ3S>>{});
     case FEWBIT_IQ1_S: return fn(Kernels<Pair<IQ1S>>{});
     case FEWBIT_IQ1_M: return fn(Kernels<Pair<IQ1M>>{});
+#ifdef __AVX512VBMI__
+    case FEWBIT_TQ1_0: return fn(Kernels<TQ10Tables>{});
+#else
     case FEWBIT_TQ1_0: return fn(Kernels<Pair<TQ10>>{});
+#endif
     case FEWBIT_TQ2_0: return fn(Kernels<TQ20>{});
     case FEWBIT_Q1_0: return fn(Kernels<Q10>{});
     case FEWBIT_Q2_0: return fn(Kernels<Q20>{});

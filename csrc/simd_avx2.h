@@ -8,6 +8,13 @@ namespace {
 
 struct Vec {
   static constexpr int ROWS = 1;  // of W with sums in registers
+#ifdef __AVXVNNI__
+  static constexpr int TAKEN = 0;  // what `dot` subtracts from codes above 127
+  static constexpr bool SHIFTED = true;  // whether `dot` takes any bytes as codes, so that bits can stay where they are
+#else
+  static constexpr int TAKEN = 128;
+  static constexpr bool SHIFTED = false;
+#endif
   static constexpr int THREES = 2;  // vectors of codes of three bits for each step
   struct U { __m256i lo, hi; };
   using I = U;
@@ -39,16 +46,18 @@ struct Vec {
     return {_mm256_and_si256(shift32<a>(u.lo), m), _mm256_and_si256(shift32<b>(u.hi), m)};
   }
   template <int shift, int mask> static U field(U u) { return halves<-shift, -shift, mask>(u); }
+  template <int which> static __m256i words32(__m256i a, __m256i b) {
+    return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), which));
+  }
   template <int p> static U copied(U u) {
     return {_mm256_shuffle_epi32(u.lo, p * 0x55), _mm256_shuffle_epi32(u.hi, p * 0x55)};
   }
-  template <int p, int mask> static __m256i lifted32(__m256i x, const int32_t* by) {
-    const __m256i bits = _mm256_srlv_epi32(_mm256_shuffle_epi32(x, p * 0x55), part32((const uint8_t*)by));
-    return _mm256_and_si256(bits, _mm256_set1_epi8((char)mask));
+  template <int p> static U copied(U a, U b) { return {words32<p * 0x55>(a.lo, b.lo), words32<p * 0x55>(a.hi, b.hi)}; }
+  template <int mask> static __m256i down32(__m256i x, const int32_t* by) {
+    return _mm256_and_si256(_mm256_srlv_epi32(x, part32((const uint8_t*)by)), _mm256_set1_epi8((char)mask));
   }
-  template <int p, int mask> static U lifted(U u, const int32_t* by) {
-    return {lifted32<p, mask>(u.lo, by), lifted32<p, mask>(u.hi, by + 8)};
-  }
+  template <int mask> static U down(U u, const int32_t* by) { return {down32<mask>(u.lo, by), down32<mask>(u.hi, by + 8)}; }
+  static U both(U a, U b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
   static U either(U a, U b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
   static U flip(U a) {
     __m256i m = _mm256_set1_epi8((char)0x80);
@@ -64,9 +73,7 @@ struct Vec {
     return {_mm256_shuffle_epi8(u.lo, at), _mm256_shuffle_epi8(u.hi, at)};
   }
   template <int odd> static __m256 halved(__m256 a, __m256 b) { return _mm256_shuffle_ps(a, b, odd ? 0xdd : 0x88); }
-  template <int odd> static __m256i halved(__m256i a, __m256i b) {
-    return _mm256_castps_si256(halved<odd>(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)));
-  }
+  template <int odd> static __m256i halved(__m256i a, __m256i b) { return words32<odd ? 0xdd : 0x88>(a, b); }
   static U evens(U a, U b) { return {halved<0>(a.lo, b.lo), halved<0>(a.hi, b.hi)}; }
   static U odds(U a, U b) { return {halved<1>(a.lo, b.lo), halved<1>(a.hi, b.hi)}; }
   static F evens(F a, F b) { return {halved<0>(a.lo, b.lo), halved<0>(a.hi, b.hi)}; }
@@ -98,10 +105,6 @@ struct Vec {
     __m256i held = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32((int)mask), which), bit);
     return _mm256_and_si256(_mm256_cmpeq_epi8(held, bit), _mm256_set1_epi8((char)value));
   }
-  static U add_bits(U codes, uint64_t mask, uint8_t value) {
-    return {_mm256_or_si256(codes.lo, by_bits((uint32_t)mask, value)),
-            _mm256_or_si256(codes.hi, by_bits((uint32_t)(mask >> 32), value))};
-  }
   static __m256i where(__m256i held, const uint8_t* bits, uint8_t value) {
     const __m256i bit = part32(bits);
     return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(held, bit), bit), _mm256_set1_epi8((char)value));
@@ -126,38 +129,41 @@ struct Vec {
   static U mirrored(U codes, uint64_t mask, uint8_t twice) {
     return {mirrored32(codes.lo, (uint32_t)mask, twice), mirrored32(codes.hi, (uint32_t)(mask >> 32), twice)};
   }
-  // Adds the products of codes and activations for each lane; without VNNI, those of wide codes minus 128.
-  template <bool wide> static __m256i dot32(__m256i acc, __m256i u, __m256i s) {
+  // Codes as `dot` takes them: without VNNI, those above 127 minus 128.
+  template <bool wide, bool is_signed> static U ready(U u) { return wide && is_signed != (TAKEN > 0) ? flip(u) : u; }
+  // Sums, codes and activations are every second register from these on.
+  template <int P, int most> static __m256i dot32(__m256i sums, const __m256i* u, const __m256i* x) {
 #ifdef __AVXVNNI__
-    return _mm256_dpbusd_avx_epi32(acc, u, s);
+    for (int p = 0; p < P; p++) sums = _mm256_dpbusd_avx_epi32(sums, u[2 * p], _mm256_loadu_si256(x + 2 * p));
 #else
-    if (wide) {  // sums of two products of at most 128 * 127 fit in 16 bits
-      const __m256i code = _mm256_xor_si256(u, _mm256_set1_epi8((char)0x80));
-      u = _mm256_abs_epi8(code), s = _mm256_sign_epi8(s, code);
-    }  // else codes are below 128, and these sums fit too
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+    constexpr int FIT = most > 127 ? 1 : 32767 / (2 * 127 * most);  // so many sums of two products fit into 16 bits
+    for (int p = 0; p < P; p += FIT) {
+      __m256i words = pairs<(most > 127)>(u[2 * p], _mm256_loadu_si256(x + 2 * p));
+      for (int i = p + 1; i < P && i < p + FIT; i++)
+        words = _mm256_add_epi16(words, pairs<false>(u[2 * i], _mm256_loadu_si256(x + 2 * i)));
+      sums = _mm256_add_epi32(sums, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+    }
 #endif
+    return sums;
   }
-  template <bool wide> static I dot(I acc, U u, const int8_t* s) {
-    return {dot32<wide>(acc.lo, u.lo, part32((const uint8_t*)s)),
-            dot32<wide>(acc.hi, u.hi, part32((const uint8_t*)s + 32))};
+  template <bool wide> static __m256i pairs(__m256i u, __m256i x) {
+    return wide ? _mm256_maddubs_epi16(_mm256_abs_epi8(u), _mm256_sign_epi8(x, u)) : _mm256_maddubs_epi16(u, x);
   }
-  // The offset for what `dot` gives, from that of the codes.
-  template <bool wide> static F offset(F s, F o) {
-#ifdef __AVXVNNI__
-    (void)s;
-    return o;
-#else
-    return wide ? fma(s, set1(128), o) : o;
-#endif
+  template <int P, int most> static I dot(I sums, const U* codes, const int8_t* x) {
+    const __m256i* at = (const __m256i*)x;
+    return {dot32<P, most>(sums.lo, &codes->lo, at), dot32<P, most>(sums.hi, &codes->hi, at + 1)};
   }
   static I zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static I loadi(const int32_t* p) { return load((const uint8_t*)p); }
+  static void storei(int32_t* p, I i) { store((uint8_t*)p, i); }
+  static I whole(F f) { return {_mm256_cvtps_epi32(f.lo), _mm256_cvtps_epi32(f.hi)}; }
 
   static F cvt(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
   static F set1(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
   static F loadf(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static void storef(float* p, F f) { _mm256_storeu_ps(p, f.lo), _mm256_storeu_ps(p + 8, f.hi); }
   static F mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+  static F over(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
   static F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
   static F min(F a, F b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
   static F max(F a, F b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
@@ -165,6 +171,11 @@ struct Vec {
   static __m256 pick8(F a, __m256i index) {
     __m256 lo = _mm256_permutevar8x32_ps(a.lo, index), hi = _mm256_permutevar8x32_ps(a.hi, index);
     return _mm256_blendv_ps(lo, hi, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));  // bit 3 selects the half
+  }
+  template <int from> static F pick8(F a, const int32_t* index) {
+    const __m256 held = from ? a.hi : a.lo;
+    return {_mm256_permutevar8x32_ps(held, part32((const uint8_t*)index)),
+            _mm256_permutevar8x32_ps(held, part32((const uint8_t*)(index + 8)))};
   }
   static F pick(F a, const int32_t* index) {
     return {pick8(a, part32((const uint8_t*)index)), pick8(a, part32((const uint8_t*)(index + 8)))};

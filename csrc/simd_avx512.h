@@ -16,6 +16,8 @@ template <int by> struct Words {  // of four times 16 bytes, `by` bytes apart, t
 
 struct Vec {
   static constexpr int ROWS = 4;  // of W with sums in registers
+  static constexpr int TAKEN = 0;  // what `dot` subtracts from codes above 127
+  static constexpr bool SHIFTED = true;  // whether `dot` takes any bytes as codes, so that bits can stay where they are
 #ifdef __AVX512VBMI__
   static constexpr int THREES = 4;  // vectors of codes of three bits for each step
 #else
@@ -53,8 +55,22 @@ struct Vec {
     return _mm512_and_si512(_mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1), _mm512_set1_epi8((char)mask));
   }
   template <int p> static U copied(U u) { return _mm512_shuffle_epi32(u, (_MM_PERM_ENUM)(p * 0x55)); }
-  template <int p, int mask> static U lifted(U u, const int32_t* by) {
-    return _mm512_and_si512(_mm512_srlv_epi32(copied<p>(u), _mm512_loadu_si512(by)), _mm512_set1_epi8((char)mask));
+  template <int p> static U copied(U a, U b) {
+    return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), p * 0x55));
+  }
+  template <int mask> static U down(U u, const int32_t* by) {
+    return _mm512_and_si512(_mm512_srlv_epi32(u, _mm512_loadu_si512(by)), _mm512_set1_epi8((char)mask));
+  }
+  static U both(U a, U b) { return _mm512_and_si512(a, b); }
+  template <class Bits> static F six_bits(const uint8_t* p, const Bits& bits) {
+    const __m128i block = part16(p);
+    const U all = _mm512_broadcast_i32x4(block);
+    const U low = both(_mm512_srlv_epi32(_mm512_shuffle_epi8(all, load(bits.low)), load((const uint8_t*)bits.shift)),
+                       load((const uint8_t*)bits.mask));
+    const U high = _mm512_srli_epi32(_mm512_shuffle_epi8(all, load(bits.high)), 2);
+    const U found = _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi32(0x30), 0xf8);  // low | (high & 0x30)
+    const __m256i halves = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(block), part32(bits.halves));
+    return mul(cvt(found), _mm512_cvtph_ps(_mm256_xor_si256(halves, part32(bits.sign))));
   }
   static U either(U a, U b) { return _mm512_or_si512(a, b); }
   static U flip(U a) { return _mm512_xor_si512(a, _mm512_set1_epi8((char)0x80)); }
@@ -71,6 +87,15 @@ struct Vec {
     if constexpr (count == 64) return _mm512_permutexvar_epi8(load(index), load(p));
     return _mm512_permutex2var_epi8(load(p), load(index), load(p + count - 64));
   }
+  static U table(const uint8_t* table, U bytes) {  // of 256 bytes
+    const U low = _mm512_permutex2var_epi8(load(table), bytes, load(table + 64));
+    const U high = _mm512_permutex2var_epi8(load(table + 128), bytes, load(table + 192));
+    return _mm512_mask_mov_epi8(low, _mm512_movepi8_mask(bytes), high);
+  }
+  // Lanes of a, or of b from number 16 on.
+  static U lanes(U a, U b, const int32_t* at) { return _mm512_permutex2var_epi32(a, load((const uint8_t*)at), b); }
+  // The last four lanes are those of `last`, each shifted right by its own number of bits.
+  static U last_down(U u, U last, const int32_t* by) { return _mm512_mask_srlv_epi32(u, 0xf000, last, load((const uint8_t*)by)); }
   // Of each 8 bytes, fields that begin at these bits.
   template <int mask> static U fields(U u, const uint8_t* at) {
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(load(at), u), _mm512_set1_epi8((char)mask));
@@ -100,9 +125,6 @@ struct Vec {
     const U odd = _mm512_mullo_epi16(_mm512_and_si512(u, _mm512_set1_epi16((short)0xff00)), factor);
     return _mm512_packus_epi16(_mm512_mulhi_epu16(even, three), _mm512_mulhi_epu16(odd, three));
   }
-  static U add_bits(U codes, uint64_t mask, uint8_t value) {
-    return _mm512_mask_add_epi8(codes, (__mmask64)mask, codes, _mm512_set1_epi8((char)value));
-  }
   static U add_where(U codes, U held, const uint8_t* bits, uint8_t value) {
     const __mmask64 set = _mm512_test_epi8_mask(held, load(bits));
     return _mm512_mask_add_epi8(codes, set, codes, _mm512_set1_epi8((char)value));
@@ -118,23 +140,28 @@ struct Vec {
   static U mirrored(U codes, uint64_t mask, uint8_t twice) {
     return _mm512_mask_sub_epi8(codes, (__mmask64)mask, _mm512_set1_epi8((char)twice), codes);
   }
-  template <bool wide> static I dot(I acc, U u, const int8_t* s) {
-    return _mm512_dpbusd_epi32(acc, u, _mm512_loadu_si512(s));
+  template <bool wide, bool is_signed> static U ready(U u) { return is_signed ? flip(u) : u; }
+  template <int P, int most> static I dot(I sums, const U* codes, const int8_t* x) {
+    for (int p = 0; p < P; p++) sums = _mm512_dpbusd_epi32(sums, codes[p], _mm512_loadu_si512(x + 64 * p));
+    return sums;
   }
-  // The offset for what `dot` gives, from that of the codes.
-  template <bool wide> static F offset(F, F o) { return o; }
   static I zero() { return _mm512_setzero_si512(); }
+  static I loadi(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static void storei(int32_t* p, I i) { _mm512_storeu_si512(p, i); }
+  static I whole(F f) { return _mm512_cvtps_epi32(f); }
 
   static F cvt(I a) { return _mm512_cvtepi32_ps(a); }
   static F set1(float v) { return _mm512_set1_ps(v); }
   static F loadf(const float* p) { return _mm512_loadu_ps(p); }
   static void storef(float* p, F f) { _mm512_storeu_ps(p, f); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F over(F a, F b) { return _mm512_div_ps(a, b); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F pick(F a, const int32_t* index) { return _mm512_permutexvar_ps(_mm512_loadu_si512(index), a); }
+  template <int from> static F pick8(F a, const int32_t* index) { return pick(a, index); }
   struct Held {
     F x = set1(0);
     void hold(F f) { x = f; }

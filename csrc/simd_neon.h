@@ -8,6 +8,8 @@ namespace {
 
 struct Vec {
   static constexpr int ROWS = 2;  // of W with sums in registers
+  static constexpr int TAKEN = 128;  // what `dot` subtracts from codes above 127
+  static constexpr bool SHIFTED = false;  // whether `dot` takes any bytes as codes, so that bits can stay where they are
   static constexpr int THREES = 2;  // vectors of codes of three bits for each step
   struct U { uint8x16_t x[4]; };
   struct I { int32x4_t x[4]; };
@@ -37,13 +39,21 @@ struct Vec {
     for (int i = 0; i < 4; i++) u.x[i] = vreinterpretq_u8_u32(vdupq_laneq_u32(words(u.x[i]), p));
     return u;
   }
-  template <int p, int mask> static U lifted(U u, const int32_t* by) {
+  template <int p> static U copied(U a, U b) {
     for (int i = 0; i < 4; i++) {
-      const uint32x4_t bits = vshlq_u32(vdupq_laneq_u32(words(u.x[i]), p), vnegq_s32(vld1q_s32(by + 4 * i)));
+      const uint32x4_t x = vdupq_laneq_u32(words(a.x[i]), p), y = vdupq_laneq_u32(words(b.x[i]), p);
+      a.x[i] = vreinterpretq_u8_u32(vcombine_u32(vget_low_u32(x), vget_low_u32(y)));
+    }
+    return a;
+  }
+  template <int mask> static U down(U u, const int32_t* by) {
+    for (int i = 0; i < 4; i++) {
+      const uint32x4_t bits = vshlq_u32(words(u.x[i]), vnegq_s32(vld1q_s32(by + 4 * i)));
       u.x[i] = vandq_u8(vreinterpretq_u8_u32(bits), vdupq_n_u8(mask));
     }
     return u;
   }
+  static U both(U a, U b) { for (int i = 0; i < 4; i++) a.x[i] = vandq_u8(a.x[i], b.x[i]); return a; }
   static U either(U a, U b) { for (int i = 0; i < 4; i++) a.x[i] = vorrq_u8(a.x[i], b.x[i]); return a; }
   static U flip(U a) { for (int i = 0; i < 4; i++) a.x[i] = veorq_u8(a.x[i], vdupq_n_u8(0x80)); return a; }
   static U lookup(U codes, const uint8_t* table) {
@@ -94,11 +104,6 @@ struct Vec {
     static const uint8_t bit[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
     return vtstq_u8(vqtbl1q_u8(vreinterpretq_u8_u64(vdupq_n_u64(mask)), vld1q_u8(order)), vld1q_u8(bit));
   }
-  static U add_bits(U codes, uint64_t mask, uint8_t value) {
-    for (int i = 0; i < 4; i++)
-      codes.x[i] = vorrq_u8(codes.x[i], vandq_u8(by_bits(mask >> (16 * i)), vdupq_n_u8(value)));
-    return codes;
-  }
   static U add_where(U codes, U held, const uint8_t* bits, uint8_t value) {
     for (int i = 0; i < 4; i++) {
       const uint8x16_t set = vtstq_u8(held.x[i], vld1q_u8(bits + 16 * i));
@@ -127,23 +132,25 @@ struct Vec {
     return vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(lo), vpaddlq_s16(hi)));
 #endif
   }
-  // Adds the products of codes and activations for each lane; those of wide codes minus 128.
-  template <bool wide> static I dot(I acc, U u, const int8_t* s) {
-    for (int i = 0; i < 4; i++) {
-      const uint8x16_t code = wide ? veorq_u8(u.x[i], vdupq_n_u8(0x80)) : u.x[i];
-      acc.x[i] = dot16(acc.x[i], vreinterpretq_s8_u8(code), vld1q_s8(s + 16 * i));
-    }
-    return acc;
+  // Codes as `dot` takes them: those above 127 minus 128.
+  template <bool wide, bool is_signed> static U ready(U u) { return wide && !is_signed ? flip(u) : u; }
+  template <int P, int most> static I dot(I sums, const U* codes, const int8_t* x) {
+    for (int p = 0; p < P; p++)
+      for (int i = 0; i < 4; i++)
+        sums.x[i] = dot16(sums.x[i], vreinterpretq_s8_u8(codes[p].x[i]), vld1q_s8(x + 64 * p + 16 * i));
+    return sums;
   }
-  // The offset for what `dot` gives, from that of the codes.
-  template <bool wide> static F offset(F s, F o) { return wide ? fma(s, set1(128), o) : o; }
   static I zero() { const int32x4_t z = vdupq_n_s32(0); return {{z, z, z, z}}; }
 
+  static I loadi(const int32_t* p) { I made; for (int i = 0; i < 4; i++) made.x[i] = vld1q_s32(p + 4 * i); return made; }
+  static void storei(int32_t* p, I from) { for (int i = 0; i < 4; i++) vst1q_s32(p + 4 * i, from.x[i]); }
+  static I whole(F f) { I made; for (int i = 0; i < 4; i++) made.x[i] = vcvtnq_s32_f32(f.x[i]); return made; }
   static F cvt(I a) { F f; for (int i = 0; i < 4; i++) f.x[i] = vcvtq_f32_s32(a.x[i]); return f; }
   static F set1(float v) { const float32x4_t z = vdupq_n_f32(v); return {{z, z, z, z}}; }
   static F loadf(const float* p) { F f; for (int i = 0; i < 4; i++) f.x[i] = vld1q_f32(p + 4 * i); return f; }
   static void storef(float* p, F f) { for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, f.x[i]); }
   static F mul(F a, F b) { for (int i = 0; i < 4; i++) a.x[i] = vmulq_f32(a.x[i], b.x[i]); return a; }
+  static F over(F a, F b) { for (int i = 0; i < 4; i++) a.x[i] = vdivq_f32(a.x[i], b.x[i]); return a; }
   static F add(F a, F b) { for (int i = 0; i < 4; i++) a.x[i] = vaddq_f32(a.x[i], b.x[i]); return a; }
   static F min(F a, F b) { for (int i = 0; i < 4; i++) a.x[i] = vminq_f32(a.x[i], b.x[i]); return a; }
   static F max(F a, F b) { for (int i = 0; i < 4; i++) a.x[i] = vmaxq_f32(a.x[i], b.x[i]); return a; }
@@ -154,6 +161,7 @@ struct Vec {
     for (int i = 0; i < 16; i++) to[i] = from[index[i]];
     return loadf(to);
   }
+  template <int from> static F pick8(F a, const int32_t* index) { return pick(a, index); }
   struct Held {
     float x[32] = {};
     void hold(F f) { storef(x, f); }

@@ -7,6 +7,8 @@ namespace {
 
 struct Vec {
   static constexpr int ROWS = 1;  // of W with sums in registers
+  static constexpr int TAKEN = 0;  // what `dot` subtracts from codes above 127
+  static constexpr bool SHIFTED = false;  // whether `dot` takes any bytes as codes, so that bits can stay where they are
   static constexpr int THREES = 2;  // vectors of codes of three bits for each step
   struct U { uint8_t x[64]; };
   struct I { int32_t x[16]; };
@@ -38,6 +40,10 @@ struct Vec {
     }
     return u;
   }
+  static U both(U a, U b) {
+    for (int i = 0; i < 64; i++) a.x[i] &= b.x[i];
+    return a;
+  }
   static U either(U a, U b) {
     for (int i = 0; i < 64; i++) a.x[i] |= b.x[i];
     return a;
@@ -56,10 +62,20 @@ struct Vec {
     for (int i = 0; i < 16; i++) memcpy(out.x + 4 * i, u.x + i / 4 * 16 + 4 * p, 4);
     return out;
   }
+  static U shuffle(U u, const uint8_t* index) {  // bytes of each 16, by index
+    U out;
+    for (int i = 0; i < 64; i++) out.x[i] = u.x[i / 16 * 16 + index[i % 16]];
+    return out;
+  }
   static uint32_t word_at(U u, int i) { uint32_t word; memcpy(&word, u.x + 4 * i, 4); return word; }
-  // The same; each copy is shifted right by its own number of bits, as a word, then masked.
-  template <int p, int mask> static U lifted(U u, const int32_t* by) {
-    u = copied<p>(u);
+  // The p-th four bytes of each 16 of a, then of b, both twice.
+  template <int p> static U copied(U a, U b) {
+    U out;
+    for (int i = 0; i < 16; i++) memcpy(out.x + 4 * i, (i % 4 < 2 ? a : b).x + i / 4 * 16 + 4 * p, 4);
+    return out;
+  }
+  // Each word shifted right by its own number of bits, then masked bytes.
+  template <int mask> static U down(U u, const int32_t* by) {
     for (int i = 0; i < 16; i++) {
       const uint32_t word = word_at(u, i) >> by[i] & mask * 0x01010101u;
       memcpy(u.x + 4 * i, &word, 4);
@@ -105,11 +121,6 @@ struct Vec {
     for (int i = 0; i < 64; i++) out.x[i / 16 * 16 + i % 2 * 8 + i % 16 / 2] = uint8_t(uint8_t(u.x[i] * by[i / 2]) * 3 >> 8);
     return out;
   }
-  // codes | value if the code's bit of `mask` is set, else codes.
-  static U add_bits(U codes, uint64_t mask, uint8_t value) {
-    for (int i = 0; i < 64; i++) codes.x[i] |= (mask >> i & 1) ? value : 0;
-    return codes;
-  }
   // codes | value where the byte of `held` has the bit in `bits`, else codes.
   static U add_where(U codes, U held, const uint8_t* bits, uint8_t value) {
     for (int i = 0; i < 64; i++) codes.x[i] |= held.x[i] & bits[i] ? value : 0;
@@ -128,19 +139,25 @@ struct Vec {
     for (int i = 0; i < 64; i++) codes.x[i] = (mask >> i & 1) ? uint8_t(twice - codes.x[i]) : codes.x[i];
     return codes;
   }
-  template <bool wide> static I dot(I acc, U u, const int8_t* s) {
-    for (int i = 0; i < 64; i++) acc.x[i / 4] += int32_t(u.x[i]) * s[i];
-    return acc;
+  // Codes as `dot` takes them. wide: some are above 127.
+  template <bool wide, bool is_signed> static U ready(U u) { return is_signed ? flip(u) : u; }
+  // Adds the products of P vectors of codes, which are at most `most`, and activations for each lane.
+  template <int P, int most> static I dot(I sums, const U* codes, const int8_t* x) {
+    for (int p = 0; p < P; p++)
+      for (int i = 0; i < 64; i++) sums.x[i / 4] += int32_t(codes[p].x[i]) * x[64 * p + i];
+    return sums;
   }
-  // The offset for what `dot` gives, from that of the codes.
-  template <bool wide> static F offset(F, F o) { return o; }
   static I zero() { I i; memset(i.x, 0, sizeof i.x); return i; }
+  static I loadi(const int32_t* p) { I i; memcpy(i.x, p, 64); return i; }
+  static void storei(int32_t* p, I i) { memcpy(p, i.x, 64); }
+  static I whole(F f) { I made; for (int i = 0; i < 16; i++) made.x[i] = int32_t(f.x[i]); return made; }
 
   static F cvt(I a) { F f; for (int i = 0; i < 16; i++) f.x[i] = float(a.x[i]); return f; }
   static F set1(float v) { F f; for (int i = 0; i < 16; i++) f.x[i] = v; return f; }
   static F loadf(const float* p) { F f; memcpy(f.x, p, 64); return f; }
   static void storef(float* p, F f) { memcpy(p, f.x, 64); }
   static F mul(F a, F b) { for (int i = 0; i < 16; i++) a.x[i] *= b.x[i]; return a; }
+  static F over(F a, F b) { for (int i = 0; i < 16; i++) a.x[i] /= b.x[i]; return a; }
   static F add(F a, F b) { for (int i = 0; i < 16; i++) a.x[i] += b.x[i]; return a; }
   static F min(F a, F b) { for (int i = 0; i < 16; i++) a.x[i] = a.x[i] < b.x[i] ? a.x[i] : b.x[i]; return a; }
   static F max(F a, F b) { for (int i = 0; i < 16; i++) a.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i]; return a; }
@@ -152,6 +169,8 @@ struct Vec {
     return a;
   }
   static F pick(F a, const int32_t* index) { F f; for (int i = 0; i < 16; i++) f.x[i] = a.x[index[i]]; return f; }
+  // The same, if all are among eight: lanes 0 to 7, or from lane 8 on.
+  template <int from> static F pick8(F a, const int32_t* index) { return pick(a, index); }
   // Sixteen floats, of which lanes take those from `from` on by index. Lanes 8 to 15 are as the others, but `half` further.
   struct Held {
     float x[32] = {};
