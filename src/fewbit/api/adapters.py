@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fewbit.api import arguments, evaluate, quantize
+from fewbit.api import arguments, evaluate, quantize, splitting
 from fewbit.api.arguments import Device, DType, Plans, checked
 from fewbit.checks import Texts
 from fewbit.errors import FormatError, NumericsError, OutputError, PlanError
@@ -163,6 +163,8 @@ def merge(
     base: str | Path | None = None,
     plan: Plans | None = None,
     calibration: texts_calibration.Calibration | Texts | None = None,
+    imatrix: str | Path | None = None,
+    max_shard: int | str | None = None,
     text: Texts | None = None,
     length: int | None = None,
     samples: int | None = 8,
@@ -174,8 +176,9 @@ def merge(
     """Merge an adapter into the weights that `model` was quantized from. Writes `out`, a model folder or a GGUF file.
 
     base: the original model. Default: the one that `model` records, if it is on this machine; otherwise the dequantized
-    weights. plan: quantize the result by this plan; one for GGUF makes a file. The result is compared with `model` and
-    its adapter on `samples` windows of `length` tokens of a text. The merged model is held in memory unquantized.
+    weights. plan: quantize the result by this plan, with `calibration`, `imatrix` and `max_shard` as in `quantize`; one
+    for GGUF makes a file. The result is compared with `model` and its adapter on `samples` windows of `length` tokens
+    of a text. The merged model is held in memory unquantized.
     """
     elapsed, out = timing.timed(), publish.named(out)
     plan = None if plan is None else arguments.plan("plan", plan)
@@ -184,7 +187,13 @@ def merge(
             f"{out} would be a GGUF file, and without a plan merge makes a folder",
             "Give a plan for GGUF, such as `plan=q4_k_m`, or another `out`.",
         )
-    publish.check_output(out, overwrite=overwrite, file=plan is not None and is_file(out, plan))
+    if plan is None and imatrix is not None:
+        raise PlanError(
+            f"`imatrix={imatrix}`: without a plan merge quantizes nothing", "Give a plan, or omit `imatrix`."
+        )
+    shard = None if max_shard is None else int(max_shard)
+    publish.check_output(out, overwrite=overwrite, file=(file := plan is not None and is_file(out, plan)))
+    splitting.parts(out, shard, overwrite=overwrite, file=file)  # PlanError if it cannot be split
     check_adapter(adapter)
     from fewbit.models.adapters.attach import folded, trained_on
     from fewbit.models.merge import write_merged
@@ -215,9 +224,10 @@ def merge(
     evaluated([source, onto], tokenizer, text or sources.own_source(source.config), length, samples)
     needed = {out.resolve() if plan is None else cache_folder(): 2 * describe(onto).parameters}
     if plan is not None:
-        with rehearsed(onto, plan, device, trust_remote_code=trust_remote_code) as job:
+        with rehearsed(onto, plan, device, trust_remote_code=trust_remote_code, imatrix=imatrix) as job:
             job.inputs(arguments.calibrated(calibration), tokenizer)
-            job.header(tokenizer)  # PlanError if GGUF cannot express the config or tokenizer
+            header = job.header(tokenizer)  # PlanError if GGUF cannot express the config or tokenizer
+            splitting.count(job.settled, header, shard)
             needed[out.resolve()] = size = job.preview().output_bytes
             needed[cache_folder()] += size  # its blocks are kept there until the file is made
     publish.check_space(needed)
@@ -238,7 +248,8 @@ def merge(
             request = quantize.Request(
                 plan=plan,
                 calibration=arguments.calibrated(calibration),
-                imatrix=None,
+                imatrix=imatrix,
+                max_shard=shard,
                 device=device,
                 progress=progress,
                 # The folder of the merged weights is temporary, so the record names what they were made from.
@@ -255,6 +266,7 @@ def merge(
         finally:
             held.remove()
         notes = left_behind(onto, single_file=False)  # `quantize` returns the other notes
+    out = splitting.written(out)
     return Merged(
         out=str(out),
         base=origin.name if origin is not None else None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewbit.cli.flags import Fields, checked
-from fewbit.cli.options import Json, Model, Overwrite, Text, Windows, printed
+from fewbit.cli.options import Imatrix, Json, MaxShard, Model, Overwrite, Text, Windows, printed
 from fewbit.cli.stdin import text_of
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.loading import Loading
@@ -63,6 +63,8 @@ def merge(
         ),
     ] = None,
     calibration: Annotated[Calibration, Fields(text="calibration")] = Calibration(),
+    imatrix: Imatrix = None,
+    max_shard: MaxShard = None,
     text: Text = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens in a window to measure on. Default: the model's context, at most 2048.")
@@ -84,6 +86,8 @@ def merge(
         base=base,
         plan=plan,
         calibration=calibration,
+        imatrix=imatrix,
+        max_shard=max_shard,
         text=measured,
         length=length,
         samples=samples,

@@ -71,11 +71,9 @@ class Job:
         skeleton = skeleton_of(
             source, machine.device(device), trust_remote_code, for_gguf=bool(plans.format_of(plan).suffix)
         )
-        settled, notes = Settled.of(skeleton, plan), list[str]()
+        settled = Settled.of(skeleton, plan)
         settled.check()
-        importance: Importance | None = None
-        if imatrix is not None:
-            importance, notes = importances.importance(Path(imatrix), settled)
+        importance, notes = _importance(imatrix, settled)
         return cls(source, settled, importance, [*settled.on_the_source(), *settled.resolved.notes, *notes])
 
     @property
@@ -126,14 +124,26 @@ class Job:
         )
 
 
+def _importance(imatrix: str | Path | None, settled: Settled) -> tuple[Importance | None, list[str]]:
+    """What an importance matrix file says of the weights, and notes on it; nothing without one."""
+    return (None, []) if imatrix is None else importances.importance(Path(imatrix), settled)
+
+
 @contextmanager
-def rehearsed(source: Source, plan: plans.Plan, device: Device, *, trust_remote_code: bool = False) -> Iterator[Job]:
+def rehearsed(
+    source: Source,
+    plan: plans.Plan,
+    device: Device,
+    *,
+    trust_remote_code: bool = False,
+    imatrix: str | Path | None = None,
+) -> Iterator[Job]:
     """A job for checks of a plan, before `source` is unpacked: if its weights are packed, as if they were unpacked.
 
     PlanError if the plan does not fit.
     """
     if source.quantization is None:
-        yield Job.prepare(source, plan, device, trust_remote_code=trust_remote_code)
+        yield Job.prepare(source, plan, device, trust_remote_code=trust_remote_code, imatrix=imatrix)
         return
     with tempfile.TemporaryDirectory() as place:
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
@@ -144,7 +154,8 @@ def rehearsed(source: Source, plan: plans.Plan, device: Device, *, trust_remote_
         for_gguf = bool(plans.format_of(plan).suffix)
         settled = Settled.of(Outline(plain, trust_remote_code=trust_remote_code, for_gguf=for_gguf), plan)
         settled.check_plan()
-        yield Job(plain, settled, None, list(settled.resolved.notes))
+        importance, notes = _importance(imatrix, settled)
+        yield Job(plain, settled, importance, [*settled.resolved.notes, *notes])
 
 
 def same_vocabulary(one: Source, other: Source, tokenizer: Any, trust_remote_code: bool) -> None:
