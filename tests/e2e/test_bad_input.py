@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from fewbit import FormatError, KernelError, PlanError
 from fewbit.api import generate, quantize
 from fewbit.formats.containers import safetensors
-from fewbit.models.experts import UNDECORATED
+from fewbit.models.separated import UNDECORATED
 from fewbit.pipeline import run, write_folder
 from fewbit.texts import calibration
 from tests import architectures, models

@@ -20,6 +20,7 @@ from fewbit.errors import KernelError
 from fewbit.kernels.base import Kernel
 from fewbit.kernels.reference import Reference
 from fewbit.models import experts
+from fewbit.models.separated import SeparateBatchedExperts
 from fewbit.models.stacking import pack
 from fewbit.nn.experts import ExpertSlice, QExperts
 from fewbit.nn.fused import packed_linears
@@ -67,7 +68,7 @@ def layers(model: Any) -> list[Any]:
 
 def given(module: Any, tokens: int = 30) -> tuple[Tensor, ...]:
     """Inputs of a layer; expert 0 gets many rows, expert 1 none."""
-    if isinstance(module, experts.SeparateBatchedExperts):
+    if isinstance(module, SeparateBatchedExperts):
         return (torch.randn(module.count * tokens, 64, generator=torch.Generator().manual_seed(1)),)
     return routed(module, tokens)
 
