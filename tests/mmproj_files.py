@@ -109,6 +109,16 @@ def _tiles(model: Any) -> dict[str, Tensor]:
     return {"input_ids": _around(model, 4), "pixel_values": pixels}
 
 
+def _patches(model: Any) -> dict[str, Tensor]:
+    """LFM2-VL: an image of 4 x 2 patches, of which 4 make one vector, and padding."""
+    generator, mask = torch.Generator().manual_seed(4), torch.zeros((1, 12), dtype=torch.int32)
+    mask[0, :8] = 1
+    pixels = torch.randn((1, 12, 3 * 16**2), generator=generator)
+    shapes = torch.tensor([[4, 2]])
+    given = {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    return {"input_ids": _around(model, 2), **given}
+
+
 _QWEN = _qwen(3136, 12845056, _CLIP)
 _QWEN3 = _qwen(65536, 16777216, _HALF)
 _DEEP = {"deepstack_visual_indexes": [1, 2]}
@@ -259,6 +269,42 @@ KINDS |= {
         },
         text_type="llama4_text",
         given=_tiles,
+    ),
+    "lfm2_vl": Kind(
+        "lfm2_vl",
+        "lfm2:LFM2VLModel",
+        lambda: transformers.Lfm2VlImageProcessor(),
+        vision={"hidden_size": 48, "patch_size": 16, "num_patches": 16, "vision_use_head": False},
+        whole={"projector_hidden_size": 72},
+        text_type="lfm2",
+        text_class="Lfm2ForCausalLM",
+        renamed=(("model.vision_tower.", "model.vision_tower.vision_model."),),
+        stated={**_HALF, "image_processor_type": "Lfm2VlImageProcessor"},
+        given=_patches,
+    ),
+    "lighton_ocr": Kind(
+        "lighton_ocr",
+        "lighton_ocr:LightOnOCRVisionModel",
+        lambda: transformers.PixtralImageProcessorPil(
+            size={"longest_edge": SIZE}, patch_size={"height": 2 * PATCH, "width": 2 * PATCH}, **_CLIP
+        ),
+        processing={"patch_size": PATCH, "spatial_merge_size": 2},
+        text_class="Qwen3ForCausalLM",
+    ),
+    "exaone4_5": Kind(
+        "exaone4_5",
+        "exaone:Exaone4_5VisionModel",
+        _QWEN,
+        vision={"hidden_size": 48, "num_heads": 4, "num_key_value_heads": 2, "fullatt_block_indexes": [1, 3]},
+        text_type="exaone4",
+        text_class="Exaone4ForCausalLM",
+        stated={
+            **_CLIP,
+            "patch_size": PATCH,
+            "min_pixels": 3136,
+            "max_pixels": 12845056,
+            "image_processor_type": "Qwen2VLImageProcessor",
+        },
     ),
 }
 KINDS["smolvlm"] = replace(

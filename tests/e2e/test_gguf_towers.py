@@ -33,7 +33,7 @@ from tests.e2e.conftest import Fewbit
 pytest.importorskip("PIL")
 from PIL import Image  # after the check
 
-_NEEDS_TORCHVISION = ("pixtral", "mistral3", "llama4")
+_NEEDS_TORCHVISION = ("pixtral", "mistral3", "llama4", "lfm2_vl")
 PROMPT = "The weight of a block"
 
 

@@ -236,10 +236,8 @@ def parts(config: Any, row: Tower) -> dict[str, Part]:
             whole = tuple(f"{place}{name}.{leaf}" for name in each)
             shift = 1.0 if leaf == "weight" and each[0] in row.shifted else 0.0
             side = getattr(vision, row.pixels_last.get(each[0], ""), 0) if leaf == "weight" else 0
-            shape = (3, side, side) if side else ()
-            if side:
-                more = {**more, "columns": ((side, side, 3), (2, 0, 1))}
-            found[f"{theirs}.{leaf}"] = Part(whole, Route(whole[0], shift=shift, **more), row=shape)
+            shape, turned = ((3, side, side), {"columns": ((side, side, 3), (2, 0, 1))}) if side else ((), {})
+            found[f"{theirs}.{leaf}"] = Part(whole, Route(whole[0], shift=shift, **more, **turned), row=shape)
 
     for theirs, ours in row.model.items():
         add(theirs, ours)

@@ -1,4 +1,4 @@
-"""Vision towers of Gemma 4 and Llama 4.
+"""Vision towers of Gemma 4, Llama 4 and LFM2-VL.
 
 Source: conversion/ and tools/mtmd/ of llama.cpp, and the configs of the published models.
 """
@@ -184,4 +184,55 @@ LLAMA4_OLDER = replace(
     LLAMA4,
     block={**LLAMA4.block, "post_attention_layernorm": "ln2"},
     when="v.blk.0.ln2.weight",
+)
+
+
+def _lfm2(keys: Keys) -> Mapping[str, Any]:
+    entries = keys.file.entries
+    return {
+        "downsample_factor": keys.count("vision.projector.scale_factor", 2),
+        "projector_hidden_size": keys.shape("mm.1.weight")[0],
+        "projector_bias": "mm.1.bias" in entries,
+        "projector_use_layernorm": "mm.input_norm.weight" in entries,
+        "vision_config.num_patches": keys.shape("v.position_embd.weight")[0],
+    }
+
+
+def _unshuffled(keys: Keys) -> Mapping[str, Any]:
+    factor = keys.count("vision.projector.scale_factor", 2)
+    return {"encoder_patch_size": keys.count("vision.patch_size"), "downsample_factor": factor}
+
+
+LFM2 = Tower(
+    "lfm2",
+    "lfm2_vl",
+    "Lfm2VlForConditionalGeneration",
+    "siglip2_vision_model",
+    {"lfm2": "lfm2", "lfm2_moe": "lfm2_moe"},
+    {
+        f"{_TOWER}.embeddings.patch_embedding": "v.patch_embd",
+        f"{_TOWER}.embeddings.position_embedding": "v.position_embd",
+        f"{_TOWER}.post_layernorm": "v.post_ln",
+        "model.multi_modal_projector.layer_norm": "mm.input_norm",
+        "model.multi_modal_projector.linear_1": "mm.1",
+        "model.multi_modal_projector.linear_2": "mm.2",
+    },
+    BLOCK,
+    f"{_TOWER}.encoder.layers",
+    ("mm.2.weight", 0),
+    pixels_last={"v.patch_embd": "patch_size"},
+    sizes={theirs: ours for theirs, ours in SIZES.items() if theirs != "image_size"},
+    activations={"use_gelu": GELU},
+    fixed={"projector_hidden_act": "gelu", "vision_config.vision_use_head": False},
+    further=_lfm2,
+    tokens={"image_token_id": "<image>"},
+    processor="Lfm2VlProcessor",
+    images="Lfm2VlImageProcessor",
+    named={
+        "image_token": "<image>",
+        "image_start_token": "<|image_start|>",
+        "image_end_token": "<|image_end|>",
+        "image_thumbnail_token": "<|img_thumbnail|>",
+    },
+    pixels=_unshuffled,
 )

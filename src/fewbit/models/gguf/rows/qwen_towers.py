@@ -1,4 +1,4 @@
-"""Vision towers of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen 3.5.
+"""Vision towers of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen 3.5, and of EXAONE 4.5.
 
 Source: conversion/ and tools/mtmd/clip.cpp of llama.cpp, and the configs of the published models.
 """
@@ -121,6 +121,32 @@ QWEN25 = replace(
     fixed={"vision_config.window_size": 112, "vision_config.tokens_per_second": 2},
     further=_qwen25,
     processor="Qwen2_5_VLProcessor",
+)
+
+
+def _exaone(keys: Keys) -> Mapping[str, Any]:
+    heads = keys.count("vision.attention.head_count")
+    return {
+        **_qwen25(keys),
+        "vision_config.num_key_value_heads": keys.count("vision.attention.head_count_kv", heads),
+        "vision_config.window_size": keys.count("vision.window_size", 112),
+    }
+
+
+EXAONE = replace(
+    QWEN25,
+    projector="exaone4_5",
+    model_type="exaone4_5",
+    cls="Exaone4_5_ForConditionalGeneration",
+    vision_type="exaone4_5_vision",
+    texts={"exaone4": "exaone4"},
+    block={**QWEN25.block, "attn.qkv": "attn_qkv"},
+    fixed={},
+    further=_exaone,
+    sections=False,
+    tokens={"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"},
+    processor="Exaone4_5_Processor",
+    named={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
 )
 
 

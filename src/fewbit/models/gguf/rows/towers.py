@@ -12,8 +12,8 @@ from typing import Any
 
 from fewbit.errors import FormatError
 from fewbit.models.gguf.metadata import Keys
-from fewbit.models.gguf.rows.later_towers import GEMMA4, LLAMA4, LLAMA4_OLDER
-from fewbit.models.gguf.rows.qwen_towers import QWEN2, QWEN3, QWEN3_EXPERTS, QWEN25, QWEN35, QWEN35_EXPERTS, merge
+from fewbit.models.gguf.rows.later_towers import GEMMA4, LFM2, LLAMA4, LLAMA4_OLDER
+from fewbit.models.gguf.rows.qwen_towers import EXAONE, QWEN2, QWEN3, QWEN3_EXPERTS, QWEN25, QWEN35, QWEN35_EXPERTS, merge
 from fewbit.models.gguf.rows.shared import GELU
 from fewbit.models.gguf.tower import BLOCK, Tower
 
@@ -159,6 +159,42 @@ MISTRAL3 = replace(
     when="mm.patch_merger.weight",
     fixed={"vision_feature_layer": -1, "projector_hidden_act": "gelu"},
     further=_mistral3,
+)
+
+
+def _lighton(keys: Keys) -> Mapping[str, Any]:
+    """Only whole squares of patches become vectors, so images have sides that are multiples of these."""
+    whole = keys.count("vision.patch_size") * merge(keys, 1)
+    size = {"longest_edge": keys.count("vision.image_size")}
+    return {"size": size, "patch_size": {"height": whole, "width": whole}}
+
+
+LIGHTON = replace(
+    MISTRAL3,
+    projector="lightonocr",
+    model_type="lighton_ocr",
+    cls="LightOnOcrForConditionalGeneration",
+    texts={"qwen3": "qwen3"},
+    model={
+        "model.vision_encoder.patch_conv": "v.patch_embd",
+        "model.vision_encoder.ln_pre": "v.pre_ln",
+        "model.vision_projection.norm": "mm.input_norm",
+        "model.vision_projection.patch_merger.merging_layer": "mm.patch_merger",
+        "model.vision_projection.linear_1": "mm.1",
+        "model.vision_projection.linear_2": "mm.2",
+    },
+    layers="model.vision_encoder.transformer.layers",
+    extra=frozenset(),
+    when="",
+    fixed={},
+    tokens={"image_token_id": "<|image_pad|>"},
+    processor="LightOnOcrProcessor",
+    named={
+        "image_token": "<|image_pad|>",
+        "image_break_token": "<|vision_pad|>",
+        "image_end_token": "<|vision_end|>",
+    },
+    pixels=_lighton,
 )
 
 
@@ -367,4 +403,7 @@ ROWS = (
     GEMMA4,
     LLAMA4,
     LLAMA4_OLDER,
+    LFM2,
+    LIGHTON,
+    EXAONE,
 )
