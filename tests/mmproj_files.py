@@ -291,6 +291,17 @@ KINDS |= {
         processing={"patch_size": PATCH, "spatial_merge_size": 2},
         text_class="Qwen3ForCausalLM",
     ),
+    "glm4v_moe": Kind(
+        "glm4v_moe",
+        "qwen3vl:Glm4VVisionModel",
+        lambda: transformers.Glm4vImageProcessorPil(
+            patch_size=PATCH, size={"shortest_edge": 12544, "longest_edge": 9633792}, **_CLIP
+        ),
+        vision={"hidden_size": 48, "out_hidden_size": 64, "rms_norm_eps": 1e-6},
+        text={"rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
+        text_name="glm4moe",
+        text_class="Glm4MoeForCausalLM",
+    ),
     "exaone4_5": Kind(
         "exaone4_5",
         "exaone:Exaone4_5VisionModel",

@@ -112,8 +112,11 @@ def inputs(
         else:
             if token:
                 prompt = _with_places(prompt, str(token), len(images))
-                prompt = _with_marks(prompt, str(token), _marks(processor, config))
+                prompt = _with_marks(prompt, str(token), _marks(processor, config, "vision"))
             made = processor(text=[prompt], images=list(images), return_tensors="pt")
+            if token and not (made["input_ids"] == config.get("image_start_token_id", -1)).any():
+                marked = _with_marks(prompt, str(token), _marks(processor, config, "image"))
+                made = made if marked == prompt else processor(text=[marked], images=list(images), return_tensors="pt")
     except PlanError:
         raise
     except Exception as error:  # a processor is code of the model's author
@@ -143,9 +146,12 @@ def _with_places(prompt: str, token: str, count: int) -> str:
     return prompt if found else token * count + prompt
 
 
-def _marks(processor: Any, config: Mapping[str, Any]) -> tuple[str, str]:
-    """The tokens before and after an image, empty if config.json names none."""
-    ids = [config.get(f"vision_{end}_token_id") for end in ("start", "end")]
+def _marks(processor: Any, config: Mapping[str, Any], kind: str) -> tuple[str, str]:
+    """The tokens before and after an image, empty if config.json names none.
+
+    kind: what config.json calls them. Some processors add those named "image", such as Molmo 2's, and GLM's does not.
+    """
+    ids = [config.get(f"{kind}_{end}_token_id") for end in ("start", "end")]
     found = [processor.tokenizer.convert_ids_to_tokens(each) if isinstance(each, int) else "" for each in ids]
     return (str(found[0]), str(found[1])) if all(found) else ("", "")
 

@@ -1,4 +1,4 @@
-"""Vision towers of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen 3.5, and of EXAONE 4.5.
+"""Vision towers of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen 3.5, of EXAONE 4.5 and of GLM-4.5V.
 
 Source: conversion/ and tools/mtmd/clip.cpp of llama.cpp, and the configs of the published models.
 """
@@ -121,6 +121,61 @@ QWEN25 = replace(
     fixed={"vision_config.window_size": 112, "vision_config.tokens_per_second": 2},
     further=_qwen25,
     processor="Qwen2_5_VLProcessor",
+)
+
+
+def _glm(keys: Keys) -> Mapping[str, Any]:
+    return {
+        "vision_config.attention_bias": "v.blk.0.attn_qkv.bias" in keys.file.entries,
+        "vision_config.out_hidden_size": keys.shape("mm.model.fc.weight")[0],
+        "vision_config.spatial_merge_size": keys.shape("mm.patch_merger.weight", 4)[-1],
+    }
+
+
+GLM = replace(
+    QWEN25,
+    projector="glm4v",
+    model_type="glm4v_moe",
+    cls="Glm4vMoeForConditionalGeneration",
+    vision_type="glm4v_moe_vision",
+    texts={"glm4_moe": "glm4v_moe_text"},
+    model={
+        "model.visual.patch_embed.proj": "v.patch_embd",
+        "model.visual.post_conv_layernorm": "v.norm_embd",
+        "model.visual.embeddings.position_embedding": "v.position_embd",
+        "model.visual.post_layernorm": "v.post_ln",
+        "model.visual.downsample": "mm.patch_merger",
+        "model.visual.merger.proj": "mm.model.fc",
+        "model.visual.merger.post_projection_norm": "mm.post_norm",
+        "model.visual.merger.gate_proj": "mm.gate",
+        "model.visual.merger.up_proj": "mm.up",
+        "model.visual.merger.down_proj": "mm.down",
+    },
+    block={**QWEN25.block, "attn.qkv": "attn_qkv"},
+    output=("mm.down.weight", 0),
+    extra=frozenset(),
+    swapped=False,
+    sizes={
+        **_QWEN_SIZES,
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
+        "image_size": "image_size",
+    },
+    epsilon="rms_norm_eps",
+    fixed={},
+    further=_glm,
+    tokens={
+        "image_token_id": "<|image|>",
+        "video_token_id": "<|video|>",
+        "image_start_token_id": "<|begin_of_image|>",
+        "image_end_token_id": "<|end_of_image|>",
+        "video_start_token_id": "<|begin_of_video|>",
+        "video_end_token_id": "<|end_of_video|>",
+    },
+    processor="Glm4vProcessor",
+    images="Glm4vImageProcessor",
+    named={"image_token": "<|image|>", "video_token": "<|video|>"},
+    pixels=partial(_area, 12544, 9633792),
 )
 
 
