@@ -27,7 +27,7 @@ from fewbit.models import images
 from fewbit.models.gguf import processor, towers
 from fewbit.models.source import locate, with_tower
 from fewbit.nn.layers import QLinear
-from tests import mmproj_files, models
+from tests import gguf_files, mmproj_files, models
 from tests.e2e.conftest import Fewbit
 
 pytest.importorskip("PIL")
@@ -270,6 +270,16 @@ def test_small_models_of_gemma_4_read_images_causally(tmp_path: Path, width: int
     read = {**locate(files.text).config, "hidden_size": width}
     config = towers.to_config(read, towers.opened(tower, "gemma4_text"), GgufFile(files.text))
     assert config["text_config"]["use_bidirectional_attention"] == kind
+
+
+def test_the_language_model_of_a_dense_glm_4v_is_refused(tmp_path: Path) -> None:
+    """llama.cpp's converter reorders rows of q and k if RoPE has sections. They were read as those of GLM 4."""
+    plain = gguf_files.written(gguf_files.save(tmp_path / "m", "glm4"), tmp_path / "text.gguf")
+    assert locate(plain).config["model_type"] == "glm4"
+    sections = {"glm4.rope.dimension_sections": np.array([2, 1, 1, 0], np.int32)}
+    text = mmproj_files.changed(plain, tmp_path / "glm-4.1v.gguf", sections)
+    with pytest.raises(FormatError, match=r"the language model of GLM-4\.1V or GLM-OCR, whose q and k"):
+        package.load(text, device="cpu")
 
 
 def test_newer_llava_files_are_refused_by_name(tmp_path: Path) -> None:

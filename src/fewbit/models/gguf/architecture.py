@@ -82,6 +82,7 @@ class Architecture:
     without_lora: frozenset[str] = field(default_factory=frozenset)
     # A file is of this type if it has one of these keys, and it is not 0, or tensors; (): if it is of no other type
     when: tuple[str, ...] = ()
+    unread: Mapping[str, str] = field(default_factory=dict)  # keys of files that are not read -> why
     # Entries of config.json that models of this row have, where a type has several rows. A frozenset: of each layer
     chosen: Mapping[str, Any] = field(default_factory=dict)
     # Values of the tensors

@@ -223,6 +223,10 @@ ROWS = (
             "mlp.down_proj": "ffn_down",
             "post_mlp_layernorm": "post_ffw_norm",
         },
+        unread={
+            "rope.dimension_sections": "it is the language model of GLM-4.1V or GLM-OCR, whose q and k have the turned "
+            "rows of a head in another order, and fewbit cannot undo that"
+        },
         biases=BIAS,
         partial_rotary=True,
     ),
