@@ -119,6 +119,11 @@ def _patches(model: Any) -> dict[str, Tensor]:
     return {"input_ids": _around(model, 2), **given}
 
 
+def _glm() -> Any:
+    own: Any = transformers.Glm4vImageProcessorPil  # its arguments are not typed
+    return own(patch_size=PATCH, size={"shortest_edge": 12544, "longest_edge": 9633792}, **_CLIP)
+
+
 _QWEN = _qwen(3136, 12845056, _CLIP)
 _QWEN3 = _qwen(65536, 16777216, _HALF)
 _DEEP = {"deepstack_visual_indexes": [1, 2]}
@@ -294,9 +299,7 @@ KINDS |= {
     "glm4v_moe": Kind(
         "glm4v_moe",
         "qwen3vl:Glm4VVisionModel",
-        lambda: transformers.Glm4vImageProcessorPil(
-            patch_size=PATCH, size={"shortest_edge": 12544, "longest_edge": 9633792}, **_CLIP
-        ),
+        _glm,
         vision={"hidden_size": 48, "out_hidden_size": 64, "rms_norm_eps": 1e-6},
         text={"rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
         text_name="glm4moe",

@@ -41,9 +41,9 @@ _TOWERS = """\
 fewbit reads these from a file of llama.cpp (mmproj) beside that of the language model
 ([how](howto/vision.md#from-gguf-files)), and writes none. For each, tests compare a tiny model: its tensors are those
 of the file that llama.cpp's converter makes, and the logits for an image are the original's, within 1e-5 in relative
-norm. Processors make the original's ids, pixels and masks of two images of different sizes; those of Pixtral, Mistral 3
-and Llama 4 need torchvision. Older files, in which the up and the down projection of MLPs are exchanged, are read, too,
-and those of Llama 4 that have another name for a norm.
+norm. Processors make the original's ids, pixels and masks of two images of different sizes; those of Pixtral,
+Mistral 3, Llama 4 and LFM2-VL need torchvision. Older files, in which the up and the down projection of MLPs are
+exchanged, are read, too, and those of Llama 4 that have another name for a norm.
 
 A file does not say whether it is SmolVLM's or Idefics 3's. Both are read as the latter: the logits are those of
 SmolVLM, and the processor of Idefics 3 gives what SmolVLM's own does.
@@ -52,6 +52,8 @@ width 1536 and 2560 (E2B and E4B) do the latter.
 The language model of LLaVA must have the token `<image>`, as conversions of the models in transformers have it; the
 vocabulary of plain Vicuna does not. LLaVA 1.6, which cuts images into tiles, is refused.
 Towers for sound are refused. Where Gemma 4 has one beside that for images, it is left out with a warning.
+The language model of GLM-4.1V and GLM-OCR is refused, with the tower and without: llama.cpp's converter reorders the
+turned rows of its q and k, and fewbit cannot undo that.
 
 | `clip.projector_type` | read as | language model | tokens that its vocabulary must have |
 |---|---|---|---|"""
@@ -110,6 +112,7 @@ def page() -> str:
     sys.path[:0] = [str(path) for path in (ROOT,) if str(path) not in sys.path]
     from fewbit.models.gguf.architectures import MISSING, REFUSED, TYPES
     from fewbit.models.gguf.rows.towers import ROWS
+    from fewbit.models.gguf.rows.unread_towers import UNREAD
     from tests import gguf_files, mmproj_files
 
     if mmproj_files.golden().keys() != mmproj_files.KINDS.keys():
@@ -138,6 +141,8 @@ def page() -> str:
     lines += _reasons(MISSING)
     lines += ["", "## Vision towers", "", _TOWERS]
     lines += dict.fromkeys(_tower(row) for row in ROWS)
+    lines += ["", "### Towers that are not read", "", "The other projectors of llama.cpp.", ""]
+    lines += _reasons(UNREAD, "`clip.projector_type`")
     lines += ["", "## Where transformers and llama.cpp treat text differently", ""]
     lines += ["|---|---|---|---|" if row[0] == "---" else f"| {' | '.join(row)} |" for row in _TEXT]
     return _HEAD + "\n".join(lines) + "\n"
@@ -150,9 +155,9 @@ def _tower(row: Any) -> str:
     return f"| {row.projector} | `{row.cls}` | {' | '.join(said)} |"
 
 
-def _reasons(types: Mapping[str, str]) -> list[str]:
+def _reasons(types: Mapping[str, str], head: str = "type") -> list[str]:
     """A table of types and reasons."""
-    return ["| type | why |", "|---|---|", *(f"| `{kind}` | {why} |" for kind, why in sorted(types.items()))]
+    return [f"| {head} | why |", "|---|---|", *(f"| `{kind}` | {why} |" for kind, why in sorted(types.items()))]
 
 
 def _conditions(row: Any) -> Iterator[str]:

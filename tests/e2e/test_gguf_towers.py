@@ -354,7 +354,14 @@ def test_folders_that_cannot_be_the_whole_model(tmp_path: Path, gemma: Files) ->
 
 
 _BAD: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
-    ("unknown", {"clip.projector_type": "resampler"}, {}, "'resampler', which fewbit does not read"),
+    ("unknown", {"clip.projector_type": "x"}, {}, "'x', which fewbit does not read\nfewbit reads"),
+    ("known", {"clip.projector_type": "ldp"}, {}, "does not read: transformers 5.24 has no MobileVLM\n"),
+    (
+        "package",
+        {"clip.projector_type": "gemma3nv"},
+        {},
+        "with the package timm, and never without its tower for sound",
+    ),
     ("sound", {"clip.has_vision_encoder": False, "clip.has_audio_encoder": True}, {}, "has a tower for sound alone"),
     ("both", {"clip.has_audio_encoder": True}, {}, "a tower for sound beside that for images, and a Gemma3For"),
     ("none", {"clip.has_vision_encoder": None}, {}, "has no tower for images"),

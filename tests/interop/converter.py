@@ -158,6 +158,14 @@ def unpacked(place: Path) -> Path:
     return place / _INSIDE
 
 
+def projectors(place: Path) -> str:
+    """The header of llama.cpp that lists its projectors."""
+    name = f"{_INSIDE}tools/mtmd/clip-impl.h"
+    with tarfile.open(SDIST) as sdist:
+        sdist.extract(name, place, filter="data")
+    return (place / name).read_text(encoding="utf-8")
+
+
 def vocabularies(place: Path) -> list[Path]:
     """llama.cpp's files of vocabularies that have texts and ids beside them (.inp, .out), unpacked in `place`."""
     with tarfile.open(SDIST) as sdist:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from fewbit.api import generate
 from fewbit.formats.containers.gguf import GgufFile, GgufWriter
+from fewbit.models.gguf.rows.towers import ROWS
+from fewbit.models.gguf.rows.unread_towers import UNREAD
 from fewbit.models.gguf.tokenizer import to_metadata
 from tests import gguf_files, mmproj_files
 from tests.interop import converter
@@ -24,6 +27,15 @@ KINDS = tuple(mmproj_files.KINDS)
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return converter.unpacked(tmp_path_factory.mktemp("llama.cpp"))
+
+
+def test_every_projector_of_llama_cpp_is_read_or_said(tmp_path: Path) -> None:
+    text = converter.projectors(tmp_path)
+    names = re.findall(r"\{ PROJECTOR_TYPE_\w+, +\"([^\"]+)\" ?\}", text)
+    read = {row.projector for row in ROWS}
+    assert len(names) > 50
+    assert not read & UNREAD.keys()
+    assert set(names) == read | UNREAD.keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)

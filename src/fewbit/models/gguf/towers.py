@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fewbit.models.gguf.metadata import Keys
 from fewbit.models.gguf.names import Route
 from fewbit.models.gguf.pieces import decoded
 from fewbit.models.gguf.rows.towers import ROWS
+from fewbit.models.gguf.rows.unread_towers import PACKAGES, UNREAD
 from fewbit.models.gguf.tower import Tower
 
 PROJECTORS = tuple(dict.fromkeys(row.projector for row in ROWS))
@@ -70,7 +72,7 @@ def opened(path: Path, language: str) -> Opened:
     rows = [row for row in ROWS if row.projector == projector]
     if not rows:
         raise FormatError(
-            f"{path}: its projector is {str(projector)[:80]!r}, which fewbit does not read",
+            f"{path}: its projector is {str(projector)[:80]!r}, which fewbit does not read{_why(projector)}",
             f"fewbit reads {', '.join(PROJECTORS)}. {_ALONE}",
         )
     rows = [row for row in rows if row.when in file.entries] or [row for row in rows if not row.when]
@@ -87,6 +89,15 @@ def opened(path: Path, language: str) -> Opened:
         f"type {language}",
         "Give the mmproj file that was made of the same model.",
     )
+
+
+def _why(projector: Any) -> str:
+    """Why fewbit does not read a projector, for the end of a sentence; empty for one that llama.cpp does not have."""
+    if not isinstance(projector, str) or projector not in UNREAD:
+        return ""
+    package = PACKAGES.get(projector)
+    missing = f". {package} is not installed" if package and find_spec(package) is None else ""
+    return f": {UNREAD[projector]}{missing}"
 
 
 def swapped(row: Tower) -> Tower:
@@ -236,8 +247,12 @@ def parts(config: Any, row: Tower) -> dict[str, Part]:
             whole = tuple(f"{place}{name}.{leaf}" for name in each)
             shift = 1.0 if leaf == "weight" and each[0] in row.shifted else 0.0
             side = getattr(vision, row.pixels_last.get(each[0], ""), 0) if leaf == "weight" else 0
-            shape, turned = ((3, side, side), {"columns": ((side, side, 3), (2, 0, 1))}) if side else ((), {})
-            found[f"{theirs}.{leaf}"] = Part(whole, Route(whole[0], shift=shift, **more, **turned), row=shape)
+            route = Route(whole[0], shift=shift, **more)
+            if side:
+                turned = replace(route, columns=((side, side, 3), (2, 0, 1)))
+                found[f"{theirs}.{leaf}"] = Part(whole, turned, row=(3, side, side))
+            else:
+                found[f"{theirs}.{leaf}"] = Part(whole, route)
 
     for theirs, ours in row.model.items():
         add(theirs, ours)

@@ -13,7 +13,17 @@ from typing import Any
 from fewbit.errors import FormatError
 from fewbit.models.gguf.metadata import Keys
 from fewbit.models.gguf.rows.later_towers import GEMMA4, LFM2, LLAMA4, LLAMA4_OLDER
-from fewbit.models.gguf.rows.qwen_towers import EXAONE, GLM, QWEN2, QWEN3, QWEN3_EXPERTS, QWEN25, QWEN35, QWEN35_EXPERTS, merge
+from fewbit.models.gguf.rows.qwen_towers import (
+    EXAONE,
+    GLM,
+    QWEN2,
+    QWEN3,
+    QWEN3_EXPERTS,
+    QWEN25,
+    QWEN35,
+    QWEN35_EXPERTS,
+    merge,
+)
 from fewbit.models.gguf.rows.shared import GELU
 from fewbit.models.gguf.tower import BLOCK, Tower
 
