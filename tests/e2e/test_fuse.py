@@ -29,7 +29,7 @@ from fewbit.models.plugin import quantizer
 from fewbit.models.skeleton import load_tokenizer
 from fewbit.models.source import locate
 from fewbit.nn.fused import Slice, packed_linears
-from fewbit.plans.plan import find
+from fewbit.plans.plan import Plan, Rule, find
 from fewbit.serving.settings import Serving
 from fewbit.system import machine
 from tests import architectures, models
@@ -232,6 +232,18 @@ def test_what_differs_is_not_fused_and_said(ids: Tensor, tmp_path: Path) -> None
     odd.adopt(odd.qtensor(), torch.float16)
     with pytest.warns(UserWarning, match=r"not fused: model.layers.1.mlp.gate_proj \+ .* they differ in activations"):
         fuse(model)
+
+
+def test_linears_of_one_scheme_are_fused_beside_another(ids: Tensor, tmp_path: Path) -> None:
+    """As in GGUF mixtures, where v often has a larger type than q and k."""
+    wanted = Plan("mixed", "gguf", (Rule("*.v_proj", "q8_0", "rtn"), Rule("*", "q4_0", "rtn")))
+    out = tmp_path / "out.gguf"
+    quantize.quantize(models.save(tmp_path / "original", "llama"), out, plan=wanted)
+    expected = fb.load(out)(ids).logits
+    model = fb.load(out)
+    with pytest.warns(UserWarning, match="v_proj and 1 more: the others that read .* other schemes than q8_0"):
+        assert short(fuse(model))[0] == ("self_attn.q_proj", "self_attn.k_proj")
+    assert torch.equal(model(ids).logits, expected)
 
 
 def test_a_model_with_nothing_to_fuse_says_so(tmp_path: Path) -> None:

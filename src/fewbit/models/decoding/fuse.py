@@ -30,9 +30,8 @@ def fuse(model: Any) -> Groups:
     """Fuse linears in place. Returns the names of each fused group. Warnings name the groups that cannot be fused."""
     fused: Groups = []
     refused: dict[str, list[str]] = {}
-    for group in shared_inputs(model):
-        linears = [model.get_submodule(name) for name in group]
-        made = slices(linears)
+    for group in _of_one_scheme(model, shared_inputs(model), refused):
+        made = slices([model.get_submodule(name) for name in group])
         if isinstance(made, str):
             refused.setdefault(made, []).append(" + ".join(group))
             continue
@@ -47,6 +46,22 @@ def fuse(model: Any) -> Groups:
     if not fused and not refused:
         warnings.warn("not fused: no two quantized linears of this model read the same tensor", stacklevel=2)
     return fused
+
+
+def _of_one_scheme(model: Any, groups: Groups, refused: dict[str, list[str]]) -> Groups:
+    """The groups, where linears of a group differ in scheme: those of each scheme. refused: gets what stays alone."""
+    found: Groups = []
+    for group in groups:
+        by: dict[Any, list[str]] = {}
+        for name in group:
+            by.setdefault(model.get_submodule(name).codec, []).append(name)
+        together = [tuple(names) for names in by.values() if len(names) > 1]
+        found += together or [group]
+        for codec, names in by.items() if together else ():
+            if len(names) == 1:
+                why = f"the others that read its input have other schemes than {codec}"
+                refused.setdefault(why, []).extend(names)
+    return found
 
 
 def shared_inputs(model: Any) -> Groups:
