@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,9 +33,12 @@ from fewbit.report import progress as report_progress
 from fewbit.report.results import Converted, Finetuned, Merged
 from fewbit.system import ambient, heap, locks, machine, publish, ranks, timing
 from fewbit.system.cache import cache_folder
+from fewbit.system.files import write_json
 from fewbit.texts import calibration as texts_calibration
 from fewbit.texts import sources, windows
 from fewbit.texts.examples import examples, split
+
+PEFT = "peft"  # what `convert` makes of a GGUF file with a LoRA
 
 
 @checked
@@ -333,6 +337,46 @@ def as_gguf(
         notes=list(file.notes),
         original_bytes=sum(spec.nbytes for spec in read_specs(folder / ADAPTER_WEIGHTS).values()),
         output_bytes=file.nbytes,
+        seconds=elapsed(),
+        peak=memory.now().peak,
+    )
+
+
+def as_peft(
+    adapter: str | Path, out: str | Path, base: str | Path | None, *, overwrite: bool, trust_remote_code: bool
+) -> Converted:
+    """Write the LoRA in a GGUF file as the folder `out`, in PEFT's layout.
+
+    base: its model, which a file does not name. PlanError, before any work, if the LoRA is for another model.
+    """
+    elapsed, out, file = timing.timed(), publish.named(out), Path(adapter).expanduser().absolute()
+    publish.check_output(out, overwrite=overwrite, file=False)
+    if not file.is_file():
+        raise PlanError(f"{file} is no GGUF file with a LoRA, which `to={PEFT}` makes a folder of", "Give such a file.")
+    check_adapter(file)
+    if base is None:
+        raise PlanError(f"{file} does not name its model", "Give it as `base`.")
+    from fewbit.models.adapters import as_gguf as files
+    from fewbit.models.adapters.attach import check_fits, read_config
+
+    source = outlined(base)
+    publish.check_not_lost(out, file, source.origin, source.folder)
+    skeleton = Outline(source, trust_remote_code=trust_remote_code)
+    with files.as_folder(file, skeleton.config) as folder:
+        config = read_config(folder)
+        check_fits(skeleton.model, folder, file, config)
+        with publish.published(out, overwrite=overwrite) as made:
+            shutil.copytree(folder, made, dirs_exist_ok=True)
+            write_json(made / ADAPTER, {**config, "base_model_name_or_path": source.address})
+    return Converted(
+        out=str(out),
+        to=PEFT,
+        exact=True,
+        schemes={},
+        decoded=[],
+        notes=[],
+        original_bytes=files.opened(file).nbytes,
+        output_bytes=sum(spec.nbytes for spec in read_specs(out / ADAPTER_WEIGHTS).values()),
         seconds=elapsed(),
         peak=memory.now().peak,
     )

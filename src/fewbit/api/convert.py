@@ -76,11 +76,14 @@ def convert(
     max_shard: split a GGUF file into files of at most so many bytes, such as "2GB".
     set: other values for keys of a GGUF file, in a copy of it, as text: a chat template, a special token, a number of
     the config. "@FILE" is the content of a file.
-    base: if `model` is a LoRA, the folder or GGUF file of its model. Default: the one that the LoRA names.
+    base: if `model` is a LoRA, the folder or GGUF file of its model. Default: the one that the LoRA names. A LoRA in a
+    folder is converted to "gguf", and one in a GGUF file to "peft".
     """
     measured_on = {"text": text, "length": length, "samples": samples}
     anew: dict[str, Any] = {"plan": plan, "calibration": calibration, "imatrix": imatrix, **measured_on}
-    _refuse_unused(model, requantize=requantize, **anew, max_shard=max_shard, set=set, base=base)
+    _refuse_unused(model, to, requantize=requantize, **anew, max_shard=max_shard, set=set, base=base)
+    if to == adapters.PEFT:
+        return adapters.as_peft(model, out, base, overwrite=overwrite, trust_remote_code=trust_remote_code)
     if adapters.is_adapter(model):
         if to != "gguf":
             raise PlanError(f"{model} is an adapter, which can be converted to a GGUF file only", "Give `to=gguf`.")
@@ -128,10 +131,10 @@ def preview(
 
     It has the options of a `convert` without `requantize`, and refuses those that `convert` refuses.
     """
-    if adapters.is_adapter(model):
+    if to == adapters.PEFT or adapters.is_adapter(model):
         raise PlanError(f"{model} is an adapter, and a preview shows the tensors of a model", "Convert it.")
     anew = {"plan": plan, "calibration": calibration, "imatrix": imatrix}
-    _refuse_unused(model, **anew, text=text, length=length, samples=samples, base=base)
+    _refuse_unused(model, to, **anew, text=text, length=length, samples=samples, base=base)
     target, source = _target(to), locate(model, safetensors_only=safetensors_only)
     limit = None if max_shard is None else int(max_shard)
     if _copies(source, target, set, limit):
@@ -186,10 +189,10 @@ def _plan(plan: Plans | None, target: Target, to: str) -> Plan:
     return found
 
 
-def _refuse_unused(model: str | Path, **options: Any) -> None:
+def _refuse_unused(model: str | Path, to: str, **options: Any) -> None:
     """PlanError for an option that is given, but has no effect on `model`."""
     given = [name for name, value in options.items() if value not in _UNSET.get(name, (None,))]
-    if adapters.is_adapter(model):
+    if to == adapters.PEFT or adapters.is_adapter(model):
         if unused := [name for name in given if name != "base"]:
             raise PlanError(f"`{unused[0]}` has no effect on an adapter", f"Leave out `{unused[0]}`.")
     elif "base" in given:

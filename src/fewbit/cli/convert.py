@@ -32,7 +32,10 @@ from fewbit.texts.calibration import Calibration
 def convert(
     model: Model,
     to: Annotated[
-        str, typer.Option(help="dense, a format (fewbit list), or a variant of its layout: gptq-v1, gptq-v2.")
+        str,
+        typer.Option(
+            help="dense, a format (fewbit list), or a variant: gptq-v1, gptq-v2. For a LoRA: gguf, or peft for a file."
+        ),
     ],
     output: Output = None,
     requantize: Annotated[
@@ -66,7 +69,7 @@ def convert(
     loading: Annotated[Loading, Fields("device", "trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
-    """Convert the quantized MODEL to another format, without changing codes or scales, or a LoRA adapter to GGUF."""
+    """Convert the quantized MODEL to another format, without changing codes or scales, or a LoRA to GGUF or back."""
     check_output(output, dry_run=dry_run)
     if requantize and dry_run:
         raise PlanError("--dry-run shows exact conversions only", "Use fewbit quantize --dry-run with the plan.")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -35,7 +35,7 @@ from fewbit.models import scales
 from fewbit.models.adapters.lora import INITS
 from fewbit.models.gguf.architectures import TYPES, of_config
 from fewbit.models.gguf.names import Route, architecture, routes
-from fewbit.models.gguf.pieces import decoded
+from fewbit.models.gguf.pieces import Split, decoded
 from fewbit.models.source import Source
 from fewbit.names import ADAPTER, ADAPTER_WEIGHTS
 from fewbit.system.files import write_json
@@ -367,16 +367,38 @@ def _of_route(file: GgufFile, route: Route) -> _Pair:
     if route.split is not None:
         if not _is_cut_by_rows(route) or any(not torch.equal(a, other) for other, _ in every):
             raise FormatError(f"{file.path}: the LoRAs of {', '.join(route.names)} are not those of one matrix")
+        _check_pieces(file, route.split, [piece for _, piece in every])
         b = route.split.joined([piece for _, piece in every])
+    _check_order(file, route.name, (a.shape[1], len(b)), (route.column_order, route.rows_back))
     a = a if route.column_order is None else a[:, route.column_order.argsort()]
     return _Pair(a, b if route.rows_back is None else b[route.rows_back])
+
+
+def _check_order(
+    file: GgufFile, name: str, found: tuple[int, int], orders: tuple[Tensor | None, Tensor | None]
+) -> None:
+    """PlanError unless columns and rows are as many as those that are put in order."""
+    for count, order in zip(found, orders, strict=True):
+        if order is not None and len(order) != count:
+            raise _of_another(file, name, count, len(order))
+
+
+def _check_pieces(file: GgufFile, split: Split, pieces: Sequence[Tensor]) -> None:
+    """PlanError unless the pieces have the rows of those of the model."""
+    for name, piece, shape in zip(split.names, pieces, split.shapes(pieces[0].shape[1]), strict=True):
+        if len(piece) != shape[0]:
+            raise _of_another(file, name, len(piece), shape[0])
+
+
+def _of_another(file: GgufFile, name: str, found: int, wanted: int) -> PlanError:
+    return PlanError(f"{file.path} is an adapter for another model: {name} has size {found} there, and {wanted} here")
 
 
 def _of_stacked(file: GgufFile, route: Route) -> _Pair:
     """The same of one of several matrices that are one of the file."""
     a, b = (_matrix(file, entry, None) for entry in _pair(file, route.name))
     if a.dim() != 2 or len(b) != sum(route.heights):
-        raise FormatError(f"{file.path}: the LoRA of {route.name} has {len(b)} rows, not {sum(route.heights)}")
+        raise _of_another(file, route.name, len(b), sum(route.heights))
     return _Pair(a, route.part_of(b).clone())
 
 
