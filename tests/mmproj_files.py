@@ -50,7 +50,9 @@ class Kind:
     filled with. spare: ids of the model beyond the vocabulary of plain text.
     images: the original's processor of images. stated: its preprocessor_config.json, if it needs torchvision.
     processing: arguments of the original's whole processor. processor: its class; "": that of the row.
+    alone: entries that only the config of the language model alone has.
     given: the inputs with an image; None: those of `multimodal`.
+    sound: tensors of a tower for sound -> their names in the file, which fewbit leaves out.
     """
 
     type: str
@@ -71,6 +73,8 @@ class Kind:
     values: Mapping[str, float] = field(default_factory=dict)
     given: Callable[[Any], dict[str, Tensor]] | None = None
     spare: int = 12
+    alone: Mapping[str, Any] = field(default_factory=dict)
+    sound: Mapping[str, str] = field(default_factory=dict)
 
 
 def _qwen(least: int, most: int, scale: Mapping[str, Any]) -> Any:
@@ -101,6 +105,15 @@ def _pooled(model: Any) -> dict[str, Tensor]:
     patches = torch.rand((1, count, 3 * PATCH**2), generator=torch.Generator().manual_seed(4))
     kinds = (ids == model.config.image_token_id).long()
     return {"input_ids": ids, "pixel_values": patches, "image_position_ids": places, "mm_token_type_ids": kinds}
+
+
+def _merged(model: Any) -> dict[str, Tensor]:
+    """Gemma 4 12B: an image of 2 x 2 patches, already merged, and one of padding."""
+    ids = _around(model, 4)
+    places = torch.cat([torch.cartesian_prod(torch.arange(2), torch.arange(2)).flip(1), torch.tensor([[-1, -1]])])
+    patches = torch.rand((1, 5, 3 * (3 * PATCH) ** 2), generator=torch.Generator().manual_seed(4))
+    kinds = (ids == model.config.image_token_id).long()
+    return {"input_ids": ids, "pixel_values": patches, "image_position_ids": places[None], "mm_token_type_ids": kinds}
 
 
 def _tiles(model: Any) -> dict[str, Tensor]:
@@ -260,6 +273,30 @@ KINDS |= {
         values={**_CLIPPED, "std_bias": 0.1, "std_scale": 0.7},
         given=_pooled,
         spare=10,  # as many as tokens: the converter cuts off others from one of two embeddings
+    ),
+    "gemma4_unified": Kind(
+        "gemma4_unified",
+        "gemma:Gemma4UnifiedVisionAudioModel",
+        lambda: transformers.Gemma4UnifiedImageProcessor(patch_size=PATCH),
+        vision={
+            "model_type": "gemma4_unified_vision",
+            "patch_size": PATCH,
+            "mm_embed_dim": 48,
+            "mm_posemb_size": 8,
+            "output_proj_dims": 48,
+        },
+        text={"num_experts": None, "moe_intermediate_size": None, "final_logit_softcapping": 3.0},
+        whole={"audio_config": transformers.Gemma4UnifiedAudioConfig(audio_embed_dim=32)},
+        stated={
+            "image_mean": [0.0] * 3,
+            "image_std": [1.0] * 3,
+            "image_processor_type": "Gemma4UnifiedImageProcessor",
+            "patch_size": PATCH,
+        },
+        given=_merged,
+        spare=10,
+        alone={"hidden_size_per_layer_input": 0, "enable_moe_block": False},
+        sound={"model.embed_audio.embedding_projection.weight": "mm.a.input_projection.weight"},
     ),
     "llama4": Kind(
         "llama4",
@@ -441,7 +478,8 @@ def text_file(folder: Path, path: Path, kind: str, scheme: str = "f32") -> Path:
     inner = whole.config.text_config.to_dict()
     plain = next(read for read, inside in row.texts.items() if inside == inner["model_type"])
     alone = folder.parent / f"{path.stem}-text"
-    own = {**inner, "model_type": plain, "tie_word_embeddings": whole.config.tie_word_embeddings}
+    tied = {"tie_word_embeddings": whole.config.tie_word_embeddings}
+    own = {**inner, "model_type": plain, **tied, **case.alone}
     made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**own), dtype=torch.float32)
     state = {}
     for name, tensor in whole.state_dict().items():
@@ -474,6 +512,8 @@ def tower_file(folder: Path, path: Path, kind: str, scheme: str = "f32", *, olde
     for name, tensor in whole.state_dict().items():
         if (part := parts.get(name)) is not None:
             found |= dict(zip(part.names, part.to_file(tensor), strict=True))
+        elif (heard := KINDS[kind].sound.get(name)) is not None:
+            found[heard] = tensor
     entries = [
         Entry(name, scheme if tensor.dim() > 1 else "f32", tuple(tensor.shape)) for name, tensor in found.items()
     ]

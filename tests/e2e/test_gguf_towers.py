@@ -34,8 +34,11 @@ pytest.importorskip("PIL")
 from PIL import Image  # after the check
 
 # GLM's processor makes arrays of tensors, and NumPy warns of this version of PyTorch
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
-_NEEDS_TORCHVISION = ("pixtral", "mistral3", "llama4", "lfm2_vl")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:mmproj.gguf. its tower for sound is left out"),
+]
+_NEEDS_TORCHVISION = ("pixtral", "mistral3", "llama4", "lfm2_vl", "gemma4_unified")
 PROMPT = "The weight of a block"
 
 

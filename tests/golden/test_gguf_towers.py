@@ -17,6 +17,7 @@ from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.gguf.rows.towers import ROWS
 from tests import gguf_files, mmproj_files, multimodal
 
+pytestmark = pytest.mark.filterwarnings("ignore:mmproj.gguf. its tower for sound is left out")
 # Entries of the encoder's config that may differ: what is not used, an alias, a number for videos only
 DIFFERENT = {
     "llava": {"num_hidden_layers", "projection_dim"},
@@ -45,7 +46,7 @@ def test_two_files_give_the_original_logits(kind: str, tmp_path: Path) -> None:
     given = mmproj_files.inputs(kind, original)
     with torch.inference_mode():
         wanted, found = original(**given).logits, loaded(**given).logits
-        changed = {name: value + 1 if name == "pixel_values" else value for name, value in given.items()}
+        changed = {name: value.flip(-1) if name == "pixel_values" else value for name, value in given.items()}
         assert float((loaded(**changed).logits - wanted).norm() / wanted.norm()) > 1e-2
     assert float((found - wanted).norm() / wanted.norm()) < 1e-5
 

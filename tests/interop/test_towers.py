@@ -18,6 +18,7 @@ from tests.interop import converter
 
 pytestmark = [
     pytest.mark.interop,
+    pytest.mark.filterwarnings("ignore:mmproj.gguf. its tower for sound is left out"),
     pytest.mark.skipif(not converter.SDIST.exists(), reason="make interop downloads llama.cpp's source"),
 ]
 # Weights of these that the converter rounds to float16 are such already (`mmproj_files.Kind.half`).

@@ -65,9 +65,10 @@ class Tower:
     pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     # Modules of a list beside the blocks -> names in the file after v.deepstack.N, where N is a block
     beside: Mapping[str, str] = field(default_factory=dict)
-    # Names in the file of weights whose columns are the pixels of a patch, with the channels last in the model and
-    # first in the file -> entry of the encoder with the side of a patch
-    pixels_last: Mapping[str, str] = field(default_factory=dict)
+    exchanged: frozenset[str] = frozenset()  # of `parameters`: those whose first two dimensions are exchanged
+    # Names in the file of what has a column for each number of a patch, with the channels last in the model and first
+    # in the file -> entry of the encoder with the side of a patch, and what it is in the file: kernel, matrix or vector
+    pixels_last: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     # Modules that the model has and does not use for images. No file has them
     unused: frozenset[str] = field(default_factory=frozenset)
     extra: frozenset[str] = field(default_factory=frozenset)  # tensors of the file that the model has elsewhere
@@ -82,7 +83,7 @@ class Tower:
     # Config. Entries of the encoder and of the language model are named with it: "vision_config.depth"
     sizes: Mapping[str, str] = field(default_factory=lambda: SIZES)  # entries of the encoder -> keys after clip.vision
     epsilon: str = "layer_norm_eps"  # entry of the encoder; "" if config.json does not have it
-    activation: str = "hidden_act"  # entry of the encoder
+    activation: str = "hidden_act"  # entry of the encoder; "" if config.json does not have it
     # Key of the activation of MLPs ("" without one) -> its name in config.json
     activations: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)  # further entries

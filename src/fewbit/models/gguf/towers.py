@@ -136,7 +136,8 @@ def to_config(text: Mapping[str, Any], tower: Opened, vocabulary: GgufFile) -> d
     vision |= {theirs: keys.count(f"vision.{ours}") for theirs, ours in row.sizes.items()}
     if row.epsilon:
         vision[row.epsilon] = keys.real("vision.attention.layer_norm_epsilon")
-    vision[row.activation] = _activation(tower)
+    if row.activation:
+        vision[row.activation] = _activation(tower)
     config = {
         "architectures": [row.cls],
         "model_type": row.model_type,
@@ -154,7 +155,7 @@ def _check_sizes(tower: Opened) -> None:
     """FormatError if the keys name other numbers of blocks or of positions than the file has tensors for."""
     keys, row, entries = tower.keys, tower.row, tower.file.entries
     blocks = {name.split(".")[2] for name in entries if name.startswith("v.blk.") and name.count(".") > 2}
-    if (stated := keys.count("vision.block_count")) != len(blocks):
+    if (stated := keys.whole("vision.block_count")) != len(blocks):
         raise keys.wrong(f"clip.vision.block_count is {stated}, and it has tensors of {len(blocks)} blocks")
     if "image_size" not in row.sizes:
         return
@@ -199,12 +200,14 @@ class Part:
     """A tensor of the model in the file: the names of its pieces, and its conversion.
 
     paired: the pieces are the convolutions over the first and the second image. Else their rows follow each other.
+    exchanged: the first two dimensions are exchanged.
     row: the shape of a row in the file, if it is another one than in the model.
     """
 
     names: tuple[str, ...]
     route: Route
     paired: bool = False
+    exchanged: bool = False
     row: tuple[int, ...] = ()
 
     def pieces(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
@@ -213,17 +216,20 @@ class Part:
             return [(*shape[:2], *shape[3:])] * len(self.names)
         if not shape:  # a number
             return [(1,)]
+        if self.exchanged:
+            return [(shape[1], shape[0], *shape[2:])]
         return [(shape[0] // len(self.names), *(self.row or shape[1:]))] * len(self.names)
 
     def from_file(self, pieces: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         """The model's tensor of the file's."""
         whole = torch.stack(list(pieces), dim=2) if self.paired else torch.cat(list(pieces))
-        whole = whole.flatten(1) if self.row else whole
+        whole = whole.flatten(1) if self.row else whole.transpose(0, 1) if self.exchanged else whole
         return self.route.from_file(whole).reshape(tuple(shape)).contiguous()
 
     def to_file(self, tensor: Tensor) -> list[Tensor]:
         """The file's tensors of the model's."""
         whole = self.route.to_file(tensor)
+        whole = whole.transpose(0, 1) if self.exchanged else whole
         found = whole.unbind(2) if self.paired else whole.reshape(whole.shape or (1,)).chunk(len(self.names))
         return [piece.reshape(-1, *self.row).contiguous() if self.row else piece.contiguous() for piece in found]
 
@@ -241,26 +247,29 @@ def parts(config: Any, row: Tower) -> dict[str, Part]:
     vision, found = config.vision_config, dict[str, Part]()
     halves = {"order": _halves(vision)} if row.permuted else {}
 
+    def pixels(name: str, leaf: str, part: Part) -> Part:
+        entry, form = row.pixels_last.get(name, ("", ""))
+        if not form or (leaf == "bias" and form != "vector"):
+            return part
+        side = getattr(vision, entry)
+        turned = ((side, side, 3), (2, 0, 1))
+        route = replace(part.route, order=turned) if form == "vector" else replace(part.route, columns=turned)
+        return replace(part, route=route, row=(3, side, side) if form == "kernel" else ())
+
     def add(theirs: str, names: str | tuple[str, ...], place: str = "", **more: Any) -> None:
         each = (names,) if isinstance(names, str) else names
         for leaf in ("weight", "bias"):
             whole = tuple(f"{place}{name}.{leaf}" for name in each)
             shift = 1.0 if leaf == "weight" and each[0] in row.shifted else 0.0
-            side = getattr(vision, row.pixels_last.get(each[0], ""), 0) if leaf == "weight" else 0
-            route = Route(whole[0], shift=shift, **more)
-            if side:
-                turned = replace(route, columns=((side, side, 3), (2, 0, 1)))
-                found[f"{theirs}.{leaf}"] = Part(whole, turned, row=(3, side, side))
-            else:
-                found[f"{theirs}.{leaf}"] = Part(whole, route)
+            found[f"{theirs}.{leaf}"] = pixels(each[0], leaf, Part(whole, Route(whole[0], shift=shift, **more)))
 
     for theirs, ours in row.model.items():
         add(theirs, ours)
     for theirs, ours in row.parameters.items():
-        found[theirs] = Part((ours,), Route(ours))
+        found[theirs] = Part((ours,), Route(ours), exchanged=theirs in row.exchanged)
     for theirs, pair in row.pairs.items():
         found[theirs] = Part(pair, Route(pair[0]), paired=True)
-    for layer in range(vision.num_hidden_layers):
+    for layer in range(getattr(vision, "num_hidden_layers", 0)):
         for theirs, names in row.block.items():
             more = halves if names in ("attn_q", "attn_k") else {}
             add(f"{row.layers}.{layer}.{theirs}", names, f"v.blk.{layer}.", **more)

@@ -1,4 +1,4 @@
-"""Vision towers of Gemma 4, Llama 4 and LFM2-VL.
+"""Vision towers of Gemma 4, Llama 4 and LFM2-VL. Gemma 4 12B ("unified") has no encoder: a patch becomes a vector.
 
 Source: conversion/ and tools/mtmd/ of llama.cpp, and the configs of the published models.
 """
@@ -83,7 +83,7 @@ GEMMA4 = Tower(
         for theirs, ours in _LINEARS.items()
         for end in ("input_min", "input_max", "output_min", "output_max")
     },
-    pixels_last={"v.patch_embd": "patch_size"},
+    pixels_last={"v.patch_embd": ("patch_size", "kernel")},
     sound=True,
     sizes={theirs: ours for theirs, ours in SIZES.items() if theirs != "image_size"},
     epsilon="rms_norm_eps",
@@ -111,6 +111,47 @@ GEMMA4 = Tower(
         "audio_token": "<|audio|>",
     },
     pixels=_patches,
+)
+
+
+def _unified(keys: Keys) -> Mapping[str, Any]:
+    return {
+        "text_config.use_bidirectional_attention": "vision",
+        "vision_config.pooling_kernel_size": _pooled(keys),
+        "vision_config.mm_embed_dim": keys.shape("v.patch_embd.weight")[0],
+        "vision_config.mm_posemb_size": keys.shape("v.position_embd.weight", 3)[1],
+        "vision_config.output_proj_dims": keys.shape("mm.input_projection.weight")[1],
+    }
+
+
+_EMBEDDER = "model.embed_vision"
+GEMMA4_UNIFIED = replace(
+    GEMMA4,
+    projector="gemma4uv",
+    model_type="gemma4_unified",
+    cls="Gemma4UnifiedForConditionalGeneration",
+    vision_type="gemma4_unified_vision",
+    texts={"gemma4_text": "gemma4_unified_text"},
+    model={
+        f"{_EMBEDDER}.patch_ln1": "v.patch_norm.1",
+        f"{_EMBEDDER}.patch_dense": "v.patch_embd",
+        f"{_EMBEDDER}.patch_ln2": "v.patch_norm.2",
+        f"{_EMBEDDER}.pos_norm": "v.patch_norm.3",
+        f"{_EMBEDDER}.multimodal_embedder.embedding_projection": "mm.input_projection",
+    },
+    block={},
+    parameters={f"{_EMBEDDER}.pos_embedding": "v.position_embd.weight"},
+    block_parameters={},
+    exchanged=frozenset((f"{_EMBEDDER}.pos_embedding",)),
+    pixels_last={
+        "v.patch_embd": ("model_patch_size", "matrix"),
+        "v.patch_norm.1": ("model_patch_size", "vector"),
+    },
+    sizes={"patch_size": "patch_size"},
+    activation="",
+    further=_unified,
+    processor="Gemma4UnifiedProcessor",
+    images="Gemma4UnifiedImageProcessor",
 )
 
 
@@ -220,7 +261,7 @@ LFM2 = Tower(
     BLOCK,
     f"{_TOWER}.encoder.layers",
     ("mm.2.weight", 0),
-    pixels_last={"v.patch_embd": "patch_size"},
+    pixels_last={"v.patch_embd": ("patch_size", "kernel")},
     sizes={theirs: ours for theirs, ours in SIZES.items() if theirs != "image_size"},
     activations={"use_gelu": GELU},
     fixed={"projector_hidden_act": "gelu", "vision_config.vision_use_head": False},

@@ -35,7 +35,6 @@ UNREAD = {
     "sound, which fewbit does not read",
     "gemma4a": _SOUND,
     "gemma4ua": _SOUND,
-    "gemma4uv": _no_row("Gemma 4 12B, which is no encoder"),
     "glm5v": _no_text("glm5-next"),
     "glma": _SOUND,
     "granite4_vision": _no_row("Granite 4 Vision"),
