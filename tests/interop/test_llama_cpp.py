@@ -19,6 +19,7 @@ from fewbit.errors import PlanError
 from fewbit.formats.containers.gguf import Entry, GgufWriter
 from fewbit.models import smollm2
 from fewbit.models.source import locate
+from fewbit.plans.plan import find
 from tests import gguf_files, models
 from tests.gguf_files import AWKWARD
 
@@ -124,6 +125,55 @@ def test_it_computes_what_the_original_does(family: str, changes: dict[str, Any]
     gelu = any("GELU" in type(module).__name__.upper() for module in original.modules())  # a table of 16-bit numbers
     assert float((got - want).norm() / want.norm()) < (1e-3 if gelu else 1e-5)
     assert torch.equal(got.argmax(1), want.argmax(1))
+
+
+# Types with sliding windows whose masks are the same beyond the window, which llama.cpp leaves out of Mistral and Phi
+WINDOWS = (
+    *("afmoe", "cohere2", "cohere2_moe", "exaone_moe", "gemma2", "gemma3", "gpt_oss", "granite_swa", "granitemoe_swa"),
+    *("laguna", "mellum", "mimo_v2_flash", "olmo3"),
+)
+
+
+@pytest.mark.parametrize("family", WINDOWS)
+def test_texts_longer_than_the_window(family: str, tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", family)
+    got, want = both(folder, gguf_files.written(folder, tmp_path / "m.gguf"), gguf_files.ids(length=40)[0])
+    original = models.original(folder)
+    assert original.config.sliding_window == 16
+    gelu = any("GELU" in type(module).__name__.upper() for module in original.modules())
+    assert float(((got - want).norm(dim=1) / want.norm(dim=1)).max()) < (1e-3 if gelu else 1e-5)
+    # The test could tell a window that is one token longer
+    original.config.sliding_window = 17
+    for module in original.modules():
+        if getattr(module, "sliding_window", None) == 16:
+            module.sliding_window = 17
+    other = models.logits(original, gguf_files.ids(length=40)[:1])[0]
+    assert torch.equal(other[:16], want[:16])
+    assert float(((other - want).norm(dim=1) / want.norm(dim=1)).max()) > 1e-2
+
+
+def test_the_padding_token_of_youtu_has_another_embedding(tmp_path: Path) -> None:
+    """As docs/gguf.md says. Its head is the embedding, so only the logit of this token differs."""
+    folder = gguf_files.save(tmp_path / "m", "youtu", pad_token_id=2)
+    out = tmp_path / "m.gguf"
+    fewbit.quantize(folder, out, plan=find("q8_0").changed(method="rtn"))
+    own, pad = fewbit.load(out, dtype=torch.float32), 2
+    ids = gguf_files.ids(length=14)[0]  # none is the padding token
+    got, want = both(folder, out, ids)
+    wanted = models.logits(own, ids[None])[0]
+    assert not want[:, pad].any()
+    assert float(got[:, pad].abs().min()) > 0
+    for column in (pad, slice(None)):  # llama.cpp rounds activations to 8 bits
+        assert float((wanted - got)[:, column].norm() / got[:, column].norm()) < 0.05
+    others = torch.arange(got.shape[1]) != pad
+    assert float((want - got)[:, others].norm() / got[:, others].norm()) < 0.05
+
+
+def both(folder: Path, path: Path, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits [tokens, vocabulary] of llama.cpp for a file, and of transformers for its model's folder."""
+    llama = opened(path, n_ctx=64, logits_all=True, type_k=0, type_v=0)
+    llama.eval(ids.tolist())
+    return torch.from_numpy(np.array(llama.scores[: len(ids)])), models.logits(models.original(folder), ids[None])[0]
 
 
 def test_a_file_of_others_gives_the_same_logits_in_both(tmp_path: Path) -> None:
