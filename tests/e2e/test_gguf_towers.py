@@ -366,7 +366,12 @@ _BAD: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         "with the package timm, and never without its tower for sound",
     ),
     ("sound", {"clip.has_vision_encoder": False, "clip.has_audio_encoder": True}, {}, "has a tower for sound alone"),
-    ("both", {"clip.has_audio_encoder": True}, {}, "a tower for sound beside that for images, and a Gemma3For"),
+    (
+        "both",
+        {"clip.has_audio_encoder": True},
+        {},
+        "for sound beside that for images; with the projector 'gemma3', fewbit reads only",
+    ),
     ("none", {"clip.has_vision_encoder": None}, {}, "has no tower for images"),
     ("another model", {"clip.projector_type": "qwen2vl_merger"}, {}, "for language models of type qwen2"),
     ("sizes", {"clip.vision.patch_size": 0}, {}, "patch_size is 0, not an integer above 0"),

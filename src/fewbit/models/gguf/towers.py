@@ -78,7 +78,9 @@ def opened(path: Path, language: str) -> Opened:
     rows = [row for row in rows if row.when in file.entries] or [row for row in rows if not row.when]
     if heard and not all(row.sound for row in rows):
         raise FormatError(
-            f"{path} has a tower for sound beside that for images, and a {rows[0].cls} cannot be without it", _ALONE
+            f"{path} has a tower for sound beside that for images; with the projector {projector!r}, fewbit reads only "
+            "files without one",
+            _ALONE,
         )
     for row in rows:
         if language in row.texts:
