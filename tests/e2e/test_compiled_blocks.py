@@ -24,9 +24,9 @@ from fewbit.kernels.cpu.block import HALVES, IN_ORDER, NEIGHBORS, Norm, Wiring
 from fewbit.models import blocks
 from fewbit.models.decoding import block_parts, caches, compiled_blocks, steps
 from fewbit.models.decoding.caches import CACHE
-from fewbit.plans.plan import find
+from fewbit.plans.plan import Plan, Rule, find
 from fewbit.system import native
-from tests import architectures, models
+from tests import architectures, gguf_files, models
 
 pytestmark = pytest.mark.skipif(isinstance(native.available(), str), reason="needs the compiled CPU library")
 
@@ -344,6 +344,20 @@ def test_a_gguf_file_uses_it_too(tmp_path: Path) -> None:
     )
     model = load_unfused(tmp_path / "x.gguf")
     assert replaced(model) == list(blocks.find_blocks(model))
+
+
+@pytest.mark.parametrize("odd", ["q_proj", "k_proj", "v_proj"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "phi"])
+def test_blocks_are_whole_where_one_of_q_k_v_has_another_scheme(kind: str, odd: str, tmp_path: Path) -> None:
+    wanted = Plan("mixed", "gguf", (Rule(f"*.{odd}", "q8_0", "rtn"), Rule("*", "q4_0", "rtn")))
+    out = tmp_path / "out.gguf"
+    quantize.quantize(gguf_files.save(tmp_path / "original", kind), out, plan=wanted, device="cpu")
+    model = load(out)
+    assert replaced(model) == list(blocks.find_blocks(model))
+    ids = ids_of(1)
+    ours = outputs(model, ids, (9, 1, 1, 4, 1))
+    with own_code(model):
+        assert apart(ours, outputs(model, ids, (9, 1, 1, 4, 1))) < 0.01
 
 
 @pytest.mark.filterwarnings("ignore:.*past_key_values")

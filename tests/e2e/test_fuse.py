@@ -241,7 +241,7 @@ def test_linears_of_one_scheme_are_fused_beside_another(ids: Tensor, tmp_path: P
     quantize.quantize(models.save(tmp_path / "original", "llama"), out, plan=wanted)
     expected = fb.load(out)(ids).logits
     model = fb.load(out)
-    with pytest.warns(UserWarning, match="v_proj and 1 more: the others that read .* other schemes than q8_0"):
+    with pytest.warns(UserWarning, match="v_proj and 1 more: its neighbours have other schemes than q8_0"):
         assert short(fuse(model))[0] == ("self_attn.q_proj", "self_attn.k_proj")
     assert torch.equal(model(ids).logits, expected)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace as changed
-from itertools import product
+from itertools import groupby, product
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewbit.kernels.cpu import block as library
 from fewbit.kernels.cpu.block import Norm, Rows, Wiring
@@ -185,20 +185,15 @@ def _rows(named: dict[str, Any]) -> list[Rows]:
     for name, linear in named.items():
         if not isinstance(linear, QLinear):
             raise Unlike(f"{name} is not packed ({type(linear).__name__})")
-    linears = list(named.values())
-    if isinstance(linears[0], Slice):
-        stacked = linears[0].product
-        places = [each.index for each in linears if getattr(each, "product", None) is stacked]
-        if places != list(range(len(stacked.rows))):
+    parts = []
+    for stacked, those in groupby(named.values(), lambda linear: getattr(linear, "product", None)):
+        linears = list(those)
+        if stacked is None:
+            parts += [(linear, linear.bias) for linear in linears]
+        elif [each.index for each in linears] != list(range(len(stacked.rows))):
             raise Unlike(f"{', '.join(named)} are fused with other products")
-        biases = [each.bias for each in linears]
-        bias = None
-        if any(each is not None for each in biases):
-            held = next(each for each in biases if each is not None)
-            bias = torch.cat([held.new_zeros(n) if b is None else b for b, n in zip(biases, stacked.rows, strict=True)])
-        parts = [(stacked.linear, bias)]
-    else:
-        parts = [(linear, linear.bias) for linear in linears]
+        else:
+            parts.append((stacked.linear, _biases(linears)))
     made = []
     for linear, bias in parts:
         if linear.kernel is None or linear.kernel.name != "cpu" or linear.compute is not None:
@@ -206,6 +201,14 @@ def _rows(named: dict[str, Any]) -> list[Rows]:
         order = linear._buffers["permutation"]
         made.append(Rows(linear.codec, linear.prepared, linear.shape, None if bias is None else bias.detach(), order))
     return made
+
+
+def _biases(slices: Sequence[Slice]) -> Tensor | None:
+    """The biases of all rows of a stacked weight; None if no slice has one."""
+    if all(each.bias is None for each in slices):
+        return None
+    some = next(each.bias for each in slices if each.bias is not None)
+    return torch.cat([some.new_zeros(each.out_features) if each.bias is None else each.bias for each in slices])
 
 
 def _norm(name: str, module: Any, size: int, dtype: torch.dtype) -> Norm:

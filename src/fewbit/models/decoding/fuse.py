@@ -10,6 +10,7 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -49,18 +50,25 @@ def fuse(model: Any) -> Groups:
 
 
 def _of_one_scheme(model: Any, groups: Groups, refused: dict[str, list[str]]) -> Groups:
-    """The groups, where linears of a group differ in scheme: those of each scheme. refused: gets what stays alone."""
+    """The groups; of one whose linears differ in scheme, the neighbours of one module that agree.
+
+    So a decoder block finds q, k and v in their order. refused: gets those that stay alone.
+    """
+
+    def scheme(name: str) -> tuple[Any, str]:
+        return model.get_submodule(name).codec, name.rpartition(".")[0]
+
     found: Groups = []
     for group in groups:
-        by: dict[Any, list[str]] = {}
-        for name in group:
-            by.setdefault(model.get_submodule(name).codec, []).append(name)
-        together = [tuple(names) for names in by.values() if len(names) > 1]
-        found += together or [group]
-        for codec, names in by.items() if together else ():
-            if len(names) == 1:
-                why = f"the others that read its input have other schemes than {codec}"
-                refused.setdefault(why, []).extend(names)
+        runs = [tuple(names) for _, names in groupby(group, scheme)]
+        together = [run for run in runs if len(run) > 1]
+        if len({model.get_submodule(name).codec for name in group}) == 1 or not together:
+            found.append(group)
+            continue
+        found += together
+        for (name,) in (run for run in runs if len(run) == 1):
+            why = f"its neighbours have other schemes than {model.get_submodule(name).codec}"
+            refused.setdefault(why, []).append(name)
     return found
 
 
