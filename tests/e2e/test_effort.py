@@ -28,6 +28,7 @@ from tests.e2e.test_few_experts import save as save_experts
 
 CALIBRATION: dict[str, Any] = {"samples": 24, "length": 32}
 CT = "compressed-tensors"
+END_TO_END = effort.end_to_end_phase  # the fixture below replaces it
 
 
 @pytest.fixture(autouse=True)
@@ -224,6 +225,22 @@ def test_both_phases_hold_out_the_same_windows(count: int) -> None:
     assert torch.equal(split.tokens[split.held.start :], compared[torch.tensor(held)])
     assert torch.equal(split.tokens.sort(0).values, tokens)
     assert 1 <= split.held_out <= max(1, count // 7)
+
+
+@pytest.mark.parametrize(
+    ("level", "device", "expected"),
+    [
+        ("high", "cuda", (300, 4096, 2e-3, 16)),
+        ("best", "cuda", (1000, 4096, 1e-3, 16)),
+        ("high", "cpu", (300, 1024, 2e-3, 4)),
+        ("best", "cpu", (1000, 1024, 1e-3, 4)),
+    ],
+)
+def test_the_end_to_end_phase_of_each_effort(level: str, device: str, expected: tuple[float, ...]) -> None:
+    """As docs/reference.md says: steps, tokens in a step, learning rate, written windows for each of calibration."""
+    how = END_TO_END(level, torch.device(device))
+    assert (how.wanted.steps, how.wanted.batch, how.wanted.learning_rate, how.written) == expected
+    assert how.wanted.codes
 
 
 def test_wrong_efforts(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

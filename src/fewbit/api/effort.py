@@ -1,7 +1,8 @@
 """`quantize` with more effort: blocks are tuned one by one, and then the written model end to end.
 
 The end-to-end phase trains codes too, on texts that the original writes as well: millions of codes need more text than
-a calibration has. `high` and `best` differ in the number of steps and in the amount of that text.
+a calibration has. `high` and `best` differ in the steps and their learning rate. The amount of text
+depends on the device.
 """
 
 from __future__ import annotations
