@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from jinja2.exceptions import SecurityError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
 
 import fewbit as package
 from fewbit.errors import FormatError, PlanError
@@ -344,6 +344,26 @@ def test_saving_writes_a_file_again(small: Path, tmp_path: Path) -> None:
     assert (tmp_path / "plain" / "model.safetensors").is_file()
     same = models.original(tmp_path / "plain")
     assert torch.equal(models.logits(same, gguf_files.ids()), models.logits(plain, gguf_files.ids()))
+
+
+def test_a_folder_with_one_file_needs_no_name_of_it(small: Path, tmp_path: Path) -> None:
+    package.load(small).save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(models.logits(loaded, gguf_files.ids()), models.logits(package.load(small), gguf_files.ids()))
+    direct = type(loaded).from_pretrained(tmp_path, subfolder="saved")
+    assert torch.equal(models.logits(direct, gguf_files.ids()), models.logits(loaded, gguf_files.ids()))
+    named = AutoTokenizer.from_pretrained(tmp_path / "saved", gguf_file="model.gguf")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")("the")["input_ids"] == named("the")["input_ids"]
+    (tmp_path / "saved" / "other.gguf").write_bytes((tmp_path / "saved" / "model.gguf").read_bytes())
+    for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+        with pytest.raises(FormatError, match=r"gguf_file=.model\.gguf."):
+            kind.from_pretrained(tmp_path / "saved")
+
+
+def test_a_folder_with_a_config_is_read_by_that(small: Path, tmp_path: Path) -> None:
+    folder = gguf_files.save(tmp_path / "m", "llama", dtype="float32", hidden_size=32, intermediate_size=64)
+    (folder / "model.gguf").write_bytes(small.read_bytes())
+    assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 32
 
 
 def test_a_model_can_be_copied_and_unpacked_while_it_is_loaded(small: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from fewbit.models.gguf.names import Route, architecture, listed_of, lists_of, n
 from fewbit.models.gguf.pieces import Joined, decoded
 from fewbit.models.linears import LINEARS
 from fewbit.models.plugin.modules import put, put_embedding, unpack
-from fewbit.models.plugin.patch_gguf_config import gguf_path
+from fewbit.models.plugin.patch_gguf_config import gguf_path, named
 from fewbit.models.plugin.serving import requested_kernel, requested_tower
 from fewbit.nn.layers import Packed, QEmbedding, QLinear
 from fewbit.schemes.base import QTensor
@@ -301,7 +301,7 @@ class _Saver:
         self.model, self.quantizer = model, quantizer
 
     def __call__(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write `model.gguf`, which `from_pretrained(folder, gguf_file="model.gguf")` reads."""
+        """Write `model.gguf`, which `from_pretrained(folder)` reads, without fewbit with `gguf_file="model.gguf"`."""
         if getattr(self.model, "_hf_peft_config_loaded", False):
             PreTrainedModel.save_pretrained(self.model, save_directory, **kwargs)
             return
@@ -398,8 +398,8 @@ def register() -> None:
     """Patch `from_pretrained` of all models.
 
     `from_pretrained(folder, gguf_file=...)` reads the file in `folder`: transformers would prefer a file of that name
-    in the working directory. And threads take turns: transformers changes settings of the process while it builds a
-    model, such as whether weights are tied.
+    in the working directory. A folder with one GGUF model and nothing else to read needs no `gguf_file`. And threads
+    take turns: transformers changes settings of the process while it builds a model, such as whether weights are tied.
     """
     cls: Any = PreTrainedModel
     theirs = cls.from_pretrained
@@ -409,7 +409,7 @@ def register() -> None:
 
     @wraps(inner)
     def ours(kind: Any, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if pretrained_model_name_or_path is not None and (file := kwargs.get("gguf_file")):
+        if file := named(pretrained_model_name_or_path, kwargs, "*.safetensors*", "*.bin*"):
             kwargs["gguf_file"] = gguf_path(pretrained_model_name_or_path, file, kwargs)
         with building():
             return inner(kind, pretrained_model_name_or_path, *args, **kwargs)

@@ -41,6 +41,24 @@ def gguf_path(name: Any, file: str, options: Mapping[str, Any]) -> str:
     return os.path.abspath(path)
 
 
+def named(name: Any, options: Mapping[str, Any], *others: str) -> str | None:
+    """The GGUF file to read: `gguf_file` of the options, or the only model in a folder that has nothing else to read.
+
+    others: patterns of files that are read instead, besides config.json and an adapter. FormatError if the folder has
+    several models.
+    """
+    if name is None or (file := options.get("gguf_file")):
+        return None if name is None else file
+    folder = Path(str(name)) / (options.get("subfolder") or "")
+    others = ("config.json", "adapter_config.json", *others)
+    if not folder.is_dir() or any(next(folder.glob(other), None) for other in others):
+        return None
+    from fewbit.models.source import only_gguf
+
+    found = only_gguf(folder)
+    return None if found is None else found.name
+
+
 def gguf_file(name: Any, file: str, options: Mapping[str, Any]) -> GgufFile | None:
     """The file that these arguments name; None if fewbit does not load its architecture."""
     from fewbit.formats.containers.gguf import GgufFile
@@ -62,11 +80,13 @@ def register() -> None:
     def ours(kind: Any, name: Any, **kwargs: Any) -> Any:
         from fewbit.models.gguf.config import to_config
 
-        if (file := kwargs.get("gguf_file")) and (found := gguf_file(name, file, kwargs)) is not None:
+        default = kwargs.get("_configuration_file", "config.json") == "config.json"
+        file = named(name, kwargs) if default else kwargs.get("gguf_file")
+        if file and (found := gguf_file(name, file, kwargs)) is not None:
             return to_config(found), {key: value for key, value in kwargs.items() if key not in _USED}
         config, rest = inner(kind, name, **kwargs)
         folder = Path(str(name)) / (kwargs.get("subfolder") or "")
-        if config is not None and kwargs.get("_configuration_file", "config.json") == "config.json":
+        if config is not None and default:
             from fewbit.models.foreign import check, completed
 
             config = completed(config, folder) if folder.is_dir() else config

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 from transformers.models.auto import tokenization_auto
 
-from fewbit.models.plugin.patch_gguf_config import gguf_file
+from fewbit.models.plugin.patch_gguf_config import gguf_file, named
 
 # Arguments that say where the files are and which class reads them. All others go to the tokenizer.
 _LOADING = {
@@ -50,7 +50,8 @@ def _put_before(cls: Any) -> None:
     def ours(kind: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         name = pretrained_model_name_or_path  # the parameter keeps transformers' name: callers may pass it by keyword
         # Subclasses read files themselves.
-        if kind is cls and (file := kwargs.get("gguf_file")) and (found := gguf_file(name, file, kwargs)) is not None:
+        file = named(name, kwargs, "*token*", "vocab*", "*.model") if kind is cls else None
+        if file and (found := gguf_file(name, file, kwargs)) is not None:
             from fewbit.models.gguf.tokenizer import to_tokenizer
 
             return to_tokenizer(found, **{key: value for key, value in kwargs.items() if key not in _LOADING})
