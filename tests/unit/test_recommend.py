@@ -17,6 +17,7 @@ from fewbit.api import advise
 from fewbit.measure.comparison import Comparison, Loss, Row, Speed, Timing
 from fewbit.measure.intervals import Interval
 from fewbit.plans import plan
+from fewbit.report import advice
 from fewbit.texts.calibration import Calibration
 from tests import models
 
@@ -85,10 +86,20 @@ def test_quality_is_awq_unless_numbers_say_better() -> None:
     assert "as measured on tiny" in better.ranked_by
 
 
-def test_priors_are_said_to_be_priors() -> None:
+def test_priors_are_said_to_be_priors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the embedded model they are its own."""
     found = asked("quality")
-    assert "by priors, not measured on this model" in found.ranked_by
+    assert "by priors, measured on this model" in found.ranked_by
     assert found.commands[0].startswith(f"fewbit compare tiny --plans bf16,{found.best.plan}")
+    other = fewbit.recommend(models.save(tmp_path / "m", "llama"), "edge", memory="8GB")
+    assert "by priors, not measured on this model" in other.ranked_by
+    for done, whose in ((asked("edge"), "this model."), (other, "the embedded model, not on this one.")):
+        advice.recommendation(done)
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"* a prior: measured on {whose}" in text
+        assert "plans that fit 8 GB, in that order" in text
+    assert done is other
+    assert "a prior: measured on the embedded model. This command" in text
 
 
 def test_quality_is_the_most_that_fits() -> None:

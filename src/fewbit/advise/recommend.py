@@ -27,6 +27,7 @@ from fewbit.brief import brief
 from fewbit.errors import PlanError
 from fewbit.measure.comparison import Comparison, Timing, leaders
 from fewbit.measure.intervals import Interval
+from fewbit.names import EMBEDDED
 from fewbit.nn.choose import expected
 from fewbit.schemes.base import parse
 from fewbit.units import size
@@ -209,7 +210,7 @@ def recommend(
         rule=rule["says"],
         why=rule["why"],
         source=rule["source"],
-        ranked_by=_basis(measured, size_first, rule, here, any(c.decode is not None for c in ranked)),
+        ranked_by=_basis(measured, size_first, rule, here, any(c.decode is not None for c in ranked), estimated.model),
         notes=_of_limit(max_kl, (demands.fitted or ranked[0]).basis),
     )
     if not ranked:
@@ -389,7 +390,9 @@ def _nothing(
     return PlanError(f"no plan for {purpose} meets all demands: {readable[0].plan}: {readable[0].excluded}")
 
 
-def _basis(measured: Comparison | None, size_first: bool, rule: Mapping[str, Any], here: bool, timed: bool) -> str:
+def _basis(
+    measured: Comparison | None, size_first: bool, rule: Mapping[str, Any], here: bool, timed: bool, model: str
+) -> str:
     what = "speed of decoding" if size_first and timed else "size" if size_first else "KL divergence"
     if len(rule["tiers"]) > 1:
         what = f"what the rule prefers, then {what}"
@@ -399,8 +402,9 @@ def _basis(measured: Comparison | None, size_first: bool, rule: Mapping[str, Any
     if size_first and timed:
         return f"{kernels}{what} as timed on this machine; where intervals overlap, and where it was not, by size"
     if size_first:
-        return f"{kernels}{what}: one token reads all weights once; nothing of this model was measured"
-    return f"{kernels}{what} by priors, not measured on this model: {priors()['where']}"
+        return f"{kernels}{what}: one token reads all weights once; no speed of this model was measured"
+    whose = "measured on this model" if model == EMBEDDED else "not measured on this model"
+    return f"{kernels}{what} by priors, {whose}: {priors()['where']}"
 
 
 def _contradictions(

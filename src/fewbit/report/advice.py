@@ -10,6 +10,7 @@ from fewbit.advise.fitting import Fitted
 from fewbit.advise.precision import Precision
 from fewbit.advise.recommend import Candidate, Recommendation
 from fewbit.advise.table import MethodRow
+from fewbit.names import EMBEDDED
 from fewbit.report import tables, text
 from fewbit.units import size
 
@@ -103,7 +104,7 @@ def recommendation(done: Recommendation) -> None:
     if (sized := done.sized) is not None:
         _say(
             f"Types chosen for each tensor lose less at the same size, {sized.bits:g} bits: KL divergence "
-            f"{sized.kl.value:.3g} against {sized.kl_of_plan.value:.3g}, a prior: measured on the embedded model. "
+            f"{sized.kl.value:.3g} against {sized.kl_of_plan.value:.3g}, a prior: measured on {_of_priors(done)}. "
             "This command takes longer, and says what it measured on this model:"
         )
         tables.verbatim(text.out, f"  {sized.command}")
@@ -119,7 +120,7 @@ def _ranked(done: Recommendation) -> None:
     """The table of the plans that meet all demands, and where its numbers come from."""
     _say(f"  Ranked by {done.ranked_by}.")
     table = text.grid(
-        f"plans that fit {size(done.memory)}, best first",
+        f"plans that fit {size(done.memory)}, in that order",
         *("plan", "bits", "weights", "in use", "KL divergence", "tokens/s", "kernel here"),
         numbers=(1, 2, 3, 4, 5),
     )
@@ -135,7 +136,8 @@ def _ranked(done: Recommendation) -> None:
         )
     text.out.print(table)
     if any(c.kl is not None and c.basis == "prior" for c in done.ranked):
-        _say("* a prior: measured on the embedded model, not on this one. In use: weights, KV cache, activations.")
+        others = "" if done.model == EMBEDDED else ", not on this one"
+        _say(f"* a prior: measured on {_of_priors(done)}{others}. In use: weights, KV cache, activations.")
     _say(f"{done.speeds}.")
 
 
@@ -146,7 +148,7 @@ def _fitted(fitted: Fitted, done: Recommendation) -> None:
         where = {
             "costs": "predicted from the costs of this model's weights",
             "report": "at most about that by the report",
-            "prior": "at most about that by priors, measured on the embedded model",
+            "prior": f"at most about that by priors, measured on {_of_priors(done)}",
         }
         loss = f"{fitted.kl:.3g}, {where[fitted.basis]}"
     widths = "" if fitted.schemes is None else ": " + ", ".join(f"{s} in {n}" for s, n in fitted.schemes.items())
@@ -155,6 +157,11 @@ def _fitted(fitted: Fitted, done: Recommendation) -> None:
         f"{fitted.bits:.3g} bits a weight{widths}. Weights {size(fitted.weights_bytes)}, in use {size(fitted.total)}. "
         f"KL divergence {loss}."
     )
+
+
+def _of_priors(done: Recommendation) -> str:
+    """The model that the priors were measured on."""
+    return "this model" if done.model == EMBEDDED else "the embedded model"
 
 
 def methods(rows: Sequence[MethodRow]) -> None:
