@@ -146,7 +146,20 @@ def test_a_reason_for_all_tensors_is_said_once() -> None:
         resolve(replace(plan_of(Rule("*", "int3-g64")), format="awq"), SHAPES)
     assert raised.value.message.count("4-bit integers") == 1
     assert "none of 4 tensors" in raised.value.message
-    assert "fits every tensor" not in raised.value.hint
+    assert raised.value.message.startswith("plan test: ")
+    assert raised.value.hint.startswith("Formats that store int3-g64: compressed-tensors, gptq. ")
+
+
+def test_the_rule_of_what_cannot_be_stored_is_named() -> None:
+    """It speaks of group sizes only where one would help."""
+    plan = plan_of(Rule("*.mlp.*", "nf4-b64"), Rule("*", "int4-g128"))
+    with pytest.raises(PlanError) as raised:
+        resolve(replace(plan, format="awq"), SHAPES)
+    assert "not nf4-b64 (rule 1, '*.mlp.*')" in raised.value.message
+    assert raised.value.hint == "Formats that store nf4-b64: bnb. Choose one of them, or another scheme."
+    with pytest.raises(PlanError) as raised:
+        resolve(plan_of(Rule("*", "int4-g128")), SHAPES)
+    assert "fits every tensor" in raised.value.hint
 
 
 @pytest.mark.parametrize("spec", ["int5-g64", "int6-row-sym", "int7-g24"])
@@ -321,7 +334,7 @@ def test_one_cause_in_many_tensors_is_one_line() -> None:
     with pytest.raises(PlanError) as error:
         resolve(find("gptq-4bit").changed(scheme="int4-g128-sym"), shapes)
     first, alike, alone = error.value.message.split("\n")
-    assert first == "25 of 26 tensors cannot be stored as requested:"
+    assert first == "plan gptq-4bit with scheme int4-g128-sym: 25 of 26 tensors cannot be stored as requested:"
     assert alike.startswith("  24 tensors, model.layers.0-7.self_attn.q_proj, model.layers.0-7.self_attn.k_proj")
     assert "[576 x 576, 192 x 576, 1536 x 576]: " in alike
     assert alone.startswith("  model.layers.3.mlp.down_proj [576 x 1500]: ")

@@ -21,6 +21,7 @@ from fewbit.lazy import torch
 from fewbit.methods.base import Method, make, name_of
 from fewbit.names import in_short
 from fewbit.plans import mixtures
+from fewbit.plans.refused import by_reason, not_stored
 from fewbit.schemes.base import Scheme, parse
 from fewbit.stats import Need
 from fewbit.system.files import read_json
@@ -234,11 +235,13 @@ def find(name: str) -> Plan:
                     data = data[key]
             return Plan.from_json(data)
         except OSError as error:
-            raise PlanError(f"plan file {name}: {error.strerror}") from None
+            raise PlanError(f"plan file {name}: {error.strerror}", "Give a plan's name or a .json file.") from None
         except FormatError as error:  # the user wrote the plan file: a PlanError, as for an invalid argument
             raise PlanError(f"plan file {error.message}", error.hint) from None
         except PlanError as error:
             raise PlanError(f"plan file {name}: {error.message}", error.hint) from None
+    if Path(name).expanduser().is_dir():
+        raise PlanError(f"plan {name}: this is a folder", "Give a plan's name (fewbit list) or a .json file.")
     raise registry.unknown("plan", name, PRESETS)
 
 
@@ -367,7 +370,7 @@ def resolve(
             refused[m] = f"{reason}, whose order differs in a GGUF file"
     refused |= {m: _TRANSPOSED for m in ([] if model is None else model.transposed) if m in wanted}
     if refused:
-        raise PlanError(_listed(refused, wanted, len(wanted)), _what_fits(wanted, format))
+        raise not_stored(plan.name, [rule.match for rule in plan.rules], refused, wanted, format)
     if dtype is not None:
         wanted, suited = _suit(wanted, format, dtype)
         notes += suited
@@ -439,7 +442,7 @@ def _adapt(wanted: Mapping[str, Assignment], format: Format) -> tuple[dict[str, 
         for m, a in wanted.items()
         if m not in fitting
     }
-    notes = [f"{in_short(modules)} stays as it is: {why}" for why, modules in _by_reason(left).items()]
+    notes = [f"{in_short(modules)} stays as it is: {why}" for why, modules in by_reason(left).items()]
     common = set.intersection(*(set(_groups_that_fit(a, format)) for a in fitting.values())) if fitting else set()
     asked = {a.scheme.group for a in fitting.values()}
     if len(asked) == 1 and common and (group := max(common)) != (before := asked.pop()):
@@ -464,33 +467,3 @@ def _sizes(group: int) -> list[int]:
     while found[-1] // 2 >= _SMALLEST_GROUP:
         found.append(found[-1] // 2)
     return found
-
-
-def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
-    """Reason -> the modules that have it."""
-    found: dict[str, list[str]] = {}
-    for module, reason in reasons.items():
-        found.setdefault(reason, []).append(module)
-    return found
-
-
-def _listed(refused: Mapping[str, str], wanted: Mapping[str, Assignment], total: int) -> str:
-    groups = _by_reason(refused)
-    if len(refused) == total > 1 and len(groups) == 1:
-        return f"none of {total} tensors can be stored as requested: {next(iter(groups))}"
-    lines = []
-    for why, modules in groups.items():
-        shapes = dict.fromkeys("{} x {}".format(*wanted[module].shape) for module in modules)
-        count = f"{len(modules)} tensors, " if len(modules) > 1 else ""
-        lines.append(f"  {count}{in_short(modules)} [{', '.join(shapes)}]: {why}")
-    return "\n".join([f"{len(refused)} of {total} tensors cannot be stored as requested:", *lines])
-
-
-def _what_fits(wanted: Mapping[str, Assignment], format: Format) -> str:
-    schemes: set[Scheme] = {a.scheme for a in wanted.values()}
-    for scheme in sorted(schemes, key=str):
-        for group in (1024, 512, 256, 128, 64, 32, 16, 0):
-            tried = scheme.with_group(group)
-            if not any(format.why_not(a.shape, tried) for a in wanted.values()):
-                return f"The scheme {tried} fits every tensor."
-    return "No other group size fits: use another scheme or format, or exclude tensors with a plan file."
