@@ -186,6 +186,15 @@ def test_an_evaluation_for_scripts() -> None:
     assert data["intervals"]["same_top"] == [0.8, 0.82]
 
 
+@pytest.mark.parametrize(
+    ("factor", "said"), [(1.0, "about the same size"), (0.996, "about the same size"), (1.25, "1.25 x larger")]
+)
+def test_an_output_that_is_no_smaller(factor: float, said: str, shown: io.StringIO) -> None:
+    report_text.quantized(replace(QUANTIZED, output_bytes=round(QUANTIZED.original_bytes * factor)))
+    assert said in shown.getvalue()
+    assert "x smaller" not in shown.getvalue()
+
+
 def test_a_quantization_for_people(shown: io.StringIO) -> None:
     report_text.quantized(QUANTIZED)
     text = shown.getvalue()

@@ -93,8 +93,8 @@ class Settled:
         )
         if bits >= _SAVES * packing.bits:
             notes.append(
-                f"the plan takes {bits:.3g} bits per weight and the source {packing.bits:.3g}: "
-                "quantizing it again adds error and saves nothing"
+                f"the plan takes {bits:.4g} bits per weight with scales. The source's files take {packing.bits:.4g}, "
+                "with all that they store for the weights: quantizing it again adds error and saves nothing"
             )
         return notes if packing.left_out is None else [*notes, packing.left_out]
 

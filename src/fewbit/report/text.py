@@ -47,6 +47,14 @@ def grid(title: str, *columns: str, numbers: Sequence[int] = ()) -> tables.Table
     return tables.Table(title, [tables.Column(heading, i in numbers) for i, heading in enumerate(columns)])
 
 
+def _smaller(before: int, after: int) -> str:
+    """How sizes in bytes compare."""
+    factor = before / max(after, 1)
+    if 0.99 < factor < 1.01:
+        return "about the same size"
+    return f"{factor:.2f} x smaller" if factor > 1 else f"{after / max(before, 1):.2f} x larger"
+
+
 def quantized(done: Quantized) -> None:
     """What `fewbit quantize` prints when it is finished."""
     for note in done.notes:
@@ -56,8 +64,12 @@ def quantized(done: Quantized) -> None:
         first = next(module for module, n in fallbacks if n == note)
         _say(f"note: {note} ({first}{f' and {count - 1} more' if count > 1 else ''})")
     table = grid(done.out, "", "original", "quantized", "", numbers=(1, 2))
-    factor = done.original_bytes / max(done.output_bytes, 1)
-    table.add_row("weights in files", size(done.original_bytes), size(done.output_bytes), f"{factor:.2f} x smaller")
+    table.add_row(
+        "weights in files",
+        size(done.original_bytes),
+        size(done.output_bytes),
+        _smaller(done.original_bytes, done.output_bytes),
+    )
     table.add_row(
         "bits per quantized weight", "", f"{done.bits_per_weight:.3f}", f"{share(done.share)} of the blocks' parameters"
     )
