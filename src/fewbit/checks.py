@@ -104,6 +104,14 @@ def path(name: str, value: Any) -> str | Path:
     return given if isinstance(value, str) else Path(given)
 
 
+def file(name: str, value: Any) -> str | Path:
+    """The path of a file. A folder is refused; whether there is such a file is checked later."""
+    given = path(name, value)
+    if os.path.isdir(os.path.expanduser(given)):
+        raise invalid(name, str(given), "a file, and this is a folder")
+    return given
+
+
 def texts(name: str, value: Any) -> str | tuple[str, ...]:
     """A text argument of `calibration.load_text`: the name of a text, the path of a file, or a list of texts."""
     if isinstance(value, (str, os.PathLike)):

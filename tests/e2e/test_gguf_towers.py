@@ -415,7 +415,8 @@ def test_wrong_files_in_the_wrong_places_are_named(tmp_path: Path, gemma: Files,
         (gemma.tower, gemma.text, 3, "is the vision or audio tower of a model (mmproj), not a model"),
         (gemma.text, cut, 3, "would end at byte"),
         (gemma.text, tmp_path / "none.gguf", 2, "no such"),
-        (llama, gemma.tower, 2, "is no GGUF file, and has its tower in its own files"),
+        (gemma.text, tmp_path, 2, "expected a file, and this is a folder"),
+        (llama, gemma.tower, 2, "is no GGUF file"),
     )
     for model, tower, code, words in cases:
         done = fewbit("generate", model, PROMPT, "--image", picture, "--mmproj", tower)

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from fewbit import names
-from fewbit.checks import MAX_SEED, Texts, flag, integer, invalid, number, path, size, text, texts
+from fewbit.checks import MAX_SEED, Texts, file, flag, integer, invalid, number, path, size, text, texts
 from fewbit.checks import Device as Device
 from fewbit.checks import DType as DType
-from fewbit.errors import FormatError
+from fewbit.errors import FormatError, PlanError
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.models.loading import Loading
 from fewbit.plans.budget import Budget
@@ -91,6 +91,14 @@ def model(name: str, value: Any) -> str | Path:
     return given
 
 
+def mmproj(name: str, value: Any) -> str | Path:
+    """A GGUF file here or of the Hub."""
+    given = file(name, value)
+    if not os.path.isfile(os.path.expanduser(given)) and names.hub_file(str(given)) is None:
+        raise PlanError(f"`{name}={given}`: there is no such file")
+    return given
+
+
 def calibration(name: str, value: Any) -> Calibration | str | tuple[str, ...]:
     """A Calibration, or only its text. `calibrated` adds the verb's default settings to a text."""
     return value if isinstance(value, Calibration) else texts(name, value)
@@ -146,7 +154,7 @@ def effort(name: str, value: Any) -> str:
 def images(name: str, value: Any) -> tuple[Any, ...]:
     """One image or several: files, or images of pillow."""
     each = list(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value]
-    return tuple(one if hasattr(one, "convert") else path(name, one) for one in each)
+    return tuple(one if hasattr(one, "convert") else file(name, one) for one in each)
 
 
 def keys(name: str, value: Any) -> dict[str, str]:
@@ -205,8 +213,10 @@ def report(name: str, value: Any) -> Any:
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **checks_of(Loading),
-    **dict.fromkeys(("out", "reference_adapter", "imatrix"), path),
-    **dict.fromkeys(("model", "reference", "base", "mmproj"), model),
+    **dict.fromkeys(("out", "reference_adapter"), path),
+    **dict.fromkeys(("model", "reference", "base"), model),
+    "imatrix": file,
+    "mmproj": mmproj,
     **dict.fromkeys(("text", "data"), texts),
     **dict.fromkeys(("prompt", "purpose", "target", "cache", "to", "repo", "revision", "message"), text),
     **dict.fromkeys(("samples", "length", "context", "batch", "limit", "max_new_tokens"), integer(1)),

@@ -290,7 +290,9 @@ class Comparison:
         file = path / FILE if path.is_dir() else path
         try:
             data = read_json(file)
-        except (OSError, FormatError) as error:
+        except OSError as error:
+            raise FormatError(f"{file} is not a report of fewbit compare: {error.strerror}") from None
+        except FormatError as error:
             raise FormatError(f"{file} is not a report of fewbit compare: {error}") from None
         return cls.from_json(data, str(file))
 

@@ -118,7 +118,8 @@ def _file(name: str) -> Path | None:
     if path.suffix not in _FILES:
         return None
     if not path.is_file():
-        raise PlanError(f"task {name}: no such file", "Give a YAML file of a task, or the name of a task.")
+        wrong = "this is a folder" if path.is_dir() else "no such file"
+        raise PlanError(f"task {name}: {wrong}", "Give a YAML file of a task, or the name of a task.")
     return path.absolute()
 
 

@@ -164,7 +164,7 @@ def locate(name: str | Path, *, safetensors_only: bool = False) -> Source:
         found = _download_file(str(name), *place)
         return _of_gguf(str(name), found, found, hosted=True)
     origin = folder = _folder(str(name), path, safetensors_only)
-    if not (folder / "config.json").exists() and (file := _only_gguf(folder)) is not None:
+    if not (folder / "config.json").exists() and (file := only_gguf(folder)) is not None:
         return _of_gguf(str(name), file, folder)
     files = safetensors.files_in(folder, _weights_name(read_config(folder)))
     if not files:
@@ -221,15 +221,13 @@ def with_tower(source: Source, mmproj: str | Path | None) -> Source:
         place = found[0] if found else None
     elif source.gguf is None:
         raise PlanError(
-            f"`mmproj={mmproj}`: {source.name} is no GGUF file, and has its tower in its own files",
-            "Leave out `mmproj`.",
+            f"`mmproj={mmproj}`: {source.name} is no GGUF file",
+            "Leave out `mmproj`: other models have their vision tower, if any, in their own files.",
         )
     else:
         place = Path(mmproj).expanduser().absolute()
         if not place.exists() and (there := names.hub_file(str(mmproj))) is not None:
             place = _download_file(str(mmproj), *there)
-        if not place.is_file():
-            raise PlanError(f"`mmproj={mmproj}`: there is no such file")
     if place is None:
         return source
     try:
@@ -248,7 +246,7 @@ def _of_gguf(name: str, path: Path, origin: Path, *, hosted: bool = False) -> So
     return Source(name, path.parent, file.files, origin, str(file.path), hosted)
 
 
-def _only_gguf(folder: Path) -> Path | None:
+def only_gguf(folder: Path) -> Path | None:
     """The only GGUF file of a folder, or the first part of a split one. FormatError if there are several."""
     files = [file for file in sorted(folder.glob("*.gguf")) if not gguf_parts.is_later(file)]
     found = [file for file in files if len(files) == 1 or not towers.is_tower(GgufFile(file))]
@@ -260,7 +258,10 @@ def _only_gguf(folder: Path) -> Path | None:
     files = found
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:5])
-        raise FormatError(f"{folder} has several GGUF files ({names})", f"Name one, such as {files[0]}.")
+        raise FormatError(
+            f"{folder} has several GGUF files ({names})",
+            f"Name one, such as {files[0]}; with transformers, gguf_file={files[0].name!r}.",
+        )
     return files[0] if files else None
 
 

@@ -140,6 +140,8 @@ def load_text(source: str | os.PathLike[str] | Sequence[str] = "pydoc", part: Pa
         text = _from_file(path, str(path))
     else:
         shown = str(source) if len(str(source)) <= 80 else f"{str(source)[:77]}..."
+        if os.path.isdir(path):
+            raise PlanError(f"the text {shown} is a folder", "Give a .txt, .jsonl or .json file.")
         error = unknown("text", shown, SOURCES)
         hint = f"{error.hint} A text itself is given in a list."
         raise PlanError(f"{error.message}, and there is no file at that path", hint)
