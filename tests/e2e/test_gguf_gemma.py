@@ -64,6 +64,20 @@ def test_unused_keys_of_a_checkpoint_are_ignored(tmp_path: Path) -> None:
     assert gguf_files.digest(one) == gguf_files.digest(two)
 
 
+@pytest.mark.parametrize("kind", ["gemma4_text-wide", "gemma4_unified_text"])
+def test_layers_share_keys_without_inputs_of_their_own(kind: str, tmp_path: Path) -> None:
+    """The file of either is read as `gemma4_text`, whose forward pass in transformers 5.24 fails with such a model."""
+    folder, ids = gguf_files.save(tmp_path / "m", kind, num_kv_shared_layers=1), gguf_files.ids()
+    original = models.original(folder)
+    wanted = original(ids, output_hidden_states=True).logits  # then no token is left out before the shared layers
+    quantize.quantize(folder, tmp_path / "out.gguf", plan=find("q8_0").changed(method="rtn"))
+    loaded = generate.load(gguf_files.written(folder, tmp_path / "m.gguf"), dtype=torch.float32)
+    assert loaded.config.model_type == "gemma4_text"
+    assert torch.equal(models.logits(loaded, ids), wanted)
+    last = loaded(ids, logits_to_keep=1).logits
+    torch.testing.assert_close(last, wanted[:, -1:], rtol=1e-5, atol=1e-5)
+
+
 def test_a_shorter_embedding_of_layers_gets_more_rows(tmp_path: Path) -> None:
     """Published models have tokens of images and sound that no row of it is for."""
     folder = gguf_files.save(tmp_path / "m", "gemma3n_text", vocab_size_per_layer_input=200)

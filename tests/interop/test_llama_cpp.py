@@ -83,6 +83,7 @@ SHARED = {
 }
 CASES: list[tuple[str, dict[str, Any]]] = [(family, {}) for family in gguf_files.KINDS]
 CASES += [("deepseek_v2", LITE), ("gemma3n_text", SHARED)]
+CASES += [(kind, {"num_kv_shared_layers": 1}) for kind in ("gemma4_text-wide", "gemma4_unified_text")]
 CASES += [("granite_swa", {"layer_rope_theta": [5e5, 0, 5e5, 0]})]  # the base of rope_parameters is another
 
 

@@ -21,6 +21,7 @@ from fewbit.nn.layers import QLinear
 assert LoraConfig()._custom_modules == {QLinear: QLoraLinear}
 from peft.utils import transformers_weight_conversion  # PEFT imports it when it first adapts a model
 assert hasattr(transformers_weight_conversion.convert_peft_config_for_transformers, "__wrapped__")
+from transformers.models.gemma4 import modeling_gemma4  # the last module that is watched
 assert not [f for f in sys.meta_path if type(f).__module__ == "fewbit.hook"]
 """
 
