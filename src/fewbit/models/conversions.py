@@ -8,10 +8,11 @@ without splitting.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +68,13 @@ def mapping_of(model: PreTrainedModel) -> list[WeightRenaming | WeightConverter]
     return experts.unmerged(known) if experts.are_separate(model) else known
 
 
+def several_of_several(model: PreTrainedModel) -> str:
+    """The tensors of a checkpoint of which transformers makes more than one parameter; "" if there are none."""
+    several = [m for m in get_model_conversion_mapping(model) if len(m.target_patterns) > 1]
+    many = [m for m in several if len(m.source_patterns) > 1 or not experts.unmerged([m])]
+    return ", ".join(many[0].source_patterns) if many else ""
+
+
 def converter_of(mapping: Conversions, key: str) -> WeightConverter | None:
     """The entry of transformers' conversion mapping that computes a parameter from the checkpoint's tensor `key`."""
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
@@ -97,6 +105,58 @@ def parts_of(
 
 def _part(split: Callable[[Tensor], dict[str, Tensor]], name: str, handle: Any) -> Tensor:
     return split(handle[...])[name]
+
+
+class Misfit(NamedTuple):
+    """Why transformers cannot make a parameter of tensors of a checkpoint, and the names of those that are missing."""
+
+    why: str
+    lacking: list[str]
+
+
+def misfits(
+    model: PreTrainedModel, mapping: Conversions, made: Mapping[str, str], specs: Mapping[str, PartSpec]
+) -> list[Misfit]:
+    """What is wrong with the tensors of a checkpoint that transformers converts while loading.
+
+    made: name of such a tensor -> the parameter that it becomes, or is a part of. specs: of the tensors by their names.
+    """
+    sources: dict[str, dict[str, PartSpec]] = {}
+    for key, name in made.items():
+        sources.setdefault(name, {})[key] = specs[key]
+    found = (_misfit(model, mapping, name, own) for name, own in sources.items())
+    return [each for each in found if each is not None]
+
+
+def _misfit(model: PreTrainedModel, mapping: Conversions, name: str, specs: Mapping[str, PartSpec]) -> Misfit | None:
+    """What is wrong with the tensors of the parameter `name`; None if they fit."""
+    converter = converter_of(mapping, next(iter(specs)))
+    if converter is None:
+        return None
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    names = {
+        key: rename_source_key(key, renamings, [converter], model.base_model_prefix, {name: None}) for key in specs
+    }
+    found = {str(pattern): key for key, (renamed, pattern) in names.items() if renamed == name and pattern}
+    if len(found) < len(specs):
+        return None  # some are loaded as they are, or are experts: several of these match one pattern
+    tensors = {p: torch.empty(specs[key].shape, dtype=specs[key].dtype, device="meta") for p, key in found.items()}
+    made, wanted = "cannot be joined", list(model.get_parameter(name).shape)
+    with suppress(Exception):  # transformers' operations raise anything on a wrong shape
+        (whole,) = _of_all(model, converter, name, tensors).values()
+        if (shape := list(whole.shape)) == wanted:
+            return None
+        made = f"make one of shape {shape}"
+    pattern, key = next(iter(found.items()))
+    lacking = [
+        key.replace(_literal(pattern), _literal(each)) for each in converter.source_patterns if each not in found
+    ]
+    shapes = " and ".join(f"{key} of shape {list(spec.shape)}" for key, spec in specs.items())
+    return Misfit(f"{shapes} {made}; config.json requires {wanted} of {name}", lacking)
+
+
+def _literal(pattern: str) -> str:
+    return pattern.replace("\\.", ".")
 
 
 def after_conversion(
@@ -193,3 +253,12 @@ class _WithFused:
         if leaf not in shapes:
             return self.model.get_parameter(name)
         return torch.empty(shapes[leaf], dtype=torch.float32, device="meta")
+
+
+def failure(info: Any) -> str | None:
+    """What transformers could not load. info: what its loader returns."""
+    for name, found, wanted in sorted(info.mismatched_keys):
+        return f"{name} has shape {list(found)}, the model expects {list(wanted)}"
+    for name, why in info.conversion_errors.items():
+        return f"{name} cannot be made of the checkpoint's tensors: {str(why).splitlines()[-2:][0]}"
+    return None

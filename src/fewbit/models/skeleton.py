@@ -18,10 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    convert_and_load_state_dict_in_model,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from fewbit.errors import FormatError, PlanError
@@ -418,13 +415,14 @@ class Skeleton:
         have = set(self.name_of.values())
         names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         missing = [name for name in names if name not in have and self.tied.get(name) not in have]
-        several = [m for m in get_model_conversion_mapping(self.model) if len(m.target_patterns) > 1]
-        many = [m for m in several if len(m.source_patterns) > 1 or not experts.unmerged([m])]
-        if missing and many:
+        made = {key: name for key, name in self.name_of.items() if name in self.merged}
+        misfits = conversions.misfits(self.model, self._mapping, made, self.checkpoint.specs)
+        if missing and (many := conversions.several_of_several(self.model)):
             raise PlanError(
-                f"transformers makes several tensors of {', '.join(many[0].source_patterns)} of a "
-                f"{self.config.model_type} model while loading, which fewbit does not support yet"
+                f"transformers makes several tensors of {many} of a {self.config.model_type} model while loading, "
+                "which fewbit does not support yet"
             )
+        missing += [name for each in misfits for name in each.lacking]
         if missing:
             fused = experts.fused_name(self.model, missing[0])
             raise FormatError(
@@ -435,6 +433,8 @@ class Skeleton:
                 else f"config.json says that the weights are of {named}. fewbit quantizes models that generate text, "
                 f"and builds {type(self.model).__name__} for this config.",
             )
+        if misfits:
+            raise FormatError(f"{self.source.folder}: {misfits[0].why}")
         for key, name in self.name_of.items():
             found, wanted = self.checkpoint.specs[key].shape, tuple(self._expected[name].shape)
             if self._expected[name].is_floating_point() and not self.checkpoint.specs[key].dtype.is_floating_point:
@@ -463,8 +463,8 @@ class Skeleton:
             info, _ = convert_and_load_state_dict_in_model(self.model, lazily, config)
         # The loader stores the conversions that it used, for saving. Those of one block are wrong for the whole model.
         del self.model._weight_conversions
-        if info.conversion_errors or info.mismatched_keys:
-            raise FormatError(f"{self.source.folder}: {info.conversion_errors or info.mismatched_keys}")
+        if why := conversions.failure(info):
+            raise FormatError(f"{self.source.folder}: {why}")
         self.model.requires_grad_(False)
 
     def _own(self, prefix: str, keys: list[str]) -> None:
