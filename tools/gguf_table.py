@@ -124,7 +124,7 @@ def page() -> str:
     if unproved := [kind for kind in TYPES if kind not in golden & tested]:
         raise SystemExit(f"no test compares these with llama.cpp, and the page says so of all: {', '.join(unproved)}")
     lines = ["| type | in the file | only if |", "|---|---|---|"]
-    lines += [f"| `{kind}` | {row.name} | {'; '.join(_conditions(row))} |" for kind, row in rows]
+    lines += [f"| `{kind}` | {row.name} | {'; '.join(conditions(row))} |" for kind, row in rows]
     lines += [
         "",
         "## Types that llama.cpp computes otherwise",
@@ -160,7 +160,7 @@ def _reasons(types: Mapping[str, str], head: str = "type") -> list[str]:
     return [f"| {head} | why |", "|---|---|", *(f"| `{kind}` | {why} |" for kind, why in sorted(types.items()))]
 
 
-def _conditions(row: Any) -> Iterator[str]:
+def conditions(row: Any) -> Iterator[str]:
     """What llama.cpp takes for granted of the models of a row."""
     from fewbit.models.gguf.architectures import TYPES  # `page` puts it on the path
     from fewbit.models.gguf.positions import windows
@@ -201,7 +201,7 @@ def _conditions(row: Any) -> Iterator[str]:
         yield "`index_head_dim` is a multiple of 64"
     if row.expanded:
         yield "`v_head_dim` = `hidden_size` / heads; latents of queries; scaled RoPE without `mscale_all_dim`"
-    elif row.latent and not row.rope_required:
+    elif row.latent and not row.rope_required and not row.no_positions:
         yield "YaRN with `mscale` = `mscale_all_dim`"
     if row.lite:
         yield "`q_lora_rank` = None with 26 or 27 layers only"
@@ -209,11 +209,14 @@ def _conditions(row: Any) -> Iterator[str]:
         yield f"a sliding window in all layers but one in {row.period}"
     if row.unshared:
         yield f"`num_kv_shared_layers` leaves {row.unshared} layers with keys and values of their own"
+    if row.unshared or "num_kv_shared_layers" in row.integers:
+        yield "with `num_kv_shared_layers`, the two layers before these have a sliding window, then full attention"
     if row.sparse:
         yield f"`activation_sparsity_pattern` = 0.95 in the first {row.sparse} layers and 0 in others"
     if row.two_kinds:
         yield "layers with full attention and layers with a sliding window; `use_bidirectional_attention` is not all"
-        yield "`vocab_size_per_layer_input` = `vocab_size`, if layers have inputs of their own"
+        if "hidden_size_per_layer_input" in row.integers:
+            yield "`vocab_size_per_layer_input` = `vocab_size`, if layers have inputs of their own"
         yield "proportional RoPE with factor 1 in layers with full attention"
     if row.local_theta is not None:
         yield f"{windows(row)} in layers with a sliding window"

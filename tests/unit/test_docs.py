@@ -186,3 +186,23 @@ def test_the_page_of_gguf_architectures_is_up_to_date(monkeypatch: pytest.Monkey
     from gguf_table import PAGE, page
 
     assert PAGE.read_text(encoding="utf-8") == page(), "run python tools/gguf_table.py"
+
+
+# Entries of `rope_parameters`
+_OF_ROPE = {"rope_type", "mscale", "mscale_all_dim", "truncate"}
+
+
+def test_conditions_name_entries_that_a_config_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each condition of the page of GGUF architectures is one that a model of the type can break."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from gguf_table import conditions
+
+    from fewbit.models.gguf.architectures import TYPES
+
+    wrong = []
+    for kind, rows in TYPES.items():
+        config = transformers.AutoConfig.for_model(kind)
+        of_rope = _OF_ROPE if hasattr(config, "rope_parameters") else set()
+        said = {name for row in rows for each in conditions(row) for name in re.findall(r"`([a-z_]+)`", each)}
+        wrong += [f"{kind}: {name}" for name in sorted(said - of_rope) if not hasattr(config, name)]
+    assert not wrong
