@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import prod
@@ -155,7 +155,8 @@ def made(model: str | Path | Source, out: str | Path, wanted: Request) -> Quanti
             publish.check_not_lost(out, job.source.origin, job.source.folder, *job.source.files)
         tokenizer = load_tokenizer(job.source, trust_remote_code=wanted.trust_remote_code)
         # For a GGUF file, this raises the error if GGUF cannot express the model: before any work.
-        header = job.header(tokenizer)
+        with report_progress.phase("checking the tokenizer", progress) if file else nullcontext():
+            header = job.header(tokenizer)
         job = replace(job, notes=[*job.notes, *(header.notes if header else ())])
         tuning = effort.block_tuning(wanted.effort, calibration.seed)
         if tuning is not None:

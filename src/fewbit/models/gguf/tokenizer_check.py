@@ -44,10 +44,12 @@ def check(tokenizer: Any, metadata: Mapping[str, Any]) -> str | None:
     if lost := _lost(tokenizer, rebuilt):
         raise _refused(lost)
     made = json.loads(tokenizer.backend_tokenizer.to_str())
-    added = [each["content"] for each in made["added_tokens"]]
-    pieces = _sample([piece for piece in made["model"]["vocab"] if piece not in set(added)], _PIECES)
+    added = dict.fromkeys(each["content"] for each in made["added_tokens"])  # looked up for each of 262,144 pieces
+    pieces = _sample([piece for piece in made["model"]["vocab"] if piece not in added], _PIECES)
     plain = [*TEXTS, *(piece.replace(SPACE, " ").strip() or "a" for piece in pieces)]
-    mixed = [text for each in _sample(added, _TOKENS) for text in (f"a {each} b", f"a{each}b", f"{each}\n  {each} A")]
+    mixed = [
+        text for each in _sample(list(added), _TOKENS) for text in (f"a {each} b", f"a{each}b", f"{each}\n  {each} A")
+    ]
     # `elsewhere` is llama.cpp's reading of the keys. It also adds SentencePiece's first space after special tokens and
     # before another space, in every such file. So it is compared on texts without these.
     for other, texts in ((rebuilt, [*plain, " a", "", *mixed]), (elsewhere, plain)):
