@@ -62,7 +62,8 @@ class Keys:
     def whole(self, key: str, default: int = 0) -> int:
         """An integer from 0."""
         value = self.get(key, default)
-        return 0 if value == 0 and not isinstance(value, bool) else self.count(key, default)
+        none = isinstance(value, int) and not isinstance(value, bool) and value == 0
+        return 0 if none else self.count(key, default)
 
     def real(self, key: str, default: float | None = None) -> float:
         """A finite number, as the shortest decimal of the same float32: 1e-05, not 9.999999747378752e-06."""
