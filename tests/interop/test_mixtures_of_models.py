@@ -23,8 +23,8 @@ from tests.interop import llama_cpp as peer
 pytestmark = [pytest.mark.interop, pytest.mark.skipif(bool(peer.missing()), reason=peer.missing() or "")]
 
 # What llama.cpp quantizes and fewbit leaves in 16 bits: the halves of a matrix of latents, one of them transposed; what
-# sets how fast a state decays; columns that are not in the order of the model's.
-IN_16_BITS = ("attn_k_b", "attn_v_b", "ssm_alpha", "ssm_beta", "ssm_ba", "ssm_out")
+# sets how fast a state decays.
+IN_16_BITS = ("attn_k_b", "attn_v_b", "ssm_alpha", "ssm_beta", "ssm_ba")
 # Widths that blocks of 256 divide, and 8 experts as Mixtral's
 _WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8}
 _EXPERTS: dict[str, Any] = {**_WIDE, "moe_intermediate_size": 256}
@@ -72,7 +72,10 @@ def differs(name: str, wanted: str, found: str) -> bool:
     return wanted != found
 
 
-def compared(kind: str, changes: dict[str, Any], mixtures: Sequence[str], tmp_path: Path) -> None:
+def compared(
+    kind: str, changes: dict[str, Any], mixtures: Sequence[str], tmp_path: Path
+) -> dict[tuple[str, str], tuple[str, str]]:
+    """(mixture, tensor) -> the types of llama.cpp and of fewbit, where they differ."""
     folder = gguf_files.save(tmp_path / "m", kind, **changes)
     source = gguf_files.written(folder, tmp_path / "m.gguf", "f16")
     differing = {}
@@ -81,26 +84,55 @@ def compared(kind: str, changes: dict[str, Any], mixtures: Sequence[str], tmp_pa
         for name, found in ours(folder, mixture, weighed=weighed).items():
             if differs(name, wanted[name], found):
                 differing[mixture, name] = (wanted[name], found)
-    assert not differing
+    return differing
 
 
 @pytest.mark.parametrize(("kind", "changes"), WIDE, ids=lambda case: case if isinstance(case, str) else None)
 def test_experts_get_the_types_of_llama_cpp(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    compared(kind, changes, ("q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "iq3_xs", "iq4_xs", "mxfp4_moe"), tmp_path)
+    assert not compared(
+        kind, changes, ("q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "iq3_xs", "iq4_xs", "mxfp4_moe"), tmp_path
+    )
 
 
+# Heads of linear attention that are a block wide: the file has these in another order
+_WIDTHS = ("linear_key_head_dim", "linear_value_head_dim")
+_REORDERED = {kind: dict.fromkeys(_WIDTHS, 32) for kind in ("qwen3_5_text", "qwen3_5_moe_text")}
 # Four query heads share a key-value head
 _SHARED: list[tuple[str, dict[str, Any]]] = [
     (kind, {"num_key_value_heads": 1})
     for kind in ("jamba", "granitemoehybrid", "lfm2", "gemma3", "laguna", "mimo_v2_flash")
 ]
-_SHARED += [("falcon", {"num_kv_heads": 1}), ("qwen3_5_text", {"num_key_value_heads": 1})]
+_SHARED += [("falcon", {"num_kv_heads": 1}), ("qwen3_5_text", {"num_key_value_heads": 1, **_REORDERED["qwen3_5_text"]})]
 
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [*((kind, {}) for kind in gguf_files.KINDS), *_SHARED],
+    [*((kind, _REORDERED.get(kind, {})) for kind in gguf_files.KINDS), *_SHARED],
     ids=lambda case: case if isinstance(case, str) else None,
 )
 def test_every_architecture_gets_the_types_of_llama_cpp(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    compared(kind, changes, ("q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "iq4_xs"), tmp_path)
+    assert not compared(kind, changes, ("q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "iq4_xs"), tmp_path)
+
+
+# What fewbit gives tensors whose columns the file has in another order, in runs of 128: blocks must lie within a run
+IN_RUNS = {
+    "q2_k": ("q2_k", "q4_0"),
+    "q3_k_m": ("q3_k", "q4_0"),
+    "q4_k_m": ("q4_k", "q5_0"),
+    "q5_k_m": ("q5_k", "q5_1"),
+    "q6_k": ("q6_k", "q8_0"),
+    "iq4_xs": ("iq4_xs", "iq4_nl"),
+    "iq3_m": ("iq3_s", "iq4_nl"),
+    "q4_0": ("q4_0", "q4_0"),
+}
+
+
+@pytest.mark.parametrize("keys", [2, 4])
+@pytest.mark.parametrize(("kind", "changes"), [("qwen3_5_text", _WIDE), ("qwen3_5_moe_text", _EXPERTS)])
+def test_columns_in_another_order(kind: str, changes: dict[str, Any], keys: int, tmp_path: Path) -> None:
+    """With as many key heads as value heads, the order is the same."""
+    heads = {"linear_num_key_heads": keys, "linear_num_value_heads": 4, **dict.fromkeys(_WIDTHS, 128)}
+    differing = compared(kind, {**changes, "num_hidden_layers": 4, **heads}, tuple(IN_RUNS), tmp_path)
+    names = [f"blk.{layer}.ssm_out.weight" for layer in range(3)]
+    wanted = {(mixture, name): pair for mixture, pair in IN_RUNS.items() for name in names if pair[0] != pair[1]}
+    assert differing == (wanted if keys == 2 else {})
