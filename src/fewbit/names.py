@@ -35,7 +35,11 @@ def hub_file(name: str) -> tuple[str, str] | None:
 def check(name: str | Path) -> None:
     """PlanError unless `name` is one of fewbit's own models, an existing path, or a possible Hub name."""
     path = path_of(name)
-    if path is None or path.exists() or is_hub_name(str(name)) or hub_file(str(name)) is not None:
+    if path is None or path.exists() or hub_file(str(name)) is not None:
+        return
+    if path.suffix == ".gguf" and str(name).count("/") != 1:  # org/x.gguf may be a repository
+        raise PlanError(f"model {name}: no such file", "Give a .gguf file, here or of the Hub (org/model/file.gguf).")
+    if is_hub_name(str(name)):
         return
     raise PlanError(
         f"model {name}: no such folder", f"Give a local folder, a Hub name such as org/model, {EMBEDDED} or {DEMO}."

@@ -55,8 +55,14 @@ def get(family: str, name: str) -> Any:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> PlanError:
-    """The error for an unknown name. Its hint suggests the closest names and lists all of them."""
+    """The error for an unknown name. Its hint suggests the closest names, or lists all if none is close."""
+    return PlanError(f"unknown {what} {name!r}", near(name, known))
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """A hint with the known names that are closest to `name`; with all of them if none is close."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(near)}? " if near else ""
-    return PlanError(f"unknown {what} {name!r}", f"{hint}Known: {', '.join(known)}.")
+    found = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    ratios = {each: difflib.SequenceMatcher(None, name, each).ratio() for each in found}
+    close = [each for each in found if ratios[each] > max(ratios.values()) - 0.15]
+    return f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(known)}."

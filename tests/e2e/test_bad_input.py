@@ -374,14 +374,14 @@ def test_a_group_that_does_not_divide_names_every_tensor(sound: Path, refused: R
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--plan", "gptq-5bit"), ("gptq-5bit", "gptq-4bit", "rtn-4bit")),
+        (("--plan", "gptq-5bit"), ("gptq-5bit", "gptq-4bit")),
         (("--plan", "absent.json"), ("absent.json",)),
         (("--scheme", "int4-g64-symm"), ("int4-g64-symm", "int4-g128-sym")),
         (("--scheme", "int9-g64"), ("int9-g64", "int2 ... int8")),
         (("--scheme", "int1-g64"), ("int1-g64", "int2 ... int8")),
         (("--scheme", "int4-g8"), ("int4-g8", "16 to 1024")),
         (("--scheme", "nvfp4-mul"), ("nvfp4-mul", "no format stores it yet", "nvfp4")),
-        (("--method", "gtpq"), ("gtpq", "gptq", "rtn")),
+        (("--method", "gtpq"), ("gtpq", "gptq")),
         (("--format", "gptk"), ("gptk", "gptq")),
         (("--dampp", "0.1"), ("dampp", "damp")),
         (("--damp", "much"), ("--damp", "'much'")),

@@ -287,8 +287,14 @@ def test_a_model_without_a_template_is_refused(tmp_path: Path, fewbit: Fewbit, m
     assert "fewbit generate" in done.err
     given(monkeypatch, b"")
     done = fewbit("chat", "tiny")
-    assert "the message comes from stdin, which is empty" in done.err
-    assert "Start it in a terminal" in done.err
+    assert "no message: stdin is empty" in done.err
+    assert "Start chat in a terminal" in done.err
+    given(monkeypatch, b"")
+    done = fewbit("chat", "missing.gguf")
+    assert (done.code, "missing.gguf: no such file" in done.err) == (2, True)
+    given(monkeypatch, b"a word " * 600)
+    done = fewbit("chat", "tiny")
+    assert (done.code, "With an answer it exceeds the context of 512" in done.err) == (2, True)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")

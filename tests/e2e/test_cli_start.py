@@ -56,6 +56,10 @@ LIGHT: list[tuple[int, str]] = [
     (2, "quantize tiny -o out --format gtpq"),
     (2, "quantize tiny -o out --damp much"),
     (2, "quantize tiny -o out --damp 7"),
+    (2, "quantize tiny -o ."),
+    (2, "tune tiny --reference tiny -o ."),
+    (2, "recommend tiny --for edgy"),
+    (2, "chat missing.gguf"),
     (2, "quantize tiny -o out --dampp 0.1"),
     (2, "quantize tiny -o out --samples 0"),
     (2, "quantize tiny -o out --samples few"),
@@ -127,8 +131,20 @@ def test_every_option_has_help_and_a_default(name: str, fewbit: Fewbit) -> None:
         assert parameter.help, parameter.name
         where = shown[shown.index(" ".join(parameter.help.split()[:4])) :]
         text = where[: len(" ".join(parameter.help.split())) + 60]
-        # An option without a value is off by default.
-        assert re.search(r"\[default: |[Dd]efault: |No default|\[required\]|Required", text) or parameter.is_flag, text
+        # An option without a value is off by default, and one whose default is nothing may leave that out.
+        told = re.search(r"\[default: |[Dd]efault: |\[required\]|Required", text)
+        assert told or parameter.default is None or parameter.is_flag, text
+        assert "No default" not in text
+        assert "Default: none" not in text
+
+
+def test_usage_errors_say_what_to_do(fewbit: Fewbit) -> None:
+    assert "Give the text in quotes, or - for stdin. fewbit generate --help" in fewbit("generate", "tiny").err
+    assert "Put the prompt in quotes. fewbit generate --help" in fewbit("generate", "tiny", "Once", "upon").err
+    assert "fewbit evaluate --help shows how it is used." in fewbit("evaluate").err
+    assert "fewbit --help lists all commands." in fewbit("quantise").err
+    done = fewbit("quantize", "tiny", "--methd", "rtn")
+    assert done.err == "error: quantize has no option '--methd'\n  Did you mean --method?\n"
 
 
 def test_help_and_reference_explain_options_of_methods(fewbit: Fewbit) -> None:

@@ -14,7 +14,7 @@ import torch
 import fewbit
 from fewbit import checks
 from fewbit.api import arguments
-from fewbit.errors import PlanError
+from fewbit.errors import FormatError, PlanError
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.plans.plan import PRESETS
@@ -167,6 +167,30 @@ def test_a_long_value_is_shown_in_short() -> None:
     with pytest.raises(PlanError) as error:
         checks.integer(1)("samples", "7" * 10000)
     assert len(str(error.value)) < 200
+
+
+def test_an_unknown_argument_says_where_it_belongs() -> None:
+    with pytest.raises(TypeError) as raised:
+        fewbit.quantize("tiny", "out", samples=8)  # type: ignore[call-arg]
+    hint = "Give calibration=fewbit.Calibration(samples=...)"
+    assert str(raised.value) == f"quantize() has no argument 'samples'. {hint}"
+    with pytest.raises(TypeError, match=r"quantize\(\) has no argument 'pan'. Did you mean plan\?"):
+        fewbit.quantize("tiny", "out", pan="nf4")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"quantize\(\): missing a required argument: 'out'"):
+        fewbit.quantize("tiny")  # type: ignore[call-arg]
+
+
+def test_a_loaded_model_is_no_name() -> None:
+    with pytest.raises(PlanError) as raised:
+        fewbit.generate(torch.nn.Linear(2, 2), "Once")  # type: ignore[arg-type]
+    expected = "expected a name or a path. A loaded model has its own model.generate(...)"
+    assert str(raised.value) == f"model=<Linear>: {expected}"
+
+
+def test_a_file_that_is_no_gguf_file_is_refused(place: Path) -> None:
+    (place / "m.gguf").write_bytes(b"GGML" + bytes(60))
+    with pytest.raises(FormatError, match="does not begin with GGUF"):
+        arguments.check("model", "m.gguf")
 
 
 def test_an_argument_without_a_check_is_an_error() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fewbit.advise import engines
-from fewbit.advise.recommend import rules
+from fewbit.advise.rules import rules
 from fewbit.api import serve
 from fewbit.errors import PlanError
 from fewbit.models.loading import Loading

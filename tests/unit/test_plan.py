@@ -230,6 +230,9 @@ def test_unknown_formats_and_plans_get_the_nearest_names() -> None:
         resolve(Plan("test", "gptg", (Rule("*", "int4-g64"),)), SHAPES)
     with pytest.raises(PlanError, match="Did you mean gptq-4bit") as raised:
         find("gptq4bit")
+    assert "nf4" not in raised.value.hint
+    with pytest.raises(PlanError) as raised:
+        find("zzz")
     assert all(name in raised.value.hint for name in PRESETS)
 
 

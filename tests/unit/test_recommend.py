@@ -13,6 +13,7 @@ from fewbit import PlanError, registry
 from fewbit.advise import fitting
 from fewbit.advise import recommend as recommending
 from fewbit.advise.recommend import Recommendation
+from fewbit.advise.rules import rules
 from fewbit.api import advise
 from fewbit.measure.comparison import Comparison, Loss, Row, Speed, Timing
 from fewbit.measure.intervals import Interval
@@ -164,14 +165,14 @@ def test_the_table_of_methods_is_in_order_of_loss() -> None:
 
 
 def test_priors_and_rules_name_presets_only() -> None:
-    rules = recommending.rules()["purposes"].values()
-    named = {p for rule in rules for tier in [*rule["tiers"], rule["guide"]] for p in tier}
+    purposes = rules()["purposes"].values()
+    named = {p for rule in purposes for tier in [*rule["tiers"], rule["guide"]] for p in tier}
     assert named <= set(plan.PRESETS)
     # mxfp4_moe differs from q8_0 in experts only, and the embedded model has none, so it has no number there. Those of
     # two to four levels are for models that were trained with them.
     special = {"mxfp4_moe", "tq1_0", "tq2_0", "q1_0", "q2_0"}
     assert set(recommending.priors()["plans"]) == set(plan.PRESETS) - special
-    for rule in rules:
+    for rule in purposes:
         tiers = [p for tier in rule["tiers"] for p in tier]
         assert len(tiers) == len(set(tiers))
         assert set(rule["guide"]) <= set(tiers)
@@ -256,7 +257,7 @@ def test_amounts_of_memory(text: str, count: float) -> None:
 def test_the_table_has_every_preset_once_and_follows_a_report() -> None:
     rows = advise.methods()
     assert sorted(p for row in rows for p in row.plans) == sorted(plan.PRESETS)
-    assert {p for row in rows for p in row.best_for} == set(recommending.rules()["purposes"])
+    assert {p for row in rows for p in row.best_for} == set(rules()["purposes"])
     gptq = next(row for row in advise.methods(measured(gptq__4bit=0.5)) if row.method == "GPTQ")
     assert (gptq.kl, gptq.kl_plan, gptq.decode, gptq.basis) == (0.5, "gptq-4bit", 50.0, "measured")
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fewbit.advise.recommend import rules
+from fewbit.advise.rules import rules
 
 
 def engines() -> tuple[str, ...]:

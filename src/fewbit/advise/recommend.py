@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from fewbit import registry, units
+from fewbit import units
 from fewbit.advise.estimate import Estimate, PlanEstimate
 from fewbit.advise.fitting import Fitted, Losses
+from fewbit.advise.rules import check, rules
 from fewbit.brief import brief
 from fewbit.errors import PlanError
 from fewbit.measure.comparison import Comparison, Timing, leaders
@@ -109,12 +110,6 @@ class Recommendation:
 
 
 @cache
-def rules() -> dict[str, Any]:
-    """rules.json: purposes and targets."""
-    return dict(json.loads((Path(__file__).parent / "rules.json").read_text(encoding="utf-8")))
-
-
-@cache
 def priors() -> dict[str, Any]:
     """priors.json: `where` it was measured, and plan -> KL divergence with its interval.
 
@@ -162,7 +157,7 @@ def recommend(
     """
     memory, target, max_kl, speed_first = demands.memory, demands.target, demands.max_kl, demands.speed_first
     timed = timed if timed and measured is None else {}
-    _known(purpose, target)
+    check(purpose, target)
     rule = rules()["purposes"][purpose]
     runtime = target or rule.get("target")
     formats = rules()["targets"][runtime]["formats"] if runtime else None
@@ -229,19 +224,12 @@ def recommend(
     )
 
 
-def _known(purpose: str, target: str | None) -> None:
-    if purpose not in rules()["purposes"]:
-        raise registry.unknown("purpose", purpose, rules()["purposes"])
-    if target is not None and target not in rules()["targets"]:
-        raise registry.unknown("target", target, rules()["targets"])
-
-
 def fitting_plans(estimated: Estimate, purpose: str, target: str | None) -> list[str]:
     """The plans of a purpose that the model can have and the runtime reads, those of the preferred tiers first.
 
     PlanError for another purpose or target.
     """
-    _known(purpose, target)
+    check(purpose, target)
     rule = rules()["purposes"][purpose]
     runtime = target or rule.get("target")
     formats = rules()["targets"][runtime]["formats"] if runtime else None

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fewbit.advise.precision import bits_of
-from fewbit.advise.recommend import kernel, priors, rules
+from fewbit.advise.recommend import kernel, priors
+from fewbit.advise.rules import rules
 from fewbit.measure.comparison import Comparison
 from fewbit.methods.base import make
 from fewbit.plans import mixtures, plan

@@ -20,8 +20,8 @@ from fewbit.measure import memory
 from fewbit.models import scales
 from fewbit.models.adapters.tuning import Tuning
 from fewbit.models.describe import describe
-from fewbit.models.load import check_adapter, load_model, need_peft
-from fewbit.models.loading import Loading
+from fewbit.models.load import check_adapter, load_model
+from fewbit.models.loading import Loading, need_peft
 from fewbit.models.outline import Outline
 from fewbit.models.provenance import provenance
 from fewbit.models.skeleton import load_tokenizer

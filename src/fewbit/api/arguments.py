@@ -10,13 +10,14 @@ plans as JSON, texts as a list.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
@@ -24,7 +25,7 @@ from fewbit import names
 from fewbit.checks import MAX_SEED, Texts, file, flag, integer, invalid, number, path, size, text, texts
 from fewbit.checks import Device as Device
 from fewbit.checks import DType as DType
-from fewbit.errors import FormatError, PlanError
+from fewbit.errors import ArgumentError, FormatError, PlanError
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.models.loading import Loading
 from fewbit.plans.budget import Budget
@@ -63,7 +64,10 @@ def checked(verb: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(verb)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(_of_call(verb.__name__, signature, kwargs) or f"{verb.__name__}(): {error}") from None
         with ranks.telling() if shared else nullcontext():
             for name, value in bound.arguments.items():
                 parameter = signature.parameters[name]
@@ -78,6 +82,19 @@ def checked(verb: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def _of_call(verb: str, signature: inspect.Signature, given: Iterable[str]) -> str | None:
+    """The error for an argument that the verb does not have, and where it belongs; None if it has all given ones."""
+    unknown = next((name for name in given if name not in signature.parameters), None)
+    if unknown is None:
+        return None
+    groups: dict[str, Any] = {"calibration": Calibration, "sampling": Sampling, "budget": Budget}
+    for name, group in groups.items():
+        if name in signature.parameters and unknown in {field.name for field in fields(group)}:
+            return f"{verb}() has no argument {unknown!r}. Give {name}=fewbit.{group.__name__}({unknown}=...)"
+    near = difflib.get_close_matches(unknown, signature.parameters, n=1)
+    return f"{verb}() has no argument {unknown!r}." + (f" Did you mean {near[0]}?" if near else "")
+
+
 def check(name: str, value: Any) -> None:
     """Raise ArgumentError or PlanError if `value` is invalid for the argument `name`."""
     if name in _CHECKS:
@@ -86,9 +103,27 @@ def check(name: str, value: Any) -> None:
 
 def model(name: str, value: Any) -> str | Path:
     """A model's name, or an existing folder or file."""
+    if hasattr(value, "named_parameters"):
+        raise ArgumentError(
+            name, f"<{type(value).__name__}>", "a name or a path. A loaded model has its own model.generate(...)"
+        )
     given = path(name, value)
     names.check(given)
+    place = names.path_of(given)
+    if place is not None and place.suffix == ".gguf" and place.is_file() and not _begins(place):
+        raise FormatError(
+            f"{place}: it does not begin with GGUF", "It is no GGUF file, or it is damaged. Get it again."
+        )
     return given
+
+
+def _begins(place: Path) -> bool:
+    """Whether a file begins as GGUF files do, or cannot be read. Its reader says what else is wrong."""
+    try:
+        with open(place, "rb") as opened:
+            return opened.read(4) in (b"GGUF", b"")
+    except OSError:
+        return True
 
 
 def mmproj(name: str, value: Any) -> str | Path:

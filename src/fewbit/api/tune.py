@@ -133,7 +133,7 @@ def _own_windows(
     }
 
 
-_MORE = "Nothing was written. More text (`samples`, `length`) or a lower `learning_rate` may help."
+_MORE = "Nothing was written. More text (`samples`, `length`), more `steps` or a lower `learning_rate` may help."
 
 
 def _no_better(before: float, after: float) -> str:

@@ -11,7 +11,7 @@ from fewbit.cli.flags import Fields, checked
 from fewbit.cli.options import Imatrix, Json, MaxShard, Model, Overwrite, Text, Windows, printed
 from fewbit.cli.stdin import text_of
 from fewbit.models.adapters.tuning import Tuning
-from fewbit.models.loading import Loading
+from fewbit.models.loading import Loading, need_peft
 from fewbit.texts.calibration import Calibration
 
 
@@ -31,6 +31,7 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Train a LoRA adapter on MODEL, quantized or not. MODEL itself does not change."""
+    need_peft()
     learned = text_of(data) or data
     from fewbit.api import adapters
     from fewbit.report import text as report
@@ -75,6 +76,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Add ADAPTER to MODEL's weights in 16 bits, quantize the result if --plan is given, and compare."""
+    need_peft()
     measured = text_of(text)
     from fewbit.api import adapters
     from fewbit.report import text as report

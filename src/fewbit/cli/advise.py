@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fewbit.advise import rules
 from fewbit.cli.flags import Fields, checked
 from fewbit.cli.options import Json, printed
 from fewbit.errors import PlanError
@@ -15,7 +16,7 @@ from fewbit.texts.calibration import Calibration
 
 Context = Annotated[int | None, typer.Option(help="Tokens in a text. Default: the model's context, at most 4096.")]
 Batch = Annotated[int, typer.Option(help="Batch size: texts at once.")]
-_MODEL = "A folder, with or without weights, a config.json, a Hub name, tiny"
+_MODEL = "A folder, with or without weights, a config.json, a .gguf file, a Hub name, tiny"
 
 
 @checked
@@ -71,9 +72,7 @@ def recommend(
     ] = None,
     fit: Annotated[
         str | None,
-        typer.Option(
-            help="In place of --memory: choose widths so that weights, KV cache and activations fill this. No default."
-        ),
+        typer.Option(help="In place of --memory: choose widths so that weights, KV cache and activations fill this."),
     ] = None,
     measure: Annotated[
         bool,
@@ -100,6 +99,7 @@ def recommend(
             )
         if speed not in (None, "first"):
             raise PlanError(f"--speed {speed}", "Only --speed first is valid.")
+        rules.check(purpose, target)
     from fewbit.api import advise
     from fewbit.report import advice
 

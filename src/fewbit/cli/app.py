@@ -125,6 +125,19 @@ def _quiet() -> None:
     gc.set_threshold(50_000)
 
 
+def _usage(arguments: list[str], message: str) -> str:
+    """What to do after a usage error."""
+    command = arguments[0] if arguments else ""
+    if command not in {each.name or getattr(each.callback, "__name__", "") for each in app.registered_commands}:
+        return "fewbit --help lists all commands."
+    prompt = {
+        "Missing argument 'prompt'": "Give the text in quotes, or - for stdin. ",
+        "extra argument": "Put the prompt in quotes. ",
+    }
+    hint = next((hint for words, hint in prompt.items() if words in message), "") if command == "generate" else ""
+    return f"{hint}fewbit {command} --help shows how it is used."
+
+
 def main() -> None:
     """The console script. A FewbitError prints as one or two lines and sets the exit code."""
     arguments, debug = _given(sys.argv[1:])
@@ -172,7 +185,7 @@ def main() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             sys.stdout.write(f"{error.format_message()}\n")
         else:
-            sys.stderr.write(f"error: {error.format_message()}\n  fewbit --help lists all commands.\n")
+            sys.stderr.write(f"error: {error.format_message()}\n  {_usage(arguments, error.format_message())}\n")
         sys.exit(2)
 
 

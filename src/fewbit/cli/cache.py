@@ -21,7 +21,7 @@ def cache(
         str | None,
         typer.Option(
             metavar="KIND",
-            help=f"Delete the entries of this kind: {', '.join(_CHOICES)}. all leaves out rescued. Default: none.",
+            help=f"Delete the entries of this kind: {', '.join(_CHOICES)}. all leaves out rescued.",
         ),
     ] = None,
     as_json: Json = False,

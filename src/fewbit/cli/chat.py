@@ -65,8 +65,8 @@ def chat(
     loading = replace(loading, fuse=fuse if max_length is None else max_length)
     piped = None
     if sys.stdin is None or not sys.stdin.isatty():
-        hint = 'Start it in a terminal, or pipe a message: echo "Hello" | fewbit chat MODEL'
-        piped = stdin("without a terminal, the message comes from stdin", hint).removesuffix("\n")
+        hint = 'Start chat in a terminal, or pipe a message: echo "Hello" | fewbit chat MODEL'
+        piped = stdin("no message: stdin", hint).removesuffix("\n")
     from fewbit.api import chat as api
 
     conversation = api.conversation(model, loading)

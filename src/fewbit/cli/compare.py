@@ -20,7 +20,7 @@ def compare(
         str, typer.Option(help="Plans (fewbit list), .json files or models, separated by commas; bf16: the original.")
     ] = "bf16,int8,nf4,gptq-4bit,awq-4bit,q4_k_m",
     output: Annotated[
-        str | None, typer.Option("-o", "--output", help="Folder to make for the report. Default: none, print only.")
+        str | None, typer.Option("-o", "--output", help="Folder to make for the report. Default: print only.")
     ] = None,
     calibration: Annotated[
         Calibration,

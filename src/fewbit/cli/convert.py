@@ -41,7 +41,7 @@ def convert(
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Quantize the decoded weights by --plan, and measure the loss.")
     ] = False,
-    plan: Annotated[str | None, typer.Option(help="Plan for --requantize (fewbit list). Default: none.")] = None,
+    plan: Annotated[str | None, typer.Option(help="Plan for --requantize (fewbit list).")] = None,
     calibration: Annotated[
         Calibration,
         Fields(text="calibration", samples="calibration_samples", length="calibration_length", seed="seed"),
@@ -57,7 +57,7 @@ def convert(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="Another value for a key, in a copy of a GGUF file; @FILE: a file's content. Repeat it. No default.",
+            help="Another value for a key, in a copy of a GGUF file; @FILE: a file's content. Repeat it for more.",
         ),
     ] = None,
     base: Annotated[
@@ -69,7 +69,10 @@ def convert(
     loading: Annotated[Loading, Fields("device", "trust_remote_code")] = Loading(),
     as_json: Json = False,
 ) -> None:
-    """Convert the quantized MODEL to another format, without changing codes or scales, or a LoRA to GGUF or back."""
+    """Convert MODEL to another format, without changing codes or scales, or a LoRA to GGUF or back.
+
+    A model that is not quantized can become a GGUF file in 16 bits.
+    """
     check_output(output, dry_run=dry_run)
     if requantize and dry_run:
         raise PlanError("--dry-run shows exact conversions only", "Use fewbit quantize --dry-run with the plan.")

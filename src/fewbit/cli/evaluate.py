@@ -15,10 +15,8 @@ from fewbit.models.loading import Loading
 @checked
 def evaluate(
     model: Model,
-    reference: Annotated[str | None, typer.Option(help="Original to compare with. Default: none.")] = None,
-    reference_adapter: Annotated[
-        str | None, typer.Option(help="LoRA adapter for the reference. Default: none.")
-    ] = None,
+    reference: Annotated[str | None, typer.Option(help="Original to compare with.")] = None,
+    reference_adapter: Annotated[str | None, typer.Option(help="LoRA adapter for the reference.")] = None,
     text: Text = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens in a window. Default: the model's context, at most 2048.")
@@ -26,7 +24,7 @@ def evaluate(
     samples: Windows = 16,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Tasks of lm-evaluation-harness, by name or .yaml file, separated by commas. Default: none."),
+        typer.Option(help="Tasks of lm-evaluation-harness, by name or .yaml file, separated by commas."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Number of examples of each task. Default: all.")] = None,
     loading: Annotated[Loading, Fields("adapter", "device", "kernel", "trust_remote_code")] = Loading(),

@@ -19,6 +19,7 @@ from fewbit import checks
 from fewbit.cli.stdin import text_of
 from fewbit.errors import in_flags
 from fewbit.settings import Settings
+from fewbit.system import publish
 
 C = TypeVar("C", bound=Callable[..., None])
 _TYPES = {"int": int, "float": float, "bool": bool}  # a flag of another type is text
@@ -93,6 +94,8 @@ def checked(command: C) -> C:
         for name, value in given.items():
             if value is not None and not isinstance(value, bool):  # typer has read flags
                 arguments.check(name, value)
+        if given.get("output") and "overwrite" in given and not given.get("dry_run"):
+            publish.check_free(given["output"], overwrite=given["overwrite"])
         for name, (default, flags) in groups.items():
             values[name] |= {flag.field.name: text_of(values[name][flag.field.name]) for flag in flags if flag.is_text}
             given[name] = type(default)(**vars(default) | values[name])

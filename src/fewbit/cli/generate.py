@@ -22,7 +22,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; with --chat the user's message. -: from stdin.")],
     image: Annotated[
         list[str] | None,
-        typer.Option(help="Image file for a vision model. Repeat it for more. No default."),
+        typer.Option(help="Image file for a vision model. Repeat it for more."),
     ] = None,
     mmproj: Annotated[
         str | None,

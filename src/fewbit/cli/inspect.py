@@ -41,7 +41,7 @@ def list_(as_json: Json = False) -> None:
 def doctor(
     model: Annotated[
         str | None,
-        typer.Argument(help="Load this model, and show how the CPU computes it and why not faster. Default: none."),
+        typer.Argument(help="Load this model, and show how the CPU computes it and why not faster."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -10,7 +10,9 @@ import typer.core
 
 from fewbit.errors import PlanError
 
-Model = Annotated[str, typer.Argument(help="A folder, a Hub name (org/model), or tiny, the embedded model.")]
+Model = Annotated[
+    str, typer.Argument(help="A folder, a .gguf file, a Hub name (org/model), tiny, or smollm2 if installed.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Text = Annotated[
     str | None,
@@ -22,9 +24,7 @@ Text = Annotated[
 Output = Annotated[
     str | None, typer.Option("-o", "--output", help="Folder or .gguf file to make. Required unless --dry-run.")
 ]
-Imatrix = Annotated[
-    str | None, typer.Option(help="Importance matrix (.gguf, .dat) to use in place of calibration. Default: none.")
-]
+Imatrix = Annotated[str | None, typer.Option(help="Importance matrix (.gguf, .dat) to use in place of calibration.")]
 MaxShard = Annotated[
     str | None, typer.Option(help="Split a GGUF file into files of at most this size, such as 2GB. Default: one file.")
 ]
@@ -96,5 +96,5 @@ def method_flags(command: Any, arguments: list[str]) -> tuple[list[str], dict[st
             options[name] = value if equals else waiting.pop(0)
         else:
             known = [*own, *(f"--{option.replace('_', '-')}" for option in types)]
-            raise registry.unknown("option of quantize", flag, known)
+            raise PlanError(f"quantize has no option {flag!r}", registry.near(flag, known))
     return rest, options

@@ -13,8 +13,8 @@ from fewbit.cli.options import Json, printed
 
 @checked
 def push(
-    model: Annotated[str, typer.Argument(help="A folder or a .gguf file, such as the output of quantize. No default.")],
-    repo: Annotated[str, typer.Argument(help="Name of the repository, OWNER/NAME. No default.")],
+    model: Annotated[str, typer.Argument(help="A folder or a .gguf file, such as the output of quantize.")],
+    repo: Annotated[str, typer.Argument(help="Name of the repository, OWNER/NAME.")],
     public: Annotated[
         bool, typer.Option("--public", help="Make a public repository, or upload into one. Default: private.")
     ] = False,

@@ -17,7 +17,7 @@ from fewbit.errors import PlanError
 def run(
     command: Annotated[
         list[str],
-        typer.Argument(metavar="COMMAND", help="The command with its arguments. Write -- before it. No default."),
+        typer.Argument(metavar="COMMAND", help="The command with its arguments. Write -- before it."),
     ],
 ) -> None:
     """Run a Python tool with fewbit active, so that it loads packed models, as in fewbit run -- lm_eval --model hf.

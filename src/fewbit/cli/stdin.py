@@ -25,13 +25,13 @@ def prompt_of(value: str) -> str:
         return value
 
 
-def stdin(what: str = "- stands for stdin", hint: str = "Only one option can read stdin, and only once.") -> str:
+def stdin(what: str = "- stands for stdin, which", hint: str = "Only one option can read stdin, and only once.") -> str:
     """All of stdin; PlanError if there is nothing, as when another option has read it. what, hint: for the error."""
     from fewbit.system.files import decoded
 
     if sys.stdin is None or sys.stdin.closed:
-        raise PlanError(f"{what}, which is closed", hint)
+        raise PlanError(f"{what} is closed", hint)
     data = sys.stdin.buffer.read()
     if not data:
-        raise PlanError(f"{what}, which is empty", hint)
+        raise PlanError(f"{what} is empty", hint)
     return decoded(data, "stdin")

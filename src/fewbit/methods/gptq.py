@@ -59,7 +59,7 @@ _TARGETED = (3, 7)  # bits a weight; with fewer a target loses on SmolLM2, and w
 class GPTQ(Method):
     """Quantizes column by column; the remaining columns compensate for each error."""
 
-    damp: float = option(0.01, "Add this share of the Hessian's mean diagonal to its diagonal.")
+    damp: float = option(0.01, "Damping: share of the Hessian's mean diagonal that is added to its diagonal.")
     act_order: bool = option(True, "Quantize the columns with the largest inputs first.")
     clip_search: bool = option(True, "Search scales that clip the largest weights where that lowers the error.")
     refine: int = option(2, "Final sweeps of scale refit and coordinate descent. More take longer and gain a little.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,7 +23,7 @@ from fewbit.models.decoding import fuse as fusing
 from fewbit.models.decoding.graph import check_compile
 from fewbit.models.describe import describe
 from fewbit.models.gguf import towers
-from fewbit.models.loading import Loading
+from fewbit.models.loading import Loading, need_peft
 from fewbit.models.plugin import quantizer
 from fewbit.models.quiet import no_progress_bars
 from fewbit.models.source import Source
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from fewbit.models.adapters.inside import Part
 
 _FUSED = 8192  # tokens of a text at most that is fused by itself
-_OLDEST_PEFT = (0, 20)
 _DEFAULT = Loading()
 
 
@@ -213,16 +211,6 @@ def check_adapter(adapter: str | Path) -> None:
     from fewbit.models.adapters.attach import check  # PEFT is an extra
 
     check(Path(adapter).expanduser().absolute())
-
-
-def need_peft() -> None:
-    """PlanError unless PEFT is installed in version 0.20 or later."""
-    try:
-        version = importlib.metadata.version("peft")
-    except importlib.metadata.PackageNotFoundError:
-        raise PlanError("adapters need the package peft", "pip install 'fewbit[finetune]'") from None
-    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_PEFT:
-        raise PlanError(f"peft {version} is too old", "pip install --upgrade 'fewbit[finetune]'")
 
 
 def import_code(source: Source, *, trust_remote_code: bool = False) -> None:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewbit import registry
 from fewbit.checks import Device, DType, device, dtype, flag, integer, invalid, path
+from fewbit.errors import PlanError
 from fewbit.settings import Settings, setting
 
 if TYPE_CHECKING:
     import torch
+
+
+_OLDEST_PEFT = (0, 20)
+
+
+def need_peft() -> None:
+    """PlanError unless PEFT is installed in version 0.20 or later."""
+    try:
+        version = importlib.metadata.version("peft")
+    except importlib.metadata.PackageNotFoundError:
+        raise PlanError("adapters need the package peft", "pip install 'fewbit[finetune]'") from None
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_PEFT:
+        raise PlanError(f"peft {version} is too old", "pip install --upgrade 'fewbit[finetune]'")
 
 
 def _kernel(name: str, value: Any) -> str:
@@ -34,9 +49,7 @@ class Loading(Settings):
     kernel: str | None = setting(
         None, _kernel, "Kernel for all quantized weights (fewbit list). Default: the best for each weight."
     )
-    adapter: str | Path | None = setting(
-        None, path, "LoRA adapter to put on the model: a folder or a .gguf file. Default: none."
-    )
+    adapter: str | Path | None = setting(None, path, "LoRA adapter to put on the model: a folder or a .gguf file.")
     fuse: int | bool | None = setting(
         None, _fuse, "Fuse linears that share an input, and generate in a static cache of this many tokens."
     )

@@ -258,7 +258,9 @@ def _notes(settled: Settled, decoded: Sequence[str]) -> Iterator[str]:
             f"decoded and rounded to {dtype}: {in_short(decoded)}; fewbit writes {format.name} files with quantized "
             "linears of blocks only"
         )
-    if not isinstance(format, Dense) and (plain := [name for name in settled.resolved.kept if name not in decoded]):
+    if skeleton.packing is None:
+        yield "the source is not quantized: its weights are unchanged"
+    elif not isinstance(format, Dense) and (plain := [name for name in settled.resolved.kept if name not in decoded]):
         yield f"not quantized in the source, and unchanged: {in_short(plain)}"
     if rounded := _rounded(settled):
         yield rounded

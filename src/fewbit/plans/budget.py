@@ -17,17 +17,17 @@ class Budget(Settings):
     bits: float | None = setting(
         None,
         checks.above_0,
-        "Choose widths so that quantized weights have so many bits on average with scales. Default: the plan's widths.",
+        "Average bits per quantized weight, scales included; fewbit chooses each weight's width. Default: the plan's.",
     )
     size: str | int | None = setting(
         None,
         checks.size,
-        "Choose widths so that the weight files have at most so many bytes together, such as 6GB. No default.",
+        "Largest size of all weight files, such as 6GB; fewbit chooses each weight's width.",
     )
     fit: str | int | None = setting(
         None,
         checks.size,
-        "Choose widths so that weights, KV cache and activations fit so much memory, such as 8GB. No default.",
+        "Memory for weights, KV cache and activations, such as 8GB; fewbit chooses each weight's width.",
     )
     context: int | None = setting(
         None, checks.integer(1), "With `fit`: tokens in the KV cache. Default: the model's context, at most 4096."

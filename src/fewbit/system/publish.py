@@ -51,8 +51,7 @@ def check_output(out: str | Path, *, overwrite: bool, file: bool = False) -> Pat
     place = named(out)
     with _as_plan_error(out):
         _check_link(place)
-        if place.exists() and not overwrite:
-            raise PlanError(f"{out} exists", "Use `overwrite=True` to replace it, or give another `out`.")
+        check_free(place, overwrite=overwrite)
         if place.is_dir() if file else place.is_file():
             raise PlanError(f"{out} is a {'folder, not a file' if file else 'file, not a folder'}", ANOTHER)
         real = place.resolve()
@@ -61,6 +60,12 @@ def check_output(out: str | Path, *, overwrite: bool, file: bool = False) -> Pat
         _check_creatable(real)
     _claim(real)
     return place
+
+
+def check_free(out: str | Path, *, overwrite: bool) -> None:
+    """PlanError if `out` exists and must not be replaced."""
+    if not overwrite and Path(out).exists():
+        raise PlanError(f"{out} exists", "Use `overwrite=True` to replace it, or give another `out`.")
 
 
 def named(out: str | Path) -> Path:

@@ -73,6 +73,11 @@ class Conversation:
         ids: Tensor = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].long()
         room = None if self.limit is None else self.limit - ids.shape[1]
         if room is not None and room < 1:
+            if not self._turns:
+                raise PlanError(
+                    f"the prompt has {ids.shape[1]} tokens. With an answer it exceeds the context of {self.limit}",
+                    "Give a shorter prompt.",
+                )
             raise PlanError(
                 f"the conversation has {ids.shape[1]} tokens, and there is room for {self.limit}", "Begin a new one."
             )
