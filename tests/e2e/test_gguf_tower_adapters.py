@@ -10,8 +10,17 @@ import torch
 
 pytest.importorskip("peft")
 pytest.importorskip("PIL")
-from peft import LoraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from PIL import Image
+from transformers import AutoModelForCausalLM
 
 import fewbit as package
 from fewbit.errors import PlanError
@@ -61,6 +70,50 @@ def test_a_whole_models_adapter_beside_a_tower(tmp_path: Path) -> None:
     loaded = package.load(files.text, mmproj=files.tower, adapter=tmp_path / "adapter", **EXACT)
     with torch.inference_mode():
         assert near(loaded(**given).logits, adapted(**given).logits)
+
+
+_Q: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
+_EVERY = {
+    "ia3": IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "loha": LoHaConfig(**_Q, r=4, rank_pattern={"v_proj": 2}),
+    "lokr": LoKrConfig(**_Q, r=4),
+    "vera": VeraConfig(target_modules=["q_proj", "o_proj"], r=4),
+    "parameters": LoraConfig(**_Q, r=4, target_parameters=["mlp.down_proj.weight"]),
+    "head": LoraConfig(target_modules=["q_proj", "lm_head"], r=4),
+    "saved": LoraConfig(**_Q, r=4, modules_to_save=["norm"]),
+}
+
+
+def changed(folder: Path, out: Path, config: Any) -> Any:
+    """The model of a folder with an adapter of random numbers, which is written to `out`."""
+    with quiet():
+        adapted: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
+    numbers = torch.Generator().manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data + 0.1 * torch.randn(parameter.shape, generator=numbers)
+    adapted.eval().save_pretrained(out, save_embedding_layers=False)
+    return adapted
+
+
+@pytest.mark.parametrize("name", _EVERY)
+def test_every_kind_of_adapter_beside_a_tower(name: str, tmp_path: Path) -> None:
+    files = made(tmp_path, "qwen2_vl")
+    adapted = changed(tmp_path / "text-text", tmp_path / "adapter", _EVERY[name])
+    loaded = package.load(files.text, mmproj=files.tower, adapter=tmp_path / "adapter", **EXACT)
+    assert near(models.logits(loaded, IDS), models.logits(adapted, IDS))
+    trained = [each for each, _ in loaded.named_parameters() if "default" in each]
+    assert trained
+    assert not any(".visual." in each for each in trained)
+
+
+def test_prompt_tuning_beside_a_tower_is_refused(tmp_path: Path) -> None:
+    files = made(tmp_path, "qwen2_vl")
+    changed(
+        tmp_path / "text-text", tmp_path / "adapter", PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    )
+    with pytest.raises(PlanError, match="an adapter of type PROMPT_TUNING is not attached to a language model inside"):
+        package.load(files.text, mmproj=files.tower, adapter=tmp_path / "adapter", **EXACT)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
