@@ -70,6 +70,18 @@ def test_a_whole_models_adapter_beside_a_tower(tmp_path: Path) -> None:
     loaded = package.load(files.text, mmproj=files.tower, adapter=tmp_path / "adapter", **EXACT)
     with torch.inference_mode():
         assert near(loaded(**given).logits, adapted(**given).logits)
+    alone: dict[str, Any] = {"adapter": tmp_path / "adapter", "device": "cpu"}
+    text: dict[str, Any] = {"text": [models.sentences(60)], "length": 32, "progress": False}
+    out = tmp_path / "out.gguf"
+    for verb in (
+        lambda: package.generate(files.text, "Hi", **alone),
+        lambda: package.evaluate(files.text, **text, **alone),
+        lambda: package.merge(files.text, alone["adapter"], tmp_path / "out", progress=False),
+        lambda: package.convert(alone["adapter"], out, to="gguf", base=files.text),
+    ):
+        with pytest.raises(PlanError, match="for a whole vision model, and this is its language model alone") as told:
+            verb()
+        assert "`mmproj`" in str(told.value)
 
 
 _Q: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}

@@ -19,6 +19,7 @@ from fewbit.models import scales
 from fewbit.models.adapters.as_gguf import KEY, as_folder, opened, recorded
 from fewbit.models.adapters.inside import Part, named_in
 from fewbit.models.experts import is_of_expert, like_experts, separate
+from fewbit.models.gguf.rows.towers import ROWS
 from fewbit.models.linears import LINEARS, shape_of
 from fewbit.models.scales import Scales
 from fewbit.models.source import Source
@@ -67,6 +68,11 @@ def check_fits(model: PreTrainedModel, folder: Path, place: Path, config: Mappin
     place: the user's name for it.
     """
     if differing := _differing(model, folder):
+        if _is_of_whole(model, folder):
+            raise PlanError(
+                f"{place} is an adapter for a whole vision model, and this is its language model alone",
+                "`load` and `generate` use the whole model with `mmproj`, the file of the vision tower.",
+            )
         more = f"\n  and {len(differing) - 8} more" if len(differing) > 8 else ""
         raise PlanError(
             f"{place} is an adapter for another model ({config.get('base_model_name_or_path')}):\n  "
@@ -120,6 +126,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FormatError(f"{folder / ADAPTER} does not describe an adapter: it has no peft_type")
     read_specs(folder / ADAPTER_WEIGHTS)
     return config
+
+
+def _is_of_whole(model: PreTrainedModel, folder: Path) -> bool:
+    """Whether the adapter in `folder` is for a vision model with this language model inside."""
+    wanted = {match[1] for key in read_specs(folder / ADAPTER_WEIGHTS) if (match := KEY.fullmatch(key)) is not None}
+    names = [name for name, _ in model.named_modules() if name.startswith("model.") and name not in wanted]
+    return any(row.inside(name) in wanted for row in ROWS for name in names)
 
 
 def _differing(model: PreTrainedModel, folder: Path) -> list[str]:
