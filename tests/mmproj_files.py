@@ -435,7 +435,9 @@ def processor(kind: str) -> Any:
     case = KINDS[kind]
     name = case.processor or row_of(kind).processor
     cls: Any = getattr(transformers, name)
-    return without_others(cls, image_processor=case.images(), tokenizer=tokenizer(kind), **case.processing)
+    made = without_others(cls, image_processor=case.images(), tokenizer=tokenizer(kind), **case.processing)
+    made.marks = row_of(kind).marks
+    return made
 
 
 def tokenizer(kind: str) -> Any:

@@ -98,10 +98,8 @@ def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
 def test_the_processor_is_the_originals(kind: str, tmp_path: Path, pictures: list[Path], monkeypatch: Any) -> None:
     files = made(tmp_path, kind)
     source = with_tower(locate(files.text), files.tower)
-    if kind in _NEEDS_TORCHVISION and find_spec("torchvision") is None:
-        with pytest.raises(PlanError, match="Processor needs the package torchvision"):
-            images.load_processor(source)
-        return
+    if kind in _NEEDS_TORCHVISION:
+        pytest.importorskip("torchvision")
     if kind == "smolvlm":  # the package writes the number of a video's frames
         monkeypatch.setattr(processing_smolvlm, "num2words", str)
     ours, theirs = images.load_processor(source), mmproj_files.processor(kind)
@@ -109,6 +107,14 @@ def test_the_processor_is_the_originals(kind: str, tmp_path: Path, pictures: lis
         found = images.inputs(ours, PROMPT, given, source.config, chat=False)
         same(found, images.inputs(theirs, PROMPT, given, source.config, chat=False))
         assert int((found["input_ids"] == images.image_token(source)).sum()) >= 3 * len(given)
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+@pytest.mark.parametrize("kind", _NEEDS_TORCHVISION)
+def test_missing_torchvision_is_said(kind: str, tmp_path: Path) -> None:
+    files = made(tmp_path, kind)
+    with pytest.raises(PlanError, match="Processor needs the package torchvision"):
+        images.load_processor(with_tower(locate(files.text), files.tower))
 
 
 @pytest.mark.parametrize("kind", ["pixtral", "mistral3"])
@@ -365,6 +371,13 @@ _BAD: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         {"clip.projector_type": "gemma3nv"},
         {},
         "with the package timm, and never without its tower for sound",
+    ),
+    ("no model", {"clip.projector_type": "step3vl"}, {}, "transformers 5.24 has no Step3-VL\n.* runs on text"),
+    (
+        "no text",
+        {"clip.projector_type": "glm5v"},
+        {},
+        r"no files of its language model \(glm5-next\)\nfewbit reads [^.]*(\.5[^.]*)?\.$",
     ),
     ("sound", {"clip.has_vision_encoder": False, "clip.has_audio_encoder": True}, {}, "has a tower for sound alone"),
     (

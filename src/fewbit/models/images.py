@@ -75,7 +75,11 @@ def load_processor(source: Source, *, trust_remote_code: bool = False) -> Any:
 
 def image_token(source: Source) -> int:
     """The id of the token in whose places an image is; -1 if config.json does not say. A vocabulary may lack it."""
-    found = source.config.get("image_token_id", source.config.get("image_token_index"))
+    return _image_id(source.config)
+
+
+def _image_id(config: Mapping[str, Any]) -> int:
+    found = config.get("image_token_id", config.get("image_token_index"))
     return found if isinstance(found, int) else -1
 
 
@@ -91,8 +95,9 @@ def inputs(
     if reason := unwritable(prompt):
         raise PlanError(f"the prompt: {reason}", "Give the prompt in UTF-8.")
     token = _place(processor)
-    inner = getattr(processor.tokenizer, "image_token", None)
-    if inner and inner != token and inner in prompt:
+    own = _image_id(config)
+    inner = processor.tokenizer.convert_ids_to_tokens(own) if own >= 0 else None
+    if token and inner and inner != token and inner in prompt:
         raise PlanError(
             f"the prompt has {inner}, which stands for a part of an image",
             "Leave it out." if chat else f"Write {token} where an image belongs, or nothing.",
@@ -150,10 +155,13 @@ def _marks(processor: Any, config: Mapping[str, Any], kind: str) -> tuple[str, s
     """The tokens before and after an image, empty if config.json names none.
 
     kind: what config.json calls them. Some processors add those named "image", such as Molmo 2's, and GLM's does not.
+    The processor of a GGUF model may have `marks` that config.json does not name.
     """
     ids = [config.get(f"{kind}_{end}_token_id") for end in ("start", "end")]
     found = [processor.tokenizer.convert_ids_to_tokens(each) if isinstance(each, int) else "" for each in ids]
-    return (str(found[0]), str(found[1])) if all(found) else ("", "")
+    if all(found):
+        return str(found[0]), str(found[1])
+    return getattr(processor, "marks", ("", "")) if kind == "vision" else ("", "")
 
 
 def _with_marks(prompt: str, token: str, marks: tuple[str, str]) -> str:

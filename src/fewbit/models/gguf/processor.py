@@ -29,11 +29,13 @@ def made(tower: Opened, tokenizer: Any) -> Any:
     name = tower.row.processor
     settings = {"chat_template": tokenizer.chat_template, **tower.row.processing(tower.keys)}
     try:
-        return without_others(
+        found = without_others(
             getattr(transformers, name), image_processor=images(tower), tokenizer=tokenizer, **settings
         )
     except ImportError:
         raise PlanError(f"{name} needs the package torchvision", "pip install torchvision") from None
+    found.marks = tower.row.marks
+    return found
 
 
 def without_others(own: Any, **given: Any) -> Any:

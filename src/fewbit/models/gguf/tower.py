@@ -34,6 +34,19 @@ BLOCK = {
 }
 
 
+def side(keys: Keys) -> int:
+    """Patches in a row of an image of the usual size."""
+    return keys.ratio("vision.image_size", "vision.patch_size")
+
+
+def merged(keys: Keys, usual: int | None = None) -> int:
+    """Vectors of an image of the usual size, of which one is made of several patches."""
+    across, scale = side(keys), keys.count("vision.projector.scale_factor", usual)
+    if across % scale:
+        raise keys.wrong(f"clip.vision.projector.scale_factor is {scale}, which does not divide {across} patches")
+    return (across // scale) ** 2
+
+
 def nothing(_: Keys) -> Mapping[str, Any]:
     """No further entries."""
     return {}
@@ -96,6 +109,7 @@ class Tower:
     images: str = ""  # transformers' class for the images, without Pil
     likewise: frozenset[str] = frozenset()  # further classes whose settings are read as those of `images`
     named: Mapping[str, str] = field(default_factory=dict)  # attributes of the tokenizer -> the tokens
+    marks: tuple[str, str] = ("", "")  # texts around an image that neither config.json nor the processor names
     pixels: Settings = nothing  # settings of the class for the images, besides mean and deviation
     processing: Settings = nothing  # settings of the processor
 

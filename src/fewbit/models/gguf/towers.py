@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from fewbit.models.gguf.metadata import Keys
 from fewbit.models.gguf.names import Route
 from fewbit.models.gguf.pieces import decoded
 from fewbit.models.gguf.rows.towers import ROWS
-from fewbit.models.gguf.rows.unread_towers import PACKAGES, UNREAD
+from fewbit.models.gguf.rows.unread_towers import NO_TEXT, UNREAD
 from fewbit.models.gguf.tower import Tower
 
 PROJECTORS = tuple(dict.fromkeys(row.projector for row in ROWS))
@@ -71,9 +70,10 @@ def opened(path: Path, language: str) -> Opened:
     projector = keys.get("projector_type", keys.get("vision.projector_type"))
     rows = [row for row in ROWS if row.projector == projector]
     if not rows:
+        why = UNREAD.get(projector, "") if isinstance(projector, str) else ""
         raise FormatError(
-            f"{path}: its projector is {str(projector)[:80]!r}, which fewbit does not read{_why(projector)}",
-            f"fewbit reads {', '.join(PROJECTORS)}. {_ALONE}",
+            f"{path}: its projector is {str(projector)[:80]!r}, which fewbit does not read{why and f': {why}'}",
+            f"fewbit reads {', '.join(PROJECTORS)}.{'' if why.startswith(NO_TEXT) else f' {_ALONE}'}",
         )
     rows = [row for row in rows if row.when in file.entries] or [row for row in rows if not row.when]
     if heard and not all(row.sound for row in rows):
@@ -91,15 +91,6 @@ def opened(path: Path, language: str) -> Opened:
         f"type {language}",
         "Give the mmproj file that was made of the same model.",
     )
-
-
-def _why(projector: Any) -> str:
-    """Why fewbit does not read a projector, for the end of a sentence; empty for one that llama.cpp does not have."""
-    if not isinstance(projector, str) or projector not in UNREAD:
-        return ""
-    package = PACKAGES.get(projector)
-    missing = f". {package} is not installed" if package and find_spec(package) is None else ""
-    return f": {UNREAD[projector]}{missing}"
 
 
 def swapped(row: Tower) -> Tower:
@@ -179,7 +170,8 @@ def _activation(tower: Opened) -> str:
     keys, named = tower.keys, tower.row.activations
     found = next((key for key in _ACTIVATIONS if keys.flag(key, False)), "")
     if found not in named:
-        raise keys.wrong(f"its activation is {found or 'quick_gelu'}; that of a {tower.row.cls} is {', '.join(named)}")
+        own = found.removeprefix("use_") or "quick_gelu"
+        raise keys.wrong(f"its activation is {own}; that of a {tower.row.cls} is {' or '.join(named.values())}")
     return named[found]
 
 

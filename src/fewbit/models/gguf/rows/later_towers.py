@@ -11,7 +11,7 @@ from typing import Any
 
 from fewbit.models.gguf.metadata import Keys
 from fewbit.models.gguf.rows.shared import GELU
-from fewbit.models.gguf.tower import BLOCK, SIZES, Tower
+from fewbit.models.gguf.tower import BLOCK, SIZES, Tower, merged
 
 _CAUSAL = (1536, 2560)  # widths of language models that do not see an image at once: E2B and E4B (mtmd.cpp)
 
@@ -156,6 +156,7 @@ GEMMA4_UNIFIED = replace(
 
 
 def _llama4(keys: Keys) -> Mapping[str, Any]:
+    merged(keys)  # refuses a factor that does not fit
     widths = keys.shape("mm.model.mlp.1.weight")[0], keys.shape("mm.model.mlp.2.weight")[0]
     return {
         "vision_config.pixel_shuffle_ratio": 1 / keys.count("vision.projector.scale_factor"),

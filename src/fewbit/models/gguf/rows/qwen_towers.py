@@ -91,7 +91,11 @@ QWEN2 = Tower(
 
 
 def _qwen25(keys: Keys) -> Mapping[str, Any]:
-    every = keys.count("vision.n_wa_pattern")
+    return _windowed(keys, keys.count("vision.n_wa_pattern"))
+
+
+def _windowed(keys: Keys, every: int) -> Mapping[str, Any]:
+    """every: one of so many blocks has attention over the whole image, and the others have windows."""
     return {
         "vision_config.intermediate_size": _inner(keys),
         "vision_config.out_hidden_size": keys.shape("mm.2.weight")[0],
@@ -174,6 +178,7 @@ GLM = replace(
     },
     processor="Glm4vProcessor",
     images="Glm4vImageProcessor",
+    likewise=frozenset(("Glm46VImageProcessor",)),
     named={"image_token": "<|image|>", "video_token": "<|video|>"},
     pixels=partial(_area, 12544, 9633792),
 )
@@ -182,7 +187,7 @@ GLM = replace(
 def _exaone(keys: Keys) -> Mapping[str, Any]:
     heads = keys.count("vision.attention.head_count")
     return {
-        **_qwen25(keys),
+        **_windowed(keys, keys.whole("vision.n_wa_pattern") or 1),  # without the key, no block has windows (clip.cpp)
         "vision_config.num_key_value_heads": keys.count("vision.attention.head_count_kv", heads),
         "vision_config.window_size": keys.count("vision.window_size", 112),
     }
@@ -201,6 +206,7 @@ EXAONE = replace(
     sections=False,
     tokens={"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"},
     processor="Exaone4_5_Processor",
+    marks=("<vision>", "</vision>"),
     named={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
 )
 

@@ -25,28 +25,15 @@ from fewbit.models.gguf.rows.qwen_towers import (
     merge,
 )
 from fewbit.models.gguf.rows.shared import GELU
-from fewbit.models.gguf.tower import BLOCK, Tower
-
-
-def _side(keys: Keys) -> int:
-    """Patches in a row of an image of the usual size."""
-    return keys.ratio("vision.image_size", "vision.patch_size")
+from fewbit.models.gguf.tower import BLOCK, Tower, merged, side
 
 
 def _square(keys: Keys) -> dict[str, int]:
     return dict.fromkeys(("height", "width"), keys.count("vision.image_size"))
 
 
-def _merged(keys: Keys, usual: int | None = None) -> int:
-    """Vectors of an image of the usual size, of which one is made of several patches."""
-    side, scale = _side(keys), keys.count("vision.projector.scale_factor", usual)
-    if side % scale:
-        raise keys.wrong(f"clip.vision.projector.scale_factor is {scale}, which does not divide {side} patches")
-    return (side // scale) ** 2
-
-
 def _four(entry: str, keys: Keys) -> Mapping[str, Any]:
-    return {entry: _merged(keys, 4)}
+    return {entry: merged(keys, 4)}
 
 
 def _squares(keys: Keys) -> Mapping[str, Any]:
@@ -221,7 +208,7 @@ def _llava(keys: Keys) -> Mapping[str, Any]:
     layers, key = keys.count("vision.block_count"), "vision.feature_layer"
     if keys.get(key) is not None and (found := keys.wholes(key, 1)) != [layers]:
         raise keys.wrong(f"clip.{key} is {found}; only the last of {layers} blocks is read")
-    return {"image_seq_length": _side(keys) ** 2}
+    return {"image_seq_length": side(keys) ** 2}
 
 
 def _cropped(keys: Keys) -> Mapping[str, Any]:
@@ -272,7 +259,7 @@ LLAVA = Tower(
 
 
 def _scaled(keys: Keys) -> Mapping[str, Any]:
-    _merged(keys)  # refuses a factor that does not fit
+    merged(keys)  # refuses a factor that does not fit
     return {"scale_factor": keys.count("vision.projector.scale_factor")}
 
 
@@ -283,7 +270,7 @@ def _limits(keys: Keys) -> Mapping[str, Any]:
 
 
 def _idefics_text(keys: Keys) -> Mapping[str, Any]:
-    return {"image_seq_len": _merged(keys)}
+    return {"image_seq_len": merged(keys)}
 
 
 IDEFICS3 = Tower(
@@ -321,7 +308,7 @@ def _internvl(keys: Keys) -> Mapping[str, Any]:
     size, patch = keys.count("vision.image_size"), keys.count("vision.patch_size")
     return {
         "downsample_ratio": 1 / keys.count("vision.projector.scale_factor"),
-        "image_seq_length": _merged(keys),
+        "image_seq_length": merged(keys),
         "vision_config.image_size": [size, size],
         "vision_config.patch_size": [patch, patch],
         "vision_config.attention_bias": "v.blk.0.attn_q.bias" in entries,
@@ -339,7 +326,7 @@ def _tiles(keys: Keys) -> Mapping[str, Any]:
 
 
 def _internvl_text(keys: Keys) -> Mapping[str, Any]:
-    return {"image_seq_length": _merged(keys)}
+    return {"image_seq_length": merged(keys)}
 
 
 INTERNVL = Tower(

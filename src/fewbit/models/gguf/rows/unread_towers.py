@@ -6,6 +6,7 @@ Source: PROJECTOR_TYPE_NAMES in tools/mtmd/clip-impl.h of llama.cpp, as in llama
 from __future__ import annotations
 
 _SOUND = "it is a tower for sound, and fewbit gives models no sound"
+NO_TEXT = "fewbit reads no files of its language model"
 _SPEECH = "it makes speech, and fewbit generates text"
 
 
@@ -14,7 +15,7 @@ def _no_model(name: str) -> str:
 
 
 def _no_text(name: str) -> str:
-    return f"fewbit reads no files of its language model ({name})"
+    return f"{NO_TEXT} ({name})"
 
 
 def _no_row(name: str) -> str:
@@ -66,10 +67,9 @@ UNREAD = {
     "qwen3tts_gen": _SPEECH,
     "qwen3tts_spkenc": _SPEECH,
     "resampler": _no_model("MiniCPM-V before 4.6"),
-    "step3vl": _no_text("step35"),
+    "step3vl": _no_model("Step3-VL"),
     "ultravox": _SOUND,
     "voxtral": _SOUND,
     "yasa2": _no_model("Yasa 2"),
     "youtuvl": _no_model("Youtu-VL"),
 }
-PACKAGES = {"gemma3nv": "timm"}  # projector -> a package that transformers needs for its model

@@ -1,0 +1,81 @@
+"""What keys of the file of a vision tower, and settings beside it, mean for single projectors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import fewbit as package
+from fewbit.errors import FormatError, PlanError
+from fewbit.formats.containers.gguf import GgufFile
+from fewbit.models import images
+from fewbit.models.gguf import processor, towers
+from fewbit.models.source import locate, with_tower
+from tests import mmproj_files
+
+pytest.importorskip("PIL")
+from PIL import Image
+
+from tests.e2e.test_gguf_towers import PROMPT, made
+
+PICTURES = [Image.new("RGB", (40, 50), "teal"), Image.new("RGB", (67, 29), "red")]
+
+
+def test_a_patch_of_llama_4_in_a_prompt_is_refused() -> None:
+    own: Any = transformers.GotOcr2ImageProcessorPil()  # Llama 4's own needs torchvision, and is not reached
+    part = processor.without_others(
+        transformers.Llama4Processor, image_processor=own, tokenizer=mmproj_files.tokenizer("llama4")
+    )
+    config = mmproj_files.config("llama4").to_dict()
+    with pytest.raises(PlanError, match=r"the prompt has <\|patch\|>, which stands for a part of an image"):
+        images.inputs(part, "a <|patch|>", PICTURES[:1], config, chat=False)
+
+
+def test_an_image_of_exaone_is_marked_as_in_llama_cpp(tmp_path: Path) -> None:
+    files = made(tmp_path, "exaone4_5")
+    source = with_tower(locate(files.text), files.tower)
+    made_of = images.load_processor(source)
+    marked = "<vision><|image_pad|></vision>"
+    found = [
+        images.inputs(made_of, f"{start}{PROMPT}", PICTURES, source.config, chat=False)["input_ids"]
+        for start in ("", 2 * marked)
+    ]
+    assert torch.equal(*found)
+    text = made_of.tokenizer.decode(found[0][0])
+    assert text.count("<vision>") == text.count("</vision>") == 2
+    assert "</vision><vision>" in text
+
+
+def test_exaone_without_windows_attends_to_the_whole_image(tmp_path: Path) -> None:
+    files = made(tmp_path, "exaone4_5")
+    text, found = locate(files.text).config, []
+    for value in (2, None, 0):
+        tower = mmproj_files.changed(files.tower, tmp_path / "mmproj.gguf", {"clip.vision.n_wa_pattern": value})
+        config = towers.to_config(text, towers.opened(tower, "exaone4"), GgufFile(files.text))
+        found.append(config["vision_config"]["fullatt_block_indexes"])
+    assert found == [[1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+def test_settings_of_glm_4_6v_are_those_of_glm_4_5v(tmp_path: Path) -> None:
+    tower = towers.opened(made(tmp_path, "glm4v_moe").tower, "glm4_moe")
+    own: Any = transformers.Glm46VImageProcessorPil  # its arguments are not typed
+    own(patch_size=16).save_pretrained(tower.file.path.parent)
+    assert processor.images(tower).patch_size == 16
+
+
+def test_an_activation_of_another_name_is_refused(tmp_path: Path) -> None:
+    files = made(tmp_path, "qwen2_vl")
+    tower = mmproj_files.changed(files.tower, tmp_path / "mmproj.gguf", {"clip.use_gelu": True})
+    with pytest.raises(FormatError, match=r"its activation is gelu; that of a Qwen2VLFor.* is quick_gelu"):
+        package.load(files.text, mmproj=tower, device="cpu")
+
+
+def test_a_scale_that_does_not_divide_llama_4s_patches(tmp_path: Path) -> None:
+    files = made(tmp_path, "llama4")
+    tower = mmproj_files.changed(files.tower, tmp_path / "mmproj.gguf", {"clip.vision.projector.scale_factor": 3})
+    with pytest.raises(FormatError, match="scale_factor is 3, which does not divide 4 patches"):
+        package.load(files.text, mmproj=tower, device="cpu")
