@@ -41,8 +41,9 @@ def check(name: str | Path) -> None:
         raise PlanError(f"model {name}: no such file", "Give a .gguf file, here or of the Hub (org/model/file.gguf).")
     if is_hub_name(str(name)):
         return
+    kind = "file" if str(name).endswith(".gguf") else "folder"
     raise PlanError(
-        f"model {name}: no such folder", f"Give a local folder, a Hub name such as org/model, {EMBEDDED} or {DEMO}."
+        f"model {name}: no such {kind}", f"Give a local folder, a Hub name such as org/model, {EMBEDDED} or {DEMO}."
     )
 
 

@@ -100,7 +100,14 @@ def test_what_cannot_be_a_folder(model: Path, file: Path, tmp_path: Path, fewbit
     refused(file, 2, "does not name its model", "--base", flags=())
     refused(file, 2, "an adapter for another model", flags=("--base", wide))
     refused(model, 2, "is no GGUF file with a LoRA")
-    refused(packed, 3, "is no adapter")
+    refused(packed, 2, "is no GGUF file with a LoRA")
+    refused(packed, 2, "is no GGUF file with a LoRA", flags=("--dry-run",))
+    refused(packed, 2, "is no GGUF file with a LoRA", flags=("--samples", 2))
+    refused(tmp_path / "none.gguf", 2, "none.gguf: no such file")
+    for to in ("gguf", "dense"):
+        for flags in ((), ("--base", model), ("--dry-run",)):
+            done = fewbit("convert", file, "-o", tmp_path / "out.gguf", "--to", to, *flags)
+            check(done, 2, "a LoRA in a GGUF file is converted with --to peft")
     refused(file, 2, "a preview shows the tensors of a model", flags=("--dry-run",))
     for flag, value in UNUSED:
         refused(file, 2, flag, "no effect on an adapter", flags=("--base", model, flag, *value))

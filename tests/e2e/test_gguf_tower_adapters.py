@@ -128,6 +128,18 @@ def test_prompt_tuning_beside_a_tower_is_refused(tmp_path: Path) -> None:
         package.load(files.text, mmproj=files.tower, adapter=tmp_path / "adapter", **EXACT)
 
 
+def test_a_lora_in_a_file_is_not_for_the_whole_original(tmp_path: Path) -> None:
+    files = made(tmp_path, "gemma3")
+    alone, lora = tmp_path / "text-text", tmp_path / "lora.gguf"
+    package.convert(drawn(alone, tmp_path / "adapter", target_modules=["q_proj"]), lora, to="gguf", base=alone)
+    for verb in (
+        lambda: package.load(files.folder, adapter=lora, device="cpu"),
+        lambda: package.convert(lora, tmp_path / "out", to="peft", base=files.folder),
+    ):
+        with pytest.raises(PlanError, match="for a language model alone; this model, of type 'gemma3', is whole"):
+            verb()
+
+
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     files: Files = made(tmp_path, "gemma3")
     other = models.save(tmp_path / "llama", "llama", hidden_size=32)

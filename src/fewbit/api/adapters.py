@@ -14,6 +14,7 @@ from fewbit.api import arguments, evaluate, quantize, splitting
 from fewbit.api.arguments import Device, DType, Plans, checked
 from fewbit.checks import Texts
 from fewbit.errors import FormatError, NumericsError, OutputError, PlanError
+from fewbit.formats.containers.gguf import GgufFile, is_gguf
 from fewbit.formats.containers.safetensors import files_in, read_specs
 from fewbit.formats.containers.safetensors import writing as safetensors_errors
 from fewbit.measure import memory
@@ -300,6 +301,20 @@ def is_adapter(place: str | Path) -> bool:
     return (folder / ADAPTER).is_file() and not (folder / "config.json").exists()
 
 
+def check_kind(place: str | Path, to: str) -> None:
+    """PlanError unless `to=peft` is given for a GGUF file with a LoRA, and only for one."""
+    file = Path(place).expanduser().absolute()
+    found = file.is_file() and is_gguf(file) and GgufFile(file).metadata.get("general.type") == "adapter"
+    if to != PEFT:
+        if found:
+            raise PlanError(f"a LoRA in a GGUF file is converted with `to={PEFT}`: {file}", f"Give `to={PEFT}`.")
+        return
+    if not file.exists():
+        raise PlanError(f"{file}: no such file", "Give a GGUF file with a LoRA.")
+    if not found:
+        raise PlanError(f"{file} is no GGUF file with a LoRA, which `to={PEFT}` makes a folder of", "Give such a file.")
+
+
 def as_gguf(
     adapter: str | Path, out: str | Path, base: str | Path | None, *, overwrite: bool, trust_remote_code: bool
 ) -> Converted:
@@ -351,8 +366,6 @@ def as_peft(
     """
     elapsed, out, file = timing.timed(), publish.named(out), Path(adapter).expanduser().absolute()
     publish.check_output(out, overwrite=overwrite, file=False)
-    if not file.is_file():
-        raise PlanError(f"{file} is no GGUF file with a LoRA, which `to={PEFT}` makes a folder of", "Give such a file.")
     check_adapter(file)
     if base is None:
         raise PlanError(f"{file} does not name its model", "Give it as `base`.")

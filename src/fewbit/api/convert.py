@@ -79,6 +79,7 @@ def convert(
     base: if `model` is a LoRA, the folder or GGUF file of its model. Default: the one that the LoRA names. A LoRA in a
     folder is converted to "gguf", and one in a GGUF file to "peft".
     """
+    adapters.check_kind(model, to)
     measured_on = {"text": text, "length": length, "samples": samples}
     anew: dict[str, Any] = {"plan": plan, "calibration": calibration, "imatrix": imatrix, **measured_on}
     _refuse_unused(model, to, requantize=requantize, **anew, max_shard=max_shard, set=set, base=base)
@@ -131,6 +132,7 @@ def preview(
 
     It has the options of a `convert` without `requantize`, and refuses those that `convert` refuses.
     """
+    adapters.check_kind(model, to)
     if to == adapters.PEFT or adapters.is_adapter(model):
         raise PlanError(f"{model} is an adapter, and a preview shows the tensors of a model", "Convert it.")
     anew = {"plan": plan, "calibration": calibration, "imatrix": imatrix}

@@ -330,6 +330,12 @@ def _of_model(file: GgufFile, config: Any) -> tuple[dict[str, Any], dict[str, Te
     arch, name = of_config(config), file.metadata.get("general.architecture")
     # A model of one type can be in files of several architectures
     rows = [] if arch is None else [row.name for row in TYPES[config.model_type] if row.chosen == arch.chosen]
+    if not rows and config.get_text_config() is not config:
+        raise PlanError(
+            f"{file.path} is an adapter for a language model alone; this model, of type "
+            f"{config.model_type!r}, is whole, with vision or sound",
+            "Give the GGUF file of its language model, or the folder that this file was made of.",
+        )
     if not isinstance(name, str) or name not in rows:
         raise PlanError(
             f"{file.path} is an adapter for models of llama.cpp's architecture {repr(name)[:80]}; this model, of type "
