@@ -22,7 +22,7 @@ class Budget(Settings):
     size: str | int | None = setting(
         None,
         checks.size,
-        "Largest size of all weight files, such as 6GB; fewbit chooses each weight's width.",
+        "Largest total size of the weight files, such as 6GB; fewbit chooses each weight's width.",
     )
     fit: str | int | None = setting(
         None,
