@@ -63,9 +63,10 @@ def check_output(out: str | Path, *, overwrite: bool, file: bool = False) -> Pat
 
 
 def check_free(out: str | Path, *, overwrite: bool) -> None:
-    """PlanError if `out` exists and must not be replaced."""
-    if not overwrite and Path(out).exists():
-        raise PlanError(f"{out} exists", "Use `overwrite=True` to replace it, or give another `out`.")
+    """PlanError if `out` exists and must not be replaced, or if no file can have its name."""
+    with _as_plan_error(out):
+        if not overwrite and Path(out).exists():
+            raise PlanError(f"{out} exists", "Use `overwrite=True` to replace it, or give another `out`.")
 
 
 def named(out: str | Path) -> Path:
