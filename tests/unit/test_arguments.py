@@ -183,7 +183,7 @@ def test_an_unknown_argument_says_where_it_belongs() -> None:
 def test_a_loaded_model_is_no_name() -> None:
     with pytest.raises(PlanError) as raised:
         fewbit.generate(torch.nn.Linear(2, 2), "Once")  # type: ignore[arg-type]
-    expected = "expected a name or a path. A loaded model has its own model.generate(...)"
+    expected = "expected a name or a path, not a loaded model, which has its own model.generate"
     assert str(raised.value) == f"model=<Linear>: {expected}"
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fewbit.cli.flags import Fields, checked
-from fewbit.cli.options import Model
+from fewbit.cli.options import Model, fused
 from fewbit.cli.stdin import stdin
 from fewbit.errors import FewbitError, PlanError, in_flags
 from fewbit.models.decoding.sampling import Sampling
@@ -58,11 +58,7 @@ def chat(
 
     In the conversation, /help lists the commands.
     """
-    if max_length is not None and fuse is False:
-        raise PlanError(
-            "--max-length with --no-fuse", "It is the size of a fused model's cache: leave out one of them."
-        )
-    loading = replace(loading, fuse=fuse if max_length is None else max_length)
+    loading = replace(loading, fuse=fused(fuse, max_length))
     piped = None
     if sys.stdin is None or not sys.stdin.isatty():
         hint = 'Start chat in a terminal, or pipe a message: echo "Hello" | fewbit chat MODEL'

@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from fewbit.cli.flags import Fields, checked
-from fewbit.cli.options import Json, Model, printed
+from fewbit.cli.options import Json, Model, fused, printed
 from fewbit.cli.stdin import prompt_of
-from fewbit.errors import PlanError
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.models.loading import Loading
 from fewbit.system import ranks
@@ -47,10 +46,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue PROMPT with MODEL. Started by torchrun, each process loads its part of the model."""
-    if max_length is not None and fuse is False:
-        raise PlanError(
-            "--max-length with --no-fuse", "It is the size of a fused model's cache: leave out one of them."
-        )
+    fuses = fused(fuse, max_length)
     prompt = prompt_of(prompt)
     from fewbit.api import generate as api
     from fewbit.report import text as report
@@ -66,7 +62,7 @@ def generate(
         adapter=loading.adapter,
         device=loading.device,
         kernel=loading.kernel,
-        fuse=fuse if max_length is None else max_length,
+        fuse=fuses,
         compile=loading.compile,
         trust_remote_code=loading.trust_remote_code,
         stream=not as_json,

@@ -10,6 +10,16 @@ import typer.core
 
 from fewbit.errors import PlanError
 
+
+def fused(fuse: bool | None, max_length: int | None) -> int | bool | None:
+    """`Loading.fuse` for --fuse/--no-fuse and --max-length. PlanError for both --no-fuse and a length."""
+    if max_length is not None and fuse is False:
+        raise PlanError(
+            "--max-length with --no-fuse", "It is the size of a fused model's cache: leave out one of them."
+        )
+    return fuse if max_length is None else max_length
+
+
 Model = Annotated[
     str, typer.Argument(help="A folder, a .gguf file, a Hub name (org/model), tiny, or smollm2 if installed.")
 ]
