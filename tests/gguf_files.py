@@ -128,6 +128,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 4, "tie_word_embeddings": False, "sliding_window": None},
     "stablelm": {"use_qkv_bias": True},
     "glm4": {},
+    "glm4-sections": {"mrope_section": [2, 1, 1], "attention_bias": True},
     # 2048 positions, as the converter gives all of them
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "max_position_embeddings": 2048},
     "falcon-1": {

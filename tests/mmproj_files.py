@@ -342,6 +342,22 @@ KINDS |= {
         text_name="glm4moe",
         text_class="Glm4MoeForCausalLM",
     ),
+    "glm4v": Kind(
+        "glm4v",
+        "qwen3vl:Glm4VVisionModel",
+        _glm,
+        vision={"hidden_size": 48, "out_hidden_size": 64, "rms_norm_eps": 1e-6},
+        text={"rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
+        alone={"mrope_section": [2, 1, 1], "head_dim": 16, "attention_bias": True},
+    ),
+    "glm_ocr": Kind(
+        "glm_ocr",
+        "qwen3vl:Glm4VVisionModel",
+        _glm,
+        vision={"hidden_size": 48, "out_hidden_size": 64, "rms_norm_eps": 1e-6},
+        text={"rope_parameters": {**_MROPE, "mrope_section": [6, 5, 5], "partial_rotary_factor": 1.0}, "head_dim": 32},
+        alone={"mrope_section": [6, 5, 5], "attention_bias": False},
+    ),
     "exaone4_5": Kind(
         "exaone4_5",
         "exaone:Exaone4_5VisionModel",

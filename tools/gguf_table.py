@@ -52,8 +52,6 @@ width 1536 and 2560 (E2B and E4B) do the latter.
 The language model of LLaVA must have the token `<image>`, as conversions of the models in transformers have it; the
 vocabulary of plain Vicuna does not. LLaVA 1.6, which cuts images into tiles, is refused.
 Towers for sound are refused. Where Gemma 4 has one beside that for images, it is left out with a warning.
-The language model of GLM-4.1V and GLM-OCR is refused, with the tower and without: llama.cpp's converter reorders the
-turned rows of its q and k, and fewbit cannot undo that.
 
 | `clip.projector_type` | read as | language model | tokens that its vocabulary must have |
 |---|---|---|---|"""
@@ -165,7 +163,7 @@ def conditions(row: Any) -> Iterator[str]:
     from fewbit.models.gguf.architectures import TYPES  # `page` puts it on the path
     from fewbit.models.gguf.positions import windows
 
-    if (first := TYPES[row.model_type][0]) is not row and not first.chosen:
+    if (first := TYPES[row.model_type][0]) is not row and not first.chosen and not first.unwoven:
         yield "only read: written as above"
     for key, value in row.chosen.items():
         yield f"`{key}` = {value}" if isinstance(value, int) else f"each of `{key}` is {', '.join(sorted(value))}"
@@ -228,6 +226,8 @@ def conditions(row: Any) -> Iterator[str]:
         yield "one base of RoPE"
     if row.differs:
         yield row.differs
+    if row.unwoven:
+        yield "a GGUF file of the language model of GLM-4.1V, GLM-4.6V-Flash or GLM-OCR is the source"
     if row.windowed:
         yield f"sliding windows with {row.windowed} layers, none with others"
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -66,6 +67,45 @@ def test_settings_of_glm_4_6v_are_those_of_glm_4_5v(tmp_path: Path) -> None:
     own: Any = transformers.Glm46VImageProcessorPil  # its arguments are not typed
     own(patch_size=16).save_pretrained(tower.file.path.parent)
     assert processor.images(tower).patch_size == 16
+
+
+def test_glm_4_without_sections_of_rope_has_no_tower(tmp_path: Path) -> None:
+    files = made(tmp_path, "glm4v")
+    for value, words in (
+        (None, r"it has no glm4\.rope\.dimension_sections, which a Glm4vForConditionalGeneration needs"),
+        (np.array([2, 2, 1, 0], np.int32), r"\[2, 2, 1\], which is not half of the 8 columns that RoPE turns"),
+    ):
+        text = mmproj_files.changed(files.text, tmp_path / "text.gguf", {"glm4.rope.dimension_sections": value})
+        with pytest.raises(FormatError, match=words):
+            package.load(text, mmproj=files.tower, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["glm4v", "glm_ocr"])
+def test_the_language_model_of_a_dense_glm_alone(kind: str, tmp_path: Path) -> None:
+    """With the block that predicts further tokens, which the files of GLM-OCR have."""
+    files = made(tmp_path, kind)
+    file = GgufFile(files.text)
+    last = {name: file.get(name).clone() for name in file.entries if name.startswith("blk.1.")}
+    more = {name.replace("blk.1.", "blk.2."): tensor for name, tensor in last.items()}
+    more["blk.2.nextn.eh_proj.weight"] = torch.zeros(64, 128)
+    keys = {"glm4.block_count": 3, "glm4.nextn_predict_layers": 1}
+    text = mmproj_files.changed(files.text, tmp_path / "text.gguf", keys, more)
+    original, given = (
+        mmproj_files.original(files.folder),
+        mmproj_files.inputs(kind, mmproj_files.original(files.folder)),
+    )
+    whole = package.load(text, mmproj=files.tower, dtype="float32", device="cpu")
+    alone = package.load(text, dtype="float32", device="cpu")
+    package.quantize(text, tmp_path / "q8_0.gguf", plan="q8_0", device="cpu", progress=False)
+    packed = package.load(tmp_path / "q8_0.gguf", mmproj=files.tower, dtype="float32", device="cpu")
+    ids = given["input_ids"][:, 20:]
+    with torch.inference_mode():
+        for found, wanted, most in (
+            (whole(**given), original(**given), 1e-5),
+            (alone(ids), original(ids), 1e-5),
+            (packed(**given), original(**given), 0.05),
+        ):
+            assert float((found.logits - wanted.logits).norm() / wanted.logits.norm()) < most
 
 
 def test_an_activation_of_another_name_is_refused(tmp_path: Path) -> None:

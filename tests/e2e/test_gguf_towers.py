@@ -28,7 +28,7 @@ from fewbit.models import images
 from fewbit.models.gguf import processor, towers
 from fewbit.models.source import locate, with_tower
 from fewbit.nn.layers import QLinear
-from tests import gguf_files, mmproj_files, models
+from tests import mmproj_files, models
 from tests.e2e.conftest import Fewbit
 
 pytest.importorskip("PIL")
@@ -126,12 +126,12 @@ def test_pixels_of_pixtral_are_the_originals(kind: str, tmp_path: Path, pictures
     assert torch.equal(found["pixel_values"], wanted["pixel_values"])
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "glm4v_moe"])
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe", "glm_ocr"])
 def test_images_beside_each_other_are_several(kind: str, tmp_path: Path, picture: Path) -> None:
     files = made(tmp_path, kind)
     given: dict[str, Any] = {"images": [picture, picture], "max_new_tokens": 4, "device": "cpu"}
     marked = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
-    marked = ("<|begin_of_image|>", "<|image|>", "<|end_of_image|>") if kind == "glm4v_moe" else marked
+    marked = ("<|begin_of_image|>", "<|image|>", "<|end_of_image|>") if kind.startswith("glm") else marked
     image, place = marked[1], "".join(marked)
     found = [
         package.generate(prompt=f"{start}{PROMPT}", **model, **given).text
@@ -280,16 +280,6 @@ def test_small_models_of_gemma_4_read_images_causally(tmp_path: Path, width: int
     read = {**locate(files.text).config, "hidden_size": width}
     config = towers.to_config(read, towers.opened(tower, "gemma4_text"), GgufFile(files.text))
     assert config["text_config"]["use_bidirectional_attention"] == kind
-
-
-def test_the_language_model_of_a_dense_glm_4v_is_refused(tmp_path: Path) -> None:
-    """llama.cpp's converter reorders rows of q and k if RoPE has sections. They were read as those of GLM 4."""
-    plain = gguf_files.written(gguf_files.save(tmp_path / "m", "glm4"), tmp_path / "text.gguf")
-    assert locate(plain).config["model_type"] == "glm4"
-    sections = {"glm4.rope.dimension_sections": np.array([2, 1, 1, 0], np.int32)}
-    text = mmproj_files.changed(plain, tmp_path / "glm-4.1v.gguf", sections)
-    with pytest.raises(FormatError, match=r"the language model of GLM-4\.1V or GLM-OCR, whose q and k"):
-        package.load(text, device="cpu")
 
 
 def test_newer_llava_files_are_refused_by_name(tmp_path: Path) -> None:
@@ -454,7 +444,7 @@ def test_images_without_the_file_of_the_tower_are_refused(
     "kind",
     [
         *("gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "pixtral", "llava", "idefics3", "internvl"),
-        *("gemma4", "gemma4_unified", "llama4", "lfm2_vl", "lighton_ocr", "exaone4_5", "glm4v_moe"),
+        *("gemma4", "gemma4_unified", "llama4", "lfm2_vl", "lighton_ocr", "exaone4_5", "glm4v_moe", "glm4v", "glm_ocr"),
     ],
 )
 def test_any_value_of_a_key_is_read_or_refused(kind: str, tmp_path: Path) -> None:

@@ -87,6 +87,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "minimax_m2": {"scoring_func": "sigmoid", "rotary_dim": 8},
     "exaone_moe": {"scoring_func": "sigmoid"},
     "afmoe": {"route_norm": True, "score_func": "sigmoid"},
+    "glm4-sections": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+        }
+    },
     "glm": {"layernorm_epsilon": 1.5625e-7, "seq_length": models.CONTEXT},
     "solar_open": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0}},
     "glm4_moe_lite": {"scoring_func": "sigmoid", "first_k_dense_replace": 1},

@@ -82,11 +82,13 @@ class Architecture:
     without_lora: frozenset[str] = field(default_factory=frozenset)
     # A file is of this type if it has one of these keys, and it is not 0, or tensors; (): if it is of no other type
     when: tuple[str, ...] = ()
-    unread: Mapping[str, str] = field(default_factory=dict)  # keys of files that are not read -> why
     # Entries of config.json that models of this row have, where a type has several rows. A frozenset: of each layer
     chosen: Mapping[str, Any] = field(default_factory=dict)
     # Values of the tensors
     permuted: bool = False  # rows of q and k are in llama.cpp's order
+    # Of the rows of a head of q and k that RoPE turns, the file has the even ones, then the odd ones. config.json has
+    # mrope_section, the sections of RoPE for images
+    unwoven: bool = False
     mixed: bool = False  # rows of qkv are in the model's order: q, k, v of the first head, then of the second
     transposed: bool = False  # the model's linears are Conv1D
     shift: float = 0.0  # added to the weights of norms

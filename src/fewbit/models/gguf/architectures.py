@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.models.gguf.architecture import Architecture
 from fewbit.models.gguf.rows import dense, earlier, experts, gemma, latents, recurrent, states, windows
@@ -61,6 +63,8 @@ def of_config(config: Any) -> Architecture | None:
 
 
 def _is_chosen(row: Architecture, config: Any) -> bool:
+    if row.unwoven and getattr(config, "mrope_section", None) is None:
+        return False
     for key, wanted in row.chosen.items():
         found = getattr(config, key, None)
         if set(found or ()) != wanted if isinstance(wanted, frozenset) else found != wanted:
@@ -74,7 +78,8 @@ def of_file(file: GgufFile) -> Architecture | None:
     rows = ARCHITECTURES.get(name, ()) if isinstance(name, str) else ()
 
     def has(what: str) -> bool:
-        return what in file.entries or bool(file.metadata.get(f"{name}.{what}"))
+        value = file.metadata.get(f"{name}.{what}")
+        return what in file.entries or bool(value.any() if isinstance(value, np.ndarray) else value)
 
     special = (row for row in rows if any(map(has, row.when)))
     return next(special, next((row for row in rows if not row.when), None))

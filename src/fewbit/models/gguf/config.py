@@ -77,6 +77,8 @@ def to_metadata(config: Any, name: str) -> dict[str, Any]:
         if sum(rope.get("mrope_section", positions.SECTIONS)) > width:
             raise PlanError(f"llama.cpp runs {arch.name} with sections of RoPE within a head of {width} columns")
         found["rope.dimension_sections"] = np.array([*rope.get("mrope_section", positions.SECTIONS), 0][:4], np.int32)
+    if arch.unwoven:
+        found["rope.dimension_sections"] = np.array([*config.mrope_section, 0][:4], np.int32)
     for theirs, ours in (("attn_logit_softcapping",) * 2, ("final_logit_softcapping",) * 2):
         if (cap := getattr(config, theirs, None)) is not None:
             found[ours] = float(cap)
@@ -209,6 +211,7 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     config |= hybrid.layers_of_keys(keys, layers) if arch.without_attention else {}
     config |= {arch.mlp_types: hybrid.dense_of_keys(keys, layers)} if arch.mlp_types else {}
     config |= _windows(keys, config)
+    config |= {"mrope_section": keys.wholes("rope.dimension_sections", 3)[:3]} if arch.unwoven else {}
     for theirs, ours in arch.turned.items():
         config[theirs] = positions.turned_of_keys(keys, ours, config["rope_parameters"]["rope_theta"])
     config |= {arch.query_heads: each} if arch.query_heads else {}

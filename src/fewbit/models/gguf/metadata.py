@@ -125,9 +125,6 @@ class Metadata(Keys):
                 f"{file.path}: architecture {name!r} is not one that fewbit loads",
                 f"Supported architectures: {', '.join(sorted(ARCHITECTURES))}.",
             )
-        for key, why in found.unread.items():
-            if file.metadata.get(f"{found.name}.{key}") is not None:
-                raise FormatError(f"{file.path}: {why}", "Use the original model.")
         self.architecture: Architecture = found
         own = file.entries.keys() - hybrid.beyond(file)
         blocks = {entry.split(".", 2)[1] for entry in own if entry.startswith("blk.") and entry.count(".") > 1}

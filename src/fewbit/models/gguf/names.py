@@ -5,6 +5,8 @@ can differ. Only the order of columns affects quantization: blocks must lie with
 
     rows        Llama's q and k: transformers rotates the halves of a head (i with i + d/2), llama.cpp neighbours (2i
                 with 2i + 1). So row 2i + j of a head in the file is row i + j d/2 of the model's weight.
+                GLM-4.1V's q and k are the reverse: row i + j r/2 of a head in the file is row 2i + j of the model's
+                weight, where RoPE turns the first r rows of a head
                 GPT-NeoX's qkv: a file has q of all heads, then k, then v; the model has q, k and v of each head
     transposed  GPT-2's Conv1D stores [K, N]; a file stores [N, K], as for every linear
     columns     Qwen 3.5's value heads: the model has those of the first key head, then those of the second; a file
@@ -37,6 +39,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fewbit.errors import PlanError
+from fewbit.models.gguf import positions
 from fewbit.models.gguf.architecture import Architecture, Cut
 from fewbit.models.gguf.architectures import MISSING, REFUSED, TYPES, of_config
 from fewbit.models.gguf.pieces import Listed, Share, Split
@@ -57,6 +60,7 @@ class Route:
     listed: of a number that is no tensor of the file: the file's key, its place in the list there, and its shape.
     order: the rows of the model's weight from row `first` on, as an array of these sizes, are in the file's order if
     its axes are permuted to these axes. columns: the same for columns. Empty if the order is the same.
+    still: after the rows of `order` of each place of its first axis, such as a head, this many rows keep their order.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Route:
     heights: tuple[int, ...] = ()
     order: Order = ((), ())
     first: int = 0
+    still: int = 0
     columns: Order = ((), ())
     split: Split | None = None
     matrix: int = 0
@@ -94,7 +99,14 @@ class Route:
         if not self.order[0]:
             return None
         start = torch.arange(self.first, dtype=torch.int64, device="cpu")
-        return torch.cat([start, self.first + _permuted(self.order)])
+        moved = _permuted(self.order)
+        if self.still:
+            heads = torch.arange(self.order[0][0], dtype=torch.int64, device="cpu")[:, None]
+            moved = moved.view(len(heads), -1)
+            rows = torch.arange(moved.shape[1], moved.shape[1] + self.still, dtype=torch.int64, device="cpu")
+            width = moved.shape[1] + self.still
+            moved = torch.cat([moved + heads * self.still, heads * width + rows], 1).flatten()
+        return torch.cat([start, self.first + moved])
 
     @property
     def rows_back(self) -> Tensor | None:
@@ -348,7 +360,7 @@ def _orders(config: Any, arch: Architecture) -> dict[str, dict[str, Any]]:
     """Name in the file -> fields of its `Route`, where the order of rows or columns differs."""
     if arch.tiled:
         return _tiled(config)
-    if not arch.permuted and not arch.mixed:
+    if not arch.permuted and not arch.mixed and not arch.unwoven:
         return {}
     heads = config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", None) or heads
@@ -358,6 +370,12 @@ def _orders(config: Any, arch: Architecture) -> dict[str, dict[str, Any]]:
         return {
             "attn_q": {"order": ((heads, 2, width // 2), halves)},
             "attn_k": {"order": ((kv, 2, width // 2), halves)},
+        }
+    if arch.unwoven:
+        turned, pairs = positions.columns(positions.of_config(config), width, arch), (0, 2, 1)
+        return {
+            "attn_q": {"order": ((heads, turned // 2, 2), pairs), "still": width - turned},
+            "attn_k": {"order": ((kv, turned // 2, 2), pairs), "still": width - turned},
         }
     return {"attn_qkv": {"order": ((heads, 3, width), (1, 0, 2))}}
 

@@ -122,9 +122,7 @@ def to_config(text: Mapping[str, Any], tower: Opened, vocabulary: GgufFile) -> d
     inner = {key: value for key, value in text.items() if key != "architectures"}
     inner["model_type"] = row.texts[text["model_type"]]
     if row.sections:
-        spoken = Keys(vocabulary, str(vocabulary.metadata["general.architecture"]))
-        sections = spoken.wholes("rope.dimension_sections", 3)[:3]
-        inner["rope_parameters"] = {**inner["rope_parameters"], "mrope_section": sections}
+        inner["rope_parameters"] = {**inner["rope_parameters"], "mrope_section": _sections(text, row, vocabulary)}
     vision: dict[str, Any] = {"model_type": row.vision_type}
     vision |= {theirs: keys.count(f"vision.{ours}") for theirs, ours in row.sizes.items()}
     if row.epsilon:
@@ -142,6 +140,21 @@ def to_config(text: Mapping[str, Any], tower: Opened, vocabulary: GgufFile) -> d
         own, _, last = entry.rpartition(".")
         {"": config, "vision_config": vision, "text_config": inner}[own][last] = value
     return {**config, "text_config": inner, "vision_config": vision}
+
+
+def _sections(text: Mapping[str, Any], row: Tower, vocabulary: GgufFile) -> list[int]:
+    """How many pairs of the columns that RoPE turns have positions in time, in height and in width."""
+    keys, key = Keys(vocabulary, str(vocabulary.metadata["general.architecture"])), "rope.dimension_sections"
+    if keys.get(key) is None:
+        raise FormatError(
+            f"{vocabulary.path}: it has no {keys.prefix}.{key}, which a {row.cls} needs for images",
+            f"Only the language model of a {row.cls} is read with this tower. {_ALONE}",
+        )
+    found = keys.wholes(key, 3)[:3]
+    turned = int(text["head_dim"] * text["rope_parameters"].get("partial_rotary_factor", 1.0))
+    if 2 * sum(found) != turned:
+        raise keys.wrong(f"{keys.prefix}.{key} is {found}, which is not half of the {turned} columns that RoPE turns")
+    return found
 
 
 def _check_sizes(tower: Opened) -> None:

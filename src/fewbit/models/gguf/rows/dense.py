@@ -38,6 +38,22 @@ NORMS_AFTER = {
     "post_attention_layernorm": "post_attention_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+GLM4_ROW = Architecture(
+    "glm4",
+    "glm4",
+    "Glm4ForCausalLM",
+    MODEL,
+    {
+        **ATTENTION,
+        "post_self_attn_layernorm": "post_attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "post_mlp_layernorm": "post_ffw_norm",
+    },
+    biases=BIAS,
+    partial_rotary=True,
+)
 LLAMA_ROW = Architecture(
     "llama",
     "llama",
@@ -210,26 +226,8 @@ ROWS = (
         untied=True,
         partial_rotary=True,
     ),
-    Architecture(
-        "glm4",
-        "glm4",
-        "Glm4ForCausalLM",
-        MODEL,
-        {
-            **ATTENTION,
-            "post_self_attn_layernorm": "post_attention_norm",
-            "post_attention_layernorm": "ffn_norm",
-            "mlp.gate_up_proj": "ffn_up",
-            "mlp.down_proj": "ffn_down",
-            "post_mlp_layernorm": "post_ffw_norm",
-        },
-        unread={
-            "rope.dimension_sections": "it is the language model of GLM-4.1V or GLM-OCR, whose q and k have the turned "
-            "rows of a head in another order, and fewbit cannot undo that"
-        },
-        biases=BIAS,
-        partial_rotary=True,
-    ),
+    replace(GLM4_ROW, unwoven=True, when=("rope.dimension_sections",)),
+    GLM4_ROW,
     Architecture(
         "chatglm",
         "glm",

@@ -184,6 +184,30 @@ GLM = replace(
 )
 
 
+GLM_DENSE = replace(
+    GLM,
+    model_type="glm4v",
+    cls="Glm4vForConditionalGeneration",
+    vision_type="glm4v_vision",
+    texts={"glm4": "glm4v_text"},
+    sections=True,
+)
+GLM_OCR = replace(
+    GLM_DENSE,
+    model_type="glm_ocr",
+    cls="GlmOcrForConditionalGeneration",
+    vision_type="glm_ocr_vision",
+    texts={"glm4": "glm_ocr_text"},
+    model={
+        name: ours
+        for name, ours in GLM.model.items()
+        if not name.endswith((".embeddings.position_embedding", ".post_conv_layernorm"))
+    },
+    block={**GLM.block, "attn.q_norm": "attn_q_norm", "attn.k_norm": "attn_k_norm"},
+    when="v.blk.0.attn_q_norm.weight",
+)
+
+
 def _exaone(keys: Keys) -> Mapping[str, Any]:
     heads = keys.count("vision.attention.head_count")
     return {

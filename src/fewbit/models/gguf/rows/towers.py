@@ -16,6 +16,8 @@ from fewbit.models.gguf.rows.later_towers import GEMMA4, GEMMA4_UNIFIED, LFM2, L
 from fewbit.models.gguf.rows.qwen_towers import (
     EXAONE,
     GLM,
+    GLM_DENSE,
+    GLM_OCR,
     QWEN2,
     QWEN3,
     QWEN3_EXPERTS,
@@ -405,4 +407,6 @@ ROWS = (
     LIGHTON,
     EXAONE,
     GLM,
+    GLM_DENSE,
+    GLM_OCR,
 )
