@@ -144,6 +144,7 @@ REFUSED: dict[str, str] = {
 _CALIBRATED: dict[str, str] = {
     "gemma4_unified_assistant": "shared_kv_states cannot be None",  # it drafts for another model
     "dory": r"runs model.layers.\d+ \d+ times",
+    "hrm_text": r"runs model.L_module.layers.\d+ \d+ times",
     "reformer": "gives its blocks no hidden states",
 }
 REFUSED_BY = {(kind, plan): words for kind, words in _CALIBRATED.items() for plan in ("gptq-4bit", "awq-4bit")}

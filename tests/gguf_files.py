@@ -263,6 +263,8 @@ TYPES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
     },
     "solar_open": {"n_shared_experts": 1, "routed_scaling_factor": 1.5},
+    # Two lists of 2 blocks, of which the first runs 6 times, the second twice
+    "hrm_text": {"embedding_scale": 4.0},
     "falcon-first": {"max_position_embeddings": 2048},
     "bloom": {},
     "mpt": {"attn_config": {"clip_qkv": 1.5}, "max_seq_len": 96},
@@ -368,6 +370,7 @@ _CONSTANT = {
     "router.per_expert_scale": 0.2,
     "self_attn.sinks": 0.2,
     "altup.correct_output_scale": 0.1,
+    "z_L_init": 0.2,
 }
 
 

@@ -183,6 +183,9 @@ def conditions(row: Any) -> Iterator[str]:
         yield "the same factor of a tied embedding and head"
     for key, other in row.equal.items():
         yield f"`{key}` = `{other}`"
+    if row.cycles:
+        length, high, low = row.cycles
+        yield f"`num_hidden_layers` = `{length}` x `{high}` x (`{low}` + 1)"
     if row.twice:
         yield f"`{row.twice}` = 2 x `hidden_size`"
     if row.unturned:

@@ -26,7 +26,7 @@ quantized weights. This page is made from the table of those tests.
   them.
 - **calibrated**: `gptq-4bit` and `awq-4bit`. **other**: `nf4` and `int8`. Other plans of the same methods behave alike.
 - Layers that share what an indexer of an earlier layer selects (`indexer_types` with "shared", as in GLM 5.2) cannot be
-  calibrated yet. Plans without calibration work.
+  calibrated yet, nor can models that run their blocks more than once. Plans without calibration work.
 - **no**: `quantize` ends with an error that says why, and leaves no output.
 - **GGUF**: also written and read as a GGUF file, with the conditions on [its page](gguf.md). No model with a tower is
   written; of some, [both files](gguf.md#vision-towers) are read.
@@ -40,6 +40,7 @@ _SAYS = {
     "changes rwkv.blocks.0.attention.output.weight in its forward pass": "changes its weights before it runs",
     "blocks that share weights cannot be quantized yet": "its blocks share weights",
     r"runs model.layers.\d+ \d+ times": "runs its blocks more than once",
+    r"runs model.L_module.layers.\d+ \d+ times": "runs its blocks more than once",
     "gives its blocks no hidden states": "its blocks take other inputs than hidden states",
     "does not run on text alone": "needs more than text in each forward pass, and so does its language model",
     "makes several tensors of": "transformers makes several tensors of several of the checkpoint",

@@ -41,6 +41,13 @@ def opened(path: Path, **options: Any) -> Any:
         return llama_cpp.Llama(str(path), n_gpu_layers=0, n_threads=1, verbose=False, **options)
 
 
+def computed(path: Path, ids: torch.Tensor) -> torch.Tensor:
+    """The logits [tokens, vocabulary] of llama.cpp for a file."""
+    llama = opened(path, n_ctx=64, logits_all=True, type_k=0, type_v=0)  # else keys and values are rounded to 16 bits
+    llama.eval(ids.tolist())
+    return torch.from_numpy(np.array(llama.scores[: len(ids)]))
+
+
 def tokens(llama: Any, text: str) -> list[int]:
     return list(llama.tokenize(text.encode(), add_bos=True, special=True))
 
@@ -118,9 +125,7 @@ def test_it_computes_what_the_original_does(family: str, changes: dict[str, Any]
     folder = gguf_files.save(tmp_path / "m", family, **changes)
     path = gguf_files.written(folder, tmp_path / "m.gguf")
     ids = gguf_files.ids(length=14)[0]  # within all windows: llama.cpp leaves Mistral's and Phi's out
-    llama = opened(path, n_ctx=64, logits_all=True, type_k=0, type_v=0)  # else keys and values are rounded to 16 bits
-    llama.eval(ids.tolist())
-    got = torch.from_numpy(np.array(llama.scores[: len(ids)]))
+    got = computed(path, ids)
     original = as_there(models.original(folder))
     want = models.logits(original, ids[None])[0]
     gelu = any("GELU" in type(module).__name__.upper() for module in original.modules())  # a table of 16-bit numbers
@@ -172,9 +177,7 @@ def test_the_padding_token_of_youtu_has_another_embedding(tmp_path: Path) -> Non
 
 def both(folder: Path, path: Path, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits [tokens, vocabulary] of llama.cpp for a file, and of transformers for its model's folder."""
-    llama = opened(path, n_ctx=64, logits_all=True, type_k=0, type_v=0)
-    llama.eval(ids.tolist())
-    return torch.from_numpy(np.array(llama.scores[: len(ids)])), models.logits(models.original(folder), ids[None])[0]
+    return computed(path, ids), models.logits(models.original(folder), ids[None])[0]
 
 
 def test_a_file_of_others_gives_the_same_logits_in_both(tmp_path: Path) -> None:

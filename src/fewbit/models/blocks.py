@@ -14,13 +14,14 @@ def find_blocks(model: PreTrainedModel) -> list[str]:
     """Names of the decoder layers: the members of the language model's largest `nn.ModuleList`. PlanError without one.
 
     A vision or audio tower may have a larger list. So a list outside the decoder, in a model without token embedding,
-    inside another list, or of another length than config.json says, counts only if there is no better one.
+    inside another list, or of another length than config.json says, counts only if there is no better one. Lists of the
+    same model that are as good and have the same kind of blocks count, too: HRM has two.
     """
     decoder: Any = model.get_decoder()
     inside = next((name for name, module in model.named_modules() if module is decoder), "")
     apart, count = towers(model), getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    best, rank = "", (False, False, False, False, 0)
+    ranks: dict[str, tuple[bool, bool, bool, bool, int]] = {}
     for name, module in lists.items():
         own = (
             f"{name}.".startswith(f"{inside}." if inside else ""),
@@ -29,11 +30,28 @@ def find_blocks(model: PreTrainedModel) -> list[str]:
             len(module) == count,
             sum(p.numel() for p in module.parameters()),
         )
-        if own[-1] and own > rank:
-            best, rank = name, own
-    if not best:
+        if own[-1]:
+            ranks[name] = own
+    if not ranks:
         raise PlanError(f"{type(model).__name__} has no list of blocks (decoder layers), so it cannot be quantized")
-    return [f"{best}.{i}" for i in range(len(model.get_submodule(best)))]  # type: ignore[arg-type]
+    best = max(ranks, key=lambda name: ranks[name])
+    alike = [
+        name
+        for name in ranks
+        if ranks[name][:-1] == ranks[best][:-1]
+        and type(lists[name][0]) is type(lists[best][0])
+        and _model_around(model, name) is _model_around(model, best)
+    ]
+    return [f"{name}.{i}" for name in alike for i in range(len(lists[name]))]
+
+
+def _model_around(model: PreTrainedModel, name: str) -> nn.Module:
+    """The innermost model that contains the module `name`."""
+    around: nn.Module = model
+    for end in (place for place, each in enumerate(name) if each == "."):
+        module = model.get_submodule(name[:end])
+        around = module if isinstance(module, PreTrainedModel) else around
+    return around
 
 
 def towers(model: PreTrainedModel) -> tuple[str, ...]:

@@ -341,9 +341,10 @@ class Skeleton:
             for module in modules.values():
                 del module.forward
         for block, own in calls.items():
-            if len(own) != len(hidden):
+            if len(own) != len(batches):
                 kind = type(self.model).__name__
-                raise PlanError(f"{kind} runs {block} {len(own)} times in {len(hidden)} forward passes", NO_CALIBRATION)
+                passes = f"{len(batches)} forward pass{'es' if len(batches) > 1 else ''}"
+                raise PlanError(f"{kind} runs {block} {len(own)} times in {passes}", NO_CALIBRATION)
         return hidden, calls
 
     def _belongs(self, name: str, prefix: str | None) -> bool:

@@ -72,7 +72,12 @@ class Architecture:
     parameters: Mapping[str, str] = field(default_factory=dict)
     # The same of numbers that a file has as keys -> the whole key, with a list of those of all layers, and their shape
     lists: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
-    layers: str = "model.layers"
+    # Parameters outside blocks that are neither a weight nor a bias -> full names in the file
+    outside: Mapping[str, str] = field(default_factory=dict)
+    layers: tuple[str, ...] = ("model.layers",)  # the lists of the model's blocks, in the file's order
+    # Entries with the length of each list, and with n and m: the lists run n (m + 1) times, one block in each run, and
+    # a file and config.json count a layer for each run of a block (cycles.py). (): each block is a layer, and runs once
+    cycles: tuple[str, ...] = ()
     cut: Mapping[str, Cut] = field(default_factory=dict)  # names in `block` of matrices that a file has in pieces
     # Names in `block` of matrices of a file that are several of the model, one below the other -> for each of these,
     # the entries of config.json whose product is the number of its rows
@@ -203,6 +208,11 @@ class Architecture:
     # Number of layers of the model whose queries are scaled by hidden / heads instead of the width of a head. None: the
     # scale of queries and the softcaps of logits are no entries of config.json
     scaled_by_hidden: int | None = None
+
+    def blocks(self, config: Any) -> list[str]:
+        """The names of the blocks of a model of transformers' `config`, in the file's order."""
+        length = getattr(config, self.cycles[0] if self.cycles else "num_hidden_layers")
+        return [f"{each}.{place}" for each in self.layers for place in range(length)]
 
     @property
     def rotary(self) -> bool:

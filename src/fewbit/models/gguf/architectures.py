@@ -51,7 +51,6 @@ MISSING = {
     "dots3_note_text": "fewbit has no keys for latents of another width in layers with a sliding window",
     "gemma4_assistant": "it drafts for another model",
     "gemma4_unified_assistant": "it drafts for another model",
-    "hrm_text": "fewbit has no names for blocks that run several times",
     "hy_v4": "fewbit has no names for hyper-connections",
     "qwen4_exp_text": "fewbit has no names for hyper-connections, embeddings of n-grams and indexers of token blocks",
 }

@@ -24,7 +24,7 @@ import numpy as np
 
 from fewbit.errors import PlanError
 from fewbit.formats.containers.gguf import GgufFile
-from fewbit.models.gguf import hybrid, kinds, latent, positions
+from fewbit.models.gguf import cycles, hybrid, kinds, latent, positions
 from fewbit.models.gguf.architecture import Architecture
 from fewbit.models.gguf.metadata import Metadata
 from fewbit.models.gguf.names import architecture
@@ -162,8 +162,8 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     each = kinds.query_heads(keys, layers) if arch.attention else [0]
     hidden, heads = keys.count("embedding_length"), each[0]
     vocab, columns = keys.shape("token_embd.weight")
-    if columns != hidden or keys.layers != layers:
-        raise keys.wrong(f"it has {keys.layers} blocks of width {columns}, but its keys say {layers} and {hidden}")
+    if columns != hidden or keys.layers != (blocks := cycles.blocks(keys, layers)):
+        raise keys.wrong(f"it has {keys.layers} blocks of width {columns}, but its keys say {blocks} and {hidden}")
     if arch.unturned and keys.get("rope.scaling.finetuned", True):
         raise keys.wrong(f"its layers have RoPE, and {arch.cls} is read without")
     for key, value in arch.constants.items():
@@ -302,6 +302,7 @@ def _refuse(config: Any, arch: Architecture) -> None:
         raise PlanError(f"llama.cpp runs {arch.name} with an output head tied to the embedding; this model has its own")
     if arch.untied and config.tie_word_embeddings:
         raise PlanError(f"llama.cpp runs {arch.name} with an output head of its own; that of this model is tied")
+    cycles.check(config, arch)
     factors = {key: each.neutral for key, each in arch.factors.items()}
     for key, wanted in {**arch.required, **factors}.items():
         found = _entry(config, key, wanted)

@@ -270,11 +270,12 @@ def routes(config: Any) -> dict[str, Route]:
                     shift=arch.shift if ours == "output_norm" and leaf == "weight" else 0.0,
                     height=config.vocab_size if ours in arch.padded else 0,
                 )
-    for layer in range(config.num_hidden_layers):
+    found |= {theirs: Route(ours) for theirs, ours in arch.outside.items()}
+    for layer, block in enumerate(arch.blocks(config)):
         for theirs, ours, expert in _modules(config, arch):
             norm = "norm" in ours
             for leaf in ("weight", "bias"):
-                found[f"{arch.layers}.{layer}.{theirs}.{leaf}"] = Route(
+                found[f"{block}.{theirs}.{leaf}"] = Route(
                     f"blk.{layer}.{ours}.{leaf}",
                     expert=expert,
                     heights=heights.get(ours, ()),
@@ -286,7 +287,7 @@ def routes(config: Any) -> dict[str, Route]:
                     **orders.get(ours, {}),
                 )
         for theirs, ours in arch.parameters.items():
-            found[f"{arch.layers}.{layer}.{theirs}"] = Route(
+            found[f"{block}.{theirs}"] = Route(
                 f"blk.{layer}.{ours}",
                 negative_exp=ours in arch.negative_exp,
                 led=ours in arch.led,
@@ -296,7 +297,7 @@ def routes(config: Any) -> dict[str, Route]:
             )
         for theirs, (key, shape) in arch.lists.items():
             listed = Listed(key, layer, shape)
-            found[f"{arch.layers}.{layer}.{theirs}"] = Route(f"blk.{layer}.{key}", listed=listed)
+            found[f"{block}.{theirs}"] = Route(f"blk.{layer}.{key}", listed=listed)
     return found
 
 

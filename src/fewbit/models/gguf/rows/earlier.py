@@ -25,7 +25,7 @@ GPT2_ROW = Architecture(
         "mlp.c_fc": "ffn_up",
         "mlp.c_proj": "ffn_down",
     },
-    layers="transformer.h",
+    layers=("transformer.h",),
     transposed=True,
     activation="gelu_new",
     keys={
@@ -58,7 +58,7 @@ FALCON_ROW = Architecture(
     "FalconForCausalLM",
     _FALCON_MODEL,
     {"ln_mlp": "attn_norm", "ln_attn": "attn_norm_2", **_FALCON},
-    layers="transformer.h",
+    layers=("transformer.h",),
     cut={
         "attn_qkv": Cut(
             "num_kv_heads",
@@ -120,7 +120,7 @@ ROWS = (
             "mlp.dense_h_to_4h": "ffn_up",
             "mlp.dense_4h_to_h": "ffn_down",
         },
-        layers="gpt_neox.layers",
+        layers=("gpt_neox.layers",),
         mixed=True,
         activation="gelu",
         keys={**SQUARE, **LAYER_NORM, "num_key_value_heads": ""},
@@ -147,7 +147,7 @@ ROWS = (
         "BloomForCausalLM",
         {**_FALCON_MODEL, "transformer.word_embeddings_layernorm": "token_embd_norm"},
         {"input_layernorm": "attn_norm", **_FALCON, "post_attention_layernorm": "ffn_norm"},
-        layers="transformer.h",
+        layers=("transformer.h",),
         mixed=True,
         activation="",
         keys={
@@ -174,7 +174,7 @@ ROWS = (
             "ffn.up_proj": "ffn_up",
             "ffn.down_proj": "ffn_down",
         },
-        layers="transformer.blocks",
+        layers=("transformer.blocks",),
         activation="",
         keys={
             "num_hidden_layers": "n_layers",

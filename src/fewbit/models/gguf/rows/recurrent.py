@@ -1,4 +1,4 @@
-"""Architectures with layers that keep a state in place of keys and values."""
+"""Architectures with layers that keep a state in place of keys and values, or with blocks that run several times."""
 
 from __future__ import annotations
 
@@ -120,7 +120,34 @@ LFM2_ROW = Architecture(
     without_attention="conv",
 )
 
+# Two lists of blocks that run several times, with norms without weights
+HRM_ROW = Architecture(
+    "hrm_text",
+    "hrm_text",
+    "HrmTextForCausalLM",
+    {"model.embed_tokens": "token_embd", "lm_head": "output"},
+    {
+        **{name: ours for name, ours in ATTENTION.items() if "norm" not in name},
+        "self_attn.gate_proj": "attn_gate",
+        **MLP,
+    },
+    outside={"model.z_L_init": "hrm.z_l_init"},
+    layers=("model.L_module.layers", "model.H_module.layers"),
+    cycles=("num_layers_per_stack", "H_cycles", "L_cycles"),
+    keys={"num_key_value_heads": ""},
+    required={**NO_BIAS, "mlp_bias": False},
+    numbers={"embedding_scale": ("embedding_scale", 1.0)},
+    counts={
+        "num_layers_per_stack": "hrm.layers_per_stack",
+        "H_cycles": "hrm.h_cycles",
+        "L_cycles": "hrm.l_cycles",
+    },
+    flags={"prefix_lm": "hrm.prefix_lm"},
+    differs="llama.cpp attends causally to a prompt, too, where transformers is given token types of a prefix",
+)
+
 ROWS = (
+    HRM_ROW,
     LFM2_ROW,
     replace(
         LFM2_ROW,

@@ -24,7 +24,7 @@ MAMBA_ROW = Architecture(
         "mixer.out_proj": "ssm_out",
     },
     parameters={"mixer.A_log": "ssm_a", "mixer.D": "ssm_d"},
-    layers="backbone.layers",
+    layers=("backbone.layers",),
     negative_exp=frozenset({"ssm_a"}),
     squeezed=frozenset({"ssm_conv1d"}),
     keys={
