@@ -69,8 +69,11 @@ def test_a_file_of_mistral_3_may_have_a_mistral(tmp_path: Path) -> None:
         ("phimoe", r"in llama\.cpp its norms do not subtract the mean"),
         ("bamba", r"in llama\.cpp RoPE turns other columns"),
         ("bitnet", r"llama\.cpp has silu in its MLP"),
+        ("dbrx", r"llama\.cpp has the RoPE base of `attn_config\.rope_theta`"),
+        ("dots3_note_text", r"in llama\.cpp RoPE turns other columns of its indexers"),
+        ("hy_v4", r"in llama\.cpp RoPE turns other columns of a head"),
     ],
 )
 def test_a_type_that_llama_cpp_computes_otherwise_is_refused(kind: str, why: str) -> None:
     with pytest.raises(PlanError, match=f"a model of type '{kind}': {why}"):
-        keys(kind, rope_type="default", rope_theta=1e4)
+        to_metadata(CONFIG_MAPPING[kind](), "m")

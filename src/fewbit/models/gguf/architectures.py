@@ -41,17 +41,18 @@ TYPES: dict[str, tuple[Architecture, ...]] = {
 REFUSED = {
     "bamba": "in llama.cpp RoPE turns other columns of a head together",
     "bitnet": "llama.cpp has silu in its MLP, and this model has relu2",
+    "dbrx": "llama.cpp has the RoPE base of `attn_config.rope_theta`, which transformers ignores",
+    "dots3_note_text": "in llama.cpp RoPE turns other columns of its indexers together, so in texts longer than "
+    "`index_topk` they choose other tokens",
+    "hy_v4": "in llama.cpp RoPE turns other columns of a head together",
     "phimoe": "in llama.cpp its norms do not subtract the mean, and it weights the experts of a token otherwise",
 }
 
 # Types that llama.cpp has, and fewbit has no row for -> what is missing
 MISSING = {
-    "dbrx": "fewbit does not quantize its experts, and transformers ignores the `rope_theta` that llama.cpp reads",
     "deepseek_v4": "fewbit has no names for hyper-connections, compressed keys and experts chosen by token",
-    "dots3_note_text": "fewbit has no keys for latents of another width in layers with a sliding window",
     "gemma4_assistant": "it drafts for another model",
     "gemma4_unified_assistant": "it drafts for another model",
-    "hy_v4": "fewbit has no names for hyper-connections",
     "qwen4_exp_text": "fewbit has no names for hyper-connections, embeddings of n-grams and indexers of token blocks",
 }
 
