@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM
 import fewbit as package
 from fewbit.errors import PlanError
 from fewbit.models.adapters.attach import quiet
+from fewbit.models.adapters.tuning import Tuning
 from tests import mmproj_files, models
 from tests.e2e.conftest import Fewbit
 from tests.e2e.test_gguf_adapters import drawn
@@ -117,6 +119,57 @@ def test_every_kind_of_adapter_beside_a_tower(name: str, tmp_path: Path) -> None
     trained = [each for each, _ in loaded.named_parameters() if "default" in each]
     assert trained
     assert not any(".visual." in each for each in trained)
+
+
+_EXPERTS = [("qwen3_vl_moe", "q8_0"), ("qwen3_5_moe", "q8_0"), ("glm4v_moe", "q8_0"), ("llama4", "f32")]
+
+
+@pytest.mark.parametrize(("kind", "scheme"), _EXPERTS)
+def test_an_adapter_of_experts_beside_a_tower(kind: str, scheme: str, tmp_path: Path) -> None:
+    """Trained on the language model alone, and as a file; and one step on an image, of the whole model."""
+    files = made(tmp_path, kind, text=scheme)
+    how: dict[str, Any] = {"length": 32, "batch": 4, "learning_rate": 0.02, "steps": 1, "rank": 4}
+    tuning = Tuning(**how, targets=("gate_proj", "up_proj", "down_proj"))
+    text = tmp_path / "text.txt"
+    text.write_text(models.sentences(100), encoding="utf-8")
+    given: dict[str, Any] = {"data": text, "tuning": tuning, "device": "cpu", "progress": False}
+    package.finetune(files.text, tmp_path / "adapter", **given)
+    package.convert(tmp_path / "adapter", tmp_path / "lora.gguf", to="gguf", base=files.text)
+    before = models.logits(package.load(files.text, **EXACT), IDS)
+    wanted = models.logits(package.load(files.text, adapter=tmp_path / "adapter", **EXACT), IDS)
+    assert not near(before, wanted)
+    for each in (tmp_path / "adapter", tmp_path / "lora.gguf"):
+        loaded = package.load(files.text, mmproj=files.tower, adapter=each, **EXACT)
+        place = re.escape(mmproj_files.row_of(kind).language)
+        names = [name for name, _ in loaded.named_parameters() if ".lora_A" in name]
+        assert any(re.match(rf"base_model\.model\.{place}\.layers\.1\..*experts\.3\.down_proj", name) for name in names)
+        assert near(models.logits(loaded, IDS), wanted)
+
+    whole = package.load(files.text, mmproj=files.tower, **EXACT)
+    inputs = mmproj_files.inputs(kind, whole)
+    with quiet():
+        config = LoraConfig(target_modules=r".*experts\.\d+\.(gate|up|down)_proj", r=4, init_lora_weights=False)
+        adapted: Any = get_peft_model(whole, config)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    adapted(**inputs).logits.square().mean().backward()
+    assert sum(bool(parameter.grad.any()) for parameter in trained) > len(trained) / 2  # of experts that got tokens
+    torch.optim.SGD(trained, lr=0.1).step()
+    adapted.eval().save_pretrained(tmp_path / "whole", save_embedding_layers=False)
+    again = package.load(files.text, mmproj=files.tower, adapter=tmp_path / "whole", **EXACT)
+    with torch.inference_mode():
+        assert near(again(**inputs).logits, adapted(**inputs).logits)
+
+
+def test_an_adapter_of_fused_experts_is_refused_by_name(tmp_path: Path) -> None:
+    files = made(tmp_path, "qwen3_vl_moe")
+    config = LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"], r=2)
+    changed(tmp_path / "text-text", tmp_path / "adapter", config)
+    each: tuple[dict[str, Any], ...] = ({}, {"mmproj": files.tower})
+    for more in each:
+        with pytest.raises(
+            PlanError, match=r"adapts the fused parameters experts\.gate_up_proj, .* linears of its own"
+        ):
+            package.load(files.text, adapter=tmp_path / "adapter", **more, **EXACT)
 
 
 def test_prompt_tuning_beside_a_tower_is_refused(tmp_path: Path) -> None:

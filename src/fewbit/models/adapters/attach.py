@@ -67,6 +67,12 @@ def check_fits(model: PreTrainedModel, folder: Path, place: Path, config: Mappin
 
     place: the user's name for it.
     """
+    if fused := _fused(model, config):
+        raise PlanError(
+            f"{place} adapts the fused parameters {', '.join(fused)}, and in this model each expert has linears of "
+            "its own",
+            "Train an adapter of these linears on this model, or use the original model.",
+        )
     if differing := _differing(model, folder):
         if _is_of_whole(model, folder):
             raise PlanError(
@@ -133,6 +139,17 @@ def _is_of_whole(model: PreTrainedModel, folder: Path) -> bool:
     wanted = {match[1] for key in read_specs(folder / ADAPTER_WEIGHTS) if (match := KEY.fullmatch(key)) is not None}
     names = [name for name, _ in model.named_modules() if name.startswith("model.") and name not in wanted]
     return any(row.inside(name) in wanted for row in ROWS for name in names)
+
+
+def _fused(model: PreTrainedModel, config: Mapping[str, Any]) -> list[str]:
+    """The parameters that an adapter with this config adapts, and of which `model` has linears of single experts.
+
+    Without the names of the layers.
+    """
+    single = {name.removesuffix(".0") for name, _ in model.named_modules() if name.endswith(".experts.0")}
+    owners = {name: name.rpartition(".")[0] for name in config.get("target_parameters") or ()}
+    found = [name for name, owner in owners.items() if any(f".{each}".endswith(f".{owner}") for each in single)]
+    return sorted({".".join(name.split(".")[-2:]) for name in found})
 
 
 def _differing(model: PreTrainedModel, folder: Path) -> list[str]:
