@@ -162,7 +162,8 @@ def to_config(file: GgufFile) -> dict[str, Any]:
     each = kinds.query_heads(keys, layers) if arch.attention else [0]
     hidden, heads = keys.count("embedding_length"), each[0]
     vocab, columns = keys.shape("token_embd.weight")
-    if columns != hidden or keys.layers != (blocks := cycles.blocks(keys, layers)):
+    blocks = cycles.blocks(keys, layers)
+    if columns != hidden or keys.layers != blocks:
         raise keys.wrong(f"it has {keys.layers} blocks of width {columns}, but its keys say {blocks} and {hidden}")
     if arch.unturned and keys.get("rope.scaling.finetuned", True):
         raise keys.wrong(f"its layers have RoPE, and {arch.cls} is read without")
