@@ -39,6 +39,7 @@ from fewbit.nn.tuned import TunedEmbedding, TunedLinear, TunedWeight
 from fewbit.pipeline.descent import Descent, Objective, Tell, descend
 from fewbit.pipeline.optimization import Optimization
 from fewbit.pipeline.replacing import Files
+from fewbit.pipeline.training_step import TrainingStep
 from fewbit.schemes.base import QTensor
 from fewbit.system.machine import free_memory
 from fewbit.units import size
@@ -99,7 +100,7 @@ class Original:
     def __init__(self, load: Callable[[], Any], tokens: Tensor, folder: Path) -> None:
         model: Any = load().requires_grad_(False)
         self.tokens, self.model, self.device = tokens, model, model.device
-        first = self._computed([0])
+        first = self.computed(tokens[:1])
         shape = (*tokens.shape, first.shape[-1])
         size = first.numel() * len(tokens)
         self.mapped: Tensor | None = None
@@ -107,18 +108,19 @@ class Original:
             place = str(folder / LOGITS)
             self.mapped = torch.from_file(place, shared=True, size=size, dtype=first.dtype, device="cpu").view(shape)
             for which in batches(range(len(tokens)), tokens.shape[1], self.device):
-                self.mapped[which] = self._computed(which).cpu()
+                self.mapped[which] = self.computed(tokens[which]).cpu()
             self.model = None
 
     def logits(self, which: Sequence[int]) -> Tensor:
         """The logits of some windows, [windows, length, vocabulary]."""
         if self.mapped is not None:
             return self.mapped[list(which)].to(self.device)
-        return self._computed(which)
+        return self.computed(self.tokens[list(which)])
 
-    def _computed(self, which: Sequence[int]) -> Tensor:
+    def computed(self, tokens: Tensor) -> Tensor:
+        """The logits of windows of token ids, by the original."""
         with torch.no_grad():
-            return logits_of(self.model, self.tokens[list(which)])
+            return logits_of(self.model, tokens)
 
 
 def logits_of(model: Any, tokens: Tensor) -> Tensor:
@@ -166,14 +168,14 @@ def divergence(model: Any, original: Original, which: Sequence[int]) -> float:
     total, length = 0.0, original.tokens.shape[1]
     with torch.no_grad():
         for some in batches(which, length, original.device):
-            total += float(_sum(model, original, some))
+            total += float(_sum(model, original.tokens[some], original.logits(some)))
     return total / (len(which) * length)
 
 
-def _sum(model: Any, original: Original, which: Sequence[int]) -> Tensor:
-    logits = logits_of(model, original.tokens[list(which)])
-    target = original.logits(which).to(logits.device)
-    out: Tensor = _KL.apply(logits.flatten(0, 1), target.flatten(0, 1))  # type: ignore[no-untyped-call]
+def _sum(model: Any, tokens: Tensor, target: Tensor) -> Tensor:
+    """The divergence from the distributions `target` [windows, length, vocabulary], summed over tokens."""
+    logits = logits_of(model, tokens)
+    out: Tensor = _KL.apply(logits.flatten(0, 1), target.to(logits.device).flatten(0, 1))  # type: ignore[no-untyped-call]
     return out
 
 
@@ -235,8 +237,12 @@ class Student:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer trains. A number that several weights share appears once."""
+        return [*self._of_weights, *(gain.delta for gain in self.gains.values())]
+
+    @property
+    def _of_weights(self) -> list[nn.Parameter]:
         found = [each for weight in self.weights.values() for each in weight.parameters_of]
-        return list({id(each): each for each in [*found, *(gain.delta for gain in self.gains.values())]}.values())
+        return list({id(each): each for each in found}.values())
 
     @property
     def moved(self) -> float | None:
@@ -252,14 +258,22 @@ class Student:
     ) -> Descent:
         """Train on the windows, and keep the state with the lowest divergence on the held-out ones."""
         order, length = windows.order(wanted), windows.tokens.shape[1]
+        trained = [*self._of_weights, *(gain.parameter for gain in self.gains.values())]
+        whole = len(order[0]) * length
+
+        def mean(tokens: Tensor, target: Tensor | None) -> Tensor:
+            logits = original.computed(tokens) if target is None else target
+            return _sum(self.model, tokens, logits) / whole
+
+        made: dict[int, TrainingStep] = {}  # by the number of windows
 
         def gradient(step: int) -> None:
             self._push()
             for some in batches(order[step], length, original.device):
-                loss = _sum(self.model, original, some) / (len(order[step]) * length)
+                taken = made.setdefault(len(some), TrainingStep(mean, trained, original.device))
+                loss = taken(windows.tokens[some], None if original.mapped is None else original.mapped[some])
                 if not bool(torch.isfinite(loss)):
                     raise NumericsError(f"the loss is {float(loss)} in step {step + 1}", "Lower `learning_rate`.")
-                loss.backward()
             for gain in self.gains.values():
                 gain.pull()
 

@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from fewbit.brief import brief
 from fewbit.errors import KernelError, PlanError
 from fewbit.models.decoding.attention import growing_texts
+from fewbit.models.decoding.decode import Decoder
 from fewbit.models.decoding.exclusive import exclusive
 from fewbit.models.decoding.sampling import Sampling
 from fewbit.system.files import unwritable
@@ -225,20 +226,26 @@ def written(model: Any, tokenizer: Any, count: int, length: int, seed: int) -> T
         raise PlanError(
             "the tokenizer has no token that begins or ends a text, so the model cannot write one by itself"
         )
-    new, texts, at_once = length - 1, list[Tensor](), _AT_ONCE.get(model.device.type, 256)
-    with _seeded(Sampling(temperature=1.0, seed=seed)), torch.inference_mode(), _one_text(model):
-        for start in range(0, count, at_once):
-            ids = torch.full((min(at_once, count - start), 1), first, dtype=torch.int64, device=model.device)
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new,
-                min_new_tokens=new,
-                pad_token_id=first,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-            )
-            texts.append(out.cpu())
+    ends = {*_tokens(model.generation_config.eos_token_id), *_tokens(model.generation_config.suppress_tokens)}
+    sampling = Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=seed)
+    options = {"max_new_tokens": length - 1, "pad_token_id": first, "suppress_tokens": sorted(ends) or None}
+    texts, left, rows = list[Tensor](), count, _AT_ONCE.get(model.device.type, 256)
+    decoder = Decoder(model, length)
+    with _seeded(sampling), torch.inference_mode(), _one_text(model):
+        while left:
+            ids = torch.full((min(rows, left), 1), first, dtype=torch.int64, device=model.device)
+            try:
+                out = decoder.generate(ids, attention_mask=torch.ones_like(ids), **options, **sampling.options())
+            except RuntimeError as error:
+                if rows == 1 or not is_out_of_memory(error):
+                    raise
+                rows //= 2
+                decoder = Decoder(model, length)
+            else:
+                texts.append(out.cpu())
+                left -= len(out)
     return torch.cat(texts)
+
+
+def _tokens(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -30,7 +31,13 @@ from fewbit.models.decoding.graph import Graph
 AHEAD = 2  # steps that are launched before the host reads a token
 ROWS = 128  # steps for which masks are prepared at once
 # These depend on a row's logits only, not on its token ids.
-_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+_WARPERS = (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+)
 # Methods that the loop replaces or relies on. A model that overrides one of them keeps transformers' loop.
 _OWN = (
     "prepare_inputs_for_generation",
