@@ -156,7 +156,8 @@ def make(folder: Path, layers: int) -> None:
         shapes |= {f"{p}self_attn.{x}_proj.weight": (n, hidden) for x, n in rows.items()}
         shapes |= {f"{p}mlp.{x}_proj.weight": (middle, hidden) for x in ("gate", "up")}
         save(f"block-{layer:02}.safetensors", shapes | {f"{p}mlp.down_proj.weight": (hidden, middle)})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}), encoding="utf-8")
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def watch(clock: Clock) -> None:
