@@ -14,7 +14,7 @@ from transformers.activations import SiLUActivation
 
 import fewbit
 from fewbit.api import effort
-from fewbit.errors import PlanError
+from fewbit.errors import FormatError, PlanError
 from fewbit.formats.containers.gguf import GgufFile
 from fewbit.pipeline import block_tuning
 from fewbit.pipeline.capture import Inputs, original_of
@@ -215,6 +215,18 @@ def test_a_module_without_gradients_is_named(
     assert any("end to end: no gradient is known for this" in note for note in done.notes)
 
 
+def test_an_original_that_no_longer_loads_is_named(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*given: Any, **named: Any) -> Any:
+        raise FormatError("model could not be loaded: 'metadata'")
+
+    monkeypatch.setattr(effort, "load_model", load)
+    done = quantized(model, tmp_path / "out", text, plan("int3-g32-sym", "gptq", "gptq"))
+    assert "the model was not tuned end to end: model could not be loaded: 'metadata'" in done.notes
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
 @pytest.mark.parametrize("count", [2, 7, 24, 200])
 def test_both_phases_hold_out_the_same_windows(count: int) -> None:
     tokens = torch.arange(count * 256).view(count, 256)
@@ -230,8 +242,8 @@ def test_both_phases_hold_out_the_same_windows(count: int) -> None:
 @pytest.mark.parametrize(
     ("level", "device", "expected"),
     [
-        ("high", "cuda", (300, 4096, 2e-3, 16)),
-        ("best", "cuda", (1000, 4096, 1e-3, 16)),
+        ("high", "cuda", (1000, 4096, 1e-3, 16)),
+        ("best", "cuda", (3000, 4096, 1e-3, 32)),
         ("high", "cpu", (300, 1024, 2e-3, 4)),
         ("best", "cpu", (1000, 1024, 1e-3, 4)),
     ],
