@@ -132,6 +132,16 @@ def _patches(model: Any) -> dict[str, Tensor]:
     return {"input_ids": _around(model, 2), **given}
 
 
+def _slices(model: Any) -> dict[str, Tensor]:
+    """MiniCPM-V 4.6: an image of 4 x 8 patches and a part of it of 4 x 4, of which 16 make one vector."""
+    pixels = torch.randn((1, 3, PATCH, 48 * PATCH), generator=torch.Generator().manual_seed(4))
+    return {
+        "input_ids": _around(model, 3),
+        "pixel_values": pixels,
+        "target_sizes": torch.tensor([[4, 8], [4, 4]], dtype=torch.int32),
+    }
+
+
 def _glm() -> Any:
     own: Any = transformers.Glm4vImageProcessorPil  # its arguments are not typed
     return own(patch_size=PATCH, size={"shortest_edge": 12544, "longest_edge": 9633792}, **_CLIP)
@@ -323,6 +333,16 @@ KINDS |= {
         renamed=(("model.vision_tower.", "model.vision_tower.vision_model."),),
         stated={**_HALF, "image_processor_type": "Lfm2VlImageProcessor"},
         given=_patches,
+    ),
+    "minicpmv4_6": Kind(
+        "minicpmv4_6",
+        "minicpm:MiniCPMV4_6VisionModel",
+        lambda: transformers.MiniCPMV4_6ImageProcessorPil(scale_resolution=32, patch_size=PATCH, **_HALF),
+        vision={"hidden_size": 48, "image_size": 6 * PATCH},
+        text={"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}},
+        whole={"insert_layer_id": 1},
+        text_type="qwen3_5_text",
+        given=_slices,
     ),
     "lighton_ocr": Kind(
         "lighton_ocr",

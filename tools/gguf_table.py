@@ -51,6 +51,7 @@ A file does not say either whether Gemma 4 sees an image at once or in causal or
 width 1536 and 2560 (E2B and E4B) do the latter.
 The language model of LLaVA must have the token `<image>`, as conversions of the models in transformers have it; the
 vocabulary of plain Vicuna does not. LLaVA 1.6, which cuts images into tiles, is refused.
+MiniCPM-V 4.6 is read where 16 patches make one vector (`16x`), as published. Files of `4x` are refused.
 Towers for sound are refused. Where Gemma 4 has one beside that for images, it is left out with a warning.
 
 | `clip.projector_type` | read as | language model | tokens that its vocabulary must have |

@@ -122,6 +122,18 @@ def test_a_scale_that_does_not_divide_llama_4s_patches(tmp_path: Path) -> None:
         package.load(files.text, mmproj=tower, device="cpu")
 
 
+def test_minicpm_v_4_6_merges_16_patches_in_one_place(tmp_path: Path) -> None:
+    files = made(tmp_path, "minicpmv4_6")
+    for keys, words in (
+        ({"clip.vision.projector.scale_factor": 2}, r"scale_factor is 2; fewbit reads MiniCPM-V 4\.6 with 4"),
+        ({"clip.vision.wa_layer_indexes": np.array([1, 2], np.int32)}, r"\[1, 2\], not the number of one block"),
+        ({"clip.vision.wa_layer_indexes": np.array([4], np.int32)}, r"\[4\], not the number of one block"),
+    ):
+        tower = mmproj_files.changed(files.tower, tmp_path / "mmproj.gguf", keys)
+        with pytest.raises(FormatError, match=words):
+            package.load(files.text, mmproj=tower, device="cpu")
+
+
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("gemma4", {"vision": {"standardize": False, "use_clipped_linears": False}}),
     "no norm": ("lfm2_vl", {"whole": {"projector_use_layernorm": False}}),

@@ -466,7 +466,18 @@ def test_images_without_the_file_of_the_tower_are_refused(
     "kind",
     [
         *("gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "pixtral", "llava", "idefics3", "internvl"),
-        *("gemma4", "gemma4_unified", "llama4", "lfm2_vl", "lighton_ocr", "exaone4_5", "glm4v_moe", "glm4v", "glm_ocr"),
+        *(
+            "gemma4",
+            "gemma4_unified",
+            "llama4",
+            "lfm2_vl",
+            "lighton_ocr",
+            "exaone4_5",
+            "glm4v_moe",
+            "glm4v",
+            "glm_ocr",
+            "minicpmv4_6",
+        ),
     ],
 )
 def test_any_value_of_a_key_is_read_or_refused(kind: str, tmp_path: Path) -> None:

@@ -45,10 +45,21 @@ def without_others(own: Any, **given: Any) -> Any:
     """
 
     def check(self: Any, name: str, part: Any) -> Any:
-        return None if part is None else own.check_argument_for_proper_class(self, name, part)
+        return None if isinstance(part, _Without) else own.check_argument_for_proper_class(self, name, part)
 
     cls: Any = type(own.__name__, (own,), {"check_argument_for_proper_class": check})
-    return cls(**{**dict.fromkeys(own.get_attributes()), **given})
+    others = [name for name in own.get_attributes() if name not in given]
+    found = cls(**dict.fromkeys(others, _Without()), **given)
+    for name in others:
+        setattr(found, name, None)
+    return found
+
+
+class _Without:
+    """In place of a part while a processor is made, as some read settings of the part then: each is None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def images(tower: Opened) -> Any:

@@ -1,4 +1,6 @@
-"""Vision towers of Gemma 4, Llama 4 and LFM2-VL. Gemma 4 12B ("unified") has no encoder: a patch becomes a vector.
+"""Vision towers of Gemma 4, Llama 4, LFM2-VL and MiniCPM-V 4.6.
+
+Gemma 4 12B ("unified") has no encoder: a patch becomes a vector.
 
 Source: conversion/ and tools/mtmd/ of llama.cpp, and the configs of the published models.
 """
@@ -7,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import isqrt
 from typing import Any
 
+from fewbit.errors import FormatError
 from fewbit.models.gguf.metadata import Keys
 from fewbit.models.gguf.rows.shared import GELU
 from fewbit.models.gguf.tower import BLOCK, SIZES, Tower, merged
@@ -277,4 +281,70 @@ LFM2 = Tower(
         "image_thumbnail_token": "<|img_thumbnail|>",
     },
     pixels=_unshuffled,
+)
+
+
+def _minicpm(keys: Keys) -> Mapping[str, Any]:
+    if (factor := keys.count("vision.projector.scale_factor", 4)) != 4:
+        raise FormatError(
+            f"{keys.file.path}: clip.vision.projector.scale_factor is {factor}; fewbit reads MiniCPM-V 4.6 with 4, of "
+            'which 16 patches make one vector (downsample_mode "16x")',
+            "Without `mmproj`, the language model runs on text.",
+        )
+    layers, places = keys.wholes("vision.wa_layer_indexes", 1), keys.shape("v.position_embd.weight")[0]
+    if len(layers) > 1 or layers[0] >= keys.count("vision.block_count"):
+        raise keys.wrong(f"clip.vision.wa_layer_indexes is {layers}, not the number of one block")
+    if (side := isqrt(places)) ** 2 != places:
+        raise keys.wrong(f"v.position_embd.weight has {places} positions, which are no square")
+    return {"insert_layer_id": layers[0], "vision_config.image_size": side * keys.count("vision.patch_size")}
+
+
+def _slices(keys: Keys) -> Mapping[str, Any]:
+    return {"scale_resolution": keys.count("vision.image_size"), "patch_size": keys.count("vision.patch_size")}
+
+
+_MERGER = f"{_TOWER}.vit_merger"
+MINICPM = Tower(
+    "minicpmv4_6",
+    "minicpmv4_6",
+    "MiniCPMV4_6ForConditionalGeneration",
+    "minicpmv4_6_vision",
+    {"qwen3_5_text": "qwen3_5_text"},
+    {
+        f"{_TOWER}.embeddings.patch_embedding": "v.patch_embd",
+        f"{_TOWER}.embeddings.position_embedding": "v.position_embd",
+        f"{_TOWER}.post_layernorm": "v.post_ln",
+        f"{_MERGER}.self_attn.q_proj": "v.vit_merger.attn_q",
+        f"{_MERGER}.self_attn.k_proj": "v.vit_merger.attn_k",
+        f"{_MERGER}.self_attn.v_proj": "v.vit_merger.attn_v",
+        f"{_MERGER}.self_attn.out_proj": "v.vit_merger.attn_out",
+        f"{_MERGER}.layer_norm1": "v.vit_merger.ln1",
+        f"{_MERGER}.pre_norm": "v.vit_merger.ds_ln",
+        f"{_MERGER}.linear_1": "v.vit_merger.ds_ffn_up",
+        f"{_MERGER}.linear_2": "v.vit_merger.ds_ffn_down",
+        "model.merger.mlp.0.pre_norm": "mm.input_norm",
+        "model.merger.mlp.0.linear_1": "mm.up",
+        "model.merger.mlp.0.linear_2": "mm.down",
+    },
+    BLOCK,
+    f"{_TOWER}.encoder.layers",
+    ("mm.down.weight", 0),
+    swapped=True,
+    sizes={theirs: ours for theirs, ours in SIZES.items() if theirs != "image_size"},
+    activations={"use_gelu": GELU},
+    further=_minicpm,
+    tokens={"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"},
+    processor="MiniCPMV4_6Processor",
+    images="MiniCPMV4_6ImageProcessor",
+    named={
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "image_start_token": "<image>",
+        "image_end_token": "</image>",
+        "slice_start_token": "<slice>",
+        "slice_end_token": "</slice>",
+        "image_id_start_token": "<image_id>",
+        "image_id_end_token": "</image_id>",
+    },
+    pixels=_slices,
 )

@@ -51,7 +51,6 @@ UNREAD = {
     "meralion": _SOUND,
     "mimo_audio": _SOUND,
     "mimovl": _no_model("MiMo V2 with towers (MiMoV2ForCausalLM)"),
-    "minicpmv4_6": _no_row("MiniCPM-V 4.6"),
     "minimax_m3": _no_text("minimax-m3"),
     "muse-glimmer": _no_text("muse-glimmer"),
     "musicflamingo": _SOUND,
