@@ -142,6 +142,12 @@ def _slices(model: Any) -> dict[str, Tensor]:
     }
 
 
+def _grid(model: Any) -> dict[str, Tensor]:
+    """Kimi K2.5: an image of 4 x 6 patches, of which 4 make one vector."""
+    pixels = torch.randn((24, 3, PATCH, PATCH), generator=torch.Generator().manual_seed(4))
+    return {"input_ids": _around(model, 6), "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 6]])}
+
+
 def _glm() -> Any:
     own: Any = transformers.Glm4vImageProcessorPil  # its arguments are not typed
     return own(patch_size=PATCH, size={"shortest_edge": 12544, "longest_edge": 9633792}, **_CLIP)
@@ -343,6 +349,22 @@ KINDS |= {
         whole={"insert_layer_id": 1},
         text_type="qwen3_5_text",
         given=_slices,
+    ),
+    "kimi_k25": Kind(
+        "kimi_k25",
+        "kimivl:KimiK25Model",
+        lambda: transformers.Kimi_K25ImageProcessor(patch_size=PATCH, **_HALF),
+        vision={"hidden_size": 48, "pos_emb_height": 4, "pos_emb_width": 4, "init_pos_emb_height": 4},
+        whole={"projection_hidden_size": 48},
+        text_type="deepseek_v3",
+        text_class="KimiK25ForConditionalGeneration",
+        stated={**_HALF, "patch_size": PATCH, "image_processor_type": "Kimi_K25ImageProcessor"},
+        renamed=(
+            ("language_model.model.blocks.", "language_model.model.layers."),
+            ("model.mm_projector.", "mm_projector."),
+            ("vision_tower.encoder.patch_embed.", "vision_tower.patch_embed."),
+        ),
+        given=_grid,
     ),
     "lighton_ocr": Kind(
         "lighton_ocr",
@@ -549,7 +571,8 @@ def tower_file(folder: Path, path: Path, kind: str, scheme: str = "f32", *, olde
     found: dict[str, Tensor] = {}
     for name, tensor in whole.state_dict().items():
         if (part := parts.get(name)) is not None:
-            found |= dict(zip(part.names, part.to_file(tensor), strict=True))
+            for each, piece in zip(part.names, part.to_file(tensor), strict=True):  # shares are in their order
+                found[each] = piece if part.share[0] == 0 else torch.cat([found[each], piece])
         elif (heard := KINDS[kind].sound.get(name)) is not None:
             found[heard] = tensor
     entries = [

@@ -42,8 +42,8 @@ fewbit reads these from a file of llama.cpp (mmproj) beside that of the language
 ([how](howto/vision.md#from-gguf-files)), and writes none. For each, tests compare a tiny model: its tensors are those
 of the file that llama.cpp's converter makes, and the logits for an image are the original's, within 1e-5 in relative
 norm. Processors make the original's ids, pixels and masks of two images of different sizes; those of Pixtral,
-Mistral 3, Llama 4, LFM2-VL and Gemma 4 12B (`gemma4uv`) need torchvision. Older files, in which the up and the down
-projection of MLPs are exchanged, are read, too, and those of Llama 4 that have another name for a norm.
+Mistral 3, Llama 4, LFM2-VL, Kimi K2.5 and Gemma 4 12B (`gemma4uv`) need torchvision. Older files, in which the up and
+the down projection of MLPs are exchanged, are read, too, and those of Llama 4 that have another name for a norm.
 
 A file does not say whether it is SmolVLM's or Idefics 3's. Both are read as the latter: the logits are those of
 SmolVLM, and the processor of Idefics 3 gives what SmolVLM's own does.

@@ -41,7 +41,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:mmproj.gguf. its tower for sound is left out"),
 ]
-_NEEDS_TORCHVISION = ("pixtral", "mistral3", "llama4", "lfm2_vl", "gemma4_unified")
+_NEEDS_TORCHVISION = ("pixtral", "mistral3", "llama4", "lfm2_vl", "gemma4_unified", "kimi_k25")
 PROMPT = "The weight of a block"
 
 
@@ -477,6 +477,7 @@ def test_images_without_the_file_of_the_tower_are_refused(
             "glm4v",
             "glm_ocr",
             "minicpmv4_6",
+            "kimi_k25",
         ),
     ],
 )

@@ -23,6 +23,7 @@ DIFFERENT = {
     "llava": {"num_hidden_layers", "projection_dim"},
     "smolvlm": {"model_type"},
     "qwen2_5_vl": {"tokens_per_second"},
+    "kimi_k25": {"init_pos_emb_height"},  # published, for the converter; transformers names it otherwise
 }
 
 

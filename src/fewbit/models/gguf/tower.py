@@ -74,6 +74,8 @@ class Tower:
     # Full names of parameters that are neither a weight nor a bias -> full names in the file
     parameters: Mapping[str, str] = field(default_factory=dict)
     block_parameters: Mapping[str, str] = field(default_factory=dict)  # the same in a block
+    # Names in a block of the file -> the modules of the model whose rows it has, one below the other: q, k and v
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # Full names of convolutions over pairs of images -> full names of the convolutions over the first and the second
     pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     # Modules of a list beside the blocks -> names in the file after v.deepstack.N, where N is a block
@@ -92,6 +94,8 @@ class Tower:
     # Values of the tensors
     swapped: bool = False  # older files have the up projection of MLPs under the name of the down projection
     permuted: bool = False  # rows of q and k are in llama.cpp's order
+    # The rows of `joined` q and k, too, for RoPE in two directions: those of one come before those of the other
+    by_direction: bool = False
     shifted: frozenset[str] = field(default_factory=frozenset)  # names in the file of norms that 1 is added to
     # Config. Entries of the encoder and of the language model are named with it: "vision_config.depth"
     sizes: Mapping[str, str] = field(default_factory=lambda: SIZES)  # entries of the encoder -> keys after clip.vision

@@ -22,7 +22,7 @@ from fewbit.errors import FormatError
 from fewbit.formats.containers.gguf import PLAIN, Entry, GgufFile
 from fewbit.formats.containers.gguf_strings import Strings
 from fewbit.models.gguf.metadata import Keys
-from fewbit.models.gguf.names import Route
+from fewbit.models.gguf.names import Order, Route
 from fewbit.models.gguf.pieces import decoded
 from fewbit.models.gguf.rows.towers import ROWS
 from fewbit.models.gguf.rows.unread_towers import NO_TEXT, UNREAD
@@ -208,6 +208,7 @@ class Part:
 
     paired: the pieces are the convolutions over the first and the second image. Else their rows follow each other.
     exchanged: the first two dimensions are exchanged.
+    share: the model's tensor is this one of so many equal parts of the rows of the file's.
     row: the shape of a row in the file, if it is another one than in the model.
     """
 
@@ -215,6 +216,7 @@ class Part:
     route: Route
     paired: bool = False
     exchanged: bool = False
+    share: tuple[int, int] = (0, 1)
     row: tuple[int, ...] = ()
 
     def pieces(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
@@ -225,16 +227,17 @@ class Part:
             return [(1,)]
         if self.exchanged:
             return [(shape[1], shape[0], *shape[2:])]
-        return [(shape[0] // len(self.names), *(self.row or shape[1:]))] * len(self.names)
+        return [(shape[0] * self.share[1] // len(self.names), *(self.row or shape[1:]))] * len(self.names)
 
     def from_file(self, pieces: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         """The model's tensor of the file's."""
         whole = torch.stack(list(pieces), dim=2) if self.paired else torch.cat(list(pieces))
         whole = whole.flatten(1) if self.row else whole.transpose(0, 1) if self.exchanged else whole
+        whole = whole.chunk(self.share[1])[self.share[0]]
         return self.route.from_file(whole).reshape(tuple(shape)).contiguous()
 
     def to_file(self, tensor: Tensor) -> list[Tensor]:
-        """The file's tensors of the model's."""
+        """The file's tensors of the model's, or its share of the file's one."""
         whole = self.route.to_file(tensor)
         whole = whole.transpose(0, 1) if self.exchanged else whole
         found = whole.unbind(2) if self.paired else whole.reshape(whole.shape or (1,)).chunk(len(self.names))
@@ -252,7 +255,9 @@ def parts(config: Any, row: Tower) -> dict[str, Part]:
     config: transformers' config object of the whole model.
     """
     vision, found = config.vision_config, dict[str, Part]()
-    halves = {"order": _halves(vision)} if row.permuted else {}
+    same: Order = ((), ())
+    halves = _halves(vision) if row.permuted else same
+    directions = _directions(vision) if row.by_direction else same
 
     def pixels(name: str, leaf: str, part: Part) -> Part:
         entry, form = row.pixels_last.get(name, ("", ""))
@@ -263,12 +268,19 @@ def parts(config: Any, row: Tower) -> dict[str, Part]:
         route = replace(part.route, order=turned) if form == "vector" else replace(part.route, columns=turned)
         return replace(part, route=route, row=(3, side, side) if form == "kernel" else ())
 
-    def add(theirs: str, names: str | tuple[str, ...], place: str = "", **more: Any) -> None:
+    def add(
+        theirs: str,
+        names: str | tuple[str, ...],
+        place: str = "",
+        share: tuple[int, int] = (0, 1),
+        order: Order = ((), ()),
+    ) -> None:
         each = (names,) if isinstance(names, str) else names
         for leaf in ("weight", "bias"):
             whole = tuple(f"{place}{name}.{leaf}" for name in each)
             shift = 1.0 if leaf == "weight" and each[0] in row.shifted else 0.0
-            found[f"{theirs}.{leaf}"] = pixels(each[0], leaf, Part(whole, Route(whole[0], shift=shift, **more)))
+            part = Part(whole, Route(whole[0], shift=shift, order=order), share=share)
+            found[f"{theirs}.{leaf}"] = pixels(each[0], leaf, part)
 
     for theirs, ours in row.model.items():
         add(theirs, ours)
@@ -278,8 +290,12 @@ def parts(config: Any, row: Tower) -> dict[str, Part]:
         found[theirs] = Part(pair, Route(pair[0]), paired=True)
     for layer in range(getattr(vision, "num_hidden_layers", 0)):
         for theirs, names in row.block.items():
-            more = halves if names in ("attn_q", "attn_k") else {}
-            add(f"{row.layers}.{layer}.{theirs}", names, f"v.blk.{layer}.", **more)
+            order = halves if names in ("attn_q", "attn_k") else same
+            add(f"{row.layers}.{layer}.{theirs}", names, f"v.blk.{layer}.", order=order)
+        for ours, several in row.joined.items():
+            for count, theirs in enumerate(several):
+                order, share = directions if count < 2 else same, (count, len(several))
+                add(f"{row.layers}.{layer}.{theirs}", ours, f"v.blk.{layer}.", share, order)
         for theirs, ours in row.block_parameters.items():
             found[f"{row.layers}.{layer}.{theirs}"] = Part((whole := f"v.blk.{layer}.{ours}",), Route(whole))
     for theirs, ours in row.beside.items():
@@ -288,10 +304,19 @@ def parts(config: Any, row: Tower) -> dict[str, Part]:
     return found
 
 
-def _halves(vision: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _halves(vision: Any) -> Order:
     """The order of rows of q and k in llama.cpp, which turns neighbours together."""
     heads = vision.num_attention_heads
     return (heads, 2, vision.hidden_size // heads // 2), (0, 2, 1)
+
+
+def _directions(vision: Any) -> Order:
+    """The order of rows of q and k that RoPE turns in two directions: pairs of them alternate in the model.
+
+    The model turns row i of a head with row i + half, and llama.cpp neighbours.
+    """
+    heads = vision.num_attention_heads
+    return (heads, 2, vision.hidden_size // heads // 4, 2), (0, 3, 2, 1)
 
 
 class Weights:

@@ -1,4 +1,4 @@
-"""Vision towers of Gemma 4, Llama 4, LFM2-VL and MiniCPM-V 4.6.
+"""Vision towers of Gemma 4, Llama 4, LFM2-VL, MiniCPM-V 4.6 and Kimi K2.5.
 
 Gemma 4 12B ("unified") has no encoder: a patch becomes a vector.
 
@@ -347,4 +347,63 @@ MINICPM = Tower(
         "image_id_end_token": "</image_id>",
     },
     pixels=_slices,
+)
+
+
+def _merges(keys: Keys) -> int:
+    """Patches in a row, of which one vector is made."""
+    return keys.count("vision.projector.scale_factor", 2)
+
+
+def _kimi(keys: Keys) -> Mapping[str, Any]:
+    rows, columns, _ = keys.shape("v.position_embd.weight", 3)
+    return {
+        "projection_hidden_size": keys.count("vision.embedding_length"),
+        "projection_layer_norm_eps": keys.real("vision.attention.layer_norm_epsilon"),
+        "vision_config.merge_kernel_size": [_merges(keys)] * 2,
+        "vision_config.pos_emb_height": rows,
+        "vision_config.pos_emb_width": columns,
+    }
+
+
+def _most(keys: Keys) -> Mapping[str, Any]:
+    patch = keys.count("vision.patch_size")
+    most = keys.count("vision.image_max_pixels", 16384 * patch**2) // patch**2
+    return {"patch_size": patch, "merge_size": _merges(keys), "max_patches": most}
+
+
+KIMI = Tower(
+    "kimik25",
+    "kimi_k25",
+    "Kimi_K25ForConditionalGeneration",
+    "kimi_k25_vision",
+    {"deepseek_v3": "deepseek_v3"},
+    {
+        f"{_TOWER}.patch_embed.proj": "v.patch_embd",
+        f"{_TOWER}.final_layernorm": "v.post_ln",
+        "model.mm_projector.pre_norm": "mm.input_norm",
+        "model.mm_projector.in_proj": "mm.1",
+        "model.mm_projector.out_proj": "mm.2",
+    },
+    {"norm1": "ln1", "norm2": "ln2", "attn.proj": "attn_out", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"},
+    f"{_TOWER}.layers",
+    ("mm.2.weight", 0),
+    parameters={f"{_TOWER}.patch_embed.pos_emb.position_embeddings": "v.position_embd.weight"},
+    joined={"attn_qkv": ("attn.q_proj", "attn.k_proj", "attn.v_proj")},
+    by_direction=True,
+    sizes={theirs: ours for theirs, ours in SIZES.items() if theirs != "image_size"},
+    epsilon="",
+    activations={"use_gelu": GELU},
+    further=_kimi,
+    tokens={
+        "image_token_id": "<|media_pad|>",
+        "video_token_id": "<|kimi_k25_video_placeholder|>",
+        "vision_start_token_id": "<|media_begin|>",
+        "vision_end_token_id": "<|media_end|>",
+    },
+    beyond="<|kimi_k25_video_placeholder|>",
+    processor="Kimi_K25Processor",
+    images="Kimi_K25ImageProcessor",
+    named={"image_token": "<|media_pad|>", "video_token": "<|kimi_k25_video_placeholder|>"},
+    pixels=_most,
 )

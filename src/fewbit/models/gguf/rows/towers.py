@@ -12,7 +12,7 @@ from typing import Any
 
 from fewbit.errors import FormatError
 from fewbit.models.gguf.metadata import Keys
-from fewbit.models.gguf.rows.later_towers import GEMMA4, GEMMA4_UNIFIED, LFM2, LLAMA4, LLAMA4_OLDER, MINICPM
+from fewbit.models.gguf.rows.later_towers import GEMMA4, GEMMA4_UNIFIED, KIMI, LFM2, LLAMA4, LLAMA4_OLDER, MINICPM
 from fewbit.models.gguf.rows.qwen_towers import (
     EXAONE,
     GLM,
@@ -405,6 +405,7 @@ ROWS = (
     LLAMA4_OLDER,
     LFM2,
     MINICPM,
+    KIMI,
     LIGHTON,
     EXAONE,
     GLM,

@@ -42,7 +42,6 @@ UNREAD = {
     "granite_speech": _SOUND,
     "hunyuanvl": _no_text("hunyuan_vl"),
     "janus_pro": "transformers' model always has the parts that draw images, and a file lacks them",
-    "kimik25": _no_row("Kimi K2.5"),
     "kimivl": _no_model("Kimi-VL"),
     "ldp": _no_model("MobileVLM"),
     "ldpv2": _no_model("MobileVLM"),
